@@ -1,0 +1,1 @@
+"""Train the two-head MNIST network on Ray and score Parquet with it; every row is counted."""

@@ -1,0 +1,123 @@
+"""What is kept of a run: a model folder for whoever uses the model, a trainer state to go on from.
+
+Both are safetensors plus a small JSON that says everything about the tensors; nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from mnistsum_ray.config import Refusal
+from mnistsum_ray.metrics import Scores
+from mnistsum_ray.model import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
+from mnistsum_ray.storage import Location
+
+FORMAT: Final = "mnistsum_ray/1"
+MODEL_FILES: Final = ("model.safetensors", "model.json")
+
+Weights = dict[str, Tensor]
+
+
+def weights_of(model: TwoHeadCNN) -> Weights:
+    """A copy of the weights on the CPU, float32, contiguous."""
+    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
+
+
+def save_model(folder: Path, weights: Weights, *, epoch: int, validation: Scores, test: Scores) -> None:
+    """Write `model.safetensors` and `model.json` into a local folder."""
+    data = save_tensors(weights)
+    card = {
+        "format": FORMAT,
+        "network": "TwoHeadCNN",
+        "parameters": PARAMETERS,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "input": {
+            "image": "28 x 28 grayscale, uint8, 0 background, 255 ink",
+            "scaled": "(image / 255 - mean) / std",
+            "mean": PIXEL_MEAN,
+            "std": PIXEL_STD,
+            "number": "0..9",
+        },
+        "output": {"digit": "10 scores", "sum": "19 scores: digit + number is 0..18"},
+        "epoch": epoch,
+        "validation": asdict(validation),
+        "test": asdict(test),
+    }
+    (folder / MODEL_FILES[0]).write_bytes(data)
+    (folder / MODEL_FILES[1]).write_text(json.dumps(card, indent=2) + "\n")
+
+
+def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
+    """Load a model folder, or the `model` folder of a run: the network in evaluation mode and its card.
+
+    Raises:
+        Refusal: there is no model, or it is not one of this network, or its checksum is not the card's.
+    """
+    if not (folder / MODEL_FILES[1]).exists():
+        folder = folder / "model"
+    try:
+        card = (folder / MODEL_FILES[1]).read_json()
+        data = (folder / MODEL_FILES[0]).read_bytes()
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{folder.text}: holds no model ({' '.join(str(error).split())})") from None
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise Refusal(f"{folder.text}: model.json does not say format {FORMAT!r}")
+    if hashlib.sha256(data).hexdigest() != card.get("sha256"):
+        raise Refusal(f"{folder.text}: model.safetensors is not the file that model.json describes (SHA-256 differs)")
+    model = TwoHeadCNN()
+    try:
+        model.load_state_dict(load_tensors(data))
+    except (SafetensorError, RuntimeError) as error:
+        raise Refusal(f"{folder.text}: its tensors are not those of the network ({' '.join(str(error).split())})") from None
+    return model.eval(), card
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands after an epoch; with the config it decides every bit of what follows."""
+
+    epochs_done: int
+    history: list[dict[str, Any]]
+    best: Weights
+    precision: str
+
+
+def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: torch.optim.Optimizer) -> None:
+    """Write `trainer.safetensors` and `trainer.json` into a local folder."""
+    tensors = {f"model.{name}": value for name, value in weights_of(model).items()}
+    tensors |= {f"best.{name}": value for name, value in state.best.items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    fields = {"format": FORMAT, "epochs_done": state.epochs_done, "precision": state.precision, "history": state.history}
+    (folder / "trainer.safetensors").write_bytes(save_tensors(tensors))
+    (folder / "trainer.json").write_text(json.dumps(fields) + "\n")
+
+
+def load_state(folder: Path, model: TwoHeadCNN, optimizer: torch.optim.Optimizer) -> TrainerState:
+    """Put weights and optimizer state back in place, on the device where the model already is."""
+    fields = json.loads((folder / "trainer.json").read_text())
+    assert fields["format"] == FORMAT, f"{folder} was written by another version: {fields['format']}"
+    groups: dict[str, Weights] = {}
+    for name, value in load_tensors((folder / "trainer.safetensors").read_bytes()).items():
+        group, _, rest = name.partition(".")
+        groups.setdefault(group, {})[rest] = value
+    model.load_state_dict(groups["model"])
+    parameters = dict(model.named_parameters())
+    for name, value in groups["optimizer"].items():
+        key, _, parameter_name = name.partition(".")
+        parameter = parameters[parameter_name]
+        # The moments must lie in memory as their parameter does, which the file does not record.
+        place = (
+            torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
+        )
+        optimizer.state[parameter][key] = place.detach().copy_(value)
+    return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"])

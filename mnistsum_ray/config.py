@@ -1,0 +1,155 @@
+"""What a run is: a frozen pydantic model, filled from a YAML file and the command line, which wins."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Self, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, CliImplicitFlag, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+
+class Refusal(ValueError):
+    """The request cannot be carried out as it stands; the message is one line that says why and what to do."""
+
+
+class JobConfig(BaseSettings):
+    """Base of the jobs' configs: only YAML and the command line fill it, never the environment."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", cli_kebab_case=True, cli_avoid_json=True, cli_hide_none_type=True
+    )
+
+    config: Path | None = Field(None, description="YAML file with any of these settings; the command line wins")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # A variable named SEED or NAME in somebody's shell must not change a run.
+        return (init_settings,)
+
+
+class TrainConfig(JobConfig):
+    """Everything that a training run is told. What is unset follows from the data and the cluster."""
+
+    data: str = Field(
+        "auto",
+        description="auto (full MNIST where it lies or downloads, else the bundled sample), sample, mnist (never the sample), "
+        "or a folder or URI with IDX files or Parquet",
+    )
+    epochs: int | None = Field(None, ge=1, le=10_000, description="passes over the training rows [5; 6 under 20,000 rows]")
+    batch_size: int | None = Field(
+        None, ge=1, le=65_536, description="rows in one step, all workers together [256; 64 under 20,000 rows]"
+    )
+    learning_rate: float = Field(3e-3, gt=0, le=10, description="peak of the one-cycle schedule")
+    weight_decay: float = Field(0.01, ge=0, le=10, description="AdamW's decoupled weight decay")
+    max_shift: int | None = Field(
+        None, ge=0, le=8, description="move training images by up to so many pixels [2; 1 under 20,000 rows]"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="decides initial weights, order, numbers and shifts")
+    num_workers: int | tuple[int, int] | None = Field(
+        None, description="N, or MIN,MAX for an elastic run [one a GPU; without GPUs, one a node]"
+    )
+    use_gpu: bool | None = Field(None, description="true or false [true where the cluster has GPUs]")
+    precision: Literal["bf16", "fp32"] | None = Field(
+        None, description="bf16 or fp32 [bf16 where the hardware is faster with it, else fp32]"
+    )
+    storage_path: str = Field("runs", description="folder or URI (s3://…) that holds the runs; all nodes must reach it")
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="name of the run [a new unique one]"
+    )
+    resume: CliImplicitFlag[bool] = Field(False, description="continue the run NAME after its last epoch")
+    max_failures: int = Field(3, ge=0, le=1000, description="how often a lost worker is replaced before the run gives up")
+    wait_seconds: float = Field(
+        600, ge=0, le=86_400, description="how long to wait for an autoscaling or busy cluster before giving up"
+    )
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _parse_workers(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            parts = value.split(",")
+            if not all(re.fullmatch(r"\s*\d+\s*", part) for part in parts) or len(parts) > 2:
+                raise ValueError("must be N or MIN,MAX")
+            numbers = [int(part) for part in parts]
+            value = numbers[0] if len(numbers) == 1 else tuple(numbers)
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.worker_range or (1, 1)
+        if low < 1 or high < low:
+            raise ValueError("--num-workers: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
+        if self.resume and self.name is None:
+            raise ValueError("--resume: say which run with --name")
+        return self
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """(fewest, most) workers, or None where the cluster decides."""
+        if isinstance(self.num_workers, int):
+            return self.num_workers, self.num_workers
+        return self.num_workers
+
+
+Config = TypeVar("Config", bound=JobConfig)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _expand_help(self, action: argparse.Action) -> str:
+        # Such a flag's description says in brackets what it is when unset.
+        return super()._expand_help(action).replace(" (default: None)", "")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refusal(f"{message} (--help lists the flags)")
+
+
+def parse(config_class: type[Config], argv: list[str], description: str) -> Config:
+    """Make a config of the command line and of the YAML file it names.
+
+    Raises:
+        Refusal: an unknown flag or key, a value of the wrong kind or out of range, an unreadable file.
+    """
+    parser = _Parser(prog=Path(sys.argv[0]).name, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    flags = CliSettingsSource[Any](config_class, root_parser=parser, cli_parse_args=argv)()
+    values = _read_yaml(Path(flags["config"])) if flags.get("config") else {}
+    try:
+        return config_class(**(values | flags))
+    except ValidationError as error:
+        raise Refusal(_first_line(error, flags)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise Refusal(f"--config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refusal(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise Refusal(f"--config {path}: must hold `key: value` lines, the keys being the flags without the dashes")
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _first_line(error: ValidationError, flags: dict[str, Any]) -> str:
+    first = error.errors()[0]
+    if not first["loc"]:
+        return str(first["msg"]).removeprefix("Value error, ")
+    key = str(first["loc"][0])
+    place = f"--{key.replace('_', '-')}" if key in flags else f"key {key!r} of the config file"
+    if first["type"] == "extra_forbidden":
+        return f"{place}: there is no such setting (--help lists them)"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message[:1].lower()}{message[1:]}, got {first['input']!r}"

@@ -1,0 +1,334 @@
+"""Where images come from: full MNIST, an IDX folder, Parquet files, or the bundled sample; which rows are held out.
+
+A source is a list of parts in the order of their row ids. Small sources are read here, whole; Parquet files stay where
+they are and are described by their footers, for Ray Data to read. Nothing of Ray, and torchvision only to download.
+"""
+
+import gzip
+import re
+import socket
+import struct
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from mnistsum_ray.config import Refusal
+from mnistsum_ray.pairs import Rows, held_out
+from mnistsum_ray.schema import SIDE, Pixels, decode_images, image_form_error, pixels_array
+from mnistsum_ray.storage import Location, locate
+
+SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
+DIGIT_COLUMNS: Final = ("digit", "label")
+_BLOCK_ROWS: Final = 8192
+_IDX_FILES: Final = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_DOWNLOAD_SECONDS: Final = 5
+
+
+@dataclass(frozen=True)
+class ParquetPart:
+    """Some row groups of one Parquet file."""
+
+    location: Location
+    row_groups: tuple[int, ...]
+    first_row: int
+    """The place in the file of the part's first row, for messages."""
+    rows: int
+    digit_column: str
+
+    def read(self) -> pa.Table:
+        """Read and decode: columns `image` (784 bytes) and `digit` int8.
+
+        Raises:
+            Refusal: a row is not a 28x28 image with a digit 0..9; names the file and the row.
+        """
+        where = self.location.text
+        try:
+            with self.location.filesystem.open_input_file(self.location.path) as stream:
+                table = pq.ParquetFile(stream).read_row_groups(list(self.row_groups), columns=["image", self.digit_column])
+        except (OSError, pa.ArrowException) as error:
+            raise Refusal(f"{where}: cannot be read: {' '.join(str(error).split())}") from None
+        if table.num_rows != self.rows:
+            raise Refusal(f"{where}: has {table.num_rows} rows where its footer says {self.rows}")
+        images, bad = decode_images(_one_chunk(table["image"]))
+        for row, reason in sorted(bad.items()):
+            raise Refusal(f"{where}: row {self.first_row + row}: {reason}")
+        digits = _one_chunk(table[self.digit_column])
+        return _table(images, _checked_digits(digits, where, self.first_row))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images with digits, numbered by row id in the order of `parts`, and the ids of each split: disjoint, together all."""
+
+    name: str
+    location: str
+    parts: tuple[pa.Table | ParquetPart, ...]
+    train: Rows
+    validation: Rows
+    test: Rows
+    notice: str = ""
+    """What a person must be told about the choice of source."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.train) + len(self.validation) + len(self.test)
+
+
+def open_source(data: str) -> Source:
+    """Find what `--data` names.
+
+    Raises:
+        Refusal: it is not there, cannot be read, or is not images with digits; one line that names the file.
+    """
+    if data == "sample":
+        return _sample()
+    if data in ("auto", "mnist"):
+        return _full_mnist(fall_back=data == "auto")
+    place = locate(data, "--data")
+    try:
+        info = place.info()
+        if info.type == pafs.FileType.NotFound:
+            raise Refusal(f"--data {place.text}: there is no such file or folder")
+        if isinstance(place.filesystem, pafs.LocalFileSystem) and info.type == pafs.FileType.Directory:
+            folder = _idx_folder(Path(place.path))
+            if folder:
+                return _idx(folder)
+        return _parquet(place, info)
+    except OSError as error:
+        raise Refusal(f"--data {place.text}: {' '.join(str(error).split())}") from None
+
+
+def _sample() -> Source:
+    table = pq.read_table(SAMPLE)
+    images, bad = decode_images(_one_chunk(table["image"]))
+    assert not bad
+    digits = _one_chunk(table["digit"]).to_numpy().astype(np.int8)
+    return _in_memory("sample", str(SAMPLE), images, digits, test_rows=None)
+
+
+def _full_mnist(*, fall_back: bool) -> Source:
+    cache = Path.home() / ".cache" / "mnistsum_ray"
+    for root in (Path("data"), cache):
+        folder = _idx_folder(root)
+        if folder:
+            return _idx(folder)
+    try:
+        _download(cache)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if not fall_back:
+            raise Refusal(
+                f"--data mnist: not in ./data or {cache}, and it cannot be downloaded ({reason}); "
+                "name its folder, or take --data sample"
+            ) from None
+        sample = _sample()
+        notice = (
+            f"NOT the full MNIST: it is not in ./data or {cache}, and it cannot be downloaded ({reason}). "
+            f"Going on with the bundled sample of {sample.rows:,} images; --data FOLDER names a copy of the full set."
+        )
+        return Source(**(sample.__dict__ | {"notice": notice}))
+    folder = _idx_folder(cache)
+    if folder is None:
+        raise Refusal(f"--data mnist: the download left no MNIST in {cache}")
+    return _idx(folder)
+
+
+def _download(root: Path) -> None:
+    """Download through torchvision, which checks the checksums; a machine without a network finds out in seconds."""
+    from torchvision.datasets import MNIST  # takes seconds to import, and most runs do not download
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_SECONDS)
+    try:
+        errors = []
+        for mirror in MNIST.mirrors:
+            try:
+                urllib.request.urlopen(urllib.request.Request(mirror, method="HEAD"), timeout=_DOWNLOAD_SECONDS)
+            except urllib.error.HTTPError:
+                pass  # it answers; whether it has the files torchvision will see
+            except OSError as error:
+                errors.append(str(getattr(error, "reason", error)))
+        if len(errors) == len(MNIST.mirrors):
+            raise RuntimeError(f"no mirror answers: {errors[0]}")
+        MNIST(root, download=True)
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _idx_folder(root: Path) -> Path | None:
+    """The folder at or below `root` that holds IDX files, in any of the layouts that torchvision and people use."""
+    for folder in (root / "MNIST" / "raw", root / "raw", root):
+        if any((folder / (name + suffix)).exists() for name in _IDX_FILES for suffix in ("", ".gz")):
+            return folder
+    return None
+
+
+def _idx(folder: Path) -> Source:
+    train_images, train_digits, test_images, test_digits = (_read_idx(folder, name) for name in _IDX_FILES)
+    for name, images, digits in (
+        (_IDX_FILES[0], train_images, train_digits),
+        (_IDX_FILES[2], test_images, test_digits),
+    ):
+        if images.shape[1:] != (SIDE, SIDE):
+            raise Refusal(f"{folder / name}: images are {images.shape[1]} x {images.shape[2]} pixels, not 28 x 28")
+        if len(images) != len(digits):
+            raise Refusal(f"{folder / name}: has {len(images):,} images, but its label file has {len(digits):,} labels")
+    digits = np.concatenate([train_digits, test_digits])
+    _checked_digits(pa.array(digits), str(folder), 0)
+    images = np.concatenate([train_images, test_images])
+    return _in_memory("mnist", str(folder), images, digits.astype(np.int8), test_rows=len(test_images))
+
+
+def _read_idx(folder: Path, name: str) -> Pixels:
+    """Read one IDX file of unsigned bytes (the format is described on the MNIST page), gzip-compressed or not."""
+    path = folder / name
+    if not path.exists():
+        path = folder / (name + ".gz")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except FileNotFoundError:
+        raise Refusal(f"{folder}: {name} is missing, gzipped or not") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise Refusal(f"{path}: cannot be read: {error}") from None
+    dimensions = 3 if "idx3" in name else 1
+    header = 4 + 4 * dimensions
+    if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
+        raise Refusal(f"{path}: is not an IDX file of unsigned bytes with {dimensions} dimension(s)")
+    shape = struct.unpack(f">{dimensions}I", data[4:header])
+    expected = int(np.prod(shape, dtype=np.int64))
+    if len(data) - header != expected:
+        raise Refusal(f"{path}: holds {len(data) - header:,} bytes of data where its header says {expected:,}")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def _parquet(place: Location, info: pafs.FileInfo) -> Source:
+    files = [info] if info.type == pafs.FileType.File else _parquet_files(place)
+    parts: list[ParquetPart] = []
+    counts: dict[str, list[tuple[int, int]]] = {}
+    total = 0
+    for file in files:
+        of_file = _parts_of_file(_same_store(place, file.path))
+        rows = sum(part.rows for part in of_file)
+        counts.setdefault(_split_name(file.path), []).append((total, total + rows))
+        parts += of_file
+        total += rows
+    ids = {split: np.concatenate([np.arange(*span) for span in spans]) for split, spans in counts.items()}
+    if "" in ids and len(ids) > 1:
+        raise Refusal(f"--data {place.text}: some files are named train or test and some are not, so the test rows are unclear")
+    return _with_splits(
+        "parquet", place.text, tuple(parts), ids.get("train", ids.get("")), ids.get("validation"), ids.get("test")
+    )
+
+
+def _parquet_files(place: Location) -> list[pafs.FileInfo]:
+    listed = place.filesystem.get_file_info(pafs.FileSelector(place.path, recursive=True))
+    files = [
+        file
+        for file in sorted(listed, key=lambda file: file.path)
+        if file.type == pafs.FileType.File and file.path.endswith(".parquet") and not _is_hidden(file.path, place.path)
+    ]
+    if not files:
+        raise Refusal(f"--data {place.text}: holds neither IDX files ({_IDX_FILES[0]}, …) nor *.parquet files")
+    return files
+
+
+def _is_hidden(path: str, root: str) -> bool:
+    return any(part.startswith((".", "_")) for part in path.removeprefix(root).split("/") if part)
+
+
+def _same_store(place: Location, path: str) -> Location:
+    relative = path.removeprefix(place.path).lstrip("/")
+    return place / relative if relative else place
+
+
+def _parts_of_file(file: Location) -> list[ParquetPart]:
+    try:
+        with file.filesystem.open_input_file(file.path) as stream:
+            parquet = pq.ParquetFile(stream)
+            metadata, columns = parquet.metadata, parquet.schema_arrow
+    except (OSError, pa.ArrowException) as error:
+        raise Refusal(f"{file.text}: is not a whole Parquet file: {' '.join(str(error).split())}") from None
+    digit_column = next((name for name in DIGIT_COLUMNS if name in columns.names), None)
+    if "image" not in columns.names or digit_column is None:
+        raise Refusal(f"{file.text}: needs a column 'image' and a column 'digit' or 'label', has {', '.join(columns.names)}")
+    form_error = image_form_error(columns.field("image").type)
+    if form_error:
+        raise Refusal(f"{file.text}: column 'image' {form_error}")
+    if not pa.types.is_integer(columns.field(digit_column).type):
+        raise Refusal(f"{file.text}: column {digit_column!r} has type {columns.field(digit_column).type}, not an integer type")
+    parts, groups, rows, first = [], list[int](), 0, 0
+    for group in range(metadata.num_row_groups):
+        groups.append(group)
+        rows += metadata.row_group(group).num_rows
+        if rows >= _BLOCK_ROWS or group == metadata.num_row_groups - 1:
+            parts.append(ParquetPart(file, tuple(groups), first, rows, digit_column))
+            groups, rows, first = [], 0, first + rows
+    return [part for part in parts if part.rows]
+
+
+def _split_name(path: str) -> str:
+    """train, validation, test, or "" where neither the file's nor its folder's name tells."""
+    for name in reversed(path.split("/")[-2:]):
+        match = re.match(r"(train|validation|valid|val|test)(?![a-z])", name)
+        if match:
+            return "validation" if match[1].startswith("val") else match[1]
+    return ""
+
+
+def _in_memory(name: str, location: str, images: Pixels, digits: np.ndarray, *, test_rows: int | None) -> Source:
+    """A source that is held in memory; its last `test_rows` rows are the test rows (None: hold some out)."""
+    parts = tuple(
+        _table(images[start : start + _BLOCK_ROWS], digits[start : start + _BLOCK_ROWS])
+        for start in range(0, len(images), _BLOCK_ROWS)
+    )
+    ids = np.arange(len(images))
+    if test_rows is None:
+        return _with_splits(name, location, parts, ids, None, None)
+    return _with_splits(name, location, parts, ids[: len(ids) - test_rows], None, ids[len(ids) - test_rows :])
+
+
+def _with_splits(
+    name: str,
+    location: str,
+    parts: tuple[pa.Table | ParquetPart, ...],
+    train: Rows | None,
+    validation: Rows | None,
+    test: Rows | None,
+) -> Source:
+    """Hold out of the training rows what the source does not itself set apart: a tenth, at most 5,000 rows each."""
+    if train is None or len(train) < 10:
+        raise Refusal(f"--data {location}: has {0 if train is None else len(train)} training rows; at least 10 are needed")
+    portion = min(5000, len(train) // 10)
+    if test is None:
+        train, test = held_out(train, portion)
+    if validation is None:
+        train, validation = held_out(train, portion)
+    if not len(validation) or not len(test):
+        raise Refusal(f"--data {location}: its validation or test files have no rows")
+    return Source(name, location, parts, train, validation, test)
+
+
+def _table(images: Pixels, digits: np.ndarray) -> pa.Table:
+    return pa.table({"image": pixels_array(images), "digit": pa.array(digits, pa.int8())})
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    combined = column.combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
+
+
+def _checked_digits(digits: pa.Array, where: str, first_row: int) -> np.ndarray:
+    values: Iterable[int | None] = digits.to_pylist() if digits.null_count else digits.to_numpy(zero_copy_only=False)
+    for row, digit in enumerate(values):
+        if digit is None or not 0 <= digit <= 9:
+            raise Refusal(f"{where}: row {first_row + row}: the digit is {'null' if digit is None else digit}, not 0..9")
+    return np.asarray(values, np.int8)

@@ -1,0 +1,108 @@
+"""The two-head network, its loss, and how pixels become its input. Nothing of Ray.
+
+conv1 1->32  conv2 32->64  max-pool      28 -> 14     3x3, padding 1
+conv3 64->64 conv4 64->64  max-pool      14 -> 7      3x3, padding 1
+conv5 64->64 conv6 64->128 conv7 128->10  7 -> 1      3x3, no padding: ten digit scores
+fc1 20->128  fc2 128->19                              on [digit scores, one-hot number]: nineteen sum scores
+"""
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PARAMETERS: Final = 220_125
+DIGITS: Final = 10
+SUMS: Final = 19
+
+# Mean and standard deviation of MNIST's 60,000 training images on the scale 0..1, as everybody uses them.
+PIXEL_MEAN: Final = 0.1307
+PIXEL_STD: Final = 0.3081
+
+
+def prepare_images(images: Tensor) -> Tensor:
+    """uint8[n, 28, 28] (0 background, 255 ink) to float32[n, 1, 28, 28], mean 0 and deviation 1 over MNIST, channels last.
+
+    Training and scoring both call this, on the device, so a row is scored as it was trained.
+    `.to` and not `.contiguous`: with one channel the latter finds nothing to do and the convolutions run in the slow layout.
+    """
+    scaled = images.unsqueeze(1).float().mul_(1 / (255 * PIXEL_STD)).sub_(PIXEL_MEAN / PIXEL_STD)
+    return scaled.to(memory_format=torch.channels_last)
+
+
+class TwoHeadCNN(nn.Module):
+    """The original's network: 220,125 trainable parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
+        self.conv4 = nn.Conv2d(64, 64, 3, padding=1)
+        self.conv5 = nn.Conv2d(64, 64, 3)
+        self.conv6 = nn.Conv2d(64, 128, 3)
+        self.conv7 = nn.Conv2d(128, DIGITS, 3)
+        self.fc1 = nn.Linear(DIGITS + 10, 128)
+        self.fc2 = nn.Linear(128, SUMS)
+        self._initialize()
+        count = sum(p.numel() for p in self.parameters())
+        assert count == PARAMETERS, f"the network has {count:,} parameters, not {PARAMETERS:,}"
+        for parameter in self.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
+
+    def _initialize(self) -> None:
+        """He et al. 2015 where a ReLU follows, Glorot and Bengio 2010 where it does not.
+
+        PyTorch's default is smaller; with it the sum head is at 34 % where this is at 47 %, three epochs into the sample.
+        """
+        for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6, self.fc1):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        for layer in (self.conv7, self.fc2):
+            nn.init.xavier_normal_(layer.weight)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def digit_scores(self, images: Tensor) -> Tensor:
+        """float[n, 1, 28, 28] to ten digit scores (logits) [n, 10]."""
+        x = F.relu_(self.conv1(images))
+        # ReLU after the max-pool gives the same values and gradients as before it, on a quarter of the elements.
+        x = F.relu_(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu_(self.conv3(x))
+        x = F.relu_(F.max_pool2d(self.conv4(x), 2))
+        x = F.relu_(self.conv5(x))
+        x = F.relu_(self.conv6(x))
+        scores: Tensor = self.conv7(x)
+        return scores.flatten(1)
+
+    def sum_scores(self, digit_scores: Tensor, numbers: Tensor) -> Tensor:
+        """Digit scores [n, 10] and numbers int64[n] in 0..9 to nineteen sum scores (logits) [n, 19]."""
+        one_hot = F.one_hot(numbers, 10).to(digit_scores.dtype)
+        scores: Tensor = self.fc2(F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1))))
+        return scores
+
+    def forward(self, images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Images float[n, 1, 28, 28] and numbers int64[n] to (digit scores [n, 10], sum scores [n, 19])."""
+        digit_scores = self.digit_scores(images)
+        return digit_scores, self.sum_scores(digit_scores, numbers)
+
+    def sum_scores_of_all_numbers(self, digit_scores: Tensor) -> Tensor:
+        """Digit scores [n, 10] to the sum scores of each with every number 0..9: [n, 10, 19].
+
+        The convolutions, nearly all of the work, have then run once an image and not ten times.
+        """
+        rows = len(digit_scores)
+        numbers = torch.arange(10, device=digit_scores.device).repeat(rows)
+        return self.sum_scores(digit_scores.repeat_interleave(10, dim=0), numbers).view(rows, 10, SUMS)
+
+
+def joint_loss(digit_scores: Tensor, sum_scores: Tensor, digits: Tensor, numbers: Tensor) -> Tensor:
+    """The mean of the two cross-entropies, added up over the rows (not averaged): a scalar, float32.
+
+    Added up, so that workers and batches of unequal size weigh each row alike; the caller divides once.
+    """
+    digit_loss = F.cross_entropy(digit_scores.float(), digits, reduction="sum")
+    sum_loss = F.cross_entropy(sum_scores.float(), digits + numbers, reduction="sum")
+    return (digit_loss + sum_loss) / 2

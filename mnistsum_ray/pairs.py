@@ -1,0 +1,77 @@
+"""What a training row is shown with: its place in the epoch, its random number and its small shift.
+
+Each is a pure function of (seed, epoch, row_id), so it is the same for any number of workers, any block
+layout, any retry and any restart, and nothing has to be stored to bring it back. The bits come from
+SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): a dozen
+lines that will draw the same in ten years, which no library's default generator promises.
+"""
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
+Bits = npt.NDArray[np.uint64]
+
+NUMBERS: Final = 10
+"""The random number is one of 0..9."""
+
+# What a draw is for. Draws for different purposes must not be correlated, so the purpose is part of the key.
+_ORDER, _NUMBER, _SHIFT, _SPLIT = range(4)
+
+
+def _mix(z: Bits) -> Bits:
+    """SplitMix64's step and finalizer: uint64 to uint64, a bijection in which every input bit moves every output bit."""
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _bits(seed: int, epoch: int, purpose: int, row_ids: Rows) -> Bits:
+    """64 random bits a row: uint64[n]."""
+    key = np.zeros(1, np.uint64)
+    for part in (seed, epoch, purpose):
+        key = _mix(key ^ np.uint64(part))
+    return _mix(key ^ _mix(row_ids.astype(np.uint64)))
+
+
+def _below(bits: Bits, bound: int) -> npt.NDArray[np.int64]:
+    """Uniform integers in 0..bound-1 (Lemire, 2019: multiply and shift; the bias is below bound / 2**32)."""
+    return (((bits >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
+def random_numbers(seed: int, epoch: int, row_ids: Rows) -> npt.NDArray[np.int64]:
+    """The number 0..9 that each row is paired with in this epoch: int64[n], uniform."""
+    return _below(_bits(seed, epoch, _NUMBER, row_ids), NUMBERS)
+
+
+def shifts(seed: int, epoch: int, row_ids: Rows, limit: int) -> npt.NDArray[np.int64]:
+    """How many pixels (down, right) each training image is moved in this epoch: int64[n, 2] in -limit..limit."""
+    bits = _bits(seed, epoch, _SHIFT, row_ids)
+    return np.stack([_below(bits, 2 * limit + 1), _below(_mix(bits), 2 * limit + 1)], axis=1) - limit
+
+
+def epoch_order(seed: int, epoch: int, row_ids: Rows) -> Rows:
+    """The rows in the order in which this epoch visits them: a permutation of int64[n]."""
+    return row_ids[np.argsort(_bits(seed, epoch, _ORDER, row_ids), kind="stable")]
+
+
+def held_out(row_ids: Rows, count: int) -> tuple[Rows, Rows]:
+    """Split rows into (kept, held out), both in ascending order, `count` of them held out.
+
+    Which rows are held out depends on nothing but their ids: the same for every seed, so that two runs can be compared.
+    """
+    order = row_ids[np.argsort(_bits(0, 0, _SPLIT, row_ids), kind="stable")]
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Steps that visit every row once; the last batch may be smaller, no row is dropped."""
+    return -(-rows // batch_size)
+
+
+def rank_share(batch: Rows, rank: int, world_size: int) -> Rows:
+    """The rows of one global batch that one worker takes: int64[n], sizes over the workers differ by one at most."""
+    return batch[rank::world_size]

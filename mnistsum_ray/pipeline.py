@@ -1,0 +1,210 @@
+"""The Ray Data side of training: read and decode once, then stream shuffled pairs to each worker.
+
+    source ──read, decode──▶ blocks in the object store ──gather──▶ rank 0: step 0, step 1, … of every epoch
+                             (uint8, in row id order)      └──────▶ rank 1: …
+
+One execution per worker streams all the epochs that are left: the order of every epoch is known beforehand
+(pairs.py), so the next epoch's first batches are ready before this one ends, and a worker's rows depend on
+(seed, epoch, rank, world size) and on nothing that a scheduler decides. `streaming_split` would drop up to a
+row a worker, and a new execution each epoch costs its start-up each epoch.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data import TaskPoolStrategy
+from ray.data.dataset import MaterializedDataset
+
+from mnistsum_ray.config import Refusal
+from mnistsum_ray.mnist import ParquetPart, Source
+from mnistsum_ray.pairs import Rows, epoch_order, random_numbers, rank_share, shifts, steps_per_epoch
+from mnistsum_ray.schema import IMAGE_TYPE, SIDE, Pixels, pixels_view
+
+Batch = dict[str, torch.Tensor]
+"""image uint8[n, 28, 28], digit int64[n], row_id int64[n], and in training number int64[n]; on the worker's device."""
+
+EVALUATION_ROWS: Final = 250
+"""Rows in one forward pass of an evaluation."""
+
+_TASK_ROWS: Final = 4096
+"""Rows that one gather task yields: 3 MB, some tens of milliseconds."""
+
+
+def quiet() -> None:
+    """Keep order, and keep Ray Data's bars, plans and advice out of sight: the app reports rows, and waits, itself."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def load(source: Source) -> tuple[MaterializedDataset, str]:
+    """Read and decode every row on the cluster, in row id order: columns `image` (784 bytes) and `digit` int8.
+
+    Returns:
+        The dataset in the object store, and its fingerprint: SHA-256 over all pixels and digits in row id order.
+
+    Raises:
+        Refusal: a row or a file is not what its footer promised.
+    """
+    if all(isinstance(part, pa.Table) for part in source.parts):
+        dataset = ray.data.from_arrow(list(source.parts)).materialize()
+    else:
+        parts = ray.data.from_items([{"part": part} for part in source.parts], override_num_blocks=len(source.parts))
+        dataset = parts.map_batches(_read, batch_format="pyarrow", batch_size=1).materialize()
+    digest, rows = hashlib.sha256(), 0
+    for block in dataset.to_arrow_refs():
+        table: pa.Table = ray.get(block)
+        if "refusal" in table.column_names and table["refusal"].null_count < table.num_rows:
+            raise Refusal(table["refusal"].drop_null()[0].as_py())
+        rows += table.num_rows
+        digest.update(np.ascontiguousarray(_images(table)).data)
+        digest.update(np.ascontiguousarray(_digits(table)).data)
+    if rows != source.rows:
+        raise RuntimeError(f"read {rows:,} rows of {source.location}, whose files hold {source.rows:,}")
+    return dataset, digest.hexdigest()
+
+
+def _read(batch: pa.Table) -> pa.Table:
+    part: ParquetPart = batch["part"][0].as_py()
+    # Ray Data wraps an exception and loses its type on the way to the driver, so what a user did wrong travels as a value.
+    try:
+        return part.read().append_column("refusal", pa.nulls(part.rows, pa.string()))
+    except Refusal as refusal:
+        return pa.table(
+            {"image": pa.array([bytes(SIDE * SIDE)], IMAGE_TYPE), "digit": pa.array([0], pa.int8()), "refusal": [str(refusal)]}
+        )
+
+
+def _images(table: pa.Table) -> Pixels:
+    (chunk,) = table["image"].combine_chunks().chunks if table["image"].num_chunks > 1 else table["image"].chunks
+    return pixels_view(chunk)
+
+
+def _digits(table: pa.Table) -> npt.NDArray[np.int8]:
+    return table["digit"].to_numpy()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one worker is to see, and in which order: pure arithmetic, the same wherever it is worked out."""
+
+    row_ids: Rows
+    """The training rows, ascending."""
+    batch_size: int
+    seed: int
+    max_shift: int
+    first_epoch: int
+    epochs: int
+    rank: int
+    world_size: int
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch, the same on every worker."""
+        return steps_per_epoch(len(self.row_ids), self.batch_size)
+
+    def batch_rows(self, step: int) -> int:
+        """Rows of the global batch at this step of an epoch."""
+        return min(self.batch_size, len(self.row_ids) - step * self.batch_size)
+
+    def share_rows(self, step: int) -> int:
+        """Rows of this worker's share of that batch; the last one may be empty."""
+        return len(range(self.rank, self.batch_rows(step), self.world_size))
+
+    def tasks(self) -> list[dict[str, int]]:
+        """Consecutive steps, put together so that a task is worth its overhead and never spans two epochs."""
+        stride = max(1, _TASK_ROWS * self.world_size // self.batch_size)
+        return [
+            {"epoch": epoch, "first": first, "last": min(first + stride, self.steps)}
+            for epoch in range(self.first_epoch, self.epochs)
+            for first in range(0, self.steps, stride)
+        ]
+
+    def rows(self, epoch: int, first: int, last: int) -> Rows:
+        """The rows of this worker's shares of steps first..last-1, one after the other."""
+        order = epoch_order(self.seed, epoch, self.row_ids)
+        batches = (order[step * self.batch_size : (step + 1) * self.batch_size] for step in range(first, last))
+        return np.concatenate([rank_share(batch, self.rank, self.world_size) for batch in batches])
+
+
+class _Gather:
+    """Takes rows out of the blocks, wherever in the object store they lie."""
+
+    def __init__(self, images: MaterializedDataset) -> None:
+        self._blocks: list[ray.ObjectRef[pa.Table]] = images.to_arrow_refs()
+        self._starts = np.cumsum([0, *(ray.get(block).num_rows for block in self._blocks)])
+
+    def __call__(self, row_ids: Rows) -> dict[str, np.ndarray]:
+        images = np.empty((len(row_ids), SIDE, SIDE), np.uint8)
+        digits = np.empty(len(row_ids), np.int64)
+        block_of = np.searchsorted(self._starts, row_ids, side="right") - 1
+        for index in np.unique(block_of):
+            table: pa.Table = ray.get(self._blocks[index])  # shared memory: nothing is copied
+            here = np.flatnonzero(block_of == index)
+            inside = row_ids[here] - self._starts[index]
+            images[here] = _images(table)[inside]
+            digits[here] = _digits(table)[inside]
+        return {"image": images, "digit": digits, "row_id": row_ids}
+
+
+def _training_rows(task: dict[str, np.ndarray], gather: _Gather, schedule: Schedule) -> dict[str, np.ndarray]:
+    epoch = int(task["epoch"][0])
+    rows = schedule.rows(epoch, int(task["first"][0]), int(task["last"][0]))
+    batch = gather(rows)
+    if schedule.max_shift:
+        batch["image"] = _shifted(batch["image"], shifts(schedule.seed, epoch, rows, schedule.max_shift), schedule.max_shift)
+    return batch | {"number": random_numbers(schedule.seed, epoch, rows)}
+
+
+def _shifted(images: Pixels, moves: Rows, limit: int) -> Pixels:
+    """Move each image by its (down, right), int64[n, 2] in -limit..limit; background comes in at the edge."""
+    padded = np.pad(images, ((0, 0), (limit, limit), (limit, limit)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (SIDE, SIDE), axis=(1, 2))
+    return windows[np.arange(len(images)), limit - moves[:, 0], limit - moves[:, 1]]
+
+
+def training_batches(images: MaterializedDataset, schedule: Schedule, device: torch.device, num_cpus: float) -> Iterator[Batch]:
+    """This worker's share of every step of every epoch that is left, in order, as uint8 on the device.
+
+    `num_cpus` is what a gather task reserves; it works for some 20 ms every few seconds beside a CPU worker.
+    """
+    tasks = schedule.tasks()
+    if not tasks:
+        return
+    stream = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+        _training_rows,
+        fn_kwargs={"gather": _Gather(images), "schedule": schedule},
+        batch_size=1,
+        num_cpus=num_cpus,
+        # Bounded, or Ray starts a process for every waiting task. One gathers some 200,000 rows/s.
+        compute=TaskPoolStrategy(size=2 if device.type == "cuda" else 1),
+    )
+    blocks = stream.iter_torch_batches(batch_size=None, prefetch_batches=2, device=device)
+    for task, block in zip(tasks, blocks, strict=True):
+        start = 0
+        for step in range(task["first"], task["last"]):
+            end = start + schedule.share_rows(step)
+            yield {name: values[start:end] for name, values in block.items()}
+            start = end
+        if start != len(block["row_id"]):
+            raise RuntimeError(f"a block of epoch {task['epoch'] + 1} has {len(block['row_id'])} rows, the schedule has {start}")
+
+
+def held_out_batches(images: MaterializedDataset, row_ids: Rows, rank: int, world_size: int, device: torch.device) -> list[Batch]:
+    """This worker's share of held-out rows, as uint8 batches that stay on the device: 0.8 KB a row."""
+    gather, share = _Gather(images), rank_share(row_ids, rank, world_size)
+    return [
+        {name: torch.as_tensor(values, device=device) for name, values in gather(share[start : start + EVALUATION_ROWS]).items()}
+        for start in range(0, len(share), EVALUATION_ROWS)
+    ]

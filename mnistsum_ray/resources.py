@@ -1,0 +1,143 @@
+"""What the cluster has and what a run takes of it; what can never run is refused before anything starts."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import ray
+
+from mnistsum_ray.config import Refusal, TrainConfig
+
+_DATA_CPU_SHARE: Final = 0.25
+"""What is left of the CPUs for the data tasks at least: with all reserved by training workers, they would wait for ever."""
+
+_POLL_SECONDS: Final = 2.0
+_SAY_SECONDS: Final = 15.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Logical resources: now, free at this moment, and the most that an autoscaler may reach."""
+
+    nodes: int
+    total: dict[str, float]
+    free: dict[str, float]
+    ceiling: dict[str, float]
+
+    @property
+    def can_grow(self) -> bool:
+        return any(self.ceiling.get(kind, 0) > self.total.get(kind, 0) for kind in ("CPU", "GPU"))
+
+    def describe(self) -> str:
+        now = f"{_count(self.total, 'CPU')} and {_count(self.total, 'GPU')} on {self.nodes} node{'s' * (self.nodes != 1)}"
+        most = f", at most {_count(self.ceiling, 'CPU')} and {_count(self.ceiling, 'GPU')} after growing" if self.can_grow else ""
+        return now + most
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """What a run takes."""
+
+    workers: tuple[int, int]
+    use_gpu: bool
+    cpus_per_worker: float
+    data_cpus_per_worker: float
+    """What the task that feeds a worker reserves: little, so that it fits in beside the workers."""
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """What each training worker reserves."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.use_gpu else {})
+
+    def needs(self) -> dict[str, float]:
+        """What has to be free for the fewest workers and their data tasks."""
+        need = {kind: amount * self.workers[0] for kind, amount in self.per_worker.items()}
+        return need | {"CPU": need["CPU"] + self.data_cpus_per_worker * self.workers[0]}
+
+
+def look() -> Cluster:
+    """Ask the cluster that this process is connected to."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    total = dict(ray.cluster_resources())
+    return Cluster(
+        nodes=sum(1 for node in alive if node["Resources"].get("CPU")),
+        total=total,
+        free=dict(ray.available_resources()),
+        ceiling={kind: max(total.get(kind, 0), limit) for kind, limit in (total | _autoscaler_limits()).items()},
+    )
+
+
+def _autoscaler_limits() -> dict[str, float]:
+    # What Ray Train itself asks when it explains why a worker group does not start; there is no public call.
+    from ray._private.state import state
+
+    limits = state.get_max_resources_from_cluster_config()
+    return {kind: float(limit) for kind, limit in (limits or {}).items()}
+
+
+def allot(config: TrainConfig, cluster: Cluster) -> Allotment:
+    """Decide workers and devices: what the config says, and otherwise what the cluster has.
+
+    Raises:
+        Refusal: more is asked for than the cluster can ever have.
+    """
+    gpus = int(cluster.ceiling.get("GPU", 0))
+    use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu
+    if use_gpu and not gpus:
+        raise Refusal(f"--use-gpu true: the cluster has no GPU ({cluster.describe()})")
+    # On CPUs one worker a node, with a thread a core, does what many workers would without copying gradients about.
+    fitting = int(cluster.total.get("GPU", 0)) if use_gpu else cluster.nodes
+    workers = config.worker_range or (max(1, fitting), max(1, fitting))
+    most = gpus if use_gpu else int(cluster.ceiling.get("CPU", 0))
+    if workers[0] > most:
+        kind = "GPU" if use_gpu else "CPU"
+        raise Refusal(
+            f"--num-workers {workers[0]}: needs {workers[0]} {kind}s, one a worker; the cluster has {cluster.describe()}"
+        )
+    cpus = cluster.ceiling.get("CPU", 0.0) / workers[0]
+    return Allotment(
+        workers=(workers[0], min(workers[1], most)),
+        use_gpu=use_gpu,
+        cpus_per_worker=min(1.0, (1 - _DATA_CPU_SHARE) * cpus),
+        data_cpus_per_worker=min(_DATA_CPU_SHARE, _DATA_CPU_SHARE * cpus),
+    )
+
+
+def wait_until_free(allotment: Allotment, seconds: float, say: Callable[[str], None]) -> None:
+    """Wait until the fewest workers fit, since Ray Train would wait for ever and say nothing of it.
+
+    Raises:
+        Refusal: it is not, after so many seconds.
+    """
+    need = allotment.needs()
+    started = time.monotonic()
+    said = -_SAY_SECONDS
+    asked = False
+    while True:
+        cluster = look()
+        missing = {kind: amount for kind, amount in need.items() if cluster.free.get(kind, 0) < amount}
+        if not missing:
+            return
+        waited = time.monotonic() - started
+        wanted = " and ".join(_count(need, kind) for kind in need)
+        free = " and ".join(_count(cluster.free, kind) for kind in need)
+        if waited >= seconds:
+            raise Refusal(
+                f"needs {wanted}, but after {waited:.0f} s only {free} are free ({cluster.describe()}): other jobs hold the "
+                "rest, or the cluster has not grown; ask for fewer --num-workers or give more --wait-seconds"
+            )
+        if cluster.can_grow and not asked:
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[allotment.per_worker] * allotment.workers[0])
+            asked = True
+        if waited - said >= _SAY_SECONDS:
+            say(f"waiting for {wanted}; free now: {free} ({cluster.describe()}); giving up in {seconds - waited:.0f} s")
+            said = waited
+        time.sleep(min(_POLL_SECONDS, max(0.1, seconds - waited)))
+
+
+def _count(resources: dict[str, float], kind: str) -> str:
+    amount = resources.get(kind, 0)
+    return f"{amount:g} {kind}{'s' * (amount != 1)}"

@@ -1,0 +1,272 @@
+"""A training run, seen from the driver: refuse early, load the data, fit, publish the best model."""
+
+import os
+import platform
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.data.dataset import MaterializedDataset
+from ray.util.queue import Queue
+
+from mnistsum_ray import pipeline, resources
+from mnistsum_ray.checkpoint import MODEL_FILES
+from mnistsum_ray.config import Refusal, TrainConfig
+from mnistsum_ray.loop import LoopConfig, train_loop_per_worker
+from mnistsum_ray.mnist import Source, open_source
+from mnistsum_ray.model import PARAMETERS
+from mnistsum_ray.report import Console, draw_history, write_history
+from mnistsum_ray.storage import Location, locate
+
+SMALL_ROWS: Final = 20_000
+"""Below so many training rows, smaller batches and more epochs: the sum head needs its number of steps."""
+
+# With glibc's defaults each step's activations go back to the kernel and are faulted in again: a fifth of the time of a
+# CPU step. Nothing is lost by keeping them; on another C library the variables mean nothing.
+KEEP_MEMORY: Final = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+
+# What a run's numbers depend on, and so what `--resume` may not change.
+_FIXED: Final = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_shift", "seed", "precision")
+
+_PACKAGES: Final = ("mnistsum_ray", "ray", "torch", "pyarrow", "numpy")
+
+
+class RunFailed(RuntimeError):
+    """The run ended without a model; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A request that has been found sound: what to train on what, and where it goes."""
+
+    config: TrainConfig
+    source: Source
+    folder: Location
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Check all that can be checked without a cluster, and fill in what follows from the data.
+
+    Raises:
+        Refusal: the data, the name or the storage will not do.
+    """
+    storage = locate(config.storage_path, "--storage-path")
+    name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    folder = storage / name
+    try:
+        taken = folder.exists()
+        if config.resume:
+            config = _resumed(config, folder)
+        elif taken:
+            raise Refusal(f"--name {name}: {folder.text} exists; continue it with --resume, or choose another name")
+    except OSError as error:
+        raise Refusal(f"--storage-path {storage.text}: {' '.join(str(error).split())}") from None
+    source = open_source(config.data)
+    small = len(source.train) < SMALL_ROWS
+    recipe = {"epochs": 6, "batch_size": 64, "max_shift": 1} if small else {"epochs": 5, "batch_size": 256, "max_shift": 2}
+    unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
+    return Run(config.model_copy(update=unset | {"name": name, "storage_path": storage.text}), source, folder)
+
+
+def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
+    """The config of the stored run, with what this command says of the cluster."""
+    manifest = _read_manifest(folder)
+    stored = TrainConfig(**manifest["config"])
+    given = {key: getattr(config, key) for key in config.model_fields_set}
+    for key in _FIXED:
+        if key in given and given[key] != getattr(stored, key):
+            raise Refusal(
+                f"--{key.replace('_', '-')} {given[key]}: the run {config.name} has {getattr(stored, key)}, and its numbers "
+                "depend on it; leave the flag out, or start another run"
+            )
+    return stored.model_copy(update=given)
+
+
+def _read_manifest(folder: Location) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = (folder / "manifest.json").read_json()
+    except FileNotFoundError:
+        raise Refusal(f"--resume: there is no run in {folder.text} (no manifest.json)") from None
+    return manifest
+
+
+def fit(run: Run, console: Console) -> dict[str, Any]:
+    """Train on the cluster that this process is connected to.
+
+    Returns:
+        The fields of the job's last line (see the README).
+
+    Raises:
+        Refusal: the cluster cannot carry it, or a row of the data is not what it should be.
+        RunFailed: the loss became infinite.
+        ray.train.TrainingFailedError: workers were lost more often than `--max-failures`.
+    """
+    started = time.monotonic()
+    config, source = run.config, run.source
+    if source.notice:
+        console.say(source.notice)
+    allotment = resources.allot(config, resources.look())
+    resources.wait_until_free(allotment, config.wait_seconds, console.say)
+    pipeline.quiet()
+    images, fingerprint = pipeline.load(source)
+    manifest = _manifest(run, fingerprint)
+    if config.resume:
+        _check_data(_read_manifest(run.folder), fingerprint)
+    (run.folder / "manifest.json").write_json(manifest)
+    console.say(
+        f"run {config.name}: {len(source.train):,} training, {len(source.validation):,} validation and {len(source.test):,} test "
+        f"rows of {source.name} ({source.location}); {_workers_text(allotment)}"
+    )
+    with _events(console) as events:
+        history, checkpoint = _train(run, allotment, images, events)
+    model = run.folder / "model"
+    with checkpoint.as_directory() as local:
+        for name in MODEL_FILES:
+            (model / name).write_bytes((Path(local) / name).read_bytes())
+        card = (model / "model.json").read_json()
+    write_history(run.folder, history)
+    draw_history(run.folder, history)
+    steady = history[1:] or history
+    speed = sum(line["rows_per_second"] * line["seconds"] for line in steady) / sum(line["seconds"] for line in steady)
+    summary = {
+        "run": run.folder.text,
+        "model": model.text,
+        "parameters": PARAMETERS,
+        "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
+        "test": card["test"],
+        "images_per_second": round(speed, 1),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    (run.folder / "manifest.json").write_json(manifest | {"status": "finished", "metrics": summary})
+    return summary
+
+
+def _train(
+    run: Run, allotment: resources.Allotment, images: MaterializedDataset, events: Queue
+) -> tuple[list[dict[str, Any]], ray.train.Checkpoint]:
+    config, source = run.config, run.source
+    assert config.epochs is not None
+    assert config.batch_size is not None
+    assert config.max_shift is not None
+    loop = LoopConfig(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_shift=config.max_shift,
+        seed=config.seed,
+        precision=config.precision,
+        train=source.train,
+        validation=source.validation,
+        test=source.test,
+        data_cpus=allotment.data_cpus_per_worker,
+        events=events,
+    )
+    fewest, most = allotment.workers
+    # Without these two, a worker group that no longer fits is tried again for ever.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(60.0, config.wait_seconds))
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker, or the end, is seen
+    failures = ray.train.FailureConfig(max_failures=config.max_failures, controller_failure_limit=config.max_failures)
+    trainer = ray.train.torch.TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"loop": loop},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=fewest if fewest == most else (fewest, most),
+            use_gpu=allotment.use_gpu,
+            resources_per_worker=allotment.per_worker,
+        ),
+        run_config=ray.train.RunConfig(
+            name=config.name,
+            storage_path=config.storage_path,
+            failure_config=failures,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=[_Narrator(events)],
+            worker_runtime_env={} if allotment.use_gpu else {"env_vars": KEEP_MEMORY},
+        ),
+        datasets={"images": images},
+        # Not split: that would drop up to a row a worker. Each worker takes its rows by arithmetic, see pipeline.Schedule.
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+    )
+    result = trainer.fit()
+    outcome = result.return_value or {}
+    if "error" in outcome:
+        raise RunFailed(outcome["error"])
+    assert result.checkpoint is not None, "a run of at least one epoch leaves a checkpoint"
+    return outcome["history"], result.checkpoint
+
+
+class _Narrator(ray.train.UserCallback):
+    """Says when workers are lost: Ray Train replaces them without a word to the driver."""
+
+    def __init__(self, events: Queue) -> None:
+        self._events = events
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for rank, error in worker_exceptions.items():
+            text = str(getattr(error, "_base_exc", error)).strip().splitlines() or [type(error).__name__]
+            self._events.put({"kind": "note", "text": f"worker {rank} failed: {text[0]} (full text in Ray's logs)"})
+
+
+@contextmanager
+def _events(console: Console) -> Iterator[Queue]:
+    """A queue whose events the console shows until the block ends."""
+    queue = Queue(actor_options={"num_cpus": 0})
+
+    def follow() -> None:
+        while (event := queue.get()) is not None:
+            console.show(event)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield queue
+    finally:
+        queue.put(None)
+        thread.join(timeout=10)
+        queue.shutdown()
+
+
+def _manifest(run: Run, fingerprint: str) -> dict[str, Any]:
+    source = run.source
+    return {
+        "status": "running",
+        "config": run.config.model_dump(mode="json", exclude={"config", "resume"}),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "data": {
+            "source": source.name,
+            "location": source.location,
+            "notice": source.notice,
+            "sha256": fingerprint,
+            "train_rows": len(source.train),
+            "validation_rows": len(source.validation),
+            "test_rows": len(source.test),
+        },
+    }
+
+
+def _check_data(stored: dict[str, Any], fingerprint: str) -> None:
+    if stored["data"]["sha256"] != fingerprint:
+        raise Refusal(
+            f"--resume: the data are not those of the run (SHA-256 {fingerprint[:12]}…, the run has "
+            f"{stored['data']['sha256'][:12]}… from {stored['data']['location']}); name the same data, or start another run"
+        )
+
+
+def _workers_text(allotment: resources.Allotment) -> str:
+    fewest, most = allotment.workers
+    number = str(fewest) if fewest == most else f"{fewest} to {most}"
+    return f"{number} {'GPU' if allotment.use_gpu else 'CPU'} worker{'s' * (most != 1)}"
