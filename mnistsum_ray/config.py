@@ -75,13 +75,12 @@ class TrainConfig(JobConfig):
     @field_validator("num_workers", mode="before")
     @classmethod
     def _parse_workers(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            parts = value.split(",")
-            if not all(re.fullmatch(r"\s*\d+\s*", part) for part in parts) or len(parts) > 2:
-                raise ValueError("must be N or MIN,MAX")
-            numbers = [int(part) for part in parts]
-            value = numbers[0] if len(numbers) == 1 else tuple(numbers)
-        return tuple(value) if isinstance(value, list) else value
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            return value
+        if len(parts) not in (1, 2) or not all(re.fullmatch(r"\s*\d+\s*", str(part)) for part in parts):
+            raise ValueError("must be N or MIN,MAX")
+        return int(parts[0]) if len(parts) == 1 else tuple(int(part) for part in parts)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

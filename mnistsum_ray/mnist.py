@@ -218,7 +218,7 @@ def _parquet(place: Location, info: pafs.FileInfo) -> Source:
     for file in files:
         of_file = _parts_of_file(_same_store(place, file.path))
         rows = sum(part.rows for part in of_file)
-        counts.setdefault(_split_name(file.path), []).append((total, total + rows))
+        counts.setdefault(_split_name(file.path, place.path), []).append((total, total + rows))
         parts += of_file
         total += rows
     ids = {split: np.concatenate([np.arange(*span) for span in spans]) for split, spans in counts.items()}
@@ -275,9 +275,10 @@ def _parts_of_file(file: Location) -> list[ParquetPart]:
     return [part for part in parts if part.rows]
 
 
-def _split_name(path: str) -> str:
-    """train, validation, test, or "" where neither the file's nor its folder's name tells."""
-    for name in reversed(path.split("/")[-2:]):
+def _split_name(path: str, root: str) -> str:
+    """train, validation, test, or "" where neither the file's name nor its folder's, below the root, tells."""
+    below = path.removeprefix(root).strip("/") or path.rpartition("/")[2]
+    for name in reversed(below.split("/")[-2:]):
         match = re.match(r"(train|validation|valid|val|test)(?![a-z])", name)
         if match:
             return "validation" if match[1].startswith("val") else match[1]

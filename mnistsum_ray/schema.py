@@ -151,5 +151,7 @@ def _decode_picture(data: bytes) -> Pixels:
             return np.asarray(picture)
     except BadImage:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise BadImage("the picture claims to unpack to far more than 28 x 28 pixels") from None
+    except (OSError, SyntaxError, ValueError) as error:
         raise BadImage(f"{len(data)} bytes are neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__})") from None

@@ -1,0 +1,44 @@
+"""Processes that really die, and weights that are the same to the last bit (one CPU worker)."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from mnistsum_ray.mnist import SAMPLE
+from tests.integration.conftest import Job, kill_everything, kill_training_worker, run_job
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.parquet"
+    pq.write_table(pq.read_table(SAMPLE)[::2], path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> bytes:
+    runs = tmp_path_factory.mktemp("runs")
+    done = run_job("train", "--data", data, "--epochs", 3, "--storage-path", runs, "--name", "undisturbed")
+    return (Path(done.line["model"]) / "model.safetensors").read_bytes()
+
+
+def test_a_killed_worker_changes_nothing(tmp_path: Path, data: Path, undisturbed: bytes) -> None:
+    job = Job("train", "--data", data, "--epochs", 3, "--storage-path", tmp_path, "--name", "worker")
+    job.wait_for_line("epoch 2: train loss")
+    kill_training_worker(job.process.pid)
+    done = job.wait()
+    assert (Path(done.line["model"]) / "model.safetensors").read_bytes() == undisturbed
+    assert "worker 0 failed" in done.err
+    assert "going on after epoch" in done.err
+
+
+def test_everything_killed_and_resumed_changes_nothing(tmp_path: Path, data: Path, undisturbed: bytes) -> None:
+    job = Job("train", "--data", data, "--epochs", 3, "--storage-path", tmp_path, "--name", "all")
+    job.wait_for_line("epoch 2: train loss")
+    kill_everything(job.process.pid)
+    job.wait()
+    assert not (tmp_path / "all" / "model").exists()
+    done = run_job("train", "--storage-path", tmp_path, "--name", "all", "--resume")
+    assert (Path(done.line["model"]) / "model.safetensors").read_bytes() == undisturbed
+    assert "going on after epoch" in done.err

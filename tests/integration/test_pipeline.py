@@ -1,0 +1,125 @@
+"""The Ray Data side, on a real cluster: what is read, and what each worker is fed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from ray.data.dataset import MaterializedDataset
+
+from mnistsum_ray import pipeline
+from mnistsum_ray.config import Refusal
+from mnistsum_ray.mnist import open_source
+from mnistsum_ray.pairs import random_numbers
+from mnistsum_ray.pipeline import Batch, Schedule
+from mnistsum_ray.schema import pixels_view
+
+Rows = Callable[[int], Path]
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    pipeline.quiet()
+
+
+def feed(images: MaterializedDataset, ids: np.ndarray, rank: int, world_size: int, **changed: int) -> list[Batch]:
+    values = {"batch_size": 48, "seed": 3, "max_shift": 0, "first_epoch": 0, "epochs": 2} | changed
+    schedule = Schedule(row_ids=ids, rank=rank, world_size=world_size, **values)
+    return list(pipeline.training_batches(images, schedule, CPU, 0.25))
+
+
+def test_the_blocks_hold_every_row_in_order(write_rows: Rows) -> None:
+    path = write_rows(1000)  # five row groups, and more than one part after reading
+    dataset, fingerprint = pipeline.load(open_source(str(path)))
+    assert dataset.count() == 1000
+    assert [row["image"] for row in dataset.take_all()] == pq.read_table(path)["image"].to_pylist()
+    assert pipeline.load(open_source(str(path)))[1] == fingerprint
+
+
+def test_the_fingerprint_is_of_the_rows_and_not_of_the_files(tmp_path: Path, sample: pa.Table) -> None:
+    rows = sample[::10]
+    for name, size in (("a", 500), ("b", 70)):
+        (tmp_path / name).mkdir()
+        pq.write_table(rows, tmp_path / name / "rows.parquet", row_group_size=size)
+    (tmp_path / "c").mkdir()
+    pq.write_table(rows[::-1], tmp_path / "c" / "rows.parquet")
+    prints = [pipeline.load(open_source(str(tmp_path / name)))[1] for name in ("a", "b", "c")]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_bad_row_found_on_the_cluster_is_a_refusal_that_names_it(tmp_path: Path, sample: pa.Table) -> None:
+    rows = sample[::10].to_pylist()
+    rows[321]["image"] = b"\x89PNG"
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema({"image": pa.binary(), "digit": pa.int8()})), tmp_path / "a.parquet")
+    with pytest.raises(Refusal, match=r"a\.parquet: row 321: 4 bytes are neither 784 pixels nor a readable PNG"):
+        pipeline.load(open_source(str(tmp_path)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_row_once_an_epoch_with_its_own_number(write_rows: Rows, world_size: int) -> None:
+    path = write_rows(500)
+    source = open_source(str(path))
+    images, _ = pipeline.load(source)
+    table = pq.read_table(path)
+    pixels, digits = pixels_view(table["image"].combine_chunks()), table["digit"].to_numpy()
+    shares = [feed(images, source.train, rank, world_size) for rank in range(world_size)]
+    steps = -(-len(source.train) // 48)
+    assert {len(share) for share in shares} == {2 * steps}, "every rank takes the same number of steps"
+    for epoch in range(2):
+        batches = [batch for share in shares for batch in share[epoch * steps : (epoch + 1) * steps]]
+        ids = torch.cat([batch["row_id"] for batch in batches]).numpy()
+        assert np.array_equal(np.sort(ids), source.train)
+        numbers = torch.cat([batch["number"] for batch in batches]).numpy()
+        assert np.array_equal(numbers, random_numbers(3, epoch, ids))
+        images_fed = torch.cat([batch["image"] for batch in batches])
+        assert images_fed.dtype == torch.uint8
+        assert np.array_equal(images_fed.numpy(), pixels[ids])
+        assert np.array_equal(torch.cat([batch["digit"] for batch in batches]).numpy(), digits[ids])
+
+
+def test_the_block_layout_changes_nothing(tmp_path: Path, sample: pa.Table) -> None:
+    fed = []
+    for size in (1000, 64):
+        path = tmp_path / f"{size}.parquet"
+        pq.write_table(sample[::5], path, row_group_size=size)
+        source = open_source(str(path))
+        images, _ = pipeline.load(source)
+        fed.append(feed(images.repartition(1000 // size).materialize(), source.train, 0, 1, max_shift=2))
+    for one, other in zip(*fed, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_going_on_after_an_epoch_feeds_what_the_whole_run_would(write_rows: Rows) -> None:
+    source = open_source(str(write_rows(500)))
+    images, _ = pipeline.load(source)
+    whole = feed(images, source.train, 0, 1, max_shift=1)
+    rest = feed(images, source.train, 0, 1, max_shift=1, first_epoch=1)
+    for one, other in zip(whole[len(whole) // 2 :], rest, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_shifted_images_are_the_images_moved(write_rows: Rows) -> None:
+    source = open_source(str(write_rows(500)))
+    images, _ = pipeline.load(source)
+    plain = feed(images, source.train, 0, 1)
+    moved = feed(images, source.train, 0, 1, max_shift=2)
+    for still, shifted in zip(plain, moved, strict=True):
+        assert torch.equal(still["row_id"], shifted["row_id"])
+        for before, after in zip(still["image"], shifted["image"], strict=True):
+            padded = torch.nn.functional.pad(before, (2, 2, 2, 2))
+            windows = [padded[y : y + 28, x : x + 28] for y in range(5) for x in range(5)]
+            assert any(torch.equal(after, window) for window in windows)
+
+
+def test_held_out_rows_are_shared_out_whole(write_rows: Rows) -> None:
+    source = open_source(str(write_rows(1000)))
+    images, _ = pipeline.load(source)
+    shares = [pipeline.held_out_batches(images, source.train, rank, 3, CPU) for rank in range(3)]
+    ids = torch.cat([batch["row_id"] for share in shares for batch in share]).numpy()
+    assert np.array_equal(np.sort(ids), source.train)

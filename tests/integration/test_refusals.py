@@ -1,0 +1,85 @@
+"""What cannot be done is said in one line, with exit code 2, within ten seconds of the command."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from tests.integration.conftest import Done, run_job
+
+Rows = Callable[[int], Path]
+
+
+def check_refused(done: Done, said: str, seconds: float = 10) -> None:
+    assert done.code == 2, done.err
+    assert done.out == ""
+    assert len(done.err.strip().splitlines()) == 1, done.err
+    assert said in done.err
+    assert done.seconds < seconds
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--epohs", "3"], "--epohs"),
+        (["--epochs", "0"], "--epochs: input should be greater than or equal to 1"),
+        (["--data", "nowhere"], "nowhere: there is no such file or folder"),
+        (["--name", "unknown", "--resume"], "there is no run in"),
+    ],
+)
+def test_without_a_cluster(tmp_path: Path, args: list[str], said: str) -> None:
+    check_refused(run_job("train", *args, "--storage-path", tmp_path), said)
+
+
+def test_an_unknown_key(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("epohs: 3\n")
+    check_refused(run_job("train", "--config", tmp_path / "run.yaml"), "'epohs' of the config file: there is no such setting")
+
+
+def test_a_name_that_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    check_refused(run_job("train", "--data", "sample", "--storage-path", tmp_path, "--name", "mine"), "--name mine:")
+
+
+def test_wrong_data(tmp_path: Path, write_rows: Rows) -> None:
+    path = write_rows(100)
+    path.write_bytes(path.read_bytes()[:1000])
+    check_refused(run_job("train", "--data", path.parent, "--storage-path", tmp_path / "runs"), "is not a whole Parquet file")
+
+
+def test_a_wrong_row(tmp_path: Path, sample: pa.Table, cluster: str) -> None:
+    rows = sample[::50].to_pylist()
+    rows[42]["digit"] = 11
+    pq.write_table(pa.Table.from_pylist(rows, sample.schema), tmp_path / "a.parquet")
+    done = run_job("train", "--data", tmp_path, "--storage-path", tmp_path / "runs", address=cluster)
+    check_refused(done, "a.parquet: row 42: the digit is 11, not 0..9", seconds=15)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_workers_than_the_cluster_can_have(tmp_path: Path, cluster: str) -> None:
+    done = run_job("train", "--data", "sample", "--storage-path", tmp_path, "--num-workers", 64, address=cluster)
+    check_refused(done, "--num-workers 64: needs 64 CPUs, one a worker; the cluster has 2 CPUs and 0 GPUs on 1 node")
+
+
+def test_gpus_where_there_are_none(tmp_path: Path, cluster: str) -> None:
+    done = run_job("train", "--data", "sample", "--storage-path", tmp_path, "--use-gpu", "true", address=cluster)
+    check_refused(done, "--use-gpu true: the cluster has no GPU")
+
+
+def test_cpus_that_are_taken_are_waited_for_and_then_given_up(tmp_path: Path, cluster: str) -> None:
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    holder = ray.remote(num_cpus=2)(Holder).remote()
+    assert ray.get(holder.ready.remote())
+    done = run_job("train", "--data", "sample", "--storage-path", tmp_path, "--wait-seconds", 3, address=cluster)
+    ray.kill(holder)
+    assert done.code == 2
+    waiting, refused = done.err.strip().splitlines()
+    assert waiting.startswith("waiting for 1.25 CPUs; free now: 0 CPUs")
+    assert refused.startswith("error: needs 1.25 CPUs, but after 3 s only 0 CPUs are free")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,143 @@
+"""Training as a person runs it: one command, what it prints, what it leaves."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mnistsum_ray.checkpoint import load_model
+from mnistsum_ray.mnist import open_source
+from mnistsum_ray.model import prepare_images
+from mnistsum_ray.schema import pixels_view
+from mnistsum_ray.storage import locate
+from tests.integration.conftest import Done, run_job
+
+Rows = Callable[[int], Path]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mnistsum_ray.mnist import SAMPLE
+
+    path = tmp_path_factory.mktemp("data") / "rows.parquet"
+    pq.write_table(pq.read_table(SAMPLE)[::5], path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def done(cluster: str, data: Path, runs: Path) -> Done:
+    return run_job("train", "--data", data, "--epochs", 2, "--storage-path", runs, "--name", "one", address=cluster)
+
+
+def test_the_last_line_is_the_contract(done: Done, runs: Path) -> None:
+    line = done.line
+    assert len(done.out.splitlines()) == 1
+    assert set(line) == {"run", "model", "parameters", "data", "test", "images_per_second", "seconds"}
+    assert (line["run"], line["model"]) == (str(runs / "one"), str(runs / "one" / "model"))
+    assert line["parameters"] == 220_125
+    assert line["data"] == {"source": "parquet", "train_rows": 800, "validation_rows": 100, "test_rows": 100}
+    assert set(line["test"]) == {"rows", "pairs", "loss", "digit_accuracy", "sum_accuracy"}
+    assert (line["test"]["rows"], line["test"]["pairs"]) == (100, 1000)
+    assert line["images_per_second"] > 0
+
+
+def test_a_person_sees_the_figures_and_not_rays_chatter(done: Done, runs: Path) -> None:
+    lines = done.err.strip().splitlines()
+    assert [line.partition(":")[0] for line in lines if ": train loss" in line] == ["epoch 1", "epoch 2"]
+    assert "rows/s" in done.err
+    assert lines[-2:] == [f"model: {runs}/one/model", f"curves: {runs}/one/history.png"]
+    chatter = [line for line in lines if any(word in line for word in ("INFO", "WARNING", "(pid=", "raylet", "dataset_"))]
+    assert not chatter
+
+
+def test_what_is_left(done: Done, runs: Path) -> None:
+    run = runs / "one"
+    assert done.code == 0
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in history] == [1, 2]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["metrics"] == done.line
+    assert (manifest["config"]["epochs"], manifest["config"]["batch_size"]) == (2, 64)
+    assert len(manifest["data"]["sha256"]) == 64
+    assert {"ray", "torch", "pyarrow"} <= set(manifest["versions"])
+    assert (run / "history.png").exists()
+    suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
+    assert not suffixes & {".pkl", ".pt", ".pth", ".bin"}, "nothing pickled"
+
+
+def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: Path) -> None:
+    line = done.line
+    model, card = load_model(locate(line["model"], "--model"))
+    assert card["test"] == line["test"]
+    source = open_source(str(data))
+    table = pq.read_table(data).take(source.test)
+    images = torch.tensor(pixels_view(table["image"].combine_chunks()))
+    digits = torch.tensor(table["digit"].to_pylist())
+    right = 0
+    with torch.no_grad():
+        for number in range(10):
+            digit, total = model(prepare_images(images), torch.full((len(images),), number))
+            right += int((total.argmax(1) == digits + number).sum())
+    assert line["test"]["digit_accuracy"] == pytest.approx((digit.argmax(1) == digits).float().mean().item())
+    assert line["test"]["sum_accuracy"] == pytest.approx(right / 1000)
+
+
+def test_the_same_name_is_refused_and_resuming_a_finished_run_trains_nothing(
+    done: Done, cluster: str, data: Path, runs: Path
+) -> None:
+    again = run_job("train", "--data", data, "--epochs", 2, "--storage-path", runs, "--name", "one", address=cluster)
+    assert again.code == 2
+    assert "exists; continue it with --resume" in again.err
+    resumed = run_job("train", "--storage-path", runs, "--name", "one", "--resume", address=cluster)
+    assert resumed.line["test"] == done.line["test"]
+    assert ": train loss" not in resumed.err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--seed", 5], "--seed 5: the run one has 0"),
+        (["--epochs", 9], "--epochs 9: the run one has 2"),
+        (["--data", "sample"], "--resume: the data are not those of the run"),
+    ],
+)
+def test_resuming_as_another_run_is_refused(done: Done, cluster: str, runs: Path, args: list[object], said: str) -> None:
+    assert done.code == 0
+    other = run_job("train", "--storage-path", runs, "--name", "one", "--resume", *args, address=cluster)
+    assert other.code == 2
+    assert said in other.err
+
+
+def test_two_workers_train_on_the_same_rows(done: Done, cluster: str, data: Path, runs: Path) -> None:
+    """800 rows in batches of 64 leave 32 for the last step; that all were seen once is checked by the loop itself."""
+    two = run_job(
+        "train", "--data", data, "--epochs", 2, "--storage-path", runs, "--name", "two", "--num-workers", 2, address=cluster
+    )  # fmt: skip
+    assert "2 CPU workers" in two.err
+    first, second = (json.loads((runs / name / "history.jsonl").read_text().splitlines()[0]) for name in ("one", "two"))
+    assert done.code == two.code == 0
+    # The same batches in the same order, so the losses agree until rounding has grown.
+    assert second["train_loss"] == pytest.approx(first["train_loss"], rel=0.02)
+    assert two.line["test"]["rows"] == 100
+
+
+def test_an_infinite_loss_stops_every_rank_at_once(cluster: str, data: Path, runs: Path) -> None:
+    broken = run_job(
+        "train", "--data", data, "--storage-path", runs, "--name", "broken", "--learning-rate", 10, "--num-workers", 2,
+        address=cluster,
+    )  # fmt: skip
+    assert broken.code == 1
+    last = broken.err.strip().splitlines()[-1]
+    assert last.startswith("error: epoch ")
+    assert "the loss is" in last
+    assert "lower --learning-rate" in last
+    assert "Traceback" not in broken.err

@@ -1,0 +1,88 @@
+"""What is saved comes back bit for bit; what is not a model is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnistsum_ray.checkpoint import TrainerState, load_model, load_state, save_model, save_state, weights_of
+from mnistsum_ray.config import Refusal
+from mnistsum_ray.metrics import Scores
+from mnistsum_ray.model import TwoHeadCNN, joint_loss, prepare_images
+from mnistsum_ray.storage import locate
+
+SCORES = Scores(rows=10, pairs=100, loss=0.5, digit_accuracy=0.9, sum_accuracy=0.8)
+
+
+def step(model: TwoHeadCNN, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (16, 28, 28), dtype=torch.uint8, generator=generator)
+    digits, numbers = (torch.randint(0, 10, (16,), generator=generator) for _ in range(2))
+    digit_scores, sum_scores = model(prepare_images(images), numbers)
+    optimizer.zero_grad()
+    torch.autograd.backward(joint_loss(digit_scores, sum_scores, digits, numbers))
+    optimizer.step()
+
+
+def make(seed: int) -> tuple[TwoHeadCNN, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = TwoHeadCNN()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    torch.use_deterministic_algorithms(True)
+    model, optimizer = make(0)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    state = TrainerState(1, [{"epoch": 1}], weights_of(model), "fp32")
+    save_state(tmp_path, state, model, optimizer)
+    other, other_optimizer = make(1)
+    loaded = load_state(tmp_path, other, other_optimizer)
+    assert (loaded.epochs_done, loaded.history, loaded.precision) == (1, [{"epoch": 1}], "fp32")
+    assert same(loaded.best, state.best)
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(other, other_optimizer, seed)
+    assert same(weights_of(model), weights_of(other))
+
+
+def test_a_model_comes_back(tmp_path: Path) -> None:
+    model, _ = make(0)
+    save_model(tmp_path, weights_of(model), epoch=3, validation=SCORES, test=SCORES)
+    loaded, card = load_model(locate(str(tmp_path), "--model"))
+    assert same(weights_of(loaded), weights_of(model))
+    assert not loaded.training
+    assert (card["epoch"], card["parameters"], card["test"]["sum_accuracy"]) == (3, 220_125, 0.8)
+
+
+def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", weights_of(make(0)[0]), epoch=1, validation=SCORES, test=SCORES)
+    load_model(locate(str(tmp_path), "--model"))
+
+
+@pytest.mark.parametrize("what", ["nothing", "no card", "other card", "other weights", "pickle"])
+def test_what_is_not_a_model_is_refused(tmp_path: Path, what: str) -> None:
+    save_model(tmp_path, weights_of(make(0)[0]), epoch=1, validation=SCORES, test=SCORES)
+    card, weights = tmp_path / "model.json", tmp_path / "model.safetensors"
+    if what == "nothing":
+        card.unlink()
+        weights.unlink()
+    elif what == "no card":
+        card.write_text("{")
+    elif what == "other card":
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"format": "else"}))
+    elif what == "other weights":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    else:
+        torch.save({}, weights)
+    with pytest.raises(Refusal) as refused:
+        load_model(locate(str(tmp_path), "--model"))
+    assert str(tmp_path) in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,88 @@
+"""What a person can type, and the one line that answers what does not make sense."""
+
+from pathlib import Path
+
+import pytest
+
+from mnistsum_ray.config import Refusal, TrainConfig, parse
+
+
+def config(*argv: str) -> TrainConfig:
+    return parse(TrainConfig, list(argv), "a description")
+
+
+def test_flags() -> None:
+    made = config("--epochs", "3", "--use-gpu", "false", "--num-workers", "2,4", "--precision", "bf16", "--seed", "9")
+    assert (made.epochs, made.use_gpu, made.worker_range, made.precision, made.seed) == (3, False, (2, 4), "bf16", 9)
+    assert config("--num-workers", "3").worker_range == (3, 3)
+    assert config().worker_range is None
+
+
+def test_yaml_fills_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("epochs: 3\nbatch-size: 128\nnum_workers: [1, 2]\nuse_gpu: false\n")
+    made = config("--config", str(file), "--epochs", "7")
+    assert (made.epochs, made.batch_size, made.num_workers, made.use_gpu) == (7, 128, (1, 2), False)
+
+
+def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEED", "99")
+    monkeypatch.setenv("NAME", "other")
+    assert (config().seed, config().name) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--epohs", "3"], "--epohs"),
+        (["--epoch", "3"], "--epoch"),  # no guessing at abbreviations
+        (["stray"], "stray"),
+        (["--epochs", "0"], "--epochs: input should be greater than or equal to 1, got '0'"),
+        (["--epochs", "many"], "--epochs: input should be a valid integer"),
+        (["--precision", "fp8"], "--precision"),
+        (["--num-workers", "0"], "--num-workers"),
+        (["--num-workers", "4,2"], "--num-workers"),
+        (["--num-workers", "a"], "--num-workers: must be N or MIN,MAX"),
+        (["--learning-rate", "-1"], "--learning-rate"),
+        (["--name", "a/b"], "--name"),
+        (["--resume"], "--resume: say which run with --name"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
+        (["--seed"], "--seed"),
+    ],
+)
+def test_refusals_are_one_line_that_names_the_flag(argv: list[str], said: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        config(*argv)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epohs: 3\n", "'epohs' of the config file: there is no such setting"),
+        ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to 1, got 0"),
+        ("- epochs\n", "must hold `key: value` lines"),
+        ("epochs: [\n", "not YAML"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(Refusal) as refused:
+        config("--config", str(file))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        config("--help")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    for name, field in TrainConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.description
+        if field.default is None and name != "config":
+            assert "[" in field.description, f"--{name} does not say what it is when unset"
+    assert "None" not in text

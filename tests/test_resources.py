@@ -1,0 +1,59 @@
+"""What a run takes of a cluster of a given size; what can never run is refused."""
+
+import pytest
+
+from mnistsum_ray.config import Refusal, TrainConfig
+from mnistsum_ray.resources import Cluster, allot
+
+
+def cluster(cpus: float, gpus: float = 0, nodes: int = 1, ceiling: dict[str, float] | None = None) -> Cluster:
+    total = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    return Cluster(nodes, total, total, ceiling or total)
+
+
+@pytest.mark.parametrize(
+    ("here", "workers", "use_gpu"),
+    [
+        (cluster(2), 1, False),  # a laptop
+        (cluster(1), 1, False),
+        (cluster(16, 1), 1, True),  # one GPU box
+        (cluster(64, 8, nodes=2), 8, True),  # a GPU cluster
+        (cluster(32, nodes=4), 4, False),  # CPUs only: a worker a node
+        (cluster(4, 0, ceiling={"CPU": 100, "GPU": 8}), 1, True),  # GPUs still to come
+    ],
+)
+def test_defaults(here: Cluster, workers: int, use_gpu: bool) -> None:
+    allotment = allot(TrainConfig(), here)
+    assert (allotment.workers, allotment.use_gpu) == ((workers, workers), use_gpu)
+
+
+@pytest.mark.parametrize("here", [cluster(1), cluster(2), cluster(3), cluster(8), cluster(4, 8), cluster(16, 1), cluster(1, 1)])
+def test_workers_always_leave_cpus_for_the_data(here: Cluster) -> None:
+    most = int(here.total.get("GPU", here.total["CPU"]))
+    for workers in range(1, most + 1):
+        need = allot(TrainConfig(num_workers=workers), here).needs()
+        assert need["CPU"] <= here.total["CPU"] + 1e-9
+        assert allot(TrainConfig(num_workers=workers), here).data_cpus_per_worker > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "here", "said"),
+    [
+        (
+            TrainConfig(num_workers=3),
+            cluster(2),
+            "--num-workers 3: needs 3 CPUs, one a worker; the cluster has 2 CPUs and 0 GPUs on 1 node",
+        ),
+        (TrainConfig(use_gpu=True), cluster(2), "--use-gpu true: the cluster has no GPU"),
+        (TrainConfig(num_workers=9), cluster(4, 1, ceiling={"CPU": 64, "GPU": 8}), "at most 64 CPUs and 8 GPUs after growing"),
+        (TrainConfig(num_workers=(3, 5)), cluster(8, 2), "--num-workers 3: needs 3 GPUs, one a worker"),
+    ],
+)
+def test_more_than_there_can_be_is_refused(config: TrainConfig, here: Cluster, said: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        allot(config, here)
+    assert said in str(refused.value)
+
+
+def test_an_elastic_run_is_cut_to_what_there_can_be() -> None:
+    assert allot(TrainConfig(num_workers=(1, 9)), cluster(16, 4)).workers == (1, 4)

@@ -1,0 +1,104 @@
+"""Every accepted form of an image decodes to the same pixels; what is not an image says why."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from mnistsum_ray.schema import Pixels, decode_images, image_form_error, pixels_array
+
+IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+
+
+def encoded(image: Any, form: str = "PNG", mode: str = "L") -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(data, form)
+    return data.getvalue()
+
+
+def lists() -> list[list[int]]:
+    return [image.ravel().tolist() for image in IMAGES]
+
+
+def forms() -> dict[str, pa.Array]:
+    tensor = pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES)
+    png = [encoded(image) for image in IMAGES]
+    return {
+        "own": pixels_array(IMAGES),
+        "binary": pa.array([image.tobytes() for image in IMAGES]),
+        "large_binary": pa.array([image.tobytes() for image in IMAGES], pa.large_binary()),
+        "list_int64": pa.array(lists()),
+        "list_uint8": pa.array(lists(), pa.list_(pa.uint8())),
+        "large_list": pa.array(lists(), pa.large_list(pa.int16())),
+        "fixed_size_list": pa.array(lists(), pa.list_(pa.uint8(), 784)),
+        "nested": pa.array([image.tolist() for image in IMAGES]),
+        "nested_fixed": pa.array([image.tolist() for image in IMAGES], pa.list_(pa.list_(pa.uint8(), 28), 28)),
+        "tensor": tensor,
+        "png": pa.array(png),
+        "huggingface": pa.array([{"bytes": data, "path": None} for data in png]),
+        "dictionary": pa.array(png).dictionary_encode(),
+    }
+
+
+@pytest.mark.parametrize("name", list(forms()))
+def test_every_form_gives_the_same_pixels(name: str) -> None:
+    column = forms()[name]
+    assert image_form_error(column.type) is None
+    images, bad = decode_images(column)
+    assert not bad
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, IMAGES)
+    sliced, _ = decode_images(column.slice(1, 2))
+    assert np.array_equal(sliced, IMAGES[1:])
+
+
+def test_jpeg_is_close_to_its_pixels() -> None:
+    smooth = np.tile(np.arange(28, dtype=np.uint8) * 9, (28, 1))
+    images, bad = decode_images(pa.array([encoded(smooth, "JPEG")]))
+    assert not bad
+    assert np.abs(images[0].astype(int) - smooth).max() < 12
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "null"),
+        (b"", "0 bytes are neither 784 pixels nor a readable PNG or JPEG"),
+        (b"\x89PNG not really", "neither 784 pixels nor a readable PNG"),
+        (encoded(IMAGES[0])[:60], "neither 784 pixels nor a readable PNG"),
+        (encoded(np.zeros((10, 12), np.uint8)), "12 x 10 pixels, not 28 x 28"),
+        (encoded(IMAGES[0], mode="RGB"), "mode RGB, not L"),
+        (encoded(IMAGES[0], "BMP"), "neither 784 pixels nor a readable PNG"),
+        (encoded(np.zeros((20_000, 20_000), np.uint8)), "claims to unpack to far more than 28 x 28 pixels"),
+    ],
+)
+def test_bad_bytes_say_why_and_leave_the_rows_beside_them(value: bytes | None, reason: str) -> None:
+    images, bad = decode_images(pa.array([IMAGES[0].tobytes(), value, IMAGES[2].tobytes()], pa.binary()))
+    assert list(bad) == [1]
+    assert reason in bad[1]
+    assert np.array_equal(images[[0, 2]], IMAGES[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([1, 2, 3], "3 values"),
+        ([256] + [0] * 783, "0..256, outside 0..255"),
+        ([-1] + [0] * 783, "-1..0, outside 0..255"),
+        ([None] + [0] * 783, "null or fractional"),
+        (None, "null"),
+    ],
+)
+def test_bad_lists_say_why(value: list[int | None] | None, reason: str) -> None:
+    images, bad = decode_images(pa.array([lists()[0], value]))
+    assert list(bad) == [1]
+    assert reason in bad[1]
+    assert np.array_equal(images[0], IMAGES[0])
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.float32(), pa.list_(pa.float32()), pa.struct([("path", pa.string())])])
+def test_a_column_that_cannot_hold_images_is_named(kind: pa.DataType) -> None:
+    assert image_form_error(kind) is not None
