@@ -2,11 +2,12 @@
 
     python jobs/benchmark.py train --data FOLDER
 
-Three ways, each in a process of its own, in the order loader, memory, ray, ray, memory, loader, since a machine's speed drifts:
+Four ways, each in a process of its own, once in this order and once backwards, since a machine's speed drifts:
 
-    loader   the original's way: torchvision's dataset row by row through a DataLoader, float32, PyTorch's default layout
-    memory   our model, precision, threads and optimizer on float tensors that already lie in memory, in order
-    ray      jobs/train.py as it is; the first epoch is left out
+    loader    the original's way: torchvision's dataset row by row through a DataLoader, float32, PyTorch's default layout
+    memory    our model, precision, threads and optimizer on float tensors that already lie in memory, nothing else running
+    worker    the same loop on the same tensors, but in a Ray Train worker: what is left between it and ray is the data's doing
+    ray       jobs/train.py as it is; the first epoch is left out
 
 The last line on standard output is one JSON object.
 """
@@ -31,13 +32,14 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from mnistsum_ray import job
 from mnistsum_ray.config import Refusal, TrainConfig
-from mnistsum_ray.loop import faster_with_bf16
+from mnistsum_ray.loop import be_deterministic, faster_with_bf16, use_cores
 from mnistsum_ray.mnist import ParquetPart, open_source
 from mnistsum_ray.model import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.report import Console
 from mnistsum_ray.schema import PIXELS, Pixels, pixels_view
 
 BATCH = 256
+WAYS = ("loader", "memory", "worker", "ray")
 
 
 class OriginalNet(nn.Module):
@@ -97,8 +99,8 @@ def loader_loop(images: Pixels, digits: list[int], seconds: float, device: torch
 
 
 def memory_loop(images: Pixels, digits: list[int], seconds: float, device: torch.device) -> float:
-    torch.use_deterministic_algorithms(device.type == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cpu":
+        be_deterministic()
     ready = prepare_images(torch.tensor(images)).to(device)
     truth = torch.tensor(digits, device=device)
     numbers = torch.randint(0, 10, (len(digits),), device=device)
@@ -158,11 +160,38 @@ def ray_loop(data: str, epochs: int) -> tuple[float, float]:
     return rows / seconds, sum(entry["waiting"] * entry["seconds"] for entry in history) / seconds
 
 
+def worker_loop(data: str, seconds: float) -> float:
+    """`memory_loop` in a Ray Train worker with the resources and the environment that jobs/train.py gives it."""
+    import ray
+
+    from mnistsum_ray.resources import allot, look
+    from mnistsum_ray.train import KEEP_MEMORY
+
+    def loop(_: dict[str, Any]) -> float:
+        use_cores(1)
+        return one("memory", data, seconds, 0)["rows_per_second"]
+
+    job.connect()
+    allotment = allot(TrainConfig(num_workers=1), look())
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = ray.train.torch.TorchTrainer(
+            loop,
+            train_loop_config={},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=1, use_gpu=allotment.use_gpu, resources_per_worker=allotment.per_worker
+            ),
+            run_config=ray.train.RunConfig(storage_path=folder, worker_runtime_env={"env_vars": KEEP_MEMORY}),
+        )
+        return float(trainer.fit().return_value)
+
+
 def one(way: str, data: str, seconds: float, epochs: int) -> dict[str, float]:
     """Measure one way in this process."""
     if way == "ray":
         rate, waiting = ray_loop(data, epochs)
         return {"rows_per_second": rate, "waiting": waiting}
+    if way == "worker":
+        return {"rows_per_second": worker_loop(data, seconds)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tables = [part.read() if isinstance(part, ParquetPart) else part for part in open_source(data).parts[:2]]
     images = torch.cat([torch.tensor(pixels_view(table["image"].combine_chunks())) for table in tables]).numpy()
@@ -178,7 +207,7 @@ def train(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--data", default="auto", help="as for jobs/train.py (default: auto)")
     parser.add_argument("--seconds", type=float, default=20, help="length of each loop that is not Ray's (default: 20)")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each Ray run, the first uncounted (default: 3)")
-    parser.add_argument("--way", choices=["loader", "memory", "ray"], help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.epochs < 2:
         raise Refusal("--epochs: must be at least 2, the first is not counted")
@@ -188,7 +217,7 @@ def train(argv: list[str]) -> dict[str, Any]:
     from mnistsum_ray.train import KEEP_MEMORY
 
     results: dict[str, list[dict[str, float]]] = {}
-    for way in ("loader", "memory", "ray", "ray", "memory", "loader"):
+    for way in (*WAYS, *reversed(WAYS)):
         environment = os.environ | KEEP_MEMORY if way == "memory" else os.environ
         command = [sys.executable, __file__, *argv, "--way", way]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -200,6 +229,7 @@ def train(argv: list[str]) -> dict[str, Any]:
         "rows_per_second": {way: round(rate, 1) for way, rate in rates.items()},
         "beside_loader": round(rates["ray"] / rates["loader"], 3),
         "beside_memory": round(rates["ray"] / rates["memory"], 3),
+        "beside_memory_in_worker": round(rates["ray"] / rates["worker"], 3),
         "waiting": round(sum(r["waiting"] for r in results["ray"]) / len(results["ray"]), 4),
         "runs": {way: [round(r["rows_per_second"], 1) for r in of_way] for way, of_way in results.items()},
     }

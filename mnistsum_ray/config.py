@@ -15,6 +15,10 @@ class Refusal(ValueError):
     """The request cannot be carried out as it stands; the message is one line that says why and what to do."""
 
 
+class RunFailed(RuntimeError):
+    """What was asked for was sound and did not come about; the message is one line that says why and what to do."""
+
+
 class JobConfig(BaseSettings):
     """Base of the jobs' configs: only YAML and the command line fill it, never the environment."""
 
@@ -49,7 +53,7 @@ class TrainConfig(JobConfig):
     batch_size: int | None = Field(
         None, ge=1, le=65_536, description="rows in one step, all workers together [256; 64 under 20,000 rows]"
     )
-    learning_rate: float = Field(3e-3, gt=0, le=10, description="peak of the one-cycle schedule")
+    learning_rate: float = Field(3e-3, gt=0, allow_inf_nan=False, description="peak of the one-cycle schedule")
     weight_decay: float = Field(0.01, ge=0, le=10, description="AdamW's decoupled weight decay")
     max_shift: int | None = Field(
         None, ge=0, le=8, description="move training images by up to so many pixels [2; 1 under 20,000 rows]"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.config import Refusal, RunFailed
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -20,6 +20,9 @@ def run(job: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> int:
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr, flush=True)
         return REFUSED
+    except RunFailed as failure:
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+        return FAILED
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         return FAILED

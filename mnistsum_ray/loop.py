@@ -85,6 +85,13 @@ def one_cycle(step: int, total_steps: int, peak: float) -> float:
     return low + (high - low) * (1 - math.cos(math.pi * done)) / 2
 
 
+def be_deterministic() -> None:
+    """Have this process compute the same bits each time."""
+    torch.use_deterministic_algorithms(True)
+    # Filling what is about to be overwritten only helps to find reads of it, and costs a fifth of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def faster_with_bf16(device: torch.device) -> bool:
     """Whether this hardware multiplies bfloat16 natively, which shows in its speed.
 
@@ -113,11 +120,8 @@ class _Trainer:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
-            # Ray sets one thread for each reserved CPU, but a CPU worker is to use its node's cores, shared with its neighbours.
-            torch.set_num_threads(max(1, _node_cpus() // context.get_local_world_size()))
-            torch.use_deterministic_algorithms(True)
-            # Filling what is about to be overwritten only helps to find reads of it, and costs a fifth of a step.
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            use_cores(context.get_local_world_size())
+            be_deterministic()
         pipeline.quiet()
         torch.manual_seed(config.seed)
         self.model = TwoHeadCNN().to(self.device)
@@ -278,6 +282,11 @@ class _Trainer:
 def _merit(validation: dict[str, float]) -> tuple[float, float]:
     """What "best by validation" means: the sum head's accuracy over all ten numbers, then the smaller loss."""
     return validation["sum_accuracy"], -validation["loss"]
+
+
+def use_cores(workers_on_node: int) -> None:
+    """Have a CPU worker use its node's cores, shared with its neighbours, and not just those that it reserves."""
+    torch.set_num_threads(max(1, _node_cpus() // workers_on_node))
 
 
 def _node_cpus() -> int:

@@ -21,7 +21,7 @@ from ray.util.queue import Queue
 
 from mnistsum_ray import pipeline, resources
 from mnistsum_ray.checkpoint import MODEL_FILES
-from mnistsum_ray.config import Refusal, TrainConfig
+from mnistsum_ray.config import Refusal, RunFailed, TrainConfig
 from mnistsum_ray.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.mnist import Source, open_source
 from mnistsum_ray.model import PARAMETERS
@@ -43,10 +43,6 @@ KEEP_MEMORY: Final = {
 _FIXED: Final = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_shift", "seed", "precision")
 
 _PACKAGES: Final = ("mnistsum_ray", "ray", "torch", "pyarrow", "numpy")
-
-
-class RunFailed(RuntimeError):
-    """The run ended without a model; the message is one line that says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +108,7 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
 
     Raises:
         Refusal: the cluster cannot carry it, or a row of the data is not what it should be.
-        RunFailed: the loss became infinite.
-        ray.train.TrainingFailedError: workers were lost more often than `--max-failures`.
+        RunFailed: the loss became infinite, or workers failed more often than `--max-failures`.
     """
     started = time.monotonic()
     config, source = run.config, run.source
@@ -131,8 +126,15 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
         f"run {config.name}: {len(source.train):,} training, {len(source.validation):,} validation and {len(source.test):,} test "
         f"rows of {source.name} ({source.location}); {_workers_text(allotment)}"
     )
-    with _events(console) as events:
-        history, checkpoint = _train(run, allotment, images, events)
+    try:
+        with _events(console) as events:
+            history, checkpoint = _train(run, allotment, images, events)
+    except ray.train.TrainingFailedError as error:
+        console.say(str(error))
+        raise RunFailed(
+            f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
+            f"--name {config.name} --resume goes on after the last whole epoch"
+        ) from error
     model = run.folder / "model"
     with checkpoint.as_directory() as local:
         for name in MODEL_FILES:

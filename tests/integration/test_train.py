@@ -132,7 +132,7 @@ def test_two_workers_train_on_the_same_rows(done: Done, cluster: str, data: Path
 
 def test_an_infinite_loss_stops_every_rank_at_once(cluster: str, data: Path, runs: Path) -> None:
     broken = run_job(
-        "train", "--data", data, "--storage-path", runs, "--name", "broken", "--learning-rate", 10, "--num-workers", 2,
+        "train", "--data", data, "--storage-path", runs, "--name", "broken", "--learning-rate", 1e30, "--num-workers", 2,
         address=cluster,
     )  # fmt: skip
     assert broken.code == 1
