@@ -8,7 +8,14 @@ from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliImplicitFlag, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliImplicitFlag,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 
 class Refusal(ValueError):
@@ -124,7 +131,10 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
         Refusal: an unknown flag or key, a value of the wrong kind or out of range, an unreadable file.
     """
     parser = _Parser(prog=Path(sys.argv[0]).name, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    flags = CliSettingsSource[Any](config_class, root_parser=parser, cli_parse_args=argv)()
+    try:
+        flags = CliSettingsSource[Any](config_class, root_parser=parser, cli_parse_args=argv)()
+    except SettingsError as error:
+        raise Refusal(" ".join(str(error).split())) from None
     values = _read_yaml(Path(flags["config"])) if flags.get("config") else {}
     try:
         return config_class(**(values | flags))

@@ -1,5 +1,6 @@
 """What every training worker runs: load -> loop -> step -> evaluate -> save."""
 
+import contextlib
 import math
 import tempfile
 import time
@@ -10,6 +11,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
@@ -53,7 +55,7 @@ class LoopConfig:
     test: Rows
     data_cpus: float
     """What a task that feeds this worker reserves."""
-    events: Queue | None
+    events: Queue
     """Where rank 0 says how far it is."""
 
 
@@ -245,7 +247,13 @@ class _Trainer:
             with self._autocast():
                 digit_scores = self.model.digit_scores(prepare_images(batch["image"]))
             tally.add(self.model, digit_scores, batch["digit"], batch["row_id"])
-        return tally.scores(len(rows), int(rows.sum()))
+        scores = tally.scores(len(rows), int(rows.sum()))
+        if not math.isfinite(scores.loss):
+            raise NonFiniteLoss(
+                f"epoch {self.state.epochs_done + 1}: the loss on held-out rows is {scores.loss}; lower --learning-rate "
+                f"(now {self.config.learning_rate:g})"
+            )
+        return scores
 
     def _save(self, epoch: int, trained: dict[str, float], validation: Scores, test: Scores) -> None:
         entry: dict[str, Any] = {"epoch": epoch + 1, **trained, "validation": asdict(validation), "test": asdict(test)}
@@ -275,8 +283,9 @@ class _Trainer:
             )
 
     def _say(self, **event: Any) -> None:
-        if self.rank == 0 and self.config.events is not None:
-            self.config.events.put(event)
+        if self.rank == 0:
+            with contextlib.suppress(ray.exceptions.RayError):  # what is shown must not decide what is trained
+                self.config.events.put(event)
 
 
 def _merit(validation: dict[str, float]) -> tuple[float, float]:

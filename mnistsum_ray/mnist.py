@@ -8,6 +8,7 @@ import gzip
 import re
 import socket
 import struct
+import tempfile
 import urllib.error
 import urllib.request
 import zlib
@@ -30,7 +31,7 @@ SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 DIGIT_COLUMNS: Final = ("digit", "label")
 _BLOCK_ROWS: Final = 8192
 _IDX_FILES: Final = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_DOWNLOAD_SECONDS: Final = 5
+_DOWNLOAD_SECONDS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,10 @@ def _full_mnist(*, fall_back: bool) -> Source:
 
 
 def _download(root: Path) -> None:
-    """Download through torchvision, which checks the checksums; a machine without a network finds out in seconds."""
+    """Download through torchvision, which checks the checksums; a machine without a network finds out in seconds.
+
+    It appears under `root` when it is whole, so that a download that was cut off is made again.
+    """
     from torchvision.datasets import MNIST  # takes seconds to import, and most runs do not download
 
     before = socket.getdefaulttimeout()
@@ -159,7 +163,10 @@ def _download(root: Path) -> None:
                 errors.append(str(getattr(error, "reason", error)))
         if len(errors) == len(MNIST.mirrors):
             raise RuntimeError(f"no mirror answers: {errors[0]}")
-        MNIST(root, download=True)
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as partial:
+            MNIST(partial, download=True)
+            (Path(partial) / "MNIST").replace(root / "MNIST")
     finally:
         socket.setdefaulttimeout(before)
 
@@ -237,7 +244,7 @@ def _parquet_files(place: Location) -> list[pafs.FileInfo]:
         if file.type == pafs.FileType.File and file.path.endswith(".parquet") and not _is_hidden(file.path, place.path)
     ]
     if not files:
-        raise Refusal(f"--data {place.text}: holds neither IDX files ({_IDX_FILES[0]}, …) nor *.parquet files")
+        raise Refusal(f"--data {place.text}: holds neither IDX files ({_IDX_FILES[0]}, …) on a local disk nor *.parquet files")
     return files
 
 

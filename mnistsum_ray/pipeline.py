@@ -25,6 +25,7 @@ from ray.data import TaskPoolStrategy
 from ray.data.dataset import MaterializedDataset
 
 from mnistsum_ray.config import Refusal
+from mnistsum_ray.metrics import RowsLost
 from mnistsum_ray.mnist import ParquetPart, Source
 from mnistsum_ray.pairs import Rows, epoch_order, random_numbers, rank_share, shifts, steps_per_epoch
 from mnistsum_ray.schema import IMAGE_TYPE, SIDE, Pixels, pixels_view
@@ -48,22 +49,32 @@ def quiet() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def load(source: Source) -> tuple[MaterializedDataset, str]:
-    """Read and decode every row on the cluster, in row id order: columns `image` (784 bytes) and `digit` int8.
+@dataclass(frozen=True)
+class Loaded:
+    """A source in the object store."""
 
-    Returns:
-        The dataset in the object store, and its fingerprint: SHA-256 over all pixels and digits in row id order.
+    images: MaterializedDataset
+    """Columns `image` (784 bytes) and `digit` int8, in row id order."""
+    fingerprint: str
+    """SHA-256 over all pixels and digits in row id order, and over which rows are train, validation and test."""
+    root: ray.data.Dataset | None
+    """What `images` was read from: while it is held, Ray can read again what is lost with a node."""
+
+
+def load(source: Source) -> Loaded:
+    """Read and decode every row on the cluster.
 
     Raises:
         Refusal: a row or a file is not what its footer promised.
     """
+    root = None
     if all(isinstance(part, pa.Table) for part in source.parts):
-        dataset = ray.data.from_arrow(list(source.parts)).materialize()
+        images = ray.data.from_arrow(list(source.parts)).materialize()
     else:
-        parts = ray.data.from_items([{"part": part} for part in source.parts], override_num_blocks=len(source.parts))
-        dataset = parts.map_batches(_read, batch_format="pyarrow", batch_size=1).materialize()
+        root = ray.data.from_items([{"part": part} for part in source.parts], override_num_blocks=len(source.parts))
+        images = root.map_batches(_read, batch_format="pyarrow", batch_size=1).materialize()
     digest, rows = hashlib.sha256(), 0
-    for block in dataset.to_arrow_refs():
+    for block in images.to_arrow_refs():
         table: pa.Table = ray.get(block)
         if "refusal" in table.column_names and table["refusal"].null_count < table.num_rows:
             raise Refusal(table["refusal"].drop_null()[0].as_py())
@@ -71,8 +82,10 @@ def load(source: Source) -> tuple[MaterializedDataset, str]:
         digest.update(np.ascontiguousarray(_images(table)).data)
         digest.update(np.ascontiguousarray(_digits(table)).data)
     if rows != source.rows:
-        raise RuntimeError(f"read {rows:,} rows of {source.location}, whose files hold {source.rows:,}")
-    return dataset, digest.hexdigest()
+        raise RowsLost(f"read {rows:,} rows of {source.location}, whose files hold {source.rows:,}")
+    for split in (source.train, source.validation, source.test):
+        digest.update(f"{len(split)} rows".encode() + np.ascontiguousarray(split, np.int64).tobytes())
+    return Loaded(images, digest.hexdigest(), root)
 
 
 def _read(batch: pa.Table) -> pa.Table:
@@ -131,6 +144,10 @@ class Schedule:
             for first in range(0, self.steps, stride)
         ]
 
+    def task_rows(self, task: dict[str, int]) -> int:
+        """Rows of this worker's shares of all steps of a task."""
+        return sum(self.share_rows(step) for step in range(task["first"], task["last"]))
+
     def rows(self, epoch: int, first: int, last: int) -> Rows:
         """The rows of this worker's shares of steps first..last-1, one after the other."""
         order = epoch_order(self.seed, epoch, self.row_ids)
@@ -180,25 +197,30 @@ def training_batches(images: MaterializedDataset, schedule: Schedule, device: to
     `num_cpus` is what a gather task reserves; it works for some 20 ms every few seconds beside a CPU worker.
     """
     tasks = schedule.tasks()
-    if not tasks:
-        return
-    stream = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        _training_rows,
-        fn_kwargs={"gather": _Gather(images), "schedule": schedule},
-        batch_size=1,
-        num_cpus=num_cpus,
-        # Bounded, or Ray starts a process for every waiting task. One gathers some 200,000 rows/s.
-        compute=TaskPoolStrategy(size=2 if device.type == "cuda" else 1),
-    )
-    blocks = stream.iter_torch_batches(batch_size=None, prefetch_batches=2, device=device)
-    for task, block in zip(tasks, blocks, strict=True):
+    busy = [task for task in tasks if schedule.task_rows(task)]
+    blocks: Iterator[Batch] = iter(())
+    if busy:
+        stream = ray.data.from_items(busy, override_num_blocks=len(busy)).map_batches(
+            _training_rows,
+            fn_kwargs={"gather": _Gather(images), "schedule": schedule},
+            batch_size=1,
+            num_cpus=num_cpus,
+            # Bounded, or Ray starts a process for every waiting task. One gathers some 200,000 rows/s.
+            compute=TaskPoolStrategy(size=2 if device.type == "cuda" else 1),
+        )
+        blocks = iter(stream.iter_torch_batches(batch_size=None, prefetch_batches=2, device=device))
+    nothing = {name: torch.zeros(0, dtype=torch.int64, device=device) for name in ("digit", "row_id", "number")}
+    nothing["image"] = torch.zeros((0, SIDE, SIDE), dtype=torch.uint8, device=device)
+    for task in tasks:
+        rows = schedule.task_rows(task)
+        block = next(blocks) if rows else nothing  # Ray Data hands on no empty block
+        if len(block["row_id"]) != rows:
+            raise RowsLost(f"a block of epoch {task['epoch'] + 1} has {len(block['row_id'])} rows, the schedule has {rows}")
         start = 0
         for step in range(task["first"], task["last"]):
             end = start + schedule.share_rows(step)
             yield {name: values[start:end] for name, values in block.items()}
             start = end
-        if start != len(block["row_id"]):
-            raise RuntimeError(f"a block of epoch {task['epoch'] + 1} has {len(block['row_id'])} rows, the schedule has {start}")
 
 
 def held_out_batches(images: MaterializedDataset, row_ids: Rows, rank: int, world_size: int, device: torch.device) -> list[Batch]:

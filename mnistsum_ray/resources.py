@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from mnistsum_ray.config import Refusal, TrainConfig
 
@@ -20,7 +21,8 @@ _SAY_SECONDS: Final = 15.0
 class Cluster:
     """Logical resources: now, free at this moment, and the most that an autoscaler may reach."""
 
-    nodes: int
+    nodes: tuple[dict[str, float], ...]
+    """What each node has in all, of those that have CPUs."""
     total: dict[str, float]
     free: dict[str, float]
     ceiling: dict[str, float]
@@ -29,8 +31,14 @@ class Cluster:
     def can_grow(self) -> bool:
         return any(self.ceiling.get(kind, 0) > self.total.get(kind, 0) for kind in ("CPU", "GPU"))
 
+    def places(self, each: dict[str, float]) -> int:
+        """How many workers that reserve so much each fit on the nodes as they are."""
+        return sum(min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in each.items()) for node in self.nodes)
+
     def describe(self) -> str:
-        now = f"{_count(self.total, 'CPU')} and {_count(self.total, 'GPU')} on {self.nodes} node{'s' * (self.nodes != 1)}"
+        now = (
+            f"{_count(self.total, 'CPU')} and {_count(self.total, 'GPU')} on {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}"
+        )
         most = f", at most {_count(self.ceiling, 'CPU')} and {_count(self.ceiling, 'GPU')} after growing" if self.can_grow else ""
         return now + most
 
@@ -50,6 +58,10 @@ class Allotment:
         """What each training worker reserves."""
         return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.use_gpu else {})
 
+    def bundles(self) -> list[dict[str, float]]:
+        """The same, piece by piece, each of which has to fit on one node."""
+        return [self.per_worker, {"CPU": self.data_cpus_per_worker}] * self.workers[0]
+
     def needs(self) -> dict[str, float]:
         """What has to be free for the fewest workers and their data tasks."""
         need = {kind: amount * self.workers[0] for kind, amount in self.per_worker.items()}
@@ -61,7 +73,7 @@ def look() -> Cluster:
     alive = [node for node in ray.nodes() if node["Alive"]]
     total = dict(ray.cluster_resources())
     return Cluster(
-        nodes=sum(1 for node in alive if node["Resources"].get("CPU")),
+        nodes=tuple(dict(node["Resources"]) for node in alive if node["Resources"].get("CPU")),
         total=total,
         free=dict(ray.available_resources()),
         ceiling={kind: max(total.get(kind, 0), limit) for kind, limit in (total | _autoscaler_limits()).items()},
@@ -87,7 +99,7 @@ def allot(config: TrainConfig, cluster: Cluster) -> Allotment:
     if use_gpu and not gpus:
         raise Refusal(f"--use-gpu true: the cluster has no GPU ({cluster.describe()})")
     # On CPUs one worker a node, with a thread a core, does what many workers would without copying gradients about.
-    fitting = int(cluster.total.get("GPU", 0)) if use_gpu else cluster.nodes
+    fitting = int(cluster.total.get("GPU", 0)) if use_gpu else len(cluster.nodes)
     workers = config.worker_range or (max(1, fitting), max(1, fitting))
     most = gpus if use_gpu else int(cluster.ceiling.get("CPU", 0))
     if workers[0] > most:
@@ -95,13 +107,21 @@ def allot(config: TrainConfig, cluster: Cluster) -> Allotment:
         raise Refusal(
             f"--num-workers {workers[0]}: needs {workers[0]} {kind}s, one a worker; the cluster has {cluster.describe()}"
         )
-    cpus = cluster.ceiling.get("CPU", 0.0) / workers[0]
-    return Allotment(
-        workers=(workers[0], min(workers[1], most)),
+    workers = (workers[0], min(workers[1], most))
+    cpus = cluster.ceiling.get("CPU", 0.0) / workers[1]
+    allotment = Allotment(
+        workers=workers,
         use_gpu=use_gpu,
         cpus_per_worker=min(1.0, (1 - _DATA_CPU_SHARE) * cpus),
         data_cpus_per_worker=min(_DATA_CPU_SHARE, _DATA_CPU_SHARE * cpus),
     )
+    fitting = cluster.places(allotment.per_worker)
+    if workers[0] > fitting and not cluster.can_grow:
+        each = " and ".join(_count(allotment.per_worker, kind) for kind in allotment.per_worker)
+        raise Refusal(
+            f"--num-workers {workers[0]}: only {fitting} of them, with {each} each, fit on the nodes ({cluster.describe()})"
+        )
+    return allotment
 
 
 def wait_until_free(allotment: Allotment, seconds: float, say: Callable[[str], None]) -> None:
@@ -114,28 +134,30 @@ def wait_until_free(allotment: Allotment, seconds: float, say: Callable[[str], N
     started = time.monotonic()
     said = -_SAY_SECONDS
     asked = False
-    while True:
-        cluster = look()
-        missing = {kind: amount for kind, amount in need.items() if cluster.free.get(kind, 0) < amount}
-        if not missing:
-            return
-        waited = time.monotonic() - started
-        wanted = " and ".join(_count(need, kind) for kind in need)
-        free = " and ".join(_count(cluster.free, kind) for kind in need)
-        if waited >= seconds:
-            raise Refusal(
-                f"needs {wanted}, but after {waited:.0f} s only {free} are free ({cluster.describe()}): other jobs hold the "
-                "rest, or the cluster has not grown; ask for fewer --num-workers or give more --wait-seconds"
-            )
-        if cluster.can_grow and not asked:
-            from ray.autoscaler.sdk import request_resources
-
-            request_resources(bundles=[allotment.per_worker] * allotment.workers[0])
-            asked = True
-        if waited - said >= _SAY_SECONDS:
-            say(f"waiting for {wanted}; free now: {free} ({cluster.describe()}); giving up in {seconds - waited:.0f} s")
-            said = waited
-        time.sleep(min(_POLL_SECONDS, max(0.1, seconds - waited)))
+    try:
+        while True:
+            cluster = look()
+            missing = {kind: amount for kind, amount in need.items() if cluster.free.get(kind, 0) < amount}
+            if not missing:
+                return
+            waited = time.monotonic() - started
+            wanted = " and ".join(_count(need, kind) for kind in need)
+            free = " and ".join(_count(cluster.free, kind) for kind in need)
+            if waited >= seconds:
+                raise Refusal(
+                    f"needs {wanted}, but after {waited:.0f} s only {free} are free ({cluster.describe()}): other jobs hold the "
+                    "rest, or the cluster has not grown; ask for fewer --num-workers or give more --wait-seconds"
+                )
+            if cluster.can_grow and not asked:
+                request_resources(bundles=allotment.bundles())
+                asked = True
+            if waited - said >= _SAY_SECONDS:
+                say(f"waiting for {wanted}; free now: {free} ({cluster.describe()}); giving up in {seconds - waited:.0f} s")
+                said = waited
+            time.sleep(min(_POLL_SECONDS, max(0.1, seconds - waited)))
+    finally:
+        if asked:
+            request_resources(bundles=[])  # it would hold the nodes for ever; from here on Ray Train asks for its own
 
 
 def _count(resources: dict[str, float], kind: str) -> str:

@@ -52,7 +52,7 @@ class Location:
         return json.loads(self.read_bytes())
 
     def write_json(self, value: Any) -> None:
-        self.write_bytes((json.dumps(value, indent=2) + "\n").encode())
+        self.write_bytes((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _join(text: str, name: str) -> str:
@@ -61,7 +61,7 @@ def _join(text: str, name: str) -> str:
 
 
 def base_folder() -> Path:
-    """Where relative paths start: the working folder, or the home folder inside a submitted job.
+    """Where a relative path to write to starts: the working folder, or the home folder inside a submitted job.
 
     `ray job submit --working-dir` runs the driver in a temporary copy, and what is written there is lost with it.
     """
@@ -69,8 +69,8 @@ def base_folder() -> Path:
     return Path.home() if "working_dir_files" in here.parts else here
 
 
-def locate(text: str, flag: str) -> Location:
-    """Turn a path or URI of the command line into a Location.
+def locate(text: str, flag: str, base: Path | None = None) -> Location:
+    """Turn a path or URI of the command line into a Location; a relative path starts from `base`, or from here.
 
     Raises:
         Refusal: the URI's scheme or host makes no sense, or its credentials are not there.
@@ -81,7 +81,7 @@ def locate(text: str, flag: str) -> Location:
         except (pa.ArrowInvalid, OSError, ValueError) as error:
             raise Refusal(f"{flag} {text}: {_one_line(error)}") from None
         return Location(filesystem, path.rstrip("/"), text)
-    path = os.path.normpath(base_folder() / Path(text).expanduser())
+    path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())
     return Location(pafs.LocalFileSystem(), path, path)
 
 

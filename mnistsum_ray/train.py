@@ -1,12 +1,13 @@
 """A training run, seen from the driver: refuse early, load the data, fit, publish the best model."""
 
+import json
 import os
 import platform
 import secrets
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -14,19 +15,23 @@ from pathlib import Path
 from typing import Any, Final
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
+from pyarrow.fs import FileSelector, FileType
+from pydantic import ValidationError
 from ray.data.dataset import MaterializedDataset
-from ray.util.queue import Queue
+from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnistsum_ray import pipeline, resources
+from mnistsum_ray import __version__, pipeline, resources
 from mnistsum_ray.checkpoint import MODEL_FILES
 from mnistsum_ray.config import Refusal, RunFailed, TrainConfig
 from mnistsum_ray.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.mnist import Source, open_source
 from mnistsum_ray.model import PARAMETERS
 from mnistsum_ray.report import Console, draw_history, write_history
-from mnistsum_ray.storage import Location, locate
+from mnistsum_ray.storage import Location, base_folder, locate
 
 SMALL_ROWS: Final = 20_000
 """Below so many training rows, smaller batches and more epochs: the sum head needs its number of steps."""
@@ -42,7 +47,10 @@ KEEP_MEMORY: Final = {
 # What a run's numbers depend on, and so what `--resume` may not change.
 _FIXED: Final = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_shift", "seed", "precision")
 
-_PACKAGES: Final = ("mnistsum_ray", "ray", "torch", "pyarrow", "numpy")
+_SILENCE_SECONDS: Final = 60
+"""After so long without an event, a person is told what the cluster looks like."""
+
+_PACKAGES: Final = ("ray", "torch", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,12 @@ def prepare(config: TrainConfig) -> Run:
     Raises:
         Refusal: the data, the name or the storage will not do.
     """
-    storage = locate(config.storage_path, "--storage-path")
+    storage = locate(config.storage_path, "--storage-path", base_folder())
     name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = storage / name
     try:
-        taken = folder.exists()
+        # A run that was killed before it wrote its manifest has done nothing yet, and keeps nobody from the name.
+        taken = (folder / "manifest.json").exists() or (folder.exists() and not _is_empty(folder))
         if config.resume:
             config = _resumed(config, folder)
         elif taken:
@@ -75,13 +84,18 @@ def prepare(config: TrainConfig) -> Run:
     small = len(source.train) < SMALL_ROWS
     recipe = {"epochs": 6, "batch_size": 64, "max_shift": 1} if small else {"epochs": 5, "batch_size": 256, "max_shift": 2}
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
-    return Run(config.model_copy(update=unset | {"name": name, "storage_path": storage.text}), source, folder)
+    # As found, so that --resume finds the same from any folder and on any day.
+    found = {"name": name, "storage_path": storage.text, "data": "sample" if source.name == "sample" else source.location}
+    return Run(config.model_copy(update=unset | found), source, folder)
 
 
 def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
     """The config of the stored run, with what this command says of the cluster."""
     manifest = _read_manifest(folder)
-    stored = TrainConfig(**manifest["config"])
+    try:
+        stored = TrainConfig(**manifest["config"])
+    except (KeyError, TypeError, ValidationError):
+        raise Refusal(f"--resume: {folder.text}/manifest.json is not that of a run of this version") from None
     given = {key: getattr(config, key) for key in config.model_fields_set}
     for key in _FIXED:
         if key in given and given[key] != getattr(stored, key):
@@ -92,11 +106,19 @@ def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
     return stored.model_copy(update=given)
 
 
+def _is_empty(folder: Location) -> bool:
+    """Whether nothing but unfinished files of ours lies there."""
+    entries = folder.filesystem.get_file_info(FileSelector(folder.path)) if folder.info().type == FileType.Directory else None
+    return entries is not None and all(entry.base_name.endswith(".partial") for entry in entries)
+
+
 def _read_manifest(folder: Location) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = (folder / "manifest.json").read_json()
     except FileNotFoundError:
-        raise Refusal(f"--resume: there is no run in {folder.text} (no manifest.json)") from None
+        raise Refusal(f"--resume: there is no run in {folder.text} (no manifest.json); start it without --resume") from None
+    except ValueError:
+        raise Refusal(f"--resume: {folder.text}/manifest.json is not JSON") from None
     return manifest
 
 
@@ -112,15 +134,17 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
     """
     started = time.monotonic()
     config, source = run.config, run.source
+    allotment = resources.allot(config, resources.look())
     if source.notice:
         console.say(source.notice)
-    allotment = resources.allot(config, resources.look())
     resources.wait_until_free(allotment, config.wait_seconds, console.say)
     pipeline.quiet()
-    images, fingerprint = pipeline.load(source)
-    manifest = _manifest(run, fingerprint)
+    loaded = pipeline.load(source)
+    manifest = _manifest(run, loaded.fingerprint)
     if config.resume:
-        _check_data(_read_manifest(run.folder), fingerprint)
+        _check_data(_read_manifest(run.folder), loaded.fingerprint)
+    elif (run.folder / "manifest.json").exists():  # again, since all of the waiting and reading lies between
+        raise Refusal(f"--name {config.name}: another run has taken it meanwhile; choose another name")
     (run.folder / "manifest.json").write_json(manifest)
     console.say(
         f"run {config.name}: {len(source.train):,} training, {len(source.validation):,} validation and {len(source.test):,} test "
@@ -128,20 +152,16 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
     )
     try:
         with _events(console) as events:
-            history, checkpoint = _train(run, allotment, images, events)
+            history, checkpoint = _train(run, allotment, loaded.images, events)
     except ray.train.TrainingFailedError as error:
         console.say(str(error))
         raise RunFailed(
             f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
             f"--name {config.name} --resume goes on after the last whole epoch"
         ) from error
-    model = run.folder / "model"
-    with checkpoint.as_directory() as local:
-        for name in MODEL_FILES:
-            (model / name).write_bytes((Path(local) / name).read_bytes())
-        card = (model / "model.json").read_json()
-    write_history(run.folder, history)
+    _publish(run.folder, checkpoint, history)  # a kill may have come between the last epoch and its publication
     draw_history(run.folder, history)
+    model = run.folder / "model"
     steady = history[1:] or history
     speed = sum(line["rows_per_second"] * line["seconds"] for line in steady) / sum(line["seconds"] for line in steady)
     summary = {
@@ -149,7 +169,7 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
         "model": model.text,
         "parameters": PARAMETERS,
         "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
-        "test": card["test"],
+        "test": (model / "model.json").read_json()["test"],
         "images_per_second": round(speed, 1),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -180,7 +200,8 @@ def _train(
     )
     fewest, most = allotment.workers
     # Without these two, a worker group that no longer fits is tried again for ever.
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(60.0, config.wait_seconds))
+    attempts = config.max_failures + 1
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(60.0, config.wait_seconds / attempts))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker, or the end, is seen
     failures = ray.train.FailureConfig(max_failures=config.max_failures, controller_failure_limit=config.max_failures)
     trainer = ray.train.torch.TorchTrainer(
@@ -196,7 +217,7 @@ def _train(
             storage_path=config.storage_path,
             failure_config=failures,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[_Narrator(events)],
+            callbacks=[_Reporter(run.folder.text, events)],
             worker_runtime_env={} if allotment.use_gpu else {"env_vars": KEEP_MEMORY},
         ),
         datasets={"images": images},
@@ -211,11 +232,25 @@ def _train(
     return outcome["history"], result.checkpoint
 
 
-class _Narrator(ray.train.UserCallback):
-    """Says when workers are lost: Ray Train replaces them without a word to the driver."""
+def _publish(folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]]) -> None:
+    """Put the best model so far, which every checkpoint carries, and the history into the run folder."""
+    with checkpoint.as_directory() as local:
+        for name in MODEL_FILES:
+            (folder / "model" / name).write_bytes((Path(local) / name).read_bytes())
+    write_history(folder, history)
 
-    def __init__(self, events: Queue) -> None:
-        self._events = events
+
+class _Reporter(ray.train.UserCallback):
+    """Runs beside the driver: publishes after every epoch, and says when workers are lost, which Ray Train does not."""
+
+    def __init__(self, folder: str, events: Queue) -> None:
+        self._folder, self._events = folder, events
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None) -> None:
+        if checkpoint is not None:
+            with checkpoint.as_directory() as local:
+                history = json.loads((Path(local) / "trainer.json").read_text())["history"]
+            _publish(locate(self._folder, "--storage-path"), checkpoint, history)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for rank, error in worker_exceptions.items():
@@ -226,10 +261,26 @@ class _Narrator(ray.train.UserCallback):
 @contextmanager
 def _events(console: Console) -> Iterator[Queue]:
     """A queue whose events the console shows until the block ends."""
-    queue = Queue(actor_options={"num_cpus": 0})
+    # On this node, so that it is not lost with another.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
     def follow() -> None:
-        while (event := queue.get()) is not None:
+        silent = 0
+        while True:
+            try:
+                event = queue.get(timeout=_SILENCE_SECONDS)
+            except Empty:
+                silent += _SILENCE_SECONDS
+                cluster = resources.look()
+                console.say(
+                    f"no word from the workers for {silent} s: they are being started or replaced, or wait for data; the cluster "
+                    f"has {cluster.describe()}, free: {cluster.free.get('CPU', 0):g} CPUs, {cluster.free.get('GPU', 0):g} GPUs"
+                )
+                continue
+            if event is None:
+                return
+            silent = 0
             console.show(event)
 
     thread = threading.Thread(target=follow, daemon=True)
@@ -237,9 +288,10 @@ def _events(console: Console) -> Iterator[Queue]:
     try:
         yield queue
     finally:
-        queue.put(None)
-        thread.join(timeout=10)
-        queue.shutdown()
+        with suppress(ray.exceptions.RayError):
+            queue.put(None)
+            thread.join(timeout=10)
+            queue.shutdown()
 
 
 def _manifest(run: Run, fingerprint: str) -> dict[str, Any]:
@@ -247,7 +299,11 @@ def _manifest(run: Run, fingerprint: str) -> dict[str, Any]:
     return {
         "status": "running",
         "config": run.config.model_dump(mode="json", exclude={"config", "resume"}),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "mnistsum_ray": __version__,
+            **{name: version(name) for name in _PACKAGES},
+        },
         "data": {
             "source": source.name,
             "location": source.location,

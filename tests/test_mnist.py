@@ -1,9 +1,12 @@
 """Every source gives fixed, disjoint splits; what cannot be used is refused with the file's name."""
 
+import functools
 import gzip
+import http.server
 import io
 import shutil
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,3 +212,32 @@ def test_full_mnist_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         source = open_source(name)
         assert (source.name, source.notice) == ("mnist", "")
         check_splits(source, 360, 40, 100)
+
+
+def test_without_a_network_auto_says_so_and_mnist_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import MNIST
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens there: a real refusal of the connection
+    source = open_source("auto")
+    assert source.name == "sample"
+    assert source.notice.startswith("NOT the full MNIST")
+    with pytest.raises(Refusal, match="cannot be downloaded"):
+        open_source("mnist")
+
+
+def test_a_download_that_is_cut_off_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx: Path) -> None:
+    """A mirror that has one of the four files."""
+    from torchvision.datasets import MNIST
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(idx / "MNIST" / "raw"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    with pytest.raises(Refusal, match="cannot be downloaded"):
+        open_source("mnist")
+    server.shutdown()
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]

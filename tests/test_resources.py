@@ -8,7 +8,8 @@ from mnistsum_ray.resources import Cluster, allot
 
 def cluster(cpus: float, gpus: float = 0, nodes: int = 1, ceiling: dict[str, float] | None = None) -> Cluster:
     total = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-    return Cluster(nodes, total, total, ceiling or total)
+    each = {kind: amount / nodes for kind, amount in total.items()}
+    return Cluster((each,) * nodes, total, total, ceiling or total)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,17 @@ def test_more_than_there_can_be_is_refused(config: TrainConfig, here: Cluster, s
     with pytest.raises(Refusal) as refused:
         allot(config, here)
     assert said in str(refused.value)
+
+
+def test_workers_that_fit_on_no_node_are_refused() -> None:
+    here = Cluster(({"CPU": 16}, {"CPU": 2, "GPU": 8}), {"CPU": 18, "GPU": 8}, {}, {"CPU": 18, "GPU": 8})
+    with pytest.raises(Refusal, match="--num-workers 8: only 2 of them, with 1 CPU and 1 GPU each, fit on the nodes"):
+        allot(TrainConfig(num_workers=8), here)
+
+
+def test_an_elastic_run_leaves_cpus_for_the_data_at_its_largest() -> None:
+    allotment = allot(TrainConfig(num_workers=(1, 4)), cluster(4))
+    assert 4 * (allotment.cpus_per_worker + allotment.data_cpus_per_worker) <= 4
 
 
 def test_an_elastic_run_is_cut_to_what_there_can_be() -> None:

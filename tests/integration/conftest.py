@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A Ray cluster of two CPUs; commands join it through RAY_ADDRESS. Its address."""
-    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield context.address_info["address"]
     ray.shutdown()
 
@@ -47,9 +47,7 @@ class Job:
 
     def __init__(self, name: str, *args: object, address: str | None = None, cwd: Path | None = None) -> None:
         environment = dict(os.environ)
-        environment.pop("RAY_ADDRESS", None)
-        if address:
-            environment["RAY_ADDRESS"] = address
+        environment["RAY_ADDRESS"] = address or "local"  # never a cluster that somebody else runs on this machine
         self._started = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, args)],

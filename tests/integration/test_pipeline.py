@@ -36,10 +36,10 @@ def feed(images: MaterializedDataset, ids: np.ndarray, rank: int, world_size: in
 
 def test_the_blocks_hold_every_row_in_order(write_rows: Rows) -> None:
     path = write_rows(1000)  # five row groups, and more than one part after reading
-    dataset, fingerprint = pipeline.load(open_source(str(path)))
-    assert dataset.count() == 1000
-    assert [row["image"] for row in dataset.take_all()] == pq.read_table(path)["image"].to_pylist()
-    assert pipeline.load(open_source(str(path)))[1] == fingerprint
+    loaded = pipeline.load(open_source(str(path)))
+    assert loaded.images.count() == 1000
+    assert [row["image"] for row in loaded.images.take_all()] == pq.read_table(path)["image"].to_pylist()
+    assert pipeline.load(open_source(str(path))).fingerprint == loaded.fingerprint
 
 
 def test_the_fingerprint_is_of_the_rows_and_not_of_the_files(tmp_path: Path, sample: pa.Table) -> None:
@@ -49,7 +49,7 @@ def test_the_fingerprint_is_of_the_rows_and_not_of_the_files(tmp_path: Path, sam
         pq.write_table(rows, tmp_path / name / "rows.parquet", row_group_size=size)
     (tmp_path / "c").mkdir()
     pq.write_table(rows[::-1], tmp_path / "c" / "rows.parquet")
-    prints = [pipeline.load(open_source(str(tmp_path / name)))[1] for name in ("a", "b", "c")]
+    prints = [pipeline.load(open_source(str(tmp_path / name))).fingerprint for name in ("a", "b", "c")]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -65,7 +65,7 @@ def test_a_bad_row_found_on_the_cluster_is_a_refusal_that_names_it(tmp_path: Pat
 def test_every_row_once_an_epoch_with_its_own_number(write_rows: Rows, world_size: int) -> None:
     path = write_rows(500)
     source = open_source(str(path))
-    images, _ = pipeline.load(source)
+    images = pipeline.load(source).images
     table = pq.read_table(path)
     pixels, digits = pixels_view(table["image"].combine_chunks()), table["digit"].to_numpy()
     shares = [feed(images, source.train, rank, world_size) for rank in range(world_size)]
@@ -89,15 +89,28 @@ def test_the_block_layout_changes_nothing(tmp_path: Path, sample: pa.Table) -> N
         path = tmp_path / f"{size}.parquet"
         pq.write_table(sample[::5], path, row_group_size=size)
         source = open_source(str(path))
-        images, _ = pipeline.load(source)
+        images = pipeline.load(source).images
         fed.append(feed(images.repartition(1000 // size).materialize(), source.train, 0, 1, max_shift=2))
     for one, other in zip(*fed, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 1), (3, 2)])
+def test_an_empty_share_is_an_empty_batch(write_rows: Rows, world_size: int, batch_size: int) -> None:
+    """More workers than rows in a batch: Ray Data drops blocks without rows, the steps must not shift for that."""
+    source = open_source(str(write_rows(100)))
+    images = pipeline.load(source).images
+    shares = [feed(images, source.train[:21], rank, world_size, batch_size=batch_size) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {2 * -(-21 // batch_size)}
+    for steps in zip(*shares, strict=True):
+        assert sum(len(batch["row_id"]) for batch in steps) in (batch_size, 21 % batch_size)
+    seen = torch.cat([batch["row_id"] for share in shares for batch in share]).tolist()
+    assert sorted(seen) == sorted(2 * source.train[:21].tolist())
+
+
 def test_going_on_after_an_epoch_feeds_what_the_whole_run_would(write_rows: Rows) -> None:
     source = open_source(str(write_rows(500)))
-    images, _ = pipeline.load(source)
+    images = pipeline.load(source).images
     whole = feed(images, source.train, 0, 1, max_shift=1)
     rest = feed(images, source.train, 0, 1, max_shift=1, first_epoch=1)
     for one, other in zip(whole[len(whole) // 2 :], rest, strict=True):
@@ -106,7 +119,7 @@ def test_going_on_after_an_epoch_feeds_what_the_whole_run_would(write_rows: Rows
 
 def test_shifted_images_are_the_images_moved(write_rows: Rows) -> None:
     source = open_source(str(write_rows(500)))
-    images, _ = pipeline.load(source)
+    images = pipeline.load(source).images
     plain = feed(images, source.train, 0, 1)
     moved = feed(images, source.train, 0, 1, max_shift=2)
     for still, shifted in zip(plain, moved, strict=True):
@@ -119,7 +132,7 @@ def test_shifted_images_are_the_images_moved(write_rows: Rows) -> None:
 
 def test_held_out_rows_are_shared_out_whole(write_rows: Rows) -> None:
     source = open_source(str(write_rows(1000)))
-    images, _ = pipeline.load(source)
+    images = pipeline.load(source).images
     shares = [pipeline.held_out_batches(images, source.train, rank, 3, CPU) for rank in range(3)]
     ids = torch.cat([batch["row_id"] for share in shares for batch in share]).numpy()
     assert np.array_equal(np.sort(ids), source.train)

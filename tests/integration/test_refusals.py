@@ -41,6 +41,7 @@ def test_an_unknown_key(tmp_path: Path) -> None:
 
 def test_a_name_that_is_taken(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("somebody's")
     check_refused(run_job("train", "--data", "sample", "--storage-path", tmp_path, "--name", "mine"), "--name mine:")
 
 
