@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from mnistsum_ray.loop import one_cycle
+from mnistsum_ray.loop import faster_with_bf16, one_cycle
 from mnistsum_ray.pairs import epoch_order
 from mnistsum_ray.pipeline import Schedule
 
@@ -56,3 +57,7 @@ def test_a_resumed_schedule_is_the_rest_of_the_whole() -> None:
     whole = schedule(0, 1).tasks()
     rest = Schedule(**(schedule(0, 1).__dict__ | {"first_epoch": 2})).tasks()
     assert rest == [task for task in whole if task["epoch"] == 2]
+
+
+def test_the_precision_is_not_a_matter_of_luck() -> None:
+    assert len({faster_with_bf16(torch.device("cpu")) for _ in range(50)}) == 1
