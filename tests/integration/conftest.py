@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import ray
+
+from mnistsum_ray.mnist import SAMPLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +26,14 @@ def cluster() -> Iterator[str]:
     context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield context.address_info["address"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every n-th row of the bundled sample as one Parquet file; n is the module's EVERY."""
+    path = tmp_path_factory.mktemp("data") / "rows.parquet"
+    pq.write_table(pq.read_table(SAMPLE)[:: request.module.EVERY], path)
+    return path
 
 
 @dataclass

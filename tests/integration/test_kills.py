@@ -2,18 +2,11 @@
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.mnist import SAMPLE
 from tests.integration.conftest import Job, kill_everything, kill_training_worker, run_job
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "rows.parquet"
-    pq.write_table(pq.read_table(SAMPLE)[::2], path)
-    return path
+EVERY = 2
 
 
 @pytest.fixture(scope="module")

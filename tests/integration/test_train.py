@@ -18,13 +18,7 @@ from tests.integration.conftest import Done, run_job
 Rows = Callable[[int], Path]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mnistsum_ray.mnist import SAMPLE
-
-    path = tmp_path_factory.mktemp("data") / "rows.parquet"
-    pq.write_table(pq.read_table(SAMPLE)[::5], path)
-    return path
+EVERY = 5
 
 
 @pytest.fixture(scope="module")
