@@ -17,7 +17,7 @@ from mnistsum_ray import job
 from mnistsum_ray.config import TrainConfig, parse
 
 
-def train(argv: list[str]) -> dict[str, Any]:
+def train(argv: list[str]) -> tuple[dict[str, Any], int]:
     config = parse(TrainConfig, argv, __doc__)
 
     from mnistsum_ray.report import Console
@@ -29,7 +29,7 @@ def train(argv: list[str]) -> dict[str, Any]:
     summary = fit(run, console)
     console.say(f"model: {summary['model']}")
     console.say(f"curves: {summary['run']}/history.png")
-    return summary
+    return summary, job.DONE
 
 
 def main(argv: list[str]) -> int:

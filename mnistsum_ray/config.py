@@ -1,6 +1,7 @@
 """What a run is: a frozen pydantic model, filled from a YAML file and the command line, which wins."""
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -110,6 +111,73 @@ class TrainConfig(JobConfig):
         return self.num_workers
 
 
+class ScoreConfig(JobConfig):
+    """Everything that a scoring run is told. What is unset follows from the cluster."""
+
+    model: str = Field(description="folder or URI of a run, or of its model")
+    input: tuple[str, ...] = Field(
+        min_length=1, description="Parquet to score: files, folders (with all below them), globs or URIs, one or more"
+    )
+    output: str = Field(description="folder or URI for the predictions; run the same command again to go on after a kill")
+    image_column: str = Field("image", min_length=1, description="column that holds the images")
+    number_column: str = Field("number", min_length=1, description="column that holds the numbers 0..9")
+    label_column: str | None = Field(None, min_length=1, description="column with the true digit, to measure accuracy [none]")
+    num_workers: int | None = Field(None, ge=1, description="scoring actors [one a GPU; without GPUs, one a CPU]")
+    num_readers: int | None = Field(
+        None,
+        ge=0,
+        description="tasks that read and decode for the actors; 0: each actor reads by itself [one a CPU beside GPUs; else 0]",
+    )
+    use_gpu: bool | None = Field(None, description="true or false [true where the cluster has GPUs]")
+    precision: Literal["bf16", "fp32"] | None = Field(
+        None, description="bf16 or fp32 [bf16 where the hardware is faster with it, else fp32]"
+    )
+    batch_size: int | None = Field(None, ge=1, le=65_536, description="rows in one forward pass [64 on a CPU, 2048 on a GPU]")
+    unit_rows: int = Field(
+        8_192, ge=1, le=10_000_000, description="most rows in one output file, and about what a kill costs a worker"
+    )
+    strict: CliImplicitFlag[bool] = Field(False, description="publish nothing if any file or row cannot be used")
+    overwrite: CliImplicitFlag[bool] = Field(
+        False,
+        description="score everything afresh and then replace what the output holds: in one step on a local Linux file system; "
+        "elsewhere file by file at the end, each old or new at any time, never gone",
+    )
+    wait_seconds: float = Field(
+        600, ge=0, le=86_400, description="how long to wait for an autoscaling or busy cluster before giving up"
+    )
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        columns = [self.image_column, self.number_column]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"--image-column, --number-column: {self.image_column!r} cannot be both")
+        if self.label_column == self.image_column:
+            raise ValueError(f"--label-column: {self.image_column!r} is the image column")
+        return self
+
+
+class ExportConfig(JobConfig):
+    """What the exporter of example input is told."""
+
+    data: str = Field("auto", description="as for jobs/train.py: auto, sample, mnist, or a folder or URI")
+    split: Literal["train", "validation", "test"] = Field("test", description="rows of the data that are taken, in their order")
+    output: str = Field(description="folder or URI for the files; it must be empty or not there")
+    rows: int = Field(10_000, ge=1, description="rows in all; more than the split has: around again, with other numbers")
+    files: int = Field(8, ge=1, le=1_000_000, description="files, of about equal size")
+    seed: int = Field(0, ge=0, lt=2**63, description="decides the numbers")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.files > self.rows:
+            raise ValueError(f"--files {self.files}: more than there are rows ({self.rows})")
+        return self
+
+
 Config = TypeVar("Config", bound=JobConfig)
 
 
@@ -130,6 +198,7 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
     Raises:
         Refusal: an unknown flag or key, a value of the wrong kind or out of range, an unreadable file.
     """
+    argv = _gathered(argv, [name for name, field in config_class.model_fields.items() if field.annotation == tuple[str, ...]])
     parser = _Parser(prog=Path(sys.argv[0]).name, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     try:
         flags = CliSettingsSource[Any](config_class, root_parser=parser, cli_parse_args=argv)()
@@ -140,6 +209,29 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
         return config_class(**(values | flags))
     except ValidationError as error:
         raise Refusal(_first_line(error, flags)) from None
+
+
+def _gathered(argv: list[str], names: list[str]) -> list[str]:
+    """Put the values of a list flag (`--input a b`, `--input a --input b`) into the one JSON list that pydantic reads.
+
+    Its own syntax would split a file name at a comma, and not take what a shell makes of `--input pairs/*.parquet`.
+    """
+    rest: list[str] = []
+    values: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            current = values.setdefault(flag, []) if flag[2:].replace("-", "_") in names else None
+            if current is None:
+                rest.append(word)
+            elif equals:
+                current.append(value)
+        else:
+            (rest if current is None else current).append(word)
+    for flag, gathered in values.items():
+        rest += [flag, json.dumps(gathered)]
+    return rest
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -164,5 +256,9 @@ def _first_line(error: ValidationError, flags: dict[str, Any]) -> str:
     place = f"--{key.replace('_', '-')}" if key in flags else f"key {key!r} of the config file"
     if first["type"] == "extra_forbidden":
         return f"{place}: there is no such setting (--help lists them)"
+    if first["type"] == "missing":
+        return f"--{key.replace('_', '-')}: is needed, and neither the command line nor the config file has it"
+    if first["type"] == "too_short":
+        return f"{place}: needs a value"
     message = str(first["msg"]).removeprefix("Value error, ")
     return f"{place}: {message[:1].lower()}{message[1:]}, got {first['input']!r}"

@@ -14,14 +14,16 @@ from mnistsum_ray.config import Refusal, RunFailed
 DONE: Final = 0
 FAILED: Final = 1
 REFUSED: Final = 2
+INCOMPLETE: Final = 3
+"""Finished, but some of the input could not be used."""
 
 _ANSWER_SECONDS: Final = 3.0
 
 
-def run(job: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> int:
+def run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str]) -> int:
     """Run a job to its exit code: its result is the last line on standard output, a refusal one line on standard error."""
     try:
-        result = job(argv)
+        result, code = job(argv)
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr, flush=True)
         return REFUSED
@@ -32,7 +34,7 @@ def run(job: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> int:
         print("stopped", file=sys.stderr, flush=True)
         return FAILED
     print(json.dumps(result, allow_nan=False), flush=True)
-    return DONE
+    return code
 
 
 def connect() -> None:

@@ -20,6 +20,7 @@ from ray.util.queue import Queue
 from torch import Tensor
 
 from mnistsum_ray import checkpoint, pipeline
+from mnistsum_ray.device import be_deterministic, faster_with_bf16, keep_memory
 from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows
 from mnistsum_ray.model import TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.pairs import Rows
@@ -87,26 +88,6 @@ def one_cycle(step: int, total_steps: int, peak: float) -> float:
     return low + (high - low) * (1 - math.cos(math.pi * done)) / 2
 
 
-def be_deterministic() -> None:
-    """Have this process compute the same bits each time."""
-    torch.use_deterministic_algorithms(True)
-    # Filling what is about to be overwritten only helps to find reads of it, and costs a fifth of a step.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def faster_with_bf16(device: torch.device) -> bool:
-    """Whether this hardware multiplies bfloat16 natively, and so faster than float32.
-
-    Decided by what the hardware is and never by a measurement, which would one day come out the other way and change the
-    numbers of a run. AVX512-BF16 alone is not enough on Intel, where without AMX it does half as much as float32 (162 beside
-    322 GFLOP/s on two cores of an Emerald Rapids whose AMX is masked); AMD's cores do twice as much with it.
-    """
-    if device.type == "cuda":
-        return bool(torch.cuda.get_device_capability(device) >= (8, 0))
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(has.get("amx_bf16") or (has.get("avx512_bf16") and "intel" not in str(has.get("cpu_name", "")).lower()))
-
-
 class _Trainer:
     def __init__(self, config: LoopConfig) -> None:
         context = ray.train.get_context()
@@ -116,6 +97,7 @@ class _Trainer:
         if self.device.type == "cpu":
             use_cores(context.get_local_world_size())
             be_deterministic()
+            keep_memory()
         pipeline.quiet()
         torch.manual_seed(config.seed)
         self.model = TwoHeadCNN().to(self.device)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mnistsum_ray.config import RunFailed
 from mnistsum_ray.model import TwoHeadCNN
 
 
@@ -68,7 +69,7 @@ class Tally:
         )
 
 
-class RowsLost(RuntimeError):
+class RowsLost(RunFailed):
     """Rows were lost or seen twice, so what was computed from them cannot be trusted."""
 
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.pairs import Rows, held_out
-from mnistsum_ray.schema import SIDE, Pixels, decode_images, image_form_error, pixels_array
+from mnistsum_ray.schema import SIDE, Pixels, decode_images, image_form_error, one_chunk, pixels_array
 from mnistsum_ray.storage import Location, locate
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
@@ -59,10 +59,10 @@ class ParquetPart:
             raise Refusal(f"{where}: cannot be read: {' '.join(str(error).split())}") from None
         if table.num_rows != self.rows:
             raise Refusal(f"{where}: has {table.num_rows} rows where its footer says {self.rows}")
-        images, bad = decode_images(_one_chunk(table["image"]))
+        images, bad = decode_images(one_chunk(table["image"]))
         for row, reason in sorted(bad.items()):
             raise Refusal(f"{where}: row {self.first_row + row}: {reason}")
-        digits = _one_chunk(table[self.digit_column])
+        digits = one_chunk(table[self.digit_column])
         return _table(images, _checked_digits(digits, where, self.first_row))
 
 
@@ -110,9 +110,9 @@ def open_source(data: str) -> Source:
 
 def _sample() -> Source:
     table = pq.read_table(SAMPLE)
-    images, bad = decode_images(_one_chunk(table["image"]))
+    images, bad = decode_images(one_chunk(table["image"]))
     assert not bad
-    digits = _one_chunk(table["digit"]).to_numpy().astype(np.int8)
+    digits = one_chunk(table["digit"]).to_numpy().astype(np.int8)
     return _in_memory("sample", str(SAMPLE), images, digits, test_rows=None)
 
 
@@ -327,11 +327,6 @@ def _with_splits(
 
 def _table(images: Pixels, digits: np.ndarray) -> pa.Table:
     return pa.table({"image": pixels_array(images), "digit": pa.array(digits, pa.int8())})
-
-
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
 
 
 def _checked_digits(digits: pa.Array, where: str, first_row: int) -> np.ndarray:

@@ -6,6 +6,8 @@ conv5 64->64 conv6 64->128 conv7 128->10  7 -> 1      3x3, no padding: ten digit
 fc1 20->128  fc2 128->19                              on [digit scores, one-hot number]: nineteen sum scores
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import torch
@@ -67,15 +69,8 @@ class TwoHeadCNN(nn.Module):
 
     def digit_scores(self, images: Tensor) -> Tensor:
         """float[n, 1, 28, 28] to ten digit scores (logits) [n, 10]."""
-        x = F.relu_(self.conv1(images))
-        # ReLU after the max-pool gives the same values and gradients as before it, on a quarter of the elements.
-        x = F.relu_(F.max_pool2d(self.conv2(x), 2))
-        x = F.relu_(self.conv3(x))
-        x = F.relu_(F.max_pool2d(self.conv4(x), 2))
-        x = F.relu_(self.conv5(x))
-        x = F.relu_(self.conv6(x))
-        scores: Tensor = self.conv7(x)
-        return scores.flatten(1)
+        layers = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6, self.conv7)
+        return _convolve(images, layers).flatten(1)
 
     def sum_scores(self, digit_scores: Tensor, numbers: Tensor) -> Tensor:
         """Digit scores [n, 10] and numbers int64[n] in 0..9 to nineteen sum scores (logits) [n, 19]."""
@@ -96,6 +91,35 @@ class TwoHeadCNN(nn.Module):
         rows = len(digit_scores)
         numbers = torch.arange(10, device=digit_scores.device).repeat(rows)
         return self.sum_scores(digit_scores.repeat_interleave(10, dim=0), numbers).view(rows, 10, SUMS)
+
+
+def _convolve(x: Tensor, layers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    for index, layer in enumerate(layers):
+        x = layer(x)
+        if index in (1, 3):
+            x = F.max_pool2d(x, 2)
+        if index < 6:
+            # ReLU after the max-pool gives the same values and gradients as before it, on a quarter of the elements.
+            x = torch.relu_(x)
+    return x
+
+
+def blocked_forward(model: TwoHeadCNN) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`model` for inference in float32 on a CPU, with all that the convolutions touch in oneDNN's own layout: a tenth faster.
+
+    Takes and gives what `model` does, up to the order of sums (1e-5 of a score). It does not follow later changes of `model`.
+    """
+    layers = [
+        partial(F.conv2d, weight=layer.weight.detach().to_mkldnn(), bias=layer.bias.detach().to_mkldnn(), padding=layer.padding)
+        for layer in model.children()
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None
+    ]
+
+    def forward(images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        digit_scores = _convolve(images.to_mkldnn(), layers).to_dense().flatten(1)
+        return digit_scores, model.sum_scores(digit_scores, numbers)
+
+    return forward
 
 
 def joint_loss(digit_scores: Tensor, sum_scores: Tensor, digits: Tensor, numbers: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ row a worker, and a new execution each epoch costs its start-up each epoch.
 """
 
 import hashlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -28,6 +27,7 @@ from mnistsum_ray.config import Refusal
 from mnistsum_ray.metrics import RowsLost
 from mnistsum_ray.mnist import ParquetPart, Source
 from mnistsum_ray.pairs import Rows, epoch_order, random_numbers, rank_share, shifts, steps_per_epoch
+from mnistsum_ray.report import quiet_ray_data
 from mnistsum_ray.schema import IMAGE_TYPE, SIDE, Pixels, pixels_view
 
 Batch = dict[str, torch.Tensor]
@@ -41,12 +41,9 @@ _TASK_ROWS: Final = 4096
 
 
 def quiet() -> None:
-    """Keep order, and keep Ray Data's bars, plans and advice out of sight: the app reports rows, and waits, itself."""
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    """Keep the order of rows, and leave it to the app to say what is going on."""
+    quiet_ray_data()
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
 
 
 @dataclass(frozen=True)

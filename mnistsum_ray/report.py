@@ -2,11 +2,25 @@
 
 import io
 import json
+import logging
+import platform
 import sys
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any, TextIO
 
+from mnistsum_ray import __version__
 from mnistsum_ray.storage import Location
+
+
+def quiet_ray_data() -> None:
+    """Keep Ray Data's bars, plans and advice out of sight in this process: the app reports rows, and waits, itself."""
+    from ray.data import DataContext  # a second to import
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 class Console:
@@ -23,27 +37,33 @@ class Console:
         self._stream.flush()
         self._open = 0
 
-    def show(self, event: dict[str, Any]) -> None:
-        """One event of the training loop: progress, epoch or note."""
-        if event["kind"] == "progress":
-            self._progress(event)
-        elif event["kind"] == "epoch":
-            self.say(epoch_line(event))
-        else:
-            self.say(event["text"])
-
-    def _progress(self, event: dict[str, Any]) -> None:
-        left = (event["of_rows"] - event["rows"]) / event["rows_per_second"]
-        text = (
-            f"epoch {event['epoch']}/{event['epochs']}  {event['rows']:>6,} of {event['of_rows']:,} rows  "
-            f"{event['rows_per_second']:,.0f} rows/s  loss {event['loss']:.4f}  {left:.0f} s left in this epoch"
-        )
+    def progress(self, text: str) -> None:
+        """One line that the next one writes over, on a terminal; elsewhere it stays too."""
         if self._live:
             self._stream.write(text.ljust(self._open) + "\r")
             self._stream.flush()
             self._open = len(text)
         else:
             self.say(text)
+
+    def show(self, event: dict[str, Any]) -> None:
+        """One event of the training loop: progress, epoch or note."""
+        if event["kind"] == "progress":
+            left = (event["of_rows"] - event["rows"]) / event["rows_per_second"]
+            self.progress(
+                f"epoch {event['epoch']}/{event['epochs']}  {event['rows']:>6,} of {event['of_rows']:,} rows  "
+                f"{event['rows_per_second']:,.0f} rows/s  loss {event['loss']:.4f}  {left:.0f} s left in this epoch"
+            )
+        elif event["kind"] == "epoch":
+            self.say(epoch_line(event))
+        else:
+            self.say(event["text"])
+
+
+def versions() -> dict[str, str]:
+    """What a manifest says of the software that made it."""
+    packages = {name: version(name) for name in ("ray", "torch", "pyarrow", "numpy")}
+    return {"python": platform.python_version(), "mnistsum_ray": __version__, **packages}
 
 
 def epoch_line(entry: dict[str, Any]) -> str:

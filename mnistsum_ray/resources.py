@@ -8,7 +8,7 @@ from typing import Final
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from mnistsum_ray.config import Refusal, TrainConfig
+from mnistsum_ray.config import Refusal, ScoreConfig, TrainConfig
 
 _DATA_CPU_SHARE: Final = 0.25
 """What is left of the CPUs for the data tasks at least: with all reserved by training workers, they would wait for ever."""
@@ -61,11 +61,6 @@ class Allotment:
     def bundles(self) -> list[dict[str, float]]:
         """The same, piece by piece, each of which has to fit on one node."""
         return [self.per_worker, {"CPU": self.data_cpus_per_worker}] * self.workers[0]
-
-    def needs(self) -> dict[str, float]:
-        """What has to be free for the fewest workers and their data tasks."""
-        need = {kind: amount * self.workers[0] for kind, amount in self.per_worker.items()}
-        return need | {"CPU": need["CPU"] + self.data_cpus_per_worker * self.workers[0]}
 
 
 def look() -> Cluster:
@@ -124,20 +119,70 @@ def allot(config: TrainConfig, cluster: Cluster) -> Allotment:
     return allotment
 
 
-def wait_until_free(allotment: Allotment, seconds: float, say: Callable[[str], None]) -> None:
-    """Wait until the fewest workers fit, since Ray Train would wait for ever and say nothing of it.
+@dataclass(frozen=True)
+class ScoreAllotment:
+    """What a scoring run takes."""
+
+    actors: int
+    """The most at once; fewer work where no more are free."""
+    use_gpu: bool
+    cpus_per_actor: float
+    readers: int
+    """Tasks that read for the actors; 0: each actor reads by itself."""
+    cpus_per_task: float
+    """What each task that reads, and each that writes, reserves."""
+
+    @property
+    def per_actor(self) -> dict[str, float]:
+        """What each actor reserves."""
+        return {"CPU": self.cpus_per_actor} | ({"GPU": 1.0} if self.use_gpu else {})
+
+    def bundles(self) -> list[dict[str, float]]:
+        """What one actor needs to get on, piece by piece, each of which has to fit on one node."""
+        return [self.per_actor, *([{"CPU": self.cpus_per_task}] * (2 if self.readers else 0))]
+
+
+def allot_scoring(config: ScoreConfig, cluster: Cluster) -> ScoreAllotment:
+    """Decide actors, readers and devices: what the config says, and otherwise what the cluster has.
+
+    Raises:
+        Refusal: more is asked for than the cluster can ever have.
+    """
+    gpus, cpus = int(cluster.ceiling.get("GPU", 0)), cluster.ceiling.get("CPU", 0.0)
+    use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu
+    if use_gpu and not gpus:
+        raise Refusal(f"--use-gpu true: the cluster has no GPU ({cluster.describe()})")
+    most = gpus if use_gpu else max(1, int(cpus))
+    actors = config.num_workers or most
+    if actors > most:
+        kind = "GPU" if use_gpu else "CPU"
+        raise Refusal(f"--num-workers {actors}: needs {actors} {kind}s, one a worker; the cluster has {cluster.describe()}")
+    readers = (max(1, int(cpus) - 1) if use_gpu else 0) if config.num_readers is None else config.num_readers
+    # Actors that held every CPU would starve the tasks that read for them, for ever.
+    tasks_share = 0.0 if not readers else 1.0 if use_gpu else _DATA_CPU_SHARE
+    return ScoreAllotment(
+        actors=actors,
+        use_gpu=use_gpu,
+        cpus_per_actor=0.0 if use_gpu and readers else min(1.0, (1 - tasks_share) * cpus / actors),
+        readers=readers,
+        cpus_per_task=min(1.0, tasks_share * cpus / (readers + 1)),
+    )
+
+
+def wait_until_free(bundles: list[dict[str, float]], seconds: float, say: Callable[[str], None]) -> None:
+    """Wait until so much is free, since Ray would wait for ever and say nothing of it.
 
     Raises:
         Refusal: it is not, after so many seconds.
     """
-    need = allotment.needs()
+    need = {kind: sum(bundle.get(kind, 0) for bundle in bundles) for kind in bundles[0]}
     started = time.monotonic()
     said = -_SAY_SECONDS
     asked = False
     try:
         while True:
             cluster = look()
-            missing = {kind: amount for kind, amount in need.items() if cluster.free.get(kind, 0) < amount}
+            missing = {kind: amount for kind, amount in need.items() if cluster.free.get(kind, 0) < amount - 1e-9}
             if not missing:
                 return
             waited = time.monotonic() - started
@@ -149,7 +194,7 @@ def wait_until_free(allotment: Allotment, seconds: float, say: Callable[[str], N
                     "rest, or the cluster has not grown; ask for fewer --num-workers or give more --wait-seconds"
                 )
             if cluster.can_grow and not asked:
-                request_resources(bundles=allotment.bundles())
+                request_resources(bundles=bundles)
                 asked = True
             if waited - said >= _SAY_SECONDS:
                 say(f"waiting for {wanted}; free now: {free} ({cluster.describe()}); giving up in {seconds - waited:.0f} s")

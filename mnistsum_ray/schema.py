@@ -1,7 +1,8 @@
-"""The forms an image takes in a Parquet column, and how each becomes uint8[28, 28]. Nothing of Ray's runtime.
+"""The forms that an image and a number take in a Parquet column, and how each is decoded. Nothing of Ray's runtime.
 
-Accepted: 784 integers in a list or a fixed-size list, 28x28 nested lists, an Arrow or Ray tensor, 784 raw bytes,
+Accepted images: 784 integers in a list or a fixed-size list, 28x28 nested lists, an Arrow or Ray tensor, 784 raw bytes,
 an encoded picture (PNG or JPEG; 28x28, grayscale), and the Hugging Face struct {bytes, path} around any bytes.
+Accepted numbers: any integer type, dictionary-encoded or not.
 """
 
 import io
@@ -32,11 +33,11 @@ def image_form_error(kind: pa.DataType) -> str | None:
     if pa.types.is_dictionary(storage):
         storage = storage.value_type
     if pa.types.is_struct(storage):
-        index = storage.get_field_index("bytes")
-        if index < 0:
+        field = _picture_field(storage)
+        if field is None:
             return f"is a struct without the field 'bytes' ({kind})"
-        storage = storage.field(index).type
-    if _is_bytes(storage):
+        storage = storage.field(field).type
+    if _is_bytes(storage) or pa.types.is_null(storage):
         return None
     for _ in range(2):
         if _is_list(storage):
@@ -44,6 +45,19 @@ def image_form_error(kind: pa.DataType) -> str | None:
     if pa.types.is_integer(storage):
         return None
     return f"has type {kind}, which holds no images (lists of 784 integers, 784 bytes, PNG or JPEG bytes, {{bytes, path}})"
+
+
+def number_form_error(kind: pa.DataType) -> str | None:
+    """Why a column of this Arrow type cannot hold numbers, or None where it can."""
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_integer(values) or pa.types.is_null(values):
+        return None
+    return f"has type {kind}, not an integer type"
+
+
+def _picture_field(kind: pa.StructType) -> str | None:
+    """Where a struct has its image: Hugging Face's {bytes, path}, or {data, shape}, Ray's tensor of variable shape."""
+    return next((name for name in ("bytes", "data") if kind.get_field_index(name) >= 0), None)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -69,6 +83,30 @@ def pixels_array(images: Pixels) -> pa.FixedSizeBinaryArray:
     return pa.FixedSizeBinaryArray.from_buffers(IMAGE_TYPE, len(images), [None, pa.py_buffer(np.ascontiguousarray(images))])
 
 
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A column of a table as one array."""
+    combined = column.combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
+
+
+def decode_numbers(column: pa.Array) -> tuple[npt.NDArray[np.int64], dict[int, str]]:
+    """Decode one Arrow array of integers.
+
+    Returns:
+        int64[n], and for each row that is not in 0..9 its index with the reason; such rows are zeros.
+    """
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.int64())
+    missing = column.is_null().to_numpy(zero_copy_only=False)
+    values = column.fill_null(0).to_numpy(zero_copy_only=False)
+    wrong = (values < 0) | (values > 9)
+    bad = {int(row): "is null; fill it in or drop the row" for row in np.flatnonzero(missing)}
+    bad |= {int(row): f"is {values[row]}, not one of 0..9; correct it or drop the row" for row in np.flatnonzero(wrong)}
+    return np.where(wrong, 0, values).astype(np.int64), bad
+
+
 def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     """Decode one Arrow array of any accepted form.
 
@@ -81,18 +119,28 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
         column = column.dictionary_decode()
     if column.type == IMAGE_TYPE and column.null_count == 0:
         return pixels_view(column), {}
-    if _is_list(column.type):
-        fast = _uniform_lists(column)
-        if fast is not None:
-            return fast, {}
+    fast = _uniform_lists(column) if _is_list(column.type) else _uniform_bytes(column)
+    if fast is not None:
+        return fast, {}
     images = np.zeros((len(column), SIDE, SIDE), np.uint8)
     bad: dict[int, str] = {}
     for row, value in enumerate(column):
         try:
-            images[row] = _decode_one(value.as_py())
+            images[row] = _decode_one(value)
         except BadImage as error:
             bad[row] = str(error)
     return images, bad
+
+
+def _uniform_bytes(column: pa.Array) -> Pixels | None:
+    """Variable-length values that are all 784 bytes, as a view of their buffer; None where some row needs a look of its own."""
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)) or column.null_count or not len(column):
+        return None
+    offsets = np.frombuffer(column.buffers()[1], np.int32 if pa.types.is_binary(column.type) else np.int64)
+    offsets = offsets[column.offset : column.offset + len(column) + 1]
+    if (np.diff(offsets) != PIXELS).any():
+        return None
+    return np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]].reshape(len(column), SIDE, SIDE)
 
 
 def _uniform_lists(column: pa.Array) -> Pixels | None:
@@ -120,24 +168,37 @@ def _uniform_lists(column: pa.Array) -> Pixels | None:
     return values.reshape(len(column), SIDE, SIDE)  # type: ignore[no-any-return]
 
 
-def _decode_one(value: Any) -> Pixels:
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if value is None:
-        raise BadImage("the image is null")
-    if isinstance(value, bytes):
-        return np.frombuffer(value, np.uint8).reshape(SIDE, SIDE) if len(value) == PIXELS else _decode_picture(value)
-    try:
-        values = np.asarray(value)
-    except ValueError:
-        raise BadImage("the image is a list of lists of unequal length, not 28x28") from None
-    if values.shape not in ((PIXELS,), (SIDE, SIDE)):
-        raise BadImage(f"the image has {' x '.join(map(str, values.shape))} values, not 784 or 28 x 28")
-    if values.dtype.kind not in "iu":
-        raise BadImage("the image holds null or fractional values, not integers 0..255")
-    if values.min() < 0 or values.max() > 255:
-        raise BadImage(f"the image holds values {values.min()}..{values.max()}, outside 0..255")
-    return values.astype(np.uint8).reshape(SIDE, SIDE)
+def _decode_one(value: pa.Scalar) -> Pixels:
+    if isinstance(value, pa.StructScalar) and value.is_valid:
+        field = _picture_field(value.type)
+        assert field is not None, "checked by image_form_error"
+        if not value[field].is_valid:
+            raise BadImage(f"the image's field {field!r} is null; put the picture itself into it, or drop the row")
+        value = value[field]
+    if not value.is_valid:
+        raise BadImage("the image is null; fill it in or drop the row")
+    if _is_list(value.type):
+        return _decode_list(value.values)
+    data: bytes = value.as_py()
+    return np.frombuffer(data, np.uint8).reshape(SIDE, SIDE) if len(data) == PIXELS else _decode_picture(data)
+
+
+def _decode_list(values: pa.Array) -> Pixels:
+    shape = str(len(values))
+    if _is_list(values.type):
+        if values.null_count:
+            raise BadImage("the image has a null in place of a line; fill it in or drop the row")
+        widths = {len(line.values) for line in values}
+        shape += f" x {widths.pop()}" if len(widths) == 1 else " lines of unequal length"
+        values = values.flatten()
+    if shape not in (f"{PIXELS}", f"{SIDE} x {SIDE}"):
+        raise BadImage(f"the image has {shape} values, not 784 or 28 x 28; resize it")
+    if values.null_count:
+        raise BadImage("the image has nulls among its values; fill them in or drop the row")
+    pixels = values.to_numpy(zero_copy_only=False)
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise BadImage(f"the image has values {pixels.min()}..{pixels.max()}, outside 0..255; scale them")
+    return pixels.astype(np.uint8).reshape(SIDE, SIDE)  # type: ignore[no-any-return]
 
 
 def _decode_picture(data: bytes) -> Pixels:
@@ -145,13 +206,15 @@ def _decode_picture(data: bytes) -> Pixels:
         # Only the header is read until the size is known, so a picture bomb is never unpacked.
         with Image.open(io.BytesIO(data), formats=_PICTURE_FORMATS) as picture:
             if picture.size != (SIDE, SIDE):
-                raise BadImage(f"the picture is {picture.width} x {picture.height} pixels, not 28 x 28")
+                raise BadImage(f"the picture is {picture.width} x {picture.height} pixels, not 28 x 28; resize it")
             if picture.mode != "L":
-                raise BadImage(f"the picture has mode {picture.mode}, not L (8-bit grayscale)")
+                raise BadImage(f"the picture has mode {picture.mode}, not L (8-bit grayscale); convert it")
             return np.asarray(picture)
     except BadImage:
         raise
     except Image.DecompressionBombError:
-        raise BadImage("the picture claims to unpack to far more than 28 x 28 pixels") from None
+        raise BadImage("the picture claims to unpack to far more than 28 x 28 pixels; resize it") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise BadImage(f"{len(data)} bytes are neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__})") from None
+        raise BadImage(
+            f"{len(data)} bytes are neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__}); save it anew"
+        ) from None

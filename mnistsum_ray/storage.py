@@ -1,15 +1,23 @@
 """Folders and URIs alike: where a path leads, and small files read and written there."""
 
+import contextlib
 import json
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mnistsum_ray.config import Refusal
+
+PARTIAL: Final = ".partial"
+"""How the name of a file ends that is being written, or was when its writer was killed."""
+
+# A put to one of these shows the whole object or nothing; elsewhere a file is written aside and moved into place.
+_WHOLE_PUTS: Final = ("s3", "gcs", "abfs")
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,15 @@ class Location:
     def __truediv__(self, name: str) -> "Location":
         return Location(self.filesystem, f"{self.path}/{name}", _join(self.text, name))
 
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def at(self, path: str) -> "Location":
+        """Another path on the same storage; its text leaves out what a URI says beside scheme and path, such as keys."""
+        scheme, colon, _ = self.text.partition("://")
+        return Location(self.filesystem, path, f"{scheme}://{path}" if colon else path)
+
     def info(self) -> pafs.FileInfo:
         """The file info; its type is NotFound where nothing is there."""
         return self.filesystem.get_file_info(self.path)
@@ -36,17 +53,34 @@ class Location:
         with self.filesystem.open_input_stream(self.path) as stream:
             return bytes(stream.read())
 
-    def write_bytes(self, data: bytes) -> None:
-        """Write a whole file; a local one appears under its name only when it is complete, as an object does anyway."""
-        if isinstance(self.filesystem, pafs.LocalFileSystem):
-            target = Path(self.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-            partial.write_bytes(data)
-            partial.replace(target)
-        else:
+    def write_bytes(self, data: bytes | pa.Buffer) -> None:
+        """Write a file that appears under its name only when it is complete."""
+        if self.filesystem.type_name in _WHOLE_PUTS:
             with self.filesystem.open_output_stream(self.path) as stream:
                 stream.write(data)
+            return
+        folder, _, name = self.path.rpartition("/")
+        partial = f"{folder}/.{name}.{secrets.token_hex(4)}{PARTIAL}"
+        self.filesystem.create_dir(folder)
+        try:
+            with self.filesystem.open_output_stream(partial) as stream:
+                stream.write(data)
+            self.filesystem.move(partial, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.filesystem.delete_file(partial)
+            raise
+
+    def delete(self) -> None:
+        """Delete a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.path)
+
+    def files(self) -> list[pafs.FileInfo]:
+        """Everything below a folder that is not a folder, in the order of the paths; nothing where it is not there."""
+        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        found = (info for info in self.filesystem.get_file_info(selector) if info.type != pafs.FileType.Directory)
+        return sorted(found, key=lambda info: str(info.path))
 
     def read_json(self) -> Any:
         return json.loads(self.read_bytes())
@@ -83,6 +117,12 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
         return Location(filesystem, path.rstrip("/"), text)
     path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())
     return Location(pafs.LocalFileSystem(), path, path)
+
+
+def locate_existing(text: str, flag: str) -> Location:
+    """Like `locate`, for what is to be read: from here, or else from where a submitted job of ours has written it."""
+    here = locate(text, flag)
+    return here if here.exists() else locate(text, flag, base_folder())
 
 
 def _one_line(error: BaseException) -> str:

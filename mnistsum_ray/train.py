@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import secrets
 import threading
 import time
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,33 +22,23 @@ from ray.data.dataset import MaterializedDataset
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnistsum_ray import __version__, pipeline, resources
+from mnistsum_ray import pipeline, resources
 from mnistsum_ray.checkpoint import MODEL_FILES
 from mnistsum_ray.config import Refusal, RunFailed, TrainConfig
 from mnistsum_ray.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.mnist import Source, open_source
 from mnistsum_ray.model import PARAMETERS
-from mnistsum_ray.report import Console, draw_history, write_history
+from mnistsum_ray.report import Console, draw_history, versions, write_history
 from mnistsum_ray.storage import Location, base_folder, locate
 
 SMALL_ROWS: Final = 20_000
 """Below so many training rows, smaller batches and more epochs: the sum head needs its number of steps."""
-
-# With glibc's defaults each step's activations go back to the kernel and are faulted in again: a fifth of the time of a
-# CPU step. Nothing is lost by keeping them; on another C library the variables mean nothing.
-KEEP_MEMORY: Final = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**33),
-    "MALLOC_TOP_PAD_": str(2**28),
-}
 
 # What a run's numbers depend on, and so what `--resume` may not change.
 _FIXED: Final = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_shift", "seed", "precision")
 
 _SILENCE_SECONDS: Final = 60
 """After so long without an event, a person is told what the cluster looks like."""
-
-_PACKAGES: Final = ("ray", "torch", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -137,7 +125,7 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
     allotment = resources.allot(config, resources.look())
     if source.notice:
         console.say(source.notice)
-    resources.wait_until_free(allotment, config.wait_seconds, console.say)
+    resources.wait_until_free(allotment.bundles(), config.wait_seconds, console.say)
     pipeline.quiet()
     loaded = pipeline.load(source)
     manifest = _manifest(run, loaded.fingerprint)
@@ -218,7 +206,6 @@ def _train(
             failure_config=failures,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             callbacks=[_Reporter(run.folder.text, events)],
-            worker_runtime_env={} if allotment.use_gpu else {"env_vars": KEEP_MEMORY},
         ),
         datasets={"images": images},
         # Not split: that would drop up to a row a worker. Each worker takes its rows by arithmetic, see pipeline.Schedule.
@@ -299,11 +286,7 @@ def _manifest(run: Run, fingerprint: str) -> dict[str, Any]:
     return {
         "status": "running",
         "config": run.config.model_dump(mode="json", exclude={"config", "resume"}),
-        "versions": {
-            "python": platform.python_version(),
-            "mnistsum_ray": __version__,
-            **{name: version(name) for name in _PACKAGES},
-        },
+        "versions": versions(),
         "data": {
             "source": source.name,
             "location": source.location,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mnistsum_ray.loop import faster_with_bf16, one_cycle
+from mnistsum_ray.device import faster_with_bf16
+from mnistsum_ray.loop import one_cycle
 from mnistsum_ray.pairs import epoch_order
 from mnistsum_ray.pipeline import Schedule
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.model import PARAMETERS, TwoHeadCNN, joint_loss, prepare_images
+from mnistsum_ray.model import PARAMETERS, TwoHeadCNN, blocked_forward, joint_loss, prepare_images
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +81,16 @@ def test_the_loss_is_the_mean_of_the_two_cross_entropies(model: TwoHeadCNN) -> N
     ours = joint_loss(digit_scores, sum_scores, digits, numbers) / 2
     theirs = (F.cross_entropy(digit_scores, digits) + F.cross_entropy(sum_scores, digits + numbers)) / 2
     torch.testing.assert_close(ours, theirs)
+
+
+def test_the_blocked_layout_changes_no_answer() -> None:
+    torch.manual_seed(0)
+    model = TwoHeadCNN().eval()
+    images = prepare_images(torch.randint(0, 256, (70, 28, 28), dtype=torch.uint8))
+    numbers = torch.arange(70) % 10
+    with torch.inference_mode():
+        plain, blocked = model(images, numbers), blocked_forward(model)(images, numbers)
+    for one, other in zip(plain, blocked, strict=True):
+        assert one.shape == other.shape
+        assert torch.allclose(one.softmax(1), other.softmax(1), atol=1e-5)
+        assert not torch.equal(one, torch.zeros_like(one))

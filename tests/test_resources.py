@@ -1,9 +1,11 @@
 """What a run takes of a cluster of a given size; what can never run is refused."""
 
+from typing import Any
+
 import pytest
 
-from mnistsum_ray.config import Refusal, TrainConfig
-from mnistsum_ray.resources import Cluster, allot
+from mnistsum_ray.config import Refusal, ScoreConfig, TrainConfig
+from mnistsum_ray.resources import Cluster, allot, allot_scoring
 
 
 def cluster(cpus: float, gpus: float = 0, nodes: int = 1, ceiling: dict[str, float] | None = None) -> Cluster:
@@ -32,8 +34,8 @@ def test_defaults(here: Cluster, workers: int, use_gpu: bool) -> None:
 def test_workers_always_leave_cpus_for_the_data(here: Cluster) -> None:
     most = int(here.total.get("GPU", here.total["CPU"]))
     for workers in range(1, most + 1):
-        need = allot(TrainConfig(num_workers=workers), here).needs()
-        assert need["CPU"] <= here.total["CPU"] + 1e-9
+        need = allot(TrainConfig(num_workers=workers), here).bundles()
+        assert sum(bundle["CPU"] for bundle in need) <= here.total["CPU"] + 1e-9
         assert allot(TrainConfig(num_workers=workers), here).data_cpus_per_worker > 0
 
 
@@ -69,3 +71,35 @@ def test_an_elastic_run_leaves_cpus_for_the_data_at_its_largest() -> None:
 
 def test_an_elastic_run_is_cut_to_what_there_can_be() -> None:
     assert allot(TrainConfig(num_workers=(1, 9)), cluster(16, 4)).workers == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "here", "actors", "readers"),
+    [
+        ({}, cluster(2), 2, 0),  # a laptop: an actor a CPU, each reads by itself
+        ({}, cluster(16, 1), 1, 15),  # one GPU box: the CPUs read for the GPU
+        ({}, cluster(4, 0, ceiling={"CPU": 100, "GPU": 8}), 8, 99),  # GPUs still to come
+        ({"use_gpu": False, "num_workers": 3, "num_readers": 2}, cluster(16, 1), 3, 2),
+        ({"num_readers": 1}, cluster(1), 1, 1),
+    ],
+)
+def test_scoring_takes_what_there_is_and_leaves_room_to_read(
+    config: dict[str, Any], here: Cluster, actors: int, readers: int
+) -> None:
+    taken = allot_scoring(ScoreConfig(model="m", input="i", output="o", **config), here)
+    assert (taken.actors, taken.readers) == (actors, readers)
+    tasks = readers + 1 if readers else 0
+    assert actors * taken.cpus_per_actor + tasks * taken.cpus_per_task <= here.ceiling["CPU"] + 1e-9
+    assert taken.cpus_per_task > 0 or not readers
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_workers": 3}, "--num-workers 3: needs 3 CPUs, one a worker; the cluster has 2 CPUs"),
+        ({"use_gpu": True}, "--use-gpu true: the cluster has no GPU"),
+    ],
+)
+def test_scoring_with_more_than_there_can_be_is_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refusal, match=said):
+        allot_scoring(ScoreConfig(model="m", input="i", output="o", **config), cluster(2))

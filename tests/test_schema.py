@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from mnistsum_ray.schema import Pixels, decode_images, image_form_error, pixels_array
+from mnistsum_ray.schema import Pixels, decode_images, decode_numbers, image_form_error, number_form_error, pixels_array
 
 IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
 
@@ -39,6 +39,7 @@ def forms() -> dict[str, pa.Array]:
         "tensor": tensor,
         "png": pa.array(png),
         "huggingface": pa.array([{"bytes": data, "path": None} for data in png]),
+        "ray_variable_shape": pa.array([{"data": values, "shape": [28, 28]} for values in lists()]),
         "dictionary": pa.array(png).dictionary_encode(),
     }
 
@@ -86,9 +87,10 @@ def test_bad_bytes_say_why_and_leave_the_rows_beside_them(value: bytes | None, r
     ("value", "reason"),
     [
         ([1, 2, 3], "3 values"),
+        ([], "0 values"),
         ([256] + [0] * 783, "0..256, outside 0..255"),
         ([-1] + [0] * 783, "-1..0, outside 0..255"),
-        ([None] + [0] * 783, "null or fractional"),
+        ([None] + [0] * 783, "nulls among its values"),
         (None, "null"),
     ],
 )
@@ -97,6 +99,53 @@ def test_bad_lists_say_why(value: list[int | None] | None, reason: str) -> None:
     assert list(bad) == [1]
     assert reason in bad[1]
     assert np.array_equal(images[0], IMAGES[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([[0] * 28] * 27, "27 x 28 values"),
+        ([[0] * 28] * 27 + [[0] * 29], "28 lines of unequal length"),
+        ([[0] * 28] * 27 + [None], "null in place of a line"),
+    ],
+)
+def test_bad_nested_lists_say_why(value: list[list[int] | None], reason: str) -> None:
+    images, bad = decode_images(pa.array([IMAGES[0].tolist(), value]))
+    assert list(bad) == [1]
+    assert reason in bad[1]
+    assert np.array_equal(images[0], IMAGES[0])
+
+
+def test_a_picture_that_was_left_outside_says_so() -> None:
+    column = pa.array([{"bytes": IMAGES[0].tobytes(), "path": "0.png"}, {"bytes": None, "path": "1.png"}, None])
+    images, bad = decode_images(column)
+    assert "put the picture itself into it" in bad[1]
+    assert "null" in bad[2]
+    assert np.array_equal(images[0], IMAGES[0])
+
+
+NUMBER_TYPES = [pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.int32(), pa.uint32(), pa.int64(), pa.uint64()]
+
+
+@pytest.mark.parametrize("kind", [*NUMBER_TYPES, *(pa.dictionary(pa.int8(), kind) for kind in NUMBER_TYPES)])
+def test_every_integer_type_holds_numbers(kind: pa.DataType) -> None:
+    assert number_form_error(kind) is None
+    numbers, bad = decode_numbers(pa.array([0, None, 9, 10], kind).slice(1))
+    assert numbers.tolist() == [0, 9, 0]
+    assert list(bad) == [0, 2]
+    assert "null" in bad[0]
+    assert "10, not one of 0..9" in bad[2]
+
+
+def test_extreme_numbers_are_bad_and_not_wrapped() -> None:
+    assert list(decode_numbers(pa.array([2**64 - 1, 2**63, 3], pa.uint64()))[1]) == [0, 1]
+    assert list(decode_numbers(pa.array([-(2**63), -1, 3], pa.int64()))[1]) == [0, 1]
+    assert list(decode_numbers(pa.nulls(2))[1]) == [0, 1]
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.string(), pa.bool_(), pa.list_(pa.int8())])
+def test_a_column_that_cannot_hold_numbers_is_named(kind: pa.DataType) -> None:
+    assert "not an integer type" in (number_form_error(kind) or "")
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.float32(), pa.list_(pa.float32()), pa.struct([("path", pa.string())])])

@@ -1,0 +1,196 @@
+"""Plain PyTorch to compare with: the original's way, row by row, and our model on tensors in memory. Nothing of Ray."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, Normalize, ToTensor
+
+from mnistsum_ray.device import be_deterministic, faster_with_bf16, keep_memory
+from mnistsum_ray.model import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, joint_loss, prepare_images
+from mnistsum_ray.schema import Pixels
+from mnistsum_ray.score.predict import forward_of
+
+BATCH: Final = 256
+"""The original's."""
+
+_BATCHES: Final = (32, 64, 128, 256)
+
+
+class OriginalNet(nn.Module):
+    """The network as one would write it from the assignment: ReLU, then pool; PyTorch's own initial weights and layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = [(1, 32, 1), (32, 64, 1), (64, 64, 1), (64, 64, 1), (64, 64, 0), (64, 128, 0), (128, 10, 0)]
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=padding) for a, b, padding in channels)
+        self.fc1, self.fc2 = nn.Linear(20, 128), nn.Linear(128, 19)
+
+    def forward(self, x: torch.Tensor, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for index, convolution in enumerate(self.convolutions):
+            x = convolution(x)
+            if index < 6:
+                x = F.relu(x)
+            if index in (1, 3):
+                x = F.max_pool2d(x, 2)
+        digit = x.flatten(1)
+        return digit, self.fc2(F.relu(self.fc1(torch.cat([digit, number], dim=1))))
+
+
+class OriginalDataset(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
+    """An MNIST image, a random number as one-hot, the digit and the sum; one row at a time, as the assignment has it."""
+
+    def __init__(self, images: Pixels, digits: list[int]) -> None:
+        self.images, self.digits = images, digits
+        self.transform = Compose([ToTensor(), Normalize((PIXEL_MEAN,), (PIXEL_STD,))])
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        number = int(torch.randint(0, 10, (1,)))
+        image = self.transform(self.images[index][:, :, None])
+        return image, F.one_hot(torch.tensor(number), 10).float(), self.digits[index], self.digits[index] + number
+
+
+def loader_loop(images: Pixels, digits: list[int], seconds: float, device: torch.device) -> float:
+    loader = DataLoader(OriginalDataset(images, digits), batch_size=BATCH, shuffle=True)
+    model = OriginalNet().to(device)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def steps(tick: Callable[[int], bool]) -> None:
+        while True:
+            for batch in loader:
+                image, number, digit, total = (values.to(device) for values in batch)
+                optimizer.zero_grad()
+                digit_scores, sum_scores = model(image, number)
+                loss = (F.cross_entropy(digit_scores, digit) + F.cross_entropy(sum_scores, total)) / 2
+                torch.autograd.backward(loss)
+                optimizer.step()
+                if tick(len(image)):
+                    return
+
+    return _rate(steps, seconds, device)
+
+
+def memory_loop(images: Pixels, digits: list[int], seconds: float, device: torch.device) -> float:
+    if device.type == "cpu":
+        be_deterministic()
+        keep_memory()
+    ready = prepare_images(torch.tensor(images)).to(device)
+    truth = torch.tensor(digits, device=device)
+    numbers = torch.randint(0, 10, (len(digits),), device=device)
+    model = TwoHeadCNN().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    bf16 = faster_with_bf16(device)
+
+    def steps(tick: Callable[[int], bool]) -> None:
+        while True:
+            for start in range(0, len(ready) - BATCH + 1, BATCH):
+                rows = slice(start, start + BATCH)
+                optimizer.zero_grad(set_to_none=True)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    digit_scores, sum_scores = model(ready[rows], numbers[rows])
+                torch.autograd.backward(joint_loss(digit_scores, sum_scores, truth[rows], numbers[rows]) / BATCH)
+                optimizer.step()
+                if tick(BATCH):
+                    return
+
+    return _rate(steps, seconds, device)
+
+
+def _rate(steps: Callable[[Callable[[int], bool]], None], seconds: float, device: torch.device) -> float:
+    """Rows a second after a warm-up of three steps."""
+    seen, rows, started = 0, 0, 0.0
+
+    def tick(count: int) -> bool:
+        nonlocal seen, rows, started
+        seen += 1
+        if seen <= 3:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            return False
+        rows += count
+        return time.perf_counter() - started > seconds
+
+    steps(tick)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return rows / (time.perf_counter() - started)
+
+
+def score_loader_loop(images: Pixels, digits: list[int], seconds: float, device: torch.device) -> float:
+    """Rows a second of the original's way to evaluate."""
+    loader = DataLoader(OriginalDataset(images, digits), batch_size=BATCH)
+    model = OriginalNet().eval().to(device)
+
+    @torch.no_grad()
+    def steps(tick: Callable[[int], bool]) -> None:
+        while True:
+            for image, number, _, _ in loader:
+                for scores in model(image.to(device), number.to(device)):
+                    scores.argmax(1).cpu()
+                if tick(len(image)):
+                    return
+
+    return _rate(steps, seconds, device)
+
+
+def score_memory_loop(images: Pixels, seconds: float, device: torch.device) -> float:
+    """Rows a second of the bare forward pass of our model: its best batch, and on CPUs its best share of threads."""
+    if device.type == "cuda":
+        return max(_forward(images, batch, seconds / 4, device, 0) for batch in (1024, 2048, 4096, 8192))
+    cores = torch.get_num_threads()
+    return max(
+        _processes(images, batch, seconds / (2 * len(_BATCHES)), processes) for batch in _BATCHES for processes in {1, cores}
+    )
+
+
+def _processes(images: Pixels, batch: int, seconds: float, processes: int) -> float:
+    """The forward pass in so many processes at once, which share the cores."""
+    context = multiprocessing.get_context("spawn")
+    together, rates = context.Barrier(processes), context.SimpleQueue()
+    threads = max(1, torch.get_num_threads() // processes)
+    workers = [
+        context.Process(target=_one_process, args=(images[:4096], batch, seconds, threads, together, rates))
+        for _ in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    total = sum(float(rates.get()) for _ in workers)
+    for worker in workers:
+        worker.join()
+    return total
+
+
+def _one_process(images: Pixels, batch: int, seconds: float, threads: int, together: Any, rates: Any) -> None:
+    together.wait()
+    rates.put(_forward(images, batch, seconds, torch.device("cpu"), threads))
+
+
+def _forward(images: Pixels, batch: int, seconds: float, device: torch.device, threads: int) -> float:
+    if device.type == "cpu":
+        keep_memory()
+        torch.set_num_threads(threads)
+    ready = prepare_images(torch.tensor(images)).to(device)
+    numbers = torch.randint(0, 10, (len(images),), device=device)
+    bf16 = faster_with_bf16(device)
+    forward = forward_of(TwoHeadCNN().eval().to(device), device, "bf16" if bf16 else "fp32")
+
+    @torch.inference_mode()
+    def steps(tick: Callable[[int], bool]) -> None:
+        while True:
+            for start in range(0, len(ready) - batch + 1, batch):
+                rows = slice(start, start + batch)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    forward(ready[rows], numbers[rows])
+                if tick(batch):
+                    return
+
+    return _rate(steps, seconds, device)

@@ -1,0 +1,1 @@
+"""Batch scoring: list -> plan -> read -> predict -> commit -> reconcile."""

@@ -1,0 +1,131 @@
+"""Write a part: an output file appears whole, and its metadata say what it was made from.
+
+Of one part of an input file, the rejected rows are written first and the predictions last, so that a part is done
+exactly when its predictions are there.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mnistsum_ray.score.footers import PREDICTIONS, Columns
+from mnistsum_ray.score.plan import REJECTED
+from mnistsum_ray.score.predict import Predictions
+from mnistsum_ray.score.read import Rows
+from mnistsum_ray.score.record import FORMAT, KEY
+from mnistsum_ray.storage import Location
+
+_REASONS_KEPT: Final = 20
+"""Different reasons that a file's metadata count one by one."""
+
+OTHER_REASONS: Final = "other reasons"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What, beside the input, decides an output: outputs of different requests are not put together."""
+
+    model_sha256: str
+    precision: str
+    columns: Columns
+
+    def text(self) -> str:
+        """The same text for the same request."""
+        return json.dumps({"model_sha256": self.model_sha256, "precision": self.precision, **vars(self.columns)}, sort_keys=True)
+
+
+def commit(output: Location, source: Location, rows: Rows, predictions: Predictions, request: Request) -> dict[str, Any]:
+    """Write one part.
+
+    Args:
+        output: the folder.
+        source: the input's root.
+        rows: the part, as read.
+        predictions: of its good rows, in their order.
+        request: what decides the predictions.
+
+    Returns:
+        The metadata that the file carries.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = rows.part
+    stamp: dict[str, Any] = {
+        "format": FORMAT,
+        "source": source.at(f"{source.path}/{part.name}").text,
+        "size": part.size,
+        "modified": part.modified,
+        "footer": part.footer,
+        "first_row": part.first_row,
+        "rows": part.rows,
+        "rejected": len(rows.reasons),
+        "request": request.text(),
+        "counts": _counts(rows, predictions),
+    }
+    if rows.reasons:
+        _write(output / REJECTED / part.output, _with_reasons(rows, stamp["source"]), stamp)
+    _write(output / part.output, _with_predictions(rows, predictions), stamp)
+    return stamp
+
+
+def _with_predictions(rows: Rows, predictions: Predictions) -> pa.Table:
+    table = rows.kept
+    consistent = predictions.sum == predictions.digit + rows.numbers
+    columns = (predictions.digit, predictions.digit_prob, predictions.sum, predictions.sum_prob, consistent)
+    for field, values in zip(PREDICTIONS, columns, strict=True):
+        table = table.append_column(field, pa.array(values, field.type))
+    return table
+
+
+def _with_reasons(rows: Rows, source: str) -> pa.Table:
+    places = np.fromiter(rows.reasons, np.int64) + rows.part.first_row
+    added = {
+        "source_file": pa.array([source] * len(places), pa.string()),
+        "source_row": pa.array(places, pa.int64()),
+        "reason": pa.array(rows.reasons.values(), pa.string()),
+    }
+    names = rows.rejected.column_names
+    # The input's own columns give way where they have these names.
+    table = rows.rejected.rename_columns([_free_name(name, {*names, *added}) if name in added else name for name in names])
+    for name, values in added.items():
+        table = table.append_column(name, values)
+    return table
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    return _free_name(f"input_{name}", taken) if name in taken else name
+
+
+def _write(place: Location, table: pa.Table, stamp: dict[str, Any]) -> None:
+    kept = {key: value for key, value in (table.schema.metadata or {}).items() if key not in (b"huggingface", KEY)}
+    # Hugging Face's entry lists the columns, and `datasets` refuses a file that has others.
+    table = table.replace_schema_metadata(kept | {KEY: json.dumps(stamp).encode()})
+    place.write_bytes(as_parquet(table))
+
+
+def as_parquet(table: pa.Table) -> pa.Buffer:
+    """A whole Parquet file in memory."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def _counts(rows: Rows, predictions: Predictions) -> dict[str, Any]:
+    """What a summary adds up, over the rows of a part."""
+    counts: dict[str, Any] = {"consistent": int((predictions.sum == predictions.digit + rows.numbers).sum())}
+    if rows.labels is not None:
+        known = rows.labels >= 0
+        counts["labelled"] = int(known.sum())
+        counts["digits_right"] = int((predictions.digit == rows.labels)[known].sum())
+        counts["sums_right"] = int((predictions.sum == rows.labels + rows.numbers)[known].sum())
+    if rows.reasons:
+        commonest = Counter(rows.reasons.values()).most_common(_REASONS_KEPT)
+        rest = len(rows.reasons) - sum(count for _, count in commonest)
+        counts["reasons"] = dict(commonest) | ({OTHER_REASONS: rest} if rest else {})
+    return counts

@@ -1,0 +1,73 @@
+"""The model on rows: two answers a row, each with its probability. Nothing of Ray."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mnistsum_ray.device import keep_memory
+from mnistsum_ray.model import TwoHeadCNN, blocked_forward, prepare_images
+from mnistsum_ray.schema import Pixels
+
+CPU_BATCH: Final = 64
+"""Its activations stay in a CPU's cache."""
+GPU_BATCH: Final = 2048
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of n rows: the likelier digit int8[n] and sum int8[n], and the probability float32[n] of each."""
+
+    digit: npt.NDArray[np.int8]
+    digit_prob: npt.NDArray[np.float32]
+    sum: npt.NDArray[np.int8]
+    sum_prob: npt.NDArray[np.float32]
+
+    def slice(self, start: int, end: int) -> "Predictions":
+        rows = slice(start, end)
+        return Predictions(self.digit[rows], self.digit_prob[rows], self.sum[rows], self.sum_prob[rows])
+
+
+def forward_of(model: TwoHeadCNN, device: torch.device, precision: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The model's fastest way to predict with this device and precision."""
+    if device.type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return blocked_forward(model)
+    return model
+
+
+class Predictor:
+    """The network on one device. A process has one: it sets how the process computes."""
+
+    def __init__(self, weights: dict[str, Tensor], device: torch.device, precision: str, batch_size: int | None) -> None:
+        if device.type == "cpu":
+            keep_memory()
+            torch.set_num_threads(1)  # one process a core gets more done than threads that wait for each other
+        # float32 means float32: TF32 would keep 10 of the 23 bits.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        self._device = device
+        model = TwoHeadCNN()
+        model.load_state_dict(weights)
+        model.eval().to(device)
+        self._forward = forward_of(model, device, precision)
+        self._bf16 = precision == "bf16"
+        self._batch_size = batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+
+    @torch.inference_mode()
+    def predict(self, images: Pixels, numbers: npt.NDArray[np.int64]) -> Predictions:
+        """uint8[n, 28, 28] and int64[n] in 0..9 to predictions of n rows."""
+        outputs = list(self._batches(torch.from_numpy(images), torch.from_numpy(numbers)))
+        columns = [torch.cat(parts).cpu() for parts in zip(*outputs, strict=True)] if outputs else [torch.empty(0)] * 4
+        digit, digit_prob, total, sum_prob = (column.numpy() for column in columns)
+        return Predictions(digit.astype(np.int8), digit_prob, total.astype(np.int8), sum_prob)
+
+    def _batches(self, images: Tensor, numbers: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        for start in range(0, len(images), self._batch_size):
+            rows = slice(start, start + self._batch_size)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                scores = self._forward(prepare_images(images[rows].to(self._device)), numbers[rows].to(self._device))
+            best = [head.float().softmax(1).max(1) for head in scores]
+            yield tuple(values for head in best for values in (head.indices, head.values))

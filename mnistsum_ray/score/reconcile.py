@@ -1,0 +1,191 @@
+"""The plan beside what the output's own files say: what is done, what may not be put together, and whether all rows are there."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mnistsum_ray.config import Refusal
+from mnistsum_ray.metrics import RowsLost
+from mnistsum_ray.storage import Location
+
+_IDENTITY: Final = ("size", "modified", "footer", "first_row", "rows")
+"""What an output's metadata must say for it to be that of a part of the plan."""
+
+FILES_SCHEMA: Final = pa.schema(
+    {
+        "file": pa.string(),
+        "rows": pa.int64(),
+        "scored": pa.int64(),
+        "rejected": pa.int64(),
+        "status": pa.string(),
+        "reason": pa.string(),
+    }
+)
+"""`_files.parquet`: status is `scored`, or `failed` with the reason; rows is null where not even the footer could be read."""
+
+
+def match(parts: pa.Table, committed: pa.Table, request: str) -> pa.Table:
+    """The parts of the plan, in its order, with what is committed of each.
+
+    Returns:
+        `plan.PART_SCHEMA`, `scored_found`, `rejected_found`, `rejected`, `counts` (null where nothing is committed), and `done`:
+        whether what is committed is of just this part and this request.
+    """
+    renamed = committed.rename_columns(
+        [f"its_{name}" if name in (*_IDENTITY, "request") else name for name in committed.column_names]
+    )
+    numbered = parts.append_column("order", pa.array(range(parts.num_rows), pa.int64()))
+    joined = numbered.join(renamed.drop_columns(["error"]), "output", join_type="left outer").sort_by("order")
+    done = pc.equal(joined["its_request"], request)
+    for name in _IDENTITY:
+        done = pc.and_(done, pc.equal(joined[name], joined[f"its_{name}"]))
+    return joined.append_column("done", pc.fill_null(done, False))
+
+
+def beside_plan(parts: pa.Table, committed: pa.Table) -> pa.Table:
+    """What is committed that is no part of the plan."""
+    return committed.filter(pc.invert(pc.is_in(committed["output"], parts["output"])))
+
+
+def refuse_foreign(committed: pa.Table, output: Location) -> None:
+    """Refuse an output folder that holds anything but whole files of predictions.
+
+    Raises:
+        Refusal: names the first.
+    """
+    errors = committed.filter(pc.is_valid(committed["error"]))
+    if errors.num_rows:
+        first = errors.slice(0, 1).to_pylist()[0]
+        raise Refusal(f"--output {output.text}: {first['output']} {first['error']}; delete it, or choose another folder")
+
+
+def refuse_other(matched: pa.Table, strange: pa.Table, files: pa.Table, source: Location, request: str, output: Location) -> None:
+    """Refuse to put new predictions beside those of another model, of other input, or cut in another way.
+
+    Args:
+        matched: what `match` gave.
+        strange: what `beside_plan` gave.
+        files: the input, `inputs.FILE_SCHEMA` and `footers.FOOTER_SCHEMA`.
+        source: the input's root.
+        request: what decides the predictions now.
+        output: the folder, for the message.
+
+    Raises:
+        Refusal: says what differs, and that --overwrite starts afresh.
+    """
+    afresh = "--overwrite starts afresh"
+    wrong = matched.filter(pc.and_(pc.is_valid(matched["its_request"]), pc.invert(matched["done"])))
+    if wrong.num_rows:
+        first = wrong.slice(0, 1).to_pylist()[0]
+        if first["its_request"] != request:
+            raise Refusal(
+                f"--output {output.text}: {_difference(json.loads(first['its_request']), json.loads(request))}; {afresh}"
+            )
+        if any(first[name] != first[f"its_{name}"] for name in ("size", "modified", "footer")):
+            raise Refusal(f"--output {output.text}: {first['name']} has changed since it was scored; {afresh}")
+        raise Refusal(f"--output {output.text}: was begun with another --unit-rows; give the same again, or {afresh}")
+    sources = pc.binary_join_element_wise(source.at(source.path).text, files["name"], "/")
+    again = strange.filter(pc.is_in(strange["source"], sources))
+    if again.num_rows:
+        first = again.slice(0, 1).to_pylist()[0]
+        now = files.slice(pc.index(sources, first["source"]).as_py(), 1).to_pylist()[0]
+        if any(now[name] != first[name] for name in ("size", "modified", "footer")):
+            raise Refusal(f"--output {output.text}: {now['name']} has changed since it was scored; {afresh}")
+        raise Refusal(
+            f"--output {output.text}: holds the rows of {now['name']} as {first['output']}, since it was begun with another "
+            f"--unit-rows or --input; give the same again, or {afresh}"
+        )
+
+
+def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
+    if then["model_sha256"] != now["model_sha256"]:
+        return (
+            f"holds predictions of another model (SHA-256 {then['model_sha256'][:12]}…, --model has {now['model_sha256'][:12]}…)"
+        )
+    key = next(key for key in now if then.get(key) != now[key])
+    flag = "--precision" if key == "precision" else f"--{key}-column"
+    return f"was begun with {flag} {then.get(key)}, which is now {now[key]}"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What became of all rows."""
+
+    input_rows: int
+    scored_rows: int
+    rejected_rows: int
+    counts: dict[str, int]
+    """`consistent`, and where labels are there `labelled`, `digits_right`, `sums_right`."""
+    reasons: dict[str, int]
+    """Rejected rows by reason, the commonest first."""
+
+
+def reconcile(files: pa.Table, matched: pa.Table) -> tuple[pa.Table, Totals]:
+    """Count what is written, file by file, and compare with the footers of the input.
+
+    Args:
+        files: `inputs.FILE_SCHEMA` and `footers.FOOTER_SCHEMA`; `error` is set for each file that cannot be used.
+        matched: the parts of all other files with what is committed of them, read anew.
+
+    Returns:
+        A FILES_SCHEMA table in the order of the files, and the totals.
+
+    Raises:
+        RowsLost: names the first file whose rows are not all there exactly once.
+    """
+    lost = matched.filter(
+        pc.invert(
+            pc.fill_null(
+                pc.and_(
+                    matched["done"],
+                    pc.and_(
+                        pc.equal(matched["rejected"], matched["rejected_found"]),
+                        pc.equal(matched["rows"], pc.add(matched["scored_found"], matched["rejected_found"])),
+                    ),
+                ),
+                False,
+            )
+        )
+    )
+    if lost.num_rows:
+        first = lost.slice(0, 1).to_pylist()[0]
+        place = f"{first['name']}: rows {first['first_row']:,} to {first['first_row'] + first['rows'] - 1:,}"
+        found = f"{first['scored_found'] or 0:,} predictions and {first['rejected_found'] or 0:,} rejected rows"
+        raise RowsLost(f"{place} should be in {first['output']}, which has {found}")
+    sums = matched.group_by("name").aggregate([(name, "sum") for name in ("rows", "scored_found", "rejected_found")])
+    table = files.select(["name", "rows", "error"]).append_column("order", pa.array(range(files.num_rows), pa.int64()))
+    table = table.join(sums, "name", join_type="left outer").sort_by("order")
+    good = pc.is_null(table["error"])
+    unequal = table.filter(pc.and_(good, pc.invert(pc.fill_null(pc.equal(table["rows"], table["rows_sum"]), False))))
+    if unequal.num_rows:
+        first = unequal.slice(0, 1).to_pylist()[0]
+        raise RowsLost(f"{first['name']}: has {first['rows']:,} rows, of which {first['rows_sum'] or 0:,} are accounted for")
+    result = pa.table(
+        {
+            "file": table["name"],
+            "rows": table["rows"],
+            "scored": pc.if_else(good, table["scored_found_sum"], 0),
+            "rejected": pc.if_else(good, table["rejected_found_sum"], 0),
+            "status": pc.if_else(good, "scored", "failed"),
+            "reason": table["error"],
+        },
+        FILES_SCHEMA,
+    )
+    return result, _totals(result, matched["counts"])
+
+
+def _totals(files: pa.Table, counts_of_parts: pa.ChunkedArray) -> Totals:
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for batch in counts_of_parts.chunks:
+        for text in batch.to_pylist():
+            of_part = json.loads(text)
+            reasons.update(of_part.pop("reasons", {}))
+            counts.update(of_part)
+    scored, rejected = (pc.sum(files[name]).as_py() or 0 for name in ("scored", "rejected"))
+    usable = files.filter(pc.equal(files["status"], "scored"))
+    return Totals(pc.sum(usable["rows"]).as_py() or 0, scored, rejected, dict(counts), dict(reasons.most_common()))

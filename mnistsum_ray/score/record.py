@@ -1,0 +1,57 @@
+"""An output file is its own record: what its metadata say that it was made from, beside what it holds."""
+
+import json
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mnistsum_ray.score.footers import BadFile, read_tail
+from mnistsum_ray.score.plan import REJECTED
+from mnistsum_ray.storage import Location
+
+KEY: Final = b"mnistsum_ray.score"
+FORMAT: Final = 1
+
+COMMITTED_SCHEMA: Final = pa.schema(
+    {
+        "output": pa.string(),
+        "error": pa.string(),  # why it is no whole file of ours; then all else is null
+        "source": pa.string(),
+        "size": pa.int64(),
+        "modified": pa.int64(),
+        "footer": pa.string(),
+        "first_row": pa.int64(),
+        "rows": pa.int64(),
+        "rejected": pa.int64(),
+        "request": pa.string(),
+        "counts": pa.string(),
+        "scored_found": pa.int64(),
+        "rejected_found": pa.int64(),
+    }
+)
+
+
+def read_committed(output: Location, files: pa.Table) -> pa.Table:
+    """COMMITTED_SCHEMA for each prediction file of an `inputs.FILE_SCHEMA` table, in its order."""
+    return pa.Table.from_pylist([_read_committed(output, file) for file in files.to_pylist()], COMMITTED_SCHEMA)
+
+
+def _read_committed(output: Location, file: dict[str, Any]) -> dict[str, Any]:
+    name = file["name"]
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(read_tail(output, name, file["size"])))
+        stamp = json.loads((metadata.metadata or {}).get(KEY, b"null"))
+        if stamp is None:
+            return {"output": name, "error": "is not a file of predictions of this program"}
+        if stamp["format"] != FORMAT:
+            return {"output": name, "error": "was written by another version of this program"}
+        rejected = 0
+        if stamp["rejected"]:
+            place = output.at(f"{output.path}/{REJECTED}/{name}")
+            rejected = pq.read_metadata(pa.BufferReader(read_tail(output, f"{REJECTED}/{name}", place.info().size))).num_rows
+    except (BadFile, OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        return {"output": name, "error": f"cannot be read: {' '.join(str(error).split())}"}
+    found = {"output": name, "scored_found": metadata.num_rows, "rejected_found": rejected}
+    committed: dict[str, Any] = stamp | found | {"counts": json.dumps(stamp["counts"])}
+    return committed

@@ -1,0 +1,310 @@
+"""A scoring run, seen from the driver: refuse early, plan, score what is not done, reconcile, publish."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import ray
+import ray.exceptions
+import torch
+from torch import Tensor
+
+from mnistsum_ray import resources
+from mnistsum_ray.checkpoint import load_model, weights_of
+from mnistsum_ray.config import Refusal, RunFailed, ScoreConfig
+from mnistsum_ray.device import faster_with_bf16
+from mnistsum_ray.report import Console, versions
+from mnistsum_ray.resources import ScoreAllotment
+from mnistsum_ray.score import summary, workspace
+from mnistsum_ray.score.commit import Request, as_parquet
+from mnistsum_ray.score.footers import Columns, read_footers, refuse_unknown_columns
+from mnistsum_ray.score.inputs import Inputs, list_inputs
+from mnistsum_ray.score.lock import hold
+from mnistsum_ray.score.plan import FILES, MANIFEST, REJECTED, plan, units_of
+from mnistsum_ray.score.reconcile import Totals, beside_plan, match, reconcile, refuse_foreign, refuse_other
+from mnistsum_ray.score.record import read_committed
+from mnistsum_ray.score.spread import FEW, spread
+from mnistsum_ray.score.stream import Work, counting_attempts, stream
+from mnistsum_ray.storage import Location, base_folder, locate, locate_existing
+
+FORMAT: Final = "mnistsum_ray.score/1"
+
+_SAY_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A request that has been found sound: what to score with what, and where it goes."""
+
+    config: ScoreConfig
+    model: Location
+    card: dict[str, Any]
+    weights: dict[str, Tensor]
+    inputs: Inputs
+    columns: Columns
+    output: Location
+    footers: pa.Table | None
+    """`footers.FOOTER_SCHEMA`; None where the files are so many that the cluster has to read them."""
+
+
+def prepare(config: ScoreConfig) -> Run:
+    """Check all that can be checked without a cluster.
+
+    Raises:
+        Refusal: the model, the input or the output will not do.
+    """
+    output = locate(config.output, "--output", base_folder())
+    try:
+        if output.info().type == pafs.FileType.File:
+            raise Refusal(f"--output {output.text}: is a file; name a folder")
+    except OSError as error:
+        raise Refusal(f"--output {output.text}: {' '.join(str(error).split())}") from None
+    inputs = list_inputs(config.input, output)
+    columns = Columns.of(config)
+    footers = None
+    if inputs.files.num_rows <= FEW:
+        footers = _read_footers(inputs, columns)
+    model = locate_existing(config.model, "--model")
+    try:
+        network, card = load_model(model)
+    except Refusal as refusal:
+        raise Refusal(f"--model {refusal}") from None
+    return Run(config, model, card, weights_of(network), inputs, columns, output, footers)
+
+
+def _read_footers(inputs: Inputs, columns: Columns) -> pa.Table:
+    def look(folder: Location, files: pa.Table) -> pa.Table:
+        return read_footers(folder, files, columns)
+
+    footers = spread(look, inputs.root, inputs.files)
+    refuse_unknown_columns(inputs.files["name"], footers, columns)
+    return footers
+
+
+def score(run: Run, console: Console) -> tuple[dict[str, Any], bool]:
+    """Score on the cluster that this process is connected to.
+
+    Returns:
+        The fields of the job's last line (see the README), and whether all of the input could be used.
+
+    Raises:
+        Refusal: the cluster cannot carry it, or the output holds something else.
+        RunFailed: the output cannot be written, rows are missing at the end, or with `--strict` some input cannot be used.
+    """
+    started = time.monotonic()
+    allotment = resources.allot_scoring(run.config, resources.look())
+    resources.wait_until_free(allotment.bundles(), run.config.wait_seconds, console.say)
+    request = Request(run.card["sha256"], run.config.precision or _precision(allotment), run.columns)
+    with hold(run.output, console.say) as still_held:
+        return _Scoring(run, console, allotment, request, still_held, started).run()
+
+
+def _precision(allotment: ScoreAllotment) -> str:
+    """The default on the hardware that scores, which need not be that of this process."""
+    if allotment.use_gpu:
+        probe = ray.remote(num_gpus=1, num_cpus=0)(lambda: faster_with_bf16(torch.device("cuda")))
+        return "bf16" if ray.get(probe.remote()) else "fp32"
+    return "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
+
+
+class _Scoring:
+    """One run while it holds its output folder."""
+
+    def __init__(
+        self,
+        run: Run,
+        console: Console,
+        allotment: ScoreAllotment,
+        request: Request,
+        still_held: Callable[[], None],
+        started: float,
+    ) -> None:
+        self._run, self._console, self._allotment = run, console, allotment
+        self._request, self._still_held, self._started = request, still_held, started
+        config = run.config
+        self._staged = config.overwrite or config.strict
+        self._folder = workspace.staging_of(run.output) if self._staged else run.output
+        self._source = run.inputs.root
+
+    def run(self) -> tuple[dict[str, Any], bool]:
+        config, say = self._run.config, self._console.say
+        files, parts = self._plan()
+        matched, left = self._done(files, parts)
+        todo = matched.filter(pc.invert(matched["done"])).select(parts.column_names)
+        done = matched.filter(matched["done"])
+        resumed_rows = pc.sum(done["rows"]).as_py() or 0
+        todo_rows = pc.sum(todo["rows"]).as_py() or 0
+        say(
+            f"{todo_rows:,} rows to score"
+            + (f", {resumed_rows:,} done by an earlier run" if resumed_rows else "")
+            + f"; {files.num_rows:,} files below {self._source.text}"
+            + f"; {self._allotment.actors} {'GPU' if self._allotment.use_gpu else 'CPU'} workers, {self._request.precision}"
+        )
+        if todo.num_rows and not self._staged:
+            workspace.reopen(self._run.output)
+        failures, seconds = self._stream(todo, todo_rows)
+        if failures:
+            files = _with_errors(files, failures)
+            summary.name_failures(failures, say)
+            failed = pc.is_in(parts["name"], pa.array(failures, pa.string()))
+            for name in parts.filter(failed)["output"].to_pylist():
+                workspace.delete_part(self._folder, name)
+            parts = parts.filter(pc.invert(failed))
+            resumed_rows = pc.sum(done.filter(pc.is_in(done["output"], parts["output"]))["rows"]).as_py() or 0
+        table, totals = reconcile(files, match(parts, self._committed(), self._request.text()))
+        failed_files = pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
+        if config.strict and (failed_files or totals.rejected_rows):
+            raise RunFailed(self._strictly(parts, totals, failed_files))
+        done_now = totals.scored_rows + totals.rejected_rows - resumed_rows
+        line: dict[str, Any] = {
+            "output": self._run.output.text,
+            "input_rows": totals.input_rows,
+            "scored_rows": totals.scored_rows,
+            "rejected_rows": totals.rejected_rows,
+            "resumed_rows": resumed_rows,
+            "files": files.num_rows,
+            "failed_files": failed_files,
+            "rows_per_second": round(done_now / seconds, 1) if seconds else 0.0,
+            "seconds": round(time.monotonic() - self._started, 1),
+        }
+        if self._run.columns.label:
+            labelled = totals.counts.get("labelled", 0)
+            for name, right in (("digit_accuracy", "digits_right"), ("sum_accuracy", "sums_right")):
+                line[name] = totals.counts[right] / labelled if labelled else None
+        self._still_held()
+        (self._folder / FILES).write_bytes(as_parquet(table))
+        (self._folder / MANIFEST).write_json(self._manifest(line, totals, left))
+        if self._staged:
+            workspace.publish(self._folder, self._run.output, replace=config.overwrite)
+        summary.summarize(line, totals, say)
+        return line, not failed_files and not totals.rejected_rows
+
+    def _plan(self) -> tuple[pa.Table, pa.Table]:
+        """The files with what their footers say, and the parts."""
+        run = self._run
+        footers = run.footers if run.footers is not None else _read_footers(run.inputs, run.columns)
+        files = run.inputs.files
+        for name in footers.column_names:
+            files = files.append_column(name, footers[name])
+        parts, clashes = plan(files, run.config.unit_rows)
+        files = _with_errors(files, clashes)
+        aside = run.inputs.left_aside
+        if aside:
+            self._console.say(f"left aside for their names: {len(aside):,} files, such as {aside[0]}")
+        failures = files.filter(pc.is_valid(files["error"])).select(["name", "error"]).to_pylist()
+        summary.name_failures({row["name"]: row["error"] for row in failures}, self._console.say)
+        if failures and run.config.strict:
+            raise RunFailed(f"--strict: nothing was scored: {len(failures):,} files cannot be used, see above")
+        return files, parts
+
+    def _done(self, files: pa.Table, parts: pa.Table) -> tuple[pa.Table, int]:
+        """What is committed of each part, and how many files are left from input that is no longer there."""
+        run, request = self._run, self._request.text()
+        listing = workspace.clean(run.output)
+        committed = spread(read_committed, run.output, listing.predictions)
+        refuse_foreign(committed, run.output)
+        left = 0
+        if not run.config.overwrite:
+            strange = beside_plan(parts, committed)
+            refuse_other(match(parts, committed, request), strange, files, self._source, request, run.output)
+            left = strange.num_rows
+            if left:
+                first = strange["source"][0].as_py()
+                self._console.say(f"left as they are: {left:,} output files of input that is not there now, such as {first}")
+        if self._staged:
+            # What is not published may be thrown away where it is not of this plan.
+            staged = spread(read_committed, self._folder, workspace.clean(self._folder).predictions)
+            matched = match(parts, staged, request)
+            stale = [
+                *matched.filter(pc.and_(pc.is_valid(matched["its_request"]), pc.invert(matched["done"])))["output"].to_pylist()
+            ]
+            stale += beside_plan(parts, staged)["output"].to_pylist()
+            stale += staged.filter(pc.is_valid(staged["error"]))["output"].to_pylist()
+            for name in set(stale):
+                workspace.delete_part(self._folder, name)
+        return match(parts, self._committed(), request), left
+
+    def _committed(self) -> pa.Table:
+        """What is committed and counts, read from the files."""
+        staged = spread(read_committed, self._folder, workspace.list_folder(self._folder).predictions)
+        if not self._staged or self._run.config.overwrite:
+            return staged
+        published = spread(read_committed, self._run.output, workspace.list_folder(self._run.output).predictions)
+        return pa.concat_tables([staged, published.filter(pc.invert(pc.is_in(published["output"], staged["output"])))])
+
+    def _stream(self, todo: pa.Table, todo_rows: int) -> tuple[dict[str, str], float]:
+        """Score; the files that could not be read after all with the reason, and the seconds from first start to last end."""
+        failures: dict[str, str] = {}
+        if not todo.num_rows:
+            return failures, 0.0
+        run = self._run
+        work = Work(self._source, self._folder, self._request, ray.put(run.weights), run.config.batch_size, counting_attempts())
+        units = units_of(todo, run.config.unit_rows, self._allotment.actors)
+        done, first, last, said = 0, float("inf"), 0.0, time.monotonic()
+        fitting = resources.look().places(self._allotment.per_actor)
+        try:
+            for report in stream(units, work, self._allotment, fitting):
+                self._still_held()
+                unwritable = report["unwritable"].drop_null()
+                if len(unwritable):
+                    raise RunFailed(
+                        f"--output {run.output.text}: cannot be written: {unwritable[0].as_py()}; what is committed stays"
+                    )
+                for row in report.filter(pc.is_valid(report["unreadable"])).to_pylist():
+                    failures.setdefault(row["name"], row["unreadable"])
+                done += pc.sum(report["rows"]).as_py()
+                first = min(first, pc.min(report["started"]).as_py())
+                last = max(last, pc.max(report["ended"]).as_py())
+                if time.monotonic() - said >= _SAY_SECONDS:
+                    said = time.monotonic()
+                    rate = done / max(last - first, 1e-9)
+                    left = f"{(todo_rows - done) / rate:,.0f} s left" if rate else ""
+                    self._console.progress(f"{done:,} of {todo_rows:,} rows  {rate:,.0f} rows/s  {left}")
+        except ray.exceptions.RayActorError as error:
+            raise RunFailed(
+                f"a worker died again and again while it scored ({' '.join(str(error).split())[:200]}); what is committed stays, "
+                "and the same command goes on"
+            ) from error
+        return failures, last - first
+
+    def _manifest(self, line: dict[str, Any], totals: Totals, left: int) -> dict[str, Any]:
+        run = self._run
+        # As located, without what a URI says beside scheme and path.
+        places = {"model": run.model, "input": self._source, "output": run.output}
+        located = {name: place.at(place.path).text for name, place in places.items()}
+        return {
+            "format": FORMAT,
+            "status": "finished",
+            "totals": line,
+            "consistent_rows": totals.counts.get("consistent", 0),
+            "labelled_rows": totals.counts.get("labelled"),
+            "rejected_by_reason": totals.reasons,
+            "config": run.config.model_dump(mode="json", exclude={"config"}) | located,
+            "model": {key: run.card[key] for key in ("sha256", "epoch", "parameters")},
+            "precision": self._request.precision,
+            "left_aside_files": len(run.inputs.left_aside),
+            "files_of_earlier_input": left,
+            "versions": versions(),
+        }
+
+    def _strictly(self, parts: pa.Table, totals: Totals, failed_files: int) -> str:
+        text = f"--strict: nothing was published: {totals.rejected_rows:,} rows and {failed_files:,} files cannot be used"
+        if not totals.rejected_rows:
+            return text
+        name = min(workspace.list_folder(self._folder).rejected or workspace.list_folder(self._run.output).rejected)
+        holder = self._folder if (self._folder / REJECTED / name).exists() else self._run.output
+        with holder.filesystem.open_input_file((holder / REJECTED / name).path) as stream_:
+            row = pq.read_table(stream_, columns=["source_file", "source_row", "reason"]).slice(0, 1).to_pylist()[0]
+        return f"{text}; first: {row['source_file']}, row {row['source_row']}: {row['reason']}; all: {(holder / REJECTED).text}"
+
+
+def _with_errors(files: pa.Table, errors: dict[str, str]) -> pa.Table:
+    if not errors:
+        return files
+    reasons = [errors.get(name, old) for name, old in zip(files["name"].to_pylist(), files["error"].to_pylist(), strict=True)]
+    return files.set_column(files.column_names.index("error"), "error", pa.array(reasons, pa.string()))

@@ -1,0 +1,204 @@
+"""The Ray Data side of scoring: units of the plan in, one report a part out; rows stay in the processes that work on them.
+
+    CPUs   units ──actor: read, predict, commit──▶ reports
+    GPUs   units ──tasks: read──▶ ──actor: predict──▶ ──tasks: commit──▶ reports
+
+On CPUs a row never leaves its process. Beside a GPU many tasks read, decode and write for one actor. Nothing here decides
+what is done: that a part is committed stands in its own file (commit.py), whoever wrote it and however often.
+"""
+
+import pickle
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
+
+from mnistsum_ray.report import quiet_ray_data
+from mnistsum_ray.resources import ScoreAllotment
+from mnistsum_ray.score.commit import Request, commit
+from mnistsum_ray.score.plan import Part, parts_of
+from mnistsum_ray.score.predict import Predictions, Predictor
+from mnistsum_ray.score.read import Rows, Unreadable, read_together
+from mnistsum_ray.storage import Location
+
+REPORT_SCHEMA: Final = pa.schema(
+    {
+        "name": pa.string(),
+        "output": pa.string(),
+        "rows": pa.int64(),
+        "started": pa.float64(),  # seconds since 1970
+        "ended": pa.float64(),
+        "unreadable": pa.string(),  # why the file cannot be used after all
+        "unwritable": pa.string(),  # why the output cannot be written
+    }
+)
+
+_TRIES: Final = 3
+"""How often a part is begun: a process that has died under it so often, Ray would replace for ever."""
+
+_BLOCK_BYTES: Final = 2**20
+"""What is handed from reader to actor is handed on at once, and not gathered into larger blocks."""
+
+_Scored = tuple[Rows, Predictions] | Unreadable
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process is told."""
+
+    source: Location
+    output: Location
+    request: Request
+    weights: ray.ObjectRef[dict[str, Tensor]]
+    batch_size: int | None
+    attempts: Any
+    """Handle of an `Attempts` actor."""
+
+
+def counting_attempts() -> Any:
+    """The handle of a new `Attempts` actor, on this node so that it is not lost with another."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Attempts).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def stream(units: list[pa.Table], work: Work, allotment: ScoreAllotment, actors_now: int) -> Iterator[pa.Table]:
+    """Score units, each a `plan.PART_SCHEMA` table; yields REPORT_SCHEMA tables as parts are done, in any order."""
+    quiet_ray_data()
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = False
+    context.target_max_block_size = _BLOCK_BYTES
+    actors = ActorPoolStrategy(
+        min_size=1,
+        max_size=allotment.actors,
+        initial_size=min(allotment.actors, max(1, actors_now)),
+        max_tasks_in_flight_per_actor=2 if allotment.readers else 1,  # a unit that waits for an actor may keep another idle
+    )
+    on_actors: dict[str, Any] = {
+        "compute": actors,
+        "num_cpus": allotment.cpus_per_actor,
+        "num_gpus": 1 if allotment.use_gpu else 0,
+        "batch_format": "pyarrow",
+    }
+    dataset = ray.data.from_arrow(units)
+    if allotment.readers:
+        on_cpus: dict[str, Any] = {"num_cpus": allotment.cpus_per_task, "batch_format": "pyarrow", "fn_args": (work,)}
+        readers = TaskPoolStrategy(size=allotment.readers)
+        dataset = dataset.map_batches(_read, batch_size=None, compute=readers, **on_cpus)
+        dataset = dataset.map_batches(_Predict, batch_size=1, fn_constructor_args=(work,), **on_actors)
+        dataset = dataset.map_batches(_commit, batch_size=1, compute=readers, **on_cpus)
+    else:
+        dataset = dataset.map_batches(_ReadPredictCommit, batch_size=None, fn_constructor_args=(work,), **on_actors)
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+class Attempts:
+    """Counts how often each thing has been begun; an actor, since whoever began it may be dead."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[str] = Counter()
+
+    def begin(self, key: str) -> int:
+        self._begun[key] += 1
+        return self._begun[key]
+
+
+def _read_once(unit: pa.Table, work: Work) -> Iterator[list[Rows | Unreadable]]:
+    """Read a unit; if a process has died under it before, part by part, so that one that kills is found out."""
+    parts = parts_of(unit)
+    if ray.get(work.attempts.begin.remote(f"unit of {parts[0].output}")) == 1:
+        yield from read_together(work.source, parts, work.request.columns)
+        return
+    for part in parts:
+        if ray.get(work.attempts.begin.remote(part.output)) <= _TRIES:
+            yield from read_together(work.source, [part], work.request.columns)
+        else:
+            yield [Unreadable(part, f"the process that scored it died {_TRIES} times (out of memory? Ray's logs may tell)")]
+
+
+class _ReadPredictCommit:
+    def __init__(self, work: Work) -> None:
+        self._work, self._predictor = work, _predictor(work)
+
+    def __call__(self, unit: pa.Table) -> Iterator[pa.Table]:
+        started = time.time()
+        for together in _read_once(unit, self._work):
+            for scored in _predict(self._predictor, together):
+                yield _committed(self._work, scored, started)
+
+
+def _read(unit: pa.Table, work: Work) -> Iterator[pa.Table]:
+    started = time.time()
+    for together in _read_once(unit, work):
+        yield _parcel(started, together)
+
+
+class _Predict:
+    def __init__(self, work: Work) -> None:
+        self._predictor = _predictor(work)
+
+    def __call__(self, parcel: pa.Table) -> pa.Table:
+        started, together = _opened(parcel)
+        scored = _predict(self._predictor, together)
+        return _parcel(started, [one if isinstance(one, Unreadable) else (one[0].without_images(), one[1]) for one in scored])
+
+
+def _commit(parcel: pa.Table, work: Work) -> pa.Table:
+    started, scored = _opened(parcel)
+    return pa.concat_tables([_committed(work, one, started) for one in scored])
+
+
+def _predictor(work: Work) -> Predictor:
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    return Predictor(ray.get(work.weights), device, work.request.precision, work.batch_size)
+
+
+def _predict(predictor: Predictor, together: list[Rows | Unreadable]) -> Iterator[_Scored]:
+    """One pass through the model for all that was read together."""
+    readable = [one for one in together if isinstance(one, Rows)]
+    if readable:
+        images = np.concatenate([rows.images for rows in readable])
+        predictions = predictor.predict(images, np.concatenate([rows.numbers for rows in readable]))
+    start = 0
+    for one in together:
+        if isinstance(one, Unreadable):
+            yield one
+        else:
+            end = start + len(one.numbers)
+            yield one, predictions.slice(start, end)
+            start = end
+
+
+def _committed(work: Work, scored: _Scored, started: float) -> pa.Table:
+    # Ray Data wraps an exception and loses its type on the way to the driver, so what a user has to mend travels as a value.
+    if isinstance(scored, Unreadable):
+        return _report(scored.part, started, unreadable=scored.reason)
+    rows, predictions = scored
+    try:
+        commit(work.output, work.source, rows, predictions, work.request)
+    except (OSError, pa.ArrowException) as error:
+        return _report(rows.part, started, unwritable=" ".join(str(error).split()))
+    return _report(rows.part, started)
+
+
+def _report(part: Part, started: float, **failure: str) -> pa.Table:
+    row = {"name": part.name, "output": part.output, "rows": part.rows, "started": started, "ended": time.time(), **failure}
+    return pa.Table.from_pylist([row], REPORT_SCHEMA)
+
+
+def _parcel(started: float, content: list[Any]) -> pa.Table:
+    """Any of our objects as one row of Ray Data, whose blocks cannot hold tables of different columns."""
+    return pa.table({"started": [started], "content": pa.array([pickle.dumps(content, protocol=5)], pa.large_binary())})
+
+
+def _opened(parcel: pa.Table) -> tuple[float, list[Any]]:
+    return parcel["started"][0].as_py(), pickle.loads(parcel["content"][0].as_py())

@@ -1,0 +1,114 @@
+"""The folders of a run: where parts are committed, what lies there already, and how the whole is published."""
+
+import ctypes
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+
+from mnistsum_ray.score.inputs import FILE_SCHEMA
+from mnistsum_ray.score.plan import FILES, LOCK, MANIFEST, REJECTED, UNPUBLISHED
+from mnistsum_ray.storage import PARTIAL, Location
+
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies in a folder of predictions."""
+
+    predictions: pa.Table
+    """`inputs.FILE_SCHEMA`: all but the run's own files and what is hidden."""
+    rejected: frozenset[str]
+    """Names below `_rejected/`."""
+    partial: tuple[str, ...]
+    """Names of what was being written when its writer was killed."""
+
+
+def list_folder(folder: Location) -> Listing:
+    """List a folder of predictions; one that is not there is empty."""
+    rows, rejected, partial = [], set(), []
+    for info in folder.files():
+        name = info.path.removeprefix(folder.path).lstrip("/")
+        if name.endswith(PARTIAL):
+            partial.append(name)
+        elif name.startswith(f"{REJECTED}/"):
+            rejected.add(name.removeprefix(f"{REJECTED}/"))
+        elif not name.startswith(f"{UNPUBLISHED}/") and name not in (FILES, MANIFEST, LOCK) and not _is_hidden(name):
+            rows.append({"name": name, "size": info.size, "modified": info.mtime_ns})
+    return Listing(pa.Table.from_pylist(rows, FILE_SCHEMA), frozenset(rejected), tuple(partial))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
+
+
+def clean(folder: Location) -> Listing:
+    """Delete what a killed run left unfinished, and list what remains. The folder's lock must be held."""
+    listing = list_folder(folder)
+    for name in listing.partial:
+        (folder / name).delete()
+    # Rejected rows are written before the predictions, so without those the part is not done and will be written again.
+    unfinished = listing.rejected - set(listing.predictions["name"].to_pylist())
+    for name in unfinished:
+        (folder / REJECTED / name).delete()
+    return Listing(listing.predictions, listing.rejected - unfinished, ())
+
+
+def staging_of(output: Location) -> Location:
+    """Where a run commits that must not be seen before it is whole."""
+    if output.is_local and Path(output.path).stat().st_dev == Path(output.path).parent.stat().st_dev:
+        folder, _, name = output.path.rpartition("/")
+        return output.at(f"{folder}/.{name}.{UNPUBLISHED.lstrip('_')}")
+    return output / UNPUBLISHED
+
+
+def delete_part(folder: Location, name: str) -> None:
+    """Delete a part: its predictions first, since they are what says that it is done."""
+    (folder / name).delete()
+    (folder / REJECTED / name).delete()
+
+
+def reopen(output: Location) -> None:
+    """Take away what says that the output is finished."""
+    (output / MANIFEST).delete()
+    (output / FILES).delete()
+
+
+def publish(staging: Location, output: Location, *, replace: bool) -> None:
+    """Show what lies in the staging folder: in place of what the output holds, or beside it."""
+    if replace and staging.is_local and _exchange(staging.path, output.path):
+        shutil.rmtree(staging.path)  # which now holds the old output
+        return
+    names = [info.path.removeprefix(staging.path).lstrip("/") for info in staging.files()]
+    reopen(output)
+    for name in sorted(names, key=_publishing_order):
+        target = output / name
+        if output.is_local:
+            Path(target.path).parent.mkdir(parents=True, exist_ok=True)
+        output.filesystem.move((staging / name).path, target.path)
+    if replace:
+        keep = {(output / name).path for name in (*names, LOCK)}
+        for info in output.files():
+            if info.path not in keep:
+                output.filesystem.delete_file(info.path)
+    if staging.exists():
+        staging.filesystem.delete_dir(staging.path)
+
+
+def _publishing_order(name: str) -> int:
+    """Rejected rows before predictions, as they are committed; what says that all is there last."""
+    return 3 if name == MANIFEST else 2 if name == FILES else 0 if name.startswith(f"{REJECTED}/") else 1
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Have two folders change places in one step; False where the system cannot."""
+    exchange: Callable[..., int] | None = getattr(ctypes.CDLL(None), "renameat2", None)
+    if exchange is None:
+        return False
+    return exchange(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0

@@ -1,0 +1,108 @@
+"""A file that cannot be scored is named with the reason; a column that no file has is a wrong request."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mnistsum_ray.config import Refusal
+from mnistsum_ray.score.footers import Columns, read_footers, refuse_unknown_columns
+from mnistsum_ray.score.inputs import list_inputs
+from mnistsum_ray.storage import locate
+
+GOOD = pa.table({"image": [bytes(784)] * 3, "number": [1, 2, 3]})
+COLUMNS = Columns("image", "number", None)
+
+
+def footers(folder: Path, columns: Columns = COLUMNS) -> dict[str, dict[str, Any]]:
+    inputs = list_inputs((str(folder),), locate("/nowhere", "--output"))
+    rows = read_footers(inputs.root, inputs.files, columns).to_pylist()
+    return dict(zip(inputs.files["name"].to_pylist(), rows, strict=True))
+
+
+def test_a_good_file_is_described(tmp_path: Path) -> None:
+    pq.write_table(GOOD, tmp_path / "a.parquet", row_group_size=2)
+    row = footers(tmp_path)["a.parquet"]
+    assert (row["rows"], row["groups"], row["error"]) == (3, [2, 1], None)
+    assert row["bytes"] > 3 * 784 / 2  # repeated images are stored once
+    pq.write_table(GOOD.slice(1), tmp_path / "a.parquet")
+    assert footers(tmp_path)["a.parquet"]["footer"] != row["footer"]
+
+
+def test_a_footer_longer_than_the_first_look_is_read_whole(tmp_path: Path) -> None:
+    wide = GOOD.replace_schema_metadata({"note": "x" * 300_000})
+    pq.write_table(wide, tmp_path / "a.parquet")
+    assert footers(tmp_path)["a.parquet"]["rows"] == 3
+
+
+def damaged(name: str, folder: Path) -> Path:
+    path = folder / f"{name}.parquet"
+    pq.write_table(GOOD, path)
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "tiny": b"PAR1",
+            "text": b"id,number\n1,2\n" * 100,
+            "cut": whole[: len(whole) // 2],
+            "tail": whole[:-1],
+            "long_footer": whole[:-8] + (2**31 - 1).to_bytes(4, "little") + b"PAR1",
+            "garbage_footer": whole[:-8][:-40] + b"\xff" * 40 + whole[-8:],
+        }[name]
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("empty", "is empty (0 bytes)"),
+        ("tiny", "is only 4 bytes long"),
+        ("text", "is not Parquet, or was cut off"),
+        ("cut", "is not Parquet, or was cut off"),
+        ("tail", "is not Parquet, or was cut off"),
+        ("long_footer", "has a damaged footer"),
+        ("garbage_footer", "cannot be read"),
+    ],
+)
+def test_a_damaged_file_says_how(tmp_path: Path, name: str, said: str) -> None:
+    damaged(name, tmp_path)
+    row = footers(tmp_path)[f"{name}.parquet"]
+    assert said in row["error"]
+    assert row["rows"] is None
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (GOOD.drop_columns(["number"]), "has no column 'number' but 'image'; --number-column names another"),
+        (GOOD.drop_columns(["image"]), "has no column 'image' but 'number'; --image-column names another"),
+        (GOOD.set_column(1, "number", pa.array([1.0, 2.0, 3.0])), "column 'number' has type double, not an integer type"),
+        (GOOD.set_column(0, "image", pa.array(["a", "b", "c"])), "column 'image' has type string, which holds no images"),
+        (GOOD.append_column("pred_sum", pa.array([1, 2, 3])), "has a column 'pred_sum', which scoring would add; rename it"),
+        (pa.Table.from_arrays([*GOOD.columns, GOOD["number"]], ["image", "number", "number"]), "more than one column 'number'"),
+    ],
+)
+def test_columns_that_will_not_do_are_named(tmp_path: Path, table: pa.Table, said: str) -> None:
+    pq.write_table(table, tmp_path / "a.parquet")
+    row = footers(tmp_path)["a.parquet"]
+    assert said in row["error"]
+    assert row["rows"] == 3
+
+
+def test_a_column_that_no_file_has_is_refused_and_one_that_some_have_is_not(tmp_path: Path) -> None:
+    for name in "ab":
+        pq.write_table(GOOD.rename_columns(["picture", "number"]), tmp_path / f"{name}.parquet")
+    damaged("empty", tmp_path)
+    inputs = list_inputs((str(tmp_path),), locate("/nowhere", "--output"))
+    said = r"--image-column image: no file of --input has such a column; a\.parquet has no column 'image'"
+    with pytest.raises(Refusal, match=said):
+        refuse_unknown_columns(inputs.files["name"], read_footers(inputs.root, inputs.files, COLUMNS), COLUMNS)
+    labelled = Columns("picture", "number", "digit")
+    with pytest.raises(Refusal, match="--label-column digit"):
+        refuse_unknown_columns(inputs.files["name"], read_footers(inputs.root, inputs.files, labelled), labelled)
+    pq.write_table(GOOD, tmp_path / "b.parquet")
+    inputs = list_inputs((str(tmp_path),), locate("/nowhere", "--output"))
+    refuse_unknown_columns(inputs.files["name"], read_footers(inputs.root, inputs.files, COLUMNS), COLUMNS)

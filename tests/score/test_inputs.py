@@ -1,0 +1,121 @@
+"""What `--input` names is found, said, and called by its place below one folder."""
+
+from pathlib import Path
+
+import pytest
+
+from mnistsum_ray.config import Refusal
+from mnistsum_ray.score.inputs import Inputs, list_inputs
+from mnistsum_ray.storage import locate
+
+NAMES = ("a.parquet", "b/c.parquet", "b/d.PQ", "b/e/f.parq", "b/g,h [1].parquet")
+ASIDE = ("notes.txt", "_SUCCESS", ".hidden.parquet", "b/_temporary/x.parquet")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "in"
+    for name in (*NAMES, *ASIDE):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x" * len(name))
+    return root
+
+
+def find(*texts: object, output: Path = Path("/nowhere/out")) -> Inputs:
+    return list_inputs(tuple(map(str, texts)), locate(str(output), "--output"))
+
+
+def names(inputs: Inputs) -> list[str]:
+    found: list[str] = inputs.files["name"].to_pylist()
+    return found
+
+
+def test_a_folder_is_taken_whole_and_what_is_not_taken_is_said(folder: Path) -> None:
+    inputs = find(folder)
+    assert names(inputs) == sorted(NAMES)
+    assert inputs.root.path == str(folder)
+    assert set(inputs.left_aside) == {str(folder / name) for name in ASIDE}
+    assert inputs.files["size"].to_pylist() == [len(name) for name in sorted(NAMES)]
+    assert inputs.files["modified"].to_pylist() == [(folder / name).stat().st_mtime_ns for name in sorted(NAMES)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.parquet", ["a.parquet"]),
+        ("*/*.parquet", ["c.parquet", "g,h [1].parquet"]),
+        ("**/*.parq*", ["a.parquet", "b/_temporary/x.parquet", "b/c.parquet", "b/e/f.parq", "b/g,h [1].parquet"]),
+        ("b/?.p[a-z]*", ["c.parquet"]),
+        ("notes.*", ["notes.txt"]),
+    ],
+)
+def test_globs_match_as_a_shell_does(folder: Path, pattern: str, expected: list[str]) -> None:
+    found = find(folder / pattern)
+    assert [Path(name).name for name in names(found)] == [Path(name).name for name in expected]
+
+
+def test_a_file_is_taken_whatever_its_name_and_a_list_shares_one_root(folder: Path) -> None:
+    assert names(find(folder / "notes.txt")) == ["notes.txt"]
+    assert names(find(folder / "b/g,h [1].parquet")) == ["g,h [1].parquet"]
+    both = find(folder / "b/e", folder / "a.parquet", folder / "b/e/f.parq")
+    assert names(both) == ["a.parquet", "b/e/f.parq"]
+    assert both.root.path == str(folder)
+
+
+def test_relative_names_do_not_depend_on_where_one_stands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder / "b")
+    assert names(find("../b", "e/../c.parquet")) == ["c.parquet", "d.PQ", "e/f.parq", "g,h [1].parquet"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["missing"], "--input {folder}/missing: there is no {folder}/missing"),
+        (["*.orc"], "there is no Parquet file"),
+        (["b/_temporary/.."], None),
+    ],
+)
+def test_what_is_not_there_is_named(folder: Path, texts: list[str], said: str | None) -> None:
+    if said is None:
+        assert find(*(folder / text for text in texts))
+        return
+    with pytest.raises(Refusal) as refused:
+        find(*(folder / text for text in texts))
+    assert said.format(folder=folder) in str(refused.value)
+
+
+def test_a_folder_without_parquet_says_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("1")
+    with pytest.raises(Refusal, match=r"there is no Parquet file .*rows\.csv"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("texts", "output", "said"),
+    [
+        (["."], ".", "lies in the input"),
+        (["."], "out", "lies in the input"),
+        (["b"], ".", "holds the input file"),
+        (["a.parquet"], ".", "holds the input file"),
+        (["*/*.parquet"], "out", "lies in the input"),
+        (["**/*.parquet"], "out/deep", "lies in the input"),
+        (["*.parquet"], "out", None),
+        (["b"], "out", None),
+        (["a.parquet"], "b/out", None),
+    ],
+)
+def test_output_and_input_are_kept_apart(folder: Path, texts: list[str], output: str, said: str | None) -> None:
+    values = [folder / text for text in texts]
+    if said is None:
+        assert names(find(*values, output=folder / output))
+        return
+    with pytest.raises(Refusal, match=said):
+        find(*values, output=folder / output)
+
+
+def test_a_link_does_not_hide_that_the_output_lies_in_the_input(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(Refusal, match="lies in the input"):
+        find(tmp_path / "link", output=folder / "out")
+    with pytest.raises(Refusal, match="lies in the input"):
+        find(folder, output=tmp_path / "link" / "out")

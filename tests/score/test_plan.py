@@ -1,0 +1,104 @@
+"""Every row of every file is in exactly one part, and every part in exactly one unit."""
+
+import pyarrow as pa
+import pytest
+
+from mnistsum_ray.score.plan import plan, units_of
+
+
+def files(*groups: list[int], row_bytes: int = 800, names: list[str] | None = None) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "name": names[index] if names else f"f{index}.parquet",
+                "size": 1,
+                "modified": 2,
+                "footer": "x",
+                "rows": sum(rows),
+                "groups": rows,
+                "bytes": sum(rows) * row_bytes,
+                "error": None,
+            }
+            for index, rows in enumerate(groups)
+        ],
+        pa.schema(
+            {
+                "name": pa.string(),
+                "size": pa.int64(),
+                "modified": pa.int64(),
+                "footer": pa.string(),
+                "rows": pa.int64(),
+                "groups": pa.list_(pa.int64()),
+                "bytes": pa.int64(),
+                "error": pa.string(),
+            }
+        ),
+    )
+
+
+@pytest.mark.parametrize("unit_rows", [1, 7, 100, 1000, 16_384])
+@pytest.mark.parametrize("groups", [[], [0], [5], [1000], [100] * 10, [3, 0, 2500, 1, 1, 999], [10, 0, 10]])
+def test_parts_are_whole_consecutive_and_not_too_large(groups: list[int], unit_rows: int) -> None:
+    parts, clashes = plan(files(groups), unit_rows)
+    assert not clashes
+    rows = parts.to_pylist()
+    position = 0
+    starts = [sum(groups[:index]) for index in range(len(groups) + 1)]
+    for part in rows:
+        assert part["first_row"] == position
+        assert part["rows"] <= unit_rows
+        if part["rows"]:
+            assert starts[part["first_group"]] + part["skip"] == position
+            assert position + part["rows"] <= starts[part["first_group"] + part["groups"]]
+        position += part["rows"]
+    assert position == sum(groups)
+    assert len({part["output"] for part in rows}) == len(rows) >= 1
+    if len(rows) == 1:
+        assert rows[0]["output"] == "f0.parquet"
+
+
+def test_a_part_is_bounded_in_bytes_too() -> None:
+    parts, _ = plan(files([1000], row_bytes=2**20), 16_384)
+    assert max(parts["rows"].to_pylist()) <= 128
+
+
+def test_the_names_of_split_files_sort_by_row() -> None:
+    parts, _ = plan(files([10, 10, 10], names=["deep/er/x.pq"]), 10)
+    assert parts["output"].to_pylist() == [f"deep/er/x-0000{index}-of-00003.pq" for index in range(3)]
+
+
+def test_a_taken_name_is_said() -> None:
+    names = ["a-00000-of-00002.parquet", "a.parquet", "_files.parquet", "_rejected/b.parquet"]
+    parts, clashes = plan(files([1], [10, 10], [1], [1], names=names), 10)
+    assert set(clashes) == set(names[1:])
+    assert "a-00000-of-00002.parquet" in clashes["a.parquet"]
+    assert parts["output"].to_pylist() == names[:1]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 16])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [[10]] * 2000,  # many small files
+        [[1250]] * 8,  # a few
+        [[1_000_000]],  # one huge row group
+        [[10], [50_000], [10], [16_384] * 5, [0], [40_000, 3]],
+    ],
+)
+def test_units_hold_every_part_once_and_in_order(sizes: list[list[int]], workers: int) -> None:
+    parts, _ = plan(files(*sizes), 16_384)
+    units = units_of(parts, 16_384, workers)
+    assert pa.concat_tables(units).equals(parts)
+    for unit in units:
+        small = unit["name"].unique()
+        assert unit.num_rows >= 1
+        assert len(small) <= 256
+    if sizes == [[1250]] * 8:
+        assert len(units) >= min(8, workers)
+    if sizes == [[1_000_000]]:
+        assert 4 <= len(units) <= 8
+
+
+def test_small_files_share_a_unit() -> None:
+    parts, _ = plan(files(*[[10]] * 2000), 16_384)
+    assert len(units_of(parts, 16_384, 2)) == 8
