@@ -3,11 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from mnistsum_ray.checkpoint import load_model, save_model, weights_of
+from mnistsum_ray.metrics import Scores
 from mnistsum_ray.mnist import SAMPLE
+from mnistsum_ray.model import TwoHeadCNN, prepare_images
+from mnistsum_ray.storage import locate
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +32,40 @@ def write_rows(tmp_path: Path, sample: pa.Table) -> Callable[[int], Path]:
         return path
 
     return write
+
+
+def write_model(folder: Path, seed: int) -> Path:
+    """A model folder with random weights, whose answers are as good as any for telling whether they are the same."""
+    torch.manual_seed(seed)
+    nothing = Scores(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
+    folder.mkdir()
+    save_model(folder, weights_of(TwoHeadCNN()), epoch=1, validation=nothing, test=nothing)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model", 0)
+
+
+def answers(model: Path, images: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """What plain PyTorch says of uint8[n, 28, 28] and int64[n]."""
+    network, _ = load_model(locate(str(model), "--model"))
+    with torch.inference_mode():
+        heads = network(prepare_images(torch.tensor(images)), torch.tensor(numbers))
+    (digit_prob, digit), (sum_prob, total) = (head.softmax(1).max(1) for head in heads)
+    return {
+        "pred_digit": digit.numpy(),
+        "digit_prob": digit_prob.numpy(),
+        "pred_sum": total.numpy(),
+        "sum_prob": sum_prob.numpy(),
+        "consistent": (total == digit + torch.tensor(numbers)).numpy(),
+    }
+
+
+def check_answers(table: pa.Table, expected: dict[str, np.ndarray]) -> None:
+    """The predictions of a table are these, row for row."""
+    for name in ("pred_digit", "pred_sum", "consistent"):
+        assert table[name].to_pylist() == expected[name].tolist(), name
+    for name in ("digit_prob", "sum_prob"):
+        assert np.allclose(table[name].to_numpy(), expected[name], atol=1e-5), name

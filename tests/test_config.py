@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.config import Refusal, TrainConfig, parse
+from mnistsum_ray.config import Refusal, ScoreConfig, TrainConfig, parse
 
 
 def config(*argv: str) -> TrainConfig:
@@ -88,3 +88,30 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         if field.default is None and name != "config":
             assert "[" in field.description, f"--{name} does not say what it is when unset"
     assert "None" not in text
+
+
+def test_a_list_flag_takes_what_a_shell_makes_of_it() -> None:
+    rest = ["--model", "m", "--output", "o"]
+    for argv in (["--input", "a,b.parquet", "c d"], ["--input", "a,b.parquet", "--strict", "--input=c d"]):
+        assert parse(ScoreConfig, [*argv, *rest], "").input == ("a,b.parquet", "c d")
+
+
+def test_the_file_may_hold_one_input_or_several(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for text, expected in (("pairs", ("pairs",)), ("[a, b]", ("a", "b"))):
+        path.write_text(f"input: {text}\nmodel: m\noutput: o\n")
+        assert parse(ScoreConfig, ["--config", str(path)], "").input == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--input", "a", "--output", "o"], "--model: is needed"),
+        (["--model", "m", "--output", "o"], "--input: is needed"),
+        (["--model", "m", "--output", "o", "--input"], "--input: needs a value"),
+        (["--model", "m", "--output", "o", "--input", "i", "--number-column", "image"], "'image' cannot be both"),
+    ],
+)
+def test_what_a_scoring_run_needs_is_named(argv: list[str], said: str) -> None:
+    with pytest.raises(Refusal, match=said):
+        parse(ScoreConfig, argv, "")

@@ -58,6 +58,7 @@ def commit(output: Location, source: Location, rows: Rows, predictions: Predicti
     part = rows.part
     stamp: dict[str, Any] = {
         "format": FORMAT,
+        "name": part.name,
         "source": source.at(f"{source.path}/{part.name}").text,
         "size": part.size,
         "modified": part.modified,

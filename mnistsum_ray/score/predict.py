@@ -1,6 +1,6 @@
 """The model on rows: two answers a row, each with its probability. Nothing of Ray."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mnistsum_ray.device import keep_memory
-from mnistsum_ray.model import TwoHeadCNN, blocked_forward, prepare_images
-from mnistsum_ray.schema import Pixels
+from mnistsum_ray.model import DIGITS, SUMS, TwoHeadCNN, blocked_forward, prepare_images
+from mnistsum_ray.schema import SIDE, Pixels
 
 CPU_BATCH: Final = 64
 """Its activations stay in a CPU's cache."""
@@ -55,19 +55,18 @@ class Predictor:
         self._forward = forward_of(model, device, precision)
         self._bf16 = precision == "bf16"
         self._batch_size = batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+        # The first pass builds and loads kernels; what cannot run at all is found out here.
+        self.predict(np.zeros((self._batch_size, SIDE, SIDE), np.uint8), np.zeros(self._batch_size, np.int64))
 
     @torch.inference_mode()
     def predict(self, images: Pixels, numbers: npt.NDArray[np.int64]) -> Predictions:
         """uint8[n, 28, 28] and int64[n] in 0..9 to predictions of n rows."""
-        outputs = list(self._batches(torch.from_numpy(images), torch.from_numpy(numbers)))
-        columns = [torch.cat(parts).cpu() for parts in zip(*outputs, strict=True)] if outputs else [torch.empty(0)] * 4
-        digit, digit_prob, total, sum_prob = (column.numpy() for column in columns)
-        return Predictions(digit.astype(np.int8), digit_prob, total.astype(np.int8), sum_prob)
-
-    def _batches(self, images: Tensor, numbers: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        heads: tuple[list[Tensor], list[Tensor]] = ([torch.empty(0, DIGITS)], [torch.empty(0, SUMS)])
         for start in range(0, len(images), self._batch_size):
             rows = slice(start, start + self._batch_size)
+            image, number = (torch.from_numpy(values[rows]).to(self._device) for values in (images, numbers))
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-                scores = self._forward(prepare_images(images[rows].to(self._device)), numbers[rows].to(self._device))
-            best = [head.float().softmax(1).max(1) for head in scores]
-            yield tuple(values for head in best for values in (head.indices, head.values))
+                for head, scores in zip(heads, self._forward(prepare_images(image), number), strict=True):
+                    head.append(scores.float().cpu())
+        (digit_prob, digit), (sum_prob, total) = (torch.cat(head).softmax(1).max(1) for head in heads)
+        return Predictions(digit.numpy().astype(np.int8), digit_prob.numpy(), total.numpy().astype(np.int8), sum_prob.numpy())

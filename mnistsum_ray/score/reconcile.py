@@ -39,7 +39,7 @@ def match(parts: pa.Table, committed: pa.Table, request: str) -> pa.Table:
         [f"its_{name}" if name in (*_IDENTITY, "request") else name for name in committed.column_names]
     )
     numbered = parts.append_column("order", pa.array(range(parts.num_rows), pa.int64()))
-    joined = numbered.join(renamed.drop_columns(["error"]), "output", join_type="left outer").sort_by("order")
+    joined = numbered.join(renamed.drop_columns(["error", "name"]), "output", join_type="left outer").sort_by("order")
     done = pc.equal(joined["its_request"], request)
     for name in _IDENTITY:
         done = pc.and_(done, pc.equal(joined[name], joined[f"its_{name}"]))
@@ -88,17 +88,19 @@ def refuse_other(matched: pa.Table, strange: pa.Table, files: pa.Table, source: 
         if any(first[name] != first[f"its_{name}"] for name in ("size", "modified", "footer")):
             raise Refusal(f"--output {output.text}: {first['name']} has changed since it was scored; {afresh}")
         raise Refusal(f"--output {output.text}: was begun with another --unit-rows; give the same again, or {afresh}")
+    # The input may have moved since, or its root may be another folder now: either name tells that it is the same file.
     sources = pc.binary_join_element_wise(source.at(source.path).text, files["name"], "/")
-    again = strange.filter(pc.is_in(strange["source"], sources))
-    if again.num_rows:
-        first = again.slice(0, 1).to_pylist()[0]
-        now = files.slice(pc.index(sources, first["source"]).as_py(), 1).to_pylist()[0]
-        if any(now[name] != first[name] for name in ("size", "modified", "footer")):
-            raise Refusal(f"--output {output.text}: {now['name']} has changed since it was scored; {afresh}")
-        raise Refusal(
-            f"--output {output.text}: holds the rows of {now['name']} as {first['output']}, since it was begun with another "
-            f"--unit-rows or --input; give the same again, or {afresh}"
-        )
+    for column, now_named in (("name", files["name"]), ("source", sources)):
+        again = strange.filter(pc.is_in(strange[column], now_named))
+        if again.num_rows:
+            first = again.slice(0, 1).to_pylist()[0]
+            now = files.slice(pc.index(now_named, first[column]).as_py(), 1).to_pylist()[0]
+            if any(now[name] != first[name] for name in ("size", "modified", "footer")):
+                raise Refusal(f"--output {output.text}: {now['name']} has changed since it was scored; {afresh}")
+            raise Refusal(
+                f"--output {output.text}: holds the rows of {now['name']} as {first['output']}, since it was begun with another "
+                f"--unit-rows or --input; give the same again, or {afresh}"
+            )
 
 
 def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:

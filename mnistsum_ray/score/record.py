@@ -17,7 +17,8 @@ COMMITTED_SCHEMA: Final = pa.schema(
     {
         "output": pa.string(),
         "error": pa.string(),  # why it is no whole file of ours; then all else is null
-        "source": pa.string(),
+        "name": pa.string(),  # of the input file, relative to the input's root
+        "source": pa.string(),  # the same in full
         "size": pa.int64(),
         "modified": pa.int64(),
         "footer": pa.string(),

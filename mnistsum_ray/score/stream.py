@@ -81,7 +81,7 @@ def stream(units: list[pa.Table], work: Work, allotment: ScoreAllotment, actors_
         min_size=1,
         max_size=allotment.actors,
         initial_size=min(allotment.actors, max(1, actors_now)),
-        max_tasks_in_flight_per_actor=2 if allotment.readers else 1,  # a unit that waits for an actor may keep another idle
+        max_tasks_in_flight_per_actor=2,  # one in hand and the next at hand; more would leave the last ones to a few actors
     )
     on_actors: dict[str, Any] = {
         "compute": actors,

@@ -1,5 +1,6 @@
 """Real clusters and real processes: one Ray cluster a module, and commands run as a person runs them."""
 
+import io
 import json
 import os
 import signal
@@ -11,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 
+from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.mnist import SAMPLE
+from mnistsum_ray.report import Console
+from mnistsum_ray.score.run import prepare, score
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +42,34 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @dataclass
+class Scored:
+    """A scoring run in this process that has ended."""
+
+    line: dict[str, Any]
+    complete: bool
+    said: str
+    output: Path
+
+    def table(self, name: str) -> pa.Table:
+        return pq.ParquetFile(self.output / name).read()  # just this file, without what its folder's name may say
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        return {row["file"]: row for row in self.table("_files.parquet").to_pylist()}
+
+    def manifest(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads((self.output / "_manifest.json").read_text())
+        return value
+
+
+def score_here(model: Path, output: Path, *inputs: Path | str, **settings: Any) -> Scored:
+    """Score on the cluster that this process is connected to."""
+    stream = io.StringIO()
+    config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **settings)
+    line, complete = score(prepare(config), Console(stream))
+    return Scored(line, complete, stream.getvalue(), output)
+
+
+@dataclass
 class Done:
     """A command that has ended."""
 
@@ -49,6 +82,11 @@ class Done:
     def line(self) -> dict[str, Any]:
         """The JSON object on the last line of standard output."""
         assert self.code == 0, self.err
+        return self.last_line
+
+    @property
+    def last_line(self) -> dict[str, Any]:
+        """The same whatever the exit code."""
         value: dict[str, Any] = json.loads(self.out.splitlines()[-1])
         return value
 
@@ -119,8 +157,8 @@ def kill_everything(root: int) -> None:
             continue
 
 
-def kill_training_worker(root: int) -> None:
-    """SIGKILL one training worker of the cluster below `root`."""
-    workers = [process for process, title in descendants(root).items() if "RayTrainWorker" in title]
+def kill_worker(root: int, title: str) -> None:
+    """SIGKILL one process below `root` whose title holds this."""
+    workers = [process for process, its_title in descendants(root).items() if title in its_title]
     assert workers, descendants(root)
     os.kill(workers[0], signal.SIGKILL)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Job, kill_everything, kill_training_worker, run_job
+from tests.integration.conftest import Job, kill_everything, kill_worker, run_job
 
 EVERY = 2
 
@@ -19,7 +19,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> bytes:
 def test_a_killed_worker_changes_nothing(tmp_path: Path, data: Path, undisturbed: bytes) -> None:
     job = Job("train", "--data", data, "--epochs", 3, "--storage-path", tmp_path, "--name", "worker")
     job.wait_for_line("epoch 2: train loss")
-    kill_training_worker(job.process.pid)
+    kill_worker(job.process.pid, "RayTrainWorker")
     done = job.wait()
     assert (Path(done.line["model"]) / "model.safetensors").read_bytes() == undisturbed
     assert "worker 0 failed" in done.err

@@ -84,3 +84,37 @@ def test_cpus_that_are_taken_are_waited_for_and_then_given_up(tmp_path: Path, cl
     assert waiting.startswith("waiting for 1.25 CPUs; free now: 0 CPUs")
     assert refused.startswith("error: needs 1.25 CPUs, but after 3 s only 0 CPUs are free")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"--input": "nowhere"}, "--input nowhere: there is no "),
+        ({"--input": "empty"}, "there is no Parquet file"),
+        ({"--input": "empty/*.parquet"}, "there is no Parquet file"),
+        ({"--number-column": "addend"}, "--number-column addend: no file of --input has such a column"),
+        ({"--label-column": "truth"}, "--label-column truth: no file of --input has such a column"),
+        ({"--output": "pairs/out"}, "lies in the input pairs"),
+        ({"--output": "."}, "holds the input file"),
+        ({"--output": "pairs/a.parquet"}, "is a file; name a folder"),
+        ({"--model": "pairs"}, "holds no model"),
+        ({"--model": "empty"}, "holds no model"),
+        ({"--unit-rows": "0"}, "--unit-rows: input should be greater than or equal to 1"),
+    ],
+    ids=str,
+)
+def test_scoring_requests_that_make_no_sense(
+    tmp_path: Path, sample: pa.Table, model: Path, changed: dict[str, str], said: str
+) -> None:
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "empty").mkdir()
+    pq.write_table(sample[::500].append_column("number", pa.array([1] * 10)), tmp_path / "pairs" / "a.parquet")
+    flags = {"--model": str(model), "--input": "pairs", "--output": "out"} | changed
+    check_refused(run_job("score", *(word for flag in flags.items() for word in flag), cwd=tmp_path), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path, sample: pa.Table, model: Path, cluster: str) -> None:
+    pq.write_table(sample[::500].append_column("number", pa.array([1] * 10)), tmp_path / "a.parquet")
+    flags = ["--model", model, "--input", tmp_path / "a.parquet", "--output", "/proc/out"]
+    check_refused(run_job("score", *flags, address=cluster), "--output /proc/out: cannot be written")

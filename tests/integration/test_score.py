@@ -1,0 +1,245 @@
+"""Scoring whole folders: the same answer everywhere, exactly once, and never put together what does not belong together."""
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mnistsum_ray.config import ExportConfig, Refusal, RunFailed
+from mnistsum_ray.export import export
+from mnistsum_ray.schema import one_chunk, pixels_view
+from tests.conftest import answers, check_answers, write_model
+from tests.integration.conftest import Scored, score_here
+
+ROWS, FILES = 1500, 5
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "in"
+    export(ExportConfig(data="sample", output=str(folder), rows=ROWS, files=FILES), print)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, exported: Path) -> Scored:
+    return score_here(model, exported.parent / "out", exported, precision="fp32")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, exported: Path) -> Path:
+    """Input of its own for a test."""
+    return Path(shutil.copytree(exported, tmp_path / "in"))
+
+
+@pytest.fixture
+def output(tmp_path: Path, finished: Scored) -> Path:
+    """The output of a finished run over `pairs`, which have moved since."""
+    return Path(shutil.copytree(finished.output, tmp_path / "out"))
+
+
+def table_of(scored: Scored) -> pa.Table:
+    """All predictions, in the order of the files' names and rows."""
+    paths = sorted(
+        path for path in scored.output.rglob("*.parquet") if not path.relative_to(scored.output).parts[0].startswith("_")
+    )
+    return pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label_column": "digit"},
+        {"num_workers": 1, "unit_rows": 77, "batch_size": 1000},
+        {"unit_rows": 100, "batch_size": 3},
+        {"num_readers": 1, "unit_rows": 250},  # as beside a GPU: tasks read and write for the actors
+    ],
+    ids=str,
+)
+def test_the_same_answer_whatever_the_workers_units_and_batches(
+    model: Path, pairs: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    scored = score_here(model, tmp_path / "out", pairs, **settings)
+    source = pa.concat_tables([pq.read_table(path) for path in sorted(pairs.iterdir())])
+    table = table_of(scored)
+    expected = answers(model, pixels_view(one_chunk(source["image"])), source["number"].to_numpy().astype(np.int64))
+    assert table["row_id"].to_pylist() == source["row_id"].to_pylist()
+    check_answers(table, expected)
+    assert scored.line["scored_rows"] == scored.line["input_rows"] == ROWS
+    assert scored.complete
+    largest = settings.get("unit_rows", 8192)
+    assert max(pq.read_metadata(path).num_rows for path in scored.output.glob("part*.parquet")) <= largest
+    if "label_column" in settings:
+        digits = source["digit"].to_numpy()
+        assert scored.line["digit_accuracy"] == pytest.approx(np.mean(expected["pred_digit"] == digits))
+        sums = digits + source["number"].to_numpy()
+        assert scored.line["sum_accuracy"] == pytest.approx(np.mean(expected["pred_sum"] == sums))
+        assert "accuracy over 1,500 labelled rows" in scored.said
+        assert scored.manifest()["consistent_rows"] == int(expected["consistent"].sum())
+
+
+def test_a_row_without_a_label_is_scored_and_not_counted(model: Path, pairs: Path, tmp_path: Path) -> None:
+    path = pairs / "part-00000.parquet"
+    table = pq.read_table(path)
+    half = pa.array([None if row % 2 else 3 for row in range(table.num_rows)], pa.int32())
+    pq.write_table(table.append_column("truth", half), path)
+    scored = score_here(model, tmp_path / "out", path, label_column="truth")
+    assert scored.manifest()["labelled_rows"] == 150
+    assert scored.line["scored_rows"] == table.num_rows
+
+
+def test_new_files_are_picked_up_and_finished_ones_left_alone(model: Path, pairs: Path, output: Path, tmp_path: Path) -> None:
+    before = snapshot(output)
+    shutil.copy(pairs / "part-00003.parquet", pairs / "late.parquet")
+    second = score_here(model, output, pairs, precision="fp32")
+    assert second.line["resumed_rows"] == ROWS
+    assert second.line["input_rows"] == second.line["scored_rows"] == ROWS + 300
+    after = snapshot(output)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"late.parquet"}
+    (pairs / "late.parquet").unlink()  # its predictions stay, and are said to
+    third = score_here(model, output, pairs, precision="fp32")
+    assert third.line["resumed_rows"] == third.line["input_rows"] == ROWS
+    assert "left as they are: 1 output files of input that is not there now" in third.said
+    assert snapshot(output) == after
+
+
+def change_a_file(pairs: Path) -> dict[str, Any]:
+    path = pairs / "part-00001.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    return {}
+
+
+def touch_a_file(pairs: Path) -> dict[str, Any]:
+    path = pairs / "part-00001.parquet"
+    table = pq.read_table(path)
+    shuffled = table.set_column(2, "number", pa.array((table["number"].to_numpy() + 1) % 10, pa.int8()))
+    pq.write_table(shuffled, path)
+    return {}
+
+
+def damage_a_file(pairs: Path) -> dict[str, Any]:
+    path = pairs / "part-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    return {}
+
+
+def cut_otherwise(pairs: Path) -> dict[str, Any]:
+    return {"unit_rows": 200}
+
+
+def other_columns(pairs: Path) -> dict[str, Any]:
+    return {"number_column": "digit"}
+
+
+def other_precision(pairs: Path) -> dict[str, Any]:
+    return {"precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (change_a_file, "part-00001.parquet has changed since it was scored; --overwrite starts afresh"),
+        (touch_a_file, "part-00001.parquet has changed since it was scored; --overwrite starts afresh"),
+        (damage_a_file, "part-00001.parquet has changed since it was scored; --overwrite starts afresh"),
+        (cut_otherwise, "another --unit-rows"),
+        (other_columns, "was begun with --number-column number, which is now digit"),
+        (other_precision, "was begun with --precision fp32, which is now bf16"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_put_together(
+    model: Path, pairs: Path, output: Path, change: Callable[[Path], dict[str, Any]], said: str
+) -> None:
+    before = snapshot(output)
+    settings = {"precision": "fp32"} | change(pairs)
+    with pytest.raises(Refusal) as refused:
+        score_here(model, output, pairs, **settings)
+    assert said in str(refused.value)
+    assert snapshot(output) == before
+    assert (output / "_manifest.json").exists()
+
+
+def test_another_model_is_refused_and_overwrite_starts_afresh(model: Path, pairs: Path, output: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", 1)
+    with pytest.raises(Refusal, match="holds predictions of another model"):
+        score_here(other, output, pairs)
+    (pairs / "part-00004.parquet").unlink()
+
+    gone: list[str] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            gone.extend(name for name in ("_manifest.json", "part-00000.parquet") if not (output / name).exists())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    second = score_here(other, output, pairs, overwrite=True)
+    ended.set()
+    watcher.join()
+    assert not gone
+    assert second.line["scored_rows"] == ROWS - 300
+    assert sorted(path.name for path in second.output.iterdir()) == [
+        "_files.parquet",
+        "_manifest.json",
+        *(f"part-0000{index}.parquet" for index in range(4)),
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "other", "out"]
+    source = pq.read_table(pairs / "part-00002.parquet")
+    expected = answers(other, pixels_view(one_chunk(source["image"])), source["number"].to_numpy().astype(np.int64))
+    check_answers(second.table("part-00002.parquet"), expected)
+
+
+def test_strict_publishes_all_at_the_end(model: Path, pairs: Path, tmp_path: Path) -> None:
+    score_here(model, tmp_path / "out", pairs / "part-0000[01].parquet")
+    scored = score_here(model, tmp_path / "out", pairs, strict=True)
+    assert scored.complete
+    assert (scored.line["resumed_rows"], scored.line["scored_rows"]) == (600, ROWS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert len(list(scored.output.glob("part-*.parquet"))) == FILES
+
+
+def test_somebody_elses_folder_is_left_alone(model: Path, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    shutil.copy(pairs / "part-00000.parquet", tmp_path / "out" / "mine.parquet")
+    for overwrite in (False, True):
+        with pytest.raises(Refusal, match=r"mine\.parquet is not a file of predictions of this program"):
+            score_here(model, tmp_path / "out", pairs, overwrite=overwrite)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.parquet"]
+
+
+def test_rows_that_disappear_from_the_output_are_an_error(model: Path, pairs: Path, output: Path) -> None:
+    path = output / "part-00002.parquet"
+    pq.write_table(pq.ParquetFile(path).read().slice(1), path)  # its metadata still speaks of 300 rows
+    said = r"part-00002\.parquet: rows 0 to 299 should be in .* has 299 predictions and 0 rejected rows"
+    with pytest.raises(RunFailed, match=said):
+        score_here(model, output, pairs, precision="fp32")
+
+
+def test_many_files_are_planned_on_the_cluster(model: Path, sample: pa.Table, tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    small = sample.take(pa.array([5, 2500])).append_column("number", pa.array([1, 2], pa.int8()))
+    for index in range(150):
+        pq.write_table(small, tmp_path / "in" / "deep" / f"{index:03}.parquet")
+    (tmp_path / "in" / "empty.parquet").touch()
+    scored = score_here(model, tmp_path / "out", tmp_path / "in")
+    assert (scored.line["files"], scored.line["failed_files"], scored.line["scored_rows"]) == (151, 1, 300)
+    again = score_here(model, tmp_path / "out", tmp_path / "in")
+    assert again.line["resumed_rows"] == 300
+    assert len(list((tmp_path / "out" / "deep").iterdir())) == 150

@@ -1,0 +1,194 @@
+"""Bad rows and bad files: every one is reported with its place and reason, and all else is scored."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mnistsum_ray.config import RunFailed
+from mnistsum_ray.schema import Pixels, one_chunk, pixels_view
+from tests.conftest import answers, check_answers
+from tests.integration.conftest import Scored, score_here
+
+FILES, ROWS_A_FILE, GROUP = 14, 715, 100  # 10,010 rows, of which every fifth is bad in one of twelve ways
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def encoded(size: tuple[int, int] = (28, 28), mode: str = "L", form: str = "PNG") -> bytes:
+    data = io.BytesIO()
+    Image.new(mode, size).save(data, form)
+    return data.getvalue()
+
+
+# What is put in place of the row's image or number, and what is to be said of it.
+WAYS: list[tuple[dict[str, Any], str]] = [
+    ({"image": None}, "the image is null"),
+    ({"image": b""}, "0 bytes are neither 784 pixels nor a readable PNG or JPEG"),
+    ({"image": bytes(783)}, "783 bytes are neither"),
+    ({"image": bytes(785)}, "785 bytes are neither"),
+    ({"image": encoded()[:50]}, "neither 784 pixels nor a readable PNG or JPEG"),
+    ({"image": encoded((27, 28))}, "the picture is 27 x 28 pixels"),
+    ({"image": encoded(mode="RGB")}, "the picture has mode RGB"),
+    ({"image": encoded(form="BMP")}, "neither 784 pixels nor a readable PNG or JPEG"),
+    ({"image": encoded((16_000, 16_000), "1")}, "claims to unpack to far more than 28 x 28 pixels"),
+    ({"number": None}, "the number is null"),
+    ({"number": 10}, "the number is 10, not one of 0..9"),
+    ({"number": -1, "image": None}, "the image is null; fill it in or drop the row; the number is -1"),
+]
+
+
+def rows_of(sample: pa.Table, file: int) -> tuple[pa.Table, Pixels, np.ndarray]:
+    places = (np.arange(ROWS_A_FILE) * 7 + file) % 5000
+    images = pixels_view(one_chunk(sample["image"].take(pa.array(places))))
+    numbers = places % 10
+    rows: list[dict[str, Any]] = [
+        {"id": f"{file}-{row}", "image": image.tobytes(), "number": int(number), "reason": "mine"}
+        for row, (image, number) in enumerate(zip(images, numbers, strict=True))
+    ]
+    for row in range(0, ROWS_A_FILE, 5):
+        rows[row] |= WAYS[row // 5 % len(WAYS)][0]
+    kind = pa.schema({"id": pa.string(), "image": pa.binary(), "number": pa.int16(), "reason": pa.string()})
+    return pa.Table.from_pylist(rows, kind), images, numbers
+
+
+def write_bad_files(folder: Path, good: pa.Table) -> dict[str, str]:
+    """Six files that cannot be scored, and what is to be said of each."""
+    pq.write_table(good, folder / "whole.tmp")
+    whole = (folder / "whole.tmp").read_bytes()
+    (folder / "whole.tmp").unlink()
+    (folder / "bad_cut.parquet").write_bytes(whole[:-1000])
+    (folder / "bad_empty.parquet").write_bytes(b"")
+    (folder / "bad_text.parquet").write_text("id,image,number\n" * 100)
+    pq.write_table(good.drop_columns(["number"]), folder / "bad_missing.parquet")
+    pq.write_table(good.set_column(2, "number", pa.array(["one"] * good.num_rows)), folder / "bad_type.parquet")
+    # The footer is whole, and the pages are not.
+    (folder / "bad_pages.parquet").write_bytes(whole[:4] + b"\xff" * (len(whole) // 2) + whole[4 + len(whole) // 2 :])
+    return {
+        "bad_cut.parquet": "was cut off",
+        "bad_empty.parquet": "is empty (0 bytes)",
+        "bad_text.parquet": "is not Parquet",
+        "bad_missing.parquet": "has no column 'number'",
+        "bad_type.parquet": "column 'number' has type string, not an integer type",
+        "bad_pages.parquet": "cannot be read",
+    }
+
+
+@pytest.fixture(scope="module")
+def source(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("bad") / "in"
+    folder.mkdir()
+    for file in range(FILES):
+        pq.write_table(rows_of(sample, file)[0], folder / f"{file:02}.parquet", row_group_size=GROUP)
+    return folder, write_bad_files(folder, rows_of(sample, 0)[0])
+
+
+@pytest.fixture(scope="module")
+def scored(model: Path, source: tuple[Path, dict[str, str]]) -> Scored:
+    return score_here(model, source[0].parent / "out", source[0], label_column=None, unit_rows=300)
+
+
+def test_counts_add_up_and_the_run_is_incomplete(scored: Scored) -> None:
+    line = scored.line
+    assert not scored.complete
+    assert (line["files"], line["failed_files"]) == (20, 6)
+    assert line["input_rows"] == FILES * ROWS_A_FILE
+    assert line["rejected_rows"] == FILES * ROWS_A_FILE // 5
+    assert line["input_rows"] == line["scored_rows"] + line["rejected_rows"]
+    manifest = scored.manifest()
+    assert sum(manifest["rejected_by_reason"].values()) == line["rejected_rows"]
+    assert manifest["totals"]["rejected_rows"] == line["rejected_rows"]
+
+
+def test_every_bad_file_is_named_with_its_reason(scored: Scored, source: tuple[Path, dict[str, str]]) -> None:
+    files = scored.files()
+    assert len(files) == 20
+    for name, reason in source[1].items():
+        assert files[name]["status"] == "failed"
+        assert (files[name]["scored"], files[name]["rejected"]) == (0, 0)
+        assert reason in files[name]["reason"]
+        (said,) = [line for line in scored.said.splitlines() if line.startswith(f"cannot be used: {name}: ")]
+        assert reason in said
+        assert not list(scored.output.glob(f"{Path(name).stem}*"))
+    for name in files.keys() - source[1].keys():
+        assert files[name] == {
+            "file": name,
+            "rows": ROWS_A_FILE,
+            "scored": ROWS_A_FILE - ROWS_A_FILE // 5,
+            "rejected": ROWS_A_FILE // 5,
+            "status": "scored",
+            "reason": None,
+        }
+
+
+@pytest.mark.parametrize("file", [0, FILES - 1])
+def test_every_bad_row_is_reported_with_its_place_and_values(
+    scored: Scored, source: tuple[Path, dict[str, str]], sample: pa.Table, file: int
+) -> None:
+    table, _, _ = rows_of(sample, file)
+    paths = sorted((scored.output / "_rejected").glob(f"{file:02}-*.parquet"))
+    rejected = [row for path in paths for row in pq.ParquetFile(path).read().to_pylist()]
+    assert [row["source_row"] for row in rejected] == list(range(0, ROWS_A_FILE, 5))
+    for row in rejected:
+        place = row["source_row"]
+        assert row["source_file"] == str(source[0] / f"{file:02}.parquet")
+        assert WAYS[place // 5 % len(WAYS)][1] in row["reason"]
+        original = table.slice(place, 1).to_pylist()[0]
+        assert (row["id"], row["image"], row["number"]) == (original["id"], original["image"], original["number"])
+        assert row["input_reason"] == "mine"
+
+
+@pytest.mark.parametrize("file", [3])
+def test_the_good_rows_beside_them_are_scored(scored: Scored, model: Path, sample: pa.Table, file: int) -> None:
+    _, images, numbers = rows_of(sample, file)
+    good = np.array([row for row in range(ROWS_A_FILE) if row % 5])
+    paths = sorted(scored.output.glob(f"{file:02}-*.parquet"))
+    assert len(paths) > 1
+    table = pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
+    assert table["id"].to_pylist() == [f"{file}-{row}" for row in good]
+    check_answers(table, answers(model, images[good], numbers[good]))
+
+
+def test_a_bad_file_that_is_mended_is_picked_up_and_nothing_else_is_scored_again(
+    scored: Scored, model: Path, source: tuple[Path, dict[str, str]], sample: pa.Table
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in scored.output.glob("[0-9]*.parquet")}
+    folder = source[0]
+    broken = (folder / "bad_cut.parquet").read_bytes()
+    pq.write_table(rows_of(sample, 3)[0], folder / "bad_cut.parquet")
+    again = score_here(model, scored.output, folder, unit_rows=300)
+    (folder / "bad_cut.parquet").write_bytes(broken)
+    assert again.line["failed_files"] == 5
+    assert again.line["resumed_rows"] == scored.line["input_rows"]
+    assert again.line["input_rows"] == scored.line["input_rows"] + ROWS_A_FILE
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_strict_publishes_nothing(model: Path, source: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="--strict: nothing was scored: 5 files cannot be used"):
+        score_here(model, tmp_path / "out", source[0], strict=True)
+    said = r"nothing was published: 143 rows and 0 files cannot be used; first: .*00\.parquet, row 0: "
+    with pytest.raises(RunFailed, match=said):
+        score_here(model, tmp_path / "out", source[0] / "00.parquet", strict=True)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_all_rows_bad_and_no_rows_at_all(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    empty = pa.table({"image": pa.array([], pa.binary()), "number": pa.array([], pa.int8())})
+    pq.write_table(empty, tmp_path / "in" / "none.parquet")
+    pq.write_table(pa.table({"image": pa.nulls(3), "number": pa.nulls(3)}), tmp_path / "in" / "nulls.parquet")
+    scored = score_here(model, tmp_path / "out", tmp_path / "in")
+    assert (scored.line["input_rows"], scored.line["scored_rows"], scored.line["rejected_rows"]) == (3, 0, 3)
+    assert scored.files()["none.parquet"]["status"] == "scored"
+    assert scored.table("none.parquet").num_rows == 0
+    assert scored.table("none.parquet").column_names == scored.table("nulls.parquet").column_names
+    assert (
+        scored.table("_rejected/nulls.parquet")["reason"].to_pylist()
+        == ["the image is null; fill it in or drop the row; the number is null; fill it in or drop the row"] * 3
+    )

@@ -1,0 +1,162 @@
+"""Processes that really die: the same command again, and the output is byte for byte that of a run left alone."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mnistsum_ray.config import ExportConfig
+from mnistsum_ray.export import export
+from tests.integration.conftest import Job, descendants, kill_everything, kill_worker, run_job
+
+ROWS, FILES, UNIT_ROWS = 12_000, 6, 500
+
+ACTOR = "ray::MapWorker"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12,000 rows, some of them bad."""
+    folder = tmp_path_factory.mktemp("kills") / "in"
+    export(ExportConfig(data="sample", output=str(folder), rows=ROWS, files=FILES), print)
+    for path in folder.iterdir():
+        table = pq.read_table(path)
+        numbers = pa.array(
+            [None if row % 400 == 7 else number for row, number in enumerate(table["number"].to_pylist())], pa.int8()
+        )
+        pq.write_table(table.set_column(2, "number", numbers), path, row_group_size=300)
+    return folder
+
+
+def flags(model: Path, pairs: Path, output: Path) -> list[object]:
+    return ["--model", model, "--input", pairs, "--output", output, "--unit-rows", UNIT_ROWS, "--label-column", "digit"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, pairs: Path) -> dict[str, bytes]:
+    output = pairs.parent / "undisturbed"
+    done = run_job("score", *flags(model, pairs, output))
+    assert done.code == 3, done.err
+    assert done.last_line["rejected_rows"] == 30
+    return content(output)
+
+
+def content(output: Path) -> dict[str, bytes]:
+    """Every file but the manifest, which tells how long it took."""
+    paths = (path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "_manifest.json")
+    return {str(path.relative_to(output)): path.read_bytes() for path in paths}
+
+
+@contextmanager
+def watched(output: Path) -> Iterator[None]:
+    """Sees to it that whatever stands under a final name is whole, all the time."""
+    ended, torn = threading.Event(), list[str]()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            for path in output.rglob("[!.]*.parquet"):
+                try:
+                    pq.read_metadata(path)
+                except FileNotFoundError:
+                    continue
+                except Exception as error:  # whatever it is, the file was not whole
+                    torn.append(f"{path}: {error}")
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    assert not torn
+
+
+def wait_for_files(output: Path, count: int, seconds: float = 60) -> None:
+    started = time.monotonic()
+    while len(list(output.glob("part-*.parquet"))) < count:
+        assert time.monotonic() - started < seconds
+        time.sleep(0.05)
+
+
+def finish(model: Path, pairs: Path, output: Path, undisturbed: dict[str, bytes]) -> None:
+    done = run_job("score", *flags(model, pairs, output))
+    assert done.code == 3, done.err
+    line = done.last_line
+    assert line["input_rows"] == line["scored_rows"] + line["rejected_rows"] == ROWS
+    assert line["resumed_rows"] > 0
+    assert content(output) == undisturbed
+
+
+def test_an_actor_then_the_driver_then_everything(
+    model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    output = tmp_path / "out"
+    with watched(output):
+        job = Job("score", *flags(model, pairs, output))
+        wait_for_files(output, 3)
+        kill_worker(job.process.pid, ACTOR)
+        wait_for_files(output, 8)
+        below = descendants(job.process.pid)
+        os.kill(job.process.pid, signal.SIGKILL)
+        job.wait()
+
+        job = Job("score", *flags(model, pairs, output))
+        wait_for_files(output, 14)
+        kill_everything(job.process.pid)
+        job.wait()
+        assert not (output / "_manifest.json").exists()
+
+        finish(model, pairs, output, undisturbed)
+    for process in below:  # what Ray itself did not end
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_killed_actor_is_replaced(model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    output = tmp_path / "out"
+    job = Job("score", *flags(model, pairs, output))
+    with watched(output):
+        wait_for_files(output, 3)
+        kill_worker(job.process.pid, ACTOR)
+        done = job.wait()
+    assert done.code == 3, done.err
+    assert done.last_line["resumed_rows"] == 0
+    assert content(output) == undisturbed
+
+
+def test_of_two_runs_on_one_output_one_is_refused(
+    model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    output = tmp_path / "out"
+    done = [job.wait() for job in [Job("score", *flags(model, pairs, output)) for _ in range(2)]]
+    assert sorted(one.code for one in done) == [2, 3], [one.err for one in done]
+    (refused,) = [one for one in done if one.code == 2]
+    assert f"error: --output {output}: another run is writing there" in refused.err
+    assert content(output) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_kills_at_random_moments(model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    output = tmp_path / "out"
+    chance = random.Random(0)
+    with watched(output):
+        for _ in range(20):
+            job = Job("score", *flags(model, pairs, output))
+            time.sleep(chance.uniform(4, 12))
+            if chance.random() < 0.3 and any(ACTOR in title for title in descendants(job.process.pid).values()):
+                kill_worker(job.process.pid, ACTOR)
+                time.sleep(chance.uniform(0, 2))
+            kill_everything(job.process.pid)
+            job.wait()
+        finish(model, pairs, output, undisturbed)
