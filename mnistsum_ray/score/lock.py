@@ -32,16 +32,12 @@ def hold(output: Location, say: Callable[[str], None]) -> Iterator[Callable[[], 
         Refusal: another run holds it, or nothing can be written there.
     """
     place = output / LOCK
-    try:
-        if output.is_local:
-            with _file_lock(place):
-                yield lambda: None
-        else:
-            lease = _Lease(place, say)
-            with lease:
-                yield lease.check
-    except PermissionError as error:
-        raise Refusal(f"--output {output.text}: cannot be written ({error.strerror or error})") from None
+    if output.is_local:
+        with _file_lock(place):
+            yield lambda: None
+    else:
+        with _Lease(place, say) as lease:
+            yield lease.check
 
 
 def _taken(place: Location, holder: str) -> Refusal:
@@ -94,7 +90,15 @@ class _Lease:
         self._lost = ""
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "_Lease":
+        try:
+            self._take()
+        except OSError as error:
+            raise Refusal(f"--output {self._place.text}: cannot be written ({' '.join(str(error).split())})") from None
+        self._thread.start()
+        return self
+
+    def _take(self) -> None:
         before = self._read()
         started = time.monotonic()
         while before is not None and time.monotonic() - started < SILENT_SECONDS:
@@ -110,7 +114,6 @@ class _Lease:
         now = self._read()
         if now is None or now["id"] != self._id:
             raise _taken(self._place, f" ({now['id']})" if now else "")
-        self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()

@@ -1,8 +1,9 @@
 """A scoring run, seen from the driver: refuse early, plan, score what is not done, reconcile, publish."""
 
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
@@ -62,6 +63,8 @@ def prepare(config: ScoreConfig) -> Run:
     try:
         if output.info().type == pafs.FileType.File:
             raise Refusal(f"--output {output.text}: is a file; name a folder")
+        if output.is_local:
+            output = replace(output, path=os.path.realpath(output.path))  # a link keeps leading to the folder that is replaced
     except OSError as error:
         raise Refusal(f"--output {output.text}: {' '.join(str(error).split())}") from None
     inputs = list_inputs(config.input, output)
@@ -101,7 +104,10 @@ def score(run: Run, console: Console) -> tuple[dict[str, Any], bool]:
     resources.wait_until_free(allotment.bundles(), run.config.wait_seconds, console.say)
     request = Request(run.card["sha256"], run.config.precision or _precision(allotment), run.columns)
     with hold(run.output, console.say) as still_held:
-        return _Scoring(run, console, allotment, request, still_held, started).run()
+        try:
+            return _Scoring(run, console, allotment, request, still_held, started).run()
+        except OSError as error:  # what is wrong with one file of the input is caught where it is read
+            raise RunFailed(f"{' '.join(str(error).split())}; what is committed stays, and the same command goes on") from error
 
 
 def _precision(allotment: ScoreAllotment) -> str:
@@ -204,38 +210,40 @@ class _Scoring:
 
     def _done(self, files: pa.Table, parts: pa.Table) -> tuple[pa.Table, int]:
         """What is committed of each part, and how many files are left from input that is no longer there."""
-        run, request = self._run, self._request.text()
-        listing = workspace.clean(run.output)
-        committed = spread(read_committed, run.output, listing.predictions)
-        refuse_foreign(committed, run.output)
+        run, request, output = self._run, self._request.text(), self._run.output
+        published = spread(read_committed, output, workspace.clean(output).predictions)
+        refuse_foreign(published, output)
         left = 0
         if not run.config.overwrite:
-            strange = beside_plan(parts, committed)
-            refuse_other(match(parts, committed, request), strange, files, self._source, request, run.output)
+            strange = beside_plan(parts, published)
+            refuse_other(match(parts, published, request), strange, files, self._source, request, output)
             left = strange.num_rows
             if left:
                 first = strange["source"][0].as_py()
                 self._console.say(f"left as they are: {left:,} output files of input that is not there now, such as {first}")
-        if self._staged:
-            # What is not published may be thrown away where it is not of this plan.
-            staged = spread(read_committed, self._folder, workspace.clean(self._folder).predictions)
-            matched = match(parts, staged, request)
-            stale = [
-                *matched.filter(pc.and_(pc.is_valid(matched["its_request"]), pc.invert(matched["done"])))["output"].to_pylist()
-            ]
-            stale += beside_plan(parts, staged)["output"].to_pylist()
-            stale += staged.filter(pc.is_valid(staged["error"]))["output"].to_pylist()
-            for name in set(stale):
-                workspace.delete_part(self._folder, name)
-        return match(parts, self._committed(), request), left
+        if not self._staged:
+            return match(parts, published, request), left
+        staged = spread(read_committed, self._folder, workspace.clean(self._folder).predictions)
+        matched = match(parts, staged, request)
+        # Nobody has seen it yet, so what is not of this plan is thrown away.
+        stale = pc.invert(pc.is_in(staged["output"], matched.filter(matched["done"])["output"]))
+        for name in staged.filter(stale)["output"].to_pylist():
+            workspace.delete_part(self._folder, name)
+        return match(parts, self._counting(staged.filter(pc.invert(stale)), published), request), left
+
+    def _counting(self, staged: pa.Table, published: pa.Table) -> pa.Table:
+        """Of what is staged and published, that which the finished output will hold."""
+        if self._run.config.overwrite:
+            return staged
+        return pa.concat_tables([staged, published.filter(pc.invert(pc.is_in(published["output"], staged["output"])))])
 
     def _committed(self) -> pa.Table:
         """What is committed and counts, read from the files."""
-        staged = spread(read_committed, self._folder, workspace.list_folder(self._folder).predictions)
-        if not self._staged or self._run.config.overwrite:
-            return staged
-        published = spread(read_committed, self._run.output, workspace.list_folder(self._run.output).predictions)
-        return pa.concat_tables([staged, published.filter(pc.invert(pc.is_in(published["output"], staged["output"])))])
+        published = self._read(self._run.output)
+        return self._counting(self._read(self._folder), published) if self._staged else published
+
+    def _read(self, folder: Location) -> pa.Table:
+        return spread(read_committed, folder, workspace.list_folder(folder).predictions)
 
     def _stream(self, todo: pa.Table, todo_rows: int) -> tuple[dict[str, str], float]:
         """Score; the files that could not be read after all with the reason, and the seconds from first start to last end."""

@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,11 @@ from mnistsum_ray.storage import PARTIAL, Location
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+
+_LAST: Final = 3
+
+_MOVES: Final = 16
+"""At once: an object store copies and deletes for each."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,10 @@ def publish(staging: Location, output: Location, *, replace: bool) -> None:
         return
     names = [info.path.removeprefix(staging.path).lstrip("/") for info in staging.files()]
     reopen(output)
-    for name in sorted(names, key=_publishing_order):
-        target = output / name
-        if output.is_local:
-            Path(target.path).parent.mkdir(parents=True, exist_ok=True)
-        output.filesystem.move((staging / name).path, target.path)
+    with ThreadPoolExecutor(_MOVES) as pool:
+        for order in range(_LAST + 1):
+            now = [name for name in names if _publishing_order(name) == order]
+            list(pool.map(lambda name: _move(staging / name, output / name), now))
     if replace:
         keep = {(output / name).path for name in (*names, LOCK)}
         for info in output.files():
@@ -103,7 +108,13 @@ def publish(staging: Location, output: Location, *, replace: bool) -> None:
 
 def _publishing_order(name: str) -> int:
     """Rejected rows before predictions, as they are committed; what says that all is there last."""
-    return 3 if name == MANIFEST else 2 if name == FILES else 0 if name.startswith(f"{REJECTED}/") else 1
+    return _LAST if name == MANIFEST else 2 if name == FILES else 0 if name.startswith(f"{REJECTED}/") else 1
+
+
+def _move(source: Location, target: Location) -> None:
+    if target.is_local:
+        Path(target.path).parent.mkdir(parents=True, exist_ok=True)
+    target.filesystem.move(source.path, target.path)
 
 
 def _exchange(one: str, other: str) -> bool:

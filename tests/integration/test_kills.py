@@ -16,6 +16,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> bytes:
     return (Path(done.line["model"]) / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_nothing(tmp_path: Path, data: Path, undisturbed: bytes) -> None:
     job = Job("train", "--data", data, "--epochs", 3, "--storage-path", tmp_path, "--name", "worker")
     job.wait_for_line("epoch 2: train loss")

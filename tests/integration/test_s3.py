@@ -100,6 +100,7 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("s3")
 def test_a_lock_in_an_object_store_is_held_by_one_and_ends_with_its_run() -> None:
     output, said = locate("s3://scores/locked", "--output"), list[str]()

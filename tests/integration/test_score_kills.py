@@ -134,6 +134,7 @@ def test_a_killed_actor_is_replaced(model: Path, pairs: Path, tmp_path: Path, un
     assert content(output) == undisturbed
 
 
+@pytest.mark.slow
 def test_of_two_runs_on_one_output_one_is_refused(
     model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -160,3 +161,21 @@ def test_twenty_kills_at_random_moments(model: Path, pairs: Path, tmp_path: Path
             kill_everything(job.process.pid)
             job.wait()
         finish(model, pairs, output, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_part_that_kills_every_process_is_given_up_and_said(model: Path, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    deadly = tmp_path / "in" / "deadly.parquet"
+    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 4), deadly)
+    job = Job("score", "--model", model, "--input", deadly.parent, "--output", tmp_path / "out", "--num-workers", 1)
+    while job.process.poll() is None:  # it dies whenever it has been at work for a moment
+        time.sleep(0.5)
+        for process, title in descendants(job.process.pid).items():
+            if ACTOR in title and ".submit" in title:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+    done = job.wait()
+    assert done.code == 3, done.err
+    assert (done.last_line["failed_files"], done.last_line["scored_rows"]) == (1, 0)
+    assert "cannot be used: deadly.parquet: the process that scored it died 3 times" in done.err

@@ -111,6 +111,7 @@ def test_resuming_as_another_run_is_refused(done: Done, cluster: str, runs: Path
     assert said in other.err
 
 
+@pytest.mark.slow
 def test_two_workers_train_on_the_same_rows(done: Done, cluster: str, data: Path, runs: Path) -> None:
     """800 rows in batches of 64 leave 32 for the last step; that all were seen once is checked by the loop itself."""
     two = run_job(
@@ -124,6 +125,7 @@ def test_two_workers_train_on_the_same_rows(done: Done, cluster: str, data: Path
     assert two.line["test"]["rows"] == 100
 
 
+@pytest.mark.slow
 def test_an_infinite_loss_stops_every_rank_at_once(cluster: str, data: Path, runs: Path) -> None:
     broken = run_job(
         "train", "--data", data, "--storage-path", runs, "--name", "broken", "--learning-rate", 1e30, "--num-workers", 2,
