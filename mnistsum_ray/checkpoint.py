@@ -61,9 +61,9 @@ def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     Raises:
         Refusal: there is no model, or it is not one of this network, or its checksum is not the card's.
     """
-    if not (folder / MODEL_FILES[1]).exists():
-        folder = folder / "model"
     try:
+        if not (folder / MODEL_FILES[1]).exists():
+            folder = folder / "model"
         card = (folder / MODEL_FILES[1]).read_json()
         data = (folder / MODEL_FILES[0]).read_bytes()
     except (OSError, ValueError) as error:

@@ -5,12 +5,17 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from mnistsum_ray import __version__
 from mnistsum_ray.storage import Location
+
+SILENCE_SECONDS: Final = 60
+"""After so long without a word from the workers, a person is told what the cluster looks like."""
 
 
 def quiet_ray_data() -> None:
@@ -36,6 +41,30 @@ class Console:
         self._stream.write(" " * self._open + "\r" * bool(self._open) + text + "\n")
         self._stream.flush()
         self._open = 0
+
+    @contextmanager
+    def breaking_silence(self, explain: Callable[[], str]) -> Iterator[Callable[[], None]]:
+        """While the block runs, say after each minute without a call of what is yielded that nothing is heard, and `explain`."""
+        heard, ended = threading.Event(), threading.Event()
+
+        def listen() -> None:
+            silent = 0
+            while not ended.is_set():
+                if heard.wait(SILENCE_SECONDS):
+                    heard.clear()
+                    silent = 0
+                elif not ended.is_set():
+                    silent += SILENCE_SECONDS
+                    self.say(f"no word from the workers for {silent} s: {explain()}")
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        try:
+            yield heard.set
+        finally:
+            ended.set()
+            heard.set()
+            thread.join()
 
     def progress(self, text: str) -> None:
         """One line that the next one writes over, on a terminal; elsewhere it stays too."""

@@ -33,7 +33,7 @@ class Cluster:
 
     def places(self, each: dict[str, float]) -> int:
         """How many workers that reserve so much each fit on the nodes as they are."""
-        return sum(min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in each.items()) for node in self.nodes)
+        return sum(min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in each.items() if amount) for node in self.nodes)
 
     def describe(self) -> str:
         now = (
@@ -158,6 +158,8 @@ def allot_scoring(config: ScoreConfig, cluster: Cluster) -> ScoreAllotment:
         kind = "GPU" if use_gpu else "CPU"
         raise Refusal(f"--num-workers {actors}: needs {actors} {kind}s, one a worker; the cluster has {cluster.describe()}")
     readers = (max(1, int(cpus) - 1) if use_gpu else 0) if config.num_readers is None else config.num_readers
+    if use_gpu and not readers:
+        raise Refusal("--num-readers 0: a GPU would wait for its data; give at least 1")
     # Actors that held every CPU would starve the tasks that read for them, for ever.
     tasks_share = 0.0 if not readers else 1.0 if use_gpu else _DATA_CPU_SHARE
     return ScoreAllotment(
@@ -202,7 +204,16 @@ def wait_until_free(bundles: list[dict[str, float]], seconds: float, say: Callab
             time.sleep(min(_POLL_SECONDS, max(0.1, seconds - waited)))
     finally:
         if asked:
-            request_resources(bundles=[])  # it would hold the nodes for ever; from here on Ray Train asks for its own
+            request_resources(bundles=[])  # it would hold the nodes for ever; from here on Ray asks for its own
+
+
+def describe_wait() -> str:
+    """Why the workers may be silent, and what the cluster has."""
+    cluster = look()
+    return (
+        f"they are being started or replaced, or wait for data; the cluster has {cluster.describe()}, "
+        f"free: {cluster.free.get('CPU', 0):g} CPUs, {cluster.free.get('GPU', 0):g} GPUs"
+    )
 
 
 def _count(resources: dict[str, float], kind: str) -> str:

@@ -29,6 +29,8 @@ class BadImage(ValueError):
 
 def image_form_error(kind: pa.DataType) -> str | None:
     """Why a column of this Arrow type cannot hold images, or None where it can."""
+    if isinstance(kind, pa.FixedShapeTensorType) and kind.permutation not in (None, sorted(kind.permutation or ())):
+        return f"is a tensor whose dimensions are permuted ({kind})"
     storage = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     if pa.types.is_dictionary(storage):
         storage = storage.value_type
@@ -39,10 +41,10 @@ def image_form_error(kind: pa.DataType) -> str | None:
         storage = storage.field(field).type
     if _is_bytes(storage) or pa.types.is_null(storage):
         return None
-    for _ in range(2):
-        if _is_list(storage):
-            storage = storage.value_type
-    if pa.types.is_integer(storage):
+    levels = 0
+    while _is_list(storage):
+        storage, levels = storage.value_type, levels + 1
+    if levels in (1, 2) and pa.types.is_integer(storage):
         return None
     return f"has type {kind}, which holds no images (lists of 784 integers, 784 bytes, PNG or JPEG bytes, {{bytes, path}})"
 
@@ -214,7 +216,7 @@ def _decode_picture(data: bytes) -> Pixels:
         raise
     except Image.DecompressionBombError:
         raise BadImage("the picture claims to unpack to far more than 28 x 28 pixels; resize it") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead them to
         raise BadImage(
             f"{len(data)} bytes are neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__}); save it anew"
         ) from None

@@ -71,15 +71,23 @@ class Location:
                 self.filesystem.delete_file(partial)
             raise
 
+    def modified(self, info: pafs.FileInfo) -> int:
+        """When a file here was last modified, in nanoseconds since 1970.
+
+        An object store's listing may know it more finely than its answer for one object, so there to the second.
+        """
+        exact: int = info.mtime_ns
+        return exact if self.is_local else exact - exact % 10**9
+
     def delete(self) -> None:
         """Delete a file, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self.path)
 
     def files(self) -> list[pafs.FileInfo]:
-        """Everything below a folder that is not a folder, in the order of the paths; nothing where it is not there."""
+        """All files below a folder, in the order of the paths; nothing where it is not there."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        found = (info for info in self.filesystem.get_file_info(selector) if info.type != pafs.FileType.Directory)
+        found = (info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File)
         return sorted(found, key=lambda info: str(info.path))
 
     def read_json(self) -> Any:
@@ -122,7 +130,10 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
 def locate_existing(text: str, flag: str) -> Location:
     """Like `locate`, for what is to be read: from here, or else from where a submitted job of ours has written it."""
     here = locate(text, flag)
-    return here if here.exists() else locate(text, flag, base_folder())
+    try:
+        return here if here.exists() else locate(text, flag, base_folder())
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{flag} {text}: {_one_line(error)}") from None
 
 
 def _one_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from mnistsum_ray.config import Refusal, RunFailed, TrainConfig
 from mnistsum_ray.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.mnist import Source, open_source
 from mnistsum_ray.model import PARAMETERS
-from mnistsum_ray.report import Console, draw_history, versions, write_history
+from mnistsum_ray.report import SILENCE_SECONDS, Console, draw_history, versions, write_history
 from mnistsum_ray.storage import Location, base_folder, locate
 
 SMALL_ROWS: Final = 20_000
@@ -36,9 +36,6 @@ SMALL_ROWS: Final = 20_000
 
 # What a run's numbers depend on, and so what `--resume` may not change.
 _FIXED: Final = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_shift", "seed", "precision")
-
-_SILENCE_SECONDS: Final = 60
-"""After so long without an event, a person is told what the cluster looks like."""
 
 
 @dataclass(frozen=True)
@@ -256,14 +253,10 @@ def _events(console: Console) -> Iterator[Queue]:
         silent = 0
         while True:
             try:
-                event = queue.get(timeout=_SILENCE_SECONDS)
+                event = queue.get(timeout=SILENCE_SECONDS)
             except Empty:
-                silent += _SILENCE_SECONDS
-                cluster = resources.look()
-                console.say(
-                    f"no word from the workers for {silent} s: they are being started or replaced, or wait for data; the cluster "
-                    f"has {cluster.describe()}, free: {cluster.free.get('CPU', 0):g} CPUs, {cluster.free.get('GPU', 0):g} GPUs"
-                )
+                silent += SILENCE_SECONDS
+                console.say(f"no word from the workers for {silent} s: {resources.describe_wait()}")
                 continue
             if event is None:
                 return

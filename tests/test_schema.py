@@ -148,6 +148,19 @@ def test_a_column_that_cannot_hold_numbers_is_named(kind: pa.DataType) -> None:
     assert "not an integer type" in (number_form_error(kind) or "")
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.float32(), pa.list_(pa.float32()), pa.struct([("path", pa.string())])])
+NO_IMAGES = [
+    pa.string(),
+    pa.int64(),
+    pa.dictionary(pa.int8(), pa.int64()),
+    pa.float32(),
+    pa.list_(pa.float32()),
+    pa.list_(pa.list_(pa.list_(pa.uint8()))),
+    pa.struct([("path", pa.string())]),
+    pa.struct([("bytes", pa.int32())]),
+    pa.fixed_shape_tensor(pa.uint8(), [28, 28], permutation=[1, 0]),
+]
+
+
+@pytest.mark.parametrize("kind", NO_IMAGES, ids=str)
 def test_a_column_that_cannot_hold_images_is_named(kind: pa.DataType) -> None:
     assert image_form_error(kind) is not None

@@ -120,9 +120,11 @@ def _read_footer(folder: Location, file: dict[str, Any], columns: Columns) -> di
         schema = metadata.schema.to_arrow_schema()
     except BadFile as error:
         return {"error": str(error)}
-    except (OSError, pa.ArrowException, ValueError) as error:
-        return {"error": f"cannot be read: {' '.join(str(error).split())}"}
+    except Exception as error:  # whatever one file leads to, it must not end the run
+        return {"error": f"cannot be read: {' '.join(str(error).split())} ({type(error).__name__})"}
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    if sum(group.num_rows for group in groups) != metadata.num_rows:
+        return {"error": "has a damaged footer (its row groups do not add up); write it anew"}
     missing = next((name for name in columns.flags().values() if name not in schema.names), None)
     return {
         "rows": metadata.num_rows,

@@ -49,14 +49,14 @@ def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
                     found[info.path] = info
                 else:
                     aside.add(info.path)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise Refusal(f"--input {name.text}: {' '.join(str(error).split())}") from None
     if not found:
         there = f" (there are others, such as {min(aside)})" if aside else ""
         raise Refusal(f"--input {' '.join(texts)}: there is no Parquet file ({', '.join(SUFFIXES)}){there}")
     _check_apart(named, found, output)
     rows = [
-        {"name": path.removeprefix(root.path).lstrip("/"), "size": info.size, "modified": info.mtime_ns}
+        {"name": path.removeprefix(root.path).lstrip("/"), "size": info.size, "modified": root.modified(info)}
         for path, info in sorted(found.items())
     ]
     return Inputs(root, pa.Table.from_pylist(rows, FILE_SCHEMA), tuple(sorted(aside - found.keys())))

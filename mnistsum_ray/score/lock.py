@@ -119,7 +119,8 @@ class _Lease:
         self._ended.set()
         self._thread.join()
         if not self._lost:
-            self._place.delete()
+            with suppress(OSError):
+                self._place.delete()
 
     def check(self) -> None:
         if self._lost:
@@ -128,7 +129,7 @@ class _Lease:
     def _renew(self) -> None:
         renewed = time.monotonic()
         while not self._ended.wait(BEAT_SECONDS):
-            with suppress(OSError):  # the storage may be away for a moment
+            with suppress(OSError, ValueError):  # the storage may be away for a moment
                 now = self._read()
                 if now is None or now["id"] != self._id:
                     self._lost = f"another run has taken the output ({now['id'] if now else 'its lock is gone'})"

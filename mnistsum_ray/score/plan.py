@@ -10,6 +10,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mnistsum_ray.storage import PARTIAL
+
 REJECTED: Final = "_rejected"
 FILES: Final = "_files.parquet"
 MANIFEST: Final = "_manifest.json"
@@ -56,6 +58,12 @@ PART_SCHEMA: Final = pa.schema(
 )
 
 
+def _is_reserved(output: str) -> bool:
+    """Whether an output of this name would not be seen as one."""
+    name = output.rpartition("/")[2]
+    return output.split("/")[0] in _OWN or name.startswith(".") or name.endswith(PARTIAL)
+
+
 def parts_of(table: pa.Table) -> list[Part]:
     """The rows of a PART_SCHEMA table as Parts."""
     return [Part(**row) for row in table.to_pylist()]
@@ -82,10 +90,11 @@ def plan(files: pa.Table, unit_rows: int) -> tuple[pa.Table, dict[str, str]]:
             if file["error"] is not None:
                 continue
             parts = list(_parts(file, unit_rows))
-            clash = next((part for part in parts if part.output in taken or part.output.split("/")[0] in _OWN), None)
+            clash = next((part for part in parts if part.output in taken or _is_reserved(part.output)), None)
             if clash is not None:
-                other = taken.get(clash.output, "the run's own files")
-                clashes[file["name"]] = f"would be written to {clash.output}, as is {other}; rename it"
+                other = taken.get(clash.output)
+                kept = f"as is {other}" if other else "a name that is kept for the run's own and hidden files"
+                clashes[file["name"]] = f"would be written to {clash.output}, {kept}; rename it"
                 continue
             taken |= {part.output: part.name for part in parts}
             rows += map(asdict, parts)

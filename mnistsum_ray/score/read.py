@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mnistsum_ray.schema import Pixels, decode_images, decode_numbers, one_chunk
@@ -76,9 +77,9 @@ def read_parts(folder: Location, parts: list[Part], columns: Columns) -> Iterato
             for part, table in _tables(folder, run):
                 yield _decode(part, table, columns)
                 done += 1
-        except (BadFile, OSError, pa.ArrowException, ValueError) as error:
+        except Exception as error:  # whatever one file leads to, it must not end the run
             reason = " ".join(str(error).split())
-            reason = reason if isinstance(error, BadFile) else f"cannot be read: {reason}"
+            reason = reason if isinstance(error, BadFile) else f"cannot be read: {reason} ({type(error).__name__})"
             yield from (Unreadable(part, reason) for part in run[done:])
         start = end
 
@@ -96,7 +97,9 @@ def _tables(folder: Location, run: list[Part]) -> Iterator[tuple[Part, pa.Table]
     first = run[0]
     path = f"{folder.path}/{first.name}"
     info = folder.filesystem.get_file_info(path)
-    if (info.size, info.mtime_ns) != (first.size, first.modified):
+    if info.type == pafs.FileType.NotFound:
+        raise BadFile("is not there any more, or not on this node; a local path must be on storage that all nodes share")
+    if (info.size, folder.modified(info)) != (first.size, first.modified):
         raise BadFile("has changed since it was listed; run the command again")
     with folder.filesystem.open_input_file(path) as stream:
         file = pq.ParquetFile(stream)
@@ -137,7 +140,7 @@ def _decode(part: Part, table: pa.Table, columns: Columns) -> Rows:
         labels[list(unlabelled)] = -1
     kept = table.drop_columns([columns.image])
     if not bad_images and not bad_numbers:
-        return Rows(part, kept, images, numbers, labels, table.slice(0, 0), {})
+        return Rows(part, kept, images, numbers, labels, table.schema.empty_table(), {})
     reasons = {row: _both(bad_images.get(row), bad_numbers.get(row)) for row in sorted(bad_images | bad_numbers)}
     bad = np.fromiter(reasons, np.int64)
     good = np.setdiff1d(np.arange(part.rows), bad)

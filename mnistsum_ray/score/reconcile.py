@@ -95,6 +95,11 @@ def refuse_other(matched: pa.Table, strange: pa.Table, files: pa.Table, source: 
         if again.num_rows:
             first = again.slice(0, 1).to_pylist()[0]
             now = files.slice(pc.index(now_named, first[column]).as_py(), 1).to_pylist()[0]
+            if now["error"]:
+                raise Refusal(
+                    f"--output {output.text}: holds predictions of {now['name']}, which now cannot be used ({now['error']}); "
+                    "mend it, or take it out of the input"
+                )
             if any(now[name] != first[name] for name in ("size", "modified", "footer")):
                 raise Refusal(f"--output {output.text}: {now['name']} has changed since it was scored; {afresh}")
             raise Refusal(

@@ -49,8 +49,10 @@ def _read_committed(output: Location, file: dict[str, Any]) -> dict[str, Any]:
             return {"output": name, "error": "was written by another version of this program"}
         rejected = 0
         if stamp["rejected"]:
-            place = output.at(f"{output.path}/{REJECTED}/{name}")
-            rejected = pq.read_metadata(pa.BufferReader(read_tail(output, f"{REJECTED}/{name}", place.info().size))).num_rows
+            size = (output / REJECTED / name).info().size
+            if size is None:
+                return {"output": name, "error": f"has lost its rejected rows ({REJECTED}/{name})"}
+            rejected = pq.read_metadata(pa.BufferReader(read_tail(output, f"{REJECTED}/{name}", size))).num_rows
     except (BadFile, OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         return {"output": name, "error": f"cannot be read: {' '.join(str(error).split())}"}
     found = {"output": name, "scored_found": metadata.num_rows, "rejected_found": rejected}

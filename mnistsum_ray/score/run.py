@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
@@ -63,8 +63,8 @@ def prepare(config: ScoreConfig) -> Run:
     try:
         if output.info().type == pafs.FileType.File:
             raise Refusal(f"--output {output.text}: is a file; name a folder")
-        if output.is_local:
-            output = replace(output, path=os.path.realpath(output.path))  # a link keeps leading to the folder that is replaced
+        # A link keeps leading to the folder that is replaced; what a URI says beside its path is not repeated.
+        output = output.at(os.path.realpath(output.path) if output.is_local else output.path)
     except OSError as error:
         raise Refusal(f"--output {output.text}: {' '.join(str(error).split())}") from None
     inputs = list_inputs(config.input, output)
@@ -106,8 +106,13 @@ def score(run: Run, console: Console) -> tuple[dict[str, Any], bool]:
     with hold(run.output, console.say) as still_held:
         try:
             return _Scoring(run, console, allotment, request, still_held, started).run()
-        except OSError as error:  # what is wrong with one file of the input is caught where it is read
-            raise RunFailed(f"{' '.join(str(error).split())}; what is committed stays, and the same command goes on") from error
+        except (OSError, ray.exceptions.RayError) as error:  # what is wrong with one file of the input is caught where it is read
+            raise RunFailed(f"{_last_line(error)}; what is committed stays, and the same command goes on") from error
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip()
 
 
 def _precision(allotment: ScoreAllotment) -> str:
@@ -136,6 +141,7 @@ class _Scoring:
         self._staged = config.overwrite or config.strict
         self._folder = workspace.staging_of(run.output) if self._staged else run.output
         self._source = run.inputs.root
+        self._published = pa.chunked_array([], pa.string())
 
     def run(self) -> tuple[dict[str, Any], bool]:
         config, say = self._run.config, self._console.say
@@ -164,6 +170,7 @@ class _Scoring:
             resumed_rows = pc.sum(done.filter(pc.is_in(done["output"], parts["output"]))["rows"]).as_py() or 0
         table, totals = reconcile(files, match(parts, self._committed(), self._request.text()))
         failed_files = pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
+        self._refuse_to_lose(files)
         if config.strict and (failed_files or totals.rejected_rows):
             raise RunFailed(self._strictly(parts, totals, failed_files))
         done_now = totals.scored_rows + totals.rejected_rows - resumed_rows
@@ -214,7 +221,10 @@ class _Scoring:
         published = spread(read_committed, output, workspace.clean(output).predictions)
         refuse_foreign(published, output)
         left = 0
-        if not run.config.overwrite:
+        self._published = published["name"]
+        if run.config.overwrite:
+            self._refuse_to_lose(files)
+        else:
             strange = beside_plan(parts, published)
             refuse_other(match(parts, published, request), strange, files, self._source, request, output)
             left = strange.num_rows
@@ -230,6 +240,16 @@ class _Scoring:
         for name in staged.filter(stale)["output"].to_pylist():
             workspace.delete_part(self._folder, name)
         return match(parts, self._counting(staged.filter(pc.invert(stale)), published), request), left
+
+    def _refuse_to_lose(self, files: pa.Table) -> None:
+        """With `--overwrite`, a file that cannot be used just now must not cost the predictions that are there of it."""
+        failed = files.filter(pc.is_valid(files["error"]))
+        lost = failed.filter(pc.is_in(failed["name"], self._published))
+        if self._run.config.overwrite and lost.num_rows:
+            raise RunFailed(
+                f"--overwrite: nothing was replaced: {lost['name'][0]} cannot be used, and the output holds its predictions; "
+                "mend it, or take it out of the input"
+            )
 
     def _counting(self, staged: pa.Table, published: pa.Table) -> pa.Table:
         """Of what is staged and published, that which the finished output will hold."""
@@ -255,8 +275,9 @@ class _Scoring:
         units = units_of(todo, run.config.unit_rows, self._allotment.actors)
         done, first, last, said = 0, float("inf"), 0.0, time.monotonic()
         fitting = resources.look().places(self._allotment.per_actor)
-        try:
+        with self._console.breaking_silence(resources.describe_wait) as heard:
             for report in stream(units, work, self._allotment, fitting):
+                heard()
                 self._still_held()
                 unwritable = report["unwritable"].drop_null()
                 if len(unwritable):
@@ -273,11 +294,6 @@ class _Scoring:
                     rate = done / max(last - first, 1e-9)
                     left = f"{(todo_rows - done) / rate:,.0f} s left" if rate else ""
                     self._console.progress(f"{done:,} of {todo_rows:,} rows  {rate:,.0f} rows/s  {left}")
-        except ray.exceptions.RayActorError as error:
-            raise RunFailed(
-                f"a worker died again and again while it scored ({' '.join(str(error).split())[:200]}); what is committed stays, "
-                "and the same command goes on"
-            ) from error
         return failures, last - first
 
     def _manifest(self, line: dict[str, Any], totals: Totals, left: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ On CPUs a row never leaves its process. Beside a GPU many tasks read, decode and
 what is done: that a part is committed stands in its own file (commit.py), whoever wrote it and however often.
 """
 
+import io
 import pickle
 import time
 from collections import Counter
@@ -44,7 +45,7 @@ REPORT_SCHEMA: Final = pa.schema(
 )
 
 _TRIES: Final = 3
-"""How often a part is begun: a process that has died under it so often, Ray would replace for ever."""
+"""So many processes may die under a part; Ray alone would replace them for ever."""
 
 _BLOCK_BYTES: Final = 2**20
 """What is handed from reader to actor is handed on at once, and not gathered into larger blocks."""
@@ -102,7 +103,7 @@ def stream(units: list[pa.Table], work: Work, allotment: ScoreAllotment, actors_
 
 
 class Attempts:
-    """Counts how often each thing has been begun; an actor, since whoever began it may be dead."""
+    """Counts how often each thing has been begun and not ended; an actor, since whoever began it may be dead."""
 
     def __init__(self) -> None:
         self._begun: Counter[str] = Counter()
@@ -110,6 +111,9 @@ class Attempts:
     def begin(self, key: str) -> int:
         self._begun[key] += 1
         return self._begun[key]
+
+    def end(self, key: str) -> None:
+        del self._begun[key]
 
 
 def _read_once(unit: pa.Table, work: Work) -> Iterator[list[Rows | Unreadable]]:
@@ -119,8 +123,9 @@ def _read_once(unit: pa.Table, work: Work) -> Iterator[list[Rows | Unreadable]]:
         yield from read_together(work.source, parts, work.request.columns)
         return
     for part in parts:
-        if ray.get(work.attempts.begin.remote(part.output)) <= _TRIES:
+        if ray.get(work.attempts.begin.remote(part.output)) < _TRIES:  # the first time was that of the whole unit
             yield from read_together(work.source, [part], work.request.columns)
+            work.attempts.end.remote(part.output)  # it was not this one
         else:
             yield [Unreadable(part, f"the process that scored it died {_TRIES} times (out of memory? Ray's logs may tell)")]
 
@@ -185,8 +190,10 @@ def _committed(work: Work, scored: _Scored, started: float) -> pa.Table:
     rows, predictions = scored
     try:
         commit(work.output, work.source, rows, predictions, work.request)
-    except (OSError, pa.ArrowException) as error:
+    except OSError as error:
         return _report(rows.part, started, unwritable=" ".join(str(error).split()))
+    except pa.ArrowException as error:
+        return _report(rows.part, started, unreadable=f"cannot be written again: {' '.join(str(error).split())}")
     return _report(rows.part, started)
 
 
@@ -197,7 +204,25 @@ def _report(part: Part, started: float, **failure: str) -> pa.Table:
 
 def _parcel(started: float, content: list[Any]) -> pa.Table:
     """Any of our objects as one row of Ray Data, whose blocks cannot hold tables of different columns."""
-    return pa.table({"started": [started], "content": pa.array([pickle.dumps(content, protocol=5)], pa.large_binary())})
+    stream_ = io.BytesIO()
+    _Pickler(stream_, protocol=5).dump(content)
+    return pa.table({"started": [started], "content": pa.array([stream_.getvalue()], pa.large_binary())})
+
+
+class _Pickler(pickle.Pickler):
+    """Sends of a table that is a slice just the slice; Arrow's own way sends all of the memory behind it."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, pa.Table):
+            return NotImplemented
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, value.schema) as writer:
+            writer.write_table(value)
+        return _table, (sink.getvalue().to_pybytes(),)
+
+
+def _table(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()
 
 
 def _opened(parcel: pa.Table) -> tuple[float, list[Any]]:

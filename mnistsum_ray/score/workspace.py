@@ -19,6 +19,7 @@ _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 
 _LAST: Final = 3
+_OLD: Final = ".old"
 
 _MOVES: Final = 16
 """At once: an object store copies and deletes for each."""
@@ -46,7 +47,7 @@ def list_folder(folder: Location) -> Listing:
         elif name.startswith(f"{REJECTED}/"):
             rejected.add(name.removeprefix(f"{REJECTED}/"))
         elif not name.startswith(f"{UNPUBLISHED}/") and name not in (FILES, MANIFEST, LOCK) and not _is_hidden(name):
-            rows.append({"name": name, "size": info.size, "modified": info.mtime_ns})
+            rows.append({"name": name, "size": info.size, "modified": folder.modified(info)})
     return Listing(pa.Table.from_pylist(rows, FILE_SCHEMA), frozenset(rejected), tuple(partial))
 
 
@@ -67,9 +68,11 @@ def clean(folder: Location) -> Listing:
 
 
 def staging_of(output: Location) -> Location:
-    """Where a run commits that must not be seen before it is whole."""
-    if output.is_local and Path(output.path).stat().st_dev == Path(output.path).parent.stat().st_dev:
+    """Where a run commits that must not be seen before it is whole. The output's lock must be held."""
+    parent = Path(output.path).parent
+    if output.is_local and os.access(parent, os.W_OK) and Path(output.path).stat().st_dev == parent.stat().st_dev:
         folder, _, name = output.path.rpartition("/")
+        shutil.rmtree(f"{folder}/.{name}.{UNPUBLISHED.lstrip('_')}{_OLD}", ignore_errors=True)  # left by a kill while publishing
         return output.at(f"{folder}/.{name}.{UNPUBLISHED.lstrip('_')}")
     return output / UNPUBLISHED
 
@@ -88,20 +91,26 @@ def reopen(output: Location) -> None:
 
 def publish(staging: Location, output: Location, *, replace: bool) -> None:
     """Show what lies in the staging folder: in place of what the output holds, or beside it."""
-    if replace and staging.is_local and _exchange(staging.path, output.path):
-        shutil.rmtree(staging.path)  # which now holds the old output
-        return
+    if replace and staging.is_local:
+        held = Path(output.path, LOCK)
+        if held.exists():
+            os.link(held, Path(staging.path, LOCK))  # so that the folder is held without a gap
+        if _exchange(staging.path, output.path):
+            old = f"{staging.path}{_OLD}"
+            Path(staging.path).rename(old)  # it must not be taken for a staging folder if this process dies now
+            shutil.rmtree(old)
+            return
+        Path(staging.path, LOCK).unlink(missing_ok=True)
     names = [info.path.removeprefix(staging.path).lstrip("/") for info in staging.files()]
     reopen(output)
     with ThreadPoolExecutor(_MOVES) as pool:
         for order in range(_LAST + 1):
+            if order == _LAST and replace:
+                keep = {(output / name).path for name in (*names, LOCK)} | {info.path for info in staging.files()}
+                extra = [info.path for info in output.files() if info.path not in keep]
+                list(pool.map(output.filesystem.delete_file, extra))
             now = [name for name in names if _publishing_order(name) == order]
             list(pool.map(lambda name: _move(staging / name, output / name), now))
-    if replace:
-        keep = {(output / name).path for name in (*names, LOCK)}
-        for info in output.files():
-            if info.path not in keep:
-                output.filesystem.delete_file(info.path)
     if staging.exists():
         staging.filesystem.delete_dir(staging.path)
 

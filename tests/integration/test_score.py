@@ -157,7 +157,7 @@ def other_precision(pairs: Path) -> dict[str, Any]:
     [
         (change_a_file, "part-00001.parquet has changed since it was scored; --overwrite starts afresh"),
         (touch_a_file, "part-00001.parquet has changed since it was scored; --overwrite starts afresh"),
-        (damage_a_file, "part-00001.parquet has changed since it was scored; --overwrite starts afresh"),
+        (damage_a_file, "holds predictions of part-00001.parquet, which now cannot be used (is not Parquet, or was cut off"),
         (cut_otherwise, "another --unit-rows"),
         (other_columns, "was begun with --number-column number, which is now digit"),
         (other_precision, "was begun with --precision fp32, which is now bf16"),
@@ -204,6 +204,18 @@ def test_another_model_is_refused_and_overwrite_starts_afresh(model: Path, pairs
     source = pq.read_table(pairs / "part-00002.parquet")
     expected = answers(other, pixels_view(one_chunk(source["image"])), source["number"].to_numpy().astype(np.int64))
     check_answers(second.table("part-00002.parquet"), expected)
+
+
+def test_overwriting_does_not_cost_what_cannot_be_scored_again(model: Path, pairs: Path, output: Path) -> None:
+    before = snapshot(output)
+    damage_a_file(pairs)
+    with pytest.raises(RunFailed, match=r"--overwrite: nothing was replaced: part-00001\.parquet cannot be used"):
+        score_here(model, output, pairs, overwrite=True)
+    with pytest.raises(Refusal, match="which now cannot be used"):
+        score_here(model, output, pairs, image_column="digit")
+    with pytest.raises(RunFailed, match="--overwrite: nothing was replaced"):
+        score_here(model, output, pairs, image_column="digit", overwrite=True)
+    assert snapshot(output) == before
 
 
 def test_strict_publishes_all_at_the_end(model: Path, pairs: Path, tmp_path: Path) -> None:

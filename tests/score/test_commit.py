@@ -89,7 +89,7 @@ def test_metadata_of_the_input_stay_but_for_what_would_no_longer_be_true(tmp_pat
     ("damage", "said"),
     [
         (lambda folder: (folder / "deep" / "in-00001-of-00002.parquet").write_bytes(b"PAR1 no PAR1"), "cannot be read"),
-        (lambda folder: (folder / "_rejected" / "deep" / "in-00001-of-00002.parquet").unlink(), "cannot be read"),
+        (lambda folder: (folder / "_rejected" / "deep" / "in-00001-of-00002.parquet").unlink(), "has lost its rejected rows"),
         (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "deep" / "in-00001-of-00002.parquet"), "is not a file of"),
     ],
 )

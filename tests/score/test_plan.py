@@ -68,8 +68,8 @@ def test_the_names_of_split_files_sort_by_row() -> None:
 
 
 def test_a_taken_name_is_said() -> None:
-    names = ["a-00000-of-00002.parquet", "a.parquet", "_files.parquet", "_rejected/b.parquet"]
-    parts, clashes = plan(files([1], [10, 10], [1], [1], names=names), 10)
+    names = ["a-00000-of-00002.parquet", "a.parquet", "_files.parquet", "_rejected/b.parquet", ".c.parquet", "d/e.partial"]
+    parts, clashes = plan(files([1], [10, 10], [1], [1], [1], [1], names=names), 10)
     assert set(clashes) == set(names[1:])
     assert "a-00000-of-00002.parquet" in clashes["a.parquet"]
     assert parts["output"].to_pylist() == names[:1]
