@@ -62,7 +62,8 @@ def train_with_ray(data: str, epochs: int) -> dict[str, float]:
 def score_with_ray(data: str, rows: int) -> dict[str, float]:
     """Rows a second from the first row read to the last file committed, and the seconds of the whole command."""
     from mnistsum_ray.export import export
-    from mnistsum_ray.score.run import prepare, score
+    from mnistsum_ray.score.prepare import prepare
+    from mnistsum_ray.score.run import score
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -27,8 +27,9 @@ def score(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     from mnistsum_ray.report import Console
     from mnistsum_ray.score import run  # torch and ray take seconds to import, --help should not
+    from mnistsum_ray.score.prepare import prepare
 
-    prepared = run.prepare(config)
+    prepared = prepare(config)
     job.connect()
     line, complete = run.score(prepared, Console())
     return line, job.DONE if complete else job.INCOMPLETE

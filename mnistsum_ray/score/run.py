@@ -1,92 +1,35 @@
-"""A scoring run, seen from the driver: refuse early, plan, score what is not done, reconcile, publish."""
+"""A scoring run, seen from the driver: plan, score what is not done, reconcile, publish."""
 
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import ray
 import ray.exceptions
 import torch
-from torch import Tensor
 
 from mnistsum_ray import resources
-from mnistsum_ray.checkpoint import load_model, weights_of
-from mnistsum_ray.config import Refusal, RunFailed, ScoreConfig
+from mnistsum_ray.config import RunFailed
 from mnistsum_ray.device import faster_with_bf16
 from mnistsum_ray.report import Console, versions
 from mnistsum_ray.resources import ScoreAllotment
 from mnistsum_ray.score import summary, workspace
 from mnistsum_ray.score.commit import Request, as_parquet
-from mnistsum_ray.score.footers import Columns, read_footers, refuse_unknown_columns
-from mnistsum_ray.score.inputs import Inputs, list_inputs
 from mnistsum_ray.score.lock import hold
 from mnistsum_ray.score.plan import FILES, MANIFEST, REJECTED, plan, units_of
+from mnistsum_ray.score.prepare import Run, read_all_footers
 from mnistsum_ray.score.reconcile import Totals, beside_plan, match, reconcile, refuse_foreign, refuse_other
 from mnistsum_ray.score.record import read_committed
-from mnistsum_ray.score.spread import FEW, spread
+from mnistsum_ray.score.spread import spread
 from mnistsum_ray.score.stream import Work, counting_attempts, stream
-from mnistsum_ray.storage import Location, base_folder, locate, locate_existing
+from mnistsum_ray.storage import Location
 
 FORMAT: Final = "mnistsum_ray.score/1"
 
 _SAY_SECONDS: Final = 5.0
-
-
-@dataclass(frozen=True)
-class Run:
-    """A request that has been found sound: what to score with what, and where it goes."""
-
-    config: ScoreConfig
-    model: Location
-    card: dict[str, Any]
-    weights: dict[str, Tensor]
-    inputs: Inputs
-    columns: Columns
-    output: Location
-    footers: pa.Table | None
-    """`footers.FOOTER_SCHEMA`; None where the files are so many that the cluster has to read them."""
-
-
-def prepare(config: ScoreConfig) -> Run:
-    """Check all that can be checked without a cluster.
-
-    Raises:
-        Refusal: the model, the input or the output will not do.
-    """
-    output = locate(config.output, "--output", base_folder())
-    try:
-        if output.info().type == pafs.FileType.File:
-            raise Refusal(f"--output {output.text}: is a file; name a folder")
-        # A link keeps leading to the folder that is replaced; what a URI says beside its path is not repeated.
-        output = output.at(os.path.realpath(output.path) if output.is_local else output.path)
-    except OSError as error:
-        raise Refusal(f"--output {output.text}: {' '.join(str(error).split())}") from None
-    inputs = list_inputs(config.input, output)
-    columns = Columns.of(config)
-    footers = None
-    if inputs.files.num_rows <= FEW:
-        footers = _read_footers(inputs, columns)
-    model = locate_existing(config.model, "--model")
-    try:
-        network, card = load_model(model)
-    except Refusal as refusal:
-        raise Refusal(f"--model {refusal}") from None
-    return Run(config, model, card, weights_of(network), inputs, columns, output, footers)
-
-
-def _read_footers(inputs: Inputs, columns: Columns) -> pa.Table:
-    def look(folder: Location, files: pa.Table) -> pa.Table:
-        return read_footers(folder, files, columns)
-
-    footers = spread(look, inputs.root, inputs.files)
-    refuse_unknown_columns(inputs.files["name"], footers, columns)
-    return footers
 
 
 def score(run: Run, console: Console) -> tuple[dict[str, Any], bool]:
@@ -107,6 +50,7 @@ def score(run: Run, console: Console) -> tuple[dict[str, Any], bool]:
         try:
             return _Scoring(run, console, allotment, request, still_held, started).run()
         except (OSError, ray.exceptions.RayError) as error:  # what is wrong with one file of the input is caught where it is read
+            console.say(str(error))
             raise RunFailed(f"{_last_line(error)}; what is committed stays, and the same command goes on") from error
 
 
@@ -172,7 +116,7 @@ class _Scoring:
         failed_files = pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
         self._refuse_to_lose(files)
         if config.strict and (failed_files or totals.rejected_rows):
-            raise RunFailed(self._strictly(parts, totals, failed_files))
+            raise RunFailed(self._strictly(totals, failed_files))
         done_now = totals.scored_rows + totals.rejected_rows - resumed_rows
         line: dict[str, Any] = {
             "output": self._run.output.text,
@@ -200,7 +144,7 @@ class _Scoring:
     def _plan(self) -> tuple[pa.Table, pa.Table]:
         """The files with what their footers say, and the parts."""
         run = self._run
-        footers = run.footers if run.footers is not None else _read_footers(run.inputs, run.columns)
+        footers = run.footers if run.footers is not None else read_all_footers(run.inputs, run.columns)
         files = run.inputs.files
         for name in footers.column_names:
             files = files.append_column(name, footers[name])
@@ -316,7 +260,7 @@ class _Scoring:
             "versions": versions(),
         }
 
-    def _strictly(self, parts: pa.Table, totals: Totals, failed_files: int) -> str:
+    def _strictly(self, totals: Totals, failed_files: int) -> str:
         text = f"--strict: nothing was published: {totals.rejected_rows:,} rows and {failed_files:,} files cannot be used"
         if not totals.rejected_rows:
             return text

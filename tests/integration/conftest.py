@@ -20,7 +20,8 @@ import ray
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.mnist import SAMPLE
 from mnistsum_ray.report import Console
-from mnistsum_ray.score.run import prepare, score
+from mnistsum_ray.score.prepare import prepare
+from mnistsum_ray.score.run import score
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,73 @@
+"""What can be checked of a scoring request before there is a cluster."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+from torch import Tensor
+
+from mnistsum_ray.checkpoint import load_model, weights_of
+from mnistsum_ray.config import Refusal, ScoreConfig
+from mnistsum_ray.score.footers import Columns, read_footers, refuse_unknown_columns
+from mnistsum_ray.score.inputs import Inputs, list_inputs
+from mnistsum_ray.score.spread import FEW, spread
+from mnistsum_ray.storage import Location, base_folder, locate, locate_existing
+
+
+@dataclass(frozen=True)
+class Run:
+    """A request that has been found sound: what to score with what, and where it goes."""
+
+    config: ScoreConfig
+    model: Location
+    card: dict[str, Any]
+    weights: dict[str, Tensor]
+    inputs: Inputs
+    columns: Columns
+    output: Location
+    footers: pa.Table | None
+    """`footers.FOOTER_SCHEMA`; None where the files are so many that the cluster has to read them."""
+
+
+def prepare(config: ScoreConfig) -> Run:
+    """Check all that can be checked without a cluster.
+
+    Raises:
+        Refusal: the model, the input or the output will not do.
+    """
+    output = locate(config.output, "--output", base_folder())
+    try:
+        if output.info().type == pafs.FileType.File:
+            raise Refusal(f"--output {output.text}: is a file; name a folder")
+        # A link keeps leading to the folder that is replaced; what a URI says beside its path is not repeated.
+        output = output.at(os.path.realpath(output.path) if output.is_local else output.path)
+    except OSError as error:
+        raise Refusal(f"--output {output.text}: {' '.join(str(error).split())}") from None
+    inputs = list_inputs(config.input, output)
+    columns = Columns.of(config)
+    footers = None
+    if inputs.files.num_rows <= FEW:
+        footers = read_all_footers(inputs, columns)
+    model = locate_existing(config.model, "--model")
+    try:
+        network, card = load_model(model)
+    except Refusal as refusal:
+        raise Refusal(f"--model {refusal}") from None
+    return Run(config, model, card, weights_of(network), inputs, columns, output, footers)
+
+
+def read_all_footers(inputs: Inputs, columns: Columns) -> pa.Table:
+    """`footers.FOOTER_SCHEMA` for each file, in their order.
+
+    Raises:
+        Refusal: a column that is needed is in none of the files.
+    """
+
+    def look(folder: Location, files: pa.Table) -> pa.Table:
+        return read_footers(folder, files, columns)
+
+    footers = spread(look, inputs.root, inputs.files)
+    refuse_unknown_columns(inputs.files["name"], footers, columns)
+    return footers
