@@ -29,7 +29,7 @@ class BadImage(ValueError):
 
 def image_form_error(kind: pa.DataType) -> str | None:
     """Why a column of this Arrow type cannot hold images, or None where it can."""
-    if isinstance(kind, pa.FixedShapeTensorType) and kind.permutation not in (None, sorted(kind.permutation or ())):
+    if isinstance(kind, pa.FixedShapeTensorType) and list(kind.permutation or ()) != sorted(kind.permutation or ()):
         return f"is a tensor whose dimensions are permuted ({kind})"
     storage = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     if pa.types.is_dictionary(storage):

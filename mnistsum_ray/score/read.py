@@ -105,7 +105,7 @@ def _tables(folder: Location, run: list[Part]) -> Iterator[tuple[Part, pa.Table]
         file = pq.ParquetFile(stream)
         groups = list(range(first.first_group, first.first_group + first.groups))
         if len(run) == 1 and not first.skip and _rows_in(file, groups) == first.rows:
-            yield first, file.read_row_groups(groups, use_threads=False) if groups else file.schema_arrow.empty_table()
+            yield first, file.read_row_groups(groups, use_threads=False)
             return
         # Only as much of a large row group is in memory as is worked on.
         batches = file.iter_batches(batch_size=_TOGETHER_ROWS, row_groups=groups, use_threads=False)
@@ -140,7 +140,7 @@ def _decode(part: Part, table: pa.Table, columns: Columns) -> Rows:
         labels[list(unlabelled)] = -1
     kept = table.drop_columns([columns.image])
     if not bad_images and not bad_numbers:
-        return Rows(part, kept, images, numbers, labels, table.schema.empty_table(), {})
+        return Rows(part, kept, images, numbers, labels, table.slice(0, 0), {})
     reasons = {row: _both(bad_images.get(row), bad_numbers.get(row)) for row in sorted(bad_images | bad_numbers)}
     bad = np.fromiter(reasons, np.int64)
     good = np.setdiff1d(np.arange(part.rows), bad)
