@@ -22,6 +22,7 @@ _ANSWER_SECONDS: Final = 3.0
 
 def run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str]) -> int:
     """Run a job to its exit code: its result is the last line on standard output, a refusal one line on standard error."""
+    stdout = sys.stdout
     try:
         result, code = job(argv)
     except Refusal as refusal:
@@ -33,12 +34,14 @@ def run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str])
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         return FAILED
-    print(json.dumps(result, allow_nan=False), flush=True)
+    print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
     return code
 
 
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS, of this submitted job or of this machine; where there is none, start one.
+
+    From here on standard output is left to the job's last line.
 
     Raises:
         Refusal: nothing answers at RAY_ADDRESS.
@@ -52,6 +55,8 @@ def connect() -> None:
     # `ray.init` takes minutes to find out that the cluster which was last started on this machine has been killed.
     last = None if address else read_ray_address()
     gone = last is not None and not _answers(last)
+    # Ray's threads print what happens to workers on standard output, at any time, also after the last line.
+    sys.stdout = sys.stderr
     # Without the dashboard a cluster of our own starts seconds earlier; one that is joined keeps its own.
     ray.init(address="local" if gone else None, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
 
