@@ -63,8 +63,9 @@ class Scored:
 
 
 def score_here(model: Path, output: Path, *inputs: Path | str, **settings: Any) -> Scored:
-    """Score on the cluster that this process is connected to."""
+    """Score on the cluster that this process is connected to; in float32, so that the answers are those of plain PyTorch."""
     stream = io.StringIO()
+    settings = {"precision": "fp32"} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **settings)
     line, complete = score(prepare(config), Console(stream))
     return Scored(line, complete, stream.getvalue(), output)

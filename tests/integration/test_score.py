@@ -31,7 +31,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(model: Path, exported: Path) -> Scored:
-    return score_here(model, exported.parent / "out", exported, precision="fp32")
+    return score_here(model, exported.parent / "out", exported)
 
 
 @pytest.fixture
@@ -107,14 +107,14 @@ def test_a_row_without_a_label_is_scored_and_not_counted(model: Path, pairs: Pat
 def test_new_files_are_picked_up_and_finished_ones_left_alone(model: Path, pairs: Path, output: Path, tmp_path: Path) -> None:
     before = snapshot(output)
     shutil.copy(pairs / "part-00003.parquet", pairs / "late.parquet")
-    second = score_here(model, output, pairs, precision="fp32")
+    second = score_here(model, output, pairs)
     assert second.line["resumed_rows"] == ROWS
     assert second.line["input_rows"] == second.line["scored_rows"] == ROWS + 300
     after = snapshot(output)
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {"late.parquet"}
     (pairs / "late.parquet").unlink()  # its predictions stay, and are said to
-    third = score_here(model, output, pairs, precision="fp32")
+    third = score_here(model, output, pairs)
     assert third.line["resumed_rows"] == third.line["input_rows"] == ROWS
     assert "left as they are: 1 output files of input that is not there now" in third.said
     assert snapshot(output) == after
@@ -167,7 +167,7 @@ def test_what_does_not_belong_together_is_not_put_together(
     model: Path, pairs: Path, output: Path, change: Callable[[Path], dict[str, Any]], said: str
 ) -> None:
     before = snapshot(output)
-    settings = {"precision": "fp32"} | change(pairs)
+    settings = change(pairs)
     with pytest.raises(Refusal) as refused:
         score_here(model, output, pairs, **settings)
     assert said in str(refused.value)
@@ -241,7 +241,7 @@ def test_rows_that_disappear_from_the_output_are_an_error(model: Path, pairs: Pa
     pq.write_table(pq.ParquetFile(path).read().slice(1), path)  # its metadata still speaks of 300 rows
     said = r"part-00002\.parquet: rows 0 to 299 should be in .* has 299 predictions and 0 rejected rows"
     with pytest.raises(RunFailed, match=said):
-        score_here(model, output, pairs, precision="fp32")
+        score_here(model, output, pairs)
 
 
 def test_many_files_are_planned_on_the_cluster(model: Path, sample: pa.Table, tmp_path: Path) -> None:
