@@ -143,7 +143,7 @@ def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
     args = parser.parse_args(argv)
     if args.epochs < 2:
         raise Refusal("--epochs: must be at least 2, the first is not counted")
-    if args.data not in ("auto", "sample", "mnist"):
+    if args.data not in ("auto", "sample", "mnist") and "://" not in args.data:
         args.data = locate(args.data, "--data").text  # Ray's workers have another working folder
     if args.way:
         return one(args), job.DONE

@@ -5,7 +5,7 @@ Both are safetensors plus a small JSON that says everything about the tensors; n
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,14 +80,28 @@ def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     return model.eval(), card
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far an epoch is, and what has been counted in it over all workers: a part of an epoch is never counted twice."""
+
+    steps: int = 0
+    loss: float = 0.0
+    """Added up over the rows."""
+    rows: int = 0
+    row_ids: int = 0
+    """Added up likewise."""
+
+
 @dataclass
 class TrainerState:
-    """Where a run stands after an epoch; with the config it decides every bit of what follows."""
+    """Where a run stands after an epoch or within one; with the config it decides every bit of what follows."""
 
     epochs_done: int
     history: list[dict[str, Any]]
     best: Weights
     precision: str
+    progress: Progress = field(default_factory=Progress)
+    """Of the epoch after those."""
 
 
 def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: torch.optim.Optimizer) -> None:
@@ -97,7 +111,13 @@ def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: 
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    fields = {"format": FORMAT, "epochs_done": state.epochs_done, "precision": state.precision, "history": state.history}
+    fields = {
+        "format": FORMAT,
+        "epochs_done": state.epochs_done,
+        "progress": asdict(state.progress),
+        "precision": state.precision,
+        "history": state.history,
+    }
     (folder / "trainer.safetensors").write_bytes(save_tensors(tensors))
     (folder / "trainer.json").write_text(json.dumps(fields) + "\n")
 
@@ -120,4 +140,5 @@ def load_state(folder: Path, model: TwoHeadCNN, optimizer: torch.optim.Optimizer
             torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
         )
         optimizer.state[parameter][key] = place.detach().copy_(value)
-    return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"])
+    progress = Progress(**fields["progress"])
+    return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"], progress)

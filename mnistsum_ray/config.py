@@ -78,7 +78,7 @@ class TrainConfig(JobConfig):
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="name of the run [a new unique one]"
     )
-    resume: CliImplicitFlag[bool] = Field(False, description="continue the run NAME after its last epoch")
+    resume: CliImplicitFlag[bool] = Field(False, description="continue the run NAME from its last checkpoint")
     max_failures: int = Field(3, ge=0, le=1000, description="how often a lost worker is replaced before the run gives up")
     wait_seconds: float = Field(
         600, ge=0, le=86_400, description="how long to wait for an autoscaling or busy cluster before giving up"

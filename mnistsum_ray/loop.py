@@ -32,6 +32,12 @@ REPORT_SECONDS: Final = 5.0
 _CHECK_STEPS: Final = 16
 """Steps between two looks at the loss: a look waits for the device."""
 
+_DRAIN_LOOK_SECONDS: Final = 2.0
+"""Between two questions whether a worker's node is about to be taken away: each waits for the slowest worker."""
+
+_DRAIN_SAVE_SECONDS: Final = 10.0
+"""Between two checkpoints while one is: what is trained after the last is trained again elsewhere."""
+
 _WARM_UP: Final = 0.2
 """Share of the steps in which the learning rate rises."""
 
@@ -54,8 +60,6 @@ class LoopConfig:
     train: Rows
     validation: Rows
     test: Rows
-    data_cpus: float
-    """What a task that feeds this worker reserves."""
     events: Queue
     """Where rank 0 says how far it is."""
 
@@ -111,6 +115,7 @@ class _Trainer:
         self.parallel = ray.train.torch.prepare_model(self.model)
         # With a dataset that is not split, every worker sees all blocks; which rows it takes is arithmetic (Schedule).
         self.images = cast(MaterializedDataset, ray.train.get_dataset_shard("images").materialize())
+        self.next_drain_look = 0.0
         self.validation = self._held_out(config.validation)
         self.test = self._held_out(config.test)
 
@@ -121,7 +126,8 @@ class _Trainer:
             return checkpoint.TrainerState(0, [], checkpoint.weights_of(self.model), precision)
         with last.as_directory() as folder:
             state = checkpoint.load_state(Path(folder), self.model, self.optimizer)
-        self._say(kind="note", text=f"going on after epoch {state.epochs_done}")
+        inside = f", step {state.progress.steps} of the next" if state.progress.steps else ""
+        self._say(kind="note", text=f"going on after epoch {state.epochs_done}{inside}, on {self.world_size} workers")
         return state
 
     def _agreed(self, value: bool) -> bool:
@@ -138,11 +144,12 @@ class _Trainer:
             seed=self.config.seed,
             max_shift=self.config.max_shift,
             first_epoch=self.state.epochs_done,
+            first_step=self.state.progress.steps,
             epochs=self.config.epochs,
             rank=self.rank,
             world_size=self.world_size,
         )
-        batches = pipeline.training_batches(self.images, schedule, self.device, self.config.data_cpus)
+        batches = pipeline.training_batches(self.images, schedule, self.device)
         for epoch in range(schedule.first_epoch, schedule.epochs):
             trained = self._train_epoch(epoch, schedule, batches)
             validation = self._evaluate(self.validation, self.config.validation)
@@ -153,12 +160,13 @@ class _Trainer:
     def _train_epoch(self, epoch: int, schedule: Schedule, batches: Iterator[Batch]) -> dict[str, float]:
         """One pass over the training rows: mean loss a row, rows/s, and the share of the time spent waiting for data."""
         self.parallel.train()
+        before_this = self.state.progress
         losses = torch.zeros(1, dtype=torch.float64, device=self.device)  # added up over this worker's rows
         counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # its rows, and their ids added up
         total_steps = schedule.steps * self.config.epochs
         started = reported = time.perf_counter()
         waited = 0.0
-        for step in range(schedule.steps):
+        for step in range(before_this.steps, schedule.steps):
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
@@ -167,8 +175,11 @@ class _Trainer:
             losses += loss
             counts += torch.stack([torch.tensor(len(batch["row_id"]), device=self.device), batch["row_id"].sum()])
             if step % _CHECK_STEPS == _CHECK_STEPS - 1 or step == schedule.steps - 1:
-                all_loss = add_up(losses.clone()).item()
-                all_rows, all_ids = add_up(counts.clone()).tolist()
+                look = self.rank == 0 and time.perf_counter() >= self.next_drain_look
+                added = add_up(torch.cat([counts, torch.tensor([int(look)], device=self.device)]))
+                rows, ids, looks = added.tolist()  # one rank's clock decides for all
+                all_loss = before_this.loss + add_up(losses.clone()).item()
+                all_rows, all_ids = before_this.rows + rows, before_this.row_ids + ids
                 if not math.isfinite(all_loss):
                     raise NonFiniteLoss(
                         f"epoch {epoch + 1}, step {step + 1} of {schedule.steps}: the loss is {all_loss}; lower --learning-rate "
@@ -183,14 +194,16 @@ class _Trainer:
                         epochs=self.config.epochs,
                         rows=all_rows,
                         of_rows=len(self.config.train),
-                        rows_per_second=all_rows / (now - started),
+                        rows_per_second=rows / (now - started),
                         loss=all_loss / all_rows,
                     )
+                if looks and step < schedule.steps - 1:
+                    self._save_if_draining(checkpoint.Progress(step + 1, all_loss, all_rows, all_ids))
         seconds = time.perf_counter() - started
         check_rows(all_rows, all_ids, len(self.config.train), int(self.config.train.sum()), f"training epoch {epoch + 1}")
         return {
             "train_loss": all_loss / all_rows,
-            "rows_per_second": all_rows / seconds,
+            "rows_per_second": rows / seconds,
             "seconds": seconds,
             "waiting": waited / seconds,
             "learning_rate": rate,
@@ -234,27 +247,40 @@ class _Trainer:
         earlier = [_merit(line["validation"]) for line in self.state.history]
         entry["best"] = _merit(entry["validation"]) > max(earlier, default=(-1.0, 0.0))
         self.state.history.append(entry)
-        self.state.epochs_done = epoch + 1
+        self.state.epochs_done, self.state.progress = epoch + 1, checkpoint.Progress()
         if entry["best"]:
             self.state.best = checkpoint.weights_of(self.model)
         self._say(kind="epoch", **entry)
+        self._report(entry, f"epoch_{epoch + 1:05d}")
+
+    def _save_if_draining(self, progress: checkpoint.Progress) -> None:
+        """Save within an epoch if the node of any worker is to be taken away; every rank comes here at the same step."""
+        draining = ray.train.get_preemption_info()
+        self.next_drain_look = time.perf_counter() + (_DRAIN_SAVE_SECONDS if draining else _DRAIN_LOOK_SECONDS)
+        if draining:
+            self.state.progress = progress
+            epoch = self.state.epochs_done + 1
+            self._say(kind="note", text=f"a node is about to go: saving after step {progress.steps} of epoch {epoch}")
+            self._report({"epoch": epoch, "step": progress.steps}, f"epoch_{epoch:05d}_step_{progress.steps:07d}")
+
+    def _report(self, metrics: dict[str, Any], folder_name: str) -> None:
+        """Hand the state, and the best model if an epoch is done, to Ray Train."""
         if self.rank != 0:
-            ray.train.report(entry, checkpoint=None)
+            ray.train.report(metrics, checkpoint=None)
             return
-        best = max(self.state.history, key=lambda line: (line["best"], line["epoch"]))
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             checkpoint.save_state(folder, self.state, self.model, self.optimizer)
-            checkpoint.save_model(
-                folder,
-                self.state.best,
-                epoch=best["epoch"],
-                validation=Scores(**best["validation"]),
-                test=Scores(**best["test"]),
-            )
-            ray.train.report(
-                entry, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=f"epoch_{epoch + 1:05d}"
-            )
+            if self.state.history:
+                best = max(self.state.history, key=lambda line: (line["best"], line["epoch"]))
+                checkpoint.save_model(
+                    folder,
+                    self.state.best,
+                    epoch=best["epoch"],
+                    validation=Scores(**best["validation"]),
+                    test=Scores(**best["test"]),
+                )
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=folder_name)
 
     def _say(self, **event: Any) -> None:
         if self.rank == 0:

@@ -103,7 +103,7 @@ def open_source(data: str) -> Source:
             folder = _idx_folder(Path(place.path))
             if folder:
                 return _idx(folder)
-        return _parquet(place, info)
+        return _parquet(place.patient(), info)
     except OSError as error:
         raise Refusal(f"--data {place.text}: {' '.join(str(error).split())}") from None
 
@@ -262,7 +262,7 @@ def _parts_of_file(file: Location) -> list[ParquetPart]:
         with file.filesystem.open_input_file(file.path) as stream:
             parquet = pq.ParquetFile(stream)
             metadata, columns = parquet.metadata, parquet.schema_arrow
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:  # the last from an extension type of Ray whose metadata are wrong
         raise Refusal(f"{file.text}: is not a whole Parquet file: {' '.join(str(error).split())}") from None
     digit_column = next((name for name in DIGIT_COLUMNS if name in columns.names), None)
     if "image" not in columns.names or digit_column is None:

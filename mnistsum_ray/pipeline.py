@@ -33,6 +33,10 @@ from mnistsum_ray.schema import IMAGE_TYPE, SIDE, Pixels, pixels_view
 Batch = dict[str, torch.Tensor]
 """image uint8[n, 28, 28], digit int64[n], row_id int64[n], and in training number int64[n]; on the worker's device."""
 
+_NO_CPUS: Final = 0
+"""What the tasks here reserve: they do little, and one that had to wait for a CPU that the workers hold would wait for ever,
+as when a node is lost and the others are full."""
+
 EVALUATION_ROWS: Final = 250
 """Rows in one forward pass of an evaluation."""
 
@@ -68,8 +72,12 @@ def load(source: Source) -> Loaded:
     if all(isinstance(part, pa.Table) for part in source.parts):
         images = ray.data.from_arrow(list(source.parts)).materialize()
     else:
-        root = ray.data.from_items([{"part": part} for part in source.parts], override_num_blocks=len(source.parts))
-        images = root.map_batches(_read, batch_format="pyarrow", batch_size=1).materialize()
+        # By number: a column of Python objects needs an Arrow type that scoring, in the same process, does without.
+        root = ray.data.from_items([{"part": index} for index in range(len(source.parts))], override_num_blocks=len(source.parts))
+        at_once = TaskPoolStrategy(size=min(len(source.parts), max(1, int(ray.cluster_resources().get("CPU", 1)))))
+        images = root.map_batches(
+            _read, fn_args=(source.parts,), batch_format="pyarrow", batch_size=1, num_cpus=_NO_CPUS, compute=at_once
+        ).materialize()
     digest, rows = hashlib.sha256(), 0
     for block in images.to_arrow_refs():
         table: pa.Table = ray.get(block)
@@ -85,8 +93,8 @@ def load(source: Source) -> Loaded:
     return Loaded(images, digest.hexdigest(), root)
 
 
-def _read(batch: pa.Table) -> pa.Table:
-    part: ParquetPart = batch["part"][0].as_py()
+def _read(batch: pa.Table, parts: tuple[ParquetPart, ...]) -> pa.Table:
+    part = parts[batch["part"][0].as_py()]
     # Ray Data wraps an exception and loses its type on the way to the driver, so what a user did wrong travels as a value.
     try:
         return part.read().append_column("refusal", pa.nulls(part.rows, pa.string()))
@@ -115,6 +123,8 @@ class Schedule:
     seed: int
     max_shift: int
     first_epoch: int
+    first_step: int
+    """Of the first epoch; the later ones begin at 0."""
     epochs: int
     rank: int
     world_size: int
@@ -138,7 +148,7 @@ class Schedule:
         return [
             {"epoch": epoch, "first": first, "last": min(first + stride, self.steps)}
             for epoch in range(self.first_epoch, self.epochs)
-            for first in range(0, self.steps, stride)
+            for first in range(self.first_step if epoch == self.first_epoch else 0, self.steps, stride)
         ]
 
     def task_rows(self, task: dict[str, int]) -> int:
@@ -188,11 +198,8 @@ def _shifted(images: Pixels, moves: Rows, limit: int) -> Pixels:
     return windows[np.arange(len(images)), limit - moves[:, 0], limit - moves[:, 1]]
 
 
-def training_batches(images: MaterializedDataset, schedule: Schedule, device: torch.device, num_cpus: float) -> Iterator[Batch]:
-    """This worker's share of every step of every epoch that is left, in order, as uint8 on the device.
-
-    `num_cpus` is what a gather task reserves; it works for some 20 ms every few seconds beside a CPU worker.
-    """
+def training_batches(images: MaterializedDataset, schedule: Schedule, device: torch.device) -> Iterator[Batch]:
+    """This worker's share of every step of every epoch that is left, in order, as uint8 on the device."""
     tasks = schedule.tasks()
     busy = [task for task in tasks if schedule.task_rows(task)]
     blocks: Iterator[Batch] = iter(())
@@ -201,8 +208,8 @@ def training_batches(images: MaterializedDataset, schedule: Schedule, device: to
             _training_rows,
             fn_kwargs={"gather": _Gather(images), "schedule": schedule},
             batch_size=1,
-            num_cpus=num_cpus,
-            # Bounded, or Ray starts a process for every waiting task. One gathers some 200,000 rows/s.
+            num_cpus=_NO_CPUS,
+            # Bounded, or Ray starts a process for every waiting task. One gathers some 200,000 rows/s, in 20 ms each.
             compute=TaskPoolStrategy(size=2 if device.type == "cuda" else 1),
         )
         blocks = iter(stream.iter_torch_batches(batch_size=None, prefetch_batches=2, device=device))

@@ -10,8 +10,10 @@ from ray.autoscaler.sdk import request_resources
 
 from mnistsum_ray.config import Refusal, ScoreConfig, TrainConfig
 
-_DATA_CPU_SHARE: Final = 0.25
-"""What is left of the CPUs for the data tasks at least: with all reserved by training workers, they would wait for ever."""
+_TASKS_CPU_SHARE: Final = 0.25
+"""What is left of the CPUs for other tasks at least: with all reserved by actors, those would wait for ever."""
+
+_NODE_GROUP: Final = "ray.io/node-group"
 
 _POLL_SECONDS: Final = 2.0
 _SAY_SECONDS: Final = 15.0
@@ -19,28 +21,23 @@ _SAY_SECONDS: Final = 15.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """Logical resources: now, free at this moment, and the most that an autoscaler may reach."""
+    """Logical resources, in all and free at this moment."""
 
     nodes: tuple[dict[str, float], ...]
     """What each node has in all, of those that have CPUs."""
     total: dict[str, float]
     free: dict[str, float]
-    ceiling: dict[str, float]
-
-    @property
-    def can_grow(self) -> bool:
-        return any(self.ceiling.get(kind, 0) > self.total.get(kind, 0) for kind in ("CPU", "GPU"))
+    can_grow: bool
+    """Whether machines may still come that nobody here can know of."""
 
     def places(self, each: dict[str, float]) -> int:
         """How many workers that reserve so much each fit on the nodes as they are."""
         return sum(min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in each.items() if amount) for node in self.nodes)
 
     def describe(self) -> str:
-        now = (
-            f"{_count(self.total, 'CPU')} and {_count(self.total, 'GPU')} on {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}"
-        )
-        most = f", at most {_count(self.ceiling, 'CPU')} and {_count(self.ceiling, 'GPU')} after growing" if self.can_grow else ""
-        return now + most
+        cpus, gpus = (_count(self.total, kind) for kind in ("CPU", "GPU"))
+        growing = ", and may grow" if self.can_grow else ""
+        return f"{cpus} and {gpus} on {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}{growing}"
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,6 @@ class Allotment:
     workers: tuple[int, int]
     use_gpu: bool
     cpus_per_worker: float
-    data_cpus_per_worker: float
-    """What the task that feeds a worker reserves: little, so that it fits in beside the workers."""
 
     @property
     def per_worker(self) -> dict[str, float]:
@@ -59,28 +54,20 @@ class Allotment:
         return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.use_gpu else {})
 
     def bundles(self) -> list[dict[str, float]]:
-        """The same, piece by piece, each of which has to fit on one node."""
-        return [self.per_worker, {"CPU": self.data_cpus_per_worker}] * self.workers[0]
+        """The same for as many as are needed to begin, each of which has to fit on one node."""
+        return [self.per_worker] * self.workers[0]
 
 
 def look() -> Cluster:
     """Ask the cluster that this process is connected to."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    total = dict(ray.cluster_resources())
     return Cluster(
         nodes=tuple(dict(node["Resources"]) for node in alive if node["Resources"].get("CPU")),
-        total=total,
+        total=dict(ray.cluster_resources()),
         free=dict(ray.available_resources()),
-        ceiling={kind: max(total.get(kind, 0), limit) for kind, limit in (total | _autoscaler_limits()).items()},
+        # What starts nodes by themselves, `ray up` and KubeRay, labels them with their kind; how many may come it does not say.
+        can_grow=any(_NODE_GROUP in node["Labels"] for node in alive),
     )
-
-
-def _autoscaler_limits() -> dict[str, float]:
-    # What Ray Train itself asks when it explains why a worker group does not start; there is no public call.
-    from ray._private.state import state
-
-    limits = state.get_max_resources_from_cluster_config()
-    return {kind: float(limit) for kind, limit in (limits or {}).items()}
 
 
 def allot(config: TrainConfig, cluster: Cluster) -> Allotment:
@@ -89,26 +76,25 @@ def allot(config: TrainConfig, cluster: Cluster) -> Allotment:
     Raises:
         Refusal: more is asked for than the cluster can ever have.
     """
-    gpus = int(cluster.ceiling.get("GPU", 0))
+    gpus = int(cluster.total.get("GPU", 0))
     use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu
-    if use_gpu and not gpus:
+    if use_gpu and not gpus and not cluster.can_grow:
         raise Refusal(f"--use-gpu true: the cluster has no GPU ({cluster.describe()})")
     # On CPUs one worker a node, with a thread a core, does what many workers would without copying gradients about.
-    fitting = int(cluster.total.get("GPU", 0)) if use_gpu else len(cluster.nodes)
-    workers = config.worker_range or (max(1, fitting), max(1, fitting))
-    most = gpus if use_gpu else int(cluster.ceiling.get("CPU", 0))
-    if workers[0] > most:
+    here = max(1, gpus if use_gpu else len(cluster.nodes))
+    workers = config.worker_range or (here, here)
+    most = gpus if use_gpu else int(cluster.total.get("CPU", 0))
+    if workers[0] > most and not cluster.can_grow:
         kind = "GPU" if use_gpu else "CPU"
         raise Refusal(
             f"--num-workers {workers[0]}: needs {workers[0]} {kind}s, one a worker; the cluster has {cluster.describe()}"
         )
-    workers = (workers[0], min(workers[1], most))
-    cpus = cluster.ceiling.get("CPU", 0.0) / workers[1]
+    cpus = cluster.total.get("CPU", 0.0) / max(1, min(workers[1], most))
     allotment = Allotment(
         workers=workers,
         use_gpu=use_gpu,
-        cpus_per_worker=min(1.0, (1 - _DATA_CPU_SHARE) * cpus),
-        data_cpus_per_worker=min(_DATA_CPU_SHARE, _DATA_CPU_SHARE * cpus),
+        # Machines that are still to come bring their own.
+        cpus_per_worker=1.0 if cluster.can_grow else min(1.0, (1 - _TASKS_CPU_SHARE) * cpus),
     )
     fitting = cluster.places(allotment.per_worker)
     if workers[0] > fitting and not cluster.can_grow:
@@ -148,20 +134,22 @@ def allot_scoring(config: ScoreConfig, cluster: Cluster) -> ScoreAllotment:
     Raises:
         Refusal: more is asked for than the cluster can ever have.
     """
-    gpus, cpus = int(cluster.ceiling.get("GPU", 0)), cluster.ceiling.get("CPU", 0.0)
+    gpus, cpus = int(cluster.total.get("GPU", 0)), cluster.total.get("CPU", 0.0)
     use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu
-    if use_gpu and not gpus:
+    if use_gpu and not gpus and not cluster.can_grow:
         raise Refusal(f"--use-gpu true: the cluster has no GPU ({cluster.describe()})")
-    most = gpus if use_gpu else max(1, int(cpus))
+    most = max(1, gpus if use_gpu else int(cpus))
     actors = config.num_workers or most
-    if actors > most:
+    if actors > most and not cluster.can_grow:
         kind = "GPU" if use_gpu else "CPU"
         raise Refusal(f"--num-workers {actors}: needs {actors} {kind}s, one a worker; the cluster has {cluster.describe()}")
+    if cluster.can_grow:  # machines that are still to come bring their own
+        cpus = max(cpus, float(actors))
     readers = (max(1, int(cpus) - 1) if use_gpu else 0) if config.num_readers is None else config.num_readers
     if use_gpu and not readers:
         raise Refusal("--num-readers 0: a GPU would wait for its data; give at least 1")
     # Actors that held every CPU would starve the tasks that read for them, for ever.
-    tasks_share = 0.0 if not readers else 1.0 if use_gpu else _DATA_CPU_SHARE
+    tasks_share = 0.0 if not readers else 1.0 if use_gpu else _TASKS_CPU_SHARE
     return ScoreAllotment(
         actors=actors,
         use_gpu=use_gpu,

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -19,6 +21,29 @@ PARTIAL: Final = ".partial"
 # A put to one of these shows the whole object or nothing; elsewhere a file is written aside and moved into place.
 _WHOLE_PUTS: Final = ("s3", "gcs", "abfs")
 
+# What a URI may say of where its storage is. Whatever else it says may be how to get in, which is nobody else's business.
+_SHOWN: Final = ("endpoint_override", "region", "scheme")
+
+_S3_ATTEMPTS: Final = 10
+"""With the pauses between them, of up to 20 s, some 50 s."""
+
+
+class _PatientS3(pafs.S3FileSystem):
+    """S3 that outlasts the better part of a minute without answers; Arrow's own gives up after 6 s.
+
+    What is pickled of Arrow's has no retry strategy, and so the workers would have none.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS))
+
+    def __reduce__(self) -> Any:
+        return _patient_s3, super().__reduce__()[1]
+
+
+def _patient_s3(options: dict[str, Any]) -> _PatientS3:
+    return _PatientS3(**options)
+
 
 @dataclass(frozen=True)
 class Location:
@@ -27,7 +52,7 @@ class Location:
     filesystem: pafs.FileSystem
     path: str
     text: str
-    """What to show a person and to hand to Ray: an absolute path or a URI."""
+    """What to show a person and to write down: an absolute path, or a URI without keys and passwords."""
 
     def __truediv__(self, name: str) -> "Location":
         return Location(self.filesystem, f"{self.path}/{name}", _join(self.text, name))
@@ -40,6 +65,12 @@ class Location:
         """Another path on the same storage; its text leaves out what a URI says beside scheme and path, such as keys."""
         scheme, colon, _ = self.text.partition("://")
         return Location(self.filesystem, path, f"{scheme}://{path}" if colon else path)
+
+    def patient(self) -> "Location":
+        """The same place, for a run that should outlast a storage that does not answer for a while."""
+        if type(self.filesystem) is not pafs.S3FileSystem:
+            return self
+        return replace(self, filesystem=_patient_s3(*self.filesystem.__reduce__()[1]))
 
     def info(self) -> pafs.FileInfo:
         """The file info; its type is NotFound where nothing is there."""
@@ -121,8 +152,9 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
         try:
             filesystem, path = pafs.FileSystem.from_uri(text)
         except (pa.ArrowInvalid, OSError, ValueError) as error:
-            raise Refusal(f"{flag} {text}: {_one_line(error)}") from None
-        return Location(filesystem, path.rstrip("/"), text)
+            said = _one_line(error) if _shown(text) == text else "cannot be understood; write a / in a key as %2F"
+            raise Refusal(f"{flag} {_shown(text)}: {said}") from None
+        return Location(filesystem, path.rstrip("/"), _shown(text))
     path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())
     return Location(pafs.LocalFileSystem(), path, path)
 
@@ -133,7 +165,21 @@ def locate_existing(text: str, flag: str) -> Location:
     try:
         return here if here.exists() else locate(text, flag, base_folder())
     except (OSError, ValueError) as error:
-        raise Refusal(f"{flag} {text}: {_one_line(error)}") from None
+        raise Refusal(f"{flag} {here.text}: {_one_line(error)}") from None
+
+
+def _shown(uri: str) -> str:
+    # First of all, since a key with a slash in it, which has to be written %2F, is no key to whoever splits a URI.
+    uri = re.sub(r"^([^:/]+://)[^@?]*:[^@?]*@", r"\1", uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return uri.partition("://")[0] + "://…"
+    user, _, host = parts.netloc.rpartition("@")
+    # Without a password, it is a container (Azure) or "anonymous" (Google), and part of the place.
+    place = f"{user}@{host}" if user and parts.scheme != "s3" else host
+    query = urlencode([(key, value) for key, value in parse_qsl(parts.query) if key in _SHOWN])
+    return urlunsplit((parts.scheme, place, parts.path, query, ""))
 
 
 def _one_line(error: BaseException) -> str:

@@ -26,13 +26,17 @@ from mnistsum_ray import pipeline, resources
 from mnistsum_ray.checkpoint import MODEL_FILES
 from mnistsum_ray.config import Refusal, RunFailed, TrainConfig
 from mnistsum_ray.loop import LoopConfig, train_loop_per_worker
-from mnistsum_ray.mnist import Source, open_source
+from mnistsum_ray.mnist import ParquetPart, Source, open_source
 from mnistsum_ray.model import PARAMETERS
+from mnistsum_ray.reach import refuse_unshared
 from mnistsum_ray.report import SILENCE_SECONDS, Console, draw_history, versions, write_history
 from mnistsum_ray.storage import Location, base_folder, locate
 
 SMALL_ROWS: Final = 20_000
 """Below so many training rows, smaller batches and more epochs: the sum head needs its number of steps."""
+
+_GROWTH_SECONDS: Final = 30.0
+"""Between two looks whether an elastic run can have more workers; growing costs what is done of the epoch."""
 
 # What a run's numbers depend on, and so what `--resume` may not change.
 _FIXED: Final = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_shift", "seed", "precision")
@@ -44,7 +48,9 @@ class Run:
 
     config: TrainConfig
     source: Source
+    storage: Location
     folder: Location
+    """The run's own, below the storage path."""
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -71,7 +77,7 @@ def prepare(config: TrainConfig) -> Run:
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # As found, so that --resume finds the same from any folder and on any day.
     found = {"name": name, "storage_path": storage.text, "data": "sample" if source.name == "sample" else source.location}
-    return Run(config.model_copy(update=unset | found), source, folder)
+    return Run(config.model_copy(update=unset | found), source, storage.patient(), folder.patient())
 
 
 def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
@@ -119,10 +125,16 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
     """
     started = time.monotonic()
     config, source = run.config, run.source
-    allotment = resources.allot(config, resources.look())
+    cluster = resources.look()
+    allotment = resources.allot(config, cluster)
+    if cluster.can_grow and not allotment.use_gpu and config.use_gpu is None:
+        console.say(f"training on CPUs, since the cluster has {cluster.describe()}; --use-gpu true waits for GPUs")
     if source.notice:
         console.say(source.notice)
     resources.wait_until_free(allotment.bundles(), config.wait_seconds, console.say)
+    first = source.parts[0]
+    read = {"--data": first.location} if isinstance(first, ParquetPart) else {}
+    refuse_unshared({"--storage-path": run.storage}, read, console.say)
     pipeline.quiet()
     loaded = pipeline.load(source)
     manifest = _manifest(run, loaded.fingerprint)
@@ -142,7 +154,7 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
         console.say(str(error))
         raise RunFailed(
             f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
-            f"--name {config.name} --resume goes on after the last whole epoch"
+            f"--name {config.name} --resume goes on from the last checkpoint"
         ) from error
     _publish(run.folder, checkpoint, history)  # a kill may have come between the last epoch and its publication
     draw_history(run.folder, history)
@@ -180,7 +192,6 @@ def _train(
         train=source.train,
         validation=source.validation,
         test=source.test,
-        data_cpus=allotment.data_cpus_per_worker,
         events=events,
     )
     fewest, most = allotment.workers
@@ -188,6 +199,7 @@ def _train(
     attempts = config.max_failures + 1
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(60.0, config.wait_seconds / attempts))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker, or the end, is seen
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # some clouds give a node 30 s, and not two minutes
     failures = ray.train.FailureConfig(max_failures=config.max_failures, controller_failure_limit=config.max_failures)
     trainer = ray.train.torch.TorchTrainer(
         train_loop_per_worker,
@@ -196,13 +208,17 @@ def _train(
             num_workers=fewest if fewest == most else (fewest, most),
             use_gpu=allotment.use_gpu,
             resources_per_worker=allotment.per_worker,
+            # A CPU worker uses all cores of its node, whatever it reserves; GPUs talk fastest within one.
+            placement_strategy="PACK" if allotment.use_gpu else "SPREAD",
+            elastic_resize_monitor_interval_s=_GROWTH_SECONDS,
         ),
         run_config=ray.train.RunConfig(
             name=config.name,
-            storage_path=config.storage_path,
+            storage_path=run.storage.path,
+            storage_filesystem=run.storage.filesystem,
             failure_config=failures,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[_Reporter(run.folder.text, events)],
+            callbacks=[_Reporter(run.folder, events)],
         ),
         datasets={"images": images},
         # Not split: that would drop up to a row a worker. Each worker takes its rows by arithmetic, see pipeline.Schedule.
@@ -227,14 +243,15 @@ def _publish(folder: Location, checkpoint: ray.train.Checkpoint, history: list[d
 class _Reporter(ray.train.UserCallback):
     """Runs beside the driver: publishes after every epoch, and says when workers are lost, which Ray Train does not."""
 
-    def __init__(self, folder: str, events: Queue) -> None:
+    def __init__(self, folder: Location, events: Queue) -> None:
         self._folder, self._events = folder, events
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None) -> None:
         if checkpoint is not None:
             with checkpoint.as_directory() as local:
                 history = json.loads((Path(local) / "trainer.json").read_text())["history"]
-            _publish(locate(self._folder, "--storage-path"), checkpoint, history)
+            if history:  # one saved within the first epoch, since a node was about to go, holds no model yet
+                _publish(self._folder, checkpoint, history)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for rank, error in worker_exceptions.items():

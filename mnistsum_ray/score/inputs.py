@@ -53,7 +53,7 @@ def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
             raise Refusal(f"--input {name.text}: {' '.join(str(error).split())}") from None
     if not found:
         there = f" (there are others, such as {min(aside)})" if aside else ""
-        raise Refusal(f"--input {' '.join(texts)}: there is no Parquet file ({', '.join(SUFFIXES)}){there}")
+        raise Refusal(f"--input {' '.join(name.text for name in named)}: there is no Parquet file ({', '.join(SUFFIXES)}){there}")
     _check_apart(named, found, output)
     rows = [
         {"name": path.removeprefix(root.path).lstrip("/"), "size": info.size, "modified": root.modified(info)}
@@ -74,13 +74,15 @@ class _Named:
             place, self.pattern = locate_existing(text, "--input"), None  # a file whose name looks like a glob
         if place.is_local:
             place = place.at(os.path.realpath(place.path))
+        else:
+            self.text = "/".join((place.text, *(self.pattern or ())))  # a URI may hold keys
         self.place = place
         try:
             self.info = place.info()
         except OSError as error:
-            raise Refusal(f"--input {text}: {' '.join(str(error).split())}") from None
+            raise Refusal(f"--input {self.text}: {' '.join(str(error).split())}") from None
         if self.info.type == pafs.FileType.NotFound:
-            raise Refusal(f"--input {text}: there is no {place.text}")
+            raise Refusal(f"--input {self.text}: there is no {place.text}")
 
     @property
     def folder(self) -> str:

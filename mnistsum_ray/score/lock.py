@@ -19,6 +19,8 @@ from mnistsum_ray.storage import Location
 BEAT_SECONDS: Final = 2.0
 SILENT_SECONDS: Final = 12.0
 """A lock in an object store that has not been renewed for so long was left by a run that was killed."""
+LOST_SECONDS: Final = 120.0
+"""A storage that does not answer for so long is given up."""
 
 
 @contextmanager
@@ -88,6 +90,7 @@ class _Lease:
         self._beats = 0
         self._ended = threading.Event()
         self._lost = ""
+        self._renewed = 0.0
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> "_Lease":
@@ -109,6 +112,7 @@ class _Lease:
             before = now
         if before is not None:
             self._say(f"{self._place.text} was left by a run that was killed ({before['id']}); going on")
+        self._renewed = time.monotonic()
         self._write()
         time.sleep(BEAT_SECONDS / 2)  # of two that start at the same moment, the one that wrote last goes on
         now = self._read()
@@ -119,25 +123,30 @@ class _Lease:
         self._ended.set()
         self._thread.join()
         if not self._lost:
-            with suppress(OSError):
-                self._place.delete()
+            with suppress(OSError, ValueError):
+                now = self._read()
+                if now is not None and now["id"] == self._id:
+                    self._place.delete()
 
     def check(self) -> None:
+        # Without an answer for so long, nobody knows who holds it: nothing goes on until the storage says.
+        while not self._lost and time.monotonic() - self._renewed > SILENT_SECONDS - 2 * BEAT_SECONDS:
+            time.sleep(BEAT_SECONDS / 4)
         if self._lost:
             raise RunFailed(f"{self._place.text}: {self._lost}; this run stops, what it has committed stays")
 
     def _renew(self) -> None:
-        renewed = time.monotonic()
         while not self._ended.wait(BEAT_SECONDS):
             with suppress(OSError, ValueError):  # the storage may be away for a moment
                 now = self._read()
                 if now is None or now["id"] != self._id:
                     self._lost = f"another run has taken the output ({now['id'] if now else 'its lock is gone'})"
                     return
+                asked = time.monotonic()
                 self._write()
-                renewed = time.monotonic()
-            if time.monotonic() - renewed > SILENT_SECONDS:
-                self._lost = f"could not be renewed for {SILENT_SECONDS:.0f} s, so that another run may have taken the output"
+                self._renewed = asked
+            if time.monotonic() - self._renewed > LOST_SECONDS:
+                self._lost = f"could not be renewed for {LOST_SECONDS:.0f} s, so that another run may have taken the output"
                 return
 
     def _write(self) -> None:
@@ -146,7 +155,9 @@ class _Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = self._place.read_json()
+            found = self._place.read_json()
         except FileNotFoundError:
             return None
+        if not isinstance(found, dict) or "id" not in found:
+            raise ValueError(f"{self._place.text} is not a lock")
         return found

@@ -79,7 +79,7 @@ def plan(files: pa.Table, unit_rows: int) -> tuple[pa.Table, dict[str, str]]:
         unit_rows: the most rows of a part.
 
     Returns:
-        A PART_SCHEMA table in the order of the files, and for each file whose output would have a taken name, why.
+        A PART_SCHEMA table in the order of the files, and for each file whose output cannot have its name, why.
     """
     clashes: dict[str, str] = {}
     taken: dict[str, str] = {}
@@ -88,6 +88,9 @@ def plan(files: pa.Table, unit_rows: int) -> tuple[pa.Table, dict[str, str]]:
         rows: list[dict[str, Any]] = []
         for file in batch.to_pylist():
             if file["error"] is not None:
+                continue
+            if ".." in file["name"].split("/"):  # no disk has such a name, but an object store may
+                clashes[file["name"]] = "would be written outside of the output; rename it"
                 continue
             parts = list(_parts(file, unit_rows))
             clash = next((part for part in parts if part.output in taken or _is_reserved(part.output)), None)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import torch
 from mnistsum_ray import resources
 from mnistsum_ray.config import RunFailed
 from mnistsum_ray.device import faster_with_bf16
+from mnistsum_ray.reach import refuse_unshared
 from mnistsum_ray.report import Console, versions
 from mnistsum_ray.resources import ScoreAllotment
 from mnistsum_ray.score import summary, workspace
@@ -45,8 +47,12 @@ def score(run: Run, console: Console) -> tuple[dict[str, Any], bool]:
     started = time.monotonic()
     allotment = resources.allot_scoring(run.config, resources.look())
     resources.wait_until_free(allotment.bundles(), run.config.wait_seconds, console.say)
+    first = run.inputs.root / run.inputs.files["name"][0].as_py()
+    refuse_unshared({"--output": run.output}, {"--input": first}, console.say)
     request = Request(run.card["sha256"], run.config.precision or _precision(allotment), run.columns)
     with hold(run.output, console.say) as still_held:
+        # Not before: what is wrong with a request is to be found out soon.
+        run = replace(run, output=run.output.patient(), inputs=replace(run.inputs, root=run.inputs.root.patient()))
         try:
             return _Scoring(run, console, allotment, request, still_held, started).run()
         except (OSError, ray.exceptions.RayError) as error:  # what is wrong with one file of the input is caught where it is read
