@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnistsum_ray.checkpoint import TrainerState, load_model, load_state, save_model, save_state, weights_of
+from mnistsum_ray.checkpoint import Progress, TrainerState, load_model, load_state, save_model, save_state, weights_of
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.model import TwoHeadCNN, joint_loss, prepare_images
@@ -40,11 +40,12 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     model, optimizer = make(0)
     for seed in range(3):
         step(model, optimizer, seed)
-    state = TrainerState(1, [{"epoch": 1}], weights_of(model), "fp32")
+    state = TrainerState(1, [{"epoch": 1}], weights_of(model), "fp32", Progress(7, 0.1 + 0.2, 448, 123_456))
     save_state(tmp_path, state, model, optimizer)
     other, other_optimizer = make(1)
     loaded = load_state(tmp_path, other, other_optimizer)
     assert (loaded.epochs_done, loaded.history, loaded.precision) == (1, [{"epoch": 1}], "fp32")
+    assert loaded.progress == state.progress
     assert same(loaded.best, state.best)
     for seed in range(3, 6):
         step(model, optimizer, seed)

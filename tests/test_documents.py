@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ README, CLUSTER = (ROOT / "README.md").read_text(), (ROOT / "cluster.yaml").read
 CONFIGS: dict[str, type[JobConfig]] = {"train": TrainConfig, "score": ScoreConfig, "export_pairs": ExportConfig}
 TEXTS = [README, CLUSTER, *((ROOT / "jobs" / f"{job}.py").read_text() for job in CONFIGS)]
 SHOWN = re.compile(r"python (jobs/[a-z_]+\.py[^\n`#]*)")
+REQUIREMENTS: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
 COMMANDS = sorted({command for text in TEXTS for command in SHOWN.findall(re.sub(r"\\\n#?", " ", text))})
 
 
@@ -43,9 +45,30 @@ def test_cluster_yaml_is_one() -> None:
 
     config = prepare_config(yaml.safe_load(CLUSTER))
     validate_config(config)
-    assert "pip install" in " ".join(config["setup_commands"])
-    requirements = re.search(r"dependencies = \[(.*?)\n\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
-    assert requirements
-    for requirement in re.findall(r'"([^"]+)"', requirements[1]):
-        if not requirement.startswith("numpy"):  # comes with all the others
-            assert f"'{requirement}'" in " ".join(config["setup_commands"]), requirement
+    setup = " ".join(config["setup_commands"])
+    assert "pip install" in setup
+    assert "nightly" not in setup
+    for requirement in REQUIREMENTS:
+        assert f"'{requirement}'" in setup, requirement
+
+
+def test_cluster_yaml_opens_nothing_to_the_world() -> None:
+    config = yaml.safe_load(CLUSTER)
+    for name, node_type in config["available_node_types"].items():
+        node = node_type["node_config"]
+        assert node["SecurityGroupIds"], f"Ray would make {name} a group whose SSH is open to the world"
+        assert node["IamInstanceProfile"]["Name"], f"without it, {name} would need keys"
+    starts = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
+    assert "--dashboard-host" not in starts
+    assert "/home/ubuntu/.ray/auth_token" in config["file_mounts"]
+
+
+def test_the_kuberay_manifest_asks_for_what_the_project_needs() -> None:
+    block = re.search(r"```yaml\n(apiVersion: ray.io.*?)```", README, re.DOTALL)
+    assert block
+    job = yaml.safe_load(block[1])
+    environment = yaml.safe_load(job["spec"]["runtimeEnvYAML"])
+    assert set(environment["pip"]) == {one for one in REQUIREMENTS if not one.startswith("ray[")}
+    assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    ray = next(one for one in REQUIREMENTS if one.startswith("ray["))
+    assert job["spec"]["rayClusterSpec"]["rayVersion"].startswith(ray.split(">=")[1].split(",")[0])

@@ -14,7 +14,15 @@ IDS = np.arange(10, 1015)  # 1,005 rows: not a multiple of anything below
 
 def schedule(rank: int, world_size: int, batch_size: int = 64) -> Schedule:
     return Schedule(
-        row_ids=IDS, batch_size=batch_size, seed=5, max_shift=1, first_epoch=0, epochs=3, rank=rank, world_size=world_size
+        row_ids=IDS,
+        batch_size=batch_size,
+        seed=5,
+        max_shift=1,
+        first_epoch=0,
+        first_step=0,
+        epochs=3,
+        rank=rank,
+        world_size=world_size,
     )
 
 

@@ -8,10 +8,10 @@ from mnistsum_ray.config import Refusal, ScoreConfig, TrainConfig
 from mnistsum_ray.resources import Cluster, allot, allot_scoring
 
 
-def cluster(cpus: float, gpus: float = 0, nodes: int = 1, ceiling: dict[str, float] | None = None) -> Cluster:
+def cluster(cpus: float, gpus: float = 0, nodes: int = 1, *, can_grow: bool = False) -> Cluster:
     total = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
     each = {kind: amount / nodes for kind, amount in total.items()}
-    return Cluster((each,) * nodes, total, total, ceiling or total)
+    return Cluster((each,) * nodes, total, total, can_grow)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def cluster(cpus: float, gpus: float = 0, nodes: int = 1, ceiling: dict[str, flo
         (cluster(16, 1), 1, True),  # one GPU box
         (cluster(64, 8, nodes=2), 8, True),  # a GPU cluster
         (cluster(32, nodes=4), 4, False),  # CPUs only: a worker a node
-        (cluster(4, 0, ceiling={"CPU": 100, "GPU": 8}), 1, True),  # GPUs still to come
+        (cluster(4, can_grow=True), 1, False),
     ],
 )
 def test_defaults(here: Cluster, workers: int, use_gpu: bool) -> None:
@@ -31,12 +31,11 @@ def test_defaults(here: Cluster, workers: int, use_gpu: bool) -> None:
 
 
 @pytest.mark.parametrize("here", [cluster(1), cluster(2), cluster(3), cluster(8), cluster(4, 8), cluster(16, 1), cluster(1, 1)])
-def test_workers_always_leave_cpus_for_the_data(here: Cluster) -> None:
+def test_workers_always_leave_cpus_for_other_tasks(here: Cluster) -> None:
     most = int(here.total.get("GPU", here.total["CPU"]))
     for workers in range(1, most + 1):
         need = allot(TrainConfig(num_workers=workers), here).bundles()
-        assert sum(bundle["CPU"] for bundle in need) <= here.total["CPU"] + 1e-9
-        assert allot(TrainConfig(num_workers=workers), here).data_cpus_per_worker > 0
+        assert 0 < sum(bundle["CPU"] for bundle in need) <= 0.75 * here.total["CPU"] + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -48,7 +47,6 @@ def test_workers_always_leave_cpus_for_the_data(here: Cluster) -> None:
             "--num-workers 3: needs 3 CPUs, one a worker; the cluster has 2 CPUs and 0 GPUs on 1 node",
         ),
         (TrainConfig(use_gpu=True), cluster(2), "--use-gpu true: the cluster has no GPU"),
-        (TrainConfig(num_workers=9), cluster(4, 1, ceiling={"CPU": 64, "GPU": 8}), "at most 64 CPUs and 8 GPUs after growing"),
         (TrainConfig(num_workers=(3, 5)), cluster(8, 2), "--num-workers 3: needs 3 GPUs, one a worker"),
     ],
 )
@@ -59,18 +57,26 @@ def test_more_than_there_can_be_is_refused(config: TrainConfig, here: Cluster, s
 
 
 def test_workers_that_fit_on_no_node_are_refused() -> None:
-    here = Cluster(({"CPU": 16}, {"CPU": 2, "GPU": 8}), {"CPU": 18, "GPU": 8}, {}, {"CPU": 18, "GPU": 8})
+    here = Cluster(({"CPU": 16}, {"CPU": 2, "GPU": 8}), {"CPU": 18, "GPU": 8}, {}, can_grow=False)
     with pytest.raises(Refusal, match="--num-workers 8: only 2 of them, with 1 CPU and 1 GPU each, fit on the nodes"):
         allot(TrainConfig(num_workers=8), here)
 
 
-def test_an_elastic_run_leaves_cpus_for_the_data_at_its_largest() -> None:
+def test_an_elastic_run_leaves_cpus_for_other_tasks_at_its_largest() -> None:
     allotment = allot(TrainConfig(num_workers=(1, 4)), cluster(4))
-    assert 4 * (allotment.cpus_per_worker + allotment.data_cpus_per_worker) <= 4
+    assert 4 * allotment.cpus_per_worker <= 3
 
 
-def test_an_elastic_run_is_cut_to_what_there_can_be() -> None:
-    assert allot(TrainConfig(num_workers=(1, 9)), cluster(16, 4)).workers == (1, 4)
+def test_an_elastic_run_may_hope_for_more_than_there_is() -> None:
+    assert allot(TrainConfig(num_workers=(1, 9)), cluster(16, 4)).workers == (1, 9)
+
+
+def test_what_a_growing_cluster_has_not_got_is_waited_for() -> None:
+    allotment = allot(TrainConfig(num_workers=(2, 4), use_gpu=True), cluster(2, can_grow=True))
+    assert (allotment.workers, allotment.use_gpu) == ((2, 4), True)
+    assert allotment.bundles() == [{"CPU": 1, "GPU": 1}] * 2
+    config = ScoreConfig(model="m", input=("i",), output="o", num_workers=4, use_gpu=True)
+    assert allot_scoring(config, cluster(0, can_grow=True)).actors == 4
 
 
 @pytest.mark.parametrize(
@@ -78,7 +84,6 @@ def test_an_elastic_run_is_cut_to_what_there_can_be() -> None:
     [
         ({}, cluster(2), 2, 0),  # a laptop: an actor a CPU, each reads by itself
         ({}, cluster(16, 1), 1, 15),  # one GPU box: the CPUs read for the GPU
-        ({}, cluster(4, 0, ceiling={"CPU": 100, "GPU": 8}), 8, 99),  # GPUs still to come
         ({"use_gpu": False, "num_workers": 3, "num_readers": 2}, cluster(16, 1), 3, 2),
         ({"num_readers": 1}, cluster(1), 1, 1),
     ],
@@ -89,7 +94,7 @@ def test_scoring_takes_what_there_is_and_leaves_room_to_read(
     taken = allot_scoring(ScoreConfig(model="m", input="i", output="o", **config), here)
     assert (taken.actors, taken.readers) == (actors, readers)
     tasks = readers + 1 if readers else 0
-    assert actors * taken.cpus_per_actor + tasks * taken.cpus_per_task <= here.ceiling["CPU"] + 1e-9
+    assert actors * taken.cpus_per_actor + tasks * taken.cpus_per_task <= here.total["CPU"] + 1e-9
     assert taken.cpus_per_task > 0 or not readers
     assert here.places(taken.per_actor) == min(actors, int(here.total.get("GPU", 0))) if taken.use_gpu else actors
 

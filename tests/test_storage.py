@@ -1,8 +1,10 @@
 """Paths and URIs lead where a person thinks they do."""
 
+import pickle
 from pathlib import Path
 
 import pytest
+from pyarrow.fs import S3FileSystem
 
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.storage import base_folder, locate
@@ -28,6 +30,38 @@ def test_files_come_back(tmp_path: Path) -> None:
     place.write_json({"x": [1, 2]})
     assert place.read_json() == {"x": [1, 2]}
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"], "nothing partial is left beside it"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://AKIA:se%2Fcret@bucket/a?region=eu-west-1", "s3://bucket/a?region=eu-west-1"),
+        (
+            "s3://AKIA:se%2Fcret@bucket/a?endpoint_override=h:1&allow_bucket_creation=true",
+            "s3://bucket/a?endpoint_override=h%3A1",
+        ),
+    ],
+)
+def test_keys_in_a_uri_are_used_and_not_shown(uri: str, shown: str) -> None:
+    place = locate(uri, "--output")
+    assert place.text == shown
+    assert (place / "b").text.startswith("s3://bucket/a/b?")
+    assert "'secret_key': 'se/cret'" in str(place.filesystem.__reduce__())
+
+
+@pytest.mark.parametrize("uri", ["s3://AKIA:top/secret@bucket/x", "s3://AKIA:topsecret@[x/y", "nonsense://me:topsecret@x/y"])
+def test_keys_in_a_uri_that_cannot_be_used_are_not_shown_either(uri: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        locate(uri, "--output")
+    assert "secret" not in str(refused.value)
+    assert "AKIA" not in str(refused.value)
+
+
+def test_s3_stays_patient_in_another_process() -> None:
+    place = locate("s3://bucket/a?region=eu-west-1", "--output").patient()
+    there = pickle.loads(pickle.dumps(place))
+    assert type(there.filesystem) is type(place.filesystem) is not S3FileSystem
+    assert there == place
 
 
 def test_a_uri_that_makes_no_sense_is_refused() -> None:

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from ray.cluster_utils import Cluster
+from werkzeug.serving import make_server
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.mnist import SAMPLE
 from mnistsum_ray.report import Console
 from mnistsum_ray.score.prepare import prepare
 from mnistsum_ray.score.run import score
+from mnistsum_ray.storage import locate
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +38,65 @@ def cluster() -> Iterator[str]:
     context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield context.address_info["address"]
     ray.shutdown()
+
+
+_NODE = {"object_store_memory": 200 * 2**20, "include_dashboard": False}
+
+
+def add_node(cluster: Cluster, cpus: int = 1) -> None:
+    cluster.add_node(num_cpus=cpus, **_NODE)
+
+
+@contextmanager
+def nodes(*cpus: int) -> Iterator[Cluster]:
+    """A cluster of several nodes, all on this machine: real raylets, each with so many CPUs. Commands join the first."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], **_NODE})
+    try:
+        for count in cpus[1:]:
+            add_node(made, count)
+        made.wait_for_nodes()
+        yield made
+    finally:
+        made.shutdown()
+
+
+class Storage:
+    """An S3 that speaks HTTP on this machine, and that can be told to answer 503 for a while."""
+
+    def __init__(self) -> None:
+        self._overloaded_until = 0.0
+        self.refused = 0
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self.server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+
+    def _answer(self, environ: Any, start_response: Any) -> Any:
+        if time.monotonic() < self._overloaded_until:
+            self.refused += 1
+            start_response("503 Slow Down", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        return self._app(environ, start_response)
+
+    def overload(self, seconds: float) -> None:
+        self._overloaded_until = time.monotonic() + seconds
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Storage]:
+    """With the buckets `images`, `runs` and `scores`; the environment names it, so that commands find it."""
+    storage = Storage()
+    thread = threading.Thread(target=storage.server.serve_forever)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{storage.server.server_port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for bucket in ("images", "runs", "scores"):
+            locate(f"s3://{bucket}?allow_bucket_creation=true", "bucket").filesystem.create_dir(bucket)
+        yield storage
+    storage.server.shutdown()
+    thread.join()
 
 
 @pytest.fixture(scope="module")

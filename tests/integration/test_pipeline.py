@@ -29,9 +29,9 @@ def _quiet() -> None:
 
 
 def feed(images: MaterializedDataset, ids: np.ndarray, rank: int, world_size: int, **changed: int) -> list[Batch]:
-    values = {"batch_size": 48, "seed": 3, "max_shift": 0, "first_epoch": 0, "epochs": 2} | changed
+    values = {"batch_size": 48, "seed": 3, "max_shift": 0, "first_epoch": 0, "first_step": 0, "epochs": 2} | changed
     schedule = Schedule(row_ids=ids, rank=rank, world_size=world_size, **values)
-    return list(pipeline.training_batches(images, schedule, CPU, 0.25))
+    return list(pipeline.training_batches(images, schedule, CPU))
 
 
 def test_the_blocks_hold_every_row_in_order(write_rows: Rows) -> None:
@@ -114,6 +114,15 @@ def test_going_on_after_an_epoch_feeds_what_the_whole_run_would(write_rows: Rows
     whole = feed(images, source.train, 0, 1, max_shift=1)
     rest = feed(images, source.train, 0, 1, max_shift=1, first_epoch=1)
     for one, other in zip(whole[len(whole) // 2 :], rest, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(write_rows: Rows) -> None:
+    source = open_source(str(write_rows(500)))
+    images = pipeline.load(source).images
+    whole = feed(images, source.train, 1, 2, max_shift=1)
+    rest = feed(images, source.train, 1, 2, max_shift=1, first_epoch=1, first_step=3)
+    for one, other in zip(whole[len(whole) // 2 + 3 :], rest, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -81,8 +81,8 @@ def test_cpus_that_are_taken_are_waited_for_and_then_given_up(tmp_path: Path, cl
     ray.kill(holder)
     assert done.code == 2
     waiting, refused = done.err.strip().splitlines()
-    assert waiting.startswith("waiting for 1.25 CPUs; free now: 0 CPUs")
-    assert refused.startswith("error: needs 1.25 CPUs, but after 3 s only 0 CPUs are free")
+    assert waiting.startswith("waiting for 1 CPU; free now: 0 CPUs")
+    assert refused.startswith("error: needs 1 CPU, but after 3 s only 0 CPUs are free")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,13 +1,11 @@
 """Data, runs and predictions on an S3 that speaks HTTP, with the same command and the same result as on a disk."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from mnistsum_ray.config import ExportConfig, Refusal, RunFailed
 from mnistsum_ray.export import export
@@ -16,23 +14,6 @@ from mnistsum_ray.score.commit import as_parquet
 from mnistsum_ray.score.lock import BEAT_SECONDS, hold
 from mnistsum_ray.storage import Location, locate
 from tests.integration.conftest import Done, run_job
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[None]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        for bucket in ("images", "runs", "scores"):
-            locate(f"s3://{bucket}?allow_bucket_creation=true", "bucket").filesystem.create_dir(bucket)
-        yield
-    server.stop()
 
 
 @pytest.mark.usefixtures("s3")

@@ -1,0 +1,131 @@
+"""What goes wrong around a job: the storage, the disk, the head. Nothing that is committed is lost, and it is said what to do."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mnistsum_ray.config import ExportConfig
+from mnistsum_ray.export import export
+from mnistsum_ray.storage import locate
+from tests.integration.conftest import Job, Storage, nodes, run_job
+from tests.integration.test_score_kills import content, wait_for_files
+
+pytestmark = pytest.mark.slow
+
+EVERY = 4
+OVERLOADED_SECONDS = 20
+ROWS = 60_000  # many enough that the job is still at work when it happens, on a fast machine too
+
+
+def pairs(folder: Path | str, rows: int) -> list[object]:
+    """Flags that score so many rows, after these are written."""
+    export(ExportConfig(data="sample", output=f"{folder}/in", rows=rows, files=4), print)
+    return ["--input", f"{folder}/in", "--output", f"{folder}/out", "--unit-rows", 250]
+
+
+def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path) -> None:
+    flags = ["--model", model, *pairs("s3://scores/busy", ROWS)]
+    job = Job("score", *flags)
+    output = locate("s3://scores/busy/out", "--output")
+    while len(output.files()) < 5:
+        assert job.process.poll() is None
+        time.sleep(0.1)
+    refused = s3.refused
+    s3.overload(OVERLOADED_SECONDS)
+    done = job.wait()
+    assert s3.refused > refused
+    assert done.line["input_rows"] == done.line["scored_rows"] == ROWS
+
+
+def test_training_outlasts_a_storage_that_is_overloaded(s3: Storage, data: Path, tmp_path: Path) -> None:
+    flags = ["--data", data, "--name", "mine", "--epochs", 2]
+    here = run_job("train", *flags, "--storage-path", tmp_path)
+    refused = s3.refused
+    job = Job("train", *flags, "--storage-path", "s3://runs/busy")
+    job.wait_for_line("epoch 1:")  # said just before the checkpoint is written
+    s3.overload(OVERLOADED_SECONDS)
+    done = job.wait()
+    assert s3.refused > refused
+    assert done.line["test"] == here.line["test"]
+
+
+def test_keys_in_a_uri_are_written_down_nowhere(s3: Storage, data: Path, model: Path, tmp_path: Path) -> None:
+    locate("s3://images/rows.parquet", "--data").write_bytes(data.read_bytes())
+    bucket = "s3://AKIAEXAMPLE:topsecret@scores/keys"
+    export(ExportConfig(data="sample", output=f"{bucket}/in", rows=100, files=2), print)
+    (locate(f"{bucket}/in", "--input") / "bad.parquet").write_bytes(b"no")
+    train = ["--data", "s3://AKIAEXAMPLE:topsecret@images/rows.parquet", "--storage-path", f"{bucket}/runs", "--name", "mine"]
+    trained = run_job("train", *train, "--epochs", 1)
+    assert trained.line["run"] == "s3://scores/keys/runs/mine"
+    resumed = run_job("train", *train, "--resume")
+    assert resumed.line["test"] == trained.line["test"]
+    scored = run_job("score", "--model", f"{bucket}/runs/mine", "--input", f"{bucket}/in", "--output", f"{bucket}/out")
+    assert (scored.code, scored.last_line["scored_rows"]) == (3, 100), scored.err
+    for done in (trained, resumed, scored):
+        assert "topsecret" not in done.out + done.err
+    place = locate("s3://scores/keys", "bucket")
+    written = [info.path for info in place.files()]
+    assert "scores/keys/out/_manifest.json" in written
+    for path in written:
+        assert b"topsecret" not in place.at(path).read_bytes(), path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MiB, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def enlarge(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+
+
+def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_path: Path) -> None:
+    output = small_disk / "out"
+    flags = ["--model", model, *pairs(tmp_path, 20_000), "--output", output]
+    (small_disk / "other").write_bytes(bytes(2 * 2**20 - 150_000))
+    full = run_job("score", *flags)
+    assert full.code == 1
+    assert f"error: --output {output}: cannot be written:" in full.err
+    assert "No space left on device" in full.err
+    assert not (output / "_manifest.json").exists()
+    enlarge(small_disk)
+    done = run_job("score", *flags)
+    assert done.line["scored_rows"] == 20_000
+    assert done.line["resumed_rows"] > 0
+    run_job("score", *flags[:-1], tmp_path / "alone")
+    assert content(output) == content(tmp_path / "alone")
+
+
+def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path) -> None:
+    flags = ["--data", data, "--storage-path", small_disk, "--name", "mine", "--epochs", 1]
+    full = run_job("train", *flags, "--max-failures", 0)
+    assert full.code == 1
+    assert "No space left on device" in full.err
+    assert "--name mine --resume goes on" in full.err
+    enlarge(small_disk)
+    assert run_job("train", *flags, "--resume").line["test"]["rows"]
+
+
+def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(model: Path, tmp_path: Path) -> None:
+    flags = ["--model", model, *pairs(tmp_path, ROWS)]
+    with nodes(1, 1) as cluster:
+        job = Job("score", *flags, address=cluster.address)
+        wait_for_files(tmp_path / "out", 8)
+        cluster.remove_node(cluster.head_node, allow_graceful=False)
+        killed = time.monotonic()
+        done = job.wait()
+        assert done.code != 0
+        print(f"ended {time.monotonic() - killed:.0f} s after the head")
+    again = run_job("score", *flags)
+    assert again.line["scored_rows"] == ROWS
+    assert again.line["resumed_rows"] > 0

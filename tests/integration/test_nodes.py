@@ -1,0 +1,156 @@
+"""Several nodes, of which one is lost or taken away: the job goes on, and the result is that of a run left alone."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from mnistsum_ray.config import ExportConfig
+from mnistsum_ray.export import export
+from tests.integration.conftest import Done, Job, add_node, kill_everything, nodes, run_job
+from tests.integration.test_score_kills import content, wait_for_files
+
+pytestmark = pytest.mark.slow
+
+RAY = Path(sys.executable).with_name("ray")
+
+# An epoch of some 20 s, so that a node can go in the middle of one; in small batches and float32, so that it is not much less
+# on newer processors.
+EVERY, TRAIN_ROWS, BATCH = 1, 4_000, 16
+TRAINING = ["--batch-size", BATCH, "--precision", "fp32", "--name", "mine"]
+TWO = [*TRAINING, "--epochs", 2, "--num-workers", 2]
+
+
+def weights(storage: Path) -> bytes:
+    return (storage / "mine" / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def left_alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, Any]]:
+    """The weights and the test figures of a run on two nodes that nothing happens to."""
+    storage = tmp_path_factory.mktemp("alone")
+    with nodes(0, 1, 1) as cluster:
+        done = run_job("train", "--data", data, "--storage-path", storage, *TWO, address=cluster.address)
+    assert "2 CPU workers" in done.err
+    return weights(storage), done.line["test"]
+
+
+def check_done(done: Done, storage: Path, left_alone: tuple[bytes, dict[str, Any]]) -> None:
+    assert done.line["test"] == left_alone[1], done.err
+    assert weights(storage) == left_alone[0]
+
+
+def test_a_lost_node_costs_the_epoch_it_falls_in(data: Path, tmp_path: Path, left_alone: tuple[bytes, dict[str, Any]]) -> None:
+    with nodes(0, 1, 1) as cluster:
+        job = Job("train", "--data", data, "--storage-path", tmp_path, *TWO, address=cluster.address)
+        job.wait_for_line("epoch 1:")
+        job.wait_for_line("epoch 2/2")
+        cluster.remove_node(last_node(cluster), allow_graceful=False)
+        add_node(cluster)
+        done = job.wait()
+    assert "going on after epoch 1, on 2 workers" in done.err
+    check_done(done, tmp_path, left_alone)
+
+
+def last_node(cluster: Cluster) -> Any:
+    """A node that is not the head, which the driver has joined."""
+    return cluster.list_all_nodes()[-1]
+
+
+def test_a_drained_node_costs_seconds_and_not_the_epoch(
+    data: Path, tmp_path: Path, left_alone: tuple[bytes, dict[str, Any]]
+) -> None:
+    notice = 8
+    with nodes(0, 1, 1) as cluster:
+        job = Job("train", "--data", data, "--storage-path", tmp_path, *TWO, address=cluster.address)
+        job.wait_for_line("epoch 1/2")
+        node = last_node(cluster)
+        command = [RAY, "drain-node", "--address", cluster.address, "--node-id", node.node_id]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        subprocess.run([*command, "--deadline-remaining-seconds", str(notice)], check=True, capture_output=True)
+        taken_at = time.monotonic() + notice
+        job.wait_for_line("a node is about to go: saving after step")
+        add_node(cluster)
+        time.sleep(max(0, taken_at - time.monotonic()))
+        cluster.remove_node(node, allow_graceful=False)
+        done = job.wait()
+    check_done(done, tmp_path, left_alone)
+    before, after = done.err.split("going on after epoch ", maxsplit=1)
+    resumed = re.match(r"(\d+)(?:, step (\d+) of the next)?, on 2 workers", after)
+    saved = re.search(r"saving after step (\d+) of epoch (\d+)", before)
+    assert resumed, after
+    assert saved, before
+    kept = int(resumed[1]) * TRAIN_ROWS + int(resumed[2] or 0) * BATCH
+    assert kept >= (int(saved[2]) - 1) * TRAIN_ROWS + int(saved[1]) * BATCH > 0
+    epoch, seen = re.findall(r"epoch (\d+)/2 +([\d,]+) of", before)[-1]
+    assert (int(epoch) - 1) * TRAIN_ROWS + int(seen.replace(",", "")) - kept < 0.9 * TRAIN_ROWS, done.err
+
+
+def test_an_elastic_run_begins_with_few_and_grows(data: Path, tmp_path: Path) -> None:
+    flags = ["--data", data, "--storage-path", tmp_path, *TRAINING, "--num-workers", "1,2", "--epochs", 4]
+    with nodes(0, 1) as cluster:
+        job = Job("train", *flags, address=cluster.address)
+        job.wait_for_line("epoch 1/4")
+        add_node(cluster)
+        done = job.wait()
+    assert re.search(r"going on after epoch \d.*, on 2 workers", done.err), done.err
+    assert done.line["test"]["digit_accuracy"] > 0.97
+
+
+def test_a_local_folder_that_a_node_does_not_see_is_refused(data: Path, model: Path, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    (here / "in").mkdir(parents=True)
+    shutil.copy(data, here / "in" / "rows.parquet")
+    address = "--address {} --num-cpus 1 --object-store-memory 200000000 --block"
+    with nodes(1) as cluster:
+        start = f"mount -t tmpfs tmpfs {here} && exec {RAY} start {address.format(cluster.address)}"
+        alone = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c"]
+        may = subprocess.run([*alone, f"mount -t tmpfs tmpfs {here}"], capture_output=True, text=True)
+        if may.returncode:
+            pytest.skip(f"needs the right to a file system that only one process sees: {may.stderr}")
+        node = subprocess.Popen([*alone, start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            while sum(one["Alive"] for one in cluster.global_state.node_table()) < 2:
+                assert node.poll() is None
+                time.sleep(0.2)
+            said = "does not see what this one sees there; name a folder that all nodes share, or s3://"
+            train = ["--data", data, "--storage-path", here / "runs"]
+            score = ["--model", model, "--number-column", "digit", "--input"]
+            for job, flag, flags in (
+                ("train", f"--storage-path {here}/runs", train),
+                ("train", f"--data {here}/in/rows.parquet", ["--data", here / "in", "--storage-path", tmp_path / "runs"]),
+                ("score", f"--output {here}/out", [*score, data, "--output", here / "out"]),
+                ("score", f"--input {here}/in/rows.parquet", [*score, here / "in", "--output", tmp_path / "out"]),
+            ):
+                done = run_job(job, *flags, address=cluster.address)
+                assert done.code == 2, done.err
+                assert f"error: {flag}" in done.err
+                assert said in done.err
+            assert [path.name for path in here.iterdir()] == ["in"], "nothing of the question is left behind"
+        finally:
+            kill_everything(node.pid)
+            node.wait(timeout=30)
+
+
+def test_scoring_goes_on_with_the_nodes_that_are_left(model: Path, tmp_path: Path) -> None:
+    rows = 60_000
+    export(ExportConfig(data="sample", output=str(tmp_path / "in"), rows=rows, files=8), print)
+    flags = ["--model", model, "--input", tmp_path / "in", "--unit-rows", 500]
+    with nodes(0, 1, 1, 1) as cluster:
+        alone = run_job("score", *flags, "--output", tmp_path / "alone", address=cluster.address)
+        job = Job("score", *flags, "--output", tmp_path / "out", address=cluster.address)
+        wait_for_files(tmp_path / "out", 6)
+        cluster.remove_node(last_node(cluster), allow_graceful=False)
+        assert job.process.poll() is None
+        assert len(list((tmp_path / "out").iterdir())) < rows / 500
+        done = job.wait()
+    assert alone.line["scored_rows"] == done.line["scored_rows"] == rows
+    assert "3 CPU workers" in done.err
+    assert content(tmp_path / "out") == content(tmp_path / "alone")

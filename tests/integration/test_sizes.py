@@ -1,0 +1,45 @@
+"""Whatever is asked of a cluster of whatever size, it finishes or is refused; nothing waits for what cannot come."""
+
+import io
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from mnistsum_ray.config import Refusal, TrainConfig
+from mnistsum_ray.report import Console
+from mnistsum_ray.train import fit, prepare
+from tests.integration.conftest import score_here
+
+EVERY = 25
+WORKERS = (1, 2, 3, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8])
+def test_all_that_is_asked_finishes_or_is_refused_at_once(cpus: int, data: Path, model: Path, tmp_path: Path) -> None:
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        for workers in WORKERS:
+            started = time.monotonic()
+            try:
+                config = TrainConfig(data=str(data), epochs=1, num_workers=workers, storage_path=str(tmp_path / "runs"))
+                run = prepare(config)
+                assert fit(run, Console(io.StringIO()))["test"]["rows"] > 0
+                assert workers <= cpus
+            except Refusal:
+                assert workers > cpus
+                assert time.monotonic() - started < 5
+            started = time.monotonic()
+            try:
+                readers = workers % 3  # none of their own, one, two: on 1 CPU and on 2, more actors than CPUs were they not cut
+                output = tmp_path / f"out{workers}"
+                scored = score_here(model, output, data, number_column="digit", num_workers=workers, num_readers=readers)
+                assert scored.line["scored_rows"] == 200
+                assert workers <= cpus
+            except Refusal:
+                assert workers > cpus
+                assert time.monotonic() - started < 5
+    finally:
+        ray.shutdown()

@@ -1,0 +1,140 @@
+"""One box as the README says: a head, and jobs submitted to it by Ray's own command, with token authentication on."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from mnistsum_ray.mnist import SAMPLE
+from tests.integration.conftest import ROOT, kill_everything
+
+pytestmark = pytest.mark.slow
+
+RAY = Path(sys.executable).with_name("ray")
+
+
+@dataclass
+class Head:
+    """A head that was started by `ray start`, and what a client needs to reach it."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def submit(self, *command: str, working_dir: Path | None = None) -> tuple[subprocess.CompletedProcess[str], int]:
+        """`ray job submit`, and the exit code that the job itself ended with."""
+        job = f"job-{secrets.token_hex(4)}"
+        where = ["--submission-id", job, *(["--working-dir", str(working_dir)] if working_dir else [])]
+        submit: list[Path | str] = [RAY, "job", "submit", *where, "--", *command]
+        done = subprocess.run(submit, env=self.environment, capture_output=True, text=True, timeout=240)
+        code = (
+            "import sys; from ray.job_submission import JobSubmissionClient; "
+            "print(JobSubmissionClient().get_job_info(sys.argv[1]).driver_exit_code)"
+        )
+        ask = [sys.executable, "-c", code, job]
+        asked = subprocess.run(ask, env=self.environment, capture_output=True, text=True, check=True)
+        return done, int(asked.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """On free ports, with a home folder and so a token of its own."""
+    with tempfile.TemporaryDirectory(prefix="h") as name, socket.socket() as probe:
+        folder = Path(name)
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        here = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        here |= {"HOME": name, "RAY_TMPDIR": name, "PATH": f"{RAY.parent}:{here['PATH']}"}
+        subprocess.run([RAY, "get-auth-token", "--generate"], env=here, check=True, capture_output=True)
+        command: list[Path | str] = [RAY, "start", "--head", "--block", "--port=0", f"--dashboard-port={port}", "--num-cpus=2"]
+        process = subprocess.Popen(command, env=here, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            client = here | {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"http://127.0.0.1:{port}"}
+            deadline = time.monotonic() + 60
+            while subprocess.run([RAY, "job", "list"], env=client, capture_output=True).returncode:
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+            yield Head(folder, client)
+        finally:
+            kill_everything(process.pid)
+            process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def project(head: Head) -> Path:
+    """A copy of the project that says another version of itself, so that it shows whose code has run."""
+    copy = head.folder / "project"
+    kept = [name for name in ("jobs", "mnistsum_ray", "pyproject.toml") if (ROOT / name).exists()]
+    for name in kept:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name)
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    init = copy / "mnistsum_ray" / "__init__.py"
+    init.write_text(init.read_text() + '\n__version__ = "9.9.9"\n')
+    return copy
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The job's JSON line, of what `ray job submit` shows of its log."""
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    value: dict[str, Any] = json.loads(line)
+    return value
+
+
+def test_the_token_is_asked_for(head: Head) -> None:
+    without = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_MODE"} | {"RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run([RAY, "job", "list"], env=without, capture_output=True, text=True)
+    assert done.returncode
+    assert "nauth" in done.stdout + done.stderr
+
+
+def test_both_jobs_from_a_working_dir(head: Head, project: Path) -> None:
+    rows, output = head.folder / "rows.parquet", head.folder / "predictions"
+    pq.write_table(pq.read_table(SAMPLE)[::10], rows)
+    train = ["python", "jobs/train.py", "--data", str(rows), "--epochs", "1", "--name", "mine"]
+    done, code = head.submit(*train, working_dir=project)
+    assert (done.returncode, code) == (0, 0), done.stdout
+    run = Path(last_line(done)["run"])
+    assert run == head.folder / "runs" / "mine", "a relative path of a submitted job starts from home"
+    assert json.loads((run / "manifest.json").read_text())["versions"]["mnistsum_ray"] == "9.9.9"
+
+    # A refusal, a failure and a success, each with its exit code.
+    done, code = head.submit(*train, working_dir=project)
+    assert (done.returncode, code) == (1, 2), done.stdout
+    assert "error: --name mine:" in done.stdout
+    export = ["python", "jobs/export_pairs.py", "--data", "sample", "--output", "pairs", "--rows", "500", "--files", "2"]
+    done, code = head.submit(*export, working_dir=project)
+    assert (done.returncode, code) == (0, 0), done.stdout
+    score = ["python", "jobs/score.py", "--model", "runs/mine", "--input", "pairs", "--output", str(output)]
+    done, code = head.submit(*score, working_dir=project)
+    assert (done.returncode, code) == (0, 0), done.stdout
+    assert last_line(done)["scored_rows"] == 500
+    (head.folder / "pairs" / "bad.parquet").write_bytes(b"no")
+    done, code = head.submit(*score, working_dir=project)
+    assert (done.returncode, code) == (1, 3), done.stdout
+    assert last_line(done)["failed_files"] == 1
+    done, code = head.submit(*score, "--strict", "--overwrite", working_dir=project)
+    assert (done.returncode, code) == (1, 1), done.stdout
+    assert "error: --strict: nothing was scored" in done.stdout
+
+
+def test_the_plain_form_from_the_folder_where_the_head_was_started(head: Head, project: Path) -> None:
+    """`ray job submit -- python jobs/train.py`, as on the design card."""
+    for name in ("jobs", "mnistsum_ray"):
+        (head.folder / name).symlink_to(project / name)
+    done, code = head.submit("python", "jobs/train.py", "--data", "rows.parquet", "--epochs", "1", "--name", "plain")
+    assert (done.returncode, code) == (0, 0), done.stdout
+    assert last_line(done)["run"] == str(head.folder / "runs" / "plain")
