@@ -17,6 +17,7 @@ import ray.train.torch
 import torch
 from ray.data.dataset import MaterializedDataset
 from ray.util.queue import Queue
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mnistsum_ray import checkpoint, pipeline
@@ -125,7 +126,10 @@ class _Trainer:
             precision = self.config.precision or ("bf16" if self._agreed(faster_with_bf16(self.device)) else "fp32")
             return checkpoint.TrainerState(0, [], checkpoint.weights_of(self.model), precision)
         with last.as_directory() as folder:
-            state = checkpoint.load_state(Path(folder), self.model, self.optimizer)
+            try:
+                state = checkpoint.load_state(Path(folder), self.model, self.optimizer)
+            except (SafetensorError, AssertionError, KeyError, RuntimeError, ValueError) as error:
+                raise ValueError(f"checkpoint {last.path} cannot be used: {error}; train anew under another --name") from error
         inside = f", step {state.progress.steps} of the next" if state.progress.steps else ""
         self._say(kind="note", text=f"going on after epoch {state.epochs_done}{inside}, on {self.world_size} workers")
         return state

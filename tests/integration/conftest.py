@@ -31,6 +31,20 @@ from mnistsum_ray.storage import locate
 
 ROOT = Path(__file__).parents[2]
 
+_TOLD: list[str] = []
+
+
+def tell(what: str, since: float) -> None:
+    """Have pytest say at the end how long something took, on this machine."""
+    _TOLD.append(f"{what} after {time.monotonic() - since:.1f} s")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _TOLD:
+        terminalreporter.section("how long until it went on")
+        for line in _TOLD:
+            terminalreporter.line(line)
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:

@@ -10,7 +10,7 @@ import pytest
 from mnistsum_ray.config import ExportConfig
 from mnistsum_ray.export import export
 from mnistsum_ray.storage import locate
-from tests.integration.conftest import Job, Storage, nodes, run_job
+from tests.integration.conftest import Job, Storage, nodes, run_job, tell
 from tests.integration.test_score_kills import content, wait_for_files
 
 pytestmark = pytest.mark.slow
@@ -35,6 +35,12 @@ def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path)
         time.sleep(0.1)
     refused = s3.refused
     s3.overload(OVERLOADED_SECONDS)
+    time.sleep(OVERLOADED_SECONDS)
+    better, there = time.monotonic(), len(output.files())
+    while len(output.files()) <= there:
+        assert job.process.poll() is None
+        time.sleep(0.1)
+    tell("scoring, a storage that answers 503 for 20 s: the next file, from when it answers,", better)
     done = job.wait()
     assert s3.refused > refused
     assert done.line["input_rows"] == done.line["scored_rows"] == ROWS
@@ -47,6 +53,10 @@ def test_training_outlasts_a_storage_that_is_overloaded(s3: Storage, data: Path,
     job = Job("train", *flags, "--storage-path", "s3://runs/busy")
     job.wait_for_line("epoch 1:")  # said just before the checkpoint is written
     s3.overload(OVERLOADED_SECONDS)
+    time.sleep(OVERLOADED_SECONDS)
+    better = time.monotonic()
+    job.wait_for_line("epoch 2:")
+    tell("training, a storage that answers 503 for 20 s: the next epoch done, from when it answers,", better)
     done = job.wait()
     assert s3.refused > refused
     assert done.line["test"] == here.line["test"]
@@ -125,7 +135,10 @@ def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(
         killed = time.monotonic()
         done = job.wait()
         assert done.code != 0
-        print(f"ended {time.monotonic() - killed:.0f} s after the head")
-    again = run_job("score", *flags)
+        tell("scoring, the head killed: the job ended, saying so,", killed)
+    job, started = Job("score", *flags), time.monotonic()
+    wait_for_files(tmp_path / "out", len(list((tmp_path / "out").glob("part-*.parquet"))) + 1)
+    tell("scoring, the head killed: the next file, from the same command,", started)
+    again = job.wait()
     assert again.line["scored_rows"] == ROWS
     assert again.line["resumed_rows"] > 0

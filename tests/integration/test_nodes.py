@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 
 from mnistsum_ray.config import ExportConfig
 from mnistsum_ray.export import export
-from tests.integration.conftest import Done, Job, add_node, kill_everything, nodes, run_job
+from tests.integration.conftest import Done, Job, add_node, kill_everything, nodes, run_job, tell
 from tests.integration.test_score_kills import content, wait_for_files
 
 pytestmark = pytest.mark.slow
@@ -53,7 +53,10 @@ def test_a_lost_node_costs_the_epoch_it_falls_in(data: Path, tmp_path: Path, lef
         job.wait_for_line("epoch 1:")
         job.wait_for_line("epoch 2/2")
         cluster.remove_node(last_node(cluster), allow_graceful=False)
+        lost = time.monotonic()
         add_node(cluster)
+        job.wait_for_line("going on after epoch")
+        tell("training, one of two nodes lost and another come: went on", lost)
         done = job.wait()
     assert "going on after epoch 1, on 2 workers" in done.err
     check_done(done, tmp_path, left_alone)
@@ -80,6 +83,8 @@ def test_a_drained_node_costs_seconds_and_not_the_epoch(
         add_node(cluster)
         time.sleep(max(0, taken_at - time.monotonic()))
         cluster.remove_node(node, allow_graceful=False)
+        job.wait_for_line("going on after epoch")
+        tell("training, a drained node taken and another come: went on", taken_at)
         done = job.wait()
     check_done(done, tmp_path, left_alone)
     before, after = done.err.split("going on after epoch ", maxsplit=1)
@@ -148,8 +153,12 @@ def test_scoring_goes_on_with_the_nodes_that_are_left(model: Path, tmp_path: Pat
         job = Job("score", *flags, "--output", tmp_path / "out", address=cluster.address)
         wait_for_files(tmp_path / "out", 6)
         cluster.remove_node(last_node(cluster), allow_graceful=False)
+        lost = time.monotonic()
         assert job.process.poll() is None
-        assert len(list((tmp_path / "out").iterdir())) < rows / 500
+        there = len(list((tmp_path / "out").glob("part-*.parquet")))
+        assert there < rows / 500
+        wait_for_files(tmp_path / "out", there + 1)
+        tell("scoring, one of three nodes lost: the next file", lost)
         done = job.wait()
     assert alone.line["scored_rows"] == done.line["scored_rows"] == rows
     assert "3 CPU workers" in done.err

@@ -15,7 +15,7 @@ import pytest
 
 from mnistsum_ray.config import ExportConfig
 from mnistsum_ray.export import export
-from tests.integration.conftest import Job, descendants, kill_everything, kill_worker, run_job
+from tests.integration.conftest import Job, descendants, kill_everything, kill_worker, run_job, tell
 
 ROWS, FILES, UNIT_ROWS = 12_000, 6, 500
 
@@ -109,7 +109,9 @@ def test_an_actor_then_the_driver_then_everything(
         os.kill(job.process.pid, signal.SIGKILL)
         job.wait()
 
-        job = Job("score", *flags(model, pairs, output))
+        job, again = Job("score", *flags(model, pairs, output)), time.monotonic()
+        wait_for_files(output, len(list(output.glob("part-*.parquet"))) + 1)
+        tell("scoring, the driver killed: the next file, from the same command,", again)
         wait_for_files(output, 14)
         kill_everything(job.process.pid)
         job.wait()
@@ -128,6 +130,9 @@ def test_a_killed_actor_is_replaced(model: Path, pairs: Path, tmp_path: Path, un
     with watched(output):
         wait_for_files(output, 3)
         kill_worker(job.process.pid, ACTOR)
+        killed = time.monotonic()
+        wait_for_files(output, len(list(output.glob("part-*.parquet"))) + 1)
+        tell("scoring, one of two actors killed: the next file", killed)
         done = job.wait()
     assert done.code == 3, done.err
     assert done.last_line["resumed_rows"] == 0
@@ -154,7 +159,7 @@ def test_twenty_kills_at_random_moments(model: Path, pairs: Path, tmp_path: Path
     with watched(output):
         for _ in range(20):
             job = Job("score", *flags(model, pairs, output))
-            time.sleep(chance.uniform(4, 12))
+            time.sleep(chance.uniform(4, 9))
             if chance.random() < 0.3 and any(ACTOR in title for title in descendants(job.process.pid).values()):
                 kill_worker(job.process.pid, ACTOR)
                 time.sleep(chance.uniform(0, 2))

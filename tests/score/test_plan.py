@@ -102,3 +102,11 @@ def test_units_hold_every_part_once_and_in_order(sizes: list[list[int]], workers
 def test_small_files_share_a_unit() -> None:
     parts, _ = plan(files(*[[10]] * 2000), 16_384)
     assert len(units_of(parts, 16_384, 2)) == 8
+
+
+def test_a_name_that_leads_out_of_the_output_is_no_part() -> None:
+    """No disk has such a file, but an object store may."""
+    parts, clashes = plan(files([5], [5], [5], [5], names=["../a.parquet", "b/../../c.parquet", "..", "d..parquet"]), 10)
+    assert parts["output"].to_pylist() == ["d..parquet"]
+    assert set(clashes) == {"../a.parquet", "b/../../c.parquet", ".."}
+    assert set(clashes.values()) == {"would be written outside of the output; rename it"}
