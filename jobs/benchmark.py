@@ -44,7 +44,8 @@ WAYS = {"train": ("loader", "memory", "worker", "ray"), "score": ("loader", "mem
 
 def train_with_ray(data: str, epochs: int) -> dict[str, float]:
     """Rows a second, and the share of the time spent waiting for data, over all epochs but the first."""
-    from mnistsum_ray.train import fit, prepare
+    from mnistsum_ray.prepare import prepare
+    from mnistsum_ray.train import fit
 
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(data=data, epochs=epochs, batch_size=BATCH, max_shift=2, storage_path=folder, name="benchmark")

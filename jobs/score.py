@@ -26,11 +26,13 @@ def score(argv: list[str]) -> tuple[dict[str, Any], int]:
     config = parse(ScoreConfig, argv, __doc__)
 
     from mnistsum_ray.report import Console
-    from mnistsum_ray.score import run  # torch and ray take seconds to import, --help should not
     from mnistsum_ray.score.prepare import prepare
 
     prepared = prepare(config)
     job.connect()
+
+    from mnistsum_ray.score import run  # torch and ray take seconds to import, which a refusal should not
+
     line, complete = run.score(prepared, Console())
     return line, job.DONE if complete else job.INCOMPLETE
 

@@ -20,11 +20,14 @@ from mnistsum_ray.config import TrainConfig, parse
 def train(argv: list[str]) -> tuple[dict[str, Any], int]:
     config = parse(TrainConfig, argv, __doc__)
 
+    from mnistsum_ray.prepare import prepare
     from mnistsum_ray.report import Console
-    from mnistsum_ray.train import fit, prepare  # torch and ray take seconds to import, --help should not
 
     run = prepare(config)
     job.connect()
+
+    from mnistsum_ray.train import fit  # torch takes seconds to import, which a refusal should not
+
     console = Console()
     summary = fit(run, console)
     console.say(f"model: {summary['model']}")

@@ -25,7 +25,8 @@ def keep_memory() -> None:
 
 def be_deterministic() -> None:
     """Have this process compute the same bits each time."""
-    torch.use_deterministic_algorithms(True)
+    # `use_deterministic_algorithms` does the same, and takes a second to import a compiler that is not used.
+    torch.set_deterministic_debug_mode("error")
     # Filling what is about to be overwritten only helps to find reads of it, and costs a fifth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

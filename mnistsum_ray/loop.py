@@ -22,10 +22,11 @@ from torch import Tensor
 
 from mnistsum_ray import checkpoint, pipeline
 from mnistsum_ray.device import be_deterministic, faster_with_bf16, keep_memory
+from mnistsum_ray.gather import Schedule
 from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows
 from mnistsum_ray.model import TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.pairs import Rows
-from mnistsum_ray.pipeline import Batch, Schedule
+from mnistsum_ray.pipeline import Batch
 
 REPORT_SECONDS: Final = 5.0
 """Least time between two progress reports."""

@@ -1,14 +1,11 @@
-"""A training run, seen from the driver: refuse early, load the data, fit, publish the best model."""
+"""A training run, seen from the driver: load the data, fit, publish the best model."""
 
 import json
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,101 +13,23 @@ import ray
 import ray.exceptions
 import ray.train
 import ray.train.torch
-from pyarrow.fs import FileSelector, FileType
-from pydantic import ValidationError
 from ray.data.dataset import MaterializedDataset
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray import pipeline, resources
 from mnistsum_ray.checkpoint import MODEL_FILES
-from mnistsum_ray.config import Refusal, RunFailed, TrainConfig
+from mnistsum_ray.config import Refusal, RunFailed
 from mnistsum_ray.loop import LoopConfig, train_loop_per_worker
-from mnistsum_ray.mnist import ParquetPart, Source, open_source
+from mnistsum_ray.mnist import ParquetPart
 from mnistsum_ray.model import PARAMETERS
+from mnistsum_ray.prepare import Run, read_manifest
 from mnistsum_ray.reach import refuse_unshared
 from mnistsum_ray.report import SILENCE_SECONDS, Console, draw_history, versions, write_history
-from mnistsum_ray.storage import Location, base_folder, locate
-
-SMALL_ROWS: Final = 20_000
-"""Below so many training rows, smaller batches and more epochs: the sum head needs its number of steps."""
+from mnistsum_ray.storage import Location
 
 _GROWTH_SECONDS: Final = 30.0
 """Between two looks whether an elastic run can have more workers; growing costs what is done of the epoch."""
-
-# What a run's numbers depend on, and so what `--resume` may not change.
-_FIXED: Final = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_shift", "seed", "precision")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A request that has been found sound: what to train on what, and where it goes."""
-
-    config: TrainConfig
-    source: Source
-    storage: Location
-    folder: Location
-    """The run's own, below the storage path."""
-
-
-def prepare(config: TrainConfig) -> Run:
-    """Check all that can be checked without a cluster, and fill in what follows from the data.
-
-    Raises:
-        Refusal: the data, the name or the storage will not do.
-    """
-    storage = locate(config.storage_path, "--storage-path", base_folder())
-    name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    folder = storage / name
-    try:
-        # A run that was killed before it wrote its manifest has done nothing yet, and keeps nobody from the name.
-        taken = (folder / "manifest.json").exists() or (folder.exists() and not _is_empty(folder))
-        if config.resume:
-            config = _resumed(config, folder)
-        elif taken:
-            raise Refusal(f"--name {name}: {folder.text} exists; continue it with --resume, or choose another name")
-    except OSError as error:
-        raise Refusal(f"--storage-path {storage.text}: {' '.join(str(error).split())}") from None
-    source = open_source(config.data)
-    small = len(source.train) < SMALL_ROWS
-    recipe = {"epochs": 6, "batch_size": 64, "max_shift": 1} if small else {"epochs": 5, "batch_size": 256, "max_shift": 2}
-    unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
-    # As found, so that --resume finds the same from any folder and on any day.
-    found = {"name": name, "storage_path": storage.text, "data": "sample" if source.name == "sample" else source.location}
-    return Run(config.model_copy(update=unset | found), source, storage.patient(), folder.patient())
-
-
-def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
-    """The config of the stored run, with what this command says of the cluster."""
-    manifest = _read_manifest(folder)
-    try:
-        stored = TrainConfig(**manifest["config"])
-    except (KeyError, TypeError, ValidationError):
-        raise Refusal(f"--resume: {folder.text}/manifest.json is not that of a run of this version") from None
-    given = {key: getattr(config, key) for key in config.model_fields_set}
-    for key in _FIXED:
-        if key in given and given[key] != getattr(stored, key):
-            raise Refusal(
-                f"--{key.replace('_', '-')} {given[key]}: the run {config.name} has {getattr(stored, key)}, and its numbers "
-                "depend on it; leave the flag out, or start another run"
-            )
-    return stored.model_copy(update=given)
-
-
-def _is_empty(folder: Location) -> bool:
-    """Whether nothing but unfinished files of ours lies there."""
-    entries = folder.filesystem.get_file_info(FileSelector(folder.path)) if folder.info().type == FileType.Directory else None
-    return entries is not None and all(entry.base_name.endswith(".partial") for entry in entries)
-
-
-def _read_manifest(folder: Location) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = (folder / "manifest.json").read_json()
-    except FileNotFoundError:
-        raise Refusal(f"--resume: there is no run in {folder.text} (no manifest.json); start it without --resume") from None
-    except ValueError:
-        raise Refusal(f"--resume: {folder.text}/manifest.json is not JSON") from None
-    return manifest
 
 
 def fit(run: Run, console: Console) -> dict[str, Any]:
@@ -139,7 +58,7 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
     loaded = pipeline.load(source)
     manifest = _manifest(run, loaded.fingerprint)
     if config.resume:
-        _check_data(_read_manifest(run.folder), loaded.fingerprint)
+        _check_data(read_manifest(run.folder), loaded.fingerprint)
     elif (run.folder / "manifest.json").exists():  # again, since all of the waiting and reading lies between
         raise Refusal(f"--name {config.name}: another run has taken it meanwhile; choose another name")
     (run.folder / "manifest.json").write_json(manifest)

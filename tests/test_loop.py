@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mnistsum_ray.device import faster_with_bf16
+from mnistsum_ray.gather import Schedule
 from mnistsum_ray.loop import one_cycle
 from mnistsum_ray.pairs import epoch_order
-from mnistsum_ray.pipeline import Schedule
 
 IDS = np.arange(10, 1015)  # 1,005 rows: not a multiple of anything below
 

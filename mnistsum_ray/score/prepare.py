@@ -2,18 +2,19 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-from torch import Tensor
 
-from mnistsum_ray.checkpoint import load_model, weights_of
 from mnistsum_ray.config import Refusal, ScoreConfig
 from mnistsum_ray.score.footers import Columns, read_footers, refuse_unknown_columns
 from mnistsum_ray.score.inputs import Inputs, list_inputs
 from mnistsum_ray.score.spread import FEW, spread
 from mnistsum_ray.storage import Location, base_folder, locate, locate_existing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Run:
     config: ScoreConfig
     model: Location
     card: dict[str, Any]
-    weights: dict[str, Tensor]
+    weights: "dict[str, Tensor]"
     inputs: Inputs
     columns: Columns
     output: Location
@@ -51,6 +52,9 @@ def prepare(config: ScoreConfig) -> Run:
     if inputs.files.num_rows <= FEW:
         footers = read_all_footers(inputs, columns)
     model = locate_existing(config.model, "--model")
+
+    from mnistsum_ray.checkpoint import load_model, weights_of  # torch, a second to import, for which the rest need not wait
+
     try:
         network, card = load_model(model)
     except Refusal as refusal:

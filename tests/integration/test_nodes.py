@@ -145,7 +145,7 @@ def test_a_local_folder_that_a_node_does_not_see_is_refused(data: Path, model: P
 
 
 def test_scoring_goes_on_with_the_nodes_that_are_left(model: Path, tmp_path: Path) -> None:
-    rows = 60_000
+    rows = 40_000
     export(ExportConfig(data="sample", output=str(tmp_path / "in"), rows=rows, files=8), print)
     flags = ["--model", model, "--input", tmp_path / "in", "--unit-rows", 500]
     with nodes(0, 1, 1, 1) as cluster:

@@ -12,9 +12,10 @@ from ray.data.dataset import MaterializedDataset
 
 from mnistsum_ray import pipeline
 from mnistsum_ray.config import Refusal
+from mnistsum_ray.gather import Schedule
 from mnistsum_ray.mnist import open_source
 from mnistsum_ray.pairs import random_numbers
-from mnistsum_ray.pipeline import Batch, Schedule
+from mnistsum_ray.pipeline import Batch
 from mnistsum_ray.schema import pixels_view
 
 Rows = Callable[[int], Path]

@@ -152,6 +152,7 @@ def test_of_two_runs_on_one_output_one_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(1200)
 def test_twenty_kills_at_random_moments(model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     output = tmp_path / "out"

@@ -8,8 +8,9 @@ import pytest
 import ray
 
 from mnistsum_ray.config import Refusal, TrainConfig
+from mnistsum_ray.prepare import prepare
 from mnistsum_ray.report import Console
-from mnistsum_ray.train import fit, prepare
+from mnistsum_ray.train import fit
 from tests.integration.conftest import score_here
 
 EVERY = 25
@@ -17,6 +18,7 @@ WORKERS = (1, 2, 3, 4)
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8])
 def test_all_that_is_asked_finishes_or_is_refused_at_once(cpus: int, data: Path, model: Path, tmp_path: Path) -> None:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")

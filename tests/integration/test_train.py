@@ -28,7 +28,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(cluster: str, data: Path, runs: Path) -> Done:
-    return run_job("train", "--data", data, "--epochs", 2, "--storage-path", runs, "--name", "one", address=cluster)
+    flags = ["--data", data, "--epochs", 2, "--precision", "fp32"]  # as plain PyTorch below
+    return run_job("train", *flags, "--storage-path", runs, "--name", "one", address=cluster)
 
 
 def test_the_last_line_is_the_contract(done: Done, runs: Path) -> None:
