@@ -55,7 +55,7 @@ class ParquetPart:
         try:
             with self.location.filesystem.open_input_file(self.location.path) as stream:
                 table = pq.ParquetFile(stream).read_row_groups(list(self.row_groups), columns=["image", self.digit_column])
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, ValueError) as error:  # the last from an extension type of Ray with wrong metadata
             raise Refusal(f"{where}: cannot be read: {' '.join(str(error).split())}") from None
         if table.num_rows != self.rows:
             raise Refusal(f"{where}: has {table.num_rows} rows where its footer says {self.rows}")
