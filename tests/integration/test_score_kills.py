@@ -160,7 +160,7 @@ def test_twenty_kills_at_random_moments(model: Path, pairs: Path, tmp_path: Path
     with watched(output):
         for _ in range(20):
             job = Job("score", *flags(model, pairs, output))
-            time.sleep(chance.uniform(4, 9))
+            time.sleep(chance.uniform(6, 15))
             if chance.random() < 0.3 and any(ACTOR in title for title in descendants(job.process.pid).values()):
                 kill_worker(job.process.pid, ACTOR)
                 time.sleep(chance.uniform(0, 2))
