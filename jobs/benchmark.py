@@ -1,96 +1,138 @@
-"""Our speed beside plain PyTorch, in one run on one machine: rows a second in steady state.
+"""Our speed beside plain PyTorch, in one run on one machine.
 
     python jobs/benchmark.py train --data FOLDER
     python jobs/benchmark.py score --data FOLDER
 
-Several ways, each in a process of its own, once in this order and once backwards, since a machine's speed drifts:
+Several ways, each in a process of its own, in this order and then backwards and so on, since a machine's speed drifts:
 
-    loader    the original's way: torchvision's dataset row by row through a DataLoader, float32, PyTorch's default layout
-    memory    our model and precision on float tensors that already lie in memory, nothing else running; for training with the
-              same threads and optimizer, for scoring with the best batch and the best number of processes
-    worker    (train) the same loop, but in a Ray Train worker: what is left between it and ray is the data's doing
-    ray       jobs/train.py as it is, its first epoch left out; or jobs/score.py as it is, from the first row read to the last
-              file committed
+    loader       the original's way: torchvision's dataset row by row through a DataLoader, float32, PyTorch's default layout
+    memory       our model on tensors that already lie in memory, nothing else running; for training with the same threads and
+                 optimizer, for scoring with the best batch and the best number of processes
+    memory-int8  (score) the same with --precision int8
+    worker       (train) memory's loop, but in a Ray Train worker: what is left between it and ray is the data's doing
+    ray          jobs/train.py as it is, or jobs/score.py as it is
+    ray-int8     (score) the same with --precision int8
 
-The last line on standard output is one JSON object.
+Of each: rows a second in steady state; seconds from the command to the first batch or training step, and of that batch (of `ray`
+the wait for it); for scoring with Ray seconds from the command to the first committed file, of 1,000 rows. Steady state leaves
+out three batches, `ray`'s first epoch, or all that comes before the first row is read. Medians, the extremes in brackets, as a
+table on standard error; the last line on standard output is one JSON object.
 """
 
 import argparse
-import contextlib
 import json
+import os
+import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mnistsum_ray import baseline, job
-from mnistsum_ray.baseline import BATCH
+from mnistsum_ray import baseline, int8, job
+from mnistsum_ray.baseline import BATCH, Speed
 from mnistsum_ray.checkpoint import save_model, weights_of
-from mnistsum_ray.config import ExportConfig, Refusal, RunFailed, ScoreConfig, TrainConfig
+from mnistsum_ray.config import ExportConfig, Refusal, RunFailed, TrainConfig
+from mnistsum_ray.export import export
 from mnistsum_ray.loop import use_cores
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.mnist import ParquetPart, open_source
 from mnistsum_ray.model import TwoHeadCNN
-from mnistsum_ray.report import Console
+from mnistsum_ray.report import Console, versions
 from mnistsum_ray.schema import Pixels, pixels_view
 from mnistsum_ray.storage import locate
 
-WAYS = {"train": ("loader", "memory", "worker", "ray"), "score": ("loader", "memory", "ray")}
+WAYS = {
+    "train": ("loader", "memory", "worker", "ray"),
+    "score": ("loader", "memory", "memory-int8", "ray", "ray-int8"),
+}
+RATIOS = {
+    "train": (("ray", "memory"), ("ray", "worker"), ("ray", "loader")),
+    "score": (("ray", "memory"), ("ray", "loader"), ("ray-int8", "memory-int8"), ("ray-int8", "loader")),
+}
+JOBS = Path(__file__).parent
 
 
 def train_with_ray(data: str, epochs: int) -> dict[str, float]:
-    """Rows a second, and the share of the time spent waiting for data, over all epochs but the first."""
-    from mnistsum_ray.prepare import prepare
-    from mnistsum_ray.train import fit
-
+    """jobs/train.py: its speed, and of all epochs but the first the share of the time spent waiting, and the longest gap."""
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(data=data, epochs=epochs, batch_size=BATCH, max_shift=2, storage_path=folder, name="benchmark")
-        job.connect()
-        with contextlib.redirect_stdout(sys.stderr):
-            fit(prepare(config), Console())
+        flags = ["--data", data, "--epochs", epochs, "--batch-size", BATCH, "--storage-path", folder, "--name", "benchmark"]
+        began = time.time()
+        _command("train.py", *flags)
         lines = (Path(folder) / "benchmark" / "history.jsonl").read_text().splitlines()
-    history = [json.loads(line) for line in lines[1:]]
-    seconds = sum(entry["seconds"] for entry in history)
-    rows = sum(entry["rows_per_second"] * entry["seconds"] for entry in history)
-    waiting = sum(entry["waiting"] * entry["seconds"] for entry in history)
-    return {"rows_per_second": rows / seconds, "waiting": waiting / seconds}
+    history = [json.loads(line) for line in lines]
+    first, later = history[0], history[1:]
+    seconds = sum(entry["seconds"] for entry in later)
+    rows = sum(entry["rows_per_second"] * entry["seconds"] for entry in later)
+    gaps = [
+        after["started"] - (entry["started"] + entry["seconds"] + entry["evaluation_seconds"])
+        for entry, after in zip(history, later, strict=False)
+    ]
+    return {
+        "rows_per_second": rows / seconds,
+        "startup_seconds": first["started"] + first["first_batch_seconds"] - began,
+        "first_batch_seconds": first["first_batch_seconds"],
+        "waiting": sum(entry["waiting"] * entry["seconds"] for entry in later) / seconds,
+        "between_epochs_seconds": max(gaps),
+    }
 
 
-def score_with_ray(data: str, rows: int) -> dict[str, float]:
-    """Rows a second from the first row read to the last file committed, and the seconds of the whole command."""
-    from mnistsum_ray.export import export
-    from mnistsum_ray.score.prepare import prepare
-    from mnistsum_ray.score.run import score
-
+def score_with_ray(data: str, rows: int, precision: list[str]) -> dict[str, float]:
+    """jobs/score.py: its speed on so many rows; from the command to the first committed file with 1,000."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        export(ExportConfig(data=data, output=str(folder / "pairs"), rows=rows, files=8), Console().say)
-        (folder / "model").mkdir()
-        nothing = Scores(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
-        save_model(folder / "model", weights_of(TwoHeadCNN()), epoch=0, validation=nothing, test=nothing)
-        started = time.monotonic()
-        config = ScoreConfig(model=str(folder / "model"), input=(str(folder / "pairs"),), output=str(folder / "predictions"))
-        prepared = prepare(config)
-        job.connect()
-        line, complete = score(prepared, Console())
-        assert complete
-        assert line["scored_rows"] == rows
-        return {"rows_per_second": line["rows_per_second"], "seconds": time.monotonic() - started}
+        _random_model(folder / "model", data)
+
+        def scored(count: int, files: int) -> tuple[float, float]:
+            """Rows a second, and seconds from the command to the first committed file."""
+            pairs, output = folder / f"pairs-{count}", folder / f"predictions-{count}"
+            export(ExportConfig(data=data, output=str(pairs), rows=count, files=files), Console().say)
+            began = time.time()
+            line = _command("score.py", "--model", folder / "model", "--input", pairs, "--output", output, *precision)
+            assert line["scored_rows"] == count
+            # A file's time is that of its last byte; it takes its final name right after.
+            first = min(file.stat().st_mtime for file in output.glob("*.parquet") if file.name[0] != "_")
+            return line["rows_per_second"], first - began
+
+        rate, _ = scored(rows, 8)
+        return {"rows_per_second": rate, "first_file_seconds": scored(1000, 1)[1]}
 
 
-def train_in_worker(data: str, seconds: float) -> dict[str, float]:
+def _random_model(folder: Path, data: str) -> None:
+    """A model folder with random weights, which are as fast as any, calibrated for int8."""
+    folder.mkdir()
+    model = TwoHeadCNN().eval()
+    nothing = Scores(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
+    save_model(folder, weights_of(model), epoch=0, validation=nothing, test=nothing)
+    images, digits = (torch.as_tensor(values[:500]) for values in _rows(data))
+    card = folder / "model.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"int8": int8.quantize(model, images, images, digits).as_json()}))
+
+
+def _command(script: str, *flags: object) -> dict[str, Any]:
+    """Run one of the jobs; its last line."""
+    command = [sys.executable, str(JOBS / script), *map(str, flags)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RunFailed(f"{script} ended with {done.returncode}; its error stands above")
+    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return line
+
+
+def train_in_worker(data: str, seconds: float, began: float) -> dict[str, float]:
     """`baseline.memory_loop` in a Ray Train worker with the resources that jobs/train.py gives it."""
     import ray
 
     from mnistsum_ray.resources import allot, look
 
-    def loop(_: dict[str, Any]) -> float:
+    def loop(_: dict[str, Any]) -> dict[str, float]:
         use_cores(1)
-        return in_pytorch("train", "memory", data, seconds)["rows_per_second"]
+        return asdict(in_pytorch("train", "memory", data, seconds, began))
 
     job.connect()
     allotment = allot(TrainConfig(num_workers=1), look())
@@ -103,19 +145,22 @@ def train_in_worker(data: str, seconds: float) -> dict[str, float]:
             ),
             run_config=ray.train.RunConfig(storage_path=folder),
         )
-        return {"rows_per_second": float(trainer.fit().return_value)}
+        measured: dict[str, float] = trainer.fit().return_value
+        return measured
 
 
-def in_pytorch(what: str, way: str, data: str, seconds: float) -> dict[str, float]:
+def in_pytorch(what: str, way: str, data: str, seconds: float, began: float) -> Speed:
     """One of the ways that are not Ray's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, digits = _rows(data)
     if way == "loader":
         loop = baseline.loader_loop if what == "train" else baseline.score_loader_loop
-        return {"rows_per_second": loop(images, digits, seconds, device)}
+        return loop(images, digits, seconds, device, began)
     if what == "train":
-        return {"rows_per_second": baseline.memory_loop(images, digits, seconds, device)}
-    return {"rows_per_second": baseline.score_memory_loop(images, seconds, device)}
+        return baseline.memory_loop(images, digits, seconds, device, began)
+    if way == "memory-int8":
+        return baseline.score_memory_loop(images, seconds, torch.device("cpu"), "int8", began)
+    return baseline.score_memory_loop(images, seconds, device, None, began)
 
 
 def _rows(data: str) -> tuple[Pixels, list[int]]:
@@ -127,49 +172,90 @@ def _rows(data: str) -> tuple[Pixels, list[int]]:
 def one(args: argparse.Namespace) -> dict[str, float]:
     """Measure one way in this process."""
     if args.way == "worker":
-        return train_in_worker(args.data, args.seconds)
-    if args.way != "ray":
-        return in_pytorch(args.what, args.way, args.data, args.seconds)
-    return train_with_ray(args.data, args.epochs) if args.what == "train" else score_with_ray(args.data, args.rows)
+        return train_in_worker(args.data, args.seconds, args.began)
+    if not args.way.startswith("ray"):
+        return asdict(in_pytorch(args.what, args.way, args.data, args.seconds, args.began))
+    if args.what == "train":
+        return train_with_ray(args.data, args.epochs)
+    return score_with_ray(args.data, args.rows, ["--precision", "int8"] if args.way == "ray-int8" else [])
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instructions": sorted(name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni") if flags.get(name)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
 def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=WAYS)
     parser.add_argument("--data", default="auto", help="as for jobs/train.py (default: auto)")
-    parser.add_argument("--seconds", type=float, default=20, help="length of each loop that is not Ray's (default: 20)")
-    parser.add_argument("--epochs", type=int, default=3, help="train: epochs of each Ray run, the first uncounted (default: 3)")
-    parser.add_argument("--rows", type=int, default=500_000, help="score: rows of each Ray run (default: 500000)")
-    parser.add_argument("--way", choices=WAYS["train"], help=argparse.SUPPRESS)
+    parser.add_argument("--repeat", type=int, default=3, help="how often each way is measured (default: 3)")
+    parser.add_argument("--seconds", type=float, default=15, help="length of each loop that is not Ray's (default: 15)")
+    parser.add_argument("--epochs", type=int, default=2, help="train: epochs of each Ray run, the first uncounted (default: 2)")
+    parser.add_argument("--rows", type=int, default=300_000, help="score: rows of each Ray run (default: 300000)")
+    parser.add_argument("--way", choices=sorted({way for ways in WAYS.values() for way in ways}), help=argparse.SUPPRESS)
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.epochs < 2:
         raise Refusal("--epochs: must be at least 2, the first is not counted")
+    if args.repeat < 1 or args.seconds <= 0 or args.rows < 1:
+        raise Refusal("--repeat, --seconds, --rows: must be positive")
     if args.data not in ("auto", "sample", "mnist") and "://" not in args.data:
         args.data = locate(args.data, "--data").text  # Ray's workers have another working folder
     if args.way:
         return one(args), job.DONE
 
     ways = WAYS[args.what]
-    results: dict[str, list[dict[str, float]]] = {}
-    for way in (*ways, *reversed(ways)):
-        done = subprocess.run([sys.executable, __file__, *argv, "--way", way], stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise RunFailed(f"{way} could not be measured; its error stands above")
-        result = json.loads(done.stdout.splitlines()[-1])
-        results.setdefault(way, []).append(result)
-        print(f"{way}: {result['rows_per_second']:,.0f} rows/s", file=sys.stderr, flush=True)
-    means = {
-        way: {key: sum(result[key] for result in of_way) / len(of_way) for key in of_way[0]} for way, of_way in results.items()
+    if args.what == "score" and not int8.is_available():
+        print("int8 is left out: this PyTorch has no integer convolutions on this CPU", file=sys.stderr)
+        ways = tuple(way for way in ways if not way.endswith("int8"))
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for turn in range(args.repeat):
+        for way in ways if turn % 2 == 0 else reversed(ways):
+            result = _command("benchmark.py", *argv, "--way", way, "--began", time.time())
+            runs[way].append(result)
+            print(f"{way}: {result['rows_per_second']:,.0f} rows/s", file=sys.stderr, flush=True)
+    keys = {way: list(of_way[0]) for way, of_way in runs.items()}
+    middle = {
+        way: {key: statistics.median(result[key] for result in of_way) for key in keys[way]} for way, of_way in runs.items()
     }
-    rates = {way: mean.pop("rows_per_second") for way, mean in means.items()}
-    beside = {f"beside_{way}": round(rates["ray"] / rates[way], 3) for way in ways if way != "ray"}
+    ratios = {
+        f"{way} / {other}": round(middle[way]["rows_per_second"] / middle[other]["rows_per_second"], 3)
+        for way, other in RATIOS[args.what]
+        if way in runs
+    }
     line = {
-        "rows_per_second": {way: round(rate, 1) for way, rate in rates.items()},
-        **beside,
-        **{key: round(value, 4) for key, value in means["ray"].items()},
-        "runs": {way: [round(result["rows_per_second"], 1) for result in of_way] for way, of_way in results.items()},
+        "what": args.what,
+        "median": {way: {key: round(value, 3) for key, value in of_way.items()} for way, of_way in middle.items()},
+        "ratios": ratios,
+        "runs": {way: [round(result["rows_per_second"], 1) for result in of_way] for way, of_way in runs.items()},
+        "hardware": hardware(),
+        "versions": versions(),
     }
+    print(_table(runs, ratios), file=sys.stderr, flush=True)
     return line, job.DONE
+
+
+def _table(runs: dict[str, list[dict[str, float]]], ratios: dict[str, float]) -> str:
+    lines = []
+    for way, of_way in runs.items():
+        cells = []
+        for key in of_way[0]:
+            values = [result[key] for result in of_way]
+            digits = 0 if key == "rows_per_second" else 3 if key == "waiting" else 1
+            cells.append(f"{key} {statistics.median(values):,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})")
+        lines.append(f"{way:<12} {'   '.join(cells)}")
+    return "\n".join(lines + [f"{name}: {ratio:.3f}" for name, ratio in ratios.items()])
 
 
 def main(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from mnistsum_ray.device import be_deterministic, faster_with_bf16, keep_memory
+from mnistsum_ray.int8 import activation_maxima
 from mnistsum_ray.model import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.schema import Pixels
 from mnistsum_ray.score.predict import forward_of
@@ -58,7 +60,19 @@ class OriginalDataset(Dataset[tuple[torch.Tensor, torch.Tensor, int, int]]):
         return image, F.one_hot(torch.tensor(number), 10).float(), self.digits[index], self.digits[index] + number
 
 
-def loader_loop(images: Pixels, digits: list[int], seconds: float, device: torch.device) -> float:
+@dataclass(frozen=True)
+class Speed:
+    """What a way of training or scoring takes."""
+
+    rows_per_second: float
+    """In steady state."""
+    startup_seconds: float
+    """From the command until the first batch is asked for."""
+    first_batch_seconds: float
+
+
+def loader_loop(images: Pixels, digits: list[int], seconds: float, device: torch.device, began: float) -> Speed:
+    """The original's way to train for so many seconds; `began` is when the command was given, in seconds since 1970."""
     loader = DataLoader(OriginalDataset(images, digits), batch_size=BATCH, shuffle=True)
     model = OriginalNet().to(device)
     optimizer = torch.optim.Adam(model.parameters())
@@ -75,10 +89,11 @@ def loader_loop(images: Pixels, digits: list[int], seconds: float, device: torch
                 if tick(len(image)):
                     return
 
-    return _rate(steps, seconds, device)
+    return _rate(steps, seconds, device, began)
 
 
-def memory_loop(images: Pixels, digits: list[int], seconds: float, device: torch.device) -> float:
+def memory_loop(images: Pixels, digits: list[int], seconds: float, device: torch.device, began: float) -> Speed:
+    """Our model trained on tensors in memory."""
     if device.type == "cpu":
         be_deterministic()
         keep_memory()
@@ -101,32 +116,35 @@ def memory_loop(images: Pixels, digits: list[int], seconds: float, device: torch
                 if tick(BATCH):
                     return
 
-    return _rate(steps, seconds, device)
+    return _rate(steps, seconds, device, began)
 
 
-def _rate(steps: Callable[[Callable[[int], bool]], None], seconds: float, device: torch.device) -> float:
-    """Rows a second after a warm-up of three steps."""
-    seen, rows, started = 0, 0, 0.0
+def _rate(steps: Callable[[Callable[[int], bool]], None], seconds: float, device: torch.device, began: float) -> Speed:
+    """The speed, in steady state after a warm-up of three steps."""
+    seen, rows, started, first = 0, 0, 0.0, 0.0
+    startup, asked = time.time() - began, time.perf_counter()
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def tick(count: int) -> bool:
-        nonlocal seen, rows, started
+        nonlocal seen, rows, started, first
         seen += 1
         if seen <= 3:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
+            started = now()
+            first = first or started - asked
             return False
         rows += count
         return time.perf_counter() - started > seconds
 
     steps(tick)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return rows / (time.perf_counter() - started)
+    return Speed(rows / (now() - started), startup, first)
 
 
-def score_loader_loop(images: Pixels, digits: list[int], seconds: float, device: torch.device) -> float:
-    """Rows a second of the original's way to evaluate."""
+def score_loader_loop(images: Pixels, digits: list[int], seconds: float, device: torch.device, began: float) -> Speed:
+    """The original's way to evaluate."""
     loader = DataLoader(OriginalDataset(images, digits), batch_size=BATCH)
     model = OriginalNet().eval().to(device)
 
@@ -139,61 +157,72 @@ def score_loader_loop(images: Pixels, digits: list[int], seconds: float, device:
                 if tick(len(image)):
                     return
 
-    return _rate(steps, seconds, device)
+    return _rate(steps, seconds, device, began)
 
 
-def score_memory_loop(images: Pixels, seconds: float, device: torch.device) -> float:
-    """Rows a second of the bare forward pass of our model: its best batch, and on CPUs its best share of threads.
+def score_memory_loop(images: Pixels, seconds: float, device: torch.device, precision: str | None, began: float) -> Speed:
+    """The bare forward pass of our model: its best batch, and on CPUs its best share of threads.
 
     The best is found in short runs and then measured for so many seconds: the best of several would be the luckiest.
     """
     if device.type == "cuda":
-        batch = max((1024, 2048, 4096, 8192), key=lambda batch: _forward(images, batch, seconds / 8, device, 0))
-        return _forward(images, batch, seconds, device, 0)
+        batch = max(
+            (1024, 2048, 4096, 8192),
+            key=lambda batch: _forward(images, batch, seconds / 8, device, 0, precision, began).rows_per_second,
+        )
+        return _forward(images, batch, seconds, device, 0, precision, began)
     ways = [(batch, processes) for batch in _BATCHES for processes in {1, torch.get_num_threads()}]
-    batch, processes = max(ways, key=lambda way: _processes(images, way[0], way[1], seconds / 8))
-    return _processes(images, batch, processes, seconds)
+    batch, processes = max(
+        ways, key=lambda way: _processes(images, way[0], way[1], seconds / 8, precision, began).rows_per_second
+    )
+    return _processes(images, batch, processes, seconds, precision, began)
 
 
-def _processes(images: Pixels, batch: int, processes: int, seconds: float) -> float:
+def _processes(images: Pixels, batch: int, processes: int, seconds: float, precision: str | None, began: float) -> Speed:
     """The forward pass in so many processes at once, which share the cores."""
     context = multiprocessing.get_context("spawn")
-    together, rates = context.Barrier(processes), context.SimpleQueue()
+    together, speeds = context.Barrier(processes), context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // processes)
-    workers = [
-        context.Process(target=_one_process, args=(images[:4096], batch, seconds, threads, together, rates))
-        for _ in range(processes)
-    ]
+    arguments = (images[:4096], batch, seconds, threads, precision, began, together, speeds)
+    workers = [context.Process(target=_one_process, args=arguments) for _ in range(processes)]
     for worker in workers:
         worker.start()
-    total = sum(float(rates.get()) for _ in workers)
+    measured: list[Speed] = [speeds.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return total
+    return Speed(
+        sum(speed.rows_per_second for speed in measured),
+        max(speed.startup_seconds for speed in measured),
+        max(speed.first_batch_seconds for speed in measured),
+    )
 
 
-def _one_process(images: Pixels, batch: int, seconds: float, threads: int, together: Any, rates: Any) -> None:
+def _one_process(
+    images: Pixels, batch: int, seconds: float, threads: int, precision: str | None, began: float, together: Any, speeds: Any
+) -> None:
     together.wait()
-    rates.put(_forward(images, batch, seconds, torch.device("cpu"), threads))
+    speeds.put(_forward(images, batch, seconds, torch.device("cpu"), threads, precision, began))
 
 
-def _forward(images: Pixels, batch: int, seconds: float, device: torch.device, threads: int) -> float:
+def _forward(
+    images: Pixels, batch: int, seconds: float, device: torch.device, threads: int, precision: str | None, began: float
+) -> Speed:
     if device.type == "cpu":
         keep_memory()
         torch.set_num_threads(threads)
-    ready = prepare_images(torch.tensor(images)).to(device)
+    pixels = torch.tensor(images).to(device)
     numbers = torch.randint(0, 10, (len(images),), device=device)
-    bf16 = faster_with_bf16(device)
-    forward = forward_of(TwoHeadCNN().eval().to(device), device, "bf16" if bf16 else "fp32")
+    model = TwoHeadCNN().eval()
+    maxima = activation_maxima(model, pixels[:256]) if precision == "int8" else None
+    forward = forward_of(model.to(device), device, precision or ("bf16" if faster_with_bf16(device) else "fp32"), maxima)
 
     @torch.inference_mode()
     def steps(tick: Callable[[int], bool]) -> None:
         while True:
-            for start in range(0, len(ready) - batch + 1, batch):
+            for start in range(0, len(pixels) - batch + 1, batch):
                 rows = slice(start, start + batch)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    forward(ready[rows], numbers[rows])
+                forward(pixels[rows], numbers[rows])
                 if tick(batch):
                     return
 
-    return _rate(steps, seconds, device)
+    return _rate(steps, seconds, device, began)

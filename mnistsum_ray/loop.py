@@ -20,9 +20,9 @@ from ray.util.queue import Queue
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mnistsum_ray import checkpoint, pipeline
+from mnistsum_ray import checkpoint, int8, pipeline
 from mnistsum_ray.device import be_deterministic, faster_with_bf16, keep_memory
-from mnistsum_ray.gather import Schedule
+from mnistsum_ray.gather import Gather, Schedule
 from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows
 from mnistsum_ray.model import TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.pairs import Rows
@@ -71,9 +71,10 @@ class NonFiniteLoss(ArithmeticError):
 
 
 def train_loop_per_worker(config: dict[str, LoopConfig]) -> dict[str, Any]:
-    """Train; what rank 0 returns reaches the driver: `history`, or `error` where another attempt would end the same."""
+    """Train; what rank 0 returns reaches the driver: `history` and `int8`, or an `error` that another attempt would not mend."""
     try:
-        return {"history": _Trainer(config["loop"]).run()}
+        trainer = _Trainer(config["loop"])
+        return {"history": trainer.run(), "int8": trainer.quantized()}
     except (NonFiniteLoss, RowsLost) as error:
         # Every rank comes here, since every rank sees the same reduced numbers. Raised, it would be repeated by Ray Train.
         print(f"stopped on this rank: {error}", flush=True)
@@ -157,10 +158,24 @@ class _Trainer:
         batches = pipeline.training_batches(self.images, schedule, self.device)
         for epoch in range(schedule.first_epoch, schedule.epochs):
             trained = self._train_epoch(epoch, schedule, batches)
+            before = time.perf_counter()
             validation = self._evaluate(self.validation, self.config.validation)
             test = self._evaluate(self.test, self.config.test)
+            trained["evaluation_seconds"] = time.perf_counter() - before
             self._save(epoch, trained, validation, test)
         return self.state.history
+
+    def quantized(self) -> dict[str, Any] | None:
+        """What scoring the best model with integers takes, and how it agrees with float32 on the test rows; rank 0 alone."""
+        if self.rank != 0 or not int8.is_available():
+            return None
+        model = TwoHeadCNN().eval()
+        model.load_state_dict(self.state.best)
+        gather = Gather(self.images)
+        training = gather(self.config.train[: int8.CALIBRATION_ROWS])["image"]
+        test = gather(self.config.test)
+        compared = int8.quantize(model, *(torch.as_tensor(values) for values in (training, test["image"], test["digit"])))
+        return compared.as_json()
 
     def _train_epoch(self, epoch: int, schedule: Schedule, batches: Iterator[Batch]) -> dict[str, float]:
         """One pass over the training rows: mean loss a row, rows/s, and the share of the time spent waiting for data."""
@@ -169,12 +184,13 @@ class _Trainer:
         losses = torch.zeros(1, dtype=torch.float64, device=self.device)  # added up over this worker's rows
         counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # its rows, and their ids added up
         total_steps = schedule.steps * self.config.epochs
-        started = reported = time.perf_counter()
-        waited = 0.0
+        began, started = time.time(), time.perf_counter()
+        reported, waited, first_batch = started, 0.0, 0.0
         for step in range(before_this.steps, schedule.steps):
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
+            first_batch = first_batch or waited
             rate = one_cycle(epoch * schedule.steps + step, total_steps, self.config.learning_rate)
             loss = self._step(batch, schedule.batch_rows(step), rate)
             losses += loss
@@ -209,7 +225,9 @@ class _Trainer:
         return {
             "train_loss": all_loss / all_rows,
             "rows_per_second": rows / seconds,
+            "started": began,
             "seconds": seconds,
+            "first_batch_seconds": first_batch,
             "waiting": waited / seconds,
             "learning_rate": rate,
         }

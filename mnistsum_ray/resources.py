@@ -135,7 +135,7 @@ def allot_scoring(config: ScoreConfig, cluster: Cluster) -> ScoreAllotment:
         Refusal: more is asked for than the cluster can ever have.
     """
     gpus, cpus = int(cluster.total.get("GPU", 0)), cluster.total.get("CPU", 0.0)
-    use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu
+    use_gpu = (gpus > 0 and config.precision != "int8") if config.use_gpu is None else config.use_gpu
     if use_gpu and not gpus and not cluster.can_grow:
         raise Refusal(f"--use-gpu true: the cluster has no GPU ({cluster.describe()})")
     most = max(1, gpus if use_gpu else int(cpus))

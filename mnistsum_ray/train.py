@@ -68,14 +68,16 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
     )
     try:
         with _events(console) as events:
-            history, checkpoint = _train(run, allotment, loaded.images, events)
+            outcome, checkpoint = _train(run, allotment, loaded.images, events)
     except ray.train.TrainingFailedError as error:
         console.say(str(error))
         raise RunFailed(
             f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
             f"--name {config.name} --resume goes on from the last checkpoint"
         ) from error
-    _publish(run.folder, checkpoint, history)  # a kill may have come between the last epoch and its publication
+    history = outcome["history"]
+    # A kill may have come between the last epoch and its publication.
+    _publish(run.folder, checkpoint, history, {"int8": outcome["int8"]} if outcome["int8"] else {})
     draw_history(run.folder, history)
     model = run.folder / "model"
     steady = history[1:] or history
@@ -95,7 +97,7 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
 
 def _train(
     run: Run, allotment: resources.Allotment, images: MaterializedDataset, events: Queue
-) -> tuple[list[dict[str, Any]], ray.train.Checkpoint]:
+) -> tuple[dict[str, Any], ray.train.Checkpoint]:
     config, source = run.config, run.source
     assert config.epochs is not None
     assert config.batch_size is not None
@@ -148,14 +150,17 @@ def _train(
     if "error" in outcome:
         raise RunFailed(outcome["error"])
     assert result.checkpoint is not None, "a run of at least one epoch leaves a checkpoint"
-    return outcome["history"], result.checkpoint
+    return outcome, result.checkpoint
 
 
-def _publish(folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]]) -> None:
-    """Put the best model so far, which every checkpoint carries, and the history into the run folder."""
+def _publish(
+    folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]], more: dict[str, Any] | None = None
+) -> None:
+    """Put the best model so far, which every checkpoint carries, and the history into the run folder; `more` into its card."""
+    weights, card = MODEL_FILES
     with checkpoint.as_directory() as local:
-        for name in MODEL_FILES:
-            (folder / "model" / name).write_bytes((Path(local) / name).read_bytes())
+        (folder / "model" / weights).write_bytes((Path(local) / weights).read_bytes())
+        (folder / "model" / card).write_json(json.loads((Path(local) / card).read_text()) | (more or {}))
     write_history(folder, history)
 
 

@@ -40,6 +40,7 @@ def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         (["--epochs", "0"], "--epochs: input should be greater than or equal to 1, got '0'"),
         (["--epochs", "many"], "--epochs: input should be a valid integer"),
         (["--precision", "fp8"], "--precision"),
+        (["--precision", "int8"], "--precision"),  # for scoring alone
         (["--num-workers", "0"], "--num-workers"),
         (["--num-workers", "4,2"], "--num-workers"),
         (["--num-workers", "a"], "--num-workers: must be N or MIN,MAX"),

@@ -33,10 +33,13 @@ class Request:
     model_sha256: str
     precision: str
     columns: Columns
+    int8_maxima: tuple[float, ...] | None = None
+    """With precision int8, what decides the predictions beside the model's weights."""
 
     def text(self) -> str:
         """The same text for the same request."""
-        return json.dumps({"model_sha256": self.model_sha256, "precision": self.precision, **vars(self.columns)}, sort_keys=True)
+        fields = {"model_sha256": self.model_sha256, "precision": self.precision, **vars(self.columns)}
+        return json.dumps(fields | ({"int8": self.int8_maxima} if self.int8_maxima else {}), sort_keys=True)
 
 
 def commit(output: Location, source: Location, rows: Rows, predictions: Predictions, request: Request) -> dict[str, Any]:

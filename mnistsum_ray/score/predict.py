@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mnistsum_ray.device import keep_memory
+from mnistsum_ray.int8 import int8_forward
 from mnistsum_ray.model import DIGITS, SUMS, TwoHeadCNN, blocked_forward, prepare_images
 from mnistsum_ray.schema import SIDE, Pixels
 
@@ -32,17 +33,35 @@ class Predictions:
         return Predictions(self.digit[rows], self.digit_prob[rows], self.sum[rows], self.sum_prob[rows])
 
 
-def forward_of(model: TwoHeadCNN, device: torch.device, precision: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The model's fastest way to predict with this device and precision."""
-    if device.type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return blocked_forward(model)
-    return model
+def forward_of(
+    model: TwoHeadCNN, device: torch.device, precision: str, int8_maxima: tuple[float, ...] | None
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The model's fastest way to predict with this device and precision: from pixels uint8[n, 28, 28] and numbers int64[n]."""
+    if precision == "int8":
+        assert int8_maxima is not None
+        return int8_forward(model, int8_maxima)
+    blocked = device.type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    scores_of = blocked_forward(model) if blocked else model
+
+    def forward(images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            digit_scores, sum_scores = scores_of(prepare_images(images), numbers)
+        return digit_scores, sum_scores
+
+    return forward
 
 
 class Predictor:
     """The network on one device. A process has one: it sets how the process computes."""
 
-    def __init__(self, weights: dict[str, Tensor], device: torch.device, precision: str, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        device: torch.device,
+        precision: str,
+        batch_size: int | None,
+        int8_maxima: tuple[float, ...] | None = None,
+    ) -> None:
         if device.type == "cpu":
             keep_memory()
             torch.set_num_threads(1)  # one process a core gets more done than threads that wait for each other
@@ -52,8 +71,7 @@ class Predictor:
         model = TwoHeadCNN()
         model.load_state_dict(weights)
         model.eval().to(device)
-        self._forward = forward_of(model, device, precision)
-        self._bf16 = precision == "bf16"
+        self._forward = forward_of(model, device, precision, int8_maxima)
         self._batch_size = batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
         # The first pass builds and loads kernels; what cannot run at all is found out here.
         self.predict(np.zeros((self._batch_size, SIDE, SIDE), np.uint8), np.zeros(self._batch_size, np.int64))
@@ -65,8 +83,7 @@ class Predictor:
         for start in range(0, len(images), self._batch_size):
             rows = slice(start, start + self._batch_size)
             image, number = (torch.from_numpy(values[rows]).to(self._device) for values in (images, numbers))
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-                for head, scores in zip(heads, self._forward(prepare_images(image), number), strict=True):
-                    head.append(scores.float().cpu())
+            for head, scores in zip(heads, self._forward(image, number), strict=True):
+                head.append(scores.float().cpu())
         (digit_prob, digit), (sum_prob, total) = (torch.cat(head).softmax(1).max(1) for head in heads)
         return Predictions(digit.numpy().astype(np.int8), digit_prob.numpy(), total.numpy().astype(np.int8), sum_prob.numpy())

@@ -59,6 +59,16 @@ def prepare(config: ScoreConfig) -> Run:
         network, card = load_model(model)
     except Refusal as refusal:
         raise Refusal(f"--model {refusal}") from None
+    if config.precision == "int8":
+        from mnistsum_ray.int8 import is_available, maxima_of
+
+        if maxima_of(card) is None:
+            raise Refusal(
+                "--precision int8: the model holds no calibration for it, so it was trained by an older version or where PyTorch "
+                "lacks integer convolutions; train.py --name … --resume adds it, of a finished run too"
+            )
+        if not is_available():
+            raise Refusal("--precision int8: this PyTorch has no integer convolutions on this CPU; leave it out")
     return Run(config, model, card, weights_of(network), inputs, columns, output, footers)
 
 

@@ -15,6 +15,7 @@ import torch
 from mnistsum_ray import resources
 from mnistsum_ray.config import RunFailed
 from mnistsum_ray.device import faster_with_bf16
+from mnistsum_ray.int8 import maxima_of
 from mnistsum_ray.reach import refuse_unshared
 from mnistsum_ray.report import Console, versions
 from mnistsum_ray.resources import ScoreAllotment
@@ -49,7 +50,8 @@ def score(run: Run, console: Console) -> tuple[dict[str, Any], bool]:
     resources.wait_until_free(allotment.bundles(), run.config.wait_seconds, console.say)
     first = run.inputs.root / run.inputs.files["name"][0].as_py()
     refuse_unshared({"--output": run.output}, {"--input": first}, console.say)
-    request = Request(run.card["sha256"], run.config.precision or _precision(allotment), run.columns)
+    precision = run.config.precision or _precision(allotment)
+    request = Request(run.card["sha256"], precision, run.columns, maxima_of(run.card) if precision == "int8" else None)
     with hold(run.output, console.say) as still_held:
         # Not before: what is wrong with a request is to be found out soon.
         run = replace(run, output=run.output.patient(), inputs=replace(run.inputs, root=run.inputs.root.patient()))
@@ -261,6 +263,7 @@ class _Scoring:
             "config": run.config.model_dump(mode="json", exclude={"config"}) | located,
             "model": {key: run.card[key] for key in ("sha256", "epoch", "parameters")},
             "precision": self._request.precision,
+            "int8": run.card["int8"] if self._request.precision == "int8" else None,
             "left_aside_files": len(run.inputs.left_aside),
             "files_of_earlier_input": left,
             "versions": versions(),

@@ -164,7 +164,8 @@ def _commit(parcel: pa.Table, work: Work) -> pa.Table:
 
 def _predictor(work: Work) -> Predictor:
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    return Predictor(ray.get(work.weights), device, work.request.precision, work.batch_size)
+    request = work.request
+    return Predictor(ray.get(work.weights), device, request.precision, work.batch_size, request.int8_maxima)
 
 
 def _predict(predictor: Predictor, together: list[Rows | Unreadable]) -> Iterator[_Scored]:

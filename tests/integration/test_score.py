@@ -1,5 +1,6 @@
 """Scoring whole folders: the same answer everywhere, exactly once, and never put together what does not belong together."""
 
+import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -10,10 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from mnistsum_ray import int8
+from mnistsum_ray.checkpoint import load_model
 from mnistsum_ray.config import ExportConfig, Refusal, RunFailed
 from mnistsum_ray.export import export
 from mnistsum_ray.schema import one_chunk, pixels_view
+from mnistsum_ray.storage import locate
 from tests.conftest import answers, check_answers, write_model
 from tests.integration.conftest import Scored, score_here
 
@@ -92,6 +97,33 @@ def test_the_same_answer_whatever_the_workers_units_and_batches(
         assert scored.line["sum_accuracy"] == pytest.approx(np.mean(expected["pred_sum"] == sums))
         assert "accuracy over 1,500 labelled rows" in scored.said
         assert scored.manifest()["consistent_rows"] == int(expected["consistent"].sum())
+
+
+@pytest.mark.skipif(not int8.is_available(), reason="this PyTorch has no integer convolutions on this CPU")
+def test_integers_score_as_calibrated(model: Path, exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="--precision int8: the model holds no calibration for it"):
+        score_here(model, tmp_path / "out", exported, precision="int8")
+
+    source = pa.concat_tables([pq.read_table(path) for path in sorted(exported.iterdir())])
+    images = torch.tensor(pixels_view(one_chunk(source["image"])))
+    numbers = torch.tensor(source["number"].to_numpy().astype(np.int64))
+    network, card = load_model(locate(str(model), "--model"))
+    calibrated = int8.quantize(network, images, images[:100], torch.tensor(source["digit"].to_pylist()[:100])).as_json()
+    mine = Path(shutil.copytree(model, tmp_path / "model"))
+    (mine / "model.json").write_text(json.dumps(card | {"int8": calibrated}))
+    scored = score_here(mine, tmp_path / "out", exported, precision="int8")
+    digit_scores, sum_scores = int8.int8_forward(network, tuple(calibrated["maxima"]))(images, numbers)
+    table = table_of(scored)
+    assert table["pred_digit"].to_pylist() == digit_scores.argmax(1).tolist()
+    assert table["pred_sum"].to_pylist() == sum_scores.argmax(1).tolist()
+    assert np.allclose(table["digit_prob"].to_numpy(), digit_scores.softmax(1).max(1).values, atol=1e-5)
+    assert (scored.manifest()["precision"], scored.manifest()["int8"]) == ("int8", calibrated)
+    assert score_here(mine, tmp_path / "out", exported, precision="int8").line["resumed_rows"] == ROWS
+
+    calibrated["maxima"][2] *= 2
+    (mine / "model.json").write_text(json.dumps(card | {"int8": calibrated}))
+    with pytest.raises(Refusal, match="holds predictions of the same model quantized otherwise"):
+        score_here(mine, tmp_path / "out", exported, precision="int8")
 
 
 def test_a_row_without_a_label_is_scored_and_not_counted(model: Path, pairs: Path, tmp_path: Path) -> None:

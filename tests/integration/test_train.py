@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mnistsum_ray import int8
 from mnistsum_ray.checkpoint import load_model
 from mnistsum_ray.mnist import open_source
 from mnistsum_ray.model import prepare_images
@@ -73,6 +74,10 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
     line = done.line
     model, card = load_model(locate(line["model"], "--model"))
     assert card["test"] == line["test"]
+    if int8.is_available():
+        assert (card["int8"]["calibration_rows"], card["int8"]["test_pairs"]) == (800, 1000)
+        assert card["int8"]["float32_sum_accuracy"] == pytest.approx(line["test"]["sum_accuracy"], abs=0.005)
+        assert card["int8"]["digit_agreement"] > 0.95
     source = open_source(str(data))
     table = pq.read_table(data).take(source.test)
     images = torch.tensor(pixels_view(table["image"].combine_chunks()))
