@@ -15,6 +15,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from mnistsum_ray.device import be_deterministic, faster_with_bf16, keep_memory
 from mnistsum_ray.int8 import activation_maxima
 from mnistsum_ray.model import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, joint_loss, prepare_images
+from mnistsum_ray.optimizer import MuonAdamW
 from mnistsum_ray.schema import Pixels
 from mnistsum_ray.score.predict import forward_of
 
@@ -101,18 +102,18 @@ def memory_loop(images: Pixels, digits: list[int], seconds: float, device: torch
     truth = torch.tensor(digits, device=device)
     numbers = torch.randint(0, 10, (len(digits),), device=device)
     model = TwoHeadCNN().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = MuonAdamW(model, weight_decay=0.01)
     bf16 = faster_with_bf16(device)
 
     def steps(tick: Callable[[int], bool]) -> None:
         while True:
             for start in range(0, len(ready) - BATCH + 1, BATCH):
                 rows = slice(start, start + BATCH)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     digit_scores, sum_scores = model(ready[rows], numbers[rows])
                 torch.autograd.backward(joint_loss(digit_scores, sum_scores, truth[rows], numbers[rows]) / BATCH)
-                optimizer.step()
+                optimizer.step(0.01)
                 if tick(BATCH):
                     return
 

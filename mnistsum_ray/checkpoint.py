@@ -18,6 +18,7 @@ from torch import Tensor
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.model import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
+from mnistsum_ray.optimizer import MuonAdamW
 from mnistsum_ray.storage import Location
 
 FORMAT: Final = "mnistsum_ray/1"
@@ -104,12 +105,12 @@ class TrainerState:
     """Of the epoch after those."""
 
 
-def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: torch.optim.Optimizer) -> None:
+def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
     """Write `trainer.safetensors` and `trainer.json` into a local folder."""
     tensors = {f"model.{name}": value for name, value in weights_of(model).items()}
     tensors |= {f"best.{name}": value for name, value in state.best.items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
+    for name, _, kept in optimizer.states():
+        for key, value in kept.items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     fields = {
         "format": FORMAT,
@@ -122,7 +123,7 @@ def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: 
     (folder / "trainer.json").write_text(json.dumps(fields) + "\n")
 
 
-def load_state(folder: Path, model: TwoHeadCNN, optimizer: torch.optim.Optimizer) -> TrainerState:
+def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
     """Put weights and optimizer state back in place, on the device where the model already is."""
     fields = json.loads((folder / "trainer.json").read_text())
     assert fields["format"] == FORMAT, f"{folder} was written by another version: {fields['format']}"
@@ -131,14 +132,12 @@ def load_state(folder: Path, model: TwoHeadCNN, optimizer: torch.optim.Optimizer
         group, _, rest = name.partition(".")
         groups.setdefault(group, {})[rest] = value
     model.load_state_dict(groups["model"])
-    parameters = dict(model.named_parameters())
+    states = {name: (like, kept) for name, like, kept in optimizer.states()}
     for name, value in groups["optimizer"].items():
         key, _, parameter_name = name.partition(".")
-        parameter = parameters[parameter_name]
+        like, kept = states[parameter_name]
         # The moments must lie in memory as their parameter does, which the file does not record.
-        place = (
-            torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
-        )
-        optimizer.state[parameter][key] = place.detach().copy_(value)
+        place = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=like.device)
+        kept[key] = place.detach().copy_(value)
     progress = Progress(**fields["progress"])
     return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"], progress)

@@ -14,7 +14,7 @@ from ray.data.dataset import MaterializedDataset
 
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.mnist import ParquetPart
-from mnistsum_ray.pairs import Rows, epoch_order, random_numbers, rank_share, shifts, steps_per_epoch
+from mnistsum_ray.pairs import Rows, distortions, epoch_order, random_numbers, rank_share, shifts, steps_per_epoch
 from mnistsum_ray.schema import IMAGE_TYPE, SIDE, Pixels, pixels_view
 
 _TASK_ROWS: Final = 4096
@@ -50,6 +50,7 @@ class Schedule:
     batch_size: int
     seed: int
     max_shift: int
+    distortion: float
     first_epoch: int
     first_step: int
     """Of the first epoch; the later ones begin at 0."""
@@ -116,7 +117,10 @@ def training_rows(task: dict[str, np.ndarray], gather: Gather, schedule: Schedul
     batch = gather(rows)
     if schedule.max_shift:
         batch["image"] = _shifted(batch["image"], shifts(schedule.seed, epoch, rows, schedule.max_shift), schedule.max_shift)
-    return batch | {"number": random_numbers(schedule.seed, epoch, rows)}
+    batch["number"] = random_numbers(schedule.seed, epoch, rows)
+    if schedule.distortion:  # carried out on the device
+        batch["draws"] = distortions(schedule.seed, epoch, rows)
+    return batch
 
 
 def _shifted(images: Pixels, moves: Rows, limit: int) -> Pixels:

@@ -18,7 +18,13 @@ NUMBERS: Final = 10
 """The random number is one of 0..9."""
 
 # What a draw is for. Draws for different purposes must not be correlated, so the purpose is part of the key.
-_ORDER, _NUMBER, _SHIFT, _SPLIT = range(4)
+_ORDER, _NUMBER, _SHIFT, _SPLIT, _DISTORTION = range(5)
+
+ELASTIC_POINTS: Final = 4
+"""Along each side of the coarse grid that bends an image."""
+
+DRAWS: Final = 6 + 2 * ELASTIC_POINTS**2
+"""What a distortion of an image takes: six for turning, stretching, slanting and moving it, two a point for bending."""
 
 
 def _mix(z: Bits) -> Bits:
@@ -51,6 +57,16 @@ def shifts(seed: int, epoch: int, row_ids: Rows, limit: int) -> npt.NDArray[np.i
     """How many pixels (down, right) each training image is moved in this epoch: int64[n, 2] in -limit..limit."""
     bits = _bits(seed, epoch, _SHIFT, row_ids)
     return np.stack([_below(bits, 2 * limit + 1), _below(_mix(bits), 2 * limit + 1)], axis=1) - limit
+
+
+def distortions(seed: int, epoch: int, row_ids: Rows) -> npt.NDArray[np.float32]:
+    """How each training image is distorted in this epoch: float32[n, DRAWS], uniform in -1..1, for `augment.distort`."""
+    bits = _bits(seed, epoch, _DISTORTION, row_ids)
+    draws = np.empty((len(row_ids), DRAWS), np.float32)
+    for column in range(DRAWS):
+        draws[:, column] = (bits >> np.uint64(40)) * (2 / 2**24) - 1
+        bits = _mix(bits)
+    return draws
 
 
 def epoch_order(seed: int, epoch: int, row_ids: Rows) -> Rows:

@@ -31,7 +31,8 @@ from mnistsum_ray.report import quiet_ray_data
 from mnistsum_ray.schema import SIDE
 
 Batch = dict[str, torch.Tensor]
-"""image uint8[n, 28, 28], digit int64[n], row_id int64[n], and in training number int64[n]; on the worker's device."""
+"""image uint8[n, 28, 28], digit int64[n], row_id int64[n], and in training number int64[n] and with --distortion
+draws float32[n, DRAWS]; on the worker's device."""
 
 _NO_CPUS: Final = 0
 """What the tasks here reserve: they do little, and one that had to wait for a CPU that the workers hold would wait for ever,

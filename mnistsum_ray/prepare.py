@@ -16,7 +16,18 @@ SMALL_ROWS: Final = 20_000
 """Below so many training rows, smaller batches and more epochs: the sum head needs its number of steps."""
 
 # What a run's numbers depend on, and so what `--resume` may not change.
-_FIXED: Final = ("epochs", "batch_size", "learning_rate", "weight_decay", "max_shift", "seed", "precision")
+_FIXED: Final = (
+    "recipe",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "weight_decay",
+    "max_shift",
+    "distortion",
+    "seed",
+    "precision",
+    "compile",
+)
 
 
 @dataclass(frozen=True)
@@ -49,12 +60,19 @@ def prepare(config: TrainConfig) -> Run:
     except OSError as error:
         raise Refusal(f"--storage-path {storage.text}: {' '.join(str(error).split())}") from None
     source = open_source(config.data)
-    small = len(source.train) < SMALL_ROWS
-    recipe = {"epochs": 6, "batch_size": 64, "max_shift": 1} if small else {"epochs": 5, "batch_size": 256, "max_shift": 2}
+    recipe = _recipe(config.recipe, small=len(source.train) < SMALL_ROWS)
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # As found, so that --resume finds the same from any folder and on any day.
     found = {"name": name, "storage_path": storage.text, "data": "sample" if source.name == "sample" else source.location}
     return Run(config.model_copy(update=unset | found), source, storage.patient(), folder.patient())
+
+
+def _recipe(name: str, *, small: bool) -> dict[str, Any]:
+    """What is meant where nothing is said."""
+    batch_size = 64 if small else 256
+    if name == "long":
+        return {"epochs": 40, "batch_size": batch_size, "max_shift": 0, "distortion": 1.0}
+    return {"epochs": 6 if small else 5, "batch_size": batch_size, "max_shift": 1 if small else 2, "distortion": 0.0}
 
 
 def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:

@@ -102,14 +102,17 @@ def _train(
     assert config.epochs is not None
     assert config.batch_size is not None
     assert config.max_shift is not None
+    assert config.distortion is not None
     loop = LoopConfig(
         epochs=config.epochs,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         max_shift=config.max_shift,
+        distortion=config.distortion,
         seed=config.seed,
         precision=config.precision,
+        compile=config.compile,
         train=source.train,
         validation=source.validation,
         test=source.test,

@@ -10,25 +10,26 @@ from mnistsum_ray.checkpoint import Progress, TrainerState, load_model, load_sta
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.model import TwoHeadCNN, joint_loss, prepare_images
+from mnistsum_ray.optimizer import MuonAdamW
 from mnistsum_ray.storage import locate
 
 SCORES = Scores(rows=10, pairs=100, loss=0.5, digit_accuracy=0.9, sum_accuracy=0.8)
 
 
-def step(model: TwoHeadCNN, optimizer: torch.optim.Optimizer, seed: int) -> None:
+def step(model: TwoHeadCNN, optimizer: MuonAdamW, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (16, 28, 28), dtype=torch.uint8, generator=generator)
     digits, numbers = (torch.randint(0, 10, (16,), generator=generator) for _ in range(2))
     digit_scores, sum_scores = model(prepare_images(images), numbers)
     optimizer.zero_grad()
     torch.autograd.backward(joint_loss(digit_scores, sum_scores, digits, numbers))
-    optimizer.step()
+    optimizer.step(1e-3)
 
 
-def make(seed: int) -> tuple[TwoHeadCNN, torch.optim.Optimizer]:
+def make(seed: int) -> tuple[TwoHeadCNN, MuonAdamW]:
     torch.manual_seed(seed)
     model = TwoHeadCNN()
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    return model, MuonAdamW(model, weight_decay=0.01)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mnistsum_ray.pairs import epoch_order, held_out, random_numbers, rank_share, shifts, steps_per_epoch
+from mnistsum_ray.pairs import DRAWS, distortions, epoch_order, held_out, random_numbers, rank_share, shifts, steps_per_epoch
 
 ROWS = np.arange(60_000)
 
@@ -14,6 +14,20 @@ def test_pinned_values() -> None:
     assert epoch_order(0, 0, np.arange(10)).tolist() == PINNED_ORDER
     assert shifts(0, 0, np.arange(3), 2).tolist() == PINNED_SHIFTS
     assert held_out(np.arange(20), 4)[1].tolist() == PINNED_HELD_OUT
+    assert distortions(0, 0, np.arange(2))[:, :3].ravel().tolist() == pytest.approx(PINNED_DISTORTIONS, abs=1e-6)
+
+
+def test_distortions_are_uniform_and_say_nothing_of_each_other() -> None:
+    draws = distortions(1, 2, ROWS)
+    assert draws.shape == (60_000, DRAWS)
+    assert draws.dtype == np.float32
+    assert draws.min() >= -1
+    assert draws.max() < 1
+    for column in range(DRAWS):
+        assert chi_square(((draws[:, column] + 1) * 5).astype(np.int64), 10) < 33  # 0.1 % of one is 27.9; the worst of 38
+    related = np.corrcoef(draws, rowvar=False) - np.eye(DRAWS)
+    assert np.abs(related).max() < 0.02
+    assert np.array_equal(distortions(1, 2, ROWS[[5, 44_444]]), draws[[5, 44_444]])
 
 
 def chi_square(draws: np.ndarray, values: int) -> float:
@@ -89,3 +103,4 @@ PINNED_LATER = [2, 4, 0]
 PINNED_ORDER = [2, 0, 4, 9, 3, 8, 1, 7, 5, 6]
 PINNED_SHIFTS = [[1, 0], [-2, -2], [-2, 0]]
 PINNED_HELD_OUT = [0, 5, 8, 16]
+PINNED_DISTORTIONS = [-0.0184642, -0.466758, 0.6205059, 0.772669, 0.4082098, -0.7092839]

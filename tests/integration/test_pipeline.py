@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from mnistsum_ray import pipeline
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.gather import Schedule
 from mnistsum_ray.mnist import open_source
-from mnistsum_ray.pairs import random_numbers
+from mnistsum_ray.pairs import distortions, random_numbers, steps_per_epoch
 from mnistsum_ray.pipeline import Batch
 from mnistsum_ray.schema import pixels_view
 
@@ -29,9 +30,9 @@ def _quiet() -> None:
     pipeline.quiet()
 
 
-def feed(images: MaterializedDataset, ids: np.ndarray, rank: int, world_size: int, **changed: int) -> list[Batch]:
-    values = {"batch_size": 48, "seed": 3, "max_shift": 0, "first_epoch": 0, "first_step": 0, "epochs": 2} | changed
-    schedule = Schedule(row_ids=ids, rank=rank, world_size=world_size, **values)
+def feed(images: MaterializedDataset, ids: np.ndarray, rank: int, world_size: int, **changed: Any) -> list[Batch]:
+    values = {"batch_size": 48, "seed": 3, "max_shift": 0, "distortion": 0.0, "first_epoch": 0, "first_step": 0, "epochs": 2}
+    schedule = Schedule(row_ids=ids, rank=rank, world_size=world_size, **values | changed)
     return list(pipeline.training_batches(images, schedule, CPU))
 
 
@@ -138,6 +139,15 @@ def test_shifted_images_are_the_images_moved(write_rows: Rows) -> None:
             padded = torch.nn.functional.pad(before, (2, 2, 2, 2))
             windows = [padded[y : y + 28, x : x + 28] for y in range(5) for x in range(5)]
             assert any(torch.equal(after, window) for window in windows)
+
+
+def test_draws_for_distortions_come_with_their_rows(write_rows: Rows) -> None:
+    source = open_source(str(write_rows(500)))
+    images = pipeline.load(source).images
+    for index, batch in enumerate(feed(images, source.train, 0, 1, distortion=1.0)):
+        epoch = index // steps_per_epoch(len(source.train), 48)
+        assert np.array_equal(batch["draws"].numpy(), distortions(3, epoch, batch["row_id"].numpy()))
+    assert "draws" not in feed(images, source.train, 0, 1)[0]
 
 
 def test_held_out_rows_are_shared_out_whole(write_rows: Rows) -> None:

@@ -1,6 +1,7 @@
 """Training as a person runs it: one command, what it prints, what it leaves."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +130,16 @@ def test_two_workers_train_on_the_same_rows(done: Done, cluster: str, data: Path
     # The same batches in the same order, so the losses agree until rounding has grown.
     assert second["train_loss"] == pytest.approx(first["train_loss"], rel=0.02)
     assert two.line["test"]["rows"] == 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")
+def test_a_compiled_network_trains_alike(done: Done, cluster: str, data: Path, runs: Path) -> None:
+    flags = ["--data", data, "--epochs", 2, "--precision", "fp32", "--compile"]
+    compiled = run_job("train", *flags, "--storage-path", runs, "--name", "compiled", address=cluster)
+    first, second = (json.loads((runs / name / "history.jsonl").read_text().splitlines()[0]) for name in ("one", "compiled"))
+    assert done.code == compiled.code == 0
+    assert second["train_loss"] == pytest.approx(first["train_loss"], rel=0.02)
 
 
 @pytest.mark.slow

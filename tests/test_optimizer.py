@@ -1,0 +1,64 @@
+"""The learning rate's schedule, and that Muon moves the convolutions as it should."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from mnistsum_ray.model import TwoHeadCNN, joint_loss, prepare_images
+from mnistsum_ray.optimizer import MuonAdamW, one_cycle
+
+
+@pytest.mark.parametrize("total", [1, 2, 5, 100, 1075])
+def test_learning_rate_rises_and_falls_once(total: int) -> None:
+    rates = np.array([one_cycle(step, total, 0.01) for step in range(total)])
+    assert ((rates > 0) & (rates <= 0.01 + 1e-12)).all()
+    top = int(rates.argmax())
+    assert (np.diff(rates[: top + 1]) > 0).all()
+    assert (np.diff(rates[top:]) < 0).all()
+    if total >= 100:
+        assert rates[-1] == pytest.approx(1e-6)
+        assert rates.max() == pytest.approx(0.01, rel=1e-3)
+
+
+def gradients(model: TwoHeadCNN) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (16, 28, 28), dtype=torch.uint8, generator=generator)
+    digits, numbers = (torch.randint(0, 10, (16,), generator=generator) for _ in range(2))
+    digit_scores, sum_scores = model(prepare_images(images), numbers)
+    torch.autograd.backward(joint_loss(digit_scores, sum_scores, digits, numbers) / 16)
+
+
+def test_the_first_step_turns_each_convolution_by_an_orthogonal_matrix() -> None:
+    """The definition of Muon: the gradient with all its singular values brought near one, whatever they were."""
+    torch.manual_seed(0)
+    model = TwoHeadCNN()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = MuonAdamW(model, weight_decay=0.0)
+    gradients(model)
+    optimizer.step(0.02)
+    for name, value in model.state_dict().items():
+        assert not torch.equal(value, before[name]), f"{name} has not moved"
+        if name in {f"conv{index}.weight" for index in range(2, 7)}:
+            moved = (before[name] - value).permute(0, 2, 3, 1).flatten(1) / 0.02
+            spectrum = torch.linalg.svdvals(moved)
+            assert spectrum.max() < 1.4
+            assert spectrum.median() > 0.5
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            assert (moved * gradient.permute(0, 2, 3, 1).flatten(1)).sum() > 0, "downhill"
+
+
+def test_nothing_of_a_step_is_left_for_the_next() -> None:
+    model = TwoHeadCNN()
+    optimizer = MuonAdamW(model, weight_decay=0.0)
+    gradients(model)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_every_parameter_has_one_optimizer() -> None:
+    model = TwoHeadCNN()
+    names = [name for name, _, _ in MuonAdamW(model, weight_decay=0.0).states()]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
