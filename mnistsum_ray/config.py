@@ -80,6 +80,9 @@ class TrainConfig(JobConfig):
         le=4,
         description="how strongly to turn, stretch, slant, move and bend training images [0; 1 with --recipe long]",
     )
+    label_smoothing: float | None = Field(
+        None, ge=0, lt=1, description="share of the uniform distribution in the digits' targets [0; 0.05 with --recipe long]"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="decides initial weights, order, numbers, shifts and distortions")
     num_workers: int | tuple[int, int] | None = Field(
         None, description="N, or MIN,MAX for an elastic run [one a GPU; without GPUs, one a node]"

@@ -53,6 +53,7 @@ class LoopConfig:
     weight_decay: float
     max_shift: int
     distortion: float
+    label_smoothing: float
     seed: int
     precision: str | None
     compile: bool
@@ -222,10 +223,14 @@ class _Trainer:
             images = distort(images, batch["draws"], self.config.distortion)
         with self._autocast():
             digit_scores, sum_scores = self.parallel(images, batch["number"])
-        loss = joint_loss(digit_scores, sum_scores, batch["digit"], batch["number"])
+        answers = digit_scores, sum_scores, batch["digit"], batch["number"]
+        loss = joint_loss(*answers, self.config.label_smoothing)
         # DDP averages over the workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
         (loss * (self.world_size / global_rows)).backward()
         self.optimizer.step(learning_rate)
+        if self.config.label_smoothing:  # what is reported is the loss without, to be compared with the test rows'
+            with torch.no_grad():
+                return joint_loss(*answers)
         return loss.detach()
 
     def _autocast(self) -> torch.autocast:

@@ -122,11 +122,13 @@ def blocked_forward(model: TwoHeadCNN) -> Callable[[Tensor, Tensor], tuple[Tenso
     return forward
 
 
-def joint_loss(digit_scores: Tensor, sum_scores: Tensor, digits: Tensor, numbers: Tensor) -> Tensor:
+def joint_loss(digit_scores: Tensor, sum_scores: Tensor, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The mean of the two cross-entropies, added up over the rows (not averaged): a scalar, float32.
 
+    With `label_smoothing` the digits' targets are mixed with so much of the uniform distribution (Szegedy et al., "Rethinking
+    the Inception Architecture", 2016): bounded digit scores generalize better, and are easier for the sum head to read.
     Added up, so that workers and batches of unequal size weigh each row alike; the caller divides once.
     """
-    digit_loss = F.cross_entropy(digit_scores.float(), digits, reduction="sum")
+    digit_loss = F.cross_entropy(digit_scores.float(), digits, reduction="sum", label_smoothing=label_smoothing)
     sum_loss = F.cross_entropy(sum_scores.float(), digits + numbers, reduction="sum")
     return (digit_loss + sum_loss) / 2

@@ -1,4 +1,4 @@
-"""How the weights move: Muon for the convolutions, AdamW for the rest, one learning rate over both. Nothing of Ray."""
+"""How the weights move: Muon for the hidden layers, AdamW for the rest, one learning rate over both. Nothing of Ray."""
 
 import math
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def one_cycle(step: int, total_steps: int, peak: float) -> float:
 
 
 class MuonAdamW:
-    """Muon for conv2 to conv6, AdamW for the rest.
+    """Muon for the hidden layers, conv2 to conv6 and fc1; AdamW for the first, the last ones and all biases.
 
     Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). PyTorch's takes matrices; a
     convolution's weights are one, output channels by inputs, so it is given a view of them.
@@ -47,11 +47,13 @@ class MuonAdamW:
     """
 
     def __init__(self, model: TwoHeadCNN, weight_decay: float) -> None:
-        hidden = [layer.weight for layer in (model.conv2, model.conv3, model.conv4, model.conv5, model.conv6)]
+        layers = (model.conv2, model.conv3, model.conv4, model.conv5, model.conv6, model.fc1)
+        hidden = [layer.weight for layer in layers]
         self._hidden = [(parameter, nn.Parameter(_matrix(parameter.data))) for parameter in hidden]
         assert all(view.data_ptr() == parameter.data_ptr() for parameter, view in self._hidden), "not views of the weights"
-        head = [*model.fc1.parameters(), *model.fc2.parameters()]
-        taken = {id(parameter) for parameter in (*hidden, *head)}
+        taken = {id(parameter) for parameter in hidden}
+        head = [parameter for layer in (model.fc1, model.fc2) for parameter in layer.parameters() if id(parameter) not in taken]
+        taken |= {id(parameter) for parameter in head}
         rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
         self._muon = torch.optim.Muon(
             [{"params": [view for _, view in self._hidden], "factor": 1.0}], momentum=_MOMENTUM, weight_decay=weight_decay
@@ -87,5 +89,5 @@ class MuonAdamW:
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """[out, in, height, width], channels last, as [out, height * width * in] without a copy."""
-    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+    """[out, in, height, width], channels last, as [out, height * width * in] without a copy; a matrix as it is."""
+    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).reshape(len(weight), -1)

@@ -24,6 +24,7 @@ _FIXED: Final = (
     "weight_decay",
     "max_shift",
     "distortion",
+    "label_smoothing",
     "seed",
     "precision",
     "compile",
@@ -71,8 +72,9 @@ def _recipe(name: str, *, small: bool) -> dict[str, Any]:
     """What is meant where nothing is said."""
     batch_size = 64 if small else 256
     if name == "long":
-        return {"epochs": 40, "batch_size": batch_size, "max_shift": 0, "distortion": 1.0}
-    return {"epochs": 6 if small else 5, "batch_size": batch_size, "max_shift": 1 if small else 2, "distortion": 0.0}
+        return {"epochs": 40, "batch_size": batch_size, "max_shift": 0, "distortion": 1.0, "label_smoothing": 0.05}
+    epochs, max_shift = (6, 1) if small else (5, 2)
+    return {"epochs": epochs, "batch_size": batch_size, "max_shift": max_shift, "distortion": 0.0, "label_smoothing": 0.0}
 
 
 def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:

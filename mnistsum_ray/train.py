@@ -103,6 +103,7 @@ def _train(
     assert config.batch_size is not None
     assert config.max_shift is not None
     assert config.distortion is not None
+    assert config.label_smoothing is not None
     loop = LoopConfig(
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -110,6 +111,7 @@ def _train(
         weight_decay=config.weight_decay,
         max_shift=config.max_shift,
         distortion=config.distortion,
+        label_smoothing=config.label_smoothing,
         seed=config.seed,
         precision=config.precision,
         compile=config.compile,

@@ -75,6 +75,15 @@ def test_images_are_scaled_as_the_card_says() -> None:
     torch.testing.assert_close(x.max().item(), (1 - 0.1307) / 0.3081, rtol=1e-5, atol=1e-6)
 
 
+def test_smoothing_is_of_the_digits_alone(model: TwoHeadCNN) -> None:
+    digits, numbers = torch.tensor([3, 9]), torch.tensor([9, 0])
+    digit_scores, sum_scores = model(prepare_images(images(2)), numbers)
+    targets = 0.9 * F.one_hot(digits, 10) + 0.01
+    expected = -(targets * digit_scores.log_softmax(1)).sum() + F.cross_entropy(sum_scores, digits + numbers, reduction="sum")
+    smoothed = joint_loss(digit_scores, sum_scores, digits, numbers, label_smoothing=0.1)
+    torch.testing.assert_close(smoothed, expected / 2)
+
+
 def test_the_loss_is_the_mean_of_the_two_cross_entropies(model: TwoHeadCNN) -> None:
     digits, numbers = torch.tensor([3, 9]), torch.tensor([9, 0])
     digit_scores, sum_scores = model(prepare_images(images(2)), numbers)

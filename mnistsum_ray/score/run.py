@@ -20,6 +20,7 @@ from mnistsum_ray.reach import refuse_unshared
 from mnistsum_ray.report import Console, versions
 from mnistsum_ray.resources import ScoreAllotment
 from mnistsum_ray.score import summary, workspace
+from mnistsum_ray.score.attempts import counting_attempts
 from mnistsum_ray.score.commit import Request, as_parquet
 from mnistsum_ray.score.lock import hold
 from mnistsum_ray.score.plan import FILES, MANIFEST, REJECTED, plan, units_of
@@ -27,7 +28,7 @@ from mnistsum_ray.score.prepare import Run, read_all_footers
 from mnistsum_ray.score.reconcile import Totals, beside_plan, match, reconcile, refuse_foreign, refuse_other
 from mnistsum_ray.score.record import read_committed
 from mnistsum_ray.score.spread import spread
-from mnistsum_ray.score.stream import Work, counting_attempts, stream
+from mnistsum_ray.score.stream import Work, stream
 from mnistsum_ray.storage import Location
 
 FORMAT: Final = "mnistsum_ray.score/1"

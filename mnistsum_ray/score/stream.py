@@ -10,7 +10,6 @@ what is done: that a part is committed stands in its own file (commit.py), whoev
 import io
 import pickle
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,7 +20,6 @@ import ray
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from mnistsum_ray.report import quiet_ray_data
@@ -66,12 +64,6 @@ class Work:
     """Handle of an `Attempts` actor."""
 
 
-def counting_attempts() -> Any:
-    """The handle of a new `Attempts` actor, on this node so that it is not lost with another."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Attempts).options(num_cpus=0, scheduling_strategy=here).remote()
-
-
 def stream(units: list[pa.Table], work: Work, allotment: ScoreAllotment, actors_now: int) -> Iterator[pa.Table]:
     """Score units, each a `plan.PART_SCHEMA` table; yields REPORT_SCHEMA tables as parts are done, in any order."""
     quiet_ray_data()
@@ -100,20 +92,6 @@ def stream(units: list[pa.Table], work: Work, allotment: ScoreAllotment, actors_
     else:
         dataset = dataset.map_batches(_ReadPredictCommit, batch_size=None, fn_constructor_args=(work,), **on_actors)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-
-
-class Attempts:
-    """Counts how often each thing has been begun and not ended; an actor, since whoever began it may be dead."""
-
-    def __init__(self) -> None:
-        self._begun: Counter[str] = Counter()
-
-    def begin(self, key: str) -> int:
-        self._begun[key] += 1
-        return self._begun[key]
-
-    def end(self, key: str) -> None:
-        del self._begun[key]
 
 
 def _read_once(unit: pa.Table, work: Work) -> Iterator[list[Rows | Unreadable]]:

@@ -1,0 +1,46 @@
+"""The benchmark measures what it says, in small."""
+
+from pathlib import Path
+
+import pytest
+
+from mnistsum_ray import int8
+from tests.integration.conftest import run_job
+
+pytestmark = pytest.mark.slow
+
+EVERY = 5
+
+
+def test_training(data: Path) -> None:
+    done = run_job("benchmark", "train", "--data", data, "--repeat", 1, "--seconds", 1, "--epochs", 2)
+    line = done.line
+    assert set(line["median"]) == {"loader", "memory", "worker", "ray"}
+    for way in line["median"].values():
+        assert way["rows_per_second"] > 0
+        assert way["startup_seconds"] > way["first_batch_seconds"] > 0
+    ours = line["median"]["ray"]
+    assert 0 <= ours["waiting"] < 1
+    assert 0 <= ours["between_epochs_seconds"] < 5
+    assert line["ratios"]["ray / memory"] == pytest.approx(
+        ours["rows_per_second"] / line["median"]["memory"]["rows_per_second"], abs=0.002
+    )
+    assert line["hardware"]["cores"] >= 1
+    assert {"torch", "ray"} <= set(line["versions"])
+    assert "ray / loader: " in done.err
+
+
+@pytest.mark.skipif(not int8.is_available(), reason="this PyTorch has no integer convolutions on this CPU")
+def test_scoring() -> None:
+    done = run_job("benchmark", "score", "--data", "sample", "--repeat", 1, "--seconds", 1, "--rows", 2000)
+    line = done.line
+    assert set(line["median"]) == {"loader", "memory", "memory-int8", "ray", "ray-int8"}
+    assert all(way["rows_per_second"] > 0 for way in line["median"].values())
+    assert line["median"]["ray"]["first_file_seconds"] > 1
+    assert set(line["ratios"]) == {"ray / memory", "ray / loader", "ray-int8 / memory-int8", "ray-int8 / loader"}
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    done = run_job("benchmark", "train", "--epochs", 1)
+    assert done.code == 2
+    assert "--epochs: must be at least 2" in done.err
