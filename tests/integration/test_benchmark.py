@@ -7,7 +7,7 @@ import pytest
 from mnistsum_ray import int8
 from tests.integration.conftest import run_job
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sweep]
 
 EVERY = 5
 
