@@ -13,10 +13,10 @@ Several ways, each in a process of its own, in this order and then backwards and
     ray          jobs/train.py as it is, or jobs/score.py as it is
     ray-int8     (score) the same with --precision int8
 
-Of each: rows a second in steady state; seconds from the command to the first batch or training step, and of that batch (of `ray`
-the wait for it); for scoring with Ray seconds from the command to the first committed file, of 1,000 rows. Steady state leaves
-out three batches, `ray`'s first epoch, or all that comes before the first row is read. Medians, the extremes in brackets, as a
-table on standard error; the last line on standard output is one JSON object.
+Of each: rows a second in steady state; seconds from the command until the first batch is asked for, and from there until it is
+trained on or scored (of `ray`, until it is there); for scoring with Ray seconds from the command to the first committed file, of
+1,000 rows. Steady state leaves out three batches, `ray`'s first epoch, or all that comes before the first row is read. Medians,
+the extremes in brackets, as a table on standard error; the last line on standard output is one JSON object.
 """
 
 import argparse
@@ -39,7 +39,6 @@ from mnistsum_ray.baseline import BATCH, Speed
 from mnistsum_ray.checkpoint import save_model, weights_of
 from mnistsum_ray.config import ExportConfig, Refusal, RunFailed, TrainConfig
 from mnistsum_ray.export import export
-from mnistsum_ray.loop import use_cores
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.mnist import ParquetPart, open_source
 from mnistsum_ray.model import TwoHeadCNN
@@ -63,7 +62,7 @@ def train_with_ray(data: str, epochs: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--data", data, "--epochs", epochs, "--batch-size", BATCH, "--storage-path", folder, "--name", "benchmark"]
         began = time.time()
-        _command("train.py", *flags)
+        _command("train.py", *flags, "--num-workers", 1)  # as the others have it
         lines = (Path(folder) / "benchmark" / "history.jsonl").read_text().splitlines()
     history = [json.loads(line) for line in lines]
     first, later = history[0], history[1:]
@@ -75,7 +74,7 @@ def train_with_ray(data: str, epochs: int) -> dict[str, float]:
     ]
     return {
         "rows_per_second": rows / seconds,
-        "startup_seconds": first["started"] + first["first_batch_seconds"] - began,
+        "startup_seconds": first["started"] - began,
         "first_batch_seconds": first["first_batch_seconds"],
         "waiting": sum(entry["waiting"] * entry["seconds"] for entry in later) / seconds,
         "between_epochs_seconds": max(gaps),
@@ -84,6 +83,7 @@ def train_with_ray(data: str, epochs: int) -> dict[str, float]:
 
 def score_with_ray(data: str, rows: int, precision: list[str]) -> dict[str, float]:
     """jobs/score.py: its speed on so many rows; from the command to the first committed file with 1,000."""
+    one_gpu = ["--num-workers", "1"] if torch.cuda.is_available() and not precision else []  # as the others have it
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _random_model(folder / "model", data)
@@ -93,13 +93,13 @@ def score_with_ray(data: str, rows: int, precision: list[str]) -> dict[str, floa
             pairs, output = folder / f"pairs-{count}", folder / f"predictions-{count}"
             export(ExportConfig(data=data, output=str(pairs), rows=count, files=files), Console().say)
             began = time.time()
-            line = _command("score.py", "--model", folder / "model", "--input", pairs, "--output", output, *precision)
+            line = _command("score.py", "--model", folder / "model", "--input", pairs, "--output", output, *precision, *one_gpu)
             assert line["scored_rows"] == count
             # A file's time is that of its last byte; it takes its final name right after.
             first = min(file.stat().st_mtime for file in output.glob("*.parquet") if file.name[0] != "_")
             return line["rows_per_second"], first - began
 
-        rate, _ = scored(rows, 8)
+        rate, _ = scored(rows, min(8, rows))
         return {"rows_per_second": rate, "first_file_seconds": scored(1000, 1)[1]}
 
 
@@ -109,17 +109,19 @@ def _random_model(folder: Path, data: str) -> None:
     model = TwoHeadCNN().eval()
     nothing = Scores(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
     save_model(folder, weights_of(model), epoch=0, validation=nothing, test=nothing)
+    if not int8.is_available():
+        return
     images, digits = (torch.as_tensor(values[:500]) for values in _rows(data))
     card = folder / "model.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"int8": int8.quantize(model, images, images, digits).as_json()}))
 
 
-def _command(script: str, *flags: object) -> dict[str, Any]:
-    """Run one of the jobs; its last line."""
+def _command(script: str, *flags: object, name: str | None = None) -> dict[str, Any]:
+    """Run one of the jobs; its last line. An error calls it by `name`."""
     command = [sys.executable, str(JOBS / script), *map(str, flags)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise RunFailed(f"{script} ended with {done.returncode}; its error stands above")
+        raise RunFailed(f"{name or script} could not be measured; its error stands above")
     line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return line
 
@@ -128,6 +130,7 @@ def train_in_worker(data: str, seconds: float, began: float) -> dict[str, float]
     """`baseline.memory_loop` in a Ray Train worker with the resources that jobs/train.py gives it."""
     import ray
 
+    from mnistsum_ray.loop import use_cores  # imports Ray, for which the other ways should not wait
     from mnistsum_ray.resources import allot, look
 
     def loop(_: dict[str, Any]) -> dict[str, float]:
@@ -153,6 +156,8 @@ def in_pytorch(what: str, way: str, data: str, seconds: float, began: float) -> 
     """One of the ways that are not Ray's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, digits = _rows(data)
+    if len(images) < BATCH:
+        raise Refusal(f"--data {data}: has {len(images)} rows, and a batch takes {BATCH}")
     if way == "loader":
         loop = baseline.loader_loop if what == "train" else baseline.score_loader_loop
         return loop(images, digits, seconds, device, began)
@@ -222,7 +227,7 @@ def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for turn in range(args.repeat):
         for way in ways if turn % 2 == 0 else reversed(ways):
-            result = _command("benchmark.py", *argv, "--way", way, "--began", time.time())
+            result = _command("benchmark.py", *argv, "--way", way, "--began", time.time(), name=way)
             runs[way].append(result)
             print(f"{way}: {result['rows_per_second']:,.0f} rows/s", file=sys.stderr, flush=True)
     keys = {way: list(of_way[0]) for way, of_way in runs.items()}

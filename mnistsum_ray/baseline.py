@@ -170,7 +170,7 @@ def score_memory_loop(images: Pixels, seconds: float, device: torch.device, prec
     searching = time.time()
     if device.type == "cuda":
         batch = max(
-            (1024, 2048, 4096, 8192),
+            [batch for batch in (256, 1024, 2048, 4096, 8192) if batch <= len(images)],
             key=lambda batch: _forward(images, batch, seconds / 8, device, 0, precision, began).rows_per_second,
         )
         return _forward(images, batch, seconds, device, 0, precision, began + time.time() - searching)

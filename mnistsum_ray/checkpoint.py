@@ -22,6 +22,8 @@ from mnistsum_ray.optimizer import MuonAdamW
 from mnistsum_ray.storage import Location
 
 FORMAT: Final = "mnistsum_ray/1"
+STATE_FORMAT: Final = "mnistsum_ray/2"
+"""Of a trainer's state, which changes more often than what a model is: 2 has Muon's."""
 MODEL_FILES: Final = ("model.safetensors", "model.json")
 
 Weights = dict[str, Tensor]
@@ -113,7 +115,7 @@ def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: 
         for key, value in kept.items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     fields = {
-        "format": FORMAT,
+        "format": STATE_FORMAT,
         "epochs_done": state.epochs_done,
         "progress": asdict(state.progress),
         "precision": state.precision,
@@ -126,7 +128,7 @@ def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: 
 def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
     """Put weights and optimizer state back in place, on the device where the model already is."""
     fields = json.loads((folder / "trainer.json").read_text())
-    assert fields["format"] == FORMAT, f"{folder} was written by another version: {fields['format']}"
+    assert fields["format"] == STATE_FORMAT, f"it was written by another version ({fields['format']}, not {STATE_FORMAT})"
     groups: dict[str, Weights] = {}
     for name, value in load_tensors((folder / "trainer.safetensors").read_bytes()).items():
         group, _, rest = name.partition(".")

@@ -24,7 +24,7 @@ from mnistsum_ray import checkpoint, int8, pipeline
 from mnistsum_ray.augment import distort
 from mnistsum_ray.device import be_deterministic, faster_with_bf16, keep_memory
 from mnistsum_ray.gather import Gather, Schedule
-from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows
+from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows, same_everywhere
 from mnistsum_ray.model import TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.pairs import Rows
@@ -141,6 +141,7 @@ class _Trainer:
         batches = pipeline.training_batches(self.images, schedule, self.device)
         for epoch in range(schedule.first_epoch, schedule.epochs):
             trained = self._train_epoch(epoch, schedule, batches)
+            same_everywhere(self.model.parameters())
             before = time.perf_counter()
             validation = self._evaluate(self.validation, self.config.validation)
             test = self._evaluate(self.test, self.config.test)

@@ -1,5 +1,6 @@
 """Counts and sums over rows, added up over workers, divided once at the end. Nothing of Ray."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,15 @@ def add_up(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def same_everywhere(values: Iterable[Tensor]) -> None:
+    """Have every worker go on with the values of rank 0: on unlike CPUs or GPUs they differ by roundings, which would grow."""
+    if dist.is_initialized():
+        for value in values:
+            sent = value.detach().contiguous()
+            dist.broadcast(sent, src=0)
+            value.detach().copy_(sent)
 
 
 @dataclass(frozen=True)

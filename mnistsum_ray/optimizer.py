@@ -39,7 +39,8 @@ class MuonAdamW:
     """Muon for the hidden layers, conv2 to conv6 and fc1; AdamW for the first, the last ones and all biases.
 
     Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). PyTorch's takes matrices; a
-    convolution's weights are one, output channels by inputs, so it is given a view of them.
+    convolution's weights are one, output channels by inputs, so it is given a view of them. It works out its steps in bfloat16,
+    whatever the precision of the network.
 
     Args:
         model: where it will be trained; its parameters must not move in memory afterwards.

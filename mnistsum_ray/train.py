@@ -77,7 +77,7 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
         ) from error
     history = outcome["history"]
     # A kill may have come between the last epoch and its publication.
-    _publish(run.folder, checkpoint, history, {"int8": outcome["int8"]} if outcome["int8"] else {})
+    _publish(run.folder, checkpoint, history, outcome["int8"])
     draw_history(run.folder, history)
     model = run.folder / "model"
     steady = history[1:] or history
@@ -159,13 +159,20 @@ def _train(
 
 
 def _publish(
-    folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]], more: dict[str, Any] | None = None
+    folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]], int8: dict[str, Any] | None = None
 ) -> None:
-    """Put the best model so far, which every checkpoint carries, and the history into the run folder; `more` into its card."""
+    """Put the best model so far, which every checkpoint carries, and the history into the run folder.
+
+    A calibration that is there of the same weights stays: what was scored with it must go on as it was.
+    """
     weights, card = MODEL_FILES
     with checkpoint.as_directory() as local:
+        new = json.loads((Path(local) / card).read_text())
+        place = folder / "model" / card
+        old = place.read_json() if place.exists() else {}
+        int8 = (old.get("int8") if old.get("sha256") == new["sha256"] else None) or int8
         (folder / "model" / weights).write_bytes((Path(local) / weights).read_bytes())
-        (folder / "model" / card).write_json(json.loads((Path(local) / card).read_text()) | (more or {}))
+        place.write_json(new | ({"int8": int8} if int8 else {}))
     write_history(folder, history)
 
 

@@ -65,7 +65,7 @@ def prepare(config: ScoreConfig) -> Run:
         if maxima_of(card) is None:
             raise Refusal(
                 "--precision int8: the model holds no calibration for it, so it was trained by an older version or where PyTorch "
-                "lacks integer convolutions; train.py --name … --resume adds it, of a finished run too"
+                "lacks integer convolutions; leave it out, or train anew"
             )
         if not is_available():
             raise Refusal("--precision int8: this PyTorch has no integer convolutions on this CPU; leave it out")

@@ -113,7 +113,7 @@ def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
         return (
             f"holds predictions of another model (SHA-256 {then['model_sha256'][:12]}…, --model has {now['model_sha256'][:12]}…)"
         )
-    key = next(key for key in now if then.get(key) != now[key])
+    key = next((key for key in now if key != "int8" and then.get(key) != now[key]), "int8")
     if key == "int8":
         return "holds predictions of the same model quantized otherwise"
     flag = "--precision" if key == "precision" else f"--{key}-column"

@@ -120,6 +120,10 @@ def test_integers_score_as_calibrated(model: Path, exported: Path, tmp_path: Pat
     assert (scored.manifest()["precision"], scored.manifest()["int8"]) == ("int8", calibrated)
     assert score_here(mine, tmp_path / "out", exported, precision="int8").line["resumed_rows"] == ROWS
 
+    score_here(mine, tmp_path / "fp32", exported)
+    with pytest.raises(Refusal, match="was begun with --precision fp32, which is now int8"):
+        score_here(mine, tmp_path / "fp32", exported, precision="int8")
+
     calibrated["maxima"][2] *= 2
     (mine / "model.json").write_text(json.dumps(card | {"int8": calibrated}))
     with pytest.raises(Refusal, match="holds predictions of the same model quantized otherwise"):

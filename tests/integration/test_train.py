@@ -98,8 +98,12 @@ def test_the_same_name_is_refused_and_resuming_a_finished_run_trains_nothing(
     again = run_job("train", "--data", data, "--epochs", 2, "--storage-path", runs, "--name", "one", address=cluster)
     assert again.code == 2
     assert "exists; continue it with --resume" in again.err
+    place = runs / "one" / "model" / "model.json"
+    card = json.loads(place.read_text()) | {"int8": {"maxima": [1.0] * 6}}  # as if calibrated on a CPU that rounds otherwise
+    place.write_text(json.dumps(card))
     resumed = run_job("train", "--storage-path", runs, "--name", "one", "--resume", address=cluster)
     assert resumed.line["test"] == done.line["test"]
+    assert json.loads(place.read_text()) == card, "what was scored with it must go on as it was"
     assert ": train loss" not in resumed.err
 
 
