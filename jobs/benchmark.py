@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def train_with_ray(data: str, epochs: int) -> dict[str, float]:
     rows = sum(entry["rows_per_second"] * entry["seconds"] for entry in later)
     gaps = [
         after["started"] - (entry["started"] + entry["seconds"] + entry["evaluation_seconds"])
-        for entry, after in zip(history, later, strict=False)
+        for entry, after in pairwise(history)
     ]
     return {
         "rows_per_second": rows / seconds,
