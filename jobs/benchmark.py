@@ -21,8 +21,6 @@ the extremes in brackets, as a table on standard error; the last line on standar
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -39,11 +37,14 @@ from mnistsum_ray import baseline, int8, job
 from mnistsum_ray.baseline import BATCH, Speed
 from mnistsum_ray.checkpoint import save_model, weights_of
 from mnistsum_ray.config import ExportConfig, Refusal, RunFailed, TrainConfig
+from mnistsum_ray.connect import connect
+from mnistsum_ray.console import Console
+from mnistsum_ray.device import hardware
 from mnistsum_ray.export import export
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.mnist import ParquetPart, open_source
 from mnistsum_ray.model import TwoHeadCNN
-from mnistsum_ray.report import Console, versions
+from mnistsum_ray.report import versions
 from mnistsum_ray.schema import Pixels, pixels_view
 from mnistsum_ray.storage import locate
 
@@ -138,7 +139,7 @@ def train_in_worker(data: str, seconds: float, began: float) -> dict[str, float]
         use_cores(1)
         return asdict(in_pytorch("train", "memory", data, seconds, began))
 
-    job.connect()
+    connect()
     allotment = allot(TrainConfig(num_workers=1), look())
     with tempfile.TemporaryDirectory() as folder:
         trainer = ray.train.torch.TorchTrainer(
@@ -184,21 +185,6 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     if args.what == "train":
         return train_with_ray(args.data, args.epochs)
     return score_with_ray(args.data, args.rows, ["--precision", "int8"] if args.way == "ray-int8" else [])
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "instructions": sorted(name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni") if flags.get(name)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:

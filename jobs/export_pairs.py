@@ -16,8 +16,8 @@ from mnistsum_ray.config import ExportConfig, parse
 def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:
     config = parse(ExportConfig, argv, __doc__)
 
+    from mnistsum_ray.console import Console
     from mnistsum_ray.export import export
-    from mnistsum_ray.report import Console
 
     output, source = export(config, Console().say)
     line = {"output": output.text, "data": source.name, "split": config.split, "rows": config.rows, "files": config.files}

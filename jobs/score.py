@@ -25,16 +25,12 @@ from mnistsum_ray.config import ScoreConfig, parse
 def score(argv: list[str]) -> tuple[dict[str, Any], int]:
     config = parse(ScoreConfig, argv, __doc__)
 
-    from mnistsum_ray.report import Console
-    from mnistsum_ray.score.prepare import prepare
+    job.leave_stdout_to_result()
 
-    prepared = prepare(config)
-    job.connect()
+    from mnistsum_ray import score as score_files  # numpy and more, which `--help` should not wait for
 
-    from mnistsum_ray.score import run  # torch and ray take seconds to import, which a refusal should not
-
-    line, complete = run.score(prepared, Console())
-    return line, job.DONE if complete else job.INCOMPLETE
+    line = score_files(config)
+    return line, job.INCOMPLETE if line["rejected_rows"] or line["failed_files"] else job.DONE
 
 
 def main(argv: list[str]) -> int:

@@ -20,19 +20,11 @@ from mnistsum_ray.config import TrainConfig, parse
 def train(argv: list[str]) -> tuple[dict[str, Any], int]:
     config = parse(TrainConfig, argv, __doc__)
 
-    from mnistsum_ray.prepare import prepare
-    from mnistsum_ray.report import Console
+    job.leave_stdout_to_result()
 
-    run = prepare(config)
-    job.connect()
+    from mnistsum_ray import fit  # numpy and more, which `--help` should not wait for
 
-    from mnistsum_ray.train import fit  # torch takes seconds to import, which a refusal should not
-
-    console = Console()
-    summary = fit(run, console)
-    console.say(f"model: {summary['model']}")
-    console.say(f"curves: {summary['run']}/history.png")
-    return summary, job.DONE
+    return fit(config), job.DONE
 
 
 def main(argv: list[str]) -> int:

@@ -1,6 +1,6 @@
-"""Training images turned, stretched, slanted, moved and bent a little, on the device. Nothing of Ray.
+"""Training images turned, stretched, slanted and moved a little, on the device. Nothing of Ray.
 
-Affine and elastic distortions as in Simard et al., "Best Practices for Convolutional Neural Networks Applied to Visual
+Affine distortions as in Simard et al., "Best Practices for Convolutional Neural Networks Applied to Visual
 Document Analysis" (2003). What is done to a row follows from its draws alone, and those from (seed, epoch, row id): pairs.py.
 """
 
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnistsum_ray.pairs import ELASTIC_POINTS
 from mnistsum_ray.schema import SIDE
 
 # The most that strength 1 does to an image.
@@ -20,9 +19,7 @@ _STRETCH: Final = 0.1
 """Natural logarithm of the factor, along each axis."""
 _SLANT: Final = 0.1
 """Pixels sideways a pixel down."""
-_PIXELS: Final = 2.0
-_BEND_PIXELS: Final = 1.4
-"""At each of the points of a coarse grid, along each axis; in between along a cubic curve."""
+_PIXELS: Final = 3.0
 
 
 def distort(images: Tensor, draws: Tensor, strength: float) -> Tensor:
@@ -39,14 +36,12 @@ def distort(images: Tensor, draws: Tensor, strength: float) -> Tensor:
     rows = len(images)
     if not rows:
         return images
-    turn, right, down, slant, x, y = (strength * draws[:, :6]).unbind(1)
+    turn, right, down, slant, x, y = (strength * draws).unbind(1)
     cos, sin = torch.cos(turn * math.radians(_DEGREES)), torch.sin(turn * math.radians(_DEGREES))
     wide, high = torch.exp(right * _STRETCH), torch.exp(down * _STRETCH)
     half = SIDE / 2  # the sampling grid runs from -1 to 1
     top = torch.stack([cos * wide, slant * _SLANT - sin * high, x * (_PIXELS / half)], 1)
     bottom = torch.stack([sin * wide, cos * high, y * (_PIXELS / half)], 1)
     grid = F.affine_grid(torch.stack([top, bottom], 1), [rows, 1, SIDE, SIDE], align_corners=False)
-    points = draws[:, 6:].view(rows, 2, ELASTIC_POINTS, ELASTIC_POINTS) * (strength * _BEND_PIXELS / half)
-    grid = grid + F.interpolate(points, (SIDE, SIDE), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     # What comes in at the edge is as the edge is: background.
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False).to(memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ from mnistsum_ray.int8 import activation_maxima
 from mnistsum_ray.model import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.optimizer import MuonAdamW
 from mnistsum_ray.schema import Pixels
-from mnistsum_ray.score.predict import forward_of
+from mnistsum_ray.scoring.predict import forward_of
 
 BATCH: Final = 256
 """The original's."""

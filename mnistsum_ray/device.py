@@ -1,8 +1,10 @@
 """What a process does about its hardware before it trains or scores. Nothing of Ray."""
 
 import ctypes
+import os
 import platform
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 
@@ -42,3 +44,18 @@ def faster_with_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.get_device_capability(device) >= (8, 0))
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(has.get("amx_bf16") or (has.get("avx512_bf16") and "intel" not in str(has.get("cpu_name", "")).lower()))
+
+
+def hardware() -> dict[str, Any]:
+    """What a figure was measured on: CPU, cores, its instructions for small numbers, and GPU, of this process."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instructions": sorted(name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni") if flags.get(name)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

@@ -22,13 +22,15 @@ from torch import Tensor
 
 from mnistsum_ray import checkpoint, int8, pipeline
 from mnistsum_ray.augment import distort
-from mnistsum_ray.device import be_deterministic, faster_with_bf16, keep_memory
+from mnistsum_ray.device import be_deterministic, faster_with_bf16, hardware, keep_memory
+from mnistsum_ray.examine import Examination, examine
 from mnistsum_ray.gather import Gather, Schedule
 from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows, same_everywhere
-from mnistsum_ray.model import TwoHeadCNN, joint_loss, prepare_images
+from mnistsum_ray.model import TwoHeadCNN, dropout_factors, joint_loss, prepare_images
 from mnistsum_ray.optimizer import MuonAdamW, one_cycle
-from mnistsum_ray.pairs import Rows
+from mnistsum_ray.pairs import Rows, dropout_seed
 from mnistsum_ray.pipeline import Batch
+from mnistsum_ray.schema import Pixels
 
 REPORT_SECONDS: Final = 5.0
 """Least time between two progress reports."""
@@ -54,6 +56,7 @@ class LoopConfig:
     max_shift: int
     distortion: float
     label_smoothing: float
+    dropout: float
     seed: int
     precision: str | None
     compile: bool
@@ -64,15 +67,31 @@ class LoopConfig:
     """Where rank 0 says how far it is."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished training has to tell the driver."""
+
+    history: list[dict[str, Any]]
+    examination: Examination
+    """Of the best model on the test rows."""
+    mistaken: Pixels
+    """The images of its mistakes, in their order: uint8[n, 28, 28]."""
+    int8: dict[str, Any] | None
+    """For model.json; None where the CPU of the worker cannot."""
+    hardware: dict[str, Any]
+    precision: str
+
+
 class NonFiniteLoss(ArithmeticError):
     """The loss is infinite or not a number: going on is pointless, and so is trying again."""
 
 
 def train_loop_per_worker(config: dict[str, LoopConfig]) -> dict[str, Any]:
-    """Train; what rank 0 returns reaches the driver: `history` and `int8`, or an `error` that another attempt would not mend."""
+    """Train; what rank 0 returns reaches the driver: an `Outcome`'s fields, or an `error` that another attempt would not mend."""
     try:
         trainer = _Trainer(config["loop"])
-        return {"history": trainer.run(), "int8": trainer.quantized()}
+        history = trainer.run()
+        return vars(trainer.examined(history)) if trainer.rank == 0 else {}
     except (NonFiniteLoss, RowsLost) as error:
         # Every rank comes here, since every rank sees the same reduced numbers. Raised, it would be repeated by Ray Train.
         print(f"stopped on this rank: {error}", flush=True)
@@ -149,17 +168,21 @@ class _Trainer:
             self._save(epoch, trained, validation, test)
         return self.state.history
 
-    def quantized(self) -> dict[str, Any] | None:
-        """What scoring the best model with integers takes, and how it agrees with float32 on the test rows; rank 0 alone."""
-        if self.rank != 0 or not int8.is_available():
-            return None
+    def examined(self, history: list[dict[str, Any]]) -> Outcome:
+        """What the best model answers on the test rows, and what scoring with integers takes and how it agrees; by one worker."""
+        self._say(kind="note", text="looking at the best model's answers on the test rows")
         model = TwoHeadCNN().eval()
         model.load_state_dict(self.state.best)
         gather = Gather(self.images)
-        training = gather(self.config.train[: int8.CALIBRATION_ROWS])["image"]
-        test = gather(self.config.test)
-        compared = int8.quantize(model, *(torch.as_tensor(values) for values in (training, test["image"], test["digit"])))
-        return compared.as_json()
+        found = examine(model.to(self.device), gather, self.config.test, self._autocast())
+        images = gather(np.array([mistake.row_id for mistake in found.mistakes], np.int64))["image"]
+        agreement = None
+        if int8.is_available():
+            training = gather(self.config.train[: int8.CALIBRATION_ROWS])["image"]
+            test = gather(self.config.test[: int8.COMPARED_ROWS])
+            tensors = (torch.as_tensor(values) for values in (training, test["image"], test["digit"]))
+            agreement = int8.quantize(model.cpu(), *tensors).as_json()
+        return Outcome(history, found, images, agreement, hardware(), self.state.precision)
 
     def _train_epoch(self, epoch: int, schedule: Schedule, batches: Iterator[Batch]) -> dict[str, float]:
         """One pass over the training rows: mean loss a row, rows/s, and the share of the time spent waiting for data."""
@@ -176,7 +199,7 @@ class _Trainer:
             waited += time.perf_counter() - before
             first_batch = first_batch or waited
             rate = one_cycle(epoch * schedule.steps + step, total_steps, self.config.learning_rate)
-            loss = self._step(batch, schedule.batch_rows(step), rate)
+            loss = self._step(batch, epoch, step, schedule.batch_rows(step), rate)
             losses += loss
             counts += torch.stack([torch.tensor(len(batch["row_id"]), device=self.device), batch["row_id"].sum()])
             if step % _CHECK_STEPS == _CHECK_STEPS - 1 or step == schedule.steps - 1:
@@ -216,14 +239,15 @@ class _Trainer:
             "learning_rate": rate,
         }
 
-    def _step(self, batch: Batch, global_rows: int, learning_rate: float) -> Tensor:
+    def _step(self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float) -> Tensor:
         """One optimizer step; the loss added up over this worker's rows, detached."""
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
         if "draws" in batch:
             images = distort(images, batch["draws"], self.config.distortion)
+        dropout = self._dropout(epoch, step, global_rows)
         with self._autocast():
-            digit_scores, sum_scores = self.parallel(images, batch["number"])
+            digit_scores, sum_scores = self.parallel(images, batch["number"], dropout)
         answers = digit_scores, sum_scores, batch["digit"], batch["number"]
         loss = joint_loss(*answers, self.config.label_smoothing)
         # DDP averages over the workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
@@ -233,6 +257,13 @@ class _Trainer:
             with torch.no_grad():
                 return joint_loss(*answers)
         return loss.detach()
+
+    def _dropout(self, epoch: int, step: int, global_rows: int) -> Tensor | None:
+        """This worker's share of the factors of the global batch: the same for any number of workers, and after any restart."""
+        if not self.config.dropout:
+            return None
+        generator = torch.Generator(self.device).manual_seed(dropout_seed(self.config.seed, epoch, step))
+        return dropout_factors(global_rows, self.config.dropout, generator)[self.rank :: self.world_size]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.state.precision == "bf16")

@@ -67,10 +67,14 @@ class TwoHeadCNN(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def digit_scores(self, images: Tensor) -> Tensor:
-        """float[n, 1, 28, 28] to ten digit scores (logits) [n, 10]."""
-        layers = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6, self.conv7)
-        return _convolve(images, layers).flatten(1)
+    def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """float[n, 1, 28, 28] to ten digit scores (logits) [n, 10]; `dropout` [n, 128, 3, 3] multiplies what conv7 reads."""
+        layers = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6)
+        hidden = _hidden(images, layers)
+        if dropout is not None:
+            hidden = hidden * dropout.to(hidden.dtype)
+        scores: Tensor = self.conv7(hidden).flatten(1)
+        return scores
 
     def sum_scores(self, digit_scores: Tensor, numbers: Tensor) -> Tensor:
         """Digit scores [n, 10] and numbers int64[n] in 0..9 to nineteen sum scores (logits) [n, 19]."""
@@ -78,9 +82,12 @@ class TwoHeadCNN(nn.Module):
         scores: Tensor = self.fc2(F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1))))
         return scores
 
-    def forward(self, images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Images float[n, 1, 28, 28] and numbers int64[n] to (digit scores [n, 10], sum scores [n, 19])."""
-        digit_scores = self.digit_scores(images)
+    def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images float[n, 1, 28, 28] and numbers int64[n] to (digit scores [n, 10], sum scores [n, 19]).
+
+        Training may pass `dropout_factors` of the rows.
+        """
+        digit_scores = self.digit_scores(images, dropout)
         return digit_scores, self.sum_scores(digit_scores, numbers)
 
     def sum_scores_of_all_numbers(self, digit_scores: Tensor) -> Tensor:
@@ -93,15 +100,24 @@ class TwoHeadCNN(nn.Module):
         return self.sum_scores(digit_scores.repeat_interleave(10, dim=0), numbers).view(rows, 10, SUMS)
 
 
-def _convolve(x: Tensor, layers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+def _hidden(x: Tensor, layers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    """The first six convolutions: [n, 1, 28, 28] to [n, 128, 3, 3]."""
     for index, layer in enumerate(layers):
         x = layer(x)
         if index in (1, 3):
             x = F.max_pool2d(x, 2)
-        if index < 6:
-            # ReLU after the max-pool gives the same values and gradients as before it, on a quarter of the elements.
-            x = torch.relu_(x)
+        # ReLU after the max-pool gives the same values and gradients as before it, on a quarter of the elements.
+        x = torch.relu_(x)
     return x
+
+
+def dropout_factors(rows: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Dropout (Srivastava et al. 2014) of what conv7 reads: float32[rows, 128, 3, 3], each 0 or 1 / (1 - probability).
+
+    Channels last, as what they are for. Drawn outside of the network, so that the draws are the caller's to repeat.
+    """
+    draws = torch.rand(rows, 3, 3, 128, generator=generator, device=generator.device)
+    return ((draws >= probability) / (1 - probability)).permute(0, 3, 1, 2)
 
 
 def blocked_forward(model: TwoHeadCNN) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -109,14 +125,14 @@ def blocked_forward(model: TwoHeadCNN) -> Callable[[Tensor, Tensor], tuple[Tenso
 
     Takes and gives what `model` does, up to the order of sums (1e-5 of a score). It does not follow later changes of `model`.
     """
-    layers = [
+    *layers, last = [
         partial(F.conv2d, weight=layer.weight.detach().to_mkldnn(), bias=layer.bias.detach().to_mkldnn(), padding=layer.padding)
         for layer in model.children()
         if isinstance(layer, nn.Conv2d) and layer.bias is not None
     ]
 
     def forward(images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        digit_scores = _convolve(images.to_mkldnn(), layers).to_dense().flatten(1)
+        digit_scores = last(_hidden(images.to_mkldnn(), layers)).to_dense().flatten(1)
         return digit_scores, model.sum_scores(digit_scores, numbers)
 
     return forward

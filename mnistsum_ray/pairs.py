@@ -18,13 +18,10 @@ NUMBERS: Final = 10
 """The random number is one of 0..9."""
 
 # What a draw is for. Draws for different purposes must not be correlated, so the purpose is part of the key.
-_ORDER, _NUMBER, _SHIFT, _SPLIT, _DISTORTION = range(5)
+_ORDER, _NUMBER, _SHIFT, _SPLIT, _DISTORTION, _DROPOUT = range(6)
 
-ELASTIC_POINTS: Final = 4
-"""Along each side of the coarse grid that bends an image."""
-
-DRAWS: Final = 6 + 2 * ELASTIC_POINTS**2
-"""What a distortion of an image takes: six for turning, stretching, slanting and moving it, two a point for bending."""
+DRAWS: Final = 6
+"""What a distortion of an image takes: one to turn it, two to stretch, one to slant and two to move it."""
 
 
 def _mix(z: Bits) -> Bits:
@@ -67,6 +64,11 @@ def distortions(seed: int, epoch: int, row_ids: Rows) -> npt.NDArray[np.float32]
         draws[:, column] = (bits >> np.uint64(40)) * (2 / 2**24) - 1
         bits = _mix(bits)
     return draws
+
+
+def dropout_seed(seed: int, epoch: int, step: int) -> int:
+    """What seeds the draws of a step for the whole global batch: 0..2**63-1."""
+    return int(_bits(seed, epoch, _DROPOUT, np.array([step], np.int64))[0] >> np.uint64(1))
 
 
 def epoch_order(seed: int, epoch: int, row_ids: Rows) -> Rows:

@@ -23,11 +23,11 @@ from ray.data import TaskPoolStrategy
 from ray.data.dataset import MaterializedDataset
 
 from mnistsum_ray.config import Refusal
+from mnistsum_ray.console import quiet_ray_data
 from mnistsum_ray.gather import Gather, Schedule, digits_of, images_of, read_part, training_rows
 from mnistsum_ray.metrics import RowsLost
 from mnistsum_ray.mnist import Source
 from mnistsum_ray.pairs import Rows, rank_share
-from mnistsum_ray.report import quiet_ray_data
 from mnistsum_ray.schema import SIDE
 
 Batch = dict[str, torch.Tensor]

@@ -3,6 +3,7 @@
 import secrets
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from typing import Any, Final
 
 from pyarrow.fs import FileSelector, FileType
@@ -25,6 +26,7 @@ _FIXED: Final = (
     "max_shift",
     "distortion",
     "label_smoothing",
+    "dropout",
     "seed",
     "precision",
     "compile",
@@ -60,6 +62,8 @@ def prepare(config: TrainConfig) -> Run:
             raise Refusal(f"--name {name}: {folder.text} exists; continue it with --resume, or choose another name")
     except OSError as error:
         raise Refusal(f"--storage-path {storage.text}: {' '.join(str(error).split())}") from None
+    if config.mlflow and find_spec("mlflow") is None:
+        raise Refusal("--mlflow: MLflow is not installed here; pip install -e '.[mlflow]'")
     source = open_source(config.data)
     recipe = _recipe(config.recipe, small=len(source.train) < SMALL_ROWS)
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
@@ -70,11 +74,11 @@ def prepare(config: TrainConfig) -> Run:
 
 def _recipe(name: str, *, small: bool) -> dict[str, Any]:
     """What is meant where nothing is said."""
-    batch_size = 64 if small else 256
     if name == "long":
-        return {"epochs": 40, "batch_size": batch_size, "max_shift": 0, "distortion": 1.0, "label_smoothing": 0.05}
-    epochs, max_shift = (6, 1) if small else (5, 2)
-    return {"epochs": epochs, "batch_size": batch_size, "max_shift": max_shift, "distortion": 0.0, "label_smoothing": 0.0}
+        size = {"epochs": 40, "batch_size": 64} if small else {"epochs": 24, "batch_size": 128}
+        return size | {"max_shift": 0, "distortion": 1.0, "label_smoothing": 0.05, "dropout": 0.25}
+    size = {"epochs": 6, "batch_size": 64, "max_shift": 1} if small else {"epochs": 5, "batch_size": 256, "max_shift": 2}
+    return size | {"distortion": 0.0, "label_smoothing": 0.0, "dropout": 0.0}
 
 
 def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:

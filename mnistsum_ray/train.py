@@ -4,10 +4,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import ray
 import ray.exceptions
@@ -20,13 +20,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnistsum_ray import pipeline, resources
 from mnistsum_ray.checkpoint import MODEL_FILES
 from mnistsum_ray.config import Refusal, RunFailed
-from mnistsum_ray.loop import LoopConfig, train_loop_per_worker
+from mnistsum_ray.console import SILENCE_SECONDS, Console
+from mnistsum_ray.loop import LoopConfig, Outcome, train_loop_per_worker
 from mnistsum_ray.mnist import ParquetPart
 from mnistsum_ray.model import PARAMETERS
 from mnistsum_ray.prepare import Run, read_manifest
 from mnistsum_ray.reach import refuse_unshared
-from mnistsum_ray.report import SILENCE_SECONDS, Console, draw_history, versions, write_history
+from mnistsum_ray.report import REPORT, report_page, versions, write_history
 from mnistsum_ray.storage import Location
+
+if TYPE_CHECKING:
+    from mnistsum_ray.mlflow import MLflowRun
 
 _GROWTH_SECONDS: Final = 30.0
 """Between two looks whether an elastic run can have more workers; growing costs what is done of the epoch."""
@@ -56,54 +60,108 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
     refuse_unshared({"--storage-path": run.storage}, read, console.say)
     pipeline.quiet()
     loaded = pipeline.load(source)
-    manifest = _manifest(run, loaded.fingerprint)
+    manifest = _manifest(run, loaded.fingerprint, _workers_text(allotment))
     if config.resume:
         _check_data(read_manifest(run.folder), loaded.fingerprint)
     elif (run.folder / "manifest.json").exists():  # again, since all of the waiting and reading lies between
         raise Refusal(f"--name {config.name}: another run has taken it meanwhile; choose another name")
+    mlflow = _mlflow(run, manifest)
     (run.folder / "manifest.json").write_json(manifest)
     console.say(
         f"run {config.name}: {len(source.train):,} training, {len(source.validation):,} validation and {len(source.test):,} test "
-        f"rows of {source.name} ({source.location}); {_workers_text(allotment)}"
+        f"rows of {source.name} ({source.location}); {manifest['workers']}"
     )
+
+    def on_epoch(entry: dict[str, Any]) -> None:
+        if mlflow:
+            mlflow.tell([entry], console.say)
+
     try:
-        with _events(console) as events:
+        with _events(console, on_epoch) as events:
             outcome, checkpoint = _train(run, allotment, loaded.images, events)
-    except ray.train.TrainingFailedError as error:
-        console.say(str(error))
-        raise RunFailed(
-            f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
-            f"--name {config.name} --resume goes on from the last checkpoint"
-        ) from error
-    history = outcome["history"]
+    except BaseException as error:
+        if mlflow:
+            mlflow.fail()
+        if isinstance(error, ray.train.TrainingFailedError):
+            console.say(str(error))
+            raise RunFailed(
+                f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
+                f"--name {config.name} --resume goes on from the last checkpoint"
+            ) from error
+        raise
     # A kill may have come between the last epoch and its publication.
-    _publish(run.folder, checkpoint, history, outcome["int8"])
-    draw_history(run.folder, history)
-    model = run.folder / "model"
-    steady = history[1:] or history
+    card = _publish(run.folder, checkpoint, outcome.history, outcome.int8)
+    steady = outcome.history[1:] or outcome.history
     speed = sum(line["rows_per_second"] * line["seconds"] for line in steady) / sum(line["seconds"] for line in steady)
     summary = {
         "run": run.folder.text,
-        "model": model.text,
+        "model": (run.folder / "model").text,
         "parameters": PARAMETERS,
         "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
-        "test": (model / "model.json").read_json()["test"],
+        "test": card["test"],
         "images_per_second": round(speed, 1),
         "seconds": round(time.monotonic() - started, 1),
     }
-    (run.folder / "manifest.json").write_json(manifest | {"status": "finished", "metrics": summary})
+    manifest |= {
+        "status": "finished",
+        "metrics": summary,
+        "hardware": outcome.hardware,
+        "precision": outcome.precision,
+        "examination": outcome.examination.as_json(),
+    }
+    written = _write_report(run, manifest, card, outcome)
+    if mlflow:
+        summary["mlflow"] = mlflow.run_id if mlflow.finish(outcome.history, run.folder, written, console.say) else None
+    (run.folder / "manifest.json").write_json(manifest)
+    console.say(f"model: {summary['model']}")
+    console.say(f"report: {run.folder.text}/{REPORT}")
     return summary
+
+
+def _mlflow(run: Run, manifest: dict[str, Any]) -> "MLflowRun | None":
+    """The run on the tracking server of `--mlflow`, which the manifest then names."""
+    config = run.config
+    if config.mlflow is None:
+        return None
+    from mnistsum_ray.mlflow import MLflowRun  # an extra
+
+    stored = read_manifest(run.folder).get("mlflow") if config.resume else None
+    run_id = stored["run_id"] if stored and stored["uri"] == config.mlflow else None
+    assert config.name is not None
+    told = MLflowRun(config.mlflow, config.mlflow_experiment, config.name, run_id, manifest["config"])
+    manifest["mlflow"] = {"uri": config.mlflow, "run_id": told.run_id}
+    return told
+
+
+def _write_report(run: Run, manifest: dict[str, Any], card: dict[str, Any], outcome: Outcome) -> list[str]:
+    """Pictures, report and TensorBoard's last file; the names of what a person may want to have elsewhere."""
+    from mnistsum_ray import pictures, tensorboard  # a second to import, needed once
+
+    found = outcome.examination
+    drawn = {
+        "history.png": pictures.draw_history(outcome.history),
+        "confusion.png": pictures.draw_confusion(found.confusion),
+        "sums.png": pictures.draw_sums(found.sums_right, found.confusion),
+        "mistakes.png": pictures.draw_mistakes(found.as_json()["mistakes"], outcome.mistaken),
+    }
+    for name, png in drawn.items():
+        (run.folder / name).write_bytes(png)
+    page = report_page(str(run.config.name), manifest, card, outcome.history, drawn)
+    (run.folder / REPORT).write_bytes(page.encode())
+    tensorboard.write_pictures(run.folder, outcome.history[-1]["epoch"], drawn, manifest["config"])
+    return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in MODEL_FILES)]
 
 
 def _train(
     run: Run, allotment: resources.Allotment, images: MaterializedDataset, events: Queue
-) -> tuple[dict[str, Any], ray.train.Checkpoint]:
+) -> tuple[Outcome, ray.train.Checkpoint]:
     config, source = run.config, run.source
     assert config.epochs is not None
     assert config.batch_size is not None
     assert config.max_shift is not None
     assert config.distortion is not None
     assert config.label_smoothing is not None
+    assert config.dropout is not None
     loop = LoopConfig(
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -112,6 +170,7 @@ def _train(
         max_shift=config.max_shift,
         distortion=config.distortion,
         label_smoothing=config.label_smoothing,
+        dropout=config.dropout,
         seed=config.seed,
         precision=config.precision,
         compile=config.compile,
@@ -151,29 +210,34 @@ def _train(
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
     result = trainer.fit()
-    outcome = result.return_value or {}
-    if "error" in outcome:
-        raise RunFailed(outcome["error"])
+    answer = result.return_value or {}
+    if "error" in answer:
+        raise RunFailed(answer["error"])
     assert result.checkpoint is not None, "a run of at least one epoch leaves a checkpoint"
-    return outcome, result.checkpoint
+    return Outcome(**answer), result.checkpoint
 
 
 def _publish(
     folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]], int8: dict[str, Any] | None = None
-) -> None:
-    """Put the best model so far, which every checkpoint carries, and the history into the run folder.
+) -> dict[str, Any]:
+    """Put the best model so far, which every checkpoint carries, and the history into the run folder; the model's card.
 
     A calibration that is there of the same weights stays: what was scored with it must go on as it was.
     """
+    from mnistsum_ray import tensorboard  # not needed before there is an epoch
+
     weights, card = MODEL_FILES
     with checkpoint.as_directory() as local:
-        new = json.loads((Path(local) / card).read_text())
+        new: dict[str, Any] = json.loads((Path(local) / card).read_text())
         place = folder / "model" / card
         old = place.read_json() if place.exists() else {}
         int8 = (old.get("int8") if old.get("sha256") == new["sha256"] else None) or int8
         (folder / "model" / weights).write_bytes((Path(local) / weights).read_bytes())
-        place.write_json(new | ({"int8": int8} if int8 else {}))
+        new |= {"int8": int8} if int8 else {}
+        place.write_json(new)
     write_history(folder, history)
+    tensorboard.write_epochs(folder, history)
+    return new
 
 
 class _Reporter(ray.train.UserCallback):
@@ -196,8 +260,8 @@ class _Reporter(ray.train.UserCallback):
 
 
 @contextmanager
-def _events(console: Console) -> Iterator[Queue]:
-    """A queue whose events the console shows until the block ends."""
+def _events(console: Console, on_epoch: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
+    """A queue whose events the console shows until the block ends; `on_epoch` gets the lines of history.jsonl."""
     # On this node, so that it is not lost with another.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
@@ -215,6 +279,8 @@ def _events(console: Console) -> Iterator[Queue]:
                 return
             silent = 0
             console.show(event)
+            if event["kind"] == "epoch":
+                on_epoch({key: value for key, value in event.items() if key != "kind"})
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -227,12 +293,13 @@ def _events(console: Console) -> Iterator[Queue]:
             queue.shutdown()
 
 
-def _manifest(run: Run, fingerprint: str) -> dict[str, Any]:
+def _manifest(run: Run, fingerprint: str, workers: str) -> dict[str, Any]:
     source = run.source
     return {
         "status": "running",
         "config": run.config.model_dump(mode="json", exclude={"config", "resume"}),
         "versions": versions(),
+        "workers": workers,
         "data": {
             "source": source.name,
             "location": source.location,

@@ -39,11 +39,11 @@ def test_no_distortion_is_the_image(images: torch.Tensor) -> None:
 
 
 def test_moving(images: torch.Tensor) -> None:
-    moved = distort(images, only(len(images), X, 0.5), 1.0)  # the window moves right by a pixel, so the ink left
+    moved = distort(images, only(len(images), X, 1 / 3), 1.0)  # the window moves right by a pixel, so the ink left
     torch.testing.assert_close(moved[..., 2:-2, 2:-2], images[..., 2:-2, 3:-1], rtol=0, atol=1e-3)
     x, y = center(images)
     to_x, to_y = center(distort(images, only(len(images), Y, -1.0), 1.0))
-    assert (to_y - y).median().item() == pytest.approx(2, abs=0.05)  # a few lose ink, or have more of it, at the edge
+    assert (to_y - y).median().item() == pytest.approx(3, abs=0.1)  # a few lose ink, or have more of it, at the edge
     assert (to_x - x).median().item() == pytest.approx(0, abs=0.05)
 
 
@@ -63,16 +63,6 @@ def test_stretching(images: torch.Tensor, column: int, axis: int) -> None:
     place = center(distort(dot, only(1, column, -1.0), 1.0))
     assert place[axis].item() == pytest.approx(8 * math.exp(0.1), abs=0.2)
     assert place[1 - axis].item() == pytest.approx(8, abs=0.2)
-
-
-def test_bending_differs_from_place_to_place(images: torch.Tensor) -> None:
-    draws = torch.zeros(len(images), DRAWS)
-    draws[:, 6:] = torch.rand(len(images), DRAWS - 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    bent = distort(images, draws, 1.0)
-    assert (bent - images).abs().mean() > 0.02
-    (x, y), (to_x, to_y) = center(images), center(bent)
-    assert (to_x - x).abs().max() < 2
-    assert (to_y - y).abs().max() < 2
 
 
 def test_each_row_by_itself(images: torch.Tensor) -> None:

@@ -23,10 +23,10 @@ from ray.cluster_utils import Cluster
 from werkzeug.serving import make_server
 
 from mnistsum_ray.config import ScoreConfig
+from mnistsum_ray.console import Console
 from mnistsum_ray.mnist import SAMPLE
-from mnistsum_ray.report import Console
-from mnistsum_ray.score.prepare import prepare
-from mnistsum_ray.score.run import score
+from mnistsum_ray.scoring.prepare import prepare
+from mnistsum_ray.scoring.run import score
 from mnistsum_ray.storage import locate
 
 ROOT = Path(__file__).parents[2]
@@ -126,9 +126,12 @@ class Scored:
     """A scoring run in this process that has ended."""
 
     line: dict[str, Any]
-    complete: bool
     said: str
     output: Path
+
+    @property
+    def complete(self) -> bool:
+        return not self.line["rejected_rows"] and not self.line["failed_files"]
 
     def table(self, name: str) -> pa.Table:
         return pq.ParquetFile(self.output / name).read()  # just this file, without what its folder's name may say
@@ -146,8 +149,8 @@ def score_here(model: Path, output: Path, *inputs: Path | str, **settings: Any) 
     stream = io.StringIO()
     settings = {"precision": "fp32"} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **settings)
-    line, complete = score(prepare(config), Console(stream))
-    return Scored(line, complete, stream.getvalue(), output)
+    line = score(prepare(config), Console(stream))
+    return Scored(line, stream.getvalue(), output)
 
 
 @dataclass

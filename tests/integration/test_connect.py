@@ -45,10 +45,7 @@ def test_the_cluster_of_this_machine_was_killed(ray_folder: Path) -> None:
         time.sleep(0.2)
     kill_everything(head.pid)
     head.wait(timeout=30)
-    code = (
-        "import sys, ray; from mnistsum_ray import job; job.connect(); "
-        "print(ray.cluster_resources()['CPU'], file=sys.__stdout__)"  # job.connect() keeps the other one for the job's result
-    )
+    code = "import ray; from mnistsum_ray.connect import connect; connect(); print(ray.cluster_resources()['CPU'])"
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert float(done.stdout) == os.cpu_count()

@@ -10,8 +10,8 @@ import pytest
 from mnistsum_ray.config import ExportConfig, Refusal, RunFailed
 from mnistsum_ray.export import export
 from mnistsum_ray.mnist import SAMPLE
-from mnistsum_ray.score.commit import as_parquet
-from mnistsum_ray.score.lock import BEAT_SECONDS, hold
+from mnistsum_ray.scoring.commit import as_parquet
+from mnistsum_ray.scoring.lock import BEAT_SECONDS, hold
 from mnistsum_ray.storage import Location, locate
 from tests.integration.conftest import Done, run_job
 
@@ -76,6 +76,7 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
     assert left == {
         "/out/_files.parquet",
         "/out/_manifest.json",
+        "/out/_probabilities.png",
         "/out/_rejected/part-00001.parquet",
         *(f"/out/part-0000{index}.parquet" for index in range(4)),
     }

@@ -234,6 +234,7 @@ def test_another_model_is_refused_and_overwrite_starts_afresh(model: Path, pairs
     assert sorted(path.name for path in second.output.iterdir()) == [
         "_files.parquet",
         "_manifest.json",
+        "_probabilities.png",
         *(f"part-0000{index}.parquet" for index in range(4)),
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "other", "out"]

@@ -5,14 +5,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnistsum_ray import int8
 from mnistsum_ray.checkpoint import load_model
 from mnistsum_ray.mnist import open_source
 from mnistsum_ray.model import prepare_images
+from mnistsum_ray.report import PICTURES
 from mnistsum_ray.schema import pixels_view
 from mnistsum_ray.storage import locate
 from tests.integration.conftest import Done, run_job
@@ -50,7 +53,7 @@ def test_a_person_sees_the_figures_and_not_rays_chatter(done: Done, runs: Path) 
     lines = done.err.strip().splitlines()
     assert [line.partition(":")[0] for line in lines if ": train loss" in line] == ["epoch 1", "epoch 2"]
     assert "rows/s" in done.err
-    assert lines[-2:] == [f"model: {runs}/one/model", f"curves: {runs}/one/history.png"]
+    assert lines[-2:] == [f"model: {runs}/one/model", f"report: {runs}/one/report.html"]
     chatter = [line for line in lines if any(word in line for word in ("INFO", "WARNING", "(pid=", "raylet", "dataset_"))]
     assert not chatter
 
@@ -66,9 +69,32 @@ def test_what_is_left(done: Done, runs: Path) -> None:
     assert (manifest["config"]["epochs"], manifest["config"]["batch_size"]) == (2, 64)
     assert len(manifest["data"]["sha256"]) == 64
     assert {"ray", "torch", "pyarrow"} <= set(manifest["versions"])
-    assert (run / "history.png").exists()
+    for name in PICTURES:
+        assert (run / name).read_bytes().startswith(b"\x89PNG"), name
+    assert (manifest["precision"], manifest["workers"]) == ("fp32", "1 CPU worker")
     suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
     assert not suffixes & {".pkl", ".pt", ".pth", ".bin"}, "nothing pickled"
+
+
+def test_the_examination_counts_what_the_last_line_says(done: Done, runs: Path, data: Path) -> None:
+    found = json.loads((runs / "one" / "manifest.json").read_text())["examination"]
+    test = done.line["test"]
+    assert np.trace(found["confusion"]) == round(test["rows"] * test["digit_accuracy"])
+    assert np.sum(found["sums_right"]) == round(test["pairs"] * test["sum_accuracy"])
+    assert np.sum(found["confusion"]) == test["rows"]
+    digits = pq.read_table(data, columns=["digit"])["digit"].to_pylist()
+    assert found["mistakes"]
+    for mistake in found["mistakes"]:
+        assert digits[mistake["row_id"]] == mistake["digit"], "the row that a person looks up is that of the picture"
+
+
+def test_tensorboard_shows_the_history(done: Done, runs: Path) -> None:
+    events = EventAccumulator(str(runs / "one" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    for line in (runs / "one" / "history.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        shown = {event.step: event.value for event in events.Scalars("test/sum_accuracy")}
+        assert shown[entry["epoch"]] == pytest.approx(entry["test"]["sum_accuracy"])
+    assert set(events.Tags()["images"]) == set(PICTURES)
 
 
 def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: Path) -> None:

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from mnistsum_ray.score.plan import plan, units_of
+from mnistsum_ray.scoring.plan import plan, units_of
 
 
 def files(*groups: list[int], row_bytes: int = 800, names: list[str] | None = None) -> pa.Table:

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.config import Refusal
-from mnistsum_ray.score.footers import Columns, read_footers, refuse_unknown_columns
-from mnistsum_ray.score.inputs import list_inputs
+from mnistsum_ray.scoring.footers import Columns, read_footers, refuse_unknown_columns
+from mnistsum_ray.scoring.inputs import list_inputs
 from mnistsum_ray.storage import locate
 
 GOOD = pa.table({"image": [bytes(784)] * 3, "number": [1, 2, 3]})

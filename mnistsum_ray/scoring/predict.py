@@ -76,14 +76,34 @@ class Predictor:
         # The first pass builds and loads kernels; what cannot run at all is found out here.
         self.predict(np.zeros((self._batch_size, SIDE, SIDE), np.uint8), np.zeros(self._batch_size, np.int64))
 
-    @torch.inference_mode()
     def predict(self, images: Pixels, numbers: npt.NDArray[np.int64]) -> Predictions:
         """uint8[n, 28, 28] and int64[n] in 0..9 to predictions of n rows."""
-        heads: tuple[list[Tensor], list[Tensor]] = ([torch.empty(0, DIGITS)], [torch.empty(0, SUMS)])
-        for start in range(0, len(images), self._batch_size):
-            rows = slice(start, start + self._batch_size)
-            image, number = (torch.from_numpy(values[rows]).to(self._device) for values in (images, numbers))
-            for head, scores in zip(heads, self._forward(image, number), strict=True):
-                head.append(scores.float().cpu())
-        (digit_prob, digit), (sum_prob, total) = (torch.cat(head).softmax(1).max(1) for head in heads)
-        return Predictions(digit.numpy().astype(np.int8), digit_prob.numpy(), total.numpy().astype(np.int8), sum_prob.numpy())
+        return _in_batches(self._forward, images, numbers, self._batch_size, self._device)
+
+
+def predictions(model: TwoHeadCNN, images: Pixels, numbers: npt.NDArray[np.int64], batch_size: int) -> Predictions:
+    """Those of uint8[n, 28, 28] and int64[n] in 0..9, with the model as it is, where it is."""
+
+    def forward(image: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        scores: tuple[Tensor, Tensor] = model(prepare_images(image), number)
+        return scores
+
+    return _in_batches(forward, images, numbers, batch_size, next(model.parameters()).device)
+
+
+@torch.inference_mode()
+def _in_batches(
+    forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    images: Pixels,
+    numbers: npt.NDArray[np.int64],
+    batch_size: int,
+    device: torch.device,
+) -> Predictions:
+    heads: tuple[list[Tensor], list[Tensor]] = ([torch.empty(0, DIGITS)], [torch.empty(0, SUMS)])
+    for start in range(0, len(images), batch_size):
+        rows = slice(start, start + batch_size)
+        image, number = (torch.from_numpy(values[rows]).to(device) for values in (images, numbers))
+        for head, scores in zip(heads, forward(image, number), strict=True):
+            head.append(scores.float().cpu())
+    (digit_prob, digit), (sum_prob, total) = (torch.cat(head).softmax(1).max(1) for head in heads)
+    return Predictions(digit.numpy().astype(np.int8), digit_prob.numpy(), total.numpy().astype(np.int8), sum_prob.numpy())

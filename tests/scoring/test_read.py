@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.score.footers import Columns, read_footers
-from mnistsum_ray.score.inputs import list_inputs
-from mnistsum_ray.score.plan import Part, parts_of, plan
-from mnistsum_ray.score.read import Rows, Unreadable, read_parts, read_together
+from mnistsum_ray.scoring.footers import Columns, read_footers
+from mnistsum_ray.scoring.inputs import list_inputs
+from mnistsum_ray.scoring.plan import Part, parts_of, plan
+from mnistsum_ray.scoring.read import Rows, Unreadable, read_parts, read_together
 from mnistsum_ray.storage import Location, locate
 
 COLUMNS = Columns("image", "number", "label")

@@ -5,11 +5,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.metrics import RowsLost
+from mnistsum_ray.scoring.record import PROBABILITY_BINS
 from mnistsum_ray.storage import Location
 
 _IDENTITY: Final = ("size", "modified", "footer", "first_row", "rows")
@@ -131,6 +133,8 @@ class Totals:
     """`consistent`, and where labels are there `labelled`, `digits_right`, `sums_right`."""
     reasons: dict[str, int]
     """Rejected rows by reason, the commonest first."""
+    probabilities: dict[str, list[int]]
+    """Scored rows by `digit_prob` and by `sum_prob`, in bins of equal width over 0..1; without what an older version wrote."""
 
 
 def reconcile(files: pa.Table, matched: pa.Table) -> tuple[pa.Table, Totals]:
@@ -190,11 +194,21 @@ def reconcile(files: pa.Table, matched: pa.Table) -> tuple[pa.Table, Totals]:
 def _totals(files: pa.Table, counts_of_parts: pa.ChunkedArray) -> Totals:
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    bins = {name: np.zeros(PROBABILITY_BINS, np.int64) for name in ("digit_prob", "sum_prob")}
     for batch in counts_of_parts.chunks:
         for text in batch.to_pylist():
             of_part = json.loads(text)
             reasons.update(of_part.pop("reasons", {}))
+            for name, total in bins.items():
+                total += np.array(of_part.pop(name, 0))
             counts.update(of_part)
     scored, rejected = (pc.sum(files[name]).as_py() or 0 for name in ("scored", "rejected"))
     usable = files.filter(pc.equal(files["status"], "scored"))
-    return Totals(pc.sum(usable["rows"]).as_py() or 0, scored, rejected, dict(counts), dict(reasons.most_common()))
+    return Totals(
+        input_rows=pc.sum(usable["rows"]).as_py() or 0,
+        scored_rows=scored,
+        rejected_rows=rejected,
+        counts=dict(counts),
+        reasons=dict(reasons.most_common()),
+        probabilities={name: total.tolist() for name, total in bins.items()},
+    )

@@ -15,10 +15,15 @@ from mnistsum_ray.storage import PARTIAL
 REJECTED: Final = "_rejected"
 FILES: Final = "_files.parquet"
 MANIFEST: Final = "_manifest.json"
+PROBABILITIES: Final = "_probabilities.png"
+REJECTS: Final = "_rejects.png"
 LOCK: Final = "_lock"
 UNPUBLISHED: Final = "_unpublished"
 
-_OWN: Final = (REJECTED, FILES, MANIFEST, LOCK, UNPUBLISHED)
+SUMMARIES: Final = (FILES, PROBABILITIES, REJECTS)
+"""What is written of the whole at the end, before the manifest."""
+
+_OWN: Final = (REJECTED, *SUMMARIES, MANIFEST, LOCK, UNPUBLISHED)
 
 _PART_BYTES: Final = 128 * 2**20
 """Most bytes of a part, decompressed, by what the footer says of an average row: pictures may be larger than they should."""

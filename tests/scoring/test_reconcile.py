@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from mnistsum_ray.metrics import RowsLost
-from mnistsum_ray.score.plan import PART_SCHEMA
-from mnistsum_ray.score.reconcile import beside_plan, match, reconcile
-from mnistsum_ray.score.record import COMMITTED_SCHEMA
+from mnistsum_ray.scoring.plan import PART_SCHEMA
+from mnistsum_ray.scoring.reconcile import beside_plan, match, reconcile
+from mnistsum_ray.scoring.record import COMMITTED_SCHEMA
 
 REQUEST = "request"
 FILE_ROWS = {"a": 30, "b": 7, "broken": None}
@@ -36,7 +36,9 @@ def committed(**changed: dict[str, Any]) -> list[dict[str, Any]]:
     records = []
     for part in parts().to_pylist():
         rejected = 2 if part["output"] == "a-1" else 0
-        counts = {"consistent": 5, "reasons": {"is null": rejected} if rejected else {}}
+        counts: dict[str, Any] = {"consistent": 5, "reasons": {"is null": rejected} if rejected else {}}
+        if part["name"] == "a":  # b was written by a version that did not count them
+            counts |= {"digit_prob": [0] * 19 + [part["rows"] - rejected], "sum_prob": [part["rows"] - rejected] + [0] * 19}
         record = {
             **{key: part[key] for key in ("output", "name", "size", "modified", "footer", "first_row", "rows")},
             "source": f"/in/{part['name']}",
@@ -64,6 +66,7 @@ def test_all_rows_there() -> None:
     assert (totals.input_rows, totals.scored_rows, totals.rejected_rows) == (37, 35, 2)
     assert totals.counts == {"consistent": 15}
     assert totals.reasons == {"is null": 2}
+    assert totals.probabilities == {"digit_prob": [0] * 19 + [28], "sum_prob": [28] + [0] * 19}
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,15 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray.score.footers import BadFile, read_tail
-from mnistsum_ray.score.plan import REJECTED
+from mnistsum_ray.scoring.footers import BadFile, read_tail
+from mnistsum_ray.scoring.plan import REJECTED
 from mnistsum_ray.storage import Location
 
 KEY: Final = b"mnistsum_ray.score"
 FORMAT: Final = 1
+
+PROBABILITY_BINS: Final = 20
+"""Of equal width over 0..1, in which a file counts its rows by `digit_prob` and by `sum_prob`."""
 
 COMMITTED_SCHEMA: Final = pa.schema(
     {

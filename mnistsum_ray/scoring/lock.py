@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mnistsum_ray.config import Refusal, RunFailed
-from mnistsum_ray.score.plan import LOCK
+from mnistsum_ray.scoring.plan import LOCK
 from mnistsum_ray.storage import Location
 
 BEAT_SECONDS: Final = 2.0

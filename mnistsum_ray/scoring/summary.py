@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-from mnistsum_ray.score.plan import FILES
-from mnistsum_ray.score.reconcile import Totals
+from mnistsum_ray.scoring.plan import FILES, PROBABILITIES, REJECTS
+from mnistsum_ray.scoring.reconcile import Totals
+from mnistsum_ray.storage import Location
 
 _FILES_NAMED: Final = 1000
 _REASONS_NAMED: Final = 10
@@ -39,3 +40,12 @@ def summarize(line: dict[str, Any], totals: Totals, say: Say) -> None:
             f"sum {line['sum_accuracy']:.2%}"
         )
     say(f"predictions: {line['output']}")
+
+
+def draw(totals: Totals, output: Location) -> None:
+    """How sure the answers are, and where there are rejected rows, why."""
+    from mnistsum_ray import pictures  # a second to import, needed once
+
+    (output / PROBABILITIES).write_bytes(pictures.draw_probabilities(**totals.probabilities))
+    if totals.reasons:
+        (output / REJECTS).write_bytes(pictures.draw_rejects(totals.reasons))

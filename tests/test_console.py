@@ -1,12 +1,9 @@
 """What a person sees."""
 
 import io
-import json
-from pathlib import Path
 from typing import Any
 
-from mnistsum_ray.report import Console, draw_history, write_history
-from mnistsum_ray.storage import locate
+from mnistsum_ray.console import Console
 
 TEST = {"rows": 10, "pairs": 100, "loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
 ENTRY: dict[str, Any] = {
@@ -40,12 +37,3 @@ def test_progress_is_a_line_in_a_log_and_is_overwritten_on_a_terminal() -> None:
     assert "5 s left" in terminal.getvalue()
     assert terminal.getvalue().count("\n") == 1
     assert terminal.getvalue().endswith("\rdone\n")
-
-
-def test_history_and_picture_are_written(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "--storage-path")
-    history = [ENTRY | {"epoch": 1}, ENTRY]
-    write_history(run, history)
-    draw_history(run, history)
-    assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
-    assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")

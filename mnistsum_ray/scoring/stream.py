@@ -22,12 +22,12 @@ import torch
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from torch import Tensor
 
-from mnistsum_ray.report import quiet_ray_data
+from mnistsum_ray.console import quiet_ray_data
 from mnistsum_ray.resources import ScoreAllotment
-from mnistsum_ray.score.commit import Request, commit
-from mnistsum_ray.score.plan import Part, parts_of
-from mnistsum_ray.score.predict import Predictions, Predictor
-from mnistsum_ray.score.read import Rows, Unreadable, read_together
+from mnistsum_ray.scoring.commit import Request, commit
+from mnistsum_ray.scoring.plan import Part, parts_of
+from mnistsum_ray.scoring.predict import Predictions, Predictor
+from mnistsum_ray.scoring.read import Rows, Unreadable, read_together
 from mnistsum_ray.storage import Location
 
 REPORT_SCHEMA: Final = pa.schema(

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mnistsum_ray.config import Refusal, ScoreConfig
-from mnistsum_ray.score.footers import Columns, read_footers, refuse_unknown_columns
-from mnistsum_ray.score.inputs import Inputs, list_inputs
-from mnistsum_ray.score.spread import FEW, spread
+from mnistsum_ray.scoring.footers import Columns, read_footers, refuse_unknown_columns
+from mnistsum_ray.scoring.inputs import Inputs, list_inputs
+from mnistsum_ray.scoring.spread import FEW, spread
 from mnistsum_ray.storage import Location, base_folder, locate, locate_existing
 
 if TYPE_CHECKING:

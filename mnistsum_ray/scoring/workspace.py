@@ -11,8 +11,8 @@ from typing import Final
 
 import pyarrow as pa
 
-from mnistsum_ray.score.inputs import FILE_SCHEMA
-from mnistsum_ray.score.plan import FILES, LOCK, MANIFEST, REJECTED, UNPUBLISHED
+from mnistsum_ray.scoring.inputs import FILE_SCHEMA
+from mnistsum_ray.scoring.plan import LOCK, MANIFEST, REJECTED, SUMMARIES, UNPUBLISHED
 from mnistsum_ray.storage import PARTIAL, Location
 
 _AT_FDCWD: Final = -100
@@ -46,7 +46,7 @@ def list_folder(folder: Location) -> Listing:
             partial.append(name)
         elif name.startswith(f"{REJECTED}/"):
             rejected.add(name.removeprefix(f"{REJECTED}/"))
-        elif not name.startswith(f"{UNPUBLISHED}/") and name not in (FILES, MANIFEST, LOCK) and not _is_hidden(name):
+        elif not name.startswith(f"{UNPUBLISHED}/") and name not in (*SUMMARIES, MANIFEST, LOCK) and not _is_hidden(name):
             rows.append({"name": name, "size": info.size, "modified": folder.modified(info)})
     return Listing(pa.Table.from_pylist(rows, FILE_SCHEMA), frozenset(rejected), tuple(partial))
 
@@ -86,7 +86,8 @@ def delete_part(folder: Location, name: str) -> None:
 def reopen(output: Location) -> None:
     """Take away what says that the output is finished."""
     (output / MANIFEST).delete()
-    (output / FILES).delete()
+    for name in SUMMARIES:
+        (output / name).delete()
 
 
 def publish(staging: Location, output: Location, *, replace: bool) -> None:
@@ -117,7 +118,7 @@ def publish(staging: Location, output: Location, *, replace: bool) -> None:
 
 def _publishing_order(name: str) -> int:
     """Rejected rows before predictions, as they are committed; what says that all is there last."""
-    return _LAST if name == MANIFEST else 2 if name == FILES else 0 if name.startswith(f"{REJECTED}/") else 1
+    return _LAST if name == MANIFEST else 2 if name in SUMMARIES else 0 if name.startswith(f"{REJECTED}/") else 1
 
 
 def _move(source: Location, target: Location) -> None:

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.score.commit import Request, commit
-from mnistsum_ray.score.footers import Columns
-from mnistsum_ray.score.plan import Part
-from mnistsum_ray.score.predict import Predictions
-from mnistsum_ray.score.read import Rows
-from mnistsum_ray.score.record import read_committed
-from mnistsum_ray.score.workspace import list_folder
+from mnistsum_ray.scoring.commit import Request, commit
+from mnistsum_ray.scoring.footers import Columns
+from mnistsum_ray.scoring.plan import Part
+from mnistsum_ray.scoring.predict import Predictions
+from mnistsum_ray.scoring.read import Rows
+from mnistsum_ray.scoring.record import read_committed
+from mnistsum_ray.scoring.workspace import list_folder
 from mnistsum_ray.storage import locate
 
 REQUEST = Request("abc", "fp32", Columns("image", "number", "label"))

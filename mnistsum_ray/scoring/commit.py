@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray.score.footers import PREDICTIONS, Columns
-from mnistsum_ray.score.plan import REJECTED
-from mnistsum_ray.score.predict import Predictions
-from mnistsum_ray.score.read import Rows
-from mnistsum_ray.score.record import FORMAT, KEY
+from mnistsum_ray.scoring.footers import PREDICTIONS, Columns
+from mnistsum_ray.scoring.plan import REJECTED
+from mnistsum_ray.scoring.predict import Predictions
+from mnistsum_ray.scoring.read import Rows
+from mnistsum_ray.scoring.record import FORMAT, KEY, PROBABILITY_BINS
 from mnistsum_ray.storage import Location
 
 _REASONS_KEPT: Final = 20
@@ -122,7 +123,11 @@ def as_parquet(table: pa.Table) -> pa.Buffer:
 
 def _counts(rows: Rows, predictions: Predictions) -> dict[str, Any]:
     """What a summary adds up, over the rows of a part."""
-    counts: dict[str, Any] = {"consistent": int((predictions.sum == predictions.digit + rows.numbers).sum())}
+    counts: dict[str, Any] = {
+        "consistent": int((predictions.sum == predictions.digit + rows.numbers).sum()),
+        "digit_prob": _histogram(predictions.digit_prob),
+        "sum_prob": _histogram(predictions.sum_prob),
+    }
     if rows.labels is not None:
         known = rows.labels >= 0
         counts["labelled"] = int(known.sum())
@@ -132,4 +137,9 @@ def _counts(rows: Rows, predictions: Predictions) -> dict[str, Any]:
         commonest = Counter(rows.reasons.values()).most_common(_REASONS_KEPT)
         rest = len(rows.reasons) - sum(count for _, count in commonest)
         counts["reasons"] = dict(commonest) | ({OTHER_REASONS: rest} if rest else {})
+    return counts
+
+
+def _histogram(probabilities: npt.NDArray[np.float32]) -> list[int]:
+    counts: list[int] = np.histogram(probabilities, PROBABILITY_BINS, (0, 1))[0].tolist()
     return counts

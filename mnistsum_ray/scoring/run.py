@@ -14,21 +14,22 @@ import torch
 
 from mnistsum_ray import resources
 from mnistsum_ray.config import RunFailed
+from mnistsum_ray.console import Console
 from mnistsum_ray.device import faster_with_bf16
 from mnistsum_ray.int8 import maxima_of
 from mnistsum_ray.reach import refuse_unshared
-from mnistsum_ray.report import Console, versions
+from mnistsum_ray.report import versions
 from mnistsum_ray.resources import ScoreAllotment
-from mnistsum_ray.score import summary, workspace
-from mnistsum_ray.score.attempts import counting_attempts
-from mnistsum_ray.score.commit import Request, as_parquet
-from mnistsum_ray.score.lock import hold
-from mnistsum_ray.score.plan import FILES, MANIFEST, REJECTED, plan, units_of
-from mnistsum_ray.score.prepare import Run, read_all_footers
-from mnistsum_ray.score.reconcile import Totals, beside_plan, match, reconcile, refuse_foreign, refuse_other
-from mnistsum_ray.score.record import read_committed
-from mnistsum_ray.score.spread import spread
-from mnistsum_ray.score.stream import Work, stream
+from mnistsum_ray.scoring import summary, workspace
+from mnistsum_ray.scoring.attempts import counting_attempts
+from mnistsum_ray.scoring.commit import Request, as_parquet
+from mnistsum_ray.scoring.lock import hold
+from mnistsum_ray.scoring.plan import FILES, MANIFEST, REJECTED, plan, units_of
+from mnistsum_ray.scoring.prepare import Run, read_all_footers
+from mnistsum_ray.scoring.reconcile import Totals, beside_plan, match, reconcile, refuse_foreign, refuse_other
+from mnistsum_ray.scoring.record import read_committed
+from mnistsum_ray.scoring.spread import spread
+from mnistsum_ray.scoring.stream import Work, stream
 from mnistsum_ray.storage import Location
 
 FORMAT: Final = "mnistsum_ray.score/1"
@@ -36,11 +37,11 @@ FORMAT: Final = "mnistsum_ray.score/1"
 _SAY_SECONDS: Final = 5.0
 
 
-def score(run: Run, console: Console) -> tuple[dict[str, Any], bool]:
+def score(run: Run, console: Console) -> dict[str, Any]:
     """Score on the cluster that this process is connected to.
 
     Returns:
-        The fields of the job's last line (see the README), and whether all of the input could be used.
+        The fields of the job's last line (see the README).
 
     Raises:
         Refusal: the cluster cannot carry it, or the output holds something else.
@@ -96,7 +97,7 @@ class _Scoring:
         self._source = run.inputs.root
         self._published = pa.chunked_array([], pa.string())
 
-    def run(self) -> tuple[dict[str, Any], bool]:
+    def run(self) -> dict[str, Any]:
         config, say = self._run.config, self._console.say
         files, parts = self._plan()
         matched, left = self._done(files, parts)
@@ -144,11 +145,12 @@ class _Scoring:
                 line[name] = totals.counts[right] / labelled if labelled else None
         self._still_held()
         (self._folder / FILES).write_bytes(as_parquet(table))
+        summary.draw(totals, self._folder)
         (self._folder / MANIFEST).write_json(self._manifest(line, totals, left))
         if self._staged:
             workspace.publish(self._folder, self._run.output, replace=config.overwrite)
         summary.summarize(line, totals, say)
-        return line, not failed_files and not totals.rejected_rows
+        return line
 
     def _plan(self) -> tuple[pa.Table, pa.Table]:
         """The files with what their footers say, and the parts."""
@@ -261,6 +263,7 @@ class _Scoring:
             "consistent_rows": totals.counts.get("consistent", 0),
             "labelled_rows": totals.counts.get("labelled"),
             "rejected_by_reason": totals.reasons,
+            "rows_by_probability": totals.probabilities,
             "config": run.config.model_dump(mode="json", exclude={"config"}) | located,
             "model": {key: run.card[key] for key in ("sha256", "epoch", "parameters")},
             "precision": self._request.precision,

@@ -11,8 +11,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mnistsum_ray.schema import Pixels, decode_images, decode_numbers, one_chunk
-from mnistsum_ray.score.footers import BadFile, Columns, plain_types
-from mnistsum_ray.score.plan import Part
+from mnistsum_ray.scoring.footers import BadFile, Columns, plain_types
+from mnistsum_ray.scoring.plan import Part
 from mnistsum_ray.storage import Location
 
 _TOGETHER_ROWS: Final = 2048

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mnistsum_ray.config import Refusal
-from mnistsum_ray.score import workspace
-from mnistsum_ray.score.lock import hold
+from mnistsum_ray.scoring import workspace
+from mnistsum_ray.scoring.lock import hold
 from mnistsum_ray.storage import Location, locate
 
 

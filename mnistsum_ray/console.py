@@ -1,0 +1,93 @@
+"""What a person sees while a job runs."""
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TextIO
+
+SILENCE_SECONDS: Final = 60
+"""After so long without a word from the workers, a person is told what the cluster looks like."""
+
+
+def quiet_ray_data() -> None:
+    """Keep Ray Data's bars, plans and advice out of sight in this process: the app reports rows, and waits, itself."""
+    from ray.data import DataContext  # a second to import
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+class Console:
+    """Writes events as lines on standard error, which leaves standard output to the result; a live line on a terminal."""
+
+    def __init__(self, stream: TextIO = sys.stderr) -> None:
+        self._stream = stream
+        self._live = stream.isatty()
+        self._open = 0
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self._stream.write(" " * self._open + "\r" * bool(self._open) + text + "\n")
+        self._stream.flush()
+        self._open = 0
+
+    @contextmanager
+    def breaking_silence(self, explain: Callable[[], str]) -> Iterator[Callable[[], None]]:
+        """While the block runs, say after each minute without a call of what is yielded that nothing is heard, and `explain`."""
+        heard, ended = threading.Event(), threading.Event()
+
+        def listen() -> None:
+            silent = 0
+            while not ended.is_set():
+                if heard.wait(SILENCE_SECONDS):
+                    heard.clear()
+                    silent = 0
+                elif not ended.is_set():
+                    silent += SILENCE_SECONDS
+                    self.say(f"no word from the workers for {silent} s: {explain()}")
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        try:
+            yield heard.set
+        finally:
+            ended.set()
+            heard.set()
+            thread.join()
+
+    def progress(self, text: str) -> None:
+        """One line that the next one writes over, on a terminal; elsewhere it stays too."""
+        if self._live:
+            self._stream.write(text.ljust(self._open) + "\r")
+            self._stream.flush()
+            self._open = len(text)
+        else:
+            self.say(text)
+
+    def show(self, event: dict[str, Any]) -> None:
+        """One event of the training loop: progress, epoch or note."""
+        if event["kind"] == "progress":
+            left = (event["of_rows"] - event["rows"]) / event["rows_per_second"]
+            self.progress(
+                f"epoch {event['epoch']}/{event['epochs']}  {event['rows']:>6,} of {event['of_rows']:,} rows  "
+                f"{event['rows_per_second']:,.0f} rows/s  loss {event['loss']:.4f}  {left:.0f} s left in this epoch"
+            )
+        elif event["kind"] == "epoch":
+            self.say(epoch_line(event))
+        else:
+            self.say(event["text"])
+
+
+def epoch_line(entry: dict[str, Any]) -> str:
+    """The original's figures for one epoch, and the speed."""
+    test = entry["test"]
+    return (
+        f"epoch {entry['epoch']}: train loss {entry['train_loss']:.4f}, test loss {test['loss']:.4f}, "
+        f"digit {test['digit_accuracy']:.2%}, sum {test['sum_accuracy']:.2%} (all ten numbers), "
+        f"{entry['rows_per_second']:,.0f} rows/s, {entry['waiting']:.1%} waiting for data"
+        + (", best so far by validation" if entry["best"] else "")
+    )
