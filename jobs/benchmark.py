@@ -42,7 +42,7 @@ from mnistsum_ray.console import Console
 from mnistsum_ray.device import hardware
 from mnistsum_ray.export import export
 from mnistsum_ray.metrics import Scores
-from mnistsum_ray.mnist import ParquetPart, open_source
+from mnistsum_ray.mnist import open_source, read_whole
 from mnistsum_ray.model import TwoHeadCNN
 from mnistsum_ray.report import versions
 from mnistsum_ray.schema import Pixels, pixels_view
@@ -171,7 +171,7 @@ def in_pytorch(what: str, way: str, data: str, seconds: float, began: float) -> 
 
 
 def _rows(data: str) -> tuple[Pixels, list[int]]:
-    tables = [part.read() if isinstance(part, ParquetPart) else part for part in open_source(data).parts[:2]]
+    tables = [read_whole(part) for part in open_source(data).parts[:2]]
     images = torch.cat([torch.tensor(pixels_view(table["image"].combine_chunks())) for table in tables]).numpy()
     return images, [digit for table in tables for digit in table["digit"].to_pylist()]
 

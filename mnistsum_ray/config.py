@@ -213,6 +213,13 @@ class ExportConfig(JobConfig):
         return self
 
 
+class ExportModelConfig(JobConfig):
+    """What the exporter of models is told."""
+
+    model: str = Field(description="folder or URI of a run, or of its model")
+    output: str = Field(description="folder or URI for the files; it must be empty or not there")
+
+
 Config = TypeVar("Config", bound=JobConfig)
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnistsum_ray.config import ExportConfig, Refusal
-from mnistsum_ray.mnist import ParquetPart, Source, open_source
+from mnistsum_ray.mnist import ParquetPart, Source, open_source, read_whole
 from mnistsum_ray.pairs import Rows, random_numbers
 from mnistsum_ray.schema import IMAGE_TYPE
 from mnistsum_ray.storage import Location, base_folder, locate
@@ -60,7 +60,7 @@ def _stream(source: Source, row_ids: Rows, seed: int) -> Iterator[pa.Table]:
         for part in source.parts:
             here = row_ids[(row_ids >= first) & (row_ids < first + _rows_of(part))]
             if len(here):
-                table = (part.read() if isinstance(part, ParquetPart) else part).take(pa.array(here - first))
+                table = read_whole(part).take(pa.array(here - first))
                 yield _pairs(table, here, random_numbers(seed, rounds, here))
             first += _rows_of(part)
         rounds += 1

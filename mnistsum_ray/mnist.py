@@ -66,6 +66,11 @@ class ParquetPart:
         return _table(images, _checked_digits(digits, where, self.first_row))
 
 
+def read_whole(part: pa.Table | ParquetPart) -> pa.Table:
+    """A part of a source with its columns `image` and `digit`; see `ParquetPart.read`."""
+    return part.read() if isinstance(part, ParquetPart) else part
+
+
 @dataclass(frozen=True)
 class Source:
     """Images with digits, numbered by row id in the order of `parts`, and the ids of each split: disjoint, together all."""

@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mnistsum_ray.config import ExportConfig, JobConfig, ScoreConfig, TrainConfig, parse
+from mnistsum_ray.config import ExportConfig, ExportModelConfig, JobConfig, ScoreConfig, TrainConfig, parse
 
 ROOT = Path(__file__).parents[1]
 README, CLUSTER = (ROOT / "README.md").read_text(), (ROOT / "cluster.yaml").read_text()
-CONFIGS: dict[str, type[JobConfig]] = {"train": TrainConfig, "score": ScoreConfig, "export_pairs": ExportConfig}
+CONFIGS: dict[str, type[JobConfig]] = {
+    "train": TrainConfig,
+    "score": ScoreConfig,
+    "export_pairs": ExportConfig,
+    "export_model": ExportModelConfig,
+}
 TEXTS = [README, CLUSTER, *((ROOT / "jobs" / f"{job}.py").read_text() for job in CONFIGS)]
 SHOWN = re.compile(r"python (jobs/[a-z_]+\.py[^\n`#]*)")
 REQUIREMENTS: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]

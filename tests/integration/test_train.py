@@ -9,6 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from mlflow import MlflowClient
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnistsum_ray import int8
@@ -97,6 +101,40 @@ def test_tensorboard_shows_the_history(done: Done, runs: Path) -> None:
     assert set(events.Tags()["images"]) == set(PICTURES)
 
 
+@pytest.mark.skipif(not shutil.which("chromium") or not shutil.which("chromedriver"), reason="takes Chromium and its driver")
+def test_the_report_is_one_page_that_a_browser_shows(done: Done, runs: Path, tmp_path: Path) -> None:
+    mailed = tmp_path / "mailed.html"  # away from the run folder, so that nothing beside it can help
+    shutil.copy(runs / "one" / "report.html", mailed)
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--window-size=600,800"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    try:
+        browser.get(mailed.as_uri())
+        text = browser.find_element(By.TAG_NAME, "body").text
+        pictures = browser.execute_script("return [...document.images].map(image => [image.alt, image.naturalWidth])")
+        fetched = browser.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
+        overflow = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+        complaints = browser.get_log("browser")
+    finally:
+        browser.quit()
+    test = done.line["test"]
+    for shown in (
+        f"{100 * test['digit_accuracy']:.2f} %",
+        f"{100 * test['sum_accuracy']:.2f} %",
+        "800 training",
+        str(runs / "one"),
+    ):
+        assert shown in text
+    assert [title for title, _ in pictures] == list(PICTURES.values())
+    assert all(width > 500 for _, width in pictures)
+    assert all(name.startswith("data:") for name in fetched), "it needs nothing else"
+    assert overflow <= 0, "it fits a narrow window"
+    assert not complaints
+
+
 def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: Path) -> None:
     line = done.line
     model, card = load_model(locate(line["model"], "--model"))
@@ -119,7 +157,7 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
 
 
 def test_the_same_name_is_refused_and_resuming_a_finished_run_trains_nothing(
-    done: Done, cluster: str, data: Path, runs: Path
+    done: Done, cluster: str, data: Path, runs: Path, tmp_path: Path
 ) -> None:
     again = run_job("train", "--data", data, "--epochs", 2, "--storage-path", runs, "--name", "one", address=cluster)
     assert again.code == 2
@@ -127,7 +165,13 @@ def test_the_same_name_is_refused_and_resuming_a_finished_run_trains_nothing(
     place = runs / "one" / "model" / "model.json"
     card = json.loads(place.read_text()) | {"int8": {"maxima": [1.0] * 6}}  # as if calibrated on a CPU that rounds otherwise
     place.write_text(json.dumps(card))
-    resumed = run_job("train", "--storage-path", runs, "--name", "one", "--resume", address=cluster)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    resume = ["--storage-path", runs, "--name", "one", "--resume", "--mlflow", store]
+    resumed = run_job("train", *resume, address=cluster, cwd=tmp_path)
+    told = MlflowClient(store).get_metric_history(resumed.line["mlflow"], "test/loss")
+    assert [metric.step for metric in told] == [1, 2], "what was trained before is told as well"
+    files = {file.path for file in MlflowClient(store).list_artifacts(resumed.line["mlflow"])}
+    assert {*PICTURES, "report.html", "model"} <= files
     assert resumed.line["test"] == done.line["test"]
     assert json.loads(place.read_text()) == card, "what was scored with it must go on as it was"
     assert ": train loss" not in resumed.err

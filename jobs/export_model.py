@@ -1,0 +1,34 @@
+"""Write a model for programs that know nothing of this project: torch.export (model.pt2) and ONNX (model.onnx).
+
+    python jobs/export_model.py --model runs/mine --output exported/
+
+Both take images uint8[n, 28, 28] and numbers int64[n], and give what jobs/score.py writes of each row: pred_digit, digit_prob,
+pred_sum, sum_prob. Each is read again and compared with the model, the ONNX file with ONNX Runtime. Takes the extra onnx.
+
+The last line on standard output is one JSON object. Exit codes: 0 done, 2 the request is wrong, 1 anything else.
+"""
+
+import sys
+from typing import Any
+
+from mnistsum_ray import job
+from mnistsum_ray.config import ExportModelConfig, parse
+
+
+def export(argv: list[str]) -> tuple[dict[str, Any], int]:
+    config = parse(ExportModelConfig, argv, __doc__)
+
+    job.leave_stdout_to_result()
+
+    from mnistsum_ray.console import Console
+    from mnistsum_ray.portable import export_model  # torch takes seconds to import, which a refusal should not
+
+    return export_model(config, Console().say), job.DONE
+
+
+def main(argv: list[str]) -> int:
+    return job.run(export, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

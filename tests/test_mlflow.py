@@ -1,0 +1,97 @@
+"""What MLflow is told, in a local store: every epoch once, also when it did not answer for a while."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from mnistsum_ray.config import Refusal
+from mnistsum_ray.mlflow import MLflowRun
+from mnistsum_ray.report import scalars
+from mnistsum_ray.storage import locate
+from tests.test_tensorboard import entry
+
+SETTINGS = {"seed": 3, "recipe": "short"}
+HISTORY = [entry(epoch) for epoch in (1, 2, 3)]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # where a local store puts its files
+    return tmp_path / "mlflow.db"
+
+
+def uri(store: Path) -> str:
+    return f"sqlite:///{store}"
+
+
+def told(store: Path, run_id: str) -> list[tuple[int, float]]:
+    metrics: list[Metric] = MlflowClient(uri(store)).get_metric_history(run_id, "test/digit_accuracy")
+    return [(metric.step, metric.value) for metric in metrics]
+
+
+def expected(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(line["epoch"], line["test"]["digit_accuracy"]) for line in history]
+
+
+def test_a_run_with_its_settings_metrics_and_files(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for name in ("report.html", "model/model.json"):
+        (tmp_path / "run" / name).write_text(name)
+    said: list[str] = []
+    run = MLflowRun(uri(store), "mine", "a-name", None, SETTINGS)
+    for line in HISTORY:
+        run.tell([line], said.append)
+    assert run.finish(HISTORY, locate(str(tmp_path / "run"), "run"), ["report.html", "model/model.json"], said.append)
+    assert not said
+    client = MlflowClient(uri(store))
+    found = client.get_run(run.run_id)
+    assert (found.info.run_name, found.info.status) == ("a-name", "FINISHED")
+    assert client.get_experiment(found.info.experiment_id).name == "mine"
+    assert found.data.params == {"seed": "3", "recipe": "short"}
+    assert found.data.metrics == {key: pytest.approx(value) for key, value in scalars(HISTORY[-1]).items()}
+    assert told(store, run.run_id) == expected(HISTORY)
+    assert {file.path for file in client.list_artifacts(run.run_id)} == {"report.html", "model"}
+    assert [file.path for file in client.list_artifacts(run.run_id, "model")] == ["model/model.json"]
+
+
+def test_a_run_that_goes_on_tells_no_epoch_twice(store: Path, tmp_path: Path) -> None:
+    first = MLflowRun(uri(store), "mine", "a-name", None, SETTINGS)
+    first.tell(HISTORY[:2], print)
+    first.fail()
+    assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FAILED"
+    again = MLflowRun(uri(store), "mine", "a-name", first.run_id, SETTINGS)
+    again.tell(HISTORY[1:2], print)
+    assert again.finish(HISTORY, locate(str(tmp_path), "run"), [], print)
+    assert told(store, first.run_id) == expected(HISTORY)
+    assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_what_could_not_be_told_is_said_once_and_told_later(store: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    run = MLflowRun(uri(store), "mine", "a-name", None, SETTINGS)
+    run.tell(HISTORY[:1], said.append)
+    shutil.copy(store, tmp_path / "kept.db")
+    store.write_bytes(b"not a database any more" * 1000)
+    run.tell(HISTORY[1:2], said.append)
+    run.tell(HISTORY[2:], said.append)
+    assert len(said) == 1
+    assert said[0].startswith(f"--mlflow {uri(store)}: ")
+    assert said[0].endswith("training goes on, and it is told later")
+    assert not run.finish(HISTORY, locate(str(tmp_path), "run"), [], said.append)
+    assert "--resume tells it again" in said[-1]
+    shutil.copy(tmp_path / "kept.db", store)
+    assert run.finish(HISTORY, locate(str(tmp_path), "run"), [], said.append)
+    assert told(store, run.run_id) == expected(HISTORY)
+
+
+@pytest.mark.parametrize("where", ["http://127.0.0.1:9", "nonsense://x", "/dev/null/nowhere"])
+def test_a_server_that_is_not_there_is_refused(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(Refusal) as refused:
+        MLflowRun(where, "mine", "a-name", None, SETTINGS)
+    assert str(refused.value).startswith(f"--mlflow {where}: ")
+    assert "\n" not in str(refused.value)
