@@ -3,6 +3,7 @@
 The run folder is what counts. What MLflow could not be told while it did not answer it is told later, an epoch never twice.
 """
 
+import logging
 import os
 import tempfile
 import time
@@ -23,6 +24,10 @@ _FIRST_METRIC: Final = "train/loss"
 # MLflow's own are 7 tries of 120 s each, in which training would seem to hang.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+# It tells of each table that it makes in a local store.
+for _name in ("mlflow", "alembic"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class MLflowRun:
