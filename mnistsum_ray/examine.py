@@ -55,6 +55,7 @@ def examine(
     rows_of: Callable[[Rows], dict[str, np.ndarray]],
     row_ids: Rows,
     autocast: AbstractContextManager[object],
+    seen: Callable[[int], None] = lambda _: None,
 ) -> Examination:
     """Have the model answer every image with every number.
 
@@ -63,6 +64,7 @@ def examine(
         rows_of: gives of some row ids int64[m] `image` uint8[m, 28, 28] and `digit` int64[m] in 0..9.
         row_ids: int64[n], which to ask for.
         autocast: in which precision; entered once a batch.
+        seen: is told of so many more rows, batch by batch.
     """
     device = next(model.parameters()).device
     confusion = np.zeros((DIGITS, DIGITS), np.int64)
@@ -96,6 +98,7 @@ def examine(
                     sum_prob=round(float(sum_prob[row, number]), 6),
                 )
             )
+        seen(len(rows["digit"]))
     mistakes.sort(key=_sureness, reverse=True)
     return Examination(confusion.tolist(), sums_right.tolist(), mistakes[:MISTAKES])
 

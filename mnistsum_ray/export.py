@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnistsum_ray.config import ExportConfig, Refusal
+from mnistsum_ray.console import Progress
 from mnistsum_ray.mnist import ParquetPart, Source, open_source, read_whole
 from mnistsum_ray.pairs import Rows, random_numbers
 from mnistsum_ray.schema import IMAGE_TYPE
@@ -33,6 +34,7 @@ def export(config: ExportConfig, say: Callable[[str], None]) -> tuple[Location, 
         source = open_source(config.data)
         if source.notice:
             say(source.notice)
+        written = Progress(say, "rows written", config.rows)
         rows = _stream(source, getattr(source, config.split), config.seed)
         ready: list[pa.Table] = []
         for index in range(config.files):
@@ -47,6 +49,7 @@ def export(config: ExportConfig, say: Callable[[str], None]) -> tuple[Location, 
                         ready.append(table.slice(missing))
                     missing -= min(missing, table.num_rows)
             (output / f"part-{index:05d}.parquet").write_bytes(sink.getvalue())
+            written(end - start)
     except OSError as error:
         raise Refusal(f"--output {output.text}: {' '.join(str(error).split())}") from None
     return output, source

@@ -85,13 +85,20 @@ def is_available() -> bool:
     return bool((found == _LEVELS * _WEIGHT * 64 * 9).all())
 
 
-def quantize(model: TwoHeadCNN, training_images: Tensor, images: Tensor, digits: Tensor) -> Int8:
+def quantize(
+    model: TwoHeadCNN,
+    training_images: Tensor,
+    images: Tensor,
+    digits: Tensor,
+    seen: Callable[[int], None] = lambda _: None,
+) -> Int8:
     """Calibrate on training rows and compare with float32 on test rows.
 
     Args:
         model: float32, on the CPU.
         training_images: uint8[n, 28, 28]; the first CALIBRATION_ROWS are used.
         images, digits: uint8[m, 28, 28] and int64[m], to compare on.
+        seen: is told of so many more of those, batch by batch.
     """
     rows = training_images[:CALIBRATION_ROWS]
     maxima = activation_maxima(model, rows)
@@ -109,6 +116,7 @@ def quantize(model: TwoHeadCNN, training_images: Tensor, images: Tensor, digits:
             )
             equal = [digit8 == digit32, sum8 == sum32, digit8 == digit, sum8 == sums, digit32 == digit, sum32 == sums]
             counts += torch.stack([one.sum() for one in equal])
+            seen(len(image))
     pairs = 10 * len(images)
     shares = (counts.double() / torch.tensor([len(images), pairs] * 3)).tolist()
     return Int8(maxima, len(rows), pairs, *shares)

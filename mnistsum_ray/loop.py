@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mnistsum_ray import checkpoint, int8, pipeline
 from mnistsum_ray.augment import distort
+from mnistsum_ray.console import SAY_SECONDS, Progress
 from mnistsum_ray.device import be_deterministic, faster_with_bf16, hardware, keep_memory
 from mnistsum_ray.examine import Examination, examine
 from mnistsum_ray.gather import Gather, Schedule
@@ -31,9 +32,6 @@ from mnistsum_ray.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.pairs import Rows, dropout_seed
 from mnistsum_ray.pipeline import Batch
 from mnistsum_ray.schema import Pixels
-
-REPORT_SECONDS: Final = 5.0
-"""Least time between two progress reports."""
 
 _CHECK_STEPS: Final = 16
 """Steps between two looks at the loss: a look waits for the device."""
@@ -174,14 +172,16 @@ class _Trainer:
         model = TwoHeadCNN().eval()
         model.load_state_dict(self.state.best)
         gather = Gather(self.images)
-        found = examine(model.to(self.device), gather, self.config.test, self._autocast())
+        seen = self._waiting("test rows answered", len(self.config.test))
+        found = examine(model.to(self.device), gather, self.config.test, self._autocast(), seen)
         images = gather(np.array([mistake.row_id for mistake in found.mistakes], np.int64))["image"]
         agreement = None
         if int8.is_available():
             training = gather(self.config.train[: int8.CALIBRATION_ROWS])["image"]
             test = gather(self.config.test[: int8.COMPARED_ROWS])
-            tensors = (torch.as_tensor(values) for values in (training, test["image"], test["digit"]))
-            agreement = int8.quantize(model.cpu(), *tensors).as_json()
+            rows = [torch.as_tensor(values) for values in (training, test["image"], test["digit"])]
+            seen = self._waiting("test rows answered with integers", len(test["digit"]))
+            agreement = int8.quantize(model.cpu(), rows[0], rows[1], rows[2], seen).as_json()
         return Outcome(history, found, images, agreement, hardware(), self.state.precision)
 
     def _train_epoch(self, epoch: int, schedule: Schedule, batches: Iterator[Batch]) -> dict[str, float]:
@@ -214,7 +214,7 @@ class _Trainer:
                         f"(now {self.config.learning_rate:g})"
                     )
                 now = time.perf_counter()
-                if now - reported >= REPORT_SECONDS:
+                if now - reported >= SAY_SECONDS:
                     reported = now
                     self._say(
                         kind="progress",
@@ -273,10 +273,12 @@ class _Trainer:
         """Score the held-out rows with all ten numbers; every row once over all workers, or an error."""
         self.model.eval()
         tally = Tally(self.device)
+        seen = self._waiting("rows evaluated", len(rows))
         for batch in batches:
             with self._autocast():
                 digit_scores = self.model.digit_scores(prepare_images(batch["image"]))
             tally.add(self.model, digit_scores, batch["digit"], batch["row_id"])
+            seen(len(batch["row_id"]) * self.world_size)  # about: the others are as far
         scores = tally.scores(len(rows), int(rows.sum()))
         if not math.isfinite(scores.loss):
             raise NonFiniteLoss(
@@ -324,6 +326,9 @@ class _Trainer:
                     test=Scores(**best["test"]),
                 )
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=folder_name)
+
+    def _waiting(self, what: str, total: int) -> Progress:
+        return Progress(lambda text: self._say(kind="waiting", text=text), what, total)
 
     def _say(self, **event: Any) -> None:
         if self.rank == 0:

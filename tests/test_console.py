@@ -3,7 +3,9 @@
 import io
 from typing import Any
 
-from mnistsum_ray.console import Console
+import pytest
+
+from mnistsum_ray.console import Console, Progress
 
 TEST = {"rows": 10, "pairs": 100, "loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
 ENTRY: dict[str, Any] = {
@@ -37,3 +39,16 @@ def test_progress_is_a_line_in_a_log_and_is_overwritten_on_a_terminal() -> None:
     assert "5 s left" in terminal.getvalue()
     assert terminal.getvalue().count("\n") == 1
     assert terminal.getvalue().endswith("\rdone\n")
+
+
+def test_what_takes_long_says_how_far_it_is_and_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 6.0, 7.0, 12.0, 20.0])
+    monkeypatch.setattr("mnistsum_ray.console.time.monotonic", lambda: next(clock))
+    said: list[str] = []
+    progress = Progress(said.append, "rows written", 3000)
+    for _ in range(5):
+        progress(600)
+    assert said == [
+        "rows written: 1,200 of 3,000  200/s  9 s left",
+        "rows written: 2,400 of 3,000  200/s  3 s left",
+    ]

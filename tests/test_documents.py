@@ -45,6 +45,18 @@ def test_every_relative_link_leads_somewhere() -> None:
         assert (ROOT / link).exists(), link
 
 
+def test_what_the_readme_says_of_errors_is_what_the_program_says() -> None:
+    """Each quotation, up to where something is filled in, stands in the code."""
+    table = README[README.index("## When it goes wrong") : README.index("## The code")]
+    quoted = [text for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for text in re.findall("`(.*?)`", row)]
+    code = "".join(path.read_text() for path in (ROOT / "mnistsum_ray").rglob("*.py"))
+    code = re.sub(r'"\s+f?"', "", code)  # a text that goes on in the next line
+    of_ray = {"Unauthorized", "ray job submit"}
+    assert of_ray < set(quoted)
+    for text in set(quoted) - of_ray:
+        assert text in code, text
+
+
 def test_cluster_yaml_is_one() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 

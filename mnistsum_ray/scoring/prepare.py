@@ -1,6 +1,7 @@
 """What can be checked of a scoring request before there is a cluster."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def prepare(config: ScoreConfig) -> Run:
     return Run(config, model, card, weights_of(network), inputs, columns, output, footers)
 
 
-def read_all_footers(inputs: Inputs, columns: Columns) -> pa.Table:
+def read_all_footers(inputs: Inputs, columns: Columns, seen: Callable[[int], None] = lambda _: None) -> pa.Table:
     """`footers.FOOTER_SCHEMA` for each file, in their order.
 
     Raises:
@@ -82,6 +83,6 @@ def read_all_footers(inputs: Inputs, columns: Columns) -> pa.Table:
     def look(folder: Location, files: pa.Table) -> pa.Table:
         return read_footers(folder, files, columns)
 
-    footers = spread(look, inputs.root, inputs.files)
+    footers = spread(look, inputs.root, inputs.files, seen)
     refuse_unknown_columns(inputs.files["name"], footers, columns)
     return footers

@@ -14,7 +14,7 @@ import torch
 
 from mnistsum_ray import resources
 from mnistsum_ray.config import RunFailed
-from mnistsum_ray.console import Console
+from mnistsum_ray.console import SAY_SECONDS, Console, Progress
 from mnistsum_ray.device import faster_with_bf16
 from mnistsum_ray.int8 import maxima_of
 from mnistsum_ray.reach import refuse_unshared
@@ -33,8 +33,6 @@ from mnistsum_ray.scoring.stream import Work, stream
 from mnistsum_ray.storage import Location
 
 FORMAT: Final = "mnistsum_ray.score/1"
-
-_SAY_SECONDS: Final = 5.0
 
 
 def score(run: Run, console: Console) -> dict[str, Any]:
@@ -155,7 +153,11 @@ class _Scoring:
     def _plan(self) -> tuple[pa.Table, pa.Table]:
         """The files with what their footers say, and the parts."""
         run = self._run
-        footers = run.footers if run.footers is not None else read_all_footers(run.inputs, run.columns)
+        footers = (
+            run.footers
+            if run.footers is not None
+            else read_all_footers(run.inputs, run.columns, self._progress("footers read", run.inputs.files.num_rows))
+        )
         files = run.inputs.files
         for name in footers.column_names:
             files = files.append_column(name, footers[name])
@@ -173,7 +175,7 @@ class _Scoring:
     def _done(self, files: pa.Table, parts: pa.Table) -> tuple[pa.Table, int]:
         """What is committed of each part, and how many files are left from input that is no longer there."""
         run, request, output = self._run, self._request.text(), self._run.output
-        published = spread(read_committed, output, workspace.clean(output).predictions)
+        published = self._records(output, workspace.clean(output).predictions)
         refuse_foreign(published, output)
         left = 0
         self._published = published["name"]
@@ -188,7 +190,7 @@ class _Scoring:
                 self._console.say(f"left as they are: {left:,} output files of input that is not there now, such as {first}")
         if not self._staged:
             return match(parts, published, request), left
-        staged = spread(read_committed, self._folder, workspace.clean(self._folder).predictions)
+        staged = self._records(self._folder, workspace.clean(self._folder).predictions)
         matched = match(parts, staged, request)
         # Nobody has seen it yet, so what is not of this plan is thrown away.
         stale = pc.invert(pc.is_in(staged["output"], matched.filter(matched["done"])["output"]))
@@ -218,7 +220,13 @@ class _Scoring:
         return self._counting(self._read(self._folder), published) if self._staged else published
 
     def _read(self, folder: Location) -> pa.Table:
-        return spread(read_committed, folder, workspace.list_folder(folder).predictions)
+        return self._records(folder, workspace.list_folder(folder).predictions)
+
+    def _records(self, folder: Location, files: pa.Table) -> pa.Table:
+        return spread(read_committed, folder, files, self._progress("output files read", files.num_rows))
+
+    def _progress(self, what: str, total: int) -> Progress:
+        return Progress(self._console.progress, what, total)
 
     def _stream(self, todo: pa.Table, todo_rows: int) -> tuple[dict[str, str], float]:
         """Score; the files that could not be read after all with the reason, and the seconds from first start to last end."""
@@ -244,7 +252,7 @@ class _Scoring:
                 done += pc.sum(report["rows"]).as_py()
                 first = min(first, pc.min(report["started"]).as_py())
                 last = max(last, pc.max(report["ended"]).as_py())
-                if time.monotonic() - said >= _SAY_SECONDS:
+                if time.monotonic() - said >= SAY_SECONDS:
                     said = time.monotonic()
                     rate = done / max(last - first, 1e-9)
                     left = f"{(todo_rows - done) / rate:,.0f} s left" if rate else ""

@@ -18,15 +18,24 @@ Look = Callable[[Location, pa.Table], pa.Table]
 """Takes a folder and rows that name files in it; gives rows about them."""
 
 
-def spread(look: Look, folder: Location, files: pa.Table) -> pa.Table:
-    """`look` at all files, in their order: on the cluster if they are many, and so never before it is joined."""
+def spread(look: Look, folder: Location, files: pa.Table, seen: Callable[[int], None] = lambda _: None) -> pa.Table:
+    """`look` at all files, in their order: on the cluster if they are many, and so never before it is joined.
+
+    `seen` is told of so many more files from time to time.
+    """
     if files.num_rows <= FEW:
         return _with_threads(look, folder, files)
     import ray  # a second to import, which a refusal need not wait for
 
     task = ray.remote(_with_threads).options(scheduling_strategy="SPREAD")
     chunks = [files.slice(start, _CHUNK) for start in range(0, files.num_rows, _CHUNK)]
-    return pa.concat_tables(ray.get([task.remote(look, folder, chunk) for chunk in chunks]))
+    looked = [task.remote(look, folder, chunk) for chunk in chunks]
+    sizes = {of_chunk: chunk.num_rows for of_chunk, chunk in zip(looked, chunks, strict=True)}
+    waiting = list(looked)
+    while waiting:
+        (done,), waiting = ray.wait(waiting, num_returns=1)
+        seen(sizes[done])
+    return pa.concat_tables(ray.get(looked))
 
 
 def _with_threads(look: Look, folder: Location, files: pa.Table) -> pa.Table:
