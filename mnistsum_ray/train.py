@@ -18,15 +18,15 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray import pipeline, resources
-from mnistsum_ray.checkpoint import MODEL_FILES
 from mnistsum_ray.config import Refusal, RunFailed
 from mnistsum_ray.console import SILENCE_SECONDS, Console
+from mnistsum_ray.keep import manifest_of, publish, write_report
 from mnistsum_ray.loop import LoopConfig, Outcome, train_loop_per_worker
 from mnistsum_ray.mnist import ParquetPart
 from mnistsum_ray.model import PARAMETERS
 from mnistsum_ray.prepare import Run, read_manifest
 from mnistsum_ray.reach import refuse_unshared
-from mnistsum_ray.report import REPORT, report_page, versions, write_history
+from mnistsum_ray.report import REPORT
 from mnistsum_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
     refuse_unshared({"--storage-path": run.storage}, read, console.say)
     pipeline.quiet()
     loaded = pipeline.load(source)
-    manifest = _manifest(run, loaded.fingerprint, _workers_text(allotment))
+    manifest = manifest_of(run, loaded.fingerprint, _workers_text(allotment))
     if config.resume:
         _check_data(read_manifest(run.folder), loaded.fingerprint)
     elif (run.folder / "manifest.json").exists():  # again, since all of the waiting and reading lies between
@@ -90,16 +90,14 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
             ) from error
         raise
     # A kill may have come between the last epoch and its publication.
-    card = _publish(run.folder, checkpoint, outcome.history, outcome.int8)
-    steady = outcome.history[1:] or outcome.history
-    speed = sum(line["rows_per_second"] * line["seconds"] for line in steady) / sum(line["seconds"] for line in steady)
+    card = publish(run.folder, checkpoint, outcome.history, outcome.int8)
     summary = {
         "run": run.folder.text,
         "model": (run.folder / "model").text,
         "parameters": PARAMETERS,
         "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
         "test": card["test"],
-        "images_per_second": round(speed, 1),
+        "images_per_second": round(_steady_speed(outcome.history), 1),
         "seconds": round(time.monotonic() - started, 1),
     }
     manifest |= {
@@ -109,13 +107,19 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
         "precision": outcome.precision,
         "examination": outcome.examination.as_json(),
     }
-    written = _write_report(run, manifest, card, outcome)
+    written = write_report(run, manifest, card, outcome)
     if mlflow:
         summary["mlflow"] = mlflow.run_id if mlflow.finish(outcome.history, run.folder, written, console.say) else None
     (run.folder / "manifest.json").write_json(manifest)
     console.say(f"model: {summary['model']}")
     console.say(f"report: {run.folder.text}/{REPORT}")
     return summary
+
+
+def _steady_speed(history: list[dict[str, Any]]) -> float:
+    """Training rows a second, without the first epoch, in which much happens for the first time."""
+    steady = history[1:] or history
+    return float(sum(line["rows_per_second"] * line["seconds"] for line in steady) / sum(line["seconds"] for line in steady))
 
 
 def _mlflow(run: Run, manifest: dict[str, Any]) -> "MLflowRun | None":
@@ -131,25 +135,6 @@ def _mlflow(run: Run, manifest: dict[str, Any]) -> "MLflowRun | None":
     told = MLflowRun(config.mlflow, config.mlflow_experiment, config.name, run_id, manifest["config"])
     manifest["mlflow"] = {"uri": config.mlflow, "run_id": told.run_id}
     return told
-
-
-def _write_report(run: Run, manifest: dict[str, Any], card: dict[str, Any], outcome: Outcome) -> list[str]:
-    """Pictures, report and TensorBoard's last file; the names of what a person may want to have elsewhere."""
-    from mnistsum_ray import pictures, tensorboard  # a second to import, needed once
-
-    found = outcome.examination
-    drawn = {
-        "history.png": pictures.draw_history(outcome.history),
-        "confusion.png": pictures.draw_confusion(found.confusion),
-        "sums.png": pictures.draw_sums(found.sums_right, found.confusion),
-        "mistakes.png": pictures.draw_mistakes(found.as_json()["mistakes"], outcome.mistaken),
-    }
-    for name, png in drawn.items():
-        (run.folder / name).write_bytes(png)
-    page = report_page(str(run.config.name), manifest, card, outcome.history, drawn)
-    (run.folder / REPORT).write_bytes(page.encode())
-    tensorboard.write_pictures(run.folder, outcome.history[-1]["epoch"], drawn, manifest["config"])
-    return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in MODEL_FILES)]
 
 
 def _train(
@@ -217,29 +202,6 @@ def _train(
     return Outcome(**answer), result.checkpoint
 
 
-def _publish(
-    folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]], int8: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Put the best model so far, which every checkpoint carries, and the history into the run folder; the model's card.
-
-    A calibration that is there of the same weights stays: what was scored with it must go on as it was.
-    """
-    from mnistsum_ray import tensorboard  # not needed before there is an epoch
-
-    weights, card = MODEL_FILES
-    with checkpoint.as_directory() as local:
-        new: dict[str, Any] = json.loads((Path(local) / card).read_text())
-        place = folder / "model" / card
-        old = place.read_json() if place.exists() else {}
-        int8 = (old.get("int8") if old.get("sha256") == new["sha256"] else None) or int8
-        (folder / "model" / weights).write_bytes((Path(local) / weights).read_bytes())
-        new |= {"int8": int8} if int8 else {}
-        place.write_json(new)
-    write_history(folder, history)
-    tensorboard.write_epochs(folder, history)
-    return new
-
-
 class _Reporter(ray.train.UserCallback):
     """Runs beside the driver: publishes after every epoch, and says when workers are lost, which Ray Train does not."""
 
@@ -251,7 +213,7 @@ class _Reporter(ray.train.UserCallback):
             with checkpoint.as_directory() as local:
                 history = json.loads((Path(local) / "trainer.json").read_text())["history"]
             if history:  # one saved within the first epoch, since a node was about to go, holds no model yet
-                _publish(self._folder, checkpoint, history)
+                publish(self._folder, checkpoint, history)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for rank, error in worker_exceptions.items():
@@ -291,25 +253,6 @@ def _events(console: Console, on_epoch: Callable[[dict[str, Any]], None]) -> Ite
             queue.put(None)
             thread.join(timeout=10)
             queue.shutdown()
-
-
-def _manifest(run: Run, fingerprint: str, workers: str) -> dict[str, Any]:
-    source = run.source
-    return {
-        "status": "running",
-        "config": run.config.model_dump(mode="json", exclude={"config", "resume"}),
-        "versions": versions(),
-        "workers": workers,
-        "data": {
-            "source": source.name,
-            "location": source.location,
-            "notice": source.notice,
-            "sha256": fingerprint,
-            "train_rows": len(source.train),
-            "validation_rows": len(source.validation),
-            "test_rows": len(source.test),
-        },
-    }
 
 
 def _check_data(stored: dict[str, Any], fingerprint: str) -> None:
