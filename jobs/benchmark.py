@@ -156,7 +156,7 @@ def train_in_worker(data: str, seconds: float, began: float) -> dict[str, float]
 
 def in_pytorch(what: str, way: str, data: str, seconds: float, began: float) -> Speed:
     """One of the ways that are not Ray's."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     images, digits = _rows(data)
     if len(images) < BATCH:
         raise Refusal(f"--data {data}: has {len(images)} rows, and a batch takes {BATCH}")
@@ -168,6 +168,10 @@ def in_pytorch(what: str, way: str, data: str, seconds: float, began: float) -> 
     if way == "memory-int8":
         return baseline.score_memory_loop(images, seconds, torch.device("cpu"), "int8", began)
     return baseline.score_memory_loop(images, seconds, device, None, began)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _rows(data: str) -> tuple[Pixels, list[int]]:
@@ -193,7 +197,12 @@ def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
     parser.add_argument("--data", default="auto", help="as for jobs/train.py (default: auto)")
     parser.add_argument("--repeat", type=int, default=3, help="how often each way is measured (default: 3)")
     parser.add_argument("--seconds", type=float, default=15, help="length of each loop that is not Ray's (default: 15)")
-    parser.add_argument("--epochs", type=int, default=2, help="train: epochs of each Ray run, the first uncounted (default: 2)")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=20 if torch.cuda.is_available() else 2,
+        help="train: epochs of each Ray run, the first uncounted (default: 2; 20 on a GPU)",
+    )
     parser.add_argument("--rows", type=int, default=300_000, help="score: rows of each Ray run (default: 300000)")
     parser.add_argument("--way", choices=sorted({way for ways in WAYS.values() for way in ways}), help=argparse.SUPPRESS)
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
@@ -231,7 +240,7 @@ def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
         "median": {way: {key: round(value, 3) for key, value in of_way.items()} for way, of_way in middle.items()},
         "ratios": ratios,
         "runs": {way: [round(result["rows_per_second"], 1) for result in of_way] for way, of_way in runs.items()},
-        "hardware": hardware(),
+        "hardware": hardware(_device()),
         "versions": versions(),
     }
     print(_table(runs, ratios), file=sys.stderr, flush=True)

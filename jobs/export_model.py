@@ -9,19 +9,23 @@ The last line on standard output is one JSON object. Exit codes: 0 done, 2 the r
 """
 
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 from mnistsum_ray import job
-from mnistsum_ray.config import ExportModelConfig, parse
+from mnistsum_ray.config import ExportModelConfig, Refusal, parse
 
 
 def export(argv: list[str]) -> tuple[dict[str, Any], int]:
     config = parse(ExportModelConfig, argv, __doc__)
 
     job.leave_stdout_to_result()
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise Refusal(f"ONNX takes packages that are not installed here ({', '.join(missing)}); pip install -e '.[onnx]'")
 
     from mnistsum_ray.console import Console
-    from mnistsum_ray.portable import export_model  # torch takes seconds to import, which a refusal should not
+    from mnistsum_ray.portable import export_model  # torch takes seconds to import, which a wrong flag should not
 
     return export_model(config, Console().say), job.DONE
 

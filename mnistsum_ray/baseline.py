@@ -1,6 +1,7 @@
 """Plain PyTorch to compare with: the original's way, row by row, and our model on tensors in memory. Nothing of Ray."""
 
 import multiprocessing
+import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from mnistsum_ray.config import RunFailed
 from mnistsum_ray.device import be_deterministic, faster_with_bf16, keep_memory
 from mnistsum_ray.int8 import activation_maxima
 from mnistsum_ray.model import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, joint_loss, prepare_images
@@ -23,6 +25,9 @@ BATCH: Final = 256
 """The original's."""
 
 _BATCHES: Final = (32, 64, 128, 256)
+
+_START_SECONDS: Final = 300.0
+"""More than so many processes take to begin, however many."""
 
 
 class OriginalNet(nn.Module):
@@ -184,13 +189,18 @@ def score_memory_loop(images: Pixels, seconds: float, device: torch.device, prec
 def _processes(images: Pixels, batch: int, processes: int, seconds: float, precision: str | None, began: float) -> Speed:
     """The forward pass in so many processes at once, which share the cores."""
     context = multiprocessing.get_context("spawn")
-    together, speeds = context.Barrier(processes), context.SimpleQueue()
+    together, speeds = context.Barrier(processes), context.Queue()
     threads = max(1, torch.get_num_threads() // processes)
     arguments = (images[:4096], batch, seconds, threads, precision, began, together, speeds)
     workers = [context.Process(target=_one_process, args=arguments) for _ in range(processes)]
     for worker in workers:
         worker.start()
-    measured: list[Speed] = [speeds.get() for _ in workers]
+    try:
+        measured: list[Speed] = [speeds.get(timeout=seconds + _START_SECONDS) for _ in workers]
+    except queue.Empty:
+        for worker in workers:
+            worker.kill()
+        raise RunFailed(f"of {processes} processes with the bare forward pass not all came to an end (out of memory?)") from None
     for worker in workers:
         worker.join()
     return Speed(

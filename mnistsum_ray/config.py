@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -128,8 +127,11 @@ class TrainConfig(JobConfig):
         low, high = self.worker_range or (1, 1)
         if low < 1 or high < low:
             raise ValueError("--num-workers: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
-        if self.mlflow and urlsplit(self.mlflow).password is not None:
-            raise ValueError("--mlflow: keys belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, not in the URI")
+        if self.mlflow is not None and not re.fullmatch(r"https?://[^@?#\s]+|sqlite:///[^@?#]+", self.mlflow):
+            raise ValueError(
+                "--mlflow: must be http(s)://HOST:PORT or sqlite:///FILE; keys belong in MLFLOW_TRACKING_USERNAME, "
+                "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN"
+            )
         if self.resume and self.name is None:
             raise ValueError("--resume: say which run with --name")
         return self

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import socket
+import sys
 from typing import Final
 
 from mnistsum_ray.config import Refusal
@@ -19,28 +20,33 @@ def connect() -> None:
     Raises:
         Refusal: nothing answers at RAY_ADDRESS.
     """
+    connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if connected:
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address and not _is_alive(address):
+        raise Refusal(f"RAY_ADDRESS={address}: no cluster answers there; correct it, or unset it to start one here")
+
     import ray  # a second to import, which a refusal need not wait for
     from ray._private.utils import read_ray_address
 
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    if address and not _answers(address):
-        raise Refusal(f"RAY_ADDRESS={address}: no cluster answers there; correct it, or unset it to start one here")
     # `ray.init` takes minutes to find out that the cluster which was last started on this machine has been killed.
     last = None if address else read_ray_address()
-    gone = last is not None and not _answers(last)
+    gone = last is not None and not _is_alive(last)
     # Without the dashboard a cluster of our own starts seconds earlier; one that is joined keeps its own.
     ray.init(address="local" if gone else None, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
 
 
-def _answers(address: str) -> bool:
+def _is_alive(address: str) -> bool:
     """Whether something listens at HOST:PORT; True for the other forms of an address, which Ray has to judge."""
     match = re.fullmatch(r"\[?([^/\]]+?)\]?:(\d+)", address)
-    if match is None:
-        return True
+    return match is None or answers(match[1], int(match[2]))
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether something listens there."""
     try:
-        socket.create_connection((match[1], int(match[2])), timeout=_ANSWER_SECONDS).close()
+        socket.create_connection((host, port), timeout=_ANSWER_SECONDS).close()
     except OSError:
         return False
     return True

@@ -10,6 +10,8 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 _KEEP_BYTES: Final = 2**30
+_OLD_KEEP_BYTES: Final = 2**25
+"""The most that glibc takes before 2.35."""
 
 
 def keep_memory() -> None:
@@ -20,9 +22,15 @@ def keep_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
+    if not (libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES) or libc.mallopt(_M_MMAP_THRESHOLD, _OLD_KEEP_BYTES)):
+        return  # the other two alone would have it give back even small pieces
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(_M_TOP_PAD, 2**28)
+
+
+def exact_float32() -> None:
+    """Have GPUs compute float32 as float32: TF32, cuDNN's default, would keep 10 of the 23 bits."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def be_deterministic() -> None:
@@ -46,8 +54,8 @@ def faster_with_bf16(device: torch.device) -> bool:
     return bool(has.get("amx_bf16") or (has.get("avx512_bf16") and "intel" not in str(has.get("cpu_name", "")).lower()))
 
 
-def hardware() -> dict[str, Any]:
-    """What a figure was measured on: CPU, cores, its instructions for small numbers, and GPU, of this process."""
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What a figure was measured on: this machine's CPU, cores and instructions for small numbers, and the GPU if it is one."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -57,5 +65,5 @@ def hardware() -> dict[str, Any]:
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instructions": sorted(name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni") if flags.get(name)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }

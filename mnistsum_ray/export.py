@@ -19,6 +19,21 @@ SCHEMA = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": pa.int8
 _GROUP_ROWS = 8192
 
 
+def empty_folder(text: str) -> Location:
+    """Where `--output` leads.
+
+    Raises:
+        Refusal: something lies there, or it cannot be looked at.
+    """
+    output = locate(text, "--output", base_folder())
+    try:
+        if output.files():
+            raise Refusal(f"--output {output.text}: is not empty; name another folder")
+    except OSError as error:
+        raise Refusal(f"--output {output.text}: {' '.join(str(error).split())}") from None
+    return output
+
+
 def export(config: ExportConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
     """Write the files.
 
@@ -27,10 +42,8 @@ def export(config: ExportConfig, say: Callable[[str], None]) -> tuple[Location, 
     Raises:
         Refusal: the data cannot be read, or the output is not an empty folder.
     """
-    output = locate(config.output, "--output", base_folder())
+    output = empty_folder(config.output)
     try:
-        if output.files():
-            raise Refusal(f"--output {output.text}: is not empty; name another folder")
         source = open_source(config.data)
         if source.notice:
             say(source.notice)

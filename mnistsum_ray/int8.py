@@ -21,7 +21,7 @@ from mnistsum_ray.model import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, prepare_images
 CALIBRATION_ROWS: Final = 2048
 
 COMPARED_ROWS: Final = 10_000
-"""Test rows, at most, on which the two are compared: MNIST has so many."""
+"""Test rows, at most, on which the two are compared, evenly over all: MNIST has so many."""
 
 CONVOLUTIONS: Final = 6
 """In integers; the seventh is a thousandth of the work."""

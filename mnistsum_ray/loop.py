@@ -23,7 +23,7 @@ from torch import Tensor
 from mnistsum_ray import checkpoint, int8, pipeline
 from mnistsum_ray.augment import distort
 from mnistsum_ray.console import SAY_SECONDS, Progress
-from mnistsum_ray.device import be_deterministic, faster_with_bf16, hardware, keep_memory
+from mnistsum_ray.device import be_deterministic, exact_float32, faster_with_bf16, hardware, keep_memory
 from mnistsum_ray.examine import Examination, examine
 from mnistsum_ray.gather import Gather, Schedule
 from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows, same_everywhere
@@ -102,6 +102,7 @@ class _Trainer:
         self.config = config
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+        exact_float32()
         if self.device.type == "cpu":
             use_cores(context.get_local_world_size())
             be_deterministic()
@@ -111,10 +112,11 @@ class _Trainer:
         self.model = TwoHeadCNN().to(self.device)
         self.optimizer = MuonAdamW(self.model, config.weight_decay)
         self.state = self._restore()
-        self.parallel = ray.train.torch.prepare_model(self.model)
+        self.parallel = self.compiled = ray.train.torch.prepare_model(self.model)
         if config.compile:
             # A step of so small a network is bound by the launches of its kernels; a CUDA graph launches them all at once.
-            self.parallel = torch.compile(self.parallel, mode="reduce-overhead" if self.device.type == "cuda" else "default")
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self.compiled = torch.compile(self.parallel, mode=mode, dynamic=False)
         # With a dataset that is not split, every worker sees all blocks; which rows it takes is arithmetic (Schedule).
         self.images = cast(MaterializedDataset, ray.train.get_dataset_shard("images").materialize())
         self.next_drain_look = 0.0
@@ -177,19 +179,20 @@ class _Trainer:
         images = gather(np.array([mistake.row_id for mistake in found.mistakes], np.int64))["image"]
         agreement = None
         if int8.is_available():
-            training = gather(self.config.train[: int8.CALIBRATION_ROWS])["image"]
-            test = gather(self.config.test[: int8.COMPARED_ROWS])
+            use_cores(1)  # the other workers are done
+            training = gather(_spread(self.config.train, int8.CALIBRATION_ROWS))["image"]
+            test = gather(_spread(self.config.test, int8.COMPARED_ROWS))
             rows = [torch.as_tensor(values) for values in (training, test["image"], test["digit"])]
             seen = self._waiting("test rows answered with integers", len(test["digit"]))
             agreement = int8.quantize(model.cpu(), rows[0], rows[1], rows[2], seen).as_json()
-        return Outcome(history, found, images, agreement, hardware(), self.state.precision)
+        return Outcome(history, found, images, agreement, hardware(self.device), self.state.precision)
 
     def _train_epoch(self, epoch: int, schedule: Schedule, batches: Iterator[Batch]) -> dict[str, float]:
         """One pass over the training rows: mean loss a row, rows/s, and the share of the time spent waiting for data."""
         self.parallel.train()
         before_this = self.state.progress
         losses = torch.zeros(1, dtype=torch.float64, device=self.device)  # added up over this worker's rows
-        counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # its rows, and their ids added up
+        seen, ids_seen = 0, torch.zeros(1, dtype=torch.int64, device=self.device)  # its rows, and their ids added up
         total_steps = schedule.steps * self.config.epochs
         began, started = time.time(), time.perf_counter()
         reported, waited, first_batch = started, 0.0, 0.0
@@ -201,11 +204,12 @@ class _Trainer:
             rate = one_cycle(epoch * schedule.steps + step, total_steps, self.config.learning_rate)
             loss = self._step(batch, epoch, step, schedule.batch_rows(step), rate)
             losses += loss
-            counts += torch.stack([torch.tensor(len(batch["row_id"]), device=self.device), batch["row_id"].sum()])
+            seen += len(batch["row_id"])
+            ids_seen += batch["row_id"].sum()
             if step % _CHECK_STEPS == _CHECK_STEPS - 1 or step == schedule.steps - 1:
                 look = self.rank == 0 and time.perf_counter() >= self.next_drain_look
-                added = add_up(torch.cat([counts, torch.tensor([int(look)], device=self.device)]))
-                rows, ids, looks = added.tolist()  # one rank's clock decides for all
+                added = add_up(torch.cat([ids_seen, torch.tensor([seen, int(look)], device=self.device)]))
+                ids, rows, looks = added.tolist()  # one rank's clock decides for all
                 all_loss = before_this.loss + add_up(losses.clone()).item()
                 all_rows, all_ids = before_this.rows + rows, before_this.row_ids + ids
                 if not math.isfinite(all_loss):
@@ -246,8 +250,11 @@ class _Trainer:
         if "draws" in batch:
             images = distort(images, batch["draws"], self.config.distortion)
         dropout = self._dropout(epoch, step, global_rows)
+        # The last share of an epoch is smaller, at times empty; compiled for any size, the network would compute other bits.
+        whole = len(images) == len(range(self.rank, self.config.batch_size, self.world_size))
+        network = self.compiled if whole else self.parallel
         with self._autocast():
-            digit_scores, sum_scores = self.parallel(images, batch["number"], dropout)
+            digit_scores, sum_scores = network(images, batch["number"], dropout)
         answers = digit_scores, sum_scores, batch["digit"], batch["number"]
         loss = joint_loss(*answers, self.config.label_smoothing)
         # DDP averages over the workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
@@ -259,7 +266,7 @@ class _Trainer:
         return loss.detach()
 
     def _dropout(self, epoch: int, step: int, global_rows: int) -> Tensor | None:
-        """This worker's share of the factors of the global batch: the same for any number of workers, and after any restart."""
+        """This worker's share of the factors of the global batch: the same for any number of workers, on CPUs or GPUs of a kind."""
         if not self.config.dropout:
             return None
         generator = torch.Generator(self.device).manual_seed(dropout_seed(self.config.seed, epoch, step))
@@ -339,6 +346,11 @@ class _Trainer:
 def _merit(validation: dict[str, float]) -> tuple[float, float]:
     """What "best by validation" means: the sum head's accuracy over all ten numbers, then the smaller loss."""
     return validation["sum_accuracy"], -validation["loss"]
+
+
+def _spread(rows: Rows, most: int) -> Rows:
+    """So many of them at most, evenly over all: the first ones of a source that is sorted would all be of one digit."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.int64)]
 
 
 def use_cores(workers_on_node: int) -> None:

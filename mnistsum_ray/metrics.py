@@ -44,7 +44,8 @@ class Tally:
     """Adds up what `Scores` needs, batch by batch, on the device; asks the other workers only at the end."""
 
     def __init__(self, device: torch.device) -> None:
-        self._counts = torch.zeros(4, dtype=torch.int64, device=device)  # rows, row ids, digits right, sums right
+        self._rows = 0
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # row ids added up, digits right, sums right
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)  # of the digits, of the sums
 
     def add(self, model: TwoHeadCNN, digit_scores: Tensor, digits: Tensor, row_ids: Tensor) -> None:
@@ -54,10 +55,10 @@ class Tally:
         sums = digits[:, None] + torch.arange(10, device=digits.device)
         digit_loss = F.cross_entropy(digit_scores, digits, reduction="sum")
         sum_loss = F.cross_entropy(sum_scores.flatten(0, 1), sums.flatten(), reduction="sum")
-        rows = torch.tensor(len(digits), device=digits.device)
         digits_right = (digit_scores.argmax(1) == digits).sum()
         sums_right = (sum_scores.argmax(2) == sums).sum()
-        self._counts += torch.stack([rows, row_ids.sum(), digits_right, sums_right])
+        self._rows += len(digits)
+        self._counts += torch.stack([row_ids.sum(), digits_right, sums_right])
         self._losses += torch.stack([digit_loss, sum_loss])
 
     def scores(self, expected_rows: int, expected_id_sum: int) -> Scores:
@@ -66,7 +67,8 @@ class Tally:
         Raises:
             RowsLost: not every row was counted exactly once.
         """
-        rows, id_sum, digits_right, sums_right = add_up(self._counts).tolist()
+        counts = torch.cat([torch.tensor([self._rows], device=self._counts.device), self._counts])
+        rows, id_sum, digits_right, sums_right = add_up(counts).tolist()
         digit_loss, sum_loss = add_up(self._losses).tolist()
         check_rows(rows, id_sum, expected_rows, expected_id_sum, "evaluation")
         pairs = rows * 10

@@ -3,17 +3,18 @@
 The run folder is what counts. What MLflow could not be told while it did not answer it is told later, an epoch never twice.
 """
 
+import contextlib
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
 
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.report import scalars
@@ -31,7 +32,10 @@ for _name in ("mlflow", "alembic"):
 
 
 class MLflowRun:
-    """One run on a tracking server, or in a local store."""
+    """One run on a tracking server, or in a local store.
+
+    Whatever is raised here, from the network to a missing client of the storage behind the server, is said and costs no training.
+    """
 
     def __init__(self, uri: str, experiment: str, name: str, run_id: str | None, settings: dict[str, Any]) -> None:
         """Make a run, or go on with `run_id`.
@@ -50,42 +54,46 @@ class MLflowRun:
             else:
                 self._client.update_run(run_id, status="RUNNING")
             told = self._client.get_metric_history(run_id, _FIRST_METRIC)
-        except (MlflowException, OSError, ValueError) as error:
+        except Exception as error:
             raise Refusal(f"--mlflow {uri}: {_line(error)}") from None
         self.run_id: str = run_id
         self._uri = uri
         self._told = {metric.step for metric in told}
         self._silent = False
+        self._thread = ThreadPoolExecutor(1)  # a server that does not answer must hold up nobody
 
-    def tell(self, history: list[dict[str, Any]], say: Callable[[str], None]) -> None:
-        """Log the epochs that it does not know yet; where it does not answer, say so once and go on."""
+    def tell(self, entry: dict[str, Any], say: Callable[[str], None]) -> None:
+        """Log a line of history.jsonl, soon; where that fails, say so once."""
+        self._thread.submit(self._try_to_tell, entry, say)
+
+    def _try_to_tell(self, entry: dict[str, Any], say: Callable[[str], None]) -> None:
         try:
-            self._tell(history)
-            self._silent = False
-        except (MlflowException, OSError) as error:
+            self._tell(entry)
+        except Exception as error:
             if not self._silent:
                 say(f"--mlflow {self._uri}: {_line(error)}; training goes on, and it is told later")
             self._silent = True
 
-    def _tell(self, history: list[dict[str, Any]]) -> None:
-        for entry in history:
-            epoch = entry["epoch"]
-            if epoch in self._told:
-                continue
-            ended = int(1000 * (entry["started"] + entry["seconds"] + entry["evaluation_seconds"]))
-            # In one request, so that an epoch is there with all of its metrics or not at all.
-            self._client.log_batch(self.run_id, [Metric(key, value, ended, epoch) for key, value in scalars(entry).items()])
-            self._told.add(epoch)
+    def _tell(self, entry: dict[str, Any]) -> None:
+        epoch = entry["epoch"]
+        if epoch in self._told:
+            return
+        ended = int(1000 * (entry["started"] + entry["seconds"] + entry["evaluation_seconds"]))
+        # In one request, so that an epoch is there with all of its metrics or not at all.
+        self._client.log_batch(self.run_id, [Metric(key, value, ended, epoch) for key, value in scalars(entry).items()])
+        self._told.add(epoch)
 
     def finish(self, history: list[dict[str, Any]], folder: Location, files: list[str], say: Callable[[str], None]) -> bool:
         """Log what is missing and the files of the run folder, and end the run; False, and a line said, if that fails."""
+        self._thread.shutdown(cancel_futures=True)
         try:
-            self._tell(history)
+            for entry in history:
+                self._tell(entry)
             for name in files:
                 where, _, _ = name.rpartition("/")
                 self._log_file(folder / name, where)
             self._client.set_terminated(self.run_id, end_time=int(1000 * time.time()))
-        except (MlflowException, OSError) as error:
+        except Exception as error:
             say(f"--mlflow {self._uri}: {_line(error)}; the run is whole, and the same command with --resume tells it again")
             return False
         return True
@@ -98,10 +106,9 @@ class MLflowRun:
 
     def fail(self) -> None:
         """Mark the run as failed, if it can be reached."""
-        try:
+        self._thread.shutdown(cancel_futures=True)
+        with contextlib.suppress(Exception):
             self._client.set_terminated(self.run_id, status="FAILED")
-        except (MlflowException, OSError):
-            return
 
 
 def _line(error: BaseException) -> str:

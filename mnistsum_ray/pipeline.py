@@ -114,7 +114,8 @@ def training_batches(images: MaterializedDataset, schedule: Schedule, device: to
         rows = schedule.task_rows(task)
         block = next(blocks) if rows else nothing  # Ray Data hands on no empty block
         if len(block["row_id"]) != rows:
-            raise RowsLost(f"a block of epoch {task['epoch'] + 1} has {len(block['row_id'])} rows, the schedule has {rows}")
+            # On this worker alone: raised, and not told as RowsLost is, it ends the others too.
+            raise AssertionError(f"a block of epoch {task['epoch'] + 1} has {len(block['row_id'])} rows, not {rows}")
         start = 0
         for step in range(task["first"], task["last"]):
             end = start + schedule.share_rows(step)

@@ -1,6 +1,5 @@
 """The model for programs that know nothing of this project: `torch.export` and ONNX, from pixels to answers. Nothing of Ray."""
 
-import importlib.util
 import io
 import logging
 import warnings
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from mnistsum_ray.checkpoint import load_model
 from mnistsum_ray.config import ExportModelConfig, Refusal, RunFailed
+from mnistsum_ray.export import empty_folder
 from mnistsum_ray.mnist import open_source, read_whole
 from mnistsum_ray.model import TwoHeadCNN, prepare_images
 from mnistsum_ray.schema import Pixels, pixels_view
@@ -53,17 +53,12 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
         probability from that of the model.
 
     Raises:
-        Refusal: there is no such model, an extra is missing, or the output is not an empty folder.
+        Refusal: there is no such model, or the output is not an empty folder.
         RunFailed: an exported model answers otherwise than the model.
     """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Refusal(f"ONNX takes packages that are not installed here ({', '.join(missing)}); pip install -e '.[onnx]'")
-    output = locate(config.output, "--output", base_folder())
+    output = empty_folder(config.output)
     model, _ = load_model(locate(config.model, "--model", base_folder()))
     try:
-        if output.files():
-            raise Refusal(f"--output {output.text}: is not empty; name another folder")
         say("exporting")
         exported = {TORCH_FILE: (program := _exported(Portable(model))), ONNX_FILE: _as_onnx(program)}
         images, numbers = _pairs()

@@ -10,6 +10,7 @@ from pyarrow.fs import FileSelector, FileType
 from pydantic import ValidationError
 
 from mnistsum_ray.config import Refusal, TrainConfig
+from mnistsum_ray.connect import answers
 from mnistsum_ray.mnist import Source, open_source
 from mnistsum_ray.storage import Location, base_folder, locate
 
@@ -62,14 +63,27 @@ def prepare(config: TrainConfig) -> Run:
             raise Refusal(f"--name {name}: {folder.text} exists; continue it with --resume, or choose another name")
     except OSError as error:
         raise Refusal(f"--storage-path {storage.text}: {' '.join(str(error).split())}") from None
-    if config.mlflow and find_spec("mlflow") is None:
-        raise Refusal("--mlflow: MLflow is not installed here; pip install -e '.[mlflow]'")
+    if config.mlflow:
+        config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=config.resume)})
     source = open_source(config.data)
     recipe = _recipe(config.recipe, small=len(source.train) < SMALL_ROWS)
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # As found, so that --resume finds the same from any folder and on any day.
     found = {"name": name, "storage_path": storage.text, "data": "sample" if source.name == "sample" else source.location}
     return Run(config.model_copy(update=unset | found), source, storage.patient(), folder.patient())
+
+
+def _mlflow(uri: str, *, resume: bool) -> str:
+    """The URI as it is found from any folder. A run that goes on does so without a server that is gone."""
+    if find_spec("mlflow") is None:
+        raise Refusal("--mlflow: MLflow is not installed here; pip install -e '.[mlflow]'")
+    scheme, _, rest = uri.partition("://")
+    if scheme == "sqlite":
+        return f"sqlite:///{base_folder() / rest.removeprefix('/')}"
+    host, _, port = rest.partition("/")[0].partition(":")
+    if not resume and not answers(host, int(port) if port.isdecimal() else 443 if scheme == "https" else 80):
+        raise Refusal(f"--mlflow {uri}: no server answers there")
+    return uri
 
 
 def _recipe(name: str, *, small: bool) -> dict[str, Any]:
@@ -86,6 +100,8 @@ def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
     manifest = read_manifest(folder)
     try:
         stored = TrainConfig(**manifest["config"])
+        if set(_FIXED) - set(manifest["config"]):
+            raise KeyError
     except (KeyError, TypeError, ValidationError):
         raise Refusal(f"--resume: {folder.text}/manifest.json is not that of a run of this version") from None
     given = {key: getattr(config, key) for key in config.model_fields_set}

@@ -44,8 +44,18 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
 
     Raises:
         Refusal: the cluster cannot carry it, or a row of the data is not what it should be.
-        RunFailed: the loss became infinite, or workers failed more often than `--max-failures`.
+        RunFailed: the loss became infinite, workers failed more often than `--max-failures`, or the storage cannot be written.
     """
+    try:
+        return _fit(run, console)
+    except OSError as error:
+        said = " ".join(str(error).split())
+        raise RunFailed(
+            f"--storage-path {run.storage.text}: {said}; what is saved stays, and --name {run.config.name} --resume goes on"
+        ) from error
+
+
+def _fit(run: Run, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     config, source = run.config, run.source
     cluster = resources.look()
@@ -65,7 +75,7 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
         _check_data(read_manifest(run.folder), loaded.fingerprint)
     elif (run.folder / "manifest.json").exists():  # again, since all of the waiting and reading lies between
         raise Refusal(f"--name {config.name}: another run has taken it meanwhile; choose another name")
-    mlflow = _mlflow(run, manifest)
+    mlflow = _mlflow(run, manifest, console)
     (run.folder / "manifest.json").write_json(manifest)
     console.say(
         f"run {config.name}: {len(source.train):,} training, {len(source.validation):,} validation and {len(source.test):,} test "
@@ -74,7 +84,7 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
 
     def on_epoch(entry: dict[str, Any]) -> None:
         if mlflow:
-            mlflow.tell([entry], console.say)
+            mlflow.tell(entry, console.say)
 
     try:
         with _events(console, on_epoch) as events:
@@ -108,9 +118,10 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
         "examination": outcome.examination.as_json(),
     }
     written = write_report(run, manifest, card, outcome)
+    (run.folder / "manifest.json").write_json(manifest)
     if mlflow:
         summary["mlflow"] = mlflow.run_id if mlflow.finish(outcome.history, run.folder, written, console.say) else None
-    (run.folder / "manifest.json").write_json(manifest)
+        (run.folder / "manifest.json").write_json(manifest)
     console.say(f"model: {summary['model']}")
     console.say(f"report: {run.folder.text}/{REPORT}")
     return summary
@@ -122,7 +133,7 @@ def _steady_speed(history: list[dict[str, Any]]) -> float:
     return float(sum(line["rows_per_second"] * line["seconds"] for line in steady) / sum(line["seconds"] for line in steady))
 
 
-def _mlflow(run: Run, manifest: dict[str, Any]) -> "MLflowRun | None":
+def _mlflow(run: Run, manifest: dict[str, Any], console: Console) -> "MLflowRun | None":
     """The run on the tracking server of `--mlflow`, which the manifest then names."""
     config = run.config
     if config.mlflow is None:
@@ -132,7 +143,14 @@ def _mlflow(run: Run, manifest: dict[str, Any]) -> "MLflowRun | None":
     stored = read_manifest(run.folder).get("mlflow") if config.resume else None
     run_id = stored["run_id"] if stored and stored["uri"] == config.mlflow else None
     assert config.name is not None
-    told = MLflowRun(config.mlflow, config.mlflow_experiment, config.name, run_id, manifest["config"])
+    try:
+        told = MLflowRun(config.mlflow, config.mlflow_experiment, config.name, run_id, manifest["config"])
+    except Refusal as refusal:
+        if not config.resume:
+            raise
+        console.say(f"{refusal}; going on without MLflow")
+        manifest |= {"mlflow": stored} if stored else {}
+        return None
     manifest["mlflow"] = {"uri": config.mlflow, "run_id": told.run_id}
     return told
 
@@ -233,6 +251,8 @@ def _events(console: Console, on_epoch: Callable[[dict[str, Any]], None]) -> Ite
         while True:
             try:
                 event = queue.get(timeout=SILENCE_SECONDS)
+            except ray.exceptions.RayError:  # it was ended before all was shown
+                return
             except Empty:
                 silent += SILENCE_SECONDS
                 console.say(f"no word from the workers for {silent} s: {resources.describe_wait()}")

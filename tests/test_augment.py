@@ -53,7 +53,17 @@ def test_turning(images: torch.Tensor) -> None:
     dot[0, 0, 13:15, 22:24] = 2.0  # 9 pixels right of the middle
     x, y = (value.item() for value in center(distort(dot, only(1, TURN), 1.0)))
     assert math.hypot(x, y) == pytest.approx(9, abs=0.2)
-    assert abs(math.degrees(math.atan2(y, x))) == pytest.approx(10, abs=1)
+    assert math.degrees(math.atan2(y, x)) == pytest.approx(-10, abs=1)  # the window turns right, so the ink left
+
+
+def test_slanting() -> None:
+    """What is above the middle moves to one side, what is below to the other, and nothing up or down."""
+    for row in (5, 21):
+        dot = torch.full((1, 1, 28, 28), -0.4)
+        dot[0, 0, row : row + 2, 13:15] = 2.0
+        x, y = (value.item() for value in center(distort(dot, only(1, SLANT), 1.0)))
+        assert y == pytest.approx(row + 0.5 - 13.5, abs=0.1)
+        assert x == pytest.approx(-0.1 * (row + 0.5 - 13.5), abs=0.1)
 
 
 @pytest.mark.parametrize(("column", "axis"), [(RIGHT, 0), (DOWN, 1)])

@@ -1,11 +1,10 @@
-"""The schedule of the rows, and what is decided by the hardware."""
+"""Which rows are seen when, and on which a calibration is made."""
 
 import numpy as np
 import pytest
-import torch
 
-from mnistsum_ray.device import faster_with_bf16
 from mnistsum_ray.gather import Schedule
+from mnistsum_ray.loop import _spread
 from mnistsum_ray.pairs import epoch_order
 
 IDS = np.arange(10, 1015)  # 1,005 rows: not a multiple of anything below
@@ -56,5 +55,9 @@ def test_a_resumed_schedule_is_the_rest_of_the_whole() -> None:
     assert rest == [task for task in whole if task["epoch"] == 2]
 
 
-def test_the_precision_is_not_a_matter_of_luck() -> None:
-    assert len({faster_with_bf16(torch.device("cpu")) for _ in range(50)}) == 1
+def test_what_is_calibrated_on_is_spread_over_all_rows() -> None:
+    assert _spread(IDS, 2000).tolist() == IDS.tolist()
+    some = _spread(IDS, 400)
+    assert len(set(some)) == 400
+    assert (some[0], some[-1]) == (IDS[0], IDS[-1])
+    assert np.diff(some).max() <= 3, "of a source sorted by digit, all digits"

@@ -56,8 +56,44 @@ def test_nothing_of_a_step_is_left_for_the_next() -> None:
     model = TwoHeadCNN()
     optimizer = MuonAdamW(model, weight_decay=0.0)
     gradients(model)
+    optimizer.step(0.02)
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(view.grad is None for _, view, _ in optimizer.states())
+
+
+def test_the_first_step_of_adamw_is_each_groups_share_of_the_rate() -> None:
+    """Adam's first step moves each element by the learning rate, whatever its gradient; here by 0.15 and 0.75 of it."""
+    torch.manual_seed(0)
+    model = TwoHeadCNN()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = MuonAdamW(model, weight_decay=0.0)
+    gradients(model)
+    optimizer.step(0.02)
+    for name, share in {
+        "conv1.weight": 0.15,
+        "conv7.weight": 0.15,
+        "conv3.bias": 0.15,
+        "fc2.weight": 0.75,
+        "fc1.bias": 0.75,
+    }.items():
+        moved = (model.state_dict()[name] - before[name]).abs()
+        assert moved.median().item() == pytest.approx(0.02 * share, rel=0.01), name
+
+
+def test_weights_decay_whatever_the_gradient() -> None:
+    torch.manual_seed(0)
+    still, decaying = TwoHeadCNN(), TwoHeadCNN()
+    decaying.load_state_dict(still.state_dict())
+    for model, decay in ((still, 0.0), (decaying, 0.5)):
+        optimizer = MuonAdamW(model, weight_decay=decay)
+        gradients(model)
+        optimizer.step(0.02)
+    for name, share in {"conv4.weight": 1.0, "conv7.weight": 0.15, "fc2.weight": 0.75}.items():
+        torch.manual_seed(0)
+        initial = TwoHeadCNN().get_parameter(name)
+        difference = still.get_parameter(name) - decaying.get_parameter(name)
+        torch.testing.assert_close(difference, 0.02 * share * 0.5 * initial, rtol=1e-3, atol=1e-6)
 
 
 def test_every_parameter_has_one_optimizer() -> None:

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mnistsum_ray.device import keep_memory
+from mnistsum_ray.device import exact_float32, keep_memory
 from mnistsum_ray.int8 import int8_forward
-from mnistsum_ray.model import DIGITS, SUMS, TwoHeadCNN, blocked_forward, prepare_images
+from mnistsum_ray.model import DIGITS, SUMS, TwoHeadCNN, blocked_digit_scores, prepare_images
 from mnistsum_ray.schema import SIDE, Pixels
 
 CPU_BATCH: Final = 64
@@ -41,12 +41,14 @@ def forward_of(
         assert int8_maxima is not None
         return int8_forward(model, int8_maxima)
     blocked = device.type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    scores_of = blocked_forward(model) if blocked else model
+    digit_scores_of = blocked_digit_scores(model) if blocked else model.digit_scores
 
     def forward(images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            digit_scores, sum_scores = scores_of(prepare_images(images), numbers)
-        return digit_scores, sum_scores
+            digit_scores = digit_scores_of(prepare_images(images))
+        # The sum head, a thousandth of the work, in float32, as when a training evaluates (metrics.py).
+        digit_scores = digit_scores.float()
+        return digit_scores, model.sum_scores(digit_scores, numbers)
 
     return forward
 
@@ -65,8 +67,7 @@ class Predictor:
         if device.type == "cpu":
             keep_memory()
             torch.set_num_threads(1)  # one process a core gets more done than threads that wait for each other
-        # float32 means float32: TF32 would keep 10 of the 23 bits.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        exact_float32()
         self._device = device
         model = TwoHeadCNN()
         model.load_state_dict(weights)

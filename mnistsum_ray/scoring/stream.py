@@ -68,8 +68,16 @@ def stream(units: list[pa.Table], work: Work, allotment: ScoreAllotment, actors_
     """Score units, each a `plan.PART_SCHEMA` table; yields REPORT_SCHEMA tables as parts are done, in any order."""
     quiet_ray_data()
     context = ray.data.DataContext.get_current()
+    block_bytes = context.target_max_block_size
     context.execution_options.preserve_order = False
     context.target_max_block_size = _BLOCK_BYTES
+    try:
+        yield from _stream(units, work, allotment, actors_now)
+    finally:
+        context.target_max_block_size = block_bytes  # a training in the same process needs blocks that are left whole
+
+
+def _stream(units: list[pa.Table], work: Work, allotment: ScoreAllotment, actors_now: int) -> Iterator[pa.Table]:
     actors = ActorPoolStrategy(
         min_size=1,
         max_size=allotment.actors,
@@ -128,9 +136,11 @@ def _read(unit: pa.Table, work: Work) -> Iterator[pa.Table]:
 class _Predict:
     def __init__(self, work: Work) -> None:
         self._predictor = _predictor(work)
+        self._ready = time.time()
 
     def __call__(self, parcel: pa.Table) -> pa.Table:
         started, together = _opened(parcel)
+        started = max(started, self._ready)  # what was read while this process came up does not say how fast it is
         scored = _predict(self._predictor, together)
         return _parcel(started, [one if isinstance(one, Unreadable) else (one[0].without_images(), one[1]) for one in scored])
 

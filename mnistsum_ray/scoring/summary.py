@@ -49,3 +49,5 @@ def draw(totals: Totals, output: Location) -> None:
     (output / PROBABILITIES).write_bytes(pictures.draw_probabilities(**totals.probabilities))
     if totals.reasons:
         (output / REJECTS).write_bytes(pictures.draw_rejects(totals.reasons))
+    else:
+        (output / REJECTS).delete()  # of an earlier run that had some

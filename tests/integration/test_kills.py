@@ -9,17 +9,20 @@ from tests.integration.conftest import Job, kill_everything, kill_worker, run_jo
 
 EVERY = 2
 
+# With all that a run draws: numbers, order, distortions, dropout.
+LONG = ("--recipe", "long", "--epochs", 3)
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> bytes:
     runs = tmp_path_factory.mktemp("runs")
-    done = run_job("train", "--data", data, "--epochs", 3, "--storage-path", runs, "--name", "undisturbed")
+    done = run_job("train", "--data", data, *LONG, "--storage-path", runs, "--name", "undisturbed")
     return (Path(done.line["model"]) / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
 def test_a_killed_worker_changes_nothing(tmp_path: Path, data: Path, undisturbed: bytes) -> None:
-    job = Job("train", "--data", data, "--epochs", 3, "--storage-path", tmp_path, "--name", "worker")
+    job = Job("train", "--data", data, *LONG, "--storage-path", tmp_path, "--name", "worker")
     job.wait_for_line("epoch 2: train loss")
     kill_worker(job.process.pid, "RayTrainWorker")
     killed = time.monotonic()
@@ -32,7 +35,7 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, data: Path, undisturbed
 
 
 def test_everything_killed_and_resumed_changes_nothing(tmp_path: Path, data: Path, undisturbed: bytes) -> None:
-    job = Job("train", "--data", data, "--epochs", 3, "--storage-path", tmp_path, "--name", "all")
+    job = Job("train", "--data", data, *LONG, "--storage-path", tmp_path, "--name", "all")
     job.wait_for_line("epoch 2: train loss")
     kill_everything(job.process.pid)
     job.wait()

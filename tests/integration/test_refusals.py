@@ -26,7 +26,7 @@ def check_refused(done: Done, said: str, seconds: float = 10) -> None:
     [
         (["--epohs", "3"], "--epohs"),
         (["--epochs", "0"], "--epochs: input should be greater than or equal to 1"),
-        (["--mlflow", "https://me:secret@host"], "--mlflow: keys belong in MLFLOW_TRACKING_USERNAME"),
+        (["--mlflow", "https://me:secret@host"], "--mlflow: must be http(s)://HOST:PORT or sqlite:///FILE; keys belong in"),
         (["--data", "nowhere"], "nowhere: there is no such file or folder"),
         (["--name", "unknown", "--resume"], "there is no run in"),
     ],

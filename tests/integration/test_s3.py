@@ -77,6 +77,7 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
         "/out/_files.parquet",
         "/out/_manifest.json",
         "/out/_probabilities.png",
+        "/out/_rejects.png",
         "/out/_rejected/part-00001.parquet",
         *(f"/out/part-0000{index}.parquet" for index in range(4)),
     }

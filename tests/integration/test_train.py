@@ -29,6 +29,9 @@ Rows = Callable[[int], Path]
 
 EVERY = 5
 
+# With all that a run draws: numbers, order, distortions, dropout.
+LONG = ("--recipe", "long", "--epochs", 2)
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(cluster: str, data: Path, runs: Path) -> Done:
-    flags = ["--data", data, "--epochs", 2, "--precision", "fp32"]  # as plain PyTorch below
+    flags = ["--data", data, *LONG, "--precision", "fp32"]  # as plain PyTorch below
     return run_job("train", *flags, "--storage-path", runs, "--name", "one", address=cluster)
 
 
@@ -197,7 +200,7 @@ def test_resuming_as_another_run_is_refused(done: Done, cluster: str, runs: Path
 def test_two_workers_train_on_the_same_rows(done: Done, cluster: str, data: Path, runs: Path) -> None:
     """800 rows in batches of 64 leave 32 for the last step; that all were seen once is checked by the loop itself."""
     two = run_job(
-        "train", "--data", data, "--epochs", 2, "--storage-path", runs, "--name", "two", "--num-workers", 2, address=cluster
+        "train", "--data", data, *LONG, "--storage-path", runs, "--name", "two", "--num-workers", 2, address=cluster
     )  # fmt: skip
     assert "2 CPU workers" in two.err
     first, second = (json.loads((runs / name / "history.jsonl").read_text().splitlines()[0]) for name in ("one", "two"))

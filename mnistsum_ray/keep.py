@@ -1,0 +1,75 @@
+"""What is left of a training run in its folder: manifest, model, history, pictures, report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ray.train
+
+from mnistsum_ray.checkpoint import MODEL_FILES
+from mnistsum_ray.loop import Outcome
+from mnistsum_ray.prepare import Run
+from mnistsum_ray.report import REPORT, report_page, versions, write_history
+from mnistsum_ray.storage import Location
+
+
+def manifest_of(run: Run, fingerprint: str, workers: str) -> dict[str, Any]:
+    """What manifest.json says when a run begins: settings, versions, `workers` in words, and the data with their SHA-256."""
+    source = run.source
+    return {
+        "status": "running",
+        "config": run.config.model_dump(mode="json", exclude={"config", "resume"}),
+        "versions": versions(),
+        "workers": workers,
+        "data": {
+            "source": source.name,
+            "location": source.location,
+            "notice": source.notice,
+            "sha256": fingerprint,
+            "train_rows": len(source.train),
+            "validation_rows": len(source.validation),
+            "test_rows": len(source.test),
+        },
+    }
+
+
+def publish(
+    folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]], int8: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Put the best model so far, which every checkpoint carries, and the history into the run folder; the model's card.
+
+    A calibration that is there of the same weights stays: what was scored with it must go on as it was.
+    """
+    from mnistsum_ray import tensorboard  # not needed before there is an epoch
+
+    weights, card = MODEL_FILES
+    with checkpoint.as_directory() as local:
+        new: dict[str, Any] = json.loads((Path(local) / card).read_text())
+        place = folder / "model" / card
+        old = place.read_json() if place.exists() else {}
+        int8 = (old.get("int8") if old.get("sha256") == new["sha256"] else None) or int8
+        (folder / "model" / weights).write_bytes((Path(local) / weights).read_bytes())
+        new |= {"int8": int8} if int8 else {}
+        place.write_json(new)
+    write_history(folder, history)
+    tensorboard.write_epochs(folder, history)
+    return new
+
+
+def write_report(run: Run, manifest: dict[str, Any], card: dict[str, Any], outcome: Outcome) -> list[str]:
+    """Pictures, report and TensorBoard's last file; the names of what a person may want to have elsewhere."""
+    from mnistsum_ray import pictures, tensorboard  # a second to import, needed once
+
+    found = outcome.examination
+    drawn = {
+        "history.png": pictures.draw_history(outcome.history),
+        "confusion.png": pictures.draw_confusion(found.confusion),
+        "sums.png": pictures.draw_sums(found.sums_right, found.confusion),
+        "mistakes.png": pictures.draw_mistakes(found.as_json()["mistakes"], outcome.mistaken),
+    }
+    for name, png in drawn.items():
+        (run.folder / name).write_bytes(png)
+    page = report_page(str(run.config.name), manifest, card, outcome.history, drawn)
+    (run.folder / REPORT).write_bytes(page.encode())
+    tensorboard.write_pictures(run.folder, outcome.history[-1]["epoch"], drawn, manifest["config"])
+    return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in MODEL_FILES)]
