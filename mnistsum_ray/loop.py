@@ -27,9 +27,10 @@ from mnistsum_ray.device import be_deterministic, exact_float32, faster_with_bf1
 from mnistsum_ray.examine import Examination, examine
 from mnistsum_ray.gather import Gather, Schedule
 from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows, same_everywhere
-from mnistsum_ray.model import TwoHeadCNN, dropout_factors, joint_loss, prepare_images
+from mnistsum_ray.model import TwoHeadCNN, prepare_images
+from mnistsum_ray.objective import Objective, draw
 from mnistsum_ray.optimizer import MuonAdamW, one_cycle
-from mnistsum_ray.pairs import Rows, dropout_seed
+from mnistsum_ray.pairs import Rows
 from mnistsum_ray.pipeline import Batch
 from mnistsum_ray.schema import Pixels
 
@@ -112,7 +113,7 @@ class _Trainer:
         self.model = TwoHeadCNN().to(self.device)
         self.optimizer = MuonAdamW(self.model, config.weight_decay)
         self.state = self._restore()
-        self.parallel = self.compiled = ray.train.torch.prepare_model(self.model)
+        self.parallel = self.compiled = ray.train.torch.prepare_model(Objective(self.model, config.label_smoothing))
         if config.compile:
             # A step of so small a network is bound by the launches of its kernels; a CUDA graph launches them all at once.
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -244,33 +245,23 @@ class _Trainer:
         }
 
     def _step(self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float) -> Tensor:
-        """One optimizer step; the loss added up over this worker's rows, detached."""
+        """One optimizer step; the mean of both heads' losses added up over this worker's rows."""
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
         if "draws" in batch:
             images = distort(images, batch["draws"], self.config.distortion)
-        dropout = self._dropout(epoch, step, global_rows)
+        c = self.config
+        draws = draw(c.seed, epoch, step, global_rows, self.rank, self.world_size, c.dropout, self.device)
         # The last share of an epoch is smaller, at times empty; compiled for any size, the network would compute other bits.
-        whole = len(images) == len(range(self.rank, self.config.batch_size, self.world_size))
-        network = self.compiled if whole else self.parallel
+        whole = len(images) == len(range(self.rank, c.batch_size, self.world_size))
+        objective = self.compiled if whole else self.parallel
         with self._autocast():
-            digit_scores, sum_scores = network(images, batch["number"], dropout)
-        answers = digit_scores, sum_scores, batch["digit"], batch["number"]
-        loss = joint_loss(*answers, self.config.label_smoothing)
+            loss, reported = objective(images, batch["number"], batch["digit"], draws)
+            assert isinstance(reported, Tensor)
         # DDP averages over the workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
         (loss * (self.world_size / global_rows)).backward()
         self.optimizer.step(learning_rate)
-        if self.config.label_smoothing:  # what is reported is the loss without, to be compared with the test rows'
-            with torch.no_grad():
-                return joint_loss(*answers)
-        return loss.detach()
-
-    def _dropout(self, epoch: int, step: int, global_rows: int) -> Tensor | None:
-        """This worker's share of the factors of the global batch: the same for any number of workers, on CPUs or GPUs of a kind."""
-        if not self.config.dropout:
-            return None
-        generator = torch.Generator(self.device).manual_seed(dropout_seed(self.config.seed, epoch, step))
-        return dropout_factors(global_rows, self.config.dropout, generator)[self.rank :: self.world_size]
+        return reported
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.state.precision == "bf16")

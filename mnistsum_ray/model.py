@@ -82,12 +82,9 @@ class TwoHeadCNN(nn.Module):
         scores: Tensor = self.fc2(F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1))))
         return scores
 
-    def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images float[n, 1, 28, 28] and numbers int64[n] to (digit scores [n, 10], sum scores [n, 19]).
-
-        Training may pass `dropout_factors` of the rows.
-        """
-        digit_scores = self.digit_scores(images, dropout)
+    def forward(self, images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Images float[n, 1, 28, 28] and numbers int64[n] to (digit scores [n, 10], sum scores [n, 19])."""
+        digit_scores = self.digit_scores(images)
         return digit_scores, self.sum_scores(digit_scores, numbers)
 
     def sum_scores_of_all_numbers(self, digit_scores: Tensor) -> Tensor:
@@ -109,15 +106,6 @@ def _hidden(x: Tensor, layers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
         # ReLU after the max-pool gives the same values and gradients as before it, on a quarter of the elements.
         x = torch.relu_(x)
     return x
-
-
-def dropout_factors(rows: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Dropout (Srivastava et al. 2014) of what conv7 reads: float32[rows, 128, 3, 3], each 0 or 1 / (1 - probability).
-
-    Channels last, as what they are for. Drawn outside of the network, so that the draws are the caller's to repeat.
-    """
-    draws = torch.rand(rows, 3, 3, 128, generator=generator, device=generator.device)
-    return ((draws >= probability) / (1 - probability)).permute(0, 3, 1, 2)
 
 
 def blocked_digit_scores(model: TwoHeadCNN) -> Callable[[Tensor], Tensor]:

@@ -6,6 +6,7 @@ SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generato
 lines that will draw the same in ten years, which no library's default generator promises.
 """
 
+from enum import IntEnum
 from typing import Final
 
 import numpy as np
@@ -17,8 +18,18 @@ Bits = npt.NDArray[np.uint64]
 NUMBERS: Final = 10
 """The random number is one of 0..9."""
 
-# What a draw is for. Draws for different purposes must not be correlated, so the purpose is part of the key.
-_ORDER, _NUMBER, _SHIFT, _SPLIT, _DISTORTION, _DROPOUT = range(6)
+
+class Draw(IntEnum):
+    """What a draw is for. Draws for different purposes must not be correlated, so the purpose is part of the key."""
+
+    ORDER = 0
+    NUMBER = 1
+    SHIFT = 2
+    SPLIT = 3
+    DISTORTION = 4
+    DROPOUT = 5
+    LESSON = 6
+
 
 DRAWS: Final = 6
 """What a distortion of an image takes: one to turn it, two to stretch, one to slant and two to move it."""
@@ -32,7 +43,7 @@ def _mix(z: Bits) -> Bits:
     return z ^ (z >> np.uint64(31))
 
 
-def _bits(seed: int, epoch: int, purpose: int, row_ids: Rows) -> Bits:
+def _bits(seed: int, epoch: int, purpose: Draw, row_ids: Rows) -> Bits:
     """64 random bits a row: uint64[n]."""
     key = np.zeros(1, np.uint64)
     for part in (seed, epoch, purpose):
@@ -47,18 +58,18 @@ def _below(bits: Bits, bound: int) -> npt.NDArray[np.int64]:
 
 def random_numbers(seed: int, epoch: int, row_ids: Rows) -> npt.NDArray[np.int64]:
     """The number 0..9 that each row is paired with in this epoch: int64[n], uniform."""
-    return _below(_bits(seed, epoch, _NUMBER, row_ids), NUMBERS)
+    return _below(_bits(seed, epoch, Draw.NUMBER, row_ids), NUMBERS)
 
 
 def shifts(seed: int, epoch: int, row_ids: Rows, limit: int) -> npt.NDArray[np.int64]:
     """How many pixels (down, right) each training image is moved in this epoch: int64[n, 2] in -limit..limit."""
-    bits = _bits(seed, epoch, _SHIFT, row_ids)
+    bits = _bits(seed, epoch, Draw.SHIFT, row_ids)
     return np.stack([_below(bits, 2 * limit + 1), _below(_mix(bits), 2 * limit + 1)], axis=1) - limit
 
 
 def distortions(seed: int, epoch: int, row_ids: Rows) -> npt.NDArray[np.float32]:
     """How each training image is distorted in this epoch: float32[n, DRAWS], uniform in -1..1, for `augment.distort`."""
-    bits = _bits(seed, epoch, _DISTORTION, row_ids)
+    bits = _bits(seed, epoch, Draw.DISTORTION, row_ids)
     draws = np.empty((len(row_ids), DRAWS), np.float32)
     for column in range(DRAWS):
         draws[:, column] = (bits >> np.uint64(40)) * (2 / 2**24) - 1
@@ -66,14 +77,14 @@ def distortions(seed: int, epoch: int, row_ids: Rows) -> npt.NDArray[np.float32]
     return draws
 
 
-def dropout_seed(seed: int, epoch: int, step: int) -> int:
-    """What seeds the draws of a step for the whole global batch: 0..2**63-1."""
-    return int(_bits(seed, epoch, _DROPOUT, np.array([step], np.int64))[0] >> np.uint64(1))
+def step_seed(seed: int, epoch: int, step: int, purpose: Draw) -> int:
+    """What seeds a generator for the whole global batch of a step: 0..2**63-1."""
+    return int(_bits(seed, epoch, purpose, np.array([step], np.int64))[0] >> np.uint64(1))
 
 
 def epoch_order(seed: int, epoch: int, row_ids: Rows) -> Rows:
     """The rows in the order in which this epoch visits them: a permutation of int64[n]."""
-    return row_ids[np.argsort(_bits(seed, epoch, _ORDER, row_ids), kind="stable")]
+    return row_ids[np.argsort(_bits(seed, epoch, Draw.ORDER, row_ids), kind="stable")]
 
 
 def held_out(row_ids: Rows, count: int) -> tuple[Rows, Rows]:
@@ -81,7 +92,7 @@ def held_out(row_ids: Rows, count: int) -> tuple[Rows, Rows]:
 
     Which rows are held out depends on nothing but their ids: the same for every seed, so that two runs can be compared.
     """
-    order = row_ids[np.argsort(_bits(0, 0, _SPLIT, row_ids), kind="stable")]
+    order = row_ids[np.argsort(_bits(0, 0, Draw.SPLIT, row_ids), kind="stable")]
     return np.sort(order[count:]), np.sort(order[:count])
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.model import PARAMETERS, TwoHeadCNN, blocked_digit_scores, dropout_factors, joint_loss, prepare_images
+from mnistsum_ray.model import PARAMETERS, TwoHeadCNN, blocked_digit_scores, joint_loss, prepare_images
 
 
 @pytest.fixture(scope="module")
@@ -103,26 +103,10 @@ def test_the_blocked_layout_changes_no_answer() -> None:
     assert plain.std() > 0.1
 
 
-def test_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:
-    def factors(seed: int) -> torch.Tensor:
-        return dropout_factors(200, 0.25, torch.Generator().manual_seed(seed))
-
-    drawn = factors(0)
-    assert drawn.shape == (200, 128, 3, 3)
-    assert drawn.is_contiguous(memory_format=torch.channels_last)
-    left_out = drawn == 0
-    assert left_out.float().mean().item() == pytest.approx(0.25, abs=0.005)
-    torch.testing.assert_close(drawn[~left_out].amin(), drawn[~left_out].amax(), rtol=0, atol=0)
-    assert drawn.mean().item() == pytest.approx(1, abs=0.01)
-    torch.testing.assert_close(factors(0), drawn, rtol=0, atol=0)
-    assert (factors(1) != drawn).float().mean() > 0.3
-
-
 def test_dropout_factors_multiply_what_the_last_convolution_reads() -> None:
     torch.manual_seed(0)
     model, images = TwoHeadCNN(), torch.randn(3, 1, 28, 28)
-    numbers = torch.arange(3)
-    torch.testing.assert_close(model(images, numbers, torch.ones(3, 128, 3, 3)), model(images, numbers))
-    digit_scores, _ = model(images, numbers, torch.zeros(3, 128, 3, 3))
+    torch.testing.assert_close(model.digit_scores(images, torch.ones(3, 128, 3, 3)), model.digit_scores(images))
+    digit_scores = model.digit_scores(images, torch.zeros(3, 128, 3, 3))
     assert model.conv7.bias is not None
     torch.testing.assert_close(digit_scores, model.conv7.bias.expand(3, 10))

@@ -5,13 +5,14 @@ import pytest
 
 from mnistsum_ray.pairs import (
     DRAWS,
+    Draw,
     distortions,
-    dropout_seed,
     epoch_order,
     held_out,
     random_numbers,
     rank_share,
     shifts,
+    step_seed,
     steps_per_epoch,
 )
 
@@ -40,11 +41,13 @@ def test_distortions_are_uniform_and_say_nothing_of_each_other() -> None:
     assert np.array_equal(distortions(1, 2, ROWS[[5, 44_444]]), draws[[5, 44_444]])
 
 
-def test_every_step_has_a_dropout_seed_of_its_own() -> None:
-    seeds = {dropout_seed(seed, epoch, step) for seed in range(3) for epoch in range(4) for step in range(500)}
-    assert len(seeds) == 3 * 4 * 500
+def test_every_step_has_seeds_of_its_own() -> None:
+    purposes = (Draw.DROPOUT, Draw.LESSON)
+    steps = [(seed, epoch, step) for seed in range(3) for epoch in range(4) for step in range(300)]
+    seeds = {step_seed(*step, purpose) for step in steps for purpose in purposes}
+    assert len(seeds) == 2 * len(steps)
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert dropout_seed(0, 0, 0) == PINNED_DROPOUT
+    assert step_seed(0, 0, 0, Draw.DROPOUT) == PINNED_DROPOUT
 
 
 def chi_square(draws: np.ndarray, values: int) -> float:
