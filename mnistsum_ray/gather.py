@@ -22,6 +22,7 @@ _TASK_ROWS: Final = 4096
 
 
 def read_part(batch: pa.Table, parts: tuple[ParquetPart, ...]) -> pa.Table:
+    """Read the part whose index the batch names: `image`, `digit`, and `refusal`, null unless the part cannot be used."""
     part = parts[batch["part"][0].as_py()]
     # Ray Data wraps an exception and loses its type on the way to the driver, so what a user did wrong travels as a value.
     try:
@@ -33,11 +34,13 @@ def read_part(batch: pa.Table, parts: tuple[ParquetPart, ...]) -> pa.Table:
 
 
 def images_of(table: pa.Table) -> Pixels:
+    """The column `image` of n rows as uint8[n, 28, 28], without a copy where it lies in one piece."""
     (chunk,) = table["image"].combine_chunks().chunks if table["image"].num_chunks > 1 else table["image"].chunks
     return pixels_view(chunk)
 
 
 def digits_of(table: pa.Table) -> npt.NDArray[np.int8]:
+    """The column `digit` as int8[n]."""
     return table["digit"].to_numpy()  # type: ignore[no-any-return]
 
 
@@ -112,6 +115,7 @@ class Gather:
 
 
 def training_rows(task: dict[str, np.ndarray], gather: Gather, schedule: Schedule) -> dict[str, np.ndarray]:
+    """What a worker needs for some steps: `image` uint8[n, 28, 28], `digit`, `row_id`, `number` int64[n], `draws` to distort."""
     epoch = int(task["epoch"][0])
     rows = schedule.rows(epoch, int(task["first"][0]), int(task["last"][0]))
     batch = gather(rows)

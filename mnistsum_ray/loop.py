@@ -146,6 +146,7 @@ class _Trainer:
         return pipeline.held_out_batches(self.images, rows, self.rank, self.world_size, self.device)
 
     def run(self) -> list[dict[str, Any]]:
+        """Train what is left of the epochs; the lines of history.jsonl."""
         schedule = Schedule(
             row_ids=self.config.train,
             batch_size=self.config.batch_size,

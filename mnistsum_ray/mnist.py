@@ -86,6 +86,7 @@ class Source:
 
     @property
     def rows(self) -> int:
+        """Of all splits together."""
         return len(self.train) + len(self.validation) + len(self.test)
 
 

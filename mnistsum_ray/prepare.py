@@ -121,6 +121,11 @@ def _is_empty(folder: Location) -> bool:
 
 
 def read_manifest(folder: Location) -> dict[str, Any]:
+    """The manifest of the run in a folder.
+
+    Raises:
+        Refusal: there is none.
+    """
     try:
         manifest: dict[str, Any] = (folder / "manifest.json").read_json()
     except FileNotFoundError:

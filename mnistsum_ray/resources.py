@@ -35,6 +35,7 @@ class Cluster:
         return sum(min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in each.items() if amount) for node in self.nodes)
 
     def describe(self) -> str:
+        """The cluster in words: `2 CPUs and 0 GPUs on 1 node`."""
         cpus, gpus = (_count(self.total, kind) for kind in ("CPU", "GPU"))
         growing = ", and may grow" if self.can_grow else ""
         return f"{cpus} and {gpus} on {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}{growing}"

@@ -59,6 +59,7 @@ class Location:
 
     @property
     def is_local(self) -> bool:
+        """Whether it lies on a disk of this machine, or on one that is mounted there."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def at(self, path: str) -> "Location":
@@ -81,6 +82,7 @@ class Location:
         return bool(self.info().type != pafs.FileType.NotFound)
 
     def read_bytes(self) -> bytes:
+        """The whole file."""
         with self.filesystem.open_input_stream(self.path) as stream:
             return bytes(stream.read())
 
@@ -122,9 +124,11 @@ class Location:
         return sorted(found, key=lambda info: str(info.path))
 
     def read_json(self) -> Any:
+        """The file's one JSON value."""
         return json.loads(self.read_bytes())
 
     def write_json(self, value: Any) -> None:
+        """Write it as `write_bytes` does; infinite numbers and NaN, which JSON has not, are an error."""
         self.write_bytes((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 

@@ -86,6 +86,7 @@ class _Named:
 
     @property
     def folder(self) -> str:
+        """Path of the folder that it is, or lies in."""
         return self.place.path.rpartition("/")[0] if self.info.type == pafs.FileType.File else self.place.path
 
     def list(self) -> Iterator[pafs.FileInfo]:

@@ -29,6 +29,7 @@ class Predictions:
     sum_prob: npt.NDArray[np.float32]
 
     def slice(self, start: int, end: int) -> "Predictions":
+        """Those of rows start..end-1."""
         rows = slice(start, end)
         return Predictions(self.digit[rows], self.digit_prob[rows], self.sum[rows], self.sum_prob[rows])
 

@@ -211,9 +211,10 @@ def test_two_workers_train_on_the_same_rows(done: Done, cluster: str, data: Path
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")
 def test_a_compiled_network_trains_alike(done: Done, cluster: str, data: Path, runs: Path) -> None:
-    flags = ["--data", data, "--epochs", 2, "--precision", "fp32", "--compile"]
+    flags = ["--data", data, *LONG, "--precision", "fp32", "--compile"]
     compiled = run_job("train", *flags, "--storage-path", runs, "--name", "compiled", address=cluster)
     first, second = (json.loads((runs / name / "history.jsonl").read_text().splitlines()[0]) for name in ("one", "compiled"))
     assert done.code == compiled.code == 0
