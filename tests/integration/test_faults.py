@@ -101,6 +101,7 @@ def enlarge(disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
 
 
+@pytest.mark.sweep
 def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_path: Path) -> None:
     output = small_disk / "out"
     flags = ["--model", model, *pairs(tmp_path, 20_000), "--output", output]
@@ -116,6 +117,7 @@ def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_pat
     assert done.line["resumed_rows"] > 0
 
 
+@pytest.mark.sweep
 def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path) -> None:
     flags = ["--data", data, "--storage-path", small_disk, "--name", "mine", "--epochs", 1]
     full = run_job("train", *flags, "--max-failures", 0)

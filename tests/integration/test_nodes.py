@@ -98,6 +98,7 @@ def test_a_drained_node_costs_seconds_and_not_the_epoch(
     assert (int(epoch) - 1) * TRAIN_ROWS + int(seen.replace(",", "")) - kept < 0.9 * TRAIN_ROWS, done.err
 
 
+@pytest.mark.sweep
 def test_an_elastic_run_begins_with_few_and_grows(data: Path, tmp_path: Path) -> None:
     flags = ["--data", data, "--storage-path", tmp_path, *TRAINING, "--num-workers", "1,2", "--epochs", 4]
     with nodes(0, 1) as cluster:
