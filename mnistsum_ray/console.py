@@ -98,9 +98,11 @@ class Console:
             self.progress(event["text"])
         elif event["kind"] == "progress":
             left = (event["of_rows"] - event["rows"]) / event["rows_per_second"]
+            in_all = left + (event["epochs"] - event["epoch"]) * event["of_rows"] / event["rows_per_second"]
             self.progress(
                 f"epoch {event['epoch']}/{event['epochs']}  {event['rows']:>6,} of {event['of_rows']:,} rows  "
-                f"{event['rows_per_second']:,.0f} rows/s  loss {event['loss']:.4f}  {left:.0f} s left in this epoch"
+                f"{event['rows_per_second']:,.0f} rows/s  loss {event['loss']:.4f}  {left:.0f} s left in this epoch, "
+                f"{f'{in_all:.0f} s' if in_all < 100 else f'{in_all / 60:.0f} min'} in all"
             )
         elif event["kind"] == "epoch":
             self.say(epoch_line(event))

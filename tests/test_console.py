@@ -36,7 +36,7 @@ def test_progress_is_a_line_in_a_log_and_is_overwritten_on_a_terminal() -> None:
         console.say("done")
     assert "5,000 of 10,000 rows" in log.getvalue()
     assert log.getvalue().count("\n") == 2
-    assert "5 s left" in terminal.getvalue()
+    assert "5 s left in this epoch, 45 s in all" in terminal.getvalue()
     assert terminal.getvalue().count("\n") == 1
     assert terminal.getvalue().endswith("\rdone\n")
 

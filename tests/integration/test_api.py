@@ -1,0 +1,52 @@
+"""Training and scoring from Python, in one process and in any order."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mnistsum_ray import Refusal, ScoreConfig, TrainConfig, fit, load_model, predict, score
+from mnistsum_ray.config import ExportConfig
+from mnistsum_ray.export import export
+from mnistsum_ray.schema import one_chunk, pixels_view
+
+ROWS = 300
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    export(ExportConfig(data="sample", output=str(folder), rows=ROWS, files=1), print)
+    return folder
+
+
+@pytest.mark.slow
+def test_what_is_scored_before_a_training_does_not_disturb_it(cluster: str, model: Path, pairs: Path, tmp_path: Path) -> None:
+    def scored(of: str, name: str) -> Path:
+        line = score(ScoreConfig(model=of, input=(str(pairs),), output=str(tmp_path / name), precision="fp32"))
+        assert (line["scored_rows"], line["rejected_rows"], line["failed_files"]) == (ROWS, 0, 0)
+        return Path(line["output"])
+
+    scored(str(model), "before")
+    # 4,000 training rows: one block of 3 MB, which scoring would have cut up.
+    line = fit(TrainConfig(data="sample", epochs=1, storage_path=str(tmp_path / "runs"), name="api"))
+    assert line["data"]["train_rows"] == 4000
+    output = scored(line["run"], "after")
+
+    asked = pq.read_table(pairs / "part-00000.parquet")
+    images, numbers = pixels_view(one_chunk(asked["image"])), asked["number"].to_numpy()
+    answers = predict(load_model(line["run"]), images, numbers)
+    table = pq.read_table(output / "part-00000.parquet")
+    assert table["pred_digit"].to_pylist() == answers.digit.tolist()
+    assert table["pred_sum"].to_pylist() == answers.sum.tolist()
+    np.testing.assert_allclose(table["sum_prob"].to_numpy(), answers.sum_prob, atol=1e-4)
+
+
+def test_a_refusal_is_an_exception_that_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="nowhere: there is no such file or folder"):
+        fit(TrainConfig(data=str(tmp_path / "nowhere"), storage_path=str(tmp_path)))
+    with pytest.raises(Refusal, match="there is no Parquet file"):
+        score(ScoreConfig(model=str(tmp_path), input=(str(tmp_path),), output=str(tmp_path / "out")))
+    with pytest.raises(Refusal, match="holds no model"):
+        load_model(str(tmp_path))
