@@ -86,6 +86,12 @@ class TrainConfig(JobConfig):
     dropout: float | None = Field(
         None, ge=0, lt=1, description="share of the last hidden activations that training leaves out [0; 0.25 with --recipe long]"
     )
+    lesson: float | None = Field(
+        None,
+        ge=0,
+        le=10,
+        description="how much a lesson in arithmetic for the sum head counts, beside the loss [0; 0.5 under 20,000 rows]",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="decides initial weights, order, numbers, shifts, distortions and dropout")
     num_workers: int | tuple[int, int] | None = Field(
         None, description="N, or MIN,MAX for an elastic run [one a GPU; without GPUs, one a node]"

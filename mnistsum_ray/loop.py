@@ -28,7 +28,7 @@ from mnistsum_ray.examine import Examination, examine
 from mnistsum_ray.gather import Gather, Schedule
 from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows, same_everywhere
 from mnistsum_ray.model import TwoHeadCNN, prepare_images
-from mnistsum_ray.objective import Objective, draw
+from mnistsum_ray.objective import Draws, Objective, draw, share_of
 from mnistsum_ray.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.pairs import Rows
 from mnistsum_ray.pipeline import Batch
@@ -56,6 +56,7 @@ class LoopConfig:
     distortion: float
     label_smoothing: float
     dropout: float
+    lesson: float
     seed: int
     precision: str | None
     compile: bool
@@ -113,7 +114,9 @@ class _Trainer:
         self.model = TwoHeadCNN().to(self.device)
         self.optimizer = MuonAdamW(self.model, config.weight_decay)
         self.state = self._restore()
-        self.parallel = self.compiled = ray.train.torch.prepare_model(Objective(self.model, config.label_smoothing))
+        self.parallel = self.compiled = ray.train.torch.prepare_model(
+            Objective(self.model, config.label_smoothing, config.lesson)
+        )
         if config.compile:
             # A step of so small a network is bound by the launches of its kernels; a CUDA graph launches them all at once.
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -204,7 +207,7 @@ class _Trainer:
             waited += time.perf_counter() - before
             first_batch = first_batch or waited
             rate = one_cycle(epoch * schedule.steps + step, total_steps, self.config.learning_rate)
-            loss = self._step(batch, epoch, step, schedule.batch_rows(step), rate)
+            loss = self._step(batch, self._draw(epoch, step, schedule.batch_rows(step)), schedule.batch_rows(step), rate)
             losses += loss
             seen += len(batch["row_id"])
             ids_seen += batch["row_id"].sum()
@@ -245,16 +248,19 @@ class _Trainer:
             "learning_rate": rate,
         }
 
-    def _step(self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float) -> Tensor:
+    def _draw(self, epoch: int, step: int, rows: int) -> Draws:
+        c = self.config
+        draws = draw(c.seed, epoch, step, rows, lesson=c.lesson > 0, dropout=c.dropout, device=self.device)
+        return share_of(draws, self.rank, self.world_size)
+
+    def _step(self, batch: Batch, draws: Draws, global_rows: int, learning_rate: float) -> Tensor:
         """One optimizer step; the mean of both heads' losses added up over this worker's rows."""
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
         if "draws" in batch:
             images = distort(images, batch["draws"], self.config.distortion)
-        c = self.config
-        draws = draw(c.seed, epoch, step, global_rows, self.rank, self.world_size, c.dropout, self.device)
         # The last share of an epoch is smaller, at times empty; compiled for any size, the network would compute other bits.
-        whole = len(images) == len(range(self.rank, c.batch_size, self.world_size))
+        whole = len(images) == len(range(self.rank, self.config.batch_size, self.world_size))
         objective = self.compiled if whole else self.parallel
         with self._autocast():
             loss, reported = objective(images, batch["number"], batch["digit"], draws)

@@ -1,6 +1,6 @@
 """What training minimizes: the loss of both heads, a lesson in arithmetic for the sum head, dropout. Nothing of Ray."""
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,35 +9,35 @@ from torch import Tensor, nn
 from mnistsum_ray.model import DIGITS, TwoHeadCNN, joint_loss
 from mnistsum_ray.pairs import Draw, step_seed
 
-_LESSON: Final = 0.5
-"""How much the lesson counts, beside the loss of both heads."""
-
 
 class Draws(NamedTuple):
     """What is drawn for the rows of a step, beside their numbers and distortions."""
 
-    shares: Tensor
-    """float32[n] in 0..1, for the lesson."""
-    moves: Tensor
-    """int64[n] in 1..9, likewise."""
+    lesson: tuple[Tensor, Tensor] | None
+    """float32[n] in 0..1 and int64[n] in 1..9, see `adder_loss`; None without a lesson."""
     dropout: Tensor | None
-    """`dropout_factors` of the rows."""
+    """`dropout_factors` of the rows, or None without dropout."""
 
 
-def draw(
-    seed: int, epoch: int, step: int, global_rows: int, rank: int, world_size: int, dropout: float, device: torch.device
-) -> Draws:
-    """One worker's share of what is drawn for the global batch: the same for any number of workers, on devices of a kind."""
+def draw(seed: int, epoch: int, step: int, rows: int, *, lesson: bool, dropout: float, device: torch.device) -> Draws:
+    """What is drawn for the `rows` of a global batch: the same for any number of workers, on devices of a kind."""
 
     def generator(purpose: Draw) -> torch.Generator:
         return torch.Generator(device).manual_seed(step_seed(seed, epoch, step, purpose))
 
-    lesson = generator(Draw.LESSON)
-    shares = torch.rand(global_rows, generator=lesson, device=device)
-    moves = torch.randint(1, DIGITS, (global_rows,), generator=lesson, device=device)
-    factors = dropout_factors(global_rows, dropout, generator(Draw.DROPOUT)) if dropout else None
+    drawn = None
+    if lesson:
+        for_lesson = generator(Draw.LESSON)
+        shares = torch.rand(rows, generator=for_lesson, device=device)
+        drawn = shares, torch.randint(1, DIGITS, (rows,), generator=for_lesson, device=device)
+    return Draws(drawn, dropout_factors(rows, dropout, generator(Draw.DROPOUT)) if dropout else None)
+
+
+def share_of(draws: Draws, rank: int, world_size: int) -> Draws:
+    """One worker's, of those of the global batch; see `pairs.rank_share`."""
     mine = slice(rank, None, world_size)
-    return Draws(shares[mine], moves[mine], factors if factors is None else factors[mine])
+    lesson = None if draws.lesson is None else (draws.lesson[0][mine], draws.lesson[1][mine])
+    return Draws(lesson, None if draws.dropout is None else draws.dropout[mine])
 
 
 def dropout_factors(rows: int, probability: float, generator: torch.Generator) -> Tensor:
@@ -72,10 +72,12 @@ def adder_loss(model: TwoHeadCNN, digit_scores: Tensor, numbers: Tensor, shares:
 class Objective(nn.Module):
     """The network and its loss as one module, so that DDP and a compiler see all of a step."""
 
-    def __init__(self, model: TwoHeadCNN, label_smoothing: float) -> None:
+    def __init__(self, model: TwoHeadCNN, label_smoothing: float, lesson: float) -> None:
+        """`lesson` is how much it counts, beside the loss of both heads."""
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
+        self.lesson = lesson
 
     def forward(self, images: Tensor, numbers: Tensor, digits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Prepared images float32[n, 1, 28, 28], numbers and digits int64[n] to two scalars, added up over the rows.
@@ -86,7 +88,8 @@ class Objective(nn.Module):
         digit_scores = self.model.digit_scores(images, draws.dropout)
         sum_scores = self.model.sum_scores(digit_scores, numbers)
         loss = joint_loss(digit_scores, sum_scores, digits, numbers, self.label_smoothing)
-        lesson = adder_loss(self.model, digit_scores, numbers, draws.shares, draws.moves)
         with torch.no_grad():
             plain = joint_loss(digit_scores, sum_scores, digits, numbers) if self.label_smoothing else loss.detach()
-        return loss + _LESSON * lesson, plain
+        if draws.lesson is not None:
+            loss = loss + self.lesson * adder_loss(self.model, digit_scores, numbers, *draws.lesson)
+        return loss, plain

@@ -28,6 +28,7 @@ _FIXED: Final = (
     "distortion",
     "label_smoothing",
     "dropout",
+    "lesson",
     "seed",
     "precision",
     "compile",
@@ -88,11 +89,13 @@ def _mlflow(uri: str, *, resume: bool) -> str:
 
 def _recipe(name: str, *, small: bool) -> dict[str, Any]:
     """What is meant where nothing is said."""
+    # A lesson from the start is worth a point of the sums where there are few rows, and costs the digits 0.08 with all of MNIST.
+    lesson = {"lesson": 0.5 if small else 0.0}
     if name == "long":
         size = {"epochs": 40, "batch_size": 64} if small else {"epochs": 24, "batch_size": 128}
-        return size | {"max_shift": 0, "distortion": 1.0, "label_smoothing": 0.05, "dropout": 0.25}
+        return size | lesson | {"max_shift": 0, "distortion": 1.0, "label_smoothing": 0.05, "dropout": 0.25}
     size = {"epochs": 6, "batch_size": 64, "max_shift": 1} if small else {"epochs": 5, "batch_size": 256, "max_shift": 2}
-    return size | {"distortion": 0.0, "label_smoothing": 0.0, "dropout": 0.0}
+    return size | lesson | {"distortion": 0.0, "label_smoothing": 0.0, "dropout": 0.0}
 
 
 def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:

@@ -165,6 +165,7 @@ def _train(
     assert config.distortion is not None
     assert config.label_smoothing is not None
     assert config.dropout is not None
+    assert config.lesson is not None
     loop = LoopConfig(
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -174,6 +175,7 @@ def _train(
         distortion=config.distortion,
         label_smoothing=config.label_smoothing,
         dropout=config.dropout,
+        lesson=config.lesson,
         seed=config.seed,
         precision=config.precision,
         compile=config.compile,
