@@ -110,7 +110,7 @@ def test_the_report_is_one_page_that_a_browser_shows(done: Done, runs: Path, tmp
     shutil.copy(runs / "one" / "report.html", mailed)
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--window-size=600,800"):
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=600,800"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
