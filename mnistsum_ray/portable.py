@@ -125,7 +125,6 @@ def _open_onnx(data: bytes) -> Answers:
 def _compare(name: str, found: tuple[npt.NDArray[Any], ...], expected: Predictions) -> float:
     """The largest difference of a probability."""
     digit, digit_prob, total, sum_prob = found
-    # Where two answers are as probable as each other, either may come out first.
     difference = max(np.abs(digit_prob - expected.digit_prob).max(), np.abs(sum_prob - expected.sum_prob).max())
     wrong = int(((digit != expected.digit) | (total != expected.sum)).sum())
     if wrong or not difference <= _PROBABILITY_TOLERANCE:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from pyarrow.fs import FileSelector, FileType
 from pydantic import ValidationError
@@ -78,11 +79,14 @@ def _mlflow(uri: str, *, resume: bool) -> str:
     """The URI as it is found from any folder. A run that goes on does so without a server that is gone."""
     if find_spec("mlflow") is None:
         raise Refusal("--mlflow: MLflow is not installed here; pip install -e '.[mlflow]'")
-    scheme, _, rest = uri.partition("://")
-    if scheme == "sqlite":
-        return f"sqlite:///{base_folder() / rest.removeprefix('/')}"
-    host, _, port = rest.partition("/")[0].partition(":")
-    if not resume and not answers(host, int(port) if port.isdecimal() else 443 if scheme == "https" else 80):
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{base_folder() / uri.removeprefix('sqlite:///')}"
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise Refusal(f"--mlflow {uri}: {error}") from None
+    if not resume and not answers(host, port):
         raise Refusal(f"--mlflow {uri}: no server answers there")
     return uri
 

@@ -30,14 +30,20 @@ def gradients(model: TwoHeadCNN) -> None:
     torch.autograd.backward(joint_loss(digit_scores, sum_scores, digits, numbers) / 16)
 
 
-def test_the_first_step_moves_each_hidden_layer_by_an_orthogonal_matrix() -> None:
-    """The definition of Muon: the gradient with all its singular values brought near one, whatever they were."""
+def after_a_step(weight_decay: float) -> tuple[TwoHeadCNN, dict[str, torch.Tensor]]:
+    """A network after its first step at a rate of 0.02, and its weights before."""
     torch.manual_seed(0)
     model = TwoHeadCNN()
     before = copy.deepcopy(model.state_dict())
-    optimizer = MuonAdamW(model, weight_decay=0.0)
+    optimizer = MuonAdamW(model, weight_decay)
     gradients(model)
     optimizer.step(0.02)
+    return model, before
+
+
+def test_the_first_step_moves_each_hidden_layer_by_an_orthogonal_matrix() -> None:
+    """The definition of Muon: the gradient with all its singular values brought near one, whatever they were."""
+    model, before = after_a_step(weight_decay=0.0)
     for name, value in model.state_dict().items():
         assert not torch.equal(value, before[name]), f"{name} has not moved"
         if name in {"fc1.weight", *(f"conv{index}.weight" for index in range(2, 7))}:
@@ -64,12 +70,7 @@ def test_nothing_of_a_step_is_left_for_the_next() -> None:
 
 def test_the_first_step_of_adamw_is_each_groups_share_of_the_rate() -> None:
     """Adam's first step moves each element by the learning rate, whatever its gradient; here by 0.15 and 0.75 of it."""
-    torch.manual_seed(0)
-    model = TwoHeadCNN()
-    before = copy.deepcopy(model.state_dict())
-    optimizer = MuonAdamW(model, weight_decay=0.0)
-    gradients(model)
-    optimizer.step(0.02)
+    model, before = after_a_step(weight_decay=0.0)
     for name, share in {
         "conv1.weight": 0.15,
         "conv7.weight": 0.15,
@@ -82,18 +83,10 @@ def test_the_first_step_of_adamw_is_each_groups_share_of_the_rate() -> None:
 
 
 def test_weights_decay_whatever_the_gradient() -> None:
-    torch.manual_seed(0)
-    still, decaying = TwoHeadCNN(), TwoHeadCNN()
-    decaying.load_state_dict(still.state_dict())
-    for model, decay in ((still, 0.0), (decaying, 0.5)):
-        optimizer = MuonAdamW(model, weight_decay=decay)
-        gradients(model)
-        optimizer.step(0.02)
+    (still, before), (decaying, _) = after_a_step(weight_decay=0.0), after_a_step(weight_decay=0.5)
     for name, share in {"conv4.weight": 1.0, "conv7.weight": 0.15, "fc2.weight": 0.75}.items():
-        torch.manual_seed(0)
-        initial = TwoHeadCNN().get_parameter(name)
         difference = still.get_parameter(name) - decaying.get_parameter(name)
-        torch.testing.assert_close(difference, 0.02 * share * 0.5 * initial, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(difference, 0.02 * share * 0.5 * before[name], rtol=1e-3, atol=1e-6)
 
 
 def test_every_parameter_has_one_optimizer() -> None:
