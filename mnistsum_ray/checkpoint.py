@@ -22,8 +22,8 @@ from mnistsum_ray.optimizer import MuonAdamW
 from mnistsum_ray.storage import Location
 
 FORMAT: Final = "mnistsum_ray/1"
-STATE_FORMAT: Final = "mnistsum_ray/2"
-"""Of a trainer's state, which changes more often than what a model is: 2 has Muon's."""
+STATE_FORMAT: Final = "mnistsum_ray/3"
+"""Of a trainer's state, which changes more often than what a model is: 2 has Muon's, 3 the lesson."""
 MODEL_FILES: Final = ("model.safetensors", "model.json")
 
 Weights = dict[str, Tensor]
@@ -34,8 +34,10 @@ def weights_of(model: TwoHeadCNN) -> Weights:
     return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
 
 
-def save_model(folder: Path, weights: Weights, *, epoch: int, validation: Scores, test: Scores) -> None:
-    """Write `model.safetensors` and `model.json` into a local folder."""
+def save_model(
+    folder: Path, weights: Weights, *, epoch: int, validation: Scores, test: Scores, lesson: dict[str, Any] | None = None
+) -> None:
+    """Write `model.safetensors` and `model.json` into a local folder; `lesson` is what the latter says of it."""
     data = save_tensors(weights)
     card = {
         "format": FORMAT,
@@ -51,6 +53,7 @@ def save_model(folder: Path, weights: Weights, *, epoch: int, validation: Scores
         },
         "output": {"digit": "10 scores", "sum": "19 scores: digit + number is 0..18"},
         "epoch": epoch,
+        "lesson": lesson,
         "validation": asdict(validation),
         "test": asdict(test),
     }
@@ -95,6 +98,16 @@ class Progress:
     """Added up likewise."""
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What the sum head's lesson after the last epoch came to, see lesson.py."""
+
+    steps: int
+    kept: bool
+    validation: Scores
+    test: Scores
+
+
 @dataclass
 class TrainerState:
     """Where a run stands after an epoch or within one; with the config it decides every bit of what follows."""
@@ -105,6 +118,13 @@ class TrainerState:
     precision: str
     progress: Progress = field(default_factory=Progress)
     """Of the epoch after those."""
+    lesson: Lesson | None = None
+    """None before it, and where there is none."""
+
+    @property
+    def best_line(self) -> dict[str, Any]:
+        """What history.jsonl says of the best epoch."""
+        return max(self.history, key=lambda line: (line["best"], line["epoch"]))
 
 
 def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
@@ -120,9 +140,20 @@ def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: 
         "progress": asdict(state.progress),
         "precision": state.precision,
         "history": state.history,
+        "lesson": None if state.lesson is None else asdict(state.lesson),
     }
     (folder / "trainer.safetensors").write_bytes(save_tensors(tensors))
     (folder / "trainer.json").write_text(json.dumps(fields) + "\n")
+
+
+def save_best(folder: Path, state: TrainerState) -> None:
+    """Write the best model so far, with the lesson if it has had it, into a local folder."""
+    line = state.best_line
+    before = {of: line[of] for of in ("validation", "test")}
+    validation, test, said = Scores(**before["validation"]), Scores(**before["test"]), None
+    if state.lesson and state.lesson.kept:
+        validation, test, said = state.lesson.validation, state.lesson.test, {"steps": state.lesson.steps, "before": before}
+    save_model(folder, state.best, epoch=line["epoch"], validation=validation, test=test, lesson=said)
 
 
 def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
@@ -142,4 +173,6 @@ def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Trainer
         place = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=like.device)
         kept[key] = place.detach().copy_(value)
     progress = Progress(**fields["progress"])
-    return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"], progress)
+    taught = fields["lesson"]
+    lesson = taught and Lesson(taught["steps"], taught["kept"], Scores(**taught["validation"]), Scores(**taught["test"]))
+    return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"], progress, lesson)

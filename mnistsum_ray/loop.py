@@ -20,7 +20,7 @@ from ray.util.queue import Queue
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mnistsum_ray import checkpoint, int8, pipeline
+from mnistsum_ray import checkpoint, int8, lesson, pipeline
 from mnistsum_ray.augment import distort
 from mnistsum_ray.console import SAY_SECONDS, Progress
 from mnistsum_ray.device import be_deterministic, exact_float32, faster_with_bf16, hardware, keep_memory
@@ -28,9 +28,9 @@ from mnistsum_ray.examine import Examination, examine
 from mnistsum_ray.gather import Gather, Schedule
 from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows, same_everywhere
 from mnistsum_ray.model import TwoHeadCNN, prepare_images
-from mnistsum_ray.objective import Draws, Objective, draw, share_of
+from mnistsum_ray.objective import Objective, dropout_factors
 from mnistsum_ray.optimizer import MuonAdamW, one_cycle
-from mnistsum_ray.pairs import Rows
+from mnistsum_ray.pairs import Draw, Rows, step_seed
 from mnistsum_ray.pipeline import Batch
 from mnistsum_ray.schema import Pixels
 
@@ -56,7 +56,7 @@ class LoopConfig:
     distortion: float
     label_smoothing: float
     dropout: float
-    lesson: float
+    lesson: int
     seed: int
     precision: str | None
     compile: bool
@@ -90,8 +90,9 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> dict[str, Any]:
     """Train; what rank 0 returns reaches the driver: an `Outcome`'s fields, or an `error` that another attempt would not mend."""
     try:
         trainer = _Trainer(config["loop"])
-        history = trainer.run()
-        return vars(trainer.examined(history)) if trainer.rank == 0 else {}
+        trainer.run()
+        trainer.finish()
+        return vars(trainer.examined()) if trainer.rank == 0 else {}
     except (NonFiniteLoss, RowsLost) as error:
         # Every rank comes here, since every rank sees the same reduced numbers. Raised, it would be repeated by Ray Train.
         print(f"stopped on this rank: {error}", flush=True)
@@ -114,9 +115,7 @@ class _Trainer:
         self.model = TwoHeadCNN().to(self.device)
         self.optimizer = MuonAdamW(self.model, config.weight_decay)
         self.state = self._restore()
-        self.parallel = self.compiled = ray.train.torch.prepare_model(
-            Objective(self.model, config.label_smoothing, config.lesson)
-        )
+        self.parallel = self.compiled = ray.train.torch.prepare_model(Objective(self.model, config.label_smoothing))
         if config.compile:
             # A step of so small a network is bound by the launches of its kernels; a CUDA graph launches them all at once.
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -148,8 +147,8 @@ class _Trainer:
     def _held_out(self, rows: Rows) -> list[Batch]:
         return pipeline.held_out_batches(self.images, rows, self.rank, self.world_size, self.device)
 
-    def run(self) -> list[dict[str, Any]]:
-        """Train what is left of the epochs; the lines of history.jsonl."""
+    def run(self) -> None:
+        """Train what is left of the epochs."""
         schedule = Schedule(
             row_ids=self.config.train,
             batch_size=self.config.batch_size,
@@ -171,9 +170,37 @@ class _Trainer:
             test = self._evaluate(self.test, self.config.test)
             trained["evaluation_seconds"] = time.perf_counter() - before
             self._save(epoch, trained, validation, test)
-        return self.state.history
 
-    def examined(self, history: list[dict[str, Any]]) -> Outcome:
+    def finish(self) -> None:
+        """Give the best model's sum head its lesson, unless it has had it; it is kept if validation sums do not suffer."""
+        steps = self.config.lesson
+        if not steps or self.state.lesson is not None:
+            return
+        self._say(kind="note", text=f"a lesson in arithmetic for the sum head, {steps:,} steps")
+        self.model.load_state_dict(self.state.best)
+        if self.rank == 0:
+            seed = step_seed(self.config.seed, self.config.epochs, 0, Draw.LESSON)
+            lesson.teach(self.model, self._lesson_scores(), steps, seed, self._waiting("steps of the lesson", steps))
+        same_everywhere(self.model.parameters())
+        validation = self._evaluate(self.validation, self.config.validation)
+        test = self._evaluate(self.test, self.config.test)
+        before, after = self.state.best_line["validation"]["sum_accuracy"], validation.sum_accuracy
+        self.state.lesson = checkpoint.Lesson(steps, after >= before, validation, test)
+        if self.state.lesson.kept:
+            self.state.best = checkpoint.weights_of(self.model)
+        kept = "" if self.state.lesson.kept else "; it is undone"
+        self._say(kind="note", text=f"validation sums {before:.2%} before the lesson, {after:.2%} after it{kept}")
+        self._report({"epoch": self.state.epochs_done, "lesson": steps}, f"epoch_{self.state.epochs_done:05d}_lesson")
+
+    @torch.no_grad()
+    def _lesson_scores(self) -> Tensor:
+        scores = []
+        for batch in pipeline.held_out_batches(self.images, _spread(self.config.train, lesson.ROWS), 0, 1, self.device):
+            with self._autocast():
+                scores.append(self.model.digit_scores(prepare_images(batch["image"])).float())
+        return torch.cat(scores)
+
+    def examined(self) -> Outcome:
         """What the best model answers on the test rows, and what scoring with integers takes and how it agrees; by one worker."""
         self._say(kind="note", text="looking at the best model's answers on the test rows")
         model = TwoHeadCNN().eval()
@@ -190,7 +217,7 @@ class _Trainer:
             rows = [torch.as_tensor(values) for values in (training, test["image"], test["digit"])]
             seen = self._waiting("test rows answered with integers", len(test["digit"]))
             agreement = int8.quantize(model.cpu(), rows[0], rows[1], rows[2], seen).as_json()
-        return Outcome(history, found, images, agreement, hardware(self.device), self.state.precision)
+        return Outcome(self.state.history, found, images, agreement, hardware(self.device), self.state.precision)
 
     def _train_epoch(self, epoch: int, schedule: Schedule, batches: Iterator[Batch]) -> dict[str, float]:
         """One pass over the training rows: mean loss a row, rows/s, and the share of the time spent waiting for data."""
@@ -207,7 +234,8 @@ class _Trainer:
             waited += time.perf_counter() - before
             first_batch = first_batch or waited
             rate = one_cycle(epoch * schedule.steps + step, total_steps, self.config.learning_rate)
-            loss = self._step(batch, self._draw(epoch, step, schedule.batch_rows(step)), schedule.batch_rows(step), rate)
+            rows = schedule.batch_rows(step)
+            loss = self._step(batch, self._dropout(epoch, step, rows), rows, rate)
             losses += loss
             seen += len(batch["row_id"])
             ids_seen += batch["row_id"].sum()
@@ -248,12 +276,15 @@ class _Trainer:
             "learning_rate": rate,
         }
 
-    def _draw(self, epoch: int, step: int, rows: int) -> Draws:
-        c = self.config
-        draws = draw(c.seed, epoch, step, rows, lesson=c.lesson > 0, dropout=c.dropout, device=self.device)
-        return share_of(draws, self.rank, self.world_size)
+    def _dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
+        """This worker's share of what is drawn for the whole global batch, so that it is the same for any number of workers."""
+        if not self.config.dropout:
+            return None
+        seed = step_seed(self.config.seed, epoch, step, Draw.DROPOUT)
+        drawn = dropout_factors(rows, self.config.dropout, torch.Generator(self.device).manual_seed(seed))
+        return drawn[self.rank :: self.world_size]
 
-    def _step(self, batch: Batch, draws: Draws, global_rows: int, learning_rate: float) -> Tensor:
+    def _step(self, batch: Batch, dropout: Tensor | None, global_rows: int, learning_rate: float) -> Tensor:
         """One optimizer step; the mean of both heads' losses added up over this worker's rows."""
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
@@ -263,7 +294,7 @@ class _Trainer:
         whole = len(images) == len(range(self.rank, self.config.batch_size, self.world_size))
         objective = self.compiled if whole else self.parallel
         with self._autocast():
-            loss, reported = objective(images, batch["number"], batch["digit"], draws)
+            loss, reported = objective(images, batch["number"], batch["digit"], dropout)
             assert isinstance(reported, Tensor)
         # DDP averages over the workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
         (loss * (self.world_size / global_rows)).backward()
@@ -322,14 +353,7 @@ class _Trainer:
             folder = Path(name)
             checkpoint.save_state(folder, self.state, self.model, self.optimizer)
             if self.state.history:
-                best = max(self.state.history, key=lambda line: (line["best"], line["epoch"]))
-                checkpoint.save_model(
-                    folder,
-                    self.state.best,
-                    epoch=best["epoch"],
-                    validation=Scores(**best["validation"]),
-                    test=Scores(**best["test"]),
-                )
+                checkpoint.save_best(folder, self.state)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=folder_name)
 
     def _waiting(self, what: str, total: int) -> Progress:
