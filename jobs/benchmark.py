@@ -45,7 +45,7 @@ from mnistsum_ray.metrics import Scores
 from mnistsum_ray.mnist import open_source, read_whole
 from mnistsum_ray.model import TwoHeadCNN
 from mnistsum_ray.report import versions
-from mnistsum_ray.schema import Pixels, pixels_view
+from mnistsum_ray.schema import Pixels, one_chunk, pixels_view
 from mnistsum_ray.storage import locate
 
 WAYS = {
@@ -176,7 +176,7 @@ def _device() -> torch.device:
 
 def _rows(data: str) -> tuple[Pixels, list[int]]:
     tables = [read_whole(part) for part in open_source(data).parts[:2]]
-    images = torch.cat([torch.tensor(pixels_view(table["image"].combine_chunks())) for table in tables]).numpy()
+    images = torch.cat([torch.tensor(pixels_view(one_chunk(table["image"]))) for table in tables]).numpy()
     return images, [digit for table in tables for digit in table["digit"].to_pylist()]
 
 
@@ -207,6 +207,7 @@ def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
     parser.add_argument("--way", choices=sorted({way for ways in WAYS.values() for way in ways}), help=argparse.SUPPRESS)
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    job.leave_stdout_to_result()
     if args.epochs < 2:
         raise Refusal("--epochs: must be at least 2, the first is not counted")
     if args.repeat < 1 or args.seconds <= 0 or args.rows < 1:

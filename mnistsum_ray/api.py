@@ -9,7 +9,7 @@ from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.connect import connect
 from mnistsum_ray.console import Console
 from mnistsum_ray.schema import Pixels
-from mnistsum_ray.storage import locate
+from mnistsum_ray.storage import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a refused request should not wait for
     from mnistsum_ray.model import TwoHeadCNN
@@ -75,7 +75,7 @@ def load_model(model: str) -> "TwoHeadCNN":
     """
     from mnistsum_ray import checkpoint
 
-    return checkpoint.load_model(locate(model, "model"))[0]
+    return checkpoint.load_model(locate_existing(model, "model"))[0]
 
 
 def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64) -> "Predictions":

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.config import Refusal, one_line
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.model import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.optimizer import MuonAdamW
@@ -27,6 +27,10 @@ STATE_FORMAT: Final = "mnistsum_ray/3"
 MODEL_FILES: Final = ("model.safetensors", "model.json")
 
 Weights = dict[str, Tensor]
+
+
+class Unusable(ValueError):
+    """A trainer's state that cannot be gone on from; the message says why."""
 
 
 def weights_of(model: TwoHeadCNN) -> Weights:
@@ -73,7 +77,7 @@ def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
         card = (folder / MODEL_FILES[1]).read_json()
         data = (folder / MODEL_FILES[0]).read_bytes()
     except (OSError, ValueError) as error:
-        raise Refusal(f"{folder.text}: holds no model ({' '.join(str(error).split())})") from None
+        raise Refusal(f"{folder.text}: holds no model ({one_line(error)})") from None
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise Refusal(f"{folder.text}: model.json does not say format {FORMAT!r}")
     if hashlib.sha256(data).hexdigest() != card.get("sha256"):
@@ -82,12 +86,12 @@ def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     try:
         model.load_state_dict(load_tensors(data))
     except (SafetensorError, RuntimeError) as error:
-        raise Refusal(f"{folder.text}: its tensors are not those of the network ({' '.join(str(error).split())})") from None
+        raise Refusal(f"{folder.text}: its tensors are not those of the network ({one_line(error)})") from None
     return model.eval(), card
 
 
 @dataclass(frozen=True)
-class Progress:
+class EpochSoFar:
     """How far an epoch is, and what has been counted in it over all workers: a part of an epoch is never counted twice."""
 
     steps: int = 0
@@ -105,6 +109,7 @@ class Lesson:
     steps: int
     kept: bool
     validation: Scores
+    """After it, as below, also where it was not kept."""
     test: Scores
 
 
@@ -115,8 +120,9 @@ class TrainerState:
     epochs_done: int
     history: list[dict[str, Any]]
     best: Weights
+    """Those of `best_line`, and after a lesson that was kept, of that."""
     precision: str
-    progress: Progress = field(default_factory=Progress)
+    progress: EpochSoFar = field(default_factory=EpochSoFar)
     """Of the epoch after those."""
     lesson: Lesson | None = None
     """None before it, and where there is none."""
@@ -148,18 +154,32 @@ def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: 
 
 def save_best(folder: Path, state: TrainerState) -> None:
     """Write the best model so far, with the lesson if it has had it, into a local folder."""
-    line = state.best_line
-    before = {of: line[of] for of in ("validation", "test")}
-    validation, test, said = Scores(**before["validation"]), Scores(**before["test"]), None
-    if state.lesson and state.lesson.kept:
-        validation, test, said = state.lesson.validation, state.lesson.test, {"steps": state.lesson.steps, "before": before}
-    save_model(folder, state.best, epoch=line["epoch"], validation=validation, test=test, lesson=said)
+    line, lesson = state.best_line, state.lesson
+    before, said = {of: line[of] for of in ("validation", "test")}, None
+    scores = {of: Scores(**values) for of, values in before.items()}
+    if lesson:
+        after = {"validation": lesson.validation, "test": lesson.test}
+        said = {"steps": lesson.steps, "kept": lesson.kept, "before": before} | {"after": {of: asdict(after[of]) for of in after}}
+        scores = after if lesson.kept else scores
+    save_model(folder, state.best, epoch=line["epoch"], **scores, lesson=said)
 
 
 def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
-    """Put weights and optimizer state back in place, on the device where the model already is."""
+    """Put weights and optimizer state back in place, on the device where the model already is.
+
+    Raises:
+        Unusable: the files are not whole, or of another version or network.
+    """
+    try:
+        return _load_state(folder, model, optimizer)
+    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise Unusable(one_line(error)) from error
+
+
+def _load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
     fields = json.loads((folder / "trainer.json").read_text())
-    assert fields["format"] == STATE_FORMAT, f"it was written by another version ({fields['format']}, not {STATE_FORMAT})"
+    if fields["format"] != STATE_FORMAT:
+        raise ValueError(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")
     groups: dict[str, Weights] = {}
     for name, value in load_tensors((folder / "trainer.safetensors").read_bytes()).items():
         group, _, rest = name.partition(".")
@@ -172,7 +192,7 @@ def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Trainer
         # The moments must lie in memory as their parameter does, which the file does not record.
         place = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=like.device)
         kept[key] = place.detach().copy_(value)
-    progress = Progress(**fields["progress"])
+    progress = EpochSoFar(**fields["progress"])
     taught = fields["lesson"]
     lesson = taught and Lesson(taught["steps"], taught["kept"], Scores(**taught["validation"]), Scores(**taught["test"]))
     return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"], progress, lesson)

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
@@ -27,6 +28,17 @@ class RunFailed(RuntimeError):
     """What was asked for was sound and did not come about; the message is one line that says why and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of what an error says: where it carries a traceback of another process, what that came to."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip()
+
+
 class JobConfig(BaseSettings):
     """Base of the jobs' configs: only YAML and the command line fill it, never the environment."""
 
@@ -47,6 +59,25 @@ class JobConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # A variable named SEED or NAME in somebody's shell must not change a run.
         return (init_settings,)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run's numbers depend on beside the data, all decided; see the fields of the same names below."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    max_shift: int
+    distortion: float
+    label_smoothing: float
+    dropout: float
+    lesson: int
+    seed: int
+    precision: str | None
+    """None: what is faster on all the workers."""
+    compile: bool
 
 
 class TrainConfig(JobConfig):
@@ -89,11 +120,13 @@ class TrainConfig(JobConfig):
     lesson: int | None = Field(
         None,
         ge=0,
-        le=1_000_000,
+        le=100_000,
         description="steps of a lesson in arithmetic for the sum head, after the last epoch "
         "[4000, long 12000; under 20,000 rows 1000, long 4000]",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="decides initial weights, order, numbers, shifts, distortions and dropout")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="decides initial weights, order, numbers, shifts, distortions, dropout and the lesson"
+    )
     num_workers: int | tuple[int, int] | None = Field(
         None, description="N, or MIN,MAX for an elastic run [one a GPU; without GPUs, one a node]"
     )
@@ -254,7 +287,7 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
     try:
         flags = CliSettingsSource[Any](config_class, root_parser=parser, cli_parse_args=argv)()
     except SettingsError as error:
-        raise Refusal(" ".join(str(error).split())) from None
+        raise Refusal(one_line(error)) from None
     values = _read_yaml(Path(flags["config"])) if flags.get("config") else {}
     try:
         return config_class(**(values | flags))
@@ -291,7 +324,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise Refusal(f"--config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refusal(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+        raise Refusal(f"--config {path}: not YAML: {one_line(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -6,32 +6,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray.config import ExportConfig, Refusal
+from mnistsum_ray.config import ExportConfig, Refusal, one_line
 from mnistsum_ray.console import Progress
 from mnistsum_ray.mnist import ParquetPart, Source, open_source, read_whole
 from mnistsum_ray.pairs import Rows, random_numbers
 from mnistsum_ray.schema import IMAGE_TYPE
-from mnistsum_ray.storage import Location, base_folder, locate
+from mnistsum_ray.storage import Location, empty_folder
 
 SCHEMA = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": pa.int8(), "digit": pa.int8()})
 """`row_id` is the image's place in its source; `digit` the true digit, for measuring accuracy."""
 
 _GROUP_ROWS = 8192
-
-
-def empty_folder(text: str) -> Location:
-    """Where `--output` leads.
-
-    Raises:
-        Refusal: something lies there, or it cannot be looked at.
-    """
-    output = locate(text, "--output", base_folder())
-    try:
-        if output.files():
-            raise Refusal(f"--output {output.text}: is not empty; name another folder")
-    except OSError as error:
-        raise Refusal(f"--output {output.text}: {' '.join(str(error).split())}") from None
-    return output
 
 
 def export(config: ExportConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
@@ -64,7 +49,7 @@ def export(config: ExportConfig, say: Callable[[str], None]) -> tuple[Location, 
             (output / f"part-{index:05d}.parquet").write_bytes(sink.getvalue())
             written(end - start)
     except OSError as error:
-        raise Refusal(f"--output {output.text}: {' '.join(str(error).split())}") from None
+        raise Refusal(f"--output {output.text}: {one_line(error)}") from None
     return output, source
 
 

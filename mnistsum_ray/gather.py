@@ -15,7 +15,7 @@ from ray.data.dataset import MaterializedDataset
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.mnist import ParquetPart
 from mnistsum_ray.pairs import Rows, distortions, epoch_order, random_numbers, rank_share, shifts, steps_per_epoch
-from mnistsum_ray.schema import IMAGE_TYPE, SIDE, Pixels, pixels_view
+from mnistsum_ray.schema import IMAGE_TYPE, SIDE, Pixels, one_chunk, pixels_view
 
 _TASK_ROWS: Final = 4096
 """Rows that one gather task yields: 3 MB, some tens of milliseconds."""
@@ -35,8 +35,7 @@ def read_part(batch: pa.Table, parts: tuple[ParquetPart, ...]) -> pa.Table:
 
 def images_of(table: pa.Table) -> Pixels:
     """The column `image` of n rows as uint8[n, 28, 28], without a copy where it lies in one piece."""
-    (chunk,) = table["image"].combine_chunks().chunks if table["image"].num_chunks > 1 else table["image"].chunks
-    return pixels_view(chunk)
+    return pixels_view(one_chunk(table["image"]))
 
 
 def digits_of(table: pa.Table) -> npt.NDArray[np.int8]:
@@ -102,6 +101,7 @@ class Gather:
         self._starts = np.cumsum([0, *(ray.get(block).num_rows for block in self._blocks)])
 
     def __call__(self, row_ids: Rows) -> dict[str, np.ndarray]:
+        """Of rows int64[n], in any order: `image` uint8[n, 28, 28], `digit` int64[n], and `row_id`."""
         images = np.empty((len(row_ids), SIDE, SIDE), np.uint8)
         digits = np.empty(len(row_ids), np.int64)
         block_of = np.searchsorted(self._starts, row_ids, side="right") - 1

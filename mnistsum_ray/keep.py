@@ -71,5 +71,5 @@ def write_report(run: Run, manifest: dict[str, Any], card: dict[str, Any], outco
         (run.folder / name).write_bytes(png)
     page = report_page(str(run.config.name), manifest, card, outcome.history, drawn)
     (run.folder / REPORT).write_bytes(page.encode())
-    tensorboard.write_pictures(run.folder, outcome.history[-1]["epoch"], drawn, manifest["config"])
+    tensorboard.write_end(run.folder, outcome.history[-1]["epoch"], card, drawn, manifest["config"])
     return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in MODEL_FILES)]

@@ -1,4 +1,4 @@
-"""What every training worker runs: load -> loop -> step -> evaluate -> save."""
+"""What every training worker runs: load, then for each epoch step, evaluate and save; a lesson and a last look at the end."""
 
 import contextlib
 import math
@@ -17,11 +17,11 @@ import ray.train.torch
 import torch
 from ray.data.dataset import MaterializedDataset
 from ray.util.queue import Queue
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mnistsum_ray import checkpoint, int8, lesson, pipeline
 from mnistsum_ray.augment import distort
+from mnistsum_ray.config import Settings
 from mnistsum_ray.console import SAY_SECONDS, Progress
 from mnistsum_ray.device import be_deterministic, exact_float32, faster_with_bf16, hardware, keep_memory
 from mnistsum_ray.examine import Examination, examine
@@ -48,18 +48,7 @@ _DRAIN_SAVE_SECONDS: Final = 10.0
 class LoopConfig:
     """What the workers are told, all decided beforehand."""
 
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    max_shift: int
-    distortion: float
-    label_smoothing: float
-    dropout: float
-    lesson: int
-    seed: int
-    precision: str | None
-    compile: bool
+    settings: Settings
     train: Rows
     validation: Rows
     test: Rows
@@ -91,10 +80,10 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> dict[str, Any]:
     try:
         trainer = _Trainer(config["loop"])
         trainer.run()
-        trainer.finish()
+        trainer.teach_sum_head()
         return vars(trainer.examined()) if trainer.rank == 0 else {}
-    except (NonFiniteLoss, RowsLost) as error:
-        # Every rank comes here, since every rank sees the same reduced numbers. Raised, it would be repeated by Ray Train.
+    except (NonFiniteLoss, RowsLost, checkpoint.Unusable) as error:
+        # Every rank comes here, since all see the same reduced numbers and checkpoint. Raised, it would be repeated by Ray Train.
         print(f"stopped on this rank: {error}", flush=True)
         return {"error": str(error)}
 
@@ -102,7 +91,7 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> dict[str, Any]:
 class _Trainer:
     def __init__(self, config: LoopConfig) -> None:
         context = ray.train.get_context()
-        self.config = config
+        self.config, self.settings = config, config.settings
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         exact_float32()
@@ -111,12 +100,12 @@ class _Trainer:
             be_deterministic()
             keep_memory()
         pipeline.quiet()
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.settings.seed)
         self.model = TwoHeadCNN().to(self.device)
-        self.optimizer = MuonAdamW(self.model, config.weight_decay)
+        self.optimizer = MuonAdamW(self.model, config.settings.weight_decay)
         self.state = self._restore()
-        self.parallel = self.compiled = ray.train.torch.prepare_model(Objective(self.model, config.label_smoothing))
-        if config.compile:
+        self.parallel = self.compiled = ray.train.torch.prepare_model(Objective(self.model, config.settings.label_smoothing))
+        if config.settings.compile:
             # A step of so small a network is bound by the launches of its kernels; a CUDA graph launches them all at once.
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self.compiled = torch.compile(self.parallel, mode=mode, dynamic=False)
@@ -129,13 +118,14 @@ class _Trainer:
     def _restore(self) -> checkpoint.TrainerState:
         last = ray.train.get_checkpoint()
         if last is None:
-            precision = self.config.precision or ("bf16" if self._agreed(faster_with_bf16(self.device)) else "fp32")
+            precision = self.settings.precision or ("bf16" if self._agreed(faster_with_bf16(self.device)) else "fp32")
             return checkpoint.TrainerState(0, [], checkpoint.weights_of(self.model), precision)
         with last.as_directory() as folder:
             try:
                 state = checkpoint.load_state(Path(folder), self.model, self.optimizer)
-            except (SafetensorError, AssertionError, KeyError, RuntimeError, ValueError) as error:
-                raise ValueError(f"checkpoint {last.path} cannot be used: {error}; train anew under another --name") from error
+            except checkpoint.Unusable as error:
+                said = f"checkpoint {last.path} cannot be used: {error}; train anew under another --name"
+                raise checkpoint.Unusable(said) from error
         inside = f", step {state.progress.steps} of the next" if state.progress.steps else ""
         self._say(kind="note", text=f"going on after epoch {state.epochs_done}{inside}, on {self.world_size} workers")
         return state
@@ -145,19 +135,19 @@ class _Trainer:
         return bool(add_up(torch.tensor(float(value), device=self.device)).item() == self.world_size)
 
     def _held_out(self, rows: Rows) -> list[Batch]:
-        return pipeline.held_out_batches(self.images, rows, self.rank, self.world_size, self.device)
+        return pipeline.plain_batches(self.images, rows, self.rank, self.world_size, self.device)
 
     def run(self) -> None:
         """Train what is left of the epochs."""
         schedule = Schedule(
             row_ids=self.config.train,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            max_shift=self.config.max_shift,
-            distortion=self.config.distortion,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            max_shift=self.settings.max_shift,
+            distortion=self.settings.distortion,
             first_epoch=self.state.epochs_done,
             first_step=self.state.progress.steps,
-            epochs=self.config.epochs,
+            epochs=self.settings.epochs,
             rank=self.rank,
             world_size=self.world_size,
         )
@@ -171,15 +161,15 @@ class _Trainer:
             trained["evaluation_seconds"] = time.perf_counter() - before
             self._save(epoch, trained, validation, test)
 
-    def finish(self) -> None:
-        """Give the best model's sum head its lesson, unless it has had it; it is kept if validation sums do not suffer."""
-        steps = self.config.lesson
+    def teach_sum_head(self) -> None:
+        """Give the best model's sum head its lesson, unless it has had it; it is undone if validation sums suffer."""
+        steps = self.settings.lesson
         if not steps or self.state.lesson is not None:
             return
         self._say(kind="note", text=f"a lesson in arithmetic for the sum head, {steps:,} steps")
         self.model.load_state_dict(self.state.best)
         if self.rank == 0:
-            seed = step_seed(self.config.seed, self.config.epochs, 0, Draw.LESSON)
+            seed = step_seed(self.settings.seed, self.settings.epochs, 0, Draw.LESSON)
             lesson.teach(self.model, self._lesson_scores(), steps, seed, self._waiting("steps of the lesson", steps))
         same_everywhere(self.model.parameters())
         validation = self._evaluate(self.validation, self.config.validation)
@@ -188,14 +178,16 @@ class _Trainer:
         self.state.lesson = checkpoint.Lesson(steps, after >= before, validation, test)
         if self.state.lesson.kept:
             self.state.best = checkpoint.weights_of(self.model)
-        kept = "" if self.state.lesson.kept else "; it is undone"
-        self._say(kind="note", text=f"validation sums {before:.2%} before the lesson, {after:.2%} after it{kept}")
+        else:
+            self.model.load_state_dict(self.state.best)
+        undone = "" if self.state.lesson.kept else "; it is undone"
+        self._say(kind="note", text=f"validation sums {before:.2%} before the lesson, {after:.2%} after it{undone}")
         self._report({"epoch": self.state.epochs_done, "lesson": steps}, f"epoch_{self.state.epochs_done:05d}_lesson")
 
     @torch.no_grad()
     def _lesson_scores(self) -> Tensor:
         scores = []
-        for batch in pipeline.held_out_batches(self.images, _spread(self.config.train, lesson.ROWS), 0, 1, self.device):
+        for batch in pipeline.plain_batches(self.images, _spread(self.config.train, lesson.ROWS), 0, 1, self.device):
             with self._autocast():
                 scores.append(self.model.digit_scores(prepare_images(batch["image"])).float())
         return torch.cat(scores)
@@ -225,7 +217,7 @@ class _Trainer:
         before_this = self.state.progress
         losses = torch.zeros(1, dtype=torch.float64, device=self.device)  # added up over this worker's rows
         seen, ids_seen = 0, torch.zeros(1, dtype=torch.int64, device=self.device)  # its rows, and their ids added up
-        total_steps = schedule.steps * self.config.epochs
+        total_steps = schedule.steps * self.settings.epochs
         began, started = time.time(), time.perf_counter()
         reported, waited, first_batch = started, 0.0, 0.0
         for step in range(before_this.steps, schedule.steps):
@@ -233,22 +225,18 @@ class _Trainer:
             batch = next(batches)
             waited += time.perf_counter() - before
             first_batch = first_batch or waited
-            rate = one_cycle(epoch * schedule.steps + step, total_steps, self.config.learning_rate)
-            rows = schedule.batch_rows(step)
-            loss = self._step(batch, self._dropout(epoch, step, rows), rows, rate)
+            rate = one_cycle(epoch * schedule.steps + step, total_steps, self.settings.learning_rate)
+            batch_rows = schedule.batch_rows(step)
+            loss = self._step(batch, self._dropout(epoch, step, batch_rows), batch_rows, rate)
             losses += loss
             seen += len(batch["row_id"])
             ids_seen += batch["row_id"].sum()
             if step % _CHECK_STEPS == _CHECK_STEPS - 1 or step == schedule.steps - 1:
-                look = self.rank == 0 and time.perf_counter() >= self.next_drain_look
-                added = add_up(torch.cat([ids_seen, torch.tensor([seen, int(look)], device=self.device)]))
-                ids, rows, looks = added.tolist()  # one rank's clock decides for all
-                all_loss = before_this.loss + add_up(losses.clone()).item()
-                all_rows, all_ids = before_this.rows + rows, before_this.row_ids + ids
-                if not math.isfinite(all_loss):
+                so_far, looks = self._added_up(before_this, step + 1, losses, seen, ids_seen)
+                if not math.isfinite(so_far.loss):
                     raise NonFiniteLoss(
-                        f"epoch {epoch + 1}, step {step + 1} of {schedule.steps}: the loss is {all_loss}; lower --learning-rate "
-                        f"(now {self.config.learning_rate:g})"
+                        f"epoch {epoch + 1}, step {step + 1} of {schedule.steps}: the loss is {so_far.loss}; lower "
+                        f"--learning-rate (now {self.settings.learning_rate:g})"
                     )
                 now = time.perf_counter()
                 if now - reported >= SAY_SECONDS:
@@ -256,19 +244,20 @@ class _Trainer:
                     self._say(
                         kind="progress",
                         epoch=epoch + 1,
-                        epochs=self.config.epochs,
-                        rows=all_rows,
+                        epochs=self.settings.epochs,
+                        rows=so_far.rows,
                         of_rows=len(self.config.train),
-                        rows_per_second=rows / (now - started),
-                        loss=all_loss / all_rows,
+                        rows_per_second=(so_far.rows - before_this.rows) / (now - started),
+                        loss=so_far.loss / so_far.rows,
                     )
                 if looks and step < schedule.steps - 1:
-                    self._save_if_draining(checkpoint.Progress(step + 1, all_loss, all_rows, all_ids))
+                    self._save_if_draining(so_far)
         seconds = time.perf_counter() - started
-        check_rows(all_rows, all_ids, len(self.config.train), int(self.config.train.sum()), f"training epoch {epoch + 1}")
+        expected = len(self.config.train), int(self.config.train.sum())
+        check_rows(so_far.rows, so_far.row_ids, *expected, f"training epoch {epoch + 1}")
         return {
-            "train_loss": all_loss / all_rows,
-            "rows_per_second": rows / seconds,
+            "train_loss": so_far.loss / so_far.rows,
+            "rows_per_second": (so_far.rows - before_this.rows) / seconds,
             "started": began,
             "seconds": seconds,
             "first_batch_seconds": first_batch,
@@ -276,12 +265,22 @@ class _Trainer:
             "learning_rate": rate,
         }
 
+    def _added_up(
+        self, before: checkpoint.EpochSoFar, steps: int, losses: Tensor, rows: int, row_ids: Tensor
+    ) -> tuple[checkpoint.EpochSoFar, bool]:
+        """What all workers have done of the epoch, and whether to look for a drain now: one rank's clock decides for all."""
+        look = self.rank == 0 and time.perf_counter() >= self.next_drain_look
+        added = add_up(torch.cat([row_ids, torch.tensor([rows, int(look)], device=self.device)]))
+        all_ids, all_rows, looks = added.tolist()
+        loss = before.loss + add_up(losses).item()
+        return checkpoint.EpochSoFar(steps, loss, before.rows + all_rows, before.row_ids + all_ids), bool(looks)
+
     def _dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
         """This worker's share of what is drawn for the whole global batch, so that it is the same for any number of workers."""
-        if not self.config.dropout:
+        if not self.settings.dropout:
             return None
-        seed = step_seed(self.config.seed, epoch, step, Draw.DROPOUT)
-        drawn = dropout_factors(rows, self.config.dropout, torch.Generator(self.device).manual_seed(seed))
+        seed = step_seed(self.settings.seed, epoch, step, Draw.DROPOUT)
+        drawn = dropout_factors(rows, self.settings.dropout, torch.Generator(self.device).manual_seed(seed))
         return drawn[self.rank :: self.world_size]
 
     def _step(self, batch: Batch, dropout: Tensor | None, global_rows: int, learning_rate: float) -> Tensor:
@@ -289,9 +288,9 @@ class _Trainer:
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
         if "draws" in batch:
-            images = distort(images, batch["draws"], self.config.distortion)
+            images = distort(images, batch["draws"], self.settings.distortion)
         # The last share of an epoch is smaller, at times empty; compiled for any size, the network would compute other bits.
-        whole = len(images) == len(range(self.rank, self.config.batch_size, self.world_size))
+        whole = len(images) == len(range(self.rank, self.settings.batch_size, self.world_size))
         objective = self.compiled if whole else self.parallel
         with self._autocast():
             loss, reported = objective(images, batch["number"], batch["digit"], dropout)
@@ -319,7 +318,7 @@ class _Trainer:
         if not math.isfinite(scores.loss):
             raise NonFiniteLoss(
                 f"epoch {self.state.epochs_done + 1}: the loss on held-out rows is {scores.loss}; lower --learning-rate "
-                f"(now {self.config.learning_rate:g})"
+                f"(now {self.settings.learning_rate:g})"
             )
         return scores
 
@@ -328,13 +327,13 @@ class _Trainer:
         earlier = [_merit(line["validation"]) for line in self.state.history]
         entry["best"] = _merit(entry["validation"]) > max(earlier, default=(-1.0, 0.0))
         self.state.history.append(entry)
-        self.state.epochs_done, self.state.progress = epoch + 1, checkpoint.Progress()
+        self.state.epochs_done, self.state.progress = epoch + 1, checkpoint.EpochSoFar()
         if entry["best"]:
             self.state.best = checkpoint.weights_of(self.model)
         self._say(kind="epoch", **entry)
         self._report(entry, f"epoch_{epoch + 1:05d}")
 
-    def _save_if_draining(self, progress: checkpoint.Progress) -> None:
+    def _save_if_draining(self, progress: checkpoint.EpochSoFar) -> None:
         """Save within an epoch if the node of any worker is to be taken away; every rank comes here at the same step."""
         draining = ray.train.get_preemption_info()
         self.next_drain_look = time.perf_counter() + (_DRAIN_SAVE_SECONDS if draining else _DRAIN_LOOK_SECONDS)

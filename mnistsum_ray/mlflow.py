@@ -17,10 +17,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from mnistsum_ray.config import Refusal
-from mnistsum_ray.report import scalars
+from mnistsum_ray.report import model_scalars, scalars
 from mnistsum_ray.storage import Location
 
 _FIRST_METRIC: Final = "train/loss"
+_LAST_METRIC: Final = "model/test/sum_accuracy"
 
 # MLflow's own are 7 tries of 120 s each, in which training would seem to hang.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -83,16 +84,26 @@ class MLflowRun:
         self._client.log_batch(self.run_id, [Metric(key, value, ended, epoch) for key, value in scalars(entry).items()])
         self._told.add(epoch)
 
-    def finish(self, history: list[dict[str, Any]], folder: Location, files: list[str], say: Callable[[str], None]) -> bool:
-        """Log what is missing and the files of the run folder, and end the run; False, and a line said, if that fails."""
+    def finish(
+        self, history: list[dict[str, Any]], card: dict[str, Any], folder: Location, files: list[str], say: Callable[[str], None]
+    ) -> bool:
+        """Log what is missing, what the model scored (model.json) and files of the run folder, and end the run.
+
+        Returns:
+            False, and a line is said, if that fails.
+        """
         self._thread.shutdown(cancel_futures=True)
         try:
             for entry in history:
                 self._tell(entry)
+            ended = int(1000 * time.time())
+            if not self._client.get_metric_history(self.run_id, _LAST_METRIC):
+                scored = [Metric(key, value, ended, history[-1]["epoch"]) for key, value in model_scalars(card).items()]
+                self._client.log_batch(self.run_id, scored)
             for name in files:
                 where, _, _ = name.rpartition("/")
                 self._log_file(folder / name, where)
-            self._client.set_terminated(self.run_id, end_time=int(1000 * time.time()))
+            self._client.set_terminated(self.run_id, end_time=ended)
         except Exception as error:
             say(f"--mlflow {self._uri}: {_line(error)}; the run is whole, and the same command with --resume tells it again")
             return False

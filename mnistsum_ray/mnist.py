@@ -1,17 +1,10 @@
 """Where images come from: full MNIST, an IDX folder, Parquet files, or the bundled sample; which rows are held out.
 
 A source is a list of parts in the order of their row ids. Small sources are read here, whole; Parquet files stay where
-they are and are described by their footers, for Ray Data to read. Nothing of Ray, and torchvision only to download.
+they are and are described by their footers, for Ray Data to read. Nothing of Ray.
 """
 
-import gzip
 import re
-import socket
-import struct
-import tempfile
-import urllib.error
-import urllib.request
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +15,15 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray import idx
+from mnistsum_ray.config import Refusal, one_line
 from mnistsum_ray.pairs import Rows, held_out
-from mnistsum_ray.schema import SIDE, Pixels, decode_images, image_form_error, one_chunk, pixels_array
+from mnistsum_ray.schema import Pixels, decode_images, image_form_error, one_chunk, pixels_array
 from mnistsum_ray.storage import Location, locate
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 DIGIT_COLUMNS: Final = ("digit", "label")
 _BLOCK_ROWS: Final = 8192
-_IDX_FILES: Final = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_DOWNLOAD_SECONDS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class ParquetPart:
             with self.location.filesystem.open_input_file(self.location.path) as stream:
                 table = pq.ParquetFile(stream).read_row_groups(list(self.row_groups), columns=["image", self.digit_column])
         except (OSError, pa.ArrowException, ValueError) as error:  # the last from an extension type of Ray with wrong metadata
-            raise Refusal(f"{where}: cannot be read: {' '.join(str(error).split())}") from None
+            raise Refusal(f"{where}: cannot be read: {one_line(error)}") from None
         if table.num_rows != self.rows:
             raise Refusal(f"{where}: has {table.num_rows} rows where its footer says {self.rows}")
         images, bad = decode_images(one_chunk(table["image"]))
@@ -106,12 +98,12 @@ def open_source(data: str) -> Source:
         if info.type == pafs.FileType.NotFound:
             raise Refusal(f"--data {place.text}: there is no such file or folder")
         if isinstance(place.filesystem, pafs.LocalFileSystem) and info.type == pafs.FileType.Directory:
-            folder = _idx_folder(Path(place.path))
+            folder = idx.find(Path(place.path))
             if folder:
                 return _idx(folder)
         return _parquet(place.patient(), info)
     except OSError as error:
-        raise Refusal(f"--data {place.text}: {' '.join(str(error).split())}") from None
+        raise Refusal(f"--data {place.text}: {one_line(error)}") from None
 
 
 def _sample() -> Source:
@@ -125,13 +117,13 @@ def _sample() -> Source:
 def _full_mnist(*, fall_back: bool) -> Source:
     cache = Path.home() / ".cache" / "mnistsum_ray"
     for root in (Path("data"), cache):
-        folder = _idx_folder(root)
+        folder = idx.find(root)
         if folder:
             return _idx(folder)
     try:
-        _download(cache)
+        idx.download(cache)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         if not fall_back:
             raise Refusal(
                 f"--data mnist: not in ./data or {cache}, and it cannot be downloaded ({reason}); "
@@ -143,84 +135,16 @@ def _full_mnist(*, fall_back: bool) -> Source:
             f"Going on with the bundled sample of {sample.rows:,} images; --data FOLDER names a copy of the full set."
         )
         return Source(**(sample.__dict__ | {"notice": notice}))
-    folder = _idx_folder(cache)
+    folder = idx.find(cache)
     if folder is None:
         raise Refusal(f"--data mnist: the download left no MNIST in {cache}")
     return _idx(folder)
 
 
-def _download(root: Path) -> None:
-    """Download through torchvision, which checks the checksums; a machine without a network finds out in seconds.
-
-    It appears under `root` when it is whole, so that a download that was cut off is made again.
-    """
-    from torchvision.datasets import MNIST  # takes seconds to import, and most runs do not download
-
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_SECONDS)
-    try:
-        errors = []
-        for mirror in MNIST.mirrors:
-            try:
-                urllib.request.urlopen(urllib.request.Request(mirror, method="HEAD"), timeout=_DOWNLOAD_SECONDS)
-            except urllib.error.HTTPError:
-                pass  # it answers; whether it has the files torchvision will see
-            except OSError as error:
-                errors.append(str(getattr(error, "reason", error)))
-        if len(errors) == len(MNIST.mirrors):
-            raise RuntimeError(f"no mirror answers: {errors[0]}")
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as partial:
-            MNIST(partial, download=True)
-            (Path(partial) / "MNIST").replace(root / "MNIST")
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _idx_folder(root: Path) -> Path | None:
-    """The folder at or below `root` that holds IDX files, in any of the layouts that torchvision and people use."""
-    for folder in (root / "MNIST" / "raw", root / "raw", root):
-        if any((folder / (name + suffix)).exists() for name in _IDX_FILES for suffix in ("", ".gz")):
-            return folder
-    return None
-
-
 def _idx(folder: Path) -> Source:
-    train_images, train_digits, test_images, test_digits = (_read_idx(folder, name) for name in _IDX_FILES)
-    for name, images, digits in (
-        (_IDX_FILES[0], train_images, train_digits),
-        (_IDX_FILES[2], test_images, test_digits),
-    ):
-        if images.shape[1:] != (SIDE, SIDE):
-            raise Refusal(f"{folder / name}: images are {images.shape[1]} x {images.shape[2]} pixels, not 28 x 28")
-        if len(images) != len(digits):
-            raise Refusal(f"{folder / name}: has {len(images):,} images, but its label file has {len(digits):,} labels")
-    digits = np.concatenate([train_digits, test_digits])
+    images, digits, test_rows = idx.read(folder)
     _checked_digits(pa.array(digits), str(folder), 0)
-    images = np.concatenate([train_images, test_images])
-    return _in_memory("mnist", str(folder), images, digits.astype(np.int8), test_rows=len(test_images))
-
-
-def _read_idx(folder: Path, name: str) -> Pixels:
-    """Read one IDX file of unsigned bytes (the format is described on the MNIST page), gzip-compressed or not."""
-    path = folder / name
-    if not path.exists():
-        path = folder / (name + ".gz")
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except FileNotFoundError:
-        raise Refusal(f"{folder}: {name} is missing, gzipped or not") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise Refusal(f"{path}: cannot be read: {error}") from None
-    dimensions = 3 if "idx3" in name else 1
-    header = 4 + 4 * dimensions
-    if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
-        raise Refusal(f"{path}: is not an IDX file of unsigned bytes with {dimensions} dimension(s)")
-    shape = struct.unpack(f">{dimensions}I", data[4:header])
-    expected = int(np.prod(shape, dtype=np.int64))
-    if len(data) - header != expected:
-        raise Refusal(f"{path}: holds {len(data) - header:,} bytes of data where its header says {expected:,}")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    return _in_memory("mnist", str(folder), images, digits.astype(np.int8), test_rows=test_rows)
 
 
 def _parquet(place: Location, info: pafs.FileInfo) -> Source:
@@ -250,7 +174,7 @@ def _parquet_files(place: Location) -> list[pafs.FileInfo]:
         if file.type == pafs.FileType.File and file.path.endswith(".parquet") and not _is_hidden(file.path, place.path)
     ]
     if not files:
-        raise Refusal(f"--data {place.text}: holds neither IDX files ({_IDX_FILES[0]}, …) on a local disk nor *.parquet files")
+        raise Refusal(f"--data {place.text}: holds neither IDX files ({idx.FILES[0]}, …) on a local disk nor *.parquet files")
     return files
 
 
@@ -269,7 +193,7 @@ def _parts_of_file(file: Location) -> list[ParquetPart]:
             parquet = pq.ParquetFile(stream)
             metadata, columns = parquet.metadata, parquet.schema_arrow
     except (OSError, pa.ArrowException, ValueError) as error:  # the last from an extension type of Ray whose metadata are wrong
-        raise Refusal(f"{file.text}: is not a whole Parquet file: {' '.join(str(error).split())}") from None
+        raise Refusal(f"{file.text}: is not a whole Parquet file: {one_line(error)}") from None
     digit_column = next((name for name in DIGIT_COLUMNS if name in columns.names), None)
     if "image" not in columns.names or digit_column is None:
         raise Refusal(f"{file.text}: needs a column 'image' and a column 'digit' or 'label', has {', '.join(columns.names)}")

@@ -24,7 +24,13 @@ class Objective(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Prepared images float32[n, 1, 28, 28], numbers and digits int64[n], `dropout_factors` to two scalars, added up over rows.
+        """Two scalars, added up over the rows, of prepared images float32[n, 1, 28, 28] and numbers and digits int64[n].
+
+        Args:
+            images: as of `prepare_images`, distorted or not.
+            numbers: 0..9.
+            digits: the true ones.
+            dropout: `dropout_factors` of the rows, or None.
 
         Returns:
             What to minimize, and the mean of both heads' cross-entropies alone, which has no gradient.

@@ -123,8 +123,8 @@ def training_batches(images: MaterializedDataset, schedule: Schedule, device: to
             start = end
 
 
-def held_out_batches(images: MaterializedDataset, row_ids: Rows, rank: int, world_size: int, device: torch.device) -> list[Batch]:
-    """This worker's share of held-out rows, as uint8 batches that stay on the device: 0.8 KB a row."""
+def plain_batches(images: MaterializedDataset, row_ids: Rows, rank: int, world_size: int, device: torch.device) -> list[Batch]:
+    """This worker's share of rows as they are, without numbers or shifts: uint8 batches that stay on the device, 0.8 KB a row."""
     gather, share = Gather(images), rank_share(row_ids, rank, world_size)
     return [
         {name: torch.as_tensor(values, device=device) for name, values in gather(share[start : start + EVALUATION_ROWS]).items()}

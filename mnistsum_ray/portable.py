@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mnistsum_ray.checkpoint import load_model
-from mnistsum_ray.config import ExportModelConfig, Refusal, RunFailed
-from mnistsum_ray.export import empty_folder
+from mnistsum_ray.config import ExportModelConfig, Refusal, RunFailed, one_line
 from mnistsum_ray.mnist import open_source, read_whole
 from mnistsum_ray.model import TwoHeadCNN, prepare_images
-from mnistsum_ray.schema import Pixels, pixels_view
+from mnistsum_ray.schema import Pixels, one_chunk, pixels_view
 from mnistsum_ray.scoring.predict import CPU_BATCH, Predictions, predictions
-from mnistsum_ray.storage import base_folder, locate
+from mnistsum_ray.storage import empty_folder, locate_existing
 
 TORCH_FILE: Final = "model.pt2"
 ONNX_FILE: Final = "model.onnx"
@@ -57,7 +56,7 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
         RunFailed: an exported model answers otherwise than the model.
     """
     output = empty_folder(config.output)
-    model, _ = load_model(locate(config.model, "--model", base_folder()))
+    model, _ = load_model(locate_existing(config.model, "--model"))
     try:
         say("exporting")
         exported = {TORCH_FILE: (program := _exported(Portable(model))), ONNX_FILE: _as_onnx(program)}
@@ -70,7 +69,7 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
         for name, data in exported.items():
             (output / name).write_bytes(data)
     except OSError as error:
-        raise Refusal(f"--output {output.text}: {' '.join(str(error).split())}") from None
+        raise Refusal(f"--output {output.text}: {one_line(error)}") from None
     return {"output": output.text, "files": list(exported), "pairs": len(numbers), "largest_difference": largest}
 
 
@@ -102,7 +101,7 @@ def _pairs() -> tuple[Pixels, npt.NDArray[np.int64]]:
     source = open_source("sample")
     (part,) = source.parts
     table = read_whole(part).take(source.test)
-    return pixels_view(table["image"].combine_chunks()).repeat(10, axis=0), np.tile(np.arange(10), len(source.test))
+    return pixels_view(one_chunk(table["image"])).repeat(10, axis=0), np.tile(np.arange(10), len(source.test))
 
 
 def _open_torch(data: bytes) -> Answers:

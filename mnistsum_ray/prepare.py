@@ -1,7 +1,7 @@
 """What can be checked of a training request before there is a cluster. No torch and no Ray: a refusal is not to wait for them."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from importlib.util import find_spec
 from typing import Any, Final
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pyarrow.fs import FileSelector, FileType
 from pydantic import ValidationError
 
-from mnistsum_ray.config import Refusal, TrainConfig
+from mnistsum_ray.config import Refusal, Settings, TrainConfig, one_line
 from mnistsum_ray.connect import answers
 from mnistsum_ray.mnist import Source, open_source
 from mnistsum_ray.storage import Location, base_folder, locate
@@ -18,22 +18,8 @@ from mnistsum_ray.storage import Location, base_folder, locate
 SMALL_ROWS: Final = 20_000
 """Below so many training rows, smaller batches and more epochs: the sum head needs its number of steps."""
 
-# What a run's numbers depend on, and so what `--resume` may not change.
-_FIXED: Final = (
-    "recipe",
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "weight_decay",
-    "max_shift",
-    "distortion",
-    "label_smoothing",
-    "dropout",
-    "lesson",
-    "seed",
-    "precision",
-    "compile",
-)
+_FIXED: Final = ("recipe", *(field.name for field in fields(Settings)))
+"""What `--resume` may not change."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +27,7 @@ class Run:
     """A request that has been found sound: what to train on what, and where it goes."""
 
     config: TrainConfig
+    settings: Settings
     source: Source
     storage: Location
     folder: Location
@@ -64,7 +51,7 @@ def prepare(config: TrainConfig) -> Run:
         elif taken:
             raise Refusal(f"--name {name}: {folder.text} exists; continue it with --resume, or choose another name")
     except OSError as error:
-        raise Refusal(f"--storage-path {storage.text}: {' '.join(str(error).split())}") from None
+        raise Refusal(f"--storage-path {storage.text}: {one_line(error)}") from None
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=config.resume)})
     source = open_source(config.data)
@@ -72,7 +59,9 @@ def prepare(config: TrainConfig) -> Run:
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # As found, so that --resume finds the same from any folder and on any day.
     found = {"name": name, "storage_path": storage.text, "data": "sample" if source.name == "sample" else source.location}
-    return Run(config.model_copy(update=unset | found), source, storage.patient(), folder.patient())
+    config = config.model_copy(update=unset | found)
+    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
+    return Run(config, settings, source, storage.patient(), folder.patient())
 
 
 def _mlflow(uri: str, *, resume: bool) -> str:
@@ -108,7 +97,7 @@ def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
         if set(_FIXED) - set(manifest["config"]):
             raise KeyError
     except (KeyError, TypeError, ValidationError):
-        raise Refusal(f"--resume: {folder.text}/manifest.json is not that of a run of this version") from None
+        raise Refusal(f"--resume: {(folder / 'manifest.json').text} is not that of a run of this version") from None
     given = {key: getattr(config, key) for key in config.model_fields_set}
     for key in _FIXED:
         if key in given and given[key] != getattr(stored, key):
@@ -136,5 +125,5 @@ def read_manifest(folder: Location) -> dict[str, Any]:
     except FileNotFoundError:
         raise Refusal(f"--resume: there is no run in {folder.text} (no manifest.json); start it without --resume") from None
     except ValueError:
-        raise Refusal(f"--resume: {folder.text}/manifest.json is not JSON") from None
+        raise Refusal(f"--resume: {(folder / 'manifest.json').text} is not JSON") from None
     return manifest

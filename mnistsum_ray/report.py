@@ -42,9 +42,17 @@ def scalars(entry: dict[str, Any]) -> dict[str, float]:
         "train/rows_per_second": entry["rows_per_second"],
         "train/waiting": entry["waiting"],
     }
-    for rows in ("validation", "test"):
-        named |= {f"{rows}/{name}": entry[rows][name] for name in ("loss", "digit_accuracy", "sum_accuracy")}
-    return named
+    return named | _scores(entry, "")
+
+
+def model_scalars(card: dict[str, Any]) -> dict[str, float]:
+    """What model.json says that the model scored, by the names that TensorBoard and MLflow show."""
+    return _scores(card, "model/")
+
+
+def _scores(said: dict[str, Any], before: str) -> dict[str, float]:
+    names = ("loss", "digit_accuracy", "sum_accuracy")
+    return {f"{before}{rows}/{name}": said[rows][name] for rows in ("validation", "test") for name in names}
 
 
 def report_page(

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.config import Refusal, one_line
 
 PARTIAL: Final = ".partial"
 """How the name of a file ends that is being written, or was when its writer was killed."""
@@ -156,7 +156,7 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
         try:
             filesystem, path = pafs.FileSystem.from_uri(text)
         except (pa.ArrowInvalid, OSError, ValueError) as error:
-            said = _one_line(error) if _shown(text) == text else "cannot be understood; write a / in a key as %2F"
+            said = one_line(error) if _shown(text) == text else "cannot be understood; write a / in a key as %2F"
             raise Refusal(f"{flag} {_shown(text)}: {said}") from None
         return Location(filesystem, path.rstrip("/"), _shown(text))
     path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())
@@ -169,7 +169,22 @@ def locate_existing(text: str, flag: str) -> Location:
     try:
         return here if here.exists() else locate(text, flag, base_folder())
     except (OSError, ValueError) as error:
-        raise Refusal(f"{flag} {here.text}: {_one_line(error)}") from None
+        raise Refusal(f"{flag} {here.text}: {one_line(error)}") from None
+
+
+def empty_folder(text: str) -> Location:
+    """Where `--output` leads.
+
+    Raises:
+        Refusal: something lies there, or it cannot be looked at.
+    """
+    output = locate(text, "--output", base_folder())
+    try:
+        if output.files():
+            raise Refusal(f"--output {output.text}: is not empty; name another folder")
+    except OSError as error:
+        raise Refusal(f"--output {output.text}: {one_line(error)}") from None
+    return output
 
 
 def _shown(uri: str) -> str:
@@ -184,7 +199,3 @@ def _shown(uri: str) -> str:
     place = f"{user}@{host}" if user and parts.scheme != "s3" else host
     query = urlencode([(key, value) for key, value in parse_qsl(parts.query) if key in _SHOWN])
     return urlunsplit((parts.scheme, place, parts.path, query, ""))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

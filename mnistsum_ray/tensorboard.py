@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-from mnistsum_ray.report import scalars
+from mnistsum_ray.report import model_scalars, scalars
 from mnistsum_ray.storage import Location
 
 FOLDER: Final = "tensorboard"
@@ -34,19 +34,22 @@ def write_epochs(run: Location, history: list[dict[str, Any]]) -> None:
             place.write_bytes(_written(name))
 
 
-def write_pictures(run: Location, epoch: int, pictures: dict[str, bytes], config: dict[str, Any]) -> None:
-    """The event file of what there is at the end: pictures (PNG) by name, and the settings as a table."""
+def write_end(run: Location, epoch: int, card: dict[str, Any], pictures: dict[str, bytes], config: dict[str, Any]) -> None:
+    """The event file of what there is at the end: what the model scored, pictures (PNG) by name, the settings as a table."""
     with tempfile.TemporaryDirectory() as name:
         with SummaryWriter(name) as writer:
+            for key, value in model_scalars(card).items():
+                writer.add_scalar(key, value, epoch)
             for key, png in pictures.items():
                 with Image.open(io.BytesIO(png)) as picture:
                     writer.add_image(key, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
             lines = [f"| {key} | {value} |" for key, value in config.items()]
             writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]), epoch)
-        _place(run, epoch, "pictures").write_bytes(_written(name))
+        _place(run, epoch, "final").write_bytes(_written(name))
 
 
 def _place(run: Location, epoch: int, what: str) -> Location:
+    # TensorBoard, while it runs, only looks for names that come after those it has read.
     return run / FOLDER / f"events.out.tfevents.{epoch:010d}.{what}"
 
 

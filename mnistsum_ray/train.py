@@ -18,7 +18,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray import pipeline, resources
-from mnistsum_ray.config import Refusal, RunFailed
+from mnistsum_ray.config import Refusal, RunFailed, last_line, one_line
 from mnistsum_ray.console import SILENCE_SECONDS, Console
 from mnistsum_ray.keep import manifest_of, publish, write_report
 from mnistsum_ray.loop import LoopConfig, Outcome, train_loop_per_worker
@@ -49,14 +49,66 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
     try:
         return _fit(run, console)
     except OSError as error:
-        said = " ".join(str(error).split())
-        raise RunFailed(
-            f"--storage-path {run.storage.text}: {said}; what is saved stays, and --name {run.config.name} --resume goes on"
-        ) from error
+        raise RunFailed(f"--storage-path {run.storage.text}: {one_line(error)}; {_goes_on(run)}") from error
+    except ray.exceptions.RayError as error:  # of the workers' failures Ray Train tells otherwise, see below
+        console.say(str(error))
+        raise RunFailed(f"{last_line(error)}; {_goes_on(run)}") from error
+
+
+def _goes_on(run: Run) -> str:
+    return f"what is saved stays, and --name {run.config.name} --resume goes on"
 
 
 def _fit(run: Run, console: Console) -> dict[str, Any]:
     started = time.monotonic()
+    config, source = run.config, run.source
+    allotment = _allotted(run, console)
+    loaded = pipeline.load(source)
+    manifest = manifest_of(run, loaded.fingerprint, _workers_text(allotment))
+    place = run.folder / "manifest.json"
+    if config.resume:
+        manifest = _going_on(read_manifest(run.folder), manifest)
+    elif place.exists():  # again, since all of the waiting and reading lies between
+        raise Refusal(f"--name {config.name}: another run has taken it meanwhile; choose another name")
+    with _mlflow(run, manifest, console) as mlflow:
+        place.write_json(manifest)
+        console.say(
+            f"run {config.name}: {len(source.train):,} training, {len(source.validation):,} validation and {len(source.test):,} "
+            f"test rows of {source.name} ({source.location}); {manifest['workers']}"
+        )
+        with _events(console, lambda entry: mlflow.tell(entry, console.say) if mlflow else None) as events:
+            outcome, checkpoint = _train(run, allotment, loaded.images, events, console)
+        # A kill may have come between the last epoch and its publication.
+        card = publish(run.folder, checkpoint, outcome.history, outcome.int8)
+        summary = {
+            "run": run.folder.text,
+            "model": (run.folder / "model").text,
+            "parameters": PARAMETERS,
+            "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
+            "test": card["test"],
+            "images_per_second": round(_steady_speed(outcome.history), 1),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        manifest |= {
+            "status": "finished",
+            "metrics": summary,
+            "hardware": outcome.hardware,
+            "precision": outcome.precision,
+            "examination": outcome.examination.as_json(),
+        }
+        written = write_report(run, manifest, card, outcome)
+        place.write_json(manifest)
+        if mlflow:
+            told = mlflow.finish(outcome.history, card, run.folder, written, console.say)
+            summary["mlflow"] = mlflow.run_id if told else None
+            place.write_json(manifest)
+    console.say(f"model: {summary['model']}")
+    console.say(f"report: {(run.folder / REPORT).text}")
+    return summary
+
+
+def _allotted(run: Run, console: Console) -> resources.Allotment:
+    """What the run takes of the cluster, once that is free."""
     config, source = run.config, run.source
     cluster = resources.look()
     allotment = resources.allot(config, cluster)
@@ -69,62 +121,23 @@ def _fit(run: Run, console: Console) -> dict[str, Any]:
     read = {"--data": first.location} if isinstance(first, ParquetPart) else {}
     refuse_unshared({"--storage-path": run.storage}, read, console.say)
     pipeline.quiet()
-    loaded = pipeline.load(source)
-    manifest = manifest_of(run, loaded.fingerprint, _workers_text(allotment))
-    if config.resume:
-        _check_data(read_manifest(run.folder), loaded.fingerprint)
-    elif (run.folder / "manifest.json").exists():  # again, since all of the waiting and reading lies between
-        raise Refusal(f"--name {config.name}: another run has taken it meanwhile; choose another name")
-    mlflow = _mlflow(run, manifest, console)
-    (run.folder / "manifest.json").write_json(manifest)
-    console.say(
-        f"run {config.name}: {len(source.train):,} training, {len(source.validation):,} validation and {len(source.test):,} test "
-        f"rows of {source.name} ({source.location}); {manifest['workers']}"
-    )
+    return allotment
 
-    def on_epoch(entry: dict[str, Any]) -> None:
-        if mlflow:
-            mlflow.tell(entry, console.say)
 
-    try:
-        with _events(console, on_epoch) as events:
-            outcome, checkpoint = _train(run, allotment, loaded.images, events)
-    except BaseException as error:
-        if mlflow:
-            mlflow.fail()
-        if isinstance(error, ray.train.TrainingFailedError):
-            console.say(str(error))
-            raise RunFailed(
-                f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
-                f"--name {config.name} --resume goes on from the last checkpoint"
-            ) from error
-        raise
-    # A kill may have come between the last epoch and its publication.
-    card = publish(run.folder, checkpoint, outcome.history, outcome.int8)
-    summary = {
-        "run": run.folder.text,
-        "model": (run.folder / "model").text,
-        "parameters": PARAMETERS,
-        "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
-        "test": card["test"],
-        "images_per_second": round(_steady_speed(outcome.history), 1),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    manifest |= {
-        "status": "finished",
-        "metrics": summary,
-        "hardware": outcome.hardware,
-        "precision": outcome.precision,
-        "examination": outcome.examination.as_json(),
-    }
-    written = write_report(run, manifest, card, outcome)
-    (run.folder / "manifest.json").write_json(manifest)
-    if mlflow:
-        summary["mlflow"] = mlflow.run_id if mlflow.finish(outcome.history, run.folder, written, console.say) else None
-        (run.folder / "manifest.json").write_json(manifest)
-    console.say(f"model: {summary['model']}")
-    console.say(f"report: {run.folder.text}/{REPORT}")
-    return summary
+def _going_on(stored: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a run that goes on: what it had come to stays until there is something new.
+
+    Raises:
+        Refusal: the data are others.
+    """
+    data, then = manifest["data"], stored["data"]
+    if then["sha256"] != data["sha256"]:
+        raise Refusal(
+            f"--resume: the data are not those of the run (SHA-256 {data['sha256'][:12]}…, the run has {then['sha256'][:12]}… "
+            f"from {then['location']}); name the same data, or start another run"
+        )
+    # What --data auto had led to is all that is named now, so only the first time it was said that it is not full MNIST.
+    return stored | manifest | {"data": data | {"notice": data["notice"] or then["notice"]}}
 
 
 def _steady_speed(history: list[dict[str, Any]]) -> float:
@@ -133,57 +146,42 @@ def _steady_speed(history: list[dict[str, Any]]) -> float:
     return float(sum(line["rows_per_second"] * line["seconds"] for line in steady) / sum(line["seconds"] for line in steady))
 
 
-def _mlflow(run: Run, manifest: dict[str, Any], console: Console) -> "MLflowRun | None":
-    """The run on the tracking server of `--mlflow`, which the manifest then names."""
-    config = run.config
-    if config.mlflow is None:
-        return None
+@contextmanager
+def _mlflow(run: Run, manifest: dict[str, Any], console: Console) -> Iterator["MLflowRun | None"]:
+    """The run on the tracking server of `--mlflow`, which the manifest then names; it has failed if the block does."""
+    told = _told_to_mlflow(run, manifest, console) if run.config.mlflow else None
+    try:
+        yield told
+    except BaseException:
+        if told:
+            told.fail()
+        raise
+
+
+def _told_to_mlflow(run: Run, manifest: dict[str, Any], console: Console) -> "MLflowRun | None":
     from mnistsum_ray.mlflow import MLflowRun  # an extra
 
-    stored = read_manifest(run.folder).get("mlflow") if config.resume else None
-    run_id = stored["run_id"] if stored and stored["uri"] == config.mlflow else None
+    config = run.config
+    assert config.mlflow is not None
     assert config.name is not None
+    stored = manifest.get("mlflow") if config.resume else None
+    run_id = stored["run_id"] if stored and stored["uri"] == config.mlflow else None
     try:
         told = MLflowRun(config.mlflow, config.mlflow_experiment, config.name, run_id, manifest["config"])
     except Refusal as refusal:
         if not config.resume:
             raise
         console.say(f"{refusal}; going on without MLflow")
-        manifest |= {"mlflow": stored} if stored else {}
         return None
     manifest["mlflow"] = {"uri": config.mlflow, "run_id": told.run_id}
     return told
 
 
 def _train(
-    run: Run, allotment: resources.Allotment, images: MaterializedDataset, events: Queue
+    run: Run, allotment: resources.Allotment, images: MaterializedDataset, events: Queue, console: Console
 ) -> tuple[Outcome, ray.train.Checkpoint]:
     config, source = run.config, run.source
-    assert config.epochs is not None
-    assert config.batch_size is not None
-    assert config.max_shift is not None
-    assert config.distortion is not None
-    assert config.label_smoothing is not None
-    assert config.dropout is not None
-    assert config.lesson is not None
-    loop = LoopConfig(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_shift=config.max_shift,
-        distortion=config.distortion,
-        label_smoothing=config.label_smoothing,
-        dropout=config.dropout,
-        lesson=config.lesson,
-        seed=config.seed,
-        precision=config.precision,
-        compile=config.compile,
-        train=source.train,
-        validation=source.validation,
-        test=source.test,
-        events=events,
-    )
+    loop = LoopConfig(run.settings, source.train, source.validation, source.test, events)
     fewest, most = allotment.workers
     # Without these two, a worker group that no longer fits is tried again for ever.
     attempts = config.max_failures + 1
@@ -211,10 +209,17 @@ def _train(
             callbacks=[_Reporter(run.folder, events)],
         ),
         datasets={"images": images},
-        # Not split: that would drop up to a row a worker. Each worker takes its rows by arithmetic, see pipeline.Schedule.
+        # Not split: that would drop up to a row a worker. Each worker takes its rows by arithmetic, see gather.Schedule.
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        console.say(str(error))
+        raise RunFailed(
+            f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
+            f"--name {config.name} --resume goes on from the last checkpoint"
+        ) from error
     answer = result.return_value or {}
     if "error" in answer:
         raise RunFailed(answer["error"])
@@ -257,7 +262,8 @@ def _events(console: Console, on_epoch: Callable[[dict[str, Any]], None]) -> Ite
                 return
             except Empty:
                 silent += SILENCE_SECONDS
-                console.say(f"no word from the workers for {silent} s: {resources.describe_wait()}")
+                with suppress(ray.exceptions.RayError):  # a cluster that has ended; `fit` says so
+                    console.say(f"no word from the workers for {silent} s: {resources.describe_wait()}")
                 continue
             if event is None:
                 return
@@ -275,14 +281,6 @@ def _events(console: Console, on_epoch: Callable[[dict[str, Any]], None]) -> Ite
             queue.put(None)
             thread.join(timeout=10)
             queue.shutdown()
-
-
-def _check_data(stored: dict[str, Any], fingerprint: str) -> None:
-    if stored["data"]["sha256"] != fingerprint:
-        raise Refusal(
-            f"--resume: the data are not those of the run (SHA-256 {fingerprint[:12]}…, the run has "
-            f"{stored['data']['sha256'][:12]}… from {stored['data']['location']}); name the same data, or start another run"
-        )
 
 
 def _workers_text(allotment: resources.Allotment) -> str:

@@ -1,6 +1,7 @@
 """What a person sees."""
 
 import io
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +15,19 @@ ENTRY: dict[str, Any] = {
 PROGRESS = {
     "kind": "progress", "epoch": 1, "epochs": 5, "rows": 5000, "of_rows": 10_000, "rows_per_second": 1000.0, "loss": 1.5,
 }  # fmt: skip
+
+
+def test_a_silence_is_said_and_a_word_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnistsum_ray.console.SILENCE_SECONDS", 0.2)
+    out = io.StringIO()
+    with Console(out).breaking_silence(lambda: "the cluster has 2 CPUs") as heard:
+        for _ in range(10):
+            time.sleep(0.05)
+            heard()
+        assert not out.getvalue()
+        time.sleep(0.5)
+    lines = out.getvalue().splitlines()
+    assert lines == [f"no word from the workers for {seconds} s: the cluster has 2 CPUs" for seconds in (0.2, 0.4)]
 
 
 class Terminal(io.StringIO):

@@ -11,12 +11,13 @@ from mlflow.entities import Metric
 
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.mlflow import MLflowRun
-from mnistsum_ray.report import scalars
+from mnistsum_ray.report import model_scalars, scalars
 from mnistsum_ray.storage import locate
 from tests.test_tensorboard import entry
 
 SETTINGS = {"seed": 3, "recipe": "short"}
 HISTORY = [entry(epoch) for epoch in (1, 2, 3)]
+CARD = entry(4)  # as in model.json
 
 
 @pytest.fixture
@@ -53,14 +54,15 @@ def test_a_run_with_its_settings_metrics_and_files(store: Path, tmp_path: Path) 
     run = MLflowRun(uri(store), "mine", "a-name", None, SETTINGS)
     for line in HISTORY:
         run.tell(line, said.append)
-    assert run.finish(HISTORY, locate(str(tmp_path / "run"), "run"), ["report.html", "model/model.json"], said.append)
+    assert run.finish(HISTORY, CARD, locate(str(tmp_path / "run"), "run"), ["report.html", "model/model.json"], said.append)
     assert not said
     client = MlflowClient(uri(store))
     found = client.get_run(run.run_id)
     assert (found.info.run_name, found.info.status) == ("a-name", "FINISHED")
     assert client.get_experiment(found.info.experiment_id).name == "mine"
     assert found.data.params == {"seed": "3", "recipe": "short"}
-    assert found.data.metrics == {key: pytest.approx(value) for key, value in scalars(HISTORY[-1]).items()}
+    metrics = scalars(HISTORY[-1]) | model_scalars(CARD)
+    assert found.data.metrics == {key: pytest.approx(value) for key, value in metrics.items()}
     assert told(store, run.run_id) == expected(HISTORY)
     assert {file.path for file in client.list_artifacts(run.run_id)} == {"report.html", "model"}
     assert [file.path for file in client.list_artifacts(run.run_id, "model")] == ["model/model.json"]
@@ -75,9 +77,12 @@ def test_a_run_that_goes_on_tells_no_epoch_twice(store: Path, tmp_path: Path) ->
     assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FAILED"
     again = MLflowRun(uri(store), "mine", "a-name", first.run_id, SETTINGS)
     again.tell(HISTORY[1], print)
-    assert again.finish(HISTORY, locate(str(tmp_path), "run"), [], print)
+    assert again.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
     assert told(store, first.run_id) == expected(HISTORY)
     assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FINISHED"
+    once_more = MLflowRun(uri(store), "mine", "a-name", first.run_id, SETTINGS)
+    assert once_more.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
+    assert len(MlflowClient(uri(store)).get_metric_history(first.run_id, "model/test/loss")) == 1
 
 
 def test_what_could_not_be_told_is_said_once_and_told_later(store: Path, tmp_path: Path) -> None:
@@ -93,14 +98,14 @@ def test_what_could_not_be_told_is_said_once_and_told_later(store: Path, tmp_pat
     while not said:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert not run.finish(HISTORY, locate(str(tmp_path), "run"), [], said.append)
+    assert not run.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], said.append)
     assert len(said) == 2
     assert said[0].startswith(f"--mlflow {uri(store)}: ")
     assert said[0].endswith("training goes on, and it is told later")
     assert "--resume tells it again" in said[1]
     shutil.copy(tmp_path / "kept.db", store)
     again = MLflowRun(uri(store), "mine", "a-name", run.run_id, SETTINGS)
-    assert again.finish(HISTORY, locate(str(tmp_path), "run"), [], said.append)
+    assert again.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], said.append)
     assert told(store, run.run_id) == expected(HISTORY)
 
 

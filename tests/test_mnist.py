@@ -181,6 +181,20 @@ def test_nothing_there_is_refused(tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("train-0.parquet", "validation-0.parquet", "test-0.parquet"), ("train/a.parquet", "val/a.parquet", "test/a.parquet")],
+)
+def test_files_and_folders_named_for_a_split_are_that_split(write_rows: Rows, tmp_path: Path, names: tuple[str, ...]) -> None:
+    path = write_rows(100)
+    for name in names:
+        (tmp_path / "named" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "named" / name)
+    source = open_source(str(tmp_path / "named"))
+    at = {name: range(100 * place, 100 * place + 100) for place, name in enumerate(sorted(names))}
+    assert [ids.tolist() for ids in (source.train, source.validation, source.test)] == [list(at[name]) for name in names]
+
+
 def test_half_named_splits_are_refused(write_rows: Rows) -> None:
     path = write_rows(100)
     shutil.copy(path, path.with_name("test.parquet"))

@@ -96,7 +96,7 @@ def test_scoring_takes_what_there_is_and_leaves_room_to_read(
     tasks = readers + 1 if readers else 0
     assert actors * taken.cpus_per_actor + tasks * taken.cpus_per_task <= here.total["CPU"] + 1e-9
     assert taken.cpus_per_task > 0 or not readers
-    assert here.places(taken.per_actor) == min(actors, int(here.total.get("GPU", 0))) if taken.use_gpu else actors
+    assert here.places(taken.per_actor) >= actors
 
 
 @pytest.mark.parametrize(

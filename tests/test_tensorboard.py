@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mnistsum_ray import pictures
 from mnistsum_ray.report import scalars
 from mnistsum_ray.storage import locate
-from mnistsum_ray.tensorboard import FOLDER, write_epochs, write_pictures
+from mnistsum_ray.tensorboard import FOLDER, write_end, write_epochs
 
 
 def entry(epoch: int, loss: float = 0.5) -> dict[str, Any]:
@@ -50,11 +50,15 @@ def test_each_epoch_is_there_once_and_as_last_done(tmp_path: Path) -> None:
     assert [event.wall_time for event in events.Scalars("train/loss")] == [1_700_000_055.0 + 60 * epoch for epoch in (1, 2, 3)]
 
 
-def test_pictures_and_settings_are_shown(tmp_path: Path) -> None:
+def test_the_models_scores_pictures_and_settings_are_shown(tmp_path: Path) -> None:
     run = locate(str(tmp_path), "--storage-path")
     drawn = {"confusion.png": pictures.draw_confusion(np.eye(10, dtype=int).tolist())}
-    write_pictures(run, 5, drawn, {"seed": 7})
+    write_epochs(run, [entry(5)])
+    write_end(run, 5, entry(3), drawn, {"seed": 7})
+    assert [path.suffix for path in sorted((tmp_path / FOLDER).iterdir())] == [".epoch", ".final"], "the order of reading"
     events = read(tmp_path / FOLDER)
+    for name, accuracy in (("model/test/digit_accuracy", 0.93), ("test/digit_accuracy", 0.95)):
+        assert [event.value for event in events.Scalars(name)] == [pytest.approx(accuracy)]
     (image,) = events.Images("confusion.png")
     assert (image.step, image.width > 600) == (5, True)
     (text,) = events.Tensors("settings/text_summary")

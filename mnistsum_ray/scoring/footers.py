@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnistsum_ray.config import Refusal, ScoreConfig
+from mnistsum_ray.config import Refusal, ScoreConfig, one_line
 from mnistsum_ray.schema import image_form_error, number_form_error
 from mnistsum_ray.storage import Location
 
@@ -121,7 +121,7 @@ def _read_footer(folder: Location, file: dict[str, Any], columns: Columns) -> di
     except BadFile as error:
         return {"error": str(error)}
     except Exception as error:  # whatever one file leads to, it must not end the run
-        return {"error": f"cannot be read: {' '.join(str(error).split())} ({type(error).__name__})"}
+        return {"error": f"cannot be read: {one_line(error)} ({type(error).__name__})"}
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     if sum(group.num_rows for group in groups) != metadata.num_rows:
         return {"error": "has a damaged footer (its row groups do not add up); write it anew"}

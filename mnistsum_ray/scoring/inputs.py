@@ -11,7 +11,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.config import Refusal, one_line
 from mnistsum_ray.storage import Location, locate_existing
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
@@ -50,7 +50,7 @@ def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
                 else:
                     aside.add(info.path)
         except (OSError, UnicodeError) as error:
-            raise Refusal(f"--input {name.text}: {' '.join(str(error).split())}") from None
+            raise Refusal(f"--input {name.text}: {one_line(error)}") from None
     if not found:
         there = f" (there are others, such as {min(aside)})" if aside else ""
         raise Refusal(f"--input {' '.join(name.text for name in named)}: there is no Parquet file ({', '.join(SUFFIXES)}){there}")
@@ -80,7 +80,7 @@ class _Named:
         try:
             self.info = place.info()
         except OSError as error:
-            raise Refusal(f"--input {self.text}: {' '.join(str(error).split())}") from None
+            raise Refusal(f"--input {self.text}: {one_line(error)}") from None
         if self.info.type == pafs.FileType.NotFound:
             raise Refusal(f"--input {self.text}: there is no {place.text}")
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from mnistsum_ray.config import Refusal, RunFailed
+from mnistsum_ray.config import Refusal, RunFailed, one_line
 from mnistsum_ray.scoring.plan import LOCK
 from mnistsum_ray.storage import Location
 
@@ -43,9 +43,8 @@ def hold(output: Location, say: Callable[[str], None]) -> Iterator[Callable[[], 
 
 
 def _taken(place: Location, holder: str) -> Refusal:
-    return Refusal(
-        f"--output {place.text.removesuffix('/' + LOCK)}: another run{holder} is writing there; wait for it, or choose another"
-    )
+    output = place.at(place.path.removesuffix(f"/{LOCK}")).text
+    return Refusal(f"--output {output}: another run{holder} is writing there; wait for it, or choose another")
 
 
 @contextmanager
@@ -96,8 +95,8 @@ class _Lease:
     def __enter__(self) -> "_Lease":
         try:
             self._take()
-        except OSError as error:
-            raise Refusal(f"--output {self._place.text}: cannot be written ({' '.join(str(error).split())})") from None
+        except (OSError, ValueError) as error:  # the latter where something else lies there under its name
+            raise Refusal(f"--output {self._place.text}: cannot be written ({one_line(error)})") from None
         self._thread.start()
         return self
 

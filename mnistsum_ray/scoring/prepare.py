@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from mnistsum_ray.config import Refusal, ScoreConfig
+from mnistsum_ray.config import Refusal, ScoreConfig, one_line
 from mnistsum_ray.scoring.footers import Columns, read_footers, refuse_unknown_columns
 from mnistsum_ray.scoring.inputs import Inputs, list_inputs
 from mnistsum_ray.scoring.spread import FEW, spread
@@ -46,7 +46,7 @@ def prepare(config: ScoreConfig) -> Run:
         # A link keeps leading to the folder that is replaced; what a URI says beside its path is not repeated.
         output = output.at(os.path.realpath(output.path) if output.is_local else output.path)
     except OSError as error:
-        raise Refusal(f"--output {output.text}: {' '.join(str(error).split())}") from None
+        raise Refusal(f"--output {output.text}: {one_line(error)}") from None
     inputs = list_inputs(config.input, output)
     columns = Columns.of(config)
     footers = None

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from mnistsum_ray.config import one_line
 from mnistsum_ray.schema import Pixels, decode_images, decode_numbers, one_chunk
 from mnistsum_ray.scoring.footers import BadFile, Columns, plain_types
 from mnistsum_ray.scoring.plan import Part
@@ -78,7 +79,7 @@ def read_parts(folder: Location, parts: list[Part], columns: Columns) -> Iterato
                 yield _decode(part, table, columns)
                 done += 1
         except Exception as error:  # whatever one file leads to, it must not end the run
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             reason = reason if isinstance(error, BadFile) else f"cannot be read: {reason} ({type(error).__name__})"
             yield from (Unreadable(part, reason) for part in run[done:])
         start = end

@@ -6,6 +6,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mnistsum_ray.config import one_line
 from mnistsum_ray.scoring.footers import BadFile, read_tail
 from mnistsum_ray.scoring.plan import REJECTED
 from mnistsum_ray.storage import Location
@@ -57,7 +58,7 @@ def _read_committed(output: Location, file: dict[str, Any]) -> dict[str, Any]:
                 return {"output": name, "error": f"has lost its rejected rows ({REJECTED}/{name})"}
             rejected = pq.read_metadata(pa.BufferReader(read_tail(output, f"{REJECTED}/{name}", size))).num_rows
     except (BadFile, OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        return {"output": name, "error": f"cannot be read: {' '.join(str(error).split())}"}
+        return {"output": name, "error": f"cannot be read: {one_line(error)}"}
     found = {"output": name, "scored_found": metadata.num_rows, "rejected_found": rejected}
     committed: dict[str, Any] = stamp | found | {"counts": json.dumps(stamp["counts"])}
     return committed

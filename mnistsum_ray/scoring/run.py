@@ -13,7 +13,7 @@ import ray.exceptions
 import torch
 
 from mnistsum_ray import resources
-from mnistsum_ray.config import RunFailed
+from mnistsum_ray.config import RunFailed, last_line
 from mnistsum_ray.console import SAY_SECONDS, Console, Progress
 from mnistsum_ray.device import faster_with_bf16
 from mnistsum_ray.int8 import maxima_of
@@ -45,6 +45,14 @@ def score(run: Run, console: Console) -> dict[str, Any]:
         Refusal: the cluster cannot carry it, or the output holds something else.
         RunFailed: the output cannot be written, rows are missing at the end, or with `--strict` some input cannot be used.
     """
+    try:
+        return _score(run, console)
+    except (OSError, ray.exceptions.RayError) as error:  # what is wrong with one file of the input is caught where it is read
+        console.say(str(error))
+        raise RunFailed(f"{last_line(error)}; what is committed stays, and the same command goes on") from error
+
+
+def _score(run: Run, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     allotment = resources.allot_scoring(run.config, resources.look())
     resources.wait_until_free(allotment.bundles(), run.config.wait_seconds, console.say)
@@ -55,20 +63,11 @@ def score(run: Run, console: Console) -> dict[str, Any]:
     with hold(run.output, console.say) as still_held:
         # Not before: what is wrong with a request is to be found out soon.
         run = replace(run, output=run.output.patient(), inputs=replace(run.inputs, root=run.inputs.root.patient()))
-        try:
-            return _Scoring(run, console, allotment, request, still_held, started).run()
-        except (OSError, ray.exceptions.RayError) as error:  # what is wrong with one file of the input is caught where it is read
-            console.say(str(error))
-            raise RunFailed(f"{_last_line(error)}; what is committed stays, and the same command goes on") from error
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip()
+        return _Scoring(run, console, allotment, request, still_held, started).run()
 
 
 def _precision(allotment: ScoreAllotment) -> str:
-    """The default on the hardware that scores, which need not be that of this process."""
+    """The default: on GPUs what is faster there, on CPUs what is faster on this one, taken to be like those that score."""
     if allotment.use_gpu:
         probe = ray.remote(num_gpus=1, num_cpus=0)(lambda: faster_with_bf16(torch.device("cuda")))
         return "bf16" if ray.get(probe.remote()) else "fp32"
@@ -93,7 +92,7 @@ class _Scoring:
         self._staged = config.overwrite or config.strict
         self._folder = workspace.staging_of(run.output) if self._staged else run.output
         self._source = run.inputs.root
-        self._published = pa.chunked_array([], pa.string())
+        self._published = pa.table({"name": pa.array([], pa.string()), "source": pa.array([], pa.string())})
 
     def run(self) -> dict[str, Any]:
         config, say = self._run.config, self._console.say
@@ -178,7 +177,7 @@ class _Scoring:
         published = self._records(output, workspace.clean(output).predictions)
         refuse_foreign(published, output)
         left = 0
-        self._published = published["name"]
+        self._published = published
         if run.config.overwrite:
             self._refuse_to_lose(files)
         else:
@@ -201,7 +200,10 @@ class _Scoring:
     def _refuse_to_lose(self, files: pa.Table) -> None:
         """With `--overwrite`, a file that cannot be used just now must not cost the predictions that are there of it."""
         failed = files.filter(pc.is_valid(files["error"]))
-        lost = failed.filter(pc.is_in(failed["name"], self._published))
+        # As in `refuse_other`: the input may have moved, or its root may be another folder now.
+        sources = pc.binary_join_element_wise(self._source.at(self._source.path).text, failed["name"], "/")
+        published = self._published
+        lost = failed.filter(pc.or_(pc.is_in(failed["name"], published["name"]), pc.is_in(sources, published["source"])))
         if self._run.config.overwrite and lost.num_rows:
             raise RunFailed(
                 f"--overwrite: nothing was replaced: {lost['name'][0]} cannot be used, and the output holds its predictions; "

@@ -22,6 +22,7 @@ import torch
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from torch import Tensor
 
+from mnistsum_ray.config import one_line
 from mnistsum_ray.console import quiet_ray_data
 from mnistsum_ray.resources import ScoreAllotment
 from mnistsum_ray.scoring.commit import Request, commit
@@ -180,9 +181,9 @@ def _committed(work: Work, scored: _Scored, started: float) -> pa.Table:
     try:
         commit(work.output, work.source, rows, predictions, work.request)
     except OSError as error:
-        return _report(rows.part, started, unwritable=" ".join(str(error).split()))
+        return _report(rows.part, started, unwritable=one_line(error))
     except pa.ArrowException as error:
-        return _report(rows.part, started, unreadable=f"cannot be written again: {' '.join(str(error).split())}")
+        return _report(rows.part, started, unreadable=f"cannot be written again: {one_line(error)}")
     return _report(rows.part, started)
 
 

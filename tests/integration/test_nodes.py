@@ -1,5 +1,6 @@
 """Several nodes, of which one is lost or taken away: the job goes on, and the result is that of a run left alone."""
 
+import json
 import os
 import re
 import shutil
@@ -28,12 +29,18 @@ TRAINING = ["--batch-size", BATCH, "--precision", "fp32", "--name", "mine"]
 TWO = [*TRAINING, "--epochs", 2, "--num-workers", 2]
 
 
-def weights(storage: Path) -> bytes:
-    return (storage / "mine" / "model" / "model.safetensors").read_bytes()
+# The model and every epoch's loss, and the test figures.
+Left = tuple[tuple[bytes, list[float]], dict[str, Any]]
+
+
+def weights(storage: Path) -> tuple[bytes, list[float]]:
+    """The model's, and, since it may be of an epoch before what happened, the loss of every epoch."""
+    history = (storage / "mine" / "history.jsonl").read_text().splitlines()
+    return (storage / "mine" / "model" / "model.safetensors").read_bytes(), [json.loads(line)["train_loss"] for line in history]
 
 
 @pytest.fixture(scope="module")
-def left_alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, Any]]:
+def left_alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Left:
     """The weights and the test figures of a run on two nodes that nothing happens to."""
     storage = tmp_path_factory.mktemp("alone")
     with nodes(0, 1, 1) as cluster:
@@ -42,12 +49,12 @@ def left_alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[by
     return weights(storage), done.line["test"]
 
 
-def check_done(done: Done, storage: Path, left_alone: tuple[bytes, dict[str, Any]]) -> None:
+def check_done(done: Done, storage: Path, left_alone: Left) -> None:
     assert done.line["test"] == left_alone[1], done.err
     assert weights(storage) == left_alone[0]
 
 
-def test_a_lost_node_costs_the_epoch_it_falls_in(data: Path, tmp_path: Path, left_alone: tuple[bytes, dict[str, Any]]) -> None:
+def test_a_lost_node_costs_the_epoch_it_falls_in(data: Path, tmp_path: Path, left_alone: Left) -> None:
     with nodes(0, 1, 1) as cluster:
         job = Job("train", "--data", data, "--storage-path", tmp_path, *TWO, address=cluster.address)
         job.wait_for_line("epoch 1:")
@@ -67,9 +74,7 @@ def last_node(cluster: Cluster) -> Any:
     return cluster.list_all_nodes()[-1]
 
 
-def test_a_drained_node_costs_seconds_and_not_the_epoch(
-    data: Path, tmp_path: Path, left_alone: tuple[bytes, dict[str, Any]]
-) -> None:
+def test_a_drained_node_costs_seconds_and_not_the_epoch(data: Path, tmp_path: Path, left_alone: Left) -> None:
     notice = 8
     with nodes(0, 1, 1) as cluster:
         job = Job("train", "--data", data, "--storage-path", tmp_path, *TWO, address=cluster.address)

@@ -153,6 +153,6 @@ def test_draws_for_distortions_come_with_their_rows(write_rows: Rows) -> None:
 def test_held_out_rows_are_shared_out_whole(write_rows: Rows) -> None:
     source = open_source(str(write_rows(1000)))
     images = pipeline.load(source).images
-    shares = [pipeline.held_out_batches(images, source.train, rank, 3, CPU) for rank in range(3)]
+    shares = [pipeline.plain_batches(images, source.train, rank, 3, CPU) for rank in range(3)]
     ids = torch.cat([batch["row_id"] for share in shares for batch in share]).numpy()
     assert np.array_equal(np.sort(ids), source.train)

@@ -252,6 +252,11 @@ def test_overwriting_does_not_cost_what_cannot_be_scored_again(model: Path, pair
         score_here(model, output, pairs, image_column="digit")
     with pytest.raises(RunFailed, match="--overwrite: nothing was replaced"):
         score_here(model, output, pairs, image_column="digit", overwrite=True)
+    more = pairs.parent / "more"
+    more.mkdir()
+    shutil.copy(pairs / "part-00002.parquet", more)
+    with pytest.raises(RunFailed, match=r"nothing was replaced: in/part-00001\.parquet cannot be used"):
+        score_here(model, output, pairs, more, overwrite=True)  # the same file, by another name
     assert snapshot(output) == before
 
 

@@ -30,7 +30,7 @@ Rows = Callable[[int], Path]
 EVERY = 5
 
 # With all that a run draws: numbers, order, distortions, dropout.
-LONG = ("--recipe", "long", "--epochs", 2)
+LONG = ("--recipe", "long", "--epochs", 2, "--lesson", 500)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,23 @@ def test_what_is_left(done: Done, runs: Path) -> None:
     for name in PICTURES:
         assert (run / name).read_bytes().startswith(b"\x89PNG"), name
     assert (manifest["precision"], manifest["workers"]) == ("fp32", "1 CPU worker")
-    suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
-    assert not suffixes & {".pkl", ".pt", ".pth", ".bin"}, "nothing pickled"
+    for path in run.rglob("*"):
+        assert not path.is_file() or path.read_bytes()[:2] not in (b"\x80\x04", b"\x80\x05", b"PK"), f"{path} is pickled"
+
+
+def test_the_lesson_is_told_and_leaves_the_digits_alone(done: Done, runs: Path) -> None:
+    card = json.loads((runs / "one" / "model" / "model.json").read_text())
+    history = [json.loads(line) for line in (runs / "one" / "history.jsonl").read_text().splitlines()]
+    (best,) = [entry for entry in history if entry["epoch"] == card["epoch"]]
+    before, after = ({rows: scores[rows] for rows in ("validation", "test")} for scores in (best, card))
+    assert card["lesson"] == {"steps": 500, "kept": True, "before": before, "after": after}
+    for rows in ("validation", "test"):
+        assert card[rows]["digit_accuracy"] == best[rows]["digit_accuracy"]
+    assert card["validation"]["sum_accuracy"] > best["validation"]["sum_accuracy"]
+    assert done.line["test"] == card["test"]
+    assert "a lesson in arithmetic for the sum head, 500 steps" in done.err
+    shares = [f"{scores['validation']['sum_accuracy']:.2%}" for scores in (before, after)]
+    assert "validation sums {} before the lesson, {} after it\n".format(*shares) in done.err
 
 
 def test_the_examination_counts_what_the_last_line_says(done: Done, runs: Path, data: Path) -> None:
@@ -200,13 +215,14 @@ def test_resuming_as_another_run_is_refused(done: Done, cluster: str, runs: Path
 def test_two_workers_train_on_the_same_rows(done: Done, cluster: str, data: Path, runs: Path) -> None:
     """800 rows in batches of 64 leave 32 for the last step; that all were seen once is checked by the loop itself."""
     two = run_job(
-        "train", "--data", data, *LONG, "--storage-path", runs, "--name", "two", "--num-workers", 2, address=cluster
+        "train", "--data", data, *LONG, "--precision", "fp32", "--storage-path", runs, "--name", "two", "--num-workers", 2,
+        address=cluster,
     )  # fmt: skip
     assert "2 CPU workers" in two.err
     first, second = (json.loads((runs / name / "history.jsonl").read_text().splitlines()[0]) for name in ("one", "two"))
     assert done.code == two.code == 0
     # The same batches in the same order, so the losses agree until rounding has grown.
-    assert second["train_loss"] == pytest.approx(first["train_loss"], rel=0.02)
+    assert second["train_loss"] == pytest.approx(first["train_loss"], rel=1e-3)
     assert two.line["test"]["rows"] == 100
 
 
