@@ -108,6 +108,8 @@ class Lesson:
 
     steps: int
     kept: bool
+    agreement: tuple[float, float]
+    """Share of the validation pairs whose sum is the number and the digit as it was answered, before it and after it."""
     validation: Scores
     """After it, as below, also where it was not kept."""
     test: Scores
@@ -159,7 +161,12 @@ def save_best(folder: Path, state: TrainerState) -> None:
     scores = {of: Scores(**values) for of, values in before.items()}
     if lesson:
         after = {"validation": lesson.validation, "test": lesson.test}
-        said = {"steps": lesson.steps, "kept": lesson.kept, "before": before} | {"after": {of: asdict(after[of]) for of in after}}
+        said = {
+            "steps": lesson.steps,
+            "kept": lesson.kept,
+            "before": {**before, "agreement": lesson.agreement[0]},
+            "after": {**{of: asdict(values) for of, values in after.items()}, "agreement": lesson.agreement[1]},
+        }
         scores = after if lesson.kept else scores
     save_model(folder, state.best, epoch=line["epoch"], **scores, lesson=said)
 
@@ -194,5 +201,6 @@ def _load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Traine
         kept[key] = place.detach().copy_(value)
     progress = EpochSoFar(**fields["progress"])
     taught = fields["lesson"]
-    lesson = taught and Lesson(taught["steps"], taught["kept"], Scores(**taught["validation"]), Scores(**taught["test"]))
+    scores = {of: Scores(**taught[of]) for of in ("validation", "test")} if taught else {}
+    lesson = taught and Lesson(taught["steps"], taught["kept"], tuple(taught["agreement"]), **scores)
     return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"], progress, lesson)

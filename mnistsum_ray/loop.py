@@ -30,7 +30,7 @@ from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows, sa
 from mnistsum_ray.model import TwoHeadCNN, prepare_images
 from mnistsum_ray.objective import Objective, dropout_factors
 from mnistsum_ray.optimizer import MuonAdamW, one_cycle
-from mnistsum_ray.pairs import Draw, Rows, step_seed
+from mnistsum_ray.pairs import NUMBERS, Draw, Rows, step_seed
 from mnistsum_ray.pipeline import Batch
 from mnistsum_ray.schema import Pixels
 
@@ -162,27 +162,39 @@ class _Trainer:
             self._save(epoch, trained, validation, test)
 
     def teach_sum_head(self) -> None:
-        """Give the best model's sum head its lesson, unless it has had it; it is undone if validation sums suffer."""
+        """Give the best model's sum head its lesson, unless it has had it; it is undone if the two heads then agree less."""
         steps = self.settings.lesson
         if not steps or self.state.lesson is not None:
             return
         self._say(kind="note", text=f"a lesson in arithmetic for the sum head, {steps:,} steps")
         self.model.load_state_dict(self.state.best)
+        before = self._agreement()
         if self.rank == 0:
             seed = step_seed(self.settings.seed, self.settings.epochs, 0, Draw.LESSON)
             lesson.teach(self.model, self._lesson_scores(), steps, seed, self._waiting("steps of the lesson", steps))
         same_everywhere(self.model.parameters())
+        after = self._agreement()
         validation = self._evaluate(self.validation, self.config.validation)
         test = self._evaluate(self.test, self.config.test)
-        before, after = self.state.best_line["validation"]["sum_accuracy"], validation.sum_accuracy
-        self.state.lesson = checkpoint.Lesson(steps, after >= before, validation, test)
+        self.state.lesson = checkpoint.Lesson(steps, after >= before, (before, after), validation, test)
         if self.state.lesson.kept:
             self.state.best = checkpoint.weights_of(self.model)
         else:
             self.model.load_state_dict(self.state.best)
         undone = "" if self.state.lesson.kept else "; it is undone"
-        self._say(kind="note", text=f"validation sums {before:.2%} before the lesson, {after:.2%} after it{undone}")
+        self._say(kind="note", text=f"sums that are digit + number: {before:.2%} before the lesson, {after:.2%} after it{undone}")
         self._report({"epoch": self.state.epochs_done, "lesson": steps}, f"epoch_{self.state.epochs_done:05d}_lesson")
+
+    @torch.no_grad()
+    def _agreement(self) -> float:
+        """Share of the validation rows, each with all ten numbers, whose sum is the number and the digit as it was answered."""
+        agree = torch.zeros(1, dtype=torch.int64, device=self.device)
+        for batch in self.validation:
+            with self._autocast():
+                digit_scores = self.model.digit_scores(prepare_images(batch["image"])).float()
+            sums = self.model.sum_scores_of_all_numbers(digit_scores).argmax(2)
+            agree += (sums == digit_scores.argmax(1)[:, None] + torch.arange(NUMBERS, device=self.device)).sum()
+        return float(add_up(agree).item() / (NUMBERS * len(self.config.validation)))
 
     @torch.no_grad()
     def _lesson_scores(self) -> Tensor:

@@ -53,7 +53,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     model, optimizer = make(0)
     for seed in range(3):
         step(model, optimizer, seed)
-    taught = Lesson(steps=5, kept=True, validation=SCORES, test=SCORES)
+    taught = Lesson(steps=5, kept=True, agreement=(0.5, 0.75), validation=SCORES, test=SCORES)
     state = TrainerState(1, [{"epoch": 1}], weights_of(model), "fp32", EpochSoFar(7, 0.1 + 0.2, 448, 123_456), taught)
     save_state(tmp_path, state, model, optimizer)
     other, other_optimizer = make(1)
@@ -80,12 +80,13 @@ def test_a_model_comes_back(tmp_path: Path) -> None:
 def test_the_card_tells_of_the_lesson_that_the_model_has_had(tmp_path: Path, *, kept: bool) -> None:
     before, after = asdict(SCORES), replace(SCORES, sum_accuracy=0.9)
     lines = [{"epoch": epoch, "best": epoch < 3, "validation": before, "test": before} for epoch in (1, 2, 3)]
-    taught = Lesson(steps=5, kept=kept, validation=after, test=after)
+    taught = Lesson(steps=5, kept=kept, agreement=(0.5, 0.75), validation=after, test=after)
     save_best(tmp_path, TrainerState(3, lines, weights_of(make(0)[0]), "fp32", lesson=taught))
     _, card = load_model(locate(str(tmp_path), "--model"))
     assert card["epoch"] == 2
     assert card["test"] == card["validation"] == asdict(after if kept else SCORES)
-    scores = {name: {"validation": these, "test": these} for name, these in (("before", before), ("after", asdict(after)))}
+    told = (("before", before, 0.5), ("after", asdict(after), 0.75))
+    scores = {name: {"validation": these, "test": these, "agreement": agreement} for name, these, agreement in told}
     assert card["lesson"] == {"steps": 5, "kept": kept, **scores}
 
 
