@@ -252,12 +252,19 @@ def test_overwriting_does_not_cost_what_cannot_be_scored_again(model: Path, pair
         score_here(model, output, pairs, image_column="digit")
     with pytest.raises(RunFailed, match="--overwrite: nothing was replaced"):
         score_here(model, output, pairs, image_column="digit", overwrite=True)
-    more = pairs.parent / "more"
+    assert snapshot(output) == before
+
+
+def test_overwriting_knows_a_file_that_has_another_name_below_another_root(model: Path, pairs: Path, tmp_path: Path) -> None:
+    score_here(model, tmp_path / "out", pairs)
+    before = snapshot(tmp_path / "out")
+    more = tmp_path / "more"
     more.mkdir()
     shutil.copy(pairs / "part-00002.parquet", more)
+    damage_a_file(pairs)
     with pytest.raises(RunFailed, match=r"nothing was replaced: in/part-00001\.parquet cannot be used"):
-        score_here(model, output, pairs, more, overwrite=True)  # the same file, by another name
-    assert snapshot(output) == before
+        score_here(model, tmp_path / "out", pairs, more, overwrite=True)
+    assert snapshot(tmp_path / "out") == before
 
 
 def test_strict_publishes_all_at_the_end(model: Path, pairs: Path, tmp_path: Path) -> None:
