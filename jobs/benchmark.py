@@ -203,7 +203,7 @@ def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
         default=20 if torch.cuda.is_available() else 2,
         help="train: epochs of each Ray run, the first uncounted (default: 2; 20 on a GPU)",
     )
-    parser.add_argument("--rows", type=int, default=600_000, help="score: rows of each Ray run (default: 600000)")
+    parser.add_argument("--rows", type=int, default=400_000, help="score: rows of each Ray run (default: 400000)")
     parser.add_argument("--way", choices=sorted({way for ways in WAYS.values() for way in ways}), help=argparse.SUPPRESS)
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
