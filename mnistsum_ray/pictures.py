@@ -24,6 +24,10 @@ def draw_history(history: list[dict[str, Any]]) -> bytes:
     for name, label in (("digit_accuracy", "digit"), ("sum_accuracy", "sum")):
         accuracies.plot(epochs, [100 * entry["test"][name] for entry in history], "o-", markersize=4, label=label)
     accuracies.set(title="test accuracy, % (sum: all ten numbers)", xlabel="epoch")
+    later = [100 * entry["test"][name] for entry in history[1:] for name in ("digit_accuracy", "sum_accuracy")]
+    if later:  # the first epoch is so far below that the others would be one line; it comes in from under the edge
+        margin = max(0.1, 0.1 * (max(later) - min(later)))
+        accuracies.set_ylim(min(later) - margin, max(later) + margin)
     for axes in (losses, accuracies):
         axes.legend()
         axes.grid(alpha=0.3)
