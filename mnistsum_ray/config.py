@@ -90,7 +90,7 @@ class TrainConfig(JobConfig):
     )
     recipe: Literal["short", "long"] = Field("short", description="short, or long: more epochs of distorted images, for accuracy")
     epochs: int | None = Field(
-        None, ge=1, le=10_000, description="passes over the training rows [5, long 24; under 20,000 rows 6, long 40]"
+        None, ge=1, le=10_000, description="passes over the training rows [5, long 30; under 20,000 rows 6, long 40]"
     )
     batch_size: int | None = Field(
         None, ge=1, le=65_536, description="rows in one step, all workers together [256, long 128; 64 under 20,000 rows]"
@@ -112,7 +112,7 @@ class TrainConfig(JobConfig):
         description="how strongly to turn, stretch, slant and move training images [0; 1 with --recipe long]",
     )
     label_smoothing: float | None = Field(
-        None, ge=0, lt=1, description="share of the uniform distribution in the digits' targets [0; 0.05 with --recipe long]"
+        None, ge=0, lt=1, description="share of the uniform distribution in the targets of both heads [0; 0.05 with --recipe long]"
     )
     dropout: float | None = Field(
         None, ge=0, lt=1, description="share of the last hidden activations that training leaves out [0; 0.25 with --recipe long]"

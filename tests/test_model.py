@@ -75,11 +75,11 @@ def test_images_are_scaled_as_the_card_says() -> None:
     torch.testing.assert_close(x.max().item(), (1 - 0.1307) / 0.3081, rtol=1e-5, atol=1e-6)
 
 
-def test_smoothing_is_of_the_digits_alone(model: TwoHeadCNN) -> None:
+def test_smoothing_is_of_the_targets_of_both_heads(model: TwoHeadCNN) -> None:
     digits, numbers = torch.tensor([3, 9]), torch.tensor([9, 0])
     digit_scores, sum_scores = model(prepare_images(images(2)), numbers)
-    targets = 0.9 * F.one_hot(digits, 10) + 0.01
-    expected = -(targets * digit_scores.log_softmax(1)).sum() + F.cross_entropy(sum_scores, digits + numbers, reduction="sum")
+    of_digits, of_sums = 0.9 * F.one_hot(digits, 10) + 0.1 / 10, 0.9 * F.one_hot(digits + numbers, 19) + 0.1 / 19
+    expected = -(of_digits * digit_scores.log_softmax(1)).sum() - (of_sums * sum_scores.log_softmax(1)).sum()
     smoothed = joint_loss(digit_scores, sum_scores, digits, numbers, label_smoothing=0.1)
     torch.testing.assert_close(smoothed, expected / 2)
 
