@@ -112,7 +112,10 @@ class TrainConfig(JobConfig):
         description="how strongly to turn, stretch, slant and move training images [0; 1 with --recipe long]",
     )
     label_smoothing: float | None = Field(
-        None, ge=0, lt=1, description="share of the uniform distribution in the targets of both heads [0; 0.05 with --recipe long]"
+        None,
+        ge=0,
+        lt=1,
+        description="share of the uniform distribution in the targets of both heads [0; 0.05 with --recipe long]",
     )
     dropout: float | None = Field(
         None, ge=0, lt=1, description="share of the last hidden activations that training leaves out [0; 0.25 with --recipe long]"
