@@ -131,7 +131,7 @@ class TrainerState:
 
     @property
     def best_line(self) -> dict[str, Any]:
-        """What history.jsonl says of the best epoch."""
+        """What history.jsonl says of the epoch that stands: the last that was as good as any (`metrics.as_good`)."""
         return max(self.history, key=lambda line: (line["best"], line["epoch"]))
 
 

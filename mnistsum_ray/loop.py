@@ -26,7 +26,7 @@ from mnistsum_ray.console import SAY_SECONDS, Progress
 from mnistsum_ray.device import be_deterministic, exact_float32, faster_with_bf16, hardware, keep_memory
 from mnistsum_ray.examine import Examination, examine
 from mnistsum_ray.gather import Gather, Schedule
-from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, check_rows, same_everywhere
+from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, as_good, check_rows, same_everywhere
 from mnistsum_ray.model import TwoHeadCNN, prepare_images
 from mnistsum_ray.objective import Objective, dropout_factors
 from mnistsum_ray.optimizer import MuonAdamW, one_cycle
@@ -336,8 +336,8 @@ class _Trainer:
 
     def _save(self, epoch: int, trained: dict[str, float], validation: Scores, test: Scores) -> None:
         entry: dict[str, Any] = {"epoch": epoch + 1, **trained, "validation": asdict(validation), "test": asdict(test)}
-        earlier = [_merit(line["validation"]) for line in self.state.history]
-        entry["best"] = _merit(entry["validation"]) > max(earlier, default=(-1.0, 0.0))
+        earlier = [line["validation"]["sum_accuracy"] for line in self.state.history]
+        entry["best"] = as_good(validation.sum_accuracy, earlier, validation.rows)
         self.state.history.append(entry)
         self.state.epochs_done, self.state.progress = epoch + 1, checkpoint.EpochSoFar()
         if entry["best"]:
@@ -374,11 +374,6 @@ class _Trainer:
         if self.rank == 0:
             with contextlib.suppress(ray.exceptions.RayError):  # what is shown must not decide what is trained
                 self.config.events.put(event)
-
-
-def _merit(validation: dict[str, float]) -> tuple[float, float]:
-    """What "best by validation" means: the sum head's accuracy over all ten numbers, then the smaller loss."""
-    return validation["sum_accuracy"], -validation["loss"]
 
 
 def _spread(rows: Rows, most: int) -> Rows:

@@ -1,5 +1,6 @@
 """Counts and sums over rows, added up over workers, divided once at the end. Nothing of Ray."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -80,6 +81,16 @@ class Tally:
             digit_accuracy=digits_right / rows,
             sum_accuracy=sums_right / pairs,
         )
+
+
+def as_good(accuracy: float, earlier: Iterable[float], rows: int) -> bool:
+    """Whether no earlier accuracy, measured on the same rows, is better by more than one standard error.
+
+    By this rule (Breiman et al., "Classification and Regression Trees", 1984) the last epoch stands, at which the learning rate
+    has come down, unless validation rows speak against it. The highest accuracy of many is that of the luckiest epoch.
+    """
+    best = max(earlier, default=0.0)
+    return accuracy >= best - math.sqrt(best * (1 - best) / rows)
 
 
 class RowsLost(RunFailed):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.metrics import RowsLost, Tally
+from mnistsum_ray.metrics import RowsLost, Tally, as_good
 from mnistsum_ray.model import TwoHeadCNN
 
 CPU = torch.device("cpu")
@@ -39,3 +39,13 @@ def test_a_row_lost_repeated_or_added_is_an_error(ids: list[int]) -> None:
         tally.add(TwoHeadCNN(), torch.zeros(len(ids), 10), torch.zeros(len(ids), dtype=torch.int64), torch.tensor(ids))
     with pytest.raises(RowsLost, match="lost or repeated"):
         tally.scores(3, 0 + 1 + 2)
+
+
+def test_an_epoch_is_as_good_as_any_within_one_standard_error() -> None:
+    assert as_good(0.0, [], 10_000)
+    # The error of 0.99 on 9,900 rows is 0.001.
+    assert as_good(0.9891, [0.99, 0.5], 9_900)
+    assert not as_good(0.9889, [0.99, 0.5], 9_900)
+    assert not as_good(0.5, [0.9889, 0.99], 9_900)
+    assert not as_good(0.999, [1.0], 9_900)
+    assert as_good(1.0, [1.0], 9_900)
