@@ -40,7 +40,7 @@ def teach(model: TwoHeadCNN, digit_scores: Tensor, steps: int, seed: int, seen: 
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
     for _ in range(steps):
         rows = torch.randint(len(digit_scores), (_BATCH,), generator=generator, device=device)
-        scores = between(digit_scores[rows], generator)
+        scores = to_add_to(digit_scores[rows], generator)
         numbers = torch.randint(NUMBERS, (_BATCH,), generator=generator, device=device)
         loss = F.cross_entropy(model.sum_scores(scores, numbers), scores.argmax(1) + numbers)
         optimizer.zero_grad()
@@ -48,6 +48,34 @@ def teach(model: TwoHeadCNN, digit_scores: Tensor, steps: int, seed: int, seen: 
         optimizer.step()
         schedule.step()
         seen(1)
+
+
+def to_add_to(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Scores between two digits, made of each row's: float32[n, 10].
+
+    Half of them are anywhere between two digits, the other half close to a tie of two and then anywhere on the way to other
+    digits. Judged on moved validation rows, whose sum is then half as often another than that of their own digit and the
+    number as where all are on the way to other digits.
+    """
+    half = len(digit_scores) // 2
+    tied = between(with_rival(digit_scores[:half], (0.35, 0.65), generator), generator)
+    return torch.cat([tied, with_rival(digit_scores[half:], (0.0, 1.0), generator)])
+
+
+def with_rival(digit_scores: Tensor, shares: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Of each row's scores a point on the way to the same with the largest and one other exchanged: float32[n, 10].
+
+    Args:
+        digit_scores: float32[n, 10].
+        shares: smallest and largest share that the scores keep; at 0.5 two digits are tied.
+        generator: on the same device.
+    """
+    rows, device = len(digit_scores), digit_scores.device
+    digits = digit_scores.argmax(1, keepdim=True)
+    others = (digits + torch.randint(1, DIGITS, (rows, 1), generator=generator, device=device)) % DIGITS
+    exchanged = digit_scores.scatter(1, digits, digit_scores.gather(1, others)).scatter(1, others, digit_scores.gather(1, digits))
+    low, high = shares
+    return torch.lerp(exchanged, digit_scores, low + (high - low) * torch.rand(rows, 1, generator=generator, device=device))
 
 
 def between(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
