@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnistsum_ray.lesson import between, teach
+from mnistsum_ray.lesson import between, teach, to_add_to, with_rival
 from mnistsum_ray.model import TwoHeadCNN
 
 ROWS = 1000
@@ -45,6 +45,28 @@ def test_scores_between_lie_between_a_row_and_its_permutation() -> None:
     close = mixed.topk(2).values
     near_ties = (close[:, 0] - close[:, 1] < 1).float().mean().item()
     assert near_ties > 10 * (scores.topk(2).values.diff().abs() < 1).float().mean().item() + 0.02
+
+
+def test_a_rival_shares_what_the_two_had_together() -> None:
+    scores = scores_of(ROWS, 0)
+    mixed = with_rival(scores, (0.35, 0.65), torch.Generator().manual_seed(1))
+    changed = (mixed - scores).abs() > 1e-6
+    assert (changed.sum(1) == 2).all(), "the largest and one other"
+    assert changed.gather(1, scores.argmax(1, keepdim=True)).all()
+    torch.testing.assert_close(mixed.sum(1), scores.sum(1), rtol=1e-4, atol=1e-3)
+    two, had = (of[changed].view(ROWS, 2).diff().abs() for of in (mixed, scores))
+    assert (two <= 0.3 * had + 1e-4).all(), "at most 0.65 of the one and 0.35 of the other"
+    assert 0.4 < (mixed.argmax(1) != scores.argmax(1)).float().mean().item() < 0.6
+
+
+def test_the_lesson_dwells_on_ties() -> None:
+    def ties(scores: torch.Tensor) -> float:
+        return (scores.topk(2).values.diff().abs() < 4).float().mean().item()
+
+    scores = scores_of(ROWS, 0)
+    seen = to_add_to(scores, torch.Generator().manual_seed(1))
+    assert seen.shape == (ROWS, 10)
+    assert ties(seen) > 2 * ties(between(scores, torch.Generator().manual_seed(1)))
 
 
 def test_the_sum_follows_the_digit_after_it(model: TwoHeadCNN) -> None:
