@@ -129,8 +129,8 @@ def joint_loss(digit_scores: Tensor, sum_scores: Tensor, digits: Tensor, numbers
     """The mean of the two cross-entropies, added up over the rows (not averaged): a scalar, float32.
 
     With `label_smoothing` the targets of both are mixed with so much of the uniform distribution (Szegedy et al., "Rethinking
-    the Inception Architecture", 2016): bounded digit scores generalize better. On the digits' targets alone it does little,
-    since the sums, which are read from the same scores, still ask for larger ones without end.
+    the Inception Architecture", 2016): bounded digit scores generalize better. Both, since the sums are read from the digit
+    scores, and with targets of their own unmixed would still ask for larger ones without end.
     Added up, so that workers and batches of unequal size weigh each row alike; the caller divides once.
     """
     digit_loss = F.cross_entropy(digit_scores.float(), digits, reduction="sum", label_smoothing=label_smoothing)
