@@ -24,7 +24,7 @@ from mnistsum_ray.scoring.predict import forward_of
 BATCH: Final = 256
 """The original's."""
 
-_BATCHES: Final = (32, 64, 128, 256)
+_BATCHES: Final = (64, 128, 256, 512)
 
 _START_SECONDS: Final = 300.0
 """More than so many processes take to begin, however many."""

@@ -210,7 +210,7 @@ class ScoreConfig(JobConfig):
         description="bf16, fp32, or int8 on CPUs, the fastest there (model.json says how it agrees with fp32) "
         "[bf16 where the hardware is faster with it, else fp32]",
     )
-    batch_size: int | None = Field(None, ge=1, le=65_536, description="rows in one forward pass [64 on a CPU, 2048 on a GPU]")
+    batch_size: int | None = Field(None, ge=1, le=65_536, description="rows in one forward pass [256 on a CPU, 2048 on a GPU]")
     unit_rows: int = Field(
         8_192, ge=1, le=10_000_000, description="most rows in one output file, and about what a kill costs a worker"
     )

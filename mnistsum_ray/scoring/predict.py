@@ -14,8 +14,8 @@ from mnistsum_ray.int8 import int8_forward
 from mnistsum_ray.model import DIGITS, SUMS, TwoHeadCNN, blocked_digit_scores, prepare_images
 from mnistsum_ray.schema import SIDE, Pixels
 
-CPU_BATCH: Final = 64
-"""Its activations stay in a CPU's cache."""
+CPU_BATCH: Final = 256
+"""In `jobs/score.py` on two cores 4 to 6 % faster than 64, and no slower than larger ones."""
 GPU_BATCH: Final = 2048
 
 
