@@ -42,7 +42,7 @@ class Examination:
     sums_right: list[list[int]]
     """Rows with digit d whose sum with number k was right: [d][k]."""
     mistakes: list[Mistake]
-    """One an image, the surest first."""
+    """One an image, the surest first: by the digit's probability, or the sum's where just that is wrong."""
 
     def as_json(self) -> dict[str, Any]:
         """What manifest.json says under `examination`."""
@@ -82,10 +82,8 @@ def examine(
         sum_is_right = pred_sum == digit[:, None] + np.arange(NUMBERS)
         np.add.at(confusion, (digit, pred_digit), 1)
         np.add.at(sums_right, digit, sum_is_right)
-        # How sure it was of what is wrong; nothing where both answers are right.
-        surest = np.maximum(np.where(pred_digit == digit, 0, digit_prob)[:, None], np.where(sum_is_right, 0, sum_prob))
-        numbers = surest.argmax(1)
-        for row in np.flatnonzero(surest.max(1)):
+        numbers = np.where(sum_is_right, 0, sum_prob).argmax(1)  # the sum it was surest of among those that are wrong
+        for row in np.flatnonzero((pred_digit != digit) | ~sum_is_right.all(1)):
             number = int(numbers[row])
             mistakes.append(
                 Mistake(
@@ -110,6 +108,5 @@ def _surest(scores: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int
 
 
 def _sureness(mistake: Mistake) -> float:
-    digit = mistake.digit_prob if mistake.pred_digit != mistake.digit else 0.0
-    total = mistake.sum_prob if mistake.pred_sum != mistake.digit + mistake.number else 0.0
-    return max(digit, total)
+    # Since its lesson the sum head is sure of any sum; how sure the model was of a wrong digit, only the digit head tells.
+    return mistake.digit_prob if mistake.pred_digit != mistake.digit else mistake.sum_prob

@@ -15,7 +15,7 @@ from mnistsum_ray.model import DIGITS, SUMS, TwoHeadCNN, blocked_digit_scores, p
 from mnistsum_ray.schema import SIDE, Pixels
 
 CPU_BATCH: Final = 256
-"""In `jobs/score.py` on two cores 4 to 6 % faster than 64, and no slower than larger ones."""
+"""In `jobs/score.py` on two cores 3 to 7 % faster than 64, and no slower than larger ones."""
 GPU_BATCH: Final = 2048
 
 
