@@ -22,6 +22,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_what_is_scored_before_a_training_does_not_disturb_it(cluster: str, model: Path, pairs: Path, tmp_path: Path) -> None:
     def scored(of: str, name: str) -> Path:
         line = score(ScoreConfig(model=of, input=(str(pairs),), output=str(tmp_path / name), precision="fp32"))

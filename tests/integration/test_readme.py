@@ -65,6 +65,7 @@ def test_the_model_goes_elsewhere(laptop: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_the_python(laptop: Path) -> None:
     printed = run([sys.executable, "-c", block("From Python", "python")], laptop)
     assert len(re.findall(r"\[[^]]*\]", printed)) == 4
