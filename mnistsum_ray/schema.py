@@ -86,7 +86,9 @@ def pixels_array(images: Pixels) -> pa.FixedSizeBinaryArray:
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """A column of a table as one array."""
+    """A column of a table as one array, without a copy where it is one."""
+    if column.num_chunks == 1:
+        return column.chunk(0)  # `combine_chunks` would copy it
     combined = column.combine_chunks()
     return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
 
