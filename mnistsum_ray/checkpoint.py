@@ -15,16 +15,20 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from mnistsum_ray.calibration import Temperatures
 from mnistsum_ray.config import Refusal, one_line
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.model import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.optimizer import MuonAdamW
 from mnistsum_ray.storage import Location
 
-FORMAT: Final = "mnistsum_ray/1"
-STATE_FORMAT: Final = "mnistsum_ray/3"
-"""Of a trainer's state, which changes more often than what a model is: 2 has Muon's, 3 the lesson."""
+FORMAT: Final = "mnistsum_ray/2"
+"""Of a model folder: 2 has the temperatures."""
+STATE_FORMAT: Final = "mnistsum_ray/4"
+"""Of a trainer's state: 4 has the checksums of the files beside it."""
 MODEL_FILES: Final = ("model.safetensors", "model.json")
+STATE_FILE: Final = "trainer.safetensors"
+STATE_CARD: Final = "trainer.json"
 
 Weights = dict[str, Tensor]
 
@@ -39,9 +43,9 @@ def weights_of(model: TwoHeadCNN) -> Weights:
 
 
 def save_model(
-    folder: Path, weights: Weights, *, epoch: int, validation: Scores, test: Scores, lesson: dict[str, Any] | None = None
+    folder: Path, weights: Weights, *, epoch: int, validation: Scores, test: Scores, sum_head: dict[str, Any] | None = None
 ) -> None:
-    """Write `model.safetensors` and `model.json` into a local folder; `lesson` is what the latter says of it."""
+    """Write `model.safetensors` and `model.json` into a local folder; `sum_head` is what the latter says of its fine-tuning."""
     data = save_tensors(weights)
     card = {
         "format": FORMAT,
@@ -57,7 +61,8 @@ def save_model(
         },
         "output": {"digit": "10 scores", "sum": "19 scores: digit + number is 0..18"},
         "epoch": epoch,
-        "lesson": lesson,
+        "sum_head": sum_head,
+        "temperature": Temperatures().as_json(),
         "validation": asdict(validation),
         "test": asdict(test),
     }
@@ -66,10 +71,10 @@ def save_model(
 
 
 def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
-    """Load a model folder, or the `model` folder of a run: the network in evaluation mode and its card.
+    """Load a model folder, or the `model` folder of a run: the network in evaluation mode and its card (model.json).
 
     Raises:
-        Refusal: there is no model, or it is not one of this network, or its checksum is not the card's.
+        Refusal: there is no model, it is not one of this network, its checksum is not the card's, or a weight is not finite.
     """
     try:
         if not (folder / MODEL_FILES[1]).exists():
@@ -78,16 +83,36 @@ def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
         data = (folder / MODEL_FILES[0]).read_bytes()
     except (OSError, ValueError) as error:
         raise Refusal(f"{folder.text}: holds no model ({one_line(error)})") from None
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise Refusal(f"{folder.text}: model.json does not say format {FORMAT!r}")
-    if hashlib.sha256(data).hexdigest() != card.get("sha256"):
+    try:
+        temperatures = _checked_card(card)
+    except ValueError as error:
+        raise Refusal(f"{folder.text}: model.json cannot be used: {error}") from None
+    if hashlib.sha256(data).hexdigest() != card["sha256"]:
         raise Refusal(f"{folder.text}: model.safetensors is not the file that model.json describes (SHA-256 differs)")
     model = TwoHeadCNN()
     try:
         model.load_state_dict(load_tensors(data))
     except (SafetensorError, RuntimeError) as error:
         raise Refusal(f"{folder.text}: its tensors are not those of the network ({one_line(error)})") from None
+    wrong = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if wrong:
+        raise Refusal(f"{folder.text}: {wrong} holds NaN or infinite weights, so no answer would mean anything; train anew")
+    model.temperatures = temperatures
     return model.eval(), card
+
+
+def _checked_card(card: Any) -> Temperatures:
+    """The temperatures of a card whose fields have the right kinds; those that a run adds may be missing.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise ValueError(f"it does not say format {FORMAT!r}")
+    for name, kind in (("sha256", str), ("epoch", int), ("parameters", int)):
+        if not isinstance(card.get(name), kind):
+            raise ValueError(f"its {name!r} is {str(card.get(name, 'missing'))[:80]}")
+    return Temperatures.from_json(card.get("temperature"))
 
 
 @dataclass(frozen=True)
@@ -103,16 +128,17 @@ class EpochSoFar:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What the sum head's lesson after the last epoch came to, see lesson.py."""
+class SumHeadTuning:
+    """Result of fine-tuning the sum head after the last epoch (sum_head.py)."""
 
     steps: int
     kept: bool
     agreement: tuple[float, float]
-    """Share of the validation pairs whose sum is the number and the digit as it was answered, before it and after it."""
+    """Share of the validation pairs whose sum is the predicted digit plus the number, before and after."""
     validation: Scores
-    """After it, as below, also where it was not kept."""
+    """After it, also where it was not kept."""
     test: Scores
+    """Likewise."""
 
 
 @dataclass
@@ -122,11 +148,11 @@ class TrainerState:
     epochs_done: int
     history: list[dict[str, Any]]
     best: Weights
-    """Those of `best_line`, and after a lesson that was kept, of that."""
+    """Those of `best_line`; with the fine-tuned sum head, once there is one that was kept."""
     precision: str
     progress: EpochSoFar = field(default_factory=EpochSoFar)
     """Of the epoch after those."""
-    lesson: Lesson | None = None
+    sum_head: SumHeadTuning | None = None
     """None before it, and where there is none."""
 
     @property
@@ -135,40 +161,65 @@ class TrainerState:
         return max(self.history, key=lambda line: (line["best"], line["epoch"]))
 
 
-def save_state(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
-    """Write `trainer.safetensors` and `trainer.json` into a local folder."""
+def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
+    """Write the trainer's state and, once an epoch is done, the best model so far into a local folder.
+
+    `trainer.json` holds the SHA-256 of the other files, so that a checkpoint that was cut off is known for one.
+    """
     tensors = {f"model.{name}": value for name, value in weights_of(model).items()}
     tensors |= {f"best.{name}": value for name, value in state.best.items()}
     for name, _, kept in optimizer.states():
         for key, value in kept.items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    (folder / STATE_FILE).write_bytes(save_tensors(tensors))
+    if state.history:
+        _save_best(folder, state)
     fields = {
         "format": STATE_FORMAT,
         "epochs_done": state.epochs_done,
         "progress": asdict(state.progress),
         "precision": state.precision,
         "history": state.history,
-        "lesson": None if state.lesson is None else asdict(state.lesson),
+        "sum_head": None if state.sum_head is None else asdict(state.sum_head),
+        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())},
     }
-    (folder / "trainer.safetensors").write_bytes(save_tensors(tensors))
-    (folder / "trainer.json").write_text(json.dumps(fields) + "\n")
+    (folder / STATE_CARD).write_text(json.dumps(fields) + "\n")
 
 
-def save_best(folder: Path, state: TrainerState) -> None:
-    """Write the best model so far, with the lesson if it has had it, into a local folder."""
-    line, lesson = state.best_line, state.lesson
+def _save_best(folder: Path, state: TrainerState) -> None:
+    line, tuning = state.best_line, state.sum_head
     before, said = {of: line[of] for of in ("validation", "test")}, None
     scores = {of: Scores(**values) for of, values in before.items()}
-    if lesson:
-        after = {"validation": lesson.validation, "test": lesson.test}
+    if tuning:
+        after = {"validation": tuning.validation, "test": tuning.test}
         said = {
-            "steps": lesson.steps,
-            "kept": lesson.kept,
-            "before": {**before, "agreement": lesson.agreement[0]},
-            "after": {**{of: asdict(values) for of, values in after.items()}, "agreement": lesson.agreement[1]},
+            "steps": tuning.steps,
+            "kept": tuning.kept,
+            "before": {**before, "agreement": tuning.agreement[0]},
+            "after": {**{of: asdict(values) for of, values in after.items()}, "agreement": tuning.agreement[1]},
         }
-        scores = after if lesson.kept else scores
-    save_model(folder, state.best, epoch=line["epoch"], **scores, lesson=said)
+        scores = after if tuning.kept else scores
+    save_model(folder, state.best, epoch=line["epoch"], **scores, sum_head=said)
+
+
+def check_whole(folder: Location) -> None:
+    """Read a checkpoint folder and compare its files with their checksums.
+
+    Raises:
+        Unusable: a file is missing, was cut off, or is of another version.
+        OSError: the storage does not answer.
+    """
+    try:
+        fields = (folder / STATE_CARD).read_json()
+        if fields["format"] != STATE_FORMAT:
+            raise Unusable(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")
+        for name, expected in fields["files"].items():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+                raise Unusable(f"{name} is not whole (SHA-256 differs)")
+    except FileNotFoundError as error:
+        raise Unusable(f"a file is missing ({one_line(error)})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unusable(f"{STATE_CARD} is not whole ({one_line(error)})") from None
 
 
 def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
@@ -179,16 +230,16 @@ def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Trainer
     """
     try:
         return _load_state(folder, model, optimizer)
-    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise Unusable(one_line(error)) from error
 
 
 def _load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
-    fields = json.loads((folder / "trainer.json").read_text())
+    fields = json.loads((folder / STATE_CARD).read_text())
     if fields["format"] != STATE_FORMAT:
         raise ValueError(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")
     groups: dict[str, Weights] = {}
-    for name, value in load_tensors((folder / "trainer.safetensors").read_bytes()).items():
+    for name, value in load_tensors((folder / STATE_FILE).read_bytes()).items():
         group, _, rest = name.partition(".")
         groups.setdefault(group, {})[rest] = value
     model.load_state_dict(groups["model"])
@@ -200,7 +251,7 @@ def _load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Traine
         place = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=like.device)
         kept[key] = place.detach().copy_(value)
     progress = EpochSoFar(**fields["progress"])
-    taught = fields["lesson"]
-    scores = {of: Scores(**taught[of]) for of in ("validation", "test")} if taught else {}
-    lesson = taught and Lesson(taught["steps"], taught["kept"], tuple(taught["agreement"]), **scores)
-    return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"], progress, lesson)
+    tuned = fields["sum_head"]
+    scores = {of: Scores(**tuned[of]) for of in ("validation", "test")} if tuned else {}
+    sum_head = tuned and SumHeadTuning(tuned["steps"], tuned["kept"], tuple(tuned["agreement"]), **scores)
+    return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"], progress, sum_head)

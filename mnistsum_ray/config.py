@@ -73,7 +73,7 @@ class Settings:
     distortion: float
     label_smoothing: float
     dropout: float
-    lesson: int
+    sum_head_steps: int
     seed: int
     precision: str | None
     """None: what is faster on all the workers."""
@@ -120,15 +120,14 @@ class TrainConfig(JobConfig):
     dropout: float | None = Field(
         None, ge=0, lt=1, description="share of the last hidden activations that training leaves out [0; 0.25 with --recipe long]"
     )
-    lesson: int | None = Field(
+    sum_head_steps: int | None = Field(
         None,
         ge=0,
         le=100_000,
-        description="steps of a lesson in arithmetic for the sum head, after the last epoch "
-        "[4000, long 12000; under 20,000 rows 1000, long 4000]",
+        description="steps of fine-tuning the sum head alone, after the last epoch [20000; under 20,000 rows 4000]",
     )
     seed: int = Field(
-        0, ge=0, lt=2**63, description="decides initial weights, order, numbers, shifts, distortions, dropout and the lesson"
+        0, ge=0, lt=2**63, description="decides initial weights, order, numbers, shifts, distortions, dropout and fine-tuning"
     )
     num_workers: int | tuple[int, int] | None = Field(
         None, description="N, or MIN,MAX for an elastic run [one a GPU; without GPUs, one a node]"

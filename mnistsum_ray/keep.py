@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import ray.train
 
@@ -33,12 +33,17 @@ def manifest_of(run: Run, fingerprint: str, workers: str) -> dict[str, Any]:
     }
 
 
+FOUND_AT_THE_END: Final = ("temperature", "probabilities", "int8")
+"""Fields of model.json that are not known before training has ended."""
+
+
 def publish(
-    folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]], int8: dict[str, Any] | None = None
+    folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]], found: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Put the best model so far, which every checkpoint carries, and the history into the run folder; the model's card.
 
-    A calibration that is there of the same weights stays: what was scored with it must go on as it was.
+    `found` is what the end of training adds to the card: temperatures, probability metrics, calibration for int8. What is there
+    already of the same weights stays, so that a scoring run that began with it can go on.
     """
     from mnistsum_ray import tensorboard  # not needed before there is an epoch
 
@@ -47,9 +52,10 @@ def publish(
         new: dict[str, Any] = json.loads((Path(local) / card).read_text())
         place = folder / "model" / card
         old = place.read_json() if place.exists() else {}
-        int8 = (old.get("int8") if old.get("sha256") == new["sha256"] else None) or int8
+        same = old.get("sha256") == new["sha256"] and "probabilities" in old
+        known = {key: old[key] for key in FOUND_AT_THE_END if same and key in old}
         (folder / "model" / weights).write_bytes((Path(local) / weights).read_bytes())
-        new |= {"int8": int8} if int8 else {}
+        new |= (found or {}) | known
         place.write_json(new)
     write_history(folder, history)
     tensorboard.write_epochs(folder, history)
@@ -65,6 +71,7 @@ def write_report(run: Run, manifest: dict[str, Any], card: dict[str, Any], outco
         "history.png": pictures.draw_history(outcome.history),
         "confusion.png": pictures.draw_confusion(found.confusion),
         "sums.png": pictures.draw_sums(found.sums_right, found.confusion),
+        "reliability.png": pictures.draw_reliability(found.reliability()),
         "mistakes.png": pictures.draw_mistakes(found.as_json()["mistakes"], outcome.mistaken),
     }
     for name, png in drawn.items():

@@ -1,4 +1,4 @@
-"""What every training worker runs: load, then for each epoch step, evaluate and save; a lesson and a last look at the end."""
+"""Per-worker training loop: train, evaluate and checkpoint each epoch; then fine-tune the sum head and analyse the model."""
 
 import contextlib
 import math
@@ -19,12 +19,12 @@ from ray.data.dataset import MaterializedDataset
 from ray.util.queue import Queue
 from torch import Tensor
 
-from mnistsum_ray import checkpoint, int8, lesson, pipeline
+from mnistsum_ray import checkpoint, int8, pipeline, sum_head
 from mnistsum_ray.augment import distort
 from mnistsum_ray.config import Settings
 from mnistsum_ray.console import SAY_SECONDS, Progress
 from mnistsum_ray.device import be_deterministic, exact_float32, faster_with_bf16, hardware, keep_memory
-from mnistsum_ray.examine import Examination, examine
+from mnistsum_ray.examine import TEMPERATURE_ROWS, Examination, examine, fit_temperatures
 from mnistsum_ray.gather import Gather, Schedule
 from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, as_good, check_rows, same_everywhere
 from mnistsum_ray.model import TwoHeadCNN, prepare_images
@@ -65,8 +65,8 @@ class Outcome:
     """Of the best model on the test rows."""
     mistaken: Pixels
     """The images of its mistakes, in their order: uint8[n, 28, 28]."""
-    int8: dict[str, Any] | None
-    """For model.json; None where the CPU of the worker cannot."""
+    card: dict[str, Any]
+    """What model.json gets beside what every checkpoint's has: see `keep.FOUND_AT_THE_END`."""
     hardware: dict[str, Any]
     precision: str
 
@@ -80,7 +80,7 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> dict[str, Any]:
     try:
         trainer = _Trainer(config["loop"])
         trainer.run()
-        trainer.teach_sum_head()
+        trainer.finetune_sum_head()
         return vars(trainer.examined()) if trainer.rank == 0 else {}
     except (NonFiniteLoss, RowsLost, checkpoint.Unusable) as error:
         # Every rank comes here, since all see the same reduced numbers and checkpoint. Raised, it would be repeated by Ray Train.
@@ -161,29 +161,31 @@ class _Trainer:
             trained["evaluation_seconds"] = time.perf_counter() - before
             self._save(epoch, trained, validation, test)
 
-    def teach_sum_head(self) -> None:
-        """Give the best model's sum head its lesson, unless it has had it; it is undone if the two heads then agree less."""
-        steps = self.settings.lesson
-        if not steps or self.state.lesson is not None:
+    def finetune_sum_head(self) -> None:
+        """Fine-tune the best model's sum head, unless that is done; it is undone if the two heads then agree less."""
+        steps = self.settings.sum_head_steps
+        if not steps or self.state.sum_head is not None:
             return
-        self._say(kind="note", text=f"a lesson in arithmetic for the sum head, {steps:,} steps")
+        self._say(kind="note", text=f"fine-tuning the sum head, {steps:,} steps")
         self.model.load_state_dict(self.state.best)
         before = self._agreement()
         if self.rank == 0:
-            seed = step_seed(self.settings.seed, self.settings.epochs, 0, Draw.LESSON)
-            lesson.teach(self.model, self._lesson_scores(), steps, seed, self._waiting("steps of the lesson", steps))
+            seed = step_seed(self.settings.seed, self.settings.epochs, 0, Draw.SUM_HEAD)
+            seen = self._waiting("fine-tuning steps", steps)
+            sum_head.finetune_sum_head(self.model, self._digit_scores_to_tune_on(), steps, seed, seen)
         same_everywhere(self.model.parameters())
         after = self._agreement()
         validation = self._evaluate(self.validation, self.config.validation)
         test = self._evaluate(self.test, self.config.test)
-        self.state.lesson = checkpoint.Lesson(steps, after >= before, (before, after), validation, test)
-        if self.state.lesson.kept:
+        kept = after >= before
+        self.state.sum_head = checkpoint.SumHeadTuning(steps, kept, (before, after), validation, test)
+        if kept:
             self.state.best = checkpoint.weights_of(self.model)
         else:
             self.model.load_state_dict(self.state.best)
-        undone = "" if self.state.lesson.kept else "; it is undone"
-        self._say(kind="note", text=f"sums that are digit + number: {before:.2%} before the lesson, {after:.2%} after it{undone}")
-        self._report({"epoch": self.state.epochs_done, "lesson": steps}, f"epoch_{self.state.epochs_done:05d}_lesson")
+        undone = "" if kept else "; undone"
+        self._say(kind="note", text=f"validation sums equal to digit + number: {before:.3%} before, {after:.3%} after{undone}")
+        self._report({"epoch": self.state.epochs_done, "sum_head": steps}, f"epoch_{self.state.epochs_done:05d}_sum_head")
 
     @torch.no_grad()
     def _agreement(self) -> float:
@@ -197,31 +199,34 @@ class _Trainer:
         return float(add_up(agree).item() / (NUMBERS * len(self.config.validation)))
 
     @torch.no_grad()
-    def _lesson_scores(self) -> Tensor:
+    def _digit_scores_to_tune_on(self) -> Tensor:
         scores = []
-        for batch in pipeline.plain_batches(self.images, _spread(self.config.train, lesson.ROWS), 0, 1, self.device):
+        for batch in pipeline.plain_batches(self.images, _spread(self.config.train, sum_head.ROWS), 0, 1, self.device):
             with self._autocast():
                 scores.append(self.model.digit_scores(prepare_images(batch["image"])).float())
         return torch.cat(scores)
 
     def examined(self) -> Outcome:
-        """What the best model answers on the test rows, and what scoring with integers takes and how it agrees; by one worker."""
-        self._say(kind="note", text="looking at the best model's answers on the test rows")
+        """The best model's temperatures, its answers on the test rows, and its calibration for int8; computed by one worker."""
+        self._say(kind="note", text="analysing the best model's answers on the test rows")
         model = TwoHeadCNN().eval()
         model.load_state_dict(self.state.best)
+        model.to(self.device)
         gather = Gather(self.images)
+        validation = _spread(self.config.validation, TEMPERATURE_ROWS)
+        model.temperatures = fit_temperatures(model, gather, validation, self._autocast())
         seen = self._waiting("test rows answered", len(self.config.test))
-        found = examine(model.to(self.device), gather, self.config.test, self._autocast(), seen)
+        found = examine(model, gather, self.config.test, self._autocast(), seen)
         images = gather(np.array([mistake.row_id for mistake in found.mistakes], np.int64))["image"]
-        agreement = None
+        card = {"temperature": model.temperatures.as_json(), "probabilities": found.probability_metrics()}
         if int8.is_available():
             use_cores(1)  # the other workers are done
             training = gather(_spread(self.config.train, int8.CALIBRATION_ROWS))["image"]
             test = gather(_spread(self.config.test, int8.COMPARED_ROWS))
             rows = [torch.as_tensor(values) for values in (training, test["image"], test["digit"])]
             seen = self._waiting("test rows answered with integers", len(test["digit"]))
-            agreement = int8.quantize(model.cpu(), rows[0], rows[1], rows[2], seen).as_json()
-        return Outcome(self.state.history, found, images, agreement, hardware(self.device), self.state.precision)
+            card["int8"] = int8.quantize(model.cpu(), rows[0], rows[1], rows[2], seen).as_json()
+        return Outcome(self.state.history, found, images, card, hardware(self.device), self.state.precision)
 
     def _train_epoch(self, epoch: int, schedule: Schedule, batches: Iterator[Batch]) -> dict[str, float]:
         """One pass over the training rows: mean loss a row, rows/s, and the share of the time spent waiting for data."""
@@ -362,9 +367,7 @@ class _Trainer:
             return
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            checkpoint.save_state(folder, self.state, self.model, self.optimizer)
-            if self.state.history:
-                checkpoint.save_best(folder, self.state)
+            checkpoint.save_checkpoint(folder, self.state, self.model, self.optimizer)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=folder_name)
 
     def _waiting(self, what: str, total: int) -> Progress:

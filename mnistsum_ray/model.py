@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnistsum_ray.calibration import Temperatures
+
 PARAMETERS: Final = 220_125
 DIGITS: Final = 10
 SUMS: Final = 19
@@ -36,8 +38,12 @@ def prepare_images(images: Tensor) -> Tensor:
 class TwoHeadCNN(nn.Module):
     """The original's network: 220,125 trainable parameters."""
 
+    temperatures: Temperatures
+    """What the scores are divided by where probabilities are made of them; `forward` gives the scores themselves."""
+
     def __init__(self) -> None:
         super().__init__()
+        self.temperatures = Temperatures()
         self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
         self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
         self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
@@ -136,3 +142,15 @@ def joint_loss(digit_scores: Tensor, sum_scores: Tensor, digits: Tensor, numbers
     digit_loss = F.cross_entropy(digit_scores.float(), digits, reduction="sum", label_smoothing=label_smoothing)
     sum_loss = F.cross_entropy(sum_scores.float(), digits + numbers, reduction="sum", label_smoothing=label_smoothing)
     return (digit_loss + sum_loss) / 2
+
+
+def losses_of(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the probabilities of scores [n, classes] are from the true classes int64[n], row by row: float32[n] each.
+
+    Returns:
+        The negative log-likelihood in nats, and the Brier score: the squared distance between the probabilities and the truth.
+    """
+    logarithms = scores.log_softmax(1)
+    nll = -logarithms.gather(1, labels[:, None]).squeeze(1)
+    brier = logarithms.exp().square().sum(1) - 2 * torch.exp(-nll) + 1
+    return nll, brier

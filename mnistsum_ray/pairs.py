@@ -28,7 +28,7 @@ class Draw(IntEnum):
     SPLIT = 3
     DISTORTION = 4
     DROPOUT = 5
-    LESSON = 6
+    SUM_HEAD = 6
 
 
 DRAWS: Final = 6

@@ -9,6 +9,8 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mnistsum_ray.calibration import Reliability
+
 _REASONS_DRAWN: Final = 12
 _REASON_WIDTH: Final = 60
 
@@ -83,6 +85,31 @@ def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8])
             f"true {digit}, sum {digit + number}",
             fontsize=7.5,
         )
+    return _png(figure)
+
+
+def draw_reliability(heads: dict[str, Reliability]) -> bytes:
+    """Reliability diagram: share of right answers by their probability, in the bins of `Reliability`, for each head."""
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    for axes, (name, head) in zip(figure.subplots(1, len(heads)), heads.items(), strict=True):
+        rows, right = np.array(head.rows), np.array(head.right)
+        some = rows > 0
+        share = right[some] / rows[some]
+        axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="as often right as it says")
+        # One standard error of a share, by Wilson's estimate of it, which is not 0 where all or none are right.
+        likely = (right[some] + 0.5) / (rows[some] + 1)
+        error = np.sqrt(likely * (1 - likely) / rows[some])
+        axes.errorbar(
+            np.array(head.probability)[some] / rows[some], share, error, fmt="o", markersize=4, capsize=2, label="answers"
+        )
+        for x, y, count in zip(np.array(head.probability)[some] / rows[some], share, rows[some], strict=True):
+            axes.annotate(f"{count:,}", (x, y), xytext=(-3, 5), textcoords="offset points", fontsize=7, ha="right")
+        ece = head.metrics()["ece"]
+        said = "" if ece is None else f", expected calibration error {ece:.4f}"
+        axes.set(title=f"{name}{said}", xlabel="probability of the answer", ylabel="share that is right")
+        axes.set(xlim=(-0.02, 1.04), ylim=(-0.05, 1.09))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left", fontsize=8)
     return _png(figure)
 
 

@@ -40,7 +40,8 @@ class Portable(nn.Module):
 
     def forward(self, image: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         digit_scores, sum_scores = self.model(prepare_images(image), number)
-        (digit_prob, digit), (sum_prob, total) = (scores.softmax(1).max(1) for scores in (digit_scores, sum_scores))
+        digit_prob, digit = (digit_scores / self.model.temperatures.digit).softmax(1).max(1)
+        sum_prob, total = (sum_scores / self.model.temperatures.sum).softmax(1).max(1)
         return digit, digit_prob, total, sum_prob
 
 

@@ -83,10 +83,12 @@ def _mlflow(uri: str, *, resume: bool) -> str:
 def _recipe(name: str, *, small: bool) -> dict[str, Any]:
     """What is meant where nothing is said."""
     if name == "long":
-        size = {"epochs": 40, "batch_size": 64, "lesson": 4_000} if small else {"epochs": 30, "batch_size": 128, "lesson": 12_000}
-        return size | {"max_shift": 0, "distortion": 1.0, "label_smoothing": 0.05, "dropout": 0.25}
-    size = {"epochs": 6, "batch_size": 64, "max_shift": 1} if small else {"epochs": 5, "batch_size": 256, "max_shift": 2}
-    return size | {"lesson": 1_000 if small else 4_000, "distortion": 0.0, "label_smoothing": 0.0, "dropout": 0.0}
+        size = {"epochs": 40, "batch_size": 64} if small else {"epochs": 30, "batch_size": 128}
+        augmentation = {"max_shift": 0, "distortion": 1.0, "label_smoothing": 0.05, "dropout": 0.25}
+    else:
+        size = {"epochs": 6, "batch_size": 64} if small else {"epochs": 5, "batch_size": 256}
+        augmentation = {"max_shift": 1 if small else 2, "distortion": 0.0, "label_smoothing": 0.0, "dropout": 0.0}
+    return size | augmentation | {"sum_head_steps": 4_000 if small else 20_000}
 
 
 def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:

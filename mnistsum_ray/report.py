@@ -18,6 +18,7 @@ PICTURES: Final = {
     "history.png": "Loss and accuracy by epoch",
     "confusion.png": "Digits: true and predicted",
     "sums.png": "Sums: accuracy by digit and number",
+    "reliability.png": "How often an answer is right, by its probability",
     "mistakes.png": "The most confident mistakes",
 }
 """File name in the run folder, and what it shows."""

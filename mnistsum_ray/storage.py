@@ -124,8 +124,15 @@ class Location:
         return sorted(found, key=lambda info: str(info.path))
 
     def read_json(self) -> Any:
-        """The file's one JSON value."""
-        return json.loads(self.read_bytes())
+        """The file's one JSON value.
+
+        Raises:
+            ValueError: it is not JSON, or nested too deeply.
+        """
+        try:
+            return json.loads(self.read_bytes())
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
 
     def write_json(self, value: Any) -> None:
         """Write it as `write_bytes` does; infinite numbers and NaN, which JSON has not, are an error."""

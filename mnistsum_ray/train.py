@@ -79,7 +79,7 @@ def _fit(run: Run, console: Console) -> dict[str, Any]:
         with _events(console, lambda entry: mlflow.tell(entry, console.say) if mlflow else None) as events:
             outcome, checkpoint = _train(run, allotment, loaded.images, events, console)
         # A kill may have come between the last epoch and its publication.
-        card = publish(run.folder, checkpoint, outcome.history, outcome.int8)
+        card = publish(run.folder, checkpoint, outcome.history, outcome.card)
         summary = {
             "run": run.folder.text,
             "model": (run.folder / "model").text,

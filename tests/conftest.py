@@ -1,5 +1,6 @@
 """Data that the tests share: small, real, and made on the spot."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mnistsum_ray.calibration import Temperatures
 from mnistsum_ray.checkpoint import load_model, save_model, weights_of
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.mnist import SAMPLE
@@ -34,13 +36,22 @@ def write_rows(tmp_path: Path, sample: pa.Table) -> Callable[[int], Path]:
     return write
 
 
+TEMPERATURES = Temperatures(1.5, 0.7)
+
+
 def write_model(folder: Path, seed: int) -> Path:
     """A model folder with random weights, whose answers are as good as any for telling whether they are the same."""
     torch.manual_seed(seed)
     nothing = Scores(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
     folder.mkdir()
     save_model(folder, weights_of(TwoHeadCNN()), epoch=1, validation=nothing, test=nothing)
+    set_temperatures(folder, TEMPERATURES)
     return folder
+
+
+def set_temperatures(folder: Path, temperatures: Temperatures) -> None:
+    card = folder / "model.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"temperature": temperatures.as_json()}))
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +60,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(model: Path, images: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """What plain PyTorch says of uint8[n, 28, 28] and int64[n]."""
+    """What plain PyTorch says of uint8[n, 28, 28] and int64[n], with a model of `write_model`."""
     network, _ = load_model(locate(str(model), "--model"))
     with torch.inference_mode():
         heads = network(prepare_images(torch.tensor(images)), torch.tensor(numbers))
-    (digit_prob, digit), (sum_prob, total) = (head.softmax(1).max(1) for head in heads)
+    (digit_prob, digit), (sum_prob, total) = (
+        (head / temperature).softmax(1).max(1)
+        for head, temperature in zip(heads, (TEMPERATURES.digit, TEMPERATURES.sum), strict=True)
+    )
     return {
         "pred_digit": digit.numpy(),
         "digit_prob": digit_prob.numpy(),

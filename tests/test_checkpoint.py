@@ -10,13 +10,14 @@ import torch
 
 from mnistsum_ray.checkpoint import (
     EpochSoFar,
-    Lesson,
+    SumHeadTuning,
     TrainerState,
+    Unusable,
+    check_whole,
     load_model,
     load_state,
-    save_best,
+    save_checkpoint,
     save_model,
-    save_state,
     weights_of,
 )
 from mnistsum_ray.config import Refusal
@@ -26,6 +27,7 @@ from mnistsum_ray.optimizer import MuonAdamW
 from mnistsum_ray.storage import locate
 
 SCORES = Scores(rows=10, pairs=100, loss=0.5, digit_accuracy=0.9, sum_accuracy=0.8)
+LINE = {"epoch": 1, "best": True, "validation": asdict(SCORES), "test": asdict(SCORES)}
 
 
 def step(model: TwoHeadCNN, optimizer: MuonAdamW, seed: int) -> None:
@@ -53,13 +55,13 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     model, optimizer = make(0)
     for seed in range(3):
         step(model, optimizer, seed)
-    taught = Lesson(steps=5, kept=True, agreement=(0.5, 0.75), validation=SCORES, test=SCORES)
-    state = TrainerState(1, [{"epoch": 1}], weights_of(model), "fp32", EpochSoFar(7, 0.1 + 0.2, 448, 123_456), taught)
-    save_state(tmp_path, state, model, optimizer)
+    tuned = SumHeadTuning(steps=5, kept=True, agreement=(0.5, 0.75), validation=SCORES, test=SCORES)
+    state = TrainerState(1, [LINE], weights_of(model), "fp32", EpochSoFar(7, 0.1 + 0.2, 448, 123_456), tuned)
+    save_checkpoint(tmp_path, state, model, optimizer)
     other, other_optimizer = make(1)
     loaded = load_state(tmp_path, other, other_optimizer)
-    assert (loaded.epochs_done, loaded.history, loaded.precision) == (1, [{"epoch": 1}], "fp32")
-    assert (loaded.progress, loaded.lesson) == (state.progress, taught)
+    assert (loaded.epochs_done, loaded.history, loaded.precision) == (1, [LINE], "fp32")
+    assert (loaded.progress, loaded.sum_head) == (state.progress, tuned)
     assert same(loaded.best, state.best)
     for seed in range(3, 6):
         step(model, optimizer, seed)
@@ -77,17 +79,17 @@ def test_a_model_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_the_card_tells_of_the_lesson_that_the_model_has_had(tmp_path: Path, *, kept: bool) -> None:
+def test_the_card_tells_how_the_sum_head_was_tuned(tmp_path: Path, *, kept: bool) -> None:
     before, after = asdict(SCORES), replace(SCORES, sum_accuracy=0.9)
     lines = [{"epoch": epoch, "best": epoch < 3, "validation": before, "test": before} for epoch in (1, 2, 3)]
-    taught = Lesson(steps=5, kept=kept, agreement=(0.5, 0.75), validation=after, test=after)
-    save_best(tmp_path, TrainerState(3, lines, weights_of(make(0)[0]), "fp32", lesson=taught))
+    tuned = SumHeadTuning(steps=5, kept=kept, agreement=(0.5, 0.75), validation=after, test=after)
+    save_checkpoint(tmp_path, TrainerState(3, lines, weights_of(make(0)[0]), "fp32", sum_head=tuned), *make(0))
     _, card = load_model(locate(str(tmp_path), "--model"))
     assert card["epoch"] == 2
     assert card["test"] == card["validation"] == asdict(after if kept else SCORES)
     told = (("before", before, 0.5), ("after", asdict(after), 0.75))
     scores = {name: {"validation": these, "test": these, "agreement": agreement} for name, these, agreement in told}
-    assert card["lesson"] == {"steps": 5, "kept": kept, **scores}
+    assert card["sum_head"] == {"steps": 5, "kept": kept, **scores}
 
 
 def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:
@@ -97,11 +99,64 @@ def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"epoch": None}, "its 'epoch' is None"),
+        ({"sha256": ["a"]}, "its 'sha256' is ['a']"),
+        ({"temperature": {"digit": 1.0}}, "not a positive number for 'digit' and one for 'sum'"),
+        ({"temperature": {"digit": 1.0, "sum": -1}}, "not a positive number for 'digit' and one for 'sum'"),
+    ],
+    ids=str,
+)
+def test_a_card_without_what_scoring_needs_is_refused(tmp_path: Path, changed: dict[str, object], said: str) -> None:
+    save_model(tmp_path, weights_of(make(0)[0]), epoch=1, validation=SCORES, test=SCORES)
+    card = tmp_path / "model.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | changed))
+    with pytest.raises(Refusal) as refused:
+        load_model(locate(str(tmp_path), "--model"))
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    weights = weights_of(make(0)[0])
+    weights["conv3.weight"][5, 7, 1, 2] = value
+    save_model(tmp_path, weights, epoch=1, validation=SCORES, test=SCORES)
+    with pytest.raises(Refusal, match=r"conv3\.weight holds NaN or infinite weights"):
+        load_model(locate(str(tmp_path), "--model"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000], ids=["brackets", "braces"])
+def test_a_card_that_is_nested_without_end_is_refused(tmp_path: Path, text: str) -> None:
+    save_model(tmp_path, weights_of(make(0)[0]), epoch=1, validation=SCORES, test=SCORES)
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(Refusal, match="holds no model"):
+        load_model(locate(str(tmp_path), "--model"))
+
+
+@pytest.mark.parametrize("name", ["trainer.safetensors", "trainer.json", "model.safetensors", "model.json"])
+@pytest.mark.parametrize("harm", ["missing", "cut short"])
+def test_a_checkpoint_that_is_not_whole_is_known_for_one(tmp_path: Path, name: str, harm: str) -> None:
+    model, optimizer = make(0)
+    step(model, optimizer, 0)
+    save_checkpoint(tmp_path, TrainerState(1, [LINE], weights_of(model), "fp32"), model, optimizer)
+    place = locate(str(tmp_path), "checkpoint")
+    check_whole(place)
+    file = tmp_path / name
+    if harm == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(Unusable, match=r"is missing|is not whole"):
+        check_whole(place)
+
+
+@pytest.mark.parametrize(
     ("what", "said"),
     [
         ("nothing", "holds no model"),
         ("no card", "holds no model"),
-        ("other card", "does not say format 'mnistsum_ray/1'"),
+        ("other card", "does not say format 'mnistsum_ray/2'"),
         ("other weights", "SHA-256 differs"),
         ("pickle", "its tensors are not those of the network"),
     ],

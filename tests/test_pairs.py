@@ -42,7 +42,7 @@ def test_distortions_are_uniform_and_say_nothing_of_each_other() -> None:
 
 
 def test_every_step_has_seeds_of_its_own() -> None:
-    purposes = (Draw.DROPOUT, Draw.LESSON)
+    purposes = (Draw.DROPOUT, Draw.SUM_HEAD)
     steps = [(seed, epoch, step) for seed in range(3) for epoch in range(4) for step in range(300)]
     seeds = {step_seed(*step, purpose) for step in steps for purpose in purposes}
     assert len(seeds) == 2 * len(steps)

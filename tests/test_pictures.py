@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mnistsum_ray import pictures
+from mnistsum_ray.calibration import Reliability
 
 TEST = {"loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
 HISTORY: list[dict[str, Any]] = [{"epoch": epoch, "train_loss": 1 / epoch, "test": TEST} for epoch in (1, 2)]
@@ -16,6 +17,9 @@ MISTAKE = {"digit": 3, "number": 4, "pred_digit": 5, "digit_prob": 0.9, "pred_su
 IMAGES = np.zeros((8, 28, 28), np.uint8)
 NONE = [0] * 20
 BINS = [*NONE[1:], 1000]
+RELIABILITY = Reliability(
+    1.0, 1.0, [2] * 14 + [9_000], [2 * (place + 0.5) / 15 for place in range(14)] + [8_900.0], [1] * 14 + [8_950]
+)
 
 DRAWN = {
     "history": lambda: pictures.draw_history(HISTORY),
@@ -27,6 +31,8 @@ DRAWN = {
     "no mistakes": lambda: pictures.draw_mistakes([], IMAGES[:0]),
     "probabilities": lambda: pictures.draw_probabilities(BINS, BINS),
     "no rows": lambda: pictures.draw_probabilities(NONE, NONE),
+    "reliability": lambda: pictures.draw_reliability({"digit": RELIABILITY, "sum": RELIABILITY}),
+    "reliability of no rows": lambda: pictures.draw_reliability({"digit": Reliability(), "sum": Reliability()}),
     "rejects": lambda: pictures.draw_rejects({f"reason {n} " * 12: 20 - n for n in range(20)}),
 }
 

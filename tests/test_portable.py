@@ -16,6 +16,7 @@ from mnistsum_ray.checkpoint import save_model, weights_of
 from mnistsum_ray.config import ExportModelConfig, Refusal, RunFailed
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.model import TwoHeadCNN, prepare_images
+from tests.conftest import TEMPERATURES, set_temperatures
 
 NOTHING = Scores(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
 ROWS = 37
@@ -26,6 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     save_model(folder, weights_of(TwoHeadCNN()), epoch=1, validation=NOTHING, test=NOTHING)
+    set_temperatures(folder, TEMPERATURES)
     return folder
 
 
@@ -69,6 +71,17 @@ def test_torch_answers_as_the_model_without_this_project(
     expected = predict(load_model(str(model)), *rows)
     assert (digit, total) == (expected.digit.tolist(), expected.sum.tolist())
     np.testing.assert_allclose(sum_prob, expected.sum_prob, atol=1e-4)
+
+
+def test_probabilities_are_made_with_the_temperatures(model: Path, rows: tuple[np.ndarray, np.ndarray]) -> None:
+    network = load_model(str(model))
+    assert network.temperatures == TEMPERATURES
+    found = predict(network, *rows)
+    with torch.no_grad():
+        digit_scores, sum_scores = network(prepare_images(torch.from_numpy(rows[0])), torch.from_numpy(rows[1]))
+    expected = [(digit_scores / 1.5).softmax(1).amax(1), (sum_scores / 0.7).softmax(1).amax(1)]
+    np.testing.assert_allclose(found.digit_prob, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found.sum_prob, expected[1], rtol=1e-5)
 
 
 def test_an_export_that_answers_otherwise_is_not_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mnistsum_ray.calibration import Reliability, Temperatures
 from mnistsum_ray.scoring.footers import PREDICTIONS, Columns
 from mnistsum_ray.scoring.plan import REJECTED
 from mnistsum_ray.scoring.predict import Predictions
@@ -34,12 +35,14 @@ class Request:
     model_sha256: str
     precision: str
     columns: Columns
+    temperatures: Temperatures
     int8_maxima: tuple[float, ...] | None = None
     """With precision int8, what decides the predictions beside the model's weights."""
 
     def text(self) -> str:
         """The same text for the same request."""
         fields = {"model_sha256": self.model_sha256, "precision": self.precision, **vars(self.columns)}
+        fields["temperature"] = self.temperatures.as_json()
         return json.dumps(fields | ({"int8": self.int8_maxima} if self.int8_maxima else {}), sort_keys=True)
 
 
@@ -133,11 +136,23 @@ def _counts(rows: Rows, predictions: Predictions) -> dict[str, Any]:
         counts["labelled"] = int(known.sum())
         counts["digits_right"] = int((predictions.digit == rows.labels)[known].sum())
         counts["sums_right"] = int((predictions.sum == rows.labels + rows.numbers)[known].sum())
+        counts["reliability"] = _reliability(rows, predictions, known)
     if rows.reasons:
         commonest = Counter(rows.reasons.values()).most_common(_REASONS_KEPT)
         rest = len(rows.reasons) - sum(count for _, count in commonest)
         counts["reasons"] = dict(commonest) | ({OTHER_REASONS: rest} if rest else {})
     return counts
+
+
+def _reliability(rows: Rows, predictions: Predictions, known: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """`calibration.Reliability` by head, over the rows whose label is known."""
+    assert rows.labels is not None
+    losses = predictions.losses
+    assert losses is not None, "labels were given to the predictor"
+    digits_right, sums_right = predictions.digit == rows.labels, predictions.sum == rows.labels + rows.numbers
+    digit = predictions.digit_prob[known], digits_right[known], losses.digit_nll[known], losses.digit_brier[known]
+    sum_ = predictions.sum_prob[known], sums_right[known], losses.sum_nll[known], losses.sum_brier[known]
+    return {"digit": Reliability.of(*digit).as_json(), "sum": Reliability.of(*sum_).as_json()}
 
 
 def _histogram(probabilities: npt.NDArray[np.float32]) -> list[int]:

@@ -17,10 +17,11 @@ FILES: Final = "_files.parquet"
 MANIFEST: Final = "_manifest.json"
 PROBABILITIES: Final = "_probabilities.png"
 REJECTS: Final = "_rejects.png"
+RELIABILITY: Final = "_reliability.png"
 LOCK: Final = "_lock"
 UNPUBLISHED: Final = "_unpublished"
 
-SUMMARIES: Final = (FILES, PROBABILITIES, REJECTS)
+SUMMARIES: Final = (FILES, PROBABILITIES, REJECTS, RELIABILITY)
 """What is written of the whole at the end, before the manifest."""
 
 _OWN: Final = (REJECTED, *SUMMARIES, MANIFEST, LOCK, UNPUBLISHED)

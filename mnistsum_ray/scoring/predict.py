@@ -9,14 +9,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mnistsum_ray.calibration import Temperatures
 from mnistsum_ray.device import exact_float32, keep_memory
 from mnistsum_ray.int8 import int8_forward
-from mnistsum_ray.model import DIGITS, SUMS, TwoHeadCNN, blocked_digit_scores, prepare_images
+from mnistsum_ray.model import DIGITS, SUMS, TwoHeadCNN, blocked_digit_scores, losses_of, prepare_images
 from mnistsum_ray.schema import SIDE, Pixels
 
 CPU_BATCH: Final = 256
 """In `jobs/score.py` on two cores 3 to 7 % faster than 64, and no slower than larger ones."""
 GPU_BATCH: Final = 2048
+
+_NO_TEMPERATURES: Final = Temperatures()
+
+
+@dataclass(frozen=True)
+class Losses:
+    """How far the probabilities of n rows are from their labels, float32[n] each; 0 where a row has no label."""
+
+    digit_nll: npt.NDArray[np.float32]
+    digit_brier: npt.NDArray[np.float32]
+    sum_nll: npt.NDArray[np.float32]
+    sum_brier: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -27,11 +40,14 @@ class Predictions:
     digit_prob: npt.NDArray[np.float32]
     sum: npt.NDArray[np.int8]
     sum_prob: npt.NDArray[np.float32]
+    losses: Losses | None = None
+    """Where labels were given."""
 
     def slice(self, start: int, end: int) -> "Predictions":
         """Those of rows start..end-1."""
         rows = slice(start, end)
-        return Predictions(self.digit[rows], self.digit_prob[rows], self.sum[rows], self.sum_prob[rows])
+        losses = self.losses and Losses(**{name: value[rows] for name, value in vars(self.losses).items()})
+        return Predictions(self.digit[rows], self.digit_prob[rows], self.sum[rows], self.sum_prob[rows], losses)
 
 
 def forward_of(
@@ -64,12 +80,13 @@ class Predictor:
         precision: str,
         batch_size: int | None,
         int8_maxima: tuple[float, ...] | None = None,
+        temperatures: Temperatures = _NO_TEMPERATURES,
     ) -> None:
         if device.type == "cpu":
             keep_memory()
             torch.set_num_threads(1)  # one process a core gets more done than threads that wait for each other
         exact_float32()
-        self._device = device
+        self._device, self._temperatures = device, temperatures
         model = TwoHeadCNN()
         model.load_state_dict(weights)
         model.eval().to(device)
@@ -78,34 +95,60 @@ class Predictor:
         # The first pass builds and loads kernels; what cannot run at all is found out here.
         self.predict(np.zeros((self._batch_size, SIDE, SIDE), np.uint8), np.zeros(self._batch_size, np.int64))
 
-    def predict(self, images: Pixels, numbers: npt.NDArray[np.int64]) -> Predictions:
-        """uint8[n, 28, 28] and int64[n] in 0..9 to predictions of n rows."""
-        return _in_batches(self._forward, images, numbers, self._batch_size, self._device)
+    def predict(self, images: Pixels, numbers: npt.NDArray[np.int64], labels: npt.NDArray[np.int64] | None = None) -> Predictions:
+        """Predict n rows.
+
+        Args:
+            images: uint8[n, 28, 28].
+            numbers: int64[n] in 0..9.
+            labels: int64[n], the true digits, -1 where unknown; with them, the predictions have their losses.
+        """
+        heads = _scores(self._forward, images, numbers, self._batch_size, self._device)
+        return _predictions(heads, self._temperatures, numbers, labels)
 
 
 def predictions(model: TwoHeadCNN, images: Pixels, numbers: npt.NDArray[np.int64], batch_size: int) -> Predictions:
-    """Those of uint8[n, 28, 28] and int64[n] in 0..9, with the model as it is, where it is."""
+    """Those of uint8[n, 28, 28] and int64[n] in 0..9, with the model and its temperatures as they are, where it is."""
 
     def forward(image: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
         scores: tuple[Tensor, Tensor] = model(prepare_images(image), number)
         return scores
 
-    return _in_batches(forward, images, numbers, batch_size, next(model.parameters()).device)
+    heads = _scores(forward, images, numbers, batch_size, next(model.parameters()).device)
+    return _predictions(heads, model.temperatures, numbers, None)
 
 
 @torch.inference_mode()
-def _in_batches(
+def _scores(
     forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     images: Pixels,
     numbers: npt.NDArray[np.int64],
     batch_size: int,
     device: torch.device,
-) -> Predictions:
+) -> tuple[Tensor, Tensor]:
+    """The scores of both heads, float32 on the CPU: [n, 10] and [n, 19]."""
     heads: tuple[list[Tensor], list[Tensor]] = ([torch.empty(0, DIGITS)], [torch.empty(0, SUMS)])
     for start in range(0, len(images), batch_size):
         rows = slice(start, start + batch_size)
         image, number = (torch.from_numpy(values[rows]).to(device) for values in (images, numbers))
         for head, scores in zip(heads, forward(image, number), strict=True):
             head.append(scores.float().cpu())
-    (digit_prob, digit), (sum_prob, total) = (torch.cat(head).softmax(1).max(1) for head in heads)
-    return Predictions(digit.numpy().astype(np.int8), digit_prob.numpy(), total.numpy().astype(np.int8), sum_prob.numpy())
+    return torch.cat(heads[0]), torch.cat(heads[1])
+
+
+def _predictions(
+    heads: tuple[Tensor, Tensor],
+    temperatures: Temperatures,
+    numbers: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64] | None,
+) -> Predictions:
+    digit_scores, sum_scores = heads[0] / temperatures.digit, heads[1] / temperatures.sum
+    (digit_prob, digit), (sum_prob, total) = (scores.softmax(1).max(1) for scores in (digit_scores, sum_scores))
+    losses = None
+    if labels is not None:
+        known = torch.from_numpy(labels >= 0)
+        truth = torch.from_numpy(np.maximum(labels, 0))
+        found = (*losses_of(digit_scores, truth), *losses_of(sum_scores, truth + torch.from_numpy(numbers)))
+        losses = Losses(*((values * known).numpy() for values in found))
+    answers = digit.numpy().astype(np.int8), digit_prob.numpy(), total.numpy().astype(np.int8), sum_prob.numpy()
+    return Predictions(*answers, losses)

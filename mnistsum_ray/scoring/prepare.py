@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from mnistsum_ray.calibration import Temperatures
 from mnistsum_ray.config import Refusal, ScoreConfig, one_line
 from mnistsum_ray.scoring.footers import Columns, read_footers, refuse_unknown_columns
 from mnistsum_ray.scoring.inputs import Inputs, list_inputs
@@ -26,6 +27,7 @@ class Run:
     model: Location
     card: dict[str, Any]
     weights: "dict[str, Tensor]"
+    temperatures: Temperatures
     inputs: Inputs
     columns: Columns
     output: Location
@@ -70,7 +72,7 @@ def prepare(config: ScoreConfig) -> Run:
             )
         if not is_available():
             raise Refusal("--precision int8: this PyTorch has no integer convolutions on this CPU; leave it out")
-    return Run(config, model, card, weights_of(network), inputs, columns, output, footers)
+    return Run(config, model, card, weights_of(network), network.temperatures, inputs, columns, output, footers)
 
 
 def read_all_footers(inputs: Inputs, columns: Columns, seen: Callable[[int], None] = lambda _: None) -> pa.Table:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mnistsum_ray.calibration import HEADS, Reliability
 from mnistsum_ray.config import Refusal
 from mnistsum_ray.metrics import RowsLost
 from mnistsum_ray.scoring.record import PROBABILITY_BINS
@@ -116,6 +117,8 @@ def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
             f"holds predictions of another model (SHA-256 {then['model_sha256'][:12]}…, --model has {now['model_sha256'][:12]}…)"
         )
     key = next((key for key in now if key != "int8" and then.get(key) != now[key]), "int8")
+    if key == "temperature":
+        return "holds predictions of the same model with other temperatures"
     if key == "int8":
         return "holds predictions of the same model quantized otherwise"
     flag = "--precision" if key == "precision" else f"--{key}-column"
@@ -134,7 +137,9 @@ class Totals:
     reasons: dict[str, int]
     """Rejected rows by reason, the commonest first."""
     probabilities: dict[str, list[int]]
-    """Scored rows by `digit_prob` and by `sum_prob`, in bins of equal width over 0..1; without what an older version wrote."""
+    """Scored rows by `digit_prob` and by `sum_prob`, in bins of equal width over 0..1."""
+    reliability: dict[str, Reliability]
+    """By head, of the rows whose label is known."""
 
 
 def reconcile(files: pa.Table, matched: pa.Table) -> tuple[pa.Table, Totals]:
@@ -195,12 +200,15 @@ def _totals(files: pa.Table, counts_of_parts: pa.ChunkedArray) -> Totals:
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     bins = {name: np.zeros(PROBABILITY_BINS, np.int64) for name in ("digit_prob", "sum_prob")}
+    reliability = {head: Reliability() for head in HEADS}
     for batch in counts_of_parts.chunks:
         for text in batch.to_pylist():
             of_part = json.loads(text)
             reasons.update(of_part.pop("reasons", {}))
             for name, total in bins.items():
-                total += np.array(of_part.pop(name, 0))
+                total += np.array(of_part.pop(name))
+            for head, sums in of_part.pop("reliability", {}).items():
+                reliability[head].add(Reliability.from_json(sums))
             counts.update(of_part)
     scored, rejected = (pc.sum(files[name]).as_py() or 0 for name in ("scored", "rejected"))
     usable = files.filter(pc.equal(files["status"], "scored"))
@@ -211,4 +219,5 @@ def _totals(files: pa.Table, counts_of_parts: pa.ChunkedArray) -> Totals:
         counts=dict(counts),
         reasons=dict(reasons.most_common()),
         probabilities={name: total.tolist() for name, total in bins.items()},
+        reliability=reliability,
     )

@@ -12,7 +12,8 @@ from mnistsum_ray.scoring.plan import REJECTED
 from mnistsum_ray.storage import Location
 
 KEY: Final = b"mnistsum_ray.score"
-FORMAT: Final = 1
+FORMAT: Final = 2
+"""2 has the temperatures, and the reliability where a label column was named."""
 
 PROBABILITY_BINS: Final = 20
 """Of equal width over 0..1, in which a file counts its rows by `digit_prob` and by `sum_prob`."""

@@ -59,7 +59,8 @@ def _score(run: Run, console: Console) -> dict[str, Any]:
     first = run.inputs.root / run.inputs.files["name"][0].as_py()
     refuse_unshared({"--output": run.output}, {"--input": first}, console.say)
     precision = run.config.precision or _precision(allotment)
-    request = Request(run.card["sha256"], precision, run.columns, maxima_of(run.card) if precision == "int8" else None)
+    maxima = maxima_of(run.card) if precision == "int8" else None
+    request = Request(run.card["sha256"], precision, run.columns, run.temperatures, maxima)
     with hold(run.output, console.say) as still_held:
         # Not before: what is wrong with a request is to be found out soon.
         run = replace(run, output=run.output.patient(), inputs=replace(run.inputs, root=run.inputs.root.patient()))
@@ -274,8 +275,9 @@ class _Scoring:
             "labelled_rows": totals.counts.get("labelled"),
             "rejected_by_reason": totals.reasons,
             "rows_by_probability": totals.probabilities,
+            "probabilities": summary.probability_metrics(totals),
             "config": run.config.model_dump(mode="json", exclude={"config"}) | located,
-            "model": {key: run.card[key] for key in ("sha256", "epoch", "parameters")},
+            "model": {key: run.card[key] for key in ("sha256", "epoch", "parameters", "temperature")},
             "precision": self._request.precision,
             "int8": run.card["int8"] if self._request.precision == "int8" else None,
             "left_aside_files": len(run.inputs.left_aside),

@@ -154,7 +154,8 @@ def _commit(parcel: pa.Table, work: Work) -> pa.Table:
 def _predictor(work: Work) -> Predictor:
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     request = work.request
-    return Predictor(ray.get(work.weights), device, request.precision, work.batch_size, request.int8_maxima)
+    weights = ray.get(work.weights)
+    return Predictor(weights, device, request.precision, work.batch_size, request.int8_maxima, request.temperatures)
 
 
 def _predict(predictor: Predictor, together: list[Rows | Unreadable]) -> Iterator[_Scored]:
@@ -162,7 +163,10 @@ def _predict(predictor: Predictor, together: list[Rows | Unreadable]) -> Iterato
     readable = [one for one in together if isinstance(one, Rows)]
     if readable:
         images = np.concatenate([rows.images for rows in readable])
-        predictions = predictor.predict(images, np.concatenate([rows.numbers for rows in readable]))
+        labels = [rows.labels for rows in readable if rows.labels is not None]
+        predictions = predictor.predict(
+            images, np.concatenate([rows.numbers for rows in readable]), np.concatenate(labels) if labels else None
+        )
     start = 0
     for one in together:
         if isinstance(one, Unreadable):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-from mnistsum_ray.scoring.plan import FILES, PROBABILITIES, REJECTS
+from mnistsum_ray.scoring.plan import FILES, PROBABILITIES, REJECTS, RELIABILITY
 from mnistsum_ray.scoring.reconcile import Totals
 from mnistsum_ray.storage import Location
 
@@ -39,15 +39,32 @@ def summarize(line: dict[str, Any], totals: Totals, say: Say) -> None:
             f"accuracy over {totals.counts['labelled']:,} labelled rows: digit {line['digit_accuracy']:.2%}, "
             f"sum {line['sum_accuracy']:.2%}"
         )
+        for head, of in (probability_metrics(totals) or {}).items():
+            say(
+                f"  {head} probabilities: negative log-likelihood {of['nll']:.4f} nats, Brier score {of['brier']:.4f}, expected "
+                f"calibration error {of['ece']:.4f}"
+            )
     say(f"predictions: {line['output']}")
 
 
+def probability_metrics(totals: Totals) -> dict[str, dict[str, Any]] | None:
+    """By head `nll`, `brier`, `ece` and the `reliability` they come from; None where no label is known."""
+    if not totals.counts.get("labelled"):
+        return None
+    return {head: of.metrics() | {"reliability": of.as_json()} for head, of in totals.reliability.items()}
+
+
 def draw(totals: Totals, output: Location) -> None:
-    """How sure the answers are, and where there are rejected rows, why."""
+    """How sure the answers are; where there are labels, how often they are right; where there are rejected rows, why."""
     from mnistsum_ray import pictures  # a second to import, needed once
 
     (output / PROBABILITIES).write_bytes(pictures.draw_probabilities(**totals.probabilities))
-    if totals.reasons:
-        (output / REJECTS).write_bytes(pictures.draw_rejects(totals.reasons))
-    else:
-        (output / REJECTS).delete()  # of an earlier run that had some
+    drawn = {
+        REJECTS: pictures.draw_rejects(totals.reasons) if totals.reasons else None,
+        RELIABILITY: pictures.draw_reliability(totals.reliability) if totals.counts.get("labelled") else None,
+    }
+    for name, png in drawn.items():
+        if png:
+            (output / name).write_bytes(png)
+        else:
+            (output / name).delete()  # of an earlier run that had some

@@ -11,7 +11,7 @@ from tests.integration.conftest import Done, Job, kill_everything, kill_worker, 
 EVERY = 2
 
 # With all that a run draws: numbers, order, distortions, dropout.
-LONG = ("--recipe", "long", "--epochs", 3, "--lesson", 2000)
+LONG = ("--recipe", "long", "--epochs", 3, "--sum-head-steps", 2000)
 
 
 def left(done: Done) -> tuple[bytes, list[float]]:
@@ -35,12 +35,12 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, data: Path, undisturbed
     killed = time.monotonic()
     job.wait_for_line("going on after epoch")
     tell("training, a worker killed: went on", killed)
-    job.wait_for_line("a lesson in arithmetic")
+    job.wait_for_line("fine-tuning the sum head")
     kill_worker(job.process.pid, "RayTrainWorker")
     done = job.wait()
     assert left(done) == undisturbed
     assert done.err.count("worker 0 failed") == done.err.count("going on after epoch") == 2
-    assert done.err.count("a lesson in arithmetic") == 2
+    assert done.err.count("fine-tuning the sum head") == 2
 
 
 def test_everything_killed_and_resumed_changes_nothing(

@@ -19,7 +19,7 @@ from mnistsum_ray.config import ExportConfig, Refusal, RunFailed
 from mnistsum_ray.export import export
 from mnistsum_ray.schema import one_chunk, pixels_view
 from mnistsum_ray.storage import locate
-from tests.conftest import answers, check_answers, write_model
+from tests.conftest import TEMPERATURES, answers, check_answers, write_model
 from tests.integration.conftest import Scored, score_here
 
 ROWS, FILES = 1500, 5
@@ -97,6 +97,21 @@ def test_the_same_answer_whatever_the_workers_units_and_batches(
         assert scored.line["sum_accuracy"] == pytest.approx(np.mean(expected["pred_sum"] == sums))
         assert "accuracy over 1,500 labelled rows" in scored.said
         assert scored.manifest()["consistent_rows"] == int(expected["consistent"].sum())
+        check_probabilities(scored, table, digits, sums)
+
+
+def check_probabilities(scored: Scored, table: pa.Table, digits: np.ndarray, sums: np.ndarray) -> None:
+    """What the manifest says of the probabilities follows from the columns of the output."""
+    told = scored.manifest()["probabilities"]
+    for head, truth in (("digit", digits), ("sum", sums)):
+        probability, right = table[f"{head}_prob"].to_numpy(), table[f"pred_{head}"].to_numpy() == truth
+        bins = np.minimum((probability * 15).astype(int), 14)
+        gaps = [abs(probability[bins == one].sum() - right[bins == one].sum()) for one in range(15)]
+        assert told[head]["ece"] == pytest.approx(sum(gaps) / ROWS, abs=1e-5)
+        assert told[head]["nll"] > -np.log(probability[right]).sum() / ROWS, "and what the wrong ones add"
+        assert 0 < told[head]["brier"] < 2
+        assert f"  {head} probabilities: negative log-likelihood {told[head]['nll']:.4f} nats" in scored.said
+    assert (scored.output / "_reliability.png").exists()
 
 
 @pytest.mark.skipif(not int8.is_available(), reason="this PyTorch has no integer convolutions on this CPU")
@@ -116,7 +131,8 @@ def test_integers_score_as_calibrated(model: Path, exported: Path, tmp_path: Pat
     table = table_of(scored)
     assert table["pred_digit"].to_pylist() == digit_scores.argmax(1).tolist()
     assert table["pred_sum"].to_pylist() == sum_scores.argmax(1).tolist()
-    assert np.allclose(table["digit_prob"].to_numpy(), digit_scores.softmax(1).max(1).values, atol=1e-5)
+    digit_prob = (digit_scores / TEMPERATURES.digit).softmax(1).max(1).values
+    assert np.allclose(table["digit_prob"].to_numpy(), digit_prob, atol=1e-5)
     assert (scored.manifest()["precision"], scored.manifest()["int8"]) == ("int8", calibrated)
     assert score_here(mine, tmp_path / "out", exported, precision="int8").line["resumed_rows"] == ROWS
 

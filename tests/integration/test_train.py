@@ -30,7 +30,7 @@ Rows = Callable[[int], Path]
 EVERY = 5
 
 # With all that a run draws: numbers, order, distortions, dropout.
-LONG = ("--recipe", "long", "--epochs", 2, "--lesson", 500)
+LONG = ("--recipe", "long", "--epochs", 2, "--sum-head-steps", 500)
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,11 @@ def test_what_is_left(done: Done, runs: Path) -> None:
         assert not path.is_file() or path.read_bytes()[:2] not in (b"\x80\x04", b"\x80\x05", b"PK"), f"{path} is pickled"
 
 
-def test_the_lesson_is_told_and_leaves_the_digits_alone(done: Done, runs: Path) -> None:
+def test_tuning_the_sum_head_is_told_and_leaves_the_digits_alone(done: Done, runs: Path) -> None:
     card = json.loads((runs / "one" / "model" / "model.json").read_text())
     history = [json.loads(line) for line in (runs / "one" / "history.jsonl").read_text().splitlines()]
     (best,) = [entry for entry in history if entry["epoch"] == card["epoch"]]
-    told = card["lesson"]
+    told = card["sum_head"]
     shares = [told[when].pop("agreement") for when in ("before", "after")]
     before, after = ({rows: scores[rows] for rows in ("validation", "test")} for scores in (best, card))
     assert told == {"steps": 500, "kept": True, "before": before, "after": after}
@@ -95,8 +95,8 @@ def test_the_lesson_is_told_and_leaves_the_digits_alone(done: Done, runs: Path) 
     for rows in ("validation", "test"):
         assert card[rows]["digit_accuracy"] == best[rows]["digit_accuracy"]
     assert done.line["test"] == card["test"]
-    assert "a lesson in arithmetic for the sum head, 500 steps" in done.err
-    said = "sums that are digit + number: {:.2%} before the lesson, {:.2%} after it\n".format(*shares)
+    assert "fine-tuning the sum head, 500 steps" in done.err
+    said = "validation sums equal to digit + number: {:.3%} before, {:.3%} after\n".format(*shares)
     assert said in done.err
 
 
@@ -174,6 +174,10 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
             right += int((total.argmax(1) == digits + number).sum())
     assert line["test"]["digit_accuracy"] == pytest.approx((digit.argmax(1) == digits).float().mean().item())
     assert line["test"]["sum_accuracy"] == pytest.approx(right / 1000)
+    nll = torch.nn.functional.cross_entropy(digit / model.temperatures.digit, digits).item()
+    assert card["probabilities"]["digit"]["nll"] == pytest.approx(nll, rel=1e-3)
+    assert card["temperature"] == model.temperatures.as_json() != {"digit": 1.0, "sum": 1.0}
+    assert 0.5 < card["probabilities"]["consistent"] <= 1
 
 
 def test_the_same_name_is_refused_and_resuming_a_finished_run_trains_nothing(

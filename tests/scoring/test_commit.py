@@ -1,5 +1,6 @@
 """What is written tells what it was made from, and is believed only as far as it holds."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.calibration import Temperatures
 from mnistsum_ray.scoring.commit import Request, commit
 from mnistsum_ray.scoring.footers import Columns
 from mnistsum_ray.scoring.plan import Part
-from mnistsum_ray.scoring.predict import Predictions
+from mnistsum_ray.scoring.predict import Losses, Predictions
 from mnistsum_ray.scoring.read import Rows
 from mnistsum_ray.scoring.record import read_committed
 from mnistsum_ray.scoring.workspace import list_folder
 from mnistsum_ray.storage import locate
 
-REQUEST = Request("abc", "fp32", Columns("image", "number", "label"))
+REQUEST = Request("abc", "fp32", Columns("image", "number", "label"), Temperatures(1.5, 0.5))
 
 
 def rows(bad: int = 2, metadata: dict[bytes, bytes] | None = None) -> Rows:
@@ -40,7 +42,8 @@ def predictions(count: int) -> Predictions:
     digits = np.arange(count, dtype=np.int8)
     sums = (digits + np.arange(1, count + 1)).astype(np.int8)
     sums[0] = 18
-    return Predictions(digits, np.full(count, 0.5, np.float32), sums, np.full(count, 0.25, np.float32))
+    losses = Losses(*(np.arange(count, dtype=np.float32) for _ in range(4)))
+    return Predictions(digits, np.full(count, 0.5, np.float32), sums, np.full(count, 0.25, np.float32), losses)
 
 
 def committed(output: Path) -> dict[str, Any]:
@@ -73,6 +76,9 @@ def test_a_part_and_its_record(tmp_path: Path) -> None:
     assert (record["scored_found"], record["rejected_found"], record["error"]) == (3, 2, None)
     assert record["request"] == REQUEST.text()
     assert '"labelled": 3, "digits_right": 3, "sums_right": 2' in record["counts"]
+    reliability = json.loads(record["counts"])["reliability"]
+    assert (reliability["digit"]["nll"], reliability["sum"]["brier"]) == (3, 3), "0 + 1 + 2"
+    assert (sum(reliability["sum"]["rows"]), sum(reliability["sum"]["right"])) == (3, 2)
 
 
 def test_metadata_of_the_input_stay_but_for_what_would_no_longer_be_true(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from mnistsum_ray.calibration import Reliability
 from mnistsum_ray.metrics import RowsLost
 from mnistsum_ray.scoring.plan import PART_SCHEMA
 from mnistsum_ray.scoring.reconcile import beside_plan, match, reconcile
 from mnistsum_ray.scoring.record import COMMITTED_SCHEMA
 
 REQUEST = "request"
+RELIABILITY = Reliability(nll=0.5, brier=0.25, rows=[0] * 14 + [4], probability=[0.0] * 14 + [3.9], right=[0] * 14 + [4])
 FILE_ROWS = {"a": 30, "b": 7, "broken": None}
 
 
@@ -37,8 +39,8 @@ def committed(**changed: dict[str, Any]) -> list[dict[str, Any]]:
     for part in parts().to_pylist():
         rejected = 2 if part["output"] == "a-1" else 0
         counts: dict[str, Any] = {"consistent": 5, "reasons": {"is null": rejected} if rejected else {}}
-        if part["name"] == "a":  # b was written by a version that did not count them
-            counts |= {"digit_prob": [0] * 19 + [part["rows"] - rejected], "sum_prob": [part["rows"] - rejected] + [0] * 19}
+        counts |= {"digit_prob": [0] * 19 + [part["rows"] - rejected], "sum_prob": [part["rows"] - rejected] + [0] * 19}
+        counts["reliability"] = {"digit": RELIABILITY.as_json(), "sum": Reliability().as_json()}
         record = {
             **{key: part[key] for key in ("output", "name", "size", "modified", "footer", "first_row", "rows")},
             "source": f"/in/{part['name']}",
@@ -66,7 +68,9 @@ def test_all_rows_there() -> None:
     assert (totals.input_rows, totals.scored_rows, totals.rejected_rows) == (37, 35, 2)
     assert totals.counts == {"consistent": 15}
     assert totals.reasons == {"is null": 2}
-    assert totals.probabilities == {"digit_prob": [0] * 19 + [28], "sum_prob": [28] + [0] * 19}
+    assert totals.reliability["digit"].metrics() == pytest.approx({"nll": 0.125, "brier": 0.0625, "ece": 0.025})
+    assert totals.reliability["sum"].total == 0
+    assert totals.probabilities == {"digit_prob": [0] * 19 + [35], "sum_prob": [35] + [0] * 19}
 
 
 @pytest.mark.parametrize(
