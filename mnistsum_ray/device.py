@@ -54,6 +54,22 @@ def faster_with_bf16(device: torch.device) -> bool:
     return bool(has.get("amx_bf16") or (has.get("avx512_bf16") and "intel" not in str(has.get("cpu_name", "")).lower()))
 
 
+def cuda_index(gpu: str, visible: str | None) -> int:
+    """PyTorch's index of a GPU of this process.
+
+    Ray makes just that one visible, as index 0, unless RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES keeps it from doing so: then
+    all are visible, and the process has to choose its own.
+
+    Args:
+        gpu: one of `ray.get_gpu_ids()`: a number, or a name such as GPU-1a2b….
+        visible: CUDA_VISIBLE_DEVICES of this process.
+    """
+    devices = visible.split(",") if visible else []
+    if gpu in devices:
+        return devices.index(gpu)
+    return int(gpu) if gpu.isdecimal() and not devices else 0
+
+
 def hardware(device: torch.device) -> dict[str, Any]:
     """What a figure was measured on: this machine's CPU, cores and instructions for small numbers, and the GPU if it is one."""
     cpu = platform.processor()

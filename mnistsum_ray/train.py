@@ -110,13 +110,15 @@ def _fit(run: Run, console: Console) -> dict[str, Any]:
 def _allotted(run: Run, console: Console) -> resources.Allotment:
     """What the run takes of the cluster, once that is free."""
     config, source = run.config, run.source
-    cluster = resources.look()
+    cluster, probe = resources.usable(resources.look(), config.use_gpu, config.wait_seconds, console.say)
     allotment = resources.allot(config, cluster)
     if cluster.can_grow and not allotment.use_gpu and config.use_gpu is None:
         console.say(f"training on CPUs, since the cluster has {cluster.describe()}; --use-gpu true waits for GPUs")
     if source.notice:
         console.say(source.notice)
     resources.wait_until_free(allotment.bundles(), config.wait_seconds, console.say)
+    if allotment.use_gpu and probe is None:  # the GPUs have come while it waited
+        resources.refuse_without_cuda(resources.probe_gpu(), config.use_gpu)
     first = source.parts[0]
     read = {"--data": first.location} if isinstance(first, ParquetPart) else {}
     refuse_unshared({"--storage-path": run.storage}, read, console.say)

@@ -8,10 +8,18 @@ from mnistsum_ray.config import Refusal, ScoreConfig, TrainConfig
 from mnistsum_ray.resources import Cluster, allot, allot_scoring
 
 
-def cluster(cpus: float, gpus: float = 0, nodes: int = 1, *, can_grow: bool = False) -> Cluster:
+def cluster(
+    cpus: float, gpus: float = 0, nodes: int = 1, *, can_grow: bool = False, limits: dict[str, float] | None = None
+) -> Cluster:
     total = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
     each = {kind: amount / nodes for kind, amount in total.items()}
-    return Cluster((each,) * nodes, total, total, can_grow)
+    return Cluster((each,) * nodes, total, total, can_grow, limits or {})
+
+
+def mixed(*nodes: dict[str, float]) -> Cluster:
+    """Of unlike nodes."""
+    total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    return Cluster(nodes, total, total, can_grow=False)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +64,36 @@ def test_more_than_there_can_be_is_refused(config: TrainConfig, here: Cluster, s
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("here", "cpus"),
+    [
+        (mixed({"CPU": 64}, {"CPU": 4, "GPU": 8}), 0.375),  # a CPU head, and one box of eight GPUs
+        (mixed({"CPU": 64, "GPU": 8}, {"CPU": 4, "GPU": 8}), 0.375),  # the scarcest decides
+        (mixed({"CPU": 2}, {"CPU": 32, "GPU": 4}), 1.0),
+        (mixed({"CPU": 16}, {"GPU": 2}), 0.0),  # GPU nodes that were started with --num-cpus=0
+    ],
+)
+def test_gpu_workers_take_cpus_of_the_nodes_that_have_gpus(here: Cluster, cpus: float) -> None:
+    allotment = allot(TrainConfig(), here)
+    assert allotment.workers == (here.total["GPU"],) * 2
+    assert allotment.cpus_per_worker == pytest.approx(cpus)
+    assert here.places(allotment.per_worker) == here.total["GPU"]
+
+
+def test_a_few_gpu_workers_take_no_more_cpus_than_they_can_have() -> None:
+    here = mixed({"CPU": 64}, {"CPU": 4, "GPU": 8})
+    assert allot(TrainConfig(num_workers=2), here).cpus_per_worker == 1.0
+
+
 def test_workers_that_fit_on_no_node_are_refused() -> None:
-    here = Cluster(({"CPU": 16}, {"CPU": 2, "GPU": 8}), {"CPU": 18, "GPU": 8}, {}, can_grow=False)
-    with pytest.raises(Refusal, match="--num-workers 8: only 2 of them, with 1 CPU and 1 GPU each, fit on the nodes"):
-        allot(TrainConfig(num_workers=8), here)
+    here = mixed(*[{"CPU": 0.5}] * 4, {"CPU": 1})
+    with pytest.raises(Refusal, match=r"--num-workers 3: only 1 of them, with 0.75 CPUs each, fit on the nodes"):
+        allot(TrainConfig(num_workers=3), here)
+
+
+def test_gpus_that_cannot_be_used_are_left_out() -> None:
+    allotment = allot(TrainConfig(), cluster(8, 1).without_gpus())
+    assert (allotment.workers, allotment.use_gpu, allotment.per_worker) == ((1, 1), False, {"CPU": 1.0})
 
 
 def test_an_elastic_run_leaves_cpus_for_other_tasks_at_its_largest() -> None:
@@ -77,6 +111,24 @@ def test_what_a_growing_cluster_has_not_got_is_waited_for() -> None:
     assert allotment.bundles() == [{"CPU": 1, "GPU": 1}] * 2
     config = ScoreConfig(model="m", input=("i",), output="o", num_workers=4, use_gpu=True)
     assert allot_scoring(config, cluster(0, can_grow=True)).actors == 4
+
+
+@pytest.mark.parametrize(
+    ("here", "use_gpu", "actors", "readers"),
+    [
+        (cluster(0, can_grow=True, limits={"GPU": 4, "CPU": 18}), True, 4, 17),  # scaled to zero
+        (cluster(2, 1, can_grow=True, limits={"GPU": 4, "CPU": 18}), None, 4, 17),  # one GPU has come
+        (cluster(2, can_grow=True), True, 16, 127),  # an autoscaler that does not say how far
+        (cluster(2, can_grow=True, limits={"CPU": 32}), None, 32, 0),
+        (cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4}), None, 2, 0),  # no GPU nodes for the sake of their CPUs
+    ],
+)
+def test_scoring_is_sized_for_what_the_cluster_can_grow_to(
+    here: Cluster, use_gpu: bool | None, actors: int, readers: int
+) -> None:
+    taken = allot_scoring(ScoreConfig(model="m", input=("i",), output="o", use_gpu=use_gpu), here)
+    assert (taken.actors, taken.readers) == (actors, readers)
+    assert max(amount for bundle in taken.bundles() for amount in bundle.values()) <= 1, "each fits on a small node"
 
 
 @pytest.mark.parametrize(

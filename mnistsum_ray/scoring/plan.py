@@ -35,8 +35,8 @@ _LEAST_ROWS: Final = 1024
 _LEAST_FILES: Final = 8
 _MOST_FILES: Final = 256
 
-_UNITS_PER_GROUP: Final = 8
-"""More would skip more rows than they score, fewer would leave workers idle."""
+_UNITS_PER_GROUP: Final = 16
+"""Each unit reads the row group from its start: more units would skip more rows than they score, fewer leave workers idle."""
 
 
 @dataclass(frozen=True, slots=True)

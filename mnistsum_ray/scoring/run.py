@@ -54,25 +54,25 @@ def score(run: Run, console: Console) -> dict[str, Any]:
 
 def _score(run: Run, console: Console) -> dict[str, Any]:
     started = time.monotonic()
-    allotment = resources.allot_scoring(run.config, resources.look())
-    resources.wait_until_free(allotment.bundles(), run.config.wait_seconds, console.say)
+    config = run.config
+    wanted = False if config.precision == "int8" else config.use_gpu
+    cluster, probe = resources.usable(resources.look(), wanted, config.wait_seconds, console.say)
+    allotment = resources.allot_scoring(config, cluster)
+    resources.wait_until_free(allotment.bundles(), config.wait_seconds, console.say)
+    if allotment.use_gpu and probe is None:  # the GPUs have come while it waited
+        probe = resources.probe_gpu()
+        resources.refuse_without_cuda(probe, config.use_gpu)
     first = run.inputs.root / run.inputs.files["name"][0].as_py()
     refuse_unshared({"--output": run.output}, {"--input": first}, console.say)
-    precision = run.config.precision or _precision(allotment)
+    # On CPUs what is faster on this one, which is taken to be like those that score.
+    bf16 = probe.bf16 if probe else faster_with_bf16(torch.device("cpu"))
+    precision = config.precision or ("bf16" if bf16 else "fp32")
     maxima = maxima_of(run.card) if precision == "int8" else None
     request = Request(run.card["sha256"], precision, run.columns, run.temperatures, maxima)
     with hold(run.output, console.say) as still_held:
         # Not before: what is wrong with a request is to be found out soon.
         run = replace(run, output=run.output.patient(), inputs=replace(run.inputs, root=run.inputs.root.patient()))
         return _Scoring(run, console, allotment, request, still_held, started).run()
-
-
-def _precision(allotment: ScoreAllotment) -> str:
-    """The default: on GPUs what is faster there, on CPUs what is faster on this one, taken to be like those that score."""
-    if allotment.use_gpu:
-        probe = ray.remote(num_gpus=1, num_cpus=0)(lambda: faster_with_bf16(torch.device("cuda")))
-        return "bf16" if ray.get(probe.remote()) else "fp32"
-    return "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
 
 
 class _Scoring:
@@ -238,7 +238,7 @@ class _Scoring:
             return failures, 0.0
         run = self._run
         work = Work(self._source, self._folder, self._request, ray.put(run.weights), run.config.batch_size, counting_attempts())
-        units = units_of(todo, run.config.unit_rows, self._allotment.actors)
+        units = units_of(todo, run.config.unit_rows, max(self._allotment.actors, self._allotment.readers))
         done, first, last, said = 0, float("inf"), 0.0, time.monotonic()
         fitting = resources.look().places(self._allotment.per_actor)
         with self._console.breaking_silence(resources.describe_wait) as heard:

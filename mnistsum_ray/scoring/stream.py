@@ -8,6 +8,7 @@ what is done: that a part is committed stands in its own file (commit.py), whoev
 """
 
 import io
+import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from mnistsum_ray.config import one_line
 from mnistsum_ray.console import quiet_ray_data
+from mnistsum_ray.device import cuda_index
 from mnistsum_ray.resources import ScoreAllotment
 from mnistsum_ray.scoring.commit import Request, commit
 from mnistsum_ray.scoring.plan import Part, parts_of
@@ -152,7 +154,8 @@ def _commit(parcel: pa.Table, work: Work) -> pa.Table:
 
 
 def _predictor(work: Work) -> Predictor:
-    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
+    device = torch.device(f"cuda:{cuda_index(gpus[0], os.environ.get('CUDA_VISIBLE_DEVICES'))}" if gpus else "cpu")
     request = work.request
     weights = ray.get(work.weights)
     return Predictor(weights, device, request.precision, work.batch_size, request.int8_maxima, request.temperatures)

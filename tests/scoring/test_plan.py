@@ -57,6 +57,12 @@ def test_parts_are_whole_consecutive_and_not_too_large(groups: list[int], unit_r
         assert rows[0]["output"] == "f0.parquet"
 
 
+def test_one_large_row_group_keeps_all_readers_busy() -> None:
+    parts, _ = plan(files([1_000_000]), 8_192)
+    units = units_of(parts, 8_192, 15)
+    assert 15 <= len(units) <= 16
+
+
 def test_a_part_is_bounded_in_bytes_too() -> None:
     parts, _ = plan(files([1000], row_bytes=2**20), 16_384)
     assert max(parts["rows"].to_pylist()) <= 128
@@ -96,7 +102,7 @@ def test_units_hold_every_part_once_and_in_order(sizes: list[list[int]], workers
     if sizes == [[1250]] * 8:
         assert len(units) >= min(8, workers)
     if sizes == [[1_000_000]]:
-        assert 4 <= len(units) <= 8
+        assert len(units) == min(16, 4 * workers), "each reads the row group from its start"
 
 
 def test_small_files_share_a_unit() -> None:

@@ -1,0 +1,61 @@
+"""A logical GPU of Ray that PyTorch cannot use, as on every Mac with Apple silicon, or with the CPU build on a GPU box."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from mnistsum_ray.config import ExportConfig
+from mnistsum_ray.export import export
+from tests.integration.conftest import run_job
+from tests.integration.test_refusals import check_refused
+
+EVERY = 10
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")
+
+SAID = f"Ray counts 1 GPU, but PyTorch {torch.__version__} has no CUDA there"
+
+
+@pytest.fixture(scope="module")
+def counted_gpu() -> Iterator[str]:
+    """The address of a cluster with two CPUs and a GPU that is none."""
+    context = ray.init(
+        address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="error"
+    )
+    yield context.address_info["address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs") / "in"
+    export(ExportConfig(data="sample", output=str(folder), rows=100, files=2), print)
+    return folder
+
+
+def test_training_takes_the_cpus_and_says_so(counted_gpu: str, data: Path, tmp_path: Path) -> None:
+    flags = ["--data", data, "--epochs", 1, "--storage-path", tmp_path]
+    done = run_job("train", *flags, address=counted_gpu)
+    assert done.line["test"]["rows"] == 50
+    assert done.err.count(f"running on CPUs: {SAID}\n") == 1
+    assert "1 CPU worker" in done.err
+    check_refused(run_job("train", *flags, "--use-gpu", "true", address=counted_gpu), f"--use-gpu true: {SAID}", 15)
+
+
+def test_scoring_takes_the_cpus_and_says_so(counted_gpu: str, model: Path, pairs: Path, tmp_path: Path) -> None:
+    flags = ["--model", model, "--input", pairs, "--output", tmp_path / "out"]
+    refused = run_job("score", *flags, "--use-gpu", "true", address=counted_gpu)
+    check_refused(refused, f"--use-gpu true: {SAID}; install a CUDA build of PyTorch there, or leave --use-gpu out", 15)
+    done = run_job("score", *flags, address=counted_gpu)
+    assert done.line["scored_rows"] == 100
+    assert done.err.count(f"running on CPUs: {SAID}\n") == 1
+    assert "2 CPU workers" in done.err
+
+
+def test_nothing_is_asked_where_no_gpu_is_wanted(counted_gpu: str, model: Path, pairs: Path, tmp_path: Path) -> None:
+    done = run_job("score", "--model", model, "--input", pairs, "--output", tmp_path, "--use-gpu", "false", address=counted_gpu)
+    assert done.line["scored_rows"] == 100
+    assert SAID not in done.err
