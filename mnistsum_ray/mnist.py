@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from mnistsum_ray import idx
 from mnistsum_ray.config import Refusal, one_line
 from mnistsum_ray.pairs import Rows, held_out
+from mnistsum_ray.parquet import open_parquet, table_without_views, without_views
 from mnistsum_ray.schema import Pixels, decode_images, image_form_error, one_chunk, pixels_array
 from mnistsum_ray.storage import Location, locate
 
@@ -46,7 +47,8 @@ class ParquetPart:
         where = self.location.text
         try:
             with self.location.filesystem.open_input_file(self.location.path) as stream:
-                table = pq.ParquetFile(stream).read_row_groups(list(self.row_groups), columns=["image", self.digit_column])
+                file = open_parquet(stream)
+                table = table_without_views(file.read_row_groups(list(self.row_groups), columns=["image", self.digit_column]))
         except (OSError, pa.ArrowException, ValueError) as error:  # the last from an extension type of Ray with wrong metadata
             raise Refusal(f"{where}: cannot be read: {one_line(error)}") from None
         if table.num_rows != self.rows:
@@ -197,7 +199,10 @@ def _parts_of_file(file: Location) -> list[ParquetPart]:
     digit_column = next((name for name in DIGIT_COLUMNS if name in columns.names), None)
     if "image" not in columns.names or digit_column is None:
         raise Refusal(f"{file.text}: needs a column 'image' and a column 'digit' or 'label', has {', '.join(columns.names)}")
-    form_error = image_form_error(columns.field("image").type)
+    for name in ("image", digit_column):
+        if len(columns.get_all_field_indices(name)) > 1:
+            raise Refusal(f"{file.text}: has more than one column {name!r}; rename all but one")
+    form_error = image_form_error(without_views(columns.field("image").type))
     if form_error:
         raise Refusal(f"{file.text}: column 'image' {form_error}")
     if not pa.types.is_integer(columns.field(digit_column).type):

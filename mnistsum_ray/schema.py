@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageOps
 
 SIDE: Final = 28
 PIXELS: Final = SIDE * SIDE
@@ -21,6 +21,13 @@ IMAGE_TYPE: Final = pa.binary(PIXELS)
 Pixels = npt.NDArray[np.uint8]
 
 _PICTURE_FORMATS: Final = ("PNG", "JPEG")
+
+_PNG: Final = np.frombuffer(b"\x89PNG\r\n\x1a\n", np.uint8)
+_JPEG: Final = np.frombuffer(b"\xff\xd8\xff", np.uint8)
+"""Of a JPEG the fourth byte is the next marker's, 0xC0 or more."""
+
+_ORIENTATION: Final = 0x0112
+"""EXIF tag: how a camera was held; 1 is upright."""
 
 
 class BadImage(ValueError):
@@ -121,8 +128,6 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
         column = column.storage
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
-    if column.type == IMAGE_TYPE and column.null_count == 0:
-        return pixels_view(column), {}
     fast = _uniform_lists(column) if _is_list(column.type) else _uniform_bytes(column)
     if fast is not None:
         return fast, {}
@@ -137,7 +142,22 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
 
 
 def _uniform_bytes(column: pa.Array) -> Pixels | None:
-    """Variable-length values that are all 784 bytes, as a view of their buffer; None where some row needs a look of its own."""
+    """Values that are all 784 bytes of pixels, as a view of their buffer; None where some row needs a look of its own."""
+    pixels = _all_of_784_bytes(column)
+    return None if pixels is None or _pictures(pixels).any() else pixels
+
+
+def _pictures(pixels: Pixels) -> npt.NDArray[np.bool_]:
+    """Which of n rows are no pixels but a PNG or JPEG of 784 bytes, by its first bytes: bool[n]."""
+    first = pixels.reshape(len(pixels), PIXELS)[:, : len(_PNG)]
+    jpeg = (first[:, : len(_JPEG)] == _JPEG).all(1) & (first[:, len(_JPEG)] >= 0xC0)
+    found: npt.NDArray[np.bool_] = jpeg | (first == _PNG).all(1)
+    return found
+
+
+def _all_of_784_bytes(column: pa.Array) -> Pixels | None:
+    if column.type == IMAGE_TYPE and column.null_count == 0:
+        return pixels_view(column)
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)) or column.null_count or not len(column):
         return None
     offsets = np.frombuffer(column.buffers()[1], np.int32 if pa.types.is_binary(column.type) else np.int64)
@@ -184,7 +204,11 @@ def _decode_one(value: pa.Scalar) -> Pixels:
     if _is_list(value.type):
         return _decode_list(value.values)
     data: bytes = value.as_py()
-    return np.frombuffer(data, np.uint8).reshape(SIDE, SIDE) if len(data) == PIXELS else _decode_picture(data)
+    if len(data) == PIXELS:
+        pixels = np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)
+        if not _pictures(pixels[None]).any():
+            return pixels
+    return _decode_picture(data)
 
 
 def _decode_list(values: pa.Array) -> Pixels:
@@ -213,12 +237,20 @@ def _decode_picture(data: bytes) -> Pixels:
                 raise BadImage(f"the picture is {picture.width} x {picture.height} pixels, not 28 x 28; resize it")
             if picture.mode != "L":
                 raise BadImage(f"the picture has mode {picture.mode}, not L (8-bit grayscale); convert it")
-            return np.asarray(picture)
+            if picture.getexif().get(_ORIENTATION, 1) == 1:
+                return np.asarray(picture)
+            upright: Pixels = np.asarray(ImageOps.exif_transpose(picture))
+            return upright
     except BadImage:
         raise
     except Image.DecompressionBombError:
         raise BadImage("the picture claims to unpack to far more than 28 x 28 pixels; resize it") from None
     except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead them to
+        if len(data) == PIXELS:
+            raise BadImage(
+                f"784 bytes begin as a PNG or JPEG does, and cannot be read as one ({type(error).__name__}); save it anew, or "
+                "store the pixels as a list of 784 integers"
+            ) from None
         raise BadImage(
             f"{len(data)} bytes are neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__}); save it anew"
         ) from None

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mnistsum_ray.schema import (
     Pixels,
@@ -79,6 +80,59 @@ def test_jpeg_is_close_to_its_pixels() -> None:
     images, bad = decode_images(pa.array([encoded(smooth, "JPEG")]))
     assert not bad
     assert np.abs(images[0].astype(int) - smooth).max() < 12
+
+
+def jpeg_of_784_bytes(sample: pa.Table) -> tuple[Pixels, bytes]:
+    """As one in two hundred MNIST images is at quality 95."""
+    for image in pixels_view(one_chunk(sample["image"])):
+        data = io.BytesIO()
+        Image.fromarray(image).save(data, "JPEG", quality=95)
+        if len(data.getvalue()) == 784:
+            return image, data.getvalue()
+    raise AssertionError("none has 784 bytes")
+
+
+def png_of_784_bytes(image: Pixels) -> bytes:
+    text = PngInfo()
+    text.add_text("note", "x" * (784 - len(encoded(image)) - len("note") - 1 - 12))
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG", pnginfo=text)
+    assert len(data.getvalue()) == 784
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary(784)], ids=str)
+def test_a_picture_of_784_bytes_is_not_taken_for_pixels(sample: pa.Table, kind: pa.DataType) -> None:
+    image, jpeg = jpeg_of_784_bytes(sample)
+    png = png_of_784_bytes(image)
+    for values in ([jpeg, png], [IMAGES[0].tobytes(), jpeg, png], [jpeg]):
+        images, bad = decode_images(pa.array(values, kind))
+        assert not bad
+        for found, value in zip(images, values, strict=True):
+            expected = IMAGES[0] if value == IMAGES[0].tobytes() else image
+            assert np.abs(found.astype(int) - expected).max() <= (20 if value == jpeg else 0)
+
+
+def test_784_bytes_that_only_begin_as_a_picture_are_a_bad_row(sample: pa.Table) -> None:
+    _, jpeg = jpeg_of_784_bytes(sample)
+    images, bad = decode_images(pa.array([jpeg[:20] + bytes(764), IMAGES[1].tobytes()]))
+    assert list(bad) == [0]
+    assert "784 bytes begin as a PNG or JPEG does, and cannot be read as one" in bad[0]
+    assert (images[1] == IMAGES[1]).all()
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_a_picture_is_turned_as_its_exif_says(form: str, orientation: int, turns: int) -> None:
+    image = np.zeros((28, 28), np.uint8)
+    image[2:8, 3:20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, form, exif=exif)
+    images, bad = decode_images(pa.array([data.getvalue()]))
+    assert not bad
+    assert np.abs(images[0].astype(int) - np.rot90(image, turns)).max() <= 40
 
 
 @pytest.mark.parametrize(

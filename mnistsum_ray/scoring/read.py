@@ -11,8 +11,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mnistsum_ray.config import one_line
+from mnistsum_ray.parquet import BadFile, check_int96, int96_columns, open_parquet, table_without_views
 from mnistsum_ray.schema import Pixels, decode_images, decode_numbers, one_chunk
-from mnistsum_ray.scoring.footers import BadFile, Columns, plain_types
+from mnistsum_ray.scoring.footers import Columns, plain_types
 from mnistsum_ray.scoring.plan import Part
 from mnistsum_ray.storage import Location
 
@@ -103,10 +104,14 @@ def _tables(folder: Location, run: list[Part]) -> Iterator[tuple[Part, pa.Table]
     if (info.size, folder.modified(info)) != (first.size, first.modified):
         raise BadFile("has changed since it was listed; run the command again")
     with folder.filesystem.open_input_file(path) as stream:
-        file = pq.ParquetFile(stream)
+        file = open_parquet(stream)
         groups = list(range(first.first_group, first.first_group + first.groups))
+        timestamps = int96_columns(file.schema)
+        if timestamps:
+            with folder.filesystem.open_input_file(path) as again:
+                check_int96(again, timestamps, groups)
         if len(run) == 1 and not first.skip and _rows_in(file, groups) == first.rows:
-            yield first, file.read_row_groups(groups, use_threads=False)
+            yield first, table_without_views(file.read_row_groups(groups, use_threads=False))
             return
         # Only as much of a large row group is in memory as is worked on.
         batches = file.iter_batches(batch_size=_TOGETHER_ROWS, row_groups=groups, use_threads=False)
@@ -122,7 +127,7 @@ def _tables(folder: Location, run: list[Part]) -> Iterator[tuple[Part, pa.Table]
                     pending.append(batch)
             table = pa.Table.from_batches(pending)
             table = table.slice(table.num_rows - (position - part.first_row), part.rows)
-            yield part, table
+            yield part, table_without_views(table)
             pending = pending[-1:]  # its end belongs to the next part
 
 

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnistsum_ray.config import one_line
-from mnistsum_ray.scoring.footers import BadFile, read_tail
+from mnistsum_ray.parquet import BadFile
+from mnistsum_ray.scoring.footers import read_tail
 from mnistsum_ray.scoring.plan import REJECTED
 from mnistsum_ray.storage import Location
 

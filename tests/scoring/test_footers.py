@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.config import Refusal
+from mnistsum_ray.parquet import open_parquet
+from mnistsum_ray.scoring.commit import as_parquet
 from mnistsum_ray.scoring.footers import Columns, read_footers, refuse_unknown_columns
 from mnistsum_ray.scoring.inputs import list_inputs
 from mnistsum_ray.storage import locate
@@ -72,6 +75,97 @@ def test_a_damaged_file_says_how(tmp_path: Path, name: str, said: str) -> None:
     row = footers(tmp_path)[f"{name}.parquet"]
     assert said in row["error"]
     assert row["rows"] is None
+
+
+def varint(value: int) -> bytes:
+    """As Thrift's compact protocol writes an integer."""
+    value *= 2
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def with_footer(path: Path, number: int, lie: int) -> None:
+    """Have the footer of a Parquet file say `lie` wherever it says `number`."""
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little")
+    footer = whole[-8 - length : -8]
+    assert varint(number) in footer
+    footer = footer.replace(varint(number), varint(lie))
+    path.write_bytes(whole[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        (10**13, "has a footer that promises 10,000,000,000,000 rows in"),
+        (2**62, "has a footer that promises 4,611,686,018,427,387,904 rows in"),
+        (50_000_000, "has a footer that promises 50,000,000 rows in"),
+    ],
+)
+def test_a_footer_that_lies_of_its_rows_costs_just_that_file(tmp_path: Path, lie: int, said: str) -> None:
+    rows = pa.table({"image": [bytes(784)] * 1234, "number": [1] * 1234})
+    for name in ("liar", "good"):
+        pq.write_table(rows, tmp_path / f"{name}.parquet")
+    with_footer(tmp_path / "liar.parquet", 1234, lie)
+    found = footers(tmp_path)
+    assert said in found["liar.parquet"]["error"]
+    assert (found["good.parquet"]["rows"], found["good.parquet"]["error"]) == (1234, None)
+
+
+def test_a_footer_that_lies_of_its_bytes_costs_just_that_file(tmp_path: Path) -> None:
+    pq.write_table(GOOD, tmp_path / "a.parquet")
+    size = pq.read_metadata(tmp_path / "a.parquet").row_group(0).total_byte_size
+    with_footer(tmp_path / "a.parquet", size, 2**62)
+    assert (
+        "has a damaged footer (row group 0 with 3 rows and 4,611,686,018,427,387,904 bytes)"
+        in footers(tmp_path)["a.parquet"]["error"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("INTERVAL '3 days'", "column 'other' has the type INTERVAL, which would be lost"),
+        ("TIMETZ '10:11:12+03'", "column 'other' has the type TIME WITH TIME ZONE, which would be lost"),
+        ("42::VARIANT", "column 'other' has the type VARIANT, which would be lost"),
+        ("{'inside': INTERVAL '3 days'}", "column 'other' has the type INTERVAL, which would be lost"),
+    ],
+)
+def test_a_type_that_would_be_lost_costs_the_file(tmp_path: Path, expression: str, said: str) -> None:
+    path = tmp_path / "a.parquet"
+    duckdb.sql(f"COPY (SELECT repeat('x', 784)::BLOB AS image, 1 AS number, {expression} AS other) TO '{path}' (FORMAT parquet)")
+    assert said in footers(tmp_path)["a.parquet"]["error"]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "'{\"a\": 1}'::JSON",
+        "uuid()",
+        "TIME '10:11:12'",
+        "TIMESTAMPTZ '2020-01-01 00:00:00+00'",
+        "TIMESTAMP_NS '2020-01-01'",
+        "1.5::DECIMAL(9, 2)",
+        "MAP {'a': 1}",
+        "{'x': 1}",
+        "[1, 2]",
+        "DATE '2020-01-01'",
+        "'a'::ENUM ('a', 'b')",
+        "1::UTINYINT",
+    ],
+)
+def test_every_other_type_of_duckdb_is_written_again_as_it_was(tmp_path: Path, expression: str) -> None:
+    path, again = tmp_path / "a.parquet", tmp_path / "again.parquet"
+    duckdb.sql(f"COPY (SELECT repeat('x', 784)::BLOB AS image, 1 AS number, {expression} AS other) TO '{path}' (FORMAT parquet)")
+    assert footers(tmp_path)["a.parquet"]["error"] is None
+    again.write_bytes(as_parquet(open_parquet(path.open("rb")).read()))
+    before, after = (
+        duckdb.execute("SELECT typeof(other), other FROM read_parquet(?)", [str(one)]).fetchall() for one in (path, again)
+    )
+    assert before == after
 
 
 @pytest.mark.parametrize(

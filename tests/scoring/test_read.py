@@ -1,5 +1,6 @@
 """Parts are read where they begin and end, in one pass where they share a row group."""
 
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.scoring.commit import as_parquet
 from mnistsum_ray.scoring.footers import Columns, read_footers
 from mnistsum_ray.scoring.inputs import list_inputs
 from mnistsum_ray.scoring.plan import Part, parts_of, plan
@@ -87,3 +89,74 @@ def test_a_file_that_changes_under_the_run_is_unreadable_and_its_neighbour_is_no
     assert isinstance(whole, Rows)
     (tmp_path / "b.parquet").unlink()
     assert all(isinstance(part, Unreadable) for part in read_parts(root, parts, COLUMNS))
+
+
+def other_column(values: pa.Array) -> pa.Table:
+    """Rows of which one is bad, with another column."""
+    count = len(values)
+    return pa.table({"image": [bytes(784)] * count, "number": [77, *range(1, count)], "label": [1] * count, "other": values})
+
+
+VIEWS = {
+    "string_view": pa.array(["a", None, "c"], pa.string_view()),
+    "binary_view": pa.array([b"a", None, b"c"], pa.binary_view()),
+    "list_view": pa.array([[1], None, [2, 3]], pa.list_view(pa.int64())),
+    "large_list_view": pa.array([[1], None, [2, 3]], pa.large_list_view(pa.int64())),
+    "list of string_view": pa.array([["a"], None, ["b", "c"]], pa.list_(pa.string_view())),
+    "struct of string_view": pa.array([{"x": "a"}, None, {"x": "c"}], pa.struct({"x": pa.string_view()})),
+    "map of string_view": pa.array([[("k", "a")], None, [("k", "c")]], pa.map_(pa.string(), pa.string_view())),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_bad_row_beside_a_view_column_costs_just_that_row(tmp_path: Path, name: str) -> None:
+    pq.write_table(other_column(VIEWS[name]), tmp_path / "a.parquet")
+    root, parts = planned(tmp_path, 8192)
+    (rows,) = read_parts(root, parts, COLUMNS)
+    assert isinstance(rows, Rows), rows
+    assert list(rows.reasons) == [0]
+    assert rows.kept["other"].to_pylist() == VIEWS[name].to_pylist()[1:]
+    assert rows.rejected["other"].to_pylist() == VIEWS[name].to_pylist()[:1]
+    again = pq.ParquetFile(pa.BufferReader(as_parquet(rows.kept))).read()
+    assert again["other"].to_pylist() == VIEWS[name].to_pylist()[1:]
+
+
+def test_images_in_views_are_images(tmp_path: Path) -> None:
+    images = [(np.arange(784) + row).astype(np.uint8).tobytes() for row in range(3)]
+    pq.write_table(
+        other_column(pa.array([1, 2, 3])).set_column(0, "image", pa.array(images, pa.binary_view())), tmp_path / "a.parquet"
+    )
+    root, parts = planned(tmp_path, 8192)
+    (rows,) = read_parts(root, parts, COLUMNS)
+    assert isinstance(rows, Rows), rows
+    assert [image.tobytes() for image in rows.images] == images[1:]
+
+
+@pytest.mark.parametrize("year", [1500, 9999])
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_int96_timestamp_that_cannot_be_read_costs_the_file_and_not_the_value(tmp_path: Path, year: int, nested: bool) -> None:
+    days = pa.array([datetime(2020, 1, 1), datetime(year, 12, 31)], pa.timestamp("us"))
+    column = pa.StructArray.from_arrays([days], ["day"]) if nested else days
+    for name, values in (("a", column), ("b", column.take(pa.array([0, 0])))):
+        pq.write_table(other_column(values), tmp_path / f"{name}.parquet", use_deprecated_int96_timestamps=True)
+    root, parts = planned(tmp_path, 8192)
+    lost, kept = read_parts(root, parts, COLUMNS)
+    assert isinstance(lost, Unreadable)
+    assert "column 'other' holds INT96 timestamps outside of the years 1677 to 2262" in lost.reason
+    assert isinstance(kept, Rows)
+
+
+def test_a_page_whose_checksum_is_wrong_costs_the_file(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, 784).astype(np.uint8).tobytes() for _ in range(50)]
+    table = pa.table({"image": images, "number": [1] * 50, "label": [1] * 50})
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}  # so that each image stands there once
+    pq.write_table(table, tmp_path / "a.parquet", write_page_checksum=True, **options)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    place = data.index(images[20])
+    data[place + 100] ^= 1  # one pixel, by one
+    (tmp_path / "a.parquet").write_bytes(data)
+    root, parts = planned(tmp_path, 8192)
+    (damaged,) = read_parts(root, parts, COLUMNS)
+    assert isinstance(damaged, Unreadable)
+    assert "CRC checksum verification failed" in damaged.reason
