@@ -45,19 +45,32 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
+def printable(text: str) -> str:
+    """Text of which nothing steers a terminal or begins a new line: files of others may have any name."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class Console:
     """Writes events as lines on standard error, which leaves standard output to the result; a live line on a terminal."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
-        self._live = stream.isatty()
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
         self._open = 0
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self._stream.write(" " * self._open + "\r" * bool(self._open) + text + "\n")
-        self._stream.flush()
+        self._write(" " * self._open + "\r" * bool(self._open) + printable(text) + "\n")
         self._open = 0
+
+    def say_lines(self, text: str) -> None:
+        """Several lines, such as an error of Ray with its traceback."""
+        for line in text.splitlines():
+            self.say(line)
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text.encode(self._stream.encoding or "utf-8", "backslashreplace").decode(self._stream.encoding or "utf-8"))
+        self._stream.flush()
 
     @contextmanager
     def breaking_silence(self, explain: Callable[[], str]) -> Iterator[Callable[[], None]]:
@@ -86,9 +99,8 @@ class Console:
     def progress(self, text: str) -> None:
         """One line that the next one writes over, on a terminal; elsewhere it stays too."""
         if self._live:
-            self._stream.write(text.ljust(self._open) + "\r")
-            self._stream.flush()
-            self._open = len(text)
+            self._write(printable(text).ljust(self._open) + "\r")
+            self._open = len(printable(text))
         else:
             self.say(text)
 

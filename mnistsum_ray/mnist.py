@@ -6,7 +6,7 @@ they are and are described by their footers, for Ray Data to read. Nothing of Ra
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,14 +17,20 @@ import pyarrow.parquet as pq
 
 from mnistsum_ray import idx
 from mnistsum_ray.config import Refusal, one_line
+from mnistsum_ray.listing import LISTED_ANYWAY, in_utf8, list_folder, parts_below
 from mnistsum_ray.pairs import Rows, held_out
-from mnistsum_ray.parquet import open_parquet, table_without_views, without_views
+from mnistsum_ray.parquet import SUFFIXES, BadFile, is_data_file, open_parquet, row_groups, table_without_views, without_views
 from mnistsum_ray.schema import Pixels, decode_images, image_form_error, one_chunk, pixels_array
 from mnistsum_ray.storage import Location, locate
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 DIGIT_COLUMNS: Final = ("digit", "label")
 _BLOCK_ROWS: Final = 8192
+
+_SPLITS: Final = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("validation", "valid", "val"), "validation"
+)
+"""Words in names of files and folders, in any case, that say which split their rows belong to."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class Source:
     test: Rows
     notice: str = ""
     """What a person must be told about the choice of source."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Path and reason of files in the folder that are not taken."""
 
     @property
     def rows(self) -> int:
@@ -136,7 +144,7 @@ def _full_mnist(*, fall_back: bool) -> Source:
             f"NOT the full MNIST: it is not in ./data or {cache}, and it cannot be downloaded ({reason}). "
             f"Going on with the bundled sample of {sample.rows:,} images; --data FOLDER names a copy of the full set."
         )
-        return Source(**(sample.__dict__ | {"notice": notice}))
+        return replace(sample, notice=notice)
     folder = idx.find(cache)
     if folder is None:
         raise Refusal(f"--data mnist: the download left no MNIST in {cache}")
@@ -150,12 +158,13 @@ def _idx(folder: Path) -> Source:
 
 
 def _parquet(place: Location, info: pafs.FileInfo) -> Source:
-    files = [info] if info.type == pafs.FileType.File else _parquet_files(place)
+    left_out: dict[str, str] = {}
+    files = [info] if info.type == pafs.FileType.File else _parquet_files(place, left_out)
     parts: list[ParquetPart] = []
     counts: dict[str, list[tuple[int, int]]] = {}
     total = 0
     for file in files:
-        of_file = _parts_of_file(_same_store(place, file.path))
+        of_file = _parts_of_file(_same_store(place, file.path), file.size)
         rows = sum(part.rows for part in of_file)
         counts.setdefault(_split_name(file.path, place.path), []).append((total, total + rows))
         parts += of_file
@@ -163,25 +172,28 @@ def _parquet(place: Location, info: pafs.FileInfo) -> Source:
     ids = {split: np.concatenate([np.arange(*span) for span in spans]) for split, spans in counts.items()}
     if "" in ids and len(ids) > 1:
         raise Refusal(f"--data {place.text}: some files are named train or test and some are not, so the test rows are unclear")
-    return _with_splits(
+    source = _with_splits(
         "parquet", place.text, tuple(parts), ids.get("train", ids.get("")), ids.get("validation"), ids.get("test")
     )
+    return replace(source, left_out=left_out)
 
 
-def _parquet_files(place: Location) -> list[pafs.FileInfo]:
-    listed = place.filesystem.get_file_info(pafs.FileSelector(place.path, recursive=True))
-    files = [
-        file
-        for file in sorted(listed, key=lambda file: file.path)
-        if file.type == pafs.FileType.File and file.path.endswith(".parquet") and not _is_hidden(file.path, place.path)
-    ]
+def _parquet_files(place: Location, left_out: dict[str, str]) -> list[pafs.FileInfo]:
+    """The Parquet files of a folder, sorted by path; `left_out` gets the other files."""
+    listing = list_folder(place).keep(lambda path: is_data_file(parts_below(path, place.path) or ("",)))
+    second = set(listing.second_names())
+    left_out |= listing.left_out | dict.fromkeys(second, LISTED_ANYWAY)
+    infos = listing.file_infos(place)
+    files = sorted(path for path in listing.files if path not in second)
+    unnamed = next((path for path in files if path not in infos), None)
+    if unnamed is not None:
+        raise Refusal(f"--data {in_utf8(unnamed)}: its name is not UTF-8; rename it")
     if not files:
-        raise Refusal(f"--data {place.text}: holds neither IDX files ({idx.FILES[0]}, …) on a local disk nor *.parquet files")
-    return files
-
-
-def _is_hidden(path: str, root: str) -> bool:
-    return any(part.startswith((".", "_")) for part in path.removeprefix(root).split("/") if part)
+        raise Refusal(
+            f"--data {place.text}: holds neither IDX files ({idx.FILES[0]}, …) on a local disk nor Parquet files "
+            f"({', '.join(SUFFIXES)})"
+        )
+    return [infos[path] for path in files]
 
 
 def _same_store(place: Location, path: str) -> Location:
@@ -189,11 +201,14 @@ def _same_store(place: Location, path: str) -> Location:
     return place / relative if relative else place
 
 
-def _parts_of_file(file: Location) -> list[ParquetPart]:
+def _parts_of_file(file: Location, size: int) -> list[ParquetPart]:
     try:
         with file.filesystem.open_input_file(file.path) as stream:
-            parquet = pq.ParquetFile(stream)
-            metadata, columns = parquet.metadata, parquet.schema_arrow
+            parquet = open_parquet(stream)
+            columns = parquet.schema_arrow
+            sizes, _ = row_groups(parquet.metadata, size)
+    except BadFile as bad:
+        raise Refusal(f"{file.text}: {bad}") from None
     except (OSError, pa.ArrowException, ValueError) as error:  # the last from an extension type of Ray whose metadata are wrong
         raise Refusal(f"{file.text}: is not a whole Parquet file: {one_line(error)}") from None
     digit_column = next((name for name in DIGIT_COLUMNS if name in columns.names), None)
@@ -208,22 +223,22 @@ def _parts_of_file(file: Location) -> list[ParquetPart]:
     if not pa.types.is_integer(columns.field(digit_column).type):
         raise Refusal(f"{file.text}: column {digit_column!r} has type {columns.field(digit_column).type}, not an integer type")
     parts, groups, rows, first = [], list[int](), 0, 0
-    for group in range(metadata.num_row_groups):
+    for group, size_of_group in enumerate(sizes):
         groups.append(group)
-        rows += metadata.row_group(group).num_rows
-        if rows >= _BLOCK_ROWS or group == metadata.num_row_groups - 1:
+        rows += size_of_group
+        if rows >= _BLOCK_ROWS or group == len(sizes) - 1:
             parts.append(ParquetPart(file, tuple(groups), first, rows, digit_column))
             groups, rows, first = [], 0, first + rows
     return [part for part in parts if part.rows]
 
 
 def _split_name(path: str, root: str) -> str:
-    """train, validation, test, or "" where neither the file's name nor its folder's, below the root, tells."""
+    """train, validation, test, or "" where no word of the file's name nor of its folder's, below the root, tells."""
     below = path.removeprefix(root).strip("/") or path.rpartition("/")[2]
     for name in reversed(below.split("/")[-2:]):
-        match = re.match(r"(train|validation|valid|val|test)(?![a-z])", name)
-        if match:
-            return "validation" if match[1].startswith("val") else match[1]
+        for word in re.findall("[a-z]+", name.lower()):
+            if word in _SPLITS:
+                return _SPLITS[word]
     return ""
 
 

@@ -15,6 +15,12 @@ _PASS_THROUGH: Final = frozenset(
 """Parquet's logical types that pyarrow reads and writes again as the same."""
 
 
+_MOST_BYTES: Final = 2**50
+_MOST_ROWS: Final = 10**9
+_MOST_ROWS_A_BYTE: Final = 10_000
+"""A file of one and the same row, as dense as Parquet gets, has some hundreds."""
+
+
 class BadFile(ValueError):
     """A file cannot be used; the message says why and what to do."""
 
@@ -30,6 +36,29 @@ def is_data_file(below: tuple[str, ...]) -> bool:
 def open_parquet(stream: pa.NativeFile | pa.Buffer) -> pq.ParquetFile:
     """Open a Parquet file, whose pages are compared with their CRC where they have one (Spark writes it by default)."""
     return pq.ParquetFile(stream, page_checksum_verification=True, arrow_extensions_enabled=True)
+
+
+def row_groups(metadata: pq.FileMetaData, file_size: int) -> tuple[list[int], int]:
+    """The rows of each row group, and the bytes of all columns, as far as a file of this size can hold them.
+
+    Raises:
+        BadFile: the footer says what cannot be. Others wrote it, and the plan of the whole run is made of it.
+    """
+    rows, size = [], 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        if group.num_rows < 0 or not 0 <= group.total_byte_size < _MOST_BYTES:
+            raise BadFile(
+                f"has a damaged footer (row group {index} with {group.num_rows:,} rows and {group.total_byte_size:,} bytes); "
+                "write it anew"
+            )
+        rows.append(group.num_rows)
+        size += group.total_byte_size
+    if sum(rows) != metadata.num_rows:
+        raise BadFile("has a damaged footer (its row groups do not add up); write it anew")
+    if metadata.num_rows > min(_MOST_ROWS, _MOST_ROWS_A_BYTE * file_size):
+        raise BadFile(f"has a footer that promises {metadata.num_rows:,} rows in {file_size:,} bytes; write it anew, or split it")
+    return rows, size
 
 
 def without_views(kind: pa.DataType) -> pa.DataType:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from mnistsum_ray.config import Refusal, Settings, TrainConfig, one_line
 from mnistsum_ray.connect import answers
 from mnistsum_ray.mnist import Source, open_source
-from mnistsum_ray.storage import Location, base_folder, locate
+from mnistsum_ray.storage import Location, base_folder, is_partial, locate
 
 SMALL_ROWS: Final = 20_000
 """Below so many training rows, smaller batches and more epochs: the sum head needs its number of steps."""
@@ -113,7 +113,7 @@ def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
 def _is_empty(folder: Location) -> bool:
     """Whether nothing but unfinished files of ours lies there."""
     entries = folder.filesystem.get_file_info(FileSelector(folder.path)) if folder.info().type == FileType.Directory else None
-    return entries is not None and all(entry.base_name.endswith(".partial") for entry in entries)
+    return entries is not None and all(is_partial(entry.base_name) for entry in entries)
 
 
 def read_manifest(folder: Location) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,8 +16,9 @@ import pyarrow.fs as pafs
 
 from mnistsum_ray.config import Refusal, one_line
 
-PARTIAL: Final = ".partial"
-"""How the name of a file ends that is being written, or was when its writer was killed."""
+_PARTIAL: Final = re.compile(r"\.mnistsum-[0-9a-f]{16}\.partial")
+"""Name of a file that is being written, or was when its writer was killed. It is short, whatever the file's own name: file
+systems allow 255 bytes."""
 
 # A put to one of these shows the whole object or nothing; elsewhere a file is written aside and moved into place.
 _WHOLE_PUTS: Final = ("s3", "gcs", "abfs")
@@ -55,7 +57,7 @@ class Location:
     """What to show a person and to write down: an absolute path, or a URI without keys and passwords."""
 
     def __truediv__(self, name: str) -> "Location":
-        return Location(self.filesystem, f"{self.path}/{name}", _join(self.text, name))
+        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", _join(self.text, name))
 
     @property
     def is_local(self) -> bool:
@@ -92,8 +94,8 @@ class Location:
             with self.filesystem.open_output_stream(self.path) as stream:
                 stream.write(data)
             return
-        folder, _, name = self.path.rpartition("/")
-        partial = f"{folder}/.{name}.{secrets.token_hex(4)}{PARTIAL}"
+        folder = self.path.rpartition("/")[0]
+        partial = f"{folder}/.mnistsum-{secrets.token_hex(8)}.partial"
         self.filesystem.create_dir(folder)
         try:
             with self.filesystem.open_output_stream(partial) as stream:
@@ -118,7 +120,9 @@ class Location:
             self.filesystem.delete_file(self.path)
 
     def files(self) -> list[pafs.FileInfo]:
-        """All files below a folder, in the order of the paths; nothing where it is not there."""
+        """All files below a folder, in the order of the paths; nothing where it is not there. No link to a folder is followed."""
+        if self.is_local:
+            return sorted(self.filesystem.get_file_info(list(_local_files(self.path))), key=lambda info: str(info.path))
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         found = (info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File)
         return sorted(found, key=lambda info: str(info.path))
@@ -137,6 +141,28 @@ class Location:
     def write_json(self, value: Any) -> None:
         """Write it as `write_bytes` does; infinite numbers and NaN, which JSON has not, are an error."""
         self.write_bytes((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def is_utf8(path: str) -> bool:
+    """Whether a path can be written as UTF-8: what a disk holds may have any bytes."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file's name, without its folder, is that of an unfinished file of ours."""
+    return _PARTIAL.fullmatch(name) is not None
+
+
+def _local_files(folder: str) -> Iterator[str]:
+    for here, _, names in os.walk(folder):
+        for name in names:
+            path = f"{here.rstrip('/')}/{name}"
+            if is_utf8(path) and Path(path).is_file():
+                yield path
 
 
 def _join(text: str, name: str) -> str:

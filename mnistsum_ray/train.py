@@ -21,6 +21,7 @@ from mnistsum_ray import pipeline, resources
 from mnistsum_ray.config import Refusal, RunFailed, last_line, one_line
 from mnistsum_ray.console import SILENCE_SECONDS, Console
 from mnistsum_ray.keep import manifest_of, publish, write_report
+from mnistsum_ray.listing import say_left_out
 from mnistsum_ray.loop import LoopConfig, Outcome, train_loop_per_worker
 from mnistsum_ray.mnist import ParquetPart
 from mnistsum_ray.model import PARAMETERS
@@ -51,7 +52,7 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
     except OSError as error:
         raise RunFailed(f"--storage-path {run.storage.text}: {one_line(error)}; {_goes_on(run)}") from error
     except ray.exceptions.RayError as error:  # of the workers' failures Ray Train tells otherwise, see below
-        console.say(str(error))
+        console.say_lines(str(error))
         raise RunFailed(f"{last_line(error)}; {_goes_on(run)}") from error
 
 
@@ -116,6 +117,7 @@ def _allotted(run: Run, console: Console) -> resources.Allotment:
         console.say(f"training on CPUs, since the cluster has {cluster.describe()}; --use-gpu true waits for GPUs")
     if source.notice:
         console.say(source.notice)
+    say_left_out(source.left_out, console.say)
     resources.wait_until_free(allotment.bundles(), config.wait_seconds, console.say)
     if allotment.use_gpu and probe is None:  # the GPUs have come while it waited
         resources.refuse_without_cuda(resources.probe_gpu(), config.use_gpu)
@@ -217,7 +219,7 @@ def _train(
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        console.say(str(error))
+        console.say_lines(str(error))
         raise RunFailed(
             f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
             f"--name {config.name} --resume goes on from the last checkpoint"

@@ -83,3 +83,23 @@ def check_answers(table: pa.Table, expected: dict[str, np.ndarray]) -> None:
         assert table[name].to_pylist() == expected[name].tolist(), name
     for name in ("digit_prob", "sum_prob"):
         assert np.allclose(table[name].to_numpy(), expected[name], atol=1e-5), name
+
+
+def varint(value: int) -> bytes:
+    """As Thrift's compact protocol writes an integer."""
+    value *= 2
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def with_footer(path: Path, number: int, lie: int) -> None:
+    """Have the footer of a Parquet file say `lie` wherever it says `number`."""
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little")
+    footer = whole[-8 - length : -8]
+    assert varint(number) in footer
+    footer = footer.replace(varint(number), varint(lie))
+    path.write_bytes(whole[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1")

@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from mnistsum_ray.config import Refusal
-from mnistsum_ray.mnist import ParquetPart, Source, open_source
+from mnistsum_ray.mnist import ParquetPart, Source, open_source, read_whole
 from mnistsum_ray.schema import Pixels, pixels_view
+from tests.conftest import with_footer
 
 Rows = Callable[[int], Path]
 
@@ -255,3 +256,81 @@ def test_a_download_that_is_cut_off_leaves_nothing_behind(tmp_path: Path, monkey
         open_source("mnist")
     server.shutdown()
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Train.parquet", "Test.parquet"),
+        ("mnist_train.parquet", "mnist_test.pq"),
+        ("TRAIN/a.PARQUET", "TEST/a.parq"),
+        ("training/part-0.parquet", "testing/part-0.parquet"),
+    ],
+)
+def test_names_say_the_split_in_any_case_and_any_place(write_rows: Rows, tmp_path: Path, train: str, test: str) -> None:
+    folder = tmp_path / "data"
+    for name, rows in ((train, 400), (test, 100)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(rows).rename(folder / name)
+    check_splits(open_source(str(folder)), 360, 40, 100)
+
+
+def test_a_word_that_only_holds_a_splits_name_says_nothing(write_rows: Rows, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(500).rename(folder / "latest-contest.parquet")
+    check_splits(open_source(str(folder)), 400, 50, 50)
+
+
+def test_a_link_to_a_parent_does_not_multiply_the_rows(write_rows: Rows, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(500).rename(folder / "rows.parquet")
+    (folder / "up").symlink_to(folder)
+    (folder / "again.parquet").symlink_to(folder / "rows.parquet")
+    source = open_source(str(folder))
+    assert source.rows == 500
+    assert source.left_out == dict.fromkeys(
+        [str(folder / "up"), str(folder / "again.parquet")], "a link to what is listed anyway"
+    )
+
+
+def test_what_is_left_out_is_named(write_rows: Rows, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "_old").mkdir(parents=True)
+    write_rows(500).rename(folder / "rows.Parquet")
+    (folder / "notes.txt").write_text("")
+    write_rows(100).rename(folder / "_old" / "rows.parquet")
+    source = open_source(str(folder))
+    assert source.rows == 500
+    assert set(source.left_out) == {str(folder / "notes.txt"), str(folder / "_old" / "rows.parquet")}
+
+
+@pytest.mark.parametrize("column", ["image", "digit"])
+def test_a_column_that_is_there_twice_is_refused(write_rows: Rows, column: str) -> None:
+    path = write_rows(100)
+    table = pq.read_table(path)
+    pq.write_table(pa.Table.from_arrays([*table.columns, table[column]], [*table.column_names, column]), path)
+    with pytest.raises(Refusal, match=rf"rows100\.parquet: has more than one column '{column}'"):
+        open_source(str(path))
+
+
+def test_a_footer_that_lies_is_refused(write_rows: Rows) -> None:
+    path = write_rows(500)
+    pq.write_table(pq.read_table(path), path, row_group_size=500)
+    with_footer(path, 500, 10**13)
+    with pytest.raises(Refusal, match=r"rows500\.parquet: has a footer that promises 10,000,000,000,000 rows"):
+        open_source(str(path))
+
+
+def test_a_page_whose_checksum_is_wrong_is_refused(write_rows: Rows) -> None:
+    path = write_rows(100)
+    table = pq.read_table(path)
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(table, path, write_page_checksum=True, **options)
+    data = bytearray(path.read_bytes())
+    data[data.index(table["image"][50].as_py()) + 300] ^= 1
+    path.write_bytes(data)
+    (part,) = open_source(str(path)).parts
+    with pytest.raises(Refusal, match=r"cannot be read: .*CRC checksum verification failed"):
+        read_whole(part)

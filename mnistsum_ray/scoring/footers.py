@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mnistsum_ray.config import Refusal, ScoreConfig, one_line
-from mnistsum_ray.parquet import BadFile, lossy_column, without_views
+from mnistsum_ray.parquet import BadFile, lossy_column, row_groups, without_views
 from mnistsum_ray.schema import image_form_error, number_form_error
 from mnistsum_ray.storage import Location
 
@@ -37,11 +37,6 @@ PREDICTIONS: Final = pa.schema(
 
 _TAIL_BYTES: Final = 64 * 1024
 """What is read at once from a file's end: most footers are shorter."""
-
-_MOST_BYTES: Final = 2**50
-_MOST_ROWS: Final = 10**9
-_MOST_ROWS_A_BYTE: Final = 10_000
-"""A file of one and the same row, as dense as Parquet gets, has some hundreds."""
 
 _RAY_TYPES: Final = (
     "ray.data.arrow_tensor",
@@ -120,7 +115,7 @@ def _read_footer(folder: Location, file: dict[str, Any], columns: Columns) -> di
         tail = read_tail(folder, file["name"], file["size"])
         metadata = pq.read_metadata(pa.BufferReader(tail))
         schema = metadata.schema.to_arrow_schema()
-        groups, size = _row_groups(metadata, file["size"])
+        groups, size = row_groups(metadata, file["size"])
         error = _columns_error(schema, columns) or lossy_column(metadata.schema, columns.image)
     except BadFile as bad:
         return {"error": str(bad)}
@@ -135,29 +130,6 @@ def _read_footer(folder: Location, file: dict[str, Any], columns: Columns) -> di
         "error": error,
         "missing": missing,
     }
-
-
-def _row_groups(metadata: pq.FileMetaData, file_size: int) -> tuple[list[int], int]:
-    """The rows of each row group, and the bytes of all columns, as far as a file of this size can hold them.
-
-    Raises:
-        BadFile: the footer says what cannot be. It is what others wrote, and the plan of the whole run is made of it.
-    """
-    rows, size = [], 0
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        if group.num_rows < 0 or not 0 <= group.total_byte_size < _MOST_BYTES:
-            raise BadFile(
-                f"has a damaged footer (row group {index} with {group.num_rows:,} rows and {group.total_byte_size:,} bytes); "
-                "write it anew"
-            )
-        rows.append(group.num_rows)
-        size += group.total_byte_size
-    if sum(rows) != metadata.num_rows:
-        raise BadFile("has a damaged footer (its row groups do not add up); write it anew")
-    if metadata.num_rows > min(_MOST_ROWS, _MOST_ROWS_A_BYTE * file_size):
-        raise BadFile(f"has a footer that promises {metadata.num_rows:,} rows in {file_size:,} bytes; write it anew, or split it")
-    return rows, size
 
 
 def _columns_error(schema: pa.Schema, columns: Columns) -> str | None:

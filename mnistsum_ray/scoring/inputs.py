@@ -2,20 +2,28 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
 from typing import Final
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mnistsum_ray.config import Refusal, one_line
+from mnistsum_ray.listing import (
+    LISTED_ANYWAY,
+    Listing,
+    Pattern,
+    in_utf8,
+    list_file,
+    list_folder,
+    list_glob,
+    parts_below,
+    second_names,
+)
+from mnistsum_ray.parquet import SUFFIXES, is_data_file
 from mnistsum_ray.storage import Location, locate_existing
-
-SUFFIXES: Final = (".parquet", ".pq", ".parq")
-"""What of a folder is taken. A file that is named, or matched by a glob, is taken whatever it is called."""
 
 FILE_SCHEMA: Final = pa.schema({"name": pa.string(), "size": pa.int64(), "modified": pa.int64()})
 
@@ -28,8 +36,10 @@ class Inputs:
     """The deepest folder that holds all that was named; names are relative to it."""
     files: pa.Table
     """FILE_SCHEMA, sorted by name: `size` in bytes, `modified` in nanoseconds since 1970."""
-    left_aside: tuple[str, ...]
-    """Paths in the named folders that are not taken, for their names."""
+    left_out: dict[str, str]
+    """Path and reason of what lies in the named folders and is not taken."""
+    unusable: dict[str, str]
+    """Name and reason of each of the files that cannot be opened, which `files` has too."""
 
 
 def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
@@ -40,26 +50,32 @@ def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
     """
     named = [_Named(text) for text in texts]
     root = _common_root(named)
-    found: dict[str, pafs.FileInfo] = {}
-    aside: set[str] = set()
+    listings = []
     for name in named:
         try:
-            for info in name.list():
-                if name.takes(info.path):
-                    found[info.path] = info
-                else:
-                    aside.add(info.path)
+            listings.append(name.list())
         except (OSError, UnicodeError) as error:
             raise Refusal(f"--input {name.text}: {one_line(error)}") from None
+    found: dict[str, pafs.FileInfo | None] = {}
+    left_out = {path: why for listing in listings for path, why in listing.left_out.items()}
+    for listing in listings:
+        infos = listing.file_infos(root)
+        found |= {path: infos.get(path) for path in listing.files}
+    for path in second_names({path: real for listing in listings for path, real in listing.files.items()}):
+        left_out[path] = LISTED_ANYWAY
+        del found[path]
     if not found:
-        there = f" (there are others, such as {min(aside)})" if aside else ""
+        there = f" (there are others, such as {in_utf8(min(left_out))})" if left_out else ""
         raise Refusal(f"--input {' '.join(name.text for name in named)}: there is no Parquet file ({', '.join(SUFFIXES)}){there}")
-    _check_apart(named, found, output)
-    rows = [
-        {"name": path.removeprefix(root.path).lstrip("/"), "size": info.size, "modified": root.modified(info)}
-        for path, info in sorted(found.items())
-    ]
-    return Inputs(root, pa.Table.from_pylist(rows, FILE_SCHEMA), tuple(sorted(aside - found.keys())))
+    _check_apart(named, listings, found, output)
+    rows, unusable = [], {}
+    for path, info in sorted(found.items()):
+        below = in_utf8(path.removeprefix(root.path).lstrip("/"))
+        if info is None:
+            unusable[below] = "its name is not UTF-8; rename it"
+        rows.append({"name": below, "size": info.size if info else 0, "modified": root.modified(info) if info else 0})
+    left_out = {path: why for path, why in left_out.items() if path not in found}
+    return Inputs(root, pa.Table.from_pylist(rows, FILE_SCHEMA), left_out, unusable)
 
 
 class _Named:
@@ -83,49 +99,30 @@ class _Named:
             raise Refusal(f"--input {self.text}: {one_line(error)}") from None
         if self.info.type == pafs.FileType.NotFound:
             raise Refusal(f"--input {self.text}: there is no {place.text}")
+        if self.pattern is not None and self.info.type == pafs.FileType.File:
+            raise Refusal(f"--input {self.text}: {place.text} is a file, not a folder")
 
     @property
     def folder(self) -> str:
         """Path of the folder that it is, or lies in."""
-        return self.place.path.rpartition("/")[0] if self.info.type == pafs.FileType.File else self.place.path
+        path = self.place.path
+        return (path.rpartition("/")[0] or "/" * self.place.is_local) if self.info.type == pafs.FileType.File else path
 
-    def list(self) -> Iterator[pafs.FileInfo]:
+    def list(self) -> Listing:
         if self.info.type == pafs.FileType.File:
-            yield self.info
-        else:
-            yield from self.place.files()
-
-    def takes(self, path: str) -> bool:
-        if self.info.type == pafs.FileType.File:
-            return True
-        below = PurePosixPath(path.removeprefix(self.place.path).lstrip("/")).parts
+            return list_file(self.place)
         if self.pattern is not None:
-            return _matches(below, self.pattern)
-        # By the convention of Spark, Hive and Arrow, such names are for what is not data, or not yet.
-        return path.lower().endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in below)
+            return list_glob(self.place, self.pattern)
+        return list_folder(self.place).keep(lambda path: is_data_file(parts_below(path, self.place.path) or ("",)))
 
 
-def _split_glob(text: str, special: str) -> tuple[str, tuple[str, ...] | None]:
+def _split_glob(text: str, special: str) -> tuple[str, Pattern | None]:
     """A glob's leading folders without wildcards, and the components after them."""
     parts = text.split("/")
     first = next((index for index, part in enumerate(parts) if re.search(special, part)), None)
     if first is None:
         return text, None
-    return "/".join(parts[:first]) or ("/" if text.startswith("/") else "."), tuple(parts[first:])
-
-
-def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """As a shell matches: `**` stands for any number of folders, a wildcard for no leading dot."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[skip:], pattern[1:]) for skip in range(len(parts) + 1))
-    return (
-        bool(parts)
-        and fnmatchcase(parts[0], pattern[0])
-        and parts[0].startswith(".") <= pattern[0].startswith(".")
-        and _matches(parts[1:], pattern[1:])
-    )
+    return "/".join(parts[:first]) or ("/" if text.startswith("/") else "."), tuple(part for part in parts[first:] if part)
 
 
 def _common_root(named: list[_Named]) -> Location:
@@ -140,30 +137,29 @@ def _common_root(named: list[_Named]) -> Location:
     return first.place.at(folder)
 
 
-def _check_apart(named: list[_Named], found: Iterable[str], output: Location) -> None:
+def _check_apart(named: list[_Named], listings: list[Listing], found: Iterable[str], output: Location) -> None:
     """See to it that no output will be taken for input, and that no input stands where the output goes."""
     if not named[0].place.filesystem.equals(output.filesystem):
         return
     path = os.path.realpath(output.path) if output.is_local else output.path
-    for name in named:
-        inside = _below(path, name.place.path)
+    for name, listing in zip(named, listings, strict=True):
+        inside = parts_below(path, name.place.path)
         if name.info.type != pafs.FileType.File and inside is not None and _covers(name.pattern, inside):
             raise Refusal(
                 f"--output {output.text}: lies in the input {name.text} and would be scored next time; put it elsewhere"
             )
-    held = next((file for file in found if _below(file, path) is not None), None)
+        link = next((link for link, real in listing.links.items() if parts_below(path, real) is not None), None)
+        if link is not None:
+            raise Refusal(
+                f"--output {output.text}: lies in the input {name.text}, by the link {in_utf8(link)}, and would be scored next "
+                "time; put it elsewhere, or remove the link"
+            )
+    held = next((file for file in found if parts_below(file, path) is not None), None)
     if held is not None:
-        raise Refusal(f"--output {output.text}: holds the input file {held}; put it elsewhere")
+        raise Refusal(f"--output {output.text}: holds the input file {in_utf8(held)}; put it elsewhere")
 
 
-def _below(path: str, folder: str) -> tuple[str, ...] | None:
-    """The components of a path below a folder, or None where it is not below it."""
-    if path == folder:
-        return ()
-    return PurePosixPath(path[len(folder) :]).parts[1:] if path.startswith(folder.rstrip("/") + "/") else None
-
-
-def _covers(pattern: tuple[str, ...] | None, output: tuple[str, ...]) -> bool:
+def _covers(pattern: Pattern | None, output: tuple[str, ...]) -> bool:
     """Whether a folder (None) or a glob could match files in an output folder at this place below it."""
     if pattern is None or "**" in pattern:
         return True

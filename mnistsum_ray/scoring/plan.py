@@ -10,8 +10,6 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.storage import PARTIAL
-
 REJECTED: Final = "_rejected"
 FILES: Final = "_files.parquet"
 MANIFEST: Final = "_manifest.json"
@@ -34,6 +32,8 @@ _UNITS_PER_WORKER: Final = 4
 _LEAST_ROWS: Final = 1024
 _LEAST_FILES: Final = 8
 _MOST_FILES: Final = 256
+
+MOST_NAME_BYTES: Final = 255
 
 _UNITS_PER_GROUP: Final = 16
 """Each unit reads the row group from its start: more units would skip more rows than they score, fewer leave workers idle."""
@@ -67,7 +67,7 @@ PART_SCHEMA: Final = pa.schema(
 def _is_reserved(output: str) -> bool:
     """Whether an output of this name would not be seen as one."""
     name = output.rpartition("/")[2]
-    return output.split("/")[0] in _OWN or name.startswith(".") or name.endswith(PARTIAL)
+    return output.split("/")[0] in _OWN or name.startswith(".")
 
 
 def parts_of(table: pa.Table) -> list[Part]:
@@ -99,6 +99,10 @@ def plan(files: pa.Table, unit_rows: int) -> tuple[pa.Table, dict[str, str]]:
                 clashes[file["name"]] = "would be written outside of the output; rename it"
                 continue
             parts = list(_parts(file, unit_rows))
+            longest = max(len(name.encode()) for part in parts for name in part.output.split("/"))
+            if longest > MOST_NAME_BYTES:
+                clashes[file["name"]] = f"its output's name would have {longest} bytes, and most systems allow 255; rename it"
+                continue
             clash = next((part for part in parts if part.output in taken or _is_reserved(part.output)), None)
             if clash is not None:
                 other = taken.get(clash.output)

@@ -63,7 +63,7 @@ def refuse_foreign(committed: pa.Table, output: Location) -> None:
     errors = committed.filter(pc.is_valid(committed["error"]))
     if errors.num_rows:
         first = errors.slice(0, 1).to_pylist()[0]
-        raise Refusal(f"--output {output.text}: {first['output']} {first['error']}; delete it, or choose another folder")
+        raise Refusal(f"--output {output.text}: {first['output']} {first['error']}; move it away, or choose another folder")
 
 
 def refuse_other(matched: pa.Table, strange: pa.Table, files: pa.Table, source: Location, request: str, output: Location) -> None:

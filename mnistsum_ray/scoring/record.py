@@ -39,6 +39,16 @@ COMMITTED_SCHEMA: Final = pa.schema(
 )
 
 
+def is_ours(folder: Location, name: str) -> bool:
+    """Whether a file carries the metadata that this program writes, of whichever version."""
+    try:
+        size = (folder / name).info().size
+        metadata = pq.read_metadata(pa.BufferReader(read_tail(folder, name, size or 0))).metadata
+    except (BadFile, OSError, pa.ArrowException):
+        return False
+    return KEY in (metadata or {})
+
+
 def read_committed(output: Location, files: pa.Table) -> pa.Table:
     """COMMITTED_SCHEMA for each prediction file of an `inputs.FILE_SCHEMA` table, in its order."""
     return pa.Table.from_pylist([_read_committed(output, file) for file in files.to_pylist()], COMMITTED_SCHEMA)

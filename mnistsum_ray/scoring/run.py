@@ -13,10 +13,11 @@ import ray.exceptions
 import torch
 
 from mnistsum_ray import resources
-from mnistsum_ray.config import RunFailed, last_line
+from mnistsum_ray.config import Refusal, RunFailed, last_line
 from mnistsum_ray.console import SAY_SECONDS, Console, Progress
 from mnistsum_ray.device import faster_with_bf16
 from mnistsum_ray.int8 import maxima_of
+from mnistsum_ray.listing import say_left_out
 from mnistsum_ray.reach import refuse_unshared
 from mnistsum_ray.report import versions
 from mnistsum_ray.resources import ScoreAllotment
@@ -27,7 +28,7 @@ from mnistsum_ray.scoring.lock import hold
 from mnistsum_ray.scoring.plan import FILES, MANIFEST, REJECTED, plan, units_of
 from mnistsum_ray.scoring.prepare import Run, read_all_footers
 from mnistsum_ray.scoring.reconcile import Totals, beside_plan, match, reconcile, refuse_foreign, refuse_other
-from mnistsum_ray.scoring.record import read_committed
+from mnistsum_ray.scoring.record import COMMITTED_SCHEMA, is_ours, read_committed
 from mnistsum_ray.scoring.spread import spread
 from mnistsum_ray.scoring.stream import Work, stream
 from mnistsum_ray.storage import Location
@@ -48,7 +49,7 @@ def score(run: Run, console: Console) -> dict[str, Any]:
     try:
         return _score(run, console)
     except (OSError, ray.exceptions.RayError) as error:  # what is wrong with one file of the input is caught where it is read
-        console.say(str(error))
+        console.say_lines(str(error))
         raise RunFailed(f"{last_line(error)}; what is committed stays, and the same command goes on") from error
 
 
@@ -93,7 +94,7 @@ class _Scoring:
         self._staged = config.overwrite or config.strict
         self._folder = workspace.staging_of(run.output) if self._staged else run.output
         self._source = run.inputs.root
-        self._published = pa.table({"name": pa.array([], pa.string()), "source": pa.array([], pa.string())})
+        self._published = pa.Table.from_pylist([], COMMITTED_SCHEMA)
 
     def run(self) -> dict[str, Any]:
         config, say = self._run.config, self._console.say
@@ -146,7 +147,8 @@ class _Scoring:
         summary.draw(totals, self._folder)
         (self._folder / MANIFEST).write_json(self._manifest(line, totals, left))
         if self._staged:
-            workspace.publish(self._folder, self._run.output, replace=config.overwrite)
+            ours = set(self._published["output"].to_pylist()) if config.overwrite else ()
+            workspace.publish(self._folder, self._run.output, replace=config.overwrite, ours=ours)
         summary.summarize(line, totals, say)
         return line
 
@@ -162,10 +164,8 @@ class _Scoring:
         for name in footers.column_names:
             files = files.append_column(name, footers[name])
         parts, clashes = plan(files, run.config.unit_rows)
-        files = _with_errors(files, clashes)
-        aside = run.inputs.left_aside
-        if aside:
-            self._console.say(f"left aside for their names: {len(aside):,} files, such as {aside[0]}")
+        files = _with_errors(files, clashes | run.inputs.unusable)
+        say_left_out(run.inputs.left_out, self._console.say)
         failures = files.filter(pc.is_valid(files["error"])).select(["name", "error"]).to_pylist()
         summary.name_failures({row["name"]: row["error"] for row in failures}, self._console.say)
         if failures and run.config.strict:
@@ -175,8 +175,8 @@ class _Scoring:
     def _done(self, files: pa.Table, parts: pa.Table) -> tuple[pa.Table, int]:
         """What is committed of each part, and how many files are left from input that is no longer there."""
         run, request, output = self._run, self._request.text(), self._run.output
-        published = self._records(output, workspace.clean(output).predictions)
-        refuse_foreign(published, output)
+        listing = workspace.list_folder(output)
+        published = self._own_records(output, listing)
         left = 0
         self._published = published
         if run.config.overwrite:
@@ -188,15 +188,36 @@ class _Scoring:
             if left:
                 first = strange["source"][0].as_py()
                 self._console.say(f"left as they are: {left:,} output files of input that is not there now, such as {first}")
+        # Not before everything has been found to be ours, and the request to go with it.
+        workspace.clear_unfinished(output, listing)
         if not self._staged:
             return match(parts, published, request), left
-        staged = self._records(self._folder, workspace.clean(self._folder).predictions)
+        listing = workspace.list_folder(self._folder)
+        staged = self._own_records(self._folder, listing)
+        workspace.clear_unfinished(self._folder, listing)
         matched = match(parts, staged, request)
         # Nobody has seen it yet, so what is not of this plan is thrown away.
         stale = pc.invert(pc.is_in(staged["output"], matched.filter(matched["done"])["output"]))
         for name in staged.filter(stale)["output"].to_pylist():
             workspace.delete_part(self._folder, name)
         return match(parts, self._counting(staged.filter(pc.invert(stale)), published), request), left
+
+    def _own_records(self, folder: Location, listing: workspace.Listing) -> pa.Table:
+        """What is committed in a folder.
+
+        Raises:
+            Refusal: the folder holds something that is not of this program.
+        """
+        committed = self._records(folder, listing.predictions)
+        refuse_foreign(committed, folder)
+        known = set(committed.filter(pc.greater(committed["rejected"], 0))["output"].to_pylist())
+        strange = next((name for name in sorted(listing.rejected - known) if not is_ours(folder, f"{REJECTED}/{name}")), None)
+        if strange is not None:
+            raise Refusal(
+                f"--output {folder.text}: {REJECTED}/{strange} is not a file of this program; move it away, or choose another "
+                "folder"
+            )
+        return committed
 
     def _refuse_to_lose(self, files: pa.Table) -> None:
         """With `--overwrite`, a file that cannot be used just now must not cost the predictions that are there of it."""
@@ -280,7 +301,7 @@ class _Scoring:
             "model": {key: run.card[key] for key in ("sha256", "epoch", "parameters", "temperature")},
             "precision": self._request.precision,
             "int8": run.card["int8"] if self._request.precision == "int8" else None,
-            "left_aside_files": len(run.inputs.left_aside),
+            "left_out_files": len(run.inputs.left_out),
             "files_of_earlier_input": left,
             "versions": versions(),
         }

@@ -3,17 +3,20 @@
 import ctypes
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
 
+from mnistsum_ray.config import Refusal
 from mnistsum_ray.scoring.inputs import FILE_SCHEMA
-from mnistsum_ray.scoring.plan import LOCK, MANIFEST, REJECTED, SUMMARIES, UNPUBLISHED
-from mnistsum_ray.storage import PARTIAL, Location
+from mnistsum_ray.scoring.plan import LOCK, MANIFEST, MOST_NAME_BYTES, REJECTED, SUMMARIES, UNPUBLISHED
+from mnistsum_ray.scoring.record import is_ours
+from mnistsum_ray.storage import Location, is_partial
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
@@ -42,7 +45,7 @@ def list_folder(folder: Location) -> Listing:
     rows, rejected, partial = [], set(), []
     for info in folder.files():
         name = info.path.removeprefix(folder.path).lstrip("/")
-        if name.endswith(PARTIAL):
+        if is_partial(name.rpartition("/")[2]):
             partial.append(name)
         elif name.startswith(f"{REJECTED}/"):
             rejected.add(name.removeprefix(f"{REJECTED}/"))
@@ -55,26 +58,50 @@ def _is_hidden(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".")
 
 
-def clean(folder: Location) -> Listing:
-    """Delete what a killed run left unfinished, and list what remains. The folder's lock must be held."""
-    listing = list_folder(folder)
+def unfinished_rejects(listing: Listing) -> frozenset[str]:
+    """Rejected rows without predictions: they are written first, so the part is not done and will be written again."""
+    return listing.rejected - set(listing.predictions["name"].to_pylist())
+
+
+def clear_unfinished(folder: Location, listing: Listing) -> None:
+    """Delete what a killed run left unfinished. The folder must be known for ours, and its lock be held."""
     for name in listing.partial:
         (folder / name).delete()
-    # Rejected rows are written before the predictions, so without those the part is not done and will be written again.
-    unfinished = listing.rejected - set(listing.predictions["name"].to_pylist())
-    for name in unfinished:
+    for name in unfinished_rejects(listing):
         (folder / REJECTED / name).delete()
-    return Listing(listing.predictions, listing.rejected - unfinished, ())
 
 
 def staging_of(output: Location) -> Location:
-    """Where a run commits that must not be seen before it is whole. The output's lock must be held."""
-    parent = Path(output.path).parent
-    if output.is_local and os.access(parent, os.W_OK) and Path(output.path).stat().st_dev == parent.stat().st_dev:
-        folder, _, name = output.path.rpartition("/")
-        shutil.rmtree(f"{folder}/.{name}.{UNPUBLISHED.lstrip('_')}{_OLD}", ignore_errors=True)  # left by a kill while publishing
-        return output.at(f"{folder}/.{name}.{UNPUBLISHED.lstrip('_')}")
-    return output / UNPUBLISHED
+    """Where a run commits that must not be seen before it is whole. The output's lock must be held.
+
+    Raises:
+        Refusal: something lies there that is no folder.
+    """
+    folder, _, name = output.path.rpartition("/")
+    beside = f".{name}.{UNPUBLISHED.lstrip('_')}"
+    fits = len(f"{beside}{_OLD}".encode()) <= MOST_NAME_BYTES
+    if fits and output.is_local and os.access(folder or "/", os.W_OK) and _device(output.path) == _device(folder or "/"):
+        staging, old = output.at(f"{folder}/{beside}"), output.at(f"{folder}/{beside}{_OLD}")
+        for place in (staging, old):
+            _refuse_planted(place, output)
+        if old.exists():  # left by a kill while publishing
+            _retire(old, output, None)
+        return staging
+    inside = output / UNPUBLISHED
+    if output.is_local:
+        _refuse_planted(inside, output)
+    return inside
+
+
+def _device(path: str) -> int:
+    return Path(path).stat().st_dev
+
+
+def _refuse_planted(place: Location, output: Location) -> None:
+    """A link that somebody put there would lead all that is written, and deleted, to another place."""
+    path = Path(place.path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise Refusal(f"--output {output.text}: {place.text} is not a folder of this program, but a link or a file; remove it")
 
 
 def delete_part(folder: Location, name: str) -> None:
@@ -90,16 +117,24 @@ def reopen(output: Location) -> None:
         (output / name).delete()
 
 
-def publish(staging: Location, output: Location, *, replace: bool) -> None:
-    """Show what lies in the staging folder: in place of what the output holds, or beside it."""
+def publish(staging: Location, output: Location, *, replace: bool, ours: Collection[str] = ()) -> None:
+    """Show what lies in the staging folder: in place of what the output holds, or beside it.
+
+    Args:
+        staging: the folder that `staging_of` gave.
+        output: the folder.
+        replace: whether the predictions that the output holds go.
+        ours: their names, as they were known for ours when the run began; what else lies there stays.
+    """
     if replace and staging.is_local:
+        _take_permissions(staging, output)
         held = Path(output.path, LOCK)
         if held.exists():
             os.link(held, Path(staging.path, LOCK))  # so that the folder is held without a gap
         if _exchange(staging.path, output.path):
             old = f"{staging.path}{_OLD}"
             Path(staging.path).rename(old)  # it must not be taken for a staging folder if this process dies now
-            shutil.rmtree(old)
+            _retire(output.at(old), output, ours)
             return
         Path(staging.path, LOCK).unlink(missing_ok=True)
     names = [info.path.removeprefix(staging.path).lstrip("/") for info in staging.files()]
@@ -107,13 +142,49 @@ def publish(staging: Location, output: Location, *, replace: bool) -> None:
     with ThreadPoolExecutor(_MOVES) as pool:
         for order in range(_LAST + 1):
             if order == _LAST and replace:
-                keep = {(output / name).path for name in (*names, LOCK)} | {info.path for info in staging.files()}
-                extra = [info.path for info in output.files() if info.path not in keep]
-                list(pool.map(output.filesystem.delete_file, extra))
+                gone = {part for name in ours for part in (name, f"{REJECTED}/{name}")} - set(names)
+                list(pool.map(lambda name: (output / name).delete(), gone))
             now = [name for name in names if _publishing_order(name) == order]
             list(pool.map(lambda name: _move(staging / name, output / name), now))
     if staging.exists():
         staging.filesystem.delete_dir(staging.path)
+
+
+def _take_permissions(staging: Location, output: Location) -> None:
+    """Give the folders that will be the output the owner, mode and attributes of those that are."""
+    for here, _, _ in os.walk(output.path):
+        same = Path(staging.path, os.path.relpath(here, output.path))
+        if same.is_dir():
+            with suppress(OSError):  # of another owner, or a file system without attributes
+                status = Path(here).stat()
+                os.chown(same, status.st_uid, status.st_gid)
+            with suppress(OSError):
+                shutil.copystat(here, same)
+
+
+def _retire(old: Location, output: Location, ours: Collection[str] | None) -> None:
+    """Delete a replaced output, but for what is not of this program: that moves to where it was, in the new one.
+
+    `ours` are the names of its predictions; None where just their metadata tell.
+    """
+    listing = list_folder(old)
+    names = {*listing.predictions["name"].to_pylist(), *listing.rejected}
+    parts = {part for name in names for part in (name, f"{REJECTED}/{name}") if ours is None or name in ours}
+    if ours is None:
+        parts = {part for part in parts if is_ours(old, part)}
+    own = {*parts, *SUMMARIES, MANIFEST, LOCK, *listing.partial}
+    for here, folders, files in os.walk(old.path, topdown=False):
+        for name in (*files, *(name for name in folders if Path(here, name).is_symlink())):
+            path = Path(here, name)
+            relative = str(path.relative_to(old.path))
+            if relative in own:
+                path.unlink()
+            else:
+                target = Path(output.path, relative)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target.with_name(f"{target.name}{_OLD}") if os.path.lexists(target) else target)
+        with suppress(OSError):
+            Path(here).rmdir()
 
 
 def _publishing_order(name: str) -> int:

@@ -1,6 +1,7 @@
 """Scoring whole folders: the same answer everywhere, exactly once, and never put together what does not belong together."""
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from mnistsum_ray.config import ExportConfig, Refusal, RunFailed
 from mnistsum_ray.export import export
 from mnistsum_ray.schema import one_chunk, pixels_view
 from mnistsum_ray.storage import locate
-from tests.conftest import TEMPERATURES, answers, check_answers, write_model
+from tests.conftest import TEMPERATURES, answers, check_answers, with_footer, write_model
 from tests.integration.conftest import Scored, score_here
 
 ROWS, FILES = 1500, 5
@@ -299,6 +300,62 @@ def test_somebody_elses_folder_is_left_alone(model: Path, pairs: Path, tmp_path:
         with pytest.raises(Refusal, match=r"mine\.parquet is not a file of predictions of this program"):
             score_here(model, tmp_path / "out", pairs, overwrite=overwrite)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.parquet"]
+
+
+@pytest.mark.parametrize("mine", ["_rejected/a.parquet", "_rejected/notes.txt", "thesis.partial", "data/table.parquet"])
+@pytest.mark.parametrize("settings", [{}, {"overwrite": True}, {"strict": True}], ids=str)
+def test_a_refused_request_touches_nothing(
+    model: Path, pairs: Path, tmp_path: Path, mine: str, settings: dict[str, bool]
+) -> None:
+    (tmp_path / "out" / mine).parent.mkdir(parents=True)
+    shutil.copy(pairs / "part-00000.parquet", tmp_path / "out" / mine)
+    (tmp_path / "out" / ".hidden").write_text("")
+    with pytest.raises(Refusal, match=r"not a file of|cannot be read") as refused:
+        score_here(model, tmp_path / "out", pairs, **settings)
+    assert mine in str(refused.value)
+    assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()} == {
+        Path(mine),
+        Path(".hidden"),
+    }
+
+
+def test_a_planted_link_is_refused_and_what_it_leads_to_stays(model: Path, pairs: Path, output: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "part-00000.parquet").write_text("somebody's")
+    (tmp_path / ".out.unpublished").symlink_to(victim)
+    for settings in ({"strict": True}, {"overwrite": True}):
+        with pytest.raises(Refusal, match="is not a folder of this program, but a link or a file; remove it"):
+            score_here(model, output, pairs, **settings)
+    assert (victim / "part-00000.parquet").read_text() == "somebody's"
+
+
+def test_overwriting_keeps_the_folders_mode_and_the_hidden_files_of_others(model: Path, pairs: Path, output: Path) -> None:
+    output.chmod(0o770)
+    (output / ".gitkeep").write_text("mine")
+    scored = score_here(model, output, pairs, overwrite=True)
+    assert scored.line["scored_rows"] == ROWS
+    assert output.stat().st_mode & 0o777 == 0o770
+    assert (output / ".gitkeep").read_text() == "mine"
+
+
+def test_files_that_others_named_and_footers_that_lie_cost_no_other_file(model: Path, sample: pa.Table, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows = sample.take(pa.array(range(0, 5000, 25))).append_column("number", pa.array([1] * 200, pa.int8()))
+    for name in ("good", "liar", "x" * 247, "y" * 236, "line\nbreak\x1b[31m"):
+        pq.write_table(rows, folder / f"{name}.parquet")
+    pq.write_table(pa.concat_tables([rows] * 20), folder / f"{'z' * 247}.parquet")  # has to be split, and has no room for that
+    (folder / "good.parquet").rename(os.fsdecode(os.fsencode(folder) + b"/latin-\xe9.parquet"))
+    with_footer(folder / "liar.parquet", 200, 10**13)
+    scored = score_here(model, tmp_path / "out", folder, unit_rows=2000)
+    assert scored.line["failed_files"] == 3
+    assert (scored.line["input_rows"], scored.line["scored_rows"]) == (600, 600)
+    reasons = {name: row["reason"] for name, row in scored.files().items() if row["status"] == "failed"}
+    assert set(reasons) == {"liar.parquet", "latin-\\udce9.parquet", f"{'z' * 247}.parquet"}
+    assert "has a footer that promises 10,000,000,000,000 rows" in reasons["liar.parquet"]
+    assert (tmp_path / "out" / f"{'x' * 247}.parquet").exists()
+    assert "latin-\\\\udce9.parquet" in scored.said
 
 
 def test_rows_that_disappear_from_the_output_are_an_error(model: Path, pairs: Path, output: Path) -> None:

@@ -14,6 +14,7 @@ from mnistsum_ray.scoring.commit import as_parquet
 from mnistsum_ray.scoring.footers import Columns, read_footers, refuse_unknown_columns
 from mnistsum_ray.scoring.inputs import list_inputs
 from mnistsum_ray.storage import locate
+from tests.conftest import with_footer
 
 GOOD = pa.table({"image": [bytes(784)] * 3, "number": [1, 2, 3]})
 COLUMNS = Columns("image", "number", None)
@@ -75,26 +76,6 @@ def test_a_damaged_file_says_how(tmp_path: Path, name: str, said: str) -> None:
     row = footers(tmp_path)[f"{name}.parquet"]
     assert said in row["error"]
     assert row["rows"] is None
-
-
-def varint(value: int) -> bytes:
-    """As Thrift's compact protocol writes an integer."""
-    value *= 2
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def with_footer(path: Path, number: int, lie: int) -> None:
-    """Have the footer of a Parquet file say `lie` wherever it says `number`."""
-    whole = path.read_bytes()
-    length = int.from_bytes(whole[-8:-4], "little")
-    footer = whole[-8 - length : -8]
-    assert varint(number) in footer
-    footer = footer.replace(varint(number), varint(lie))
-    path.write_bytes(whole[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
 
 
 @pytest.mark.parametrize(

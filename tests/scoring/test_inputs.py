@@ -1,5 +1,6 @@
 """What `--input` names is found, said, and called by its place below one folder."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_a_folder_is_taken_whole_and_what_is_not_taken_is_said(folder: Path) -> 
     inputs = find(folder)
     assert names(inputs) == sorted(NAMES)
     assert inputs.root.path == str(folder)
-    assert set(inputs.left_aside) == {str(folder / name) for name in ASIDE}
+    assert set(inputs.left_out) == {str(folder / name) for name in ASIDE}
     assert inputs.files["size"].to_pylist() == [len(name) for name in sorted(NAMES)]
     assert inputs.files["modified"].to_pylist() == [(folder / name).stat().st_mtime_ns for name in sorted(NAMES)]
 
@@ -119,3 +120,55 @@ def test_a_link_does_not_hide_that_the_output_lies_in_the_input(folder: Path, tm
         find(tmp_path / "link", output=folder / "out")
     with pytest.raises(Refusal, match="lies in the input"):
         find(folder, output=tmp_path / "link" / "out")
+
+
+def test_a_link_to_a_parent_scores_nothing_twice(folder: Path) -> None:
+    (folder / "b" / "up").symlink_to(folder)
+    assert names(find(folder)) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_the_input_to_the_output_is_refused_the_first_time_as_the_second(
+    folder: Path, tmp_path: Path, *, there: bool
+) -> None:
+    output = tmp_path / "elsewhere" / "out"
+    if there:
+        output.mkdir(parents=True)
+    (folder / "b" / "results").symlink_to(output)
+    with pytest.raises(Refusal, match=r"lies in the input .*, by the link .*/b/results, and would be scored next time"):
+        find(folder, output=output)
+
+
+def test_a_link_to_a_folder_above_the_output_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "all").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Refusal, match="by the link"):
+        find(folder, output=tmp_path / "elsewhere" / "out")
+
+
+def test_one_file_under_two_names_is_scored_once(folder: Path) -> None:
+    (folder / "latest.parquet").symlink_to(folder / "a.parquet")
+    inputs = find(folder)
+    assert names(inputs) == sorted(NAMES)
+    assert inputs.left_out[str(folder / "latest.parquet")] == "a link to what is listed anyway"
+    assert names(find(folder / "latest.parquet")) == ["a.parquet"], "named by itself, it is taken"
+
+
+def test_a_name_that_is_not_utf8_costs_that_file(folder: Path) -> None:
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.parquet")).write_bytes(b"x")
+    inputs = find(folder)
+    assert inputs.unusable == {"caf\\udce9.parquet": "its name is not UTF-8; rename it"}
+    assert names(inputs) == sorted([*NAMES, "caf\\udce9.parquet"])
+
+
+def test_a_file_right_below_the_root_of_the_disk_has_a_folder(tmp_path: Path) -> None:
+    file = Path("/mnistsum_ray-test.parquet")
+    try:
+        file.write_bytes(b"x")
+    except OSError:
+        pytest.skip("takes the right to write there")
+    try:
+        inputs = find(file, output=tmp_path / "out")
+    finally:
+        file.unlink()
+    assert (inputs.root.path, names(inputs)) == ("/", ["mnistsum_ray-test.parquet"])

@@ -74,8 +74,8 @@ def test_the_names_of_split_files_sort_by_row() -> None:
 
 
 def test_a_taken_name_is_said() -> None:
-    names = ["a-00000-of-00002.parquet", "a.parquet", "_files.parquet", "_rejected/b.parquet", ".c.parquet", "d/e.partial"]
-    parts, clashes = plan(files([1], [10, 10], [1], [1], [1], [1], names=names), 10)
+    names = ["a-00000-of-00002.parquet", "a.parquet", "_files.parquet", "_rejected/b.parquet", ".c.parquet"]
+    parts, clashes = plan(files([1], [10, 10], [1], [1], [1], names=names), 10)
     assert set(clashes) == set(names[1:])
     assert "a-00000-of-00002.parquet" in clashes["a.parquet"]
     assert parts["output"].to_pylist() == names[:1]
@@ -116,3 +116,13 @@ def test_a_name_that_leads_out_of_the_output_is_no_part() -> None:
     assert parts["output"].to_pylist() == ["d..parquet"]
     assert set(clashes) == {"../a.parquet", "b/../../c.parquet", ".."}
     assert set(clashes.values()) == {"would be written outside of the output; rename it"}
+
+
+@pytest.mark.parametrize(("length", "rows", "fits"), [(255, 5, True), (240, 30, True), (241, 30, False)])
+def test_a_name_that_grows_too_long_costs_that_file(length: int, rows: int, *, fits: bool) -> None:
+    name = "x" * (length - len(".parquet")) + ".parquet"
+    parts, clashes = plan(files([rows], [5], names=[name, "b.parquet"]), 10)
+    assert (name not in clashes) is fits
+    assert "b.parquet" in parts["output"].to_pylist()
+    if not fits:
+        assert clashes[name] == "its output's name would have 256 bytes, and most systems allow 255; rename it"

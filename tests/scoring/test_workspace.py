@@ -3,6 +3,8 @@
 import threading
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.config import Refusal
@@ -22,19 +24,78 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+OURS = {b"mnistsum_ray.score": b"{}"}
+
+
+def predictions(folder: Path, *names: str) -> None:
+    """Files that carry our metadata."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": [f"{folder.name} {name}"]}).replace_schema_metadata(OURS), folder / name)
+
+
 def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
     done = ("a.parquet", "_rejected/a.parquet", "b/c.parquet", "_files.parquet", "_manifest.json")
-    unfinished = (".d.parquet.12ab.partial", "b/.e.parquet.34cd.partial", "_rejected/d.parquet", "_rejected/.x.5.partial")
-    output = fill(tmp_path / "out", *done, *unfinished)
-    listing = workspace.clean(output)
-    assert names(tmp_path / "out") == set(done)
-    assert listing.predictions["name"].to_pylist() == ["a.parquet", "b/c.parquet"]
-    assert listing.rejected == {"a.parquet"}
+    unfinished = (".mnistsum-0123456789abcdef.partial", "b/.mnistsum-0123456789abcdef.partial", "_rejected/d.parquet")
+    others = ("thesis.tex.partial", ".mnistsum-notes.partial", "b/.download.partial")
+    output = fill(tmp_path / "out", *done, *unfinished, *others)
+    listing = workspace.list_folder(output)
+    workspace.clear_unfinished(output, listing)
+    assert names(tmp_path / "out") == {*done, *others}
+    assert set(listing.predictions["name"].to_pylist()) == {"a.parquet", "b/c.parquet", "thesis.tex.partial"}
+    assert workspace.unfinished_rejects(listing) == {"d.parquet"}
+
+
+@pytest.mark.parametrize("name", [".out.unpublished", ".out.unpublished.old", "file"])
+def test_a_link_in_the_staging_folders_place_is_refused_and_leads_nowhere(tmp_path: Path, name: str) -> None:
+    output = fill(tmp_path / "out", "a.parquet")
+    victim = fill(tmp_path / "victim", "data.parquet", "sub/data.parquet")
+    if name == "file":
+        (tmp_path / ".out.unpublished").write_text("")
+    else:
+        (tmp_path / name).symlink_to(victim.path)
+    with pytest.raises(Refusal, match=r"\.out\.unpublished.* is not a folder of this program, but a link or a file; remove it"):
+        workspace.staging_of(output)
+    assert names(tmp_path / "victim") == {"data.parquet", "sub/data.parquet"}
+
+
+def test_replacing_keeps_permissions_and_what_belongs_to_others(tmp_path: Path) -> None:
+    predictions(tmp_path / "out", "a.parquet", "deep/b.parquet", "_rejected/a.parquet")
+    output = fill(tmp_path / "out", ".git/config", "deep/.DS_Store", "_manifest.json")
+    (tmp_path / "out" / "link").symlink_to(fill(tmp_path / "elsewhere", "x").path)
+    (tmp_path / "out").chmod(0o2750)
+    (tmp_path / "out" / "deep").chmod(0o700)
+    staging = workspace.staging_of(output)
+    predictions(Path(staging.path), "a.parquet", "deep/c.parquet")
+    fill(tmp_path / "out", "came-meanwhile.parquet")
+    workspace.publish(staging, output, replace=True, ours={"a.parquet", "deep/b.parquet"})
+    kept = {".git/config", "deep/.DS_Store", "came-meanwhile.parquet"}
+    assert names(tmp_path / "out") == {"a.parquet", "deep/c.parquet", *kept}
+    assert (tmp_path / "out" / "link").is_symlink()
+    assert names(tmp_path / "elsewhere") == {"x"}
+    assert (tmp_path / "out").stat().st_mode & 0o7777 == 0o2750
+    assert (tmp_path / "out" / "deep").stat().st_mode & 0o7777 == 0o700
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "elsewhere"}
+
+
+def test_what_a_kill_while_publishing_left_is_deleted_but_for_what_belongs_to_others(tmp_path: Path) -> None:
+    output = fill(tmp_path / "out", "a.parquet")
+    predictions(tmp_path / ".out.unpublished.old", "a.parquet", "_rejected/a.parquet", "b.parquet")
+    fill(tmp_path / ".out.unpublished.old", "_manifest.json", ".git/config", "thesis.parquet")
+    workspace.staging_of(output)
+    assert names(tmp_path / "out") == {"a.parquet", ".git/config", "thesis.parquet"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_folder_with_a_long_name_is_staged_inside(tmp_path: Path) -> None:
+    output = fill(tmp_path / ("x" * 250), "a.parquet")
+    assert workspace.staging_of(output).path == f"{output.path}/_unpublished"
 
 
 @pytest.mark.parametrize("in_one_step", [True, False])
 def test_replacing_leaves_no_moment_without_an_output(tmp_path: Path, in_one_step: bool) -> None:
-    output = fill(tmp_path / "out", "a.parquet", "old.parquet", "_rejected/old.parquet", "_files.parquet", "_manifest.json")
+    predictions(tmp_path / "out", "a.parquet", "old.parquet", "_rejected/old.parquet")
+    output = fill(tmp_path / "out", "_files.parquet", "_manifest.json")
     new = {"a.parquet", "new/b.parquet", "_rejected/a.parquet", "_files.parquet", "_manifest.json"}
     staging = workspace.staging_of(output) if in_one_step else output / "_unpublished"
     fill(Path(staging.path), *new)
@@ -47,14 +108,14 @@ def test_replacing_leaves_no_moment_without_an_output(tmp_path: Path, in_one_ste
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    workspace.publish(staging, output, replace=True)
+    workspace.publish(staging, output, replace=True, ours={"a.parquet", "old.parquet"})
     ended.set()
     watcher.join()
     assert seen == {True}
     assert names(tmp_path / "out") == new
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert not (tmp_path / "out" / "_unpublished").exists()
-    assert (tmp_path / "out" / "a.parquet").read_text() != "out a.parquet"
+    assert (tmp_path / "out" / "a.parquet").read_text().startswith(Path(staging.path).name)
 
 
 def test_publishing_beside_what_is_there_keeps_it(tmp_path: Path) -> None:
