@@ -36,10 +36,11 @@ import torch
 from mnistsum_ray import baseline, int8, job
 from mnistsum_ray.baseline import BATCH, Speed
 from mnistsum_ray.checkpoint import save_model, weights_of
-from mnistsum_ray.config import ExportConfig, Refusal, RunFailed, TrainConfig
+from mnistsum_ray.config import ExportConfig, TrainConfig
 from mnistsum_ray.connect import connect
 from mnistsum_ray.console import Console
 from mnistsum_ray.device import hardware
+from mnistsum_ray.errors import Refusal, RunFailed
 from mnistsum_ray.export import export
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.mnist import open_source, read_whole

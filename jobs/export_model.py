@@ -13,10 +13,12 @@ from importlib.util import find_spec
 from typing import Any
 
 from mnistsum_ray import job
-from mnistsum_ray.config import ExportModelConfig, Refusal, parse
 
 
 def export(argv: list[str]) -> tuple[dict[str, Any], int]:
+    from mnistsum_ray.config import ExportModelConfig, parse  # not sooner: first of all a signal has to be caught
+    from mnistsum_ray.errors import Refusal
+
     config = parse(ExportModelConfig, argv, __doc__)
 
     job.leave_stdout_to_result()

@@ -10,10 +10,11 @@ import sys
 from typing import Any
 
 from mnistsum_ray import job
-from mnistsum_ray.config import ExportConfig, parse
 
 
 def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:
+    from mnistsum_ray.config import ExportConfig, parse  # not sooner: first of all a signal has to be caught
+
     config = parse(ExportConfig, argv, __doc__)
 
     from mnistsum_ray.console import Console

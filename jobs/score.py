@@ -19,10 +19,11 @@ import sys
 from typing import Any
 
 from mnistsum_ray import job
-from mnistsum_ray.config import ScoreConfig, parse
 
 
 def score(argv: list[str]) -> tuple[dict[str, Any], int]:
+    from mnistsum_ray.config import ScoreConfig, parse  # not sooner: first of all a signal has to be caught
+
     config = parse(ScoreConfig, argv, __doc__)
 
     job.leave_stdout_to_result()

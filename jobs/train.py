@@ -14,10 +14,11 @@ import sys
 from typing import Any
 
 from mnistsum_ray import job
-from mnistsum_ray.config import TrainConfig, parse
 
 
 def train(argv: list[str]) -> tuple[dict[str, Any], int]:
+    from mnistsum_ray.config import TrainConfig, parse  # not sooner: first of all a signal has to be caught
+
     config = parse(TrainConfig, argv, __doc__)
 
     job.leave_stdout_to_result()

@@ -18,11 +18,13 @@ __all__ = ["Refusal", "RunFailed", "ScoreConfig", "TrainConfig", "fit", "load_mo
 
 if TYPE_CHECKING:
     from mnistsum_ray.api import fit, load_model, predict, score
-    from mnistsum_ray.config import Refusal, RunFailed, ScoreConfig, TrainConfig
+    from mnistsum_ray.config import ScoreConfig, TrainConfig
+    from mnistsum_ray.errors import Refusal, RunFailed
 
 
 def __getattr__(name: str) -> Any:
     # Only when asked for: torch and Ray take seconds to import, which `--help` should not.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{'config' if name[0].isupper() else 'api'}"), name)
+    module = "errors" if name in ("Refusal", "RunFailed") else "config" if name[0].isupper() else "api"
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from mnistsum_ray.config import RunFailed
 from mnistsum_ray.device import be_deterministic, faster_with_bf16, keep_memory
+from mnistsum_ray.errors import RunFailed
 from mnistsum_ray.int8 import activation_maxima
 from mnistsum_ray.model import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.optimizer import MuonAdamW

@@ -16,7 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mnistsum_ray.calibration import Temperatures
-from mnistsum_ray.config import Refusal, one_line
+from mnistsum_ray.errors import Refusal, one_line
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.model import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.optimizer import MuonAdamW
@@ -216,6 +216,8 @@ def check_whole(folder: Location) -> None:
         for name, expected in fields["files"].items():
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
                 raise Unusable(f"{name} is not whole (SHA-256 differs)")
+    except Unusable:
+        raise
     except FileNotFoundError as error:
         raise Unusable(f"a file is missing ({one_line(error)})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

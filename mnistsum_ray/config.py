@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, TypeVar
+from typing import Any, Final, Literal, NoReturn, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -19,24 +19,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-
-class Refusal(ValueError):
-    """The request cannot be carried out as it stands; the message is one line that says why and what to do."""
-
-
-class RunFailed(RuntimeError):
-    """What was asked for was sound and did not come about; the message is one line that says why and what to do."""
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of what an error says: where it carries a traceback of another process, what that came to."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip()
+from mnistsum_ray.errors import Refusal, one_line, shortened
 
 
 class JobConfig(BaseSettings):
@@ -267,6 +250,18 @@ class ExportModelConfig(JobConfig):
 Config = TypeVar("Config", bound=JobConfig)
 
 
+_MOST_YAML_BYTES: Final = 2**20
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: no config needs one, and a page of them stands for more values than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not supported in a config file")
+        return super().compose_node(parent, index)
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _expand_help(self, action: argparse.Action) -> str:
         # Such a flag's description says in brackets what it is when unset.
@@ -275,7 +270,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Refusal(f"{message} (--help lists the flags)")
+        raise Refusal(f"{shortened(message)} (--help lists the flags)")
 
 
 def parse(config_class: type[Config], argv: list[str], description: str) -> Config:
@@ -289,7 +284,7 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
     try:
         flags = CliSettingsSource[Any](config_class, root_parser=parser, cli_parse_args=argv)()
     except SettingsError as error:
-        raise Refusal(one_line(error)) from None
+        raise Refusal(shortened(one_line(error))) from None
     values = _read_yaml(Path(flags["config"])) if flags.get("config") else {}
     try:
         return config_class(**(values | flags))
@@ -322,11 +317,20 @@ def _gathered(argv: list[str], names: list[str]) -> list[str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise Refusal(f"--config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refusal(f"--config {path}: not YAML: {one_line(error)}") from None
+        with path.open("rb") as file:
+            text = file.read(_MOST_YAML_BYTES + 1)
+        if len(text) > _MOST_YAML_BYTES:
+            raise Refusal(f"--config {path}: is larger than {_MOST_YAML_BYTES:,} bytes, which no config file is")
+        values = yaml.load(text.decode(), _Loader)
+    except (OSError, ValueError) as error:
+        if isinstance(error, Refusal):
+            raise
+        said = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise Refusal(f"--config {path}: cannot be read: {shortened(said)}") from None
+    except yaml.YAMLError as error:
+        raise Refusal(f"--config {path}: not YAML: {shortened(one_line(error))}") from None
+    except RecursionError:
+        raise Refusal(f"--config {path}: not YAML of a config: it is nested too deeply") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -347,4 +351,4 @@ def _first_line(error: ValidationError, flags: dict[str, Any]) -> str:
     if first["type"] == "too_short":
         return f"{place}: needs a value"
     message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{place}: {message[:1].lower()}{message[1:]}, got {first['input']!r}"
+    return f"{place}: {message[:1].lower()}{message[1:]}, got {shortened(repr(first['input']))}"

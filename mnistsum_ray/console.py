@@ -5,8 +5,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TextIO
+
+from mnistsum_ray.errors import printable
 
 SAY_SECONDS: Final = 5.0
 """Least time between two lines of progress."""
@@ -45,11 +47,6 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def printable(text: str) -> str:
-    """Text of which nothing steers a terminal or begins a new line: files of others may have any name."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
 class Console:
     """Writes events as lines on standard error, which leaves standard output to the result; a live line on a terminal."""
 
@@ -69,8 +66,9 @@ class Console:
             self.say(line)
 
     def _write(self, text: str) -> None:
-        self._stream.write(text.encode(self._stream.encoding or "utf-8", "backslashreplace").decode(self._stream.encoding or "utf-8"))
-        self._stream.flush()
+        with suppress(OSError):  # nobody reads it: what is shown must not decide what is done
+            self._stream.write(text)
+            self._stream.flush()
 
     @contextmanager
     def breaking_silence(self, explain: Callable[[], str]) -> Iterator[Callable[[], None]]:

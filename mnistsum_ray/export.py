@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray.config import ExportConfig, Refusal, one_line
+from mnistsum_ray.config import ExportConfig
 from mnistsum_ray.console import Progress
+from mnistsum_ray.errors import Refusal, one_line
 from mnistsum_ray.mnist import ParquetPart, Source, open_source, read_whole
 from mnistsum_ray.pairs import Rows, random_numbers
 from mnistsum_ray.schema import IMAGE_TYPE

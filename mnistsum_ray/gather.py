@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 from ray.data.dataset import MaterializedDataset
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.mnist import ParquetPart
 from mnistsum_ray.pairs import Rows, distortions, epoch_order, random_numbers, rank_share, shifts, steps_per_epoch
 from mnistsum_ray.schema import IMAGE_TYPE, SIDE, Pixels, one_chunk, pixels_view

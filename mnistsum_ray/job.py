@@ -1,11 +1,13 @@
-"""What the jobs share: one line for a refusal, one JSON line for the result, the exit code."""
+"""What the jobs share: one line for an error or a stop, one JSON line for the result, the exit code."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
-from mnistsum_ray.config import Refusal, RunFailed
+from mnistsum_ray.errors import Refusal, RunFailed, printable
+from mnistsum_ray.signals import StopOnSignals
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -13,25 +15,77 @@ REFUSED: Final = 2
 INCOMPLETE: Final = 3
 """Finished, but some of the input could not be used."""
 
+_BEGINS_AGAIN: Final = "nothing was begun, and the same command begins again"
+
 
 def run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str]) -> int:
-    """Run a job to its exit code: its result is the last line on standard output, a refusal one line on standard error."""
-    stdout = sys.stdout
+    """Run a job to its exit code: its result is the last line on standard output, an error one line on standard error.
+
+    SIGINT, SIGTERM and SIGHUP stop it: one line says what goes on, and the exit code is 128 and the signal's number.
+    """
+    _open_standard_streams()
+    with StopOnSignals(_say) as stop:
+        try:
+            code = _run(job, argv, sys.stdout)
+        except KeyboardInterrupt as interrupt:
+            code = stop.exit_code
+            stop.end(code)
+            name = stop.received.name if stop.received else "SIGINT"
+            _say(f"stopped by {name}; {interrupt if str(interrupt) else _BEGINS_AGAIN}")
+        else:
+            stop.end(code)
+        if "mnistsum_ray.connect" in sys.modules:  # else there is nothing to leave
+            from mnistsum_ray.connect import disconnect
+
+            disconnect()
+    return code
+
+
+def _run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str], stdout: TextIO) -> int:
     try:
         result, code = job(argv)
+        print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
     except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr, flush=True)
-        return REFUSED
+        return _fail(refusal, REFUSED)
     except RunFailed as failure:
-        print(f"error: {failure}", file=sys.stderr, flush=True)
-        return FAILED
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        return FAILED
-    print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
+        return _fail(failure, FAILED)
+    except BrokenPipeError:
+        _discard(stdout.fileno())
+        return _fail("standard output was closed by its reader, so the result could not be printed", FAILED)
     return code
 
 
 def leave_stdout_to_result() -> None:
     """From here on only the job's last line goes to standard output: Ray's threads print there at any time, also after it."""
     sys.stdout = sys.stderr
+
+
+def _fail(error: object, code: int) -> int:
+    _say(f"error: {error}")
+    return code
+
+
+def _say(text: str) -> None:
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it, and the exit code says it too
+        _discard(2)
+
+
+def _open_standard_streams() -> None:
+    """Open those that are closed, on nothing: else the next file that is opened would get what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            _discard(number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
+def _discard(number: int) -> None:
+    """Have a file descriptor lead nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)

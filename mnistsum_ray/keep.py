@@ -1,12 +1,15 @@
 """What is left of a training run in its folder: manifest, model, history, pictures, report."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import ray.train
+from pyarrow.fs import FileSelector, FileType
 
-from mnistsum_ray.checkpoint import MODEL_FILES
+from mnistsum_ray.checkpoint import MODEL_FILES, Unusable, check_whole
 from mnistsum_ray.loop import Outcome
 from mnistsum_ray.prepare import Run
 from mnistsum_ray.report import REPORT, report_page, versions, write_history
@@ -31,6 +34,43 @@ def manifest_of(run: Run, fingerprint: str, workers: str) -> dict[str, Any]:
             "test_rows": len(source.test),
         },
     }
+
+
+_SNAPSHOT: Final = "checkpoint_manager_snapshot.json"
+"""Ray Train's own list of checkpoints, which it writes in place: a kill in that moment leaves it cut short."""
+
+_CHECKPOINT: Final = re.compile(r"epoch_(\d+)(?:_(step)_(\d+)|_(sum_head))?")
+
+
+def last_whole_checkpoint(folder: Location, say: Callable[[str], None]) -> Location | None:
+    """The newest whole checkpoint of a run; newer ones that are not are said. None where there is none."""
+    found: dict[tuple[int, int, int], str] = {}
+    for info in folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True)):
+        match = _CHECKPOINT.fullmatch(info.base_name)
+        if match and info.type == FileType.Directory:
+            epoch = int(match[1])
+            # One within an epoch is called after the epoch that it is in, and lies before that epoch's end.
+            order = (epoch - 1, 1, int(match[3])) if match[2] else (epoch, 0, int(bool(match[4])))
+            found[order] = info.base_name
+    for order in sorted(found, reverse=True):
+        place = folder / found[order]
+        try:
+            check_whole(place)
+        except Unusable as error:
+            say(f"checkpoint {place.text} cannot be used: {error}")
+            continue
+        return place
+    if found:
+        say("no checkpoint can be used, so the run begins anew")
+    return None
+
+
+def forget_other_checkpoints(folder: Location, start: Location | None) -> None:
+    """Delete the run's checkpoints but the one that it goes on from, and Ray Train's list of them: it begins a new one."""
+    (folder / _SNAPSHOT).delete()
+    for info in folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True)):
+        if _CHECKPOINT.fullmatch(info.base_name) and (start is None or info.path != start.path):
+            folder.filesystem.delete_dir(info.path)
 
 
 FOUND_AT_THE_END: Final = ("temperature", "probabilities", "int8")

@@ -26,6 +26,7 @@ from mnistsum_ray.console import SAY_SECONDS, Progress
 from mnistsum_ray.device import be_deterministic, exact_float32, faster_with_bf16, hardware, keep_memory
 from mnistsum_ray.examine import TEMPERATURE_ROWS, Examination, examine, fit_temperatures
 from mnistsum_ray.gather import Gather, Schedule
+from mnistsum_ray.lock import Fence
 from mnistsum_ray.metrics import RowsLost, Scores, Tally, add_up, as_good, check_rows, same_everywhere
 from mnistsum_ray.model import TwoHeadCNN, prepare_images
 from mnistsum_ray.objective import Objective, dropout_factors
@@ -54,6 +55,9 @@ class LoopConfig:
     test: Rows
     events: Queue
     """Where rank 0 says how far it is."""
+    start: ray.train.Checkpoint | None
+    """What a resumed run goes on from; None begins anew."""
+    fence: Fence
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class _Trainer:
         self.test = self._held_out(config.test)
 
     def _restore(self) -> checkpoint.TrainerState:
-        last = ray.train.get_checkpoint()
+        last = ray.train.get_checkpoint() or self.config.start
         if last is None:
             precision = self.settings.precision or ("bf16" if self._agreed(faster_with_bf16(self.device)) else "fp32")
             return checkpoint.TrainerState(0, [], checkpoint.weights_of(self.model), precision)
@@ -365,6 +369,7 @@ class _Trainer:
         if self.rank != 0:
             ray.train.report(metrics, checkpoint=None)
             return
+        self.config.fence.check()
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             checkpoint.save_checkpoint(folder, self.state, self.model, self.optimizer)

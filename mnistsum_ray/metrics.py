@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnistsum_ray.config import RunFailed
+from mnistsum_ray.errors import RunFailed
 from mnistsum_ray.model import TwoHeadCNN
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.report import model_scalars, scalars
 from mnistsum_ray.storage import Location
 
@@ -115,11 +115,11 @@ class MLflowRun:
             local.write_bytes(place.read_bytes())
             self._client.log_artifact(self.run_id, str(local), where or None)
 
-    def fail(self) -> None:
-        """Mark the run as failed, if it can be reached."""
+    def end(self, status: str) -> None:
+        """End the run as `FAILED` or `KILLED`, if it can be reached."""
         self._thread.shutdown(cancel_futures=True)
         with contextlib.suppress(Exception):
-            self._client.set_terminated(self.run_id, status="FAILED")
+            self._client.set_terminated(self.run_id, status=status)
 
 
 def _line(error: BaseException) -> str:

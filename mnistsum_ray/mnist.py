@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mnistsum_ray import idx
-from mnistsum_ray.config import Refusal, one_line
+from mnistsum_ray.errors import Refusal, one_line
 from mnistsum_ray.listing import LISTED_ANYWAY, in_utf8, list_folder, parts_below
 from mnistsum_ray.pairs import Rows, held_out
 from mnistsum_ray.parquet import SUFFIXES, BadFile, is_data_file, open_parquet, row_groups, table_without_views, without_views

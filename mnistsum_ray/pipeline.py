@@ -22,8 +22,8 @@ import torch
 from ray.data import TaskPoolStrategy
 from ray.data.dataset import MaterializedDataset
 
-from mnistsum_ray.config import Refusal
 from mnistsum_ray.console import quiet_ray_data
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.gather import Gather, Schedule, digits_of, images_of, read_part, training_rows
 from mnistsum_ray.metrics import RowsLost
 from mnistsum_ray.mnist import Source

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mnistsum_ray.checkpoint import load_model
-from mnistsum_ray.config import ExportModelConfig, Refusal, RunFailed, one_line
+from mnistsum_ray.config import ExportModelConfig
+from mnistsum_ray.errors import Refusal, RunFailed, one_line
 from mnistsum_ray.mnist import open_source, read_whole
 from mnistsum_ray.model import TwoHeadCNN, prepare_images
 from mnistsum_ray.schema import Pixels, one_chunk, pixels_view

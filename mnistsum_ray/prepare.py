@@ -10,8 +10,10 @@ from urllib.parse import urlsplit
 from pyarrow.fs import FileSelector, FileType
 from pydantic import ValidationError
 
-from mnistsum_ray.config import Refusal, Settings, TrainConfig, one_line
+from mnistsum_ray.config import Settings, TrainConfig
 from mnistsum_ray.connect import answers
+from mnistsum_ray.errors import Refusal, one_line
+from mnistsum_ray.lock import LOCK, refuse_held
 from mnistsum_ray.mnist import Source, open_source
 from mnistsum_ray.storage import Location, base_folder, is_partial, locate
 
@@ -48,7 +50,9 @@ def prepare(config: TrainConfig) -> Run:
         taken = (folder / "manifest.json").exists() or (folder.exists() and not _is_empty(folder))
         if config.resume:
             config = _resumed(config, folder)
+            refuse_held(folder, "--name")
         elif taken:
+            refuse_held(folder, "--name")
             raise Refusal(f"--name {name}: {folder.text} exists; continue it with --resume, or choose another name")
     except OSError as error:
         raise Refusal(f"--storage-path {storage.text}: {one_line(error)}") from None
@@ -111,9 +115,9 @@ def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
 
 
 def _is_empty(folder: Location) -> bool:
-    """Whether nothing but unfinished files of ours lies there."""
+    """Whether nothing but unfinished files of ours lies there, or a lock that a killed run has left."""
     entries = folder.filesystem.get_file_info(FileSelector(folder.path)) if folder.info().type == FileType.Directory else None
-    return entries is not None and all(is_partial(entry.base_name) for entry in entries)
+    return entries is not None and all(is_partial(entry.base_name) or entry.base_name == LOCK for entry in entries)
 
 
 def read_manifest(folder: Location) -> dict[str, Any]:
@@ -126,6 +130,12 @@ def read_manifest(folder: Location) -> dict[str, Any]:
         manifest: dict[str, Any] = (folder / "manifest.json").read_json()
     except FileNotFoundError:
         raise Refusal(f"--resume: there is no run in {folder.text} (no manifest.json); start it without --resume") from None
-    except ValueError:
-        raise Refusal(f"--resume: {(folder / 'manifest.json').text} is not JSON") from None
+    except ValueError as error:
+        raise Refusal(f"--resume: {(folder / 'manifest.json').text} is not JSON ({one_line(error)}); start another run") from None
+    data = manifest.get("data") if isinstance(manifest, dict) else None
+    if not isinstance(data, dict) or not {"sha256", "location", "notice"} <= set(data):
+        raise Refusal(
+            f"--resume: {(folder / 'manifest.json').text} does not say which data the run had, so nobody can tell whether they "
+            "are still the same; start another run"
+        )
     return manifest

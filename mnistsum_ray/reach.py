@@ -10,7 +10,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.storage import Location
 
 _ANSWER_SECONDS: Final = 60.0

@@ -9,7 +9,8 @@ import ray
 import ray.exceptions
 from ray.autoscaler.sdk import request_resources
 
-from mnistsum_ray.config import Refusal, ScoreConfig, TrainConfig, last_line
+from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.errors import Refusal, last_line
 
 _TASKS_CPU_SHARE: Final = 0.25
 """What is left of the CPUs for other tasks at least: with all reserved by actors, those would wait for ever."""

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from mnistsum_ray.config import Refusal, one_line
+from mnistsum_ray.errors import Refusal, one_line
 
 _PARTIAL: Final = re.compile(r"\.mnistsum-[0-9a-f]{16}\.partial")
 """Name of a file that is being written, or was when its writer was killed. It is short, whatever the file's own name: file
@@ -74,6 +74,21 @@ class Location:
         if type(self.filesystem) is not pafs.S3FileSystem:
             return self
         return replace(self, filesystem=_patient_s3(*self.filesystem.__reduce__()[1]))
+
+    def s3_options(self) -> dict[str, str]:
+        """What boto3 has to be told to reach the same S3; keys that Arrow finds by itself boto3 finds as well."""
+        given = self.filesystem.__reduce__()[1][-1] if isinstance(self.filesystem, pafs.S3FileSystem) else {}
+        names = {
+            "access_key": "aws_access_key_id",
+            "secret_key": "aws_secret_access_key",
+            "session_token": "aws_session_token",
+            "region": "region_name",
+        }
+        options = {theirs: given[ours] for ours, theirs in names.items() if given.get(ours)}
+        endpoint = given.get("endpoint_override")
+        if endpoint:
+            options["endpoint_url"] = endpoint if "://" in endpoint else f"{given.get('scheme') or 'https'}://{endpoint}"
+        return options
 
     def info(self) -> pafs.FileInfo:
         """The file info; its type is NotFound where nothing is there."""
@@ -185,6 +200,8 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
     Raises:
         Refusal: the URI's scheme or host makes no sense, or its credentials are not there.
     """
+    if "\0" in text or not is_utf8(text):
+        raise Refusal(f"{flag} {text}: holds characters that no path has here; write it as UTF-8, without NUL")
     if "://" in text:
         try:
             filesystem, path = pafs.FileSystem.from_uri(text)
@@ -192,7 +209,10 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
             said = one_line(error) if _shown(text) == text else "cannot be understood; write a / in a key as %2F"
             raise Refusal(f"{flag} {_shown(text)}: {said}") from None
         return Location(filesystem, path.rstrip("/"), _shown(text))
-    path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())
+    try:
+        path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())
+    except RuntimeError:
+        raise Refusal(f"{flag} {text}: there is no home folder of that name") from None
     return Location(pafs.LocalFileSystem(), path, path)
 
 

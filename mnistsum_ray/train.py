@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +19,11 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray import pipeline, resources
-from mnistsum_ray.config import Refusal, RunFailed, last_line, one_line
 from mnistsum_ray.console import SILENCE_SECONDS, Console
-from mnistsum_ray.keep import manifest_of, publish, write_report
+from mnistsum_ray.errors import Refusal, RunFailed, Stopped, last_line, one_line
+from mnistsum_ray.keep import forget_other_checkpoints, last_whole_checkpoint, manifest_of, publish, write_report
 from mnistsum_ray.listing import say_left_out
+from mnistsum_ray.lock import Hold, hold
 from mnistsum_ray.loop import LoopConfig, Outcome, train_loop_per_worker
 from mnistsum_ray.mnist import ParquetPart
 from mnistsum_ray.model import PARAMETERS
@@ -32,6 +34,8 @@ from mnistsum_ray.storage import Location
 
 if TYPE_CHECKING:
     from mnistsum_ray.mlflow import MLflowRun
+
+_ABORT_SECONDS: Final = 3.0
 
 _GROWTH_SECONDS: Final = 30.0
 """Between two looks whether an elastic run can have more workers; growing costs what is done of the epoch."""
@@ -44,11 +48,14 @@ def fit(run: Run, console: Console) -> dict[str, Any]:
         The fields of the job's last line (see the README).
 
     Raises:
-        Refusal: the cluster cannot carry it, or a row of the data is not what it should be.
+        Refusal: the cluster cannot carry it, a row of the data is not what it should be, or another run writes in its folder.
         RunFailed: the loss became infinite, workers failed more often than `--max-failures`, or the storage cannot be written.
+        Stopped: it was interrupted.
     """
     try:
-        return _fit(run, console)
+        allotment = _allotted(run, console)
+        with hold(run.folder, "--name", console.say) as held:
+            return _fit(run, allotment, held, console)
     except OSError as error:
         raise RunFailed(f"--storage-path {run.storage.text}: {one_line(error)}; {_goes_on(run)}") from error
     except ray.exceptions.RayError as error:  # of the workers' failures Ray Train tells otherwise, see below
@@ -60,49 +67,77 @@ def _goes_on(run: Run) -> str:
     return f"what is saved stays, and --name {run.config.name} --resume goes on"
 
 
-def _fit(run: Run, console: Console) -> dict[str, Any]:
+def _stopped(run: Run) -> Stopped:
+    flags = ["--storage-path", run.storage.text, "--name", str(run.config.name), "--resume"]
+    return Stopped(f"what is saved stays, and this goes on: python jobs/train.py {shlex.join(flags)}")
+
+
+def _fit(run: Run, allotment: resources.Allotment, held: Hold, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     config, source = run.config, run.source
-    allotment = _allotted(run, console)
     loaded = pipeline.load(source)
     manifest = manifest_of(run, loaded.fingerprint, _workers_text(allotment))
-    place = run.folder / "manifest.json"
+    place, start = run.folder / "manifest.json", None
     if config.resume:
         manifest = _going_on(read_manifest(run.folder), manifest)
+        start = last_whole_checkpoint(run.folder, console.say)
+        forget_other_checkpoints(run.folder, start)
     elif place.exists():  # again, since all of the waiting and reading lies between
         raise Refusal(f"--name {config.name}: another run has taken it meanwhile; choose another name")
     with _mlflow(run, manifest, console) as mlflow:
         place.write_json(manifest)
-        console.say(
-            f"run {config.name}: {len(source.train):,} training, {len(source.validation):,} validation and {len(source.test):,} "
-            f"test rows of {source.name} ({source.location}); {manifest['workers']}"
-        )
-        with _events(console, lambda entry: mlflow.tell(entry, console.say) if mlflow else None) as events:
-            outcome, checkpoint = _train(run, allotment, loaded.images, events, console)
-        # A kill may have come between the last epoch and its publication.
-        card = publish(run.folder, checkpoint, outcome.history, outcome.card)
-        summary = {
-            "run": run.folder.text,
-            "model": (run.folder / "model").text,
-            "parameters": PARAMETERS,
-            "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
-            "test": card["test"],
-            "images_per_second": round(_steady_speed(outcome.history), 1),
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        manifest |= {
-            "status": "finished",
-            "metrics": summary,
-            "hardware": outcome.hardware,
-            "precision": outcome.precision,
-            "examination": outcome.examination.as_json(),
-        }
-        written = write_report(run, manifest, card, outcome)
+
+        def stopped() -> None:
+            place.write_json(manifest | {"status": "stopped"})
+
+        try:
+            console.say(
+                f"run {config.name}: {len(source.train):,} training, {len(source.validation):,} validation and "
+                f"{len(source.test):,} test rows of {source.name} ({source.location}); {manifest['workers']}"
+            )
+            with _events(console, lambda entry: mlflow.tell(entry, console.say) if mlflow else None) as events:
+                outcome, checkpoint = _train(run, allotment, loaded.images, start, held, events, console, stopped)
+            return _finish(run, manifest, outcome, checkpoint, mlflow, started, console)
+        except KeyboardInterrupt:
+            stopped()
+            raise _stopped(run) from None
+
+
+def _finish(
+    run: Run,
+    manifest: dict[str, Any],
+    outcome: Outcome,
+    checkpoint: ray.train.Checkpoint,
+    mlflow: "MLflowRun | None",
+    started: float,
+    console: Console,
+) -> dict[str, Any]:
+    """Publish the model, the report and the last of the manifest; the fields of the job's last line."""
+    # A kill may have come between the last epoch and its publication.
+    card = publish(run.folder, checkpoint, outcome.history, outcome.card)
+    summary = {
+        "run": run.folder.text,
+        "model": (run.folder / "model").text,
+        "parameters": PARAMETERS,
+        "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
+        "test": card["test"],
+        "images_per_second": round(_steady_speed(outcome.history), 1),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    manifest |= {
+        "status": "finished",
+        "metrics": summary,
+        "hardware": outcome.hardware,
+        "precision": outcome.precision,
+        "examination": outcome.examination.as_json(),
+    }
+    written = write_report(run, manifest, card, outcome)
+    place = run.folder / "manifest.json"
+    place.write_json(manifest)
+    if mlflow:
+        told = mlflow.finish(outcome.history, card, run.folder, written, console.say)
+        summary["mlflow"] = mlflow.run_id if told else None
         place.write_json(manifest)
-        if mlflow:
-            told = mlflow.finish(outcome.history, card, run.folder, written, console.say)
-            summary["mlflow"] = mlflow.run_id if told else None
-            place.write_json(manifest)
     console.say(f"model: {summary['model']}")
     console.say(f"report: {(run.folder / REPORT).text}")
     return summary
@@ -156,9 +191,9 @@ def _mlflow(run: Run, manifest: dict[str, Any], console: Console) -> Iterator["M
     told = _told_to_mlflow(run, manifest, console) if run.config.mlflow else None
     try:
         yield told
-    except BaseException:
+    except BaseException as error:
         if told:
-            told.fail()
+            told.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
 
 
@@ -181,11 +216,35 @@ def _told_to_mlflow(run: Run, manifest: dict[str, Any], console: Console) -> "ML
     return told
 
 
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Leaves signals to this process: Ray Train would set a handler for Ctrl-C, for good, that ends it with exit code 0."""
+
+    controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
+
+    def abort(self) -> None:
+        """End the workers, if there are any."""
+        if self.controller is not None:
+            with suppress(Exception):  # whatever it is, they end with this process
+                ray.get(self.controller.abort.remote(), timeout=_ABORT_SECONDS)
+
+
 def _train(
-    run: Run, allotment: resources.Allotment, images: MaterializedDataset, events: Queue, console: Console
+    run: Run,
+    allotment: resources.Allotment,
+    images: MaterializedDataset,
+    start: Location | None,
+    held: Hold,
+    events: Queue,
+    console: Console,
+    stopped: Callable[[], None],
 ) -> tuple[Outcome, ray.train.Checkpoint]:
+    """Run Ray Train to its end; `stopped` is called first where it is interrupted, since a cluster gives a job few seconds."""
     config, source = run.config, run.source
-    loop = LoopConfig(run.settings, source.train, source.validation, source.test, events)
+    first = ray.train.Checkpoint(start.path, start.filesystem) if start else None
+    loop = LoopConfig(run.settings, source.train, source.validation, source.test, events, first, held.fence)
     fewest, most = allotment.workers
     # Without these two, a worker group that no longer fits is tried again for ever.
     attempts = config.max_failures + 1
@@ -193,7 +252,7 @@ def _train(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a lost worker, or the end, is seen
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # some clouds give a node 30 s, and not two minutes
     failures = ray.train.FailureConfig(max_failures=config.max_failures, controller_failure_limit=config.max_failures)
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         train_loop_per_worker,
         train_loop_config={"loop": loop},
         scaling_config=ray.train.ScalingConfig(
@@ -217,18 +276,28 @@ def _train(
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
     try:
-        result = trainer.fit()
+        with held.interrupting():
+            result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         console.say_lines(str(error))
         raise RunFailed(
             f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
             f"--name {config.name} --resume goes on from the last checkpoint"
         ) from error
+    except KeyboardInterrupt:
+        if not held.lost.is_set():
+            stopped()
+        trainer.abort()
+        held.check()
+        raise
     answer = result.return_value or {}
     if "error" in answer:
         raise RunFailed(answer["error"])
-    assert result.checkpoint is not None, "a run of at least one epoch leaves a checkpoint"
-    return Outcome(**answer), result.checkpoint
+    last = result.checkpoint or first  # nothing was left to train
+    assert last is not None, "a run of at least one epoch leaves a checkpoint"
+    if result.checkpoint and start:
+        start.filesystem.delete_dir(start.path)  # Ray Train, which keeps two, knows nothing of it
+    return Outcome(**answer), last
 
 
 class _Reporter(ray.train.UserCallback):
@@ -257,19 +326,23 @@ def _events(console: Console, on_epoch: Callable[[dict[str, Any]], None]) -> Ite
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
+    ended, failed = threading.Event(), threading.Event()
+
     def follow() -> None:
         silent = 0
         while True:
             try:
                 event = queue.get(timeout=SILENCE_SECONDS)
-            except ray.exceptions.RayError:  # it was ended before all was shown
-                return
+            except ray.exceptions.RayError:  # a busy node does not answer for a moment, or it was ended before all was shown
+                if ended.wait(1.0):
+                    return
+                continue
             except Empty:
                 silent += SILENCE_SECONDS
                 with suppress(ray.exceptions.RayError):  # a cluster that has ended; `fit` says so
                     console.say(f"no word from the workers for {silent} s: {resources.describe_wait()}")
                 continue
-            if event is None:
+            if event is None or failed.is_set():
                 return
             silent = 0
             console.show(event)
@@ -280,11 +353,15 @@ def _events(console: Console, on_epoch: Callable[[dict[str, Any]], None]) -> Ite
     thread.start()
     try:
         yield queue
+    except BaseException:
+        failed.set()  # what is still to be shown is not waited for
+        raise
     finally:
-        with suppress(ray.exceptions.RayError):
-            queue.put(None)
-            thread.join(timeout=10)
-            queue.shutdown()
+        queue.actor.put.remote(None)
+        thread.join(timeout=10)
+        ended.set()
+        queue.shutdown(force=True)
+        thread.join(timeout=5)  # it must not ask for events of a cluster that this process has left
 
 
 def _workers_text(allotment: resources.Allotment) -> str:

@@ -20,7 +20,7 @@ from mnistsum_ray.checkpoint import (
     save_model,
     weights_of,
 )
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.model import TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.optimizer import MuonAdamW

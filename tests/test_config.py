@@ -1,10 +1,12 @@
 """What a person can type, and the one line that answers what does not make sense."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.config import Refusal, ScoreConfig, TrainConfig, parse
+from mnistsum_ray.config import ScoreConfig, TrainConfig, parse
+from mnistsum_ray.errors import Refusal
 
 
 def config(*argv: str) -> TrainConfig:
@@ -116,3 +118,44 @@ def test_the_file_may_hold_one_input_or_several(tmp_path: Path) -> None:
 def test_what_a_scoring_run_needs_is_named(argv: list[str], said: str) -> None:
     with pytest.raises(Refusal, match=said):
         parse(ScoreConfig, argv, "")
+
+
+def bomb() -> str:
+    """Nine lines that stand for 9**9 values."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise("abcdefghi")]
+    return "\n".join([*lines, "seed: *i"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (bomb(), "not YAML: aliases (*name) are not supported in a config file"),
+        (f"seed: {'9' * 5000}", "cannot be read: Exceeds the limit"),
+        (f"seed: {'[' * 3000}", "it is nested too deeply"),
+        (f"name: {'x' * 5000}", "key 'name' of the config file"),
+        ("name: 2024-01-01", "key 'name' of the config file: input should be a valid string, got datetime.date(2024, 1, 1)"),
+        ("x" * (2**20 + 1), "is larger than 1,048,576 bytes, which no config file is"),
+        ("name: caf\xe9", "cannot be read: 'utf-8' codec can't decode byte"),
+        ("name: \0", "not YAML"),
+    ],
+    ids=["alias bomb", "long integer", "brackets", "long text", "date", "huge", "latin-1", "nul"],
+)
+def test_a_config_file_that_no_program_could_read_is_refused_in_one_short_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(Refusal) as refused:
+        parse(TrainConfig, ["--config", str(tmp_path / "run.yaml")], "")
+    assert said in str(refused.value)
+    assert len(str(refused.value)) < 700
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--seed", "9" * 5000], ["--num-workers", "[" * 3000], ["--data", "a", "b" * 5000], ["--resume=" + "x" * 5000]],
+    ids=["long integer", "brackets", "stray word", "long flag"],
+)
+def test_what_is_refused_on_the_command_line_is_not_repeated_without_end(flags: list[str]) -> None:
+    with pytest.raises(Refusal) as refused:
+        parse(TrainConfig, flags, "")
+    assert len(str(refused.value)) < 700

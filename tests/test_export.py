@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.config import ExportConfig, Refusal
+from mnistsum_ray.config import ExportConfig
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.export import SCHEMA, export
 from mnistsum_ray.mnist import open_source
 

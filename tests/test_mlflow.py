@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.mlflow import MLflowRun
 from mnistsum_ray.report import model_scalars, scalars
 from mnistsum_ray.storage import locate
@@ -73,7 +73,7 @@ def test_a_run_that_goes_on_tells_no_epoch_twice(store: Path, tmp_path: Path) ->
     for line in HISTORY[:2]:
         first.tell(line, print)
     wait_until_told(store, first.run_id, 2)
-    first.fail()
+    first.end("FAILED")
     assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FAILED"
     again = MLflowRun(uri(store), "mine", "a-name", first.run_id, SETTINGS)
     again.tell(HISTORY[1], print)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.mnist import ParquetPart, Source, open_source, read_whole
 from mnistsum_ray.schema import Pixels, pixels_view
 from tests.conftest import with_footer

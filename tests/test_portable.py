@@ -13,7 +13,8 @@ import torch
 
 from mnistsum_ray import load_model, portable, predict
 from mnistsum_ray.checkpoint import save_model, weights_of
-from mnistsum_ray.config import ExportModelConfig, Refusal, RunFailed
+from mnistsum_ray.config import ExportModelConfig
+from mnistsum_ray.errors import Refusal, RunFailed
 from mnistsum_ray.metrics import Scores
 from mnistsum_ray.model import TwoHeadCNN, prepare_images
 from tests.conftest import TEMPERATURES, set_temperatures

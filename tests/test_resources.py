@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from mnistsum_ray.config import Refusal, ScoreConfig, TrainConfig
+from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.resources import Cluster, allot, allot_scoring
 
 

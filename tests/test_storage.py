@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import S3FileSystem
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.storage import base_folder, locate
 
 
@@ -67,3 +67,39 @@ def test_s3_stays_patient_in_another_process() -> None:
 def test_a_uri_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(Refusal, match="--data nonsense://x"):
         locate("nonsense://x", "--data")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("~nosuchuser/data", "--data ~nosuchuser/data: there is no home folder of that name"),
+        ("/tmp/caf\udce9", "holds characters that no path has here"),
+        ("/tmp/a\0b", "holds characters that no path has here"),
+        ("s3://bucket/a\0b", "holds characters that no path has here"),
+    ],
+)
+def test_a_path_that_no_system_has_is_refused(text: str, said: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        locate(text, "--data")
+    assert said in str(refused.value)
+
+
+def test_an_unfinished_file_has_a_short_name(tmp_path: Path) -> None:
+    """A file's own name may be as long as the system allows."""
+    place = locate(str(tmp_path), "--output") / ("x" * 255)
+    place.write_bytes(b"whole")
+    assert place.read_bytes() == b"whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
+
+
+def test_files_below_a_link_to_a_folder_are_not_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a").write_text("")
+    (tmp_path / "in" / "up").symlink_to(tmp_path)
+    assert [info.base_name for info in locate(str(tmp_path / "in"), "--output").files()] == ["a"]
+
+
+def test_json_that_is_nested_without_end_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"nested too deeply|Expecting"):
+        locate(str(tmp_path / "a.json"), "--output").read_json()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.train import _going_on
 
 STORED = {

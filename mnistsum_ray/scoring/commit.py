@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mnistsum_ray import conditional
 from mnistsum_ray.calibration import Reliability, Temperatures
 from mnistsum_ray.scoring.footers import PREDICTIONS, Columns
 from mnistsum_ray.scoring.plan import REJECTED
@@ -46,7 +47,9 @@ class Request:
         return json.dumps(fields | ({"int8": self.int8_maxima} if self.int8_maxima else {}), sort_keys=True)
 
 
-def commit(output: Location, source: Location, rows: Rows, predictions: Predictions, request: Request) -> dict[str, Any]:
+def commit(
+    output: Location, source: Location, rows: Rows, predictions: Predictions, request: Request, *, new_only: bool = False
+) -> dict[str, Any]:
     """Write one part.
 
     Args:
@@ -55,12 +58,13 @@ def commit(output: Location, source: Location, rows: Rows, predictions: Predicti
         rows: the part, as read.
         predictions: of its good rows, in their order.
         request: what decides the predictions.
+        new_only: write by conditional writes, so that nothing of another run is replaced.
 
     Returns:
         The metadata that the file carries.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or with `new_only` another run has written something else there.
     """
     part = rows.part
     stamp: dict[str, Any] = {
@@ -77,8 +81,8 @@ def commit(output: Location, source: Location, rows: Rows, predictions: Predicti
         "counts": _counts(rows, predictions),
     }
     if rows.reasons:
-        _write(output / REJECTED / part.output, _with_reasons(rows, stamp["source"]), stamp)
-    _write(output / part.output, _with_predictions(rows, predictions), stamp)
+        _write(output / REJECTED / part.output, _with_reasons(rows, stamp["source"]), stamp, new_only=new_only)
+    _write(output / part.output, _with_predictions(rows, predictions), stamp, new_only=new_only)
     return stamp
 
 
@@ -110,11 +114,21 @@ def _free_name(name: str, taken: set[str]) -> str:
     return _free_name(f"input_{name}", taken) if name in taken else name
 
 
-def _write(place: Location, table: pa.Table, stamp: dict[str, Any]) -> None:
+def _write(place: Location, table: pa.Table, stamp: dict[str, Any], *, new_only: bool) -> None:
     kept = {key: value for key, value in (table.schema.metadata or {}).items() if key not in (b"huggingface", KEY)}
     # Hugging Face's entry lists the columns, and `datasets` refuses a file that has others.
     table = table.replace_schema_metadata(kept | {KEY: json.dumps(stamp).encode()})
-    place.write_bytes(as_parquet(table))
+    data = as_parquet(table)
+    if not new_only:
+        place.write_bytes(data)
+        return
+    try:
+        conditional.put_if_absent(place, data.to_pybytes())
+    except conditional.ConflictError:
+        # Written before by a process of this run that then died, it is the same.
+        metadata = pq.read_metadata(pa.BufferReader(place.read_bytes())).metadata
+        if json.loads((metadata or {}).get(KEY, b"null")) != stamp:
+            raise OSError(f"{place.text} was written by another run") from None
 
 
 def as_parquet(table: pa.Table) -> pa.Buffer:

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnistsum_ray.config import Refusal, ScoreConfig, one_line
+from mnistsum_ray.config import ScoreConfig
+from mnistsum_ray.errors import Refusal, one_line
 from mnistsum_ray.parquet import BadFile, lossy_column, row_groups, without_views
 from mnistsum_ray.schema import image_form_error, number_form_error
 from mnistsum_ray.storage import Location

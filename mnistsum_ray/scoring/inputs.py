@@ -10,7 +10,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from mnistsum_ray.config import Refusal, one_line
+from mnistsum_ray.errors import Refusal, one_line
 from mnistsum_ray.listing import (
     LISTED_ANYWAY,
     Listing,

@@ -10,13 +10,14 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mnistsum_ray.lock import LOCK
+
 REJECTED: Final = "_rejected"
 FILES: Final = "_files.parquet"
 MANIFEST: Final = "_manifest.json"
 PROBABILITIES: Final = "_probabilities.png"
 REJECTS: Final = "_rejects.png"
 RELIABILITY: Final = "_reliability.png"
-LOCK: Final = "_lock"
 UNPUBLISHED: Final = "_unpublished"
 
 SUMMARIES: Final = (FILES, PROBABILITIES, REJECTS, RELIABILITY)

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mnistsum_ray.calibration import Temperatures
-from mnistsum_ray.config import Refusal, ScoreConfig, one_line
+from mnistsum_ray.config import ScoreConfig
+from mnistsum_ray.errors import Refusal, one_line
 from mnistsum_ray.scoring.footers import Columns, read_footers, refuse_unknown_columns
 from mnistsum_ray.scoring.inputs import Inputs, list_inputs
 from mnistsum_ray.scoring.spread import FEW, spread

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mnistsum_ray.config import one_line
+from mnistsum_ray.errors import one_line
 from mnistsum_ray.parquet import BadFile, check_int96, int96_columns, open_parquet, table_without_views
 from mnistsum_ray.schema import Pixels, decode_images, decode_numbers, one_chunk
 from mnistsum_ray.scoring.footers import Columns, plain_types

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.calibration import HEADS, Reliability
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.metrics import RowsLost
 from mnistsum_ray.scoring.record import PROBABILITY_BINS
 from mnistsum_ray.storage import Location

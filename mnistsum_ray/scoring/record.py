@@ -6,7 +6,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray.config import one_line
+from mnistsum_ray.errors import one_line
 from mnistsum_ray.parquet import BadFile
 from mnistsum_ray.scoring.footers import read_tail
 from mnistsum_ray.scoring.plan import REJECTED

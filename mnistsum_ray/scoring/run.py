@@ -1,7 +1,6 @@
 """A scoring run, seen from the driver: plan, score what is not done, reconcile, publish."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -13,18 +12,18 @@ import ray.exceptions
 import torch
 
 from mnistsum_ray import resources
-from mnistsum_ray.config import Refusal, RunFailed, last_line
 from mnistsum_ray.console import SAY_SECONDS, Console, Progress
 from mnistsum_ray.device import faster_with_bf16
+from mnistsum_ray.errors import Refusal, RunFailed, Stopped, last_line
 from mnistsum_ray.int8 import maxima_of
 from mnistsum_ray.listing import say_left_out
+from mnistsum_ray.lock import Hold, hold
 from mnistsum_ray.reach import refuse_unshared
 from mnistsum_ray.report import versions
 from mnistsum_ray.resources import ScoreAllotment
 from mnistsum_ray.scoring import summary, workspace
 from mnistsum_ray.scoring.attempts import counting_attempts
 from mnistsum_ray.scoring.commit import Request, as_parquet
-from mnistsum_ray.scoring.lock import hold
 from mnistsum_ray.scoring.plan import FILES, MANIFEST, REJECTED, plan, units_of
 from mnistsum_ray.scoring.prepare import Run, read_all_footers
 from mnistsum_ray.scoring.reconcile import Totals, beside_plan, match, reconcile, refuse_foreign, refuse_other
@@ -45,9 +44,12 @@ def score(run: Run, console: Console) -> dict[str, Any]:
     Raises:
         Refusal: the cluster cannot carry it, or the output holds something else.
         RunFailed: the output cannot be written, rows are missing at the end, or with `--strict` some input cannot be used.
+        Stopped: it was interrupted.
     """
     try:
         return _score(run, console)
+    except KeyboardInterrupt:
+        raise Stopped("what is committed stays, and the same command goes on") from None
     except (OSError, ray.exceptions.RayError) as error:  # what is wrong with one file of the input is caught where it is read
         console.say_lines(str(error))
         raise RunFailed(f"{last_line(error)}; what is committed stays, and the same command goes on") from error
@@ -70,10 +72,10 @@ def _score(run: Run, console: Console) -> dict[str, Any]:
     precision = config.precision or ("bf16" if bf16 else "fp32")
     maxima = maxima_of(run.card) if precision == "int8" else None
     request = Request(run.card["sha256"], precision, run.columns, run.temperatures, maxima)
-    with hold(run.output, console.say) as still_held:
+    with hold(run.output, "--output", console.say) as held:
         # Not before: what is wrong with a request is to be found out soon.
         run = replace(run, output=run.output.patient(), inputs=replace(run.inputs, root=run.inputs.root.patient()))
-        return _Scoring(run, console, allotment, request, still_held, started).run()
+        return _Scoring(run, console, allotment, request, held, started).run()
 
 
 class _Scoring:
@@ -85,11 +87,11 @@ class _Scoring:
         console: Console,
         allotment: ScoreAllotment,
         request: Request,
-        still_held: Callable[[], None],
+        held: Hold,
         started: float,
     ) -> None:
         self._run, self._console, self._allotment = run, console, allotment
-        self._request, self._still_held, self._started = request, still_held, started
+        self._request, self._held, self._started = request, held, started
         config = run.config
         self._staged = config.overwrite or config.strict
         self._folder = workspace.staging_of(run.output) if self._staged else run.output
@@ -142,7 +144,7 @@ class _Scoring:
             labelled = totals.counts.get("labelled", 0)
             for name, right in (("digit_accuracy", "digits_right"), ("sum_accuracy", "sums_right")):
                 line[name] = totals.counts[right] / labelled if labelled else None
-        self._still_held()
+        self._held.check()
         (self._folder / FILES).write_bytes(as_parquet(table))
         summary.draw(totals, self._folder)
         (self._folder / MANIFEST).write_json(self._manifest(line, totals, left))
@@ -258,14 +260,23 @@ class _Scoring:
         if not todo.num_rows:
             return failures, 0.0
         run = self._run
-        work = Work(self._source, self._folder, self._request, ray.put(run.weights), run.config.batch_size, counting_attempts())
+        work = Work(
+            source=self._source,
+            output=self._folder,
+            request=self._request,
+            weights=ray.put(run.weights),
+            batch_size=run.config.batch_size,
+            attempts=counting_attempts(),
+            fence=self._held.fence,
+            conditional=self._held.conditional,
+        )
         units = units_of(todo, run.config.unit_rows, max(self._allotment.actors, self._allotment.readers))
         done, first, last, said = 0, float("inf"), 0.0, time.monotonic()
         fitting = resources.look().places(self._allotment.per_actor)
         with self._console.breaking_silence(resources.describe_wait) as heard:
             for report in stream(units, work, self._allotment, fitting):
                 heard()
-                self._still_held()
+                self._held.check()
                 unwritable = report["unwritable"].drop_null()
                 if len(unwritable):
                     raise RunFailed(

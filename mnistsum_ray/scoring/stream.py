@@ -1,18 +1,20 @@
 """The Ray Data side of scoring: units of the plan in, one report a part out; rows stay in the processes that work on them.
 
-    CPUs   units ──actor: read, predict, commit──▶ reports
+    CPUs   units ──tasks: read, predict, commit──▶ reports
     GPUs   units ──tasks: read──▶ ──actor: predict──▶ ──tasks: commit──▶ reports
 
-On CPUs a row never leaves its process. Beside a GPU many tasks read, decode and write for one actor. Nothing here decides
-what is done: that a part is committed stands in its own file (commit.py), whoever wrote it and however often.
+On CPUs a row never leaves its process, which keeps the model for its next task. Beside a GPU many tasks read, decode and write
+for one actor. Nothing here decides what is done: that a part is committed stands in its own file (commit.py), whoever wrote it
+and however often.
 """
 
 import io
 import os
 import pickle
+import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -23,9 +25,10 @@ import torch
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from torch import Tensor
 
-from mnistsum_ray.config import one_line
 from mnistsum_ray.console import quiet_ray_data
 from mnistsum_ray.device import cuda_index
+from mnistsum_ray.errors import one_line
+from mnistsum_ray.lock import Fence
 from mnistsum_ray.resources import ScoreAllotment
 from mnistsum_ray.scoring.commit import Request, commit
 from mnistsum_ray.scoring.plan import Part, parts_of
@@ -65,6 +68,11 @@ class Work:
     batch_size: int | None
     attempts: Any
     """Handle of an `Attempts` actor."""
+    fence: Fence
+    conditional: bool
+    """Whether the storage of the output knows conditional writes."""
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Of the run, so that a process knows whose model it keeps."""
 
 
 def stream(units: list[pa.Table], work: Work, allotment: ScoreAllotment, actors_now: int) -> Iterator[pa.Table]:
@@ -81,27 +89,27 @@ def stream(units: list[pa.Table], work: Work, allotment: ScoreAllotment, actors_
 
 
 def _stream(units: list[pa.Table], work: Work, allotment: ScoreAllotment, actors_now: int) -> Iterator[pa.Table]:
-    actors = ActorPoolStrategy(
-        min_size=1,
-        max_size=allotment.actors,
-        initial_size=min(allotment.actors, max(1, actors_now)),
-        max_tasks_in_flight_per_actor=2,  # one in hand and the next at hand; more would leave the last ones to a few actors
-    )
-    on_actors: dict[str, Any] = {
-        "compute": actors,
-        "num_cpus": allotment.cpus_per_actor,
-        "num_gpus": 1 if allotment.use_gpu else 0,
-        "batch_format": "pyarrow",
-    }
     dataset = ray.data.from_arrow(units)
-    if allotment.readers:
-        on_cpus: dict[str, Any] = {"num_cpus": allotment.cpus_per_task, "batch_format": "pyarrow", "fn_args": (work,)}
-        readers = TaskPoolStrategy(size=allotment.readers)
-        dataset = dataset.map_batches(_read, batch_size=None, compute=readers, **on_cpus)
-        dataset = dataset.map_batches(_Predict, batch_size=1, fn_constructor_args=(work,), **on_actors)
-        dataset = dataset.map_batches(_commit, batch_size=1, compute=readers, **on_cpus)
+    # On CPUs tasks and not actors: they begin in the processes that Ray has ready, and work on every node as it comes.
+    predictors = {"compute": TaskPoolStrategy(size=allotment.actors), "num_cpus": allotment.cpus_per_actor}
+    on_cpus: dict[str, Any] = {"batch_format": "pyarrow", "fn_args": (work,)}
+    if not allotment.readers:
+        dataset = dataset.map_batches(_read_predict_commit, batch_size=None, **predictors, **on_cpus)
     else:
-        dataset = dataset.map_batches(_ReadPredictCommit, batch_size=None, fn_constructor_args=(work,), **on_actors)
+        readers = {"compute": TaskPoolStrategy(size=allotment.readers), "num_cpus": allotment.cpus_per_task}
+        dataset = dataset.map_batches(_read, batch_size=None, **readers, **on_cpus)
+        if allotment.use_gpu:
+            actors = ActorPoolStrategy(
+                min_size=1,
+                max_size=allotment.actors,
+                initial_size=min(allotment.actors, max(1, actors_now)),
+                max_tasks_in_flight_per_actor=2,  # one in hand and the next at hand; more would leave the last ones to a few
+            )
+            on_gpus: dict[str, Any] = {"compute": actors, "num_cpus": allotment.cpus_per_actor, "num_gpus": 1}
+            dataset = dataset.map_batches(_Predict, batch_size=1, fn_constructor_args=(work,), batch_format="pyarrow", **on_gpus)
+        else:
+            dataset = dataset.map_batches(_predict_parcel, batch_size=1, **predictors, **on_cpus)
+        dataset = dataset.map_batches(_commit, batch_size=1, **readers, **on_cpus)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
@@ -119,15 +127,23 @@ def _read_once(unit: pa.Table, work: Work) -> Iterator[list[Rows | Unreadable]]:
             yield [Unreadable(part, f"the process that scored it died {_TRIES} times (out of memory? Ray's logs may tell)")]
 
 
-class _ReadPredictCommit:
-    def __init__(self, work: Work) -> None:
-        self._work, self._predictor = work, _predictor(work)
+def _read_predict_commit(unit: pa.Table, work: Work) -> Iterator[pa.Table]:
+    predictor, _ = _kept_predictor(work)
+    started = time.time()
+    for together in _read_once(unit, work):
+        for scored in _predict(predictor, together):
+            yield _committed(work, scored, started)
 
-    def __call__(self, unit: pa.Table) -> Iterator[pa.Table]:
-        started = time.time()
-        for together in _read_once(unit, self._work):
-            for scored in _predict(self._predictor, together):
-                yield _committed(self._work, scored, started)
+
+_kept: dict[str, tuple[Predictor, float]] = {}
+"""In a worker process: the predictor of the run that it last worked for, by the run's name, and since when it is ready."""
+
+
+def _kept_predictor(work: Work) -> tuple[Predictor, float]:
+    if work.name not in _kept:
+        _kept.clear()
+        _kept[work.name] = _predictor(work), time.time()
+    return _kept[work.name]
 
 
 def _read(unit: pa.Table, work: Work) -> Iterator[pa.Table]:
@@ -138,14 +154,19 @@ def _read(unit: pa.Table, work: Work) -> Iterator[pa.Table]:
 
 class _Predict:
     def __init__(self, work: Work) -> None:
-        self._predictor = _predictor(work)
-        self._ready = time.time()
+        self._work = work
+        _kept_predictor(work)
 
     def __call__(self, parcel: pa.Table) -> pa.Table:
-        started, together = _opened(parcel)
-        started = max(started, self._ready)  # what was read while this process came up does not say how fast it is
-        scored = _predict(self._predictor, together)
-        return _parcel(started, [one if isinstance(one, Unreadable) else (one[0].without_images(), one[1]) for one in scored])
+        return _predict_parcel(parcel, self._work)
+
+
+def _predict_parcel(parcel: pa.Table, work: Work) -> pa.Table:
+    predictor, ready = _kept_predictor(work)
+    started, together = _opened(parcel)
+    started = max(started, ready)  # what was read while this process came up does not say how fast it is
+    scored = _predict(predictor, together)
+    return _parcel(started, [one if isinstance(one, Unreadable) else (one[0].without_images(), one[1]) for one in scored])
 
 
 def _commit(parcel: pa.Table, work: Work) -> pa.Table:
@@ -186,7 +207,8 @@ def _committed(work: Work, scored: _Scored, started: float) -> pa.Table:
         return _report(scored.part, started, unreadable=scored.reason)
     rows, predictions = scored
     try:
-        commit(work.output, work.source, rows, predictions, work.request)
+        work.fence.check()
+        commit(work.output, work.source, rows, predictions, work.request, new_only=work.conditional)
     except OSError as error:
         return _report(rows.part, started, unwritable=one_line(error))
     except pa.ArrowException as error:

@@ -12,9 +12,10 @@ from typing import Final
 
 import pyarrow as pa
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
+from mnistsum_ray.lock import LOCK
 from mnistsum_ray.scoring.inputs import FILE_SCHEMA
-from mnistsum_ray.scoring.plan import LOCK, MANIFEST, MOST_NAME_BYTES, REJECTED, SUMMARIES, UNPUBLISHED
+from mnistsum_ray.scoring.plan import MANIFEST, MOST_NAME_BYTES, REJECTED, SUMMARIES, UNPUBLISHED
 from mnistsum_ray.scoring.record import is_ours
 from mnistsum_ray.storage import Location, is_partial
 

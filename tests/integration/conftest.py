@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -178,9 +179,13 @@ class Done:
 class Job:
     """One of the jobs as a process."""
 
-    def __init__(self, name: str, *args: object, address: str | None = None, cwd: Path | None = None) -> None:
-        environment = dict(os.environ)
+    def __init__(
+        self, name: str, *args: object, address: str | None = None, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> None:
+        environment = dict(os.environ) | (env or {})
         environment["RAY_ADDRESS"] = address or "local"  # never a cluster that somebody else runs on this machine
+        self._mark = f"MNISTSUM_TEST={secrets.token_hex(8)}"  # what it starts has it too, whoever its parent is
+        environment |= dict([self._mark.split("=")]) | {"PYTHONFAULTHANDLER": "1"}  # a crash says where
         self._started = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, args)],
@@ -189,6 +194,7 @@ class Job:
             text=True,
             env=environment,
             cwd=cwd or ROOT,
+            start_new_session=True,  # a terminal's Ctrl-C goes to all of its processes, and to none of ours
         )
         self._seen: list[str] = []
 
@@ -201,13 +207,33 @@ class Job:
                 return
         raise AssertionError(f"ended without {beginning!r}:\n" + "".join(self._seen))
 
+    def left(self) -> list[str]:
+        """The titles of the living processes that it has started, its own among them."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                marked = self._mark.encode() in (entry / "environ").read_bytes().split(b"\0")
+                if marked and b") Z " not in (entry / "stat").read_bytes():
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:100].strip())
+            except OSError:
+                continue
+        return found
+
+    def check_nothing_left(self, seconds: float = 0) -> None:
+        deadline = time.monotonic() + seconds
+        while (left := self.left()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not left
+
     def wait(self, timeout: float = 240) -> Done:
         out, err = self.process.communicate(timeout=timeout)
         return Done(self.process.returncode, out, "".join(self._seen) + err, time.monotonic() - self._started)
 
 
-def run_job(name: str, *args: object, address: str | None = None, cwd: Path | None = None) -> Done:
-    return Job(name, *args, address=address, cwd=cwd).wait()
+def run_job(
+    name: str, *args: object, address: str | None = None, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> Done:
+    return Job(name, *args, address=address, cwd=cwd, env=env).wait()
 
 
 def descendants(root: int) -> dict[int, str]:

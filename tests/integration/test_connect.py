@@ -1,52 +1,193 @@
-"""A cluster that has been killed leaves its address behind; neither that nor a wrong RAY_ADDRESS may hang a job."""
+"""Clusters as people have them: with a token, without one, killed, or something else in their place."""
 
+import functools
+import http.server
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import kill_everything, run_job
+from mnistsum_ray.connect import _is_gcs
+from tests.integration.conftest import ROOT, kill_everything, run_job
+from tests.integration.test_refusals import check_refused
 
+RAY = Path(sys.executable).with_name("ray")
 
-def test_nothing_at_ray_address(tmp_path: Path) -> None:
-    done = run_job("train", "--data", "sample", "--storage-path", tmp_path, address="127.0.0.1:9")
-    assert done.code == 2
-    assert done.err.strip() == (
-        "error: RAY_ADDRESS=127.0.0.1:9: no cluster answers there; correct it, or unset it to start one here"
-    )
-    assert done.seconds < 10
+JOIN = "import ray; from mnistsum_ray.connect import connect; connect(); print(ray.cluster_resources()['CPU'])"
 
 
 @pytest.fixture
-def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where Ray keeps the address: not that of anybody else on this machine, and short, as a socket's path has to be."""
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home folder, where Ray keeps its token, and a folder for Ray's files; short, as a socket's path has to be."""
     with tempfile.TemporaryDirectory(prefix="r") as folder:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("HOME", folder)
         monkeypatch.setenv("RAY_TMPDIR", folder)
         yield Path(folder)
 
 
-def test_the_cluster_of_this_machine_was_killed(ray_folder: Path) -> None:
-    ray = Path(sys.executable).with_name("ray")
-    head = subprocess.Popen(
-        [ray, "start", "--head", "--block", "--port=0", "--num-cpus=1", "--include-dashboard=false"],
+@contextmanager
+def head(home: Path, **environment: str) -> Iterator[str]:
+    """The address of a cluster that was started from a shell."""
+    process = subprocess.Popen(
+        [RAY, "start", "--head", "--block", "--port=0", "--num-cpus=1", "--include-dashboard=false"],
+        env=os.environ | environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
-    while not (ray_folder / "ray" / "ray_current_cluster").exists():
-        assert time.monotonic() < deadline
-        assert head.poll() is None
-        time.sleep(0.2)
-    kill_everything(head.pid)
-    head.wait(timeout=30)
-    code = "import ray; from mnistsum_ray.connect import connect; connect(); print(ray.cluster_resources()['CPU'])"
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
-    assert float(done.stdout) == os.cpu_count()
-    assert head.returncode == -signal.SIGKILL
+    told = home / "ray" / "ray_current_cluster"
+    try:
+        deadline = time.monotonic() + 60
+        while not told.exists():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.2)
+        yield told.read_text().strip()
+    finally:
+        kill_everything(process.pid)
+        process.wait(timeout=30)
+
+
+def join(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", JOIN], env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_a_head_is_joined_by_its_address_where_a_token_lies(home: Path, mode: str) -> None:
+    """Whether it asks for the token or not; `ray.init` in this process would have set RAY_AUTH_MODE for its children."""
+    subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
+    with head(home, **({} if mode == "token" else {"RAY_AUTH_MODE": "disabled"})) as address:
+        for said in (address, address.replace(address.rpartition(":")[0], "127.0.0.1")):
+            joined = join(RAY_ADDRESS=said)
+            assert (joined.returncode, joined.stdout) == (0, "1.0\n"), joined.stderr
+            assert not joined.stderr
+
+
+def test_the_cluster_of_this_machine_was_killed(home: Path) -> None:
+    with head(home):
+        pass
+    joined = join()
+    assert float(joined.stdout) == os.cpu_count(), joined.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:9", "no cluster answers there; correct it, or unset it to start one here"),
+        ("nowhere.invalid:6379", "no cluster answers there"),
+        ("ray://127.0.0.1:10001", "must be HOST:PORT, as `ray start` prints it; the dashboard's is for `ray job submit`"),
+        ("http://127.0.0.1:8265", "must be HOST:PORT"),
+        ("127.0.0.1", "must be HOST:PORT"),
+        ("127.0.0.1:99999", "must be HOST:PORT"),
+    ],
+)
+def test_an_address_where_no_cluster_is(tmp_path: Path, address: str, said: str) -> None:
+    done = run_job("train", "--data", "sample", "--storage-path", tmp_path, address=address)
+    check_refused(done, f"error: RAY_ADDRESS={address}: {said}")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(params=["HTTP server", "silent server"])
+def stranger(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of something that is no cluster."""
+    if request.param == "silent server":
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            yield f"127.0.0.1:{listening.getsockname()[1]}"
+        return
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_something_else_that_listens_there_is_refused_in_seconds(stranger: str, tmp_path: Path) -> None:
+    done = run_job("train", "--data", "sample", "--storage-path", tmp_path, address=stranger)
+    check_refused(done, f"error: RAY_ADDRESS={stranger}: no cluster answers there")
+
+
+def test_a_cluster_is_known_for_one(cluster: str) -> None:
+    assert _is_gcs(cluster)
+
+
+def test_a_home_folder_that_cannot_be_written_is_no_hindrance(home: Path) -> None:
+    joined = join(HOME="/proc/nowhere", RAY_ADDRESS="local")
+    assert float(joined.stdout) == os.cpu_count(), joined.stderr
+    assert not joined.stderr
+
+
+def test_a_temporary_folder_that_is_too_long_or_closed_is_refused(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 60) / ("y" * 40)
+    deep.mkdir(parents=True)
+    flags = ["--data", "sample", "--storage-path", tmp_path / "runs"]
+    check_refused(
+        run_job("train", *flags, env={"TMPDIR": str(deep)}), "has too long a path for Ray's sockets; set RAY_TMPDIR=/tmp"
+    )
+    check_refused(run_job("train", *flags, env={"RAY_TMPDIR": "/proc"}), "the temporary folder /proc cannot be written (")
+
+
+def test_a_process_that_may_open_few_files_is_refused(tmp_path: Path) -> None:
+    flags = ["--data", "sample", "--storage-path", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "train.py"), *flags],
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: this process may open just 64 files, and Ray needs more: ulimit -n 8192\n"
+
+
+def test_the_process_stays_as_it_was(home: Path) -> None:
+    """Handlers of signals, the working folder and the environment."""
+    code = (
+        "import os, signal, sys; "
+        "look = lambda: (os.getcwd(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), set(os.environ)); "
+        "before = look(); from mnistsum_ray.connect import connect, disconnect; connect(); after = look(); "
+        "print([list(a ^ b) if isinstance(a, set) else a == b for a, b in zip(before, after)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    same = done.stdout.strip()
+    assert same.startswith("[True, True, True, ["), same
+
+
+def test_a_signal_that_comes_while_ray_starts_waits_for_it(home: Path) -> None:
+    code = (
+        "import os, signal, threading, time; from mnistsum_ray.connect import connect; free = signal.signal\n"
+        "def send():\n    while signal.signal is free: time.sleep(0.05)\n"
+        "    time.sleep(0.5); os.kill(os.getpid(), signal.SIGINT)\n"
+        "threading.Thread(target=send).start()\n"
+        "try:\n    connect()\nexcept KeyboardInterrupt:\n    import ray; print(ray.is_initialized())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"RAY_ADDRESS": "local"}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert done.returncode != -signal.SIGSEGV

@@ -12,7 +12,7 @@ import torch
 from ray.data.dataset import MaterializedDataset
 
 from mnistsum_ray import pipeline
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.gather import Schedule
 from mnistsum_ray.mnist import open_source
 from mnistsum_ray.pairs import distortions, random_numbers, steps_per_epoch

@@ -1,5 +1,7 @@
 """Data, runs and predictions on an S3 that speaks HTTP, with the same command and the same result as on a disk."""
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -7,13 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.config import ExportConfig, Refusal, RunFailed
+from mnistsum_ray import conditional
+from mnistsum_ray.config import ExportConfig
+from mnistsum_ray.errors import Refusal, RunFailed
 from mnistsum_ray.export import export
+from mnistsum_ray.lock import HEARTBEAT_SECONDS, LEASE_SECONDS, hold
 from mnistsum_ray.mnist import SAMPLE
 from mnistsum_ray.scoring.commit import as_parquet
-from mnistsum_ray.scoring.lock import BEAT_SECONDS, hold
 from mnistsum_ray.storage import Location, locate
-from tests.integration.conftest import Done, run_job
+from tests.conftest import write_model
+from tests.integration.conftest import Done, Job, descendants, run_job
 
 
 @pytest.mark.usefixtures("s3")
@@ -83,21 +88,116 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
     }
 
 
+def ids_of(folder: Location) -> list[int]:
+    """The row ids in all Parquet files of a folder but the run's own."""
+    paths = [info.path for info in folder.files() if info.path.endswith(".parquet") and not info.base_name.startswith("_")]
+    return [row for path in paths for row in table(folder.at(path))["row_id"].to_pylist()]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize(
+    ("all_of_it", "overwrite"),
+    [
+        pytest.param(True, False, id="all processes, same model"),
+        pytest.param(False, True, id="the driver alone, other model"),
+        pytest.param(True, True, id="all processes, other model", marks=pytest.mark.sweep),
+        pytest.param(False, False, id="the driver alone, same model", marks=pytest.mark.sweep),
+    ],
+)
+def test_a_run_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(
+    model: Path, tmp_path: Path, *, all_of_it: bool, overwrite: bool
+) -> None:
+    """Two runs on one output, the first stopped for three times its lease; the second takes over, also with another model."""
+    root = locate(f"s3://scores/fence-{all_of_it}-{overwrite}", "--output")
+    rows = 12_000
+    export(ExportConfig(data="sample", output=(root / "pairs").text, rows=rows, files=6), print)
+    mine = [model, write_model(tmp_path / "other", 1)] if overwrite else [model, model]
+    flags = ["--input", (root / "pairs").text, "--unit-rows", 500]
+    first = Job("score", *flags, "--model", mine[0], "--output", (root / "out").text)
+    deadline = time.monotonic() + 120
+    while len((root / "out").files()) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    processes = [first.process.pid, *(descendants(first.process.pid) if all_of_it else ())]
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    stopped = time.monotonic()
+    second = Job("score", *flags, "--model", mine[1], "--output", (root / "out").text, *["--overwrite"] * overwrite)
+    done = second.wait()
+    assert done.line["scored_rows"] == rows
+    assert "was left by a run that does not go on" in done.err
+    time.sleep(max(0.0, stopped + 3 * LEASE_SECONDS - time.monotonic()))
+    before = {info.path: (root / "out").at(info.path).read_bytes() for info in (root / "out").files()}
+    for process in reversed(processes):
+        os.kill(process, signal.SIGCONT)
+    ended = first.wait(timeout=120)
+    assert ended.code == 1, ended.err
+    assert "another run has taken the output" in ended.err.splitlines()[-1]
+    first.check_nothing_left()
+    after = {info.path: (root / "out").at(info.path).read_bytes() for info in (root / "out").files()}
+    assert after == before, "nothing is written, nothing deleted"
+    scored, whole = ids_of(root / "out"), ids_of(root / "pairs")
+    assert len(scored) == rows
+    assert sorted(scored) == sorted(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("s3")
+def test_a_lease_is_renewed_and_taken_by_conditional_writes() -> None:
+    folder = locate("s3://scores/lease", "--output")
+    place = folder / "key"
+    etag = conditional.put_if_absent(place, b"1")
+    with pytest.raises(conditional.ConflictError):
+        conditional.put_if_absent(place, b"2")
+    with pytest.raises(conditional.ConflictError):
+        conditional.put_if_same(place, b"2", "other")
+    assert conditional.get(place) == (b"1", etag)
+    conditional.put_if_same(place, b"3", etag)
+    with pytest.raises(conditional.ConflictError):
+        conditional.put_if_same(place, b"4", etag)
+    assert conditional.get(folder / "nothing") is None
+    with hold(folder, "--output", print) as held:
+        assert held.conditional
+        held.fence.check()
+        (folder / "_lock").write_json({"id": "another", "beat": 1})
+        time.sleep(1.1)
+        with pytest.raises(OSError, match="another run has taken the output"):
+            held.fence.check()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("s3")
+def test_one_training_writes_a_run_folder(tmp_path: Path) -> None:
+    flags = ["--storage-path", "s3://runs/held", "--name", "mine"]
+    job = Job("train", "--data", "sample", "--epochs", 2, *flags)
+    job.wait_for_line("epoch 1: train loss")
+    refused = run_job("train", *flags, "--resume")
+    assert refused.code == 2
+    assert "error: --name s3://runs/held/mine: another run (" in refused.err
+    place = locate("s3://runs/held/mine/_lock", "--name")
+    place.write_json({"id": "a run that took it", "beat": 1})
+    done = job.wait()
+    assert done.code == 1
+    assert "another run has taken the output (a run that took it)" in done.err.splitlines()[-1]
+    assert place.read_json() == {"id": "a run that took it", "beat": 1}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("s3")
 def test_a_lock_in_an_object_store_is_held_by_one_and_ends_with_its_run() -> None:
     output, said = locate("s3://scores/locked", "--output"), list[str]()
-    with hold(output, said.append) as still_held:
-        with pytest.raises(Refusal, match=r"another run .* is writing there"), hold(output, said.append):
+    with hold(output, "--output", said.append) as held:
+        with pytest.raises(Refusal, match=r"another run .* is writing there"), hold(output, "--output", said.append):
             pass
-        still_held()
+        held.check()
     assert not (output / "_lock").exists()
     (output / "_lock").write_json({"id": "a run that was killed", "beat": 7})
-    with hold(output, said.append) as still_held:
-        assert "was left by a run that was killed" in said[-1]
-        still_held()
+    with hold(output, "--output", said.append) as held:
+        assert "was left by a run that does not go on" in said[-1]
+        held.check()
         (output / "_lock").write_json({"id": "a run that took it", "beat": 1})
-        time.sleep(2 * BEAT_SECONDS)
+        time.sleep(2 * HEARTBEAT_SECONDS)
         with pytest.raises(RunFailed, match="another run has taken the output"):
-            still_held()
+            held.check()
     assert (output / "_lock").exists()

@@ -16,7 +16,8 @@ import torch
 
 from mnistsum_ray import int8
 from mnistsum_ray.checkpoint import load_model
-from mnistsum_ray.config import ExportConfig, Refusal, RunFailed
+from mnistsum_ray.config import ExportConfig
+from mnistsum_ray.errors import Refusal, RunFailed
 from mnistsum_ray.export import export
 from mnistsum_ray.schema import one_chunk, pixels_view
 from mnistsum_ray.storage import locate
@@ -355,7 +356,7 @@ def test_files_that_others_named_and_footers_that_lie_cost_no_other_file(model: 
     assert set(reasons) == {"liar.parquet", "latin-\\udce9.parquet", f"{'z' * 247}.parquet"}
     assert "has a footer that promises 10,000,000,000,000 rows" in reasons["liar.parquet"]
     assert (tmp_path / "out" / f"{'x' * 247}.parquet").exists()
-    assert "latin-\\\\udce9.parquet" in scored.said
+    assert "cannot be used: latin-\\udce9.parquet: its name is not UTF-8" in scored.said
 
 
 def test_rows_that_disappear_from_the_output_are_an_error(model: Path, pairs: Path, output: Path) -> None:

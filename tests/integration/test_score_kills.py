@@ -20,7 +20,9 @@ from tests.integration.conftest import Job, descendants, kill_everything, kill_w
 
 ROWS, FILES, UNIT_ROWS = 12_000, 6, 500
 
-ACTOR = "ray::MapWorker"
+WORKER = "ray::MapBatches"
+
+SLOW = (signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_an_actor_then_the_driver_then_everything(
     with watched(output):
         job = Job("score", *flags(model, pairs, output))
         wait_for_files(output, 3)
-        kill_worker(job.process.pid, ACTOR)
+        kill_worker(job.process.pid, WORKER)
         wait_for_files(output, 8)
         below = descendants(job.process.pid)
         os.kill(job.process.pid, signal.SIGKILL)
@@ -130,7 +132,7 @@ def test_a_killed_actor_is_replaced(model: Path, pairs: Path, tmp_path: Path, un
     job = Job("score", *flags(model, pairs, output))
     with watched(output):
         wait_for_files(output, 3)
-        kill_worker(job.process.pid, ACTOR)
+        kill_worker(job.process.pid, WORKER)
         killed = time.monotonic()
         wait_for_files(output, len(list(output.glob("part-*.parquet"))) + 1)
         tell("scoring, one of two actors killed: the next file", killed)
@@ -138,6 +140,25 @@ def test_a_killed_actor_is_replaced(model: Path, pairs: Path, tmp_path: Path, un
     assert done.code == 3, done.err
     assert done.last_line["resumed_rows"] == 0
     assert content(output) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)], ids=str)
+def test_stopped_by_a_signal_the_same_command_goes_on(
+    model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes], number: signal.Signals
+) -> None:
+    output = tmp_path / "out"
+    job = Job("score", *flags(model, pairs, output))
+    with watched(output):
+        wait_for_files(output, 3)
+        os.killpg(job.process.pid, number)  # as a terminal does
+        done = job.wait(timeout=60)
+    job.check_nothing_left()
+    assert (done.code, done.out) == (128 + number, "")
+    assert done.err.splitlines()[-1] == f"stopped by {number.name}; what is committed stays, and the same command goes on"
+    assert "Traceback" not in done.err
+    assert not (output / "_manifest.json").exists(), "while it is there, the output is finished"
+    assert not (output / "_lock").exists()
+    finish(model, pairs, output, undisturbed)
 
 
 @pytest.mark.slow
@@ -163,8 +184,8 @@ def test_twenty_kills_at_random_moments(model: Path, pairs: Path, tmp_path: Path
         for _ in range(20):
             job = Job("score", *flags(model, pairs, output))
             time.sleep(chance.uniform(6, 15))
-            if chance.random() < 0.3 and any(ACTOR in title for title in descendants(job.process.pid).values()):
-                kill_worker(job.process.pid, ACTOR)
+            if chance.random() < 0.3 and any(WORKER in title for title in descendants(job.process.pid).values()):
+                kill_worker(job.process.pid, WORKER)
                 time.sleep(chance.uniform(0, 2))
             kill_everything(job.process.pid)
             job.wait()
@@ -186,7 +207,7 @@ def test_a_part_that_kills_every_process_is_given_up_and_said(model: Path, pairs
     while job.process.poll() is None:  # it dies whenever it has been at work for a moment
         time.sleep(0.5)
         for process, title in descendants(job.process.pid).items():
-            if ACTOR in title and ".submit" in title:
+            if WORKER in title and ".submit" in title:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
     done = job.wait()

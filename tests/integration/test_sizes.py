@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from mnistsum_ray.config import Refusal, TrainConfig
+from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.console import Console
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.prepare import prepare
 from mnistsum_ray.train import fit
 from tests.integration.conftest import score_here

@@ -138,3 +138,25 @@ def test_the_plain_form_from_the_folder_where_the_head_was_started(head: Head, p
     done, code = head.submit("python", "jobs/train.py", "--data", "rows.parquet", "--epochs", "1", "--name", "plain")
     assert (done.returncode, code) == (0, 0), done.stdout
     assert last_line(done)["run"] == str(head.folder / "runs" / "plain")
+
+
+def test_a_job_that_is_stopped_says_what_goes_on(head: Head, project: Path) -> None:
+    job = f"job-{secrets.token_hex(4)}"
+    train = ["python", "jobs/train.py", "--data", "sample", "--epochs", "50", "--name", "stopped"]
+    where = ["--submission-id", job, "--no-wait", "--working-dir", str(project)]
+    subprocess.run([RAY, "job", "submit", *where, "--", *train], env=head.environment, check=True, capture_output=True)
+
+    def ray_job(*words: str) -> str:
+        return subprocess.run([RAY, "job", *words, job], env=head.environment, check=True, capture_output=True, text=True).stdout
+
+    deadline = time.monotonic() + 180
+    while "epoch 1: train loss" not in ray_job("logs"):
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    ray_job("stop")
+    log = ray_job("logs")
+    storage = head.folder / "runs"
+    command = f"python jobs/train.py --storage-path {storage} --name stopped --resume"
+    assert f"stopped by SIGTERM; what is saved stays, and this goes on: {command}" in log
+    assert "Traceback" not in log
+    assert json.loads((storage / "stopped" / "manifest.json").read_text())["status"] == "stopped"

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.parquet import open_parquet
 from mnistsum_ray.scoring.commit import as_parquet
 from mnistsum_ray.scoring.footers import Columns, read_footers, refuse_unknown_columns

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.scoring.inputs import Inputs, list_inputs
 from mnistsum_ray.storage import locate
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.config import Refusal
+from mnistsum_ray.errors import Refusal
+from mnistsum_ray.lock import hold
 from mnistsum_ray.scoring import workspace
-from mnistsum_ray.scoring.lock import hold
 from mnistsum_ray.storage import Location, locate
 
 
@@ -130,14 +130,17 @@ def test_publishing_beside_what_is_there_keeps_it(tmp_path: Path) -> None:
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
     output = locate(str(tmp_path / "out"), "--output")
     for _ in range(2):
-        with hold(output, print) as still_held:
-            still_held()
-            with pytest.raises(Refusal, match="another run is writing there"), hold(output, print):
+        with hold(output, "--output", print) as held:
+            held.check()
+            with pytest.raises(Refusal, match="another run is writing there"), hold(output, "--output", print):
                 pass
         assert names(tmp_path / "out") == set()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Refusal, match="cannot be written"), hold(locate(str(tmp_path / "file" / "out"), "--output"), print):
+    with (
+        pytest.raises(Refusal, match="cannot be written"),
+        hold(locate(str(tmp_path / "file" / "out"), "--output"), "--output", print),
+    ):
         pass

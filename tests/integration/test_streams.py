@@ -1,0 +1,59 @@
+"""What a job prints, where nobody reads it; and where it is started, beside files of any name."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.integration.conftest import ROOT, run_job
+
+JOB = [sys.executable, str(ROOT / "jobs" / "export_pairs.py"), "--data", "sample", "--rows", "10", "--files", "1"]
+
+
+def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", line], cwd=cwd, capture_output=True, text=True, env=os.environ | {"JOB": " ".join(JOB)})
+
+
+def test_standard_output_closed_by_its_reader(tmp_path: Path) -> None:
+    done = shell("set -o pipefail; $JOB --output out | true; echo ${PIPESTATUS[0]} > code", tmp_path)
+    assert (tmp_path / "code").read_text() in ("1\n", "0\n"), "0 where it was faster than its reader"
+    done = shell("(sleep 2; $JOB --output late; echo $? > code) | true", tmp_path)
+    assert (tmp_path / "code").read_text() == "1\n"
+    assert done.stderr == "error: standard output was closed by its reader, so the result could not be printed\n"
+    assert list((tmp_path / "late").glob("*.parquet"))
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams(tmp_path: Path, closed: str) -> None:
+    done = shell(f"$JOB --output out {closed}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert pq.read_metadata(tmp_path / "out" / "part-00000.parquet").num_rows == 10
+    assert not done.stderr
+    done = shell(f"$JOB --output out {closed}", tmp_path)
+    assert done.returncode == 2
+    assert ("is not empty; name another folder" in done.stderr) == ("2>&-" not in closed)
+
+
+def test_standard_error_closed_by_its_reader(tmp_path: Path) -> None:
+    done = shell("(sleep 1; $JOB --output out; echo $? > code) 2> >(true)", tmp_path)
+    assert (tmp_path / "code").read_text() == "0\n", done
+
+
+def test_help_that_nobody_reads_to_the_end(tmp_path: Path) -> None:
+    done = shell("set -o pipefail; $JOB --help | head -n 1", tmp_path)
+    assert done.stdout.startswith("usage: export_pairs.py")
+    assert not done.stderr
+
+
+def test_a_module_beside_the_data_is_not_executed(tmp_path: Path, model: Path, sample: pa.Table) -> None:
+    """Ray would have its workers look for modules in the folder where the command is given, before anywhere else."""
+    pq.write_table(sample[::500].append_column("number", pa.array([1] * 10)), tmp_path / "pairs.parquet")
+    for name in ("pandas", "numpy", "pyarrow", "torch", "ray"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write(__name__); raise ImportError")
+    done = run_job("score", "--model", model, "--input", "pairs.parquet", "--output", "out", cwd=tmp_path)
+    assert done.line["scored_rows"] == 10
+    assert not (tmp_path / "executed").exists()
