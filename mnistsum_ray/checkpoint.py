@@ -202,6 +202,10 @@ def _save_best(folder: Path, state: TrainerState) -> None:
     save_model(folder, state.best, epoch=line["epoch"], **scores, sum_head=said)
 
 
+class OtherVersion(Unusable):
+    """It was written by another version of this program."""
+
+
 def check_whole(folder: Location) -> None:
     """Read a checkpoint folder and compare its files with their checksums.
 
@@ -212,7 +216,7 @@ def check_whole(folder: Location) -> None:
     try:
         fields = (folder / STATE_CARD).read_json()
         if fields["format"] != STATE_FORMAT:
-            raise Unusable(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")
+            raise OtherVersion(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")
         for name, expected in fields["files"].items():
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
                 raise Unusable(f"{name} is not whole (SHA-256 differs)")

@@ -57,10 +57,10 @@ def put_if_same(place: Location, data: bytes, etag: str) -> str:
 
 def get(place: Location) -> tuple[bytes, str] | None:
     """An object and its ETag; None where it is not there."""
-    client, bucket, key = _client_of(place)
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
+        client, bucket, key = _client_of(place)
         found = client.get_object(Bucket=bucket, Key=key)
         return found["Body"].read(), found["ETag"]
     except ClientError as error:
@@ -72,10 +72,10 @@ def get(place: Location) -> tuple[bytes, str] | None:
 
 
 def _put(place: Location, data: bytes, **condition: str) -> str:
-    client, bucket, key = _client_of(place)
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
+        client, bucket, key = _client_of(place)
         etag: str = client.put_object(Bucket=bucket, Key=key, Body=data, **condition)["ETag"]
     except ClientError as error:
         if _code(error) in _CONFLICTS or ("IfMatch" in condition and _code(error) in ("NoSuchKey", "404")):
@@ -102,5 +102,9 @@ def _client(**options: str) -> Any:
     import boto3
     from botocore.config import Config
 
-    retries: Any = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
-    return boto3.client("s3", config=Config(retries=retries), **options)
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        request_checksum_calculation="when_required",  # other stores than Amazon's do not know the newer checksums
+        response_checksum_validation="when_required",
+    )
+    return boto3.client("s3", config=config, **options)

@@ -285,6 +285,8 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
         flags = CliSettingsSource[Any](config_class, root_parser=parser, cli_parse_args=argv)()
     except SettingsError as error:
         raise Refusal(shortened(one_line(error))) from None
+    except RecursionError:
+        raise Refusal("a flag's value is nested too deeply") from None
     values = _read_yaml(Path(flags["config"])) if flags.get("config") else {}
     try:
         return config_class(**(values | flags))

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from mnistsum_ray.config import ExportConfig
 from mnistsum_ray.console import Progress
-from mnistsum_ray.errors import Refusal, one_line
+from mnistsum_ray.errors import Refusal, Stopped, one_line
 from mnistsum_ray.mnist import ParquetPart, Source, open_source, read_whole
 from mnistsum_ray.pairs import Rows, random_numbers
 from mnistsum_ray.schema import IMAGE_TYPE
@@ -27,6 +27,7 @@ def export(config: ExportConfig, say: Callable[[str], None]) -> tuple[Location, 
 
     Raises:
         Refusal: the data cannot be read, or the output is not an empty folder.
+        Stopped: it was interrupted.
     """
     output = empty_folder(config.output)
     try:
@@ -51,6 +52,8 @@ def export(config: ExportConfig, say: Callable[[str], None]) -> tuple[Location, 
             written(end - start)
     except OSError as error:
         raise Refusal(f"--output {output.text}: {one_line(error)}") from None
+    except KeyboardInterrupt:
+        raise Stopped("some of the files are written; the same command begins again once the folder is empty") from None
     return output, source
 
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final, TextIO
 
-from mnistsum_ray.errors import Refusal, RunFailed, printable
-from mnistsum_ray.signals import StopOnSignals
+from mnistsum_ray.errors import Refusal, RunFailed, Stopped, printable
+from mnistsum_ray.signals import StopOnSignals, waiting
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -26,12 +26,17 @@ def run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str])
     _open_standard_streams()
     with StopOnSignals(_say) as stop:
         try:
-            code = _run(job, argv, sys.stdout)
+            code = _run(job, argv, sys.stdout, stop)
         except KeyboardInterrupt as interrupt:
-            code = stop.exit_code
-            stop.end(code)
-            name = stop.received.name if stop.received else "SIGINT"
-            _say(f"stopped by {name}; {interrupt if str(interrupt) else _BEGINS_AGAIN}")
+            with waiting():
+                reason = _reason(interrupt)
+                code = FAILED if isinstance(reason, RunFailed) else stop.exit_code
+                if isinstance(reason, RunFailed):
+                    _say(f"error: {reason}")
+                else:
+                    name = stop.received.name if stop.received else "SIGINT"
+                    _say(f"stopped by {name}; {reason or _BEGINS_AGAIN}")
+                stop.end(code)
         else:
             stop.end(code)
         if "mnistsum_ray.connect" in sys.modules:  # else there is nothing to leave
@@ -41,10 +46,12 @@ def run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str])
     return code
 
 
-def _run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str], stdout: TextIO) -> int:
+def _run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
     try:
         result, code = job(argv)
-        print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
+        with waiting():  # a job whose result is printed is done, whatever comes
+            print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
+            stop.end(code)
     except Refusal as refusal:
         return _fail(refusal, REFUSED)
     except RunFailed as failure:
@@ -53,6 +60,14 @@ def _run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str]
         _discard(stdout.fileno())
         return _fail("standard output was closed by its reader, so the result could not be printed", FAILED)
     return code
+
+
+def _reason(interrupt: BaseException) -> Stopped | RunFailed | None:
+    """What the job had come to: a further interrupt may have come while it was cleared up after that."""
+    error: BaseException | None = interrupt
+    while error is not None and not isinstance(error, Stopped | RunFailed):
+        error = error.__context__
+    return error
 
 
 def leave_stdout_to_result() -> None:

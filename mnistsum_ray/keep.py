@@ -9,7 +9,8 @@ from typing import Any, Final
 import ray.train
 from pyarrow.fs import FileSelector, FileType
 
-from mnistsum_ray.checkpoint import MODEL_FILES, Unusable, check_whole
+from mnistsum_ray.checkpoint import MODEL_FILES, OtherVersion, Unusable, check_whole
+from mnistsum_ray.errors import Refusal
 from mnistsum_ray.loop import Outcome
 from mnistsum_ray.prepare import Run
 from mnistsum_ray.report import REPORT, report_page, versions, write_history
@@ -43,7 +44,11 @@ _CHECKPOINT: Final = re.compile(r"epoch_(\d+)(?:_(step)_(\d+)|_(sum_head))?")
 
 
 def last_whole_checkpoint(folder: Location, say: Callable[[str], None]) -> Location | None:
-    """The newest whole checkpoint of a run; newer ones that are not are said. None where there is none."""
+    """The newest whole checkpoint of a run; newer ones that are not are said, and that there is none.
+
+    Raises:
+        Refusal: it is of another version.
+    """
     found: dict[tuple[int, int, int], str] = {}
     for info in folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True)):
         match = _CHECKPOINT.fullmatch(info.base_name)
@@ -56,12 +61,13 @@ def last_whole_checkpoint(folder: Location, say: Callable[[str], None]) -> Locat
         place = folder / found[order]
         try:
             check_whole(place)
+        except OtherVersion as error:
+            raise Refusal(f"--resume: checkpoint {place.text} cannot be used: {error}; go on with that version") from None
         except Unusable as error:
             say(f"checkpoint {place.text} cannot be used: {error}")
             continue
         return place
-    if found:
-        say("no checkpoint can be used, so the run begins anew")
+    say(f"no checkpoint {'can be used' if found else 'is left'}, so the run begins anew")
     return None
 
 

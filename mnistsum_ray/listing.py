@@ -108,7 +108,9 @@ def _walk(folder: str, real: str, listing: Listing, linked: list[str], seen: set
             continue
         seen.add(real_here)
         for entry in _entries(here):
-            if entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=False) and entry.name.startswith((".", "_")):
+                listing.left_out[entry.path] = "its name"  # a link to it may have another
+            elif entry.is_dir(follow_symlinks=False):
                 folders.append((entry.path, f"{real_here.rstrip('/')}/{entry.name}"))
             elif entry.is_file(follow_symlinks=False):
                 listing.files[entry.path] = f"{real_here.rstrip('/')}/{entry.name}"
@@ -130,7 +132,7 @@ def _glob(folder: str, pattern: Pattern, listing: Listing) -> Iterator[str]:
     for entry in _entries(folder):
         if first == "**":
             if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                yield from _glob(entry.path, pattern, listing)
+                yield from _glob_if_readable(entry.path, pattern, listing)
             elif not rest and _leads_to_file(entry) and not entry.name.startswith("."):
                 yield entry.path
         elif _matches_one(entry.name, first):
@@ -170,11 +172,12 @@ def _leads_to_file(entry: "os.DirEntry[str]") -> bool:
 
 
 def matches(parts: tuple[str, ...], pattern: Pattern) -> bool:
-    """Whether a path matches as in a shell: `**` matches any number of folders, a wildcard no leading dot."""
+    """Whether a path matches as in a shell: `**` matches any number of folders, no wildcard a leading dot."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
-        return any(matches(parts[skip:], pattern[1:]) for skip in range(len(parts) + 1))
+        skipped = next((index for index, part in enumerate(parts) if part.startswith(".")), len(parts))
+        return any(matches(parts[skip:], pattern[1:]) for skip in range(skipped + 1))
     return bool(parts) and _matches_one(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 

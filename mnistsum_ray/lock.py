@@ -1,10 +1,10 @@
 """One run at a time on one folder: a kernel's lock on a disk, a lease in an object store."""
 
-import _thread
 import fcntl
 import json
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -25,6 +25,8 @@ LEASE_SECONDS: Final = 12.0
 """A lease that has not been renewed for so long was left by a run that was killed, or that does not run any more."""
 RENEW_TIMEOUT_SECONDS: Final = 120.0
 """A storage that does not answer for so long is given up."""
+
+_MOST_LOCK_BYTES: Final = 10_000
 
 _LOOK_SECONDS: Final = 1.0
 """A worker looks so often whether the folder is still its run's."""
@@ -79,7 +81,7 @@ class Hold:
         def watch() -> None:
             while not done.wait(_LOOK_SECONDS):
                 if self.lost.is_set():
-                    _thread.interrupt_main()
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
 
         thread = threading.Thread(target=watch, daemon=True)
@@ -107,7 +109,7 @@ def hold(folder: Location, flag: str, say: Callable[[str], None]) -> Iterator[Ho
         Refusal: another run holds it, or nothing can be written there.
     """
     holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-    fence = Fence(folder / LOCK, holder)
+    fence = Fence((folder / LOCK).patient(), holder)
     if folder.is_local:
         with _file_lock(folder, flag, holder):
             yield Hold(fence, lambda: None, conditional=False)
@@ -153,16 +155,22 @@ def _read(place: Location) -> dict[str, Any] | None:
 def _file_lock(folder: Location, flag: str, holder: str) -> Iterator[None]:
     path = Path(folder.path, LOCK)
     made = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
+    written = json.dumps({"id": holder}).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _open_locked(path)
+        if not _is_lock(os.pread(file, _MOST_LOCK_BYTES, 0)):
+            os.close(file)
+            raise Refusal(f"{flag} {folder.text}: {LOCK} is not a file of this program; move it away, or choose another folder")
+        # In this order, and at once, since workers on other nodes may see the folder through a network file system.
+        os.pwrite(file, written, 0)
+        os.ftruncate(file, len(written))
+        os.fsync(file)
     except BlockingIOError:
         raise _taken(folder, flag, None) from None
     except OSError as error:
         raise Refusal(f"{flag} {folder.text}: cannot be written ({error.strerror or error})") from None
     try:
-        os.truncate(file, 0)
-        os.write(file, json.dumps({"id": holder}).encode())
         yield
     finally:
         with suppress(OSError):
@@ -172,6 +180,14 @@ def _file_lock(folder: Location, flag: str, holder: str) -> Iterator[None]:
         with suppress(OSError):  # of folders that were made for nothing, none is left
             for parent in made:
                 parent.rmdir()
+
+
+def _is_lock(data: bytes) -> bool:
+    """Whether a file may be one that a run has left, perhaps before it wrote anything."""
+    try:
+        return not data or "id" in json.loads(data)
+    except (ValueError, TypeError):
+        return False
 
 
 def _open_locked(path: Path) -> int:
@@ -222,6 +238,8 @@ class _Lease:
 
     def _take(self) -> None:
         before = _read(self._place)
+        if before is not None and before["id"] == self._id:  # written just now, by a store that took no notice of the condition
+            before = None
         started = time.monotonic()
         while before is not None and time.monotonic() - started < LEASE_SECONDS:
             time.sleep(HEARTBEAT_SECONDS / 2)
@@ -237,7 +255,12 @@ class _Lease:
                 self._write_over(before)
                 return
             except conditional.ConflictError:
-                raise _taken(self._folder, self._flag, _read(self._place)) from None
+                found = conditional.get(self._place)
+                now = json.loads(found[0]) if found else None
+                if found is None or now is None or now["id"] != self._id:
+                    raise _taken(self._folder, self._flag, now) from None
+                self._etag = found[1]  # a write of ours whose answer was lost
+                return
         self._place.write_bytes(self._next())
         time.sleep(HEARTBEAT_SECONDS / 2)  # of two that start at the same moment, the one that wrote last goes on
         now = _read(self._place)
@@ -275,9 +298,15 @@ class _Lease:
 
     def _renew(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # the storage may be away for a moment
-                asked = time.monotonic()
+            asked = time.monotonic()
+            try:
                 found = self._renew_once()
+            except OSError:  # the storage may be away for a moment
+                pass
+            except Exception as error:
+                self._give_up(f"the lock is damaged ({one_line(error)}), so that another run may have taken the output")
+                return
+            else:
                 if found is not None:
                     self._give_up(found)
                     return

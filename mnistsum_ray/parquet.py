@@ -19,6 +19,8 @@ _MOST_BYTES: Final = 2**50
 _MOST_ROWS: Final = 10**9
 _MOST_ROWS_A_BYTE: Final = 10_000
 """A file of one and the same row, as dense as Parquet gets, has some hundreds."""
+_MOST_BYTES_A_BYTE: Final = 100_000
+"""Nothing but zeros, by the best of Parquet's codecs, is tens of thousands of times smaller."""
 
 
 class BadFile(ValueError):
@@ -56,6 +58,8 @@ def row_groups(metadata: pq.FileMetaData, file_size: int) -> tuple[list[int], in
         size += group.total_byte_size
     if sum(rows) != metadata.num_rows:
         raise BadFile("has a damaged footer (its row groups do not add up); write it anew")
+    if size > min(_MOST_BYTES, _MOST_BYTES_A_BYTE * file_size):
+        raise BadFile(f"has a footer that promises {size:,} bytes in {file_size:,}; write it anew")
     if metadata.num_rows > min(_MOST_ROWS, _MOST_ROWS_A_BYTE * file_size):
         raise BadFile(f"has a footer that promises {metadata.num_rows:,} rows in {file_size:,} bytes; write it anew, or split it")
     return rows, size
@@ -68,6 +72,8 @@ def without_views(kind: pa.DataType) -> pa.DataType:
         return pa.string()
     if types.is_binary_view(kind):
         return pa.binary()
+    if isinstance(kind, pa.JsonType):
+        return pa.json_(without_views(kind.storage_type))
     if types.is_list(kind):
         return pa.list_(_field_without_views(kind.value_field))
     if types.is_large_list(kind):
@@ -93,7 +99,7 @@ def table_without_views(table: pa.Table) -> pa.Table:
 
 def lossy_column(schema: pq.ParquetSchema, dropped: str) -> str | None:
     """Why a column of a file would not be written again as it was read; None where all are. `dropped` is not written."""
-    text = str(schema)
+    text, columns = str(schema), schema.to_arrow_schema().names
     variant = re.search(r"group field_id=-?\d+ (.+) \(Variant", text) if "(Variant" in text else None
     if variant:
         return f"column {variant[1]!r} has the type VARIANT, which would be lost; cast it to JSON or VARCHAR"
@@ -101,7 +107,7 @@ def lossy_column(schema: pq.ParquetSchema, dropped: str) -> str | None:
         leaf = schema.column(index)
         logical = str(leaf.logical_type)
         name = logical.partition(",")[0] if logical.startswith("Time(") else logical.partition("(")[0]
-        column = leaf.path.partition(".")[0]
+        column = _column_of(leaf.path, columns)
         if name not in _PASS_THROUGH and column != dropped:
             return f"column {column!r} has the type {_said(logical)}, which would be lost; cast it to another"
     return None
@@ -113,8 +119,13 @@ def _said(logical: str) -> str:
 
 def int96_columns(schema: pq.ParquetSchema) -> list[str]:
     """Columns that hold timestamps as INT96, which pyarrow reads as nanoseconds since 1970."""
-    leaves = (schema.column(index) for index in range(len(schema)))
-    return sorted({leaf.path.partition(".")[0] for leaf in leaves if leaf.physical_type == "INT96"})
+    leaves, columns = (schema.column(index) for index in range(len(schema))), schema.to_arrow_schema().names
+    return sorted({_column_of(leaf.path, columns) for leaf in leaves if leaf.physical_type == "INT96"})
+
+
+def _column_of(leaf: str, columns: list[str]) -> str:
+    """The column that a leaf's path begins with; its name may hold dots itself."""
+    return max((name for name in columns if leaf == name or leaf.startswith(f"{name}.")), key=len, default=leaf)
 
 
 def check_int96(stream: pa.NativeFile, columns: list[str], groups: list[int]) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _POLL_SECONDS = 0.2
@@ -34,13 +35,15 @@ class Reaper:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            env={},
         )
 
     def tell_from_child(self) -> None:
         """Name the session that the calling process leads: after fork and before exec, so that no kill comes between."""
         assert self._process.stdin is not None
-        os.write(self._process.stdin.fileno(), _line(os.getpid()))
+        before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # should the reaper be gone, the cluster must start all the same
+        with suppress(OSError):
+            os.write(self._process.stdin.fileno(), _line(os.getpid()))
+        signal.signal(signal.SIGPIPE, before)
 
     def tell(self, leader: int) -> None:
         """The same for `end`, in the job."""

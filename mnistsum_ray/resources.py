@@ -23,6 +23,15 @@ _UNKNOWN_LIMIT: Final = 16
 _READERS_PER_GPU: Final = 8
 """CPUs that are taken to come with each GPU, likewise."""
 
+_UNKNOWN_LIMIT_CPUS: Final = 128
+"""The same of CPUs, where a run scores on those."""
+
+_MOST: Final = 4096
+"""Of anything: an autoscaler's configuration may say that there is no limit."""
+
+_PROBE_SECONDS: Final = 60.0
+"""A process on another node has PyTorch to import first."""
+
 _POLL_SECONDS: Final = 2.0
 _SAY_SECONDS: Final = 15.0
 
@@ -99,7 +108,7 @@ def _limits() -> dict[str, float]:
     from ray._private.state import state  # no public way to ask; of Ray 2.60
 
     limits = state.get_max_resources_from_cluster_config() or {}
-    return {kind: float(amount) for kind, amount in limits.items() if amount}
+    return {kind: float(min(amount, _MOST)) for kind, amount in limits.items() if amount}
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,7 @@ def usable(
     if use_gpu is False or not cluster.total.get("GPU"):
         return cluster, None
     wait_until_free([{"GPU": 1.0}], wait_seconds, say)
-    probe = probe_gpu()
+    probe = probe_gpu(wait_seconds)
     if probe.cuda:
         return cluster, probe
     refuse_without_cuda(probe, use_gpu)
@@ -140,14 +149,21 @@ def usable(
     return cluster.without_gpus(), None
 
 
-def probe_gpu() -> GpuProbe:
+def probe_gpu(wait_seconds: float) -> GpuProbe:
     """Ask a node with a free GPU whether PyTorch has CUDA there.
 
     Raises:
-        Refusal: the node was lost before it answered.
+        Refusal: none answered for so long, since another job has taken the GPU meanwhile, or the node was lost.
     """
+    asked = ray.remote(num_gpus=1, num_cpus=0)(_probe).remote()
     try:
-        found: GpuProbe = ray.get(ray.remote(num_gpus=1, num_cpus=0)(_probe).remote())
+        found: GpuProbe = ray.get(asked, timeout=max(_PROBE_SECONDS, wait_seconds))
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(asked)
+        raise Refusal(
+            f"no GPU was free as a whole for {max(_PROBE_SECONDS, wait_seconds):.0f} s; other jobs hold them, so wait, or give "
+            "more --wait-seconds"
+        ) from None
     except ray.exceptions.RayError as error:
         raise Refusal(f"the node with a GPU could not be asked whether PyTorch has CUDA there: {last_line(error)}") from None
     return found
@@ -192,8 +208,9 @@ def allot(config: TrainConfig, cluster: Cluster) -> Allotment:
             f"--num-workers {workers[0]}: needs {workers[0]} {kind}s, one a worker; the cluster has {cluster.describe()}"
         )
     cpus = (1 - _TASKS_CPU_SHARE) * _cpus_a_worker(cluster, workers[1], use_gpu=use_gpu)
-    # Machines that are still to come bring their own CPUs.
-    allotment = Allotment(workers, use_gpu, cpus_per_worker=1.0 if cluster.can_grow else min(1.0, cpus))
+    # Machines that are still to come bring their own CPUs; GPU nodes that are there are taken to be like those.
+    unknown = cluster.can_grow and not (use_gpu and cluster.gpu_nodes)
+    allotment = Allotment(workers, use_gpu, cpus_per_worker=1.0 if unknown else min(1.0, cpus))
     fitting = cluster.places(allotment.per_worker)
     if workers[0] > fitting and not cluster.can_grow:
         each = " and ".join(_count(allotment.per_worker, kind) for kind in allotment.per_worker)
@@ -243,7 +260,8 @@ def allot_scoring(config: ScoreConfig, cluster: Cluster) -> ScoreAllotment:
     use_gpu = (gpus > 0 and config.precision != "int8") if config.use_gpu is None else config.use_gpu
     if use_gpu and not gpus and not cluster.can_grow:
         raise Refusal(f"--use-gpu true: the cluster has no GPU ({cluster.describe()})")
-    limits = _worth_growing_to(cluster, use_gpu=use_gpu)
+    only_cpus = config.use_gpu is False or config.precision == "int8"
+    limits = _worth_growing_to(cluster, use_gpu=use_gpu, only_cpus=only_cpus)
     # Sized for what the cluster can grow to: fewer work until then, and none is missing when the machines have come.
     most = max(1, int(max(gpus, limits.get("GPU", 0)) if use_gpu else max(cpus, limits.get("CPU", 0))))
     actors = config.num_workers or most
@@ -266,13 +284,13 @@ def allot_scoring(config: ScoreConfig, cluster: Cluster) -> ScoreAllotment:
     )
 
 
-def _worth_growing_to(cluster: Cluster, *, use_gpu: bool) -> dict[str, float]:
+def _worth_growing_to(cluster: Cluster, *, use_gpu: bool, only_cpus: bool) -> dict[str, float]:
     """What a scoring run may use of a cluster that grows. Nodes with GPUs are not worth having for their CPUs."""
     if not cluster.can_grow:
         return {}
     if use_gpu:
         return {"GPU": float(_UNKNOWN_LIMIT)} | cluster.limits
-    return {} if cluster.limits.get("GPU") else cluster.limits
+    return {} if cluster.limits.get("GPU") and not only_cpus else {"CPU": float(_UNKNOWN_LIMIT_CPUS)} | cluster.limits
 
 
 def wait_until_free(bundles: list[dict[str, float]], seconds: float, say: Callable[[str], None]) -> None:

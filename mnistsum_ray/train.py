@@ -23,7 +23,7 @@ from mnistsum_ray.console import SILENCE_SECONDS, Console
 from mnistsum_ray.errors import Refusal, RunFailed, Stopped, last_line, one_line
 from mnistsum_ray.keep import forget_other_checkpoints, last_whole_checkpoint, manifest_of, publish, write_report
 from mnistsum_ray.listing import say_left_out
-from mnistsum_ray.lock import Hold, hold
+from mnistsum_ray.lock import Fence, Hold, hold
 from mnistsum_ray.loop import LoopConfig, Outcome, train_loop_per_worker
 from mnistsum_ray.mnist import ParquetPart
 from mnistsum_ray.model import PARAMETERS
@@ -79,27 +79,35 @@ def _fit(run: Run, allotment: resources.Allotment, held: Hold, console: Console)
     manifest = manifest_of(run, loaded.fingerprint, _workers_text(allotment))
     place, start = run.folder / "manifest.json", None
     if config.resume:
-        manifest = _going_on(read_manifest(run.folder), manifest)
+        stored = read_manifest(run.folder)
+        manifest = _going_on(stored, manifest)
         start = last_whole_checkpoint(run.folder, console.say)
+        if start is None and stored.get("status") == "finished":
+            raise Refusal(
+                f"--resume: run {config.name} is finished, and no checkpoint is left to go on from; its model stays as it is, "
+                "start another run"
+            )
         forget_other_checkpoints(run.folder, start)
     elif place.exists():  # again, since all of the waiting and reading lies between
         raise Refusal(f"--name {config.name}: another run has taken it meanwhile; choose another name")
     with _mlflow(run, manifest, console) as mlflow:
-        place.write_json(manifest)
 
         def stopped() -> None:
-            place.write_json(manifest | {"status": "stopped"})
+            with suppress(OSError, KeyboardInterrupt):
+                place.write_json(manifest | {"status": "stopped"})
 
         try:
+            place.write_json(manifest)
             console.say(
                 f"run {config.name}: {len(source.train):,} training, {len(source.validation):,} validation and "
                 f"{len(source.test):,} test rows of {source.name} ({source.location}); {manifest['workers']}"
             )
             with _events(console, lambda entry: mlflow.tell(entry, console.say) if mlflow else None) as events:
                 outcome, checkpoint = _train(run, allotment, loaded.images, start, held, events, console, stopped)
-            return _finish(run, manifest, outcome, checkpoint, mlflow, started, console)
+            return _finish(run, manifest, outcome, checkpoint, held.fence, mlflow, started, console)
         except KeyboardInterrupt:
-            stopped()
+            if not held.lost.is_set():
+                stopped()
             raise _stopped(run) from None
 
 
@@ -108,11 +116,13 @@ def _finish(
     manifest: dict[str, Any],
     outcome: Outcome,
     checkpoint: ray.train.Checkpoint,
+    fence: Fence,
     mlflow: "MLflowRun | None",
     started: float,
     console: Console,
 ) -> dict[str, Any]:
     """Publish the model, the report and the last of the manifest; the fields of the job's last line."""
+    fence.check()
     # A kill may have come between the last epoch and its publication.
     card = publish(run.folder, checkpoint, outcome.history, outcome.card)
     summary = {
@@ -131,7 +141,9 @@ def _finish(
         "precision": outcome.precision,
         "examination": outcome.examination.as_json(),
     }
+    fence.check()
     written = write_report(run, manifest, card, outcome)
+    fence.check()
     place = run.folder / "manifest.json"
     place.write_json(manifest)
     if mlflow:
@@ -155,7 +167,7 @@ def _allotted(run: Run, console: Console) -> resources.Allotment:
     say_left_out(source.left_out, console.say)
     resources.wait_until_free(allotment.bundles(), config.wait_seconds, console.say)
     if allotment.use_gpu and probe is None:  # the GPUs have come while it waited
-        resources.refuse_without_cuda(resources.probe_gpu(), config.use_gpu)
+        resources.refuse_without_cuda(resources.probe_gpu(config.wait_seconds), config.use_gpu)
     first = source.parts[0]
     read = {"--data": first.location} if isinstance(first, ParquetPart) else {}
     refuse_unshared({"--storage-path": run.storage}, read, console.say)
@@ -269,7 +281,7 @@ def _train(
             storage_filesystem=run.storage.filesystem,
             failure_config=failures,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[_Reporter(run.folder, events)],
+            callbacks=[_Reporter(run.folder, events, held.fence)],
         ),
         datasets={"images": images},
         # Not split: that would drop up to a row a worker. Each worker takes its rows by arithmetic, see gather.Schedule.
@@ -290,6 +302,7 @@ def _train(
         trainer.abort()
         held.check()
         raise
+    held.fence.check()
     answer = result.return_value or {}
     if "error" in answer:
         raise RunFailed(answer["error"])
@@ -303,13 +316,14 @@ def _train(
 class _Reporter(ray.train.UserCallback):
     """Runs beside the driver: publishes after every epoch, and says when workers are lost, which Ray Train does not."""
 
-    def __init__(self, folder: Location, events: Queue) -> None:
-        self._folder, self._events = folder, events
+    def __init__(self, folder: Location, events: Queue, fence: Fence) -> None:
+        self._folder, self._events, self._fence = folder, events, fence
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None) -> None:
         if checkpoint is not None:
             with checkpoint.as_directory() as local:
                 history = json.loads((Path(local) / "trainer.json").read_text())["history"]
+            self._fence.check()
             if history:  # one saved within the first epoch, since a node was about to go, holds no model yet
                 publish(self._folder, checkpoint, history)
 

@@ -152,8 +152,14 @@ def test_a_config_file_that_no_program_could_read_is_refused_in_one_short_line(t
 
 @pytest.mark.parametrize(
     "flags",
-    [["--seed", "9" * 5000], ["--num-workers", "[" * 3000], ["--data", "a", "b" * 5000], ["--resume=" + "x" * 5000]],
-    ids=["long integer", "brackets", "stray word", "long flag"],
+    [
+        ["--seed", "9" * 5000],
+        ["--num-workers", "[" * 3000],
+        ["--num-workers", "[" * 3000 + "]" * 3000],
+        ["--data", "a", "b" * 5000],
+        ["--resume=" + "x" * 5000],
+    ],
+    ids=["long integer", "brackets", "closed brackets", "stray word", "long flag"],
 )
 def test_what_is_refused_on_the_command_line_is_not_repeated_without_end(flags: list[str]) -> None:
     with pytest.raises(Refusal) as refused:

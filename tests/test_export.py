@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.config import ExportConfig
-from mnistsum_ray.errors import Refusal
+from mnistsum_ray.errors import Refusal, Stopped
 from mnistsum_ray.export import SCHEMA, export
 from mnistsum_ray.mnist import open_source
 
@@ -61,3 +61,12 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(Refusal, match="is not empty"):
         run(tmp_path, rows=10, files=1)
+
+
+def test_what_is_written_when_it_is_stopped_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mnistsum_ray.export.Progress.__call__", interrupt)
+    with pytest.raises(Stopped, match="some of the files are written; the same command begins again once the folder is empty"):
+        run(tmp_path / "a", rows=100)

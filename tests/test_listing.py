@@ -2,8 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
-from mnistsum_ray.listing import Listing, in_utf8, list_folder, list_glob, say_left_out
+import pytest
+
+from mnistsum_ray.listing import Listing, in_utf8, list_folder, list_glob, matches, say_left_out
 from mnistsum_ray.storage import locate
 
 
@@ -31,6 +34,16 @@ def test_a_link_to_a_parent_lists_nothing_twice(tmp_path: Path) -> None:
     listing = below(root)
     assert files(listing, root) == ["a.parquet", "b/c.parquet"]
     assert set(listing.left_out) == {str(root / name) for name in ("b/up", "self", "above")}
+
+
+def test_a_link_to_a_hidden_folder_is_followed(tmp_path: Path) -> None:
+    """As `current -> .releases/5` is published in one step."""
+    root = fill(tmp_path / "in", ".releases/5/a.parquet", ".releases/4/a.parquet", "_v3/b.parquet", "other.parquet")
+    (root / "current").symlink_to(".releases/5")
+    (root / "latest").symlink_to("_v3")
+    listing = below(root)
+    assert files(listing, root) == ["current/a.parquet", "latest/b.parquet", "other.parquet"]
+    assert set(listing.left_out) == {str(root / ".releases"), str(root / "_v3")}
 
 
 def test_two_links_that_lead_to_each_other_end(tmp_path: Path) -> None:
@@ -109,3 +122,25 @@ def test_each_reason_is_said_once(tmp_path: Path) -> None:
         "left out for their names: 2, such as /in/a",
         "left out since each is a link that leads nowhere: 1, such as /in/c",
     ]
+
+
+def test_a_wildcard_matches_no_leading_dot_wherever_files_lie() -> None:
+    assert matches(("a", "b", "c.parquet"), ("**", "*.parquet"))
+    assert not matches((".tmp", "c.parquet"), ("**", "*.parquet"))
+    assert not matches(("a", ".c.parquet"), ("**",))
+    assert matches((".tmp", "c.parquet"), (".tmp", "**"))
+
+
+def test_a_folder_that_cannot_be_read_costs_just_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fill(tmp_path / "in", "a/closed/x.parquet", "a/open/y.parquet")
+    scandir = os.scandir
+
+    def closed(folder: str) -> Any:
+        if folder.endswith("/closed"):
+            raise PermissionError
+        return scandir(folder)
+
+    monkeypatch.setattr("os.scandir", closed)  # root may read all
+    listing = list_glob(locate(str(root), "--input"), ("**", "*.parquet"))
+    assert files(listing, root) == ["a/open/y.parquet"]
+    assert listing.left_out == {str(root / "a" / "closed"): "a folder that cannot be read"}

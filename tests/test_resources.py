@@ -106,6 +106,14 @@ def test_an_elastic_run_may_hope_for_more_than_there_is() -> None:
     assert allot(TrainConfig(num_workers=(1, 9)), cluster(16, 4)).workers == (1, 9)
 
 
+def test_gpu_nodes_that_are_there_tell_how_many_cpus_each_worker_has_also_where_more_may_come() -> None:
+    nodes = ({"CPU": 64.0}, {"CPU": 4.0, "GPU": 8.0})
+    here = Cluster(nodes, {"CPU": 68.0, "GPU": 8.0}, {"CPU": 68.0, "GPU": 8.0}, can_grow=True)
+    allotment = allot(TrainConfig(), here)
+    assert allotment.workers == (8, 8)
+    assert here.places(allotment.per_worker) == 8
+
+
 def test_what_a_growing_cluster_has_not_got_is_waited_for() -> None:
     allotment = allot(TrainConfig(num_workers=(2, 4), use_gpu=True), cluster(2, can_grow=True))
     assert (allotment.workers, allotment.use_gpu) == ((2, 4), True)
@@ -121,6 +129,8 @@ def test_what_a_growing_cluster_has_not_got_is_waited_for() -> None:
         (cluster(2, 1, can_grow=True, limits={"GPU": 4, "CPU": 18}), None, 4, 17),  # one GPU has come
         (cluster(2, can_grow=True), True, 16, 127),  # an autoscaler that does not say how far
         (cluster(2, can_grow=True, limits={"CPU": 32}), None, 32, 0),
+        (cluster(2, can_grow=True), None, 128, 0),
+        (cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4}), False, 32, 0),  # asked for
         (cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4}), None, 2, 0),  # no GPU nodes for the sake of their CPUs
     ],
 )

@@ -63,7 +63,7 @@ def _score(run: Run, console: Console) -> dict[str, Any]:
     allotment = resources.allot_scoring(config, cluster)
     resources.wait_until_free(allotment.bundles(), config.wait_seconds, console.say)
     if allotment.use_gpu and probe is None:  # the GPUs have come while it waited
-        probe = resources.probe_gpu()
+        probe = resources.probe_gpu(config.wait_seconds)
         resources.refuse_without_cuda(probe, config.use_gpu)
     first = run.inputs.root / run.inputs.files["name"][0].as_py()
     refuse_unshared({"--output": run.output}, {"--input": first}, console.say)
@@ -96,6 +96,7 @@ class _Scoring:
         self._staged = config.overwrite or config.strict
         self._folder = workspace.staging_of(run.output) if self._staged else run.output
         self._source = run.inputs.root
+        self._fitting = resources.look().places(allotment.per_actor)
         self._published = pa.Table.from_pylist([], COMMITTED_SCHEMA)
 
     def run(self) -> dict[str, Any]:
@@ -106,11 +107,12 @@ class _Scoring:
         done = matched.filter(matched["done"])
         resumed_rows = pc.sum(done["rows"]).as_py() or 0
         todo_rows = pc.sum(todo["rows"]).as_py() or 0
+        kind, number = "GPU" if self._allotment.use_gpu else "CPU", self._allotment.actors
         say(
             f"{todo_rows:,} rows to score"
             + (f", {resumed_rows:,} done by an earlier run" if resumed_rows else "")
             + f"; {files.num_rows:,} files below {self._source.text}"
-            + f"; {self._allotment.actors} {'GPU' if self._allotment.use_gpu else 'CPU'} workers, {self._request.precision}"
+            + f"; {'up to ' * (self._fitting < number)}{number} {kind} workers, {self._request.precision}"
         )
         if todo.num_rows and not self._staged:
             workspace.reopen(self._run.output)
@@ -120,6 +122,7 @@ class _Scoring:
             summary.name_failures(failures, say)
             failed = pc.is_in(parts["name"], pa.array(failures, pa.string()))
             for name in parts.filter(failed)["output"].to_pylist():
+                self._held.fence.check()
                 workspace.delete_part(self._folder, name)
             parts = parts.filter(pc.invert(failed))
             resumed_rows = pc.sum(done.filter(pc.is_in(done["output"], parts["output"]))["rows"]).as_py() or 0
@@ -150,7 +153,7 @@ class _Scoring:
         (self._folder / MANIFEST).write_json(self._manifest(line, totals, left))
         if self._staged:
             ours = set(self._published["output"].to_pylist()) if config.overwrite else ()
-            workspace.publish(self._folder, self._run.output, replace=config.overwrite, ours=ours)
+            workspace.publish(self._folder, self._run.output, self._held.fence.check, replace=config.overwrite, ours=ours)
         summary.summarize(line, totals, say)
         return line
 
@@ -195,6 +198,8 @@ class _Scoring:
         if not self._staged:
             return match(parts, published, request), left
         listing = workspace.list_folder(self._folder)
+        if self._drop_broken(listing):
+            listing = workspace.list_folder(self._folder)
         staged = self._own_records(self._folder, listing)
         workspace.clear_unfinished(self._folder, listing)
         matched = match(parts, staged, request)
@@ -203,6 +208,15 @@ class _Scoring:
         for name in staged.filter(stale)["output"].to_pylist():
             workspace.delete_part(self._folder, name)
         return match(parts, self._counting(staged.filter(pc.invert(stale)), published), request), left
+
+    def _drop_broken(self, listing: workspace.Listing) -> bool:
+        """Delete staged parts of ours that are not whole, or of another version: those of a run killed while it published."""
+        records = self._records(self._folder, listing.predictions)
+        broken = records.filter(pc.is_valid(records["error"]))["output"].to_pylist()
+        ours = [name for name in broken if is_ours(self._folder, name)]
+        for name in ours:
+            workspace.delete_part(self._folder, name)
+        return bool(ours)
 
     def _own_records(self, folder: Location, listing: workspace.Listing) -> pa.Table:
         """What is committed in a folder.
@@ -272,9 +286,8 @@ class _Scoring:
         )
         units = units_of(todo, run.config.unit_rows, max(self._allotment.actors, self._allotment.readers))
         done, first, last, said = 0, float("inf"), 0.0, time.monotonic()
-        fitting = resources.look().places(self._allotment.per_actor)
         with self._console.breaking_silence(resources.describe_wait) as heard:
-            for report in stream(units, work, self._allotment, fitting):
+            for report in stream(units, work, self._allotment, self._fitting):
                 heard()
                 self._held.check()
                 unwritable = report["unwritable"].drop_null()

@@ -128,11 +128,11 @@ def _read_once(unit: pa.Table, work: Work) -> Iterator[list[Rows | Unreadable]]:
 
 
 def _read_predict_commit(unit: pa.Table, work: Work) -> Iterator[pa.Table]:
-    predictor, _ = _kept_predictor(work)
     started = time.time()
-    for together in _read_once(unit, work):
+    for together in _read_once(unit, work):  # counted as begun before the model is there: that may be what kills
+        predictor, ready = _kept_predictor(work)
         for scored in _predict(predictor, together):
-            yield _committed(work, scored, started)
+            yield _committed(work, scored, max(started, ready))
 
 
 _kept: dict[str, tuple[Predictor, float]] = {}

@@ -118,37 +118,59 @@ def reopen(output: Location) -> None:
         (output / name).delete()
 
 
-def publish(staging: Location, output: Location, *, replace: bool, ours: Collection[str] = ()) -> None:
+def publish(staging: Location, output: Location, check: Callable[[], None], *, replace: bool, ours: Collection[str] = ()) -> None:
     """Show what lies in the staging folder: in place of what the output holds, or beside it.
 
     Args:
         staging: the folder that `staging_of` gave.
         output: the folder.
+        check: raises once the output is another run's; called before each step.
         replace: whether the predictions that the output holds go.
         ours: their names, as they were known for ours when the run began; what else lies there stays.
     """
     if replace and staging.is_local:
         _take_permissions(staging, output)
-        held = Path(output.path, LOCK)
-        if held.exists():
-            os.link(held, Path(staging.path, LOCK))  # so that the folder is held without a gap
-        if _exchange(staging.path, output.path):
+        check()
+        if _share_lock(staging, output) and _exchange(staging.path, output.path):
             old = f"{staging.path}{_OLD}"
             Path(staging.path).rename(old)  # it must not be taken for a staging folder if this process dies now
             _retire(output.at(old), output, ours)
             return
         Path(staging.path, LOCK).unlink(missing_ok=True)
     names = [info.path.removeprefix(staging.path).lstrip("/") for info in staging.files()]
+    check()
     reopen(output)
+
+    def delete(name: str) -> None:
+        check()
+        (output / name).delete()
+
+    def move(name: str) -> None:
+        check()
+        _move(staging / name, output / name)
+
     with ThreadPoolExecutor(_MOVES) as pool:
         for order in range(_LAST + 1):
             if order == _LAST and replace:
                 gone = {part for name in ours for part in (name, f"{REJECTED}/{name}")} - set(names)
-                list(pool.map(lambda name: (output / name).delete(), gone))
-            now = [name for name in names if _publishing_order(name) == order]
-            list(pool.map(lambda name: _move(staging / name, output / name), now))
+                list(pool.map(delete, gone))
+            list(pool.map(move, [name for name in names if _publishing_order(name) == order]))
+    check()
     if staging.exists():
         staging.filesystem.delete_dir(staging.path)
+
+
+def _share_lock(staging: Location, output: Location) -> bool:
+    """Have both folders hold the lock, so that the output is held without a gap; False where files have just one name."""
+    held, shared = Path(output.path, LOCK), Path(staging.path, LOCK)
+    shared.unlink(missing_ok=True)  # left by a kill
+    if not held.exists():
+        return True
+    try:
+        os.link(held, shared)
+    except OSError:  # exFAT, some network file systems
+        return False
+    return True
 
 
 def _take_permissions(staging: Location, output: Location) -> None:

@@ -14,7 +14,7 @@ from tests.integration.test_refusals import check_refused
 
 EVERY = 10
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")]
 
 SAID = f"Ray counts 1 GPU, but PyTorch {torch.__version__} has no CUDA there"
 

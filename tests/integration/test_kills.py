@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mnistsum_ray.checkpoint import MODEL_FILES, STATE_CARD, STATE_FILE
 from tests.integration.conftest import Done, Job, kill_everything, kill_worker, run_job, tell
 from tests.integration.test_refusals import check_refused
 
@@ -63,7 +64,10 @@ def test_everything_killed_and_resumed_changes_nothing(
     assert "going on after epoch" in done.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.sweep)], ids=lambda number: number.name
+)
 def test_a_run_is_not_resumed_while_it_goes_on_but_when_a_signal_has_stopped_it(
     tmp_path: Path, data: Path, undisturbed: tuple[bytes, list[float]], number: signal.Signals
 ) -> None:
@@ -119,9 +123,12 @@ def killed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     runs = tmp_path_factory.mktemp("killed")
     job = Job("train", "--data", data, *LONG, "--storage-path", runs, "--name", "mine")
     job.wait_for_line("epoch 2: train loss")
-    time.sleep(1)  # the checkpoint is written by then
+    second = runs / "mine" / "epoch_00002"
+    while not all((second / name).exists() for name in (*MODEL_FILES, STATE_FILE, STATE_CARD)):
+        time.sleep(0.02)
     kill_everything(job.process.pid)
     job.wait()
+    assert not (runs / "mine" / "epoch_00003").exists(), "killed too late"
     return runs
 
 

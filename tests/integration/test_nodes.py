@@ -74,6 +74,7 @@ def last_node(cluster: Cluster) -> Any:
     return cluster.list_all_nodes()[-1]
 
 
+@pytest.mark.sweep
 def test_a_drained_node_costs_seconds_and_not_the_epoch(data: Path, tmp_path: Path, left_alone: Left) -> None:
     notice = 8
     with nodes(0, 1, 1) as cluster:

@@ -21,6 +21,7 @@ from tests.conftest import write_model
 from tests.integration.conftest import Done, Job, descendants, run_job
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("s3")
 def test_s3_in_and_out(tmp_path: Path) -> None:
     local = tmp_path / "data" / "rows.parquet"
@@ -43,6 +44,7 @@ def table(place: Location) -> pa.Table:
     return pq.ParquetFile(pa.BufferReader(place.read_bytes())).read().replace_schema_metadata()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("s3")
 def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Path) -> None:
     roots = {"there": locate("s3://scores/run", "--output"), "here": locate(str(tmp_path), "--output")}
@@ -99,7 +101,7 @@ def ids_of(folder: Location) -> list[int]:
 @pytest.mark.parametrize(
     ("all_of_it", "overwrite"),
     [
-        pytest.param(True, False, id="all processes, same model"),
+        pytest.param(True, False, id="all processes, same model", marks=pytest.mark.sweep),
         pytest.param(False, True, id="the driver alone, other model"),
         pytest.param(True, True, id="all processes, other model", marks=pytest.mark.sweep),
         pytest.param(False, False, id="the driver alone, same model", marks=pytest.mark.sweep),

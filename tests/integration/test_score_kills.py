@@ -22,8 +22,6 @@ ROWS, FILES, UNIT_ROWS = 12_000, 6, 500
 
 WORKER = "ray::MapBatches"
 
-SLOW = (signal.SIGINT, signal.SIGHUP)
-
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -99,7 +97,7 @@ def finish(model: Path, pairs: Path, output: Path, undisturbed: dict[str, bytes]
     assert content(output) == undisturbed
 
 
-def test_an_actor_then_the_driver_then_everything(
+def test_a_worker_then_the_driver_then_everything(
     model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     output = tmp_path / "out"
@@ -127,7 +125,7 @@ def test_an_actor_then_the_driver_then_everything(
 
 
 @pytest.mark.slow
-def test_a_killed_actor_is_replaced(model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_a_killed_worker_is_replaced(model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     output = tmp_path / "out"
     job = Job("score", *flags(model, pairs, output))
     with watched(output):
@@ -135,14 +133,19 @@ def test_a_killed_actor_is_replaced(model: Path, pairs: Path, tmp_path: Path, un
         kill_worker(job.process.pid, WORKER)
         killed = time.monotonic()
         wait_for_files(output, len(list(output.glob("part-*.parquet"))) + 1)
-        tell("scoring, one of two actors killed: the next file", killed)
+        tell("scoring, one of two workers killed: the next file", killed)
         done = job.wait()
     assert done.code == 3, done.err
     assert done.last_line["resumed_rows"] == 0
     assert content(output) == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.sweep) for one in (signal.SIGINT, signal.SIGHUP))],
+    ids=lambda number: number.name,
+)
 def test_stopped_by_a_signal_the_same_command_goes_on(
     model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes], number: signal.Signals
 ) -> None:
@@ -198,16 +201,24 @@ def test_twenty_kills_at_random_moments(model: Path, pairs: Path, tmp_path: Path
         finish(model, pairs, output, undisturbed)
 
 
+def reads(process: int, file: Path) -> bool:
+    """Whether a process has the file open."""
+    with suppress(OSError):
+        return any(os.path.realpath(entry) == str(file) for entry in Path(f"/proc/{process}/fd").iterdir())
+    return False
+
+
 @pytest.mark.slow
 def test_a_part_that_kills_every_process_is_given_up_and_said(model: Path, pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     deadly = tmp_path / "in" / "deadly.parquet"
-    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 4), deadly)
-    job = Job("score", "--model", model, "--input", deadly.parent, "--output", tmp_path / "out", "--num-workers", 1)
-    while job.process.poll() is None:  # it dies whenever it has been at work for a moment
-        time.sleep(0.5)
+    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 40), deadly)
+    flags = ["--num-workers", 1, "--unit-rows", 100_000]
+    job = Job("score", "--model", model, "--input", deadly.parent, "--output", tmp_path / "out", *flags)
+    while job.process.poll() is None:
+        time.sleep(0.05)
         for process, title in descendants(job.process.pid).items():
-            if WORKER in title and ".submit" in title:
+            if WORKER in title and reads(process, deadly):
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
     done = job.wait()

@@ -102,6 +102,9 @@ def test_a_pickle_for_a_checkpoint_fails(cluster: str, tmp_path: Path, data: Pat
     assert run_job("train", *flags, "--epochs", 1, address=cluster).code == 0
     checkpoint = tmp_path / "runs" / "mine" / "epoch_00001_sum_head"  # the last
     (checkpoint / "trainer.safetensors").write_bytes(bomb)
+    card = json.loads((checkpoint / "trainer.json").read_text())
+    card["files"]["trainer.safetensors"] = hashlib.sha256(bomb).hexdigest()  # else it is passed over
+    (checkpoint / "trainer.json").write_text(json.dumps(card))
     done = run_job("train", *flags, "--resume", address=cluster)
     assert done.code == 1, done.err
     assert f"error: checkpoint {checkpoint} cannot be used: " in done.err.splitlines()[-1]

@@ -131,6 +131,7 @@ def test_both_jobs_from_a_working_dir(head: Head, project: Path) -> None:
     assert "error: --strict: nothing was scored" in done.stdout
 
 
+@pytest.mark.sweep
 def test_the_plain_form_from_the_folder_where_the_head_was_started(head: Head, project: Path) -> None:
     """`ray job submit -- python jobs/train.py`, as on the design card."""
     for name in ("jobs", "mnistsum_ray"):

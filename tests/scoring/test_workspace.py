@@ -68,7 +68,7 @@ def test_replacing_keeps_permissions_and_what_belongs_to_others(tmp_path: Path) 
     staging = workspace.staging_of(output)
     predictions(Path(staging.path), "a.parquet", "deep/c.parquet")
     fill(tmp_path / "out", "came-meanwhile.parquet")
-    workspace.publish(staging, output, replace=True, ours={"a.parquet", "deep/b.parquet"})
+    workspace.publish(staging, output, lambda: None, replace=True, ours={"a.parquet", "deep/b.parquet"})
     kept = {".git/config", "deep/.DS_Store", "came-meanwhile.parquet"}
     assert names(tmp_path / "out") == {"a.parquet", "deep/c.parquet", *kept}
     assert (tmp_path / "out" / "link").is_symlink()
@@ -108,7 +108,7 @@ def test_replacing_leaves_no_moment_without_an_output(tmp_path: Path, in_one_ste
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    workspace.publish(staging, output, replace=True, ours={"a.parquet", "old.parquet"})
+    workspace.publish(staging, output, lambda: None, replace=True, ours={"a.parquet", "old.parquet"})
     ended.set()
     watcher.join()
     assert seen == {True}
@@ -122,9 +122,59 @@ def test_publishing_beside_what_is_there_keeps_it(tmp_path: Path) -> None:
     output = fill(tmp_path / "out", "a.parquet", "_manifest.json")
     staging = workspace.staging_of(output)
     fill(Path(staging.path), "b.parquet", "_manifest.json")
-    workspace.publish(staging, output, replace=False)
+    workspace.publish(staging, output, lambda: None, replace=False)
     assert names(tmp_path / "out") == {"a.parquet", "b.parquet", "_manifest.json"}
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_publishing_goes_on_where_a_kill_left_the_lock_in_the_staging_folder(tmp_path: Path) -> None:
+    output = fill(tmp_path / "out", "a.parquet", "_lock")
+    staging = workspace.staging_of(output)
+    fill(Path(staging.path), "b.parquet", "_lock")
+    workspace.publish(staging, output, lambda: None, replace=True, ours={"a.parquet"})
+    assert names(tmp_path / "out") == {"b.parquet", "_lock"}
+    assert (tmp_path / "out" / "_lock").read_text() == "out _lock"
+
+
+def test_publishing_without_hard_links_moves_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("os.link", refuse)
+    output = fill(tmp_path / "out", "a.parquet", "_lock")
+    staging = workspace.staging_of(output)
+    fill(Path(staging.path), "b.parquet")
+    workspace.publish(staging, output, lambda: None, replace=True, ours={"a.parquet"})
+    assert names(tmp_path / "out") == {"b.parquet", "_lock"}
+
+
+def test_publishing_ends_when_another_run_has_taken_the_output(tmp_path: Path) -> None:
+    """It looks before each step, so at most what was in hand is moved."""
+    output = fill(tmp_path / "out", "old.parquet")
+    staging = output / "_unpublished"
+    fill(Path(staging.path), *(f"{number}.parquet" for number in range(100)))
+    seen: list[None] = []
+
+    def check() -> None:
+        seen.append(None)
+        if len(seen) > 10:
+            raise OSError("another run has taken the output")
+
+    with pytest.raises(OSError, match="another run"):
+        workspace.publish(staging, output, check, replace=False)
+    moved = names(tmp_path / "out") - {f"_unpublished/{number}.parquet" for number in range(100)}
+    assert 0 < len(moved) < 11
+    assert "old.parquet" in moved
+
+
+def test_a_lock_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    output = fill(tmp_path / "out", "_lock")
+    with (
+        pytest.raises(Refusal, match="_lock is not a file of this program; move it away"),
+        hold(output, "--output", print),
+    ):
+        pass
+    assert (tmp_path / "out" / "_lock").read_text() == "out _lock"
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
