@@ -185,9 +185,10 @@ def _file_lock(folder: Location, flag: str, holder: str) -> Iterator[None]:
 def _is_lock(data: bytes) -> bool:
     """Whether a file may be one that a run has left, perhaps before it wrote anything."""
     try:
-        return not data or "id" in json.loads(data)
-    except (ValueError, TypeError):
+        found = json.loads(data or b'{"id": null}')
+    except ValueError:
         return False
+    return isinstance(found, dict) and "id" in found
 
 
 def _open_locked(path: Path) -> int:
@@ -255,17 +256,26 @@ class _Lease:
                 self._write_over(before)
                 return
             except conditional.ConflictError:
-                found = conditional.get(self._place)
-                now = json.loads(found[0]) if found else None
-                if found is None or now is None or now["id"] != self._id:
+                ours, now = self._look()
+                if not ours:
                     raise _taken(self._folder, self._flag, now) from None
-                self._etag = found[1]  # a write of ours whose answer was lost
                 return
         self._place.write_bytes(self._next())
         time.sleep(HEARTBEAT_SECONDS / 2)  # of two that start at the same moment, the one that wrote last goes on
         now = _read(self._place)
         if now is None or now["id"] != self._id:
             raise _taken(self._folder, self._flag, now)
+
+    def _look(self) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the lease that is there is ours, by a write whose answer was lost, and what it says; then go on from it."""
+        found = conditional.get(self._place)
+        if found is None:
+            return False, None
+        now: dict[str, Any] = json.loads(found[0])
+        if now["id"] != self._id:
+            return False, now
+        self._etag = found[1]
+        return True, now
 
     def _write_over(self, before: dict[str, Any] | None) -> None:
         """Write the lease, if what was read is still there."""
@@ -326,12 +336,8 @@ class _Lease:
                 self._etag = conditional.put_if_same(self._place, self._next(), self._etag)
                 return None
             except conditional.ConflictError:
-                found = conditional.get(self._place)
-                now = json.loads(found[0]) if found else None
-                if found is None or now is None or now["id"] != self._id:
-                    return _taken_by(now)
-                self._etag = found[1]  # a write of ours whose answer was lost
-                return None
+                ours, now = self._look()
+                return None if ours else _taken_by(now)
         now = _read(self._place)
         if now is None or now["id"] != self._id:
             return _taken_by(now)
