@@ -33,21 +33,24 @@ from typing import Any
 
 import torch
 
-from mnistsum_ray import baseline, int8, job
-from mnistsum_ray.baseline import BATCH, Speed
-from mnistsum_ray.checkpoint import save_model, weights_of
-from mnistsum_ray.config import ExportConfig, TrainConfig
-from mnistsum_ray.connect import connect
-from mnistsum_ray.console import Console
-from mnistsum_ray.device import hardware
-from mnistsum_ray.errors import Refusal, RunFailed
-from mnistsum_ray.export import export
-from mnistsum_ray.metrics import Scores
-from mnistsum_ray.mnist import open_source, read_whole
-from mnistsum_ray.model import TwoHeadCNN
-from mnistsum_ray.report import versions
-from mnistsum_ray.schema import Pixels, one_chunk, pixels_view
-from mnistsum_ray.storage import locate
+from mnistsum_ray import cli
+from mnistsum_ray.benchmark import loops
+from mnistsum_ray.benchmark.loops import BATCH, Speed
+from mnistsum_ray.cluster.connection import connect
+from mnistsum_ray.config import ExportPairsConfig, TrainConfig
+from mnistsum_ray.data.decoding import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.parquet_parts import read_whole
+from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.model import quantization
+from mnistsum_ray.model.device import hardware
+from mnistsum_ray.model.evaluation import Metrics
+from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.serialization import copy_weights, save_model
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.versions import versions
+from mnistsum_ray.storage.location import locate
 
 WAYS = {
     "train": ("loader", "memory", "worker", "ray"),
@@ -94,7 +97,7 @@ def score_with_ray(data: str, rows: int, precision: list[str]) -> dict[str, floa
         def scored(count: int, files: int) -> tuple[float, float]:
             """Rows a second, and seconds from the command to the first committed file."""
             pairs, output = folder / f"pairs-{count}", folder / f"predictions-{count}"
-            export(ExportConfig(data=data, output=str(pairs), rows=count, files=files), Console().say)
+            export_pairs(ExportPairsConfig(data=data, output=str(pairs), rows=count, files=files), Console().say)
             began = time.time()
             line = _command("score.py", "--model", folder / "model", "--input", pairs, "--output", output, *precision, *one_gpu)
             assert line["scored_rows"] == count
@@ -110,13 +113,15 @@ def _random_model(folder: Path, data: str) -> None:
     """A model folder with random weights, which are as fast as any, calibrated for int8."""
     folder.mkdir()
     model = TwoHeadCNN().eval()
-    nothing = Scores(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
-    save_model(folder, weights_of(model), epoch=0, validation=nothing, test=nothing)
-    if not int8.is_available():
+    nothing = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
+    save_model(folder, copy_weights(model), epoch=0, validation=nothing, test=nothing)
+    if not quantization.is_available():
         return
     images, digits = (torch.as_tensor(values[:500]) for values in _rows(data))
     card = folder / "model.json"
-    card.write_text(json.dumps(json.loads(card.read_text()) | {"int8": int8.quantize(model, images, images, digits).as_json()}))
+    card.write_text(
+        json.dumps(json.loads(card.read_text()) | {"int8": quantization.quantize(model, images, images, digits).as_json()})
+    )
 
 
 def _command(script: str, *flags: object, name: str | None = None) -> dict[str, Any]:
@@ -124,24 +129,25 @@ def _command(script: str, *flags: object, name: str | None = None) -> dict[str, 
     command = [sys.executable, str(JOBS / script), *map(str, flags)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise RunFailed(f"{name or script} could not be measured; its error stands above")
+        raise RunError(f"{name or script} could not be measured; its error stands above")
     line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return line
 
 
 def train_in_worker(data: str, seconds: float, began: float) -> dict[str, float]:
-    """`baseline.memory_loop` in a Ray Train worker with the resources that jobs/train.py gives it."""
+    """`loops.memory_loop` in a Ray Train worker with the resources that jobs/train.py gives it."""
     import ray
 
-    from mnistsum_ray.loop import use_cores  # imports Ray, for which the other ways should not wait
-    from mnistsum_ray.resources import allot, look
+    from mnistsum_ray.cluster.resources import inspect_cluster
+    from mnistsum_ray.training.resources import plan_resources
+    from mnistsum_ray.training.worker import set_cpu_threads  # imports Ray, for which the other ways should not wait
 
     def loop(_: dict[str, Any]) -> dict[str, float]:
-        use_cores(1)
+        set_cpu_threads(1)
         return asdict(in_pytorch("train", "memory", data, seconds, began))
 
     connect()
-    allotment = allot(TrainConfig(num_workers=1), look())
+    allotment = plan_resources(TrainConfig(num_workers=1), inspect_cluster())
     with tempfile.TemporaryDirectory() as folder:
         trainer = ray.train.torch.TorchTrainer(
             loop,
@@ -160,15 +166,15 @@ def in_pytorch(what: str, way: str, data: str, seconds: float, began: float) -> 
     device = _device()
     images, digits = _rows(data)
     if len(images) < BATCH:
-        raise Refusal(f"--data {data}: has {len(images)} rows, and a batch takes {BATCH}")
+        raise RequestError(f"--data {data}: has {len(images)} rows, and a batch takes {BATCH}")
     if way == "loader":
-        loop = baseline.loader_loop if what == "train" else baseline.score_loader_loop
+        loop = loops.loader_loop if what == "train" else loops.score_loader_loop
         return loop(images, digits, seconds, device, began)
     if what == "train":
-        return baseline.memory_loop(images, digits, seconds, device, began)
+        return loops.memory_loop(images, digits, seconds, device, began)
     if way == "memory-int8":
-        return baseline.score_memory_loop(images, seconds, torch.device("cpu"), "int8", began)
-    return baseline.score_memory_loop(images, seconds, device, None, began)
+        return loops.score_memory_loop(images, seconds, torch.device("cpu"), "int8", began)
+    return loops.score_memory_loop(images, seconds, device, None, began)
 
 
 def _device() -> torch.device:
@@ -208,18 +214,18 @@ def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
     parser.add_argument("--way", choices=sorted({way for ways in WAYS.values() for way in ways}), help=argparse.SUPPRESS)
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    job.leave_stdout_to_result()
+    cli.leave_stdout_to_result()
     if args.epochs < 2:
-        raise Refusal("--epochs: must be at least 2, the first is not counted")
+        raise RequestError("--epochs: must be at least 2, the first is not counted")
     if args.repeat < 1 or args.seconds <= 0 or args.rows < 1:
-        raise Refusal("--repeat, --seconds, --rows: must be positive")
+        raise RequestError("--repeat, --seconds, --rows: must be positive")
     if args.data not in ("auto", "sample", "mnist") and "://" not in args.data:
-        args.data = locate(args.data, "--data").text  # Ray's workers have another working folder
+        args.data = locate(args.data, "--data").display  # Ray's workers have another working folder
     if args.way:
-        return one(args), job.DONE
+        return one(args), cli.DONE
 
     ways = WAYS[args.what]
-    if args.what == "score" and not int8.is_available():
+    if args.what == "score" and not quantization.is_available():
         print("int8 is left out: this PyTorch has no integer convolutions on this CPU", file=sys.stderr)
         ways = tuple(way for way in ways if not way.endswith("int8"))
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
@@ -246,7 +252,7 @@ def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
         "versions": versions(),
     }
     print(_table(runs, ratios), file=sys.stderr, flush=True)
-    return line, job.DONE
+    return line, cli.DONE
 
 
 def _table(runs: dict[str, list[dict[str, float]]], ratios: dict[str, float]) -> str:
@@ -262,7 +268,7 @@ def _table(runs: dict[str, list[dict[str, float]]], ratios: dict[str, float]) ->
 
 
 def main(argv: list[str]) -> int:
-    return job.run(benchmark, argv)
+    return cli.run(benchmark, argv)
 
 
 if __name__ == "__main__":

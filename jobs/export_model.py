@@ -12,28 +12,29 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from mnistsum_ray import job
+from mnistsum_ray import cli
 
 
 def export(argv: list[str]) -> tuple[dict[str, Any], int]:
-    from mnistsum_ray.config import ExportModelConfig, parse  # not sooner: first of all a signal has to be caught
-    from mnistsum_ray.errors import Refusal
+    from mnistsum_ray.arguments import parse  # not sooner: first of all a signal has to be caught
+    from mnistsum_ray.config import ExportModelConfig
+    from mnistsum_ray.errors import RequestError
 
     config = parse(ExportModelConfig, argv, __doc__)
 
-    job.leave_stdout_to_result()
+    cli.leave_stdout_to_result()
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
-        raise Refusal(f"ONNX takes packages that are not installed here ({', '.join(missing)}); pip install -e '.[onnx]'")
+        raise RequestError(f"ONNX takes packages that are not installed here ({', '.join(missing)}); pip install -e '.[onnx]'")
 
-    from mnistsum_ray.console import Console
-    from mnistsum_ray.portable import export_model  # torch takes seconds to import, which a wrong flag should not
+    from mnistsum_ray.export.model import export_model  # torch takes seconds to import, which a wrong flag should not
+    from mnistsum_ray.reporting.console import Console
 
-    return export_model(config, Console().say), job.DONE
+    return export_model(config, Console().say), cli.DONE
 
 
 def main(argv: list[str]) -> int:
-    return job.run(export, argv)
+    return cli.run(export, argv)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,25 @@ The last line on standard output is one JSON object. Exit codes: 0 done, 2 the r
 import sys
 from typing import Any
 
-from mnistsum_ray import job
+from mnistsum_ray import cli
 
 
 def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:
-    from mnistsum_ray.config import ExportConfig, parse  # not sooner: first of all a signal has to be caught
+    from mnistsum_ray.arguments import parse  # not sooner: first of all a signal has to be caught
+    from mnistsum_ray.config import ExportPairsConfig
 
-    config = parse(ExportConfig, argv, __doc__)
+    config = parse(ExportPairsConfig, argv, __doc__)
 
-    from mnistsum_ray.console import Console
-    from mnistsum_ray.export import export
+    from mnistsum_ray.export.pairs import export_pairs
+    from mnistsum_ray.reporting.console import Console
 
-    output, source = export(config, Console().say)
-    line = {"output": output.text, "data": source.name, "split": config.split, "rows": config.rows, "files": config.files}
-    return line, job.DONE
+    output, source = export_pairs(config, Console().say)
+    line = {"output": output.display, "data": source.name, "split": config.split, "rows": config.rows, "files": config.files}
+    return line, cli.DONE
 
 
 def main(argv: list[str]) -> int:
-    return job.run(export_pairs, argv)
+    return cli.run(export_pairs, argv)
 
 
 if __name__ == "__main__":

@@ -18,24 +18,25 @@ not be used, 1 anything else. The last line on standard output is one JSON objec
 import sys
 from typing import Any
 
-from mnistsum_ray import job
+from mnistsum_ray import cli
 
 
 def score(argv: list[str]) -> tuple[dict[str, Any], int]:
-    from mnistsum_ray.config import ScoreConfig, parse  # not sooner: first of all a signal has to be caught
+    from mnistsum_ray.arguments import parse  # not sooner: first of all a signal has to be caught
+    from mnistsum_ray.config import ScoreConfig
 
     config = parse(ScoreConfig, argv, __doc__)
 
-    job.leave_stdout_to_result()
+    cli.leave_stdout_to_result()
 
     from mnistsum_ray import score as score_files  # numpy and more, which `--help` should not wait for
 
     line = score_files(config)
-    return line, job.INCOMPLETE if line["rejected_rows"] or line["failed_files"] else job.DONE
+    return line, cli.INCOMPLETE if line["rejected_rows"] or line["failed_files"] else cli.DONE
 
 
 def main(argv: list[str]) -> int:
-    return job.run(score, argv)
+    return cli.run(score, argv)
 
 
 if __name__ == "__main__":

@@ -13,23 +13,24 @@ The last line on standard output is one JSON object; everything else goes to sta
 import sys
 from typing import Any
 
-from mnistsum_ray import job
+from mnistsum_ray import cli
 
 
 def train(argv: list[str]) -> tuple[dict[str, Any], int]:
-    from mnistsum_ray.config import TrainConfig, parse  # not sooner: first of all a signal has to be caught
+    from mnistsum_ray.arguments import parse  # not sooner: first of all a signal has to be caught
+    from mnistsum_ray.config import TrainConfig
 
     config = parse(TrainConfig, argv, __doc__)
 
-    job.leave_stdout_to_result()
+    cli.leave_stdout_to_result()
 
     from mnistsum_ray import fit  # numpy and more, which `--help` should not wait for
 
-    return fit(config), job.DONE
+    return fit(config), cli.DONE
 
 
 def main(argv: list[str]) -> int:
-    return job.run(train, argv)
+    return cli.run(train, argv)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Refusal", "RunFailed", "ScoreConfig", "TrainConfig", "fit", "load_model", "predict", "score"]
+__all__ = ["RequestError", "RunError", "ScoreConfig", "TrainConfig", "fit", "load_model", "predict", "score"]
 
 if TYPE_CHECKING:
     from mnistsum_ray.api import fit, load_model, predict, score
     from mnistsum_ray.config import ScoreConfig, TrainConfig
-    from mnistsum_ray.errors import Refusal, RunFailed
+    from mnistsum_ray.errors import RequestError, RunError
 
 
 def __getattr__(name: str) -> Any:
     # Only when asked for: torch and Ray take seconds to import, which `--help` should not.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "errors" if name in ("Refusal", "RunFailed") else "config" if name[0].isupper() else "api"
+    module = "errors" if name in ("RequestError", "RunError") else "config" if name[0].isupper() else "api"
     return getattr(import_module(f"{__name__}.{module}"), name)

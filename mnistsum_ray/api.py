@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.config import ScoreConfig, TrainConfig
-from mnistsum_ray.connect import connect
-from mnistsum_ray.console import Console
-from mnistsum_ray.schema import Pixels
-from mnistsum_ray.storage import locate_existing
+from mnistsum_ray.data.decoding import Pixels
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.storage.location import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a refused request should not wait for
-    from mnistsum_ray.model import TwoHeadCNN
-    from mnistsum_ray.scoring.predict import Predictions
+    from mnistsum_ray.model.inference import Predictions
+    from mnistsum_ray.model.network import TwoHeadCNN
 
 
 def fit(config: TrainConfig) -> dict[str, Any]:
@@ -27,17 +27,17 @@ def fit(config: TrainConfig) -> dict[str, Any]:
         `seconds`, and with `mlflow` set its run id.
 
     Raises:
-        Refusal: the request cannot be carried out as it stands.
-        RunFailed: it was begun and did not come about.
+        RequestError: the request cannot be carried out as it stands.
+        RunError: it was begun and did not come about.
     """
-    from mnistsum_ray.prepare import prepare
+    from mnistsum_ray.training.preflight import preflight
 
-    run = prepare(config)
+    run = preflight(config)
     connect()
 
-    from mnistsum_ray import train
+    from mnistsum_ray.training import driver
 
-    return train.fit(run, Console())
+    return driver.fit(run, Console())
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
@@ -49,15 +49,15 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         `digit_accuracy` and `sum_accuracy` in 0..1, or None where no row has a label.
 
     Raises:
-        Refusal: the request cannot be carried out as it stands.
-        RunFailed: it was begun and did not come about, or with `strict` some input cannot be used.
+        RequestError: the request cannot be carried out as it stands.
+        RunError: it was begun and did not come about, or with `strict` some input cannot be used.
     """
-    from mnistsum_ray.scoring.prepare import prepare
+    from mnistsum_ray.scoring.preflight import preflight
 
-    run = prepare(config)
+    run = preflight(config)
     connect()
 
-    from mnistsum_ray.scoring import run as scoring
+    from mnistsum_ray.scoring import driver as scoring
 
     return scoring.score(run, Console())
 
@@ -71,11 +71,11 @@ def load_model(model: str) -> "TwoHeadCNN":
         of the digits [n, 10] and of the sums [n, 19]. `predict` takes pixels and gives answers.
 
     Raises:
-        Refusal: there is no such model, or its checksum is not that of its card.
+        RequestError: there is no such model, or its checksum is not that of its card.
     """
-    from mnistsum_ray import checkpoint
+    from mnistsum_ray.model import serialization
 
-    return checkpoint.load_model(locate_existing(model, "model"))[0]
+    return serialization.load_model(locate_existing(model, "model"))[0]
 
 
 def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64) -> "Predictions":
@@ -93,7 +93,7 @@ def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer
     Raises:
         ValueError: shapes, dtypes or numbers are others.
     """
-    from mnistsum_ray.scoring.predict import predictions
+    from mnistsum_ray.model.inference import predict_pairs
 
     images, numbers = np.asarray(images), np.asarray(numbers)
     if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
@@ -102,4 +102,4 @@ def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer
         raise ValueError(f"numbers: must be integers[{len(images)}], are {numbers.dtype}{list(numbers.shape)}")
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() <= 9:
         raise ValueError(f"numbers: must be 0..9, are {numbers.min()}..{numbers.max()}")
-    return predictions(model, images, numbers.astype(np.int64), batch_size)
+    return predict_pairs(model, images, numbers.astype(np.int64), batch_size)

@@ -1,25 +1,17 @@
 """What a run is: a frozen pydantic model, filled from a YAML file and the command line, which wins."""
 
-import argparse
-import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, Self, TypeVar
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliImplicitFlag,
-    CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
 )
-
-from mnistsum_ray.errors import Refusal, one_line, shortened
 
 
 class JobConfig(BaseSettings):
@@ -45,7 +37,7 @@ class JobConfig(BaseSettings):
 
 
 @dataclass(frozen=True)
-class Settings:
+class Hyperparameters:
     """What a training run's numbers depend on beside the data, all decided; see the fields of the same names below."""
 
     epochs: int
@@ -193,7 +185,7 @@ class ScoreConfig(JobConfig):
         "[bf16 where the hardware is faster with it, else fp32]",
     )
     batch_size: int | None = Field(None, ge=1, le=65_536, description="rows in one forward pass [256 on a CPU, 2048 on a GPU]")
-    unit_rows: int = Field(
+    max_rows_per_file: int = Field(
         8_192, ge=1, le=10_000_000, description="most rows in one output file, and about what a kill costs a worker"
     )
     strict: CliImplicitFlag[bool] = Field(False, description="publish nothing if any file or row cannot be used")
@@ -223,7 +215,7 @@ class ScoreConfig(JobConfig):
         return self
 
 
-class ExportConfig(JobConfig):
+class ExportPairsConfig(JobConfig):
     """What the exporter of example input is told."""
 
     data: str = Field("auto", description="as for jobs/train.py: auto, sample, mnist, or a folder or URI")
@@ -245,112 +237,3 @@ class ExportModelConfig(JobConfig):
 
     model: str = Field(description="folder or URI of a run, or of its model")
     output: str = Field(description="folder or URI for the files; it must be empty or not there")
-
-
-Config = TypeVar("Config", bound=JobConfig)
-
-
-_MOST_YAML_BYTES: Final = 2**20
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases: no config needs one, and a page of them stands for more values than any memory holds."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not supported in a config file")
-        return super().compose_node(parent, index)
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def _expand_help(self, action: argparse.Action) -> str:
-        # Such a flag's description says in brackets what it is when unset.
-        return super()._expand_help(action).replace(" (default: None)", "")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise Refusal(f"{shortened(message)} (--help lists the flags)")
-
-
-def parse(config_class: type[Config], argv: list[str], description: str) -> Config:
-    """Make a config of the command line and of the YAML file it names.
-
-    Raises:
-        Refusal: an unknown flag or key, a value of the wrong kind or out of range, an unreadable file.
-    """
-    argv = _gathered(argv, [name for name, field in config_class.model_fields.items() if field.annotation == tuple[str, ...]])
-    parser = _Parser(prog=Path(sys.argv[0]).name, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    try:
-        flags = CliSettingsSource[Any](config_class, root_parser=parser, cli_parse_args=argv)()
-    except SettingsError as error:
-        raise Refusal(shortened(one_line(error))) from None
-    except RecursionError:
-        raise Refusal("a flag's value is nested too deeply") from None
-    values = _read_yaml(Path(flags["config"])) if flags.get("config") else {}
-    try:
-        return config_class(**(values | flags))
-    except ValidationError as error:
-        raise Refusal(_first_line(error, flags)) from None
-
-
-def _gathered(argv: list[str], names: list[str]) -> list[str]:
-    """Put the values of a list flag (`--input a b`, `--input a --input b`) into the one JSON list that pydantic reads.
-
-    Its own syntax would split a file name at a comma, and not take what a shell makes of `--input pairs/*.parquet`.
-    """
-    rest: list[str] = []
-    values: dict[str, list[str]] = {}
-    current: list[str] | None = None
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--"):
-            current = values.setdefault(flag, []) if flag[2:].replace("-", "_") in names else None
-            if current is None:
-                rest.append(word)
-            elif equals:
-                current.append(value)
-        else:
-            (rest if current is None else current).append(word)
-    for flag, gathered in values.items():
-        rest += [flag, json.dumps(gathered)]
-    return rest
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MOST_YAML_BYTES + 1)
-        if len(text) > _MOST_YAML_BYTES:
-            raise Refusal(f"--config {path}: is larger than {_MOST_YAML_BYTES:,} bytes, which no config file is")
-        values = yaml.load(text.decode(), _Loader)
-    except (OSError, ValueError) as error:
-        if isinstance(error, Refusal):
-            raise
-        said = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise Refusal(f"--config {path}: cannot be read: {shortened(said)}") from None
-    except yaml.YAMLError as error:
-        raise Refusal(f"--config {path}: not YAML: {shortened(one_line(error))}") from None
-    except RecursionError:
-        raise Refusal(f"--config {path}: not YAML of a config: it is nested too deeply") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise Refusal(f"--config {path}: must hold `key: value` lines, the keys being the flags without the dashes")
-    return {key.replace("-", "_"): value for key, value in values.items()}
-
-
-def _first_line(error: ValidationError, flags: dict[str, Any]) -> str:
-    first = error.errors()[0]
-    if not first["loc"]:
-        return str(first["msg"]).removeprefix("Value error, ")
-    key = str(first["loc"][0])
-    place = f"--{key.replace('_', '-')}" if key in flags else f"key {key!r} of the config file"
-    if first["type"] == "extra_forbidden":
-        return f"{place}: there is no such setting (--help lists them)"
-    if first["type"] == "missing":
-        return f"--{key.replace('_', '-')}: is needed, and neither the command line nor the config file has it"
-    if first["type"] == "too_short":
-        return f"{place}: needs a value"
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{place}: {message[:1].lower()}{message[1:]}, got {shortened(repr(first['input']))}"

@@ -5,11 +5,11 @@ from typing import Final
 _MOST_LETTERS: Final = 300
 
 
-class Refusal(ValueError):
+class RequestError(ValueError):
     """The request cannot be carried out as it stands; the message is one line that says why and what to do."""
 
 
-class RunFailed(RuntimeError):
+class RunError(RuntimeError):
     """What was asked for was sound and did not come about; the message is one line that says why and what to do."""
 
 
@@ -27,7 +27,7 @@ def last_line(error: BaseException) -> str:
     return lines[0 if type(error).__name__ == "OutOfMemoryError" else -1].strip()
 
 
-class Stopped(KeyboardInterrupt):
+class RunInterrupted(KeyboardInterrupt):
     """The run was interrupted; the message says what is kept, and what goes on."""
 
 
@@ -39,3 +39,7 @@ def shortened(text: str) -> str:
 def printable(text: str) -> str:
     """Text of which nothing steers a terminal or begins a new line: files of others may have any name."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+class RowCountError(RunError):
+    """Rows were lost or seen twice, so what was computed from them cannot be trusted."""

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mnistsum_ray.calibration import Temperatures
-from mnistsum_ray.checkpoint import load_model, save_model, weights_of
-from mnistsum_ray.metrics import Scores
-from mnistsum_ray.mnist import SAMPLE
-from mnistsum_ray.model import TwoHeadCNN, prepare_images
-from mnistsum_ray.storage import locate
+from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.model.calibration import Temperatures
+from mnistsum_ray.model.evaluation import Metrics
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.serialization import copy_weights, load_model, save_model
+from mnistsum_ray.storage.location import locate
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +42,9 @@ TEMPERATURES = Temperatures(1.5, 0.7)
 def write_model(folder: Path, seed: int) -> Path:
     """A model folder with random weights, whose answers are as good as any for telling whether they are the same."""
     torch.manual_seed(seed)
-    nothing = Scores(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
+    nothing = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
     folder.mkdir()
-    save_model(folder, weights_of(TwoHeadCNN()), epoch=1, validation=nothing, test=nothing)
+    save_model(folder, copy_weights(TwoHeadCNN()), epoch=1, validation=nothing, test=nothing)
     set_temperatures(folder, TEMPERATURES)
     return folder
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mnistsum_ray.config import ExportConfig, ExportModelConfig, JobConfig, ScoreConfig, TrainConfig, parse
+from mnistsum_ray.arguments import parse
+from mnistsum_ray.config import ExportModelConfig, ExportPairsConfig, JobConfig, ScoreConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README, CLUSTER = (ROOT / "README.md").read_text(), (ROOT / "cluster.yaml").read_text()
 CONFIGS: dict[str, type[JobConfig]] = {
     "train": TrainConfig,
     "score": ScoreConfig,
-    "export_pairs": ExportConfig,
+    "export_pairs": ExportPairsConfig,
     "export_model": ExportModelConfig,
 }
 TEXTS = [README, CLUSTER, *((ROOT / "jobs" / f"{job}.py").read_text() for job in CONFIGS)]

@@ -1,1 +1,0 @@
-"""Batch scoring: list -> plan -> read -> predict -> commit -> reconcile."""

@@ -9,10 +9,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.errors import Refusal, one_line
-from mnistsum_ray.parquet import BadFile, lossy_column, row_groups, without_views
-from mnistsum_ray.schema import image_form_error, number_form_error
-from mnistsum_ray.storage import Location
+from mnistsum_ray.data.arrow_types import plain_arrow_types
+from mnistsum_ray.data.decoding import image_form_error, number_form_error
+from mnistsum_ray.data.parquet import UnusableFileError, lossy_column, row_groups, without_views
+from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.scoring.layout import PREDICTION_FIELDS
+from mnistsum_ray.storage.location import Location
 
 FOOTER_SCHEMA: Final = pa.schema(
     {
@@ -25,26 +27,8 @@ FOOTER_SCHEMA: Final = pa.schema(
     }
 )
 
-PREDICTIONS: Final = pa.schema(
-    {
-        "pred_digit": pa.int8(),
-        "digit_prob": pa.float32(),
-        "pred_sum": pa.int8(),
-        "sum_prob": pa.float32(),
-        "consistent": pa.bool_(),
-    }
-)
-"""The columns that scoring adds."""
-
 _TAIL_BYTES: Final = 64 * 1024
 """What is read at once from a file's end: most footers are shorter."""
-
-_RAY_TYPES: Final = (
-    "ray.data.arrow_tensor",
-    "ray.data.arrow_tensor_v2",
-    "ray.data.arrow_variable_shaped_tensor",
-    "ray.data.arrow_pickled_object",
-)
 
 
 @dataclass(frozen=True)
@@ -65,18 +49,6 @@ class Columns:
         return flags | ({"--label-column": self.label} if self.label else {})
 
 
-def plain_types() -> None:
-    """Have this process read columns of Ray's own Arrow types as what they are stored as.
-
-    So they are written again as plain types, for readers without Ray, and nothing of a file is ever unpickled.
-    """
-    for name in _RAY_TYPES:
-        try:
-            pa.unregister_extension_type(name)
-        except pa.ArrowKeyError:  # not registered, or no longer
-            continue
-
-
 def read_tail(folder: Location, name: str, size: int) -> bytes:
     """A Parquet file's footer with the eight bytes after it.
 
@@ -85,20 +57,20 @@ def read_tail(folder: Location, name: str, size: int) -> bytes:
         OSError: it cannot be read.
     """
     if size < 12:
-        raise BadFile(f"is {'empty (0 bytes)' if not size else f'only {size} bytes long'}; write it anew")
+        raise UnusableFileError(f"is {'empty (0 bytes)' if not size else f'only {size} bytes long'}; write it anew")
     with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
         start = max(0, size - _TAIL_BYTES)
         stream.seek(start)
         tail: bytes = stream.read()
         if start + len(tail) != size:
-            raise BadFile(
+            raise UnusableFileError(
                 f"has {start + len(tail):,} bytes where the listing says {size:,}: it is being written; try again later"
             )
         if tail[-4:] != b"PAR1":
-            raise BadFile("is not Parquet, or was cut off (it does not end with PAR1); write it anew")
+            raise UnusableFileError("is not Parquet, or was cut off (it does not end with PAR1); write it anew")
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if length > size - 4:
-            raise BadFile("has a damaged footer (longer than the file); write it anew")
+            raise UnusableFileError("has a damaged footer (longer than the file); write it anew")
         if length > len(tail):
             stream.seek(size - length)
             tail = stream.read()
@@ -107,7 +79,7 @@ def read_tail(folder: Location, name: str, size: int) -> bytes:
 
 def read_footers(folder: Location, files: pa.Table, columns: Columns) -> pa.Table:
     """FOOTER_SCHEMA for each file of an `inputs.FILE_SCHEMA` table, in its order."""
-    plain_types()
+    plain_arrow_types()
     return pa.Table.from_pylist([_read_footer(folder, file, columns) for file in files.to_pylist()], FOOTER_SCHEMA)
 
 
@@ -118,7 +90,7 @@ def _read_footer(folder: Location, file: dict[str, Any], columns: Columns) -> di
         schema = metadata.schema.to_arrow_schema()
         groups, size = row_groups(metadata, file["size"])
         error = _columns_error(schema, columns) or lossy_column(metadata.schema, columns.image)
-    except BadFile as bad:
+    except UnusableFileError as bad:
         return {"error": str(bad)}
     except Exception as failure:  # whatever one file leads to, it must not end the run
         return {"error": f"cannot be read: {one_line(failure)} ({type(failure).__name__})"}
@@ -143,7 +115,7 @@ def _columns_error(schema: pa.Schema, columns: Columns) -> str | None:
         form_error = image_form_error(kind) if name == columns.image else number_form_error(kind)
         if form_error:
             return f"column {name!r} {form_error}; convert it, or {flag} names another"
-    taken = next((name for name in PREDICTIONS.names if name in schema.names), None)
+    taken = next((name for name in PREDICTION_FIELDS.names if name in schema.names), None)
     return f"has a column {taken!r}, which scoring would add; rename it" if taken else None
 
 
@@ -151,11 +123,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def refuse_unknown_columns(names: pa.ChunkedArray, footers: pa.Table, columns: Columns) -> None:
+def check_columns_exist(names: pa.ChunkedArray, footers: pa.Table, columns: Columns) -> None:
     """Refuse a column that not one of the readable files has: then it is the request that is wrong.
 
     Raises:
-        Refusal: names the flag.
+        RequestError: names the flag.
     """
     readable = pc.is_valid(footers["rows"])
     for flag, column in columns.flags().items():
@@ -163,4 +135,4 @@ def refuse_unknown_columns(names: pa.ChunkedArray, footers: pa.Table, columns: C
         if pc.any(readable).as_py() and pc.all(pc.equal(lacks, readable)).as_py():
             first = pc.index(lacks, True).as_py()
             error = footers["error"][first].as_py().partition(";")[0]
-            raise Refusal(f"{flag} {column}: no file of --input has such a column; {names[first]} {error}")
+            raise RequestError(f"{flag} {column}: no file of --input has such a column; {names[first]} {error}")

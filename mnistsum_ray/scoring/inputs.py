@@ -10,9 +10,10 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from mnistsum_ray.errors import Refusal, one_line
-from mnistsum_ray.listing import (
-    LISTED_ANYWAY,
+from mnistsum_ray.data.parquet import SUFFIXES, is_data_file
+from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.storage.listing import (
+    DUPLICATE,
     Listing,
     Pattern,
     in_utf8,
@@ -22,8 +23,7 @@ from mnistsum_ray.listing import (
     parts_below,
     second_names,
 )
-from mnistsum_ray.parquet import SUFFIXES, is_data_file
-from mnistsum_ray.storage import Location, locate_existing
+from mnistsum_ray.storage.location import Location, locate_existing
 
 FILE_SCHEMA: Final = pa.schema({"name": pa.string(), "size": pa.int64(), "modified": pa.int64()})
 
@@ -36,7 +36,7 @@ class Inputs:
     """The deepest folder that holds all that was named; names are relative to it."""
     files: pa.Table
     """FILE_SCHEMA, sorted by name: `size` in bytes, `modified` in nanoseconds since 1970."""
-    left_out: dict[str, str]
+    skipped: dict[str, str]
     """Path and reason of what lies in the named folders and is not taken."""
     unusable: dict[str, str]
     """Name and reason of each of the files that cannot be opened, which `files` has too."""
@@ -46,7 +46,7 @@ def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
     """List what `--input` names.
 
     Raises:
-        Refusal: something that was named is not there, there is no Parquet file, or the output lies in the input.
+        RequestError: something that was named is not there, there is no Parquet file, or the output lies in the input.
     """
     named = [_Named(text) for text in texts]
     root = _common_root(named)
@@ -55,18 +55,20 @@ def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
         try:
             listings.append(name.list())
         except (OSError, UnicodeError) as error:
-            raise Refusal(f"--input {name.text}: {one_line(error)}") from None
+            raise RequestError(f"--input {name.text}: {one_line(error)}") from None
     found: dict[str, pafs.FileInfo | None] = {}
-    left_out = {path: why for listing in listings for path, why in listing.left_out.items()}
+    skipped = {path: why for listing in listings for path, why in listing.skipped.items()}
     for listing in listings:
         infos = listing.file_infos(root)
         found |= {path: infos.get(path) for path in listing.files}
     for path in second_names({path: real for listing in listings for path, real in listing.files.items()}):
-        left_out[path] = LISTED_ANYWAY
+        skipped[path] = DUPLICATE
         del found[path]
     if not found:
-        there = f" (there are others, such as {in_utf8(min(left_out))})" if left_out else ""
-        raise Refusal(f"--input {' '.join(name.text for name in named)}: there is no Parquet file ({', '.join(SUFFIXES)}){there}")
+        there = f" (there are others, such as {in_utf8(min(skipped))})" if skipped else ""
+        raise RequestError(
+            f"--input {' '.join(name.text for name in named)}: there is no Parquet file ({', '.join(SUFFIXES)}){there}"
+        )
     _check_apart(named, listings, found, output)
     rows, unusable = [], {}
     for path, info in sorted(found.items()):
@@ -74,8 +76,8 @@ def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
         if info is None:
             unusable[below] = "its name is not UTF-8; rename it"
         rows.append({"name": below, "size": info.size if info else 0, "modified": root.modified(info) if info else 0})
-    left_out = {path: why for path, why in left_out.items() if path not in found}
-    return Inputs(root, pa.Table.from_pylist(rows, FILE_SCHEMA), left_out, unusable)
+    skipped = {path: why for path, why in skipped.items() if path not in found}
+    return Inputs(root, pa.Table.from_pylist(rows, FILE_SCHEMA), skipped, unusable)
 
 
 class _Named:
@@ -91,16 +93,16 @@ class _Named:
         if place.is_local:
             place = place.at(os.path.realpath(place.path))
         else:
-            self.text = "/".join((place.text, *(self.pattern or ())))  # a URI may hold keys
+            self.text = "/".join((place.display, *(self.pattern or ())))  # a URI may hold keys
         self.place = place
         try:
             self.info = place.info()
         except OSError as error:
-            raise Refusal(f"--input {self.text}: {one_line(error)}") from None
+            raise RequestError(f"--input {self.text}: {one_line(error)}") from None
         if self.info.type == pafs.FileType.NotFound:
-            raise Refusal(f"--input {self.text}: there is no {place.text}")
+            raise RequestError(f"--input {self.text}: there is no {place.display}")
         if self.pattern is not None and self.info.type == pafs.FileType.File:
-            raise Refusal(f"--input {self.text}: {place.text} is a file, not a folder")
+            raise RequestError(f"--input {self.text}: {place.display} is a file, not a folder")
 
     @property
     def folder(self) -> str:
@@ -130,10 +132,10 @@ def _common_root(named: list[_Named]) -> Location:
     folder = first.folder
     for other in named[1:]:
         if not other.place.filesystem.equals(first.place.filesystem):
-            raise Refusal(f"--input {other.text}: lies on another storage than {first.text}; score them one after the other")
+            raise RequestError(f"--input {other.text}: lies on another storage than {first.text}; score them one after the other")
         folder = os.path.commonpath([folder, other.folder]) if folder and other.folder else ""
     if not folder:
-        raise Refusal("--input: the files have no folder or bucket in common; score them one after the other")
+        raise RequestError("--input: the files have no folder or bucket in common; score them one after the other")
     return first.place.at(folder)
 
 
@@ -145,18 +147,18 @@ def _check_apart(named: list[_Named], listings: list[Listing], found: Iterable[s
     for name, listing in zip(named, listings, strict=True):
         inside = parts_below(path, name.place.path)
         if name.info.type != pafs.FileType.File and inside is not None and _covers(name.pattern, inside):
-            raise Refusal(
-                f"--output {output.text}: lies in the input {name.text} and would be scored next time; put it elsewhere"
+            raise RequestError(
+                f"--output {output.display}: lies in the input {name.text} and would be scored next time; put it elsewhere"
             )
         link = next((link for link, real in listing.links.items() if parts_below(path, real) is not None), None)
         if link is not None:
-            raise Refusal(
-                f"--output {output.text}: lies in the input {name.text}, by the link {in_utf8(link)}, and would be scored next "
+            raise RequestError(
+                f"--output {output.display}: lies in the input {name.text}, by the link {in_utf8(link)}, and would be scored next "
                 "time; put it elsewhere, or remove the link"
             )
     held = next((file for file in found if parts_below(file, path) is not None), None)
     if held is not None:
-        raise Refusal(f"--output {output.text}: holds the input file {in_utf8(held)}; put it elsewhere")
+        raise RequestError(f"--output {output.display}: holds the input file {in_utf8(held)}; put it elsewhere")
 
 
 def _covers(pattern: Pattern | None, output: tuple[str, ...]) -> bool:

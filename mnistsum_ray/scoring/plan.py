@@ -10,20 +10,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.lock import LOCK
-
-REJECTED: Final = "_rejected"
-FILES: Final = "_files.parquet"
-MANIFEST: Final = "_manifest.json"
-PROBABILITIES: Final = "_probabilities.png"
-REJECTS: Final = "_rejects.png"
-RELIABILITY: Final = "_reliability.png"
-UNPUBLISHED: Final = "_unpublished"
-
-SUMMARIES: Final = (FILES, PROBABILITIES, REJECTS, RELIABILITY)
-"""What is written of the whole at the end, before the manifest."""
-
-_OWN: Final = (REJECTED, *SUMMARIES, MANIFEST, LOCK, UNPUBLISHED)
+from mnistsum_ray.scoring.layout import MOST_NAME_BYTES, is_reserved
 
 _PART_BYTES: Final = 128 * 2**20
 """Most bytes of a part, decompressed, by what the footer says of an average row: pictures may be larger than they should."""
@@ -33,8 +20,6 @@ _UNITS_PER_WORKER: Final = 4
 _LEAST_ROWS: Final = 1024
 _LEAST_FILES: Final = 8
 _MOST_FILES: Final = 256
-
-MOST_NAME_BYTES: Final = 255
 
 _UNITS_PER_GROUP: Final = 16
 """Each unit reads the row group from its start: more units would skip more rows than they score, fewer leave workers idle."""
@@ -65,25 +50,19 @@ PART_SCHEMA: Final = pa.schema(
 )
 
 
-def _is_reserved(output: str) -> bool:
-    """Whether an output of this name would not be seen as one."""
-    name = output.rpartition("/")[2]
-    return output.split("/")[0] in _OWN or name.startswith(".")
-
-
 def parts_of(table: pa.Table) -> list[Part]:
     """The rows of a PART_SCHEMA table as Parts."""
     return [Part(**row) for row in table.to_pylist()]
 
 
-def plan(files: pa.Table, unit_rows: int) -> tuple[pa.Table, dict[str, str]]:
+def plan_parts(files: pa.Table, max_rows_per_file: int) -> tuple[pa.Table, dict[str, str]]:
     """Cut large files at their row groups.
 
-    The parts follow from the files and `unit_rows` alone, so that a later run finds the same ones.
+    The parts follow from the files and `max_rows_per_file` alone, so that a later run finds the same ones.
 
     Args:
         files: `inputs.FILE_SCHEMA` and `footers.FOOTER_SCHEMA`; files with an error are left out.
-        unit_rows: the most rows of a part.
+        max_rows_per_file: the most rows of a part.
 
     Returns:
         A PART_SCHEMA table in the order of the files, and for each file whose output cannot have its name, why.
@@ -99,12 +78,12 @@ def plan(files: pa.Table, unit_rows: int) -> tuple[pa.Table, dict[str, str]]:
             if ".." in file["name"].split("/"):  # no disk has such a name, but an object store may
                 clashes[file["name"]] = "would be written outside of the output; rename it"
                 continue
-            parts = list(_parts(file, unit_rows))
+            parts = list(_parts(file, max_rows_per_file))
             longest = max(len(name.encode()) for part in parts for name in part.output.split("/"))
             if longest > MOST_NAME_BYTES:
                 clashes[file["name"]] = f"its output's name would have {longest} bytes, and most systems allow 255; rename it"
                 continue
-            clash = next((part for part in parts if part.output in taken or _is_reserved(part.output)), None)
+            clash = next((part for part in parts if part.output in taken or is_reserved(part.output)), None)
             if clash is not None:
                 other = taken.get(clash.output)
                 kept = f"as is {other}" if other else "a name that is kept for the run's own and hidden files"
@@ -116,13 +95,13 @@ def plan(files: pa.Table, unit_rows: int) -> tuple[pa.Table, dict[str, str]]:
     return pa.concat_tables(chunks), clashes
 
 
-def units_of(parts: pa.Table, unit_rows: int, workers: int) -> list[pa.Table]:
+def units_of(parts: pa.Table, max_rows_per_file: int, workers: int) -> list[pa.Table]:
     """Put consecutive parts together so that each worker has several units to come, and no unit is many rows or files.
 
     Slices of one row group are spread over a few units only, since each unit reads the group from its start.
     """
     several = _UNITS_PER_WORKER * workers
-    most_rows = min(unit_rows, max(_LEAST_ROWS, _share(pc.sum(parts["rows"]).as_py() or 0, several)))
+    most_rows = min(max_rows_per_file, max(_LEAST_ROWS, _share(pc.sum(parts["rows"]).as_py() or 0, several)))
     most_files = min(_MOST_FILES, max(_LEAST_FILES, _share(parts.num_rows, several)))
     units = []
     for start, end, is_group in _runs(parts):
@@ -159,9 +138,9 @@ def _runs(parts: pa.Table) -> Iterator[tuple[int, int, bool]]:
         yield start, parts.num_rows, False
 
 
-def _parts(file: dict[str, Any], unit_rows: int) -> Iterable[Part]:
+def _parts(file: dict[str, Any], max_rows_per_file: int) -> Iterable[Part]:
     average = file["bytes"] / file["rows"] if file["rows"] else 0
-    limit = max(1, min(unit_rows, int(_PART_BYTES / average) if average else unit_rows))
+    limit = max(1, min(max_rows_per_file, int(_PART_BYTES / average) if average else max_rows_per_file))
     ranges = list(_ranges(file["groups"], limit)) or [(0, 0, 0, 0)]
     first_row = 0
     for index, (first_group, groups, skip, rows) in enumerate(ranges):

@@ -3,17 +3,15 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.calibration import HEADS, Reliability
-from mnistsum_ray.errors import Refusal
-from mnistsum_ray.metrics import RowsLost
-from mnistsum_ray.scoring.record import PROBABILITY_BINS
-from mnistsum_ray.storage import Location
+from mnistsum_ray.errors import RowCountError
+from mnistsum_ray.model.calibration import HEADS, Reliability
+from mnistsum_ray.scoring.provenance import PROBABILITY_BINS
 
 _IDENTITY: Final = ("size", "modified", "footer", "first_row", "rows")
 """What an output's metadata must say for it to be that of a part of the plan."""
@@ -31,7 +29,7 @@ FILES_SCHEMA: Final = pa.schema(
 """`_files.parquet`: status is `scored`, or `failed` with the reason; rows is null where not even the footer could be read."""
 
 
-def match(parts: pa.Table, committed: pa.Table, request: str) -> pa.Table:
+def match_outputs(parts: pa.Table, committed: pa.Table, request: str) -> pa.Table:
     """The parts of the plan, in its order, with what is committed of each.
 
     Returns:
@@ -47,82 +45,6 @@ def match(parts: pa.Table, committed: pa.Table, request: str) -> pa.Table:
     for name in _IDENTITY:
         done = pc.and_(done, pc.equal(joined[name], joined[f"its_{name}"]))
     return joined.append_column("done", pc.fill_null(done, False))
-
-
-def beside_plan(parts: pa.Table, committed: pa.Table) -> pa.Table:
-    """What is committed that is no part of the plan."""
-    return committed.filter(pc.invert(pc.is_in(committed["output"], parts["output"])))
-
-
-def refuse_foreign(committed: pa.Table, output: Location) -> None:
-    """Refuse an output folder that holds anything but whole files of predictions.
-
-    Raises:
-        Refusal: names the first.
-    """
-    errors = committed.filter(pc.is_valid(committed["error"]))
-    if errors.num_rows:
-        first = errors.slice(0, 1).to_pylist()[0]
-        raise Refusal(f"--output {output.text}: {first['output']} {first['error']}; move it away, or choose another folder")
-
-
-def refuse_other(matched: pa.Table, strange: pa.Table, files: pa.Table, source: Location, request: str, output: Location) -> None:
-    """Refuse to put new predictions beside those of another model, of other input, or cut in another way.
-
-    Args:
-        matched: what `match` gave.
-        strange: what `beside_plan` gave.
-        files: the input, `inputs.FILE_SCHEMA` and `footers.FOOTER_SCHEMA`.
-        source: the input's root.
-        request: what decides the predictions now.
-        output: the folder, for the message.
-
-    Raises:
-        Refusal: says what differs, and that --overwrite starts afresh.
-    """
-    afresh = "--overwrite starts afresh"
-    wrong = matched.filter(pc.and_(pc.is_valid(matched["its_request"]), pc.invert(matched["done"])))
-    if wrong.num_rows:
-        first = wrong.slice(0, 1).to_pylist()[0]
-        if first["its_request"] != request:
-            raise Refusal(
-                f"--output {output.text}: {_difference(json.loads(first['its_request']), json.loads(request))}; {afresh}"
-            )
-        if any(first[name] != first[f"its_{name}"] for name in ("size", "modified", "footer")):
-            raise Refusal(f"--output {output.text}: {first['name']} has changed since it was scored; {afresh}")
-        raise Refusal(f"--output {output.text}: was begun with another --unit-rows; give the same again, or {afresh}")
-    # The input may have moved since, or its root may be another folder now: either name tells that it is the same file.
-    sources = pc.binary_join_element_wise(source.at(source.path).text, files["name"], "/")
-    for column, now_named in (("name", files["name"]), ("source", sources)):
-        again = strange.filter(pc.is_in(strange[column], now_named))
-        if again.num_rows:
-            first = again.slice(0, 1).to_pylist()[0]
-            now = files.slice(pc.index(now_named, first[column]).as_py(), 1).to_pylist()[0]
-            if now["error"]:
-                raise Refusal(
-                    f"--output {output.text}: holds predictions of {now['name']}, which now cannot be used ({now['error']}); "
-                    "mend it, or take it out of the input"
-                )
-            if any(now[name] != first[name] for name in ("size", "modified", "footer")):
-                raise Refusal(f"--output {output.text}: {now['name']} has changed since it was scored; {afresh}")
-            raise Refusal(
-                f"--output {output.text}: holds the rows of {now['name']} as {first['output']}, since it was begun with another "
-                f"--unit-rows or --input; give the same again, or {afresh}"
-            )
-
-
-def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
-    if then["model_sha256"] != now["model_sha256"]:
-        return (
-            f"holds predictions of another model (SHA-256 {then['model_sha256'][:12]}…, --model has {now['model_sha256'][:12]}…)"
-        )
-    key = next((key for key in now if key != "int8" and then.get(key) != now[key]), "int8")
-    if key == "temperature":
-        return "holds predictions of the same model with other temperatures"
-    if key == "int8":
-        return "holds predictions of the same model quantized otherwise"
-    flag = "--precision" if key == "precision" else f"--{key}-column"
-    return f"was begun with {flag} {then.get(key)}, which is now {now[key]}"
 
 
 @dataclass(frozen=True)
@@ -153,7 +75,7 @@ def reconcile(files: pa.Table, matched: pa.Table) -> tuple[pa.Table, Totals]:
         A FILES_SCHEMA table in the order of the files, and the totals.
 
     Raises:
-        RowsLost: names the first file whose rows are not all there exactly once.
+        RowCountError: names the first file whose rows are not all there exactly once.
     """
     lost = matched.filter(
         pc.invert(
@@ -173,7 +95,7 @@ def reconcile(files: pa.Table, matched: pa.Table) -> tuple[pa.Table, Totals]:
         first = lost.slice(0, 1).to_pylist()[0]
         place = f"{first['name']}: rows {first['first_row']:,} to {first['first_row'] + first['rows'] - 1:,}"
         found = f"{first['scored_found'] or 0:,} predictions and {first['rejected_found'] or 0:,} rejected rows"
-        raise RowsLost(f"{place} should be in {first['output']}, which has {found}")
+        raise RowCountError(f"{place} should be in {first['output']}, which has {found}")
     sums = matched.group_by("name").aggregate([(name, "sum") for name in ("rows", "scored_found", "rejected_found")])
     table = files.select(["name", "rows", "error"]).append_column("order", pa.array(range(files.num_rows), pa.int64()))
     table = table.join(sums, "name", join_type="left outer").sort_by("order")
@@ -181,7 +103,7 @@ def reconcile(files: pa.Table, matched: pa.Table) -> tuple[pa.Table, Totals]:
     unequal = table.filter(pc.and_(good, pc.invert(pc.fill_null(pc.equal(table["rows"], table["rows_sum"]), False))))
     if unequal.num_rows:
         first = unequal.slice(0, 1).to_pylist()[0]
-        raise RowsLost(f"{first['name']}: has {first['rows']:,} rows, of which {first['rows_sum'] or 0:,} are accounted for")
+        raise RowCountError(f"{first['name']}: has {first['rows']:,} rows, of which {first['rows_sum'] or 0:,} are accounted for")
     result = pa.table(
         {
             "file": table["name"],

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-from mnistsum_ray.scoring.plan import FILES, PROBABILITIES, REJECTS, RELIABILITY
+from mnistsum_ray.scoring.layout import FILES_TABLE, PROBABILITIES, REJECTS, RELIABILITY
 from mnistsum_ray.scoring.reconcile import Totals
-from mnistsum_ray.storage import Location
+from mnistsum_ray.storage.location import Location
 
 _FILES_NAMED: Final = 1000
 _REASONS_NAMED: Final = 10
@@ -18,7 +18,7 @@ def name_failures(failures: dict[str, str], say: Say) -> None:
     for name, reason in list(failures.items())[:_FILES_NAMED]:
         say(f"cannot be used: {name}: {reason}")
     if len(failures) > _FILES_NAMED:
-        say(f"and {len(failures) - _FILES_NAMED:,} more files, all in {FILES}")
+        say(f"and {len(failures) - _FILES_NAMED:,} more files, all in {FILES_TABLE}")
 
 
 def summarize(line: dict[str, Any], totals: Totals, say: Say) -> None:
@@ -56,7 +56,7 @@ def probability_metrics(totals: Totals) -> dict[str, dict[str, Any]] | None:
 
 def draw(totals: Totals, output: Location) -> None:
     """How sure the answers are; where there are labels, how often they are right; where there are rejected rows, why."""
-    from mnistsum_ray import pictures  # a second to import, needed once
+    from mnistsum_ray.reporting import pictures  # a second to import, needed once
 
     (output / PROBABILITIES).write_bytes(pictures.draw_probabilities(**totals.probabilities))
     drawn = {

@@ -24,11 +24,11 @@ from ray.cluster_utils import Cluster
 from werkzeug.serving import make_server
 
 from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.console import Console
-from mnistsum_ray.mnist import SAMPLE
-from mnistsum_ray.scoring.prepare import prepare
-from mnistsum_ray.scoring.run import score
-from mnistsum_ray.storage import locate
+from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.scoring.driver import score
+from mnistsum_ray.scoring.preflight import preflight
+from mnistsum_ray.storage.location import locate
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,7 +150,7 @@ def score_here(model: Path, output: Path, *inputs: Path | str, **settings: Any) 
     stream = io.StringIO()
     settings = {"precision": "fp32"} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **settings)
-    line = score(prepare(config), Console(stream))
+    line = score(preflight(config), Console(stream))
     return Scored(line, stream.getvalue(), output)
 
 

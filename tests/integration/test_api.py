@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray import Refusal, ScoreConfig, TrainConfig, fit, load_model, predict, score
-from mnistsum_ray.config import ExportConfig
-from mnistsum_ray.export import export
-from mnistsum_ray.schema import one_chunk, pixels_view
+from mnistsum_ray import RequestError, ScoreConfig, TrainConfig, fit, load_model, predict, score
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.decoding import one_chunk, pixels_view
+from mnistsum_ray.export.pairs import export_pairs
 
 ROWS = 300
 
@@ -17,7 +17,7 @@ ROWS = 300
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
-    export(ExportConfig(data="sample", output=str(folder), rows=ROWS, files=1), print)
+    export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=ROWS, files=1), print)
     return folder
 
 
@@ -45,9 +45,9 @@ def test_what_is_scored_before_a_training_does_not_disturb_it(cluster: str, mode
 
 
 def test_a_refusal_is_an_exception_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="nowhere: there is no such file or folder"):
+    with pytest.raises(RequestError, match="nowhere: there is no such file or folder"):
         fit(TrainConfig(data=str(tmp_path / "nowhere"), storage_path=str(tmp_path)))
-    with pytest.raises(Refusal, match="there is no Parquet file"):
+    with pytest.raises(RequestError, match="there is no Parquet file"):
         score(ScoreConfig(model=str(tmp_path), input=(str(tmp_path),), output=str(tmp_path / "out")))
-    with pytest.raises(Refusal, match="holds no model"):
+    with pytest.raises(RequestError, match="holds no model"):
         load_model(str(tmp_path))

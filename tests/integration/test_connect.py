@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.connect import _is_gcs
+from mnistsum_ray.cluster.address import is_gcs
 from tests.integration.conftest import ROOT, kill_everything, run_job
 from tests.integration.test_refusals import check_refused
 
 RAY = Path(sys.executable).with_name("ray")
 
-JOIN = "import ray; from mnistsum_ray.connect import connect; connect(); print(ray.cluster_resources()['CPU'])"
+JOIN = "import ray; from mnistsum_ray.cluster.connection import connect; connect(); print(ray.cluster_resources()['CPU'])"
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_something_else_that_listens_there_is_refused_in_seconds(stranger: str, 
 
 
 def test_a_cluster_is_known_for_one(cluster: str) -> None:
-    assert _is_gcs(cluster)
+    assert is_gcs(cluster)
 
 
 def test_a_home_folder_that_cannot_be_written_is_no_hindrance(home: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_process_stays_as_it_was(home: Path) -> None:
     code = (
         "import os, signal, sys; "
         "look = lambda: (os.getcwd(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), set(os.environ)); "
-        "before = look(); from mnistsum_ray.connect import connect, disconnect; connect(); after = look(); "
+        "before = look(); from mnistsum_ray.cluster.connection import connect, disconnect; connect(); after = look(); "
         "print([list(a ^ b) if isinstance(a, set) else a == b for a, b in zip(before, after)])"
     )
     done = subprocess.run(
@@ -180,7 +180,7 @@ def test_the_process_stays_as_it_was(home: Path) -> None:
 
 def test_a_signal_that_comes_while_ray_starts_waits_for_it(home: Path) -> None:
     code = (
-        "import os, signal, threading, time; from mnistsum_ray.connect import connect; free = signal.signal\n"
+        "import os, signal, threading, time; from mnistsum_ray.cluster.connection import connect; free = signal.signal\n"
         "def send():\n    while signal.signal is free: time.sleep(0.05)\n"
         "    time.sleep(0.5); os.kill(os.getpid(), signal.SIGINT)\n"
         "threading.Thread(target=send).start()\n"

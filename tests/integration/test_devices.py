@@ -7,8 +7,8 @@ import pytest
 import ray
 import torch
 
-from mnistsum_ray.config import ExportConfig
-from mnistsum_ray.export import export
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.export.pairs import export_pairs
 from tests.integration.conftest import run_job
 from tests.integration.test_refusals import check_refused
 
@@ -32,7 +32,7 @@ def counted_gpu() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "in"
-    export(ExportConfig(data="sample", output=str(folder), rows=100, files=2), print)
+    export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=100, files=2), print)
     return folder
 
 

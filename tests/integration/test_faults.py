@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.config import ExportConfig
-from mnistsum_ray.export import export
-from mnistsum_ray.storage import locate
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.storage.location import locate
 from tests.integration.conftest import Job, Storage, nodes, run_job, tell
 from tests.integration.test_score_kills import wait_for_files
 
@@ -23,8 +23,8 @@ ROWS = 60_000  # many enough that the job is still at work when it happens, on a
 
 def pairs(folder: Path | str, rows: int) -> list[object]:
     """Flags that score so many rows, after these are written."""
-    export(ExportConfig(data="sample", output=f"{folder}/in", rows=rows, files=4), print)
-    return ["--input", f"{folder}/in", "--output", f"{folder}/out", "--unit-rows", 250]
+    export_pairs(ExportPairsConfig(data="sample", output=f"{folder}/in", rows=rows, files=4), print)
+    return ["--input", f"{folder}/in", "--output", f"{folder}/out", "--max-rows-per-file", 250]
 
 
 def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path) -> None:
@@ -67,7 +67,7 @@ def test_training_outlasts_a_storage_that_is_overloaded(s3: Storage, data: Path)
 def test_keys_in_a_uri_are_written_down_nowhere(s3: Storage, data: Path, model: Path, tmp_path: Path) -> None:
     locate("s3://images/rows.parquet", "--data").write_bytes(data.read_bytes())
     bucket = "s3://AKIAEXAMPLE:topsecret@scores/keys"
-    export(ExportConfig(data="sample", output=f"{bucket}/in", rows=100, files=2), print)
+    export_pairs(ExportPairsConfig(data="sample", output=f"{bucket}/in", rows=100, files=2), print)
     (locate(f"{bucket}/in", "--input") / "bad.parquet").write_bytes(b"no")
     train = ["--data", "s3://AKIAEXAMPLE:topsecret@images/rows.parquet", "--storage-path", f"{bucket}/runs", "--name", "mine"]
     trained = run_job("train", *train, "--epochs", 1)

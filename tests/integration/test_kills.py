@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.checkpoint import MODEL_FILES, STATE_CARD, STATE_FILE
+from mnistsum_ray.model.serialization import MODEL_FILES
+from mnistsum_ray.training.state import STATE_CARD, STATE_FILE
 from tests.integration.conftest import Done, Job, kill_everything, kill_worker, run_job, tell
 from tests.integration.test_refusals import check_refused
 

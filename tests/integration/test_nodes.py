@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from mnistsum_ray.config import ExportConfig
-from mnistsum_ray.export import export
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.export.pairs import export_pairs
 from tests.integration.conftest import Done, Job, add_node, kill_everything, nodes, run_job, tell
 from tests.integration.test_score_kills import content, wait_for_files
 
@@ -153,8 +153,8 @@ def test_a_local_folder_that_a_node_does_not_see_is_refused(data: Path, model: P
 
 def test_scoring_goes_on_with_the_nodes_that_are_left(model: Path, tmp_path: Path) -> None:
     rows = 40_000
-    export(ExportConfig(data="sample", output=str(tmp_path / "in"), rows=rows, files=8), print)
-    flags = ["--model", model, "--input", tmp_path / "in", "--unit-rows", 500]
+    export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "in"), rows=rows, files=8), print)
+    flags = ["--model", model, "--input", tmp_path / "in", "--max-rows-per-file", 500]
     with nodes(0, 1, 1, 1) as cluster:
         alone = run_job("score", *flags, "--output", tmp_path / "alone", address=cluster.address)
         job = Job("score", *flags, "--output", tmp_path / "out", address=cluster.address)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from ray.data.dataset import MaterializedDataset
 
-from mnistsum_ray import pipeline
-from mnistsum_ray.errors import Refusal
-from mnistsum_ray.gather import Schedule
-from mnistsum_ray.mnist import open_source
-from mnistsum_ray.pairs import distortions, random_numbers, steps_per_epoch
-from mnistsum_ray.pipeline import Batch
-from mnistsum_ray.schema import pixels_view
+from mnistsum_ray.data.decoding import pixels_view
+from mnistsum_ray.data.sampling import distortions, random_numbers, steps_per_epoch
+from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.training import pipeline
+from mnistsum_ray.training.pipeline import Batch
+from mnistsum_ray.training.schedule import Schedule
 
 Rows = Callable[[int], Path]
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
-    pipeline.quiet()
+    pipeline.configure_ray_data()
 
 
 def feed(images: MaterializedDataset, ids: np.ndarray, rank: int, world_size: int, **changed: Any) -> list[Batch]:
@@ -38,10 +38,10 @@ def feed(images: MaterializedDataset, ids: np.ndarray, rank: int, world_size: in
 
 def test_the_blocks_hold_every_row_in_order(write_rows: Rows) -> None:
     path = write_rows(1000)  # five row groups, and more than one part after reading
-    loaded = pipeline.load(open_source(str(path)))
+    loaded = pipeline.materialize_source(open_source(str(path)))
     assert loaded.images.count() == 1000
     assert [row["image"] for row in loaded.images.take_all()] == pq.read_table(path)["image"].to_pylist()
-    assert pipeline.load(open_source(str(path))).fingerprint == loaded.fingerprint
+    assert pipeline.materialize_source(open_source(str(path))).fingerprint == loaded.fingerprint
 
 
 def test_the_fingerprint_is_of_the_rows_and_not_of_the_files(tmp_path: Path, sample: pa.Table) -> None:
@@ -51,7 +51,7 @@ def test_the_fingerprint_is_of_the_rows_and_not_of_the_files(tmp_path: Path, sam
         pq.write_table(rows, tmp_path / name / "rows.parquet", row_group_size=size)
     (tmp_path / "c").mkdir()
     pq.write_table(rows[::-1], tmp_path / "c" / "rows.parquet")
-    prints = [pipeline.load(open_source(str(tmp_path / name))).fingerprint for name in ("a", "b", "c")]
+    prints = [pipeline.materialize_source(open_source(str(tmp_path / name))).fingerprint for name in ("a", "b", "c")]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -59,15 +59,15 @@ def test_a_bad_row_found_on_the_cluster_is_a_refusal_that_names_it(tmp_path: Pat
     rows = sample[::10].to_pylist()
     rows[321]["image"] = b"\x89PNG"
     pq.write_table(pa.Table.from_pylist(rows, pa.schema({"image": pa.binary(), "digit": pa.int8()})), tmp_path / "a.parquet")
-    with pytest.raises(Refusal, match=r"a\.parquet: row 321: 4 bytes are neither 784 pixels nor a readable PNG"):
-        pipeline.load(open_source(str(tmp_path)))
+    with pytest.raises(RequestError, match=r"a\.parquet: row 321: 4 bytes are neither 784 pixels nor a readable PNG"):
+        pipeline.materialize_source(open_source(str(tmp_path)))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_row_once_an_epoch_with_its_own_number(write_rows: Rows, world_size: int) -> None:
     path = write_rows(500)
     source = open_source(str(path))
-    images = pipeline.load(source).images
+    images = pipeline.materialize_source(source).images
     table = pq.read_table(path)
     pixels, digits = pixels_view(table["image"].combine_chunks()), table["digit"].to_numpy()
     shares = [feed(images, source.train, rank, world_size) for rank in range(world_size)]
@@ -91,7 +91,7 @@ def test_the_block_layout_changes_nothing(tmp_path: Path, sample: pa.Table) -> N
         path = tmp_path / f"{size}.parquet"
         pq.write_table(sample[::5], path, row_group_size=size)
         source = open_source(str(path))
-        images = pipeline.load(source).images
+        images = pipeline.materialize_source(source).images
         fed.append(feed(images.repartition(1000 // size).materialize(), source.train, 0, 1, max_shift=2))
     for one, other in zip(*fed, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -101,7 +101,7 @@ def test_the_block_layout_changes_nothing(tmp_path: Path, sample: pa.Table) -> N
 def test_an_empty_share_is_an_empty_batch(write_rows: Rows, world_size: int, batch_size: int) -> None:
     """More workers than rows in a batch: Ray Data drops blocks without rows, the steps must not shift for that."""
     source = open_source(str(write_rows(100)))
-    images = pipeline.load(source).images
+    images = pipeline.materialize_source(source).images
     shares = [feed(images, source.train[:21], rank, world_size, batch_size=batch_size) for rank in range(world_size)]
     assert {len(share) for share in shares} == {2 * -(-21 // batch_size)}
     for steps in zip(*shares, strict=True):
@@ -112,7 +112,7 @@ def test_an_empty_share_is_an_empty_batch(write_rows: Rows, world_size: int, bat
 
 def test_going_on_after_an_epoch_feeds_what_the_whole_run_would(write_rows: Rows) -> None:
     source = open_source(str(write_rows(500)))
-    images = pipeline.load(source).images
+    images = pipeline.materialize_source(source).images
     whole = feed(images, source.train, 0, 1, max_shift=1)
     rest = feed(images, source.train, 0, 1, max_shift=1, first_epoch=1)
     for one, other in zip(whole[len(whole) // 2 :], rest, strict=True):
@@ -121,7 +121,7 @@ def test_going_on_after_an_epoch_feeds_what_the_whole_run_would(write_rows: Rows
 
 def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(write_rows: Rows) -> None:
     source = open_source(str(write_rows(500)))
-    images = pipeline.load(source).images
+    images = pipeline.materialize_source(source).images
     whole = feed(images, source.train, 1, 2, max_shift=1)
     rest = feed(images, source.train, 1, 2, max_shift=1, first_epoch=1, first_step=3)
     for one, other in zip(whole[len(whole) // 2 + 3 :], rest, strict=True):
@@ -130,7 +130,7 @@ def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(write_rows: Row
 
 def test_shifted_images_are_the_images_moved(write_rows: Rows) -> None:
     source = open_source(str(write_rows(500)))
-    images = pipeline.load(source).images
+    images = pipeline.materialize_source(source).images
     plain = feed(images, source.train, 0, 1)
     moved = feed(images, source.train, 0, 1, max_shift=2)
     for still, shifted in zip(plain, moved, strict=True):
@@ -143,7 +143,7 @@ def test_shifted_images_are_the_images_moved(write_rows: Rows) -> None:
 
 def test_draws_for_distortions_come_with_their_rows(write_rows: Rows) -> None:
     source = open_source(str(write_rows(500)))
-    images = pipeline.load(source).images
+    images = pipeline.materialize_source(source).images
     for index, batch in enumerate(feed(images, source.train, 0, 1, distortion=1.0)):
         epoch = index // steps_per_epoch(len(source.train), 48)
         assert np.array_equal(batch["draws"].numpy(), distortions(3, epoch, batch["row_id"].numpy()))
@@ -152,7 +152,7 @@ def test_draws_for_distortions_come_with_their_rows(write_rows: Rows) -> None:
 
 def test_held_out_rows_are_shared_out_whole(write_rows: Rows) -> None:
     source = open_source(str(write_rows(1000)))
-    images = pipeline.load(source).images
-    shares = [pipeline.plain_batches(images, source.train, rank, 3, CPU) for rank in range(3)]
+    images = pipeline.materialize_source(source).images
+    shares = [pipeline.evaluation_batches(images, source.train, rank, 3, CPU) for rank in range(3)]
     ids = torch.cat([batch["row_id"] for share in shares for batch in share]).numpy()
     assert np.array_equal(np.sort(ids), source.train)

@@ -100,7 +100,7 @@ def test_cpus_that_are_taken_are_waited_for_and_then_given_up(tmp_path: Path, cl
         ({"--output": "pairs/a.parquet"}, "is a file; name a folder"),
         ({"--model": "pairs"}, "holds no model"),
         ({"--model": "empty"}, "holds no model"),
-        ({"--unit-rows": "0"}, "--unit-rows: input should be greater than or equal to 1"),
+        ({"--max-rows-per-file": "0"}, "--max-rows-per-file: input should be greater than or equal to 1"),
     ],
     ids=str,
 )

@@ -9,14 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray import conditional
-from mnistsum_ray.config import ExportConfig
-from mnistsum_ray.errors import Refusal, RunFailed
-from mnistsum_ray.export import export
-from mnistsum_ray.lock import HEARTBEAT_SECONDS, LEASE_SECONDS, hold
-from mnistsum_ray.mnist import SAMPLE
-from mnistsum_ray.scoring.commit import as_parquet
-from mnistsum_ray.storage import Location, locate
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.scoring.writer import to_parquet
+from mnistsum_ray.storage import conditional
+from mnistsum_ray.storage.lease import HEARTBEAT_SECONDS, LEASE_TTL_SECONDS
+from mnistsum_ray.storage.location import Location, locate
+from mnistsum_ray.storage.lock import output_lock
 from tests.conftest import write_model
 from tests.integration.conftest import Done, Job, descendants, run_job
 
@@ -50,14 +51,23 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
     roots = {"there": locate("s3://scores/run", "--output"), "here": locate(str(tmp_path), "--output")}
     done: dict[str, Done] = {}
     for where, root in roots.items():
-        export(ExportConfig(data="sample", output=(root / "pairs").text, rows=400, files=4), print)
+        export_pairs(ExportPairsConfig(data="sample", output=(root / "pairs").display, rows=400, files=4), print)
         (root / "pairs" / "bad.parquet").write_bytes(b"not Parquet at all")
         bad = table(root / "pairs" / "part-00001.parquet").set_column(2, "number", pa.array([10] * 3 + [1] * 97, pa.int8()))
-        (root / "pairs" / "part-00001.parquet").write_bytes(as_parquet(bad))
+        (root / "pairs" / "part-00001.parquet").write_bytes(to_parquet(bad))
         for name in ("model.safetensors", "model.json"):
             (root / "model" / name).write_bytes((model / name).read_bytes())
-        flags = ["--model", root.text + "/model", "--output", root.text + "/out", "--unit-rows", 60, "--label-column", "digit"]
-        done[where] = run_job("score", "--input", root.text + "/pairs/*.parquet", *flags)
+        flags = [
+            "--model",
+            root.display + "/model",
+            "--output",
+            root.display + "/out",
+            "--max-rows-per-file",
+            60,
+            "--label-column",
+            "digit",
+        ]
+        done[where] = run_job("score", "--input", root.display + "/pairs/*.parquet", *flags)
         assert done[where].code == 3, done[where].err
     there, here = (done[where].last_line for where in ("there", "here"))
     timing = {"output", "seconds", "rows_per_second"}
@@ -75,7 +85,7 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
             assert one.equals(other), name
 
     # Again, all of it anew, in a staging folder first.
-    text = roots["there"].text
+    text = roots["there"].display
     again = run_job("score", "--model", f"{text}/model", "--input", f"{text}/pairs", "--output", f"{text}/out", "--overwrite")
     assert again.code == 3, again.err
     assert again.last_line["resumed_rows"] == 0
@@ -113,10 +123,10 @@ def test_a_run_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(
     """Two runs on one output, the first stopped for three times its lease; the second takes over, also with another model."""
     root = locate(f"s3://scores/fence-{all_of_it}-{overwrite}", "--output")
     rows = 12_000
-    export(ExportConfig(data="sample", output=(root / "pairs").text, rows=rows, files=6), print)
+    export_pairs(ExportPairsConfig(data="sample", output=(root / "pairs").display, rows=rows, files=6), print)
     mine = [model, write_model(tmp_path / "other", 1)] if overwrite else [model, model]
-    flags = ["--input", (root / "pairs").text, "--unit-rows", 500]
-    first = Job("score", *flags, "--model", mine[0], "--output", (root / "out").text)
+    flags = ["--input", (root / "pairs").display, "--max-rows-per-file", 500]
+    first = Job("score", *flags, "--model", mine[0], "--output", (root / "out").display)
     deadline = time.monotonic() + 120
     while len((root / "out").files()) < 4:
         assert time.monotonic() < deadline
@@ -125,11 +135,11 @@ def test_a_run_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(
     for process in processes:
         os.kill(process, signal.SIGSTOP)
     stopped = time.monotonic()
-    second = Job("score", *flags, "--model", mine[1], "--output", (root / "out").text, *["--overwrite"] * overwrite)
+    second = Job("score", *flags, "--model", mine[1], "--output", (root / "out").display, *["--overwrite"] * overwrite)
     done = second.wait()
     assert done.line["scored_rows"] == rows
     assert "was left by a run that does not go on" in done.err
-    time.sleep(max(0.0, stopped + 3 * LEASE_SECONDS - time.monotonic()))
+    time.sleep(max(0.0, stopped + 3 * LEASE_TTL_SECONDS - time.monotonic()))
     before = {info.path: (root / "out").at(info.path).read_bytes() for info in (root / "out").files()}
     for process in reversed(processes):
         os.kill(process, signal.SIGCONT)
@@ -159,7 +169,7 @@ def test_a_lease_is_renewed_and_taken_by_conditional_writes() -> None:
     with pytest.raises(conditional.ConflictError):
         conditional.put_if_same(place, b"4", etag)
     assert conditional.get(folder / "nothing") is None
-    with hold(folder, "--output", print) as held:
+    with output_lock(folder, "--output", print) as held:
         assert held.conditional
         held.fence.check()
         (folder / "_lock").write_json({"id": "another", "beat": 1})
@@ -189,17 +199,17 @@ def test_one_training_writes_a_run_folder(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("s3")
 def test_a_lock_in_an_object_store_is_held_by_one_and_ends_with_its_run() -> None:
     output, said = locate("s3://scores/locked", "--output"), list[str]()
-    with hold(output, "--output", said.append) as held:
-        with pytest.raises(Refusal, match=r"another run .* is writing there"), hold(output, "--output", said.append):
+    with output_lock(output, "--output", said.append) as held:
+        with pytest.raises(RequestError, match=r"another run .* is writing there"), output_lock(output, "--output", said.append):
             pass
         held.check()
     assert not (output / "_lock").exists()
     (output / "_lock").write_json({"id": "a run that was killed", "beat": 7})
-    with hold(output, "--output", said.append) as held:
+    with output_lock(output, "--output", said.append) as held:
         assert "was left by a run that does not go on" in said[-1]
         held.check()
         (output / "_lock").write_json({"id": "a run that took it", "beat": 1})
         time.sleep(2 * HEARTBEAT_SECONDS)
-        with pytest.raises(RunFailed, match="another run has taken the output"):
+        with pytest.raises(RunError, match="another run has taken the output"):
             held.check()
     assert (output / "_lock").exists()

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mnistsum_ray import int8
-from mnistsum_ray.checkpoint import load_model
-from mnistsum_ray.config import ExportConfig
-from mnistsum_ray.errors import Refusal, RunFailed
-from mnistsum_ray.export import export
-from mnistsum_ray.schema import one_chunk, pixels_view
-from mnistsum_ray.storage import locate
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.decoding import one_chunk, pixels_view
+from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.model import quantization
+from mnistsum_ray.model.serialization import load_model
+from mnistsum_ray.storage.location import locate
 from tests.conftest import TEMPERATURES, answers, check_answers, with_footer, write_model
 from tests.integration.conftest import Scored, score_here
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "in"
-    export(ExportConfig(data="sample", output=str(folder), rows=ROWS, files=FILES), print)
+    export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=ROWS, files=FILES), print)
     return folder
 
 
@@ -73,9 +73,9 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     "settings",
     [
         {"label_column": "digit"},
-        {"num_workers": 1, "unit_rows": 77, "batch_size": 1000},
-        {"unit_rows": 100, "batch_size": 3},
-        {"num_readers": 1, "unit_rows": 250},  # as beside a GPU: tasks read and write for the actors
+        {"num_workers": 1, "max_rows_per_file": 77, "batch_size": 1000},
+        {"max_rows_per_file": 100, "batch_size": 3},
+        {"num_readers": 1, "max_rows_per_file": 250},  # as beside a GPU: tasks read and write for the actors
     ],
     ids=str,
 )
@@ -90,7 +90,7 @@ def test_the_same_answer_whatever_the_workers_units_and_batches(
     check_answers(table, expected)
     assert scored.line["scored_rows"] == scored.line["input_rows"] == ROWS
     assert scored.complete
-    largest = settings.get("unit_rows", 8192)
+    largest = settings.get("max_rows_per_file", 8192)
     assert max(pq.read_metadata(path).num_rows for path in scored.output.glob("part*.parquet")) <= largest
     if "label_column" in settings:
         digits = source["digit"].to_numpy()
@@ -116,20 +116,20 @@ def check_probabilities(scored: Scored, table: pa.Table, digits: np.ndarray, sum
     assert (scored.output / "_reliability.png").exists()
 
 
-@pytest.mark.skipif(not int8.is_available(), reason="this PyTorch has no integer convolutions on this CPU")
+@pytest.mark.skipif(not quantization.is_available(), reason="this PyTorch has no integer convolutions on this CPU")
 def test_integers_score_as_calibrated(model: Path, exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="--precision int8: the model holds no calibration for it"):
+    with pytest.raises(RequestError, match="--precision int8: the model holds no calibration for it"):
         score_here(model, tmp_path / "out", exported, precision="int8")
 
     source = pa.concat_tables([pq.read_table(path) for path in sorted(exported.iterdir())])
     images = torch.tensor(pixels_view(one_chunk(source["image"])))
     numbers = torch.tensor(source["number"].to_numpy().astype(np.int64))
     network, card = load_model(locate(str(model), "--model"))
-    calibrated = int8.quantize(network, images, images[:100], torch.tensor(source["digit"].to_pylist()[:100])).as_json()
+    calibrated = quantization.quantize(network, images, images[:100], torch.tensor(source["digit"].to_pylist()[:100])).as_json()
     mine = Path(shutil.copytree(model, tmp_path / "model"))
     (mine / "model.json").write_text(json.dumps(card | {"int8": calibrated}))
     scored = score_here(mine, tmp_path / "out", exported, precision="int8")
-    digit_scores, sum_scores = int8.int8_forward(network, tuple(calibrated["maxima"]))(images, numbers)
+    digit_scores, sum_scores = quantization.int8_forward(network, tuple(calibrated["maxima"]))(images, numbers)
     table = table_of(scored)
     assert table["pred_digit"].to_pylist() == digit_scores.argmax(1).tolist()
     assert table["pred_sum"].to_pylist() == sum_scores.argmax(1).tolist()
@@ -139,12 +139,12 @@ def test_integers_score_as_calibrated(model: Path, exported: Path, tmp_path: Pat
     assert score_here(mine, tmp_path / "out", exported, precision="int8").line["resumed_rows"] == ROWS
 
     score_here(mine, tmp_path / "fp32", exported)
-    with pytest.raises(Refusal, match="was begun with --precision fp32, which is now int8"):
+    with pytest.raises(RequestError, match="was begun with --precision fp32, which is now int8"):
         score_here(mine, tmp_path / "fp32", exported, precision="int8")
 
     calibrated["maxima"][2] *= 2
     (mine / "model.json").write_text(json.dumps(card | {"int8": calibrated}))
-    with pytest.raises(Refusal, match="holds predictions of the same model quantized otherwise"):
+    with pytest.raises(RequestError, match="holds predictions of the same model quantized otherwise"):
         score_here(mine, tmp_path / "out", exported, precision="int8")
 
 
@@ -195,7 +195,7 @@ def damage_a_file(pairs: Path) -> dict[str, Any]:
 
 
 def cut_otherwise(pairs: Path) -> dict[str, Any]:
-    return {"unit_rows": 200}
+    return {"max_rows_per_file": 200}
 
 
 def other_columns(pairs: Path) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def other_precision(pairs: Path) -> dict[str, Any]:
         (change_a_file, "part-00001.parquet has changed since it was scored; --overwrite starts afresh"),
         (touch_a_file, "part-00001.parquet has changed since it was scored; --overwrite starts afresh"),
         (damage_a_file, "holds predictions of part-00001.parquet, which now cannot be used (is not Parquet, or was cut off"),
-        (cut_otherwise, "another --unit-rows"),
+        (cut_otherwise, "another --max-rows-per-file"),
         (other_columns, "was begun with --number-column number, which is now digit"),
         (other_precision, "was begun with --precision fp32, which is now bf16"),
     ],
@@ -222,7 +222,7 @@ def test_what_does_not_belong_together_is_not_put_together(
 ) -> None:
     before = snapshot(output)
     settings = change(pairs)
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(RequestError) as refused:
         score_here(model, output, pairs, **settings)
     assert said in str(refused.value)
     assert snapshot(output) == before
@@ -231,7 +231,7 @@ def test_what_does_not_belong_together_is_not_put_together(
 
 def test_another_model_is_refused_and_overwrite_starts_afresh(model: Path, pairs: Path, output: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", 1)
-    with pytest.raises(Refusal, match="holds predictions of another model"):
+    with pytest.raises(RequestError, match="holds predictions of another model"):
         score_here(other, output, pairs)
     (pairs / "part-00004.parquet").unlink()
 
@@ -264,11 +264,11 @@ def test_another_model_is_refused_and_overwrite_starts_afresh(model: Path, pairs
 def test_overwriting_does_not_cost_what_cannot_be_scored_again(model: Path, pairs: Path, output: Path) -> None:
     before = snapshot(output)
     damage_a_file(pairs)
-    with pytest.raises(RunFailed, match=r"--overwrite: nothing was replaced: part-00001\.parquet cannot be used"):
+    with pytest.raises(RunError, match=r"--overwrite: nothing was replaced: part-00001\.parquet cannot be used"):
         score_here(model, output, pairs, overwrite=True)
-    with pytest.raises(Refusal, match="which now cannot be used"):
+    with pytest.raises(RequestError, match="which now cannot be used"):
         score_here(model, output, pairs, image_column="digit")
-    with pytest.raises(RunFailed, match="--overwrite: nothing was replaced"):
+    with pytest.raises(RunError, match="--overwrite: nothing was replaced"):
         score_here(model, output, pairs, image_column="digit", overwrite=True)
     assert snapshot(output) == before
 
@@ -280,7 +280,7 @@ def test_overwriting_knows_a_file_that_has_another_name_below_another_root(model
     more.mkdir()
     shutil.copy(pairs / "part-00002.parquet", more)
     damage_a_file(pairs)
-    with pytest.raises(RunFailed, match=r"nothing was replaced: in/part-00001\.parquet cannot be used"):
+    with pytest.raises(RunError, match=r"nothing was replaced: in/part-00001\.parquet cannot be used"):
         score_here(model, tmp_path / "out", pairs, more, overwrite=True)
     assert snapshot(tmp_path / "out") == before
 
@@ -298,7 +298,7 @@ def test_somebody_elses_folder_is_left_alone(model: Path, pairs: Path, tmp_path:
     (tmp_path / "out").mkdir()
     shutil.copy(pairs / "part-00000.parquet", tmp_path / "out" / "mine.parquet")
     for overwrite in (False, True):
-        with pytest.raises(Refusal, match=r"mine\.parquet is not a file of predictions of this program"):
+        with pytest.raises(RequestError, match=r"mine\.parquet is not a file of predictions of this program"):
             score_here(model, tmp_path / "out", pairs, overwrite=overwrite)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.parquet"]
 
@@ -311,7 +311,7 @@ def test_a_refused_request_touches_nothing(
     (tmp_path / "out" / mine).parent.mkdir(parents=True)
     shutil.copy(pairs / "part-00000.parquet", tmp_path / "out" / mine)
     (tmp_path / "out" / ".hidden").write_text("")
-    with pytest.raises(Refusal, match=r"not a file of|cannot be read") as refused:
+    with pytest.raises(RequestError, match=r"not a file of|cannot be read") as refused:
         score_here(model, tmp_path / "out", pairs, **settings)
     assert mine in str(refused.value)
     assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()} == {
@@ -326,7 +326,7 @@ def test_a_planted_link_is_refused_and_what_it_leads_to_stays(model: Path, pairs
     (victim / "part-00000.parquet").write_text("somebody's")
     (tmp_path / ".out.unpublished").symlink_to(victim)
     for settings in ({"strict": True}, {"overwrite": True}):
-        with pytest.raises(Refusal, match="is not a folder of this program, but a link or a file; remove it"):
+        with pytest.raises(RequestError, match="is not a folder of this program, but a link or a file; remove it"):
             score_here(model, output, pairs, **settings)
     assert (victim / "part-00000.parquet").read_text() == "somebody's"
 
@@ -349,7 +349,7 @@ def test_files_that_others_named_and_footers_that_lie_cost_no_other_file(model: 
     pq.write_table(pa.concat_tables([rows] * 20), folder / f"{'z' * 247}.parquet")  # has to be split, and has no room for that
     (folder / "good.parquet").rename(os.fsdecode(os.fsencode(folder) + b"/latin-\xe9.parquet"))
     with_footer(folder / "liar.parquet", 200, 10**13)
-    scored = score_here(model, tmp_path / "out", folder, unit_rows=2000)
+    scored = score_here(model, tmp_path / "out", folder, max_rows_per_file=2000)
     assert scored.line["failed_files"] == 3
     assert (scored.line["input_rows"], scored.line["scored_rows"]) == (600, 600)
     reasons = {name: row["reason"] for name, row in scored.files().items() if row["status"] == "failed"}
@@ -363,7 +363,7 @@ def test_rows_that_disappear_from_the_output_are_an_error(model: Path, pairs: Pa
     path = output / "part-00002.parquet"
     pq.write_table(pq.ParquetFile(path).read().slice(1), path)  # its metadata still speaks of 300 rows
     said = r"part-00002\.parquet: rows 0 to 299 should be in .* has 299 predictions and 0 rejected rows"
-    with pytest.raises(RunFailed, match=said):
+    with pytest.raises(RunError, match=said):
         score_here(model, output, pairs)
 
 

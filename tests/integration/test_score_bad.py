@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnistsum_ray.errors import RunFailed
-from mnistsum_ray.schema import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.decoding import Pixels, one_chunk, pixels_view
+from mnistsum_ray.errors import RunError
 from tests.conftest import answers, check_answers
 from tests.integration.conftest import Scored, score_here
 
@@ -90,7 +90,7 @@ def source(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.fixture(scope="module")
 def scored(model: Path, source: tuple[Path, dict[str, str]]) -> Scored:
-    return score_here(model, source[0].parent / "out", source[0], label_column=None, unit_rows=300)
+    return score_here(model, source[0].parent / "out", source[0], label_column=None, max_rows_per_file=300)
 
 
 def test_counts_add_up_and_the_run_is_incomplete(scored: Scored) -> None:
@@ -161,7 +161,7 @@ def test_a_bad_file_that_is_mended_is_picked_up_and_nothing_else_is_scored_again
     folder = source[0]
     broken = (folder / "bad_cut.parquet").read_bytes()
     pq.write_table(rows_of(sample, 3)[0], folder / "bad_cut.parquet")
-    again = score_here(model, scored.output, folder, unit_rows=300)
+    again = score_here(model, scored.output, folder, max_rows_per_file=300)
     (folder / "bad_cut.parquet").write_bytes(broken)
     assert again.line["failed_files"] == 5
     assert again.line["resumed_rows"] == scored.line["input_rows"]
@@ -170,10 +170,10 @@ def test_a_bad_file_that_is_mended_is_picked_up_and_nothing_else_is_scored_again
 
 
 def test_strict_publishes_nothing(model: Path, source: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match="--strict: nothing was scored: 5 files cannot be used"):
+    with pytest.raises(RunError, match="--strict: nothing was scored: 5 files cannot be used"):
         score_here(model, tmp_path / "out", source[0], strict=True)
     said = r"nothing was published: 143 rows and 0 files cannot be used; first: .*00\.parquet, row 0: "
-    with pytest.raises(RunFailed, match=said):
+    with pytest.raises(RunError, match=said):
         score_here(model, tmp_path / "out", source[0] / "00.parquet", strict=True)
     assert not (tmp_path / "out").exists()
 

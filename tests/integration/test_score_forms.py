@@ -16,8 +16,8 @@ import pytest
 import ray.data
 from PIL import Image
 
-from mnistsum_ray.pairs import random_numbers
-from mnistsum_ray.schema import Pixels, one_chunk, pixels_array, pixels_view
+from mnistsum_ray.data.decoding import Pixels, one_chunk, pixels_array, pixels_view
+from mnistsum_ray.data.sampling import random_numbers
 from tests.conftest import answers, check_answers
 from tests.integration.conftest import Scored, score_here
 
@@ -158,7 +158,7 @@ def scored(model: Path, rows: tuple[Pixels, np.ndarray], tmp_path_factory: pytes
     (folder / "in").mkdir()
     for name, write in WRITERS.items():
         write(folder / "in" / f"{name}.parquet", *rows)
-    return score_here(model, folder / "out", folder / "in", unit_rows=25)
+    return score_here(model, folder / "out", folder / "in", max_rows_per_file=25)
 
 
 def parts(scored: Scored, name: str) -> pa.Table:

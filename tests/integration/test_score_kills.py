@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.config import ExportConfig
-from mnistsum_ray.export import export
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.export.pairs import export_pairs
 from tests.integration.conftest import Job, descendants, kill_everything, kill_worker, run_job, tell
 
 ROWS, FILES, UNIT_ROWS = 12_000, 6, 500
@@ -27,7 +27,7 @@ WORKER = "ray::MapBatches"
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12,000 rows, some of them bad."""
     folder = tmp_path_factory.mktemp("kills") / "in"
-    export(ExportConfig(data="sample", output=str(folder), rows=ROWS, files=FILES), print)
+    export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=ROWS, files=FILES), print)
     for path in folder.iterdir():
         table = pq.read_table(path)
         numbers = pa.array(
@@ -38,7 +38,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(model: Path, pairs: Path, output: Path) -> list[object]:
-    return ["--model", model, "--input", pairs, "--output", output, "--unit-rows", UNIT_ROWS, "--label-column", "digit"]
+    return ["--model", model, "--input", pairs, "--output", output, "--max-rows-per-file", UNIT_ROWS, "--label-column", "digit"]
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_a_part_that_kills_every_process_is_given_up_and_said(model: Path, pairs
     (tmp_path / "in").mkdir()
     deadly = tmp_path / "in" / "deadly.parquet"
     pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 40), deadly)
-    flags = ["--num-workers", 1, "--unit-rows", 100_000]
+    flags = ["--num-workers", 1, "--max-rows-per-file", 100_000]
     job = Job("score", "--model", model, "--input", deadly.parent, "--output", tmp_path / "out", *flags)
     while job.process.poll() is None:
         time.sleep(0.05)

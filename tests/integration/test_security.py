@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnistsum_ray.storage import locate
+from mnistsum_ray.storage.location import locate
 from tests.integration.conftest import Job, run_job, score_here
 
 EVERY = 10

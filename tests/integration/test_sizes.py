@@ -8,10 +8,10 @@ import pytest
 import ray
 
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.console import Console
-from mnistsum_ray.errors import Refusal
-from mnistsum_ray.prepare import prepare
-from mnistsum_ray.train import fit
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.training.driver import fit
+from mnistsum_ray.training.preflight import preflight
 from tests.integration.conftest import score_here
 
 EVERY = 25
@@ -28,10 +28,10 @@ def test_all_that_is_asked_finishes_or_is_refused_at_once(cpus: int, data: Path,
             started = time.monotonic()
             try:
                 config = TrainConfig(data=str(data), epochs=1, num_workers=workers, storage_path=str(tmp_path / "runs"))
-                run = prepare(config)
+                run = preflight(config)
                 assert fit(run, Console(io.StringIO()))["test"]["rows"] > 0
                 assert workers <= cpus
-            except Refusal:
+            except RequestError:
                 assert workers > cpus
                 assert time.monotonic() - started < 5
             started = time.monotonic()
@@ -41,7 +41,7 @@ def test_all_that_is_asked_finishes_or_is_refused_at_once(cpus: int, data: Path,
                 scored = score_here(model, output, data, number_column="digit", num_workers=workers, num_readers=readers)
                 assert scored.line["scored_rows"] == 200
                 assert workers <= cpus
-            except Refusal:
+            except RequestError:
                 assert workers > cpus
                 assert time.monotonic() - started < 5
     finally:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.mnist import SAMPLE
+from mnistsum_ray.data.sources import SAMPLE
 from tests.integration.conftest import ROOT, kill_everything
 
 pytestmark = pytest.mark.slow

@@ -15,13 +15,13 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnistsum_ray import int8
-from mnistsum_ray.checkpoint import load_model
-from mnistsum_ray.mnist import open_source
-from mnistsum_ray.model import prepare_images
-from mnistsum_ray.report import PICTURES
-from mnistsum_ray.schema import pixels_view
-from mnistsum_ray.storage import locate
+from mnistsum_ray.data.decoding import pixels_view
+from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.model import quantization
+from mnistsum_ray.model.network import prepare_images
+from mnistsum_ray.model.serialization import load_model
+from mnistsum_ray.reporting.report import PICTURES
+from mnistsum_ray.storage.location import locate
 from tests.integration.conftest import Done, run_job
 
 Rows = Callable[[int], Path]
@@ -159,7 +159,7 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
     line = done.line
     model, card = load_model(locate(line["model"], "--model"))
     assert card["test"] == line["test"]
-    if int8.is_available():
+    if quantization.is_available():
         assert (card["int8"]["calibration_rows"], card["int8"]["test_pairs"]) == (800, 1000)
         assert card["int8"]["float32_sum_accuracy"] == pytest.approx(line["test"]["sum_accuracy"], abs=0.005)
         assert card["int8"]["digit_agreement"] >= 0.9  # of a network that has hardly learnt
@@ -187,7 +187,7 @@ def test_the_same_name_is_refused_and_resuming_a_finished_run_trains_nothing(
     assert again.code == 2
     assert "exists; continue it with --resume" in again.err
     place = runs / "one" / "model" / "model.json"
-    other = int8.Int8((1.0,) * 6, 800, 1000, *[0.99] * 6)  # as if calibrated on a CPU that rounds otherwise
+    other = quantization.QuantizationResult((1.0,) * 6, 800, 1000, *[0.99] * 6)  # as if calibrated on a CPU that rounds otherwise
     card = json.loads(place.read_text()) | {"int8": other.as_json()}
     place.write_text(json.dumps(card))
     store = f"sqlite:///{tmp_path}/mlflow.db"

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.errors import Refusal
-from mnistsum_ray.parquet import open_parquet
-from mnistsum_ray.scoring.commit import as_parquet
-from mnistsum_ray.scoring.footers import Columns, read_footers, refuse_unknown_columns
+from mnistsum_ray.data.parquet import open_parquet
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.scoring.footers import Columns, check_columns_exist, read_footers
 from mnistsum_ray.scoring.inputs import list_inputs
-from mnistsum_ray.storage import locate
+from mnistsum_ray.scoring.writer import to_parquet
+from mnistsum_ray.storage.location import locate
 from tests.conftest import with_footer
 
 GOOD = pa.table({"image": [bytes(784)] * 3, "number": [1, 2, 3]})
@@ -142,7 +142,7 @@ def test_every_other_type_of_duckdb_is_written_again_as_it_was(tmp_path: Path, e
     path, again = tmp_path / "a.parquet", tmp_path / "again.parquet"
     duckdb.sql(f"COPY (SELECT repeat('x', 784)::BLOB AS image, 1 AS number, {expression} AS other) TO '{path}' (FORMAT parquet)")
     assert footers(tmp_path)["a.parquet"]["error"] is None
-    again.write_bytes(as_parquet(open_parquet(path.open("rb")).read()))
+    again.write_bytes(to_parquet(open_parquet(path.open("rb")).read()))
     before, after = (
         duckdb.execute("SELECT typeof(other), other FROM read_parquet(?)", [str(one)]).fetchall() for one in (path, again)
     )
@@ -173,11 +173,11 @@ def test_a_column_that_no_file_has_is_refused_and_one_that_some_have_is_not(tmp_
     damaged("empty", tmp_path)
     inputs = list_inputs((str(tmp_path),), locate("/nowhere", "--output"))
     said = r"--image-column image: no file of --input has such a column; a\.parquet has no column 'image'"
-    with pytest.raises(Refusal, match=said):
-        refuse_unknown_columns(inputs.files["name"], read_footers(inputs.root, inputs.files, COLUMNS), COLUMNS)
+    with pytest.raises(RequestError, match=said):
+        check_columns_exist(inputs.files["name"], read_footers(inputs.root, inputs.files, COLUMNS), COLUMNS)
     labelled = Columns("picture", "number", "digit")
-    with pytest.raises(Refusal, match="--label-column digit"):
-        refuse_unknown_columns(inputs.files["name"], read_footers(inputs.root, inputs.files, labelled), labelled)
+    with pytest.raises(RequestError, match="--label-column digit"):
+        check_columns_exist(inputs.files["name"], read_footers(inputs.root, inputs.files, labelled), labelled)
     pq.write_table(GOOD, tmp_path / "b.parquet")
     inputs = list_inputs((str(tmp_path),), locate("/nowhere", "--output"))
-    refuse_unknown_columns(inputs.files["name"], read_footers(inputs.root, inputs.files, COLUMNS), COLUMNS)
+    check_columns_exist(inputs.files["name"], read_footers(inputs.root, inputs.files, COLUMNS), COLUMNS)

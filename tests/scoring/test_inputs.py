@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.errors import Refusal
+from mnistsum_ray.errors import RequestError
 from mnistsum_ray.scoring.inputs import Inputs, list_inputs
-from mnistsum_ray.storage import locate
+from mnistsum_ray.storage.location import locate
 
 NAMES = ("a.parquet", "b/c.parquet", "b/d.PQ", "b/e/f.parq", "b/g,h [1].parquet")
 ASIDE = ("notes.txt", "_SUCCESS", ".hidden.parquet", "b/_temporary/x.parquet")
@@ -36,7 +36,7 @@ def test_a_folder_is_taken_whole_and_what_is_not_taken_is_said(folder: Path) -> 
     assert names(inputs) == sorted(NAMES)
     assert inputs.root.path == str(folder)
     aside = {name.replace("_temporary/x.parquet", "_temporary") for name in ASIDE}
-    assert set(inputs.left_out) == {str(folder / name) for name in aside}
+    assert set(inputs.skipped) == {str(folder / name) for name in aside}
     assert inputs.files["size"].to_pylist() == [len(name) for name in sorted(NAMES)]
     assert inputs.files["modified"].to_pylist() == [(folder / name).stat().st_mtime_ns for name in sorted(NAMES)]
 
@@ -81,14 +81,14 @@ def test_relative_names_do_not_depend_on_where_one_stands(folder: Path, monkeypa
     ],
 )
 def test_what_is_not_there_is_named(folder: Path, texts: list[str], said: str) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(RequestError) as refused:
         find(*(folder / text for text in texts))
     assert said.format(folder=folder) in str(refused.value)
 
 
 def test_a_folder_without_parquet_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("1")
-    with pytest.raises(Refusal, match=r"there is no Parquet file .*rows\.csv"):
+    with pytest.raises(RequestError, match=r"there is no Parquet file .*rows\.csv"):
         find(tmp_path)
 
 
@@ -111,15 +111,15 @@ def test_output_and_input_are_kept_apart(folder: Path, texts: list[str], output:
     if said is None:
         assert names(find(*values, output=folder / output))
         return
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(RequestError, match=said):
         find(*values, output=folder / output)
 
 
 def test_a_link_does_not_hide_that_the_output_lies_in_the_input(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(Refusal, match="lies in the input"):
+    with pytest.raises(RequestError, match="lies in the input"):
         find(tmp_path / "link", output=folder / "out")
-    with pytest.raises(Refusal, match="lies in the input"):
+    with pytest.raises(RequestError, match="lies in the input"):
         find(folder, output=tmp_path / "link" / "out")
 
 
@@ -136,14 +136,14 @@ def test_a_link_in_the_input_to_the_output_is_refused_the_first_time_as_the_seco
     if there:
         output.mkdir(parents=True)
     (folder / "b" / "results").symlink_to(output)
-    with pytest.raises(Refusal, match=r"lies in the input .*, by the link .*/b/results, and would be scored next time"):
+    with pytest.raises(RequestError, match=r"lies in the input .*, by the link .*/b/results, and would be scored next time"):
         find(folder, output=output)
 
 
 def test_a_link_to_a_folder_above_the_output_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (folder / "all").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Refusal, match="by the link"):
+    with pytest.raises(RequestError, match="by the link"):
         find(folder, output=tmp_path / "elsewhere" / "out")
 
 
@@ -151,7 +151,7 @@ def test_one_file_under_two_names_is_scored_once(folder: Path) -> None:
     (folder / "latest.parquet").symlink_to(folder / "a.parquet")
     inputs = find(folder)
     assert names(inputs) == sorted(NAMES)
-    assert inputs.left_out[str(folder / "latest.parquet")] == "a link to what is listed anyway"
+    assert inputs.skipped[str(folder / "latest.parquet")] == "a link to what is listed anyway"
     assert names(find(folder / "latest.parquet")) == ["a.parquet"], "named by itself, it is taken"
 
 

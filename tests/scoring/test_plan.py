@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from mnistsum_ray.scoring.plan import plan, units_of
+from mnistsum_ray.scoring.plan import plan_parts, units_of
 
 
 def files(*groups: list[int], row_bytes: int = 800, names: list[str] | None = None) -> pa.Table:
@@ -36,17 +36,17 @@ def files(*groups: list[int], row_bytes: int = 800, names: list[str] | None = No
     )
 
 
-@pytest.mark.parametrize("unit_rows", [1, 7, 100, 1000, 16_384])
+@pytest.mark.parametrize("max_rows_per_file", [1, 7, 100, 1000, 16_384])
 @pytest.mark.parametrize("groups", [[], [0], [5], [1000], [100] * 10, [3, 0, 2500, 1, 1, 999], [10, 0, 10]])
-def test_parts_are_whole_consecutive_and_not_too_large(groups: list[int], unit_rows: int) -> None:
-    parts, clashes = plan(files(groups), unit_rows)
+def test_parts_are_whole_consecutive_and_not_too_large(groups: list[int], max_rows_per_file: int) -> None:
+    parts, clashes = plan_parts(files(groups), max_rows_per_file)
     assert not clashes
     rows = parts.to_pylist()
     position = 0
     starts = [sum(groups[:index]) for index in range(len(groups) + 1)]
     for part in rows:
         assert part["first_row"] == position
-        assert part["rows"] <= unit_rows
+        assert part["rows"] <= max_rows_per_file
         if part["rows"]:
             assert starts[part["first_group"]] + part["skip"] == position
             assert position + part["rows"] <= starts[part["first_group"] + part["groups"]]
@@ -58,24 +58,24 @@ def test_parts_are_whole_consecutive_and_not_too_large(groups: list[int], unit_r
 
 
 def test_one_large_row_group_keeps_all_readers_busy() -> None:
-    parts, _ = plan(files([1_000_000]), 8_192)
+    parts, _ = plan_parts(files([1_000_000]), 8_192)
     units = units_of(parts, 8_192, 15)
     assert 15 <= len(units) <= 16
 
 
 def test_a_part_is_bounded_in_bytes_too() -> None:
-    parts, _ = plan(files([1000], row_bytes=2**20), 16_384)
+    parts, _ = plan_parts(files([1000], row_bytes=2**20), 16_384)
     assert max(parts["rows"].to_pylist()) <= 128
 
 
 def test_the_names_of_split_files_sort_by_row() -> None:
-    parts, _ = plan(files([10, 10, 10], names=["deep/er/x.pq"]), 10)
+    parts, _ = plan_parts(files([10, 10, 10], names=["deep/er/x.pq"]), 10)
     assert parts["output"].to_pylist() == [f"deep/er/x-0000{index}-of-00003.pq" for index in range(3)]
 
 
 def test_a_taken_name_is_said() -> None:
     names = ["a-00000-of-00002.parquet", "a.parquet", "_files.parquet", "_rejected/b.parquet", ".c.parquet"]
-    parts, clashes = plan(files([1], [10, 10], [1], [1], [1], names=names), 10)
+    parts, clashes = plan_parts(files([1], [10, 10], [1], [1], [1], names=names), 10)
     assert set(clashes) == set(names[1:])
     assert "a-00000-of-00002.parquet" in clashes["a.parquet"]
     assert parts["output"].to_pylist() == names[:1]
@@ -92,7 +92,7 @@ def test_a_taken_name_is_said() -> None:
     ],
 )
 def test_units_hold_every_part_once_and_in_order(sizes: list[list[int]], workers: int) -> None:
-    parts, _ = plan(files(*sizes), 16_384)
+    parts, _ = plan_parts(files(*sizes), 16_384)
     units = units_of(parts, 16_384, workers)
     assert pa.concat_tables(units).equals(parts)
     for unit in units:
@@ -106,13 +106,13 @@ def test_units_hold_every_part_once_and_in_order(sizes: list[list[int]], workers
 
 
 def test_small_files_share_a_unit() -> None:
-    parts, _ = plan(files(*[[10]] * 2000), 16_384)
+    parts, _ = plan_parts(files(*[[10]] * 2000), 16_384)
     assert len(units_of(parts, 16_384, 2)) == 8
 
 
 def test_a_name_that_leads_out_of_the_output_is_no_part() -> None:
     """No disk has such a file, but an object store may."""
-    parts, clashes = plan(files([5], [5], [5], [5], names=["../a.parquet", "b/../../c.parquet", "..", "d..parquet"]), 10)
+    parts, clashes = plan_parts(files([5], [5], [5], [5], names=["../a.parquet", "b/../../c.parquet", "..", "d..parquet"]), 10)
     assert parts["output"].to_pylist() == ["d..parquet"]
     assert set(clashes) == {"../a.parquet", "b/../../c.parquet", ".."}
     assert set(clashes.values()) == {"would be written outside of the output; rename it"}
@@ -121,7 +121,7 @@ def test_a_name_that_leads_out_of_the_output_is_no_part() -> None:
 @pytest.mark.parametrize(("length", "rows", "fits"), [(255, 5, True), (240, 30, True), (241, 30, False)])
 def test_a_name_that_grows_too_long_costs_that_file(length: int, rows: int, *, fits: bool) -> None:
     name = "x" * (length - len(".parquet")) + ".parquet"
-    parts, clashes = plan(files([rows], [5], names=[name, "b.parquet"]), 10)
+    parts, clashes = plan_parts(files([rows], [5], names=[name, "b.parquet"]), 10)
     assert (name not in clashes) is fits
     assert "b.parquet" in parts["output"].to_pylist()
     if not fits:

@@ -6,11 +6,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from mnistsum_ray.calibration import Reliability
-from mnistsum_ray.metrics import RowsLost
+from mnistsum_ray.errors import RowCountError
+from mnistsum_ray.model.calibration import Reliability
 from mnistsum_ray.scoring.plan import PART_SCHEMA
-from mnistsum_ray.scoring.reconcile import beside_plan, match, reconcile
-from mnistsum_ray.scoring.record import COMMITTED_SCHEMA
+from mnistsum_ray.scoring.provenance import COMMITTED_SCHEMA
+from mnistsum_ray.scoring.reconcile import match_outputs, reconcile
+from mnistsum_ray.scoring.resume import unplanned_outputs
 
 REQUEST = "request"
 RELIABILITY = Reliability(nll=0.5, brier=0.25, rows=[0] * 14 + [4], probability=[0.0] * 14 + [3.9], right=[0] * 14 + [4])
@@ -55,7 +56,7 @@ def committed(**changed: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def run(records: list[dict[str, Any]]) -> Any:
-    return reconcile(files(), match(parts(), pa.Table.from_pylist(records, COMMITTED_SCHEMA), REQUEST))
+    return reconcile(files(), match_outputs(parts(), pa.Table.from_pylist(records, COMMITTED_SCHEMA), REQUEST))
 
 
 def test_all_rows_there() -> None:
@@ -88,21 +89,21 @@ def test_all_rows_there() -> None:
     ids=str,
 )
 def test_what_is_not_as_planned_is_named(changed: dict[str, Any]) -> None:
-    with pytest.raises(RowsLost, match="a: rows 20 to 29 should be in a-1"):
+    with pytest.raises(RowCountError, match="a: rows 20 to 29 should be in a-1"):
         run(committed(a_1=changed))
 
 
 def test_a_part_that_nobody_wrote_is_named() -> None:
-    with pytest.raises(RowsLost, match="a: rows 0 to 19 should be in a-0, which has 0 predictions and 0 rejected rows"):
+    with pytest.raises(RowCountError, match="a: rows 0 to 19 should be in a-0, which has 0 predictions and 0 rejected rows"):
         run(committed()[1:])
 
 
 def test_a_plan_that_has_not_all_rows_of_a_file_is_found_out() -> None:
-    matched = match(parts().slice(1), pa.Table.from_pylist(committed(), COMMITTED_SCHEMA), REQUEST)
-    with pytest.raises(RowsLost, match="a: has 30 rows, of which 10 are accounted for"):
+    matched = match_outputs(parts().slice(1), pa.Table.from_pylist(committed(), COMMITTED_SCHEMA), REQUEST)
+    with pytest.raises(RowCountError, match="a: has 30 rows, of which 10 are accounted for"):
         reconcile(files(), matched)
 
 
 def test_what_is_beside_the_plan_is_told_apart() -> None:
-    strange = beside_plan(parts().slice(0, 2), pa.Table.from_pylist(committed(), COMMITTED_SCHEMA))
+    strange = unplanned_outputs(parts().slice(0, 2), pa.Table.from_pylist(committed(), COMMITTED_SCHEMA))
     assert strange["output"].to_pylist() == ["b"]

@@ -1,0 +1,94 @@
+"""How the weights move: Muon for the hidden layers, AdamW for the rest, one learning rate over both. Nothing of Ray."""
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from mnistsum_ray.model.network import TwoHeadCNN
+
+_WARM_UP: Final = 0.2
+"""Share of the steps in which the learning rate rises."""
+
+_MOMENTUM: Final = 0.6
+
+_ADAMW_RATE: Final = 0.15
+"""AdamW's learning rate, as a share of Muon's."""
+
+_SUM_HEAD_RATE: Final = 0.75
+"""That of the sum head, which lags behind the convolutions whose scores it reads."""
+
+
+def one_cycle(step: int, total_steps: int, peak: float) -> float:
+    """The learning rate at a step: up from peak / 25 in the first fifth, down to peak / 10,000, both along a cosine.
+
+    The schedule of Smith and Topin, "Super-Convergence" (2018), as a pure function, so that no state has to be kept.
+    """
+    rise = max(1.0, _WARM_UP * total_steps)
+    low, high, done = (
+        (peak / 25, peak, step / rise)
+        if step < rise
+        else (peak / 1e4, peak, 1 - (step - rise) / max(1.0, total_steps - 1 - rise))
+    )
+    return low + (high - low) * (1 - math.cos(math.pi * done)) / 2
+
+
+class MuonAdamW:
+    """Muon for the hidden layers, conv2 to conv6 and fc1; AdamW for the first, the last ones and all biases.
+
+    Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). PyTorch's takes matrices; a
+    convolution's weights are one, output channels by inputs, so it is given a view of them. It works out its steps in bfloat16,
+    whatever the precision of the network.
+
+    Args:
+        model: where it will be trained; its parameters must not move in memory afterwards.
+        weight_decay: decoupled, of both.
+    """
+
+    def __init__(self, model: TwoHeadCNN, weight_decay: float) -> None:
+        layers = (model.conv2, model.conv3, model.conv4, model.conv5, model.conv6, model.fc1)
+        hidden = [layer.weight for layer in layers]
+        self._hidden = [(parameter, nn.Parameter(_matrix(parameter.data))) for parameter in hidden]
+        assert all(view.data_ptr() == parameter.data_ptr() for parameter, view in self._hidden), "not views of the weights"
+        taken = {id(parameter) for parameter in hidden}
+        head = [parameter for layer in (model.fc1, model.fc2) for parameter in layer.parameters() if id(parameter) not in taken]
+        taken |= {id(parameter) for parameter in head}
+        rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+        self._muon = torch.optim.Muon(
+            [{"params": [view for _, view in self._hidden], "factor": 1.0}], momentum=_MOMENTUM, weight_decay=weight_decay
+        )
+        groups = [{"params": rest, "factor": _ADAMW_RATE}, {"params": head, "factor": _SUM_HEAD_RATE}]
+        self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter, view in self._hidden:
+            parameter.grad = view.grad = None
+        self._adamw.zero_grad(set_to_none=True)
+
+    def step(self, learning_rate: float) -> None:
+        """Move the weights along their gradients."""
+        for parameter, view in self._hidden:
+            assert parameter.grad is not None
+            view.grad = _matrix(parameter.grad)
+        optimizers: tuple[torch.optim.Optimizer, ...] = (self._muon, self._adamw)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group["factor"]
+            optimizer.step()
+
+    def states(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Of each parameter its name, how it lies in memory, and what is kept of it from step to step; to save, and to fill."""
+        for parameter, view in self._hidden:
+            yield self._names[id(parameter)], view, self._muon.state[view]
+        for group in self._adamw.param_groups:
+            for parameter in group["params"]:
+                yield self._names[id(parameter)], parameter, self._adamw.state[parameter]
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[out, in, height, width], channels last, as [out, height * width * in] without a copy; a matrix as it is."""
+    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).reshape(len(weight), -1)

@@ -1,0 +1,133 @@
+"""What can be checked of a training request before there is a cluster. No torch and no Ray: a refusal is not to wait for them."""
+
+import secrets
+from dataclasses import dataclass, fields
+from datetime import datetime
+from importlib.util import find_spec
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from pyarrow.fs import FileSelector, FileType
+from pydantic import ValidationError
+
+from mnistsum_ray.cluster.address import accepts_connections
+from mnistsum_ray.config import Hyperparameters, TrainConfig
+from mnistsum_ray.data.sources import Source, open_source
+from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.storage.file_lock import check_not_locked
+from mnistsum_ray.storage.location import Location, base_folder, is_partial, locate
+from mnistsum_ray.storage.lock_record import LOCK_NAME
+from mnistsum_ray.training.recipes import SMALL_ROWS, recipe_defaults
+
+_FIXED: Final = ("recipe", *(field.name for field in fields(Hyperparameters)))
+"""What `--resume` may not change."""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A request that has been found sound: what to train on what, and where it goes."""
+
+    config: TrainConfig
+    hyperparameters: Hyperparameters
+    source: Source
+    storage: Location
+    folder: Location
+    """The run's own, below the storage path."""
+
+
+def preflight(config: TrainConfig) -> TrainingRun:
+    """Check all that can be checked without a cluster, and fill in what follows from the data.
+
+    Raises:
+        RequestError: the data, the name or the storage will not do.
+    """
+    storage = locate(config.storage_path, "--storage-path", base_folder())
+    name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    folder = storage / name
+    try:
+        # A run that was killed before it wrote its manifest has done nothing yet, and keeps nobody from the name.
+        taken = (folder / "manifest.json").exists() or (folder.exists() and not _is_empty(folder))
+        if config.resume:
+            config = _resumed(config, folder)
+            check_not_locked(folder, "--name")
+        elif taken:
+            check_not_locked(folder, "--name")
+            raise RequestError(f"--name {name}: {folder.display} exists; continue it with --resume, or choose another name")
+    except OSError as error:
+        raise RequestError(f"--storage-path {storage.display}: {one_line(error)}") from None
+    if config.mlflow:
+        config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=config.resume)})
+    source = open_source(config.data)
+    recipe = recipe_defaults(config.recipe, small=len(source.train) < SMALL_ROWS)
+    unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
+    # As found, so that --resume finds the same from any folder and on any day.
+    found = {"name": name, "storage_path": storage.display, "data": "sample" if source.name == "sample" else source.location}
+    config = config.model_copy(update=unset | found)
+    hyperparameters = Hyperparameters(**{field.name: getattr(config, field.name) for field in fields(Hyperparameters)})
+    return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries())
+
+
+def _mlflow(uri: str, *, resume: bool) -> str:
+    """The URI as it is found from any folder. A run that goes on does so without a server that is gone."""
+    if find_spec("mlflow") is None:
+        raise RequestError("--mlflow: MLflow is not installed here; pip install -e '.[mlflow]'")
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{base_folder() / uri.removeprefix('sqlite:///')}"
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise RequestError(f"--mlflow {uri}: {error}") from None
+    if not resume and not accepts_connections(host, port):
+        raise RequestError(f"--mlflow {uri}: no server answers there")
+    return uri
+
+
+def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
+    """The config of the stored run, with what this command says of the cluster."""
+    manifest = read_manifest(folder)
+    try:
+        stored = TrainConfig(**manifest["config"])
+        if set(_FIXED) - set(manifest["config"]):
+            raise KeyError
+    except (KeyError, TypeError, ValidationError):
+        raise RequestError(f"--resume: {(folder / 'manifest.json').display} is not that of a run of this version") from None
+    given = {key: getattr(config, key) for key in config.model_fields_set}
+    for key in _FIXED:
+        if key in given and given[key] != getattr(stored, key):
+            raise RequestError(
+                f"--{key.replace('_', '-')} {given[key]}: the run {config.name} has {getattr(stored, key)}, and its numbers "
+                "depend on it; leave the flag out, or start another run"
+            )
+    return stored.model_copy(update=given)
+
+
+def _is_empty(folder: Location) -> bool:
+    """Whether nothing but unfinished files of ours lies there, or a lock that a killed run has left."""
+    entries = folder.filesystem.get_file_info(FileSelector(folder.path)) if folder.info().type == FileType.Directory else None
+    return entries is not None and all(is_partial(entry.base_name) or entry.base_name == LOCK_NAME for entry in entries)
+
+
+def read_manifest(folder: Location) -> dict[str, Any]:
+    """The manifest of the run in a folder.
+
+    Raises:
+        RequestError: there is none.
+    """
+    try:
+        manifest: dict[str, Any] = (folder / "manifest.json").read_json()
+    except FileNotFoundError:
+        raise RequestError(
+            f"--resume: there is no run in {folder.display} (no manifest.json); start it without --resume"
+        ) from None
+    except ValueError as error:
+        raise RequestError(
+            f"--resume: {(folder / 'manifest.json').display} is not JSON ({one_line(error)}); start another run"
+        ) from None
+    data = manifest.get("data") if isinstance(manifest, dict) else None
+    if not isinstance(data, dict) or not {"sha256", "location", "notice"} <= set(data):
+        raise RequestError(
+            f"--resume: {(folder / 'manifest.json').display} does not say which data the run had, so nobody can tell whether they "
+            "are still the same; start another run"
+        )
+    return manifest

@@ -1,0 +1,238 @@
+"""Every accepted form of an image decodes to the same pixels; what is not an image says why."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from mnistsum_ray.data.decoding import (
+    Pixels,
+    decode_images,
+    decode_numbers,
+    image_form_error,
+    number_form_error,
+    one_chunk,
+    pixels_array,
+    pixels_view,
+)
+
+IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+
+
+def encoded(image: Any, form: str = "PNG", mode: str = "L") -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(data, form)
+    return data.getvalue()
+
+
+def lists() -> list[list[int]]:
+    return [image.ravel().tolist() for image in IMAGES]
+
+
+def forms() -> dict[str, pa.Array]:
+    tensor = pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES)
+    png = [encoded(image) for image in IMAGES]
+    return {
+        "own": pixels_array(IMAGES),
+        "binary": pa.array([image.tobytes() for image in IMAGES]),
+        "large_binary": pa.array([image.tobytes() for image in IMAGES], pa.large_binary()),
+        "list_int64": pa.array(lists()),
+        "list_uint8": pa.array(lists(), pa.list_(pa.uint8())),
+        "large_list": pa.array(lists(), pa.large_list(pa.int16())),
+        "fixed_size_list": pa.array(lists(), pa.list_(pa.uint8(), 784)),
+        "nested": pa.array([image.tolist() for image in IMAGES]),
+        "nested_fixed": pa.array([image.tolist() for image in IMAGES], pa.list_(pa.list_(pa.uint8(), 28), 28)),
+        "tensor": tensor,
+        "png": pa.array(png),
+        "huggingface": pa.array([{"bytes": data, "path": None} for data in png]),
+        "ray_variable_shape": pa.array([{"data": values, "shape": [28, 28]} for values in lists()]),
+        "dictionary": pa.array(png).dictionary_encode(),
+    }
+
+
+@pytest.mark.parametrize("name", list(forms()))
+def test_every_form_gives_the_same_pixels(name: str) -> None:
+    column = forms()[name]
+    assert image_form_error(column.type) is None
+    images, bad = decode_images(column)
+    assert not bad
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, IMAGES)
+    sliced, _ = decode_images(column.slice(1, 2))
+    assert np.array_equal(sliced, IMAGES[1:])
+
+
+def test_one_chunk_is_not_copied_and_several_are_put_together() -> None:
+    array = pixels_array(IMAGES)
+    one = one_chunk(pa.chunked_array([array]))
+    assert np.shares_memory(pixels_view(one), pixels_view(array)), "training takes rows out of blocks of many megabytes"
+    assert np.array_equal(pixels_view(one_chunk(pa.chunked_array([array]).slice(1))), IMAGES[1:])
+    assert np.array_equal(pixels_view(one_chunk(pa.chunked_array([array, array]))), np.concatenate([IMAGES, IMAGES]))
+    assert len(one_chunk(pa.chunked_array([], array.type))) == 0
+
+
+def test_jpeg_is_close_to_its_pixels() -> None:
+    smooth = np.tile(np.arange(28, dtype=np.uint8) * 9, (28, 1))
+    images, bad = decode_images(pa.array([encoded(smooth, "JPEG")]))
+    assert not bad
+    assert np.abs(images[0].astype(int) - smooth).max() < 12
+
+
+def jpeg_of_784_bytes(sample: pa.Table) -> tuple[Pixels, bytes]:
+    """As one in two hundred MNIST images is at quality 95."""
+    for image in pixels_view(one_chunk(sample["image"])):
+        data = io.BytesIO()
+        Image.fromarray(image).save(data, "JPEG", quality=95)
+        if len(data.getvalue()) == 784:
+            return image, data.getvalue()
+    raise AssertionError("none has 784 bytes")
+
+
+def png_of_784_bytes(image: Pixels) -> bytes:
+    text = PngInfo()
+    text.add_text("note", "x" * (784 - len(encoded(image)) - len("note") - 1 - 12))
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG", pnginfo=text)
+    assert len(data.getvalue()) == 784
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary(784)], ids=str)
+def test_a_picture_of_784_bytes_is_not_taken_for_pixels(sample: pa.Table, kind: pa.DataType) -> None:
+    image, jpeg = jpeg_of_784_bytes(sample)
+    png = png_of_784_bytes(image)
+    for values in ([jpeg, png], [IMAGES[0].tobytes(), jpeg, png], [jpeg]):
+        images, bad = decode_images(pa.array(values, kind))
+        assert not bad
+        for found, value in zip(images, values, strict=True):
+            expected = IMAGES[0] if value == IMAGES[0].tobytes() else image
+            assert np.abs(found.astype(int) - expected).max() <= (20 if value == jpeg else 0)
+
+
+def test_784_bytes_that_only_begin_as_a_picture_are_a_bad_row(sample: pa.Table) -> None:
+    _, jpeg = jpeg_of_784_bytes(sample)
+    images, bad = decode_images(pa.array([jpeg[:20] + bytes(764), IMAGES[1].tobytes()]))
+    assert list(bad) == [0]
+    assert "784 bytes begin as a PNG or JPEG does, and cannot be read as one" in bad[0]
+    assert (images[1] == IMAGES[1]).all()
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_a_picture_is_turned_as_its_exif_says(form: str, orientation: int, turns: int) -> None:
+    image = np.zeros((28, 28), np.uint8)
+    image[2:8, 3:20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, form, exif=exif)
+    images, bad = decode_images(pa.array([data.getvalue()]))
+    assert not bad
+    assert np.abs(images[0].astype(int) - np.rot90(image, turns)).max() <= 40
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "null"),
+        (b"", "0 bytes are neither 784 pixels nor a readable PNG or JPEG"),
+        (b"\x89PNG not really", "neither 784 pixels nor a readable PNG"),
+        (encoded(IMAGES[0])[:60], "neither 784 pixels nor a readable PNG"),
+        (encoded(np.zeros((10, 12), np.uint8)), "12 x 10 pixels, not 28 x 28"),
+        (encoded(IMAGES[0], mode="RGB"), "mode RGB, not L"),
+        (encoded(IMAGES[0], "BMP"), "neither 784 pixels nor a readable PNG"),
+        (encoded(np.zeros((20_000, 20_000), np.uint8)), "claims to unpack to far more than 28 x 28 pixels"),
+    ],
+)
+def test_bad_bytes_say_why_and_leave_the_rows_beside_them(value: bytes | None, reason: str) -> None:
+    images, bad = decode_images(pa.array([IMAGES[0].tobytes(), value, IMAGES[2].tobytes()], pa.binary()))
+    assert list(bad) == [1]
+    assert reason in bad[1]
+    assert np.array_equal(images[[0, 2]], IMAGES[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([1, 2, 3], "3 values"),
+        ([], "0 values"),
+        ([256] + [0] * 783, "0..256, outside 0..255"),
+        ([-1] + [0] * 783, "-1..0, outside 0..255"),
+        ([None] + [0] * 783, "nulls among its values"),
+        (None, "null"),
+    ],
+)
+def test_bad_lists_say_why(value: list[int | None] | None, reason: str) -> None:
+    images, bad = decode_images(pa.array([lists()[0], value]))
+    assert list(bad) == [1]
+    assert reason in bad[1]
+    assert np.array_equal(images[0], IMAGES[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([[0] * 28] * 27, "27 x 28 values"),
+        ([[0] * 28] * 27 + [[0] * 29], "28 lines of unequal length"),
+        ([[0] * 28] * 27 + [None], "null in place of a line"),
+    ],
+)
+def test_bad_nested_lists_say_why(value: list[list[int] | None], reason: str) -> None:
+    images, bad = decode_images(pa.array([IMAGES[0].tolist(), value]))
+    assert list(bad) == [1]
+    assert reason in bad[1]
+    assert np.array_equal(images[0], IMAGES[0])
+
+
+def test_a_picture_that_was_left_outside_says_so() -> None:
+    column = pa.array([{"bytes": IMAGES[0].tobytes(), "path": "0.png"}, {"bytes": None, "path": "1.png"}, None])
+    images, bad = decode_images(column)
+    assert "put the picture itself into it" in bad[1]
+    assert "null" in bad[2]
+    assert np.array_equal(images[0], IMAGES[0])
+
+
+NUMBER_TYPES = [pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.int32(), pa.uint32(), pa.int64(), pa.uint64()]
+
+
+@pytest.mark.parametrize("kind", [*NUMBER_TYPES, *(pa.dictionary(pa.int8(), kind) for kind in NUMBER_TYPES)])
+def test_every_integer_type_holds_numbers(kind: pa.DataType) -> None:
+    assert number_form_error(kind) is None
+    numbers, bad = decode_numbers(pa.array([0, None, 9, 10], kind).slice(1))
+    assert numbers.tolist() == [0, 9, 0]
+    assert list(bad) == [0, 2]
+    assert "null" in bad[0]
+    assert "10, not one of 0..9" in bad[2]
+
+
+def test_extreme_numbers_are_bad_and_not_wrapped() -> None:
+    assert list(decode_numbers(pa.array([2**64 - 1, 2**63, 3], pa.uint64()))[1]) == [0, 1]
+    assert list(decode_numbers(pa.array([-(2**63), -1, 3], pa.int64()))[1]) == [0, 1]
+    assert list(decode_numbers(pa.nulls(2))[1]) == [0, 1]
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.string(), pa.bool_(), pa.list_(pa.int8())])
+def test_a_column_that_cannot_hold_numbers_is_named(kind: pa.DataType) -> None:
+    assert "not an integer type" in (number_form_error(kind) or "")
+
+
+NO_IMAGES = [
+    pa.string(),
+    pa.int64(),
+    pa.dictionary(pa.int8(), pa.int64()),
+    pa.float32(),
+    pa.list_(pa.float32()),
+    pa.list_(pa.list_(pa.list_(pa.uint8()))),
+    pa.struct([("path", pa.string())]),
+    pa.struct([("bytes", pa.int32())]),
+    pa.fixed_shape_tensor(pa.uint8(), [28, 28], permutation=[1, 0]),
+]
+
+
+@pytest.mark.parametrize("kind", NO_IMAGES, ids=str)
+def test_a_column_that_cannot_hold_images_is_named(kind: pa.DataType) -> None:
+    assert image_form_error(kind) is not None

@@ -1,0 +1,114 @@
+"""What is exported answers as the model does, also for a program that has nothing of this project."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from mnistsum_ray import load_model, predict
+from mnistsum_ray.config import ExportModelConfig
+from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.export.model import OUTPUTS, export_model
+from mnistsum_ray.model.evaluation import Metrics
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.serialization import copy_weights, save_model
+from tests.conftest import TEMPERATURES, set_temperatures
+
+NOTHING = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
+ROWS = 37
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    save_model(folder, copy_weights(TwoHeadCNN()), epoch=1, validation=NOTHING, test=NOTHING)
+    set_temperatures(folder, TEMPERATURES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    line = export_model(ExportModelConfig(model=str(model), output=str(folder)), print)
+    assert (line["pairs"], line["files"]) == (5000, ["model.pt2", "model.onnx"])
+    assert line["largest_difference"] < 1e-4
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    return random.integers(0, 256, (ROWS, 28, 28)).astype(np.uint8), random.integers(0, 10, ROWS)
+
+
+def test_onnx_runtime_answers_as_the_model(model: Path, exported: Path, rows: tuple[np.ndarray, np.ndarray]) -> None:
+    session = onnxruntime.InferenceSession(exported / "model.onnx", providers=["CPUExecutionProvider"])
+    images, numbers = rows
+    digit, digit_prob, total, sum_prob = session.run(OUTPUTS, {"image": images, "number": numbers})
+    expected = predict(load_model(str(model)), images, numbers)
+    assert (digit.tolist(), total.tolist()) == (expected.digit.tolist(), expected.sum.tolist())
+    np.testing.assert_allclose(digit_prob, expected.digit_prob, atol=1e-4)
+    np.testing.assert_allclose(sum_prob, expected.sum_prob, atol=1e-4)
+
+
+def test_torch_answers_as_the_model_without_this_project(
+    model: Path, exported: Path, rows: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "rows.npz", images=rows[0], numbers=rows[1])
+    code = (
+        "import json, sys, numpy, torch; rows = numpy.load('rows.npz'); module = torch.export.load(sys.argv[1]).module(); "
+        "found = module(torch.from_numpy(rows['images']), torch.from_numpy(rows['numbers'])); "
+        "assert 'mnistsum_ray' not in sys.modules; print(json.dumps([value.tolist() for value in found]))"
+    )
+    command = [sys.executable, "-c", code, str(exported / "model.pt2")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    digit, _, total, sum_prob = json.loads(done.stdout)
+    expected = predict(load_model(str(model)), *rows)
+    assert (digit, total) == (expected.digit.tolist(), expected.sum.tolist())
+    np.testing.assert_allclose(sum_prob, expected.sum_prob, atol=1e-4)
+
+
+def test_probabilities_are_made_with_the_temperatures(model: Path, rows: tuple[np.ndarray, np.ndarray]) -> None:
+    network = load_model(str(model))
+    assert network.temperatures == TEMPERATURES
+    found = predict(network, *rows)
+    with torch.no_grad():
+        digit_scores, sum_scores = network(prepare_images(torch.from_numpy(rows[0])), torch.from_numpy(rows[1]))
+    expected = [(digit_scores / 1.5).softmax(1).amax(1), (sum_scores / 0.7).softmax(1).amax(1)]
+    np.testing.assert_allclose(found.digit_prob, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found.sum_prob, expected[1], rtol=1e-5)
+
+
+def test_an_export_that_answers_otherwise_is_not_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    black_on_white: Callable[[torch.Tensor], torch.Tensor] = lambda images: prepare_images(255 - images)  # noqa: E731
+    monkeypatch.setattr("mnistsum_ray.export.model.prepare_images", black_on_white)
+    with pytest.raises(RunError, match=r"model.pt2: [\d,]+ of 5,000 answers are not the model's"):
+        export_model(ExportModelConfig(model=str(model), output=str(tmp_path / "out")), print)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_empty_is_refused(model: Path) -> None:
+    with pytest.raises(RequestError, match="is not empty"):
+        export_model(ExportModelConfig(model=str(model), output=str(model)), print)
+
+
+@pytest.mark.parametrize(
+    ("images", "numbers", "said"),
+    [
+        (np.zeros((2, 28, 28)), np.zeros(2, np.int64), r"uint8\[n, 28, 28\], are float64"),
+        (np.zeros((2, 784), np.uint8), np.zeros(2, np.int64), r"uint8\[n, 28, 28\], are uint8\[2, 784\]"),
+        (np.zeros((2, 28, 28), np.uint8), np.zeros(3, np.int64), r"integers\[2\], are int64\[3\]"),
+        (np.zeros((2, 28, 28), np.uint8), np.zeros(2), r"integers\[2\], are float64\[2\]"),
+        (np.zeros((2, 28, 28), np.uint8), np.array([0, 10]), "0..9, are 0..10"),
+    ],
+)
+def test_what_cannot_be_answered_is_said(images: np.ndarray, numbers: np.ndarray, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        predict(TwoHeadCNN(), images, numbers)

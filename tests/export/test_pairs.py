@@ -1,0 +1,74 @@
+"""Example input: as many rows as asked, each with a number that the same flags draw again."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.errors import RequestError, RunInterrupted
+from mnistsum_ray.export.pairs import SCHEMA, export_pairs
+
+
+def run(folder: Path, **settings: object) -> list[pa.Table]:
+    export_pairs(ExportPairsConfig(data="sample", output=str(folder), **settings), print)  # type: ignore[arg-type]
+    return [pq.read_table(path) for path in sorted(folder.iterdir())]
+
+
+def test_rows_beyond_the_split_come_around_with_other_numbers(tmp_path: Path) -> None:
+    tables = run(tmp_path / "a", rows=1201, files=3)
+    assert [table.num_rows for table in tables] == [400, 400, 401]
+    table = pa.concat_tables(tables)
+    assert table.schema.equals(SCHEMA)
+    test = open_source("sample").test
+    assert table["row_id"].to_pylist() == [*test, *test, *test[:201]]
+    numbers = table["number"].to_numpy()
+    assert set(numbers) == set(range(10))
+    assert not np.array_equal(numbers[:500], numbers[500:1000])
+    assert table["image"].slice(0, 500).combine_chunks().equals(table["image"].slice(500, 500).combine_chunks())
+
+
+def test_the_same_flags_write_the_same_files_and_another_seed_other_numbers(tmp_path: Path) -> None:
+    one, other = (run(tmp_path / name, rows=300, files=2) for name in "ab")
+    seeded = run(tmp_path / "c", rows=300, files=2, seed=1)
+    assert one == other
+    assert [table.drop_columns(["number"]) for table in one] == [table.drop_columns(["number"]) for table in seeded]
+    assert one != seeded
+
+
+def test_images_and_digits_are_those_of_the_source(tmp_path: Path, sample: pa.Table) -> None:
+    (table,) = run(tmp_path / "a", rows=100, files=1, split="train")
+    picked = sample.take(table["row_id"].combine_chunks())
+    assert table["image"].to_pylist() == picked["image"].to_pylist()
+    assert table["digit"].to_pylist() == picked["digit"].to_pylist()
+
+
+def test_from_parquet_of_several_parts(tmp_path: Path, sample: pa.Table) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("train-a", "train-b", "test-a", "test-b"):
+        pq.write_table(sample[::25], tmp_path / "in" / f"{name}.parquet")
+    config = ExportPairsConfig(data=str(tmp_path / "in"), output=str(tmp_path / "out"), rows=500, files=1)
+    export_pairs(config, print)
+    table = pq.read_table(tmp_path / "out" / "part-00000.parquet")
+    assert table["digit"].to_pylist()[:400] == sample[::25]["digit"].to_pylist() * 2
+    assert len(table) == 500
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(RequestError, match="is not empty"):
+        run(tmp_path, rows=10, files=1)
+
+
+def test_what_is_written_when_it_is_stopped_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mnistsum_ray.export.pairs.Progress.__call__", interrupt)
+    with pytest.raises(
+        RunInterrupted, match="some of the files are written; the same command begins again once the folder is empty"
+    ):
+        run(tmp_path / "a", rows=100)

@@ -1,0 +1,96 @@
+"""The learning rate's schedule, and that Muon moves the convolutions as it should."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from mnistsum_ray.model.loss import joint_loss
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
+
+
+@pytest.mark.parametrize("total", [1, 2, 5, 100, 1075])
+def test_learning_rate_rises_and_falls_once(total: int) -> None:
+    rates = np.array([one_cycle(step, total, 0.01) for step in range(total)])
+    assert ((rates > 0) & (rates <= 0.01 + 1e-12)).all()
+    top = int(rates.argmax())
+    assert (np.diff(rates[: top + 1]) > 0).all()
+    assert (np.diff(rates[top:]) < 0).all()
+    if total >= 100:
+        assert rates[-1] == pytest.approx(1e-6)
+        assert rates.max() == pytest.approx(0.01, rel=1e-3)
+
+
+def gradients(model: TwoHeadCNN) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (16, 28, 28), dtype=torch.uint8, generator=generator)
+    digits, numbers = (torch.randint(0, 10, (16,), generator=generator) for _ in range(2))
+    digit_scores, sum_scores = model(prepare_images(images), numbers)
+    torch.autograd.backward(joint_loss(digit_scores, sum_scores, digits, numbers) / 16)
+
+
+def after_a_step(weight_decay: float) -> tuple[TwoHeadCNN, dict[str, torch.Tensor]]:
+    """A network after its first step at a rate of 0.02, and its weights before."""
+    torch.manual_seed(0)
+    model = TwoHeadCNN()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = MuonAdamW(model, weight_decay)
+    gradients(model)
+    optimizer.step(0.02)
+    return model, before
+
+
+def test_the_first_step_moves_each_hidden_layer_by_an_orthogonal_matrix() -> None:
+    """The definition of Muon: the gradient with all its singular values brought near one, whatever they were."""
+    model, before = after_a_step(weight_decay=0.0)
+    for name, value in model.state_dict().items():
+        assert not torch.equal(value, before[name]), f"{name} has not moved"
+        if name in {"fc1.weight", *(f"conv{index}.weight" for index in range(2, 7))}:
+            # Of tall matrices PyTorch's Muon moves the square root of height by width as far.
+            tall = max(1.0, len(value) / value[0].numel()) ** 0.5
+            moved = (before[name] - value).flatten(1) / (0.02 * tall)
+            spectrum = torch.linalg.svdvals(moved)
+            assert spectrum.max() < 1.4
+            assert spectrum.median() > 0.5
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            assert (moved * gradient.flatten(1)).sum() > 0, "downhill"
+
+
+def test_nothing_of_a_step_is_left_for_the_next() -> None:
+    model = TwoHeadCNN()
+    optimizer = MuonAdamW(model, weight_decay=0.0)
+    gradients(model)
+    optimizer.step(0.02)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(view.grad is None for _, view, _ in optimizer.states())
+
+
+def test_the_first_step_of_adamw_is_each_groups_share_of_the_rate() -> None:
+    """Adam's first step moves each element by the learning rate, whatever its gradient; here by 0.15 and 0.75 of it."""
+    model, before = after_a_step(weight_decay=0.0)
+    for name, share in {
+        "conv1.weight": 0.15,
+        "conv7.weight": 0.15,
+        "conv3.bias": 0.15,
+        "fc2.weight": 0.75,
+        "fc1.bias": 0.75,
+    }.items():
+        moved = (model.state_dict()[name] - before[name]).abs()
+        assert moved.median().item() == pytest.approx(0.02 * share, rel=0.01), name
+
+
+def test_weights_decay_whatever_the_gradient() -> None:
+    (still, before), (decaying, _) = after_a_step(weight_decay=0.0), after_a_step(weight_decay=0.5)
+    for name, share in {"conv4.weight": 1.0, "conv7.weight": 0.15, "fc2.weight": 0.75}.items():
+        difference = still.get_parameter(name) - decaying.get_parameter(name)
+        torch.testing.assert_close(difference, 0.02 * share * 0.5 * before[name], rtol=1e-3, atol=1e-6)
+
+
+def test_every_parameter_has_one_optimizer() -> None:
+    model = TwoHeadCNN()
+    names = [name for name, _, _ in MuonAdamW(model, weight_decay=0.0).states()]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())

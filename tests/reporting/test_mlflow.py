@@ -1,0 +1,118 @@
+"""What MLflow is told, in a local store: every epoch once, also when it did not answer for a while."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.reporting.mlflow import MLflowRun
+from mnistsum_ray.reporting.report import model_scalars, scalars
+from mnistsum_ray.storage.location import locate
+from tests.reporting.test_tensorboard import entry
+
+SETTINGS = {"seed": 3, "recipe": "short"}
+HISTORY = [entry(epoch) for epoch in (1, 2, 3)]
+CARD = entry(4)  # as in model.json
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # where a local store puts its files
+    return tmp_path / "mlflow.db"
+
+
+def uri(store: Path) -> str:
+    return f"sqlite:///{store}"
+
+
+def told(store: Path, run_id: str) -> list[tuple[int, float]]:
+    metrics: list[Metric] = MlflowClient(uri(store)).get_metric_history(run_id, "test/digit_accuracy")
+    return [(metric.step, metric.value) for metric in metrics]
+
+
+def wait_until_told(store: Path, run_id: str, epochs: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(told(store, run_id)) < epochs:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def expected(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(line["epoch"], line["test"]["digit_accuracy"]) for line in history]
+
+
+def test_a_run_with_its_settings_metrics_and_files(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for name in ("report.html", "model/model.json"):
+        (tmp_path / "run" / name).write_text(name)
+    said: list[str] = []
+    run = MLflowRun(uri(store), "mine", "a-name", None, SETTINGS)
+    for line in HISTORY:
+        run.tell(line, said.append)
+    assert run.finish(HISTORY, CARD, locate(str(tmp_path / "run"), "run"), ["report.html", "model/model.json"], said.append)
+    assert not said
+    client = MlflowClient(uri(store))
+    found = client.get_run(run.run_id)
+    assert (found.info.run_name, found.info.status) == ("a-name", "FINISHED")
+    assert client.get_experiment(found.info.experiment_id).name == "mine"
+    assert found.data.params == {"seed": "3", "recipe": "short"}
+    metrics = scalars(HISTORY[-1]) | model_scalars(CARD)
+    assert found.data.metrics == {key: pytest.approx(value) for key, value in metrics.items()}
+    assert told(store, run.run_id) == expected(HISTORY)
+    assert {file.path for file in client.list_artifacts(run.run_id)} == {"report.html", "model"}
+    assert [file.path for file in client.list_artifacts(run.run_id, "model")] == ["model/model.json"]
+
+
+def test_a_run_that_goes_on_tells_no_epoch_twice(store: Path, tmp_path: Path) -> None:
+    first = MLflowRun(uri(store), "mine", "a-name", None, SETTINGS)
+    for line in HISTORY[:2]:
+        first.tell(line, print)
+    wait_until_told(store, first.run_id, 2)
+    first.end("FAILED")
+    assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FAILED"
+    again = MLflowRun(uri(store), "mine", "a-name", first.run_id, SETTINGS)
+    again.tell(HISTORY[1], print)
+    assert again.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
+    assert told(store, first.run_id) == expected(HISTORY)
+    assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FINISHED"
+    once_more = MLflowRun(uri(store), "mine", "a-name", first.run_id, SETTINGS)
+    assert once_more.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
+    assert len(MlflowClient(uri(store)).get_metric_history(first.run_id, "model/test/loss")) == 1
+
+
+def test_what_could_not_be_told_is_said_once_and_told_later(store: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    run = MLflowRun(uri(store), "mine", "a-name", None, SETTINGS)
+    run.tell(HISTORY[0], said.append)
+    wait_until_told(store, run.run_id, 1)
+    shutil.copy(store, tmp_path / "kept.db")
+    store.write_bytes(b"not a database any more" * 1000)
+    for line in HISTORY[1:]:
+        run.tell(line, said.append)
+    deadline = time.monotonic() + 30
+    while not said:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not run.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], said.append)
+    assert len(said) == 2
+    assert said[0].startswith(f"--mlflow {uri(store)}: ")
+    assert said[0].endswith("training goes on, and it is told later")
+    assert "--resume tells it again" in said[1]
+    shutil.copy(tmp_path / "kept.db", store)
+    again = MLflowRun(uri(store), "mine", "a-name", run.run_id, SETTINGS)
+    assert again.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], said.append)
+    assert told(store, run.run_id) == expected(HISTORY)
+
+
+@pytest.mark.parametrize("where", ["http://127.0.0.1:9", "sqlite:////dev/null/nowhere"])
+def test_a_server_that_is_not_there_is_refused(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RequestError) as refused:
+        MLflowRun(where, "mine", "a-name", None, SETTINGS)
+    assert str(refused.value).startswith(f"--mlflow {where}: ")
+    assert "\n" not in str(refused.value)

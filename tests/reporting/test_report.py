@@ -1,0 +1,58 @@
+"""The page of a run, whatever the run had."""
+
+import json
+from typing import Any
+
+import pytest
+
+from mnistsum_ray.reporting import pictures
+from mnistsum_ray.reporting.report import report_page
+from tests.reporting.test_tensorboard import entry
+
+TEST = entry(1)["test"]
+CARD: dict[str, Any] = {"parameters": 220_125, "sha256": "f" * 64, "epoch": 1, "sum_head": None, "test": TEST}
+TUNED = {
+    "steps": 4000,
+    "kept": True,
+    "before": {"validation": TEST, "test": TEST | {"sum_accuracy": 0.7654}},
+    "after": {"validation": TEST, "test": TEST},
+}
+INT8 = {"digit_agreement": 0.9998, "sum_agreement": 0.9997}
+HEAD = {"nll": 0.0133, "brier": 0.006, "ece": 0.0008, "auroc": None}
+PROBABILITIES = {"consistent": 0.99987, "digit": HEAD, "sum": HEAD | {"auroc": 0.9912}}
+ALL = {"int8": INT8, "sum_head": TUNED, "temperature": {"digit": 1.1, "sum": 0.9}, "probabilities": PROBABILITIES}
+MANIFEST: dict[str, Any] = {
+    "config": {"seed": 0, "name": "a <b> & c"},
+    "versions": {"ray": "2.60.0"},
+    "workers": "1 CPU worker",
+    "hardware": {"cpu": "a CPU", "cores": 2, "instructions": [], "gpu": None},
+    "precision": "fp32",
+    "data": {
+        "source": "sample",
+        "location": "/somewhere",
+        "notice": None,
+        "sha256": "0" * 64,
+        "train_rows": 4000,
+        "validation_rows": 500,
+        "test_rows": 500,
+    },
+    "metrics": {"run": "/runs/mine", "images_per_second": 1234.5, "seconds": 61.2},
+}
+
+
+@pytest.mark.parametrize("card", [CARD, CARD | ALL], ids=["as little as there can be", "all of it"])
+def test_what_there_is_stands_on_the_page(card: dict[str, Any]) -> None:
+    page = report_page("mine", MANIFEST, card, [entry(1), entry(2)], {"history.png": pictures.draw_history([entry(1)])})
+    for shown in ("91.00 %", "80.00 %", "1,234 images", "a CPU, 2 cores", "--model '/runs/mine'", "a &lt;b&gt; &amp; c"):
+        assert shown in page.replace("</b>", ""), shown
+    assert ("99.98 %" in page) == ("int8" in card)
+    assert ("4,000 steps" in page) == ("76.54 %" in page) == bool(card["sum_head"])
+    assert ("99.987 %" in page) == ("0.9912" in page) == ("probabilities" in card)
+    assert "<b> & c" not in page
+    assert page.count("data:image/png;base64,") == 1
+
+
+def test_a_notice_is_not_skipped() -> None:
+    manifest = json.loads(json.dumps(MANIFEST))
+    manifest["data"]["notice"] = "NOT the full MNIST"
+    assert "NOT the full MNIST" in report_page("mine", manifest, CARD, [entry(1)], {})

@@ -1,0 +1,162 @@
+"""Parts are read where they begin and end, in one pass where they share a row group."""
+
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mnistsum_ray.scoring.footers import Columns, read_footers
+from mnistsum_ray.scoring.inputs import list_inputs
+from mnistsum_ray.scoring.plan import Part, parts_of, plan_parts
+from mnistsum_ray.scoring.reader import DecodedPart, UnreadablePart, read_parts, read_together
+from mnistsum_ray.scoring.writer import to_parquet
+from mnistsum_ray.storage.location import Location, locate
+
+COLUMNS = Columns("image", "number", "label")
+
+
+def write(path: Path, rows: int, group: int) -> pa.Table:
+    images = [(np.arange(784) + row).astype(np.uint8).tobytes() for row in range(rows)]
+    labels = [None if row % 3 == 0 else row % 10 for row in range(rows)]
+    table = pa.table({"id": range(rows), "image": images, "number": [row % 11 for row in range(rows)], "label": labels})
+    pq.write_table(table, path, row_group_size=group)
+    return table
+
+
+def planned(folder: Path, max_rows_per_file: int) -> tuple[Location, list[Part]]:
+    inputs = list_inputs((str(folder),), locate("/nowhere", "--output"))
+    files = inputs.files
+    footers = read_footers(inputs.root, files, COLUMNS)
+    for name in footers.column_names:
+        files = files.append_column(name, footers[name])
+    return inputs.root, parts_of(plan_parts(files, max_rows_per_file)[0])
+
+
+@pytest.mark.parametrize("max_rows_per_file", [7, 100, 2500, 9000])
+@pytest.mark.parametrize("group", [90, 5000])
+def test_every_row_comes_out_once_in_order_and_decoded(tmp_path: Path, max_rows_per_file: int, group: int) -> None:
+    table = write(tmp_path / "a.parquet", 5000, group)
+    root, parts = planned(tmp_path, max_rows_per_file)
+    position = 0
+    for rows in read_parts(root, parts, COLUMNS):
+        assert isinstance(rows, DecodedPart)
+        assert rows.part.first_row == position
+        ids = np.arange(position, position + rows.part.rows)
+        good, bad = ids[ids % 11 != 10], ids[ids % 11 == 10]
+        assert rows.kept["id"].to_pylist() == good.tolist()
+        assert rows.kept.column_names == ["id", "number", "label"]
+        assert rows.numbers.tolist() == (good % 11).tolist()
+        assert rows.labels is not None
+        assert rows.labels.tolist() == [-1 if row % 3 == 0 else row % 10 for row in good]
+        assert [image.tobytes() for image in rows.images] == table["image"].take(pa.array(good)).to_pylist()
+        assert rows.rejected["id"].to_pylist() == bad.tolist()
+        assert rows.rejected.column_names == table.column_names
+        assert list(rows.reasons) == (bad - position).tolist()
+        position += rows.part.rows
+    assert position == 5000
+
+
+def test_any_slice_of_a_row_group_can_be_read_alone(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", 5000, 5000)
+    root, parts = planned(tmp_path, 700)
+    for part in parts[::-1]:
+        (rows,) = read_parts(root, [part], COLUMNS)
+        assert isinstance(rows, DecodedPart)
+        assert rows.kept["id"][0].as_py() in (part.first_row, part.first_row + 1)
+        assert len(rows.numbers) + len(rows.reasons) == part.rows
+
+
+def test_small_parts_are_read_together_and_large_ones_one_by_one(tmp_path: Path) -> None:
+    for index in range(30):
+        write(tmp_path / f"{index:02}.parquet", 100, 100)
+    root, parts = planned(tmp_path, 8192)
+    assert [len(together) for together in read_together(root, parts, COLUMNS)] == [21, 9]
+    root, parts = planned(tmp_path, 10)
+    assert sum(len(together) for together in read_together(root, parts, COLUMNS)) == 300
+
+
+def test_a_file_that_changes_under_the_run_is_unreadable_and_its_neighbour_is_not(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", 50, 50)
+    write(tmp_path / "b.parquet", 50, 50)
+    root, parts = planned(tmp_path, 8192)
+    write(tmp_path / "a.parquet", 60, 50)
+    changed, whole = read_parts(root, parts, COLUMNS)
+    assert isinstance(changed, UnreadablePart)
+    assert "has changed since it was listed" in changed.reason
+    assert isinstance(whole, DecodedPart)
+    (tmp_path / "b.parquet").unlink()
+    assert all(isinstance(part, UnreadablePart) for part in read_parts(root, parts, COLUMNS))
+
+
+def other_column(values: pa.Array) -> pa.Table:
+    """Rows of which one is bad, with another column."""
+    count = len(values)
+    return pa.table({"image": [bytes(784)] * count, "number": [77, *range(1, count)], "label": [1] * count, "other": values})
+
+
+VIEWS = {
+    "string_view": pa.array(["a", None, "c"], pa.string_view()),
+    "binary_view": pa.array([b"a", None, b"c"], pa.binary_view()),
+    "list_view": pa.array([[1], None, [2, 3]], pa.list_view(pa.int64())),
+    "large_list_view": pa.array([[1], None, [2, 3]], pa.large_list_view(pa.int64())),
+    "list of string_view": pa.array([["a"], None, ["b", "c"]], pa.list_(pa.string_view())),
+    "struct of string_view": pa.array([{"x": "a"}, None, {"x": "c"}], pa.struct({"x": pa.string_view()})),
+    "map of string_view": pa.array([[("k", "a")], None, [("k", "c")]], pa.map_(pa.string(), pa.string_view())),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_bad_row_beside_a_view_column_costs_just_that_row(tmp_path: Path, name: str) -> None:
+    pq.write_table(other_column(VIEWS[name]), tmp_path / "a.parquet")
+    root, parts = planned(tmp_path, 8192)
+    (rows,) = read_parts(root, parts, COLUMNS)
+    assert isinstance(rows, DecodedPart), rows
+    assert list(rows.reasons) == [0]
+    assert rows.kept["other"].to_pylist() == VIEWS[name].to_pylist()[1:]
+    assert rows.rejected["other"].to_pylist() == VIEWS[name].to_pylist()[:1]
+    again = pq.ParquetFile(pa.BufferReader(to_parquet(rows.kept))).read()
+    assert again["other"].to_pylist() == VIEWS[name].to_pylist()[1:]
+
+
+def test_images_in_views_are_images(tmp_path: Path) -> None:
+    images = [(np.arange(784) + row).astype(np.uint8).tobytes() for row in range(3)]
+    pq.write_table(
+        other_column(pa.array([1, 2, 3])).set_column(0, "image", pa.array(images, pa.binary_view())), tmp_path / "a.parquet"
+    )
+    root, parts = planned(tmp_path, 8192)
+    (rows,) = read_parts(root, parts, COLUMNS)
+    assert isinstance(rows, DecodedPart), rows
+    assert [image.tobytes() for image in rows.images] == images[1:]
+
+
+@pytest.mark.parametrize("year", [1500, 9999])
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_int96_timestamp_that_cannot_be_read_costs_the_file_and_not_the_value(tmp_path: Path, year: int, nested: bool) -> None:
+    days = pa.array([datetime(2020, 1, 1), datetime(year, 12, 31)], pa.timestamp("us"))
+    column = pa.StructArray.from_arrays([days], ["day"]) if nested else days
+    for name, values in (("a", column), ("b", column.take(pa.array([0, 0])))):
+        pq.write_table(other_column(values), tmp_path / f"{name}.parquet", use_deprecated_int96_timestamps=True)
+    root, parts = planned(tmp_path, 8192)
+    lost, kept = read_parts(root, parts, COLUMNS)
+    assert isinstance(lost, UnreadablePart)
+    assert "column 'other' holds INT96 timestamps outside of the years 1677 to 2262" in lost.reason
+    assert isinstance(kept, DecodedPart)
+
+
+def test_a_page_whose_checksum_is_wrong_costs_the_file(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, 784).astype(np.uint8).tobytes() for _ in range(50)]
+    table = pa.table({"image": images, "number": [1] * 50, "label": [1] * 50})
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}  # so that each image stands there once
+    pq.write_table(table, tmp_path / "a.parquet", write_page_checksum=True, **options)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    place = data.index(images[20])
+    data[place + 100] ^= 1  # one pixel, by one
+    (tmp_path / "a.parquet").write_bytes(data)
+    root, parts = planned(tmp_path, 8192)
+    (damaged,) = read_parts(root, parts, COLUMNS)
+    assert isinstance(damaged, UnreadablePart)
+    assert "CRC checksum verification failed" in damaged.reason

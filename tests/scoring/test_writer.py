@@ -1,0 +1,113 @@
+"""What is written tells what it was made from, and is believed only as far as it holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mnistsum_ray.model.calibration import Temperatures
+from mnistsum_ray.model.inference import Predictions, ProbabilityLosses
+from mnistsum_ray.scoring.footers import Columns
+from mnistsum_ray.scoring.output_folder import list_output
+from mnistsum_ray.scoring.plan import Part
+from mnistsum_ray.scoring.provenance import PredictionSpec, read_committed
+from mnistsum_ray.scoring.reader import DecodedPart
+from mnistsum_ray.scoring.writer import write_part
+from mnistsum_ray.storage.location import locate
+
+REQUEST = PredictionSpec("abc", "fp32", Columns("image", "number", "label"), Temperatures(1.5, 0.5))
+
+
+def rows(bad: int = 2, metadata: dict[bytes, bytes] | None = None) -> DecodedPart:
+    table = pa.table({"image": [bytes(784)] * 5, "number": [1, 2, 3, 4, 5], "reason": ["a"] * 5, "label": [0, 1, 2, None, 4]})
+    table = table.replace_schema_metadata(metadata)
+    good = 5 - bad
+    part = Part("deep/in.parquet", 10, 20, "f00", "deep/in-00001-of-00002.parquet", 100, 5, 0, 1, 0)
+    return DecodedPart(
+        part=part,
+        kept=table.slice(0, good).drop_columns(["image"]),
+        images=np.zeros((good, 28, 28), np.uint8),
+        numbers=np.arange(1, good + 1),
+        labels=np.array([0, 1, 2, -1, 4][:good]),
+        rejected=table.slice(good),
+        reasons={row: f"bad {row}" for row in range(good, 5)},
+    )
+
+
+def predictions(count: int) -> Predictions:
+    digits = np.arange(count, dtype=np.int8)
+    sums = (digits + np.arange(1, count + 1)).astype(np.int8)
+    sums[0] = 18
+    losses = ProbabilityLosses(*(np.arange(count, dtype=np.float32) for _ in range(4)))
+    return Predictions(digits, np.full(count, 0.5, np.float32), sums, np.full(count, 0.25, np.float32), losses)
+
+
+def committed(output: Path) -> dict[str, Any]:
+    place = locate(str(output), "--output")
+    (row,) = read_committed(place, list_output(place).predictions).to_pylist()
+    found: dict[str, Any] = row
+    return found
+
+
+def test_a_part_and_its_record(tmp_path: Path) -> None:
+    write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), rows(), predictions(3), REQUEST)
+    good = pq.ParquetFile(tmp_path / "deep" / "in-00001-of-00002.parquet").read()
+    assert good.column_names == ["number", "reason", "label", "pred_digit", "digit_prob", "pred_sum", "sum_prob", "consistent"]
+    assert good["consistent"].to_pylist() == [False, True, True]
+    bad = pq.ParquetFile(tmp_path / "_rejected" / "deep" / "in-00001-of-00002.parquet").read()
+    assert bad.column_names == ["image", "number", "input_reason", "label", "source_file", "source_row", "reason"]
+    assert bad["source_row"].to_pylist() == [103, 104]
+    assert bad["source_file"].to_pylist() == ["/data/deep/in.parquet"] * 2
+    assert bad["reason"].to_pylist() == ["bad 3", "bad 4"]
+    record = committed(tmp_path)
+    assert {key: record[key] for key in ("source", "size", "modified", "footer", "first_row", "rows", "rejected")} == {
+        "source": "/data/deep/in.parquet",
+        "size": 10,
+        "modified": 20,
+        "footer": "f00",
+        "first_row": 100,
+        "rows": 5,
+        "rejected": 2,
+    }
+    assert (record["scored_found"], record["rejected_found"], record["error"]) == (3, 2, None)
+    assert record["request"] == REQUEST.canonical_json()
+    assert '"labelled": 3, "digits_right": 3, "sums_right": 2' in record["counts"]
+    reliability = json.loads(record["counts"])["reliability"]
+    assert (reliability["digit"]["nll"], reliability["sum"]["brier"]) == (3, 3), "0 + 1 + 2"
+    assert (sum(reliability["sum"]["rows"]), sum(reliability["sum"]["right"])) == (3, 2)
+
+
+def test_metadata_of_the_input_stay_but_for_what_would_no_longer_be_true(tmp_path: Path) -> None:
+    source = rows(0, {b"pandas": b"{}", b"huggingface": b"{}", b"mine": b"yes"})
+    write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), source, predictions(5), REQUEST)
+    metadata = pq.read_metadata(tmp_path / "deep" / "in-00001-of-00002.parquet").metadata
+    assert metadata[b"mine"] == b"yes"
+    assert b"pandas" in metadata
+    assert b"huggingface" not in metadata
+    assert not (tmp_path / "_rejected").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "deep" / "in-00001-of-00002.parquet").write_bytes(b"PAR1 no PAR1"), "cannot be read"),
+        (lambda folder: (folder / "_rejected" / "deep" / "in-00001-of-00002.parquet").unlink(), "has lost its rejected rows"),
+        (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "deep" / "in-00001-of-00002.parquet"), "is not a file of"),
+    ],
+)
+def test_a_record_that_does_not_hold_says_so(tmp_path: Path, damage: Any, said: str) -> None:
+    write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), rows(), predictions(3), REQUEST)
+    damage(tmp_path)
+    assert said in committed(tmp_path)["error"]
+
+
+def test_what_an_object_store_uri_says_beside_its_path_is_not_written_down(tmp_path: Path) -> None:
+    source = locate("s3://key:secret@bucket/in?region=eu-west-1", "--input")
+    write_part(locate(str(tmp_path), "--output"), source, rows(), predictions(3), REQUEST)
+    assert committed(tmp_path)["source"] == "s3://bucket/in/deep/in.parquet"
+    for path in tmp_path.rglob("*.parquet"):
+        assert b"secret" not in path.read_bytes()

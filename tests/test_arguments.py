@@ -1,0 +1,168 @@
+"""What a person can type, and the one line that answers what does not make sense."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from mnistsum_ray.arguments import parse
+from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.errors import RequestError
+
+
+def config(*argv: str) -> TrainConfig:
+    return parse(TrainConfig, list(argv), "a description")
+
+
+def test_flags() -> None:
+    made = config("--epochs", "3", "--use-gpu", "false", "--num-workers", "2,4", "--precision", "bf16", "--seed", "9")
+    assert (made.epochs, made.use_gpu, made.worker_range, made.precision, made.seed) == (3, False, (2, 4), "bf16", 9)
+    assert config("--num-workers", "3").worker_range == (3, 3)
+    assert config().worker_range is None
+
+
+def test_yaml_fills_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("epochs: 3\nbatch-size: 128\nnum_workers: [1, 2]\nuse_gpu: false\n")
+    made = config("--config", str(file), "--epochs", "7")
+    assert (made.epochs, made.batch_size, made.num_workers, made.use_gpu) == (7, 128, (1, 2), False)
+
+
+def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEED", "99")
+    monkeypatch.setenv("NAME", "other")
+    assert (config().seed, config().name) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--epohs", "3"], "--epohs"),
+        (["--epoch", "3"], "--epoch"),  # no guessing at abbreviations
+        (["stray"], "stray"),
+        (["--epochs", "0"], "--epochs: input should be greater than or equal to 1, got '0'"),
+        (["--epochs", "many"], "--epochs: input should be a valid integer"),
+        (["--precision", "fp8"], "--precision"),
+        (["--precision", "int8"], "--precision"),  # for scoring alone
+        (["--num-workers", "0"], "--num-workers"),
+        (["--num-workers", "4,2"], "--num-workers"),
+        (["--num-workers", "a"], "--num-workers: must be N or MIN,MAX"),
+        (["--num-workers", "[1,2"], "num_workers"),
+        (["--learning-rate", "-1"], "--learning-rate"),
+        (["--learning-rate", "nan"], "--learning-rate"),
+        (["--name", "a/b"], "--name"),
+        (["--resume"], "--resume: say which run with --name"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
+        (["--seed"], "--seed"),
+    ],
+)
+def test_refusals_are_one_line_that_names_the_flag(argv: list[str], said: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        config(*argv)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epohs: 3\n", "'epohs' of the config file: there is no such setting"),
+        ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to 1, got 0"),
+        ("- epochs\n", "must hold `key: value` lines"),
+        ("epochs: [\n", "not YAML"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(RequestError) as refused:
+        config("--config", str(file))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        config("--help")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    for name, field in TrainConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.description
+        if field.default is None and name != "config":
+            assert "[" in field.description, f"--{name} does not say what it is when unset"
+    assert "None" not in text
+
+
+def test_a_list_flag_takes_what_a_shell_makes_of_it() -> None:
+    rest = ["--model", "m", "--output", "o"]
+    for argv in (["--input", "a,b.parquet", "c d"], ["--input", "a,b.parquet", "--strict", "--input=c d"]):
+        assert parse(ScoreConfig, [*argv, *rest], "").input == ("a,b.parquet", "c d")
+
+
+def test_the_file_may_hold_one_input_or_several(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for text, expected in (("pairs", ("pairs",)), ("[a, b]", ("a", "b"))):
+        path.write_text(f"input: {text}\nmodel: m\noutput: o\n")
+        assert parse(ScoreConfig, ["--config", str(path)], "").input == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--input", "a", "--output", "o"], "--model: is needed"),
+        (["--model", "m", "--output", "o"], "--input: is needed"),
+        (["--model", "m", "--output", "o", "--input"], "--input: needs a value"),
+        (["--model", "m", "--output", "o", "--input", "i", "--number-column", "image"], "'image' cannot be both"),
+    ],
+)
+def test_what_a_scoring_run_needs_is_named(argv: list[str], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        parse(ScoreConfig, argv, "")
+
+
+def bomb() -> str:
+    """Nine lines that stand for 9**9 values."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise("abcdefghi")]
+    return "\n".join([*lines, "seed: *i"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (bomb(), "not YAML: aliases (*name) are not supported in a config file"),
+        (f"seed: {'9' * 5000}", "cannot be read: Exceeds the limit"),
+        (f"seed: {'[' * 3000}", "it is nested too deeply"),
+        (f"name: {'x' * 5000}", "key 'name' of the config file"),
+        ("name: 2024-01-01", "key 'name' of the config file: input should be a valid string, got datetime.date(2024, 1, 1)"),
+        ("x" * (2**20 + 1), "is larger than 1,048,576 bytes, which no config file is"),
+        ("name: caf\xe9", "cannot be read: 'utf-8' codec can't decode byte"),
+        ("name: \0", "not YAML"),
+    ],
+    ids=["alias bomb", "long integer", "brackets", "long text", "date", "huge", "latin-1", "nul"],
+)
+def test_a_config_file_that_no_program_could_read_is_refused_in_one_short_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RequestError) as refused:
+        parse(TrainConfig, ["--config", str(tmp_path / "run.yaml")], "")
+    assert said in str(refused.value)
+    assert len(str(refused.value)) < 700
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seed", "9" * 5000],
+        ["--num-workers", "[" * 3000],
+        ["--num-workers", "[" * 3000 + "]" * 3000],
+        ["--data", "a", "b" * 5000],
+        ["--resume=" + "x" * 5000],
+    ],
+    ids=["long integer", "brackets", "closed brackets", "stray word", "long flag"],
+)
+def test_what_is_refused_on_the_command_line_is_not_repeated_without_end(flags: list[str]) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse(TrainConfig, flags, "")
+    assert len(str(refused.value)) < 700
