@@ -1,11 +1,11 @@
-"""Write a model for programs that know nothing of this project: torch.export (model.pt2) and ONNX (model.onnx).
+"""Export a model for programs without this package: torch.export (model.pt2) and ONNX (model.onnx).
 
     python jobs/export_model.py --model runs/mine --output exported/
 
-Both take images uint8[n, 28, 28] and numbers int64[n], and give what jobs/score.py writes of each row: pred_digit, digit_prob,
-pred_sum, sum_prob. Each is read again and compared with the model, the ONNX file with ONNX Runtime. Takes the extra onnx.
+Both take images uint8[n, 28, 28] and numbers int64[n], and return pred_digit, digit_prob, pred_sum and sum_prob as in scored
+files. Each file is loaded again and compared with the model, the ONNX file in ONNX Runtime. Needs the extra onnx.
 
-The last line on standard output is one JSON object. Exit codes: 0 done, 2 the request is wrong, 1 anything else.
+The last line on standard output is one JSON object. Exit codes: 0 done, 2 the request is invalid, 1 anything else.
 """
 
 import sys
@@ -16,18 +16,18 @@ from mnistsum_ray import cli
 
 
 def export(argv: list[str]) -> tuple[dict[str, Any], int]:
-    from mnistsum_ray.arguments import parse  # not sooner: first of all a signal has to be caught
+    from mnistsum_ray.arguments import parse  # imported here, after cli.run has begun to catch signals
     from mnistsum_ray.config import ExportModelConfig
     from mnistsum_ray.errors import RequestError
 
     config = parse(ExportModelConfig, argv, __doc__)
 
-    cli.leave_stdout_to_result()
+    cli.reserve_stdout_for_result()
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
-        raise RequestError(f"ONNX takes packages that are not installed here ({', '.join(missing)}); pip install -e '.[onnx]'")
+        raise RequestError(f"ONNX export needs packages that are not installed ({', '.join(missing)}): pip install -e '.[onnx]'")
 
-    from mnistsum_ray.export.model import export_model  # torch takes seconds to import, which a wrong flag should not
+    from mnistsum_ray.export.model import export_model  # imports torch, which takes seconds: after the checks
     from mnistsum_ray.reporting.console import Console
 
     return export_model(config, Console().say), cli.DONE

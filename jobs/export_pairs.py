@@ -1,9 +1,9 @@
-"""Write Parquet for trying jobs/score.py: MNIST images, each with a number, and the true digit beside them.
+"""Write example input for jobs/score.py: Parquet files of MNIST images, each with a number and the true digit.
 
     python jobs/export_pairs.py --output pairs/
     python jobs/export_pairs.py --data mnist --split test --output pairs/ --rows 2000000 --files 100
 
-The last line on standard output is one JSON object. Exit codes: 0 done, 2 the request is wrong, 1 anything else.
+The last line on standard output is one JSON object. Exit codes: 0 done, 2 the request is invalid, 1 anything else.
 """
 
 import sys
@@ -12,8 +12,8 @@ from typing import Any
 from mnistsum_ray import cli
 
 
-def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:
-    from mnistsum_ray.arguments import parse  # not sooner: first of all a signal has to be caught
+def export(argv: list[str]) -> tuple[dict[str, Any], int]:
+    from mnistsum_ray.arguments import parse  # imported here, after cli.run has begun to catch signals
     from mnistsum_ray.config import ExportPairsConfig
 
     config = parse(ExportPairsConfig, argv, __doc__)
@@ -27,7 +27,7 @@ def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:
 
 
 def main(argv: list[str]) -> int:
-    return cli.run(export_pairs, argv)
+    return cli.run(export, argv)
 
 
 if __name__ == "__main__":

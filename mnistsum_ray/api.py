@@ -1,25 +1,30 @@
-"""Training, scoring and the model from Python; the jobs call the same."""
+"""Python API: train, score, load a model and predict. The jobs call the same functions."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.config import ScoreConfig, TrainConfig
-from mnistsum_ray.data.decoding import Pixels
+from mnistsum_ray.data.pixels import Pixels
 from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.storage.location import locate_existing
+from mnistsum_ray.reporting.process_state import quiet_logger
+from mnistsum_ray.storage.paths import locate_existing
 
-if TYPE_CHECKING:  # torch takes seconds to import, which a refused request should not wait for
-    from mnistsum_ray.model.inference import Predictions
+if TYPE_CHECKING:  # torch takes seconds to import; a wrong request is reported before that
     from mnistsum_ray.model.network import TwoHeadCNN
+    from mnistsum_ray.model.predictions import Predictions
+
+_RAY_LOGGERS: Final = ("ray", "ray.data")
+"""Loggers that `fit` and `score` silence below ERROR: the console reports progress itself."""
 
 
 def fit(config: TrainConfig) -> dict[str, Any]:
-    """Train, as `python jobs/train.py` does, on the cluster that this process is connected to or else as `connect` finds one.
+    """Train a model, as `python jobs/train.py` does.
 
-    What it says while it runs goes to standard error.
+    Runs on the cluster that this process is connected to, else on the one that `connect` joins or starts; that connection stays
+    open. Progress goes to standard error.
 
     Returns:
         The fields of the job's last line: `run` and `model` (folders or URIs), `parameters`, `data` (`source` and the rows of
@@ -27,8 +32,8 @@ def fit(config: TrainConfig) -> dict[str, Any]:
         `seconds`, and with `mlflow` set its run id.
 
     Raises:
-        RequestError: the request cannot be carried out as it stands.
-        RunError: it was begun and did not come about.
+        RequestError: the request is invalid; the message says why and what to do.
+        RunError: the run has begun and failed.
     """
     from mnistsum_ray.training.preflight import preflight
 
@@ -37,11 +42,12 @@ def fit(config: TrainConfig) -> dict[str, Any]:
 
     from mnistsum_ray.training import driver
 
-    return driver.fit(run, Console())
+    with quiet_logger(*_RAY_LOGGERS):  # after the import of Ray Data, which sets the level of its logger
+        return driver.fit(run, Console())
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
-    """Score Parquet, as `python jobs/score.py` does, on the cluster that this process is connected to or as `connect` finds one.
+    """Score Parquet files, as `python jobs/score.py` does. The cluster and the progress are those of `fit`.
 
     Returns:
         The fields of the job's last line: `output` (folder or URI); `input_rows`, `scored_rows`, `rejected_rows`,
@@ -49,29 +55,30 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         `digit_accuracy` and `sum_accuracy` in 0..1, or None where no row has a label.
 
     Raises:
-        RequestError: the request cannot be carried out as it stands.
-        RunError: it was begun and did not come about, or with `strict` some input cannot be used.
+        RequestError: the request is invalid; the message says why and what to do.
+        RunError: the run has begun and failed, or with `strict` some input cannot be used.
     """
     from mnistsum_ray.scoring.preflight import preflight
 
     run = preflight(config)
     connect()
 
-    from mnistsum_ray.scoring import driver as scoring
+    from mnistsum_ray.scoring import driver
 
-    return scoring.score(run, Console())
+    with quiet_logger(*_RAY_LOGGERS):
+        return driver.score(run, Console())
 
 
 def load_model(model: str) -> "TwoHeadCNN":
-    """Load the model of a run, or of a model folder: `runs/mine`, `runs/mine/model` or a URI.
+    """Load the model of a run or of a model folder: `runs/mine`, `runs/mine/model` or a URI.
 
     Returns:
-        The network in evaluation mode, float32, on the CPU. It takes prepared images float32[n, 1, 28, 28]
-        (`mnistsum_ray.model.prepare_images` makes them of pixels) and numbers int64[n] in 0..9, and gives the scores (logits)
-        of the digits [n, 10] and of the sums [n, 19]. `predict` takes pixels and gives answers.
+        The network in evaluation mode, float32, on the CPU. Its inputs are prepared images float32[n, 1, 28, 28]
+        (`mnistsum_ray.model.network.prepare_images` makes them from pixels) and numbers int64[n] in 0..9; its outputs are the
+        scores (logits) of the digits [n, 10] and of the sums [n, 19]. `predict` takes pixels and returns digits and sums.
 
     Raises:
-        RequestError: there is no such model, or its checksum is not that of its card.
+        RequestError: there is no such model, or its checksum differs from the one in its model.json.
     """
     from mnistsum_ray.model import serialization
 
@@ -79,11 +86,11 @@ def load_model(model: str) -> "TwoHeadCNN":
 
 
 def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64) -> "Predictions":
-    """Answer pairs in this process, on the device where the model is.
+    """Predict digits and sums in this process, on the model's device.
 
     Args:
-        model: as `load_model` gives it.
-        images: uint8[n, 28, 28], 0 background, 255 ink, as MNIST is.
+        model: from `load_model`.
+        images: uint8[n, 28, 28], 0 background, 255 ink, as in MNIST.
         numbers: integers[n] in 0..9.
         batch_size: rows in one forward pass.
 
@@ -91,7 +98,7 @@ def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer
         Arrays of n: `digit` int8 in 0..9, `digit_prob` float32, `sum` int8 in 0..18, `sum_prob` float32.
 
     Raises:
-        ValueError: shapes, dtypes or numbers are others.
+        ValueError: wrong shape or dtype, or a number outside of 0..9.
     """
     from mnistsum_ray.model.inference import predict_pairs
 

@@ -1,6 +1,7 @@
-"""TODO arguments"""
+"""Parse the command line and the YAML file that it names into a config."""
 
 import argparse
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -8,50 +9,41 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import yaml
 from pydantic import ValidationError
-from pydantic_settings import (
-    CliSettingsSource,
-    SettingsError,
-)
+from pydantic_settings import CliSettingsSource, SettingsError
 
 from mnistsum_ray.config import JobConfig
 from mnistsum_ray.errors import RequestError, one_line, shortened
 
 Config = TypeVar("Config", bound=JobConfig)
 
+_MAX_YAML_BYTES: Final = 2**20
 
-_MOST_YAML_BYTES: Final = 2**20
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases: no config needs one, and a page of them stands for more values than any memory holds."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not supported in a config file")
-        return super().compose_node(parent, index)
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def _expand_help(self, action: argparse.Action) -> str:
-        # Such a flag's description says in brackets what it is when unset.
-        return super()._expand_help(action).replace(" (default: None)", "")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{shortened(message)} (--help lists the flags)")
+_METAVARS: Final = {
+    "Path": "FILE",
+    "str": "TEXT",
+    "int": "N",
+    "float": "X",
+    "bool": "{true,false}",
+    "tuple[str,...]": "PATH...",
+    "{int,tuple[int,int]}": "N|MIN,MAX",
+}
+"""What `--help` shows in place of a Python type."""
 
 
 def parse(config_class: type[Config], argv: list[str], description: str) -> Config:
-    """Make a config of the command line and of the YAML file it names.
+    """Make a config from the command line and from the YAML file of `--config`.
 
     Raises:
-        RequestError: an unknown flag or key, a value of the wrong kind or out of range, an unreadable file.
+        RequestError: an unknown flag or key, a value of the wrong type or out of range, an unreadable file.
     """
-    argv = _gather_lists(argv, [name for name, field in config_class.model_fields.items() if field.annotation == tuple[str, ...]])
-    parser = _Parser(prog=Path(sys.argv[0]).name, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    argv = _join_list_flags(
+        argv, [name for name, field in config_class.model_fields.items() if field.annotation == tuple[str, ...]]
+    )
+    parser = _Parser(config_class, description)
     try:
-        flags = CliSettingsSource[Any](config_class, root_parser=parser, cli_parse_args=argv)()
+        flags = CliSettingsSource[Any](
+            config_class, root_parser=parser, cli_parse_args=argv, add_argument_method=_Parser.add_flag
+        )()
     except SettingsError as error:
         raise RequestError(shortened(one_line(error))) from None
     except RecursionError:
@@ -63,10 +55,41 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
         raise RequestError(_first_error(error, flags)) from None
 
 
-def _gather_lists(argv: list[str], names: list[str]) -> list[str]:
-    """Put the values of a list flag (`--input a b`, `--input a --input b`) into the one JSON list that pydantic reads.
+class _Parser(argparse.ArgumentParser):
+    """Argument parser that shows each flag under the group of its field, and raises RequestError instead of exiting."""
 
-    Its own syntax would split a file name at a comma, and not take what a shell makes of `--input pairs/*.parquet`.
+    def __init__(self, config_class: type[JobConfig], description: str) -> None:
+        super().__init__(prog=Path(sys.argv[0]).name, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self._config_class = config_class
+        self._groups: dict[str, argparse._ArgumentGroup] = {}
+
+    def add_flag(self, *names: str, **kwargs: Any) -> argparse.Action:
+        """Add a flag to the group that declares its field; fields of JobConfig itself belong to no group."""
+        field = names[0].lstrip("-").replace("-", "_")
+        if "metavar" in kwargs:  # switches have none
+            kwargs["metavar"] = _METAVARS.get(kwargs["metavar"], kwargs["metavar"])
+        declaring = next(base for base in self._config_class.__mro__ if field in inspect.get_annotations(base))
+        if declaring is JobConfig:
+            return self.add_argument(*names, **kwargs)
+        heading = (declaring.__doc__ or declaring.__name__).splitlines()[0].rstrip(".")
+        if heading not in self._groups:
+            self._groups[heading] = self.add_argument_group(heading)
+        return self._groups[heading].add_argument(*names, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{shortened(message)} (--help lists the flags)")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _expand_help(self, action: argparse.Action) -> str:
+        # The description of such a flag gives its unset value in brackets.
+        return super()._expand_help(action).replace(" (default: None)", "")
+
+
+def _join_list_flags(argv: list[str], names: list[str]) -> list[str]:
+    """Join the values of a list flag (`--input a b`, `--input a --input b`) into one JSON list, which pydantic reads.
+
+    Pydantic's own syntax would split a file name at a comma and reject what a shell makes of `--input pairs/*.parquet`.
     """
     rest: list[str] = []
     values: dict[str, list[str]] = {}
@@ -81,35 +104,46 @@ def _gather_lists(argv: list[str], names: list[str]) -> list[str]:
                 current.append(value)
         else:
             (rest if current is None else current).append(word)
-    for flag, gathered in values.items():
-        rest += [flag, json.dumps(gathered)]
+    for flag, joined in values.items():
+        rest += [flag, json.dumps(joined)]
     return rest
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """YAML without aliases: no config needs them, and nested ones expand to more values than memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not supported in a config file")
+        return super().compose_node(parent, index)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
+    """Values of the config file by field name."""
     try:
         with path.open("rb") as file:
-            text = file.read(_MOST_YAML_BYTES + 1)
-        if len(text) > _MOST_YAML_BYTES:
-            raise RequestError(f"--config {path}: is larger than {_MOST_YAML_BYTES:,} bytes, which no config file is")
-        values = yaml.load(text.decode(), _Loader)
+            text = file.read(_MAX_YAML_BYTES + 1)
+        if len(text) > _MAX_YAML_BYTES:
+            raise RequestError(f"--config {path}: is larger than {_MAX_YAML_BYTES:,} bytes, the limit for a config file")
+        values = yaml.load(text.decode(), _YamlLoader)
     except (OSError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
-        said = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise RequestError(f"--config {path}: cannot be read: {shortened(said)}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise RequestError(f"--config {path}: cannot be read: {shortened(reason)}") from None
     except yaml.YAMLError as error:
-        raise RequestError(f"--config {path}: not YAML: {shortened(one_line(error))}") from None
+        raise RequestError(f"--config {path}: is not YAML: {shortened(one_line(error))}") from None
     except RecursionError:
-        raise RequestError(f"--config {path}: not YAML of a config: it is nested too deeply") from None
+        raise RequestError(f"--config {path}: is not the YAML of a config: it is nested too deeply") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise RequestError(f"--config {path}: must hold `key: value` lines, the keys being the flags without the dashes")
+        raise RequestError(f"--config {path}: must hold `key: value` lines; the keys are the flags without dashes in front")
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 
 def _first_error(error: ValidationError, flags: dict[str, Any]) -> str:
+    """The first of pydantic's errors as one line that names the flag or the key of the config file."""
     first = error.errors()[0]
     if not first["loc"]:
         return str(first["msg"]).removeprefix("Value error, ")
@@ -118,7 +152,7 @@ def _first_error(error: ValidationError, flags: dict[str, Any]) -> str:
     if first["type"] == "extra_forbidden":
         return f"{place}: there is no such setting (--help lists them)"
     if first["type"] == "missing":
-        return f"--{key.replace('_', '-')}: is needed, and neither the command line nor the config file has it"
+        return f"--{key.replace('_', '-')}: is required, on the command line or in the config file"
     if first["type"] == "too_short":
         return f"{place}: needs a value"
     message = str(first["msg"]).removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""What the jobs share: one line for an error or a stop, one JSON line for the result, the exit code."""
+"""Run a job: one JSON line for its result, one line for an error or a stop, and the exit code."""
 
 import json
 import os
@@ -6,73 +6,87 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final, TextIO
 
-from mnistsum_ray.cluster.signals import StopOnSignals, signals_deferred
+from mnistsum_ray.cluster.graceful_stop import StopOnSignals
+from mnistsum_ray.cluster.signals import defer_signals
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, printable
 
 DONE: Final = 0
 FAILED: Final = 1
-REFUSED: Final = 2
+BAD_REQUEST: Final = 2
 INCOMPLETE: Final = 3
-"""Finished, but some of the input could not be used."""
+"""The job finished, but some of its input could not be used."""
 
-_BEGINS_AGAIN: Final = "nothing was begun, and the same command begins again"
+_NOTHING_BEGUN: Final = "nothing was begun, and the same command begins again"
+
+Job = Callable[[list[str]], tuple[dict[str, Any], int]]
+"""Takes the command line's arguments; returns the result and the exit code."""
 
 
-def run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str]) -> int:
-    """Run a job to its exit code: its result is the last line on standard output, an error one line on standard error.
+def run(job: Job, argv: list[str]) -> int:
+    """Run a job and return its exit code. Its result is the last line on standard output, an error one line on standard error.
 
-    SIGINT, SIGTERM and SIGHUP stop it: one line says what goes on, and the exit code is 128 and the signal's number.
+    SIGINT, SIGTERM and SIGHUP stop the job: one line says how to go on, and the exit code is 128 plus the number of the signal.
+    Afterwards the process should exit: a later signal ends it at once, and 20 s later it ends by itself.
     """
     _open_standard_streams()
-    with StopOnSignals(_say) as stop:
-        try:
-            code = _run(job, argv, sys.stdout, stop)
-        except KeyboardInterrupt as interrupt:
-            with signals_deferred():
-                reason = _reason(interrupt)
-                code = FAILED if isinstance(reason, RunError) else stop.exit_code
-                if isinstance(reason, RunError):
-                    _say(f"error: {reason}")
-                else:
-                    name = stop.received.name if stop.received else "SIGINT"
-                    _say(f"stopped by {name}; {reason or _BEGINS_AGAIN}")
-                stop.end(code)
-        else:
-            stop.end(code)
-        if "mnistsum_ray.cluster.connection" in sys.modules:  # else there is nothing to leave
-            from mnistsum_ray.cluster.connection import disconnect
+    stdout = sys.stdout
+    try:
+        with StopOnSignals(_say) as stop:
+            code = _run_or_stop(job, argv, stdout, stop)
+            if "mnistsum_ray.cluster.connection" in sys.modules:  # without that module there is no connection
+                from mnistsum_ray.cluster.connection import disconnect
 
-            disconnect()
+                disconnect()
+    finally:
+        sys.stdout = stdout  # only now: until they are disconnected, Ray's threads may print after the result
     return code
 
 
-def _run(job: Callable[[list[str]], tuple[dict[str, Any], int]], argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
+def reserve_stdout_for_result() -> None:
+    """Send to standard error what is printed from here to the end of `run`, since Ray's threads print at any time."""
+    sys.stdout = sys.stderr
+
+
+def _run_or_stop(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
+    try:
+        code = _run(job, argv, stdout, stop)
+    except KeyboardInterrupt as interrupt:
+        with defer_signals():
+            reason = _find_reason(interrupt)
+            code = FAILED if isinstance(reason, RunError) else stop.exit_code
+            if isinstance(reason, RunError):
+                _say(f"error: {reason}")
+            else:
+                name = stop.received.name if stop.received else "SIGINT"
+                _say(f"stopped by {name}; {reason or _NOTHING_BEGUN}")
+            stop.end(code)
+    else:
+        stop.end(code)
+    return code
+
+
+def _run(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
     try:
         result, code = job(argv)
-        with signals_deferred():  # a job whose result is printed is done, whatever comes
+        with defer_signals():  # once the result is printed, a signal no longer changes the exit code
             print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
             stop.end(code)
-    except RequestError as refusal:
-        return _fail(refusal, REFUSED)
-    except RunError as failure:
-        return _fail(failure, FAILED)
+    except RequestError as error:
+        return _fail(error, BAD_REQUEST)
+    except RunError as error:
+        return _fail(error, FAILED)
     except BrokenPipeError:
-        _discard(stdout.fileno())
+        _redirect_to_devnull(stdout.fileno())
         return _fail("standard output was closed by its reader, so the result could not be printed", FAILED)
     return code
 
 
-def _reason(interrupt: BaseException) -> RunInterrupted | RunError | None:
-    """What the job had come to: a further interrupt may have come while it was cleared up after that."""
+def _find_reason(interrupt: BaseException) -> RunInterrupted | RunError | None:
+    """Return the job's own error, if a further interrupt came during its cleanup and replaced it."""
     error: BaseException | None = interrupt
     while error is not None and not isinstance(error, RunInterrupted | RunError):
         error = error.__context__
     return error
-
-
-def leave_stdout_to_result() -> None:
-    """From here on only the job's last line goes to standard output: Ray's threads print there at any time, also after it."""
-    sys.stdout = sys.stderr
 
 
 def _fail(error: object, code: int) -> int:
@@ -81,26 +95,26 @@ def _fail(error: object, code: int) -> int:
 
 
 def _say(text: str) -> None:
+    """Write a line to standard error. If its reader has closed it, only the exit code tells of the error."""
     try:
         print(printable(text), file=sys.stderr, flush=True)
-    except OSError:  # nobody reads it, and the exit code says it too
-        _discard(2)
+    except OSError:
+        _redirect_to_devnull(2)
 
 
 def _open_standard_streams() -> None:
-    """Open those that are closed, on nothing: else the next file that is opened would get what is printed."""
+    """Open closed standard streams on /dev/null: else the next file that is opened would receive what is printed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            _discard(number)
+            _redirect_to_devnull(number)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
-def _discard(number: int) -> None:
-    """Have a file descriptor lead nowhere."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    if nowhere != number:
-        os.dup2(nowhere, number)
-        os.close(nowhere)
+def _redirect_to_devnull(descriptor: int) -> None:
+    devnull = os.open(os.devnull, os.O_RDWR)
+    if devnull != descriptor:
+        os.dup2(devnull, descriptor)
+        os.close(devnull)

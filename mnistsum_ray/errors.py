@@ -1,45 +1,46 @@
-"""How a job ends other than well: each error carries one line that says why and what to do."""
+"""Errors that end a job, each with a one-line message that says why and what to do; and helpers to write such lines."""
 
 from typing import Final
 
-_MOST_LETTERS: Final = 300
+_MAX_QUOTED_CHARACTERS: Final = 300
 
 
 class RequestError(ValueError):
-    """The request cannot be carried out as it stands; the message is one line that says why and what to do."""
+    """The request is invalid; the message says why and what to do."""
 
 
 class RunError(RuntimeError):
-    """What was asked for was sound and did not come about; the message is one line that says why and what to do."""
+    """A valid request failed; the message says why and what to do."""
+
+
+class RowCountError(RunError):
+    """Rows were lost or repeated, so results computed from them are wrong."""
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """The run was interrupted; the message says what is kept and how to continue."""
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """The message of an error on one line; its class name if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def last_line(error: BaseException) -> str:
-    """The last line of what an error says: where it carries a traceback of another process, what that came to.
+def root_cause(error: BaseException) -> str:
+    """The line of an error's message that names the cause.
 
-    Where Ray has ended a process for want of memory it is the first, which says so; the last is advice.
+    This is the last line, since a message may hold the traceback of another process. Ray's OutOfMemoryError names the cause in
+    its first line and ends with advice.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0 if type(error).__name__ == "OutOfMemoryError" else -1].strip()
 
 
-class RunInterrupted(KeyboardInterrupt):
-    """The run was interrupted; the message says what is kept, and what goes on."""
-
-
 def shortened(text: str) -> str:
-    """Text that fits in a message: what somebody gave may be of any length."""
-    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}…"
+    """Text cut to a length that fits in a message; a user's input may have any length."""
+    return text if len(text) <= _MAX_QUOTED_CHARACTERS else f"{text[:_MAX_QUOTED_CHARACTERS]}…"
 
 
 def printable(text: str) -> str:
-    """Text of which nothing steers a terminal or begins a new line: files of others may have any name."""
+    """Text with control characters and line breaks escaped: a file name could otherwise steer the terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-class RowCountError(RunError):
-    """Rows were lost or seen twice, so what was computed from them cannot be trusted."""

@@ -15,7 +15,7 @@ from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.evaluation import Metrics
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import copy_weights, load_model, save_model
-from mnistsum_ray.storage.location import locate
+from mnistsum_ray.storage.paths import locate
 
 
 @pytest.fixture(scope="session")
@@ -40,16 +40,17 @@ TEMPERATURES = Temperatures(1.5, 0.7)
 
 
 def write_model(folder: Path, seed: int) -> Path:
-    """A model folder with random weights, whose answers are as good as any for telling whether they are the same."""
+    """Write a model folder with random weights and TEMPERATURES."""
     torch.manual_seed(seed)
-    nothing = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
+    no_metrics = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0, consistency=0.0)
     folder.mkdir()
-    save_model(folder, copy_weights(TwoHeadCNN()), epoch=1, validation=nothing, test=nothing)
+    save_model(folder, copy_weights(TwoHeadCNN()), epoch=1, validation=no_metrics, test=no_metrics)
     set_temperatures(folder, TEMPERATURES)
     return folder
 
 
 def set_temperatures(folder: Path, temperatures: Temperatures) -> None:
+    """Change the temperatures in the card of a model folder."""
     card = folder / "model.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"temperature": temperatures.as_json()}))
 
@@ -59,8 +60,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "model", 0)
 
 
-def answers(model: Path, images: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """What plain PyTorch says of uint8[n, 28, 28] and int64[n], with a model of `write_model`."""
+def plain_predictions(model: Path, images: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Predictions of plain PyTorch for uint8[n, 28, 28] and int64[n], with a model of `write_model`."""
     network, _ = load_model(locate(str(model), "--model"))
     with torch.inference_mode():
         heads = network(prepare_images(torch.tensor(images)), torch.tensor(numbers))
@@ -77,8 +78,8 @@ def answers(model: Path, images: np.ndarray, numbers: np.ndarray) -> dict[str, n
     }
 
 
-def check_answers(table: pa.Table, expected: dict[str, np.ndarray]) -> None:
-    """The predictions of a table are these, row for row."""
+def check_predictions(table: pa.Table, expected: dict[str, np.ndarray]) -> None:
+    """Assert that a table has these predictions, row for row."""
     for name in ("pred_digit", "pred_sum", "consistent"):
         assert table[name].to_pylist() == expected[name].tolist(), name
     for name in ("digit_prob", "sum_prob"):

@@ -1,4 +1,4 @@
-"""What a person can type, and the one line that answers what does not make sense."""
+"""Command lines and config files: what they set, and the one-line errors for what is invalid."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mnistsum_ray.arguments import parse
-from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
 
 
@@ -21,21 +21,21 @@ def test_flags() -> None:
     assert config().worker_range is None
 
 
-def test_yaml_fills_and_the_command_line_wins(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_yaml_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("epochs: 3\nbatch-size: 128\nnum_workers: [1, 2]\nuse_gpu: false\n")
     made = config("--config", str(file), "--epochs", "7")
     assert (made.epochs, made.batch_size, made.num_workers, made.use_gpu) == (7, 128, (1, 2), False)
 
 
-def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEED", "99")
     monkeypatch.setenv("NAME", "other")
     assert (config().seed, config().name) == (0, None)
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--epohs", "3"], "--epohs"),
         (["--epoch", "3"], "--epoch"),  # no guessing at abbreviations
@@ -51,20 +51,20 @@ def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         (["--learning-rate", "-1"], "--learning-rate"),
         (["--learning-rate", "nan"], "--learning-rate"),
         (["--name", "a/b"], "--name"),
-        (["--resume"], "--resume: say which run with --name"),
+        (["--resume"], "--resume: needs --name, the run to continue"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
         (["--seed"], "--seed"),
     ],
 )
-def test_refusals_are_one_line_that_names_the_flag(argv: list[str], said: str) -> None:
-    with pytest.raises(RequestError) as refused:
+def test_an_error_is_one_line_that_names_the_flag(argv: list[str], message: str) -> None:
+    with pytest.raises(RequestError) as error:
         config(*argv)
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("epohs: 3\n", "'epohs' of the config file: there is no such setting"),
         ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to 1, got 0"),
@@ -72,13 +72,13 @@ def test_refusals_are_one_line_that_names_the_flag(argv: list[str], said: str) -
         ("epochs: [\n", "not YAML"),
     ],
 )
-def test_a_bad_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_an_invalid_config_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(RequestError) as error:
         config("--config", str(file))
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,17 +90,35 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"--{name.replace('_', '-')}" in text
         assert field.description
         if field.default is None and name != "config":
-            assert "[" in field.description, f"--{name} does not say what it is when unset"
+            assert "[" in field.description, f"--{name} does not give its unset value"
     assert "None" not in text
 
 
-def test_a_list_flag_takes_what_a_shell_makes_of_it() -> None:
+@pytest.mark.parametrize(
+    ("config_class", "groups"),
+    [
+        (TrainConfig, {"Training data": "data", "Recipe and optimization": "seed", "Run folder": "resume"}),
+        (ScoreConfig, {"Input": "input", "Output": "overwrite", "Cluster and hardware": "num-workers"}),
+    ],
+)
+def test_help_shows_flags_in_groups(
+    config_class: type[JobConfig], groups: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(config_class, ["--help"], "")
+    sections = capsys.readouterr().out.split("\n\n")
+    for heading, flag in groups.items():
+        (section,) = [section for section in sections if section.startswith(f"{heading}:\n")]
+        assert f"  --{flag}" in section
+
+
+def test_a_list_flag_takes_several_words_as_a_shell_expands_them() -> None:
     rest = ["--model", "m", "--output", "o"]
     for argv in (["--input", "a,b.parquet", "c d"], ["--input", "a,b.parquet", "--strict", "--input=c d"]):
         assert parse(ScoreConfig, [*argv, *rest], "").input == ("a,b.parquet", "c d")
 
 
-def test_the_file_may_hold_one_input_or_several(tmp_path: Path) -> None:
+def test_the_config_file_may_hold_one_input_or_several(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     for text, expected in (("pairs", ("pairs",)), ("[a, b]", ("a", "b"))):
         path.write_text(f"input: {text}\nmodel: m\noutput: o\n")
@@ -108,47 +126,47 @@ def test_the_file_may_hold_one_input_or_several(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
-        (["--input", "a", "--output", "o"], "--model: is needed"),
-        (["--model", "m", "--output", "o"], "--input: is needed"),
+        (["--input", "a", "--output", "o"], "--model: is required"),
+        (["--model", "m", "--output", "o"], "--input: is required"),
         (["--model", "m", "--output", "o", "--input"], "--input: needs a value"),
         (["--model", "m", "--output", "o", "--input", "i", "--number-column", "image"], "'image' cannot be both"),
     ],
 )
-def test_what_a_scoring_run_needs_is_named(argv: list[str], said: str) -> None:
-    with pytest.raises(RequestError, match=said):
+def test_a_missing_required_flag_is_named(argv: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
         parse(ScoreConfig, argv, "")
 
 
-def bomb() -> str:
-    """Nine lines that stand for 9**9 values."""
+def alias_bomb() -> str:
+    """YAML of nine lines that expand to 9**9 values."""
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise("abcdefghi")]
     return "\n".join([*lines, "seed: *i"])
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        (bomb(), "not YAML: aliases (*name) are not supported in a config file"),
+        (alias_bomb(), "not YAML: aliases (*name) are not supported in a config file"),
         (f"seed: {'9' * 5000}", "cannot be read: Exceeds the limit"),
         (f"seed: {'[' * 3000}", "it is nested too deeply"),
         (f"name: {'x' * 5000}", "key 'name' of the config file"),
         ("name: 2024-01-01", "key 'name' of the config file: input should be a valid string, got datetime.date(2024, 1, 1)"),
-        ("x" * (2**20 + 1), "is larger than 1,048,576 bytes, which no config file is"),
+        ("x" * (2**20 + 1), "is larger than 1,048,576 bytes, the limit for a config file"),
         ("name: caf\xe9", "cannot be read: 'utf-8' codec can't decode byte"),
         ("name: \0", "not YAML"),
     ],
     ids=["alias bomb", "long integer", "brackets", "long text", "date", "huge", "latin-1", "nul"],
 )
-def test_a_config_file_that_no_program_could_read_is_refused_in_one_short_line(tmp_path: Path, text: str, said: str) -> None:
+def test_a_hostile_config_file_is_refused_in_one_short_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(RequestError) as error:
         parse(TrainConfig, ["--config", str(tmp_path / "run.yaml")], "")
-    assert said in str(refused.value)
-    assert len(str(refused.value)) < 700
-    assert "\n" not in str(refused.value)
+    assert message in str(error.value)
+    assert len(str(error.value)) < 700
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +180,7 @@ def test_a_config_file_that_no_program_could_read_is_refused_in_one_short_line(t
     ],
     ids=["long integer", "brackets", "closed brackets", "stray word", "long flag"],
 )
-def test_what_is_refused_on_the_command_line_is_not_repeated_without_end(flags: list[str]) -> None:
-    with pytest.raises(RequestError) as refused:
+def test_an_error_does_not_quote_a_long_command_line_in_full(flags: list[str]) -> None:
+    with pytest.raises(RequestError) as error:
         parse(TrainConfig, flags, "")
-    assert len(str(refused.value)) < 700
+    assert len(str(error.value)) < 700

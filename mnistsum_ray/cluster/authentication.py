@@ -1,4 +1,8 @@
-"""TODO cluster.authentication"""
+"""Ray's token authentication: send the user's token where the cluster asks for it, and make one where none can be stored.
+
+Both functions set variables in `os.environ`. Ray reads them during `ray.init`: its C++ code caches them for this process, and the
+processes that it starts inherit them. The caller restores the environment after that.
+"""
 
 import os
 import secrets
@@ -8,40 +12,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mnistsum_ray.cluster import ray_internals
+
 
 def use_token_if_required(address: str) -> None:
-    """Have Ray bring the token of this user to the cluster that RAY_ADDRESS names, if that asks for one.
+    """Set RAY_AUTH_MODE=token if the user has a token and the cluster at this address asks for one.
 
-    Ray does so by itself only where it finds the cluster by itself; and brought to a cluster that asks for none, the token keeps
-    that from answering.
+    Ray sends a token by itself only to a cluster that it finds without an address. A token cannot be sent in every case: a
+    cluster that asks for none does not answer a client that sends one.
     """
     if "RAY_AUTH_MODE" in os.environ or not _has_token():
         return
-    from ray._raylet import Config, GcsClient  # type: ignore[attr-defined]
-    from ray.exceptions import AuthenticationError, RayError
+    from ray.exceptions import RayError
 
+    ray_internals.reload_authentication()  # an earlier connection of this process may have left the token mode in the cache
     try:
-        with _without_stderr():
-            GcsClient(address=address)
-    except AuthenticationError:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        Config.initialize("")  # it has read the variable already
+        with _discard_stderr():
+            rejected = ray_internals.rejects_this_client(address)
     except RayError:
-        return  # `ray.init` tells what it is
+        return  # `ray.init` fails for the same reason, and reports it
+    if rejected:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        ray_internals.reload_authentication()
 
 
 @contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Keep what C++ prints from standard error."""
+def _discard_stderr() -> Iterator[None]:
+    """Discard what is written to file descriptor 2 while the block runs: Ray's C++ code logs a rejected token there."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
 def _has_token() -> bool:
@@ -54,7 +60,7 @@ def _has_token() -> bool:
 
 
 def ensure_token() -> None:
-    """Give a cluster of our own a token in the environment, where Ray could not leave one in the home folder."""
+    """Set RAY_AUTH_TOKEN for a new cluster if Ray cannot write a token file to the home folder."""
     if _has_token() or os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return
     try:
@@ -64,3 +70,4 @@ def ensure_token() -> None:
             return
     except (OSError, RuntimeError):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        ray_internals.reload_authentication()  # an earlier cluster of this process may have left its token in the cache

@@ -1,13 +1,28 @@
-"""TODO cluster.data_context"""
+"""Options of Ray Data for the app's own datasets. Datasets of the user, in the same process, keep theirs."""
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.data import DataContext
 
 
-def quiet_ray_data() -> None:
-    """Keep Ray Data's bars, plans and advice out of sight in this process: the app reports rows, and waits, itself."""
-    from ray.data import DataContext  # a second to import
+@contextmanager
+def ray_data_options(*, preserve_order: bool, target_max_block_size: int | None = None) -> Iterator[None]:
+    """Set options for the datasets that are created in the block. They keep the options after it.
 
-    context = DataContext.get_current()
+    A Dataset copies the DataContext that is current when it is created, so only the creation has to be in the block. A generator
+    must not yield inside the block: its caller would have the options until the next item.
+
+    Args:
+        preserve_order: return blocks in the order of their input.
+        target_max_block_size: in bytes; None keeps Ray's default.
+    """
+    context = DataContext.get_current().copy()
+    # The app reports progress itself; Ray's bars and plans would repeat it.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.execution_options.preserve_order = preserve_order
+    if target_max_block_size is not None:
+        context.target_max_block_size = target_max_block_size
+    with DataContext.current(context):
+        yield

@@ -1,4 +1,7 @@
-"""TODO cluster.gpu"""
+"""Check that PyTorch can use the GPUs that Ray counts.
+
+Ray counts a GPU on every Mac with Apple silicon, and NVIDIA's by their driver, whichever build of PyTorch is installed.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,11 +10,11 @@ from typing import Final
 import ray
 import ray.exceptions
 
-from mnistsum_ray.cluster.resources import Cluster, count_of, inspect_cluster, wait_until_free
-from mnistsum_ray.errors import RequestError, last_line
+from mnistsum_ray.cluster.resources import ClusterResources, format_resource, inspect_cluster, wait_until_free
+from mnistsum_ray.errors import RequestError, root_cause
 
 _PROBE_SECONDS: Final = 60.0
-"""A process on another node has PyTorch to import first."""
+"""Shortest timeout of a probe: its process on another node has to import PyTorch first."""
 
 
 @dataclass(frozen=True)
@@ -19,27 +22,29 @@ class GpuProbe:
     """What PyTorch finds on a node that has a logical GPU of Ray."""
 
     cuda: bool
+    """CUDA is available."""
     bf16: bool
-    """Whether bfloat16 is faster there than float32."""
+    """CUDA is available and the GPU is faster with bfloat16 than with float32."""
     torch: str
     """PyTorch's version."""
 
 
-def usable_cluster(
-    cluster: Cluster, use_gpu: bool | None, wait_seconds: float, say: Callable[[str], None]
-) -> tuple[Cluster, GpuProbe | None]:
-    """The cluster, without GPUs that PyTorch cannot use, and what it finds there; None where no GPU was asked for or is there.
-
-    Ray counts a GPU on every Mac with Apple silicon, and NVIDIA's by their driver whichever PyTorch is installed.
+def drop_unusable_gpus(
+    cluster: ClusterResources, use_gpu: bool | None, wait_seconds: float, say: Callable[[str], None]
+) -> tuple[ClusterResources, GpuProbe | None]:
+    """Probe a GPU, and return the cluster without its GPUs if PyTorch cannot use them.
 
     Args:
-        cluster: as `inspect_cluster` gives it.
-        use_gpu: the request; None takes GPUs where they can be used.
-        wait_seconds: how long to wait for a GPU to become free to ask.
-        say: takes a line for the console.
+        cluster: from `inspect_cluster`.
+        use_gpu: as requested; None uses GPUs where PyTorch can.
+        wait_seconds: longest wait for a GPU that is free for the probe.
+        say: writes a console line.
+
+    Returns:
+        The cluster, and the probe; None instead of the probe if the run uses no GPU.
 
     Raises:
-        RequestError: GPUs are asked for and PyTorch cannot use them, or none becomes free.
+        RequestError: GPUs are requested and PyTorch cannot use them, or none becomes free.
     """
     if use_gpu is False or not cluster.total.get("GPU"):
         return cluster, None
@@ -53,22 +58,24 @@ def usable_cluster(
 
 
 def probe_gpu(wait_seconds: float) -> GpuProbe:
-    """Ask a node with a free GPU whether PyTorch has CUDA there.
+    """Run a probe on a node with a free GPU.
 
     Raises:
-        RequestError: none answered for so long, since another job has taken the GPU meanwhile, or the node was lost.
+        RequestError: the probe did not run in time, because another job has taken the GPU meanwhile, or the node was lost.
     """
-    asked = ray.remote(num_gpus=1, num_cpus=0)(_probe).remote()
+    timeout = max(_PROBE_SECONDS, wait_seconds)
+    probe = ray.remote(num_gpus=1, num_cpus=0)(_probe).remote()
     try:
-        found: GpuProbe = ray.get(asked, timeout=max(_PROBE_SECONDS, wait_seconds))
+        found: GpuProbe = ray.get(probe, timeout=timeout)
     except ray.exceptions.GetTimeoutError:
-        ray.cancel(asked)
+        ray.cancel(probe)
         raise RequestError(
-            f"no GPU was free as a whole for {max(_PROBE_SECONDS, wait_seconds):.0f} s; other jobs hold them, so wait, or give "
-            "more --wait-seconds"
+            f"no GPU was free as a whole for {timeout:.0f} s; other jobs hold them, so wait, or give more --wait-seconds"
         ) from None
     except ray.exceptions.RayError as error:
-        raise RequestError(f"the node with a GPU could not be asked whether PyTorch has CUDA there: {last_line(error)}") from None
+        raise RequestError(
+            f"the node with a GPU could not be asked whether PyTorch has CUDA there: {root_cause(error)}"
+        ) from None
     return found
 
 
@@ -82,12 +89,12 @@ def _probe() -> GpuProbe:
 
 
 def check_cuda(probe: GpuProbe, use_gpu: bool | None) -> None:
-    """Raise RequestError where GPUs are asked for and PyTorch has no CUDA there."""
+    """Raise RequestError if GPUs are requested and the probe found no CUDA."""
     if use_gpu and not probe.cuda:
         raise RequestError(
             f"--use-gpu true: {_no_cuda(probe, inspect_cluster())}; install a CUDA build of PyTorch there, or leave --use-gpu out"
         )
 
 
-def _no_cuda(probe: GpuProbe, cluster: Cluster) -> str:
-    return f"Ray counts {count_of(cluster.total, 'GPU')}, but PyTorch {probe.torch} has no CUDA there"
+def _no_cuda(probe: GpuProbe, cluster: ClusterResources) -> str:
+    return f"Ray counts {format_resource(cluster.total, 'GPU')}, but PyTorch {probe.torch} has no CUDA there"

@@ -1,4 +1,8 @@
-"""Whether every node sees what a run names by a local path: one that does not would read nothing, or write where nobody looks."""
+"""Check that the cluster's nodes share the local paths of a job.
+
+A node that does not see an input folder would find no files; one that does not see
+the output folder would write where nobody looks.
+"""
 
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -13,76 +17,83 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.location import Location
 
-_ANSWER_SECONDS: Final = 60.0
+_TIMEOUT_SECONDS: Final = 60.0
+
+Paths = dict[str, str]
+"""Local path of each flag, such as {"--output": "/data/out"}."""
 
 
 def check_shared_storage(written: Mapping[str, Location], read: Mapping[str, Location], say: Callable[[str], None]) -> None:
-    """Compare what other nodes see with what this one sees; nodes that join later are not asked.
+    """Compare what the other nodes see at local paths with what this node sees. Nodes that join later are not checked.
 
     Args:
-        written: by flag, the folders that are written to.
-        read: by flag, a file that is read; where it lies on another storage than a disk, nothing has to be asked.
-        say: is told of a node that does not answer.
+        written: by flag, the folders that the job writes to.
+        read: by flag, one file that the job reads.
+        say: writes a console line, about a node that does not answer.
 
     Raises:
-        RequestError: a node does not see one of them.
+        RequestError: a node does not see one of the paths, or a folder cannot be written.
     """
-    here = ray.get_runtime_context().get_node_id()
-    others = {
-        node["NodeID"]: node["NodeManagerAddress"]
-        for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] != here and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))
-    }
-    files = {flag: place.path for flag, place in read.items() if place.is_local}
-    folders = {flag: place.path for flag, place in written.items() if place.is_local}
+    others = _other_nodes()
+    files = {flag: location.path for flag, location in read.items() if location.is_local}
+    folders = {flag: location.path for flag, location in written.items() if location.is_local}
     if not others or not (files or folders):
         return
-    with _marked(folders) as marks:
-        probes = files | marks
-        asked = {
-            # Placed on a node that goes meanwhile, it is not tried elsewhere, where it would say nothing about that one.
-            node: ray.remote(_sizes).options(
-                num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-            )
-            for node in others
-        }
-        answers = {node: task.remote(probes) for node, task in asked.items()}
-        mine = _sizes(probes)
+    with _marker_files(folders) as markers:
+        probes = files | markers
+        answers = {node: _sizes_on_node(node, probes) for node in others}
+        expected = _sizes(probes)
         for node, answer in answers.items():
             try:
-                theirs = ray.get(answer, timeout=_ANSWER_SECONDS)
+                sizes = ray.get(answer, timeout=_TIMEOUT_SECONDS)
             except ray.exceptions.GetTimeoutError:
-                say(f"the node {others[node]} has not said in {_ANSWER_SECONDS:.0f} s whether it sees what this one sees")
+                say(f"the node {others[node]} has not said in {_TIMEOUT_SECONDS:.0f} s whether it sees what this one sees")
                 continue
-            except ray.exceptions.RayError:  # it has gone, or is about to
+            except ray.exceptions.RayError:  # the node has gone, or is about to
                 continue
             for flag, path in (files | folders).items():
-                if theirs[flag] != mine[flag]:
+                if sizes[flag] != expected[flag]:
                     raise RequestError(
                         f"{flag} {path}: the node {others[node]} does not see what this one sees there; name a folder that "
                         "all nodes share, or s3://…"
                     )
 
 
+def _other_nodes() -> dict[str, str]:
+    """Return the address of each living node with CPUs or GPUs, by id, without the node of this process."""
+    this_node = ray.get_runtime_context().get_node_id()
+    return {
+        node["NodeID"]: node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] != this_node and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))
+    }
+
+
 @contextmanager
-def _marked(folders: dict[str, str]) -> Iterator[dict[str, str]]:
-    """A file of ours in each folder, or in the nearest one above that is there, for as long as the block runs."""
-    marks: dict[str, str] = {}
+def _marker_files(folders: Paths) -> Iterator[Paths]:
+    """Keep an empty file in each folder, or in its nearest parent that exists, while the block runs."""
+    markers: Paths = {}
     try:
         for flag, folder in folders.items():
             nearest = next(path for path in (Path(folder), *Path(folder).parents) if path.is_dir())
-            mark = nearest / f".mnistsum_ray-{secrets.token_hex(8)}"
+            marker = nearest / f".mnistsum_ray-{secrets.token_hex(8)}"
             try:
-                mark.write_bytes(b"")
+                marker.write_bytes(b"")
             except OSError as error:
                 raise RequestError(f"{flag} {folder}: cannot be written ({error.strerror or error})") from None
-            marks[flag] = str(mark)
-        yield marks
+            markers[flag] = str(marker)
+        yield markers
     finally:
-        for path in marks.values():
+        for path in markers.values():
             Path(path).unlink(missing_ok=True)
 
 
-def _sizes(paths: dict[str, str]) -> dict[str, int | None]:
-    """Of each file, or None where there is none. Clocks and caches of a network's file system may differ about its time."""
+def _sizes_on_node(node: str, paths: Paths) -> ray.ObjectRef:
+    # Neither retried nor placed elsewhere: if the node goes, the answer of another one says nothing about it.
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(_sizes).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(paths)
+
+
+def _sizes(paths: Paths) -> dict[str, int | None]:
+    """Return the size of each file in bytes, None where there is none. Times may differ on a network file system, sizes not."""
     return {key: Path(path).stat().st_size if Path(path).exists() else None for key, path in paths.items()}

@@ -1,10 +1,10 @@
-"""The files that MNIST comes as: IDX, in torchvision's layout or alone in a folder, and downloaded where there are none."""
+"""MNIST's IDX files: find a folder of them, read them, download them."""
 
 import gzip
-import socket
+import hashlib
+import http.client
 import struct
 import tempfile
-import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -13,15 +13,16 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mnistsum_ray.data.decoding import SIDE, Pixels
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.data.pixels import SIDE, Pixels
+from mnistsum_ray.errors import RequestError, one_line
 
 FILES: Final = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_DOWNLOAD_SECONDS: Final = 3
+_DOWNLOAD_TIMEOUT_SECONDS: Final = 3
+"""For the connection and for each read, so it does not limit the download as a whole."""
 
 
 def find(root: Path) -> Path | None:
-    """The folder at or below `root` that holds IDX files, in any of the layouts that torchvision and people use."""
+    """The folder with IDX files: `root`/MNIST/raw or `root`/raw, as in torchvision, or `root`; None where there is none."""
     for folder in (root / "MNIST" / "raw", root / "raw", root):
         if any((folder / (name + suffix)).exists() for name in FILES for suffix in ("", ".gz")):
             return folder
@@ -29,10 +30,13 @@ def find(root: Path) -> Path | None:
 
 
 def read(folder: Path) -> tuple[Pixels, npt.NDArray[np.uint8], int]:
-    """All images uint8[n, 28, 28], their labels uint8[n], and how many of them, the last, are for tests.
+    """Read the training files and then the test files of a folder.
+
+    Returns:
+        Images uint8[n, 28, 28], labels uint8[n], and the number of test rows, which are the last.
 
     Raises:
-        RequestError: a file is missing, is not IDX, or does not go with the others; names the file.
+        RequestError: a file is missing, is not IDX, or does not match the others; names the file.
     """
     train_images, train_digits, test_images, test_digits = (_read_file(folder, name) for name in FILES)
     for name, images, digits in (
@@ -47,7 +51,10 @@ def read(folder: Path) -> tuple[Pixels, npt.NDArray[np.uint8], int]:
 
 
 def _read_file(folder: Path, name: str) -> Pixels:
-    """Read one IDX file of unsigned bytes (the format is described on the MNIST page), gzip-compressed or not."""
+    """Read one IDX file of unsigned bytes, gzip-compressed or not: uint8[n, 28, 28] or uint8[n].
+
+    Format: https://yann.lecun.com/exdb/mnist/
+    """
     path = folder / name
     if not path.exists():
         path = folder / (name + ".gz")
@@ -69,35 +76,42 @@ def _read_file(folder: Path, name: str) -> Pixels:
 
 
 def download(root: Path) -> None:
-    """Download through torchvision, which checks the checksums; a machine without a network finds out in seconds.
+    """Download MNIST to `root`/MNIST/raw from the mirrors that torchvision lists, and check torchvision's MD5 sums.
 
-    It appears under `root` when it is whole, so that a download that was cut off is made again.
+    The folder appears only when it is complete, so an interrupted download is repeated the next time. Without a network this
+    fails within seconds.
 
     Raises:
-        OSError, RuntimeError: no mirror answers or has it, or it cannot be written.
+        OSError: no mirror has all files, or they cannot be written.
     """
     from torchvision.datasets import MNIST  # takes seconds to import, and most runs do not download
 
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_SECONDS)
-    try:
-        errors = []
-        for mirror in MNIST.mirrors:
-            try:
-                urllib.request.urlopen(urllib.request.Request(mirror, method="HEAD"), timeout=_DOWNLOAD_SECONDS).close()
-            except urllib.error.HTTPError:
-                pass  # it answers; whether it has the files torchvision will see
-            except OSError as error:
-                errors.append(str(getattr(error, "reason", error)))
-        if len(errors) == len(MNIST.mirrors):
-            raise RuntimeError(f"no mirror answers: {errors[0]}")
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as partial:
-            MNIST(partial, download=True)
-            try:
-                (Path(partial) / "MNIST").replace(root / "MNIST")
-            except OSError:
-                if find(root) is None:  # otherwise another run was faster
-                    raise
-    finally:
-        socket.setdefaulttimeout(before)
+    errors = []
+    for mirror in MNIST.mirrors:
+        try:
+            files = {name.removesuffix(".gz"): _download_file(f"{mirror}{name}", md5) for name, md5 in MNIST.resources}
+            break
+        except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
+            errors.append(f"{mirror}: {one_line(error)}")
+    else:
+        raise OSError("; ".join(errors))
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as temporary:
+        raw = Path(temporary, "MNIST", "raw")
+        raw.mkdir(parents=True)
+        for name, data in files.items():
+            (raw / name).write_bytes(data)
+        try:
+            raw.parent.rename(root / "MNIST")
+        except OSError:
+            if find(root) is None:  # otherwise another run was faster
+                raise
+
+
+def _download_file(url: str, md5: str) -> bytes:
+    # urlopen's own timeout: socket.setdefaulttimeout would also change the sockets of the caller's other threads.
+    with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response:
+        data: bytes = response.read()
+    if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
+        raise OSError(f"{url} does not have the MD5 sum {md5}")
+    return gzip.decompress(data)

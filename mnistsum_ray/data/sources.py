@@ -1,7 +1,6 @@
-"""Where images come from: full MNIST, an IDX folder, Parquet files, or the bundled sample; which rows are held out.
+"""Data sources: full MNIST, an IDX folder, Parquet files or the bundled sample, and the rows of each split.
 
-A source is a list of parts in the order of their row ids. Small sources are read here, whole; Parquet files stay where
-they are and are described by their footers, for Ray Data to read. Nothing of Ray.
+IDX files and the sample are read whole. Parquet files are only described by their footers; training reads them with Ray Data.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,50 +13,48 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mnistsum_ray.data import idx
-from mnistsum_ray.data.decoding import Pixels, decode_images, one_chunk
-from mnistsum_ray.data.parquet_parts import (
-    BLOCK_ROWS,
-    ParquetPart,
-    check_digits,
-    file_location,
-    image_table,
-    list_parquet_files,
-    parts_of_file,
-    split_of_path,
-)
+from mnistsum_ray.data.decoding import decode_images
+from mnistsum_ray.data.parquet_source import read_parquet_source
+from mnistsum_ray.data.parts import PART_ROWS, ParquetPart, check_digits, image_table
+from mnistsum_ray.data.pixels import Pixels, one_chunk
 from mnistsum_ray.data.sampling import RowIds, held_out
 from mnistsum_ray.errors import RequestError, one_line
-from mnistsum_ray.storage.location import Location, locate
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.paths import locate
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
+
+_MIN_TRAIN_ROWS: Final = 10
+_MAX_HELD_OUT_ROWS: Final = 5000
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images with digits, numbered by row id in the order of `parts`, and the ids of each split: disjoint, together all."""
+    """Images with digits. Row ids count from 0 in the order of `parts`; each is in exactly one split."""
 
     name: str
+    """sample, mnist or parquet."""
     location: str
     parts: tuple[pa.Table | ParquetPart, ...]
     train: RowIds
     validation: RowIds
     test: RowIds
     notice: str = ""
-    """What a person must be told about the choice of source."""
+    """Message for the console about the choice of source; empty where there is none."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Path and reason of files in the folder that are not taken."""
+    """Path -> reason of each file in the folder that is not used."""
 
     @property
     def rows(self) -> int:
-        """Of all splits together."""
+        """Rows of all splits together."""
         return len(self.train) + len(self.validation) + len(self.test)
 
 
 def open_source(data: str) -> Source:
-    """Find what `--data` names.
+    """Open the data source that `--data` names.
 
     Raises:
-        RequestError: it is not there, cannot be read, or is not images with digits; one line that names the file.
+        RequestError: it is missing, cannot be read, or has no images with digits; one line that names the file.
     """
     if data == "sample":
         return _sample()
@@ -68,7 +65,7 @@ def open_source(data: str) -> Source:
         info = place.info()
         if info.type == pafs.FileType.NotFound:
             raise RequestError(f"--data {place.display}: there is no such file or folder")
-        if isinstance(place.filesystem, pafs.LocalFileSystem) and info.type == pafs.FileType.Directory:
+        if place.is_local and info.type == pafs.FileType.Directory:
             folder = idx.find(Path(place.path))
             if folder:
                 return _idx(folder)
@@ -86,6 +83,7 @@ def _sample() -> Source:
 
 
 def _full_mnist(*, fall_back: bool) -> Source:
+    """MNIST from ./data, from the cache in the home folder, or downloaded into it; with `fall_back` else the sample."""
     cache = Path.home() / ".cache" / "mnistsum_ray"
     for root in (Path("data"), cache):
         folder = idx.find(root)
@@ -119,38 +117,22 @@ def _idx(folder: Path) -> Source:
 
 
 def _parquet(place: Location, info: pafs.FileInfo) -> Source:
-    skipped: dict[str, str] = {}
-    files = [info] if info.type == pafs.FileType.File else list_parquet_files(place, skipped)
-    parts: list[ParquetPart] = []
-    counts: dict[str, list[tuple[int, int]]] = {}
-    total = 0
-    for file in files:
-        of_file = parts_of_file(file_location(place, file.path), file.size)
-        rows = sum(part.rows for part in of_file)
-        counts.setdefault(split_of_path(file.path, place.path), []).append((total, total + rows))
-        parts += of_file
-        total += rows
-    ids = {split: np.concatenate([np.arange(*span) for span in spans]) for split, spans in counts.items()}
-    if "" in ids and len(ids) > 1:
-        raise RequestError(
-            f"--data {place.display}: some files are named train or test and some are not, so the test rows are unclear"
-        )
-    source = _with_splits(
-        "parquet", place.display, tuple(parts), ids.get("train", ids.get("")), ids.get("validation"), ids.get("test")
-    )
+    parts, row_ids, skipped = read_parquet_source(place, info)
+    train = row_ids.get("train", row_ids.get(""))
+    source = _with_splits("parquet", place.display, parts, train, row_ids.get("validation"), row_ids.get("test"))
     return replace(source, skipped=skipped)
 
 
 def _in_memory(name: str, location: str, images: Pixels, digits: np.ndarray, *, test_rows: int | None) -> Source:
-    """A source that is held in memory; its last `test_rows` rows are the test rows (None: hold some out)."""
+    """A source whose parts are tables. Its last `test_rows` rows are the test split; None holds some out."""
     parts = tuple(
-        image_table(images[start : start + BLOCK_ROWS], digits[start : start + BLOCK_ROWS])
-        for start in range(0, len(images), BLOCK_ROWS)
+        image_table(images[start : start + PART_ROWS], digits[start : start + PART_ROWS])
+        for start in range(0, len(images), PART_ROWS)
     )
-    ids = np.arange(len(images))
+    row_ids = np.arange(len(images))
     if test_rows is None:
-        return _with_splits(name, location, parts, ids, None, None)
-    return _with_splits(name, location, parts, ids[: len(ids) - test_rows], None, ids[len(ids) - test_rows :])
+        return _with_splits(name, location, parts, row_ids, None, None)
+    return _with_splits(name, location, parts, row_ids[: len(row_ids) - test_rows], None, row_ids[len(row_ids) - test_rows :])
 
 
 def _with_splits(
@@ -161,14 +143,15 @@ def _with_splits(
     validation: RowIds | None,
     test: RowIds | None,
 ) -> Source:
-    """Hold out of the training rows what the source does not itself set apart: a tenth, at most 5,000 rows each."""
-    if train is None or len(train) < 10:
-        raise RequestError(f"--data {location}: has {0 if train is None else len(train)} training rows; at least 10 are needed")
-    portion = min(5000, len(train) // 10)
+    """A source with all splits: a missing one is held out of the training rows, a tenth of them and at most 5,000 rows."""
+    if train is None or len(train) < _MIN_TRAIN_ROWS:
+        rows = 0 if train is None else len(train)
+        raise RequestError(f"--data {location}: has {rows} training rows; at least {_MIN_TRAIN_ROWS} are needed")
+    count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
     if test is None:
-        train, test = held_out(train, portion)
+        train, test = held_out(train, count)
     if validation is None:
-        train, validation = held_out(train, portion)
+        train, validation = held_out(train, count)
     if not len(validation) or not len(test):
         raise RequestError(f"--data {location}: its validation or test files have no rows")
     return Source(name, location, parts, train, validation, test)

@@ -1,7 +1,6 @@
-"""The model for programs that know nothing of this project: `torch.export` and ONNX, from pixels to answers. Nothing of Ray."""
+"""Export a model to `torch.export` and ONNX, for programs without this package: from pixels to predictions."""
 
 import io
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any, Final
@@ -12,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from mnistsum_ray.config import ExportModelConfig
-from mnistsum_ray.data.decoding import Pixels, one_chunk, pixels_view
-from mnistsum_ray.data.parquet_parts import read_whole
+from mnistsum_ray.data.parts import read_part
+from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError, one_line
-from mnistsum_ray.model.inference import CPU_BATCH, Predictions, predict_pairs
+from mnistsum_ray.model.inference import CPU_BATCH, predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.predictions import Predictions
 from mnistsum_ray.model.serialization import load_model
-from mnistsum_ray.storage.location import empty_folder, locate_existing
+from mnistsum_ray.reporting.process_state import quiet_logger
+from mnistsum_ray.storage.paths import locate_empty_output, locate_existing
 
 TORCH_FILE: Final = "model.pt2"
 ONNX_FILE: Final = "model.onnx"
@@ -28,13 +29,17 @@ INPUTS: Final = ("image", "number")
 OUTPUTS: Final = ("pred_digit", "digit_prob", "pred_sum", "sum_prob")
 
 _PROBABILITY_TOLERANCE: Final = 1e-3
-"""Other kernels add up in another order."""
+"""Other kernels sum in another order, so probabilities differ by rounding."""
 
-Answers = Callable[[Pixels, npt.NDArray[np.int64]], tuple[npt.NDArray[Any], ...]]
+PredictFunction = Callable[[Pixels, npt.NDArray[np.int64]], tuple[npt.NDArray[Any], ...]]
+"""Images and numbers to OUTPUTS."""
 
 
 class ExportableModel(nn.Module):
-    """Pixels uint8[n, 28, 28] and numbers int64[n] to OUTPUTS: int64[n] and float32[n] of each head, named as in scored files."""
+    """Model with preprocessing and softmax: images uint8[n, 28, 28] and numbers int64[n] to OUTPUTS.
+
+    The predictions are int64[n] and their probabilities float32[n], as in scored files.
+    """
 
     def __init__(self, model: TwoHeadCNN) -> None:
         super().__init__()
@@ -48,27 +53,28 @@ class ExportableModel(nn.Module):
 
 
 def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write both files, and read each again to check it.
+    """Export a model to both formats, load each file again, compare its predictions with the model's, and write the files.
 
     Returns:
-        The fields of the job's last line: `output`, `files`, `pairs` that were compared, and the `largest_difference` of a
-        probability from that of the model.
+        The fields of the job's last line: `output`; `files`; `pairs`, the number of compared pairs; `largest_difference` of a
+        probability from the model's.
 
     Raises:
-        RequestError: there is no such model, or the output is not an empty folder.
-        RunError: an exported model answers otherwise than the model.
+        RequestError: the model does not exist, or the output is not an empty folder.
+        RunError: an exported model predicts otherwise than the model.
     """
-    output = empty_folder(config.output)
+    output = locate_empty_output(config.output)
     model, _ = load_model(locate_existing(config.model, "--model"))
     try:
         say("exporting")
-        exported = {TORCH_FILE: (program := _exported(ExportableModel(model))), ONNX_FILE: _as_onnx(program)}
-        images, numbers = _pairs()
+        program = _export_torch(ExportableModel(model))
+        exported = {TORCH_FILE: program, ONNX_FILE: _export_onnx(program)}
+        images, numbers = _sample_pairs()
         expected = predict_pairs(model, images, numbers, CPU_BATCH)
         largest = 0.0
-        for (name, data), opened in zip(exported.items(), (_open_torch, _open_onnx), strict=True):
-            largest = max(largest, _compare(name, opened(data)(images, numbers), expected))
-            say(f"{name}: {len(data):,} bytes, the same answers as the model on {len(numbers):,} pairs")
+        for (name, data), load in zip(exported.items(), (_load_torch, _load_onnx), strict=True):
+            largest = max(largest, _compare(name, load(data)(images, numbers), expected))
+            say(f"{name}: {len(data):,} bytes, the same predictions as the model's on {len(numbers):,} pairs")
         for name, data in exported.items():
             (output / name).write_bytes(data)
     except OSError as error:
@@ -76,21 +82,21 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     return {"output": output.display, "files": list(exported), "pairs": len(numbers), "largest_difference": largest}
 
 
-def _exported(model: ExportableModel) -> bytes:
+def _export_torch(model: ExportableModel) -> bytes:
     rows = torch.export.Dim("rows")
     example = (torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     program = torch.export.export(model, example, dynamic_shapes={name: {0: rows} for name in INPUTS})
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # weights that lie channels last are saved whole, whatever it says
+        # PyTorch warns that channels-last weights may be saved incompletely; they are saved whole.
+        warnings.simplefilter("ignore")
         torch.export.save(program, file)
     return file.getvalue()
 
 
-def _as_onnx(program: bytes) -> bytes:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch about its own
+def _export_onnx(program: bytes) -> bytes:
+    with quiet_logger("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside PyTorch's own exporter
         converted = torch.onnx.export(
             torch.export.load(io.BytesIO(program)), input_names=INPUTS, output_names=OUTPUTS, dynamo=True, verbose=False
         )
@@ -99,39 +105,39 @@ def _as_onnx(program: bytes) -> bytes:
     return data
 
 
-def _pairs() -> tuple[Pixels, npt.NDArray[np.int64]]:
-    """The bundled sample's test images, each with all ten numbers."""
+def _sample_pairs() -> tuple[Pixels, npt.NDArray[np.int64]]:
+    """Test images of the bundled sample, each with all ten numbers."""
     source = open_source("sample")
     (part,) = source.parts
-    table = read_whole(part).take(source.test)
+    table = read_part(part).take(source.test)
     return pixels_view(one_chunk(table["image"])).repeat(10, axis=0), np.tile(np.arange(10), len(source.test))
 
 
-def _open_torch(data: bytes) -> Answers:
+def _load_torch(data: bytes) -> PredictFunction:
     module = torch.export.load(io.BytesIO(data)).module()
 
-    def answers(images: Pixels, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    def predict(images: Pixels, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
         with torch.no_grad():
             return tuple(value.numpy() for value in module(torch.from_numpy(images), torch.from_numpy(numbers)))
 
-    return answers
+    return predict
 
 
-def _open_onnx(data: bytes) -> Answers:
-    import onnxruntime  # an extra
+def _load_onnx(data: bytes) -> PredictFunction:
+    import onnxruntime  # part of the extra onnx
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return lambda images, numbers: tuple(session.run(OUTPUTS, dict(zip(INPUTS, (images, numbers), strict=True))))
 
 
 def _compare(name: str, found: tuple[npt.NDArray[Any], ...], expected: Predictions) -> float:
-    """The largest difference of a probability."""
+    """The largest difference of a probability; raises RunError if a prediction differs."""
     digit, digit_prob, total, sum_prob = found
     difference = max(np.abs(digit_prob - expected.digit_prob).max(), np.abs(sum_prob - expected.sum_prob).max())
     wrong = int(((digit != expected.digit) | (total != expected.sum)).sum())
-    if wrong or not difference <= _PROBABILITY_TOLERANCE:
+    if wrong or not difference <= _PROBABILITY_TOLERANCE:  # `not <=` also catches NaN
         raise RunError(
-            f"{name}: {wrong:,} of {len(digit):,} answers are not the model's, probabilities differ by up to {difference:.2g}; "
+            f"{name}: {wrong:,} of {len(digit):,} predictions differ from the model's, probabilities by up to {difference:.2g}; "
             "nothing was written"
         )
     return float(difference)

@@ -1,4 +1,4 @@
-"""Example input for scoring: images of a split of MNIST, each with a number, as Parquet files. Nothing of Ray."""
+"""Export example input for scoring: images of a split of MNIST, each paired with a number, as Parquet files."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,75 +7,80 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.data.decoding import IMAGE_TYPE
-from mnistsum_ray.data.parquet_parts import ParquetPart, read_whole
+from mnistsum_ray.data.parts import ParquetPart, read_part
+from mnistsum_ray.data.pixels import IMAGE_TYPE
 from mnistsum_ray.data.sampling import RowIds, random_numbers
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, RunInterrupted, one_line
 from mnistsum_ray.reporting.progress import Progress
-from mnistsum_ray.storage.location import Location, empty_folder
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.paths import locate_empty_output
 
 SCHEMA = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": pa.int8(), "digit": pa.int8()})
-"""`row_id` is the image's place in its source; `digit` the true digit, for measuring accuracy."""
+"""`row_id` is the position of the image in its source; `digit` is the true digit, for measuring accuracy."""
 
-_GROUP_ROWS = 8192
+_ROW_GROUP_ROWS = 8192
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
     """Write the files.
 
-    The numbers are those of (seed, round, row_id), as in training (pairs.py), so the same flags write the same files.
+    Numbers depend on (seed, round, row_id) alone, as in training (`data/sampling.py`), so the same flags write the same files.
+
+    Returns:
+        The output folder, and the source that the images are from.
 
     Raises:
         RequestError: the data cannot be read, or the output is not an empty folder.
-        RunInterrupted: it was interrupted.
+        RunInterrupted: the export was interrupted.
     """
-    output = empty_folder(config.output)
+    output = locate_empty_output(config.output)
     try:
         source = open_source(config.data)
         if source.notice:
             say(source.notice)
-        written = Progress(say, "rows written", config.rows)
-        rows = _stream(source, getattr(source, config.split), config.seed)
-        ready: list[pa.Table] = []
+        on_progress = Progress(say, "rows written", config.rows)
+        tables = _tables(source, getattr(source, config.split), config.seed)
+        rest: pa.Table = SCHEMA.empty_table()
         for index in range(config.files):
-            end, start = config.rows * (index + 1) // config.files, config.rows * index // config.files
-            sink = pa.BufferOutputStream()
-            with pq.ParquetWriter(sink, SCHEMA) as writer:
-                missing = end - start
-                while missing:
-                    table = ready.pop() if ready else next(rows)
-                    writer.write_table(table.slice(0, missing), row_group_size=_GROUP_ROWS)
-                    if table.num_rows > missing:
-                        ready.append(table.slice(missing))
-                    missing -= min(missing, table.num_rows)
-            (output / f"part-{index:05d}.parquet").write_bytes(sink.getvalue())
-            written(end - start)
+            start, end = config.rows * index // config.files, config.rows * (index + 1) // config.files
+            data, rest = _parquet_file(rest, tables, end - start)
+            (output / f"part-{index:05d}.parquet").write_bytes(data)
+            on_progress(end - start)
     except OSError as error:
         raise RequestError(f"--output {output.display}: {one_line(error)}") from None
     except KeyboardInterrupt:
-        raise RunInterrupted("some of the files are written; the same command begins again once the folder is empty") from None
+        raise RunInterrupted("some files are written; empty the folder, then the same command starts again") from None
     return output, source
 
 
-def _stream(source: Source, row_ids: RowIds, seed: int) -> Iterator[pa.Table]:
-    """The split's rows in the order of their ids, round after round, each round with other numbers."""
+def _parquet_file(rest: pa.Table, tables: Iterator[pa.Table], rows: int) -> tuple[pa.Buffer, pa.Table]:
+    """A Parquet file of the next `rows` rows of `rest` and then `tables`, and the rows that are left of the last table."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, SCHEMA) as writer:
+        while rows:
+            table = rest if rest.num_rows else next(tables)
+            writer.write_table(table.slice(0, rows), row_group_size=_ROW_GROUP_ROWS)
+            rest = table.slice(rows)
+            rows -= min(rows, table.num_rows)
+    return sink.getvalue(), rest
+
+
+def _tables(source: Source, row_ids: RowIds, seed: int) -> Iterator[pa.Table]:
+    """Rows of the split in the order of their ids, repeated without end; each round pairs them with other numbers."""
     rounds = 0
     while True:
         first = 0
         for part in source.parts:
-            here = row_ids[(row_ids >= first) & (row_ids < first + _rows_of(part))]
-            if len(here):
-                table = read_whole(part).take(pa.array(here - first))
-                yield _pairs(table, here, random_numbers(seed, rounds, here))
-            first += _rows_of(part)
+            rows = part.rows if isinstance(part, ParquetPart) else part.num_rows
+            ids = row_ids[(row_ids >= first) & (row_ids < first + rows)]
+            if len(ids):
+                table = read_part(part).take(pa.array(ids - first))
+                yield _pair(table, ids, random_numbers(seed, rounds, ids))
+            first += rows
         rounds += 1
 
 
-def _rows_of(part: pa.Table | ParquetPart) -> int:
-    return part.rows if isinstance(part, ParquetPart) else part.num_rows
-
-
-def _pairs(table: pa.Table, row_ids: RowIds, numbers: np.ndarray) -> pa.Table:
+def _pair(table: pa.Table, row_ids: RowIds, numbers: np.ndarray) -> pa.Table:
     columns = [pa.array(row_ids), table["image"], pa.array(numbers, pa.int8()), table["digit"]]
     return pa.Table.from_arrays(columns, schema=SCHEMA)

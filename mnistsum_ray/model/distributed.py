@@ -1,4 +1,4 @@
-"""TODO model.distributed"""
+"""Collective operations of the training workers; each does nothing in a process without a process group."""
 
 from collections.abc import Iterable
 
@@ -7,17 +7,20 @@ from torch import Tensor
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The element-wise sum over all workers, on every worker (itself where there is no process group)."""
+    """Element-wise sum of a tensor over all workers, on every worker."""
     if dist.is_initialized():
         values = values.clone()
         dist.all_reduce(values)
     return values
 
 
-def broadcast_parameters(values: Iterable[Tensor]) -> None:
-    """Have every worker go on with the values of rank 0: on unlike CPUs or GPUs they differ by roundings, which would grow."""
+def broadcast_parameters(parameters: Iterable[Tensor]) -> None:
+    """Copy the parameters of rank 0 to all workers, in place.
+
+    Different CPUs or GPUs round differently, and without this the copies of the network would drift apart step by step.
+    """
     if dist.is_initialized():
-        for value in values:
-            sent = value.detach().contiguous()
+        for parameter in parameters:
+            sent = parameter.detach().contiguous()
             dist.broadcast(sent, src=0)
-            value.detach().copy_(sent)
+            parameter.detach().copy_(sent)

@@ -1,4 +1,4 @@
-"""What a model answers on rows whose digit is known, each with all ten numbers: where it is wrong, and how sure it is. No Ray."""
+"""Error analysis of a trained model: confusion matrix, confident mistakes, and how reliable the probabilities are."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -11,28 +11,27 @@ import torch
 from torch import Tensor
 
 from mnistsum_ray.data.sampling import NUMBERS, RowIds
-from mnistsum_ray.model.calibration import HEADS, Reliability, Temperatures, auroc, fit_temperature
+from mnistsum_ray.model.calibration import HEADS, Temperatures, fit_temperature
+from mnistsum_ray.model.evaluation import PairScores
 from mnistsum_ray.model.loss import probability_losses
 from mnistsum_ray.model.network import DIGITS, TwoHeadCNN, prepare_images
+from mnistsum_ray.model.reliability import Reliability, auroc
 
-MISTAKES: Final = 24
-"""The most confident ones, of as many images, are kept to be looked at."""
+MAX_MISTAKES: Final = 24
+"""Most confident mistakes that are kept for the report, one an image."""
 
-TEMPERATURE_ROWS: Final = 5_000
-"""Validation rows, at most, that the temperatures are fitted on."""
+_BATCH: Final = 256
 
-_ROWS_AT_ONCE: Final = 256
-
-RowsOf = Callable[[RowIds], dict[str, np.ndarray]]
-"""Gives of some row ids int64[m] `image` uint8[m, 28, 28] and `digit` int64[m] in 0..9."""
+LoadRows = Callable[[RowIds], dict[str, np.ndarray]]
+"""Loads rows int64[m] as `image` uint8[m, 28, 28] and `digit` int64[m] in 0..9."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One image with one number, and an answer that is wrong."""
+    """One image with one number for which the model predicts a wrong digit or sum."""
 
     row_id: int
-    """The row's place in its source."""
+    """Row number in the data source."""
     digit: int
     number: int
     pred_digit: int
@@ -40,89 +39,96 @@ class Mistake:
     pred_sum: int
     sum_prob: float
 
+    @property
+    def confidence(self) -> float:
+        """Probability of the wrong answer: of the digit where it is wrong, otherwise of the sum."""
+        return self.digit_prob if self.pred_digit != self.digit else self.sum_prob
+
 
 @dataclass(frozen=True)
 class ErrorAnalysis:
-    """The counts over all rows, and the mistakes of which the model was surest."""
+    """Counts over all rows, and the most confident mistakes."""
 
     confusion: list[list[int]]
-    """Rows with digit d that were taken for digit p: [d][p]."""
+    """Rows by true digit d and predicted digit p: [d][p]."""
     sums_right: list[list[int]]
-    """Rows with digit d whose sum with number k was right: [d][k]."""
+    """Rows with digit d whose sum with number k is predicted right: [d][k]."""
     mistakes: list[Mistake]
-    """One an image, the surest first: by the digit's probability, or the sum's where just that is wrong."""
+    """At most MAX_MISTAKES, one an image, the most confident first."""
     consistent: float
-    """Share of the pairs whose sum is the predicted digit plus the number."""
+    """Share of the pairs whose predicted sum is the predicted digit plus the number."""
     probabilities: dict[str, dict[str, Any]]
-    """By head: `nll`, `brier`, `ece` and `auroc` (of right answers beside wrong ones), and the `reliability` they come from."""
+    """By head: `nll` in nats, `brier`, `ece`, `auroc` of right against wrong answers, and the `reliability` behind them."""
 
     def as_json(self) -> dict[str, Any]:
-        """What manifest.json says under `examination`."""
+        """The entry `error_analysis` of manifest.json."""
         return asdict(self)
 
     def probability_metrics(self) -> dict[str, Any]:
-        """What model.json says under `probabilities`: `consistent`, and by head `nll`, `brier`, `ece`, `auroc`."""
+        """The entry `probabilities` of model.json: `consistent`, and by head `nll`, `brier`, `ece`, `auroc`."""
         heads = {
-            head: {name: value for name, value in of.items() if name != "reliability"} for head, of in self.probabilities.items()
+            head: {name: value for name, value in metrics.items() if name != "reliability"}
+            for head, metrics in self.probabilities.items()
         }
         return {"consistent": self.consistent, **heads}
 
     def reliability(self) -> dict[str, Reliability]:
-        """By head."""
-        return {head: Reliability.from_json(of["reliability"]) for head, of in self.probabilities.items()}
+        """Reliability by head."""
+        return {head: Reliability.from_json(metrics["reliability"]) for head, metrics in self.probabilities.items()}
 
 
 @torch.no_grad()
 def fit_temperatures(
-    model: TwoHeadCNN, rows_of: RowsOf, row_ids: RowIds, autocast: AbstractContextManager[object]
+    model: TwoHeadCNN, load_rows: LoadRows, row_ids: RowIds, autocast: AbstractContextManager[object]
 ) -> Temperatures:
-    """The temperature of each head at which the truth of these rows is likeliest; arguments as for `analyse_errors`."""
+    """Fit the temperature of each head by maximum likelihood on these rows; arguments as for `analyse_errors`."""
     digits, digit_scores, sum_scores = [], [], []
-    for rows, of_digits, of_sums in _scores(model, rows_of, row_ids, autocast):
+    for rows, scores in _batches(model, load_rows, row_ids, autocast):
         digits.append(rows["digit"])
-        digit_scores.append(of_digits.cpu().numpy())
-        sum_scores.append(of_sums.flatten(0, 1).cpu().numpy())
-    truth = np.concatenate(digits)
-    sums = (truth[:, None] + np.arange(NUMBERS)).ravel()
+        digit_scores.append(scores.digit.cpu().numpy())
+        sum_scores.append(scores.sum.flatten(0, 1).cpu().numpy())
+    true_digits = np.concatenate(digits)
+    true_sums = (true_digits[:, None] + np.arange(NUMBERS)).ravel()
     return Temperatures(
-        digit=fit_temperature(np.concatenate(digit_scores), truth), sum=fit_temperature(np.concatenate(sum_scores), sums)
+        digit=fit_temperature(np.concatenate(digit_scores), true_digits),
+        sum=fit_temperature(np.concatenate(sum_scores), true_sums),
     )
 
 
 @torch.no_grad()
 def analyse_errors(
     model: TwoHeadCNN,
-    rows_of: RowsOf,
+    load_rows: LoadRows,
     row_ids: RowIds,
     autocast: AbstractContextManager[object],
-    seen: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> ErrorAnalysis:
-    """Have the model answer every image with every number.
+    """Predict every image with every number and analyse the errors.
 
     Args:
-        model: in evaluation mode, on any device; its temperatures are used.
-        rows_of: gives images and digits.
-        row_ids: int64[n], which to ask for.
-        autocast: in which precision; entered once a batch.
-        seen: called with the number of rows done since the last call.
+        model: in evaluation mode, on any device; its temperatures are applied.
+        load_rows: loads images and digits.
+        row_ids: rows to analyse, int64[n].
+        autocast: precision of the convolutions; entered once a batch.
+        on_progress: called with the number of rows done since the last call.
     """
     confusion = np.zeros((DIGITS, DIGITS), np.int64)
     sums_right = np.zeros((DIGITS, NUMBERS), np.int64)
     consistent = 0
     mistakes: list[Mistake] = []
-    heads = {head: _Head() for head in HEADS}
+    heads = {head: _HeadStatistics() for head in HEADS}
     start = 0
-    for rows, digit_scores, sum_scores in _scores(model, rows_of, row_ids, autocast):
+    for rows, scores in _batches(model, load_rows, row_ids, autocast):
         digit = rows["digit"]
         sums = digit[:, None] + np.arange(NUMBERS)
-        digit_prob, pred_digit = heads["digit"].add(digit_scores / model.temperatures.digit, digit)
-        sum_prob, pred_sum = heads["sum"].add(sum_scores.flatten(0, 1) / model.temperatures.sum, sums.ravel())
+        digit_prob, pred_digit = heads["digit"].add(scores.digit / model.temperatures.digit, digit)
+        sum_prob, pred_sum = heads["sum"].add(scores.sum.flatten(0, 1) / model.temperatures.sum, sums.ravel())
         sum_prob, pred_sum = sum_prob.reshape(sums.shape), pred_sum.reshape(sums.shape)
         sum_is_right = pred_sum == sums
         np.add.at(confusion, (digit, pred_digit), 1)
         np.add.at(sums_right, digit, sum_is_right)
         consistent += int((pred_sum == pred_digit[:, None] + np.arange(NUMBERS)).sum())
-        numbers = np.where(sum_is_right, 0, sum_prob).argmax(1)  # the sum it was surest of among those that are wrong
+        numbers = np.where(sum_is_right, 0, sum_prob).argmax(1)  # the number with the most confident wrong sum
         for row in np.flatnonzero((pred_digit != digit) | ~sum_is_right.all(1)):
             number = int(numbers[row])
             mistakes.append(
@@ -137,33 +143,31 @@ def analyse_errors(
                 )
             )
         start += len(digit)
-        seen(len(digit))
-    mistakes.sort(key=_sureness, reverse=True)
+        on_progress(len(digit))
+    mistakes.sort(key=lambda mistake: mistake.confidence, reverse=True)
     return ErrorAnalysis(
         confusion.tolist(),
         sums_right.tolist(),
-        mistakes[:MISTAKES],
+        mistakes[:MAX_MISTAKES],
         consistent / (NUMBERS * max(1, start)),
         {name: head.metrics() for name, head in heads.items()},
     )
 
 
-def _scores(
-    model: TwoHeadCNN, rows_of: RowsOf, row_ids: RowIds, autocast: AbstractContextManager[object]
-) -> Iterator[tuple[dict[str, np.ndarray], Tensor, Tensor]]:
-    """Rows, their digit scores float32[m, 10] and the sum scores with all numbers float32[m, 10, 19], batch by batch."""
+def _batches(
+    model: TwoHeadCNN, load_rows: LoadRows, row_ids: RowIds, autocast: AbstractContextManager[object]
+) -> Iterator[tuple[dict[str, np.ndarray], PairScores]]:
+    """Rows and their scores, batch by batch."""
     device = next(model.parameters()).device
-    for start in range(0, len(row_ids), _ROWS_AT_ONCE):
-        rows = rows_of(row_ids[start : start + _ROWS_AT_ONCE])
+    for start in range(0, len(row_ids), _BATCH):
+        rows = load_rows(row_ids[start : start + _BATCH])
         with autocast:
             digit_scores = model.digit_scores(prepare_images(torch.from_numpy(rows["image"]).to(device)))
-        # The sum head in float32, as metrics.Tally has it, so that the two agree.
-        digit_scores = digit_scores.float()
-        yield rows, digit_scores, model.sum_scores_of_all_numbers(digit_scores).float()
+        yield rows, PairScores.from_digit_scores(model, digit_scores)
 
 
-class _Head:
-    """Adds up how well the probabilities of one head describe how often it is right."""
+class _HeadStatistics:
+    """Accumulates how reliable the probabilities of one head are."""
 
     def __init__(self) -> None:
         self._reliability = Reliability()
@@ -171,12 +175,12 @@ class _Head:
         self._right: list[npt.NDArray[np.bool_]] = []
 
     def add(self, scores: Tensor, labels: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Count scores [n, classes] and true classes [n]; the probability of each answer float32[n], and the answer int64[n]."""
+        """Add scores [n, classes] and true classes [n]; return the answers int64[n] after their probabilities float32[n]."""
         best = scores.softmax(1).max(1)
         probability, answer = best.values.cpu().numpy(), best.indices.cpu().numpy()
         nll, brier = probability_losses(scores, torch.from_numpy(labels).to(scores.device))
         right = answer == labels
-        self._reliability.add(Reliability.of(probability, right, nll.cpu().numpy(), brier.cpu().numpy()))
+        self._reliability.add(Reliability.from_predictions(probability, right, nll.cpu().numpy(), brier.cpu().numpy()))
         self._probability.append(probability)
         self._right.append(right)
         return probability, answer
@@ -184,7 +188,3 @@ class _Head:
     def metrics(self) -> dict[str, Any]:
         probability, right = np.concatenate(self._probability), np.concatenate(self._right)
         return self._reliability.metrics() | {"auroc": auroc(probability, right), "reliability": self._reliability.as_json()}
-
-
-def _sureness(mistake: Mistake) -> float:
-    return mistake.digit_prob if mistake.pred_digit != mistake.digit else mistake.sum_prob

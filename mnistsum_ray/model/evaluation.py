@@ -1,4 +1,4 @@
-"""Counts and sums over rows, added up over workers, divided once at the end. Nothing of Ray."""
+"""Metrics of a model on images whose digit is known, each paired with all ten numbers."""
 
 import math
 from collections.abc import Iterable
@@ -8,14 +8,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnistsum_ray.data.sampling import check_row_counts
+from mnistsum_ray.data.sampling import NUMBERS, check_row_counts
 from mnistsum_ray.model.distributed import all_reduce_sum
 from mnistsum_ray.model.network import TwoHeadCNN
 
 
 @dataclass(frozen=True)
+class PairScores:
+    """Scores of both heads for n images, each paired with every number 0..9.
+
+    All ten numbers, and not one random number an image: the sum accuracy then has no luck in it. The convolutions, nearly all of
+    the work, run once an image.
+    """
+
+    digit: Tensor
+    """Digit scores (logits), float32[n, 10]."""
+    sum: Tensor
+    """Sum scores (logits) by number, float32[n, 10, 19]."""
+
+    @classmethod
+    def from_digit_scores(cls, model: TwoHeadCNN, digit_scores: Tensor) -> "PairScores":
+        """Run the sum head on digit scores [n, 10]: in float32, also where the convolutions ran in bfloat16."""
+        digit_scores = digit_scores.float()
+        return cls(digit_scores, model.sum_scores_of_all_numbers(digit_scores).float())
+
+    @property
+    def digits(self) -> Tensor:
+        """Predicted digits, int64[n]."""
+        return self.digit.argmax(1)
+
+    @property
+    def sums(self) -> Tensor:
+        """Predicted sums by number, int64[n, 10]."""
+        return self.sum.argmax(2)
+
+
+def sums_by_number(digits: Tensor) -> Tensor:
+    """Digits int64[n] plus each number 0..9: int64[n, 10]."""
+    return digits[:, None] + torch.arange(NUMBERS, device=digits.device)
+
+
+@dataclass(frozen=True)
 class Metrics:
-    """What a model scored on a set of rows, each paired with all ten numbers."""
+    """Metrics over a set of rows, each paired with all ten numbers."""
 
     rows: int
     pairs: int
@@ -23,54 +58,62 @@ class Metrics:
     """Mean over the pairs of (digit cross-entropy + sum cross-entropy) / 2, in nats."""
     digit_accuracy: float
     sum_accuracy: float
+    consistency: float
+    """Share of the pairs whose predicted sum is the predicted digit plus the number."""
 
 
 class MetricAccumulator:
-    """Adds up what `Metrics` needs, batch by batch, on the device; asks the other workers only at the end."""
+    """Sums that `Metrics` are computed from, kept on the device; the workers exchange them once, at the end."""
 
     def __init__(self, device: torch.device) -> None:
-        self._rows = 0
-        self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # row ids added up, digits right, sums right
-        self._losses = torch.zeros(2, dtype=torch.float64, device=device)  # of the digits, of the sums
+        # Rows, sum of their ids, right digits, right sums, consistent pairs.
+        self._counts = torch.zeros(5, dtype=torch.int64, device=device)
+        # Cross-entropies of the digits and of the sums, in nats.
+        self._losses = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def add(self, model: TwoHeadCNN, digit_scores: Tensor, digits: Tensor, row_ids: Tensor) -> None:
-        """Count one batch: digit scores [n, 10], digits int64[n], row ids int64[n]."""
-        digit_scores = digit_scores.float()
-        sum_scores = model.sum_scores_of_all_numbers(digit_scores).float()
-        sums = digits[:, None] + torch.arange(10, device=digits.device)
-        digit_loss = F.cross_entropy(digit_scores, digits, reduction="sum")
-        sum_loss = F.cross_entropy(sum_scores.flatten(0, 1), sums.flatten(), reduction="sum")
-        digits_right = (digit_scores.argmax(1) == digits).sum()
-        sums_right = (sum_scores.argmax(2) == sums).sum()
-        self._rows += len(digits)
-        self._counts += torch.stack([row_ids.sum(), digits_right, sums_right])
-        self._losses += torch.stack([digit_loss, sum_loss])
+    def add(self, scores: PairScores, digits: Tensor, row_ids: Tensor) -> None:
+        """Add one batch: its scores, true digits int64[n] and row ids int64[n]."""
+        true_sums, predicted_digits, predicted_sums = sums_by_number(digits), scores.digits, scores.sums
+        counts = [
+            torch.tensor(len(digits), device=digits.device),
+            row_ids.sum(),
+            (predicted_digits == digits).sum(),
+            (predicted_sums == true_sums).sum(),
+            (predicted_sums == sums_by_number(predicted_digits)).sum(),
+        ]
+        losses = [
+            F.cross_entropy(scores.digit, digits, reduction="sum"),
+            F.cross_entropy(scores.sum.flatten(0, 1), true_sums.flatten(), reduction="sum"),
+        ]
+        self._counts += torch.stack(counts)
+        self._losses += torch.stack(losses)
 
-    def scores(self, expected_rows: int, expected_id_sum: int) -> Metrics:
-        """Add up over the workers and divide.
+    def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
+        """Sum over the workers and divide.
 
         Raises:
-            RowCountError: not every row was counted exactly once.
+            RowCountError: a row was not counted exactly once.
         """
-        counts = torch.cat([torch.tensor([self._rows], device=self._counts.device), self._counts])
-        rows, id_sum, digits_right, sums_right = all_reduce_sum(counts).tolist()
+        rows, id_sum, digits_right, sums_right, consistent = all_reduce_sum(self._counts).tolist()
         digit_loss, sum_loss = all_reduce_sum(self._losses).tolist()
         check_row_counts(rows, id_sum, expected_rows, expected_id_sum, "evaluation")
-        pairs = rows * 10
+        pairs = rows * NUMBERS
         return Metrics(
             rows=rows,
             pairs=pairs,
             loss=(digit_loss / rows + sum_loss / pairs) / 2,
             digit_accuracy=digits_right / rows,
             sum_accuracy=sums_right / pairs,
+            consistency=consistent / pairs,
         )
 
 
 def within_one_standard_error(accuracy: float, earlier: Iterable[float], rows: int) -> bool:
-    """Whether no earlier accuracy, measured on the same rows, is better by more than one standard error.
+    """True if no earlier accuracy, measured on the same rows, is better by more than one standard error.
 
-    By this rule (Breiman et al., "Classification and Regression Trees", 1984) the last epoch stands, at which the learning rate
-    has come down, unless validation rows speak against it. The highest accuracy of many is that of the luckiest epoch.
+    The one-standard-error rule (Breiman et al., "Classification and Regression Trees", 1984) selects the last epoch, at which the
+    learning rate has come down, unless the validation rows speak against it. The highest accuracy of many epochs would be that of
+    the luckiest one.
     """
     best = max(earlier, default=0.0)
     return accuracy >= best - math.sqrt(best * (1 - best) / rows)

@@ -1,4 +1,4 @@
-"""The two-head network, its loss, and how pixels become its input. Nothing of Ray.
+"""The two-head network, and the preparation of its input.
 
 conv1 1->32  conv2 32->64  max-pool      28 -> 14     3x3, padding 1
 conv3 64->64 conv4 64->64  max-pool      14 -> 7      3x3, padding 1
@@ -14,24 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnistsum_ray.data.sampling import NUMBERS
 from mnistsum_ray.model.calibration import Temperatures
 
 PARAMETERS: Final = 220_125
 DIGITS: Final = 10
 SUMS: Final = 19
 
-# Mean and standard deviation of MNIST's 60,000 training images on the scale 0..1, as everybody uses them.
+# Mean and standard deviation of MNIST's 60,000 training images on the scale 0..1: the usual values.
 PIXEL_MEAN: Final = 0.1307
 PIXEL_STD: Final = 0.3081
 
 
 def prepare_images(images: Tensor) -> Tensor:
-    """uint8[n, 28, 28] (0 background, 255 ink) to float32[n, 1, 28, 28], mean 0 and deviation 1 over MNIST, channels last.
+    """Pixels uint8[n, 28, 28] (0 background, 255 ink) to the network's input float32[n, 1, 28, 28], normalized, channels last.
 
-    Training and scoring both call this, on the device, so a row is scored as it was trained.
-    `.to` and not `.contiguous`: with one channel the latter finds nothing to do and the convolutions run in the slow layout.
+    Training and scoring both call this function, on the device, so a row is scored as it was trained.
     """
     scaled = images.unsqueeze(1).float().mul_(1 / (255 * PIXEL_STD)).sub_(PIXEL_MEAN / PIXEL_STD)
+    # Not `.contiguous`: with one channel it finds nothing to do, and the convolutions run in the slow layout.
     return scaled.to(memory_format=torch.channels_last)
 
 
@@ -39,7 +40,7 @@ class TwoHeadCNN(nn.Module):
     """The original's network: 220,125 trainable parameters."""
 
     temperatures: Temperatures
-    """What the scores are divided by where probabilities are made of them; `forward` gives the scores themselves."""
+    """Divisors of the scores where probabilities are computed; `forward` returns the scores undivided."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class TwoHeadCNN(nn.Module):
         self.conv5 = nn.Conv2d(64, 64, 3)
         self.conv6 = nn.Conv2d(64, 128, 3)
         self.conv7 = nn.Conv2d(128, DIGITS, 3)
-        self.fc1 = nn.Linear(DIGITS + 10, 128)
+        self.fc1 = nn.Linear(DIGITS + NUMBERS, 128)
         self.fc2 = nn.Linear(128, SUMS)
         self._initialize()
         count = sum(p.numel() for p in self.parameters())
@@ -61,9 +62,9 @@ class TwoHeadCNN(nn.Module):
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
     def _initialize(self) -> None:
-        """He et al. 2015 where a ReLU follows, Glorot and Bengio 2010 where it does not.
+        """Initialize as in He et al. 2015 before a ReLU and as in Glorot and Bengio 2010 elsewhere; biases are 0.
 
-        PyTorch's default is smaller; with it the sum head is at 34 % where this is at 47 %, three epochs into the sample.
+        PyTorch's default weights are smaller. With them the sum head is at 34 % after three epochs on the sample, against 47 %.
         """
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6, self.fc1):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -74,39 +75,39 @@ class TwoHeadCNN(nn.Module):
                 nn.init.zeros_(parameter)
 
     def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """float[n, 1, 28, 28] to ten digit scores (logits) [n, 10]; `dropout` [n, 128, 3, 3] multiplies what conv7 reads."""
+        """Digit scores (logits) [n, 10] of prepared images float[n, 1, 28, 28].
+
+        `dropout`, [n, 128, 3, 3] if given, is multiplied with conv7's input.
+        """
         layers = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6)
-        hidden = _hidden(images, layers)
+        features = _features(images, layers)
         if dropout is not None:
-            hidden = hidden * dropout.to(hidden.dtype)
-        scores: Tensor = self.conv7(hidden).flatten(1)
+            features = features * dropout.to(features.dtype)
+        scores: Tensor = self.conv7(features).flatten(1)
         return scores
 
     def sum_scores(self, digit_scores: Tensor, numbers: Tensor) -> Tensor:
-        """Digit scores [n, 10] and numbers int64[n] in 0..9 to nineteen sum scores (logits) [n, 19]."""
-        one_hot = F.one_hot(numbers, 10).to(digit_scores.dtype)
+        """Sum scores (logits) [n, 19] of digit scores [n, 10] and numbers int64[n] in 0..9."""
+        one_hot = F.one_hot(numbers, NUMBERS).to(digit_scores.dtype)
         scores: Tensor = self.fc2(F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1))))
         return scores
 
     def forward(self, images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Images float[n, 1, 28, 28] and numbers int64[n] to (digit scores [n, 10], sum scores [n, 19])."""
+        """Digit scores [n, 10] and sum scores [n, 19] of prepared images float[n, 1, 28, 28] and numbers int64[n]."""
         digit_scores = self.digit_scores(images)
         return digit_scores, self.sum_scores(digit_scores, numbers)
 
     def sum_scores_of_all_numbers(self, digit_scores: Tensor) -> Tensor:
-        """Digit scores [n, 10] to the sum scores of each with every number 0..9: [n, 10, 19].
-
-        The convolutions, nearly all of the work, have then run once an image and not ten times.
-        """
+        """Sum scores [n, 10, 19] of digit scores [n, 10], each with every number 0..9."""
         rows = len(digit_scores)
-        numbers = torch.arange(10, device=digit_scores.device).repeat(rows)
-        return self.sum_scores(digit_scores.repeat_interleave(10, dim=0), numbers).view(rows, 10, SUMS)
+        numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
+        return self.sum_scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers).view(rows, NUMBERS, SUMS)
 
 
-def _hidden(x: Tensor, layers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
-    """The first six convolutions: [n, 1, 28, 28] to [n, 128, 3, 3]."""
-    for index, layer in enumerate(layers):
-        x = layer(x)
+def _features(x: Tensor, convolutions: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    """Apply the first six convolutions: [n, 1, 28, 28] to [n, 128, 3, 3]."""
+    for index, convolution in enumerate(convolutions):
+        x = convolution(x)
         if index in (1, 3):
             x = F.max_pool2d(x, 2)
         # ReLU after the max-pool gives the same values and gradients as before it, on a quarter of the elements.
@@ -115,9 +116,9 @@ def _hidden(x: Tensor, layers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
 
 
 def mkldnn_digit_scores(model: TwoHeadCNN) -> Callable[[Tensor], Tensor]:
-    """`model.digit_scores` for inference in float32 on a CPU, with all that it touches in oneDNN's own layout: a tenth faster.
+    """`model.digit_scores` for float32 inference on a CPU, with weights and activations in oneDNN's own layout: a tenth faster.
 
-    Gives what `model` gives, up to the order of sums (1e-5 of a score). It does not follow later changes of `model`.
+    The scores equal those of `model` up to the order of sums (1e-5). Later changes of `model` have no effect.
     """
     *layers, last = [
         partial(F.conv2d, weight=layer.weight.detach().to_mkldnn(), bias=layer.bias.detach().to_mkldnn(), padding=layer.padding)
@@ -126,6 +127,6 @@ def mkldnn_digit_scores(model: TwoHeadCNN) -> Callable[[Tensor], Tensor]:
     ]
 
     def digit_scores(images: Tensor) -> Tensor:
-        return last(_hidden(images.to_mkldnn(), layers)).to_dense().flatten(1)
+        return last(_features(images.to_mkldnn(), layers)).to_dense().flatten(1)
 
     return digit_scores

@@ -1,4 +1,4 @@
-"""How the weights move: Muon for the hidden layers, AdamW for the rest, one learning rate over both. Nothing of Ray."""
+"""Optimizer and learning-rate schedule: Muon for the hidden layers, AdamW for all other parameters."""
 
 import math
 from collections.abc import Iterator
@@ -13,38 +13,39 @@ _WARM_UP: Final = 0.2
 """Share of the steps in which the learning rate rises."""
 
 _MOMENTUM: Final = 0.6
+"""Momentum of Muon."""
 
-_ADAMW_RATE: Final = 0.15
-"""AdamW's learning rate, as a share of Muon's."""
+_ADAMW_FACTOR: Final = 0.15
+"""Learning rate of AdamW as a share of Muon's."""
 
-_SUM_HEAD_RATE: Final = 0.75
-"""That of the sum head, which lags behind the convolutions whose scores it reads."""
+_SUM_HEAD_FACTOR: Final = 0.75
+"""Learning rate of the sum head's AdamW parameters as a share of Muon's: the head lags behind the convolutions that it reads."""
 
 
 def one_cycle(step: int, total_steps: int, peak: float) -> float:
-    """The learning rate at a step: up from peak / 25 in the first fifth, down to peak / 10,000, both along a cosine.
+    """Learning rate at a step: up from peak / 25 in the first fifth, then down to peak / 10,000, both along a cosine.
 
-    The schedule of Smith and Topin, "Super-Convergence" (2018), as a pure function, so that no state has to be kept.
+    This is the one-cycle schedule (Smith and Topin, "Super-Convergence", 2018) as a pure function, so a checkpoint needs
+    no scheduler state.
     """
-    rise = max(1.0, _WARM_UP * total_steps)
-    low, high, done = (
-        (peak / 25, peak, step / rise)
-        if step < rise
-        else (peak / 1e4, peak, 1 - (step - rise) / max(1.0, total_steps - 1 - rise))
-    )
-    return low + (high - low) * (1 - math.cos(math.pi * done)) / 2
+    rise_steps = max(1.0, _WARM_UP * total_steps)
+    if step < rise_steps:
+        low, progress = peak / 25, step / rise_steps
+    else:
+        low, progress = peak / 1e4, 1 - (step - rise_steps) / max(1.0, total_steps - 1 - rise_steps)
+    return low + (peak - low) * (1 - math.cos(math.pi * progress)) / 2
 
 
 class MuonAdamW:
-    """Muon for the hidden layers, conv2 to conv6 and fc1; AdamW for the first, the last ones and all biases.
+    """Muon for the weights of the hidden layers (conv2 to conv6 and fc1); AdamW for the first and last layers and all biases.
 
-    Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). PyTorch's takes matrices; a
-    convolution's weights are one, output channels by inputs, so it is given a view of them. It works out its steps in bfloat16,
-    whatever the precision of the network.
+    Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). PyTorch's Muon takes matrices, so a
+    convolution's weights are passed as a matrix view, output channels by inputs. Muon computes its steps in bfloat16, whatever
+    the precision of the network.
 
     Args:
-        model: where it will be trained; its parameters must not move in memory afterwards.
-        weight_decay: decoupled, of both.
+        model: on the device where it will be trained; its parameters must not move in memory afterwards.
+        weight_decay: decoupled weight decay of both optimizers.
     """
 
     def __init__(self, model: TwoHeadCNN, weight_decay: float) -> None:
@@ -59,18 +60,18 @@ class MuonAdamW:
         self._muon = torch.optim.Muon(
             [{"params": [view for _, view in self._hidden], "factor": 1.0}], momentum=_MOMENTUM, weight_decay=weight_decay
         )
-        groups = [{"params": rest, "factor": _ADAMW_RATE}, {"params": head, "factor": _SUM_HEAD_RATE}]
+        groups = [{"params": rest, "factor": _ADAMW_FACTOR}, {"params": head, "factor": _SUM_HEAD_FACTOR}]
         self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for parameter, view in self._hidden:
             parameter.grad = view.grad = None
         self._adamw.zero_grad(set_to_none=True)
 
     def step(self, learning_rate: float) -> None:
-        """Move the weights along their gradients."""
+        """Update the parameters from their gradients."""
         for parameter, view in self._hidden:
             assert parameter.grad is not None
             view.grad = _matrix(parameter.grad)
@@ -81,7 +82,7 @@ class MuonAdamW:
             optimizer.step()
 
     def states(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Of each parameter its name, how it lies in memory, and what is kept of it from step to step; to save, and to fill."""
+        """Name of each parameter, the tensor that its optimizer updates, and its state, which may be read or filled in place."""
         for parameter, view in self._hidden:
             yield self._names[id(parameter)], view, self._muon.state[view]
         for group in self._adamw.param_groups:
@@ -90,5 +91,5 @@ class MuonAdamW:
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """[out, in, height, width], channels last, as [out, height * width * in] without a copy; a matrix as it is."""
+    """View of channels-last weights [out, in, height, width] as [out, height * width * in]; a matrix is returned as it is."""
     return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).reshape(len(weight), -1)

@@ -1,4 +1,4 @@
-"""TODO model.serialization"""
+"""Model folders: `model.safetensors` holds the weights, and `model.json`, the model card, describes the model."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ from mnistsum_ray.model.evaluation import Metrics
 from mnistsum_ray.model.network import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.storage.location import Location
 
-MODEL_FORMAT: Final = "mnistsum_ray/2"
-"""Of a model folder: 2 has the temperatures."""
+MODEL_FORMAT: Final = "mnistsum_ray/3"
+"""Format of a model folder. 2 added the temperatures, 3 the consistency to the metrics."""
 MODEL_FILES: Final = ("model.safetensors", "model.json")
 
 Weights = dict[str, Tensor]
@@ -33,7 +33,7 @@ def copy_weights(model: TwoHeadCNN) -> Weights:
 def save_model(
     folder: Path, weights: Weights, *, epoch: int, validation: Metrics, test: Metrics, sum_head: dict[str, Any] | None = None
 ) -> None:
-    """Write `model.safetensors` and `model.json` into a local folder; `sum_head` is what the latter says of its fine-tuning."""
+    """Write a model folder on the local disk; `sum_head` is the card's entry on the fine-tuning of the sum head."""
     data = save_tensors(weights)
     card = {
         "format": MODEL_FORMAT,
@@ -54,21 +54,24 @@ def save_model(
         "validation": asdict(validation),
         "test": asdict(test),
     }
-    (folder / MODEL_FILES[0]).write_bytes(data)
-    (folder / MODEL_FILES[1]).write_text(json.dumps(card, indent=2) + "\n")
+    weights_file, card_file = MODEL_FILES
+    (folder / weights_file).write_bytes(data)
+    (folder / card_file).write_text(json.dumps(card, indent=2) + "\n")
 
 
 def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
-    """Load a model folder, or the `model` folder of a run: the network in evaluation mode and its card (model.json).
+    """Load a model folder, or the `model` folder of a run: the network in evaluation mode, and the model card.
 
     Raises:
-        RequestError: there is no model, it is not one of this network, its checksum is not the card's, or a weight is not finite.
+        RequestError: there is no model, its format or network is another, its checksum differs from the card's, or a weight is
+            not finite.
     """
+    weights_file, card_file = MODEL_FILES
     try:
-        if not (folder / MODEL_FILES[1]).exists():
+        if not (folder / card_file).exists():
             folder = folder / "model"
-        card = (folder / MODEL_FILES[1]).read_json()
-        data = (folder / MODEL_FILES[0]).read_bytes()
+        card = (folder / card_file).read_json()
+        data = (folder / weights_file).read_bytes()
     except (OSError, ValueError) as error:
         raise RequestError(f"{folder.display}: holds no model ({one_line(error)})") from None
     try:
@@ -82,23 +85,21 @@ def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
         model.load_state_dict(load_tensors(data))
     except (SafetensorError, RuntimeError) as error:
         raise RequestError(f"{folder.display}: its tensors are not those of the network ({one_line(error)})") from None
-    wrong = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
-    if wrong:
-        raise RequestError(
-            f"{folder.display}: {wrong} holds NaN or infinite weights, so no answer would mean anything; train anew"
-        )
+    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if broken:
+        raise RequestError(f"{folder.display}: {broken} holds NaN or infinite weights; train again")
     model.temperatures = temperatures
     return model.eval(), card
 
 
 def _check_card(card: Any) -> Temperatures:
-    """The temperatures of a card whose fields have the right kinds; those that a run adds may be missing.
+    """Check the fields that are used, and return the temperatures.
 
     Raises:
-        ValueError: names the field.
+        ValueError: a field is missing or has the wrong type; the message names the field.
     """
     if not isinstance(card, dict) or card.get("format") != MODEL_FORMAT:
-        raise ValueError(f"it does not say format {MODEL_FORMAT!r}")
+        raise ValueError(f"its format is not {MODEL_FORMAT!r}; train again with this version")
     for name, kind in (("sha256", str), ("epoch", int), ("parameters", int)):
         if not isinstance(card.get(name), kind):
             raise ValueError(f"its {name!r} is {str(card.get(name, 'missing'))[:80]}")

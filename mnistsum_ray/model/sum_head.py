@@ -1,9 +1,9 @@
-"""Fine-tuning of the sum head after the last epoch: it learns the distribution that the digit scores imply.
+"""Fine-tuning of the sum head after the last epoch, on synthetic digit scores.
 
-Given the digit scores and the number, the distribution of the sum follows: that of the digit, moved by the number. But a
-trained network gives its training images hardly any scores between two digits, and there the sum head, which has not seen
-such scores, finds another digit than the largest score says. Here it sees as many of them as it needs, made of those that
-there are. The convolutions stay as they are, and so do the digits.
+The digit scores and the number determine the distribution of the sum: the distribution of the digit, shifted by the number. But a
+trained network gives hardly any of its training images scores between two digits. The sum head has not seen such scores, and
+predicts a sum there that differs from the predicted digit + number. Fine-tuning shows the head as many of them as needed, mixed
+from the scores of training rows. The convolutions stay as they are, and so do the digits.
 """
 
 from collections.abc import Callable
@@ -16,85 +16,88 @@ from torch import Tensor
 from mnistsum_ray.data.sampling import NUMBERS
 from mnistsum_ray.model.network import DIGITS, SUMS, TwoHeadCNN
 
-ROWS: Final = 4_096
-"""Training rows, at most, whose digit scores are used: 1,000 give the same result."""
+MAX_ROWS: Final = 4_096
+"""Maximum number of training rows whose digit scores are used; 1,000 give the same result."""
 
 _BATCH: Final = 512
 
-_RATE: Final = 0.02
-"""AdamW's learning rate at the first step; it falls to 0 along a line. 0.01 and 0.05 leave more sums that are not digit + number.
-"""
+_LEARNING_RATE: Final = 0.02
+"""Learning rate of AdamW at the first step; it falls linearly to 0. With 0.01 and 0.05 more sums differ from digit + number."""
 
 
 def finetune_sum_head(
-    model: TwoHeadCNN, digit_scores: Tensor, steps: int, seed: int, seen: Callable[[int], None] = lambda _: None
+    model: TwoHeadCNN, digit_scores: Tensor, steps: int, seed: int, on_progress: Callable[[int], None] = lambda _: None
 ) -> None:
     """Train the sum head alone on the distribution of digit + number that the digit scores imply.
 
-    The targets are distributions and not the largest digit, as in distillation (Hinton et al. 2015): taught the largest digit,
-    the head is sure of every sum, also of wrong ones (negative log-likelihood 0.033 nats beside 0.013 this way).
+    The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most likely digit instead, the head
+    is sure of every sum, also of wrong ones (negative log-likelihood 0.033 nats instead of 0.013).
 
     Args:
         model: on any device; its sum head is trained in place, in float32.
         digit_scores: float32[n, 10] of training rows, on the same device.
-        steps: of the optimizer; each sees 512 new mixtures of scores with random numbers.
-        seed: decides the mixtures and the numbers.
-        seen: called with the number of steps done since the last call.
+        steps: number of optimizer steps; each step draws 512 new mixtures of scores and random numbers.
+        seed: seed of the mixtures and the numbers.
+        on_progress: called with the number of steps done since the last call.
     """
     device = digit_scores.device
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW([*model.fc1.parameters(), *model.fc2.parameters()], lr=_RATE, weight_decay=0, fused=True)
+    parameters = [*model.fc1.parameters(), *model.fc2.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
     for _ in range(steps):
         rows = torch.randint(len(digit_scores), (_BATCH,), generator=generator, device=device)
-        scores = mixed_scores(digit_scores[rows], generator)
+        scores = mix_scores(digit_scores[rows], generator)
         numbers = torch.randint(NUMBERS, (_BATCH,), generator=generator, device=device)
         loss = F.cross_entropy(model.sum_scores(scores, numbers), sum_distribution(scores, numbers))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        seen(1)
+        on_progress(1)
 
 
 def sum_distribution(digit_scores: Tensor, numbers: Tensor) -> Tensor:
-    """The distribution of digit + number: digit scores [n, 10] and numbers int64[n] to probabilities [n, 19]."""
+    """Distribution of digit + number: probabilities [n, 19] of digit scores [n, 10] and numbers int64[n]."""
     probabilities = digit_scores.softmax(1)
     sums = numbers[:, None] + torch.arange(DIGITS, device=numbers.device)
     return probabilities.new_zeros(len(numbers), SUMS).scatter(1, sums, probabilities)
 
 
-def mixed_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Scores between two digits, made of each row's: float32[n, 10].
+def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Synthetic scores between two or more digits, one row made from each row: float32[n, 10] to float32[n, 10].
 
-    Half of them lie anywhere between two digits, the other half close to a tie of two and then anywhere on the way to other
-    digits. Judged on moved validation rows, whose sum is then half as often another than that of their own digit and the
-    number as where all are on the way to other digits.
+    The first half of the rows is brought close to a tie of two digits, then mixed with other digits. The second half lies
+    anywhere between two digits. On shifted validation images, half as many sums differ from predicted digit + number as with
+    all rows mixed with other digits.
     """
     half = len(digit_scores) // 2
-    tied = between(with_rival(digit_scores[:half], (0.35, 0.65), generator), generator)
-    return torch.cat([tied, with_rival(digit_scores[half:], (0.0, 1.0), generator)])
+    near_ties = mix_with_permutation(mix_with_swap(digit_scores[:half], (0.35, 0.65), generator), generator)
+    return torch.cat([near_ties, mix_with_swap(digit_scores[half:], (0.0, 1.0), generator)])
 
 
-def with_rival(digit_scores: Tensor, shares: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """Of each row's scores a point on the way to the same with the largest and one other exchanged: float32[n, 10].
+def mix_with_swap(digit_scores: Tensor, weights: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Mix each row with a copy in which its largest score and one other, drawn at random, are swapped.
 
     Args:
         digit_scores: float32[n, 10].
-        shares: smallest and largest share that the scores keep; at 0.5 two digits are tied.
+        weights: range of the weight of the row itself, drawn uniformly; at 0.5 the two digits are tied.
         generator: on the same device.
+
+    Returns:
+        float32[n, 10].
     """
     rows, device = len(digit_scores), digit_scores.device
     digits = digit_scores.argmax(1, keepdim=True)
     others = (digits + torch.randint(1, DIGITS, (rows, 1), generator=generator, device=device)) % DIGITS
-    exchanged = digit_scores.scatter(1, digits, digit_scores.gather(1, others)).scatter(1, others, digit_scores.gather(1, digits))
-    low, high = shares
-    return torch.lerp(exchanged, digit_scores, low + (high - low) * torch.rand(rows, 1, generator=generator, device=device))
+    swapped = digit_scores.scatter(1, digits, digit_scores.gather(1, others)).scatter(1, others, digit_scores.gather(1, digits))
+    low, high = weights
+    return torch.lerp(swapped, digit_scores, low + (high - low) * torch.rand(rows, 1, generator=generator, device=device))
 
 
-def between(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Of each row's scores a point on the way to the same scores given to other digits, anywhere on it: float32[n, 10]."""
+def mix_with_permutation(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Mix each row, with a uniform weight, with a random permutation of its scores: float32[n, 10] to float32[n, 10]."""
     shape, device = digit_scores.shape, digit_scores.device
-    shares = torch.rand(shape[0], 1, generator=generator, device=device)
-    order = torch.rand(shape[0], DIGITS, generator=generator, device=device).argsort(1)
-    return torch.lerp(digit_scores.gather(1, order), digit_scores, shares)
+    weights = torch.rand(shape[0], 1, generator=generator, device=device)
+    permutations = torch.rand(shape[0], DIGITS, generator=generator, device=device).argsort(1)
+    return torch.lerp(digit_scores.gather(1, permutations), digit_scores, weights)

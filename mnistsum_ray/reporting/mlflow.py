@@ -1,15 +1,14 @@
-"""A run told to MLflow, with `--mlflow URI`: settings, metrics of each epoch, pictures, the model.
+"""Log a run to MLflow (`--mlflow URI`): config, metrics of each epoch, pictures and the model.
 
-The run folder is what counts. What MLflow could not be told while it did not answer it is told later, an epoch never twice.
+The run folder is the record, and MLflow holds a copy. What cannot be logged while the server is unreachable is logged later,
+each epoch once.
 """
 
-import contextlib
-import logging
-import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,111 +16,117 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.reporting.report import model_scalars, scalars
+from mnistsum_ray.reporting.process_state import default_environment, quiet_logger
+from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 
 _FIRST_METRIC: Final = "train/loss"
 _LAST_METRIC: Final = "model/test/sum_accuracy"
 
-# MLflow's own are 7 tries of 120 s each, in which training would seem to hang.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-
-# It tells of each table that it makes in a local store.
-for _name in ("mlflow", "alembic"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+_HTTP_LIMITS: Final = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""MLflow's defaults are 7 retries of 120 s each: an unreachable server would look like a training that hangs."""
 
 
 class MLflowRun:
-    """One run on a tracking server, or in a local store.
+    """One run on a tracking server or in a local store.
 
-    Whatever is raised here, from the network to a missing client of the storage behind the server, is said and costs no training.
+    Errors while logging, from the network to a missing client of the server's storage, become console lines; training goes on.
     """
 
-    def __init__(self, uri: str, experiment: str, name: str, run_id: str | None, settings: dict[str, Any]) -> None:
-        """Make a run, or go on with `run_id`.
+    def __init__(self, uri: str, experiment: str, name: str, run_id: str | None, config: dict[str, Any]) -> None:
+        """Create a run, or continue `run_id`.
 
         Raises:
-            RequestError: there is no such server, store or run.
+            RequestError: the server, the store or the run does not exist.
         """
         try:
-            self._client = MlflowClient(uri)
-            if run_id is None:
-                found = self._client.get_experiment_by_name(experiment)
-                experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
-                run_id = self._client.create_run(experiment_id, run_name=name).info.run_id
-                params = [Param(key, str(value)) for key, value in settings.items()]
-                self._client.log_batch(run_id, params=params)
-            else:
-                self._client.update_run(run_id, status="RUNNING")
-            told = self._client.get_metric_history(run_id, _FIRST_METRIC)
+            with _mlflow_call():
+                self._client = MlflowClient(uri)
+                if run_id is None:
+                    found = self._client.get_experiment_by_name(experiment)
+                    experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+                    run_id = self._client.create_run(experiment_id, run_name=name).info.run_id
+                    params = [Param(key, str(value)) for key, value in config.items()]
+                    self._client.log_batch(run_id, params=params)
+                else:
+                    self._client.update_run(run_id, status="RUNNING")
+                logged = self._client.get_metric_history(run_id, _FIRST_METRIC)
         except Exception as error:
-            raise RequestError(f"--mlflow {uri}: {_line(error)}") from None
+            raise RequestError(f"--mlflow {uri}: {_first_line(error)}") from None
         self.run_id: str = run_id
         self._uri = uri
-        self._told = {metric.step for metric in told}
-        self._silent = False
-        self._thread = ThreadPoolExecutor(1)  # a server that does not answer must hold up nobody
+        self._logged_epochs = {metric.step for metric in logged}
+        self._failed = False
+        self._thread = ThreadPoolExecutor(1)  # training must not wait for a server that does not answer
 
-    def tell(self, entry: dict[str, Any], say: Callable[[str], None]) -> None:
-        """Log a line of history.jsonl, soon; where that fails, say so once."""
-        self._thread.submit(self._try_to_tell, entry, say)
+    def log_epoch(self, entry: dict[str, Any], say: Callable[[str], None]) -> None:
+        """Log a line of history.jsonl in the background; the first failure writes a console line."""
+        self._thread.submit(self._try_to_log, entry, say)
 
-    def _try_to_tell(self, entry: dict[str, Any], say: Callable[[str], None]) -> None:
+    def _try_to_log(self, entry: dict[str, Any], say: Callable[[str], None]) -> None:
         try:
-            self._tell(entry)
+            with _mlflow_call():
+                self._log_epoch(entry)
         except Exception as error:
-            if not self._silent:
-                say(f"--mlflow {self._uri}: {_line(error)}; training goes on, and it is told later")
-            self._silent = True
+            if not self._failed:
+                say(f"--mlflow {self._uri}: {_first_line(error)}; training goes on, and the epoch is logged later")
+            self._failed = True
 
-    def _tell(self, entry: dict[str, Any]) -> None:
+    def _log_epoch(self, entry: dict[str, Any]) -> None:
         epoch = entry["epoch"]
-        if epoch in self._told:
+        if epoch in self._logged_epochs:
             return
         ended = int(1000 * (entry["started"] + entry["seconds"] + entry["evaluation_seconds"]))
-        # In one request, so that an epoch is there with all of its metrics or not at all.
-        self._client.log_batch(self.run_id, [Metric(key, value, ended, epoch) for key, value in scalars(entry).items()])
-        self._told.add(epoch)
+        # One request, so that MLflow has either all metrics of an epoch or none.
+        self._client.log_batch(self.run_id, [Metric(key, value, ended, epoch) for key, value in epoch_scalars(entry).items()])
+        self._logged_epochs.add(epoch)
 
     def finish(
         self, history: list[dict[str, Any]], card: dict[str, Any], folder: Location, files: list[str], say: Callable[[str], None]
     ) -> bool:
-        """Log what is missing, what the model scored (model.json) and files of the run folder, and end the run.
+        """Log missing epochs, the model's metrics (`card`: model.json) and `files` of the run folder, and end the run.
 
         Returns:
-            False, and a line is said, if that fails.
+            False, after a console line, if any of it fails.
         """
         self._thread.shutdown(cancel_futures=True)
         try:
-            for entry in history:
-                self._tell(entry)
-            ended = int(1000 * time.time())
-            if not self._client.get_metric_history(self.run_id, _LAST_METRIC):
-                scored = [Metric(key, value, ended, history[-1]["epoch"]) for key, value in model_scalars(card).items()]
-                self._client.log_batch(self.run_id, scored)
-            for name in files:
-                where, _, _ = name.rpartition("/")
-                self._log_file(folder / name, where)
-            self._client.set_terminated(self.run_id, end_time=ended)
+            with _mlflow_call():
+                for entry in history:
+                    self._log_epoch(entry)
+                ended = int(1000 * time.time())
+                if not self._client.get_metric_history(self.run_id, _LAST_METRIC):
+                    scores = [Metric(key, value, ended, history[-1]["epoch"]) for key, value in model_scalars(card).items()]
+                    self._client.log_batch(self.run_id, scores)
+                for name in files:
+                    self._log_file(folder / name, name.rpartition("/")[0])
+                self._client.set_terminated(self.run_id, end_time=ended)
         except Exception as error:
-            say(f"--mlflow {self._uri}: {_line(error)}; the run is whole, and the same command with --resume tells it again")
+            say(f"--mlflow {self._uri}: {_first_line(error)}; the run is complete, the same command with --resume logs it again")
             return False
         return True
 
-    def _log_file(self, place: Location, where: str) -> None:
+    def _log_file(self, file: Location, artifact_folder: str) -> None:
         with tempfile.TemporaryDirectory() as name:
-            local = Path(name, place.path.rpartition("/")[2])
-            local.write_bytes(place.read_bytes())
-            self._client.log_artifact(self.run_id, str(local), where or None)
+            local = Path(name, file.path.rpartition("/")[2])
+            local.write_bytes(file.read_bytes())
+            self._client.log_artifact(self.run_id, str(local), artifact_folder or None)
 
     def end(self, status: str) -> None:
-        """End the run as `FAILED` or `KILLED`, if it can be reached."""
+        """End the run with the status `FAILED` or `KILLED`, if the server answers."""
         self._thread.shutdown(cancel_futures=True)
-        with contextlib.suppress(Exception):
+        with suppress(Exception), _mlflow_call():
             self._client.set_terminated(self.run_id, status=status)
 
 
-def _line(error: BaseException) -> str:
+@contextmanager
+def _mlflow_call() -> Iterator[None]:
+    """Limit MLflow's HTTP retries and hide its log lines while the block runs; variables that the user has set stay."""
+    # mlflow and alembic log a line for each table of a new local store.
+    with default_environment(_HTTP_LIMITS), quiet_logger("mlflow", "alembic"):
+        yield
+
+
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip()

@@ -1,4 +1,4 @@
-"""What is left of a run to read: history.jsonl, and report.html, one page with everything in it."""
+"""Readable records of a training run: history.jsonl, and report.html, one page with everything in it."""
 
 import base64
 import json
@@ -13,21 +13,21 @@ REPORT: Final = "report.html"
 
 PICTURES: Final = {
     "history.png": "Loss and accuracy by epoch",
-    "confusion.png": "Digits: true and predicted",
+    "confusion.png": "Digits: confusion matrix",
     "sums.png": "Sums: accuracy by digit and number",
-    "reliability.png": "How often an answer is right, by its probability",
+    "reliability.png": "Reliability: accuracy by predicted probability",
     "mistakes.png": "The most confident mistakes",
 }
-"""File name in the run folder, and what it shows."""
+"""Titles of the pictures by their file names in the run folder."""
 
 
 def write_history(run: Location, history: Iterable[dict[str, Any]]) -> None:
-    """`history.jsonl`: one line an epoch."""
+    """Write `history.jsonl`, one line per epoch."""
     (run / "history.jsonl").write_bytes("".join(json.dumps(entry) + "\n" for entry in history).encode())
 
 
-def scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """The metrics of one line of history.jsonl by the names that TensorBoard and MLflow show."""
+def epoch_scalars(entry: dict[str, Any]) -> dict[str, float]:
+    """Metrics of one line of history.jsonl, under the names that TensorBoard and MLflow show."""
     named = {
         "train/loss": entry["train_loss"],
         "train/learning_rate": entry["learning_rate"],
@@ -38,26 +38,26 @@ def scalars(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def model_scalars(card: dict[str, Any]) -> dict[str, float]:
-    """What model.json says that the model scored, by the names that TensorBoard and MLflow show."""
+    """Metrics of the published model (`card`: model.json), under the names that TensorBoard and MLflow show."""
     return _scores(card, "model/")
 
 
-def _scores(said: dict[str, Any], before: str) -> dict[str, float]:
+def _scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     names = ("loss", "digit_accuracy", "sum_accuracy")
-    return {f"{before}{rows}/{name}": said[rows][name] for rows in ("validation", "test") for name in names}
+    return {f"{prefix}{split}/{name}": metrics[split][name] for split in ("validation", "test") for name in names}
 
 
 def report_page(
     name: str, manifest: dict[str, Any], card: dict[str, Any], history: list[dict[str, Any]], pictures: dict[str, bytes]
 ) -> str:
-    """The page of a finished run: what was run, on what, how well, the pictures, and how to score with it.
+    """Render the HTML page of a finished run: results, pictures, epochs, how to score with the model, configuration.
 
     Args:
-        name: of the run.
-        manifest: manifest.json.
-        card: model.json.
-        history: the lines of history.jsonl.
-        pictures: PNG by the names of PICTURES.
+        name: name of the run.
+        manifest: contents of manifest.json.
+        card: contents of model.json.
+        history: lines of history.jsonl.
+        pictures: PNG bytes by file name (keys of PICTURES).
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."), autoescape=True, undefined=jinja2.StrictUndefined

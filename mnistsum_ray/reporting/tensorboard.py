@@ -1,7 +1,7 @@
-"""TensorBoard event files, one an epoch: `tensorboard --logdir runs`.
+"""TensorBoard event files, one per epoch (`tensorboard --logdir runs`).
 
-Usually one file is appended to, which object stores cannot do, and a run that goes on after a kill would tell some epochs twice.
-A file an epoch is written whole, and replaced where the epoch is done again; TensorBoard reads all that lie in a folder.
+The usual single file grows by appending. Object stores cannot append, and a run resumed after a kill would log some epochs twice.
+A file per epoch is written whole, and replaced when the epoch is repeated. TensorBoard reads all event files of a folder.
 """
 
 import io
@@ -13,29 +13,37 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-from mnistsum_ray.reporting.report import model_scalars, scalars
+from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 
 FOLDER: Final = "tensorboard"
 
 
 def write_epochs(run: Location, history: list[dict[str, Any]]) -> None:
-    """The event files of the lines of history.jsonl: the last in any case, the earlier where they are missing."""
-    there = {info.path.rpartition("/")[2] for info in (run / FOLDER).files()}
+    """Write the event file of the last line of history.jsonl, and those of earlier epochs that are missing."""
+    existing = {info.path.rpartition("/")[2] for info in (run / FOLDER).files()}
     for entry in history:
-        place = _place(run, entry["epoch"], "epoch")
-        if entry is not history[-1] and place.path.rpartition("/")[2] in there:
+        file = _event_file(run, entry["epoch"], "epoch")
+        if entry is not history[-1] and file.path.rpartition("/")[2] in existing:
             continue
         ended = entry["started"] + entry["seconds"] + entry["evaluation_seconds"]
         with tempfile.TemporaryDirectory() as name:
             with SummaryWriter(name) as writer:
-                for key, value in scalars(entry).items():
+                for key, value in epoch_scalars(entry).items():
                     writer.add_scalar(key, value, entry["epoch"], walltime=ended)
-            place.write_bytes(_written(name))
+            file.write_bytes(_only_file(name))
 
 
-def write_end(run: Location, epoch: int, card: dict[str, Any], pictures: dict[str, bytes], config: dict[str, Any]) -> None:
-    """The event file of what there is at the end: what the model scored, pictures (PNG) by name, the settings as a table."""
+def write_final(run: Location, epoch: int, card: dict[str, Any], pictures: dict[str, bytes], config: dict[str, Any]) -> None:
+    """Write the event file of the finished run.
+
+    Args:
+        run: the run folder.
+        epoch: the last epoch, under which everything is shown.
+        card: contents of model.json, for the model's metrics.
+        pictures: PNG bytes by file name.
+        config: settings of the run, shown as a table.
+    """
     with tempfile.TemporaryDirectory() as name:
         with SummaryWriter(name) as writer:
             for key, value in model_scalars(card).items():
@@ -45,14 +53,14 @@ def write_end(run: Location, epoch: int, card: dict[str, Any], pictures: dict[st
                     writer.add_image(key, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
             lines = [f"| {key} | {value} |" for key, value in config.items()]
             writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]), epoch)
-        _place(run, epoch, "final").write_bytes(_written(name))
+        _event_file(run, epoch, "final").write_bytes(_only_file(name))
 
 
-def _place(run: Location, epoch: int, what: str) -> Location:
-    # TensorBoard, while it runs, only looks for names that come after those it has read.
-    return run / FOLDER / f"events.out.tfevents.{epoch:010d}.{what}"
+def _event_file(run: Location, epoch: int, kind: str) -> Location:
+    # A running TensorBoard picks up only files whose names sort after those that it has read: hence zeros, and "epoch" < "final".
+    return run / FOLDER / f"events.out.tfevents.{epoch:010d}.{kind}"
 
 
-def _written(folder: str) -> bytes:
+def _only_file(folder: str) -> bytes:
     (file,) = Path(folder).iterdir()
     return file.read_bytes()

@@ -1,10 +1,10 @@
-"""TODO scoring.layout"""
+"""File names in an output folder, and the columns that scoring adds."""
 
 from typing import Final
 
 import pyarrow as pa
 
-from mnistsum_ray.storage.lock_record import LOCK_NAME
+from mnistsum_ray.storage.lock_file import LOCK_NAME
 
 PREDICTION_FIELDS: Final = pa.schema(
     {
@@ -12,28 +12,33 @@ PREDICTION_FIELDS: Final = pa.schema(
         "digit_prob": pa.float32(),
         "pred_sum": pa.int8(),
         "sum_prob": pa.float32(),
-        "consistent": pa.bool_(),
+        "consistent": pa.bool_(),  # pred_sum == pred_digit + number
     }
 )
-"""The columns that scoring adds."""
+"""The columns that scoring appends to the input's columns, in this order."""
 
 REJECTED: Final = "_rejected"
+"""Folder of the rejected rows; its files have the names of the prediction files."""
+
 FILES_TABLE: Final = "_files.parquet"
 MANIFEST: Final = "_manifest.json"
 PROBABILITIES: Final = "_probabilities.png"
 REJECTS: Final = "_rejects.png"
 RELIABILITY: Final = "_reliability.png"
+
 UNPUBLISHED: Final = "_unpublished"
+"""Staging folder inside an output folder that has no room for one beside it."""
 
 SUMMARIES: Final = (FILES_TABLE, PROBABILITIES, REJECTS, RELIABILITY)
-"""What is written of the whole at the end, before the manifest."""
+"""Files about the whole run. They are written after all predictions and before the manifest."""
 
-_OWN: Final = (REJECTED, *SUMMARIES, MANIFEST, LOCK_NAME, UNPUBLISHED)
+RESERVED_NAMES: Final = (REJECTED, *SUMMARIES, MANIFEST, LOCK_NAME, UNPUBLISHED)
 
-MOST_NAME_BYTES: Final = 255
+MAX_NAME_BYTES: Final = 255
+"""Longest file name, without its folder, on most file systems."""
 
 
 def is_reserved(output: str) -> bool:
-    """Whether an output of this name would not be seen as one."""
+    """Return whether an output file of this name would collide with the run's own files, or be hidden."""
     name = output.rpartition("/")[2]
-    return output.split("/")[0] in _OWN or name.startswith(".")
+    return output.split("/")[0] in RESERVED_NAMES or name.startswith(".")

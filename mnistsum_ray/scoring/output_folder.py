@@ -1,29 +1,33 @@
-"""TODO scoring.output_folder"""
+"""Files in an output folder: list them, and delete what is unfinished."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from mnistsum_ray.reporting.progress import Progress
 from mnistsum_ray.scoring.inputs import FILE_SCHEMA
 from mnistsum_ray.scoring.layout import MANIFEST, REJECTED, SUMMARIES, UNPUBLISHED
+from mnistsum_ray.scoring.parallel import map_files
+from mnistsum_ray.scoring.provenance import read_committed
 from mnistsum_ray.storage.location import Location, is_partial
-from mnistsum_ray.storage.lock_record import LOCK_NAME
+from mnistsum_ray.storage.lock_file import LOCK_NAME
 
 
 @dataclass(frozen=True)
 class OutputListing:
-    """What lies in a folder of predictions."""
+    """Files in an output folder or a staging folder."""
 
     predictions: pa.Table
-    """`inputs.FILE_SCHEMA`: all but the run's own files and what is hidden."""
+    """`inputs.FILE_SCHEMA`: all files but the run's own files, the rejected rows and hidden files."""
     rejected: frozenset[str]
-    """Names below `_rejected/`."""
+    """Names of files in `_rejected/`, relative to it."""
     partial: tuple[str, ...]
-    """Names of what was being written when its writer was killed."""
+    """Names of files whose writer was killed."""
 
 
 def list_output(folder: Location) -> OutputListing:
-    """List a folder of predictions; one that is not there is empty."""
+    """List an output folder; a folder that does not exist is empty."""
     rows, rejected, partial = [], set(), []
     for info in folder.files():
         name = info.path.removeprefix(folder.path).lstrip("/")
@@ -40,13 +44,18 @@ def _is_hidden(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".")
 
 
+def read_all_committed(folder: Location, predictions: pa.Table, show: Callable[[str], None]) -> pa.Table:
+    """Read the provenance of all prediction files of a listing, as `provenance.COMMITTED_SCHEMA` in the same order."""
+    return map_files(read_committed, folder, predictions, Progress(show, "output files read", predictions.num_rows))
+
+
 def unfinished_rejects(listing: OutputListing) -> frozenset[str]:
-    """Rejected rows without predictions: they are written first, so the part is not done and will be written again."""
+    """Names of rejected rows without predictions: a kill came between the two, and the part will be written again."""
     return listing.rejected - set(listing.predictions["name"].to_pylist())
 
 
 def clear_unfinished(folder: Location, listing: OutputListing) -> None:
-    """Delete what a killed run left unfinished. The folder must be known for ours, and its lock be held."""
+    """Delete what a killed run left unfinished. All files must be known as this program's, and the lock must be held."""
     for name in listing.partial:
         (folder / name).delete()
     for name in unfinished_rejects(listing):
@@ -54,13 +63,13 @@ def clear_unfinished(folder: Location, listing: OutputListing) -> None:
 
 
 def delete_part(folder: Location, name: str) -> None:
-    """Delete a part: its predictions first, since they are what says that it is done."""
+    """Delete the files of a part. The predictions go first, because a part is done when its predictions exist."""
     (folder / name).delete()
     (folder / REJECTED / name).delete()
 
 
 def unpublish(output: Location) -> None:
-    """Take away what says that the output is finished."""
+    """Delete the manifest, which marks the output as finished, and then the summaries."""
     (output / MANIFEST).delete()
     for name in SUMMARIES:
         (output / name).delete()

@@ -1,4 +1,4 @@
-"""Work on many files at once: small amounts in threads of this process, large ones on the cluster."""
+"""Map a function over many files: small numbers in threads of this process, large ones as tasks on the cluster."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,39 +9,42 @@ import pyarrow as pa
 from mnistsum_ray.storage.location import Location
 
 MAX_LOCAL_FILES: Final = 64
-"""So many files are looked at from here sooner than a cluster could begin."""
+"""Up to this number, this process finishes before tasks on a cluster would have started."""
 
-_CHUNK: Final = 500
+_FILES_PER_TASK: Final = 500
 _THREADS: Final = 16
 
-Reader = Callable[[Location, pa.Table], pa.Table]
-"""Takes a folder and rows that name files in it; gives rows about them."""
+ReadFiles = Callable[[Location, pa.Table], pa.Table]
+"""Takes a folder and an `inputs.FILE_SCHEMA` table of files in it; returns one row per file, in the same order."""
 
 
-def map_files(look: Reader, folder: Location, files: pa.Table, seen: Callable[[int], None] = lambda _: None) -> pa.Table:
-    """`look` at all files, in their order: on the cluster if they are many, and so never before it is joined.
+def map_files(
+    read: ReadFiles, folder: Location, files: pa.Table, on_progress: Callable[[int], None] = lambda _: None
+) -> pa.Table:
+    """Apply `read` to all files and return its rows in the order of the files.
 
-    `seen` is told of so many more files from time to time.
+    More than MAX_LOCAL_FILES files are read on the cluster, which must be connected; `on_progress` gets the number of files
+    that each task has read.
     """
     if files.num_rows <= MAX_LOCAL_FILES:
-        return _with_threads(look, folder, files)
-    import ray  # a second to import, which a refusal need not wait for
+        return _read_in_threads(read, folder, files)
+    import ray  # Takes a second to import, and a request that is refused early does not need it.
 
-    task = ray.remote(_with_threads).options(scheduling_strategy="SPREAD")
-    chunks = [files.slice(start, _CHUNK) for start in range(0, files.num_rows, _CHUNK)]
-    looked = [task.remote(look, folder, chunk) for chunk in chunks]
-    sizes = {of_chunk: chunk.num_rows for of_chunk, chunk in zip(looked, chunks, strict=True)}
-    waiting = list(looked)
+    task = ray.remote(_read_in_threads).options(scheduling_strategy="SPREAD")
+    chunks = [files.slice(start, _FILES_PER_TASK) for start in range(0, files.num_rows, _FILES_PER_TASK)]
+    results = [task.remote(read, folder, chunk) for chunk in chunks]
+    chunk_sizes = {result: chunk.num_rows for result, chunk in zip(results, chunks, strict=True)}
+    waiting = list(results)
     while waiting:
-        (done,), waiting = ray.wait(waiting, num_returns=1)
-        seen(sizes[done])
-    return pa.concat_tables(ray.get(looked))
+        (finished,), waiting = ray.wait(waiting, num_returns=1)
+        on_progress(chunk_sizes[finished])
+    return pa.concat_tables(ray.get(results))
 
 
-def _with_threads(look: Reader, folder: Location, files: pa.Table) -> pa.Table:
-    # An object store answers late, and many requests at once; a local disk answers at once, and threads only get in the way.
+def _read_in_threads(read: ReadFiles, folder: Location, files: pa.Table) -> pa.Table:
+    # An object store answers slowly but takes many requests at once. A local disk answers at once, and threads slow it down.
     threads = 1 if folder.is_local else _THREADS
     share = max(1, -(-files.num_rows // threads))
     with ThreadPoolExecutor(threads) as pool:
-        parts = [files.slice(start, share) for start in range(0, max(1, files.num_rows), share)]
-        return pa.concat_tables(pool.map(lambda part: look(folder, part), parts))
+        shares = [files.slice(start, share) for start in range(0, max(1, files.num_rows), share)]
+        return pa.concat_tables(pool.map(lambda part: read(folder, part), shares))

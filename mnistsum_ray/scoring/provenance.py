@@ -1,6 +1,10 @@
-"""An output file is its own record: what its metadata say that it was made from, beside what it holds."""
+"""Provenance: the stamp in the Parquet metadata of each output file, which says what the file was made from.
+
+The output needs no other bookkeeping: which parts are done, and whether all rows exist, is read from these stamps.
+"""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,39 +14,126 @@ import pyarrow.parquet as pq
 from mnistsum_ray.data.parquet import UnusableFileError
 from mnistsum_ray.errors import one_line
 from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.scoring.footers import Columns, read_tail
+from mnistsum_ray.scoring.columns import Columns
+from mnistsum_ray.scoring.footers import read_tail
 from mnistsum_ray.scoring.layout import REJECTED
+from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.storage.location import Location
 
 KEY: Final = b"mnistsum_ray.score"
-FORMAT: Final = 2
-"""2 has the temperatures, and the reliability where a label column was named."""
+"""Key of the stamp in the Parquet metadata."""
 
-PROBABILITY_BINS: Final = 20
-"""Of equal width over 0..1, in which a file counts its rows by `digit_prob` and by `sum_prob`."""
+FORMAT: Final = 3
+"""Version of the stamp. 2 added temperatures and reliability; 3 renamed `request` to `spec` and `footer` to `footer_sha256`."""
+
+FILE_IDENTITY: Final = ("size", "modified", "footer_sha256")
+"""Fields that say which version of the input file the rows were read from."""
+
+PART_IDENTITY: Final = (*FILE_IDENTITY, "first_row", "rows")
+"""Fields that must equal those of the planned part of the same output name."""
+
+
+@dataclass(frozen=True)
+class PredictionSpec:
+    """The model and settings that determine the predictions. One output holds predictions of one spec."""
+
+    model_sha256: str
+    precision: str
+    columns: Columns
+    temperatures: Temperatures
+    int8_maxima: tuple[float, ...] | None = None
+    """Calibration of the quantized network; set with precision int8 only."""
+
+    def canonical_json(self) -> str:
+        """The spec as JSON with sorted keys, so that equal specs have equal texts."""
+        fields = {"model_sha256": self.model_sha256, "precision": self.precision, **vars(self.columns)}
+        fields["temperature"] = self.temperatures.as_json()
+        return json.dumps(fields | ({"int8": self.int8_maxima} if self.int8_maxima else {}), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The stamp of one part, written into its file of predictions and its file of rejected rows."""
+
+    name: str
+    """The input file, relative to the input's root."""
+    source: str
+    """The input file in full: a path, or a URI without its query."""
+    size: int
+    modified: int
+    footer_sha256: str
+    first_row: int
+    rows: int
+    rejected: int
+    """How many of the rows are in the file of rejected rows."""
+    spec: str
+    """`PredictionSpec.canonical_json`"""
+    counts: dict[str, Any]
+    """`totals.count_part`"""
+
+    @classmethod
+    def of_part(cls, part: Part, source: Location, rejected: int, spec: PredictionSpec, counts: dict[str, Any]) -> "Provenance":
+        """Make the stamp of a part whose file is below the folder `source`."""
+        return cls(
+            name=part.name,
+            source=source.at(f"{source.path}/{part.name}").display,
+            size=part.size,
+            modified=part.modified,
+            footer_sha256=part.footer_sha256,
+            first_row=part.first_row,
+            rows=part.rows,
+            rejected=rejected,
+            spec=spec.canonical_json(),
+            counts=counts,
+        )
+
+    def to_metadata(self) -> dict[bytes, bytes]:
+        """The stamp as an entry of Parquet metadata."""
+        return {KEY: json.dumps({"format": FORMAT} | vars(self)).encode()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> "Provenance | None":
+        """Read the stamp from Parquet metadata; None if it has none.
+
+        Raises:
+            OtherVersionError: another version of this program wrote it.
+            ValueError, KeyError, TypeError: it is damaged.
+        """
+        fields = json.loads((metadata or {}).get(KEY, b"null"))
+        if fields is None:
+            return None
+        if fields["format"] != FORMAT:
+            raise OtherVersionError("was written by another version of this program")
+        return cls(**{key: value for key, value in fields.items() if key != "format"})
+
+
+class OtherVersionError(ValueError):
+    """The stamp has a format that this version does not read."""
+
 
 COMMITTED_SCHEMA: Final = pa.schema(
     {
-        "output": pa.string(),
-        "error": pa.string(),  # why it is no whole file of ours; then all else is null
-        "name": pa.string(),  # of the input file, relative to the input's root
-        "source": pa.string(),  # the same in full
+        "output": pa.string(),  # the prediction file, relative to the output folder
+        "error": pa.string(),  # why it is not a whole file of this program; all other columns are then null
+        "name": pa.string(),
+        "source": pa.string(),
         "size": pa.int64(),
         "modified": pa.int64(),
-        "footer": pa.string(),
+        "footer_sha256": pa.string(),
         "first_row": pa.int64(),
         "rows": pa.int64(),
-        "rejected": pa.int64(),
-        "request": pa.string(),
-        "counts": pa.string(),
-        "scored_found": pa.int64(),
-        "rejected_found": pa.int64(),
+        "rejected": pa.int64(),  # rejected rows by the stamp
+        "spec": pa.string(),
+        "counts": pa.string(),  # JSON
+        "scored_in_file": pa.int64(),  # rows of the prediction file by its footer
+        "rejected_in_file": pa.int64(),  # rows of the file of rejected rows by its footer
     }
 )
+"""One row per prediction file: its stamp, and the rows that the files really have."""
 
 
-def is_ours(folder: Location, name: str) -> bool:
-    """Whether a file carries the metadata that this program writes, of whichever version."""
+def has_provenance(folder: Location, name: str) -> bool:
+    """Return whether a file carries a stamp, of any version: then this program wrote it."""
     try:
         size = (folder / name).info().size
         metadata = pq.read_metadata(pa.BufferReader(read_tail(folder, name, size or 0))).metadata
@@ -52,45 +143,25 @@ def is_ours(folder: Location, name: str) -> bool:
 
 
 def read_committed(output: Location, files: pa.Table) -> pa.Table:
-    """COMMITTED_SCHEMA for each prediction file of an `inputs.FILE_SCHEMA` table, in its order."""
-    return pa.Table.from_pylist([_read_committed(output, file) for file in files.to_pylist()], COMMITTED_SCHEMA)
+    """Read the stamps of the prediction files in an `inputs.FILE_SCHEMA` table, as COMMITTED_SCHEMA in the same order."""
+    return pa.Table.from_pylist([_read_file(output, file["name"], file["size"]) for file in files.to_pylist()], COMMITTED_SCHEMA)
 
 
-def _read_committed(output: Location, file: dict[str, Any]) -> dict[str, Any]:
-    name = file["name"]
+def _read_file(output: Location, name: str, size: int) -> dict[str, Any]:
     try:
-        metadata = pq.read_metadata(pa.BufferReader(read_tail(output, name, file["size"])))
-        stamp = json.loads((metadata.metadata or {}).get(KEY, b"null"))
+        footer = pq.read_metadata(pa.BufferReader(read_tail(output, name, size)))
+        stamp = Provenance.from_metadata(footer.metadata)
         if stamp is None:
             return {"output": name, "error": "is not a file of predictions of this program"}
-        if stamp["format"] != FORMAT:
-            return {"output": name, "error": "was written by another version of this program"}
-        rejected = 0
-        if stamp["rejected"]:
-            size = (output / REJECTED / name).info().size
-            if size is None:
+        rejected_in_file = 0
+        if stamp.rejected:
+            rejected_size = (output / REJECTED / name).info().size
+            if rejected_size is None:
                 return {"output": name, "error": f"has lost its rejected rows ({REJECTED}/{name})"}
-            rejected = pq.read_metadata(pa.BufferReader(read_tail(output, f"{REJECTED}/{name}", size))).num_rows
+            rejected_in_file = pq.read_metadata(pa.BufferReader(read_tail(output, f"{REJECTED}/{name}", rejected_size))).num_rows
+    except OtherVersionError as error:
+        return {"output": name, "error": str(error)}
     except (UnusableFileError, OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         return {"output": name, "error": f"cannot be read: {one_line(error)}"}
-    found = {"output": name, "scored_found": metadata.num_rows, "rejected_found": rejected}
-    committed: dict[str, Any] = stamp | found | {"counts": json.dumps(stamp["counts"])}
-    return committed
-
-
-@dataclass(frozen=True)
-class PredictionSpec:
-    """What, beside the input, decides an output: outputs of different requests are not put together."""
-
-    model_sha256: str
-    precision: str
-    columns: Columns
-    temperatures: Temperatures
-    int8_maxima: tuple[float, ...] | None = None
-    """With precision int8, what decides the predictions beside the model's weights."""
-
-    def canonical_json(self) -> str:
-        """The same text for the same request."""
-        fields = {"model_sha256": self.model_sha256, "precision": self.precision, **vars(self.columns)}
-        fields["temperature"] = self.temperatures.as_json()
-        return json.dumps(fields | ({"int8": self.int8_maxima} if self.int8_maxima else {}), sort_keys=True)
+    in_files = {"scored_in_file": footer.num_rows, "rejected_in_file": rejected_in_file}
+    return {"output": name} | vars(stamp) | {"counts": json.dumps(stamp.counts)} | in_files

@@ -1,83 +1,113 @@
-"""TODO scoring.resources"""
+"""Resources of a scoring run: workers, readers, devices and precision."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from mnistsum_ray.cluster.resources import TASKS_CPU_SHARE, Cluster
+import torch
+
+from mnistsum_ray.cluster.gpu import check_cuda, drop_unusable_gpus, probe_gpu
+from mnistsum_ray.cluster.resources import TASKS_CPU_SHARE, ClusterResources, inspect_cluster, wait_until_free
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RequestError
+from mnistsum_ray.model.device import faster_with_bf16
 
-_UNKNOWN_LIMIT: Final = 16
-"""GPUs that a growing cluster is taken to reach where its autoscaler does not say how many."""
+_UNKNOWN_GPU_LIMIT: Final = 16
+"""GPUs that a growing cluster is assumed to reach if its autoscaler does not publish a limit."""
+
+_UNKNOWN_CPU_LIMIT: Final = 128
+"""CPUs that a growing cluster is assumed to reach, for a run that scores on CPUs."""
 
 _READERS_PER_GPU: Final = 8
-"""CPUs that are taken to come with each GPU, likewise."""
-
-_UNKNOWN_LIMIT_CPUS: Final = 128
-"""The same of CPUs, where a run scores on those."""
+"""CPUs that are assumed to come with each GPU of a growing cluster that publishes no limit."""
 
 
 @dataclass(frozen=True)
 class ScoringResourcePlan:
-    """What a scoring run takes."""
+    """Resources that a scoring run reserves."""
 
-    actors: int
-    """The most at once; fewer work where no more are free."""
+    workers: int
+    """Maximum number of workers that predict at the same time; fewer run where fewer resources are free."""
     use_gpu: bool
-    cpus_per_actor: float
+    cpus_per_worker: float
     readers: int
-    """Tasks that read for the actors; 0: each actor reads by itself."""
+    """Maximum number of tasks that read and decode for the workers; 0: each worker reads by itself."""
     cpus_per_task: float
-    """What each task that reads, and each that writes, reserves."""
+    """CPUs that each reading and each writing task reserves."""
 
     @property
-    def per_actor(self) -> dict[str, float]:
-        """What each actor reserves."""
-        return {"CPU": self.cpus_per_actor} | ({"GPU": 1.0} if self.use_gpu else {})
+    def per_worker(self) -> dict[str, float]:
+        """Resources that one worker reserves."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.use_gpu else {})
 
     def bundles(self) -> list[dict[str, float]]:
-        """What one actor needs to get on, piece by piece, each of which has to fit on one node."""
-        return [self.per_actor, *([{"CPU": self.cpus_per_task}] * (2 if self.readers else 0))]
+        """Resources that one worker, one reader and one writer need; each bundle has to fit on one node."""
+        return [self.per_worker, *([{"CPU": self.cpus_per_task}] * (2 if self.readers else 0))]
 
 
-def plan_scoring_resources(config: ScoreConfig, cluster: Cluster) -> ScoringResourcePlan:
-    """Decide actors, readers and devices: what the config says, and otherwise what the cluster has.
+def allocate_resources(config: ScoreConfig, say: Callable[[str], None]) -> tuple[ScoringResourcePlan, str]:
+    """Plan the resources of a run, wait until the first worker fits, and choose the precision.
+
+    Returns:
+        The plan, and the configured precision or else the faster one of `bf16` and `fp32`.
 
     Raises:
-        RequestError: more is asked for than the cluster can ever have.
+        RequestError: the cluster can never give what the config asks for, or does not give it within `wait_seconds`.
+    """
+    use_gpu = False if config.precision == "int8" else config.use_gpu
+    cluster, probe = drop_unusable_gpus(inspect_cluster(), use_gpu, config.wait_seconds, say)
+    plan = plan_scoring_resources(config, cluster)
+    wait_until_free(plan.bundles(), config.wait_seconds, say)
+    if plan.use_gpu and probe is None:  # The cluster had no GPU at first and got one during the wait.
+        probe = probe_gpu(config.wait_seconds)
+        check_cuda(probe, config.use_gpu)
+    if config.precision:
+        return plan, config.precision
+    # Without GPUs, the CPU of this machine stands in for the CPUs of the nodes that score.
+    bf16 = probe.bf16 if probe else faster_with_bf16(torch.device("cpu"))
+    return plan, "bf16" if bf16 else "fp32"
+
+
+def plan_scoring_resources(config: ScoreConfig, cluster: ClusterResources) -> ScoringResourcePlan:
+    """Choose workers, readers and devices: from the config where it says so, and otherwise from the cluster.
+
+    Raises:
+        RequestError: the config asks for more than the cluster can ever have.
     """
     gpus, cpus = int(cluster.total.get("GPU", 0)), cluster.total.get("CPU", 0.0)
     use_gpu = (gpus > 0 and config.precision != "int8") if config.use_gpu is None else config.use_gpu
     if use_gpu and not gpus and not cluster.can_grow:
         raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster.describe()})")
     only_cpus = config.use_gpu is False or config.precision == "int8"
-    limits = _worth_growing_to(cluster, use_gpu=use_gpu, only_cpus=only_cpus)
-    # Sized for what the cluster can grow to: fewer work until then, and none is missing when the machines have come.
-    most = max(1, int(max(gpus, limits.get("GPU", 0)) if use_gpu else max(cpus, limits.get("CPU", 0))))
-    actors = config.num_workers or most
-    if actors > most and not cluster.can_grow:
+    limits = _growth_limits(cluster, use_gpu=use_gpu, only_cpus=only_cpus)
+    # The plan is sized for the largest cluster. Until it has grown fewer workers run, and new nodes are used as they join.
+    max_workers = max(1, int(max(gpus, limits.get("GPU", 0)) if use_gpu else max(cpus, limits.get("CPU", 0))))
+    workers = config.num_workers or max_workers
+    if workers > max_workers and not cluster.can_grow:
         kind = "GPU" if use_gpu else "CPU"
-        raise RequestError(f"--num-workers {actors}: needs {actors} {kind}s, one a worker; the cluster has {cluster.describe()}")
-    if cluster.can_grow:  # machines that are still to come bring their own
-        cpus = max(cpus, limits.get("CPU", float(actors * (_READERS_PER_GPU if use_gpu else 1))))
+        raise RequestError(
+            f"--num-workers {workers}: needs {workers} {kind}s, one a worker; the cluster has {cluster.describe()}"
+        )
+    if cluster.can_grow:  # New nodes bring their own CPUs.
+        cpus = max(cpus, limits.get("CPU", float(workers * (_READERS_PER_GPU if use_gpu else 1))))
     readers = (max(1, int(cpus) - 1) if use_gpu else 0) if config.num_readers is None else config.num_readers
     if use_gpu and not readers:
         raise RequestError("--num-readers 0: a GPU would wait for its data; give at least 1")
-    # Actors that held every CPU would starve the tasks that read for them, for ever.
+    # If the workers reserved every CPU, the tasks that read for them would wait forever.
     tasks_share = 0.0 if not readers else 1.0 if use_gpu else TASKS_CPU_SHARE
     return ScoringResourcePlan(
-        actors=actors,
+        workers=workers,
         use_gpu=use_gpu,
-        cpus_per_actor=0.0 if use_gpu and readers else min(1.0, (1 - tasks_share) * cpus / actors),
+        cpus_per_worker=0.0 if use_gpu and readers else min(1.0, (1 - tasks_share) * cpus / workers),
         readers=readers,
         cpus_per_task=min(1.0, tasks_share * cpus / (readers + 1)),
     )
 
 
-def _worth_growing_to(cluster: Cluster, *, use_gpu: bool, only_cpus: bool) -> dict[str, float]:
-    """What a scoring run may use of a cluster that grows. Nodes with GPUs are not worth having for their CPUs."""
+def _growth_limits(cluster: ClusterResources, *, use_gpu: bool, only_cpus: bool) -> dict[str, float]:
+    """Resources that the run may grow into. A run on CPUs does not start GPU nodes for their CPUs, unless it asks for CPUs."""
     if not cluster.can_grow:
         return {}
     if use_gpu:
-        return {"GPU": float(_UNKNOWN_LIMIT)} | cluster.limits
-    return {} if cluster.limits.get("GPU") and not only_cpus else {"CPU": float(_UNKNOWN_LIMIT_CPUS)} | cluster.limits
+        return {"GPU": float(_UNKNOWN_GPU_LIMIT)} | cluster.limits
+    return {} if cluster.limits.get("GPU") and not only_cpus else {"CPU": float(_UNKNOWN_CPU_LIMIT)} | cluster.limits

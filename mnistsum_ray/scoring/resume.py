@@ -1,92 +1,93 @@
-"""TODO scoring.resume"""
+"""Resume: find the parts that an earlier run has committed, and delete what it left unfinished."""
 
-import json
-from typing import Any
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.scoring.checks import check_compatible, check_output_files, check_overwrite
+from mnistsum_ray.scoring.output_folder import clear_unfinished, delete_part, list_output, read_all_committed
+from mnistsum_ray.scoring.plan import ScoringPlan
+from mnistsum_ray.scoring.provenance import has_provenance
+from mnistsum_ray.scoring.reconcile import match_outputs
+from mnistsum_ray.scoring.target import Target
 from mnistsum_ray.storage.location import Location
 
 
+@dataclass(frozen=True)
+class CommittedParts:
+    """What earlier runs have committed."""
+
+    published: pa.Table
+    """`provenance.COMMITTED_SCHEMA` of the output folder when this run began."""
+    done: pa.Table
+    """`parts.PART_SCHEMA`: parts of the plan that are committed."""
+    todo: pa.Table
+    """`parts.PART_SCHEMA`: the other parts of the plan."""
+    unplanned: int
+    """Number of published files whose input is not in the plan. They stay, but are not counted."""
+
+    def done_rows(self, parts: pa.Table) -> int:
+        """Rows of those of `parts` (`parts.PART_SCHEMA`) that are done."""
+        return pc.sum(self.done.filter(pc.is_in(self.done["output"], parts["output"]))["rows"]).as_py() or 0
+
+
+def resume(plan: ScoringPlan, spec: str, source: Location, target: Target, console: Console) -> CommittedParts:
+    """Compare the plan with the files in the output folder and the staging folder, and delete unfinished files there.
+
+    `spec` is `PredictionSpec.canonical_json` of this run, and `source` the input's root.
+
+    Raises:
+        RequestError: the output folder holds other files, or predictions that this run must not be mixed with.
+        RunError: with `--overwrite`, an unusable input file has predictions in the output.
+    """
+    output = target.output
+    listing = list_output(output)
+    published = read_all_committed(output, listing.predictions, console.progress)
+    check_output_files(published, listing, output)
+    unplanned = 0
+    if target.overwrite:
+        check_overwrite(plan.files, published, source)
+    else:
+        others = unplanned_outputs(plan.parts, published)
+        check_compatible(match_outputs(plan.parts, published, spec), others, plan.files, source, spec, output)
+        unplanned = others.num_rows
+        if unplanned:
+            first = others["source"][0].as_py()
+            console.say(f"left as they are: {unplanned:,} output files of input that is not there now, such as {first}")
+    # Nothing is deleted before all files are known as this program's and the request has been found compatible.
+    clear_unfinished(output, listing)
+    committed = published
+    if target.staged:
+        committed = target.merge(_resume_staging(target.folder, plan.parts, spec, console), published)
+    matched = match_outputs(plan.parts, committed, spec)
+    done, todo = (matched.filter(keep).select(plan.parts.column_names) for keep in (matched["done"], pc.invert(matched["done"])))
+    return CommittedParts(published, done, todo, unplanned)
+
+
 def unplanned_outputs(parts: pa.Table, committed: pa.Table) -> pa.Table:
-    """What is committed that is no part of the plan."""
+    """Return the rows of `committed` that belong to no part of the plan."""
     return committed.filter(pc.invert(pc.is_in(committed["output"], parts["output"])))
 
 
-def check_output_files(committed: pa.Table, output: Location) -> None:
-    """Refuse an output folder that holds anything but whole files of predictions.
-
-    Raises:
-        RequestError: names the first.
-    """
-    errors = committed.filter(pc.is_valid(committed["error"]))
-    if errors.num_rows:
-        first = errors.slice(0, 1).to_pylist()[0]
-        raise RequestError(
-            f"--output {output.display}: {first['output']} {first['error']}; move it away, or choose another folder"
-        )
-
-
-def check_compatible(
-    matched: pa.Table, strange: pa.Table, files: pa.Table, source: Location, request: str, output: Location
-) -> None:
-    """Refuse to put new predictions beside those of another model, of other input, or cut in another way.
-
-    Args:
-        matched: what `match_outputs` gave.
-        strange: what `unplanned_outputs` gave.
-        files: the input, `inputs.FILE_SCHEMA` and `footers.FOOTER_SCHEMA`.
-        source: the input's root.
-        request: what decides the predictions now.
-        output: the folder, for the message.
-
-    Raises:
-        RequestError: says what differs, and that --overwrite starts afresh.
-    """
-    afresh = "--overwrite starts afresh"
-    wrong = matched.filter(pc.and_(pc.is_valid(matched["its_request"]), pc.invert(matched["done"])))
-    if wrong.num_rows:
-        first = wrong.slice(0, 1).to_pylist()[0]
-        if first["its_request"] != request:
-            raise RequestError(
-                f"--output {output.display}: {_difference(json.loads(first['its_request']), json.loads(request))}; {afresh}"
-            )
-        if any(first[name] != first[f"its_{name}"] for name in ("size", "modified", "footer")):
-            raise RequestError(f"--output {output.display}: {first['name']} has changed since it was scored; {afresh}")
-        raise RequestError(
-            f"--output {output.display}: was begun with another --max-rows-per-file; give the same again, or {afresh}"
-        )
-    # The input may have moved since, or its root may be another folder now: either name tells that it is the same file.
-    sources = pc.binary_join_element_wise(source.at(source.path).display, files["name"], "/")
-    for column, now_named in (("name", files["name"]), ("source", sources)):
-        again = strange.filter(pc.is_in(strange[column], now_named))
-        if again.num_rows:
-            first = again.slice(0, 1).to_pylist()[0]
-            now = files.slice(pc.index(now_named, first[column]).as_py(), 1).to_pylist()[0]
-            if now["error"]:
-                raise RequestError(
-                    f"--output {output.display}: holds predictions of {now['name']}, which now cannot be used ({now['error']}); "
-                    "mend it, or take it out of the input"
-                )
-            if any(now[name] != first[name] for name in ("size", "modified", "footer")):
-                raise RequestError(f"--output {output.display}: {now['name']} has changed since it was scored; {afresh}")
-            raise RequestError(
-                f"--output {output.display}: holds the rows of {now['name']} as {first['output']}, since it was begun with another "
-                f"--max-rows-per-file or --input; give the same again, or {afresh}"
-            )
-
-
-def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
-    if then["model_sha256"] != now["model_sha256"]:
-        return (
-            f"holds predictions of another model (SHA-256 {then['model_sha256'][:12]}…, --model has {now['model_sha256'][:12]}…)"
-        )
-    key = next((key for key in now if key != "int8" and then.get(key) != now[key]), "int8")
-    if key == "temperature":
-        return "holds predictions of the same model with other temperatures"
-    if key == "int8":
-        return "holds predictions of the same model quantized otherwise"
-    flag = "--precision" if key == "precision" else f"--{key}-column"
-    return f"was begun with {flag} {then.get(key)}, which is now {now[key]}"
+def _resume_staging(folder: Location, parts: pa.Table, spec: str, console: Console) -> pa.Table:
+    """Delete all files in the staging folder but the committed parts of this plan; return those."""
+    listing = list_output(folder)
+    committed = read_all_committed(folder, listing.predictions, console.progress)
+    # Parts with errors are left by a run that was killed while it published, or are of another version.
+    broken = committed.filter(pc.is_valid(committed["error"]))["output"].to_pylist()
+    broken = [name for name in broken if has_provenance(folder, name)]
+    for name in broken:
+        delete_part(folder, name)
+    if broken:
+        listing = list_output(folder)
+        committed = read_all_committed(folder, listing.predictions, console.progress)
+    check_output_files(committed, listing, folder)
+    clear_unfinished(folder, listing)
+    # Staged files are not published yet, so those of another plan can be deleted.
+    matched = match_outputs(parts, committed, spec)
+    current = pc.is_in(committed["output"], matched.filter(matched["done"])["output"])
+    for name in committed.filter(pc.invert(current))["output"].to_pylist():
+        delete_part(folder, name)
+    return committed.filter(current)

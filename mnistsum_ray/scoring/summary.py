@@ -1,37 +1,79 @@
-"""What a person reads of a scoring run."""
+"""The result of a scoring run: the job's last line, and what the console says of it."""
 
 from collections.abc import Callable
 from typing import Any, Final
 
-from mnistsum_ray.scoring.layout import FILES_TABLE, PROBABILITIES, REJECTS, RELIABILITY
-from mnistsum_ray.scoring.reconcile import Totals
-from mnistsum_ray.storage.location import Location
+import pyarrow as pa
+import pyarrow.compute as pc
 
-_FILES_NAMED: Final = 1000
-_REASONS_NAMED: Final = 10
+from mnistsum_ray.scoring.layout import FILES_TABLE
+from mnistsum_ray.scoring.preflight import ScoringRun
+from mnistsum_ray.scoring.totals import Totals
 
-Say = Callable[[str], None]
+_MAX_FILES: Final = 1000
+"""Unusable files that the console names."""
+
+_MAX_REASONS: Final = 10
+"""Reasons for rejected rows that the console names."""
 
 
-def name_failures(failures: dict[str, str], say: Say) -> None:
-    """One line for each file that cannot be used, with the reason."""
-    for name, reason in list(failures.items())[:_FILES_NAMED]:
+def result_line(
+    run: ScoringRun, files: pa.Table, totals: Totals, resumed_rows: int, scoring_seconds: float, seconds: float
+) -> dict[str, Any]:
+    """Return the fields of the job's last line.
+
+    Args:
+        run: the checked request.
+        files: `reconcile.FILES_SCHEMA`.
+        totals: over all rows.
+        resumed_rows: rows that an earlier run had committed.
+        scoring_seconds: from the start of the first part to the end of the last one.
+        seconds: since the run started.
+    """
+    new_rows = totals.scored_rows + totals.rejected_rows - resumed_rows
+    line: dict[str, Any] = {
+        "output": run.output.display,
+        "input_rows": totals.input_rows,
+        "scored_rows": totals.scored_rows,
+        "rejected_rows": totals.rejected_rows,
+        "resumed_rows": resumed_rows,
+        "files": files.num_rows,
+        "failed_files": count_failed(files),
+        "rows_per_second": round(new_rows / scoring_seconds, 1) if scoring_seconds else 0.0,
+        "seconds": round(seconds, 1),
+    }
+    if run.columns.label:
+        labelled = totals.counts.get("labelled", 0)
+        for name, right in (("digit_accuracy", "digits_right"), ("sum_accuracy", "sums_right")):
+            line[name] = totals.counts[right] / labelled if labelled else None
+    return line
+
+
+def count_failed(files: pa.Table) -> int:
+    """Number of files in a `reconcile.FILES_SCHEMA` table that could not be used."""
+    return pc.sum(pc.equal(files["status"], "failed")).as_py() or 0
+
+
+def name_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
+    """Name the files that cannot be used, one line each with the reason."""
+    for name, reason in list(failures.items())[:_MAX_FILES]:
         say(f"cannot be used: {name}: {reason}")
-    if len(failures) > _FILES_NAMED:
-        say(f"and {len(failures) - _FILES_NAMED:,} more files, all in {FILES_TABLE}")
+    if len(failures) > _MAX_FILES:
+        say(f"and {len(failures) - _MAX_FILES:,} more files; {FILES_TABLE} will list all of them")
 
 
-def summarize(line: dict[str, Any], totals: Totals, say: Say) -> None:
-    """What came of all rows: counts, rejects by reason, share of consistent answers, accuracy where labels are there."""
+def summarize(line: dict[str, Any], totals: Totals, say: Callable[[str], None]) -> None:
+    """Write the counts, the reasons for rejected rows, the share of consistent rows, and with labels the accuracies."""
     say(
         f"{line['scored_rows']:,} of {line['input_rows']:,} rows scored, {line['rejected_rows']:,} rejected, in "
-        f"{line['files'] - line['failed_files']:,} files; {line['failed_files']:,} files could not be used; all accounted for"
+        f"{line['files'] - line['failed_files']:,} files; {line['failed_files']:,} files could not be used; all rows are in the "
+        "output exactly once"
     )
     reasons = list(totals.reasons.items())
-    for reason, count in reasons[:_REASONS_NAMED]:
+    for reason, count in reasons[:_MAX_REASONS]:
         say(f"  rejected: {count:,} x {reason}")
-    if len(reasons) > _REASONS_NAMED:
-        say(f"  rejected: {sum(count for _, count in reasons[_REASONS_NAMED:]):,} x other reasons")
+    if len(reasons) > _MAX_REASONS:
+        say(f"  rejected: {sum(count for _, count in reasons[_MAX_REASONS:]):,} x other reasons")
     if line["scored_rows"]:
         say(f"consistent (sum = digit + number): {totals.counts['consistent'] / line['scored_rows']:.2%} of the scored rows")
     if line.get("digit_accuracy") is not None:
@@ -39,32 +81,16 @@ def summarize(line: dict[str, Any], totals: Totals, say: Say) -> None:
             f"accuracy over {totals.counts['labelled']:,} labelled rows: digit {line['digit_accuracy']:.2%}, "
             f"sum {line['sum_accuracy']:.2%}"
         )
-        for head, of in (probability_metrics(totals) or {}).items():
+        for head, metrics in (probability_metrics(totals) or {}).items():
             say(
-                f"  {head} probabilities: negative log-likelihood {of['nll']:.4f} nats, Brier score {of['brier']:.4f}, expected "
-                f"calibration error {of['ece']:.4f}"
+                f"  {head} probabilities: negative log-likelihood {metrics['nll']:.4f} nats, Brier score {metrics['brier']:.4f}, "
+                f"expected calibration error {metrics['ece']:.4f}"
             )
     say(f"predictions: {line['output']}")
 
 
 def probability_metrics(totals: Totals) -> dict[str, dict[str, Any]] | None:
-    """By head `nll`, `brier`, `ece` and the `reliability` they come from; None where no label is known."""
+    """Return by head `nll`, `brier`, `ece`, and the `reliability` that they follow from; None if no label is known."""
     if not totals.counts.get("labelled"):
         return None
-    return {head: of.metrics() | {"reliability": of.as_json()} for head, of in totals.reliability.items()}
-
-
-def draw(totals: Totals, output: Location) -> None:
-    """How sure the answers are; where there are labels, how often they are right; where there are rejected rows, why."""
-    from mnistsum_ray.reporting import pictures  # a second to import, needed once
-
-    (output / PROBABILITIES).write_bytes(pictures.draw_probabilities(**totals.probabilities))
-    drawn = {
-        REJECTS: pictures.draw_rejects(totals.reasons) if totals.reasons else None,
-        RELIABILITY: pictures.draw_reliability(totals.reliability) if totals.counts.get("labelled") else None,
-    }
-    for name, png in drawn.items():
-        if png:
-            (output / name).write_bytes(png)
-        else:
-            (output / name).delete()  # of an earlier run that had some
+    return {head: sums.metrics() | {"reliability": sums.as_json()} for head, sums in totals.reliability.items()}

@@ -1,6 +1,6 @@
-"""Writes that an object store carries out only if nobody else was faster: what a lock there is made of.
+"""Conditional writes to S3: only if an object is absent, or only if it is unchanged. A lease is made of them.
 
-Arrow's filesystems have none. S3 has them (`If-None-Match`, `If-Match`), through boto3.
+Arrow's file systems do not have them, so these go through boto3 (`If-None-Match`, `If-Match`).
 """
 
 import functools
@@ -11,23 +11,25 @@ import pyarrow.fs as pafs
 
 from mnistsum_ray.errors import one_line
 from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.s3 import boto3_options
 
 _ATTEMPTS: Final = 10
 
-_CONFLICTS: Final = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
-_UNKNOWN: Final = frozenset({"NotImplemented", "501", "InvalidArgument", "InvalidRequest"})
+_CONFLICT_CODES: Final = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
+_UNSUPPORTED_CODES: Final = frozenset({"NotImplemented", "501", "InvalidArgument", "InvalidRequest"})
+_MISSING_CODES: Final = frozenset({"NoSuchKey", "404"})
 
 
 class ConflictError(OSError):
-    """Somebody else has written the object."""
+    """The condition does not hold: another run has written or deleted the object."""
 
 
 class UnsupportedError(OSError):
-    """The storage does not know conditional writes."""
+    """The storage does not support conditional writes."""
 
 
-def why_not(place: Location) -> str | None:
-    """Why conditional writes cannot be had for this storage; None where they can be tried."""
+def unsupported_reason(place: Location) -> str | None:
+    """Why this storage certainly has no conditional writes; None where they can be tried."""
     if not isinstance(place.filesystem, pafs.S3FileSystem):
         return f"{place.filesystem.type_name} storage is written without them here"
     if find_spec("boto3") is None:
@@ -36,27 +38,28 @@ def why_not(place: Location) -> str | None:
 
 
 def put_if_absent(place: Location, data: bytes) -> str:
-    """Write an object that is not there yet; its ETag.
+    """Write an object that does not exist yet; returns its ETag.
 
     Raises:
-        ConflictError: it is there.
-        UnsupportedError, OSError: the storage cannot do this, or does not answer.
+        ConflictError: it exists.
+        UnsupportedError: the storage does not support this.
+        OSError: the storage does not answer, or refuses.
     """
     return _put(place, data, IfNoneMatch="*")
 
 
-def put_if_same(place: Location, data: bytes, etag: str) -> str:
-    """Write an object in place of the one with this ETag; the new ETag.
+def put_if_match(place: Location, data: bytes, etag: str) -> str:
+    """Replace the object that has this ETag; returns the new ETag.
 
     Raises:
-        ConflictError: it is another one by now, or gone.
+        ConflictError: it has another ETag by now, or is gone.
         UnsupportedError, OSError: as above.
     """
     return _put(place, data, IfMatch=etag)
 
 
 def get(place: Location) -> tuple[bytes, str] | None:
-    """An object and its ETag; None where it is not there."""
+    """An object's bytes and its ETag; None where it does not exist."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -64,7 +67,7 @@ def get(place: Location) -> tuple[bytes, str] | None:
         found = client.get_object(Bucket=bucket, Key=key)
         return found["Body"].read(), found["ETag"]
     except ClientError as error:
-        if _code(error) in ("NoSuchKey", "404"):
+        if _code(error) in _MISSING_CODES:
             return None
         raise OSError(one_line(error)) from error
     except BotoCoreError as error:
@@ -78,9 +81,9 @@ def _put(place: Location, data: bytes, **condition: str) -> str:
         client, bucket, key = _client_of(place)
         etag: str = client.put_object(Bucket=bucket, Key=key, Body=data, **condition)["ETag"]
     except ClientError as error:
-        if _code(error) in _CONFLICTS or ("IfMatch" in condition and _code(error) in ("NoSuchKey", "404")):
+        if _code(error) in _CONFLICT_CODES or ("IfMatch" in condition and _code(error) in _MISSING_CODES):
             raise ConflictError(f"{place.display} was written by another") from error
-        if _code(error) in _UNKNOWN:
+        if _code(error) in _UNSUPPORTED_CODES:
             raise UnsupportedError(one_line(error)) from error
         raise OSError(one_line(error)) from error
     except BotoCoreError as error:
@@ -94,7 +97,7 @@ def _code(error: Any) -> str:
 
 def _client_of(place: Location) -> tuple[Any, str, str]:
     bucket, _, key = place.path.partition("/")
-    return _client(**place.s3_options()), bucket, key
+    return _client(**boto3_options(place.filesystem)), bucket, key
 
 
 @functools.cache
@@ -104,7 +107,7 @@ def _client(**options: str) -> Any:
 
     config = Config(
         retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-        request_checksum_calculation="when_required",  # other stores than Amazon's do not know the newer checksums
+        request_checksum_calculation="when_required",  # stores other than Amazon's may not know the newer checksums
         response_checksum_validation="when_required",
     )
     return boto3.client("s3", config=config, **options)

@@ -1,4 +1,4 @@
-"""Folders and URIs alike: where a path leads, and small files read and written there."""
+"""Files and folders on a disk or in an object store: read, write whole, list, delete."""
 
 import contextlib
 import json
@@ -9,93 +9,54 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.storage.s3 import RetryingS3FileSystem, s3_options
 
 _PARTIAL: Final = re.compile(r"\.mnistsum-[0-9a-f]{16}\.partial")
-"""Name of a file that is being written, or was when its writer was killed. It is short, whatever the file's own name: file
-systems allow 255 bytes."""
+"""Name of an unfinished file. It is short whatever the final name is: file systems allow 255 bytes."""
 
-# A put to one of these shows the whole object or nothing; elsewhere a file is written aside and moved into place.
-_WHOLE_PUTS: Final = ("s3", "gcs", "abfs")
-
-# What a URI may say of where its storage is. Whatever else it says may be how to get in, which is nobody else's business.
-_SHOWN: Final = ("endpoint_override", "region", "scheme")
-
-_S3_ATTEMPTS: Final = 10
-"""With the pauses between them, of up to 20 s, some 50 s."""
-
-
-class _PatientS3(pafs.S3FileSystem):
-    """S3 that outlasts the better part of a minute without answers; Arrow's own gives up after 6 s.
-
-    What is pickled of Arrow's has no retry strategy, and so the workers would have none.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS))
-
-    def __reduce__(self) -> Any:
-        return _patient_s3, super().__reduce__()[1]
-
-
-def _patient_s3(options: dict[str, Any]) -> _PatientS3:
-    return _PatientS3(**options)
+_ATOMIC_PUTS: Final = ("s3", "gcs", "abfs")
+"""File systems where a written object appears whole or not at all. Elsewhere a file is written aside and then renamed."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A place on a file system: a local folder or file, or an object store's prefix."""
+    """A path on a file system: a local folder or file, or a key or prefix of an object store."""
 
     filesystem: pafs.FileSystem
     path: str
     display: str
-    """What to show a person and to write down: an absolute path, or a URI without keys and passwords."""
+    """For messages and files: an absolute path, or a URI without keys and passwords."""
 
     def __truediv__(self, name: str) -> "Location":
-        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", _join(self.display, name))
+        base, question, query = self.display.partition("?")
+        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", f"{base.rstrip('/')}/{name}{question}{query}")
 
     @property
     def is_local(self) -> bool:
-        """Whether it lies on a disk of this machine, or on one that is mounted there."""
+        """True on a disk of this machine or a mounted file system."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def at(self, path: str) -> "Location":
-        """Another path on the same storage; its display leaves out what a URI says beside scheme and path, such as keys."""
+        """Another path on the same file system. Its `display` has the scheme and the path, no other part of the URI."""
         scheme, colon, _ = self.display.partition("://")
         return Location(self.filesystem, path, f"{scheme}://{path}" if colon else path)
 
     def with_retries(self) -> "Location":
-        """The same place, for a run that should outlast a storage that does not answer for a while."""
+        """The same location, but S3 is retried for about 50 s; for runs that must survive a short outage."""
         if type(self.filesystem) is not pafs.S3FileSystem:
             return self
-        return replace(self, filesystem=_patient_s3(*self.filesystem.__reduce__()[1]))
-
-    def s3_options(self) -> dict[str, str]:
-        """What boto3 has to be told to reach the same S3; keys that Arrow finds by itself boto3 finds as well."""
-        given = self.filesystem.__reduce__()[1][-1] if isinstance(self.filesystem, pafs.S3FileSystem) else {}
-        names = {
-            "access_key": "aws_access_key_id",
-            "secret_key": "aws_secret_access_key",
-            "session_token": "aws_session_token",
-            "region": "region_name",
-        }
-        options = {theirs: given[ours] for ours, theirs in names.items() if given.get(ours)}
-        endpoint = given.get("endpoint_override")
-        if endpoint:
-            options["endpoint_url"] = endpoint if "://" in endpoint else f"{given.get('scheme') or 'https'}://{endpoint}"
-        return options
+        return replace(self, filesystem=RetryingS3FileSystem(**s3_options(self.filesystem)))
 
     def info(self) -> pafs.FileInfo:
-        """The file info; its type is NotFound where nothing is there."""
+        """File info; its type is NotFound where nothing exists."""
         return self.filesystem.get_file_info(self.path)
 
     def exists(self) -> bool:
-        """Whether anything is there: a file, a folder, or on an object store any key below the prefix."""
+        """True for a file, for a folder, and in an object store for a prefix with at least one key below it."""
         return bool(self.info().type != pafs.FileType.NotFound)
 
     def read_bytes(self) -> bytes:
@@ -105,7 +66,7 @@ class Location:
 
     def write_bytes(self, data: bytes | pa.Buffer) -> None:
         """Write a file that appears under its name only when it is complete."""
-        if self.filesystem.type_name in _WHOLE_PUTS:
+        if self.filesystem.type_name in _ATOMIC_PUTS:
             with self.filesystem.open_output_stream(self.path) as stream:
                 stream.write(data)
             return
@@ -122,20 +83,20 @@ class Location:
             raise
 
     def modified(self, info: pafs.FileInfo) -> int:
-        """When a file here was last modified, in nanoseconds since 1970.
+        """Modification time of a file here, in nanoseconds since 1970.
 
-        An object store's listing may know it more finely than its answer for one object, so there to the second.
+        In an object store it is rounded down to seconds: a listing may give a finer time than a request for one object.
         """
         exact: int = info.mtime_ns
         return exact if self.is_local else exact - exact % 10**9
 
     def delete(self) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file; a missing file is no error."""
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self.path)
 
     def files(self) -> list[pafs.FileInfo]:
-        """All files below a folder, in the order of the paths; nothing where it is not there. No link to a folder is followed."""
+        """All files below a folder, sorted by path; none where the folder is missing. Links to folders are not followed."""
         if self.is_local:
             return sorted(self.filesystem.get_file_info(list(_local_files(self.path))), key=lambda info: str(info.path))
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
@@ -143,10 +104,10 @@ class Location:
         return sorted(found, key=lambda info: str(info.path))
 
     def read_json(self) -> Any:
-        """The file's one JSON value.
+        """The JSON value of the file.
 
         Raises:
-            ValueError: it is not JSON, or nested too deeply.
+            ValueError: the file is not JSON, or is nested too deeply.
         """
         try:
             return json.loads(self.read_bytes())
@@ -154,12 +115,12 @@ class Location:
             raise ValueError("it is nested too deeply") from None
 
     def write_json(self, value: Any) -> None:
-        """Write it as `write_bytes` does; infinite numbers and NaN, which JSON has not, are an error."""
+        """Write a JSON value as `write_bytes` does. Infinite numbers and NaN, which JSON lacks, are a ValueError."""
         self.write_bytes((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def is_utf8(path: str) -> bool:
-    """Whether a path can be written as UTF-8: what a disk holds may have any bytes."""
+    """True if a path can be encoded as UTF-8, which Arrow needs; names on a disk may hold any bytes."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -168,7 +129,7 @@ def is_utf8(path: str) -> bool:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file's name, without its folder, is that of an unfinished file of ours."""
+    """True if a file name, without its folder, is that of an unfinished file of this program."""
     return _PARTIAL.fullmatch(name) is not None
 
 
@@ -178,77 +139,3 @@ def _local_files(folder: str) -> Iterator[str]:
             path = f"{here.rstrip('/')}/{name}"
             if is_utf8(path) and Path(path).is_file():
                 yield path
-
-
-def _join(text: str, name: str) -> str:
-    base, question, query = text.partition("?")
-    return f"{base.rstrip('/')}/{name}{question}{query}"
-
-
-def base_folder() -> Path:
-    """Where a relative path to write to starts: the working folder, or the home folder inside a submitted job.
-
-    `ray job submit --working-dir` runs the driver in a temporary copy, and what is written there is lost with it.
-    """
-    here = Path.cwd()
-    return Path.home() if "working_dir_files" in here.parts else here
-
-
-def locate(text: str, flag: str, base: Path | None = None) -> Location:
-    """Turn a path or URI of the command line into a Location; a relative path starts from `base`, or from here.
-
-    Raises:
-        RequestError: the URI's scheme or host makes no sense, or its credentials are not there.
-    """
-    if "\0" in text or not is_utf8(text):
-        raise RequestError(f"{flag} {text}: holds characters that no path has here; write it as UTF-8, without NUL")
-    if "://" in text:
-        try:
-            filesystem, path = pafs.FileSystem.from_uri(text)
-        except (pa.ArrowInvalid, OSError, ValueError) as error:
-            said = one_line(error) if _shown(text) == text else "cannot be understood; write a / in a key as %2F"
-            raise RequestError(f"{flag} {_shown(text)}: {said}") from None
-        return Location(filesystem, path.rstrip("/"), _shown(text))
-    try:
-        path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())
-    except RuntimeError:
-        raise RequestError(f"{flag} {text}: there is no home folder of that name") from None
-    return Location(pafs.LocalFileSystem(), path, path)
-
-
-def locate_existing(text: str, flag: str) -> Location:
-    """Like `locate`, for what is to be read: from here, or else from where a submitted job of ours has written it."""
-    here = locate(text, flag)
-    try:
-        return here if here.exists() else locate(text, flag, base_folder())
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{flag} {here.display}: {one_line(error)}") from None
-
-
-def empty_folder(text: str) -> Location:
-    """Where `--output` leads.
-
-    Raises:
-        RequestError: something lies there, or it cannot be looked at.
-    """
-    output = locate(text, "--output", base_folder())
-    try:
-        if output.files():
-            raise RequestError(f"--output {output.display}: is not empty; name another folder")
-    except OSError as error:
-        raise RequestError(f"--output {output.display}: {one_line(error)}") from None
-    return output
-
-
-def _shown(uri: str) -> str:
-    # First of all, since a key with a slash in it, which has to be written %2F, is no key to whoever splits a URI.
-    uri = re.sub(r"^([^:/]+://)[^@?]*:[^@?]*@", r"\1", uri)
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        return uri.partition("://")[0] + "://…"
-    user, _, host = parts.netloc.rpartition("@")
-    # Without a password, it is a container (Azure) or "anonymous" (Google), and part of the place.
-    place = f"{user}@{host}" if user and parts.scheme != "s3" else host
-    query = urlencode([(key, value) for key, value in parse_qsl(parts.query) if key in _SHOWN])
-    return urlunsplit((parts.scheme, place, parts.path, query, ""))

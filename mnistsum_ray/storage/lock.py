@@ -1,4 +1,4 @@
-"""One run at a time on one folder: a kernel's lock on a disk, a lease in an object store."""
+"""One run at a time in an output folder: a kernel lock on a disk, a lease in an object store."""
 
 import os
 import secrets
@@ -11,36 +11,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from mnistsum_ray.storage.file_lock import file_lock
 from mnistsum_ray.storage.lease import Lease
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock_record import LOCK_NAME, read_lock, taken_over_by
+from mnistsum_ray.storage.lock_file import LOCK_NAME, kernel_lock, read_lock, taken_over_message
 
-_LOOK_SECONDS: Final = 1.0
-"""A worker looks so often whether the folder is still its run's."""
+_CHECK_SECONDS: Final = 1.0
+"""Seconds between two looks at the lock."""
 
 
 @dataclass
 class Fence:
-    """Goes to the workers of a run: none writes any more when another run has taken the folder."""
+    """Check for the workers of a run, before each write, that the run still holds its folder. Pickled to the workers."""
 
     place: Location
     holder: str
 
     def check(self) -> None:
-        """Look, now and then, whether the folder is still held.
+        """Read the lock, at most once a second.
 
         Raises:
-            OSError: it is not, or the storage does not answer.
+            OSError: another run has taken the folder, or the storage does not answer.
         """
-        # The clock goes on while a process is stopped, so the first thing that it does after that is to look.
+        # A suspended process reads the lock again when it goes on: the clock has advanced meanwhile.
         now = time.monotonic()
-        if now - getattr(self, "_looked", -_LOOK_SECONDS) < _LOOK_SECONDS:
+        if now - getattr(self, "_checked", -_CHECK_SECONDS) < _CHECK_SECONDS:
             return
-        found = read_lock(self.place)
-        if found is None or found["id"] != self.holder:
-            raise OSError(f"{taken_over_by(found)}; this run writes nothing more")
-        self._looked = now
+        record = read_lock(self.place)
+        if record is None or record["id"] != self.holder:
+            raise OSError(f"{taken_over_message(record)}; this run writes nothing more")
+        self._checked = now
 
     def __getstate__(self) -> dict[str, Any]:
         return {"place": self.place, "holder": self.holder}
@@ -48,26 +47,26 @@ class Fence:
 
 @dataclass
 class OutputLock:
-    """A folder that is held."""
+    """A folder that this run holds."""
 
     fence: Fence
     check: Callable[[], None]
-    """Raises RunError once the folder is no longer held."""
+    """Raises RunError once the folder is lost."""
     conditional: bool
-    """Whether the storage knows conditional writes."""
+    """Whether the storage has conditional writes, so that a lost lease is noticed with certainty."""
     lost: threading.Event = field(default_factory=threading.Event)
-    """Set once the folder is no longer held."""
+    """Set once the folder is lost."""
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """While the block runs, KeyboardInterrupt is raised in the main thread if the folder is lost: it may wait for long."""
+        """Raise KeyboardInterrupt in the main thread if the folder is lost inside the block, which may wait for long."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         done = threading.Event()
 
         def watch() -> None:
-            while not done.wait(_LOOK_SECONDS):
+            while not done.wait(_CHECK_SECONDS):
                 if self.lost.is_set():
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
@@ -83,23 +82,18 @@ class OutputLock:
 
 @contextmanager
 def output_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iterator[OutputLock]:
-    """Hold a folder, which is made where it is not there.
-
-    On a file system a lock of the kernel, which ends with the process however that ends. An object store has none: there a
-    small object is renewed every two seconds, by conditional writes, so that of two runs one knows that it has lost.
+    """Hold a folder, which is created where it is missing.
 
     Args:
-        folder: to be held.
-        flag: that names it, for messages.
-        say: takes a line for the console.
+        flag: names the folder in messages.
 
     Raises:
-        RequestError: another run holds it, or nothing can be written there.
+        RequestError: another run holds it, or it cannot be written.
     """
     holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
     fence = Fence((folder / LOCK_NAME).with_retries(), holder)
     if folder.is_local:
-        with file_lock(folder, flag, holder):
+        with kernel_lock(folder, flag, holder):
             yield OutputLock(fence, lambda: None, conditional=False)
     else:
         with Lease(folder, flag, holder, say) as lease:

@@ -1,4 +1,4 @@
-"""What is left of a training run in its folder: manifest, model, history, pictures, report."""
+"""Files of a run folder for people and other programs: manifest, model, history, pictures, report."""
 
 import json
 from pathlib import Path
@@ -6,16 +6,20 @@ from typing import Any, Final
 
 import ray.train
 
+from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.serialization import MODEL_FILES
 from mnistsum_ray.reporting.report import REPORT, report_page, write_history
 from mnistsum_ray.reporting.versions import versions
 from mnistsum_ray.storage.location import Location
+from mnistsum_ray.training.finalize import TrainingResult
 from mnistsum_ray.training.preflight import TrainingRun
-from mnistsum_ray.training.trainer import TrainingResult
+
+FINAL_FIELDS: Final = ("temperature", "probabilities", "int8")
+"""Fields of model.json that are known only after training."""
 
 
 def build_manifest(run: TrainingRun, fingerprint: str, workers: str) -> dict[str, Any]:
-    """What manifest.json says when a run begins: hyperparameters, versions, `workers` in words, and the data with their SHA-256."""
+    """The manifest of a starting run: config, versions, workers in words, and the data with their SHA-256."""
     source = run.source
     return {
         "status": "running",
@@ -34,50 +38,68 @@ def build_manifest(run: TrainingRun, fingerprint: str, workers: str) -> dict[str
     }
 
 
-FINAL_FIELDS: Final = ("temperature", "probabilities", "int8")
-"""Fields of model.json that are not known before training has ended."""
+def resume_manifest(stored: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a resumed run: results of the stored one stay until there are new ones.
+
+    Raises:
+        RequestError: the run was trained on other data.
+    """
+    data, stored_data = manifest["data"], stored["data"]
+    if stored_data["sha256"] != data["sha256"]:
+        raise RequestError(
+            f"--resume: the data are not those of the run (SHA-256 {data['sha256'][:12]}…, the run has "
+            f"{stored_data['sha256'][:12]}… from {stored_data['location']}); name the same data, or start another run"
+        )
+    # The stored config names the data that `--data auto` found, so only the first manifest says that it is not full MNIST.
+    return stored | manifest | {"data": data | {"notice": data["notice"] or stored_data["notice"]}}
 
 
 def publish_model(
-    folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]], found: dict[str, Any] | None = None
+    folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]], final: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Put the best model so far, which every checkpoint carries, and the history into the run folder; the model's card.
+    """Copy the best model of a checkpoint and the history into the run folder.
 
-    `found` is what the end of training adds to the card: temperatures, probability metrics, calibration for int8. What is there
-    already of the same weights stays, so that a scoring run that began with it can go on.
+    Args:
+        folder: the run folder.
+        checkpoint: its folder also holds the best model so far.
+        history: lines of history.jsonl.
+        final: FINAL_FIELDS for model.json, at the end of training. Values that model.json already has for the same weights stay,
+            so that a scoring run that has used them can be resumed.
+
+    Returns:
+        The contents of model.json.
     """
-    from mnistsum_ray.reporting import tensorboard  # not needed before there is an epoch
+    from mnistsum_ray.reporting import tensorboard  # takes a moment to import, and is needed after the first epoch only
 
-    weights, card = MODEL_FILES
+    weights_name, card_name = MODEL_FILES
     with checkpoint.as_directory() as local:
-        new: dict[str, Any] = json.loads((Path(local) / card).read_text())
-        place = folder / "model" / card
-        old = place.read_json() if place.exists() else {}
-        same = old.get("sha256") == new["sha256"] and "probabilities" in old
-        known = {key: old[key] for key in FINAL_FIELDS if same and key in old}
-        (folder / "model" / weights).write_bytes((Path(local) / weights).read_bytes())
-        new |= (found or {}) | known
-        place.write_json(new)
+        card: dict[str, Any] = json.loads((Path(local) / card_name).read_text())
+        target = folder / "model" / card_name
+        published = target.read_json() if target.exists() else {}
+        keep = published.get("sha256") == card["sha256"] and "probabilities" in published
+        (folder / "model" / weights_name).write_bytes((Path(local) / weights_name).read_bytes())
+    card |= (final or {}) | {key: published[key] for key in FINAL_FIELDS if keep and key in published}
+    target.write_json(card)
     write_history(folder, history)
     tensorboard.write_epochs(folder, history)
-    return new
+    return card
 
 
-def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any], outcome: TrainingResult) -> list[str]:
-    """Pictures, report and TensorBoard's last file; the names of what a person may want to have elsewhere."""
+def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any], result: TrainingResult) -> list[str]:
+    """Write pictures, report and TensorBoard's last event file; return the names of the files that MLflow should get."""
     from mnistsum_ray.reporting import pictures, tensorboard  # a second to import, needed once
 
-    found = outcome.examination
+    analysis = result.error_analysis
     drawn = {
-        "history.png": pictures.draw_history(outcome.history),
-        "confusion.png": pictures.draw_confusion(found.confusion),
-        "sums.png": pictures.draw_sums(found.sums_right, found.confusion),
-        "reliability.png": pictures.draw_reliability(found.reliability()),
-        "mistakes.png": pictures.draw_mistakes(found.as_json()["mistakes"], outcome.mistaken),
+        "history.png": pictures.draw_history(result.history),
+        "confusion.png": pictures.draw_confusion(analysis.confusion),
+        "sums.png": pictures.draw_sums(analysis.sums_right, analysis.confusion),
+        "reliability.png": pictures.draw_reliability(analysis.reliability()),
+        "mistakes.png": pictures.draw_mistakes(analysis.as_json()["mistakes"], result.mistake_images),
     }
     for name, png in drawn.items():
         (run.folder / name).write_bytes(png)
-    page = report_page(str(run.config.name), manifest, card, outcome.history, drawn)
+    page = report_page(str(run.config.name), manifest, card, result.history, drawn)
     (run.folder / REPORT).write_bytes(page.encode())
-    tensorboard.write_end(run.folder, outcome.history[-1]["epoch"], card, drawn, manifest["config"])
+    tensorboard.write_final(run.folder, result.history[-1]["epoch"], card, drawn, manifest["config"])
     return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in MODEL_FILES)]

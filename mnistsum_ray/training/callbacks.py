@@ -1,12 +1,11 @@
-"""TODO training.callbacks"""
+"""Ray Train's hooks: publish after each epoch, report lost workers, and leave Ctrl-C to the driver."""
 
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import ray
-import ray.exceptions
 import ray.train
 import ray.train.torch
 from ray.util.queue import Queue
@@ -14,16 +13,17 @@ from ray.util.queue import Queue
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import Fence
 from mnistsum_ray.training.artifacts import publish_model
-
-if TYPE_CHECKING:
-    pass
-
+from mnistsum_ray.training.state import STATE_CARD
 
 _ABORT_SECONDS: Final = 3.0
 
 
 class InterruptibleTrainer(ray.train.torch.TorchTrainer):
-    """Leaves signals to this process: Ray Train would set a handler for Ctrl-C, for good, that ends it with exit code 0."""
+    """TorchTrainer that leaves SIGINT to this process.
+
+    Ray Train 2.60 would install a handler for SIGINT for good, which ends the process with exit code 0. It calls
+    `_register_sigint_handler` for that and has no option against it; tests/training/test_callbacks.py fails when it is renamed.
+    """
 
     controller: Any = None
 
@@ -31,27 +31,38 @@ class InterruptibleTrainer(ray.train.torch.TorchTrainer):
         self.controller = controller
 
     def abort(self) -> None:
-        """End the workers, if there are any."""
+        """End the workers, if they have been started."""
         if self.controller is not None:
-            with suppress(Exception):  # whatever it is, they end with this process
+            with suppress(Exception):  # workers that do not end now end with this process
                 ray.get(self.controller.abort.remote(), timeout=_ABORT_SECONDS)
 
 
 class RunCallback(ray.train.UserCallback):
-    """Runs beside the driver: publishes after every epoch, and says when workers are lost, which Ray Train does not."""
+    """Publishes the model after each epoch, and reports lost workers. Runs in Ray Train's controller process."""
 
     def __init__(self, folder: Location, events: Queue, fence: Fence) -> None:
         self._folder, self._events, self._fence = folder, events, fence
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None) -> None:
-        if checkpoint is not None:
-            with checkpoint.as_directory() as local:
-                history = json.loads((Path(local) / "trainer.json").read_text())["history"]
-            self._fence.check()
-            if history:  # one saved within the first epoch, since a node was about to go, holds no model yet
-                publish_model(self._folder, checkpoint, history)
+        """Publish the best model and the history of a new checkpoint."""
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as local:
+            history = json.loads((Path(local) / STATE_CARD).read_text())["history"]
+        self._fence.check()
+        if history:  # a checkpoint within the first epoch holds no model yet
+            publish_model(self._folder, checkpoint, history)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Send a console line for each failed worker; Ray Train itself says nothing until it gives up."""
         for rank, error in worker_exceptions.items():
-            text = str(getattr(error, "_base_exc", error)).strip().splitlines() or [type(error).__name__]
+            text = str(worker_error(error)).strip().splitlines() or [type(error).__name__]
             self._events.put({"kind": "note", "text": f"worker {rank} failed: {text[0]} (full text in Ray's logs)"})
+
+
+def worker_error(error: Exception) -> Exception:
+    """The exception of the worker inside of Ray Train's wrapper.
+
+    Ray Train 2.60 hands its own exception, whose first line names a file of Ray, and keeps the worker's as `_base_exc`.
+    """
+    return getattr(error, "_base_exc", error)

@@ -1,4 +1,4 @@
-"""TODO training.checkpoints"""
+"""Checkpoints in a run folder, seen from the driver: which one `--resume` starts from."""
 
 import re
 from collections.abc import Callable
@@ -11,41 +11,44 @@ from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.state import CheckpointError, CheckpointVersionError, verify_checkpoint
 
 _SNAPSHOT: Final = "checkpoint_manager_snapshot.json"
-"""Ray Train's own list of checkpoints, which it writes in place: a kill in that moment leaves it cut short."""
+"""Ray Train's own list of checkpoints. Ray Train rewrites it in place, so a kill at that moment leaves it incomplete, and then
+a restored run fails for good. So this program does not use it."""
 
 _CHECKPOINT: Final = re.compile(r"epoch_(\d+)(?:_(step)_(\d+)|_(sum_head))?")
 
 
 def latest_valid_checkpoint(folder: Location, say: Callable[[str], None]) -> Location | None:
-    """The newest whole checkpoint of a run; newer ones that are not are said, and that there is none.
+    """Newest complete checkpoint of a run, or None; each newer one that is damaged gets a console line.
 
     Raises:
-        RequestError: it is of another version.
+        RequestError: the newest complete checkpoint is of another version.
     """
     found: dict[tuple[int, int, int], str] = {}
     for info in folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True)):
         match = _CHECKPOINT.fullmatch(info.base_name)
         if match and info.type == FileType.Directory:
             epoch = int(match[1])
-            # One within an epoch is called after the epoch that it is in, and lies before that epoch's end.
+            # A checkpoint within an epoch has the number of that epoch, and is older than the one at its end.
             order = (epoch - 1, 1, int(match[3])) if match[2] else (epoch, 0, int(bool(match[4])))
             found[order] = info.base_name
     for order in sorted(found, reverse=True):
-        place = folder / found[order]
+        checkpoint = folder / found[order]
         try:
-            verify_checkpoint(place)
+            verify_checkpoint(checkpoint)
         except CheckpointVersionError as error:
-            raise RequestError(f"--resume: checkpoint {place.display} cannot be used: {error}; go on with that version") from None
+            raise RequestError(
+                f"--resume: checkpoint {checkpoint.display} cannot be used: {error}; resume with that version"
+            ) from None
         except CheckpointError as error:
-            say(f"checkpoint {place.display} cannot be used: {error}")
+            say(f"checkpoint {checkpoint.display} cannot be used: {error}")
             continue
-        return place
-    say(f"no checkpoint {'can be used' if found else 'is left'}, so the run begins anew")
+        return checkpoint
+    say(f"no checkpoint {'can be used' if found else 'is left'}, so the run starts from the beginning")
     return None
 
 
 def delete_other_checkpoints(folder: Location, start: Location | None) -> None:
-    """Delete the run's checkpoints but the one that it goes on from, and Ray Train's list of them: it begins a new one."""
+    """Delete all checkpoints of the run except the one that it resumes from, and Ray Train's list of them."""
     (folder / _SNAPSHOT).delete()
     for info in folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True)):
         if _CHECKPOINT.fullmatch(info.base_name) and (start is None or info.path != start.path):

@@ -1,65 +1,81 @@
-"""TODO training.events"""
+"""Events from the workers to the console of the driver: progress, finished epochs, notes."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.exceptions
-import ray.train
-import ray.train.torch
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnistsum_ray.cluster.resources import describe_wait
+from mnistsum_ray.cluster.resources import explain_worker_silence
 from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.reporting.progress import SILENCE_SECONDS
+from mnistsum_ray.reporting.progress import Progress, silence_watchdog
 
-if TYPE_CHECKING:
-    pass
+
+class EventSender:
+    """Sends events of rank 0 to the driver; on other ranks it does nothing."""
+
+    def __init__(self, queue: Queue, rank: int) -> None:
+        self._queue = queue if rank == 0 else None
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """Send one event; `Console.show` lists the kinds and their fields."""
+        if self._queue is not None:
+            with contextlib.suppress(ray.exceptions.RayError):  # a lost console line must not end the training
+                self._queue.put({"kind": kind, **fields})
+
+    def note(self, text: str) -> None:
+        """Send a line for the console."""
+        self.send("note", text=text)
+
+    def progress(self, what: str, total: int) -> Progress:
+        """A progress counter whose lines go to the console; see `Progress`."""
+        return Progress(lambda text: self.send("waiting", text=text), what, total)
 
 
 @contextmanager
 def event_queue(console: Console, on_epoch: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
-    """A queue whose events the console shows until the block ends; `on_epoch` gets the lines of history.jsonl."""
-    # On this node, so that it is not lost with another.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    """A queue whose events are shown on the console while the block runs.
 
+    Args:
+        console: shows the events.
+        on_epoch: called with each finished epoch's line of history.jsonl, in a thread of the queue.
+    """
+    # The queue's actor is pinned to this node, so that it is not lost with another one.
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node})
     ended, failed = threading.Event(), threading.Event()
 
     def follow() -> None:
-        silent = 0
-        while True:
-            try:
-                event = queue.get(timeout=SILENCE_SECONDS)
-            except ray.exceptions.RayError:  # a busy node does not answer for a moment, or it was ended before all was shown
-                if ended.wait(1.0):
+        with silence_watchdog(console.say, explain_worker_silence) as heard:
+            while True:
+                try:
+                    event = queue.get()
+                except ray.exceptions.RayError:  # the node is too busy to answer, or the actor has ended
+                    if ended.wait(1.0):
+                        return
+                    continue
+                if event is None or failed.is_set():
                     return
-                continue
-            except Empty:
-                silent += SILENCE_SECONDS
-                with suppress(ray.exceptions.RayError):  # a cluster that has ended; `fit` says so
-                    console.say(f"no word from the workers for {silent} s: {describe_wait()}")
-                continue
-            if event is None or failed.is_set():
-                return
-            silent = 0
-            console.show(event)
-            if event["kind"] == "epoch":
-                on_epoch({key: value for key, value in event.items() if key != "kind"})
+                heard()
+                console.show(event)
+                if event["kind"] == "epoch":
+                    on_epoch({key: value for key, value in event.items() if key != "kind"})
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
         yield queue
     except BaseException:
-        failed.set()  # what is still to be shown is not waited for
+        failed.set()  # events that are still queued are dropped
         raise
     finally:
-        queue.actor.put.remote(None)
+        queue.actor.put.remote(None)  # the last event: ends the thread once the events before it are shown
         thread.join(timeout=10)
         ended.set()
         queue.shutdown(force=True)
-        thread.join(timeout=5)  # it must not ask for events of a cluster that this process has left
+        thread.join(timeout=5)  # the thread must not call Ray after this process has left the cluster

@@ -1,12 +1,12 @@
-"""The Ray Data side of training: read and decode once, then stream shuffled pairs to each worker.
+"""Ray Data pipeline of training: read and decode once, then stream shuffled rows to each worker.
 
     source ──read, decode──▶ blocks in the object store ──gather──▶ rank 0: step 0, step 1, … of every epoch
                              (uint8, in row id order)      └──────▶ rank 1: …
 
-One execution per worker streams all the epochs that are left: the order of every epoch is known beforehand
-(pairs.py), so the next epoch's first batches are ready before this one ends, and a worker's rows depend on
-(seed, epoch, rank, world size) and on nothing that a scheduler decides. `streaming_split` would drop up to a
-row a worker, and a new execution each epoch costs its start-up each epoch.
+One execution per worker streams all remaining epochs. The order of every epoch is known beforehand (data/sampling.py), so the
+first batches of the next epoch are ready before this one ends, and a worker's rows depend on (seed, epoch, rank, world size) and
+on nothing that a scheduler decides. Ray's `streaming_split` would drop up to one row a worker, and a new execution for each epoch
+would cost its start-up each time.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ import torch
 from ray.data import TaskPoolStrategy
 from ray.data.dataset import MaterializedDataset
 
-from mnistsum_ray.cluster.data_context import quiet_ray_data
-from mnistsum_ray.data.decoding import SIDE
+from mnistsum_ray.cluster.data_context import ray_data_options
+from mnistsum_ray.data.pixels import SIDE
 from mnistsum_ray.data.sampling import RowIds, shard_for_rank
 from mnistsum_ray.data.sources import Source
 from mnistsum_ray.errors import RequestError, RowCountError
@@ -31,56 +31,41 @@ from mnistsum_ray.training.gather import Gather, digits_of, images_of, read_part
 from mnistsum_ray.training.schedule import Schedule
 
 Batch = dict[str, torch.Tensor]
-"""image uint8[n, 28, 28], digit int64[n], row_id int64[n], and in training number int64[n] and with --distortion
-draws float32[n, DRAWS]; on the worker's device."""
+"""image uint8[n, 28, 28], digit int64[n], row_id int64[n]; in training also number int64[n] and, with --distortion, draws
+float32[n, DRAWS]; all on the worker's device."""
 
-_NO_CPUS: Final = 0
-"""What the tasks here reserve: they do little, and one that had to wait for a CPU that the workers hold would wait for ever,
-as when a node is lost and the others are full."""
+_TASK_CPUS: Final = 0
+"""Tasks reserve no CPU, so busy workers cannot deadlock them, even when a node is lost and the others are full."""
 
-EVALUATION_ROWS: Final = 250
-"""Rows in one forward pass of an evaluation."""
-
-
-def configure_ray_data() -> None:
-    """Keep the order of rows, and leave it to the app to say what is going on."""
-    quiet_ray_data()
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+_EVALUATION_BATCH: Final = 250
 
 
 @dataclass(frozen=True)
 class MaterializedSource:
-    """A source in the object store."""
+    """A data source in the object store."""
 
     images: MaterializedDataset
     """Columns `image` (784 bytes) and `digit` int8, in row id order."""
     fingerprint: str
-    """SHA-256 over all pixels and digits in row id order, and over which rows are train, validation and test."""
-    root: ray.data.Dataset | None
-    """What `images` was read from: while it is held, Ray can read again what is lost with a node."""
+    """SHA-256 over all pixels and digits in row id order, and over the row ids of the three splits."""
+    lineage: ray.data.Dataset | None
+    """The dataset that `images` was computed from. While a reference exists, Ray can compute blocks of a lost node again."""
 
 
 def materialize_source(source: Source) -> MaterializedSource:
     """Read and decode every row on the cluster.
 
     Raises:
-        RequestError: a row or a file is not what its footer promised.
+        RequestError: a file or a row cannot be used; the message names it.
+        RowCountError: the files hold more or fewer rows than their footers say.
     """
-    root = None
-    if all(isinstance(part, pa.Table) for part in source.parts):
-        images = ray.data.from_arrow(list(source.parts)).materialize()
-    else:
-        # By number: a column of Python objects needs an Arrow type that scoring, in the same process, does without.
-        root = ray.data.from_items([{"part": index} for index in range(len(source.parts))], override_num_blocks=len(source.parts))
-        at_once = TaskPoolStrategy(size=min(len(source.parts), max(1, int(ray.cluster_resources().get("CPU", 1)))))
-        images = root.map_batches(
-            read_part, fn_args=(source.parts,), batch_format="pyarrow", batch_size=1, num_cpus=_NO_CPUS, compute=at_once
-        ).materialize()
+    with ray_data_options(preserve_order=True):
+        lineage, images = _materialize(source)
     digest, rows = hashlib.sha256(), 0
     for block in images.to_arrow_refs():
         table: pa.Table = ray.get(block)
-        if "refusal" in table.column_names and table["refusal"].null_count < table.num_rows:
-            raise RequestError(table["refusal"].drop_null()[0].as_py())
+        if "error" in table.column_names and table["error"].null_count < table.num_rows:
+            raise RequestError(table["error"].drop_null()[0].as_py())
         rows += table.num_rows
         digest.update(np.ascontiguousarray(images_of(table)).data)
         digest.update(np.ascontiguousarray(digits_of(table)).data)
@@ -88,33 +73,33 @@ def materialize_source(source: Source) -> MaterializedSource:
         raise RowCountError(f"read {rows:,} rows of {source.location}, whose files hold {source.rows:,}")
     for split in (source.train, source.validation, source.test):
         digest.update(f"{len(split)} rows".encode() + np.ascontiguousarray(split, np.int64).tobytes())
-    return MaterializedSource(images, digest.hexdigest(), root)
+    return MaterializedSource(images, digest.hexdigest(), lineage)
+
+
+def _materialize(source: Source) -> tuple[ray.data.Dataset | None, MaterializedDataset]:
+    if all(isinstance(part, pa.Table) for part in source.parts):
+        return None, ray.data.from_arrow(list(source.parts)).materialize()
+    # Parts are named by index: a column of Python objects would need Ray's Arrow type for pickled objects.
+    indices = [{"part": index} for index in range(len(source.parts))]
+    lineage = ray.data.from_items(indices, override_num_blocks=len(indices))
+    tasks = TaskPoolStrategy(size=min(len(indices), max(1, int(ray.cluster_resources().get("CPU", 1)))))
+    parts = lineage.map_batches(
+        read_part, fn_args=(source.parts,), batch_format="pyarrow", batch_size=1, num_cpus=_TASK_CPUS, compute=tasks
+    )
+    return lineage, parts.materialize()
 
 
 def training_batches(images: MaterializedDataset, schedule: Schedule, device: torch.device) -> Iterator[Batch]:
-    """This worker's share of every step of every epoch that is left, in order, as uint8 on the device."""
+    """This worker's share of each step of all remaining epochs, in order, as uint8 on the device."""
     tasks = schedule.tasks()
-    busy = [task for task in tasks if schedule.task_rows(task)]
-    blocks: Iterator[Batch] = iter(())
-    if busy:
-        stream = ray.data.from_items(busy, override_num_blocks=len(busy)).map_batches(
-            training_rows,
-            fn_kwargs={"gather": Gather(images), "schedule": schedule},
-            batch_size=1,
-            num_cpus=_NO_CPUS,
-            # Bounded, or Ray starts a process for every waiting task. One gathers some 200,000 rows/s, in 20 ms each.
-            compute=TaskPoolStrategy(size=2 if device.type == "cuda" else 1),
-        )
-        blocks = iter(
-            stream.iter_torch_batches(batch_size=None, prefetch_batches=2, device=device, pin_memory=device.type == "cuda")
-        )
-    nothing = {name: torch.zeros(0, dtype=torch.int64, device=device) for name in ("digit", "row_id", "number")}
-    nothing["image"] = torch.zeros((0, SIDE, SIDE), dtype=torch.uint8, device=device)
+    blocks = _training_blocks(images, schedule, [task for task in tasks if schedule.task_rows(task)], device)
+    empty = {name: torch.zeros(0, dtype=torch.int64, device=device) for name in ("digit", "row_id", "number")}
+    empty["image"] = torch.zeros((0, SIDE, SIDE), dtype=torch.uint8, device=device)
     for task in tasks:
         rows = schedule.task_rows(task)
-        block = next(blocks) if rows else nothing  # Ray Data hands on no empty block
+        block = next(blocks) if rows else empty  # Ray Data yields no empty blocks
         if len(block["row_id"]) != rows:
-            # On this worker alone: raised, and not told as RowCountError is, it ends the others too.
+            # Only this rank knows. An exception ends the other ranks too, which a RowCountError, returned as a value, would not.
             raise AssertionError(f"a block of epoch {task['epoch'] + 1} has {len(block['row_id'])} rows, not {rows}")
         start = 0
         for step in range(task["first"], task["last"]):
@@ -123,12 +108,34 @@ def training_batches(images: MaterializedDataset, schedule: Schedule, device: to
             start = end
 
 
+def _training_blocks(
+    images: MaterializedDataset, schedule: Schedule, tasks: list[dict[str, int]], device: torch.device
+) -> Iterator[Batch]:
+    """The rows of each task, in order."""
+    if not tasks:
+        return iter(())
+    on_gpu = device.type == "cuda"
+    with ray_data_options(preserve_order=True):
+        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+            training_rows,
+            fn_kwargs={"gather": Gather(images), "schedule": schedule},
+            batch_size=1,
+            num_cpus=_TASK_CPUS,
+            # Limited, since Ray would start a process for each waiting task. One process gathers some 200,000 rows/s.
+            compute=TaskPoolStrategy(size=2 if on_gpu else 1),
+        )
+    return iter(dataset.iter_torch_batches(batch_size=None, prefetch_batches=2, device=device, pin_memory=on_gpu))
+
+
 def evaluation_batches(
     images: MaterializedDataset, row_ids: RowIds, rank: int, world_size: int, device: torch.device
 ) -> list[Batch]:
-    """This worker's share of rows as they are, without numbers or shifts: uint8 batches that stay on the device, 0.8 KB a row."""
+    """This worker's share of rows, undistorted and without numbers, as uint8 batches that stay on the device: 0.8 KB a row."""
     gather, share = Gather(images), shard_for_rank(row_ids, rank, world_size)
     return [
-        {name: torch.as_tensor(values, device=device) for name, values in gather(share[start : start + EVALUATION_ROWS]).items()}
-        for start in range(0, len(share), EVALUATION_ROWS)
+        {
+            name: torch.as_tensor(values, device=device)
+            for name, values in gather(share[start : start + _EVALUATION_BATCH]).items()
+        }
+        for start in range(0, len(share), _EVALUATION_BATCH)
     ]

@@ -1,4 +1,7 @@
-"""What can be checked of a training request before there is a cluster. No torch and no Ray: a refusal is not to wait for them."""
+"""Checks of a training request that need no cluster, and the defaults that follow from the data.
+
+This module imports neither torch nor Ray, which take seconds, so that a wrong request is refused at once.
+"""
 
 import secrets
 from dataclasses import dataclass, fields
@@ -10,42 +13,42 @@ from urllib.parse import urlsplit
 from pyarrow.fs import FileSelector, FileType
 from pydantic import ValidationError
 
-from mnistsum_ray.cluster.address import accepts_connections
+from mnistsum_ray.cluster.address import can_connect
 from mnistsum_ray.config import Hyperparameters, TrainConfig
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, one_line
-from mnistsum_ray.storage.file_lock import check_not_locked
-from mnistsum_ray.storage.location import Location, base_folder, is_partial, locate
-from mnistsum_ray.storage.lock_record import LOCK_NAME
+from mnistsum_ray.storage.location import Location, is_partial
+from mnistsum_ray.storage.lock_file import LOCK_NAME, check_not_locked
+from mnistsum_ray.storage.paths import locate, output_base_folder
 from mnistsum_ray.training.recipes import SMALL_ROWS, recipe_defaults
 
 _FIXED: Final = ("recipe", *(field.name for field in fields(Hyperparameters)))
-"""What `--resume` may not change."""
+"""Fields that `--resume` may not change."""
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A request that has been found sound: what to train on what, and where it goes."""
+    """A checked training request: hyperparameters, data and folders."""
 
     config: TrainConfig
     hyperparameters: Hyperparameters
     source: Source
     storage: Location
     folder: Location
-    """The run's own, below the storage path."""
+    """Run folder `<storage_path>/<name>`."""
 
 
 def preflight(config: TrainConfig) -> TrainingRun:
-    """Check all that can be checked without a cluster, and fill in what follows from the data.
+    """Check the request and fill in its defaults.
 
     Raises:
-        RequestError: the data, the name or the storage will not do.
+        RequestError: the data, the name or the storage cannot be used.
     """
-    storage = locate(config.storage_path, "--storage-path", base_folder())
+    storage = locate(config.storage_path, "--storage-path", output_base_folder())
     name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = storage / name
     try:
-        # A run that was killed before it wrote its manifest has done nothing yet, and keeps nobody from the name.
+        # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
         taken = (folder / "manifest.json").exists() or (folder.exists() and not _is_empty(folder))
         if config.resume:
             config = _resumed(config, folder)
@@ -60,38 +63,44 @@ def preflight(config: TrainConfig) -> TrainingRun:
     source = open_source(config.data)
     recipe = recipe_defaults(config.recipe, small=len(source.train) < SMALL_ROWS)
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
-    # As found, so that --resume finds the same from any folder and on any day.
-    found = {"name": name, "storage_path": storage.display, "data": "sample" if source.name == "sample" else source.location}
-    config = config.model_copy(update=unset | found)
+    # Absolute paths, so that --resume from another folder finds the same data.
+    resolved = {"name": name, "storage_path": storage.display, "data": "sample" if source.name == "sample" else source.location}
+    config = config.model_copy(update=unset | resolved)
     hyperparameters = Hyperparameters(**{field.name: getattr(config, field.name) for field in fields(Hyperparameters)})
     return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries())
 
 
 def _mlflow(uri: str, *, resume: bool) -> str:
-    """The URI as it is found from any folder. A run that goes on does so without a server that is gone."""
+    """The URI with an absolute path. A new run is refused if the server does not answer; a resumed one goes on without it."""
     if find_spec("mlflow") is None:
         raise RequestError("--mlflow: MLflow is not installed here; pip install -e '.[mlflow]'")
     if uri.startswith("sqlite:///"):
-        return f"sqlite:///{base_folder() / uri.removeprefix('sqlite:///')}"
+        return f"sqlite:///{output_base_folder() / uri.removeprefix('sqlite:///')}"
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
         raise RequestError(f"--mlflow {uri}: {error}") from None
-    if not resume and not accepts_connections(host, port):
+    if not resume and not can_connect(host, port):
         raise RequestError(f"--mlflow {uri}: no server answers there")
     return uri
 
 
 def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
-    """The config of the stored run, with what this command says of the cluster."""
+    """The stored run's config, updated with the fields that were given now.
+
+    Raises:
+        RequestError: a given field would change the numbers of the run.
+    """
     manifest = read_manifest(folder)
     try:
         stored = TrainConfig(**manifest["config"])
         if set(_FIXED) - set(manifest["config"]):
             raise KeyError
     except (KeyError, TypeError, ValidationError):
-        raise RequestError(f"--resume: {(folder / 'manifest.json').display} is not that of a run of this version") from None
+        raise RequestError(
+            f"--resume: {(folder / 'manifest.json').display} was written by another version of this program"
+        ) from None
     given = {key: getattr(config, key) for key in config.model_fields_set}
     for key in _FIXED:
         if key in given and given[key] != getattr(stored, key):
@@ -103,16 +112,16 @@ def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
 
 
 def _is_empty(folder: Location) -> bool:
-    """Whether nothing but unfinished files of ours lies there, or a lock that a killed run has left."""
+    """True if a run folder holds nothing but unfinished files of this program, or a lock that a killed run has left."""
     entries = folder.filesystem.get_file_info(FileSelector(folder.path)) if folder.info().type == FileType.Directory else None
     return entries is not None and all(is_partial(entry.base_name) or entry.base_name == LOCK_NAME for entry in entries)
 
 
 def read_manifest(folder: Location) -> dict[str, Any]:
-    """The manifest of the run in a folder.
+    """Read the manifest of the run in a folder.
 
     Raises:
-        RequestError: there is none.
+        RequestError: it is missing or damaged.
     """
     try:
         manifest: dict[str, Any] = (folder / "manifest.json").read_json()
@@ -127,7 +136,7 @@ def read_manifest(folder: Location) -> dict[str, Any]:
     data = manifest.get("data") if isinstance(manifest, dict) else None
     if not isinstance(data, dict) or not {"sha256", "location", "notice"} <= set(data):
         raise RequestError(
-            f"--resume: {(folder / 'manifest.json').display} does not say which data the run had, so nobody can tell whether they "
-            "are still the same; start another run"
+            f"--resume: {(folder / 'manifest.json').display} does not say which data the run had, so "
+            "it is unknown whether they are still the same; start another run"
         )
     return manifest

@@ -1,4 +1,4 @@
-"""TODO training.schedule"""
+"""Schedule of one worker: which rows it trains on at which step."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -13,17 +13,17 @@ _TASK_ROWS: Final = 4096
 
 @dataclass(frozen=True)
 class Schedule:
-    """What one worker is to see, and in which order: pure arithmetic, the same wherever it is worked out."""
+    """The rows of each step, by arithmetic from the seed: every process that computes them gets the same."""
 
     row_ids: RowIds
-    """The training rows, ascending."""
+    """Training rows in ascending order, int64[n]."""
     batch_size: int
+    """Rows of a step over all workers."""
     seed: int
-    max_shift: int
     distortion: float
     first_epoch: int
     first_step: int
-    """Of the first epoch; the later ones begin at 0."""
+    """First step of the first epoch; later epochs start at step 0."""
     epochs: int
     rank: int
     world_size: int
@@ -34,15 +34,15 @@ class Schedule:
         return steps_per_epoch(len(self.row_ids), self.batch_size)
 
     def batch_rows(self, step: int) -> int:
-        """Rows of the global batch at this step of an epoch."""
+        """Number of rows of the global batch at a step of an epoch."""
         return min(self.batch_size, len(self.row_ids) - step * self.batch_size)
 
     def share_rows(self, step: int) -> int:
-        """Rows of this worker's share of that batch; the last one may be empty."""
+        """Number of rows of this worker's share of that batch; the share of the last batch may be empty."""
         return len(range(self.rank, self.batch_rows(step), self.world_size))
 
     def tasks(self) -> list[dict[str, int]]:
-        """Consecutive steps, put together so that a task is worth its overhead and never spans two epochs."""
+        """Gather tasks: consecutive steps `first`..`last`-1 of one `epoch`, enough of them to be worth a task."""
         stride = max(1, _TASK_ROWS * self.world_size // self.batch_size)
         return [
             {"epoch": epoch, "first": first, "last": min(first + stride, self.steps)}
@@ -51,11 +51,11 @@ class Schedule:
         ]
 
     def task_rows(self, task: dict[str, int]) -> int:
-        """Rows of this worker's shares of all steps of a task."""
+        """Number of rows of this worker's shares of all steps of a task."""
         return sum(self.share_rows(step) for step in range(task["first"], task["last"]))
 
     def rows(self, epoch: int, first: int, last: int) -> RowIds:
-        """The rows of this worker's shares of steps first..last-1, one after the other."""
+        """Rows of this worker's shares of the steps first..last-1, in the order of the steps."""
         order = epoch_order(self.seed, epoch, self.row_ids)
         batches = (order[step * self.batch_size : (step + 1) * self.batch_size] for step in range(first, last))
         return np.concatenate([shard_for_rank(batch, self.rank, self.world_size) for batch in batches])

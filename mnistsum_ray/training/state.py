@@ -1,7 +1,4 @@
-"""What is kept of a run: a model folder for whoever uses the model, a trainer state to go on from.
-
-Both are safetensors plus a small JSON that says everything about the tensors; nothing is ever unpickled.
-"""
+"""Trainer state in a checkpoint folder: saved and loaded bit for bit, as safetensors and JSON, never as a pickle."""
 
 import hashlib
 import json
@@ -21,71 +18,74 @@ from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights, save_model
 from mnistsum_ray.storage.location import Location
 
-STATE_FORMAT: Final = "mnistsum_ray/4"
-"""Of a trainer's state: 4 has the checksums of the files beside it."""
+STATE_FORMAT: Final = "mnistsum_ray/5"
+"""Format of `trainer.json`; 5 has the consistency of the two heads."""
 STATE_FILE: Final = "trainer.safetensors"
 STATE_CARD: Final = "trainer.json"
 
 
 class CheckpointError(ValueError):
-    """A trainer's state that cannot be gone on from; the message says why."""
+    """A checkpoint that cannot be resumed from; the message says why."""
+
+
+class CheckpointVersionError(CheckpointError):
+    """A checkpoint that another version of this program wrote."""
 
 
 @dataclass(frozen=True)
 class EpochProgress:
-    """How far an epoch is, and what has been counted in it over all workers: a part of an epoch is never counted twice."""
+    """Progress within an epoch over all workers. A resumed epoch starts from it, so no row is counted twice."""
 
     steps: int = 0
     loss: float = 0.0
-    """Added up over the rows."""
+    """Sum over the rows, in nats."""
     rows: int = 0
     row_ids: int = 0
-    """Added up likewise."""
+    """Sum of the ids of these rows."""
 
 
 @dataclass(frozen=True)
 class SumHeadResult:
-    """Result of fine-tuning the sum head after the last epoch (sum_head.py)."""
+    """Result of fine-tuning the sum head after the last epoch."""
 
     steps: int
     kept: bool
-    agreement: tuple[float, float]
-    """Share of the validation pairs whose sum is the predicted digit plus the number, before and after."""
+    """False if the result was undone."""
     validation: Metrics
-    """After it, also where it was not kept."""
+    """Metrics after fine-tuning, also where it was undone."""
     test: Metrics
-    """Likewise."""
 
 
 @dataclass
 class TrainerState:
-    """Where a run stands after an epoch or within one; with the config it decides every bit of what follows."""
+    """State of a run after an epoch or within one; with the config it determines every bit of the rest of the run."""
 
     epochs_done: int
     history: list[dict[str, Any]]
+    """Lines of history.jsonl, one an epoch."""
     best: Weights
-    """Those of `best_line`; with the fine-tuned sum head, once there is one that was kept."""
+    """Weights of the epoch of `best_line`; with the fine-tuned sum head, where that was kept."""
     precision: str
     progress: EpochProgress = field(default_factory=EpochProgress)
-    """Of the epoch after those."""
+    """Progress within the epoch after `epochs_done`."""
     sum_head: SumHeadResult | None = None
-    """None before it, and where there is none."""
+    """None before fine-tuning, and in runs without it."""
 
     @property
     def best_line(self) -> dict[str, Any]:
-        """What history.jsonl says of the epoch that stands: the last that was as good as any (`metrics.as_good`)."""
+        """History line of the selected epoch: the last one that is within one standard error of the best before it."""
         return max(self.history, key=lambda line: (line["best"], line["epoch"]))
 
 
 def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
-    """Write the trainer's state and, once an epoch is done, the best model so far into a local folder.
+    """Write the state and, after the first epoch, the best model into a local folder.
 
-    `trainer.json` holds the SHA-256 of the other files, so that a checkpoint that was cut off is known for one.
+    `trainer.json`, written last, holds the SHA-256 of the other files, so that an incomplete checkpoint is detected.
     """
     tensors = {f"model.{name}": value for name, value in copy_weights(model).items()}
     tensors |= {f"best.{name}": value for name, value in state.best.items()}
-    for name, _, kept in optimizer.states():
-        for key, value in kept.items():
+    for name, _, moments in optimizer.states():
+        for key, value in moments.items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     (folder / STATE_FILE).write_bytes(save_tensors(tensors))
     if state.history:
@@ -103,52 +103,56 @@ def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimi
 
 
 def _save_best(folder: Path, state: TrainerState) -> None:
-    line, tuning = state.best_line, state.sum_head
-    before, said = {of: line[of] for of in ("validation", "test")}, None
-    scores = {of: Metrics(**values) for of, values in before.items()}
-    if tuning:
-        after = {"validation": tuning.validation, "test": tuning.test}
-        said = {
-            "steps": tuning.steps,
-            "kept": tuning.kept,
-            "before": {**before, "agreement": tuning.agreement[0]},
-            "after": {**{of: asdict(values) for of, values in after.items()}, "agreement": tuning.agreement[1]},
-        }
-        scores = after if tuning.kept else scores
-    save_model(folder, state.best, epoch=line["epoch"], **scores, sum_head=said)
-
-
-class CheckpointVersionError(CheckpointError):
-    """It was written by another version of this program."""
+    line, result = state.best_line, state.sum_head
+    before = {split: Metrics(**line[split]) for split in ("validation", "test")}
+    if result is None:
+        save_model(folder, state.best, epoch=line["epoch"], validation=before["validation"], test=before["test"])
+        return
+    after = {"validation": result.validation, "test": result.test}
+    sum_head = {
+        "steps": result.steps,
+        "kept": result.kept,
+        "before": {split: asdict(metrics) for split, metrics in before.items()},
+        "after": {split: asdict(metrics) for split, metrics in after.items()},
+    }
+    metrics = after if result.kept else before
+    save_model(
+        folder,
+        state.best,
+        epoch=line["epoch"],
+        validation=metrics["validation"],
+        test=metrics["test"],
+        sum_head=sum_head,
+    )
 
 
 def verify_checkpoint(folder: Location) -> None:
-    """Read a checkpoint folder and compare its files with their checksums.
+    """Compare the files of a checkpoint folder with their checksums.
 
     Raises:
-        Unusable: a file is missing, was cut off, or is of another version.
+        CheckpointError: a file is missing or incomplete.
+        CheckpointVersionError: another version of this program wrote it.
         OSError: the storage does not answer.
     """
     try:
         fields = (folder / STATE_CARD).read_json()
-        if fields["format"] != STATE_FORMAT:
-            raise CheckpointVersionError(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")
+        _check_format(fields)
         for name, expected in fields["files"].items():
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
-                raise CheckpointError(f"{name} is not whole (SHA-256 differs)")
+                raise CheckpointError(f"{name} is incomplete or damaged (SHA-256 differs)")
     except CheckpointError:
         raise
     except FileNotFoundError as error:
         raise CheckpointError(f"a file is missing ({one_line(error)})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{STATE_CARD} is not whole ({one_line(error)})") from None
+        raise CheckpointError(f"{STATE_CARD} is incomplete or damaged ({one_line(error)})") from None
 
 
 def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
-    """Put weights and optimizer state back in place, on the device where the model already is.
+    """Load a checkpoint into model and optimizer, in place, on the device of the model.
 
     Raises:
-        Unusable: the files are not whole, or of another version or network.
+        CheckpointError: the files are incomplete, or of another version or network.
     """
     try:
         return _load_state(folder, model, optimizer)
@@ -158,22 +162,27 @@ def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Trainer
 
 def _load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
     fields = json.loads((folder / STATE_CARD).read_text())
-    if fields["format"] != STATE_FORMAT:
-        raise ValueError(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")
+    _check_format(fields)
     groups: dict[str, Weights] = {}
     for name, value in load_tensors((folder / STATE_FILE).read_bytes()).items():
         group, _, rest = name.partition(".")
         groups.setdefault(group, {})[rest] = value
     model.load_state_dict(groups["model"])
-    states = {name: (like, kept) for name, like, kept in optimizer.states()}
+    states = {name: (parameter, moments) for name, parameter, moments in optimizer.states()}
     for name, value in groups["optimizer"].items():
         key, _, parameter_name = name.partition(".")
-        like, kept = states[parameter_name]
-        # The moments must lie in memory as their parameter does, which the file does not record.
-        place = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=like.device)
-        kept[key] = place.detach().copy_(value)
+        parameter, moments = states[parameter_name]
+        # A moment must have its parameter's memory format, which the file does not record.
+        same_shape = value.shape == parameter.shape
+        target = torch.empty_like(parameter) if same_shape else torch.empty_like(value, device=parameter.device)
+        moments[key] = target.detach().copy_(value)
+    result = fields["sum_head"]
+    if result is not None:
+        result = SumHeadResult(**result | {split: Metrics(**result[split]) for split in ("validation", "test")})
     progress = EpochProgress(**fields["progress"])
-    tuned = fields["sum_head"]
-    scores = {of: Metrics(**tuned[of]) for of in ("validation", "test")} if tuned else {}
-    sum_head = tuned and SumHeadResult(tuned["steps"], tuned["kept"], tuple(tuned["agreement"]), **scores)
-    return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"], progress, sum_head)
+    return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"], progress, result)
+
+
+def _check_format(fields: dict[str, Any]) -> None:
+    if fields["format"] != STATE_FORMAT:
+        raise CheckpointVersionError(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")

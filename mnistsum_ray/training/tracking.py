@@ -1,4 +1,4 @@
-"""TODO training.tracking"""
+"""MLflow run of a training (`--mlflow`), from start to end."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +14,21 @@ if TYPE_CHECKING:
 
 @contextmanager
 def mlflow_run(run: TrainingRun, manifest: dict[str, Any], console: Console) -> Iterator["MLflowRun | None"]:
-    """The run on the tracking server of `--mlflow`, which the manifest then names; it has failed if the block does."""
-    told = _told_to_mlflow(run, manifest, console) if run.config.mlflow else None
+    """The run's MLflow counterpart, or None without `--mlflow`; it gets the status FAILED or KILLED if the block raises.
+
+    The manifest gets an entry `mlflow` with the server's URI and the run id.
+    """
+    tracked = _start(run, manifest, console) if run.config.mlflow else None
     try:
-        yield told
+        yield tracked
     except BaseException as error:
-        if told:
-            told.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        if tracked:
+            tracked.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
 
 
-def _told_to_mlflow(run: TrainingRun, manifest: dict[str, Any], console: Console) -> "MLflowRun | None":
-    from mnistsum_ray.reporting.mlflow import MLflowRun  # an extra
+def _start(run: TrainingRun, manifest: dict[str, Any], console: Console) -> "MLflowRun | None":
+    from mnistsum_ray.reporting.mlflow import MLflowRun  # needs the extra `mlflow`
 
     config = run.config
     assert config.mlflow is not None
@@ -33,11 +36,11 @@ def _told_to_mlflow(run: TrainingRun, manifest: dict[str, Any], console: Console
     stored = manifest.get("mlflow") if config.resume else None
     run_id = stored["run_id"] if stored and stored["uri"] == config.mlflow else None
     try:
-        told = MLflowRun(config.mlflow, config.mlflow_experiment, config.name, run_id, manifest["config"])
-    except RequestError as refusal:
+        tracked = MLflowRun(config.mlflow, config.mlflow_experiment, config.name, run_id, manifest["config"])
+    except RequestError as error:
         if not config.resume:
             raise
-        console.say(f"{refusal}; going on without MLflow")
+        console.say(f"{error}; going on without MLflow")
         return None
-    manifest["mlflow"] = {"uri": config.mlflow, "run_id": told.run_id}
-    return told
+    manifest["mlflow"] = {"uri": config.mlflow, "run_id": tracked.run_id}
+    return tracked

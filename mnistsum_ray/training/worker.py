@@ -1,19 +1,50 @@
-"""TODO training.worker"""
+"""A training worker's place in the worker group, and the settings of its process."""
 
-import numpy as np
+from dataclasses import dataclass
+
 import ray
-import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
 
+from mnistsum_ray.model.device import disable_tf32, enable_determinism, tune_malloc
+from mnistsum_ray.model.distributed import all_reduce_sum
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Rank, size of the worker group, and the device of this worker."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def all_agree(self, value: bool) -> bool:
+        """True on every worker if the value is true on every worker."""
+        return bool(all_reduce_sum(torch.tensor(float(value), device=self.device)).item() == self.world_size)
+
+
+def setup_worker() -> Worker:
+    """Set up this process as a training worker: exact float32 on GPUs; threads, determinism and memory on CPUs."""
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    disable_tf32()
+    if device.type == "cpu":
+        set_cpu_threads(context.get_local_world_size())
+        enable_determinism()
+        tune_malloc()
+    return Worker(context.get_world_rank(), context.get_world_size(), device)
+
 
 def set_cpu_threads(workers_on_node: int) -> None:
-    """Have a CPU worker use its node's cores, shared with its neighbours, and not just those that it reserves."""
-    torch.set_num_threads(max(1, _node_cpus() // workers_on_node))
+    """Give PyTorch this worker's share of the cores of its node.
+
+    Ray sets one thread per reserved CPU, and a worker reserves less than one CPU, see resources.py.
+    """
+    torch.set_num_threads(max(1, _cpus_of_node() // workers_on_node))
 
 
-def _node_cpus() -> int:
-    here = ray.get_runtime_context().get_node_id()
-    cpus = next((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == here), 1)
-    return max(1, int(np.floor(cpus)))
+def _cpus_of_node() -> int:
+    node_id = ray.get_runtime_context().get_node_id()
+    cpus = next((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id), 1)
+    return max(1, int(cpus))

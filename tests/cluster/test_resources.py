@@ -1,10 +1,10 @@
-"""What a run takes of a cluster of a given size; what can never run is refused."""
+"""The resources that a job reserves on clusters of different sizes, and requests that no cluster can meet."""
 
 from typing import Any
 
 import pytest
 
-from mnistsum_ray.cluster.resources import Cluster
+from mnistsum_ray.cluster.resources import ClusterResources
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.scoring.resources import plan_scoring_resources
@@ -13,16 +13,16 @@ from mnistsum_ray.training.resources import plan_resources
 
 def cluster(
     cpus: float, gpus: float = 0, nodes: int = 1, *, can_grow: bool = False, limits: dict[str, float] | None = None
-) -> Cluster:
+) -> ClusterResources:
     total = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
     each = {kind: amount / nodes for kind, amount in total.items()}
-    return Cluster((each,) * nodes, total, total, can_grow, limits or {})
+    return ClusterResources((each,) * nodes, total, total, can_grow, limits or {})
 
 
-def mixed(*nodes: dict[str, float]) -> Cluster:
-    """Of unlike nodes."""
+def mixed(*nodes: dict[str, float]) -> ClusterResources:
+    """A cluster with different nodes."""
     total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
-    return Cluster(nodes, total, total, can_grow=False)
+    return ClusterResources(nodes, total, total, can_grow=False)
 
 
 @pytest.mark.parametrize(
@@ -32,17 +32,17 @@ def mixed(*nodes: dict[str, float]) -> Cluster:
         (cluster(1), 1, False),
         (cluster(16, 1), 1, True),  # one GPU box
         (cluster(64, 8, nodes=2), 8, True),  # a GPU cluster
-        (cluster(32, nodes=4), 4, False),  # CPUs only: a worker a node
+        (cluster(32, nodes=4), 4, False),  # CPUs only: one worker per node
         (cluster(4, can_grow=True), 1, False),
     ],
 )
-def test_defaults(here: Cluster, workers: int, use_gpu: bool) -> None:
+def test_defaults(here: ClusterResources, workers: int, use_gpu: bool) -> None:
     resource_plan = plan_resources(TrainConfig(), here)
     assert (resource_plan.workers, resource_plan.use_gpu) == ((workers, workers), use_gpu)
 
 
 @pytest.mark.parametrize("here", [cluster(1), cluster(2), cluster(3), cluster(8), cluster(4, 8), cluster(16, 1), cluster(1, 1)])
-def test_workers_always_leave_cpus_for_other_tasks(here: Cluster) -> None:
+def test_workers_always_leave_cpus_for_other_tasks(here: ClusterResources) -> None:
     most = int(here.total.get("GPU", here.total["CPU"]))
     for workers in range(1, most + 1):
         need = plan_resources(TrainConfig(num_workers=workers), here).bundles()
@@ -61,7 +61,7 @@ def test_workers_always_leave_cpus_for_other_tasks(here: Cluster) -> None:
         (TrainConfig(num_workers=(3, 5)), cluster(8, 2), "--num-workers 3: needs 3 GPUs, one a worker"),
     ],
 )
-def test_more_than_there_can_be_is_refused(config: TrainConfig, here: Cluster, said: str) -> None:
+def test_more_workers_than_the_cluster_can_have_are_refused(config: TrainConfig, here: ClusterResources, said: str) -> None:
     with pytest.raises(RequestError) as refused:
         plan_resources(config, here)
     assert said in str(refused.value)
@@ -70,20 +70,20 @@ def test_more_than_there_can_be_is_refused(config: TrainConfig, here: Cluster, s
 @pytest.mark.parametrize(
     ("here", "cpus"),
     [
-        (mixed({"CPU": 64}, {"CPU": 4, "GPU": 8}), 0.375),  # a CPU head, and one box of eight GPUs
-        (mixed({"CPU": 64, "GPU": 8}, {"CPU": 4, "GPU": 8}), 0.375),  # the scarcest decides
+        (mixed({"CPU": 64}, {"CPU": 4, "GPU": 8}), 0.375),  # a CPU head, and a node with eight GPUs
+        (mixed({"CPU": 64, "GPU": 8}, {"CPU": 4, "GPU": 8}), 0.375),  # the node with the fewest CPUs per GPU decides
         (mixed({"CPU": 2}, {"CPU": 32, "GPU": 4}), 1.0),
         (mixed({"CPU": 16}, {"GPU": 2}), 0.0),  # GPU nodes that were started with --num-cpus=0
     ],
 )
-def test_gpu_workers_take_cpus_of_the_nodes_that_have_gpus(here: Cluster, cpus: float) -> None:
+def test_gpu_workers_take_cpus_of_the_nodes_that_have_gpus(here: ClusterResources, cpus: float) -> None:
     resource_plan = plan_resources(TrainConfig(), here)
     assert resource_plan.workers == (here.total["GPU"],) * 2
     assert resource_plan.cpus_per_worker == pytest.approx(cpus)
-    assert here.places(resource_plan.per_worker) == here.total["GPU"]
+    assert here.workers_that_fit(resource_plan.per_worker) == here.total["GPU"]
 
 
-def test_a_few_gpu_workers_take_no_more_cpus_than_they_can_have() -> None:
+def test_two_gpu_workers_reserve_one_cpu_each() -> None:
     here = mixed({"CPU": 64}, {"CPU": 4, "GPU": 8})
     assert plan_resources(TrainConfig(num_workers=2), here).cpus_per_worker == 1.0
 
@@ -104,64 +104,64 @@ def test_an_elastic_run_leaves_cpus_for_other_tasks_at_its_largest() -> None:
     assert 4 * resource_plan.cpus_per_worker <= 3
 
 
-def test_an_elastic_run_may_hope_for_more_than_there_is() -> None:
+def test_an_elastic_run_may_ask_for_more_workers_than_fit_now() -> None:
     assert plan_resources(TrainConfig(num_workers=(1, 9)), cluster(16, 4)).workers == (1, 9)
 
 
-def test_gpu_nodes_that_are_there_tell_how_many_cpus_each_worker_has_also_where_more_may_come() -> None:
+def test_the_present_gpu_nodes_decide_the_cpus_per_worker_also_on_a_growing_cluster() -> None:
     nodes = ({"CPU": 64.0}, {"CPU": 4.0, "GPU": 8.0})
-    here = Cluster(nodes, {"CPU": 68.0, "GPU": 8.0}, {"CPU": 68.0, "GPU": 8.0}, can_grow=True)
+    here = ClusterResources(nodes, {"CPU": 68.0, "GPU": 8.0}, {"CPU": 68.0, "GPU": 8.0}, can_grow=True)
     resource_plan = plan_resources(TrainConfig(), here)
     assert resource_plan.workers == (8, 8)
-    assert here.places(resource_plan.per_worker) == 8
+    assert here.workers_that_fit(resource_plan.per_worker) == 8
 
 
-def test_what_a_growing_cluster_has_not_got_is_waited_for() -> None:
+def test_a_growing_cluster_may_lack_the_requested_resources() -> None:
     resource_plan = plan_resources(TrainConfig(num_workers=(2, 4), use_gpu=True), cluster(2, can_grow=True))
     assert (resource_plan.workers, resource_plan.use_gpu) == ((2, 4), True)
     assert resource_plan.bundles() == [{"CPU": 1, "GPU": 1}] * 2
     config = ScoreConfig(model="m", input=("i",), output="o", num_workers=4, use_gpu=True)
-    assert plan_scoring_resources(config, cluster(0, can_grow=True)).actors == 4
+    assert plan_scoring_resources(config, cluster(0, can_grow=True)).workers == 4
 
 
 @pytest.mark.parametrize(
-    ("here", "use_gpu", "actors", "readers"),
+    ("here", "use_gpu", "workers", "readers"),
     [
         (cluster(0, can_grow=True, limits={"GPU": 4, "CPU": 18}), True, 4, 17),  # scaled to zero
         (cluster(2, 1, can_grow=True, limits={"GPU": 4, "CPU": 18}), None, 4, 17),  # one GPU has come
-        (cluster(2, can_grow=True), True, 16, 127),  # an autoscaler that does not say how far
+        (cluster(2, can_grow=True), True, 16, 127),  # an autoscaler without limits
         (cluster(2, can_grow=True, limits={"CPU": 32}), None, 32, 0),
         (cluster(2, can_grow=True), None, 128, 0),
-        (cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4}), False, 32, 0),  # asked for
-        (cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4}), None, 2, 0),  # no GPU nodes for the sake of their CPUs
+        (cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4}), False, 32, 0),  # requested
+        (cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4}), None, 2, 0),  # no GPU nodes are started just for their CPUs
     ],
 )
 def test_scoring_is_sized_for_what_the_cluster_can_grow_to(
-    here: Cluster, use_gpu: bool | None, actors: int, readers: int
+    here: ClusterResources, use_gpu: bool | None, workers: int, readers: int
 ) -> None:
     taken = plan_scoring_resources(ScoreConfig(model="m", input=("i",), output="o", use_gpu=use_gpu), here)
-    assert (taken.actors, taken.readers) == (actors, readers)
-    assert max(amount for bundle in taken.bundles() for amount in bundle.values()) <= 1, "each fits on a small node"
+    assert (taken.workers, taken.readers) == (workers, readers)
+    assert max(amount for bundle in taken.bundles() for amount in bundle.values()) <= 1, "each bundle fits on a small node"
 
 
 @pytest.mark.parametrize(
-    ("config", "here", "actors", "readers"),
+    ("config", "here", "workers", "readers"),
     [
-        ({}, cluster(2), 2, 0),  # a laptop: an actor a CPU, each reads by itself
+        ({}, cluster(2), 2, 0),  # a laptop: one actor per CPU, each reads by itself
         ({}, cluster(16, 1), 1, 15),  # one GPU box: the CPUs read for the GPU
         ({"use_gpu": False, "num_workers": 3, "num_readers": 2}, cluster(16, 1), 3, 2),
         ({"num_readers": 1}, cluster(1), 1, 1),
     ],
 )
-def test_scoring_takes_what_there_is_and_leaves_room_to_read(
-    config: dict[str, Any], here: Cluster, actors: int, readers: int
+def test_scoring_uses_the_whole_cluster_and_leaves_cpus_for_reading(
+    config: dict[str, Any], here: ClusterResources, workers: int, readers: int
 ) -> None:
     taken = plan_scoring_resources(ScoreConfig(model="m", input="i", output="o", **config), here)
-    assert (taken.actors, taken.readers) == (actors, readers)
+    assert (taken.workers, taken.readers) == (workers, readers)
     tasks = readers + 1 if readers else 0
-    assert actors * taken.cpus_per_actor + tasks * taken.cpus_per_task <= here.total["CPU"] + 1e-9
+    assert workers * taken.cpus_per_worker + tasks * taken.cpus_per_task <= here.total["CPU"] + 1e-9
     assert taken.cpus_per_task > 0 or not readers
-    assert here.places(taken.per_actor) >= actors
+    assert here.workers_that_fit(taken.per_worker) >= workers
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,6 @@ def test_scoring_takes_what_there_is_and_leaves_room_to_read(
         ({"use_gpu": True}, "--use-gpu true: the cluster has no GPU"),
     ],
 )
-def test_scoring_with_more_than_there_can_be_is_refused(config: dict[str, Any], said: str) -> None:
+def test_more_scoring_workers_than_the_cluster_can_have_are_refused(config: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=said):
         plan_scoring_resources(ScoreConfig(model="m", input="i", output="o", **config), cluster(2))

@@ -1,4 +1,4 @@
-"""Every accepted form of an image decodes to the same pixels; what is not an image says why."""
+"""Every accepted form of an image decodes to the same pixels; a value that is not an image gives a reason."""
 
 import io
 from typing import Any
@@ -9,16 +9,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mnistsum_ray.data.decoding import (
-    Pixels,
-    decode_images,
-    decode_numbers,
-    image_form_error,
-    number_form_error,
-    one_chunk,
-    pixels_array,
-    pixels_view,
-)
+from mnistsum_ray.data.column_types import image_type_error, number_type_error
+from mnistsum_ray.data.decoding import decode_images, decode_numbers
+from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_array, pixels_view
 
 IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
 
@@ -57,7 +50,7 @@ def forms() -> dict[str, pa.Array]:
 @pytest.mark.parametrize("name", list(forms()))
 def test_every_form_gives_the_same_pixels(name: str) -> None:
     column = forms()[name]
-    assert image_form_error(column.type) is None
+    assert image_type_error(column.type) is None
     images, bad = decode_images(column)
     assert not bad
     assert images.dtype == np.uint8
@@ -201,7 +194,7 @@ NUMBER_TYPES = [pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.int32(), pa.u
 
 @pytest.mark.parametrize("kind", [*NUMBER_TYPES, *(pa.dictionary(pa.int8(), kind) for kind in NUMBER_TYPES)])
 def test_every_integer_type_holds_numbers(kind: pa.DataType) -> None:
-    assert number_form_error(kind) is None
+    assert number_type_error(kind) is None
     numbers, bad = decode_numbers(pa.array([0, None, 9, 10], kind).slice(1))
     assert numbers.tolist() == [0, 9, 0]
     assert list(bad) == [0, 2]
@@ -217,7 +210,7 @@ def test_extreme_numbers_are_bad_and_not_wrapped() -> None:
 
 @pytest.mark.parametrize("kind", [pa.float64(), pa.string(), pa.bool_(), pa.list_(pa.int8())])
 def test_a_column_that_cannot_hold_numbers_is_named(kind: pa.DataType) -> None:
-    assert "not an integer type" in (number_form_error(kind) or "")
+    assert "not an integer type" in (number_type_error(kind) or "")
 
 
 NO_IMAGES = [
@@ -235,4 +228,4 @@ NO_IMAGES = [
 
 @pytest.mark.parametrize("kind", NO_IMAGES, ids=str)
 def test_a_column_that_cannot_hold_images_is_named(kind: pa.DataType) -> None:
-    assert image_form_error(kind) is not None
+    assert image_type_error(kind) is not None

@@ -11,7 +11,6 @@ from mnistsum_ray.data.sampling import (
     held_out,
     random_numbers,
     shard_for_rank,
-    shifts,
     step_seed,
     steps_per_epoch,
 )
@@ -23,7 +22,6 @@ def test_pinned_values() -> None:
     assert random_numbers(0, 0, np.arange(12)).tolist() == PINNED_NUMBERS
     assert random_numbers(7, 3, np.array([0, 59_999, 2**40])).tolist() == PINNED_LATER
     assert epoch_order(0, 0, np.arange(10)).tolist() == PINNED_ORDER
-    assert shifts(0, 0, np.arange(3), 2).tolist() == PINNED_SHIFTS
     assert held_out(np.arange(20), 4)[1].tolist() == PINNED_HELD_OUT
     assert distortions(0, 0, np.arange(2))[:, :3].ravel().tolist() == pytest.approx(PINNED_DISTORTIONS, abs=1e-6)
 
@@ -89,14 +87,6 @@ def test_each_epoch_is_another_permutation() -> None:
     assert not np.array_equal(orders[0], epoch_order(1, 0, ROWS))
 
 
-def test_shifts_cover_their_range_evenly() -> None:
-    moves = shifts(0, 0, ROWS, 2) + 2
-    for axis in range(2):
-        assert chi_square(moves[:, axis], 5) < 18.5  # 0.1 % point, 4 degrees of freedom
-    assert abs(np.corrcoef(moves[:, 0], moves[:, 1])[0, 1]) < 0.02
-    assert not shifts(0, 0, ROWS, 0).any()
-
-
 def test_held_out_rows_are_disjoint_and_fixed() -> None:
     kept, out = held_out(ROWS, 5000)
     assert len(out) == 5000
@@ -121,7 +111,6 @@ def test_the_last_batch_is_not_dropped() -> None:
 PINNED_NUMBERS = [1, 4, 1, 3, 4, 2, 4, 3, 4, 8, 9, 2]
 PINNED_LATER = [2, 4, 0]
 PINNED_ORDER = [2, 0, 4, 9, 3, 8, 1, 7, 5, 6]
-PINNED_SHIFTS = [[1, 0], [-2, -2], [-2, 0]]
 PINNED_HELD_OUT = [0, 5, 8, 16]
 PINNED_DISTORTIONS = [-0.0184642, -0.466758, 0.6205059, 0.772669, 0.4082098, -0.7092839]
 PINNED_DROPOUT = 5784922337503569493

@@ -2,12 +2,15 @@
 
 import functools
 import gzip
+import hashlib
 import http.server
 import io
 import shutil
+import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnistsum_ray.data.decoding import Pixels, pixels_view
-from mnistsum_ray.data.parquet_parts import ParquetPart, read_whole
+from mnistsum_ray.data.parts import ParquetPart, read_part
+from mnistsum_ray.data.pixels import Pixels, pixels_view
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError
 from tests.conftest import with_footer
@@ -239,24 +242,60 @@ def test_without_a_network_auto_says_so_and_mnist_refuses(tmp_path: Path, monkey
     source = open_source("auto")
     assert source.name == "sample"
     assert source.notice.startswith("NOT the full MNIST")
+    assert "Connection refused" in source.notice
     with pytest.raises(RequestError, match="cannot be downloaded"):
         open_source("mnist")
+
+
+@contextmanager
+def mirror(folder: Path) -> Iterator[str]:
+    """URL of a web server on this machine that serves the files of a folder."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
 
 
 def test_a_download_that_is_cut_off_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx: Path) -> None:
     """A mirror that has one of the four files."""
     from torchvision.datasets import MNIST
 
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(idx / "MNIST" / "raw"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-    with pytest.raises(RequestError, match="cannot be downloaded"):
-        open_source("mnist")
-    server.shutdown()
+    with mirror(idx / "MNIST" / "raw") as url:
+        monkeypatch.setattr(MNIST, "mirrors", [url])
+        with pytest.raises(RequestError, match=rf"cannot be downloaded \({url}: HTTP Error 404"):
+            open_source("mnist")
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+
+
+def test_a_mirror_whose_files_are_damaged_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx: Path) -> None:
+    """The next one is taken; files appear under the names that torchvision uses, and this process keeps its socket timeout."""
+    from torchvision.datasets import MNIST
+
+    (tmp_path / "good").mkdir()
+    for path in (idx / "MNIST" / "raw").iterdir():
+        data = path.read_bytes()
+        name = path.name.removesuffix(".gz")
+        (tmp_path / "good" / f"{name}.gz").write_bytes(data if path.suffix == ".gz" else gzip.compress(data))
+    shutil.copytree(tmp_path / "good", tmp_path / "damaged")
+    (tmp_path / "damaged" / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"other"))
+    sums = [(path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in (tmp_path / "good").iterdir()]
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(MNIST, "resources", sums)
+    timeout = socket.getdefaulttimeout()
+    with mirror(tmp_path / "damaged") as damaged, mirror(tmp_path / "good") as good:
+        monkeypatch.setattr(MNIST, "mirrors", [damaged, good])
+        check_splits(open_source("mnist"), 360, 40, 100)
+    assert socket.getdefaulttimeout() == timeout
+    cache = tmp_path / "home" / ".cache" / "mnistsum_ray"
+    names = ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
+    assert sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()) == [
+        f"MNIST/raw/{name}" for name in names
+    ]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +330,9 @@ def test_a_link_to_a_parent_does_not_multiply_the_rows(write_rows: Rows, tmp_pat
     (folder / "again.parquet").symlink_to(folder / "rows.parquet")
     source = open_source(str(folder))
     assert source.rows == 500
-    assert source.skipped == dict.fromkeys([str(folder / "up"), str(folder / "again.parquet")], "a link to what is listed anyway")
+    assert source.skipped == dict.fromkeys(
+        [str(folder / "up"), str(folder / "again.parquet")], "a link to a file or folder that is listed anyway"
+    )
 
 
 def test_what_is_skipped_is_named(write_rows: Rows, tmp_path: Path) -> None:
@@ -332,4 +373,4 @@ def test_a_page_whose_checksum_is_wrong_is_refused(write_rows: Rows) -> None:
     path.write_bytes(data)
     (part,) = open_source(str(path)).parts
     with pytest.raises(RequestError, match=r"cannot be read: .*CRC checksum verification failed"):
-        read_whole(part)
+        read_part(part)

@@ -1,4 +1,4 @@
-"""What is exported answers as the model does, also for a program that has nothing of this project."""
+"""Exported models predict as the model does, also in a program without this package."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import copy_weights, save_model
 from tests.conftest import TEMPERATURES, set_temperatures
 
-NOTHING = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0)
+NOTHING = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0, consistency=0.0)
 ROWS = 37
 
 
@@ -48,7 +48,7 @@ def rows() -> tuple[np.ndarray, np.ndarray]:
     return random.integers(0, 256, (ROWS, 28, 28)).astype(np.uint8), random.integers(0, 10, ROWS)
 
 
-def test_onnx_runtime_answers_as_the_model(model: Path, exported: Path, rows: tuple[np.ndarray, np.ndarray]) -> None:
+def test_onnx_runtime_predicts_as_the_model(model: Path, exported: Path, rows: tuple[np.ndarray, np.ndarray]) -> None:
     session = onnxruntime.InferenceSession(exported / "model.onnx", providers=["CPUExecutionProvider"])
     images, numbers = rows
     digit, digit_prob, total, sum_prob = session.run(OUTPUTS, {"image": images, "number": numbers})
@@ -58,7 +58,7 @@ def test_onnx_runtime_answers_as_the_model(model: Path, exported: Path, rows: tu
     np.testing.assert_allclose(sum_prob, expected.sum_prob, atol=1e-4)
 
 
-def test_torch_answers_as_the_model_without_this_project(
+def test_torch_export_predicts_as_the_model_without_this_package(
     model: Path, exported: Path, rows: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "rows.npz", images=rows[0], numbers=rows[1])
@@ -75,7 +75,7 @@ def test_torch_answers_as_the_model_without_this_project(
     np.testing.assert_allclose(sum_prob, expected.sum_prob, atol=1e-4)
 
 
-def test_probabilities_are_made_with_the_temperatures(model: Path, rows: tuple[np.ndarray, np.ndarray]) -> None:
+def test_probabilities_use_the_temperatures(model: Path, rows: tuple[np.ndarray, np.ndarray]) -> None:
     network = load_model(str(model))
     assert network.temperatures == TEMPERATURES
     found = predict(network, *rows)
@@ -86,10 +86,10 @@ def test_probabilities_are_made_with_the_temperatures(model: Path, rows: tuple[n
     np.testing.assert_allclose(found.sum_prob, expected[1], rtol=1e-5)
 
 
-def test_an_export_that_answers_otherwise_is_not_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_predicts_otherwise_is_not_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     black_on_white: Callable[[torch.Tensor], torch.Tensor] = lambda images: prepare_images(255 - images)  # noqa: E731
     monkeypatch.setattr("mnistsum_ray.export.model.prepare_images", black_on_white)
-    with pytest.raises(RunError, match=r"model.pt2: [\d,]+ of 5,000 answers are not the model's"):
+    with pytest.raises(RunError, match=r"model.pt2: [\d,]+ of 5,000 predictions differ from the model's"):
         export_model(ExportModelConfig(model=str(model), output=str(tmp_path / "out")), print)
     assert not (tmp_path / "out").exists()
 
@@ -109,6 +109,6 @@ def test_a_folder_that_is_not_empty_is_refused(model: Path) -> None:
         (np.zeros((2, 28, 28), np.uint8), np.array([0, 10]), "0..9, are 0..10"),
     ],
 )
-def test_what_cannot_be_answered_is_said(images: np.ndarray, numbers: np.ndarray, said: str) -> None:
+def test_invalid_input_is_refused(images: np.ndarray, numbers: np.ndarray, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         predict(TwoHeadCNN(), images, numbers)

@@ -1,4 +1,4 @@
-"""Example input: as many rows as asked, each with a number that the same flags draw again."""
+"""Exported pairs: the number of rows requested, with numbers that the same flags reproduce."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def run(folder: Path, **settings: object) -> list[pa.Table]:
     return [pq.read_table(path) for path in sorted(folder.iterdir())]
 
 
-def test_rows_beyond_the_split_come_around_with_other_numbers(tmp_path: Path) -> None:
+def test_rows_beyond_the_split_repeat_it_with_other_numbers(tmp_path: Path) -> None:
     tables = run(tmp_path / "a", rows=1201, files=3)
     assert [table.num_rows for table in tables] == [400, 400, 401]
     table = pa.concat_tables(tables)
@@ -57,18 +57,16 @@ def test_from_parquet_of_several_parts(tmp_path: Path, sample: pa.Table) -> None
     assert len(table) == 500
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(RequestError, match="is not empty"):
         run(tmp_path, rows=10, files=1)
 
 
-def test_what_is_written_when_it_is_stopped_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_reports_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mnistsum_ray.export.pairs.Progress.__call__", interrupt)
-    with pytest.raises(
-        RunInterrupted, match="some of the files are written; the same command begins again once the folder is empty"
-    ):
+    with pytest.raises(RunInterrupted, match="some files are written; empty the folder, then the same command starts again"):
         run(tmp_path / "a", rows=100)

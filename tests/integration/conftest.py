@@ -1,4 +1,4 @@
-"""Real clusters and real processes: one Ray cluster a module, and commands run as a person runs them."""
+"""Real clusters and real processes: one Ray cluster per test module, and jobs run as commands."""
 
 import io
 import json
@@ -28,28 +28,28 @@ from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring.driver import score
 from mnistsum_ray.scoring.preflight import preflight
-from mnistsum_ray.storage.location import locate
+from mnistsum_ray.storage.paths import locate
 
 ROOT = Path(__file__).parents[2]
 
-_TOLD: list[str] = []
+_DURATIONS: list[str] = []
 
 
-def tell(what: str, since: float) -> None:
-    """Have pytest say at the end how long something took, on this machine."""
-    _TOLD.append(f"{what} after {time.monotonic() - since:.1f} s")
+def report_duration(what: str, since: float) -> None:
+    """Add the time since `since` to the summary that pytest prints at the end."""
+    _DURATIONS.append(f"{what} after {time.monotonic() - since:.1f} s")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _TOLD:
-        terminalreporter.section("how long until it went on")
-        for line in _TOLD:
+    if _DURATIONS:
+        terminalreporter.section("recovery times")
+        for line in _DURATIONS:
             terminalreporter.line(line)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """A Ray cluster of two CPUs; commands join it through RAY_ADDRESS. Its address."""
+    """Start a Ray cluster of two CPUs and yield its address. Jobs join it through RAY_ADDRESS."""
     context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield context.address_info["address"]
     ray.shutdown()
@@ -64,19 +64,19 @@ def add_node(cluster: Cluster, cpus: int = 1) -> None:
 
 @contextmanager
 def nodes(*cpus: int) -> Iterator[Cluster]:
-    """A cluster of several nodes, all on this machine: real raylets, each with so many CPUs. Commands join the first."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], **_NODE})
+    """Start a cluster of several raylets on this machine, each with this number of CPUs. The first is the head."""
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], **_NODE})
     try:
         for count in cpus[1:]:
-            add_node(made, count)
-        made.wait_for_nodes()
-        yield made
+            add_node(started, count)
+        started.wait_for_nodes()
+        yield started
     finally:
-        made.shutdown()
+        started.shutdown()
 
 
 class Storage:
-    """An S3 that speaks HTTP on this machine, and that can be told to answer 503 for a while."""
+    """An S3 server on this machine that can answer 503 for a while."""
 
     def __init__(self) -> None:
         self._overloaded_until = 0.0
@@ -97,7 +97,7 @@ class Storage:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Storage]:
-    """With the buckets `images`, `runs` and `scores`; the environment names it, so that commands find it."""
+    """An S3 server with the buckets `images`, `runs` and `scores`. Environment variables name it for the jobs."""
     storage = Storage()
     thread = threading.Thread(target=storage.server.serve_forever)
     thread.start()
@@ -116,7 +116,7 @@ def s3() -> Iterator[Storage]:
 
 @pytest.fixture(scope="module")
 def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every n-th row of the bundled sample as one Parquet file; n is the module's EVERY."""
+    """One Parquet file with every n-th row of the bundled sample; n is EVERY in the test module."""
     path = tmp_path_factory.mktemp("data") / "rows.parquet"
     pq.write_table(pq.read_table(SAMPLE)[:: request.module.EVERY], path)
     return path
@@ -124,7 +124,7 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @dataclass
 class Scored:
-    """A scoring run in this process that has ended."""
+    """A finished scoring run in this process."""
 
     line: dict[str, Any]
     said: str
@@ -135,7 +135,8 @@ class Scored:
         return not self.line["rejected_rows"] and not self.line["failed_files"]
 
     def table(self, name: str) -> pa.Table:
-        return pq.ParquetFile(self.output / name).read()  # just this file, without what its folder's name may say
+        # `pq.read_table` would also add columns from the names of the folders.
+        return pq.ParquetFile(self.output / name).read()
 
     def files(self) -> dict[str, dict[str, Any]]:
         return {row["file"]: row for row in self.table("_files.parquet").to_pylist()}
@@ -146,7 +147,7 @@ class Scored:
 
 
 def score_here(model: Path, output: Path, *inputs: Path | str, **settings: Any) -> Scored:
-    """Score on the cluster that this process is connected to; in float32, so that the answers are those of plain PyTorch."""
+    """Score on the cluster that this process is connected to, in float32, which gives the same results as plain PyTorch."""
     stream = io.StringIO()
     settings = {"precision": "fp32"} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **settings)
@@ -156,7 +157,7 @@ def score_here(model: Path, output: Path, *inputs: Path | str, **settings: Any) 
 
 @dataclass
 class Done:
-    """A command that has ended."""
+    """A finished job."""
 
     code: int
     out: str
@@ -165,27 +166,27 @@ class Done:
 
     @property
     def line(self) -> dict[str, Any]:
-        """The JSON object on the last line of standard output."""
+        """The JSON object on the last line of standard output of a job that has succeeded."""
         assert self.code == 0, self.err
         return self.last_line
 
     @property
     def last_line(self) -> dict[str, Any]:
-        """The same whatever the exit code."""
+        """The JSON object on the last line of standard output, for any exit code."""
         value: dict[str, Any] = json.loads(self.out.splitlines()[-1])
         return value
 
 
 class Job:
-    """One of the jobs as a process."""
+    """A job that runs as a process."""
 
     def __init__(
         self, name: str, *args: object, address: str | None = None, cwd: Path | None = None, env: dict[str, str] | None = None
     ) -> None:
         environment = dict(os.environ) | (env or {})
-        environment["RAY_ADDRESS"] = address or "local"  # never a cluster that somebody else runs on this machine
-        self._mark = f"MNISTSUM_TEST={secrets.token_hex(8)}"  # what it starts has it too, whoever its parent is
-        environment |= dict([self._mark.split("=")]) | {"PYTHONFAULTHANDLER": "1"}  # a crash says where
+        environment["RAY_ADDRESS"] = address or "local"  # never another cluster that runs on this machine
+        self._mark = f"MNISTSUM_TEST={secrets.token_hex(8)}"  # inherited by all processes that the job starts
+        environment |= dict([self._mark.split("=")]) | {"PYTHONFAULTHANDLER": "1"}  # a crash prints a traceback
         self._started = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, args)],
@@ -194,12 +195,12 @@ class Job:
             text=True,
             env=environment,
             cwd=cwd or ROOT,
-            start_new_session=True,  # a terminal's Ctrl-C goes to all of its processes, and to none of ours
+            start_new_session=True,  # so that a signal can be sent to all of its processes and to none of the test's
         )
         self._seen: list[str] = []
 
     def wait_for_line(self, beginning: str) -> None:
-        """Read standard error up to a line that begins so."""
+        """Read standard error up to a line that begins with this text."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self._seen.append(line)
@@ -208,7 +209,7 @@ class Job:
         raise AssertionError(f"ended without {beginning!r}:\n" + "".join(self._seen))
 
     def left(self) -> list[str]:
-        """The titles of the living processes that it has started, its own among them."""
+        """Return the titles of the living processes that the job has started, and of its own."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -237,7 +238,7 @@ def run_job(
 
 
 def descendants(root: int) -> dict[int, str]:
-    """The living processes below `root`: their ids and titles."""
+    """Return id and title of each living descendant of the process `root`."""
     parents: dict[int, int] = {}
     titles: dict[int, str] = {}
     for entry in Path("/proc").glob("[0-9]*"):
@@ -258,9 +259,8 @@ def descendants(root: int) -> dict[int, str]:
 
 
 def kill_everything(root: int) -> None:
-    """SIGKILL a process and all below it: the driver, the cluster it started, the workers."""
-    below = descendants(root)
-    for process in (root, *below):
+    """Send SIGKILL to a process and all its descendants: the driver, the cluster that it started, the workers."""
+    for process in (root, *descendants(root)):
         try:
             os.kill(process, signal.SIGKILL)
         except ProcessLookupError:
@@ -268,7 +268,7 @@ def kill_everything(root: int) -> None:
 
 
 def kill_worker(root: int, title: str) -> None:
-    """SIGKILL one process below `root` whose title holds this."""
-    workers = [process for process, its_title in descendants(root).items() if title in its_title]
+    """Send SIGKILL to one descendant of `root` whose title contains this text."""
+    workers = [process for process, process_title in descendants(root).items() if title in process_title]
     assert workers, descendants(root)
     os.kill(workers[0], signal.SIGKILL)

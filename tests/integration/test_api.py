@@ -1,4 +1,4 @@
-"""Training and scoring from Python, in one process and in any order."""
+"""The Python API: train, score and predict in one process, in any order."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 
 from mnistsum_ray import RequestError, ScoreConfig, TrainConfig, fit, load_model, predict, score
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.data.decoding import one_chunk, pixels_view
+from mnistsum_ray.data.pixels import one_chunk, pixels_view
 from mnistsum_ray.export.pairs import export_pairs
 
 ROWS = 300
@@ -23,14 +23,14 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.sweep
-def test_what_is_scored_before_a_training_does_not_disturb_it(cluster: str, model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_scoring_before_training_does_not_change_the_training(cluster: str, model: Path, pairs: Path, tmp_path: Path) -> None:
     def scored(of: str, name: str) -> Path:
         line = score(ScoreConfig(model=of, input=(str(pairs),), output=str(tmp_path / name), precision="fp32"))
         assert (line["scored_rows"], line["rejected_rows"], line["failed_files"]) == (ROWS, 0, 0)
         return Path(line["output"])
 
     scored(str(model), "before")
-    # 4,000 training rows: one block of 3 MB, which scoring would have cut up.
+    # 4,000 training rows are one block of 3 MB; with the block size of scoring they would be several.
     line = fit(TrainConfig(data="sample", epochs=1, storage_path=str(tmp_path / "runs"), name="api"))
     assert line["data"]["train_rows"] == 4000
     output = scored(line["run"], "after")
@@ -44,7 +44,7 @@ def test_what_is_scored_before_a_training_does_not_disturb_it(cluster: str, mode
     np.testing.assert_allclose(table["sum_prob"].to_numpy(), answers.sum_prob, atol=1e-4)
 
 
-def test_a_refusal_is_an_exception_that_says_what_to_do(tmp_path: Path) -> None:
+def test_an_invalid_request_raises_request_error(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="nowhere: there is no such file or folder"):
         fit(TrainConfig(data=str(tmp_path / "nowhere"), storage_path=str(tmp_path)))
     with pytest.raises(RequestError, match="there is no Parquet file"):

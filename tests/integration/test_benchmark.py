@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, in small."""
+"""A short run of the benchmark measures every way."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.integration.conftest import run_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.sweep]
 
-EVERY = 5
+EVERY = 5  # for the fixture `data`: every fifth row of the sample
 
 
 def test_training(data: Path) -> None:
@@ -40,7 +40,7 @@ def test_scoring() -> None:
     assert set(line["ratios"]) == {"ray / memory", "ray / loader", "ray-int8 / memory-int8", "ray-int8 / loader"}
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_an_invalid_flag_is_refused() -> None:
     done = run_job("benchmark", "train", "--epochs", 1)
     assert done.code == 2
     assert "--epochs: must be at least 2" in done.err

@@ -1,4 +1,4 @@
-"""A logical GPU of Ray that PyTorch cannot use, as on every Mac with Apple silicon, or with the CPU build on a GPU box."""
+"""A logical GPU of Ray that PyTorch cannot use, as on a Mac with Apple silicon, or with PyTorch's CPU build on a GPU machine."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +16,12 @@ EVERY = 10
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")]
 
-SAID = f"Ray counts 1 GPU, but PyTorch {torch.__version__} has no CUDA there"
+NO_CUDA = f"Ray counts 1 GPU, but PyTorch {torch.__version__} has no CUDA there"
 
 
 @pytest.fixture(scope="module")
 def counted_gpu() -> Iterator[str]:
-    """The address of a cluster with two CPUs and a GPU that is none."""
+    """Start a cluster with two CPUs and one logical GPU that does not exist, and yield its address."""
     context = ray.init(
         address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="error"
     )
@@ -36,26 +36,26 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_takes_the_cpus_and_says_so(counted_gpu: str, data: Path, tmp_path: Path) -> None:
+def test_training_runs_on_cpus_and_says_so(counted_gpu: str, data: Path, tmp_path: Path) -> None:
     flags = ["--data", data, "--epochs", 1, "--storage-path", tmp_path]
     done = run_job("train", *flags, address=counted_gpu)
     assert done.line["test"]["rows"] == 50
-    assert done.err.count(f"running on CPUs: {SAID}\n") == 1
+    assert done.err.count(f"running on CPUs: {NO_CUDA}\n") == 1
     assert "1 CPU worker" in done.err
-    check_refused(run_job("train", *flags, "--use-gpu", "true", address=counted_gpu), f"--use-gpu true: {SAID}", 15)
+    check_refused(run_job("train", *flags, "--use-gpu", "true", address=counted_gpu), f"--use-gpu true: {NO_CUDA}", 15)
 
 
-def test_scoring_takes_the_cpus_and_says_so(counted_gpu: str, model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_scoring_runs_on_cpus_and_says_so(counted_gpu: str, model: Path, pairs: Path, tmp_path: Path) -> None:
     flags = ["--model", model, "--input", pairs, "--output", tmp_path / "out"]
     refused = run_job("score", *flags, "--use-gpu", "true", address=counted_gpu)
-    check_refused(refused, f"--use-gpu true: {SAID}; install a CUDA build of PyTorch there, or leave --use-gpu out", 15)
+    check_refused(refused, f"--use-gpu true: {NO_CUDA}; install a CUDA build of PyTorch there, or leave --use-gpu out", 15)
     done = run_job("score", *flags, address=counted_gpu)
     assert done.line["scored_rows"] == 100
-    assert done.err.count(f"running on CPUs: {SAID}\n") == 1
+    assert done.err.count(f"running on CPUs: {NO_CUDA}\n") == 1
     assert "2 CPU workers" in done.err
 
 
-def test_nothing_is_asked_where_no_gpu_is_wanted(counted_gpu: str, model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_no_gpu_is_probed_with_use_gpu_false(counted_gpu: str, model: Path, pairs: Path, tmp_path: Path) -> None:
     done = run_job("score", "--model", model, "--input", pairs, "--output", tmp_path, "--use-gpu", "false", address=counted_gpu)
     assert done.line["scored_rows"] == 100
-    assert SAID not in done.err
+    assert NO_CUDA not in done.err

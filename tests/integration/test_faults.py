@@ -1,4 +1,4 @@
-"""What goes wrong around a job: the storage, the disk, the head. Nothing that is committed is lost, and it is said what to do."""
+"""Faults around a job: the storage is overloaded, the disk is full, the head is killed. Committed files are kept."""
 
 import json
 import subprocess
@@ -10,19 +10,19 @@ import pytest
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.storage.location import locate
-from tests.integration.conftest import Job, Storage, nodes, run_job, tell
+from mnistsum_ray.storage.paths import locate
+from tests.integration.conftest import Job, Storage, nodes, report_duration, run_job
 from tests.integration.test_score_kills import wait_for_files
 
 pytestmark = pytest.mark.slow
 
 EVERY = 4
 OVERLOADED_SECONDS = 20
-ROWS = 60_000  # many enough that the job is still at work when it happens, on a fast machine too
+ROWS = 60_000  # enough that the job is still running at the time of the fault, on a fast machine too
 
 
 def pairs(folder: Path | str, rows: int) -> list[object]:
-    """Flags that score so many rows, after these are written."""
+    """Write input files with this many rows; the flags that score them."""
     export_pairs(ExportPairsConfig(data="sample", output=f"{folder}/in", rows=rows, files=4), print)
     return ["--input", f"{folder}/in", "--output", f"{folder}/out", "--max-rows-per-file", 250]
 
@@ -41,7 +41,7 @@ def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path)
     while len(output.files()) <= there:
         assert job.process.poll() is None
         time.sleep(0.1)
-    tell("scoring, a storage that answers 503 for 20 s: the next file, from when it answers,", better)
+    report_duration("scoring, a storage that answers 503 for 20 s: the next file, from when it answers,", better)
     done = job.wait()
     assert s3.refused > refused
     assert done.line["input_rows"] == done.line["scored_rows"] == ROWS
@@ -50,12 +50,12 @@ def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path)
 def test_training_outlasts_a_storage_that_is_overloaded(s3: Storage, data: Path) -> None:
     refused = s3.refused
     job = Job("train", "--data", data, "--name", "mine", "--epochs", 2, "--storage-path", "s3://runs/busy")
-    job.wait_for_line("epoch 1:")  # said just before the checkpoint is written
+    job.wait_for_line("epoch 1:")  # written just before the checkpoint
     s3.overload(OVERLOADED_SECONDS)
     time.sleep(OVERLOADED_SECONDS)
     better = time.monotonic()
     job.wait_for_line("epoch 2:")
-    tell("training, a storage that answers 503 for 20 s: the next epoch done, from when it answers,", better)
+    report_duration("training, a storage that answers 503 for 20 s: the next epoch done, from when it answers,", better)
     done = job.wait()
     assert s3.refused > refused
     history = locate("s3://runs/busy/mine/history.jsonl", "--storage-path").read_bytes().splitlines()
@@ -87,7 +87,7 @@ def test_keys_in_a_uri_are_written_down_nowhere(s3: Storage, data: Path, model: 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 2 MiB, where this user may mount one."""
+    """A file system of 2 MiB. Skips the test where this user may not mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
@@ -132,7 +132,7 @@ def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path) -> None
 def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")  # Ray's own 60 would only take longer
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")  # Ray's default of 60 s would only make the test longer
     flags = ["--model", model, *pairs(tmp_path, ROWS)]
     with nodes(1, 1) as cluster:
         job = Job("score", *flags, address=cluster.address)
@@ -141,10 +141,10 @@ def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(
         killed = time.monotonic()
         done = job.wait()
         assert done.code == 1, done.err
-        tell("scoring, the head killed: the job ended, saying so,", killed)
+        report_duration("scoring, the head killed: the job ended, saying so,", killed)
     job, started = Job("score", *flags), time.monotonic()
     wait_for_files(tmp_path / "out", len(list((tmp_path / "out").glob("part-*.parquet"))) + 1)
-    tell("scoring, the head killed: the next file, from the same command,", started)
+    report_duration("scoring, the head killed: the next file, from the same command,", started)
     again = job.wait()
     assert again.line["scored_rows"] == ROWS
     assert again.line["resumed_rows"] > 0

@@ -12,7 +12,7 @@ import pytest
 
 from mnistsum_ray.model.serialization import MODEL_FILES
 from mnistsum_ray.training.state import STATE_CARD, STATE_FILE
-from tests.integration.conftest import Done, Job, kill_everything, kill_worker, run_job, tell
+from tests.integration.conftest import Done, Job, kill_everything, kill_worker, report_duration, run_job
 from tests.integration.test_refusals import check_refused
 
 EVERY = 4
@@ -41,7 +41,7 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, data: Path, undisturbed
     kill_worker(job.process.pid, "RayTrainWorker")
     killed = time.monotonic()
     job.wait_for_line("going on after epoch")
-    tell("training, a worker killed: went on", killed)
+    report_duration("training, a worker killed: went on", killed)
     job.wait_for_line("fine-tuning the sum head")
     kill_worker(job.process.pid, "RayTrainWorker")
     done = job.wait()
@@ -59,7 +59,7 @@ def test_everything_killed_and_resumed_changes_nothing(
     job.wait()
     job, again = Job("train", "--storage-path", tmp_path, "--name", "all", "--resume"), time.monotonic()
     job.wait_for_line("going on after epoch")
-    tell("training, everything killed: went on, from the same command with --resume,", again)
+    report_duration("training, everything killed: went on, from the same command with --resume,", again)
     done = job.wait()
     assert left(done) == undisturbed
     assert "going on after epoch" in done.err
@@ -85,7 +85,7 @@ def test_a_run_is_not_resumed_while_it_goes_on_but_when_a_signal_has_stopped_it(
     job.check_nothing_left()
     assert (done.code, done.out) == (128 + number, "")
     command = f"python jobs/train.py --storage-path {tmp_path} --name mine --resume"
-    said = f"stopped by {number.name}; what is saved stays, and this goes on: {command}"
+    said = f"stopped by {number.name}; checkpoints are kept, and this command resumes: {command}"
     assert done.err.splitlines()[-1] == said
     assert "Traceback" not in done.err
     assert json.loads((tmp_path / "mine" / "manifest.json").read_text())["status"] == "stopped"

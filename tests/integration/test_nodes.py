@@ -1,4 +1,4 @@
-"""Several nodes, of which one is lost or taken away: the job goes on, and the result is that of a run left alone."""
+"""A node is lost, drained or added during a job: the job continues, with the result of an undisturbed run."""
 
 import json
 import os
@@ -15,33 +15,33 @@ from ray.cluster_utils import Cluster
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import Done, Job, add_node, kill_everything, nodes, run_job, tell
+from tests.integration.conftest import Done, Job, add_node, kill_everything, nodes, report_duration, run_job
 from tests.integration.test_score_kills import content, wait_for_files
 
 pytestmark = pytest.mark.slow
 
 RAY = Path(sys.executable).with_name("ray")
 
-# An epoch of some 20 s, so that a node can go in the middle of one; in small batches and float32, so that it is not much less
-# on newer processors.
+# An epoch of about 20 s, so that a node can be removed in the middle of it. Small batches and float32 keep it from being much
+# shorter on newer processors.
 EVERY, TRAIN_ROWS, BATCH = 1, 4_000, 16
 TRAINING = ["--batch-size", BATCH, "--precision", "fp32", "--name", "mine"]
 TWO = [*TRAINING, "--epochs", 2, "--num-workers", 2]
 
 
-# The model and every epoch's loss, and the test figures.
-Left = tuple[tuple[bytes, list[float]], dict[str, Any]]
+# Weights and training losses from `weights`, and the test metrics.
+RunResult = tuple[tuple[bytes, list[float]], dict[str, Any]]
 
 
 def weights(storage: Path) -> tuple[bytes, list[float]]:
-    """The model's, and, since it may be of an epoch before what happened, the loss of every epoch."""
+    """Return the model file and the training loss of each epoch: the model may be of an epoch before the disturbance."""
     history = (storage / "mine" / "history.jsonl").read_text().splitlines()
     return (storage / "mine" / "model" / "model.safetensors").read_bytes(), [json.loads(line)["train_loss"] for line in history]
 
 
 @pytest.fixture(scope="module")
-def left_alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Left:
-    """The weights and the test figures of a run on two nodes that nothing happens to."""
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """The result of an undisturbed run on two nodes."""
     storage = tmp_path_factory.mktemp("alone")
     with nodes(0, 1, 1) as cluster:
         done = run_job("train", "--data", data, "--storage-path", storage, *TWO, address=cluster.address)
@@ -49,12 +49,12 @@ def left_alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Left:
     return weights(storage), done.line["test"]
 
 
-def check_done(done: Done, storage: Path, left_alone: Left) -> None:
-    assert done.line["test"] == left_alone[1], done.err
-    assert weights(storage) == left_alone[0]
+def check_done(done: Done, storage: Path, undisturbed: RunResult) -> None:
+    assert done.line["test"] == undisturbed[1], done.err
+    assert weights(storage) == undisturbed[0]
 
 
-def test_a_lost_node_costs_the_epoch_it_falls_in(data: Path, tmp_path: Path, left_alone: Left) -> None:
+def test_a_lost_node_costs_at_most_its_epoch(data: Path, tmp_path: Path, undisturbed: RunResult) -> None:
     with nodes(0, 1, 1) as cluster:
         job = Job("train", "--data", data, "--storage-path", tmp_path, *TWO, address=cluster.address)
         job.wait_for_line("epoch 1:")
@@ -63,19 +63,19 @@ def test_a_lost_node_costs_the_epoch_it_falls_in(data: Path, tmp_path: Path, lef
         lost = time.monotonic()
         add_node(cluster)
         job.wait_for_line("going on after epoch")
-        tell("training, one of two nodes lost and another come: went on", lost)
+        report_duration("training, one of two nodes lost and another come: went on", lost)
         done = job.wait()
     assert "going on after epoch 1, on 2 workers" in done.err
-    check_done(done, tmp_path, left_alone)
+    check_done(done, tmp_path, undisturbed)
 
 
 def last_node(cluster: Cluster) -> Any:
-    """A node that is not the head, which the driver has joined."""
+    """A node that is not the head; the driver has joined the head."""
     return cluster.list_all_nodes()[-1]
 
 
 @pytest.mark.sweep
-def test_a_drained_node_costs_seconds_and_not_the_epoch(data: Path, tmp_path: Path, left_alone: Left) -> None:
+def test_a_drained_node_costs_seconds_and_not_the_epoch(data: Path, tmp_path: Path, undisturbed: RunResult) -> None:
     notice = 8
     with nodes(0, 1, 1) as cluster:
         job = Job("train", "--data", data, "--storage-path", tmp_path, *TWO, address=cluster.address)
@@ -90,9 +90,9 @@ def test_a_drained_node_costs_seconds_and_not_the_epoch(data: Path, tmp_path: Pa
         time.sleep(max(0, taken_at - time.monotonic()))
         cluster.remove_node(node, allow_graceful=False)
         job.wait_for_line("going on after epoch")
-        tell("training, a drained node taken and another come: went on", taken_at)
+        report_duration("training, a drained node taken and another come: went on", taken_at)
         done = job.wait()
-    check_done(done, tmp_path, left_alone)
+    check_done(done, tmp_path, undisturbed)
     before, after = done.err.split("going on after epoch ", maxsplit=1)
     resumed = re.match(r"(\d+)(?:, step (\d+) of the next)?, on 2 workers", after)
     saved = re.search(r"saving after step (\d+) of epoch (\d+)", before)
@@ -105,7 +105,7 @@ def test_a_drained_node_costs_seconds_and_not_the_epoch(data: Path, tmp_path: Pa
 
 
 @pytest.mark.sweep
-def test_an_elastic_run_begins_with_few_and_grows(data: Path, tmp_path: Path) -> None:
+def test_an_elastic_run_starts_with_one_worker_and_grows(data: Path, tmp_path: Path) -> None:
     flags = ["--data", data, "--storage-path", tmp_path, *TRAINING, "--num-workers", "1,2", "--epochs", 4]
     with nodes(0, 1) as cluster:
         job = Job("train", *flags, address=cluster.address)
@@ -126,7 +126,7 @@ def test_a_local_folder_that_a_node_does_not_see_is_refused(data: Path, model: P
         alone = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c"]
         may = subprocess.run([*alone, f"mount -t tmpfs tmpfs {here}"], capture_output=True, text=True)
         if may.returncode:
-            pytest.skip(f"needs the right to a file system that only one process sees: {may.stderr}")
+            pytest.skip(f"needs permission to mount a file system for one process only: {may.stderr}")
         node = subprocess.Popen([*alone, start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             while sum(one["Alive"] for one in cluster.global_state.node_table()) < 2:
@@ -145,13 +145,13 @@ def test_a_local_folder_that_a_node_does_not_see_is_refused(data: Path, model: P
                 assert done.code == 2, done.err
                 assert f"error: {flag}" in done.err
                 assert said in done.err
-            assert [path.name for path in here.iterdir()] == ["in"], "nothing of the question is left behind"
+            assert [path.name for path in here.iterdir()] == ["in"], "the marker files are deleted"
         finally:
             kill_everything(node.pid)
             node.wait(timeout=30)
 
 
-def test_scoring_goes_on_with_the_nodes_that_are_left(model: Path, tmp_path: Path) -> None:
+def test_scoring_continues_on_the_remaining_nodes(model: Path, tmp_path: Path) -> None:
     rows = 40_000
     export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "in"), rows=rows, files=8), print)
     flags = ["--model", model, "--input", tmp_path / "in", "--max-rows-per-file", 500]
@@ -165,7 +165,7 @@ def test_scoring_goes_on_with_the_nodes_that_are_left(model: Path, tmp_path: Pat
         there = len(list((tmp_path / "out").glob("part-*.parquet")))
         assert there < rows / 500
         wait_for_files(tmp_path / "out", there + 1)
-        tell("scoring, one of three nodes lost: the next file", lost)
+        report_duration("scoring, one of three nodes lost: the next file", lost)
         done = job.wait()
     assert alone.line["scored_rows"] == done.line["scored_rows"] == rows
     assert "3 CPU workers" in done.err

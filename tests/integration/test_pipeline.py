@@ -11,7 +11,7 @@ import pytest
 import torch
 from ray.data.dataset import MaterializedDataset
 
-from mnistsum_ray.data.decoding import pixels_view
+from mnistsum_ray.data.pixels import pixels_view
 from mnistsum_ray.data.sampling import distortions, random_numbers, steps_per_epoch
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError
@@ -25,13 +25,8 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    pipeline.configure_ray_data()
-
-
 def feed(images: MaterializedDataset, ids: np.ndarray, rank: int, world_size: int, **changed: Any) -> list[Batch]:
-    values = {"batch_size": 48, "seed": 3, "max_shift": 0, "distortion": 0.0, "first_epoch": 0, "first_step": 0, "epochs": 2}
+    values = {"batch_size": 48, "seed": 3, "distortion": 0.0, "first_epoch": 0, "first_step": 0, "epochs": 2}
     schedule = Schedule(row_ids=ids, rank=rank, world_size=world_size, **values | changed)
     return list(pipeline.training_batches(images, schedule, CPU))
 
@@ -92,7 +87,7 @@ def test_the_block_layout_changes_nothing(tmp_path: Path, sample: pa.Table) -> N
         pq.write_table(sample[::5], path, row_group_size=size)
         source = open_source(str(path))
         images = pipeline.materialize_source(source).images
-        fed.append(feed(images.repartition(1000 // size).materialize(), source.train, 0, 1, max_shift=2))
+        fed.append(feed(images.repartition(1000 // size).materialize(), source.train, 0, 1, distortion=1.0))
     for one, other in zip(*fed, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -113,8 +108,8 @@ def test_an_empty_share_is_an_empty_batch(write_rows: Rows, world_size: int, bat
 def test_going_on_after_an_epoch_feeds_what_the_whole_run_would(write_rows: Rows) -> None:
     source = open_source(str(write_rows(500)))
     images = pipeline.materialize_source(source).images
-    whole = feed(images, source.train, 0, 1, max_shift=1)
-    rest = feed(images, source.train, 0, 1, max_shift=1, first_epoch=1)
+    whole = feed(images, source.train, 0, 1, distortion=1.0)
+    rest = feed(images, source.train, 0, 1, distortion=1.0, first_epoch=1)
     for one, other in zip(whole[len(whole) // 2 :], rest, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -122,23 +117,10 @@ def test_going_on_after_an_epoch_feeds_what_the_whole_run_would(write_rows: Rows
 def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(write_rows: Rows) -> None:
     source = open_source(str(write_rows(500)))
     images = pipeline.materialize_source(source).images
-    whole = feed(images, source.train, 1, 2, max_shift=1)
-    rest = feed(images, source.train, 1, 2, max_shift=1, first_epoch=1, first_step=3)
+    whole = feed(images, source.train, 1, 2, distortion=1.0)
+    rest = feed(images, source.train, 1, 2, distortion=1.0, first_epoch=1, first_step=3)
     for one, other in zip(whole[len(whole) // 2 + 3 :], rest, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_shifted_images_are_the_images_moved(write_rows: Rows) -> None:
-    source = open_source(str(write_rows(500)))
-    images = pipeline.materialize_source(source).images
-    plain = feed(images, source.train, 0, 1)
-    moved = feed(images, source.train, 0, 1, max_shift=2)
-    for still, shifted in zip(plain, moved, strict=True):
-        assert torch.equal(still["row_id"], shifted["row_id"])
-        for before, after in zip(still["image"], shifted["image"], strict=True):
-            padded = torch.nn.functional.pad(before, (2, 2, 2, 2))
-            windows = [padded[y : y + 28, x : x + 28] for y in range(5) for x in range(5)]
-            assert any(torch.equal(after, window) for window in windows)
 
 
 def test_draws_for_distortions_come_with_their_rows(write_rows: Rows) -> None:

@@ -1,4 +1,4 @@
-"""What cannot be done is said in one line, with exit code 2, within ten seconds of the command."""
+"""An invalid request ends with one line and exit code 2, within ten seconds of the command."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +13,16 @@ from tests.integration.conftest import Done, run_job
 Rows = Callable[[int], Path]
 
 
-def check_refused(done: Done, said: str, seconds: float = 10) -> None:
+def check_refused(done: Done, message: str, seconds: float = 10) -> None:
     assert done.code == 2, done.err
     assert done.out == ""
     assert len(done.err.strip().splitlines()) == 1, done.err
-    assert said in done.err
+    assert message in done.err
     assert done.seconds < seconds
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--epohs", "3"], "--epohs"),
         (["--epochs", "0"], "--epochs: input should be greater than or equal to 1"),
@@ -31,8 +31,8 @@ def check_refused(done: Done, said: str, seconds: float = 10) -> None:
         (["--name", "unknown", "--resume"], "there is no run in"),
     ],
 )
-def test_without_a_cluster(tmp_path: Path, args: list[str], said: str) -> None:
-    check_refused(run_job("train", *args, "--storage-path", tmp_path), said)
+def test_training_requests_that_need_no_cluster(tmp_path: Path, args: list[str], message: str) -> None:
+    check_refused(run_job("train", *args, "--storage-path", tmp_path), message)
 
 
 def test_an_unknown_key(tmp_path: Path) -> None:
@@ -40,19 +40,19 @@ def test_an_unknown_key(tmp_path: Path) -> None:
     check_refused(run_job("train", "--config", tmp_path / "run.yaml"), "'epohs' of the config file: there is no such setting")
 
 
-def test_a_name_that_is_taken(tmp_path: Path) -> None:
+def test_a_name_in_use(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("somebody's")
     check_refused(run_job("train", "--data", "sample", "--storage-path", tmp_path, "--name", "mine"), "--name mine:")
 
 
-def test_wrong_data(tmp_path: Path, write_rows: Rows) -> None:
+def test_a_truncated_file(tmp_path: Path, write_rows: Rows) -> None:
     path = write_rows(100)
     path.write_bytes(path.read_bytes()[:1000])
     check_refused(run_job("train", "--data", path.parent, "--storage-path", tmp_path / "runs"), "is not a whole Parquet file")
 
 
-def test_a_wrong_row(tmp_path: Path, sample: pa.Table, cluster: str) -> None:
+def test_an_invalid_row(tmp_path: Path, sample: pa.Table, cluster: str) -> None:
     rows = sample[::50].to_pylist()
     rows[42]["digit"] = 11
     pq.write_table(pa.Table.from_pylist(rows, sample.schema), tmp_path / "a.parquet")
@@ -71,7 +71,7 @@ def test_gpus_where_there_are_none(tmp_path: Path, cluster: str) -> None:
     check_refused(done, "--use-gpu true: the cluster has no GPU")
 
 
-def test_cpus_that_are_taken_are_waited_for_and_then_given_up(tmp_path: Path, cluster: str) -> None:
+def test_busy_cpus_are_waited_for_until_the_time_limit(tmp_path: Path, cluster: str) -> None:
     class Holder:
         def ready(self) -> bool:
             return True
@@ -88,7 +88,7 @@ def test_cpus_that_are_taken_are_waited_for_and_then_given_up(tmp_path: Path, cl
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"--input": "nowhere"}, "--input nowhere: there is no "),
         ({"--input": "empty"}, "there is no Parquet file"),
@@ -104,14 +104,12 @@ def test_cpus_that_are_taken_are_waited_for_and_then_given_up(tmp_path: Path, cl
     ],
     ids=str,
 )
-def test_scoring_requests_that_make_no_sense(
-    tmp_path: Path, sample: pa.Table, model: Path, changed: dict[str, str], said: str
-) -> None:
+def test_invalid_scoring_requests(tmp_path: Path, sample: pa.Table, model: Path, changed: dict[str, str], message: str) -> None:
     (tmp_path / "pairs").mkdir()
     (tmp_path / "empty").mkdir()
     pq.write_table(sample[::500].append_column("number", pa.array([1] * 10)), tmp_path / "pairs" / "a.parquet")
     flags = {"--model": str(model), "--input": "pairs", "--output": "out"} | changed
-    check_refused(run_job("score", *(word for flag in flags.items() for word in flag), cwd=tmp_path), said)
+    check_refused(run_job("score", *(word for flag in flags.items() for word in flag), cwd=tmp_path), message)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Data, runs and predictions on an S3 that speaks HTTP, with the same command and the same result as on a disk."""
+"""Data, runs and predictions on S3 (moto's server), with the same commands and the same results as on a disk; leases."""
 
 import os
 import signal
@@ -16,8 +16,9 @@ from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.scoring.writer import to_parquet
 from mnistsum_ray.storage import conditional
 from mnistsum_ray.storage.lease import HEARTBEAT_SECONDS, LEASE_TTL_SECONDS
-from mnistsum_ray.storage.location import Location, locate
+from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import output_lock
+from mnistsum_ray.storage.paths import locate
 from tests.conftest import write_model
 from tests.integration.conftest import Done, Job, descendants, run_job
 
@@ -84,7 +85,7 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
                 one, other = (side.drop_columns(["source_file"]) for side in (one, other))
             assert one.equals(other), name
 
-    # Again, all of it anew, in a staging folder first.
+    # Scored again, into a staging folder first.
     text = roots["there"].display
     again = run_job("score", "--model", f"{text}/model", "--input", f"{text}/pairs", "--output", f"{text}/out", "--overwrite")
     assert again.code == 3, again.err
@@ -101,7 +102,7 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
 
 
 def ids_of(folder: Location) -> list[int]:
-    """The row ids in all Parquet files of a folder but the run's own."""
+    """The row ids in all Parquet files of a folder, without the summaries, whose names begin with _."""
     paths = [info.path for info in folder.files() if info.path.endswith(".parquet") and not info.base_name.startswith("_")]
     return [row for path in paths for row in table(folder.at(path))["row_id"].to_pylist()]
 
@@ -109,7 +110,7 @@ def ids_of(folder: Location) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize(
-    ("all_of_it", "overwrite"),
+    ("all_processes", "overwrite"),
     [
         pytest.param(True, False, id="all processes, same model", marks=pytest.mark.sweep),
         pytest.param(False, True, id="the driver alone, other model"),
@@ -118,27 +119,27 @@ def ids_of(folder: Location) -> list[int]:
     ],
 )
 def test_a_run_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(
-    model: Path, tmp_path: Path, *, all_of_it: bool, overwrite: bool
+    model: Path, tmp_path: Path, *, all_processes: bool, overwrite: bool
 ) -> None:
-    """Two runs on one output, the first stopped for three times its lease; the second takes over, also with another model."""
-    root = locate(f"s3://scores/fence-{all_of_it}-{overwrite}", "--output")
+    """The first of two runs on one output is suspended for three times its lease, and the second takes over."""
+    root = locate(f"s3://scores/fence-{all_processes}-{overwrite}", "--output")
     rows = 12_000
     export_pairs(ExportPairsConfig(data="sample", output=(root / "pairs").display, rows=rows, files=6), print)
-    mine = [model, write_model(tmp_path / "other", 1)] if overwrite else [model, model]
+    models = [model, write_model(tmp_path / "other", 1)] if overwrite else [model, model]
     flags = ["--input", (root / "pairs").display, "--max-rows-per-file", 500]
-    first = Job("score", *flags, "--model", mine[0], "--output", (root / "out").display)
+    first = Job("score", *flags, "--model", models[0], "--output", (root / "out").display)
     deadline = time.monotonic() + 120
     while len((root / "out").files()) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    processes = [first.process.pid, *(descendants(first.process.pid) if all_of_it else ())]
+    processes = [first.process.pid, *(descendants(first.process.pid) if all_processes else ())]
     for process in processes:
         os.kill(process, signal.SIGSTOP)
     stopped = time.monotonic()
-    second = Job("score", *flags, "--model", mine[1], "--output", (root / "out").display, *["--overwrite"] * overwrite)
+    second = Job("score", *flags, "--model", models[1], "--output", (root / "out").display, *["--overwrite"] * overwrite)
     done = second.wait()
     assert done.line["scored_rows"] == rows
-    assert "was left by a run that does not go on" in done.err
+    assert "was left by a run that no longer renews it" in done.err
     time.sleep(max(0.0, stopped + 3 * LEASE_TTL_SECONDS - time.monotonic()))
     before = {info.path: (root / "out").at(info.path).read_bytes() for info in (root / "out").files()}
     for process in reversed(processes):
@@ -148,7 +149,7 @@ def test_a_run_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(
     assert "another run has taken the output" in ended.err.splitlines()[-1]
     first.check_nothing_left()
     after = {info.path: (root / "out").at(info.path).read_bytes() for info in (root / "out").files()}
-    assert after == before, "nothing is written, nothing deleted"
+    assert after == before, "the first run wrote and deleted nothing"
     scored, whole = ids_of(root / "out"), ids_of(root / "pairs")
     assert len(scored) == rows
     assert sorted(scored) == sorted(whole)
@@ -163,11 +164,11 @@ def test_a_lease_is_renewed_and_taken_by_conditional_writes() -> None:
     with pytest.raises(conditional.ConflictError):
         conditional.put_if_absent(place, b"2")
     with pytest.raises(conditional.ConflictError):
-        conditional.put_if_same(place, b"2", "other")
+        conditional.put_if_match(place, b"2", "other")
     assert conditional.get(place) == (b"1", etag)
-    conditional.put_if_same(place, b"3", etag)
+    conditional.put_if_match(place, b"3", etag)
     with pytest.raises(conditional.ConflictError):
-        conditional.put_if_same(place, b"4", etag)
+        conditional.put_if_match(place, b"4", etag)
     assert conditional.get(folder / "nothing") is None
     with output_lock(folder, "--output", print) as held:
         assert held.conditional
@@ -206,7 +207,7 @@ def test_a_lock_in_an_object_store_is_held_by_one_and_ends_with_its_run() -> Non
     assert not (output / "_lock").exists()
     (output / "_lock").write_json({"id": "a run that was killed", "beat": 7})
     with output_lock(output, "--output", said.append) as held:
-        assert "was left by a run that does not go on" in said[-1]
+        assert "was left by a run that no longer renews it" in said[-1]
         held.check()
         (output / "_lock").write_json({"id": "a run that took it", "beat": 1})
         time.sleep(2 * HEARTBEAT_SECONDS)

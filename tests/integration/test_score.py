@@ -1,4 +1,4 @@
-"""Scoring whole folders: the same answer everywhere, exactly once, and never put together what does not belong together."""
+"""Scoring folders: every row is predicted as by plain PyTorch, exactly once, and incompatible outputs are never mixed."""
 
 import json
 import os
@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.data.decoding import one_chunk, pixels_view
+from mnistsum_ray.data.pixels import one_chunk, pixels_view
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import quantization
+from mnistsum_ray.model.inference import make_forward
 from mnistsum_ray.model.serialization import load_model
-from mnistsum_ray.storage.location import locate
-from tests.conftest import TEMPERATURES, answers, check_answers, with_footer, write_model
+from mnistsum_ray.storage.paths import locate
+from tests.conftest import TEMPERATURES, check_predictions, plain_predictions, with_footer, write_model
 from tests.integration.conftest import Scored, score_here
 
 ROWS, FILES = 1500, 5
@@ -43,18 +44,18 @@ def finished(model: Path, exported: Path) -> Scored:
 
 @pytest.fixture
 def pairs(tmp_path: Path, exported: Path) -> Path:
-    """Input of its own for a test."""
+    """A copy of the input that the test may change."""
     return Path(shutil.copytree(exported, tmp_path / "in"))
 
 
 @pytest.fixture
 def output(tmp_path: Path, finished: Scored) -> Path:
-    """The output of a finished run over `pairs`, which have moved since."""
+    """The output of a finished run over `exported`. To a run over `pairs` the input has moved since."""
     return Path(shutil.copytree(finished.output, tmp_path / "out"))
 
 
 def table_of(scored: Scored) -> pa.Table:
-    """All predictions, in the order of the files' names and rows."""
+    """All predictions, in the order of the file names and rows."""
     paths = sorted(
         path for path in scored.output.rglob("*.parquet") if not path.relative_to(scored.output).parts[0].startswith("_")
     )
@@ -75,19 +76,19 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
         {"label_column": "digit"},
         {"num_workers": 1, "max_rows_per_file": 77, "batch_size": 1000},
         {"max_rows_per_file": 100, "batch_size": 3},
-        {"num_readers": 1, "max_rows_per_file": 250},  # as beside a GPU: tasks read and write for the actors
+        {"num_readers": 1, "max_rows_per_file": 250},  # as with GPUs: tasks read and write for the workers
     ],
     ids=str,
 )
-def test_the_same_answer_whatever_the_workers_units_and_batches(
+def test_predictions_do_not_depend_on_workers_parts_and_batches(
     model: Path, pairs: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     scored = score_here(model, tmp_path / "out", pairs, **settings)
     source = pa.concat_tables([pq.read_table(path) for path in sorted(pairs.iterdir())])
     table = table_of(scored)
-    expected = answers(model, pixels_view(one_chunk(source["image"])), source["number"].to_numpy().astype(np.int64))
+    expected = plain_predictions(model, pixels_view(one_chunk(source["image"])), source["number"].to_numpy().astype(np.int64))
     assert table["row_id"].to_pylist() == source["row_id"].to_pylist()
-    check_answers(table, expected)
+    check_predictions(table, expected)
     assert scored.line["scored_rows"] == scored.line["input_rows"] == ROWS
     assert scored.complete
     largest = settings.get("max_rows_per_file", 8192)
@@ -103,21 +104,21 @@ def test_the_same_answer_whatever_the_workers_units_and_batches(
 
 
 def check_probabilities(scored: Scored, table: pa.Table, digits: np.ndarray, sums: np.ndarray) -> None:
-    """What the manifest says of the probabilities follows from the columns of the output."""
-    told = scored.manifest()["probabilities"]
+    """The probability metrics of the manifest follow from the columns of the output."""
+    metrics = scored.manifest()["probabilities"]
     for head, truth in (("digit", digits), ("sum", sums)):
         probability, right = table[f"{head}_prob"].to_numpy(), table[f"pred_{head}"].to_numpy() == truth
         bins = np.minimum((probability * 15).astype(int), 14)
-        gaps = [abs(probability[bins == one].sum() - right[bins == one].sum()) for one in range(15)]
-        assert told[head]["ece"] == pytest.approx(sum(gaps) / ROWS, abs=1e-5)
-        assert told[head]["nll"] > -np.log(probability[right]).sum() / ROWS, "and what the wrong ones add"
-        assert 0 < told[head]["brier"] < 2
-        assert f"  {head} probabilities: negative log-likelihood {told[head]['nll']:.4f} nats" in scored.said
+        gaps = [abs(probability[bins == index].sum() - right[bins == index].sum()) for index in range(15)]
+        assert metrics[head]["ece"] == pytest.approx(sum(gaps) / ROWS, abs=1e-5)
+        assert metrics[head]["nll"] > -np.log(probability[right]).sum() / ROWS, "the wrong predictions add to it"
+        assert 0 < metrics[head]["brier"] < 2
+        assert f"  {head} probabilities: negative log-likelihood {metrics[head]['nll']:.4f} nats" in scored.said
     assert (scored.output / "_reliability.png").exists()
 
 
 @pytest.mark.skipif(not quantization.is_available(), reason="this PyTorch has no integer convolutions on this CPU")
-def test_integers_score_as_calibrated(model: Path, exported: Path, tmp_path: Path) -> None:
+def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="--precision int8: the model holds no calibration for it"):
         score_here(model, tmp_path / "out", exported, precision="int8")
 
@@ -126,29 +127,32 @@ def test_integers_score_as_calibrated(model: Path, exported: Path, tmp_path: Pat
     numbers = torch.tensor(source["number"].to_numpy().astype(np.int64))
     network, card = load_model(locate(str(model), "--model"))
     calibrated = quantization.quantize(network, images, images[:100], torch.tensor(source["digit"].to_pylist()[:100])).as_json()
-    mine = Path(shutil.copytree(model, tmp_path / "model"))
-    (mine / "model.json").write_text(json.dumps(card | {"int8": calibrated}))
-    scored = score_here(mine, tmp_path / "out", exported, precision="int8")
-    digit_scores, sum_scores = quantization.int8_forward(network, tuple(calibrated["maxima"]))(images, numbers)
+    calibrated_model = Path(shutil.copytree(model, tmp_path / "model"))
+    (calibrated_model / "model.json").write_text(json.dumps(card | {"int8": calibrated}))
+    scored = score_here(calibrated_model, tmp_path / "out", exported, precision="int8")
+    with torch.inference_mode():
+        digit_scores, sum_scores = make_forward(network, torch.device("cpu"), "int8", tuple(calibrated["maxima"]))(
+            images, numbers
+        )
     table = table_of(scored)
     assert table["pred_digit"].to_pylist() == digit_scores.argmax(1).tolist()
     assert table["pred_sum"].to_pylist() == sum_scores.argmax(1).tolist()
     digit_prob = (digit_scores / TEMPERATURES.digit).softmax(1).max(1).values
     assert np.allclose(table["digit_prob"].to_numpy(), digit_prob, atol=1e-5)
     assert (scored.manifest()["precision"], scored.manifest()["int8"]) == ("int8", calibrated)
-    assert score_here(mine, tmp_path / "out", exported, precision="int8").line["resumed_rows"] == ROWS
+    assert score_here(calibrated_model, tmp_path / "out", exported, precision="int8").line["resumed_rows"] == ROWS
 
-    score_here(mine, tmp_path / "fp32", exported)
+    score_here(calibrated_model, tmp_path / "fp32", exported)
     with pytest.raises(RequestError, match="was begun with --precision fp32, which is now int8"):
-        score_here(mine, tmp_path / "fp32", exported, precision="int8")
+        score_here(calibrated_model, tmp_path / "fp32", exported, precision="int8")
 
     calibrated["maxima"][2] *= 2
-    (mine / "model.json").write_text(json.dumps(card | {"int8": calibrated}))
+    (calibrated_model / "model.json").write_text(json.dumps(card | {"int8": calibrated}))
     with pytest.raises(RequestError, match="holds predictions of the same model quantized otherwise"):
-        score_here(mine, tmp_path / "out", exported, precision="int8")
+        score_here(calibrated_model, tmp_path / "out", exported, precision="int8")
 
 
-def test_a_row_without_a_label_is_scored_and_not_counted(model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_row_without_a_label_is_scored_but_not_counted_in_the_accuracy(model: Path, pairs: Path, tmp_path: Path) -> None:
     path = pairs / "part-00000.parquet"
     table = pq.read_table(path)
     half = pa.array([None if row % 2 else 3 for row in range(table.num_rows)], pa.int32())
@@ -158,7 +162,7 @@ def test_a_row_without_a_label_is_scored_and_not_counted(model: Path, pairs: Pat
     assert scored.line["scored_rows"] == table.num_rows
 
 
-def test_new_files_are_picked_up_and_finished_ones_left_alone(model: Path, pairs: Path, output: Path, tmp_path: Path) -> None:
+def test_a_second_run_scores_new_files_only(model: Path, pairs: Path, output: Path, tmp_path: Path) -> None:
     before = snapshot(output)
     shutil.copy(pairs / "part-00003.parquet", pairs / "late.parquet")
     second = score_here(model, output, pairs)
@@ -167,7 +171,7 @@ def test_new_files_are_picked_up_and_finished_ones_left_alone(model: Path, pairs
     after = snapshot(output)
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {"late.parquet"}
-    (pairs / "late.parquet").unlink()  # its predictions stay, and are said to
+    (pairs / "late.parquet").unlink()  # its predictions stay, and a line says so
     third = score_here(model, output, pairs)
     assert third.line["resumed_rows"] == third.line["input_rows"] == ROWS
     assert "left as they are: 1 output files of input that is not there now" in third.said
@@ -180,7 +184,7 @@ def change_a_file(pairs: Path) -> dict[str, Any]:
     return {}
 
 
-def touch_a_file(pairs: Path) -> dict[str, Any]:
+def change_numbers_in_a_file(pairs: Path) -> dict[str, Any]:
     path = pairs / "part-00001.parquet"
     table = pq.read_table(path)
     shuffled = table.set_column(2, "number", pa.array((table["number"].to_numpy() + 1) % 10, pa.int8()))
@@ -194,7 +198,7 @@ def damage_a_file(pairs: Path) -> dict[str, Any]:
     return {}
 
 
-def cut_otherwise(pairs: Path) -> dict[str, Any]:
+def other_part_size(pairs: Path) -> dict[str, Any]:
     return {"max_rows_per_file": 200}
 
 
@@ -207,29 +211,31 @@ def other_precision(pairs: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (change_a_file, "part-00001.parquet has changed since it was scored; --overwrite starts afresh"),
-        (touch_a_file, "part-00001.parquet has changed since it was scored; --overwrite starts afresh"),
+        (change_a_file, "part-00001.parquet has changed since it was scored; --overwrite scores everything again"),
+        (change_numbers_in_a_file, "part-00001.parquet has changed since it was scored; --overwrite scores everything again"),
         (damage_a_file, "holds predictions of part-00001.parquet, which now cannot be used (is not Parquet, or was cut off"),
-        (cut_otherwise, "another --max-rows-per-file"),
+        (other_part_size, "another --max-rows-per-file"),
         (other_columns, "was begun with --number-column number, which is now digit"),
         (other_precision, "was begun with --precision fp32, which is now bf16"),
     ],
 )
-def test_what_does_not_belong_together_is_not_put_together(
-    model: Path, pairs: Path, output: Path, change: Callable[[Path], dict[str, Any]], said: str
+def test_incompatible_outputs_are_refused(
+    model: Path, pairs: Path, output: Path, change: Callable[[Path], dict[str, Any]], message: str
 ) -> None:
     before = snapshot(output)
     settings = change(pairs)
     with pytest.raises(RequestError) as refused:
         score_here(model, output, pairs, **settings)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert snapshot(output) == before
     assert (output / "_manifest.json").exists()
 
 
-def test_another_model_is_refused_and_overwrite_starts_afresh(model: Path, pairs: Path, output: Path, tmp_path: Path) -> None:
+def test_another_model_is_refused_and_overwrite_replaces_the_output(
+    model: Path, pairs: Path, output: Path, tmp_path: Path
+) -> None:
     other = write_model(tmp_path / "other", 1)
     with pytest.raises(RequestError, match="holds predictions of another model"):
         score_here(other, output, pairs)
@@ -257,11 +263,11 @@ def test_another_model_is_refused_and_overwrite_starts_afresh(model: Path, pairs
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "other", "out"]
     source = pq.read_table(pairs / "part-00002.parquet")
-    expected = answers(other, pixels_view(one_chunk(source["image"])), source["number"].to_numpy().astype(np.int64))
-    check_answers(second.table("part-00002.parquet"), expected)
+    expected = plain_predictions(other, pixels_view(one_chunk(source["image"])), source["number"].to_numpy().astype(np.int64))
+    check_predictions(second.table("part-00002.parquet"), expected)
 
 
-def test_overwriting_does_not_cost_what_cannot_be_scored_again(model: Path, pairs: Path, output: Path) -> None:
+def test_overwrite_keeps_predictions_that_cannot_be_made_again(model: Path, pairs: Path, output: Path) -> None:
     before = snapshot(output)
     damage_a_file(pairs)
     with pytest.raises(RunError, match=r"--overwrite: nothing was replaced: part-00001\.parquet cannot be used"):
@@ -273,7 +279,7 @@ def test_overwriting_does_not_cost_what_cannot_be_scored_again(model: Path, pair
     assert snapshot(output) == before
 
 
-def test_overwriting_knows_a_file_that_has_another_name_below_another_root(model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_overwrite_recognizes_a_file_below_another_root(model: Path, pairs: Path, tmp_path: Path) -> None:
     score_here(model, tmp_path / "out", pairs)
     before = snapshot(tmp_path / "out")
     more = tmp_path / "more"
@@ -285,7 +291,7 @@ def test_overwriting_knows_a_file_that_has_another_name_below_another_root(model
     assert snapshot(tmp_path / "out") == before
 
 
-def test_strict_publishes_all_at_the_end(model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_strict_publishes_everything_at_the_end(model: Path, pairs: Path, tmp_path: Path) -> None:
     score_here(model, tmp_path / "out", pairs / "part-0000[01].parquet")
     scored = score_here(model, tmp_path / "out", pairs, strict=True)
     assert scored.complete
@@ -294,59 +300,63 @@ def test_strict_publishes_all_at_the_end(model: Path, pairs: Path, tmp_path: Pat
     assert len(list(scored.output.glob("part-*.parquet"))) == FILES
 
 
-def test_somebody_elses_folder_is_left_alone(model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_left_alone(model: Path, pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    shutil.copy(pairs / "part-00000.parquet", tmp_path / "out" / "mine.parquet")
+    shutil.copy(pairs / "part-00000.parquet", tmp_path / "out" / "other.parquet")
     for overwrite in (False, True):
-        with pytest.raises(RequestError, match=r"mine\.parquet is not a file of predictions of this program"):
+        with pytest.raises(RequestError, match=r"other\.parquet is not a file of predictions of this program"):
             score_here(model, tmp_path / "out", pairs, overwrite=overwrite)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.parquet"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["other.parquet"]
 
 
-@pytest.mark.parametrize("mine", ["_rejected/a.parquet", "_rejected/notes.txt", "thesis.partial", "data/table.parquet"])
+@pytest.mark.parametrize("other_file", ["_rejected/a.parquet", "_rejected/notes.txt", "thesis.partial", "data/table.parquet"])
 @pytest.mark.parametrize("settings", [{}, {"overwrite": True}, {"strict": True}], ids=str)
-def test_a_refused_request_touches_nothing(
-    model: Path, pairs: Path, tmp_path: Path, mine: str, settings: dict[str, bool]
+def test_a_refused_request_changes_no_file(
+    model: Path, pairs: Path, tmp_path: Path, other_file: str, settings: dict[str, bool]
 ) -> None:
-    (tmp_path / "out" / mine).parent.mkdir(parents=True)
-    shutil.copy(pairs / "part-00000.parquet", tmp_path / "out" / mine)
+    (tmp_path / "out" / other_file).parent.mkdir(parents=True)
+    shutil.copy(pairs / "part-00000.parquet", tmp_path / "out" / other_file)
     (tmp_path / "out" / ".hidden").write_text("")
     with pytest.raises(RequestError, match=r"not a file of|cannot be read") as refused:
         score_here(model, tmp_path / "out", pairs, **settings)
-    assert mine in str(refused.value)
+    assert other_file in str(refused.value)
     assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()} == {
-        Path(mine),
+        Path(other_file),
         Path(".hidden"),
     }
 
 
-def test_a_planted_link_is_refused_and_what_it_leads_to_stays(model: Path, pairs: Path, output: Path, tmp_path: Path) -> None:
+def test_a_link_with_the_name_of_the_staging_folder_is_refused_and_not_followed(
+    model: Path, pairs: Path, output: Path, tmp_path: Path
+) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
-    (victim / "part-00000.parquet").write_text("somebody's")
+    (victim / "part-00000.parquet").write_text("other")
     (tmp_path / ".out.unpublished").symlink_to(victim)
     for settings in ({"strict": True}, {"overwrite": True}):
         with pytest.raises(RequestError, match="is not a folder of this program, but a link or a file; remove it"):
             score_here(model, output, pairs, **settings)
-    assert (victim / "part-00000.parquet").read_text() == "somebody's"
+    assert (victim / "part-00000.parquet").read_text() == "other"
 
 
-def test_overwriting_keeps_the_folders_mode_and_the_hidden_files_of_others(model: Path, pairs: Path, output: Path) -> None:
+def test_overwrite_keeps_the_mode_of_the_folder_and_hidden_files(model: Path, pairs: Path, output: Path) -> None:
     output.chmod(0o770)
-    (output / ".gitkeep").write_text("mine")
+    (output / ".gitkeep").write_text("text")
     scored = score_here(model, output, pairs, overwrite=True)
     assert scored.line["scored_rows"] == ROWS
     assert output.stat().st_mode & 0o777 == 0o770
-    assert (output / ".gitkeep").read_text() == "mine"
+    assert (output / ".gitkeep").read_text() == "text"
 
 
-def test_files_that_others_named_and_footers_that_lie_cost_no_other_file(model: Path, sample: pa.Table, tmp_path: Path) -> None:
+def test_unusable_names_and_footers_affect_no_other_file(model: Path, sample: pa.Table, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     rows = sample.take(pa.array(range(0, 5000, 25))).append_column("number", pa.array([1] * 200, pa.int8()))
     for name in ("good", "liar", "x" * 247, "y" * 236, "line\nbreak\x1b[31m"):
         pq.write_table(rows, folder / f"{name}.parquet")
-    pq.write_table(pa.concat_tables([rows] * 20), folder / f"{'z' * 247}.parquet")  # has to be split, and has no room for that
+    pq.write_table(
+        pa.concat_tables([rows] * 20), folder / f"{'z' * 247}.parquet"
+    )  # must be split, and its name has no room for a suffix
     (folder / "good.parquet").rename(os.fsdecode(os.fsencode(folder) + b"/latin-\xe9.parquet"))
     with_footer(folder / "liar.parquet", 200, 10**13)
     scored = score_here(model, tmp_path / "out", folder, max_rows_per_file=2000)
@@ -359,15 +369,15 @@ def test_files_that_others_named_and_footers_that_lie_cost_no_other_file(model: 
     assert "cannot be used: latin-\\udce9.parquet: its name is not UTF-8" in scored.said
 
 
-def test_rows_that_disappear_from_the_output_are_an_error(model: Path, pairs: Path, output: Path) -> None:
+def test_rows_missing_from_the_output_are_an_error(model: Path, pairs: Path, output: Path) -> None:
     path = output / "part-00002.parquet"
-    pq.write_table(pq.ParquetFile(path).read().slice(1), path)  # its metadata still speaks of 300 rows
-    said = r"part-00002\.parquet: rows 0 to 299 should be in .* has 299 predictions and 0 rejected rows"
-    with pytest.raises(RunError, match=said):
+    pq.write_table(pq.ParquetFile(path).read().slice(1), path)  # its metadata still says 300 rows
+    message = r"part-00002\.parquet: rows 0 to 299 should be in .* has 299 predictions and 0 rejected rows"
+    with pytest.raises(RunError, match=message):
         score_here(model, output, pairs)
 
 
-def test_many_files_are_planned_on_the_cluster(model: Path, sample: pa.Table, tmp_path: Path) -> None:
+def test_the_footers_of_many_files_are_read_on_the_cluster(model: Path, sample: pa.Table, tmp_path: Path) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     small = sample.take(pa.array([5, 2500])).append_column("number", pa.array([1, 2], pa.int8()))
     for index in range(150):

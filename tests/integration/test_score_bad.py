@@ -1,4 +1,4 @@
-"""Bad rows and bad files: every one is reported with its place and reason, and all else is scored."""
+"""Bad rows and bad files: each is reported with its place and reason, and everything else is scored."""
 
 import io
 from pathlib import Path
@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnistsum_ray.data.decoding import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
 from mnistsum_ray.errors import RunError
-from tests.conftest import answers, check_answers
+from tests.conftest import check_predictions, plain_predictions
 from tests.integration.conftest import Scored, score_here
 
-FILES, ROWS_A_FILE, GROUP = 14, 715, 100  # 10,010 rows, of which every fifth is bad in one of twelve ways
+FILES, ROWS_A_FILE, GROUP = 14, 715, 100  # 10,010 rows; every fifth is bad in one of twelve ways
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -26,7 +26,7 @@ def encoded(size: tuple[int, int] = (28, 28), mode: str = "L", form: str = "PNG"
     return data.getvalue()
 
 
-# What is put in place of the row's image or number, and what is to be said of it.
+# Values that replace the image or the number of a row, and the reason that the row gets.
 WAYS: list[tuple[dict[str, Any], str]] = [
     ({"image": None}, "the image is null"),
     ({"image": b""}, "0 bytes are neither 784 pixels nor a readable PNG or JPEG"),
@@ -48,7 +48,7 @@ def rows_of(sample: pa.Table, file: int) -> tuple[pa.Table, Pixels, np.ndarray]:
     images = pixels_view(one_chunk(sample["image"].take(pa.array(places))))
     numbers = places % 10
     rows: list[dict[str, Any]] = [
-        {"id": f"{file}-{row}", "image": image.tobytes(), "number": int(number), "reason": "mine"}
+        {"id": f"{file}-{row}", "image": image.tobytes(), "number": int(number), "reason": "text"}
         for row, (image, number) in enumerate(zip(images, numbers, strict=True))
     ]
     for row in range(0, ROWS_A_FILE, 5):
@@ -58,7 +58,7 @@ def rows_of(sample: pa.Table, file: int) -> tuple[pa.Table, Pixels, np.ndarray]:
 
 
 def write_bad_files(folder: Path, good: pa.Table) -> dict[str, str]:
-    """Six files that cannot be scored, and what is to be said of each."""
+    """Write six files that cannot be scored; return the reason that each gets."""
     pq.write_table(good, folder / "whole.tmp")
     whole = (folder / "whole.tmp").read_bytes()
     (folder / "whole.tmp").unlink()
@@ -67,7 +67,7 @@ def write_bad_files(folder: Path, good: pa.Table) -> dict[str, str]:
     (folder / "bad_text.parquet").write_text("id,image,number\n" * 100)
     pq.write_table(good.drop_columns(["number"]), folder / "bad_missing.parquet")
     pq.write_table(good.set_column(2, "number", pa.array(["one"] * good.num_rows)), folder / "bad_type.parquet")
-    # The footer is whole, and the pages are not.
+    # The footer is intact, the pages are not.
     (folder / "bad_pages.parquet").write_bytes(whole[:4] + b"\xff" * (len(whole) // 2) + whole[4 + len(whole) // 2 :])
     return {
         "bad_cut.parquet": "was cut off",
@@ -93,7 +93,7 @@ def scored(model: Path, source: tuple[Path, dict[str, str]]) -> Scored:
     return score_here(model, source[0].parent / "out", source[0], label_column=None, max_rows_per_file=300)
 
 
-def test_counts_add_up_and_the_run_is_incomplete(scored: Scored) -> None:
+def test_counts_add_up_and_the_run_is_not_complete(scored: Scored) -> None:
     line = scored.line
     assert not scored.complete
     assert (line["files"], line["failed_files"]) == (20, 6)
@@ -112,8 +112,8 @@ def test_every_bad_file_is_named_with_its_reason(scored: Scored, source: tuple[P
         assert files[name]["status"] == "failed"
         assert (files[name]["scored"], files[name]["rejected"]) == (0, 0)
         assert reason in files[name]["reason"]
-        (said,) = [line for line in scored.said.splitlines() if line.startswith(f"cannot be used: {name}: ")]
-        assert reason in said
+        (written,) = [line for line in scored.said.splitlines() if line.startswith(f"cannot be used: {name}: ")]
+        assert reason in written
         assert not list(scored.output.glob(f"{Path(name).stem}*"))
     for name in files.keys() - source[1].keys():
         assert files[name] == {
@@ -127,7 +127,7 @@ def test_every_bad_file_is_named_with_its_reason(scored: Scored, source: tuple[P
 
 
 @pytest.mark.parametrize("file", [0, FILES - 1])
-def test_every_bad_row_is_reported_with_its_place_and_values(
+def test_every_bad_row_is_reported_with_its_place_reason_and_values(
     scored: Scored, source: tuple[Path, dict[str, str]], sample: pa.Table, file: int
 ) -> None:
     table, _, _ = rows_of(sample, file)
@@ -140,21 +140,21 @@ def test_every_bad_row_is_reported_with_its_place_and_values(
         assert WAYS[place // 5 % len(WAYS)][1] in row["reason"]
         original = table.slice(place, 1).to_pylist()[0]
         assert (row["id"], row["image"], row["number"]) == (original["id"], original["image"], original["number"])
-        assert row["input_reason"] == "mine"
+        assert row["input_reason"] == "text"
 
 
 @pytest.mark.parametrize("file", [3])
-def test_the_good_rows_beside_them_are_scored(scored: Scored, model: Path, sample: pa.Table, file: int) -> None:
+def test_the_good_rows_of_the_same_file_are_scored(scored: Scored, model: Path, sample: pa.Table, file: int) -> None:
     _, images, numbers = rows_of(sample, file)
     good = np.array([row for row in range(ROWS_A_FILE) if row % 5])
     paths = sorted(scored.output.glob(f"{file:02}-*.parquet"))
     assert len(paths) > 1
     table = pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
     assert table["id"].to_pylist() == [f"{file}-{row}" for row in good]
-    check_answers(table, answers(model, images[good], numbers[good]))
+    check_predictions(table, plain_predictions(model, images[good], numbers[good]))
 
 
-def test_a_bad_file_that_is_mended_is_picked_up_and_nothing_else_is_scored_again(
+def test_a_repaired_file_is_scored_by_the_next_run_and_no_other_file_again(
     scored: Scored, model: Path, source: tuple[Path, dict[str, str]], sample: pa.Table
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in scored.output.glob("[0-9]*.parquet")}
@@ -172,8 +172,8 @@ def test_a_bad_file_that_is_mended_is_picked_up_and_nothing_else_is_scored_again
 def test_strict_publishes_nothing(model: Path, source: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     with pytest.raises(RunError, match="--strict: nothing was scored: 5 files cannot be used"):
         score_here(model, tmp_path / "out", source[0], strict=True)
-    said = r"nothing was published: 143 rows and 0 files cannot be used; first: .*00\.parquet, row 0: "
-    with pytest.raises(RunError, match=said):
+    message = r"nothing was published: 143 rows and 0 files cannot be used; first: .*00\.parquet, row 0: "
+    with pytest.raises(RunError, match=message):
         score_here(model, tmp_path / "out", source[0] / "00.parquet", strict=True)
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Files that each library writes in its own way score alike, and what comes out opens everywhere."""
+"""Files written by other libraries: each is scored the same, and each library reads the output."""
 
 import io
 from collections.abc import Callable
@@ -16,9 +16,9 @@ import pytest
 import ray.data
 from PIL import Image
 
-from mnistsum_ray.data.decoding import Pixels, one_chunk, pixels_array, pixels_view
+from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_array, pixels_view
 from mnistsum_ray.data.sampling import random_numbers
-from tests.conftest import answers, check_answers
+from tests.conftest import check_predictions, plain_predictions
 from tests.integration.conftest import Scored, score_here
 
 ROWS = 60
@@ -167,7 +167,7 @@ def parts(scored: Scored, name: str) -> pa.Table:
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
-def test_what_this_library_wrote_is_scored_like_plain_pytorch(
+def test_predictions_equal_those_of_plain_pytorch(
     scored: Scored, model: Path, rows: tuple[Pixels, np.ndarray], name: str
 ) -> None:
     assert scored.files()[f"{name}.parquet"] | {"reason": None} == {
@@ -178,16 +178,16 @@ def test_what_this_library_wrote_is_scored_like_plain_pytorch(
         "status": "scored",
         "reason": None,
     }, scored.files()[f"{name}.parquet"]
-    check_answers(parts(scored, name), answers(model, *rows))
+    check_predictions(parts(scored, name), plain_predictions(model, *rows))
 
 
-def test_the_run_as_a_whole(scored: Scored) -> None:
+def test_the_counts_of_the_run(scored: Scored) -> None:
     assert scored.complete
     assert scored.line["input_rows"] == scored.line["scored_rows"] == ROWS * len(WRITERS)
     assert scored.line["files"] == len(WRITERS)
 
 
-def test_every_other_column_comes_out_as_it_went_in(scored: Scored) -> None:
+def test_every_other_column_passes_through_unchanged(scored: Scored) -> None:
     source = pq.read_table(scored.output.parent / "in" / "pyarrow_nested_extras.parquet")
     result = parts(scored, "pyarrow_nested_extras")
     kept = source.drop_columns(["image"])

@@ -1,4 +1,4 @@
-"""Processes that really die: the same command again, and the output is byte for byte that of a run left alone."""
+"""Killed processes: after the same command again, the output has the bytes of an undisturbed run."""
 
 import os
 import random
@@ -16,16 +16,16 @@ import pytest
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import Job, descendants, kill_everything, kill_worker, run_job, tell
+from tests.integration.conftest import Job, descendants, kill_everything, kill_worker, report_duration, run_job
 
-ROWS, FILES, UNIT_ROWS = 12_000, 6, 500
+ROWS, FILES, PART_ROWS = 12_000, 6, 500
 
 WORKER = "ray::MapBatches"
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12,000 rows, some of them bad."""
+    """12,000 rows, 30 of them bad."""
     folder = tmp_path_factory.mktemp("kills") / "in"
     export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=ROWS, files=FILES), print)
     for path in folder.iterdir():
@@ -38,7 +38,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(model: Path, pairs: Path, output: Path) -> list[object]:
-    return ["--model", model, "--input", pairs, "--output", output, "--max-rows-per-file", UNIT_ROWS, "--label-column", "digit"]
+    return ["--model", model, "--input", pairs, "--output", output, "--max-rows-per-file", PART_ROWS, "--label-column", "digit"]
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,14 @@ def undisturbed(model: Path, pairs: Path) -> dict[str, bytes]:
 
 
 def content(output: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which tells how long it took."""
+    """Every file but the manifest, which holds the duration."""
     paths = (path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "_manifest.json")
     return {str(path.relative_to(output)): path.read_bytes() for path in paths}
 
 
 @contextmanager
 def watched(output: Path) -> Iterator[None]:
-    """Sees to it that whatever stands under a final name is whole, all the time."""
+    """Check while the block runs that every file with a final name is whole."""
     ended, torn = threading.Event(), list[str]()
 
     def watch() -> None:
@@ -68,7 +68,7 @@ def watched(output: Path) -> Iterator[None]:
                     pq.read_metadata(path)
                 except FileNotFoundError:
                     continue
-                except Exception as error:  # whatever it is, the file was not whole
+                except Exception as error:  # any error means that the file was not whole
                     torn.append(f"{path}: {error}")
 
     watcher = threading.Thread(target=watch)
@@ -97,7 +97,7 @@ def finish(model: Path, pairs: Path, output: Path, undisturbed: dict[str, bytes]
     assert content(output) == undisturbed
 
 
-def test_a_worker_then_the_driver_then_everything(
+def test_kill_a_worker_then_the_driver_then_everything(
     model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     output = tmp_path / "out"
@@ -112,14 +112,14 @@ def test_a_worker_then_the_driver_then_everything(
 
         job, again = Job("score", *flags(model, pairs, output)), time.monotonic()
         wait_for_files(output, len(list(output.glob("part-*.parquet"))) + 1)
-        tell("scoring, the driver killed: the next file, from the same command,", again)
+        report_duration("scoring, the driver killed: the next file, from the same command,", again)
         wait_for_files(output, 14)
         kill_everything(job.process.pid)
         job.wait()
         assert not (output / "_manifest.json").exists()
 
         finish(model, pairs, output, undisturbed)
-    for process in below:  # what Ray itself did not end
+    for process in below:  # processes that Ray itself did not end
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
@@ -133,7 +133,7 @@ def test_a_killed_worker_is_replaced(model: Path, pairs: Path, tmp_path: Path, u
         kill_worker(job.process.pid, WORKER)
         killed = time.monotonic()
         wait_for_files(output, len(list(output.glob("part-*.parquet"))) + 1)
-        tell("scoring, one of two workers killed: the next file", killed)
+        report_duration("scoring, one of two workers killed: the next file", killed)
         done = job.wait()
     assert done.code == 3, done.err
     assert done.last_line["resumed_rows"] == 0
@@ -143,10 +143,10 @@ def test_a_killed_worker_is_replaced(model: Path, pairs: Path, tmp_path: Path, u
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.sweep) for one in (signal.SIGINT, signal.SIGHUP))],
+    [signal.SIGTERM, *(pytest.param(name, marks=pytest.mark.sweep) for name in (signal.SIGINT, signal.SIGHUP))],
     ids=lambda number: number.name,
 )
-def test_stopped_by_a_signal_the_same_command_goes_on(
+def test_after_a_signal_the_same_command_goes_on(
     model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes], number: signal.Signals
 ) -> None:
     output = tmp_path / "out"
@@ -159,20 +159,21 @@ def test_stopped_by_a_signal_the_same_command_goes_on(
     assert (done.code, done.out) == (128 + number, "")
     assert done.err.splitlines()[-1] == f"stopped by {number.name}; what is committed stays, and the same command goes on"
     assert "Traceback" not in done.err
-    assert not (output / "_manifest.json").exists(), "while it is there, the output is finished"
+    assert not (output / "_manifest.json").exists(), "the manifest marks a finished output"
     assert not (output / "_lock").exists()
     finish(model, pairs, output, undisturbed)
 
 
 @pytest.mark.slow
-def test_of_two_runs_on_one_output_one_is_refused(
+def test_the_second_of_two_runs_on_one_output_is_refused(
     model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     output = tmp_path / "out"
     done = [job.wait() for job in [Job("score", *flags(model, pairs, output)) for _ in range(2)]]
-    assert sorted(one.code for one in done) == [2, 3], [one.err for one in done]
-    (refused,) = [one for one in done if one.code == 2]
-    assert f"error: --output {output}: another run is writing there" in refused.err
+    assert sorted(job.code for job in done) == [2, 3], [job.err for job in done]
+    (refused,) = [job for job in done if job.code == 2]
+    assert f"error: --output {output}: another run" in refused.err
+    assert "is writing there" in refused.err
     assert content(output) == undisturbed
 
 
@@ -182,7 +183,7 @@ def test_of_two_runs_on_one_output_one_is_refused(
 def test_twenty_kills_at_random_moments(model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     output = tmp_path / "out"
     chance = random.Random(0)
-    in_the_middle = 0
+    kills_in_between = 0
     with watched(output):
         for _ in range(20):
             job = Job("score", *flags(model, pairs, output))
@@ -192,24 +193,24 @@ def test_twenty_kills_at_random_moments(model: Path, pairs: Path, tmp_path: Path
                 time.sleep(chance.uniform(0, 2))
             kill_everything(job.process.pid)
             job.wait()
-            if (output / "_manifest.json").exists():  # it was faster: once more from the beginning
+            if (output / "_manifest.json").exists():  # the run had finished before the kill: start over
                 assert content(output) == undisturbed
                 shutil.rmtree(output)
             else:
-                in_the_middle += any(output.glob("part-*.parquet"))
-        assert in_the_middle >= 5
+                kills_in_between += any(output.glob("part-*.parquet"))
+        assert kills_in_between >= 5
         finish(model, pairs, output, undisturbed)
 
 
-def reads(process: int, file: Path) -> bool:
-    """Whether a process has the file open."""
+def has_open(process: int, file: Path) -> bool:
+    """Return whether a process has the file open."""
     with suppress(OSError):
         return any(os.path.realpath(entry) == str(file) for entry in Path(f"/proc/{process}/fd").iterdir())
     return False
 
 
 @pytest.mark.slow
-def test_a_part_that_kills_every_process_is_given_up_and_said(model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_part_that_kills_every_process_is_given_up_and_reported(model: Path, pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     deadly = tmp_path / "in" / "deadly.parquet"
     pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 40), deadly)
@@ -218,7 +219,7 @@ def test_a_part_that_kills_every_process_is_given_up_and_said(model: Path, pairs
     while job.process.poll() is None:
         time.sleep(0.05)
         for process, title in descendants(job.process.pid).items():
-            if WORKER in title and reads(process, deadly):
+            if WORKER in title and has_open(process, deadly):
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
     done = job.wait()

@@ -1,4 +1,4 @@
-"""A job that is stopped at any moment ends as shells expect, leaves no process behind, and goes on to the same bits."""
+"""A job stopped at any moment exits with 128 + signal, leaves no process behind, and can be continued to the same bits."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tests.integration.conftest import Job, run_job
 from tests.integration.test_kills import left
 from tests.integration.test_score_kills import content, flags, pairs, undisturbed
 
-__all__ = ["pairs", "undisturbed"]  # the fixtures of scoring
+__all__ = ["pairs", "undisturbed"]  # fixtures
 
 EVERY = 5
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 def stop(job: Job, after: float, number: signal.Signals) -> int:
-    """The exit code; what it said must be one line at the end, and nothing may be left."""
+    """Send a signal to the job after these seconds. Check its last line and that no process is left; return the exit code."""
     time.sleep(after)
     os.killpg(job.process.pid, number)
     done = job.wait(timeout=60)
@@ -71,7 +71,7 @@ def test_scoring_stopped_at_ten_moments(model: Path, pairs: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "seconds", [pytest.param(seconds, marks=[pytest.mark.sweep] * (seconds not in (3, 5))) for seconds in range(2, 7)]
 )
-def test_what_a_kill_while_ray_starts_leaves_behind_ends_by_itself(
+def test_processes_left_by_a_kill_while_ray_starts_end_by_themselves(
     tmp_path: Path, number: signal.Signals, seconds: float
 ) -> None:
     job = Job("train", "--data", "sample", "--storage-path", tmp_path)

@@ -1,4 +1,4 @@
-"""Whatever is asked of a cluster of whatever size, it finishes or is refused; nothing waits for what cannot come."""
+"""Clusters of every small size: each request finishes or is refused at once, and none waits forever."""
 
 import io
 import time
@@ -21,7 +21,7 @@ WORKERS = (1, 2, 3, 4)
 @pytest.mark.slow
 @pytest.mark.sweep
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8])
-def test_all_that_is_asked_finishes_or_is_refused_at_once(cpus: int, data: Path, model: Path, tmp_path: Path) -> None:
+def test_every_request_finishes_or_is_refused_at_once(cpus: int, data: Path, model: Path, tmp_path: Path) -> None:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         for workers in WORKERS:
@@ -36,7 +36,7 @@ def test_all_that_is_asked_finishes_or_is_refused_at_once(cpus: int, data: Path,
                 assert time.monotonic() - started < 5
             started = time.monotonic()
             try:
-                readers = workers % 3  # none of their own, one, two: on 1 CPU and on 2, more actors than CPUs were they not cut
+                readers = workers % 3  # 0: each worker reads by itself
                 output = tmp_path / f"out{workers}"
                 scored = score_here(model, output, data, number_column="digit", num_workers=workers, num_readers=readers)
                 assert scored.line["scored_rows"] == 200

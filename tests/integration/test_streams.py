@@ -1,4 +1,4 @@
-"""What a job prints, where nobody reads it; and where it is started, beside files of any name."""
+"""Jobs with closed standard streams, and jobs started in a folder that holds modules."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_standard_output_closed_by_its_reader(tmp_path: Path) -> None:
     done = shell("set -o pipefail; $JOB --output out | true; echo ${PIPESTATUS[0]} > code", tmp_path)
-    assert (tmp_path / "code").read_text() in ("1\n", "0\n"), "0 where it was faster than its reader"
+    assert (tmp_path / "code").read_text() in ("1\n", "0\n"), "0 if the job was faster than its reader"
     done = shell("(sleep 2; $JOB --output late; echo $? > code) | true", tmp_path)
     assert (tmp_path / "code").read_text() == "1\n"
     assert done.stderr == "error: standard output was closed by its reader, so the result could not be printed\n"
@@ -43,14 +43,14 @@ def test_standard_error_closed_by_its_reader(tmp_path: Path) -> None:
     assert (tmp_path / "code").read_text() == "0\n", done
 
 
-def test_help_that_nobody_reads_to_the_end(tmp_path: Path) -> None:
+def test_help_whose_reader_stops_early(tmp_path: Path) -> None:
     done = shell("set -o pipefail; $JOB --help | head -n 1", tmp_path)
     assert done.stdout.startswith("usage: export_pairs.py")
     assert not done.stderr
 
 
-def test_a_module_beside_the_data_is_not_executed(tmp_path: Path, model: Path, sample: pa.Table) -> None:
-    """Ray would have its workers look for modules in the folder where the command is given, before anywhere else."""
+def test_a_module_in_the_working_directory_is_not_executed(tmp_path: Path, model: Path, sample: pa.Table) -> None:
+    """By default, Ray's workers look for modules in the working directory of the driver first."""
     pq.write_table(sample[::500].append_column("number", pa.array([1] * 10)), tmp_path / "pairs.parquet")
     for name in ("pandas", "numpy", "pyarrow", "torch", "ray"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write(__name__); raise ImportError")

@@ -1,4 +1,4 @@
-"""One box as the README says: a head, and jobs submitted to it by Ray's own command, with token authentication on."""
+"""`ray start --head` and `ray job submit` on one machine, as in the README, with token authentication."""
 
 import json
 import os
@@ -27,13 +27,15 @@ RAY = Path(sys.executable).with_name("ray")
 
 @dataclass
 class Head:
-    """A head that was started by `ray start`, and what a client needs to reach it."""
+    """A head started by `ray start`."""
 
     folder: Path
+    """Home folder, and the folder where the head was started."""
     environment: dict[str, str]
+    """Environment of a client, with the address and the token mode."""
 
     def submit(self, *command: str, working_dir: Path | None = None) -> tuple[subprocess.CompletedProcess[str], int]:
-        """`ray job submit`, and the exit code that the job itself ended with."""
+        """Run `ray job submit`; return its result and the exit code of the job itself."""
         job = f"job-{secrets.token_hex(4)}"
         where = ["--submission-id", job, *(["--working-dir", str(working_dir)] if working_dir else [])]
         submit: list[Path | str] = [RAY, "job", "submit", *where, "--", *command]
@@ -49,7 +51,7 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """On free ports, with a home folder and so a token of its own."""
+    """Start a head on free ports, with its own home folder and token."""
     with tempfile.TemporaryDirectory(prefix="h") as name, socket.socket() as probe:
         folder = Path(name)
         probe.bind(("127.0.0.1", 0))
@@ -62,8 +64,9 @@ def head() -> Iterator[Head]:
         process = subprocess.Popen(command, env=here, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             client = here | {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"http://127.0.0.1:{port}"}
-            deadline = time.monotonic() + 60
-            while subprocess.run([RAY, "job", "list"], env=client, capture_output=True).returncode:
+            deadline = time.monotonic() + 120
+            # The dashboard lists jobs before the agent that starts them is ready.
+            while subprocess.run([RAY, "job", "submit", "--no-wait", "--", "true"], env=client, capture_output=True).returncode:
                 assert time.monotonic() < deadline
                 assert process.poll() is None
             yield Head(folder, client)
@@ -74,7 +77,7 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def project(head: Head) -> Path:
-    """A copy of the project that says another version of itself, so that it shows whose code has run."""
+    """A copy of the project with another version, which a run's manifest shows if this copy has run."""
     copy = head.folder / "project"
     kept = [name for name in ("jobs", "mnistsum_ray", "pyproject.toml") if (ROOT / name).exists()]
     for name in kept:
@@ -82,19 +85,19 @@ def project(head: Head) -> Path:
             shutil.copytree(ROOT / name, copy / name)
         else:
             shutil.copy(ROOT / name, copy / name)
-    init = copy / "mnistsum_ray" / "__init__.py"
-    init.write_text(init.read_text() + '\n__version__ = "9.9.9"\n')
+    versions = copy / "mnistsum_ray" / "reporting" / "versions.py"
+    versions.write_text(versions.read_text() + '\n__version__ = "9.9.9"\n')
     return copy
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The job's JSON line, of what `ray job submit` shows of its log."""
+    """Return the job's JSON line from the log that `ray job submit` shows."""
     line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
     value: dict[str, Any] = json.loads(line)
     return value
 
 
-def test_the_token_is_asked_for(head: Head) -> None:
+def test_a_client_without_the_token_is_rejected(head: Head) -> None:
     without = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_MODE"} | {"RAY_AUTH_MODE": "disabled"}
     done = subprocess.run([RAY, "job", "list"], env=without, capture_output=True, text=True)
     assert done.returncode
@@ -111,7 +114,7 @@ def test_both_jobs_from_a_working_dir(head: Head, project: Path) -> None:
     assert run == head.folder / "runs" / "mine", "a relative path of a submitted job starts from home"
     assert json.loads((run / "manifest.json").read_text())["versions"]["mnistsum_ray"] == "9.9.9"
 
-    # A refusal, a failure and a success, each with its exit code.
+    # Each exit code: 2 request is wrong, 0 done, 3 incomplete, 1 failed.
     done, code = head.submit(*train, working_dir=project)
     assert (done.returncode, code) == (1, 2), done.stdout
     assert "error: --name mine:" in done.stdout
@@ -133,7 +136,7 @@ def test_both_jobs_from_a_working_dir(head: Head, project: Path) -> None:
 
 @pytest.mark.sweep
 def test_the_plain_form_from_the_folder_where_the_head_was_started(head: Head, project: Path) -> None:
-    """`ray job submit -- python jobs/train.py`, as on the design card."""
+    """`ray job submit -- python jobs/train.py` uploads nothing, and runs in the folder where the head was started."""
     for name in ("jobs", "mnistsum_ray"):
         (head.folder / name).symlink_to(project / name)
     done, code = head.submit("python", "jobs/train.py", "--data", "rows.parquet", "--epochs", "1", "--name", "plain")
@@ -141,11 +144,12 @@ def test_the_plain_form_from_the_folder_where_the_head_was_started(head: Head, p
     assert last_line(done)["run"] == str(head.folder / "runs" / "plain")
 
 
-def test_a_job_that_is_stopped_says_what_goes_on(head: Head, project: Path) -> None:
+def test_a_stopped_job_says_how_to_resume(head: Head, project: Path) -> None:
     job = f"job-{secrets.token_hex(4)}"
     train = ["python", "jobs/train.py", "--data", "sample", "--epochs", "50", "--name", "stopped"]
     where = ["--submission-id", job, "--no-wait", "--working-dir", str(project)]
-    subprocess.run([RAY, "job", "submit", *where, "--", *train], env=head.environment, check=True, capture_output=True)
+    submitted = subprocess.run([RAY, "job", "submit", *where, "--", *train], env=head.environment, capture_output=True, text=True)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
 
     def ray_job(*words: str) -> str:
         return subprocess.run([RAY, "job", *words, job], env=head.environment, check=True, capture_output=True, text=True).stdout
@@ -158,6 +162,6 @@ def test_a_job_that_is_stopped_says_what_goes_on(head: Head, project: Path) -> N
     log = ray_job("logs")
     storage = head.folder / "runs"
     command = f"python jobs/train.py --storage-path {storage} --name stopped --resume"
-    assert f"stopped by SIGTERM; what is saved stays, and this goes on: {command}" in log
+    assert f"stopped by SIGTERM; checkpoints are kept, and this command resumes: {command}" in log
     assert "Traceback" not in log
     assert json.loads((storage / "stopped" / "manifest.json").read_text())["status"] == "stopped"

@@ -15,13 +15,13 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnistsum_ray.data.decoding import pixels_view
+from mnistsum_ray.data.pixels import pixels_view
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.model import quantization
 from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.reporting.report import PICTURES
-from mnistsum_ray.storage.location import locate
+from mnistsum_ray.storage.paths import locate
 from tests.integration.conftest import Done, run_job
 
 Rows = Callable[[int], Path]
@@ -88,20 +88,20 @@ def test_tuning_the_sum_head_is_told_and_leaves_the_digits_alone(done: Done, run
     history = [json.loads(line) for line in (runs / "one" / "history.jsonl").read_text().splitlines()]
     (best,) = [entry for entry in history if entry["epoch"] == card["epoch"]]
     told = card["sum_head"]
-    shares = [told[when].pop("agreement") for when in ("before", "after")]
+    shares = [told[when]["validation"]["consistency"] for when in ("before", "after")]
     before, after = ({rows: scores[rows] for rows in ("validation", "test")} for scores in (best, card))
     assert told == {"steps": 500, "kept": True, "before": before, "after": after}
     assert shares[0] < shares[1] <= 1
     for rows in ("validation", "test"):
         assert card[rows]["digit_accuracy"] == best[rows]["digit_accuracy"]
-    assert done.line["test"] == card["test"]
+    assert done.line["test"] == {name: value for name, value in card["test"].items() if name != "consistency"}
     assert "fine-tuning the sum head, 500 steps" in done.err
     said = "validation sums equal to digit + number: {:.3%} before, {:.3%} after\n".format(*shares)
     assert said in done.err
 
 
-def test_the_examination_counts_what_the_last_line_says(done: Done, runs: Path, data: Path) -> None:
-    found = json.loads((runs / "one" / "manifest.json").read_text())["examination"]
+def test_the_error_analysis_counts_what_the_last_line_says(done: Done, runs: Path, data: Path) -> None:
+    found = json.loads((runs / "one" / "manifest.json").read_text())["error_analysis"]
     test = done.line["test"]
     assert np.trace(found["confusion"]) == round(test["rows"] * test["digit_accuracy"])
     assert np.sum(found["sums_right"]) == round(test["pairs"] * test["sum_accuracy"])

@@ -1,4 +1,4 @@
-"""What is minimized is what it says."""
+"""Dropout, and the loss with and without label smoothing."""
 
 import pytest
 import torch
@@ -15,37 +15,37 @@ def model() -> TwoHeadCNN:
     return TwoHeadCNN()
 
 
-def test_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:
+def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
     def factors(seed: int) -> torch.Tensor:
         return dropout_factors(200, 0.25, torch.Generator().manual_seed(seed))
 
     drawn = factors(0)
     assert drawn.shape == (200, 128, 3, 3)
     assert drawn.is_contiguous(memory_format=torch.channels_last)
-    skipped = drawn == 0
-    assert skipped.float().mean().item() == pytest.approx(0.25, abs=0.005)
-    torch.testing.assert_close(drawn[~skipped].amin(), drawn[~skipped].amax(), rtol=0, atol=0)
+    zero = drawn == 0
+    assert zero.float().mean().item() == pytest.approx(0.25, abs=0.005)
+    torch.testing.assert_close(drawn[~zero].amin(), drawn[~zero].amax(), rtol=0, atol=0)
     assert drawn.mean().item() == pytest.approx(1, abs=0.01)
     torch.testing.assert_close(factors(0), drawn, rtol=0, atol=0)
     assert (factors(1) != drawn).float().mean() > 0.3
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_what_is_reported_is_the_loss_of_both_heads_alone(model: TwoHeadCNN, smoothing: float) -> None:
+def test_reported_loss_is_unsmoothed(model: TwoHeadCNN, smoothing: float) -> None:
     images, numbers = torch.randn(ROWS, 1, 28, 28), torch.arange(ROWS) % 10
     digits = torch.arange(ROWS) // 5
     loss, reported = Objective(model, smoothing)(images, numbers, digits, None)
     digit_scores, sum_scores = model(images, numbers)
     assert reported.item() == pytest.approx(joint_loss(digit_scores, sum_scores, digits, numbers).item(), rel=1e-5)
     assert not reported.requires_grad
-    both = joint_loss(digit_scores, sum_scores, digits, numbers, smoothing)
-    assert loss.item() == pytest.approx(both.item(), rel=1e-5)
+    smoothed = joint_loss(digit_scores, sum_scores, digits, numbers, smoothing)
+    assert loss.item() == pytest.approx(smoothed.item(), rel=1e-5)
 
 
-def test_dropout_leaves_out_what_the_last_convolution_reads(model: TwoHeadCNN) -> None:
+def test_dropout_multiplies_the_input_of_the_last_convolution(model: TwoHeadCNN) -> None:
     images, numbers = torch.randn(ROWS, 1, 28, 28), torch.arange(ROWS) % 10
-    nothing = torch.zeros(ROWS, 128, 3, 3)
-    _, reported = Objective(model, 0.0)(images, numbers, numbers, nothing)
+    all_dropped = torch.zeros(ROWS, 128, 3, 3)
+    _, reported = Objective(model, 0.0)(images, numbers, numbers, all_dropped)
     assert model.conv7.bias is not None
     scores = model.conv7.bias.expand(ROWS, 10)
     expected = joint_loss(scores, model.sum_scores(scores, numbers), numbers, numbers)

@@ -1,4 +1,4 @@
-"""The network is the original's, and its shortcuts give what the long way gives."""
+"""The network equals the original, and its optimized paths equal the plain ones."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_shapes(model: TwoHeadCNN) -> None:
     assert total.shape == (3, 19)
 
 
-def test_an_empty_share_goes_through(model: TwoHeadCNN) -> None:
+def test_empty_batch(model: TwoHeadCNN) -> None:
     digit, total = model(prepare_images(images(0)), torch.zeros(0, dtype=torch.int64))
     loss = joint_loss(digit, total, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     assert loss.item() == 0.0
@@ -52,14 +52,14 @@ def reference(model: TwoHeadCNN, x: torch.Tensor, numbers: torch.Tensor) -> tupl
     return digit, F.linear(hidden, weights["fc2.weight"], weights["fc2.bias"])
 
 
-def test_the_network_is_the_original(model: TwoHeadCNN) -> None:
+def test_network_equals_the_original(model: TwoHeadCNN) -> None:
     x, numbers = prepare_images(images(8)), torch.arange(8)
     with torch.no_grad():
         for ours, theirs in zip(model(x, numbers), reference(model, x, numbers), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_all_numbers_at_once_are_each_number_alone(model: TwoHeadCNN) -> None:
+def test_sum_scores_of_all_numbers_equal_those_of_each(model: TwoHeadCNN) -> None:
     x = prepare_images(images(4))
     with torch.no_grad():
         together = model.sum_scores_of_all_numbers(model.digit_scores(x))
@@ -68,7 +68,7 @@ def test_all_numbers_at_once_are_each_number_alone(model: TwoHeadCNN) -> None:
             torch.testing.assert_close(together[:, number], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_images_are_scaled_as_the_card_says() -> None:
+def test_images_are_normalized_as_the_card_says() -> None:
     x = prepare_images(torch.tensor([0, 255], dtype=torch.uint8).repeat(1, 392).view(1, 28, 28))
     assert x.dtype == torch.float32
     assert x.shape == (1, 1, 28, 28)
@@ -76,16 +76,16 @@ def test_images_are_scaled_as_the_card_says() -> None:
     torch.testing.assert_close(x.max().item(), (1 - 0.1307) / 0.3081, rtol=1e-5, atol=1e-6)
 
 
-def test_smoothing_is_of_the_targets_of_both_heads(model: TwoHeadCNN) -> None:
+def test_smoothing_applies_to_the_targets_of_both_heads(model: TwoHeadCNN) -> None:
     digits, numbers = torch.tensor([3, 9]), torch.tensor([9, 0])
     digit_scores, sum_scores = model(prepare_images(images(2)), numbers)
-    of_digits, of_sums = 0.9 * F.one_hot(digits, 10) + 0.1 / 10, 0.9 * F.one_hot(digits + numbers, 19) + 0.1 / 19
-    expected = -(of_digits * digit_scores.log_softmax(1)).sum() - (of_sums * sum_scores.log_softmax(1)).sum()
+    digit_targets, sum_targets = 0.9 * F.one_hot(digits, 10) + 0.1 / 10, 0.9 * F.one_hot(digits + numbers, 19) + 0.1 / 19
+    expected = -(digit_targets * digit_scores.log_softmax(1)).sum() - (sum_targets * sum_scores.log_softmax(1)).sum()
     smoothed = joint_loss(digit_scores, sum_scores, digits, numbers, label_smoothing=0.1)
     torch.testing.assert_close(smoothed, expected / 2)
 
 
-def test_the_loss_is_the_mean_of_the_two_cross_entropies(model: TwoHeadCNN) -> None:
+def test_loss_is_the_mean_of_the_two_cross_entropies(model: TwoHeadCNN) -> None:
     digits, numbers = torch.tensor([3, 9]), torch.tensor([9, 0])
     digit_scores, sum_scores = model(prepare_images(images(2)), numbers)
     ours = joint_loss(digit_scores, sum_scores, digits, numbers) / 2
@@ -93,7 +93,7 @@ def test_the_loss_is_the_mean_of_the_two_cross_entropies(model: TwoHeadCNN) -> N
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_blocked_layout_changes_no_answer() -> None:
+def test_mkldnn_layout_gives_the_same_scores() -> None:
     torch.manual_seed(0)
     model = TwoHeadCNN().eval()
     images = prepare_images(torch.randint(0, 256, (70, 28, 28), dtype=torch.uint8))
@@ -104,7 +104,7 @@ def test_the_blocked_layout_changes_no_answer() -> None:
     assert plain.std() > 0.1
 
 
-def test_dropout_factors_multiply_what_the_last_convolution_reads() -> None:
+def test_dropout_factors_multiply_the_input_of_the_last_convolution() -> None:
     torch.manual_seed(0)
     model, images = TwoHeadCNN(), torch.randn(3, 1, 28, 28)
     torch.testing.assert_close(model.digit_scores(images, torch.ones(3, 128, 3, 3)), model.digit_scores(images))

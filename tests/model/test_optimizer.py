@@ -1,4 +1,4 @@
-"""The learning rate's schedule, and that Muon moves the convolutions as it should."""
+"""The learning-rate schedule, and the steps of Muon and AdamW."""
 
 import copy
 
@@ -23,7 +23,7 @@ def test_learning_rate_rises_and_falls_once(total: int) -> None:
         assert rates.max() == pytest.approx(0.01, rel=1e-3)
 
 
-def gradients(model: TwoHeadCNN) -> None:
+def compute_gradients(model: TwoHeadCNN) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (16, 28, 28), dtype=torch.uint8, generator=generator)
     digits, numbers = (torch.randint(0, 10, (16,), generator=generator) for _ in range(2))
@@ -32,23 +32,23 @@ def gradients(model: TwoHeadCNN) -> None:
 
 
 def after_a_step(weight_decay: float) -> tuple[TwoHeadCNN, dict[str, torch.Tensor]]:
-    """A network after its first step at a rate of 0.02, and its weights before."""
+    """A network after its first step at a learning rate of 0.02, and its weights before."""
     torch.manual_seed(0)
     model = TwoHeadCNN()
     before = copy.deepcopy(model.state_dict())
     optimizer = MuonAdamW(model, weight_decay)
-    gradients(model)
+    compute_gradients(model)
     optimizer.step(0.02)
     return model, before
 
 
 def test_the_first_step_moves_each_hidden_layer_by_an_orthogonal_matrix() -> None:
-    """The definition of Muon: the gradient with all its singular values brought near one, whatever they were."""
+    """Muon by definition: the step is the gradient with all singular values near one."""
     model, before = after_a_step(weight_decay=0.0)
     for name, value in model.state_dict().items():
         assert not torch.equal(value, before[name]), f"{name} has not moved"
         if name in {"fc1.weight", *(f"conv{index}.weight" for index in range(2, 7))}:
-            # Of tall matrices PyTorch's Muon moves the square root of height by width as far.
+            # PyTorch's Muon multiplies the steps of tall matrices by the square root of height / width.
             tall = max(1.0, len(value) / value[0].numel()) ** 0.5
             moved = (before[name] - value).flatten(1) / (0.02 * tall)
             spectrum = torch.linalg.svdvals(moved)
@@ -59,18 +59,18 @@ def test_the_first_step_moves_each_hidden_layer_by_an_orthogonal_matrix() -> Non
             assert (moved * gradient.flatten(1)).sum() > 0, "downhill"
 
 
-def test_nothing_of_a_step_is_left_for_the_next() -> None:
+def test_zero_grad_drops_all_gradients() -> None:
     model = TwoHeadCNN()
     optimizer = MuonAdamW(model, weight_decay=0.0)
-    gradients(model)
+    compute_gradients(model)
     optimizer.step(0.02)
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(view.grad is None for _, view, _ in optimizer.states())
 
 
-def test_the_first_step_of_adamw_is_each_groups_share_of_the_rate() -> None:
-    """Adam's first step moves each element by the learning rate, whatever its gradient; here by 0.15 and 0.75 of it."""
+def test_first_step_of_adamw_is_scaled_by_each_groups_factor() -> None:
+    """Adam's first step moves each element by the learning rate, whatever its gradient; here by 0.15 and 0.75 times that."""
     model, before = after_a_step(weight_decay=0.0)
     for name, share in {
         "conv1.weight": 0.15,
@@ -83,10 +83,10 @@ def test_the_first_step_of_adamw_is_each_groups_share_of_the_rate() -> None:
         assert moved.median().item() == pytest.approx(0.02 * share, rel=0.01), name
 
 
-def test_weights_decay_whatever_the_gradient() -> None:
-    (still, before), (decaying, _) = after_a_step(weight_decay=0.0), after_a_step(weight_decay=0.5)
+def test_weight_decay_is_decoupled_from_the_gradient() -> None:
+    (plain, before), (decayed, _) = after_a_step(weight_decay=0.0), after_a_step(weight_decay=0.5)
     for name, share in {"conv4.weight": 1.0, "conv7.weight": 0.15, "fc2.weight": 0.75}.items():
-        difference = still.get_parameter(name) - decaying.get_parameter(name)
+        difference = plain.get_parameter(name) - decayed.get_parameter(name)
         torch.testing.assert_close(difference, 0.02 * share * 0.5 * before[name], rtol=1e-3, atol=1e-6)
 
 

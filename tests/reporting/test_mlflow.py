@@ -1,5 +1,7 @@
-"""What MLflow is told, in a local store: every epoch once, also when it did not answer for a while."""
+"""MLflow, in a local store, gets every epoch once, also after it did not answer for a while."""
 
+import logging
+import os
 import shutil
 import time
 from pathlib import Path
@@ -11,11 +13,11 @@ from mlflow.entities import Metric
 
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.reporting.mlflow import MLflowRun
-from mnistsum_ray.reporting.report import model_scalars, scalars
-from mnistsum_ray.storage.location import locate
+from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
+from mnistsum_ray.storage.paths import locate
 from tests.reporting.test_tensorboard import entry
 
-SETTINGS = {"seed": 3, "recipe": "short"}
+CONFIG = {"seed": 3, "recipe": "short"}
 HISTORY = [entry(epoch) for epoch in (1, 2, 3)]
 CARD = entry(4)  # as in model.json
 
@@ -30,14 +32,14 @@ def uri(store: Path) -> str:
     return f"sqlite:///{store}"
 
 
-def told(store: Path, run_id: str) -> list[tuple[int, float]]:
+def logged_epochs(store: Path, run_id: str) -> list[tuple[int, float]]:
     metrics: list[Metric] = MlflowClient(uri(store)).get_metric_history(run_id, "test/digit_accuracy")
     return [(metric.step, metric.value) for metric in metrics]
 
 
-def wait_until_told(store: Path, run_id: str, epochs: int) -> None:
+def wait_until_logged(store: Path, run_id: str, epochs: int) -> None:
     deadline = time.monotonic() + 30
-    while len(told(store, run_id)) < epochs:
+    while len(logged_epochs(store, run_id)) < epochs:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -46,14 +48,14 @@ def expected(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(line["epoch"], line["test"]["digit_accuracy"]) for line in history]
 
 
-def test_a_run_with_its_settings_metrics_and_files(store: Path, tmp_path: Path) -> None:
+def test_a_run_with_its_config_metrics_and_files(store: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     for name in ("report.html", "model/model.json"):
         (tmp_path / "run" / name).write_text(name)
     said: list[str] = []
-    run = MLflowRun(uri(store), "mine", "a-name", None, SETTINGS)
+    run = MLflowRun(uri(store), "mine", "a-name", None, CONFIG)
     for line in HISTORY:
-        run.tell(line, said.append)
+        run.log_epoch(line, said.append)
     assert run.finish(HISTORY, CARD, locate(str(tmp_path / "run"), "run"), ["report.html", "model/model.json"], said.append)
     assert not said
     client = MlflowClient(uri(store))
@@ -61,39 +63,39 @@ def test_a_run_with_its_settings_metrics_and_files(store: Path, tmp_path: Path) 
     assert (found.info.run_name, found.info.status) == ("a-name", "FINISHED")
     assert client.get_experiment(found.info.experiment_id).name == "mine"
     assert found.data.params == {"seed": "3", "recipe": "short"}
-    metrics = scalars(HISTORY[-1]) | model_scalars(CARD)
+    metrics = epoch_scalars(HISTORY[-1]) | model_scalars(CARD)
     assert found.data.metrics == {key: pytest.approx(value) for key, value in metrics.items()}
-    assert told(store, run.run_id) == expected(HISTORY)
+    assert logged_epochs(store, run.run_id) == expected(HISTORY)
     assert {file.path for file in client.list_artifacts(run.run_id)} == {"report.html", "model"}
     assert [file.path for file in client.list_artifacts(run.run_id, "model")] == ["model/model.json"]
 
 
-def test_a_run_that_goes_on_tells_no_epoch_twice(store: Path, tmp_path: Path) -> None:
-    first = MLflowRun(uri(store), "mine", "a-name", None, SETTINGS)
+def test_a_resumed_run_logs_no_epoch_twice(store: Path, tmp_path: Path) -> None:
+    first = MLflowRun(uri(store), "mine", "a-name", None, CONFIG)
     for line in HISTORY[:2]:
-        first.tell(line, print)
-    wait_until_told(store, first.run_id, 2)
+        first.log_epoch(line, print)
+    wait_until_logged(store, first.run_id, 2)
     first.end("FAILED")
     assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FAILED"
-    again = MLflowRun(uri(store), "mine", "a-name", first.run_id, SETTINGS)
-    again.tell(HISTORY[1], print)
+    again = MLflowRun(uri(store), "mine", "a-name", first.run_id, CONFIG)
+    again.log_epoch(HISTORY[1], print)
     assert again.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
-    assert told(store, first.run_id) == expected(HISTORY)
+    assert logged_epochs(store, first.run_id) == expected(HISTORY)
     assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FINISHED"
-    once_more = MLflowRun(uri(store), "mine", "a-name", first.run_id, SETTINGS)
+    once_more = MLflowRun(uri(store), "mine", "a-name", first.run_id, CONFIG)
     assert once_more.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
     assert len(MlflowClient(uri(store)).get_metric_history(first.run_id, "model/test/loss")) == 1
 
 
-def test_what_could_not_be_told_is_said_once_and_told_later(store: Path, tmp_path: Path) -> None:
+def test_a_failure_is_reported_once_and_logged_later(store: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    run = MLflowRun(uri(store), "mine", "a-name", None, SETTINGS)
-    run.tell(HISTORY[0], said.append)
-    wait_until_told(store, run.run_id, 1)
+    run = MLflowRun(uri(store), "mine", "a-name", None, CONFIG)
+    run.log_epoch(HISTORY[0], said.append)
+    wait_until_logged(store, run.run_id, 1)
     shutil.copy(store, tmp_path / "kept.db")
     store.write_bytes(b"not a database any more" * 1000)
     for line in HISTORY[1:]:
-        run.tell(line, said.append)
+        run.log_epoch(line, said.append)
     deadline = time.monotonic() + 30
     while not said:
         assert time.monotonic() < deadline
@@ -101,18 +103,27 @@ def test_what_could_not_be_told_is_said_once_and_told_later(store: Path, tmp_pat
     assert not run.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], said.append)
     assert len(said) == 2
     assert said[0].startswith(f"--mlflow {uri(store)}: ")
-    assert said[0].endswith("training goes on, and it is told later")
-    assert "--resume tells it again" in said[1]
+    assert said[0].endswith("training goes on, and the epoch is logged later")
+    assert "--resume logs it again" in said[1]
     shutil.copy(tmp_path / "kept.db", store)
-    again = MLflowRun(uri(store), "mine", "a-name", run.run_id, SETTINGS)
+    again = MLflowRun(uri(store), "mine", "a-name", run.run_id, CONFIG)
     assert again.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], said.append)
-    assert told(store, run.run_id) == expected(HISTORY)
+    assert logged_epochs(store, run.run_id) == expected(HISTORY)
 
 
 @pytest.mark.parametrize("where", ["http://127.0.0.1:9", "sqlite:////dev/null/nowhere"])
-def test_a_server_that_is_not_there_is_refused(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_exist_is_refused(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(RequestError) as refused:
-        MLflowRun(where, "mine", "a-name", None, SETTINGS)
+        MLflowRun(where, "mine", "a-name", None, CONFIG)
     assert str(refused.value).startswith(f"--mlflow {where}: ")
     assert "\n" not in str(refused.value)
+
+
+def test_the_process_is_left_as_it_was(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    names = ("mlflow", "alembic")
+    before = dict(os.environ), [logging.getLogger(name).level for name in names]
+    run = MLflowRun(uri(store), "mine", "a-name", None, CONFIG)
+    assert run.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
+    assert (dict(os.environ), [logging.getLogger(name).level for name in names]) == before

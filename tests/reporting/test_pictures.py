@@ -1,4 +1,4 @@
-"""Pictures are drawn from the numbers that lie beside them, whatever the numbers are."""
+"""Every picture is legible, also for extreme or missing numbers."""
 
 import io
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnistsum_ray.model.calibration import Reliability
+from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.reporting import pictures
 
 TEST = {"loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
@@ -26,7 +26,7 @@ DRAWN = {
     "one epoch": lambda: pictures.draw_history(HISTORY[:1]),
     "confusion": lambda: pictures.draw_confusion(CONFUSION),
     "sums": lambda: pictures.draw_sums((np.array(CONFUSION).sum(1, keepdims=True).repeat(10, 1) - 1).tolist(), CONFUSION),
-    "a digit that is not there": lambda: pictures.draw_sums(np.zeros((10, 10), int).tolist(), np.zeros((10, 10), int).tolist()),
+    "digits without rows": lambda: pictures.draw_sums(np.zeros((10, 10), int).tolist(), np.zeros((10, 10), int).tolist()),
     "mistakes": lambda: pictures.draw_mistakes([MISTAKE] * 8, IMAGES),
     "no mistakes": lambda: pictures.draw_mistakes([], IMAGES[:0]),
     "probabilities": lambda: pictures.draw_probabilities(BINS, BINS),

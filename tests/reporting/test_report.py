@@ -1,4 +1,4 @@
-"""The page of a run, whatever the run had."""
+"""The report page, with all optional parts and with none."""
 
 import json
 from typing import Any
@@ -40,10 +40,10 @@ MANIFEST: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("card", [CARD, CARD | ALL], ids=["as little as there can be", "all of it"])
-def test_what_there_is_stands_on_the_page(card: dict[str, Any]) -> None:
+@pytest.mark.parametrize("card", [CARD, CARD | ALL], ids=["without optional parts", "with all parts"])
+def test_the_page_shows_what_the_run_has(card: dict[str, Any]) -> None:
     page = report_page("mine", MANIFEST, card, [entry(1), entry(2)], {"history.png": pictures.draw_history([entry(1)])})
-    for shown in ("91.00 %", "80.00 %", "1,234 images", "a CPU, 2 cores", "--model '/runs/mine'", "a &lt;b&gt; &amp; c"):
+    for shown in ("91.00 %", "80.00 %", "1,234 training images", "a CPU, 2 cores", "--model '/runs/mine'", "a &lt;b&gt; &amp; c"):
         assert shown in page.replace("</b>", ""), shown
     assert ("99.98 %" in page) == ("int8" in card)
     assert ("4,000 steps" in page) == ("76.54 %" in page) == bool(card["sum_head"])
@@ -52,7 +52,7 @@ def test_what_there_is_stands_on_the_page(card: dict[str, Any]) -> None:
     assert page.count("data:image/png;base64,") == 1
 
 
-def test_a_notice_is_not_skipped() -> None:
+def test_the_page_shows_the_notice_about_the_data() -> None:
     manifest = json.loads(json.dumps(MANIFEST))
     manifest["data"]["notice"] = "NOT the full MNIST"
     assert "NOT the full MNIST" in report_page("mine", manifest, CARD, [entry(1)], {})

@@ -1,4 +1,4 @@
-"""A file that cannot be scored is named with the reason; a column that no file has is a wrong request."""
+"""Footers: unusable files get a reason, and a column that no file has is an error of the request."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ import pytest
 
 from mnistsum_ray.data.parquet import open_parquet
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.scoring.footers import Columns, check_columns_exist, read_footers
+from mnistsum_ray.scoring.columns import Columns, check_columns_exist
+from mnistsum_ray.scoring.footers import read_footers
 from mnistsum_ray.scoring.inputs import list_inputs
 from mnistsum_ray.scoring.writer import to_parquet
-from mnistsum_ray.storage.location import locate
+from mnistsum_ray.storage.paths import locate
 from tests.conftest import with_footer
 
 GOOD = pa.table({"image": [bytes(784)] * 3, "number": [1, 2, 3]})
@@ -26,16 +27,16 @@ def footers(folder: Path, columns: Columns = COLUMNS) -> dict[str, dict[str, Any
     return dict(zip(inputs.files["name"].to_pylist(), rows, strict=True))
 
 
-def test_a_good_file_is_described(tmp_path: Path) -> None:
+def test_the_footer_of_a_usable_file(tmp_path: Path) -> None:
     pq.write_table(GOOD, tmp_path / "a.parquet", row_group_size=2)
     row = footers(tmp_path)["a.parquet"]
-    assert (row["rows"], row["groups"], row["error"]) == (3, [2, 1], None)
-    assert row["bytes"] > 3 * 784 / 2  # repeated images are stored once
+    assert (row["rows"], row["group_rows"], row["error"]) == (3, [2, 1], None)
+    assert row["bytes"] > 3 * 784 / 2  # Parquet stores repeated images once
     pq.write_table(GOOD.slice(1), tmp_path / "a.parquet")
-    assert footers(tmp_path)["a.parquet"]["footer"] != row["footer"]
+    assert footers(tmp_path)["a.parquet"]["footer_sha256"] != row["footer_sha256"]
 
 
-def test_a_footer_longer_than_the_first_look_is_read_whole(tmp_path: Path) -> None:
+def test_a_footer_longer_than_the_first_read_is_read_whole(tmp_path: Path) -> None:
     wide = GOOD.replace_schema_metadata({"note": "x" * 300_000})
     pq.write_table(wide, tmp_path / "a.parquet")
     assert footers(tmp_path)["a.parquet"]["rows"] == 3
@@ -60,7 +61,7 @@ def damaged(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "reason"),
     [
         ("empty", "is empty (0 bytes)"),
         ("tiny", "is only 4 bytes long"),
@@ -71,32 +72,32 @@ def damaged(name: str, folder: Path) -> Path:
         ("garbage_footer", "cannot be read"),
     ],
 )
-def test_a_damaged_file_says_how(tmp_path: Path, name: str, said: str) -> None:
+def test_a_damaged_file_gets_a_reason(tmp_path: Path, name: str, reason: str) -> None:
     damaged(name, tmp_path)
     row = footers(tmp_path)[f"{name}.parquet"]
-    assert said in row["error"]
+    assert reason in row["error"]
     assert row["rows"] is None
 
 
 @pytest.mark.parametrize(
-    ("lie", "said"),
+    ("wrong_rows", "reason"),
     [
         (10**13, "has a footer that promises 10,000,000,000,000 rows in"),
         (2**62, "has a footer that promises 4,611,686,018,427,387,904 rows in"),
         (50_000_000, "has a footer that promises 50,000,000 rows in"),
     ],
 )
-def test_a_footer_that_lies_of_its_rows_costs_just_that_file(tmp_path: Path, lie: int, said: str) -> None:
+def test_a_footer_with_a_wrong_number_of_rows_makes_that_file_unusable(tmp_path: Path, wrong_rows: int, reason: str) -> None:
     rows = pa.table({"image": [bytes(784)] * 1234, "number": [1] * 1234})
-    for name in ("liar", "good"):
+    for name in ("wrong", "good"):
         pq.write_table(rows, tmp_path / f"{name}.parquet")
-    with_footer(tmp_path / "liar.parquet", 1234, lie)
+    with_footer(tmp_path / "wrong.parquet", 1234, wrong_rows)
     found = footers(tmp_path)
-    assert said in found["liar.parquet"]["error"]
+    assert reason in found["wrong.parquet"]["error"]
     assert (found["good.parquet"]["rows"], found["good.parquet"]["error"]) == (1234, None)
 
 
-def test_a_footer_that_lies_of_its_bytes_costs_just_that_file(tmp_path: Path) -> None:
+def test_a_footer_with_a_wrong_number_of_bytes_makes_that_file_unusable(tmp_path: Path) -> None:
     pq.write_table(GOOD, tmp_path / "a.parquet")
     size = pq.read_metadata(tmp_path / "a.parquet").row_group(0).total_byte_size
     with_footer(tmp_path / "a.parquet", size, 2**62)
@@ -107,7 +108,7 @@ def test_a_footer_that_lies_of_its_bytes_costs_just_that_file(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("expression", "said"),
+    ("expression", "reason"),
     [
         ("INTERVAL '3 days'", "column 'other' has the type INTERVAL, which would be lost"),
         ("TIMETZ '10:11:12+03'", "column 'other' has the type TIME WITH TIME ZONE, which would be lost"),
@@ -115,10 +116,10 @@ def test_a_footer_that_lies_of_its_bytes_costs_just_that_file(tmp_path: Path) ->
         ("{'inside': INTERVAL '3 days'}", "column 'other' has the type INTERVAL, which would be lost"),
     ],
 )
-def test_a_type_that_would_be_lost_costs_the_file(tmp_path: Path, expression: str, said: str) -> None:
+def test_a_type_that_pyarrow_cannot_write_back_makes_the_file_unusable(tmp_path: Path, expression: str, reason: str) -> None:
     path = tmp_path / "a.parquet"
     duckdb.sql(f"COPY (SELECT repeat('x', 784)::BLOB AS image, 1 AS number, {expression} AS other) TO '{path}' (FORMAT parquet)")
-    assert said in footers(tmp_path)["a.parquet"]["error"]
+    assert reason in footers(tmp_path)["a.parquet"]["error"]
 
 
 @pytest.mark.parametrize(
@@ -138,19 +139,19 @@ def test_a_type_that_would_be_lost_costs_the_file(tmp_path: Path, expression: st
         "1::UTINYINT",
     ],
 )
-def test_every_other_type_of_duckdb_is_written_again_as_it_was(tmp_path: Path, expression: str) -> None:
+def test_every_other_type_of_duckdb_is_written_back_unchanged(tmp_path: Path, expression: str) -> None:
     path, again = tmp_path / "a.parquet", tmp_path / "again.parquet"
     duckdb.sql(f"COPY (SELECT repeat('x', 784)::BLOB AS image, 1 AS number, {expression} AS other) TO '{path}' (FORMAT parquet)")
     assert footers(tmp_path)["a.parquet"]["error"] is None
     again.write_bytes(to_parquet(open_parquet(path.open("rb")).read()))
     before, after = (
-        duckdb.execute("SELECT typeof(other), other FROM read_parquet(?)", [str(one)]).fetchall() for one in (path, again)
+        duckdb.execute("SELECT typeof(other), other FROM read_parquet(?)", [str(file)]).fetchall() for file in (path, again)
     )
     assert before == after
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "reason"),
     [
         (GOOD.drop_columns(["number"]), "has no column 'number' but 'image'; --number-column names another"),
         (GOOD.drop_columns(["image"]), "has no column 'image' but 'number'; --image-column names another"),
@@ -160,20 +161,20 @@ def test_every_other_type_of_duckdb_is_written_again_as_it_was(tmp_path: Path, e
         (pa.Table.from_arrays([*GOOD.columns, GOOD["number"]], ["image", "number", "number"]), "more than one column 'number'"),
     ],
 )
-def test_columns_that_will_not_do_are_named(tmp_path: Path, table: pa.Table, said: str) -> None:
+def test_unusable_columns_are_named(tmp_path: Path, table: pa.Table, reason: str) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
     row = footers(tmp_path)["a.parquet"]
-    assert said in row["error"]
+    assert reason in row["error"]
     assert row["rows"] == 3
 
 
-def test_a_column_that_no_file_has_is_refused_and_one_that_some_have_is_not(tmp_path: Path) -> None:
+def test_a_column_that_no_file_has_is_refused_and_one_that_some_files_have_is_not(tmp_path: Path) -> None:
     for name in "ab":
         pq.write_table(GOOD.rename_columns(["picture", "number"]), tmp_path / f"{name}.parquet")
     damaged("empty", tmp_path)
     inputs = list_inputs((str(tmp_path),), locate("/nowhere", "--output"))
-    said = r"--image-column image: no file of --input has such a column; a\.parquet has no column 'image'"
-    with pytest.raises(RequestError, match=said):
+    message = r"--image-column image: no file of --input has such a column; a\.parquet has no column 'image'"
+    with pytest.raises(RequestError, match=message):
         check_columns_exist(inputs.files["name"], read_footers(inputs.root, inputs.files, COLUMNS), COLUMNS)
     labelled = Columns("picture", "number", "digit")
     with pytest.raises(RequestError, match="--label-column digit"):

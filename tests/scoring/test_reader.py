@@ -1,4 +1,4 @@
-"""Parts are read where they begin and end, in one pass where they share a row group."""
+"""Reading parts: every row is read once, in order, and damaged files are reported."""
 
 from datetime import datetime
 from pathlib import Path
@@ -8,12 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.scoring.footers import Columns, read_footers
+from mnistsum_ray.scoring.columns import Columns
+from mnistsum_ray.scoring.decode import DecodedPart, UnreadablePart
+from mnistsum_ray.scoring.footers import read_footers
 from mnistsum_ray.scoring.inputs import list_inputs
-from mnistsum_ray.scoring.plan import Part, parts_of, plan_parts
-from mnistsum_ray.scoring.reader import DecodedPart, UnreadablePart, read_parts, read_together
+from mnistsum_ray.scoring.parts import Part, parts_of, split_into_parts
+from mnistsum_ray.scoring.reader import read_batches, read_parts
 from mnistsum_ray.scoring.writer import to_parquet
-from mnistsum_ray.storage.location import Location, locate
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.paths import locate
 
 COLUMNS = Columns("image", "number", "label")
 
@@ -32,53 +35,53 @@ def planned(folder: Path, max_rows_per_file: int) -> tuple[Location, list[Part]]
     footers = read_footers(inputs.root, files, COLUMNS)
     for name in footers.column_names:
         files = files.append_column(name, footers[name])
-    return inputs.root, parts_of(plan_parts(files, max_rows_per_file)[0])
+    return inputs.root, parts_of(split_into_parts(files, max_rows_per_file)[0])
 
 
 @pytest.mark.parametrize("max_rows_per_file", [7, 100, 2500, 9000])
 @pytest.mark.parametrize("group", [90, 5000])
-def test_every_row_comes_out_once_in_order_and_decoded(tmp_path: Path, max_rows_per_file: int, group: int) -> None:
+def test_every_row_is_read_once_in_order_and_decoded(tmp_path: Path, max_rows_per_file: int, group: int) -> None:
     table = write(tmp_path / "a.parquet", 5000, group)
     root, parts = planned(tmp_path, max_rows_per_file)
     position = 0
-    for rows in read_parts(root, parts, COLUMNS):
-        assert isinstance(rows, DecodedPart)
-        assert rows.part.first_row == position
-        ids = np.arange(position, position + rows.part.rows)
+    for decoded in read_parts(root, parts, COLUMNS):
+        assert isinstance(decoded, DecodedPart)
+        assert decoded.part.first_row == position
+        ids = np.arange(position, position + decoded.part.rows)
         good, bad = ids[ids % 11 != 10], ids[ids % 11 == 10]
-        assert rows.kept["id"].to_pylist() == good.tolist()
-        assert rows.kept.column_names == ["id", "number", "label"]
-        assert rows.numbers.tolist() == (good % 11).tolist()
-        assert rows.labels is not None
-        assert rows.labels.tolist() == [-1 if row % 3 == 0 else row % 10 for row in good]
-        assert [image.tobytes() for image in rows.images] == table["image"].take(pa.array(good)).to_pylist()
-        assert rows.rejected["id"].to_pylist() == bad.tolist()
-        assert rows.rejected.column_names == table.column_names
-        assert list(rows.reasons) == (bad - position).tolist()
-        position += rows.part.rows
+        assert decoded.passthrough["id"].to_pylist() == good.tolist()
+        assert decoded.passthrough.column_names == ["id", "number", "label"]
+        assert decoded.numbers.tolist() == (good % 11).tolist()
+        assert decoded.labels is not None
+        assert decoded.labels.tolist() == [-1 if row % 3 == 0 else row % 10 for row in good]
+        assert [image.tobytes() for image in decoded.images] == table["image"].take(pa.array(good)).to_pylist()
+        assert decoded.rejected["id"].to_pylist() == bad.tolist()
+        assert decoded.rejected.column_names == table.column_names
+        assert list(decoded.reasons) == (bad - position).tolist()
+        position += decoded.part.rows
     assert position == 5000
 
 
-def test_any_slice_of_a_row_group_can_be_read_alone(tmp_path: Path) -> None:
+def test_a_slice_of_a_row_group_can_be_read_alone(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", 5000, 5000)
     root, parts = planned(tmp_path, 700)
     for part in parts[::-1]:
-        (rows,) = read_parts(root, [part], COLUMNS)
-        assert isinstance(rows, DecodedPart)
-        assert rows.kept["id"][0].as_py() in (part.first_row, part.first_row + 1)
-        assert len(rows.numbers) + len(rows.reasons) == part.rows
+        (decoded,) = read_parts(root, [part], COLUMNS)
+        assert isinstance(decoded, DecodedPart)
+        assert decoded.passthrough["id"][0].as_py() in (part.first_row, part.first_row + 1)
+        assert len(decoded.numbers) + len(decoded.reasons) == part.rows
 
 
-def test_small_parts_are_read_together_and_large_ones_one_by_one(tmp_path: Path) -> None:
+def test_small_parts_are_batched(tmp_path: Path) -> None:
     for index in range(30):
         write(tmp_path / f"{index:02}.parquet", 100, 100)
     root, parts = planned(tmp_path, 8192)
-    assert [len(together) for together in read_together(root, parts, COLUMNS)] == [21, 9]
+    assert [len(batch) for batch in read_batches(root, parts, COLUMNS)] == [21, 9]
     root, parts = planned(tmp_path, 10)
-    assert sum(len(together) for together in read_together(root, parts, COLUMNS)) == 300
+    assert sum(len(batch) for batch in read_batches(root, parts, COLUMNS)) == 300
 
 
-def test_a_file_that_changes_under_the_run_is_unreadable_and_its_neighbour_is_not(tmp_path: Path) -> None:
+def test_a_file_that_changes_during_the_run_is_unreadable(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", 50, 50)
     write(tmp_path / "b.parquet", 50, 50)
     root, parts = planned(tmp_path, 8192)
@@ -92,7 +95,7 @@ def test_a_file_that_changes_under_the_run_is_unreadable_and_its_neighbour_is_no
 
 
 def other_column(values: pa.Array) -> pa.Table:
-    """Rows of which one is bad, with another column."""
+    """A table whose first row is bad, with another column."""
     count = len(values)
     return pa.table({"image": [bytes(784)] * count, "number": [77, *range(1, count)], "label": [1] * count, "other": values})
 
@@ -109,52 +112,56 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_a_bad_row_beside_a_view_column_costs_just_that_row(tmp_path: Path, name: str) -> None:
+def test_with_a_view_column_only_the_bad_row_is_rejected(tmp_path: Path, name: str) -> None:
     pq.write_table(other_column(VIEWS[name]), tmp_path / "a.parquet")
     root, parts = planned(tmp_path, 8192)
-    (rows,) = read_parts(root, parts, COLUMNS)
-    assert isinstance(rows, DecodedPart), rows
-    assert list(rows.reasons) == [0]
-    assert rows.kept["other"].to_pylist() == VIEWS[name].to_pylist()[1:]
-    assert rows.rejected["other"].to_pylist() == VIEWS[name].to_pylist()[:1]
-    again = pq.ParquetFile(pa.BufferReader(to_parquet(rows.kept))).read()
+    (decoded,) = read_parts(root, parts, COLUMNS)
+    assert isinstance(decoded, DecodedPart), decoded
+    assert list(decoded.reasons) == [0]
+    assert decoded.passthrough["other"].to_pylist() == VIEWS[name].to_pylist()[1:]
+    assert decoded.rejected["other"].to_pylist() == VIEWS[name].to_pylist()[:1]
+    again = pq.ParquetFile(pa.BufferReader(to_parquet(decoded.passthrough))).read()
     assert again["other"].to_pylist() == VIEWS[name].to_pylist()[1:]
 
 
-def test_images_in_views_are_images(tmp_path: Path) -> None:
+def test_images_in_a_binary_view_are_decoded(tmp_path: Path) -> None:
     images = [(np.arange(784) + row).astype(np.uint8).tobytes() for row in range(3)]
     pq.write_table(
         other_column(pa.array([1, 2, 3])).set_column(0, "image", pa.array(images, pa.binary_view())), tmp_path / "a.parquet"
     )
     root, parts = planned(tmp_path, 8192)
-    (rows,) = read_parts(root, parts, COLUMNS)
-    assert isinstance(rows, DecodedPart), rows
-    assert [image.tobytes() for image in rows.images] == images[1:]
+    (decoded,) = read_parts(root, parts, COLUMNS)
+    assert isinstance(decoded, DecodedPart), decoded
+    assert [image.tobytes() for image in decoded.images] == images[1:]
 
 
 @pytest.mark.parametrize("year", [1500, 9999])
 @pytest.mark.parametrize("nested", [False, True])
-def test_an_int96_timestamp_that_cannot_be_read_costs_the_file_and_not_the_value(tmp_path: Path, year: int, nested: bool) -> None:
+def test_a_file_with_an_int96_timestamp_out_of_range_is_unreadable(tmp_path: Path, year: int, nested: bool) -> None:
     days = pa.array([datetime(2020, 1, 1), datetime(year, 12, 31)], pa.timestamp("us"))
     column = pa.StructArray.from_arrays([days], ["day"]) if nested else days
     for name, values in (("a", column), ("b", column.take(pa.array([0, 0])))):
         pq.write_table(other_column(values), tmp_path / f"{name}.parquet", use_deprecated_int96_timestamps=True)
     root, parts = planned(tmp_path, 8192)
-    lost, kept = read_parts(root, parts, COLUMNS)
-    assert isinstance(lost, UnreadablePart)
-    assert "column 'other' holds INT96 timestamps outside of the years 1677 to 2262" in lost.reason
-    assert isinstance(kept, DecodedPart)
+    unreadable, readable = read_parts(root, parts, COLUMNS)
+    assert isinstance(unreadable, UnreadablePart)
+    assert "column 'other' holds INT96 timestamps outside of the years 1677 to 2262" in unreadable.reason
+    assert isinstance(readable, DecodedPart)
 
 
-def test_a_page_whose_checksum_is_wrong_costs_the_file(tmp_path: Path) -> None:
+def test_a_file_with_a_wrong_page_checksum_is_unreadable(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, 784).astype(np.uint8).tobytes() for _ in range(50)]
     table = pa.table({"image": images, "number": [1] * 50, "label": [1] * 50})
-    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}  # so that each image stands there once
+    options = {
+        "compression": "none",
+        "use_dictionary": False,
+        "write_statistics": False,
+    }  # so that the file holds each image once, as it is
     pq.write_table(table, tmp_path / "a.parquet", write_page_checksum=True, **options)
     data = bytearray((tmp_path / "a.parquet").read_bytes())
-    place = data.index(images[20])
-    data[place + 100] ^= 1  # one pixel, by one
+    offset = data.index(images[20])
+    data[offset + 100] ^= 1  # changes one pixel by 1
     (tmp_path / "a.parquet").write_bytes(data)
     root, parts = planned(tmp_path, 8192)
     (damaged,) = read_parts(root, parts, COLUMNS)

@@ -1,4 +1,4 @@
-"""The count at the end finds every way in which rows can be missing or doubled."""
+"""Reconciliation finds missing and duplicate rows."""
 
 import json
 from typing import Any
@@ -7,18 +7,18 @@ import pyarrow as pa
 import pytest
 
 from mnistsum_ray.errors import RowCountError
-from mnistsum_ray.model.calibration import Reliability
-from mnistsum_ray.scoring.plan import PART_SCHEMA
+from mnistsum_ray.model.reliability import Reliability
+from mnistsum_ray.scoring.parts import PART_SCHEMA
 from mnistsum_ray.scoring.provenance import COMMITTED_SCHEMA
 from mnistsum_ray.scoring.reconcile import match_outputs, reconcile
 from mnistsum_ray.scoring.resume import unplanned_outputs
 
-REQUEST = "request"
+SPEC = "spec"
 RELIABILITY = Reliability(nll=0.5, brier=0.25, rows=[0] * 14 + [4], probability=[0.0] * 14 + [3.9], right=[0] * 14 + [4])
 FILE_ROWS = {"a": 30, "b": 7, "broken": None}
 
 
-def files() -> pa.Table:
+def input_files() -> pa.Table:
     return pa.table(
         {
             "name": pa.array(FILE_ROWS, pa.string()),
@@ -30,7 +30,7 @@ def files() -> pa.Table:
 
 def parts() -> pa.Table:
     rows = [("a", "a-0", 0, 20), ("a", "a-1", 20, 10), ("b", "b", 0, 7)]
-    identity = {"size": 1, "modified": 2, "footer": "f", "first_group": 0, "groups": 1, "skip": 0}
+    identity = {"size": 1, "modified": 2, "footer_sha256": "f", "first_group": 0, "num_groups": 1, "skip_rows": 0}
     keys = ("name", "output", "first_row", "rows")
     return pa.Table.from_pylist([dict(zip(keys, row, strict=True)) | identity for row in rows], PART_SCHEMA)
 
@@ -43,24 +43,24 @@ def committed(**changed: dict[str, Any]) -> list[dict[str, Any]]:
         counts |= {"digit_prob": [0] * 19 + [part["rows"] - rejected], "sum_prob": [part["rows"] - rejected] + [0] * 19}
         counts["reliability"] = {"digit": RELIABILITY.as_json(), "sum": Reliability().as_json()}
         record = {
-            **{key: part[key] for key in ("output", "name", "size", "modified", "footer", "first_row", "rows")},
+            **{key: part[key] for key in ("output", "name", "size", "modified", "footer_sha256", "first_row", "rows")},
             "source": f"/in/{part['name']}",
-            "request": REQUEST,
+            "spec": SPEC,
             "rejected": rejected,
             "counts": json.dumps(counts),
-            "scored_found": part["rows"] - rejected,
-            "rejected_found": rejected,
+            "scored_in_file": part["rows"] - rejected,
+            "rejected_in_file": rejected,
         }
         records.append(record | changed.get(part["output"].replace("-", "_"), {}))
     return records
 
 
-def run(records: list[dict[str, Any]]) -> Any:
-    return reconcile(files(), match_outputs(parts(), pa.Table.from_pylist(records, COMMITTED_SCHEMA), REQUEST))
+def reconcile_with(records: list[dict[str, Any]]) -> Any:
+    return reconcile(input_files(), match_outputs(parts(), pa.Table.from_pylist(records, COMMITTED_SCHEMA), SPEC))
 
 
 def test_all_rows_there() -> None:
-    table, totals = run(committed())
+    table, totals = reconcile_with(committed())
     assert table.to_pylist() == [
         {"file": "a", "rows": 30, "scored": 28, "rejected": 2, "status": "scored", "reason": None},
         {"file": "b", "rows": 7, "scored": 7, "rejected": 0, "status": "scored", "reason": None},
@@ -70,40 +70,40 @@ def test_all_rows_there() -> None:
     assert totals.counts == {"consistent": 15}
     assert totals.reasons == {"is null": 2}
     assert totals.reliability["digit"].metrics() == pytest.approx({"nll": 0.125, "brier": 0.0625, "ece": 0.025})
-    assert totals.reliability["sum"].total == 0
+    assert totals.reliability["sum"].total_rows == 0
     assert totals.probabilities == {"digit_prob": [0] * 19 + [35], "sum_prob": [35] + [0] * 19}
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        {"scored_found": 7},  # a prediction is missing
-        {"scored_found": 9},  # one is there twice
-        {"rejected_found": 1},  # a rejected row is missing
-        {"scored_found": 9, "rejected_found": 1},  # the sum is right, but not what the writer says
+        {"scored_in_file": 7},  # a prediction is missing
+        {"scored_in_file": 9},  # a prediction is there twice
+        {"rejected_in_file": 1},  # a rejected row is missing
+        {"scored_in_file": 9, "rejected_in_file": 1},  # the sum is right, but the stamp says otherwise
         {"rows": 9},
         {"first_row": 21},
         {"modified": 3},
-        {"request": "another"},
+        {"spec": "another"},
     ],
     ids=str,
 )
-def test_what_is_not_as_planned_is_named(changed: dict[str, Any]) -> None:
+def test_a_part_that_differs_from_the_plan_is_named(changed: dict[str, Any]) -> None:
     with pytest.raises(RowCountError, match="a: rows 20 to 29 should be in a-1"):
-        run(committed(a_1=changed))
+        reconcile_with(committed(a_1=changed))
 
 
-def test_a_part_that_nobody_wrote_is_named() -> None:
+def test_a_missing_part_is_named() -> None:
     with pytest.raises(RowCountError, match="a: rows 0 to 19 should be in a-0, which has 0 predictions and 0 rejected rows"):
-        run(committed()[1:])
+        reconcile_with(committed()[1:])
 
 
-def test_a_plan_that_has_not_all_rows_of_a_file_is_found_out() -> None:
-    matched = match_outputs(parts().slice(1), pa.Table.from_pylist(committed(), COMMITTED_SCHEMA), REQUEST)
+def test_a_file_whose_parts_lack_rows_is_named() -> None:
+    matched = match_outputs(parts().slice(1), pa.Table.from_pylist(committed(), COMMITTED_SCHEMA), SPEC)
     with pytest.raises(RowCountError, match="a: has 30 rows, of which 10 are accounted for"):
-        reconcile(files(), matched)
+        reconcile(input_files(), matched)
 
 
-def test_what_is_beside_the_plan_is_told_apart() -> None:
-    strange = unplanned_outputs(parts().slice(0, 2), pa.Table.from_pylist(committed(), COMMITTED_SCHEMA))
-    assert strange["output"].to_pylist() == ["b"]
+def test_outputs_that_are_not_in_the_plan_are_found() -> None:
+    unplanned = unplanned_outputs(parts().slice(0, 2), pa.Table.from_pylist(committed(), COMMITTED_SCHEMA))
+    assert unplanned["output"].to_pylist() == ["b"]

@@ -1,4 +1,4 @@
-"""Folders: what a killed run left is cleared away, and a new output takes the old one's place without a gap."""
+"""Output and staging folders: unfinished files are deleted, and a new output replaces the old one without a gap."""
 
 import threading
 from pathlib import Path
@@ -9,9 +9,10 @@ import pytest
 
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.scoring.output_folder import clear_unfinished, list_output, unfinished_rejects
-from mnistsum_ray.scoring.staging import publish_output, staging_folder
-from mnistsum_ray.storage.location import Location, locate
+from mnistsum_ray.scoring.staging import publish_staged, staging_folder
+from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import output_lock
+from mnistsum_ray.storage.paths import locate
 
 
 def fill(folder: Path, *names: str) -> Location:
@@ -25,17 +26,17 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-OURS = {b"mnistsum_ray.score": b"{}"}
+PROVENANCE = {b"mnistsum_ray.score": b"{}"}
 
 
 def predictions(folder: Path, *names: str) -> None:
-    """Files that carry our metadata."""
+    """Write files that have provenance."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"text": [f"{folder.name} {name}"]}).replace_schema_metadata(OURS), folder / name)
+        pq.write_table(pa.table({"text": [f"{folder.name} {name}"]}).replace_schema_metadata(PROVENANCE), folder / name)
 
 
-def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
+def test_unfinished_files_of_a_killed_run_are_deleted(tmp_path: Path) -> None:
     done = ("a.parquet", "_rejected/a.parquet", "b/c.parquet", "_files.parquet", "_manifest.json")
     unfinished = (".mnistsum-0123456789abcdef.partial", "b/.mnistsum-0123456789abcdef.partial", "_rejected/d.parquet")
     others = ("thesis.tex.partial", ".mnistsum-notes.partial", "b/.download.partial")
@@ -48,7 +49,7 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".out.unpublished", ".out.unpublished.old", "file"])
-def test_a_link_in_the_staging_folders_place_is_refused_and_leads_nowhere(tmp_path: Path, name: str) -> None:
+def test_a_link_with_the_name_of_the_staging_folder_is_refused(tmp_path: Path, name: str) -> None:
     output = fill(tmp_path / "out", "a.parquet")
     victim = fill(tmp_path / "victim", "data.parquet", "sub/data.parquet")
     if name == "file":
@@ -62,7 +63,7 @@ def test_a_link_in_the_staging_folders_place_is_refused_and_leads_nowhere(tmp_pa
     assert names(tmp_path / "victim") == {"data.parquet", "sub/data.parquet"}
 
 
-def test_replacing_keeps_permissions_and_what_belongs_to_others(tmp_path: Path) -> None:
+def test_replacing_keeps_permissions_and_files_of_others(tmp_path: Path) -> None:
     predictions(tmp_path / "out", "a.parquet", "deep/b.parquet", "_rejected/a.parquet")
     output = fill(tmp_path / "out", ".git/config", "deep/.DS_Store", "_manifest.json")
     (tmp_path / "out" / "link").symlink_to(fill(tmp_path / "elsewhere", "x").path)
@@ -71,7 +72,7 @@ def test_replacing_keeps_permissions_and_what_belongs_to_others(tmp_path: Path) 
     staging = staging_folder(output)
     predictions(Path(staging.path), "a.parquet", "deep/c.parquet")
     fill(tmp_path / "out", "came-meanwhile.parquet")
-    publish_output(staging, output, lambda: None, replace=True, ours={"a.parquet", "deep/b.parquet"})
+    publish_staged(staging, output, lambda: None, replace=True, replaced={"a.parquet", "deep/b.parquet"})
     kept = {".git/config", "deep/.DS_Store", "came-meanwhile.parquet"}
     assert names(tmp_path / "out") == {"a.parquet", "deep/c.parquet", *kept}
     assert (tmp_path / "out" / "link").is_symlink()
@@ -81,7 +82,7 @@ def test_replacing_keeps_permissions_and_what_belongs_to_others(tmp_path: Path) 
     assert {path.name for path in tmp_path.iterdir()} == {"out", "elsewhere"}
 
 
-def test_what_a_kill_while_publishing_left_is_deleted_but_for_what_belongs_to_others(tmp_path: Path) -> None:
+def test_a_replaced_output_that_a_killed_run_left_is_deleted_but_for_files_of_others(tmp_path: Path) -> None:
     output = fill(tmp_path / "out", "a.parquet")
     predictions(tmp_path / ".out.unpublished.old", "a.parquet", "_rejected/a.parquet", "b.parquet")
     fill(tmp_path / ".out.unpublished.old", "_manifest.json", ".git/config", "thesis.parquet")
@@ -111,7 +112,7 @@ def test_replacing_leaves_no_moment_without_an_output(tmp_path: Path, in_one_ste
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    publish_output(staging, output, lambda: None, replace=True, ours={"a.parquet", "old.parquet"})
+    publish_staged(staging, output, lambda: None, replace=True, replaced={"a.parquet", "old.parquet"})
     ended.set()
     watcher.join()
     assert seen == {True}
@@ -121,20 +122,20 @@ def test_replacing_leaves_no_moment_without_an_output(tmp_path: Path, in_one_ste
     assert (tmp_path / "out" / "a.parquet").read_text().startswith(Path(staging.path).name)
 
 
-def test_publishing_beside_what_is_there_keeps_it(tmp_path: Path) -> None:
+def test_publishing_without_replacing_keeps_the_old_files(tmp_path: Path) -> None:
     output = fill(tmp_path / "out", "a.parquet", "_manifest.json")
     staging = staging_folder(output)
     fill(Path(staging.path), "b.parquet", "_manifest.json")
-    publish_output(staging, output, lambda: None, replace=False)
+    publish_staged(staging, output, lambda: None, replace=False)
     assert names(tmp_path / "out") == {"a.parquet", "b.parquet", "_manifest.json"}
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
-def test_publishing_goes_on_where_a_kill_left_the_lock_in_the_staging_folder(tmp_path: Path) -> None:
+def test_a_lock_that_a_killed_run_left_in_the_staging_folder_is_replaced(tmp_path: Path) -> None:
     output = fill(tmp_path / "out", "a.parquet", "_lock")
     staging = staging_folder(output)
     fill(Path(staging.path), "b.parquet", "_lock")
-    publish_output(staging, output, lambda: None, replace=True, ours={"a.parquet"})
+    publish_staged(staging, output, lambda: None, replace=True, replaced={"a.parquet"})
     assert names(tmp_path / "out") == {"b.parquet", "_lock"}
     assert (tmp_path / "out" / "_lock").read_text() == "out _lock"
 
@@ -147,12 +148,12 @@ def test_publishing_without_hard_links_moves_file_by_file(tmp_path: Path, monkey
     output = fill(tmp_path / "out", "a.parquet", "_lock")
     staging = staging_folder(output)
     fill(Path(staging.path), "b.parquet")
-    publish_output(staging, output, lambda: None, replace=True, ours={"a.parquet"})
+    publish_staged(staging, output, lambda: None, replace=True, replaced={"a.parquet"})
     assert names(tmp_path / "out") == {"b.parquet", "_lock"}
 
 
-def test_publishing_ends_when_another_run_has_taken_the_output(tmp_path: Path) -> None:
-    """It looks before each step, so at most what was in hand is moved."""
+def test_publishing_ends_when_another_run_takes_the_output(tmp_path: Path) -> None:
+    """The lock is checked before each move, so at most the moves that had begun are made."""
     output = fill(tmp_path / "out", "old.parquet")
     staging = output / "_unpublished"
     fill(Path(staging.path), *(f"{number}.parquet" for number in range(100)))
@@ -164,13 +165,13 @@ def test_publishing_ends_when_another_run_has_taken_the_output(tmp_path: Path) -
             raise OSError("another run has taken the output")
 
     with pytest.raises(OSError, match="another run"):
-        publish_output(staging, output, check, replace=False)
+        publish_staged(staging, output, check, replace=False)
     moved = names(tmp_path / "out") - {f"_unpublished/{number}.parquet" for number in range(100)}
     assert 0 < len(moved) < 11
     assert "old.parquet" in moved
 
 
-def test_a_lock_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_of_others_with_the_name_of_the_lock_is_left_alone(tmp_path: Path) -> None:
     output = fill(tmp_path / "out", "_lock")
     with (
         pytest.raises(RequestError, match="_lock is not a file of this program; move it away"),
@@ -178,16 +179,6 @@ def test_a_lock_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     ):
         pass
     assert (tmp_path / "out" / "_lock").read_text() == "out _lock"
-
-
-def test_one_holder_at_a_time(tmp_path: Path) -> None:
-    output = locate(str(tmp_path / "out"), "--output")
-    for _ in range(2):
-        with output_lock(output, "--output", print) as held:
-            held.check()
-            with pytest.raises(RequestError, match="another run is writing there"), output_lock(output, "--output", print):
-                pass
-        assert names(tmp_path / "out") == set()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is written tells what it was made from, and is believed only as far as it holds."""
+"""Written parts: columns, metadata and provenance, and how damage to them is reported."""
 
 import json
 from pathlib import Path
@@ -10,26 +10,26 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.model.inference import Predictions, ProbabilityLosses
-from mnistsum_ray.scoring.footers import Columns
+from mnistsum_ray.model.predictions import Predictions, ProbabilityLosses
+from mnistsum_ray.scoring.columns import Columns
+from mnistsum_ray.scoring.decode import DecodedPart
 from mnistsum_ray.scoring.output_folder import list_output
-from mnistsum_ray.scoring.plan import Part
-from mnistsum_ray.scoring.provenance import PredictionSpec, read_committed
-from mnistsum_ray.scoring.reader import DecodedPart
+from mnistsum_ray.scoring.parts import Part
+from mnistsum_ray.scoring.provenance import FORMAT, KEY, PredictionSpec, has_provenance, read_committed
 from mnistsum_ray.scoring.writer import write_part
-from mnistsum_ray.storage.location import locate
+from mnistsum_ray.storage.paths import locate
 
-REQUEST = PredictionSpec("abc", "fp32", Columns("image", "number", "label"), Temperatures(1.5, 0.5))
+SPEC = PredictionSpec("abc", "fp32", Columns("image", "number", "label"), Temperatures(1.5, 0.5))
 
 
-def rows(bad: int = 2, metadata: dict[bytes, bytes] | None = None) -> DecodedPart:
+def decoded_part(bad: int = 2, metadata: dict[bytes, bytes] | None = None) -> DecodedPart:
     table = pa.table({"image": [bytes(784)] * 5, "number": [1, 2, 3, 4, 5], "reason": ["a"] * 5, "label": [0, 1, 2, None, 4]})
     table = table.replace_schema_metadata(metadata)
     good = 5 - bad
     part = Part("deep/in.parquet", 10, 20, "f00", "deep/in-00001-of-00002.parquet", 100, 5, 0, 1, 0)
     return DecodedPart(
         part=part,
-        kept=table.slice(0, good).drop_columns(["image"]),
+        passthrough=table.slice(0, good).drop_columns(["image"]),
         images=np.zeros((good, 28, 28), np.uint8),
         numbers=np.arange(1, good + 1),
         labels=np.array([0, 1, 2, -1, 4][:good]),
@@ -53,8 +53,8 @@ def committed(output: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_part_and_its_record(tmp_path: Path) -> None:
-    write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), rows(), predictions(3), REQUEST)
+def test_a_part_and_its_provenance(tmp_path: Path) -> None:
+    write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), decoded_part(), predictions(3), SPEC)
     good = pq.ParquetFile(tmp_path / "deep" / "in-00001-of-00002.parquet").read()
     assert good.column_names == ["number", "reason", "label", "pred_digit", "digit_prob", "pred_sum", "sum_prob", "consistent"]
     assert good["consistent"].to_pylist() == [False, True, True]
@@ -63,27 +63,27 @@ def test_a_part_and_its_record(tmp_path: Path) -> None:
     assert bad["source_row"].to_pylist() == [103, 104]
     assert bad["source_file"].to_pylist() == ["/data/deep/in.parquet"] * 2
     assert bad["reason"].to_pylist() == ["bad 3", "bad 4"]
-    record = committed(tmp_path)
-    assert {key: record[key] for key in ("source", "size", "modified", "footer", "first_row", "rows", "rejected")} == {
+    stamp = committed(tmp_path)
+    assert {key: stamp[key] for key in ("source", "size", "modified", "footer_sha256", "first_row", "rows", "rejected")} == {
         "source": "/data/deep/in.parquet",
         "size": 10,
         "modified": 20,
-        "footer": "f00",
+        "footer_sha256": "f00",
         "first_row": 100,
         "rows": 5,
         "rejected": 2,
     }
-    assert (record["scored_found"], record["rejected_found"], record["error"]) == (3, 2, None)
-    assert record["request"] == REQUEST.canonical_json()
-    assert '"labelled": 3, "digits_right": 3, "sums_right": 2' in record["counts"]
-    reliability = json.loads(record["counts"])["reliability"]
+    assert (stamp["scored_in_file"], stamp["rejected_in_file"], stamp["error"]) == (3, 2, None)
+    assert stamp["spec"] == SPEC.canonical_json()
+    assert '"labelled": 3, "digits_right": 3, "sums_right": 2' in stamp["counts"]
+    reliability = json.loads(stamp["counts"])["reliability"]
     assert (reliability["digit"]["nll"], reliability["sum"]["brier"]) == (3, 3), "0 + 1 + 2"
     assert (sum(reliability["sum"]["rows"]), sum(reliability["sum"]["right"])) == (3, 2)
 
 
-def test_metadata_of_the_input_stay_but_for_what_would_no_longer_be_true(tmp_path: Path) -> None:
-    source = rows(0, {b"pandas": b"{}", b"huggingface": b"{}", b"mine": b"yes"})
-    write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), source, predictions(5), REQUEST)
+def test_metadata_of_the_input_is_kept_but_for_the_entry_of_hugging_face(tmp_path: Path) -> None:
+    source = decoded_part(0, {b"pandas": b"{}", b"huggingface": b"{}", b"mine": b"yes"})
+    write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), source, predictions(5), SPEC)
     metadata = pq.read_metadata(tmp_path / "deep" / "in-00001-of-00002.parquet").metadata
     assert metadata[b"mine"] == b"yes"
     assert b"pandas" in metadata
@@ -92,22 +92,32 @@ def test_metadata_of_the_input_stay_but_for_what_would_no_longer_be_true(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "error"),
     [
         (lambda folder: (folder / "deep" / "in-00001-of-00002.parquet").write_bytes(b"PAR1 no PAR1"), "cannot be read"),
         (lambda folder: (folder / "_rejected" / "deep" / "in-00001-of-00002.parquet").unlink(), "has lost its rejected rows"),
         (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "deep" / "in-00001-of-00002.parquet"), "is not a file of"),
     ],
 )
-def test_a_record_that_does_not_hold_says_so(tmp_path: Path, damage: Any, said: str) -> None:
-    write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), rows(), predictions(3), REQUEST)
+def test_damaged_output_files_get_an_error(tmp_path: Path, damage: Any, error: str) -> None:
+    write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), decoded_part(), predictions(3), SPEC)
     damage(tmp_path)
-    assert said in committed(tmp_path)["error"]
+    assert error in committed(tmp_path)["error"]
 
 
-def test_what_an_object_store_uri_says_beside_its_path_is_not_written_down(tmp_path: Path) -> None:
+def test_a_file_of_another_version_gets_an_error(tmp_path: Path) -> None:
+    write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), decoded_part(), predictions(3), SPEC)
+    path = tmp_path / "deep" / "in-00001-of-00002.parquet"
+    table = pq.ParquetFile(path).read()
+    stamp = json.loads(table.schema.metadata[KEY]) | {"format": FORMAT - 1}
+    pq.write_table(table.replace_schema_metadata({KEY: json.dumps(stamp).encode()}), path)
+    assert committed(tmp_path)["error"] == "was written by another version of this program"
+    assert has_provenance(locate(str(tmp_path), "--output"), "deep/in-00001-of-00002.parquet")
+
+
+def test_keys_in_an_object_store_uri_are_not_written(tmp_path: Path) -> None:
     source = locate("s3://key:secret@bucket/in?region=eu-west-1", "--input")
-    write_part(locate(str(tmp_path), "--output"), source, rows(), predictions(3), REQUEST)
+    write_part(locate(str(tmp_path), "--output"), source, decoded_part(), predictions(3), SPEC)
     assert committed(tmp_path)["source"] == "s3://bucket/in/deep/in.parquet"
     for path in tmp_path.rglob("*.parquet"):
         assert b"secret" not in path.read_bytes()

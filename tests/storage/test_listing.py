@@ -1,13 +1,10 @@
-"""Each file once, whatever links lead to it, and no folder is looked into that cannot hold a match."""
+"""Each file is listed once, whatever links lead to it."""
 
 import os
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from mnistsum_ray.storage.listing import Listing, in_utf8, list_folder, list_glob, matches, report_skipped
-from mnistsum_ray.storage.location import locate
+from mnistsum_ray.storage.listing import Listing, escape_non_utf8, list_folder, report_skipped
+from mnistsum_ray.storage.paths import locate
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -22,7 +19,7 @@ def below(root: Path) -> Listing:
 
 
 def files(listing: Listing, root: Path) -> list[str]:
-    second = set(listing.second_names())
+    second = set(listing.duplicates())
     return sorted(os.path.relpath(path, root) for path in listing.files if path not in second)
 
 
@@ -65,10 +62,10 @@ def test_a_link_to_a_neighbour_is_skipped_and_one_that_leads_away_is_followed(tm
     listing = below(root)
     expected = ["2024/a.parquet", "2025/b.parquet", "again/c.parquet", "again/deep/d.parquet", "one.parquet"]
     assert files(listing, root) == expected
-    assert listing.second_names() == [str(root / "latest.parquet")]
+    assert listing.duplicates() == [str(root / "latest.parquet")]
     assert {os.path.relpath(path, root): why for path, why in listing.skipped.items()} == {
-        "latest": "a link to what is listed anyway",
-        "more": "a link to what is listed anyway",
+        "latest": "a link to a file or folder that is listed anyway",
+        "more": "a link to a file or folder that is listed anyway",
         "gone.parquet": "a link that leads nowhere",
     }
     leads = {"again": "elsewhere", "gone.parquet": "nowhere"}
@@ -89,30 +86,7 @@ def test_a_name_that_is_not_utf8_is_listed_without_its_info(tmp_path: Path) -> N
     listing = below(root)
     assert len(listing.files) == 2
     assert list(listing.file_infos(locate(str(root), "--input"))) == [str(root / "a.parquet")]
-    assert sorted(in_utf8(path) for path in listing.files)[1] == f"{root}/caf\\udce9.parquet"
-
-
-def test_a_glob_looks_only_where_it_can_match(tmp_path: Path) -> None:
-    """As a shell does, links in its way included."""
-    root = fill(tmp_path / "in", "a/x.parquet", "b/deep/down/y.parquet", "c/z.txt")
-    (root / "a" / "loop").symlink_to(root)
-    (root / "gone").symlink_to(tmp_path / "nowhere")
-
-    def found(*pattern: str) -> list[str]:
-        return files(list_glob(locate(str(root), "--input"), pattern), root)
-
-    assert found("*", "x.parquet") == ["a/x.parquet"]
-    assert found("*", "*", "*", "*.parquet") == ["a/loop/a/x.parquet", "b/deep/down/y.parquet"]
-    assert found("**", "*.parquet") == ["a/x.parquet", "b/deep/down/y.parquet"]
-    assert found("**") == ["a/x.parquet", "b/deep/down/y.parquet", "c/z.txt"]
-    assert found("[bc]", "*") == ["c/z.txt"]
-    assert found("nothing*") == []
-
-
-def test_a_glob_at_the_root_of_the_disk_ends_at_once() -> None:
-    """Listing all below it would walk the disk, and /proc."""
-    listing = list_glob(locate("/", "--input"), ("*", "nobody-has-such-a-file"))
-    assert listing.files == {}
+    assert sorted(escape_non_utf8(path) for path in listing.files)[1] == f"{root}/caf\\udce9.parquet"
 
 
 def test_each_reason_is_said_once(tmp_path: Path) -> None:
@@ -122,25 +96,3 @@ def test_each_reason_is_said_once(tmp_path: Path) -> None:
         "left out for their names: 2, such as /in/a",
         "left out since each is a link that leads nowhere: 1, such as /in/c",
     ]
-
-
-def test_a_wildcard_matches_no_leading_dot_wherever_files_lie() -> None:
-    assert matches(("a", "b", "c.parquet"), ("**", "*.parquet"))
-    assert not matches((".tmp", "c.parquet"), ("**", "*.parquet"))
-    assert not matches(("a", ".c.parquet"), ("**",))
-    assert matches((".tmp", "c.parquet"), (".tmp", "**"))
-
-
-def test_a_folder_that_cannot_be_read_costs_just_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = fill(tmp_path / "in", "a/closed/x.parquet", "a/open/y.parquet")
-    scandir = os.scandir
-
-    def closed(folder: str) -> Any:
-        if folder.endswith("/closed"):
-            raise PermissionError
-        return scandir(folder)
-
-    monkeypatch.setattr("os.scandir", closed)  # root may read all
-    listing = list_glob(locate(str(root), "--input"), ("**", "*.parquet"))
-    assert files(listing, root) == ["a/open/y.parquet"]
-    assert listing.skipped == {str(root / "a" / "closed"): "a folder that cannot be read"}

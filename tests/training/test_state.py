@@ -14,7 +14,7 @@ from mnistsum_ray.model.loss import joint_loss
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, load_model, save_model
-from mnistsum_ray.storage.location import locate
+from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.state import (
     CheckpointError,
     EpochProgress,
@@ -25,7 +25,7 @@ from mnistsum_ray.training.state import (
     verify_checkpoint,
 )
 
-SCORES = Metrics(rows=10, pairs=100, loss=0.5, digit_accuracy=0.9, sum_accuracy=0.8)
+SCORES = Metrics(rows=10, pairs=100, loss=0.5, digit_accuracy=0.9, sum_accuracy=0.8, consistency=0.7)
 LINE = {"epoch": 1, "best": True, "validation": asdict(SCORES), "test": asdict(SCORES)}
 
 
@@ -54,7 +54,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     model, optimizer = make(0)
     for seed in range(3):
         step(model, optimizer, seed)
-    tuned = SumHeadResult(steps=5, kept=True, agreement=(0.5, 0.75), validation=SCORES, test=SCORES)
+    tuned = SumHeadResult(steps=5, kept=True, validation=SCORES, test=SCORES)
     state = TrainerState(1, [LINE], copy_weights(model), "fp32", EpochProgress(7, 0.1 + 0.2, 448, 123_456), tuned)
     save_checkpoint(tmp_path, state, model, optimizer)
     other, other_optimizer = make(1)
@@ -81,14 +81,13 @@ def test_a_model_comes_back(tmp_path: Path) -> None:
 def test_the_card_tells_how_the_sum_head_was_tuned(tmp_path: Path, *, kept: bool) -> None:
     before, after = asdict(SCORES), replace(SCORES, sum_accuracy=0.9)
     lines = [{"epoch": epoch, "best": epoch < 3, "validation": before, "test": before} for epoch in (1, 2, 3)]
-    tuned = SumHeadResult(steps=5, kept=kept, agreement=(0.5, 0.75), validation=after, test=after)
+    tuned = SumHeadResult(steps=5, kept=kept, validation=after, test=after)
     save_checkpoint(tmp_path, TrainerState(3, lines, copy_weights(make(0)[0]), "fp32", sum_head=tuned), *make(0))
     _, card = load_model(locate(str(tmp_path), "--model"))
     assert card["epoch"] == 2
     assert card["test"] == card["validation"] == asdict(after if kept else SCORES)
-    told = (("before", before, 0.5), ("after", asdict(after), 0.75))
-    scores = {name: {"validation": these, "test": these, "agreement": agreement} for name, these, agreement in told}
-    assert card["sum_head"] == {"steps": 5, "kept": kept, **scores}
+    metrics = {when: {"validation": of, "test": of} for when, of in (("before", before), ("after", asdict(after)))}
+    assert card["sum_head"] == {"steps": 5, "kept": kept, **metrics}
 
 
 def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_a_checkpoint_that_is_not_whole_is_known_for_one(tmp_path: Path, name: s
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match=r"is missing|is not whole"):
+    with pytest.raises(CheckpointError, match=r"is missing|is incomplete"):
         verify_checkpoint(place)
 
 
@@ -155,7 +154,7 @@ def test_a_checkpoint_that_is_not_whole_is_known_for_one(tmp_path: Path, name: s
     [
         ("nothing", "holds no model"),
         ("no card", "holds no model"),
-        ("other card", "does not say format 'mnistsum_ray/2'"),
+        ("other card", "its format is not 'mnistsum_ray/3'"),
         ("other weights", "SHA-256 differs"),
         ("pickle", "its tensors are not those of the network"),
     ],

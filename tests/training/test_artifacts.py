@@ -1,9 +1,9 @@
-"""What a run that goes on keeps of what it was."""
+"""The manifest of a resumed run."""
 
 import pytest
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.training.driver import _going_on
+from mnistsum_ray.training.artifacts import resume_manifest
 
 STORED = {
     "status": "finished",
@@ -13,12 +13,12 @@ STORED = {
 NOW = {"status": "running", "workers": "1 CPU worker", "data": {"sha256": "a" * 64, "location": "sample", "notice": ""}}
 
 
-def test_what_it_had_come_to_and_what_was_said_of_its_data_stay() -> None:
-    manifest = _going_on(STORED, NOW)
+def test_results_and_the_notice_about_the_data_stay() -> None:
+    manifest = resume_manifest(STORED, NOW)
     assert manifest == {**STORED, "status": "running", "workers": "1 CPU worker"}
 
 
 def test_other_data_are_refused() -> None:
     other = NOW | {"data": {"sha256": "b" * 64, "location": "elsewhere", "notice": ""}}
     with pytest.raises(RequestError, match=r"the data are not those of the run .*aaaaaaaaaaaa… from sample"):
-        _going_on(STORED, other)
+        resume_manifest(STORED, other)

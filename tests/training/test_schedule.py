@@ -1,11 +1,11 @@
-"""Which rows are seen when, and on which a calibration is made."""
+"""Schedule: each row once an epoch, for any number of workers."""
 
 import numpy as np
 import pytest
 
 from mnistsum_ray.data.sampling import epoch_order
+from mnistsum_ray.training.finalize import evenly_spaced
 from mnistsum_ray.training.schedule import Schedule
-from mnistsum_ray.training.trainer import evenly_spaced
 
 IDS = np.arange(10, 1015)  # 1,005 rows: not a multiple of anything below
 
@@ -15,7 +15,6 @@ def schedule(rank: int, world_size: int, batch_size: int = 64) -> Schedule:
         row_ids=IDS,
         batch_size=batch_size,
         seed=5,
-        max_shift=1,
         distortion=0.0,
         first_epoch=0,
         first_step=0,
@@ -55,7 +54,7 @@ def test_a_resumed_schedule_is_the_rest_of_the_whole() -> None:
     assert rest == [task for task in whole if task["epoch"] == 2]
 
 
-def test_what_is_calibrated_on_is_spread_over_all_rows() -> None:
+def test_rows_for_calibration_are_evenly_spaced() -> None:
     assert evenly_spaced(IDS, 2000).tolist() == IDS.tolist()
     some = evenly_spaced(IDS, 400)
     assert len(set(some)) == 400

@@ -1,0 +1,170 @@
+"""The benchmark: measure several ways to train or to score, each in its own process, interleaved, and compare their medians."""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from mnistsum_ray import cli
+from mnistsum_ray.benchmark import memory, original, ray_jobs
+from mnistsum_ray.data.parts import read_part
+from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.model import quantization
+from mnistsum_ray.model.device import hardware
+from mnistsum_ray.reporting.versions import versions
+from mnistsum_ray.storage.paths import locate
+
+WAYS: Final = {
+    "train": ("loader", "memory", "worker", "ray"),
+    "score": ("loader", "memory", "memory-int8", "ray", "ray-int8"),
+}
+RATIOS: Final = {
+    "train": (("ray", "memory"), ("ray", "worker"), ("ray", "loader")),
+    "score": (("ray", "memory"), ("ray", "loader"), ("ray-int8", "memory-int8"), ("ray-int8", "loader")),
+}
+
+Measurement = dict[str, float]
+
+
+def benchmark(job: Path, description: str, argv: list[str]) -> tuple[dict[str, Any], int]:
+    """Run the benchmark, or with `--way` one measurement.
+
+    Args:
+        job: file of the job, which is run again for each measurement; the other jobs lie beside it.
+        description: text of `--help`.
+        argv: command line.
+
+    Returns:
+        The fields of the job's last line, and the exit code.
+
+    Raises:
+        RequestError: a flag is invalid, or the data have too few rows.
+        RunError: a measurement failed.
+    """
+    args = _parse(description, argv)
+    cli.reserve_stdout_for_result()
+    if args.way:
+        return _measure(args, job.parent), cli.DONE
+    ways = WAYS[args.what]
+    if args.what == "score" and not quantization.is_available():
+        print("int8 is left out: this PyTorch has no integer convolutions on this CPU", file=sys.stderr)
+        ways = tuple(way for way in ways if not way.endswith("int8"))
+    runs: dict[str, list[Measurement]] = {way: [] for way in ways}
+    for turn in range(args.repeat):
+        # Every other turn goes backwards, so that a drift of the machine's speed hits all ways alike.
+        for way in ways if turn % 2 == 0 else reversed(ways):
+            result = ray_jobs.run_job(job, *argv, "--way", way, "--command-time", time.time(), name=way)
+            runs[way].append(result)
+            print(f"{way}: {result['rows_per_second']:,.0f} rows/s", file=sys.stderr, flush=True)
+    line = _summary(args.what, runs)
+    print(_table(runs, line["ratios"]), file=sys.stderr, flush=True)
+    return line, cli.DONE
+
+
+def _parse(description: str, argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=WAYS)
+    parser.add_argument("--data", default="auto", help="as for jobs/train.py (default: auto)")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements of each way (default: 3)")
+    parser.add_argument("--seconds", type=float, default=15, help="length of a measurement without Ray's jobs (default: 15)")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=20 if torch.cuda.is_available() else 2,
+        help="train: epochs of jobs/train.py, the first of which does not count (default: 2; 20 on a GPU)",
+    )
+    parser.add_argument("--rows", type=int, default=400_000, help="score: rows for jobs/score.py (default: 400000)")
+    parser.add_argument("--way", choices=sorted({way for ways in WAYS.values() for way in ways}), help=argparse.SUPPRESS)
+    parser.add_argument("--command-time", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.epochs < 2:
+        raise RequestError("--epochs: must be at least 2, since the first does not count")
+    if args.repeat < 1 or args.seconds <= 0 or args.rows < 1:
+        raise RequestError("--repeat, --seconds, --rows: must be positive")
+    if args.data not in ("auto", "sample", "mnist") and "://" not in args.data:
+        args.data = locate(args.data, "--data").display  # an absolute path: Ray's workers have another working directory
+    return args
+
+
+def _measure(args: argparse.Namespace, jobs: Path) -> Measurement:
+    """Measure one way in this process."""
+    if args.way == "worker":
+        loop = partial(_measure_in_pytorch, "train", "memory", args.data, args.seconds, args.command_time)
+        return ray_jobs.train_in_worker(loop)
+    if not args.way.startswith("ray"):
+        return _measure_in_pytorch(args.what, args.way, args.data, args.seconds, args.command_time)
+    if args.what == "train":
+        return ray_jobs.train(jobs, args.data, args.epochs)
+    precision = "int8" if args.way == "ray-int8" else None
+    return ray_jobs.score(jobs, args.data, args.rows, precision, _read_rows(args.data))
+
+
+def _measure_in_pytorch(what: str, way: str, data: str, seconds: float, command_time: float) -> Measurement:
+    images, digits = _read_rows(data)
+    if len(images) < memory.BATCH:
+        raise RequestError(f"--data {data}: has {len(images)} rows, fewer than a batch of {memory.BATCH}")
+    device = _device()
+    if way == "loader":
+        loop = original.train if what == "train" else original.score
+        return asdict(loop(images, digits, seconds, device, command_time))
+    if what == "train":
+        return asdict(memory.train(images, digits, seconds, device, command_time))
+    if way == "memory-int8":
+        return asdict(memory.score(images, seconds, torch.device("cpu"), "int8", command_time))
+    return asdict(memory.score(images, seconds, device, None, command_time))
+
+
+def _read_rows(data: str) -> tuple[Pixels, list[int]]:
+    """Images uint8[n, 28, 28] and digits of the first two parts of a source."""
+    tables = [read_part(part) for part in open_source(data).parts[:2]]
+    images = np.concatenate([pixels_view(one_chunk(table["image"])) for table in tables])
+    return images, [digit for table in tables for digit in table["digit"].to_pylist()]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _summary(what: str, runs: dict[str, list[Measurement]]) -> dict[str, Any]:
+    """The fields of the job's last line."""
+    medians = {way: _reduce(results, statistics.median) for way, results in runs.items()}
+    ratios = {
+        f"{way} / {other}": round(medians[way]["rows_per_second"] / medians[other]["rows_per_second"], 3)
+        for way, other in RATIOS[what]
+        if way in runs
+    }
+    return {
+        "what": what,
+        "median": {way: {key: round(value, 3) for key, value in median.items()} for way, median in medians.items()},
+        "ratios": ratios,
+        "runs": {way: [round(result["rows_per_second"], 1) for result in results] for way, results in runs.items()},
+        "hardware": hardware(_device()),
+        "versions": versions(),
+    }
+
+
+def _reduce(results: list[Measurement], function: Callable[[list[float]], float]) -> Measurement:
+    return {key: function([result[key] for result in results]) for key in results[0]}
+
+
+def _table(runs: dict[str, list[Measurement]], ratios: dict[str, float]) -> str:
+    """A line per way: the median of each figure, with its range in parentheses."""
+    lines = []
+    for way, results in runs.items():
+        median, low, high = (_reduce(results, function) for function in (statistics.median, min, max))
+        cells = []
+        for key in median:
+            digits = 0 if key == "rows_per_second" else 3 if key == "waiting" else 1
+            cells.append(f"{key} {median[key]:,.{digits}f} ({low[key]:,.{digits}f}-{high[key]:,.{digits}f})")
+        lines.append(f"{way:<12} {'   '.join(cells)}")
+    return "\n".join(lines + [f"{name}: {ratio:.3f}" for name, ratio in ratios.items()])

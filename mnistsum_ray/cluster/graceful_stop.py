@@ -1,0 +1,109 @@
+"""Stop a job in order on SIGINT, SIGTERM or SIGHUP, and end the process if it does not stop."""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Final
+
+from mnistsum_ray.cluster.signals import STOP_SIGNALS, handled_signals
+
+_REPEAT_SECONDS: Final = 5.0
+"""Seconds until KeyboardInterrupt is raised a second time: one that is raised in a callback of C++ is lost."""
+
+_STOP_SECONDS: Final = 25.0
+"""Seconds after that until the process is ended."""
+
+_DISCONNECT_SECONDS: Final = 20.0
+"""Longest time for disconnecting and leaving the interpreter. The reaper ends what is then left of a cluster of this process."""
+
+_POLL_SECONDS: Final = 0.5
+_RAISE_AGAIN_SECONDS: Final = 0.1
+
+
+class StopOnSignals:
+    """Context in which a stop signal raises KeyboardInterrupt in the main thread; after `end` it exits the process at once.
+
+    A process that has not stopped 30 s after the signal is ended, and `say` writes why: C++ may hold the main thread for long.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.received: signal.Signals | None = None
+        self._say = say
+        self._ended = threading.Event()
+        self._raised_at = float("-inf")
+        self._exit_code = 0
+
+    def __enter__(self) -> "StopOnSignals":
+        # A signal's number is written to this pipe when it arrives, even if the main thread never runs the Python handler.
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._handlers_before = {number: signal.signal(number, self._receive) for number in handled_signals()}
+        self._hook_before, sys.unraisablehook = sys.unraisablehook, self._raise_lost_interrupt_again
+        threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ended.is_set():  # the handlers stay until the process has exited: the interpreter takes a moment for it
+            return
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        sys.unraisablehook = self._hook_before
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code by the shells' convention: 128 plus the number of the signal."""
+        return 128 + (self.received or signal.SIGINT)
+
+    def end(self, exit_code: int) -> None:
+        """Declare that the job is over: from here on a signal exits with this code, and so does a disconnect of over 20 s."""
+        if self._ended.is_set():
+            return
+        self._exit_code = exit_code
+        self._ended.set()
+        threading.Thread(target=self._exit_after, args=(_DISCONNECT_SECONDS,), daemon=True).start()
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self._ended.is_set():
+            os._exit(self._exit_code)
+        self.received = self.received or signal.Signals(number)
+        # A second signal of an impatient user must not interrupt the cleanup that the first one has begun.
+        if time.monotonic() - self._raised_at >= _REPEAT_SECONDS / 2:
+            self._raised_at = time.monotonic()
+            raise KeyboardInterrupt
+
+    def _raise_lost_interrupt_again(self, lost: "sys.UnraisableHookArgs") -> None:
+        """Send the signal again if its KeyboardInterrupt was lost in a finalizer or in the callback of a weak reference."""
+        if self.received is None or not issubclass(lost.exc_type, KeyboardInterrupt):
+            self._hook_before(lost)
+            return
+        self._raised_at = float("-inf")
+        threading.Timer(_RAISE_AGAIN_SECONDS, os.kill, (os.getpid(), self.received)).start()
+
+    def _watch(self, pipe: int) -> None:
+        """Thread that ends the process if a signal has not ended the job."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the main thread receives them
+        arrived = None
+        while arrived is None:
+            if self._ended.is_set():
+                return
+            written = os.read(pipe, 1) if select.select([pipe], [], [], _POLL_SECONDS)[0] else b""
+            arrived = next((number for number in (*written, *signal.sigpending()) if number in self._handlers_before), None)
+        if self._ended.wait(_REPEAT_SECONDS):
+            return
+        os.kill(os.getpid(), arrived)
+        if not self._ended.wait(_STOP_SECONDS):
+            name = signal.Signals(arrived).name
+            self._say(f"stopped by {name}; ended, since it had not stopped after 30 s; checkpoints are kept")
+            os._exit(128 + arrived)
+
+    def _exit_after(self, seconds: float) -> None:
+        time.sleep(seconds)
+        os._exit(self._exit_code)

@@ -1,0 +1,83 @@
+"""The private APIs of Ray that the cluster package needs, one function each. Read in Ray 2.60.0.
+
+`tests/cluster/test_ray_internals.py` runs each of them against the installed Ray.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def last_cluster_address() -> str | None:
+    """Return HOST:PORT of the cluster that `ray start` started last on this machine, running or not; None without one.
+
+    `ray._private.utils.read_ray_address` (2.60.0) reads the file that `ray.init()` itself reads. The public way is `ray.init`,
+    which takes minutes to report that this cluster has been killed.
+    """
+    from ray._private.utils import read_ray_address
+
+    address: str | None = read_ray_address()
+    return address
+
+
+def reload_authentication() -> None:
+    """Make Ray in this process read RAY_AUTH_MODE and the token again.
+
+    Ray's C++ code caches both: `RayConfig` the mode, `AuthenticationTokenLoader` the token. Ray 2.60.0 refreshes the caches
+    itself only where `ray.init` starts a cluster or finds one without an address; it has no public function for it.
+    """
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def rejects_this_client(address: str) -> bool:
+    """Return whether the cluster at HOST:PORT rejects this process for want of the right token.
+
+    `ray._raylet.GcsClient` (2.60.0) asks the cluster for its id, which takes milliseconds. The public way is a `ray.init` that
+    fails halfway.
+
+    Raises:
+        ray.exceptions.RayError: the cluster does not answer.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
+        return True
+    return False
+
+
+def autoscaler_limits() -> dict[str, int]:
+    """Return the resources that the connected cluster can grow to, as its autoscaler's configuration says; empty without one.
+
+    `ray._private.state.state.get_max_resources_from_cluster_config` (2.60.0) is what Ray Data and Ray Train call for it.
+    `ray.autoscaler.sdk`, the public module, only requests resources.
+    """
+    from ray._private.state import state
+
+    return state.get_max_resources_from_cluster_config() or {}
+
+
+@contextmanager
+def ray_processes_started_by(start: Callable[..., Any]) -> Iterator[None]:
+    """Have `ray.init` start the processes of a new cluster with this function while the block runs.
+
+    `ray._private.services.ConsolePopen` (2.60.0) starts all of them. `ray.init` has no parameter for their session or process
+    group.
+
+    Args:
+        start: takes Ray's own subclass of Popen and the arguments that Ray calls it with; returns the process.
+    """
+    from ray._private import services
+
+    popen = services.ConsolePopen
+    services.ConsolePopen = functools.partial(start, popen)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen

@@ -1,0 +1,114 @@
+"""Column types of Parquet files: which ones pyarrow writes again unchanged, and casts for the others."""
+
+import re
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mnistsum_ray.data.arrow_types import without_ray_marks
+from mnistsum_ray.data.parquet import UnusableFileError
+
+_UNCHANGED_TYPES: Final = frozenset(
+    {"None", "String", "Int", "Date", "Decimal", "Timestamp", "Time(isAdjustedToUTC=false", "Float16", "JSON", "UUID", "Null"}
+)
+"""Parquet's logical types that pyarrow reads and writes again as the same type."""
+
+
+def without_views(kind: pa.DataType) -> pa.DataType:
+    """The type with string and binary views replaced by plain strings and bytes, since pyarrow cannot `take` rows of views."""
+    types = pa.types
+    if types.is_string_view(kind):
+        return pa.string()
+    if types.is_binary_view(kind):
+        return pa.binary()
+    if isinstance(kind, pa.JsonType):
+        return pa.json_(without_views(kind.storage_type))
+    if types.is_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
+    if types.is_large_list(kind):
+        return pa.large_list(_plain_field(kind.value_field))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(_plain_field(kind.value_field), kind.list_size)
+    if types.is_struct(kind):
+        return pa.struct([_plain_field(kind.field(index)) for index in range(kind.num_fields)])
+    if types.is_map(kind):
+        return pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field), kind.keys_sorted)
+    return kind
+
+
+def _plain_field(field: pa.Field) -> pa.Field:
+    return without_ray_marks(field).with_type(without_views(field.type))
+
+
+def plain_table(table: pa.Table) -> pa.Table:
+    """The table without string and binary views and without marks of Ray's types; the same object where there are none."""
+    schema = pa.schema([_plain_field(field) for field in table.schema], table.schema.metadata)
+    return table if schema.equals(table.schema, check_metadata=True) else table.cast(schema)
+
+
+def lossy_column(schema: pq.ParquetSchema, dropped: str) -> str | None:
+    """Why some column would be written with another type than it was read with; None where none would.
+
+    Args:
+        dropped: name of the column that is not written.
+    """
+    text, columns = str(schema), schema.to_arrow_schema().names
+    variant = re.search(r"group field_id=-?\d+ (.+) \(Variant", text) if "(Variant" in text else None
+    if variant:
+        return f"column {variant[1]!r} has the type VARIANT, which would be lost; cast it to JSON or VARCHAR"
+    for index in range(len(schema)):
+        leaf = schema.column(index)
+        logical = str(leaf.logical_type)
+        name = logical.partition(",")[0] if logical.startswith("Time(") else logical.partition("(")[0]
+        column = _column_of_leaf(leaf.path, columns)
+        if name not in _UNCHANGED_TYPES and column != dropped:
+            return f"column {column!r} has the type {_sql_name(logical)}, which would be lost; cast it to another"
+    return None
+
+
+def _sql_name(logical: str) -> str:
+    return "TIME WITH TIME ZONE" if logical.startswith("Time(") else logical.partition("(")[0].upper()
+
+
+def _column_of_leaf(leaf: str, columns: list[str]) -> str:
+    """The column that a leaf's path begins with; the column's own name may hold dots."""
+    return max((name for name in columns if leaf == name or leaf.startswith(f"{name}.")), key=len, default=leaf)
+
+
+def int96_columns(schema: pq.ParquetSchema) -> list[str]:
+    """Columns with timestamps of Parquet's old type INT96, which pyarrow reads as nanoseconds since 1970."""
+    leaves, columns = (schema.column(index) for index in range(len(schema))), schema.to_arrow_schema().names
+    return sorted({_column_of_leaf(leaf.path, columns) for leaf in leaves if leaf.physical_type == "INT96"})
+
+
+def check_int96(stream: pa.NativeFile, columns: list[str], groups: list[int]) -> None:
+    """Refuse INT96 timestamps that do not fit into nanoseconds since 1970: pyarrow would silently read other dates.
+
+    Raises:
+        UnusableFileError: names the column.
+    """
+    file = pq.ParquetFile(stream, coerce_int96_timestamp_unit="us")
+    for batch in file.iter_batches(row_groups=groups, columns=columns, use_threads=False):
+        for name in columns:
+            column = batch.column(name)
+            try:
+                column.cast(_in_nanoseconds(column.type))
+            except pa.ArrowInvalid:
+                raise UnusableFileError(
+                    f"column {name!r} holds INT96 timestamps outside of the years 1677 to 2262, which would be read as others; "
+                    "write it anew with TIMESTAMP_MICROS (Spark: spark.sql.parquet.outputTimestampType)"
+                ) from None
+
+
+def _in_nanoseconds(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("ns", kind.tz)
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_in_nanoseconds(kind.value_type)))
+    if pa.types.is_struct(kind):
+        fields = (kind.field(index) for index in range(kind.num_fields))
+        return pa.struct([field.with_type(_in_nanoseconds(field.type)) for field in fields])
+    if pa.types.is_map(kind):
+        return pa.map_(_in_nanoseconds(kind.key_type), _in_nanoseconds(kind.item_type))
+    return kind

@@ -1,0 +1,78 @@
+"""Parts of a data source: row groups of a Parquet file, or a table in memory, with columns `image` and `digit`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+
+from mnistsum_ray.data.decoding import decode_images
+from mnistsum_ray.data.parquet import open_parquet
+from mnistsum_ray.data.parquet_types import plain_table
+from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_array
+from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.storage.location import Location
+
+PART_ROWS: Final = 8192
+"""Rows of a part, except where a Parquet row group has more or the rows end."""
+
+
+@dataclass(frozen=True)
+class ParquetPart:
+    """Consecutive row groups of one Parquet file, read when they are needed."""
+
+    location: Location
+    row_groups: tuple[int, ...]
+    first_row: int
+    """Index in the file of the part's first row, for messages."""
+    rows: int
+    digit_column: str
+
+    def read(self) -> pa.Table:
+        """Read and decode: columns `image` (784 bytes) and `digit` (int8).
+
+        Raises:
+            RequestError: a row is not a 28x28 image with a digit 0..9; names the file and the row.
+        """
+        where = self.location.display
+        try:
+            with self.location.filesystem.open_input_file(self.location.path) as stream:
+                file = open_parquet(stream)
+                table = plain_table(file.read_row_groups(list(self.row_groups), columns=["image", self.digit_column]))
+        except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: one of Ray's types with damaged metadata
+            raise RequestError(f"{where}: cannot be read: {one_line(error)}") from None
+        if table.num_rows != self.rows:
+            raise RequestError(f"{where}: has {table.num_rows} rows where its footer says {self.rows}")
+        images, bad = decode_images(one_chunk(table["image"]))
+        for row, reason in sorted(bad.items()):
+            raise RequestError(f"{where}: row {self.first_row + row}: {reason}")
+        digits = one_chunk(table[self.digit_column])
+        return image_table(images, check_digits(digits, where, self.first_row))
+
+
+def read_part(part: pa.Table | ParquetPart) -> pa.Table:
+    """A part as a table; see `ParquetPart.read`."""
+    return part.read() if isinstance(part, ParquetPart) else part
+
+
+def image_table(images: Pixels, digits: np.ndarray) -> pa.Table:
+    """uint8[n, 28, 28] and their digits as a table with columns `image` (784 bytes) and `digit` (int8)."""
+    return pa.table({"image": pixels_array(images), "digit": pa.array(digits, pa.int8())})
+
+
+def check_digits(digits: pa.Array, where: str, first_row: int) -> np.ndarray:
+    """The digits as int8[n].
+
+    Args:
+        where: file or folder of the digits, for messages.
+        first_row: index there of the first digit, for messages.
+
+    Raises:
+        RequestError: a digit is null or outside 0..9; names the row.
+    """
+    values: Iterable[int | None] = digits.to_pylist() if digits.null_count else digits.to_numpy(zero_copy_only=False)
+    for row, digit in enumerate(values):
+        if digit is None or not 0 <= digit <= 9:
+            raise RequestError(f"{where}: row {first_row + row}: the digit is {'null' if digit is None else digit}, not 0..9")
+    return np.asarray(values, np.int8)

@@ -1,0 +1,67 @@
+"""Predictions of both heads with their probabilities, computed from scores."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mnistsum_ray.model.calibration import Temperatures
+from mnistsum_ray.model.loss import probability_losses
+
+
+@dataclass(frozen=True)
+class ProbabilityLosses:
+    """Losses of the probabilities of n rows, float32[n] each; 0 for rows without a label."""
+
+    digit_nll: npt.NDArray[np.float32]
+    digit_brier: npt.NDArray[np.float32]
+    sum_nll: npt.NDArray[np.float32]
+    sum_brier: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Most likely digit int8[n] and sum int8[n] of n rows, and the probability float32[n] of each."""
+
+    digit: npt.NDArray[np.int8]
+    digit_prob: npt.NDArray[np.float32]
+    sum: npt.NDArray[np.int8]
+    sum_prob: npt.NDArray[np.float32]
+    losses: ProbabilityLosses | None = None
+    """None if no labels were given."""
+
+    @classmethod
+    def from_scores(
+        cls,
+        digit_scores: Tensor,
+        sum_scores: Tensor,
+        temperatures: Temperatures,
+        numbers: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64] | None = None,
+    ) -> "Predictions":
+        """Predict n rows from their scores.
+
+        Args:
+            digit_scores, sum_scores: logits float32[n, 10] and float32[n, 19], on the CPU.
+            temperatures: divisors of the scores.
+            numbers: int64[n] in 0..9.
+            labels: true digits int64[n], -1 where unknown; if given, the predictions have losses.
+        """
+        digit_scores, sum_scores = digit_scores / temperatures.digit, sum_scores / temperatures.sum
+        (digit_prob, digit), (sum_prob, total) = (scores.softmax(1).max(1) for scores in (digit_scores, sum_scores))
+        losses = None
+        if labels is not None:
+            known = torch.from_numpy(labels >= 0)
+            digits = torch.from_numpy(np.maximum(labels, 0))
+            sums = digits + torch.from_numpy(numbers)
+            values = (*probability_losses(digit_scores, digits), *probability_losses(sum_scores, sums))
+            losses = ProbabilityLosses(*((value * known).numpy() for value in values))
+        return cls(digit.numpy().astype(np.int8), digit_prob.numpy(), total.numpy().astype(np.int8), sum_prob.numpy(), losses)
+
+    def slice(self, start: int, end: int) -> "Predictions":
+        """Predictions of rows start..end-1."""
+        rows = slice(start, end)
+        losses = self.losses and ProbabilityLosses(**{name: value[rows] for name, value in vars(self.losses).items()})
+        return Predictions(self.digit[rows], self.digit_prob[rows], self.sum[rows], self.sum_prob[rows], losses)

@@ -1,0 +1,81 @@
+"""Decode the rows of a part: images, numbers and labels of the good rows, and a reason for each bad row."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mnistsum_ray.data.decoding import decode_images, decode_numbers
+from mnistsum_ray.data.parquet import UnusableFileError
+from mnistsum_ray.data.pixels import Pixels, one_chunk
+from mnistsum_ray.scoring.columns import Columns
+from mnistsum_ray.scoring.parts import Part
+
+
+@dataclass(frozen=True)
+class DecodedPart:
+    """The rows of one part: n good rows, which can be scored, and the rejected rows."""
+
+    part: Part
+    passthrough: pa.Table
+    """The good rows with every input column but the image."""
+    images: Pixels
+    """uint8[n, 28, 28]"""
+    numbers: npt.NDArray[np.int64]
+    """int64[n], 0..9"""
+    labels: npt.NDArray[np.int64] | None
+    """int64[n], the true digit, -1 where it is unknown; None without a label column."""
+    rejected: pa.Table
+    """The rejected rows with every input column."""
+    reasons: dict[int, str]
+    """Why each rejected row cannot be scored, by its index in the part, in ascending order."""
+
+    def without_images(self) -> "DecodedPart":
+        """The same part with no images, for the writer, which does not need them."""
+        return replace(self, images=self.images[:0])
+
+
+@dataclass(frozen=True)
+class UnreadablePart:
+    """A part that cannot be read although the footer of its file could."""
+
+    part: Part
+    reason: str
+
+
+def decode_part(part: Part, table: pa.Table, columns: Columns) -> DecodedPart:
+    """Decode the rows of a part; `table` has them with every input column.
+
+    Raises:
+        UnusableFileError: the file has fewer rows there than its footer says.
+    """
+    if table.num_rows != part.rows:
+        raise UnusableFileError(
+            f"has {table.num_rows:,} rows from row {part.first_row:,} on, where its footer says {part.rows:,}"
+        )
+    images, bad_images = decode_images(one_chunk(table[columns.image]))
+    numbers, bad_numbers = decode_numbers(one_chunk(table[columns.number]))
+    labels = None
+    if columns.label:
+        labels, bad_labels = decode_numbers(one_chunk(table[columns.label]))
+        labels[list(bad_labels)] = -1
+    passthrough = table.drop_columns([columns.image])
+    if not bad_images and not bad_numbers:
+        return DecodedPart(part, passthrough, images, numbers, labels, table.slice(0, 0), {})
+    reasons = {row: _join_reasons(bad_images.get(row), bad_numbers.get(row)) for row in sorted(bad_images | bad_numbers)}
+    bad = np.fromiter(reasons, np.int64)
+    good = np.setdiff1d(np.arange(part.rows), bad)
+    return DecodedPart(
+        part,
+        passthrough.take(pa.array(good)),
+        images[good],
+        numbers[good],
+        None if labels is None else labels[good],
+        table.take(pa.array(bad)),
+        reasons,
+    )
+
+
+def _join_reasons(image: str | None, number: str | None) -> str:
+    return "; ".join(([image] if image else []) + ([f"the number {number}"] if number else []))

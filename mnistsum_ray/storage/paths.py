@@ -1,0 +1,99 @@
+"""Paths and URIs of the command line, resolved to a Location."""
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.storage.location import Location, is_utf8
+
+_PUBLIC_QUERY_KEYS: Final = ("endpoint_override", "region", "scheme")
+"""Parts of a URI's query that say where the storage is. All others may be credentials and are never shown."""
+
+
+def locate(text: str, flag: str, base: Path | None = None) -> Location:
+    """Resolve a path or URI; a relative path starts at `base` or at the working folder.
+
+    Raises:
+        RequestError: the URI's scheme or host is invalid, or its credentials are missing.
+    """
+    if "\0" in text or not is_utf8(text):
+        raise RequestError(f"{flag} {text}: holds characters that no path can have; write it as UTF-8, without NUL")
+    if "://" in text:
+        try:
+            filesystem, path = pafs.FileSystem.from_uri(text)
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            shown = _without_credentials(text)
+            # Arrow's message quotes the URI, so it is repeated only where the URI holds no credentials.
+            reason = one_line(error) if shown == text else "is not a valid URI; write a / in a key as %2F"
+            raise RequestError(f"{flag} {shown}: {reason}") from None
+        return Location(filesystem, path.rstrip("/"), _without_credentials(text))
+    try:
+        path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())
+    except RuntimeError:
+        raise RequestError(f"{flag} {text}: there is no home folder of that name") from None
+    return Location(pafs.LocalFileSystem(), path, path)
+
+
+def locate_existing(text: str, flag: str) -> Location:
+    """Resolve a path to read from: relative to the working folder, else to where a submitted job writes."""
+    here = locate(text, flag)
+    try:
+        return here if here.exists() else locate(text, flag, output_base_folder())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{flag} {here.display}: {one_line(error)}") from None
+
+
+def locate_empty_output(text: str) -> Location:
+    """Resolve `--output` of a command that writes only into an empty folder.
+
+    Raises:
+        RequestError: the folder holds files, or cannot be listed.
+    """
+    output = locate(text, "--output", output_base_folder())
+    try:
+        if output.files():
+            raise RequestError(f"--output {output.display}: is not empty; name another folder")
+    except OSError as error:
+        raise RequestError(f"--output {output.display}: {one_line(error)}") from None
+    return output
+
+
+def output_base_folder() -> Path:
+    """Folder that relative output paths start from: the working folder, or the home folder inside a submitted job.
+
+    `ray job submit --working-dir` runs the driver in a temporary copy of the working folder, and Ray deletes it with all files
+    that the job wrote there.
+    """
+    here = Path.cwd()
+    return Path.home() if _is_copy_of_submitted_job(here) else here
+
+
+def _is_copy_of_submitted_job(folder: Path) -> bool:
+    """True if a folder is, or lies in, the copy that Ray made for a submitted job.
+
+    Ray 2.60 has no documented way to ask: the environment of a job's driver holds only an undocumented JSON text,
+    `RAY_RUNTIME_ENV_CREATE_WORKING_DIR` is set only while pip or uv installs packages, and the runtime context needs a
+    connection, which does not exist yet when paths are checked. The copy lies in a folder of this name.
+    tests/storage/test_paths.py fails when a version of Ray changes it.
+    """
+    return "working_dir_files" in folder.parts
+
+
+def _without_credentials(uri: str) -> str:
+    # First by pattern: a key with a slash that was not written as %2F confuses urlsplit, which would take half of it for a path.
+    uri = re.sub(r"^([^:/]+://)[^@?]*:[^@?]*@", r"\1", uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return uri.partition("://")[0] + "://…"
+    user, _, host = parts.netloc.rpartition("@")
+    # A user without a password is a container (Azure) or "anonymous" (Google): part of the address.
+    address = f"{user}@{host}" if user and parts.scheme != "s3" else host
+    query = urlencode([(key, value) for key, value in parse_qsl(parts.query) if key in _PUBLIC_QUERY_KEYS])
+    return urlunsplit((parts.scheme, address, parts.path, query, ""))

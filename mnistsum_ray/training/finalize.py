@@ -1,0 +1,134 @@
+"""After the last epoch: fine-tune the sum head, fit temperatures, analyse errors, and calibrate for int8."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from ray.data.dataset import MaterializedDataset
+from torch import Tensor
+
+from mnistsum_ray.data.pixels import Pixels
+from mnistsum_ray.data.sampling import RandomStream, RowIds, step_seed
+from mnistsum_ray.model import quantization, sum_head
+from mnistsum_ray.model.device import hardware
+from mnistsum_ray.model.distributed import broadcast_parameters
+from mnistsum_ray.model.error_analysis import ErrorAnalysis, analyse_errors, fit_temperatures
+from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.serialization import copy_weights
+from mnistsum_ray.training.checkpointer import Checkpointer
+from mnistsum_ray.training.gather import Gather
+from mnistsum_ray.training.pipeline import Batch, evaluation_batches
+from mnistsum_ray.training.state import SumHeadResult, TrainerState
+from mnistsum_ray.training.trainer import Trainer
+from mnistsum_ray.training.worker import set_cpu_threads
+
+TEMPERATURE_ROWS: Final = 5_000
+"""Maximum number of validation rows that the temperatures are fitted on."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Held-out rows, and this worker's share of them as batches on its device."""
+
+    row_ids: RowIds
+    batches: list[Batch]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Result of a finished training, returned by rank 0 to the driver."""
+
+    history: list[dict[str, Any]]
+    error_analysis: ErrorAnalysis
+    """Errors of the best model on the test rows."""
+    mistake_images: Pixels
+    """Images of the analysis' mistakes, in their order: uint8[n, 28, 28]."""
+    card: dict[str, Any]
+    """Fields that model.json gets at the end, see `artifacts.FINAL_FIELDS`."""
+    hardware: dict[str, Any]
+    precision: str
+
+
+def finetune(
+    trainer: Trainer,
+    state: TrainerState,
+    images: MaterializedDataset,
+    train: RowIds,
+    validation: EvaluationSet,
+    test: EvaluationSet,
+    checkpointer: Checkpointer,
+) -> None:
+    """Fine-tune the sum head of the best model, and save a checkpoint.
+
+    The result is undone if the two heads then agree on fewer validation pairs. Rank 0 trains, and the others take its weights.
+
+    Args:
+        trainer: its model is replaced by the best one.
+        state: after the last epoch; updated in place.
+        images: the dataset in the object store.
+        train: rows whose digit scores the sum head learns from.
+        validation: decides whether the result is kept.
+        test: reported only.
+        checkpointer: saves the state.
+    """
+    hyperparameters, model, events = trainer.hyperparameters, trainer.model, trainer.events
+    steps = hyperparameters.sum_head_steps
+    events.note(f"fine-tuning the sum head, {steps:,} steps")
+    model.load_state_dict(state.best)
+    before = state.best_line["validation"]["consistency"]
+    if trainer.worker.rank == 0:
+        seed = step_seed(hyperparameters.seed, hyperparameters.epochs, 0, RandomStream.SUM_HEAD)
+        scores = _digit_scores(trainer, images, evenly_spaced(train, sum_head.MAX_ROWS))
+        sum_head.finetune_sum_head(model, scores, steps, seed, events.progress("fine-tuning steps", steps))
+    broadcast_parameters(model.parameters())
+    metrics = [trainer.evaluate(rows.batches, rows.row_ids, state.epochs_done) for rows in (validation, test)]
+    after = metrics[0].consistency
+    kept = after >= before
+    state.sum_head = SumHeadResult(steps, kept, *metrics)
+    if kept:
+        state.best = copy_weights(model)
+    else:
+        model.load_state_dict(state.best)
+    undone = "" if kept else "; undone"
+    events.note(f"validation sums equal to digit + number: {before:.3%} before, {after:.3%} after{undone}")
+    checkpointer.save(state, {"epoch": state.epochs_done, "sum_head": steps}, f"epoch_{state.epochs_done:05d}_sum_head")
+
+
+def _digit_scores(trainer: Trainer, images: MaterializedDataset, rows: RowIds) -> Tensor:
+    """Digit scores of rows int64[n]: float32[n, 10]."""
+    batches = evaluation_batches(images, rows, 0, 1, trainer.worker.device)
+    return torch.cat([trainer.digit_scores(batch).float() for batch in batches])
+
+
+def analyse_model(
+    trainer: Trainer, state: TrainerState, images: MaterializedDataset, train: RowIds, validation: RowIds, test: RowIds
+) -> TrainingResult:
+    """Temperatures (on validation rows), errors (on test rows) and int8 calibration (on training rows) of the best model.
+
+    One worker computes all of it, while the others have returned.
+    """
+    events = trainer.events
+    events.note("analysing the best model's answers on the test rows")
+    model = TwoHeadCNN().eval()
+    model.load_state_dict(state.best)
+    model.to(trainer.worker.device)
+    gather = Gather(images)
+    rows = evenly_spaced(validation, TEMPERATURE_ROWS)
+    model.temperatures = fit_temperatures(model, gather, rows, trainer.autocast())
+    analysis = analyse_errors(model, gather, test, trainer.autocast(), events.progress("test rows analysed", len(test)))
+    mistake_images = gather(np.array([mistake.row_id for mistake in analysis.mistakes], np.int64))["image"]
+    card = {"temperature": model.temperatures.as_json(), "probabilities": analysis.probability_metrics()}
+    if quantization.is_available():
+        set_cpu_threads(workers_on_node=1)  # the other workers have returned
+        calibration = torch.as_tensor(gather(evenly_spaced(train, quantization.CALIBRATION_ROWS))["image"])
+        compared = gather(evenly_spaced(test, quantization.COMPARED_ROWS))
+        image, digit = (torch.as_tensor(compared[name]) for name in ("image", "digit"))
+        on_progress = events.progress("test rows compared with int8", len(digit))
+        card["int8"] = quantization.quantize(model.cpu(), calibration, image, digit, on_progress).as_json()
+    return TrainingResult(state.history, analysis, mistake_images, card, hardware(trainer.worker.device), state.precision)
+
+
+def evenly_spaced(rows: RowIds, limit: int) -> RowIds:
+    """At most `limit` rows, evenly spaced: the first rows of a sorted source would all show one digit."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), limit)).astype(np.int64)]

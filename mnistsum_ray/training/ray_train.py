@@ -1,0 +1,134 @@
+"""Ray Train from the driver's side: configure a TorchTrainer, run it, and turn its outcome into a result or an error."""
+
+from collections.abc import Callable
+from typing import Final
+
+import ray.train
+import ray.train.torch
+from ray.data.dataset import MaterializedDataset
+from ray.util.queue import Queue
+
+from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.errors import RunError
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.process_state import default_environment
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.lock import OutputLock
+from mnistsum_ray.training.callbacks import InterruptibleTrainer, RunCallback
+from mnistsum_ray.training.finalize import TrainingResult
+from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
+from mnistsum_ray.training.preflight import TrainingRun
+from mnistsum_ray.training.resources import ResourcePlan
+
+_RESIZE_SECONDS: Final = 30.0
+"""Seconds between checks whether an elastic run can have more workers; growing repeats the current epoch."""
+
+_MIN_START_SECONDS: Final = 60.0
+
+
+def run_ray_train(
+    run: TrainingRun,
+    plan: ResourcePlan,
+    images: MaterializedDataset,
+    start: Location | None,
+    lock: OutputLock,
+    events: Queue,
+    console: Console,
+    on_interrupt: Callable[[], None],
+) -> tuple[TrainingResult, ray.train.Checkpoint]:
+    """Run Ray Train to its end.
+
+    Args:
+        run: config, rows of each split, and folders.
+        plan: workers and what each reserves.
+        images: the dataset in the object store.
+        start: checkpoint to resume from.
+        lock: on the run folder.
+        events: queue from the workers to the console.
+        console: shows the text of a failure.
+        on_interrupt: called first on an interrupt, since a cluster gives a stopped job only a few seconds.
+
+    Returns:
+        The result of rank 0, and the last checkpoint.
+
+    Raises:
+        RunError: the workers failed more often than `--max-failures`, or with an error that another attempt would repeat.
+    """
+    config = run.config
+    resume_from = ray.train.Checkpoint(start.path, start.filesystem) if start else None
+    trainer = _trainer(run, plan, images, resume_from, lock, events)
+    try:
+        with default_environment(_train_environment(config)), lock.interrupting():
+            result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        console.say_lines(str(error))
+        raise RunError(
+            f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
+            f"--name {config.name} --resume goes on from the last checkpoint"
+        ) from error
+    except KeyboardInterrupt:
+        on_interrupt()
+        trainer.abort()
+        lock.check()
+        raise
+    lock.fence.check()
+    returned = result.return_value or {}
+    if "error" in returned:
+        raise RunError(returned["error"])
+    checkpoint = result.checkpoint or resume_from  # the latter if nothing was left to train
+    assert checkpoint is not None, "a run of at least one epoch has a checkpoint"
+    if result.checkpoint and start:
+        start.filesystem.delete_dir(start.path)  # Ray Train keeps two of its own, and does not know this one
+    return TrainingResult(**returned), checkpoint
+
+
+def _trainer(
+    run: TrainingRun,
+    plan: ResourcePlan,
+    images: MaterializedDataset,
+    resume_from: ray.train.Checkpoint | None,
+    lock: OutputLock,
+    events: Queue,
+) -> InterruptibleTrainer:
+    config, source = run.config, run.source
+    loop = LoopConfig(run.hyperparameters, source.train, source.validation, source.test, events, resume_from, lock.fence)
+    min_workers, max_workers = plan.workers
+    return InterruptibleTrainer(
+        train_loop_per_worker,
+        train_loop_config={"loop": loop},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=min_workers if min_workers == max_workers else plan.workers,
+            use_gpu=plan.use_gpu,
+            resources_per_worker=plan.per_worker,
+            # A CPU worker uses all cores of its node, so one a node; GPUs exchange gradients fastest within a node.
+            placement_strategy="PACK" if plan.use_gpu else "SPREAD",
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
+        ),
+        run_config=ray.train.RunConfig(
+            name=config.name,
+            storage_path=run.storage.path,
+            storage_filesystem=run.storage.filesystem,
+            # controller_failure_limit: Ray Train's default retries a worker group that no longer fits for ever.
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.max_failures, controller_failure_limit=config.max_failures
+            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=[RunCallback(run.folder, events, lock.fence)],
+        ),
+        datasets={"images": images},
+        # Not split: Ray would drop up to one row a worker. Each worker takes its rows by arithmetic, see schedule.py.
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+    )
+
+
+def _train_environment(config: TrainConfig) -> dict[str, str]:
+    """Options that Ray Train reads only from environment variables."""
+    attempts = config.max_failures + 1
+    return {
+        # Ray Train waits so long for the resources of a worker group. They were free a moment ago.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(_MIN_START_SECONDS, config.wait_seconds / attempts)),
+        # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s more of each run.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        # Some clouds announce that they take a node away 30 s before, not two minutes.
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    }

@@ -1,0 +1,94 @@
+"""The private APIs of Ray, run against the installed Ray. A failure names Ray's version and the API that it has changed."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.core.generated import autoscaler_pb2
+
+from mnistsum_ray.cluster import ray_internals
+from mnistsum_ray.cluster.process_state import preserve_environment
+
+_PROCESSES: list[str] = []
+"""Programs that `ray.init` has started for the cluster of this module."""
+
+
+@contextmanager
+def uses(api: str) -> Iterator[None]:
+    """Fail with Ray's version and this API if the block raises."""
+    try:
+        yield
+    except Exception as error:
+        pytest.fail(f"Ray {ray.__version__} has changed {api} (read in 2.60.0): {type(error).__name__}: {error}")
+
+
+def record_start(popen: Any, command: list[str], *args: Any, **kwargs: Any) -> Any:
+    _PROCESSES.append(" ".join(map(str, command)))
+    return popen(command, *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Address of a cluster with token authentication. Each program that Ray starts for it is recorded."""
+    with preserve_environment():
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        with uses("ray._raylet.Config.initialize or AuthenticationTokenLoader.reset_cache"):
+            ray_internals.reload_authentication()
+        with uses("ray._private.services.ConsolePopen"), ray_internals.ray_processes_started_by(record_start):
+            context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+        yield context.address_info["address"]
+        ray.shutdown()
+    ray_internals.reload_authentication()
+
+
+def test_ray_processes_started_by(address: str) -> None:
+    programs = "\n".join(_PROCESSES)
+    for program in ("gcs_server", "raylet"):
+        assert program in programs, f"Ray {ray.__version__} no longer starts {program} with ray._private.services.ConsolePopen"
+
+
+def test_last_cluster_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with uses("ray._private.utils.read_ray_address"):
+        assert ray_internals.last_cluster_address() is None
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")  # where `ray start` writes it
+        assert ray_internals.last_cluster_address() == "10.0.0.1:6379"
+
+
+def test_autoscaler_limits(address: str) -> None:
+    with uses("ray._private.state.state.get_max_resources_from_cluster_config"):
+        assert ray_internals.autoscaler_limits() == {}
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+        group = autoscaler_pb2.NodeGroupConfig(name="workers", resources={"CPU": 8, "GPU": 1}, max_count=3)
+        config = autoscaler_pb2.ClusterConfig(node_group_configs=[group])
+        GcsClient(address=address).report_cluster_config(config.SerializeToString())  # as an autoscaler does
+        assert ray_internals.autoscaler_limits() == {"CPU": 24, "GPU": 3}
+
+
+_AUTHENTICATE = """
+import os, sys
+from mnistsum_ray.cluster import ray_internals
+address = sys.argv[1]
+before = ray_internals.rejects_this_client(address)
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": sys.argv[2]}
+ray_internals.reload_authentication()
+print(before, ray_internals.rejects_this_client(address))
+"""
+
+
+@pytest.mark.parametrize(("token", "printed"), [("0" * 64, "True False"), ("1" * 64, "True True")], ids=["right", "wrong"])
+def test_authentication(address: str, token: str, printed: str) -> None:
+    """A client is rejected without the token and with a wrong one. It is accepted after it has reloaded the right one."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    command = [sys.executable, "-c", _AUTHENTICATE, address, token]
+    done = subprocess.run(command, env=environment | {"HOME": "/nonexistent"}, capture_output=True, text=True)
+    with uses("ray._raylet.GcsClient"):
+        assert done.stdout.strip() == printed, done.stderr

@@ -1,0 +1,109 @@
+"""Train and score from Python, and print what has changed in this process, as one JSON line; see test_process_state.
+
+python -m tests.integration.process_state_script DATA PAIRS FOLDER
+"""
+
+import json
+import logging
+import os
+import pkgutil
+import signal
+import socket
+import sys
+import warnings
+from importlib import import_module
+from typing import Any
+
+import matplotlib
+import pyarrow as pa
+import torch
+from ray.data import DataContext
+
+_LIBRARIES = (
+    "aiohttp.web",
+    "matplotlib.pyplot",
+    "mlflow",
+    "ray.autoscaler.sdk",
+    "ray.train.torch",
+    "tensorboardX",
+    "torchvision",
+)
+"""They change the process when they are imported. That is not the app's doing, so they are imported before the first snapshot."""
+
+Snapshot = dict[str, dict[str, Any]]
+
+_ARROW_TYPES = {
+    "ray.data.arrow_tensor": (pa.list_(pa.int64()), "[0]"),
+    "ray.data.arrow_tensor_v2": (pa.large_list(pa.int64()), "[0]"),
+    "ray.data.arrow_variable_shaped_tensor": (
+        pa.struct({"data": pa.large_list(pa.int64()), "shape": pa.list_(pa.int32())}),
+        "1",
+    ),
+    "ray.data.arrow_pickled_object": (pa.large_binary(), ""),
+}
+
+
+def registered_arrow_types() -> dict[str, str]:
+    """Return the class that Arrow makes of each of Ray's types; a storage type if the type is not registered."""
+    fields = [
+        pa.field(name, storage, metadata={"ARROW:extension:name": name, "ARROW:extension:metadata": metadata})
+        for name, (storage, metadata) in _ARROW_TYPES.items()
+    ]
+    schema = pa.ipc.read_schema(pa.schema(fields).serialize())
+    return {field.name: f"{type(field.type)} {id(type(field.type))}" for field in schema}
+
+
+def snapshot() -> Snapshot:
+    loggers = logging.root.manager.loggerDict.items()
+    return {
+        "os.environ": dict(os.environ),
+        "DataContext": {name: repr(value) for name, value in vars(DataContext.get_current()).items()},
+        "loggers": {name: logger.level for name, logger in loggers if isinstance(logger, logging.Logger)}
+        | {"root": logging.root.level},
+        "Arrow types": registered_arrow_types(),
+        "sys": {name: repr(getattr(sys, name)) for name in ("stdout", "stderr", "excepthook", "unraisablehook", "path")},
+        "working folder": {"cwd": os.getcwd()},  # noqa: PTH109
+        "signal handlers": {str(number): repr(signal.getsignal(number)) for number in signal.valid_signals()},
+        "socket": {"default timeout": socket.getdefaulttimeout()},
+        "warnings": {"filters": repr(warnings.filters)},
+        "matplotlib": {name: repr(value) for name, value in matplotlib.rcParams.items()},
+        "torch": {
+            "float32 matmul": torch.get_float32_matmul_precision(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "threads": torch.get_num_threads(),
+            "gradients": torch.is_grad_enabled(),
+            "random state": torch.random.initial_seed(),
+        },
+    }
+
+
+def changes(before: Snapshot, after: Snapshot) -> dict[str, list[Any]]:
+    """Return each value that differs, as [before, after]. Loggers that a library has created meanwhile do not count."""
+    return {
+        f"{what}: {name}": [before[what].get(name), after[what].get(name)]
+        for what in before
+        for name in (before[what] if what == "loggers" else before[what] | after[what])
+        if before[what].get(name) != after[what].get(name)
+    }
+
+
+def main(data: str, pairs: str, folder: str) -> None:
+    for library in _LIBRARIES:
+        import_module(library)
+    libraries = snapshot()
+    import mnistsum_ray
+
+    for module in pkgutil.walk_packages(mnistsum_ray.__path__, "mnistsum_ray."):
+        import_module(module.name)
+    imported = snapshot()
+    config = mnistsum_ray.TrainConfig(data=data, epochs=1, sum_head_steps=5, storage_path=f"{folder}/runs", name="mine")
+    line = mnistsum_ray.fit(config)
+    trained = snapshot()
+    mnistsum_ray.score(mnistsum_ray.ScoreConfig(model=line["run"], input=(pairs,), output=f"{folder}/out"))
+    scored = snapshot()
+    steps = {"import": changes(libraries, imported), "fit": changes(imported, trained), "score": changes(trained, scored)}
+    print(json.dumps(steps))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,78 @@
+"""Paths and URIs of the command line are resolved as a user expects, and keys in URIs are not shown."""
+
+from pathlib import Path
+
+import pytest
+from ray._private.runtime_env.working_dir import WorkingDirPlugin
+
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
+from mnistsum_ray.storage.s3 import s3_options
+
+
+def test_relative_paths_start_at_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate("runs", "--storage-path").display == str(tmp_path / "runs")
+    assert locate("runs/../other", "--storage-path").display == str(tmp_path / "other")
+
+
+def test_a_submitted_job_writes_to_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its working folder is a temporary copy; Ray itself makes the folder of such copies here."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert output_base_folder() == tmp_path
+    WorkingDirPlugin(str(tmp_path / "runtime_resources"), None)
+    (copies,) = (tmp_path / "runtime_resources").iterdir()
+    copy = copies / "_ray_pkg_0"
+    copy.mkdir()
+    monkeypatch.chdir(copy)
+    assert output_base_folder() == tmp_path / "home", (
+        f"ray: submitted jobs now run in {copies.name}/, which paths.py does not know"
+    )
+    (tmp_path / "home" / "runs").mkdir(parents=True)
+    assert locate_existing("runs", "--model").path == str(tmp_path / "home" / "runs")
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://AKIA:se%2Fcret@bucket/a?region=eu-west-1", "s3://bucket/a?region=eu-west-1"),
+        (
+            "s3://AKIA:se%2Fcret@bucket/a?endpoint_override=h:1&allow_bucket_creation=true",
+            "s3://bucket/a?endpoint_override=h%3A1",
+        ),
+    ],
+)
+def test_keys_in_a_uri_are_used_and_not_shown(uri: str, shown: str) -> None:
+    place = locate(uri, "--output")
+    assert place.display == shown
+    assert (place / "b").display.startswith("s3://bucket/a/b?")
+    assert s3_options(place.filesystem)["secret_key"] == "se/cret"
+
+
+@pytest.mark.parametrize("uri", ["s3://AKIA:top/secret@bucket/x", "s3://AKIA:topsecret@[x/y", "nonsense://me:topsecret@x/y"])
+def test_keys_in_a_uri_that_is_refused_are_not_shown(uri: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        locate(uri, "--output")
+    assert "secret" not in str(refused.value)
+    assert "AKIA" not in str(refused.value)
+
+
+def test_a_uri_with_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(RequestError, match="--data nonsense://x"):
+        locate("nonsense://x", "--data")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("~nosuchuser/data", "--data ~nosuchuser/data: there is no home folder of that name"),
+        ("/tmp/caf\udce9", "holds characters that no path can have"),
+        ("/tmp/a\0b", "holds characters that no path can have"),
+        ("s3://bucket/a\0b", "holds characters that no path can have"),
+    ],
+)
+def test_an_impossible_path_is_refused(text: str, said: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        locate(text, "--data")
+    assert said in str(refused.value)

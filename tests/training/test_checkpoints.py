@@ -1,0 +1,28 @@
+"""Which checkpoint a resumed run continues from."""
+
+from pathlib import Path
+
+import pytest
+
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.model.serialization import MODEL_FILES
+from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.checkpoints import latest_valid_checkpoint
+from mnistsum_ray.training.state import STATE_CARD
+
+
+def test_a_run_without_a_checkpoint_says_that_it_starts_from_the_beginning(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert latest_valid_checkpoint(locate(str(tmp_path), "--name"), said.append) is None
+    assert said == ["no checkpoint is left, so the run starts from the beginning"]
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "epoch_00029"
+    folder.mkdir()
+    for name in MODEL_FILES:
+        (folder / name).write_text("{}")
+    (folder / STATE_CARD).write_text('{"format": "mnistsum_ray.trainer/99"}')
+    with pytest.raises(RequestError, match=r"epoch_00029 cannot be used: it was written by another version"):
+        latest_valid_checkpoint(locate(str(tmp_path), "--name"), print)
+    assert folder.exists()
