@@ -12,7 +12,8 @@ pred_digit, digit_prob, pred_sum, sum_prob and consistent. Rows that cannot be s
 _files.parquet holds the result of each file; _manifest.json, written last, the totals.
 
 The value of an unset flag is in brackets below. Exit codes: 0 done, 2 the request is invalid, 3 finished, but some files or rows
-could not be scored, 1 anything else. The last line on standard output is one JSON object; everything else goes to standard error.
+could not be scored, 128 + N stopped by signal N, 1 anything else. The last line on standard output is one JSON object; everything
+else goes to standard error.
 """
 
 import sys

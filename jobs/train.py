@@ -6,8 +6,8 @@
     python jobs/train.py --name mine --resume              continues after a kill
     ray job submit --working-dir . -- python jobs/train.py --data sample
 
-The value of an unset flag is in brackets below. Exit codes: 0 done, 2 the request is invalid, 1 anything else.
-The last line on standard output is one JSON object; everything else goes to standard error.
+The value of an unset flag is in brackets below. Exit codes: 0 done, 2 the request is invalid, 128 + N stopped
+by signal N, 1 anything else. The last line on standard output is one JSON object; everything else goes to standard error.
 """
 
 import sys

@@ -96,7 +96,7 @@ def _join_list_flags(argv: list[str], names: list[str]) -> list[str]:
     current: list[str] | None = None
     for word in argv:
         flag, equals, value = word.partition("=")
-        if flag.startswith("--"):
+        if flag.startswith("--") or word == "-h":
             current = values.setdefault(flag, []) if flag[2:].replace("-", "_") in names else None
             if current is None:
                 rest.append(word)

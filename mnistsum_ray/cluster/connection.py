@@ -45,6 +45,8 @@ def connect() -> None:
             _init_ray(starts_cluster)
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         problem = "Ray cannot be started here" if starts_cluster else f"the Ray cluster at {joined} cannot be joined"
+        if joined == "auto":
+            problem = "RAY_ADDRESS=auto: no running cluster was found"
         raise RequestError(f"{problem}: {root_cause(error)}") from error
 
 

@@ -101,7 +101,7 @@ class StopOnSignals:
         os.kill(os.getpid(), arrived)
         if not self._ended.wait(_STOP_SECONDS):
             name = signal.Signals(arrived).name
-            self._say(f"stopped by {name}; ended, since it had not stopped after 30 s; checkpoints are kept")
+            self._say(f"stopped by {name}; ended, since it had not stopped after 30 s; what has been saved is kept")
             os._exit(128 + arrived)
 
     def _exit_after(self, seconds: float) -> None:

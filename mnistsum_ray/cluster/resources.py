@@ -86,7 +86,7 @@ def wait_until_free(bundles: list[dict[str, float]], seconds: float, say: Callab
     """Wait until the resources of all bundles are free. Ray would wait without a limit and without a message.
 
     Args:
-        bundles: resources of each worker, all with the same kinds.
+        bundles: resources to wait for; the first bundle has all kinds.
         seconds: longest wait.
         say: writes a console line, every 15 s.
 
@@ -110,12 +110,13 @@ def wait_until_free(bundles: list[dict[str, float]], seconds: float, say: Callab
                     f"needs {needed}, but after {waited:.0f} s only {free} are free ({cluster.describe()}): other jobs hold the "
                     "rest, or the cluster has not grown; ask for fewer --num-workers or give more --wait-seconds"
                 )
-            if cluster.can_grow and not requested:
-                request_resources(bundles=bundles)
-                requested = True
             if waited - reported >= _REPORT_SECONDS:
                 say(f"waiting for {needed}; free now: {free} ({cluster.describe()}); giving up in {seconds - waited:.0f} s")
                 reported = waited
+                if cluster.can_grow:
+                    # Requested again each time: the cluster has one request, and another job's replaces it.
+                    request_resources(bundles=bundles)
+                    requested = True
             time.sleep(min(_POLL_SECONDS, max(0.1, seconds - waited)))
     finally:
         if requested:

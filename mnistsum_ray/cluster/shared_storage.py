@@ -14,6 +14,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mnistsum_ray.cluster.resources import inspect_cluster
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.location import Location
 
@@ -34,10 +35,14 @@ def check_shared_storage(written: Mapping[str, Location], read: Mapping[str, Loc
     Raises:
         RequestError: a node does not see one of the paths, or a folder cannot be written.
     """
-    others = _other_nodes()
     files = {flag: location.path for flag, location in read.items() if location.is_local}
     folders = {flag: location.path for flag, location in written.items() if location.is_local}
-    if not others or not (files or folders):
+    if not (files or folders):
+        return
+    if inspect_cluster().can_grow:
+        say(f"nodes that join later must see {' and '.join((files | folders).values())} too; they are not checked")
+    others = _other_nodes()
+    if not others:
         return
     with _marker_files(folders) as markers:
         probes = files | markers
@@ -47,7 +52,8 @@ def check_shared_storage(written: Mapping[str, Location], read: Mapping[str, Loc
             try:
                 sizes = ray.get(answer, timeout=_TIMEOUT_SECONDS)
             except ray.exceptions.GetTimeoutError:
-                say(f"the node {others[node]} has not said in {_TIMEOUT_SECONDS:.0f} s whether it sees what this one sees")
+                flags = " and ".join(files | folders)
+                say(f"the node {others[node]} did not answer within {_TIMEOUT_SECONDS:.0f} s, so it may not see {flags}")
                 continue
             except ray.exceptions.RayError:  # the node has gone, or is about to
                 continue
@@ -95,5 +101,11 @@ def _sizes_on_node(node: str, paths: Paths) -> ray.ObjectRef:
 
 
 def _sizes(paths: Paths) -> dict[str, int | None]:
-    """Return the size of each file in bytes, None where there is none. Times may differ on a network file system, sizes not."""
-    return {key: Path(path).stat().st_size if Path(path).exists() else None for key, path in paths.items()}
+    """Return the size of each file in bytes, None if it cannot be seen. On a network file system times may differ, sizes not."""
+    sizes: dict[str, int | None] = {}
+    for key, path in paths.items():
+        try:
+            sizes[key] = Path(path).stat().st_size
+        except OSError:  # it does not exist here, or this node may not read it
+            sizes[key] = None
+    return sizes

@@ -52,16 +52,16 @@ def row_groups(metadata: pq.FileMetaData, file_size: int) -> tuple[list[int], in
         if group.num_rows < 0 or not 0 <= group.total_byte_size < _MAX_BYTES:
             raise UnusableFileError(
                 f"has a damaged footer (row group {index} with {group.num_rows:,} rows and {group.total_byte_size:,} bytes); "
-                "write it anew"
+                "write it again"
             )
         rows.append(group.num_rows)
         size += group.total_byte_size
     if sum(rows) != metadata.num_rows:
-        raise UnusableFileError("has a damaged footer (its row groups do not add up); write it anew")
+        raise UnusableFileError("has a damaged footer (its row groups do not add up); write it again")
     if size > min(_MAX_BYTES, _MAX_BYTES_PER_FILE_BYTE * file_size):
-        raise UnusableFileError(f"has a footer that promises {size:,} bytes in {file_size:,}; write it anew")
+        raise UnusableFileError(f"has a footer that promises {size:,} bytes in {file_size:,}; write it again")
     if metadata.num_rows > min(_MAX_ROWS, _MAX_ROWS_PER_FILE_BYTE * file_size):
         raise UnusableFileError(
-            f"has a footer that promises {metadata.num_rows:,} rows in {file_size:,} bytes; write it anew, or split it"
+            f"has a footer that promises {metadata.num_rows:,} rows in {file_size:,} bytes; write it again, or split it"
         )
     return rows, size

@@ -97,7 +97,7 @@ def check_int96(stream: pa.NativeFile, columns: list[str], groups: list[int]) ->
             except pa.ArrowInvalid:
                 raise UnusableFileError(
                     f"column {name!r} holds INT96 timestamps outside of the years 1677 to 2262, which would be read as others; "
-                    "write it anew with TIMESTAMP_MICROS (Spark: spark.sql.parquet.outputTimestampType)"
+                    "write it again with TIMESTAMP_MICROS (Spark: spark.sql.parquet.outputTimestampType)"
                 ) from None
 
 

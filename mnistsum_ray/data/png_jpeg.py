@@ -58,9 +58,9 @@ def decode_png_or_jpeg(data: bytes) -> Pixels:
     except Exception as error:  # on damaged bytes Pillow's decoders raise many types
         if len(data) == PIXELS:
             raise ImageError(
-                f"784 bytes begin as a PNG or JPEG does, and cannot be read as one ({type(error).__name__}); save it anew, or "
+                f"784 bytes begin as a PNG or JPEG does, and cannot be read as one ({type(error).__name__}); save it again, or "
                 "store the pixels as a list of 784 integers"
             ) from None
         raise ImageError(
-            f"{len(data)} bytes are neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__}); save it anew"
+            f"{len(data)} bytes are neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__}); save it again"
         ) from None

@@ -1,8 +1,9 @@
 """Random draws for training rows: the order of an epoch, the number of each row, its augmentation; and the shards of the workers.
 
-Each draw is a pure function of (seed, epoch, row id). So it is equal for any number of workers, any block layout, retry
-and restart, and a checkpoint stores no random state. The bits come from SplitMix64 (Steele, Lea and Flood, "Fast splittable
-pseudorandom number generators", OOPSLA 2014), a dozen lines here, because no library promises that its generator stays the same.
+The draws of a row are a pure function of (seed, epoch, row id), with epochs counted from 0. So they are equal for any number of
+workers, any block layout, retry and restart, and no random state is stored. The bits come from SplitMix64 (Steele, Lea and
+Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), a dozen lines here, because no library promises that its
+generator stays the same.
 """
 
 from enum import IntEnum
@@ -25,13 +26,13 @@ class RandomStream(IntEnum):
 
     ORDER = 0
     NUMBER = 1
-    SPLIT = 3  # 2 was another augmentation; a new value would change the draws of all runs
+    SPLIT = 3  # 2 was an augmentation that is gone. The value is part of the key: renumbering would change all runs.
     DISTORTION = 4
     DROPOUT = 5
     SUM_HEAD = 6
 
 
-DRAWS: Final = 6
+DISTORTION_DRAWS: Final = 6
 """Draws per distorted image: one for rotation, two for scale, one for shear, two for translation."""
 
 
@@ -62,10 +63,10 @@ def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.int
 
 
 def distortions(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.float32]:
-    """Draws that distort each training image in an epoch: float32[n, DRAWS], uniform in -1..1; see model/augmentation.py."""
+    """Draws that distort each training image in an epoch: float32[n, DISTORTION_DRAWS], uniform in -1..1."""
     bits = _bits(seed, epoch, RandomStream.DISTORTION, row_ids)
-    draws = np.empty((len(row_ids), DRAWS), np.float32)
-    for column in range(DRAWS):
+    draws = np.empty((len(row_ids), DISTORTION_DRAWS), np.float32)
+    for column in range(DISTORTION_DRAWS):
         draws[:, column] = (bits >> np.uint64(40)) * (2 / 2**24) - 1
         bits = _mix(bits)
     return draws

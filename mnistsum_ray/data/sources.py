@@ -85,7 +85,7 @@ def _sample() -> Source:
 def _full_mnist(*, fall_back: bool) -> Source:
     """MNIST from ./data, from the cache in the home folder, or downloaded into it; with `fall_back` else the sample."""
     cache = Path.home() / ".cache" / "mnistsum_ray"
-    for root in (Path("data"), cache):
+    for root in (Path("data").resolve(), cache):
         folder = idx.find(root)
         if folder:
             return _idx(folder)

@@ -27,7 +27,7 @@ def distort(images: Tensor, draws: Tensor, strength: float) -> Tensor:
 
     Args:
         images: float32[n, 1, 28, 28].
-        draws: float32[n, DRAWS] in -1..1, on the same device.
+        draws: float32[n, DISTORTION_DRAWS] in -1..1, on the same device.
         strength: factor on all distortions; 0 leaves the images as they are.
 
     Returns:

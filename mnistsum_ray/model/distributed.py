@@ -17,7 +17,8 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 def broadcast_parameters(parameters: Iterable[Tensor]) -> None:
     """Copy the parameters of rank 0 to all workers, in place.
 
-    Different CPUs or GPUs round differently, and without this the copies of the network would drift apart step by step.
+    Different CPUs or GPUs round differently, so copies of the network may differ in the last bits after an epoch. Without this
+    they would drift apart.
     """
     if dist.is_initialized():
         for parameter in parameters:

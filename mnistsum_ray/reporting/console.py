@@ -41,7 +41,7 @@ class Console:
 
     def show(self, event: dict[str, Any]) -> None:
         """Show an event of the training loop. `kind` is progress, epoch, waiting (a progress line) or anything else (a line)."""
-        if event["kind"] == "waiting":
+        if event["kind"] == "counter":
             self.progress(event["text"])
         elif event["kind"] == "progress":
             rate, rows_left = event["rows_per_second"], event["of_rows"] - event["rows"]

@@ -40,7 +40,7 @@ def check_output_files(committed: pa.Table, listing: OutputListing, folder: Loca
 
 
 def check_compatible(
-    matched: pa.Table, unplanned: pa.Table, files: pa.Table, source: Location, spec: str, output: Location
+    matched: pa.Table, unplanned: pa.Table, files: pa.Table, source: Location, spec_json: str, output: Location
 ) -> None:
     """Refuse to put predictions beside those of another model, of changed input files, or of parts that were cut differently.
 
@@ -49,7 +49,7 @@ def check_compatible(
         unplanned: published files that are not in the plan, `provenance.COMMITTED_SCHEMA`.
         files: the input files, `ScoringPlan.files`.
         source: the input's root.
-        spec: `PredictionSpec.canonical_json` of this run.
+        spec_json: `PredictionSpec.canonical_json` of this run.
         output: the output folder.
 
     Raises:
@@ -57,7 +57,7 @@ def check_compatible(
     """
     different = matched.filter(pc.and_(pc.is_valid(matched["committed_spec"]), pc.invert(matched["done"])))
     if different.num_rows:
-        error = _part_error(different.slice(0, 1).to_pylist()[0], spec)
+        error = _part_error(different.slice(0, 1).to_pylist()[0], spec_json)
         raise RequestError(f"--output {output.display}: {error}")
     # The input may have moved, or its root may be another folder now: a file is the same if its name or its full path is.
     for column, current in (("name", files["name"]), ("source", _sources(source, files))):
@@ -68,12 +68,12 @@ def check_compatible(
             raise RequestError(f"--output {output.display}: {_file_error(file, committed)}")
 
 
-def _part_error(part: dict[str, Any], spec: str) -> str:
-    if part["committed_spec"] != spec:
-        return f"{_spec_difference(json.loads(part['committed_spec']), json.loads(spec))}; {_START_OVER}"
+def _part_error(part: dict[str, Any], spec_json: str) -> str:
+    if part["committed_spec"] != spec_json:
+        return f"{_spec_difference(json.loads(part['committed_spec']), json.loads(spec_json))}; {_START_OVER}"
     if any(part[name] != part[f"committed_{name}"] for name in FILE_IDENTITY):
         return f"{part['name']} has changed since it was scored; {_START_OVER}"
-    return f"was begun with another --max-rows-per-file; give the same again, or {_START_OVER}"
+    return f"was started with another --max-rows-per-file; give the same again, or {_START_OVER}"
 
 
 def _file_error(file: dict[str, Any], committed: dict[str, Any]) -> str:
@@ -85,7 +85,7 @@ def _file_error(file: dict[str, Any], committed: dict[str, Any]) -> str:
     if any(file[name] != committed[name] for name in FILE_IDENTITY):
         return f"{file['name']} has changed since it was scored; {_START_OVER}"
     return (
-        f"holds the rows of {file['name']} as {committed['output']}, since it was begun with another --max-rows-per-file or "
+        f"holds the rows of {file['name']} as {committed['output']}, since it was started with another --max-rows-per-file or "
         f"--input; give the same again, or {_START_OVER}"
     )
 
@@ -100,10 +100,12 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
     key = next((key for key in current if key != "int8" and committed.get(key) != current[key]), "int8")
     if key == "temperature":
         return "holds predictions of the same model with other temperatures"
+    if key == "prediction_columns":
+        return "holds predictions with other columns, of another version of this program"
     if key == "int8":
         return "holds predictions of the same model quantized otherwise"
     flag = "--precision" if key == "precision" else f"--{key}-column"
-    return f"was begun with {flag} {committed.get(key)}, which is now {current[key]}"
+    return f"was started with {flag} {committed.get(key)}, which is now {current[key]}"
 
 
 def check_overwrite(files: pa.Table, published: pa.Table, source: Location) -> None:

@@ -14,7 +14,7 @@ def start_crash_counter() -> Any:
 
 
 class CrashCounter:
-    """Counts how often each key was begun without being ended. An actor, because the process that began it may have died."""
+    """Counts how often each key was started without being ended. An actor, because the process that began it may have died."""
 
     def __init__(self) -> None:
         self._begun: Counter[str] = Counter()

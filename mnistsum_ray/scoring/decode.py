@@ -9,7 +9,7 @@ import pyarrow as pa
 from mnistsum_ray.data.decoding import decode_images, decode_numbers
 from mnistsum_ray.data.parquet import UnusableFileError
 from mnistsum_ray.data.pixels import Pixels, one_chunk
-from mnistsum_ray.scoring.columns import Columns
+from mnistsum_ray.scoring.input_columns import Columns
 from mnistsum_ray.scoring.parts import Part
 
 

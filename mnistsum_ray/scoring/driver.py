@@ -35,16 +35,17 @@ def score(run: ScoringRun, console: Console) -> dict[str, Any]:
 
     Raises:
         RequestError: the cluster has too few resources, or the output folder holds files that this run must not touch.
-        RunError: the output cannot be written, rows are missing at the end, or with `--strict` some input cannot be used.
-        RunInterrupted: a signal or the loss of the output's lock interrupted the run.
+        RunError: the output cannot be written, rows are missing at the end, another run took the output, or with `--strict`
+            some input cannot be used.
+        RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
         return _score(run, console)
     except KeyboardInterrupt:
-        raise RunInterrupted("what is committed stays, and the same command goes on") from None
+        raise RunInterrupted("committed files are kept, and the same command resumes") from None
     except (OSError, ray.exceptions.RayError) as error:  # Errors of a single input file never get here: the reader reports them.
         console.say_lines(str(error))
-        raise RunError(f"{root_cause(error)}; what is committed stays, and the same command goes on") from error
+        raise RunError(f"{root_cause(error)}; committed files are kept, and the same command resumes") from error
 
 
 def _score(run: ScoringRun, console: Console) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def execute(
         batch_size=run.config.batch_size,
         crash_counter=start_crash_counter(),
         fence=target.lock.fence,
-        conditional=target.lock.conditional,
+        conditional_writes=target.lock.conditional_writes,
     )
     units = make_work_units(todo, run.config.max_rows_per_file, max(resources.workers, resources.readers))
     progress = Progress(console.progress, "rows scored", pc.sum(todo["rows"]).as_py() or 0)
@@ -67,7 +67,7 @@ def execute(
             unwritable = report["unwritable"].drop_null()
             if len(unwritable):
                 reason = unwritable[0].as_py()
-                raise RunError(f"--output {run.output.display}: cannot be written: {reason}; what is committed stays")
+                raise RunError(f"--output {run.output.display}: cannot be written: {reason}; committed files are kept")
             for row in report.filter(pc.is_valid(report["unreadable"])).to_pylist():
                 failures.setdefault(row["name"], row["unreadable"])
             started = min(started, pc.min(report["started"]).as_py())

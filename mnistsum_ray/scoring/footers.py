@@ -11,7 +11,7 @@ from mnistsum_ray.data.arrow_types import plain_arrow_types
 from mnistsum_ray.data.parquet import UnusableFileError, row_groups
 from mnistsum_ray.data.parquet_types import lossy_column
 from mnistsum_ray.errors import one_line
-from mnistsum_ray.scoring.columns import Columns, check_columns_exist, schema_error
+from mnistsum_ray.scoring.input_columns import Columns, check_columns_exist, schema_error
 from mnistsum_ray.scoring.inputs import Inputs
 from mnistsum_ray.scoring.parallel import map_files
 from mnistsum_ray.storage.location import Location
@@ -85,7 +85,7 @@ def read_tail(folder: Location, name: str, size: int) -> bytes:
         OSError: the file cannot be read.
     """
     if size < 12:
-        raise UnusableFileError(f"is {'empty (0 bytes)' if not size else f'only {size} bytes long'}; write it anew")
+        raise UnusableFileError(f"is {'empty (0 bytes)' if not size else f'only {size} bytes long'}; write it again")
     with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
         start = max(0, size - _TAIL_BYTES)
         stream.seek(start)
@@ -95,10 +95,10 @@ def read_tail(folder: Location, name: str, size: int) -> bytes:
                 f"has {start + len(tail):,} bytes where the listing says {size:,}: it is being written; try again later"
             )
         if tail[-4:] != b"PAR1":
-            raise UnusableFileError("is not Parquet, or was cut off (it does not end with PAR1); write it anew")
+            raise UnusableFileError("is not Parquet, or was cut off (it does not end with PAR1); write it again")
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if length > size - 4:
-            raise UnusableFileError("has a damaged footer (longer than the file); write it anew")
+            raise UnusableFileError("has a damaged footer (longer than the file); write it again")
         if length > len(tail):
             stream.seek(size - length)
             tail = stream.read()

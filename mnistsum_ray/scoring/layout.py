@@ -1,21 +1,8 @@
-"""File names in an output folder, and the columns that scoring adds."""
+"""File names in an output folder."""
 
 from typing import Final
 
-import pyarrow as pa
-
 from mnistsum_ray.storage.lock_file import LOCK_NAME
-
-PREDICTION_FIELDS: Final = pa.schema(
-    {
-        "pred_digit": pa.int8(),
-        "digit_prob": pa.float32(),
-        "pred_sum": pa.int8(),
-        "sum_prob": pa.float32(),
-        "consistent": pa.bool_(),  # pred_sum == pred_digit + number
-    }
-)
-"""The columns that scoring appends to the input's columns, in this order."""
 
 REJECTED: Final = "_rejected"
 """Folder of the rejected rows; its files have the names of the prediction files."""

@@ -10,8 +10,8 @@ import pyarrow.fs as pafs
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.scoring.columns import Columns
 from mnistsum_ray.scoring.footers import read_all_footers
+from mnistsum_ray.scoring.input_columns import Columns
 from mnistsum_ray.scoring.inputs import Inputs, list_inputs
 from mnistsum_ray.scoring.parallel import MAX_LOCAL_FILES
 from mnistsum_ray.storage.location import Location
@@ -85,7 +85,7 @@ def _check_int8(card: dict[str, Any]) -> None:
     if maxima_from_card(card) is None:
         raise RequestError(
             "--precision int8: the model holds no calibration for it, so it was trained by an older version or where PyTorch "
-            "lacks integer convolutions; leave it out, or train anew"
+            "lacks integer convolutions; leave it out, or train again"
         )
     if not is_available():
         raise RequestError("--precision int8: this PyTorch has no integer convolutions on this CPU; leave it out")

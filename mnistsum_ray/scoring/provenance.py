@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from mnistsum_ray.data.parquet import UnusableFileError
 from mnistsum_ray.errors import one_line
 from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.scoring.columns import Columns
 from mnistsum_ray.scoring.footers import read_tail
+from mnistsum_ray.scoring.input_columns import Columns
 from mnistsum_ray.scoring.layout import REJECTED
+from mnistsum_ray.scoring.output_columns import PREDICTION_FIELDS
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.storage.location import Location
 
@@ -47,7 +48,7 @@ class PredictionSpec:
     def canonical_json(self) -> str:
         """The spec as JSON with sorted keys, so that equal specs have equal texts."""
         fields = {"model_sha256": self.model_sha256, "precision": self.precision, **vars(self.columns)}
-        fields["temperature"] = self.temperatures.as_json()
+        fields |= {"temperature": self.temperatures.as_json(), "prediction_columns": PREDICTION_FIELDS.names}
         return json.dumps(fields | ({"int8": self.int8_maxima} if self.int8_maxima else {}), sort_keys=True)
 
 

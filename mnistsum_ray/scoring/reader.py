@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from mnistsum_ray.data.parquet import UnusableFileError, open_parquet
 from mnistsum_ray.data.parquet_types import check_int96, int96_columns, plain_table
 from mnistsum_ray.errors import one_line
-from mnistsum_ray.scoring.columns import Columns
 from mnistsum_ray.scoring.decode import DecodedPart, UnreadablePart, decode_part
+from mnistsum_ray.scoring.input_columns import Columns
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.storage.location import Location
 
@@ -100,7 +100,7 @@ def _slice_groups(file: pq.ParquetFile, groups: list[int], parts: list[Part]) ->
         while position < part.first_row + part.rows:
             batch = next(batches, None)
             if batch is None:
-                raise UnusableFileError(f"ends after {position:,} rows, where its footer promises more; write it anew")
+                raise UnusableFileError(f"ends after {position:,} rows, where its footer promises more; write it again")
             position += batch.num_rows
             if position > part.first_row:
                 pending.append(batch)

@@ -22,13 +22,13 @@ FILES_SCHEMA: Final = pa.schema(
 """`_files.parquet`: one row per input file."""
 
 
-def match_outputs(parts: pa.Table, committed: pa.Table, spec: str) -> pa.Table:
+def match_outputs(parts: pa.Table, committed: pa.Table, spec_json: str) -> pa.Table:
     """Join the planned parts with the output files of the same names.
 
     Args:
         parts: `parts.PART_SCHEMA`.
         committed: `provenance.COMMITTED_SCHEMA`.
-        spec: `PredictionSpec.canonical_json` of this run.
+        spec_json: `PredictionSpec.canonical_json` of this run.
 
     Returns:
         One row per part, in the order of `parts`: PART_SCHEMA; the columns of COMMITTED_SCHEMA (null where there is no file),
@@ -41,7 +41,7 @@ def match_outputs(parts: pa.Table, committed: pa.Table, spec: str) -> pa.Table:
     # A join does not keep the order.
     numbered = parts.append_column("order", pa.array(range(parts.num_rows), pa.int64()))
     joined = numbered.join(renamed.drop_columns(["error", "name"]), "output", join_type="left outer").sort_by("order")
-    done = pc.equal(joined["committed_spec"], spec)
+    done = pc.equal(joined["committed_spec"], spec_json)
     for name in PART_IDENTITY:
         done = pc.and_(done, pc.equal(joined[name], joined[f"committed_{name}"]))
     return joined.append_column("done", pc.fill_null(done, False))
@@ -52,7 +52,7 @@ def reconcile(files: pa.Table, matched: pa.Table) -> tuple[pa.Table, Totals]:
 
     Args:
         files: `inputs.FILE_SCHEMA` and `footers.FOOTER_SCHEMA`; `error` is set for each file that cannot be used.
-        matched: what `match_outputs` returned for the parts of all other files, with the output files read anew.
+        matched: what `match_outputs` returned for the parts of all other files, with the output files read again.
 
     Returns:
         A FILES_SCHEMA table in the order of the files, and the totals.

@@ -33,10 +33,10 @@ class CommittedParts:
         return pc.sum(self.done.filter(pc.is_in(self.done["output"], parts["output"]))["rows"]).as_py() or 0
 
 
-def resume(plan: ScoringPlan, spec: str, source: Location, target: Target, console: Console) -> CommittedParts:
+def resume(plan: ScoringPlan, spec_json: str, source: Location, target: Target, console: Console) -> CommittedParts:
     """Compare the plan with the files in the output folder and the staging folder, and delete unfinished files there.
 
-    `spec` is `PredictionSpec.canonical_json` of this run, and `source` the input's root.
+    `spec_json` is `PredictionSpec.canonical_json` of this run, and `source` the input's root.
 
     Raises:
         RequestError: the output folder holds other files, or predictions that this run must not be mixed with.
@@ -51,7 +51,7 @@ def resume(plan: ScoringPlan, spec: str, source: Location, target: Target, conso
         check_overwrite(plan.files, published, source)
     else:
         others = unplanned_outputs(plan.parts, published)
-        check_compatible(match_outputs(plan.parts, published, spec), others, plan.files, source, spec, output)
+        check_compatible(match_outputs(plan.parts, published, spec_json), others, plan.files, source, spec_json, output)
         unplanned = others.num_rows
         if unplanned:
             first = others["source"][0].as_py()
@@ -60,8 +60,8 @@ def resume(plan: ScoringPlan, spec: str, source: Location, target: Target, conso
     clear_unfinished(output, listing)
     committed = published
     if target.staged:
-        committed = target.merge(_resume_staging(target.folder, plan.parts, spec, console), published)
-    matched = match_outputs(plan.parts, committed, spec)
+        committed = target.merge(_resume_staging(target.folder, plan.parts, spec_json, console), published)
+    matched = match_outputs(plan.parts, committed, spec_json)
     done, todo = (matched.filter(keep).select(plan.parts.column_names) for keep in (matched["done"], pc.invert(matched["done"])))
     return CommittedParts(published, done, todo, unplanned)
 
@@ -71,7 +71,7 @@ def unplanned_outputs(parts: pa.Table, committed: pa.Table) -> pa.Table:
     return committed.filter(pc.invert(pc.is_in(committed["output"], parts["output"])))
 
 
-def _resume_staging(folder: Location, parts: pa.Table, spec: str, console: Console) -> pa.Table:
+def _resume_staging(folder: Location, parts: pa.Table, spec_json: str, console: Console) -> pa.Table:
     """Delete all files in the staging folder but the committed parts of this plan; return those."""
     listing = list_output(folder)
     committed = read_all_committed(folder, listing.predictions, console.progress)
@@ -86,7 +86,7 @@ def _resume_staging(folder: Location, parts: pa.Table, spec: str, console: Conso
     check_output_files(committed, listing, folder)
     clear_unfinished(folder, listing)
     # Staged files are not published yet, so those of another plan can be deleted.
-    matched = match_outputs(parts, committed, spec)
+    matched = match_outputs(parts, committed, spec_json)
     current = pc.is_in(committed["output"], matched.filter(matched["done"])["output"])
     for name in committed.filter(pc.invert(current))["output"].to_pylist():
         delete_part(folder, name)

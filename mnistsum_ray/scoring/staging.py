@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Final
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.scoring.exchange import OLD_SUFFIX, exchange_folders, remove_replaced
 from mnistsum_ray.scoring.layout import MANIFEST, MAX_NAME_BYTES, REJECTED, SUMMARIES, UNPUBLISHED
 from mnistsum_ray.scoring.output_folder import unpublish
+from mnistsum_ray.scoring.swap_folders import OLD_SUFFIX, exchange_folders, remove_replaced
 from mnistsum_ray.storage.location import Location
 
 _MOVE_THREADS: Final = 16

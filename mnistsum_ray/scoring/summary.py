@@ -66,8 +66,8 @@ def summarize(line: dict[str, Any], totals: Totals, say: Callable[[str], None]) 
     """Write the counts, the reasons for rejected rows, the share of consistent rows, and with labels the accuracies."""
     say(
         f"{line['scored_rows']:,} of {line['input_rows']:,} rows scored, {line['rejected_rows']:,} rejected, in "
-        f"{line['files'] - line['failed_files']:,} files; {line['failed_files']:,} files could not be used; all rows are in the "
-        "output exactly once"
+        f"{line['files'] - line['failed_files']:,} files; {line['failed_files']:,} files could not be used; all rows of the "
+        "others are in the output exactly once"
     )
     reasons = list(totals.reasons.items())
     for reason, count in reasons[:_MAX_REASONS]:

@@ -59,7 +59,7 @@ class WorkerContext:
     """Handle of a `CrashCounter` actor."""
     fence: Fence
     """Stops this run's workers from writing once another run holds the output."""
-    conditional: bool
+    conditional_writes: bool
     """Whether the storage of the output supports conditional writes."""
     run_id: str = field(default_factory=lambda: secrets.token_hex(8))
     """Identifies the run in a worker process, which outlives it."""
@@ -132,7 +132,7 @@ def commit_part(context: WorkerContext, scored: ScoredPart, started: float) -> p
     decoded, predictions = scored
     try:
         context.fence.check()
-        write_part(context.output, context.source, decoded, predictions, context.spec, new_only=context.conditional)
+        write_part(context.output, context.source, decoded, predictions, context.spec, new_only=context.conditional_writes)
     except OSError as error:
         return _report(decoded.part, started, unwritable=one_line(error))
     except pa.ArrowException as error:

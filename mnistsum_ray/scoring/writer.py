@@ -1,12 +1,15 @@
 """Write a part: the rejected rows first and the predictions last, so that a part is done when its predictions exist."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnistsum_ray.model.predictions import Predictions
 from mnistsum_ray.scoring.decode import DecodedPart
-from mnistsum_ray.scoring.layout import PREDICTION_FIELDS, REJECTED
+from mnistsum_ray.scoring.layout import REJECTED
+from mnistsum_ray.scoring.output_columns import PREDICTION_FIELDS
 from mnistsum_ray.scoring.provenance import KEY, PredictionSpec, Provenance
 from mnistsum_ray.scoring.totals import count_part
 from mnistsum_ray.storage import conditional
@@ -81,9 +84,10 @@ def _write(place: Location, table: pa.Table, stamp: Provenance, *, new_only: boo
     try:
         conditional.put_if_absent(place, data.to_pybytes())
     except conditional.ConflictError:
-        # An earlier process of this run may have written the same file before it died.
-        written = pq.read_metadata(pa.BufferReader(place.read_bytes())).metadata
-        if (written or {}).get(KEY) != stamp.to_metadata()[KEY]:
+        # An earlier process of this run may have written the same file before it died. Its `counts` hold sums of floats, which
+        # differ in the last bits if it scored the rows in other batches.
+        written = Provenance.from_metadata(pq.read_metadata(pa.BufferReader(place.read_bytes())).metadata)
+        if written is None or replace(written, counts=stamp.counts) != stamp:
             raise OSError(f"{place.display} was written by another run") from None
 
 

@@ -1,4 +1,4 @@
-"""A lease on a folder in an object store: a small object that its holder writes anew every two seconds."""
+"""A lease on a folder in an object store: a small object that its holder writes again every two seconds."""
 
 import threading
 import time

@@ -1,4 +1,9 @@
-"""One run at a time in an output folder: a kernel lock on a disk, a lease in an object store."""
+"""One run at a time in an output folder.
+
+The driver holds the folder with `output_lock`: on a disk by a lock of the kernel (lock_file.py), which ends with the process; in
+an object store by a lease (lease.py), a small object that it renews. The lock file, or the lease, names the holder. Workers get a
+`Fence`, which compares that name before they write.
+"""
 
 import os
 import secrets
@@ -52,7 +57,7 @@ class OutputLock:
     fence: Fence
     check: Callable[[], None]
     """Raises RunError once the folder is lost."""
-    conditional: bool
+    conditional_writes: bool
     """Whether the storage has conditional writes, so that a lost lease is noticed with certainty."""
     lost: threading.Event = field(default_factory=threading.Event)
     """Set once the folder is lost."""
@@ -94,7 +99,7 @@ def output_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     fence = Fence((folder / LOCK_NAME).with_retries(), holder)
     if folder.is_local:
         with kernel_lock(folder, flag, holder):
-            yield OutputLock(fence, lambda: None, conditional=False)
+            yield OutputLock(fence, lambda: None, conditional_writes=False)
     else:
         with Lease(folder, flag, holder, say) as lease:
             yield OutputLock(fence, lease.check, lease.conditional, lease.lost)

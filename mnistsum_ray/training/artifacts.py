@@ -6,7 +6,6 @@ from typing import Any, Final
 
 import ray.train
 
-from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.serialization import MODEL_FILES
 from mnistsum_ray.reporting.report import REPORT, report_page, write_history
 from mnistsum_ray.reporting.versions import versions
@@ -36,22 +35,6 @@ def build_manifest(run: TrainingRun, fingerprint: str, workers: str) -> dict[str
             "test_rows": len(source.test),
         },
     }
-
-
-def resume_manifest(stored: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a resumed run: results of the stored one stay until there are new ones.
-
-    Raises:
-        RequestError: the run was trained on other data.
-    """
-    data, stored_data = manifest["data"], stored["data"]
-    if stored_data["sha256"] != data["sha256"]:
-        raise RequestError(
-            f"--resume: the data are not those of the run (SHA-256 {data['sha256'][:12]}…, the run has "
-            f"{stored_data['sha256'][:12]}… from {stored_data['location']}); name the same data, or start another run"
-        )
-    # The stored config names the data that `--data auto` found, so only the first manifest says that it is not full MNIST.
-    return stored | manifest | {"data": data | {"notice": data["notice"] or stored_data["notice"]}}
 
 
 def publish_model(

@@ -13,6 +13,7 @@ from ray.util.queue import Queue
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import Fence
 from mnistsum_ray.training.artifacts import publish_model
+from mnistsum_ray.training.events import EventSender
 from mnistsum_ray.training.state import STATE_CARD
 
 _ABORT_SECONDS: Final = 3.0
@@ -41,7 +42,7 @@ class RunCallback(ray.train.UserCallback):
     """Publishes the model after each epoch, and reports lost workers. Runs in Ray Train's controller process."""
 
     def __init__(self, folder: Location, events: Queue, fence: Fence) -> None:
-        self._folder, self._events, self._fence = folder, events, fence
+        self._folder, self._events, self._fence = folder, EventSender(events, rank=0), fence
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None) -> None:
         """Publish the best model and the history of a new checkpoint."""
@@ -57,7 +58,7 @@ class RunCallback(ray.train.UserCallback):
         """Send a console line for each failed worker; Ray Train itself says nothing until it gives up."""
         for rank, error in worker_exceptions.items():
             text = str(worker_error(error)).strip().splitlines() or [type(error).__name__]
-            self._events.put({"kind": "note", "text": f"worker {rank} failed: {text[0]} (full text in Ray's logs)"})
+            self._events.note(f"worker {rank} failed: {text[0]} (full text in Ray's logs)")
 
 
 def worker_error(error: Exception) -> Exception:

@@ -49,7 +49,7 @@ class Checkpointer:
                 state = load_state(Path(folder), self._model, self._optimizer)
             except CheckpointError as error:
                 raise CheckpointError(
-                    f"checkpoint {latest.path} cannot be used: {error}; train anew under another --name"
+                    f"checkpoint {latest.path} cannot be used: {error}; --resume starts from the one before it"
                 ) from error
         step = f", step {state.progress.steps} of the next" if state.progress.steps else ""
         self._events.note(f"going on after epoch {state.epochs_done}{step}, on {self._worker.world_size} workers")

@@ -1,6 +1,5 @@
 """Driver of a training run: reserve resources, read the data, run Ray Train, publish the result."""
 
-import shlex
 import time
 from contextlib import suppress
 from typing import Any
@@ -16,14 +15,14 @@ from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.listing import report_skipped
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import OutputLock, output_lock
-from mnistsum_ray.training.artifacts import build_manifest, resume_manifest
-from mnistsum_ray.training.checkpoints import delete_other_checkpoints, latest_valid_checkpoint
+from mnistsum_ray.training.artifacts import build_manifest
 from mnistsum_ray.training.events import event_queue
 from mnistsum_ray.training.pipeline import materialize_source
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
 from mnistsum_ray.training.publish import publish_run
 from mnistsum_ray.training.ray_train import run_ray_train
 from mnistsum_ray.training.resources import ResourcePlan, plan_resources
+from mnistsum_ray.training.resume import delete_other_checkpoints, latest_valid_checkpoint, resume_manifest
 from mnistsum_ray.training.tracking import mlflow_run
 
 
@@ -43,10 +42,10 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
         with output_lock(run.folder, "--name", console.say) as lock:
             return _fit(run, plan, lock, console)
     except OSError as error:
-        raise RunError(f"--storage-path {run.storage.display}: {one_line(error)}; {_how_to_resume(run)}") from error
+        raise RunError(f"--storage-path {run.storage.display}: {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled in ray_train.py
         console.say_lines(str(error))
-        raise RunError(f"{root_cause(error)}; {_how_to_resume(run)}") from error
+        raise RunError(f"{root_cause(error)}; {run.how_to_resume()}") from error
 
 
 def _reserve(run: TrainingRun, console: Console) -> ResourcePlan:
@@ -75,10 +74,10 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: OutputLock, console: Consol
     manifest, start = _start(run, build_manifest(run, materialized.fingerprint, plan.describe()), console)
     manifest_file = run.folder / "manifest.json"
 
-    def mark_stopped() -> None:
+    def mark(status: str) -> None:
         if not lock.lost.is_set():  # otherwise the folder belongs to another run
             with suppress(OSError, KeyboardInterrupt):
-                manifest_file.write_json(manifest | {"status": "stopped"})
+                manifest_file.write_json(manifest | {"status": status})
 
     with mlflow_run(run, manifest, console) as mlflow:
         try:
@@ -88,13 +87,16 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: OutputLock, console: Consol
                 f"{len(source.test):,} test rows of {source.name} ({source.location}); {manifest['workers']}"
             )
             with event_queue(console, lambda line: mlflow.log_epoch(line, console.say) if mlflow else None) as events:
-                result, checkpoint = run_ray_train(run, plan, materialized.images, start, lock, events, console, mark_stopped)
+                result, checkpoint = run_ray_train(
+                    run, plan, materialized.images, start, lock, events, console, lambda: mark("stopped")
+                )
             return publish_run(run, manifest, result, checkpoint, lock.fence, mlflow, started, console)
         except KeyboardInterrupt:
-            mark_stopped()
-            flags = ["--storage-path", run.storage.display, "--name", str(run.config.name), "--resume"]
-            resume = f"python jobs/train.py {shlex.join(flags)}"
-            raise RunInterrupted(f"checkpoints are kept, and this command resumes: {resume}") from None
+            mark("stopped")
+            raise RunInterrupted(run.how_to_resume()) from None
+        except (RunError, OSError, ray.exceptions.RayError):
+            mark("failed")
+            raise
 
 
 def _start(run: TrainingRun, manifest: dict[str, Any], console: Console) -> tuple[dict[str, Any], Location | None]:
@@ -116,9 +118,7 @@ def _start(run: TrainingRun, manifest: dict[str, Any], console: Console) -> tupl
             f"--resume: run {name} is finished, and no checkpoint is left to resume from; its model stays as it is, "
             "start another run"
         )
+    if start is None:
+        console.say("no checkpoint can be used, so the run starts from the beginning")
     delete_other_checkpoints(run.folder, start)
     return manifest, start
-
-
-def _how_to_resume(run: TrainingRun) -> str:
-    return f"checkpoints are kept, and --name {run.config.name} --resume resumes the run"

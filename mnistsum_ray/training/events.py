@@ -34,7 +34,7 @@ class EventSender:
 
     def progress(self, what: str, total: int) -> Progress:
         """A progress counter whose lines go to the console; see `Progress`."""
-        return Progress(lambda text: self.send("waiting", text=text), what, total)
+        return Progress(lambda text: self.send("counter", text=text), what, total)
 
 
 @contextmanager

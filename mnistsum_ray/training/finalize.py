@@ -76,6 +76,7 @@ def finetune(
     steps = hyperparameters.sum_head_steps
     events.note(f"fine-tuning the sum head, {steps:,} steps")
     model.load_state_dict(state.best)
+    model.eval()
     before = state.best_line["validation"]["consistency"]
     if trainer.worker.rank == 0:
         seed = step_seed(hyperparameters.seed, hyperparameters.epochs, 0, RandomStream.SUM_HEAD)

@@ -16,7 +16,7 @@ from mnistsum_ray.errors import RequestError
 from mnistsum_ray.training.schedule import Schedule
 
 
-def read_part(batch: pa.Table, parts: tuple[ParquetPart, ...]) -> pa.Table:
+def read_source_part(batch: pa.Table, parts: tuple[ParquetPart, ...]) -> pa.Table:
     """Read the part of the source whose index is in the batch: columns `image`, `digit` and `error`.
 
     `error` is null unless the part cannot be used. It is a column because Ray Data wraps an exception on its way to the driver,

@@ -51,7 +51,7 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> dict[str, Any]:
     try:
         return _train_loop(config["loop"])
     except (NonFiniteLossError, RowCountError, CheckpointError) as error:
-        # Every rank raises this, since all see the same reduced numbers and checkpoint. Ray Train would retry if it were raised.
+        # Returned as a value, because Ray Train retries exceptions. Every rank gets here: all see the same sums and checkpoint.
         print(f"stopped on this rank: {error}", flush=True)
         return {"error": str(error)}
 

@@ -27,12 +27,12 @@ from mnistsum_ray.data.pixels import SIDE
 from mnistsum_ray.data.sampling import RowIds, shard_for_rank
 from mnistsum_ray.data.sources import Source
 from mnistsum_ray.errors import RequestError, RowCountError
-from mnistsum_ray.training.gather import Gather, digits_of, images_of, read_part, training_rows
+from mnistsum_ray.training.gather import Gather, digits_of, images_of, read_source_part, training_rows
 from mnistsum_ray.training.schedule import Schedule
 
 Batch = dict[str, torch.Tensor]
 """image uint8[n, 28, 28], digit int64[n], row_id int64[n]; in training also number int64[n] and, with --distortion, draws
-float32[n, DRAWS]; all on the worker's device."""
+float32[n, DISTORTION_DRAWS]; all on the worker's device."""
 
 _TASK_CPUS: Final = 0
 """Tasks reserve no CPU, so busy workers cannot deadlock them, even when a node is lost and the others are full."""
@@ -84,7 +84,7 @@ def _materialize(source: Source) -> tuple[ray.data.Dataset | None, MaterializedD
     lineage = ray.data.from_items(indices, override_num_blocks=len(indices))
     tasks = TaskPoolStrategy(size=min(len(indices), max(1, int(ray.cluster_resources().get("CPU", 1)))))
     parts = lineage.map_batches(
-        read_part, fn_args=(source.parts,), batch_format="pyarrow", batch_size=1, num_cpus=_TASK_CPUS, compute=tasks
+        read_source_part, fn_args=(source.parts,), batch_format="pyarrow", batch_size=1, num_cpus=_TASK_CPUS, compute=tasks
     )
     return lineage, parts.materialize()
 

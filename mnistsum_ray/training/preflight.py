@@ -4,6 +4,7 @@ This module imports neither torch nor Ray, which take seconds, so that a wrong r
 """
 
 import secrets
+import shlex
 from dataclasses import dataclass, fields
 from datetime import datetime
 from importlib.util import find_spec
@@ -36,6 +37,11 @@ class TrainingRun:
     storage: Location
     folder: Location
     """Run folder `<storage_path>/<name>`."""
+
+    def how_to_resume(self) -> str:
+        """End of an error message: the command that resumes the run."""
+        flags = ["--storage-path", self.storage.display, "--name", str(self.config.name), "--resume"]
+        return f"checkpoints are kept, and this command resumes: python jobs/train.py {shlex.join(flags)}"
 
 
 def preflight(config: TrainConfig) -> TrainingRun:

@@ -61,10 +61,11 @@ def run_ray_train(
         with default_environment(_train_environment(config)), lock.interrupting():
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
+        lock.check()  # if another run has taken the folder, that is the cause
         console.say_lines(str(error))
         raise RunError(
-            f"gave up after {config.max_failures + 1} failures of the workers; once the cause is gone, "
-            f"--name {config.name} --resume goes on from the last checkpoint"
+            f"gave up after {config.max_failures + 1} failures: the workers failed or could not be started, see above; "
+            f"{run.how_to_resume()}"
         ) from error
     except KeyboardInterrupt:
         on_interrupt()
@@ -125,10 +126,10 @@ def _train_environment(config: TrainConfig) -> dict[str, str]:
     """Options that Ray Train reads only from environment variables."""
     attempts = config.max_failures + 1
     return {
-        # Ray Train waits so long for the resources of a worker group. They were free a moment ago.
+        # How long Ray Train waits for the resources of a worker group, in each attempt.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(_MIN_START_SECONDS, config.wait_seconds / attempts)),
         # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s more of each run.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        # Some clouds announce that they take a node away 30 s before, not two minutes.
+        # Some clouds give only 30 s of notice before they take a node away.
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     }

@@ -46,8 +46,8 @@ def plan_resources(config: TrainConfig, cluster: ClusterResources) -> ResourcePl
     default = max(1, gpus if use_gpu else len(cluster.nodes))
     workers = config.worker_range or (default, default)
     available = gpus if use_gpu else int(cluster.total.get("CPU", 0))
-    if workers[0] > available and not cluster.can_grow:
-        kind = "GPU" if use_gpu else "CPU"
+    kind = "GPU" if use_gpu else "CPU"
+    if workers[0] > (cluster.limits.get(kind, workers[0]) if cluster.can_grow else available):
         raise RequestError(
             f"--num-workers {workers[0]}: needs {workers[0]} {kind}s, one a worker; the cluster has {cluster.describe()}"
         )

@@ -152,11 +152,12 @@ def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Trainer
     """Load a checkpoint into model and optimizer, in place, on the device of the model.
 
     Raises:
-        CheckpointError: the files are incomplete, or of another version or network.
+        CheckpointError: the files are incomplete, or of another version. Other errors, which another attempt may not meet, are
+            raised as they are.
     """
     try:
         return _load_state(folder, model, optimizer)
-    except (SafetensorError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(one_line(error)) from error
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mnistsum_ray.data.sampling import (
-    DRAWS,
+    DISTORTION_DRAWS,
     RandomStream,
     distortions,
     epoch_order,
@@ -28,13 +28,13 @@ def test_pinned_values() -> None:
 
 def test_distortions_are_uniform_and_say_nothing_of_each_other() -> None:
     draws = distortions(1, 2, ROWS)
-    assert draws.shape == (60_000, DRAWS)
+    assert draws.shape == (60_000, DISTORTION_DRAWS)
     assert draws.dtype == np.float32
     assert draws.min() >= -1
     assert draws.max() < 1
-    for column in range(DRAWS):
+    for column in range(DISTORTION_DRAWS):
         assert chi_square(((draws[:, column] + 1) * 5).astype(np.int64), 10) < 27.9
-    related = np.corrcoef(draws, rowvar=False) - np.eye(DRAWS)
+    related = np.corrcoef(draws, rowvar=False) - np.eye(DISTORTION_DRAWS)
     assert np.abs(related).max() < 0.02
     assert np.array_equal(distortions(1, 2, ROWS[[5, 44_444]]), draws[[5, 44_444]])
 

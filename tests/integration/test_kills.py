@@ -101,7 +101,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "its tensors are cut short": (
         lambda run: os.truncate(run / "epoch_00002" / "trainer.safetensors", 100_000),
-        "/epoch_00002 cannot be used: trainer.safetensors is not whole (SHA-256 differs)",
+        "/epoch_00002 cannot be used: trainer.safetensors is incomplete or damaged (SHA-256 differs)",
     ),
     "Ray's list is cut short": (
         lambda run: os.truncate(run / "checkpoint_manager_snapshot.json", 50),
@@ -110,7 +110,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "Ray's list is gone": (lambda run: (run / "checkpoint_manager_snapshot.json").unlink(), "going on after epoch 2"),
     "none is whole": (
         lambda run: [(run / f"epoch_0000{epoch}" / "trainer.json").write_text("{") for epoch in (1, 2)],
-        "no checkpoint can be used, so the run begins anew",
+        "no checkpoint can be used, so the run starts from the beginning",
     ),
 }
 

@@ -85,7 +85,7 @@ def test_a_drained_node_costs_seconds_and_not_the_epoch(data: Path, tmp_path: Pa
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         subprocess.run([*command, "--deadline-remaining-seconds", str(notice)], check=True, capture_output=True)
         taken_at = time.monotonic() + notice
-        job.wait_for_line("a node is about to go: saving after step")
+        job.wait_for_line("a node is about to be taken away: saving after step")
         add_node(cluster)
         time.sleep(max(0, taken_at - time.monotonic()))
         cluster.remove_node(node, allow_graceful=False)

@@ -171,7 +171,7 @@ def test_a_lease_is_renewed_and_taken_by_conditional_writes() -> None:
         conditional.put_if_match(place, b"4", etag)
     assert conditional.get(folder / "nothing") is None
     with output_lock(folder, "--output", print) as held:
-        assert held.conditional
+        assert held.conditional_writes
         held.fence.check()
         (folder / "_lock").write_json({"id": "another", "beat": 1})
         time.sleep(1.1)

@@ -143,7 +143,7 @@ def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Pa
     assert score_here(calibrated_model, tmp_path / "out", exported, precision="int8").line["resumed_rows"] == ROWS
 
     score_here(calibrated_model, tmp_path / "fp32", exported)
-    with pytest.raises(RequestError, match="was begun with --precision fp32, which is now int8"):
+    with pytest.raises(RequestError, match="was started with --precision fp32, which is now int8"):
         score_here(calibrated_model, tmp_path / "fp32", exported, precision="int8")
 
     calibrated["maxima"][2] *= 2
@@ -217,8 +217,8 @@ def other_precision(pairs: Path) -> dict[str, Any]:
         (change_numbers_in_a_file, "part-00001.parquet has changed since it was scored; --overwrite scores everything again"),
         (damage_a_file, "holds predictions of part-00001.parquet, which now cannot be used (is not Parquet, or was cut off"),
         (other_part_size, "another --max-rows-per-file"),
-        (other_columns, "was begun with --number-column number, which is now digit"),
-        (other_precision, "was begun with --precision fp32, which is now bf16"),
+        (other_columns, "was started with --number-column number, which is now digit"),
+        (other_precision, "was started with --precision fp32, which is now bf16"),
     ],
 )
 def test_incompatible_outputs_are_refused(

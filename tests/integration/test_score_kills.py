@@ -157,7 +157,7 @@ def test_after_a_signal_the_same_command_goes_on(
         done = job.wait(timeout=60)
     job.check_nothing_left()
     assert (done.code, done.out) == (128 + number, "")
-    assert done.err.splitlines()[-1] == f"stopped by {number.name}; what is committed stays, and the same command goes on"
+    assert done.err.splitlines()[-1] == f"stopped by {number.name}; committed files are kept, and the same command resumes"
     assert "Traceback" not in done.err
     assert not (output / "_manifest.json").exists(), "the manifest marks a finished output"
     assert not (output / "_lock").exists()

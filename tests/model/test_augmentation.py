@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mnistsum_ray.data.pixels import pixels_view
-from mnistsum_ray.data.sampling import DRAWS
+from mnistsum_ray.data.sampling import DISTORTION_DRAWS
 from mnistsum_ray.model.augmentation import distort
 from mnistsum_ray.model.network import prepare_images
 
@@ -21,7 +21,7 @@ def images(sample: pa.Table) -> torch.Tensor:
 
 def only(rows: int, column: int, value: float = 1.0) -> torch.Tensor:
     """Draws that are 0 but in one column."""
-    draws = torch.zeros(rows, DRAWS)
+    draws = torch.zeros(rows, DISTORTION_DRAWS)
     draws[:, column] = value
     return draws
 
@@ -35,7 +35,7 @@ def center(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_zero_draws_or_strength_leave_the_image(images: torch.Tensor) -> None:
-    for draws, strength in ((torch.zeros(len(images), DRAWS), 1.0), (torch.rand(len(images), DRAWS), 0.0)):
+    for draws, strength in ((torch.zeros(len(images), DISTORTION_DRAWS), 1.0), (torch.rand(len(images), DISTORTION_DRAWS), 0.0)):
         torch.testing.assert_close(distort(images, draws, strength), images, rtol=0, atol=1e-4)
 
 
@@ -77,7 +77,7 @@ def test_scale(images: torch.Tensor, column: int, axis: int) -> None:
 
 
 def test_rows_are_distorted_independently(images: torch.Tensor) -> None:
-    draws = torch.rand(len(images), DRAWS, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    draws = torch.rand(len(images), DISTORTION_DRAWS, generator=torch.Generator().manual_seed(0)) * 2 - 1
     whole = distort(images, draws, 1.0)
     torch.testing.assert_close(distort(images[3:5], draws[3:5], 1.0), whole[3:5], rtol=0, atol=1e-5)
     assert whole.is_contiguous(memory_format=torch.channels_last)

@@ -10,8 +10,8 @@ import pytest
 
 from mnistsum_ray.data.parquet import open_parquet
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.scoring.columns import Columns, check_columns_exist
 from mnistsum_ray.scoring.footers import read_footers
+from mnistsum_ray.scoring.input_columns import Columns, check_columns_exist
 from mnistsum_ray.scoring.inputs import list_inputs
 from mnistsum_ray.scoring.writer import to_parquet
 from mnistsum_ray.storage.paths import locate

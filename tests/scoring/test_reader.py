@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.scoring.columns import Columns
 from mnistsum_ray.scoring.decode import DecodedPart, UnreadablePart
 from mnistsum_ray.scoring.footers import read_footers
+from mnistsum_ray.scoring.input_columns import Columns
 from mnistsum_ray.scoring.inputs import list_inputs
 from mnistsum_ray.scoring.parts import Part, parts_of, split_into_parts
 from mnistsum_ray.scoring.reader import read_batches, read_parts

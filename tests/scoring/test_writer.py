@@ -11,8 +11,8 @@ import pytest
 
 from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.predictions import Predictions, ProbabilityLosses
-from mnistsum_ray.scoring.columns import Columns
 from mnistsum_ray.scoring.decode import DecodedPart
+from mnistsum_ray.scoring.input_columns import Columns
 from mnistsum_ray.scoring.output_folder import list_output
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.scoring.provenance import FORMAT, KEY, PredictionSpec, has_provenance, read_committed

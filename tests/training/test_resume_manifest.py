@@ -3,7 +3,7 @@
 import pytest
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.training.artifacts import resume_manifest
+from mnistsum_ray.training.resume import resume_manifest
 
 STORED = {
     "status": "finished",

@@ -1,8 +1,8 @@
-"""Checkpoints in a run folder, seen from the driver: which one `--resume` starts from."""
+"""What `--resume` starts from: the newest complete checkpoint of the run folder, and the stored manifest."""
 
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from pyarrow.fs import FileSelector, FileType
 
@@ -43,7 +43,6 @@ def latest_valid_checkpoint(folder: Location, say: Callable[[str], None]) -> Loc
             say(f"checkpoint {checkpoint.display} cannot be used: {error}")
             continue
         return checkpoint
-    say(f"no checkpoint {'can be used' if found else 'is left'}, so the run starts from the beginning")
     return None
 
 
@@ -53,3 +52,19 @@ def delete_other_checkpoints(folder: Location, start: Location | None) -> None:
     for info in folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True)):
         if _CHECKPOINT.fullmatch(info.base_name) and (start is None or info.path != start.path):
             folder.filesystem.delete_dir(info.path)
+
+
+def resume_manifest(stored: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a resumed run: results of the stored one stay until there are new ones.
+
+    Raises:
+        RequestError: the run was trained on other data.
+    """
+    data, stored_data = manifest["data"], stored["data"]
+    if stored_data["sha256"] != data["sha256"]:
+        raise RequestError(
+            f"--resume: the data are not those of the run (SHA-256 {data['sha256'][:12]}…, the run has "
+            f"{stored_data['sha256'][:12]}… from {stored_data['location']}); name the same data, or start another run"
+        )
+    # The stored config names the data that `--data auto` found, so only the first manifest says that it is not full MNIST.
+    return stored | manifest | {"data": data | {"notice": data["notice"] or stored_data["notice"]}}
