@@ -65,7 +65,10 @@ class Recipe(JobConfig):
     )
     weight_decay: float = Field(0.01, ge=0, le=10, description="decoupled weight decay")
     distortion: float | None = Field(
-        None, ge=0, le=4, description="strength of random rotation, scaling, shear and shift of training images [1]"
+        None,
+        ge=0,
+        le=4,
+        description="strength of random rotation, scaling, shear and shift of training images [short 0.5, long 1]",
     )
     label_smoothing: float | None = Field(
         None, ge=0, lt=1, description="weight of the uniform distribution in the targets of both heads [short 0, long 0.05]"

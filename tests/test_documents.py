@@ -43,17 +43,6 @@ def test_every_job_is_shown(job: str) -> None:
     assert [command for command in SHOWN.findall(README) if command.startswith(f"jobs/{job}.py")]
 
 
-def test_the_layout_that_the_readme_shows_is_the_one_there_is() -> None:
-    """Each module once, in the block or, as a package's `__init__`, nowhere."""
-    block = README[README.index("## The code") : README.index("To change something")]
-    shown = re.findall(r"[\w/]+\.py", block)
-    package = ROOT / "mnistsum_ray"
-    top = {path.name for path in package.glob("*.py")}
-    below = {path.name for path in (package / "scoring").glob("*.py")}
-    jobs = {f"jobs/{path.name}" for path in (ROOT / "jobs").glob("*.py")}
-    assert sorted(shown) == sorted([*(top - {"__init__.py"}), *(below - {"__init__.py"}), *jobs])
-
-
 def test_every_relative_link_leads_somewhere() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links

@@ -10,8 +10,8 @@ def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
     """Hyperparameters of the recipe `short` or `long`; `small` for less than SMALL_ROWS training rows."""
     if name == "long":
         size = {"epochs": 40, "batch_size": 64} if small else {"epochs": 30, "batch_size": 128}
-        regularization = {"label_smoothing": 0.05, "dropout": 0.25}
+        regularization = {"distortion": 1.0, "label_smoothing": 0.05, "dropout": 0.25}
     else:
         size = {"epochs": 6, "batch_size": 64} if small else {"epochs": 5, "batch_size": 256}
-        regularization = {"label_smoothing": 0.0, "dropout": 0.0}
-    return size | regularization | {"distortion": 1.0, "sum_head_steps": 4_000 if small else 20_000}
+        regularization = {"distortion": 0.5, "label_smoothing": 0.0, "dropout": 0.0}
+    return size | regularization | {"sum_head_steps": 4_000 if small else 20_000}
