@@ -78,7 +78,7 @@ def join(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("mode", ["token", "disabled"])
+@pytest.mark.parametrize("mode", ["token", pytest.param("disabled", marks=pytest.mark.slow)])
 def test_a_head_is_joined_by_its_address_where_a_token_lies(home: Path, mode: str) -> None:
     """The head asks for the token or for none. `ray.init` in this process would set RAY_AUTH_MODE for the client too."""
     subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
@@ -89,6 +89,7 @@ def test_a_head_is_joined_by_its_address_where_a_token_lies(home: Path, mode: st
             assert not joined.stderr
 
 
+@pytest.mark.slow
 def test_the_cluster_of_this_machine_was_killed(home: Path) -> None:
     with head(home):
         pass
@@ -142,6 +143,7 @@ def test_a_cluster_speaks_grpc(cluster: str) -> None:
     assert speaks_grpc(cluster)
 
 
+@pytest.mark.slow
 def test_a_cluster_starts_although_the_home_folder_cannot_be_written(home: Path) -> None:
     joined = join(HOME="/proc/nowhere", RAY_ADDRESS="local", CONNECTIONS="2")
     assert float(joined.stdout) == os.cpu_count(), joined.stderr
@@ -171,6 +173,7 @@ def test_a_process_that_may_open_few_files_is_refused(tmp_path: Path) -> None:
     assert done.stderr == "error: this process may open just 64 files, and Ray needs more: ulimit -n 8192\n"
 
 
+@pytest.mark.slow
 def test_connect_leaves_the_process_as_it_was(home: Path) -> None:
     """`connect` restores signal handlers, the working folder, the environment and the level of Ray's logger."""
     code = (
@@ -184,6 +187,7 @@ def test_connect_leaves_the_process_as_it_was(home: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_start_of_ray_is_delivered_after_it(home: Path) -> None:
     code = (
         "import os, signal, threading, time; from mnistsum_ray.cluster.connection import connect; free = signal.signal\n"

@@ -49,6 +49,7 @@ def test_help_whose_reader_stops_early(tmp_path: Path) -> None:
     assert not done.stderr
 
 
+@pytest.mark.slow
 def test_a_module_in_the_working_directory_is_not_executed(tmp_path: Path, model: Path, sample: pa.Table) -> None:
     """By default, Ray's workers look for modules in the working directory of the driver first."""
     pq.write_table(sample[::500].append_column("number", pa.array([1] * 10)), tmp_path / "pairs.parquet")
