@@ -64,6 +64,7 @@ def test_training_outlasts_a_storage_that_is_overloaded(s3: Storage, data: Path)
     assert done.code == 0, done.err
 
 
+@pytest.mark.sweep
 def test_keys_in_a_uri_are_written_down_nowhere(s3: Storage, data: Path, model: Path, tmp_path: Path) -> None:
     locate("s3://images/rows.parquet", "--data").write_bytes(data.read_bytes())
     bucket = "s3://AKIAEXAMPLE:topsecret@scores/keys"

@@ -69,6 +69,7 @@ def test_everything_killed_and_resumed_changes_nothing(
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.sweep)], ids=lambda number: number.name
 )
+@pytest.mark.sweep
 def test_a_run_is_not_resumed_while_it_goes_on_but_when_a_signal_has_stopped_it(
     tmp_path: Path, data: Path, undisturbed: tuple[bytes, list[float]], number: signal.Signals
 ) -> None:

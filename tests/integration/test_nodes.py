@@ -116,6 +116,7 @@ def test_an_elastic_run_starts_with_one_worker_and_grows(data: Path, tmp_path: P
     assert done.line["test"]["digit_accuracy"] > 0.97
 
 
+@pytest.mark.sweep
 def test_a_local_folder_that_a_node_does_not_see_is_refused(data: Path, model: Path, tmp_path: Path) -> None:
     here = tmp_path / "here"
     (here / "in").mkdir(parents=True)

@@ -48,6 +48,7 @@ def table(place: Location) -> pa.Table:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("s3")
+@pytest.mark.sweep
 def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Path) -> None:
     roots = {"there": locate("s3://scores/run", "--output"), "here": locate(str(tmp_path), "--output")}
     done: dict[str, Done] = {}
@@ -181,6 +182,7 @@ def test_a_lease_is_renewed_and_taken_by_conditional_writes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("s3")
+@pytest.mark.sweep
 def test_one_training_writes_a_run_folder(tmp_path: Path) -> None:
     flags = ["--storage-path", "s3://runs/held", "--name", "mine"]
     job = Job("train", "--data", "sample", "--epochs", 2, *flags)

@@ -55,6 +55,7 @@ def disguised(table: pa.Table, name: str, extension: bytes, metadata: bytes) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_pickles_in_a_dataset_are_never_executed(
     cluster: str, model: Path, tmp_path: Path, sample: pa.Table, bomb: bytes
 ) -> None:
