@@ -47,7 +47,7 @@ def test_environment_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> N
         (["--num-workers", "0"], "--num-workers"),
         (["--num-workers", "4,2"], "--num-workers"),
         (["--num-workers", "a"], "--num-workers: must be N or MIN,MAX"),
-        (["--num-workers", "[1,2"], "num_workers"),
+        (["--num-workers", "[1,2"], "workers"),
         (["--learning-rate", "-1"], "--learning-rate"),
         (["--learning-rate", "nan"], "--learning-rate"),
         (["--name", "a/b"], "--name"),

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
 from tests.integration.conftest import ROOT
@@ -16,6 +18,7 @@ EVERY = 10
 KEPT = {"os.environ: RAY_USAGE_STATS_ENABLED": [None, "0"]}
 
 
+@pytest.mark.slow
 def test_fit_and_score_leave_the_process_as_it_was(data: Path, tmp_path: Path) -> None:
     export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "in"), rows=100, files=1), print)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONBREAKPOINT"))}
