@@ -40,7 +40,7 @@ class Console:
             self.say(text)
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show an event of the training loop. `kind` is progress, epoch, waiting (a progress line) or anything else (a line)."""
+        """Show an event of the training loop. `kind` is progress, epoch, counter (a progress line) or note (a line)."""
         if event["kind"] == "counter":
             self.progress(event["text"])
         elif event["kind"] == "progress":

@@ -75,9 +75,11 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: OutputLock, console: Consol
     manifest_file = run.folder / "manifest.json"
 
     def mark(status: str) -> None:
-        if not lock.lost.is_set():  # otherwise the folder belongs to another run
-            with suppress(OSError, KeyboardInterrupt):
-                manifest_file.write_json(manifest | {"status": status})
+        if lock.lost.is_set():
+            return
+        with suppress(OSError, KeyboardInterrupt):
+            lock.fence.check()  # the lock may have been lost since its last renewal: then the folder belongs to another run
+            manifest_file.write_json(manifest | {"status": status})
 
     with mlflow_run(run, manifest, console) as mlflow:
         try:

@@ -83,14 +83,14 @@ def test_what_is_left(done: Done, runs: Path) -> None:
         assert not path.is_file() or path.read_bytes()[:2] not in (b"\x80\x04", b"\x80\x05", b"PK"), f"{path} is pickled"
 
 
-def test_tuning_the_sum_head_is_told_and_leaves_the_digits_alone(done: Done, runs: Path) -> None:
+def test_fine_tuning_the_sum_head_is_in_the_card_and_leaves_the_digits_alone(done: Done, runs: Path) -> None:
     card = json.loads((runs / "one" / "model" / "model.json").read_text())
     history = [json.loads(line) for line in (runs / "one" / "history.jsonl").read_text().splitlines()]
     (best,) = [entry for entry in history if entry["epoch"] == card["epoch"]]
-    told = card["sum_head"]
-    shares = [told[when]["validation"]["consistency"] for when in ("before", "after")]
+    sum_head = card["sum_head"]
+    shares = [sum_head[when]["validation"]["consistency"] for when in ("before", "after")]
     before, after = ({rows: scores[rows] for rows in ("validation", "test")} for scores in (best, card))
-    assert told == {"steps": 500, "kept": True, "before": before, "after": after}
+    assert sum_head == {"steps": 500, "kept": True, "before": before, "after": after}
     assert shares[0] < shares[1] <= 1
     for rows in ("validation", "test"):
         assert card[rows]["digit_accuracy"] == best[rows]["digit_accuracy"]
@@ -193,8 +193,8 @@ def test_the_same_name_is_refused_and_resuming_a_finished_run_trains_nothing(
     store = f"sqlite:///{tmp_path}/mlflow.db"
     resume = ["--storage-path", runs, "--name", "one", "--resume", "--mlflow", store]
     resumed = run_job("train", *resume, address=cluster, cwd=tmp_path)
-    told = MlflowClient(store).get_metric_history(resumed.line["mlflow"], "test/loss")
-    assert [metric.step for metric in told] == [1, 2], "what was trained before is told as well"
+    logged = MlflowClient(store).get_metric_history(resumed.line["mlflow"], "test/loss")
+    assert [metric.step for metric in logged] == [1, 2], "epochs that were trained without MLflow are logged too"
     files = {file.path for file in MlflowClient(store).list_artifacts(resumed.line["mlflow"])}
     assert {*PICTURES, "report.html", "model"} <= files
     assert resumed.line["test"] == done.line["test"]
@@ -255,3 +255,4 @@ def test_an_infinite_loss_stops_every_rank_at_once(cluster: str, data: Path, run
     assert "the loss is" in last
     assert "lower --learning-rate" in last
     assert "Traceback" not in broken.err
+    assert json.loads((runs / "broken" / "manifest.json").read_text())["status"] == "failed"
