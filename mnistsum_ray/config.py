@@ -43,6 +43,13 @@ class TrainingData(JobConfig):
         description="auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, "
         "mnist (never the sample), or a folder or URI of IDX files or Parquet",
     )
+    shuffle_rows: int = Field(
+        1_000_000,
+        ge=1,
+        le=10**9,
+        description="training rows that are shuffled together, 0.8 KB each in memory; Parquet with more rows is streamed and "
+        "shuffled in windows of so many rows",
+    )
 
 
 class Recipe(JobConfig):
@@ -172,6 +179,7 @@ class Hyperparameters:
 
     epochs: int
     batch_size: int
+    shuffle_rows: int
     learning_rate: float
     weight_decay: float
     distortion: float

@@ -115,10 +115,10 @@ def train_in_worker(loop: Callable[[], dict[str, float]]) -> dict[str, float]:
 
     from mnistsum_ray.cluster.resources import inspect_cluster
     from mnistsum_ray.training.resources import plan_resources
-    from mnistsum_ray.training.worker import set_cpu_threads
+    from mnistsum_ray.training.worker import cpus_of_node
 
     def worker(_: dict[str, Any]) -> dict[str, float]:
-        set_cpu_threads(1)
+        torch.set_num_threads(cpus_of_node())
         return loop()
 
     connect()

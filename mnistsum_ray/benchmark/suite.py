@@ -3,10 +3,12 @@
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 
 from mnistsum_ray import cli
-from mnistsum_ray.benchmark import memory, original, ray_jobs
+from mnistsum_ray.benchmark import feed, memory, original, ray_jobs
 from mnistsum_ray.data.parts import read_part
 from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.sources import open_source
@@ -27,10 +29,12 @@ from mnistsum_ray.storage.paths import locate
 WAYS: Final = {
     "train": ("loader", "memory", "worker", "ray"),
     "score": ("loader", "memory", "memory-int8", "ray", "ray-int8"),
+    "feed": ("memory", "stream", "stream-png", "memory-2", "stream-2", "stream-png-2"),
 }
 RATIOS: Final = {
     "train": (("ray", "memory"), ("ray", "worker"), ("ray", "loader")),
     "score": (("ray", "memory"), ("ray", "loader"), ("ray-int8", "memory-int8"), ("ray-int8", "loader")),
+    "feed": (("stream", "memory"), ("stream-png", "memory")),
 }
 
 Measurement = dict[str, float]
@@ -60,12 +64,16 @@ def benchmark(job: Path, description: str, argv: list[str]) -> tuple[dict[str, A
         print("int8 is left out: this PyTorch has no integer convolutions on this CPU", file=sys.stderr)
         ways = tuple(way for way in ways if not way.endswith("int8"))
     runs: dict[str, list[Measurement]] = {way: [] for way in ways}
-    for turn in range(args.repeat):
-        # Every other turn goes backwards, so that a drift of the machine's speed hits all ways alike.
-        for way in ways if turn % 2 == 0 else reversed(ways):
-            result = ray_jobs.run_job(job, *argv, "--way", way, "--command-time", time.time(), name=way)
-            runs[way].append(result)
-            print(f"{way}: {result['rows_per_second']:,.0f} rows/s", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.what == "feed":
+            _write_feed(args, Path(folder))
+        for turn in range(args.repeat):
+            # Every other turn goes backwards, so that a drift of the machine's speed hits all ways alike.
+            for way in ways if turn % 2 == 0 else reversed(ways):
+                hidden = ("--way", way, "--command-time", time.time(), "--folder", folder)
+                result = ray_jobs.run_job(job, *argv, *hidden, name=way)
+                runs[way].append(result)
+                print(f"{way}: {result['rows_per_second']:,.0f} rows/s", file=sys.stderr, flush=True)
     line = _summary(args.what, runs)
     print(_table(runs, line["ratios"]), file=sys.stderr, flush=True)
     return line, cli.DONE
@@ -83,14 +91,18 @@ def _parse(description: str, argv: list[str]) -> argparse.Namespace:
         default=20 if torch.cuda.is_available() else 2,
         help="train: epochs of jobs/train.py, the first of which does not count (default: 2; 20 on a GPU)",
     )
-    parser.add_argument("--rows", type=int, default=400_000, help="score: rows for jobs/score.py (default: 400000)")
+    parser.add_argument("--rows", type=int, default=400_000, help="score, feed: rows (default: 400000)")
+    parser.add_argument("--shuffle-rows", type=int, default=100_000, help="feed: as for jobs/train.py (default: 100000)")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=sorted({way for ways in WAYS.values() for way in ways}), help=argparse.SUPPRESS)
     parser.add_argument("--command-time", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.epochs < 2:
         raise RequestError("--epochs: must be at least 2, since the first does not count")
-    if args.repeat < 1 or args.seconds <= 0 or args.rows < 1:
-        raise RequestError("--repeat, --seconds, --rows: must be positive")
+    if min(args.repeat, args.rows, args.shuffle_rows) < 1 or args.seconds <= 0:
+        raise RequestError("--repeat, --seconds, --rows, --shuffle-rows: must be positive")
+    if args.what == "feed" and args.rows <= args.shuffle_rows:
+        raise RequestError("--rows: must be more than --shuffle-rows, or nothing would be streamed")
     if args.data not in ("auto", "sample", "mnist") and "://" not in args.data:
         args.data = locate(args.data, "--data").display  # an absolute path: Ray's workers have another working directory
     return args
@@ -98,6 +110,10 @@ def _parse(description: str, argv: list[str]) -> argparse.Namespace:
 
 def _measure(args: argparse.Namespace, jobs: Path) -> Measurement:
     """Measure one way in this process."""
+    if args.what == "feed":
+        rows = args.folder / ("png" if "png" in args.way else "raw")
+        shuffle_rows = args.rows if args.way.startswith("memory") else args.shuffle_rows
+        return feed.feed(rows, shuffle_rows, workers=2 if args.way.endswith("-2") else 1)
     if args.way == "worker":
         loop = partial(_measure_in_pytorch, "train", "memory", args.data, args.seconds, args.command_time)
         return ray_jobs.train_in_worker(loop)
@@ -124,9 +140,15 @@ def _measure_in_pytorch(what: str, way: str, data: str, seconds: float, command_
     return asdict(memory.score(images, seconds, device, None, command_time))
 
 
+def _write_feed(args: argparse.Namespace, folder: Path) -> None:
+    images, digits = _read_rows(args.data)
+    for name in ("raw", "png"):
+        feed.write_rows(folder / name, images, digits, args.rows, png=name == "png")
+
+
 def _read_rows(data: str) -> tuple[Pixels, list[int]]:
     """Images uint8[n, 28, 28] and digits of the first two parts of a source."""
-    tables = [read_part(part) for part in open_source(data).parts[:2]]
+    tables = [read_part(part) for part in islice(open_source(data).parts(), 2)]
     images = np.concatenate([pixels_view(one_chunk(table["image"])) for table in tables])
     return images, [digit for table in tables for digit in table["digit"].to_pylist()]
 

@@ -59,9 +59,12 @@ class ClusterResources:
 
     def workers_that_fit(self, bundle: dict[str, float]) -> int:
         """Return how many workers fit on the present nodes if each reserves this bundle on one node."""
-        return sum(
-            min(int(node.get(kind, 0) / amount + _EPSILON) for kind, amount in bundle.items() if amount) for node in self.nodes
-        )
+        return sum(self.workers_on(node, bundle) for node in self.nodes)
+
+    @staticmethod
+    def workers_on(node: dict[str, float], bundle: dict[str, float]) -> int:
+        """Return how many workers fit on a node if each reserves this bundle."""
+        return min(int(node.get(kind, 0) / amount + _EPSILON) for kind, amount in bundle.items() if amount)
 
     def describe(self) -> str:
         """Return a text such as `2 CPUs and 0 GPUs on 1 node`."""

@@ -3,6 +3,7 @@
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mnistsum_ray.data.arrow_types import plain_arrow_types
@@ -17,6 +18,10 @@ _MAX_ROWS_PER_FILE_BYTE: Final = 10_000
 """A file that repeats one row, the densest there is, has some hundreds of rows per byte."""
 _MAX_BYTES_PER_FILE_BYTE: Final = 100_000
 """Zeros, under the best of Parquet's codecs, shrink by some tens of thousands."""
+
+
+_TAIL_BYTES: Final = 64 * 1024
+"""Bytes read from the end of a file in the first request: most footers are shorter."""
 
 
 class UnusableFileError(ValueError):
@@ -38,6 +43,34 @@ def open_parquet(stream: pa.NativeFile | pa.Buffer) -> pq.ParquetFile:
     """Open a Parquet file. Pages are checked against their CRC where they have one; Spark writes CRCs by default."""
     with plain_arrow_types():
         return pq.ParquetFile(stream, page_checksum_verification=True, arrow_extensions_enabled=True)
+
+
+def read_footer(filesystem: pafs.FileSystem, path: str, size: int) -> bytes:
+    """Read a Parquet file's footer and the eight bytes after it.
+
+    Raises:
+        UnusableFileError: the file does not end as a Parquet file does.
+        OSError: the file cannot be read.
+    """
+    if size < 12:
+        raise UnusableFileError(f"is {'empty (0 bytes)' if not size else f'only {size} bytes long'}; write it again")
+    with filesystem.open_input_file(path) as stream:
+        start = max(0, size - _TAIL_BYTES)
+        stream.seek(start)
+        tail: bytes = stream.read()
+        if start + len(tail) != size:
+            raise UnusableFileError(
+                f"has {start + len(tail):,} bytes where the listing says {size:,}: it is being written; try again later"
+            )
+        if tail[-4:] != b"PAR1":
+            raise UnusableFileError("is not Parquet, or was cut off (it does not end with PAR1); write it again")
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if length > size - 4:
+            raise UnusableFileError("has a damaged footer (longer than the file); write it again")
+        if length > len(tail):
+            stream.seek(size - length)
+            tail = stream.read()
+    return tail[-length:]
 
 
 def row_groups(metadata: pq.FileMetaData, file_size: int) -> tuple[list[int], int]:

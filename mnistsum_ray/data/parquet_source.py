@@ -1,23 +1,30 @@
-"""Find the Parquet files of a data source, and divide their row groups into parts and their rows into splits by name."""
+"""Find the Parquet files of a data source, read their footers, and divide their rows into splits by the names of the files."""
 
+import hashlib
 import re
-from typing import Final
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from mnistsum_ray.data import idx
+from mnistsum_ray.data.arrow_types import plain_arrow_types
 from mnistsum_ray.data.column_types import image_type_error
-from mnistsum_ray.data.parquet import SUFFIXES, UnusableFileError, is_data_file, open_parquet, row_groups
+from mnistsum_ray.data.parquet import SUFFIXES, UnusableFileError, is_data_file, read_footer, row_groups
+from mnistsum_ray.data.parquet_files import FILE_SCHEMA, ParquetFiles
 from mnistsum_ray.data.parquet_types import without_views
-from mnistsum_ray.data.parts import PART_ROWS, ParquetPart
-from mnistsum_ray.data.sampling import RowIds
+from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.storage.listing import DUPLICATE, escape_non_utf8, list_folder, relative_parts
 from mnistsum_ray.storage.location import Location
 
 _DIGIT_COLUMNS: Final = ("digit", "label")
+
+_THREADS: Final = 32
 
 _SPLITS: Final = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val"), "validation"
@@ -25,35 +32,30 @@ _SPLITS: Final = {"train": "train", "training": "train", "test": "test", "testin
 """Words in the names of files and folders, in upper or lower case, that name the split of their rows."""
 
 
-def read_parquet_source(
-    place: Location, info: pafs.FileInfo
-) -> tuple[tuple[ParquetPart, ...], dict[str, RowIds], dict[str, str]]:
+def read_parquet_source(place: Location, info: pafs.FileInfo) -> tuple[ParquetFiles, dict[str, RowRanges], dict[str, str]]:
     """Read the footers of a Parquet file, or of all Parquet files in a folder.
 
     Returns:
-        The parts in the order of their row ids; split ("" where no name says one) -> row ids; path -> reason of each file that
+        The files in the order of their row ids; split ("" where no name says one) -> its rows; path -> reason of each file that
         was skipped.
 
     Raises:
         RequestError: a file cannot be used, or only some files are named for a split; names the file or folder.
     """
     skipped: dict[str, str] = {}
-    files = [info] if info.type == pafs.FileType.File else _list_parquet_files(place, skipped)
-    parts: list[ParquetPart] = []
-    row_ranges: dict[str, list[tuple[int, int]]] = {}
-    total = 0
-    for file in files:
-        file_parts = _parts_of_file(_file_location(place, file.path), file.size)
-        rows = sum(part.rows for part in file_parts)
-        row_ranges.setdefault(_split_of_path(file.path, place.path), []).append((total, total + rows))
-        parts += file_parts
-        total += rows
-    if "" in row_ranges and len(row_ranges) > 1:
+    infos = [info] if info.type == pafs.FileType.File else _list_parquet_files(place, skipped)
+    # An object store answers slowly but takes many requests at once. A local disk answers at once, and threads slow it down.
+    with ThreadPoolExecutor(1 if place.is_local else _THREADS) as pool:
+        files = ParquetFiles(place, pa.Table.from_pylist(list(pool.map(partial(_read_footer, place), infos)), FILE_SCHEMA))
+    ends = np.cumsum(files.table["rows"].to_numpy())
+    splits = np.array([_split_of_path(file.path, place.path) for file in infos])
+    names = dict.fromkeys(splits.tolist())
+    if "" in names and len(names) > 1:
         raise RequestError(
             f"--data {place.display}: some files are named train or test and some are not, so the test rows are unclear"
         )
-    row_ids = {split: np.concatenate([np.arange(*rows) for rows in ranges]) for split, ranges in row_ranges.items()}
-    return tuple(parts), row_ids, skipped
+    starts = ends - files.table["rows"].to_numpy()
+    return files, {name: RowRanges.of(starts[splits == name], ends[splits == name]) for name in names}, skipped
 
 
 def _list_parquet_files(place: Location, skipped: dict[str, str]) -> list[pafs.FileInfo]:
@@ -74,31 +76,29 @@ def _list_parquet_files(place: Location, skipped: dict[str, str]) -> list[pafs.F
     return [infos[path] for path in files]
 
 
-def _file_location(place: Location, path: str) -> Location:
-    relative = path.removeprefix(place.path).lstrip("/")
-    return place / relative if relative else place
-
-
-def _parts_of_file(file: Location, size: int) -> list[ParquetPart]:
-    """The parts of a file with at least one row, by its footer: row groups are put together up to PART_ROWS."""
+def _read_footer(place: Location, info: pafs.FileInfo) -> dict[str, Any]:
+    """The FILE_SCHEMA row of a file."""
+    name = info.path.removeprefix(place.path).lstrip("/")
+    file = place / name if name else place
     try:
-        with file.filesystem.open_input_file(file.path) as stream:
-            parquet = open_parquet(stream)
-            schema = parquet.schema_arrow
-            group_rows, _ = row_groups(parquet.metadata, size)
+        footer = read_footer(file.filesystem, file.path, info.size)
+        with plain_arrow_types():
+            metadata = pq.read_metadata(pa.BufferReader(footer))
+            schema = metadata.schema.to_arrow_schema()
+        group_rows, _ = row_groups(metadata, info.size)
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
     except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: one of Ray's types with damaged metadata
         raise RequestError(f"{file.display}: is not a whole Parquet file: {one_line(error)}") from None
-    digit_column = _check_columns(file, schema)
-    parts, groups, rows, first_row = [], list[int](), 0, 0
-    for group, rows_of_group in enumerate(group_rows):
-        groups.append(group)
-        rows += rows_of_group
-        if rows >= PART_ROWS or group == len(group_rows) - 1:
-            parts.append(ParquetPart(file, tuple(groups), first_row, rows, digit_column))
-            groups, rows, first_row = [], 0, first_row + rows
-    return [part for part in parts if part.rows]
+    return {
+        "name": name,
+        "size": info.size,
+        "modified": place.modified(info),
+        "footer_sha256": hashlib.sha256(footer).hexdigest(),
+        "rows": sum(group_rows),
+        "group_rows": group_rows,
+        "digit_column": _check_columns(file, schema),
+    }
 
 
 def _check_columns(file: Location, schema: pa.Schema) -> str:

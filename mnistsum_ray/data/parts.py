@@ -1,10 +1,11 @@
 """Parts of a data source: row groups of a Parquet file, or a table in memory, with columns `image` and `digit`."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from mnistsum_ray.data.decoding import decode_images
@@ -28,6 +29,8 @@ class ParquetPart:
     """Index in the file of the part's first row, for messages."""
     rows: int
     digit_column: str
+    first_id: int
+    """Row id of the part's first row."""
 
     def read(self) -> pa.Table:
         """Read and decode: columns `image` (784 bytes) and `digit` (int8).
@@ -48,7 +51,7 @@ class ParquetPart:
         for row, reason in sorted(bad.items()):
             raise RequestError(f"{where}: row {self.first_row + row}: {reason}")
         digits = one_chunk(table[self.digit_column])
-        return image_table(images, check_digits(digits, where, self.first_row))
+        return image_table(images, check_digits(digits, where, range(self.first_row, self.first_row + self.rows)))
 
 
 def read_part(part: pa.Table | ParquetPart) -> pa.Table:
@@ -61,18 +64,18 @@ def image_table(images: Pixels, digits: np.ndarray) -> pa.Table:
     return pa.table({"image": pixels_array(images), "digit": pa.array(digits, pa.int8())})
 
 
-def check_digits(digits: pa.Array, where: str, first_row: int) -> np.ndarray:
+def check_digits(digits: pa.Array, where: str, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
     """The digits as int8[n].
 
     Args:
         where: file or folder of the digits, for messages.
-        first_row: index there of the first digit, for messages.
+        rows: index of each digit there, for messages.
 
     Raises:
         RequestError: a digit is null or outside 0..9; names the row.
     """
-    values: Iterable[int | None] = digits.to_pylist() if digits.null_count else digits.to_numpy(zero_copy_only=False)
-    for row, digit in enumerate(values):
-        if digit is None or not 0 <= digit <= 9:
-            raise RequestError(f"{where}: row {first_row + row}: the digit is {'null' if digit is None else digit}, not 0..9")
-    return np.asarray(values, np.int8)
+    values = digits.fill_null(10).to_numpy(zero_copy_only=False)
+    for index in np.flatnonzero((values < 0) | (values > 9)).tolist():
+        digit = digits[index].as_py()
+        raise RequestError(f"{where}: row {rows[index]}: the digit is {'null' if digit is None else digit}, not 0..9")
+    return values.astype(np.int8)  # type: ignore[no-any-return]

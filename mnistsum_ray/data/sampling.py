@@ -30,6 +30,7 @@ class RandomStream(IntEnum):
     DISTORTION = 4
     DROPOUT = 5
     SUM_HEAD = 6
+    GROUP_ORDER = 7
 
 
 DISTORTION_DRAWS: Final = 6
@@ -77,9 +78,24 @@ def step_seed(seed: int, epoch: int, step: int, purpose: RandomStream) -> int:
     return int(_bits(seed, epoch, purpose, np.array([step], np.int64))[0] >> np.uint64(1))
 
 
+def row_order(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.int64]:
+    """Indices of rows in the order of an epoch: a permutation of 0..n-1."""
+    return np.argsort(_bits(seed, epoch, RandomStream.ORDER, row_ids), kind="stable")
+
+
 def epoch_order(seed: int, epoch: int, row_ids: RowIds) -> RowIds:
     """The rows in the order of an epoch: a permutation of `row_ids`, int64[n]."""
-    return row_ids[np.argsort(_bits(seed, epoch, RandomStream.ORDER, row_ids), kind="stable")]
+    return row_ids[row_order(seed, epoch, row_ids)]
+
+
+def group_order(seed: int, epoch: int, first_ids: RowIds) -> npt.NDArray[np.int64]:
+    """Indices of row groups in the order of an epoch: a permutation of 0..n-1, by the id of the first row of each group."""
+    return np.argsort(_bits(seed, epoch, RandomStream.GROUP_ORDER, first_ids), kind="stable")
+
+
+def split_order(first_ids: RowIds) -> npt.NDArray[np.int64]:
+    """Indices of row groups in a random order that does not depend on a seed: a permutation of 0..n-1."""
+    return np.argsort(_bits(0, 0, RandomStream.SPLIT, first_ids), kind="stable")
 
 
 def held_out(row_ids: RowIds, count: int) -> tuple[RowIds, RowIds]:
@@ -96,9 +112,31 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return -(-rows // batch_size)
 
 
-def shard_for_rank(batch: RowIds, rank: int, world_size: int) -> RowIds:
-    """The rows of a global batch for one worker: int64[n]. The shares of the workers differ by one row at most."""
-    return batch[rank::world_size]
+def positions_of_rank(rows: int, lanes: int, rank: int, world_size: int) -> npt.NDArray[np.int64]:
+    """Positions in a global batch of `rows` rows that one worker trains on, in ascending order: int64[n].
+
+    Position p belongs to lane p % `lanes`. Lanes are dealt out to the workers; where there are more workers than lanes, the
+    workers of a lane take turns. With as many lanes as rows, the shares of the workers differ by one row at most.
+    """
+    positions = np.arange(rows)
+    mine = np.isin(positions % lanes, lanes_of_rank(lanes, rank, world_size))
+    turns, turn = turns_of_rank(lanes, rank, world_size)
+    return np.flatnonzero(mine & (positions // lanes % turns == turn))
+
+
+def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
+    """The lanes that one worker takes rows of."""
+    return range(rank, lanes, world_size) if world_size <= lanes else range(rank % lanes, rank % lanes + 1)
+
+
+def turns_of_rank(lanes: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Number of workers that take turns at this worker's lanes, and its turn, from 0."""
+    return (1, 0) if world_size <= lanes else (len(range(rank % lanes, world_size, lanes)), rank // lanes)
+
+
+def shard_for_rank(row_ids: RowIds, rank: int, world_size: int) -> RowIds:
+    """The held-out rows that one worker evaluates: int64[n]. The shares of the workers differ by one row at most."""
+    return row_ids[rank::world_size]
 
 
 def check_row_counts(rows: int, id_sum: int, expected_rows: int, expected_id_sum: int, where: str) -> None:

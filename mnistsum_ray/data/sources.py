@@ -3,6 +3,7 @@
 IDX files and the sample are read whole. Parquet files are only described by their footers; training reads them with Ray Data.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -14,10 +15,12 @@ import pyarrow.parquet as pq
 
 from mnistsum_ray.data import idx
 from mnistsum_ray.data.decoding import decode_images
+from mnistsum_ray.data.parquet_files import ParquetFiles
 from mnistsum_ray.data.parquet_source import read_parquet_source
 from mnistsum_ray.data.parts import PART_ROWS, ParquetPart, check_digits, image_table
 from mnistsum_ray.data.pixels import Pixels, one_chunk
-from mnistsum_ray.data.sampling import RowIds, held_out
+from mnistsum_ray.data.row_ranges import RowRanges
+from mnistsum_ray.data.sampling import held_out
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
@@ -27,18 +30,24 @@ SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 _MIN_TRAIN_ROWS: Final = 10
 _MAX_HELD_OUT_ROWS: Final = 5000
 
+_MAX_SCATTERED_ROWS: Final = 1_000_000
+"""Largest number of rows of which single ones are held out."""
+
 
 @dataclass(frozen=True)
 class Source:
-    """Images with digits. Row ids count from 0 in the order of `parts`; each is in exactly one split."""
+    """Images with digits. Row ids count from 0 in the order of the tables or files; each is in exactly one split."""
 
     name: str
     """sample, mnist or parquet."""
     location: str
-    parts: tuple[pa.Table | ParquetPart, ...]
-    train: RowIds
-    validation: RowIds
-    test: RowIds
+    tables: tuple[pa.Table, ...]
+    """Images and digits in memory; empty for a Parquet source."""
+    files: ParquetFiles | None
+    """None for a source in memory."""
+    train: RowRanges
+    validation: RowRanges
+    test: RowRanges
     notice: str = ""
     """Message for the console about the choice of source; empty where there is none."""
     skipped: dict[str, str] = field(default_factory=dict)
@@ -48,6 +57,15 @@ class Source:
     def rows(self) -> int:
         """Rows of all splits together."""
         return len(self.train) + len(self.validation) + len(self.test)
+
+    @property
+    def splits(self) -> tuple[RowRanges, RowRanges, RowRanges]:
+        """Training, validation and test rows."""
+        return self.train, self.validation, self.test
+
+    def parts(self) -> Iterator[pa.Table | ParquetPart]:
+        """All rows in the order of their ids."""
+        return iter(self.tables) if self.files is None else self.files.parts()
 
 
 def open_source(data: str) -> Source:
@@ -112,36 +130,36 @@ def _full_mnist(*, fall_back: bool) -> Source:
 
 def _idx(folder: Path) -> Source:
     images, digits, test_rows = idx.read(folder)
-    check_digits(pa.array(digits), str(folder), 0)
+    check_digits(pa.array(digits), str(folder), range(len(digits)))
     return _in_memory("mnist", str(folder), images, digits.astype(np.int8), test_rows=test_rows)
 
 
 def _parquet(place: Location, info: pafs.FileInfo) -> Source:
-    parts, row_ids, skipped = read_parquet_source(place, info)
-    train = row_ids.get("train", row_ids.get(""))
-    source = _with_splits("parquet", place.display, parts, train, row_ids.get("validation"), row_ids.get("test"))
+    files, rows, skipped = read_parquet_source(place, info)
+    train = rows.get("train", rows.get(""))
+    source = _with_splits("parquet", place.display, (), files, train, rows.get("validation"), rows.get("test"))
     return replace(source, skipped=skipped)
 
 
 def _in_memory(name: str, location: str, images: Pixels, digits: np.ndarray, *, test_rows: int | None) -> Source:
     """A source whose parts are tables. Its last `test_rows` rows are the test split; None holds some out."""
-    parts = tuple(
+    tables = tuple(
         image_table(images[start : start + PART_ROWS], digits[start : start + PART_ROWS])
         for start in range(0, len(images), PART_ROWS)
     )
-    row_ids = np.arange(len(images))
-    if test_rows is None:
-        return _with_splits(name, location, parts, row_ids, None, None)
-    return _with_splits(name, location, parts, row_ids[: len(row_ids) - test_rows], None, row_ids[len(row_ids) - test_rows :])
+    train_rows = len(images) - (test_rows or 0)
+    test = None if test_rows is None else RowRanges.of([train_rows], [len(images)])
+    return _with_splits(name, location, tables, None, RowRanges.of([0], [train_rows]), None, test)
 
 
 def _with_splits(
     name: str,
     location: str,
-    parts: tuple[pa.Table | ParquetPart, ...],
-    train: RowIds | None,
-    validation: RowIds | None,
-    test: RowIds | None,
+    tables: tuple[pa.Table, ...],
+    files: ParquetFiles | None,
+    train: RowRanges | None,
+    validation: RowRanges | None,
+    test: RowRanges | None,
 ) -> Source:
     """A source with all splits: a missing one is held out of the training rows, a tenth of them and at most 5,000 rows."""
     if train is None or len(train) < _MIN_TRAIN_ROWS:
@@ -149,9 +167,22 @@ def _with_splits(
         raise RequestError(f"--data {location}: has {rows} training rows; at least {_MIN_TRAIN_ROWS} are needed")
     count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
     if test is None:
-        train, test = held_out(train, count)
+        train, test = _hold_out(train, count, files)
     if validation is None:
-        train, validation = held_out(train, count)
+        train, validation = _hold_out(train, count, files)
     if not len(validation) or not len(test):
         raise RequestError(f"--data {location}: its validation or test files have no rows")
-    return Source(name, location, parts, train, validation, test)
+    return Source(name, location, tables, files, train, validation, test)
+
+
+def _hold_out(rows: RowRanges, count: int, files: ParquetFiles | None) -> tuple[RowRanges, RowRanges]:
+    """Split rows into (kept, held out), with `count` rows held out.
+
+    The choice depends on the rows alone, so that runs with different seeds or another `--shuffle-rows` can be compared. Of many
+    rows, whole stretches are held out: single ones would lie in as many row groups, all of which would have to be read for them.
+    """
+    if files is None or len(rows) <= _MAX_SCATTERED_ROWS:
+        kept, held = held_out(rows.ids(), count)
+        return RowRanges.from_ids(kept), RowRanges.from_ids(held)
+    out = files.groups.held_out(rows, count)
+    return rows.minus(out), out

@@ -108,8 +108,8 @@ def _export_onnx(program: bytes) -> bytes:
 def _sample_pairs() -> tuple[Pixels, npt.NDArray[np.int64]]:
     """Test images of the bundled sample, each with all ten numbers."""
     source = open_source("sample")
-    (part,) = source.parts
-    table = read_part(part).take(source.test)
+    (part,) = source.parts()
+    table = read_part(part).take(source.test.ids())
     return pixels_view(one_chunk(table["image"])).repeat(10, axis=0), np.tile(np.arange(10), len(source.test))
 
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.parts import ParquetPart, read_part
 from mnistsum_ray.data.pixels import IMAGE_TYPE
+from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.data.sampling import RowIds, random_numbers
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, RunInterrupted, one_line
@@ -66,14 +67,14 @@ def _parquet_file(rest: pa.Table, tables: Iterator[pa.Table], rows: int) -> tupl
     return sink.getvalue(), rest
 
 
-def _tables(source: Source, row_ids: RowIds, seed: int) -> Iterator[pa.Table]:
+def _tables(source: Source, split: RowRanges, seed: int) -> Iterator[pa.Table]:
     """Rows of the split in the order of their ids, repeated without end; each round pairs them with other numbers."""
     rounds = 0
     while True:
         first = 0
-        for part in source.parts:
+        for part in source.parts():
             rows = part.rows if isinstance(part, ParquetPart) else part.num_rows
-            ids = row_ids[(row_ids >= first) & (row_ids < first + rows)]
+            ids = split.within(first, first + rows).ids()
             if len(ids):
                 table = read_part(part).take(pa.array(ids - first))
                 yield _pair(table, ids, random_numbers(seed, rounds, ids))

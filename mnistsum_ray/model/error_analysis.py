@@ -1,6 +1,6 @@
 """Error analysis of a trained model: confusion matrix, confident mistakes, and how reliable the probabilities are."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mnistsum_ray.data.sampling import NUMBERS, RowIds
+from mnistsum_ray.data.sampling import NUMBERS
 from mnistsum_ray.model.calibration import HEADS, Temperatures, fit_temperature
 from mnistsum_ray.model.evaluation import PairScores
 from mnistsum_ray.model.loss import probability_losses
@@ -20,10 +20,11 @@ from mnistsum_ray.model.reliability import Reliability, auroc
 MAX_MISTAKES: Final = 24
 """Most confident mistakes that are kept for the report, one an image."""
 
-_BATCH: Final = 256
+BATCH: Final = 256
+"""Rows of a batch."""
 
-LoadRows = Callable[[RowIds], dict[str, np.ndarray]]
-"""Loads rows int64[m] as `image` uint8[m, 28, 28] and `digit` int64[m] in 0..9."""
+Batches = Iterable[dict[str, np.ndarray]]
+"""Rows in batches: `image` uint8[m, 28, 28], `digit` int64[m] in 0..9, and `row_id` int64[m]."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,10 @@ class ErrorAnalysis:
 
 
 @torch.no_grad()
-def fit_temperatures(
-    model: TwoHeadCNN, load_rows: LoadRows, row_ids: RowIds, autocast: AbstractContextManager[object]
-) -> Temperatures:
+def fit_temperatures(model: TwoHeadCNN, batches: Batches, autocast: AbstractContextManager[object]) -> Temperatures:
     """Fit the temperature of each head by maximum likelihood on these rows; arguments as for `analyse_errors`."""
     digits, digit_scores, sum_scores = [], [], []
-    for rows, scores in _batches(model, load_rows, row_ids, autocast):
+    for rows, scores in _with_scores(model, batches, autocast):
         digits.append(rows["digit"])
         digit_scores.append(scores.digit.cpu().numpy())
         sum_scores.append(scores.sum.flatten(0, 1).cpu().numpy())
@@ -98,8 +97,7 @@ def fit_temperatures(
 @torch.no_grad()
 def analyse_errors(
     model: TwoHeadCNN,
-    load_rows: LoadRows,
-    row_ids: RowIds,
+    batches: Batches,
     autocast: AbstractContextManager[object],
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> ErrorAnalysis:
@@ -107,8 +105,7 @@ def analyse_errors(
 
     Args:
         model: in evaluation mode, on any device; its temperatures are applied.
-        load_rows: loads images and digits.
-        row_ids: rows to analyse, int64[n].
+        batches: rows to analyse.
         autocast: precision of the convolutions; entered once a batch.
         on_progress: called with the number of rows done since the last call.
     """
@@ -117,8 +114,8 @@ def analyse_errors(
     consistent = 0
     mistakes: list[Mistake] = []
     heads = {head: _HeadStatistics() for head in HEADS}
-    start = 0
-    for rows, scores in _batches(model, load_rows, row_ids, autocast):
+    count = 0
+    for rows, scores in _with_scores(model, batches, autocast):
         digit = rows["digit"]
         sums = digit[:, None] + np.arange(NUMBERS)
         digit_prob, pred_digit = heads["digit"].add(scores.digit / model.temperatures.digit, digit)
@@ -133,7 +130,7 @@ def analyse_errors(
             number = int(numbers[row])
             mistakes.append(
                 Mistake(
-                    row_id=int(row_ids[start + row]),
+                    row_id=int(rows["row_id"][row]),
                     digit=int(digit[row]),
                     number=number,
                     pred_digit=int(pred_digit[row]),
@@ -142,25 +139,24 @@ def analyse_errors(
                     sum_prob=round(float(sum_prob[row, number]), 6),
                 )
             )
-        start += len(digit)
+        count += len(digit)
         on_progress(len(digit))
     mistakes.sort(key=lambda mistake: mistake.confidence, reverse=True)
     return ErrorAnalysis(
         confusion.tolist(),
         sums_right.tolist(),
         mistakes[:MAX_MISTAKES],
-        consistent / (NUMBERS * max(1, start)),
+        consistent / (NUMBERS * max(1, count)),
         {name: head.metrics() for name, head in heads.items()},
     )
 
 
-def _batches(
-    model: TwoHeadCNN, load_rows: LoadRows, row_ids: RowIds, autocast: AbstractContextManager[object]
+def _with_scores(
+    model: TwoHeadCNN, batches: Batches, autocast: AbstractContextManager[object]
 ) -> Iterator[tuple[dict[str, np.ndarray], PairScores]]:
-    """Rows and their scores, batch by batch."""
+    """The batches with their scores."""
     device = next(model.parameters()).device
-    for start in range(0, len(row_ids), _BATCH):
-        rows = load_rows(row_ids[start : start + _BATCH])
+    for rows in batches:
         with autocast:
             digit_scores = model.digit_scores(prepare_images(torch.from_numpy(rows["image"]).to(device)))
         yield rows, PairScores.from_digit_scores(model, digit_scores)

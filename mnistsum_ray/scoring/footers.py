@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnistsum_ray.data.arrow_types import plain_arrow_types
-from mnistsum_ray.data.parquet import UnusableFileError, row_groups
+from mnistsum_ray.data.parquet import UnusableFileError, read_footer, row_groups
 from mnistsum_ray.data.parquet_types import lossy_column
 from mnistsum_ray.errors import one_line
 from mnistsum_ray.scoring.input_columns import Columns, check_columns_exist, schema_error
@@ -27,9 +27,6 @@ FOOTER_SCHEMA: Final = pa.schema(
     }
 )
 """One row per input file. A file whose footer cannot be read has an error and nulls."""
-
-_TAIL_BYTES: Final = 64 * 1024
-"""Bytes read from the end of a file in the first request: most footers are shorter."""
 
 
 def read_all_footers(inputs: Inputs, columns: Columns, on_progress: Callable[[int], None] = lambda _: None) -> pa.Table:
@@ -58,8 +55,8 @@ def read_footers(folder: Location, files: pa.Table, columns: Columns) -> pa.Tabl
 
 def _read_footer(folder: Location, file: dict[str, Any], columns: Columns) -> dict[str, Any]:
     try:
-        tail = read_tail(folder, file["name"], file["size"])
-        metadata = pq.read_metadata(pa.BufferReader(tail))
+        footer = read_footer(folder.filesystem, f"{folder.path}/{file['name']}", file["size"])
+        metadata = pq.read_metadata(pa.BufferReader(footer))
         schema = metadata.schema.to_arrow_schema()
         group_rows, decompressed_bytes = row_groups(metadata, file["size"])
         error = schema_error(schema, columns) or lossy_column(metadata.schema, columns.image)
@@ -71,35 +68,7 @@ def _read_footer(folder: Location, file: dict[str, Any], columns: Columns) -> di
         "rows": sum(group_rows),
         "group_rows": group_rows,
         "bytes": decompressed_bytes,
-        "footer_sha256": hashlib.sha256(tail).hexdigest(),
+        "footer_sha256": hashlib.sha256(footer).hexdigest(),
         "error": error,
         "missing_column": next((name for name in columns.by_flag().values() if name not in schema.names), None),
     }
-
-
-def read_tail(folder: Location, name: str, size: int) -> bytes:
-    """Read a Parquet file's footer and the eight bytes after it.
-
-    Raises:
-        UnusableFileError: the file does not end as a Parquet file does.
-        OSError: the file cannot be read.
-    """
-    if size < 12:
-        raise UnusableFileError(f"is {'empty (0 bytes)' if not size else f'only {size} bytes long'}; write it again")
-    with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
-        start = max(0, size - _TAIL_BYTES)
-        stream.seek(start)
-        tail: bytes = stream.read()
-        if start + len(tail) != size:
-            raise UnusableFileError(
-                f"has {start + len(tail):,} bytes where the listing says {size:,}: it is being written; try again later"
-            )
-        if tail[-4:] != b"PAR1":
-            raise UnusableFileError("is not Parquet, or was cut off (it does not end with PAR1); write it again")
-        length = int.from_bytes(tail[-8:-4], "little") + 8
-        if length > size - 4:
-            raise UnusableFileError("has a damaged footer (longer than the file); write it again")
-        if length > len(tail):
-            stream.seek(size - length)
-            tail = stream.read()
-    return tail[-length:]

@@ -11,10 +11,9 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray.data.parquet import UnusableFileError
+from mnistsum_ray.data.parquet import UnusableFileError, read_footer
 from mnistsum_ray.errors import one_line
 from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.scoring.footers import read_tail
 from mnistsum_ray.scoring.input_columns import Columns
 from mnistsum_ray.scoring.layout import REJECTED
 from mnistsum_ray.scoring.output_columns import PREDICTION_FIELDS
@@ -137,7 +136,7 @@ def has_provenance(folder: Location, name: str) -> bool:
     """Return whether a file carries a stamp, of any version: then this program wrote it."""
     try:
         size = (folder / name).info().size
-        metadata = pq.read_metadata(pa.BufferReader(read_tail(folder, name, size or 0))).metadata
+        metadata = _footer(folder, name, size or 0).metadata
     except (UnusableFileError, OSError, pa.ArrowException):
         return False
     return KEY in (metadata or {})
@@ -150,7 +149,7 @@ def read_committed(output: Location, files: pa.Table) -> pa.Table:
 
 def _read_file(output: Location, name: str, size: int) -> dict[str, Any]:
     try:
-        footer = pq.read_metadata(pa.BufferReader(read_tail(output, name, size)))
+        footer = _footer(output, name, size)
         stamp = Provenance.from_metadata(footer.metadata)
         if stamp is None:
             return {"output": name, "error": "is not a file of predictions of this program"}
@@ -159,10 +158,14 @@ def _read_file(output: Location, name: str, size: int) -> dict[str, Any]:
             rejected_size = (output / REJECTED / name).info().size
             if rejected_size is None:
                 return {"output": name, "error": f"has lost its rejected rows ({REJECTED}/{name})"}
-            rejected_in_file = pq.read_metadata(pa.BufferReader(read_tail(output, f"{REJECTED}/{name}", rejected_size))).num_rows
+            rejected_in_file = _footer(output, f"{REJECTED}/{name}", rejected_size).num_rows
     except OtherVersionError as error:
         return {"output": name, "error": str(error)}
     except (UnusableFileError, OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         return {"output": name, "error": f"cannot be read: {one_line(error)}"}
     in_files = {"scored_in_file": footer.num_rows, "rejected_in_file": rejected_in_file}
     return {"output": name} | vars(stamp) | {"counts": json.dumps(stamp.counts)} | in_files
+
+
+def _footer(folder: Location, name: str, size: int) -> pq.FileMetaData:
+    return pq.read_metadata(pa.BufferReader(read_footer(folder.filesystem, f"{folder.path}/{name}", size)))

@@ -63,8 +63,8 @@ class OutputLock:
     """Set once the folder is lost."""
 
     @contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """Raise KeyboardInterrupt in the main thread if the folder is lost inside the block, which may wait for long."""
+    def interrupting(self, also: threading.Event) -> Iterator[None]:
+        """Raise KeyboardInterrupt in the main thread if the folder is lost, or `also` is set, inside the block."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -72,7 +72,7 @@ class OutputLock:
 
         def watch() -> None:
             while not done.wait(_CHECK_SECONDS):
-                if self.lost.is_set():
+                if self.lost.is_set() or also.is_set():
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
 

@@ -4,14 +4,20 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.train
 
+from mnistsum_ray.data.parquet_files import ParquetFiles
 from mnistsum_ray.model.serialization import MODEL_FILES
 from mnistsum_ray.reporting.report import REPORT, report_page, write_history
 from mnistsum_ray.reporting.versions import versions
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.finalize import TrainingResult
 from mnistsum_ray.training.preflight import TrainingRun
+
+DATA_FILES: Final = "data_files.parquet"
+"""`parquet_files.FILE_SCHEMA` of the files that a run streams."""
 
 FINAL_FIELDS: Final = ("temperature", "probabilities", "int8")
 """Fields of model.json that are known only after training."""
@@ -35,6 +41,13 @@ def build_manifest(run: TrainingRun, fingerprint: str, workers: str) -> dict[str
             "test_rows": len(source.test),
         },
     }
+
+
+def write_data_files(folder: Location, files: ParquetFiles) -> None:
+    """Write down the files that a run streams, so that a resumed run can name one that has changed."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(files.table, sink)
+    (folder / DATA_FILES).write_bytes(sink.getvalue())
 
 
 def publish_model(

@@ -9,20 +9,19 @@ import ray.exceptions
 from mnistsum_ray.cluster.gpu import check_cuda, drop_unusable_gpus, probe_gpu
 from mnistsum_ray.cluster.resources import inspect_cluster, wait_until_free
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
-from mnistsum_ray.data.parts import ParquetPart
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, one_line, root_cause
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.listing import report_skipped
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import OutputLock, output_lock
-from mnistsum_ray.training.artifacts import build_manifest
+from mnistsum_ray.training.artifacts import build_manifest, write_data_files
 from mnistsum_ray.training.events import event_queue
-from mnistsum_ray.training.pipeline import materialize_source
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
+from mnistsum_ray.training.prepare import prepare_rows
 from mnistsum_ray.training.publish import publish_run
 from mnistsum_ray.training.ray_train import run_ray_train
 from mnistsum_ray.training.resources import ResourcePlan, plan_resources
-from mnistsum_ray.training.resume import delete_other_checkpoints, latest_valid_checkpoint, resume_manifest
+from mnistsum_ray.training.resume import check_data_files, delete_other_checkpoints, latest_valid_checkpoint, resume_manifest
 from mnistsum_ray.training.tracking import mlflow_run
 
 
@@ -61,8 +60,7 @@ def _reserve(run: TrainingRun, console: Console) -> ResourcePlan:
     wait_until_free(plan.bundles(), config.wait_seconds, console.say)
     if plan.use_gpu and probe is None:  # the GPU nodes were started during the wait
         check_cuda(probe_gpu(config.wait_seconds), config.use_gpu)
-    first = source.parts[0]
-    read = {"--data": first.location} if isinstance(first, ParquetPart) else {}
+    read = {} if source.files is None else {"--data": source.files.location(source.files.table["name"][0].as_py())}
     check_shared_storage({"--storage-path": run.storage}, read, console.say)
     return plan
 
@@ -70,8 +68,8 @@ def _reserve(run: TrainingRun, console: Console) -> ResourcePlan:
 def _fit(run: TrainingRun, plan: ResourcePlan, lock: OutputLock, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     source = run.source
-    materialized = materialize_source(source)
-    manifest, start = _start(run, build_manifest(run, materialized.fingerprint, plan.describe()), console)
+    rows = prepare_rows(run, plan, console.say)
+    manifest, start = _start(run, build_manifest(run, rows.fingerprint, plan.describe()), console)
     manifest_file = run.folder / "manifest.json"
 
     def mark(status: str) -> None:
@@ -84,14 +82,14 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: OutputLock, console: Consol
     with mlflow_run(run, manifest, console) as mlflow:
         try:
             manifest_file.write_json(manifest)
+            if run.streams_held_out and source.files and start is None:
+                write_data_files(run.folder, source.files)
             console.say(
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation and "
                 f"{len(source.test):,} test rows of {source.name} ({source.location}); {manifest['workers']}"
             )
             with event_queue(console, lambda line: mlflow.log_epoch(line, console.say) if mlflow else None) as events:
-                result, checkpoint = run_ray_train(
-                    run, plan, materialized.images, start, lock, events, console, lambda: mark("stopped")
-                )
+                result, checkpoint = run_ray_train(run, plan, rows, start, lock, events, console, lambda: mark("stopped"))
             return publish_run(run, manifest, result, checkpoint, lock.fence, mlflow, started, console)
         except KeyboardInterrupt:
             mark("stopped")
@@ -113,6 +111,8 @@ def _start(run: TrainingRun, manifest: dict[str, Any], console: Console) -> tupl
             raise RequestError(f"--name {name}: another run has taken it meanwhile; choose another name")
         return manifest, None
     stored = read_manifest(run.folder)
+    if run.streams_held_out and run.source.files:
+        check_data_files(run.folder, run.source.files, same_place=stored["data"]["location"] == run.source.location)
     manifest = resume_manifest(stored, manifest)
     start = latest_valid_checkpoint(run.folder, console.say)
     if start is None and stored.get("status") == "finished":

@@ -5,34 +5,28 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from ray.data.dataset import MaterializedDataset
 from torch import Tensor
 
 from mnistsum_ray.data.pixels import Pixels
-from mnistsum_ray.data.sampling import RandomStream, RowIds, step_seed
-from mnistsum_ray.model import quantization, sum_head
+from mnistsum_ray.data.row_ranges import RowRanges
+from mnistsum_ray.data.sampling import RandomStream, step_seed
+from mnistsum_ray.model import error_analysis, quantization, sum_head
 from mnistsum_ray.model.device import hardware
 from mnistsum_ray.model.distributed import broadcast_parameters
 from mnistsum_ray.model.error_analysis import ErrorAnalysis, analyse_errors, fit_temperatures
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.training.checkpointer import Checkpointer
-from mnistsum_ray.training.gather import Gather
-from mnistsum_ray.training.pipeline import Batch, evaluation_batches
+from mnistsum_ray.training.pipeline import EvaluationSet, Rows, TrainingRows, load_rows
 from mnistsum_ray.training.state import SumHeadResult, TrainerState
 from mnistsum_ray.training.trainer import Trainer
-from mnistsum_ray.training.worker import set_cpu_threads
+from mnistsum_ray.training.worker import cpus_of_node
 
 TEMPERATURE_ROWS: Final = 5_000
 """Maximum number of validation rows that the temperatures are fitted on."""
 
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """Held-out rows, and this worker's share of them as batches on its device."""
-
-    row_ids: RowIds
-    batches: list[Batch]
+ANALYSED_ROWS: Final = 100_000
+"""Maximum number of test rows whose errors are analysed; the accuracies count all."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +47,8 @@ class TrainingResult:
 def finetune(
     trainer: Trainer,
     state: TrainerState,
-    images: MaterializedDataset,
-    train: RowIds,
+    rows: TrainingRows,
+    train: RowRanges,
     validation: EvaluationSet,
     test: EvaluationSet,
     checkpointer: Checkpointer,
@@ -66,7 +60,7 @@ def finetune(
     Args:
         trainer: its model is replaced by the best one.
         state: after the last epoch; updated in place.
-        images: the dataset in the object store.
+        rows: access to the rows.
         train: rows whose digit scores the sum head learns from.
         validation: decides whether the result is kept.
         test: reported only.
@@ -80,10 +74,10 @@ def finetune(
     before = state.best_line["validation"]["consistency"]
     if trainer.worker.rank == 0:
         seed = step_seed(hyperparameters.seed, hyperparameters.epochs, 0, RandomStream.SUM_HEAD)
-        scores = _digit_scores(trainer, images, evenly_spaced(train, sum_head.MAX_ROWS))
+        scores = _digit_scores(trainer, rows.train, rows.train.sample(train, sum_head.MAX_ROWS))
         sum_head.finetune_sum_head(model, scores, steps, seed, events.progress("fine-tuning steps", steps))
     broadcast_parameters(model.parameters())
-    metrics = [trainer.evaluate(rows.batches, rows.row_ids, state.epochs_done) for rows in (validation, test)]
+    metrics = [trainer.evaluate(held_out, state.epochs_done) for held_out in (validation, test)]
     after = metrics[0].consistency
     kept = after >= before
     state.sum_head = SumHeadResult(steps, kept, *metrics)
@@ -96,14 +90,14 @@ def finetune(
     checkpointer.save(state, {"epoch": state.epochs_done, "sum_head": steps}, f"epoch_{state.epochs_done:05d}_sum_head")
 
 
-def _digit_scores(trainer: Trainer, images: MaterializedDataset, rows: RowIds) -> Tensor:
-    """Digit scores of rows int64[n]: float32[n, 10]."""
-    batches = evaluation_batches(images, rows, 0, 1, trainer.worker.device)
+def _digit_scores(trainer: Trainer, source: Rows, rows: RowRanges) -> Tensor:
+    """Digit scores of rows: float32[n, 10]."""
+    batches = EvaluationSet(source, rows, 0, 1, trainer.worker.device).batches
     return torch.cat([trainer.digit_scores(batch).float() for batch in batches])
 
 
 def analyse_model(
-    trainer: Trainer, state: TrainerState, images: MaterializedDataset, train: RowIds, validation: RowIds, test: RowIds
+    trainer: Trainer, state: TrainerState, rows: TrainingRows, train: RowRanges, validation: RowRanges, test: RowRanges
 ) -> TrainingResult:
     """Temperatures (on validation rows), errors (on test rows) and int8 calibration (on training rows) of the best model.
 
@@ -114,22 +108,18 @@ def analyse_model(
     model = TwoHeadCNN().eval()
     model.load_state_dict(state.best)
     model.to(trainer.worker.device)
-    gather = Gather(images)
-    rows = evenly_spaced(validation, TEMPERATURE_ROWS)
-    model.temperatures = fit_temperatures(model, gather, rows, trainer.autocast())
-    analysis = analyse_errors(model, gather, test, trainer.autocast(), events.progress("test rows analysed", len(test)))
-    mistake_images = gather(np.array([mistake.row_id for mistake in analysis.mistakes], np.int64))["image"]
+    held_out, batch = rows.held_out, error_analysis.BATCH
+    validation, test = held_out.sample(validation, TEMPERATURE_ROWS), held_out.sample(test, ANALYSED_ROWS)
+    model.temperatures = fit_temperatures(model, held_out.in_order(validation, batch), trainer.autocast())
+    on_progress = events.progress("test rows analysed", len(test))
+    analysis = analyse_errors(model, held_out.in_order(test, batch), trainer.autocast(), on_progress)
+    mistake_images = load_rows(held_out, np.array([mistake.row_id for mistake in analysis.mistakes], np.int64))["image"]
     card = {"temperature": model.temperatures.as_json(), "probabilities": analysis.probability_metrics()}
     if quantization.is_available():
-        set_cpu_threads(workers_on_node=1)  # the other workers have returned
-        calibration = torch.as_tensor(gather(evenly_spaced(train, quantization.CALIBRATION_ROWS))["image"])
-        compared = gather(evenly_spaced(test, quantization.COMPARED_ROWS))
-        image, digit = (torch.as_tensor(compared[name]) for name in ("image", "digit"))
+        torch.set_num_threads(cpus_of_node())  # the other workers have returned
+        calibration = load_rows(rows.train, rows.train.sample(train, quantization.CALIBRATION_ROWS).ids())
+        compared = load_rows(held_out, held_out.sample(test, quantization.COMPARED_ROWS).ids())
+        training_images, image, digit = map(torch.from_numpy, (calibration["image"], compared["image"], compared["digit"]))
         on_progress = events.progress("test rows compared with int8", len(digit))
-        card["int8"] = quantization.quantize(model.cpu(), calibration, image, digit, on_progress).as_json()
+        card["int8"] = quantization.quantize(model.cpu(), training_images, image, digit, on_progress).as_json()
     return TrainingResult(state.history, analysis, mistake_images, card, hardware(trainer.worker.device), state.precision)
-
-
-def evenly_spaced(rows: RowIds, limit: int) -> RowIds:
-    """At most `limit` rows, evenly spaced: the first rows of a sorted source would all show one digit."""
-    return rows[np.linspace(0, len(rows) - 1, min(len(rows), limit)).astype(np.int64)]

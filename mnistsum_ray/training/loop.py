@@ -1,28 +1,34 @@
 """Per-worker training loop: train, evaluate and checkpoint each epoch; then fine-tune the sum head and analyse the model."""
 
 import time
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast
 
 import ray.train
 from ray.data.dataset import MaterializedDataset
 from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters
+from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.data.sampling import RowIds
-from mnistsum_ray.errors import RowCountError
+from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.model.distributed import broadcast_parameters
 from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.lock import Fence
 from mnistsum_ray.training.checkpointer import Checkpointer
 from mnistsum_ray.training.events import EventSender
-from mnistsum_ray.training.finalize import EvaluationSet, analyse_model, finetune
-from mnistsum_ray.training.pipeline import evaluation_batches, training_batches
+from mnistsum_ray.training.finalize import analyse_model, finetune
+from mnistsum_ray.training.in_memory import InMemoryRows
+from mnistsum_ray.training.pipeline import EvaluationSet, TrainingRows
 from mnistsum_ray.training.schedule import Schedule
 from mnistsum_ray.training.state import CheckpointError, TrainerState
+from mnistsum_ray.training.streaming import StreamedRows
 from mnistsum_ray.training.trainer import NonFiniteLossError, Trainer
-from mnistsum_ray.training.worker import setup_worker
+from mnistsum_ray.training.worker import Worker, setup_worker
+
+_MAX_READERS: Final = 8
+"""Actors that read for one worker: each decodes some 300,000 rows/s of raw bytes, or 40,000 of PNG."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +36,13 @@ class LoopConfig:
     """Configuration of the training loop, the same for every worker."""
 
     hyperparameters: Hyperparameters
-    train: RowIds
-    validation: RowIds
-    test: RowIds
+    train: RowRanges
+    validation: RowRanges
+    test: RowRanges
+    block_ids: RowIds
+    """Row id of the first row of each block of the dataset `images`, which holds the rows in memory; empty where none are."""
+    streamed: StreamedRows | None
+    """Access to rows that are not in memory."""
     events: Queue
     """Rank 0 sends events for the console here."""
     start: ray.train.Checkpoint | None
@@ -48,17 +58,22 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> dict[str, Any]:
         On rank 0, which Ray Train hands to the driver: the fields of a `TrainingResult`, or `error`, a message, where another
         attempt would fail in the same way. On other ranks nothing that is used.
     """
+    loop = config["loop"]
+    worker = setup_worker()
+    events = EventSender(loop.events, worker.rank)
     try:
-        return _train_loop(config["loop"])
+        return _train_loop(loop, worker, events)
+    except RunError as error:
+        # Only this rank knows, and another attempt would read the same. The driver ends the other ranks too.
+        events.fail(str(error))
+        raise
     except (NonFiniteLossError, RowCountError, CheckpointError) as error:
         # Returned as a value, because Ray Train retries exceptions. Every rank gets here: all see the same sums and checkpoint.
         print(f"stopped on this rank: {error}", flush=True)
         return {"error": str(error)}
 
 
-def _train_loop(config: LoopConfig) -> dict[str, Any]:
-    worker = setup_worker()
-    events = EventSender(config.events, worker.rank)
+def _train_loop(config: LoopConfig, worker: Worker, events: EventSender) -> dict[str, Any]:
     trainer = Trainer(config.hyperparameters, worker, events)
     checkpointer = Checkpointer(trainer.model, trainer.optimizer, worker, config.fence, events)
     state = checkpointer.restore(config.start)
@@ -68,15 +83,15 @@ def _train_loop(config: LoopConfig) -> dict[str, Any]:
         state = TrainerState(0, [], copy_weights(trainer.model), precision)
     trainer.prepare(state.precision)
 
-    # The dataset is not split: every worker sees all blocks and takes its rows by arithmetic (Schedule).
-    images = cast(MaterializedDataset, ray.train.get_dataset_shard("images").materialize())
+    rows = _training_rows(config, worker)
     validation, test = (
-        EvaluationSet(rows, evaluation_batches(images, rows, worker.rank, worker.world_size, worker.device))
-        for rows in (config.validation, config.test)
+        EvaluationSet(rows.held_out, held_out, worker.rank, worker.world_size, worker.device)
+        for held_out in (config.validation, config.test)
     )
     schedule = Schedule(
-        row_ids=config.train,
+        rows=config.train,
         batch_size=config.hyperparameters.batch_size,
+        lanes=rows.train.lanes(config.train, config.hyperparameters.batch_size),
         seed=config.hyperparameters.seed,
         distortion=config.hyperparameters.distortion,
         first_epoch=state.epochs_done,
@@ -85,17 +100,27 @@ def _train_loop(config: LoopConfig) -> dict[str, Any]:
         rank=worker.rank,
         world_size=worker.world_size,
     )
-    batches = training_batches(images, schedule, worker.device)
+    batches = rows.train.training_batches(schedule, worker.device)
     for epoch in range(schedule.first_epoch, schedule.epochs):
         trained = trainer.train_epoch(state, schedule, batches, checkpointer)
         broadcast_parameters(trainer.model.parameters())
         started = time.perf_counter()
-        metrics = [trainer.evaluate(rows.batches, rows.row_ids, epoch + 1) for rows in (validation, test)]
+        metrics = [trainer.evaluate(held_out, epoch + 1) for held_out in (validation, test)]
         trained["evaluation_seconds"] = time.perf_counter() - started
         checkpointer.save_epoch(state, trained, *metrics)
 
     if config.hyperparameters.sum_head_steps and state.sum_head is None:
-        finetune(trainer, state, images, config.train, validation, test, checkpointer)
+        finetune(trainer, state, rows, config.train, validation, test, checkpointer)
     if worker.rank != 0:
         return {}
-    return vars(analyse_model(trainer, state, images, config.train, config.validation, config.test))
+    return vars(analyse_model(trainer, state, rows, config.train, config.validation, config.test))
+
+
+def _training_rows(config: LoopConfig, worker: Worker) -> TrainingRows:
+    streamed = config.streamed and replace(config.streamed, readers=min(worker.cpus, _MAX_READERS))
+    if streamed and not len(config.block_ids):
+        return TrainingRows(streamed, streamed)
+    # The dataset is not split: every worker sees all blocks and takes its rows by arithmetic (Schedule).
+    images = cast(MaterializedDataset, ray.train.get_dataset_shard("images").materialize())
+    in_memory = InMemoryRows(images, config.block_ids)
+    return TrainingRows(in_memory, streamed or in_memory)

@@ -38,6 +38,17 @@ class TrainingRun:
     folder: Location
     """Run folder `<storage_path>/<name>`."""
 
+    @property
+    def streams_training(self) -> bool:
+        """Whether the training rows are streamed: Parquet with more of them than are shuffled together."""
+        return self.source.files is not None and len(self.source.train) > self.hyperparameters.shuffle_rows
+
+    @property
+    def streams_held_out(self) -> bool:
+        """Whether validation and test rows are streamed: with the training rows, or since they are many themselves."""
+        many = len(self.source.validation) + len(self.source.test) > self.hyperparameters.shuffle_rows
+        return self.streams_training or (self.source.files is not None and many)
+
     def how_to_resume(self) -> str:
         """End of an error message: the command that resumes the run."""
         flags = ["--storage-path", self.storage.display, "--name", str(self.config.name), "--resume"]

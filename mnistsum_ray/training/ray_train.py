@@ -5,8 +5,6 @@ from typing import Final
 
 import ray.train
 import ray.train.torch
-from ray.data.dataset import MaterializedDataset
-from ray.util.queue import Queue
 
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RunError
@@ -15,9 +13,11 @@ from mnistsum_ray.reporting.process_state import default_environment
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import OutputLock
 from mnistsum_ray.training.callbacks import InterruptibleTrainer, RunCallback
+from mnistsum_ray.training.events import Events
 from mnistsum_ray.training.finalize import TrainingResult
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun
+from mnistsum_ray.training.prepare import PreparedRows
 from mnistsum_ray.training.resources import ResourcePlan
 
 _RESIZE_SECONDS: Final = 30.0
@@ -25,14 +25,17 @@ _RESIZE_SECONDS: Final = 30.0
 
 _MIN_START_SECONDS: Final = 60.0
 
+_EVENT_SECONDS: Final = 1.0
+"""Time in which a failure that a worker has reported arrives here."""
+
 
 def run_ray_train(
     run: TrainingRun,
     plan: ResourcePlan,
-    images: MaterializedDataset,
+    rows: PreparedRows,
     start: Location | None,
     lock: OutputLock,
-    events: Queue,
+    events: Events,
     console: Console,
     on_interrupt: Callable[[], None],
 ) -> tuple[TrainingResult, ray.train.Checkpoint]:
@@ -41,7 +44,7 @@ def run_ray_train(
     Args:
         run: config, rows of each split, and folders.
         plan: workers and what each reserves.
-        images: the dataset in the object store.
+        rows: those in the object store, and access to those that are streamed.
         start: checkpoint to resume from.
         lock: on the run folder.
         events: queue from the workers to the console.
@@ -52,22 +55,28 @@ def run_ray_train(
         The result of rank 0, and the last checkpoint.
 
     Raises:
-        RunError: the workers failed more often than `--max-failures`, or with an error that another attempt would repeat.
+        RunError: the workers failed more often than `--max-failures`, or with an error that another attempt would repeat, such
+            as a file that has changed.
     """
     config = run.config
     resume_from = ray.train.Checkpoint(start.path, start.filesystem) if start else None
-    trainer = _trainer(run, plan, images, resume_from, lock, events)
+    trainer = _trainer(run, plan, rows, resume_from, lock, events)
     try:
-        with default_environment(_train_environment(config)), lock.interrupting():
+        with default_environment(_train_environment(config)), lock.interrupting(also=events.failed):
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         lock.check()  # if another run has taken the folder, that is the cause
+        if events.failed.wait(_EVENT_SECONDS):
+            raise RunError(events.failure) from error
         console.say_lines(str(error))
         raise RunError(
             f"gave up after {config.max_failures + 1} failures: the workers failed or could not be started, see above; "
             f"{run.how_to_resume()}"
         ) from error
     except KeyboardInterrupt:
+        if events.failed.is_set():
+            trainer.abort()
+            raise RunError(events.failure) from None
         on_interrupt()
         trainer.abort()
         lock.check()
@@ -86,13 +95,21 @@ def run_ray_train(
 def _trainer(
     run: TrainingRun,
     plan: ResourcePlan,
-    images: MaterializedDataset,
+    rows: PreparedRows,
     resume_from: ray.train.Checkpoint | None,
     lock: OutputLock,
-    events: Queue,
+    events: Events,
 ) -> InterruptibleTrainer:
     config, source = run.config, run.source
-    loop = LoopConfig(run.hyperparameters, source.train, source.validation, source.test, events, resume_from, lock.fence)
+    loop = LoopConfig(
+        run.hyperparameters,
+        *source.splits,
+        block_ids=rows.block_ids,
+        streamed=rows.streamed,
+        events=events.queue,
+        start=resume_from,
+        fence=lock.fence,
+    )
     min_workers, max_workers = plan.workers
     return InterruptibleTrainer(
         train_loop_per_worker,
@@ -114,9 +131,9 @@ def _trainer(
                 max_failures=config.max_failures, controller_failure_limit=config.max_failures
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[RunCallback(run.folder, events, lock.fence)],
+            callbacks=[RunCallback(run.folder, events.queue, lock.fence)],
         ),
-        datasets={"images": images},
+        datasets={} if rows.images is None else {"images": rows.images},
         # Not split: Ray would drop up to one row a worker. Each worker takes its rows by arithmetic, see schedule.py.
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )

@@ -4,10 +4,14 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileType
 
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.data.parquet_files import ParquetFiles
+from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.storage.location import Location
+from mnistsum_ray.training.artifacts import DATA_FILES
 from mnistsum_ray.training.state import CheckpointError, CheckpointVersionError, verify_checkpoint
 
 _SNAPSHOT: Final = "checkpoint_manager_snapshot.json"
@@ -52,6 +56,25 @@ def delete_other_checkpoints(folder: Location, start: Location | None) -> None:
     for info in folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True)):
         if _CHECKPOINT.fullmatch(info.base_name) and (start is None or info.path != start.path):
             folder.filesystem.delete_dir(info.path)
+
+
+def check_data_files(folder: Location, files: ParquetFiles, *, same_place: bool) -> None:
+    """Check that the files of a streamed run are those that it began with.
+
+    Raises:
+        RequestError: a file has changed, is missing or is new; names it.
+    """
+    try:
+        earlier = pq.read_table(pa.BufferReader((folder / DATA_FILES).read_bytes()))
+    except FileNotFoundError:  # the run was killed before it had written them, and has trained on nothing yet
+        return
+    except pa.ArrowException as error:
+        raise RequestError(
+            f"--resume: {(folder / DATA_FILES).display} cannot be read: {one_line(error)}; start another run"
+        ) from None
+    changed = files.changed_file(earlier, same_place=same_place)
+    if changed:
+        raise RequestError(f"--resume: {changed}; put it back as it was, or start another run")
 
 
 def resume_manifest(stored: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.sampling import RandomStream, RowIds, check_row_counts, step_seed
+from mnistsum_ray.data.sampling import RandomStream, check_row_counts, step_seed
 from mnistsum_ray.model.augmentation import distort
 from mnistsum_ray.model.distributed import all_reduce_sum
 from mnistsum_ray.model.evaluation import MetricAccumulator, Metrics, PairScores
@@ -20,7 +20,7 @@ from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.progress import PROGRESS_INTERVAL_SECONDS
 from mnistsum_ray.training.checkpointer import Checkpointer
 from mnistsum_ray.training.events import EventSender
-from mnistsum_ray.training.pipeline import Batch
+from mnistsum_ray.training.pipeline import Batch, EvaluationSet
 from mnistsum_ray.training.schedule import Schedule
 from mnistsum_ray.training.state import EpochProgress, TrainerState
 from mnistsum_ray.training.worker import Worker
@@ -101,7 +101,7 @@ class Trainer:
         for step in range(before.steps, schedule.steps):
             batch = timer.wait_for(batches)
             rate = one_cycle(epoch * schedule.steps + step, schedule.steps * schedule.epochs, self.hyperparameters.learning_rate)
-            counter.add(batch["row_id"], self._step(batch, epoch, step, schedule.batch_rows(step), rate))
+            counter.add(batch["row_id"], self._step(batch, epoch, step, schedule, rate))
             last = step == schedule.steps - 1
             if last or step % _CHECK_STEPS == _CHECK_STEPS - 1:
                 progress, check_preemption = counter.all_reduce(step + 1, checkpointer.preemption_check_due())
@@ -111,7 +111,7 @@ class Trainer:
                     checkpointer.save_if_preempted(state, progress)
         seconds = timer.seconds
         check_row_counts(
-            progress.rows, progress.row_ids, len(schedule.row_ids), int(schedule.row_ids.sum()), f"training epoch {epoch + 1}"
+            progress.rows, progress.row_ids, len(schedule.rows), schedule.rows.id_sum(), f"training epoch {epoch + 1}"
         )
         return {
             "train_loss": progress.loss / progress.rows,
@@ -123,39 +123,38 @@ class Trainer:
             "learning_rate": rate,
         }
 
-    def _step(self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float) -> Tensor:
+    def _step(self, batch: Batch, epoch: int, step: int, schedule: Schedule, learning_rate: float) -> Tensor:
         """One optimizer step; the mean of both heads' losses, summed over this worker's rows."""
+        global_rows = schedule.batch_rows(step)
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
         if "draws" in batch:
             images = distort(images, batch["draws"], self.hyperparameters.distortion)
         # The last share of an epoch is smaller, or empty. A compiled network for any size would compute other bits.
-        full_share = len(range(self.worker.rank, self.hyperparameters.batch_size, self.worker.world_size))
-        objective = self._compiled if len(images) == full_share else self._parallel
+        objective = self._compiled if len(images) == schedule.share_rows(0) else self._parallel
         with self.autocast():
-            loss, reported = objective(images, batch["number"], batch["digit"], self._dropout(epoch, step, global_rows))
+            loss, reported = objective(images, batch["number"], batch["digit"], self._dropout(epoch, step, schedule))
             assert isinstance(reported, Tensor)
         # DDP averages over workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
         (loss * (self.worker.world_size / global_rows)).backward()
         self.optimizer.step(learning_rate)
         return reported
 
-    def _dropout(self, epoch: int, step: int, global_rows: int) -> Tensor | None:
+    def _dropout(self, epoch: int, step: int, schedule: Schedule) -> Tensor | None:
         """This worker's share of the dropout of the global batch, which is the same for any number of workers."""
         if not self.hyperparameters.dropout:
             return None
         seed = step_seed(self.hyperparameters.seed, epoch, step, RandomStream.DROPOUT)
         generator = torch.Generator(self.worker.device).manual_seed(seed)
-        factors = dropout_factors(global_rows, self.hyperparameters.dropout, generator)
-        return factors[self.worker.rank :: self.worker.world_size]
+        factors = dropout_factors(schedule.batch_rows(step), self.hyperparameters.dropout, generator)
+        return factors[torch.from_numpy(schedule.positions(step)).to(self.worker.device)]
 
     @torch.no_grad()
-    def evaluate(self, batches: list[Batch], rows: RowIds, epoch: int) -> Metrics:
+    def evaluate(self, held_out: EvaluationSet, epoch: int) -> Metrics:
         """Metrics on held-out rows, with all ten numbers; each row is counted once over all workers.
 
         Args:
-            batches: this worker's share.
-            rows: row ids of all workers, int64[n].
+            held_out: rows of all workers, and this worker's share of them.
             epoch: number of the epoch for the error message, from 1.
 
         Raises:
@@ -163,13 +162,14 @@ class Trainer:
             RowCountError: a row was lost or repeated.
         """
         self.model.eval()
+        rows = held_out.rows
         accumulator = MetricAccumulator(self.worker.device)
         on_progress = self.events.progress("rows evaluated", len(rows))
-        for batch in batches:
+        for batch in held_out.batches:
             scores = PairScores.from_digit_scores(self.model, self.digit_scores(batch))
             accumulator.add(scores, batch["digit"], batch["row_id"])
             on_progress(len(batch["row_id"]) * self.worker.world_size)  # an estimate: the other workers are about as far
-        metrics = accumulator.metrics(len(rows), int(rows.sum()))
+        metrics = accumulator.metrics(len(rows), rows.id_sum())
         self._check_finite(metrics.loss, f"epoch {epoch}: the loss on held-out rows is")
         return metrics
 
@@ -213,7 +213,7 @@ class _Timer:
             epoch=epoch + 1,
             epochs=schedule.epochs,
             rows=progress.rows,
-            of_rows=len(schedule.row_ids),
+            of_rows=len(schedule.rows),
             rows_per_second=(progress.rows - before.rows) / (now - self._started),
             loss=progress.loss / progress.rows,
         )

@@ -18,6 +18,8 @@ class Worker:
     rank: int
     world_size: int
     device: torch.device
+    cpus: int
+    """This worker's share of the CPUs of its node."""
 
     def all_agree(self, value: bool) -> bool:
         """True on every worker if the value is true on every worker."""
@@ -29,22 +31,17 @@ def setup_worker() -> Worker:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     disable_tf32()
+    cpus = max(1, cpus_of_node() // context.get_local_world_size())
     if device.type == "cpu":
-        set_cpu_threads(context.get_local_world_size())
+        # Ray sets one thread per reserved CPU, and a worker reserves less than one CPU, see resources.py.
+        torch.set_num_threads(cpus)
         enable_determinism()
         tune_malloc()
-    return Worker(context.get_world_rank(), context.get_world_size(), device)
+    return Worker(context.get_world_rank(), context.get_world_size(), device, cpus)
 
 
-def set_cpu_threads(workers_on_node: int) -> None:
-    """Give PyTorch this worker's share of the cores of its node.
-
-    Ray sets one thread per reserved CPU, and a worker reserves less than one CPU, see resources.py.
-    """
-    torch.set_num_threads(max(1, _cpus_of_node() // workers_on_node))
-
-
-def _cpus_of_node() -> int:
+def cpus_of_node() -> int:
+    """CPUs of the node of this process."""
     node_id = ray.get_runtime_context().get_node_id()
     cpus = next((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id), 1)
     return max(1, int(cpus))

@@ -1,0 +1,165 @@
+"""Speed of the training pipeline alone: rows are read, decoded, shuffled and handed to workers that do not train."""
+
+import io
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from PIL import Image
+
+from mnistsum_ray.benchmark.memory import BATCH
+from mnistsum_ray.cluster.connection import connect
+from mnistsum_ray.data.pixels import Pixels
+from mnistsum_ray.data.sampling import check_row_counts
+from mnistsum_ray.data.sources import Source, open_source
+from mnistsum_ray.training.in_memory import InMemoryRows, materialize_source
+from mnistsum_ray.training.pipeline import Rows
+from mnistsum_ray.training.schedule import Schedule
+from mnistsum_ray.training.streaming import StreamedRows
+
+_FILE_ROWS: Final = 50_000
+_GROUP_ROWS: Final = 5_000
+_SAMPLE_SECONDS: Final = 0.2
+_DISTORTION: Final = 0.5
+"""As in the short recipe: draws travel with the rows."""
+
+
+def write_rows(folder: Path, images: Pixels, digits: list[int], rows: int, *, png: bool) -> None:
+    """Write the images, repeated up to a number of rows, as Parquet with raw bytes or PNG, and some of them as test rows."""
+    values = [_png(image) for image in images] if png else [image.tobytes() for image in images]
+    table = pa.table({"image": pa.array(values, pa.binary()), "digit": pa.array(digits, pa.int8())})
+    for split, count in (("train", rows), ("validation", 100), ("test", 100)):
+        (folder / split).mkdir(parents=True)
+        for start in range(0, count, _FILE_ROWS):
+            ids = np.arange(start, min(start + _FILE_ROWS, count)) % table.num_rows
+            name = folder / split / f"{start // _FILE_ROWS:05d}.parquet"
+            pq.write_table(table.take(pa.array(ids)), name, row_group_size=_GROUP_ROWS)
+
+
+def _png(image: Pixels) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+@dataclass
+class _Usage:
+    """CPU time and memory of all processes that this one has started, and of itself."""
+
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def sample(self) -> None:
+        """Look at the processes; memory that they share counts once."""
+        cpu, memory = 0.0, 0
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            try:
+                times, info = process.cpu_times(), process.memory_full_info()
+            except psutil.Error:  # it has ended
+                continue
+            cpu += times.user + times.system
+            memory += getattr(info, "pss", info.uss)
+        self.cpu_seconds, self.peak_bytes = max(self.cpu_seconds, cpu), max(self.peak_bytes, memory)
+
+
+def feed(folder: Path, shuffle_rows: int, workers: int) -> dict[str, float]:
+    """Feed one epoch of the Parquet rows in a folder to workers.
+
+    Args:
+        folder: see `write_rows`.
+        shuffle_rows: as for jobs/train.py; with fewer than the training rows they are streamed.
+        workers: number of workers, which share the steps.
+
+    Returns:
+        `rows_per_second` after the first batch, `cpu_us_per_row` of all processes after it, `first_batch_seconds`, and
+        `memory_mib`, the most that all processes had together.
+
+    Raises:
+        RowCountError: a row was lost or repeated.
+    """
+    connect()
+    source = open_source(str(folder))
+    first_ids = np.empty(0, np.int64)
+    loaded = None if len(source.train) > shuffle_rows else materialize_source(source)
+    actors = [_FeedWorker.remote(source, shuffle_rows, rank, workers) for rank in range(workers)]  # type: ignore[attr-defined]
+    if loaded is not None:
+        first_ids = loaded.first_ids
+    ray.get([actor.prepare.remote(loaded and loaded.images, first_ids) for actor in actors])
+    started = time.perf_counter()
+    ray.get([actor.first_batch.remote() for actor in actors])
+    first_batch = time.perf_counter() - started
+    before, usage, done = _Usage(), _Usage(), threading.Event()
+    before.sample()
+    watcher = threading.Thread(target=_watch, args=(usage, done))
+    watcher.start()
+    started = time.perf_counter()
+    fed = ray.get([actor.rest.remote() for actor in actors])
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    total, first, ids = (sum(counts) for counts in zip(*fed, strict=True))
+    check_row_counts(total, ids, len(source.train), source.train.id_sum(), "the feed")
+    rows = total - first
+    return {
+        "rows_per_second": rows / seconds,
+        "cpu_us_per_row": (usage.cpu_seconds - before.cpu_seconds) / rows * 1e6,
+        "first_batch_seconds": first_batch,
+        "memory_mib": usage.peak_bytes / 2**20,
+    }
+
+
+def _watch(usage: _Usage, done: threading.Event) -> None:
+    while not done.wait(_SAMPLE_SECONDS):
+        usage.sample()
+    usage.sample()
+
+
+@ray.remote(num_cpus=0)
+class _FeedWorker:
+    """A worker that takes batches and does nothing with them."""
+
+    def __init__(self, source: Source, shuffle_rows: int, rank: int, world_size: int) -> None:
+        self._source, self._shuffle_rows, self._rank, self._world_size = source, shuffle_rows, rank, world_size
+
+    def prepare(self, images: Any, first_ids: Any) -> None:
+        source, device = self._source, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        assert source.files is not None
+        rows: Rows
+        if images is None:
+            readers = max(1, int(ray.cluster_resources()["CPU"]) // self._world_size)
+            rows = StreamedRows(source.files, self._shuffle_rows, readers)
+        else:
+            rows = InMemoryRows(images, first_ids)
+        schedule = Schedule(
+            rows=source.train,
+            batch_size=BATCH,
+            lanes=rows.lanes(source.train, BATCH),
+            seed=0,
+            distortion=_DISTORTION,
+            first_epoch=0,
+            first_step=0,
+            epochs=1,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        self._batches = rows.training_batches(schedule, device)
+
+    def first_batch(self) -> None:
+        ids = next(self._batches)["row_id"]
+        self._first, self._id_sum = len(ids), int(ids.sum())
+
+    def rest(self) -> tuple[int, int, int]:
+        """All other batches; rows in all, rows of the first batch, and sum of the ids."""
+        rows, id_sum = self._first, torch.zeros((), dtype=torch.int64)
+        for batch in self._batches:
+            rows += len(batch["row_id"])
+            id_sum += batch["row_id"].sum().cpu()
+        return rows, self._first, self._id_sum + int(id_sum)

@@ -1,0 +1,305 @@
+"""Streamed rows: tasks of Ray Data read, decode and permute windows of Parquet rows; a worker puts its lanes together.
+
+The order is that of `data/windowed_shuffle.py`. What a worker holds are the windows that its lanes are in, and those that tasks
+have read ahead. Neither grows with the number of rows.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+from mnistsum_ray.cluster.data_context import ray_data_options
+from mnistsum_ray.data.parquet_files import ParquetFiles, pieces
+from mnistsum_ray.data.pieces import make_pieces, piece_ids, read_pieces
+from mnistsum_ray.data.pixels import SIDE
+from mnistsum_ray.data.row_ranges import RowRanges
+from mnistsum_ray.data.sampling import DISTORTION_DRAWS, distortions, random_numbers, row_order
+from mnistsum_ray.data.windowed_shuffle import Window, WindowedShuffle
+from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.training.blocks import ROW_BYTES, digits_of, images_of
+from mnistsum_ray.training.in_memory import TASK_CPUS
+from mnistsum_ray.training.pipeline import Batch, on_device
+from mnistsum_ray.training.schedule import Chunk, Schedule
+
+AHEAD: Final = 0.5
+"""Rows that tasks read ahead, as a share of the rows of the windows. About so many are free: a window is half used on average."""
+
+_TASKS_PER_EXECUTION: Final = 500
+"""Ray Data keeps what it knows of each task, and takes 0.5 ms a task before it starts the first one."""
+
+_EARLY_TASKS: Final = 64
+"""Tasks that are left of an execution when the next one starts; then both read ahead."""
+
+_TASKS_IN_FLIGHT: Final = 2
+"""Tasks that an actor has at the same time: one that runs, and the next."""
+
+_HELD_OUT_TASK_ROWS: Final = 8192
+_HELD_OUT_TASK_PIECES: Final = 16
+
+
+@dataclass(frozen=True)
+class StreamedRows:
+    """Rows that are streamed from Parquet files; see `pipeline.Rows`."""
+
+    files: ParquetFiles
+    shuffle_rows: int
+    readers: int = 1
+    """Actors that read for one worker."""
+
+    def lanes(self, rows: RowRanges, batch_size: int) -> int:
+        """Number of lanes of a batch of training rows."""
+        return self.shuffle(rows, batch_size, seed=0).lanes
+
+    def shuffle(self, rows: RowRanges, batch_size: int, seed: int) -> WindowedShuffle:
+        """The windowed shuffle of training rows."""
+        return WindowedShuffle(rows, self.files.groups, batch_size, self.shuffle_rows, seed)
+
+    def training_batches(self, schedule: Schedule, device: torch.device) -> Iterator[Batch]:
+        """This worker's share of each step of all remaining epochs, in order."""
+        lanes = _Lanes(self._training_blocks(schedule))
+        for chunk in schedule.chunks():
+            batch = on_device(_interleave(lanes, schedule, chunk), device)
+            start = 0
+            for step in chunk.steps:
+                end = start + schedule.share_rows(step)
+                yield {name: values[start:end] for name, values in batch.items()}
+                start = end
+
+    def _training_blocks(self, schedule: Schedule) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Lane and rows of each block, in the order in which the steps need them."""
+        shuffle = self.shuffle(schedule.rows, schedule.batch_size, schedule.seed)
+        windows = (
+            (epoch, window)
+            for epoch in range(schedule.first_epoch, schedule.epochs)
+            for window in shuffle.windows(epoch, schedule.my_lanes, schedule.first_step_of(epoch))
+        )
+        planned: deque[tuple[int, int]] = deque()  # lane and rows of each window that is being read
+
+        def tasks() -> Iterator[pa.Table]:
+            for epoch, window in windows:
+                indices = window.first + np.arange(window.rows)
+                rows = int(schedule.lane_rows_taken(window.lane, indices, epoch).sum())
+                if rows:
+                    planned.append((window.lane, rows))
+                    yield self._window_task(schedule.rows, epoch, window)
+
+        share = self.shuffle_rows / schedule.world_size
+        ahead = int(max(AHEAD * share, 2 * shuffle.window_rows)) * ROW_BYTES
+        # Actors, since Ray ends the process of a task that has had nothing to do for a second, and a new one takes two seconds.
+        pool = ActorPoolStrategy(size=self.readers, max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT)
+        blocks = self._run(tasks(), ahead, fn=ReadWindow, fn_constructor_args=(self.files.root, schedule), compute=pool)
+        done = 0
+        for table in blocks:
+            lane, rows = planned[0]
+            done += table.num_rows
+            if done > rows:
+                raise AssertionError(f"a window of lane {lane} has {done} rows, not {rows}")
+            if done == rows:
+                planned.popleft()
+                done = 0
+            yield lane, _columns(table)
+        if planned or done:
+            raise AssertionError(f"{len(planned)} windows have not been read")
+
+    def _window_task(self, rows: RowRanges, epoch: int, window: Window) -> pa.Table:
+        groups, skips, counts = np.array(window.slices, np.int64).T
+        first = rows.count_below(self.files.groups.bounds[groups]) + skips
+        task = make_pieces(self.files, groups, rows.at(first), rows.at(first + counts - 1) + 1)
+        for name, value in (("epoch", epoch), ("lane", window.lane), ("first", window.first)):
+            task = task.append_column(name, pa.array(np.full(len(groups), value)))
+        return task
+
+    def in_order(self, rows: RowRanges, batch_rows: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, np.ndarray]]:
+        """This worker's share of some rows: every `world_size`-th of the tasks that read them."""
+        tasks = islice(self._held_out_tasks(rows), rank, None, world_size)
+        ahead = 4 * _HELD_OUT_TASK_ROWS * ROW_BYTES
+        for table in self._run(
+            tasks, ahead, fn=read_rows, fn_args=(self.files.root, rows), compute=TaskPoolStrategy(self.readers)
+        ):
+            columns = _columns(table)
+            for start in range(0, table.num_rows, batch_rows):
+                yield {name: _writable(values[start : start + batch_rows]) for name, values in columns.items()}
+
+    def _held_out_tasks(self, rows: RowRanges) -> Iterator[pa.Table]:
+        groups, first_ids, _, counts = pieces(self.files.groups, rows)
+        before = rows.count_below(first_ids)
+        # A piece of many rows is read in slices.
+        numbers = -(-counts // _HELD_OUT_TASK_ROWS)
+        piece = np.repeat(np.arange(len(groups)), numbers)
+        number = np.arange(len(piece)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+        low, high = (before[piece] + counts[piece] * edge // numbers[piece] for edge in (number, number + 1))
+        start, wanted = 0, 0
+        for index, count in enumerate((high - low).tolist()):
+            if index > start and (wanted + count > _HELD_OUT_TASK_ROWS or index - start == _HELD_OUT_TASK_PIECES):
+                part = slice(start, index)
+                yield make_pieces(self.files, groups[piece[part]], rows.at(low[part]), rows.at(high[part] - 1) + 1)
+                start, wanted = index, 0
+            wanted += count
+        part = slice(start, None)
+        yield make_pieces(self.files, groups[piece[part]], rows.at(low[part]), rows.at(high[part] - 1) + 1)
+
+    def sample(self, rows: RowRanges, limit: int) -> RowRanges:
+        """At most `limit` of the rows, from row groups that are evenly spaced."""
+        return self.files.groups.sample(rows, limit)
+
+    def _run(self, tasks: Iterator[pa.Table], ahead: int, **map_arguments: Any) -> Iterator[pa.Table]:
+        """The blocks that a function returns for each task, in order.
+
+        They come from several executions of Ray Data. The next one starts while the last tasks of this one are read, so that
+        nothing waits for its actors.
+        """
+        batches = iter(lambda: list(islice(tasks, _TASKS_PER_EXECUTION)), [])
+
+        def start() -> tuple[int, Iterator[pa.Table]]:
+            tables = next(batches, [])
+            if not tables:
+                return 0, iter(())
+            blocks = _execute(tables, ahead, map_arguments)
+            return len(tables), chain([next(blocks)], blocks)
+
+        with ThreadPoolExecutor(1) as starter:
+            count, blocks = start()
+            while count:
+                upcoming: Future[tuple[int, Iterator[pa.Table]]] | None = None
+                for index, table in enumerate(blocks):
+                    if upcoming is None and index >= count - _EARLY_TASKS:
+                        upcoming = starter.submit(start)
+                    yield table
+                assert upcoming is not None, "each task returns a block"
+                count, blocks = upcoming.result()
+
+
+def _execute(tables: list[pa.Table], ahead: int, map_arguments: dict[str, Any]) -> Iterator[pa.Table]:
+    """The blocks of one execution; a task is a table of pieces."""
+    with ray_data_options(preserve_order=True, object_store_bytes=ahead):
+        dataset = ray.data.from_arrow(tables).map_batches(
+            **map_arguments, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
+        )
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        if "error" in table.column_names:
+            raise RunError(table["error"][0].as_py())
+        yield table
+
+
+class ReadWindow:
+    """Reads windows, in an actor."""
+
+    def __init__(self, root: Location, schedule: Schedule) -> None:
+        self._root, self._schedule = root, schedule
+
+    def __call__(self, task: pa.Table) -> pa.Table:
+        """The rows of a window that a worker trains on, in their order: `image`, `digit`, `row_id`, `number` and `draws`.
+
+        A row's number and draws follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
+        """
+        schedule = self._schedule
+        epoch, lane, first = (task[name][0].as_py() for name in ("epoch", "lane", "first"))
+        ids = piece_ids(task, schedule.rows)
+        row_ids = np.concatenate(ids)
+        order = row_order(schedule.seed, epoch, row_ids)
+        order = order[schedule.lane_rows_taken(lane, first + np.arange(len(order)), epoch)]
+        try:
+            table = read_pieces(self._root, task, ids, order)
+        except RequestError as error:
+            return _error(error)
+        row_ids = row_ids[order]
+        table = table.append_column("row_id", pa.array(row_ids))
+        table = table.append_column("number", pa.array(random_numbers(schedule.seed, epoch, row_ids).astype(np.int8)))
+        if schedule.distortion:  # the worker distorts the images, on its device
+            draws = pa.array(distortions(schedule.seed, epoch, row_ids).ravel())
+            table = table.append_column("draws", pa.FixedSizeListArray.from_arrays(draws, DISTORTION_DRAWS))
+        return table
+
+
+def read_rows(task: pa.Table, root: Location, rows: RowRanges) -> pa.Table:
+    """The rows of a task in the order of their ids: `image`, `digit` and `row_id`."""
+    ids = piece_ids(task, rows)
+    row_ids = np.concatenate(ids)
+    try:
+        return read_pieces(root, task, ids, np.arange(len(row_ids))).append_column("row_id", pa.array(row_ids))
+    except RequestError as error:
+        return _error(error)
+
+
+def _error(error: RequestError) -> pa.Table:
+    """A block that says why there are no rows: an exception would be wrapped by Ray Data, and its type lost."""
+    return pa.table({"error": [str(error)]})
+
+
+def _columns(table: pa.Table) -> dict[str, np.ndarray]:
+    """The columns of a block as arrays, most of them without a copy."""
+    columns: dict[str, np.ndarray] = {"image": images_of(table), "digit": digits_of(table).astype(np.int64)}
+    for name in ("row_id", "number"):
+        if name in table.column_names:
+            columns[name] = table[name].to_numpy().astype(np.int64)
+    if "draws" in table.column_names:
+        flat = table["draws"].combine_chunks().flatten().to_numpy()
+        columns["draws"] = flat.reshape(-1, DISTORTION_DRAWS)
+    return columns
+
+
+def _writable(values: np.ndarray) -> np.ndarray:
+    """A copy where the array is a view of the object store: PyTorch wants memory that it may write."""
+    return values if values.flags.writeable else values.copy()
+
+
+class _Lanes:
+    """Rows of each lane that have been read and not been taken."""
+
+    def __init__(self, blocks: Iterator[tuple[int, dict[str, np.ndarray]]]) -> None:
+        self._blocks = blocks
+        self._waiting: dict[int, deque[dict[str, np.ndarray]]] = {}
+
+    def take(self, lane: int, rows: int) -> Iterable[dict[str, np.ndarray]]:
+        """The next rows of a lane, in several pieces."""
+        waiting = self._waiting.setdefault(lane, deque())
+        while rows:
+            while not waiting:
+                read_lane, block = next(self._blocks)
+                self._waiting.setdefault(read_lane, deque()).append(block)
+            block = waiting.popleft()
+            size = len(block["row_id"])
+            if size > rows:
+                waiting.appendleft({name: values[rows:] for name, values in block.items()})
+                block = {name: values[:rows] for name, values in block.items()}
+            rows -= min(rows, size)
+            yield block
+
+
+def _interleave(lanes: _Lanes, schedule: Schedule, chunk: Chunk) -> dict[str, np.ndarray]:
+    """The rows of this worker's shares of the steps of a chunk, in the order of the steps and of the positions in the batch."""
+    rows = schedule.chunk_rows(chunk)
+    batch: dict[str, np.ndarray] = {"image": np.empty((rows, SIDE, SIDE), np.uint8)}
+    batch |= {name: np.empty(rows, np.int64) for name in ("digit", "row_id", "number")}
+    if schedule.distortion:
+        batch["draws"] = np.empty((rows, DISTORTION_DRAWS), np.float32)
+    for lane in schedule.my_lanes:
+        places = _places_of_lane(schedule, chunk, lane)
+        start = 0
+        for piece in lanes.take(lane, len(places)):
+            there = places[start : start + len(piece["row_id"])]
+            for name, values in batch.items():
+                values[there] = piece[name]
+            start += len(there)
+    return batch
+
+
+def _places_of_lane(schedule: Schedule, chunk: Chunk, lane: int) -> npt.NDArray[np.int64]:
+    """Indices, in the rows of a chunk, of the rows that come from a lane: int64[n]."""
+    places, start = [], 0
+    for step in chunk.steps:
+        positions = schedule.positions(step)
+        places.append(start + np.flatnonzero(positions % schedule.lanes == lane))
+        start += len(positions)
+    return np.concatenate(places)
