@@ -1,7 +1,9 @@
-"""Measure the speed of training or scoring beside plain PyTorch, on one machine.
+"""Measure the speed of training or scoring beside plain PyTorch, of the training pipeline alone, or of planning large runs.
 
     python jobs/benchmark.py train --data FOLDER
     python jobs/benchmark.py score --data FOLDER
+    python jobs/benchmark.py feed --data FOLDER
+    python jobs/benchmark.py plan
 
 Each way is measured in its own process, several times, in alternating order:
 
@@ -12,6 +14,10 @@ Each way is measured in its own process, several times, in alternating order:
     worker       (train) the loop of memory in a Ray Train worker; the difference to ray is the cost of the data pipeline
     ray          jobs/train.py or jobs/score.py
     ray-int8     (score) jobs/score.py --precision int8
+
+`feed` hands rows to workers that do not train: from memory, or streamed from Parquet of raw bytes (stream) or PNG (stream-png),
+to one worker or to two (-2). `plan` runs the planning of training on a billion rows, and of scoring a million files, on footers
+that are made up.
 
 The table on standard error holds medians, with minimum and maximum in parentheses; mnistsum_ray/benchmark/README.md explains the
 figures. The last line on standard output is one JSON object. Exit codes: 0 done, 2 the request is invalid, 1 anything else.

@@ -34,7 +34,7 @@ _DISTORTION: Final = 0.5
 
 def write_rows(folder: Path, images: Pixels, digits: list[int], rows: int, *, png: bool) -> None:
     """Write the images, repeated up to a number of rows, as Parquet with raw bytes or PNG, and some of them as test rows."""
-    values = [_png(image) for image in images] if png else [image.tobytes() for image in images]
+    values = [png_file(image) for image in images] if png else [image.tobytes() for image in images]
     table = pa.table({"image": pa.array(values, pa.binary()), "digit": pa.array(digits, pa.int8())})
     for split, count in (("train", rows), ("validation", 100), ("test", 100)):
         (folder / split).mkdir(parents=True)
@@ -44,7 +44,8 @@ def write_rows(folder: Path, images: Pixels, digits: list[int], rows: int, *, pn
             pq.write_table(table.take(pa.array(ids)), name, row_group_size=_GROUP_ROWS)
 
 
-def _png(image: Pixels) -> bytes:
+def png_file(image: Pixels) -> bytes:
+    """The image uint8[28, 28] as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mnistsum_ray import cli
-from mnistsum_ray.benchmark import feed, memory, original, ray_jobs
+from mnistsum_ray.benchmark import feed, memory, original, planning, ray_jobs
 from mnistsum_ray.data.parts import read_part
 from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.sources import open_source
@@ -30,6 +30,7 @@ WAYS: Final = {
     "train": ("loader", "memory", "worker", "ray"),
     "score": ("loader", "memory", "memory-int8", "ray", "ray-int8"),
     "feed": ("memory", "stream", "stream-png", "memory-2", "stream-2", "stream-png-2"),
+    "plan": ("training", "scoring"),
 }
 RATIOS: Final = {
     "train": (("ray", "memory"), ("ray", "worker"), ("ray", "loader")),
@@ -57,6 +58,9 @@ def benchmark(job: Path, description: str, argv: list[str]) -> tuple[dict[str, A
     """
     args = _parse(description, argv)
     cli.reserve_stdout_for_result()
+    if args.what == "plan" and not args.way:
+        results = {way: ray_jobs.run_job(job, *argv, "--way", way, name=way) for way in WAYS["plan"]}
+        return {"what": "plan", "figures": results, "hardware": hardware(_device()), "versions": versions()}, cli.DONE
     if args.way:
         return _measure(args, job.parent), cli.DONE
     ways = WAYS[args.what]
@@ -110,6 +114,8 @@ def _parse(description: str, argv: list[str]) -> argparse.Namespace:
 
 def _measure(args: argparse.Namespace, jobs: Path) -> Measurement:
     """Measure one way in this process."""
+    if args.what == "plan":
+        return planning.plan_training(100_000, 10_000) if args.way == "training" else planning.plan_scoring(1_000_000)
     if args.what == "feed":
         rows = args.folder / ("png" if "png" in args.way else "raw")
         shuffle_rows = args.rows if args.way.startswith("memory") else args.shuffle_rows

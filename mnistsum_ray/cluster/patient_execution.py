@@ -13,9 +13,9 @@ class PatientExecution(ExecutionCallback):
     """Sleeps after steps of the scheduling loop in which no task was started and no task returned anything.
 
     When its consumer is slower than its tasks, Ray Data 2.60 runs its loop without a pause: `ray.wait` returns at once while a
-    task has a result that may not be taken yet, and is not called while no task runs. The loop is a thread of the training process
-    and takes a third of the speed of training on two cores. Ray Data has no option against it. `ExecutionCallback`, `_topology`
-    and the metrics are private; `tests/cluster/test_ray_internals.py` uses them with the installed Ray.
+    task has a result that may not be taken yet, and is not called while no task runs. The loop is a thread of the training
+    process, and takes a third of the speed of training on two cores. Ray Data has no option against it. `ExecutionCallback`,
+    `_topology` and the metrics are private; `tests/cluster/test_ray_internals.py` uses them with the installed Ray.
     """
 
     def __init__(self) -> None:

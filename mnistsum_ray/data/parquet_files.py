@@ -68,28 +68,23 @@ class RowGroups:
         order = order[counts[order] > 0]
         enough = int(np.searchsorted(np.cumsum(counts[order]), count)) + 1
         chosen = order[: max(_SAMPLED_GROUPS, enough)]
-        return self._first_rows(rows, chosen, count)
+        # Of each group about as many; of those that have fewer, all.
+        each = -(-count // len(chosen))
+        while np.minimum(counts[chosen], each).sum() < count:
+            each *= 2
+        taken = np.minimum(counts[chosen], each)
+        taken = np.minimum(taken, np.maximum(0, count - (np.cumsum(taken) - taken)))
+        first = rows.count_below(self.bounds[:-1])[chosen]
+        indices = np.concatenate([np.arange(start, start + n) for start, n in zip(first, taken, strict=True)])
+        return RowRanges.from_ids(rows.at(np.sort(indices)))
 
     def sample(self, rows: RowRanges, limit: int) -> RowRanges:
-        """At most `limit` of the rows: the first ones of each of some row groups, which are evenly spaced."""
+        """At most `limit` of the rows: stretches that are evenly spaced, so that few row groups have to be read."""
         if len(rows) <= limit:
             return rows
-        filled = np.flatnonzero(self.counts(rows))
-        spaced = filled[np.linspace(0, len(filled) - 1, min(len(filled), _SAMPLED_GROUPS)).astype(np.int64)]
-        return self._first_rows(rows, spaced, limit)
-
-    def _first_rows(self, rows: RowRanges, groups: npt.NDArray[np.int64], limit: int) -> RowRanges:
-        """The first rows of each of these groups, of each about as many, together `limit` where the groups have so many."""
-        counts = self.counts(rows)[groups]
-        each = -(-limit // len(groups))
-        while np.minimum(counts, each).sum() < min(limit, counts.sum()):
-            each *= 2
-        taken = np.minimum(counts, each)
-        taken = np.minimum(taken, np.maximum(0, limit - (np.cumsum(taken) - taken)))
-        order = np.argsort(groups)
-        first = rows.count_below(self.bounds[:-1])[groups[order]]
-        indices = np.concatenate([np.arange(start, start + n) for start, n in zip(first, taken[order], strict=True)])
-        return RowRanges.from_ids(rows.at(indices))
+        stretches = min(_SAMPLED_GROUPS, limit)
+        starts = np.arange(stretches) * len(rows) // stretches
+        return RowRanges.from_ids(rows.at((starts[:, None] + np.arange(limit // stretches)).ravel()))
 
 
 @dataclass(frozen=True)

@@ -84,16 +84,13 @@ def read_pieces(root: Location, pieces: pa.Table, ids: list[RowIds], order: npt.
 
 def _read_piece(root: Location, piece: dict[str, Any], ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
     file = root / piece["name"] if piece["name"] else root
-    first, end = int(ids[0]) - piece["group_id"], int(ids[-1]) - piece["group_id"] + 1
     try:
         _check_unchanged(file, piece)
-        table = plain_table(_read_slice(file, piece, first, end))
+        table = plain_table(_read_rows(file, piece, ids - piece["group_id"]))
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
     except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: one of Ray's types with damaged metadata
         raise RequestError(f"{file.display}: cannot be read: {one_line(error)}") from None
-    if len(ids) < end - first:
-        table = table.take(pa.array(ids - ids[0]))
     rows_in_file = piece["group_row"] + ids - piece["group_id"]
     images, bad = decode_images(one_chunk(table["image"]))
     for index, reason in sorted(bad.items()):
@@ -111,22 +108,24 @@ def _check_unchanged(file: Location, piece: dict[str, Any]) -> None:
         raise UnusableFileError("has changed since the run began; start another run")
 
 
-def _read_slice(file: Location, piece: dict[str, Any], first: int, end: int) -> pa.Table:
-    """The rows first..end-1 of a row group."""
+def _read_rows(file: Location, piece: dict[str, Any], indices: npt.NDArray[np.int64]) -> pa.Table:
+    """Rows of a row group with these indices in it, in ascending order. Rows between them are not kept in memory."""
     columns = ["image", piece["digit_column"]]
     with file.filesystem.open_input_file(file.path) as stream:
         parquet = open_parquet(stream)
-        group, rows = piece["group"], parquet.metadata.row_group(piece["group"]).num_rows
-        if (first, end) == (0, rows):
+        group = piece["group"]
+        if len(indices) == parquet.metadata.row_group(group).num_rows:
             return parquet.read_row_group(group, columns=columns, use_threads=False)
         batches, position = [], 0
         for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
-            low, high = max(first - position, 0), min(end - position, batch.num_rows)
-            if low < high:
-                batches.append(batch.slice(low, high - low))
+            low, high = np.searchsorted(indices, [position, position + batch.num_rows])
+            if high - low == batch.num_rows:
+                batches.append(batch)
+            elif low < high:
+                batches.append(batch.take(pa.array(indices[low:high] - position)))
             position += batch.num_rows
-            if position >= end:
+            if high == len(indices):
                 break
-    if sum(batch.num_rows for batch in batches) != end - first:
+    if sum(batch.num_rows for batch in batches) != len(indices):
         raise UnusableFileError("has changed since the run began; start another run")
     return pa.Table.from_batches(batches)

@@ -136,9 +136,17 @@ def _idx(folder: Path) -> Source:
 
 def _parquet(place: Location, info: pafs.FileInfo) -> Source:
     files, rows, skipped = read_parquet_source(place, info)
+    return replace(source_of_files(files, rows, place.display), skipped=skipped)
+
+
+def source_of_files(files: ParquetFiles, rows: dict[str, RowRanges], location: str) -> Source:
+    """The source of Parquet files whose rows belong to these splits; "" for rows of which no name says a split.
+
+    Raises:
+        RequestError: a split has too few rows.
+    """
     train = rows.get("train", rows.get(""))
-    source = _with_splits("parquet", place.display, (), files, train, rows.get("validation"), rows.get("test"))
-    return replace(source, skipped=skipped)
+    return _with_splits("parquet", location, (), files, train, rows.get("validation"), rows.get("test"))
 
 
 def _in_memory(name: str, location: str, images: Pixels, digits: np.ndarray, *, test_rows: int | None) -> Source:

@@ -78,27 +78,18 @@ class StreamedRows:
 
     def _training_blocks(self, schedule: Schedule) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Lane and rows of each block, in the order in which the steps need them."""
-        shuffle = self.shuffle(schedule.rows, schedule.batch_size, schedule.seed)
-        windows = (
-            (epoch, window)
-            for epoch in range(schedule.first_epoch, schedule.epochs)
-            for window in shuffle.windows(epoch, schedule.my_lanes, schedule.first_step_of(epoch))
-        )
         planned: deque[tuple[int, int]] = deque()  # lane and rows of each window that is being read
 
         def tasks() -> Iterator[pa.Table]:
-            for epoch, window in windows:
-                indices = window.first + np.arange(window.rows)
-                rows = int(schedule.lane_rows_taken(window.lane, indices, epoch).sum())
-                if rows:
-                    planned.append((window.lane, rows))
-                    yield self._window_task(schedule.rows, epoch, window)
+            for lane, rows, task in self.window_tasks(schedule):
+                planned.append((lane, rows))
+                yield task
 
-        share = self.shuffle_rows / schedule.world_size
-        ahead = int(max(AHEAD * share, 2 * shuffle.window_rows)) * ROW_BYTES
+        window_rows = self.shuffle(schedule.rows, schedule.batch_size, schedule.seed).window_rows
+        ahead = int(max(AHEAD * self.shuffle_rows / schedule.world_size, 2 * window_rows)) * ROW_BYTES
         # Actors, since Ray ends the process of a task that has had nothing to do for a second, and a new one takes two seconds.
         pool = ActorPoolStrategy(size=self.readers, max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT)
-        blocks = self._run(tasks(), ahead, fn=ReadWindow, fn_constructor_args=(self.files.root, schedule), compute=pool)
+        blocks = _run(tasks(), ahead, fn=ReadWindow, fn_constructor_args=(self.files.root, schedule), compute=pool)
         done = 0
         for table in blocks:
             lane, rows = planned[0]
@@ -112,6 +103,16 @@ class StreamedRows:
         if planned or done:
             raise AssertionError(f"{len(planned)} windows have not been read")
 
+    def window_tasks(self, schedule: Schedule) -> Iterator[tuple[int, int, pa.Table]]:
+        """The windows that this worker needs, in order: lane, rows that it takes, and the task that reads them."""
+        shuffle = self.shuffle(schedule.rows, schedule.batch_size, schedule.seed)
+        for epoch in range(schedule.first_epoch, schedule.epochs):
+            for window in shuffle.windows(epoch, schedule.my_lanes, schedule.first_step_of(epoch)):
+                indices = window.first + np.arange(window.rows)
+                rows = int(schedule.lane_rows_taken(window.lane, indices, epoch).sum())
+                if rows:
+                    yield window.lane, rows, self._window_task(schedule.rows, epoch, window)
+
     def _window_task(self, rows: RowRanges, epoch: int, window: Window) -> pa.Table:
         groups, skips, counts = np.array(window.slices, np.int64).T
         first = rows.count_below(self.files.groups.bounds[groups]) + skips
@@ -124,9 +125,7 @@ class StreamedRows:
         """This worker's share of some rows: every `world_size`-th of the tasks that read them."""
         tasks = islice(self._held_out_tasks(rows), rank, None, world_size)
         ahead = 4 * _HELD_OUT_TASK_ROWS * ROW_BYTES
-        for table in self._run(
-            tasks, ahead, fn=read_rows, fn_args=(self.files.root, rows), compute=TaskPoolStrategy(self.readers)
-        ):
+        for table in _run(tasks, ahead, fn=read_rows, fn_args=(self.files.root, rows), compute=TaskPoolStrategy(self.readers)):
             columns = _columns(table)
             for start in range(0, table.num_rows, batch_rows):
                 yield {name: _writable(values[start : start + batch_rows]) for name, values in columns.items()}
@@ -153,31 +152,32 @@ class StreamedRows:
         """At most `limit` of the rows, from row groups that are evenly spaced."""
         return self.files.groups.sample(rows, limit)
 
-    def _run(self, tasks: Iterator[pa.Table], ahead: int, **map_arguments: Any) -> Iterator[pa.Table]:
-        """The blocks that a function returns for each task, in order.
 
-        They come from several executions of Ray Data. The next one starts while the last tasks of this one are read, so that
-        nothing waits for its actors.
-        """
-        batches = iter(lambda: list(islice(tasks, _TASKS_PER_EXECUTION)), [])
+def _run(tasks: Iterator[pa.Table], ahead: int, **map_arguments: Any) -> Iterator[pa.Table]:
+    """The blocks that a function returns for each task, in order.
 
-        def start() -> tuple[int, Iterator[pa.Table]]:
-            tables = next(batches, [])
-            if not tables:
-                return 0, iter(())
-            blocks = _execute(tables, ahead, map_arguments)
-            return len(tables), chain([next(blocks)], blocks)
+    They come from several executions of Ray Data. The next one starts while the last tasks of this one are read, so that
+    nothing waits for its actors.
+    """
+    batches = iter(lambda: list(islice(tasks, _TASKS_PER_EXECUTION)), [])
 
-        with ThreadPoolExecutor(1) as starter:
-            count, blocks = start()
-            while count:
-                upcoming: Future[tuple[int, Iterator[pa.Table]]] | None = None
-                for index, table in enumerate(blocks):
-                    if upcoming is None and index >= count - _EARLY_TASKS:
-                        upcoming = starter.submit(start)
-                    yield table
-                assert upcoming is not None, "each task returns a block"
-                count, blocks = upcoming.result()
+    def start() -> tuple[int, Iterator[pa.Table]]:
+        tables = next(batches, [])
+        if not tables:
+            return 0, iter(())
+        blocks = _execute(tables, ahead, map_arguments)
+        return len(tables), chain([next(blocks)], blocks)
+
+    with ThreadPoolExecutor(1) as starter:
+        count, blocks = start()
+        while count:
+            upcoming: Future[tuple[int, Iterator[pa.Table]]] | None = None
+            for index, table in enumerate(blocks):
+                if upcoming is None and index >= count - _EARLY_TASKS:
+                    upcoming = starter.submit(start)
+                yield table
+            assert upcoming is not None, "each task returns a block"
+            count, blocks = upcoming.result()
 
 
 def _execute(tables: list[pa.Table], ahead: int, map_arguments: dict[str, Any]) -> Iterator[pa.Table]:

@@ -92,3 +92,29 @@ def test_authentication(address: str, token: str, printed: str) -> None:
     done = subprocess.run(command, env=environment | {"HOME": "/nonexistent"}, capture_output=True, text=True)
     with uses("ray._raylet.GcsClient"):
         assert done.stdout.strip() == printed, done.stderr
+
+
+_CONSUME_SLOWLY = """
+import time
+import numpy as np
+import ray
+from mnistsum_ray.cluster.data_context import ray_data_options
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+with ray_data_options(preserve_order=True, object_store_bytes=4_000_000):
+    dataset = ray.data.range(40, override_num_blocks=40).map_batches(lambda batch: {"x": np.zeros((1, 1_000_000), np.uint8)})
+blocks = iter(dataset.iter_batches(batch_size=None))
+next(blocks)
+before = time.process_time()
+for _ in range(10):
+    time.sleep(0.5)
+    next(blocks)
+print(time.process_time() - before)
+"""
+
+
+def test_an_execution_that_waits_for_its_consumer_does_not_spin() -> None:
+    """Without `PatientExecution` it takes most of these five seconds of a core, in the process of the consumer."""
+    with uses("DataContext.custom_execution_callback_classes, StreamingExecutor._topology or its metrics"):
+        done = subprocess.run([sys.executable, "-c", _CONSUME_SLOWLY], capture_output=True, text=True, check=True)
+    assert float(done.stdout.splitlines()[-1]) < 1.5, done.stderr

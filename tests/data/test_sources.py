@@ -51,12 +51,12 @@ def idx(tmp_path: Path, sample: pa.Table) -> Path:
 
 
 def table(source: Source) -> pa.Table:
-    return pa.concat_tables([part.read() if isinstance(part, ParquetPart) else part for part in source.parts])
+    return pa.concat_tables([part.read() if isinstance(part, ParquetPart) else part for part in source.parts()])
 
 
 def check_splits(source: Source, train: int, validation: int, test: int) -> None:
     assert (len(source.train), len(source.validation), len(source.test)) == (train, validation, test)
-    together = np.concatenate([source.train, source.validation, source.test])
+    together = np.concatenate([split.ids() for split in source.splits])
     assert np.array_equal(np.sort(together), np.arange(train + validation + test))
     assert table(source).num_rows == len(together)
 
@@ -65,14 +65,14 @@ def test_sample() -> None:
     source = open_source("sample")
     check_splits(source, 4000, 500, 500)
     assert np.bincount(table(source)["digit"].to_numpy()).tolist() == [500] * 10
-    assert np.array_equal(source.test, open_source("sample").test)
+    assert np.array_equal(source.test.ids(), open_source("sample").test.ids())
 
 
 @pytest.mark.parametrize("below", ["", "MNIST", "MNIST/raw"])
 def test_idx_folder_gzipped_or_not(idx: Path, below: str, sample: pa.Table) -> None:
     source = open_source(str(idx / below))
     check_splits(source, 360, 40, 100)
-    assert source.test.tolist() == list(range(400, 500)), "the test files' rows are the test rows, whole"
+    assert source.test.ids().tolist() == list(range(400, 500)), "the test files' rows are the test rows, whole"
     assert table(source)["image"].to_pylist() == sample["image"].to_pylist()[::10]
 
 
@@ -95,7 +95,7 @@ def test_hugging_face_layout(tmp_path: Path, sample: pa.Table) -> None:
         pq.write_table(pa.table(columns), tmp_path / "mnist" / f"{name}.parquet")
     source = open_source(str(tmp_path))
     check_splits(source, 360, 40, 100)
-    assert source.test.tolist() == list(range(100)), "row ids follow the file names, and test sorts before train"
+    assert source.test.ids().tolist() == list(range(100)), "row ids follow the file names, and test sorts before train"
     assert sorted(table(source)["image"].to_pylist()) == sorted(sample["image"].to_pylist()[::10])
 
 
@@ -154,12 +154,12 @@ def text_images(path: Path, rows: pa.Table) -> str:
 def truncated(path: Path, rows: pa.Table) -> str:
     pq.write_table(rows, path)
     path.write_bytes(path.read_bytes()[:-10])
-    return "is not a whole Parquet file"
+    return "is not Parquet, or was cut off"
 
 
 def zero_bytes(path: Path, rows: pa.Table) -> str:
     path.write_bytes(b"")
-    return "is not a whole Parquet file"
+    return "is empty (0 bytes); write it again"
 
 
 def too_few(path: Path, rows: pa.Table) -> str:
@@ -197,7 +197,7 @@ def test_files_and_folders_named_for_a_split_are_that_split(write_rows: Rows, tm
         shutil.copy(path, tmp_path / "named" / name)
     source = open_source(str(tmp_path / "named"))
     at = {name: range(100 * place, 100 * place + 100) for place, name in enumerate(sorted(names))}
-    assert [ids.tolist() for ids in (source.train, source.validation, source.test)] == [list(at[name]) for name in names]
+    assert [split.ids().tolist() for split in source.splits] == [list(at[name]) for name in names]
 
 
 def test_half_named_splits_are_refused(write_rows: Rows) -> None:
@@ -371,6 +371,6 @@ def test_a_page_whose_checksum_is_wrong_is_refused(write_rows: Rows) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(table["image"][50].as_py()) + 300] ^= 1
     path.write_bytes(data)
-    (part,) = open_source(str(path)).parts
+    (part,) = open_source(str(path)).parts()
     with pytest.raises(RequestError, match=r"cannot be read: .*CRC checksum verification failed"):
         read_part(part)

@@ -164,7 +164,7 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
         assert card["int8"]["float32_sum_accuracy"] == pytest.approx(line["test"]["sum_accuracy"], abs=0.005)
         assert card["int8"]["digit_agreement"] >= 0.9  # of a network that has hardly learnt
     source = open_source(str(data))
-    table = pq.read_table(data).take(source.test)
+    table = pq.read_table(data).take(source.test.ids())
     images = torch.tensor(pixels_view(table["image"].combine_chunks()))
     digits = torch.tensor(table["digit"].to_pylist())
     right = 0

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnistsum_ray.data.sampling import RowIds
-from mnistsum_ray.model.error_analysis import MAX_MISTAKES, ErrorAnalysis, analyse_errors
+from mnistsum_ray.model.error_analysis import BATCH, MAX_MISTAKES, ErrorAnalysis, analyse_errors
 from mnistsum_ray.model.evaluation import MetricAccumulator, Metrics, PairScores
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 
@@ -30,10 +29,9 @@ def model() -> TwoHeadCNN:
 
 @pytest.fixture(scope="module")
 def analysis(model: TwoHeadCNN, rows: dict[str, np.ndarray]) -> ErrorAnalysis:
-    def load_rows(row_ids: RowIds) -> dict[str, np.ndarray]:
-        return {name: values[row_ids - FIRST] for name, values in rows.items()}
-
-    return analyse_errors(model, load_rows, np.arange(FIRST, FIRST + ROWS), contextlib.nullcontext())
+    numbered = rows | {"row_id": np.arange(FIRST, FIRST + ROWS)}
+    batches = ({name: values[start : start + BATCH] for name, values in numbered.items()} for start in range(0, ROWS, BATCH))
+    return analyse_errors(model, batches, contextlib.nullcontext())
 
 
 @torch.no_grad()
