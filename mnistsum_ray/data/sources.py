@@ -30,6 +30,9 @@ SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 _MIN_TRAIN_ROWS: Final = 10
 _MAX_HELD_OUT_ROWS: Final = 5000
 
+_MAX_ROWS: Final = 4_000_000_000
+"""Largest number of rows: the sum of their ids, by which lost rows are noticed, must fit into 64 bits."""
+
 _MAX_SCATTERED_ROWS: Final = 1_000_000
 """Largest number of rows of which single ones are held out."""
 
@@ -173,6 +176,8 @@ def _with_splits(
     if train is None or len(train) < _MIN_TRAIN_ROWS:
         rows = 0 if train is None else len(train)
         raise RequestError(f"--data {location}: has {rows} training rows; at least {_MIN_TRAIN_ROWS} are needed")
+    if sum(map(len, filter(None, (train, validation, test)))) > _MAX_ROWS:
+        raise RequestError(f"--data {location}: has more than {_MAX_ROWS:,} rows; name a part of it")
     count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
     if test is None:
         train, test = _hold_out(train, count, files)

@@ -47,6 +47,9 @@ _TASKS_IN_FLIGHT: Final = 2
 _HELD_OUT_TASK_ROWS: Final = 8192
 _HELD_OUT_TASK_PIECES: Final = 16
 
+_HELD_OUT_TASKS_PER_WORKER: Final = 4
+"""Tasks of held-out rows for each worker, at least: with several, the shares of the workers are about equal."""
+
 
 @dataclass(frozen=True)
 class StreamedRows:
@@ -123,24 +126,27 @@ class StreamedRows:
 
     def in_order(self, rows: RowRanges, batch_rows: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, np.ndarray]]:
         """This worker's share of some rows: every `world_size`-th of the tasks that read them."""
-        tasks = islice(self._held_out_tasks(rows), rank, None, world_size)
+        if not len(rows):
+            return
+        task_rows = min(_HELD_OUT_TASK_ROWS, -(-len(rows) // (_HELD_OUT_TASKS_PER_WORKER * world_size)))
+        tasks = islice(self._held_out_tasks(rows, task_rows), rank, None, world_size)
         ahead = 4 * _HELD_OUT_TASK_ROWS * ROW_BYTES
         for table in _run(tasks, ahead, fn=read_rows, fn_args=(self.files.root, rows), compute=TaskPoolStrategy(self.readers)):
             columns = _columns(table)
             for start in range(0, table.num_rows, batch_rows):
                 yield {name: _writable(values[start : start + batch_rows]) for name, values in columns.items()}
 
-    def _held_out_tasks(self, rows: RowRanges) -> Iterator[pa.Table]:
+    def _held_out_tasks(self, rows: RowRanges, task_rows: int) -> Iterator[pa.Table]:
         groups, first_ids, _, counts = pieces(self.files.groups, rows)
         before = rows.count_below(first_ids)
         # A piece of many rows is read in slices.
-        numbers = -(-counts // _HELD_OUT_TASK_ROWS)
+        numbers = -(-counts // task_rows)
         piece = np.repeat(np.arange(len(groups)), numbers)
         number = np.arange(len(piece)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
         low, high = (before[piece] + counts[piece] * edge // numbers[piece] for edge in (number, number + 1))
         start, wanted = 0, 0
         for index, count in enumerate((high - low).tolist()):
-            if index > start and (wanted + count > _HELD_OUT_TASK_ROWS or index - start == _HELD_OUT_TASK_PIECES):
+            if index > start and (wanted + count > task_rows or index - start == _HELD_OUT_TASK_PIECES):
                 part = slice(start, index)
                 yield make_pieces(self.files, groups[piece[part]], rows.at(low[part]), rows.at(high[part] - 1) + 1)
                 start, wanted = index, 0
