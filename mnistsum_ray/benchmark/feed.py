@@ -102,10 +102,12 @@ def feed(folder: Path, shuffle_rows: int, workers: int) -> dict[str, float]:
     watcher = threading.Thread(target=_watch, args=(usage, done))
     watcher.start()
     started = time.perf_counter()
-    fed = ray.get([actor.rest.remote() for actor in actors])
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
+    try:
+        fed = ray.get([actor.rest.remote() for actor in actors])
+        seconds = time.perf_counter() - started
+    finally:
+        done.set()
+        watcher.join()
     total, first, ids = (sum(counts) for counts in zip(*fed, strict=True))
     check_row_counts(total, ids, len(source.train), source.train.id_sum(), "the feed")
     rows = total - first

@@ -73,7 +73,7 @@ def plan_training(files: int, rows_per_file: int) -> Measurement:
     _, resumed = _timed(lambda: next(shuffle.windows(0, schedule.my_lanes, shuffle.steps // 2)))
     windows, all_windows = _timed(lambda: list(shuffle.windows(0, range(shuffle.lanes))))
     pieces = sum(len(window.slices) for window in windows)
-    read = shuffle.reads_per_group * _ROW_BYTES + pieces * _FOOTER_BYTES / len(source.train)
+    read = shuffle.rows_read_per_row * _ROW_BYTES + pieces * _FOOTER_BYTES / len(source.train)
     return {
         "training_rows": len(source.train),
         "lanes": shuffle.lanes,

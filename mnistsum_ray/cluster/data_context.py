@@ -1,11 +1,16 @@
 """Options of Ray Data for the app's own datasets. Datasets of the user, in the same process, keep theirs."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from ray.data import DataContext
 
 from mnistsum_ray.cluster.patient_execution import PatientExecution
+
+_LOCK: Final = threading.RLock()
+"""The current DataContext belongs to the process and not to a thread, and datasets are created in several threads."""
 
 
 @contextmanager
@@ -23,6 +28,11 @@ def ray_data_options(
         object_store_bytes: memory of blocks that wait for the consumer, above which no task is started; the execution then sleeps
             until blocks are taken. None: half of the store.
     """
+    with _LOCK:
+        yield from _set_options(preserve_order, target_max_block_size, object_store_bytes)
+
+
+def _set_options(preserve_order: bool, target_max_block_size: int | None, object_store_bytes: int | None) -> Iterator[None]:
     context = DataContext.get_current().copy()
     # The app reports progress itself; Ray's bars and plans would repeat it.
     context.enable_progress_bars = False

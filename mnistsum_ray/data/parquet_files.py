@@ -151,6 +151,9 @@ class ParquetFiles:
             earlier: FILE_SCHEMA.
             same_place: the earlier files lay in the same folder, so their times must be the same too. A copy has other times.
         """
+        compared = ["name", "size", "footer_sha256", *["modified"][: int(same_place)]]
+        if self.table.select(compared).equals(earlier.select(compared)):
+            return None
         now, then = ({row["name"]: row for row in table.to_pylist()} for table in (self.table, earlier))
         for name in sorted(now.keys() | then.keys()):
             reason = _difference(then.get(name), now.get(name), same_place=same_place)
@@ -169,7 +172,7 @@ def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None, *, same
     return None
 
 
-def pieces(groups: RowGroups, rows: RowRanges) -> tuple[npt.NDArray[np.int64], RowIds, RowIds, npt.NDArray[np.int64]]:
+def groups_holding(groups: RowGroups, rows: RowRanges) -> tuple[npt.NDArray[np.int64], RowIds, RowIds, npt.NDArray[np.int64]]:
     """The groups that hold any of `rows`: group index, first id, end id and number of the rows, int64[m] each."""
     counts = groups.counts(rows)
     filled = np.flatnonzero(counts)

@@ -66,6 +66,7 @@ def read_pieces(root: Location, pieces: pa.Table, ids: list[RowIds], order: npt.
 
     Raises:
         RequestError: a file is gone or has changed, or a row is not an image with a digit; names the file and the row.
+        OSError: the storage does not answer, or a page is damaged; names the file.
     """
     images, digits = np.empty((len(order), SIDE, SIDE), np.uint8), np.empty(len(order), np.int8)
     places = np.full(sum(map(len, ids)), -1, np.int64)
@@ -89,7 +90,9 @@ def _read_piece(root: Location, piece: dict[str, Any], ids: RowIds) -> tuple[Pix
         table = plain_table(_read_rows(file, piece, ids - piece["group_id"]))
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
-    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: one of Ray's types with damaged metadata
+    except (OSError, MemoryError) as error:
+        raise OSError(f"{file.display}: cannot be read: {one_line(error)}") from None
+    except (pa.ArrowException, ValueError) as error:  # ValueError: one of Ray's types with damaged metadata
         raise RequestError(f"{file.display}: cannot be read: {one_line(error)}") from None
     rows_in_file = piece["group_row"] + ids - piece["group_id"]
     images, bad = decode_images(one_chunk(table["image"]))

@@ -35,7 +35,8 @@ class RowRanges:
 
     def id_sum(self) -> int:
         """Sum of all ids."""
-        return int(((self.starts + self.ends - 1) * (self.ends - self.starts) // 2).sum())
+        ranges = zip(self.starts.tolist(), self.ends.tolist(), strict=True)  # of Python's integers, which do not overflow
+        return sum((start + end - 1) * (end - start) // 2 for start, end in ranges)
 
     def ids(self) -> RowIds:
         """All ids: int64[n]."""

@@ -1,7 +1,7 @@
 """Windowed shuffle: the order of an epoch that does not fit in memory, as a pure function of seed, epoch, data and batch size.
 
     row groups of the files, permuted anew each epoch
-    ├── lane 0 ──┼── lane 1 ──┼── … ──┤        cut into lanes of equal length
+    ├── lane 0 ──┼── lane 1 ──┼── … ──┤        cut into lanes, each as long as its positions of the batches need
     [win][window][window][win]…               each lane is cut into windows, and the rows of a window are permuted
 
 Position p of each global batch is filled by lane p % lanes (`sampling.positions_of_rank`), so a worker reads the windows of its
@@ -80,7 +80,7 @@ class WindowedShuffle:
         return steps_per_epoch(len(self.rows), self.batch_size)
 
     @property
-    def reads_per_group(self) -> float:
+    def rows_read_per_row(self) -> float:
         """How many rows are read for each training row, on average: a slice of a row group is read from the group's beginning."""
         _, skips, counts, _ = self._slices
         return float((skips + counts).sum() / counts.sum())

@@ -82,7 +82,7 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: OutputLock, console: Consol
     with mlflow_run(run, manifest, console) as mlflow:
         try:
             manifest_file.write_json(manifest)
-            if run.streams_held_out and source.files and start is None:
+            if run.streams_held_out and source.files:
                 write_data_files(run.folder, source.files)
             console.say(
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation and "

@@ -119,7 +119,7 @@ class InMemoryRows:
 
     def training_batches(self, schedule: Schedule, device: torch.device) -> Iterator[Batch]:
         """This worker's share of each step of all remaining epochs, in order."""
-        chunks = schedule.chunks()
+        chunks = list(schedule.chunks())
         blocks = self._training_blocks(schedule, [chunk for chunk in chunks if schedule.chunk_rows(chunk)], device)
         empty = {name: torch.zeros(0, dtype=torch.int64, device=device) for name in ("digit", "row_id", "number")}
         empty["image"] = torch.zeros((0, SIDE, SIDE), dtype=torch.uint8, device=device)

@@ -5,10 +5,10 @@
     streamed rows    Parquet ──read, decode, permute a window──▶ rank 0 puts its lanes together
                              (streaming.py)                 └──▶ rank 1 …
 
-One execution of Ray Data per worker streams all remaining epochs. The order of every epoch is known beforehand, so the first
-batches of the next epoch are ready before this one ends, and a worker's rows depend on (seed, epoch, rank, world size) and on
-nothing that a scheduler decides. Ray's `streaming_split` would drop up to one row a worker, and a new execution for each epoch
-would cost its start-up each time.
+Each worker has its own executions of Ray Data, which go over the ends of the epochs. The order of every epoch is known
+beforehand, so the first batches of the next epoch are ready before this one ends, and which rows a worker gets depends on nothing
+that a scheduler decides. Ray's `streaming_split` would drop up to one row a worker, and a new execution for each epoch would cost
+its start-up each time.
 """
 
 from collections.abc import Iterable, Iterator

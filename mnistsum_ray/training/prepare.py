@@ -17,13 +17,10 @@ from mnistsum_ray.training.blocks import ROW_BYTES
 from mnistsum_ray.training.in_memory import materialize_source
 from mnistsum_ray.training.preflight import TrainingRun
 from mnistsum_ray.training.resources import ResourcePlan
-from mnistsum_ray.training.streaming import AHEAD, StreamedRows
+from mnistsum_ray.training.streaming import StreamedRows, held_rows
 
 _USABLE_SHARE: Final = 0.8
 """Share of an object store that a run may plan to fill: Ray spills to disk above that."""
-
-_HELD_WINDOWS: Final = 1 + 2 * AHEAD
-"""Rows that a run holds, as a multiple of `--shuffle-rows`: windows in use, and what two executions have read ahead."""
 
 _MANY_READS: Final = 1.5
 
@@ -54,19 +51,23 @@ def prepare_rows(run: TrainingRun, plan: ResourcePlan, say: Callable[[str], None
     source, parameters = run.source, run.hyperparameters
     streamed = StreamedRows(source.files, parameters.shuffle_rows) if run.streams_held_out and source.files else None
     if streamed is None:
-        _check_memory(run, plan, source.rows, 0)
+        held = _check_memory(run, plan, source.rows, 0)
+        say(f"holding all {source.rows:,} rows in memory: {_megabytes(held)} in the object store of each node")
         loaded = materialize_source(source)
         return PreparedRows(loaded.images, loaded.first_ids, None, loaded.fingerprint, loaded.lineage)
     footers = streamed.files.fingerprint(source.splits)
     if not run.streams_training:
-        _check_memory(run, plan, len(source.train), 0)
-        say(f"the {len(source.validation) + len(source.test):,} held-out rows are streamed for each evaluation")
+        held = _check_memory(run, plan, len(source.train), 0)
+        say(
+            f"holding the training rows in memory: {_megabytes(held)} in the object store of each node; the "
+            f"{len(source.validation) + len(source.test):,} held-out rows are streamed for each evaluation"
+        )
         loaded = materialize_source(source, source.train)
         fingerprint = hashlib.sha256(f"{loaded.fingerprint} {footers}".encode()).hexdigest()
         return PreparedRows(loaded.images, loaded.first_ids, streamed, fingerprint, loaded.lineage)
     shuffle = streamed.shuffle(source.train, parameters.batch_size, parameters.seed)
     window_rows = shuffle.window_rows * shuffle.lanes
-    held = _check_memory(run, plan, 0, int(window_rows * _HELD_WINDOWS))
+    held = _check_memory(run, plan, 0, held_rows(shuffle, plan.workers[1]))
     say(
         f"streaming {len(source.train):,} training rows, shuffled in windows of {window_rows:,} in {shuffle.lanes} lanes; "
         f"holds at most {_megabytes(held)} of an object store"
@@ -87,14 +88,16 @@ def _check_memory(run: TrainingRun, plan: ResourcePlan, node_rows: int, cluster_
         share = min(1.0, max(workers for _, workers in fitting) / plan.workers[0]) or 1.0
         store = min((node.get("object_store_memory", store) for node, workers in fitting if workers), default=store)
     held = int(node_rows + share * cluster_rows) * ROW_BYTES
-    usable = _USABLE_SHARE * store
-    if held > usable:
-        fitting_rows = int(usable / ROW_BYTES / share / (_HELD_WINDOWS if run.streams_training else 1))
-        what = f"--shuffle-rows {run.hyperparameters.shuffle_rows:,}" if run.source.files else f"--data {run.config.data}"
+    if held > _USABLE_SHARE * store:
+        flag = f"--shuffle-rows {run.hyperparameters.shuffle_rows}" if run.source.files else f"--data {run.config.data}"
+        advice = "start Ray with a larger --object-store-memory"
+        if run.source.files and not run.config.resume:
+            # A streamed run holds two to three times --shuffle-rows, spread over the nodes.
+            rows = min(len(run.source.train) - 1, int(_USABLE_SHARE * store / ROW_BYTES / share / 3))
+            advice = f"give --shuffle-rows {rows // 1000 * 1000 or rows}, so that rows are streamed, or {advice}"
         raise RequestError(
-            f"{what}: the run would hold {_megabytes(held)} of rows in the object store of a node, which has "
-            f"{_megabytes(store)}; give --shuffle-rows {fitting_rows // 1000 * 1000 or fitting_rows} (Parquet with more rows is "
-            "streamed), or start Ray with a larger --object-store-memory"
+            f"{flag}: the run would hold {_megabytes(held)} of rows in the object store of a node, which has "
+            f"{_megabytes(store)}; {advice}"
         )
     return held
 
@@ -104,7 +107,7 @@ def _megabytes(count: float) -> str:
 
 
 def _warn_of_reads(shuffle: WindowedShuffle, workers: int, say: Callable[[str], None]) -> None:
-    reads = shuffle.reads_per_group * max(1, -(-workers // shuffle.lanes))
+    reads = shuffle.rows_read_per_row * max(1, -(-workers // shuffle.lanes))
     if reads > _MANY_READS:
         say(
             f"the row groups, of up to {shuffle.groups.largest:,} rows, are read {reads:.1f} times an epoch, since a window of a "

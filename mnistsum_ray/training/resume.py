@@ -65,16 +65,18 @@ def check_data_files(folder: Location, files: ParquetFiles, *, same_place: bool)
         RequestError: a file has changed, is missing or is new; names it.
     """
     try:
-        earlier = pq.read_table(pa.BufferReader((folder / DATA_FILES).read_bytes()))
+        data = (folder / DATA_FILES).read_bytes()
     except FileNotFoundError:  # the run was killed before it had written them, and has trained on nothing yet
         return
-    except pa.ArrowException as error:
+    try:
+        earlier = pq.read_table(pa.BufferReader(data))
+    except (OSError, pa.ArrowException) as error:
         raise RequestError(
             f"--resume: {(folder / DATA_FILES).display} cannot be read: {one_line(error)}; start another run"
         ) from None
     changed = files.changed_file(earlier, same_place=same_place)
     if changed:
-        raise RequestError(f"--resume: {changed}; put it back as it was, or start another run")
+        raise RequestError(f"--resume: {changed}; put it back as it was, with its time, or start another run")
 
 
 def resume_manifest(stored: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Schedule of one worker: how many rows it trains on at which step, and at which places of the global batch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Final
@@ -75,14 +76,12 @@ class Schedule:
         """The first step of an epoch that is still to be trained."""
         return self.first_step if epoch == self.first_epoch else 0
 
-    def chunks(self) -> list[Chunk]:
+    def chunks(self) -> Iterator[Chunk]:
         """All remaining steps of all remaining epochs, in order."""
         stride = max(1, _CHUNK_ROWS * self.world_size // self.batch_size)
-        return [
-            Chunk(epoch, first, min(first + stride, self.steps))
-            for epoch in range(self.first_epoch, self.epochs)
-            for first in range(self.first_step_of(epoch), self.steps, stride)
-        ]
+        for epoch in range(self.first_epoch, self.epochs):
+            for first in range(self.first_step_of(epoch), self.steps, stride):
+                yield Chunk(epoch, first, min(first + stride, self.steps))
 
     def chunk_rows(self, chunk: Chunk) -> int:
         """Number of rows of this worker's shares of all steps of a chunk."""
@@ -94,7 +93,10 @@ class Schedule:
         return np.concatenate([order[step * self.batch_size + self.positions(step)] for step in chunk.steps])
 
     def lane_rows_taken(self, lane: int, indices: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.bool_]:
-        """Whether this worker is still to train on the rows of one of its lanes that have these indices in the lane."""
+        """Whether this worker is still to train on the rows of one of its lanes that have these indices in the lane.
+
+        It is not where a checkpoint has the row already, or where another worker of the same lane has the turn.
+        """
         rows_per_step = len(range(lane, self.batch_size, self.lanes))
         turns, turn = turns_of_rank(self.lanes, self.rank, self.world_size)
         untrained: npt.NDArray[np.bool_] = indices >= self.first_step_of(epoch) * rows_per_step

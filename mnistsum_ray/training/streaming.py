@@ -19,7 +19,7 @@ import torch
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from mnistsum_ray.cluster.data_context import ray_data_options
-from mnistsum_ray.data.parquet_files import ParquetFiles, pieces
+from mnistsum_ray.data.parquet_files import ParquetFiles, groups_holding
 from mnistsum_ray.data.pieces import make_pieces, piece_ids, read_pieces
 from mnistsum_ray.data.pixels import SIDE
 from mnistsum_ray.data.row_ranges import RowRanges
@@ -33,7 +33,7 @@ from mnistsum_ray.training.pipeline import Batch, on_device
 from mnistsum_ray.training.schedule import Chunk, Schedule
 
 AHEAD: Final = 0.5
-"""Rows that tasks read ahead, as a share of the rows of the windows. About so many are free: a window is half used on average."""
+"""Rows that tasks read ahead, as a share of the rows of all windows: what the first windows of an epoch have."""
 
 _TASKS_PER_EXECUTION: Final = 500
 """Ray Data keeps what it knows of each task, and takes 0.5 ms a task before it starts the first one."""
@@ -49,6 +49,16 @@ _HELD_OUT_TASK_PIECES: Final = 16
 
 _HELD_OUT_TASKS_PER_WORKER: Final = 4
 """Tasks of held-out rows for each worker, at least: with several, the shares of the workers are about equal."""
+
+
+def held_rows(shuffle: WindowedShuffle, workers: int) -> int:
+    """Most rows that all workers hold: the windows that they are in, and what two executions of each have read ahead."""
+    return shuffle.window_rows * shuffle.lanes + 2 * workers * _ahead_rows(shuffle, workers)
+
+
+def _ahead_rows(shuffle: WindowedShuffle, workers: int) -> int:
+    """Rows that one execution of one worker reads ahead, at least a window."""
+    return max(int(AHEAD * shuffle.window_rows * shuffle.lanes / workers), shuffle.window_rows)
 
 
 @dataclass(frozen=True)
@@ -81,24 +91,23 @@ class StreamedRows:
 
     def _training_blocks(self, schedule: Schedule) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Lane and rows of each block, in the order in which the steps need them."""
-        planned: deque[tuple[int, int]] = deque()  # lane and rows of each window that is being read
+        planned: deque[tuple[int, int, int]] = deque()  # number, lane and rows of each window that is being read
 
         def tasks() -> Iterator[pa.Table]:
-            for lane, rows, task in self.window_tasks(schedule):
-                planned.append((lane, rows))
-                yield task
+            for number, (lane, rows, task) in enumerate(self.window_tasks(schedule)):
+                planned.append((number, lane, rows))
+                yield task.append_column("window", pa.array(np.full(task.num_rows, number)))
 
-        window_rows = self.shuffle(schedule.rows, schedule.batch_size, schedule.seed).window_rows
-        ahead = int(max(AHEAD * self.shuffle_rows / schedule.world_size, 2 * window_rows)) * ROW_BYTES
+        ahead = _ahead_rows(self.shuffle(schedule.rows, schedule.batch_size, schedule.seed), schedule.world_size) * ROW_BYTES
         # Actors, since Ray ends the process of a task that has had nothing to do for a second, and a new one takes two seconds.
         pool = ActorPoolStrategy(size=self.readers, max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT)
         blocks = _run(tasks(), ahead, fn=ReadWindow, fn_constructor_args=(self.files.root, schedule), compute=pool)
         done = 0
         for table in blocks:
-            lane, rows = planned[0]
+            number, lane, rows = planned[0]
             done += table.num_rows
-            if done > rows:
-                raise AssertionError(f"a window of lane {lane} has {done} rows, not {rows}")
+            if done > rows or table["window"][0].as_py() != number:
+                raise AssertionError(f"window {table['window'][0]} of {done} rows came in place of window {number} of {rows}")
             if done == rows:
                 planned.popleft()
                 done = 0
@@ -137,7 +146,7 @@ class StreamedRows:
                 yield {name: _writable(values[start : start + batch_rows]) for name, values in columns.items()}
 
     def _held_out_tasks(self, rows: RowRanges, task_rows: int) -> Iterator[pa.Table]:
-        groups, first_ids, _, counts = pieces(self.files.groups, rows)
+        groups, first_ids, _, counts = groups_holding(self.files.groups, rows)
         before = rows.count_below(first_ids)
         # A piece of many rows is read in slices.
         numbers = -(-counts // task_rows)
@@ -194,7 +203,8 @@ def _execute(tables: list[pa.Table], ahead: int, map_arguments: dict[str, Any]) 
         )
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         if "error" in table.column_names:
-            raise RunError(table["error"][0].as_py())
+            # The storage may answer the next attempt; what is wrong in a file stays wrong.
+            raise (OSError if table["may_pass"][0].as_py() else RunError)(table["error"][0].as_py())
         yield table
 
 
@@ -210,17 +220,18 @@ class ReadWindow:
         A row's number and draws follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
         """
         schedule = self._schedule
-        epoch, lane, first = (task[name][0].as_py() for name in ("epoch", "lane", "first"))
+        epoch, lane, first, number = (task[name][0].as_py() for name in ("epoch", "lane", "first", "window"))
         ids = piece_ids(task, schedule.rows)
         row_ids = np.concatenate(ids)
         order = row_order(schedule.seed, epoch, row_ids)
         order = order[schedule.lane_rows_taken(lane, first + np.arange(len(order)), epoch)]
         try:
             table = read_pieces(self._root, task, ids, order)
-        except RequestError as error:
+        except (RequestError, OSError) as error:
             return _error(error)
         row_ids = row_ids[order]
         table = table.append_column("row_id", pa.array(row_ids))
+        table = table.append_column("window", pa.array(np.full(len(row_ids), number)))
         table = table.append_column("number", pa.array(random_numbers(schedule.seed, epoch, row_ids).astype(np.int8)))
         if schedule.distortion:  # the worker distorts the images, on its device
             draws = pa.array(distortions(schedule.seed, epoch, row_ids).ravel())
@@ -234,13 +245,13 @@ def read_rows(task: pa.Table, root: Location, rows: RowRanges) -> pa.Table:
     row_ids = np.concatenate(ids)
     try:
         return read_pieces(root, task, ids, np.arange(len(row_ids))).append_column("row_id", pa.array(row_ids))
-    except RequestError as error:
+    except (RequestError, OSError) as error:
         return _error(error)
 
 
-def _error(error: RequestError) -> pa.Table:
+def _error(error: RequestError | OSError) -> pa.Table:
     """A block that says why there are no rows: an exception would be wrapped by Ray Data, and its type lost."""
-    return pa.table({"error": [str(error)]})
+    return pa.table({"error": [str(error)], "may_pass": [isinstance(error, OSError)]})
 
 
 def _columns(table: pa.Table) -> dict[str, np.ndarray]:

@@ -108,8 +108,8 @@ def test_there_are_as_many_lanes_as_windows_can_hold_row_groups() -> None:
 
 
 def test_a_row_group_is_read_once_where_a_window_holds_it() -> None:
-    assert shuffle_of("even", shuffle_rows=6400).reads_per_group == 1
-    assert shuffle_of("one", shuffle_rows=2000).reads_per_group > 10
+    assert shuffle_of("even", shuffle_rows=6400).rows_read_per_row == 1
+    assert shuffle_of("one", shuffle_rows=2000).rows_read_per_row > 10
 
 
 def test_the_lanes_reach_the_ends_of_their_windows_one_after_the_other() -> None:

@@ -27,6 +27,7 @@ def pairs(folder: Path | str, rows: int) -> list[object]:
     return ["--input", f"{folder}/in", "--output", f"{folder}/out", "--max-rows-per-file", 250]
 
 
+@pytest.mark.sweep
 def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path) -> None:
     flags = ["--model", model, *pairs("s3://scores/busy", ROWS)]
     job = Job("score", *flags)

@@ -69,6 +69,22 @@ def test_a_lost_node_costs_at_most_its_epoch(data: Path, tmp_path: Path, undistu
     check_done(done, tmp_path, undisturbed)
 
 
+@pytest.mark.sweep
+def test_a_lost_node_changes_nothing_where_rows_are_streamed(data: Path, tmp_path: Path) -> None:
+    flags = ["--data", data, *TWO, "--shuffle-rows", 1000, "--storage-path"]
+    with nodes(0, 1, 1) as cluster:
+        alone = run_job("train", *flags, tmp_path / "alone", address=cluster.address)
+        job = Job("train", *flags, tmp_path / "lost", address=cluster.address)
+        job.wait_for_line("epoch 1:")
+        job.wait_for_line("epoch 2/2")
+        cluster.remove_node(last_node(cluster), allow_graceful=False)
+        add_node(cluster)
+        done = job.wait()
+    assert "streaming 4,000 training rows" in done.err
+    assert "going on after epoch 1, on 2 workers" in done.err
+    check_done(done, tmp_path / "lost", (weights(tmp_path / "alone"), alone.line["test"]))
+
+
 def last_node(cluster: Cluster) -> Any:
     """A node that is not the head; the driver has joined the head."""
     return cluster.list_all_nodes()[-1]

@@ -103,7 +103,7 @@ def test_batches_are_mixed_from_all_files(alone: list[list[tuple[int, ...]]]) ->
     assert np.median(neighbours) > 3
 
 
-@pytest.mark.parametrize("world_size", [2, 3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.sweep])])
 def test_any_number_of_workers_sees_the_same_batches(alone: list[list[tuple[int, ...]]], folder: Path, world_size: int) -> None:
     """Ten workers are more than the eight lanes."""
     assert global_batches(open_source(str(folder)), world_size) == alone
@@ -195,6 +195,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_a_killed_worker_changes_nothing(tmp_path: Path, folder: Path, undisturbed: tuple[bytes, list[float]]) -> None:
     job = Job("train", "--data", folder, *TRAINING, "--storage-path", tmp_path, "--name", "worker")
     job.wait_for_line("epoch 2: train loss")  # the checkpoint of the first epoch has been saved
@@ -227,13 +228,17 @@ def test_a_file_that_changed_is_refused_by_name_when_the_run_is_resumed(tmp_path
     os.utime(files / "1.parquet", (0, 0))
     refused = run_job("train", "--storage-path", tmp_path, "--name", "mine", "--resume")
     assert refused.code == 2
-    assert f"error: --resume: {files}/1.parquet: has changed since the run began; put it back" in refused.err
+    assert (
+        f"error: --resume: {files}/1.parquet: has changed since the run began; put it back as it was, with its time"
+        in refused.err
+    )
     other = run_job("train", "--storage-path", tmp_path, "--name", "mine", "--resume", "--shuffle-rows", 500)
     assert other.code == 2
     assert "--shuffle-rows 500: the run mine has 400" in other.err
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_a_file_that_changes_while_the_run_trains_ends_it_at_once(tmp_path: Path, mixed: pa.Table) -> None:
     files = write_files(tmp_path / "files", mixed)
     job = Job("train", "--data", files, *TRAINING, "--epochs", 40, "--storage-path", tmp_path, "--name", "mine")
@@ -247,13 +252,14 @@ def test_a_file_that_changes_while_the_run_trains_ends_it_at_once(tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_many_held_out_rows_are_streamed_beside_training_rows_in_memory(tmp_path: Path, mixed: pa.Table) -> None:
     (tmp_path / "data").mkdir()
     write_files(tmp_path / "data" / "train", mixed.slice(0, 300))
     write_files(tmp_path / "data" / "test", mixed.slice(300))
     flags = ["--data", tmp_path / "data", *TRAINING, "--storage-path", tmp_path]
     done = run_job("train", *flags, "--name", "many")
-    assert "the 1,730 held-out rows are streamed for each evaluation" in done.err
+    assert "in the object store of each node; the 1,730 held-out rows are streamed for each evaluation" in done.err
     assert (done.line["data"]["train_rows"], done.line["test"]["rows"]) == (270, 1700)
     all_in_memory = run_job("train", *flags, "--name", "memory", "--shuffle-rows", 2000)
     assert left(done) == left(all_in_memory), "the training rows are in memory in both"
@@ -274,5 +280,5 @@ def test_what_does_not_fit_is_refused_before_it_starts(tmp_path: Path, folder: P
     finally:
         small.shutdown()
     assert refused.code == 2
-    assert "--shuffle-rows 1,000,000: the run would hold" in refused.err.splitlines()[-1]
+    assert "--shuffle-rows 1000000: the run would hold" in refused.err.splitlines()[-1]
     assert "of rows in the object store of a node, which has 80 MiB; give --shuffle-rows" in refused.err.splitlines()[-1]
