@@ -52,8 +52,8 @@ def prepare_rows(run: TrainingRun, plan: ResourcePlan, say: Callable[[str], None
     streamed = StreamedRows(source.files, parameters.shuffle_rows) if run.streams_held_out and source.files else None
     if streamed is None:
         held = _check_memory(run, plan, source.rows, 0)
-        say(f"holding all {source.rows:,} rows in memory: {_megabytes(held)} in the object store of each node")
         loaded = materialize_source(source)
+        say(f"holding all {source.rows:,} rows in memory: {_megabytes(held)} in the object store of each node")
         return PreparedRows(loaded.images, loaded.first_ids, None, loaded.fingerprint, loaded.lineage)
     footers = streamed.files.fingerprint(source.splits)
     if not run.streams_training:

@@ -197,9 +197,11 @@ def _run(tasks: Iterator[pa.Table], ahead: int, **map_arguments: Any) -> Iterato
 
 def _execute(tables: list[pa.Table], ahead: int, map_arguments: dict[str, Any]) -> Iterator[pa.Table]:
     """The blocks of one execution; a task is a table of pieces."""
+    # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the workers hold all CPUs.
+    items = [{"task": _to_bytes(table)} for table in tables]
     with ray_data_options(preserve_order=True, object_store_bytes=ahead):
-        dataset = ray.data.from_arrow(tables).map_batches(
-            **map_arguments, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            **map_arguments, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS
         )
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         if "error" in table.column_names:
@@ -208,18 +210,31 @@ def _execute(tables: list[pa.Table], ahead: int, map_arguments: dict[str, Any]) 
         yield table
 
 
+def _to_bytes(task: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, task.schema) as stream:
+        stream.write_table(task)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _from_bytes(item: pa.Table) -> pa.Table:
+    """The task in an item: one row with the column `task`."""
+    return pa.ipc.open_stream(item["task"][0].as_buffer()).read_all()
+
+
 class ReadWindow:
     """Reads windows, in an actor."""
 
     def __init__(self, root: Location, schedule: Schedule) -> None:
         self._root, self._schedule = root, schedule
 
-    def __call__(self, task: pa.Table) -> pa.Table:
+    def __call__(self, item: pa.Table) -> pa.Table:
         """The rows of a window that a worker trains on, in their order: `image`, `digit`, `row_id`, `number` and `draws`.
 
         A row's number and draws follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
         """
-        schedule = self._schedule
+        schedule, task = self._schedule, _from_bytes(item)
         epoch, lane, first, number = (task[name][0].as_py() for name in ("epoch", "lane", "first", "window"))
         ids = piece_ids(task, schedule.rows)
         row_ids = np.concatenate(ids)
@@ -239,8 +254,9 @@ class ReadWindow:
         return table
 
 
-def read_rows(task: pa.Table, root: Location, rows: RowRanges) -> pa.Table:
+def read_rows(item: pa.Table, root: Location, rows: RowRanges) -> pa.Table:
     """The rows of a task in the order of their ids: `image`, `digit` and `row_id`."""
+    task = _from_bytes(item)
     ids = piece_ids(task, rows)
     row_ids = np.concatenate(ids)
     try:

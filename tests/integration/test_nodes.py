@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
@@ -71,7 +72,10 @@ def test_a_lost_node_costs_at_most_its_epoch(data: Path, tmp_path: Path, undistu
 
 @pytest.mark.sweep
 def test_a_lost_node_changes_nothing_where_rows_are_streamed(data: Path, tmp_path: Path) -> None:
-    flags = ["--data", data, *TWO, "--shuffle-rows", 1000, "--storage-path"]
+    """Here the workers hold all CPUs: a task that reserves one would wait for ever."""
+    files = tmp_path / "rows.parquet"
+    pq.write_table(pq.read_table(data), files, row_group_size=100)
+    flags = ["--data", files, *TWO, "--shuffle-rows", 1000, "--storage-path"]
     with nodes(0, 1, 1) as cluster:
         alone = run_job("train", *flags, tmp_path / "alone", address=cluster.address)
         job = Job("train", *flags, tmp_path / "lost", address=cluster.address)

@@ -49,7 +49,7 @@ def test_a_name_in_use(tmp_path: Path) -> None:
 def test_a_truncated_file(tmp_path: Path, write_rows: Rows) -> None:
     path = write_rows(100)
     path.write_bytes(path.read_bytes()[:1000])
-    check_refused(run_job("train", "--data", path.parent, "--storage-path", tmp_path / "runs"), "is not a whole Parquet file")
+    check_refused(run_job("train", "--data", path.parent, "--storage-path", tmp_path / "runs"), "is not Parquet, or was cut off")
 
 
 def test_an_invalid_row(tmp_path: Path, sample: pa.Table, cluster: str) -> None:
