@@ -3,7 +3,7 @@
 import io
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,20 +55,25 @@ def png_file(image: Pixels) -> bytes:
 class _Usage:
     """CPU time and memory of all processes that this one has started, and of itself."""
 
-    cpu_seconds: float = 0.0
     peak_bytes: int = 0
+    _cpu_seconds: dict[int, float] = field(default_factory=dict)
+    """By process; those that have ended stay."""
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(self._cpu_seconds.values())
 
     def sample(self) -> None:
         """Look at the processes; memory that they share counts once."""
-        cpu, memory = 0.0, 0
+        memory = 0
         for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
             try:
                 times, info = process.cpu_times(), process.memory_full_info()
             except psutil.Error:  # it has ended
                 continue
-            cpu += times.user + times.system
+            self._cpu_seconds[process.pid] = times.user + times.system
             memory += getattr(info, "pss", info.uss)
-        self.cpu_seconds, self.peak_bytes = max(self.cpu_seconds, cpu), max(self.peak_bytes, memory)
+        self.peak_bytes = max(self.peak_bytes, memory)
 
 
 def feed(folder: Path, shuffle_rows: int, workers: int) -> dict[str, float]:
@@ -147,8 +152,6 @@ class _FeedWorker:
             lanes=rows.lanes(source.train, BATCH),
             seed=0,
             distortion=_DISTORTION,
-            first_epoch=0,
-            first_step=0,
             epochs=1,
             rank=self._rank,
             world_size=self._world_size,

@@ -61,8 +61,6 @@ def plan_training(files: int, rows_per_file: int) -> Measurement:
         lanes=rows.lanes(source.train, _TRAINING_BATCH),
         seed=0,
         distortion=0.0,
-        first_epoch=0,
-        first_step=0,
         epochs=1,
         rank=0,
         world_size=_WORKERS,

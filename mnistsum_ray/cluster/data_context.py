@@ -29,20 +29,16 @@ def ray_data_options(
             until blocks are taken. None: half of the store.
     """
     with _LOCK:
-        yield from _set_options(preserve_order, target_max_block_size, object_store_bytes)
-
-
-def _set_options(preserve_order: bool, target_max_block_size: int | None, object_store_bytes: int | None) -> Iterator[None]:
-    context = DataContext.get_current().copy()
-    # The app reports progress itself; Ray's bars and plans would repeat it.
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = preserve_order
-    if target_max_block_size is not None:
-        context.target_max_block_size = target_max_block_size
-    if object_store_bytes is not None:
-        context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, PatientExecution]
-        limits = context.execution_options.resource_limits
-        context.execution_options.resource_limits = limits.copy(object_store_memory=object_store_bytes)
-    with DataContext.current(context):
-        yield
+        context = DataContext.get_current().copy()
+        # The app reports progress itself; Ray's bars and plans would repeat it.
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.execution_options.preserve_order = preserve_order
+        if target_max_block_size is not None:
+            context.target_max_block_size = target_max_block_size
+        if object_store_bytes is not None:
+            context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, PatientExecution]
+            limits = context.execution_options.resource_limits
+            context.execution_options.resource_limits = limits.copy(object_store_memory=object_store_bytes)
+        with DataContext.current(context):
+            yield

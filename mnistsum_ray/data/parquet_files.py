@@ -151,25 +151,23 @@ class ParquetFiles:
             earlier: FILE_SCHEMA.
             same_place: the earlier files lay in the same folder, so their times must be the same too. A copy has other times.
         """
-        compared = ["name", "size", "footer_sha256", *["modified"][: int(same_place)]]
+        compared = ["name", "size", "footer_sha256"] + (["modified"] if same_place else [])
         if self.table.select(compared).equals(earlier.select(compared)):
             return None
         now, then = ({row["name"]: row for row in table.to_pylist()} for table in (self.table, earlier))
         for name in sorted(now.keys() | then.keys()):
-            reason = _difference(then.get(name), now.get(name), same_place=same_place)
+            reason = _difference(then.get(name), now.get(name), compared)
             if reason:
                 return f"{self.location(name).display}: {reason}"
         return None
 
 
-def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None, *, same_place: bool) -> str | None:
+def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None, compared: list[str]) -> str | None:
     if then is None:
         return "is new since the run began"
     if now is None:
         return "is missing; it was there when the run began"
-    if any(then[name] != now[name] for name in ("size", "footer_sha256")) or (same_place and then["modified"] != now["modified"]):
-        return "has changed since the run began"
-    return None
+    return "has changed since the run began" if any(then[name] != now[name] for name in compared) else None
 
 
 def groups_holding(groups: RowGroups, rows: RowRanges) -> tuple[npt.NDArray[np.int64], RowIds, RowIds, npt.NDArray[np.int64]]:

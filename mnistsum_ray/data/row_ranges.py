@@ -8,6 +8,21 @@ import numpy.typing as npt
 from mnistsum_ray.data.sampling import RowIds
 
 
+def cut_evenly(
+    counts: npt.NDArray[np.int64], limit: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Cut each of some counts of rows into slices of at most `limit` rows and about equal size; a count of 0 has no slice.
+
+    Returns:
+        Of each slice the index of its count, its first row and its end row among the rows of that count: int64[n] each.
+    """
+    slices = -(-counts // limit)
+    index = np.repeat(np.arange(len(counts)), slices)
+    number = np.arange(len(index)) - np.repeat(np.cumsum(slices) - slices, slices)
+    first, end = (counts[index] * edge // slices[index] for edge in (number, number + 1))
+    return index, first, end
+
+
 @dataclass(frozen=True, eq=False)
 class RowRanges:
     """A set of row ids in ascending order, as ranges `starts[i] <= id < ends[i]`."""

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnistsum_ray.data.parquet_files import RowGroups
-from mnistsum_ray.data.row_ranges import RowRanges
+from mnistsum_ray.data.row_ranges import RowRanges, cut_evenly
 from mnistsum_ray.data.sampling import group_order, steps_per_epoch
 
 _LANES: Final = (64, 32, 16, 8)
@@ -109,13 +109,9 @@ class WindowedShuffle:
 
         The lines are the group, its training rows before the slice, the training rows of the slice, and the id of the first one.
         """
-        counts = self.groups.counts(self.rows)
-        numbers = -(-counts // self.window_rows)
-        group = np.repeat(np.arange(len(counts)), numbers)
-        number = np.arange(len(group)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-        low, high = (counts[group] * edge // numbers[group] for edge in (number, number + 1))
-        first_ids = self.rows.at(self.rows.count_below(self.groups.bounds[:-1])[group] + low)
-        return np.stack([group, low, high - low, first_ids])
+        group, first, end = cut_evenly(self.groups.counts(self.rows), self.window_rows)
+        first_ids = self.rows.at(self.rows.count_below(self.groups.bounds[:-1])[group] + first)
+        return np.stack([group, first, end - first, first_ids])
 
     def _permuted(self, epoch: int) -> "_Sequence":
         slices = self._slices[:, group_order(self.seed, epoch, self._slices[3])]

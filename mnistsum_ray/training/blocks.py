@@ -1,10 +1,11 @@
-"""Blocks of rows in the object store, as Arrow tables, and the batches of tensors that a worker computes with."""
+"""Blocks of rows in the object store: Arrow tables, whose columns are arrays without a copy."""
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from mnistsum_ray.data.pixels import PIXELS, Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.sampling import DISTORTION_DRAWS
 
 ROW_BYTES = PIXELS + 40
 """Memory of a row in a block: pixels, digit, number, row id and draws."""
@@ -18,3 +19,20 @@ def images_of(table: pa.Table) -> Pixels:
 def digits_of(table: pa.Table) -> npt.NDArray[np.int8]:
     """The column `digit` as int8[n]."""
     return table["digit"].to_numpy()  # type: ignore[no-any-return]
+
+
+def columns_of(table: pa.Table) -> dict[str, np.ndarray]:
+    """The columns of a block as arrays, most of them without a copy."""
+    columns: dict[str, np.ndarray] = {"image": images_of(table), "digit": digits_of(table).astype(np.int64)}
+    for name in ("row_id", "number"):
+        if name in table.column_names:
+            columns[name] = table[name].to_numpy().astype(np.int64)
+    if "draws" in table.column_names:
+        flat = table["draws"].combine_chunks().flatten().to_numpy()
+        columns["draws"] = flat.reshape(-1, DISTORTION_DRAWS)
+    return columns
+
+
+def writable(values: np.ndarray) -> np.ndarray:
+    """A copy where the array is a view of the object store: PyTorch wants memory that it may write."""
+    return values if values.flags.writeable else values.copy()

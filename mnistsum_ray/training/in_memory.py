@@ -22,7 +22,7 @@ from mnistsum_ray.data.sources import Source
 from mnistsum_ray.errors import RequestError, RowCountError
 from mnistsum_ray.training.blocks import digits_of, images_of
 from mnistsum_ray.training.gather import Gather, GatherChunk, read_source_part
-from mnistsum_ray.training.pipeline import Batch
+from mnistsum_ray.training.pipeline import Batch, split_into_steps
 from mnistsum_ray.training.schedule import Chunk, Schedule
 
 TASK_CPUS: Final = 0
@@ -129,11 +129,7 @@ class InMemoryRows:
             if len(block["row_id"]) != rows:
                 # Only this rank knows. An exception ends the others too; a RowCountError, returned as a value, would not.
                 raise AssertionError(f"a block of epoch {chunk.epoch + 1} has {len(block['row_id'])} rows, not {rows}")
-            start = 0
-            for step in chunk.steps:
-                end = start + schedule.share_rows(step)
-                yield {name: values[start:end] for name, values in block.items()}
-                start = end
+            yield from split_into_steps(block, schedule, chunk)
 
     def _training_blocks(self, schedule: Schedule, chunks: list[Chunk], device: torch.device) -> Iterator[Batch]:
         """The rows of each chunk, in order."""

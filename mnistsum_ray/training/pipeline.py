@@ -20,7 +20,7 @@ import torch
 
 from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.data.sampling import RowIds
-from mnistsum_ray.training.schedule import Schedule
+from mnistsum_ray.training.schedule import Chunk, Schedule
 
 Batch = dict[str, torch.Tensor]
 """image uint8[n, 28, 28], digit int64[n], row_id int64[n]; in training also number int64[n] and, with --distortion, draws
@@ -86,6 +86,15 @@ class EvaluationSet:
     def _read(self) -> Iterator[Batch]:
         for batch in self._source.in_order(self.rows, _EVALUATION_BATCH, self._rank, self._world_size):
             yield on_device(batch, self._device)
+
+
+def split_into_steps(batch: Batch, schedule: Schedule, chunk: Chunk) -> Iterator[Batch]:
+    """The rows of a chunk as this worker's share of each of its steps."""
+    start = 0
+    for step in chunk.steps:
+        end = start + schedule.share_rows(step)
+        yield {name: values[start:end] for name, values in batch.items()}
+        start = end
 
 
 def on_device(batch: dict[str, np.ndarray], device: torch.device) -> Batch:

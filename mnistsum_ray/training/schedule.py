@@ -40,12 +40,12 @@ class Schedule:
     """Position p of a batch belongs to lane p % lanes, see `sampling.positions_of_rank`; the batch size for rows in memory."""
     seed: int
     distortion: float
-    first_epoch: int
-    first_step: int
-    """First step of the first epoch; later epochs start at step 0."""
     epochs: int
     rank: int
     world_size: int
+    first_epoch: int = 0
+    first_step: int = 0
+    """First step of the first epoch; later epochs start at step 0."""
 
     @property
     def steps(self) -> int:

@@ -5,14 +5,13 @@ have read ahead. Neither grows with the number of rows.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 import torch
@@ -20,17 +19,16 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.data.parquet_files import ParquetFiles, groups_holding
-from mnistsum_ray.data.pieces import make_pieces, piece_ids, read_pieces
-from mnistsum_ray.data.pixels import SIDE
-from mnistsum_ray.data.row_ranges import RowRanges
-from mnistsum_ray.data.sampling import DISTORTION_DRAWS, distortions, random_numbers, row_order
+from mnistsum_ray.data.pieces import make_pieces
+from mnistsum_ray.data.row_ranges import RowRanges, cut_evenly
 from mnistsum_ray.data.windowed_shuffle import Window, WindowedShuffle
-from mnistsum_ray.errors import RequestError, RunError
-from mnistsum_ray.storage.location import Location
-from mnistsum_ray.training.blocks import ROW_BYTES, digits_of, images_of
+from mnistsum_ray.errors import RunError
+from mnistsum_ray.training.blocks import ROW_BYTES, columns_of, writable
 from mnistsum_ray.training.in_memory import TASK_CPUS
-from mnistsum_ray.training.pipeline import Batch, on_device
-from mnistsum_ray.training.schedule import Chunk, Schedule
+from mnistsum_ray.training.interleave import Interleaver, LaneQueues
+from mnistsum_ray.training.pipeline import Batch, on_device, split_into_steps
+from mnistsum_ray.training.read_tasks import ReadWindow, read_rows, task_to_item
+from mnistsum_ray.training.schedule import Schedule
 
 AHEAD: Final = 0.5
 """Rows that tasks read ahead, as a share of the rows of all windows: what the first windows of an epoch have."""
@@ -80,14 +78,9 @@ class StreamedRows:
 
     def training_batches(self, schedule: Schedule, device: torch.device) -> Iterator[Batch]:
         """This worker's share of each step of all remaining epochs, in order."""
-        lanes = _Lanes(self._training_blocks(schedule))
+        interleaver = Interleaver(schedule, LaneQueues(self._training_blocks(schedule)))
         for chunk in schedule.chunks():
-            batch = on_device(_interleave(lanes, schedule, chunk), device)
-            start = 0
-            for step in chunk.steps:
-                end = start + schedule.share_rows(step)
-                yield {name: values[start:end] for name, values in batch.items()}
-                start = end
+            yield from split_into_steps(on_device(interleaver.next_chunk(chunk), device), schedule, chunk)
 
     def _training_blocks(self, schedule: Schedule) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Lane and rows of each block, in the order in which the steps need them."""
@@ -111,7 +104,7 @@ class StreamedRows:
             if done == rows:
                 planned.popleft()
                 done = 0
-            yield lane, _columns(table)
+            yield lane, columns_of(table)
         if planned or done:
             raise AssertionError(f"{len(planned)} windows have not been read")
 
@@ -141,18 +134,15 @@ class StreamedRows:
         tasks = islice(self._held_out_tasks(rows, task_rows), rank, None, world_size)
         ahead = 4 * _HELD_OUT_TASK_ROWS * ROW_BYTES
         for table in _run(tasks, ahead, fn=read_rows, fn_args=(self.files.root, rows), compute=TaskPoolStrategy(self.readers)):
-            columns = _columns(table)
+            columns = columns_of(table)
             for start in range(0, table.num_rows, batch_rows):
-                yield {name: _writable(values[start : start + batch_rows]) for name, values in columns.items()}
+                yield {name: writable(values[start : start + batch_rows]) for name, values in columns.items()}
 
     def _held_out_tasks(self, rows: RowRanges, task_rows: int) -> Iterator[pa.Table]:
         groups, first_ids, _, counts = groups_holding(self.files.groups, rows)
-        before = rows.count_below(first_ids)
-        # A piece of many rows is read in slices.
-        numbers = -(-counts // task_rows)
-        piece = np.repeat(np.arange(len(groups)), numbers)
-        number = np.arange(len(piece)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-        low, high = (before[piece] + counts[piece] * edge // numbers[piece] for edge in (number, number + 1))
+        piece, first, end = cut_evenly(counts, task_rows)  # a piece of many rows is read in slices
+        before = rows.count_below(first_ids)[piece]
+        low, high = before + first, before + end
         start, wanted = 0, 0
         for index, count in enumerate((high - low).tolist()):
             if index > start and (wanted + count > task_rows or index - start == _HELD_OUT_TASK_PIECES):
@@ -198,7 +188,7 @@ def _run(tasks: Iterator[pa.Table], ahead: int, **map_arguments: Any) -> Iterato
 def _execute(tables: list[pa.Table], ahead: int, map_arguments: dict[str, Any]) -> Iterator[pa.Table]:
     """The blocks of one execution; a task is a table of pieces."""
     # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the workers hold all CPUs.
-    items = [{"task": _to_bytes(table)} for table in tables]
+    items = list(map(task_to_item, tables))
     with ray_data_options(preserve_order=True, object_store_bytes=ahead):
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             **map_arguments, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS
@@ -208,131 +198,3 @@ def _execute(tables: list[pa.Table], ahead: int, map_arguments: dict[str, Any]) 
             # The storage may answer the next attempt; what is wrong in a file stays wrong.
             raise (OSError if table["may_pass"][0].as_py() else RunError)(table["error"][0].as_py())
         yield table
-
-
-def _to_bytes(task: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, task.schema) as stream:
-        stream.write_table(task)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
-
-
-def _from_bytes(item: pa.Table) -> pa.Table:
-    """The task in an item: one row with the column `task`."""
-    return pa.ipc.open_stream(item["task"][0].as_buffer()).read_all()
-
-
-class ReadWindow:
-    """Reads windows, in an actor."""
-
-    def __init__(self, root: Location, schedule: Schedule) -> None:
-        self._root, self._schedule = root, schedule
-
-    def __call__(self, item: pa.Table) -> pa.Table:
-        """The rows of a window that a worker trains on, in their order: `image`, `digit`, `row_id`, `number` and `draws`.
-
-        A row's number and draws follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
-        """
-        schedule, task = self._schedule, _from_bytes(item)
-        epoch, lane, first, number = (task[name][0].as_py() for name in ("epoch", "lane", "first", "window"))
-        ids = piece_ids(task, schedule.rows)
-        row_ids = np.concatenate(ids)
-        order = row_order(schedule.seed, epoch, row_ids)
-        order = order[schedule.lane_rows_taken(lane, first + np.arange(len(order)), epoch)]
-        try:
-            table = read_pieces(self._root, task, ids, order)
-        except (RequestError, OSError) as error:
-            return _error(error)
-        row_ids = row_ids[order]
-        table = table.append_column("row_id", pa.array(row_ids))
-        table = table.append_column("window", pa.array(np.full(len(row_ids), number)))
-        table = table.append_column("number", pa.array(random_numbers(schedule.seed, epoch, row_ids).astype(np.int8)))
-        if schedule.distortion:  # the worker distorts the images, on its device
-            draws = pa.array(distortions(schedule.seed, epoch, row_ids).ravel())
-            table = table.append_column("draws", pa.FixedSizeListArray.from_arrays(draws, DISTORTION_DRAWS))
-        return table
-
-
-def read_rows(item: pa.Table, root: Location, rows: RowRanges) -> pa.Table:
-    """The rows of a task in the order of their ids: `image`, `digit` and `row_id`."""
-    task = _from_bytes(item)
-    ids = piece_ids(task, rows)
-    row_ids = np.concatenate(ids)
-    try:
-        return read_pieces(root, task, ids, np.arange(len(row_ids))).append_column("row_id", pa.array(row_ids))
-    except (RequestError, OSError) as error:
-        return _error(error)
-
-
-def _error(error: RequestError | OSError) -> pa.Table:
-    """A block that says why there are no rows: an exception would be wrapped by Ray Data, and its type lost."""
-    return pa.table({"error": [str(error)], "may_pass": [isinstance(error, OSError)]})
-
-
-def _columns(table: pa.Table) -> dict[str, np.ndarray]:
-    """The columns of a block as arrays, most of them without a copy."""
-    columns: dict[str, np.ndarray] = {"image": images_of(table), "digit": digits_of(table).astype(np.int64)}
-    for name in ("row_id", "number"):
-        if name in table.column_names:
-            columns[name] = table[name].to_numpy().astype(np.int64)
-    if "draws" in table.column_names:
-        flat = table["draws"].combine_chunks().flatten().to_numpy()
-        columns["draws"] = flat.reshape(-1, DISTORTION_DRAWS)
-    return columns
-
-
-def _writable(values: np.ndarray) -> np.ndarray:
-    """A copy where the array is a view of the object store: PyTorch wants memory that it may write."""
-    return values if values.flags.writeable else values.copy()
-
-
-class _Lanes:
-    """Rows of each lane that have been read and not been taken."""
-
-    def __init__(self, blocks: Iterator[tuple[int, dict[str, np.ndarray]]]) -> None:
-        self._blocks = blocks
-        self._waiting: dict[int, deque[dict[str, np.ndarray]]] = {}
-
-    def take(self, lane: int, rows: int) -> Iterable[dict[str, np.ndarray]]:
-        """The next rows of a lane, in several pieces."""
-        waiting = self._waiting.setdefault(lane, deque())
-        while rows:
-            while not waiting:
-                read_lane, block = next(self._blocks)
-                self._waiting.setdefault(read_lane, deque()).append(block)
-            block = waiting.popleft()
-            size = len(block["row_id"])
-            if size > rows:
-                waiting.appendleft({name: values[rows:] for name, values in block.items()})
-                block = {name: values[:rows] for name, values in block.items()}
-            rows -= min(rows, size)
-            yield block
-
-
-def _interleave(lanes: _Lanes, schedule: Schedule, chunk: Chunk) -> dict[str, np.ndarray]:
-    """The rows of this worker's shares of the steps of a chunk, in the order of the steps and of the positions in the batch."""
-    rows = schedule.chunk_rows(chunk)
-    batch: dict[str, np.ndarray] = {"image": np.empty((rows, SIDE, SIDE), np.uint8)}
-    batch |= {name: np.empty(rows, np.int64) for name in ("digit", "row_id", "number")}
-    if schedule.distortion:
-        batch["draws"] = np.empty((rows, DISTORTION_DRAWS), np.float32)
-    for lane in schedule.my_lanes:
-        places = _places_of_lane(schedule, chunk, lane)
-        start = 0
-        for piece in lanes.take(lane, len(places)):
-            there = places[start : start + len(piece["row_id"])]
-            for name, values in batch.items():
-                values[there] = piece[name]
-            start += len(there)
-    return batch
-
-
-def _places_of_lane(schedule: Schedule, chunk: Chunk, lane: int) -> npt.NDArray[np.int64]:
-    """Indices, in the rows of a chunk, of the rows that come from a lane: int64[n]."""
-    places, start = [], 0
-    for step in chunk.steps:
-        positions = schedule.positions(step)
-        places.append(start + np.flatnonzero(positions % schedule.lanes == lane))
-        start += len(positions)
-    return np.concatenate(places)

@@ -1,4 +1,4 @@
-"""The windowed shuffle: every row once an epoch, well mixed, and a pure function of what it is said to depend on."""
+"""Windowed shuffle: every row is in one window of an epoch, and workers and restarts change no window."""
 
 import functools
 import itertools

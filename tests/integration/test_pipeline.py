@@ -31,7 +31,7 @@ def rows_of(loaded: MaterializedSource) -> InMemoryRows:
 
 
 def feed(access: Rows, rows: RowRanges, rank: int, world_size: int, **changed: Any) -> list[Batch]:
-    values = {"batch_size": 48, "seed": 3, "distortion": 0.0, "first_epoch": 0, "first_step": 0, "epochs": 2} | changed
+    values = {"batch_size": 48, "seed": 3, "distortion": 0.0, "epochs": 2} | changed
     schedule = Schedule(rows=rows, lanes=access.lanes(rows, values["batch_size"]), rank=rank, world_size=world_size, **values)
     return list(access.training_batches(schedule, CPU))
 
