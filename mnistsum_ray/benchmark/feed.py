@@ -29,7 +29,7 @@ _FILE_ROWS: Final = 50_000
 _GROUP_ROWS: Final = 5_000
 _SAMPLE_SECONDS: Final = 0.2
 _DISTORTION: Final = 0.5
-"""As in the short recipe: draws travel with the rows."""
+"""As in the short recipe: distortions travel with the rows."""
 
 
 def write_rows(folder: Path, images: Pixels, digits: list[int], rows: int, *, png: bool) -> None:

@@ -12,7 +12,7 @@ from mnistsum_ray.data.pixels import Pixels
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import make_forward
-from mnistsum_ray.model.loss import joint_loss
+from mnistsum_ray.model.loss import Objective
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.quantization import activation_maxima
@@ -37,17 +37,16 @@ def train(images: Pixels, digits: list[int], seconds: float, device: torch.devic
     numbers = torch.randint(0, 10, (len(digits),), device=device)
     model = TwoHeadCNN().to(device)
     optimizer = MuonAdamW(model, weight_decay=0.01)
-    bf16 = faster_with_bf16(device)
+    objective = Objective(model, 0.0, torch.bfloat16 if faster_with_bf16(device) else torch.float32)
 
     def loop(batch_done: BatchDone) -> None:
         while True:
             for start in range(0, len(prepared) - BATCH + 1, BATCH):
                 rows = slice(start, start + BATCH)
                 optimizer.zero_grad()
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    digit_scores, sum_scores = model(prepared[rows], numbers[rows])
-                torch.autograd.backward(joint_loss(digit_scores, sum_scores, labels[rows], numbers[rows]) / BATCH)
-                optimizer.step(0.01)
+                loss, _ = objective(prepared[rows], numbers[rows], labels[rows], None)
+                torch.autograd.backward(loss / BATCH)
+                optimizer.step(0.01, objective.dtype)
                 if batch_done(BATCH):
                     return
 

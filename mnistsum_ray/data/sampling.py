@@ -63,7 +63,7 @@ def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.int
     return _below(_bits(seed, epoch, RandomStream.NUMBER, row_ids), NUMBERS)
 
 
-def distortions(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.float32]:
+def distortion_draws(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.float32]:
     """Draws that distort each training image in an epoch: float32[n, DISTORTION_DRAWS], uniform in -1..1."""
     bits = _bits(seed, epoch, RandomStream.DISTORTION, row_ids)
     draws = np.empty((len(row_ids), DISTORTION_DRAWS), np.float32)

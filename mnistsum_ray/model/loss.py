@@ -3,7 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from mnistsum_ray.model.mixed_precision import cast_parameters
 from mnistsum_ray.model.network import TwoHeadCNN
 
 
@@ -22,10 +24,14 @@ def dropout_factors(rows: int, probability: float, generator: torch.Generator) -
 class Objective(nn.Module):
     """The network and its loss as one module, so that DDP and the compiler see the whole step."""
 
-    def __init__(self, model: TwoHeadCNN, label_smoothing: float) -> None:
+    one_hot: Tensor
+    """The network's, in the dtype."""
+
+    def __init__(self, model: TwoHeadCNN, label_smoothing: float, dtype: torch.dtype) -> None:
+        """Take the network, and the dtype to compute in; parameters and gradients are float32."""
         super().__init__()
-        self.model = model
-        self.label_smoothing = label_smoothing
+        self.model, self.label_smoothing, self.dtype = model, label_smoothing, dtype
+        self.register_buffer("one_hot", model.one_hot.to(dtype), persistent=False)
 
     def forward(self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the loss of n rows.
@@ -39,27 +45,43 @@ class Objective(nn.Module):
         Returns:
             The loss to minimize, and the loss without label smoothing, which has no gradient: scalars, summed over the rows.
         """
-        digit_scores = self.model.digit_scores(images, dropout)
-        sum_scores = self.model.sum_scores(digit_scores, numbers)
-        loss = joint_loss(digit_scores, sum_scores, digits, numbers, self.label_smoothing)
-        with torch.no_grad():
-            unsmoothed = joint_loss(digit_scores, sum_scores, digits, numbers) if self.label_smoothing else loss.detach()
-        return loss, unsmoothed
+        state = cast_parameters(dict(self.model.named_parameters()), self.dtype) | {"one_hot": self.one_hot}
+        digit_scores, sum_scores = functional_call(self.model, state, (images.to(self.dtype), numbers, dropout))
+        return joint_loss(digit_scores, sum_scores, digits, numbers, self.label_smoothing)
 
 
-def joint_loss(digit_scores: Tensor, sum_scores: Tensor, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean of the two heads' cross-entropies, summed over the rows: a float32 scalar.
+def joint_loss(
+    digit_scores: Tensor, sum_scores: Tensor, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Mean of the two heads' cross-entropies, summed over the rows: float32 scalars.
 
     The sum, not the mean, over the rows gives each row the same weight in workers and batches of unequal size; the caller divides
     once.
 
-    `label_smoothing` is the share of the uniform distribution in the targets of both heads (Szegedy et al., "Rethinking the
-    Inception Architecture", 2016): bounded digit scores generalize better. Both heads, because the sum head reads the digit
-    scores; with unsmoothed sums its loss would still push them up without bound.
+    Args:
+        digit_scores, sum_scores: logits [n, 10] and [n, 19].
+        digits, numbers: true digits and numbers int64[n].
+        label_smoothing: share of the uniform distribution in the targets of both heads (Szegedy et al., "Rethinking the Inception
+            Architecture", 2016): bounded digit scores generalize better. Both heads, because the sum head reads the digit scores;
+            with unsmoothed sums its loss would still push them up without bound.
+
+    Returns:
+        The loss with label smoothing, and without, which has no gradient.
     """
-    digit_loss = F.cross_entropy(digit_scores.float(), digits, reduction="sum", label_smoothing=label_smoothing)
-    sum_loss = F.cross_entropy(sum_scores.float(), digits + numbers, reduction="sum", label_smoothing=label_smoothing)
-    return (digit_loss + sum_loss) / 2
+    heads = (digit_scores, digits), (sum_scores, digits + numbers)
+    (digit_loss, digit_only), (sum_loss, sum_only) = (_cross_entropies(*head, label_smoothing) for head in heads)
+    loss = (digit_loss + sum_loss) / 2
+    return loss, ((digit_only + sum_only) / 2 if label_smoothing else loss).detach()
+
+
+def _cross_entropies(scores: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy summed over the rows, with label smoothing and without."""
+    log_probabilities = scores.float().log_softmax(1)
+    unsmoothed = F.nll_loss(log_probabilities, labels, reduction="sum")
+    if not label_smoothing:
+        return unsmoothed, unsmoothed
+    uniform = -log_probabilities.mean(1).sum()
+    return torch.lerp(unsmoothed, uniform, label_smoothing), unsmoothed.detach()
 
 
 def probability_losses(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,14 +31,22 @@ def prepare_images(images: Tensor) -> Tensor:
 
     Training and scoring both call this function, on the device, so a row is scored as it was trained.
     """
-    scaled = images.unsqueeze(1).float().mul_(1 / (255 * PIXEL_STD)).sub_(PIXEL_MEAN / PIXEL_STD)
-    # Not `.contiguous`: with one channel it finds nothing to do, and the convolutions run in the slow layout.
-    return scaled.to(memory_format=torch.channels_last)
+    return to_channels_last(images.float().mul_(1 / (255 * PIXEL_STD)).sub_(PIXEL_MEAN / PIXEL_STD))
+
+
+def to_channels_last(images: Tensor) -> Tensor:
+    """Images [n, 28, 28] as [n, 1, 28, 28], channels last; a view.
+
+    `Tensor.contiguous` would find nothing to do with one channel, and the convolutions would run in the slow layout.
+    """
+    return images.unsqueeze(3).permute(0, 3, 1, 2)
 
 
 class TwoHeadCNN(nn.Module):
     """The original's network: 220,125 trainable parameters."""
 
+    one_hot: Tensor
+    """Row k is the one-hot vector of number k."""
     temperatures: Temperatures
     """Divisors of the scores where probabilities are computed; `forward` returns the scores undivided."""
 
@@ -54,6 +62,7 @@ class TwoHeadCNN(nn.Module):
         self.conv7 = nn.Conv2d(128, DIGITS, 3)
         self.fc1 = nn.Linear(DIGITS + NUMBERS, 128)
         self.fc2 = nn.Linear(128, SUMS)
+        self.register_buffer("one_hot", torch.eye(NUMBERS), persistent=False)
         self._initialize()
         count = sum(p.numel() for p in self.parameters())
         assert count == PARAMETERS, f"the network has {count:,} parameters, not {PARAMETERS:,}"
@@ -88,13 +97,17 @@ class TwoHeadCNN(nn.Module):
 
     def sum_scores(self, digit_scores: Tensor, numbers: Tensor) -> Tensor:
         """Sum scores (logits) [n, 19] of digit scores [n, 10] and numbers int64[n] in 0..9."""
-        one_hot = F.one_hot(numbers, NUMBERS).to(digit_scores.dtype)
+        # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits for them.
+        one_hot = self.one_hot[numbers].to(digit_scores.dtype)
         scores: Tensor = self.fc2(F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1))))
         return scores
 
-    def forward(self, images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Digit scores [n, 10] and sum scores [n, 19] of prepared images float[n, 1, 28, 28] and numbers int64[n]."""
-        digit_scores = self.digit_scores(images)
+    def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Digit scores [n, 10] and sum scores [n, 19] of prepared images float[n, 1, 28, 28] and numbers int64[n].
+
+        `dropout` as in `digit_scores`.
+        """
+        digit_scores = self.digit_scores(images, dropout)
         return digit_scores, self.sum_scores(digit_scores, numbers)
 
     def sum_scores_of_all_numbers(self, digit_scores: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mnistsum_ray.model.muon import Muon
 from mnistsum_ray.model.network import TwoHeadCNN
 
 _WARM_UP: Final = 0.2
@@ -39,9 +40,7 @@ def one_cycle(step: int, total_steps: int, peak: float) -> float:
 class MuonAdamW:
     """Muon for the weights of the hidden layers (conv2 to conv6 and fc1); AdamW for the first and last layers and all biases.
 
-    Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). PyTorch's Muon takes matrices, so a
-    convolution's weights are passed as a matrix view, output channels by inputs. Muon computes its steps in bfloat16, whatever
-    the precision of the network.
+    Muon takes matrices, so a convolution's weights are passed as a matrix view, output channels by inputs.
 
     Args:
         model: on the device where it will be trained; its parameters must not move in memory afterwards.
@@ -50,41 +49,35 @@ class MuonAdamW:
 
     def __init__(self, model: TwoHeadCNN, weight_decay: float) -> None:
         layers = (model.conv2, model.conv3, model.conv4, model.conv5, model.conv6, model.fc1)
-        hidden = [layer.weight for layer in layers]
-        self._hidden = [(parameter, nn.Parameter(_matrix(parameter.data))) for parameter in hidden]
-        assert all(view.data_ptr() == parameter.data_ptr() for parameter, view in self._hidden), "not views of the weights"
-        taken = {id(parameter) for parameter in hidden}
+        self._hidden = [layer.weight for layer in layers]
+        taken = {id(parameter) for parameter in self._hidden}
         head = [parameter for layer in (model.fc1, model.fc2) for parameter in layer.parameters() if id(parameter) not in taken]
         taken |= {id(parameter) for parameter in head}
         rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-        self._muon = torch.optim.Muon(
-            [{"params": [view for _, view in self._hidden], "factor": 1.0}], momentum=_MOMENTUM, weight_decay=weight_decay
-        )
+        self._matrices = [_matrix(parameter.detach()) for parameter in self._hidden]
+        self._muon = Muon(self._matrices, _MOMENTUM, weight_decay)
         groups = [{"params": rest, "factor": _ADAMW_FACTOR}, {"params": head, "factor": _SUM_HEAD_FACTOR}]
         self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        for parameter, view in self._hidden:
-            parameter.grad = view.grad = None
+        for parameter in self._hidden:
+            parameter.grad = None
         self._adamw.zero_grad(set_to_none=True)
 
-    def step(self, learning_rate: float) -> None:
-        """Update the parameters from their gradients."""
-        for parameter, view in self._hidden:
-            assert parameter.grad is not None
-            view.grad = _matrix(parameter.grad)
-        optimizers: tuple[torch.optim.Optimizer, ...] = (self._muon, self._adamw)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * group["factor"]
-            optimizer.step()
+    def step(self, learning_rate: float, dtype: torch.dtype) -> None:
+        """Update the parameters from their gradients; `dtype` is that of Muon's orthogonalization."""
+        gradients = [parameter.grad for parameter in self._hidden]
+        self._muon.step([_matrix(gradient) for gradient in gradients if gradient is not None], learning_rate, dtype)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate * group["factor"]
+        self._adamw.step()
 
     def states(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Name of each parameter, the tensor that its optimizer updates, and its state, which may be read or filled in place."""
-        for parameter, view in self._hidden:
-            yield self._names[id(parameter)], view, self._muon.state[view]
+        """Name of each parameter, the tensor that is updated, and its state, whose tensors may be read or filled in place."""
+        for parameter, matrix, momentum in zip(self._hidden, self._matrices, self._muon.momenta, strict=True):
+            yield self._names[id(parameter)], matrix, {"momentum_buffer": momentum}
         for group in self._adamw.param_groups:
             for parameter in group["params"]:
                 yield self._names[id(parameter)], parameter, self._adamw.state[parameter]
@@ -92,4 +85,4 @@ class MuonAdamW:
 
 def _matrix(weight: Tensor) -> Tensor:
     """View of channels-last weights [out, in, height, width] as [out, height * width * in]; a matrix is returned as it is."""
-    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)

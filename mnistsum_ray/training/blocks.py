@@ -4,11 +4,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mnistsum_ray.data.distortion import AFFINE_VALUES
 from mnistsum_ray.data.pixels import PIXELS, Pixels, one_chunk, pixels_view
-from mnistsum_ray.data.sampling import DISTORTION_DRAWS
 
 ROW_BYTES = PIXELS + 40
-"""Memory of a row in a block: pixels, digit, number, row id and draws."""
+"""Memory of a row in a block: pixels, digit, number, row id and distortion."""
 
 
 def images_of(table: pa.Table) -> Pixels:
@@ -27,9 +27,9 @@ def columns_of(table: pa.Table) -> dict[str, np.ndarray]:
     for name in ("row_id", "number"):
         if name in table.column_names:
             columns[name] = table[name].to_numpy().astype(np.int64)
-    if "draws" in table.column_names:
-        flat = table["draws"].combine_chunks().flatten().to_numpy()
-        columns["draws"] = flat.reshape(-1, DISTORTION_DRAWS)
+    if "affine" in table.column_names:
+        flat = table["affine"].combine_chunks().flatten().to_numpy()
+        columns["affine"] = flat.reshape(-1, AFFINE_VALUES)
     return columns
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.parts import ParquetPart
 from mnistsum_ray.data.pixels import IMAGE_TYPE, SIDE
-from mnistsum_ray.data.sampling import RowIds, distortions, random_numbers
+from mnistsum_ray.data.sampling import RowIds, random_numbers
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.training.blocks import digits_of, images_of
 from mnistsum_ray.training.schedule import Chunk, Schedule
@@ -58,14 +59,14 @@ class GatherChunk:
         self._gather, self._schedule = gather, schedule
 
     def __call__(self, task: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Rows of one chunk: `image`, `digit` and `row_id` of `Gather`, `number` int64[n] and, to distort, `draws`.
+        """Rows of one chunk: `image`, `digit` and `row_id` of `Gather`, `number` int64[n] and, to distort, `affine`.
 
-        A row's number and draws follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
+        A row's number and distortion follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
         """
         schedule, chunk = self._schedule, Chunk(*(int(task[name][0]) for name in ("epoch", "first", "last")))
         rows = schedule.permuted_ids(chunk)
         batch = self._gather(rows)
         batch["number"] = random_numbers(schedule.seed, chunk.epoch, rows)
         if schedule.distortion:  # the worker distorts the images, on its device
-            batch["draws"] = distortions(schedule.seed, chunk.epoch, rows)
+            batch["affine"] = distortions(schedule.seed, chunk.epoch, rows, schedule.distortion)
         return batch

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from mnistsum_ray.data.distortion import AFFINE_VALUES
 from mnistsum_ray.data.pixels import SIDE
-from mnistsum_ray.data.sampling import DISTORTION_DRAWS
 from mnistsum_ray.training.schedule import Chunk, Schedule
 
 
@@ -51,7 +51,7 @@ class Interleaver:
         batch: dict[str, np.ndarray] = {"image": np.empty((rows, SIDE, SIDE), np.uint8)}
         batch |= {name: np.empty(rows, np.int64) for name in ("digit", "row_id", "number")}
         if schedule.distortion:
-            batch["draws"] = np.empty((rows, DISTORTION_DRAWS), np.float32)
+            batch["affine"] = np.empty((rows, AFFINE_VALUES), np.float32)
         for lane in schedule.my_lanes:
             places, start = self._places_in_chunk(chunk, lane), 0
             for piece in self._queues.take(lane, len(places)):

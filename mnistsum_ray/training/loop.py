@@ -119,10 +119,16 @@ def _train_loop(config: LoopConfig, worker: Worker, events: EventSender) -> dict
 
 
 def _training_rows(config: LoopConfig, worker: Worker) -> TrainingRows:
-    streamed = config.streamed and replace(config.streamed, readers=min(worker.cpus, _MAX_READERS))
+    streamed = config.streamed and replace(config.streamed, readers=_readers(worker))
     if streamed and not len(config.block_ids):
         return TrainingRows(streamed, streamed)
     # The dataset is not split: every worker sees all blocks and takes its rows by arithmetic (Schedule).
     images = cast(MaterializedDataset, ray.train.get_dataset_shard("images").materialize())
     in_memory = InMemoryRows(images, config.block_ids)
     return TrainingRows(in_memory, streamed or in_memory)
+
+
+def _readers(worker: Worker) -> int:
+    """Actors that read for a worker. On CPUs they share the cores with the training, which takes a few thousand rows/s a core."""
+    free = worker.cpus if worker.device.type == "cuda" else worker.cpus // 4
+    return max(1, min(free, _MAX_READERS))

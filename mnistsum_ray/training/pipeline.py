@@ -23,8 +23,8 @@ from mnistsum_ray.data.sampling import RowIds
 from mnistsum_ray.training.schedule import Chunk, Schedule
 
 Batch = dict[str, torch.Tensor]
-"""image uint8[n, 28, 28], digit int64[n], row_id int64[n]; in training also number int64[n] and, with --distortion, draws
-float32[n, DISTORTION_DRAWS]; all on the worker's device."""
+"""image uint8[n, 28, 28], digit int64[n], row_id int64[n]; in training also number int64[n] and, with --distortion, affine
+float32[n, AFFINE_VALUES]; all on the worker's device."""
 
 _EVALUATION_BATCH: Final = 250
 

@@ -6,9 +6,10 @@ This module does not import torch: a process that took a second to import it wou
 import numpy as np
 import pyarrow as pa
 
+from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
 from mnistsum_ray.data.pieces import piece_ids, read_pieces
 from mnistsum_ray.data.row_ranges import RowRanges
-from mnistsum_ray.data.sampling import DISTORTION_DRAWS, distortions, random_numbers, row_order
+from mnistsum_ray.data.sampling import random_numbers, row_order
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.schedule import Schedule
@@ -34,9 +35,9 @@ class ReadWindow:
         self._root, self._schedule = root, schedule
 
     def __call__(self, item: pa.Table) -> pa.Table:
-        """The rows of a window that a worker trains on, in their order: `image`, `digit`, `row_id`, `number` and `draws`.
+        """The rows of a window that a worker trains on, in their order: `image`, `digit`, `row_id`, `number`, perhaps `affine`.
 
-        A row's number and draws follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
+        A row's number and distortion follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
         """
         schedule, task = self._schedule, _item_to_task(item)
         epoch, lane, first, number = (task[name][0].as_py() for name in ("epoch", "lane", "first", "window"))
@@ -53,8 +54,8 @@ class ReadWindow:
         table = table.append_column("window", pa.array(np.full(len(row_ids), number)))
         table = table.append_column("number", pa.array(random_numbers(schedule.seed, epoch, row_ids).astype(np.int8)))
         if schedule.distortion:  # the worker distorts the images, on its device
-            draws = pa.array(distortions(schedule.seed, epoch, row_ids).ravel())
-            table = table.append_column("draws", pa.FixedSizeListArray.from_arrays(draws, DISTORTION_DRAWS))
+            matrices = pa.array(distortions(schedule.seed, epoch, row_ids, schedule.distortion).ravel())
+            table = table.append_column("affine", pa.FixedSizeListArray.from_arrays(matrices, AFFINE_VALUES))
         return table
 
 

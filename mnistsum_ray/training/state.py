@@ -173,10 +173,11 @@ def _load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Traine
     for name, value in groups["optimizer"].items():
         key, _, parameter_name = name.partition(".")
         parameter, moments = states[parameter_name]
-        # A moment must have its parameter's memory format, which the file does not record.
-        same_shape = value.shape == parameter.shape
-        target = torch.empty_like(parameter) if same_shape else torch.empty_like(value, device=parameter.device)
-        moments[key] = target.detach().copy_(value)
+        if key not in moments:
+            # A moment must have its parameter's memory format, which the file does not record.
+            same_shape = value.shape == parameter.shape
+            moments[key] = torch.empty_like(parameter if same_shape else value, device=parameter.device).detach()
+        moments[key].copy_(value)
     result = fields["sum_head"]
     if result is not None:
         result = SumHeadResult(**result | {split: Metrics(**result[split]) for split in ("validation", "test")})

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Final
 
 import ray.train.torch
@@ -65,13 +66,16 @@ class Trainer:
         torch.manual_seed(hyperparameters.seed)
         self.model = TwoHeadCNN().to(worker.device)
         self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay)
-        self.precision = "fp32"
+        self.dtype = torch.float32
 
     def prepare(self, precision: str) -> None:
         """Set the precision and wrap the model for training; weights must have been restored before."""
-        self.precision = precision
-        objective = Objective(self.model, self.hyperparameters.label_smoothing)
-        self._parallel = self._compiled = ray.train.torch.prepare_model(objective)
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        objective = Objective(self.model, self.hyperparameters.label_smoothing, self.dtype)
+        self._parallel = self._compiled = ray.train.torch.prepare_model(
+            objective,
+            parallel_strategy_kwargs={"broadcast_buffers": False},  # its buffers are constants
+        )
         if self.hyperparameters.compile:
             # A step of so small a network is bound by kernel launches; a CUDA graph launches all kernels at once.
             mode = "reduce-overhead" if self.worker.device.type == "cuda" else "default"
@@ -79,7 +83,7 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """Autocast to bfloat16 where the run's precision is bf16."""
-        return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def train_epoch(
         self, state: TrainerState, schedule: Schedule, batches: Iterator[Batch], checkpointer: Checkpointer
@@ -128,16 +132,15 @@ class Trainer:
         global_rows = schedule.batch_rows(step)
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
-        if "draws" in batch:
-            images = distort(images, batch["draws"], self.hyperparameters.distortion)
+        if "affine" in batch:
+            images = distort(images, batch["affine"])
         # The last share of an epoch is smaller, or empty. A compiled network for any size would compute other bits.
         objective = self._compiled if len(images) == schedule.share_rows(0) else self._parallel
-        with self.autocast():
-            loss, reported = objective(images, batch["number"], batch["digit"], self._dropout(epoch, step, schedule))
-            assert isinstance(reported, Tensor)
+        loss, reported = objective(images, batch["number"], batch["digit"], self._dropout(epoch, step, schedule))
+        assert isinstance(reported, Tensor)
         # DDP averages over workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
-        (loss * (self.worker.world_size / global_rows)).backward()
-        self.optimizer.step(learning_rate)
+        loss.backward(_constant(self.worker.world_size / global_rows, loss.device))
+        self.optimizer.step(learning_rate, self.dtype)
         return reported
 
     def _dropout(self, epoch: int, step: int, schedule: Schedule) -> Tensor | None:
@@ -182,6 +185,11 @@ class Trainer:
     def _check_finite(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"{where} {loss}; lower --learning-rate (now {self.hyperparameters.learning_rate:g})")
+
+
+@lru_cache(maxsize=2)  # of full batches, and of the last one; making one is a kernel of its own
+def _constant(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, device=device)
 
 
 class _Timer:

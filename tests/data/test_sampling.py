@@ -6,7 +6,7 @@ import pytest
 from mnistsum_ray.data.sampling import (
     DISTORTION_DRAWS,
     RandomStream,
-    distortions,
+    distortion_draws,
     epoch_order,
     held_out,
     random_numbers,
@@ -23,11 +23,11 @@ def test_pinned_values() -> None:
     assert random_numbers(7, 3, np.array([0, 59_999, 2**40])).tolist() == PINNED_LATER
     assert epoch_order(0, 0, np.arange(10)).tolist() == PINNED_ORDER
     assert held_out(np.arange(20), 4)[1].tolist() == PINNED_HELD_OUT
-    assert distortions(0, 0, np.arange(2))[:, :3].ravel().tolist() == pytest.approx(PINNED_DISTORTIONS, abs=1e-6)
+    assert distortion_draws(0, 0, np.arange(2))[:, :3].ravel().tolist() == pytest.approx(PINNED_DISTORTIONS, abs=1e-6)
 
 
 def test_distortions_are_uniform_and_say_nothing_of_each_other() -> None:
-    draws = distortions(1, 2, ROWS)
+    draws = distortion_draws(1, 2, ROWS)
     assert draws.shape == (60_000, DISTORTION_DRAWS)
     assert draws.dtype == np.float32
     assert draws.min() >= -1
@@ -36,7 +36,7 @@ def test_distortions_are_uniform_and_say_nothing_of_each_other() -> None:
         assert chi_square(((draws[:, column] + 1) * 5).astype(np.int64), 10) < 27.9
     related = np.corrcoef(draws, rowvar=False) - np.eye(DISTORTION_DRAWS)
     assert np.abs(related).max() < 0.02
-    assert np.array_equal(distortions(1, 2, ROWS[[5, 44_444]]), draws[[5, 44_444]])
+    assert np.array_equal(distortion_draws(1, 2, ROWS[[5, 44_444]]), draws[[5, 44_444]])
 
 
 def test_every_step_has_seeds_of_its_own() -> None:

@@ -11,9 +11,10 @@ import pytest
 import ray
 import torch
 
+from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.pixels import pixels_view
 from mnistsum_ray.data.row_ranges import RowRanges
-from mnistsum_ray.data.sampling import distortions, random_numbers, steps_per_epoch
+from mnistsum_ray.data.sampling import random_numbers, steps_per_epoch
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.training.in_memory import InMemoryRows, MaterializedSource, materialize_source
@@ -130,13 +131,13 @@ def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(write_rows: Wri
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_draws_for_distortions_come_with_their_rows(write_rows: WriteRows) -> None:
+def test_distortions_come_with_their_rows(write_rows: WriteRows) -> None:
     source = open_source(str(write_rows(500)))
     images = rows_of(materialize_source(source))
     for index, batch in enumerate(feed(images, source.train, 0, 1, distortion=1.0)):
         epoch = index // steps_per_epoch(len(source.train), 48)
-        assert np.array_equal(batch["draws"].numpy(), distortions(3, epoch, batch["row_id"].numpy()))
-    assert "draws" not in feed(images, source.train, 0, 1)[0]
+        assert np.array_equal(batch["affine"].numpy(), distortions(3, epoch, batch["row_id"].numpy(), 1.0))
+    assert "affine" not in feed(images, source.train, 0, 1)[0]
 
 
 def test_held_out_rows_are_shared_out_whole(write_rows: WriteRows) -> None:

@@ -12,9 +12,10 @@ import torch
 from ray.cluster_utils import Cluster
 
 from mnistsum_ray.benchmark.feed import png_file
+from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.pixels import Pixels, pixels_view
 from mnistsum_ray.data.row_ranges import RowRanges
-from mnistsum_ray.data.sampling import distortions, random_numbers
+from mnistsum_ray.data.sampling import random_numbers
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.training import streaming
@@ -60,14 +61,14 @@ def pixels_of(table: pa.Table) -> Pixels:
 
 
 def global_batches(source: Source, world_size: int, **changed: int) -> list[list[tuple[int, ...]]]:
-    """Of each step, row id, number and draws of all rows of all workers, in ascending order."""
+    """Of each step, row id, number and distortion of all rows of all workers, in ascending order."""
     shares = [feed(streamed(source), source.train, rank, world_size, distortion=1.0, **changed) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1, "every rank takes the same number of steps"
     return [sorted(row for batch in step for row in described(batch)) for step in zip(*shares, strict=True)]
 
 
 def described(batch: Batch) -> list[tuple[int, ...]]:
-    columns = [batch["row_id"].tolist(), batch["number"].tolist(), *batch["draws"].T.tolist()]
+    columns = [batch["row_id"].tolist(), batch["number"].tolist(), *batch["affine"].T.tolist()]
     return list(zip(*columns, strict=True))
 
 
@@ -93,7 +94,7 @@ def test_every_row_once_an_epoch_with_its_own_image(cluster: str, folder: Path, 
         assert np.array_equal(batch["image"].numpy(), pixels[ids])
         assert np.array_equal(batch["digit"].numpy(), digits[ids])
         assert np.array_equal(batch["number"].numpy(), random_numbers(3, index // steps, ids))
-        assert np.array_equal(batch["draws"].numpy(), distortions(3, index // steps, ids))
+        assert np.array_equal(batch["affine"].numpy(), distortions(3, index // steps, ids, 1.0))
 
 
 def test_batches_are_mixed_from_all_files(alone: list[list[tuple[int, ...]]]) -> None:

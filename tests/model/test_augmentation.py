@@ -6,9 +6,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from mnistsum_ray.data.distortion import affine_matrices
 from mnistsum_ray.data.pixels import pixels_view
 from mnistsum_ray.data.sampling import DISTORTION_DRAWS
-from mnistsum_ray.model.augmentation import distort
+from mnistsum_ray.model.augmentation import distort as distort_by
 from mnistsum_ray.model.network import prepare_images
 
 ROTATION, WIDTH, HEIGHT, SHEAR, X, Y = range(6)
@@ -24,6 +25,10 @@ def only(rows: int, column: int, value: float = 1.0) -> torch.Tensor:
     draws = torch.zeros(rows, DISTORTION_DRAWS)
     draws[:, column] = value
     return draws
+
+
+def distort(images: torch.Tensor, draws: torch.Tensor, strength: float) -> torch.Tensor:
+    return distort_by(images, torch.from_numpy(affine_matrices(draws.numpy(), strength)))
 
 
 def center(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

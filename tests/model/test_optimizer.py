@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mnistsum_ray.model import muon
 from mnistsum_ray.model.loss import joint_loss
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
@@ -23,12 +24,18 @@ def test_learning_rate_rises_and_falls_once(total: int) -> None:
         assert rates.max() == pytest.approx(0.01, rel=1e-3)
 
 
-def compute_gradients(model: TwoHeadCNN) -> None:
+def random_rows(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images uint8[n, 28, 28], digits and numbers."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (16, 28, 28), dtype=torch.uint8, generator=generator)
-    digits, numbers = (torch.randint(0, 10, (16,), generator=generator) for _ in range(2))
+    images = torch.randint(0, 256, (rows, 28, 28), dtype=torch.uint8, generator=generator)
+    digits, numbers = (torch.randint(0, 10, (rows,), generator=generator) for _ in range(2))
+    return images, digits, numbers
+
+
+def compute_gradients(model: TwoHeadCNN) -> None:
+    images, digits, numbers = random_rows(16)
     digit_scores, sum_scores = model(prepare_images(images), numbers)
-    torch.autograd.backward(joint_loss(digit_scores, sum_scores, digits, numbers) / 16)
+    torch.autograd.backward(joint_loss(digit_scores, sum_scores, digits, numbers)[0] / 16)
 
 
 def after_a_step(weight_decay: float) -> tuple[TwoHeadCNN, dict[str, torch.Tensor]]:
@@ -38,7 +45,7 @@ def after_a_step(weight_decay: float) -> tuple[TwoHeadCNN, dict[str, torch.Tenso
     before = copy.deepcopy(model.state_dict())
     optimizer = MuonAdamW(model, weight_decay)
     compute_gradients(model)
-    optimizer.step(0.02)
+    optimizer.step(0.02, torch.float32)
     return model, before
 
 
@@ -59,14 +66,49 @@ def test_the_first_step_moves_each_hidden_layer_by_an_orthogonal_matrix() -> Non
             assert (moved * gradient.flatten(1)).sum() > 0, "downhill"
 
 
+@pytest.mark.parametrize("row_step", [64, 128])  # as on CPUs, and as on GPUs
+def test_muon_is_that_of_pytorch(row_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "_ROW_STEP", row_step)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, 288), (64, 576), (64, 576), (128, 576), (128, 20)]
+    ours = [torch.randn(shape, generator=generator) for shape in shapes]
+    theirs = [torch.nn.Parameter(matrix.clone()) for matrix in ours]
+    optimizer = muon.Muon(ours, momentum=0.6, weight_decay=0.3)
+    other = torch.optim.Muon(theirs, lr=0.1, momentum=0.6, weight_decay=0.3)
+    for _ in range(3):
+        gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step(gradients, 0.1, torch.bfloat16)
+        other.step()  # type: ignore[no-untyped-call]
+    for matrix, momentum, parameter in zip(ours, optimizer.momenta, theirs, strict=True):
+        torch.testing.assert_close(momentum, other.state[parameter]["momentum_buffer"])
+        # Steps have elements of about 0.1 / sqrt(576); bfloat16 has three digits, and sums in another order.
+        torch.testing.assert_close(matrix, parameter.detach(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_orthogonalization_ignores_padding_and_brings_singular_values_near_one(dtype: torch.dtype) -> None:
+    matrix = torch.randn(20, 128, generator=torch.Generator().manual_seed(0))
+    padded = torch.zeros(2, 64, 576)
+    padded[0, :20, :128] = matrix
+    done, empty = muon.orthogonalize(padded.to(dtype)).float()
+    assert not empty.any()
+    assert not done[20:].any()
+    assert not done[:, 128:].any()
+    alone = muon.orthogonalize(matrix[None].to(dtype)).float()[0]
+    torch.testing.assert_close(done[:20, :128], alone, rtol=0, atol=5e-3 if dtype == torch.bfloat16 else 1e-5)
+    spectrum = torch.linalg.svdvals(alone)
+    assert 0.6 < spectrum.min() <= spectrum.max() < 1.25
+
+
 def test_zero_grad_drops_all_gradients() -> None:
     model = TwoHeadCNN()
     optimizer = MuonAdamW(model, weight_decay=0.0)
     compute_gradients(model)
-    optimizer.step(0.02)
+    optimizer.step(0.02, torch.float32)
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(view.grad is None for _, view, _ in optimizer.states())
 
 
 def test_first_step_of_adamw_is_scaled_by_each_groups_factor() -> None:

@@ -1,0 +1,39 @@
+"""Parameters cast at once compute what PyTorch's autocast does."""
+
+import pytest
+import torch
+
+from mnistsum_ray.model.loss import Objective, joint_loss
+from mnistsum_ray.model.mixed_precision import cast_parameters
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from tests.model.test_optimizer import random_rows
+
+
+def test_loss_and_gradients_are_those_of_autocast() -> None:
+    torch.manual_seed(0)
+    ours, autocast = TwoHeadCNN(), TwoHeadCNN()
+    autocast.load_state_dict(ours.state_dict())
+    images, digits, numbers = random_rows(64)
+    loss, reported = Objective(ours, 0.05, torch.bfloat16)(prepare_images(images), numbers, digits, None)
+    loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = autocast(prepare_images(images), numbers)
+    expected, expected_reported = joint_loss(scores[0], scores[1], digits, numbers, 0.05)
+    torch.autograd.backward(expected)
+    assert (loss.item(), reported.item()) == (expected.item(), expected_reported.item())
+    for (name, parameter), other in zip(ours.named_parameters(), autocast.parameters(), strict=True):
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.stride() == parameter.stride(), name
+        assert torch.equal(parameter.grad, other.grad), name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_copies_are_channels_last_as_the_parameters(dtype: torch.dtype) -> None:
+    parameters = dict(TwoHeadCNN().named_parameters())
+    copies = cast_parameters(parameters, dtype)
+    assert list(copies) == list(parameters)
+    for name, parameter in parameters.items():
+        assert (copies[name].dtype, copies[name].stride()) == (dtype, parameter.stride())
+        assert torch.equal(copies[name], parameter.to(dtype))
+        assert (copies[name] is parameter) == (dtype == torch.float32)
