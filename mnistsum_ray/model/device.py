@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 _MMAP_THRESHOLD_BYTES: Final = 2**30
@@ -58,6 +61,16 @@ def faster_with_bf16(device: torch.device) -> bool:
 def _cpu_capabilities() -> Mapping[str, Any]:
     """Instruction sets and name of the CPU; empty with a PyTorch that does not report them."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """An array as a tensor: on CPUs without a copy, if it may be written; to GPUs through pinned memory, without waiting."""
+    if device.type == "cpu" and values.flags.writeable:
+        return torch.from_numpy(values)
+    dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype
+    tensor = torch.empty(values.shape, dtype=dtype, pin_memory=device.type == "cuda")
+    np.copyto(tensor.numpy(), values)
+    return tensor.to(device, non_blocking=True)
 
 
 def cuda_index(gpu: str, visible: str | None) -> int:

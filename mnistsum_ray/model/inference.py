@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mnistsum_ray.data.pixels import SIDE, Pixels
 from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.model.device import disable_tf32, tune_malloc
+from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
 from mnistsum_ray.model.int8 import int8_digit_scores
 from mnistsum_ray.model.network import DIGITS, SUMS, TwoHeadCNN, mkldnn_digit_scores, prepare_images
 from mnistsum_ray.model.predictions import Predictions
@@ -105,12 +105,10 @@ def predict_pairs(model: TwoHeadCNN, images: Pixels, numbers: npt.NDArray[np.int
 def _batched_scores(
     forward: Forward, images: Pixels, numbers: npt.NDArray[np.int64], batch_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Scores of all rows, float32 on the CPU."""
+    """Scores of all rows, float32 on the device."""
+    on_device = (torch.split(array_to_device(values, device), batch_size) for values in (images, numbers))
+    scores = [forward(*batch) for batch in zip(*on_device, strict=True)] if len(images) else []
     # Each list begins with an empty batch, because torch.cat needs at least one.
-    digit_scores, sum_scores = [torch.empty(0, DIGITS)], [torch.empty(0, SUMS)]
-    for start in range(0, len(images), batch_size):
-        rows = slice(start, start + batch_size)
-        digit, total = forward(*(torch.from_numpy(values[rows]).to(device) for values in (images, numbers)))
-        digit_scores.append(digit.float().cpu())
-        sum_scores.append(total.float().cpu())
+    digit_scores = [torch.empty(0, DIGITS, device=device), *(digit.float() for digit, _ in scores)]
+    sum_scores = [torch.empty(0, SUMS, device=device), *(total.float() for _, total in scores)]
     return torch.cat(digit_scores), torch.cat(sum_scores)

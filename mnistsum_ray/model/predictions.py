@@ -44,21 +44,24 @@ class Predictions:
         """Predict n rows from their scores.
 
         Args:
-            digit_scores, sum_scores: logits float32[n, 10] and float32[n, 19], on the CPU.
+            digit_scores, sum_scores: logits float32[n, 10] and float32[n, 19], on any device, where all is computed.
             temperatures: divisors of the scores.
             numbers: int64[n] in 0..9.
             labels: true digits int64[n], -1 where unknown; if given, the predictions have losses.
         """
         digit_scores, sum_scores = digit_scores / temperatures.digit, sum_scores / temperatures.sum
         (digit_prob, digit), (sum_prob, total) = (scores.softmax(1).max(1) for scores in (digit_scores, sum_scores))
-        losses = None
+        columns = [digit, total, digit_prob, sum_prob]
         if labels is not None:
-            known = torch.from_numpy(labels >= 0)
-            digits = torch.from_numpy(np.maximum(labels, 0))
-            sums = digits + torch.from_numpy(numbers)
-            values = (*probability_losses(digit_scores, digits), *probability_losses(sum_scores, sums))
-            losses = ProbabilityLosses(*((value * known).numpy() for value in values))
-        return cls(digit.numpy().astype(np.int8), digit_prob.numpy(), total.numpy().astype(np.int8), sum_prob.numpy(), losses)
+            device = digit_scores.device
+            known, digits = torch.tensor(labels >= 0, device=device), torch.tensor(np.maximum(labels, 0), device=device)
+            sums = digits + torch.tensor(numbers, device=device)
+            losses = (*probability_losses(digit_scores, digits), *probability_losses(sum_scores, sums))
+            columns += [loss * known for loss in losses]
+        # Digits and sums are exact in float32.
+        digit_, total_, digit_prob_, sum_prob_, *losses_ = torch.stack([column.float() for column in columns]).cpu().numpy()
+        of_losses = ProbabilityLosses(*losses_) if losses_ else None
+        return cls(digit_.astype(np.int8), digit_prob_, total_.astype(np.int8), sum_prob_, of_losses)
 
     def slice(self, start: int, end: int) -> "Predictions":
         """Predictions of rows start..end-1."""

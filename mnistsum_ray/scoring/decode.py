@@ -1,5 +1,6 @@
 """Decode the rows of a part: images, numbers and labels of the good rows, and a reason for each bad row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pyarrow as pa
 
 from mnistsum_ray.data.decoding import decode_images, decode_numbers
 from mnistsum_ray.data.parquet import UnusableFileError
-from mnistsum_ray.data.pixels import Pixels, one_chunk
+from mnistsum_ray.data.pixels import SIDE, Pixels, one_chunk
 from mnistsum_ray.scoring.input_columns import Columns
 from mnistsum_ray.scoring.parts import Part
 
@@ -42,6 +43,33 @@ class UnreadablePart:
 
     part: Part
     reason: str
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """The good rows of several parts, one after the other."""
+
+    images: Pixels
+    """uint8[n, 28, 28]"""
+    numbers: npt.NDArray[np.int64]
+    """int64[n], 0..9"""
+    labels: npt.NDArray[np.int64] | None
+    """int64[n], -1 where unknown; None without a label column."""
+
+    @classmethod
+    def of(cls, parts: Sequence[DecodedPart | UnreadablePart]) -> "BatchRows":
+        """The rows of the readable parts."""
+        decoded = [part for part in parts if isinstance(part, DecodedPart)]
+        if not decoded:
+            return cls(np.empty((0, SIDE, SIDE), np.uint8), np.empty(0, np.int64), None)
+        if len(decoded) == 1:
+            return cls(decoded[0].images, decoded[0].numbers, decoded[0].labels)
+        labels = [part.labels for part in decoded if part.labels is not None]
+        return cls(
+            np.concatenate([part.images for part in decoded]),
+            np.concatenate([part.numbers for part in decoded]),
+            np.concatenate(labels) if labels else None,
+        )
 
 
 def decode_part(part: Part, table: pa.Table, columns: Columns) -> DecodedPart:

@@ -17,10 +17,10 @@ import ray.data
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
 from mnistsum_ray.cluster.data_context import ray_data_options
-from mnistsum_ray.scoring.decode import UnreadablePart
-from mnistsum_ray.scoring.parcel import pack_parcel, unpack_parcel
+from mnistsum_ray.scoring.decode import BatchRows
+from mnistsum_ray.scoring.parcel import pack_parts, rows_of, unpack_predictions, with_predictions
 from mnistsum_ray.scoring.resources import ScoringResourcePlan
-from mnistsum_ray.scoring.worker import WorkerContext, commit_part, get_predictor, predict_parts, read_work_unit
+from mnistsum_ray.scoring.worker import WorkerContext, commit_part, get_predictor, read_work_unit, split_predictions
 
 _BLOCK_BYTES: Final = 2**20
 """Small blocks go from reader to actor at once; Ray Data would gather larger ones first."""
@@ -71,14 +71,15 @@ def _score_unit(unit: pa.Table, context: WorkerContext) -> Iterator[pa.Table]:
     # The first batch is read before the model is loaded: the crash counter then also counts a process that dies while loading.
     for batch in read_work_unit(unit, context):
         predictor, ready = get_predictor(context)
-        for scored in predict_parts(predictor, batch):
+        predictions = predictor.predict(**vars(BatchRows.of(batch)))
+        for scored in split_predictions(batch, predictions):
             yield commit_part(context, scored, max(started, ready))
 
 
 def _read_unit(unit: pa.Table, context: WorkerContext) -> Iterator[pa.Table]:
     started = time.time()
     for batch in read_work_unit(unit, context):
-        yield pack_parcel(started, batch)
+        yield pack_parts(started, batch)
 
 
 class _PredictActor:
@@ -94,15 +95,10 @@ class _PredictActor:
 
 def _predict_parcel(parcel: pa.Table, context: WorkerContext) -> pa.Table:
     predictor, ready = get_predictor(context)
-    started, batch = unpack_parcel(parcel)
-    scored_parts = [
-        scored if isinstance(scored, UnreadablePart) else (scored[0].without_images(), scored[1])
-        for scored in predict_parts(predictor, batch)
-    ]
-    # Parts that were read while the model was loading would make the rate look too low.
-    return pack_parcel(max(started, ready), scored_parts)
+    return with_predictions(parcel, ready, predictor.predict(**vars(rows_of(parcel))))
 
 
 def _commit_parcel(parcel: pa.Table, context: WorkerContext) -> pa.Table:
-    started, scored_parts = unpack_parcel(parcel)
+    started, batch, predictions = unpack_predictions(parcel)
+    scored_parts = split_predictions(batch, predictions)
     return pa.concat_tables([commit_part(context, scored, started) for scored in scored_parts])

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 import ray
 import torch
@@ -103,14 +102,8 @@ def _make_predictor(context: WorkerContext) -> Predictor:
     return Predictor(weights, device, spec.precision, context.batch_size, spec.int8_maxima, spec.temperatures)
 
 
-def predict_parts(predictor: Predictor, batch: list[DecodedPart | UnreadablePart]) -> Iterator[ScoredPart]:
-    """Predict the rows of all readable parts of a batch in one call, and yield the parts in their order."""
-    decoded = [part for part in batch if isinstance(part, DecodedPart)]
-    if decoded:
-        images = np.concatenate([part.images for part in decoded])
-        numbers = np.concatenate([part.numbers for part in decoded])
-        labels = [part.labels for part in decoded if part.labels is not None]
-        predictions = predictor.predict(images, numbers, np.concatenate(labels) if labels else None)
+def split_predictions(batch: list[DecodedPart | UnreadablePart], predictions: Predictions) -> Iterator[ScoredPart]:
+    """The parts of a batch in their order, each readable one with the predictions of its rows."""
     start = 0
     for part in batch:
         if isinstance(part, UnreadablePart):

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mnistsum_ray.data.distortion import AFFINE_VALUES
-from mnistsum_ray.data.pixels import PIXELS, Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.pixels import IMAGE_TYPE, PIXELS, Pixels, one_chunk, pixels_view
 
 ROW_BYTES = PIXELS + 40
 """Memory of a row in a block: pixels, digit, number, row id and distortion."""
@@ -21,8 +21,29 @@ def digits_of(table: pa.Table) -> npt.NDArray[np.int8]:
     return table["digit"].to_numpy()  # type: ignore[no-any-return]
 
 
+def block_of(columns: dict[str, np.ndarray]) -> pa.Table:
+    """A block of rows: `image` uint8[n, 28, 28], `affine` float32[n, AFFINE_VALUES] if there is one, and columns of integers [n].
+
+    Images and matrices are not copied. Ray Data would make its own Arrow type of them, and copy them twice.
+    """
+    return pa.table({name: _column(name, values) for name, values in columns.items()})
+
+
+def _column(name: str, values: np.ndarray) -> pa.Array:
+    if name == "affine":
+        return affine_column(values)
+    if name != "image":
+        return pa.array(values)
+    return pa.FixedSizeBinaryArray.from_buffers(IMAGE_TYPE, len(values), [None, pa.py_buffer(values)])
+
+
+def affine_column(matrices: npt.NDArray[np.float32]) -> pa.Array:
+    """Matrices float32[n, AFFINE_VALUES] as a column `affine`."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrices.ravel()), AFFINE_VALUES)
+
+
 def columns_of(table: pa.Table) -> dict[str, np.ndarray]:
-    """The columns of a block as arrays, most of them without a copy."""
+    """The columns of a block as arrays, most of them without a copy; integers as int64."""
     columns: dict[str, np.ndarray] = {"image": images_of(table), "digit": digits_of(table).astype(np.int64)}
     for name in ("row_id", "number"):
         if name in table.column_names:
@@ -31,8 +52,3 @@ def columns_of(table: pa.Table) -> dict[str, np.ndarray]:
         flat = table["affine"].combine_chunks().flatten().to_numpy()
         columns["affine"] = flat.reshape(-1, AFFINE_VALUES)
     return columns
-
-
-def writable(values: np.ndarray) -> np.ndarray:
-    """A copy where the array is a view of the object store: PyTorch wants memory that it may write."""
-    return values if values.flags.writeable else values.copy()

@@ -12,7 +12,7 @@ from mnistsum_ray.data.parts import ParquetPart
 from mnistsum_ray.data.pixels import IMAGE_TYPE, SIDE
 from mnistsum_ray.data.sampling import RowIds, random_numbers
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.training.blocks import digits_of, images_of
+from mnistsum_ray.training.blocks import block_of, digits_of, images_of
 from mnistsum_ray.training.schedule import Chunk, Schedule
 
 
@@ -58,8 +58,8 @@ class GatherChunk:
     def __init__(self, gather: Gather, schedule: Schedule) -> None:
         self._gather, self._schedule = gather, schedule
 
-    def __call__(self, task: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Rows of one chunk: `image`, `digit` and `row_id` of `Gather`, `number` int64[n] and, to distort, `affine`.
+    def __call__(self, task: dict[str, np.ndarray]) -> pa.Table:
+        """Rows of one chunk as a block: `image`, `digit`, `row_id` and `number` and, to distort, `affine`.
 
         A row's number and distortion follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
         """
@@ -69,4 +69,4 @@ class GatherChunk:
         batch["number"] = random_numbers(schedule.seed, chunk.epoch, rows)
         if schedule.distortion:  # the worker distorts the images, on its device
             batch["affine"] = distortions(schedule.seed, chunk.epoch, rows, schedule.distortion)
-        return batch
+        return block_of(batch)

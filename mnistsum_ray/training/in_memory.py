@@ -20,16 +20,21 @@ from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.data.sampling import RowIds, shard_for_rank
 from mnistsum_ray.data.sources import Source
 from mnistsum_ray.errors import RequestError, RowCountError
-from mnistsum_ray.training.blocks import digits_of, images_of
+from mnistsum_ray.training.blocks import columns_of, digits_of, images_of
 from mnistsum_ray.training.gather import Gather, GatherChunk, read_source_part
-from mnistsum_ray.training.pipeline import Batch, split_into_steps
-from mnistsum_ray.training.schedule import Chunk, Schedule
+from mnistsum_ray.training.pipeline import Batch, split_into_steps, to_device
+from mnistsum_ray.training.schedule import Schedule
 
 TASK_CPUS: Final = 0
 """Tasks reserve no CPU, so busy workers cannot deadlock them, even when a node is lost and the others are full."""
 
 _AHEAD_BYTES: Final = 64 * 2**20
 """Memory of gathered rows that wait for the worker."""
+
+_NO_ROWS: Final[dict[str, np.ndarray]] = {
+    "image": np.empty((0, SIDE, SIDE), np.uint8),
+    **{name: np.empty(0, np.int64) for name in ("digit", "row_id", "number")},
+}
 
 
 @dataclass(frozen=True)
@@ -119,34 +124,34 @@ class InMemoryRows:
 
     def training_batches(self, schedule: Schedule, device: torch.device) -> Iterator[Batch]:
         """This worker's share of each step of all remaining epochs, in order."""
-        chunks = list(schedule.chunks())
-        blocks = self._training_blocks(schedule, [chunk for chunk in chunks if schedule.chunk_rows(chunk)], device)
-        empty = {name: torch.zeros(0, dtype=torch.int64, device=device) for name in ("digit", "row_id", "number")}
-        empty["image"] = torch.zeros((0, SIDE, SIDE), dtype=torch.uint8, device=device)
-        for chunk in chunks:
-            rows = schedule.chunk_rows(chunk)
-            block = next(blocks) if rows else empty  # Ray Data yields no empty blocks
-            if len(block["row_id"]) != rows:
-                # Only this rank knows. An exception ends the others too; a RowCountError, returned as a value, would not.
-                raise AssertionError(f"a block of epoch {chunk.epoch + 1} has {len(block['row_id'])} rows, not {rows}")
-            yield from split_into_steps(block, schedule, chunk)
+        batches = to_device(self._training_rows(schedule, actors=2 if device.type == "cuda" else 1), device)
+        for chunk, batch in zip(schedule.chunks(), batches, strict=True):
+            yield from split_into_steps(batch, schedule, chunk)
 
-    def _training_blocks(self, schedule: Schedule, chunks: list[Chunk], device: torch.device) -> Iterator[Batch]:
+    def _training_rows(self, schedule: Schedule, actors: int) -> Iterator[dict[str, np.ndarray]]:
         """The rows of each chunk, in order."""
-        if not chunks:
-            return iter(())
-        on_gpu = device.type == "cuda"
+        tasks = [vars(chunk) for chunk in schedule.chunks() if schedule.chunk_rows(chunk)]
+        blocks = self._training_blocks(schedule, tasks, actors) if tasks else iter(())
+        for chunk in schedule.chunks():
+            rows = schedule.chunk_rows(chunk)
+            columns = columns_of(next(blocks)) if rows else _NO_ROWS  # Ray Data yields no empty blocks
+            if len(columns["row_id"]) != rows:
+                # Only this rank knows. An exception ends the others too; a RowCountError, returned as a value, would not.
+                raise AssertionError(f"a block of epoch {chunk.epoch + 1} has {len(columns['row_id'])} rows, not {rows}")
+            yield columns
+
+    def _training_blocks(self, schedule: Schedule, tasks: list[dict[str, int]], actors: int) -> Iterator[pa.Table]:
         with ray_data_options(preserve_order=True, object_store_bytes=_AHEAD_BYTES):
-            dataset = ray.data.from_items([vars(chunk) for chunk in chunks], override_num_blocks=len(chunks)).map_batches(
+            dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
                 GatherChunk,
                 fn_constructor_args=(self._gather, schedule),
                 batch_size=1,
                 num_cpus=TASK_CPUS,
                 # Actors, since Ray ends the process of a task that has had nothing to do for a second, and a new one takes two
                 # seconds. One gathers some 200,000 rows/s.
-                compute=ActorPoolStrategy(size=2 if on_gpu else 1),
+                compute=ActorPoolStrategy(size=actors),
             )
-        return iter(dataset.iter_torch_batches(batch_size=None, prefetch_batches=2, device=device, pin_memory=on_gpu))
+        return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
 
     def in_order(self, rows: RowRanges, batch_rows: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, np.ndarray]]:
         """This worker's share of some rows; the shares of the workers differ by one row at most."""

@@ -12,6 +12,7 @@ its start-up each time.
 """
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -20,6 +21,7 @@ import torch
 
 from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.data.sampling import RowIds
+from mnistsum_ray.model.device import array_to_device
 from mnistsum_ray.training.schedule import Chunk, Schedule
 
 Batch = dict[str, torch.Tensor]
@@ -27,6 +29,7 @@ Batch = dict[str, torch.Tensor]
 float32[n, AFFINE_VALUES]; all on the worker's device."""
 
 _EVALUATION_BATCH: Final = 250
+_GPU_EVALUATION_BATCH: Final = 2_000
 
 _RESIDENT_ROWS: Final = 100_000
 """Held-out rows of all workers that stay on their devices, 0.8 KB each. More are read anew each time."""
@@ -84,8 +87,8 @@ class EvaluationSet:
         return self._read() if self._resident is None else self._resident
 
     def _read(self) -> Iterator[Batch]:
-        for batch in self._source.in_order(self.rows, _EVALUATION_BATCH, self._rank, self._world_size):
-            yield on_device(batch, self._device)
+        size = _GPU_EVALUATION_BATCH if self._device.type == "cuda" else _EVALUATION_BATCH
+        return to_device(self._source.in_order(self.rows, size, self._rank, self._world_size), self._device)
 
 
 def split_into_steps(batch: Batch, schedule: Schedule, chunk: Chunk) -> Iterator[Batch]:
@@ -97,9 +100,14 @@ def split_into_steps(batch: Batch, schedule: Schedule, chunk: Chunk) -> Iterator
         start = end
 
 
-def on_device(batch: dict[str, np.ndarray], device: torch.device) -> Batch:
-    """A batch of arrays as tensors on a device."""
-    tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+def to_device(batches: Iterator[dict[str, np.ndarray]], device: torch.device) -> Iterator[Batch]:
+    """Batches of arrays as tensors on a device; for a GPU each is copied while the one before it is used."""
+    tensors = ({name: array_to_device(values, device) for name, values in batch.items()} for batch in batches)
     if device.type != "cuda":
-        return tensors
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+        yield from tensors
+        return
+    with ThreadPoolExecutor(1) as copier:
+        upcoming = copier.submit(next, tensors, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = copier.submit(next, tensors, None)
+            yield batch

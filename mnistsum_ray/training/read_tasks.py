@@ -6,12 +6,13 @@ This module does not import torch: a process that took a second to import it wou
 import numpy as np
 import pyarrow as pa
 
-from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
+from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.pieces import piece_ids, read_pieces
 from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.data.sampling import random_numbers, row_order
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.location import Location
+from mnistsum_ray.training.blocks import affine_column
 from mnistsum_ray.training.schedule import Schedule
 
 
@@ -54,8 +55,8 @@ class ReadWindow:
         table = table.append_column("window", pa.array(np.full(len(row_ids), number)))
         table = table.append_column("number", pa.array(random_numbers(schedule.seed, epoch, row_ids).astype(np.int8)))
         if schedule.distortion:  # the worker distorts the images, on its device
-            matrices = pa.array(distortions(schedule.seed, epoch, row_ids, schedule.distortion).ravel())
-            table = table.append_column("affine", pa.FixedSizeListArray.from_arrays(matrices, AFFINE_VALUES))
+            matrices = distortions(schedule.seed, epoch, row_ids, schedule.distortion)
+            table = table.append_column("affine", affine_column(matrices))
         return table
 
 

@@ -3,16 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.data.sampling import RowIds, epoch_order, lanes_of_rank, positions_of_rank, steps_per_epoch, turns_of_rank
-
-_CHUNK_ROWS: Final = 4096
-"""Rows that one gather task yields, or that are put together at once: 3 MB, some tens of milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,8 @@ class Schedule:
     first_epoch: int = 0
     first_step: int = 0
     """First step of the first epoch; later epochs start at step 0."""
+    rows_per_chunk: int = 4_096
+    """Rows that are gathered, or put together, at once."""
 
     @property
     def steps(self) -> int:
@@ -78,7 +76,7 @@ class Schedule:
 
     def chunks(self) -> Iterator[Chunk]:
         """All remaining steps of all remaining epochs, in order."""
-        stride = max(1, _CHUNK_ROWS * self.world_size // self.batch_size)
+        stride = max(1, self.rows_per_chunk * self.world_size // self.batch_size)
         for epoch in range(self.first_epoch, self.epochs):
             for first in range(self.first_step_of(epoch), self.steps, stride):
                 yield Chunk(epoch, first, min(first + stride, self.steps))

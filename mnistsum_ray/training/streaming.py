@@ -23,10 +23,10 @@ from mnistsum_ray.data.pieces import make_pieces
 from mnistsum_ray.data.row_ranges import RowRanges, cut_evenly
 from mnistsum_ray.data.windowed_shuffle import Window, WindowedShuffle
 from mnistsum_ray.errors import RunError
-from mnistsum_ray.training.blocks import ROW_BYTES, columns_of, writable
+from mnistsum_ray.training.blocks import ROW_BYTES, columns_of
 from mnistsum_ray.training.in_memory import TASK_CPUS
 from mnistsum_ray.training.interleave import Interleaver, LaneQueues
-from mnistsum_ray.training.pipeline import Batch, on_device, split_into_steps
+from mnistsum_ray.training.pipeline import Batch, split_into_steps, to_device
 from mnistsum_ray.training.read_tasks import ReadWindow, read_rows, task_to_item
 from mnistsum_ray.training.schedule import Schedule
 
@@ -79,8 +79,9 @@ class StreamedRows:
     def training_batches(self, schedule: Schedule, device: torch.device) -> Iterator[Batch]:
         """This worker's share of each step of all remaining epochs, in order."""
         interleaver = Interleaver(schedule, LaneQueues(self._training_blocks(schedule)))
-        for chunk in schedule.chunks():
-            yield from split_into_steps(on_device(interleaver.next_chunk(chunk), device), schedule, chunk)
+        batches = to_device(map(interleaver.next_chunk, schedule.chunks()), device)
+        for chunk, batch in zip(schedule.chunks(), batches, strict=True):
+            yield from split_into_steps(batch, schedule, chunk)
 
     def _training_blocks(self, schedule: Schedule) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Lane and rows of each block, in the order in which the steps need them."""
@@ -136,7 +137,7 @@ class StreamedRows:
         for table in _run(tasks, ahead, fn=read_rows, fn_args=(self.files.root, rows), compute=TaskPoolStrategy(self.readers)):
             columns = columns_of(table)
             for start in range(0, table.num_rows, batch_rows):
-                yield {name: writable(values[start : start + batch_rows]) for name, values in columns.items()}
+                yield {name: values[start : start + batch_rows] for name, values in columns.items()}
 
     def _held_out_tasks(self, rows: RowRanges, task_rows: int) -> Iterator[pa.Table]:
         groups, first_ids, _, counts = groups_holding(self.files.groups, rows)
