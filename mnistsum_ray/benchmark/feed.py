@@ -22,7 +22,7 @@ from mnistsum_ray.data.sampling import check_row_counts
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.training.in_memory import InMemoryRows, materialize_source
 from mnistsum_ray.training.pipeline import Rows
-from mnistsum_ray.training.schedule import Schedule
+from mnistsum_ray.training.schedule import GPU_CHUNK_ROWS, Schedule
 from mnistsum_ray.training.streaming import StreamedRows
 
 _FILE_ROWS: Final = 50_000
@@ -155,6 +155,7 @@ class _FeedWorker:
             epochs=1,
             rank=self._rank,
             world_size=self._world_size,
+            rows_per_chunk=GPU_CHUNK_ROWS,
         )
         self._batches = rows.training_batches(schedule, device)
 

@@ -3,13 +3,16 @@
 This module does not import torch: a task process that took a second to import it would delay the first training rows.
 """
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.parts import ParquetPart
-from mnistsum_ray.data.pixels import IMAGE_TYPE, SIDE
+from mnistsum_ray.data.pixels import IMAGE_TYPE, SIDE, Pixels
 from mnistsum_ray.data.sampling import RowIds, random_numbers
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.training.blocks import block_of, digits_of, images_of
@@ -37,19 +40,31 @@ class Gather:
     def __init__(self, blocks: "list[ray.ObjectRef[pa.Table]]", first_ids: RowIds) -> None:
         """Take blocks and the row id of the first row of each, in ascending order."""
         self._blocks, self._first_ids = blocks, first_ids
+        self._opened: dict[int, tuple[Pixels, npt.NDArray[np.int8]]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Gather, (self._blocks, self._first_ids)  # another process opens the blocks itself
 
     def __call__(self, row_ids: RowIds) -> dict[str, np.ndarray]:
         """Rows int64[n] in any order as `image` uint8[n, 28, 28], `digit` int64[n] and `row_id` int64[n]."""
         images = np.empty((len(row_ids), SIDE, SIDE), np.uint8)
         digits = np.empty(len(row_ids), np.int64)
         block_indices = np.searchsorted(self._first_ids, row_ids, side="right") - 1
-        for index in np.unique(block_indices):
-            table: pa.Table = ray.get(self._blocks[index])  # in shared memory, so nothing is copied
-            places = np.flatnonzero(block_indices == index)
+        by_block = np.argsort(block_indices, kind="stable")
+        indices, starts = np.unique(block_indices[by_block], return_index=True)
+        for index, places in zip(indices.tolist(), np.split(by_block, starts[1:]), strict=True):
             rows = row_ids[places] - self._first_ids[index]
-            images[places] = images_of(table)[rows]
-            digits[places] = digits_of(table)[rows]
+            block_images, block_digits = self._open(index)
+            images[places] = block_images[rows]
+            digits[places] = block_digits[rows]
         return {"image": images, "digit": digits, "row_id": row_ids}
+
+    def _open(self, index: int) -> tuple[Pixels, npt.NDArray[np.int8]]:
+        """Images and digits of a block in shared memory, kept open: `ray.get` takes as long as gathering a hundred rows."""
+        if index not in self._opened:
+            table: pa.Table = ray.get(self._blocks[index])
+            self._opened[index] = images_of(table), digits_of(table)
+        return self._opened[index]
 
 
 class GatherChunk:

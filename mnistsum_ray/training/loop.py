@@ -21,7 +21,7 @@ from mnistsum_ray.training.events import EventSender
 from mnistsum_ray.training.finalize import analyse_model, finetune
 from mnistsum_ray.training.in_memory import InMemoryRows
 from mnistsum_ray.training.pipeline import EvaluationSet, TrainingRows
-from mnistsum_ray.training.schedule import Schedule
+from mnistsum_ray.training.schedule import CPU_CHUNK_ROWS, GPU_CHUNK_ROWS, Schedule
 from mnistsum_ray.training.state import CheckpointError, TrainerState
 from mnistsum_ray.training.streaming import StreamedRows
 from mnistsum_ray.training.trainer import NonFiniteLossError, Trainer
@@ -29,13 +29,6 @@ from mnistsum_ray.training.worker import Worker, setup_worker
 
 _MAX_READERS: Final = 8
 """Actors that read for one worker: each feeds some 100,000 rows/s of raw bytes, or 26,000 of PNG."""
-
-
-_CPU_CHUNK_ROWS: Final = 4_096
-"""Rows that are gathered, or put together, at once: 3 MB, a second of training on two cores."""
-
-_GPU_CHUNK_ROWS: Final = 16_384
-"""12 MB, copied to the device at once. A GPU's loop launches thousands of kernels a second, and has no time for smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ def _train_loop(config: LoopConfig, worker: Worker, events: EventSender) -> dict
         epochs=config.hyperparameters.epochs,
         rank=worker.rank,
         world_size=worker.world_size,
-        rows_per_chunk=_GPU_CHUNK_ROWS if worker.device.type == "cuda" else _CPU_CHUNK_ROWS,
+        rows_per_chunk=GPU_CHUNK_ROWS if worker.device.type == "cuda" else CPU_CHUNK_ROWS,
     )
     batches = rows.train.training_batches(schedule, worker.device)
     for epoch in range(schedule.first_epoch, schedule.epochs):
