@@ -14,6 +14,8 @@ def cast_parameters(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dic
     """
     if all(parameter.dtype == dtype for parameter in parameters.values()):
         return dict(parameters)
+    if torch.compiler.is_compiling():  # the compiler joins the copies by itself, and cannot follow ours
+        return {name: parameter.to(dtype) for name, parameter in parameters.items()}
     return dict(
         zip(
             parameters,

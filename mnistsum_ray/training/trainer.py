@@ -150,7 +150,8 @@ class Trainer:
         seed = step_seed(self.hyperparameters.seed, epoch, step, RandomStream.DROPOUT)
         generator = torch.Generator(self.worker.device).manual_seed(seed)
         factors = dropout_factors(schedule.batch_rows(step), self.hyperparameters.dropout, generator)
-        return factors[torch.from_numpy(schedule.positions(step)).to(self.worker.device)]
+        positions = schedule.positions(step)
+        return factors if len(positions) == len(factors) else factors[_on_device(positions.tobytes(), self.worker.device)]
 
     @torch.no_grad()
     def evaluate(self, held_out: EvaluationSet, epoch: int) -> Metrics:
@@ -187,9 +188,15 @@ class Trainer:
             raise NonFiniteLossError(f"{where} {loss}; lower --learning-rate (now {self.hyperparameters.learning_rate:g})")
 
 
-@lru_cache(maxsize=2)  # of full batches, and of the last one; making one is a kernel of its own
+# These are kept for full batches and for the last one of an epoch: a copy to a GPU waits for all that was launched before.
+@lru_cache(maxsize=2)
 def _constant(value: float, device: torch.device) -> Tensor:
     return torch.tensor(value, device=device)
+
+
+@lru_cache(maxsize=2)
+def _on_device(positions: bytes, device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(positions), dtype=torch.int64).to(device)
 
 
 class _Timer:

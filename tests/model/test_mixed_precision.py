@@ -28,6 +28,22 @@ def test_loss_and_gradients_are_those_of_autocast() -> None:
         assert torch.equal(parameter.grad, other.grad), name  # type: ignore[arg-type]
 
 
+def test_the_compiler_can_follow() -> None:
+    """Not compiled to machine code, which takes a minute; the bits are those of the same operations one by one."""
+    torch.manual_seed(0)
+    objective = Objective(TwoHeadCNN(), 0.05, torch.bfloat16)
+    images, digits, numbers = random_rows(8)
+    gradients = []
+    for function in (objective, torch.compile(objective, backend="aot_eager", dynamic=False, fullgraph=True)):
+        loss, _ = function(prepare_images(images), numbers, digits, None)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in objective.parameters()])
+        for parameter in objective.parameters():
+            parameter.grad = None
+    for ours, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, ours)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_copies_are_channels_last_as_the_parameters(dtype: torch.dtype) -> None:
     parameters = dict(TwoHeadCNN().named_parameters())

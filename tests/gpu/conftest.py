@@ -1,0 +1,22 @@
+"""Tests that need a GPU: `pytest -m gpu`. Ten minutes on one card."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mnistsum_ray.model.device import disable_tf32
+from tests.integration.conftest import cluster
+
+__all__ = ["cluster"]
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """As in the jobs' workers; afterwards as it was."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    disable_tf32()
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

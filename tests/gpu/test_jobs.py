@@ -1,0 +1,190 @@
+"""Both jobs on a GPU from the shell: trained twice, killed, resumed on a CPU; scored beside the CPU."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.row_ranges import RowRanges
+from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.model.loss import Objective
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.training.in_memory import InMemoryRows, materialize_source
+from mnistsum_ray.training.pipeline import Batch
+from mnistsum_ray.training.schedule import GPU_CHUNK_ROWS, Schedule
+from tests.gpu.conftest import CUDA
+from tests.integration.conftest import Done, Job, kill_everything, kill_worker, report_duration, run_job
+from tests.model.test_optimizer import random_rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
+
+SCORED_ROWS = 400_000
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The sample's run with seed 0, on the GPU."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = run_job("train", "--data", "sample", "--seed", 0, "--use-gpu", "true", "--storage-path", runs, "--name", "first")
+    assert "1 GPU worker" in done.err
+    return done
+
+
+def test_the_sample_is_learned_and_again(trained: Done, tmp_path: Path) -> None:
+    assert trained.line["test"]["digit_accuracy"] > 0.985
+    assert trained.line["test"]["sum_accuracy"] > 0.985
+    again = run_job("train", "--data", "sample", "--seed", 0, "--storage-path", tmp_path).line["test"]
+    assert again["digit_accuracy"] == pytest.approx(trained.line["test"]["digit_accuracy"], abs=0.01)
+
+
+@pytest.mark.parametrize("flags", [["--recipe", "long", "--epochs", 3], ["--compile"], ["--precision", "fp32"]], ids=str)
+def test_ways_to_train(flags: list[object], tmp_path: Path) -> None:
+    done = run_job("train", "--data", "sample", "--seed", 0, "--storage-path", tmp_path, *flags)
+    assert done.line["test"]["digit_accuracy"] > 0.95
+
+
+def test_a_killed_worker_is_replaced_and_the_memory_of_the_card_is_free_again(tmp_path: Path) -> None:
+    free, total = torch.cuda.mem_get_info()
+    job = Job("train", "--data", "sample", "--epochs", 40, "--storage-path", tmp_path, "--name", "mine")
+    job.wait_for_line("epoch 2: train loss")
+    kill_worker(job.process.pid, "RayTrainWorker")
+    killed = time.monotonic()
+    job.wait_for_line("going on after epoch")
+    assert time.monotonic() - killed < 60
+    report_duration("training on a GPU, a worker killed: went on", killed)
+    done = job.wait()
+    assert done.line["test"]["digit_accuracy"] > 0.985
+    assert torch.cuda.mem_get_info()[0] > free - 0.01 * total
+
+
+def test_a_run_begun_on_a_gpu_is_resumed_on_a_cpu(tmp_path: Path) -> None:
+    flags = ["--data", "sample", "--epochs", 6, "--precision", "fp32", "--storage-path", tmp_path, "--name", "mine"]
+    job = Job("train", *flags)
+    job.wait_for_line("epoch 3: train loss")
+    kill_everything(job.process.pid)
+    job.wait()
+    done = run_job("train", "--storage-path", tmp_path, "--name", "mine", "--resume", "--use-gpu", "false")
+    assert re.search(r"going on after epoch \d", done.err)
+    assert "1 CPU worker" in done.err
+    assert done.line["test"]["digit_accuracy"] > 0.985
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs") / "in"
+    export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=SCORED_ROWS, files=16), print)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(trained: Done, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    """Scored by the GPU, without a disturbance."""
+    output = tmp_path_factory.mktemp("scored") / "out"
+    done = run_job("score", "--model", trained.line["model"], "--input", pairs, "--output", output, "--use-gpu", "true")
+    assert done.line["scored_rows"] == SCORED_ROWS
+    assert "1 GPU worker" in done.err
+    return rows(output)
+
+
+def rows(output: Path) -> pa.Table:
+    files = sorted(output.glob("part-*.parquet"))
+    return pa.concat_tables([pq.ParquetFile(file).read(["pred_digit", "pred_sum"]) for file in files])
+
+
+def share_equal(first: pa.Table, second: pa.Table) -> float:
+    return min(float(np.mean(first[name].to_numpy() == second[name].to_numpy())) for name in first.column_names)
+
+
+def test_a_gpu_scores_as_a_cpu(trained: Done, pairs: Path, scored: pa.Table, tmp_path: Path) -> None:
+    flags = ["--model", trained.line["model"], "--input", pairs, "--output", tmp_path / "out", "--use-gpu", "false"]
+    assert run_job("score", *flags).line["scored_rows"] == SCORED_ROWS
+    assert share_equal(scored, rows(tmp_path / "out")) >= 0.9999
+
+
+def test_a_killed_actor_and_a_killed_run_change_nothing(trained: Done, pairs: Path, scored: pa.Table, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = ["--model", trained.line["model"], "--input", pairs, "--output", output, "--max-rows-per-file", 5_000]
+    job = Job("score", *flags)
+    wait_for_files(output, 8)
+    kill_worker(job.process.pid, "_PredictActor")
+    wait_for_files(output, len(list(output.glob("part-*.parquet"))) + 4)
+    kill_everything(job.process.pid)
+    job.wait()
+    done = run_job("score", *flags)
+    assert done.line["resumed_rows"] > 0
+    assert share_equal(scored, rows(output)) >= 0.9999
+
+
+def wait_for_files(output: Path, count: int) -> None:
+    started = time.monotonic()
+    while len(list(output.glob("part-*.parquet"))) < count:
+        assert time.monotonic() - started < 90
+        time.sleep(0.02)
+
+
+def test_int8_goes_to_the_cpus(trained: Done, pairs: Path, tmp_path: Path) -> None:
+    flags = ["--model", trained.line["model"], "--input", pairs / "part-00000.parquet", "--output", tmp_path / "out"]
+    done = run_job("score", *flags, "--precision", "int8")
+    assert "CPU worker" in done.err
+    assert "GPU worker" not in done.err
+
+
+@pytest.mark.usefixtures("cluster")
+def test_batches_on_the_gpu_are_those_of_the_cpu() -> None:
+    source = open_source("sample")
+    loaded = materialize_source(source)
+    access = InMemoryRows(loaded.images, loaded.first_ids)
+
+    def batches(device: torch.device) -> list[Batch]:
+        shape: dict[str, Any] = {"batch_size": 48, "lanes": 48, "seed": 3, "distortion": 1.0, "epochs": 2}
+        schedule = Schedule(rows=RowRanges.of(0, 4_000), rank=0, world_size=1, rows_per_chunk=GPU_CHUNK_ROWS, **shape)
+        return list(access.training_batches(schedule, device))
+
+    for ours, theirs in zip(batches(CUDA), batches(torch.device("cpu")), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, values in ours.items():
+            assert values.device.type == "cuda"
+            assert torch.equal(values.cpu(), theirs[name]), name
+
+
+def test_two_ranks_share_a_card(tmp_path: Path) -> None:
+    spawn(_train_a_rank, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    model = _model()
+    loss, _ = Objective(model, 0.0, torch.float32)(*_rows(slice(None)), None)
+    (loss / 64).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(first[name], parameter.grad.cpu(), rtol=1e-3, atol=1e-5)
+
+
+def _model() -> TwoHeadCNN:
+    torch.manual_seed(0)
+    return TwoHeadCNN().to(CUDA)
+
+
+def _rows(rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    images, digits, numbers = (values[rows].to(CUDA) for values in random_rows(64))
+    return prepare_images(images), numbers, digits
+
+
+def _train_a_rank(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = _model()
+    parallel = DistributedDataParallel(Objective(model, 0.0, torch.float32), broadcast_buffers=False)
+    share = slice(0, 40) if rank == 0 else slice(40, 64)
+    loss, _ = parallel(*_rows(share), None)
+    (loss * (2 / 64)).backward()
+    torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()

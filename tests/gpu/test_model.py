@@ -1,0 +1,185 @@
+"""The network, its training step and its state on a GPU, beside the same on the CPU."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+
+from mnistsum_ray.data.distortion import distortions
+from mnistsum_ray.model.augmentation import distort
+from mnistsum_ray.model.distributed import all_reduce_sum, broadcast_parameters
+from mnistsum_ray.model.inference import Predictor
+from mnistsum_ray.model.loss import Objective, dropout_factors
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.optimizer import MuonAdamW
+from mnistsum_ray.model.serialization import copy_weights
+from mnistsum_ray.training.state import TrainerState, load_state, save_checkpoint
+from tests.gpu.conftest import CUDA
+from tests.model.test_optimizer import random_rows
+
+pytestmark = pytest.mark.gpu
+
+CPU = torch.device("cpu")
+
+
+def make_model(device: torch.device) -> TwoHeadCNN:
+    """The same random weights on every device."""
+    torch.manual_seed(0)
+    return TwoHeadCNN().to(device)
+
+
+def train_steps(
+    model: TwoHeadCNN, optimizer: MuonAdamW, steps: int, dtype: torch.dtype = torch.float32, rows: int = 64, dropout: float = 0.0
+) -> None:
+    device = next(model.parameters()).device
+    images, digits, numbers = (values.to(device) for values in random_rows(rows))
+    matrices = torch.from_numpy(distortions(0, 0, np.arange(rows), 0.5)).to(device)
+    objective, scale = Objective(model, 0.05, dtype), torch.tensor(1 / max(1, rows), device=device)
+    generator = torch.Generator(device)
+    for step in range(steps):
+        optimizer.zero_grad()
+        factors = dropout_factors(rows, dropout, generator.manual_seed(step)) if dropout else None
+        loss, _ = objective(distort(prepare_images(images), matrices), numbers, digits, factors)
+        loss.backward(scale)
+        optimizer.step(1e-3, dtype)
+
+
+def test_float32_is_float32() -> None:
+    images, _, numbers = random_rows(256)
+    exact = [scores.detach() for scores in make_model(CPU).double()(prepare_images(images).double(), numbers)]
+    ours = make_model(CUDA)(prepare_images(images.to(CUDA)), numbers.to(CUDA))
+    for scores, expected in zip(ours, exact, strict=True):
+        error = (scores.detach().cpu().double() - expected).abs().max() / expected.abs().max()
+        assert error < 1e-5, "TF32 would err by about 1e-3"
+
+
+def test_three_steps_are_those_of_the_cpu() -> None:
+    before, trained = copy_weights(make_model(CPU)), {}
+    for device in (CPU, CUDA):
+        model = make_model(device)
+        train_steps(model, MuonAdamW(model, 0.01), 3)
+        trained[device.type] = copy_weights(model)
+    for name, start in before.items():
+        moved = (trained["cpu"][name] - start).norm()
+        assert (trained["cuda"][name] - trained["cpu"][name]).norm() < 0.02 * moved, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_step_waits_for_the_device(dtype: torch.dtype, dropout: float) -> None:
+    model = make_model(CUDA)
+    optimizer = MuonAdamW(model, 0.01)
+    train_steps(model, optimizer, 3, dtype, dropout=dropout)
+    images, digits, numbers = (values.to(CUDA) for values in random_rows(64))
+    matrices = torch.from_numpy(distortions(0, 0, np.arange(64), 0.5)).to(CUDA)
+    objective, scale = Objective(model, 0.05, dtype), torch.tensor(1 / 64, device=CUDA)
+    generator = torch.Generator(CUDA)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(15):
+            optimizer.zero_grad()
+            factors = dropout_factors(64, dropout, generator.manual_seed(step)) if dropout else None
+            loss, _ = objective(distort(prepare_images(images), matrices), numbers, digits, factors)
+            loss.backward(scale)
+            optimizer.step(1e-3, dtype)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_share_has_gradients_of_zero(dtype: torch.dtype) -> None:
+    model = make_model(CUDA)
+    images, digits, numbers = (values.to(CUDA) for values in random_rows(0))
+    loss, _ = Objective(model, 0.05, dtype)(prepare_images(images), numbers, digits, None)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_one_rank_of_nccl_reduces_every_dtype(tmp_path: Path) -> None:
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for dtype in (torch.float32, torch.float64, torch.int64):
+            values = torch.arange(5, device=CUDA).to(dtype)
+            assert torch.equal(all_reduce_sum(values), values)
+        model = make_model(CUDA)
+        before = copy_weights(model)
+        broadcast_parameters(model.parameters())
+        assert all(torch.equal(value, before[name]) for name, value in copy_weights(model).items())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_checkpoint_goes_from_gpu_to_cpu_and_back(tmp_path: Path) -> None:
+    places = [CUDA, CPU, CUDA]
+    model = make_model(CUDA)
+    optimizer = MuonAdamW(model, 0.01)
+    train_steps(model, optimizer, 3)
+    state = TrainerState(0, [], copy_weights(model), "fp32")
+    first = {name: {key: value.cpu().clone() for key, value in moments.items()} for name, _, moments in optimizer.states()}
+    for index, device in enumerate(places[1:]):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        save_checkpoint(folder, state, model, optimizer)
+        model = TwoHeadCNN().to(device)
+        optimizer = MuonAdamW(model, 0.01)
+        state = load_state(folder, model, optimizer)
+    assert all(torch.equal(value, state.best[name]) for name, value in copy_weights(model).items())
+    for name, parameter, moments in optimizer.states():
+        for key, value in moments.items():
+            assert torch.equal(value.cpu(), first[name][key]), (name, key)
+            assert key == "step" or value.device == parameter.device
+    train_steps(model, optimizer, 1)
+
+
+@pytest.mark.parametrize(("precision", "most_different", "tolerance"), [("fp32", 0, 1e-4), ("bf16", 200, 0.05)])
+def test_predictions_are_those_of_the_cpu(precision: str, most_different: int, tolerance: float) -> None:
+    images, _, numbers = (values.numpy() for values in random_rows(4_000))
+    weights = copy_weights(make_model(CPU))
+    gpu, cpu = (Predictor(weights, *kind, None).predict(images, numbers) for kind in ((CUDA, precision), (CPU, "fp32")))
+    assert np.count_nonzero(gpu.digit != cpu.digit) <= most_different
+    assert np.count_nonzero(gpu.sum != cpu.sum) <= most_different
+    assert np.abs(gpu.digit_prob - cpu.digit_prob).max() < tolerance
+    assert np.abs(gpu.sum_prob - cpu.sum_prob).max() < tolerance
+
+
+def test_predictions_with_labels_and_without_rows() -> None:
+    images, digits, numbers = (values.numpy() for values in random_rows(100))
+    weights = copy_weights(make_model(CPU))
+    gpu, cpu = (Predictor(weights, device, "fp32", 32) for device in (CUDA, CPU))
+    ours, theirs = (predictor.predict(images, numbers, digits).losses for predictor in (gpu, cpu))
+    assert ours is not None
+    assert theirs is not None
+    for name, values in vars(ours).items():
+        assert np.allclose(values, getattr(theirs, name), atol=1e-3), name
+    assert len(gpu.predict(images[:0], numbers[:0]).digit) == 0
+
+
+def test_a_compiled_step_is_recorded_once_and_nothing_is_left_out() -> None:
+    counters.clear()
+    model = make_model(CUDA)
+    optimizer = MuonAdamW(model, 0.01)
+    plain, compiled = Objective(model, 0.0, torch.bfloat16), copy.deepcopy(model)
+    graphed = torch.compile(Objective(compiled, 0.0, torch.bfloat16), mode="reduce-overhead", dynamic=False)
+    images, digits, numbers = (values.to(CUDA) for values in random_rows(64))
+    for step in range(8):
+        for objective in (plain, graphed):
+            loss, _ = objective(prepare_images(images), numbers, digits, None)
+            loss.backward()
+        if step < 7:
+            for parameter in (*model.parameters(), *compiled.parameters()):
+                parameter.grad = None
+    for ours, theirs in zip(compiled.parameters(), model.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert (ours.grad - theirs.grad).norm() <= 0.05 * theirs.grad.norm()
+    assert not counters["graph_break"], counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    optimizer.zero_grad()
