@@ -1,5 +1,9 @@
 """Python API: train, score, load a model and predict. The jobs call the same functions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -38,7 +42,8 @@ def fit(config: TrainConfig) -> dict[str, Any]:
     from mnistsum_ray.training.preflight import preflight
 
     run = preflight(config)
-    connect()
+    with _importing_torch():
+        connect()
 
     from mnistsum_ray.training import driver
 
@@ -61,12 +66,23 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     from mnistsum_ray.scoring.preflight import preflight
 
     run = preflight(config)
-    connect()
+    connect()  # `preflight` has imported torch
 
     from mnistsum_ray.scoring import driver
 
     with quiet_logger(*_RAY_LOGGERS):
         return driver.score(run, Console())
+
+
+@contextmanager
+def _importing_torch() -> Iterator[None]:
+    """Import torch, which takes seconds, in a thread while the block runs: to start Ray is mostly to wait."""
+    thread = Thread(target=import_module, args=("torch",))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()  # a process that ended in the middle of an import would crash
 
 
 def load_model(model: str) -> "TwoHeadCNN":

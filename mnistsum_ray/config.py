@@ -55,11 +55,16 @@ class TrainingData(JobConfig):
 class Recipe(JobConfig):
     """Recipe and optimization."""
 
-    recipe: Literal["short", "long"] = Field(
-        "short", description="long: more epochs, with dropout and label smoothing, for higher accuracy"
+    recipe: Literal["quick", "short", "long"] = Field(
+        "short",
+        description="quick: as accurate as the original, soon; long: more epochs, with dropout and label smoothing, for higher "
+        "accuracy",
     )
     epochs: int | None = Field(
-        None, ge=1, le=10_000, description="passes over the training rows [short 5, long 30; under 20,000 rows 6 and 40]"
+        None,
+        ge=1,
+        le=10_000,
+        description="passes over the training rows [quick 2, short 5, long 30; under 20,000 rows 3, 6, 40]",
     )
     batch_size: int | None = Field(
         None,

@@ -1,5 +1,7 @@
 """The assignment as its original implements it: plain PyTorch, one row at a time through a DataLoader, float32."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,12 +51,33 @@ class OriginalDataset(Dataset[tuple[Tensor, Tensor, int, int]]):
 
 
 def train(images: Pixels, digits: list[int], seconds: float, device: torch.device, command_time: float) -> Speed:
-    """Training loop of the original, with Adam."""
+    """Training loop of the original, for some seconds."""
+    _, batches = _training(images, digits, device)
+
+    def loop(batch_done: BatchDone) -> None:
+        for rows in batches:
+            if batch_done(rows):
+                return
+
+    return time_loop(loop, seconds, device, command_time)
+
+
+def train_epochs(images: Pixels, digits: list[int], epochs: int, device: torch.device) -> OriginalNet:
+    """Training loop of the original, to its end."""
+    model, batches = _training(images, digits, device)
+    left = epochs * len(digits)
+    while left:
+        left -= next(batches)
+    return model
+
+
+def _training(images: Pixels, digits: list[int], device: torch.device) -> tuple[OriginalNet, Iterator[int]]:
+    """The network, and its training with Adam as an endless iterator that trains on a batch and yields its number of rows."""
     loader = DataLoader(OriginalDataset(images, digits), batch_size=BATCH, shuffle=True)
     model = OriginalNet().to(device)
     optimizer = torch.optim.Adam(model.parameters())
 
-    def loop(batch_done: BatchDone) -> None:
+    def batches() -> Iterator[int]:
         while True:
             for batch in loader:
                 image, number, digit, total = (values.to(device) for values in batch)
@@ -63,10 +86,9 @@ def train(images: Pixels, digits: list[int], seconds: float, device: torch.devic
                 loss = (F.cross_entropy(digit_scores, digit) + F.cross_entropy(sum_scores, total)) / 2
                 torch.autograd.backward(loss)
                 optimizer.step()
-                if batch_done(len(image)):
-                    return
+                yield len(image)
 
-    return time_loop(loop, seconds, device, command_time)
+    return model, batches()
 
 
 def score(images: Pixels, digits: list[int], seconds: float, device: torch.device, command_time: float) -> Speed:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mnistsum_ray import cli
-from mnistsum_ray.benchmark import feed, memory, original, planning, ray_jobs
+from mnistsum_ray.benchmark import accuracy, feed, memory, original, parcels, planning, ray_jobs
 from mnistsum_ray.data.parts import read_part
 from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.sources import open_source
@@ -31,6 +31,8 @@ WAYS: Final = {
     "score": ("loader", "memory", "memory-int8", "ray", "ray-int8"),
     "feed": ("memory", "stream", "stream-png", "memory-2", "stream-2", "stream-png-2"),
     "plan": ("training", "scoring"),
+    "accuracy": ("loader",),
+    "parcels": ("parcels",),
 }
 RATIOS: Final = {
     "train": (("ray", "memory"), ("ray", "worker"), ("ray", "loader")),
@@ -58,9 +60,12 @@ def benchmark(job: Path, description: str, argv: list[str]) -> tuple[dict[str, A
     """
     args = _parse(description, argv)
     cli.reserve_stdout_for_result()
-    if args.what == "plan" and not args.way:
-        results = {way: ray_jobs.run_job(job, *argv, "--way", way, name=way) for way in WAYS["plan"]}
-        return {"what": "plan", "figures": results, "hardware": hardware(_device()), "versions": versions()}, cli.DONE
+    if args.what in ("plan", "parcels") and not args.way:
+        results = {way: ray_jobs.run_job(job, *argv, "--way", way, name=way) for way in WAYS[args.what]}
+        return {"what": args.what, "figures": results, "hardware": hardware(_device()), "versions": versions()}, cli.DONE
+    if args.what == "accuracy" and not args.way:
+        line = accuracy.measure(job, argv, args.data, args.repeat)
+        return line | {"hardware": hardware(_device()), "versions": versions()}, cli.DONE
     if args.way:
         return _measure(args, job.parent), cli.DONE
     ways = WAYS[args.what]
@@ -87,7 +92,7 @@ def _parse(description: str, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=WAYS)
     parser.add_argument("--data", default="auto", help="as for jobs/train.py (default: auto)")
-    parser.add_argument("--repeat", type=int, default=3, help="measurements of each way (default: 3)")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements of each way; accuracy: seeds (default: 3)")
     parser.add_argument("--seconds", type=float, default=15, help="length of a measurement without Ray's jobs (default: 15)")
     parser.add_argument(
         "--epochs",
@@ -95,7 +100,7 @@ def _parse(description: str, argv: list[str]) -> argparse.Namespace:
         default=20 if torch.cuda.is_available() else 2,
         help="train: epochs of jobs/train.py, the first of which does not count (default: 2; 20 on a GPU)",
     )
-    parser.add_argument("--rows", type=int, default=400_000, help="score, feed: rows (default: 400000)")
+    parser.add_argument("--rows", type=int, default=400_000, help="score, feed, parcels: rows (default: 400000)")
     parser.add_argument("--shuffle-rows", type=int, default=100_000, help="feed: as for jobs/train.py (default: 100000)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=sorted({way for ways in WAYS.values() for way in ways}), help=argparse.SUPPRESS)
@@ -114,6 +119,10 @@ def _parse(description: str, argv: list[str]) -> argparse.Namespace:
 
 def _measure(args: argparse.Namespace, jobs: Path) -> Measurement:
     """Measure one way in this process."""
+    if args.what == "accuracy":
+        return accuracy.train_original(args.data, _device(), args.command_time)
+    if args.what == "parcels":
+        return parcels.measure(args.data, args.rows, _device())
     if args.what == "plan":
         return planning.plan_training(100_000, 10_000) if args.way == "training" else planning.plan_scoring(1_000_000)
     if args.what == "feed":

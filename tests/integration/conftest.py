@@ -227,7 +227,11 @@ class Job:
         assert not left
 
     def wait(self, timeout: float = 240) -> Done:
-        out, err = self.process.communicate(timeout=timeout)
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            kill_everything(self.process.pid)  # it would slow down all tests that follow
+            raise
         return Done(self.process.returncode, out, "".join(self._seen) + err, time.monotonic() - self._started)
 
 

@@ -51,6 +51,19 @@ def test_the_feed() -> None:
     assert set(line["ratios"]) == {"stream / memory", "stream-png / memory"}
 
 
+def test_the_time_to_the_originals_accuracy(data: Path) -> None:
+    done = run_job("benchmark", "accuracy", "--data", data, "--repeat", 2)
+    line = done.line
+    for result in (line["loader"], line["ray"], *line["seeds"]):
+        assert 0.2 < result["digit_accuracy"] <= 1
+        assert 0 < result["sum_accuracy"] <= 1
+        assert result["seconds"] > 1
+    assert len(line["seeds"]) == 2
+    assert line["reached"] is False, "the few rows are not enough for the original's accuracy"
+    assert line["times_faster"] == pytest.approx(line["loader"]["seconds"] / line["ray"]["seconds"], abs=0.01)
+    assert "ray, seed 1: digit " in done.err
+
+
 def test_an_invalid_flag_is_refused() -> None:
     done = run_job("benchmark", "train", "--epochs", 1)
     assert done.code == 2
