@@ -19,10 +19,10 @@ Each way is measured in its own process, several times, in alternating order:
     ray-int8     (score) jobs/score.py --precision int8
 
 `feed` hands rows to workers that do not train: from memory, or streamed from Parquet of raw bytes (stream) or PNG (stream-png),
-to one worker or to two (-2). `parcels` measures the CPU time a row that scoring on GPUs takes beside the forward pass. `plan` runs
-the planning of training on a billion rows, and of scoring a million files, on footers that are made up. `accuracy` measures the
-time from the command to a model that is as accurate as the original after its five epochs, with the recipe `quick` and `--repeat`
-seeds, beside the original's way.
+to one worker or to two (-2). `parcels` measures the CPU time a row that scoring on GPUs takes beside the forward pass. `plan`
+runs the planning of training on a billion rows, and of scoring a million files, on footers that are made up. `accuracy` measures
+the time from the command to a model that is as accurate as the original after its five epochs, with the recipe `quick` and
+`--repeat` seeds, beside the original's way.
 
 The table on standard error holds medians, with minimum and maximum in parentheses; mnistsum_ray/benchmark/README.md explains the
 figures. The last line on standard output is one JSON object. Exit codes: 0 done, 2 the request is invalid, 1 anything else.

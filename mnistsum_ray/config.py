@@ -101,7 +101,9 @@ class TrainingCluster(JobConfig):
     """Cluster and hardware."""
 
     num_workers: int | tuple[int, int] | None = Field(
-        None, description="training workers: N, or MIN,MAX for elastic training [one per GPU; without GPUs, one per node]"
+        None,
+        description="training workers: N, or MIN,MAX for elastic training [one per GPU, but at least 256 rows of a "
+        "batch each; without GPUs, one per node]",
     )
     use_gpu: bool | None = Field(None, description="train on GPUs [true if the cluster has GPUs]")
     precision: Literal["bf16", "fp32"] | None = Field(

@@ -122,7 +122,7 @@ def train_in_worker(loop: Callable[[], dict[str, float]]) -> dict[str, float]:
         return loop()
 
     connect()
-    plan = plan_resources(TrainConfig(num_workers=1), inspect_cluster())
+    plan = plan_resources(TrainConfig(num_workers=1), inspect_cluster(), BATCH)
     with tempfile.TemporaryDirectory() as folder:
         trainer = ray.train.torch.TorchTrainer(
             worker,

@@ -51,7 +51,13 @@ def _reserve(run: TrainingRun, console: Console) -> ResourcePlan:
     """Plan the workers and wait until their resources are free."""
     config, source = run.config, run.source
     cluster, probe = drop_unusable_gpus(inspect_cluster(), config.use_gpu, config.wait_seconds, console.say)
-    plan = plan_resources(config, cluster)
+    batch_size, gpus = run.hyperparameters.batch_size, int(cluster.total.get("GPU", 0))
+    plan = plan_resources(config, cluster, batch_size)
+    if plan.use_gpu and config.num_workers is None and plan.workers[0] < gpus:
+        console.say(
+            f"training on {plan.workers[0]} of {gpus} GPUs: with --batch-size {batch_size} more are not faster; --num-workers "
+            f"{gpus} takes all"
+        )
     if cluster.can_grow and not plan.use_gpu and config.use_gpu is None:
         console.say(f"training on CPUs, since the cluster has {cluster.describe()}; --use-gpu true waits for GPUs")
     if source.notice:

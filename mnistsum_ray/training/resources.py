@@ -1,10 +1,14 @@
 """Resources of a training run: number of workers, devices, and what each worker reserves."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from mnistsum_ray.cluster.resources import TASKS_CPU_SHARE, ClusterResources, format_resource
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError
+
+_ROWS_PER_GPU: Final = 256
+"""Rows of a step below which another GPU is of no use: the kernels of so small a network take as long for 32 rows as for 256."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,13 @@ class ResourcePlan:
         return f"{number} {'GPU' if self.use_gpu else 'CPU'} worker{'s' * (high != 1)}"
 
 
-def plan_resources(config: TrainConfig, cluster: ClusterResources) -> ResourcePlan:
+def plan_resources(config: TrainConfig, cluster: ClusterResources, batch_size: int) -> ResourcePlan:
     """Plan workers and devices by the config, and where it is silent by what the cluster has.
+
+    Args:
+        config: the request.
+        cluster: what there is.
+        batch_size: rows of a step, all workers together. By default a GPU gets at least _ROWS_PER_GPU of them.
 
     Raises:
         RequestError: the config asks for more than the cluster can ever have.
@@ -43,7 +52,7 @@ def plan_resources(config: TrainConfig, cluster: ClusterResources) -> ResourcePl
     if use_gpu and not gpus and not cluster.can_grow:
         raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster.describe()})")
     # On CPUs one worker a node, with a thread for each core, is as fast as many, which would exchange gradients.
-    default = max(1, gpus if use_gpu else len(cluster.nodes))
+    default = max(1, min(gpus, batch_size // _ROWS_PER_GPU) if use_gpu else len(cluster.nodes))
     workers = config.worker_range or (default, default)
     available = gpus if use_gpu else int(cluster.total.get("CPU", 0))
     kind = "GPU" if use_gpu else "CPU"

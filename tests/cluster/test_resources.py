@@ -37,15 +37,21 @@ def mixed(*nodes: dict[str, float]) -> ClusterResources:
     ],
 )
 def test_defaults(here: ClusterResources, workers: int, use_gpu: bool) -> None:
-    resource_plan = plan_resources(TrainConfig(), here)
+    resource_plan = plan_resources(TrainConfig(), here, 4096)
     assert (resource_plan.workers, resource_plan.use_gpu) == ((workers, workers), use_gpu)
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(64, 1), (256, 1), (600, 2), (2048, 8), (65_536, 8)])
+def test_no_gpu_gets_fewer_rows_than_it_can_use(batch_size: int, workers: int) -> None:
+    assert plan_resources(TrainConfig(), cluster(64, 8), batch_size).workers == (workers, workers)
+    assert plan_resources(TrainConfig(num_workers=8), cluster(64, 8), batch_size).workers == (8, 8), "asked for"
 
 
 @pytest.mark.parametrize("here", [cluster(1), cluster(2), cluster(3), cluster(8), cluster(4, 8), cluster(16, 1), cluster(1, 1)])
 def test_workers_always_leave_cpus_for_other_tasks(here: ClusterResources) -> None:
     most = int(here.total.get("GPU", here.total["CPU"]))
     for workers in range(1, most + 1):
-        need = plan_resources(TrainConfig(num_workers=workers), here).bundles()
+        need = plan_resources(TrainConfig(num_workers=workers), here, 256).bundles()
         assert 0 < sum(bundle["CPU"] for bundle in need) <= 0.75 * here.total["CPU"] + 1e-9
 
 
@@ -63,7 +69,7 @@ def test_workers_always_leave_cpus_for_other_tasks(here: ClusterResources) -> No
 )
 def test_more_workers_than_the_cluster_can_have_are_refused(config: TrainConfig, here: ClusterResources, said: str) -> None:
     with pytest.raises(RequestError) as refused:
-        plan_resources(config, here)
+        plan_resources(config, here, 256)
     assert said in str(refused.value)
 
 
@@ -77,7 +83,7 @@ def test_more_workers_than_the_cluster_can_have_are_refused(config: TrainConfig,
     ],
 )
 def test_gpu_workers_take_cpus_of_the_nodes_that_have_gpus(here: ClusterResources, cpus: float) -> None:
-    resource_plan = plan_resources(TrainConfig(), here)
+    resource_plan = plan_resources(TrainConfig(), here, 4096)
     assert resource_plan.workers == (here.total["GPU"],) * 2
     assert resource_plan.cpus_per_worker == pytest.approx(cpus)
     assert here.workers_that_fit(resource_plan.per_worker) == here.total["GPU"]
@@ -85,39 +91,39 @@ def test_gpu_workers_take_cpus_of_the_nodes_that_have_gpus(here: ClusterResource
 
 def test_two_gpu_workers_reserve_one_cpu_each() -> None:
     here = mixed({"CPU": 64}, {"CPU": 4, "GPU": 8})
-    assert plan_resources(TrainConfig(num_workers=2), here).cpus_per_worker == 1.0
+    assert plan_resources(TrainConfig(num_workers=2), here, 256).cpus_per_worker == 1.0
 
 
 def test_workers_that_fit_on_no_node_are_refused() -> None:
     here = mixed(*[{"CPU": 0.5}] * 4, {"CPU": 1})
     with pytest.raises(RequestError, match=r"--num-workers 3: only 1 of them, with 0.75 CPUs each, fit on the nodes"):
-        plan_resources(TrainConfig(num_workers=3), here)
+        plan_resources(TrainConfig(num_workers=3), here, 256)
 
 
 def test_gpus_that_cannot_be_used_are_skipped() -> None:
-    resource_plan = plan_resources(TrainConfig(), cluster(8, 1).without_gpus())
+    resource_plan = plan_resources(TrainConfig(), cluster(8, 1).without_gpus(), 256)
     assert (resource_plan.workers, resource_plan.use_gpu, resource_plan.per_worker) == ((1, 1), False, {"CPU": 1.0})
 
 
 def test_an_elastic_run_leaves_cpus_for_other_tasks_at_its_largest() -> None:
-    resource_plan = plan_resources(TrainConfig(num_workers=(1, 4)), cluster(4))
+    resource_plan = plan_resources(TrainConfig(num_workers=(1, 4)), cluster(4), 256)
     assert 4 * resource_plan.cpus_per_worker <= 3
 
 
 def test_an_elastic_run_may_ask_for_more_workers_than_fit_now() -> None:
-    assert plan_resources(TrainConfig(num_workers=(1, 9)), cluster(16, 4)).workers == (1, 9)
+    assert plan_resources(TrainConfig(num_workers=(1, 9)), cluster(16, 4), 256).workers == (1, 9)
 
 
 def test_the_present_gpu_nodes_decide_the_cpus_per_worker_also_on_a_growing_cluster() -> None:
     nodes = ({"CPU": 64.0}, {"CPU": 4.0, "GPU": 8.0})
     here = ClusterResources(nodes, {"CPU": 68.0, "GPU": 8.0}, {"CPU": 68.0, "GPU": 8.0}, can_grow=True)
-    resource_plan = plan_resources(TrainConfig(), here)
+    resource_plan = plan_resources(TrainConfig(), here, 4096)
     assert resource_plan.workers == (8, 8)
     assert here.workers_that_fit(resource_plan.per_worker) == 8
 
 
 def test_a_growing_cluster_may_lack_the_requested_resources() -> None:
-    resource_plan = plan_resources(TrainConfig(num_workers=(2, 4), use_gpu=True), cluster(2, can_grow=True))
+    resource_plan = plan_resources(TrainConfig(num_workers=(2, 4), use_gpu=True), cluster(2, can_grow=True), 256)
     assert (resource_plan.workers, resource_plan.use_gpu) == ((2, 4), True)
     assert resource_plan.bundles() == [{"CPU": 1, "GPU": 1}] * 2
     config = ScoreConfig(model="m", input=("i",), output="o", num_workers=4, use_gpu=True)
