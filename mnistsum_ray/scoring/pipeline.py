@@ -25,8 +25,11 @@ from mnistsum_ray.scoring.worker import WorkerContext, commit_part, get_predicto
 _BLOCK_BYTES: Final = 2**20
 """Small blocks go from reader to actor at once; Ray Data would gather larger ones first."""
 
-_TASKS_IN_FLIGHT: Final = 2
-"""Parcels per actor: the one that it predicts and the next. With more, the last parcels of a run would wait for a few actors."""
+_CONCURRENT_PARCELS: Final = 2
+"""Parcels that an actor works on at the same time: while the GPU predicts one, the other is copied to or from it."""
+
+_TASKS_IN_FLIGHT: Final = 3
+"""Parcels per actor: those and the next. With more, the last parcels of a run would wait for a few actors."""
 
 
 def stream_reports(
@@ -56,6 +59,8 @@ def _make_dataset(units: list[pa.Table], context: WorkerContext, resources: Scor
             max_size=resources.workers,
             initial_size=min(resources.workers, max(1, fitting_workers)),
             max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
+            max_concurrent_calls_per_actor=_CONCURRENT_PARCELS,
+            enable_true_multi_threading=True,
         )
         actors: dict[str, Any] = {"compute": pool, "num_cpus": resources.cpus_per_worker, "num_gpus": 1}
         dataset = dataset.map_batches(
@@ -83,7 +88,7 @@ def _read_unit(unit: pa.Table, context: WorkerContext) -> Iterator[pa.Table]:
 
 
 class _PredictActor:
-    """Predicts parcels in an actor, which loads the model before the first parcel arrives."""
+    """Predicts parcels in an actor, in several threads. It loads the model before the first parcel arrives."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context

@@ -20,13 +20,21 @@ _ABORT_SECONDS: Final = 3.0
 
 
 class InterruptibleTrainer(ray.train.torch.TorchTrainer):
-    """TorchTrainer that leaves SIGINT to this process.
+    """TorchTrainer that leaves SIGINT to this process, and its workers in peace.
 
-    Ray Train 2.60 would install a handler for SIGINT for good, which ends the process with exit code 0. It calls
-    `_register_sigint_handler` for that and has no option against it; tests/training/test_callbacks.py fails when it is renamed.
+    Ray Train 2.60 has no options against two of its habits; tests/training/test_callbacks.py fails when a name changes.
+
+    - `_register_sigint_handler` would install a handler for SIGINT for good, which ends the process with exit code 0.
+    - `PlacementGroupCleanerCallback` asks each second whether the controller is alive, and it asks any Ray cluster that runs on
+      this machine. Another one does not know the controller; then the workers are killed. Without it nothing is left behind:
+      a placement group ends with the job that has created it.
     """
 
     controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller

@@ -12,7 +12,7 @@ import pytest
 
 from mnistsum_ray.model.serialization import MODEL_FILES
 from mnistsum_ray.training.state import STATE_CARD, STATE_FILE
-from tests.integration.conftest import Done, Job, kill_everything, kill_worker, report_duration, run_job
+from tests.integration.conftest import Done, Job, descendants, kill_everything, kill_worker, report_duration, run_job
 from tests.integration.test_refusals import check_refused
 
 EVERY = 4
@@ -43,6 +43,7 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, data: Path, undisturbed
     job.wait_for_line("going on after epoch")
     report_duration("training, a worker killed: went on", killed)
     job.wait_for_line("fine-tuning the sum head")
+    assert not [title for title in descendants(job.process.pid).values() if "PlacementGroupCleaner" in title]
     kill_worker(job.process.pid, "RayTrainWorker")
     done = job.wait()
     assert left(done) == undisturbed

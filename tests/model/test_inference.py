@@ -1,0 +1,67 @@
+"""Batched prediction: the same for any batch size, for memory that may not be written, and from several threads at once."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from mnistsum_ray.model.calibration import Temperatures
+from mnistsum_ray.model.inference import Predictor
+from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.predictions import Predictions
+from mnistsum_ray.model.serialization import copy_weights
+from tests.model.test_optimizer import random_rows
+
+ROWS = 300
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Iterator[Predictor]:
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield Predictor(copy_weights(TwoHeadCNN()), torch.device("cpu"), "fp32", 64, temperatures=Temperatures(1.5, 0.7))
+    torch.set_num_threads(threads)  # a Predictor sets it for the process
+
+
+def rows(count: int = ROWS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, numbers and labels, one of them unknown."""
+    images, digits, numbers = (values.numpy() for values in random_rows(count))
+    digits[:1] = -1
+    return images, numbers, digits
+
+
+def equal(first: Predictions, second: Predictions) -> bool:
+    fields = [name for name in vars(first) if name != "losses"]
+    same = all(np.array_equal(getattr(first, name), getattr(second, name)) for name in fields)
+    if first.losses is None or second.losses is None:
+        return same and first.losses is second.losses
+    return same and all(np.array_equal(values, vars(second.losses)[name]) for name, values in vars(first.losses).items())
+
+
+def test_two_threads_predict_what_one_does(predictor: Predictor) -> None:
+    alone = predictor.predict(*rows())
+    with ThreadPoolExecutor(2) as threads:
+        for together in threads.map(lambda _: predictor.predict(*rows()), range(6)):
+            assert equal(together, alone)
+
+
+def test_memory_that_may_not_be_written_is_read(predictor: Predictor) -> None:
+    frozen = rows()
+    for values in frozen:
+        values.flags.writeable = False
+    assert equal(predictor.predict(*frozen), predictor.predict(*rows()))
+
+
+def test_types_and_ranges(predictor: Predictor) -> None:
+    images, numbers, labels = rows()
+    found = predictor.predict(images, numbers, labels)
+    assert [values.dtype for values in (found.digit, found.sum, found.digit_prob, found.sum_prob)] == ["i1", "i1", "f4", "f4"]
+    assert 0 <= found.digit.min() <= found.digit.max() <= 9
+    assert 0 <= found.sum.min() <= found.sum.max() <= 18
+    assert found.losses is not None
+    assert found.losses.digit_nll[0] == found.losses.sum_brier[0] == 0, "its label is unknown"
+    assert (found.losses.digit_nll[1:] > 0).all()
+    assert predictor.predict(images, numbers).losses is None
+    assert len(predictor.predict(images[:0], numbers[:0]).digit) == 0
