@@ -18,7 +18,7 @@ from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights, save_model
 from mnistsum_ray.storage.location import Location
 
-STATE_FORMAT: Final = "mnistsum_ray/5"
+STATE_FORMAT: Final = "mnistsum_ray/6"
 """Format of `trainer.json`; 5 has the consistency of the two heads."""
 STATE_FILE: Final = "trainer.safetensors"
 STATE_CARD: Final = "trainer.json"
