@@ -64,13 +64,13 @@ class Recipe(JobConfig):
         None,
         ge=1,
         le=10_000,
-        description="passes over the training rows [quick 2, short 5, long 30; under 20,000 rows 3, 6, 40]",
+        description="passes over the training rows [quick 3, short 5, long 30; under 20,000 rows 3, 6, 40]",
     )
     batch_size: int | None = Field(
         None,
         ge=1,
         le=65_536,
-        description="rows per optimizer step, all workers together [short 256, long 128; under 20,000 rows 64]",
+        description="rows per optimizer step, all workers together [256, long 128; under 20,000 rows 64]",
     )
     learning_rate: float = Field(
         0.02, gt=0, allow_inf_nan=False, description="peak of Muon's one-cycle schedule; AdamW uses a fraction of it"
@@ -80,17 +80,17 @@ class Recipe(JobConfig):
         None,
         ge=0,
         le=4,
-        description="strength of random rotation, scaling, shear and shift of training images [short 0.5, long 1]",
+        description="strength of random rotation, scaling, shear and shift of training images [0.5, long 1]",
     )
     label_smoothing: float | None = Field(
-        None, ge=0, lt=1, description="weight of the uniform distribution in the targets of both heads [short 0, long 0.05]"
+        None, ge=0, lt=1, description="weight of the uniform distribution in the targets of both heads [0, long 0.05]"
     )
-    dropout: float | None = Field(None, ge=0, lt=1, description="dropout rate of the last hidden layer [short 0, long 0.25]")
+    dropout: float | None = Field(None, ge=0, lt=1, description="dropout rate of the last hidden layer [0, long 0.25]")
     sum_head_steps: int | None = Field(
         None,
         ge=0,
         le=100_000,
-        description="steps of fine-tuning the sum head alone after the last epoch; 0: none [20000; under 20,000 rows 4000]",
+        description="steps of fine-tuning the sum head alone after the last epoch [20000; under 20,000 rows, and quick, 4000]",
     )
     seed: int = Field(
         0, ge=0, lt=2**63, description="seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"

@@ -111,9 +111,10 @@ def _write_random_model(folder: Path, images: Pixels, digits: list[int]) -> None
 
 def train_in_worker(loop: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Run a training loop in one Ray Train worker with the resources that jobs/train.py gives it."""
-    import ray.train.torch  # Ray takes a second to import, which would delay the start-up of the other ways
+    import ray.train  # Ray takes a second to import, which would delay the start-up of the other ways
 
     from mnistsum_ray.cluster.resources import inspect_cluster
+    from mnistsum_ray.training.callbacks import InterruptibleTrainer
     from mnistsum_ray.training.resources import plan_resources
     from mnistsum_ray.training.worker import cpus_of_node
 
@@ -124,7 +125,7 @@ def train_in_worker(loop: Callable[[], dict[str, float]]) -> dict[str, float]:
     connect()
     plan = plan_resources(TrainConfig(num_workers=1), inspect_cluster(), BATCH)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = ray.train.torch.TorchTrainer(
+        trainer = InterruptibleTrainer(
             worker,
             train_loop_config={},
             scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=plan.use_gpu, resources_per_worker=plan.per_worker),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mnistsum_ray.data.sampling import NUMBERS
 from mnistsum_ray.model.calibration import HEADS, Temperatures, fit_temperature
+from mnistsum_ray.model.device import array_to_device
 from mnistsum_ray.model.evaluation import PairScores
 from mnistsum_ray.model.loss import probability_losses
 from mnistsum_ray.model.network import DIGITS, TwoHeadCNN, prepare_images
@@ -158,7 +159,7 @@ def _with_scores(
     device = next(model.parameters()).device
     for rows in batches:
         with autocast:
-            digit_scores = model.digit_scores(prepare_images(torch.from_numpy(rows["image"]).to(device)))
+            digit_scores = model.digit_scores(prepare_images(array_to_device(rows["image"], device)))
         yield rows, PairScores.from_digit_scores(model, digit_scores)
 
 

@@ -35,7 +35,7 @@ def pack_parts(started: float, batch: list[DecodedPart | UnreadablePart]) -> pa.
 def rows_of(parcel: pa.Table) -> BatchRows:
     """The rows of a parcel; views of its memory."""
     images = _array(parcel, "images", np.uint8).reshape(-1, SIDE, SIDE)
-    labels = _array(parcel, "labels", np.int64) if "labels" in parcel.column_names else None
+    labels = _array(parcel, "labels", np.int64) if _has(parcel, "labels") else None
     return BatchRows(images, _array(parcel, "numbers", np.int64), labels)
 
 
@@ -56,7 +56,7 @@ def unpack_predictions(parcel: pa.Table) -> tuple[float, list[DecodedPart | Unre
     """When the processing started, the parts without images, and the predictions of their rows."""
     parts = pickle.loads(parcel["parts"][0].as_buffer())
     losses = None
-    if _LOSSES[0] in parcel.column_names:
+    if _has(parcel, _LOSSES[0]):
         losses = ProbabilityLosses(*(_array(parcel, name, np.float32) for name in _LOSSES))
     predictions = Predictions(**{name: _array(parcel, name, dtype) for name, dtype in _PREDICTIONS.items()}, losses=losses)
     return parcel["started"][0].as_py(), parts, predictions
@@ -67,6 +67,11 @@ def _bytes_column(values: Any) -> pa.Array:
     data = pa.py_buffer(np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values)
     offsets = pa.py_buffer(np.array([0, data.size], np.int64))
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+
+
+def _has(parcel: pa.Table, name: str) -> bool:
+    """Whether a parcel has a column; in a block that Ray Data has joined from several parcels, all have it, some as null."""
+    return name in parcel.column_names and parcel[name][0].is_valid
 
 
 def _array(parcel: pa.Table, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -26,7 +26,7 @@ _BLOCK_BYTES: Final = 2**20
 """Small blocks go from reader to actor at once; Ray Data would gather larger ones first."""
 
 _CONCURRENT_PARCELS: Final = 2
-"""Parcels that an actor works on at the same time: while the GPU predicts one, the other is copied to or from it."""
+"""Parcels that an actor works on at the same time: while the GPU predicts one, the other is put into pinned memory, or packed."""
 
 _TASKS_IN_FLIGHT: Final = 3
 """Parcels per actor: those and the next. With more, the last parcels of a run would wait for a few actors."""

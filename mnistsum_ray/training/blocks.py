@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mnistsum_ray.data.distortion import AFFINE_VALUES
-from mnistsum_ray.data.pixels import IMAGE_TYPE, PIXELS, Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.pixels import PIXELS, Pixels, one_chunk, pixels_array, pixels_view
 
 ROW_BYTES = PIXELS + 40
 """Memory of a row in a block: pixels, digit, number, row id and distortion."""
@@ -34,7 +34,7 @@ def _column(name: str, values: np.ndarray) -> pa.Array:
         return affine_column(values)
     if name != "image":
         return pa.array(values)
-    return pa.FixedSizeBinaryArray.from_buffers(IMAGE_TYPE, len(values), [None, pa.py_buffer(values)])
+    return pixels_array(values)
 
 
 def affine_column(matrices: npt.NDArray[np.float32]) -> pa.Array:

@@ -101,7 +101,7 @@ def split_into_steps(batch: Batch, schedule: Schedule, chunk: Chunk) -> Iterator
 
 
 def to_device(batches: Iterator[dict[str, np.ndarray]], device: torch.device) -> Iterator[Batch]:
-    """Batches of arrays as tensors on a device; for a GPU each is copied while the one before it is used."""
+    """Batches of arrays as tensors on a device; for a GPU each is put into pinned memory while the one before it is used."""
     tensors = ({name: array_to_device(values, device) for name, values in batch.items()} for batch in batches)
     if device.type != "cuda":
         yield from tensors

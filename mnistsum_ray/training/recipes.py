@@ -9,7 +9,7 @@ SMALL_ROWS: Final = 20_000
 def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
     """Hyperparameters of the recipe `quick`, `short` or `long`; `small` for less than SMALL_ROWS training rows."""
     if name == "quick":
-        size = {"epochs": 3, "batch_size": 64} if small else {"epochs": 2, "batch_size": 256}
+        size = {"epochs": 3, "batch_size": 64 if small else 256}
         return size | {"distortion": 0.5, "label_smoothing": 0.0, "dropout": 0.0, "sum_head_steps": 4_000}
     if name == "long":
         size = {"epochs": 40, "batch_size": 64} if small else {"epochs": 30, "batch_size": 128}

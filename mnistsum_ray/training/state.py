@@ -19,7 +19,7 @@ from mnistsum_ray.model.serialization import Weights, copy_weights, save_model
 from mnistsum_ray.storage.location import Location
 
 STATE_FORMAT: Final = "mnistsum_ray/6"
-"""Format of `trainer.json`; 5 has the consistency of the two heads."""
+"""Format of `trainer.json`; since 6 Muon and the distortions are computed in another way, so older runs would end otherwise."""
 STATE_FILE: Final = "trainer.safetensors"
 STATE_CARD: Final = "trainer.json"
 

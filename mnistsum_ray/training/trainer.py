@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Final
 
+import numpy as np
 import ray.train.torch
 import torch
 from torch import Tensor
@@ -196,7 +197,7 @@ def _constant(value: float, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _on_device(positions: bytes, device: torch.device) -> Tensor:
-    return torch.frombuffer(bytearray(positions), dtype=torch.int64).to(device)
+    return torch.from_numpy(np.frombuffer(positions, np.int64).copy()).to(device)
 
 
 class _Timer:

@@ -16,7 +16,8 @@ CUDA = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def exact_float32() -> Iterator[None]:
     """As in the jobs' workers; afterwards as it was."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    before, threads = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32), torch.get_num_threads()
     disable_tf32()
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    torch.set_num_threads(threads)  # a Predictor on a CPU sets it for the process

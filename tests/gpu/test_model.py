@@ -164,7 +164,6 @@ def test_predictions_with_labels_and_without_rows() -> None:
 def test_a_compiled_step_is_recorded_once_and_nothing_is_left_out() -> None:
     counters.clear()
     model = make_model(CUDA)
-    optimizer = MuonAdamW(model, 0.01)
     plain, compiled = Objective(model, 0.0, torch.bfloat16), copy.deepcopy(model)
     graphed = torch.compile(Objective(compiled, 0.0, torch.bfloat16), mode="reduce-overhead", dynamic=False)
     images, digits, numbers = (values.to(CUDA) for values in random_rows(64))
@@ -182,4 +181,3 @@ def test_a_compiled_step_is_recorded_once_and_nothing_is_left_out() -> None:
     assert not counters["graph_break"], counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1
     assert counters["inductor"]["cudagraph_skips"] == 0
-    optimizer.zero_grad()

@@ -51,6 +51,12 @@ def test_the_feed() -> None:
     assert set(line["ratios"]) == {"stream / memory", "stream-png / memory"}
 
 
+def test_the_parcels() -> None:
+    figures = run_job("benchmark", "parcels", "--data", "sample", "--rows", 20_000).line["figures"]["parcels"]
+    assert set(figures) == {"reader_us", "actor_us", "commit_us"}
+    assert all(0 < value < 1000 for value in figures.values())
+
+
 def test_the_time_to_the_originals_accuracy(data: Path) -> None:
     done = run_job("benchmark", "accuracy", "--data", data, "--repeat", 2)
     line = done.line

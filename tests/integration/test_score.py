@@ -76,7 +76,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
         {"label_column": "digit"},
         {"num_workers": 1, "max_rows_per_file": 77, "batch_size": 1000},
         {"max_rows_per_file": 100, "batch_size": 3},
-        {"num_readers": 1, "max_rows_per_file": 250},  # as with GPUs: tasks read and write for the workers
+        # As with GPUs: tasks read and write for the workers.
+        {"num_readers": 1, "max_rows_per_file": 250, "label_column": "digit"},
     ],
     ids=str,
 )

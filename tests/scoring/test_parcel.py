@@ -70,6 +70,20 @@ def test_a_parcel_of_unreadable_parts_has_no_rows() -> None:
     assert len(predictions.digit) == 0
 
 
+def test_parcels_that_ray_data_joins_to_a_block_are_read_one_by_one() -> None:
+    """One of them has no labels, since it has no rows."""
+    good = decoded("a.parquet", 5, labels=True)
+    parcels = [pack_parts(1.0, [UnreadablePart(part("bad.parquet", 3), "damaged")]), pack_parts(1.0, [good])]
+    block = pa.concat_tables(parcels, promote_options="default")
+    rows = [rows_of(block.slice(index, 1)) for index in range(2)]
+    assert [len(one.numbers) for one in rows] == [0, 5]
+    assert rows[0].labels is None
+    assert rows[1].labels is not None
+    predicted = [with_predictions(block.slice(index, 1), 0.0, predict(one.numbers, one.labels)) for index, one in enumerate(rows)]
+    block = pa.concat_tables(predicted, promote_options="default")
+    assert [unpack_predictions(block.slice(index, 1))[2].losses is not None for index in range(2)] == [False, True]
+
+
 def test_a_parcel_has_the_slice_of_a_table_and_not_the_rest() -> None:
     large = pa.table({"text": ["x" * 1000] * 10_000})
     whole = decoded("a.parquet", 5, labels=False)
