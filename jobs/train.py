@@ -1,7 +1,7 @@
 """Train the two-head MNIST network, which predicts the digit of an image and the sum digit + number.
 
     python jobs/train.py                                   on full MNIST if it can be found, else on the bundled sample
-    python jobs/train.py --data sample                     takes about a minute on a laptop
+    python jobs/train.py --data sample                     takes a minute or two on a laptop
     python jobs/train.py --data s3://bucket/mnist --num-workers 4 --storage-path s3://bucket/runs --name mine
     python jobs/train.py --name mine --resume              continues after a kill
     ray job submit --working-dir . -- python jobs/train.py --data sample
