@@ -57,7 +57,7 @@ class Recipe(JobConfig):
 
     recipe: Literal["quick", "short", "long"] = Field(
         "short",
-        description="quick: as accurate as the original, soon; long: more epochs, with dropout and label smoothing, for higher "
+        description="quick: about as accurate as the original, soon; long: more epochs, with dropout and label smoothing, for higher "
         "accuracy",
     )
     epochs: int | None = Field(
