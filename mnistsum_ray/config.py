@@ -57,8 +57,8 @@ class Recipe(JobConfig):
 
     recipe: Literal["quick", "short", "long"] = Field(
         "short",
-        description="quick: about as accurate as the original, soon; long: more epochs, with dropout and label smoothing, for higher "
-        "accuracy",
+        description="quick: about as accurate as the original, soon; long: more epochs, with dropout and label smoothing, for "
+        "higher accuracy",
     )
     epochs: int | None = Field(
         None,
