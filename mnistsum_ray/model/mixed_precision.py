@@ -16,13 +16,8 @@ def cast_parameters(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dic
         return dict(parameters)
     if torch.compiler.is_compiling():  # the compiler joins the copies by itself, and cannot follow ours
         return {name: parameter.to(dtype) for name, parameter in parameters.items()}
-    return dict(
-        zip(
-            parameters,
-            _Cast.apply(dtype, *parameters.values()),  # type: ignore[no-untyped-call]
-            strict=True,
-        )
-    )
+    copies = _Cast.apply(dtype, *parameters.values())  # type: ignore[no-untyped-call]
+    return dict(zip(parameters, copies, strict=True))
 
 
 class _Cast(torch.autograd.Function):

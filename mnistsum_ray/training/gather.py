@@ -60,7 +60,7 @@ class Gather:
         return {"image": images, "digit": digits, "row_id": row_ids}
 
     def _open(self, index: int) -> tuple[Pixels, npt.NDArray[np.int8]]:
-        """Images and digits of a block in shared memory, kept open: `ray.get` takes as long as gathering a hundred rows."""
+        """Images and digits of a block in shared memory, kept open: to get each block for each chunk took most of the time."""
         if index not in self._opened:
             table: pa.Table = ray.get(self._blocks[index])
             self._opened[index] = images_of(table), digits_of(table)
