@@ -110,7 +110,8 @@ class TrainingCluster(JobConfig):
         None, description="precision of the forward pass [bf16 if it is faster on all workers, else fp32]"
     )
     compile: CliImplicitFlag[bool] = Field(
-        False, description="compile the network with torch.compile (on GPUs with CUDA graphs); needs a C++ compiler and a minute"
+        False,
+        description="use torch.compile, and on a GPU record the step as a CUDA graph; needs a C++ compiler and a minute",
     )
     max_failures: int = Field(3, ge=0, le=1000, description="worker failures to recover from before the run gives up")
     wait_seconds: float = Field(

@@ -52,15 +52,18 @@ class Muon:
         """Momentum of each matrix, in its shape; a view, which may be filled."""
         return self._split(self._momentum[:-1])
 
-    def step(self, gradients: Sequence[Tensor], learning_rate: float, dtype: torch.dtype) -> None:
+    def step(self, gradients: Sequence[Tensor], learning_rate: float | Tensor, dtype: torch.dtype) -> None:
         """Update the matrices from their gradients; `dtype` is that of the orthogonalization."""
         flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), self._zero])
         self._momentum.lerp_(flat, 1 - self._share)
         update = flat.lerp(self._momentum, self._share).to(dtype)
         orthogonal = torch.cat([orthogonalize(update[batch]).view(-1) for batch in self._batches])
-        steps = self._split(orthogonal[self._places] * self._factors)
+        steps = orthogonal[self._places] * self._factors
         torch._foreach_mul_(self._matrices, 1 - learning_rate * self._weight_decay)
-        torch._foreach_add_(self._matrices, steps, alpha=-learning_rate)
+        if isinstance(learning_rate, Tensor):
+            torch._foreach_sub_(self._matrices, self._split(steps * learning_rate))
+        else:
+            torch._foreach_add_(self._matrices, self._split(steps), alpha=-learning_rate)
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         return [part.view_as(matrix) for part, matrix in zip(torch.split(flat, self._sizes), self._matrices, strict=True)]

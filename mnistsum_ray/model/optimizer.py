@@ -66,12 +66,20 @@ class MuonAdamW:
             parameter.grad = None
         self._adamw.zero_grad(set_to_none=True)
 
-    def step(self, learning_rate: float, dtype: torch.dtype) -> None:
-        """Update the parameters from their gradients; `dtype` is that of Muon's orthogonalization."""
+    def step(self, learning_rate: float | Tensor, dtype: torch.dtype) -> None:
+        """Update the parameters from their gradients.
+
+        Args:
+            learning_rate: Muon's; for a CUDA graph a scalar on the GPU, so that it can change from replay to replay.
+            dtype: of Muon's orthogonalization.
+        """
         gradients = [parameter.grad for parameter in self._hidden]
         self._muon.step([_matrix(gradient) for gradient in gradients if gradient is not None], learning_rate, dtype)
+        recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate * group["factor"]
+            # AdamW warns if this is set outside a recording, and refuses a recording without it.
+            group["capturable"] = recording
         self._adamw.step()
 
     def states(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:

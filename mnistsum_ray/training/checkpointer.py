@@ -1,5 +1,6 @@
 """Checkpoints of a training worker: restore at the start, save after each epoch and before a node is taken away."""
 
+import shutil
 import tempfile
 import time
 from dataclasses import asdict
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import ray.train
+from ray.train import CheckpointUploadMode
 
 from mnistsum_ray.model.evaluation import Metrics, within_one_standard_error
 from mnistsum_ray.model.network import TwoHeadCNN
@@ -31,6 +33,8 @@ class Checkpointer:
         self._model, self._optimizer, self._worker = model, optimizer, worker
         self._fence, self._events = fence, events
         self._next_preemption_check = 0.0
+        self._uploading: Path | None = None
+        """Folder of the checkpoint that is uploaded in the background; Ray Train deletes it when it has been uploaded."""
 
     def restore(self, start: ray.train.Checkpoint | None) -> TrainerState | None:
         """Load the latest checkpoint of this run into model and optimizer; None if there is none.
@@ -55,14 +59,20 @@ class Checkpointer:
         self._events.note(f"going on after epoch {state.epochs_done}{step}, on {self._worker.world_size} workers")
         return state
 
-    def save_epoch(self, state: TrainerState, trained: dict[str, float], validation: Metrics, test: Metrics) -> None:
+    def save_epoch(
+        self, state: TrainerState, trained: dict[str, float], validation: Metrics, test: Metrics, *, last: bool
+    ) -> None:
         """Add a finished epoch to the state, select the best model by validation, and save a checkpoint.
+
+        The checkpoint is uploaded while the next epoch trains. An epoch that ends before the upload does is not saved, so slow
+        storage holds no epoch up, and an upload that begins is always of the newest state.
 
         Args:
             state: before the epoch; updated in place.
             trained: figures of `Trainer.train_epoch` and `evaluation_seconds`.
             validation: decides whether the epoch's model is selected.
             test: reported only.
+            last: after the last epoch, the worker waits for the upload.
         """
         earlier = [line["validation"]["sum_accuracy"] for line in state.history]
         line: dict[str, Any] = {
@@ -77,7 +87,11 @@ class Checkpointer:
         if line["best"]:
             state.best = copy_weights(self._model)
         self._events.send("epoch", **line)
-        self.save(state, line, f"epoch_{state.epochs_done:05d}")
+        folder_name = f"epoch_{state.epochs_done:05d}"
+        if last:
+            self.save(state, line, folder_name)
+        elif self._worker.all_agree(self._uploading is None or not self._uploading.exists()):
+            self.save(state, line, folder_name, CheckpointUploadMode.ASYNC)
 
     def preemption_check_due(self) -> bool:
         """True if this worker's clock asks for a preemption check; rank 0 decides for all, since the check is a barrier."""
@@ -94,13 +108,29 @@ class Checkpointer:
             self._events.note(f"a node is about to be taken away: saving after step {progress.steps} of epoch {epoch}")
             self.save(state, {"epoch": epoch, "step": progress.steps}, f"epoch_{epoch:05d}_step_{progress.steps:07d}")
 
-    def save(self, state: TrainerState, metrics: dict[str, Any], folder_name: str) -> None:
+    def save(
+        self,
+        state: TrainerState,
+        metrics: dict[str, Any],
+        folder_name: str,
+        mode: CheckpointUploadMode = CheckpointUploadMode.SYNC,
+    ) -> None:
         """Report a checkpoint to Ray Train, which uploads it; rank 0 writes it, the others take part in the barrier."""
         if self._worker.rank != 0:
-            ray.train.report(metrics, checkpoint=None)
+            ray.train.report(metrics, checkpoint=None, checkpoint_upload_mode=mode)
             return
         self._fence.check()  # another run may own the run folder by now
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
+        folder = Path(tempfile.mkdtemp())
+        try:
             save_checkpoint(folder, state, self._model, self._optimizer)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=folder_name)
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=folder_name,
+                checkpoint_upload_mode=mode,
+                delete_local_checkpoint_after_upload=True,
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._uploading = folder

@@ -108,7 +108,7 @@ def _train_loop(config: LoopConfig, worker: Worker, events: EventSender) -> dict
         started = time.perf_counter()
         metrics = [trainer.evaluate(held_out, epoch + 1) for held_out in (validation, test)]
         trained["evaluation_seconds"] = time.perf_counter() - started
-        checkpointer.save_epoch(state, trained, *metrics)
+        checkpointer.save_epoch(state, trained, *metrics, last=epoch == schedule.epochs - 1)
     if next(batches, None) is not None:
         raise AssertionError("there are more batches than steps")
 

@@ -7,16 +7,14 @@ from functools import lru_cache
 from typing import Final
 
 import numpy as np
-import ray.train.torch
 import torch
 from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.sampling import RandomStream, check_row_counts, step_seed
-from mnistsum_ray.model.augmentation import distort
 from mnistsum_ray.model.distributed import all_reduce_sum
 from mnistsum_ray.model.evaluation import MetricAccumulator, Metrics, PairScores
-from mnistsum_ray.model.loss import Objective, dropout_factors
+from mnistsum_ray.model.loss import dropout_factors
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.progress import PROGRESS_INTERVAL_SECONDS
@@ -25,6 +23,7 @@ from mnistsum_ray.training.events import EventSender
 from mnistsum_ray.training.pipeline import Batch, EvaluationSet
 from mnistsum_ray.training.schedule import Schedule
 from mnistsum_ray.training.state import EpochProgress, TrainerState
+from mnistsum_ray.training.step import TrainingStep
 from mnistsum_ray.training.worker import Worker
 
 _CHECK_STEPS: Final = 16
@@ -72,15 +71,14 @@ class Trainer:
     def prepare(self, precision: str) -> None:
         """Set the precision and wrap the model for training; weights must have been restored before."""
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        objective = Objective(self.model, self.hyperparameters.label_smoothing, self.dtype)
-        self._parallel = self._compiled = ray.train.torch.prepare_model(
-            objective,
-            parallel_strategy_kwargs={"broadcast_buffers": False},  # its buffers are constants
+        self._step = TrainingStep(
+            self.model,
+            self.optimizer,
+            self.worker,
+            self.dtype,
+            label_smoothing=self.hyperparameters.label_smoothing,
+            compiled=self.hyperparameters.compile,
         )
-        if self.hyperparameters.compile:
-            # A step of so small a network is bound by kernel launches; a CUDA graph launches all kernels at once.
-            mode = "reduce-overhead" if self.worker.device.type == "cuda" else "default"
-            self._compiled = torch.compile(self._parallel, mode=mode, dynamic=False)
 
     def autocast(self) -> torch.autocast:
         """Autocast to bfloat16 where the run's precision is bf16."""
@@ -99,14 +97,16 @@ class Trainer:
             NonFiniteLossError: the loss is infinite or not a number.
             RowCountError: a row was lost or repeated.
         """
-        self._parallel.train()
+        self._step.module.train()
         epoch, before = state.epochs_done, state.progress
         counter = EpochCounter(before, self.worker.device)
         started, timer = time.time(), _Timer()
         for step in range(before.steps, schedule.steps):
             batch = timer.wait_for(batches)
             rate = one_cycle(epoch * schedule.steps + step, schedule.steps * schedule.epochs, self.hyperparameters.learning_rate)
-            counter.add(batch["row_id"], self._step(batch, epoch, step, schedule, rate))
+            full = len(batch["row_id"]) == schedule.share_rows(0)
+            dropout = self._dropout(epoch, step, schedule)
+            counter.add(batch["row_id"], self._step(batch, dropout, schedule.batch_rows(step), rate, full=full))
             last = step == schedule.steps - 1
             if last or step % _CHECK_STEPS == _CHECK_STEPS - 1:
                 progress, check_preemption = counter.all_reduce(step + 1, checkpointer.preemption_check_due())
@@ -127,22 +127,6 @@ class Trainer:
             "waiting": timer.waited / seconds,
             "learning_rate": rate,
         }
-
-    def _step(self, batch: Batch, epoch: int, step: int, schedule: Schedule, learning_rate: float) -> Tensor:
-        """One optimizer step; the mean of both heads' losses, summed over this worker's rows."""
-        global_rows = schedule.batch_rows(step)
-        self.optimizer.zero_grad()
-        images = prepare_images(batch["image"])
-        if "affine" in batch:
-            images = distort(images, batch["affine"])
-        # The last share of an epoch is smaller, or empty. A compiled network for any size would compute other bits.
-        objective = self._compiled if len(images) == schedule.share_rows(0) else self._parallel
-        loss, reported = objective(images, batch["number"], batch["digit"], self._dropout(epoch, step, schedule))
-        assert isinstance(reported, Tensor)
-        # DDP averages over workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
-        loss.backward(_constant(self.worker.world_size / global_rows, loss.device))
-        self.optimizer.step(learning_rate, self.dtype)
-        return reported
 
     def _dropout(self, epoch: int, step: int, schedule: Schedule) -> Tensor | None:
         """This worker's share of the dropout of the global batch, which is the same for any number of workers."""
@@ -189,12 +173,7 @@ class Trainer:
             raise NonFiniteLossError(f"{where} {loss}; lower --learning-rate (now {self.hyperparameters.learning_rate:g})")
 
 
-# These are kept for full batches and for the last one of an epoch: a copy to a GPU waits for all that was launched before.
-@lru_cache(maxsize=2)
-def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, device=device)
-
-
+# Kept for full batches and for the last one of an epoch: a copy to a GPU waits for all that was launched before.
 @lru_cache(maxsize=2)
 def _on_device(positions: bytes, device: torch.device) -> Tensor:
     return torch.from_numpy(np.frombuffer(positions, np.int64).copy()).to(device)

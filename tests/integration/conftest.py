@@ -76,10 +76,11 @@ def nodes(*cpus: int) -> Iterator[Cluster]:
 
 
 class Storage:
-    """An S3 server on this machine that can answer 503 for a while."""
+    """An S3 server on this machine that can answer 503 for a while, and can be slow."""
 
     def __init__(self) -> None:
         self._overloaded_until = 0.0
+        self.write_seconds = 0.0
         self.refused = 0
         self._app = DomainDispatcherApplication(create_backend_app)
         self.server = make_server("127.0.0.1", 0, self._answer, threaded=True)
@@ -89,6 +90,8 @@ class Storage:
             self.refused += 1
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        if environ["REQUEST_METHOD"] in ("PUT", "POST") and environ["PATH_INFO"].endswith("/trainer.safetensors"):
+            time.sleep(self.write_seconds)  # of a checkpoint
         return self._app(environ, start_response)
 
     def overload(self, seconds: float) -> None:

@@ -11,6 +11,7 @@ import pytest
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.state import STATE_FILE
 from tests.integration.conftest import Job, Storage, nodes, report_duration, run_job
 from tests.integration.test_score_kills import wait_for_files
 
@@ -63,6 +64,22 @@ def test_training_outlasts_a_storage_that_is_overloaded(s3: Storage, data: Path)
     assert [json.loads(line)["epoch"] for line in history] == [1, 2]
     assert json.loads(history[-1])["test"]["digit_accuracy"] > 0.5
     assert done.code == 0, done.err
+
+
+def test_epochs_do_not_wait_for_slow_storage(s3: Storage, data: Path) -> None:
+    s3.write_seconds = 2.0  # the S3 client gives up after 3
+    try:
+        done = run_job("train", "--data", data, "--name", "mine", "--epochs", 6, "--storage-path", "s3://runs/slow")
+    finally:
+        s3.write_seconds = 0.0
+    run = locate(done.line["run"], "--storage-path")
+    epochs = [json.loads(line) for line in (run / "history.jsonl").read_bytes().splitlines()]
+    assert [line["epoch"] for line in epochs] == list(range(1, 7))
+    ends = [line["started"] + line["seconds"] + line["evaluation_seconds"] for line in epochs]
+    gaps = [after["started"] - end for end, after in zip(ends, epochs[1:], strict=False)]
+    assert max(gaps) < 1.0, gaps
+    saved = {Path(info.path).parent.name for info in run.files() if info.base_name == STATE_FILE}
+    assert saved == {"epoch_00006", "epoch_00006_sum_head"}, "Ray Train keeps the last two"
 
 
 @pytest.mark.sweep

@@ -102,6 +102,23 @@ def test_orthogonalization_ignores_padding_and_brings_singular_values_near_one(d
     assert 0.6 < spectrum.min() <= spectrum.max() < 1.25
 
 
+def test_a_learning_rate_on_the_device_gives_the_same_steps() -> None:
+    """A CUDA graph reads the learning rate from the GPU's memory."""
+    models = []
+    for rates in ([0.02, 0.01], [torch.tensor(0.02), torch.tensor(0.01)]):
+        torch.manual_seed(0)
+        model = TwoHeadCNN()
+        optimizer = MuonAdamW(model, weight_decay=0.1)
+        for rate in rates:
+            optimizer.zero_grad()
+            compute_gradients(model)
+            optimizer.step(rate, torch.float32)
+        models.append(model)
+    first, second = models
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_zero_grad_drops_all_gradients() -> None:
     model = TwoHeadCNN()
     optimizer = MuonAdamW(model, weight_decay=0.0)
