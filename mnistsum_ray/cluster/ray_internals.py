@@ -63,6 +63,17 @@ def autoscaler_limits() -> dict[str, int]:
     return state.get_max_resources_from_cluster_config() or {}
 
 
+def start_autoscaling_coordinator() -> None:
+    """Start the actor that Ray Train's controller asks for resources, and do not wait for it.
+
+    `get_or_create_autoscaling_coordinator` (2.60.0) is what the controller calls. Its process takes seconds to start, in which the
+    driver can read the data, but the controller can only wait. It has no public function.
+    """
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+
+    get_or_create_autoscaling_coordinator()
+
+
 @contextmanager
 def ray_processes_started_by(start: Callable[..., Any]) -> Iterator[None]:
     """Have `ray.init` start the processes of a new cluster with this function while the block runs.

@@ -7,6 +7,7 @@ from typing import Any
 import ray.exceptions
 
 from mnistsum_ray.cluster.gpu import check_cuda, drop_unusable_gpus, probe_gpu
+from mnistsum_ray.cluster.ray_internals import start_autoscaling_coordinator
 from mnistsum_ray.cluster.resources import inspect_cluster, wait_until_free
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, one_line, root_cause
@@ -37,6 +38,7 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
+        start_autoscaling_coordinator()
         plan = _reserve(run, console)
         with output_lock(run.folder, "--name", console.say) as lock:
             return _fit(run, plan, lock, console)

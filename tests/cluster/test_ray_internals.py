@@ -53,6 +53,13 @@ def test_ray_processes_started_by(address: str) -> None:
         assert program in programs, f"Ray {ray.__version__} no longer starts {program} with ray._private.services.ConsolePopen"
 
 
+@pytest.mark.usefixtures("address")
+def test_start_autoscaling_coordinator() -> None:
+    with uses("ray.data._internal.cluster_autoscaler.get_or_create_autoscaling_coordinator"):
+        ray_internals.start_autoscaling_coordinator()
+    assert ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator"), "the name that Ray Train asks for"
+
+
 def test_last_cluster_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with uses("ray._private.utils.read_ray_address"):
