@@ -1,49 +1,11 @@
-"""Measure the speed of training or scoring beside plain PyTorch, of the training pipeline alone, or of planning large
-runs; or the time to the original's accuracy.
+"""Measure speed beside plain PyTorch; `--help` lists what and how. The same as `mnistsum benchmark`.
 
-    python jobs/benchmark.py train --data FOLDER
-    python jobs/benchmark.py score --data FOLDER
-    python jobs/benchmark.py feed --data FOLDER
-    python jobs/benchmark.py parcels --data FOLDER
-    python jobs/benchmark.py plan
-    python jobs/benchmark.py accuracy --data FOLDER --repeat 5
-
-Each way is measured in its own process, several times, in alternating order:
-
-    loader       the original's way: torchvision's dataset row by row through a DataLoader, float32
-    memory       this package's model on tensors in memory; for training with the same threads and optimizer, for scoring with the
-                 fastest batch size and number of processes
-    memory-int8  (score) the same with 8-bit integers
-    worker       (train) the loop of memory in a Ray Train worker; the difference to ray is the cost of the data pipeline
-    ray          jobs/train.py or jobs/score.py
-    ray-int8     (score) jobs/score.py --precision int8
-
-`feed` hands rows to workers that do not train: from memory, or streamed from Parquet of raw bytes (stream) or PNG (stream-png),
-to one worker or to two (-2). `parcels` measures the CPU time a row that scoring on GPUs takes beside the forward pass. `plan`
-runs the planning of training on a billion rows, and of scoring a million files, on footers that are made up. `accuracy` measures
-the time from the command to a model that is as accurate as the original after its five epochs, with the recipe `quick` and
-`--repeat` seeds, beside the original's way.
-
-The table on standard error holds medians, with minimum and maximum in parentheses; mnistsum_ray/benchmark/README.md explains the
-figures. The last line on standard output is one JSON object. Exit codes: 0 done, 2 the request is invalid, 1 anything else.
+python jobs/benchmark.py train --data FOLDER
 """
 
 import sys
-from pathlib import Path
-from typing import Any
 
-from mnistsum_ray import cli
-
-
-def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
-    from mnistsum_ray.benchmark import suite  # imported here, after cli.run has begun to catch signals
-
-    return suite.benchmark(Path(__file__), __doc__, argv)
-
-
-def main(argv: list[str]) -> int:
-    return cli.run(benchmark, argv)
-
+from mnistsum_ray.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["benchmark", *sys.argv[1:]]))

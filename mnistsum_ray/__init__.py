@@ -4,27 +4,43 @@ The Python API does what the jobs do from a shell:
 
     from mnistsum_ray import ScoreConfig, TrainConfig, fit, load_model, predict, score
 
-    line = fit(TrainConfig(data="sample"))
-    score(ScoreConfig(model=line["run"], input=("pairs/",), output="predictions/"))
-    predictions = predict(load_model(line["run"]), images, numbers)  # uint8[n, 28, 28] and int64[n] in 0..9
+    trained = fit(TrainConfig(data="sample"))
+    score(ScoreConfig(model=trained.run, input=("pairs/",), output="scored/"))
+    predictions = predict(load_model(trained.run), images, numbers)  # uint8[n, 28, 28] and int64[n] in 0..9
+    frame = predict_rows(load_model(trained.run), frame)  # a pandas or Polars DataFrame, an Arrow table, a Ray Dataset
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mnistsum_ray.reporting.versions import __version__ as __version__
+from mnistsum_ray.version import __version__ as __version__
 
-__all__ = ["RequestError", "RunError", "ScoreConfig", "TrainConfig", "fit", "load_model", "predict", "score"]
+__all__ = [
+    "RequestError",
+    "RunError",
+    "ScoreConfig",
+    "ScoreResult",
+    "TrainConfig",
+    "TrainResult",
+    "decode_images",
+    "fit",
+    "load_model",
+    "predict",
+    "predict_rows",
+    "score",
+]
 
 if TYPE_CHECKING:
-    from mnistsum_ray.api import fit, load_model, predict, score
+    from mnistsum_ray.api import decode_images, fit, load_model, predict, predict_rows, score
     from mnistsum_ray.config import ScoreConfig, TrainConfig
     from mnistsum_ray.errors import RequestError, RunError
+    from mnistsum_ray.results import ScoreResult, TrainResult
 
 
 def __getattr__(name: str) -> Any:
     # Imports on first use: torch and Ray take seconds to import, and `--help` needs neither.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "errors" if name in ("RequestError", "RunError") else "config" if name[0].isupper() else "api"
+    modules = {"Error": "errors", "Config": "config", "Result": "results"}
+    module = next((module for ending, module in modules.items() if name.endswith(ending)), "api")
     return getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,5 +1,6 @@
 """Python API: train, score, load a model and predict. The jobs call the same functions."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -8,12 +9,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.data.pixels import Pixels
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.frames import Rows, as_array, as_table, is_ray_dataset, like
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.process_state import quiet_logger
+from mnistsum_ray.results import ScoreResult, TrainResult
 from mnistsum_ray.storage.paths import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import; a wrong request is reported before that
@@ -24,21 +29,22 @@ _RAY_LOGGERS: Final = ("ray", "ray.data")
 """Loggers that `fit` and `score` silence below ERROR: the console reports progress itself."""
 
 
-def fit(config: TrainConfig) -> dict[str, Any]:
-    """Train a model, as `python jobs/train.py` does.
+def fit(config: TrainConfig) -> TrainResult:
+    """Train a model, as `mnistsum train` does.
 
     Runs on the cluster that this process is connected to, else on the one that `connect` joins or starts; that connection stays
     open. Progress goes to standard error.
-
-    Returns:
-        The fields of the job's last line: `run` and `model` (folders or URIs), `parameters`, `data` (`source` and the rows of
-        each split), `test` (`rows`, `pairs`, `loss` in nats, `digit_accuracy` and `sum_accuracy` in 0..1), `images_per_second`,
-        `seconds`, and with `mlflow` set its run id.
 
     Raises:
         RequestError: the request is invalid; the message says why and what to do.
         RunError: the run has begun and failed.
     """
+    with _naming_arguments():
+        return run_training(config)
+
+
+def run_training(config: TrainConfig) -> TrainResult:
+    """Do as `fit`, with errors that name the flags of the shell."""
     from mnistsum_ray.training.preflight import preflight
 
     run = preflight(config)
@@ -48,21 +54,22 @@ def fit(config: TrainConfig) -> dict[str, Any]:
     from mnistsum_ray.training import driver
 
     with quiet_logger(*_RAY_LOGGERS):  # after the import of Ray Data, which sets the level of its logger
-        return driver.fit(run, Console())
+        return TrainResult.from_dict(driver.fit(run, Console()))
 
 
-def score(config: ScoreConfig) -> dict[str, Any]:
-    """Score Parquet files, as `python jobs/score.py` does. The cluster and the progress are those of `fit`.
-
-    Returns:
-        The fields of the job's last line: `output` (folder or URI); `input_rows`, `scored_rows`, `rejected_rows`,
-        `resumed_rows`, `files`, `failed_files`, all counts; `rows_per_second`, `seconds`; and with `label_column` set
-        `digit_accuracy` and `sum_accuracy` in 0..1, or None where no row has a label.
+def score(config: ScoreConfig) -> ScoreResult:
+    """Score Parquet files, as `mnistsum score` does. The cluster and the progress are those of `fit`.
 
     Raises:
         RequestError: the request is invalid; the message says why and what to do.
         RunError: the run has begun and failed, or with `strict` some input cannot be used.
     """
+    with _naming_arguments():
+        return run_scoring(config)
+
+
+def run_scoring(config: ScoreConfig) -> ScoreResult:
+    """Do as `score`, with errors that name the flags of the shell."""
     from mnistsum_ray.scoring.preflight import preflight
 
     run = preflight(config)
@@ -71,7 +78,17 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     from mnistsum_ray.scoring import driver
 
     with quiet_logger(*_RAY_LOGGERS):
-        return driver.score(run, Console())
+        return ScoreResult.from_dict(driver.score(run, Console()))
+
+
+@contextmanager
+def _naming_arguments() -> Iterator[None]:
+    """Have RequestErrors name arguments where they name flags: `max_rows_per_file` for `--max-rows-per-file`."""
+    try:
+        yield
+    except RequestError as error:
+        text = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda flag: flag[1].replace("-", "_"), str(error))
+        raise RequestError(text) from error
 
 
 @contextmanager
@@ -126,3 +143,69 @@ def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() <= 9:
         raise ValueError(f"numbers: must be 0..9, are {numbers.min()}..{numbers.max()}")
     return predict_pairs(model, images, numbers.astype(np.int64), batch_size)
+
+
+def predict_rows(
+    model: "TwoHeadCNN", rows: Rows, image_column: str = "image", number_column: str = "number", batch_size: int = 64
+) -> Rows:
+    """Predict the digit and the sum of each row of a table.
+
+    Args:
+        model: from `load_model`.
+        rows: a pandas or Polars DataFrame, an Arrow table, or a Ray Dataset, whose tasks score it as it is read. Images may have
+            any form that scoring takes: 784 pixels as bytes or as a list, 28 x 28 lists, PNG or JPEG bytes.
+        image_column: column of the images.
+        number_column: column of the numbers 0..9.
+        batch_size: rows in one forward pass.
+
+    Returns:
+        The same kind of table, with all rows in their order and five columns more: `pred_digit` int8, `digit_prob` float32,
+        `pred_sum` int8, `sum_prob` float32, `consistent` bool; and `reason` string. Of a row that cannot be scored these are
+        null, and `reason` says why; of all others `reason` is null.
+
+    Raises:
+        TypeError: `rows` is something else.
+        ValueError: a column is missing, has a type that cannot be read, or has the name of one that is added.
+    """
+    from mnistsum_ray.model.tables import predict_table
+
+    if is_ray_dataset(rows):
+        import ray
+
+        names = {"image": image_column, "number": number_column, "batch_size": batch_size}
+        dataset: Any = rows
+        return dataset.map_batches(_predict_batch, batch_format="pyarrow", fn_args=(ray.put(model),), fn_kwargs=names)  # type: ignore[no-any-return]
+    return like(rows, predict_table(model, as_table(rows), image_column, number_column, batch_size))
+
+
+def _predict_batch(batch: pa.Table, model: Any, **names: Any) -> pa.Table:
+    import ray
+
+    from mnistsum_ray.model.tables import predict_table
+
+    return predict_table(ray.get(model), batch, **names)
+
+
+def decode_images(images: Any) -> tuple[Pixels, dict[int, str]]:
+    """Decode images of any form that scoring takes: 784 pixels as bytes or as a list, 28 x 28 lists, PNG or JPEG bytes.
+
+    Args:
+        images: an Arrow array, a pandas or Polars Series, or a list, all of one form.
+
+    Returns:
+        uint8[n, 28, 28], 0 background, 255 ink; and for each value that is no such image, its index and the reason. These images
+        are zeros.
+
+    Raises:
+        ValueError: the values have another form.
+    """
+    from mnistsum_ray.data import decoding
+    from mnistsum_ray.data.column_types import image_type_error
+    from mnistsum_ray.data.parquet_types import plain_table
+    from mnistsum_ray.data.pixels import one_chunk
+
+    column = one_chunk(plain_table(pa.table({"images": as_array(images, "images")}))["images"])
+    error = image_type_error(column.type)
+    if error:
+        raise ValueError(f"images: {error}")
+    return decoding.decode_images(column)

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -13,6 +14,7 @@ from pydantic_settings import CliSettingsSource, SettingsError
 
 from mnistsum_ray.config import JobConfig
 from mnistsum_ray.errors import RequestError, one_line, shortened
+from mnistsum_ray.version import __version__
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -35,11 +37,12 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
 
     Raises:
         RequestError: an unknown flag or key, a value of the wrong type or out of range, an unreadable file.
+        SystemExit: after `--help`, `--version` or `--print-config`, which print instead.
     """
+    parser = _Parser(config_class, description)
     argv = _join_list_flags(
         argv, [name for name, field in config_class.model_fields.items() if field.annotation == tuple[str, ...]]
     )
-    parser = _Parser(config_class, description)
     try:
         flags = CliSettingsSource[Any](
             config_class, root_parser=parser, cli_parse_args=argv, add_argument_method=_Parser.add_flag
@@ -50,6 +53,9 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
         raise RequestError("a flag's value is nested too deeply") from None
     values = _read_yaml(Path(flags["config"])) if flags.get("config") else {}
     try:
+        if parser.print_config:
+            print(config_yaml(config_class, values | flags))
+            raise SystemExit(0)
         return config_class(**(values | flags))
     except ValidationError as error:
         raise RequestError(_first_error(error, flags)) from None
@@ -59,25 +65,71 @@ class _Parser(argparse.ArgumentParser):
     """Argument parser that shows each flag under the group of its field, and raises RequestError instead of exiting."""
 
     def __init__(self, config_class: type[JobConfig], description: str) -> None:
-        super().__init__(prog=Path(sys.argv[0]).name, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        command = Path(sys.argv[0]).name
+        super().__init__(
+            prog=command, usage=f"{command} [flags]", description=description, formatter_class=_HelpFormatter, allow_abbrev=False
+        )
         self._config_class = config_class
         self._groups: dict[str, argparse._ArgumentGroup] = {}
+        self.print_config = False
+        self.add_argument("--version", action="version", version=f"mnistsum_ray {__version__}")
+        self.add_argument(
+            "--print-config", action=_PrintConfig, help="print all settings as YAML, which --config takes back, and end"
+        )
 
     def add_flag(self, *names: str, **kwargs: Any) -> argparse.Action:
         """Add a flag to the group that declares its field; fields of JobConfig itself belong to no group."""
         field = names[0].lstrip("-").replace("-", "_")
         if "metavar" in kwargs:  # switches have none
             kwargs["metavar"] = _METAVARS.get(kwargs["metavar"], kwargs["metavar"])
-        declaring = next(base for base in self._config_class.__mro__ if field in inspect.get_annotations(base))
-        if declaring is JobConfig:
+        heading = _group(self._config_class, field)
+        if heading is None:
             return self.add_argument(*names, **kwargs)
-        heading = (declaring.__doc__ or declaring.__name__).splitlines()[0].rstrip(".")
         if heading not in self._groups:
             self._groups[heading] = self.add_argument_group(heading)
         return self._groups[heading].add_argument(*names, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{shortened(message)} (--help lists the flags)")
+
+
+class _PrintConfig(argparse.Action):
+    """Marks the parser; not a value of the namespace, in which every name must be a setting."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        assert isinstance(parser, _Parser)
+        parser.print_config = True
+
+
+def config_yaml(config_class: type[JobConfig], values: dict[str, Any]) -> str:
+    """Return all settings as YAML, each below its description: the given values, else the defaults.
+
+    Raises:
+        ValidationError: a value is invalid.
+    """
+    required = {name for name, field in config_class.model_fields.items() if field.is_required() and name not in values}
+    complete: dict[str, Any] = values | dict.fromkeys(required, "?")
+    settings = config_class(**complete).model_dump(mode="json")
+    lines, group = [], None
+    for name, field in config_class.model_fields.items():
+        if name == "config":
+            continue
+        if (heading := _group(config_class, name)) != group:
+            group = heading
+            lines += ["", f"# {group}"]
+        lines += ["", *textwrap.wrap(field.description or "", 98, initial_indent="# ", subsequent_indent="# ")]
+        value = yaml.safe_dump(settings[name], default_flow_style=True, width=1_000).partition("\n...")[0].strip()
+        lines.append(f"# {name}:  (required)" if name in required else f"{name}: {value}")
+    return "\n".join(lines).strip()
+
+
+def _group(config_class: type[JobConfig], field: str) -> str | None:
+    """Heading of the group that declares a field; fields of JobConfig itself belong to none."""
+    declaring = next(base for base in config_class.__mro__ if field in inspect.get_annotations(base))
+    return None if declaring is JobConfig else (declaring.__doc__ or declaring.__name__).splitlines()[0].rstrip(".")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -151,11 +151,18 @@ class RunFolder(JobConfig):
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="name of the run and of its folder [a new unique name]"
     )
     resume: CliImplicitFlag[bool] = Field(False, description="continue the run --name from its last checkpoint")
+    from_run: str | None = Field(
+        None,
+        description="run (folder or URI) whose data, recipe, seed, precision and number of workers are taken; other flags win; "
+        "on the same kind of CPUs the model is then the same to the last bit [none]",
+    )
 
     @model_validator(mode="after")
     def _check_name(self) -> Self:
         if self.resume and self.name is None:
             raise ValueError("--resume: needs --name, the run to continue")
+        if self.resume and self.from_run is not None:
+            raise ValueError("--from-run: starts a new run, and --resume continues one; leave one of them out")
         return self
 
 
@@ -279,7 +286,7 @@ class ScoreConfig(ScoringCluster, ScoringOutput, ScoringInput, ScoringModel):
 class ExportPairsConfig(JobConfig):
     """Pairs to export."""
 
-    data: str = Field("auto", description="as for jobs/train.py: auto, sample, mnist, or a folder or URI")
+    data: str = Field("auto", description="as for mnistsum train: auto, sample, mnist, or a folder or URI")
     split: Literal["train", "validation", "test"] = Field("test", description="split whose rows are exported, in their order")
     output: str = Field(description="folder or URI for the files; it must be empty or not exist")
     rows: int = Field(10_000, ge=1, description="total rows; beyond the end of the split it repeats with other numbers")

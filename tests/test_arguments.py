@@ -184,3 +184,32 @@ def test_an_error_does_not_quote_a_long_command_line_in_full(flags: list[str]) -
     with pytest.raises(RequestError) as error:
         parse(TrainConfig, flags, "")
     assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("config_class", "given"), [(TrainConfig, ["--num-workers", "1,2"]), (ScoreConfig, ["--input", "a", "b,c"])]
+)
+def test_the_printed_config_is_one_that_config_takes_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config_class: type[JobConfig], given: list[str]
+) -> None:
+    flags = [*given, *(["--model", "m", "--output", "o"] if config_class is ScoreConfig else [])]
+    with pytest.raises(SystemExit) as done:
+        parse(config_class, [*flags, "--print-config"], "")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text(text)
+    read = parse(config_class, ["--config", str(tmp_path / "run.yaml")], "").model_dump(exclude={"config"})
+    assert read == parse(config_class, flags, "").model_dump(exclude={"config"})
+    assert max(map(len, text.splitlines())) <= 100
+    for name, field in config_class.model_fields.items():
+        assert field.description
+        assert name == "config" or (f"\n{name}: " in f"\n{text}" and field.description.split()[0] in text)
+
+
+def test_a_printed_config_leaves_required_settings_open(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(ScoreConfig, ["--print-config"], "")
+    text = capsys.readouterr().out
+    assert "\n# model:  (required)\n" in text
+    with pytest.raises(RequestError, match="--max-rows-per-file"):
+        parse(ScoreConfig, ["--print-config", "--max-rows-per-file", "0"], "")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from mnistsum_ray.arguments import parse
 from mnistsum_ray.config import ExportModelConfig, ExportPairsConfig, JobConfig, ScoreConfig, TrainConfig
@@ -23,18 +25,22 @@ CONFIGS: dict[str, type[JobConfig]] = {
     "export_pairs": ExportPairsConfig,
     "export_model": ExportModelConfig,
 }
-TEXTS = [README, CLUSTER, *((ROOT / "jobs" / f"{job}.py").read_text() for job in CONFIGS)]
-SHOWN = re.compile(r"python (jobs/[a-z_]+\.py[^\n`#]*)")
+TEXTS = [
+    README,
+    CLUSTER,
+    *((folder / f"{job}.py").read_text() for folder in (ROOT / "jobs", ROOT / "mnistsum_ray" / "commands") for job in CONFIGS),
+]
+SHOWN = re.compile(r"(?:python (?=jobs/)|mnistsum (?=(?:train|score|export-[a-z]+) --))([a-z_/-]+(?:\.py)?[^\n`#]*)")
 REQUIREMENTS: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
 COMMANDS = sorted({command for text in TEXTS for command in SHOWN.findall(re.sub(r"\\\n#?", " ", text))})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_that_is_shown_parses(command: str) -> None:
-    job, *flags = shlex.split(re.split(r"\s{3,}|&&", command)[0])
-    assert (ROOT / job).exists()
-    config = CONFIGS.get(Path(job).stem)
-    if config and "--help" not in flags:
+    job, *flags = shlex.split(re.split(r"\s{3,}|&&|\|\||>", command)[0])
+    assert not job.endswith(".py") or (ROOT / job).exists()
+    config = CONFIGS.get(Path(job).stem.replace("-", "_"))
+    if config and not {"--help", "--print-config"} & {*flags}:
         parse(config, flags, "")
 
 
@@ -43,16 +49,30 @@ def test_every_job_is_shown(job: str) -> None:
     assert [command for command in SHOWN.findall(README) if command.startswith(f"jobs/{job}.py")]
 
 
-def test_every_relative_link_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize(
+    "document",
+    [path.relative_to(ROOT) for path in (ROOT / "README.md", *ROOT.glob(".readme/*.md"), *ROOT.glob("[mt]*/**/README.md"))],
+    ids=str,
+)
+def test_every_relative_link_leads_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
+        assert (ROOT / document.parent / link).exists(), link
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 180
+
+
+def test_the_tested_versions_are_those_that_the_project_allows() -> None:
+    lines = (ROOT / ".constraints.txt").read_text().splitlines()[1:]
+    versions = {name: Version(version) for name, version in (line.split("==") for line in lines)}
+    for requirement in map(Requirement, REQUIREMENTS):
+        assert versions[requirement.name.lower()] in requirement.specifier, requirement
 
 
 def test_what_the_readme_says_of_errors_is_what_the_program_says() -> None:
     """Each quotation, up to where something is filled in, stands in the code."""
-    table = README[README.index("## When it goes wrong") : README.index("## The code")]
+    table = (ROOT / ".readme" / "messages.md").read_text()
     quoted = [text for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for text in re.findall("`(.*?)`", row)]
     code = "".join(path.read_text() for path in (ROOT / "mnistsum_ray").rglob("*.py"))
     code = re.sub(r'"\s+f?"', "", code)  # a text that goes on in the next line
@@ -91,7 +111,11 @@ def test_cluster_yaml_installs_the_project_as_it_lies_here(tmp_path: Path) -> No
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
     package = ROOT / "mnistsum_ray"
-    expected = {path for path in package.rglob("*") if path.is_file() and path.suffix in (".py", ".parquet", ".j2")}
+    expected = {
+        path
+        for path in package.rglob("*")
+        if path.is_file() and (path.suffix in (".py", ".parquet", ".j2", ".typed") or path.name == "LICENSE")
+    }
     assert {f"mnistsum_ray/{path.relative_to(package)}" for path in expected} <= held
 
 
@@ -107,9 +131,7 @@ def test_cluster_yaml_opens_nothing_to_the_world() -> None:
 
 
 def test_the_kuberay_manifest_asks_for_what_the_project_needs() -> None:
-    block = re.search(r"```yaml\n(apiVersion: ray.io.*?)```", README, re.DOTALL)
-    assert block
-    job = yaml.safe_load(block[1])
+    job = yaml.safe_load((ROOT / ".deploy" / "rayjob.yaml").read_text())
     environment = yaml.safe_load(job["spec"]["runtimeEnvYAML"])
     assert environment["pip"] == [f"mnistsum_ray[s3] @ {environment['working_dir']}"], "the project, not a copy of what it needs"
     assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}

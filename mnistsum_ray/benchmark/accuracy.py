@@ -4,7 +4,6 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -27,18 +26,18 @@ _RECIPE: Final = "quick"
 Result = dict[str, float]
 
 
-def measure(job: Path, argv: list[str], data: str, seeds: int) -> dict[str, Any]:
+def measure(argv: list[str], data: str, seeds: int) -> dict[str, Any]:
     """Measure the original once and jobs/train.py with each seed, each in its own process.
 
     Returns:
         The fields of the job's last line: accuracies on the test rows and seconds from the command, of the original, and of
         `ray` in the mean over the seeds; `reached`, whether that mean reaches both accuracies; and the quotient of the seconds.
     """
-    theirs = _as_result(ray_jobs.run_job(job, *argv, "--way", "loader", "--command-time", time.time(), name="loader"))
+    theirs = _as_result(ray_jobs.run_job("benchmark", *argv, "--way", "loader", "--command-time", time.time(), name="loader"))
     _say("loader", theirs)
     ours = []
     for seed in range(seeds):
-        ours.append(train(job.parent, data, seed))
+        ours.append(train(data, seed))
         _say(f"ray, seed {seed}", ours[-1])
     mean = {key: statistics.mean(result[key] for result in ours) for key in ours[0]}
     _say("ray, mean", mean)
@@ -52,12 +51,12 @@ def measure(job: Path, argv: list[str], data: str, seeds: int) -> dict[str, Any]
     }
 
 
-def train(jobs: Path, data: str, seed: int) -> Result:
+def train(data: str, seed: int) -> Result:
     """Run jobs/train.py with the recipe `quick`, to its end: the model is published."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         flags = ["--data", data, "--recipe", _RECIPE, "--seed", seed, "--storage-path", folder, "--name", "accuracy"]
-        line = ray_jobs.run_job(jobs / "train.py", *flags)
+        line = ray_jobs.run_job("train", *flags)
         seconds = time.perf_counter() - started
     return _as_result(line["test"] | {"seconds": seconds})
 

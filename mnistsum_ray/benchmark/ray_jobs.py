@@ -27,16 +27,18 @@ from mnistsum_ray.reporting.console import Console
 _FIRST_FILE_ROWS: Final = 1000
 
 
-def run_job(script: Path, *flags: object, name: str | None = None) -> dict[str, Any]:
-    """Run a job and return its last line; the message of an error names it `name`."""
-    done = subprocess.run([sys.executable, str(script), *map(str, flags)], stdout=subprocess.PIPE, text=True, check=False)
+def run_job(command: str, *flags: object, name: str | None = None) -> dict[str, Any]:
+    """Run `mnistsum COMMAND` and return its last line; the message of an error names it `name`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mnistsum_ray", command, *map(str, flags)], stdout=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode:
-        raise RunError(f"{name or script.name} could not be measured; see its error above")
+        raise RunError(f"{name or command} could not be measured; see its error above")
     line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return line
 
 
-def train(jobs: Path, data: str, epochs: int) -> dict[str, float]:
+def train(data: str, epochs: int) -> dict[str, float]:
     """Speed of jobs/train.py with one worker.
 
     The epochs after the first give the rate, the share of the time spent waiting for data, and the longest pause between epochs.
@@ -44,7 +46,7 @@ def train(jobs: Path, data: str, epochs: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--data", data, "--epochs", epochs, "--batch-size", BATCH, "--storage-path", folder, "--name", "benchmark"]
         command_time = time.time()
-        run_job(jobs / "train.py", *flags, "--num-workers", 1)
+        run_job("train", *flags, "--num-workers", 1)
         lines = (Path(folder) / "benchmark" / "history.jsonl").read_text().splitlines()
     history = [json.loads(line) for line in lines]
     first, later = history[0], history[1:]
@@ -63,11 +65,10 @@ def train(jobs: Path, data: str, epochs: int) -> dict[str, float]:
     }
 
 
-def score(jobs: Path, data: str, rows: int, precision: str | None, calibration: tuple[Pixels, list[int]]) -> dict[str, float]:
+def score(data: str, rows: int, precision: str | None, calibration: tuple[Pixels, list[int]]) -> dict[str, float]:
     """Speed of jobs/score.py on `rows` rows, and the time from the command to the first committed file on 1,000 rows.
 
     Args:
-        jobs: the folder of the jobs.
         data: as for jobs/train.py.
         rows: number of rows for the rate.
         precision: value of --precision; None: unset.
@@ -84,7 +85,7 @@ def score(jobs: Path, data: str, rows: int, precision: str | None, calibration: 
             pairs, output = folder / f"pairs-{count}", folder / f"predictions-{count}"
             export_pairs(ExportPairsConfig(data=data, output=str(pairs), rows=count, files=files), Console().say)
             command_time = time.time()
-            line = run_job(jobs / "score.py", "--model", folder / "model", "--input", pairs, "--output", output, *flags)
+            line = run_job("score", "--model", folder / "model", "--input", pairs, "--output", output, *flags)
             assert line["scored_rows"] == count
             # An output file gets its final name right after its last byte, whose time is that of the file.
             written = [file.stat().st_mtime for pair in pairs.iterdir() for file in output.rglob(f"{pair.stem}*.parquet")]

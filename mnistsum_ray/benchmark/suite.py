@@ -43,11 +43,10 @@ RATIOS: Final = {
 Measurement = dict[str, float]
 
 
-def benchmark(job: Path, description: str, argv: list[str]) -> tuple[dict[str, Any], int]:
+def benchmark(description: str, argv: list[str]) -> tuple[dict[str, Any], int]:
     """Run the benchmark, or with `--way` one measurement.
 
     Args:
-        job: file of the job, which is run again for each measurement; the other jobs lie beside it.
         description: text of `--help`.
         argv: command line.
 
@@ -61,13 +60,13 @@ def benchmark(job: Path, description: str, argv: list[str]) -> tuple[dict[str, A
     args = _parse(description, argv)
     cli.reserve_stdout_for_result()
     if args.what in ("plan", "parcels") and not args.way:
-        results = {way: ray_jobs.run_job(job, *argv, "--way", way, name=way) for way in WAYS[args.what]}
+        results = {way: ray_jobs.run_job("benchmark", *argv, "--way", way, name=way) for way in WAYS[args.what]}
         return {"what": args.what, "figures": results, "hardware": hardware(_device()), "versions": versions()}, cli.DONE
     if args.what == "accuracy" and not args.way:
-        line = accuracy.measure(job, argv, args.data, args.repeat)
+        line = accuracy.measure(argv, args.data, args.repeat)
         return line | {"hardware": hardware(_device()), "versions": versions()}, cli.DONE
     if args.way:
-        return _measure(args, job.parent), cli.DONE
+        return _measure(args), cli.DONE
     ways = WAYS[args.what]
     if args.what == "score" and not quantization.is_available():
         print("int8 is left out: this PyTorch has no integer convolutions on this CPU", file=sys.stderr)
@@ -80,7 +79,7 @@ def benchmark(job: Path, description: str, argv: list[str]) -> tuple[dict[str, A
             # Every other turn goes backwards, so that a drift of the machine's speed hits all ways alike.
             for way in ways if turn % 2 == 0 else reversed(ways):
                 hidden = ("--way", way, "--command-time", time.time(), "--folder", folder)
-                result = ray_jobs.run_job(job, *argv, *hidden, name=way)
+                result = ray_jobs.run_job("benchmark", *argv, *hidden, name=way)
                 runs[way].append(result)
                 print(f"{way}: {result['rows_per_second']:,.0f} rows/s", file=sys.stderr, flush=True)
     line = _summary(args.what, runs)
@@ -91,17 +90,17 @@ def benchmark(job: Path, description: str, argv: list[str]) -> tuple[dict[str, A
 def _parse(description: str, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=WAYS)
-    parser.add_argument("--data", default="auto", help="as for jobs/train.py (default: auto)")
+    parser.add_argument("--data", default="auto", help="as for mnistsum train (default: auto)")
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each way; accuracy: seeds (default: 3)")
     parser.add_argument("--seconds", type=float, default=15, help="length of a measurement without Ray's jobs (default: 15)")
     parser.add_argument(
         "--epochs",
         type=int,
         default=20 if torch.cuda.is_available() else 2,
-        help="train: epochs of jobs/train.py, the first of which does not count (default: 2; 20 on a GPU)",
+        help="train: epochs of mnistsum train, the first of which does not count (default: 2; 20 on a GPU)",
     )
     parser.add_argument("--rows", type=int, default=400_000, help="score, feed, parcels: rows (default: 400000)")
-    parser.add_argument("--shuffle-rows", type=int, default=100_000, help="feed: as for jobs/train.py (default: 100000)")
+    parser.add_argument("--shuffle-rows", type=int, default=100_000, help="feed: as for mnistsum train (default: 100000)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=sorted({way for ways in WAYS.values() for way in ways}), help=argparse.SUPPRESS)
     parser.add_argument("--command-time", type=float, help=argparse.SUPPRESS)
@@ -117,7 +116,7 @@ def _parse(description: str, argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _measure(args: argparse.Namespace, jobs: Path) -> Measurement:
+def _measure(args: argparse.Namespace) -> Measurement:
     """Measure one way in this process."""
     if args.what == "accuracy":
         return accuracy.train_original(args.data, _device(), args.command_time)
@@ -135,9 +134,9 @@ def _measure(args: argparse.Namespace, jobs: Path) -> Measurement:
     if not args.way.startswith("ray"):
         return _measure_in_pytorch(args.what, args.way, args.data, args.seconds, args.command_time)
     if args.what == "train":
-        return ray_jobs.train(jobs, args.data, args.epochs)
+        return ray_jobs.train(args.data, args.epochs)
     precision = "int8" if args.way == "ray-int8" else None
-    return ray_jobs.score(jobs, args.data, args.rows, precision, _read_rows(args.data))
+    return ray_jobs.score(args.data, args.rows, precision, _read_rows(args.data))
 
 
 def _measure_in_pytorch(what: str, way: str, data: str, seconds: float, command_time: float) -> Measurement:

@@ -66,8 +66,8 @@ def autoscaler_limits() -> dict[str, int]:
 def start_autoscaling_coordinator() -> None:
     """Start the actor that Ray Train's controller asks for resources, and do not wait for it.
 
-    `get_or_create_autoscaling_coordinator` (2.60.0) is what the controller calls. Its process takes seconds to start, in which the
-    driver can read the data, but the controller can only wait. It has no public function.
+    `get_or_create_autoscaling_coordinator` (2.60.0) is what the controller calls. Its process takes seconds to start. The driver
+    can read the data meanwhile, but the controller can only wait. There is no public function for it.
     """
     from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 

@@ -1,14 +1,28 @@
 """Predictions of both heads with their probabilities, computed from scores."""
 
 from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.loss import probability_losses
+
+PREDICTION_FIELDS: Final = pa.schema(
+    {
+        "pred_digit": pa.int8(),
+        "digit_prob": pa.float32(),
+        "pred_sum": pa.int8(),
+        "sum_prob": pa.float32(),
+        "consistent": pa.bool_(),  # pred_sum == pred_digit + number
+    }
+)
+"""Columns that scoring adds to the input's, in their order. An output whose files have other columns is not resumed, see
+`PredictionSpec`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,10 @@ class Predictions:
     sum_prob: npt.NDArray[np.float32]
     losses: ProbabilityLosses | None = None
     """None if no labels were given."""
+
+    def columns(self, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+        """Values of PREDICTION_FIELDS, [n] each; `numbers` are those of the rows."""
+        return self.digit, self.digit_prob, self.sum, self.sum_prob, self.sum == self.digit + numbers
 
     @classmethod
     def from_scores(

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mnistsum_ray.errors import RequestError, RunError
-from mnistsum_ray.scoring.layout import REJECTED
+from mnistsum_ray.scoring.layout import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.output_folder import OutputListing, list_output
 from mnistsum_ray.scoring.provenance import FILE_IDENTITY, has_provenance
 from mnistsum_ray.scoring.target import Target
@@ -24,19 +24,17 @@ def check_output_files(committed: pa.Table, listing: OutputListing, folder: Loca
     Raises:
         RequestError: names the first other file.
     """
+    advice = "move it away, or choose another folder"
+    if listing.others:
+        raise RequestError(f"--output {folder.display}: {min(listing.others)} is not a file of this program; {advice}")
     errors = committed.filter(pc.is_valid(committed["error"]))
     if errors.num_rows:
         first = errors.slice(0, 1).to_pylist()[0]
-        raise RequestError(
-            f"--output {folder.display}: {first['output']} {first['error']}; move it away, or choose another folder"
-        )
+        raise RequestError(f"--output {folder.display}: {PREDICTIONS}/{first['output']} {first['error']}; {advice}")
     expected = set(committed.filter(pc.greater(committed["rejected"], 0))["output"].to_pylist())
     for name in sorted(listing.rejected - expected):
         if not has_provenance(folder, f"{REJECTED}/{name}"):
-            raise RequestError(
-                f"--output {folder.display}: {REJECTED}/{name} is not a file of this program; move it away, or choose another "
-                "folder"
-            )
+            raise RequestError(f"--output {folder.display}: {REJECTED}/{name} is not a file of this program; {advice}")
 
 
 def check_compatible(

@@ -9,7 +9,7 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.column_types import image_type_error, number_type_error
 from mnistsum_ray.data.parquet_types import without_views
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.scoring.output_columns import PREDICTION_FIELDS
+from mnistsum_ray.model.predictions import PREDICTION_FIELDS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ FORMAT: Final = "mnistsum_ray.score/1"
 
 
 def make_manifest(run: ScoringRun, precision: str, line: dict[str, Any], totals: Totals, unplanned: int) -> dict[str, Any]:
-    """Return the contents of `_manifest.json`; `line` is the job's last line, `unplanned` is `CommittedParts.unplanned`."""
+    """Return the contents of `manifest.json`; `line` is the job's last line, `unplanned` is `CommittedParts.unplanned`."""
     # `at` removes the query of a URI, which may hold keys.
     places = {"model": run.model, "input": run.inputs.root, "output": run.output}
     located = {name: place.at(place.path).display for name, place in places.items()}

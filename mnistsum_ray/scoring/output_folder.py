@@ -7,11 +7,10 @@ import pyarrow as pa
 
 from mnistsum_ray.reporting.progress import Progress
 from mnistsum_ray.scoring.inputs import FILE_SCHEMA
-from mnistsum_ray.scoring.layout import MANIFEST, REJECTED, SUMMARIES, UNPUBLISHED
+from mnistsum_ray.scoring.layout import MANIFEST, OWN_FILES, PREDICTIONS, REJECTED, SUMMARIES, UNPUBLISHED
 from mnistsum_ray.scoring.parallel import map_files
 from mnistsum_ray.scoring.provenance import read_committed
 from mnistsum_ray.storage.location import Location, is_partial
-from mnistsum_ray.storage.lock_file import LOCK_NAME
 
 
 @dataclass(frozen=True)
@@ -19,25 +18,32 @@ class OutputListing:
     """Files in an output folder or a staging folder."""
 
     predictions: pa.Table
-    """`inputs.FILE_SCHEMA`: all files but the run's own files, the rejected rows and hidden files."""
+    """`inputs.FILE_SCHEMA`: files in `predictions/`, named relative to it, but for hidden ones."""
     rejected: frozenset[str]
-    """Names of files in `_rejected/`, relative to it."""
+    """Names of files in `rejected/`, relative to it."""
+    others: tuple[str, ...]
+    """Names of files that are neither, nor hidden, nor of the run itself: they are not this program's."""
     partial: tuple[str, ...]
     """Names of files whose writer was killed."""
 
 
 def list_output(folder: Location) -> OutputListing:
     """List an output folder; a folder that does not exist is empty."""
-    rows, rejected, partial = [], set(), []
+    rows, rejected, others, partial = [], set(), [], []
     for info in folder.files():
         name = info.path.removeprefix(folder.path).lstrip("/")
         if is_partial(name.rpartition("/")[2]):
             partial.append(name)
         elif name.startswith(f"{REJECTED}/"):
             rejected.add(name.removeprefix(f"{REJECTED}/"))
-        elif not name.startswith(f"{UNPUBLISHED}/") and name not in (*SUMMARIES, MANIFEST, LOCK_NAME) and not _is_hidden(name):
-            rows.append({"name": name, "size": info.size, "modified": folder.modified(info)})
-    return OutputListing(pa.Table.from_pylist(rows, FILE_SCHEMA), frozenset(rejected), tuple(partial))
+        elif name.startswith(f"{UNPUBLISHED}/") or name in OWN_FILES or _is_hidden(name):
+            continue
+        elif name.startswith(f"{PREDICTIONS}/"):
+            part = name.removeprefix(f"{PREDICTIONS}/")
+            rows.append({"name": part, "size": info.size, "modified": folder.modified(info)})
+        else:
+            others.append(name)
+    return OutputListing(pa.Table.from_pylist(rows, FILE_SCHEMA), frozenset(rejected), tuple(others), tuple(partial))
 
 
 def _is_hidden(name: str) -> bool:
@@ -64,7 +70,7 @@ def clear_unfinished(folder: Location, listing: OutputListing) -> None:
 
 def delete_part(folder: Location, name: str) -> None:
     """Delete the files of a part. The predictions go first, because a part is done when its predictions exist."""
-    (folder / name).delete()
+    (folder / PREDICTIONS / name).delete()
     (folder / REJECTED / name).delete()
 
 

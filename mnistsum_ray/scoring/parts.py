@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from mnistsum_ray.scoring.layout import MAX_NAME_BYTES, is_reserved
+from mnistsum_ray.scoring.layout import MAX_NAME_BYTES, is_hidden
 
 _MAX_PART_BYTES: Final = 128 * 2**20
 """Largest part, decompressed, estimated from the footer's average row: a row may hold pictures that are larger than 28 x 28."""
@@ -91,8 +91,10 @@ def _name_error(name: str, parts: list[Part], planned: dict[str, str]) -> str | 
     for part in parts:
         if part.output in planned:
             return f"would be written to {part.output}, as is {planned[part.output]}; rename it"
-        if is_reserved(part.output):
-            return f"would be written to {part.output}, a name reserved for the run's own and hidden files; rename it"
+        if is_hidden(part.output):
+            return (
+                f"would be written to {part.output}, which readers of Parquet skip, as all names with . or _ in front; rename it"
+            )
     return None
 
 

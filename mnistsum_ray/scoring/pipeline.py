@@ -48,10 +48,11 @@ def _make_dataset(units: list[pa.Table], context: WorkerContext, resources: Scor
     dataset = ray.data.from_arrow(units)
     in_tasks: dict[str, Any] = {"batch_format": "pyarrow", "fn_args": (context,)}
     # On CPUs the model runs in tasks and not in actors: tasks start in idle worker processes, and on new nodes as they join.
-    workers = {"compute": TaskPoolStrategy(size=resources.workers), "num_cpus": resources.cpus_per_worker}
+    # Ray Data warns of more tasks than work units.
+    workers = {"compute": TaskPoolStrategy(size=min(resources.workers, len(units))), "num_cpus": resources.cpus_per_worker}
     if not resources.readers:
         return dataset.map_batches(_score_unit, batch_size=None, **workers, **in_tasks)
-    readers = {"compute": TaskPoolStrategy(size=resources.readers), "num_cpus": resources.cpus_per_task}
+    readers = {"compute": TaskPoolStrategy(size=min(resources.readers, len(units))), "num_cpus": resources.cpus_per_task}
     dataset = dataset.map_batches(_read_unit, batch_size=None, **readers, **in_tasks)
     if resources.use_gpu:
         pool = ActorPoolStrategy(

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from mnistsum_ray.data.parquet import UnusableFileError, read_footer
 from mnistsum_ray.errors import one_line
 from mnistsum_ray.model.calibration import Temperatures
+from mnistsum_ray.model.predictions import PREDICTION_FIELDS
 from mnistsum_ray.scoring.input_columns import Columns
-from mnistsum_ray.scoring.layout import REJECTED
-from mnistsum_ray.scoring.output_columns import PREDICTION_FIELDS
+from mnistsum_ray.scoring.layout import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.storage.location import Location
 
@@ -113,7 +113,7 @@ class OtherVersionError(ValueError):
 
 COMMITTED_SCHEMA: Final = pa.schema(
     {
-        "output": pa.string(),  # the prediction file, relative to the output folder
+        "output": pa.string(),  # the prediction file, relative to the folder of predictions
         "error": pa.string(),  # why it is not a whole file of this program; all other columns are then null
         "name": pa.string(),
         "source": pa.string(),
@@ -149,7 +149,7 @@ def read_committed(output: Location, files: pa.Table) -> pa.Table:
 
 def _read_file(output: Location, name: str, size: int) -> dict[str, Any]:
     try:
-        footer = _footer(output, name, size)
+        footer = _footer(output, f"{PREDICTIONS}/{name}", size)
         stamp = Provenance.from_metadata(footer.metadata)
         if stamp is None:
             return {"output": name, "error": "is not a file of predictions of this program"}

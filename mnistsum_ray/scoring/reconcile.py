@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.errors import RowCountError
+from mnistsum_ray.scoring.layout import PREDICTIONS
 from mnistsum_ray.scoring.provenance import PART_IDENTITY
 from mnistsum_ray.scoring.totals import Totals, add_up
 
@@ -19,7 +20,7 @@ FILES_SCHEMA: Final = pa.schema(
         "reason": pa.string(),  # why the file failed
     }
 )
-"""`_files.parquet`: one row per input file."""
+"""`files.parquet`: one row per input file."""
 
 
 def match_outputs(parts: pa.Table, committed: pa.Table, spec_json: str) -> pa.Table:
@@ -90,7 +91,7 @@ def _check_parts(matched: pa.Table) -> None:
         first = incomplete.slice(0, 1).to_pylist()[0]
         place = f"{first['name']}: rows {first['first_row']:,} to {first['first_row'] + first['rows'] - 1:,}"
         in_files = f"{first['scored_in_file'] or 0:,} predictions and {first['rejected_in_file'] or 0:,} rejected rows"
-        raise RowCountError(f"{place} should be in {first['output']}, which has {in_files}")
+        raise RowCountError(f"{place} should be in {PREDICTIONS}/{first['output']}, which has {in_files}")
 
 
 def _check_files(usable: pa.Table) -> None:

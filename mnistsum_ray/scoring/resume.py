@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring.checks import check_compatible, check_output_files, check_overwrite
+from mnistsum_ray.scoring.layout import PREDICTIONS
 from mnistsum_ray.scoring.output_folder import clear_unfinished, delete_part, list_output, read_all_committed
 from mnistsum_ray.scoring.plan import ScoringPlan
 from mnistsum_ray.scoring.provenance import has_provenance
@@ -77,7 +78,7 @@ def _resume_staging(folder: Location, parts: pa.Table, spec_json: str, console: 
     committed = read_all_committed(folder, listing.predictions, console.progress)
     # Parts with errors are left by a run that was killed while it published, or are of another version.
     broken = committed.filter(pc.is_valid(committed["error"]))["output"].to_pylist()
-    broken = [name for name in broken if has_provenance(folder, name)]
+    broken = [name for name in broken if has_provenance(folder, f"{PREDICTIONS}/{name}")]
     for name in broken:
         delete_part(folder, name)
     if broken:

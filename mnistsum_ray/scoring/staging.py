@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.scoring.layout import MANIFEST, MAX_NAME_BYTES, REJECTED, SUMMARIES, UNPUBLISHED
+from mnistsum_ray.scoring.layout import MANIFEST, MAX_NAME_BYTES, PREDICTIONS, REJECTED, SUMMARIES, UNPUBLISHED
 from mnistsum_ray.scoring.output_folder import unpublish
 from mnistsum_ray.scoring.swap_folders import OLD_SUFFIX, exchange_folders, remove_replaced
 from mnistsum_ray.storage.location import Location
@@ -100,7 +100,7 @@ def _move_files(staging: Location, output: Location, check: Callable[[], None], 
     with ThreadPoolExecutor(_MOVE_THREADS) as pool:
         for stage in range(_LAST_STAGE + 1):
             if stage == _LAST_STAGE:
-                gone = {file for name in replaced for file in (name, f"{REJECTED}/{name}")} - set(names)
+                gone = {file for name in replaced for file in (f"{PREDICTIONS}/{name}", f"{REJECTED}/{name}")} - set(names)
                 list(pool.map(delete, gone))
             list(pool.map(move, [name for name in names if _stage(name) == stage]))
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from mnistsum_ray.scoring.layout import MANIFEST, REJECTED, SUMMARIES
+from mnistsum_ray.scoring.layout import OWN_FILES, PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.output_folder import list_output
 from mnistsum_ray.scoring.provenance import has_provenance
 from mnistsum_ray.storage.location import Location
@@ -83,10 +83,10 @@ def remove_replaced(old: Location, output: Location, replaced: Collection[str] |
     """
     listing = list_output(old)
     names = {*listing.predictions["name"].to_pylist(), *listing.rejected}
-    parts = {file for name in names for file in (name, f"{REJECTED}/{name}") if replaced is None or name in replaced}
+    parts = {f"{part}/{name}" for name in names for part in (PREDICTIONS, REJECTED) if replaced is None or name in replaced}
     if replaced is None:
         parts = {file for file in parts if has_provenance(old, file)}
-    deletable = {*parts, *SUMMARIES, MANIFEST, LOCK_NAME, *listing.partial}
+    deletable = {*parts, *OWN_FILES, *listing.partial}
     for folder, subfolders, files in os.walk(old.path, topdown=False):
         # os.walk lists links to folders among the folders and does not follow them.
         for name in (*files, *(name for name in subfolders if Path(folder, name).is_symlink())):

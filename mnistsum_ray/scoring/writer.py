@@ -6,10 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray.model.predictions import Predictions
+from mnistsum_ray.model.predictions import PREDICTION_FIELDS, Predictions
 from mnistsum_ray.scoring.decode import DecodedPart
-from mnistsum_ray.scoring.layout import REJECTED
-from mnistsum_ray.scoring.output_columns import PREDICTION_FIELDS
+from mnistsum_ray.scoring.layout import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.provenance import KEY, PredictionSpec, Provenance
 from mnistsum_ray.scoring.totals import count_part
 from mnistsum_ray.storage import conditional
@@ -42,14 +41,12 @@ def write_part(
     name = decoded.part.output
     if decoded.reasons:
         _write(output / REJECTED / name, _rejected_table(decoded, stamp.source), stamp, new_only=new_only)
-    _write(output / name, _prediction_table(decoded, predictions), stamp, new_only=new_only)
+    _write(output / PREDICTIONS / name, _prediction_table(decoded, predictions), stamp, new_only=new_only)
 
 
 def _prediction_table(decoded: DecodedPart, predictions: Predictions) -> pa.Table:
     table = decoded.passthrough
-    consistent = predictions.sum == predictions.digit + decoded.numbers
-    columns = (predictions.digit, predictions.digit_prob, predictions.sum, predictions.sum_prob, consistent)
-    for field, values in zip(PREDICTION_FIELDS, columns, strict=True):
+    for field, values in zip(PREDICTION_FIELDS, predictions.columns(decoded.numbers), strict=True):
         table = table.append_column(field, pa.array(values, field.type))
     return table
 

@@ -115,6 +115,11 @@ def _start(run: TrainingRun, manifest: dict[str, Any], console: Console) -> tupl
     """
     name = run.config.name
     if not run.config.resume:
+        if run.data_sha256 and run.data_sha256 != manifest["data"]["sha256"]:
+            raise RequestError(
+                f"--from-run {run.config.from_run}: the data at {run.source.location} are no longer those of that run (SHA-256 "
+                f"{run.data_sha256[:12]}…); name the data with --data, and the model will be another"
+            )
         if (run.folder / "manifest.json").exists():  # checked again, since waiting and reading may have taken long
             raise RequestError(f"--name {name}: another run has taken it meanwhile; choose another name")
         return manifest, None

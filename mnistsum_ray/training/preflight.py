@@ -18,13 +18,17 @@ from mnistsum_ray.cluster.address import can_connect
 from mnistsum_ray.config import Hyperparameters, TrainConfig
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.program import shell_command
 from mnistsum_ray.storage.location import Location, is_partial
 from mnistsum_ray.storage.lock_file import LOCK_NAME, check_not_locked
-from mnistsum_ray.storage.paths import locate, output_base_folder
+from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
 from mnistsum_ray.training.recipes import SMALL_ROWS, recipe_defaults
 
 _FIXED: Final = ("recipe", *(field.name for field in fields(Hyperparameters)))
 """Fields that `--resume` may not change."""
+
+_WORKERS: Final = ("num_workers", "use_gpu")
+"""Fields that change the last bits of the weights: sums of more workers are added in another order."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class TrainingRun:
     storage: Location
     folder: Location
     """Run folder `<storage_path>/<name>`."""
+    data_sha256: str | None
+    """Of the run that is reproduced; None: any data may be used."""
 
     @property
     def streams_training(self) -> bool:
@@ -52,7 +58,7 @@ class TrainingRun:
     def how_to_resume(self) -> str:
         """End of an error message: the command that resumes the run."""
         flags = ["--storage-path", self.storage.display, "--name", str(self.config.name), "--resume"]
-        return f"checkpoints are kept, and this command resumes: python jobs/train.py {shlex.join(flags)}"
+        return f"checkpoints are kept, and this command resumes: {shell_command('train')} {shlex.join(flags)}"
 
 
 def preflight(config: TrainConfig) -> TrainingRun:
@@ -75,6 +81,9 @@ def preflight(config: TrainConfig) -> TrainingRun:
             raise RequestError(f"--name {name}: {folder.display} exists; continue it with --resume, or choose another name")
     except OSError as error:
         raise RequestError(f"--storage-path {storage.display}: {one_line(error)}") from None
+    data_sha256 = None
+    if config.from_run:
+        config, data_sha256 = _like_run(config)
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=config.resume)})
     source = open_source(config.data)
@@ -84,7 +93,7 @@ def preflight(config: TrainConfig) -> TrainingRun:
     resolved = {"name": name, "storage_path": storage.display, "data": "sample" if source.name == "sample" else source.location}
     config = config.model_copy(update=unset | resolved)
     hyperparameters = Hyperparameters(**{field.name: getattr(config, field.name) for field in fields(Hyperparameters)})
-    return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries())
+    return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries(), data_sha256)
 
 
 def _mlflow(uri: str, *, resume: bool) -> str:
@@ -103,21 +112,41 @@ def _mlflow(uri: str, *, resume: bool) -> str:
     return uri
 
 
-def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
-    """The stored run's config, updated with the fields that were given now.
+def _like_run(config: TrainConfig) -> tuple[TrainConfig, str | None]:
+    """The config with the fields of `--from-run` that the numbers depend on, where they are not given; and its data's SHA-256.
 
     Raises:
-        RequestError: a given field would change the numbers of the run.
+        RequestError: there is no such run, or another version wrote it.
     """
-    manifest = read_manifest(folder)
+    flag = "--from-run"
+    folder = locate_existing(str(config.from_run), flag)
+    manifest = read_manifest(folder, flag)
+    stored = _stored_config(manifest, folder, flag)
+    same = {key: getattr(stored, key) for key in (*_FIXED, *_WORKERS, "data") if key not in config.model_fields_set}
+    if not same.get("precision", True):
+        same["precision"] = manifest.get("precision")  # that of the hardware, which is known once a run has finished
+    return config.model_copy(update=same), manifest["data"]["sha256"] if "data" in same else None
+
+
+def _stored_config(manifest: dict[str, Any], folder: Location, flag: str) -> TrainConfig:
     try:
         stored = TrainConfig(**manifest["config"])
         if set(_FIXED) - set(manifest["config"]):
             raise KeyError
     except (KeyError, TypeError, ValidationError):
         raise RequestError(
-            f"--resume: {(folder / 'manifest.json').display} was written by another version of this program"
+            f"{flag}: {(folder / 'manifest.json').display} was written by another version of this program"
         ) from None
+    return stored
+
+
+def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
+    """The stored run's config, updated with the fields that were given now.
+
+    Raises:
+        RequestError: a given field would change the numbers of the run.
+    """
+    stored = _stored_config(read_manifest(folder), folder, "--resume")
     given = {key: getattr(config, key) for key in config.model_fields_set}
     for key in _FIXED:
         if key in given and given[key] != getattr(stored, key):
@@ -134,8 +163,8 @@ def _is_empty(folder: Location) -> bool:
     return entries is not None and all(is_partial(entry.base_name) or entry.base_name == LOCK_NAME for entry in entries)
 
 
-def read_manifest(folder: Location) -> dict[str, Any]:
-    """Read the manifest of the run in a folder.
+def read_manifest(folder: Location, flag: str = "--resume") -> dict[str, Any]:
+    """Read the manifest of the run in a folder; `flag` names the request in errors.
 
     Raises:
         RequestError: it is missing or damaged.
@@ -143,17 +172,15 @@ def read_manifest(folder: Location) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = (folder / "manifest.json").read_json()
     except FileNotFoundError:
-        raise RequestError(
-            f"--resume: there is no run in {folder.display} (no manifest.json); start it without --resume"
-        ) from None
+        raise RequestError(f"{flag}: there is no run in {folder.display} (no manifest.json); start it without {flag}") from None
     except ValueError as error:
         raise RequestError(
-            f"--resume: {(folder / 'manifest.json').display} is not JSON ({one_line(error)}); start another run"
+            f"{flag}: {(folder / 'manifest.json').display} is not JSON ({one_line(error)}); start another run"
         ) from None
     data = manifest.get("data") if isinstance(manifest, dict) else None
     if not isinstance(data, dict) or not {"sha256", "location", "notice"} <= set(data):
         raise RequestError(
-            f"--resume: {(folder / 'manifest.json').display} does not say which data the run had, so "
+            f"{flag}: {(folder / 'manifest.json').display} does not say which data the run had, so "
             "it is unknown whether they are still the same; start another run"
         )
     return manifest

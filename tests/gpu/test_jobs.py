@@ -97,7 +97,7 @@ def scored(trained: Done, pairs: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def rows(output: Path) -> pa.Table:
-    files = sorted(output.glob("part-*.parquet"))
+    files = sorted((output / "predictions").glob("part-*.parquet"))
     return pa.concat_tables([pq.ParquetFile(file).read(["pred_digit", "pred_sum"]) for file in files])
 
 
@@ -117,7 +117,7 @@ def test_a_killed_actor_and_a_killed_run_change_nothing(trained: Done, pairs: Pa
     job = Job("score", *flags)
     wait_for_files(output, 8)
     kill_worker(job.process.pid, "_PredictActor")
-    wait_for_files(output, len(list(output.glob("part-*.parquet"))) + 4)
+    wait_for_files(output, len(list((output / "predictions").glob("part-*.parquet"))) + 4)
     kill_everything(job.process.pid)
     job.wait()
     done = run_job("score", *flags)
@@ -127,7 +127,7 @@ def test_a_killed_actor_and_a_killed_run_change_nothing(trained: Done, pairs: Pa
 
 def wait_for_files(output: Path, count: int) -> None:
     started = time.monotonic()
-    while len(list(output.glob("part-*.parquet"))) < count:
+    while len(list((output / "predictions").glob("part-*.parquet"))) < count:
         assert time.monotonic() - started < 90
         time.sleep(0.02)
 

@@ -137,15 +137,15 @@ class Scored:
     def complete(self) -> bool:
         return not self.line["rejected_rows"] and not self.line["failed_files"]
 
-    def table(self, name: str) -> pa.Table:
+    def table(self, name: str, folder: str = "predictions") -> pa.Table:
         # `pq.read_table` would also add columns from the names of the folders.
-        return pq.ParquetFile(self.output / name).read()
+        return pq.ParquetFile(self.output / folder / name).read()
 
     def files(self) -> dict[str, dict[str, Any]]:
-        return {row["file"]: row for row in self.table("_files.parquet").to_pylist()}
+        return {row["file"]: row for row in self.table("files.parquet", "").to_pylist()}
 
     def manifest(self) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads((self.output / "_manifest.json").read_text())
+        value: dict[str, Any] = json.loads((self.output / "manifest.json").read_text())
         return value
 
 

@@ -97,9 +97,9 @@ def main(data: str, pairs: str, folder: str) -> None:
         import_module(module.name)
     imported = snapshot()
     config = mnistsum_ray.TrainConfig(data=data, epochs=1, sum_head_steps=5, storage_path=f"{folder}/runs", name="mine")
-    line = mnistsum_ray.fit(config)
+    result = mnistsum_ray.fit(config)
     trained = snapshot()
-    mnistsum_ray.score(mnistsum_ray.ScoreConfig(model=line["run"], input=(pairs,), output=f"{folder}/out"))
+    mnistsum_ray.score(mnistsum_ray.ScoreConfig(model=result.run, input=(pairs,), output=f"{folder}/out"))
     scored = snapshot()
     steps = {"import": changes(libraries, imported), "fit": changes(imported, trained), "score": changes(trained, scored)}
     print(json.dumps(steps))

@@ -25,20 +25,21 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.sweep
 def test_scoring_before_training_does_not_change_the_training(cluster: str, model: Path, pairs: Path, tmp_path: Path) -> None:
     def scored(of: str, name: str) -> Path:
-        line = score(ScoreConfig(model=of, input=(str(pairs),), output=str(tmp_path / name), precision="fp32"))
-        assert (line["scored_rows"], line["rejected_rows"], line["failed_files"]) == (ROWS, 0, 0)
-        return Path(line["output"])
+        done = score(ScoreConfig(model=of, input=(str(pairs),), output=str(tmp_path / name), precision="fp32"))
+        assert done.complete
+        assert done.scored_rows == ROWS
+        return Path(done.output)
 
     scored(str(model), "before")
     # 4,000 training rows are one block of 3 MB; with the block size of scoring they would be several.
-    line = fit(TrainConfig(data="sample", epochs=1, storage_path=str(tmp_path / "runs"), name="api"))
-    assert line["data"]["train_rows"] == 4000
-    output = scored(line["run"], "after")
+    trained = fit(TrainConfig(data="sample", epochs=1, storage_path=str(tmp_path / "runs"), name="api"))
+    assert trained.data.train_rows == 4000
+    output = scored(trained.run, "after")
 
     asked = pq.read_table(pairs / "part-00000.parquet")
     images, numbers = pixels_view(one_chunk(asked["image"])), asked["number"].to_numpy()
-    answers = predict(load_model(line["run"]), images, numbers)
-    table = pq.read_table(output / "part-00000.parquet")
+    answers = predict(load_model(trained.run), images, numbers)
+    table = pq.read_table(output / "predictions" / "part-00000.parquet")
     assert table["pred_digit"].to_pylist() == answers.digit.tolist()
     assert table["pred_sum"].to_pylist() == answers.sum.tolist()
     np.testing.assert_allclose(table["sum_prob"].to_numpy(), answers.sum_prob, atol=1e-4)

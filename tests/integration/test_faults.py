@@ -99,7 +99,7 @@ def test_keys_in_a_uri_are_written_down_nowhere(s3: Storage, data: Path, model: 
         assert "topsecret" not in done.out + done.err
     place = locate("s3://scores/keys", "bucket")
     written = [info.path for info in place.files()]
-    assert "scores/keys/out/_manifest.json" in written
+    assert "scores/keys/out/manifest.json" in written
     for path in written:
         assert b"topsecret" not in place.at(path).read_bytes(), path
 
@@ -129,7 +129,7 @@ def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_pat
     assert full.code == 1
     assert f"error: --output {output}: cannot be written:" in full.err
     assert "No space left on device" in full.err
-    assert not (output / "_manifest.json").exists()
+    assert not (output / "manifest.json").exists()
     enlarge(small_disk)
     done = run_job("score", *flags)
     assert done.line["scored_rows"] == 20_000
@@ -162,7 +162,7 @@ def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(
         assert done.code == 1, done.err
         report_duration("scoring, the head killed: the job ended, saying so,", killed)
     job, started = Job("score", *flags), time.monotonic()
-    wait_for_files(tmp_path / "out", len(list((tmp_path / "out").glob("part-*.parquet"))) + 1)
+    wait_for_files(tmp_path / "out", len(list((tmp_path / "out" / "predictions").glob("part-*.parquet"))) + 1)
     report_duration("scoring, the head killed: the next file, from the same command,", started)
     again = job.wait()
     assert again.line["scored_rows"] == ROWS

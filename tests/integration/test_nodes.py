@@ -181,7 +181,7 @@ def test_scoring_continues_on_the_remaining_nodes(model: Path, tmp_path: Path) -
         cluster.remove_node(last_node(cluster), allow_graceful=False)
         lost = time.monotonic()
         assert job.process.poll() is None
-        there = len(list((tmp_path / "out").glob("part-*.parquet")))
+        there = len(list((tmp_path / "out" / "predictions").glob("part-*.parquet")))
         assert there < rows / 500
         wait_for_files(tmp_path / "out", there + 1)
         report_duration("scoring, one of three nodes lost: the next file", lost)

@@ -77,7 +77,7 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
     assert (there["rejected_rows"], there["failed_files"]) == (3, 1)
     names = {where: [info.path.removeprefix(root.path) for info in (root / "out").files()] for where, root in roots.items()}
     assert names["there"] == names["here"]
-    assert "/out/_rejected/part-00001-00000-of-00002.parquet" in names["here"]
+    assert "/out/rejected/part-00001-00000-of-00002.parquet" in names["here"]
     for name in names["here"]:
         if name.endswith(".parquet"):
             one, other = (table(root / name[1:]) for root in roots.values())
@@ -93,18 +93,18 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
     assert again.last_line["resumed_rows"] == 0
     left = {info.path.removeprefix(roots["there"].path) for info in (roots["there"] / "out").files()}
     assert left == {
-        "/out/_files.parquet",
-        "/out/_manifest.json",
-        "/out/_probabilities.png",
-        "/out/_rejects.png",
-        "/out/_rejected/part-00001.parquet",
-        *(f"/out/part-0000{index}.parquet" for index in range(4)),
+        "/out/files.parquet",
+        "/out/manifest.json",
+        "/out/probabilities.png",
+        "/out/rejects.png",
+        "/out/rejected/part-00001.parquet",
+        *(f"/out/predictions/part-0000{index}.parquet" for index in range(4)),
     }
 
 
 def ids_of(folder: Location) -> list[int]:
-    """The row ids in all Parquet files of a folder, without the summaries, whose names begin with _."""
-    paths = [info.path for info in folder.files() if info.path.endswith(".parquet") and not info.base_name.startswith("_")]
+    """The row ids in all Parquet files of a folder."""
+    paths = [info.path for info in folder.files() if info.path.endswith(".parquet")]
     return [row for path in paths for row in table(folder.at(path))["row_id"].to_pylist()]
 
 
@@ -151,7 +151,7 @@ def test_a_run_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(
     first.check_nothing_left()
     after = {info.path: (root / "out").at(info.path).read_bytes() for info in (root / "out").files()}
     assert after == before, "the first run wrote and deleted nothing"
-    scored, whole = ids_of(root / "out"), ids_of(root / "pairs")
+    scored, whole = ids_of(root / "out" / "predictions"), ids_of(root / "pairs")
     assert len(scored) == rows
     assert sorted(scored) == sorted(whole)
 

@@ -21,6 +21,7 @@ from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import quantization
 from mnistsum_ray.model.inference import make_forward
 from mnistsum_ray.model.serialization import load_model
+from mnistsum_ray.scoring.layout import OWN_FILES
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import TEMPERATURES, check_predictions, plain_predictions, with_footer, write_model
 from tests.integration.conftest import Scored, score_here
@@ -56,9 +57,7 @@ def output(tmp_path: Path, finished: Scored) -> Path:
 
 def table_of(scored: Scored) -> pa.Table:
     """All predictions, in the order of the file names and rows."""
-    paths = sorted(
-        path for path in scored.output.rglob("*.parquet") if not path.relative_to(scored.output).parts[0].startswith("_")
-    )
+    paths = sorted((scored.output / "predictions").rglob("*.parquet"))
     return pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
 
 
@@ -66,7 +65,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith("_")
+        if path.is_file() and path.name not in OWN_FILES
     }
 
 
@@ -93,7 +92,7 @@ def test_predictions_do_not_depend_on_workers_parts_and_batches(
     assert scored.line["scored_rows"] == scored.line["input_rows"] == ROWS
     assert scored.complete
     largest = settings.get("max_rows_per_file", 8192)
-    assert max(pq.read_metadata(path).num_rows for path in scored.output.glob("part*.parquet")) <= largest
+    assert max(pq.read_metadata(path).num_rows for path in (scored.output / "predictions").glob("part*.parquet")) <= largest
     if "label_column" in settings:
         digits = source["digit"].to_numpy()
         assert scored.line["digit_accuracy"] == pytest.approx(np.mean(expected["pred_digit"] == digits))
@@ -115,7 +114,7 @@ def check_probabilities(scored: Scored, table: pa.Table, digits: np.ndarray, sum
         assert metrics[head]["nll"] > -np.log(probability[right]).sum() / ROWS, "the wrong predictions add to it"
         assert 0 < metrics[head]["brier"] < 2
         assert f"  {head} probabilities: negative log-likelihood {metrics[head]['nll']:.4f} nats" in scored.said
-    assert (scored.output / "_reliability.png").exists()
+    assert (scored.output / "reliability.png").exists()
 
 
 @pytest.mark.skipif(not quantization.is_available(), reason="this PyTorch has no integer convolutions on this CPU")
@@ -171,7 +170,7 @@ def test_a_second_run_scores_new_files_only(model: Path, pairs: Path, output: Pa
     assert second.line["input_rows"] == second.line["scored_rows"] == ROWS + 300
     after = snapshot(output)
     assert {name: after[name] for name in before} == before
-    assert after.keys() - before.keys() == {"late.parquet"}
+    assert after.keys() - before.keys() == {"predictions/late.parquet"}
     (pairs / "late.parquet").unlink()  # its predictions stay, and a line says so
     third = score_here(model, output, pairs)
     assert third.line["resumed_rows"] == third.line["input_rows"] == ROWS
@@ -231,7 +230,7 @@ def test_incompatible_outputs_are_refused(
         score_here(model, output, pairs, **settings)
     assert message in str(refused.value)
     assert snapshot(output) == before
-    assert (output / "_manifest.json").exists()
+    assert (output / "manifest.json").exists()
 
 
 def test_another_model_is_refused_and_overwrite_replaces_the_output(
@@ -247,7 +246,7 @@ def test_another_model_is_refused_and_overwrite_replaces_the_output(
 
     def watch() -> None:
         while not ended.wait(0.001):
-            gone.extend(name for name in ("_manifest.json", "part-00000.parquet") if not (output / name).exists())
+            gone.extend(name for name in ("manifest.json", "predictions/part-00000.parquet") if not (output / name).exists())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -257,10 +256,13 @@ def test_another_model_is_refused_and_overwrite_replaces_the_output(
     assert not gone
     assert second.line["scored_rows"] == ROWS - 300
     assert sorted(path.name for path in second.output.iterdir()) == [
-        "_files.parquet",
-        "_manifest.json",
-        "_probabilities.png",
-        *(f"part-0000{index}.parquet" for index in range(4)),
+        "files.parquet",
+        "manifest.json",
+        "predictions",
+        "probabilities.png",
+    ]
+    assert sorted(path.name for path in (second.output / "predictions").iterdir()) == [
+        f"part-0000{index}.parquet" for index in range(4)
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "other", "out"]
     source = pq.read_table(pairs / "part-00002.parquet")
@@ -298,19 +300,21 @@ def test_strict_publishes_everything_at_the_end(model: Path, pairs: Path, tmp_pa
     assert scored.complete
     assert (scored.line["resumed_rows"], scored.line["scored_rows"]) == (600, ROWS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
-    assert len(list(scored.output.glob("part-*.parquet"))) == FILES
+    assert len(list((scored.output / "predictions").glob("part-*.parquet"))) == FILES
 
 
 def test_a_folder_of_other_files_is_left_alone(model: Path, pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     shutil.copy(pairs / "part-00000.parquet", tmp_path / "out" / "other.parquet")
     for overwrite in (False, True):
-        with pytest.raises(RequestError, match=r"other\.parquet is not a file of predictions of this program"):
+        with pytest.raises(RequestError, match=r"other\.parquet is not a file of this program"):
             score_here(model, tmp_path / "out", pairs, overwrite=overwrite)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["other.parquet"]
 
 
-@pytest.mark.parametrize("other_file", ["_rejected/a.parquet", "_rejected/notes.txt", "thesis.partial", "data/table.parquet"])
+@pytest.mark.parametrize(
+    "other_file", ["rejected/a.parquet", "rejected/notes.txt", "predictions/a.parquet", "thesis.partial", "a.parquet"]
+)
 @pytest.mark.parametrize("settings", [{}, {"overwrite": True}, {"strict": True}], ids=str)
 def test_a_refused_request_changes_no_file(
     model: Path, pairs: Path, tmp_path: Path, other_file: str, settings: dict[str, bool]
@@ -366,12 +370,12 @@ def test_unusable_names_and_footers_affect_no_other_file(model: Path, sample: pa
     reasons = {name: row["reason"] for name, row in scored.files().items() if row["status"] == "failed"}
     assert set(reasons) == {"liar.parquet", "latin-\\udce9.parquet", f"{'z' * 247}.parquet"}
     assert "has a footer that promises 10,000,000,000,000 rows" in reasons["liar.parquet"]
-    assert (tmp_path / "out" / f"{'x' * 247}.parquet").exists()
+    assert (tmp_path / "out" / "predictions" / f"{'x' * 247}.parquet").exists()
     assert "cannot be used: latin-\\udce9.parquet: its name is not UTF-8" in scored.said
 
 
 def test_rows_missing_from_the_output_are_an_error(model: Path, pairs: Path, output: Path) -> None:
-    path = output / "part-00002.parquet"
+    path = output / "predictions" / "part-00002.parquet"
     pq.write_table(pq.ParquetFile(path).read().slice(1), path)  # its metadata still says 300 rows
     message = r"part-00002\.parquet: rows 0 to 299 should be in .* has 299 predictions and 0 rejected rows"
     with pytest.raises(RunError, match=message):
@@ -388,4 +392,4 @@ def test_the_footers_of_many_files_are_read_on_the_cluster(model: Path, sample: 
     assert (scored.line["files"], scored.line["failed_files"], scored.line["scored_rows"]) == (151, 1, 300)
     again = score_here(model, tmp_path / "out", tmp_path / "in")
     assert again.line["resumed_rows"] == 300
-    assert len(list((tmp_path / "out" / "deep").iterdir())) == 150
+    assert len(list((tmp_path / "out" / "predictions" / "deep").iterdir())) == 150

@@ -114,7 +114,7 @@ def test_every_bad_file_is_named_with_its_reason(scored: Scored, source: tuple[P
         assert reason in files[name]["reason"]
         (written,) = [line for line in scored.said.splitlines() if line.startswith(f"cannot be used: {name}: ")]
         assert reason in written
-        assert not list(scored.output.glob(f"{Path(name).stem}*"))
+        assert not list((scored.output / "predictions").glob(f"{Path(name).stem}*"))
     for name in files.keys() - source[1].keys():
         assert files[name] == {
             "file": name,
@@ -131,7 +131,7 @@ def test_every_bad_row_is_reported_with_its_place_reason_and_values(
     scored: Scored, source: tuple[Path, dict[str, str]], sample: pa.Table, file: int
 ) -> None:
     table, _, _ = rows_of(sample, file)
-    paths = sorted((scored.output / "_rejected").glob(f"{file:02}-*.parquet"))
+    paths = sorted((scored.output / "rejected").glob(f"{file:02}-*.parquet"))
     rejected = [row for path in paths for row in pq.ParquetFile(path).read().to_pylist()]
     assert [row["source_row"] for row in rejected] == list(range(0, ROWS_A_FILE, 5))
     for row in rejected:
@@ -147,7 +147,7 @@ def test_every_bad_row_is_reported_with_its_place_reason_and_values(
 def test_the_good_rows_of_the_same_file_are_scored(scored: Scored, model: Path, sample: pa.Table, file: int) -> None:
     _, images, numbers = rows_of(sample, file)
     good = np.array([row for row in range(ROWS_A_FILE) if row % 5])
-    paths = sorted(scored.output.glob(f"{file:02}-*.parquet"))
+    paths = sorted((scored.output / "predictions").glob(f"{file:02}-*.parquet"))
     assert len(paths) > 1
     table = pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
     assert table["id"].to_pylist() == [f"{file}-{row}" for row in good]
@@ -157,7 +157,7 @@ def test_the_good_rows_of_the_same_file_are_scored(scored: Scored, model: Path, 
 def test_a_repaired_file_is_scored_by_the_next_run_and_no_other_file_again(
     scored: Scored, model: Path, source: tuple[Path, dict[str, str]], sample: pa.Table
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in scored.output.glob("[0-9]*.parquet")}
+    before = {path: path.stat().st_mtime_ns for path in (scored.output / "predictions").glob("[0-9]*.parquet")}
     folder = source[0]
     broken = (folder / "bad_cut.parquet").read_bytes()
     pq.write_table(rows_of(sample, 3)[0], folder / "bad_cut.parquet")
@@ -189,6 +189,6 @@ def test_all_rows_bad_and_no_rows_at_all(model: Path, tmp_path: Path) -> None:
     assert scored.table("none.parquet").num_rows == 0
     assert scored.table("none.parquet").column_names == scored.table("nulls.parquet").column_names
     assert (
-        scored.table("_rejected/nulls.parquet")["reason"].to_pylist()
+        scored.table("nulls.parquet", "rejected")["reason"].to_pylist()
         == ["the image is null; fill it in or drop the row; the number is null; fill it in or drop the row"] * 3
     )

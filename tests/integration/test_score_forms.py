@@ -162,7 +162,9 @@ def scored(model: Path, rows: tuple[Pixels, np.ndarray], tmp_path_factory: pytes
 
 
 def parts(scored: Scored, name: str) -> pa.Table:
-    files = sorted(scored.output.glob(f"{name}.parquet")) + sorted(scored.output.glob(f"{name}-0*.parquet"))
+    files = sorted((scored.output / "predictions").glob(f"{name}.parquet")) + sorted(
+        (scored.output / "predictions").glob(f"{name}-0*.parquet")
+    )
     return pa.concat_tables([pq.ParquetFile(file).read() for file in files])
 
 
@@ -206,20 +208,28 @@ def test_every_other_column_passes_through_unchanged(scored: Scored) -> None:
 
 def test_the_output_opens_in_polars_duckdb_pandas_and_datasets(scored: Scored) -> None:
     for name in WRITERS:
-        files = [str(file) for file in [*scored.output.glob(f"{name}.parquet"), *scored.output.glob(f"{name}-0*.parquet")]]
+        files = [
+            str(file)
+            for file in [
+                *(scored.output / "predictions").glob(f"{name}.parquet"),
+                *(scored.output / "predictions").glob(f"{name}-0*.parquet"),
+            ]
+        ]
         assert len(pl.concat([pl.read_parquet(file) for file in files])) == ROWS
         assert duckdb.connect().execute(f"SELECT count(*), count(pred_sum) FROM read_parquet({files})").fetchall() == [
             (ROWS, ROWS)
         ]
         assert len(pd.concat([pd.read_parquet(file) for file in files])) == ROWS
-    (hugging,) = {len(datasets.Dataset.from_parquet(sorted(map(str, scored.output.glob("huggingface-0*.parquet")))))}
+    (hugging,) = {
+        len(datasets.Dataset.from_parquet(sorted(map(str, (scored.output / "predictions").glob("huggingface-0*.parquet")))))
+    }
     assert hugging == ROWS
     assert pd.concat(
-        [pd.read_parquet(file) for file in sorted(scored.output.glob("pandas_lists-0*.parquet"))]
+        [pd.read_parquet(file) for file in sorted((scored.output / "predictions").glob("pandas_lists-0*.parquet"))]
     ).index.tolist() == [f"id{row}" for row in range(ROWS)]
 
 
 def test_the_output_has_plain_types_only(scored: Scored) -> None:
-    for file in scored.output.glob("*.parquet"):
+    for file in (scored.output / "predictions").glob("*.parquet"):
         schema = pq.ParquetFile(file).schema_arrow
         assert not [field for field in schema if isinstance(field.type, pa.BaseExtensionType)], file

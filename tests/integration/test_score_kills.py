@@ -52,7 +52,7 @@ def undisturbed(model: Path, pairs: Path) -> dict[str, bytes]:
 
 def content(output: Path) -> dict[str, bytes]:
     """Every file but the manifest, which holds the duration."""
-    paths = (path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "_manifest.json")
+    paths = (path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "manifest.json")
     return {str(path.relative_to(output)): path.read_bytes() for path in paths}
 
 
@@ -83,7 +83,7 @@ def watched(output: Path) -> Iterator[None]:
 
 def wait_for_files(output: Path, count: int, seconds: float = 60) -> None:
     started = time.monotonic()
-    while len(list(output.glob("part-*.parquet"))) < count:
+    while len(list((output / "predictions").glob("part-*.parquet"))) < count:
         assert time.monotonic() - started < seconds
         time.sleep(0.05)
 
@@ -111,12 +111,12 @@ def test_kill_a_worker_then_the_driver_then_everything(
         job.wait()
 
         job, again = Job("score", *flags(model, pairs, output)), time.monotonic()
-        wait_for_files(output, len(list(output.glob("part-*.parquet"))) + 1)
+        wait_for_files(output, len(list((output / "predictions").glob("part-*.parquet"))) + 1)
         report_duration("scoring, the driver killed: the next file, from the same command,", again)
         wait_for_files(output, 14)
         kill_everything(job.process.pid)
         job.wait()
-        assert not (output / "_manifest.json").exists()
+        assert not (output / "manifest.json").exists()
 
         finish(model, pairs, output, undisturbed)
     for process in below:  # processes that Ray itself did not end
@@ -132,7 +132,7 @@ def test_a_killed_worker_is_replaced(model: Path, pairs: Path, tmp_path: Path, u
         wait_for_files(output, 3)
         kill_worker(job.process.pid, WORKER)
         killed = time.monotonic()
-        wait_for_files(output, len(list(output.glob("part-*.parquet"))) + 1)
+        wait_for_files(output, len(list((output / "predictions").glob("part-*.parquet"))) + 1)
         report_duration("scoring, one of two workers killed: the next file", killed)
         done = job.wait()
     assert done.code == 3, done.err
@@ -159,7 +159,7 @@ def test_after_a_signal_the_same_command_goes_on(
     assert (done.code, done.out) == (128 + number, "")
     assert done.err.splitlines()[-1] == f"stopped by {number.name}; committed files are kept, and the same command resumes"
     assert "Traceback" not in done.err
-    assert not (output / "_manifest.json").exists(), "the manifest marks a finished output"
+    assert not (output / "manifest.json").exists(), "the manifest marks a finished output"
     assert not (output / "_lock").exists()
     finish(model, pairs, output, undisturbed)
 
@@ -193,11 +193,11 @@ def test_twenty_kills_at_random_moments(model: Path, pairs: Path, tmp_path: Path
                 time.sleep(chance.uniform(0, 2))
             kill_everything(job.process.pid)
             job.wait()
-            if (output / "_manifest.json").exists():  # the run had finished before the kill: start over
+            if (output / "manifest.json").exists():  # the run had finished before the kill: start over
                 assert content(output) == undisturbed
                 shutil.rmtree(output)
             else:
-                kills_in_between += any(output.glob("part-*.parquet"))
+                kills_in_between += any((output / "predictions").glob("part-*.parquet"))
         assert kills_in_between >= 5
         finish(model, pairs, output, undisturbed)
 

@@ -67,8 +67,8 @@ def test_the_names_of_split_files_sort_by_row() -> None:
     assert parts["output"].to_pylist() == [f"deep/er/x-0000{index}-of-00003.pq" for index in range(3)]
 
 
-def test_a_name_that_is_taken_or_reserved_is_an_error() -> None:
-    names = ["a-00000-of-00002.parquet", "a.parquet", "_files.parquet", "_rejected/b.parquet", ".c.parquet"]
+def test_a_name_that_is_taken_or_hidden_is_an_error() -> None:
+    names = ["a-00000-of-00002.parquet", "a.parquet", "_b.parquet", "_d/b.parquet", ".c.parquet"]
     parts, errors = split_into_parts(input_files([1], [10, 10], [1], [1], [1], names=names), 10)
     assert set(errors) == set(names[1:])
     assert "a-00000-of-00002.parquet" in errors["a.parquet"]

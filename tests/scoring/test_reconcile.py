@@ -89,12 +89,14 @@ def test_all_rows_there() -> None:
     ids=str,
 )
 def test_a_part_that_differs_from_the_plan_is_named(changed: dict[str, Any]) -> None:
-    with pytest.raises(RowCountError, match="a: rows 20 to 29 should be in a-1"):
+    with pytest.raises(RowCountError, match="a: rows 20 to 29 should be in predictions/a-1"):
         reconcile_with(committed(a_1=changed))
 
 
 def test_a_missing_part_is_named() -> None:
-    with pytest.raises(RowCountError, match="a: rows 0 to 19 should be in a-0, which has 0 predictions and 0 rejected rows"):
+    with pytest.raises(
+        RowCountError, match="a: rows 0 to 19 should be in predictions/a-0, which has 0 predictions and 0 rejected rows"
+    ):
         reconcile_with(committed()[1:])
 
 

@@ -37,20 +37,21 @@ def predictions(folder: Path, *names: str) -> None:
 
 
 def test_unfinished_files_of_a_killed_run_are_deleted(tmp_path: Path) -> None:
-    done = ("a.parquet", "_rejected/a.parquet", "b/c.parquet", "_files.parquet", "_manifest.json")
-    unfinished = (".mnistsum-0123456789abcdef.partial", "b/.mnistsum-0123456789abcdef.partial", "_rejected/d.parquet")
+    done = ("predictions/a.parquet", "rejected/a.parquet", "predictions/b/c.parquet", "files.parquet", "manifest.json")
+    unfinished = (".mnistsum-0123456789abcdef.partial", "predictions/b/.mnistsum-0123456789abcdef.partial", "rejected/d.parquet")
     others = ("thesis.tex.partial", ".mnistsum-notes.partial", "b/.download.partial")
     output = fill(tmp_path / "out", *done, *unfinished, *others)
     listing = list_output(output)
     clear_unfinished(output, listing)
     assert names(tmp_path / "out") == {*done, *others}
-    assert set(listing.predictions["name"].to_pylist()) == {"a.parquet", "b/c.parquet", "thesis.tex.partial"}
+    assert set(listing.predictions["name"].to_pylist()) == {"a.parquet", "b/c.parquet"}
+    assert set(listing.others) == {"thesis.tex.partial"}
     assert unfinished_rejects(listing) == {"d.parquet"}
 
 
 @pytest.mark.parametrize("name", [".out.unpublished", ".out.unpublished.old", "file"])
 def test_a_link_with_the_name_of_the_staging_folder_is_refused(tmp_path: Path, name: str) -> None:
-    output = fill(tmp_path / "out", "a.parquet")
+    output = fill(tmp_path / "out", "predictions/a.parquet")
     victim = fill(tmp_path / "victim", "data.parquet", "sub/data.parquet")
     if name == "file":
         (tmp_path / ".out.unpublished").write_text("")
@@ -64,43 +65,43 @@ def test_a_link_with_the_name_of_the_staging_folder_is_refused(tmp_path: Path, n
 
 
 def test_replacing_keeps_permissions_and_files_of_others(tmp_path: Path) -> None:
-    predictions(tmp_path / "out", "a.parquet", "deep/b.parquet", "_rejected/a.parquet")
-    output = fill(tmp_path / "out", ".git/config", "deep/.DS_Store", "_manifest.json")
+    predictions(tmp_path / "out", "predictions/a.parquet", "predictions/deep/b.parquet", "rejected/a.parquet")
+    output = fill(tmp_path / "out", ".git/config", "predictions/deep/.DS_Store", "manifest.json")
     (tmp_path / "out" / "link").symlink_to(fill(tmp_path / "elsewhere", "x").path)
     (tmp_path / "out").chmod(0o2750)
-    (tmp_path / "out" / "deep").chmod(0o700)
+    (tmp_path / "out" / "predictions" / "deep").chmod(0o700)
     staging = staging_folder(output)
-    predictions(Path(staging.path), "a.parquet", "deep/c.parquet")
+    predictions(Path(staging.path), "predictions/a.parquet", "predictions/deep/c.parquet")
     fill(tmp_path / "out", "came-meanwhile.parquet")
     publish_staged(staging, output, lambda: None, replace=True, replaced={"a.parquet", "deep/b.parquet"})
-    kept = {".git/config", "deep/.DS_Store", "came-meanwhile.parquet"}
-    assert names(tmp_path / "out") == {"a.parquet", "deep/c.parquet", *kept}
+    kept = {".git/config", "predictions/deep/.DS_Store", "came-meanwhile.parquet"}
+    assert names(tmp_path / "out") == {"predictions/a.parquet", "predictions/deep/c.parquet", *kept}
     assert (tmp_path / "out" / "link").is_symlink()
     assert names(tmp_path / "elsewhere") == {"x"}
     assert (tmp_path / "out").stat().st_mode & 0o7777 == 0o2750
-    assert (tmp_path / "out" / "deep").stat().st_mode & 0o7777 == 0o700
+    assert (tmp_path / "out" / "predictions" / "deep").stat().st_mode & 0o7777 == 0o700
     assert {path.name for path in tmp_path.iterdir()} == {"out", "elsewhere"}
 
 
 def test_a_replaced_output_that_a_killed_run_left_is_deleted_but_for_files_of_others(tmp_path: Path) -> None:
-    output = fill(tmp_path / "out", "a.parquet")
-    predictions(tmp_path / ".out.unpublished.old", "a.parquet", "_rejected/a.parquet", "b.parquet")
-    fill(tmp_path / ".out.unpublished.old", "_manifest.json", ".git/config", "thesis.parquet")
+    output = fill(tmp_path / "out", "predictions/a.parquet")
+    predictions(tmp_path / ".out.unpublished.old", "predictions/a.parquet", "rejected/a.parquet", "predictions/b.parquet")
+    fill(tmp_path / ".out.unpublished.old", "manifest.json", ".git/config", "thesis.parquet")
     staging_folder(output)
-    assert names(tmp_path / "out") == {"a.parquet", ".git/config", "thesis.parquet"}
+    assert names(tmp_path / "out") == {"predictions/a.parquet", ".git/config", "thesis.parquet"}
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_a_folder_with_a_long_name_is_staged_inside(tmp_path: Path) -> None:
-    output = fill(tmp_path / ("x" * 250), "a.parquet")
+    output = fill(tmp_path / ("x" * 250), "predictions/a.parquet")
     assert staging_folder(output).path == f"{output.path}/_unpublished"
 
 
 @pytest.mark.parametrize("in_one_step", [True, False])
 def test_replacing_leaves_no_moment_without_an_output(tmp_path: Path, in_one_step: bool) -> None:
-    predictions(tmp_path / "out", "a.parquet", "old.parquet", "_rejected/old.parquet")
-    output = fill(tmp_path / "out", "_files.parquet", "_manifest.json")
-    new = {"a.parquet", "new/b.parquet", "_rejected/a.parquet", "_files.parquet", "_manifest.json"}
+    predictions(tmp_path / "out", "predictions/a.parquet", "predictions/old.parquet", "rejected/old.parquet")
+    output = fill(tmp_path / "out", "files.parquet", "manifest.json")
+    new = {"predictions/a.parquet", "predictions/new/b.parquet", "rejected/a.parquet", "files.parquet", "manifest.json"}
     staging = staging_folder(output) if in_one_step else output / "_unpublished"
     fill(Path(staging.path), *new)
     seen: set[bool] = set()
@@ -108,7 +109,7 @@ def test_replacing_leaves_no_moment_without_an_output(tmp_path: Path, in_one_ste
 
     def watch() -> None:
         while not ended.is_set():
-            seen.add((tmp_path / "out" / "a.parquet").exists())
+            seen.add((tmp_path / "out" / "predictions" / "a.parquet").exists())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -119,24 +120,24 @@ def test_replacing_leaves_no_moment_without_an_output(tmp_path: Path, in_one_ste
     assert names(tmp_path / "out") == new
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert not (tmp_path / "out" / "_unpublished").exists()
-    assert (tmp_path / "out" / "a.parquet").read_text().startswith(Path(staging.path).name)
+    assert (tmp_path / "out" / "predictions" / "a.parquet").read_text().startswith(Path(staging.path).name)
 
 
 def test_publishing_without_replacing_keeps_the_old_files(tmp_path: Path) -> None:
-    output = fill(tmp_path / "out", "a.parquet", "_manifest.json")
+    output = fill(tmp_path / "out", "predictions/a.parquet", "manifest.json")
     staging = staging_folder(output)
-    fill(Path(staging.path), "b.parquet", "_manifest.json")
+    fill(Path(staging.path), "predictions/b.parquet", "manifest.json")
     publish_staged(staging, output, lambda: None, replace=False)
-    assert names(tmp_path / "out") == {"a.parquet", "b.parquet", "_manifest.json"}
+    assert names(tmp_path / "out") == {"predictions/a.parquet", "predictions/b.parquet", "manifest.json"}
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_a_lock_that_a_killed_run_left_in_the_staging_folder_is_replaced(tmp_path: Path) -> None:
-    output = fill(tmp_path / "out", "a.parquet", "_lock")
+    output = fill(tmp_path / "out", "predictions/a.parquet", "_lock")
     staging = staging_folder(output)
-    fill(Path(staging.path), "b.parquet", "_lock")
+    fill(Path(staging.path), "predictions/b.parquet", "_lock")
     publish_staged(staging, output, lambda: None, replace=True, replaced={"a.parquet"})
-    assert names(tmp_path / "out") == {"b.parquet", "_lock"}
+    assert names(tmp_path / "out") == {"predictions/b.parquet", "_lock"}
     assert (tmp_path / "out" / "_lock").read_text() == "out _lock"
 
 
@@ -145,16 +146,16 @@ def test_publishing_without_hard_links_moves_file_by_file(tmp_path: Path, monkey
         raise PermissionError
 
     monkeypatch.setattr("os.link", refuse)
-    output = fill(tmp_path / "out", "a.parquet", "_lock")
+    output = fill(tmp_path / "out", "predictions/a.parquet", "_lock")
     staging = staging_folder(output)
-    fill(Path(staging.path), "b.parquet")
+    fill(Path(staging.path), "predictions/b.parquet")
     publish_staged(staging, output, lambda: None, replace=True, replaced={"a.parquet"})
-    assert names(tmp_path / "out") == {"b.parquet", "_lock"}
+    assert names(tmp_path / "out") == {"predictions/b.parquet", "_lock"}
 
 
 def test_publishing_ends_when_another_run_takes_the_output(tmp_path: Path) -> None:
     """The lock is checked before each move, so at most the moves that had begun are made."""
-    output = fill(tmp_path / "out", "old.parquet")
+    output = fill(tmp_path / "out", "predictions/old.parquet")
     staging = output / "_unpublished"
     fill(Path(staging.path), *(f"{number}.parquet" for number in range(100)))
     seen: list[None] = []
@@ -168,7 +169,7 @@ def test_publishing_ends_when_another_run_takes_the_output(tmp_path: Path) -> No
         publish_staged(staging, output, check, replace=False)
     moved = names(tmp_path / "out") - {f"_unpublished/{number}.parquet" for number in range(100)}
     assert 0 < len(moved) < 11
-    assert "old.parquet" in moved
+    assert "predictions/old.parquet" in moved
 
 
 def test_a_file_of_others_with_the_name_of_the_lock_is_left_alone(tmp_path: Path) -> None:

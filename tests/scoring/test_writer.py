@@ -55,10 +55,10 @@ def committed(output: Path) -> dict[str, Any]:
 
 def test_a_part_and_its_provenance(tmp_path: Path) -> None:
     write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), decoded_part(), predictions(3), SPEC)
-    good = pq.ParquetFile(tmp_path / "deep" / "in-00001-of-00002.parquet").read()
+    good = pq.ParquetFile(tmp_path / "predictions" / "deep" / "in-00001-of-00002.parquet").read()
     assert good.column_names == ["number", "reason", "label", "pred_digit", "digit_prob", "pred_sum", "sum_prob", "consistent"]
     assert good["consistent"].to_pylist() == [False, True, True]
-    bad = pq.ParquetFile(tmp_path / "_rejected" / "deep" / "in-00001-of-00002.parquet").read()
+    bad = pq.ParquetFile(tmp_path / "rejected" / "deep" / "in-00001-of-00002.parquet").read()
     assert bad.column_names == ["image", "number", "input_reason", "label", "source_file", "source_row", "reason"]
     assert bad["source_row"].to_pylist() == [103, 104]
     assert bad["source_file"].to_pylist() == ["/data/deep/in.parquet"] * 2
@@ -84,19 +84,25 @@ def test_a_part_and_its_provenance(tmp_path: Path) -> None:
 def test_metadata_of_the_input_is_kept_but_for_the_entry_of_hugging_face(tmp_path: Path) -> None:
     source = decoded_part(0, {b"pandas": b"{}", b"huggingface": b"{}", b"mine": b"yes"})
     write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), source, predictions(5), SPEC)
-    metadata = pq.read_metadata(tmp_path / "deep" / "in-00001-of-00002.parquet").metadata
+    metadata = pq.read_metadata(tmp_path / "predictions" / "deep" / "in-00001-of-00002.parquet").metadata
     assert metadata[b"mine"] == b"yes"
     assert b"pandas" in metadata
     assert b"huggingface" not in metadata
-    assert not (tmp_path / "_rejected").exists()
+    assert not (tmp_path / "rejected").exists()
 
 
 @pytest.mark.parametrize(
     ("damage", "error"),
     [
-        (lambda folder: (folder / "deep" / "in-00001-of-00002.parquet").write_bytes(b"PAR1 no PAR1"), "cannot be read"),
-        (lambda folder: (folder / "_rejected" / "deep" / "in-00001-of-00002.parquet").unlink(), "has lost its rejected rows"),
-        (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "deep" / "in-00001-of-00002.parquet"), "is not a file of"),
+        (
+            lambda folder: (folder / "predictions" / "deep" / "in-00001-of-00002.parquet").write_bytes(b"PAR1 no PAR1"),
+            "cannot be read",
+        ),
+        (lambda folder: (folder / "rejected" / "deep" / "in-00001-of-00002.parquet").unlink(), "has lost its rejected rows"),
+        (
+            lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "predictions" / "deep" / "in-00001-of-00002.parquet"),
+            "is not a file of",
+        ),
     ],
 )
 def test_damaged_output_files_get_an_error(tmp_path: Path, damage: Any, error: str) -> None:
@@ -107,12 +113,12 @@ def test_damaged_output_files_get_an_error(tmp_path: Path, damage: Any, error: s
 
 def test_a_file_of_another_version_gets_an_error(tmp_path: Path) -> None:
     write_part(locate(str(tmp_path), "--output"), locate("/data", "--input"), decoded_part(), predictions(3), SPEC)
-    path = tmp_path / "deep" / "in-00001-of-00002.parquet"
+    path = tmp_path / "predictions" / "deep" / "in-00001-of-00002.parquet"
     table = pq.ParquetFile(path).read()
     stamp = json.loads(table.schema.metadata[KEY]) | {"format": FORMAT - 1}
     pq.write_table(table.replace_schema_metadata({KEY: json.dumps(stamp).encode()}), path)
     assert committed(tmp_path)["error"] == "was written by another version of this program"
-    assert has_provenance(locate(str(tmp_path), "--output"), "deep/in-00001-of-00002.parquet")
+    assert has_provenance(locate(str(tmp_path), "--output"), "predictions/deep/in-00001-of-00002.parquet")
 
 
 def test_keys_in_an_object_store_uri_are_not_written(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Predictions for the tables that people have in memory, and the decoder of images."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mnistsum_ray import decode_images, load_model, predict, predict_rows
+from mnistsum_ray.data.pixels import one_chunk, pixels_view
+from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.predictions import PREDICTION_FIELDS
+
+ROWS = 30
+ADDED = [*PREDICTION_FIELDS.names, "reason"]
+
+
+@pytest.fixture(scope="module")
+def network(model: Path) -> TwoHeadCNN:
+    return load_model(str(model))
+
+
+@pytest.fixture(scope="module")
+def table() -> pa.Table:
+    """Rows 3 and 5 are bad."""
+    images = [bytes(image) for image in pixels_view(one_chunk(pq.read_table(SAMPLE)["image"]))[:ROWS]]
+    images[3] = b"no image"
+    numbers = [None if row == 5 else row % 10 for row in range(ROWS)]
+    return pa.table({"id": pa.array(range(ROWS)), "image": pa.array(images, pa.binary()), "number": pa.array(numbers, pa.int8())})
+
+
+@pytest.mark.parametrize(
+    ("convert", "back"),
+    [
+        pytest.param(lambda table: table, lambda table: table, id="arrow"),
+        pytest.param(lambda table: table.to_pandas(), pa.Table.from_pandas, id="pandas"),
+        pytest.param(pl.from_arrow, lambda frame: frame.to_arrow(), id="polars"),
+    ],
+)
+def test_a_table_comes_back_with_predictions(
+    network: TwoHeadCNN, table: pa.Table, convert: Callable[[pa.Table], Any], back: Callable[[Any], pa.Table]
+) -> None:
+    rows = convert(table)
+    if isinstance(rows, pd.DataFrame):
+        rows["number"] = rows["number"].astype("Int8")  # pandas would make floats of numbers with a null
+        rows.index = pd.Index(range(100, 100 + ROWS))
+    answered = predict_rows(network, rows)
+    assert type(answered) is type(rows)
+    if isinstance(answered, pd.DataFrame):
+        assert answered.index.equals(rows.index)
+    done = back(answered).select(["id", "image", "number", *ADDED])
+    assert done["id"].to_pylist() == list(range(ROWS))
+    reasons = done["reason"].to_pylist()
+    assert [row for row, reason in enumerate(reasons) if reason] == [3, 5]
+    assert "8 bytes" in reasons[3]
+    assert reasons[5] == "the number is null; fill it in or drop the row"
+    for name in PREDICTION_FIELDS.names:
+        assert [row for row, value in enumerate(done[name].to_pylist()) if value is None or value != value] == [3, 5], name
+    good = [row for row in range(ROWS) if row not in (3, 5)]
+    images = np.stack([np.frombuffer(image, np.uint8).reshape(28, 28) for image in table["image"].take(good).to_pylist()])
+    numbers = np.array(table["number"].take(good).to_pylist())
+    expected = predict(network, images, numbers)
+    assert [int(value) for value in done["pred_digit"].take(good).to_pylist()] == expected.digit.tolist()
+    assert [int(value) for value in done["pred_sum"].take(good).to_pylist()] == expected.sum.tolist()
+
+
+def test_columns_that_do_not_fit_are_errors(network: TwoHeadCNN, table: pa.Table) -> None:
+    with pytest.raises(ValueError, match="there must be one column 'picture'; there are 'id', 'image', 'number'"):
+        predict_rows(network, table, image_column="picture")
+    with pytest.raises(ValueError, match="column 'image'"):
+        predict_rows(network, table.set_column(1, "image", pa.array([0.5] * ROWS)))
+    with pytest.raises(ValueError, match="column 'reason' would be added; rename it"):
+        predict_rows(network, table.append_column("reason", pa.array(["why"] * ROWS)))
+    with pytest.raises(TypeError, match="not dict"):
+        predict_rows(network, table.to_pydict())
+
+
+def test_no_rows(network: TwoHeadCNN, table: pa.Table) -> None:
+    assert predict_rows(network, table.slice(0, 0)).column_names == [*table.column_names, *ADDED]
+
+
+def test_images_are_decoded(table: pa.Table) -> None:
+    expected = pixels_view(one_chunk(pq.read_table(SAMPLE)["image"]))[:ROWS]
+    for values in (table["image"], table["image"].to_pylist(), pl.Series(table["image"]), table["image"].to_pandas()):
+        images, reasons = decode_images(values)
+        assert images.dtype == np.uint8
+        assert list(reasons) == [3]
+        assert np.array_equal(np.delete(images, 3, 0), np.delete(expected, 3, 0))
+        assert not images[3].any()
+    assert np.array_equal(decode_images(expected.reshape(ROWS, -1).tolist())[0], expected)
+    with pytest.raises(ValueError, match="images: "):
+        decode_images([0.5])
