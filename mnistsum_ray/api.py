@@ -53,8 +53,9 @@ def run_training(config: TrainConfig) -> TrainResult:
 
     from mnistsum_ray.training import driver
 
-    with quiet_logger(*_RAY_LOGGERS):  # after the import of Ray Data, which sets the level of its logger
-        return TrainResult.from_dict(driver.fit(run, Console()))
+    # The loggers after the import of Ray Data, which sets the level of its logger.
+    with quiet_logger(*_RAY_LOGGERS), Console() as console:
+        return TrainResult.from_dict(driver.fit(run, console))
 
 
 def score(config: ScoreConfig) -> ScoreResult:
@@ -77,8 +78,8 @@ def run_scoring(config: ScoreConfig) -> ScoreResult:
 
     from mnistsum_ray.scoring import driver
 
-    with quiet_logger(*_RAY_LOGGERS):
-        return ScoreResult.from_dict(driver.score(run, Console()))
+    with quiet_logger(*_RAY_LOGGERS), Console() as console:
+        return ScoreResult.from_dict(driver.score(run, console))
 
 
 @contextmanager

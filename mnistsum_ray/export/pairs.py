@@ -40,7 +40,7 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         source = open_source(config.data)
         if source.notice:
             say(source.notice)
-        on_progress = Progress(say, "rows written", config.rows)
+        on_progress = Progress(lambda counter: say(str(counter)), "rows written", config.rows, interval=5.0)
         tables = _tables(source, getattr(source, config.split), config.seed)
         rest: pa.Table = SCHEMA.empty_table()
         for index in range(config.files):

@@ -1,27 +1,43 @@
-"""Progress lines with rate and time left, and a watchdog that reports silence."""
+"""Counters with rate and time left, and a watchdog that reports silence."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Final
 
-PROGRESS_INTERVAL_SECONDS: Final = 5.0
-"""Minimum time between two progress lines."""
+UPDATE_SECONDS: Final = 2.0
+"""Minimum time between two updates; the console shows fewer of them where they stay as lines."""
 
 SILENCE_SECONDS: Final = 60
 """Time without a sign of life after which `silence_watchdog` writes a line."""
 
 
+@dataclass(frozen=True)
+class Counter:
+    """How far some work is. As text: a line for a log."""
+
+    what: str
+    """Names the items, e.g. `rows written`."""
+    done: int
+    total: int
+    rate: float
+    """Items per second."""
+    seconds: float
+    """Since the work began."""
+
+    def __str__(self) -> str:
+        left = time_left(self.total - self.done, self.rate)
+        return f"{self.what}: {self.done:,} of {self.total:,}  {self.rate:,.0f}/s  {left} left"
+
+
 class Progress:
-    """Counts finished items and writes their number, the rate and the time left, at most every PROGRESS_INTERVAL_SECONDS.
+    """Counts finished items, and shows a `Counter` at most every UPDATE_SECONDS."""
 
-    Work that finishes within the first interval writes no line at all.
-    """
-
-    def __init__(self, say: Callable[[str], None], what: str, total: int) -> None:
-        """Start counting towards `total`; `what` names the items, e.g. "rows written"."""
-        self._say, self._what, self._total, self._done = say, what, total, 0
+    def __init__(self, show: Callable[[Counter], None], what: str, total: int, interval: float = UPDATE_SECONDS) -> None:
+        """Start counting towards `total`; `what` names the items, e.g. "rows written"; `interval` is in seconds."""
+        self._show, self._what, self._total, self._done, self._interval = show, what, total, 0, interval
         self._started = self._reported = time.monotonic()
 
     def __call__(self, count: int, working_seconds: float | None = None) -> None:
@@ -33,12 +49,12 @@ class Progress:
         """
         self._done += count
         now = time.monotonic()
-        if now - self._reported < PROGRESS_INTERVAL_SECONDS or not 0 < self._done < self._total:
+        if now - self._reported < self._interval or not 0 < self._done < self._total:
             return
         self._reported = now
-        rate = self._done / max(now - self._started if working_seconds is None else working_seconds, 1e-9)
-        left = time_left(self._total - self._done, rate)
-        self._say(f"{self._what}: {self._done:,} of {self._total:,}  {rate:,.0f}/s  {left} left")
+        seconds = now - self._started
+        rate = self._done / max(seconds if working_seconds is None else working_seconds, 1e-9)
+        self._show(Counter(self._what, self._done, self._total, rate, seconds))
 
 
 def time_left(remaining: int, rate: float) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from mnistsum_ray.reporting.progress import Progress
+from mnistsum_ray.reporting.progress import Counter, Progress
 from mnistsum_ray.scoring.inputs import FILE_SCHEMA
 from mnistsum_ray.scoring.layout import MANIFEST, OWN_FILES, PREDICTIONS, REJECTED, SUMMARIES, UNPUBLISHED
 from mnistsum_ray.scoring.parallel import map_files
@@ -50,7 +50,7 @@ def _is_hidden(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".")
 
 
-def read_all_committed(folder: Location, predictions: pa.Table, show: Callable[[str], None]) -> pa.Table:
+def read_all_committed(folder: Location, predictions: pa.Table, show: Callable[[Counter], None]) -> pa.Table:
     """Read the provenance of all prediction files of a listing, as `provenance.COMMITTED_SCHEMA` in the same order."""
     return map_files(read_committed, folder, predictions, Progress(show, "output files read", predictions.num_rows))
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.config import ScoreConfig
+from mnistsum_ray.reporting.progress import Counter
 from mnistsum_ray.scoring.output_folder import list_output, read_all_committed
 from mnistsum_ray.scoring.staging import staging_folder
 from mnistsum_ray.storage.location import Location
@@ -33,7 +34,7 @@ class Target:
         only_published = pc.invert(pc.is_in(published["output"], staged["output"]))
         return pa.concat_tables([staged, published.filter(only_published)])
 
-    def read_committed(self, show: Callable[[str], None]) -> pa.Table:
+    def read_committed(self, show: Callable[[Counter], None]) -> pa.Table:
         """Read from the files what the finished output will hold, as `provenance.COMMITTED_SCHEMA`."""
         published = read_all_committed(self.output, list_output(self.output).predictions, show)
         if not self.staged:

@@ -52,8 +52,8 @@ class EventSender:
         self.send("note", text=text)
 
     def progress(self, what: str, total: int) -> Progress:
-        """A progress counter whose lines go to the console; see `Progress`."""
-        return Progress(lambda text: self.send("counter", text=text), what, total)
+        """A counter that the console shows; see `Progress`."""
+        return Progress(lambda counter: self.send("counter", **vars(counter)), what, total)
 
 
 @contextmanager

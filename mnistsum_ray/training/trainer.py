@@ -17,7 +17,7 @@ from mnistsum_ray.model.evaluation import MetricAccumulator, Metrics, PairScores
 from mnistsum_ray.model.loss import dropout_factors
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
-from mnistsum_ray.reporting.progress import PROGRESS_INTERVAL_SECONDS
+from mnistsum_ray.reporting.progress import UPDATE_SECONDS
 from mnistsum_ray.training.checkpointer import Checkpointer
 from mnistsum_ray.training.events import EventSender
 from mnistsum_ray.training.pipeline import Batch, EvaluationSet
@@ -198,9 +198,9 @@ class _Timer:
         return time.perf_counter() - self._started
 
     def report(self, events: EventSender, epoch: int, schedule: Schedule, before: EpochProgress, progress: EpochProgress) -> None:
-        """Send a progress event, at most every PROGRESS_INTERVAL_SECONDS."""
+        """Send a progress event, at most every UPDATE_SECONDS."""
         now = time.perf_counter()
-        if now - self._reported < PROGRESS_INTERVAL_SECONDS:
+        if now - self._reported < UPDATE_SECONDS:
             return
         self._reported = now
         events.send(
@@ -211,4 +211,5 @@ class _Timer:
             of_rows=len(schedule.rows),
             rows_per_second=(progress.rows - before.rows) / (now - self._started),
             loss=progress.loss / progress.rows,
+            seconds=now - self._started,
         )

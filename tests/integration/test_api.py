@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
-from mnistsum_ray import RequestError, ScoreConfig, TrainConfig, fit, load_model, predict, score
+from mnistsum_ray import RequestError, ScoreConfig, TrainConfig, fit, load_model, predict, predict_rows, score
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.pixels import one_chunk, pixels_view
 from mnistsum_ray.export.pairs import export_pairs
@@ -52,3 +54,18 @@ def test_an_invalid_request_raises_request_error(tmp_path: Path) -> None:
         score(ScoreConfig(model=str(tmp_path), input=(str(tmp_path),), output=str(tmp_path / "out")))
     with pytest.raises(RequestError, match="holds no model"):
         load_model(str(tmp_path))
+
+
+def test_errors_name_arguments_and_not_flags(model: Path, pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"^image_column picture: no file of input has such a column"):
+        score(ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), image_column="picture"))
+
+
+def test_a_ray_dataset_comes_back_with_predictions(cluster: str, model: Path, pairs: Path) -> None:
+    network, table = load_model(str(model)), pq.read_table(pairs / "part-00000.parquet")
+    dataset = predict_rows(network, ray.data.read_parquet(str(pairs)))
+    answered = pa.concat_tables(ray.get(dataset.to_arrow_refs())).sort_by("row_id")
+    expected = predict_rows(network, table).sort_by("row_id")
+    assert answered.num_rows == ROWS
+    for name in ("row_id", "pred_digit", "pred_sum", "consistent", "reason"):
+        assert answered[name].to_pylist() == expected[name].to_pylist(), name

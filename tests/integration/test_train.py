@@ -256,3 +256,23 @@ def test_an_infinite_loss_stops_every_rank_at_once(cluster: str, data: Path, run
     assert "lower --learning-rate" in last
     assert "Traceback" not in broken.err
     assert json.loads((runs / "broken" / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_the_same_model_is_trained_again_from_a_run(data: Path, tmp_path: Path) -> None:
+    flags = ["--epochs", 2, "--seed", 7, "--dropout", 0.1, "--batch-size", 100, "--sum-head-steps", 10]
+    first = run_job("train", "--data", data, *flags, "--storage-path", tmp_path / "runs", "--name", "first").line
+    again = run_job("train", "--from-run", first["run"], "--storage-path", tmp_path / "again", "--name", "second").line
+    assert again["test"] == first["test"]
+    one, other = (json.loads((Path(line["model"]) / "model.json").read_text())["sha256"] for line in (first, again))
+    assert one == other
+    other_seed = run_job("train", "--from-run", first["model"], "--seed", 8, "--storage-path", tmp_path / "again")
+    assert other_seed.code == 2
+    assert "--from-run: there is no run in" in other_seed.err
+    rows = pq.read_table(data)
+    pq.write_table(rows.slice(1), data.with_name("changed.parquet"))
+    manifest = Path(first["run"]) / "manifest.json"
+    changed = manifest.read_text().replace(str(data), str(data.with_name("changed.parquet")))
+    manifest.write_text(changed)
+    refused = run_job("train", "--from-run", first["run"], "--storage-path", tmp_path / "again")
+    assert refused.code == 2
+    assert "are no longer those of that run" in refused.err

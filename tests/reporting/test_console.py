@@ -1,9 +1,19 @@
 """Lines of the console, in a log and on a terminal."""
 
+import fcntl
 import io
-from typing import Any
+import os
+import re
+import struct
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+import pytest
 
 from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.progress import Counter
 
 TEST = {"rows": 10, "pairs": 100, "loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
 ENTRY: dict[str, Any] = {
@@ -11,12 +21,27 @@ ENTRY: dict[str, Any] = {
 }  # fmt: skip
 PROGRESS = {
     "kind": "progress", "epoch": 1, "epochs": 5, "rows": 5000, "of_rows": 10_000, "rows_per_second": 1000.0, "loss": 1.5,
+    "seconds": 5.0,
 }  # fmt: skip
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+@contextmanager
+def terminal(columns: int) -> Iterator[tuple[TextIO, Callable[[], str]]]:
+    """A terminal of this width; and what has been written to it since the last call."""
+    leader, follower = os.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns, 0, 0))
+    os.set_blocking(leader, False)
+
+    def written() -> str:
+        data = b""
+        with suppress(BlockingIOError):
+            while True:
+                data += os.read(leader, 65_536)
+        return data.decode()
+
+    with os.fdopen(follower, "w") as stream:
+        yield stream, written
+    os.close(leader)
 
 
 def test_an_epoch_line_has_the_figures_of_the_original() -> None:
@@ -27,14 +52,39 @@ def test_an_epoch_line_has_the_figures_of_the_original() -> None:
     assert out.getvalue().endswith(", selected by validation\n")
 
 
-def test_progress_is_a_line_in_a_log_and_is_overwritten_on_a_terminal() -> None:
-    log, terminal = io.StringIO(), Terminal()
-    for out in (log, terminal):
-        console = Console(out)
-        console.show(PROGRESS)
-        console.say("done")
-    assert "5,000 of 10,000 rows" in log.getvalue()
-    assert log.getvalue().count("\n") == 2
-    assert "5 s left in this epoch, 45 s in all" in terminal.getvalue()
-    assert terminal.getvalue().count("\n") == 1
-    assert terminal.getvalue().endswith("\rdone\n")
+def test_progress_is_a_line_in_a_log_every_few_seconds() -> None:
+    log = io.StringIO()
+    console = Console(log)
+    for epoch in (1, 2):
+        for seconds in (2.0, 4.0, 6.0, 8.0, 12.0):
+            console.show(PROGRESS | {"epoch": epoch, "seconds": seconds})
+    console.say("done")
+    lines = log.getvalue().splitlines()
+    assert len(lines) == 5
+    assert "5,000 of 10,000 rows" in lines[0]
+    assert "5 s left in this epoch, 45 s in all" in lines[0]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_progress_is_a_bar_that_fits_the_terminal(columns: int) -> None:
+    with terminal(columns) as (stream, written), Console(stream) as console:
+        console.show(PROGRESS | {"epoch": 2})
+        console.progress(Counter("rows evaluated", 500, 2_000, 1000.0, 2.0))
+        frames = re.split(r"[\r\n]+", re.sub(r"\x1b\[[A-Z]", "", written()))
+        assert max(map(len, frames)) <= columns
+        if columns >= 80:
+            assert any("epoch 2/5" in frame and " 30% " in frame and "1,000 rows/s, loss 1.5000" in frame for frame in frames)
+            assert any("epoch 2/5" in frame and "rows evaluated: 500 of 2,000" in frame for frame in frames), "the same bar"
+        console.say("a line")
+        assert "a line\r\n" in written(), "above the bar"
+        console.__exit__()
+        assert not written().strip(" \r\n").replace("\x1b[A", ""), "the bar is taken away"
+
+
+def test_work_without_epochs_has_a_bar_of_its_own() -> None:
+    with terminal(80) as (stream, written), Console(stream) as console:
+        console.progress(Counter("rows scored", 500, 2_000, 1000.0, 2.0))
+        console.progress(Counter("rows scored", 1_500, 2_000, 1000.0, 3.0))
+        text = written()
+    assert "rows scored  25%" in text
+    assert "1,500 of 2,000, 1,000/s" in text
