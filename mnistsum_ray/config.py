@@ -5,6 +5,7 @@ collects fields from the last base to the first, so a config names its groups in
 """
 
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,6 +22,18 @@ class JobConfig(BaseSettings):
     )
 
     config: Path | None = Field(None, description="YAML file with any of these settings; the command line wins")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """List the fields with their meaning in the docstring, which `help` shows."""
+        super().__pydantic_init_subclass__(**kwargs)
+        lines = []
+        for name, field in cls.model_fields.items():
+            default = "required" if field.is_required() else f"default {field.default!r}"
+            text = f"{name}: {field.description} ({default})"
+            lines += textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="        ")
+        summary = (cls.__doc__ or "").partition("\n\nFields:\n")[0]
+        cls.__doc__ = f"{summary}\n\nFields:\n" + "\n".join(lines)
 
     @classmethod
     def settings_customise_sources(

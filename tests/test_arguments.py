@@ -1,5 +1,6 @@
 """Command lines and config files: what they set, and the one-line errors for what is invalid."""
 
+import inspect
 from itertools import pairwise
 from pathlib import Path
 
@@ -213,3 +214,11 @@ def test_a_printed_config_leaves_required_settings_open(capsys: pytest.CaptureFi
     assert "\n# model:  (required)\n" in text
     with pytest.raises(RequestError, match="--max-rows-per-file"):
         parse(ScoreConfig, ["--print-config", "--max-rows-per-file", "0"], "")
+
+
+def test_help_of_a_config_lists_its_fields_with_their_meaning() -> None:
+    for config_class in (TrainConfig, ScoreConfig):
+        text = " ".join((inspect.getdoc(config_class) or "").split())
+        for name, field in config_class.model_fields.items():
+            assert f"{name}: {' '.join((field.description or '').split())} (" in text
+    assert (inspect.getdoc(TrainConfig) or "").startswith("Config of a training run.")

@@ -9,6 +9,7 @@ import ray
 from mnistsum_ray.cluster.resources import explain_worker_silence
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.metrics import ScoringMetrics
 from mnistsum_ray.reporting.progress import Progress, silence_watchdog
 from mnistsum_ray.scoring.crash_counter import start_crash_counter
 from mnistsum_ray.scoring.pipeline import stream_reports
@@ -59,7 +60,8 @@ def execute(
     units = make_work_units(todo, run.config.max_rows_per_file, max(resources.workers, resources.readers))
     progress = Progress(console.progress, "rows scored", pc.sum(todo["rows"]).as_py() or 0)
     failures: dict[str, str] = {}
-    started, ended = float("inf"), 0.0
+    started, ended, done_rows = float("inf"), 0.0, 0
+    metrics = ScoringMetrics(run.output.display)
     with silence_watchdog(console.say, explain_worker_silence) as sign_of_life:
         for report in stream_reports(units, context, resources, fitting_workers):
             sign_of_life()
@@ -72,5 +74,8 @@ def execute(
                 failures.setdefault(row["name"], row["unreadable"])
             started = min(started, pc.min(report["started"]).as_py())
             ended = max(ended, pc.max(report["ended"]).as_py())
-            progress(pc.sum(report["rows"]).as_py(), ended - started)
+            rows, rejected = (pc.sum(report[name]).as_py() for name in ("rows", "rejected"))
+            done_rows += rows
+            progress(rows, ended - started)
+            metrics.add(rows, rejected, done_rows / max(ended - started, 1e-9))
     return ExecutionResult(failures, ended - started)

@@ -29,6 +29,7 @@ REPORT_SCHEMA: Final = pa.schema(
         "name": pa.string(),  # the input file
         "output": pa.string(),
         "rows": pa.int64(),
+        "rejected": pa.int64(),  # those of the rows that cannot be scored
         "started": pa.float64(),  # seconds since 1970
         "ended": pa.float64(),
         "unreadable": pa.string(),  # why the input file cannot be used
@@ -130,9 +131,10 @@ def commit_part(context: WorkerContext, scored: ScoredPart, started: float) -> p
         return _report(decoded.part, started, unwritable=one_line(error))
     except pa.ArrowException as error:
         return _report(decoded.part, started, unreadable=f"cannot be written again: {one_line(error)}")
-    return _report(decoded.part, started)
+    return _report(decoded.part, started, rejected=len(decoded.reasons))
 
 
-def _report(part: Part, started: float, **failure: str) -> pa.Table:
-    row = {"name": part.name, "output": part.output, "rows": part.rows, "started": started, "ended": time.time(), **failure}
+def _report(part: Part, started: float, *, rejected: int = 0, **failure: str) -> pa.Table:
+    row = {"name": part.name, "output": part.output, "rows": part.rows, "rejected": rejected}
+    row |= {"started": started, "ended": time.time(), **failure}
     return pa.Table.from_pylist([row], REPORT_SCHEMA)

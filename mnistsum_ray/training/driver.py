@@ -12,6 +12,7 @@ from mnistsum_ray.cluster.resources import inspect_cluster, wait_until_free
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, one_line, root_cause
 from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.metrics import TrainingMetrics
 from mnistsum_ray.storage.listing import report_skipped
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import OutputLock, output_lock
@@ -96,7 +97,10 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: OutputLock, console: Consol
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation and "
                 f"{len(source.test):,} test rows of {source.name} ({source.location}); {manifest['workers']}"
             )
-            with event_queue(console, lambda line: mlflow.log_epoch(line, console.say) if mlflow else None) as events:
+            metrics = TrainingMetrics(run.folder.display)
+            with event_queue(
+                console, lambda line: mlflow.log_epoch(line, console.say) if mlflow else None, metrics.add
+            ) as events:
                 result, checkpoint = run_ray_train(run, plan, rows, start, lock, events, console, lambda: mark("stopped"))
             return publish_run(run, manifest, result, checkpoint, lock.fence, mlflow, started, console)
         except KeyboardInterrupt:

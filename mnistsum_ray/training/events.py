@@ -57,12 +57,15 @@ class EventSender:
 
 
 @contextmanager
-def event_queue(console: Console, on_epoch: Callable[[dict[str, Any]], None]) -> Iterator[Events]:
+def event_queue(
+    console: Console, on_epoch: Callable[[dict[str, Any]], None], on_progress: Callable[[dict[str, Any]], None]
+) -> Iterator[Events]:
     """A queue whose events are shown on the console while the block runs; failures are kept.
 
     Args:
         console: shows the events.
         on_epoch: called with each finished epoch's line of history.jsonl, in a thread of the queue.
+        on_progress: called with each progress event, in the same thread.
     """
     # The queue's actor is pinned to this node, so that it is not lost with another one.
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -86,6 +89,8 @@ def event_queue(console: Console, on_epoch: Callable[[dict[str, Any]], None]) ->
                     events.failed.set()
                     continue
                 console.show(event)
+                if event["kind"] == "progress":
+                    on_progress(event)
                 if event["kind"] == "epoch":
                     on_epoch({key: value for key, value in event.items() if key != "kind"})
 
