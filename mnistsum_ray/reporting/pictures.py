@@ -14,34 +14,59 @@ from matplotlib.figure import Figure
 
 from mnistsum_ray.model.reliability import Reliability
 
+_HEADS: Final = {"digit_accuracy": "digit", "sum_accuracy": "sum"}
+_SPLIT_STYLES: Final = {"test": "o-", "validation": "o--"}
+
+_MAX_DIFFERENCE: Final = 1.0
+"""End of the colour scale of `draw_sums`, in points of accuracy: the same for all runs, so that they can be compared."""
+
 _REASONS_DRAWN: Final = 12
 _REASON_WIDTH: Final = 60
 
 
-def draw_history(history: list[dict[str, Any]]) -> bytes:
-    """Loss and both test accuracies by epoch, from the lines of history.jsonl."""
+def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> bytes:
+    """Loss and both accuracies by epoch.
+
+    Args:
+        history: lines of history.jsonl.
+        card: contents of model.json; its epoch and its own accuracies are marked.
+    """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     epochs = [entry["epoch"] for entry in history]
-    losses.plot(epochs, [entry["train_loss"] for entry in history], "o-", markersize=4, label="train")
-    losses.plot(epochs, [entry["test"]["loss"] for entry in history], "o-", markersize=4, label="test")
+    losses.plot(epochs, [entry["train_loss"] for entry in history], "o-", markersize=4, color="tab:gray", label="training")
+    for split, style in _SPLIT_STYLES.items():
+        losses.plot(epochs, [entry[split]["loss"] for entry in history], style, markersize=4, color="tab:blue", label=split)
     losses.set(title="loss (mean of both heads, nats)", xlabel="epoch", yscale="log")
-    for name, label in (("digit_accuracy", "digit"), ("sum_accuracy", "sum")):
-        accuracies.plot(epochs, [100 * entry["test"][name] for entry in history], "o-", markersize=4, label=label)
-    accuracies.set(title="test accuracy, % (sum: all ten numbers)", xlabel="epoch")
-    later = [100 * entry["test"][name] for entry in history[1:] for name in ("digit_accuracy", "sum_accuracy")]
-    if later:  # the axis leaves out the first epoch: it is so much lower that the others would look the same
+    for (name, label), color in zip(_HEADS.items(), ("tab:blue", "tab:orange"), strict=True):
+        for split, style in _SPLIT_STYLES.items():
+            values = [100 * entry[split][name] for entry in history]
+            accuracies.plot(epochs, values, style, markersize=4, color=color, label=f"{label}, {split}")
+        accuracies.plot(card["epoch"], 100 * card["test"][name], "*", markersize=11, color=color, markeredgecolor="black")
+    accuracies.set(title="accuracy, % (stars: the model)", xlabel="epoch")
+    later = [100 * entry[split][name] for entry in history[1:] for name in _HEADS for split in _SPLIT_STYLES]
+    if later:  # the axis leaves out the first epoch where it is so much lower that the others would look the same
+        later += [100 * card["test"][name] for name in _HEADS]
         margin = max(0.1, 0.1 * (max(later) - min(later)))
-        accuracies.set_ylim(min(later) - margin, max(later) + margin)
+        bottom = min(later) - margin
+        accuracies.set_ylim(bottom, max(later) + margin)
+        hidden = [f"{label} {100 * history[0]['test'][name]:.1f}" for name, label in _HEADS.items()]
+        if min(100 * history[0][split][name] for split in _SPLIT_STYLES for name in _HEADS) < bottom:
+            text = f"epoch {epochs[0]} is partly below: {', '.join(hidden)} %"
+            accuracies.annotate(text, (0.03, 0.03), xycoords="axes fraction", fontsize=8, style="italic")
     for axes in (losses, accuracies):
-        axes.legend()
+        axes.axvline(card["epoch"], color="black", linewidth=0.8, linestyle=":", label="selected epoch")
+        axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     return _png(figure)
 
 
 def draw_confusion(confusion: list[list[int]]) -> bytes:
-    """Confusion matrix of the digits: true digit down, predicted digit across; the colour shows mistakes only."""
+    """Confusion matrix of the digits: true digit down, predicted digit across; the colour shows mistakes only.
+
+    Beside a digit stands the share of its images that are predicted right, below one the share of its predictions that are right.
+    """
     counts = np.array(confusion)
     figure = Figure(figsize=(5.6, 5.2), layout="constrained")
     axes = figure.subplots()
@@ -51,27 +76,44 @@ def draw_confusion(confusion: list[list[int]]) -> bytes:
     )
     correct = np.trace(counts) / max(1, counts.sum())
     axes.set(title=f"digits: {correct:.2%} of {counts.sum():,} test images correct")
-    axes.set(xlabel="predicted digit", ylabel="true digit")
+    axes.set(xlabel="predicted digit, and precision in %", ylabel="true digit, and recall in %")
+    for ticks, totals in ((axes.set_yticks, counts.sum(1)), (axes.set_xticks, counts.sum(0))):
+        rates = [f"{100 * right / total:.1f}" if total else "-" for right, total in zip(np.diag(counts), totals, strict=True)]
+        separator = "  " if ticks == axes.set_yticks else "\n"
+        ticks(range(len(counts)), [f"{digit}{separator}{rate}" for digit, rate in enumerate(rates)], fontsize=8)
     return _png(figure)
 
 
 def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> bytes:
-    """Sum accuracy in % by true digit (down) and number (across).
+    """Sum accuracy by true digit (down) and number (across), as difference from the accuracy of the digit, in points.
+
+    A sum can be as right as its digit: a negative difference is what the sum head adds to the mistakes.
 
     Args:
         sums_right: test images with a correct sum, by digit and number.
         confusion: confusion matrix of the digits, for the number of images of each digit.
     """
     rows = np.array(confusion).sum(1, keepdims=True)
-    accuracy = 100 * np.array(sums_right) / np.maximum(rows, 1)
+    right = np.diag(np.array(confusion))[:, None]
+    difference = 100 * (np.array(sums_right) - right) / np.maximum(rows, 1)
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     axes = figure.subplots()
-    texts = [[f"{value:.1f}" if images else "" for value in line] for line, images in zip(accuracy, rows[:, 0], strict=True)]
-    low = float(accuracy[rows[:, 0] > 0].min(initial=100))
-    _grid(axes, accuracy, texts, "RdYlGn", (min(low, 99.0), 100.0))
+    texts = [
+        [f"{value:+.1f}" if round(value, 1) else "0" for value in line] if images else [""] * len(line)
+        for line, images in zip(difference, rows[:, 0], strict=True)
+    ]
+    # Purple and orange can be told apart with any kind of colour blindness.
+    _grid(axes, difference, texts, "PuOr", (-_MAX_DIFFERENCE, _MAX_DIFFERENCE))
     correct = np.sum(sums_right) / max(1, 10 * rows.sum())
-    axes.set(title=f"sums: {correct:.2%} of {10 * rows.sum():,} test pairs correct (cells: %)")
-    axes.set(xlabel="number", ylabel="true digit")
+    axes.set(
+        title=f"sums: {correct:.2%} of {10 * rows.sum():,} test pairs correct\ncells: points above or below the digit's accuracy"
+    )
+    labels = [
+        f"{digit}  {100 * hits / total:.1f}" if total else f"{digit}  -"
+        for digit, (hits, total) in enumerate(zip(right[:, 0], rows[:, 0], strict=True))
+    ]
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set(xlabel="number", ylabel="true digit, and its accuracy in %")
     return _png(figure)
 
 

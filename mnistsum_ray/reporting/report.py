@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -47,6 +48,14 @@ def _scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     return {f"{prefix}{split}/{name}": metrics[split][name] for split in ("validation", "test") for name in names}
 
 
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share of `count` independent rows (Wilson 1927), 0..1."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return middle - half, middle + half
+
+
 def report_page(
     name: str, manifest: dict[str, Any], card: dict[str, Any], history: list[dict[str, Any]], pictures: dict[str, bytes]
 ) -> str:
@@ -64,6 +73,12 @@ def report_page(
     )
     shown = [(PICTURES[key], base64.b64encode(png).decode()) for key, png in pictures.items()]
     page: str = environment.get_template("report.html.j2").render(
-        name=name, manifest=manifest, card=card, history=history, pictures=shown
+        name=name,
+        manifest=manifest,
+        card=card,
+        history=history,
+        pictures=shown,
+        digit_interval=wilson_interval(card["test"]["digit_accuracy"], card["test"]["rows"]),
+        sum_interval=wilson_interval(card["test"]["sum_accuracy"], card["test"]["rows"]),
     )
     return page

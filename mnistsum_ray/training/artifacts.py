@@ -1,6 +1,7 @@
 """Files of a run folder for people and other programs: manifest, model, history, pictures, report."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ def build_manifest(run: TrainingRun, fingerprint: str, workers: str) -> dict[str
     source = run.source
     return {
         "status": "running",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": run.config.model_dump(mode="json", exclude={"config", "resume"}),
         "versions": versions(),
         "workers": workers,
@@ -87,7 +89,7 @@ def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any
 
     analysis = result.error_analysis
     drawn = {
-        "history.png": pictures.draw_history(result.history),
+        "history.png": pictures.draw_history(result.history, card),
         "confusion.png": pictures.draw_confusion(analysis.confusion),
         "sums.png": pictures.draw_sums(analysis.sums_right, analysis.confusion),
         "reliability.png": pictures.draw_reliability(analysis.reliability()),

@@ -85,7 +85,7 @@ def project(head: Head) -> Path:
             shutil.copytree(ROOT / name, copy / name)
         else:
             shutil.copy(ROOT / name, copy / name)
-    versions = copy / "mnistsum_ray" / "reporting" / "versions.py"
+    versions = copy / "mnistsum_ray" / "version.py"
     versions.write_text(versions.read_text() + '\n__version__ = "9.9.9"\n')
     return copy
 

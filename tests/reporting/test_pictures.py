@@ -11,7 +11,10 @@ from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.reporting import pictures
 
 TEST = {"loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
-HISTORY: list[dict[str, Any]] = [{"epoch": epoch, "train_loss": 1 / epoch, "test": TEST} for epoch in (1, 2)]
+HISTORY: list[dict[str, Any]] = [
+    {"epoch": epoch, "train_loss": 1 / epoch, "test": TEST, "validation": TEST | {"loss": 0.2}} for epoch in (1, 2)
+]
+MODEL = {"epoch": 2, "test": TEST}
 CONFUSION = (np.eye(10, dtype=int) * 50).tolist()
 MISTAKE = {"digit": 3, "number": 4, "pred_digit": 5, "digit_prob": 0.9, "pred_sum": 9, "sum_prob": 0.8}
 IMAGES = np.zeros((8, 28, 28), np.uint8)
@@ -22,8 +25,8 @@ RELIABILITY = Reliability(
 )
 
 DRAWN = {
-    "history": lambda: pictures.draw_history(HISTORY),
-    "one epoch": lambda: pictures.draw_history(HISTORY[:1]),
+    "history": lambda: pictures.draw_history(HISTORY, MODEL),
+    "one epoch": lambda: pictures.draw_history(HISTORY[:1], MODEL | {"epoch": 1}),
     "confusion": lambda: pictures.draw_confusion(CONFUSION),
     "sums": lambda: pictures.draw_sums((np.array(CONFUSION).sum(1, keepdims=True).repeat(10, 1) - 1).tolist(), CONFUSION),
     "digits without rows": lambda: pictures.draw_sums(np.zeros((10, 10), int).tolist(), np.zeros((10, 10), int).tolist()),

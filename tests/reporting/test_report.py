@@ -1,12 +1,13 @@
 """The report page, with all optional parts and with none."""
 
 import json
+import math
 from typing import Any
 
 import pytest
 
 from mnistsum_ray.reporting import pictures
-from mnistsum_ray.reporting.report import report_page
+from mnistsum_ray.reporting.report import report_page, wilson_interval
 from tests.reporting.test_tensorboard import entry
 
 TEST = entry(1)["test"]
@@ -24,6 +25,7 @@ ALL = {"int8": INT8, "sum_head": TUNED, "temperature": {"digit": 1.1, "sum": 0.9
 MANIFEST: dict[str, Any] = {
     "config": {"seed": 0, "name": "a <b> & c"},
     "versions": {"ray": "2.60.0"},
+    "started": "2026-11-27T06:00:00+00:00",
     "workers": "1 CPU worker",
     "hardware": {"cpu": "a CPU", "cores": 2, "instructions": [], "gpu": None},
     "precision": "fp32",
@@ -42,13 +44,15 @@ MANIFEST: dict[str, Any] = {
 
 @pytest.mark.parametrize("card", [CARD, CARD | ALL], ids=["without optional parts", "with all parts"])
 def test_the_page_shows_what_the_run_has(card: dict[str, Any]) -> None:
-    page = report_page("mine", MANIFEST, card, [entry(1), entry(2)], {"history.png": pictures.draw_history([entry(1)])})
+    page = report_page("mine", MANIFEST, card, [entry(1), entry(2)], {"history.png": pictures.draw_history([entry(1)], CARD)})
     for shown in ("91.00 %", "80.00 %", "1,234 training images", "a CPU, 2 cores", "--model '/runs/mine'", "a &lt;b&gt; &amp; c"):
         assert shown in page.replace("</b>", ""), shown
     assert ("99.98 %" in page) == ("int8" in card)
     assert ("4,000 steps" in page) == ("76.54 %" in page) == bool(card["sum_head"])
     assert ("99.987 %" in page) == ("0.9912" in page) == ("probabilities" in card)
     assert "<b> & c" not in page
+    assert page.count("(95 %: ") == 2
+    assert "2026-11-27T06:00:00+00:00" in page
     assert page.count("data:image/png;base64,") == 1
 
 
@@ -56,3 +60,12 @@ def test_the_page_shows_the_notice_about_the_data() -> None:
     manifest = json.loads(json.dumps(MANIFEST))
     manifest["data"]["notice"] = "NOT the full MNIST"
     assert "NOT the full MNIST" in report_page("mine", manifest, CARD, [entry(1)], {})
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.9946, 10_000), (0.0, 50), (1.0, 7), (0.5, 100)])
+def test_the_interval_of_a_share_is_wilsons(share: float, count: int) -> None:
+    """By definition its ends are the shares from which the observed one is 1.96 standard errors away."""
+    low, high = wilson_interval(share, count)
+    assert low <= share <= high
+    for end in (low, high):
+        assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / count), abs=1e-6)
