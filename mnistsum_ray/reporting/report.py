@@ -68,17 +68,33 @@ def report_page(
         history: lines of history.jsonl.
         pictures: PNG bytes by file name (keys of PICTURES).
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    shown = [(PICTURES[key], base64.b64encode(png).decode()) for key, png in pictures.items()]
-    page: str = environment.get_template("report.html.j2").render(
+    return _render(
+        "report.html.j2",
+        {PICTURES[key]: png for key, png in pictures.items()},
         name=name,
         manifest=manifest,
         card=card,
         history=history,
-        pictures=shown,
         digit_interval=wilson_interval(card["test"]["digit_accuracy"], card["test"]["rows"]),
         sum_interval=wilson_interval(card["test"]["sum_accuracy"], card["test"]["rows"]),
     )
+
+
+def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes]) -> str:
+    """Render the HTML page of a scored output: counts, rejected rows with examples, frequencies, the least sure rows, pictures.
+
+    Args:
+        manifest: contents of manifest.json.
+        totals: `scoring.totals.Totals`.
+        pictures: PNG bytes by title.
+    """
+    return _render("scored.html.j2", pictures, manifest=manifest, line=manifest["totals"], totals=totals)
+
+
+def _render(template: str, pictures: dict[str, bytes], **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    shown = [(title, base64.b64encode(png).decode()) for title, png in pictures.items()]
+    page: str = environment.get_template(template).render(pictures=shown, **values)
     return page

@@ -15,11 +15,12 @@ MANIFEST: Final = "manifest.json"
 PROBABILITIES: Final = "probabilities.png"
 REJECTS: Final = "rejects.png"
 RELIABILITY: Final = "reliability.png"
+REPORT: Final = "report.html"
 
 UNPUBLISHED: Final = "_unpublished"
 """Staging folder inside an output folder that has no room for one beside it."""
 
-SUMMARIES: Final = (FILES_TABLE, PROBABILITIES, REJECTS, RELIABILITY)
+SUMMARIES: Final = (FILES_TABLE, PROBABILITIES, REJECTS, RELIABILITY, REPORT)
 """Files about the whole run. They are written after all predictions and before the manifest."""
 
 OWN_FILES: Final = (*SUMMARIES, MANIFEST, LOCK_NAME)

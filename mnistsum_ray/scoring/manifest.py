@@ -1,5 +1,6 @@
 """The manifest of an output: totals, settings, model and versions. While it exists, the output is finished."""
 
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from mnistsum_ray.reporting.versions import versions
@@ -18,11 +19,14 @@ def make_manifest(run: ScoringRun, precision: str, line: dict[str, Any], totals:
     return {
         "format": FORMAT,
         "status": "finished",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "totals": line,
         "consistent_rows": totals.counts.get("consistent", 0),
         "labelled_rows": totals.counts.get("labelled"),
         "rejected_by_reason": totals.reasons,
         "rows_by_probability": totals.probabilities,
+        "rows_by_digit": totals.digits,
+        "rows_by_number": totals.numbers,
         "probabilities": probability_metrics(totals),
         "config": run.config.model_dump(mode="json", exclude={"config"}) | located,
         "model": {key: run.card[key] for key in ("sha256", "epoch", "parameters", "temperature")},

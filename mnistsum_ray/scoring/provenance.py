@@ -23,8 +23,9 @@ from mnistsum_ray.storage.location import Location
 KEY: Final = b"mnistsum_ray.score"
 """Key of the stamp in the Parquet metadata."""
 
-FORMAT: Final = 3
-"""Version of the stamp. 2 added temperatures and reliability; 3 renamed `request` to `spec` and `footer` to `footer_sha256`."""
+FORMAT: Final = 4
+"""Version of the stamp. 2 added temperatures and reliability; 3 renamed `request` to `spec` and `footer` to `footer_sha256`;
+4 added frequencies, examples and the least sure rows to the counts."""
 
 FILE_IDENTITY: Final = ("size", "modified", "footer_sha256")
 """Fields that say which version of the input file the rows were read from."""

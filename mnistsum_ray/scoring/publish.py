@@ -4,7 +4,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mnistsum_ray.scoring.layout import FILES_TABLE, MANIFEST, PROBABILITIES, REJECTS, RELIABILITY
+from mnistsum_ray.reporting.report import scored_page
+from mnistsum_ray.scoring.layout import FILES_TABLE, MANIFEST, PROBABILITIES, REJECTS, RELIABILITY, REPORT
 from mnistsum_ray.scoring.staging import publish_staged
 from mnistsum_ray.scoring.target import Target
 from mnistsum_ray.scoring.totals import Totals
@@ -22,24 +23,31 @@ def publish_output(target: Target, files: pa.Table, totals: Totals, manifest: di
     """
     target.lock.check()
     (target.folder / FILES_TABLE).write_bytes(to_parquet(files))
-    _draw_pictures(totals, target.folder)
+    pictures = _draw_pictures(totals, target.folder)
+    (target.folder / REPORT).write_bytes(scored_page(manifest, totals, pictures).encode())
     (target.folder / MANIFEST).write_json(manifest)
     if target.staged:
         replaced = set(published["output"].to_pylist()) if target.overwrite else ()
         publish_staged(target.folder, target.output, target.lock.fence.check, replace=target.overwrite, replaced=replaced)
 
 
-def _draw_pictures(totals: Totals, folder: Location) -> None:
-    """Draw the probabilities; where rows have labels their reliability; where rows were rejected the reasons."""
+def _draw_pictures(totals: Totals, folder: Location) -> dict[str, bytes]:
+    """Draw the probabilities; where rows have labels their reliability; where rows were rejected the reasons.
+
+    Returns:
+        PNG bytes by title.
+    """
     from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
 
-    (folder / PROBABILITIES).write_bytes(pictures.draw_probabilities(**totals.probabilities))
-    optional = {
-        REJECTS: pictures.draw_rejects(totals.reasons) if totals.reasons else None,
-        RELIABILITY: pictures.draw_reliability(totals.reliability) if totals.counts.get("labelled") else None,
+    labelled = totals.counts.get("labelled")
+    drawn = {
+        ("Rows by predicted probability", PROBABILITIES): pictures.draw_probabilities(**totals.probabilities),
+        ("Accuracy by predicted probability", RELIABILITY): pictures.draw_reliability(totals.reliability) if labelled else None,
+        ("Rejected rows by reason", REJECTS): pictures.draw_rejects(totals.reasons) if totals.reasons else None,
     }
-    for name, png in optional.items():
+    for (_, name), png in drawn.items():
         if png:
             (folder / name).write_bytes(png)
         else:
             (folder / name).delete()  # an earlier run may have drawn it
+    return {title: png for (title, _), png in drawn.items() if png}

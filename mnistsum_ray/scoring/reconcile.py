@@ -78,7 +78,7 @@ def reconcile(files: pa.Table, matched: pa.Table) -> tuple[pa.Table, Totals]:
         },
         FILES_SCHEMA,
     )
-    return result, add_up(result, matched["counts"])
+    return result, add_up(result, matched["name"], matched["counts"])
 
 
 def _check_parts(matched: pa.Table) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.scoring.layout import FILES_TABLE
+from mnistsum_ray.scoring.layout import FILES_TABLE, PREDICTIONS, REPORT
 from mnistsum_ray.scoring.preflight import ScoringRun
 from mnistsum_ray.scoring.totals import Totals
 
@@ -86,7 +86,8 @@ def summarize(line: dict[str, Any], totals: Totals, say: Callable[[str], None]) 
                 f"  {head} probabilities: negative log-likelihood {metrics['nll']:.4f} nats, Brier score {metrics['brier']:.4f}, "
                 f"expected calibration error {metrics['ece']:.4f}"
             )
-    say(f"predictions: {line['output']}")
+    say(f"predictions: {line['output']}/{PREDICTIONS}")
+    say(f"report: {line['output']}/{REPORT}")
 
 
 def probability_metrics(totals: Totals) -> dict[str, dict[str, Any]] | None:

@@ -41,6 +41,8 @@ def committed(**changed: dict[str, Any]) -> list[dict[str, Any]]:
         rejected = 2 if part["output"] == "a-1" else 0
         counts: dict[str, Any] = {"consistent": 5, "reasons": {"is null": rejected} if rejected else {}}
         counts |= {"digit_prob": [0] * 19 + [part["rows"] - rejected], "sum_prob": [part["rows"] - rejected] + [0] * 19}
+        counts |= {"digits": [part["rows"] - rejected] + [0] * 9, "numbers": [0] * 9 + [part["rows"] - rejected]}
+        counts |= {"unsure": [[0.5, part["first_row"], 1, 2]], "examples": {"is null": part["first_row"]} if rejected else {}}
         counts["reliability"] = {"digit": RELIABILITY.as_json(), "sum": Reliability().as_json()}
         record = {
             **{key: part[key] for key in ("output", "name", "size", "modified", "footer_sha256", "first_row", "rows")},
@@ -69,6 +71,10 @@ def test_all_rows_there() -> None:
     assert (totals.input_rows, totals.scored_rows, totals.rejected_rows) == (37, 35, 2)
     assert totals.counts == {"consistent": 15}
     assert totals.reasons == {"is null": 2}
+    assert totals.examples == {"is null": [("a", 20)]}
+    assert (totals.digits, totals.numbers) == ([35] + [0] * 9, [0] * 9 + [35])
+    assert totals.unsure[0] == (0.5, "a", 0, 1, 2)
+    assert len(totals.unsure) == 3
     assert totals.reliability["digit"].metrics() == pytest.approx({"nll": 0.125, "brier": 0.0625, "ece": 0.025})
     assert totals.reliability["sum"].total_rows == 0
     assert totals.probabilities == {"digit_prob": [0] * 19 + [35], "sum_prob": [35] + [0] * 19}
