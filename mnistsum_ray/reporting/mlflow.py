@@ -4,6 +4,7 @@ The run folder is the record, and MLflow holds a copy. What cannot be logged whi
 each epoch once.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.reporting.process_state import default_environment, quiet_logger
@@ -21,6 +23,9 @@ from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 
 _FIRST_METRIC: Final = "train/loss"
+_DIGEST_CHARACTERS: Final = 36
+"""The longest digest that MLflow takes."""
+
 _LAST_METRIC: Final = "model/test/sum_accuracy"
 
 _HTTP_LIMITS: Final = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -33,8 +38,15 @@ class MLflowRun:
     Errors while logging, from the network to a missing client of the server's storage, become console lines; training goes on.
     """
 
-    def __init__(self, uri: str, experiment: str, name: str, run_id: str | None, config: dict[str, Any]) -> None:
+    def __init__(self, uri: str, experiment: str, name: str, run_id: str | None, manifest: dict[str, Any]) -> None:
         """Create a run, or continue `run_id`.
+
+        Args:
+            uri: of the server or the store.
+            experiment: created if it does not exist.
+            name: of the run.
+            run_id: of a run that is continued.
+            manifest: of the starting run; its config become parameters, its versions tags, and its data the run's dataset.
 
         Raises:
             RequestError: the server, the store or the run does not exist.
@@ -46,8 +58,12 @@ class MLflowRun:
                     found = self._client.get_experiment_by_name(experiment)
                     experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
                     run_id = self._client.create_run(experiment_id, run_name=name).info.run_id
-                    params = [Param(key, str(value)) for key, value in config.items()]
-                    self._client.log_batch(run_id, params=params)
+                    params = [Param(key, str(value)) for key, value in manifest["config"].items()]
+                    tags = [RunTag(f"version.{package}", number) for package, number in manifest["versions"].items()]
+                    if "commit" in manifest["versions"]:
+                        tags.append(RunTag(MLFLOW_GIT_COMMIT, manifest["versions"]["commit"]))
+                    self._client.log_batch(run_id, params=params, tags=tags)
+                    self._client.log_inputs(run_id, [_dataset(manifest["data"])])
                 else:
                     self._client.update_run(run_id, status="RUNNING")
                 logged = self._client.get_metric_history(run_id, _FIRST_METRIC)
@@ -117,6 +133,14 @@ class MLflowRun:
         self._thread.shutdown(cancel_futures=True)
         with suppress(Exception), _mlflow_call():
             self._client.set_terminated(self.run_id, status=status)
+
+
+def _dataset(data: dict[str, Any]) -> DatasetInput:
+    """The training data: name, place, rows, and as digest the start of their SHA-256."""
+    rows = {key: data[key] for key in ("train_rows", "validation_rows", "test_rows")}
+    source = json.dumps({"uri": data["location"]})
+    dataset = Dataset(data["source"], data["sha256"][:_DIGEST_CHARACTERS], "uri", source, profile=json.dumps(rows))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
 
 from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
@@ -51,6 +52,10 @@ def write_final(run: Location, epoch: int, card: dict[str, Any], pictures: dict[
             for key, png in pictures.items():
                 with Image.open(io.BytesIO(png)) as picture:
                     writer.add_image(key, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
+            # TensorBoard's page HPARAMS compares runs by these. `writer.add_hparams` would make a folder for them.
+            settings = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
+            for summary in hparams(settings, dict.fromkeys(model_scalars(card), 0.0)):
+                writer.file_writer.add_summary(summary)
             lines = [f"| {key} | {value} |" for key, value in config.items()]
             writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]), epoch)
         _event_file(run, epoch, "final").write_bytes(_only_file(name))

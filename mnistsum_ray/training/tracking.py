@@ -36,7 +36,7 @@ def _start(run: TrainingRun, manifest: dict[str, Any], console: Console) -> "MLf
     stored = manifest.get("mlflow") if config.resume else None
     run_id = stored["run_id"] if stored and stored["uri"] == config.mlflow else None
     try:
-        tracked = MLflowRun(config.mlflow, config.mlflow_experiment, config.name, run_id, manifest["config"])
+        tracked = MLflowRun(config.mlflow, config.mlflow_experiment, config.name, run_id, manifest)
     except RequestError as error:
         if not config.resume:
             raise

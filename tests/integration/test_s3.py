@@ -97,6 +97,7 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
         "/out/manifest.json",
         "/out/probabilities.png",
         "/out/rejects.png",
+        "/out/report.html",
         "/out/rejected/part-00001.parquet",
         *(f"/out/predictions/part-0000{index}.parquet" for index in range(4)),
     }

@@ -260,6 +260,7 @@ def test_another_model_is_refused_and_overwrite_replaces_the_output(
         "manifest.json",
         "predictions",
         "probabilities.png",
+        "report.html",
     ]
     assert sorted(path.name for path in (second.output / "predictions").iterdir()) == [
         f"part-0000{index}.parquet" for index in range(4)

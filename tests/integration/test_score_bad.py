@@ -1,6 +1,8 @@
 """Bad rows and bad files: each is reported with its place and reason, and everything else is scored."""
 
+import html
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,21 @@ def test_every_bad_row_is_reported_with_its_place_reason_and_values(
         original = table.slice(place, 1).to_pylist()[0]
         assert (row["id"], row["image"], row["number"]) == (original["id"], original["image"], original["number"])
         assert row["input_reason"] == "text"
+
+
+def test_the_page_names_bad_rows_and_the_least_sure_ones(scored: Scored) -> None:
+    page = html.unescape((scored.output / "report.html").read_text())
+    manifest = scored.manifest()
+    for reason, count in list(manifest["rejected_by_reason"].items())[:10]:
+        assert f"<td>{count:,}</td><td>{reason}</td><td>" in page
+    assert re.search(r"\d\d\.parquet, row \d+; \d\d\.parquet, row \d+", page), "examples"
+    assert sum(manifest["rows_by_digit"]) == sum(manifest["rows_by_number"]) == scored.line["scored_rows"]
+    named = re.findall(r"<tr><td>(0\.\d+)</td><td>\d</td><td>\d</td><td>(\S+), row ([\d,]+)</td>", page)
+    assert len(named) == 20
+    probabilities = [float(probability) for probability, _, _ in named]
+    assert probabilities == sorted(probabilities)
+    tables = [pq.ParquetFile(path).read(["digit_prob"]) for path in (scored.output / "predictions").rglob("*.parquet")]
+    assert probabilities[0] == pytest.approx(pa.concat_tables(tables)["digit_prob"].to_numpy().min(), abs=5e-4)
 
 
 @pytest.mark.parametrize("file", [3])

@@ -51,8 +51,9 @@ def undisturbed(model: Path, pairs: Path) -> dict[str, bytes]:
 
 
 def content(output: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which holds the duration."""
-    paths = (path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "manifest.json")
+    """Every file but the manifest and the report, which hold the duration."""
+    timed = ("manifest.json", "report.html")
+    paths = (path for path in sorted(output.rglob("*")) if path.is_file() and path.name not in timed)
     return {str(path.relative_to(output)): path.read_bytes() for path in paths}
 
 

@@ -18,6 +18,12 @@ from mnistsum_ray.storage.paths import locate
 from tests.reporting.test_tensorboard import entry
 
 CONFIG = {"seed": 3, "recipe": "short"}
+MANIFEST: dict[str, Any] = {
+    "config": CONFIG,
+    "versions": {"ray": "2.60.0", "commit": "0123456789"},
+    "data": {"source": "sample", "location": "/data/sample.parquet", "sha256": "ab" * 32}
+    | {"train_rows": 4000, "validation_rows": 500, "test_rows": 500},
+}
 HISTORY = [entry(epoch) for epoch in (1, 2, 3)]
 CARD = entry(4)  # as in model.json
 
@@ -53,7 +59,7 @@ def test_a_run_with_its_config_metrics_and_files(store: Path, tmp_path: Path) ->
     for name in ("report.html", "model/model.json"):
         (tmp_path / "run" / name).write_text(name)
     said: list[str] = []
-    run = MLflowRun(uri(store), "mine", "a-name", None, CONFIG)
+    run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
     for line in HISTORY:
         run.log_epoch(line, said.append)
     assert run.finish(HISTORY, CARD, locate(str(tmp_path / "run"), "run"), ["report.html", "model/model.json"], said.append)
@@ -63,6 +69,12 @@ def test_a_run_with_its_config_metrics_and_files(store: Path, tmp_path: Path) ->
     assert (found.info.run_name, found.info.status) == ("a-name", "FINISHED")
     assert client.get_experiment(found.info.experiment_id).name == "mine"
     assert found.data.params == {"seed": "3", "recipe": "short"}
+    assert found.data.tags["mlflow.source.git.commit"] == "0123456789"
+    assert found.data.tags["version.ray"] == "2.60.0"
+    assert found.inputs
+    (data,) = found.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("sample", "ab" * 18)
+    assert "/data/sample.parquet" in data.dataset.source
     metrics = epoch_scalars(HISTORY[-1]) | model_scalars(CARD)
     assert found.data.metrics == {key: pytest.approx(value) for key, value in metrics.items()}
     assert logged_epochs(store, run.run_id) == expected(HISTORY)
@@ -71,25 +83,25 @@ def test_a_run_with_its_config_metrics_and_files(store: Path, tmp_path: Path) ->
 
 
 def test_a_resumed_run_logs_no_epoch_twice(store: Path, tmp_path: Path) -> None:
-    first = MLflowRun(uri(store), "mine", "a-name", None, CONFIG)
+    first = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
     for line in HISTORY[:2]:
         first.log_epoch(line, print)
     wait_until_logged(store, first.run_id, 2)
     first.end("FAILED")
     assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FAILED"
-    again = MLflowRun(uri(store), "mine", "a-name", first.run_id, CONFIG)
+    again = MLflowRun(uri(store), "mine", "a-name", first.run_id, MANIFEST)
     again.log_epoch(HISTORY[1], print)
     assert again.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
     assert logged_epochs(store, first.run_id) == expected(HISTORY)
     assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FINISHED"
-    once_more = MLflowRun(uri(store), "mine", "a-name", first.run_id, CONFIG)
+    once_more = MLflowRun(uri(store), "mine", "a-name", first.run_id, MANIFEST)
     assert once_more.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
     assert len(MlflowClient(uri(store)).get_metric_history(first.run_id, "model/test/loss")) == 1
 
 
 def test_a_failure_is_reported_once_and_logged_later(store: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    run = MLflowRun(uri(store), "mine", "a-name", None, CONFIG)
+    run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
     run.log_epoch(HISTORY[0], said.append)
     wait_until_logged(store, run.run_id, 1)
     shutil.copy(store, tmp_path / "kept.db")
@@ -106,7 +118,7 @@ def test_a_failure_is_reported_once_and_logged_later(store: Path, tmp_path: Path
     assert said[0].endswith("training goes on, and the epoch is logged later")
     assert "--resume logs it again" in said[1]
     shutil.copy(tmp_path / "kept.db", store)
-    again = MLflowRun(uri(store), "mine", "a-name", run.run_id, CONFIG)
+    again = MLflowRun(uri(store), "mine", "a-name", run.run_id, MANIFEST)
     assert again.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], said.append)
     assert logged_epochs(store, run.run_id) == expected(HISTORY)
 
@@ -115,7 +127,7 @@ def test_a_failure_is_reported_once_and_logged_later(store: Path, tmp_path: Path
 def test_a_server_that_does_not_exist_is_refused(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(RequestError) as refused:
-        MLflowRun(where, "mine", "a-name", None, CONFIG)
+        MLflowRun(where, "mine", "a-name", None, MANIFEST)
     assert str(refused.value).startswith(f"--mlflow {where}: ")
     assert "\n" not in str(refused.value)
 
@@ -124,6 +136,6 @@ def test_the_process_is_left_as_it_was(store: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
     names = ("mlflow", "alembic")
     before = dict(os.environ), [logging.getLogger(name).level for name in names]
-    run = MLflowRun(uri(store), "mine", "a-name", None, CONFIG)
+    run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
     assert run.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
     assert (dict(os.environ), [logging.getLogger(name).level for name in names]) == before

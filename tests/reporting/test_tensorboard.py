@@ -63,3 +63,7 @@ def test_metrics_of_the_model_pictures_and_settings_are_shown(tmp_path: Path) ->
     assert (image.step, image.width > 600) == (5, True)
     (text,) = events.Tensors("settings/text_summary")
     assert b"| seed | 7 |" in text.tensor_proto.string_val[0]
+    settings = events.PluginTagToContent("hparams")
+    assert set(settings) == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
+    assert b"seed" in settings["_hparams_/session_start_info"]
+    assert b"model/test/sum_accuracy" in settings["_hparams_/experiment"]
