@@ -258,6 +258,7 @@ def test_an_infinite_loss_stops_every_rank_at_once(cluster: str, data: Path, run
     assert json.loads((runs / "broken" / "manifest.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_the_same_model_is_trained_again_from_a_run(data: Path, tmp_path: Path) -> None:
     flags = ["--epochs", 2, "--seed", 7, "--dropout", 0.1, "--batch-size", 100, "--sum-head-steps", 10]
     first = run_job("train", "--data", data, *flags, "--storage-path", tmp_path / "runs", "--name", "first").line
