@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -198,7 +199,9 @@ def _first_error(error: ValidationError, flags: dict[str, Any]) -> str:
     """The first of pydantic's errors as one line that names the flag or the key of the config file."""
     first = error.errors()[0]
     if not first["loc"]:
-        return str(first["msg"]).removeprefix("Value error, ")
+        # Validators put the names of fields in backticks, since `TrainConfig(...)` in Python has no flags.
+        message = str(first["msg"]).removeprefix("Value error, ")
+        return re.sub(r"`([a-z_]+)`", lambda field: f"--{field[1].replace('_', '-')}", message)
     key = str(first["loc"][0])
     place = f"--{key.replace('_', '-')}" if key in flags else f"key {key!r} of the config file"
     if first["type"] == "extra_forbidden":

@@ -145,7 +145,7 @@ class TrainingCluster(JobConfig):
     def _check_workers(self) -> Self:
         low, high = self.worker_range or (1, 1)
         if low < 1 or high < low:
-            raise ValueError("--num-workers: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
+            raise ValueError("`num_workers`: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
         return self
 
     @property
@@ -173,9 +173,9 @@ class RunFolder(JobConfig):
     @model_validator(mode="after")
     def _check_name(self) -> Self:
         if self.resume and self.name is None:
-            raise ValueError("--resume: needs --name, the run to continue")
+            raise ValueError("`resume`: needs `name`, the run to continue")
         if self.resume and self.from_run is not None:
-            raise ValueError("--from-run: starts a new run, and --resume continues one; leave one of them out")
+            raise ValueError("`from_run`: starts a new run, and `resume` continues one; leave one of them out")
         return self
 
 
@@ -191,7 +191,7 @@ class Tracking(JobConfig):
     def _check_mlflow(self) -> Self:
         if self.mlflow is not None and not re.fullmatch(r"https?://[^@?#\s]+|sqlite:///[^@?#]+", self.mlflow):
             raise ValueError(
-                "--mlflow: must be http(s)://HOST:PORT or sqlite:///FILE; keys belong in MLFLOW_TRACKING_USERNAME, "
+                "`mlflow`: must be http(s)://HOST:PORT or sqlite:///FILE; keys belong in MLFLOW_TRACKING_USERNAME, "
                 "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN"
             )
         return self
@@ -250,9 +250,9 @@ class ScoringInput(JobConfig):
     @model_validator(mode="after")
     def _check_columns(self) -> Self:
         if self.image_column == self.number_column:
-            raise ValueError(f"--image-column, --number-column: {self.image_column!r} cannot be both")
+            raise ValueError(f"`image_column`, `number_column`: {self.image_column!r} cannot be both")
         if self.label_column == self.image_column:
-            raise ValueError(f"--label-column: {self.image_column!r} is the image column")
+            raise ValueError(f"`label_column`: {self.image_column!r} is the image column")
         return self
 
 
@@ -292,7 +292,7 @@ class ScoreConfig(ScoringCluster, ScoringOutput, ScoringInput, ScoringModel):
     @model_validator(mode="after")
     def _check_device(self) -> Self:
         if self.precision == "int8" and self.use_gpu:
-            raise ValueError("--precision int8: runs on CPUs only; leave out --precision or --use-gpu")
+            raise ValueError("`precision` int8: runs on CPUs only; leave out `precision` or `use_gpu`")
         return self
 
 
@@ -309,7 +309,7 @@ class ExportPairsConfig(JobConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.files > self.rows:
-            raise ValueError(f"--files {self.files}: more files than rows ({self.rows})")
+            raise ValueError(f"`files` {self.files}: more files than rows ({self.rows})")
         return self
 
 

@@ -222,3 +222,10 @@ def test_help_of_a_config_lists_its_fields_with_their_meaning() -> None:
         for name, field in config_class.model_fields.items():
             assert f"{name}: {' '.join((field.description or '').split())} (" in text
     assert (inspect.getdoc(TrainConfig) or "").startswith("Config of a training run.")
+
+
+def test_in_python_an_error_names_the_argument() -> None:
+    with pytest.raises(ValueError, match="`resume`: needs `name`, the run to continue"):
+        TrainConfig(resume=True)
+    with pytest.raises(ValueError, match="`image_column`, `number_column`: 'a' cannot be both"):
+        ScoreConfig(model="m", input=("i",), output="o", image_column="a", number_column="a")
