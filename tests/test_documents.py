@@ -59,8 +59,10 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
         assert (ROOT / document.parent / link).exists(), link
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_is_short_and_can_be_pasted() -> None:
     assert len(README.splitlines()) <= 180
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        assert "#" not in block, "zsh on a Mac takes a comment for arguments"
 
 
 def test_the_tested_versions_are_those_that_the_project_allows() -> None:
