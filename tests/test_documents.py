@@ -116,7 +116,7 @@ def test_cluster_yaml_installs_the_project_as_it_lies_here(tmp_path: Path) -> No
     expected = {
         path
         for path in package.rglob("*")
-        if path.is_file() and (path.suffix in (".py", ".parquet", ".j2", ".typed") or path.name == "LICENSE")
+        if path.is_file() and (path.suffix in (".py", ".parquet", ".j2", ".css", ".typed") or path.name == "LICENSE")
     }
     assert {f"mnistsum_ray/{path.relative_to(package)}" for path in expected} <= held
 
