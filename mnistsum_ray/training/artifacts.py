@@ -86,6 +86,7 @@ def publish_model(
 def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any], result: TrainingResult) -> list[str]:
     """Write pictures, report and TensorBoard's last event file; return the names of the files that MLflow should get."""
     from mnistsum_ray.reporting import pictures, tensorboard  # a second to import, needed once
+    from mnistsum_ray.reporting.model_card import MODEL_CARD, model_card
 
     analysis = result.error_analysis
     drawn = {
@@ -99,5 +100,7 @@ def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any
         (run.folder / name).write_bytes(png)
     page = report_page(str(run.config.name), manifest, card, result.history, drawn)
     (run.folder / REPORT).write_bytes(page.encode())
+    text = model_card(str(run.config.name), card, manifest["data"])
+    (run.folder / "model" / MODEL_CARD).write_bytes(text.encode())
     tensorboard.write_final(run.folder, result.history[-1]["epoch"], card, drawn, manifest["config"])
-    return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in MODEL_FILES)]
+    return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (*MODEL_FILES, MODEL_CARD))]
