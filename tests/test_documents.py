@@ -69,7 +69,7 @@ def test_the_tested_versions_are_those_that_the_project_allows() -> None:
     lines = (ROOT / ".constraints.txt").read_text().splitlines()[1:]
     versions = {name: Version(version) for name, version in (line.split("==") for line in lines)}
     for requirement in map(Requirement, REQUIREMENTS):
-        assert versions[requirement.name.lower()] in requirement.specifier, requirement
+        assert versions[requirement.name.lower().replace("_", "-")] in requirement.specifier, requirement
 
 
 def test_what_the_readme_says_of_errors_is_what_the_program_says() -> None:

@@ -49,6 +49,7 @@ def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path)
     assert done.line["input_rows"] == done.line["scored_rows"] == ROWS
 
 
+@pytest.mark.sweep
 def test_training_outlasts_a_storage_that_is_overloaded(s3: Storage, data: Path) -> None:
     refused = s3.refused
     job = Job("train", "--data", data, "--name", "mine", "--epochs", 2, "--storage-path", "s3://runs/busy")

@@ -135,6 +135,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return runs
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", [pytest.param(harm, marks=[pytest.mark.sweep] * (harm not in IN_GATE)) for harm in HARM])
 def test_whatever_happened_to_the_checkpoints_the_run_goes_on_to_the_same_bits(

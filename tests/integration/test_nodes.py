@@ -170,6 +170,7 @@ def test_a_local_folder_that_a_node_does_not_see_is_refused(data: Path, model: P
             node.wait(timeout=30)
 
 
+@pytest.mark.sweep
 def test_scoring_continues_on_the_remaining_nodes(model: Path, tmp_path: Path) -> None:
     rows = 40_000
     export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "in"), rows=rows, files=8), print)

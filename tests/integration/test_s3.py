@@ -109,6 +109,7 @@ def ids_of(folder: Location) -> list[int]:
     return [row for path in paths for row in table(folder.at(path))["row_id"].to_pylist()]
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 @pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def test_after_a_signal_the_same_command_goes_on(
     finish(model, pairs, output, undisturbed)
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 def test_the_second_of_two_runs_on_one_output_is_refused(
     model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]

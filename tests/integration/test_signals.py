@@ -67,7 +67,10 @@ def test_scoring_stopped_at_ten_moments(model: Path, pairs: Path, tmp_path: Path
     assert content(tmp_path / "out") == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGKILL, id="SIGKILL"), pytest.param(signal.SIGHUP, id="SIGHUP", marks=pytest.mark.sweep)],
+)
 @pytest.mark.parametrize(
     "seconds", [pytest.param(seconds, marks=[pytest.mark.sweep] * (seconds != 4)) for seconds in range(2, 7)]
 )

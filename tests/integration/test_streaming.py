@@ -218,6 +218,7 @@ def test_everything_killed_and_resumed_changes_nothing(
     assert left(done) == undisturbed
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 def test_a_file_that_changed_is_refused_by_name_when_the_run_is_resumed(tmp_path: Path, mixed: pa.Table) -> None:
     files = write_files(tmp_path / "files", mixed)

@@ -243,6 +243,7 @@ def test_a_compiled_network_trains_alike(done: Done, cluster: str, data: Path, r
     assert second["train_loss"] == pytest.approx(first["train_loss"], rel=0.02)
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 def test_an_infinite_loss_stops_every_rank_at_once(cluster: str, data: Path, runs: Path) -> None:
     broken = run_job(
@@ -258,22 +259,23 @@ def test_an_infinite_loss_stops_every_rank_at_once(cluster: str, data: Path, run
     assert json.loads((runs / "broken" / "manifest.json").read_text())["status"] == "failed"
 
 
-@pytest.mark.slow
-def test_the_same_model_is_trained_again_from_a_run(data: Path, tmp_path: Path) -> None:
-    flags = ["--epochs", 2, "--seed", 7, "--dropout", 0.1, "--batch-size", 100, "--sum-head-steps", 10]
-    first = run_job("train", "--data", data, *flags, "--storage-path", tmp_path / "runs", "--name", "first").line
-    again = run_job("train", "--from-run", first["run"], "--storage-path", tmp_path / "again", "--name", "second").line
-    assert again["test"] == first["test"]
-    one, other = (json.loads((Path(line["model"]) / "model.json").read_text())["sha256"] for line in (first, again))
+def test_the_same_model_is_trained_again_from_a_run(done: Done, data: Path, cluster: str, tmp_path: Path) -> None:
+    flags = ["--storage-path", tmp_path / "runs", "--name", "again"]
+    again = run_job("train", "--from-run", done.line["run"], *flags, address=cluster).line
+    assert again["test"] == done.line["test"]
+    one, other = (json.loads((Path(line["model"]) / "model.json").read_text())["sha256"] for line in (done.line, again))
     assert one == other
-    other_seed = run_job("train", "--from-run", first["model"], "--seed", 8, "--storage-path", tmp_path / "again")
-    assert other_seed.code == 2
-    assert "--from-run: there is no run in" in other_seed.err
-    rows = pq.read_table(data)
-    pq.write_table(rows.slice(1), data.with_name("changed.parquet"))
-    manifest = Path(first["run"]) / "manifest.json"
-    changed = manifest.read_text().replace(str(data), str(data.with_name("changed.parquet")))
-    manifest.write_text(changed)
-    refused = run_job("train", "--from-run", first["run"], "--storage-path", tmp_path / "again")
-    assert refused.code == 2
-    assert "are no longer those of that run" in refused.err
+
+
+def test_what_cannot_be_trained_again_is_refused(done: Done, data: Path, cluster: str, tmp_path: Path) -> None:
+    no_run = run_job("train", "--from-run", done.line["model"], "--storage-path", tmp_path, address=cluster)
+    assert no_run.code == 2
+    assert "--from-run: there is no run in" in no_run.err
+    changed = tmp_path / "changed.parquet"
+    pq.write_table(pq.read_table(data).slice(1), changed)
+    (tmp_path / "other").mkdir()
+    manifest = (Path(done.line["run"]) / "manifest.json").read_text()
+    (tmp_path / "other" / "manifest.json").write_text(manifest.replace(str(data), str(changed)))
+    other_data = run_job("train", "--from-run", tmp_path / "other", "--storage-path", tmp_path / "runs", address=cluster)
+    assert other_data.code == 2
+    assert "are no longer those of that run" in other_data.err
