@@ -4,6 +4,7 @@ The planning code of the jobs runs as it is. Only what it plans for does not exi
 """
 
 import hashlib
+import json
 import resource
 import sys
 import time
@@ -150,7 +151,11 @@ def _scoring_files(files: int) -> pa.Table:
 def _committed(parts: pa.Table) -> pa.Table:
     """The output files of all parts, as an earlier run has left them."""
     count = parts.num_rows
-    counts = '{"consistent": 1000, "digit_prob": [' + ", ".join(["50"] * 20) + '], "sum_prob": [' + ", ".join(["50"] * 20) + "]}"
+    histogram, frequency = [50] * 20, [100] * 10
+    counts = json.dumps(
+        {"consistent": 1000, "digit_prob": histogram, "sum_prob": histogram, "digits": frequency, "numbers": frequency}
+        | {"unsure": [[0.5, row, 1, 2] for row in range(3)]}
+    )
     values: dict[str, Any] = {name: parts[name] for name in COMMITTED_SCHEMA.names if name in parts.column_names}
     values |= {"error": pa.nulls(count, pa.string()), "source": parts["name"], "rejected": np.zeros(count, np.int64)}
     values |= {"spec": pa.repeat("{}", count), "counts": pa.repeat(counts, count)}

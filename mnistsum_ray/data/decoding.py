@@ -52,6 +52,13 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     return images, bad
 
 
+def join_reasons(bad_images: dict[int, str], bad_numbers: dict[int, str]) -> dict[int, str]:
+    """Why each bad row cannot be scored, in the order of the rows, of what `decode_images` and `decode_numbers` returned."""
+    numbers = {row: f"the number {reason}" for row, reason in bad_numbers.items()}
+    rows = sorted(bad_images | numbers)
+    return {row: "; ".join(reasons[row] for reasons in (bad_images, numbers) if row in reasons) for row in rows}
+
+
 def _view_whole_bytes(column: pa.Array) -> Pixels | None:
     """The buffer of a column whose values are all 784 pixels, without a copy; None where a value is anything else."""
     images = _view_784_bytes(column)

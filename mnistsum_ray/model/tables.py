@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from mnistsum_ray.data.column_types import image_type_error, number_type_error
-from mnistsum_ray.data.decoding import decode_images, decode_numbers
+from mnistsum_ray.data.decoding import decode_images, decode_numbers, join_reasons
 from mnistsum_ray.data.parquet_types import plain_table
 from mnistsum_ray.data.pixels import one_chunk
 from mnistsum_ray.model.inference import predict_pairs
@@ -44,10 +44,8 @@ def predict_table(model: TwoHeadCNN, table: pa.Table, image: str, number: str, b
         raise ValueError(f"column {min(taken)!r} would be added; rename it")
     images, bad_images = decode_images(one_chunk(rows[image]))
     numbers, bad_numbers = decode_numbers(one_chunk(rows[number]))
-    reasons: list[str | None] = [None] * len(numbers)
-    for row in bad_images | bad_numbers:
-        parts = [bad_images.get(row), f"the number {bad_numbers[row]}" if row in bad_numbers else None]
-        reasons[row] = "; ".join(filter(None, parts))
+    bad_rows = join_reasons(bad_images, bad_numbers)
+    reasons = [bad_rows.get(row) for row in range(len(numbers))]
     predictions = predict_pairs(model, images, numbers, batch_size)
     bad = np.array([reason is not None for reason in reasons], bool)
     for field, values in zip(PREDICTION_FIELDS, predictions.columns(numbers), strict=True):

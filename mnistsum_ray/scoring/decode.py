@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mnistsum_ray.data.decoding import decode_images, decode_numbers
+from mnistsum_ray.data.decoding import decode_images, decode_numbers, join_reasons
 from mnistsum_ray.data.parquet import UnusableFileError
 from mnistsum_ray.data.pixels import SIDE, Pixels, one_chunk
 from mnistsum_ray.scoring.input_columns import Columns
@@ -91,7 +91,7 @@ def decode_part(part: Part, table: pa.Table, columns: Columns) -> DecodedPart:
     passthrough = table.drop_columns([columns.image])
     if not bad_images and not bad_numbers:
         return DecodedPart(part, passthrough, images, numbers, labels, table.slice(0, 0), {})
-    reasons = {row: _join_reasons(bad_images.get(row), bad_numbers.get(row)) for row in sorted(bad_images | bad_numbers)}
+    reasons = join_reasons(bad_images, bad_numbers)
     bad = np.fromiter(reasons, np.int64)
     good = np.setdiff1d(np.arange(part.rows), bad)
     return DecodedPart(
@@ -103,7 +103,3 @@ def decode_part(part: Part, table: pa.Table, columns: Columns) -> DecodedPart:
         table.take(pa.array(bad)),
         reasons,
     )
-
-
-def _join_reasons(image: str | None, number: str | None) -> str:
-    return "; ".join(([image] if image else []) + ([f"the number {number}"] if number else []))
