@@ -154,7 +154,8 @@ def _committed(parts: pa.Table) -> pa.Table:
     histogram, frequency = [50] * 20, [100] * 10
     counts = json.dumps(
         {"consistent": 1000, "digit_prob": histogram, "sum_prob": histogram, "digits": frequency, "numbers": frequency}
-        | {"unsure": [[0.5, row, 1, 2] for row in range(3)]}
+        | {"unsure": [[0.5, row, 1, 2] for row in range(3)]},
+        separators=(",", ":"),  # as `read_committed` writes them
     )
     values: dict[str, Any] = {name: parts[name] for name in COMMITTED_SCHEMA.names if name in parts.column_names}
     values |= {"error": pa.nulls(count, pa.string()), "source": parts["name"], "rejected": np.zeros(count, np.int64)}

@@ -165,7 +165,7 @@ def _read_file(output: Location, name: str, size: int) -> dict[str, Any]:
     except (UnusableFileError, OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         return {"output": name, "error": f"cannot be read: {one_line(error)}"}
     in_files = {"scored_in_file": footer.num_rows, "rejected_in_file": rejected_in_file}
-    return {"output": name} | vars(stamp) | {"counts": json.dumps(stamp.counts)} | in_files
+    return {"output": name} | vars(stamp) | {"counts": json.dumps(stamp.counts, separators=(",", ":"))} | in_files
 
 
 def _footer(folder: Location, name: str, size: int) -> pq.FileMetaData:

@@ -75,7 +75,7 @@ def test_a_part_and_its_provenance(tmp_path: Path) -> None:
     }
     assert (stamp["scored_in_file"], stamp["rejected_in_file"], stamp["error"]) == (3, 2, None)
     assert stamp["spec"] == SPEC.canonical_json()
-    assert '"labelled": 3, "digits_right": 3, "sums_right": 2' in stamp["counts"]
+    assert '"labelled":3,"digits_right":3,"sums_right":2' in stamp["counts"]
     reliability = json.loads(stamp["counts"])["reliability"]
     assert (reliability["digit"]["nll"], reliability["sum"]["brier"]) == (3, 3), "0 + 1 + 2"
     assert (sum(reliability["sum"]["rows"]), sum(reliability["sum"]["right"])) == (3, 2)
