@@ -16,8 +16,8 @@ from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.data.pixels import Pixels
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.frames import Rows, as_array, as_table, is_ray_dataset, like
+from mnistsum_ray.process_state import quiet_logger
 from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.reporting.process_state import quiet_logger
 from mnistsum_ray.results import ScoreResult, TrainResult
 from mnistsum_ray.storage.paths import locate_existing
 

@@ -186,6 +186,9 @@ class Tracking(JobConfig):
         None, description="MLflow tracking server (http://...) or store (sqlite:///...) that the run is logged to [none]"
     )
     mlflow_experiment: str = Field("mnistsum", min_length=1, description="MLflow experiment of the run")
+    mlflow_model: str = Field(
+        "mnistsum", pattern=r"^[^/:]+$", description="MLflow registered model; the trained model becomes its newest version"
+    )
 
     @model_validator(mode="after")
     def _check_mlflow(self) -> Self:

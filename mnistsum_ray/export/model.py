@@ -1,55 +1,32 @@
 """Export a model to `torch.export` and ONNX, for programs without this package: from pixels to predictions."""
 
 import io
-import warnings
 from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
 
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.parts import read_part
 from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError, one_line
+from mnistsum_ray.model.exporting import INPUTS, OUTPUTS, export_onnx, export_torch
 from mnistsum_ray.model.inference import CPU_BATCH, predict_pairs
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.predictions import Predictions
 from mnistsum_ray.model.serialization import load_model
-from mnistsum_ray.reporting.process_state import quiet_logger
 from mnistsum_ray.storage.paths import locate_empty_output, locate_existing
 
 TORCH_FILE: Final = "model.pt2"
 ONNX_FILE: Final = "model.onnx"
-
-INPUTS: Final = ("image", "number")
-OUTPUTS: Final = ("pred_digit", "digit_prob", "pred_sum", "sum_prob")
 
 _PROBABILITY_TOLERANCE: Final = 1e-3
 """Other kernels sum in another order, so probabilities differ by rounding."""
 
 PredictFunction = Callable[[Pixels, npt.NDArray[np.int64]], tuple[npt.NDArray[Any], ...]]
 """Images and numbers to OUTPUTS."""
-
-
-class ExportableModel(nn.Module):
-    """Model with preprocessing and softmax: images uint8[n, 28, 28] and numbers int64[n] to OUTPUTS.
-
-    The predictions are int64[n] and their probabilities float32[n], as in scored files.
-    """
-
-    def __init__(self, model: TwoHeadCNN) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        digit_scores, sum_scores = self.model(prepare_images(image), number)
-        digit_prob, digit = (digit_scores / self.model.temperatures.digit).softmax(1).max(1)
-        sum_prob, total = (sum_scores / self.model.temperatures.sum).softmax(1).max(1)
-        return digit, digit_prob, total, sum_prob
 
 
 def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[str, Any]:
@@ -67,8 +44,8 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     model, _ = load_model(locate_existing(config.model, "--model"))
     try:
         say("exporting")
-        program = _export_torch(ExportableModel(model))
-        exported = {TORCH_FILE: program, ONNX_FILE: _export_onnx(program)}
+        program = export_torch(model)
+        exported = {TORCH_FILE: program, ONNX_FILE: export_onnx(program)}
         images, numbers = _sample_pairs()
         expected = predict_pairs(model, images, numbers, CPU_BATCH)
         largest = 0.0
@@ -80,29 +57,6 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     except OSError as error:
         raise RequestError(f"--output {output.display}: {one_line(error)}") from None
     return {"output": output.display, "files": list(exported), "pairs": len(numbers), "largest_difference": largest}
-
-
-def _export_torch(model: ExportableModel) -> bytes:
-    rows = torch.export.Dim("rows")
-    example = (torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
-    program = torch.export.export(model, example, dynamic_shapes={name: {0: rows} for name in INPUTS})
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        # PyTorch warns that channels-last weights may be saved incompletely; they are saved whole.
-        warnings.simplefilter("ignore")
-        torch.export.save(program, file)
-    return file.getvalue()
-
-
-def _export_onnx(program: bytes) -> bytes:
-    with quiet_logger("torch.onnx"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside PyTorch's own exporter
-        converted = torch.onnx.export(
-            torch.export.load(io.BytesIO(program)), input_names=INPUTS, output_names=OUTPUTS, dynamo=True, verbose=False
-        )
-    assert converted is not None
-    data: bytes = converted.model_proto.SerializeToString()
-    return data
 
 
 def _sample_pairs() -> tuple[Pixels, npt.NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""Log a run to MLflow (`--mlflow URI`): config, metrics of each epoch, pictures and the model.
+"""Log a run to MLflow (`--mlflow URI`): config, metrics of each epoch, pictures and files; and register the model.
 
 The run folder is the record, and MLflow holds a copy. What cannot be logged while the server is unreachable is logged later,
 each epoch once.
@@ -18,7 +18,9 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.reporting.process_state import default_environment, quiet_logger
+from mnistsum_ray.model.serialization import load_model
+from mnistsum_ray.process_state import default_environment, quiet_logger
+from mnistsum_ray.reporting.mlflow_model import is_registered, register_model
 from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 
@@ -71,6 +73,7 @@ class MLflowRun:
             raise RequestError(f"--mlflow {uri}: {_first_line(error)}") from None
         self.run_id: str = run_id
         self._uri = uri
+        self._model_name = manifest["config"]["mlflow_model"]
         self._logged_epochs = {metric.step for metric in logged}
         self._failed = False
         self._thread = ThreadPoolExecutor(1)  # training must not wait for a server that does not answer
@@ -100,7 +103,9 @@ class MLflowRun:
     def finish(
         self, history: list[dict[str, Any]], card: dict[str, Any], folder: Location, files: list[str], say: Callable[[str], None]
     ) -> bool:
-        """Log missing epochs, the model's metrics (`card`: model.json) and `files` of the run folder, and end the run.
+        """Log missing epochs, the model's metrics (`card`: model.json) and `files` of the run folder; register the model.
+
+        This ends the run.
 
         Returns:
             False, after a console line, if any of it fails.
@@ -116,6 +121,9 @@ class MLflowRun:
                     self._client.log_batch(self.run_id, scores)
                 for name in files:
                     self._log_file(folder / name, name.rpartition("/")[0])
+                if not is_registered(self._client, self.run_id):
+                    model, _ = load_model(folder)
+                    register_model(self._client, self.run_id, self._model_name, model, card)
                 self._client.set_terminated(self.run_id, end_time=ended)
         except Exception as error:
             say(f"--mlflow {self._uri}: {_first_line(error)}; the run is complete, the same command with --resume logs it again")

@@ -32,6 +32,10 @@ def write_epochs(run: Location, history: list[dict[str, Any]]) -> None:
             with SummaryWriter(name) as writer:
                 for key, value in epoch_scalars(entry).items():
                     writer.add_scalar(key, value, entry["epoch"], walltime=ended)
+                steps = entry["step_losses"][-1][0]
+                for step, loss in entry["step_losses"]:
+                    trained = entry["started"] + entry["seconds"] * step / steps
+                    writer.add_scalar("train/step_loss", loss, (entry["epoch"] - 1) * steps + step, walltime=trained)
             file.write_bytes(_only_file(name))
 
 

@@ -59,9 +59,7 @@ class Checkpointer:
         self._events.note(f"going on after epoch {state.epochs_done}{step}, on {self._worker.world_size} workers")
         return state
 
-    def save_epoch(
-        self, state: TrainerState, trained: dict[str, float], validation: Metrics, test: Metrics, *, last: bool
-    ) -> None:
+    def save_epoch(self, state: TrainerState, trained: dict[str, Any], validation: Metrics, test: Metrics, *, last: bool) -> None:
         """Add a finished epoch to the state, select the best model by validation, and save a checkpoint.
 
         The checkpoint is uploaded while the next epoch trains. An epoch that ends before the upload does is not saved, so slow

@@ -98,8 +98,9 @@ def preflight(config: TrainConfig) -> TrainingRun:
 
 def _mlflow(uri: str, *, resume: bool) -> str:
     """The URI with an absolute path. A new run is refused if the server does not answer; a resumed one goes on without it."""
-    if find_spec("mlflow") is None:
-        raise RequestError("--mlflow: MLflow is not installed here; pip install -e '.[mlflow]'")
+    missing = [name for name in ("mlflow", "onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise RequestError(f"--mlflow needs packages that are not installed ({', '.join(missing)}): pip install -e '.[mlflow]'")
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{output_base_folder() / uri.removeprefix('sqlite:///')}"
     try:

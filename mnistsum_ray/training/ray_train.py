@@ -8,8 +8,8 @@ import ray.train.torch
 
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RunError
+from mnistsum_ray.process_state import default_environment
 from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.reporting.process_state import default_environment
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import OutputLock
 from mnistsum_ray.training.callbacks import InterruptibleTrainer, RunCallback

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,8 +19,8 @@ from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights, save_model
 from mnistsum_ray.storage.location import Location
 
-STATE_FORMAT: Final = "mnistsum_ray/6"
-"""Format of `trainer.json`; since 6 Muon and the distortions are computed in another way, so older runs would end otherwise."""
+STATE_FORMAT: Final = "mnistsum_ray/7"
+"""Format of `trainer.json`; since 7 it holds the losses within an epoch."""
 STATE_FILE: Final = "trainer.safetensors"
 STATE_CARD: Final = "trainer.json"
 
@@ -42,6 +43,13 @@ class EpochProgress:
     rows: int = 0
     row_ids: int = 0
     """Sum of the ids of these rows."""
+    points: list[tuple[int, int, float]] = field(default_factory=list)
+    """`steps`, `rows` and `loss` as they were earlier in the epoch, for the curve of the loss."""
+
+    def step_losses(self) -> list[tuple[int, float]]:
+        """Steps, and the mean loss a row since the step before in this list, in nats."""
+        points = [(0, 0, 0.0), *self.points]
+        return [(now[0], (now[2] - before[2]) / (now[1] - before[1])) for before, now in pairwise(points)]
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,7 @@ def _load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Traine
     result = fields["sum_head"]
     if result is not None:
         result = SumHeadResult(**result | {split: Metrics(**result[split]) for split in ("validation", "test")})
-    progress = EpochProgress(**fields["progress"])
+    progress = EpochProgress(**fields["progress"] | {"points": [tuple(point) for point in fields["progress"]["points"]]})
     return TrainerState(fields["epochs_done"], fields["history"], groups["best"], fields["precision"], progress, result)
 
 

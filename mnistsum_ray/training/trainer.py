@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -34,11 +34,17 @@ class NonFiniteLossError(ArithmeticError):
     """The loss is infinite or not a number, so neither going on nor another attempt can help."""
 
 
+_CURVE_POINTS: Final = 100
+"""Maximum number of losses of an epoch in history.jsonl."""
+
+
 class EpochCounter:
     """Loss, rows and row ids that this worker has trained on in an epoch, kept on the device."""
 
-    def __init__(self, before: EpochProgress, device: torch.device) -> None:
+    def __init__(self, before: EpochProgress, steps: int, device: torch.device) -> None:
         self._before = before
+        self._points = list(before.points)
+        self._steps = steps
         self._loss = torch.zeros(1, dtype=torch.float64, device=device)
         self._row_ids = torch.zeros(1, dtype=torch.int64, device=device)
         self._rows = 0
@@ -55,7 +61,9 @@ class EpochCounter:
         row_ids, rows, flags = all_reduce_sum(torch.cat([self._row_ids, rows_and_flag])).tolist()
         before = self._before
         loss = before.loss + all_reduce_sum(self._loss).item()
-        return EpochProgress(steps, loss, before.rows + rows, before.row_ids + row_ids), bool(flags)
+        if steps == self._steps or steps * _CURVE_POINTS >= (len(self._points) + 1) * self._steps:
+            self._points.append((steps, before.rows + rows, loss))
+        return EpochProgress(steps, loss, before.rows + rows, before.row_ids + row_ids, list(self._points)), bool(flags)
 
 
 class Trainer:
@@ -86,12 +94,13 @@ class Trainer:
 
     def train_epoch(
         self, state: TrainerState, schedule: Schedule, batches: Iterator[Batch], checkpointer: Checkpointer
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Train the rest of the epoch after `state`.
 
         Returns:
-            Figures for history.jsonl: mean `train_loss` a row in nats, `rows_per_second`, `started` in seconds since 1970,
-            `seconds`, `first_batch_seconds`, `waiting` (share of the time without data), and the last `learning_rate`.
+            Figures for history.jsonl: mean `train_loss` a row in nats, `step_losses` (see `EpochProgress`), `rows_per_second`,
+            `started` in seconds since 1970, `seconds`, `first_batch_seconds`, `waiting` (share of the time without data), and
+            the last `learning_rate`.
 
         Raises:
             NonFiniteLossError: the loss is infinite or not a number.
@@ -99,7 +108,7 @@ class Trainer:
         """
         self._step.module.train()
         epoch, before = state.epochs_done, state.progress
-        counter = EpochCounter(before, self.worker.device)
+        counter = EpochCounter(before, schedule.steps, self.worker.device)
         started, timer = time.time(), _Timer()
         for step in range(before.steps, schedule.steps):
             batch = timer.wait_for(batches)
@@ -120,6 +129,7 @@ class Trainer:
         )
         return {
             "train_loss": progress.loss / progress.rows,
+            "step_losses": progress.step_losses(),
             "rows_per_second": (progress.rows - before.rows) / seconds,
             "started": started,
             "seconds": seconds,

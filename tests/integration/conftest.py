@@ -5,8 +5,10 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -31,6 +33,7 @@ from mnistsum_ray.scoring.preflight import preflight
 from mnistsum_ray.storage.paths import locate
 
 ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).with_name("ray")
 
 _DURATIONS: list[str] = []
 
@@ -73,6 +76,56 @@ def nodes(*cpus: int) -> Iterator[Cluster]:
         yield started
     finally:
         started.shutdown()
+
+
+@dataclass
+class Head:
+    """A head started by `ray start`."""
+
+    folder: Path
+    """Home folder, and the folder where the head was started."""
+    environment: dict[str, str]
+    """Environment of a client, with the address and the token mode."""
+
+    def submit(self, *command: str, working_dir: Path | None = None) -> tuple[subprocess.CompletedProcess[str], int]:
+        """Run `ray job submit`; return its result and the exit code of the job itself."""
+        job = f"job-{secrets.token_hex(4)}"
+        where = ["--submission-id", job, *(["--working-dir", str(working_dir)] if working_dir else [])]
+        submit: list[Path | str] = [RAY, "job", "submit", *where, "--", *command]
+        done = subprocess.run(submit, env=self.environment, capture_output=True, text=True, timeout=240)
+        code = (
+            "import sys; from ray.job_submission import JobSubmissionClient; "
+            "print(JobSubmissionClient().get_job_info(sys.argv[1]).driver_exit_code)"
+        )
+        ask = [sys.executable, "-c", code, job]
+        asked = subprocess.run(ask, env=self.environment, capture_output=True, text=True, check=True)
+        return done, int(asked.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """Start a head on free ports, with its own home folder and token."""
+    with tempfile.TemporaryDirectory(prefix="h") as name, socket.socket() as probe:
+        folder = Path(name)
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        here = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        here |= {"HOME": name, "RAY_TMPDIR": name, "PATH": f"{RAY.parent}:{here['PATH']}"}
+        subprocess.run([RAY, "get-auth-token", "--generate"], env=here, check=True, capture_output=True)
+        command: list[Path | str] = [RAY, "start", "--head", "--block", "--port=0", f"--dashboard-port={port}", "--num-cpus=2"]
+        process = subprocess.Popen(command, env=here, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            client = here | {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"http://127.0.0.1:{port}"}
+            deadline = time.monotonic() + 120
+            # The dashboard lists jobs before the agent that starts them is ready.
+            while subprocess.run([RAY, "job", "submit", "--no-wait", "--", "true"], env=client, capture_output=True).returncode:
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+            yield Head(folder, client)
+        finally:
+            kill_everything(process.pid)
+            process.wait(timeout=30)
 
 
 class Storage:

@@ -1,16 +1,20 @@
 """The README's commands do what it says, as they stand there: those that this machine can run, in a copy of the project."""
 
+import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.integration.conftest import ROOT
+from mnistsum_ray.data.sources import SAMPLE
+from tests.integration.conftest import ROOT, Head
 
 README = (ROOT / "README.md").read_text()
 
@@ -70,3 +74,44 @@ def test_the_python(laptop: Path) -> None:
     printed = run([sys.executable, "-c", block("From Python", "python")], laptop)
     assert "pred_digit  pred_sum reason" in printed
     assert (laptop / "scored-again" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.sweep
+def test_all_sections_but_the_clusters_in_one_folder(head: Head) -> None:
+    """As a reader does who begins at the top, with a small MNIST in ./data. `ray start` and `ray stop` act on the whole machine:
+    a head on free ports stands in for them."""
+    for name in ("jobs", "mnistsum_ray"):
+        shutil.copytree(ROOT / name, head.folder / name)
+    write_small_mnist(head.folder / "data")
+    write_small_mnist(head.folder / "mnist")
+    environment = {key: value for key, value in head.environment.items() if key != "RAY_ADDRESS"}
+    environment |= {"RAY_API_SERVER_ADDRESS": head.environment["RAY_ADDRESS"], "PYTHONPATH": str(head.folder)}
+    for section in ("Laptop", "One GPU box", "Train", "Score"):
+        lines = [line for line in block(section, "bash").splitlines() if not re.match("ray (start|stop)", line)]
+        for line in lines:
+            if "days/" in line:
+                shutil.copytree(head.folder / "test-pairs", head.folder / "days" / "1")
+                shutil.copy(next((head.folder / "pairs").glob("*.parquet")), head.folder / "late.parquet")
+            done = subprocess.run(line, shell=True, cwd=head.folder, env=environment, capture_output=True, text=True, timeout=400)
+            assert done.returncode == 0, (line, done.stderr[-2000:])
+    runs = [json.loads(path.read_text()) for path in (head.folder / "runs").glob("*/manifest.json")]
+    assert [run["status"] for run in runs] == ["finished"] * 5
+    assert sorted(run["config"]["recipe"] for run in runs) == ["long", *["short"] * 4]
+    assert (head.folder / "test-scored" / "report.html").exists()
+    scored = json.loads((head.folder / "scored" / "manifest.json").read_text())
+    assert scored["metrics"]["rows"] > 100
+    code = ["python", "-c", block("From Python", "python")]
+    subprocess.run(code, cwd=head.folder, env=environment, check=True, timeout=400)
+
+
+def write_small_mnist(folder: Path) -> None:
+    """IDX files of 800 training and 100 test rows of the sample."""
+    folder.mkdir()
+    rows = pq.read_table(SAMPLE)
+    images = np.frombuffer(b"".join(rows["image"].to_pylist()), np.uint8).reshape(-1, 28, 28)
+    digits = rows["digit"].to_numpy().astype(np.uint8)
+    for name, part in (("train", slice(0, 800)), ("t10k", slice(800, 900))):
+        header = struct.pack(">4I", 0x803, len(digits[part]), 28, 28)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images[part].tobytes())
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, len(digits[part])) + digits[part].tobytes())

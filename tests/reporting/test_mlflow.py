@@ -1,4 +1,4 @@
-"""MLflow, in a local store, gets every epoch once, also after it did not answer for a while."""
+"""MLflow, in a local store, gets every epoch once, also after it did not answer for a while, and the model."""
 
 import logging
 import os
@@ -7,17 +7,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
+from mnistsum_ray import load_model, predict
 from mnistsum_ray.errors import RequestError
+from mnistsum_ray.model.evaluation import Metrics
+from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.serialization import copy_weights, save_model
 from mnistsum_ray.reporting.mlflow import MLflowRun
 from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
+from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 from tests.reporting.test_tensorboard import entry
 
-CONFIG = {"seed": 3, "recipe": "short"}
+CONFIG = {"seed": 3, "recipe": "short", "mlflow_model": "reader"}
 MANIFEST: dict[str, Any] = {
     "config": CONFIG,
     "versions": {"ray": "2.60.0", "commit": "0123456789"},
@@ -25,13 +33,23 @@ MANIFEST: dict[str, Any] = {
     | {"train_rows": 4000, "validation_rows": 500, "test_rows": 500},
 }
 HISTORY = [entry(epoch) for epoch in (1, 2, 3)]
-CARD = entry(4)  # as in model.json
+CARD = entry(4) | {"sha256": "cd" * 32}  # as in model.json
+NOTHING = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0, consistency=0.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Location:
+    """A run folder with a model that has not learnt anything."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    torch.manual_seed(0)
+    save_model(tmp_path / "run" / "model", copy_weights(TwoHeadCNN()), epoch=1, validation=NOTHING, test=NOTHING)
+    return locate(str(tmp_path / "run"), "run")
 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)  # where a local store puts its files
-    return tmp_path / "mlflow.db"
+    return tmp_path / "store.db"  # not what MLflow takes where no store is named
 
 
 def uri(store: Path) -> str:
@@ -54,21 +72,19 @@ def expected(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(line["epoch"], line["test"]["digit_accuracy"]) for line in history]
 
 
-def test_a_run_with_its_config_metrics_and_files(store: Path, tmp_path: Path) -> None:
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    for name in ("report.html", "model/model.json"):
-        (tmp_path / "run" / name).write_text(name)
+def test_a_run_with_its_config_metrics_and_files(store: Path, folder: Location) -> None:
+    (folder / "report.html").write_bytes(b"<html>")
     said: list[str] = []
     run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
     for line in HISTORY:
         run.log_epoch(line, said.append)
-    assert run.finish(HISTORY, CARD, locate(str(tmp_path / "run"), "run"), ["report.html", "model/model.json"], said.append)
+    assert run.finish(HISTORY, CARD, folder, ["report.html", "model/model.json"], said.append)
     assert not said
     client = MlflowClient(uri(store))
     found = client.get_run(run.run_id)
     assert (found.info.run_name, found.info.status) == ("a-name", "FINISHED")
     assert client.get_experiment(found.info.experiment_id).name == "mine"
-    assert found.data.params == {"seed": "3", "recipe": "short"}
+    assert found.data.params == {"seed": "3", "recipe": "short", "mlflow_model": "reader"}
     assert found.data.tags["mlflow.source.git.commit"] == "0123456789"
     assert found.data.tags["version.ray"] == "2.60.0"
     assert found.inputs
@@ -82,7 +98,32 @@ def test_a_run_with_its_config_metrics_and_files(store: Path, tmp_path: Path) ->
     assert [file.path for file in client.list_artifacts(run.run_id, "model")] == ["model/model.json"]
 
 
-def test_a_resumed_run_logs_no_epoch_twice(store: Path, tmp_path: Path) -> None:
+def test_the_model_is_registered_and_predicts_as_ours(store: Path, folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
+        assert run.finish(HISTORY, CARD, folder, [], print)
+        resumed = MLflowRun(uri(store), "mine", "a-name", run.run_id, MANIFEST)
+        assert resumed.finish(HISTORY, CARD, folder, [], print)
+    client = MlflowClient(uri(store))
+    versions = {int(version.version): version for version in client.search_model_versions("name = 'reader'")}
+    assert sorted(versions) == [1, 2]
+    assert versions[2].run_id == run.run_id
+    outputs = client.get_run(run.run_id).outputs
+    assert outputs is not None
+    (logged,) = (client.get_logged_model(output.model_id) for output in outputs.model_outputs)
+    assert (logged.name, logged.status, logged.tags["sha256"]) == ("reader", "READY", CARD["sha256"])
+    assert logged.artifact_location == versions[2].source
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri(store))  # as a user of the registry does
+    random = np.random.default_rng(0)
+    images, numbers = random.integers(0, 256, (7, 28, 28)).astype(np.uint8), random.integers(0, 10, 7)
+    found = mlflow.pyfunc.load_model("models:/reader/2").predict({"image": images, "number": numbers})
+    expected = predict(load_model(folder.display), images, numbers)
+    assert found["pred_digit"].tolist() == expected.digit.tolist()
+    assert found["pred_sum"].tolist() == expected.sum.tolist()
+    np.testing.assert_allclose(found["sum_prob"], expected.sum_prob, atol=1e-4)
+
+
+def test_a_resumed_run_logs_no_epoch_twice(store: Path, folder: Location) -> None:
     first = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
     for line in HISTORY[:2]:
         first.log_epoch(line, print)
@@ -91,15 +132,15 @@ def test_a_resumed_run_logs_no_epoch_twice(store: Path, tmp_path: Path) -> None:
     assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FAILED"
     again = MLflowRun(uri(store), "mine", "a-name", first.run_id, MANIFEST)
     again.log_epoch(HISTORY[1], print)
-    assert again.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
+    assert again.finish(HISTORY, CARD, folder, [], print)
     assert logged_epochs(store, first.run_id) == expected(HISTORY)
     assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FINISHED"
     once_more = MLflowRun(uri(store), "mine", "a-name", first.run_id, MANIFEST)
-    assert once_more.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
+    assert once_more.finish(HISTORY, CARD, folder, [], print)
     assert len(MlflowClient(uri(store)).get_metric_history(first.run_id, "model/test/loss")) == 1
 
 
-def test_a_failure_is_reported_once_and_logged_later(store: Path, tmp_path: Path) -> None:
+def test_a_failure_is_reported_once_and_logged_later(store: Path, folder: Location, tmp_path: Path) -> None:
     said: list[str] = []
     run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
     run.log_epoch(HISTORY[0], said.append)
@@ -112,14 +153,14 @@ def test_a_failure_is_reported_once_and_logged_later(store: Path, tmp_path: Path
     while not said:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert not run.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], said.append)
+    assert not run.finish(HISTORY, CARD, folder, [], said.append)
     assert len(said) == 2
     assert said[0].startswith(f"--mlflow {uri(store)}: ")
     assert said[0].endswith("training goes on, and the epoch is logged later")
     assert "--resume logs it again" in said[1]
     shutil.copy(tmp_path / "kept.db", store)
     again = MLflowRun(uri(store), "mine", "a-name", run.run_id, MANIFEST)
-    assert again.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], said.append)
+    assert again.finish(HISTORY, CARD, folder, [], said.append)
     assert logged_epochs(store, run.run_id) == expected(HISTORY)
 
 
@@ -132,10 +173,10 @@ def test_a_server_that_does_not_exist_is_refused(where: str, monkeypatch: pytest
     assert "\n" not in str(refused.value)
 
 
-def test_the_process_is_left_as_it_was(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_is_left_as_it_was(store: Path, folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
     names = ("mlflow", "alembic")
     before = dict(os.environ), [logging.getLogger(name).level for name in names]
     run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
-    assert run.finish(HISTORY, CARD, locate(str(tmp_path), "run"), [], print)
+    assert run.finish(HISTORY, CARD, folder, [], print)
     assert (dict(os.environ), [logging.getLogger(name).level for name in names]) == before

@@ -18,6 +18,7 @@ def entry(epoch: int, loss: float = 0.5) -> dict[str, Any]:
     return {
         "epoch": epoch,
         "train_loss": loss,
+        "step_losses": [[16, loss + 0.1], [25, loss - 0.1]],
         "learning_rate": 0.01,
         "rows_per_second": 1000.0,
         "waiting": 0.01,
@@ -47,6 +48,8 @@ def test_each_epoch_is_shown_once_as_it_was_last_trained(tmp_path: Path) -> None
     for name in epoch_scalars(history[0]):
         shown = [(event.step, event.value) for event in events.Scalars(name)]
         assert shown == [(line["epoch"], pytest.approx(epoch_scalars(line)[name])) for line in history], name
+    within = [(event.step, round(event.value, 3)) for event in events.Scalars("train/step_loss")]
+    assert within == [(16, 0.6), (25, 0.4), (41, 0.5), (50, 0.3), (66, 0.6), (75, 0.4)]
     assert [event.wall_time for event in events.Scalars("train/loss")] == [1_700_000_055.0 + 60 * epoch for epoch in (1, 2, 3)]
 
 

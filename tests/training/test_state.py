@@ -55,7 +55,8 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     for seed in range(3):
         step(model, optimizer, seed)
     tuned = SumHeadResult(steps=5, kept=True, validation=SCORES, test=SCORES)
-    state = TrainerState(1, [LINE], copy_weights(model), "fp32", EpochProgress(7, 0.1 + 0.2, 448, 123_456), tuned)
+    progress = EpochProgress(7, 0.1 + 0.2, 448, 123_456, [(3, 192, 0.1)])
+    state = TrainerState(1, [LINE], copy_weights(model), "fp32", progress, tuned)
     save_checkpoint(tmp_path, state, model, optimizer)
     other, other_optimizer = make(1)
     loaded = load_state(tmp_path, other, other_optimizer)
