@@ -77,7 +77,7 @@ class Recipe(JobConfig):
         None,
         ge=1,
         le=10_000,
-        description="passes over the training rows [quick 3, short 5, long 30; under 20,000 rows 3, 6, 40]",
+        description="passes over the training rows [quick 2, short 5, long 30; under 20,000 rows 3, 6, 40]",
     )
     batch_size: int | None = Field(
         None,
@@ -85,8 +85,11 @@ class Recipe(JobConfig):
         le=65_536,
         description="rows per optimizer step, all workers together [256, long 128; under 20,000 rows 64]",
     )
-    learning_rate: float = Field(
-        0.02, gt=0, allow_inf_nan=False, description="peak of Muon's one-cycle schedule; AdamW uses a fraction of it"
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="peak of Muon's one-cycle schedule; AdamW uses a fraction of it [0.02, quick 0.06; under 20,000 rows 0.02]",
     )
     weight_decay: float = Field(0.01, ge=0, le=10, description="decoupled weight decay")
     distortion: float | None = Field(
@@ -103,7 +106,7 @@ class Recipe(JobConfig):
         None,
         ge=0,
         le=100_000,
-        description="steps of fine-tuning the sum head alone after the last epoch [20000; under 20,000 rows, and quick, 4000]",
+        description="steps of fine-tuning the sum head alone after the last epoch [20000, quick 2000; under 20,000 rows 4000]",
     )
     seed: int = Field(
         0, ge=0, lt=2**63, description="seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"

@@ -29,13 +29,22 @@ _FIRST_FILE_ROWS: Final = 1000
 
 def run_job(command: str, *flags: object, name: str | None = None) -> dict[str, Any]:
     """Run `mnistsum COMMAND` and return its last line; the message of an error names it `name`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mnistsum_ray", command, *map(str, flags)], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode:
+    return time_job(command, *flags, name=name)[0]
+
+
+def time_job(command: str, *flags: object, name: str | None = None) -> tuple[dict[str, Any], float]:
+    """Do as `run_job`; return also the seconds from the command to its last line, after which Ray's processes end."""
+    started, seconds, last = time.perf_counter(), 0.0, ""
+    with subprocess.Popen(
+        [sys.executable, "-m", "mnistsum_ray", command, *map(str, flags)], stdout=subprocess.PIPE, text=True
+    ) as job:
+        assert job.stdout is not None
+        for printed in job.stdout:
+            last, seconds = printed, time.perf_counter() - started
+    if job.returncode:
         raise RunError(f"{name or command} could not be measured; see its error above")
-    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return line
+    line: dict[str, Any] = json.loads(last)
+    return line, seconds
 
 
 def train(data: str, epochs: int) -> dict[str, float]:
