@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -14,7 +16,7 @@ from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.data.pixels import Pixels
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.frames import Rows, as_array, as_table, is_ray_dataset, like
-from mnistsum_ray.process_state import importing, quiet_logger
+from mnistsum_ray.process_state import quiet_logger
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.results import ScoreResult, TrainResult
 from mnistsum_ray.storage.paths import locate_existing
@@ -46,7 +48,7 @@ def run_training(config: TrainConfig) -> TrainResult:
     from mnistsum_ray.training.preflight import preflight
 
     run = preflight(config)
-    with importing("torch"):  # takes seconds, and so does the start of Ray
+    with _importing_torch():
         connect()
 
     from mnistsum_ray.training import driver
@@ -88,6 +90,17 @@ def _naming_arguments() -> Iterator[None]:
     except RequestError as error:
         text = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda flag: flag[1].replace("-", "_"), str(error))
         raise RequestError(text) from error
+
+
+@contextmanager
+def _importing_torch() -> Iterator[None]:
+    """Import torch, which takes seconds, in a thread while the block runs: to start Ray is mostly to wait."""
+    thread = Thread(target=import_module, args=("torch",))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()  # a process that ended in the middle of an import would crash
 
 
 def load_model(model: str) -> "TwoHeadCNN":

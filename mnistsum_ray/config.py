@@ -70,7 +70,7 @@ class Recipe(JobConfig):
 
     recipe: Literal["quick", "short", "long"] = Field(
         "short",
-        description="quick: about as accurate as the original, soon; long: more epochs, with dropout and label smoothing, for "
+        description="quick: as accurate as the original, in less time; long: more epochs, with dropout and label smoothing, for "
         "higher accuracy",
     )
     epochs: int | None = Field(
@@ -190,7 +190,9 @@ class Tracking(JobConfig):
     )
     mlflow_experiment: str = Field("mnistsum", min_length=1, description="MLflow experiment of the run")
     mlflow_model: str = Field(
-        "mnistsum", pattern=r"^[^/:]+$", description="MLflow registered model; the trained model becomes its newest version"
+        "mnistsum",
+        pattern=r"^[^/:]*[^/:\s][^/:]*$",
+        description="MLflow registered model; the trained model becomes its newest version",
     )
 
     @model_validator(mode="after")

@@ -1,11 +1,9 @@
-"""Changes of this process that end with a block: silent loggers, environment variables; and imports beside a block."""
+"""Changes of this process that end with a block: silent loggers, environment variables."""
 
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib import import_module
-from threading import Thread
+from contextlib import contextmanager
 
 
 @contextmanager
@@ -35,19 +33,3 @@ def default_environment(defaults: dict[str, str]) -> Iterator[None]:
     finally:
         for name in missing:
             os.environ.pop(name, None)
-
-
-@contextmanager
-def importing(module: str) -> Iterator[None]:
-    """Import a module in a thread while the block runs, which mostly waits. An error of the import is left to who imports it."""
-    thread = Thread(target=_try_to_import, args=(module,))
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()  # a process that ended in the middle of an import would crash
-
-
-def _try_to_import(module: str) -> None:
-    with suppress(Exception):
-        import_module(module)

@@ -28,6 +28,10 @@ CONFIGS: dict[str, type[JobConfig]] = {
 TEXTS = [
     README,
     CLUSTER,
+    *(
+        (ROOT / ".deploy" / name).read_text().replace('"\n', "\n")
+        for name in ("rayjob.yaml", "raycronjob.yaml", "airflow_dag.py")
+    ),
     *((folder / f"{job}.py").read_text() for folder in (ROOT / "jobs", ROOT / "mnistsum_ray" / "commands") for job in CONFIGS),
 ]
 SHOWN = re.compile(r"(?:python (?=jobs/)|mnistsum (?=(?:train|score|export-[a-z]+) --))([a-z_/-]+(?:\.py)?[^\n`#]*)")

@@ -39,8 +39,12 @@ def time_job(command: str, *flags: object, name: str | None = None) -> tuple[dic
         [sys.executable, "-m", "mnistsum_ray", command, *map(str, flags)], stdout=subprocess.PIPE, text=True
     ) as job:
         assert job.stdout is not None
-        for printed in job.stdout:
-            last, seconds = printed, time.perf_counter() - started
+        try:
+            for printed in job.stdout:
+                last, seconds = printed, time.perf_counter() - started
+        except BaseException:
+            job.kill()
+            raise
     if job.returncode:
         raise RunError(f"{name or command} could not be measured; see its error above")
     line: dict[str, Any] = json.loads(last)

@@ -20,7 +20,6 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.process_state import default_environment, quiet_logger
-from mnistsum_ray.reporting.mlflow_model import is_registered, register_model
 from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 
@@ -103,9 +102,8 @@ class MLflowRun:
     def finish(
         self, history: list[dict[str, Any]], card: dict[str, Any], folder: Location, files: list[str], say: Callable[[str], None]
     ) -> bool:
-        """Log missing epochs, the model's metrics (`card`: model.json) and `files` of the run folder; register the model.
-
-        This ends the run.
+        """Log missing epochs, the model's metrics (`card`: model.json) and `files` of the run folder, end the run, and register
+        the model.
 
         Returns:
             False, after a console line, if any of it fails.
@@ -121,14 +119,19 @@ class MLflowRun:
                     self._client.log_batch(self.run_id, scores)
                 for name in files:
                     self._log_file(folder / name, name.rpartition("/")[0])
-                if not is_registered(self._client, self.run_id):
-                    model, _ = load_model(folder)
-                    register_model(self._client, self.run_id, self._model_name, model, card)
                 self._client.set_terminated(self.run_id, end_time=ended)
+                self._register(card, folder, say)
         except Exception as error:
             say(f"--mlflow {self._uri}: {_first_line(error)}; the run is complete, the same command with --resume logs it again")
             return False
         return True
+
+    def _register(self, card: dict[str, Any], folder: Location, say: Callable[[str], None]) -> None:
+        from mnistsum_ray.reporting.mlflow_model import is_registered, register_model  # imports onnx, needed once, at the end
+
+        if not is_registered(self._client, self.run_id):
+            say(f"registering the model in MLflow as {self._model_name}")
+            register_model(self._client, self.run_id, self._model_name, load_model(folder)[0], card["sha256"], card["epoch"])
 
     def _log_file(self, file: Location, artifact_folder: str) -> None:
         with tempfile.TemporaryDirectory() as name:

@@ -11,7 +11,6 @@ from mnistsum_ray.cluster.ray_internals import start_autoscaling_coordinator
 from mnistsum_ray.cluster.resources import inspect_cluster, wait_until_free
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, one_line, root_cause
-from mnistsum_ray.process_state import importing
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.metrics import TrainingMetrics
 from mnistsum_ray.storage.listing import report_skipped
@@ -99,10 +98,9 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: OutputLock, console: Consol
                 f"{len(source.test):,} test rows of {source.name} ({source.location}); {manifest['workers']}"
             )
             metrics = TrainingMetrics(run.folder.display)
-            with (
-                event_queue(console, lambda line: mlflow.log_epoch(line, console.say) if mlflow else None, metrics.add) as events,
-                importing("mnistsum_ray.reporting.pictures"),
-            ):
+            with event_queue(
+                console, lambda line: mlflow.log_epoch(line, console.say) if mlflow else None, metrics.add
+            ) as events:
                 result, checkpoint = run_ray_train(run, plan, rows, start, lock, events, console, lambda: mark("stopped"))
             return publish_run(run, manifest, result, checkpoint, lock.fence, mlflow, started, console)
         except KeyboardInterrupt:

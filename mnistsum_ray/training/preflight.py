@@ -98,7 +98,7 @@ def preflight(config: TrainConfig) -> TrainingRun:
 
 def _mlflow(uri: str, *, resume: bool) -> str:
     """The URI with an absolute path. A new run is refused if the server does not answer; a resumed one goes on without it."""
-    missing = [name for name in ("mlflow", "onnx", "onnxscript") if find_spec(name) is None]
+    missing = [name for name in ("mlflow", "onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
         raise RequestError(f"--mlflow needs packages that are not installed ({', '.join(missing)}): pip install -e '.[mlflow]'")
     if uri.startswith("sqlite:///"):
@@ -123,10 +123,15 @@ def _like_run(config: TrainConfig) -> tuple[TrainConfig, str | None]:
     folder = locate_existing(str(config.from_run), flag)
     manifest = read_manifest(folder, flag)
     stored = _stored_config(manifest, folder, flag)
-    same = {key: getattr(stored, key) for key in (*_FIXED, *_WORKERS, "data") if key not in config.model_fields_set}
+    same = {key: getattr(stored, key) for key in (*_FIXED, *_WORKERS, "data") if key not in _given(config)}
     if not same.get("precision", True):
         same["precision"] = manifest.get("precision")  # that of the hardware, which is known once a run has finished
     return config.model_copy(update=same), manifest["data"]["sha256"] if "data" in same else None
+
+
+def _given(config: TrainConfig) -> set[str]:
+    """Fields that were given. A null, as in the YAML of `--print-config`, leaves the choice to the recipe or the stored run."""
+    return {key for key in config.model_fields_set if key not in _FIXED or getattr(config, key) is not None}
 
 
 def _stored_config(manifest: dict[str, Any], folder: Location, flag: str) -> TrainConfig:
@@ -148,7 +153,7 @@ def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
         RequestError: a given field would change the numbers of the run.
     """
     stored = _stored_config(read_manifest(folder), folder, "--resume")
-    given = {key: getattr(config, key) for key in config.model_fields_set}
+    given = {key: getattr(config, key) for key in _given(config)}
     for key in _FIXED:
         if key in given and given[key] != getattr(stored, key):
             raise RequestError(

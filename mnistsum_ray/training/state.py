@@ -44,10 +44,10 @@ class EpochProgress:
     row_ids: int = 0
     """Sum of the ids of these rows."""
     points: list[tuple[int, int, float]] = field(default_factory=list)
-    """`steps`, `rows` and `loss` as they were earlier in the epoch, for the curve of the loss."""
+    """`steps`, `rows` and `loss` at some steps of the epoch, up to this one, for the curve of the loss."""
 
     def step_losses(self) -> list[tuple[int, float]]:
-        """Steps, and the mean loss a row since the step before in this list, in nats."""
+        """Pairs of a step and the mean loss a row, in nats, since the step of the pair before."""
         points = [(0, 0, 0.0), *self.points]
         return [(now[0], (now[2] - before[2]) / (now[1] - before[1])) for before, now in pairwise(points)]
 

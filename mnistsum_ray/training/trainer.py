@@ -29,13 +29,12 @@ from mnistsum_ray.training.worker import Worker
 _CHECK_STEPS: Final = 16
 """Steps between checks of the loss and the row counts; each check waits for the device."""
 
+_CURVE_POINTS: Final = 100
+"""Maximum number of losses of an epoch in history.jsonl."""
+
 
 class NonFiniteLossError(ArithmeticError):
     """The loss is infinite or not a number, so neither going on nor another attempt can help."""
-
-
-_CURVE_POINTS: Final = 100
-"""Maximum number of losses of an epoch in history.jsonl."""
 
 
 class EpochCounter:

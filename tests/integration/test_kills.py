@@ -22,10 +22,11 @@ LONG = ("--recipe", "long", "--epochs", 3, "--sum-head-steps", 1000)
 
 
 def left(done: Done) -> tuple[bytes, list[float]]:
-    """What must be the same: the model, and, since it may be of an early epoch, the loss of every epoch."""
+    """What must be the same: the model, and, since it may be of an early epoch, the losses of every epoch."""
     history = (Path(done.line["run"]) / "history.jsonl").read_text().splitlines()
     weights = (Path(done.line["model"]) / "model.safetensors").read_bytes()
-    return weights, [json.loads(line)["train_loss"] for line in history]
+    lines = [json.loads(line) for line in history]
+    return weights, [loss for line in lines for loss in (line["train_loss"], *(loss for _, loss in line["step_losses"]))]
 
 
 @pytest.fixture(scope="module")

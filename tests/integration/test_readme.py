@@ -100,9 +100,11 @@ def test_all_sections_but_the_clusters_in_one_folder(head: Head) -> None:
     assert sorted(run["config"]["recipe"] for run in runs) == ["long", *["short"] * 4]
     assert (head.folder / "test-scored" / "report.html").exists()
     scored = json.loads((head.folder / "scored" / "manifest.json").read_text())
-    assert scored["metrics"]["rows"] > 100
+    assert (scored["totals"]["scored_rows"], scored["totals"]["failed_files"]) == (10_250, 0)
     code = ["python", "-c", block("From Python", "python")]
     subprocess.run(code, cwd=head.folder, env=environment, check=True, timeout=400)
+    assert (head.folder / "exported" / "model.onnx").exists()
+    assert (head.folder / "scored-again" / "manifest.json").exists()
 
 
 def write_small_mnist(folder: Path) -> None:

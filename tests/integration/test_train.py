@@ -71,6 +71,12 @@ def test_what_is_left(done: Done, runs: Path) -> None:
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in history] == [1, 2]
     manifest = json.loads((run / "manifest.json").read_text())
+    rows = manifest["data"]["train_rows"]
+    for entry in history:  # the losses within an epoch add up to that of the epoch
+        steps, losses = zip(*entry["step_losses"], strict=True)
+        assert steps[-1] == -(-rows // 64)
+        weights = np.diff([0, *(min(64 * step, rows) for step in steps)])
+        assert np.average(losses, weights=weights) == pytest.approx(entry["train_loss"])
     assert manifest["status"] == "finished"
     assert manifest["metrics"] == done.line
     assert (manifest["config"]["epochs"], manifest["config"]["batch_size"]) == (2, 64)
@@ -197,6 +203,8 @@ def test_the_same_name_is_refused_and_resuming_a_finished_run_trains_nothing(
     assert [metric.step for metric in logged] == [1, 2], "epochs that were trained without MLflow are logged too"
     files = {file.path for file in MlflowClient(store).list_artifacts(resumed.line["mlflow"])}
     assert {*PICTURES, "report.html", "model"} <= files
+    (version,) = MlflowClient(store).search_model_versions("name = 'mnistsum'")
+    assert version.run_id == resumed.line["mlflow"]
     assert resumed.line["test"] == done.line["test"]
     assert json.loads(place.read_text()) == card, "what was scored with it must go on as it was"
     assert ": train loss" not in resumed.err

@@ -9,12 +9,15 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 
-from mnistsum_ray import load_model, predict
+from mnistsum_ray import decode_images, load_model, predict
+from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.evaluation import Metrics
 from mnistsum_ray.model.network import TwoHeadCNN
@@ -25,7 +28,7 @@ from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 from tests.reporting.test_tensorboard import entry
 
-CONFIG = {"seed": 3, "recipe": "short", "mlflow_model": "reader"}
+CONFIG = {"seed": 3, "recipe": "short", "mlflow_model": "my.reader"}
 MANIFEST: dict[str, Any] = {
     "config": CONFIG,
     "versions": {"ray": "2.60.0", "commit": "0123456789"},
@@ -79,12 +82,12 @@ def test_a_run_with_its_config_metrics_and_files(store: Path, folder: Location) 
     for line in HISTORY:
         run.log_epoch(line, said.append)
     assert run.finish(HISTORY, CARD, folder, ["report.html", "model/model.json"], said.append)
-    assert not said
+    assert said == ["registering the model in MLflow as my.reader"]
     client = MlflowClient(uri(store))
     found = client.get_run(run.run_id)
     assert (found.info.run_name, found.info.status) == ("a-name", "FINISHED")
     assert client.get_experiment(found.info.experiment_id).name == "mine"
-    assert found.data.params == {"seed": "3", "recipe": "short", "mlflow_model": "reader"}
+    assert found.data.params == {"seed": "3", "recipe": "short", "mlflow_model": "my.reader"}
     assert found.data.tags["mlflow.source.git.commit"] == "0123456789"
     assert found.data.tags["version.ray"] == "2.60.0"
     assert found.inputs
@@ -105,22 +108,47 @@ def test_the_model_is_registered_and_predicts_as_ours(store: Path, folder: Locat
         resumed = MLflowRun(uri(store), "mine", "a-name", run.run_id, MANIFEST)
         assert resumed.finish(HISTORY, CARD, folder, [], print)
     client = MlflowClient(uri(store))
-    versions = {int(version.version): version for version in client.search_model_versions("name = 'reader'")}
+    versions = {int(version.version): version for version in client.search_model_versions("name = 'my.reader'")}
     assert sorted(versions) == [1, 2]
     assert versions[2].run_id == run.run_id
     outputs = client.get_run(run.run_id).outputs
     assert outputs is not None
     (logged,) = (client.get_logged_model(output.model_id) for output in outputs.model_outputs)
-    assert (logged.name, logged.status, logged.tags["sha256"]) == ("reader", "READY", CARD["sha256"])
+    assert (logged.name, logged.status, logged.tags["sha256"]) == ("onnx", "READY", CARD["sha256"])
     assert logged.artifact_location == versions[2].source
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri(store))  # as a user of the registry does
-    random = np.random.default_rng(0)
-    images, numbers = random.integers(0, 256, (7, 28, 28)).astype(np.uint8), random.integers(0, 10, 7)
-    found = mlflow.pyfunc.load_model("models:/reader/2").predict({"image": images, "number": numbers})
+    images, reasons = decode_images(pq.read_table(SAMPLE)["image"].slice(0, 300))
+    numbers = np.arange(300) % 10
+    assert not reasons
+    found = mlflow.pyfunc.load_model("models:/my.reader/2").predict({"image": images, "number": numbers})
     expected = predict(load_model(folder.display), images, numbers)
+    assert len(set(expected.digit)) > 1
     assert found["pred_digit"].tolist() == expected.digit.tolist()
     assert found["pred_sum"].tolist() == expected.sum.tolist()
+    np.testing.assert_allclose(found["digit_prob"], expected.digit_prob, atol=1e-4)
     np.testing.assert_allclose(found["sum_prob"], expected.sum_prob, atol=1e-4)
+
+
+def test_a_registry_that_refuses_costs_only_the_registration(
+    store: Path, folder: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("the registry is full")
+
+    run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "create_model_version", refuse)
+        assert not run.finish(HISTORY, CARD, folder, [], said.append)
+    assert "the registry is full; the run is complete" in said[-1]
+    assert MlflowClient(uri(store)).get_run(run.run_id).info.status == "FINISHED"
+    resumed = MLflowRun(uri(store), "mine", "a-name", run.run_id, MANIFEST)
+    assert resumed.finish(HISTORY, CARD, folder, [], print)
+    (version,) = MlflowClient(uri(store)).search_model_versions("name = 'my.reader'")
+    outputs = MlflowClient(uri(store)).get_run(run.run_id).outputs
+    assert outputs is not None
+    assert len(outputs.model_outputs) == 1, "what the first attempt has logged is registered"
+    assert version.run_id == run.run_id
 
 
 def test_a_resumed_run_logs_no_epoch_twice(store: Path, folder: Location) -> None:

@@ -1,0 +1,50 @@
+"""What a run is asked for, and what its recipe or a stored run fills in."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.training.preflight import preflight
+from mnistsum_ray.training.recipes import recipe_defaults
+
+
+def test_quick_has_fewer_epochs_and_a_larger_learning_rate_only_with_many_rows() -> None:
+    quick, short = (recipe_defaults(name, small=False) for name in ("quick", "short"))
+    assert (quick["epochs"], quick["learning_rate"]) == (2, 0.06)
+    assert (short["epochs"], short["learning_rate"]) == (5, 0.02)
+    assert recipe_defaults("quick", small=True)["learning_rate"] == 0.02
+
+
+def test_a_flag_wins_over_the_recipe() -> None:
+    assert preflight(TrainConfig(data="sample", recipe="quick")).hyperparameters.learning_rate == 0.02
+    assert preflight(TrainConfig(data="sample", recipe="quick", learning_rate=0.5)).hyperparameters.learning_rate == 0.5
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> TrainConfig:
+    """The config of a run that was started and killed."""
+    run = preflight(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine", epochs=7, learning_rate=0.5))
+    (tmp_path / "mine").mkdir()
+    manifest = {
+        "config": run.config.model_dump(mode="json", exclude={"config", "resume"}),
+        "data": {"sha256": "ab" * 32, "location": "sample", "notice": ""},
+    }
+    (tmp_path / "mine" / "manifest.json").write_text(json.dumps(manifest))
+    return run.config
+
+
+def test_null_leaves_the_choice_to_the_stored_run(stored: TrainConfig) -> None:
+    """The YAML of `--print-config` has null for what the recipe fills in."""
+    unset = {"epochs": None, "learning_rate": None}
+    resumed = preflight(TrainConfig(storage_path=stored.storage_path, name="mine", resume=True, **unset))
+    again = preflight(TrainConfig(from_run=f"{stored.storage_path}/mine", storage_path=stored.storage_path, **unset))
+    for run in (resumed, again):
+        assert (run.hyperparameters.epochs, run.hyperparameters.learning_rate) == (7, 0.5)
+
+
+def test_another_learning_rate_is_refused(stored: TrainConfig) -> None:
+    with pytest.raises(RequestError, match=r"--learning-rate 0.02: the run mine has 0.5"):
+        preflight(TrainConfig(storage_path=stored.storage_path, name="mine", resume=True, learning_rate=0.02))
