@@ -36,6 +36,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.sweep
 def test_training_runs_on_cpus_and_says_so(counted_gpu: str, data: Path, tmp_path: Path) -> None:
     flags = ["--data", data, "--epochs", 1, "--storage-path", tmp_path]
     done = run_job("train", *flags, address=counted_gpu)

@@ -126,6 +126,7 @@ def test_kill_a_worker_then_the_driver_then_everything(
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_a_killed_worker_is_replaced(model: Path, pairs: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     output = tmp_path / "out"
     job = Job("score", *flags(model, pairs, output))

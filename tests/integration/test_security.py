@@ -99,6 +99,7 @@ def test_a_pickle_for_a_model_is_refused(cluster: str, model: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_a_pickle_for_a_checkpoint_fails(cluster: str, tmp_path: Path, data: Path, bomb: bytes) -> None:
     flags = ["--data", data, "--storage-path", tmp_path / "runs", "--name", "mine"]
     assert run_job("train", *flags, "--epochs", 1, address=cluster).code == 0

@@ -206,6 +206,7 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path, folder: Path, undisturb
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_everything_killed_and_resumed_changes_nothing(
     tmp_path: Path, folder: Path, undisturbed: tuple[bytes, list[float]]
 ) -> None:
