@@ -49,6 +49,8 @@ class ProgressBar:
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
+            # The last step is not always counted, and a bar of a notebook that ends before its total stays, in red.
+            self._bar.total = self._bar.n
             self._bar.close()
             self._bar = None
 

@@ -28,3 +28,8 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     images = [output.data for index in (4, 6) for output in notebook.cells[index].outputs if "data" in output]
     assert all("image/png" in data for data in images)
     assert len(images) == 2
+    # What a person sees of a bar is the widget's state.
+    widgets = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"].state.values()
+    bars = [widget.state for widget in widgets if widget.model_name == "FloatProgressModel"]
+    assert bars
+    assert not [bar.bar_style for bar in bars if bar.bar_style == "danger"], "a bar stays behind in red"
