@@ -107,6 +107,8 @@ def _parse(description: str, argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.epochs < 2:
         raise RequestError("--epochs: must be at least 2, since the first does not count")
+    if args.what == "feed" and args.way and not args.folder:
+        raise RequestError("--way: feed measures all ways, on files that it writes first; leave the flag out")
     if min(args.repeat, args.rows, args.shuffle_rows) < 1 or args.seconds <= 0:
         raise RequestError("--repeat, --seconds, --rows, --shuffle-rows: must be positive")
     if args.what == "feed" and args.rows <= args.shuffle_rows:
