@@ -79,7 +79,8 @@ def run_scoring(config: ScoreConfig) -> ScoreResult:
     from mnistsum_ray.scoring import driver
 
     with quiet_logger(*_RAY_LOGGERS), Console() as console:
-        return ScoreResult.from_dict(driver.score(run, console))
+        line, set_aside = driver.score(run, console)
+        return ScoreResult.from_dict(line, set_aside=set_aside)
 
 
 @contextmanager

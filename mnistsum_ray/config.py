@@ -274,19 +274,15 @@ class ScoringOutput(JobConfig):
     strict: CliImplicitFlag[bool] = Field(False, description="publish nothing if any file or row cannot be scored")
     overwrite: CliImplicitFlag[bool] = Field(
         False,
-        description="score everything again, then replace the existing output: in one step on a local Linux file system, "
-        "elsewhere file by file",
+        description="score everything again, then replace the existing output, file by file",
     )
 
 
 class ScoringCluster(JobConfig):
     """Cluster and hardware."""
 
-    num_workers: int | None = Field(None, ge=1, description="scoring workers [one per GPU; without GPUs, one per CPU]")
-    num_readers: int | None = Field(
-        None,
-        ge=0,
-        description="tasks that read and decode for the workers; 0: each worker reads for itself [with GPUs one per CPU, else 0]",
+    num_workers: int | None = Field(
+        None, ge=1, description="scoring workers [up to 8 per GPU, as CPUs and memory allow; without GPUs, one per CPU]"
     )
     use_gpu: bool | None = Field(None, description="score on GPUs [true if the cluster has GPUs]")
     wait_seconds: float = Field(

@@ -17,6 +17,10 @@ class RowCountError(RunError):
     """Rows were lost or repeated, so results computed from them are wrong."""
 
 
+class StorageError(OSError):
+    """The storage does not answer, refuses, or a file is gone: another attempt may succeed. The message names the file."""
+
+
 class RunInterrupted(KeyboardInterrupt):
     """The run was interrupted; the message says what is kept and how to continue."""
 

@@ -82,11 +82,13 @@ class ScoreResult:
     digit_accuracy: float | None = None
     """0..1; None without a labelled row."""
     sum_accuracy: float | None = None
+    set_aside: bool = False
+    """Whether this run rejected rows or left out files, besides those that an earlier run had set aside."""
 
     @classmethod
-    def from_dict(cls, line: dict[str, Any]) -> Self:
+    def from_dict(cls, line: dict[str, Any], *, set_aside: bool) -> Self:
         """Make it of the fields of the job's last line."""
-        return cls(**line, label_column="digit_accuracy" in line)
+        return cls(**line, label_column="digit_accuracy" in line, set_aside=set_aside)
 
     @property
     def complete(self) -> bool:
@@ -96,6 +98,7 @@ class ScoreResult:
     def to_dict(self) -> dict[str, Any]:
         """The fields of the job's last line: with accuracies if a column of labels was named."""
         line = asdict(self)
+        del line["set_aside"]
         if not line.pop("label_column"):
             del line["digit_accuracy"], line["sum_accuracy"]
         return line

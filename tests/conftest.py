@@ -1,8 +1,8 @@
 """Data that the tests share: small, real, and made on the spot."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +12,8 @@ import torch
 
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.model.evaluation import Metrics
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
-from mnistsum_ray.model.serialization import copy_weights, load_model, save_model
+from mnistsum_ray.model.serialization import copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.storage.paths import locate
 
 
@@ -53,17 +52,19 @@ TEMPERATURES = Temperatures(1.5, 0.7)
 def write_model(folder: Path, seed: int) -> Path:
     """Write a model folder with random weights and TEMPERATURES."""
     torch.manual_seed(seed)
-    no_metrics = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0, consistency=0.0)
-    folder.mkdir()
-    save_model(folder, copy_weights(TwoHeadCNN()), epoch=1, validation=no_metrics, test=no_metrics)
-    set_temperatures(folder, TEMPERATURES)
+    weights = copy_weights(TwoHeadCNN())
+    metrics = {split: dict.fromkeys(("loss", "digit_accuracy", "sum_accuracy"), 0.0) for split in ("validation", "test")}
+    description = describe_model(weights, epoch=1, metrics=metrics) | {"temperature": TEMPERATURES.as_json()}
+    save_model(locate(str(folder), "--model"), weights, description)
     return folder
 
 
-def set_temperatures(folder: Path, temperatures: Temperatures) -> None:
-    """Change the temperatures in the card of a model folder."""
-    card = folder / "model.json"
-    card.write_text(json.dumps(json.loads(card.read_text()) | {"temperature": temperatures.as_json()}))
+def change_description(folder: Path, **fields: Any) -> Path:
+    """Change fields of the description of a model folder."""
+    place = locate(str(folder), "--model")
+    network, description = load_model(place)
+    save_model(place, copy_weights(network), description | fields)
+    return folder
 
 
 @pytest.fixture(scope="session")

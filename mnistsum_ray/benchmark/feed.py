@@ -114,7 +114,7 @@ def feed(folder: Path, shuffle_rows: int, workers: int) -> dict[str, float]:
         done.set()
         watcher.join()
     total, first, ids = (sum(counts) for counts in zip(*fed, strict=True))
-    check_row_counts(total, ids, len(source.train), source.train.id_sum(), "the feed")
+    check_row_counts(total, ids, len(source.train), source.train.id_sum, "the feed")
     rows = total - first
     return {
         "rows_per_second": rows / seconds,

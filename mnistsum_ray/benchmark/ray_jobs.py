@@ -19,10 +19,10 @@ from mnistsum_ray.data.pixels import Pixels
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import quantization
-from mnistsum_ray.model.evaluation import Metrics
 from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.serialization import copy_weights, save_model
+from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
 from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.storage.paths import locate
 
 _FIRST_FILE_ROWS: Final = 1000
 
@@ -111,16 +111,12 @@ def score(data: str, rows: int, precision: str | None, calibration: tuple[Pixels
 
 def _write_random_model(folder: Path, images: Pixels, digits: list[int]) -> None:
     """Write a model folder with random weights, calibrated for int8. Speed does not depend on the weights."""
-    folder.mkdir()
     model = TwoHeadCNN().eval()
-    no_rows = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0, consistency=0.0)
-    save_model(folder, copy_weights(model), epoch=0, validation=no_rows, test=no_rows)
-    if not quantization.is_available():
-        return
-    pixels, labels = torch.as_tensor(images[:500]), torch.as_tensor(digits[:500])
-    card = folder / "model.json"
-    int8 = quantization.quantize(model, pixels, pixels, labels).as_json()
-    card.write_text(json.dumps(json.loads(card.read_text()) | {"int8": int8}))
+    description = describe_model(copy_weights(model), epoch=0, metrics={})
+    if quantization.is_available():
+        pixels, labels = torch.as_tensor(images[:500]), torch.as_tensor(digits[:500])
+        description["int8"] = quantization.quantize(model, pixels, pixels, labels).as_json()
+    save_model(locate(str(folder), "--model"), copy_weights(model), description)
 
 
 def train_in_worker(loop: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mnistsum_ray import cli
-from mnistsum_ray.benchmark import accuracy, feed, memory, original, parcels, planning, ray_jobs
+from mnistsum_ray.benchmark import accuracy, feed, memory, original, ray_jobs
 from mnistsum_ray.data.parts import read_part
 from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.sources import open_source
@@ -30,9 +30,7 @@ WAYS: Final = {
     "train": ("loader", "memory", "worker", "ray"),
     "score": ("loader", "memory", "memory-int8", "ray", "ray-int8"),
     "feed": ("memory", "stream", "stream-png", "memory-2", "stream-2", "stream-png-2"),
-    "plan": ("training", "scoring"),
     "accuracy": ("loader",),
-    "parcels": ("parcels",),
 }
 RATIOS: Final = {
     "train": (("ray", "memory"), ("ray", "worker"), ("ray", "loader")),
@@ -59,9 +57,6 @@ def benchmark(description: str, argv: list[str]) -> tuple[dict[str, Any], int]:
     """
     args = _parse(description, argv)
     cli.reserve_stdout_for_result()
-    if args.what in ("plan", "parcels") and not args.way:
-        results = {way: ray_jobs.run_job("benchmark", *argv, "--way", way, name=way) for way in WAYS[args.what]}
-        return {"what": args.what, "figures": results, "hardware": hardware(_device()), "versions": versions()}, cli.DONE
     if args.what == "accuracy" and not args.way:
         line = accuracy.measure(argv, args.data, args.repeat)
         return line | {"hardware": hardware(_device()), "versions": versions()}, cli.DONE
@@ -99,7 +94,7 @@ def _parse(description: str, argv: list[str]) -> argparse.Namespace:
         default=20 if torch.cuda.is_available() else 2,
         help="train: epochs of mnistsum train, the first of which does not count (default: 2; 20 on a GPU)",
     )
-    parser.add_argument("--rows", type=int, default=400_000, help="score, feed, parcels: rows (default: 400000)")
+    parser.add_argument("--rows", type=int, default=400_000, help="score, feed: rows (default: 400000)")
     parser.add_argument("--shuffle-rows", type=int, default=100_000, help="feed: as for mnistsum train (default: 100000)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=sorted({way for ways in WAYS.values() for way in ways}), help=argparse.SUPPRESS)
@@ -122,10 +117,6 @@ def _measure(args: argparse.Namespace) -> Measurement:
     """Measure one way in this process."""
     if args.what == "accuracy":
         return accuracy.train_original(args.data, _device(), args.command_time)
-    if args.what == "parcels":
-        return parcels.measure(args.data, args.rows, _device())
-    if args.what == "plan":
-        return planning.plan_training(100_000, 10_000) if args.way == "training" else planning.plan_scoring(1_000_000)
     if args.what == "feed":
         rows = args.folder / ("png" if "png" in args.way else "raw")
         shuffle_rows = args.rows if args.way.startswith("memory") else args.shuffle_rows

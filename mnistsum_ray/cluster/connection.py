@@ -9,7 +9,7 @@ from mnistsum_ray.cluster.address import check_address, speaks_grpc
 from mnistsum_ray.cluster.authentication import ensure_token, use_token_if_required
 from mnistsum_ray.cluster.local_cluster import check_machine, end_local_cluster, ray_processes_in_own_sessions
 from mnistsum_ray.cluster.process_state import hide_working_folder, preserve_environment, preserve_ray_log_level
-from mnistsum_ray.cluster.ray_internals import last_cluster_address
+from mnistsum_ray.cluster.ray_internals import SILENT_CORE, last_cluster_address
 from mnistsum_ray.cluster.signals import preserve_signal_handlers
 from mnistsum_ray.errors import RequestError, root_cause
 
@@ -53,6 +53,8 @@ def connect() -> None:
 def _init_ray(starts_cluster: bool) -> None:
     import ray
 
+    # Ray's C++ code in this process logs what is no error of the user, such as for each pool of actors. What fails is raised, too.
+    os.environ.setdefault(*SILENT_CORE)
     sessions = ray_processes_in_own_sessions() if starts_cluster else nullcontext()
     with preserve_signal_handlers(), preserve_ray_log_level(), hide_working_folder(), sessions:
         ray.init(

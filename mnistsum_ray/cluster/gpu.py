@@ -27,6 +27,8 @@ class GpuProbe:
     """CUDA is available and the GPU is faster with bfloat16 than with float32."""
     torch: str
     """PyTorch's version."""
+    memory_bytes: int
+    """Memory of the GPU; 0 without CUDA."""
 
 
 def drop_unusable_gpus(
@@ -36,7 +38,7 @@ def drop_unusable_gpus(
 
     Args:
         cluster: from `inspect_cluster`.
-        use_gpu: as requested; None uses GPUs where PyTorch can.
+        use_gpu: as requested; None uses GPUs where PyTorch can and one is free.
         wait_seconds: longest wait for a GPU that is free for the probe.
         say: writes a console line.
 
@@ -48,6 +50,9 @@ def drop_unusable_gpus(
     """
     if use_gpu is False or not cluster.total.get("GPU"):
         return cluster, None
+    if use_gpu is None and cluster.free.get("GPU", 0) < 1:
+        say(f"running on CPUs: other jobs hold the GPUs ({cluster.describe()}); --use-gpu true waits for one")
+        return cluster.without_gpus(), None
     wait_until_free([{"GPU": 1.0}], wait_seconds, say)
     probe = probe_gpu(wait_seconds)
     if probe.cuda:
@@ -85,7 +90,8 @@ def _probe() -> GpuProbe:
     from mnistsum_ray.model.device import faster_with_bf16
 
     cuda = torch.cuda.is_available()
-    return GpuProbe(cuda, cuda and faster_with_bf16(torch.device("cuda")), torch.__version__)
+    memory_bytes = torch.cuda.get_device_properties(0).total_memory if cuda else 0
+    return GpuProbe(cuda, cuda and faster_with_bf16(torch.device("cuda")), torch.__version__, memory_bytes)
 
 
 def check_cuda(probe: GpuProbe, use_gpu: bool | None) -> None:

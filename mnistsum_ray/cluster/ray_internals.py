@@ -4,9 +4,13 @@
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
+
+SILENT_CORE: Final = ("RAY_BACKEND_LOG_LEVEL", "fatal")
+"""Environment variable that keeps Ray's C++ code in a process from logging to its standard error."""
 
 
 def last_cluster_address() -> str | None:
@@ -87,7 +91,13 @@ def ray_processes_started_by(start: Callable[..., Any]) -> Iterator[None]:
     from ray._private import services
 
     popen = services.ConsolePopen
-    services.ConsolePopen = functools.partial(start, popen)
+
+    def start_with_logs(*args: Any, env: dict[str, str] | None = None, **kwargs: Any) -> Any:
+        # `connect` silences its own process only: the cluster's logs stay as they are.
+        environment = dict(item for item in (env or os.environ).items() if item != SILENT_CORE)
+        return start(popen, *args, env=environment, **kwargs)
+
+    services.ConsolePopen = start_with_logs
     try:
         yield
     finally:

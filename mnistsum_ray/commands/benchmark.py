@@ -1,11 +1,9 @@
-"""Measure the speed of training or scoring beside plain PyTorch, of the training pipeline alone, or of
-planning large runs; or the time to the original's accuracy.
+"""Measure the speed of training or scoring beside plain PyTorch, or of the training pipeline alone; or the
+time to the original's accuracy.
 
     mnistsum benchmark train --data FOLDER
     mnistsum benchmark score --data FOLDER
     mnistsum benchmark feed --data FOLDER
-    mnistsum benchmark parcels --data FOLDER
-    mnistsum benchmark plan
     mnistsum benchmark accuracy --data FOLDER --repeat 5
 
 Each way is measured in its own process, several times, in alternating order:
@@ -20,11 +18,9 @@ Each way is measured in its own process, several times, in alternating order:
     ray-int8     (score) mnistsum score --precision int8
 
 `feed` hands rows to workers that do not train: from memory, or streamed from Parquet of raw bytes
-(stream) or PNG (stream-png), to one worker or to two (-2). `parcels` measures the CPU time a row
-that scoring on GPUs takes beside the forward pass. `plan` runs the planning of training on a
-billion rows, and of scoring a million files, on footers that are made up. `accuracy` measures the
-time from the command to a model that is as accurate as the original after its five epochs, with
-the recipe `quick` and `--repeat` seeds, beside the original's way.
+(stream) or PNG (stream-png), to one worker or to two (-2). `accuracy` measures the time from the
+command to a model that is as accurate as the original after its five epochs, with the recipe
+`quick` and `--repeat` seeds, beside the original's way.
 
 The table on standard error holds medians, with minimum and maximum in parentheses;
 mnistsum_ray/benchmark/README.md explains the figures. The last line on standard output is one JSON

@@ -14,7 +14,7 @@ Rows that cannot be scored are in OUTPUT/rejected/ with the reason. OUTPUT/files
 result of each file; OUTPUT/manifest.json, written last, the totals.
 
 The value of an unset flag is in brackets below. Exit codes: 0 done, 2 the request is invalid,
-3 finished, but some files or rows could not be scored, 128 + N stopped by signal N, 1 anything
+3 finished, but this run had to set files or rows aside, 128 + N stopped by signal N, 1 anything
 else. The last line on standard output is one JSON object; everything else goes to standard error.
 """
 
@@ -35,4 +35,4 @@ def run(argv: list[str]) -> tuple[dict[str, Any], int]:
     from mnistsum_ray.api import run_scoring  # imports NumPy and more, which would delay --help
 
     result = run_scoring(config)
-    return result.to_dict(), cli.DONE if result.complete else cli.INCOMPLETE
+    return result.to_dict(), cli.INCOMPLETE if result.set_aside else cli.DONE

@@ -1,12 +1,18 @@
-"""Open Parquet files that other programs wrote, and check that their footers are plausible."""
+"""Open Parquet files that other programs wrote: whether a failure is the file's or the storage's, and plausible footers."""
 
-from typing import Final
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mnistsum_ray.data.arrow_types import plain_arrow_types
+from mnistsum_ray.errors import StorageError, one_line
+from mnistsum_ray.storage.listing import is_hidden
+from mnistsum_ray.storage.location import Location
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
 """Suffixes of the files that training and scoring take from a folder, in upper or lower case."""
@@ -28,49 +34,130 @@ class UnusableFileError(ValueError):
     """A file cannot be used; the message says why and what to do."""
 
 
-def is_data_file(parts: tuple[str, ...]) -> bool:
-    """True if a file in a folder is taken as input.
+def is_data_file(name: str) -> bool:
+    """True if a file with this name relative to the folder that was named is taken as input."""
+    return name.lower().endswith(SUFFIXES) and not is_hidden(name)
 
-    By the convention of Spark, Hive and Arrow, names that begin with . or _ are not data, or not yet.
 
-    Args:
-        parts: components of the file's path relative to the folder that was named.
+@contextmanager
+def open_parquet(file: Location, **options: Any) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file for the block. Pages are checked against their CRC where they have one; Spark writes CRCs by default.
+
+    `options` are those of `pq.ParquetFile`.
+
+    Raises:
+        StorageError: the block, or the opening, failed since the storage did, or for want of memory.
+        UnusableFileError: either failed for any other reason: Arrow and Pillow raise many types for damaged bytes.
     """
-    return parts[-1].lower().endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in parts)
+    source: _Source | None = None
+    try:
+        source = _Source(file)
+        with plain_arrow_types():
+            parquet = pq.ParquetFile(source, page_checksum_verification=True, arrow_extensions_enabled=True, **options)
+        yield parquet
+    except (UnusableFileError, StorageError):
+        raise
+    except Exception as error:
+        failure = source.failure if source else error
+        if failure or isinstance(error, MemoryError):  # this machine's memory is no fault of the file either
+            raise storage_error(file, failure or error) from error
+        raise UnusableFileError(f"cannot be read: {one_line(error)} ({type(error).__name__})") from None
+    finally:
+        if source is not None:
+            source.close()
 
 
-def open_parquet(stream: pa.NativeFile | pa.Buffer) -> pq.ParquetFile:
-    """Open a Parquet file. Pages are checked against their CRC where they have one; Spark writes CRCs by default."""
-    with plain_arrow_types():
-        return pq.ParquetFile(stream, page_checksum_verification=True, arrow_extensions_enabled=True)
+class _Source(io.RawIOBase):
+    """A file for Arrow's Parquet reader that keeps the storage's failure.
+
+    The reader raises OSError for damaged bytes and for a storage that fails alike.
+    """
+
+    def __init__(self, file: Location) -> None:
+        self.failure: OSError | None = None
+        self._stream = file.filesystem.open_input_file(file.path)
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._stream.seek(offset, whence)
+        return self.tell()
+
+    def read(self, size: int = -1) -> Any:
+        """The next bytes, without a copy."""
+        try:
+            return self._stream.read_buffer(size if size >= 0 else None)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
-def read_footer(filesystem: pafs.FileSystem, path: str, size: int) -> bytes:
+def storage_error(file: Location, error: Exception) -> StorageError:
+    """The error for a file that the storage did not give."""
+    if isinstance(error, FileNotFoundError):
+        return StorageError(
+            f"{file.display}: is not there any more, or not on this node; a local path must be on storage that all nodes share"
+        )
+    return StorageError(f"{file.display}: cannot be read: {one_line(error)}")
+
+
+def read_footer(file: Location, size: int) -> bytes:
     """Read a Parquet file's footer and the eight bytes after it.
 
     Raises:
         UnusableFileError: the file does not end as a Parquet file does.
-        OSError: the file cannot be read.
+        StorageError: the storage does not give the file.
     """
     if size < 12:
         raise UnusableFileError(f"is {'empty (0 bytes)' if not size else f'only {size} bytes long'}; write it again")
-    with filesystem.open_input_file(path) as stream:
-        start = max(0, size - _TAIL_BYTES)
-        stream.seek(start)
-        tail: bytes = stream.read()
-        if start + len(tail) != size:
-            raise UnusableFileError(
-                f"has {start + len(tail):,} bytes where the listing says {size:,}: it is being written; try again later"
-            )
-        if tail[-4:] != b"PAR1":
-            raise UnusableFileError("is not Parquet, or was cut off (it does not end with PAR1); write it again")
-        length = int.from_bytes(tail[-8:-4], "little") + 8
-        if length > size - 4:
-            raise UnusableFileError("has a damaged footer (longer than the file); write it again")
-        if length > len(tail):
-            stream.seek(size - length)
-            tail = stream.read()
+    try:
+        with file.filesystem.open_input_file(file.path) as stream:
+            start = max(0, size - _TAIL_BYTES)
+            stream.seek(start)
+            tail: bytes = stream.read()
+            length = int.from_bytes(tail[-8:-4], "little") + 8
+            if start + len(tail) == size and len(tail) < length <= size - 4:
+                start = size - length
+                stream.seek(start)
+                tail = stream.read()
+    except OSError as error:
+        raise storage_error(file, error) from error
+    if start + len(tail) != size:
+        raise UnusableFileError(
+            f"has {start + len(tail):,} bytes where the listing says {size:,}: it is being written; try again later"
+        )
+    if tail[-4:] == b"PARE":
+        raise UnusableFileError("is encrypted Parquet, which this program cannot read; decrypt it")
+    if tail[-4:] != b"PAR1":
+        raise UnusableFileError("is not Parquet, or was cut off (it does not end with PAR1); write it again")
+    if length > size - 4:
+        raise UnusableFileError("has a damaged footer (longer than the file); write it again")
     return tail[-length:]
+
+
+def parse_footer(footer: bytes) -> tuple[pq.FileMetaData, pa.Schema]:
+    """Metadata and Arrow schema of what `read_footer` returned.
+
+    Raises:
+        UnusableFileError: it is damaged.
+    """
+    try:
+        with plain_arrow_types():
+            metadata = pq.read_metadata(pa.BufferReader(footer))
+            return metadata, metadata.schema.to_arrow_schema()
+    except Exception as error:  # Arrow raises many types for damaged bytes
+        raise UnusableFileError(f"cannot be read: {one_line(error)} ({type(error).__name__})") from None
 
 
 def row_groups(metadata: pq.FileMetaData, file_size: int) -> tuple[list[int], int]:
@@ -98,3 +185,27 @@ def row_groups(metadata: pq.FileMetaData, file_size: int) -> tuple[list[int], in
             f"has a footer that promises {metadata.num_rows:,} rows in {file_size:,} bytes; write it again, or split it"
         )
     return rows, size
+
+
+def check_unchanged(file: Location, size: int, modified: int) -> None:
+    """Check that a file has the size and the modification time that it was listed with.
+
+    Raises:
+        UnusableFileError: it has changed.
+        StorageError: it is not there, or the storage does not answer.
+    """
+    try:
+        info = file.info()
+    except OSError as error:
+        raise storage_error(file, error) from error
+    if info.type == pafs.FileType.NotFound:
+        raise storage_error(file, FileNotFoundError())
+    if (info.size, file.modified(info)) != (size, modified):
+        raise UnusableFileError("has changed since the run began; run the command again")
+
+
+def to_parquet(table: pa.Table) -> pa.Buffer:
+    """Serialize a table as a Parquet file in memory."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue()

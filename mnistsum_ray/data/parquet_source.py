@@ -9,18 +9,16 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from mnistsum_ray.data import idx
-from mnistsum_ray.data.arrow_types import plain_arrow_types
 from mnistsum_ray.data.column_types import image_type_error
-from mnistsum_ray.data.parquet import SUFFIXES, UnusableFileError, is_data_file, read_footer, row_groups
+from mnistsum_ray.data.parquet import SUFFIXES, UnusableFileError, is_data_file, parse_footer, read_footer, row_groups
 from mnistsum_ray.data.parquet_files import FILE_SCHEMA, ParquetFiles
 from mnistsum_ray.data.parquet_types import without_views
 from mnistsum_ray.data.row_ranges import RowRanges
-from mnistsum_ray.errors import RequestError, one_line
-from mnistsum_ray.storage.listing import DUPLICATE, escape_non_utf8, list_folder, relative_parts
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.errors import RequestError, StorageError
+from mnistsum_ray.storage.listing import DUPLICATE, duplicate_paths, escape_non_utf8, list_folder
+from mnistsum_ray.storage.location import Backoff, Location, is_utf8
 
 _DIGIT_COLUMNS: Final = ("digit", "label")
 
@@ -43,12 +41,13 @@ def read_parquet_source(place: Location, info: pafs.FileInfo) -> tuple[ParquetFi
         RequestError: a file cannot be used, or only some files are named for a split; names the file or folder.
     """
     skipped: dict[str, str] = {}
-    infos = [info] if info.type == pafs.FileType.File else _list_parquet_files(place, skipped)
+    single = [("", info.size, place.modified(info))] if info.type == pafs.FileType.File else None
+    entries = single or _list_parquet_files(place, skipped)
     # An object store answers slowly but takes many requests at once. A local disk answers at once, and threads slow it down.
     with ThreadPoolExecutor(1 if place.is_local else _THREADS) as pool:
-        files = ParquetFiles(place, pa.Table.from_pylist(list(pool.map(partial(_read_footer, place), infos)), FILE_SCHEMA))
+        files = ParquetFiles(place, pa.Table.from_pylist(list(pool.map(partial(_read_footer, place), entries)), FILE_SCHEMA))
     ends = np.cumsum(files.table["rows"].to_numpy())
-    splits = np.array([_split_of_path(file.path, place.path) for file in infos])
+    splits = np.array([_split_of_name(name or place.path) for name, _, _ in entries])
     names = dict.fromkeys(splits.tolist())
     if "" in names and len(names) > 1:
         raise RequestError(
@@ -58,14 +57,17 @@ def read_parquet_source(place: Location, info: pafs.FileInfo) -> tuple[ParquetFi
     return files, {name: RowRanges.of(starts[splits == name], ends[splits == name]) for name in names}, skipped
 
 
-def _list_parquet_files(place: Location, skipped: dict[str, str]) -> list[pafs.FileInfo]:
-    """The Parquet files of a folder, sorted by path. Adds to `skipped` the path and reason of every other file."""
-    listing = list_folder(place).filter(lambda path: is_data_file(relative_parts(path, place.path) or ("",)))
-    duplicates = set(listing.duplicates())
+def _list_parquet_files(place: Location, skipped: dict[str, str]) -> list[tuple[str, int, int]]:
+    """Name, size and modification time of the Parquet files of a folder, sorted by path; adds the others to `skipped`."""
+
+    def name_of(path: str) -> str:
+        return path.removeprefix(place.path).lstrip("/")
+
+    listing = list_folder(place).filter(lambda path: is_data_file(name_of(path)))
+    duplicates = set(duplicate_paths(listing.files))
     skipped |= listing.skipped | dict.fromkeys(duplicates, DUPLICATE)
-    infos = listing.file_infos(place)
     files = sorted(path for path in listing.files if path not in duplicates)
-    not_utf8 = next((path for path in files if path not in infos), None)
+    not_utf8 = next((path for path in files if not is_utf8(path)), None)
     if not_utf8 is not None:
         raise RequestError(f"--data {escape_non_utf8(not_utf8)}: its name is not UTF-8; rename it")
     if not files:
@@ -73,27 +75,29 @@ def _list_parquet_files(place: Location, skipped: dict[str, str]) -> list[pafs.F
             f"--data {place.display}: holds neither IDX files ({idx.FILES[0]}, …) on a local disk nor Parquet files "
             f"({', '.join(SUFFIXES)})"
         )
-    return [infos[path] for path in files]
+    return [(name_of(path), listing.files[path].size, listing.files[path].modified) for path in files]
 
 
-def _read_footer(place: Location, info: pafs.FileInfo) -> dict[str, Any]:
-    """The FILE_SCHEMA row of a file."""
-    name = info.path.removeprefix(place.path).lstrip("/")
+def _read_footer(place: Location, entry: tuple[str, int, int]) -> dict[str, Any]:
+    """The FILE_SCHEMA row of a file with this name, size and modification time."""
+    name, size, modified = entry
     file = place / name if name else place
-    try:
-        footer = read_footer(file.filesystem, file.path, info.size)
-        with plain_arrow_types():
-            metadata = pq.read_metadata(pa.BufferReader(footer))
-            schema = metadata.schema.to_arrow_schema()
-        group_rows, _ = row_groups(metadata, info.size)
-    except UnusableFileError as error:
-        raise RequestError(f"{file.display}: {error}") from None
-    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: one of Ray's types with damaged metadata
-        raise RequestError(f"{file.display}: is not a whole Parquet file: {one_line(error)}") from None
+    backoff = Backoff()
+    while True:
+        try:
+            footer = read_footer(file, size)
+            metadata, schema = parse_footer(footer)
+            group_rows, _ = row_groups(metadata, size)
+            break
+        except UnusableFileError as error:
+            raise RequestError(f"{file.display}: {error}") from None
+        except StorageError:
+            if not backoff.pause():
+                raise
     return {
         "name": name,
-        "size": info.size,
-        "modified": place.modified(info),
+        "size": size,
+        "modified": modified,
         "footer_sha256": hashlib.sha256(footer).hexdigest(),
         "rows": sum(group_rows),
         "group_rows": group_rows,
@@ -120,10 +124,9 @@ def _check_columns(file: Location, schema: pa.Schema) -> str:
     return digit_column
 
 
-def _split_of_path(path: str, root: str) -> str:
-    """Split named by the file or, failing that, by its folder below `root`: train, validation or test; "" where neither does."""
-    below = path.removeprefix(root).strip("/") or path.rpartition("/")[2]
-    for name in reversed(below.split("/")[-2:]):
+def _split_of_name(file: str) -> str:
+    """Split named by the file or, failing that, by its folder: train, validation or test; "" where neither does."""
+    for name in reversed(file.split("/")[-2:]):
         for word in re.findall("[a-z]+", name.lower()):
             if word in _SPLITS:
                 return _SPLITS[word]

@@ -82,13 +82,17 @@ def int96_columns(schema: pq.ParquetSchema) -> list[str]:
     return sorted({_column_of_leaf(leaf.path, columns) for leaf in leaves if leaf.physical_type == "INT96"})
 
 
-def check_int96(stream: pa.NativeFile, columns: list[str], groups: list[int]) -> None:
+def check_int96(file: pq.ParquetFile, columns: list[str], groups: list[int]) -> None:
     """Refuse INT96 timestamps that do not fit into nanoseconds since 1970: pyarrow would silently read other dates.
+
+    Args:
+        file: opened with `coerce_int96_timestamp_unit="us"`.
+        columns: from `int96_columns`.
+        groups: row groups to check.
 
     Raises:
         UnusableFileError: names the column.
     """
-    file = pq.ParquetFile(stream, coerce_int96_timestamp_unit="us")
     for batch in file.iter_batches(row_groups=groups, columns=columns, use_threads=False):
         for name in columns:
             column = batch.column(name)

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mnistsum_ray.data.decoding import decode_images
-from mnistsum_ray.data.parquet import open_parquet
+from mnistsum_ray.data.parquet import UnusableFileError, open_parquet
 from mnistsum_ray.data.parquet_types import plain_table
 from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_array
-from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.location import Location
 
 PART_ROWS: Final = 8192
@@ -40,11 +40,10 @@ class ParquetPart:
         """
         where = self.location.display
         try:
-            with self.location.filesystem.open_input_file(self.location.path) as stream:
-                file = open_parquet(stream)
+            with open_parquet(self.location) as file:
                 table = plain_table(file.read_row_groups(list(self.row_groups), columns=["image", self.digit_column]))
-        except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: one of Ray's types with damaged metadata
-            raise RequestError(f"{where}: cannot be read: {one_line(error)}") from None
+        except UnusableFileError as error:
+            raise RequestError(f"{where}: {error}") from None
         if table.num_rows != self.rows:
             raise RequestError(f"{where}: has {table.num_rows} rows where its footer says {self.rows}")
         images, bad = decode_images(one_chunk(table["image"]))

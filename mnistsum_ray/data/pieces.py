@@ -5,17 +5,16 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs as pafs
 
 from mnistsum_ray.data.decoding import decode_images
-from mnistsum_ray.data.parquet import UnusableFileError, open_parquet
+from mnistsum_ray.data.parquet import UnusableFileError, check_unchanged, open_parquet
 from mnistsum_ray.data.parquet_files import ParquetFiles
 from mnistsum_ray.data.parquet_types import plain_table
 from mnistsum_ray.data.parts import check_digits, image_table
 from mnistsum_ray.data.pixels import SIDE, Pixels, one_chunk
 from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.data.sampling import RowIds
-from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.location import Location
 
 PIECE_SCHEMA: Final = pa.schema(
@@ -66,7 +65,7 @@ def read_pieces(root: Location, pieces: pa.Table, ids: list[RowIds], order: npt.
 
     Raises:
         RequestError: a file is gone or has changed, or a row is not an image with a digit; names the file and the row.
-        OSError: the storage does not answer, or a page is damaged; names the file.
+        StorageError: the storage does not give a file.
     """
     images, digits = np.empty((len(order), SIDE, SIDE), np.uint8), np.empty(len(order), np.int8)
     places = np.full(sum(map(len, ids)), -1, np.int64)
@@ -86,14 +85,10 @@ def read_pieces(root: Location, pieces: pa.Table, ids: list[RowIds], order: npt.
 def _read_piece(root: Location, piece: dict[str, Any], ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
     file = root / piece["name"] if piece["name"] else root
     try:
-        _check_unchanged(file, piece)
+        check_unchanged(file, piece["size"], piece["modified"])
         table = plain_table(_read_rows(file, piece, ids - piece["group_id"]))
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
-    except (OSError, MemoryError) as error:
-        raise OSError(f"{file.display}: cannot be read: {one_line(error)}") from None
-    except (pa.ArrowException, ValueError) as error:  # ValueError: one of Ray's types with damaged metadata
-        raise RequestError(f"{file.display}: cannot be read: {one_line(error)}") from None
     rows_in_file = piece["group_row"] + ids - piece["group_id"]
     images, bad = decode_images(one_chunk(table["image"]))
     for index, reason in sorted(bad.items()):
@@ -101,21 +96,10 @@ def _read_piece(root: Location, piece: dict[str, Any], ids: RowIds) -> tuple[Pix
     return images, check_digits(one_chunk(table[piece["digit_column"]]), file.display, rows_in_file)
 
 
-def _check_unchanged(file: Location, piece: dict[str, Any]) -> None:
-    info = file.info()
-    if info.type == pafs.FileType.NotFound:
-        raise UnusableFileError(
-            "is not there any more, or not on this node; a local path must be on storage that all nodes share"
-        )
-    if (info.size, file.modified(info)) != (piece["size"], piece["modified"]):
-        raise UnusableFileError("has changed since the run began; start another run")
-
-
 def _read_rows(file: Location, piece: dict[str, Any], indices: npt.NDArray[np.int64]) -> pa.Table:
     """Rows of a row group with these indices in it, in ascending order. Rows between them are not kept in memory."""
     columns = ["image", piece["digit_column"]]
-    with file.filesystem.open_input_file(file.path) as stream:
-        parquet = open_parquet(stream)
+    with open_parquet(file) as parquet:
         group = piece["group"]
         if len(indices) == parquet.metadata.row_group(group).num_rows:
             return parquet.read_row_group(group, columns=columns, use_threads=False)
@@ -130,5 +114,5 @@ def _read_rows(file: Location, piece: dict[str, Any], indices: npt.NDArray[np.in
             if high == len(indices):
                 break
     if sum(batch.num_rows for batch in batches) != len(indices):
-        raise UnusableFileError("has changed since the run began; start another run")
+        raise UnusableFileError("has fewer rows in a row group than its footer says")
     return pa.Table.from_batches(batches)

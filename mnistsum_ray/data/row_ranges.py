@@ -1,11 +1,16 @@
 """Sets of row ids as ranges: what they take in memory does not grow with the number of rows."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from mnistsum_ray.data.sampling import RowIds
+from mnistsum_ray.data.sampling import RowIds, mix_ids
+
+_CHUNK: Final = 2**20
+"""Ids that are computed at once."""
 
 
 def cut_evenly(
@@ -48,10 +53,12 @@ class RowRanges:
     def __len__(self) -> int:
         return int((self.ends - self.starts).sum())
 
+    @cached_property
     def id_sum(self) -> int:
-        """Sum of all ids."""
-        ranges = zip(self.starts.tolist(), self.ends.tolist(), strict=True)  # of Python's integers, which do not overflow
-        return sum((start + end - 1) * (end - start) // 2 for start, end in ranges)
+        """Sum of all scrambled ids (`sampling.mix_ids`) modulo 2**64."""
+        count = len(self)
+        chunks = (np.arange(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
+        return sum(int(mix_ids(self.at(chunk)).sum()) for chunk in chunks)
 
     def ids(self) -> RowIds:
         """All ids: int64[n]."""

@@ -21,7 +21,8 @@ from mnistsum_ray.data.parts import PART_ROWS, ParquetPart, check_digits, image_
 from mnistsum_ray.data.pixels import Pixels, one_chunk
 from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.data.sampling import held_out
-from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.errors import RequestError, RunError, StorageError, one_line
+from mnistsum_ray.storage.listing import special_file_error
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 
@@ -29,9 +30,6 @@ SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 
 _MIN_TRAIN_ROWS: Final = 10
 _MAX_HELD_OUT_ROWS: Final = 5000
-
-_MAX_ROWS: Final = 4_000_000_000
-"""Largest number of rows: the sum of their ids, by which lost rows are noticed, must fit into 64 bits."""
 
 _MAX_SCATTERED_ROWS: Final = 1_000_000
 """Largest number of rows of which single ones are held out."""
@@ -75,7 +73,8 @@ def open_source(data: str) -> Source:
     """Open the data source that `--data` names.
 
     Raises:
-        RequestError: it is missing, cannot be read, or has no images with digits; one line that names the file.
+        RequestError: it is missing, cannot be used, or has no images with digits; one line that names the file.
+        RunError: the storage does not give a file.
     """
     if data == "sample":
         return _sample()
@@ -90,7 +89,12 @@ def open_source(data: str) -> Source:
             folder = idx.find(Path(place.path))
             if folder:
                 return _idx(folder)
+        special = special_file_error(place)
+        if special:
+            raise RequestError(f"--data {place.display}: {special}")
         return _parquet(place.with_retries(), info)
+    except StorageError as error:
+        raise RunError(f"--data {error}; nothing was begun") from None
     except OSError as error:
         raise RequestError(f"--data {place.display}: {one_line(error)}") from None
 
@@ -176,8 +180,6 @@ def _with_splits(
     if train is None or len(train) < _MIN_TRAIN_ROWS:
         rows = 0 if train is None else len(train)
         raise RequestError(f"--data {location}: has {rows} training rows; at least {_MIN_TRAIN_ROWS} are needed")
-    if sum(map(len, filter(None, (train, validation, test)))) > _MAX_ROWS:
-        raise RequestError(f"--data {location}: has more than {_MAX_ROWS:,} rows; name a part of it")
     count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
     if test is None:
         train, test = _hold_out(train, count, files)

@@ -5,6 +5,7 @@ classes.
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -38,7 +39,7 @@ class Temperatures:
         """
         if isinstance(value, dict) and set(value) == set(HEADS):
             numbers = [value[head] for head in HEADS]
-            if all(isinstance(number, float | int) and 0 < number < math.inf for number in numbers):
+            if all(isinstance(number, float | int) and 0 < number <= sys.float_info.max for number in numbers):
                 return cls(*map(float, numbers))
         raise ValueError(f"its temperature is {str(value)[:80]}, not a positive number for 'digit' and one for 'sum'")
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnistsum_ray.data.sampling import NUMBERS, check_row_counts
+from mnistsum_ray.data.sampling import NUMBERS, check_row_counts, mix_ids
 from mnistsum_ray.model.distributed import all_reduce_sum
 from mnistsum_ray.model.network import TwoHeadCNN
 
@@ -66,7 +66,7 @@ class MetricAccumulator:
     """Sums that `Metrics` are computed from, kept on the device; the workers exchange them once, at the end."""
 
     def __init__(self, device: torch.device) -> None:
-        # Rows, sum of their ids, right digits, right sums, consistent pairs.
+        # Rows, sum of their scrambled ids, right digits, right sums, consistent pairs.
         self._counts = torch.zeros(5, dtype=torch.int64, device=device)
         # Cross-entropies of the digits and of the sums, in nats.
         self._losses = torch.zeros(2, dtype=torch.float64, device=device)
@@ -76,7 +76,7 @@ class MetricAccumulator:
         true_sums, predicted_digits, predicted_sums = sums_by_number(digits), scores.digits, scores.sums
         counts = [
             torch.tensor(len(digits), device=digits.device),
-            row_ids.sum(),
+            mix_ids(row_ids).sum(),
             (predicted_digits == digits).sum(),
             (predicted_sums == true_sums).sum(),
             (predicted_sums == sums_by_number(predicted_digits)).sum(),

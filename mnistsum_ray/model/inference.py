@@ -112,15 +112,25 @@ def predict_pairs(model: TwoHeadCNN, images: Pixels, numbers: npt.NDArray[np.int
 def _batched_scores(
     forward: Forward, images: Pixels, numbers: npt.NDArray[np.int64], batch_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Scores of all rows, float32 on the device."""
+    """Scores of all rows, float32 on the device.
+
+    The last batch is filled up with zeros. Kernels are chosen by the size of a batch, and each adds in its own order: in batches
+    of one size, a row has the same bits whatever rows are scored with it.
+    """
     scores = []
     slab_rows = batch_size * max(1, _ROWS_ON_DEVICE // batch_size)
     for start in range(0, len(images), slab_rows):
         slab = slice(start, start + slab_rows)
-        on_device = [array_to_device(values[slab], device) for values in (images, numbers)]
+        on_device = [_fill_up(array_to_device(values[slab], device), batch_size) for values in (images, numbers)]
         with _forward_lock:
             scores += [forward(*batch) for batch in zip(*(torch.split(values, batch_size) for values in on_device), strict=True)]
     # Each list begins with an empty batch, because torch.cat needs at least one.
     digit_scores = [torch.empty(0, DIGITS, device=device), *(digit.float() for digit, _ in scores)]
     sum_scores = [torch.empty(0, SUMS, device=device), *(total.float() for _, total in scores)]
-    return torch.cat(digit_scores), torch.cat(sum_scores)
+    return torch.cat(digit_scores)[: len(images)], torch.cat(sum_scores)[: len(images)]
+
+
+def _fill_up(values: Tensor, batch_size: int) -> Tensor:
+    """The rows, and zeros up to a multiple of the batch size."""
+    missing = -len(values) % batch_size
+    return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values

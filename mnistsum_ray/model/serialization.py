@@ -1,9 +1,10 @@
-"""Model folders: `model.safetensors` holds the weights, and `model.json`, the model card, describes the model."""
+"""Model folders: `model.safetensors` holds the weights and, in its header, the description; `model.json` is a copy to read.
+
+With both in one file, no kill and no reader in between meets weights beside the description of others.
+"""
 
 import hashlib
 import json
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.model.evaluation import Metrics
 from mnistsum_ray.model.network import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.storage.location import Location
 
-MODEL_FORMAT: Final = "mnistsum_ray/3"
-"""Format of a model folder. 2 added the temperatures, 3 the consistency to the metrics."""
-MODEL_FILES: Final = ("model.safetensors", "model.json")
+MODEL_FORMAT: Final = "mnistsum_ray/4"
+"""Format of a model folder; since 4 the file of the weights holds the description."""
+WEIGHTS_FILE: Final = "model.safetensors"
+DESCRIPTION_FILE: Final = "model.json"
+
+_HEADER_KEY: Final = "mnistsum_ray"
 
 Weights = dict[str, Tensor]
 
@@ -30,16 +33,22 @@ def copy_weights(model: TwoHeadCNN) -> Weights:
     return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
 
 
-def save_model(
-    folder: Path, weights: Weights, *, epoch: int, validation: Metrics, test: Metrics, sum_head: dict[str, Any] | None = None
-) -> None:
-    """Write a model folder on the local disk; `sum_head` is the card's entry on the fine-tuning of the sum head."""
-    data = save_tensors(weights)
-    card = {
+def describe_model(
+    weights: Weights, *, epoch: int, metrics: dict[str, dict[str, Any]], sum_head: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The description of a model.
+
+    Args:
+        weights: of the model.
+        epoch: that they are from.
+        metrics: of the splits `validation` and `test`, the fields of `Metrics`.
+        sum_head: the entry on the fine-tuning of the sum head.
+    """
+    return {
         "format": MODEL_FORMAT,
         "network": "TwoHeadCNN",
         "parameters": PARAMETERS,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": _checksum(weights),
         "input": {
             "image": "28 x 28 grayscale, uint8, 0 background, 255 ink",
             "scaled": "(image / 255 - mean) / std",
@@ -51,56 +60,69 @@ def save_model(
         "epoch": epoch,
         "sum_head": sum_head,
         "temperature": Temperatures().as_json(),
-        "validation": asdict(validation),
-        "test": asdict(test),
+        **metrics,
     }
-    weights_file, card_file = MODEL_FILES
-    (folder / weights_file).write_bytes(data)
-    (folder / card_file).write_text(json.dumps(card, indent=2) + "\n")
+
+
+def save_model(folder: Location, weights: Weights, description: dict[str, Any]) -> None:
+    """Write a model folder."""
+    (folder / WEIGHTS_FILE).write_bytes(save_tensors(weights, {_HEADER_KEY: json.dumps(description, allow_nan=False)}))
+    (folder / DESCRIPTION_FILE).write_json(description)
 
 
 def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
-    """Load a model folder, or the `model` folder of a run: the network in evaluation mode, and the model card.
+    """Load a model folder, or the `model` folder of a run: the network in evaluation mode, and the description.
 
     Raises:
-        RequestError: there is no model, its format or network is another, its checksum differs from the card's, or a weight is
-            not finite.
+        RequestError: there is no model, its format or network is another, its checksum is wrong, or a weight is not finite.
     """
-    weights_file, card_file = MODEL_FILES
     try:
-        if not (folder / card_file).exists():
+        if not (folder / WEIGHTS_FILE).exists():
             folder = folder / "model"
-        card = (folder / card_file).read_json()
-        data = (folder / weights_file).read_bytes()
-    except (OSError, ValueError) as error:
+        data = (folder / WEIGHTS_FILE).read_bytes()
+    except OSError as error:
         raise RequestError(f"{folder.display}: holds no model ({one_line(error)})") from None
     try:
-        temperatures = _check_card(card)
-    except ValueError as error:
-        raise RequestError(f"{folder.display}: model.json cannot be used: {error}") from None
-    if hashlib.sha256(data).hexdigest() != card["sha256"]:
-        raise RequestError(f"{folder.display}: model.safetensors is not the file that model.json describes (SHA-256 differs)")
+        weights = load_tensors(data)
+        description = read_description(data)
+        temperatures = Temperatures.from_json(description.get("temperature"))
+    except (SafetensorError, ValueError) as error:
+        raise RequestError(f"{folder.display}: {WEIGHTS_FILE} cannot be used: {one_line(error)}") from None
+    if _checksum(weights) != description["sha256"]:
+        raise RequestError(f"{folder.display}: {WEIGHTS_FILE} is damaged (the SHA-256 of its weights differs)")
     model = TwoHeadCNN()
     try:
-        model.load_state_dict(load_tensors(data))
-    except (SafetensorError, RuntimeError) as error:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
         raise RequestError(f"{folder.display}: its tensors are not those of the network ({one_line(error)})") from None
     broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
     if broken:
         raise RequestError(f"{folder.display}: {broken} holds NaN or infinite weights; train again")
     model.temperatures = temperatures
-    return model.eval(), card
+    return model.eval(), description
 
 
-def _check_card(card: Any) -> Temperatures:
-    """Check the fields that are used, and return the temperatures.
+def read_description(data: bytes) -> dict[str, Any]:
+    """The description in the header of a `model.safetensors`, which is JSON after eight bytes with its length.
 
     Raises:
-        ValueError: a field is missing or has the wrong type; the message names the field.
+        ValueError: there is none, or another version wrote it.
     """
-    if not isinstance(card, dict) or card.get("format") != MODEL_FORMAT:
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    description = json.loads(header.get("__metadata__", {}).get(_HEADER_KEY, "null"))
+    if not isinstance(description, dict) or description.get("format") != MODEL_FORMAT:
         raise ValueError(f"its format is not {MODEL_FORMAT!r}; train again with this version")
     for name, kind in (("sha256", str), ("epoch", int), ("parameters", int)):
-        if not isinstance(card.get(name), kind):
-            raise ValueError(f"its {name!r} is {str(card.get(name, 'missing'))[:80]}")
-    return Temperatures.from_json(card.get("temperature"))
+        if not isinstance(description.get(name), kind):
+            raise ValueError(f"its {name!r} is {str(description.get(name, 'missing'))[:80]}")
+    return description
+
+
+def _checksum(weights: Weights) -> str:
+    """SHA-256 over the names, shapes and values of all tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()

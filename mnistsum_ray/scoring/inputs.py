@@ -1,6 +1,7 @@
 """Input files: which files `--input` names, and the name of each relative to their common folder."""
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,12 +10,23 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from mnistsum_ray.data.parquet import SUFFIXES
+from mnistsum_ray.data.parquet import SUFFIXES, is_data_file
 from mnistsum_ray.errors import RequestError, one_line
-from mnistsum_ray.scoring.input_value import InputValue
-from mnistsum_ray.storage.globbing import Pattern
-from mnistsum_ray.storage.listing import DUPLICATE, Listing, duplicate_paths, escape_non_utf8, relative_parts
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.listing import (
+    DUPLICATE,
+    FileEntry,
+    Listing,
+    Pattern,
+    duplicate_paths,
+    escape_non_utf8,
+    list_file,
+    list_folder,
+    list_glob,
+    relative_parts,
+    special_file_error,
+)
+from mnistsum_ray.storage.location import Location, is_utf8
+from mnistsum_ray.storage.paths import locate_existing
 
 FILE_SCHEMA: Final = pa.schema(
     {
@@ -45,15 +57,15 @@ def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
     Raises:
         RequestError: a named file or folder does not exist, there is no Parquet file, or the output is inside the input.
     """
-    values = [InputValue(text) for text in texts]
+    values = [_InputValue(text) for text in texts]
     root = _common_root(values)
-    listings = [_list_value(value) for value in values]
-    skipped = {path: reason for listing in listings for path, reason in listing.skipped.items()}
-    found: dict[str, pafs.FileInfo | None] = {}
-    for listing in listings:
-        infos = listing.file_infos(root)
-        found |= {path: infos.get(path) for path in listing.files}
-    for path in duplicate_paths({path: real for listing in listings for path, real in listing.files.items()}):
+    found: dict[str, FileEntry] = {}
+    skipped: dict[str, str] = {}
+    for value in values:
+        listing = value.list()
+        found |= listing.files
+        skipped |= listing.skipped
+    for path in duplicate_paths(found):
         skipped[path] = DUPLICATE
         del found[path]
     if not found:
@@ -61,25 +73,77 @@ def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
         raise RequestError(
             f"--input {' '.join(value.text for value in values)}: there is no Parquet file ({', '.join(SUFFIXES)}){others}"
         )
-    _check_output_is_separate(values, listings, found, output)
+    _check_output_is_separate(values, found, output)
     rows, unusable = [], {}
-    for path, info in sorted(found.items()):
+    for path, entry in sorted(found.items()):
         name = escape_non_utf8(path.removeprefix(root.path).lstrip("/"))
-        if info is None:  # Arrow cannot ask for the info of such a path.
+        if not is_utf8(path):
             unusable[name] = "its name is not UTF-8; rename it"
-        rows.append({"name": name, "size": info.size if info else 0, "modified": root.modified(info) if info else 0})
+        rows.append({"name": name, "size": entry.size, "modified": entry.modified})
     skipped = {path: reason for path, reason in skipped.items() if path not in found}
     return Inputs(root, pa.Table.from_pylist(rows, FILE_SCHEMA), skipped, unusable)
 
 
-def _list_value(value: InputValue) -> Listing:
-    try:
-        return value.list()
-    except (OSError, UnicodeError) as error:
-        raise RequestError(f"--input {value.text}: {one_line(error)}") from None
+class _InputValue:
+    """A value of `--input`, located: a file, a folder, or a folder and the part of a glob that has wildcards.
+
+    Raises:
+        RequestError: nothing is there, or it cannot be accessed.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        """The value as messages show it: a URI without its query, which may hold keys."""
+        # In a URI, a question mark begins the query and is no wildcard.
+        fixed, self.pattern = _split_glob(text, r"[*\[]" if "://" in text else r"[*?\[]")
+        place = locate_existing(text if self.pattern is None else fixed, "--input")
+        if self.pattern is not None and "://" not in text and os.path.lexists(text):
+            place, self.pattern = locate_existing(text, "--input"), None  # a file whose name contains wildcards
+        if place.is_local:
+            place = place.at(os.path.realpath(place.path))
+        else:
+            self.text = "/".join((place.display, *(self.pattern or ())))
+        self.place = place
+        try:
+            kind, special = place.info().type, special_file_error(place)
+        except OSError as error:
+            raise RequestError(f"--input {self.text}: {one_line(error)}") from None
+        if kind == pafs.FileType.NotFound:
+            raise RequestError(f"--input {self.text}: there is no {place.display}")
+        if special:
+            raise RequestError(f"--input {self.text}: {special}")
+        self.is_file = bool(kind == pafs.FileType.File)
+        if self.pattern is not None and self.is_file:
+            raise RequestError(f"--input {self.text}: {place.display} is a file, not a folder")
+
+    @property
+    def folder(self) -> str:
+        """Path of the folder that the value names, or that holds the file."""
+        path = self.place.path
+        return (path.rpartition("/")[0] or "/" * self.place.is_local) if self.is_file else path
+
+    def list(self) -> Listing:
+        """List the files that the value names; of a folder, those with a Parquet suffix that are not hidden."""
+        try:
+            if self.is_file:
+                return list_file(self.place)
+            if self.pattern is not None:
+                return list_glob(self.place, self.pattern)
+            return list_folder(self.place).filter(lambda path: is_data_file(path[len(self.place.path) :].lstrip("/")))
+        except OSError as error:
+            raise RequestError(f"--input {self.text}: {one_line(error)}") from None
 
 
-def _common_root(values: list[InputValue]) -> Location:
+def _split_glob(text: str, wildcards: str) -> tuple[str, Pattern | None]:
+    """Split a glob into its leading folders without wildcards, and the other components; None if it has no wildcards."""
+    parts = text.split("/")
+    first = next((index for index, part in enumerate(parts) if re.search(wildcards, part)), None)
+    if first is None:
+        return text, None
+    return "/".join(parts[:first]) or ("/" if text.startswith("/") else "."), tuple(part for part in parts[first:] if part)
+
+
+def _common_root(values: list[_InputValue]) -> Location:
     """Return the deepest folder that contains all values."""
     first = values[0]
     folder = first.folder
@@ -92,7 +156,7 @@ def _common_root(values: list[InputValue]) -> Location:
     return first.place.at(folder)
 
 
-def _check_output_is_separate(values: list[InputValue], listings: list[Listing], found: Iterable[str], output: Location) -> None:
+def _check_output_is_separate(values: list[_InputValue], found: Iterable[str], output: Location) -> None:
     """Check that the next run would not take output for input, and that no input file is inside the output folder.
 
     Raises:
@@ -101,17 +165,11 @@ def _check_output_is_separate(values: list[InputValue], listings: list[Listing],
     if not values[0].place.filesystem.equals(output.filesystem):
         return
     path = os.path.realpath(output.path) if output.is_local else output.path
-    for value, listing in zip(values, listings, strict=True):
+    for value in values:
         below = relative_parts(path, value.place.path)
         if not value.is_file and below is not None and _covers(value.pattern, below):
             raise RequestError(
                 f"--output {output.display}: lies in the input {value.text} and would be scored next time; put it elsewhere"
-            )
-        link = next((link for link, real in listing.links.items() if relative_parts(path, real) is not None), None)
-        if link is not None:
-            raise RequestError(
-                f"--output {output.display}: lies in the input {value.text}, by the link {escape_non_utf8(link)}, and would be "
-                "scored next time; put it elsewhere, or remove the link"
             )
     inside = next((file for file in found if relative_parts(file, path) is not None), None)
     if inside is not None:

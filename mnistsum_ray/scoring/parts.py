@@ -1,4 +1,4 @@
-"""Parts: the consecutive rows of one input file that become one output file."""
+"""Parts, the consecutive rows of one input file that become one output file; and tasks, the parts that are scored at once."""
 
 import dataclasses
 import itertools
@@ -8,8 +8,12 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from mnistsum_ray.scoring.layout import MAX_NAME_BYTES, is_hidden
+from mnistsum_ray.storage.listing import is_hidden
+
+MAX_NAME_BYTES: Final = 255
+"""Longest file name, without its folder, on most file systems."""
 
 _MAX_PART_BYTES: Final = 128 * 2**20
 """Largest part, decompressed, estimated from the footer's average row: a row may hold pictures that are larger than 28 x 28."""
@@ -141,3 +145,74 @@ def _row_ranges(group_rows: list[int], limit: int) -> Iterator[tuple[int, int, i
 def _split_name(name: str, index: int, count: int) -> str:
     path = PurePosixPath(name)
     return str(path.with_name(f"{path.stem}-{index:05d}-of-{count:05d}{path.suffix}"))
+
+
+Task = dict[str, int]
+"""Parts `first`..`first + count - 1` of a table of parts."""
+
+CPU_TASK_ROWS: Final = 8_192
+GPU_TASK_ROWS: Final = 65_536
+"""Most rows of a task of small parts; a task costs the driver some milliseconds."""
+
+_TASKS_PER_WORKER: Final = 4
+"""With several tasks per worker, none has to finish a long one alone at the end."""
+
+# A task with fewer rows and fewer parts is not worth its overhead.
+_MIN_ROWS: Final = 1024
+_MIN_PARTS: Final = 8
+_MAX_PARTS: Final = 256
+
+_MAX_TASKS_PER_GROUP: Final = 16
+"""Each task reads the row group from its start: with more tasks they would skip more rows than they score, with fewer, workers
+would idle."""
+
+
+def make_tasks(parts: pa.Table, max_rows: int, workers: int) -> list[Task]:
+    """Group consecutive parts so that each worker gets several tasks, and no task has very many rows or parts.
+
+    The slices of one row group go into a few tasks only, since each task reads the group from its start.
+
+    Args:
+        parts: PART_SCHEMA.
+        max_rows: of a task with several parts.
+        workers: that score at the same time.
+
+    Returns:
+        Each part in one task, in their order.
+    """
+    wanted = _TASKS_PER_WORKER * workers
+    max_rows = min(max_rows, max(_MIN_ROWS, _ceil_divide(pc.sum(parts["rows"]).as_py() or 0, wanted)))
+    max_parts = min(_MAX_PARTS, max(_MIN_PARTS, _ceil_divide(parts.num_rows, wanted)))
+    tasks: list[Task] = []
+    for start, end, is_one_group in _stretches(parts):
+        if is_one_group:
+            step = _ceil_divide(end - start, min(_MAX_TASKS_PER_GROUP, wanted))
+            tasks += [{"first": first, "count": min(step, end - first)} for first in range(start, end, step)]
+            continue
+        rows, first = 0, start
+        for index, count in enumerate(parts["rows"].slice(start, end - start).to_pylist(), start):
+            if index > first and (rows + count > max_rows or index - first == max_parts):
+                tasks.append({"first": first, "count": index - first})
+                rows, first = 0, index
+            rows += count
+        tasks.append({"first": first, "count": end - first})
+    return tasks
+
+
+def _ceil_divide(amount: int, count: int) -> int:
+    return -(-amount // count)
+
+
+def _stretches(parts: pa.Table) -> Iterator[tuple[int, int, bool]]:
+    """Yield (start, end, whether the parts are slices of one row group, at least two of them), which together cover `parts`."""
+    names, first_groups, num_groups = (parts[name].to_pylist() for name in ("name", "first_group", "num_groups"))
+    start = 0
+    for _, members in itertools.groupby(range(parts.num_rows), key=lambda index: (names[index], first_groups[index])):
+        first, *others = members
+        if others and num_groups[first] == 1:
+            if start < first:
+                yield start, first, False
+            start = others[-1] + 1
+            yield first, start, True
+    if start < parts.num_rows:
+        yield start, parts.num_rows, False

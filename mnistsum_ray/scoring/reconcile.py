@@ -6,8 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.errors import RowCountError
-from mnistsum_ray.scoring.layout import PREDICTIONS
-from mnistsum_ray.scoring.provenance import PART_IDENTITY
+from mnistsum_ray.scoring.stamp import PART_IDENTITY, PREDICTIONS
 from mnistsum_ray.scoring.totals import Totals, add_up
 
 FILES_SCHEMA: Final = pa.schema(
@@ -28,7 +27,7 @@ def match_outputs(parts: pa.Table, committed: pa.Table, spec_json: str) -> pa.Ta
 
     Args:
         parts: `parts.PART_SCHEMA`.
-        committed: `provenance.COMMITTED_SCHEMA`.
+        committed: `stamp.COMMITTED_SCHEMA`.
         spec_json: `PredictionSpec.canonical_json` of this run.
 
     Returns:

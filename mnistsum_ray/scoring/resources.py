@@ -1,4 +1,4 @@
-"""Resources of a scoring run: workers, readers, devices and precision."""
+"""Resources of a scoring run: workers, devices and precision."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from mnistsum_ray.cluster.gpu import check_cuda, drop_unusable_gpus, probe_gpu
-from mnistsum_ray.cluster.resources import TASKS_CPU_SHARE, ClusterResources, inspect_cluster, wait_until_free
+from mnistsum_ray.cluster.resources import ClusterResources, inspect_cluster, wait_until_free
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.device import faster_with_bf16
@@ -18,8 +18,10 @@ _UNKNOWN_GPU_LIMIT: Final = 16
 _UNKNOWN_CPU_LIMIT: Final = 128
 """CPUs that a growing cluster is assumed to reach, for a run that scores on CPUs."""
 
-_READERS_PER_GPU: Final = 8
-"""CPUs that are assumed to come with each GPU of a growing cluster that publishes no limit."""
+_MAX_WORKERS_PER_GPU: Final = 8
+_WORKER_GPU_BYTES: Final = 4 * 2**30
+"""GPU memory of a worker: CUDA's own, and the activations of a batch of 2,048 rows."""
+_UNKNOWN_GPU_BYTES: Final = 16 * 2**30
 
 
 @dataclass(frozen=True)
@@ -27,22 +29,16 @@ class ScoringResourcePlan:
     """Resources that a scoring run reserves."""
 
     workers: int
-    """Maximum number of workers that predict at the same time; fewer run where fewer resources are free."""
+    """Maximum number of workers at the same time; fewer run where fewer resources are free."""
     use_gpu: bool
     cpus_per_worker: float
-    readers: int
-    """Maximum number of tasks that read and decode for the workers; 0: each worker reads by itself."""
-    cpus_per_task: float
-    """CPUs that each reading and each writing task reserves."""
+    gpus_per_worker: float
+    """1 / k where k workers share a GPU: while it predicts for one, the others read, decode and write."""
 
     @property
     def per_worker(self) -> dict[str, float]:
         """Resources that one worker reserves."""
-        return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.use_gpu else {})
-
-    def bundles(self) -> list[dict[str, float]]:
-        """Resources that one worker, one reader and one writer need; each bundle has to fit on one node."""
-        return [self.per_worker, *([{"CPU": self.cpus_per_task}] * (2 if self.readers else 0))]
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
 
 
 def allocate_resources(config: ScoreConfig, say: Callable[[str], None]) -> tuple[ScoringResourcePlan, str]:
@@ -56,8 +52,8 @@ def allocate_resources(config: ScoreConfig, say: Callable[[str], None]) -> tuple
     """
     use_gpu = False if config.precision == "int8" else config.use_gpu
     cluster, probe = drop_unusable_gpus(inspect_cluster(), use_gpu, config.wait_seconds, say)
-    plan = plan_scoring_resources(config, cluster)
-    wait_until_free(plan.bundles(), config.wait_seconds, say)
+    plan = plan_scoring_resources(config, cluster, probe.memory_bytes if probe else _UNKNOWN_GPU_BYTES)
+    wait_until_free([plan.per_worker], config.wait_seconds, say)
     if plan.use_gpu and probe is None:  # The cluster had no GPU at first and got one during the wait.
         probe = probe_gpu(config.wait_seconds)
         check_cuda(probe, config.use_gpu)
@@ -68,8 +64,10 @@ def allocate_resources(config: ScoreConfig, say: Callable[[str], None]) -> tuple
     return plan, "bf16" if bf16 else "fp32"
 
 
-def plan_scoring_resources(config: ScoreConfig, cluster: ClusterResources) -> ScoringResourcePlan:
-    """Choose workers, readers and devices: from the config where it says so, and otherwise from the cluster.
+def plan_scoring_resources(config: ScoreConfig, cluster: ClusterResources, gpu_bytes: int) -> ScoringResourcePlan:
+    """Choose workers and devices: from the config where it says so, and otherwise from the cluster.
+
+    By default a GPU is shared by as many workers as its memory of `gpu_bytes` and the CPUs of its node allow, at most 8.
 
     Raises:
         RequestError: the config asks for more than the cluster can ever have.
@@ -81,27 +79,20 @@ def plan_scoring_resources(config: ScoreConfig, cluster: ClusterResources) -> Sc
     only_cpus = config.use_gpu is False or config.precision == "int8"
     limits = _growth_limits(cluster, use_gpu=use_gpu, only_cpus=only_cpus)
     # The plan is sized for the largest cluster. Until it has grown fewer workers run, and new nodes are used as they join.
-    max_workers = max(1, int(max(gpus, limits.get("GPU", 0)) if use_gpu else max(cpus, limits.get("CPU", 0))))
-    workers = config.num_workers or max_workers
-    if workers > max_workers and not cluster.can_grow:
-        kind = "GPU" if use_gpu else "CPU"
-        raise RequestError(
-            f"--num-workers {workers}: needs {workers} {kind}s, one a worker; the cluster has {cluster.describe()}"
-        )
-    if cluster.can_grow:  # New nodes bring their own CPUs.
-        cpus = max(cpus, limits.get("CPU", float(workers * (_READERS_PER_GPU if use_gpu else 1))))
-    readers = (max(1, int(cpus) - 1) if use_gpu else 0) if config.num_readers is None else config.num_readers
-    if use_gpu and not readers:
-        raise RequestError("--num-readers 0: a GPU would wait for its data; give at least 1")
-    # If the workers reserved every CPU, the tasks that read for them would wait forever.
-    tasks_share = 0.0 if not readers else 1.0 if use_gpu else TASKS_CPU_SHARE
-    return ScoringResourcePlan(
-        workers=workers,
-        use_gpu=use_gpu,
-        cpus_per_worker=0.0 if use_gpu and readers else min(1.0, (1 - tasks_share) * cpus / workers),
-        readers=readers,
-        cpus_per_task=min(1.0, tasks_share * cpus / (readers + 1)),
-    )
+    if not use_gpu:
+        largest = max(1, int(max(cpus, limits.get("CPU", 0))))
+        workers = config.num_workers or largest
+        if workers > largest and not cluster.can_grow:
+            raise RequestError(
+                f"--num-workers {workers}: needs {workers} CPUs, one a worker; the cluster has {cluster.describe()}"
+            )
+        return ScoringResourcePlan(workers, False, min(1.0, max(cpus, limits.get("CPU", 1.0)) / workers), 0.0)
+    largest = max(1, int(max(gpus, limits.get("GPU", 0))))
+    cpus_per_gpu = min((node.get("CPU", 0.0) / node["GPU"] for node in cluster.gpu_nodes), default=float(_MAX_WORKERS_PER_GPU))
+    sharing = max(1, min(_MAX_WORKERS_PER_GPU, int(cpus_per_gpu), gpu_bytes // _WORKER_GPU_BYTES))
+    workers = config.num_workers or largest * sharing
+    sharing = -(-workers // largest)
+    return ScoringResourcePlan(workers, True, min(1.0, cpus_per_gpu / sharing), 1 / sharing)
 
 
 def _growth_limits(cluster: ClusterResources, *, use_gpu: bool, only_cpus: bool) -> dict[str, float]:

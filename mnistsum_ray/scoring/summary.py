@@ -6,12 +6,10 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.scoring.layout import FILES_TABLE, PREDICTIONS, REPORT
+from mnistsum_ray.scoring.output import REPORT
 from mnistsum_ray.scoring.preflight import ScoringRun
+from mnistsum_ray.scoring.stamp import PREDICTIONS
 from mnistsum_ray.scoring.totals import Totals
-
-_MAX_FILES: Final = 1000
-"""Unusable files that the console names."""
 
 _MAX_REASONS: Final = 10
 """Reasons for rejected rows that the console names."""
@@ -54,22 +52,17 @@ def count_failed(files: pa.Table) -> int:
     return pc.sum(pc.equal(files["status"], "failed")).as_py() or 0
 
 
-def name_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
-    """Name the files that cannot be used, one line each with the reason."""
-    for name, reason in list(failures.items())[:_MAX_FILES]:
-        say(f"cannot be used: {name}: {reason}")
-    if len(failures) > _MAX_FILES:
-        say(f"and {len(failures) - _MAX_FILES:,} more files; {FILES_TABLE} will list all of them")
+def summarize(line: dict[str, Any], totals: Totals, new_rejected: int, say: Callable[[str], None]) -> None:
+    """Write the counts, the reasons for rejected rows, the share of consistent rows, and with labels the accuracies.
 
-
-def summarize(line: dict[str, Any], totals: Totals, say: Callable[[str], None]) -> None:
-    """Write the counts, the reasons for rejected rows, the share of consistent rows, and with labels the accuracies."""
+    The reasons are left out if this run has rejected no row: an earlier run has named them.
+    """
     say(
         f"{line['scored_rows']:,} of {line['input_rows']:,} rows scored, {line['rejected_rows']:,} rejected, in "
         f"{line['files'] - line['failed_files']:,} files; {line['failed_files']:,} files could not be used; all rows of the "
         "others are in the output exactly once"
     )
-    reasons = list(totals.reasons.items())
+    reasons = list(totals.reasons.items()) if new_rejected else []
     for reason, count in reasons[:_MAX_REASONS]:
         say(f"  rejected: {count:,} x {reason}")
     if len(reasons) > _MAX_REASONS:

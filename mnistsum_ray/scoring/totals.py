@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from mnistsum_ray.model.calibration import HEADS
 from mnistsum_ray.model.predictions import Predictions
 from mnistsum_ray.model.reliability import Reliability
-from mnistsum_ray.scoring.decode import DecodedPart
+from mnistsum_ray.scoring.reader import DecodedPart
 
 PROBABILITY_BINS: Final = 20
 """Bins of equal width over 0..1, in which rows are counted by `digit_prob` and by `sum_prob`."""

@@ -10,7 +10,7 @@ from mnistsum_ray.errors import RequestError, RunError, one_line
 from mnistsum_ray.storage import conditional
 from mnistsum_ray.storage.lease_object import LeaseObject, LeaseTakenError
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock_file import LOCK_NAME, locked_error, read_lock, taken_over_message
+from mnistsum_ray.storage.lock_record import LOCK_NAME, locked_error, read_lock, taken_over_message
 
 HEARTBEAT_SECONDS: Final = 2.0
 """Seconds between renewals."""
@@ -37,7 +37,6 @@ class Lease:
         self._lost_reason = ""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewed, daemon=True)
-        self.lost = threading.Event()
 
     @property
     def conditional(self) -> bool:
@@ -121,5 +120,4 @@ class Lease:
                 reason = f"not renewed for {RENEW_TIMEOUT_SECONDS:.0f} s, so that another run may have taken the output"
             if reason:
                 self._lost_reason = reason
-                self.lost.set()
                 return

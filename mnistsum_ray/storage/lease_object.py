@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from mnistsum_ray.storage import conditional
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock_file import read_lock
+from mnistsum_ray.storage.lock_record import read_lock
 
 _SETTLE_SECONDS: Final = 1.0
 """Pause after an unconditional first write: of two runs that start at the same moment, the last writer keeps the lease."""

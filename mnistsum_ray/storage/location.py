@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from mnistsum_ray.storage.s3 import RetryingS3FileSystem, s3_options
 _PARTIAL: Final = re.compile(r"\.mnistsum-[0-9a-f]{16}\.partial")
 """Name of an unfinished file. It is short whatever the final name is: file systems allow 255 bytes."""
 
-_ATOMIC_PUTS: Final = ("s3", "gcs", "abfs")
-"""File systems where a written object appears whole or not at all. Elsewhere a file is written aside and then renamed."""
+_MAX_BYTES: Final = 2**28
+"""Largest file that is read whole: a name may lead to a device without end."""
 
 
 @dataclass(frozen=True)
@@ -60,27 +61,47 @@ class Location:
         return bool(self.info().type != pafs.FileType.NotFound)
 
     def read_bytes(self) -> bytes:
-        """The whole file."""
+        """The whole file.
+
+        Raises:
+            OSError: the storage does not answer, the file is missing, or has more than _MAX_BYTES.
+        """
         with self.filesystem.open_input_stream(self.path) as stream:
-            return bytes(stream.read())
+            data = bytes(stream.read(_MAX_BYTES))
+        if len(data) == _MAX_BYTES:
+            raise OSError(f"{self.display} is larger than any file of this program")
+        return data
 
     def write_bytes(self, data: bytes | pa.Buffer) -> None:
-        """Write a file that appears under its name only when it is complete."""
-        if self.filesystem.type_name in _ATOMIC_PUTS:
+        """Write a file that appears under its name only when it is complete, also if the power fails."""
+        if not self.is_local:  # an object appears whole or not at all
             with self.filesystem.open_output_stream(self.path) as stream:
                 stream.write(data)
             return
-        folder = self.path.rpartition("/")[0]
-        partial = f"{folder}/.mnistsum-{secrets.token_hex(8)}.partial"
-        self.filesystem.create_dir(folder)
+        folder = Path(self.path).parent
+        _make_folder(folder)
+        partial = folder / f".mnistsum-{secrets.token_hex(8)}.partial"
         try:
-            with self.filesystem.open_output_stream(partial) as stream:
-                stream.write(data)
-            self.filesystem.move(partial, self.path)
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(self.path)
         except BaseException:
             with contextlib.suppress(OSError):
-                self.filesystem.delete_file(partial)
+                partial.unlink()
             raise
+        _sync_folder(folder)
+
+    def move(self, target: "Location") -> None:
+        """Move this file to another path on the same file system, whose folder is made where it is missing."""
+        if not self.is_local:
+            self.filesystem.move(self.path, target.path)
+            return
+        folder = Path(target.path).parent
+        _make_folder(folder)
+        Path(self.path).rename(target.path)
+        _sync_folder(folder)
 
     def modified(self, info: pafs.FileInfo) -> int:
         """Modification time of a file here, in nanoseconds since 1970.
@@ -119,6 +140,24 @@ class Location:
         self.write_bytes((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+class Backoff:
+    """Pauses between attempts to reach a storage that fails: 1 s, then each twice as long as the one before."""
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        """Give up when the attempts have failed for this long."""
+        self._seconds, self._pause, self._failing_since = seconds, 1.0, 0.0
+
+    def pause(self) -> bool:
+        """Sleep after a failed attempt; False, without a pause, if it is time to give up."""
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        if now - self._failing_since >= self._seconds:
+            return False
+        time.sleep(self._pause)
+        self._pause *= 2
+        return True
+
+
 def is_utf8(path: str) -> bool:
     """True if a path can be encoded as UTF-8, which Arrow needs; names on a disk may hold any bytes."""
     try:
@@ -131,6 +170,24 @@ def is_utf8(path: str) -> bool:
 def is_partial(name: str) -> bool:
     """True if a file name, without its folder, is that of an unfinished file of this program."""
     return _PARTIAL.fullmatch(name) is not None
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing; their entries survive a power cut, too."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _local_files(folder: str) -> Iterator[str]:

@@ -1,105 +1,135 @@
-"""One run at a time in an output folder.
+"""One run at a time in an output folder: its file `_lock` names the run that holds it.
 
-The driver holds the folder with `output_lock`: on a disk by a lock of the kernel (lock_file.py), which ends with the process; in
-an object store by a lease (lease.py), a small object that it renews. The lock file, or the lease, names the holder. Workers get a
-`Fence`, which compares that name before they write.
+On a disk the holder also has a lock of the kernel on that file, which ends with its process; the file stays. In an object store
+the file is a lease (lease.py), which its holder renews. `FolderLock.check` is the one question, asked by driver and workers.
 """
 
+import fcntl
+import json
 import os
 import secrets
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
+from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.storage.lease import Lease
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock_file import LOCK_NAME, kernel_lock, read_lock, taken_over_message
+from mnistsum_ray.storage.lock_record import LOCK_NAME, is_lock, locked_error, read_lock, taken_over_message
 
 _CHECK_SECONDS: Final = 1.0
 """Seconds between two looks at the lock."""
 
 
 @dataclass
-class Fence:
-    """Check for the workers of a run, before each write, that the run still holds its folder. Pickled to the workers."""
+class FolderLock:
+    """A folder that a run holds. Its workers get a pickled copy."""
 
     place: Location
+    """The lock file."""
     holder: str
+    """Id of the run."""
+    conditional_writes: bool = False
+    """Whether the storage has conditional writes, so that no file of another run is ever replaced."""
+    lease: Lease | None = None
+    """In the driver of a run in an object store."""
+    _checked: float = field(default=float("-inf"), repr=False)
 
     def check(self) -> None:
-        """Read the lock, at most once a second.
+        """Check that this run still holds the folder; reads the lock at most once a second.
 
         Raises:
-            OSError: another run has taken the folder, or the storage does not answer.
+            RunError: another run has taken it.
+            OSError: the storage does not answer.
         """
+        if self.lease:
+            self.lease.check()
         # A suspended process reads the lock again when it goes on: the clock has advanced meanwhile.
         now = time.monotonic()
-        if now - getattr(self, "_checked", -_CHECK_SECONDS) < _CHECK_SECONDS:
+        if now - self._checked < _CHECK_SECONDS:
             return
         record = read_lock(self.place)
         if record is None or record["id"] != self.holder:
-            raise OSError(f"{taken_over_message(record)}; this run writes nothing more")
+            raise RunError(f"{self.place.display}: {taken_over_message(record)}; this run stops, what it has committed stays")
         self._checked = now
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"place": self.place, "holder": self.holder}
-
-
-@dataclass
-class OutputLock:
-    """A folder that this run holds."""
-
-    fence: Fence
-    check: Callable[[], None]
-    """Raises RunError once the folder is lost."""
-    conditional_writes: bool
-    """Whether the storage has conditional writes, so that a lost lease is noticed with certainty."""
-    lost: threading.Event = field(default_factory=threading.Event)
-    """Set once the folder is lost."""
-
-    @contextmanager
-    def interrupting(self, also: threading.Event) -> Iterator[None]:
-        """Raise KeyboardInterrupt in the main thread if the folder is lost, or `also` is set, inside the block."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        done = threading.Event()
-
-        def watch() -> None:
-            while not done.wait(_CHECK_SECONDS):
-                if self.lost.is_set() or also.is_set():
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-                    return
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+        return vars(self) | {"lease": None, "_checked": float("-inf")}
 
 
 @contextmanager
-def output_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iterator[OutputLock]:
+def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iterator[FolderLock]:
     """Hold a folder, which is created where it is missing.
 
     Args:
+        folder: local, or in an object store.
         flag: names the folder in messages.
+        say: writes a console line.
 
     Raises:
         RequestError: another run holds it, or it cannot be written.
     """
     holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-    fence = Fence((folder / LOCK_NAME).with_retries(), holder)
+    lock = FolderLock((folder / LOCK_NAME).with_retries(), holder)
     if folder.is_local:
-        with kernel_lock(folder, flag, holder):
-            yield OutputLock(fence, lambda: None, conditional_writes=False)
+        with _kernel_lock(folder, flag, holder):
+            yield lock
     else:
         with Lease(folder, flag, holder, say) as lease:
-            yield OutputLock(fence, lease.check, lease.conditional, lease.lost)
+            yield replace(lock, conditional_writes=lease.conditional, lease=lease)
+
+
+def check_not_locked(folder: Location, flag: str) -> None:
+    """Refuse a local folder that another run holds now, without changing the folder.
+
+    Raises:
+        RequestError: another run holds it.
+    """
+    path = Path(folder.path, LOCK_NAME)
+    if not folder.is_local or not path.exists():
+        return
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise locked_error(folder, flag, _read_if_whole(folder)) from None
+
+
+@contextmanager
+def _kernel_lock(folder: Location, flag: str, holder: str) -> Iterator[None]:
+    """Hold a local folder with `flock`, which the kernel releases when the process ends, however it ends."""
+    path = Path(folder.path, LOCK_NAME)
+    record = json.dumps({"id": holder}).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise RequestError(f"{flag} {folder.display}: cannot be written ({error.strerror or error})") from None
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_lock(file.read()):
+                raise RequestError(
+                    f"{flag} {folder.display}: {LOCK_NAME} is not a file of this program; move it away, or choose another folder"
+                )
+            # First written, then cut: workers on other nodes may read it through a network file system at any moment.
+            os.pwrite(descriptor, record, 0)
+            file.truncate(len(record))
+            os.fsync(descriptor)
+        except BlockingIOError:
+            raise locked_error(folder, flag, _read_if_whole(folder)) from None
+        except OSError as error:
+            raise RequestError(f"{flag} {folder.display}: cannot be written ({error.strerror or error})") from None
+        yield
+
+
+def _read_if_whole(folder: Location) -> dict[str, Any] | None:
+    """The record of a folder's lock file; None where its holder has not written it yet."""
+    try:
+        return read_lock(folder / LOCK_NAME)
+    except OSError:
+        return None

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -28,10 +28,8 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
         try:
             filesystem, path = pafs.FileSystem.from_uri(text)
         except (pa.ArrowInvalid, OSError, ValueError) as error:
-            shown = _without_credentials(text)
-            # Arrow's message quotes the URI, so it is repeated only where the URI holds no credentials.
-            reason = one_line(error) if shown == text else "is not a valid URI; write a / in a key as %2F"
-            raise RequestError(f"{flag} {shown}: {reason}") from None
+            advice = "; write a / in a key as %2F" if "/" in _user_of(text) else ""
+            raise RequestError(f"{flag} {_without_credentials(text)}: {_hide_keys(one_line(error), text)}{advice}") from None
         return Location(filesystem, path.rstrip("/"), _without_credentials(text))
     try:
         path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())
@@ -95,5 +93,27 @@ def _without_credentials(uri: str) -> str:
     user, _, host = parts.netloc.rpartition("@")
     # A user without a password is a container (Azure) or "anonymous" (Google): part of the address.
     address = f"{user}@{host}" if user and parts.scheme != "s3" else host
-    query = urlencode([(key, value) for key, value in parse_qsl(parts.query) if key in _PUBLIC_QUERY_KEYS])
-    return urlunsplit((parts.scheme, address, parts.path, query, ""))
+    public = [(key, _without_user(value)) for key, value in parse_qsl(parts.query) if key in _PUBLIC_QUERY_KEYS]
+    return urlunsplit((parts.scheme, address, parts.path, urlencode(public), ""))
+
+
+def _without_user(address: str) -> str:
+    """An address, with or without a scheme, without `user:password@`."""
+    return re.sub(r"^(\w+://)?[^@/]*@", lambda found: found[1] or "", address)
+
+
+def _user_of(uri: str) -> str:
+    """What stands before the @ of a URI: user and password, or key and secret."""
+    found = re.match(r"[^:/]+://([^@?]*)@", uri)
+    return found[1] if found else ""
+
+
+def _hide_keys(text: str, uri: str) -> str:
+    """An error message without the keys of the URI that it quotes."""
+    query = uri.partition("?")[2]
+    values = [value for key, value in parse_qsl(query) if key not in _PUBLIC_QUERY_KEYS or "@" in value]
+    text = text.replace(uri, _without_credentials(uri))
+    for secret in (_user_of(uri), *_user_of(uri).split(":"), *values):
+        for spelling in {secret, unquote(secret)} - {""}:
+            text = text.replace(spelling, "…")
+    return text

@@ -1,17 +1,14 @@
 """Files of a run folder for people and other programs: manifest, model, history, pictures, report."""
 
 import json
+from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import ray.train
-
+from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.parquet_files import ParquetFiles
-from mnistsum_ray.model.serialization import MODEL_FILES
-from mnistsum_ray.reporting.report import REPORT, report_page, write_history
+from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
+from mnistsum_ray.reporting.report import REPORT, report_page
 from mnistsum_ray.reporting.versions import versions
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.finalize import TrainingResult
@@ -47,40 +44,37 @@ def build_manifest(run: TrainingRun, fingerprint: str, workers: str) -> dict[str
 
 def write_data_files(folder: Location, files: ParquetFiles) -> None:
     """Write down the files that a run streams, so that a resumed run can name one that has changed."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(files.table, sink)
-    (folder / DATA_FILES).write_bytes(sink.getvalue())
+    (folder / DATA_FILES).write_bytes(to_parquet(files.table))
 
 
-def publish_model(
-    folder: Location, checkpoint: ray.train.Checkpoint, history: list[dict[str, Any]], final: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Copy the best model of a checkpoint and the history into the run folder.
+def write_history(folder: Location, history: list[dict[str, Any]]) -> None:
+    """Write history.jsonl and TensorBoard's event files of the epochs, lines of history.jsonl."""
+    from mnistsum_ray.reporting import report, tensorboard  # takes a moment to import, and is needed after the first epoch only
 
-    Args:
-        folder: the run folder.
-        checkpoint: its folder also holds the best model so far.
-        history: lines of history.jsonl.
-        final: FINAL_FIELDS for model.json, at the end of training. Values that model.json already has for the same weights stay,
-            so that a scoring run that has used them can be resumed.
-
-    Returns:
-        The contents of model.json.
-    """
-    from mnistsum_ray.reporting import tensorboard  # takes a moment to import, and is needed after the first epoch only
-
-    weights_name, card_name = MODEL_FILES
-    with checkpoint.as_directory() as local:
-        card: dict[str, Any] = json.loads((Path(local) / card_name).read_text())
-        target = folder / "model" / card_name
-        published = target.read_json() if target.exists() else {}
-        keep = published.get("sha256") == card["sha256"] and "probabilities" in published
-        (folder / "model" / weights_name).write_bytes((Path(local) / weights_name).read_bytes())
-    card |= (final or {}) | {key: published[key] for key in FINAL_FIELDS if keep and key in published}
-    target.write_json(card)
-    write_history(folder, history)
+    report.write_history(folder, history)
     tensorboard.write_epochs(folder, history)
-    return card
+
+
+def read_history(folder: Location) -> list[dict[str, Any]]:
+    """The lines of history.jsonl; none where it is missing or damaged."""
+    try:
+        return [json.loads(line) for line in (folder / "history.jsonl").read_bytes().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def publish_model(folder: Location, result: TrainingResult) -> dict[str, Any]:
+    """Write the model folder of a run folder; return the model's description.
+
+    FINAL_FIELDS that the folder already has for the same weights stay, so that a scoring run that has used them can be resumed.
+    """
+    description, place = result.description, folder / "model"
+    with suppress(OSError, ValueError):  # there is no model yet, or one of another version
+        published = read_description((place / WEIGHTS_FILE).read_bytes())
+        if published["sha256"] == description["sha256"]:
+            description |= {key: published[key] for key in FINAL_FIELDS if key in published}
+    save_model(place, result.weights, description)
+    return description
 
 
 def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any], result: TrainingResult) -> list[str]:
@@ -103,4 +97,4 @@ def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any
     text = model_card(str(run.config.name), card, manifest["data"])
     (run.folder / "model" / MODEL_CARD).write_bytes(text.encode())
     tensorboard.write_final(run.folder, result.history[-1]["epoch"], card, drawn, manifest["config"])
-    return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (*MODEL_FILES, MODEL_CARD))]
+    return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE, MODEL_CARD))]

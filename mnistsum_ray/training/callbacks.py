@@ -1,8 +1,8 @@
-"""Ray Train's hooks: publish after each epoch, report lost workers, and leave Ctrl-C to the driver."""
+"""Ray Train's hooks: report lost workers, leave Ctrl-C to the driver, and end a run that must not go on."""
 
-import json
-from contextlib import suppress
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import ray
@@ -10,13 +10,11 @@ import ray.train
 import ray.train.torch
 from ray.util.queue import Queue
 
-from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import Fence
-from mnistsum_ray.training.artifacts import publish_model
 from mnistsum_ray.training.events import EventSender
-from mnistsum_ray.training.state import STATE_CARD
 
 _ABORT_SECONDS: Final = 3.0
+
+_CHECK_SECONDS: Final = 1.0
 
 
 class InterruptibleTrainer(ray.train.torch.TorchTrainer):
@@ -40,27 +38,36 @@ class InterruptibleTrainer(ray.train.torch.TorchTrainer):
         self.controller = controller
 
     def abort(self) -> None:
-        """End the workers, if they have been started."""
+        """End the workers, if they have been started; `fit` then raises RayActorError."""
         if self.controller is not None:
             with suppress(Exception):  # workers that do not end now end with this process
                 ray.get(self.controller.abort.remote(), timeout=_ABORT_SECONDS)
 
+    @contextmanager
+    def aborted_by(self, check: Callable[[], bool]) -> Iterator[None]:
+        """Abort the run as soon as `check`, called once a second in another thread, returns True."""
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(_CHECK_SECONDS):
+                if check():
+                    self.abort()
+                    return
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
 
 class RunCallback(ray.train.UserCallback):
-    """Publishes the model after each epoch, and reports lost workers. Runs in Ray Train's controller process."""
+    """Reports lost workers. Runs in Ray Train's controller process."""
 
-    def __init__(self, folder: Location, events: Queue, fence: Fence) -> None:
-        self._folder, self._events, self._fence = folder, EventSender(events, rank=0), fence
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None) -> None:
-        """Publish the best model and the history of a new checkpoint."""
-        if checkpoint is None:
-            return
-        with checkpoint.as_directory() as local:
-            history = json.loads((Path(local) / STATE_CARD).read_text())["history"]
-        self._fence.check()
-        if history:  # a checkpoint within the first epoch holds no model yet
-            publish_model(self._folder, checkpoint, history)
+    def __init__(self, events: Queue) -> None:
+        self._events = EventSender(events, rank=0)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Send a console line for each failed worker; Ray Train itself says nothing until it gives up."""

@@ -14,7 +14,7 @@ from mnistsum_ray.model.evaluation import Metrics, within_one_standard_error
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights
-from mnistsum_ray.storage.lock import Fence
+from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.events import EventSender
 from mnistsum_ray.training.state import CheckpointError, EpochProgress, TrainerState, load_state, save_checkpoint
 from mnistsum_ray.training.worker import Worker
@@ -29,9 +29,9 @@ _PREEMPTION_SAVE_SECONDS: Final = 10.0
 class Checkpointer:
     """Saves and restores model, optimizer and `TrainerState` through Ray Train."""
 
-    def __init__(self, model: TwoHeadCNN, optimizer: MuonAdamW, worker: Worker, fence: Fence, events: EventSender) -> None:
+    def __init__(self, model: TwoHeadCNN, optimizer: MuonAdamW, worker: Worker, lock: FolderLock, events: EventSender) -> None:
         self._model, self._optimizer, self._worker = model, optimizer, worker
-        self._fence, self._events = fence, events
+        self._lock, self._events = lock, events
         self._next_preemption_check = 0.0
         self._uploading: Path | None = None
         """Folder of the checkpoint that is uploaded in the background; Ray Train deletes it when it has been uploaded."""
@@ -117,7 +117,7 @@ class Checkpointer:
         if self._worker.rank != 0:
             ray.train.report(metrics, checkpoint=None, checkpoint_upload_mode=mode)
             return
-        self._fence.check()  # another run may own the run folder by now
+        self._lock.check()  # another run may own the run folder by now
         folder = Path(tempfile.mkdtemp())
         try:
             save_checkpoint(folder, state, self._model, self._optimizer)

@@ -15,8 +15,8 @@ from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.metrics import TrainingMetrics
 from mnistsum_ray.storage.listing import report_skipped
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import OutputLock, output_lock
-from mnistsum_ray.training.artifacts import build_manifest, write_data_files
+from mnistsum_ray.storage.lock import FolderLock, folder_lock
+from mnistsum_ray.training.artifacts import build_manifest, read_history, write_data_files, write_history
 from mnistsum_ray.training.events import event_queue
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
 from mnistsum_ray.training.prepare import prepare_rows
@@ -41,7 +41,7 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
     try:
         start_autoscaling_coordinator()
         plan = _reserve(run, console)
-        with output_lock(run.folder, "--name", console.say) as lock:
+        with folder_lock(run.folder, "--name", console.say) as lock:
             return _fit(run, plan, lock, console)
     except OSError as error:
         raise RunError(f"--storage-path {run.storage.display}: {one_line(error)}; {run.how_to_resume()}") from error
@@ -74,19 +74,30 @@ def _reserve(run: TrainingRun, console: Console) -> ResourcePlan:
     return plan
 
 
-def _fit(run: TrainingRun, plan: ResourcePlan, lock: OutputLock, console: Console) -> dict[str, Any]:
+def _fit(run: TrainingRun, plan: ResourcePlan, lock: FolderLock, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     source = run.source
     rows = prepare_rows(run, plan, console.say)
     manifest, start = _start(run, build_manifest(run, rows.fingerprint, plan.describe()), console)
     manifest_file = run.folder / "manifest.json"
+    history = read_history(run.folder) if run.config.resume else []
 
     def mark(status: str) -> None:
-        if lock.lost.is_set():
+        if manifest["status"] == "finished":
             return
-        with suppress(OSError, KeyboardInterrupt):
-            lock.fence.check()  # the lock may have been lost since its last renewal: then the folder belongs to another run
+        with suppress(OSError, RunError, KeyboardInterrupt):
+            lock.check()  # the folder may belong to another run by now
             manifest_file.write_json(manifest | {"status": status})
+
+    def on_epoch(line: dict[str, Any]) -> None:
+        history[:] = [earlier for earlier in history if earlier["epoch"] < line["epoch"]] + [line]
+        try:
+            lock.check()
+            write_history(run.folder, history)
+        except (OSError, RunError) as error:  # it is written again after the next epoch
+            console.say(f"history.jsonl: {one_line(error)}")
+        if mlflow:
+            mlflow.log_epoch(line, console.say)
 
     with mlflow_run(run, manifest, console) as mlflow:
         try:
@@ -98,11 +109,9 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: OutputLock, console: Consol
                 f"{len(source.test):,} test rows of {source.name} ({source.location}); {manifest['workers']}"
             )
             metrics = TrainingMetrics(run.folder.display)
-            with event_queue(
-                console, lambda line: mlflow.log_epoch(line, console.say) if mlflow else None, metrics.add
-            ) as events:
-                result, checkpoint = run_ray_train(run, plan, rows, start, lock, events, console, lambda: mark("stopped"))
-            return publish_run(run, manifest, result, checkpoint, lock.fence, mlflow, started, console)
+            with event_queue(console, on_epoch, metrics.add) as events:
+                result = run_ray_train(run, plan, rows, start, lock, events, console, lambda: mark("stopped"))
+            return publish_run(run, manifest, result, lock, mlflow, started, console)
         except KeyboardInterrupt:
             mark("stopped")
             raise RunInterrupted(run.how_to_resume()) from None

@@ -15,7 +15,7 @@ from mnistsum_ray.model.device import hardware
 from mnistsum_ray.model.distributed import broadcast_parameters
 from mnistsum_ray.model.error_analysis import ErrorAnalysis, analyse_errors, fit_temperatures
 from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.serialization import copy_weights
+from mnistsum_ray.model.serialization import Weights, copy_weights
 from mnistsum_ray.training.checkpointer import Checkpointer
 from mnistsum_ray.training.pipeline import EvaluationSet, Rows, TrainingRows, load_rows
 from mnistsum_ray.training.state import SumHeadResult, TrainerState
@@ -38,8 +38,10 @@ class TrainingResult:
     """Errors of the best model on the test rows."""
     mistake_images: Pixels
     """Images of the analysis' mistakes, in their order: uint8[n, 28, 28]."""
-    card: dict[str, Any]
-    """Fields that model.json gets at the end, see `artifacts.FINAL_FIELDS`."""
+    weights: Weights
+    """Of the best model."""
+    description: dict[str, Any]
+    """Of the best model, see `serialization.describe_model`, with `artifacts.FINAL_FIELDS`."""
     hardware: dict[str, Any]
     precision: str
 
@@ -114,12 +116,14 @@ def analyse_model(
     on_progress = events.progress("test rows analysed", len(test))
     analysis = analyse_errors(model, held_out.in_order(test, batch), trainer.autocast(), on_progress)
     mistake_images = load_rows(held_out, np.array([mistake.row_id for mistake in analysis.mistakes], np.int64))["image"]
-    card = {"temperature": model.temperatures.as_json(), "probabilities": analysis.probability_metrics()}
+    description = state.describe_best()
+    description |= {"temperature": model.temperatures.as_json(), "probabilities": analysis.probability_metrics()}
     if quantization.is_available():
         torch.set_num_threads(cpus_of_node())  # the other workers have returned
         calibration = load_rows(rows.train, rows.train.sample(train, quantization.CALIBRATION_ROWS).ids())
         compared = load_rows(held_out, held_out.sample(test, quantization.COMPARED_ROWS).ids())
         training_images, image, digit = map(torch.from_numpy, (calibration["image"], compared["image"], compared["digit"]))
         on_progress = events.progress("test rows compared with int8", len(digit))
-        card["int8"] = quantization.quantize(model.cpu(), training_images, image, digit, on_progress).as_json()
-    return TrainingResult(state.history, analysis, mistake_images, card, hardware(trainer.worker.device), state.precision)
+        description["int8"] = quantization.quantize(model.cpu(), training_images, image, digit, on_progress).as_json()
+    worked_on = hardware(trainer.worker.device)
+    return TrainingResult(state.history, analysis, mistake_images, state.best, description, worked_on, state.precision)

@@ -108,7 +108,8 @@ def _first_ids(planned: list[tuple[int, int]], counts: list[int]) -> RowIds:
         while done < rows:
             first_ids.append(first_id + done)
             done += next(blocks)
-        assert done == rows, "blocks follow the parts"
+        if done != rows:
+            raise RowCountError(f"a block of {done:,} rows does not end with its part of {rows:,}")
     return np.array(first_ids, np.int64)
 
 
@@ -136,8 +137,7 @@ class InMemoryRows:
             rows = schedule.chunk_rows(chunk)
             columns = columns_of(next(blocks)) if rows else _NO_ROWS  # Ray Data yields no empty blocks
             if len(columns["row_id"]) != rows:
-                # Only this rank knows. An exception ends the others too; a RowCountError, returned as a value, would not.
-                raise AssertionError(f"a block of epoch {chunk.epoch + 1} has {len(columns['row_id'])} rows, not {rows}")
+                raise RowCountError(f"a block of epoch {chunk.epoch + 1} has {len(columns['row_id'])} rows, not {rows}")
             yield columns
 
     def _training_blocks(self, schedule: Schedule, tasks: list[dict[str, int]], actors: int) -> Iterator[pa.Table]:

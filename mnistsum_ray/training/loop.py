@@ -15,7 +15,7 @@ from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.model.distributed import broadcast_parameters
 from mnistsum_ray.model.serialization import copy_weights
-from mnistsum_ray.storage.lock import Fence
+from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.checkpointer import Checkpointer
 from mnistsum_ray.training.events import EventSender
 from mnistsum_ray.training.finalize import analyse_model, finetune
@@ -47,7 +47,7 @@ class LoopConfig:
     """Rank 0 sends events for the console here."""
     start: ray.train.Checkpoint | None
     """Checkpoint that `--resume` starts from; None starts from new weights."""
-    fence: Fence
+    lock: FolderLock
     """Checked before each write to the run folder."""
 
 
@@ -55,27 +55,22 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> dict[str, Any]:
     """Run the training loop.
 
     Returns:
-        On rank 0, which Ray Train hands to the driver: the fields of a `TrainingResult`, or `error`, a message, where another
-        attempt would fail in the same way. On other ranks nothing that is used.
+        On rank 0, which Ray Train hands to the driver: the fields of a `TrainingResult`. On other ranks nothing that is used.
     """
     loop = config["loop"]
     worker = setup_worker()
     events = EventSender(loop.events, worker.rank)
     try:
         return _train_loop(loop, worker, events)
-    except (NonFiniteLossError, RowCountError, CheckpointError) as error:
-        # Returned as a value, because Ray Train retries exceptions. Every rank gets here: all see the same sums and checkpoint.
-        print(f"stopped on this rank: {error}", flush=True)
-        return {"error": str(error)}
-    except RunError as error:
-        # A file that cannot be used. Only this rank knows, and another attempt would read the same: the driver ends all ranks.
+    except (NonFiniteLossError, CheckpointError, RunError) as error:
+        # Another attempt would meet the same. Perhaps only this rank knows, so the driver ends all of them.
         events.fail(str(error))
         raise
 
 
 def _train_loop(config: LoopConfig, worker: Worker, events: EventSender) -> dict[str, Any]:
     trainer = Trainer(config.hyperparameters, worker, events)
-    checkpointer = Checkpointer(trainer.model, trainer.optimizer, worker, config.fence, events)
+    checkpointer = Checkpointer(trainer.model, trainer.optimizer, worker, config.lock, events)
     state = checkpointer.restore(config.start)
     if state is None:
         bf16 = worker.all_agree(faster_with_bf16(worker.device))
@@ -110,7 +105,7 @@ def _train_loop(config: LoopConfig, worker: Worker, events: EventSender) -> dict
         trained["evaluation_seconds"] = time.perf_counter() - started
         checkpointer.save_epoch(state, trained, *metrics, last=epoch == schedule.epochs - 1)
     if next(batches, None) is not None:
-        raise AssertionError("there are more batches than steps")
+        raise RowCountError("there are more batches than steps")
 
     if config.hyperparameters.sum_head_steps and state.sum_head is None:
         finetune(trainer, state, rows, config.train, validation, test, checkpointer)

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from mnistsum_ray.data.row_ranges import RowRanges
-from mnistsum_ray.data.sampling import RowIds
+from mnistsum_ray.data.sampling import RowIds, mix_ids
 from mnistsum_ray.model.device import array_to_device
 from mnistsum_ray.training.schedule import Chunk, Schedule
 
 Batch = dict[str, torch.Tensor]
-"""image uint8[n, 28, 28], digit int64[n], row_id int64[n]; in training also number int64[n] and, with --distortion, affine
-float32[n, AFFINE_VALUES]; all on the worker's device."""
+"""image uint8[n, 28, 28], digit int64[n], row_id int64[n]; in training also number int64[n], mixed_id int64[n]
+(`sampling.mix_ids`) and, with --distortion, affine float32[n, AFFINE_VALUES]; all on the worker's device."""
 
 _EVALUATION_BATCH: Final = 250
 _GPU_EVALUATION_BATCH: Final = 2_000
@@ -93,6 +93,7 @@ class EvaluationSet:
 
 def split_into_steps(batch: Batch, schedule: Schedule, chunk: Chunk) -> Iterator[Batch]:
     """The rows of a chunk as this worker's share of each of its steps."""
+    batch = batch | {"mixed_id": mix_ids(batch["row_id"])}
     start = 0
     for step in chunk.steps:
         end = start + schedule.share_rows(step)

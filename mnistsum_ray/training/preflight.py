@@ -20,7 +20,8 @@ from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.program import shell_command
 from mnistsum_ray.storage.location import Location, is_partial
-from mnistsum_ray.storage.lock_file import LOCK_NAME, check_not_locked
+from mnistsum_ray.storage.lock import check_not_locked
+from mnistsum_ray.storage.lock_record import LOCK_NAME
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
 from mnistsum_ray.training.recipes import SMALL_ROWS, recipe_defaults
 

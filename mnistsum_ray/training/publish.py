@@ -3,13 +3,12 @@
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-import ray.train
-
+from mnistsum_ray.cluster.signals import defer_signals
 from mnistsum_ray.model.network import PARAMETERS
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.report import REPORT
-from mnistsum_ray.storage.lock import Fence
-from mnistsum_ray.training.artifacts import publish_model, write_report
+from mnistsum_ray.storage.lock import FolderLock
+from mnistsum_ray.training.artifacts import publish_model, write_history, write_report
 from mnistsum_ray.training.finalize import TrainingResult
 from mnistsum_ray.training.preflight import TrainingRun
 
@@ -23,8 +22,7 @@ def publish_run(
     run: TrainingRun,
     manifest: dict[str, Any],
     result: TrainingResult,
-    checkpoint: ray.train.Checkpoint,
-    fence: Fence,
+    lock: FolderLock,
     mlflow: "MLflowRun | None",
     started: float,
     console: Console,
@@ -35,8 +33,7 @@ def publish_run(
         run: config and folders.
         manifest: of the running run; completed in place.
         result: of the training.
-        checkpoint: the last one.
-        fence: checked before each write.
+        lock: checked before each write.
         mlflow: gets the model's metrics and the files.
         started: `time.monotonic()` at the start of the run.
         console: shows where the model and the report are.
@@ -44,9 +41,9 @@ def publish_run(
     Returns:
         The fields of the job's JSON line.
     """
-    fence.check()
-    # Published again: a kill may have come between the last epoch and its publication.
-    card = publish_model(run.folder, checkpoint, result.history, result.card)
+    lock.check()
+    card = publish_model(run.folder, result)
+    write_history(run.folder, result.history)
     summary = {
         "run": run.folder.display,
         "model": (run.folder / "model").display,
@@ -63,11 +60,12 @@ def publish_run(
         "precision": result.precision,
         "error_analysis": result.error_analysis.as_json(),
     }
-    fence.check()
+    lock.check()
     files = write_report(run, manifest, card, result)
-    fence.check()
+    lock.check()
     manifest_file = run.folder / "manifest.json"
-    manifest_file.write_json(manifest)
+    with defer_signals():  # a run that is finished is not stopped
+        manifest_file.write_json(manifest)
     if mlflow:
         logged = mlflow.finish(result.history, card, run.folder, files, console.say)
         summary["mlflow"] = mlflow.run_id if logged else None

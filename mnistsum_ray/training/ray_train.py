@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from typing import Final
 
+import ray.exceptions
 import ray.train
 import ray.train.torch
 
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RunError
+from mnistsum_ray.errors import RunError, one_line
 from mnistsum_ray.process_state import default_environment
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import OutputLock
+from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.callbacks import InterruptibleTrainer, RunCallback
 from mnistsum_ray.training.events import Events
 from mnistsum_ray.training.finalize import TrainingResult
@@ -34,11 +35,11 @@ def run_ray_train(
     plan: ResourcePlan,
     rows: PreparedRows,
     start: Location | None,
-    lock: OutputLock,
+    lock: FolderLock,
     events: Events,
     console: Console,
     on_interrupt: Callable[[], None],
-) -> tuple[TrainingResult, ray.train.Checkpoint]:
+) -> TrainingResult:
     """Run Ray Train to its end.
 
     Args:
@@ -52,7 +53,7 @@ def run_ray_train(
         on_interrupt: called first on an interrupt, since a cluster gives a stopped job only a few seconds.
 
     Returns:
-        The result of rank 0, and the last checkpoint.
+        The result of rank 0.
 
     Raises:
         RunError: the workers failed more often than `--max-failures`, or with an error that another attempt would repeat, such
@@ -61,35 +62,44 @@ def run_ray_train(
     config = run.config
     resume_from = ray.train.Checkpoint(start.path, start.filesystem) if start else None
     trainer = _trainer(run, plan, rows, resume_from, lock, events)
+
+    def must_end() -> bool:
+        """Whether a worker has met what another attempt would meet again, or the folder is lost."""
+        try:
+            lock.check()
+        except RunError:
+            return True
+        except OSError:  # the storage may not answer for a moment
+            pass
+        return events.failed.is_set()
+
     try:
-        with default_environment(_train_environment(config)), lock.interrupting(also=events.failed):
+        with default_environment(_train_environment(config)), trainer.aborted_by(must_end):
             result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
         lock.check()  # if another run has taken the folder, that is the cause
         if events.failed.wait(_EVENT_SECONDS):
             raise RunError(events.failure) from error
+        if isinstance(error, ray.exceptions.RayActorError):
+            raise
         console.say_lines(str(error))
         raise RunError(
             f"gave up after {config.max_failures + 1} failures: the workers failed or could not be started, see above; "
             f"{run.how_to_resume()}"
         ) from error
     except KeyboardInterrupt:
-        if events.failed.is_set():
-            trainer.abort()
-            raise RunError(events.failure) from None
         on_interrupt()
         trainer.abort()
         lock.check()
         raise
-    lock.fence.check()
-    returned = result.return_value or {}
-    if "error" in returned:
-        raise RunError(returned["error"])
-    checkpoint = result.checkpoint or resume_from  # the latter if nothing was left to train
-    assert checkpoint is not None, "a run of at least one epoch has a checkpoint"
+    lock.check()
     if result.checkpoint and start:
-        start.filesystem.delete_dir(start.path)  # Ray Train keeps two of its own, and does not know this one
-    return TrainingResult(**returned), checkpoint
+        try:
+            start.filesystem.delete_dir(start.path)  # Ray Train keeps two of its own, and does not know this one
+        except OSError as error:
+            console.say(f"{start.display} is no longer needed, and cannot be deleted: {one_line(error)}")
+    assert result.return_value is not None, "rank 0 returns a result"
+    return TrainingResult(**result.return_value)
 
 
 def _trainer(
@@ -97,7 +107,7 @@ def _trainer(
     plan: ResourcePlan,
     rows: PreparedRows,
     resume_from: ray.train.Checkpoint | None,
-    lock: OutputLock,
+    lock: FolderLock,
     events: Events,
 ) -> InterruptibleTrainer:
     config, source = run.config, run.source
@@ -108,7 +118,7 @@ def _trainer(
         streamed=rows.streamed,
         events=events.queue,
         start=resume_from,
-        fence=lock.fence,
+        lock=lock,
     )
     min_workers, max_workers = plan.workers
     return InterruptibleTrainer(
@@ -131,7 +141,7 @@ def _trainer(
                 max_failures=config.max_failures, controller_failure_limit=config.max_failures
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[RunCallback(run.folder, events.queue, lock.fence)],
+            callbacks=[RunCallback(events.queue)],
         ),
         datasets={} if rows.images is None else {"images": rows.images},
         # Not split: Ray would drop up to one row a worker. Each worker takes its rows by arithmetic, see schedule.py.

@@ -16,11 +16,11 @@ from mnistsum_ray.errors import one_line
 from mnistsum_ray.model.evaluation import Metrics
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.model.serialization import Weights, copy_weights, save_model
+from mnistsum_ray.model.serialization import Weights, copy_weights, describe_model
 from mnistsum_ray.storage.location import Location
 
-STATE_FORMAT: Final = "mnistsum_ray/7"
-"""Format of `trainer.json`; since 7 it holds the losses within an epoch."""
+STATE_FORMAT: Final = "mnistsum_ray/8"
+"""Format of `trainer.json`; since 8 ids of rows are scrambled before they are added up."""
 STATE_FILE: Final = "trainer.safetensors"
 STATE_CARD: Final = "trainer.json"
 
@@ -42,7 +42,7 @@ class EpochProgress:
     """Sum over the rows, in nats."""
     rows: int = 0
     row_ids: int = 0
-    """Sum of the ids of these rows."""
+    """Sum of the scrambled ids of these rows, see `sampling.mix_ids`."""
     points: list[tuple[int, int, float]] = field(default_factory=list)
     """`steps`, `rows` and `loss` at some steps of the epoch, up to this one, for the curve of the loss."""
 
@@ -84,9 +84,20 @@ class TrainerState:
         """History line of the selected epoch: the last one that is within one standard error of the best before it."""
         return max(self.history, key=lambda line: (line["best"], line["epoch"]))
 
+    def describe_best(self) -> dict[str, Any]:
+        """Description of the selected model, see `serialization.describe_model`."""
+        line, result = self.best_line, self.sum_head
+        metrics = before = {split: line[split] for split in ("validation", "test")}
+        sum_head = None
+        if result is not None:
+            after = {"validation": asdict(result.validation), "test": asdict(result.test)}
+            sum_head = {"steps": result.steps, "kept": result.kept, "before": before, "after": after}
+            metrics = after if result.kept else before
+        return describe_model(self.best, epoch=line["epoch"], metrics=metrics, sum_head=sum_head)
+
 
 def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
-    """Write the state and, after the first epoch, the best model into a local folder.
+    """Write the state into a local folder.
 
     `trainer.json`, written last, holds the SHA-256 of the other files, so that an incomplete checkpoint is detected.
     """
@@ -96,8 +107,6 @@ def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimi
         for key, value in moments.items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     (folder / STATE_FILE).write_bytes(save_tensors(tensors))
-    if state.history:
-        _save_best(folder, state)
     fields = {
         "format": STATE_FORMAT,
         "epochs_done": state.epochs_done,
@@ -108,30 +117,6 @@ def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimi
         "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())},
     }
     (folder / STATE_CARD).write_text(json.dumps(fields) + "\n")
-
-
-def _save_best(folder: Path, state: TrainerState) -> None:
-    line, result = state.best_line, state.sum_head
-    before = {split: Metrics(**line[split]) for split in ("validation", "test")}
-    if result is None:
-        save_model(folder, state.best, epoch=line["epoch"], validation=before["validation"], test=before["test"])
-        return
-    after = {"validation": result.validation, "test": result.test}
-    sum_head = {
-        "steps": result.steps,
-        "kept": result.kept,
-        "before": {split: asdict(metrics) for split, metrics in before.items()},
-        "after": {split: asdict(metrics) for split, metrics in after.items()},
-    }
-    metrics = after if result.kept else before
-    save_model(
-        folder,
-        state.best,
-        epoch=line["epoch"],
-        validation=metrics["validation"],
-        test=metrics["test"],
-        sum_head=sum_head,
-    )
 
 
 def verify_checkpoint(folder: Location) -> None:

@@ -22,7 +22,7 @@ from mnistsum_ray.data.parquet_files import ParquetFiles, groups_holding
 from mnistsum_ray.data.pieces import make_pieces
 from mnistsum_ray.data.row_ranges import RowRanges, cut_evenly
 from mnistsum_ray.data.windowed_shuffle import Window, WindowedShuffle
-from mnistsum_ray.errors import RunError
+from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.training.blocks import ROW_BYTES, columns_of
 from mnistsum_ray.training.in_memory import TASK_CPUS
 from mnistsum_ray.training.interleave import Interleaver, LaneQueues
@@ -101,13 +101,13 @@ class StreamedRows:
             number, lane, rows = planned[0]
             done += table.num_rows
             if done > rows or table["window"][0].as_py() != number:
-                raise AssertionError(f"window {table['window'][0]} of {done} rows came in place of window {number} of {rows}")
+                raise RowCountError(f"window {table['window'][0]} of {done} rows came in place of window {number} of {rows}")
             if done == rows:
                 planned.popleft()
                 done = 0
             yield lane, columns_of(table)
         if planned or done:
-            raise AssertionError(f"{len(planned)} windows have not been read")
+            raise RowCountError(f"{len(planned)} windows have not been read")
 
     def window_tasks(self, schedule: Schedule) -> Iterator[tuple[int, int, pa.Table]]:
         """The windows that this worker needs, in order: lane, rows that it takes, and the task that reads them."""

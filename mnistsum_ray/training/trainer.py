@@ -48,11 +48,11 @@ class EpochCounter:
         self._row_ids = torch.zeros(1, dtype=torch.int64, device=device)
         self._rows = 0
 
-    def add(self, row_ids: Tensor, loss: Tensor) -> None:
-        """Add a step: its row ids int64[n] and the sum of its rows' losses."""
+    def add(self, mixed_ids: Tensor, loss: Tensor) -> None:
+        """Add a step: its scrambled row ids int64[n] and the sum of its rows' losses."""
         self._loss += loss
-        self._row_ids += row_ids.sum()
-        self._rows += len(row_ids)
+        self._row_ids += mixed_ids.sum()
+        self._rows += len(mixed_ids)
 
     def all_reduce(self, steps: int, flag: bool) -> tuple[EpochProgress, bool]:
         """Sum over all workers and over the part of the epoch that a checkpoint holds; true if any worker's flag is true."""
@@ -114,7 +114,7 @@ class Trainer:
             rate = one_cycle(epoch * schedule.steps + step, schedule.steps * schedule.epochs, self.hyperparameters.learning_rate)
             full = len(batch["row_id"]) == schedule.share_rows(0)
             dropout = self._dropout(epoch, step, schedule)
-            counter.add(batch["row_id"], self._step(batch, dropout, schedule.batch_rows(step), rate, full=full))
+            counter.add(batch["mixed_id"], self._step(batch, dropout, schedule.batch_rows(step), rate, full=full))
             last = step == schedule.steps - 1
             if last or step % _CHECK_STEPS == _CHECK_STEPS - 1:
                 progress, check_preemption = counter.all_reduce(step + 1, checkpointer.preemption_check_due())
@@ -123,9 +123,7 @@ class Trainer:
                 if check_preemption and not last:
                     checkpointer.save_if_preempted(state, progress)
         seconds = timer.seconds
-        check_row_counts(
-            progress.rows, progress.row_ids, len(schedule.rows), schedule.rows.id_sum(), f"training epoch {epoch + 1}"
-        )
+        check_row_counts(progress.rows, progress.row_ids, len(schedule.rows), schedule.rows.id_sum, f"training epoch {epoch + 1}")
         return {
             "train_loss": progress.loss / progress.rows,
             "step_losses": progress.step_losses(),
@@ -167,7 +165,7 @@ class Trainer:
             scores = PairScores.from_digit_scores(self.model, self.digit_scores(batch))
             accumulator.add(scores, batch["digit"], batch["row_id"])
             on_progress(len(batch["row_id"]) * self.worker.world_size)  # an estimate: the other workers are about as far
-        metrics = accumulator.metrics(len(rows), rows.id_sum())
+        metrics = accumulator.metrics(len(rows), rows.id_sum)
         self._check_finite(metrics.loss, f"epoch {epoch}: the loss on held-out rows is")
         return metrics
 

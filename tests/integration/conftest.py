@@ -183,6 +183,8 @@ class Scored:
     """A finished scoring run in this process."""
 
     line: dict[str, Any]
+    set_aside: bool
+    """Whether the run set rows or files aside that no earlier run had set aside."""
     said: str
     output: Path
 
@@ -207,8 +209,8 @@ def score_here(model: Path, output: Path, *inputs: Path | str, **settings: Any) 
     stream = io.StringIO()
     settings = {"precision": "fp32"} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **settings)
-    line = score(preflight(config), Console(stream))
-    return Scored(line, stream.getvalue(), output)
+    line, set_aside = score(preflight(config), Console(stream))
+    return Scored(line, set_aside, stream.getvalue(), output)
 
 
 @dataclass

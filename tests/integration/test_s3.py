@@ -8,12 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mnistsum_ray.scoring.writer import to_parquet
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.scoring.writer import to_parquet
 from mnistsum_ray.storage import conditional
 from mnistsum_ray.storage.lease import HEARTBEAT_SECONDS, LEASE_TTL_SECONDS
 from mnistsum_ray.storage.location import Location

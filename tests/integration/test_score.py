@@ -1,9 +1,7 @@
 """Scoring folders: every row is predicted as by plain PyTorch, exactly once, and incompatible outputs are never mixed."""
 
-import json
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import quantization
 from mnistsum_ray.model.inference import make_forward
 from mnistsum_ray.model.serialization import load_model
-from mnistsum_ray.scoring.layout import OWN_FILES
+from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES
 from mnistsum_ray.storage.paths import locate
-from tests.conftest import TEMPERATURES, check_predictions, plain_predictions, with_footer, write_model
+from tests.conftest import TEMPERATURES, change_description, check_predictions, plain_predictions, with_footer, write_model
 from tests.integration.conftest import Scored, score_here
 
 ROWS, FILES = 1500, 5
@@ -65,7 +63,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in OWN_FILES
+        if path.is_file() and path.name not in (*SUMMARIES, MANIFEST, "_lock")
     }
 
 
@@ -75,8 +73,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
         {"label_column": "digit"},
         {"num_workers": 1, "max_rows_per_file": 77, "batch_size": 1000},
         {"max_rows_per_file": 100, "batch_size": 3},
-        # As with GPUs: tasks read and write for the workers.
-        {"num_readers": 1, "max_rows_per_file": 250, "label_column": "digit"},
     ],
     ids=str,
 )
@@ -125,10 +121,9 @@ def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Pa
     source = pa.concat_tables([pq.read_table(path) for path in sorted(exported.iterdir())])
     images = torch.tensor(pixels_view(one_chunk(source["image"])))
     numbers = torch.tensor(source["number"].to_numpy().astype(np.int64))
-    network, card = load_model(locate(str(model), "--model"))
+    network, _ = load_model(locate(str(model), "--model"))
     calibrated = quantization.quantize(network, images, images[:100], torch.tensor(source["digit"].to_pylist()[:100])).as_json()
-    calibrated_model = Path(shutil.copytree(model, tmp_path / "model"))
-    (calibrated_model / "model.json").write_text(json.dumps(card | {"int8": calibrated}))
+    calibrated_model = change_description(Path(shutil.copytree(model, tmp_path / "model")), int8=calibrated)
     scored = score_here(calibrated_model, tmp_path / "out", exported, precision="int8")
     with torch.inference_mode():
         digit_scores, sum_scores = make_forward(network, torch.device("cpu"), "int8", tuple(calibrated["maxima"]))(
@@ -147,7 +142,7 @@ def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Pa
         score_here(calibrated_model, tmp_path / "fp32", exported, precision="int8")
 
     calibrated["maxima"][2] *= 2
-    (calibrated_model / "model.json").write_text(json.dumps(card | {"int8": calibrated}))
+    change_description(calibrated_model, int8=calibrated)
     with pytest.raises(RequestError, match="holds predictions of the same model quantized otherwise"):
         score_here(calibrated_model, tmp_path / "out", exported, precision="int8")
 
@@ -241,21 +236,10 @@ def test_another_model_is_refused_and_overwrite_replaces_the_output(
         score_here(other, output, pairs)
     (pairs / "part-00004.parquet").unlink()
 
-    gone: list[str] = []
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.001):
-            gone.extend(name for name in ("manifest.json", "predictions/part-00000.parquet") if not (output / name).exists())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     second = score_here(other, output, pairs, overwrite=True)
-    ended.set()
-    watcher.join()
-    assert not gone
     assert second.line["scored_rows"] == ROWS - 300
     assert sorted(path.name for path in second.output.iterdir()) == [
+        "_lock",
         "files.parquet",
         "manifest.json",
         "predictions",
@@ -310,7 +294,7 @@ def test_a_folder_of_other_files_is_left_alone(model: Path, pairs: Path, tmp_pat
     for overwrite in (False, True):
         with pytest.raises(RequestError, match=r"other\.parquet is not a file of this program"):
             score_here(model, tmp_path / "out", pairs, overwrite=overwrite)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["other.parquet"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_lock", "other.parquet"]
 
 
 @pytest.mark.parametrize(
@@ -329,6 +313,7 @@ def test_a_refused_request_changes_no_file(
     assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()} == {
         Path(other_file),
         Path(".hidden"),
+        Path("_lock"),
     }
 
 
@@ -338,20 +323,11 @@ def test_a_link_with_the_name_of_the_staging_folder_is_refused_and_not_followed(
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "part-00000.parquet").write_text("other")
-    (tmp_path / ".out.unpublished").symlink_to(victim)
+    (output / "_unpublished").symlink_to(victim)
     for settings in ({"strict": True}, {"overwrite": True}):
         with pytest.raises(RequestError, match="is not a folder of this program, but a link or a file; remove it"):
             score_here(model, output, pairs, **settings)
     assert (victim / "part-00000.parquet").read_text() == "other"
-
-
-def test_overwrite_keeps_the_mode_of_the_folder_and_hidden_files(model: Path, pairs: Path, output: Path) -> None:
-    output.chmod(0o770)
-    (output / ".gitkeep").write_text("text")
-    scored = score_here(model, output, pairs, overwrite=True)
-    assert scored.line["scored_rows"] == ROWS
-    assert output.stat().st_mode & 0o777 == 0o770
-    assert (output / ".gitkeep").read_text() == "text"
 
 
 def test_unusable_names_and_footers_affect_no_other_file(model: Path, sample: pa.Table, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,24 @@ def test_the_good_rows_of_the_same_file_are_scored(scored: Scored, model: Path, 
     check_predictions(table, plain_predictions(model, images[good], numbers[good]))
 
 
+def test_a_later_run_reports_only_what_it_sets_aside_itself(
+    scored: Scored, model: Path, source: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    assert scored.set_aside
+    output = Path(shutil.copytree(scored.output, tmp_path / "out"))
+    again = score_here(model, output, source[0], max_rows_per_file=300)
+    assert not again.set_aside
+    assert (again.line["failed_files"], again.line["rejected_rows"]) == (6, scored.line["rejected_rows"]), "the totals stay"
+    assert "rejected: " not in again.said
+    shutil.copytree(source[0], tmp_path / "in")
+    (tmp_path / "in" / "late.parquet").write_bytes(b"no")
+    late = score_here(model, output, tmp_path / "in", max_rows_per_file=300)
+    assert late.set_aside
+    assert [line for line in late.said.splitlines() if line.startswith("cannot be used: ")] == [
+        "cannot be used: late.parquet: is only 2 bytes long; write it again"
+    ]
+
+
 def test_a_repaired_file_is_scored_by_the_next_run_and_no_other_file_again(
     scored: Scored, model: Path, source: tuple[Path, dict[str, str]], sample: pa.Table
 ) -> None:
@@ -181,6 +200,9 @@ def test_a_repaired_file_is_scored_by_the_next_run_and_no_other_file_again(
     again = score_here(model, scored.output, folder, max_rows_per_file=300)
     (folder / "bad_cut.parquet").write_bytes(broken)
     assert again.line["failed_files"] == 5
+    assert again.set_aside, "of the repaired file, rows are rejected"
+    assert "cannot be used: " not in again.said, "an earlier run has named the others"
+    assert "5 files still cannot be used" in again.said
     assert again.line["resumed_rows"] == scored.line["input_rows"]
     assert again.line["input_rows"] == scored.line["input_rows"] + ROWS_A_FILE
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -192,7 +214,7 @@ def test_strict_publishes_nothing(model: Path, source: tuple[Path, dict[str, str
     message = r"nothing was published: 143 rows and 0 files cannot be used; first: .*00\.parquet, row 0: "
     with pytest.raises(RunError, match=message):
         score_here(model, tmp_path / "out", source[0] / "00.parquet", strict=True)
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"_lock", "_unpublished"}
 
 
 def test_all_rows_bad_and_no_rows_at_all(model: Path, tmp_path: Path) -> None:

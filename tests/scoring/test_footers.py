@@ -8,12 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.data.parquet import open_parquet
+from mnistsum_ray.data.parquet import open_parquet, to_parquet
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.scoring.footers import read_footers
-from mnistsum_ray.scoring.input_columns import Columns, check_columns_exist
+from mnistsum_ray.scoring.footers import Columns, read_all_footers, read_footers
 from mnistsum_ray.scoring.inputs import list_inputs
-from mnistsum_ray.scoring.writer import to_parquet
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import with_footer
 
@@ -23,7 +21,7 @@ COLUMNS = Columns("image", "number", None)
 
 def footers(folder: Path, columns: Columns = COLUMNS) -> dict[str, dict[str, Any]]:
     inputs = list_inputs((str(folder),), locate("/nowhere", "--output"))
-    rows = read_footers(inputs.root, inputs.files, columns).to_pylist()
+    rows = read_footers(inputs.root, inputs.files, columns, {}).to_pylist()
     return dict(zip(inputs.files["name"].to_pylist(), rows, strict=True))
 
 
@@ -53,6 +51,7 @@ def damaged(name: str, folder: Path) -> Path:
             "text": b"id,number\n1,2\n" * 100,
             "cut": whole[: len(whole) // 2],
             "tail": whole[:-1],
+            "encrypted": whole[:-4] + b"PARE",
             "long_footer": whole[:-8] + (2**31 - 1).to_bytes(4, "little") + b"PAR1",
             "garbage_footer": whole[:-8][:-40] + b"\xff" * 40 + whole[-8:],
         }[name]
@@ -70,6 +69,7 @@ def damaged(name: str, folder: Path) -> Path:
         ("tail", "is not Parquet, or was cut off"),
         ("long_footer", "has a damaged footer"),
         ("garbage_footer", "cannot be read"),
+        ("encrypted", "is encrypted Parquet"),
     ],
 )
 def test_a_damaged_file_gets_a_reason(tmp_path: Path, name: str, reason: str) -> None:
@@ -143,7 +143,8 @@ def test_every_other_type_of_duckdb_is_written_back_unchanged(tmp_path: Path, ex
     path, again = tmp_path / "a.parquet", tmp_path / "again.parquet"
     duckdb.sql(f"COPY (SELECT repeat('x', 784)::BLOB AS image, 1 AS number, {expression} AS other) TO '{path}' (FORMAT parquet)")
     assert footers(tmp_path)["a.parquet"]["error"] is None
-    again.write_bytes(to_parquet(open_parquet(path.open("rb")).read()))
+    with open_parquet(locate(str(path), "--input")) as file:
+        again.write_bytes(to_parquet(file.read()))
     before, after = (
         duckdb.execute("SELECT typeof(other), other FROM read_parquet(?)", [str(file)]).fetchall() for file in (path, again)
     )
@@ -158,6 +159,7 @@ def test_every_other_type_of_duckdb_is_written_back_unchanged(tmp_path: Path, ex
         (GOOD.set_column(1, "number", pa.array([1.0, 2.0, 3.0])), "column 'number' has type double, not an integer type"),
         (GOOD.set_column(0, "image", pa.array(["a", "b", "c"])), "column 'image' has type string, which holds no images"),
         (GOOD.append_column("pred_sum", pa.array([1, 2, 3])), "has a column 'pred_sum', which scoring would add; rename it"),
+        (GOOD.append_column("Consistent", pa.array([1, 2, 3])), "has a column 'Consistent', which scoring would add; rename it"),
         (pa.Table.from_arrays([*GOOD.columns, GOOD["number"]], ["image", "number", "number"]), "more than one column 'number'"),
     ],
 )
@@ -168,6 +170,16 @@ def test_unusable_columns_are_named(tmp_path: Path, table: pa.Table, reason: str
     assert row["rows"] == 3
 
 
+@pytest.mark.parametrize("folder", ["pred_digit=3", "Consistent=1/deep", "sum%5Fprob=0", "reason=none"])
+def test_a_folder_that_readers_take_for_a_column_of_the_output_makes_its_files_unusable(tmp_path: Path, folder: str) -> None:
+    for name in (folder, "day=1", "no=pred_digit"):
+        (tmp_path / name).mkdir(parents=True)
+        pq.write_table(GOOD, tmp_path / name / "a.parquet")
+    errors = {name: row["error"] for name, row in footers(tmp_path).items()}
+    assert "which readers take for the column that scoring adds" in errors.pop(f"{folder}/a.parquet")
+    assert errors == {"day=1/a.parquet": None, "no=pred_digit/a.parquet": None}
+
+
 def test_a_column_that_no_file_has_is_refused_and_one_that_some_files_have_is_not(tmp_path: Path) -> None:
     for name in "ab":
         pq.write_table(GOOD.rename_columns(["picture", "number"]), tmp_path / f"{name}.parquet")
@@ -175,10 +187,10 @@ def test_a_column_that_no_file_has_is_refused_and_one_that_some_files_have_is_no
     inputs = list_inputs((str(tmp_path),), locate("/nowhere", "--output"))
     message = r"--image-column image: no file of --input has such a column; a\.parquet has no column 'image'"
     with pytest.raises(RequestError, match=message):
-        check_columns_exist(inputs.files["name"], read_footers(inputs.root, inputs.files, COLUMNS), COLUMNS)
+        read_all_footers(inputs, COLUMNS)
     labelled = Columns("picture", "number", "digit")
     with pytest.raises(RequestError, match="--label-column digit"):
-        check_columns_exist(inputs.files["name"], read_footers(inputs.root, inputs.files, labelled), labelled)
+        read_all_footers(inputs, labelled)
     pq.write_table(GOOD, tmp_path / "b.parquet")
     inputs = list_inputs((str(tmp_path),), locate("/nowhere", "--output"))
-    check_columns_exist(inputs.files["name"], read_footers(inputs.root, inputs.files, COLUMNS), COLUMNS)
+    read_all_footers(inputs, COLUMNS)

@@ -125,33 +125,35 @@ def test_a_link_does_not_hide_that_the_output_is_inside_the_input(folder: Path, 
         find(folder, output=tmp_path / "link" / "out")
 
 
-def test_with_a_link_to_a_parent_no_file_is_listed_twice(folder: Path) -> None:
+def test_links_to_folders_below_an_input_are_left_out_and_one_that_is_named_is_followed(folder: Path, tmp_path: Path) -> None:
     (folder / "b" / "up").symlink_to(folder)
-    assert names(find(folder)) == sorted(NAMES)
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_link_in_the_input_to_the_output_is_refused(folder: Path, tmp_path: Path, *, there: bool) -> None:
-    output = tmp_path / "elsewhere" / "out"
-    if there:
-        output.mkdir(parents=True)
-    (folder / "b" / "results").symlink_to(output)
-    with pytest.raises(RequestError, match=r"lies in the input .*, by the link .*/b/results, and would be scored next time"):
-        find(folder, output=output)
-
-
-def test_a_link_to_a_folder_above_the_output_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    (folder / "all").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RequestError, match="by the link"):
-        find(folder, output=tmp_path / "elsewhere" / "out")
+    (tmp_path / "elsewhere" / "z.parquet").write_bytes(b"z")
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    for value in (folder, folder / "**" / "*.p*"):
+        inputs = find(value)
+        assert "z.parquet" not in " ".join(names(inputs))
+        assert inputs.skipped[str(folder / "more")] == inputs.skipped[str(folder / "b" / "up")] == "a link to a folder"
+    assert names(find(folder)) == sorted(NAMES)
+    assert names(find(folder / "more")) == ["z.parquet"]
+
+
+def test_a_device_and_a_pipe_are_called_that(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.parquet")
+    (folder / "zero.parquet").symlink_to("/dev/zero")
+    inputs = find(folder)
+    assert inputs.skipped[str(folder / "zero.parquet")] == "a link to a device"
+    assert inputs.skipped[str(folder / "pipe.parquet")] == "a pipe or a socket, not a regular file"
+    for name, message in (("pipe.parquet", "is a pipe or a socket, not a regular file"), ("zero.parquet", "is a device")):
+        with pytest.raises(RequestError, match=message):
+            find(folder / name)
 
 
 def test_a_file_with_two_names_is_listed_once(folder: Path) -> None:
     (folder / "latest.parquet").symlink_to(folder / "a.parquet")
     inputs = find(folder)
     assert names(inputs) == sorted(NAMES)
-    assert inputs.skipped[str(folder / "latest.parquet")] == "a link to a file or folder that is listed anyway"
+    assert inputs.skipped[str(folder / "latest.parquet")] == "a link to a file that is listed anyway"
     assert names(find(folder / "latest.parquet")) == ["a.parquet"], "a link that is named itself is listed"
 
 

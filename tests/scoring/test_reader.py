@@ -8,13 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.scoring.decode import DecodedPart, UnreadablePart
-from mnistsum_ray.scoring.footers import read_footers
-from mnistsum_ray.scoring.input_columns import Columns
+from mnistsum_ray.data.parquet import to_parquet
+from mnistsum_ray.errors import StorageError
+from mnistsum_ray.scoring.footers import Columns, read_footers
 from mnistsum_ray.scoring.inputs import list_inputs
 from mnistsum_ray.scoring.parts import Part, parts_of, split_into_parts
-from mnistsum_ray.scoring.reader import read_batches, read_parts
-from mnistsum_ray.scoring.writer import to_parquet
+from mnistsum_ray.scoring.reader import DecodedPart, UnreadablePart, read_batches, read_parts
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 
@@ -32,7 +31,7 @@ def write(path: Path, rows: int, group: int) -> pa.Table:
 def planned(folder: Path, max_rows_per_file: int) -> tuple[Location, list[Part]]:
     inputs = list_inputs((str(folder),), locate("/nowhere", "--output"))
     files = inputs.files
-    footers = read_footers(inputs.root, files, COLUMNS)
+    footers = read_footers(inputs.root, files, COLUMNS, {})
     for name in footers.column_names:
         files = files.append_column(name, footers[name])
     return inputs.root, parts_of(split_into_parts(files, max_rows_per_file)[0])
@@ -88,10 +87,31 @@ def test_a_file_that_changes_during_the_run_is_unreadable(tmp_path: Path) -> Non
     write(tmp_path / "a.parquet", 60, 50)
     changed, whole = read_parts(root, parts, COLUMNS)
     assert isinstance(changed, UnreadablePart)
-    assert "has changed since it was listed" in changed.reason
+    assert "has changed since the run began" in changed.reason
     assert isinstance(whole, DecodedPart)
-    (tmp_path / "b.parquet").unlink()
-    assert all(isinstance(part, UnreadablePart) for part in read_parts(root, parts, COLUMNS))
+
+
+def test_a_file_that_is_gone_is_waited_for_and_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lie on a node without the mount, or its storage may be away for a moment."""
+    table = write(tmp_path / "a.parquet", 50, 50)
+    root, parts = planned(tmp_path, 8192)
+    waited: list[float] = []
+
+    def come_back(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 2:
+            (tmp_path / "away").rename(tmp_path / "a.parquet")
+
+    monkeypatch.setattr("time.sleep", come_back)
+    (tmp_path / "a.parquet").rename(tmp_path / "away")
+    (part,) = read_parts(root, parts, COLUMNS)
+    assert isinstance(part, DecodedPart)
+    assert part.passthrough.num_rows + len(part.reasons) == table.num_rows
+    assert waited == [1, 2]
+    (tmp_path / "a.parquet").unlink()
+    monkeypatch.setattr("time.monotonic", iter(range(0, 1000, 20)).__next__)
+    with pytest.raises(StorageError, match=r"a\.parquet: is not there any more, or not on this node"):
+        list(read_parts(root, parts, COLUMNS))
 
 
 def other_column(values: pa.Array) -> pa.Table:

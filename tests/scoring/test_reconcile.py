@@ -9,9 +9,9 @@ import pytest
 from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.scoring.parts import PART_SCHEMA
-from mnistsum_ray.scoring.provenance import COMMITTED_SCHEMA
 from mnistsum_ray.scoring.reconcile import match_outputs, reconcile
 from mnistsum_ray.scoring.resume import unplanned_outputs
+from mnistsum_ray.scoring.stamp import COMMITTED_SCHEMA
 
 SPEC = "spec"
 RELIABILITY = Reliability(nll=0.5, brier=0.25, rows=[0] * 14 + [4], probability=[0.0] * 14 + [3.9], right=[0] * 14 + [4])

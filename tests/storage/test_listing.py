@@ -1,9 +1,21 @@
-"""Each file is listed once, whatever links lead to it."""
+"""Each file is listed once, whatever links lead to it; a glob matches as in a shell, and reads no folder without a match."""
 
 import os
 from pathlib import Path
+from typing import Any
 
-from mnistsum_ray.storage.listing import Listing, escape_non_utf8, list_folder, report_skipped
+import pytest
+
+from mnistsum_ray.storage.listing import (
+    Listing,
+    duplicate_paths,
+    escape_non_utf8,
+    is_hidden,
+    list_folder,
+    list_glob,
+    matches,
+    report_skipped,
+)
 from mnistsum_ray.storage.paths import locate
 
 
@@ -19,80 +31,94 @@ def below(root: Path) -> Listing:
 
 
 def files(listing: Listing, root: Path) -> list[str]:
-    second = set(listing.duplicates())
+    second = set(duplicate_paths(listing.files))
     return sorted(os.path.relpath(path, root) for path in listing.files if path not in second)
 
 
-def test_a_link_to_a_parent_lists_nothing_twice(tmp_path: Path) -> None:
-    root = fill(tmp_path / "in", "a.parquet", "b/c.parquet")
-    (root / "b" / "up").symlink_to(root)
-    (root / "self").symlink_to(root / "self")
-    (root / "above").symlink_to(tmp_path)
-    listing = below(root)
-    assert files(listing, root) == ["a.parquet", "b/c.parquet"]
-    assert set(listing.skipped) == {str(root / name) for name in ("b/up", "self", "above")}
-
-
-def test_a_link_to_a_hidden_folder_is_followed(tmp_path: Path) -> None:
-    """As `current -> .releases/5` is published in one step."""
-    root = fill(tmp_path / "in", ".releases/5/a.parquet", ".releases/4/a.parquet", "_v3/b.parquet", "other.parquet")
-    (root / "current").symlink_to(".releases/5")
-    (root / "latest").symlink_to("_v3")
-    listing = below(root)
-    assert files(listing, root) == ["current/a.parquet", "latest/b.parquet", "other.parquet"]
-    assert set(listing.skipped) == {str(root / ".releases"), str(root / "_v3")}
-
-
-def test_two_links_that_lead_to_each_other_end(tmp_path: Path) -> None:
-    root = fill(tmp_path / "in", "a/x.parquet", "b/y.parquet")
-    (root / "a" / "b").symlink_to(root / "b")
-    (root / "b" / "a").symlink_to(root / "a")
-    assert files(below(root), root) == ["a/x.parquet", "b/y.parquet"]
-
-
-def test_a_link_to_a_neighbour_is_skipped_and_one_that_leads_away_is_followed(tmp_path: Path) -> None:
-    root = fill(tmp_path / "in", "2024/a.parquet", "2025/b.parquet")
-    fill(tmp_path / "elsewhere", "c.parquet", "deep/d.parquet")
+def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path: Path) -> None:
+    root = fill(tmp_path / "in", "2024/a.parquet", "2025/b.parquet", ".old/x.parquet")
+    (root / "2025" / "up").symlink_to(root)
     (root / "latest").symlink_to(root / "2025")
+    (root / "hidden").symlink_to(root / ".old")
     (root / "latest.parquet").symlink_to(root / "2025" / "b.parquet")
-    (root / "more").symlink_to(tmp_path / "elsewhere")
-    (root / "again").symlink_to(tmp_path / "elsewhere")
     (root / "one.parquet").symlink_to(fill(tmp_path, "single.parquet") / "single.parquet")
     (root / "gone.parquet").symlink_to(tmp_path / "nowhere")
+    (root / "self").symlink_to(root / "self")
     listing = below(root)
-    expected = ["2024/a.parquet", "2025/b.parquet", "again/c.parquet", "again/deep/d.parquet", "one.parquet"]
-    assert files(listing, root) == expected
-    assert listing.duplicates() == [str(root / "latest.parquet")]
+    assert files(listing, root) == ["2024/a.parquet", "2025/b.parquet", "one.parquet"]
+    assert duplicate_paths(listing.files) == [str(root / "latest.parquet")]
     assert {os.path.relpath(path, root): why for path, why in listing.skipped.items()} == {
-        "latest": "a link to a file or folder that is listed anyway",
-        "more": "a link to a file or folder that is listed anyway",
+        "2025/up": "a link to a folder",
+        "latest": "a link to a folder",
+        "hidden": "a link to a folder",
+        ".old": "its name",
         "gone.parquet": "a link that leads nowhere",
+        "self": "a link that leads nowhere",
     }
-    leads = {"again": "elsewhere", "gone.parquet": "nowhere"}
-    assert listing.links == {str(root / link): str(tmp_path / real) for link, real in leads.items()}
 
 
-def test_what_is_no_file_is_skipped(tmp_path: Path) -> None:
-    root = fill(tmp_path / "in", "a.parquet")
-    os.mkfifo(root / "pipe.parquet")
-    listing = below(root)
-    assert files(listing, root) == ["a.parquet"]
-    assert listing.skipped == {str(root / "pipe.parquet"): "neither a file nor a folder"}
-
-
-def test_a_name_that_is_not_utf8_is_listed_without_its_info(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_listed(tmp_path: Path) -> None:
     root = fill(tmp_path / "in", "a.parquet")
     Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.parquet")).write_text("")
-    listing = below(root)
-    assert len(listing.files) == 2
-    assert list(listing.file_infos(locate(str(root), "--input"))) == [str(root / "a.parquet")]
-    assert sorted(escape_non_utf8(path) for path in listing.files)[1] == f"{root}/caf\\udce9.parquet"
+    assert sorted(escape_non_utf8(path) for path in below(root).files)[1] == f"{root}/caf\\udce9.parquet"
 
 
-def test_each_reason_is_said_once(tmp_path: Path) -> None:
+def test_each_reason_is_said_once() -> None:
     said: list[str] = []
     report_skipped({"/in/b": "its name", "/in/a": "its name", "/in/c": "a link that leads nowhere"}, said.append)
     assert said == [
         "left out for their names: 2, such as /in/a",
         "left out since each is a link that leads nowhere: 1, such as /in/c",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [("a/b.parquet", False), ("a/_b", True), (".ipynb_checkpoints/a", True), ("a/_x/b", True), ("a_/b._c", False)],
+)
+def test_a_name_is_hidden_by_any_of_its_components(name: str, hidden: bool) -> None:
+    assert is_hidden(name) == hidden
+
+
+def test_a_glob_looks_only_where_it_can_match(tmp_path: Path) -> None:
+    root = fill(tmp_path / "in", "a/x.parquet", "b/deep/down/y.parquet", "c/z.txt")
+    (root / "a" / "loop").symlink_to(root)
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+
+    def found(*pattern: str) -> list[str]:
+        return files(list_glob(locate(str(root), "--input"), pattern), root)
+
+    assert found("*", "x.parquet") == ["a/x.parquet"]
+    assert found("*", "*", "*", "*.parquet") == ["b/deep/down/y.parquet"]
+    assert found("**", "*.parquet") == ["a/x.parquet", "b/deep/down/y.parquet"]
+    assert found("**") == ["a/x.parquet", "b/deep/down/y.parquet", "c/z.txt"]
+    assert found("[bc]", "*") == ["c/z.txt"]
+    assert found("nothing*") == []
+
+
+def test_a_glob_at_the_root_of_the_disk_ends_at_once() -> None:
+    """Listing all below it would walk the disk, and /proc."""
+    listing = list_glob(locate("/", "--input"), ("*", "nobody-has-such-a-file"))
+    assert listing.files == {}
+
+
+def test_a_wildcard_matches_no_leading_dot_wherever_files_lie() -> None:
+    assert matches(("a", "b", "c.parquet"), ("**", "*.parquet"))
+    assert not matches((".tmp", "c.parquet"), ("**", "*.parquet"))
+    assert not matches(("a", ".c.parquet"), ("**",))
+    assert matches((".tmp", "c.parquet"), (".tmp", "**"))
+
+
+def test_a_folder_that_cannot_be_read_costs_just_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fill(tmp_path / "in", "a/closed/x.parquet", "a/open/y.parquet")
+    scandir = os.scandir
+
+    def closed(folder: str) -> Any:
+        if folder.endswith("/closed"):
+            raise PermissionError
+        return scandir(folder)
+
+    monkeypatch.setattr("os.scandir", closed)  # root may read all
+    listing = list_glob(locate(str(root), "--input"), ("**", "*.parquet"))
+    assert files(listing, root) == ["a/open/y.parquet"]
+    assert listing.skipped == {str(root / "a" / "closed"): "a folder that cannot be read"}

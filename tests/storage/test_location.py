@@ -1,5 +1,6 @@
 """A file appears whole or not at all, and a folder lists its own files."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,27 @@ def test_json_that_is_nested_without_end_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"nested too deeply|Expecting"):
         locate(str(tmp_path / "a.json"), "--output").read_json()
+
+
+def test_a_file_without_end_is_not_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "model.json").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="is larger than any file of this program"):
+        locate(str(tmp_path / "model.json"), "--model").read_json()
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "new" / "a"
+    synced: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        name = os.path.relpath(Path(f"/proc/self/fd/{descriptor}").readlink(), tmp_path)
+        synced.append(("partial" if name.endswith(".partial") else name, place.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", record)
+    locate(str(place), "--output").write_bytes(b"whole")
+    assert synced == [(".", False), ("partial", False), ("new", True)], "the new folder, the file, then its name"
+    synced.clear()
+    locate(str(place), "--output").move(locate(str(tmp_path / "b"), "--output"))
+    assert synced == [(".", False)]

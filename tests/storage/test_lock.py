@@ -1,5 +1,6 @@
 """One run at a time in a folder on a disk, whatever lies there and however a run ends."""
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,17 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.errors import RequestError
-from mnistsum_ray.storage.lock import output_lock
-from mnistsum_ray.storage.lock_file import check_not_locked
+from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.storage.lock import check_not_locked, folder_lock
 from mnistsum_ray.storage.paths import locate
 
 HOLD = """
 import sys
-from mnistsum_ray.storage.lock import output_lock
+from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.paths import locate
-with output_lock(locate(sys.argv[1], "--output"), "--output", print) as held:
-    print(held.fence.holder, flush=True)
+with folder_lock(locate(sys.argv[1], "--output"), "--output", print) as held:
+    print(held.holder, flush=True)
     sys.stdin.read()
 """
 
@@ -36,7 +36,7 @@ def held_by_another_process(folder: Path) -> Iterator[tuple[subprocess.Popen[str
 
 
 def lock(folder: Path) -> None:
-    with output_lock(locate(str(folder), "--output"), "--output", print):
+    with folder_lock(locate(str(folder), "--output"), "--output", print):
         pass
 
 
@@ -59,17 +59,44 @@ def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     check(tmp_path / "out")
-    assert (tmp_path / "out" / "_lock").exists()
     lock(tmp_path / "out")
-    assert not (tmp_path / "out" / "_lock").exists()
+    assert (tmp_path / "out" / "_lock").exists(), "the file stays"
+    check(tmp_path / "out")
+    lock(tmp_path / "out")
 
 
-def test_nothing_is_left_of_a_folder_that_was_created_only_for_the_lock(tmp_path: Path) -> None:
-    lock(tmp_path / "new" / "out")
-    assert list(tmp_path.iterdir()) == []
-    with output_lock(locate(str(tmp_path / "new" / "out"), "--output"), "--output", print):
-        (tmp_path / "new" / "file").write_text("")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+def test_a_lock_whose_file_cannot_be_written_is_not_held(tmp_path: Path) -> None:
+    """As on a full disk: here the file is larger than this process may write."""
+    code = """
+import resource, signal, sys
+from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.storage.lock import folder_lock
+from mnistsum_ray.storage.paths import locate
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for limit in (0, resource.RLIM_INFINITY):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        with folder_lock(locate(sys.argv[1], "--output"), "--output", print):
+            print("held")
+    except RequestError as error:
+        print(error)
+"""
+    command = [sys.executable, "-c", code, tmp_path / "out"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said == [f"--output {tmp_path}/out: cannot be written (File too large)", "held"]
+
+
+def test_a_run_notices_that_another_has_taken_the_folder(tmp_path: Path) -> None:
+    place = locate(str(tmp_path / "out"), "--output")
+    with folder_lock(place, "--output", print) as held:
+        there = pickle.loads(pickle.dumps(held))
+        held.check()
+        (place / "_lock").write_json({"id": "another"})
+        held.check()  # the lock is read at most once a second
+        for side in (held, there):
+            side._checked = 0.0
+            with pytest.raises(RunError, match=r"another run has taken the output \(another\)"):
+                side.check()
 
 
 def test_a_check_changes_nothing(tmp_path: Path) -> None:
@@ -91,13 +118,3 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None
     with pytest.raises(RequestError, match="cannot be written"):
         lock(tmp_path / "out")
     assert not (tmp_path / "target").exists()
-
-
-def test_a_lock_that_a_killed_run_left_under_two_names_is_taken(tmp_path: Path) -> None:
-    """Publishing holds the output and its staging folder by hard links of one file; a kill leaves both."""
-    for name in ("out", "staging"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "out" / "_lock").write_text('{"id": "killed"}')
-    (tmp_path / "staging" / "_lock").hardlink_to(tmp_path / "out" / "_lock")
-    lock(tmp_path / "out")
-    assert not (tmp_path / "out" / "_lock").exists()

@@ -41,6 +41,10 @@ def test_a_submitted_job_writes_to_the_home_folder(tmp_path: Path, monkeypatch: 
             "s3://AKIA:se%2Fcret@bucket/a?endpoint_override=h:1&allow_bucket_creation=true",
             "s3://bucket/a?endpoint_override=h%3A1",
         ),
+        (
+            "s3://AKIA:se%2Fcret@bucket/a?region=x&endpoint_override=http%3A%2F%2Fme%3Apassword%40h%3A1",
+            "s3://bucket/a?region=x&endpoint_override=http%3A%2F%2Fh%3A1",
+        ),
     ],
 )
 def test_keys_in_a_uri_are_used_and_not_shown(uri: str, shown: str) -> None:
@@ -50,10 +54,20 @@ def test_keys_in_a_uri_are_used_and_not_shown(uri: str, shown: str) -> None:
     assert s3_options(place.filesystem)["secret_key"] == "se/cret"
 
 
-@pytest.mark.parametrize("uri", ["s3://AKIA:top/secret@bucket/x", "s3://AKIA:topsecret@[x/y", "nonsense://me:topsecret@x/y"])
-def test_keys_in_a_uri_that_is_refused_are_not_shown(uri: str) -> None:
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("s3://AKIA:top/secret@bucket/x", "write a / in a key as %2F"),
+        ("s3://AKIA:topsecret@[x/y", "syntax error at character 'x'"),
+        ("nonsense://AKIA:topsecret@x/y", "Unrecognized filesystem type in URI: nonsense://"),
+        ("s3://AKIA:topsecret@bucket/x?nonsense=1", "Unexpected query parameter in S3 URI: 'nonsense'"),
+        ("s3://AKIA:topsecret@bucket/x?region=x&other=topsecret", "Unexpected query parameter in S3 URI: 'other'"),
+    ],
+)
+def test_the_reason_of_a_refused_uri_is_shown_without_its_keys(uri: str, reason: str) -> None:
     with pytest.raises(RequestError) as refused:
         locate(uri, "--output")
+    assert reason in str(refused.value)
     assert "secret" not in str(refused.value)
     assert "AKIA" not in str(refused.value)
 

@@ -15,13 +15,13 @@ _FILES_PER_TASK: Final = 500
 _THREADS: Final = 16
 
 ReadFiles = Callable[[Location, pa.Table], pa.Table]
-"""Takes a folder and an `inputs.FILE_SCHEMA` table of files in it; returns one row per file, in the same order."""
+"""Takes a folder and a table of files in it with the columns `name` and `size`; returns one row per file, in the same order."""
 
 
 def map_files(
     read: ReadFiles, folder: Location, files: pa.Table, on_progress: Callable[[int], None] = lambda _: None
 ) -> pa.Table:
-    """Apply `read` to all files and return its rows in the order of the files.
+    """Apply `read` to all files and return its rows in the order of the files. An OSError of `read` is raised as it is.
 
     More than MAX_LOCAL_FILES files are read on the cluster, which must be connected; `on_progress` gets the number of files
     that each task has read.
@@ -38,7 +38,12 @@ def map_files(
     while waiting:
         (finished,), waiting = ray.wait(waiting, num_returns=1)
         on_progress(chunk_sizes[finished])
-    return pa.concat_tables(ray.get(results))
+    try:
+        return pa.concat_tables(ray.get(results))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OSError):
+            raise error.cause from None
+        raise
 
 
 def _read_in_threads(read: ReadFiles, folder: Location, files: pa.Table) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Provenance: the stamp in the Parquet metadata of each output file, which says what the file was made from.
+"""The stamp in the Parquet metadata of each output file, which says what the file was made from.
 
 The output needs no other bookkeeping: which parts are done, and whether all rows exist, is read from these stamps.
 """
@@ -9,16 +9,22 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mnistsum_ray.data.parquet import UnusableFileError, read_footer
-from mnistsum_ray.errors import one_line
+from mnistsum_ray.data.parquet import UnusableFileError, parse_footer, read_footer, storage_error
+from mnistsum_ray.errors import StorageError, one_line
 from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.predictions import PREDICTION_FIELDS
-from mnistsum_ray.scoring.input_columns import Columns
-from mnistsum_ray.scoring.layout import PREDICTIONS, REJECTED
+from mnistsum_ray.scoring.footers import Columns
 from mnistsum_ray.scoring.parts import Part
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.location import Backoff, Location
+
+PREDICTIONS: Final = "predictions"
+"""Folder of the scored rows."""
+
+REJECTED: Final = "rejected"
+"""Folder of the rejected rows; its files have the names of the prediction files."""
 
 KEY: Final = b"mnistsum_ray.score"
 """Key of the stamp in the Parquet metadata."""
@@ -53,8 +59,8 @@ class PredictionSpec:
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """The stamp of one part, written into its file of predictions and its file of rejected rows."""
+class Stamp:
+    """What one part was made from; in its file of predictions and in its file of rejected rows."""
 
     name: str
     """The input file, relative to the input's root."""
@@ -73,7 +79,7 @@ class Provenance:
     """`totals.count_part`"""
 
     @classmethod
-    def of_part(cls, part: Part, source: Location, rejected: int, spec: PredictionSpec, counts: dict[str, Any]) -> "Provenance":
+    def of_part(cls, part: Part, source: Location, rejected: int, spec: PredictionSpec, counts: dict[str, Any]) -> "Stamp":
         """Make the stamp of a part whose file is below the folder `source`."""
         return cls(
             name=part.name,
@@ -93,23 +99,21 @@ class Provenance:
         return {KEY: json.dumps({"format": FORMAT} | vars(self)).encode()}
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> "Provenance | None":
+    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> "Stamp | None":
         """Read the stamp from Parquet metadata; None if it has none.
 
         Raises:
-            OtherVersionError: another version of this program wrote it.
-            ValueError, KeyError, TypeError: it is damaged.
+            UnusableFileError: it is damaged, or another version of this program wrote it.
         """
-        fields = json.loads((metadata or {}).get(KEY, b"null"))
-        if fields is None:
-            return None
-        if fields["format"] != FORMAT:
-            raise OtherVersionError("was written by another version of this program")
-        return cls(**{key: value for key, value in fields.items() if key != "format"})
-
-
-class OtherVersionError(ValueError):
-    """The stamp has a format that this version does not read."""
+        try:
+            fields = json.loads((metadata or {}).get(KEY, b"null"))
+            if fields is None:
+                return None
+            if fields["format"] != FORMAT:
+                raise UnusableFileError("was written by another version of this program")
+            return cls(**{key: value for key, value in fields.items() if key != "format"})
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise UnusableFileError(f"cannot be read: {one_line(error)}") from None
 
 
 COMMITTED_SCHEMA: Final = pa.schema(
@@ -133,40 +137,59 @@ COMMITTED_SCHEMA: Final = pa.schema(
 """One row per prediction file: its stamp, and the rows that the files really have."""
 
 
-def has_provenance(folder: Location, name: str) -> bool:
-    """Return whether a file carries a stamp, of any version: then this program wrote it."""
+def has_stamp(folder: Location, name: str) -> bool:
+    """Return whether a file carries a stamp, of any version: then this program wrote it.
+
+    Raises:
+        StorageError: the storage does not answer.
+    """
     try:
-        size = (folder / name).info().size
-        metadata = _footer(folder, name, size or 0).metadata
-    except (UnusableFileError, OSError, pa.ArrowException):
+        footer = _footer(folder / name)
+    except UnusableFileError:
         return False
-    return KEY in (metadata or {})
+    return footer is not None and KEY in (footer.metadata or {})
 
 
 def read_committed(output: Location, files: pa.Table) -> pa.Table:
-    """Read the stamps of the prediction files in an `inputs.FILE_SCHEMA` table, as COMMITTED_SCHEMA in the same order."""
-    return pa.Table.from_pylist([_read_file(output, file["name"], file["size"]) for file in files.to_pylist()], COMMITTED_SCHEMA)
+    """Read the stamps of the prediction files in an `inputs.FILE_SCHEMA` table, as COMMITTED_SCHEMA in the same order.
+
+    Raises:
+        StorageError: the storage does not give a file, for half a minute.
+    """
+    rows = []
+    for file in files.to_pylist():
+        backoff = Backoff()
+        while True:
+            try:
+                rows.append(_read_file(output, file["name"], file["size"]))
+                break
+            except StorageError:
+                if not backoff.pause():
+                    raise
+    return pa.Table.from_pylist(rows, COMMITTED_SCHEMA)
 
 
 def _read_file(output: Location, name: str, size: int) -> dict[str, Any]:
     try:
-        footer = _footer(output, f"{PREDICTIONS}/{name}", size)
-        stamp = Provenance.from_metadata(footer.metadata)
+        footer, _ = parse_footer(read_footer(output / PREDICTIONS / name, size))
+        stamp = Stamp.from_metadata(footer.metadata)
         if stamp is None:
             return {"output": name, "error": "is not a file of predictions of this program"}
-        rejected_in_file = 0
-        if stamp.rejected:
-            rejected_size = (output / REJECTED / name).info().size
-            if rejected_size is None:
-                return {"output": name, "error": f"has lost its rejected rows ({REJECTED}/{name})"}
-            rejected_in_file = _footer(output, f"{REJECTED}/{name}", rejected_size).num_rows
-    except OtherVersionError as error:
+        rejected = _footer(output / REJECTED / name) if stamp.rejected else None
+        if stamp.rejected and rejected is None:
+            return {"output": name, "error": f"has lost its rejected rows ({REJECTED}/{name})"}
+    except UnusableFileError as error:
         return {"output": name, "error": str(error)}
-    except (UnusableFileError, OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        return {"output": name, "error": f"cannot be read: {one_line(error)}"}
-    in_files = {"scored_in_file": footer.num_rows, "rejected_in_file": rejected_in_file}
+    in_files = {"scored_in_file": footer.num_rows, "rejected_in_file": rejected.num_rows if rejected else 0}
     return {"output": name} | vars(stamp) | {"counts": json.dumps(stamp.counts, separators=(",", ":"))} | in_files
 
 
-def _footer(folder: Location, name: str, size: int) -> pq.FileMetaData:
-    return pq.read_metadata(pa.BufferReader(read_footer(folder.filesystem, f"{folder.path}/{name}", size)))
+def _footer(file: Location) -> pq.FileMetaData | None:
+    """The footer of a file whose size is not known; None where there is no such file."""
+    try:
+        info = file.info()
+    except OSError as error:
+        raise storage_error(file, error) from error
+    if info.type == pafs.FileType.NotFound:
+        return None
+    return parse_footer(read_footer(file, info.size))[0]
