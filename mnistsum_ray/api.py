@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mnistsum_ray.cluster.connection import connect
-from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.data.pixels import Pixels
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.frames import Rows, as_array, as_table, is_ray_dataset, like
+from mnistsum_ray.frames import Rows, append_columns, as_array, columns_of, is_ray_dataset
 from mnistsum_ray.process_state import quiet_logger
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.results import ScoreResult, TrainResult
@@ -39,7 +39,7 @@ def fit(config: TrainConfig) -> TrainResult:
         RequestError: the request is invalid; the message says why and what to do.
         RunError: the run has begun and failed.
     """
-    with _naming_arguments():
+    with _naming_arguments(TrainConfig):
         return run_training(config)
 
 
@@ -65,7 +65,7 @@ def score(config: ScoreConfig) -> ScoreResult:
         RequestError: the request is invalid; the message says why and what to do.
         RunError: the run has begun and failed, or with `strict` some input cannot be used.
     """
-    with _naming_arguments():
+    with _naming_arguments(ScoreConfig):
         return run_scoring(config)
 
 
@@ -84,12 +84,16 @@ def run_scoring(config: ScoreConfig) -> ScoreResult:
 
 
 @contextmanager
-def _naming_arguments() -> Iterator[None]:
-    """Have RequestErrors name arguments where they name flags: `max_rows_per_file` for `--max-rows-per-file`."""
+def _naming_arguments(config: type[JobConfig]) -> Iterator[None]:
+    """Have RequestErrors name arguments where they name flags of this config: `max_rows_per_file` for `--max-rows-per-file`.
+
+    Other dashes stay as they are: in a path, or in a flag of Ray.
+    """
+    flags = "|".join(field.replace("_", "-") for field in config.model_fields)
     try:
         yield
     except RequestError as error:
-        text = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda flag: flag[1].replace("-", "_"), str(error))
+        text = re.sub(rf"(?<![^\s(])--({flags})(?![\w-])", lambda flag: flag[1].replace("-", "_"), str(error))
         raise RequestError(text) from error
 
 
@@ -127,17 +131,18 @@ def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer
         model: from `load_model`.
         images: uint8[n, 28, 28], 0 background, 255 ink, as in MNIST.
         numbers: integers[n] in 0..9.
-        batch_size: rows in one forward pass.
+        batch_size: rows in one forward pass, at least 1.
 
     Returns:
         Arrays of n: `digit` int8 in 0..9, `digit_prob` float32, `sum` int8 in 0..18, `sum_prob` float32.
 
     Raises:
-        ValueError: wrong shape or dtype, or a number outside of 0..9.
+        ValueError: wrong shape or dtype, a number outside of 0..9, or a batch size below 1.
     """
     from mnistsum_ray.model.inference import predict_pairs
 
-    images, numbers = np.asarray(images), np.asarray(numbers)
+    _check_batch_size(batch_size)
+    images, numbers = np.ascontiguousarray(images), np.asarray(numbers)
     if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
         raise ValueError(f"images: must be uint8[n, 28, 28], are {images.dtype}{list(images.shape)}")
     if numbers.shape != (len(images),) or not np.issubdtype(numbers.dtype, np.integer):
@@ -158,34 +163,45 @@ def predict_rows(
             any form that scoring takes: 784 pixels as bytes or as a list, 28 x 28 lists, PNG or JPEG bytes.
         image_column: column of the images.
         number_column: column of the numbers 0..9.
-        batch_size: rows in one forward pass.
+        batch_size: rows in one forward pass, at least 1.
 
     Returns:
-        The same kind of table, with all rows in their order and five columns more: `pred_digit` int8, `digit_prob` float32,
-        `pred_sum` int8, `sum_prob` float32, `consistent` bool; and `reason` string. Of a row that cannot be scored these are
-        null, and `reason` says why; of all others `reason` is null.
+        A table of the same kind, with all rows in their order, their columns as they are, and after them `pred_digit` int8,
+        `digit_prob` float32, `pred_sum` int8, `sum_prob` float32, `consistent` bool, and `reason` string. Of a row that cannot be
+        scored the first five are null, and `reason` says why; of all others `reason` is null.
 
     Raises:
         TypeError: `rows` is something else.
-        ValueError: a column is missing, has a type that cannot be read, or has the name of one that is added.
+        ValueError: a column is missing, has a type that cannot be read, or has the name of one that is added; or the batch size
+            is below 1.
     """
-    from mnistsum_ray.model.tables import predict_table
-
+    _check_batch_size(batch_size)
     if is_ray_dataset(rows):
         import ray
 
-        names = {"image": image_column, "number": number_column, "batch_size": batch_size}
         dataset: Any = rows
-        return dataset.map_batches(_predict_batch, batch_format="pyarrow", fn_args=(ray.put(model),), fn_kwargs=names)  # type: ignore[no-any-return]
-    return like(rows, predict_table(model, as_table(rows), image_column, number_column, batch_size))
+        arguments = (ray.put(model), image_column, number_column, batch_size)
+        return dataset.map_batches(_predict_batch, batch_format="pyarrow", fn_args=arguments)  # type: ignore[no-any-return]
+    return _predict_frame(rows, model, image_column, number_column, batch_size)
 
 
-def _predict_batch(batch: pa.Table, model: Any, **names: Any) -> pa.Table:
+def _predict_batch(batch: pa.Table, model: Any, *arguments: Any) -> pa.Table:
     import ray
 
-    from mnistsum_ray.model.tables import predict_table
+    return _predict_frame(batch, ray.get(model), *arguments)
 
-    return predict_table(ray.get(model), batch, **names)
+
+def _predict_frame(rows: Rows, model: "TwoHeadCNN", image: str, number: str, batch_size: int) -> Rows:
+    from mnistsum_ray.model.predictions import PREDICTION_FIELDS
+    from mnistsum_ray.model.tables import REASON, predict_columns
+
+    columns = columns_of(rows, (image, number), added=(*PREDICTION_FIELDS.names, REASON))
+    return append_columns(rows, predict_columns(model, columns, batch_size))
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size: must be at least 1, is {batch_size}")
 
 
 def decode_images(images: Any) -> tuple[Pixels, dict[int, str]]:

@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import json
 import re
 import sys
 import textwrap
@@ -41,17 +40,15 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
         SystemExit: after `--help`, `--version` or `--print-config`, which print instead.
     """
     parser = _Parser(config_class, description)
-    argv = _join_list_flags(
-        argv, [name for name, field in config_class.model_fields.items() if field.annotation == tuple[str, ...]]
-    )
+    list_fields = [name for name, field in config_class.model_fields.items() if field.annotation == tuple[str, ...]]
+    argv, lists = _split_list_flags(argv, list_fields)
     try:
-        flags = CliSettingsSource[Any](
+        source = CliSettingsSource[Any](
             config_class, root_parser=parser, cli_parse_args=argv, add_argument_method=_Parser.add_flag
-        )()
-    except SettingsError as error:
+        )
+        flags = source() | lists
+    except (SettingsError, RecursionError) as error:
         raise RequestError(shortened(one_line(error))) from None
-    except RecursionError:
-        raise RequestError("a flag's value is nested too deeply") from None
     values = _read_yaml(Path(flags["config"])) if flags.get("config") else {}
     try:
         if parser.print_config:
@@ -139,59 +136,70 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._expand_help(action).replace(" (default: None)", "")
 
 
-def _join_list_flags(argv: list[str], names: list[str]) -> list[str]:
-    """Join the values of a list flag (`--input a b`, `--input a --input b`) into one JSON list, which pydantic reads.
+def _split_list_flags(argv: list[str], names: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Take the list flags (`--input a b`, `--input a --input b`) out of the arguments; return the others, and values by field.
 
-    Pydantic's own syntax would split a file name at a comma and reject what a shell makes of `--input pairs/*.parquet`.
+    Pydantic's own syntax would split a file name at a comma, reject what a shell makes of `--input pairs/*.parquet`, and pass
+    names through JSON, which escapes some characters.
     """
     rest: list[str] = []
     values: dict[str, list[str]] = {}
-    current: list[str] | None = None
+    current = rest
     for word in argv:
         flag, equals, value = word.partition("=")
-        if flag.startswith("--") or word == "-h":
-            current = values.setdefault(flag, []) if flag[2:].replace("-", "_") in names else None
-            if current is None:
-                rest.append(word)
-            elif equals:
-                current.append(value)
+        field = flag[2:].replace("-", "_")
+        if flag.startswith("--") and field in names:
+            current = values.setdefault(field, [])
+            current += [value] if equals else []
         else:
-            (rest if current is None else current).append(word)
-    for flag, joined in values.items():
-        rest += [flag, json.dumps(joined)]
-    return rest
+            current = rest if word.startswith("--") or word == "-h" else current
+            current.append(word)
+    return rest, values
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML without aliases: no config needs them, and nested ones expand to more values than memory holds."""
+    """YAML that refuses what YAML 1.1 reads otherwise than it looks: 1:30 as 90, 010 as 8, and the first of two equal keys."""
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not supported in a config file")
-        return super().compose_node(parent, index)
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", node.value):
+            raise yaml.YAMLError(f"{node.value} would be read as {super().construct_yaml_int(node)}: write a decimal number")
+        return int(super().construct_yaml_int(node))
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        if ":" in node.value:
+            raise yaml.YAMLError(f"{node.value} would be read as {super().construct_yaml_float(node)}: write a decimal number")
+        return float(super().construct_yaml_float(node))
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value).replace("-", "_") for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"the key {twice!r} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_yaml_int)
+_YamlLoader.add_constructor("tag:yaml.org,2002:float", _YamlLoader.construct_yaml_float)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Values of the config file by field name."""
     try:
         with path.open("rb") as file:
-            text = file.read(_MAX_YAML_BYTES + 1)
-        if len(text) > _MAX_YAML_BYTES:
-            raise RequestError(f"--config {path}: is larger than {_MAX_YAML_BYTES:,} bytes, the limit for a config file")
-        values = yaml.load(text.decode(), _YamlLoader)
-    except (OSError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise RequestError(f"--config {path}: cannot be read: {shortened(reason)}") from None
-    except yaml.YAMLError as error:
+            text = file.read(_MAX_YAML_BYTES)
+        values = yaml.load(text, _YamlLoader)
+    except OSError as error:
+        raise RequestError(f"--config {path}: cannot be read: {error.strerror or one_line(error)}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise RequestError(f"--config {path}: is not YAML: {shortened(one_line(error))}") from None
-    except RecursionError:
-        raise RequestError(f"--config {path}: is not the YAML of a config: it is nested too deeply") from None
+    if len(text) == _MAX_YAML_BYTES:
+        raise RequestError(f"--config {path}: is larger than {_MAX_YAML_BYTES:,} bytes, the limit for a config file")
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RequestError(f"--config {path}: must hold `key: value` lines; the keys are the flags without dashes in front")
+    if "config" in values:
+        raise RequestError(f"--config {path}: a config file cannot name another one; take the key 'config' out")
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 

@@ -36,7 +36,7 @@ def run(job: Job, argv: list[str]) -> int:
             if "mnistsum_ray.cluster.connection" in sys.modules:  # without that module there is no connection
                 from mnistsum_ray.cluster.connection import disconnect
 
-                disconnect()
+                disconnect(keep_logs=code not in (DONE, INCOMPLETE))
     finally:
         sys.stdout = stdout  # only now: until they are disconnected, Ray's threads may print after the result
     return code

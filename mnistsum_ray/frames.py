@@ -1,7 +1,7 @@
-"""Tables of other libraries: to Arrow and back."""
+"""Frames of other libraries: columns to Arrow, and further columns back."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -10,33 +10,44 @@ Rows = TypeVar("Rows")
 """A pandas or Polars DataFrame, an Arrow table, or a Ray Dataset."""
 
 
-def as_table(rows: Any) -> pa.Table:
-    """Convert a pandas or Polars DataFrame to an Arrow table; an Arrow table is returned as it is.
+def columns_of(rows: Any, names: tuple[str, ...], added: Collection[str]) -> dict[str, pa.Array]:
+    """Columns of a pandas or Polars DataFrame, or of an Arrow table, by name.
+
+    Args:
+        rows: the frame.
+        names: of the columns.
+        added: names of columns that the frame must not have, since they are added.
 
     Raises:
         TypeError: it is something else.
-        ValueError: a column has values that Arrow cannot hold.
+        ValueError: it lacks a column or has one of the added ones, or Arrow cannot hold its values.
     """
-    if isinstance(rows, pa.Table):
-        return rows
-    if _is_a(rows, "polars", "DataFrame"):
-        return rows.to_arrow()
-    if not _is_a(rows, "pandas", "DataFrame"):
+    if not (isinstance(rows, pa.Table) or _is_a(rows, "polars", "DataFrame") or _is_a(rows, "pandas", "DataFrame")):
         raise TypeError(f"rows: must be a pandas or Polars DataFrame, an Arrow table or a Ray Dataset, not {type(rows).__name__}")
-    try:
-        return pa.Table.from_pandas(rows)
-    except pa.ArrowException as error:
-        raise ValueError(f"rows: cannot be converted to Arrow: {error}; images are 784 bytes or a list of 784 integers") from None
+    present = list(rows.column_names if isinstance(rows, pa.Table) else rows.columns)
+    for name in names:
+        if present.count(name) != 1:
+            raise ValueError(f"there must be one column {name!r}; there are {', '.join(map(repr, present))}")
+    taken = next((name for name in present if str(name).lower() in added), None)
+    if taken is not None:
+        raise ValueError(f"column {taken!r} would be added; rename it")
+    return {name: as_array(rows[name], f"column {name!r}") for name in names}
 
 
-def like(rows: Rows, table: pa.Table) -> Rows:
-    """Convert an Arrow table to the library of `rows`; a pandas DataFrame keeps its index."""
-    converted: Any = table
-    if _is_a(rows, "polars", "DataFrame"):
-        converted = sys.modules["polars"].from_arrow(table)
-    elif _is_a(rows, "pandas", "DataFrame"):
-        converted = table.to_pandas()
-    return converted  # type: ignore[no-any-return]
+def append_columns(rows: Rows, columns: dict[str, pa.Array]) -> Rows:
+    """A copy of a frame with further columns; all that it has stays as it is, and a pandas DataFrame keeps its index."""
+    frame: Any = rows
+    if isinstance(frame, pa.Table):
+        for name, values in columns.items():
+            frame = frame.append_column(name, values)
+    elif _is_a(frame, "polars", "DataFrame"):
+        polars = sys.modules["polars"]
+        frame = frame.with_columns([polars.from_arrow(values).alias(name) for name, values in columns.items()])
+    else:
+        frame = frame.copy()
+        for name, values in columns.items():
+            frame[name] = values.to_pandas().array
+    return frame  # type: ignore[no-any-return]
 
 
 def as_array(values: Any, name: str) -> pa.Array:

@@ -1,7 +1,6 @@
 """Command lines and config files: what they set, and the one-line errors for what is invalid."""
 
 import inspect
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -71,6 +70,12 @@ def test_an_error_is_one_line_that_names_the_flag(argv: list[str], message: str)
         ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to 1, got 0"),
         ("- epochs\n", "must hold `key: value` lines"),
         ("epochs: [\n", "not YAML"),
+        ("epochs: 3\nseed: 1\nepochs: 4\n", "the key 'epochs' is there twice"),
+        ("batch-size: 64\nbatch_size: 128\n", "the key 'batch_size' is there twice"),
+        ("config: other.yaml\n", "a config file cannot name another one"),
+        ("seed: 1:30\n", "1:30 would be read as 90: write a decimal number"),
+        ("learning_rate: 1:30.5\n", "1:30.5 would be read as 90.5: write a decimal number"),
+        ("seed: 010\n", "010 would be read as 8: write a decimal number"),
     ],
 )
 def test_an_invalid_config_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -115,8 +120,9 @@ def test_help_shows_flags_in_groups(
 
 def test_a_list_flag_takes_several_words_as_a_shell_expands_them() -> None:
     rest = ["--model", "m", "--output", "o"]
-    for argv in (["--input", "a,b.parquet", "c d"], ["--input", "a,b.parquet", "--strict", "--input=c d"]):
-        assert parse(ScoreConfig, [*argv, *rest], "").input == ("a,b.parquet", "c d")
+    names = ("a,b.parquet", "c d", "données/*.parquet", 'say "hi"', "back\\slash")
+    for argv in (["--input", *names], ["--input", names[0], "--strict", *(f"--input={name}" for name in names[1:])]):
+        assert parse(ScoreConfig, [*argv, *rest], "").input == names
 
 
 def test_the_config_file_may_hold_one_input_or_several(tmp_path: Path) -> None:
@@ -140,26 +146,18 @@ def test_a_missing_required_flag_is_named(argv: list[str], message: str) -> None
         parse(ScoreConfig, argv, "")
 
 
-def alias_bomb() -> str:
-    """YAML of nine lines that expand to 9**9 values."""
-    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise("abcdefghi")]
-    return "\n".join([*lines, "seed: *i"])
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (alias_bomb(), "not YAML: aliases (*name) are not supported in a config file"),
-        (f"seed: {'9' * 5000}", "cannot be read: Exceeds the limit"),
-        (f"seed: {'[' * 3000}", "it is nested too deeply"),
+        (f"seed: {'9' * 5000}", "is not YAML: Exceeds the limit"),
+        (f"seed: {'[' * 3000}", "is not YAML"),
         (f"name: {'x' * 5000}", "key 'name' of the config file"),
         ("name: 2024-01-01", "key 'name' of the config file: input should be a valid string, got datetime.date(2024, 1, 1)"),
         ("x" * (2**20 + 1), "is larger than 1,048,576 bytes, the limit for a config file"),
-        ("name: caf\xe9", "cannot be read: 'utf-8' codec can't decode byte"),
+        ("name: caf\xe9", "is not YAML: unacceptable character #x00e9"),
         ("name: \0", "not YAML"),
     ],
-    ids=["alias bomb", "long integer", "brackets", "long text", "date", "huge", "latin-1", "nul"],
+    ids=["long integer", "brackets", "long text", "date", "huge", "latin-1", "nul"],
 )
 def test_a_hostile_config_file_is_refused_in_one_short_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))

@@ -70,6 +70,44 @@ def test_a_table_comes_back_with_predictions(
     assert [int(value) for value in done["pred_sum"].take(good).to_pylist()] == expected.sum.tolist()
 
 
+def test_other_columns_stay_as_they_are(network: TwoHeadCNN, table: pa.Table) -> None:
+    large, tuples = 2**60 + 1, [(row, "x") for row in range(ROWS)]
+    frame = table.to_pandas()
+    frame["number"] = frame["number"].astype("Int8")
+    frame["id"] = pd.array([None, *[large] * (ROWS - 1)], "Int64")
+    frame["tuple"] = pd.Series(tuples)
+    frame["mixed"] = pd.Series([1, "a", *[None] * (ROWS - 2)], dtype=object)
+    before = frame.copy()
+    answered = predict_rows(network, frame)
+    pd.testing.assert_frame_equal(answered[list(before.columns)], before)
+    pd.testing.assert_frame_equal(frame, before)
+    assert answered["id"][1] == large
+    assert answered["tuple"][2] == tuples[2]
+    polars = pl.DataFrame({"image": table["image"].to_pylist(), "number": table["number"].to_pylist()}).with_columns(
+        pl.Series("object", tuples, dtype=pl.Object)
+    )
+    of_polars = predict_rows(network, polars)
+    assert of_polars.schema["object"] == pl.Object
+    assert of_polars["object"].to_list() == tuples
+
+
+def test_views_with_negative_strides_are_predicted(network: TwoHeadCNN) -> None:
+    images = pixels_view(one_chunk(pq.read_table(SAMPLE)["image"]))[:ROWS]
+    numbers = np.arange(ROWS) % 10
+    mirrored = predict(network, images[::-1, :, ::-1], numbers[::-1])
+    assert mirrored.digit.tolist() == predict(network, images[::-1, :, ::-1].copy(), numbers[::-1].copy()).digit.tolist()
+    frame = pd.DataFrame({"image": [image.ravel()[::-1] for image in images], "number": numbers[::-1]})
+    assert predict_rows(network, frame)["reason"].isna().all()
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_size_below_one_is_an_error(network: TwoHeadCNN, table: pa.Table, batch_size: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_size: must be at least 1, is {batch_size}"):
+        predict(network, np.zeros((2, 28, 28), np.uint8), np.zeros(2, np.int64), batch_size)
+    with pytest.raises(ValueError, match="batch_size: must be at least 1"):
+        predict_rows(network, table, batch_size=batch_size)
+
+
 def test_columns_that_do_not_fit_are_errors(network: TwoHeadCNN, table: pa.Table) -> None:
     with pytest.raises(ValueError, match="there must be one column 'picture'; there are 'id', 'image', 'number'"):
         predict_rows(network, table, image_column="picture")
@@ -77,6 +115,8 @@ def test_columns_that_do_not_fit_are_errors(network: TwoHeadCNN, table: pa.Table
         predict_rows(network, table.set_column(1, "image", pa.array([0.5] * ROWS)))
     with pytest.raises(ValueError, match="column 'reason' would be added; rename it"):
         predict_rows(network, table.append_column("reason", pa.array(["why"] * ROWS)))
+    with pytest.raises(ValueError, match="column 'Pred_Sum' would be added; rename it"):
+        predict_rows(network, table.append_column("Pred_Sum", pa.array([1] * ROWS)))
     with pytest.raises(TypeError, match="not dict"):
         predict_rows(network, table.to_pydict())
 

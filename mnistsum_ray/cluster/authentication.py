@@ -6,13 +6,11 @@ processes that it starts inherit them. The caller restores the environment after
 
 import os
 import secrets
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from mnistsum_ray.cluster import ray_internals
+from mnistsum_ray.cluster.process_state import discard_stderr
 
 
 def use_token_if_required(address: str) -> None:
@@ -27,27 +25,13 @@ def use_token_if_required(address: str) -> None:
 
     ray_internals.reload_authentication()  # an earlier connection of this process may have left the token mode in the cache
     try:
-        with _discard_stderr():
+        with discard_stderr():  # Ray's C++ code logs a rejected token there
             rejected = ray_internals.rejects_this_client(address)
     except RayError:
         return  # `ray.init` fails for the same reason, and reports it
     if rejected:
         os.environ["RAY_AUTH_MODE"] = "token"
         ray_internals.reload_authentication()
-
-
-@contextmanager
-def _discard_stderr() -> Iterator[None]:
-    """Discard what is written to file descriptor 2 while the block runs: Ray's C++ code logs a rejected token there."""
-    sys.stderr.flush()
-    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(devnull)
 
 
 def _has_token() -> bool:

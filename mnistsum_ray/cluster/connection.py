@@ -7,8 +7,8 @@ from contextlib import nullcontext
 
 from mnistsum_ray.cluster.address import check_address, speaks_grpc
 from mnistsum_ray.cluster.authentication import ensure_token, use_token_if_required
-from mnistsum_ray.cluster.local_cluster import check_machine, end_local_cluster, ray_processes_in_own_sessions
-from mnistsum_ray.cluster.process_state import hide_working_folder, preserve_environment, preserve_ray_log_level
+from mnistsum_ray.cluster.local_cluster import check_machine, end_local_cluster, mark_session, ray_processes_in_own_sessions
+from mnistsum_ray.cluster.process_state import discard_stderr, hide_working_folder, preserve_environment, preserve_ray_log_level
 from mnistsum_ray.cluster.ray_internals import SILENT_CORE, last_cluster_address
 from mnistsum_ray.cluster.signals import preserve_signal_handlers
 from mnistsum_ray.errors import RequestError, root_cause
@@ -53,20 +53,23 @@ def connect() -> None:
 def _init_ray(starts_cluster: bool) -> None:
     import ray
 
-    # Ray's C++ code in this process logs what is no error of the user, such as for each pool of actors. What fails is raised, too.
+    # Ray's C++ code in this process logs lines that no user can follow: one on its log level, one for each pool of actors.
+    # What fails is raised as well.
     os.environ.setdefault(*SILENT_CORE)
     sessions = ray_processes_in_own_sessions() if starts_cluster else nullcontext()
-    with preserve_signal_handlers(), preserve_ray_log_level(), hide_working_folder(), sessions:
+    with preserve_signal_handlers(), preserve_ray_log_level(), hide_working_folder(), sessions, discard_stderr():
         ray.init(
             address="local" if starts_cluster else None,
             logging_level=logging.ERROR,
             log_to_driver=False,
             include_dashboard=False,  # a new cluster starts seconds earlier without it; a joined one keeps its own
         )
+    if starts_cluster:
+        mark_session()
 
 
-def disconnect() -> None:
-    """Disconnect from the cluster. A cluster that this process has started ends with all of its processes."""
+def disconnect(*, keep_logs: bool = False) -> None:
+    """Disconnect from the cluster. A cluster that this process has started ends with all of its processes, and its logs go."""
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
-    end_local_cluster()
+    end_local_cluster(keep_logs=keep_logs)

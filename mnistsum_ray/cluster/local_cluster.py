@@ -2,16 +2,17 @@
 
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 from mnistsum_ray.cluster import reaper, signals
-from mnistsum_ray.cluster.ray_internals import ray_processes_started_by
+from mnistsum_ray.cluster.ray_internals import ray_processes_started_by, session_folder
 from mnistsum_ray.cluster.reaper import Reaper
 from mnistsum_ray.errors import RequestError, one_line
 
@@ -23,8 +24,14 @@ _MAX_SOCKET_PATH_BYTES: Final = 107
 _RAY_SOCKET: Final = "ray/session_2026-11-26_09-31-28_741951_1234567/sockets/plasma_store"
 """Ray's longest socket path below the temporary folder."""
 
+_MARK: Final = "mnistsum_ray.pid"
+"""File in the session folder of a cluster that this program has started; holds the id of the process."""
+_KEPT_SESSIONS: Final = 10
+
 _reaper: Reaper | None = None
 """Reaper of the cluster that this process has started."""
+_session: Path | None = None
+"""Session folder of that cluster."""
 
 
 def check_machine() -> None:
@@ -74,9 +81,27 @@ def ray_processes_in_own_sessions() -> Iterator[None]:
         yield
 
 
-def end_local_cluster() -> None:
-    """End the processes that are left of the cluster that this process has started."""
-    global _reaper
+def mark_session() -> None:
+    """Mark the session folder of the cluster that was just started, and delete the oldest of those that have ended.
+
+    Ray keeps the logs of each cluster, a megabyte and more, for ever. Those of jobs that did not end well may be wanted.
+    """
+    global _session
+    _session = Path(session_folder())
+    marked = sorted(_session.parent.glob(f"session_*/{_MARK}"), key=lambda mark: mark.stat().st_mtime, reverse=True)
+    for mark in marked[_KEPT_SESSIONS:]:
+        with suppress(OSError, ValueError):
+            if not Path(f"/proc/{int(mark.read_text())}").exists():
+                shutil.rmtree(mark.parent, ignore_errors=True)
+    (_session / _MARK).write_text(str(os.getpid()))
+
+
+def end_local_cluster(*, keep_logs: bool) -> None:
+    """End the processes that are left of the cluster that this process has started, and delete its session folder."""
+    global _reaper, _session
     if _reaper is not None:
         _reaper.end()
         _reaper = None
+    if _session is not None and not keep_logs:
+        shutil.rmtree(_session, ignore_errors=True)
+    _session = None

@@ -1,4 +1,4 @@
-"""Restore what `ray.init` changes in this process: environment and log level; keep its workers out of the working folder."""
+"""Keep `ray.init` from changing this process and from writing to its standard error, and its workers from the working folder."""
 
 import logging
 import os
@@ -55,3 +55,17 @@ def hide_working_folder() -> Iterator[None]:
         yield
     finally:
         os.chdir(working_folder)
+
+
+@contextmanager
+def discard_stderr() -> Iterator[None]:
+    """Discard what is written to file descriptor 2 while the block runs, as C++ code does."""
+    sys.stderr.flush()
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)

@@ -3,7 +3,6 @@
 `tests/cluster/test_ray_internals.py` runs each of them against the installed Ray.
 """
 
-import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,17 @@ def last_cluster_address() -> str | None:
 
     address: str | None = read_ray_address()
     return address
+
+
+def session_folder() -> str:
+    """Return the folder of the connected cluster's logs and sockets on this machine.
+
+    `ray._private.worker._global_node` (2.60.0) knows it. `ray.init` returns it too, but to the caller that has connected.
+    """
+    from ray._private.worker import _global_node
+
+    folder: str = _global_node.get_session_dir_path()
+    return folder
 
 
 def reload_authentication() -> None:

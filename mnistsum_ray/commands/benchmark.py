@@ -1,5 +1,5 @@
-"""Measure the speed of training or scoring beside plain PyTorch, or of the training pipeline alone; or the
-time to the original's accuracy.
+"""Measure the speed of training or scoring beside plain PyTorch, or of the training pipeline alone;
+or the time to the original's accuracy.
 
     mnistsum benchmark train --data FOLDER
     mnistsum benchmark score --data FOLDER

@@ -41,13 +41,13 @@ def read_parquet_source(place: Location, info: pafs.FileInfo) -> tuple[ParquetFi
         RequestError: a file cannot be used, or only some files are named for a split; names the file or folder.
     """
     skipped: dict[str, str] = {}
-    single = [("", info.size, place.modified(info))] if info.type == pafs.FileType.File else None
-    entries = single or _list_parquet_files(place, skipped)
+    single = info.type == pafs.FileType.File
+    entries = [("", info.size, place.modified(info))] if single else _list_parquet_files(place, skipped)
     # An object store answers slowly but takes many requests at once. A local disk answers at once, and threads slow it down.
     with ThreadPoolExecutor(1 if place.is_local else _THREADS) as pool:
         files = ParquetFiles(place, pa.Table.from_pylist(list(pool.map(partial(_read_footer, place), entries)), FILE_SCHEMA))
     ends = np.cumsum(files.table["rows"].to_numpy())
-    splits = np.array([_split_of_name(name or place.path) for name, _, _ in entries])
+    splits = np.array([_split_of_name(name or place.path.rpartition("/")[2]) for name, _, _ in entries])
     names = dict.fromkeys(splits.tolist())
     if "" in names and len(names) > 1:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""Predictions for the rows of an Arrow table, in this process."""
+"""Predictions for columns of images and numbers, in this process."""
 
 from typing import Final
 
@@ -13,41 +13,33 @@ from mnistsum_ray.model.inference import predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.predictions import PREDICTION_FIELDS
 
-_REASON: Final = "reason"
+REASON: Final = "reason"
 
 
-def predict_table(model: TwoHeadCNN, table: pa.Table, image: str, number: str, batch_size: int) -> pa.Table:
-    """Append PREDICTION_FIELDS and `reason` to a table.
+def predict_columns(model: TwoHeadCNN, columns: dict[str, pa.Array], batch_size: int) -> dict[str, pa.Array]:
+    """The columns PREDICTION_FIELDS and `reason` of n rows.
 
     Args:
         model: in evaluation mode.
-        table: any rows; none are left out.
-        image: column of the images, in any form that scoring takes.
-        number: column of the numbers.
+        columns: the images, in any form that scoring takes, and the numbers, n each, by the names that errors have.
         batch_size: rows in one forward pass.
 
     Returns:
-        The rows in their order. Where one cannot be scored, the predictions are null and `reason` says why; elsewhere it is null.
+        n values each. Where a row cannot be scored, the predictions are null and `reason` says why; elsewhere it is null.
 
     Raises:
-        ValueError: a column is missing, has a type that cannot be read, or has the name of one that is added.
+        ValueError: a column has a type that cannot be read.
     """
-    rows = plain_table(table)
-    for name, type_error in ((image, image_type_error), (number, number_type_error)):
-        if rows.column_names.count(name) != 1:
-            raise ValueError(f"there must be one column {name!r}; there are {', '.join(map(repr, rows.column_names))}")
+    rows = plain_table(pa.table(columns))
+    for name, type_error in zip(columns, (image_type_error, number_type_error), strict=True):
         error = type_error(rows.schema.field(name).type)
         if error:
             raise ValueError(f"column {name!r} {error}")
-    taken = {*PREDICTION_FIELDS.names, _REASON} & {*rows.column_names}
-    if taken:
-        raise ValueError(f"column {min(taken)!r} would be added; rename it")
-    images, bad_images = decode_images(one_chunk(rows[image]))
-    numbers, bad_numbers = decode_numbers(one_chunk(rows[number]))
+    images, bad_images = decode_images(one_chunk(rows.column(0)))
+    numbers, bad_numbers = decode_numbers(one_chunk(rows.column(1)))
     bad_rows = join_reasons(bad_images, bad_numbers)
     reasons = [bad_rows.get(row) for row in range(len(numbers))]
-    predictions = predict_pairs(model, images, numbers, batch_size)
+    values = predict_pairs(model, images, numbers, batch_size).columns(numbers)
     bad = np.array([reason is not None for reason in reasons], bool)
-    for field, values in zip(PREDICTION_FIELDS, predictions.columns(numbers), strict=True):
-        table = table.append_column(field, pa.array(values, field.type, mask=bad))
-    return table.append_column(_REASON, pa.array(reasons, pa.string()))
+    arrays = [pa.array(of_field, field.type, mask=bad) for field, of_field in zip(PREDICTION_FIELDS, values, strict=True)]
+    return dict(zip(PREDICTION_FIELDS.names, arrays, strict=True)) | {REASON: pa.array(reasons, pa.string())}

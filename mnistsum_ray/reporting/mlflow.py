@@ -53,21 +53,20 @@ class MLflowRun:
             RequestError: the server, the store or the run does not exist.
         """
         try:
-            with _mlflow_call():
-                self._client = MlflowClient(uri)
-                if run_id is None:
-                    found = self._client.get_experiment_by_name(experiment)
-                    experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
-                    run_id = self._client.create_run(experiment_id, run_name=name).info.run_id
-                    params = [Param(key, str(value)) for key, value in manifest["config"].items()]
-                    tags = [RunTag(f"version.{package}", number) for package, number in manifest["versions"].items()]
-                    if "commit" in manifest["versions"]:
-                        tags.append(RunTag(MLFLOW_GIT_COMMIT, manifest["versions"]["commit"]))
-                    self._client.log_batch(run_id, params=params, tags=tags)
-                    self._client.log_inputs(run_id, [_dataset(manifest["data"])])
-                else:
-                    self._client.update_run(run_id, status="RUNNING")
-                logged = self._client.get_metric_history(run_id, _FIRST_METRIC)
+            self._client = MlflowClient(uri)
+            if run_id is None:
+                found = self._client.get_experiment_by_name(experiment)
+                experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+                run_id = self._client.create_run(experiment_id, run_name=name).info.run_id
+                params = [Param(key, str(value)) for key, value in manifest["config"].items()]
+                tags = [RunTag(f"version.{package}", number) for package, number in manifest["versions"].items()]
+                if "commit" in manifest["versions"]:
+                    tags.append(RunTag(MLFLOW_GIT_COMMIT, manifest["versions"]["commit"]))
+                self._client.log_batch(run_id, params=params, tags=tags)
+                self._client.log_inputs(run_id, [_dataset(manifest["data"])])
+            else:
+                self._client.update_run(run_id, status="RUNNING")
+            logged = self._client.get_metric_history(run_id, _FIRST_METRIC)
         except Exception as error:
             raise RequestError(f"--mlflow {uri}: {_first_line(error)}") from None
         self.run_id: str = run_id
@@ -83,8 +82,7 @@ class MLflowRun:
 
     def _try_to_log(self, entry: dict[str, Any], say: Callable[[str], None]) -> None:
         try:
-            with _mlflow_call():
-                self._log_epoch(entry)
+            self._log_epoch(entry)
         except Exception as error:
             if not self._failed:
                 say(f"--mlflow {self._uri}: {_first_line(error)}; training goes on, and the epoch is logged later")
@@ -110,17 +108,16 @@ class MLflowRun:
         """
         self._thread.shutdown(cancel_futures=True)
         try:
-            with _mlflow_call():
-                for entry in history:
-                    self._log_epoch(entry)
-                ended = int(1000 * time.time())
-                if not self._client.get_metric_history(self.run_id, _LAST_METRIC):
-                    scores = [Metric(key, value, ended, history[-1]["epoch"]) for key, value in model_scalars(card).items()]
-                    self._client.log_batch(self.run_id, scores)
-                for name in files:
-                    self._log_file(folder / name, name.rpartition("/")[0])
-                self._client.set_terminated(self.run_id, end_time=ended)
-                self._register(card, folder, say)
+            for entry in history:
+                self._log_epoch(entry)
+            ended = int(1000 * time.time())
+            if not self._client.get_metric_history(self.run_id, _LAST_METRIC):
+                scores = [Metric(key, value, ended, history[-1]["epoch"]) for key, value in model_scalars(card).items()]
+                self._client.log_batch(self.run_id, scores)
+            for name in files:
+                self._log_file(folder / name, name.rpartition("/")[0])
+            self._client.set_terminated(self.run_id, end_time=ended)
+            self._register(card, folder, say)
         except Exception as error:
             say(f"--mlflow {self._uri}: {_first_line(error)}; the run is complete, the same command with --resume logs it again")
             return False
@@ -142,7 +139,7 @@ class MLflowRun:
     def end(self, status: str) -> None:
         """End the run with the status `FAILED` or `KILLED`, if the server answers."""
         self._thread.shutdown(cancel_futures=True)
-        with suppress(Exception), _mlflow_call():
+        with suppress(Exception):
             self._client.set_terminated(self.run_id, status=status)
 
 
@@ -155,8 +152,11 @@ def _dataset(data: dict[str, Any]) -> DatasetInput:
 
 
 @contextmanager
-def _mlflow_call() -> Iterator[None]:
-    """Limit MLflow's HTTP retries and hide its log lines while the block runs; variables that the user has set stay."""
+def mlflow_settings() -> Iterator[None]:
+    """Limit MLflow's HTTP retries and hide its log lines while the block runs; variables that the user has set stay.
+
+    For the whole run, and not for each call: the environment belongs to all threads.
+    """
     # mlflow and alembic log a line for each table of a new local store.
     with default_environment(_HTTP_LIMITS), quiet_logger("mlflow", "alembic"):
         yield

@@ -27,5 +27,8 @@ def _commit() -> str | None:
         done = subprocess.run(["git", "-C", str(package), *args], capture_output=True, text=True, check=False, timeout=10)
         return done.stdout.strip()
 
-    commit = git("rev-parse", "--short=10", "HEAD")
-    return f"{commit}+" if commit and git("status", "--porcelain", "--", str(package)) else commit or None
+    try:
+        commit = git("rev-parse", "--short=10", "HEAD")
+        return f"{commit}+" if commit and git("status", "--porcelain", "--", str(package)) else commit or None
+    except (OSError, subprocess.TimeoutExpired):  # as on a network file system that does not answer
+        return None

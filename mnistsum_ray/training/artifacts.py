@@ -5,6 +5,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import torch
+
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.parquet_files import ParquetFiles
 from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
@@ -13,6 +15,7 @@ from mnistsum_ray.reporting.versions import versions
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.finalize import TrainingResult
 from mnistsum_ray.training.preflight import TrainingRun
+from mnistsum_ray.training.resources import ResourcePlan
 
 DATA_FILES: Final = "data_files.parquet"
 """`parquet_files.FILE_SCHEMA` of the files that a run streams."""
@@ -21,15 +24,17 @@ FINAL_FIELDS: Final = ("temperature", "probabilities", "int8")
 """Fields of model.json that are known only after training."""
 
 
-def build_manifest(run: TrainingRun, fingerprint: str, workers: str) -> dict[str, Any]:
-    """The manifest of a starting run: config, versions, workers in words, and the data with their SHA-256."""
+def build_manifest(run: TrainingRun, fingerprint: str, plan: ResourcePlan) -> dict[str, Any]:
+    """The manifest of a starting run: config, versions, workers, and the data with their SHA-256."""
     source = run.source
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": run.config.model_dump(mode="json", exclude={"config", "resume"}),
         "versions": versions(),
-        "workers": workers,
+        "workers": plan.describe(),
+        "num_workers": plan.workers,
+        "use_gpu": plan.use_gpu,
         "data": {
             "source": source.name,
             "location": source.location,
@@ -73,7 +78,7 @@ def publish_model(folder: Location, result: TrainingResult) -> dict[str, Any]:
         published = read_description((place / WEIGHTS_FILE).read_bytes())
         if published["sha256"] == description["sha256"]:
             description |= {key: published[key] for key in FINAL_FIELDS if key in published}
-    save_model(place, result.weights, description)
+    save_model(place, {name: torch.tensor(value) for name, value in result.weights.items()}, description)
     return description
 
 

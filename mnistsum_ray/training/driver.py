@@ -78,7 +78,7 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: FolderLock, console: Consol
     started = time.monotonic()
     source = run.source
     rows = prepare_rows(run, plan, console.say)
-    manifest, start = _start(run, build_manifest(run, rows.fingerprint, plan.describe()), console)
+    manifest, start = _start(run, build_manifest(run, rows.fingerprint, plan), console)
     manifest_file = run.folder / "manifest.json"
     history = read_history(run.folder) if run.config.resume else []
 

@@ -15,7 +15,7 @@ from mnistsum_ray.model.device import hardware
 from mnistsum_ray.model.distributed import broadcast_parameters
 from mnistsum_ray.model.error_analysis import ErrorAnalysis, analyse_errors, fit_temperatures
 from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.serialization import Weights, copy_weights
+from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.training.checkpointer import Checkpointer
 from mnistsum_ray.training.pipeline import EvaluationSet, Rows, TrainingRows, load_rows
 from mnistsum_ray.training.state import SumHeadResult, TrainerState
@@ -38,8 +38,8 @@ class TrainingResult:
     """Errors of the best model on the test rows."""
     mistake_images: Pixels
     """Images of the analysis' mistakes, in their order: uint8[n, 28, 28]."""
-    weights: Weights
-    """Of the best model."""
+    weights: dict[str, np.ndarray]
+    """Of the best model; arrays, since Ray Train takes no tensors."""
     description: dict[str, Any]
     """Of the best model, see `serialization.describe_model`, with `artifacts.FINAL_FIELDS`."""
     hardware: dict[str, Any]
@@ -126,4 +126,5 @@ def analyse_model(
         on_progress = events.progress("test rows compared with int8", len(digit))
         description["int8"] = quantization.quantize(model.cpu(), training_images, image, digit, on_progress).as_json()
     worked_on = hardware(trainer.worker.device)
-    return TrainingResult(state.history, analysis, mistake_images, state.best, description, worked_on, state.precision)
+    weights = {name: value.numpy() for name, value in state.best.items()}
+    return TrainingResult(state.history, analysis, mistake_images, weights, description, worked_on, state.precision)

@@ -83,7 +83,7 @@ def preflight(config: TrainConfig) -> TrainingRun:
     except OSError as error:
         raise RequestError(f"--storage-path {storage.display}: {one_line(error)}") from None
     data_sha256 = None
-    if config.from_run:
+    if config.from_run and not config.resume:  # a resumed run has taken what it needs from that one
         config, data_sha256 = _like_run(config)
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=config.resume)})
@@ -125,8 +125,10 @@ def _like_run(config: TrainConfig) -> tuple[TrainConfig, str | None]:
     manifest = read_manifest(folder, flag)
     stored = _stored_config(manifest, folder, flag)
     same = {key: getattr(stored, key) for key in (*_FIXED, *_WORKERS, "data") if key not in _given(config)}
-    if not same.get("precision", True):
-        same["precision"] = manifest.get("precision")  # that of the hardware, which is known once a run has finished
+    # What the run has chosen itself; the precision is known once a run has finished.
+    same |= {key: manifest.get(key) for key in ("precision", *_WORKERS) if key in same and same[key] is None}
+    if isinstance(same.get("num_workers"), list):
+        same["num_workers"] = tuple(same["num_workers"])
     return config.model_copy(update=same), manifest["data"]["sha256"] if "data" in same else None
 
 

@@ -18,13 +18,19 @@ def mlflow_run(run: TrainingRun, manifest: dict[str, Any], console: Console) -> 
 
     The manifest gets an entry `mlflow` with the server's URI and the run id.
     """
-    tracked = _start(run, manifest, console) if run.config.mlflow else None
-    try:
-        yield tracked
-    except BaseException as error:
-        if tracked:
-            tracked.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
+    if not run.config.mlflow:
+        yield None
+        return
+    from mnistsum_ray.reporting.mlflow import mlflow_settings  # needs the extra `mlflow`
+
+    with mlflow_settings():
+        tracked = _start(run, manifest, console)
+        try:
+            yield tracked
+        except BaseException as error:
+            if tracked:
+                tracked.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
 
 
 def _start(run: TrainingRun, manifest: dict[str, Any], console: Console) -> "MLflowRun | None":

@@ -10,6 +10,8 @@ from mnistsum_ray.errors import RequestError
 from mnistsum_ray.scoring.resources import plan_scoring_resources
 from mnistsum_ray.training.resources import plan_resources
 
+GPU_BYTES = 16 * 2**30
+
 
 def cluster(
     cpus: float, gpus: float = 0, nodes: int = 1, *, can_grow: bool = False, limits: dict[str, float] | None = None
@@ -127,46 +129,46 @@ def test_a_growing_cluster_may_lack_the_requested_resources() -> None:
     assert (resource_plan.workers, resource_plan.use_gpu) == ((2, 4), True)
     assert resource_plan.bundles() == [{"CPU": 1, "GPU": 1}] * 2
     config = ScoreConfig(model="m", input=("i",), output="o", num_workers=4, use_gpu=True)
-    assert plan_scoring_resources(config, cluster(0, can_grow=True)).workers == 4
+    assert plan_scoring_resources(config, cluster(0, can_grow=True), GPU_BYTES).workers == 4
 
 
 @pytest.mark.parametrize(
-    ("here", "use_gpu", "workers", "readers"),
+    ("here", "use_gpu", "workers"),
     [
-        (cluster(0, can_grow=True, limits={"GPU": 4, "CPU": 18}), True, 4, 17),  # scaled to zero
-        (cluster(2, 1, can_grow=True, limits={"GPU": 4, "CPU": 18}), None, 4, 17),  # one GPU has come
-        (cluster(2, can_grow=True), True, 16, 127),  # an autoscaler without limits
-        (cluster(2, can_grow=True, limits={"CPU": 32}), None, 32, 0),
-        (cluster(2, can_grow=True), None, 128, 0),
-        (cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4}), False, 32, 0),  # requested
-        (cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4}), None, 2, 0),  # no GPU nodes are started just for their CPUs
+        (cluster(0, can_grow=True, limits={"GPU": 4, "CPU": 18}), True, 4 * 4),  # scaled to zero
+        (cluster(2, 1, can_grow=True, limits={"GPU": 4, "CPU": 18}), None, 4 * 2),  # one GPU has come, with two CPUs
+        (cluster(2, can_grow=True), True, 16 * 4),  # an autoscaler without limits
+        (cluster(2, can_grow=True, limits={"CPU": 32}), None, 32),
+        (cluster(2, can_grow=True), None, 128),
+        (cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4}), False, 32),  # requested
+        (cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4}), None, 2),  # no GPU nodes are started just for their CPUs
     ],
 )
-def test_scoring_is_sized_for_what_the_cluster_can_grow_to(
-    here: ClusterResources, use_gpu: bool | None, workers: int, readers: int
-) -> None:
-    taken = plan_scoring_resources(ScoreConfig(model="m", input=("i",), output="o", use_gpu=use_gpu), here)
-    assert (taken.workers, taken.readers) == (workers, readers)
-    assert max(amount for bundle in taken.bundles() for amount in bundle.values()) <= 1, "each bundle fits on a small node"
+def test_scoring_is_sized_for_what_the_cluster_can_grow_to(here: ClusterResources, use_gpu: bool | None, workers: int) -> None:
+    taken = plan_scoring_resources(ScoreConfig(model="m", input=("i",), output="o", use_gpu=use_gpu), here, GPU_BYTES)
+    assert taken.workers == workers
+    assert max(taken.per_worker.values()) <= 1, "a worker fits on a small node"
 
 
 @pytest.mark.parametrize(
-    ("config", "here", "workers", "readers"),
+    ("config", "here", "gpu_bytes", "workers", "per_worker"),
     [
-        ({}, cluster(2), 2, 0),  # a laptop: one actor per CPU, each reads by itself
-        ({}, cluster(16, 1), 1, 15),  # one GPU box: the CPUs read for the GPU
-        ({"use_gpu": False, "num_workers": 3, "num_readers": 2}, cluster(16, 1), 3, 2),
-        ({"num_readers": 1}, cluster(1), 1, 1),
+        ({}, cluster(2), 0, 2, {"CPU": 1.0}),  # a laptop
+        ({"num_workers": 4}, cluster(4), 0, 4, {"CPU": 1.0}),
+        ({}, cluster(16, 1), 80 * 2**30, 8, {"CPU": 1.0, "GPU": 1 / 8}),  # one GPU box: eight processes share the card
+        ({}, cluster(16, 1), 16 * 2**30, 4, {"CPU": 1.0, "GPU": 1 / 4}),  # its memory holds four
+        ({}, cluster(2, 1), 80 * 2**30, 2, {"CPU": 1.0, "GPU": 1 / 2}),  # two cores feed it
+        ({"num_workers": 1}, cluster(16, 1), 80 * 2**30, 1, {"CPU": 1.0, "GPU": 1.0}),
+        ({"num_workers": 3}, cluster(16, 8), 80 * 2**30, 3, {"CPU": 1.0, "GPU": 1.0}),  # three of the cards
+        ({"use_gpu": False, "num_workers": 3}, cluster(16, 1), 0, 3, {"CPU": 1.0}),
+        ({"precision": "int8"}, cluster(16, 1), 0, 16, {"CPU": 1.0}),
     ],
 )
-def test_scoring_uses_the_whole_cluster_and_leaves_cpus_for_reading(
-    config: dict[str, Any], here: ClusterResources, workers: int, readers: int
+def test_scoring_uses_the_whole_cluster(
+    config: dict[str, Any], here: ClusterResources, gpu_bytes: int, workers: int, per_worker: dict[str, float]
 ) -> None:
-    taken = plan_scoring_resources(ScoreConfig(model="m", input="i", output="o", **config), here)
-    assert (taken.workers, taken.readers) == (workers, readers)
-    tasks = readers + 1 if readers else 0
-    assert workers * taken.cpus_per_worker + tasks * taken.cpus_per_task <= here.total["CPU"] + 1e-9
-    assert taken.cpus_per_task > 0 or not readers
+    taken = plan_scoring_resources(ScoreConfig(model="m", input=("i",), output="o", **config), here, gpu_bytes)
+    assert (taken.workers, taken.per_worker) == (workers, per_worker)
     assert here.workers_that_fit(taken.per_worker) >= workers
 
 
@@ -179,4 +181,4 @@ def test_scoring_uses_the_whole_cluster_and_leaves_cpus_for_reading(
 )
 def test_more_scoring_workers_than_the_cluster_can_have_are_refused(config: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        plan_scoring_resources(ScoreConfig(model="m", input="i", output="o", **config), cluster(2))
+        plan_scoring_resources(ScoreConfig(model="m", input="i", output="o", **config), cluster(2), GPU_BYTES)

@@ -14,6 +14,7 @@ from mnistsum_ray.data.decoding import decode_images
 from mnistsum_ray.data.parquet import open_parquet
 from mnistsum_ray.data.parquet_types import plain_table
 from mnistsum_ray.data.pixels import Pixels, one_chunk
+from mnistsum_ray.storage.paths import locate
 
 IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
 
@@ -52,7 +53,8 @@ def test_types_are_registered_afterwards_as_before(ray_file: Path) -> None:
 
 
 def test_ray_tensors_are_read_as_lists_and_written_without_marks(ray_file: Path, tmp_path: Path) -> None:
-    table = plain_table(open_parquet(pa.BufferReader(ray_file.read_bytes())).read())
+    with open_parquet(locate(str(ray_file), "--input")) as file:
+        table = plain_table(file.read())
     images, bad = decode_images(one_chunk(table["image"]))
     assert not bad
     assert np.array_equal(images, IMAGES)

@@ -15,23 +15,16 @@ from mnistsum_ray import load_model, predict
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.export.model import export_model
-from mnistsum_ray.model.evaluation import Metrics
 from mnistsum_ray.model.exporting import OUTPUTS
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
-from mnistsum_ray.model.serialization import copy_weights, save_model
-from tests.conftest import TEMPERATURES, set_temperatures
+from tests.conftest import write_model
 
-NOTHING = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0, consistency=0.0)
 ROWS = 37
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    save_model(folder, copy_weights(TwoHeadCNN()), epoch=1, validation=NOTHING, test=NOTHING)
-    set_temperatures(folder, TEMPERATURES)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"), 0)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +71,6 @@ def test_torch_export_predicts_as_the_model_without_this_package(
 
 def test_probabilities_use_the_temperatures(model: Path, rows: tuple[np.ndarray, np.ndarray]) -> None:
     network = load_model(str(model))
-    assert network.temperatures == TEMPERATURES
     found = predict(network, *rows)
     with torch.no_grad():
         digit_scores, sum_scores = network(prepare_images(torch.from_numpy(rows[0])), torch.from_numpy(rows[1]))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.model.serialization import MODEL_FILES
 from mnistsum_ray.training.state import STATE_CARD, STATE_FILE
 from tests.integration.conftest import Done, Job, descendants, kill_everything, kill_worker, report_duration, run_job
 from tests.integration.test_refusals import check_refused
@@ -128,7 +127,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     job = Job("train", "--data", data, *LONG, "--storage-path", runs, "--name", "mine")
     job.wait_for_line("epoch 2: train loss")
     second = runs / "mine" / "epoch_00002"
-    while not all((second / name).exists() for name in (*MODEL_FILES, STATE_FILE, STATE_CARD)):
+    while not all((second / name).exists() for name in (STATE_FILE, STATE_CARD)):
         time.sleep(0.02)
     kill_everything(job.process.pid)
     job.wait()

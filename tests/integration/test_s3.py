@@ -1,6 +1,7 @@
 """Data, runs and predictions on S3 (moto's server), with the same commands and the same results as on a disk; leases."""
 
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -8,16 +9,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mnistsum_ray.scoring.writer import to_parquet
 
 from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.storage import conditional
 from mnistsum_ray.storage.lease import HEARTBEAT_SECONDS, LEASE_TTL_SECONDS
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import output_lock
+from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import write_model
 from tests.integration.conftest import Done, Job, descendants, run_job
@@ -57,8 +58,7 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
         (root / "pairs" / "bad.parquet").write_bytes(b"not Parquet at all")
         bad = table(root / "pairs" / "part-00001.parquet").set_column(2, "number", pa.array([10] * 3 + [1] * 97, pa.int8()))
         (root / "pairs" / "part-00001.parquet").write_bytes(to_parquet(bad))
-        for name in ("model.safetensors", "model.json"):
-            (root / "model" / name).write_bytes((model / name).read_bytes())
+        (root / "model" / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
         flags = [
             "--model",
             root.display + "/model",
@@ -173,13 +173,15 @@ def test_a_lease_is_renewed_and_taken_by_conditional_writes() -> None:
     with pytest.raises(conditional.ConflictError):
         conditional.put_if_match(place, b"4", etag)
     assert conditional.get(folder / "nothing") is None
-    with output_lock(folder, "--output", print) as held:
+    with folder_lock(folder, "--output", print) as held:
         assert held.conditional_writes
-        held.fence.check()
+        there = pickle.loads(pickle.dumps(held))  # as its workers have it
+        there.check()
         (folder / "_lock").write_json({"id": "another", "beat": 1})
         time.sleep(1.1)
-        with pytest.raises(OSError, match="another run has taken the output"):
-            held.fence.check()
+        for side in (held, there):
+            with pytest.raises(RunError, match="another run has taken the output"):
+                side.check()
 
 
 @pytest.mark.slow
@@ -204,13 +206,13 @@ def test_one_training_writes_a_run_folder(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("s3")
 def test_a_lock_in_an_object_store_is_held_by_one_and_ends_with_its_run() -> None:
     output, said = locate("s3://scores/locked", "--output"), list[str]()
-    with output_lock(output, "--output", said.append) as held:
-        with pytest.raises(RequestError, match=r"another run .* is writing there"), output_lock(output, "--output", said.append):
+    with folder_lock(output, "--output", said.append) as held:
+        with pytest.raises(RequestError, match=r"another run .* is writing there"), folder_lock(output, "--output", said.append):
             pass
         held.check()
     assert not (output / "_lock").exists()
     (output / "_lock").write_json({"id": "a run that was killed", "beat": 7})
-    with output_lock(output, "--output", said.append) as held:
+    with folder_lock(output, "--output", said.append) as held:
         assert "was left by a run that no longer renews it" in said[-1]
         held.check()
         (output / "_lock").write_json({"id": "a run that took it", "beat": 1})

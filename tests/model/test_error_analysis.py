@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.model.error_analysis import BATCH, MAX_MISTAKES, ErrorAnalysis, analyse_errors
 from mnistsum_ray.model.evaluation import MetricAccumulator, Metrics, PairScores
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
@@ -39,7 +40,7 @@ def evaluated(model: TwoHeadCNN, rows: dict[str, np.ndarray]) -> Metrics:
     scores = PairScores.from_digit_scores(model, model.digit_scores(prepare_images(torch.from_numpy(rows["image"]))))
     accumulator = MetricAccumulator(torch.device("cpu"))
     accumulator.add(scores, torch.from_numpy(rows["digit"]), torch.arange(ROWS))
-    return accumulator.metrics(ROWS, sum(range(ROWS)))
+    return accumulator.metrics(ROWS, RowRanges.of([0], [ROWS]).id_sum)
 
 
 def test_counts_agree_with_the_metrics(model: TwoHeadCNN, rows: dict[str, np.ndarray], analysis: ErrorAnalysis) -> None:

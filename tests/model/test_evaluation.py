@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mnistsum_ray.data.row_ranges import RowRanges
 from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.evaluation import MetricAccumulator, PairScores, within_one_standard_error
 from mnistsum_ray.model.network import TwoHeadCNN
@@ -20,7 +21,7 @@ def test_metrics_equal_a_plain_computation_over_all_pairs() -> None:
     accumulator = MetricAccumulator(CPU)
     for rows in (slice(0, 30), slice(30, 50)):
         accumulator.add(PairScores.from_digit_scores(model, digit_scores[rows]), digits[rows], ids[rows])
-    metrics = accumulator.metrics(50, int(ids.sum()))
+    metrics = accumulator.metrics(50, RowRanges.from_ids(ids.numpy()).id_sum)
     right, consistent, losses = 0, 0, 0.0
     for number in range(10):
         numbers = torch.full((50,), number)

@@ -11,7 +11,6 @@ import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
@@ -19,13 +18,11 @@ from mlflow.exceptions import MlflowException
 from mnistsum_ray import decode_images, load_model, predict
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.evaluation import Metrics
-from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.serialization import copy_weights, save_model
 from mnistsum_ray.reporting.mlflow import MLflowRun
 from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
+from tests.conftest import write_model
 from tests.reporting.test_tensorboard import entry
 
 CONFIG = {"seed": 3, "recipe": "short", "mlflow_model": "my.reader"}
@@ -37,15 +34,12 @@ MANIFEST: dict[str, Any] = {
 }
 HISTORY = [entry(epoch) for epoch in (1, 2, 3)]
 CARD = entry(4) | {"sha256": "cd" * 32}  # as in model.json
-NOTHING = Metrics(rows=0, pairs=0, loss=0.0, digit_accuracy=0.0, sum_accuracy=0.0, consistency=0.0)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Location:
     """A run folder with a model that has not learnt anything."""
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    torch.manual_seed(0)
-    save_model(tmp_path / "run" / "model", copy_weights(TwoHeadCNN()), epoch=1, validation=NOTHING, test=NOTHING)
+    write_model(tmp_path / "run" / "model", 0)
     return locate(str(tmp_path / "run"), "run")
 
 

@@ -81,7 +81,7 @@ for limit in (0, resource.RLIM_INFINITY):
     except RequestError as error:
         print(error)
 """
-    command = [sys.executable, "-c", code, tmp_path / "out"]
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert said == [f"--output {tmp_path}/out: cannot be written (File too large)", "held"]
 

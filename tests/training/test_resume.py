@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.serialization import MODEL_FILES
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.resume import latest_valid_checkpoint
 from mnistsum_ray.training.state import STATE_CARD
@@ -18,8 +17,6 @@ def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_version_is_refused_and_stays(tmp_path: Path) -> None:
     folder = tmp_path / "epoch_00029"
     folder.mkdir()
-    for name in MODEL_FILES:
-        (folder / name).write_text("{}")
     (folder / STATE_CARD).write_text('{"format": "mnistsum_ray.trainer/99"}')
     with pytest.raises(RequestError, match=r"epoch_00029 cannot be used: it was written by another version"):
         latest_valid_checkpoint(locate(str(tmp_path), "--name"), print)

@@ -1,0 +1,123 @@
+"""A model folder comes back as it was saved; what is no model, or a damaged one, is refused in one line."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.serialization import Weights, copy_weights, describe_model, load_model, save_model
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.paths import locate
+
+METRICS = {split: {"rows": 10, "sum_accuracy": 0.8} for split in ("validation", "test")}
+
+
+def weights_of(seed: int) -> Weights:
+    torch.manual_seed(seed)
+    return copy_weights(TwoHeadCNN())
+
+
+def save(folder: Path, seed: int = 0, weights: Weights | None = None, **changed: Any) -> Location:
+    place = locate(str(folder), "--model")
+    weights = weights or weights_of(seed)
+    save_model(place, weights, describe_model(weights, epoch=seed, metrics=METRICS) | changed)
+    return place
+
+
+def test_a_model_comes_back(tmp_path: Path) -> None:
+    save(tmp_path / "run" / "model", 3)
+    for folder in (tmp_path / "run", tmp_path / "run" / "model"):
+        loaded, description = load_model(locate(str(folder), "--model"))
+        weights = copy_weights(loaded)
+        assert all(torch.equal(weights[name], value) for name, value in weights_of(3).items())
+        assert not loaded.training
+        assert (description["epoch"], description["parameters"], description["test"]["sum_accuracy"]) == (3, 220_125, 0.8)
+    assert json.loads((tmp_path / "run" / "model" / "model.json").read_text()) == description
+
+
+def test_a_reader_between_two_publications_finds_a_whole_model(tmp_path: Path) -> None:
+    """Also one that was killed between the two files: the description is in the file of the weights."""
+    place, found, ended = save(tmp_path), set[int](), threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            found.add(load_model(place)[1]["epoch"])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for seed in range(1, 30):
+        save(tmp_path, seed)
+    ended.set()
+    reader.join()
+    assert len(found) > 2
+    other = json.loads((tmp_path / "model.json").read_text()) | {"sha256": "of other weights"}
+    (tmp_path / "model.json").write_text(json.dumps(other))
+    assert load_model(place)[1]["epoch"] == 29
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"epoch": None}, "its 'epoch' is None"),
+        ({"sha256": ["a"]}, "its 'sha256' is ['a']"),
+        ({"format": "else"}, "its format is not 'mnistsum_ray/4'"),
+        ({"temperature": {"digit": 1.0}}, "not a positive number for 'digit' and one for 'sum'"),
+        ({"temperature": {"digit": 1.0, "sum": -1}}, "not a positive number for 'digit' and one for 'sum'"),
+        ({"temperature": {"digit": 1.0, "sum": 10**400}}, "not a positive number for 'digit' and one for 'sum'"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_description_without_what_scoring_needs_is_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        load_model(save(tmp_path, **changed))
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    weights = weights_of(0)
+    weights["conv3.weight"][5, 7, 1, 2] = value
+    with pytest.raises(RequestError, match=r"conv3\.weight holds NaN or infinite weights"):
+        load_model(save(tmp_path, weights=weights))
+
+
+def flip_a_bit(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+
+
+def without_end(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (Path.unlink, "holds no model"),
+        (without_end, "is larger than any file of this program"),
+        (lambda file: file.write_bytes(b"PK"), "model.safetensors cannot be used"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "model.safetensors cannot be used"),
+        (lambda file: torch.save(weights_of(0), file), "model.safetensors cannot be used"),
+        (flip_a_bit, "the SHA-256 of its weights differs"),
+    ],
+    ids=["missing", "without end", "two bytes", "cut short", "pickle", "one bit"],
+)
+def test_what_is_not_a_model_is_refused(tmp_path: Path, damage: Callable[[Path], Any], said: str) -> None:
+    place = save(tmp_path)
+    damage(tmp_path / "model.safetensors")
+    with pytest.raises(RequestError) as refused:
+        load_model(place)
+    assert said in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_tensors_of_another_network_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="its tensors are not those of the network"):
+        load_model(save(tmp_path, weights={"conv1.weight": torch.zeros(3)}))
