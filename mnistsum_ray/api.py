@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
-from mnistsum_ray.data.pixels import Pixels
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.frames import Rows, append_columns, as_array, columns_of, is_ray_dataset
 from mnistsum_ray.process_state import quiet_logger
@@ -217,13 +217,12 @@ def decode_images(images: Any) -> tuple[Pixels, dict[int, str]]:
     Raises:
         ValueError: the values have another form.
     """
-    from mnistsum_ray.data import decoding
-    from mnistsum_ray.data.column_types import image_type_error
+    from mnistsum_ray.data import images as columns
+    from mnistsum_ray.data.images import image_type_error, one_chunk
     from mnistsum_ray.data.parquet_types import plain_table
-    from mnistsum_ray.data.pixels import one_chunk
 
     column = one_chunk(plain_table(pa.table({"images": as_array(images, "images")}))["images"])
     error = image_type_error(column.type)
     if error:
         raise ValueError(f"images: {error}")
-    return decoding.decode_images(column)
+    return columns.decode_images(column)

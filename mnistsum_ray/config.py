@@ -60,8 +60,8 @@ class TrainingData(JobConfig):
         1_000_000,
         ge=1,
         le=10**9,
-        description="training rows that are shuffled together, 0.8 KB each in memory; Parquet with more rows is streamed and "
-        "shuffled in windows of so many rows",
+        description="training rows that are shuffled together, 0.8 KB each in memory; Parquet with more rows in all is streamed "
+        "and shuffled in windows of so many rows",
     )
 
 
@@ -167,6 +167,9 @@ class RunFolder(JobConfig):
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="name of the run and of its folder [a new unique name]"
     )
     resume: CliImplicitFlag[bool] = Field(False, description="continue the run --name from its last checkpoint")
+    checkpoint_seconds: float = Field(
+        60, gt=0, le=86_400, description="seconds between checkpoints within an epoch; a kill costs about so much work"
+    )
     from_run: str | None = Field(
         None,
         description="run (folder or URI) whose data, recipe, seed, precision and number of workers are taken; other flags win; "

@@ -21,6 +21,10 @@ class StorageError(OSError):
     """The storage does not answer, refuses, or a file is gone: another attempt may succeed. The message names the file."""
 
 
+class UnusableFileError(ValueError):
+    """A file cannot be used; the message says why and what to do."""
+
+
 class RunInterrupted(KeyboardInterrupt):
     """The run was interrupted; the message says what is kept and how to continue."""
 

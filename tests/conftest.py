@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.data.sources import SAMPLE, open_source
+from mnistsum_ray.model import quantization
 from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import copy_weights, describe_model, load_model, save_model
@@ -65,6 +66,14 @@ def change_description(folder: Path, **fields: Any) -> Path:
     network, description = load_model(place)
     save_model(place, copy_weights(network), description | fields)
     return folder
+
+
+def calibrate(folder: Path) -> Path:
+    """Calibrate the model of a model folder for int8."""
+    network, _ = load_model(locate(str(folder), "--model"))
+    source = open_source("sample")
+    images, digits = (torch.from_numpy(values) for values in source.data.fetch(source.test.ids()))
+    return change_description(folder, int8=quantization.quantize(network, images, images, digits.long()).as_json())
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray import decode_images, load_model, predict, predict_rows
-from mnistsum_ray.data.pixels import one_chunk, pixels_view
+from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.predictions import PREDICTION_FIELDS

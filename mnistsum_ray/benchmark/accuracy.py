@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 
 from mnistsum_ray.benchmark import original, ray_jobs
 from mnistsum_ray.benchmark.memory import BATCH
-from mnistsum_ray.data.parts import read_part
-from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.sources import Source, open_source
 
 ORIGINAL_EPOCHS: Final = 5
@@ -81,10 +80,8 @@ def train_original(data: str, device: torch.device, command_time: float) -> Resu
 
 def _rows(source: Source, ids: np.ndarray) -> tuple[Pixels, list[int]]:
     """Images and digits of rows."""
-    tables = [read_part(part) for part in source.parts()]
-    images = np.concatenate([pixels_view(one_chunk(table["image"])) for table in tables])
-    digits = np.concatenate([table["digit"].to_numpy() for table in tables])
-    return images[ids], digits[ids].tolist()
+    images, digits = source.data.fetch(ids)
+    return images, digits.tolist()
 
 
 def _as_result(line: dict[str, Any]) -> Result:

@@ -17,13 +17,11 @@ from PIL import Image
 
 from mnistsum_ray.benchmark.memory import BATCH
 from mnistsum_ray.cluster.connection import connect
-from mnistsum_ray.data.pixels import Pixels
-from mnistsum_ray.data.sampling import check_row_counts
-from mnistsum_ray.data.sources import Source, open_source
-from mnistsum_ray.training.in_memory import InMemoryRows, materialize_source
-from mnistsum_ray.training.pipeline import Rows
-from mnistsum_ray.training.schedule import GPU_CHUNK_ROWS, Schedule
-from mnistsum_ray.training.streaming import StreamedRows
+from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.order import Shuffle, check_row_counts
+from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.training.fetch import load_rows, stream_rows
+from mnistsum_ray.training.rows import TrainingRows
 
 _FILE_ROWS: Final = 50_000
 _GROUP_ROWS: Final = 5_000
@@ -93,12 +91,22 @@ def feed(folder: Path, shuffle_rows: int, workers: int) -> dict[str, float]:
     """
     connect()
     source = open_source(str(folder))
-    first_ids = np.empty(0, np.int64)
-    loaded = None if len(source.train) > shuffle_rows else materialize_source(source)
-    actors = [_FeedWorker.remote(source, shuffle_rows, rank, workers) for rank in range(workers)]  # type: ignore[attr-defined]
-    if loaded is not None:
-        first_ids = loaded.first_ids
-    ray.get([actor.prepare.remote(loaded and loaded.images, first_ids) for actor in actors])
+    assert source.files is not None
+    streamed = source.rows > shuffle_rows
+    loaded = stream_rows(source.files) if streamed else load_rows(source)
+    shuffle = Shuffle(source.train, source.files.groups.bounds if streamed else None, BATCH, shuffle_rows, seed=0)
+    rows = {
+        "data": loaded.data,
+        "shuffle": shuffle,
+        "distortion": _DISTORTION,
+        "epochs": 1,
+        "readers": max(1, int(ray.cluster_resources()["CPU"]) // workers) if streamed else 1,
+    }
+    actors = [
+        _FeedWorker.remote(rows | {"rank": rank, "world_size": workers})  # type: ignore[attr-defined]
+        for rank in range(workers)
+    ]
+    ray.get([actor.prepare.remote() for actor in actors])
     started = time.perf_counter()
     ray.get([actor.first_batch.remote() for actor in actors])
     first_batch = time.perf_counter() - started
@@ -134,33 +142,15 @@ def _watch(usage: _Usage, done: threading.Event) -> None:
 class _FeedWorker:
     """A worker that takes batches and does nothing with them."""
 
-    def __init__(self, source: Source, shuffle_rows: int, rank: int, world_size: int) -> None:
-        self._source, self._shuffle_rows, self._rank, self._world_size = source, shuffle_rows, rank, world_size
+    def __init__(self, rows: dict[str, Any]) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._batches = TrainingRows(**rows, device=device).batches()
 
-    def prepare(self, images: Any, first_ids: Any) -> None:
-        source, device = self._source, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        assert source.files is not None
-        rows: Rows
-        if images is None:
-            readers = max(1, int(ray.cluster_resources()["CPU"]) // self._world_size)
-            rows = StreamedRows(source.files, self._shuffle_rows, readers)
-        else:
-            rows = InMemoryRows(images, first_ids)
-        schedule = Schedule(
-            rows=source.train,
-            batch_size=BATCH,
-            lanes=rows.lanes(source.train, BATCH),
-            seed=0,
-            distortion=_DISTORTION,
-            epochs=1,
-            rank=self._rank,
-            world_size=self._world_size,
-            rows_per_chunk=GPU_CHUNK_ROWS,
-        )
-        self._batches = rows.training_batches(schedule, device)
+    def prepare(self) -> None:
+        """Return when the process has started."""
 
     def first_batch(self) -> None:
-        ids = next(self._batches)["row_id"]
+        ids = next(self._batches)["mixed_id"]
         self._first, self._id_sum = len(ids), int(ids.sum())
 
     def rest(self) -> tuple[int, int, int]:
@@ -168,5 +158,5 @@ class _FeedWorker:
         rows, id_sum = self._first, torch.zeros((), dtype=torch.int64)
         for batch in self._batches:
             rows += len(batch["row_id"])
-            id_sum += batch["row_id"].sum().cpu()
+            id_sum += batch["mixed_id"].sum().cpu()
         return rows, self._first, self._id_sum + int(id_sum)

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 
 from mnistsum_ray.benchmark.timing import BatchDone, Speed, time_loop
-from mnistsum_ray.data.pixels import Pixels
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import make_forward

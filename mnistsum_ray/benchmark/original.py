@@ -10,7 +10,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from mnistsum_ray.benchmark.memory import BATCH
 from mnistsum_ray.benchmark.timing import BatchDone, Speed, time_loop
-from mnistsum_ray.data.pixels import Pixels
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD
 
 

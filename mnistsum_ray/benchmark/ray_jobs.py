@@ -15,7 +15,7 @@ import torch
 from mnistsum_ray.benchmark.memory import BATCH
 from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.config import ExportPairsConfig, TrainConfig
-from mnistsum_ray.data.pixels import Pixels
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import quantization

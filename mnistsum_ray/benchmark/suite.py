@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +16,7 @@ import torch
 
 from mnistsum_ray import cli
 from mnistsum_ray.benchmark import accuracy, feed, memory, original, ray_jobs
-from mnistsum_ray.data.parts import read_part
-from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model import quantization
@@ -119,7 +117,7 @@ def _measure(args: argparse.Namespace) -> Measurement:
         return accuracy.train_original(args.data, _device(), args.command_time)
     if args.what == "feed":
         rows = args.folder / ("png" if "png" in args.way else "raw")
-        shuffle_rows = args.rows if args.way.startswith("memory") else args.shuffle_rows
+        shuffle_rows = 2 * args.rows if args.way.startswith("memory") else args.shuffle_rows
         return feed.feed(rows, shuffle_rows, workers=2 if args.way.endswith("-2") else 1)
     if args.way == "worker":
         loop = partial(_measure_in_pytorch, "train", "memory", args.data, args.seconds, args.command_time)
@@ -154,10 +152,10 @@ def _write_feed(args: argparse.Namespace, folder: Path) -> None:
 
 
 def _read_rows(data: str) -> tuple[Pixels, list[int]]:
-    """Images uint8[n, 28, 28] and digits of the first two parts of a source."""
-    tables = [read_part(part) for part in islice(open_source(data).parts(), 2)]
-    images = np.concatenate([pixels_view(one_chunk(table["image"])) for table in tables])
-    return images, [digit for table in tables for digit in table["digit"].to_pylist()]
+    """Images uint8[n, 28, 28] and digits of the first rows of a source."""
+    source = open_source(data)
+    images, digits = source.data.fetch(np.arange(min(source.rows, 16_384)))
+    return images, digits.tolist()
 
 
 def _device() -> torch.device:

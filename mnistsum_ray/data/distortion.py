@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mnistsum_ray.data.pixels import SIDE
-from mnistsum_ray.data.sampling import RowIds, distortion_draws
+from mnistsum_ray.data.images import SIDE
+from mnistsum_ray.data.order import RowIds, distortion_draws
 
 AFFINE_VALUES: Final = 6
 """Elements of a matrix."""

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mnistsum_ray.data.pixels import SIDE, Pixels
+from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.errors import RequestError, one_line
 
 FILES: Final = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

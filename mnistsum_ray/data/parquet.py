@@ -1,16 +1,18 @@
 """Open Parquet files that other programs wrote: whether a failure is the file's or the storage's, and plausible footers."""
 
+import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mnistsum_ray.data.arrow_types import plain_arrow_types
-from mnistsum_ray.errors import StorageError, one_line
+from mnistsum_ray.data.parquet_types import plain_arrow_types
+from mnistsum_ray.errors import StorageError, UnusableFileError, one_line
 from mnistsum_ray.storage.listing import is_hidden
 from mnistsum_ray.storage.location import Location
 
@@ -28,10 +30,6 @@ _MAX_BYTES_PER_FILE_BYTE: Final = 100_000
 
 _TAIL_BYTES: Final = 64 * 1024
 """Bytes read from the end of a file in the first request: most footers are shorter."""
-
-
-class UnusableFileError(ValueError):
-    """A file cannot be used; the message says why and what to do."""
 
 
 def is_data_file(name: str) -> bool:
@@ -112,13 +110,38 @@ def storage_error(file: Location, error: Exception) -> StorageError:
     return StorageError(f"{file.display}: cannot be read: {one_line(error)}")
 
 
-def read_footer(file: Location, size: int) -> bytes:
-    """Read a Parquet file's footer and the eight bytes after it.
+@dataclass(frozen=True)
+class Footer:
+    """Footer of a Parquet file."""
+
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+    group_rows: list[int]
+    """Rows of each row group."""
+    decompressed_bytes: int
+    """Bytes of all columns, decompressed."""
+    sha256: str
+
+
+def read_footer(file: Location, size: int) -> Footer:
+    """Read the footer of a file of this size.
 
     Raises:
-        UnusableFileError: the file does not end as a Parquet file does.
+        UnusableFileError: it is damaged, or claims more than a file of this size can hold.
         StorageError: the storage does not give the file.
     """
+    data = _footer_bytes(file, size)
+    try:
+        with plain_arrow_types():
+            metadata = pq.read_metadata(pa.BufferReader(data))
+            schema = metadata.schema.to_arrow_schema()
+    except Exception as error:  # Arrow raises many types for damaged bytes
+        raise UnusableFileError(f"cannot be read: {one_line(error)} ({type(error).__name__})") from None
+    return Footer(metadata, schema, *_row_groups(metadata, size), hashlib.sha256(data).hexdigest())
+
+
+def _footer_bytes(file: Location, size: int) -> bytes:
+    """The footer and the eight bytes after it."""
     if size < 12:
         raise UnusableFileError(f"is {'empty (0 bytes)' if not size else f'only {size} bytes long'}; write it again")
     try:
@@ -146,26 +169,8 @@ def read_footer(file: Location, size: int) -> bytes:
     return tail[-length:]
 
 
-def parse_footer(footer: bytes) -> tuple[pq.FileMetaData, pa.Schema]:
-    """Metadata and Arrow schema of what `read_footer` returned.
-
-    Raises:
-        UnusableFileError: it is damaged.
-    """
-    try:
-        with plain_arrow_types():
-            metadata = pq.read_metadata(pa.BufferReader(footer))
-            return metadata, metadata.schema.to_arrow_schema()
-    except Exception as error:  # Arrow raises many types for damaged bytes
-        raise UnusableFileError(f"cannot be read: {one_line(error)} ({type(error).__name__})") from None
-
-
-def row_groups(metadata: pq.FileMetaData, file_size: int) -> tuple[list[int], int]:
-    """Rows of each row group, and bytes of all columns, uncompressed.
-
-    Raises:
-        UnusableFileError: a file of this size cannot hold what the footer claims.
-    """
+def _row_groups(metadata: pq.FileMetaData, file_size: int) -> tuple[list[int], int]:
+    """Rows of each row group, and bytes of all columns."""
     rows, size = [], 0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)

@@ -1,33 +1,193 @@
-"""Find the Parquet files of a data source, read their footers, and divide their rows into splits by the names of the files."""
+"""Parquet files of a data source: find them, read their footers, divide their rows into splits, and read rows by their ids.
+
+A million files take some hundred megabytes, and none of it grows with their rows.
+"""
 
 import hashlib
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from mnistsum_ray.data import idx
-from mnistsum_ray.data.column_types import image_type_error
-from mnistsum_ray.data.parquet import SUFFIXES, UnusableFileError, is_data_file, parse_footer, read_footer, row_groups
-from mnistsum_ray.data.parquet_files import FILE_SCHEMA, ParquetFiles
-from mnistsum_ray.data.parquet_types import without_views
-from mnistsum_ray.data.row_ranges import RowRanges
-from mnistsum_ray.errors import RequestError, StorageError
+from mnistsum_ray.data.images import SIDE, Pixels, check_digits, decode_images, image_type_error, one_chunk
+from mnistsum_ray.data.order import RowIds, RowRanges
+from mnistsum_ray.data.parquet import SUFFIXES, check_unchanged, is_data_file, open_parquet, read_footer
+from mnistsum_ray.data.parquet_types import plain_table, without_views
+from mnistsum_ray.errors import RequestError, UnusableFileError
 from mnistsum_ray.storage.listing import DUPLICATE, duplicate_paths, escape_non_utf8, list_folder
-from mnistsum_ray.storage.location import Backoff, Location, is_utf8
+from mnistsum_ray.storage.location import Location, is_utf8, retried
+
+FILE_SCHEMA: Final = pa.schema(
+    {
+        "name": pa.string(),  # relative to the folder; "" for a source of one file
+        "size": pa.int64(),  # bytes
+        "modified": pa.int64(),  # nanoseconds since 1970
+        "footer_sha256": pa.string(),
+        "rows": pa.int64(),
+        "group_rows": pa.list_(pa.int64()),  # rows of each row group
+        "digit_column": pa.string(),
+    }
+)
+"""One row per file, in the order of the row ids."""
 
 _DIGIT_COLUMNS: Final = ("digit", "label")
 
 _THREADS: Final = 32
 
+_BATCH_ROWS: Final = 8192
+"""Rows that are decompressed at once where only some of a row group are wanted."""
+
 _SPLITS: Final = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val"), "validation"
 )
 """Words in the names of files and folders, in upper or lower case, that name the split of their rows."""
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """The row groups of all files that have rows, in the order of the row ids; arrays of n entries."""
+
+    file: npt.NDArray[np.int64]
+    """Index of the file."""
+    index: npt.NDArray[np.int64]
+    """Index of the group in the file."""
+    bounds: npt.NDArray[np.int64]
+    """int64[n + 1]: group i holds the row ids bounds[i]..bounds[i + 1]-1."""
+
+
+@dataclass(frozen=True)
+class ParquetFiles:
+    """Files with images and digits below one folder, or one file."""
+
+    root: Location
+    table: pa.Table
+    """FILE_SCHEMA."""
+
+    @cached_property
+    def groups(self) -> RowGroups:
+        """The row groups that have rows."""
+        lists = self.table["group_rows"].combine_chunks()
+        rows = lists.flatten().to_numpy().astype(np.int64)
+        numbers = lists.value_lengths().to_numpy()
+        file = np.repeat(np.arange(len(numbers)), numbers)
+        index = np.arange(len(rows)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+        filled = rows > 0
+        return RowGroups(file[filled], index[filled], np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[filled])]))
+
+    @cached_property
+    def end_ids(self) -> RowIds:
+        """Row id after the last row of each file."""
+        return np.cumsum(self.table["rows"].to_numpy())
+
+    def location(self, index: int) -> Location:
+        """The file with this index in `table`."""
+        name = self.table["name"][index].as_py()
+        return self.root / name if name else self.root
+
+    def fetch(self, ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
+        """Read and decode rows int64[n], distinct and in any order, as uint8[n, 28, 28] and int8[n].
+
+        Raises:
+            RequestError: a file has changed, or a row is not an image with a digit; names the file and the row.
+            StorageError: the storage does not give a file.
+        """
+        images, digits = np.empty((len(ids), SIDE, SIDE), np.uint8), np.empty(len(ids), np.int8)
+        order = np.argsort(ids)
+        files, starts = np.unique(np.searchsorted(self.end_ids, ids[order], side="right"), return_index=True)
+        for index, places in zip(files.tolist(), np.split(order, starts[1:]), strict=False):
+            images[places], digits[places] = self._read(index, ids[places])
+        return images, digits
+
+    def _read(self, index: int, ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
+        """Rows of one file, in ascending order."""
+        (entry,), file = self.table.slice(index, 1).to_pylist(), self.location(index)
+        rows = ids - (self.end_ids[index] - entry["rows"])
+        try:
+            check_unchanged(file, entry["size"], entry["modified"])
+            with open_parquet(file) as parquet:
+                table = plain_table(_read_rows(parquet, rows, entry["group_rows"], ["image", entry["digit_column"]]))
+        except UnusableFileError as error:
+            raise RequestError(f"{file.display}: {error}") from None
+        images, bad = decode_images(one_chunk(table["image"]))
+        for row, reason in sorted(bad.items()):
+            raise RequestError(f"{file.display}: row {rows[row]}: {reason}")
+        return images, check_digits(one_chunk(table[entry["digit_column"]]), file.display, rows)
+
+    def fingerprint(self, splits: tuple[RowRanges, ...]) -> str:
+        """SHA-256 over the sizes and footers of all files in the order of their row ids, and over the rows of the splits.
+
+        Names and times are left out, so that a copy of the data has the same.
+        """
+        digest = hashlib.sha256()
+        for size, footer in zip(self.table["size"].to_pylist(), self.table["footer_sha256"].to_pylist(), strict=True):
+            digest.update(f"{size} {footer}\n".encode())
+        for split in splits:
+            digest.update(f"{len(split)} rows".encode() + split.starts.tobytes() + split.ends.tobytes())
+        return digest.hexdigest()
+
+    def changed_file(self, earlier: pa.Table, *, same_place: bool) -> str | None:
+        """What differs from an earlier table of the files, as `FILE: reason`; None where nothing does.
+
+        Args:
+            earlier: FILE_SCHEMA.
+            same_place: the earlier files lay in the same folder, so their times must be the same too. A copy has other times.
+        """
+        compared = ["name", "size", "footer_sha256"] + (["modified"] if same_place else [])
+        if self.table.select(compared).equals(earlier.select(compared)):
+            return None
+        now, then = ({row["name"]: row for row in table.to_pylist()} for table in (self.table, earlier))
+        for name in sorted(now.keys() | then.keys()):
+            reason = _difference(then.get(name), now.get(name), compared)
+            if reason:
+                return f"{(self.root / name if name else self.root).display}: {reason}"
+        return None
+
+
+def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None, compared: list[str]) -> str | None:
+    if then is None:
+        return "is new since the run began"
+    if now is None:
+        return "is missing; it was there when the run began"
+    return "has changed since the run began" if any(then[name] != now[name] for name in compared) else None
+
+
+def _read_rows(parquet: pq.ParquetFile, rows: npt.NDArray[np.int64], group_rows: list[int], columns: list[str]) -> pa.Table:
+    """Rows of a file with these indices, in ascending order. Rows between them are not kept in memory."""
+    ends = np.cumsum(group_rows)
+    groups, starts = np.unique(np.searchsorted(ends, rows, side="right"), return_index=True)
+    batches: list[pa.RecordBatch] = []
+    for group, wanted in zip(groups.tolist(), np.split(rows, starts[1:]), strict=True):
+        if len(wanted) == group_rows[group]:
+            batches += parquet.read_row_group(group, columns=columns, use_threads=False).to_batches()
+        else:
+            batches += _read_some(parquet, group, wanted - (ends[group] - group_rows[group]), columns)
+    if sum(batch.num_rows for batch in batches) != len(rows):
+        raise UnusableFileError("has fewer rows in a row group than its footer says")
+    return pa.Table.from_batches(batches)
+
+
+def _read_some(
+    parquet: pq.ParquetFile, group: int, wanted: npt.NDArray[np.int64], columns: list[str]
+) -> Iterator[pa.RecordBatch]:
+    position = 0
+    for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+        low, high = np.searchsorted(wanted, [position, position + batch.num_rows])
+        if high - low == batch.num_rows:
+            yield batch
+        elif low < high:
+            yield batch.take(pa.array(wanted[low:high] - position))
+        position += batch.num_rows
+        if high == len(wanted):
+            return
 
 
 def read_parquet_source(place: Location, info: pafs.FileInfo) -> tuple[ParquetFiles, dict[str, RowRanges], dict[str, str]]:
@@ -39,22 +199,22 @@ def read_parquet_source(place: Location, info: pafs.FileInfo) -> tuple[ParquetFi
 
     Raises:
         RequestError: a file cannot be used, or only some files are named for a split; names the file or folder.
+        StorageError: the storage does not give a file.
     """
     skipped: dict[str, str] = {}
     single = info.type == pafs.FileType.File
     entries = [("", info.size, place.modified(info))] if single else _list_parquet_files(place, skipped)
     # An object store answers slowly but takes many requests at once. A local disk answers at once, and threads slow it down.
     with ThreadPoolExecutor(1 if place.is_local else _THREADS) as pool:
-        files = ParquetFiles(place, pa.Table.from_pylist(list(pool.map(partial(_read_footer, place), entries)), FILE_SCHEMA))
-    ends = np.cumsum(files.table["rows"].to_numpy())
+        files = ParquetFiles(place, pa.Table.from_pylist(list(pool.map(partial(_describe, place), entries)), FILE_SCHEMA))
     splits = np.array([_split_of_name(name or place.path.rpartition("/")[2]) for name, _, _ in entries])
     names = dict.fromkeys(splits.tolist())
     if "" in names and len(names) > 1:
         raise RequestError(
             f"--data {place.display}: some files are named train or test and some are not, so the test rows are unclear"
         )
-    starts = ends - files.table["rows"].to_numpy()
-    return files, {name: RowRanges.of(starts[splits == name], ends[splits == name]) for name in names}, skipped
+    starts = files.end_ids - files.table["rows"].to_numpy()
+    return files, {name: RowRanges.of(starts[splits == name], files.end_ids[splits == name]) for name in names}, skipped
 
 
 def _list_parquet_files(place: Location, skipped: dict[str, str]) -> list[tuple[str, int, int]]:
@@ -78,30 +238,22 @@ def _list_parquet_files(place: Location, skipped: dict[str, str]) -> list[tuple[
     return [(name_of(path), listing.files[path].size, listing.files[path].modified) for path in files]
 
 
-def _read_footer(place: Location, entry: tuple[str, int, int]) -> dict[str, Any]:
+def _describe(place: Location, entry: tuple[str, int, int]) -> dict[str, Any]:
     """The FILE_SCHEMA row of a file with this name, size and modification time."""
     name, size, modified = entry
     file = place / name if name else place
-    backoff = Backoff()
-    while True:
-        try:
-            footer = read_footer(file, size)
-            metadata, schema = parse_footer(footer)
-            group_rows, _ = row_groups(metadata, size)
-            break
-        except UnusableFileError as error:
-            raise RequestError(f"{file.display}: {error}") from None
-        except StorageError:
-            if not backoff.pause():
-                raise
+    try:
+        footer = retried(lambda: read_footer(file, size))
+    except UnusableFileError as error:
+        raise RequestError(f"{file.display}: {error}") from None
     return {
         "name": name,
         "size": size,
         "modified": modified,
-        "footer_sha256": hashlib.sha256(footer).hexdigest(),
-        "rows": sum(group_rows),
-        "group_rows": group_rows,
-        "digit_column": _check_columns(file, schema),
+        "footer_sha256": footer.sha256,
+        "rows": sum(footer.group_rows),
+        "group_rows": footer.group_rows,
+        "digit_column": _check_columns(file, footer.schema),
     }
 
 

@@ -1,26 +1,23 @@
 """Data sources: full MNIST, an IDX folder, Parquet files or the bundled sample, and the rows of each split.
 
-IDX files and the sample are read whole. Parquet files are only described by their footers; training reads them with Ray Data.
+IDX files and the sample are read whole. Parquet files are only described by their footers.
 """
 
-from collections.abc import Iterator
+import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mnistsum_ray.data import idx
-from mnistsum_ray.data.decoding import decode_images
-from mnistsum_ray.data.parquet_files import ParquetFiles
-from mnistsum_ray.data.parquet_source import read_parquet_source
-from mnistsum_ray.data.parts import PART_ROWS, ParquetPart, check_digits, image_table
-from mnistsum_ray.data.pixels import Pixels, one_chunk
-from mnistsum_ray.data.row_ranges import RowRanges
-from mnistsum_ray.data.sampling import held_out
+from mnistsum_ray.data.images import Pixels, check_digits, decode_images, one_chunk
+from mnistsum_ray.data.order import RowIds, RowRanges
+from mnistsum_ray.data.parquet_source import ParquetFiles, read_parquet_source
 from mnistsum_ray.errors import RequestError, RunError, StorageError, one_line
 from mnistsum_ray.storage.listing import special_file_error
 from mnistsum_ray.storage.location import Location
@@ -31,21 +28,28 @@ SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 _MIN_TRAIN_ROWS: Final = 10
 _MAX_HELD_OUT_ROWS: Final = 5000
 
-_MAX_SCATTERED_ROWS: Final = 1_000_000
-"""Largest number of rows of which single ones are held out."""
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """Images with digits in memory; row id i is index i."""
+
+    images: Pixels
+    digits: npt.NDArray[np.int8]
+
+    def fetch(self, ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
+        """Rows int64[n] in any order as uint8[n, 28, 28] and int8[n]."""
+        return self.images[ids], self.digits[ids]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images with digits. Row ids count from 0 in the order of the tables or files; each is in exactly one split."""
+    """Images with digits. Row ids count from 0 in the order of the images or files; each is in exactly one split."""
 
     name: str
     """sample, mnist or parquet."""
     location: str
-    tables: tuple[pa.Table, ...]
-    """Images and digits in memory; empty for a Parquet source."""
-    files: ParquetFiles | None
-    """None for a source in memory."""
+    data: ImageArrays | ParquetFiles
+    """Its method `fetch` reads rows."""
     train: RowRanges
     validation: RowRanges
     test: RowRanges
@@ -55,18 +59,26 @@ class Source:
     """Path -> reason of each file in the folder that is not used."""
 
     @property
+    def files(self) -> ParquetFiles | None:
+        """None for a source in memory."""
+        return self.data if isinstance(self.data, ParquetFiles) else None
+
+    @property
     def rows(self) -> int:
         """Rows of all splits together."""
-        return len(self.train) + len(self.validation) + len(self.test)
+        return sum(map(len, self.splits))
 
     @property
     def splits(self) -> tuple[RowRanges, RowRanges, RowRanges]:
         """Training, validation and test rows."""
         return self.train, self.validation, self.test
 
-    def parts(self) -> Iterator[pa.Table | ParquetPart]:
-        """All rows in the order of their ids."""
-        return iter(self.tables) if self.files is None else self.files.parts()
+    def content_sha256(self, checksums: npt.NDArray[np.int64]) -> str:
+        """SHA-256 of the data: over the checksums of each file's rows, int64[files], and over the rows of the splits."""
+        digest = hashlib.sha256(checksums.tobytes())
+        for split in self.splits:
+            digest.update(f"{len(split)} rows".encode() + split.starts.tobytes() + split.ends.tobytes())
+        return digest.hexdigest()
 
 
 def open_source(data: str) -> Source:
@@ -104,7 +116,7 @@ def _sample() -> Source:
     images, bad = decode_images(one_chunk(table["image"]))
     assert not bad
     digits = one_chunk(table["digit"]).to_numpy().astype(np.int8)
-    return _in_memory("sample", str(SAMPLE), images, digits, test_rows=None)
+    return _with_splits("sample", str(SAMPLE), ImageArrays(images, digits), {"": RowRanges.of([0], [len(images)])})
 
 
 def _full_mnist(*, fall_back: bool) -> Source:
@@ -137,67 +149,33 @@ def _full_mnist(*, fall_back: bool) -> Source:
 
 def _idx(folder: Path) -> Source:
     images, digits, test_rows = idx.read(folder)
-    check_digits(pa.array(digits), str(folder), range(len(digits)))
-    return _in_memory("mnist", str(folder), images, digits.astype(np.int8), test_rows=test_rows)
+    arrays = ImageArrays(images, check_digits(pa.array(digits), str(folder), range(len(digits))))
+    end = len(images) - test_rows
+    return _with_splits(
+        "mnist", str(folder), arrays, {"train": RowRanges.of([0], [end]), "test": RowRanges.of([end], [len(images)])}
+    )
 
 
 def _parquet(place: Location, info: pafs.FileInfo) -> Source:
     files, rows, skipped = read_parquet_source(place, info)
-    return replace(source_of_files(files, rows, place.display), skipped=skipped)
+    return replace(_with_splits("parquet", place.display, files, rows), skipped=skipped)
 
 
-def source_of_files(files: ParquetFiles, rows: dict[str, RowRanges], location: str) -> Source:
-    """The source of Parquet files whose rows belong to these splits; "" for rows of which no name says a split.
+def _with_splits(name: str, location: str, data: ImageArrays | ParquetFiles, rows: dict[str, RowRanges]) -> Source:
+    """A source whose rows belong to these splits, "" for rows of which no name says a split.
 
-    Raises:
-        RequestError: a split has too few rows.
+    A missing split is held out of the training rows: a tenth of them, and at most 5,000 rows.
     """
-    train = rows.get("train", rows.get(""))
-    return _with_splits("parquet", location, (), files, train, rows.get("validation"), rows.get("test"))
-
-
-def _in_memory(name: str, location: str, images: Pixels, digits: np.ndarray, *, test_rows: int | None) -> Source:
-    """A source whose parts are tables. Its last `test_rows` rows are the test split; None holds some out."""
-    tables = tuple(
-        image_table(images[start : start + PART_ROWS], digits[start : start + PART_ROWS])
-        for start in range(0, len(images), PART_ROWS)
-    )
-    train_rows = len(images) - (test_rows or 0)
-    test = None if test_rows is None else RowRanges.of([train_rows], [len(images)])
-    return _with_splits(name, location, tables, None, RowRanges.of([0], [train_rows]), None, test)
-
-
-def _with_splits(
-    name: str,
-    location: str,
-    tables: tuple[pa.Table, ...],
-    files: ParquetFiles | None,
-    train: RowRanges | None,
-    validation: RowRanges | None,
-    test: RowRanges | None,
-) -> Source:
-    """A source with all splits: a missing one is held out of the training rows, a tenth of them and at most 5,000 rows."""
+    train, validation, test = rows.get("train", rows.get("")), rows.get("validation"), rows.get("test")
     if train is None or len(train) < _MIN_TRAIN_ROWS:
-        rows = 0 if train is None else len(train)
-        raise RequestError(f"--data {location}: has {rows} training rows; at least {_MIN_TRAIN_ROWS} are needed")
+        count = 0 if train is None else len(train)
+        raise RequestError(f"--data {location}: has {count} training rows; at least {_MIN_TRAIN_ROWS} are needed")
     count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
+    bounds = data.groups.bounds if isinstance(data, ParquetFiles) else np.array([0, len(data.images)])
     if test is None:
-        train, test = _hold_out(train, count, files)
+        train, test = train.hold_out(count, bounds)
     if validation is None:
-        train, validation = _hold_out(train, count, files)
+        train, validation = train.hold_out(count, bounds)
     if not len(validation) or not len(test):
         raise RequestError(f"--data {location}: its validation or test files have no rows")
-    return Source(name, location, tables, files, train, validation, test)
-
-
-def _hold_out(rows: RowRanges, count: int, files: ParquetFiles | None) -> tuple[RowRanges, RowRanges]:
-    """Split rows into (kept, held out), with `count` rows held out.
-
-    The choice depends on the rows alone, so that runs with different seeds or another `--shuffle-rows` can be compared. Of many
-    rows, whole stretches are held out: single ones would lie in as many row groups, all of which would have to be read for them.
-    """
-    if files is None or len(rows) <= _MAX_SCATTERED_ROWS:
-        kept, held = held_out(rows.ids(), count)
-        return RowRanges.from_ids(kept), RowRanges.from_ids(held)
-    out = files.groups.held_out(rows, count)
-    return rows.minus(out), out
+    return Source(name, location, data, train, validation, test)

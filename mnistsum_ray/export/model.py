@@ -9,8 +9,7 @@ import numpy.typing as npt
 import torch
 
 from mnistsum_ray.config import ExportModelConfig
-from mnistsum_ray.data.parts import read_part
-from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError, one_line
 from mnistsum_ray.model.exporting import INPUTS, OUTPUTS, export_onnx, export_torch
@@ -62,9 +61,8 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
 def _sample_pairs() -> tuple[Pixels, npt.NDArray[np.int64]]:
     """Test images of the bundled sample, each with all ten numbers."""
     source = open_source("sample")
-    (part,) = source.parts()
-    table = read_part(part).take(source.test.ids())
-    return pixels_view(one_chunk(table["image"])).repeat(10, axis=0), np.tile(np.arange(10), len(source.test))
+    images, _ = source.data.fetch(source.test.ids())
+    return images.repeat(10, axis=0), np.tile(np.arange(10), len(images))
 
 
 def _load_torch(data: bytes) -> PredictFunction:

@@ -1,16 +1,15 @@
 """Export example input for scoring: images of a split of MNIST, each paired with a number, as Parquet files."""
 
 from collections.abc import Callable, Iterator
+from itertools import count
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.data.parts import ParquetPart, read_part
-from mnistsum_ray.data.pixels import IMAGE_TYPE
-from mnistsum_ray.data.row_ranges import RowRanges
-from mnistsum_ray.data.sampling import RowIds, random_numbers
+from mnistsum_ray.data.images import IMAGE_TYPE, pixels_array
+from mnistsum_ray.data.order import RowRanges, random_numbers
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, RunInterrupted, one_line
 from mnistsum_ray.reporting.progress import Progress
@@ -26,7 +25,7 @@ _ROW_GROUP_ROWS = 8192
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
     """Write the files.
 
-    Numbers depend on (seed, round, row_id) alone, as in training (`data/sampling.py`), so the same flags write the same files.
+    Numbers depend on (seed, round, row_id) alone, as in training (`data/order.py`), so the same flags write the same files.
 
     Returns:
         The output folder, and the source that the images are from.
@@ -69,19 +68,9 @@ def _parquet_file(rest: pa.Table, tables: Iterator[pa.Table], rows: int) -> tupl
 
 def _tables(source: Source, split: RowRanges, seed: int) -> Iterator[pa.Table]:
     """Rows of the split in the order of their ids, repeated without end; each round pairs them with other numbers."""
-    rounds = 0
-    while True:
-        first = 0
-        for part in source.parts():
-            rows = part.rows if isinstance(part, ParquetPart) else part.num_rows
-            ids = split.within(first, first + rows).ids()
-            if len(ids):
-                table = read_part(part).take(pa.array(ids - first))
-                yield _pair(table, ids, random_numbers(seed, rounds, ids))
-            first += rows
-        rounds += 1
-
-
-def _pair(table: pa.Table, row_ids: RowIds, numbers: np.ndarray) -> pa.Table:
-    columns = [pa.array(row_ids), table["image"], pa.array(numbers, pa.int8()), table["digit"]]
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
+    for rounds in count():
+        for start in range(0, len(split), _ROW_GROUP_ROWS):
+            ids = split.at(np.arange(start, min(start + _ROW_GROUP_ROWS, len(split))))
+            images, digits = source.data.fetch(ids)
+            numbers = random_numbers(seed, rounds, ids).astype(np.int8)
+            yield pa.Table.from_arrays([pa.array(ids), pixels_array(images), pa.array(numbers), pa.array(digits)], schema=SCHEMA)

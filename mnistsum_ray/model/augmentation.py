@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnistsum_ray.data.pixels import SIDE
+from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.model.network import to_channels_last
 
 

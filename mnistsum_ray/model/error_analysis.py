@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mnistsum_ray.data.sampling import NUMBERS
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.calibration import HEADS, Temperatures, fit_temperature
 from mnistsum_ray.model.device import array_to_device
 from mnistsum_ray.model.evaluation import PairScores

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnistsum_ray.data.sampling import NUMBERS, check_row_counts, mix_ids
+from mnistsum_ray.data.order import NUMBERS, check_row_counts, mix_ids
 from mnistsum_ray.model.distributed import all_reduce_sum
 from mnistsum_ray.model.network import TwoHeadCNN
 

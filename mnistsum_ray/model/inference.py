@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mnistsum_ray.data.pixels import SIDE, Pixels
+from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
 from mnistsum_ray.model.int8 import int8_digit_scores

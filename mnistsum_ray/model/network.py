@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnistsum_ray.data.sampling import NUMBERS
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.calibration import Temperatures
 
 PARAMETERS: Final = 220_125

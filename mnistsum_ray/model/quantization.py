@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnistsum_ray.data.sampling import NUMBERS
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.evaluation import PairScores, sums_by_number
 from mnistsum_ray.model.int8 import int8_digit_scores, quantized_layers, unavailable_reason
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images

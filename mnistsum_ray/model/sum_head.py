@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnistsum_ray.data.sampling import NUMBERS
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.network import DIGITS, SUMS, TwoHeadCNN
 
 MAX_ROWS: Final = 4_096

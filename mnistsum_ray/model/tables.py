@@ -5,10 +5,8 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 
-from mnistsum_ray.data.column_types import image_type_error, number_type_error
-from mnistsum_ray.data.decoding import decode_images, decode_numbers, join_reasons
+from mnistsum_ray.data.images import decode_images, decode_numbers, image_type_error, join_reasons, number_type_error, one_chunk
 from mnistsum_ray.data.parquet_types import plain_table
-from mnistsum_ray.data.pixels import one_chunk
 from mnistsum_ray.model.inference import predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.predictions import PREDICTION_FIELDS

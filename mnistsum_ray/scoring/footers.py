@@ -1,6 +1,5 @@
 """The columns that scoring reads, and the footers of the input files: rows, row groups, and whether a file can be scored."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,13 +10,13 @@ import pyarrow.compute as pc
 
 from mnistsum_ray.cluster.map_files import map_files
 from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.data.column_types import image_type_error, number_type_error
-from mnistsum_ray.data.parquet import UnusableFileError, parse_footer, read_footer, row_groups
+from mnistsum_ray.data.images import image_type_error, number_type_error
+from mnistsum_ray.data.parquet import read_footer
 from mnistsum_ray.data.parquet_types import lossy_column, without_views
-from mnistsum_ray.errors import RequestError, StorageError
+from mnistsum_ray.errors import RequestError, UnusableFileError
 from mnistsum_ray.model.predictions import PREDICTION_FIELDS
 from mnistsum_ray.scoring.inputs import Inputs
-from mnistsum_ray.storage.location import Backoff, Location
+from mnistsum_ray.storage.location import Location, retried
 
 REJECTION_FIELDS: Final = pa.schema({"source_file": pa.string(), "source_row": pa.int64(), "reason": pa.string()})
 """Columns that scoring adds to rejected rows, after the input's."""
@@ -85,25 +84,19 @@ def read_footers(folder: Location, files: pa.Table, columns: Columns, unusable: 
 
 
 def _read_footer(folder: Location, file: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    name, backoff = file["name"], Backoff()
-    while True:
-        try:
-            footer = read_footer(folder / name, file["size"])
-            metadata, schema = parse_footer(footer)
-            group_rows, decompressed_bytes = row_groups(metadata, file["size"])
-            break
-        except UnusableFileError as unusable:
-            return {"error": str(unusable)}
-        except StorageError:
-            if not backoff.pause():
-                raise
+    name, size = file["name"], file["size"]
+    try:
+        footer = retried(lambda: read_footer(folder / name, size))
+    except UnusableFileError as unusable:
+        return {"error": str(unusable)}
+    lossy = lossy_column(footer.metadata.schema, columns.image)
     return {
-        "rows": sum(group_rows),
-        "group_rows": group_rows,
-        "bytes": decompressed_bytes,
-        "footer_sha256": hashlib.sha256(footer).hexdigest(),
-        "error": _schema_error(schema, columns) or _folder_error(name) or lossy_column(metadata.schema, columns.image),
-        "missing_column": next((column for column in columns.by_flag().values() if column not in schema.names), None),
+        "rows": sum(footer.group_rows),
+        "group_rows": footer.group_rows,
+        "bytes": footer.decompressed_bytes,
+        "footer_sha256": footer.sha256,
+        "error": _schema_error(footer.schema, columns) or _folder_error(name) or lossy,
+        "missing_column": next((column for column in columns.by_flag().values() if column not in footer.schema.names), None),
     }
 
 

@@ -9,11 +9,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray.data.decoding import decode_images, decode_numbers, join_reasons
-from mnistsum_ray.data.parquet import UnusableFileError, check_unchanged, open_parquet
+from mnistsum_ray.data.images import SIDE, Pixels, decode_images, decode_numbers, join_reasons, one_chunk
+from mnistsum_ray.data.parquet import check_unchanged, open_parquet
 from mnistsum_ray.data.parquet_types import check_int96, int96_columns, plain_table
-from mnistsum_ray.data.pixels import SIDE, Pixels, one_chunk
-from mnistsum_ray.errors import StorageError
+from mnistsum_ray.errors import StorageError, UnusableFileError
 from mnistsum_ray.scoring.footers import Columns
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.storage.location import Backoff, Location

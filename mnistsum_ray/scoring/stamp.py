@@ -6,19 +6,20 @@ The output needs no other bookkeeping: which parts are done, and whether all row
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mnistsum_ray.data.parquet import UnusableFileError, parse_footer, read_footer, storage_error
-from mnistsum_ray.errors import StorageError, one_line
+from mnistsum_ray.data.parquet import read_footer, storage_error
+from mnistsum_ray.errors import UnusableFileError, one_line
 from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.predictions import PREDICTION_FIELDS
 from mnistsum_ray.scoring.footers import Columns
 from mnistsum_ray.scoring.parts import Part
-from mnistsum_ray.storage.location import Backoff, Location
+from mnistsum_ray.storage.location import Location, retried
 
 PREDICTIONS: Final = "predictions"
 """Folder of the scored rows."""
@@ -156,22 +157,13 @@ def read_committed(output: Location, files: pa.Table) -> pa.Table:
     Raises:
         StorageError: the storage does not give a file, for half a minute.
     """
-    rows = []
-    for file in files.to_pylist():
-        backoff = Backoff()
-        while True:
-            try:
-                rows.append(_read_file(output, file["name"], file["size"]))
-                break
-            except StorageError:
-                if not backoff.pause():
-                    raise
+    rows = [retried(partial(_read_file, output, file["name"], file["size"])) for file in files.to_pylist()]
     return pa.Table.from_pylist(rows, COMMITTED_SCHEMA)
 
 
 def _read_file(output: Location, name: str, size: int) -> dict[str, Any]:
     try:
-        footer, _ = parse_footer(read_footer(output / PREDICTIONS / name, size))
+        footer = read_footer(output / PREDICTIONS / name, size).metadata
         stamp = Stamp.from_metadata(footer.metadata)
         if stamp is None:
             return {"output": name, "error": "is not a file of predictions of this program"}
@@ -192,4 +184,4 @@ def _footer(file: Location) -> pq.FileMetaData | None:
         raise storage_error(file, error) from error
     if info.type == pafs.FileType.NotFound:
         return None
-    return parse_footer(read_footer(file, info.size))[0]
+    return read_footer(file, info.size).metadata

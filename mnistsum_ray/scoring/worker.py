@@ -19,8 +19,8 @@ import ray
 import torch
 from torch import Tensor
 
-from mnistsum_ray.data.parquet import UnusableFileError, to_parquet
-from mnistsum_ray.errors import RunError, StorageError, one_line
+from mnistsum_ray.data.parquet import to_parquet
+from mnistsum_ray.errors import RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.predictions import PREDICTION_FIELDS, Predictions

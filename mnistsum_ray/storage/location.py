@@ -6,15 +6,18 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from mnistsum_ray.errors import StorageError
 from mnistsum_ray.storage.s3 import RetryingS3FileSystem, s3_options
+
+T = TypeVar("T")
 
 _PARTIAL: Final = re.compile(r"\.mnistsum-[0-9a-f]{16}\.partial")
 """Name of an unfinished file. It is short whatever the final name is: file systems allow 255 bytes."""
@@ -138,6 +141,17 @@ class Location:
     def write_json(self, value: Any) -> None:
         """Write a JSON value as `write_bytes` does. Infinite numbers and NaN, which JSON lacks, are a ValueError."""
         self.write_bytes((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def retried(attempt: Callable[[], T]) -> T:
+    """What `attempt` returns; it is called again while it raises StorageError, for half a minute."""
+    backoff = Backoff()
+    while True:
+        try:
+            return attempt()
+        except StorageError:
+            if not backoff.pause():
+                raise
 
 
 class Backoff:

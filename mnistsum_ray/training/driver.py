@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray.exceptions
+import torch
 
 from mnistsum_ray.cluster.gpu import check_cuda, drop_unusable_gpus, probe_gpu
 from mnistsum_ray.cluster.ray_internals import start_autoscaling_coordinator
@@ -16,14 +17,14 @@ from mnistsum_ray.reporting.metrics import TrainingMetrics
 from mnistsum_ray.storage.listing import report_skipped
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import FolderLock, folder_lock
-from mnistsum_ray.training.artifacts import build_manifest, read_history, write_data_files, write_history
+from mnistsum_ray.training.artifacts import Checksums, build_manifest, read_history, write_data_files, write_history
+from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_valid_checkpoint
 from mnistsum_ray.training.events import event_queue
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
-from mnistsum_ray.training.prepare import prepare_rows
+from mnistsum_ray.training.prepare import check_data, prepare_rows
 from mnistsum_ray.training.publish import publish_run
 from mnistsum_ray.training.ray_train import run_ray_train
 from mnistsum_ray.training.resources import ResourcePlan, plan_resources
-from mnistsum_ray.training.resume import check_data_files, delete_other_checkpoints, latest_valid_checkpoint, resume_manifest
 from mnistsum_ray.training.tracking import mlflow_run
 
 
@@ -69,7 +70,7 @@ def _reserve(run: TrainingRun, console: Console) -> ResourcePlan:
     wait_until_free(plan.bundles(), config.wait_seconds, console.say)
     if plan.use_gpu and probe is None:  # the GPU nodes were started during the wait
         check_cuda(probe_gpu(config.wait_seconds), config.use_gpu)
-    read = {} if source.files is None else {"--data": source.files.location(source.files.table["name"][0].as_py())}
+    read = {} if source.files is None else {"--data": source.files.location(0)}
     check_shared_storage({"--storage-path": run.storage}, read, console.say)
     return plan
 
@@ -77,8 +78,8 @@ def _reserve(run: TrainingRun, console: Console) -> ResourcePlan:
 def _fit(run: TrainingRun, plan: ResourcePlan, lock: FolderLock, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     source = run.source
-    rows = prepare_rows(run, plan, console.say)
-    manifest, start = _start(run, build_manifest(run, rows.fingerprint, plan), console)
+    rows, shuffle = prepare_rows(run, plan, console.say)
+    manifest, start, expected = _start(run, build_manifest(run, rows.checksums, plan), rows.checksums, console)
     manifest_file = run.folder / "manifest.json"
     history = read_history(run.folder) if run.config.resume else []
 
@@ -102,15 +103,16 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: FolderLock, console: Consol
     with mlflow_run(run, manifest, console) as mlflow:
         try:
             manifest_file.write_json(manifest)
-            if run.streams_held_out and source.files:
-                write_data_files(run.folder, source.files)
+            if source.files:
+                write_data_files(run.folder, source.files, rows.checksums if expected is None else expected)
             console.say(
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation and "
                 f"{len(source.test):,} test rows of {source.name} ({source.location}); {manifest['workers']}"
             )
             metrics = TrainingMetrics(run.folder.display)
             with event_queue(console, on_epoch, metrics.add) as events:
-                result = run_ray_train(run, plan, rows, start, lock, events, console, lambda: mark("stopped"))
+                checksums = None if expected is None else torch.tensor(expected)
+                result = run_ray_train(run, plan, rows, shuffle, checksums, start, lock, events, console, lambda: mark("stopped"))
             return publish_run(run, manifest, result, lock, mlflow, started, console)
         except KeyboardInterrupt:
             mark("stopped")
@@ -120,26 +122,26 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: FolderLock, console: Consol
             raise
 
 
-def _start(run: TrainingRun, manifest: dict[str, Any], console: Console) -> tuple[dict[str, Any], Location | None]:
-    """Manifest of the run as it starts, and the checkpoint that it resumes from.
+def _start(
+    run: TrainingRun, manifest: dict[str, Any], read: Checksums, console: Console
+) -> tuple[dict[str, Any], Location | None, Checksums]:
+    """Manifest of the run as it starts, the checkpoint that it resumes from, and checksums that streamed rows must have.
 
     Raises:
         RequestError: the name has been taken since preflight, or the run cannot be resumed.
     """
     name = run.config.name
     if not run.config.resume:
-        if run.data_sha256 and run.data_sha256 != manifest["data"]["sha256"]:
-            raise RequestError(
-                f"--from-run {run.config.from_run}: the data at {run.source.location} are no longer those of that run (SHA-256 "
-                f"{run.data_sha256[:12]}…); name the data with --data, and the model will be another"
-            )
+        expected = check_data(run, read, manifest, None)
         if (run.folder / "manifest.json").exists():  # checked again, since waiting and reading may have taken long
             raise RequestError(f"--name {name}: another run has taken it meanwhile; choose another name")
-        return manifest, None
+        return manifest, None, expected
     stored = read_manifest(run.folder)
-    if run.streams_held_out and run.source.files:
-        check_data_files(run.folder, run.source.files, same_place=stored["data"]["location"] == run.source.location)
-    manifest = resume_manifest(stored, manifest)
+    expected = check_data(run, read, manifest, stored)
+    # The stored config names the data that `--data auto` found, so only the first manifest says that it is not full MNIST.
+    data = manifest["data"]
+    data |= {"notice": data["notice"] or stored["data"]["notice"], "sha256": data["sha256"] or stored["data"]["sha256"]}
+    manifest = stored | manifest  # results of the stored one stay until there are new ones
     start = latest_valid_checkpoint(run.folder, console.say)
     if start is None and stored.get("status") == "finished":
         raise RequestError(
@@ -149,4 +151,4 @@ def _start(run: TrainingRun, manifest: dict[str, Any], console: Console) -> tupl
     if start is None:
         console.say("no checkpoint can be used, so the run starts from the beginning")
     delete_other_checkpoints(run.folder, start)
-    return manifest, start
+    return manifest, start, expected

@@ -1,24 +1,25 @@
 """After the last epoch: fine-tune the sum head, fit temperatures, analyse errors, and calibrate for int8."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mnistsum_ray.data.pixels import Pixels
-from mnistsum_ray.data.row_ranges import RowRanges
-from mnistsum_ray.data.sampling import RandomStream, step_seed
+from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.order import RandomStream, RowRanges, step_seed
 from mnistsum_ray.model import error_analysis, quantization, sum_head
 from mnistsum_ray.model.device import hardware
 from mnistsum_ray.model.distributed import broadcast_parameters
 from mnistsum_ray.model.error_analysis import ErrorAnalysis, analyse_errors, fit_temperatures
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.serialization import copy_weights
-from mnistsum_ray.training.checkpointer import Checkpointer
-from mnistsum_ray.training.pipeline import EvaluationSet, Rows, TrainingRows, load_rows
-from mnistsum_ray.training.state import SumHeadResult, TrainerState
+from mnistsum_ray.training.checkpoint import Checkpointer, SumHeadResult, TrainerState
+from mnistsum_ray.training.fetch import Columns, RowData
+from mnistsum_ray.training.rows import EvaluationSet, fetch_columns
 from mnistsum_ray.training.trainer import Trainer
 from mnistsum_ray.training.worker import cpus_of_node
 
@@ -41,15 +42,17 @@ class TrainingResult:
     weights: dict[str, np.ndarray]
     """Of the best model; arrays, since Ray Train takes no tensors."""
     description: dict[str, Any]
-    """Of the best model, see `serialization.describe_model`, with `artifacts.FINAL_FIELDS`."""
+    """Of the best model, see `serialization.describe_model`."""
     hardware: dict[str, Any]
     precision: str
+    checksums: npt.NDArray[np.int64] | None
+    """Of the rows of each streamed file, see `TrainerState.checksums`."""
 
 
 def finetune(
     trainer: Trainer,
     state: TrainerState,
-    rows: TrainingRows,
+    data: RowData,
     train: RowRanges,
     validation: EvaluationSet,
     test: EvaluationSet,
@@ -62,7 +65,7 @@ def finetune(
     Args:
         trainer: its model is replaced by the best one.
         state: after the last epoch; updated in place.
-        rows: access to the rows.
+        data: the rows.
         train: rows whose digit scores the sum head learns from.
         validation: decides whether the result is kept.
         test: reported only.
@@ -76,7 +79,7 @@ def finetune(
     before = state.best_line["validation"]["consistency"]
     if trainer.worker.rank == 0:
         seed = step_seed(hyperparameters.seed, hyperparameters.epochs, 0, RandomStream.SUM_HEAD)
-        scores = _digit_scores(trainer, rows.train, rows.train.sample(train, sum_head.MAX_ROWS))
+        scores = _digit_scores(trainer, EvaluationSet(data, train.sample(sum_head.MAX_ROWS), 0, 1, trainer.worker.device))
         sum_head.finetune_sum_head(model, scores, steps, seed, events.progress("fine-tuning steps", steps))
     broadcast_parameters(model.parameters())
     metrics = [trainer.evaluate(held_out, state.epochs_done) for held_out in (validation, test)]
@@ -92,14 +95,18 @@ def finetune(
     checkpointer.save(state, {"epoch": state.epochs_done, "sum_head": steps}, f"epoch_{state.epochs_done:05d}_sum_head")
 
 
-def _digit_scores(trainer: Trainer, source: Rows, rows: RowRanges) -> Tensor:
+def _digit_scores(trainer: Trainer, rows: EvaluationSet) -> Tensor:
     """Digit scores of rows: float32[n, 10]."""
-    batches = EvaluationSet(source, rows, 0, 1, trainer.worker.device).batches
-    return torch.cat([trainer.digit_scores(batch).float() for batch in batches])
+    return torch.cat([trainer.digit_scores(batch).float() for batch in rows.batches])
+
+
+def _batches(data: RowData, rows: RowRanges) -> Iterator[Columns]:
+    for start in range(0, len(rows), error_analysis.BATCH):
+        yield fetch_columns(data, rows.at(np.arange(start, min(start + error_analysis.BATCH, len(rows)))))
 
 
 def analyse_model(
-    trainer: Trainer, state: TrainerState, rows: TrainingRows, train: RowRanges, validation: RowRanges, test: RowRanges
+    trainer: Trainer, state: TrainerState, data: RowData, train: RowRanges, validation: RowRanges, test: RowRanges
 ) -> TrainingResult:
     """Temperatures (on validation rows), errors (on test rows) and int8 calibration (on training rows) of the best model.
 
@@ -110,21 +117,21 @@ def analyse_model(
     model = TwoHeadCNN().eval()
     model.load_state_dict(state.best)
     model.to(trainer.worker.device)
-    held_out, batch = rows.held_out, error_analysis.BATCH
-    validation, test = held_out.sample(validation, TEMPERATURE_ROWS), held_out.sample(test, ANALYSED_ROWS)
-    model.temperatures = fit_temperatures(model, held_out.in_order(validation, batch), trainer.autocast())
-    on_progress = events.progress("test rows analysed", len(test))
-    analysis = analyse_errors(model, held_out.in_order(test, batch), trainer.autocast(), on_progress)
-    mistake_images = load_rows(held_out, np.array([mistake.row_id for mistake in analysis.mistakes], np.int64))["image"]
+    fitted, analysed = (_batches(data, rows) for rows in (validation.sample(TEMPERATURE_ROWS), test.sample(ANALYSED_ROWS)))
+    model.temperatures = fit_temperatures(model, fitted, trainer.autocast())
+    on_progress = events.progress("test rows analysed", min(len(test), ANALYSED_ROWS))
+    analysis = analyse_errors(model, analysed, trainer.autocast(), on_progress)
+    mistake_images, _ = data.fetch(np.array([mistake.row_id for mistake in analysis.mistakes], np.int64))
     description = state.describe_best()
     description |= {"temperature": model.temperatures.as_json(), "probabilities": analysis.probability_metrics()}
     if quantization.is_available():
         torch.set_num_threads(cpus_of_node())  # the other workers have returned
-        calibration = load_rows(rows.train, rows.train.sample(train, quantization.CALIBRATION_ROWS).ids())
-        compared = load_rows(held_out, held_out.sample(test, quantization.COMPARED_ROWS).ids())
+        calibration = fetch_columns(data, train.sample(quantization.CALIBRATION_ROWS).ids())
+        compared = fetch_columns(data, test.sample(quantization.COMPARED_ROWS).ids())
         training_images, image, digit = map(torch.from_numpy, (calibration["image"], compared["image"], compared["digit"]))
         on_progress = events.progress("test rows compared with int8", len(digit))
         description["int8"] = quantization.quantize(model.cpu(), training_images, image, digit, on_progress).as_json()
     worked_on = hardware(trainer.worker.device)
     weights = {name: value.numpy() for name, value in state.best.items()}
-    return TrainingResult(state.history, analysis, mistake_images, weights, description, worked_on, state.precision)
+    checksums = None if state.checksums is None else state.checksums.numpy()
+    return TrainingResult(state.history, analysis, mistake_images, weights, description, worked_on, state.precision, checksums)

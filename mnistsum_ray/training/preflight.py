@@ -42,19 +42,13 @@ class TrainingRun:
     storage: Location
     folder: Location
     """Run folder `<storage_path>/<name>`."""
-    data_sha256: str | None
-    """Of the run that is reproduced; None: any data may be used."""
+    reproduced: tuple[Location, dict[str, Any]] | None
+    """Folder of the run whose data are used again, and its manifest's entry `data`; None: any data may be used."""
 
     @property
-    def streams_training(self) -> bool:
-        """Whether the training rows are streamed: Parquet with more of them than are shuffled together."""
-        return self.source.files is not None and len(self.source.train) > self.hyperparameters.shuffle_rows
-
-    @property
-    def streams_held_out(self) -> bool:
-        """Whether validation and test rows are streamed: with the training rows, or since they are many themselves."""
-        many = len(self.source.validation) + len(self.source.test) > self.hyperparameters.shuffle_rows
-        return self.streams_training or (self.source.files is not None and many)
+    def streams(self) -> bool:
+        """Whether rows are streamed: those of Parquet files with more rows than are shuffled together."""
+        return self.source.files is not None and self.source.rows > self.hyperparameters.shuffle_rows
 
     def how_to_resume(self) -> str:
         """End of an error message: the command that resumes the run."""
@@ -82,9 +76,9 @@ def preflight(config: TrainConfig) -> TrainingRun:
             raise RequestError(f"--name {name}: {folder.display} exists; continue it with --resume, or choose another name")
     except OSError as error:
         raise RequestError(f"--storage-path {storage.display}: {one_line(error)}") from None
-    data_sha256 = None
+    reproduced = None
     if config.from_run and not config.resume:  # a resumed run has taken what it needs from that one
-        config, data_sha256 = _like_run(config)
+        config, reproduced = _like_run(config)
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=config.resume)})
     source = open_source(config.data)
@@ -94,7 +88,7 @@ def preflight(config: TrainConfig) -> TrainingRun:
     resolved = {"name": name, "storage_path": storage.display, "data": "sample" if source.name == "sample" else source.location}
     config = config.model_copy(update=unset | resolved)
     hyperparameters = Hyperparameters(**{field.name: getattr(config, field.name) for field in fields(Hyperparameters)})
-    return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries(), data_sha256)
+    return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries(), reproduced)
 
 
 def _mlflow(uri: str, *, resume: bool) -> str:
@@ -114,8 +108,8 @@ def _mlflow(uri: str, *, resume: bool) -> str:
     return uri
 
 
-def _like_run(config: TrainConfig) -> tuple[TrainConfig, str | None]:
-    """The config with the fields of `--from-run` that the numbers depend on, where they are not given; and its data's SHA-256.
+def _like_run(config: TrainConfig) -> tuple[TrainConfig, tuple[Location, dict[str, Any]] | None]:
+    """The config with the fields of `--from-run` that the numbers depend on, where they are not given; and its data.
 
     Raises:
         RequestError: there is no such run, or another version wrote it.
@@ -129,7 +123,7 @@ def _like_run(config: TrainConfig) -> tuple[TrainConfig, str | None]:
     same |= {key: manifest.get(key) for key in ("precision", *_WORKERS) if key in same and same[key] is None}
     if isinstance(same.get("num_workers"), list):
         same["num_workers"] = tuple(same["num_workers"])
-    return config.model_copy(update=same), manifest["data"]["sha256"] if "data" in same else None
+    return config.model_copy(update=same), (folder, manifest["data"]) if "data" in same else None
 
 
 def _given(config: TrainConfig) -> set[str]:

@@ -1,23 +1,18 @@
-"""Decide which rows are held in memory and which are streamed, check that what is held fits, and read it."""
+"""Before a run starts: whether its rows fit in memory, and whether they are those of the run that it goes on with or repeats."""
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
-import ray.data
-from ray.data.dataset import MaterializedDataset
 
 from mnistsum_ray.cluster.resources import inspect_cluster
-from mnistsum_ray.data.sampling import RowIds
-from mnistsum_ray.data.windowed_shuffle import WindowedShuffle
+from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.training.blocks import ROW_BYTES
-from mnistsum_ray.training.in_memory import materialize_source
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.training.artifacts import Checksums, read_data_files
+from mnistsum_ray.training.fetch import ROW_BYTES, LoadedRows, load_rows, stream_rows
 from mnistsum_ray.training.preflight import TrainingRun
 from mnistsum_ray.training.resources import ResourcePlan
-from mnistsum_ray.training.streaming import StreamedRows, held_rows
 
 _USABLE_SHARE: Final = 0.8
 """Share of an object store that a run may plan to fill: Ray spills to disk above that."""
@@ -25,55 +20,76 @@ _USABLE_SHARE: Final = 0.8
 _MANY_READS: Final = 1.5
 
 
-@dataclass(frozen=True)
-class PreparedRows:
-    """The rows of a run as its workers get them."""
-
-    images: MaterializedDataset | None
-    """Rows in the object store; None where all are streamed."""
-    block_ids: RowIds
-    """Row id of the first row of each block of `images`."""
-    streamed: StreamedRows | None
-    """Access to streamed rows; None where all rows are in memory."""
-    fingerprint: str
-    """SHA-256 of the data: pixels and digits of rows in memory, footers of streamed files."""
-    lineage: ray.data.Dataset | None
-    """See `MaterializedSource.lineage`."""
-
-
-def prepare_rows(run: TrainingRun, plan: ResourcePlan, say: Callable[[str], None]) -> PreparedRows:
-    """Read the rows that are held in memory, after a check that they fit.
+def prepare_rows(run: TrainingRun, plan: ResourcePlan, say: Callable[[str], None]) -> tuple[LoadedRows, Shuffle]:
+    """Read the rows into memory, or prepare to stream them, after a check that they fit; and the order of the training rows.
 
     Raises:
         RequestError: they do not fit, or a row cannot be used.
         RowCountError: the files hold more or fewer rows than their footers say.
     """
     source, parameters = run.source, run.hyperparameters
-    streamed = StreamedRows(source.files, parameters.shuffle_rows) if run.streams_held_out and source.files else None
-    if streamed is None:
+    bounds = source.files.groups.bounds if source.files and run.streams else None
+    shuffle = Shuffle(source.train, bounds, parameters.batch_size, parameters.shuffle_rows, parameters.seed)
+    if not source.files or not run.streams:
         held = _check_memory(run, plan, source.rows, 0)
-        loaded = materialize_source(source)
+        loaded = load_rows(source)
         say(f"holding all {source.rows:,} rows in memory: {_megabytes(held)} in the object store of each node")
-        return PreparedRows(loaded.images, loaded.first_ids, None, loaded.fingerprint, loaded.lineage)
-    footers = streamed.files.fingerprint(source.splits)
-    if not run.streams_training:
-        held = _check_memory(run, plan, len(source.train), 0)
-        say(
-            f"holding the training rows in memory: {_megabytes(held)} in the object store of each node; the "
-            f"{len(source.validation) + len(source.test):,} held-out rows are streamed for each evaluation"
-        )
-        loaded = materialize_source(source, source.train)
-        fingerprint = hashlib.sha256(f"{loaded.fingerprint} {footers}".encode()).hexdigest()
-        return PreparedRows(loaded.images, loaded.first_ids, streamed, fingerprint, loaded.lineage)
-    shuffle = streamed.shuffle(source.train, parameters.batch_size, parameters.seed)
-    window_rows = shuffle.window_rows * shuffle.lanes
-    held = _check_memory(run, plan, 0, held_rows(shuffle, plan.workers[1]))
+        return loaded, shuffle
+    # The window that is trained on, and the one that is read ahead.
+    window_rows = min(shuffle.window_steps * shuffle.batch_size, len(source.train))
+    held = _check_memory(run, plan, 0, 2 * window_rows)
     say(
-        f"streaming {len(source.train):,} training rows, shuffled in windows of {window_rows:,} in {shuffle.lanes} lanes; "
-        f"holds at most {_megabytes(held)} of an object store"
+        f"streaming {len(source.train):,} training rows, shuffled in windows of {window_rows:,}; holds at most "
+        f"{_megabytes(held)} of an object store"
     )
-    _warn_of_reads(shuffle, plan.workers[1], say)
-    return PreparedRows(None, np.empty(0, np.int64), streamed, footers, None)
+    _warn_of_reads(shuffle, say)
+    return stream_rows(source.files), shuffle
+
+
+def check_data(run: TrainingRun, read: Checksums, manifest: dict[str, Any], stored: dict[str, Any] | None) -> Checksums:
+    """Check that the data are those of the run that is resumed or repeated.
+
+    Args:
+        run: the request.
+        read: checksums of each file's rows; None for rows that are streamed.
+        manifest: of the run that starts.
+        stored: manifest of the run that is resumed; None for a new run.
+
+    Returns:
+        Checksums that streamed rows must have; None where any may be trained on.
+
+    Raises:
+        RequestError: they are others; names a file where it can.
+    """
+    data = manifest["data"]
+    if stored is not None:
+        return _check(run, read, data, "--resume", run.folder, stored["data"], "name the same data, or start another run")
+    if run.reproduced is None:
+        return None
+    flag = f"--from-run {run.config.from_run}"
+    return _check(run, read, data, flag, *run.reproduced, "name the data with --data, and the model will be another")
+
+
+def _check(
+    run: TrainingRun, read: Checksums, now: dict[str, Any], flag: str, folder: Location, then: dict[str, Any], advice: str
+) -> Checksums:
+    files, (table, expected) = run.source.files, read_data_files(folder, flag)
+    changed = None
+    if read is None and files and table is not None:
+        # Before they are read, files can only be known by their footers and, in the same place, their times.
+        same_place = flag == "--resume" and then["location"] == run.source.location
+        changed = files.changed_file(table, same_place=same_place)
+    elif read is not None and files and expected is not None and len(expected) == len(read) and (expected != read).any():
+        changed = f"{files.location(int(np.flatnonzero(expected != read)[0])).display}: holds other rows than when the run began"
+    if changed:
+        raise RequestError(f"{flag}: {changed}; put it back as it was, or {advice}")
+    key = "sha256" if read is not None and then["sha256"] else "footers_sha256"
+    if now[key] != then.get(key) and (table is None or key == "sha256"):
+        raise RequestError(
+            f"{flag}: the data are not those of the run (SHA-256 {str(now[key])[:12]}…, the run has {str(then.get(key))[:12]}… "
+            f"from {then['location']}); {advice}"
+        )
+    return expected if read is None else None
 
 
 def _check_memory(run: TrainingRun, plan: ResourcePlan, node_rows: int, cluster_rows: int) -> int:
@@ -92,8 +108,8 @@ def _check_memory(run: TrainingRun, plan: ResourcePlan, node_rows: int, cluster_
         flag = f"--shuffle-rows {run.hyperparameters.shuffle_rows}" if run.source.files else f"--data {run.config.data}"
         advice = "start Ray with a larger --object-store-memory"
         if run.source.files and not run.config.resume:
-            # A streamed run holds two to three times --shuffle-rows, spread over the nodes.
-            rows = min(len(run.source.train) - 1, int(_USABLE_SHARE * store / ROW_BYTES / share / 3))
+            # A streamed run holds two windows, spread over the nodes.
+            rows = min(run.source.rows - 1, int(_USABLE_SHARE * store / ROW_BYTES / share / 2))
             advice = f"give --shuffle-rows {rows // 1000 * 1000 or rows}, so that rows are streamed, or {advice}"
         raise RequestError(
             f"{flag}: the run would hold {_megabytes(held)} of rows in the object store of a node, which has "
@@ -106,10 +122,14 @@ def _megabytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
 
-def _warn_of_reads(shuffle: WindowedShuffle, workers: int, say: Callable[[str], None]) -> None:
-    reads = shuffle.rows_read_per_row * max(1, -(-workers // shuffle.lanes))
+def _warn_of_reads(shuffle: Shuffle, say: Callable[[str], None]) -> None:
+    """Say so where row groups are read several times an epoch: a slice of one is read from the group's beginning."""
+    assert shuffle.bounds is not None
+    group, first, rows = shuffle.slices
+    skipped = first - shuffle.rows.count_below(shuffle.bounds)[group]
+    reads = float((skipped + rows).sum() / rows.sum())
     if reads > _MANY_READS:
         say(
-            f"the row groups, of up to {shuffle.groups.largest:,} rows, are read {reads:.1f} times an epoch, since a window of a "
-            f"lane holds {shuffle.window_rows:,} rows: give a larger --shuffle-rows, or write smaller row groups"
+            f"the row groups, of up to {int(np.diff(shuffle.bounds).max()):,} rows, are read {reads:.1f} times an epoch, since "
+            f"--shuffle-rows is {shuffle.shuffle_rows:,}: give more, or write smaller row groups"
         )

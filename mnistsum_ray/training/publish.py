@@ -8,7 +8,7 @@ from mnistsum_ray.model.network import PARAMETERS
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.storage.lock import FolderLock
-from mnistsum_ray.training.artifacts import publish_model, write_history, write_report
+from mnistsum_ray.training.artifacts import publish_model, write_data_files, write_history, write_report
 from mnistsum_ray.training.finalize import TrainingResult
 from mnistsum_ray.training.preflight import TrainingRun
 
@@ -42,6 +42,9 @@ def publish_run(
         The fields of the job's JSON line.
     """
     lock.check()
+    if run.source.files and result.checksums is not None:
+        write_data_files(run.folder, run.source.files, result.checksums)
+        manifest["data"]["sha256"] = run.source.content_sha256(result.checksums)
     card = publish_model(run.folder, result)
     write_history(run.folder, result.history)
     summary = {

@@ -6,8 +6,10 @@ from typing import Final
 import ray.exceptions
 import ray.train
 import ray.train.torch
+import torch
 
 from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.errors import RunError, one_line
 from mnistsum_ray.process_state import default_environment
 from mnistsum_ray.reporting.console import Console
@@ -15,14 +17,14 @@ from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.callbacks import InterruptibleTrainer, RunCallback
 from mnistsum_ray.training.events import Events
+from mnistsum_ray.training.fetch import LoadedRows
 from mnistsum_ray.training.finalize import TrainingResult
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun
-from mnistsum_ray.training.prepare import PreparedRows
 from mnistsum_ray.training.resources import ResourcePlan
 
 _RESIZE_SECONDS: Final = 30.0
-"""Seconds between checks whether an elastic run can have more workers; growing repeats the current epoch."""
+"""Seconds between checks whether an elastic run can have more workers; growing goes on from the last checkpoint."""
 
 _MIN_START_SECONDS: Final = 60.0
 
@@ -33,7 +35,9 @@ _EVENT_SECONDS: Final = 1.0
 def run_ray_train(
     run: TrainingRun,
     plan: ResourcePlan,
-    rows: PreparedRows,
+    rows: LoadedRows,
+    shuffle: Shuffle,
+    checksums: torch.Tensor | None,
     start: Location | None,
     lock: FolderLock,
     events: Events,
@@ -45,7 +49,9 @@ def run_ray_train(
     Args:
         run: config, rows of each split, and folders.
         plan: workers and what each reserves.
-        rows: those in the object store, and access to those that are streamed.
+        rows: of the source.
+        shuffle: order of the training rows.
+        checksums: see `LoopConfig`.
         start: checkpoint to resume from.
         lock: on the run folder.
         events: queue from the workers to the console.
@@ -61,7 +67,19 @@ def run_ray_train(
     """
     config = run.config
     resume_from = ray.train.Checkpoint(start.path, start.filesystem) if start else None
-    trainer = _trainer(run, plan, rows, resume_from, lock, events)
+    loop = LoopConfig(
+        run.hyperparameters,
+        config.checkpoint_seconds,
+        rows.data,
+        shuffle,
+        run.source.validation,
+        run.source.test,
+        checksums=checksums,
+        events=events.queue,
+        start=resume_from,
+        lock=lock,
+    )
+    trainer = _trainer(run, plan, loop)
 
     def must_end() -> bool:
         """Whether a worker has met what another attempt would meet again, or the folder is lost."""
@@ -102,24 +120,8 @@ def run_ray_train(
     return TrainingResult(**result.return_value)
 
 
-def _trainer(
-    run: TrainingRun,
-    plan: ResourcePlan,
-    rows: PreparedRows,
-    resume_from: ray.train.Checkpoint | None,
-    lock: FolderLock,
-    events: Events,
-) -> InterruptibleTrainer:
-    config, source = run.config, run.source
-    loop = LoopConfig(
-        run.hyperparameters,
-        *source.splits,
-        block_ids=rows.block_ids,
-        streamed=rows.streamed,
-        events=events.queue,
-        start=resume_from,
-        lock=lock,
-    )
+def _trainer(run: TrainingRun, plan: ResourcePlan, loop: LoopConfig) -> InterruptibleTrainer:
+    config = run.config
     min_workers, max_workers = plan.workers
     return InterruptibleTrainer(
         train_loop_per_worker,
@@ -141,11 +143,9 @@ def _trainer(
                 max_failures=config.max_failures, controller_failure_limit=config.max_failures
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[RunCallback(events.queue)],
+            callbacks=[RunCallback(loop.events)],
         ),
-        datasets={} if rows.images is None else {"images": rows.images},
-        # Not split: Ray would drop up to one row a worker. Each worker takes its rows by arithmetic, see schedule.py.
-        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+        # No datasets: Ray Train would split them, and drop up to one row a worker. Each worker makes its own, see rows.py.
     )
 
 

@@ -3,26 +3,23 @@
 import math
 import time
 from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.sampling import RandomStream, check_row_counts, step_seed
+from mnistsum_ray.data.order import RandomStream, check_row_counts, step_seed
 from mnistsum_ray.model.distributed import all_reduce_sum
 from mnistsum_ray.model.evaluation import MetricAccumulator, Metrics, PairScores
 from mnistsum_ray.model.loss import dropout_factors
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.progress import UPDATE_SECONDS
-from mnistsum_ray.training.checkpointer import Checkpointer
+from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
 from mnistsum_ray.training.events import EventSender
-from mnistsum_ray.training.pipeline import Batch, EvaluationSet
-from mnistsum_ray.training.schedule import Schedule
-from mnistsum_ray.training.state import EpochProgress, TrainerState
+from mnistsum_ray.training.rows import Batch, EvaluationSet, TrainingRows
 from mnistsum_ray.training.step import TrainingStep
 from mnistsum_ray.training.worker import Worker
 
@@ -38,21 +35,39 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class EpochCounter:
-    """Loss, rows and row ids that this worker has trained on in an epoch, kept on the device."""
+    """Loss, rows, row ids and checksums that this worker has trained on in an epoch, kept on the device.
 
-    def __init__(self, before: EpochProgress, steps: int, device: torch.device) -> None:
+    Args:
+        before: the part of the epoch that a checkpoint holds.
+        steps: of the epoch.
+        device: of the batches.
+        end_ids: for streamed rows, the row id after the last row of each file, int64[files].
+    """
+
+    def __init__(self, before: EpochProgress, steps: int, device: torch.device, end_ids: Tensor | None = None) -> None:
         self._before = before
         self._points = list(before.points)
         self._steps = steps
         self._loss = torch.zeros(1, dtype=torch.float64, device=device)
         self._row_ids = torch.zeros(1, dtype=torch.int64, device=device)
-        self._rows = 0
+        self._rows, self._end_ids = 0, end_ids
+        self._checksums = None if end_ids is None else torch.zeros_like(end_ids)
 
-    def add(self, mixed_ids: Tensor, loss: Tensor) -> None:
-        """Add a step: its scrambled row ids int64[n] and the sum of its rows' losses."""
+    def add(self, batch: Batch, loss: Tensor) -> None:
+        """Add a step: its batch and the sum of its rows' losses."""
         self._loss += loss
-        self._row_ids += mixed_ids.sum()
-        self._rows += len(mixed_ids)
+        self._row_ids += batch["mixed_id"].sum()
+        self._rows += len(batch["mixed_id"])
+        if self._checksums is not None and self._end_ids is not None:
+            file = torch.searchsorted(self._end_ids, batch["row_id"], right=True)
+            self._checksums.index_add_(0, file, batch["checksum"])
+
+    def checksums(self) -> Tensor | None:
+        """Checksums of each file's rows over all workers, and over the part of the epoch that a checkpoint holds."""
+        if self._checksums is None:
+            return None
+        total = all_reduce_sum(self._checksums).cpu()
+        return total if self._before.checksums is None else total + self._before.checksums
 
     def all_reduce(self, steps: int, flag: bool) -> tuple[EpochProgress, bool]:
         """Sum over all workers and over the part of the epoch that a checkpoint holds; true if any worker's flag is true."""
@@ -92,39 +107,40 @@ class Trainer:
         return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def train_epoch(
-        self, state: TrainerState, schedule: Schedule, batches: Iterator[Batch], checkpointer: Checkpointer
-    ) -> dict[str, Any]:
+        self, state: TrainerState, rows: TrainingRows, batches: Iterator[Batch], checkpointer: Checkpointer
+    ) -> tuple[dict[str, Any], Tensor | None]:
         """Train the rest of the epoch after `state`.
 
         Returns:
             Figures for history.jsonl: mean `train_loss` a row in nats, `step_losses` (see `EpochProgress`), `rows_per_second`,
             `started` in seconds since 1970, `seconds`, `first_batch_seconds`, `waiting` (share of the time without data), and
-            the last `learning_rate`.
+            the last `learning_rate`; and, for streamed rows, the checksums of the rows of each file, int64[files].
 
         Raises:
             NonFiniteLossError: the loss is infinite or not a number.
             RowCountError: a row was lost or repeated.
         """
         self._step.module.train()
-        epoch, before = state.epochs_done, state.progress
-        counter = EpochCounter(before, schedule.steps, self.worker.device)
+        epoch, before, schedule = state.epochs_done, state.progress, rows.shuffle
+        end_ids = torch.from_numpy(rows.end_ids).to(self.worker.device) if rows.streamed else None
+        counter = EpochCounter(before, schedule.steps, self.worker.device, end_ids)
         started, timer = time.time(), _Timer()
         for step in range(before.steps, schedule.steps):
             batch = timer.wait_for(batches)
-            rate = one_cycle(epoch * schedule.steps + step, schedule.steps * schedule.epochs, self.hyperparameters.learning_rate)
-            full = len(batch["row_id"]) == schedule.share_rows(0)
-            dropout = self._dropout(epoch, step, schedule)
-            counter.add(batch["mixed_id"], self._step(batch, dropout, schedule.batch_rows(step), rate, full=full))
+            rate = one_cycle(epoch * schedule.steps + step, schedule.steps * rows.epochs, self.hyperparameters.learning_rate)
+            full = len(batch["row_id"]) == len(rows.positions)
+            dropout = self._dropout(epoch, step, rows)
+            counter.add(batch, self._step(batch, dropout, schedule.batch_rows(step), rate, full=full))
             last = step == schedule.steps - 1
             if last or step % _CHECK_STEPS == _CHECK_STEPS - 1:
-                progress, check_preemption = counter.all_reduce(step + 1, checkpointer.preemption_check_due())
+                progress, checkpoint_due = counter.all_reduce(step + 1, checkpointer.due())
                 self._check_finite(progress.loss, f"epoch {epoch + 1}, step {step + 1} of {schedule.steps}: the loss is")
-                timer.report(self.events, epoch, schedule, before, progress)
-                if check_preemption and not last:
-                    checkpointer.save_if_preempted(state, progress)
+                timer.report(self.events, epoch, rows, before, progress)
+                if checkpoint_due and not last:
+                    checkpointer.save_step(state, replace(progress, checksums=counter.checksums()))
         seconds = timer.seconds
         check_row_counts(progress.rows, progress.row_ids, len(schedule.rows), schedule.rows.id_sum, f"training epoch {epoch + 1}")
-        return {
+        figures = {
             "train_loss": progress.loss / progress.rows,
             "step_losses": progress.step_losses(),
             "rows_per_second": (progress.rows - before.rows) / seconds,
@@ -134,16 +150,16 @@ class Trainer:
             "waiting": timer.waited / seconds,
             "learning_rate": rate,
         }
+        return figures, counter.checksums()
 
-    def _dropout(self, epoch: int, step: int, schedule: Schedule) -> Tensor | None:
+    def _dropout(self, epoch: int, step: int, rows: TrainingRows) -> Tensor | None:
         """This worker's share of the dropout of the global batch, which is the same for any number of workers."""
         if not self.hyperparameters.dropout:
             return None
         seed = step_seed(self.hyperparameters.seed, epoch, step, RandomStream.DROPOUT)
         generator = torch.Generator(self.worker.device).manual_seed(seed)
-        factors = dropout_factors(schedule.batch_rows(step), self.hyperparameters.dropout, generator)
-        positions = schedule.positions(step)
-        return factors if len(positions) == len(factors) else factors[_on_device(positions.tobytes(), self.worker.device)]
+        factors = dropout_factors(rows.shuffle.batch_rows(step), self.hyperparameters.dropout, generator)
+        return factors[rows.positions.start : rows.positions.stop]
 
     @torch.no_grad()
     def evaluate(self, held_out: EvaluationSet, epoch: int) -> Metrics:
@@ -180,12 +196,6 @@ class Trainer:
             raise NonFiniteLossError(f"{where} {loss}; lower --learning-rate (now {self.hyperparameters.learning_rate:g})")
 
 
-# Kept for full batches and for the last one of an epoch: a copy to a GPU waits for all that was launched before.
-@lru_cache(maxsize=2)
-def _on_device(positions: bytes, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.frombuffer(positions, np.int64).copy()).to(device)
-
-
 class _Timer:
     """Time of an epoch: in all, and waiting for data."""
 
@@ -204,7 +214,7 @@ class _Timer:
     def seconds(self) -> float:
         return time.perf_counter() - self._started
 
-    def report(self, events: EventSender, epoch: int, schedule: Schedule, before: EpochProgress, progress: EpochProgress) -> None:
+    def report(self, events: EventSender, epoch: int, rows: TrainingRows, before: EpochProgress, progress: EpochProgress) -> None:
         """Send a progress event, at most every UPDATE_SECONDS."""
         now = time.perf_counter()
         if now - self._reported < UPDATE_SECONDS:
@@ -213,9 +223,9 @@ class _Timer:
         events.send(
             "progress",
             epoch=epoch + 1,
-            epochs=schedule.epochs,
+            epochs=rows.epochs,
             rows=progress.rows,
-            of_rows=len(schedule.rows),
+            of_rows=len(rows.shuffle.rows),
             rows_per_second=(progress.rows - before.rows) / (now - self._started),
             loss=progress.loss / progress.rows,
             seconds=now - self._started,

@@ -9,11 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray, ArrowVariableShapedTensorArray
 
-from mnistsum_ray.data.arrow_types import plain_arrow_types
-from mnistsum_ray.data.decoding import decode_images
+from mnistsum_ray.data.images import Pixels, decode_images, one_chunk
 from mnistsum_ray.data.parquet import open_parquet
-from mnistsum_ray.data.parquet_types import plain_table
-from mnistsum_ray.data.pixels import Pixels, one_chunk
+from mnistsum_ray.data.parquet_types import plain_arrow_types, plain_table
 from mnistsum_ray.storage.paths import locate
 
 IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)

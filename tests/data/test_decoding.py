@@ -9,9 +9,16 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mnistsum_ray.data.column_types import image_type_error, number_type_error
-from mnistsum_ray.data.decoding import decode_images, decode_numbers
-from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_array, pixels_view
+from mnistsum_ray.data.images import (
+    Pixels,
+    decode_images,
+    decode_numbers,
+    image_type_error,
+    number_type_error,
+    one_chunk,
+    pixels_array,
+    pixels_view,
+)
 
 IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
 

@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnistsum_ray.data.parts import ParquetPart, read_part
-from mnistsum_ray.data.pixels import Pixels, pixels_view
+from mnistsum_ray.data.images import Pixels, pixels_array, pixels_view
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError
 from tests.conftest import with_footer
@@ -51,7 +50,8 @@ def idx(tmp_path: Path, sample: pa.Table) -> Path:
 
 
 def table(source: Source) -> pa.Table:
-    return pa.concat_tables([part.read() if isinstance(part, ParquetPart) else part for part in source.parts()])
+    images, digits = source.data.fetch(np.arange(source.rows))
+    return pa.table({"image": pixels_array(images), "digit": digits})
 
 
 def check_splits(source: Source, train: int, validation: int, test: int) -> None:
@@ -372,6 +372,6 @@ def test_a_page_whose_checksum_is_wrong_is_refused(write_rows: Rows) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(table["image"][50].as_py()) + 300] ^= 1
     path.write_bytes(data)
-    (part,) = open_source(str(path)).parts()
+    source = open_source(str(path))
     with pytest.raises(RequestError, match=r"cannot be read: .*CRC checksum verification failed"):
-        read_part(part)
+        source.data.fetch(np.arange(100))

@@ -3,7 +3,6 @@
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,14 +13,13 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.data.row_ranges import RowRanges
+from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model.loss import Objective
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
-from mnistsum_ray.training.in_memory import InMemoryRows, materialize_source
-from mnistsum_ray.training.pipeline import Batch
-from mnistsum_ray.training.schedule import GPU_CHUNK_ROWS, Schedule
+from mnistsum_ray.training.fetch import load_rows
+from mnistsum_ray.training.rows import Batch, TrainingRows
 from tests.gpu.conftest import CUDA
 from tests.integration.conftest import Done, Job, kill_everything, kill_worker, report_duration, run_job
 from tests.model.test_optimizer import random_rows
@@ -116,7 +114,7 @@ def test_a_killed_actor_and_a_killed_run_change_nothing(trained: Done, pairs: Pa
     flags = ["--model", trained.line["model"], "--input", pairs, "--output", output, "--max-rows-per-file", 5_000]
     job = Job("score", *flags)
     wait_for_files(output, 8)
-    kill_worker(job.process.pid, "_PredictActor")
+    kill_worker(job.process.pid, "MapBatches(Scorer)")
     wait_for_files(output, len(list((output / "predictions").glob("part-*.parquet"))) + 4)
     kill_everything(job.process.pid)
     job.wait()
@@ -142,13 +140,10 @@ def test_int8_goes_to_the_cpus(trained: Done, pairs: Path, tmp_path: Path) -> No
 @pytest.mark.usefixtures("cluster")
 def test_batches_on_the_gpu_are_those_of_the_cpu() -> None:
     source = open_source("sample")
-    loaded = materialize_source(source)
-    access = InMemoryRows(loaded.images, loaded.first_ids)
+    data, shuffle = load_rows(source).data, Shuffle(source.train, None, 48, 0, seed=3)
 
     def batches(device: torch.device) -> list[Batch]:
-        shape: dict[str, Any] = {"batch_size": 48, "lanes": 48, "seed": 3, "distortion": 1.0, "epochs": 2}
-        schedule = Schedule(rows=RowRanges.of(0, 4_000), rank=0, world_size=1, rows_per_chunk=GPU_CHUNK_ROWS, **shape)
-        return list(access.training_batches(schedule, device))
+        return list(TrainingRows(data, shuffle, distortion=1.0, epochs=2, rank=0, world_size=1, device=device).batches())
 
     for ours, theirs in zip(batches(CUDA), batches(torch.device("cpu")), strict=True):
         assert ours.keys() == theirs.keys()

@@ -19,7 +19,7 @@ from mnistsum_ray.model.loss import Objective, dropout_factors
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights
-from mnistsum_ray.training.state import TrainerState, load_state, save_checkpoint
+from mnistsum_ray.training.checkpoint import TrainerState, load_state, save_checkpoint
 from tests.gpu.conftest import CUDA
 from tests.model.test_optimizer import random_rows
 

@@ -10,7 +10,7 @@ import ray
 
 from mnistsum_ray import RequestError, ScoreConfig, TrainConfig, fit, load_model, predict, predict_rows, score
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.data.pixels import one_chunk, pixels_view
+from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.export.pairs import export_pairs
 
 ROWS = 300

@@ -11,7 +11,7 @@ import pytest
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.storage.paths import locate
-from mnistsum_ray.training.state import STATE_FILE
+from mnistsum_ray.training.checkpoint import STATE_FILE
 from tests.integration.conftest import Job, Storage, nodes, report_duration, run_job
 from tests.integration.test_score_kills import wait_for_files
 

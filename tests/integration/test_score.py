@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.data.pixels import one_chunk, pixels_view
+from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import quantization

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from mnistsum_ray.errors import RunError
 from tests.conftest import check_predictions, plain_predictions
 from tests.integration.conftest import Scored, score_here

@@ -16,8 +16,8 @@ import pytest
 import ray.data
 from PIL import Image
 
-from mnistsum_ray.data.pixels import Pixels, one_chunk, pixels_array, pixels_view
-from mnistsum_ray.data.sampling import random_numbers
+from mnistsum_ray.data.images import Pixels, one_chunk, pixels_array, pixels_view
+from mnistsum_ray.data.order import random_numbers
 from tests.conftest import check_predictions, plain_predictions
 from tests.integration.conftest import Scored, score_here
 

@@ -15,13 +15,14 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnistsum_ray.data.pixels import pixels_view
+from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.model import quantization
 from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.reporting.report import PICTURES
 from mnistsum_ray.storage.paths import locate
+from tests.conftest import change_description
 from tests.integration.conftest import Done, run_job
 
 Rows = Callable[[int], Path]
@@ -194,8 +195,8 @@ def test_the_same_name_is_refused_and_resuming_a_finished_run_trains_nothing(
     assert "exists; continue it with --resume" in again.err
     place = runs / "one" / "model" / "model.json"
     other = quantization.QuantizationResult((1.0,) * 6, 800, 1000, *[0.99] * 6)  # as if calibrated on a CPU that rounds otherwise
-    card = json.loads(place.read_text()) | {"int8": other.as_json()}
-    place.write_text(json.dumps(card))
+    change_description(place.parent, int8=other.as_json())
+    card = json.loads(place.read_text())
     store = f"sqlite:///{tmp_path}/mlflow.db"
     resume = ["--storage-path", runs, "--name", "one", "--resume", "--mlflow", store]
     resumed = run_job("train", *resume, address=cluster, cwd=tmp_path)
@@ -286,4 +287,5 @@ def test_what_cannot_be_trained_again_is_refused(done: Done, data: Path, cluster
     (tmp_path / "other" / "manifest.json").write_text(manifest.replace(str(data), str(changed)))
     other_data = run_job("train", "--from-run", tmp_path / "other", "--storage-path", tmp_path / "runs", address=cluster)
     assert other_data.code == 2
-    assert "are no longer those of that run" in other_data.err
+    assert "--from-run" in other_data.err
+    assert "the data are not those of the run" in other_data.err

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mnistsum_ray.data.distortion import affine_matrices
-from mnistsum_ray.data.pixels import pixels_view
-from mnistsum_ray.data.sampling import DISTORTION_DRAWS
+from mnistsum_ray.data.images import pixels_view
+from mnistsum_ray.data.order import DISTORTION_DRAWS
 from mnistsum_ray.model.augmentation import distort as distort_by
 from mnistsum_ray.model.network import prepare_images
 

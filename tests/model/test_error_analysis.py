@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnistsum_ray.data.row_ranges import RowRanges
+from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.model.error_analysis import BATCH, MAX_MISTAKES, ErrorAnalysis, analyse_errors
 from mnistsum_ray.model.evaluation import MetricAccumulator, Metrics, PairScores
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images

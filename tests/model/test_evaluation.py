@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.data.row_ranges import RowRanges
+from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.evaluation import MetricAccumulator, PairScores, within_one_standard_error
 from mnistsum_ray.model.network import TwoHeadCNN

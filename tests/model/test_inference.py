@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mnistsum_ray.model import quantization
 from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.network import TwoHeadCNN
@@ -65,3 +66,26 @@ def test_types_and_ranges(predictor: Predictor) -> None:
     assert (found.losses.digit_nll[1:] > 0).all()
     assert predictor.predict(images, numbers).losses is None
     assert len(predictor.predict(images[:0], numbers[:0]).digit) == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_row_has_the_same_bits_in_a_batch_of_any_size(precision: str) -> None:
+    if precision == "int8" and not quantization.is_available():
+        pytest.skip("this PyTorch has no integer convolutions on this CPU")
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    model = TwoHeadCNN()
+    images, numbers, _ = rows(256)
+    calibration = None
+    if precision == "int8":
+        pixels = torch.from_numpy(images)
+        calibration = quantization.quantize(model, pixels, pixels, torch.from_numpy(numbers)).maxima
+    predictor = Predictor(copy_weights(model), torch.device("cpu"), precision, 256, calibration)
+    whole = predictor.predict(images, numbers)
+    for size in range(1, 41):
+        start = 3 * size  # a row is at another place of its batch, too
+        part = predictor.predict(images[start : start + size], numbers[start : start + size])
+        for name in ("digit", "sum", "digit_prob", "sum_prob"):
+            expected = getattr(whole, name)[start : start + size]
+            assert np.array_equal(getattr(part, name).view(np.uint8), expected.view(np.uint8)), (name, size)
+    torch.set_num_threads(threads)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.data.pixels import pixels_view
+from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.model.inference import make_forward
 from mnistsum_ray.model.int8 import int8_digit_scores, unavailable_reason
 from mnistsum_ray.model.network import PIXEL_STD, TwoHeadCNN

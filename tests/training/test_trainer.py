@@ -1,18 +1,21 @@
 """One worker's part of a step is its part of the global batch, whatever the number of workers."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters, TrainConfig
-from mnistsum_ray.data.row_ranges import RowRanges
+from mnistsum_ray.data.order import RowRanges, Shuffle, check_row_counts, mix_ids, row_checksums
+from mnistsum_ray.errors import RowCountError
+from mnistsum_ray.training.checkpoint import EpochProgress
 from mnistsum_ray.training.events import EventSender
 from mnistsum_ray.training.preflight import preflight
-from mnistsum_ray.training.schedule import Schedule
-from mnistsum_ray.training.state import EpochProgress
+from mnistsum_ray.training.rows import TrainingRows
 from mnistsum_ray.training.trainer import EpochCounter, Trainer
 from mnistsum_ray.training.worker import Worker
 
@@ -25,9 +28,10 @@ def hyperparameters() -> Hyperparameters:
 
 def dropout_of(rank: int, world_size: int, step: int) -> torch.Tensor:
     """The factors of a worker's share of a batch of 128 rows, or of the last one, which has a single row."""
-    schedule = Schedule(RowRanges.of(0, 129), 128, 128, seed=3, distortion=0.0, epochs=1, rank=rank, world_size=world_size)
+    shuffle = Shuffle(RowRanges.of([0], [129]), None, 128, 0, seed=3)
+    rows = TrainingRows(None, shuffle, 0.0, 1, rank, world_size, CPU)  # type: ignore[arg-type]
     silent = EventSender(Queue.__new__(Queue), rank=1)  # only rank 0 sends
-    factors = Trainer(hyperparameters(), Worker(rank, world_size, CPU, 1), silent)._dropout(0, step, schedule)
+    factors = Trainer(hyperparameters(), Worker(rank, world_size, CPU, 1), silent)._dropout(0, step, rows)
     assert factors is not None
     return factors
 
@@ -38,8 +42,7 @@ def test_shares_of_dropout_are_those_of_the_whole_batch() -> None:
     assert 0.7 < (whole > 0).float().mean() < 0.8
     shares = [dropout_of(rank, 3, 0) for rank in range(3)]
     assert sum(map(len, shares)) == 128
-    places = torch.cat([torch.arange(128)[rank::3] for rank in range(3)])
-    assert torch.equal(torch.cat(shares), whole[places])
+    assert torch.equal(torch.cat(shares), whole)
 
 
 def test_a_share_without_rows_has_dropout_without_rows() -> None:
@@ -52,7 +55,7 @@ def test_the_losses_within_an_epoch_are_means_since_the_one_before(steps: int, c
     counter, progress, done = EpochCounter(EpochProgress(), steps, CPU), EpochProgress(), 0
     for check in (min(check, steps) for check in checked):
         for step in range(done + 1, check + 1):
-            counter.add(torch.tensor([step]), torch.tensor(float(step)))
+            counter.add({"mixed_id": torch.tensor([step])}, torch.tensor(float(step)))
         progress, _ = counter.all_reduce(check, flag=False)
         if done < steps // 2 <= check:  # a resumed epoch goes on from a checkpoint within it
             counter = EpochCounter(progress, steps, CPU)
@@ -61,3 +64,28 @@ def test_the_losses_within_an_epoch_are_means_since_the_one_before(steps: int, c
     assert losses[-1][0] == steps
     assert len(losses) == min(len(list(checked)), 100)
     assert losses == [(now, (before + 1 + now) / 2) for before, now in pairwise([0, *(step for step, _ in losses)])]
+
+
+def test_lost_and_repeated_rows_are_noticed_also_where_their_ids_add_up() -> None:
+    """Rows 3 and 5 are lost, and row 4 is seen three times."""
+    rows = RowRanges.of([0], [8])
+    counter = EpochCounter(EpochProgress(), 2, CPU)
+    for ids in ([0, 1, 2, 4], [4, 4, 6, 7]):
+        counter.add({"mixed_id": mix_ids(torch.tensor(ids))}, torch.zeros(1))
+    progress, _ = counter.all_reduce(2, flag=False)
+    with pytest.raises(RowCountError, match="saw other rows than planned"):
+        check_row_counts(progress.rows, progress.row_ids, len(rows), rows.id_sum, "an epoch")
+
+
+def test_the_checksums_of_a_resumed_epoch_are_those_of_the_whole() -> None:
+    images, digits = np.random.default_rng(0).integers(0, 256, (90, 28, 28), np.uint8), np.arange(90) % 10
+    checksums = torch.from_numpy(row_checksums(np.arange(90), images, digits))
+    end_ids = torch.tensor([20, 50, 90])
+    before = EpochProgress()
+    for part in torch.randperm(90).split(30):
+        counter = EpochCounter(before, 3, CPU, end_ids)
+        counter.add({"mixed_id": part, "row_id": part, "checksum": checksums[part]}, torch.zeros(1))
+        progress, _ = counter.all_reduce(1, flag=False)
+        before = replace(progress, checksums=counter.checksums())
+    assert before.checksums is not None
+    assert before.checksums.tolist() == [checksums[:20].sum(), checksums[20:50].sum(), checksums[50:].sum()]

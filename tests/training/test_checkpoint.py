@@ -6,17 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.evaluation import Metrics
 from mnistsum_ray.model.loss import joint_loss
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.paths import locate
-from mnistsum_ray.training.state import (
+from mnistsum_ray.training.checkpoint import (
+    STATE_CARD,
     CheckpointError,
     EpochProgress,
     SumHeadResult,
     TrainerState,
+    latest_valid_checkpoint,
     load_state,
     save_checkpoint,
     verify_checkpoint,
@@ -52,13 +55,16 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     for seed in range(3):
         step(model, optimizer, seed)
     tuned = SumHeadResult(steps=5, kept=True, validation=SCORES, test=SCORES)
-    progress = EpochProgress(7, 0.1 + 0.2, 448, 123_456, [(3, 192, 0.1)])
-    state = TrainerState(1, [LINE], copy_weights(model), "fp32", progress, tuned)
+    progress = EpochProgress(7, 0.1 + 0.2, 448, 123_456, [(3, 192, 0.1)], torch.tensor([3, -(2**63)]))
+    state = TrainerState(1, [LINE], copy_weights(model), "fp32", progress, tuned, torch.tensor([5, 6]))
     save_checkpoint(tmp_path, state, model, optimizer)
     other, other_optimizer = make(1)
     loaded = load_state(tmp_path, other, other_optimizer)
     assert (loaded.epochs_done, loaded.history, loaded.precision) == (1, [LINE], "fp32")
-    assert (loaded.progress, loaded.sum_head) == (state.progress, tuned)
+    assert replace(loaded.progress, checksums=None) == replace(progress, checksums=None)
+    assert loaded.sum_head == tuned
+    assert torch.equal(loaded.checksums, state.checksums)
+    assert torch.equal(loaded.progress.checksums, progress.checksums)
     assert same(loaded.best, state.best)
     for seed in range(3, 6):
         step(model, optimizer, seed)
@@ -93,3 +99,16 @@ def test_a_checkpoint_that_is_not_whole_is_known_for_one(tmp_path: Path, name: s
         file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"is missing|is incomplete"):
         verify_checkpoint(place)
+
+
+def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
+    assert latest_valid_checkpoint(locate(str(tmp_path), "--name"), print) is None
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "epoch_00029"
+    folder.mkdir()
+    (folder / STATE_CARD).write_text('{"format": "mnistsum_ray.trainer/99"}')
+    with pytest.raises(RequestError, match=r"epoch_00029 cannot be used: it was written by another version"):
+        latest_valid_checkpoint(locate(str(tmp_path), "--name"), print)
+    assert folder.exists()

@@ -1,0 +1,294 @@
+"""Images and numbers in Arrow columns: which column types can hold them, and their values as NumPy arrays.
+
+Images: 784 integers in a list or a fixed-size list, 28x28 nested lists, an Arrow or Ray tensor, 784 raw bytes, PNG or JPEG bytes,
+or a struct around any of these bytes. Numbers: any integer type. Both may be dictionary-encoded. A value that cannot be used gets
+a reason.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image, ImageOps
+
+from mnistsum_ray.errors import RequestError
+
+SIDE: Final = 28
+PIXELS: Final = SIDE * SIDE
+IMAGE_TYPE: Final = pa.binary(PIXELS)
+"""Arrow type of stored images: 784 bytes, row by row, 0 is background, 255 is ink."""
+
+Pixels = npt.NDArray[np.uint8]
+"""uint8[n, 28, 28] or, for one image, uint8[28, 28]."""
+
+
+def pixels_view(column: pa.FixedSizeBinaryArray) -> Pixels:
+    """An array of IMAGE_TYPE without nulls as uint8[n, 28, 28], without a copy."""
+    buffer = column.buffers()[1]
+    if buffer is None:
+        return np.empty((0, SIDE, SIDE), np.uint8)
+    flat = np.frombuffer(buffer, np.uint8)
+    start = column.offset * PIXELS
+    return flat[start : start + len(column) * PIXELS].reshape(len(column), SIDE, SIDE)
+
+
+def pixels_array(images: Pixels) -> pa.FixedSizeBinaryArray:
+    """uint8[n, 28, 28] as an array of IMAGE_TYPE, without a copy where the memory is contiguous."""
+    return pa.FixedSizeBinaryArray.from_buffers(IMAGE_TYPE, len(images), [None, pa.py_buffer(np.ascontiguousarray(images))])
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A table's column as one array, without a copy where it has one chunk."""
+    if column.num_chunks == 1:
+        return column.chunk(0)  # `combine_chunks` would copy it
+    combined = column.combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
+
+
+def image_type_error(kind: pa.DataType) -> str | None:
+    """Why a column of this type cannot hold images; None where it can."""
+    if isinstance(kind, pa.FixedShapeTensorType) and list(kind.permutation or ()) != sorted(kind.permutation or ()):
+        return f"is a tensor whose dimensions are permuted ({kind})"
+    storage = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    if pa.types.is_dictionary(storage):
+        storage = storage.value_type
+    if pa.types.is_struct(storage):
+        field = image_field(storage)
+        if field is None:
+            return f"is a struct without the field 'bytes' ({kind})"
+        storage = storage.field(field).type
+    if _is_bytes(storage) or pa.types.is_null(storage):
+        return None
+    levels = 0
+    while is_list(storage):
+        storage, levels = storage.value_type, levels + 1
+    if levels in (1, 2) and pa.types.is_integer(storage):
+        return None
+    return f"has type {kind}, which holds no images (lists of 784 integers, 784 bytes, PNG or JPEG bytes, {{bytes, path}})"
+
+
+def number_type_error(kind: pa.DataType) -> str | None:
+    """Why a column of this type cannot hold numbers; None where it can."""
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_integer(values) or pa.types.is_null(values):
+        return None
+    return f"has type {kind}, not an integer type"
+
+
+def image_field(kind: pa.StructType) -> str | None:
+    """Name of the struct's field with the image: in Hugging Face's {bytes, path}, or in Ray's tensor {data, shape}."""
+    return next((name for name in ("bytes", "data") if kind.get_field_index(name) >= 0), None)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """True for lists with 32-bit or 64-bit offsets and for lists of a fixed size."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
+def decode_numbers(column: pa.Array) -> tuple[npt.NDArray[np.int64], dict[int, str]]:
+    """Decode one Arrow array of integers.
+
+    Returns:
+        int64[n], and row -> reason for each value outside 0..9; these rows are zeros.
+    """
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.int64())
+    missing = column.is_null().to_numpy(zero_copy_only=False)
+    values = column.fill_null(0).to_numpy(zero_copy_only=False)
+    wrong = (values < 0) | (values > 9)
+    bad = {int(row): "is null; fill it in or drop the row" for row in np.flatnonzero(missing)}
+    bad |= {int(row): f"is {values[row]}, not one of 0..9; correct it or drop the row" for row in np.flatnonzero(wrong)}
+    return np.where(wrong, 0, values).astype(np.int64), bad
+
+
+def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
+    """Decode one Arrow array of images; its type must pass `image_type_error`.
+
+    Returns:
+        uint8[n, 28, 28], and row -> reason for each value that is not an image; these rows are zeros.
+    """
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    whole = _decode_whole_lists(column) if is_list(column.type) else _view_whole_bytes(column)
+    if whole is not None:
+        return whole, {}
+    images = np.zeros((len(column), SIDE, SIDE), np.uint8)
+    bad: dict[int, str] = {}
+    for row, value in enumerate(column):
+        try:
+            images[row] = _decode_value(value)
+        except ImageError as error:
+            bad[row] = str(error)
+    return images, bad
+
+
+def join_reasons(bad_images: dict[int, str], bad_numbers: dict[int, str]) -> dict[int, str]:
+    """Why each bad row cannot be scored, in the order of the rows, of what `decode_images` and `decode_numbers` returned."""
+    numbers = {row: f"the number {reason}" for row, reason in bad_numbers.items()}
+    rows = sorted(bad_images | numbers)
+    return {row: "; ".join(reasons[row] for reasons in (bad_images, numbers) if row in reasons) for row in rows}
+
+
+def _view_whole_bytes(column: pa.Array) -> Pixels | None:
+    """The buffer of a column whose values are all 784 pixels, without a copy; None where a value is anything else."""
+    images = _view_784_bytes(column)
+    return None if images is None or starts_as_png_or_jpeg(images).any() else images
+
+
+def _view_784_bytes(column: pa.Array) -> Pixels | None:
+    if column.type == IMAGE_TYPE and column.null_count == 0:
+        return pixels_view(column)
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)) or column.null_count or not len(column):
+        return None
+    offsets = np.frombuffer(column.buffers()[1], np.int32 if pa.types.is_binary(column.type) else np.int64)
+    offsets = offsets[column.offset : column.offset + len(column) + 1]
+    if (np.diff(offsets) != PIXELS).any():
+        return None
+    return np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]].reshape(len(column), SIDE, SIDE)
+
+
+def _decode_whole_lists(column: pa.Array) -> Pixels | None:
+    """A column of lists decoded at once; None where a list has another length, a null or a value outside 0..255."""
+    flat: Any = column
+    while is_list(flat.type):
+        if flat.null_count:
+            return None
+        length = flat.type.list_size if pa.types.is_fixed_size_list(flat.type) else flat.value_lengths()
+        if not isinstance(length, int):
+            distinct = length.unique()
+            if len(distinct) != 1:
+                return None
+            length = distinct[0].as_py()
+        if length not in (PIXELS, SIDE):
+            return None
+        flat = flat.flatten()
+    if flat.null_count or len(flat) != len(column) * PIXELS:
+        return None
+    values = flat.to_numpy(zero_copy_only=False)
+    if values.dtype != np.uint8:
+        if values.min(initial=0) < 0 or values.max(initial=0) > 255:
+            return None
+        values = values.astype(np.uint8)
+    return values.reshape(len(column), SIDE, SIDE)  # type: ignore[no-any-return]
+
+
+def _decode_value(value: pa.Scalar) -> Pixels:
+    if isinstance(value, pa.StructScalar) and value.is_valid:
+        field = image_field(value.type)
+        assert field is not None, "checked by image_type_error"
+        if not value[field].is_valid:
+            raise ImageError(f"the image's field {field!r} is null; put the picture itself into it, or drop the row")
+        value = value[field]
+    if not value.is_valid:
+        raise ImageError("the image is null; fill it in or drop the row")
+    if is_list(value.type):
+        return _decode_list(value.values)
+    data: bytes = value.as_py()
+    if len(data) == PIXELS:
+        pixels = np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)
+        if not starts_as_png_or_jpeg(pixels[None]).any():
+            return pixels
+    return decode_png_or_jpeg(data)
+
+
+def _decode_list(values: pa.Array) -> Pixels:
+    shape = str(len(values))
+    if is_list(values.type):
+        if values.null_count:
+            raise ImageError("the image has a null in place of a line; fill it in or drop the row")
+        widths = {len(line.values) for line in values}
+        shape += f" x {widths.pop()}" if len(widths) == 1 else " lines of unequal length"
+        values = values.flatten()
+    if shape not in (f"{PIXELS}", f"{SIDE} x {SIDE}"):
+        raise ImageError(f"the image has {shape} values, not 784 or 28 x 28; resize it")
+    if values.null_count:
+        raise ImageError("the image has nulls among its values; fill them in or drop the row")
+    pixels = values.to_numpy(zero_copy_only=False)
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise ImageError(f"the image has values {pixels.min()}..{pixels.max()}, outside 0..255; scale them")
+    return pixels.astype(np.uint8).reshape(SIDE, SIDE)  # type: ignore[no-any-return]
+
+
+_FORMATS: Final = ("PNG", "JPEG")
+
+_PNG_START: Final = np.frombuffer(b"\x89PNG\r\n\x1a\n", np.uint8)
+_JPEG_START: Final = np.frombuffer(b"\xff\xd8\xff", np.uint8)
+"""Followed by the next marker, a byte of 0xC0 or more."""
+
+_EXIF_ORIENTATION: Final = 0x0112
+"""EXIF tag: how the camera was held; 1 is upright."""
+
+
+class ImageError(ValueError):
+    """A row's image cannot be used; the message says what it is and what to do."""
+
+
+def starts_as_png_or_jpeg(images: Pixels) -> npt.NDArray[np.bool_]:
+    """Which of n rows of 784 bytes begin as a PNG or JPEG does, and so are not pixels: bool[n].
+
+    A JPEG of exactly 784 bytes is not rare: at quality 95 about one in 200 MNIST images gives one.
+    """
+    start = images.reshape(len(images), PIXELS)[:, : len(_PNG_START)]
+    jpeg = (start[:, : len(_JPEG_START)] == _JPEG_START).all(1) & (start[:, len(_JPEG_START)] >= 0xC0)
+    found: npt.NDArray[np.bool_] = jpeg | (start == _PNG_START).all(1)
+    return found
+
+
+def decode_png_or_jpeg(data: bytes) -> Pixels:
+    """Decode to uint8[28, 28], turned upright as its EXIF says.
+
+    Raises:
+        ImageError: the bytes are not a 28x28 grayscale PNG or JPEG.
+    """
+    try:
+        # Pillow reads only the header until the size is known, so a decompression bomb is never unpacked.
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+            if picture.size != (SIDE, SIDE):
+                raise ImageError(f"the picture is {picture.width} x {picture.height} pixels, not 28 x 28; resize it")
+            if picture.mode != "L":
+                raise ImageError(f"the picture has mode {picture.mode}, not L (8-bit grayscale); convert it")
+            if picture.getexif().get(_EXIF_ORIENTATION, 1) == 1:
+                return np.asarray(picture)
+            upright: Pixels = np.asarray(ImageOps.exif_transpose(picture))
+            return upright
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError("the picture claims to unpack to far more than 28 x 28 pixels; resize it") from None
+    except Exception as error:  # on damaged bytes Pillow's decoders raise many types
+        if len(data) == PIXELS:
+            raise ImageError(
+                f"784 bytes begin as a PNG or JPEG does, and cannot be read as one ({type(error).__name__}); save it again, or "
+                "store the pixels as a list of 784 integers"
+            ) from None
+        raise ImageError(
+            f"{len(data)} bytes are neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__}); save it again"
+        ) from None
+
+
+def check_digits(digits: pa.Array, where: str, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
+    """The digits as int8[n].
+
+    Args:
+        where: file or folder of the digits, for messages.
+        rows: index of each digit there, for messages.
+
+    Raises:
+        RequestError: a digit is null or outside 0..9; names the row.
+    """
+    values = digits.fill_null(10).to_numpy(zero_copy_only=False)
+    for index in np.flatnonzero((values < 0) | (values > 9)).tolist():
+        digit = digits[index].as_py()
+        raise RequestError(f"{where}: row {rows[index]}: the digit is {'null' if digit is None else digit}, not 0..9")
+    return values.astype(np.int8)  # type: ignore[no-any-return]

@@ -1,0 +1,311 @@
+"""Order of training rows and the random draws of each: pure functions of seed, epoch and row id.
+
+    all row groups, permuted anew each epoch
+    ├────── window 0 ──────┼────── window 1 ──────┼ …      each window holds the rows of some consecutive steps
+    │p 0│p 1│p 2│ … │p 255│p 0│p 1│ …                      position p of every batch takes its rows from stretch p of the window,
+                                                           whose rows are permuted
+
+A worker trains on consecutive positions, so of each window it reads one stretch. The order does not depend on workers, nodes,
+blocks, timing or restarts; MosaicML Streaming calls that elastic determinism. Rows in memory are groups of one row, and a window
+of them is one step, which makes an epoch one permutation.
+
+The bits come from SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), a dozen
+lines here, because no library promises that its generator stays the same.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property, lru_cache
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mnistsum_ray.errors import RowCountError
+
+RowIds = npt.NDArray[np.int64]
+Ids = TypeVar("Ids", bound=Any)
+"""RowIds, or the same as a tensor."""
+Bits = npt.NDArray[np.uint64]
+
+NUMBERS: Final = 10
+"""Size of the range 0..9 of the random number."""
+
+DISTORTION_DRAWS: Final = 6
+"""Draws per distorted image: one for rotation, two for scale, one for shear, two for translation."""
+
+_SAMPLED_GROUPS: Final = 100
+"""Row groups that a few rows are taken from: each has to be read, from its beginning."""
+
+_CHUNK: Final = 2**20
+"""Ids that are computed at once."""
+
+
+class RandomStream(IntEnum):
+    """Purpose of a draw. It is part of the key, so that draws for different purposes are not correlated."""
+
+    ORDER = 0
+    NUMBER = 1
+    SPLIT = 3  # 2 was an augmentation that is gone. The value is part of the key: renumbering would change all runs.
+    DISTORTION = 4
+    DROPOUT = 5
+    SUM_HEAD = 6
+    GROUP_ORDER = 7
+
+
+def _mix(z: Bits) -> Bits:
+    """SplitMix64's step and finalizer: a bijection on uint64 in which each input bit affects every output bit."""
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _bits(seed: int, epoch: int, purpose: RandomStream, row_ids: RowIds) -> Bits:
+    """64 random bits for each row: uint64 of the shape of `row_ids`."""
+    key = np.zeros(1, np.uint64)
+    for part in (seed, epoch, purpose):
+        key = _mix(key ^ np.uint64(part))
+    return _mix(key ^ _mix(row_ids.astype(np.uint64)))
+
+
+def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.int64]:
+    """The number that each row is paired with in an epoch: int64[n], uniform in 0..9."""
+    bits = _bits(seed, epoch, RandomStream.NUMBER, row_ids)
+    # Lemire, 2019: multiply and shift; the bias is below NUMBERS / 2**32.
+    return (((bits >> np.uint64(32)) * np.uint64(NUMBERS)) >> np.uint64(32)).astype(np.int64)
+
+
+def distortion_draws(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.float32]:
+    """Draws that distort each training image in an epoch: float32[n, DISTORTION_DRAWS], uniform in -1..1."""
+    bits = _bits(seed, epoch, RandomStream.DISTORTION, row_ids)
+    draws = np.empty((len(row_ids), DISTORTION_DRAWS), np.float32)
+    for column in range(DISTORTION_DRAWS):
+        draws[:, column] = (bits >> np.uint64(40)) * (2 / 2**24) - 1
+        bits = _mix(bits)
+    return draws
+
+
+def step_seed(seed: int, epoch: int, step: int, purpose: RandomStream) -> int:
+    """Seed of a generator that is used for the whole global batch of a step: 0..2**63-1."""
+    return int(_bits(seed, epoch, purpose, np.array([step], np.int64))[0] >> np.uint64(1))
+
+
+@dataclass(frozen=True, eq=False)
+class RowRanges:
+    """A set of row ids in ascending order, as ranges `starts[i] <= id < ends[i]`: its size does not grow with the rows."""
+
+    starts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+    """int64[k] both: ascending, not empty, and not touching each other."""
+
+    @classmethod
+    def of(cls, starts: npt.ArrayLike, ends: npt.ArrayLike) -> "RowRanges":
+        """Ranges in ascending order that do not overlap; empty ones are dropped, and those that touch become one."""
+        first, last = np.asarray(starts, np.int64), np.asarray(ends, np.int64)
+        kept = first < last
+        first, last = first[kept], last[kept]
+        gaps = first[1:] != last[:-1]
+        return cls(first[np.concatenate([np.ones(min(1, len(first)), bool), gaps])], last[np.append(gaps, True)[: len(last)]])
+
+    @classmethod
+    def from_ids(cls, ids: RowIds) -> "RowRanges":
+        """The set of ids int64[n], which are in ascending order and distinct."""
+        return cls.of(ids, ids + 1)
+
+    def __len__(self) -> int:
+        return int((self.ends - self.starts).sum())
+
+    @cached_property
+    def id_sum(self) -> int:
+        """Sum of all scrambled ids (`mix_ids`) modulo 2**64."""
+        count = len(self)
+        chunks = (np.arange(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
+        return sum(int(mix_ids(self.at(chunk)).sum()) for chunk in chunks)
+
+    def ids(self) -> RowIds:
+        """All ids: int64[n]."""
+        return self.at(np.arange(len(self)))
+
+    def at(self, indices: npt.NDArray[np.int64]) -> RowIds:
+        """The ids with these indices in 0..n-1, int64 of the same shape."""
+        ranges = np.searchsorted(self._first_indices, indices, side="right") - 1
+        return self.starts[ranges] + (indices - self._first_indices[ranges])
+
+    def count_below(self, bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Number of ids below each bound: int64[m] each."""
+        if not len(self.starts):
+            return np.zeros(len(bounds), np.int64)
+        ranges = np.searchsorted(self.starts, bounds, side="right") - 1
+        inside = np.minimum(bounds, self.ends[ranges]) - self.starts[ranges]
+        return np.where(ranges < 0, 0, self._first_indices[ranges] + inside)
+
+    def minus(self, others: "RowRanges") -> "RowRanges":
+        """The ids that are not in `others`, all of which are in this set."""
+        return RowRanges.of(
+            np.sort(np.concatenate([self.starts, others.ends])), np.sort(np.concatenate([self.ends, others.starts]))
+        )
+
+    def sample(self, limit: int) -> "RowRanges":
+        """At most `limit` of the ids, in stretches that are evenly spaced: the first rows of sorted files all show one digit."""
+        if len(self) <= limit:
+            return self
+        stretches = min(_SAMPLED_GROUPS, limit)
+        starts = np.arange(stretches) * len(self) // stretches
+        return RowRanges.from_ids(self.at((starts[:, None] + np.arange(limit // stretches)).ravel()))
+
+    def hold_out(self, count: int, bounds: npt.NDArray[np.int64]) -> tuple["RowRanges", "RowRanges"]:
+        """Split into (kept, held out), with `count` ids held out: random ones of random row groups, few of which must be read.
+
+        The choice depends on the ids alone, not on a seed, so that runs with different seeds can be compared.
+
+        Args:
+            count: at most the number of ids.
+            bounds: int64[n + 1]; row group i holds the ids bounds[i]..bounds[i + 1]-1.
+        """
+        counts = np.diff(self.count_below(bounds))
+        groups = np.argsort(_bits(0, 0, RandomStream.SPLIT, bounds[:-1]), kind="stable")
+        groups = groups[counts[groups] > 0]
+        enough = int(np.searchsorted(np.cumsum(counts[groups]), count)) + 1
+        chosen = np.sort(groups[: max(_SAMPLED_GROUPS, enough)])
+        first = self.count_below(bounds[chosen])
+        ids = self.at(np.concatenate([np.arange(start, start + n) for start, n in zip(first, counts[chosen], strict=True)]))
+        out = ids[np.argsort(_bits(0, 0, RandomStream.SPLIT, ids), kind="stable")[:count]]
+        held = RowRanges.from_ids(np.sort(out))
+        return self.minus(held), held
+
+    @cached_property
+    def _first_indices(self) -> npt.NDArray[np.int64]:
+        """Index of the first id of each range: int64[k]."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.ends - self.starts)])[:-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Shuffle:
+    """Which row each position of a batch takes at each step of an epoch."""
+
+    rows: RowRanges
+    """Training rows."""
+    bounds: npt.NDArray[np.int64] | None
+    """int64[n + 1]: row group i holds the ids bounds[i]..bounds[i + 1]-1. None: rows are permuted one by one."""
+    batch_size: int
+    """Rows of a step over all workers."""
+    shuffle_rows: int
+    """Most rows of a window; not used where rows are permuted one by one."""
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Steps that visit each row once. The last batch may be smaller; no row is dropped."""
+        return -(-len(self.rows) // self.batch_size)
+
+    @property
+    def window_steps(self) -> int:
+        """Steps of a window; the last one of an epoch may have fewer."""
+        return 1 if self.bounds is None else min(self.steps, max(1, self.shuffle_rows // self.batch_size))
+
+    def batch_rows(self, step: int) -> int:
+        """Number of rows of the global batch at a step of an epoch."""
+        return min(self.batch_size, len(self.rows) - step * self.batch_size)
+
+    def window_ids(self, epoch: int, window: int, positions: range) -> RowIds:
+        """The rows of consecutive positions at the steps of a window: int64[n], step by step, each in the order of positions."""
+        first_step = window * self.window_steps
+        steps = min(self.window_steps, self.steps - first_step)
+        base, full = first_step * self.batch_size, self.batch_rows(first_step + steps - 1)
+        # Positions from `full` on have no row at the last step.
+        with_last = self._stretches(epoch, base, range(positions.start, min(positions.stop, full)), steps)
+        without = self._stretches(epoch, base + full, range(max(positions.start, full), positions.stop), steps - 1)
+        return np.concatenate([np.concatenate([with_last[:-1], without], axis=1).ravel(), with_last[-1]])
+
+    def _stretches(self, epoch: int, base: int, positions: range, steps: int) -> RowIds:
+        """int64[steps, positions]: of each position a stretch of so many rows, which are permuted."""
+        low = base + positions.start * steps
+        ids = self.rows.at(self._indices(epoch, low, low + len(positions) * steps)).reshape(len(positions), steps)
+        if steps <= 1:
+            return ids.T
+        order = _bits(self.seed, epoch, RandomStream.ORDER, ids).argsort(axis=1, kind="stable")
+        return np.take_along_axis(ids, order, axis=1).T
+
+    def _indices(self, epoch: int, low: int, high: int) -> npt.NDArray[np.int64]:
+        """Indices, among the training rows, of the rows low..high-1 of an epoch's sequence of slices: int64[high - low]."""
+        if low == high:
+            return np.empty(0, np.int64)
+        first, bounds = _sequence(self, epoch)
+        slices = np.arange(np.searchsorted(bounds, low, side="right") - 1, np.searchsorted(bounds, high, side="left"))
+        rows = np.minimum(bounds[slices + 1], high) - np.maximum(bounds[slices], low)
+        return np.arange(low, high) + np.repeat(first[slices] - bounds[slices], rows)  # type: ignore[no-any-return]
+
+    @cached_property
+    def slices(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The row groups, those that are larger than an eighth of a window cut into equal slices: int64[n] each.
+
+        Returns:
+            The group, the index of the slice's first row among the training rows, and its number of rows.
+        """
+        assert self.bounds is not None
+        below = self.rows.count_below(self.bounds)
+        counts = np.diff(below)
+        pieces = -(-counts // max(1, self.shuffle_rows // 8))
+        group = np.repeat(np.arange(len(counts)), pieces)
+        number = np.arange(len(group)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        first, end = (counts[group] * edge // pieces[group] for edge in (number, number + 1))
+        return group, below[group] + first, end - first
+
+
+@lru_cache(maxsize=2)  # a process computes many windows of an epoch, and sorting a million keys takes 0.1 s
+def _sequence(shuffle: Shuffle, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The slices in the order of an epoch.
+
+    Returns:
+        The index of each one's first row among the training rows, int64[n], and their bounds in the sequence, int64[n + 1].
+    """
+    if shuffle.bounds is None:
+        first, rows = np.arange(len(shuffle.rows)), np.ones(len(shuffle.rows), np.int64)
+    else:
+        _, first, rows = shuffle.slices
+    order = np.argsort(_bits(shuffle.seed, epoch, RandomStream.GROUP_ORDER, shuffle.rows.at(first)), kind="stable")
+    return first[order], np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[order])])
+
+
+def positions_of_rank(batch_size: int, rank: int, world_size: int) -> range:
+    """The positions of every batch that one worker trains on. The shares of the workers differ by one row at most."""
+    return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+
+def mix_ids(row_ids: Ids) -> Ids:
+    """Scramble row ids, int64[n], an array of NumPy or a tensor of PyTorch alike.
+
+    The sum of the scrambled ids modulo 2**64 tells a set of rows from another: of plain ids, rows 3 and 5 add up to twice row 4.
+    """
+    mixed = (row_ids + 1) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 32)) * -0x40A7B892E31B1A47
+    return mixed ^ (mixed >> 29)  # type: ignore[no-any-return]
+
+
+def row_checksums(row_ids: RowIds, images: npt.NDArray[np.uint8], digits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """64-bit checksum of each row's id, pixels and digit: int64[n].
+
+    Multilinear hashing (Lemire and Kaser, 2014): words of 32 bits times random 64-bit keys. Sums of the checksums modulo 2**64
+    tell apart contents that differ in any row, or in the places of rows.
+
+    Args:
+        row_ids: int64[n].
+        images: uint8[n, 28, 28].
+        digits: integers [n].
+    """
+    words = np.ascontiguousarray(images).reshape(len(images), -1).view(np.uint32)
+    keys = _mix(np.arange(words.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
+    hashed = np.einsum("ij,j->i", words, keys[1:], dtype=np.uint64, casting="safe")
+    return _mix(hashed + digits.astype(np.uint64) * keys[0] + _mix(row_ids.astype(np.uint64))).view(np.int64)
+
+
+def check_row_counts(rows: int, id_sum: int, expected_rows: int, expected_id_sum: int, where: str) -> None:
+    """Check that exactly the planned rows were seen, each once: their number, and the sum of their scrambled ids.
+
+    Raises:
+        RowCountError: rows were lost or repeated.
+    """
+    if rows != expected_rows or (id_sum - expected_id_sum) % 2**64:
+        counted = f"{rows:,} rows, where the plan has {expected_rows:,}" if rows != expected_rows else "other rows than planned"
+        raise RowCountError(f"{where} saw {counted}: rows were lost or repeated, so this run cannot be trusted")

@@ -1,0 +1,379 @@
+"""Checkpoints of a run: the trainer's state, saved and loaded bit for bit, as safetensors and JSON, never as a pickle."""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import ray.train
+import torch
+from pyarrow.fs import FileSelector, FileType
+from ray.train import CheckpointUploadMode
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.model.evaluation import Metrics, within_one_standard_error
+from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.optimizer import MuonAdamW
+from mnistsum_ray.model.serialization import Weights, copy_weights, describe_model
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.lock import FolderLock
+from mnistsum_ray.training.events import EventSender
+from mnistsum_ray.training.worker import Worker
+
+STATE_FORMAT: Final = "mnistsum_ray/9"
+"""Format of `trainer.json`; since 9 streamed rows have another order, and checksums."""
+STATE_FILE: Final = "trainer.safetensors"
+STATE_CARD: Final = "trainer.json"
+
+_SNAPSHOT: Final = "checkpoint_manager_snapshot.json"
+"""Ray Train's own list of checkpoints. Ray Train rewrites it in place, so a kill at that moment leaves it incomplete, and then
+a restored run fails for good. So this program does not use it."""
+
+_FOLDER: Final = re.compile(r"epoch_(\d+)(?:_(step)_(\d+)|_(sum_head))?")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be resumed from; the message says why."""
+
+
+class CheckpointVersionError(CheckpointError):
+    """A checkpoint that another version of this program wrote."""
+
+
+@dataclass(frozen=True)
+class EpochProgress:
+    """Progress within an epoch over all workers. A resumed epoch starts from it, so no row is counted twice."""
+
+    steps: int = 0
+    loss: float = 0.0
+    """Sum over the rows, in nats."""
+    rows: int = 0
+    row_ids: int = 0
+    """Sum of the scrambled ids of these rows, see `order.mix_ids`."""
+    points: list[tuple[int, int, float]] = field(default_factory=list)
+    """`steps`, `rows` and `loss` at some steps of the epoch, up to this one, for the curve of the loss."""
+    checksums: Tensor | None = None
+    """Sums of the `order.row_checksums` of these rows of each file, int64[files]; None for rows in memory."""
+
+    def step_losses(self) -> list[tuple[int, float]]:
+        """Pairs of a step and the mean loss a row, in nats, since the step of the pair before."""
+        points = [(0, 0, 0.0), *self.points]
+        return [(now[0], (now[2] - before[2]) / (now[1] - before[1])) for before, now in pairwise(points)]
+
+
+@dataclass(frozen=True)
+class SumHeadResult:
+    """Result of fine-tuning the sum head after the last epoch."""
+
+    steps: int
+    kept: bool
+    """False if the result was undone."""
+    validation: Metrics
+    """Metrics after fine-tuning, also where it was undone."""
+    test: Metrics
+
+
+@dataclass
+class TrainerState:
+    """State of a run after an epoch or within one; with the config it determines every bit of the rest of the run."""
+
+    epochs_done: int
+    history: list[dict[str, Any]]
+    """Lines of history.jsonl, one an epoch."""
+    best: Weights
+    """Weights of the epoch of `best_line`; with the fine-tuned sum head, where that was kept."""
+    precision: str
+    progress: EpochProgress = field(default_factory=EpochProgress)
+    """Progress within the epoch after `epochs_done`."""
+    sum_head: SumHeadResult | None = None
+    """None before fine-tuning, and in runs without it."""
+    checksums: Tensor | None = None
+    """Sums of the `order.row_checksums` of all rows of each file, int64[files]; None before they are known, and in memory."""
+
+    @property
+    def best_line(self) -> dict[str, Any]:
+        """History line of the selected epoch: the last one that is within one standard error of the best before it."""
+        return max(self.history, key=lambda line: (line["best"], line["epoch"]))
+
+    def describe_best(self) -> dict[str, Any]:
+        """Description of the selected model, see `serialization.describe_model`."""
+        line, result = self.best_line, self.sum_head
+        metrics = before = {split: line[split] for split in ("validation", "test")}
+        sum_head = None
+        if result is not None:
+            after = {"validation": asdict(result.validation), "test": asdict(result.test)}
+            sum_head = {"steps": result.steps, "kept": result.kept, "before": before, "after": after}
+            metrics = after if result.kept else before
+        return describe_model(self.best, epoch=line["epoch"], metrics=metrics, sum_head=sum_head)
+
+
+class Checkpointer:
+    """Saves and restores model, optimizer and `TrainerState` through Ray Train.
+
+    Args:
+        model: the network that is trained.
+        optimizer: of its parameters.
+        worker: this one; all take part in each call.
+        lock: on the run folder; checked before each write.
+        events: told of what happens.
+        seconds: between checkpoints within an epoch.
+    """
+
+    def __init__(
+        self,
+        model: TwoHeadCNN,
+        optimizer: MuonAdamW,
+        worker: Worker,
+        lock: FolderLock,
+        events: EventSender,
+        seconds: float,
+    ) -> None:
+        self._model, self._optimizer, self._worker = model, optimizer, worker
+        self._lock, self._events, self._seconds = lock, events, seconds
+        self._saved = time.perf_counter()
+        self._uploading: Path | None = None
+        """Folder of the checkpoint that is uploaded in the background; Ray Train deletes it when it has been uploaded."""
+
+    def restore(self, start: ray.train.Checkpoint | None) -> TrainerState | None:
+        """Load the latest checkpoint of this run into model and optimizer; None if there is none.
+
+        Args:
+            start: the checkpoint that `--resume` starts from. After a failure Ray Train has a later one.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or of another version.
+        """
+        latest = ray.train.get_checkpoint() or start
+        if latest is None:
+            return None
+        with latest.as_directory() as folder:
+            try:
+                state = load_state(Path(folder), self._model, self._optimizer)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"checkpoint {latest.path} cannot be used: {error}; --resume starts from the one before it"
+                ) from error
+        step = f", step {state.progress.steps} of the next" if state.progress.steps else ""
+        self._events.note(f"going on after epoch {state.epochs_done}{step}, on {self._worker.world_size} workers")
+        return state
+
+    def due(self) -> bool:
+        """True on rank 0, which decides for all, if the last checkpoint is old enough for one within the epoch."""
+        return self._worker.rank == 0 and time.perf_counter() >= self._saved + self._seconds
+
+    def save_step(self, state: TrainerState, progress: EpochProgress) -> None:
+        """Save within an epoch, unless an upload is still under way."""
+        if self._can_upload():
+            epoch = state.epochs_done + 1
+            self.save(
+                replace(state, progress=progress),
+                {"epoch": epoch, "step": progress.steps},
+                f"epoch_{epoch:05d}_step_{progress.steps:07d}",
+                CheckpointUploadMode.ASYNC,
+            )
+
+    def save_epoch(self, state: TrainerState, trained: dict[str, Any], validation: Metrics, test: Metrics, *, last: bool) -> None:
+        """Add a finished epoch to the state, select the best model by validation, and save a checkpoint.
+
+        The checkpoint is uploaded while the next epoch trains. An epoch that ends before the upload does is not saved, so slow
+        storage holds no epoch up, and an upload that begins is always of the newest state.
+
+        Args:
+            state: before the epoch; updated in place.
+            trained: figures of `Trainer.train_epoch` and `evaluation_seconds`.
+            validation: decides whether the epoch's model is selected.
+            test: reported only.
+            last: after the last epoch, the worker waits for the upload.
+        """
+        earlier = [line["validation"]["sum_accuracy"] for line in state.history]
+        line: dict[str, Any] = {
+            "epoch": state.epochs_done + 1,
+            **trained,
+            "validation": asdict(validation),
+            "test": asdict(test),
+            "best": within_one_standard_error(validation.sum_accuracy, earlier, validation.rows),
+        }
+        state.history.append(line)
+        state.epochs_done, state.progress = line["epoch"], EpochProgress()
+        if line["best"]:
+            state.best = copy_weights(self._model)
+        self._events.send("epoch", **line)
+        folder_name = f"epoch_{state.epochs_done:05d}"
+        if last:
+            self.save(state, line, folder_name)
+        elif self._can_upload():
+            self.save(state, line, folder_name, CheckpointUploadMode.ASYNC)
+
+    def _can_upload(self) -> bool:
+        return self._worker.all_agree(self._uploading is None or not self._uploading.exists())
+
+    def save(
+        self,
+        state: TrainerState,
+        metrics: dict[str, Any],
+        folder_name: str,
+        mode: CheckpointUploadMode = CheckpointUploadMode.SYNC,
+    ) -> None:
+        """Report a checkpoint to Ray Train, which uploads it; rank 0 writes it, the others take part in the barrier."""
+        self._saved = time.perf_counter()
+        if self._worker.rank != 0:
+            ray.train.report(metrics, checkpoint=None, checkpoint_upload_mode=mode)
+            return
+        self._lock.check()  # another run may own the run folder by now
+        folder = Path(tempfile.mkdtemp())
+        try:
+            save_checkpoint(folder, state, self._model, self._optimizer)
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=folder_name,
+                checkpoint_upload_mode=mode,
+                delete_local_checkpoint_after_upload=True,
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._uploading = folder
+
+
+def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
+    """Write the state into a local folder.
+
+    `trainer.json`, written last, holds the SHA-256 of the other files, so that an incomplete checkpoint is detected.
+    """
+    weights = copy_weights(model)
+    tensors = {f"model.{name}": value for name, value in weights.items()}
+    if not all(torch.equal(value, state.best[name]) for name, value in weights.items()):
+        tensors |= {f"best.{name}": value for name, value in state.best.items()}
+    for name, _, moments in optimizer.states():
+        for key, value in moments.items():
+            tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    checksums = {"checksums.files": state.checksums, "checksums.progress": state.progress.checksums}
+    tensors |= {name: value for name, value in checksums.items() if value is not None}
+    (folder / STATE_FILE).write_bytes(save_tensors(tensors))
+    fields = {
+        "format": STATE_FORMAT,
+        "epochs_done": state.epochs_done,
+        "progress": asdict(replace(state.progress, checksums=None)),
+        "precision": state.precision,
+        "history": state.history,
+        "sum_head": None if state.sum_head is None else asdict(state.sum_head),
+        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())},
+    }
+    (folder / STATE_CARD).write_text(json.dumps(fields) + "\n")
+
+
+def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
+    """Load a checkpoint into model and optimizer, in place, on the device of the model.
+
+    Raises:
+        CheckpointError: the files are incomplete, or of another version. Other errors, which another attempt may not meet, are
+            raised as they are.
+    """
+    try:
+        return _load_state(folder, model, optimizer)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(one_line(error)) from error
+
+
+def _load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
+    fields = json.loads((folder / STATE_CARD).read_text())
+    _check_format(fields)
+    groups: dict[str, Weights] = {"checksums": {}}
+    for name, value in load_tensors((folder / STATE_FILE).read_bytes()).items():
+        group, _, rest = name.partition(".")
+        groups.setdefault(group, {})[rest] = value
+    model.load_state_dict(groups["model"])
+    states = {name: (parameter, moments) for name, parameter, moments in optimizer.states()}
+    for name, value in groups["optimizer"].items():
+        key, _, parameter_name = name.partition(".")
+        parameter, moments = states[parameter_name]
+        if key not in moments:
+            # A moment must have its parameter's memory format, which the file does not record.
+            same_shape = value.shape == parameter.shape
+            moments[key] = torch.empty_like(parameter if same_shape else value, device=parameter.device).detach()
+        moments[key].copy_(value)
+    result, checksums = fields["sum_head"], groups["checksums"]
+    if result is not None:
+        result = SumHeadResult(**result | {split: Metrics(**result[split]) for split in ("validation", "test")})
+    points = [tuple(point) for point in fields["progress"]["points"]]
+    progress = EpochProgress(**fields["progress"] | {"points": points, "checksums": checksums.get("progress")})
+    best = groups.get("best", groups["model"])
+    return TrainerState(
+        fields["epochs_done"], fields["history"], best, fields["precision"], progress, result, checksums.get("files")
+    )
+
+
+def _check_format(fields: dict[str, Any]) -> None:
+    if fields["format"] != STATE_FORMAT:
+        raise CheckpointVersionError(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")
+
+
+def verify_checkpoint(folder: Location) -> None:
+    """Compare the files of a checkpoint folder with their checksums.
+
+    Raises:
+        CheckpointError: a file is missing or incomplete.
+        CheckpointVersionError: another version of this program wrote it.
+        OSError: the storage does not answer.
+    """
+    try:
+        fields = (folder / STATE_CARD).read_json()
+        _check_format(fields)
+        for name, expected in fields["files"].items():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+                raise CheckpointError(f"{name} is incomplete or damaged (SHA-256 differs)")
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"a file is missing ({one_line(error)})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{STATE_CARD} is incomplete or damaged ({one_line(error)})") from None
+
+
+def latest_valid_checkpoint(folder: Location, say: Callable[[str], None]) -> Location | None:
+    """Newest complete checkpoint of a run, or None; each newer one that is damaged gets a console line.
+
+    Raises:
+        RequestError: the newest complete checkpoint is of another version.
+    """
+    found: dict[tuple[int, int, int], str] = {}
+    for info in folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True)):
+        match = _FOLDER.fullmatch(info.base_name)
+        if match and info.type == FileType.Directory:
+            epoch = int(match[1])
+            # A checkpoint within an epoch has the number of that epoch, and is older than the one at its end.
+            order = (epoch - 1, 1, int(match[3])) if match[2] else (epoch, 0, int(bool(match[4])))
+            found[order] = info.base_name
+    for order in sorted(found, reverse=True):
+        checkpoint = folder / found[order]
+        try:
+            verify_checkpoint(checkpoint)
+        except CheckpointVersionError as error:
+            raise RequestError(
+                f"--resume: checkpoint {checkpoint.display} cannot be used: {error}; resume with that version"
+            ) from None
+        except CheckpointError as error:
+            say(f"checkpoint {checkpoint.display} cannot be used: {error}")
+            continue
+        return checkpoint
+    return None
+
+
+def delete_other_checkpoints(folder: Location, start: Location | None) -> None:
+    """Delete all checkpoints of the run except the one that it resumes from, and Ray Train's list of them."""
+    (folder / _SNAPSHOT).delete()
+    for info in folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True)):
+        if _FOLDER.fullmatch(info.base_name) and (start is None or info.path != start.path):
+            folder.filesystem.delete_dir(info.path)

@@ -1,0 +1,215 @@
+"""Ray Data's side of the rows: read the source into the object store, and turn tasks into rows in the order of the steps.
+
+This module does not import torch: an actor that took a second to import it would delay the first training rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import TaskPoolStrategy
+
+from mnistsum_ray.cluster.data_context import ray_data_options
+from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
+from mnistsum_ray.data.images import PIXELS, SIDE, Pixels, one_chunk, pixels_array, pixels_view
+from mnistsum_ray.data.order import RowIds, Shuffle, random_numbers, row_checksums
+from mnistsum_ray.data.parquet_source import ParquetFiles
+from mnistsum_ray.data.sources import ImageArrays, Source
+from mnistsum_ray.errors import RequestError, RowCountError
+
+ROW_BYTES: Final = PIXELS + 60
+"""Memory of a row in a block: pixels, digit, number, ids, checksum and distortion."""
+
+TASK_CPUS: Final = 0
+"""Tasks reserve no CPU, so busy workers cannot deadlock them, even when a node is lost and the others are full."""
+
+_BLOCK_ROWS: Final = 8192
+"""Rows of a block in the object store, except where a Parquet row group has more or the rows end."""
+
+Columns = dict[str, np.ndarray]
+
+
+class RowData(Protocol):
+    """What rows are fetched from: arrays, blocks in the object store, or Parquet files."""
+
+    def fetch(self, ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
+        """Rows int64[n], distinct and in any order, as uint8[n, 28, 28] and int8[n]."""
+        ...
+
+
+@dataclass
+class ObjectStoreRows:
+    """Rows in the object store."""
+
+    blocks: "list[ray.ObjectRef[pa.Table]]"
+    first_ids: RowIds
+    """Row id of the first row of each block, in ascending order."""
+    _opened: dict[int, tuple[Pixels, npt.NDArray[np.int8]]] = field(default_factory=dict)
+
+    def fetch(self, ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
+        """See `RowData`."""
+        images, digits = np.empty((len(ids), SIDE, SIDE), np.uint8), np.empty(len(ids), np.int8)
+        block = np.searchsorted(self.first_ids, ids, side="right") - 1
+        order = np.argsort(block, kind="stable")
+        indices, starts = np.unique(block[order], return_index=True)
+        for index, places in zip(indices.tolist(), np.split(order, starts[1:]), strict=False):
+            rows = ids[places] - self.first_ids[index]
+            block_images, block_digits = self._open(index)
+            images[places], digits[places] = block_images[rows], block_digits[rows]
+        return images, digits
+
+    def _open(self, index: int) -> tuple[Pixels, npt.NDArray[np.int8]]:
+        """A block in shared memory, kept open: to get each block for each task took most of the time."""
+        if index not in self._opened:
+            self._opened[index] = _images_and_digits(ray.get(self.blocks[index]))
+        return self._opened[index]
+
+
+@dataclass(frozen=True)
+class LoadedRows:
+    """A source as the workers reach it."""
+
+    data: "ray.ObjectRef[RowData]"
+    checksums: npt.NDArray[np.int64] | None
+    """Sum of `row_checksums` of each file, int64[files]; None where the rows have not been read, but are streamed."""
+    lineage: ray.data.Dataset | None = None
+    """The dataset of the blocks. While a reference exists, Ray can compute blocks of a lost node again."""
+
+
+def load_rows(source: Source) -> LoadedRows:
+    """Read and decode a whole source into the object store, on the cluster.
+
+    Raises:
+        RequestError: a file or a row cannot be used; the message names it.
+        RowCountError: the files hold more or fewer rows than their footers say.
+    """
+    if isinstance(source.data, ImageArrays):
+        first_ids = np.arange(0, source.rows, _BLOCK_ROWS)
+        ranges = [np.arange(first, min(first + _BLOCK_ROWS, source.rows)) for first in first_ids.tolist()]
+        blocks = [ray.put(_block(*source.data.fetch(ids))) for ids in ranges]
+        checksums = row_checksums(np.arange(source.rows), source.data.images, source.data.digits).sum(keepdims=True)
+        return LoadedRows(ray.put(ObjectStoreRows(blocks, first_ids)), checksums)
+    lineage, blocks, first_ids = _read_blocks(source.data)
+    checksums = np.zeros(len(source.data.end_ids), np.int64)
+    for first, block in zip(first_ids.tolist(), blocks, strict=True):
+        images, digits = _images_and_digits(ray.get(block))
+        ids = first + np.arange(len(digits))
+        file = np.searchsorted(source.data.end_ids, ids, side="right")
+        np.add.at(checksums, file, row_checksums(ids, images, digits))
+    return LoadedRows(ray.put(ObjectStoreRows(blocks, first_ids)), checksums, lineage)
+
+
+def stream_rows(files: ParquetFiles) -> LoadedRows:
+    """Access to rows that stay in their files."""
+    return LoadedRows(ray.put(files), None)
+
+
+def _read_blocks(files: ParquetFiles) -> "tuple[ray.data.Dataset, list[ray.ObjectRef[pa.Table]], RowIds]":
+    """The lineage, the blocks, and the row id of the first row of each."""
+    bounds = list(_ranges(files))
+    items = [{"first": first, "end": end} for first, end in bounds]
+    with ray_data_options(preserve_order=True):
+        lineage = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _read_block,
+            fn_args=(ray.put(files),),
+            batch_size=1,
+            num_cpus=TASK_CPUS,
+            compute=TaskPoolStrategy(size=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))),
+        )
+        blocks = list(lineage.materialize().to_arrow_refs())
+    first_ids, planned = list[int](), iter(bounds)
+    first, end = 0, 0
+    for block in blocks:
+        table: pa.Table = ray.get(block)
+        if "error" in table.column_names:
+            raise RequestError(table["error"][0].as_py())
+        if first == end:
+            first, end = next(planned)
+        first_ids.append(first)  # Ray Data may have cut a range into several blocks
+        first += table.num_rows
+    if first != end or first != files.end_ids[-1]:
+        raise RowCountError(f"read {first:,} rows of {files.root.display}, whose files hold {files.end_ids[-1]:,}")
+    return lineage, blocks, np.array(first_ids, np.int64)
+
+
+def _ranges(files: ParquetFiles) -> Iterator[tuple[int, int]]:
+    """Row ids of whole row groups, as many together as have _BLOCK_ROWS rows."""
+    first, bounds = 0, files.groups.bounds
+    while first < bounds[-1]:
+        end = int(bounds[min(int(np.searchsorted(bounds, first + _BLOCK_ROWS)), len(bounds) - 1)])
+        yield first, end
+        first = end
+
+
+def _read_block(item: Columns, files: ParquetFiles) -> pa.Table:
+    """Rows of a range of ids; an error is a block too, since Ray Data would wrap an exception, and its type would be lost."""
+    try:
+        return _block(*_resolved(files).fetch(np.arange(item["first"][0], item["end"][0])))
+    except RequestError as error:
+        return pa.table({"error": [str(error)]})
+
+
+class ReadTask:
+    """Turns tasks into the rows that a worker trains on, in the order of the steps; runs in an actor."""
+
+    def __init__(self, data: "ray.ObjectRef[RowData]", shuffle: Shuffle, distortion: float, *, checksums: bool) -> None:
+        self._data, self._shuffle, self._distortion, self._checksums = _resolved(data), shuffle, distortion, checksums
+
+    def __call__(self, task: dict[str, np.ndarray]) -> pa.Table:
+        """The rows of consecutive positions at some consecutive steps, see `rows.Stretch`.
+
+        A row's number and distortion follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
+        """
+        epoch, first_window, end_window, first, end, skip, index = (
+            int(task[name][0]) for name in ("epoch", "first_window", "end_window", "first", "end", "skip", "index")
+        )
+        windows = [self._shuffle.window_ids(epoch, window, range(first, end)) for window in range(first_window, end_window)]
+        ids = np.concatenate(windows)[skip:]
+        try:
+            images, digits = self._data.fetch(ids)
+        except (RequestError, OSError) as error:  # Ray Data would wrap an exception, and its type would be lost
+            return pa.table({"error": [str(error)], "may_pass": [isinstance(error, OSError)]})
+        seed = self._shuffle.seed
+        columns: Columns = {
+            "row_id": ids,
+            "number": random_numbers(seed, epoch, ids).astype(np.int8),
+            "index": np.full(len(ids), index),
+        }
+        if self._checksums:
+            columns["checksum"] = row_checksums(ids, images, digits)
+        table = _block(images, digits, columns)
+        if not self._distortion:
+            return table
+        matrices = distortions(seed, epoch, ids, self._distortion)  # the worker distorts the images, on its device
+        return table.append_column("affine", pa.FixedSizeListArray.from_arrays(pa.array(matrices.ravel()), AFFINE_VALUES))
+
+
+def block_columns(table: pa.Table) -> Columns:
+    """The columns of a block as arrays, most of them without a copy; integers as int64."""
+    images, digits = _images_and_digits(table)
+    columns: Columns = {"image": images, "digit": digits.astype(np.int64)}
+    for name in ("row_id", "number", "checksum"):
+        if name in table.column_names:
+            columns[name] = table[name].to_numpy().astype(np.int64, copy=False)
+    if "affine" in table.column_names:
+        columns["affine"] = one_chunk(table["affine"]).flatten().to_numpy().reshape(-1, AFFINE_VALUES)
+    return columns
+
+
+def _block(images: Pixels, digits: npt.NDArray[np.int8], columns: Columns | None = None) -> pa.Table:
+    """A block of rows. Images are not copied: Ray Data would make its own Arrow type of them, and copy them twice."""
+    return pa.table({"image": pixels_array(images), "digit": digits} | (columns or {}))
+
+
+def _images_and_digits(table: pa.Table) -> tuple[Pixels, npt.NDArray[np.int8]]:
+    return pixels_view(one_chunk(table["image"])), table["digit"].to_numpy()
+
+
+def _resolved(value: Any) -> Any:
+    """The object of a reference; Ray passes some arguments as references and resolves others."""
+    return ray.get(value) if isinstance(value, ray.ObjectRef) else value

@@ -1,0 +1,322 @@
+"""Rows for a training worker: its rows of each step, and its share of held-out rows.
+
+    object store ─┐                 ┌─▶ rank 0: step 0, step 1, … of every epoch
+                  ├─ ReadTask ──────┤
+    Parquet files ┘  (fetch.py)     └─▶ rank 1: …
+
+Each worker has its own executions of Ray Data, which go over the ends of the epochs. The order of every epoch is known
+beforehand (data/order.py), so the first batches of the next epoch are ready before this one ends, and which rows a worker gets
+depends on nothing that a scheduler decides. Ray's `streaming_split` would drop up to one row a worker, and a new execution for
+each epoch would cost its start-up each time.
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+
+from mnistsum_ray.cluster.data_context import ray_data_options
+from mnistsum_ray.data.distortion import AFFINE_VALUES
+from mnistsum_ray.data.images import SIDE
+from mnistsum_ray.data.order import RowIds, RowRanges, Shuffle, mix_ids, positions_of_rank, row_checksums
+from mnistsum_ray.data.parquet_source import ParquetFiles
+from mnistsum_ray.errors import RowCountError, RunError
+from mnistsum_ray.model.device import array_to_device
+from mnistsum_ray.training.fetch import ROW_BYTES, TASK_CPUS, Columns, ReadTask, RowData, block_columns
+
+T = TypeVar("T")
+
+Batch = dict[str, torch.Tensor]
+"""image uint8[n, 28, 28], digit int64[n], row_id int64[n]; in training also number int64[n], mixed_id int64[n]
+(`order.mix_ids`) and, with --distortion, affine float32[n, AFFINE_VALUES]; for streamed rows checksum int64[n]
+(`order.row_checksums`); all on the worker's device."""
+
+_CPU_CHUNK_ROWS: Final = 4_096
+"""Rows that are put on the device at once: 3 MB, a second of training on two cores."""
+
+_GPU_CHUNK_ROWS: Final = 16_384
+"""12 MB. A loop that launches ten thousand kernels a second has no time for smaller ones."""
+
+_TASK_ROWS: Final = 32_768
+"""Most rows of a task: it costs 20 ms beside its rows, and one that reads files reads up to two row groups in part."""
+
+_AHEAD_BYTES: Final = 64 * 2**20
+"""Least memory of rows that wait for the worker."""
+
+_TASKS_PER_EXECUTION: Final = 500
+"""Ray Data keeps what it knows of each task, and takes 0.5 ms a task before it starts the first one."""
+
+_EARLY_TASKS: Final = 64
+"""Tasks that are left of an execution when the next one starts; then both read ahead."""
+
+_TASKS_IN_FLIGHT: Final = 2
+"""Tasks that an actor has at the same time: one that runs, and the next."""
+
+_MAX_READERS: Final = 8
+"""Actors that read for one worker: each feeds some 100,000 rows/s of raw bytes, or 26,000 of PNG."""
+
+_EVALUATION_BATCH: Final = 250
+_GPU_EVALUATION_BATCH: Final = 2_000
+
+_RESIDENT_ROWS: Final = 100_000
+"""Held-out rows of all workers that stay on their devices, 0.8 KB each. More are read anew each time."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive steps of one epoch whose rows are fetched together."""
+
+    epoch: int
+    windows: range
+    """Of `Shuffle`; the first ones may begin before `steps`."""
+    steps: range
+    parts: tuple[range, ...]
+    """The worker's positions of a batch, cut into tasks."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows of one worker, in the order of the steps."""
+
+    data: "ray.ObjectRef[RowData]"
+    shuffle: Shuffle
+    distortion: float
+    epochs: int
+    rank: int
+    world_size: int
+    device: torch.device
+    readers: int = 1
+    """Actors."""
+    first_epoch: int = 0
+    first_step: int = 0
+    """First step of the first epoch; later epochs start at step 0."""
+
+    @property
+    def positions(self) -> range:
+        """The positions of every batch that this worker trains on."""
+        return positions_of_rank(self.shuffle.batch_size, self.rank, self.world_size)
+
+    @property
+    def end_ids(self) -> RowIds:
+        """Row id after the last row of each file; for streamed rows."""
+        files = ray.get(self.data)
+        assert isinstance(files, ParquetFiles)
+        return files.end_ids
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the rows are read from files, and checked by their checksums."""
+        return self.shuffle.bounds is not None
+
+    def stretches(self) -> Iterator[Stretch]:
+        """All remaining steps of all remaining epochs, in order."""
+        shuffle, mine = self.shuffle, self.positions
+        window_rows = max(1, shuffle.window_steps * len(mine))
+        together, count = max(1, _TASK_ROWS // window_rows), min(max(1, len(mine)), -(-window_rows // _TASK_ROWS))
+        edges = [mine.start + len(mine) * part // count for part in range(count + 1)]
+        parts = tuple(range(low, high) for low, high in pairwise(edges))
+        for epoch in range(self.first_epoch, self.epochs):
+            first_step = self.first_step if epoch == self.first_epoch else 0
+            end_window = -(-shuffle.steps // shuffle.window_steps)
+            for window in range(first_step // shuffle.window_steps, end_window, together):
+                windows = range(window, min(window + together, end_window))
+                first = max(first_step, window * shuffle.window_steps)
+                yield Stretch(epoch, windows, range(first, min(windows.stop * shuffle.window_steps, shuffle.steps)), parts)
+
+    def step_rows(self, step: int, part: range) -> int:
+        """Number of rows at some positions of a step."""
+        return max(0, min(part.stop, self.shuffle.batch_rows(step)) - part.start)
+
+    def batches(self) -> Iterator[Batch]:
+        """The rows of each step, in the order of the positions."""
+        for steps, chunk in _ahead(self._on_device(), threads=self.device.type == "cuda"):
+            chunk |= {"mixed_id": mix_ids(chunk["row_id"])}
+            start = 0
+            for step in steps:
+                end = start + self.step_rows(step, self.positions)
+                yield {name: values[start:end] for name, values in chunk.items()}
+                start = end
+
+    @property
+    def _chunk_rows(self) -> int:
+        return _GPU_CHUNK_ROWS if self.device.type == "cuda" else _CPU_CHUNK_ROWS
+
+    def _on_device(self) -> Iterator[tuple[range, Batch]]:
+        for steps, chunk in self._chunks():
+            yield steps, {name: array_to_device(values, self.device) for name, values in chunk.items()}
+
+    def _chunks(self) -> Iterator[tuple[range, Columns]]:
+        """Some steps at a time, and their rows."""
+        blocks = self._blocks()
+        for stretch in self.stretches():
+            yield from self._chunks_of(
+                stretch, [next(blocks) if self._rows_of(stretch, part) else self._no_rows() for part in stretch.parts]
+            )
+        if next(blocks, None) is not None:
+            raise RowCountError("there are more rows than steps")
+
+    def _chunks_of(self, stretch: Stretch, columns: list[Columns]) -> Iterator[tuple[range, Columns]]:
+        together = max(1, self._chunk_rows // max(1, len(self.positions)))
+        full = stretch.steps.stop - (stretch.steps.stop == self.shuffle.steps)  # the last step of an epoch may have fewer rows
+        for first, end in pairwise([*range(stretch.steps.start, full, together), full, stretch.steps.stop]):
+            if first < end:
+                pieces = [
+                    self._slice(part, values, first - stretch.steps.start, range(first, end))
+                    for part, values in zip(stretch.parts, columns, strict=True)
+                ]
+                yield range(first, end), pieces[0] if len(pieces) == 1 else _side_by_side(pieces, end - first)
+
+    def _slice(self, part: range, columns: Columns, done: int, steps: range) -> Columns:
+        """Rows of steps that all have the same number of rows, after `done` full steps."""
+        start = done * len(part)
+        end = start + len(steps) * self.step_rows(steps.start, part)
+        return {name: values[start:end] for name, values in columns.items()}
+
+    def _rows_of(self, stretch: Stretch, part: range) -> int:
+        """Number of rows of a task. Ray Data yields no empty blocks, so a task without rows is left out."""
+        return len(part) * (len(stretch.steps) - 1) + self.step_rows(stretch.steps.stop - 1, part)
+
+    def _no_rows(self) -> Columns:
+        """An empty share, of a last batch with fewer rows than workers."""
+        names = ("digit", "row_id", "number", *["checksum"] * self.streamed)
+        affine = {"affine": np.empty((0, AFFINE_VALUES), np.float32)} if self.distortion else {}
+        return {"image": np.empty((0, SIDE, SIDE), np.uint8)} | {name: np.empty(0, np.int64) for name in names} | affine
+
+    def _tasks(self) -> Iterator[dict[str, int]]:
+        index = 0
+        for stretch in self.stretches():
+            done = stretch.steps.start - stretch.windows.start * self.shuffle.window_steps
+            for part in stretch.parts:
+                if self._rows_of(stretch, part):
+                    yield {
+                        "index": index,
+                        "epoch": stretch.epoch,
+                        "first_window": stretch.windows.start,
+                        "end_window": stretch.windows.stop,
+                        "first": part.start,
+                        "end": part.stop,
+                        "skip": done * len(part),
+                        "rows": self._rows_of(stretch, part),
+                    }
+                    index += 1
+
+    def _blocks(self) -> Iterator[Columns]:
+        """The rows of each task, in order.
+
+        They come from several executions of Ray Data. The next one starts while the last tasks of this one are read, so that
+        nothing waits for its actors.
+        """
+        tasks = self._tasks()
+        batches = iter(lambda: list(islice(tasks, _TASKS_PER_EXECUTION)), [])
+
+        def start() -> tuple[int, Iterator[Columns]]:
+            items = next(batches, [])
+            blocks = self._execute(items) if items else iter(())
+            return len(items), chain(islice(blocks, 1), blocks)
+
+        with ThreadPoolExecutor(1) as starter:
+            count, blocks = start()
+            while count:
+                upcoming: Future[tuple[int, Iterator[Columns]]] | None = None
+                for index, columns in enumerate(blocks):
+                    if upcoming is None and index >= count - _EARLY_TASKS:
+                        upcoming = starter.submit(start)
+                    yield columns
+                assert upcoming is not None, "each task returns a block"
+                count, blocks = upcoming.result()
+
+    def _execute(self, tasks: list[dict[str, int]]) -> Iterator[Columns]:
+        """The blocks of one execution."""
+        window_rows = self.shuffle.window_steps * len(self.positions) if self.streamed else 0
+        with ray_data_options(preserve_order=True, object_store_bytes=max(_AHEAD_BYTES, window_rows * ROW_BYTES)):
+            # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the workers hold all CPUs.
+            dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+                ReadTask,
+                fn_constructor_args=(self.data, self.shuffle, self.distortion),
+                fn_constructor_kwargs={"checksums": self.streamed},
+                batch_size=1,
+                num_cpus=TASK_CPUS,
+                # Actors, since Ray ends the process of a task that has had nothing to do for a second, and a new one takes two.
+                compute=ActorPoolStrategy(size=min(self.readers, len(tasks)), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT),
+            )
+        blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        for task, table in zip(tasks, blocks, strict=True):
+            _check_block(task, table)
+            yield block_columns(table)
+
+
+def _check_block(task: dict[str, int], table: pa.Table) -> None:
+    if "error" in table.column_names:
+        # The storage may answer the next attempt; what is wrong in a file stays wrong.
+        raise (OSError if table["may_pass"][0].as_py() else RunError)(table["error"][0].as_py())
+    if (table.num_rows, table["index"][0].as_py()) != (task["rows"], task["index"]):
+        raise RowCountError(f"{table.num_rows} rows of task {table['index'][0]} came in place of {task}")
+
+
+def _side_by_side(pieces: list[Columns], steps: int) -> Columns:
+    """The rows of each step, from all pieces, which have the same number of steps."""
+    return {
+        name: np.concatenate(
+            [piece[name].reshape(steps, len(piece[name]) // steps, *values.shape[1:]) for piece in pieces], axis=1
+        ).reshape(-1, *values.shape[1:])
+        for name, values in pieces[0].items()
+    }
+
+
+class EvaluationSet:
+    """Held-out rows, undistorted and without numbers, and this worker's share of them as batches on its device."""
+
+    def __init__(self, data: RowData, rows: RowRanges, rank: int, world_size: int, device: torch.device) -> None:
+        self.rows = rows
+        self.checksums = np.zeros(len(data.end_ids) if isinstance(data, ParquetFiles) else 0, np.int64)
+        """Sum of the `row_checksums` of this worker's rows of each file, as they were read last; empty for rows in memory."""
+        self._data, self._device = data, device
+        self._share = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
+        self._resident = list(self._read()) if len(rows) <= _RESIDENT_ROWS else None
+
+    @property
+    def batches(self) -> Iterable[Batch]:
+        """Batches of the share; each row is in the share of one worker."""
+        return self._read() if self._resident is None else self._resident
+
+    def _read(self) -> Iterator[Batch]:
+        return _ahead(self._on_device(), threads=len(self.rows) > _RESIDENT_ROWS)
+
+    def _on_device(self) -> Iterator[Batch]:
+        size = _GPU_EVALUATION_BATCH if self._device.type == "cuda" else _EVALUATION_BATCH
+        self.checksums[:] = 0
+        for first in range(self._share.start, self._share.stop, _RESIDENT_ROWS):
+            columns = fetch_columns(self._data, self.rows.at(np.arange(first, min(first + _RESIDENT_ROWS, self._share.stop))))
+            if isinstance(self._data, ParquetFiles):
+                ids, images, digits = columns["row_id"], columns["image"], columns["digit"]
+                file = np.searchsorted(self._data.end_ids, ids, side="right")
+                np.add.at(self.checksums, file, row_checksums(ids, images, digits))
+            for start in range(0, len(columns["row_id"]), size):
+                yield {name: array_to_device(values[start : start + size], self._device) for name, values in columns.items()}
+
+
+def fetch_columns(data: RowData, ids: RowIds) -> Columns:
+    """Rows int64[n], distinct and in any order: `image` uint8[n, 28, 28], `digit` int64[n] and `row_id` int64[n]."""
+    images, digits = data.fetch(ids)
+    return {"image": images, "digit": digits.astype(np.int64), "row_id": ids}
+
+
+def _ahead(items: Iterator[T], *, threads: bool) -> Iterator[T]:
+    """The items; with `threads` each is made, in another thread, while the one before it is used."""
+    if not threads:
+        yield from items
+        return
+    done = object()
+    with ThreadPoolExecutor(1) as maker:
+        upcoming: Future[Any] = maker.submit(next, items, done)
+        while (item := upcoming.result()) is not done:
+            upcoming = maker.submit(next, items, done)
+            yield item

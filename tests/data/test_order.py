@@ -1,0 +1,197 @@
+"""The order of training rows and their draws: each row once an epoch, the same for any number of workers, and pinned."""
+
+import numpy as np
+import pytest
+
+from mnistsum_ray.data.order import (
+    DISTORTION_DRAWS,
+    RandomStream,
+    RowRanges,
+    Shuffle,
+    distortion_draws,
+    mix_ids,
+    positions_of_rank,
+    random_numbers,
+    row_checksums,
+    step_seed,
+)
+
+ROWS = np.arange(60_000)
+RANDOM = np.random.default_rng(0)
+IDS = np.sort(RANDOM.choice(5000, 1500, replace=False))
+
+GROUPS = {
+    "even": [100] * 100,
+    "uneven": np.random.default_rng(1).integers(1, 400, 50).tolist(),
+    "tiny": [1] * 3000,
+    "one": [10_000],
+    "one large": [10, 9000, 10],
+    "in memory": None,
+}
+
+
+def shuffle_of(groups: str, batch_size: int = 48, shuffle_rows: int = 2000, seed: int = 0) -> Shuffle:
+    """The shuffle of all rows but a tenth, which are held out here and there."""
+    sizes = GROUPS[groups]
+    bounds = None if sizes is None else np.cumsum([0, *sizes])
+    ids = np.arange(3000 if bounds is None else bounds[-1])
+    return Shuffle(RowRanges.from_ids(ids[ids % 10 != 3]), bounds, batch_size, shuffle_rows, seed)
+
+
+def batches(shuffle: Shuffle, workers: int = 1, epoch: int = 0) -> list[list[int]]:
+    """The global batch of each step, from the shares of all workers in their order."""
+    shares = [positions_of_rank(shuffle.batch_size, rank, workers) for rank in range(workers)]
+    steps: list[list[int]] = []
+    for window in range(-(-shuffle.steps // shuffle.window_steps)):
+        rows = [shuffle.window_ids(epoch, window, share).tolist() for share in shares]
+        for _ in range(min(shuffle.window_steps, shuffle.steps - len(steps))):
+            batch: list[int] = []
+            for share, left in zip(shares, rows, strict=True):
+                count = max(0, min(share.stop, shuffle.batch_rows(len(steps))) - share.start)
+                batch += left[:count]
+                del left[:count]
+            steps.append(batch)
+        assert not any(rows), "a window holds the rows of its steps and no others"
+    return steps
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("batch_size", [7, 256])
+@pytest.mark.parametrize("shuffle_rows", [20, 500, 10**6])
+def test_every_row_once_an_epoch_and_the_same_batches_for_any_number_of_workers(
+    groups: str, batch_size: int, shuffle_rows: int
+) -> None:
+    shuffle = shuffle_of(groups, batch_size, shuffle_rows)
+    alone = batches(shuffle)
+    assert [len(batch) for batch in alone] == [shuffle.batch_rows(step) for step in range(shuffle.steps)]
+    assert sorted(row for batch in alone for row in batch) == shuffle.rows.ids().tolist()
+    for workers in (2, 10):
+        assert batches(shuffle, workers) == alone
+    assert batches(shuffle_of(groups, batch_size, shuffle_rows)) == alone
+    assert batches(shuffle, epoch=1) != alone
+    assert batches(shuffle_of(groups, batch_size, shuffle_rows, seed=1)) != alone
+
+
+def test_a_window_is_mixed_of_eight_stretches_and_a_batch_from_the_whole_window() -> None:
+    shuffle = shuffle_of("one", batch_size=50, shuffle_rows=1000)
+    window = batches(shuffle)[: shuffle.window_steps]
+    assert len({row // 125 for batch in window for row in batch}) >= 8
+    assert len({row // 125 for row in window[0]}) >= 8
+    assert np.median(np.abs(np.diff(window[0]))) > 2
+
+
+@pytest.mark.parametrize("ids", [IDS, np.arange(100, 5000), np.array([7]), np.array([], np.int64)], ids=["many", "1", "id", "0"])
+def test_row_ranges_answer_as_a_set_does(ids: np.ndarray) -> None:
+    ranges = RowRanges.from_ids(ids)
+    assert len(ranges) == len(ids)
+    assert np.array_equal(ranges.ids(), ids)
+    assert (ranges.id_sum - int(mix_ids(ids).sum())) % 2**64 == 0
+    bounds = np.array([0, 1, 7, 8, 2500, 4999, 5000, 9000])
+    assert ranges.count_below(bounds).tolist() == [int((ids < bound).sum()) for bound in bounds]
+    some = RANDOM.choice(len(ids), min(len(ids), 50), replace=False)
+    assert np.array_equal(ranges.at(some), ids[some])
+    removed = np.sort(ids[some])
+    assert np.array_equal(ranges.minus(RowRanges.from_ids(removed)).ids(), np.setdiff1d(ids, removed))
+
+
+def test_ranges_that_touch_become_one_and_empty_ones_go() -> None:
+    ranges = RowRanges.of([0, 5, 9, 12], [5, 9, 9, 13])
+    assert (ranges.starts.tolist(), ranges.ends.tolist()) == ([0, 12], [9, 13])
+
+
+@pytest.mark.parametrize(
+    "groups", [[1000] * 2000, [2_000_000], [3, 5, 10**6, 7, 10**6], [1] * 6000], ids=["many", "one", "uneven", "tiny"]
+)
+def test_held_out_rows_come_from_few_row_groups(groups: list[int]) -> None:
+    bounds = np.cumsum([0, *groups])
+    rows = RowRanges.of([0], [bounds[-1]])
+    rest, held = rows.hold_out(5000, bounds)
+    assert (len(rest), len(held)) == (len(rows) - 5000, 5000)
+    assert np.array_equal(held.ids(), rows.hold_out(5000, bounds)[1].ids())
+    assert not np.isin(held.ids(), rest.ids()).any()
+    again = rest.hold_out(500, bounds)[1]
+    assert len(again) == 500
+    assert not np.isin(again.ids(), held.ids()).any()
+    touched = (np.diff(held.count_below(bounds)) > 0).sum()
+    assert touched == {2000: 100, 6000: 5000}.get(len(groups), touched), "few row groups have to be read"
+    assert np.diff(held.ids()).max() > 2, "rows of sorted files: the first ones of a group would be of one digit"
+
+
+def test_a_sample_is_spread_over_the_rows() -> None:
+    sample = RowRanges.of([500], [2_000_000]).sample(4096)
+    assert len(sample) == 4000
+    touched = np.flatnonzero(np.diff(sample.count_below(np.arange(0, 2_001_000, 1000))))
+    assert (len(touched), np.diff(touched).max()) == (100, 20)
+    assert len(RowRanges.of([0], [50]).sample(100)) == 50
+
+
+def test_a_set_of_rows_is_told_from_one_with_the_same_sum() -> None:
+    lost = mix_ids(np.array([1, 2, 4, 4, 4, 6])).sum()
+    assert lost != mix_ids(np.array([1, 2, 3, 4, 5, 6])).sum()
+
+
+def test_checksums_tell_pixels_digits_and_places_apart() -> None:
+    images, digits = RANDOM.integers(0, 256, (100, 28, 28), np.uint8), RANDOM.integers(0, 10, 100)
+    ids = np.arange(100)
+    whole = row_checksums(ids, images, digits).sum()
+    swapped = np.array([1, 0, *range(2, 100)])
+    others = [
+        (ids, np.where(np.arange(28) == 5, images ^ 128, images), digits),
+        (ids, images ^ 128, digits),
+        (ids, images, (digits + 1) % 10),
+        (ids, images[swapped], digits[swapped]),
+        (ids, images, digits[swapped] if digits[0] != digits[1] else digits[::-1]),
+    ]
+    assert row_checksums(ids[::-1], images[::-1], digits[::-1]).sum() == whole, "the order in which rows are read is of no matter"
+    assert len({int(row_checksums(*rows).sum()) for rows in others} | {int(whole)}) == 6
+
+
+def test_pinned_values() -> None:
+    """A change of these numbers is a change of every run's result."""
+    assert random_numbers(0, 0, np.arange(12)).tolist() == [1, 4, 1, 3, 4, 2, 4, 3, 4, 8, 9, 2]
+    assert random_numbers(7, 3, np.array([0, 59_999, 2**40])).tolist() == [2, 4, 0]
+    assert RowRanges.of([0], [20]).hold_out(4, np.array([0, 20]))[1].ids().tolist() == [0, 5, 8, 16]
+    pinned = [-0.0184642, -0.466758, 0.6205059, 0.772669, 0.4082098, -0.7092839]
+    assert distortion_draws(0, 0, np.arange(2))[:, :3].ravel().tolist() == pytest.approx(pinned, abs=1e-6)
+    assert step_seed(0, 0, 0, RandomStream.DROPOUT) == 5784922337503569493
+    assert batches(shuffle_of("in memory"))[0][:6] == IN_MEMORY
+    assert batches(shuffle_of("uneven"))[0][:6] == STREAMED
+
+
+def test_distortions_are_uniform_and_say_nothing_of_each_other() -> None:
+    draws = distortion_draws(1, 2, ROWS)
+    assert draws.shape == (60_000, DISTORTION_DRAWS)
+    assert (draws.min() >= -1, draws.max() < 1) == (True, True)
+    for column in range(DISTORTION_DRAWS):
+        assert chi_square(((draws[:, column] + 1) * 5).astype(np.int64), 10) < 27.9
+    assert np.abs(np.corrcoef(draws, rowvar=False) - np.eye(DISTORTION_DRAWS)).max() < 0.02
+    assert np.array_equal(distortion_draws(1, 2, ROWS[[5, 44_444]]), draws[[5, 44_444]])
+
+
+def test_every_step_has_seeds_of_its_own() -> None:
+    purposes = (RandomStream.DROPOUT, RandomStream.SUM_HEAD)
+    steps = [(seed, epoch, step) for seed in range(3) for epoch in range(4) for step in range(300)]
+    seeds = {step_seed(*step, purpose) for step in steps for purpose in purposes}
+    assert len(seeds) == 2 * len(steps)
+
+
+def chi_square(draws: np.ndarray, values: int) -> float:
+    expected = len(draws) / values
+    return float((((np.bincount(draws, minlength=values) - expected) ** 2) / expected).sum())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+def test_numbers_are_uniform_and_say_nothing_of_order_and_epoch(seed: int) -> None:
+    # 27.9 is the 0.1 % point of chi-square with 9 degrees of freedom; the draws are pinned, so this cannot flicker.
+    first, second = random_numbers(seed, 0, ROWS), random_numbers(seed, 1, ROWS)
+    assert chi_square(first, 10) < 27.9
+    assert chi_square(np.array([random_numbers(seed, epoch, np.array([17]))[0] for epoch in range(5000)]), 10) < 27.9
+    assert abs(np.mean(first == second) - 0.1) < 0.01
+    in_order = np.concatenate(batches(Shuffle(RowRanges.of([0], [60_000]), None, 256, 0, seed)))
+    assert abs(np.corrcoef(random_numbers(seed, 0, in_order), ROWS)[0, 1]) < 0.02
+    some = np.array([5, 44_444, 9])
+    assert random_numbers(seed, 0, some).tolist() == first[some].tolist(), "whatever rows are beside it"
+
+
+IN_MEMORY = [1852, 2749, 424, 2500, 2849, 2958]
+STREAMED = [7525, 7550, 1982, 2029, 710, 756]

@@ -1,0 +1,189 @@
+"""What training workers are fed on a real cluster, from memory and streamed: the same batches for any number of workers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+
+from mnistsum_ray.benchmark.feed import png_file
+from mnistsum_ray.data.distortion import distortions
+from mnistsum_ray.data.images import pixels_view
+from mnistsum_ray.data.order import Shuffle, random_numbers
+from mnistsum_ray.data.sources import Source, open_source
+from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.training import rows as rows_module
+from mnistsum_ray.training.fetch import LoadedRows, load_rows, stream_rows
+from mnistsum_ray.training.rows import Batch, EvaluationSet, TrainingRows
+
+SHUFFLE_ROWS = 400
+BATCH = 48
+SEED = 3
+CPU = torch.device("cpu")
+
+Rows = tuple[Source, LoadedRows, Shuffle]
+Description = list[list[tuple[Any, ...]]]
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def write_files(folder: Path, rows: pa.Table, group_rows: tuple[int, ...] = (30, 200, 700)) -> Path:
+    """Write rows as one file per size of row groups, of which the last one holds the rest."""
+    folder.mkdir()
+    start = 0
+    for index, size in enumerate(group_rows):
+        end = rows.num_rows if index == len(group_rows) - 1 else start + rows.num_rows // len(group_rows)
+        pq.write_table(rows.slice(start, end - start), folder / f"{index}.parquet", row_group_size=size)
+        start = end
+    return folder
+
+
+def in_memory(folder: Path, batch_size: int = BATCH) -> Rows:
+    source = open_source(str(folder))
+    return source, load_rows(source), Shuffle(source.train, None, batch_size, SHUFFLE_ROWS, SEED)
+
+
+def streamed(folder: Path, batch_size: int = BATCH) -> Rows:
+    source = open_source(str(folder))
+    assert source.files is not None
+    return source, stream_rows(source.files), Shuffle(source.train, source.files.groups.bounds, batch_size, SHUFFLE_ROWS, SEED)
+
+
+WAYS: dict[str, Callable[..., Rows]] = {"in memory": in_memory, "streamed": streamed}
+
+
+@pytest.fixture(scope="module")
+def mixed(sample: pa.Table) -> pa.Table:
+    """2,000 rows of the sample, all digits mixed."""
+    return sample.take(pa.array(np.random.default_rng(0).permutation(5000)[:2000]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, mixed: pa.Table) -> Path:
+    return write_files(tmp_path_factory.mktemp("data") / "files", mixed)
+
+
+def feed(rows: Rows, rank: int = 0, world_size: int = 1, **changed: Any) -> list[Batch]:
+    """The batches of one worker over two epochs."""
+    values = {"distortion": 1.0, "epochs": 2, "readers": 2} | changed
+    return list(TrainingRows(rows[1].data, rows[2], rank=rank, world_size=world_size, device=CPU, **values).batches())
+
+
+def described(batches: list[Batch]) -> Description:
+    """Of each step row id, number and distortion of all rows."""
+    columns = [[batch["row_id"].tolist(), batch["number"].tolist(), *batch["affine"].T.tolist()] for batch in batches]
+    return [list(zip(*values, strict=True)) for values in columns]
+
+
+def together(rows: Rows, world_size: int, **changed: Any) -> Description:
+    """The global batches of several workers."""
+    shares = [described(feed(rows, rank, world_size, **changed)) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1, "every rank takes the same number of steps"
+    return [[row for share in step for row in share] for step in zip(*shares, strict=True)]
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def rows(request: pytest.FixtureRequest, cluster: str, folder: Path) -> Rows:
+    return WAYS[request.param](folder)
+
+
+@pytest.fixture(scope="module")
+def alone(rows: Rows) -> list[Batch]:
+    return feed(rows)
+
+
+def test_every_row_once_an_epoch_with_its_own_image_number_and_distortion(
+    alone: list[Batch], rows: Rows, mixed: pa.Table
+) -> None:
+    train = rows[0].train
+    steps = -(-len(train) // BATCH)
+    assert [len(batch["row_id"]) for batch in alone] == 2 * [*[BATCH] * (steps - 1), len(train) % BATCH]
+    pixels, digits = pixels_view(mixed["image"].combine_chunks()), mixed["digit"].to_numpy()
+    for index, batch in enumerate(alone):
+        ids = batch["row_id"].numpy()
+        assert np.array_equal(batch["image"].numpy(), pixels[ids])
+        assert np.array_equal(batch["digit"].numpy(), digits[ids])
+        assert np.array_equal(batch["number"].numpy(), random_numbers(SEED, index // steps, ids))
+        assert np.array_equal(batch["affine"].numpy(), distortions(SEED, index // steps, ids, 1.0))
+    orders = [np.concatenate([batch["row_id"] for batch in alone[first : first + steps]]) for first in (0, steps)]
+    assert all(np.array_equal(np.sort(order), train.ids()) for order in orders)
+    assert not np.array_equal(*orders)
+    first = alone[0]["row_id"].numpy()
+    assert len(set(first // 200)) >= 5, "batches are mixed from all files"
+    assert "affine" not in feed(rows, distortion=0.0, epochs=1)[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_workers_sees_the_same_batches(alone: list[Batch], rows: Rows, world_size: int) -> None:
+    assert together(rows, world_size) == described(alone)
+
+
+def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(alone: list[Batch], rows: Rows) -> None:
+    assert together(rows, 2, first_epoch=1, first_step=17) == described(alone)[len(alone) // 2 + 17 :]
+
+
+def test_several_executions_and_tasks_of_any_size_are_one_stream(
+    alone: list[Batch], rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "_TASKS_PER_EXECUTION", 20)
+    monkeypatch.setattr(rows_module, "_EARLY_TASKS", 3)
+    monkeypatch.setattr(rows_module, "_TASK_ROWS", 100)
+    assert described(feed(rows)) == described(alone)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_empty_share_is_an_empty_batch(folder: Path, way: str) -> None:
+    """More workers than rows in the last batch: Ray Data drops blocks without rows, the steps must not shift for that."""
+    source, loaded, shuffle = WAYS[way](folder, batch_size=533)
+    assert len(shuffle.rows) % 533 == 1
+    batches = together((source, loaded, shuffle), 3, epochs=1)
+    assert [len(batch) for batch in batches] == [533, 533, 533, 1]
+    assert sorted(row[0] for batch in batches for row in batch) == source.train.ids().tolist()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pictures_are_fed_as_raw_bytes_are(folder: Path, mixed: pa.Table, tmp_path: Path, way: str) -> None:
+    pixels = pixels_view(mixed["image"].combine_chunks())
+    pictures = mixed.set_column(0, "image", pa.array([png_file(image) for image in pixels], pa.binary()))
+    as_png, raw = (feed(WAYS[way](place), epochs=1) for place in (write_files(tmp_path / "png", pictures), folder))
+    for one, other in zip(as_png, raw, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_in_memory_neither_row_groups_nor_ranks_change_the_order(tmp_path: Path, mixed: pa.Table) -> None:
+    fed = [feed(in_memory(write_files(tmp_path / str(size), mixed, (size,))), epochs=1) for size in (64, 2000)]
+    for one, other in zip(*fed, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_checksums_are_of_the_rows_and_not_of_the_files(tmp_path: Path, sample: pa.Table) -> None:
+    prints = []
+    for name, size, rows in (("a", 500, sample[::10]), ("b", 70, sample[::10]), ("c", 500, sample[::10][::-1])):
+        source, loaded, _ = in_memory(write_files(tmp_path / name, rows, (size,)))
+        assert loaded.checksums is not None
+        prints.append(source.content_sha256(loaded.checksums))
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_bad_row_is_named(tmp_path: Path, mixed: pa.Table) -> None:
+    values = mixed["image"].to_pylist()
+    row = int(open_source(str(write_files(tmp_path / "good", mixed))).train.ids()[-1])
+    values[row] = b"\x89PNG"
+    files = write_files(tmp_path / "files", mixed.set_column(0, "image", pa.array(values, pa.binary())))
+    said = rf"2\.parquet: row {row - 1332}: 4 bytes are neither 784 pixels nor a readable PNG"
+    with pytest.raises(RequestError, match=said):
+        in_memory(files)
+    with pytest.raises(RunError, match=said):
+        feed(streamed(files))
+
+
+def test_held_out_rows_are_shared_out_whole(rows: Rows) -> None:
+    data, held_out = ray.get(rows[1].data), rows[0].train
+    shares = [[batch["row_id"] for batch in EvaluationSet(data, held_out, rank, 3, CPU).batches] for rank in range(3)]
+    assert [sum(map(len, share)) for share in shares] == [533, 533, 534]
+    assert np.array_equal(np.sort(np.concatenate([ids for share in shares for ids in share])), held_out.ids())
