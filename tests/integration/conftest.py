@@ -129,12 +129,14 @@ def head() -> Iterator[Head]:
 
 
 class Storage:
-    """An S3 server on this machine that can answer 503 for a while, and can be slow."""
+    """An S3 server on this machine that can answer 503 for a while, refuse some files, and be slow."""
 
     def __init__(self) -> None:
         self._overloaded_until = 0.0
         self.write_seconds = 0.0
         self.refused = 0
+        self.statuses: dict[str, str] = {}
+        """Answer to each request to read or write a path that ends so: `403 Forbidden`."""
         self._app = DomainDispatcherApplication(create_backend_app)
         self.server = make_server("127.0.0.1", 0, self._answer, threaded=True)
 
@@ -143,6 +145,11 @@ class Storage:
             self.refused += 1
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        status = next((status for end, status in self.statuses.items() if environ["PATH_INFO"].endswith(end)), None)
+        if status and environ["REQUEST_METHOD"] != "HEAD":
+            self.refused += 1
+            start_response(status, [("Content-Type", "application/xml")])
+            return [b"<Error><Code>Refused</Code><Message>No.</Message></Error>"]
         if environ["REQUEST_METHOD"] in ("PUT", "POST") and environ["PATH_INFO"].endswith("/trainer.safetensors"):
             time.sleep(self.write_seconds)  # of a checkpoint
         return self._app(environ, start_response)

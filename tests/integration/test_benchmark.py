@@ -7,7 +7,7 @@ import pytest
 from mnistsum_ray.model import quantization
 from tests.integration.conftest import run_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.sweep]
+pytestmark = pytest.mark.slow
 
 EVERY = 5  # for the fixture `data`: every fifth row of the sample
 
@@ -49,12 +49,6 @@ def test_the_feed() -> None:
         assert 0 < way["cpu_us_per_row"] < 1000
         assert way["memory_mib"] > 100
     assert set(line["ratios"]) == {"stream / memory", "stream-png / memory"}
-
-
-def test_the_parcels() -> None:
-    figures = run_job("benchmark", "parcels", "--data", "sample", "--rows", 20_000).line["figures"]["parcels"]
-    assert set(figures) == {"reader_us", "actor_us", "commit_us"}
-    assert all(0 < value < 1000 for value in figures.values())
 
 
 def test_the_time_to_the_originals_accuracy(data: Path) -> None:

@@ -4,6 +4,7 @@ import functools
 import http.server
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from mnistsum_ray.cluster.address import speaks_grpc
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.export.pairs import export_pairs
 from tests.integration.conftest import ROOT, kill_everything, run_job
 from tests.integration.test_refusals import check_refused
 
@@ -201,3 +204,22 @@ def test_a_signal_during_the_start_of_ray_is_delivered_after_it(home: Path) -> N
     )
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
     assert done.returncode != -signal.SIGSEGV
+
+
+def test_the_sessions_of_clusters_are_deleted(model: Path, tmp_path: Path) -> None:
+    """Ray keeps a megabyte and more of each cluster: those of jobs that ended well go, and of the others all but ten."""
+    folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # a short path, for Ray's sockets
+    try:
+        for index in range(14):
+            session = folder / "ray" / f"session_2026-01-{index + 10}_00-00-00_000000_1"
+            session.mkdir(parents=True)
+            (session / "mnistsum_ray.pid").write_text("999999999")
+        (folder / "ray" / "session_2026-01-01_00-00-00_000000_2").mkdir()  # of another program
+        export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "in"), rows=10, files=1), print)
+        flags = ["--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out"]
+        assert run_job("score", *flags, env={"RAY_TMPDIR": str(folder)}).line["scored_rows"] == 10
+        left = sorted(path.name[8:18] for path in (folder / "ray").glob("session_2*") if not path.is_symlink())
+        assert len(left) == 11
+        assert left[0] == "2026-01-01"
+    finally:
+        shutil.rmtree(folder)

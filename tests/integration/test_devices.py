@@ -36,7 +36,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.sweep
 def test_training_runs_on_cpus_and_says_so(counted_gpu: str, data: Path, tmp_path: Path) -> None:
     flags = ["--data", data, "--epochs", 1, "--storage-path", tmp_path]
     done = run_job("train", *flags, address=counted_gpu)
@@ -54,6 +53,20 @@ def test_scoring_runs_on_cpus_and_says_so(counted_gpu: str, model: Path, pairs: 
     assert done.line["scored_rows"] == 100
     assert done.err.count(f"running on CPUs: {NO_CUDA}\n") == 1
     assert "2 CPU workers" in done.err
+
+
+def test_a_gpu_that_another_job_holds_is_not_waited_for(counted_gpu: str, model: Path, pairs: Path, tmp_path: Path) -> None:
+    other = ray.remote(_Other).options(num_gpus=1, num_cpus=0).remote()
+    ray.get(other.__ray_ready__.remote())
+    done = run_job("score", "--model", model, "--input", pairs, "--output", tmp_path, address=counted_gpu)
+    assert done.line["scored_rows"] == 100
+    assert "2 CPU workers" in done.err
+    assert done.seconds < 60
+    ray.kill(other)
+
+
+class _Other:
+    """Another job's actor, which holds the GPU."""
 
 
 def test_no_gpu_is_probed_with_use_gpu_false(counted_gpu: str, model: Path, pairs: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.config import ExportPairsConfig
@@ -28,7 +30,6 @@ def pairs(folder: Path | str, rows: int) -> list[object]:
     return ["--input", f"{folder}/in", "--output", f"{folder}/out", "--max-rows-per-file", 250]
 
 
-@pytest.mark.sweep
 def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path) -> None:
     flags = ["--model", model, *pairs("s3://scores/busy", ROWS)]
     job = Job("score", *flags)
@@ -49,7 +50,54 @@ def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path)
     assert done.line["input_rows"] == done.line["scored_rows"] == ROWS
 
 
-@pytest.mark.sweep
+def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, model: Path) -> None:
+    """At its footer, and at its rows when an earlier run has committed some of them: the run ends, and nothing is deleted."""
+    root, end, refused = locate("s3://scores/refused", "--output"), "part-00001.parquet", s3.refused
+    flags = ["--model", model, *pairs(root.display, 20_000)]
+    for info in (root / "in").files():  # in row groups that are read one after the other
+        table, sink = pq.ParquetFile(pa.BufferReader(root.at(info.path).read_bytes())).read(), pa.BufferOutputStream()
+        pq.write_table(table, sink, row_group_size=250)
+        root.at(info.path).write_bytes(sink.getvalue())
+    s3.statuses[end] = "503 Slow Down"
+    try:
+        at_footer = run_job("score", *flags)
+        assert at_footer.code == 1, at_footer.err
+        assert f"in/{end}: cannot be read" in at_footer.err.splitlines()[-1]
+        assert "repair it" not in at_footer.err
+        assert s3.refused > refused
+        del s3.statuses[end]
+        job = Job("score", *flags)
+        while len(before := [info.path for info in (root / "out").files() if f"/predictions/{end[:-8]}" in info.path]) < 2:
+            assert job.process.poll() is None
+            time.sleep(0.05)
+        s3.statuses[end] = "403 Forbidden"
+        at_rows = job.wait()
+    finally:
+        s3.statuses.pop(end, None)
+    assert at_rows.code == 1, at_rows.err
+    assert f"in/{end}: cannot be read" in at_rows.err.splitlines()[-1]
+    assert {*before} <= {info.path for info in (root / "out").files()}
+    assert run_job("score", *flags).line["scored_rows"] == 20_000
+
+
+def test_an_input_folder_that_is_moved_away_ends_the_run_and_costs_nothing(model: Path, tmp_path: Path) -> None:
+    flags = ["--model", model, *pairs(tmp_path, ROWS)]
+    job = Job("score", *flags)
+    wait_for_files(tmp_path / "out", 8)
+    (tmp_path / "in").rename(tmp_path / "away")
+    done = job.wait()
+    assert done.code == 1, done.err
+    assert "is not there any more, or not on this node" in done.err.splitlines()[-1]
+    assert done.err.splitlines()[-1].endswith("committed files are kept, and the same command resumes")
+    committed = {path: path.read_bytes() for path in (tmp_path / "out" / "predictions").iterdir()}
+    assert len(committed) >= 8
+    (tmp_path / "away").rename(tmp_path / "in")
+    again = run_job("score", *flags)
+    assert again.line["scored_rows"] == ROWS
+    assert again.line["resumed_rows"] >= 250 * len(committed)
+    assert all(path.read_bytes() == content for path, content in committed.items())
+
+
 def test_training_outlasts_a_storage_that_is_overloaded(s3: Storage, data: Path) -> None:
     refused = s3.refused
     job = Job("train", "--data", data, "--name", "mine", "--epochs", 2, "--storage-path", "s3://runs/busy")
@@ -83,7 +131,6 @@ def test_epochs_do_not_wait_for_slow_storage(s3: Storage, data: Path) -> None:
     assert saved == {"epoch_00006", "epoch_00006_sum_head"}, "Ray Train keeps the last two"
 
 
-@pytest.mark.sweep
 def test_keys_in_a_uri_are_written_down_nowhere(s3: Storage, data: Path, model: Path, tmp_path: Path) -> None:
     locate("s3://images/rows.parquet", "--data").write_bytes(data.read_bytes())
     bucket = "s3://AKIAEXAMPLE:topsecret@scores/keys"
@@ -121,7 +168,6 @@ def enlarge(disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
 
 
-@pytest.mark.sweep
 def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_path: Path) -> None:
     output = small_disk / "out"
     flags = ["--model", model, *pairs(tmp_path, 20_000), "--output", output]
@@ -137,7 +183,6 @@ def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_pat
     assert done.line["resumed_rows"] > 0
 
 
-@pytest.mark.sweep
 def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path) -> None:
     flags = ["--data", data, "--storage-path", small_disk, "--name", "mine", "--epochs", 1]
     full = run_job("train", *flags, "--max-failures", 0)
@@ -148,7 +193,6 @@ def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path) -> None
     assert run_job("train", *flags, "--resume").line["test"]["rows"]
 
 
-@pytest.mark.sweep
 def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

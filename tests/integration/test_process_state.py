@@ -19,7 +19,6 @@ KEPT = {"os.environ: RAY_USAGE_STATS_ENABLED": [None, "0"]}
 
 
 @pytest.mark.slow
-@pytest.mark.sweep
 def test_fit_and_score_leave_the_process_as_it_was(data: Path, tmp_path: Path) -> None:
     export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "in"), rows=100, files=1), print)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONBREAKPOINT"))}

@@ -69,7 +69,6 @@ def test_the_model_goes_elsewhere(laptop: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.sweep
 def test_the_python(laptop: Path) -> None:
     printed = run([sys.executable, "-c", block("From Python", "python")], laptop)
     assert "pred_digit  pred_sum reason" in printed
@@ -77,7 +76,6 @@ def test_the_python(laptop: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.sweep
 def test_all_sections_but_the_clusters_in_one_folder(head: Head) -> None:
     """As a reader does who begins at the top, with a small MNIST in ./data. `ray start` and `ray stop` act on the whole machine:
     a head on free ports stands in for them."""

@@ -15,12 +15,11 @@ from mnistsum_ray.training.preflight import preflight
 from tests.integration.conftest import score_here
 
 EVERY = 25
-WORKERS = (1, 2, 3, 4)
+WORKERS = (1, 2, 4)
 
 
 @pytest.mark.slow
-@pytest.mark.sweep
-@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("cpus", [1, 3])
 def test_every_request_finishes_or_is_refused_at_once(cpus: int, data: Path, model: Path, tmp_path: Path) -> None:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
@@ -36,9 +35,8 @@ def test_every_request_finishes_or_is_refused_at_once(cpus: int, data: Path, mod
                 assert time.monotonic() - started < 5
             started = time.monotonic()
             try:
-                readers = workers % 3  # 0: each worker reads by itself
                 output = tmp_path / f"out{workers}"
-                scored = score_here(model, output, data, number_column="digit", num_workers=workers, num_readers=readers)
+                scored = score_here(model, output, data, number_column="digit", num_workers=workers)
                 assert scored.line["scored_rows"] == 200
                 assert workers <= cpus
             except RequestError:

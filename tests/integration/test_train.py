@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.reporting.report import PICTURES
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import change_description
-from tests.integration.conftest import Done, run_job
+from tests.integration.conftest import Done, Job, Storage, run_job
 
 Rows = Callable[[int], Path]
 
@@ -211,6 +213,34 @@ def test_the_same_name_is_refused_and_resuming_a_finished_run_trains_nothing(
     assert ": train loss" not in resumed.err
 
 
+@pytest.mark.slow
+def test_a_finished_run_stays_finished_when_a_signal_comes(cluster: str, data: Path, tmp_path: Path) -> None:
+    """MLflow gets the model after the manifest says so, which takes seconds."""
+    flags = ["--data", data, "--epochs", 1, "--sum-head-steps", 50, "--storage-path", tmp_path, "--name", "mine"]
+    job = Job("train", *flags, "--mlflow", f"sqlite:///{tmp_path}/mlflow.db", address=cluster, cwd=tmp_path)
+    manifest = tmp_path / "mine" / "manifest.json"
+    while not (manifest.exists() and json.loads(manifest.read_text())["status"] == "finished"):
+        assert job.process.poll() is None
+        time.sleep(0.02)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait().code == 128 + signal.SIGTERM
+    assert json.loads(manifest.read_text())["status"] == "finished"
+    assert load_model(locate(str(tmp_path / "mine" / "model"), "--model"))
+
+
+@pytest.mark.slow
+def test_a_history_that_cannot_be_written_for_a_while_costs_nothing(s3: Storage, data: Path) -> None:
+    flags = ["--data", data, "--epochs", 3, "--sum-head-steps", 50, "--storage-path", "s3://runs", "--name", "history"]
+    job = Job("train", *flags)
+    s3.statuses["/history.jsonl"] = "403 Forbidden"
+    job.wait_for_line("history.jsonl: ")
+    del s3.statuses["/history.jsonl"]
+    done = job.wait()
+    assert done.line["test"]["rows"] == 100
+    history = (locate(done.line["run"], "--name") / "history.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["epoch"] for line in history] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -242,7 +272,6 @@ def test_two_workers_train_on_the_same_rows(done: Done, cluster: str, data: Path
 
 
 @pytest.mark.slow
-@pytest.mark.sweep
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")
 def test_a_compiled_network_trains_alike(done: Done, cluster: str, data: Path, runs: Path) -> None:
     flags = ["--data", data, *LONG, "--precision", "fp32", "--compile"]
@@ -252,7 +281,6 @@ def test_a_compiled_network_trains_alike(done: Done, cluster: str, data: Path, r
     assert second["train_loss"] == pytest.approx(first["train_loss"], rel=0.02)
 
 
-@pytest.mark.sweep
 @pytest.mark.slow
 def test_an_infinite_loss_stops_every_rank_at_once(cluster: str, data: Path, runs: Path) -> None:
     broken = run_job(
@@ -272,8 +300,16 @@ def test_the_same_model_is_trained_again_from_a_run(done: Done, data: Path, clus
     flags = ["--storage-path", tmp_path / "runs", "--name", "again"]
     again = run_job("train", "--from-run", done.line["run"], *flags, address=cluster).line
     assert again["test"] == done.line["test"]
+    stored = json.loads((tmp_path / "runs" / "again" / "manifest.json").read_text())
+    assert (stored["config"]["num_workers"], stored["config"]["use_gpu"]) == ([1, 1], False), "as they were chosen by that run"
     one, other = (json.loads((Path(line["model"]) / "model.json").read_text())["sha256"] for line in (done.line, again))
     assert one == other
+    manifest = Path(done.line["run"]) / "manifest.json"
+    manifest.rename(tmp_path / "gone")
+    try:
+        assert run_job("train", *flags, "--resume", address=cluster).line["test"] == again["test"], "that run is not needed again"
+    finally:
+        (tmp_path / "gone").rename(manifest)
 
 
 def test_what_cannot_be_trained_again_is_refused(done: Done, data: Path, cluster: str, tmp_path: Path) -> None:
