@@ -234,7 +234,7 @@ class Shuffle:
         first, bounds = _sequence(self, epoch)
         slices = np.arange(np.searchsorted(bounds, low, side="right") - 1, np.searchsorted(bounds, high, side="left"))
         rows = np.minimum(bounds[slices + 1], high) - np.maximum(bounds[slices], low)
-        return np.arange(low, high) + np.repeat(first[slices] - bounds[slices], rows)  # type: ignore[no-any-return]
+        return np.arange(low, high) + np.repeat(first[slices] - bounds[slices], rows)
 
     @cached_property
     def slices(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -197,7 +197,7 @@ def test_a_run_that_loses_its_lock_ends_at_once_also_where_sigint_is_ignored(tmp
 HARM: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "its tensors are gone": (lambda run, last: (last / STATE_FILE).unlink(), " cannot be used: a file is missing"),
     "its tensors are cut short, and Ray's list": (
-        lambda run, last: (os.truncate(last / STATE_FILE, 100_000), os.truncate(run / "checkpoint_manager_snapshot.json", 50)),
+        lambda run, last: [os.truncate(path, 50) for path in (last / STATE_FILE, run / "checkpoint_manager_snapshot.json")],  # type: ignore[func-returns-value]
         " cannot be used: trainer.safetensors is incomplete or damaged (SHA-256 differs)",
     ),
     "none is whole": (

@@ -32,7 +32,7 @@ EVERY, BATCH, EPOCHS = 1, 32, 2
 TRAINING = ["--batch-size", BATCH, "--precision", "fp32", "--checkpoint-seconds", 0.5, "--sum-head-steps", 100, "--name", "mine"]
 TWO = [*TRAINING, "--epochs", EPOCHS, "--num-workers", 2]
 
-WAYS = {"in memory": [], "streamed": ["--shuffle-rows", 1000]}
+WAYS: dict[str, list[object]] = {"in memory": [], "streamed": ["--shuffle-rows", 1000]}
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,10 @@ def last_node(cluster: Cluster) -> Any:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_lost_node_costs_a_few_steps_and_changes_nothing(two_nodes: Cluster, data: Path, tmp_path: Path, way: str) -> None:
     """The workers hold all CPUs: a task that reserves one would wait for ever. Blocks of the lost node are computed again."""
-    flags = ["train", "--data", data, *TWO, *WAYS[way], "--storage-path"]
-    alone = run_job(*flags, tmp_path / "alone", address=two_nodes.address)
+    flags = ["--data", data, *TWO, *WAYS[way], "--storage-path"]
+    alone = run_job("train", *flags, tmp_path / "alone", address=two_nodes.address)
     assert "2 CPU workers" in alone.err
-    job = Job(*flags, tmp_path / "lost", address=two_nodes.address)
+    job = Job("train", *flags, tmp_path / "lost", address=two_nodes.address)
     job.wait_for_line("epoch 1: train loss")
     wait_for_checkpoint(locate(str(tmp_path / "lost" / "mine"), "--name"), "epoch_00002_step_0000048", job)
     node = last_node(two_nodes)

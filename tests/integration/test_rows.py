@@ -112,7 +112,7 @@ def test_every_row_once_an_epoch_with_its_own_image_number_and_distortion(
         assert np.array_equal(batch["affine"].numpy(), distortions(SEED, index // steps, ids, 1.0))
     orders = [np.concatenate([batch["row_id"] for batch in alone[first : first + steps]]) for first in (0, steps)]
     assert all(np.array_equal(np.sort(order), train.ids()) for order in orders)
-    assert not np.array_equal(*orders)
+    assert not np.array_equal(orders[0], orders[1])
     first = alone[0]["row_id"].numpy()
     assert len(set(first // 200)) >= 5, "batches are mixed from all files"
     assert "affine" not in feed(rows, distortion=0.0, epochs=1)[0]

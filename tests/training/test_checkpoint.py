@@ -63,8 +63,9 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert (loaded.epochs_done, loaded.history, loaded.precision) == (1, [LINE], "fp32")
     assert replace(loaded.progress, checksums=None) == replace(progress, checksums=None)
     assert loaded.sum_head == tuned
-    assert torch.equal(loaded.checksums, state.checksums)
-    assert torch.equal(loaded.progress.checksums, progress.checksums)
+    for checksums, expected in ((loaded.checksums, [5, 6]), (loaded.progress.checksums, [3, -(2**63)])):
+        assert checksums is not None
+        assert checksums.tolist() == expected
     assert same(loaded.best, state.best)
     for seed in range(3, 6):
         step(model, optimizer, seed)

@@ -29,7 +29,7 @@ def hyperparameters() -> Hyperparameters:
 def dropout_of(rank: int, world_size: int, step: int) -> torch.Tensor:
     """The factors of a worker's share of a batch of 128 rows, or of the last one, which has a single row."""
     shuffle = Shuffle(RowRanges.of([0], [129]), None, 128, 0, seed=3)
-    rows = TrainingRows(None, shuffle, 0.0, 1, rank, world_size, CPU)  # type: ignore[arg-type]
+    rows = TrainingRows(None, shuffle, 0.0, 1, rank, world_size, CPU)
     silent = EventSender(Queue.__new__(Queue), rank=1)  # only rank 0 sends
     factors = Trainer(hyperparameters(), Worker(rank, world_size, CPU, 1), silent)._dropout(0, step, rows)
     assert factors is not None
@@ -82,7 +82,7 @@ def test_the_checksums_of_a_resumed_epoch_are_those_of_the_whole() -> None:
     checksums = torch.from_numpy(row_checksums(np.arange(90), images, digits))
     end_ids = torch.tensor([20, 50, 90])
     before = EpochProgress()
-    for part in torch.randperm(90).split(30):
+    for part in torch.chunk(torch.randperm(90), 3):
         counter = EpochCounter(before, 3, CPU, end_ids)
         counter.add({"mixed_id": part, "row_id": part, "checksum": checksums[part]}, torch.zeros(1))
         progress, _ = counter.all_reduce(1, flag=False)
