@@ -4,6 +4,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,8 +14,8 @@ import pytest
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.storage.paths import locate
-from mnistsum_ray.training.checkpoint import STATE_FILE
-from tests.integration.conftest import Job, Storage, nodes, report_duration, run_job
+from mnistsum_ray.training.checkpoint import STATE_CARD, STATE_FILE
+from tests.integration.conftest import Job, Storage, kill_everything, nodes, report_duration, run_job
 from tests.integration.test_score_kills import wait_for_files
 
 pytestmark = pytest.mark.slow
@@ -152,16 +153,25 @@ def test_keys_in_a_uri_are_written_down_nowhere(s3: Storage, data: Path, model: 
         assert b"topsecret" not in place.at(path).read_bytes(), path
 
 
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[None]:
+    """Mount a file system of this size on a folder. Skips the test where this user may not mount one."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount: {done.stderr}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB. Skips the test where this user may not mount one."""
+    """A file system of 2 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount: {mounted.stderr}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with mounted(folder, "2m"):
+        yield folder
 
 
 def enlarge(disk: Path) -> None:
@@ -191,6 +201,24 @@ def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path) -> None
     assert "--name mine --resume" in full.err
     enlarge(small_disk)
     assert run_job("train", *flags, "--resume").line["test"]["rows"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_fail_a_finished_run(data: Path, tmp_path: Path) -> None:
+    """A mounted folder in the checkpoint that the run is resumed from: to delete it fails, for root too."""
+    flags, run = ["--storage-path", tmp_path, "--name", "mine"], tmp_path / "mine"
+    job = Job("train", "--data", data, *flags, "--epochs", 3, "--sum-head-steps", 50)
+    while not (run / "epoch_00001" / STATE_CARD).exists():
+        assert job.process.poll() is None
+        time.sleep(0.05)
+    kill_everything(job.process.pid)
+    job.wait()
+    busy = max(run.glob("epoch_*")) / "busy"
+    busy.mkdir()
+    with mounted(busy, "1m"):
+        done = run_job("train", *flags, "--resume")
+    assert done.line["test"]["rows"] == pq.read_metadata(data).num_rows // 10
+    assert f"{busy.parent} is no longer needed, and cannot be deleted" in done.err
+    assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
 
 
 def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(

@@ -1,12 +1,10 @@
 """The README's commands do what it says, as they stand there: those that this machine can run, in a copy of the project."""
 
 import json
-import os
 import re
 import shutil
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,54 +23,6 @@ def block(section: str, language: str, beginning: str = "") -> str:
     found = re.search(rf"```{language}\n({re.escape(beginning)}.*?)```", text, re.DOTALL)
     assert found, section
     return found[1]
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("project") / "mnistsum_ray"
-    for name in ("jobs", "mnistsum_ray"):
-        shutil.copytree(ROOT / name, folder / name)
-    return folder
-
-
-def run(command: list[str], cwd: Path) -> str:
-    environment = os.environ | {
-        "RAY_ADDRESS": "local",
-        "PYTHONPATH": str(cwd),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def laptop(copy: Path) -> Path:
-    run(["bash", "-euc", block("Laptop", "bash")], copy)
-    return copy
-
-
-@pytest.mark.slow
-def test_the_laptops_commands(laptop: Path) -> None:
-    assert (laptop / "runs" / "mine" / "report.html").stat().st_size > 100_000
-    assert sum(pq.read_metadata(file).num_rows for file in (laptop / "pairs").glob("*.parquet")) == 2000
-    names = [{file.name for file in (laptop / folder).glob("part-*.parquet")} for folder in ("pairs", "scored/predictions")]
-    assert names[0] == names[1]
-    assert (laptop / "scored" / "probabilities.png").exists()
-
-
-@pytest.mark.slow
-def test_the_model_goes_elsewhere(laptop: Path) -> None:
-    (command,) = re.findall(r"^(python jobs/export_model\.py .*)$", README, re.MULTILINE)
-    run(["bash", "-euc", command], laptop)
-    assert {file.name for file in (laptop / "exported").iterdir()} == {"model.pt2", "model.onnx"}
-
-
-@pytest.mark.slow
-def test_the_python(laptop: Path) -> None:
-    printed = run([sys.executable, "-c", block("From Python", "python")], laptop)
-    assert "pred_digit  pred_sum reason" in printed
-    assert (laptop / "scored-again" / "manifest.json").exists()
 
 
 @pytest.mark.slow
@@ -96,12 +46,16 @@ def test_all_sections_but_the_clusters_in_one_folder(head: Head) -> None:
     runs = [json.loads(path.read_text()) for path in (head.folder / "runs").glob("*/manifest.json")]
     assert [run["status"] for run in runs] == ["finished"] * 5
     assert sorted(run["config"]["recipe"] for run in runs) == ["long", *["short"] * 4]
+    assert (head.folder / "runs" / "mine" / "report.html").stat().st_size > 100_000
     assert (head.folder / "test-scored" / "report.html").exists()
+    names = [{file.name for file in (head.folder / where).glob("part-*.parquet")} for where in ("pairs", "scored/predictions")]
+    assert names[0] <= names[1]
     scored = json.loads((head.folder / "scored" / "manifest.json").read_text())
     assert (scored["totals"]["scored_rows"], scored["totals"]["failed_files"]) == (10_250, 0)
     code = ["python", "-c", block("From Python", "python")]
-    subprocess.run(code, cwd=head.folder, env=environment, check=True, timeout=400)
-    assert (head.folder / "exported" / "model.onnx").exists()
+    printed = subprocess.run(code, cwd=head.folder, env=environment, check=True, timeout=400, capture_output=True, text=True)
+    assert "pred_digit  pred_sum reason" in printed.stdout
+    assert {file.name for file in (head.folder / "exported").iterdir()} == {"model.pt2", "model.onnx"}
     assert (head.folder / "scored-again" / "manifest.json").exists()
 
 
