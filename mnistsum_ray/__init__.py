@@ -11,9 +11,10 @@ The Python API does what the jobs do from a shell:
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from mnistsum_ray.version import __version__ as __version__
+# Not read from the installed package: a submitted job runs in a copy of the source, and its manifest must name that version.
+__version__: Final = "0.1.0"
 
 __all__ = [
     "RequestError",

@@ -8,8 +8,7 @@ import sys
 from importlib import import_module
 from typing import Final
 
-from mnistsum_ray import cli
-from mnistsum_ray.version import __version__
+from mnistsum_ray import __version__, cli
 
 COMMANDS: Final = {
     "train": "train the network",

@@ -16,7 +16,7 @@ from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.frames import Rows, append_columns, as_array, columns_of, is_ray_dataset
-from mnistsum_ray.process_state import quiet_logger
+from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.results import ScoreResult, TrainResult
 from mnistsum_ray.storage.paths import locate_existing

@@ -12,9 +12,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
+from mnistsum_ray import __version__
 from mnistsum_ray.config import JobConfig
 from mnistsum_ray.errors import RequestError, one_line, shortened
-from mnistsum_ray.version import __version__
 
 Config = TypeVar("Config", bound=JobConfig)
 

@@ -1,5 +1,7 @@
 """Errors that end a job, each with a one-line message that says why and what to do; and helpers to write such lines."""
 
+import sys
+from pathlib import Path
 from typing import Final
 
 _MAX_QUOTED_CHARACTERS: Final = 300
@@ -52,3 +54,9 @@ def shortened(text: str) -> str:
 def printable(text: str) -> str:
     """Text with control characters and line breaks escaped: a file name could otherwise steer the terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def shell_command(command: str) -> str:
+    """Beginning of the command line that this process was started with: `python jobs/train.py`, or `mnistsum train`."""
+    script = Path(sys.argv[0])
+    return f"python jobs/{command.replace('-', '_')}.py" if script.parent.name == "jobs" else f"mnistsum {command}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
-from mnistsum_ray.process_state import quiet_logger
+from mnistsum_ray.overrides import quiet_logger
 
 INPUTS: Final = ("image", "number")
 OUTPUTS: Final = ("pred_digit", "digit_prob", "pred_sum", "sum_prob")

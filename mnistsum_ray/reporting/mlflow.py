@@ -19,7 +19,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.serialization import load_model
-from mnistsum_ray.process_state import default_environment, quiet_logger
+from mnistsum_ray.overrides import default_environment, quiet_logger
 from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 

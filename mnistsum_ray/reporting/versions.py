@@ -6,7 +6,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from mnistsum_ray.version import __version__
+from mnistsum_ray import __version__
 
 
 def versions() -> dict[str, str]:

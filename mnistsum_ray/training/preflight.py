@@ -17,8 +17,7 @@ from pydantic import ValidationError
 from mnistsum_ray.cluster.address import can_connect
 from mnistsum_ray.config import Hyperparameters, TrainConfig
 from mnistsum_ray.data.sources import Source, open_source
-from mnistsum_ray.errors import RequestError, one_line
-from mnistsum_ray.program import shell_command
+from mnistsum_ray.errors import RequestError, one_line, shell_command
 from mnistsum_ray.storage.location import Location, is_partial
 from mnistsum_ray.storage.lock import check_not_locked
 from mnistsum_ray.storage.lock_record import LOCK_NAME

@@ -11,7 +11,7 @@ import torch
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.errors import RunError, one_line
-from mnistsum_ray.process_state import default_environment
+from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import FolderLock
