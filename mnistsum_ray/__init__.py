@@ -16,6 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 # Not read from the installed package: a submitted job runs in a copy of the source, and its manifest must name that version.
 __version__: Final = "0.1.0"
 
+if TYPE_CHECKING:
+    from mnistsum_ray.api import ScoreResult, TrainResult, fit, score
+    from mnistsum_ray.config import ScoreConfig, TrainConfig
+    from mnistsum_ray.errors import RequestError, RunError
+    from mnistsum_ray.predicting import decode_images, load_model, predict, predict_rows
+
 __all__ = [
     "RequestError",
     "RunError",
@@ -31,17 +37,10 @@ __all__ = [
     "score",
 ]
 
-if TYPE_CHECKING:
-    from mnistsum_ray.api import decode_images, fit, load_model, predict, predict_rows, score
-    from mnistsum_ray.config import ScoreConfig, TrainConfig
-    from mnistsum_ray.errors import RequestError, RunError
-    from mnistsum_ray.results import ScoreResult, TrainResult
-
 
 def __getattr__(name: str) -> Any:
     # Imports on first use: torch and Ray take seconds to import, and `--help` needs neither.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    modules = {"Error": "errors", "Config": "config", "Result": "results"}
-    module = next((module for ending, module in modules.items() if name.endswith(ending)), "api")
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    for module in ("errors", "config", "predicting", "api") if name in __all__ else ():
+        if hasattr(found := import_module(f"{__name__}.{module}"), name):
+            return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

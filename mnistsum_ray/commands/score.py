@@ -34,5 +34,5 @@ def run(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     from mnistsum_ray.api import run_scoring  # imports NumPy and more, which would delay --help
 
-    result = run_scoring(config)
-    return result.to_dict(), cli.INCOMPLETE if result.set_aside else cli.DONE
+    line, set_aside = run_scoring(config)
+    return line, cli.INCOMPLETE if set_aside else cli.DONE

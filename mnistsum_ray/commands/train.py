@@ -28,4 +28,4 @@ def run(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     from mnistsum_ray.api import run_training  # imports NumPy and more, which would delay --help
 
-    return run_training(config).to_dict(), cli.DONE
+    return run_training(config), cli.DONE

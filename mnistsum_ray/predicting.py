@@ -1,0 +1,180 @@
+"""Python API of a model: load it, and predict arrays or the rows of a frame of pandas, Polars, Arrow or Ray Data."""
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mnistsum_ray.data import images as image_columns
+from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.parquet_types import plain_table
+from mnistsum_ray.storage.paths import locate_existing
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from mnistsum_ray.model.network import TwoHeadCNN
+    from mnistsum_ray.model.predictions import Predictions
+
+Rows = TypeVar("Rows")
+"""A pandas or Polars DataFrame, an Arrow table, or a Ray Dataset."""
+
+
+def load_model(model: str) -> "TwoHeadCNN":
+    """Load the model of a run or of a model folder: `runs/mine`, `runs/mine/model` or a URI.
+
+    Returns:
+        The network in evaluation mode, float32, on the CPU. Its inputs are prepared images float32[n, 1, 28, 28]
+        (`mnistsum_ray.model.network.prepare_images` makes them from pixels) and numbers int64[n] in 0..9; its outputs are the
+        scores (logits) of the digits [n, 10] and of the sums [n, 19]. `predict` takes pixels and returns digits and sums.
+
+    Raises:
+        RequestError: there is no such model, or its checksum differs from the one in its model.json.
+    """
+    from mnistsum_ray.model import serialization
+
+    return serialization.load_model(locate_existing(model, "model"))[0]
+
+
+def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64) -> "Predictions":
+    """Predict digits and sums in this process, on the model's device.
+
+    Args:
+        model: from `load_model`.
+        images: uint8[n, 28, 28], 0 background, 255 ink, as in MNIST.
+        numbers: integers[n] in 0..9.
+        batch_size: rows in one forward pass, at least 1.
+
+    Returns:
+        Arrays of n: `digit` int8 in 0..9, `digit_prob` float32, `sum` int8 in 0..18, `sum_prob` float32.
+
+    Raises:
+        ValueError: wrong shape or dtype, a number outside of 0..9, or a batch size below 1.
+    """
+    from mnistsum_ray.model.inference import predict_pairs
+
+    _check_batch_size(batch_size)
+    images, numbers = np.ascontiguousarray(images), np.asarray(numbers)
+    if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
+        raise ValueError(f"images: must be uint8[n, 28, 28], are {images.dtype}{list(images.shape)}")
+    if numbers.shape != (len(images),) or not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(f"numbers: must be integers[{len(images)}], are {numbers.dtype}{list(numbers.shape)}")
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() <= 9:
+        raise ValueError(f"numbers: must be 0..9, are {numbers.min()}..{numbers.max()}")
+    return predict_pairs(model, images, numbers.astype(np.int64), batch_size)
+
+
+def predict_rows(
+    model: "TwoHeadCNN", rows: Rows, image_column: str = "image", number_column: str = "number", batch_size: int = 64
+) -> Rows:
+    """Predict the digit and the sum of each row of a table.
+
+    Args:
+        model: from `load_model`.
+        rows: a pandas or Polars DataFrame, an Arrow table, or a Ray Dataset, whose tasks score it as it is read. Images may have
+            any form that scoring takes: 784 pixels as bytes or as a list, 28 x 28 lists, PNG or JPEG bytes.
+        image_column: column of the images.
+        number_column: column of the numbers 0..9.
+        batch_size: rows in one forward pass, at least 1.
+
+    Returns:
+        A table of the same kind, with all rows in their order, their columns as they are, and after them `pred_digit` int8,
+        `digit_prob` float32, `pred_sum` int8, `sum_prob` float32, `consistent` bool, and `reason` string. Of a row that cannot be
+        scored the first five are null, and `reason` says why; of all others `reason` is null.
+
+    Raises:
+        TypeError: `rows` is something else.
+        ValueError: a column is missing, has a type that cannot be read, or has the name of one that is added; or the batch size
+            is below 1.
+    """
+    _check_batch_size(batch_size)
+    if not _is_a(rows, "ray.data", "Dataset"):
+        return _predict_frame(rows, model, image_column, number_column, batch_size)
+
+    import ray
+
+    dataset: Any = rows
+    arguments = (ray.put(model), image_column, number_column, batch_size)
+    return dataset.map_batches(_predict_batch, batch_format="pyarrow", fn_args=arguments)  # type: ignore[no-any-return]
+
+
+def _predict_batch(batch: pa.Table, model: Any, *arguments: Any) -> pa.Table:
+    import ray
+
+    return _predict_frame(batch, ray.get(model), *arguments)
+
+
+def _predict_frame(rows: Rows, model: "TwoHeadCNN", image: str, number: str, batch_size: int) -> Rows:
+    from mnistsum_ray.model.predictions import PREDICTION_FIELDS
+    from mnistsum_ray.model.tables import REASON, predict_columns
+
+    frame: Any = rows
+    polars, pandas = _is_a(rows, "polars", "DataFrame"), _is_a(rows, "pandas", "DataFrame")
+    if not (polars or pandas or isinstance(rows, pa.Table)):
+        raise TypeError(f"rows: must be a pandas or Polars DataFrame, an Arrow table or a Ray Dataset, not {type(rows).__name__}")
+    present = list(frame.columns if polars or pandas else frame.column_names)
+    for name in (image, number):
+        if present.count(name) != 1:
+            raise ValueError(f"there must be one column {name!r}; there are {', '.join(map(repr, present))}")
+    taken = next((name for name in present if str(name).lower() in (*PREDICTION_FIELDS.names, REASON)), None)
+    if taken is not None:
+        raise ValueError(f"column {taken!r} would be added; rename it")
+
+    added = predict_columns(model, {name: _as_array(frame[name], f"column {name!r}") for name in (image, number)}, batch_size)
+    # All that the frame has stays as it is: it never passes through Arrow.
+    if polars:
+        from_arrow = sys.modules["polars"].from_arrow
+        frame = frame.with_columns([from_arrow(values).alias(name) for name, values in added.items()])
+    elif pandas:
+        frame = frame.assign(**{name: values.to_pandas().array for name, values in added.items()})  # keeps the index
+    else:
+        for name, values in added.items():
+            frame = frame.append_column(name, values)
+    return frame  # type: ignore[no-any-return]
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size: must be at least 1, is {batch_size}")
+
+
+def decode_images(images: Any) -> tuple[Pixels, dict[int, str]]:
+    """Decode images of any form that scoring takes: 784 pixels as bytes or as a list, 28 x 28 lists, PNG or JPEG bytes.
+
+    Args:
+        images: an Arrow array, a pandas or Polars Series, or a list, all of one form.
+
+    Returns:
+        uint8[n, 28, 28], 0 background, 255 ink; and for each value that is no such image, its index and the reason. These images
+        are zeros.
+
+    Raises:
+        ValueError: the values have another form.
+    """
+    column = plain_table(pa.table({"images": _as_array(images, "images")}))["images"]
+    error = image_columns.image_type_error(column.type)
+    if error:
+        raise ValueError(f"images: {error}")
+    return image_columns.decode_images(image_columns.one_chunk(column))
+
+
+def _as_array(values: Any, name: str) -> pa.Array:
+    """Convert a list, a Series of pandas or Polars, or an Arrow array to one Arrow array.
+
+    Raises:
+        ValueError: the values have no common type.
+    """
+    try:
+        if isinstance(values, Mapping | str | bytes):
+            raise TypeError(f"must be a sequence, not {type(values).__name__}")
+        column = values.to_arrow() if _is_a(values, "polars", "Series") else values
+        column = column if isinstance(column, pa.Array | pa.ChunkedArray) else pa.array(column)
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    return image_columns.one_chunk(column) if isinstance(column, pa.ChunkedArray) else column
+
+
+def _is_a(value: Any, module: str, name: str) -> bool:
+    """Return whether a value is of a class of a library that may not be installed: if it is not imported, no value is."""
+    return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
