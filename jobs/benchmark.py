@@ -5,7 +5,7 @@ python jobs/benchmark.py train --data FOLDER
 
 import sys
 
-from mnistsum_ray.__main__ import main
+from mnistsum_ray.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["benchmark", *sys.argv[1:]]))

@@ -5,7 +5,7 @@ python jobs/export_model.py --model runs/mine --output exported/
 
 import sys
 
-from mnistsum_ray.__main__ import main
+from mnistsum_ray.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["export-model", *sys.argv[1:]]))

@@ -5,7 +5,7 @@ python jobs/export_pairs.py --output pairs/
 
 import sys
 
-from mnistsum_ray.__main__ import main
+from mnistsum_ray.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["export-pairs", *sys.argv[1:]]))

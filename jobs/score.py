@@ -6,7 +6,7 @@ ray job submit --working-dir . -- python jobs/score.py --model runs/mine --input
 
 import sys
 
-from mnistsum_ray.__main__ import main
+from mnistsum_ray.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["score", *sys.argv[1:]]))

@@ -7,7 +7,7 @@ ray job submit --working-dir . -- python jobs/train.py --data sample
 
 import sys
 
-from mnistsum_ray.__main__ import main
+from mnistsum_ray.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

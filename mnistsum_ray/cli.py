@@ -1,14 +1,20 @@
-"""Run a job: one JSON line for its result, one line for an error or a stop, and the exit code."""
+"""The command `mnistsum`, which the files in `jobs/` run too: its jobs, their last line, exit codes and signals."""
 
+import inspect
 import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Final, TextIO
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
+from mnistsum_ray import __version__
 from mnistsum_ray.cluster.graceful_stop import StopOnSignals
 from mnistsum_ray.cluster.signals import defer_signals
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, printable
+
+if TYPE_CHECKING:
+    from mnistsum_ray.arguments import Config
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -18,8 +24,141 @@ INCOMPLETE: Final = 3
 
 _NOTHING_BEGUN: Final = "nothing was begun, and the same command begins again"
 
+_HELP: Final = """
+The value of an unset flag is in brackets below. The last line on standard output is one JSON
+object; everything else goes to standard error. Exit codes: 0 done, 2 the request is invalid,
+3 finished, but this run had to set files or rows aside, 128 + N stopped by signal N, 1 anything
+else.
+"""
+"""What `--help` says of every command."""
+
 Job = Callable[[list[str]], tuple[dict[str, Any], int]]
-"""Takes the command line's arguments; returns the result and the exit code."""
+"""Takes the command line's arguments; returns the fields of the last line, and the exit code. Its docstring is its `--help`."""
+
+# Each job imports what it needs: not before `run` catches signals, and for --help or a wrong flag neither NumPy, torch nor Ray.
+
+
+def train(argv: list[str]) -> tuple[dict[str, Any], int]:
+    """Train the two-head MNIST network, which predicts the digit of an image and the sum
+    digit + number.
+
+        mnistsum train                           full MNIST if it can be found, else the bundled sample
+        mnistsum train --data sample             takes a minute or two on a laptop
+        mnistsum train --data s3://bucket/mnist --num-workers 4 --storage-path s3://bucket/runs
+        mnistsum train --name mine --resume      continues after a kill
+        mnistsum train --from-run runs/mine      trains the same model again
+        ray job submit --working-dir . -- python jobs/train.py --data sample
+    """
+    from mnistsum_ray.config import TrainConfig
+
+    config = _parse(TrainConfig, argv, train)
+
+    from mnistsum_ray.api import run_training
+
+    return run_training(config), DONE
+
+
+def score(argv: list[str]) -> tuple[dict[str, Any], int]:
+    """Score Parquet files with a trained model: predict the digit and the sum of each row, and account
+    for every row.
+
+        mnistsum score --model runs/mine --input pairs/ --output scored/
+        mnistsum score --model runs/mine --input 'days/*/*.parquet' late.parquet --output scored/
+        mnistsum score --model s3://bucket/runs/mine --input s3://bucket/in --output s3://bucket/out
+        ray job submit --working-dir . -- python jobs/score.py --model M --input /data/pairs --output O
+
+    The same command continues after a kill, and adds input files that are new.
+
+    Each input file has one file of the same name in OUTPUT/predictions/, or several if it is large,
+    with its columns except the image, and pred_digit, digit_prob, pred_sum, sum_prob and consistent.
+    Rows that cannot be scored are in OUTPUT/rejected/ with the reason. OUTPUT/files.parquet holds the
+    result of each file; OUTPUT/manifest.json, written last, the totals.
+    """
+    from mnistsum_ray.config import ScoreConfig
+
+    config = _parse(ScoreConfig, argv, score)
+
+    from mnistsum_ray.api import run_scoring
+
+    line, set_aside = run_scoring(config)
+    return line, INCOMPLETE if set_aside else DONE
+
+
+def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:
+    """Write example input for scoring: Parquet files of MNIST images, each with a number and the true
+    digit.
+
+        mnistsum export-pairs --output pairs/
+        mnistsum export-pairs --data mnist --split test --output pairs/ --rows 2000000 --files 100
+    """
+    from mnistsum_ray.config import ExportPairsConfig
+
+    config = _parse(ExportPairsConfig, argv, export_pairs)
+
+    from mnistsum_ray.export import pairs
+    from mnistsum_ray.reporting.console import Console
+
+    output, source = pairs.export_pairs(config, Console().say)
+    line = {"output": output.display, "data": source.name, "split": config.split, "rows": config.rows, "files": config.files}
+    return line, DONE
+
+
+def export_model(argv: list[str]) -> tuple[dict[str, Any], int]:
+    """Export a model for programs without this package: torch.export (model.pt2) and ONNX (model.onnx).
+
+        mnistsum export-model --model runs/mine --output exported/
+
+    Both take images uint8[n, 28, 28] and numbers int64[n], and return pred_digit, digit_prob, pred_sum
+    and sum_prob as in scored files. Each file is loaded again and compared with the model, the ONNX
+    file in ONNX Runtime. Needs the extra onnx.
+    """
+    from mnistsum_ray.config import ExportModelConfig
+
+    config = _parse(ExportModelConfig, argv, export_model)
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise RequestError(f"ONNX export needs packages that are not installed ({', '.join(missing)}): pip install -e '.[onnx]'")
+
+    from mnistsum_ray.export import model  # imports torch, which takes seconds: after the checks
+    from mnistsum_ray.reporting.console import Console
+
+    return model.export_model(config, Console().say), DONE
+
+
+def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
+    """Measure speed; `benchmark.suite` says how."""
+    from mnistsum_ray.benchmark import suite
+
+    args = suite.parse(argv)
+    reserve_stdout_for_result()
+    return suite.benchmark(args, argv), DONE
+
+
+COMMANDS: Final[dict[str, tuple[Job, str]]] = {
+    "train": (train, "train the network"),
+    "score": (score, "score Parquet files with a trained model"),
+    "export-pairs": (export_pairs, "write example input for scoring"),
+    "export-model": (export_model, "write a model for programs without this package"),
+    "benchmark": (benchmark, "measure speed beside plain PyTorch"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        argv: name of the command and its flags; None takes those of this process.
+    """
+    command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in COMMANDS:
+        return run(COMMANDS[command][0], flags)
+    names = "\n".join(f"  {name:<14}{meaning}" for name, (_, meaning) in COMMANDS.items())
+    usage = f"usage: mnistsum COMMAND [flags], or mnistsum COMMAND --help\n\n{names}\n\n  --version     print the version"
+    if command in ("-h", "--help", "--version"):
+        print(f"mnistsum_ray {__version__}" if command == "--version" else usage)
+        return DONE
+    print(f"error: {command}: there is no such command\n\n{usage}", file=sys.stderr)
+    return BAD_REQUEST
 
 
 def run(job: Job, argv: list[str]) -> int:
@@ -32,7 +171,13 @@ def run(job: Job, argv: list[str]) -> int:
     stdout = sys.stdout
     try:
         with StopOnSignals(_say) as stop:
-            code = _run_or_stop(job, argv, stdout, stop)
+            try:
+                code = _run(job, argv, stdout, stop)
+            except KeyboardInterrupt as interrupt:
+                with defer_signals():
+                    code = _explain_stop(interrupt, stop)
+                    stop.end(code)
+            stop.end(code)
             if "mnistsum_ray.cluster.connection" in sys.modules:  # without that module there is no connection
                 from mnistsum_ray.cluster.connection import disconnect
 
@@ -42,27 +187,17 @@ def run(job: Job, argv: list[str]) -> int:
     return code
 
 
+def _parse(config_class: "type[Config]", argv: list[str], job: Job) -> "Config":
+    from mnistsum_ray.arguments import parse
+
+    config = parse(config_class, argv, f"{inspect.getdoc(job)}\n{_HELP}")
+    reserve_stdout_for_result()
+    return config
+
+
 def reserve_stdout_for_result() -> None:
     """Send to standard error what is printed from here to the end of `run`, since Ray's threads print at any time."""
     sys.stdout = sys.stderr
-
-
-def _run_or_stop(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
-    try:
-        code = _run(job, argv, stdout, stop)
-    except KeyboardInterrupt as interrupt:
-        with defer_signals():
-            reason = _find_reason(interrupt)
-            code = FAILED if isinstance(reason, RunError) else stop.exit_code
-            if isinstance(reason, RunError):
-                _say(f"error: {reason}")
-            else:
-                name = stop.received.name if stop.received else "SIGINT"
-                _say(f"stopped by {name}; {reason or _NOTHING_BEGUN}")
-            stop.end(code)
-    else:
-        stop.end(code)
-    return code
 
 
 def _run(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
@@ -71,27 +206,26 @@ def _run(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
         with defer_signals():  # once the result is printed, a signal no longer changes the exit code
             print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
             stop.end(code)
-    except RequestError as error:
-        return _fail(error, BAD_REQUEST)
-    except RunError as error:
-        return _fail(error, FAILED)
+    except (RequestError, RunError) as error:
+        _say(f"error: {error}")
+        return BAD_REQUEST if isinstance(error, RequestError) else FAILED
     except BrokenPipeError:
         _redirect_to_devnull(stdout.fileno())
-        return _fail("standard output was closed by its reader, so the result could not be printed", FAILED)
+        _say("error: standard output was closed by its reader, so the result could not be printed")
+        return FAILED
     return code
 
 
-def _find_reason(interrupt: BaseException) -> RunInterrupted | RunError | None:
-    """Return the job's own error, if a further interrupt came during its cleanup and replaced it."""
-    error: BaseException | None = interrupt
-    while error is not None and not isinstance(error, RunInterrupted | RunError):
-        error = error.__context__
-    return error
-
-
-def _fail(error: object, code: int) -> int:
-    _say(f"error: {error}")
-    return code
+def _explain_stop(interrupt: KeyboardInterrupt, stop: StopOnSignals) -> int:
+    """Say what is kept, and how to go on; return the exit code."""
+    reason: BaseException | None = interrupt
+    while reason is not None and not isinstance(reason, RunInterrupted | RunError):
+        reason = reason.__context__  # the job's own error, if a further interrupt came during its cleanup and replaced it
+    if isinstance(reason, RunError):
+        _say(f"error: {reason}")
+        return FAILED
+    _say(f"stopped by {stop.received.name if stop.received else 'SIGINT'}; {reason or _NOTHING_BEGUN}")
+    return stop.exit_code
 
 
 def _say(text: str) -> None:

@@ -32,7 +32,8 @@ TEXTS = [
         (ROOT / ".deploy" / name).read_text().replace('"\n', "\n")
         for name in ("rayjob.yaml", "raycronjob.yaml", "airflow_dag.py")
     ),
-    *((folder / f"{job}.py").read_text() for folder in (ROOT / "jobs", ROOT / "mnistsum_ray" / "commands") for job in CONFIGS),
+    (ROOT / "mnistsum_ray" / "cli.py").read_text(),
+    *((ROOT / "jobs" / f"{job}.py").read_text() for job in CONFIGS),
 ]
 SHOWN = re.compile(r"(?:python (?=jobs/)|mnistsum (?=(?:train|score|export-[a-z]+) --))([a-z_/-]+(?:\.py)?[^\n`#]*)")
 REQUIREMENTS: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mnistsum_ray import __version__
-from mnistsum_ray.__main__ import COMMANDS
+from mnistsum_ray.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 MNISTSUM = Path(sys.executable).with_name("mnistsum")

@@ -1,4 +1,31 @@
-"""The benchmark: measure several ways to train or to score, each in its own process, interleaved, and compare their medians."""
+"""Measure the speed of training or scoring beside plain PyTorch, or of the training pipeline alone;
+or the time to the original's accuracy.
+
+    mnistsum benchmark train --data FOLDER
+    mnistsum benchmark score --data FOLDER
+    mnistsum benchmark feed --data FOLDER
+    mnistsum benchmark accuracy --data FOLDER --repeat 5
+
+Each way is measured in its own process, several times, in alternating order:
+
+    loader       the original's way: torchvision's dataset row by row through a DataLoader, float32
+    memory       this package's model on tensors in memory; for training with the same threads and
+                 optimizer, for scoring with the fastest batch size and number of processes
+    memory-int8  (score) the same with 8-bit integers
+    worker       (train) the loop of memory in a Ray Train worker; the difference to ray is the
+                 cost of the data pipeline
+    ray          mnistsum train or mnistsum score
+    ray-int8     (score) mnistsum score --precision int8
+
+`feed` hands rows to workers that do not train: from memory, or streamed from Parquet of raw bytes
+(stream) or PNG (stream-png), to one worker or to two (-2). `accuracy` measures the time from the
+command to a model that is as accurate as the original after its five epochs, with the recipe
+`quick` and `--repeat` seeds, beside the original's way.
+
+The table on standard error holds medians, with minimum and maximum in parentheses;
+mnistsum_ray/benchmark/README.md explains the figures. The last line on standard output is one JSON
+object. Exit codes: 0 done, 2 the request is invalid, 1 anything else.
+"""
 
 import argparse
 import statistics
@@ -14,7 +41,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from mnistsum_ray import cli
 from mnistsum_ray.benchmark import accuracy, feed, memory, original, ray_jobs
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.sources import open_source
@@ -39,27 +65,25 @@ RATIOS: Final = {
 Measurement = dict[str, float]
 
 
-def benchmark(description: str, argv: list[str]) -> tuple[dict[str, Any], int]:
+def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Run the benchmark, or with `--way` one measurement.
 
     Args:
-        description: text of `--help`.
-        argv: command line.
+        args: from `parse`.
+        argv: the command line, for the processes that measure.
 
     Returns:
-        The fields of the job's last line, and the exit code.
+        The fields of the job's last line.
 
     Raises:
-        RequestError: a flag is invalid, or the data have too few rows.
+        RequestError: the data have too few rows.
         RunError: a measurement failed.
     """
-    args = _parse(description, argv)
-    cli.reserve_stdout_for_result()
     if args.what == "accuracy" and not args.way:
         line = accuracy.measure(argv, args.data, args.repeat)
-        return line | {"hardware": hardware(_device()), "versions": versions()}, cli.DONE
+        return line | {"hardware": hardware(_device()), "versions": versions()}
     if args.way:
-        return _measure(args), cli.DONE
+        return _measure(args)
     ways = WAYS[args.what]
     if args.what == "score" and not quantization.is_available():
         print("int8 is left out: this PyTorch has no integer convolutions on this CPU", file=sys.stderr)
@@ -77,11 +101,16 @@ def benchmark(description: str, argv: list[str]) -> tuple[dict[str, Any], int]:
                 print(f"{way}: {result['rows_per_second']:,.0f} rows/s", file=sys.stderr, flush=True)
     line = _summary(args.what, runs)
     print(_table(runs, line["ratios"]), file=sys.stderr, flush=True)
-    return line, cli.DONE
+    return line
 
 
-def _parse(description: str, argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        RequestError: a flag is invalid.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=WAYS)
     parser.add_argument("--data", default="auto", help="as for mnistsum train (default: auto)")
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each way; accuracy: seeds (default: 3)")
