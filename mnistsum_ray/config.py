@@ -1,138 +1,88 @@
 """Frozen configs of the jobs. A YAML file and the command line fill them; the command line wins.
 
-The fields are declared in groups, one class per group; `--help` shows a group under the first line of its docstring. Pydantic
-collects fields from the last base to the first, so a config names its groups in reverse order.
+The text below a field is its help; brackets in it hold the value of an unset field. The fields are declared in groups, one class
+per group; `--help` shows a group under the first line of its docstring. Pydantic collects fields from the last base to the first,
+so a config names its groups in reverse order.
 """
 
 import re
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliImplicitFlag, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import CliImplicitFlag
 
 
-class JobConfig(BaseSettings):
-    """Base of all configs and groups; environment variables are ignored."""
+class JobConfig(BaseModel):
+    """Base of all configs and groups."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", cli_kebab_case=True, cli_avoid_json=True, cli_hide_none_type=True
-    )
-
-    config: Path | None = Field(None, description="YAML file with any of these settings; the command line wins")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """List the fields with their meaning in the docstring, which `help` shows."""
-        super().__pydantic_init_subclass__(**kwargs)
-        lines = []
+        lines = [cls.__doc__ or "", "", "Fields:"]
         for name, field in cls.model_fields.items():
             default = "required" if field.is_required() else f"default {field.default!r}"
             text = f"{name}: {field.description} ({default})"
             lines += textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="        ")
-        summary = (cls.__doc__ or "").partition("\n\nFields:\n")[0]
-        cls.__doc__ = f"{summary}\n\nFields:\n" + "\n".join(lines)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # A variable named SEED or NAME in somebody's shell must not change a run.
-        return (init_settings,)
+        cls.__doc__ = "\n".join(lines)
 
 
 class TrainingData(JobConfig):
     """Training data."""
 
-    data: str = Field(
-        "auto",
-        description="auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, "
-        "mnist (never the sample), or a folder or URI of IDX files or Parquet",
-    )
-    shuffle_rows: int = Field(
-        1_000_000,
-        ge=1,
-        le=10**9,
-        description="training rows that are shuffled together, 0.8 KB each in memory; Parquet with more rows in all is streamed "
-        "and shuffled in windows of so many rows",
-    )
+    data: str = "auto"
+    """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist (never the sample), or a
+    folder or URI of IDX files or Parquet"""
+    shuffle_rows: int = Field(1_000_000, ge=1, le=10**9)
+    """training rows that are shuffled together, 0.8 KB each in memory; Parquet with more rows in all is streamed and shuffled in
+    windows of so many rows"""
 
 
 class Recipe(JobConfig):
     """Recipe and optimization."""
 
-    recipe: Literal["quick", "short", "long"] = Field(
-        "short",
-        description="quick: as accurate as the original, in less time; long: more epochs, with dropout and label smoothing, for "
-        "higher accuracy",
-    )
-    epochs: int | None = Field(
-        None,
-        ge=1,
-        le=10_000,
-        description="passes over the training rows [quick 2, short 5, long 30; under 20,000 rows 3, 6, 40]",
-    )
-    batch_size: int | None = Field(
-        None,
-        ge=1,
-        le=65_536,
-        description="rows per optimizer step, all workers together [256, long 128; under 20,000 rows 64]",
-    )
-    learning_rate: float | None = Field(
-        None,
-        gt=0,
-        allow_inf_nan=False,
-        description="peak of Muon's one-cycle schedule; AdamW uses a fraction of it [0.02, quick 0.06; under 20,000 rows 0.02]",
-    )
-    weight_decay: float = Field(0.01, ge=0, le=10, description="decoupled weight decay")
-    distortion: float | None = Field(
-        None,
-        ge=0,
-        le=4,
-        description="strength of random rotation, scaling, shear and shift of training images [0.5, long 1]",
-    )
-    label_smoothing: float | None = Field(
-        None, ge=0, lt=1, description="weight of the uniform distribution in the targets of both heads [0, long 0.05]"
-    )
-    dropout: float | None = Field(None, ge=0, lt=1, description="dropout rate of the last hidden layer [0, long 0.25]")
-    sum_head_steps: int | None = Field(
-        None,
-        ge=0,
-        le=100_000,
-        description="steps of fine-tuning the sum head alone after the last epoch [20000, quick 2000; under 20,000 rows 4000]",
-    )
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"
-    )
+    recipe: Literal["quick", "short", "long"] = "short"
+    """quick: as accurate as the original, in less time; long: more epochs, with dropout and label smoothing, for higher
+    accuracy"""
+    epochs: int | None = Field(None, ge=1, le=10_000)
+    """passes over the training rows [quick 2, short 5, long 30; under 20,000 rows 3, 6, 40]"""
+    batch_size: int | None = Field(None, ge=1, le=65_536)
+    """rows per optimizer step, all workers together [256, long 128; under 20,000 rows 64]"""
+    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """peak of Muon's one-cycle schedule; AdamW uses a fraction of it [0.02, quick 0.06; under 20,000 rows 0.02]"""
+    weight_decay: float = Field(0.01, ge=0, le=10)
+    """decoupled weight decay"""
+    distortion: float | None = Field(None, ge=0, le=4)
+    """strength of random rotation, scaling, shear and shift of training images [0.5, long 1]"""
+    label_smoothing: float | None = Field(None, ge=0, lt=1)
+    """weight of the uniform distribution in the targets of both heads [0, long 0.05]"""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """dropout rate of the last hidden layer [0, long 0.25]"""
+    sum_head_steps: int | None = Field(None, ge=0, le=100_000)
+    """steps of fine-tuning the sum head alone after the last epoch [20000, quick 2000; under 20,000 rows 4000]"""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"""
 
 
 class TrainingCluster(JobConfig):
     """Cluster and hardware."""
 
-    num_workers: int | tuple[int, int] | None = Field(
-        None,
-        description="training workers: N, or MIN,MAX for elastic training [one per GPU, but at least 256 rows of a "
-        "batch each; without GPUs, one per node]",
-    )
-    use_gpu: bool | None = Field(None, description="train on GPUs [true if the cluster has GPUs]")
-    precision: Literal["bf16", "fp32"] | None = Field(
-        None, description="precision of the forward pass [bf16 if it is faster on all workers, else fp32]"
-    )
-    compile: CliImplicitFlag[bool] = Field(
-        False,
-        description="use torch.compile, and on a GPU record the step as a CUDA graph; needs a C++ compiler and a minute",
-    )
-    max_failures: int = Field(3, ge=0, le=1000, description="worker failures to recover from before the run gives up")
-    wait_seconds: float = Field(
-        600, ge=0, le=86_400, description="seconds to wait for an autoscaling or busy cluster before giving up"
-    )
+    num_workers: int | tuple[int, int] | None = None
+    """training workers: N, or MIN,MAX for elastic training [one per GPU, but at least 256 rows of a batch each; without GPUs,
+    one per node]"""
+    use_gpu: bool | None = None
+    """train on GPUs [true if the cluster has GPUs]"""
+    precision: Literal["bf16", "fp32"] | None = None
+    """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
+    compile: CliImplicitFlag[bool] = False
+    """use torch.compile, and on a GPU record the step as a CUDA graph; needs a C++ compiler and a minute"""
+    max_failures: int = Field(3, ge=0, le=1000)
+    """worker failures to recover from before the run gives up"""
+    wait_seconds: float = Field(600, ge=0, le=86_400)
+    """seconds to wait for an autoscaling or busy cluster before giving up"""
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -162,19 +112,17 @@ class TrainingCluster(JobConfig):
 class RunFolder(JobConfig):
     """Run folder."""
 
-    storage_path: str = Field("runs", description="folder or URI (s3://...) that holds the runs; all nodes must reach it")
-    name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="name of the run and of its folder [a new unique name]"
-    )
-    resume: CliImplicitFlag[bool] = Field(False, description="continue the run --name from its last checkpoint")
-    checkpoint_seconds: float = Field(
-        60, gt=0, le=86_400, description="seconds between checkpoints within an epoch; a kill costs about so much work"
-    )
-    from_run: str | None = Field(
-        None,
-        description="run (folder or URI) whose data, recipe, seed, precision and number of workers are taken; other flags win; "
-        "on the same kind of CPUs the model is then the same to the last bit [none]",
-    )
+    storage_path: str = "runs"
+    """folder or URI (s3://...) that holds the runs; all nodes must reach it"""
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    """name of the run and of its folder [a new unique name]"""
+    resume: CliImplicitFlag[bool] = False
+    """continue the run --name from its last checkpoint"""
+    checkpoint_seconds: float = Field(60, gt=0, le=86_400)
+    """seconds between checkpoints within an epoch; a kill costs about so much work"""
+    from_run: str | None = None
+    """run (folder or URI) whose data, recipe, seed, precision and number of workers are taken; other flags win; on the same kind
+    of CPUs the model is then the same to the last bit [none]"""
 
     @model_validator(mode="after")
     def _check_name(self) -> Self:
@@ -188,15 +136,12 @@ class RunFolder(JobConfig):
 class Tracking(JobConfig):
     """MLflow tracking (needs the extra mlflow)."""
 
-    mlflow: str | None = Field(
-        None, description="MLflow tracking server (http://...) or store (sqlite:///...) that the run is logged to [none]"
-    )
-    mlflow_experiment: str = Field("mnistsum", min_length=1, description="MLflow experiment of the run")
-    mlflow_model: str = Field(
-        "mnistsum",
-        pattern=r"^[^/:]*[^/:\s][^/:]*$",
-        description="MLflow registered model; the trained model becomes its newest version",
-    )
+    mlflow: str | None = None
+    """MLflow tracking server (http://...) or store (sqlite:///...) that the run is logged to [none]"""
+    mlflow_experiment: str = Field("mnistsum", min_length=1)
+    """MLflow experiment of the run"""
+    mlflow_model: str = Field("mnistsum", pattern=r"^[^/:]*[^/:\s][^/:]*$")
+    """MLflow registered model; the trained model becomes its newest version"""
 
     @model_validator(mode="after")
     def _check_mlflow(self) -> Self:
@@ -234,24 +179,26 @@ class Hyperparameters:
 class ScoringModel(JobConfig):
     """Model and inference."""
 
-    model: str = Field(description="folder or URI of a training run, or of its model folder")
-    precision: Literal["bf16", "fp32", "int8"] | None = Field(
-        None,
-        description="precision of the network; int8 is the fastest on CPUs, and model.json says how well it agrees with fp32 "
-        "[bf16 if it is faster, else fp32]",
-    )
-    batch_size: int | None = Field(None, ge=1, le=65_536, description="rows per forward pass [256 on CPUs, 2048 on GPUs]")
+    model: str
+    """folder or URI of a training run, or of its model folder"""
+    precision: Literal["bf16", "fp32", "int8"] | None = None
+    """precision of the network; int8 is the fastest on CPUs, and model.json says how well it agrees with fp32 [bf16 if it is
+    faster, else fp32]"""
+    batch_size: int | None = Field(None, ge=1, le=65_536)
+    """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
 
 
 class ScoringInput(JobConfig):
     """Input."""
 
-    input: tuple[str, ...] = Field(
-        min_length=1, description="Parquet to score: one or more files, folders (with subfolders), globs or URIs"
-    )
-    image_column: str = Field("image", min_length=1, description="column of the images")
-    number_column: str = Field("number", min_length=1, description="column of the numbers 0..9")
-    label_column: str | None = Field(None, min_length=1, description="column of the true digits, to measure accuracy [none]")
+    input: tuple[str, ...] = Field(min_length=1)
+    """Parquet to score: one or more files, folders (with subfolders), globs or URIs"""
+    image_column: str = Field("image", min_length=1)
+    """column of the images"""
+    number_column: str = Field("number", min_length=1)
+    """column of the numbers 0..9"""
+    label_column: str | None = Field(None, min_length=1)
+    """column of the true digits, to measure accuracy [none]"""
 
     @field_validator("input", mode="before")
     @classmethod
@@ -270,27 +217,25 @@ class ScoringInput(JobConfig):
 class ScoringOutput(JobConfig):
     """Output."""
 
-    output: str = Field(description="folder or URI for the predictions; the same command continues after a kill")
-    max_rows_per_file: int = Field(
-        8_192, ge=1, le=10_000_000, description="maximum rows in an output file; about what a worker loses in a kill"
-    )
-    strict: CliImplicitFlag[bool] = Field(False, description="publish nothing if any file or row cannot be scored")
-    overwrite: CliImplicitFlag[bool] = Field(
-        False,
-        description="score everything again, then replace the existing output, file by file",
-    )
+    output: str
+    """folder or URI for the predictions; the same command continues after a kill"""
+    max_rows_per_file: int = Field(8_192, ge=1, le=10_000_000)
+    """maximum rows in an output file; about what a worker loses in a kill"""
+    strict: CliImplicitFlag[bool] = False
+    """publish nothing if any file or row cannot be scored"""
+    overwrite: CliImplicitFlag[bool] = False
+    """score everything again, then replace the existing output, file by file"""
 
 
 class ScoringCluster(JobConfig):
     """Cluster and hardware."""
 
-    num_workers: int | None = Field(
-        None, ge=1, description="scoring workers [up to 8 per GPU, as CPUs and memory allow; without GPUs, one per CPU]"
-    )
-    use_gpu: bool | None = Field(None, description="score on GPUs [true if the cluster has GPUs]")
-    wait_seconds: float = Field(
-        600, ge=0, le=86_400, description="seconds to wait for an autoscaling or busy cluster before giving up"
-    )
+    num_workers: int | None = Field(None, ge=1)
+    """scoring workers [up to 8 per GPU, as CPUs and memory allow; without GPUs, one per CPU]"""
+    use_gpu: bool | None = None
+    """score on GPUs [true if the cluster has GPUs]"""
+    wait_seconds: float = Field(600, ge=0, le=86_400)
+    """seconds to wait for an autoscaling or busy cluster before giving up"""
 
 
 class ScoreConfig(ScoringCluster, ScoringOutput, ScoringInput, ScoringModel):
@@ -306,12 +251,18 @@ class ScoreConfig(ScoringCluster, ScoringOutput, ScoringInput, ScoringModel):
 class ExportPairsConfig(JobConfig):
     """Pairs to export."""
 
-    data: str = Field("auto", description="as for mnistsum train: auto, sample, mnist, or a folder or URI")
-    split: Literal["train", "validation", "test"] = Field("test", description="split whose rows are exported, in their order")
-    output: str = Field(description="folder or URI for the files; it must be empty or not exist")
-    rows: int = Field(10_000, ge=1, description="total rows; beyond the end of the split it repeats with other numbers")
-    files: int = Field(8, ge=1, le=1_000_000, description="number of files, of about equal size")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the numbers")
+    data: str = "auto"
+    """as for mnistsum train: auto, sample, mnist, or a folder or URI"""
+    split: Literal["train", "validation", "test"] = "test"
+    """split whose rows are exported, in their order"""
+    output: str
+    """folder or URI for the files; it must be empty or not exist"""
+    rows: int = Field(10_000, ge=1)
+    """total rows; beyond the end of the split it repeats with other numbers"""
+    files: int = Field(8, ge=1, le=1_000_000)
+    """number of files, of about equal size"""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """seed of the numbers"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -323,5 +274,7 @@ class ExportPairsConfig(JobConfig):
 class ExportModelConfig(JobConfig):
     """Model to export."""
 
-    model: str = Field(description="folder or URI of a training run, or of its model folder")
-    output: str = Field(description="folder or URI for the files; it must be empty or not exist")
+    model: str
+    """folder or URI of a training run, or of its model folder"""
+    output: str
+    """folder or URI for the files; it must be empty or not exist"""

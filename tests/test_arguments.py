@@ -95,7 +95,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for name, field in TrainConfig.model_fields.items():
         assert f"--{name.replace('_', '-')}" in text
         assert field.description
-        if field.default is None and name != "config":
+        if field.default is None:
             assert "[" in field.description, f"--{name} does not give its unset value"
     assert "None" not in text
 
@@ -153,11 +153,10 @@ def test_a_missing_required_flag_is_named(argv: list[str], message: str) -> None
         (f"seed: {'[' * 3000}", "is not YAML"),
         (f"name: {'x' * 5000}", "key 'name' of the config file"),
         ("name: 2024-01-01", "key 'name' of the config file: input should be a valid string, got datetime.date(2024, 1, 1)"),
-        ("x" * (2**20 + 1), "is larger than 1,048,576 bytes, the limit for a config file"),
         ("name: caf\xe9", "is not YAML: unacceptable character #x00e9"),
         ("name: \0", "not YAML"),
     ],
-    ids=["long integer", "brackets", "long text", "date", "huge", "latin-1", "nul"],
+    ids=["long integer", "brackets", "long text", "date", "latin-1", "nul"],
 )
 def test_a_hostile_config_file_is_refused_in_one_short_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
@@ -197,12 +196,12 @@ def test_the_printed_config_is_one_that_config_takes_back(
     assert done.value.code == 0
     text = capsys.readouterr().out
     (tmp_path / "run.yaml").write_text(text)
-    read = parse(config_class, ["--config", str(tmp_path / "run.yaml")], "").model_dump(exclude={"config"})
-    assert read == parse(config_class, flags, "").model_dump(exclude={"config"})
+    assert parse(config_class, ["--config", str(tmp_path / "run.yaml")], "") == parse(config_class, flags, "")
     assert max(map(len, text.splitlines())) <= 100
     for name, field in config_class.model_fields.items():
         assert field.description
-        assert name == "config" or (f"\n{name}: " in f"\n{text}" and field.description.split()[0] in text)
+        assert f"\n{name}: " in f"\n{text}"
+        assert field.description.split()[0] in text
 
 
 def test_a_printed_config_leaves_required_settings_open(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from mnistsum_ray.export.pairs import SCHEMA, export_pairs
 
 
 def run(folder: Path, **settings: object) -> list[pa.Table]:
-    export_pairs(ExportPairsConfig(data="sample", output=str(folder), **settings), print)  # type: ignore[arg-type]
+    export_pairs(ExportPairsConfig(data="sample", output=str(folder), **settings), print)
     return [pq.read_table(path) for path in sorted(folder.iterdir())]
 
 
