@@ -122,7 +122,7 @@ def _predict_frame(rows: Rows, model: "TwoHeadCNN", image: str, number: str, bat
         raise ValueError(f"column {taken!r} would be added; rename it")
 
     added = predict_columns(model, {name: _as_array(frame[name], f"column {name!r}") for name in (image, number)}, batch_size)
-    # All that the frame has stays as it is: it never passes through Arrow.
+    # The columns of the frame are not converted back, so all values and types stay as they are.
     if polars:
         from_arrow = sys.modules["polars"].from_arrow
         frame = frame.with_columns([from_arrow(values).alias(name) for name, values in added.items()])
