@@ -1,7 +1,5 @@
 """Metrics of a model on images whose digit is known, each paired with all ten numbers."""
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -106,14 +104,3 @@ class MetricAccumulator:
             sum_accuracy=sums_right / pairs,
             consistency=consistent / pairs,
         )
-
-
-def within_one_standard_error(accuracy: float, earlier: Iterable[float], rows: int) -> bool:
-    """True if no earlier accuracy, measured on the same rows, is better by more than one standard error.
-
-    The one-standard-error rule (Breiman et al., "Classification and Regression Trees", 1984) selects the last epoch, at which the
-    learning rate has come down, unless the validation rows speak against it. The highest accuracy of many epochs would be that of
-    the luckiest one.
-    """
-    best = max(earlier, default=0.0)
-    return accuracy >= best - math.sqrt(best * (1 - best) / rows)

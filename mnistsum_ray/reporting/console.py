@@ -112,5 +112,4 @@ def epoch_line(entry: dict[str, Any]) -> str:
         f"epoch {entry['epoch']}: train loss {entry['train_loss']:.4f}, test loss {test['loss']:.4f}, "
         f"digit {test['digit_accuracy']:.2%}, sum {test['sum_accuracy']:.2%} (all ten numbers), "
         f"{entry['rows_per_second']:,.0f} rows/s, {entry['waiting']:.1%} waiting for data"
-        + (", selected by validation" if entry["best"] else "")
     )

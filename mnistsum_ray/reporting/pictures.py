@@ -29,7 +29,7 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> bytes:
 
     Args:
         history: lines of history.jsonl.
-        card: contents of model.json; its epoch and its own accuracies are marked.
+        card: contents of model.json; its own accuracies are marked.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
@@ -55,7 +55,6 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> bytes:
             text = f"epoch {epochs[0]} is partly below: {', '.join(hidden)} %"
             accuracies.annotate(text, (0.03, 0.03), xycoords="axes fraction", fontsize=8, style="italic")
     for axes in (losses, accuracies):
-        axes.axvline(card["epoch"], color="black", linewidth=0.8, linestyle=":", label="selected epoch")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

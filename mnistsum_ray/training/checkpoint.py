@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mnistsum_ray.errors import RequestError, one_line
-from mnistsum_ray.model.evaluation import Metrics, within_one_standard_error
+from mnistsum_ray.model.evaluation import Metrics
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights, describe_model
@@ -31,8 +31,8 @@ from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.events import EventSender
 from mnistsum_ray.training.worker import Worker
 
-STATE_FORMAT: Final = "mnistsum_ray/9"
-"""Format of `trainer.json`; since 9 streamed rows have another order, and checksums."""
+STATE_FORMAT: Final = "mnistsum_ray/10"
+"""Format of `trainer.json`; since 10 the weights are there once."""
 STATE_FILE: Final = "trainer.safetensors"
 STATE_CARD: Final = "trainer.json"
 
@@ -91,8 +91,6 @@ class TrainerState:
     epochs_done: int
     history: list[dict[str, Any]]
     """Lines of history.jsonl, one an epoch."""
-    best: Weights
-    """Weights of the epoch of `best_line`; with the fine-tuned sum head, where that was kept."""
     precision: str
     progress: EpochProgress = field(default_factory=EpochProgress)
     """Progress within the epoch after `epochs_done`."""
@@ -101,21 +99,16 @@ class TrainerState:
     checksums: Tensor | None = None
     """Sums of the `order.row_checksums` of all rows of each file, int64[files]; None before they are known, and in memory."""
 
-    @property
-    def best_line(self) -> dict[str, Any]:
-        """History line of the selected epoch: the last one that is within one standard error of the best before it."""
-        return max(self.history, key=lambda line: (line["best"], line["epoch"]))
-
-    def describe_best(self) -> dict[str, Any]:
-        """Description of the selected model, see `serialization.describe_model`."""
-        line, result = self.best_line, self.sum_head
+    def describe(self, weights: Weights) -> dict[str, Any]:
+        """Description of the model after the last epoch, see `serialization.describe_model`."""
+        line, result = self.history[-1], self.sum_head
         metrics = before = {split: line[split] for split in ("validation", "test")}
         sum_head = None
         if result is not None:
             after = {"validation": asdict(result.validation), "test": asdict(result.test)}
             sum_head = {"steps": result.steps, "kept": result.kept, "before": before, "after": after}
             metrics = after if result.kept else before
-        return describe_model(self.best, epoch=line["epoch"], metrics=metrics, sum_head=sum_head)
+        return describe_model(weights, epoch=line["epoch"], metrics=metrics, sum_head=sum_head)
 
 
 class Checkpointer:
@@ -184,7 +177,7 @@ class Checkpointer:
             )
 
     def save_epoch(self, state: TrainerState, trained: dict[str, Any], validation: Metrics, test: Metrics, *, last: bool) -> None:
-        """Add a finished epoch to the state, select the best model by validation, and save a checkpoint.
+        """Add a finished epoch to the state, and save a checkpoint.
 
         The checkpoint is uploaded while the next epoch trains. An epoch that ends before the upload does is not saved, so slow
         storage holds no epoch up, and an upload that begins is always of the newest state.
@@ -192,22 +185,18 @@ class Checkpointer:
         Args:
             state: before the epoch; updated in place.
             trained: figures of `Trainer.train_epoch` and `evaluation_seconds`.
-            validation: decides whether the epoch's model is selected.
-            test: reported only.
+            validation: reported only.
+            test: likewise.
             last: after the last epoch, the worker waits for the upload.
         """
-        earlier = [line["validation"]["sum_accuracy"] for line in state.history]
         line: dict[str, Any] = {
             "epoch": state.epochs_done + 1,
             **trained,
             "validation": asdict(validation),
             "test": asdict(test),
-            "best": within_one_standard_error(validation.sum_accuracy, earlier, validation.rows),
         }
         state.history.append(line)
         state.epochs_done, state.progress = line["epoch"], EpochProgress()
-        if line["best"]:
-            state.best = copy_weights(self._model)
         self._events.send("epoch", **line)
         folder_name = f"epoch_{state.epochs_done:05d}"
         if last:
@@ -252,10 +241,7 @@ def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimi
 
     `trainer.json`, written last, holds the SHA-256 of the other files, so that an incomplete checkpoint is detected.
     """
-    weights = copy_weights(model)
-    tensors = {f"model.{name}": value for name, value in weights.items()}
-    if not all(torch.equal(value, state.best[name]) for name, value in weights.items()):
-        tensors |= {f"best.{name}": value for name, value in state.best.items()}
+    tensors = {f"model.{name}": value for name, value in copy_weights(model).items()}
     for name, _, moments in optimizer.states():
         for key, value in moments.items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -309,10 +295,7 @@ def _load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Traine
         result = SumHeadResult(**result | {split: Metrics(**result[split]) for split in ("validation", "test")})
     points = [tuple(point) for point in fields["progress"]["points"]]
     progress = EpochProgress(**fields["progress"] | {"points": points, "checksums": checksums.get("progress")})
-    best = groups.get("best", groups["model"])
-    return TrainerState(
-        fields["epochs_done"], fields["history"], best, fields["precision"], progress, result, checksums.get("files")
-    )
+    return TrainerState(fields["epochs_done"], fields["history"], fields["precision"], progress, result, checksums.get("files"))
 
 
 def _check_format(fields: dict[str, Any]) -> None:

@@ -36,13 +36,13 @@ class TrainingResult:
 
     history: list[dict[str, Any]]
     error_analysis: ErrorAnalysis
-    """Errors of the best model on the test rows."""
+    """Errors of the model on the test rows."""
     mistake_images: Pixels
     """Images of the analysis' mistakes, in their order: uint8[n, 28, 28]."""
     weights: dict[str, np.ndarray]
-    """Of the best model; arrays, since Ray Train takes no tensors."""
+    """Of the model; arrays, since Ray Train takes no tensors."""
     description: dict[str, Any]
-    """Of the best model, see `serialization.describe_model`."""
+    """Of the model, see `serialization.describe_model`."""
     hardware: dict[str, Any]
     precision: str
     checksums: npt.NDArray[np.int64] | None
@@ -58,12 +58,12 @@ def finetune(
     test: EvaluationSet,
     checkpointer: Checkpointer,
 ) -> None:
-    """Fine-tune the sum head of the best model, and save a checkpoint.
+    """Fine-tune the sum head of the last epoch's model, and save a checkpoint.
 
     The result is undone if the two heads then agree on fewer validation pairs. Rank 0 trains, and the others take its weights.
 
     Args:
-        trainer: its model is replaced by the best one.
+        trainer: its model is fine-tuned.
         state: after the last epoch; updated in place.
         data: the rows.
         train: rows whose digit scores the sum head learns from.
@@ -74,9 +74,9 @@ def finetune(
     hyperparameters, model, events = trainer.hyperparameters, trainer.model, trainer.events
     steps = hyperparameters.sum_head_steps
     events.note(f"fine-tuning the sum head, {steps:,} steps")
-    model.load_state_dict(state.best)
+    weights = copy_weights(model)
     model.eval()
-    before = state.best_line["validation"]["consistency"]
+    before = state.history[-1]["validation"]["consistency"]
     if trainer.worker.rank == 0:
         seed = step_seed(hyperparameters.seed, hyperparameters.epochs, 0, RandomStream.SUM_HEAD)
         scores = _digit_scores(trainer, EvaluationSet(data, train.sample(sum_head.MAX_ROWS), 0, 1, trainer.worker.device))
@@ -86,10 +86,8 @@ def finetune(
     after = metrics[0].consistency
     kept = after >= before
     state.sum_head = SumHeadResult(steps, kept, *metrics)
-    if kept:
-        state.best = copy_weights(model)
-    else:
-        model.load_state_dict(state.best)
+    if not kept:
+        model.load_state_dict(weights)
     undone = "" if kept else "; undone"
     events.note(f"validation sums equal to digit + number: {before:.3%} before, {after:.3%} after{undone}")
     checkpointer.save(state, {"epoch": state.epochs_done, "sum_head": steps}, f"epoch_{state.epochs_done:05d}_sum_head")
@@ -108,21 +106,22 @@ def _batches(data: RowData, rows: RowRanges) -> Iterator[Columns]:
 def analyse_model(
     trainer: Trainer, state: TrainerState, data: RowData, train: RowRanges, validation: RowRanges, test: RowRanges
 ) -> TrainingResult:
-    """Temperatures (on validation rows), errors (on test rows) and int8 calibration (on training rows) of the best model.
+    """Temperatures (on validation rows), errors (on test rows) and int8 calibration (on training rows) of the model.
 
     One worker computes all of it, while the others have returned.
     """
     events = trainer.events
-    events.note("analysing the best model's answers on the test rows")
+    events.note("analysing the model's answers on the test rows")
+    weights = copy_weights(trainer.model)
     model = TwoHeadCNN().eval()
-    model.load_state_dict(state.best)
+    model.load_state_dict(weights)
     model.to(trainer.worker.device)
     fitted, analysed = (_batches(data, rows) for rows in (validation.sample(TEMPERATURE_ROWS), test.sample(ANALYSED_ROWS)))
     model.temperatures = fit_temperatures(model, fitted, trainer.autocast())
     on_progress = events.progress("test rows analysed", min(len(test), ANALYSED_ROWS))
     analysis = analyse_errors(model, analysed, trainer.autocast(), on_progress)
     mistake_images, _ = data.fetch(np.array([mistake.row_id for mistake in analysis.mistakes], np.int64))
-    description = state.describe_best()
+    description = state.describe(weights)
     description |= {"temperature": model.temperatures.as_json(), "probabilities": analysis.probability_metrics()}
     if quantization.is_available():
         torch.set_num_threads(cpus_of_node())  # the other workers have returned
@@ -132,6 +131,6 @@ def analyse_model(
         on_progress = events.progress("test rows compared with int8", len(digit))
         description["int8"] = quantization.quantize(model.cpu(), training_images, image, digit, on_progress).as_json()
     worked_on = hardware(trainer.worker.device)
-    weights = {name: value.numpy() for name, value in state.best.items()}
+    arrays = {name: value.numpy() for name, value in weights.items()}
     checksums = None if state.checksums is None else state.checksums.numpy()
-    return TrainingResult(state.history, analysis, mistake_images, weights, description, worked_on, state.precision, checksums)
+    return TrainingResult(state.history, analysis, mistake_images, arrays, description, worked_on, state.precision, checksums)

@@ -15,7 +15,6 @@ from mnistsum_ray.data.parquet_source import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.model.distributed import all_reduce_sum, broadcast_parameters
-from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.checkpoint import Checkpointer, CheckpointError, TrainerState
 from mnistsum_ray.training.events import EventSender
@@ -75,7 +74,7 @@ def _run(config: LoopConfig, worker: Worker, events: EventSender) -> dict[str, A
     if state is None:
         bf16 = worker.all_agree(faster_with_bf16(worker.device))
         precision = hyperparameters.precision or ("bf16" if bf16 else "fp32")
-        state = TrainerState(0, [], copy_weights(trainer.model), precision, checksums=config.checksums)
+        state = TrainerState(0, [], precision, checksums=config.checksums)
     trainer.prepare(state.precision)
 
     validation, test = (

@@ -123,7 +123,7 @@ def test_a_checkpoint_goes_from_gpu_to_cpu_and_back(tmp_path: Path) -> None:
     model = make_model(CUDA)
     optimizer = MuonAdamW(model, 0.01)
     train_steps(model, optimizer, 3)
-    state = TrainerState(0, [], copy_weights(model), "fp32")
+    weights, state = copy_weights(model), TrainerState(0, [], "fp32")
     first = {name: {key: value.cpu().clone() for key, value in moments.items()} for name, _, moments in optimizer.states()}
     for index, device in enumerate(places[1:]):
         folder = tmp_path / str(index)
@@ -132,7 +132,7 @@ def test_a_checkpoint_goes_from_gpu_to_cpu_and_back(tmp_path: Path) -> None:
         model = TwoHeadCNN().to(device)
         optimizer = MuonAdamW(model, 0.01)
         state = load_state(folder, model, optimizer)
-    assert all(torch.equal(value, state.best[name]) for name, value in copy_weights(model).items())
+    assert all(torch.equal(value, weights[name]) for name, value in copy_weights(model).items())
     for name, parameter, moments in optimizer.states():
         for key, value in moments.items():
             assert torch.equal(value.cpu(), first[name][key]), (name, key)

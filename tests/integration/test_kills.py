@@ -31,7 +31,7 @@ Result = tuple[str, list[float]]
 
 
 def left(done: Done) -> Result:
-    """What must be the same: the model, and, since it may be of an early epoch, the losses of every epoch."""
+    """What must be the same: the model, and the losses of every epoch."""
     history = (locate(done.line["run"], "--name") / "history.jsonl").read_bytes().splitlines()
     weights = (locate(done.line["model"], "--model") / "model.safetensors").read_bytes()
     losses = [

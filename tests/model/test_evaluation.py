@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.errors import RowCountError
-from mnistsum_ray.model.evaluation import MetricAccumulator, PairScores, within_one_standard_error
+from mnistsum_ray.model.evaluation import MetricAccumulator, PairScores
 from mnistsum_ray.model.network import TwoHeadCNN
 
 CPU = torch.device("cpu")
@@ -44,13 +44,3 @@ def test_lost_repeated_and_extra_rows_are_errors(ids: list[int]) -> None:
         accumulator.add(scores, torch.zeros(len(ids), dtype=torch.int64), torch.tensor(ids))
     with pytest.raises(RowCountError, match="lost or repeated"):
         accumulator.metrics(3, 0 + 1 + 2)
-
-
-def test_within_one_standard_error_of_the_best_epoch() -> None:
-    assert within_one_standard_error(0.0, [], 10_000)
-    # The standard error of 0.99 on 9,900 rows is 0.001.
-    assert within_one_standard_error(0.9891, [0.99, 0.5], 9_900)
-    assert not within_one_standard_error(0.9889, [0.99, 0.5], 9_900)
-    assert not within_one_standard_error(0.5, [0.9889, 0.99], 9_900)
-    assert not within_one_standard_error(0.999, [1.0], 9_900)
-    assert within_one_standard_error(1.0, [1.0], 9_900)

@@ -17,7 +17,7 @@ from mnistsum_ray.reporting.progress import Counter
 
 TEST = {"rows": 10, "pairs": 100, "loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
 ENTRY: dict[str, Any] = {
-    "epoch": 2, "train_loss": 0.5, "rows_per_second": 1234.0, "waiting": 0.01, "best": True, "test": TEST,
+    "epoch": 2, "train_loss": 0.5, "rows_per_second": 1234.0, "waiting": 0.01, "test": TEST,
 }  # fmt: skip
 PROGRESS = {
     "kind": "progress", "epoch": 1, "epochs": 5, "rows": 5000, "of_rows": 10_000, "rows_per_second": 1000.0, "loss": 1.5,
@@ -49,7 +49,6 @@ def test_an_epoch_line_has_the_figures_of_the_original() -> None:
     Console(out).show({"kind": "epoch", **ENTRY})
     for figure in ("epoch 2", "train loss 0.5000", "test loss 0.2500", "digit 99.46%", "sum 99.27%", "1,234 rows/s"):
         assert figure in out.getvalue()
-    assert out.getvalue().endswith(", selected by validation\n")
 
 
 def test_progress_is_a_line_in_a_log_every_few_seconds() -> None:

@@ -26,7 +26,7 @@ from mnistsum_ray.training.checkpoint import (
 )
 
 SCORES = Metrics(rows=10, pairs=100, loss=0.5, digit_accuracy=0.9, sum_accuracy=0.8, consistency=0.7)
-LINE = {"epoch": 1, "best": True, "validation": asdict(SCORES), "test": asdict(SCORES)}
+LINE = {"epoch": 1, "validation": asdict(SCORES), "test": asdict(SCORES)}
 
 
 def step(model: TwoHeadCNN, optimizer: MuonAdamW, seed: int) -> None:
@@ -56,7 +56,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
         step(model, optimizer, seed)
     tuned = SumHeadResult(steps=5, kept=True, validation=SCORES, test=SCORES)
     progress = EpochProgress(7, 0.1 + 0.2, 448, 123_456, [(3, 192, 0.1)], torch.tensor([3, -(2**63)]))
-    state = TrainerState(1, [LINE], copy_weights(model), "fp32", progress, tuned, torch.tensor([5, 6]))
+    state = TrainerState(1, [LINE], "fp32", progress, tuned, torch.tensor([5, 6]))
     save_checkpoint(tmp_path, state, model, optimizer)
     other, other_optimizer = make(1)
     loaded = load_state(tmp_path, other, other_optimizer)
@@ -66,7 +66,6 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     for checksums, expected in ((loaded.checksums, [5, 6]), (loaded.progress.checksums, [3, -(2**63)])):
         assert checksums is not None
         assert checksums.tolist() == expected
-    assert same(loaded.best, state.best)
     for seed in range(3, 6):
         step(model, optimizer, seed)
         step(other, other_optimizer, seed)
@@ -76,10 +75,10 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_description_tells_how_the_sum_head_was_tuned(*, kept: bool) -> None:
     before, after = asdict(SCORES), replace(SCORES, sum_accuracy=0.9)
-    lines = [{"epoch": epoch, "best": epoch < 3, "validation": before, "test": before} for epoch in (1, 2, 3)]
+    lines = [{"epoch": epoch, "validation": before, "test": before} for epoch in (1, 2, 3)]
     tuned = SumHeadResult(steps=5, kept=kept, validation=after, test=after)
-    description = TrainerState(3, lines, copy_weights(make(0)[0]), "fp32", sum_head=tuned).describe_best()
-    assert description["epoch"] == 2
+    description = TrainerState(3, lines, "fp32", sum_head=tuned).describe(copy_weights(make(0)[0]))
+    assert description["epoch"] == 3
     assert description["test"] == description["validation"] == asdict(after if kept else SCORES)
     metrics = {when: {"validation": of, "test": of} for when, of in (("before", before), ("after", asdict(after)))}
     assert description["sum_head"] == {"steps": 5, "kept": kept, **metrics}
@@ -90,7 +89,7 @@ def test_the_description_tells_how_the_sum_head_was_tuned(*, kept: bool) -> None
 def test_a_checkpoint_that_is_not_whole_is_known_for_one(tmp_path: Path, name: str, harm: str) -> None:
     model, optimizer = make(0)
     step(model, optimizer, 0)
-    save_checkpoint(tmp_path, TrainerState(1, [LINE], copy_weights(model), "fp32"), model, optimizer)
+    save_checkpoint(tmp_path, TrainerState(1, [LINE], "fp32"), model, optimizer)
     place = locate(str(tmp_path), "checkpoint")
     verify_checkpoint(place)
     file = tmp_path / name
