@@ -94,7 +94,7 @@ def feed(folder: Path, shuffle_rows: int, workers: int) -> dict[str, float]:
     assert source.files is not None
     streamed = source.rows > shuffle_rows
     loaded = stream_rows(source.files) if streamed else load_rows(source)
-    shuffle = Shuffle(source.train, source.files.groups.bounds if streamed else None, BATCH, shuffle_rows, seed=0)
+    shuffle = Shuffle(source.train, source.files.group_bounds if streamed else None, BATCH, shuffle_rows, seed=0)
     rows = {
         "data": loaded.data,
         "shuffle": shuffle,

@@ -124,9 +124,8 @@ def train_in_worker(loop: Callable[[], dict[str, float]]) -> dict[str, float]:
     import ray.train  # Ray takes a second to import, which would delay the start-up of the other ways
 
     from mnistsum_ray.cluster.resources import inspect_cluster
-    from mnistsum_ray.training.callbacks import InterruptibleTrainer
     from mnistsum_ray.training.resources import plan_resources
-    from mnistsum_ray.training.worker import cpus_of_node
+    from mnistsum_ray.training.worker import InterruptibleTrainer, cpus_of_node
 
     def worker(_: dict[str, Any]) -> dict[str, float]:
         torch.set_num_threads(cpus_of_node())

@@ -200,6 +200,16 @@ class Shuffle:
         return -(-len(self.rows) // self.batch_size)
 
     @property
+    def streamed(self) -> bool:
+        """Whether rows are read in row groups, window by window."""
+        return self.bounds is not None
+
+    @property
+    def window_rows(self) -> int:
+        """Rows of a window."""
+        return min(self.window_steps * self.batch_size, len(self.rows))
+
+    @property
     def window_steps(self) -> int:
         """Steps of a window; the last one of an epoch may have fewer."""
         return 1 if self.bounds is None else min(self.steps, max(1, self.shuffle_rows // self.batch_size))
@@ -207,6 +217,17 @@ class Shuffle:
     def batch_rows(self, step: int) -> int:
         """Number of rows of the global batch at a step of an epoch."""
         return min(self.batch_size, len(self.rows) - step * self.batch_size)
+
+    def count(self, steps: range, positions: range) -> int:
+        """Number of rows of consecutive positions at some steps."""
+        last = max(0, min(positions.stop, self.batch_rows(steps.stop - 1)) - positions.start)
+        return len(positions) * (len(steps) - 1) + last
+
+    def ids(self, epoch: int, steps: range, positions: range) -> RowIds:
+        """The rows of consecutive positions at some steps, the last of which ends a window; in the order of `window_ids`."""
+        first_window, end_window = steps.start // self.window_steps, -(-steps.stop // self.window_steps)
+        windows = [self.window_ids(epoch, window, positions) for window in range(first_window, end_window)]
+        return np.concatenate(windows)[(steps.start - first_window * self.window_steps) * len(positions) :]
 
     def window_ids(self, epoch: int, window: int, positions: range) -> RowIds:
         """The rows of consecutive positions at the steps of a window: int64[n], step by step, each in the order of positions."""

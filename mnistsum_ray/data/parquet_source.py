@@ -53,18 +53,6 @@ _SPLITS: Final = {"train": "train", "training": "train", "test": "test", "testin
 
 
 @dataclass(frozen=True)
-class RowGroups:
-    """The row groups of all files that have rows, in the order of the row ids; arrays of n entries."""
-
-    file: npt.NDArray[np.int64]
-    """Index of the file."""
-    index: npt.NDArray[np.int64]
-    """Index of the group in the file."""
-    bounds: npt.NDArray[np.int64]
-    """int64[n + 1]: group i holds the row ids bounds[i]..bounds[i + 1]-1."""
-
-
-@dataclass(frozen=True)
 class ParquetFiles:
     """Files with images and digits below one folder, or one file."""
 
@@ -73,15 +61,10 @@ class ParquetFiles:
     """FILE_SCHEMA."""
 
     @cached_property
-    def groups(self) -> RowGroups:
-        """The row groups that have rows."""
-        lists = self.table["group_rows"].combine_chunks()
-        rows = lists.flatten().to_numpy().astype(np.int64)
-        numbers = lists.value_lengths().to_numpy()
-        file = np.repeat(np.arange(len(numbers)), numbers)
-        index = np.arange(len(rows)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-        filled = rows > 0
-        return RowGroups(file[filled], index[filled], np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[filled])]))
+    def group_bounds(self) -> RowIds:
+        """int64[n + 1]: of the n row groups that have rows, group i holds the ids bounds[i]..bounds[i + 1]-1."""
+        rows = self.table["group_rows"].combine_chunks().flatten().to_numpy().astype(np.int64)
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[rows > 0])])
 
     @cached_property
     def end_ids(self) -> RowIds:

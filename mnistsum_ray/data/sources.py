@@ -171,7 +171,7 @@ def _with_splits(name: str, location: str, data: ImageArrays | ParquetFiles, row
         count = 0 if train is None else len(train)
         raise RequestError(f"--data {location}: has {count} training rows; at least {_MIN_TRAIN_ROWS} are needed")
     count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
-    bounds = data.groups.bounds if isinstance(data, ParquetFiles) else np.array([0, len(data.images)])
+    bounds = data.group_bounds if isinstance(data, ParquetFiles) else np.array([0, len(data.images)])
     if test is None:
         train, test = train.hold_out(count, bounds)
     if validation is None:

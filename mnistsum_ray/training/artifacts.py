@@ -1,9 +1,10 @@
-"""Files of a run folder for people and other programs: manifest, model, history, pictures, report."""
+"""Files of a run folder for people and other programs: manifest, data files, history, model, pictures, report; and MLflow."""
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.parquet_source import ParquetFiles
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
+from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.report import REPORT, report_page
 from mnistsum_ray.reporting.versions import versions
 from mnistsum_ray.storage.location import Location
@@ -22,17 +25,18 @@ from mnistsum_ray.training.finalize import TrainingResult
 from mnistsum_ray.training.preflight import TrainingRun
 from mnistsum_ray.training.resources import ResourcePlan
 
+if TYPE_CHECKING:
+    from mnistsum_ray.reporting.mlflow import MLflowRun
+
 Checksums = npt.NDArray[np.int64] | None
+"""Sum of the `order.row_checksums` of each file, int64[files]; None where the rows have not been read."""
 
 DATA_FILES: Final = "data_files.parquet"
 """`parquet_source.FILE_SCHEMA` of the files of a run, and a column `checksum`: of the rows of each, null until they are known."""
 
 
 def build_manifest(run: TrainingRun, checksums: Checksums, plan: ResourcePlan) -> dict[str, Any]:
-    """The manifest of a starting run: config, versions, workers, and the data with their SHA-256.
-
-    `checksums` are those of the rows of each file, int64[files]; None for rows that are streamed, and have not been read.
-    """
+    """The manifest of a starting run: config, versions, workers, and the data with their SHA-256."""
     source = run.source
     return {
         "status": "running",
@@ -61,12 +65,8 @@ def write_data_files(folder: Location, files: ParquetFiles, checksums: Checksums
     (folder / DATA_FILES).write_bytes(to_parquet(files.table.append_column("checksum", column)))
 
 
-def read_data_files(folder: Location, flag: str) -> tuple[pa.Table | None, Checksums]:
-    """What `write_data_files` wrote: the files and their checksums, None for each where it is not known.
-
-    Raises:
-        RequestError: it is damaged; the message begins with `flag`.
-    """
+def _read_data_files(folder: Location, flag: str) -> tuple[pa.Table | None, Checksums]:
+    """What `write_data_files` wrote: the files and their checksums, None for each where it is not known."""
     try:
         table = pq.read_table(pa.BufferReader((folder / DATA_FILES).read_bytes()))
         checksums = table["checksum"]
@@ -77,6 +77,43 @@ def read_data_files(folder: Location, flag: str) -> tuple[pa.Table | None, Check
             f"{flag}: {(folder / DATA_FILES).display} cannot be read: {one_line(error)}; start another run"
         ) from None
     return table, None if checksums.null_count else checksums.to_numpy()
+
+
+def check_data(run: TrainingRun, read: Checksums, now: dict[str, Any]) -> Checksums:
+    """Check that the data are those of the run that is resumed or repeated.
+
+    Args:
+        run: the request.
+        read: of this run's rows; None for rows that are streamed.
+        now: entry `data` of this run's manifest.
+
+    Returns:
+        Checksums that streamed rows must have; None where any may be trained on.
+
+    Raises:
+        RequestError: they are others; names a file where it can.
+    """
+    if run.same_data is None:
+        return None
+    (folder, then), files, resume = run.same_data, run.source.files, run.config.resume
+    flag = "--resume" if resume else f"--from-run {run.config.from_run}"
+    advice = "name the same data, or start another run" if resume else "name the data with --data, and the model will be another"
+    table, expected = _read_data_files(folder, flag)
+    changed = None
+    if read is None and files and table is not None:
+        # Before they are read, files can only be known by their footers and, in the same place, their times.
+        changed = files.changed_file(table, same_place=bool(resume) and then["location"] == run.source.location)
+    elif read is not None and files and expected is not None and len(expected) == len(read) and (expected != read).any():
+        changed = f"{files.location(int(np.flatnonzero(expected != read)[0])).display}: holds other rows than when the run began"
+    if changed:
+        raise RequestError(f"{flag}: {changed}; put it back as it was, or {advice}")
+    key = "sha256" if read is not None and then["sha256"] else "footers_sha256"
+    if now[key] != then.get(key) and (table is None or key == "sha256"):
+        raise RequestError(
+            f"{flag}: the data are not those of the run (SHA-256 {str(now[key])[:12]}…, the run has {str(then.get(key))[:12]}… "
+            f"from {then['location']}); {advice}"
+        )
+    return expected if read is None else None
 
 
 def write_history(folder: Location, history: list[dict[str, Any]]) -> None:
@@ -131,3 +168,33 @@ def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any
     (run.folder / "model" / MODEL_CARD).write_bytes(text.encode())
     tensorboard.write_final(run.folder, result.history[-1]["epoch"], card, drawn, manifest["config"])
     return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE, MODEL_CARD))]
+
+
+@contextmanager
+def mlflow_run(config: TrainConfig, manifest: dict[str, Any], console: Console) -> Iterator["MLflowRun | None"]:
+    """The run's MLflow counterpart, or None without `--mlflow`; it gets the status FAILED or KILLED if the block raises.
+
+    The manifest gets an entry `mlflow` with the server's URI and the run id.
+    """
+    if not config.mlflow:
+        yield None
+        return
+    from mnistsum_ray.reporting.mlflow import MLflowRun, mlflow_settings  # needs the extra `mlflow`
+
+    stored = manifest.get("mlflow") if config.resume else None
+    run_id = stored["run_id"] if stored and stored["uri"] == config.mlflow else None
+    with mlflow_settings():
+        try:
+            tracked = MLflowRun(config.mlflow, config.mlflow_experiment, str(config.name), run_id, manifest)
+        except RequestError as error:
+            if not config.resume:
+                raise
+            console.say(f"{error}; going on without MLflow")
+            yield None
+            return
+        manifest["mlflow"] = {"uri": config.mlflow, "run_id": tracked.run_id}
+        try:
+            yield tracked
+        except BaseException as error:
+            tracked.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise

@@ -28,7 +28,6 @@ from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights, describe_model
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import FolderLock
-from mnistsum_ray.training.events import EventSender
 from mnistsum_ray.training.worker import Worker
 
 STATE_FORMAT: Final = "mnistsum_ray/10"
@@ -119,26 +118,16 @@ class Checkpointer:
         optimizer: of its parameters.
         worker: this one; all take part in each call.
         lock: on the run folder; checked before each write.
-        events: told of what happens.
         seconds: between checkpoints within an epoch.
     """
 
-    def __init__(
-        self,
-        model: TwoHeadCNN,
-        optimizer: MuonAdamW,
-        worker: Worker,
-        lock: FolderLock,
-        events: EventSender,
-        seconds: float,
-    ) -> None:
-        self._model, self._optimizer, self._worker = model, optimizer, worker
-        self._lock, self._events, self._seconds = lock, events, seconds
+    def __init__(self, model: TwoHeadCNN, optimizer: MuonAdamW, worker: Worker, lock: FolderLock, seconds: float) -> None:
+        self._model, self._optimizer, self._worker, self._lock, self._seconds = model, optimizer, worker, lock, seconds
         self._saved = time.perf_counter()
         self._uploading: Path | None = None
         """Folder of the checkpoint that is uploaded in the background; Ray Train deletes it when it has been uploaded."""
 
-    def restore(self, start: ray.train.Checkpoint | None) -> TrainerState | None:
+    def restore(self, start: Location | None) -> TrainerState | None:
         """Load the latest checkpoint of this run into model and optimizer; None if there is none.
 
         Args:
@@ -147,7 +136,9 @@ class Checkpointer:
         Raises:
             CheckpointError: the checkpoint is damaged, or of another version.
         """
-        latest = ray.train.get_checkpoint() or start
+        latest = ray.train.get_checkpoint()
+        if latest is None and start is not None:
+            latest = ray.train.Checkpoint(start.path, start.filesystem)
         if latest is None:
             return None
         with latest.as_directory() as folder:
@@ -158,7 +149,7 @@ class Checkpointer:
                     f"checkpoint {latest.path} cannot be used: {error}; --resume starts from the one before it"
                 ) from error
         step = f", step {state.progress.steps} of the next" if state.progress.steps else ""
-        self._events.note(f"going on after epoch {state.epochs_done}{step}, on {self._worker.world_size} workers")
+        self._worker.events.note(f"going on after epoch {state.epochs_done}{step}, on {self._worker.world_size} workers")
         return state
 
     def due(self) -> bool:
@@ -167,42 +158,24 @@ class Checkpointer:
 
     def save_step(self, state: TrainerState, progress: EpochProgress) -> None:
         """Save within an epoch, unless an upload is still under way."""
+        epoch = state.epochs_done + 1
+        metrics, folder_name = {"epoch": epoch, "step": progress.steps}, f"epoch_{epoch:05d}_step_{progress.steps:07d}"
         if self._can_upload():
-            epoch = state.epochs_done + 1
-            self.save(
-                replace(state, progress=progress),
-                {"epoch": epoch, "step": progress.steps},
-                f"epoch_{epoch:05d}_step_{progress.steps:07d}",
-                CheckpointUploadMode.ASYNC,
-            )
+            self.save(replace(state, progress=progress), metrics, folder_name, CheckpointUploadMode.ASYNC)
 
     def save_epoch(self, state: TrainerState, trained: dict[str, Any], validation: Metrics, test: Metrics, *, last: bool) -> None:
-        """Add a finished epoch to the state, and save a checkpoint.
+        """Add a finished epoch to the state, in place, and save a checkpoint.
 
         The checkpoint is uploaded while the next epoch trains. An epoch that ends before the upload does is not saved, so slow
-        storage holds no epoch up, and an upload that begins is always of the newest state.
-
-        Args:
-            state: before the epoch; updated in place.
-            trained: figures of `Trainer.train_epoch` and `evaluation_seconds`.
-            validation: reported only.
-            test: likewise.
-            last: after the last epoch, the worker waits for the upload.
+        storage holds no epoch up, and an upload that begins is always of the newest state. Only the last one is waited for.
         """
-        line: dict[str, Any] = {
-            "epoch": state.epochs_done + 1,
-            **trained,
-            "validation": asdict(validation),
-            "test": asdict(test),
-        }
+        state.epochs_done, state.progress = state.epochs_done + 1, EpochProgress()
+        line = {"epoch": state.epochs_done, **trained, "validation": asdict(validation), "test": asdict(test)}
         state.history.append(line)
-        state.epochs_done, state.progress = line["epoch"], EpochProgress()
-        self._events.send("epoch", **line)
-        folder_name = f"epoch_{state.epochs_done:05d}"
-        if last:
-            self.save(state, line, folder_name)
-        elif self._can_upload():
-            self.save(state, line, folder_name, CheckpointUploadMode.ASYNC)
+        self._worker.events.send("epoch", **line)
+        if last or self._can_upload():
+            mode = CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC
+            self.save(state, line, f"epoch_{state.epochs_done:05d}", mode)
 
     def _can_upload(self) -> bool:
         return self._worker.all_agree(self._uploading is None or not self._uploading.exists())
@@ -239,7 +212,7 @@ class Checkpointer:
 def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
     """Write the state into a local folder.
 
-    `trainer.json`, written last, holds the SHA-256 of the other files, so that an incomplete checkpoint is detected.
+    `trainer.json`, written last, holds the SHA-256 of the other file, so that an incomplete checkpoint is detected.
     """
     tensors = {f"model.{name}": value for name, value in copy_weights(model).items()}
     for name, _, moments in optimizer.states():
@@ -247,7 +220,8 @@ def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimi
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     checksums = {"checksums.files": state.checksums, "checksums.progress": state.progress.checksums}
     tensors |= {name: value for name, value in checksums.items() if value is not None}
-    (folder / STATE_FILE).write_bytes(save_tensors(tensors))
+    data = save_tensors(tensors)
+    (folder / STATE_FILE).write_bytes(data)
     fields = {
         "format": STATE_FORMAT,
         "epochs_done": state.epochs_done,
@@ -255,7 +229,7 @@ def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimi
         "precision": state.precision,
         "history": state.history,
         "sum_head": None if state.sum_head is None else asdict(state.sum_head),
-        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())},
+        "sha256": hashlib.sha256(data).hexdigest(),
     }
     (folder / STATE_CARD).write_text(json.dumps(fields) + "\n")
 
@@ -268,21 +242,29 @@ def load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Trainer
             raised as they are.
     """
     try:
-        return _load_state(folder, model, optimizer)
+        fields = json.loads((folder / STATE_CARD).read_text())
+        _check_format(fields)
+        groups: dict[str, Weights] = {"checksums": {}}
+        for name, value in load_tensors((folder / STATE_FILE).read_bytes()).items():
+            group, _, rest = name.partition(".")
+            groups.setdefault(group, {})[rest] = value
+        model.load_state_dict(groups["model"])
+        _load_moments(optimizer, groups["optimizer"])
+        result, checksums = fields["sum_head"], groups["checksums"]
+        if result is not None:
+            result = SumHeadResult(**result | {split: Metrics(**result[split]) for split in ("validation", "test")})
+        points = [tuple(point) for point in fields["progress"]["points"]]
+        progress = EpochProgress(**fields["progress"] | {"points": points, "checksums": checksums.get("progress")})
+        return TrainerState(
+            fields["epochs_done"], fields["history"], fields["precision"], progress, result, checksums.get("files")
+        )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(one_line(error)) from error
 
 
-def _load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
-    fields = json.loads((folder / STATE_CARD).read_text())
-    _check_format(fields)
-    groups: dict[str, Weights] = {"checksums": {}}
-    for name, value in load_tensors((folder / STATE_FILE).read_bytes()).items():
-        group, _, rest = name.partition(".")
-        groups.setdefault(group, {})[rest] = value
-    model.load_state_dict(groups["model"])
+def _load_moments(optimizer: MuonAdamW, tensors: Weights) -> None:
     states = {name: (parameter, moments) for name, parameter, moments in optimizer.states()}
-    for name, value in groups["optimizer"].items():
+    for name, value in tensors.items():
         key, _, parameter_name = name.partition(".")
         parameter, moments = states[parameter_name]
         if key not in moments:
@@ -290,12 +272,6 @@ def _load_state(folder: Path, model: TwoHeadCNN, optimizer: MuonAdamW) -> Traine
             same_shape = value.shape == parameter.shape
             moments[key] = torch.empty_like(parameter if same_shape else value, device=parameter.device).detach()
         moments[key].copy_(value)
-    result, checksums = fields["sum_head"], groups["checksums"]
-    if result is not None:
-        result = SumHeadResult(**result | {split: Metrics(**result[split]) for split in ("validation", "test")})
-    points = [tuple(point) for point in fields["progress"]["points"]]
-    progress = EpochProgress(**fields["progress"] | {"points": points, "checksums": checksums.get("progress")})
-    return TrainerState(fields["epochs_done"], fields["history"], fields["precision"], progress, result, checksums.get("files"))
 
 
 def _check_format(fields: dict[str, Any]) -> None:
@@ -304,7 +280,7 @@ def _check_format(fields: dict[str, Any]) -> None:
 
 
 def verify_checkpoint(folder: Location) -> None:
-    """Compare the files of a checkpoint folder with their checksums.
+    """Compare the tensors of a checkpoint folder with their checksum.
 
     Raises:
         CheckpointError: a file is missing or incomplete.
@@ -314,14 +290,13 @@ def verify_checkpoint(folder: Location) -> None:
     try:
         fields = (folder / STATE_CARD).read_json()
         _check_format(fields)
-        for name, expected in fields["files"].items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
-                raise CheckpointError(f"{name} is incomplete or damaged (SHA-256 differs)")
+        if hashlib.sha256((folder / STATE_FILE).read_bytes()).hexdigest() != fields["sha256"]:
+            raise CheckpointError(f"{STATE_FILE} is incomplete or damaged (SHA-256 differs)")
     except CheckpointError:
         raise
     except FileNotFoundError as error:
         raise CheckpointError(f"a file is missing ({one_line(error)})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{STATE_CARD} is incomplete or damaged ({one_line(error)})") from None
 
 

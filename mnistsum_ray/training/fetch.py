@@ -139,7 +139,7 @@ def _read_blocks(files: ParquetFiles) -> "tuple[ray.data.Dataset, list[ray.Objec
 
 def _ranges(files: ParquetFiles) -> Iterator[tuple[int, int]]:
     """Row ids of whole row groups, as many together as have _BLOCK_ROWS rows."""
-    first, bounds = 0, files.groups.bounds
+    first, bounds = 0, files.group_bounds
     while first < bounds[-1]:
         end = int(bounds[min(int(np.searchsorted(bounds, first + _BLOCK_ROWS)), len(bounds) - 1)])
         yield first, end
@@ -161,15 +161,14 @@ class ReadTask:
         self._data, self._shuffle, self._distortion, self._checksums = _resolved(data), shuffle, distortion, checksums
 
     def __call__(self, task: dict[str, np.ndarray]) -> pa.Table:
-        """The rows of consecutive positions at some consecutive steps, see `rows.Stretch`.
+        """The rows of the positions first..end-1 of a batch at the steps first_step..end_step-1 of an epoch.
 
         A row's number and distortion follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
         """
-        epoch, first_window, end_window, first, end, skip, index = (
-            int(task[name][0]) for name in ("epoch", "first_window", "end_window", "first", "end", "skip", "index")
+        epoch, first_step, end_step, first, end, index = (
+            int(task[name][0]) for name in ("epoch", "first_step", "end_step", "first", "end", "index")
         )
-        windows = [self._shuffle.window_ids(epoch, window, range(first, end)) for window in range(first_window, end_window)]
-        ids = np.concatenate(windows)[skip:]
+        ids = self._shuffle.ids(epoch, range(first_step, end_step), range(first, end))
         try:
             images, digits = self._data.fetch(ids)
         except (RequestError, OSError) as error:  # Ray Data would wrap an exception, and its type would be lost

@@ -4,8 +4,9 @@ import time
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import ray
-import ray.train
 import torch
 from ray.util.queue import Queue
 
@@ -15,14 +16,14 @@ from mnistsum_ray.data.parquet_source import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.model.distributed import all_reduce_sum, broadcast_parameters
+from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.checkpoint import Checkpointer, CheckpointError, TrainerState
-from mnistsum_ray.training.events import EventSender
 from mnistsum_ray.training.fetch import RowData
 from mnistsum_ray.training.finalize import analyse_model, finetune
 from mnistsum_ray.training.rows import EvaluationSet, TrainingRows
 from mnistsum_ray.training.trainer import NonFiniteLossError, Trainer
-from mnistsum_ray.training.worker import Worker, setup_worker
+from mnistsum_ray.training.worker import Worker
 
 _MAX_READERS: Final = 8
 """Actors that read for one worker: each feeds some 100,000 rows/s of raw bytes, or 26,000 of PNG."""
@@ -39,11 +40,11 @@ class LoopConfig:
     """Of the training rows."""
     validation: RowRanges
     test: RowRanges
-    checksums: torch.Tensor | None
+    checksums: npt.NDArray[np.int64] | None
     """Of the run that is trained again, see `TrainerState.checksums`; None: the first epoch finds them."""
     events: Queue
-    """Rank 0 sends events for the console here."""
-    start: ray.train.Checkpoint | None
+    """From the workers to the console."""
+    start: Location | None
     """Checkpoint that `--resume` starts from; None starts from new weights."""
     lock: FolderLock
     """Checked before each write to the run folder."""
@@ -56,25 +57,24 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> dict[str, Any]:
         On rank 0, which Ray Train hands to the driver: the fields of a `TrainingResult`. On other ranks nothing that is used.
     """
     loop = config["loop"]
-    worker = setup_worker()
-    events = EventSender(loop.events, worker.rank)
+    worker = Worker.set_up(loop.events)
     try:
-        return _run(loop, worker, events)
+        return _run(loop, worker)
     except (NonFiniteLossError, CheckpointError, RunError) as error:
         # Another attempt would fail in the same way.
-        events.fail(str(error))
+        worker.events.fail(str(error))
         raise
 
 
-def _run(config: LoopConfig, worker: Worker, events: EventSender) -> dict[str, Any]:
-    hyperparameters, data = config.hyperparameters, ray.get(config.data)
-    trainer = Trainer(hyperparameters, worker, events)
-    checkpointer = Checkpointer(trainer.model, trainer.optimizer, worker, config.lock, events, config.checkpoint_seconds)
+def _run(config: LoopConfig, worker: Worker) -> dict[str, Any]:
+    parameters, shuffle, data = config.hyperparameters, config.shuffle, ray.get(config.data)
+    trainer = Trainer(parameters, worker)
+    checkpointer = Checkpointer(trainer.model, trainer.optimizer, worker, config.lock, config.checkpoint_seconds)
     state = checkpointer.restore(config.start)
     if state is None:
         bf16 = worker.all_agree(faster_with_bf16(worker.device))
-        precision = hyperparameters.precision or ("bf16" if bf16 else "fp32")
-        state = TrainerState(0, [], precision, checksums=config.checksums)
+        checksums = None if config.checksums is None else torch.from_numpy(config.checksums.copy())
+        state = TrainerState(0, [], parameters.precision or ("bf16" if bf16 else "fp32"), checksums=checksums)
     trainer.prepare(state.precision)
 
     validation, test = (
@@ -83,9 +83,9 @@ def _run(config: LoopConfig, worker: Worker, events: EventSender) -> dict[str, A
     )
     rows = TrainingRows(
         config.data,
-        config.shuffle,
-        hyperparameters.distortion,
-        epochs=hyperparameters.epochs,
+        shuffle,
+        parameters.distortion,
+        epochs=parameters.epochs,
         rank=worker.rank,
         world_size=worker.world_size,
         device=worker.device,
@@ -94,23 +94,24 @@ def _run(config: LoopConfig, worker: Worker, events: EventSender) -> dict[str, A
         first_step=state.progress.steps,
     )
     batches = rows.batches()
-    for epoch in range(state.epochs_done, hyperparameters.epochs):
-        trained, checksums = trainer.train_epoch(state, rows, batches, checkpointer)
+    for epoch in range(state.epochs_done, parameters.epochs):
+        end_ids = torch.from_numpy(data.end_ids) if isinstance(data, ParquetFiles) else None
+        line, trained = trainer.train_epoch(state, shuffle, batches, end_ids, checkpointer)
         broadcast_parameters(trainer.model.parameters())
         started = time.perf_counter()
         metrics = [trainer.evaluate(held_out, epoch + 1) for held_out in (validation, test)]
-        trained["evaluation_seconds"] = time.perf_counter() - started
+        line["evaluation_seconds"] = time.perf_counter() - started
         if isinstance(data, ParquetFiles):
-            _check_contents(state, data, checksums, validation, test)
-        checkpointer.save_epoch(state, trained, *metrics, last=epoch == hyperparameters.epochs - 1)
+            _check_contents(state, data, trained, validation, test)
+        checkpointer.save_epoch(state, line, *metrics, last=epoch == parameters.epochs - 1)
     if next(batches, None) is not None:
         raise RowCountError("there are more batches than steps")
 
-    if hyperparameters.sum_head_steps and state.sum_head is None:
-        finetune(trainer, state, data, config.shuffle.rows, validation, test, checkpointer)
+    if parameters.sum_head_steps and state.sum_head is None:
+        finetune(trainer, state, data, shuffle.rows, validation, test, checkpointer)
     if worker.rank != 0:
         return {}
-    return vars(analyse_model(trainer, state, data, config.shuffle.rows, config.validation, config.test))
+    return vars(analyse_model(trainer, state, data, shuffle.rows, config.validation, config.test))
 
 
 def _check_contents(

@@ -1,4 +1,4 @@
-"""Checks of a training request that need no cluster, and the defaults that follow from the data.
+"""Checks of a training request that need no cluster, and the defaults that follow from the data: its recipe.
 
 This module imports neither torch nor Ray, which take seconds, so that a wrong request is refused at once.
 """
@@ -7,6 +7,7 @@ import secrets
 import shlex
 from dataclasses import dataclass, fields
 from datetime import datetime
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -16,13 +17,16 @@ from pydantic import ValidationError
 
 from mnistsum_ray.cluster.address import can_connect
 from mnistsum_ray.config import Hyperparameters, TrainConfig
+from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, one_line, shell_command
 from mnistsum_ray.storage.location import Location, is_partial
 from mnistsum_ray.storage.lock import check_not_locked
 from mnistsum_ray.storage.lock_record import LOCK_NAME
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
-from mnistsum_ray.training.recipes import SMALL_ROWS, recipe_defaults
+
+SMALL_ROWS: Final = 20_000
+"""Below this number of training rows a run has smaller batches and more epochs: the sum head needs its number of steps."""
 
 _FIXED: Final = ("recipe", *(field.name for field in fields(Hyperparameters)))
 """Fields that `--resume` may not change."""
@@ -41,13 +45,16 @@ class TrainingRun:
     storage: Location
     folder: Location
     """Run folder `<storage_path>/<name>`."""
-    reproduced: tuple[Location, dict[str, Any]] | None
-    """Folder of the run whose data are used again, and its manifest's entry `data`; None: any data may be used."""
+    same_data: tuple[Location, dict[str, Any]] | None
+    """Folder of the run whose data this one must have, and its manifest's entry `data`; None: any data may be used."""
 
-    @property
-    def streams(self) -> bool:
-        """Whether rows are streamed: those of Parquet files with more rows than are shuffled together."""
-        return self.source.files is not None and self.source.rows > self.hyperparameters.shuffle_rows
+    @cached_property
+    def shuffle(self) -> Shuffle:
+        """Order of the training rows. Those of Parquet files with more rows than are shuffled together are streamed."""
+        source, parameters = self.source, self.hyperparameters
+        streamed = source.files is not None and source.rows > parameters.shuffle_rows
+        bounds = source.files.group_bounds if source.files and streamed else None
+        return Shuffle(source.train, bounds, parameters.batch_size, parameters.shuffle_rows, parameters.seed)
 
     def how_to_resume(self) -> str:
         """End of an error message: the command that resumes the run."""
@@ -63,21 +70,21 @@ def preflight(config: TrainConfig) -> TrainingRun:
     """
     storage = locate(config.storage_path, "--storage-path", output_base_folder())
     name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    folder = storage / name
+    folder, same_data = storage / name, None
     try:
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
         taken = (folder / "manifest.json").exists() or (folder.exists() and not _is_empty(folder))
         if config.resume:
-            config = _resumed(config, folder)
+            manifest = read_manifest(folder, "--resume")
+            config, same_data = _resumed(config, folder, manifest), (folder, manifest["data"])
             check_not_locked(folder, "--name")
         elif taken:
             check_not_locked(folder, "--name")
             raise RequestError(f"--name {name}: {folder.display} exists; continue it with --resume, or choose another name")
     except OSError as error:
         raise RequestError(f"--storage-path {storage.display}: {one_line(error)}") from None
-    reproduced = None
     if config.from_run and not config.resume:  # a resumed run has taken what it needs from that one
-        config, reproduced = _like_run(config)
+        config, same_data = _like_run(config)
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=config.resume)})
     source = open_source(config.data)
@@ -87,7 +94,21 @@ def preflight(config: TrainConfig) -> TrainingRun:
     resolved = {"name": name, "storage_path": storage.display, "data": "sample" if source.name == "sample" else source.location}
     config = config.model_copy(update=unset | resolved)
     hyperparameters = Hyperparameters(**{field.name: getattr(config, field.name) for field in fields(Hyperparameters)})
-    return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries(), reproduced)
+    return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries(), same_data)
+
+
+def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
+    """Hyperparameters of the recipe `quick`, `short` or `long`; `small` for less than SMALL_ROWS training rows."""
+    common = {"learning_rate": 0.02, "sum_head_steps": 4_000 if small else 20_000}
+    if name == "long":
+        size = {"epochs": 40, "batch_size": 64} if small else {"epochs": 30, "batch_size": 128}
+        return common | size | {"distortion": 1.0, "label_smoothing": 0.05, "dropout": 0.25}
+    common |= {"distortion": 0.5, "label_smoothing": 0.0, "dropout": 0.0}
+    if small:
+        return common | {"epochs": 3 if name == "quick" else 6, "batch_size": 64}
+    if name == "quick":
+        return common | {"epochs": 2, "batch_size": 256, "learning_rate": 0.06, "sum_head_steps": 2_000}
+    return common | {"epochs": 5, "batch_size": 256}
 
 
 def _mlflow(uri: str, *, resume: bool) -> str:
@@ -142,13 +163,13 @@ def _stored_config(manifest: dict[str, Any], folder: Location, flag: str) -> Tra
     return stored
 
 
-def _resumed(config: TrainConfig, folder: Location) -> TrainConfig:
+def _resumed(config: TrainConfig, folder: Location, manifest: dict[str, Any]) -> TrainConfig:
     """The stored run's config, updated with the fields that were given now.
 
     Raises:
         RequestError: a given field would change the numbers of the run.
     """
-    stored = _stored_config(read_manifest(folder), folder, "--resume")
+    stored = _stored_config(manifest, folder, "--resume")
     given = {key: getattr(config, key) for key in _given(config)}
     for key in _FIXED:
         if key in given and given[key] != getattr(stored, key):
@@ -165,7 +186,7 @@ def _is_empty(folder: Location) -> bool:
     return entries is not None and all(is_partial(entry.base_name) or entry.base_name == LOCK_NAME for entry in entries)
 
 
-def read_manifest(folder: Location, flag: str = "--resume") -> dict[str, Any]:
+def read_manifest(folder: Location, flag: str) -> dict[str, Any]:
     """Read the manifest of the run in a folder; `flag` names the request in errors.
 
     Raises:

@@ -1,14 +1,25 @@
-"""Resources of a training run: number of workers, devices, and what each worker reserves."""
+"""Resources of a training run: number of workers, devices, what each worker reserves, and memory for the rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from mnistsum_ray.cluster.resources import TASKS_CPU_SHARE, ClusterResources, format_resource
 from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.errors import RequestError
+from mnistsum_ray.training.fetch import ROW_BYTES
+from mnistsum_ray.training.preflight import TrainingRun
 
 _ROWS_PER_GPU: Final = 256
 """Rows of a step below which another GPU is of no use: the kernels of so small a network take as long for 32 rows as for 256."""
+
+_USABLE_SHARE: Final = 0.8
+"""Share of an object store that a run may plan to fill: Ray spills to disk above that."""
+
+_MANY_READS: Final = 1.5
 
 
 @dataclass(frozen=True)
@@ -79,3 +90,53 @@ def _cpus_for_each(cluster: ClusterResources, workers: int, *, use_gpu: bool) ->
         cpus = cluster.total.get("CPU", 0.0)
         return cpus / max(1, min(workers, int(cpus)))
     return min((node.get("CPU", 0.0) / min(node["GPU"], workers) for node in cluster.gpu_nodes), default=0.0)
+
+
+def check_memory(run: TrainingRun, plan: ResourcePlan, cluster: ClusterResources, say: Callable[[str], None]) -> None:
+    """Check that the rows, or of streamed ones two windows, fit in the object store of each node, and say what they take.
+
+    Raises:
+        RequestError: they do not fit; names `--shuffle-rows` or `--data`.
+    """
+    source, shuffle = run.source, run.shuffle
+    share, store = 1.0, float("inf")
+    if fitting := [(node, cluster.workers_on(node, plan.per_worker)) for node in cluster.nodes]:
+        share = min(1.0, max(workers for _, workers in fitting) / plan.workers[0]) or 1.0
+        store = min((node.get("object_store_memory", store) for node, workers in fitting if workers), default=store)
+    # Every node may get all rows in memory. The window that is trained on, and the one that is read ahead, are spread over them.
+    rows = int(share * 2 * shuffle.window_rows) if shuffle.streamed else source.rows
+    held = _mebibytes(rows * ROW_BYTES)
+    if rows * ROW_BYTES > _USABLE_SHARE * store:
+        flag = f"--shuffle-rows {run.hyperparameters.shuffle_rows}" if source.files else f"--data {run.config.data}"
+        advice = "start Ray with a larger --object-store-memory"
+        if source.files and not run.config.resume:
+            fewer = min(source.rows - 1, int(_USABLE_SHARE * store / ROW_BYTES / share / 2))
+            advice = f"give --shuffle-rows {fewer // 1000 * 1000 or fewer}, so that rows are streamed, or {advice}"
+        raise RequestError(
+            f"{flag}: the run would hold {held} of rows in the object store of a node, which has {_mebibytes(store)}; {advice}"
+        )
+    if not shuffle.streamed:
+        say(f"holding all {source.rows:,} rows in memory: {held} in the object store of each node")
+        return
+    say(
+        f"streaming {len(source.train):,} training rows, shuffled in windows of {shuffle.window_rows:,}; holds at most "
+        f"{held} of an object store"
+    )
+    _warn_of_reads(shuffle, say)
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def _warn_of_reads(shuffle: Shuffle, say: Callable[[str], None]) -> None:
+    """Say so where row groups are read several times an epoch: a slice of one is read from the group's beginning."""
+    assert shuffle.bounds is not None
+    group, first, rows = shuffle.slices
+    skipped = first - shuffle.rows.count_below(shuffle.bounds)[group]
+    reads = float((skipped + rows).sum() / rows.sum())
+    if reads > _MANY_READS:
+        say(
+            f"the row groups, of up to {int(np.diff(shuffle.bounds).max()):,} rows, are read {reads:.1f} times an epoch, since "
+            f"--shuffle-rows is {shuffle.shuffle_rows:,}: give more, or write smaller row groups"
+        )

@@ -13,6 +13,7 @@ each epoch would cost its start-up each time.
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice, pairwise
 from typing import Any, Final, TypeVar
 
@@ -60,26 +61,11 @@ _EARLY_TASKS: Final = 64
 _TASKS_IN_FLIGHT: Final = 2
 """Tasks that an actor has at the same time: one that runs, and the next."""
 
-_MAX_READERS: Final = 8
-"""Actors that read for one worker: each feeds some 100,000 rows/s of raw bytes, or 26,000 of PNG."""
-
 _EVALUATION_BATCH: Final = 250
 _GPU_EVALUATION_BATCH: Final = 2_000
 
 _RESIDENT_ROWS: Final = 100_000
 """Held-out rows of all workers that stay on their devices, 0.8 KB each. More are read anew each time."""
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Consecutive steps of one epoch whose rows are fetched together."""
-
-    epoch: int
-    windows: range
-    """Of `Shuffle`; the first ones may begin before `steps`."""
-    steps: range
-    parts: tuple[range, ...]
-    """The worker's positions of a batch, cut into tasks."""
 
 
 @dataclass(frozen=True)
@@ -104,36 +90,22 @@ class TrainingRows:
         """The positions of every batch that this worker trains on."""
         return positions_of_rank(self.shuffle.batch_size, self.rank, self.world_size)
 
-    @property
-    def end_ids(self) -> RowIds:
-        """Row id after the last row of each file; for streamed rows."""
-        files = ray.get(self.data)
-        assert isinstance(files, ParquetFiles)
-        return files.end_ids
-
-    @property
-    def streamed(self) -> bool:
-        """Whether the rows are read from files, and checked by their checksums."""
-        return self.shuffle.bounds is not None
-
-    def stretches(self) -> Iterator[Stretch]:
-        """All remaining steps of all remaining epochs, in order."""
-        shuffle, mine = self.shuffle, self.positions
-        window_rows = max(1, shuffle.window_steps * len(mine))
-        together, count = max(1, _TASK_ROWS // window_rows), min(max(1, len(mine)), -(-window_rows // _TASK_ROWS))
+    @cached_property
+    def parts(self) -> list[range]:
+        """The positions, cut into those of each task."""
+        mine = self.positions
+        count = min(max(1, len(mine)), -(-max(1, self.shuffle.window_steps * len(mine)) // _TASK_ROWS))
         edges = [mine.start + len(mine) * part // count for part in range(count + 1)]
-        parts = tuple(range(low, high) for low, high in pairwise(edges))
-        for epoch in range(self.first_epoch, self.epochs):
-            first_step = self.first_step if epoch == self.first_epoch else 0
-            end_window = -(-shuffle.steps // shuffle.window_steps)
-            for window in range(first_step // shuffle.window_steps, end_window, together):
-                windows = range(window, min(window + together, end_window))
-                first = max(first_step, window * shuffle.window_steps)
-                yield Stretch(epoch, windows, range(first, min(windows.stop * shuffle.window_steps, shuffle.steps)), parts)
+        return [range(low, high) for low, high in pairwise(edges)]
 
-    def step_rows(self, step: int, part: range) -> int:
-        """Number of rows at some positions of a step."""
-        return max(0, min(part.stop, self.shuffle.batch_rows(step)) - part.start)
+    def stretches(self) -> Iterator[tuple[int, range]]:
+        """All remaining steps: an epoch, and those of its steps whose rows are fetched together, whole windows."""
+        window, steps = self.shuffle.window_steps, self.shuffle.steps
+        together = window * max(1, _TASK_ROWS // max(1, window * len(self.positions)))
+        for epoch in range(self.first_epoch, self.epochs):
+            first = self.first_step if epoch == self.first_epoch else 0
+            for start in range(first // window * window, steps, together):
+                yield epoch, range(max(first, start), min(start + together, steps))
 
     def batches(self) -> Iterator[Batch]:
         """The rows of each step, in the order of the positions."""
@@ -141,71 +113,49 @@ class TrainingRows:
             chunk |= {"mixed_id": mix_ids(chunk["row_id"])}
             start = 0
             for step in steps:
-                end = start + self.step_rows(step, self.positions)
+                end = start + self.shuffle.count(range(step, step + 1), self.positions)
                 yield {name: values[start:end] for name, values in chunk.items()}
                 start = end
 
-    @property
-    def _chunk_rows(self) -> int:
-        return _GPU_CHUNK_ROWS if self.device.type == "cuda" else _CPU_CHUNK_ROWS
-
     def _on_device(self) -> Iterator[tuple[range, Batch]]:
-        for steps, chunk in self._chunks():
-            yield steps, {name: array_to_device(values, self.device) for name, values in chunk.items()}
-
-    def _chunks(self) -> Iterator[tuple[range, Columns]]:
         """Some steps at a time, and their rows."""
         blocks = self._blocks()
-        for stretch in self.stretches():
-            yield from self._chunks_of(
-                stretch, [next(blocks) if self._rows_of(stretch, part) else self._no_rows() for part in stretch.parts]
-            )
+        for _, steps in self.stretches():
+            columns = [next(blocks) if self.shuffle.count(steps, part) else self._no_rows() for part in self.parts]
+            for chunk, rows in self._chunks(steps, columns):
+                yield chunk, {name: array_to_device(values, self.device) for name, values in rows.items()}
         if next(blocks, None) is not None:
             raise RowCountError("there are more rows than steps")
 
-    def _chunks_of(self, stretch: Stretch, columns: list[Columns]) -> Iterator[tuple[range, Columns]]:
-        together = max(1, self._chunk_rows // max(1, len(self.positions)))
-        full = stretch.steps.stop - (stretch.steps.stop == self.shuffle.steps)  # the last step of an epoch may have fewer rows
-        for first, end in pairwise([*range(stretch.steps.start, full, together), full, stretch.steps.stop]):
-            if first < end:
-                pieces = [
-                    self._slice(part, values, first - stretch.steps.start, range(first, end))
-                    for part, values in zip(stretch.parts, columns, strict=True)
-                ]
-                yield range(first, end), pieces[0] if len(pieces) == 1 else _side_by_side(pieces, end - first)
-
-    def _slice(self, part: range, columns: Columns, done: int, steps: range) -> Columns:
-        """Rows of steps that all have the same number of rows, after `done` full steps."""
-        start = done * len(part)
-        end = start + len(steps) * self.step_rows(steps.start, part)
-        return {name: values[start:end] for name, values in columns.items()}
-
-    def _rows_of(self, stretch: Stretch, part: range) -> int:
-        """Number of rows of a task. Ray Data yields no empty blocks, so a task without rows is left out."""
-        return len(part) * (len(stretch.steps) - 1) + self.step_rows(stretch.steps.stop - 1, part)
+    def _chunks(self, steps: range, columns: list[Columns]) -> Iterator[tuple[range, Columns]]:
+        """Cut the rows of the parts at some steps into fewer steps, each with the rows of all parts."""
+        rows = _GPU_CHUNK_ROWS if self.device.type == "cuda" else _CPU_CHUNK_ROWS
+        together = max(1, rows // max(1, len(self.positions)))
+        full = steps.stop - (steps.stop == self.shuffle.steps)  # the last step of an epoch may have fewer rows
+        for first, end in pairwise([*range(steps.start, full, together), full, steps.stop]):
+            if first == end:
+                continue
+            pieces = []
+            for part, values in zip(self.parts, columns, strict=True):
+                start = (first - steps.start) * len(part)
+                stop = start + self.shuffle.count(range(first, end), part)
+                pieces.append({name: column[start:stop] for name, column in values.items()})
+            yield range(first, end), pieces[0] if len(pieces) == 1 else _side_by_side(pieces, end - first)
 
     def _no_rows(self) -> Columns:
-        """An empty share, of a last batch with fewer rows than workers."""
-        names = ("digit", "row_id", "number", *["checksum"] * self.streamed)
+        """Of a last batch with fewer rows than workers."""
+        names = ("digit", "row_id", "number", *["checksum"] * self.shuffle.streamed)
         affine = {"affine": np.empty((0, AFFINE_VALUES), np.float32)} if self.distortion else {}
         return {"image": np.empty((0, SIDE, SIDE), np.uint8)} | {name: np.empty(0, np.int64) for name in names} | affine
 
     def _tasks(self) -> Iterator[dict[str, int]]:
+        """See `ReadTask`. Ray Data yields no empty blocks, so a task without rows is left out."""
         index = 0
-        for stretch in self.stretches():
-            done = stretch.steps.start - stretch.windows.start * self.shuffle.window_steps
-            for part in stretch.parts:
-                if self._rows_of(stretch, part):
-                    yield {
-                        "index": index,
-                        "epoch": stretch.epoch,
-                        "first_window": stretch.windows.start,
-                        "end_window": stretch.windows.stop,
-                        "first": part.start,
-                        "end": part.stop,
-                        "skip": done * len(part),
-                        "rows": self._rows_of(stretch, part),
-                    }
+        for epoch, steps in self.stretches():
+            for part in self.parts:
+                if rows := self.shuffle.count(steps, part):
+                    task = {"first_step": steps.start, "end_step": steps.stop, "first": part.start, "end": part.stop}
+                    yield task | {"epoch": epoch, "rows": rows, "index": index}
                     index += 1
 
     def _blocks(self) -> Iterator[Columns]:
@@ -235,13 +185,13 @@ class TrainingRows:
 
     def _execute(self, tasks: list[dict[str, int]]) -> Iterator[Columns]:
         """The blocks of one execution."""
-        window_rows = self.shuffle.window_steps * len(self.positions) if self.streamed else 0
+        window_rows = self.shuffle.window_steps * len(self.positions) if self.shuffle.streamed else 0
         with ray_data_options(preserve_order=True, object_store_bytes=max(_AHEAD_BYTES, window_rows * ROW_BYTES)):
             # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the workers hold all CPUs.
             dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
                 ReadTask,
                 fn_constructor_args=(self.data, self.shuffle, self.distortion),
-                fn_constructor_kwargs={"checksums": self.streamed},
+                fn_constructor_kwargs={"checksums": self.shuffle.streamed},
                 batch_size=1,
                 num_cpus=TASK_CPUS,
                 # Actors, since Ray ends the process of a task that has had nothing to do for a second, and a new one takes two.

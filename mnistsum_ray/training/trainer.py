@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.order import RandomStream, check_row_counts, step_seed
+from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, positions_of_rank, step_seed
 from mnistsum_ray.model.distributed import all_reduce_sum
 from mnistsum_ray.model.evaluation import MetricAccumulator, Metrics, PairScores
 from mnistsum_ray.model.loss import dropout_factors
@@ -18,8 +18,7 @@ from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.progress import UPDATE_SECONDS
 from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
-from mnistsum_ray.training.events import EventSender
-from mnistsum_ray.training.rows import Batch, EvaluationSet, TrainingRows
+from mnistsum_ray.training.rows import Batch, EvaluationSet
 from mnistsum_ray.training.step import TrainingStep
 from mnistsum_ray.training.worker import Worker
 
@@ -45,13 +44,12 @@ class EpochCounter:
     """
 
     def __init__(self, before: EpochProgress, steps: int, device: torch.device, end_ids: Tensor | None = None) -> None:
-        self._before = before
-        self._points = list(before.points)
-        self._steps = steps
+        self._before, self._points, self._steps = before, list(before.points), steps
         self._loss = torch.zeros(1, dtype=torch.float64, device=device)
         self._row_ids = torch.zeros(1, dtype=torch.int64, device=device)
-        self._rows, self._end_ids = 0, end_ids
-        self._checksums = None if end_ids is None else torch.zeros_like(end_ids)
+        self._rows = 0
+        self._end_ids = None if end_ids is None else end_ids.to(device)
+        self._checksums = None if self._end_ids is None else torch.zeros_like(self._end_ids)
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Add a step: its batch and the sum of its rows' losses."""
@@ -83,8 +81,9 @@ class EpochCounter:
 class Trainer:
     """The network, its optimizer and its DDP wrapper on one worker."""
 
-    def __init__(self, hyperparameters: Hyperparameters, worker: Worker, events: EventSender) -> None:
-        self.hyperparameters, self.worker, self.events = hyperparameters, worker, events
+    def __init__(self, hyperparameters: Hyperparameters, worker: Worker) -> None:
+        self.hyperparameters, self.worker, self.events = hyperparameters, worker, worker.events
+        self._positions = positions_of_rank(hyperparameters.batch_size, worker.rank, worker.world_size)
         torch.manual_seed(hyperparameters.seed)
         self.model = TwoHeadCNN().to(worker.device)
         self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay)
@@ -107,13 +106,25 @@ class Trainer:
         return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def train_epoch(
-        self, state: TrainerState, rows: TrainingRows, batches: Iterator[Batch], checkpointer: Checkpointer
+        self,
+        state: TrainerState,
+        shuffle: Shuffle,
+        batches: Iterator[Batch],
+        end_ids: Tensor | None,
+        checkpointer: Checkpointer,
     ) -> tuple[dict[str, Any], Tensor | None]:
         """Train the rest of the epoch after `state`.
 
+        Args:
+            state: epochs and steps that are done.
+            shuffle: of the training rows.
+            batches: this worker's rows of each step from there on.
+            end_ids: see `EpochCounter`.
+            checkpointer: saves within the epoch.
+
         Returns:
             Figures for history.jsonl: mean `train_loss` a row in nats, `step_losses` (see `EpochProgress`), `rows_per_second`,
-            `started` in seconds since 1970, `seconds`, `first_batch_seconds`, `waiting` (share of the time without data), and
+            `started` in seconds since 1970, `seconds`, `first_batch_seconds`, `waiting` (fraction of the time without data), and
             the last `learning_rate`; and, for streamed rows, the checksums of the rows of each file, int64[files].
 
         Raises:
@@ -121,45 +132,64 @@ class Trainer:
             RowCountError: a row was lost or repeated.
         """
         self._step.module.train()
-        epoch, before, schedule = state.epochs_done, state.progress, rows.shuffle
-        end_ids = torch.from_numpy(rows.end_ids).to(self.worker.device) if rows.streamed else None
-        counter = EpochCounter(before, schedule.steps, self.worker.device, end_ids)
-        started, timer = time.time(), _Timer()
-        for step in range(before.steps, schedule.steps):
-            batch = timer.wait_for(batches)
-            rate = one_cycle(epoch * schedule.steps + step, schedule.steps * rows.epochs, self.hyperparameters.learning_rate)
-            full = len(batch["row_id"]) == len(rows.positions)
-            dropout = self._dropout(epoch, step, rows)
-            counter.add(batch, self._step(batch, dropout, schedule.batch_rows(step), rate, full=full))
-            last = step == schedule.steps - 1
+        epoch, before, steps = state.epochs_done, state.progress, shuffle.steps
+        counter = EpochCounter(before, steps, self.worker.device, end_ids)
+        started, begun = time.time(), time.perf_counter()
+        reported, waited, first_batch, rate = begun, 0.0, 0.0, 0.0
+        for step in range(before.steps, steps):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            first_batch = first_batch or waited
+            rate = one_cycle(epoch * steps + step, steps * self.hyperparameters.epochs, self.hyperparameters.learning_rate)
+            full = len(batch["row_id"]) == len(self._positions)
+            dropout = self.dropout(epoch, step, shuffle.batch_rows(step))
+            counter.add(batch, self._step(batch, dropout, shuffle.batch_rows(step), rate, full=full))
+            last = step == steps - 1
             if last or step % _CHECK_STEPS == _CHECK_STEPS - 1:
                 progress, checkpoint_due = counter.all_reduce(step + 1, checkpointer.due())
-                self._check_finite(progress.loss, f"epoch {epoch + 1}, step {step + 1} of {schedule.steps}: the loss is")
-                timer.report(self.events, epoch, rows, before, progress)
+                self._check_finite(progress.loss, f"epoch {epoch + 1}, step {step + 1} of {steps}: the loss is")
+                now = time.perf_counter()
+                if now - reported >= UPDATE_SECONDS:
+                    reported = now
+                    self._report(epoch, len(shuffle.rows), progress, progress.rows - before.rows, now - begun)
                 if checkpoint_due and not last:
                     checkpointer.save_step(state, replace(progress, checksums=counter.checksums()))
-        seconds = timer.seconds
-        check_row_counts(progress.rows, progress.row_ids, len(schedule.rows), schedule.rows.id_sum, f"training epoch {epoch + 1}")
+        seconds = time.perf_counter() - begun
+        check_row_counts(progress.rows, progress.row_ids, len(shuffle.rows), shuffle.rows.id_sum, f"training epoch {epoch + 1}")
         figures = {
             "train_loss": progress.loss / progress.rows,
             "step_losses": progress.step_losses(),
             "rows_per_second": (progress.rows - before.rows) / seconds,
             "started": started,
             "seconds": seconds,
-            "first_batch_seconds": timer.first_batch,
-            "waiting": timer.waited / seconds,
+            "first_batch_seconds": first_batch,
+            "waiting": waited / seconds,
             "learning_rate": rate,
         }
         return figures, counter.checksums()
 
-    def _dropout(self, epoch: int, step: int, rows: TrainingRows) -> Tensor | None:
-        """This worker's share of the dropout of the global batch, which is the same for any number of workers."""
+    def dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
+        """This worker's part of the dropout of the global batch of so many rows, which is the same for any number of workers."""
         if not self.hyperparameters.dropout:
             return None
         seed = step_seed(self.hyperparameters.seed, epoch, step, RandomStream.DROPOUT)
         generator = torch.Generator(self.worker.device).manual_seed(seed)
-        factors = dropout_factors(rows.shuffle.batch_rows(step), self.hyperparameters.dropout, generator)
-        return factors[rows.positions.start : rows.positions.stop]
+        factors = dropout_factors(rows, self.hyperparameters.dropout, generator)
+        return factors[self._positions.start : self._positions.stop]
+
+    def _report(self, epoch: int, of_rows: int, progress: EpochProgress, rows: int, seconds: float) -> None:
+        """Send a progress event; `rows` were trained on in these seconds."""
+        self.events.send(
+            "progress",
+            epoch=epoch + 1,
+            epochs=self.hyperparameters.epochs,
+            rows=progress.rows,
+            of_rows=of_rows,
+            rows_per_second=rows / seconds,
+            loss=progress.loss / progress.rows,
+            seconds=seconds,
+        )
 
     @torch.no_grad()
     def evaluate(self, held_out: EvaluationSet, epoch: int) -> Metrics:
@@ -194,39 +224,3 @@ class Trainer:
     def _check_finite(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"{where} {loss}; lower --learning-rate (now {self.hyperparameters.learning_rate:g})")
-
-
-class _Timer:
-    """Time of an epoch: in all, and waiting for data."""
-
-    def __init__(self) -> None:
-        self._started = self._reported = time.perf_counter()
-        self.waited = self.first_batch = 0.0
-
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        before = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - before
-        self.first_batch = self.first_batch or self.waited
-        return batch
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
-
-    def report(self, events: EventSender, epoch: int, rows: TrainingRows, before: EpochProgress, progress: EpochProgress) -> None:
-        """Send a progress event, at most every UPDATE_SECONDS."""
-        now = time.perf_counter()
-        if now - self._reported < UPDATE_SECONDS:
-            return
-        self._reported = now
-        events.send(
-            "progress",
-            epoch=epoch + 1,
-            epochs=rows.epochs,
-            rows=progress.rows,
-            of_rows=len(rows.shuffle.rows),
-            rows_per_second=(progress.rows - before.rows) / (now - self._started),
-            loss=progress.loss / progress.rows,
-            seconds=now - self._started,
-        )

@@ -1,14 +1,58 @@
-"""A training worker's place in the worker group, and the settings of its process."""
+"""A training worker as the driver sees it: its rank and device, the events that it sends, and Ray Train's hooks."""
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mnistsum_ray.cluster.resources import explain_worker_silence
 from mnistsum_ray.model.device import disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.model.distributed import all_reduce_sum
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.progress import Progress, silence_watchdog
+
+_FAILURE: Final = "failure"
+
+_ABORT_SECONDS: Final = 3.0
+
+_CHECK_SECONDS: Final = 1.0
+
+
+class EventSender:
+    """Sends events to the driver: all of rank 0, and failures of any rank."""
+
+    def __init__(self, queue: Queue, rank: int) -> None:
+        self._queue, self._rank = queue, rank
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """Send one event; `Console.show` lists the kinds and their fields."""
+        if self._rank == 0:
+            self._put({"kind": kind, **fields})
+
+    def fail(self, text: str) -> None:
+        """Have the driver end the run: another attempt would fail in the same way."""
+        self._put({"kind": _FAILURE, "text": text})
+
+    def _put(self, event: dict[str, Any]) -> None:
+        with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
+            self._queue.put(event)
+
+    def note(self, text: str) -> None:
+        """Send a line for the console."""
+        self.send("note", text=text)
+
+    def progress(self, what: str, total: int) -> Progress:
+        """A counter that the console shows; see `Progress`."""
+        return Progress(lambda counter: self.send("counter", **vars(counter)), what, total)
 
 
 @dataclass(frozen=True)
@@ -19,25 +63,27 @@ class Worker:
     world_size: int
     device: torch.device
     cpus: int
-    """This worker's share of the CPUs of its node."""
+    """This worker's part of the CPUs of its node."""
+    events: EventSender
+
+    @classmethod
+    def set_up(cls, events: Queue) -> "Worker":
+        """Set up this process as a training worker: exact float32 on GPUs; threads, determinism and memory on CPUs."""
+        context = ray.train.get_context()
+        device = ray.train.torch.get_device()
+        disable_tf32()
+        cpus = max(1, cpus_of_node() // context.get_local_world_size())
+        if device.type == "cpu":
+            # Ray sets one thread per reserved CPU, and a worker reserves less than one CPU, see resources.py.
+            torch.set_num_threads(cpus)
+            enable_determinism()
+            tune_malloc()
+        rank = context.get_world_rank()
+        return cls(rank, context.get_world_size(), device, cpus, EventSender(events, rank))
 
     def all_agree(self, value: bool) -> bool:
         """True on every worker if the value is true on every worker."""
         return bool(all_reduce_sum(torch.tensor(float(value), device=self.device)).item() == self.world_size)
-
-
-def setup_worker() -> Worker:
-    """Set up this process as a training worker: exact float32 on GPUs; threads, determinism and memory on CPUs."""
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    disable_tf32()
-    cpus = max(1, cpus_of_node() // context.get_local_world_size())
-    if device.type == "cpu":
-        # Ray sets one thread per reserved CPU, and a worker reserves less than one CPU, see resources.py.
-        torch.set_num_threads(cpus)
-        enable_determinism()
-        tune_malloc()
-    return Worker(context.get_world_rank(), context.get_world_size(), device, cpus)
 
 
 def cpus_of_node() -> int:
@@ -45,3 +91,132 @@ def cpus_of_node() -> int:
     node_id = ray.get_runtime_context().get_node_id()
     cpus = next((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id), 1)
     return max(1, int(cpus))
+
+
+@dataclass
+class Events:
+    """The queue, and the first failure that came through it."""
+
+    queue: Queue
+    failed: threading.Event = field(default_factory=threading.Event)
+    failure: str = ""
+
+
+@contextmanager
+def event_queue(
+    console: Console, on_epoch: Callable[[dict[str, Any]], None], on_progress: Callable[[dict[str, Any]], None]
+) -> Iterator[Events]:
+    """A queue whose events are shown on the console while the block runs; failures are kept.
+
+    Args:
+        console: shows the events.
+        on_epoch: called with each finished epoch's line of history.jsonl, in a thread of the queue.
+        on_progress: called with each progress event, in the same thread.
+    """
+    # The queue's actor is pinned to this node, so that it is not lost with another one.
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node})
+    events, ended, dropping = Events(queue), threading.Event(), threading.Event()
+
+    def follow() -> None:
+        with silence_watchdog(console.say, explain_worker_silence) as heard:
+            while True:
+                try:
+                    event = queue.get()
+                except ray.exceptions.RayError:  # the node is too busy to answer, or the actor has ended
+                    if ended.wait(1.0):
+                        return
+                    continue
+                if event is None or dropping.is_set():
+                    return
+                heard()
+                if event["kind"] == _FAILURE:
+                    events.failure = events.failure or event["text"]
+                    events.failed.set()
+                    continue
+                console.show(event)
+                if event["kind"] == "progress":
+                    on_progress(event)
+                if event["kind"] == "epoch":
+                    on_epoch({key: value for key, value in event.items() if key != "kind"})
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield events
+    except BaseException:
+        dropping.set()  # events that are still queued are dropped
+        raise
+    finally:
+        queue.actor.put.remote(None)  # the last event: ends the thread once the events before it are shown
+        thread.join(timeout=10)
+        ended.set()
+        queue.shutdown(force=True)
+        thread.join(timeout=5)  # the thread must not call Ray after this process has left the cluster
+
+
+class InterruptibleTrainer(ray.train.torch.TorchTrainer):
+    """TorchTrainer that leaves SIGINT to this process, and its workers in peace.
+
+    Ray Train 2.60 has no options against two of its habits; tests/training/test_worker.py fails when a name changes.
+
+    - `_register_sigint_handler` would install a handler for SIGINT for good, which ends the process with exit code 0.
+    - `PlacementGroupCleanerCallback` asks each second whether the controller is alive, and it asks any Ray cluster that runs on
+      this machine. Another one does not know the controller; then the workers are killed. Without it nothing is left behind:
+      a placement group ends with the job that has created it.
+    """
+
+    controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
+
+    def abort(self) -> None:
+        """End the workers, if they have been started; `fit` then raises RayActorError."""
+        if self.controller is not None:
+            with suppress(Exception):  # workers that do not end now end with this process
+                ray.get(self.controller.abort.remote(), timeout=_ABORT_SECONDS)
+
+    @contextmanager
+    def aborted_by(self, check: Callable[[], bool]) -> Iterator[None]:
+        """Abort the run as soon as `check`, called once a second in another thread, returns True."""
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(_CHECK_SECONDS):
+                if check():
+                    self.abort()
+                    return
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+class RunCallback(ray.train.UserCallback):
+    """Reports lost workers. Runs in Ray Train's controller process."""
+
+    def __init__(self, events: Queue) -> None:
+        self._events = EventSender(events, rank=0)
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Send a console line for each failed worker; Ray Train itself says nothing until it gives up."""
+        for rank, error in worker_exceptions.items():
+            text = str(worker_error(error)).strip().splitlines() or [type(error).__name__]
+            self._events.note(f"worker {rank} failed: {text[0]} (full text in Ray's logs)")
+
+
+def worker_error(error: Exception) -> Exception:
+    """The exception of the worker inside of Ray Train's wrapper.
+
+    Ray Train 2.60 hands its own exception, whose first line names a file of Ray, and keeps the worker's as `_base_exc`.
+    """
+    return getattr(error, "_base_exc", error)

@@ -51,7 +51,7 @@ def in_memory(folder: Path, batch_size: int = BATCH) -> Rows:
 def streamed(folder: Path, batch_size: int = BATCH) -> Rows:
     source = open_source(str(folder))
     assert source.files is not None
-    return source, stream_rows(source.files), Shuffle(source.train, source.files.groups.bounds, batch_size, SHUFFLE_ROWS, SEED)
+    return source, stream_rows(source.files), Shuffle(source.train, source.files.group_bounds, batch_size, SHUFFLE_ROWS, SEED)
 
 
 WAYS: dict[str, Callable[..., Rows]] = {"in memory": in_memory, "streamed": streamed}

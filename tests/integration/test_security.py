@@ -103,7 +103,7 @@ def test_a_pickle_for_a_checkpoint_fails(cluster: str, tmp_path: Path, data: Pat
     checkpoint = tmp_path / "runs" / "mine" / "epoch_00001_sum_head"  # the last
     (checkpoint / "trainer.safetensors").write_bytes(bomb)
     card = json.loads((checkpoint / "trainer.json").read_text())
-    card["files"]["trainer.safetensors"] = hashlib.sha256(bomb).hexdigest()  # else it is passed over
+    card["sha256"] = hashlib.sha256(bomb).hexdigest()  # else it is passed over
     (checkpoint / "trainer.json").write_text(json.dumps(card))
     done = run_job("train", *flags, "--resume", address=cluster)
     assert done.code == 1, done.err

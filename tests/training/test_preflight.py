@@ -7,8 +7,7 @@ import pytest
 
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.training.preflight import preflight
-from mnistsum_ray.training.recipes import recipe_defaults
+from mnistsum_ray.training.preflight import preflight, recipe_defaults
 
 
 def test_quick_has_fewer_epochs_and_a_larger_learning_rate_only_with_many_rows() -> None:

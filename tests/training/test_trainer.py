@@ -7,45 +7,36 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from ray.util.queue import Queue
 
-from mnistsum_ray.config import Hyperparameters, TrainConfig
-from mnistsum_ray.data.order import RowRanges, Shuffle, check_row_counts, mix_ids, row_checksums
+from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.data.order import RowRanges, check_row_counts, mix_ids, row_checksums
 from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.training.checkpoint import EpochProgress
-from mnistsum_ray.training.events import EventSender
 from mnistsum_ray.training.preflight import preflight
-from mnistsum_ray.training.rows import TrainingRows
 from mnistsum_ray.training.trainer import EpochCounter, Trainer
-from mnistsum_ray.training.worker import Worker
+from mnistsum_ray.training.worker import EventSender, Worker
 
 CPU = torch.device("cpu")
 
 
-def hyperparameters() -> Hyperparameters:
-    return preflight(TrainConfig(data="sample", recipe="long")).hyperparameters
-
-
-def dropout_of(rank: int, world_size: int, step: int) -> torch.Tensor:
-    """The factors of a worker's share of a batch of 128 rows, or of the last one, which has a single row."""
-    shuffle = Shuffle(RowRanges.of([0], [129]), None, 128, 0, seed=3)
-    rows = TrainingRows(None, shuffle, 0.0, 1, rank, world_size, CPU)
-    silent = EventSender(Queue.__new__(Queue), rank=1)  # only rank 0 sends
-    factors = Trainer(hyperparameters(), Worker(rank, world_size, CPU, 1), silent)._dropout(0, step, rows)
+def dropout_of(rank: int, world_size: int, rows: int) -> torch.Tensor:
+    """The factors of a worker's rows of a batch of 128 rows, or of the last one, which has fewer."""
+    hyperparameters = preflight(TrainConfig(data="sample", recipe="long", batch_size=128)).hyperparameters
+    silent = EventSender(None, rank=1)  # only rank 0 sends
+    factors = Trainer(hyperparameters, Worker(rank, world_size, CPU, 1, silent)).dropout(0, 0, rows)
     assert factors is not None
     return factors
 
 
-def test_shares_of_dropout_are_those_of_the_whole_batch() -> None:
-    whole = dropout_of(0, 1, 0)
+def test_the_workers_dropout_is_that_of_the_whole_batch() -> None:
+    whole = dropout_of(0, 1, 128)
     assert whole.shape == (128, 128, 3, 3)
     assert 0.7 < (whole > 0).float().mean() < 0.8
-    shares = [dropout_of(rank, 3, 0) for rank in range(3)]
-    assert sum(map(len, shares)) == 128
-    assert torch.equal(torch.cat(shares), whole)
+    parts = [dropout_of(rank, 3, 128) for rank in range(3)]
+    assert torch.equal(torch.cat(parts), whole)
 
 
-def test_a_share_without_rows_has_dropout_without_rows() -> None:
+def test_a_worker_without_rows_has_dropout_without_rows() -> None:
     assert [len(dropout_of(rank, 2, 1)) for rank in range(2)] == [1, 0]
 
 

@@ -1,4 +1,4 @@
-"""Ray Train's private hooks that training/callbacks.py relies on."""
+"""Ray Train's private hooks that training/worker.py relies on."""
 
 import inspect
 from pathlib import Path
@@ -9,7 +9,7 @@ import ray.train.torch
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from mnistsum_ray.training.callbacks import InterruptibleTrainer, worker_error
+from mnistsum_ray.training.worker import InterruptibleTrainer, worker_error
 
 
 def test_ray_train_still_asks_for_its_sigint_handler_by_this_name() -> None:
@@ -38,7 +38,7 @@ def test_the_workers_own_exception_can_be_had() -> None:
 
     error = UserExceptionWithTraceback(ValueError("of the worker"), traceback_str="")
     assert str(worker_error(error)) == "of the worker", (
-        f"Ray {ray.__version__}: UserExceptionWithTraceback._base_exc is gone; callbacks.worker_error must be adapted, or the "
+        f"Ray {ray.__version__}: UserExceptionWithTraceback._base_exc is gone; worker.worker_error must be adapted, or the "
         "console names a file of Ray instead of the worker's error"
     )
     assert issubclass(WorkerGroupError, Exception)
