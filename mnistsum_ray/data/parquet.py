@@ -1,4 +1,4 @@
-"""Open Parquet files that other programs wrote: whether a failure is the file's or the storage's, and plausible footers."""
+"""Open Parquet files that other programs wrote: whether a failure is the file's or the storage's; footers; and rows."""
 
 import hashlib
 import io
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -22,14 +24,12 @@ SUFFIXES: Final = (".parquet", ".pq", ".parq")
 # Limits on what a footer may claim, since the plan of the whole run is computed from it.
 _MAX_BYTES: Final = 2**50
 _MAX_ROWS: Final = 10**9
-_MAX_ROWS_PER_FILE_BYTE: Final = 10_000
-"""A file that repeats one row, the densest there is, has some hundreds of rows per byte."""
-_MAX_BYTES_PER_FILE_BYTE: Final = 100_000
-"""Zeros, under the best of Parquet's codecs, shrink by some tens of thousands."""
-
 
 _TAIL_BYTES: Final = 64 * 1024
 """Bytes read from the end of a file in the first request: most footers are shorter."""
+
+_BATCH_ROWS: Final = 8192
+"""Rows that are decompressed at once."""
 
 
 def is_data_file(name: str) -> bool:
@@ -137,7 +137,15 @@ def read_footer(file: Location, size: int) -> Footer:
             schema = metadata.schema.to_arrow_schema()
     except Exception as error:  # Arrow raises many types for damaged bytes
         raise UnusableFileError(f"cannot be read: {one_line(error)} ({type(error).__name__})") from None
-    return Footer(metadata, schema, *_row_groups(metadata, size), hashlib.sha256(data).hexdigest())
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    rows, decompressed = [group.num_rows for group in groups], sum(group.total_byte_size for group in groups)
+    plausible = min(rows, default=0) >= 0 and sum(rows) == metadata.num_rows <= _MAX_ROWS and 0 <= decompressed < _MAX_BYTES
+    if not plausible:
+        raise UnusableFileError(
+            f"has a footer that promises {metadata.num_rows:,} rows in {size:,} bytes, {decompressed:,} when decompressed; "
+            "write it again"
+        )
+    return Footer(metadata, schema, rows, decompressed, hashlib.sha256(data).hexdigest())
 
 
 def _footer_bytes(file: Location, size: int) -> bytes:
@@ -169,27 +177,29 @@ def _footer_bytes(file: Location, size: int) -> bytes:
     return tail[-length:]
 
 
-def _row_groups(metadata: pq.FileMetaData, file_size: int) -> tuple[list[int], int]:
-    """Rows of each row group, and bytes of all columns."""
-    rows, size = [], 0
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        if group.num_rows < 0 or not 0 <= group.total_byte_size < _MAX_BYTES:
-            raise UnusableFileError(
-                f"has a damaged footer (row group {index} with {group.num_rows:,} rows and {group.total_byte_size:,} bytes); "
-                "write it again"
-            )
-        rows.append(group.num_rows)
-        size += group.total_byte_size
-    if sum(rows) != metadata.num_rows:
-        raise UnusableFileError("has a damaged footer (its row groups do not add up); write it again")
-    if size > min(_MAX_BYTES, _MAX_BYTES_PER_FILE_BYTE * file_size):
-        raise UnusableFileError(f"has a footer that promises {size:,} bytes in {file_size:,}; write it again")
-    if metadata.num_rows > min(_MAX_ROWS, _MAX_ROWS_PER_FILE_BYTE * file_size):
-        raise UnusableFileError(
-            f"has a footer that promises {metadata.num_rows:,} rows in {file_size:,} bytes; write it again, or split it"
-        )
-    return rows, size
+def read_rows(parquet: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Read the rows of a file with these indices, in ascending order. Rows between them are not kept in memory.
+
+    Raises:
+        UnusableFileError: a row group has fewer rows than the footer says.
+    """
+    counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    ends = np.cumsum(counts)
+    groups, starts = np.unique(np.searchsorted(ends, rows, side="right"), return_index=True)
+    for group, wanted in zip(groups.tolist(), np.split(rows, starts[1:]), strict=False):
+        position, done = ends[group] - counts[group], 0
+        for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+            end = int(np.searchsorted(wanted, position + batch.num_rows))
+            indices = wanted[done:end] - position
+            if len(indices) and indices[-1] - indices[0] == len(indices) - 1:
+                yield batch.slice(indices[0], len(indices))  # `take` copies, and cannot be used on views
+            elif len(indices):
+                yield batch.take(pa.array(indices))
+            position, done = position + batch.num_rows, end
+            if done == len(wanted):
+                break
+        else:
+            raise UnusableFileError("has fewer rows in a row group than its footer says; write it again")
 
 
 def check_unchanged(file: Location, size: int, modified: int) -> None:

@@ -5,7 +5,6 @@ A million files take some hundred megabytes, and none of it grows with their row
 
 import hashlib
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,12 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
-from mnistsum_ray.data import idx
 from mnistsum_ray.data.images import SIDE, Pixels, check_digits, decode_images, image_type_error, one_chunk
 from mnistsum_ray.data.order import RowIds, RowRanges
-from mnistsum_ray.data.parquet import SUFFIXES, check_unchanged, is_data_file, open_parquet, read_footer
+from mnistsum_ray.data.parquet import SUFFIXES, check_unchanged, is_data_file, open_parquet, read_footer, read_rows
 from mnistsum_ray.data.parquet_types import plain_table, without_views
 from mnistsum_ray.errors import RequestError, UnusableFileError
 from mnistsum_ray.storage.listing import DUPLICATE, duplicate_paths, escape_non_utf8, list_folder
@@ -42,9 +39,6 @@ FILE_SCHEMA: Final = pa.schema(
 _DIGIT_COLUMNS: Final = ("digit", "label")
 
 _THREADS: Final = 32
-
-_BATCH_ROWS: Final = 8192
-"""Rows that are decompressed at once where only some of a row group are wanted."""
 
 _SPLITS: Final = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val"), "validation"
@@ -97,7 +91,7 @@ class ParquetFiles:
         try:
             check_unchanged(file, entry["size"], entry["modified"])
             with open_parquet(file) as parquet:
-                table = plain_table(_read_rows(parquet, rows, entry["group_rows"], ["image", entry["digit_column"]]))
+                table = plain_table(pa.Table.from_batches(read_rows(parquet, rows, ["image", entry["digit_column"]])))
         except UnusableFileError as error:
             raise RequestError(f"{file.display}: {error}") from None
         images, bad = decode_images(one_chunk(table["image"]))
@@ -125,52 +119,12 @@ class ParquetFiles:
             same_place: the earlier files lay in the same folder, so their times must be the same too. A copy has other times.
         """
         compared = ["name", "size", "footer_sha256"] + (["modified"] if same_place else [])
-        if self.table.select(compared).equals(earlier.select(compared)):
-            return None
-        now, then = ({row["name"]: row for row in table.to_pylist()} for table in (self.table, earlier))
+        now, then = ({row["name"]: row for row in table.select(compared).to_pylist()} for table in (self.table, earlier))
         for name in sorted(now.keys() | then.keys()):
-            reason = _difference(then.get(name), now.get(name), compared)
-            if reason:
-                return f"{(self.root / name if name else self.root).display}: {reason}"
+            if now.get(name) != then.get(name):
+                reason = "is new" if name not in then else "is missing" if name not in now else "has changed"
+                return f"{(self.root / name if name else self.root).display}: {reason} since the run began"
         return None
-
-
-def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None, compared: list[str]) -> str | None:
-    if then is None:
-        return "is new since the run began"
-    if now is None:
-        return "is missing; it was there when the run began"
-    return "has changed since the run began" if any(then[name] != now[name] for name in compared) else None
-
-
-def _read_rows(parquet: pq.ParquetFile, rows: npt.NDArray[np.int64], group_rows: list[int], columns: list[str]) -> pa.Table:
-    """Rows of a file with these indices, in ascending order. Rows between them are not kept in memory."""
-    ends = np.cumsum(group_rows)
-    groups, starts = np.unique(np.searchsorted(ends, rows, side="right"), return_index=True)
-    batches: list[pa.RecordBatch] = []
-    for group, wanted in zip(groups.tolist(), np.split(rows, starts[1:]), strict=True):
-        if len(wanted) == group_rows[group]:
-            batches += parquet.read_row_group(group, columns=columns, use_threads=False).to_batches()
-        else:
-            batches += _read_some(parquet, group, wanted - (ends[group] - group_rows[group]), columns)
-    if sum(batch.num_rows for batch in batches) != len(rows):
-        raise UnusableFileError("has fewer rows in a row group than its footer says")
-    return pa.Table.from_batches(batches)
-
-
-def _read_some(
-    parquet: pq.ParquetFile, group: int, wanted: npt.NDArray[np.int64], columns: list[str]
-) -> Iterator[pa.RecordBatch]:
-    position = 0
-    for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
-        low, high = np.searchsorted(wanted, [position, position + batch.num_rows])
-        if high - low == batch.num_rows:
-            yield batch
-        elif low < high:
-            yield batch.take(pa.array(wanted[low:high] - position))
-        position += batch.num_rows
-        if high == len(wanted):
-            return
 
 
 def read_parquet_source(place: Location, info: pafs.FileInfo) -> tuple[ParquetFiles, dict[str, RowRanges], dict[str, str]]:
@@ -215,8 +169,8 @@ def _list_parquet_files(place: Location, skipped: dict[str, str]) -> list[tuple[
         raise RequestError(f"--data {escape_non_utf8(not_utf8)}: its name is not UTF-8; rename it")
     if not files:
         raise RequestError(
-            f"--data {place.display}: holds neither IDX files ({idx.FILES[0]}, …) on a local disk nor Parquet files "
-            f"({', '.join(SUFFIXES)})"
+            f"--data {place.display}: holds neither IDX files (train-images-idx3-ubyte, …) on a local disk nor Parquet "
+            f"files ({', '.join(SUFFIXES)})"
         )
     return [(name_of(path), listing.files[path].size, listing.files[path].modified) for path in files]
 

@@ -1,9 +1,15 @@
 """Data sources: full MNIST, an IDX folder, Parquet files or the bundled sample, and the rows of each split.
 
-IDX files and the sample are read whole. Parquet files are only described by their footers.
+IDX files, MNIST's own, and the sample are read whole. Parquet files are only described by their footers.
 """
 
+import gzip
 import hashlib
+import http.client
+import struct
+import tempfile
+import urllib.request
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -14,8 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mnistsum_ray.data import idx
-from mnistsum_ray.data.images import Pixels, check_digits, decode_images, one_chunk
+from mnistsum_ray.data.images import SIDE, Pixels, check_digits, decode_images, one_chunk
 from mnistsum_ray.data.order import RowIds, RowRanges
 from mnistsum_ray.data.parquet_source import ParquetFiles, read_parquet_source
 from mnistsum_ray.errors import RequestError, RunError, StorageError, one_line
@@ -24,6 +29,16 @@ from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
+
+_IDX_FILES: Final = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+_DOWNLOAD_TIMEOUT_SECONDS: Final = 3
+"""For the connection and for each read, so it does not limit the download as a whole."""
 
 _MIN_TRAIN_ROWS: Final = 10
 _MAX_HELD_OUT_ROWS: Final = 5000
@@ -98,7 +113,7 @@ def open_source(data: str) -> Source:
         if info.type == pafs.FileType.NotFound:
             raise RequestError(f"--data {place.display}: there is no such file or folder")
         if place.is_local and info.type == pafs.FileType.Directory:
-            folder = idx.find(Path(place.path))
+            folder = _find_idx(Path(place.path))
             if folder:
                 return _idx(folder)
         special = special_file_error(place)
@@ -123,11 +138,11 @@ def _full_mnist(*, fall_back: bool) -> Source:
     """MNIST from ./data, from the cache in the home folder, or downloaded into it; with `fall_back` else the sample."""
     cache = Path.home() / ".cache" / "mnistsum_ray"
     for root in (Path("data").resolve(), cache):
-        folder = idx.find(root)
+        folder = _find_idx(root)
         if folder:
             return _idx(folder)
     try:
-        idx.download(cache)
+        _download_mnist(cache)
     except (OSError, RuntimeError) as error:
         reason = one_line(error) or type(error).__name__
         if not fall_back:
@@ -141,14 +156,14 @@ def _full_mnist(*, fall_back: bool) -> Source:
             f"Going on with the bundled sample of {sample.rows:,} images; --data FOLDER names a copy of the full set."
         )
         return replace(sample, notice=notice)
-    folder = idx.find(cache)
+    folder = _find_idx(cache)
     if folder is None:
         raise RequestError(f"--data mnist: the download left no MNIST in {cache}")
     return _idx(folder)
 
 
 def _idx(folder: Path) -> Source:
-    images, digits, test_rows = idx.read(folder)
+    images, digits, test_rows = _read_idx(folder)
     arrays = ImageArrays(images, check_digits(pa.array(digits), str(folder), range(len(digits))))
     end = len(images) - test_rows
     return _with_splits(
@@ -179,3 +194,99 @@ def _with_splits(name: str, location: str, data: ImageArrays | ParquetFiles, row
     if not len(validation) or not len(test):
         raise RequestError(f"--data {location}: its validation or test files have no rows")
     return Source(name, location, data, train, validation, test)
+
+
+def _find_idx(root: Path) -> Path | None:
+    """The folder with IDX files: `root`/MNIST/raw or `root`/raw, as in torchvision, or `root`; None where there is none."""
+    for folder in (root / "MNIST" / "raw", root / "raw", root):
+        if any((folder / (name + suffix)).exists() for name in _IDX_FILES for suffix in ("", ".gz")):
+            return folder
+    return None
+
+
+def _read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.uint8], int]:
+    """Read the training files and then the test files of a folder.
+
+    Returns:
+        Images uint8[n, 28, 28], labels uint8[n], and the number of test rows, which are the last.
+
+    Raises:
+        RequestError: a file is missing, is not IDX, or does not match the others; names the file.
+    """
+    train_images, train_digits, test_images, test_digits = (_read_idx_file(folder, name) for name in _IDX_FILES)
+    for name, images, digits in (
+        (_IDX_FILES[0], train_images, train_digits),
+        (_IDX_FILES[2], test_images, test_digits),
+    ):
+        if images.shape[1:] != (SIDE, SIDE):
+            raise RequestError(f"{folder / name}: images are {images.shape[1]} x {images.shape[2]} pixels, not 28 x 28")
+        if len(images) != len(digits):
+            raise RequestError(f"{folder / name}: has {len(images):,} images, but its label file has {len(digits):,} labels")
+    return np.concatenate([train_images, test_images]), np.concatenate([train_digits, test_digits]), len(test_images)
+
+
+def _read_idx_file(folder: Path, name: str) -> Pixels:
+    """Read one IDX file of unsigned bytes, gzip-compressed or not: uint8[n, 28, 28] or uint8[n].
+
+    Format: https://yann.lecun.com/exdb/mnist/
+    """
+    path = folder / name
+    if not path.exists():
+        path = folder / (name + ".gz")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except FileNotFoundError:
+        raise RequestError(f"{folder}: {name} is missing, gzipped or not") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise RequestError(f"{path}: cannot be read: {error}") from None
+    dimensions = 3 if "idx3" in name else 1
+    header = 4 + 4 * dimensions
+    if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
+        raise RequestError(f"{path}: is not an IDX file of unsigned bytes with {dimensions} dimension(s)")
+    shape = struct.unpack(f">{dimensions}I", data[4:header])
+    expected = int(np.prod(shape, dtype=np.int64))
+    if len(data) - header != expected:
+        raise RequestError(f"{path}: holds {len(data) - header:,} bytes of data where its header says {expected:,}")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def _download_mnist(root: Path) -> None:
+    """Download MNIST to `root`/MNIST/raw from the mirrors that torchvision lists, and check torchvision's MD5 sums.
+
+    The folder appears only when it is complete, so an interrupted download is repeated the next time. Without a network this
+    fails within seconds.
+
+    Raises:
+        OSError: no mirror has all files, or they cannot be written.
+    """
+    from torchvision.datasets import MNIST  # takes seconds to import, and most runs do not download
+
+    errors = []
+    for mirror in MNIST.mirrors:
+        try:
+            files = {name.removesuffix(".gz"): _download_file(f"{mirror}{name}", md5) for name, md5 in MNIST.resources}
+            break
+        except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
+            errors.append(f"{mirror}: {one_line(error)}")
+    else:
+        raise OSError("; ".join(errors))
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as temporary:
+        raw = Path(temporary, "MNIST", "raw")
+        raw.mkdir(parents=True)
+        for name, data in files.items():
+            (raw / name).write_bytes(data)
+        try:
+            raw.parent.rename(root / "MNIST")
+        except OSError:
+            if _find_idx(root) is None:  # otherwise another run was faster
+                raise
+
+
+def _download_file(url: str, md5: str) -> bytes:
+    # urlopen's own timeout: socket.setdefaulttimeout would also change the sockets of the caller's other threads.
+    with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response:
+        data: bytes = response.read()
+    if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
+        raise OSError(f"{url} does not have the MD5 sum {md5}")
+    return gzip.decompress(data)

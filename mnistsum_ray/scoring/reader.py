@@ -7,10 +7,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mnistsum_ray.data.images import SIDE, Pixels, decode_images, decode_numbers, join_reasons, one_chunk
-from mnistsum_ray.data.parquet import check_unchanged, open_parquet
+from mnistsum_ray.data.parquet import check_unchanged, open_parquet, read_rows
 from mnistsum_ray.data.parquet_types import check_int96, int96_columns, plain_table
 from mnistsum_ray.errors import StorageError, UnusableFileError
 from mnistsum_ray.scoring.footers import Columns
@@ -172,23 +171,11 @@ def _read_slices(folder: Location, parts: list[Part], columns: Columns) -> Itera
         if len(parts) == 1 and not first.skip_rows and group_rows == first.rows:
             yield decode_part(first, plain_table(file.read_row_groups(groups, use_threads=False)), columns)
             return
-        for part, table in zip(parts, _slice_groups(file, groups, parts), strict=True):
-            yield decode_part(part, plain_table(table), columns)
-
-
-def _slice_groups(file: pq.ParquetFile, groups: list[int], parts: list[Part]) -> Iterator[pa.Table]:
-    """Cut consecutive parts out of their row groups. Only the batches of the current part are in memory."""
-    batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, use_threads=False)
-    position = parts[0].first_row - parts[0].skip_rows  # row of the file after the batches that were read
-    pending: list[pa.RecordBatch] = []
-    for part in parts:
-        while position < part.first_row + part.rows:
-            batch = next(batches, None)
-            if batch is None:
-                raise UnusableFileError(f"ends after {position:,} rows, where its footer promises more; write it again")
-            position += batch.num_rows
-            if position > part.first_row:
-                pending.append(batch)
-        table = pa.Table.from_batches(pending)
-        yield table.slice(table.num_rows - (position - part.first_row), part.rows)
-        pending = pending[-1:]  # the end of the last batch belongs to the next part
+        batches = read_rows(file, np.arange(first.first_row, parts[-1].first_row + parts[-1].rows))
+        pending: list[pa.RecordBatch] = []
+        for part in parts:  # only the batches of the current part are in memory
+            while sum(batch.num_rows for batch in pending) < part.rows:
+                pending.append(next(batches))
+            table = pa.Table.from_batches(pending)
+            yield decode_part(part, plain_table(table.slice(0, part.rows)), columns)
+            pending = table.slice(part.rows).to_batches()

@@ -78,7 +78,7 @@ def test_a_changed_file_is_told_from_its_table(folder: Path, sample: pa.Table) -
     without = replace(after, table=pa.concat_tables([before.table, after.table.slice(3)]))
     assert without.changed_file(before.table, same_place=True) == f"{folder}/d.parquet: is new since the run began"
     gone = replace(before, table=before.table.slice(1))
-    assert gone.changed_file(before.table, same_place=True) == f"{folder}/a.parquet: is missing; it was there when the run began"
+    assert gone.changed_file(before.table, same_place=True) == f"{folder}/a.parquet: is missing since the run began"
 
 
 def test_a_copy_has_other_times_and_the_same_fingerprint(folder: Path) -> None:

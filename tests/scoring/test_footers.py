@@ -84,7 +84,6 @@ def test_a_damaged_file_gets_a_reason(tmp_path: Path, name: str, reason: str) ->
     [
         (10**13, "has a footer that promises 10,000,000,000,000 rows in"),
         (2**62, "has a footer that promises 4,611,686,018,427,387,904 rows in"),
-        (50_000_000, "has a footer that promises 50,000,000 rows in"),
     ],
 )
 def test_a_footer_with_a_wrong_number_of_rows_makes_that_file_unusable(tmp_path: Path, wrong_rows: int, reason: str) -> None:
@@ -101,10 +100,7 @@ def test_a_footer_with_a_wrong_number_of_bytes_makes_that_file_unusable(tmp_path
     pq.write_table(GOOD, tmp_path / "a.parquet")
     size = pq.read_metadata(tmp_path / "a.parquet").row_group(0).total_byte_size
     with_footer(tmp_path / "a.parquet", size, 2**62)
-    assert (
-        "has a damaged footer (row group 0 with 3 rows and 4,611,686,018,427,387,904 bytes)"
-        in footers(tmp_path)["a.parquet"]["error"]
-    )
+    assert "has a footer that promises 3 rows in" in footers(tmp_path)["a.parquet"]["error"]
 
 
 @pytest.mark.parametrize(
