@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mnistsum_ray.data.images import SIDE, Pixels, check_digits, decode_images, image_type_error, one_chunk
-from mnistsum_ray.data.order import RowIds, RowRanges
+from mnistsum_ray.data.order import RowIds, RowRanges, row_checksums
 from mnistsum_ray.data.parquet import SUFFIXES, check_unchanged, is_data_file, open_parquet, read_footer, read_rows
 from mnistsum_ray.data.parquet_types import plain_table, without_views
 from mnistsum_ray.errors import RequestError, UnusableFileError
@@ -98,6 +98,12 @@ class ParquetFiles:
         for row, reason in sorted(bad.items()):
             raise RequestError(f"{file.display}: row {rows[row]}: {reason}")
         return images, check_digits(one_chunk(table[entry["digit_column"]]), file.display, rows)
+
+    def add_checksums(
+        self, checksums: npt.NDArray[np.int64], ids: RowIds, images: Pixels, digits: npt.NDArray[np.integer[Any]]
+    ) -> None:
+        """Add the `row_checksums` of rows to those of their files, int64[files]."""
+        np.add.at(checksums, np.searchsorted(self.end_ids, ids, side="right"), row_checksums(ids, images, digits))
 
     def fingerprint(self, splits: tuple[RowRanges, ...]) -> str:
         """SHA-256 over the sizes and footers of all files in the order of their row ids, and over the rows of the splits.

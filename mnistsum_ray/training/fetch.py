@@ -5,7 +5,7 @@ This module does not import torch: an actor that took a second to import it woul
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -34,14 +34,6 @@ _BLOCK_ROWS: Final = 8192
 Columns = dict[str, np.ndarray]
 
 
-class RowData(Protocol):
-    """What rows are fetched from: arrays, blocks in the object store, or Parquet files."""
-
-    def fetch(self, ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
-        """Rows int64[n], distinct and in any order, as uint8[n, 28, 28] and int8[n]."""
-        ...
-
-
 @dataclass
 class ObjectStoreRows:
     """Rows in the object store."""
@@ -52,7 +44,7 @@ class ObjectStoreRows:
     _opened: dict[int, tuple[Pixels, npt.NDArray[np.int8]]] = field(default_factory=dict)
 
     def fetch(self, ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
-        """See `RowData`."""
+        """Rows int64[n], distinct and in any order, as uint8[n, 28, 28] and int8[n]."""
         images, digits = np.empty((len(ids), SIDE, SIDE), np.uint8), np.empty(len(ids), np.int8)
         block = np.searchsorted(self.first_ids, ids, side="right") - 1
         order = np.argsort(block, kind="stable")
@@ -68,6 +60,10 @@ class ObjectStoreRows:
         if index not in self._opened:
             self._opened[index] = _images_and_digits(ray.get(self.blocks[index]))
         return self._opened[index]
+
+
+RowData = ObjectStoreRows | ParquetFiles
+"""What workers fetch rows from; see its method `fetch`."""
 
 
 @dataclass(frozen=True)
@@ -88,53 +84,44 @@ def load_rows(source: Source) -> LoadedRows:
         RequestError: a file or a row cannot be used; the message names it.
         RowCountError: the files hold more or fewer rows than their footers say.
     """
-    if isinstance(source.data, ImageArrays):
+    data = source.data
+    if isinstance(data, ImageArrays):
         first_ids = np.arange(0, source.rows, _BLOCK_ROWS)
         ranges = [np.arange(first, min(first + _BLOCK_ROWS, source.rows)) for first in first_ids.tolist()]
-        blocks = [ray.put(_block(*source.data.fetch(ids))) for ids in ranges]
-        checksums = row_checksums(np.arange(source.rows), source.data.images, source.data.digits).sum(keepdims=True)
+        blocks = [ray.put(_block(*data.fetch(ids))) for ids in ranges]
+        checksums = row_checksums(np.arange(source.rows), data.images, data.digits).sum(keepdims=True)
         return LoadedRows(ray.put(ObjectStoreRows(blocks, first_ids)), checksums)
-    lineage, blocks, first_ids = _read_blocks(source.data)
-    checksums = np.zeros(len(source.data.end_ids), np.int64)
-    for first, block in zip(first_ids.tolist(), blocks, strict=True):
-        images, digits = _images_and_digits(ray.get(block))
-        ids = first + np.arange(len(digits))
-        file = np.searchsorted(source.data.end_ids, ids, side="right")
-        np.add.at(checksums, file, row_checksums(ids, images, digits))
-    return LoadedRows(ray.put(ObjectStoreRows(blocks, first_ids)), checksums, lineage)
-
-
-def stream_rows(files: ParquetFiles) -> LoadedRows:
-    """Access to rows that stay in their files."""
-    return LoadedRows(ray.put(files), None)
-
-
-def _read_blocks(files: ParquetFiles) -> "tuple[ray.data.Dataset, list[ray.ObjectRef[pa.Table]], RowIds]":
-    """The lineage, the blocks, and the row id of the first row of each."""
-    bounds = list(_ranges(files))
-    items = [{"first": first, "end": end} for first, end in bounds]
+    planned = list(_ranges(data))
+    items = [{"first": first, "end": end} for first, end in planned]
     with ray_data_options(preserve_order=True):
         lineage = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             _read_block,
-            fn_args=(ray.put(files),),
+            fn_args=(ray.put(data),),
             batch_size=1,
             num_cpus=TASK_CPUS,
             compute=TaskPoolStrategy(size=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))),
         )
         blocks = list(lineage.materialize().to_arrow_refs())
-    first_ids, planned = list[int](), iter(bounds)
-    first, end = 0, 0
+    starts, checksums = list[int](), np.zeros(len(data.end_ids), np.int64)
+    first, end, upcoming = 0, 0, iter(planned)
     for block in blocks:
         table: pa.Table = ray.get(block)
         if "error" in table.column_names:
             raise RequestError(table["error"][0].as_py())
         if first == end:
-            first, end = next(planned)
-        first_ids.append(first)  # Ray Data may have cut a range into several blocks
-        first += table.num_rows
-    if first != end or first != files.end_ids[-1]:
-        raise RowCountError(f"read {first:,} rows of {files.root.display}, whose files hold {files.end_ids[-1]:,}")
-    return lineage, blocks, np.array(first_ids, np.int64)
+            first, end = next(upcoming)
+        starts.append(first)  # Ray Data may have cut a range into several blocks
+        images, digits = _images_and_digits(table)
+        data.add_checksums(checksums, first + np.arange(len(digits)), images, digits)
+        first += len(digits)
+    if first != end or first != data.end_ids[-1]:
+        raise RowCountError(f"read {first:,} rows of {data.root.display}, whose files hold {data.end_ids[-1]:,}")
+    return LoadedRows(ray.put(ObjectStoreRows(blocks, np.array(starts, np.int64))), checksums, lineage)
+
+
+def stream_rows(files: ParquetFiles) -> LoadedRows:
+    """Access to rows that stay in their files."""
+    return LoadedRows(ray.put(files), None)
 
 
 def _ranges(files: ParquetFiles) -> Iterator[tuple[int, int]]:

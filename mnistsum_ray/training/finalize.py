@@ -61,15 +61,7 @@ def finetune(
     """Fine-tune the sum head of the last epoch's model, and save a checkpoint.
 
     The result is undone if the two heads then agree on fewer validation pairs. Rank 0 trains, and the others take its weights.
-
-    Args:
-        trainer: its model is fine-tuned.
-        state: after the last epoch; updated in place.
-        data: the rows.
-        train: rows whose digit scores the sum head learns from.
-        validation: decides whether the result is kept.
-        test: reported only.
-        checkpointer: saves the state.
+    It learns from the digit scores of the training rows. Updates the trainer's model and the state.
     """
     hyperparameters, model, events = trainer.hyperparameters, trainer.model, trainer.events
     steps = hyperparameters.sum_head_steps

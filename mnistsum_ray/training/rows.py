@@ -27,7 +27,7 @@ from ray.data import ActorPoolStrategy
 from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.data.distortion import AFFINE_VALUES
 from mnistsum_ray.data.images import SIDE
-from mnistsum_ray.data.order import RowIds, RowRanges, Shuffle, mix_ids, positions_of_rank, row_checksums
+from mnistsum_ray.data.order import RowIds, RowRanges, Shuffle, mix_ids, positions_of_rank
 from mnistsum_ray.data.parquet_source import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model.device import array_to_device
@@ -246,9 +246,7 @@ class EvaluationSet:
         for first in range(self._share.start, self._share.stop, _RESIDENT_ROWS):
             columns = fetch_columns(self._data, self.rows.at(np.arange(first, min(first + _RESIDENT_ROWS, self._share.stop))))
             if isinstance(self._data, ParquetFiles):
-                ids, images, digits = columns["row_id"], columns["image"], columns["digit"]
-                file = np.searchsorted(self._data.end_ids, ids, side="right")
-                np.add.at(self.checksums, file, row_checksums(ids, images, digits))
+                self._data.add_checksums(self.checksums, columns["row_id"], columns["image"], columns["digit"])
             for start in range(0, len(columns["row_id"]), size):
                 yield {name: array_to_device(values[start : start + size], self._device) for name, values in columns.items()}
 

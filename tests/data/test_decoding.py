@@ -66,15 +66,6 @@ def test_every_form_gives_the_same_pixels(name: str) -> None:
     assert np.array_equal(sliced, IMAGES[1:])
 
 
-def test_one_chunk_is_not_copied_and_several_are_put_together() -> None:
-    array = pixels_array(IMAGES)
-    one = one_chunk(pa.chunked_array([array]))
-    assert np.shares_memory(pixels_view(one), pixels_view(array)), "training takes rows out of blocks of many megabytes"
-    assert np.array_equal(pixels_view(one_chunk(pa.chunked_array([array]).slice(1))), IMAGES[1:])
-    assert np.array_equal(pixels_view(one_chunk(pa.chunked_array([array, array]))), np.concatenate([IMAGES, IMAGES]))
-    assert len(one_chunk(pa.chunked_array([], array.type))) == 0
-
-
 def test_jpeg_is_close_to_its_pixels() -> None:
     smooth = np.tile(np.arange(28, dtype=np.uint8) * 9, (28, 1))
     images, bad = decode_images(pa.array([encoded(smooth, "JPEG")]))

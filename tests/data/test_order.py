@@ -94,11 +94,6 @@ def test_row_ranges_answer_as_a_set_does(ids: np.ndarray) -> None:
     assert np.array_equal(ranges.minus(RowRanges.from_ids(removed)).ids(), np.setdiff1d(ids, removed))
 
 
-def test_ranges_that_touch_become_one_and_empty_ones_go() -> None:
-    ranges = RowRanges.of([0, 5, 9, 12], [5, 9, 9, 13])
-    assert (ranges.starts.tolist(), ranges.ends.tolist()) == ([0, 12], [9, 13])
-
-
 @pytest.mark.parametrize(
     "groups", [[1000] * 2000, [2_000_000], [3, 5, 10**6, 7, 10**6], [1] * 6000], ids=["many", "one", "uneven", "tiny"]
 )
@@ -123,11 +118,6 @@ def test_a_sample_is_spread_over_the_rows() -> None:
     touched = np.flatnonzero(np.diff(sample.count_below(np.arange(0, 2_001_000, 1000))))
     assert (len(touched), np.diff(touched).max()) == (100, 20)
     assert len(RowRanges.of([0], [50]).sample(100)) == 50
-
-
-def test_a_set_of_rows_is_told_from_one_with_the_same_sum() -> None:
-    lost = mix_ids(np.array([1, 2, 4, 4, 4, 6])).sum()
-    assert lost != mix_ids(np.array([1, 2, 3, 4, 5, 6])).sum()
 
 
 def test_checksums_tell_pixels_digits_and_places_apart() -> None:
