@@ -287,8 +287,7 @@ def check_digits(digits: pa.Array, where: str, rows: Sequence[int] | npt.NDArray
     Raises:
         RequestError: a digit is null or outside 0..9; names the row.
     """
-    values = digits.fill_null(10).to_numpy(zero_copy_only=False)
-    for index in np.flatnonzero((values < 0) | (values > 9)).tolist():
-        digit = digits[index].as_py()
-        raise RequestError(f"{where}: row {rows[index]}: the digit is {'null' if digit is None else digit}, not 0..9")
-    return values.astype(np.int8)  # type: ignore[no-any-return]
+    values, bad = decode_numbers(digits)
+    for index in sorted(bad):
+        raise RequestError(f"{where}: row {rows[index]}: the digit {bad[index]}")
+    return values.astype(np.int8)

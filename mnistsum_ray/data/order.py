@@ -290,7 +290,7 @@ def _sequence(shuffle: Shuffle, epoch: int) -> tuple[npt.NDArray[np.int64], npt.
 
 
 def positions_of_rank(batch_size: int, rank: int, world_size: int) -> range:
-    """The positions of every batch that one worker trains on. The shares of the workers differ by one row at most."""
+    """The positions of every batch that one worker trains on. Those of two workers differ by one row at most."""
     return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 

@@ -39,7 +39,8 @@ _SNAPSHOT: Final = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of checkpoints. Ray Train rewrites it in place, so a kill at that moment leaves it incomplete, and then
 a restored run fails for good. So this program does not use it."""
 
-_FOLDER: Final = re.compile(r"epoch_(\d+)(?:_(step)_(\d+)|_(sum_head))?")
+_FOLDER: Final = re.compile(r"epoch_\d+(_step_\d+|_sum_head)?")
+"""Names of checkpoint folders, see `TrainerState.name`."""
 
 
 class CheckpointError(ValueError):
@@ -97,6 +98,12 @@ class TrainerState:
     """None before fine-tuning, and in runs without it."""
     checksums: Tensor | None = None
     """Sums of the `order.row_checksums` of all rows of each file, int64[files]; None before they are known, and in memory."""
+
+    @property
+    def name(self) -> str:
+        """Epochs that are done, and steps of the next one; names of later states of a run sort after those of earlier ones."""
+        step = f"_step_{self.progress.steps:07d}" if self.progress.steps else ""
+        return f"epoch_{self.epochs_done:05d}{step}" + ("_sum_head" if self.sum_head else "")
 
     def describe(self, weights: Weights) -> dict[str, Any]:
         """Description of the model after the last epoch, see `serialization.describe_model`."""
@@ -158,10 +165,8 @@ class Checkpointer:
 
     def save_step(self, state: TrainerState, progress: EpochProgress) -> None:
         """Save within an epoch, unless an upload is still under way."""
-        epoch = state.epochs_done + 1
-        metrics, folder_name = {"epoch": epoch, "step": progress.steps}, f"epoch_{epoch:05d}_step_{progress.steps:07d}"
         if self._can_upload():
-            self.save(replace(state, progress=progress), metrics, folder_name, CheckpointUploadMode.ASYNC)
+            self.save(replace(state, progress=progress), CheckpointUploadMode.ASYNC)
 
     def save_epoch(self, state: TrainerState, trained: dict[str, Any], validation: Metrics, test: Metrics, *, last: bool) -> None:
         """Add a finished epoch to the state, in place, and save a checkpoint.
@@ -174,21 +179,14 @@ class Checkpointer:
         state.history.append(line)
         self._worker.events.send("epoch", **line)
         if last or self._can_upload():
-            mode = CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC
-            self.save(state, line, f"epoch_{state.epochs_done:05d}", mode)
+            self.save(state, CheckpointUploadMode.SYNC if last else CheckpointUploadMode.ASYNC)
 
     def _can_upload(self) -> bool:
         return self._worker.all_agree(self._uploading is None or not self._uploading.exists())
 
-    def save(
-        self,
-        state: TrainerState,
-        metrics: dict[str, Any],
-        folder_name: str,
-        mode: CheckpointUploadMode = CheckpointUploadMode.SYNC,
-    ) -> None:
+    def save(self, state: TrainerState, mode: CheckpointUploadMode = CheckpointUploadMode.SYNC) -> None:
         """Report a checkpoint to Ray Train, which uploads it; rank 0 writes it, the others take part in the barrier."""
-        self._saved = time.perf_counter()
+        self._saved, metrics = time.perf_counter(), {"epochs_done": state.epochs_done}
         if self._worker.rank != 0:
             ray.train.report(metrics, checkpoint=None, checkpoint_upload_mode=mode)
             return
@@ -199,7 +197,7 @@ class Checkpointer:
             ray.train.report(
                 metrics,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=folder_name,
+                checkpoint_dir_name=state.name,
                 checkpoint_upload_mode=mode,
                 delete_local_checkpoint_after_upload=True,
             )
@@ -306,16 +304,10 @@ def latest_valid_checkpoint(folder: Location, say: Callable[[str], None]) -> Loc
     Raises:
         RequestError: the newest complete checkpoint is of another version.
     """
-    found: dict[tuple[int, int, int], str] = {}
-    for info in folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True)):
-        match = _FOLDER.fullmatch(info.base_name)
-        if match and info.type == FileType.Directory:
-            epoch = int(match[1])
-            # A checkpoint within an epoch has the number of that epoch, and is older than the one at its end.
-            order = (epoch - 1, 1, int(match[3])) if match[2] else (epoch, 0, int(bool(match[4])))
-            found[order] = info.base_name
-    for order in sorted(found, reverse=True):
-        checkpoint = folder / found[order]
+    infos = folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True))
+    names: list[str] = [info.base_name for info in infos if info.type == FileType.Directory and _FOLDER.fullmatch(info.base_name)]
+    for name in sorted(names, reverse=True):
+        checkpoint = folder / name
         try:
             verify_checkpoint(checkpoint)
         except CheckpointVersionError as error:

@@ -82,7 +82,7 @@ def finetune(
         model.load_state_dict(weights)
     undone = "" if kept else "; undone"
     events.note(f"validation sums equal to digit + number: {before:.3%} before, {after:.3%} after{undone}")
-    checkpointer.save(state, {"epoch": state.epochs_done, "sum_head": steps}, f"epoch_{state.epochs_done:05d}_sum_head")
+    checkpointer.save(state)
 
 
 def _digit_scores(trainer: Trainer, rows: EvaluationSet) -> Tensor:

@@ -94,8 +94,8 @@ def _run(config: LoopConfig, worker: Worker) -> dict[str, Any]:
         first_step=state.progress.steps,
     )
     batches = rows.batches()
+    end_ids = torch.from_numpy(data.end_ids) if isinstance(data, ParquetFiles) else None
     for epoch in range(state.epochs_done, parameters.epochs):
-        end_ids = torch.from_numpy(data.end_ids) if isinstance(data, ParquetFiles) else None
         line, trained = trainer.train_epoch(state, shuffle, batches, end_ids, checkpointer)
         broadcast_parameters(trainer.model.parameters())
         started = time.perf_counter()
@@ -123,7 +123,7 @@ def _check_contents(
         state: gets the checksums if it has none yet.
         files: of all rows.
         trained: checksums of the epoch's training rows, over all workers.
-        validation: with the checksums of this worker's share.
+        validation: with the checksums of the rank's rows.
         test: likewise.
 
     Raises:

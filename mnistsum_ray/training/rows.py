@@ -1,4 +1,4 @@
-"""Rows for a training worker: its rows of each step, and its share of held-out rows.
+"""Rows for a training worker: of each step, and of the held-out rows.
 
     object store ─┐                 ┌─▶ rank 0: step 0, step 1, … of every epoch
                   ├─ ReadTask ──────┤
@@ -222,19 +222,19 @@ def _side_by_side(pieces: list[Columns], steps: int) -> Columns:
 
 
 class EvaluationSet:
-    """Held-out rows, undistorted and without numbers, and this worker's share of them as batches on its device."""
+    """Held-out rows, undistorted and without numbers, and those of one rank as batches on its device."""
 
     def __init__(self, data: RowData, rows: RowRanges, rank: int, world_size: int, device: torch.device) -> None:
         self.rows = rows
         self.checksums = np.zeros(len(data.end_ids) if isinstance(data, ParquetFiles) else 0, np.int64)
         """Sum of the `row_checksums` of this worker's rows of each file, as they were read last; empty for rows in memory."""
         self._data, self._device = data, device
-        self._share = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
+        self._indices = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
         self._resident = list(self._read()) if len(rows) <= _RESIDENT_ROWS else None
 
     @property
     def batches(self) -> Iterable[Batch]:
-        """Batches of the share; each row is in the share of one worker."""
+        """Batches of the rank's rows; each row belongs to one rank."""
         return self._read() if self._resident is None else self._resident
 
     def _read(self) -> Iterator[Batch]:
@@ -243,8 +243,8 @@ class EvaluationSet:
     def _on_device(self) -> Iterator[Batch]:
         size = _GPU_EVALUATION_BATCH if self._device.type == "cuda" else _EVALUATION_BATCH
         self.checksums[:] = 0
-        for first in range(self._share.start, self._share.stop, _RESIDENT_ROWS):
-            columns = fetch_columns(self._data, self.rows.at(np.arange(first, min(first + _RESIDENT_ROWS, self._share.stop))))
+        for first in range(self._indices.start, self._indices.stop, _RESIDENT_ROWS):
+            columns = fetch_columns(self._data, self.rows.at(np.arange(first, min(first + _RESIDENT_ROWS, self._indices.stop))))
             if isinstance(self._data, ParquetFiles):
                 self._data.add_checksums(self.checksums, columns["row_id"], columns["image"], columns["digit"])
             for start in range(0, len(columns["row_id"]), size):

@@ -1,4 +1,4 @@
-"""Training steps of one worker: an epoch over its share of the rows, and the evaluation after it."""
+"""Training steps of one worker: an epoch over the rank's rows, and the evaluation after it."""
 
 import math
 import time
@@ -196,7 +196,7 @@ class Trainer:
         """Metrics on held-out rows, with all ten numbers; each row is counted once over all workers.
 
         Args:
-            held_out: rows of all workers, and this worker's share of them.
+            held_out: rows of all workers, and batches of the rank's.
             epoch: number of the epoch for the error message, from 1.
 
         Raises:

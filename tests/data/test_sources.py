@@ -112,7 +112,7 @@ def wrong_magic(folder: Path) -> str:
 
 def wrong_digit(folder: Path) -> str:
     write_idx(folder / "MNIST" / "raw", "t10k-labels-idx1-ubyte", np.full(100, 12, np.uint8))
-    return "the digit is 12, not 0..9"
+    return "the digit is 12, not one of 0..9"
 
 
 def fewer_labels(folder: Path) -> str:

@@ -93,7 +93,7 @@ def kill_and_resume(storage: str, flags: tuple[object, ...]) -> Done:
     where = ["--storage-path", storage, "--name", "mine"]
     job = Job("train", *flags, "--checkpoint-seconds", 0.1, *where)
     job.wait_for_line("epoch 1: train loss")
-    wait_for_checkpoint(locate(storage, "--storage-path") / "mine", "epoch_00002_step_0000032", job)
+    wait_for_checkpoint(locate(storage, "--storage-path") / "mine", "epoch_00001_step_0000032", job)
     kill_everything(job.process.pid)
     job.wait()
     job, again = Job("train", *where, "--resume"), time.monotonic()
