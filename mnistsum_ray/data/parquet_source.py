@@ -3,7 +3,6 @@
 A million files take some hundred megabytes, and none of it grows with their rows.
 """
 
-import hashlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -104,18 +103,6 @@ class ParquetFiles:
     ) -> None:
         """Add the `row_checksums` of rows to those of their files, int64[files]."""
         np.add.at(checksums, np.searchsorted(self.end_ids, ids, side="right"), row_checksums(ids, images, digits))
-
-    def fingerprint(self, splits: tuple[RowRanges, ...]) -> str:
-        """SHA-256 over the sizes and footers of all files in the order of their row ids, and over the rows of the splits.
-
-        Names and times are left out, so that a copy of the data has the same.
-        """
-        digest = hashlib.sha256()
-        for size, footer in zip(self.table["size"].to_pylist(), self.table["footer_sha256"].to_pylist(), strict=True):
-            digest.update(f"{size} {footer}\n".encode())
-        for split in splits:
-            digest.update(f"{len(split)} rows".encode() + split.starts.tobytes() + split.ends.tobytes())
-        return digest.hexdigest()
 
     def changed_file(self, earlier: pa.Table, *, same_place: bool) -> str | None:
         """What differs from an earlier table of the files, as `FILE: reason`; None where nothing does.

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from mnistsum_ray.reporting.report import REPORT, report_page
 from mnistsum_ray.reporting.versions import versions
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.finalize import TrainingResult
-from mnistsum_ray.training.preflight import TrainingRun
+from mnistsum_ray.training.preflight import DATA_FILES, TrainingRun
 from mnistsum_ray.training.resources import ResourcePlan
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 Checksums = npt.NDArray[np.int64] | None
 """Sum of the `order.row_checksums` of each file, int64[files]; None where the rows have not been read."""
-
-DATA_FILES: Final = "data_files.parquet"
-"""`parquet_source.FILE_SCHEMA` of the files of a run, and a column `checksum`: of the rows of each, null until they are known."""
 
 
 def build_manifest(run: TrainingRun, checksums: Checksums, plan: ResourcePlan) -> dict[str, Any]:
@@ -51,7 +48,6 @@ def build_manifest(run: TrainingRun, checksums: Checksums, plan: ResourcePlan) -
             "location": source.location,
             "notice": source.notice,
             "sha256": None if checksums is None else source.content_sha256(checksums),
-            "footers_sha256": source.files.fingerprint(source.splits) if source.files else None,
             "train_rows": len(source.train),
             "validation_rows": len(source.validation),
             "test_rows": len(source.test),
@@ -60,7 +56,7 @@ def build_manifest(run: TrainingRun, checksums: Checksums, plan: ResourcePlan) -
 
 
 def write_data_files(folder: Location, files: ParquetFiles, checksums: Checksums) -> None:
-    """Write down the files of a run, so that another one can name a file that has changed."""
+    """Write the files of a run, `parquet_source.FILE_SCHEMA` and a column `checksum`: of the rows of each, null where unknown."""
     column = pa.nulls(files.table.num_rows, pa.int64()) if checksums is None else pa.array(checksums)
     (folder / DATA_FILES).write_bytes(to_parquet(files.table.append_column("checksum", column)))
 
@@ -70,7 +66,7 @@ def _read_data_files(folder: Location, flag: str) -> tuple[pa.Table | None, Chec
     try:
         table = pq.read_table(pa.BufferReader((folder / DATA_FILES).read_bytes()))
         checksums = table["checksum"]
-    except FileNotFoundError:  # of a run that was killed before, or whose source is not Parquet
+    except FileNotFoundError:  # the source is not Parquet
         return None, None
     except (KeyError, pa.ArrowException) as error:
         raise RequestError(
@@ -99,20 +95,20 @@ def check_data(run: TrainingRun, read: Checksums, now: dict[str, Any]) -> Checks
     flag = "--resume" if resume else f"--from-run {run.config.from_run}"
     advice = "name the same data, or start another run" if resume else "name the data with --data, and the model will be another"
     table, expected = _read_data_files(folder, flag)
-    changed = None
-    if read is None and files and table is not None:
-        # Before they are read, files can only be known by their footers and, in the same place, their times.
+    if files and table is not None and (read is None or expected is None):
+        # Rows that were not read can only be known by their footers and, in the same place, the times of their files.
         changed = files.changed_file(table, same_place=bool(resume) and then["location"] == run.source.location)
-    elif read is not None and files and expected is not None and len(expected) == len(read) and (expected != read).any():
+    elif files and read is not None and expected is not None and len(expected) == len(read) and (expected != read).any():
         changed = f"{files.location(int(np.flatnonzero(expected != read)[0])).display}: holds other rows than when the run began"
+    elif now["sha256"] is None or now["sha256"] != then["sha256"]:
+        raise RequestError(
+            f"{flag}: the data are not those of the run (SHA-256 {str(now['sha256'])[:12]}…, the run has "
+            f"{str(then['sha256'])[:12]}… from {then['location']}); {advice}"
+        )
+    else:
+        changed = None
     if changed:
         raise RequestError(f"{flag}: {changed}; put it back as it was, or {advice}")
-    key = "sha256" if read is not None and then["sha256"] else "footers_sha256"
-    if now[key] != then.get(key) and (table is None or key == "sha256"):
-        raise RequestError(
-            f"{flag}: the data are not those of the run (SHA-256 {str(now[key])[:12]}…, the run has {str(then.get(key))[:12]}… "
-            f"from {then['location']}); {advice}"
-        )
     return expected if read is None else None
 
 

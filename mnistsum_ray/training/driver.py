@@ -133,9 +133,9 @@ def _fit(run: TrainingRun, plan: ResourcePlan, lock: FolderLock, console: Consol
 
     with mlflow_run(run.config, manifest, console) as mlflow:
         try:
-            manifest_file.write_json(manifest)
             if source.files:
                 write_data_files(run.folder, source.files, rows.checksums if expected is None else expected)
+            manifest_file.write_json(manifest)
             console.say(
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation and "
                 f"{len(source.test):,} test rows of {source.name} ({source.location}); {manifest['workers']}"

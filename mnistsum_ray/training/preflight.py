@@ -28,6 +28,9 @@ from mnistsum_ray.storage.paths import locate, locate_existing, output_base_fold
 SMALL_ROWS: Final = 20_000
 """Below this number of training rows a run has smaller batches and more epochs: the sum head needs its number of steps."""
 
+DATA_FILES: Final = "data_files.parquet"
+"""The files of a run, written before its manifest: a file that has changed can be named when the run is resumed or repeated."""
+
 _FIXED: Final = ("recipe", *(field.name for field in fields(Hyperparameters)))
 """Fields that `--resume` may not change."""
 
@@ -181,9 +184,11 @@ def _resumed(config: TrainConfig, folder: Location, manifest: dict[str, Any]) ->
 
 
 def _is_empty(folder: Location) -> bool:
-    """True if a run folder holds nothing but unfinished files of this program, or a lock that a killed run has left."""
+    """True if a run folder holds nothing but unfinished files of this program, a lock, or the list of data files."""
     entries = folder.filesystem.get_file_info(FileSelector(folder.path)) if folder.info().type == FileType.Directory else None
-    return entries is not None and all(is_partial(entry.base_name) or entry.base_name == LOCK_NAME for entry in entries)
+    return entries is not None and all(
+        is_partial(entry.base_name) or entry.base_name in (LOCK_NAME, DATA_FILES) for entry in entries
+    )
 
 
 def read_manifest(folder: Location, flag: str) -> dict[str, Any]:
