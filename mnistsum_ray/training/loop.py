@@ -117,14 +117,9 @@ def _run(config: LoopConfig, worker: Worker) -> dict[str, Any]:
 def _check_contents(
     state: TrainerState, files: ParquetFiles, trained: torch.Tensor | None, validation: EvaluationSet, test: EvaluationSet
 ) -> None:
-    """Compare the rows of each file with those of the first epoch, or of the run that is trained again.
+    """Compare the rows of each file with those of the first epoch, or of the run that is trained again, by their checksums.
 
-    Args:
-        state: gets the checksums if it has none yet.
-        files: of all rows.
-        trained: checksums of the epoch's training rows, over all workers.
-        validation: with the checksums of the rank's rows.
-        test: likewise.
+    `trained` are those of the training rows, of all ranks. The state gets the checksums if it has none yet.
 
     Raises:
         RunError: a file holds other rows; names it.

@@ -34,22 +34,24 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class EpochCounter:
-    """Loss, rows, row ids and checksums that this worker has trained on in an epoch, kept on the device.
+    """Loss, rows, row ids and checksums of an epoch, kept on the device and summed over the workers now and then.
 
     Args:
-        before: the part of the epoch that a checkpoint holds.
+        before: the part of the epoch that a checkpoint holds; rank 0 counts it.
         steps: of the epoch.
-        device: of the batches.
+        worker: this one.
         end_ids: for streamed rows, the row id after the last row of each file, int64[files].
     """
 
-    def __init__(self, before: EpochProgress, steps: int, device: torch.device, end_ids: Tensor | None = None) -> None:
-        self._before, self._points, self._steps = before, list(before.points), steps
-        self._loss = torch.zeros(1, dtype=torch.float64, device=device)
-        self._row_ids = torch.zeros(1, dtype=torch.int64, device=device)
-        self._rows = 0
+    def __init__(self, before: EpochProgress, steps: int, worker: Worker, end_ids: Tensor | None = None) -> None:
+        held, device = before if worker.rank == 0 else EpochProgress(), worker.device
+        self._points, self._steps = list(before.points), steps
+        self._loss = torch.tensor([held.loss], dtype=torch.float64, device=device)
+        self._row_ids, self._rows = torch.tensor([held.row_ids], device=device), held.rows
         self._end_ids = None if end_ids is None else end_ids.to(device)
-        self._checksums = None if self._end_ids is None else torch.zeros_like(self._end_ids)
+        self._checksums = None
+        if end_ids is not None:
+            self._checksums = (torch.zeros_like(end_ids) if held.checksums is None else held.checksums.clone()).to(device)
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Add a step: its batch and the sum of its rows' losses."""
@@ -61,21 +63,17 @@ class EpochCounter:
             self._checksums.index_add_(0, file, batch["checksum"])
 
     def checksums(self) -> Tensor | None:
-        """Checksums of each file's rows over all workers, and over the part of the epoch that a checkpoint holds."""
-        if self._checksums is None:
-            return None
-        total = all_reduce_sum(self._checksums).cpu()
-        return total if self._before.checksums is None else total + self._before.checksums
+        """Checksums of each file's rows over all workers."""
+        return None if self._checksums is None else all_reduce_sum(self._checksums).cpu()
 
     def all_reduce(self, steps: int, flag: bool) -> tuple[EpochProgress, bool]:
-        """Sum over all workers and over the part of the epoch that a checkpoint holds; true if any worker's flag is true."""
+        """Sum over all workers, after so many steps; true if any worker's flag is true."""
         rows_and_flag = torch.tensor([self._rows, int(flag)], device=self._row_ids.device)
         row_ids, rows, flags = all_reduce_sum(torch.cat([self._row_ids, rows_and_flag])).tolist()
-        before = self._before
-        loss = before.loss + all_reduce_sum(self._loss).item()
+        loss = all_reduce_sum(self._loss).item()
         if steps == self._steps or steps * _CURVE_POINTS >= (len(self._points) + 1) * self._steps:
-            self._points.append((steps, before.rows + rows, loss))
-        return EpochProgress(steps, loss, before.rows + rows, before.row_ids + row_ids, list(self._points)), bool(flags)
+            self._points.append((steps, rows, loss))
+        return EpochProgress(steps, loss, rows, row_ids, list(self._points)), bool(flags)
 
 
 class Trainer:
@@ -113,14 +111,7 @@ class Trainer:
         end_ids: Tensor | None,
         checkpointer: Checkpointer,
     ) -> tuple[dict[str, Any], Tensor | None]:
-        """Train the rest of the epoch after `state`.
-
-        Args:
-            state: epochs and steps that are done.
-            shuffle: of the training rows.
-            batches: this worker's rows of each step from there on.
-            end_ids: see `EpochCounter`.
-            checkpointer: saves within the epoch.
+        """Train the rest of the epoch after `state` on batches of the rank's rows; `end_ids` as for `EpochCounter`.
 
         Returns:
             Figures for history.jsonl: mean `train_loss` a row in nats, `step_losses` (see `EpochProgress`), `rows_per_second`,
@@ -133,7 +124,7 @@ class Trainer:
         """
         self._step.module.train()
         epoch, before, steps = state.epochs_done, state.progress, shuffle.steps
-        counter = EpochCounter(before, steps, self.worker.device, end_ids)
+        counter = EpochCounter(before, steps, self.worker, end_ids)
         started, begun = time.time(), time.perf_counter()
         reported, waited, first_batch, rate = begun, 0.0, 0.0, 0.0
         for step in range(before.steps, steps):

@@ -17,13 +17,14 @@ from mnistsum_ray.training.trainer import EpochCounter, Trainer
 from mnistsum_ray.training.worker import EventSender, Worker
 
 CPU = torch.device("cpu")
+SILENT = EventSender(None, rank=1)  # only rank 0 sends
+ALONE = Worker(0, 1, CPU, 1, SILENT)
 
 
 def dropout_of(rank: int, world_size: int, rows: int) -> torch.Tensor:
     """The factors of a worker's rows of a batch of 128 rows, or of the last one, which has fewer."""
     hyperparameters = preflight(TrainConfig(data="sample", recipe="long", batch_size=128)).hyperparameters
-    silent = EventSender(None, rank=1)  # only rank 0 sends
-    factors = Trainer(hyperparameters, Worker(rank, world_size, CPU, 1, silent)).dropout(0, 0, rows)
+    factors = Trainer(hyperparameters, Worker(rank, world_size, CPU, 1, SILENT)).dropout(0, 0, rows)
     assert factors is not None
     return factors
 
@@ -43,13 +44,13 @@ def test_a_worker_without_rows_has_dropout_without_rows() -> None:
 @pytest.mark.parametrize(("steps", "checked"), [(1, [1]), (40, [16, 32, 40]), (1000, range(16, 1016, 16))])
 def test_the_losses_within_an_epoch_are_means_since_the_one_before(steps: int, checked: Iterable[int]) -> None:
     """One row a step, whose loss is the number of the step."""
-    counter, progress, done = EpochCounter(EpochProgress(), steps, CPU), EpochProgress(), 0
+    counter, progress, done = EpochCounter(EpochProgress(), steps, ALONE), EpochProgress(), 0
     for check in (min(check, steps) for check in checked):
         for step in range(done + 1, check + 1):
             counter.add({"mixed_id": torch.tensor([step])}, torch.tensor(float(step)))
         progress, _ = counter.all_reduce(check, flag=False)
         if done < steps // 2 <= check:  # a resumed epoch goes on from a checkpoint within it
-            counter = EpochCounter(progress, steps, CPU)
+            counter = EpochCounter(progress, steps, ALONE)
         done = check
     losses = progress.step_losses()
     assert losses[-1][0] == steps
@@ -60,7 +61,7 @@ def test_the_losses_within_an_epoch_are_means_since_the_one_before(steps: int, c
 def test_lost_and_repeated_rows_are_noticed_also_where_their_ids_add_up() -> None:
     """Rows 3 and 5 are lost, and row 4 is seen three times."""
     rows = RowRanges.of([0], [8])
-    counter = EpochCounter(EpochProgress(), 2, CPU)
+    counter = EpochCounter(EpochProgress(), 2, ALONE)
     for ids in ([0, 1, 2, 4], [4, 4, 6, 7]):
         counter.add({"mixed_id": mix_ids(torch.tensor(ids))}, torch.zeros(1))
     progress, _ = counter.all_reduce(2, flag=False)
@@ -74,7 +75,7 @@ def test_the_checksums_of_a_resumed_epoch_are_those_of_the_whole() -> None:
     end_ids = torch.tensor([20, 50, 90])
     before = EpochProgress()
     for part in torch.chunk(torch.randperm(90), 3):
-        counter = EpochCounter(before, 3, CPU, end_ids)
+        counter = EpochCounter(before, 3, ALONE, end_ids)
         counter.add({"mixed_id": part, "row_id": part, "checksum": checksums[part]}, torch.zeros(1))
         progress, _ = counter.all_reduce(1, flag=False)
         before = replace(progress, checksums=counter.checksums())
