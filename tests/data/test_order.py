@@ -144,8 +144,8 @@ def test_pinned_values() -> None:
     pinned = [-0.0184642, -0.466758, 0.6205059, 0.772669, 0.4082098, -0.7092839]
     assert distortion_draws(0, 0, np.arange(2))[:, :3].ravel().tolist() == pytest.approx(pinned, abs=1e-6)
     assert step_seed(0, 0, 0, RandomStream.DROPOUT) == 5784922337503569493
-    assert batches(shuffle_of("in memory"))[0][:6] == IN_MEMORY
-    assert batches(shuffle_of("uneven"))[0][:6] == STREAMED
+    assert batches(shuffle_of("in memory"))[0][:6] == [1852, 2749, 424, 2500, 2849, 2958]
+    assert batches(shuffle_of("uneven"))[0][:6] == [7525, 7550, 1982, 2029, 710, 756]
 
 
 def test_distortions_are_uniform_and_say_nothing_of_each_other() -> None:
@@ -181,7 +181,3 @@ def test_numbers_are_uniform_and_say_nothing_of_order_and_epoch(seed: int) -> No
     assert abs(np.corrcoef(random_numbers(seed, 0, in_order), ROWS)[0, 1]) < 0.02
     some = np.array([5, 44_444, 9])
     assert random_numbers(seed, 0, some).tolist() == first[some].tolist(), "whatever rows are beside it"
-
-
-IN_MEMORY = [1852, 2749, 424, 2500, 2849, 2958]
-STREAMED = [7525, 7550, 1982, 2029, 710, 756]

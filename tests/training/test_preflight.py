@@ -7,14 +7,7 @@ import pytest
 
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.training.preflight import preflight, recipe_defaults
-
-
-def test_quick_has_fewer_epochs_and_a_larger_learning_rate_only_with_many_rows() -> None:
-    quick, short = (recipe_defaults(name, small=False) for name in ("quick", "short"))
-    assert (quick["epochs"], quick["learning_rate"]) == (2, 0.06)
-    assert (short["epochs"], short["learning_rate"]) == (5, 0.02)
-    assert recipe_defaults("quick", small=True)["learning_rate"] == 0.02
+from mnistsum_ray.training.preflight import preflight
 
 
 def test_a_flag_wins_over_the_recipe() -> None:
