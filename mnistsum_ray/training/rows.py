@@ -4,17 +4,18 @@
                   ├─ ReadTask ──────┤
     Parquet files ┘  (fetch.py)     └─▶ rank 1: …
 
-Each worker has its own executions of Ray Data, which go over the ends of the epochs. The order of every epoch is known
+Each worker has its own execution of Ray Data, which goes over the ends of the epochs. The order of every epoch is known
 beforehand (data/order.py), so the first batches of the next epoch are ready before this one ends, and which rows a worker gets
 depends on nothing that a scheduler decides. Ray's `streaming_split` would drop up to one row a worker, and a new execution for
-each epoch would cost its start-up each time.
+each epoch would cost its start-up each time. 4,000 tasks, of 131 million rows in all, begin 1.6 s later than 500, and Ray Data
+then holds 30 MiB more.
 """
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice, pairwise
+from itertools import pairwise
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -51,12 +52,6 @@ _TASK_ROWS: Final = 32_768
 
 _AHEAD_BYTES: Final = 64 * 2**20
 """Least memory of rows that wait for the worker."""
-
-_TASKS_PER_EXECUTION: Final = 500
-"""Ray Data keeps what it knows of each task, and takes 0.5 ms a task before it starts the first one."""
-
-_EARLY_TASKS: Final = 64
-"""Tasks that are left of an execution when the next one starts; then both read ahead."""
 
 _TASKS_IN_FLIGHT: Final = 2
 """Tasks that an actor has at the same time: one that runs, and the next."""
@@ -159,32 +154,10 @@ class TrainingRows:
                     index += 1
 
     def _blocks(self) -> Iterator[Columns]:
-        """The rows of each task, in order.
-
-        They come from several executions of Ray Data. The next one starts while the last tasks of this one are read, so that
-        nothing waits for its actors.
-        """
-        tasks = self._tasks()
-        batches = iter(lambda: list(islice(tasks, _TASKS_PER_EXECUTION)), [])
-
-        def start() -> tuple[int, Iterator[Columns]]:
-            items = next(batches, [])
-            blocks = self._execute(items) if items else iter(())
-            return len(items), chain(islice(blocks, 1), blocks)
-
-        with ThreadPoolExecutor(1) as starter:
-            count, blocks = start()
-            while count:
-                upcoming: Future[tuple[int, Iterator[Columns]]] | None = None
-                for index, columns in enumerate(blocks):
-                    if upcoming is None and index >= count - _EARLY_TASKS:
-                        upcoming = starter.submit(start)
-                    yield columns
-                assert upcoming is not None, "each task returns a block"
-                count, blocks = upcoming.result()
-
-    def _execute(self, tasks: list[dict[str, int]]) -> Iterator[Columns]:
-        """The blocks of one execution."""
+        """The rows of each task, in order."""
+        tasks = list(self._tasks())
+        if not tasks:
+            return
         window_rows = self.shuffle.window_steps * len(self.positions) if self.shuffle.streamed else 0
         with ray_data_options(preserve_order=True, object_store_bytes=max(_AHEAD_BYTES, window_rows * ROW_BYTES)):
             # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the workers hold all CPUs.

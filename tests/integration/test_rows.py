@@ -127,11 +127,7 @@ def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(alone: list[Bat
     assert together(rows, 2, first_epoch=1, first_step=17) == described(alone)[len(alone) // 2 + 17 :]
 
 
-def test_several_executions_and_tasks_of_any_size_are_one_stream(
-    alone: list[Batch], rows: Rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rows_module, "_TASKS_PER_EXECUTION", 20)
-    monkeypatch.setattr(rows_module, "_EARLY_TASKS", 3)
+def test_tasks_of_any_size_are_one_stream(alone: list[Batch], rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "_TASK_ROWS", 100)
     assert described(feed(rows)) == described(alone)
 
