@@ -224,13 +224,15 @@ class Shuffle:
         return len(positions) * (len(steps) - 1) + last
 
     def ids(self, epoch: int, steps: range, positions: range) -> RowIds:
-        """The rows of consecutive positions at some steps, the last of which ends a window; in the order of `window_ids`."""
+        """The rows of consecutive positions at some steps: int64[n], step by step, each in the order of positions.
+
+        The last step must be the last one of a window or of the epoch.
+        """
         first_window, end_window = steps.start // self.window_steps, -(-steps.stop // self.window_steps)
-        windows = [self.window_ids(epoch, window, positions) for window in range(first_window, end_window)]
+        windows = [self._window_ids(epoch, window, positions) for window in range(first_window, end_window)]
         return np.concatenate(windows)[(steps.start - first_window * self.window_steps) * len(positions) :]
 
-    def window_ids(self, epoch: int, window: int, positions: range) -> RowIds:
-        """The rows of consecutive positions at the steps of a window: int64[n], step by step, each in the order of positions."""
+    def _window_ids(self, epoch: int, window: int, positions: range) -> RowIds:
         first_step = window * self.window_steps
         steps = min(self.window_steps, self.steps - first_step)
         base, full = first_step * self.batch_size, self.batch_rows(first_step + steps - 1)

@@ -39,19 +39,18 @@ def shuffle_of(groups: str, batch_size: int = 48, shuffle_rows: int = 2000, seed
 
 
 def batches(shuffle: Shuffle, workers: int = 1, epoch: int = 0) -> list[list[int]]:
-    """The global batch of each step, from the shares of all workers in their order."""
-    shares = [positions_of_rank(shuffle.batch_size, rank, workers) for rank in range(workers)]
+    """The global batch of each step, from the positions of all workers in their order."""
+    ranks = [positions_of_rank(shuffle.batch_size, rank, workers) for rank in range(workers)]
+    rows = [shuffle.ids(epoch, range(shuffle.steps), positions).tolist() for positions in ranks]
     steps: list[list[int]] = []
-    for window in range(-(-shuffle.steps // shuffle.window_steps)):
-        rows = [shuffle.window_ids(epoch, window, share).tolist() for share in shares]
-        for _ in range(min(shuffle.window_steps, shuffle.steps - len(steps))):
-            batch: list[int] = []
-            for share, left in zip(shares, rows, strict=True):
-                count = max(0, min(share.stop, shuffle.batch_rows(len(steps))) - share.start)
-                batch += left[:count]
-                del left[:count]
-            steps.append(batch)
-        assert not any(rows), "a window holds the rows of its steps and no others"
+    for step in range(shuffle.steps):
+        batch: list[int] = []
+        for positions, left in zip(ranks, rows, strict=True):
+            count = shuffle.count(range(step, step + 1), positions)
+            batch += left[:count]
+            del left[:count]
+        steps.append(batch)
+    assert not any(rows), "there are the rows of the steps and no others"
     return steps
 
 
@@ -65,6 +64,9 @@ def test_every_row_once_an_epoch_and_the_same_batches_for_any_number_of_workers(
     alone = batches(shuffle)
     assert [len(batch) for batch in alone] == [shuffle.batch_rows(step) for step in range(shuffle.steps)]
     assert sorted(row for batch in alone for row in batch) == shuffle.rows.ids().tolist()
+    middle = min(shuffle.steps // 2, shuffle.window_steps * 3 // 2)  # where a run goes on within an epoch
+    rest = shuffle.ids(0, range(middle, shuffle.steps), range(batch_size)).tolist()
+    assert rest == [row for batch in alone[middle:] for row in batch]
     for workers in (2, 10):
         assert batches(shuffle, workers) == alone
     assert batches(shuffle_of(groups, batch_size, shuffle_rows)) == alone
