@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -86,33 +86,41 @@ _UNCHANGED_TYPES: Final = frozenset(
 
 def without_views(kind: pa.DataType) -> pa.DataType:
     """The type with string and binary views replaced by plain strings and bytes, since pyarrow cannot `take` rows of views."""
-    types = pa.types
-    if types.is_string_view(kind):
+    return _with_leaves(kind, _without_view)
+
+
+def _without_view(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(kind):
         return pa.string()
-    if types.is_binary_view(kind):
-        return pa.binary()
+    return pa.binary() if pa.types.is_binary_view(kind) else kind
+
+
+def _with_leaves(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """The type with `leaf` of each type that is not nested, and without marks of Ray's types."""
+
+    def inner(field: pa.Field) -> pa.Field:
+        return without_ray_marks(field).with_type(_with_leaves(field.type, leaf))
+
+    types = pa.types
     if isinstance(kind, pa.JsonType):
-        return pa.json_(without_views(kind.storage_type))
+        return pa.json_(leaf(kind.storage_type))
     if types.is_list(kind):
-        return pa.list_(_plain_field(kind.value_field))
+        return pa.list_(inner(kind.value_field))
     if types.is_large_list(kind):
-        return pa.large_list(_plain_field(kind.value_field))
+        return pa.large_list(inner(kind.value_field))
     if types.is_fixed_size_list(kind):
-        return pa.list_(_plain_field(kind.value_field), kind.list_size)
+        return pa.list_(inner(kind.value_field), kind.list_size)
     if types.is_struct(kind):
-        return pa.struct([_plain_field(kind.field(index)) for index in range(kind.num_fields)])
+        return pa.struct([inner(kind.field(index)) for index in range(kind.num_fields)])
     if types.is_map(kind):
-        return pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field), kind.keys_sorted)
-    return kind
-
-
-def _plain_field(field: pa.Field) -> pa.Field:
-    return without_ray_marks(field).with_type(without_views(field.type))
+        return pa.map_(inner(kind.key_field), inner(kind.item_field), kind.keys_sorted)
+    return leaf(kind)
 
 
 def plain_table(table: pa.Table) -> pa.Table:
     """The table without string and binary views and without marks of Ray's types; the same object where there are none."""
-    schema = pa.schema([_plain_field(field) for field in table.schema], table.schema.metadata)
+    fields = [without_ray_marks(field).with_type(without_views(field.type)) for field in table.schema]
+    schema = pa.schema(fields, table.schema.metadata)
     return table if schema.equals(table.schema, check_metadata=True) else table.cast(schema)
 
 
@@ -166,7 +174,7 @@ def check_int96(file: pq.ParquetFile, columns: list[str], groups: list[int]) -> 
         for name in columns:
             column = batch.column(name)
             try:
-                column.cast(_in_nanoseconds(column.type))
+                column.cast(_with_leaves(column.type, _in_nanoseconds))
             except pa.ArrowInvalid:
                 raise UnusableFileError(
                     f"column {name!r} holds INT96 timestamps outside of the years 1677 to 2262, which would be read as others; "
@@ -175,13 +183,4 @@ def check_int96(file: pq.ParquetFile, columns: list[str], groups: list[int]) -> 
 
 
 def _in_nanoseconds(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_timestamp(kind):
-        return pa.timestamp("ns", kind.tz)
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_in_nanoseconds(kind.value_type)))
-    if pa.types.is_struct(kind):
-        fields = (kind.field(index) for index in range(kind.num_fields))
-        return pa.struct([field.with_type(_in_nanoseconds(field.type)) for field in fields])
-    if pa.types.is_map(kind):
-        return pa.map_(_in_nanoseconds(kind.key_type), _in_nanoseconds(kind.item_type))
-    return kind
+    return pa.timestamp("ns", kind.tz) if pa.types.is_timestamp(kind) else kind
