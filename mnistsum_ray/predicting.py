@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from mnistsum_ray.data import images as image_columns
 from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet_types import plain_table
 from mnistsum_ray.storage.paths import locate_existing
 
@@ -60,8 +61,8 @@ def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer
         raise ValueError(f"images: must be uint8[n, 28, 28], are {images.dtype}{list(images.shape)}")
     if numbers.shape != (len(images),) or not np.issubdtype(numbers.dtype, np.integer):
         raise ValueError(f"numbers: must be integers[{len(images)}], are {numbers.dtype}{list(numbers.shape)}")
-    if len(numbers) and not 0 <= numbers.min() <= numbers.max() <= 9:
-        raise ValueError(f"numbers: must be 0..9, are {numbers.min()}..{numbers.max()}")
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < NUMBERS:
+        raise ValueError(f"numbers: must be 0..{NUMBERS - 1}, are {numbers.min()}..{numbers.max()}")
     return predict_pairs(model, images, numbers.astype(np.int64), batch_size)
 
 
@@ -106,7 +107,7 @@ def _predict_batch(batch: pa.Table, model: Any, *arguments: Any) -> pa.Table:
 
 
 def _predict_frame(rows: Rows, model: "TwoHeadCNN", image: str, number: str, batch_size: int) -> Rows:
-    from mnistsum_ray.model.predictions import PREDICTION_FIELDS
+    from mnistsum_ray.model.heads import PREDICTION_FIELDS
     from mnistsum_ray.model.tables import REASON, predict_columns
 
     frame: Any = rows

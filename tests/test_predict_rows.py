@@ -14,8 +14,8 @@ import pytest
 from mnistsum_ray import decode_images, load_model, predict, predict_rows
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.predictions import PREDICTION_FIELDS
 
 ROWS = 30
 ADDED = [*PREDICTION_FIELDS.names, "reason"]

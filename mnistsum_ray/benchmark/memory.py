@@ -9,6 +9,7 @@ import torch
 
 from mnistsum_ray.benchmark.timing import BatchDone, Speed, time_loop
 from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import make_forward
@@ -34,7 +35,7 @@ def train(images: Pixels, digits: list[int], seconds: float, device: torch.devic
         tune_malloc()
     prepared = prepare_images(torch.tensor(images)).to(device)
     labels = torch.tensor(digits, device=device)
-    numbers = torch.randint(0, 10, (len(digits),), device=device)
+    numbers = torch.randint(0, NUMBERS, (len(digits),), device=device)
     model = TwoHeadCNN().to(device)
     optimizer = MuonAdamW(model, weight_decay=0.01)
     objective = Objective(model, 0.0, torch.bfloat16 if faster_with_bf16(device) else torch.float32)
@@ -122,7 +123,7 @@ def _forward(
         tune_malloc()
         torch.set_num_threads(threads)
     pixels = torch.tensor(images).to(device)
-    numbers = torch.randint(0, 10, (len(images),), device=device)
+    numbers = torch.randint(0, NUMBERS, (len(images),), device=device)
     model = TwoHeadCNN().eval()
     maxima = activation_maxima(model, pixels[:256]) if precision == "int8" else None
     forward = make_forward(model.to(device), device, precision or ("bf16" if faster_with_bf16(device) else "fp32"), maxima)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image, ImageOps
 
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import RequestError
 
 SIDE: Final = 28
@@ -104,9 +105,11 @@ def decode_numbers(column: pa.Array) -> tuple[npt.NDArray[np.int64], dict[int, s
         column = column.cast(pa.int64())
     missing = column.is_null().to_numpy(zero_copy_only=False)
     values = column.fill_null(0).to_numpy(zero_copy_only=False)
-    wrong = (values < 0) | (values > 9)
+    wrong = (values < 0) | (values >= NUMBERS)
     bad = {int(row): "is null; fill it in or drop the row" for row in np.flatnonzero(missing)}
-    bad |= {int(row): f"is {values[row]}, not one of 0..9; correct it or drop the row" for row in np.flatnonzero(wrong)}
+    bad |= {
+        int(row): f"is {values[row]}, not one of 0..{NUMBERS - 1}; correct it or drop the row" for row in np.flatnonzero(wrong)
+    }
     return np.where(wrong, 0, values).astype(np.int64), bad
 
 

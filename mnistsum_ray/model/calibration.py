@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-HEADS: Final = ("digit", "sum")
+from mnistsum_ray.model.heads import HEADS
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -37,8 +37,9 @@ class Temperatures:
         Raises:
             ValueError: the entry is not two positive numbers.
         """
-        if isinstance(value, dict) and set(value) == set(HEADS):
-            numbers = [value[head] for head in HEADS]
+        heads = [head.name for head in HEADS]
+        if isinstance(value, dict) and set(value) == set(heads):
+            numbers = [value[head] for head in heads]
             if all(isinstance(number, float | int) and 0 < number <= sys.float_info.max for number in numbers):
                 return cls(*map(float, numbers))
         raise ValueError(f"its temperature is {str(value)[:80]}, not a positive number for 'digit' and one for 'sum'")

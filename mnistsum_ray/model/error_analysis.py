@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.model.calibration import HEADS, Temperatures, fit_temperature
+from mnistsum_ray.model.calibration import Temperatures, fit_temperature
 from mnistsum_ray.model.device import array_to_device
 from mnistsum_ray.model.evaluation import PairScores
+from mnistsum_ray.model.heads import DIGITS, HEADS
 from mnistsum_ray.model.loss import probability_losses
-from mnistsum_ray.model.network import DIGITS, TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.reliability import Reliability, auroc
 
 MAX_MISTAKES: Final = 24
@@ -114,7 +115,7 @@ def analyse_errors(
     sums_right = np.zeros((DIGITS, NUMBERS), np.int64)
     consistent = 0
     mistakes: list[Mistake] = []
-    heads = {head: _HeadStatistics() for head in HEADS}
+    heads = {head.name: _HeadStatistics() for head in HEADS}
     count = 0
     for rows, scores in _with_scores(model, batches, autocast):
         digit = rows["digit"]

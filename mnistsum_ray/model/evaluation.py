@@ -28,7 +28,7 @@ class PairScores:
     def from_digit_scores(cls, model: TwoHeadCNN, digit_scores: Tensor) -> "PairScores":
         """Run the sum head on digit scores [n, 10]: in float32, also where the convolutions ran in bfloat16."""
         digit_scores = digit_scores.float()
-        return cls(digit_scores, model.sum_scores_of_all_numbers(digit_scores).float())
+        return cls(digit_scores, model.scores_of_all_numbers(digit_scores)[1].float())
 
     @property
     def digits(self) -> Tensor:

@@ -7,11 +7,13 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.overrides import quiet_logger
 
 INPUTS: Final = ("image", "number")
-OUTPUTS: Final = ("pred_digit", "digit_prob", "pred_sum", "sum_prob")
+OUTPUTS: Final = tuple(PREDICTION_FIELDS.names[:-1])
+"""Answer and probability of each head."""
 
 
 class ExportableModel(nn.Module):
@@ -24,11 +26,12 @@ class ExportableModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        digit_scores, sum_scores = self.model(prepare_images(image), number)
-        digit_prob, digit = (digit_scores / self.model.temperatures.digit).softmax(1).max(1)
-        sum_prob, total = (sum_scores / self.model.temperatures.sum).softmax(1).max(1)
-        return digit, digit_prob, total, sum_prob
+    def forward(self, image: Tensor, number: Tensor) -> tuple[Tensor, ...]:
+        outputs: list[Tensor] = []
+        for head, scores in zip(HEADS, self.model(prepare_images(image), number), strict=True):
+            probability, answer = (scores / vars(self.model.temperatures)[head.name]).softmax(1).max(1)
+            outputs += [answer, probability]
+        return tuple(outputs)
 
 
 def export_torch(model: TwoHeadCNN) -> bytes:

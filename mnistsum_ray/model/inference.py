@@ -12,8 +12,9 @@ from torch import Tensor
 from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.int8 import int8_digit_scores
-from mnistsum_ray.model.network import DIGITS, SUMS, TwoHeadCNN, mkldnn_digit_scores, prepare_images
+from mnistsum_ray.model.network import Scores, TwoHeadCNN, mkldnn_digit_scores, prepare_images
 from mnistsum_ray.model.predictions import Predictions
 
 CPU_BATCH: Final = 256
@@ -28,18 +29,17 @@ _forward_lock = threading.Lock()
 
 _NO_TEMPERATURES: Final = Temperatures()
 
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Pixels uint8[n, 28, 28] and numbers int64[n] to digit scores [n, 10] and sum scores [n, 19]."""
+Forward = Callable[[Tensor, Tensor], Scores]
+"""Pixels uint8[n, 28, 28] and numbers int64[n] to scores by head, [n, classes] each."""
 
 
 def make_forward(model: TwoHeadCNN, device: torch.device, precision: str, int8_maxima: tuple[float, ...] | None) -> Forward:
     """The fastest forward pass for inference on this device with precision fp32, bf16 or int8."""
     digit_scores_of_pixels = _digit_scores_of_pixels(model, device, precision, int8_maxima)
 
-    def forward(images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(images: Tensor, numbers: Tensor) -> Scores:
         # The sum head, a thousandth of the work, runs in float32, as in the evaluation during training.
-        digit_scores = digit_scores_of_pixels(images).float()
-        return digit_scores, model.sum_scores(digit_scores, numbers)
+        return model.scores(digit_scores_of_pixels(images).float(), numbers)
 
     return forward
 
@@ -94,40 +94,38 @@ class Predictor:
             labels: true digits int64[n], -1 where unknown; if given, the predictions have losses.
         """
         scores = _batched_scores(self._forward, images, numbers, self._batch_size, self._device)
-        return Predictions.from_scores(*scores, self._temperatures, numbers, labels)
+        return Predictions.from_scores(scores, self._temperatures, numbers, labels)
 
 
 def predict_pairs(model: TwoHeadCNN, images: Pixels, numbers: npt.NDArray[np.int64], batch_size: int) -> Predictions:
     """Predict uint8[n, 28, 28] with int64[n] in 0..9, in the model's own precision and on its device."""
 
-    def forward(images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        scores: tuple[Tensor, Tensor] = model(prepare_images(images), numbers)
+    def forward(images: Tensor, numbers: Tensor) -> Scores:
+        scores: Scores = model(prepare_images(images), numbers)
         return scores
 
     scores = _batched_scores(forward, images, numbers, batch_size, next(model.parameters()).device)
-    return Predictions.from_scores(*scores, model.temperatures, numbers)
+    return Predictions.from_scores(scores, model.temperatures, numbers)
 
 
 @torch.inference_mode()
 def _batched_scores(
     forward: Forward, images: Pixels, numbers: npt.NDArray[np.int64], batch_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Scores of all rows, float32 on the device.
+) -> Scores:
+    """Scores of all rows by head, float32 on the device.
 
     The last batch is filled up with zeros. Kernels are chosen by the size of a batch, and each adds in its own order: in batches
     of one size, a row has the same bits whatever rows are scored with it.
     """
-    scores = []
+    # Each list begins with an empty batch, because torch.cat needs at least one.
+    scores: list[Scores] = [tuple(torch.empty(0, head.classes, device=device) for head in HEADS)]
     slab_rows = batch_size * max(1, _ROWS_ON_DEVICE // batch_size)
     for start in range(0, len(images), slab_rows):
         slab = slice(start, start + slab_rows)
         on_device = [_fill_up(array_to_device(values[slab], device), batch_size) for values in (images, numbers)]
         with _forward_lock:
             scores += [forward(*batch) for batch in zip(*(torch.split(values, batch_size) for values in on_device), strict=True)]
-    # Each list begins with an empty batch, because torch.cat needs at least one.
-    digit_scores = [torch.empty(0, DIGITS, device=device), *(digit.float() for digit, _ in scores)]
-    sum_scores = [torch.empty(0, SUMS, device=device), *(total.float() for _, total in scores)]
-    return torch.cat(digit_scores)[: len(images)], torch.cat(sum_scores)[: len(images)]
+    return tuple(torch.cat([batch.float() for batch in batches])[: len(images)] for batches in zip(*scores, strict=True))
 
 
 def _fill_up(values: Tensor, batch_size: int) -> Tensor:

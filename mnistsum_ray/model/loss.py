@@ -1,12 +1,13 @@
-"""Loss of both heads, and dropout."""
+"""Loss of all heads, and dropout."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.mixed_precision import cast_parameters
-from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.network import Scores, TwoHeadCNN
 
 
 def dropout_factors(rows: int, probability: float, generator: torch.Generator) -> Tensor:
@@ -46,32 +47,30 @@ class Objective(nn.Module):
             The loss to minimize, and the loss without label smoothing, which has no gradient: scalars, summed over the rows.
         """
         state = cast_parameters(dict(self.model.named_parameters()), self.dtype) | {"one_hot": self.one_hot}
-        digit_scores, sum_scores = functional_call(self.model, state, (images.to(self.dtype), numbers, dropout))
-        return joint_loss(digit_scores, sum_scores, digits, numbers, self.label_smoothing)
+        scores = functional_call(self.model, state, (images.to(self.dtype), numbers, dropout))
+        return joint_loss(scores, digits, numbers, self.label_smoothing)
 
 
-def joint_loss(
-    digit_scores: Tensor, sum_scores: Tensor, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Mean of the two heads' cross-entropies, summed over the rows: float32 scalars.
+def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean of the heads' cross-entropies, summed over the rows: float32 scalars.
 
     The sum, not the mean, over the rows gives each row the same weight in workers and batches of unequal size; the caller divides
     once.
 
     Args:
-        digit_scores, sum_scores: logits [n, 10] and [n, 19].
+        scores: logits by head.
         digits, numbers: true digits and numbers int64[n].
-        label_smoothing: share of the uniform distribution in the targets of both heads (Szegedy et al., "Rethinking the Inception
-            Architecture", 2016): bounded digit scores generalize better. Both heads, because the sum head reads the digit scores;
+        label_smoothing: share of the uniform distribution in the targets of all heads (Szegedy et al., "Rethinking the Inception
+            Architecture", 2016): bounded digit scores generalize better. All heads, because the sum head reads the digit scores;
             with unsmoothed sums its loss would still push them up without bound.
 
     Returns:
         The loss with label smoothing, and without, which has no gradient.
     """
-    heads = (digit_scores, digits), (sum_scores, digits + numbers)
-    (digit_loss, digit_only), (sum_loss, sum_only) = (_cross_entropies(*head, label_smoothing) for head in heads)
-    loss = (digit_loss + sum_loss) / 2
-    return loss, ((digit_only + sum_only) / 2 if label_smoothing else loss).detach()
+    targets = [head.target(digits, numbers) for head in HEADS]
+    losses = [_cross_entropies(*head, label_smoothing) for head in zip(scores, targets, strict=True)]
+    smoothed, unsmoothed = (torch.stack(of_heads).mean() for of_heads in zip(*losses, strict=True))
+    return smoothed, unsmoothed.detach()
 
 
 def _cross_entropies(scores: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:

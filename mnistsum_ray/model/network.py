@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.calibration import Temperatures
+from mnistsum_ray.model.heads import DIGIT, SUM
 
 PARAMETERS: Final = 220_125
-DIGITS: Final = 10
-SUMS: Final = 19
+
+Scores = tuple[Tensor, ...]
+"""Logits by head, in the order of HEADS: [n, classes] each."""
 
 # Mean and standard deviation of MNIST's 60,000 training images on the scale 0..1: the usual values.
 PIXEL_MEAN: Final = 0.1307
@@ -59,9 +61,9 @@ class TwoHeadCNN(nn.Module):
         self.conv4 = nn.Conv2d(64, 64, 3, padding=1)
         self.conv5 = nn.Conv2d(64, 64, 3)
         self.conv6 = nn.Conv2d(64, 128, 3)
-        self.conv7 = nn.Conv2d(128, DIGITS, 3)
-        self.fc1 = nn.Linear(DIGITS + NUMBERS, 128)
-        self.fc2 = nn.Linear(128, SUMS)
+        self.conv7 = nn.Conv2d(128, DIGIT.classes, 3)
+        self.fc1 = nn.Linear(DIGIT.classes + NUMBERS, 128)
+        self.fc2 = nn.Linear(128, SUM.classes)
         self.register_buffer("one_hot", torch.eye(NUMBERS), persistent=False)
         self._initialize()
         count = sum(p.numel() for p in self.parameters())
@@ -102,19 +104,24 @@ class TwoHeadCNN(nn.Module):
         scores: Tensor = self.fc2(F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1))))
         return scores
 
-    def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Digit scores [n, 10] and sum scores [n, 19] of prepared images float[n, 1, 28, 28] and numbers int64[n].
-
-        `dropout` as in `digit_scores`.
-        """
-        digit_scores = self.digit_scores(images, dropout)
+    def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
+        """Scores of all heads, of digit scores [n, 10] and numbers int64[n]."""
         return digit_scores, self.sum_scores(digit_scores, numbers)
 
-    def sum_scores_of_all_numbers(self, digit_scores: Tensor) -> Tensor:
-        """Sum scores [n, 10, 19] of digit scores [n, 10], each with every number 0..9."""
+    def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
+        """Scores of all heads, of prepared images float[n, 1, 28, 28] and numbers int64[n]; `dropout` as in `digit_scores`."""
+        return self.scores(self.digit_scores(images, dropout), numbers)
+
+    def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
+        """Scores of all heads, of digit scores [n, 10] with every number 0..9.
+
+        Returns:
+            By head [n, 10, classes]; of the digit [n, 1, 10], since it does not depend on the number.
+        """
         rows = len(digit_scores)
         numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
-        return self.sum_scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers).view(rows, NUMBERS, SUMS)
+        _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
+        return digit_scores[:, None], *(scores.view(rows, NUMBERS, -1) for scores in others)
 
 
 def _features(x: Tensor, convolutions: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:

@@ -1,60 +1,81 @@
-"""Predictions of both heads with their probabilities, computed from scores."""
+"""Predictions of all heads with their probabilities, computed from scores."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from mnistsum_ray.model.calibration import Temperatures
+from mnistsum_ray.model.heads import HEADS, SUM
 from mnistsum_ray.model.loss import probability_losses
+from mnistsum_ray.model.network import Scores
 
-PREDICTION_FIELDS: Final = pa.schema(
-    {
-        "pred_digit": pa.int8(),
-        "digit_prob": pa.float32(),
-        "pred_sum": pa.int8(),
-        "sum_prob": pa.float32(),
-        "consistent": pa.bool_(),  # pred_sum == pred_digit + number
-    }
-)
-"""Columns that scoring adds to the input's, in their order. An output whose files have other columns is not resumed, see
-`PredictionSpec`."""
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class ProbabilityLosses:
-    """Losses of the probabilities of n rows, float32[n] each; 0 for rows without a label."""
+class HeadPredictions:
+    """What one head predicts for n rows."""
 
-    digit_nll: npt.NDArray[np.float32]
-    digit_brier: npt.NDArray[np.float32]
-    sum_nll: npt.NDArray[np.float32]
-    sum_brier: npt.NDArray[np.float32]
+    answer: npt.NDArray[np.int8]
+    """Most likely class, int8[n]."""
+    probability: Floats
+    """Of that class, float32[n]."""
+    nll: Floats | None = None
+    """Negative log-likelihood of the true class in nats, float32[n]; 0 for rows without a label, None without labels."""
+    brier: Floats | None = None
+    """Brier score, likewise."""
+
+    def slice(self, start: int, end: int) -> "HeadPredictions":
+        """What it predicts for rows start..end-1."""
+        return HeadPredictions(**{name: values if values is None else values[start:end] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Most likely digit int8[n] and sum int8[n] of n rows, and the probability float32[n] of each."""
+    """Predictions of n rows."""
 
-    digit: npt.NDArray[np.int8]
-    digit_prob: npt.NDArray[np.float32]
-    sum: npt.NDArray[np.int8]
-    sum_prob: npt.NDArray[np.float32]
-    losses: ProbabilityLosses | None = None
-    """None if no labels were given."""
+    heads: Mapping[str, HeadPredictions]
+    """By the head's name."""
 
-    def columns(self, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    @property
+    def digit(self) -> npt.NDArray[np.int8]:
+        """Most likely digit, int8[n]."""
+        return self.heads["digit"].answer
+
+    @property
+    def digit_prob(self) -> Floats:
+        """Its probability, float32[n]."""
+        return self.heads["digit"].probability
+
+    @property
+    def sum(self) -> npt.NDArray[np.int8]:
+        """Most likely sum, int8[n]."""
+        return self.heads["sum"].answer
+
+    @property
+    def sum_prob(self) -> Floats:
+        """Its probability, float32[n]."""
+        return self.heads["sum"].probability
+
+    def consistent(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """True for each row whose sum is its digit + number, bool[n]."""
+        found: npt.NDArray[np.bool_] = self.sum == SUM.target(self.digit, numbers)
+        return found
+
+    def columns(self, numbers: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
         """Values of PREDICTION_FIELDS, [n] each; `numbers` are those of the rows."""
-        return self.digit, self.digit_prob, self.sum, self.sum_prob, self.sum == self.digit + numbers
+        answers = [values for head in self.heads.values() for values in (head.answer, head.probability)]
+        return [*answers, self.consistent(numbers)]
 
     @classmethod
     def from_scores(
         cls,
-        digit_scores: Tensor,
-        sum_scores: Tensor,
+        scores: Scores,
         temperatures: Temperatures,
         numbers: npt.NDArray[np.int64],
         labels: npt.NDArray[np.int64] | None = None,
@@ -62,27 +83,29 @@ class Predictions:
         """Predict n rows from their scores.
 
         Args:
-            digit_scores, sum_scores: logits float32[n, 10] and float32[n, 19], on any device, where all is computed.
+            scores: logits float32[n, classes] by head, on any device, where all is computed.
             temperatures: divisors of the scores.
             numbers: int64[n] in 0..9.
             labels: true digits int64[n], -1 where unknown; if given, the predictions have losses.
         """
-        digit_scores, sum_scores = digit_scores / temperatures.digit, sum_scores / temperatures.sum
-        (digit_prob, digit), (sum_prob, total) = (scores.softmax(1).max(1) for scores in (digit_scores, sum_scores))
-        columns = [digit, total, digit_prob, sum_prob]
-        if labels is not None:
-            device = digit_scores.device
-            known, digits = torch.tensor(labels >= 0, device=device), torch.tensor(np.maximum(labels, 0), device=device)
-            sums = digits + torch.tensor(numbers, device=device)
-            losses = (*probability_losses(digit_scores, digits), *probability_losses(sum_scores, sums))
-            columns += [loss * known for loss in losses]
-        # Digits and sums are exact in float32.
-        digit_, total_, digit_prob_, sum_prob_, *losses_ = torch.stack([column.float() for column in columns]).cpu().numpy()
-        of_losses = ProbabilityLosses(*losses_) if losses_ else None
-        return cls(digit_.astype(np.int8), digit_prob_, total_.astype(np.int8), sum_prob_, of_losses)
+        columns: list[Tensor] = []
+        for head, logits in zip(HEADS, scores, strict=True):
+            logits = logits / vars(temperatures)[head.name]
+            probability, answer = logits.softmax(1).max(1)
+            columns += [answer, probability]
+            if labels is not None:
+                targets = torch.tensor(head.target(np.maximum(labels, 0), numbers), device=logits.device)
+                known = torch.tensor(labels >= 0, device=logits.device)
+                columns += [loss * known for loss in probability_losses(logits, targets)]
+        values = torch.stack([column.float() for column in columns]).cpu().numpy()  # classes are exact in float32
+        by_head = values.reshape(len(HEADS), len(columns) // len(HEADS), len(numbers))
+        return cls(
+            {
+                head.name: HeadPredictions(answer.astype(np.int8), *others)
+                for head, (answer, *others) in zip(HEADS, by_head, strict=True)
+            }
+        )
 
     def slice(self, start: int, end: int) -> "Predictions":
         """Predictions of rows start..end-1."""
-        rows = slice(start, end)
-        losses = self.losses and ProbabilityLosses(**{name: value[rows] for name, value in vars(self.losses).items()})
-        return Predictions(self.digit[rows], self.digit_prob[rows], self.sum[rows], self.sum_prob[rows], losses)
+        return Predictions({name: head.slice(start, end) for name, head in self.heads.items()})

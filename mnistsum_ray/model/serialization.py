@@ -13,8 +13,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.model.calibration import Temperatures
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.storage.location import Location
 
@@ -54,9 +56,9 @@ def describe_model(
             "scaled": "(image / 255 - mean) / std",
             "mean": PIXEL_MEAN,
             "std": PIXEL_STD,
-            "number": "0..9",
+            "number": f"0..{NUMBERS - 1}",
         },
-        "output": {"digit": "10 scores", "sum": "19 scores: digit + number is 0..18"},
+        "output": {head.name: f"{head.classes} scores" for head in HEADS},
         "epoch": epoch,
         "sum_head": sum_head,
         "temperature": Temperatures().as_json(),

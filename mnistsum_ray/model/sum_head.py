@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.model.network import DIGITS, SUMS, TwoHeadCNN
+from mnistsum_ray.model.heads import DIGITS, SUM
+from mnistsum_ray.model.network import TwoHeadCNN
 
 MAX_ROWS: Final = 4_096
 """Maximum number of training rows whose digit scores are used; 1,000 give the same result."""
@@ -61,7 +62,7 @@ def sum_distribution(digit_scores: Tensor, numbers: Tensor) -> Tensor:
     """Distribution of digit + number: probabilities [n, 19] of digit scores [n, 10] and numbers int64[n]."""
     probabilities = digit_scores.softmax(1)
     sums = numbers[:, None] + torch.arange(DIGITS, device=numbers.device)
-    return probabilities.new_zeros(len(numbers), SUMS).scatter(1, sums, probabilities)
+    return probabilities.new_zeros(len(numbers), SUM.classes).scatter(1, sums, probabilities)
 
 
 def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:

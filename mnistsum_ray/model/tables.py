@@ -7,9 +7,9 @@ import pyarrow as pa
 
 from mnistsum_ray.data.images import decode_images, decode_numbers, image_type_error, join_reasons, number_type_error, one_chunk
 from mnistsum_ray.data.parquet_types import plain_table
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.predictions import PREDICTION_FIELDS
 
 REASON: Final = "reason"
 

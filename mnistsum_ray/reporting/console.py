@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any, Final, Self, TextIO
 
 from mnistsum_ray.errors import printable
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.progress import Counter, time_left
 from mnistsum_ray.reporting.progress_bar import ProgressBar, can_show_bars
 
@@ -108,8 +109,9 @@ class Console:
 def epoch_line(entry: dict[str, Any]) -> str:
     """Console line of an epoch: losses, test accuracies (in the original's units) and speed."""
     test = entry["test"]
+    accuracies = ", ".join(f"{head.name} {test[f'{head.name}_accuracy']:.2%}" for head in HEADS)
     return (
         f"epoch {entry['epoch']}: train loss {entry['train_loss']:.4f}, test loss {test['loss']:.4f}, "
-        f"digit {test['digit_accuracy']:.2%}, sum {test['sum_accuracy']:.2%} (all ten numbers), "
+        f"{accuracies} (all ten numbers), "
         f"{entry['rows_per_second']:,.0f} rows/s, {entry['waiting']:.1%} waiting for data"
     )

@@ -15,6 +15,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from mnistsum_ray.model.exporting import INPUTS, OUTPUTS, export_onnx, export_torch
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import TwoHeadCNN
 
 _NAME: Final = "onnx"
@@ -23,7 +24,12 @@ a folder among the run's files."""
 
 _SIGNATURE: Final = ModelSignature(
     Schema([TensorSpec(np.dtype(np.uint8), (-1, 28, 28), INPUTS[0]), TensorSpec(np.dtype(np.int64), (-1,), INPUTS[1])]),
-    Schema([TensorSpec(np.dtype(dtype), (-1,), name) for name, dtype in zip(OUTPUTS, 2 * (np.int64, np.float32), strict=True)]),
+    Schema(
+        [
+            TensorSpec(np.dtype(dtype), (-1,), name)
+            for name, dtype in zip(OUTPUTS, len(HEADS) * (np.int64, np.float32), strict=True)
+        ]
+    ),
 )
 
 

@@ -5,6 +5,8 @@ from typing import Any, Final
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from mnistsum_ray.model.heads import HEADS
+
 MODEL_CARD: Final = "README.md"
 
 _MNIST: Final = "ylecun/mnist"
@@ -25,15 +27,15 @@ def model_card(name: str, card: dict[str, Any], data: dict[str, Any]) -> str:
     results = [
         EvalResult(
             task_type="image-classification",
-            task_name=f"{head} of image and number",
+            task_name=f"{head.name} of image and number",
             dataset_type=_MNIST if of_mnist else "other",
             dataset_name="MNIST" if of_mnist else data["location"],
             dataset_split="test",
             metric_type="accuracy",
-            metric_name=f"{head} accuracy",
-            metric_value=card["test"][f"{head}_accuracy"],
+            metric_name=f"{head.name} accuracy",
+            metric_value=card["test"][f"{head.name}_accuracy"],
         )
-        for head in ("digit", "sum")
+        for head in HEADS
     ]
     fields = ModelCardData(
         license="apache-2.0",
@@ -43,5 +45,7 @@ def model_card(name: str, card: dict[str, Any], data: dict[str, Any]) -> str:
         model_name=name,
         eval_results=results,
     )
-    rendered: ModelCard = ModelCard.from_template(fields, template_path=str(_TEMPLATE), name=name, card=card, data=data)
+    rendered: ModelCard = ModelCard.from_template(
+        fields, template_path=str(_TEMPLATE), name=name, card=card, data=data, heads=[head.name for head in HEADS]
+    )
     return str(rendered)

@@ -10,11 +10,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 
+from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.reliability import Reliability
 
-_HEADS: Final = {"digit_accuracy": "digit", "sum_accuracy": "sum"}
+_ACCURACIES: Final = {f"{head.name}_accuracy": head.name for head in HEADS}
 _SPLIT_STYLES: Final = {"test": "o-", "validation": "o--"}
 
 _MAX_DIFFERENCE: Final = 1.0
@@ -25,7 +28,7 @@ _REASON_WIDTH: Final = 60
 
 
 def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> bytes:
-    """Loss and both accuracies by epoch.
+    """Loss and accuracy of each head by epoch.
 
     Args:
         history: lines of history.jsonl.
@@ -37,21 +40,21 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> bytes:
     losses.plot(epochs, [entry["train_loss"] for entry in history], "o-", markersize=4, color="tab:gray", label="training")
     for split, style in _SPLIT_STYLES.items():
         losses.plot(epochs, [entry[split]["loss"] for entry in history], style, markersize=4, color="tab:blue", label=split)
-    losses.set(title="loss (mean of both heads, nats)", xlabel="epoch", yscale="log")
-    for (name, label), color in zip(_HEADS.items(), ("tab:blue", "tab:orange"), strict=True):
+    losses.set(title="loss (mean of all heads, nats)", xlabel="epoch", yscale="log")
+    for (name, label), color in zip(_ACCURACIES.items(), TABLEAU_COLORS, strict=False):
         for split, style in _SPLIT_STYLES.items():
             values = [100 * entry[split][name] for entry in history]
             accuracies.plot(epochs, values, style, markersize=4, color=color, label=f"{label}, {split}")
         accuracies.plot(card["epoch"], 100 * card["test"][name], "*", markersize=11, color=color, markeredgecolor="black")
     accuracies.set(title="accuracy, % (stars: the model)", xlabel="epoch")
-    later = [100 * entry[split][name] for entry in history[1:] for name in _HEADS for split in _SPLIT_STYLES]
+    later = [100 * entry[split][name] for entry in history[1:] for name in _ACCURACIES for split in _SPLIT_STYLES]
     if later:  # the axis leaves out the first epoch where it is so much lower that the others would look the same
-        later += [100 * card["test"][name] for name in _HEADS]
+        later += [100 * card["test"][name] for name in _ACCURACIES]
         margin = max(0.1, 0.1 * (max(later) - min(later)))
         bottom = min(later) - margin
         accuracies.set_ylim(bottom, max(later) + margin)
-        hidden = [f"{label} {100 * history[0]['test'][name]:.1f}" for name, label in _HEADS.items()]
-        if min(100 * history[0][split][name] for split in _SPLIT_STYLES for name in _HEADS) < bottom:
+        hidden = [f"{label} {100 * history[0]['test'][name]:.1f}" for name, label in _ACCURACIES.items()]
+        if min(100 * history[0][split][name] for split in _SPLIT_STYLES for name in _ACCURACIES) < bottom:
             text = f"epoch {epochs[0]} is partly below: {', '.join(hidden)} %"
             accuracies.annotate(text, (0.03, 0.03), xycoords="axes fraction", fontsize=8, style="italic")
     for axes in (losses, accuracies):
@@ -103,10 +106,9 @@ def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> bytes:
     ]
     # Purple and orange can be told apart with any kind of colour blindness.
     _grid(axes, difference, texts, "PuOr", (-_MAX_DIFFERENCE, _MAX_DIFFERENCE))
-    correct = np.sum(sums_right) / max(1, 10 * rows.sum())
-    axes.set(
-        title=f"sums: {correct:.2%} of {10 * rows.sum():,} test pairs correct\ncells: points above or below the digit's accuracy"
-    )
+    correct = np.sum(sums_right) / max(1, NUMBERS * rows.sum())
+    pairs = NUMBERS * rows.sum()
+    axes.set(title=f"sums: {correct:.2%} of {pairs:,} test pairs correct\ncells: points above or below the digit's accuracy")
     labels = [
         f"{digit}  {100 * hits / total:.1f}" if total else f"{digit}  -"
         for digit, (hits, total) in enumerate(zip(right[:, 0], rows[:, 0], strict=True))
@@ -167,16 +169,16 @@ def draw_reliability(heads: dict[str, Reliability]) -> bytes:
     return _png(figure)
 
 
-def draw_probabilities(digit_prob: list[int], sum_prob: list[int]) -> bytes:
-    """Histogram of a scoring run's predicted probabilities, of each head: rows in bins of equal width over 0..1."""
+def draw_probabilities(histograms: dict[str, list[int]]) -> bytes:
+    """Histogram of a scoring run's predicted probabilities, by column: rows in bins of equal width over 0..1."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    width = 1 / len(digit_prob)
-    edges = np.arange(len(digit_prob)) * width
-    for axes, counts, name in zip(figure.subplots(1, 2, sharey=True), (digit_prob, sum_prob), ("digit", "sum"), strict=True):
+    for axes, (column, counts) in zip(figure.subplots(1, len(histograms), sharey=True), histograms.items(), strict=True):
+        width = 1 / len(counts)
+        edges = np.arange(len(counts)) * width
         axes.bar(edges, counts, width=width, align="edge", edgecolor="white", linewidth=0.5)
         last_bin = counts[-1] / max(1, sum(counts))
-        axes.set(title=f"{name}: {last_bin:.2%} of {sum(counts):,} rows above {1 - width:.2f}")
-        axes.set(xlabel=f"{name}_prob", xlim=(0, 1))
+        axes.set(title=f"{column.removesuffix('_prob')}: {last_bin:.2%} of {sum(counts):,} rows above {1 - width:.2f}")
+        axes.set(xlabel=column, xlim=(0, 1))
         axes.set_yscale("symlog", linthresh=1)  # nearly all rows are in the last bin; the others are the interesting ones
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("rows")

@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import jinja2
 
+from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.storage.location import Location
 
 REPORT: Final = "report.html"
@@ -44,7 +46,7 @@ def model_scalars(card: dict[str, Any]) -> dict[str, float]:
 
 
 def _scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
-    names = ("loss", "digit_accuracy", "sum_accuracy")
+    names = ("loss", *(f"{head.name}_accuracy" for head in HEADS))
     return {f"{prefix}{split}/{name}": metrics[split][name] for split in ("validation", "test") for name in names}
 
 
@@ -75,8 +77,7 @@ def report_page(
         manifest=manifest,
         card=card,
         history=history,
-        digit_interval=wilson_interval(card["test"]["digit_accuracy"], card["test"]["rows"]),
-        sum_interval=wilson_interval(card["test"]["sum_accuracy"], card["test"]["rows"]),
+        intervals={head.name: wilson_interval(card["test"][f"{head.name}_accuracy"], card["test"]["rows"]) for head in HEADS},
     )
 
 
@@ -96,5 +97,7 @@ def _render(template: str, pictures: dict[str, bytes], **values: Any) -> str:
         loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     shown = [(title, base64.b64encode(png).decode()) for title, png in pictures.items()]
-    page: str = environment.get_template(template).render(pictures=shown, **values)
+    page: str = environment.get_template(template).render(
+        pictures=shown, heads=[head.name for head in HEADS], numbers=range(NUMBERS), **values
+    )
     return page

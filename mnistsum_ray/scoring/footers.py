@@ -14,7 +14,7 @@ from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.parquet import read_footer
 from mnistsum_ray.data.parquet_types import lossy_column, without_views
 from mnistsum_ray.errors import RequestError, UnusableFileError
-from mnistsum_ray.model.predictions import PREDICTION_FIELDS
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.inputs import Inputs
 from mnistsum_ray.storage.location import Location, retried
 

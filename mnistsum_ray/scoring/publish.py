@@ -80,7 +80,7 @@ def _draw_pictures(totals: Totals, folder: Location) -> dict[str, bytes]:
 
     labelled = totals.counts.get("labelled")
     drawn = {
-        ("Rows by predicted probability", PROBABILITIES): pictures.draw_probabilities(**totals.probabilities),
+        ("Rows by predicted probability", PROBABILITIES): pictures.draw_probabilities(totals.probabilities),
         ("Accuracy by predicted probability", RELIABILITY): pictures.draw_reliability(totals.reliability) if labelled else None,
         ("Rejected rows by reason", REJECTS): pictures.draw_rejects(totals.reasons) if totals.reasons else None,
     }

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from mnistsum_ray.data.parquet import read_footer, storage_error
 from mnistsum_ray.errors import UnusableFileError, one_line
 from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.model.predictions import PREDICTION_FIELDS
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.footers import Columns
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.storage.location import Location, retried

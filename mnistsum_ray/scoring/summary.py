@@ -6,6 +6,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.scoring.output import REPORT
 from mnistsum_ray.scoring.preflight import ScoringRun
 from mnistsum_ray.scoring.stamp import PREDICTIONS
@@ -42,8 +43,8 @@ def result_line(
     }
     if run.columns.label:
         labelled = totals.counts.get("labelled", 0)
-        for name, right in (("digit_accuracy", "digits_right"), ("sum_accuracy", "sums_right")):
-            line[name] = totals.counts[right] / labelled if labelled else None
+        for head in HEADS:
+            line[f"{head.name}_accuracy"] = totals.counts[f"{head.name}s_right"] / labelled if labelled else None
     return line
 
 
@@ -69,14 +70,12 @@ def summarize(line: dict[str, Any], totals: Totals, new_rejected: int, say: Call
         say(f"  rejected: {sum(count for _, count in reasons[_MAX_REASONS:]):,} x other reasons")
     if line["scored_rows"]:
         say(f"consistent (sum = digit + number): {totals.counts['consistent'] / line['scored_rows']:.2%} of the scored rows")
-    if line.get("digit_accuracy") is not None:
-        say(
-            f"accuracy over {totals.counts['labelled']:,} labelled rows: digit {line['digit_accuracy']:.2%}, "
-            f"sum {line['sum_accuracy']:.2%}"
-        )
-        for head, metrics in (probability_metrics(totals) or {}).items():
+    if totals.counts.get("labelled"):
+        accuracies = ", ".join(f"{head.name} {line[f'{head.name}_accuracy']:.2%}" for head in HEADS)
+        say(f"accuracy over {totals.counts['labelled']:,} labelled rows: {accuracies}")
+        for name, metrics in (probability_metrics(totals) or {}).items():
             say(
-                f"  {head} probabilities: negative log-likelihood {metrics['nll']:.4f} nats, Brier score {metrics['brier']:.4f}, "
+                f"  {name} probabilities: negative log-likelihood {metrics['nll']:.4f} nats, Brier score {metrics['brier']:.4f}, "
                 f"expected calibration error {metrics['ece']:.4f}"
             )
     say(f"predictions: {line['output']}/{PREDICTIONS}")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.model.calibration import HEADS
+from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.model.heads import DIGITS, HEADS
 from mnistsum_ray.model.predictions import Predictions
 from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.scoring.reader import DecodedPart
@@ -37,19 +37,27 @@ _MAX_REASONS: Final = 20
 def count_part(part: DecodedPart, predictions: Predictions) -> dict[str, Any]:
     """Count the rows of a part; the values are JSON, and `Totals` adds them up over the parts of a run."""
     counts: dict[str, Any] = {
-        "consistent": int((predictions.sum == predictions.digit + part.numbers).sum()),
-        "digit_prob": _histogram(predictions.digit_prob),
-        "sum_prob": _histogram(predictions.sum_prob),
-        "digits": np.bincount(predictions.digit, minlength=10).tolist(),
-        "numbers": np.bincount(part.numbers, minlength=10).tolist(),
+        "consistent": int(predictions.consistent(part.numbers).sum()),
+        "digits": np.bincount(predictions.digit, minlength=DIGITS).tolist(),
+        "numbers": np.bincount(part.numbers, minlength=NUMBERS).tolist(),
         "unsure": _least_sure(part, predictions),
     }
+    for head in HEADS:
+        counts[f"{head.name}_prob"] = np.histogram(predictions.heads[head.name].probability, PROBABILITY_BINS, (0, 1))[0].tolist()
     if part.labels is not None:
         labelled = part.labels >= 0
         counts["labelled"] = int(labelled.sum())
-        counts["digits_right"] = int((predictions.digit == part.labels)[labelled].sum())
-        counts["sums_right"] = int((predictions.sum == part.labels + part.numbers)[labelled].sum())
-        counts["reliability"] = _reliability(part, part.labels, predictions)
+        counts["reliability"] = {}
+        for head in HEADS:
+            predicted = predictions.heads[head.name]
+            assert predicted.nll is not None, "the predictor was given the labels"
+            assert predicted.brier is not None
+            right = (predicted.answer == head.target(part.labels, part.numbers))[labelled]
+            losses = predicted.nll[labelled], predicted.brier[labelled]
+            counts[f"{head.name}s_right"] = int(right.sum())
+            counts["reliability"][head.name] = Reliability.from_predictions(
+                predicted.probability[labelled], right, *losses
+            ).as_json()
     if part.reasons:
         commonest = Counter(part.reasons.values()).most_common(_MAX_REASONS)
         others = len(part.reasons) - sum(count for _, count in commonest)
@@ -72,26 +80,6 @@ def _least_sure(part: DecodedPart, predictions: Predictions) -> list[list[float 
         ]
         for place in places
     ]
-
-
-def _histogram(probabilities: npt.NDArray[np.float32]) -> list[int]:
-    counts: list[int] = np.histogram(probabilities, PROBABILITY_BINS, (0, 1))[0].tolist()
-    return counts
-
-
-def _reliability(part: DecodedPart, labels: npt.NDArray[np.int64], predictions: Predictions) -> dict[str, Any]:
-    """`Reliability` by head, over the rows whose label is known."""
-    losses = predictions.losses
-    assert losses is not None, "the predictor was given the labels"
-    labelled = labels >= 0
-    digits_right, sums_right = predictions.digit == labels, predictions.sum == labels + part.numbers
-    digit = Reliability.from_predictions(
-        predictions.digit_prob[labelled], digits_right[labelled], losses.digit_nll[labelled], losses.digit_brier[labelled]
-    )
-    sum_ = Reliability.from_predictions(
-        predictions.sum_prob[labelled], sums_right[labelled], losses.sum_nll[labelled], losses.sum_brier[labelled]
-    )
-    return {"digit": digit.as_json(), "sum": sum_.as_json()}
 
 
 @dataclass(frozen=True)
@@ -129,9 +117,9 @@ def add_up(files: pa.Table, names: pa.ChunkedArray, part_counts: pa.ChunkedArray
     """
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    histograms = {name: np.zeros(PROBABILITY_BINS, np.int64) for name in ("digit_prob", "sum_prob")}
-    frequencies = {name: np.zeros(10, np.int64) for name in ("digits", "numbers")}
-    reliability = {head: Reliability() for head in HEADS}
+    histograms = {name: np.zeros(PROBABILITY_BINS, np.int64) for name in (f"{head.name}_prob" for head in HEADS)}
+    frequencies = {"digits": np.zeros(DIGITS, np.int64), "numbers": np.zeros(NUMBERS, np.int64)}
+    reliability = {head.name: Reliability() for head in HEADS}
     examples: dict[str, list[tuple[str, int]]] = {}
     unsure: list[tuple[float, str, int, int, int]] = []
     for start in range(0, len(part_counts), _PARTS_AT_ONCE):

@@ -22,8 +22,9 @@ from torch import Tensor
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.errors import RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictor
-from mnistsum_ray.model.predictions import PREDICTION_FIELDS, Predictions
+from mnistsum_ray.model.predictions import Predictions
 from mnistsum_ray.scoring.footers import REJECTION_FIELDS
 from mnistsum_ray.scoring.parts import Part, parts_of
 from mnistsum_ray.scoring.reader import BatchRows, DecodedPart, UnreadablePart, read_batches

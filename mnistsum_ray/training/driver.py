@@ -15,6 +15,7 @@ from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.signals import defer_signals
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, one_line, root_cause
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PARAMETERS
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console
@@ -52,7 +53,7 @@ _MIN_START_SECONDS: Final = 60.0
 _EVENT_SECONDS: Final = 1.0
 """Time in which a failure that a worker has reported arrives here."""
 
-_TEST_FIELDS: Final = ("rows", "pairs", "loss", "digit_accuracy", "sum_accuracy")
+_TEST_FIELDS: Final = ("rows", "pairs", "loss", *(f"{head.name}_accuracy" for head in HEADS))
 
 
 def fit(run: TrainingRun, console: Console) -> dict[str, Any]:

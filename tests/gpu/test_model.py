@@ -155,11 +155,10 @@ def test_predictions_with_labels_and_without_rows() -> None:
     images, digits, numbers = (values.numpy() for values in random_rows(100))
     weights = copy_weights(make_model(CPU))
     gpu, cpu = (Predictor(weights, device, "fp32", 32) for device in (CUDA, CPU))
-    ours, theirs = (predictor.predict(images, numbers, digits).losses for predictor in (gpu, cpu))
-    assert ours is not None
-    assert theirs is not None
-    for name, values in vars(ours).items():
-        assert np.allclose(values, getattr(theirs, name), atol=1e-3), name
+    ours, theirs = (predictor.predict(images, numbers, digits) for predictor in (gpu, cpu))
+    for name, head in ours.heads.items():
+        for values, expected in zip(vars(head).values(), vars(theirs.heads[name]).values(), strict=True):
+            assert np.allclose(values, expected, atol=1e-3), name
     assert len(gpu.predict(images[:0], numbers[:0]).digit) == 0
 
 

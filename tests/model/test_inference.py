@@ -34,11 +34,11 @@ def rows(count: int = ROWS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def equal(first: Predictions, second: Predictions) -> bool:
-    fields = [name for name in vars(first) if name != "losses"]
-    same = all(np.array_equal(getattr(first, name), getattr(second, name)) for name in fields)
-    if first.losses is None or second.losses is None:
-        return same and first.losses is second.losses
-    return same and all(np.array_equal(values, vars(second.losses)[name]) for name, values in vars(first.losses).items())
+    return all(
+        np.array_equal(values, vars(second.heads[head])[name], equal_nan=False) if values is not None else True
+        for head, predicted in first.heads.items()
+        for name, values in vars(predicted).items()
+    )
 
 
 def test_two_threads_predict_what_one_does(predictor: Predictor) -> None:
@@ -61,10 +61,12 @@ def test_types_and_ranges(predictor: Predictor) -> None:
     assert [values.dtype for values in (found.digit, found.sum, found.digit_prob, found.sum_prob)] == ["i1", "i1", "f4", "f4"]
     assert 0 <= found.digit.min() <= found.digit.max() <= 9
     assert 0 <= found.sum.min() <= found.sum.max() <= 18
-    assert found.losses is not None
-    assert found.losses.digit_nll[0] == found.losses.sum_brier[0] == 0, "its label is unknown"
-    assert (found.losses.digit_nll[1:] > 0).all()
-    assert predictor.predict(images, numbers).losses is None
+    for head in found.heads.values():
+        assert head.nll is not None
+        assert head.brier is not None
+        assert head.nll[0] == head.brier[0] == 0, "its label is unknown"
+        assert (head.nll[1:] > 0).all()
+    assert predictor.predict(images, numbers).heads["digit"].nll is None
     assert len(predictor.predict(images[:0], numbers[:0]).digit) == 0
 
 

@@ -36,9 +36,9 @@ def test_reported_loss_is_unsmoothed(model: TwoHeadCNN, smoothing: float) -> Non
     digits = torch.arange(ROWS) // 5
     loss, reported = Objective(model, smoothing, torch.float32)(images, numbers, digits, None)
     digit_scores, sum_scores = model(images, numbers)
-    assert reported.item() == pytest.approx(joint_loss(digit_scores, sum_scores, digits, numbers)[0].item(), rel=1e-5)
+    assert reported.item() == pytest.approx(joint_loss((digit_scores, sum_scores), digits, numbers)[0].item(), rel=1e-5)
     assert not reported.requires_grad
-    smoothed = joint_loss(digit_scores, sum_scores, digits, numbers, smoothing)[0]
+    smoothed = joint_loss((digit_scores, sum_scores), digits, numbers, smoothing)[0]
     assert loss.item() == pytest.approx(smoothed.item(), rel=1e-5)
 
 
@@ -48,5 +48,5 @@ def test_dropout_multiplies_the_input_of_the_last_convolution(model: TwoHeadCNN)
     _, reported = Objective(model, 0.0, torch.float32)(images, numbers, numbers, all_dropped)
     assert model.conv7.bias is not None
     scores = model.conv7.bias.expand(ROWS, 10)
-    expected = joint_loss(scores, model.sum_scores(scores, numbers), numbers, numbers)[0]
+    expected = joint_loss(model.scores(scores, numbers), numbers, numbers)[0]
     assert reported.item() == pytest.approx(expected.item(), rel=1e-5)

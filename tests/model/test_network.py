@@ -31,7 +31,7 @@ def test_shapes(model: TwoHeadCNN) -> None:
 
 def test_empty_batch(model: TwoHeadCNN) -> None:
     digit, total = model(prepare_images(images(0)), torch.zeros(0, dtype=torch.int64))
-    loss = joint_loss(digit, total, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))[0]
+    loss = joint_loss((digit, total), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))[0]
     assert loss.item() == 0.0
     torch.autograd.backward(loss)
 
@@ -59,10 +59,10 @@ def test_network_equals_the_original(model: TwoHeadCNN) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_sum_scores_of_all_numbers_equal_those_of_each(model: TwoHeadCNN) -> None:
+def test_scores_of_all_numbers_equal_those_of_each(model: TwoHeadCNN) -> None:
     x = prepare_images(images(4))
     with torch.no_grad():
-        together = model.sum_scores_of_all_numbers(model.digit_scores(x))
+        together = model.scores_of_all_numbers(model.digit_scores(x))[1]
         for number in range(10):
             _, alone = model(x, torch.full((4,), number))
             torch.testing.assert_close(together[:, number], alone, rtol=1e-5, atol=1e-5)
@@ -81,14 +81,14 @@ def test_smoothing_applies_to_the_targets_of_both_heads(model: TwoHeadCNN) -> No
     digit_scores, sum_scores = model(prepare_images(images(2)), numbers)
     digit_targets, sum_targets = 0.9 * F.one_hot(digits, 10) + 0.1 / 10, 0.9 * F.one_hot(digits + numbers, 19) + 0.1 / 19
     expected = -(digit_targets * digit_scores.log_softmax(1)).sum() - (sum_targets * sum_scores.log_softmax(1)).sum()
-    smoothed = joint_loss(digit_scores, sum_scores, digits, numbers, label_smoothing=0.1)[0]
+    smoothed = joint_loss((digit_scores, sum_scores), digits, numbers, label_smoothing=0.1)[0]
     torch.testing.assert_close(smoothed, expected / 2)
 
 
 def test_loss_is_the_mean_of_the_two_cross_entropies(model: TwoHeadCNN) -> None:
     digits, numbers = torch.tensor([3, 9]), torch.tensor([9, 0])
     digit_scores, sum_scores = model(prepare_images(images(2)), numbers)
-    ours = joint_loss(digit_scores, sum_scores, digits, numbers)[0] / 2
+    ours = joint_loss((digit_scores, sum_scores), digits, numbers)[0] / 2
     theirs = (F.cross_entropy(digit_scores, digits) + F.cross_entropy(sum_scores, digits + numbers)) / 2
     torch.testing.assert_close(ours, theirs)
 

@@ -35,7 +35,7 @@ def random_rows(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def compute_gradients(model: TwoHeadCNN) -> None:
     images, digits, numbers = random_rows(16)
     digit_scores, sum_scores = model(prepare_images(images), numbers)
-    torch.autograd.backward(joint_loss(digit_scores, sum_scores, digits, numbers)[0] / 16)
+    torch.autograd.backward(joint_loss((digit_scores, sum_scores), digits, numbers)[0] / 16)
 
 
 def after_a_step(weight_decay: float) -> tuple[TwoHeadCNN, dict[str, torch.Tensor]]:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.model.predictions import Predictions, ProbabilityLosses
+from mnistsum_ray.model.predictions import HeadPredictions, Predictions
 from mnistsum_ray.scoring.footers import Columns
 from mnistsum_ray.scoring.output import list_output
 from mnistsum_ray.scoring.parts import Part
@@ -43,8 +43,14 @@ def predictions(count: int) -> Predictions:
     digits = np.arange(count, dtype=np.int8)
     sums = (digits + np.arange(1, count + 1)).astype(np.int8)
     sums[0] = 18
-    losses = ProbabilityLosses(*(np.arange(count, dtype=np.float32) for _ in range(4)))
-    return Predictions(digits, np.full(count, 0.5, np.float32), sums, np.full(count, 0.25, np.float32), losses)
+    losses = np.arange(count, dtype=np.float32)
+    heads = {"digit": (digits, 0.5), "sum": (sums, 0.25)}
+    return Predictions(
+        {
+            name: HeadPredictions(answers, np.full(count, probability, np.float32), losses, losses)
+            for name, (answers, probability) in heads.items()
+        }
+    )
 
 
 def write(output: Path, decoded: DecodedPart, source: str = "/data") -> None:
@@ -91,8 +97,9 @@ def test_a_part_and_its_provenance(tmp_path: Path) -> None:
     }
     assert (stamp["scored_in_file"], stamp["rejected_in_file"], stamp["error"]) == (3, 2, None)
     assert stamp["spec"] == SPEC.canonical_json()
-    assert '"labelled":3,"digits_right":3,"sums_right":2' in stamp["counts"]
-    reliability = json.loads(stamp["counts"])["reliability"]
+    counts = json.loads(stamp["counts"])
+    assert [counts[name] for name in ("labelled", "digits_right", "sums_right")] == [3, 3, 2]
+    reliability = counts["reliability"]
     assert (reliability["digit"]["nll"], reliability["sum"]["brier"]) == (3, 3), "0 + 1 + 2"
     assert (sum(reliability["sum"]["rows"]), sum(reliability["sum"]["right"])) == (3, 2)
 

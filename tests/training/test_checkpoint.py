@@ -35,7 +35,7 @@ def step(model: TwoHeadCNN, optimizer: MuonAdamW, seed: int) -> None:
     digits, numbers = (torch.randint(0, 10, (16,), generator=generator) for _ in range(2))
     digit_scores, sum_scores = model(prepare_images(images), numbers)
     optimizer.zero_grad()
-    torch.autograd.backward(joint_loss(digit_scores, sum_scores, digits, numbers)[0])
+    torch.autograd.backward(joint_loss((digit_scores, sum_scores), digits, numbers)[0])
     optimizer.step(1e-3, torch.float32)
 
 
