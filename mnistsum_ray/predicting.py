@@ -15,8 +15,8 @@ from mnistsum_ray.data.parquet_types import plain_table
 from mnistsum_ray.storage.paths import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import
+    from mnistsum_ray.model.inference import Predictions
     from mnistsum_ray.model.network import TwoHeadCNN
-    from mnistsum_ray.model.predictions import Predictions
 
 Rows = TypeVar("Rows")
 """A pandas or Polars DataFrame, an Arrow table, or a Ray Dataset."""
@@ -108,7 +108,7 @@ def _predict_batch(batch: pa.Table, model: Any, *arguments: Any) -> pa.Table:
 
 def _predict_frame(rows: Rows, model: "TwoHeadCNN", image: str, number: str, batch_size: int) -> Rows:
     from mnistsum_ray.model.heads import PREDICTION_FIELDS
-    from mnistsum_ray.model.tables import REASON, predict_columns
+    from mnistsum_ray.model.inference import REASON, predict_columns
 
     frame: Any = rows
     polars, pandas = _is_a(rows, "polars", "DataFrame"), _is_a(rows, "pandas", "DataFrame")

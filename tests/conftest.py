@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from mnistsum_ray.data.sources import SAMPLE, open_source
-from mnistsum_ray.model import quantization
-from mnistsum_ray.model.calibration import Temperatures
+from mnistsum_ray.model import int8
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.storage.paths import locate
@@ -47,15 +46,12 @@ def write_rows(tmp_path: Path, sample: pa.Table) -> Callable[[int], Path]:
     return write
 
 
-TEMPERATURES = Temperatures(1.5, 0.7)
-
-
 def write_model(folder: Path, seed: int) -> Path:
-    """Write a model folder with random weights and TEMPERATURES."""
+    """Write a model folder with random weights."""
     torch.manual_seed(seed)
     weights = copy_weights(TwoHeadCNN())
     metrics = {split: dict.fromkeys(("loss", "digit_accuracy", "sum_accuracy"), 0.0) for split in ("validation", "test")}
-    description = describe_model(weights, epoch=1, metrics=metrics) | {"temperature": TEMPERATURES.as_json()}
+    description = describe_model(weights, epoch=1, metrics=metrics)
     save_model(locate(str(folder), "--model"), weights, description)
     return folder
 
@@ -73,7 +69,7 @@ def calibrate(folder: Path) -> Path:
     network, _ = load_model(locate(str(folder), "--model"))
     source = open_source("sample")
     images, digits = (torch.from_numpy(values) for values in source.data.fetch(source.test.ids()))
-    return change_description(folder, int8=quantization.quantize(network, images, images, digits.long()).as_json())
+    return change_description(folder, int8=int8.quantize(network, images, images, digits.long()))
 
 
 @pytest.fixture(scope="session")
@@ -86,10 +82,7 @@ def plain_predictions(model: Path, images: np.ndarray, numbers: np.ndarray) -> d
     network, _ = load_model(locate(str(model), "--model"))
     with torch.inference_mode():
         heads = network(prepare_images(torch.tensor(images)), torch.tensor(numbers))
-    (digit_prob, digit), (sum_prob, total) = (
-        (head / temperature).softmax(1).max(1)
-        for head, temperature in zip(heads, (TEMPERATURES.digit, TEMPERATURES.sum), strict=True)
-    )
+    (digit_prob, digit), (sum_prob, total) = (head.softmax(1).max(1) for head in heads)
     return {
         "pred_digit": digit.numpy(),
         "digit_prob": digit_prob.numpy(),

@@ -18,7 +18,7 @@ from mnistsum_ray.config import ExportPairsConfig, TrainConfig
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.model import quantization
+from mnistsum_ray.model import int8
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
 from mnistsum_ray.reporting.console import Console
@@ -113,9 +113,9 @@ def _write_random_model(folder: Path, images: Pixels, digits: list[int]) -> None
     """Write a model folder with random weights, calibrated for int8. Speed does not depend on the weights."""
     model = TwoHeadCNN().eval()
     description = describe_model(copy_weights(model), epoch=0, metrics={})
-    if quantization.is_available():
+    if int8.unavailable_reason() is None:
         pixels, labels = torch.as_tensor(images[:500]), torch.as_tensor(digits[:500])
-        description["int8"] = quantization.quantize(model, pixels, pixels, labels).as_json()
+        description["int8"] = int8.quantize(model, pixels, pixels, labels)
     save_model(locate(str(folder), "--model"), copy_weights(model), description)
 
 

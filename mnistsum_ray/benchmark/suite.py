@@ -45,7 +45,7 @@ from mnistsum_ray.benchmark import accuracy, feed, memory, original, ray_jobs
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model import quantization
+from mnistsum_ray.model import int8
 from mnistsum_ray.model.device import hardware
 from mnistsum_ray.reporting.versions import versions
 from mnistsum_ray.storage.paths import locate
@@ -85,7 +85,7 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     if args.way:
         return _measure(args)
     ways = WAYS[args.what]
-    if args.what == "score" and not quantization.is_available():
+    if args.what == "score" and int8.unavailable_reason():
         print("int8 is left out: this PyTorch has no integer convolutions on this CPU", file=sys.stderr)
         ways = tuple(way for way in ways if not way.endswith("int8"))
     runs: dict[str, list[Measurement]] = {way: [] for way in ways}

@@ -14,8 +14,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError, one_line
 from mnistsum_ray.model.exporting import INPUTS, OUTPUTS, export_onnx, export_torch
-from mnistsum_ray.model.inference import CPU_BATCH, predict_pairs
-from mnistsum_ray.model.predictions import Predictions
+from mnistsum_ray.model.inference import CPU_BATCH, Predictions, predict_pairs
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.storage.paths import locate_empty_output, locate_existing
 
@@ -85,9 +84,9 @@ def _load_onnx(data: bytes) -> PredictFunction:
 
 def _compare(name: str, found: tuple[npt.NDArray[Any], ...], expected: Predictions) -> float:
     """The largest difference of a probability; raises RunError if a prediction differs."""
-    heads = list(zip(found[::2], found[1::2], expected.heads.values(), strict=True))
-    difference = max(np.abs(probability - head.probability).max() for _, probability, head in heads)
-    wrong = int(np.any([answer != head.answer for answer, _, head in heads], axis=0).sum())
+    pairs = [(name, values, expected.values[name]) for name, values in zip(OUTPUTS, found, strict=True)]
+    difference = max(np.abs(values - theirs).max() for name, values, theirs in pairs if name.endswith("_prob"))
+    wrong = int(np.any([values != theirs for name, values, theirs in pairs if name.startswith("pred_")], axis=0).sum())
     if wrong or not difference <= _PROBABILITY_TOLERANCE:  # `not <=` also catches NaN
         raise RunError(
             f"{name}: {wrong:,} of {len(found[0]):,} predictions differ from the model's, probabilities by up to "

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.overrides import quiet_logger
 
@@ -28,8 +28,8 @@ class ExportableModel(nn.Module):
 
     def forward(self, image: Tensor, number: Tensor) -> tuple[Tensor, ...]:
         outputs: list[Tensor] = []
-        for head, scores in zip(HEADS, self.model(prepare_images(image), number), strict=True):
-            probability, answer = (scores / vars(self.model.temperatures)[head.name]).softmax(1).max(1)
+        for scores in self.model(prepare_images(image), number):
+            probability, answer = scores.softmax(1).max(1)
             outputs += [answer, probability]
         return tuple(outputs)
 

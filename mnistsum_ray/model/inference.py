@@ -1,25 +1,38 @@
-"""Inference: the fastest forward pass on a device, and batched prediction."""
+"""Inference: the fastest forward pass on a device, batched prediction, and predictions for columns of a table."""
 
 import threading
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from mnistsum_ray.data.images import SIDE, Pixels
-from mnistsum_ray.model.calibration import Temperatures
+from mnistsum_ray.data.images import (
+    SIDE,
+    Pixels,
+    decode_images,
+    decode_numbers,
+    image_type_error,
+    join_reasons,
+    number_type_error,
+    one_chunk,
+)
+from mnistsum_ray.data.parquet_types import plain_table
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
-from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, SUM
 from mnistsum_ray.model.int8 import int8_digit_scores
-from mnistsum_ray.model.network import Scores, TwoHeadCNN, mkldnn_digit_scores, prepare_images
-from mnistsum_ray.model.predictions import Predictions
+from mnistsum_ray.model.loss import probability_losses
+from mnistsum_ray.model.network import Scores, TwoHeadCNN, prepare_images
 
 CPU_BATCH: Final = 256
 """In `jobs/score.py` on two cores 3 to 7 % faster than 64, and as fast as larger batches."""
 GPU_BATCH: Final = 2048
+
+REASON: Final = "reason"
 
 _ROWS_ON_DEVICE: Final = 65_536
 """Rows that are copied to the device at once."""
@@ -27,37 +40,91 @@ _ROWS_ON_DEVICE: Final = 65_536
 _forward_lock = threading.Lock()
 """Threads of a process compute one after the other, so that the memory of the device holds the batch of one."""
 
-_NO_TEMPERATURES: Final = Temperatures()
+Numbers = npt.NDArray[np.int64]
 
 Forward = Callable[[Tensor, Tensor], Scores]
 """Pixels uint8[n, 28, 28] and numbers int64[n] to scores by head, [n, classes] each."""
 
 
-def make_forward(model: TwoHeadCNN, device: torch.device, precision: str, int8_maxima: tuple[float, ...] | None) -> Forward:
-    """The fastest forward pass for inference on this device with precision fp32, bf16 or int8."""
-    digit_scores_of_pixels = _digit_scores_of_pixels(model, device, precision, int8_maxima)
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of n rows."""
+
+    values: Mapping[str, npt.NDArray[Any]]
+    """[n] each, by name. Of each head `pred_<head>`, the most likely class, int8, and `<head>_prob`, its probability, float32. If
+    labels were given also `<head>_nll`, the negative log-likelihood of the true class in nats, and `<head>_brier`, the Brier
+    score: float32, and 0 for rows without a label."""
+
+    @property
+    def digit(self) -> npt.NDArray[np.int8]:
+        """Most likely digit, int8[n]."""
+        return self.values["pred_digit"]
+
+    @property
+    def digit_prob(self) -> npt.NDArray[np.float32]:
+        """Its probability, float32[n]."""
+        return self.values["digit_prob"]
+
+    @property
+    def sum(self) -> npt.NDArray[np.int8]:
+        """Most likely sum, int8[n]."""
+        return self.values["pred_sum"]
+
+    @property
+    def sum_prob(self) -> npt.NDArray[np.float32]:
+        """Its probability, float32[n]."""
+        return self.values["sum_prob"]
+
+    def columns(self, numbers: Numbers) -> list[npt.NDArray[Any]]:
+        """Values of PREDICTION_FIELDS, [n] each; `numbers` are those of the rows."""
+        consistent = self.sum == SUM.target(self.digit, numbers)
+        return [*(self.values[name] for name in PREDICTION_FIELDS.names[:-1]), consistent]
+
+    def slice(self, start: int, end: int) -> "Predictions":
+        """Predictions of rows start..end-1."""
+        return Predictions({name: values[start:end] for name, values in self.values.items()})
+
+    @classmethod
+    def from_scores(cls, scores: Scores, numbers: Numbers, labels: Numbers | None = None) -> "Predictions":
+        """Predict n rows from their scores.
+
+        Args:
+            scores: logits float32[n, classes] by head, on any device, where all is computed.
+            numbers: int64[n] in 0..9.
+            labels: true digits int64[n], -1 where unknown; if given, the predictions have losses.
+        """
+        values: dict[str, Tensor] = {}
+        for head, logits in zip(HEADS, scores, strict=True):
+            values[f"{head.name}_prob"], values[f"pred_{head.name}"] = logits.softmax(1).max(1)
+            if labels is not None:
+                classes = torch.tensor(head.target(np.maximum(labels, 0), numbers), device=logits.device)
+                known = torch.tensor(labels >= 0, device=logits.device)
+                nll, brier = probability_losses(logits, classes)
+                values[f"{head.name}_nll"], values[f"{head.name}_brier"] = nll * known, brier * known
+        # In one copy from the device; classes are exact in float32.
+        arrays = torch.stack([value.float() for value in values.values()]).cpu().numpy()
+        return cls(
+            {
+                name: array.astype(np.int8) if name.startswith("pred_") else array
+                for name, array in zip(values, arrays, strict=True)
+            }
+        )
+
+
+def make_forward(model: TwoHeadCNN, device: torch.device, precision: str, int8_maxima: Sequence[float] | None) -> Forward:
+    """The forward pass on this device with precision fp32, bf16 or int8, which needs the maxima of its calibration."""
+    int8_scores = int8_digit_scores(model, int8_maxima) if precision == "int8" and int8_maxima else None
 
     def forward(images: Tensor, numbers: Tensor) -> Scores:
+        if int8_scores:
+            digit_scores = int8_scores(images)
+        else:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                digit_scores = model.digit_scores(prepare_images(images))
         # The sum head, a thousandth of the work, runs in float32, as in the evaluation during training.
-        return model.scores(digit_scores_of_pixels(images).float(), numbers)
+        return model.scores(digit_scores.float(), numbers)
 
     return forward
-
-
-def _digit_scores_of_pixels(
-    model: TwoHeadCNN, device: torch.device, precision: str, int8_maxima: tuple[float, ...] | None
-) -> Callable[[Tensor], Tensor]:
-    if precision == "int8":
-        assert int8_maxima is not None
-        return int8_digit_scores(model, int8_maxima)
-    use_mkldnn = device.type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    digit_scores = mkldnn_digit_scores(model) if use_mkldnn else model.digit_scores
-
-    def digit_scores_of_pixels(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return digit_scores(prepare_images(images))
-
-    return digit_scores_of_pixels
 
 
 class Predictor:
@@ -69,14 +136,13 @@ class Predictor:
         device: torch.device,
         precision: str,
         batch_size: int | None,
-        int8_maxima: tuple[float, ...] | None = None,
-        temperatures: Temperatures = _NO_TEMPERATURES,
+        int8_maxima: Sequence[float] | None = None,
     ) -> None:
         if device.type == "cpu":
             tune_malloc()
             torch.set_num_threads(1)  # one process a core is faster than several threads, which wait for each other
         disable_tf32()
-        self._device, self._temperatures = device, temperatures
+        self._device = device
         model = TwoHeadCNN()
         model.load_state_dict(weights)
         model.eval().to(device)
@@ -85,7 +151,7 @@ class Predictor:
         # The first pass builds and loads kernels. A device that does not work, or a batch too large for its memory, fails here.
         self.predict(np.zeros((self._batch_size, SIDE, SIDE), np.uint8), np.zeros(self._batch_size, np.int64))
 
-    def predict(self, images: Pixels, numbers: npt.NDArray[np.int64], labels: npt.NDArray[np.int64] | None = None) -> Predictions:
+    def predict(self, images: Pixels, numbers: Numbers, labels: Numbers | None = None) -> Predictions:
         """Predict n rows.
 
         Args:
@@ -94,24 +160,18 @@ class Predictor:
             labels: true digits int64[n], -1 where unknown; if given, the predictions have losses.
         """
         scores = _batched_scores(self._forward, images, numbers, self._batch_size, self._device)
-        return Predictions.from_scores(scores, self._temperatures, numbers, labels)
+        return Predictions.from_scores(scores, numbers, labels)
 
 
-def predict_pairs(model: TwoHeadCNN, images: Pixels, numbers: npt.NDArray[np.int64], batch_size: int) -> Predictions:
-    """Predict uint8[n, 28, 28] with int64[n] in 0..9, in the model's own precision and on its device."""
-
-    def forward(images: Tensor, numbers: Tensor) -> Scores:
-        scores: Scores = model(prepare_images(images), numbers)
-        return scores
-
-    scores = _batched_scores(forward, images, numbers, batch_size, next(model.parameters()).device)
-    return Predictions.from_scores(scores, model.temperatures, numbers)
+def predict_pairs(model: TwoHeadCNN, images: Pixels, numbers: Numbers, batch_size: int) -> Predictions:
+    """Predict uint8[n, 28, 28] with int64[n] in 0..9, in float32 on the model's device."""
+    device = next(model.parameters()).device
+    forward = make_forward(model, device, "fp32", None)
+    return Predictions.from_scores(_batched_scores(forward, images, numbers, batch_size, device), numbers)
 
 
 @torch.inference_mode()
-def _batched_scores(
-    forward: Forward, images: Pixels, numbers: npt.NDArray[np.int64], batch_size: int, device: torch.device
-) -> Scores:
+def _batched_scores(forward: Forward, images: Pixels, numbers: Numbers, batch_size: int, device: torch.device) -> Scores:
     """Scores of all rows by head, float32 on the device.
 
     The last batch is filled up with zeros. Kernels are chosen by the size of a batch, and each adds in its own order: in batches
@@ -132,3 +192,32 @@ def _fill_up(values: Tensor, batch_size: int) -> Tensor:
     """The rows, and zeros up to a multiple of the batch size."""
     missing = -len(values) % batch_size
     return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
+
+
+def predict_columns(model: TwoHeadCNN, columns: dict[str, pa.Array], batch_size: int) -> dict[str, pa.Array]:
+    """The columns PREDICTION_FIELDS and `reason` of n rows.
+
+    Args:
+        model: in evaluation mode.
+        columns: the images, in any form that scoring takes, and the numbers, n each, by the names that errors have.
+        batch_size: rows in one forward pass.
+
+    Returns:
+        n values each. Where a row cannot be scored, the predictions are null and `reason` says why; elsewhere it is null.
+
+    Raises:
+        ValueError: a column has a type that cannot be read.
+    """
+    rows = plain_table(pa.table(columns))
+    for name, type_error in zip(columns, (image_type_error, number_type_error), strict=True):
+        error = type_error(rows.schema.field(name).type)
+        if error:
+            raise ValueError(f"column {name!r} {error}")
+    images, bad_images = decode_images(one_chunk(rows.column(0)))
+    numbers, bad_numbers = decode_numbers(one_chunk(rows.column(1)))
+    bad_rows = join_reasons(bad_images, bad_numbers)
+    reasons = [bad_rows.get(row) for row in range(len(numbers))]
+    values = predict_pairs(model, images, numbers, batch_size).columns(numbers)
+    bad = np.array([reason is not None for reason in reasons], bool)
+    arrays = [pa.array(of_field, field.type, mask=bad) for field, of_field in zip(PREDICTION_FIELDS, values, strict=True)]
+    return dict(zip(PREDICTION_FIELDS.names, arrays, strict=True)) | {REASON: pa.array(reasons, pa.string())}

@@ -1,64 +1,51 @@
 """The network in 8-bit integers on a CPU: nearly twice as fast as bfloat16, from the same float32 weights.
 
-The convolutions are PyTorch's private operators `torch.ops.onednn`, which its compiler calls for quantized networks on CPUs. The
-documented alternative, quantized tensors, is as fast and about to be removed. A release of PyTorch may change the operators
-without notice: this module is their only user, and a test in tests/model/test_quantization.py fails if it does.
+Static quantization as in Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference" (2018): one scale for each output channel of a convolution's weights, and one for its output, from the largest
+activation on some training rows. conv7 and the sum head, a thousandth of the work, stay float32.
+
+The convolutions are PyTorch's private operators `torch.ops.onednn`. A release of PyTorch may change them without notice: this
+module is their only user, and a test in tests/model/test_int8.py fails if it does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import one_line
-from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
+from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.model.metrics import Counts, score_rows
+from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, prepare_images
+
+CALIBRATION_ROWS: Final = 2048
+
+COMPARED_ROWS: Final = 10_000
+"""Maximum number of test rows on which int8 is compared with float32: all of MNIST's."""
 
 MAX_ACTIVATION: Final = 255
-
 MAX_WEIGHT: Final = 64
 """Largest integer weight. CPUs without VNNI add two products in 16 bits: with larger weights they would overflow silently."""
 
-_PIXEL_ZERO: Final = round(255 * PIXEL_MEAN)
-"""Pixel value nearest to 0 in a prepared image; the padding is 0."""
+_BATCH: Final = 256
 
 
-class Int8Convolution:
-    """Convolution of uint8 activations with int8 weights, stride 1; ReLU follows if the output is uint8.
+def _convolution(
+    weight: Tensor, scales: Tensor, bias: Tensor | None, padding: int, zero: int, scale: float, output: Sequence[Any]
+) -> Callable[[Tensor], Tensor]:
+    """Convolution of activations (uint8[n, in, h, w] - zero) * scale with weights int8[out, in, 3, 3] * scales float32[out].
 
-    Args:
-        weight: int8[out, in, height, width] in -MAX_WEIGHT..MAX_WEIGHT.
-        weight_scales: float32[out]; the weight that an integer represents is integer * scale.
-        bias: float32[out], or None.
-        padding: pixels at each edge, vertically and horizontally; they are filled with `input_zero`.
-        input_scale, input_zero: the activation that an input integer represents is (integer - input_zero) * input_scale.
-        output_scale: activation that one step of the uint8 output represents; None for float32 output.
+    The padding is `zero`. `output` is its scale, zero, dtype and activation function, as oneDNN takes them.
     """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        weight_scales: Tensor,
-        bias: Tensor | None,
-        padding: list[int],
-        input_scale: float,
-        input_zero: int,
-        output_scale: float | None,
-    ) -> None:
-        stride = dilation = [1, 1]
-        groups = 1
-        packed = torch.ops.onednn.qconv_prepack(
-            weight, weight_scales, input_scale, input_zero, stride, padding, dilation, groups, None
-        )
-        weight_zeros = torch.zeros(len(weight), dtype=torch.int32)
-        output = (1.0, 0, torch.float32, "none") if output_scale is None else (output_scale, 0, torch.uint8, "relu")
-        values = (input_scale, input_zero, packed, weight_scales, weight_zeros, bias)
-        self._arguments: tuple[Any, ...] = (*values, stride, padding, dilation, groups, *output, [], "")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Convolve uint8[n, in, height, width], channels last."""
-        output: Tensor = torch.ops.onednn.qconv2d_pointwise(x, *self._arguments)
-        return output
+    geometry = ([1, 1], [padding, padding], [1, 1], 1)  # stride, padding, dilation, groups
+    packed = torch.ops.onednn.qconv_prepack(weight, scales, scale, zero, *geometry, None)
+    weight_zeros = torch.zeros(len(weight), dtype=torch.int32)
+    values = (scale, zero, packed, scales, weight_zeros, bias, *geometry, *output, [], "")
+    return lambda x: torch.ops.onednn.qconv2d_pointwise(x, *values)
 
 
 def unavailable_reason() -> str | None:
@@ -67,7 +54,7 @@ def unavailable_reason() -> str | None:
     image = torch.full((1, channels, 3, 3), MAX_ACTIVATION, dtype=torch.uint8).to(memory_format=torch.channels_last)
     weight = torch.full((channels, channels, 3, 3), MAX_WEIGHT, dtype=torch.int8)
     try:
-        output = Int8Convolution(weight, torch.ones(channels), None, [0, 0], 1.0, 0, None)(image)
+        output = _convolution(weight, torch.ones(channels), None, 0, 0, 1.0, (1.0, 0, torch.float32, "none"))(image)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         return one_line(error)
     expected = MAX_ACTIVATION * MAX_WEIGHT * channels * 9
@@ -76,25 +63,21 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def quantized_layers(model: TwoHeadCNN) -> list[nn.Conv2d]:
-    """The convolutions that multiply integers; conv7 and the sum head, a thousandth of the work, stay float32."""
-    return [model.conv1, model.conv2, model.conv3, model.conv4, model.conv5, model.conv6]
-
-
-def int8_digit_scores(model: TwoHeadCNN, maxima: tuple[float, ...]) -> Callable[[Tensor], Tensor]:
+def int8_digit_scores(model: TwoHeadCNN, maxima: Sequence[float]) -> Callable[[Tensor], Tensor]:
     """Function from pixels uint8[n, 28, 28] to digit scores float32[n, 10], for inference on a CPU.
 
-    `model` must not change afterwards.
+    `maxima` are the `activation_maxima`. `model` must not change afterwards.
     """
-    scale, zero = 1 / (255 * PIXEL_STD), _PIXEL_ZERO
-    layers: list[Int8Convolution] = []
-    for layer, maximum in zip(quantized_layers(model), maxima, strict=True):
-        weight = layer.weight.detach().contiguous()
-        weight_scales = weight.abs().amax((1, 2, 3)).clamp(min=1e-8) / MAX_WEIGHT
-        rounded = (weight / weight_scales[:, None, None, None]).round().to(torch.int8)
-        bias = layer.bias.detach() if layer.bias is not None else None
+    scale, zero = 1 / (255 * PIXEL_STD), round(255 * PIXEL_MEAN)  # the pixel nearest to 0 in a prepared image
+    layers = []
+    for layer, maximum in zip(model.convolutions, maxima, strict=True):
+        weight, bias = layer.weight.detach().contiguous(), layer.bias
+        assert bias is not None
+        scales = weight.abs().amax((1, 2, 3)).clamp(min=1e-8) / MAX_WEIGHT
+        integers = (weight / scales[:, None, None, None]).round().to(torch.int8)
         output_scale = maximum / MAX_ACTIVATION
-        layers.append(Int8Convolution(rounded, weight_scales, bias, [*layer.padding], scale, zero, output_scale))
+        output = (output_scale, 0, torch.uint8, "relu")
+        layers.append(_convolution(integers, scales, bias.detach(), int(layer.padding[0]), zero, scale, output))
         scale, zero = output_scale, 0
 
     @torch.inference_mode()
@@ -102,16 +85,70 @@ def int8_digit_scores(model: TwoHeadCNN, maxima: tuple[float, ...]) -> Callable[
         x = images.unsqueeze(1).to(memory_format=torch.channels_last)
         for index, layer in enumerate(layers):
             x = layer(x)
-            if index in (1, 3):
-                x = _max_pool(x)
+            if index in (1, 3):  # 2 x 2 max-pool, which PyTorch's own does not do for integers
+                x = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
+                x = torch.maximum(x[..., ::2], x[..., 1::2])
         scores: Tensor = model.conv7(x.float().mul_(scale)).flatten(1)
         return scores
 
     return digit_scores
 
 
-def _max_pool(x: Tensor) -> Tensor:
-    """2 x 2 max-pool of uint8[n, c, h, w], channels last; PyTorch's own does not take integers."""
-    rows = x.permute(0, 2, 3, 1)
-    rows = torch.maximum(rows[:, ::2], rows[:, 1::2])
-    return torch.maximum(rows[:, :, ::2], rows[:, :, 1::2]).permute(0, 3, 1, 2)
+@torch.inference_mode()
+def activation_maxima(model: TwoHeadCNN, images: Tensor) -> list[float]:
+    """Largest output of each of the first six convolutions over uint8[n, 28, 28].
+
+    Rounded to four digits, so that differences between CPUs mostly vanish.
+    """
+    maxima = [1e-6] * len(model.convolutions)
+    for start in range(0, len(images), _BATCH):
+        x = prepare_images(images[start : start + _BATCH])
+        for index, layer in enumerate(model.convolutions):
+            x = F.relu(layer(x))
+            maxima[index] = max(maxima[index], x.max().item())
+            if index in (1, 3):
+                x = F.max_pool2d(x, 2)
+    return [float(f"{value:.4g}") for value in maxima]
+
+
+def quantize(
+    model: TwoHeadCNN,
+    training_images: Tensor,
+    images: Tensor,
+    digits: Tensor,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Calibrate a model on the CPU on training rows uint8[n, 28, 28], and compare it with float32 on test rows.
+
+    Returns:
+        The entry `int8` of model.json: `maxima`, `calibration_rows`, `test_pairs`, and by head `<head>_accuracy` with int8 and
+        `<head>_agreement`, the share of the test pairs on which int8 and float32 give the same answer.
+    """
+    maxima = activation_maxima(model, training_images[:CALIBRATION_ROWS])
+    digit_scores = int8_digit_scores(model, maxima)
+    rows = {"image": images, "digit": digits, "row_id": torch.arange(len(images))}
+    batches = [{name: values[start : start + _BATCH] for name, values in rows.items()} for start in range(0, len(images), _BATCH)]
+    int8_rows = score_rows(model, lambda batch: digit_scores(batch["image"]), batches)
+    float32_rows = score_rows(model, lambda batch: model.digit_scores(prepare_images(batch["image"])), batches)
+    counts, same = Counts(images.device), {head.name: 0.0 for head in HEADS}
+    for (batch, int8), (_, float32) in zip(int8_rows, float32_rows, strict=True):
+        counts.add(batch, int8)
+        for name, ours, theirs in zip(same, int8, float32, strict=True):
+            same[name] += (ours.argmax(2) == theirs.argmax(2)).double().mean(1).sum().item()
+        on_progress(len(batch["digit"]))
+    return {
+        "maxima": maxima,
+        "calibration_rows": min(len(training_images), CALIBRATION_ROWS),
+        "test_pairs": NUMBERS * len(images),
+        **{f"{name}_agreement": rows_alike / len(images) for name, rows_alike in same.items()},
+        **{f"{name}_accuracy": share for name, share in counts.accuracies().items()},
+    }
+
+
+def maxima_from_description(description: dict[str, Any]) -> tuple[float, ...] | None:
+    """The calibration in a description (model.json); None if the model was not calibrated."""
+    entry = description.get("int8")
+    maxima = entry.get("maxima") if isinstance(entry, dict) else None
+    if isinstance(maxima, list) and len(maxima) == 6 and all(isinstance(value, float) and 0 < value < inf for value in maxima):
+        return tuple(maxima)
+    return None

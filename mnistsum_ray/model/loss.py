@@ -3,10 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.mixed_precision import cast_parameters
 from mnistsum_ray.model.network import Scores, TwoHeadCNN
 
 
@@ -25,14 +23,10 @@ def dropout_factors(rows: int, probability: float, generator: torch.Generator) -
 class Objective(nn.Module):
     """The network and its loss as one module, so that DDP and the compiler see the whole step."""
 
-    one_hot: Tensor
-    """The network's, in the dtype."""
-
     def __init__(self, model: TwoHeadCNN, label_smoothing: float, dtype: torch.dtype) -> None:
-        """Take the network, and the dtype to compute in; parameters and gradients are float32."""
+        """Take the network, and the dtype to compute in, by autocast; parameters and gradients are float32."""
         super().__init__()
         self.model, self.label_smoothing, self.dtype = model, label_smoothing, dtype
-        self.register_buffer("one_hot", model.one_hot.to(dtype), persistent=False)
 
     def forward(self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the loss of n rows.
@@ -46,8 +40,8 @@ class Objective(nn.Module):
         Returns:
             The loss to minimize, and the loss without label smoothing, which has no gradient: scalars, summed over the rows.
         """
-        state = cast_parameters(dict(self.model.named_parameters()), self.dtype) | {"one_hot": self.one_hot}
-        scores = functional_call(self.model, state, (images.to(self.dtype), numbers, dropout))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            scores = self.model(images, numbers, dropout)
         return joint_loss(scores, digits, numbers, self.label_smoothing)
 
 

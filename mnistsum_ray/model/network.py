@@ -1,4 +1,4 @@
-"""The two-head network, and the preparation of its input.
+"""The two-head network, and the preparation and distortion of its input.
 
 conv1 1->32  conv2 32->64  max-pool      28 -> 14     3x3, padding 1
 conv3 64->64 conv4 64->64  max-pool      14 -> 7      3x3, padding 1
@@ -6,16 +6,14 @@ conv5 64->64 conv6 64->128 conv7 128->10  7 -> 1      3x3, no padding: ten digit
 fc1 20->128  fc2 128->19                              on [digit scores, one-hot number]: nineteen sum scores
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.heads import DIGIT, SUM
 
 PARAMETERS: Final = 220_125
@@ -44,17 +42,24 @@ def to_channels_last(images: Tensor) -> Tensor:
     return images.unsqueeze(3).permute(0, 3, 1, 2)
 
 
+def distort(images: Tensor, matrices: Tensor) -> Tensor:
+    """Distort prepared images float32[n, 1, 28, 28] by float32[n, 6] of `data/distortion.py`, on the same device."""
+    rows = len(images)
+    if not rows:
+        return images
+    grid = F.affine_grid(matrices.view(rows, 2, 3), [rows, 1, SIDE, SIDE], align_corners=False)
+    # "border" fills what moves in at the edge with background; zeros would be gray in a prepared image.
+    return to_channels_last(F.grid_sample(images, grid, padding_mode="border", align_corners=False).squeeze(1))
+
+
 class TwoHeadCNN(nn.Module):
     """The original's network: 220,125 trainable parameters."""
 
     one_hot: Tensor
     """Row k is the one-hot vector of number k."""
-    temperatures: Temperatures
-    """Divisors of the scores where probabilities are computed; `forward` returns the scores undivided."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.temperatures = Temperatures()
         self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
         self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
         self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
@@ -77,21 +82,36 @@ class TwoHeadCNN(nn.Module):
 
         PyTorch's default weights are smaller. With them the sum head is at 34 % after three epochs on the sample, against 47 %.
         """
-        for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6, self.fc1):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        for layer in (self.conv7, self.fc2):
+        for weight in (*(convolution.weight for convolution in self.convolutions), self.fc1.weight):
+            nn.init.kaiming_normal_(weight, nonlinearity="relu")
+        for layer in self.last_layers.values():
             nn.init.xavier_normal_(layer.weight)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    @property
+    def convolutions(self) -> list[nn.Conv2d]:
+        """The first six convolutions, in order: all but the one that computes the digit scores."""
+        return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6]
+
+    @property
+    def last_layers(self) -> dict[str, nn.Conv2d | nn.Linear]:
+        """The layer that computes the scores of each head, by the head's name."""
+        return {"digit": self.conv7, "sum": self.fc2}
 
     def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
         """Digit scores (logits) [n, 10] of prepared images float[n, 1, 28, 28].
 
         `dropout`, [n, 128, 3, 3] if given, is multiplied with conv7's input.
         """
-        layers = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6)
-        features = _features(images, layers)
+        features = images
+        for index, convolution in enumerate(self.convolutions):
+            features = convolution(features)
+            if index in (1, 3):
+                features = F.max_pool2d(features, 2)
+            # ReLU after the max-pool gives the same values and gradients as before it, on a quarter of the elements.
+            features = torch.relu_(features)
         if dropout is not None:
             features = features * dropout.to(features.dtype)
         scores: Tensor = self.conv7(features).flatten(1)
@@ -122,31 +142,3 @@ class TwoHeadCNN(nn.Module):
         numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
         _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
         return digit_scores[:, None], *(scores.view(rows, NUMBERS, -1) for scores in others)
-
-
-def _features(x: Tensor, convolutions: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
-    """Apply the first six convolutions: [n, 1, 28, 28] to [n, 128, 3, 3]."""
-    for index, convolution in enumerate(convolutions):
-        x = convolution(x)
-        if index in (1, 3):
-            x = F.max_pool2d(x, 2)
-        # ReLU after the max-pool gives the same values and gradients as before it, on a quarter of the elements.
-        x = torch.relu_(x)
-    return x
-
-
-def mkldnn_digit_scores(model: TwoHeadCNN) -> Callable[[Tensor], Tensor]:
-    """`model.digit_scores` for float32 inference on a CPU, with weights and activations in oneDNN's own layout: a tenth faster.
-
-    The scores equal those of `model` up to the order of sums (1e-5). Later changes of `model` have no effect.
-    """
-    *layers, last = [
-        partial(F.conv2d, weight=layer.weight.detach().to_mkldnn(), bias=layer.bias.detach().to_mkldnn(), padding=layer.padding)
-        for layer in model.children()
-        if isinstance(layer, nn.Conv2d) and layer.bias is not None
-    ]
-
-    def digit_scores(images: Tensor) -> Tensor:
-        return last(_features(images.to_mkldnn(), layers)).to_dense().flatten(1)
-
-    return digit_scores

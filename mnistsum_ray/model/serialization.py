@@ -15,13 +15,12 @@ from torch import Tensor
 
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import RequestError, one_line
-from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.storage.location import Location
 
-MODEL_FORMAT: Final = "mnistsum_ray/4"
-"""Format of a model folder; since 4 the file of the weights holds the description."""
+MODEL_FORMAT: Final = "mnistsum_ray/5"
+"""Format of a model folder; since 5 the temperatures are folded into the weights."""
 WEIGHTS_FILE: Final = "model.safetensors"
 DESCRIPTION_FILE: Final = "model.json"
 
@@ -50,7 +49,7 @@ def describe_model(
         "format": MODEL_FORMAT,
         "network": "TwoHeadCNN",
         "parameters": PARAMETERS,
-        "sha256": _checksum(weights),
+        "sha256": checksum(weights),
         "input": {
             "image": "28 x 28 grayscale, uint8, 0 background, 255 ink",
             "scaled": "(image / 255 - mean) / std",
@@ -61,7 +60,6 @@ def describe_model(
         "output": {head.name: f"{head.classes} scores" for head in HEADS},
         "epoch": epoch,
         "sum_head": sum_head,
-        "temperature": Temperatures().as_json(),
         **metrics,
     }
 
@@ -87,10 +85,9 @@ def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     try:
         weights = load_tensors(data)
         description = read_description(data)
-        temperatures = Temperatures.from_json(description.get("temperature"))
     except (SafetensorError, ValueError) as error:
         raise RequestError(f"{folder.display}: {WEIGHTS_FILE} cannot be used: {one_line(error)}") from None
-    if _checksum(weights) != description["sha256"]:
+    if checksum(weights) != description["sha256"]:
         raise RequestError(f"{folder.display}: {WEIGHTS_FILE} is damaged (the SHA-256 of its weights differs)")
     model = TwoHeadCNN()
     try:
@@ -100,7 +97,6 @@ def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
     if broken:
         raise RequestError(f"{folder.display}: {broken} holds NaN or infinite weights; train again")
-    model.temperatures = temperatures
     return model.eval(), description
 
 
@@ -121,7 +117,7 @@ def read_description(data: bytes) -> dict[str, Any]:
     return description
 
 
-def _checksum(weights: Weights) -> str:
+def checksum(weights: Weights) -> str:
     """SHA-256 over the names, shapes and values of all tensors."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.reliability import Reliability
+from mnistsum_ray.model.metrics import Reliability
 
 _ACCURACIES: Final = {f"{head.name}_accuracy": head.name for head in HEADS}
 _SPLIT_STYLES: Final = {"test": "o-", "validation": "o--"}

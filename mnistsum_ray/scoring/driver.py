@@ -15,7 +15,7 @@ from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.cluster.resources import explain_worker_silence, inspect_cluster
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.errors import RunError, RunInterrupted, root_cause
-from mnistsum_ray.model.quantization import maxima_from_card
+from mnistsum_ray.model.int8 import maxima_from_description
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.metrics import ScoringMetrics
 from mnistsum_ray.reporting.progress import Progress, silence_watchdog
@@ -61,8 +61,8 @@ def _score(run: ScoringRun, console: Console) -> tuple[dict[str, Any], bool]:
     resources, precision = allocate_resources(run.config, console.say)
     first_file = run.inputs.root / run.inputs.files["name"][0].as_py()
     check_shared_storage({"--output": run.output}, {"--input": first_file}, console.say)
-    int8_maxima = maxima_from_card(run.card) if precision == "int8" else None
-    spec = PredictionSpec(run.card["sha256"], precision, run.columns, run.temperatures, int8_maxima)
+    int8_maxima = maxima_from_description(run.card) if precision == "int8" else None
+    spec = PredictionSpec(run.card["sha256"], precision, run.columns, int8_maxima)
     with folder_lock(run.output, "--output", console.say) as lock:
         # The checks above fail at once if the storage does not answer; from here on the run waits for it.
         run = run.with_retries()

@@ -12,7 +12,6 @@ import pyarrow.fs as pafs
 from mnistsum_ray.cluster.map_files import MAX_LOCAL_FILES
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RequestError, RunError, StorageError, one_line
-from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.progress import Progress
 from mnistsum_ray.scoring.footers import Columns, read_all_footers
@@ -38,7 +37,6 @@ class ScoringRun:
     card: dict[str, Any]
     """Contents of the model's `model.json`."""
     weights: "dict[str, Tensor]"
-    temperatures: Temperatures
     inputs: Inputs
     columns: Columns
     output: Location
@@ -76,7 +74,7 @@ def preflight(config: ScoreConfig) -> ScoringRun:
         raise RequestError(f"--model {error}") from None
     if config.precision == "int8":
         _check_int8(card)
-    return ScoringRun(config, model, card, copy_weights(network), network.temperatures, inputs, columns, output, footers)
+    return ScoringRun(config, model, card, copy_weights(network), inputs, columns, output, footers)
 
 
 def _locate_output(text: str) -> Location:
@@ -91,14 +89,14 @@ def _locate_output(text: str) -> Location:
 
 
 def _check_int8(card: dict[str, Any]) -> None:
-    from mnistsum_ray.model.quantization import is_available, maxima_from_card
+    from mnistsum_ray.model.int8 import maxima_from_description, unavailable_reason
 
-    if maxima_from_card(card) is None:
+    if maxima_from_description(card) is None:
         raise RequestError(
             "--precision int8: the model holds no calibration for it, so it was trained by an older version or where PyTorch "
             "lacks integer convolutions; leave it out, or train again"
         )
-    if not is_available():
+    if unavailable_reason():
         raise RequestError("--precision int8: this PyTorch has no integer convolutions on this CPU; leave it out")
 
 

@@ -44,7 +44,7 @@ def make_manifest(run: ScoringRun, precision: str, line: dict[str, Any], totals:
         "rows_by_number": totals.numbers,
         "probabilities": probability_metrics(totals),
         "config": run.config.model_dump(mode="json", exclude={"config"}) | located,
-        "model": {key: run.card[key] for key in ("sha256", "epoch", "parameters", "temperature")},
+        "model": {key: run.card[key] for key in ("sha256", "epoch", "parameters")},
         "precision": precision,
         "int8": run.card["int8"] if precision == "int8" else None,
         "skipped_files": len(run.inputs.skipped),

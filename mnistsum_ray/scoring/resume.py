@@ -198,8 +198,6 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
         )
     # A difference in precision explains one in `int8`, so that comes last.
     key = next((key for key in current if key != "int8" and committed.get(key) != current[key]), "int8")
-    if key == "temperature":
-        return "holds predictions of the same model with other temperatures"
     if key == "prediction_columns":
         return "holds predictions with other columns, of another version of this program"
     if key == "int8":

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 
 from mnistsum_ray.data.parquet import read_footer, storage_error
 from mnistsum_ray.errors import UnusableFileError, one_line
-from mnistsum_ray.model.calibration import Temperatures
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.footers import Columns
 from mnistsum_ray.scoring.parts import Part
@@ -30,9 +29,9 @@ REJECTED: Final = "rejected"
 KEY: Final = b"mnistsum_ray.score"
 """Key of the stamp in the Parquet metadata."""
 
-FORMAT: Final = 4
+FORMAT: Final = 5
 """Version of the stamp. 2 added temperatures and reliability; 3 renamed `request` to `spec` and `footer` to `footer_sha256`;
-4 added frequencies, examples and the least sure rows to the counts."""
+4 added frequencies, examples and the least sure rows to the counts; 5 dropped temperatures, which are in the weights."""
 
 FILE_IDENTITY: Final = ("size", "modified", "footer_sha256")
 """Fields that say which version of the input file the rows were read from."""
@@ -48,14 +47,13 @@ class PredictionSpec:
     model_sha256: str
     precision: str
     columns: Columns
-    temperatures: Temperatures
     int8_maxima: tuple[float, ...] | None = None
     """Calibration of the quantized network; set with precision int8 only."""
 
     def canonical_json(self) -> str:
         """The spec as JSON with sorted keys, so that equal specs have equal texts."""
         fields = {"model_sha256": self.model_sha256, "precision": self.precision, **vars(self.columns)}
-        fields |= {"temperature": self.temperatures.as_json(), "prediction_columns": PREDICTION_FIELDS.names}
+        fields |= {"prediction_columns": PREDICTION_FIELDS.names}
         return json.dumps(fields | ({"int8": self.int8_maxima} if self.int8_maxima else {}), sort_keys=True)
 
 

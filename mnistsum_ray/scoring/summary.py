@@ -86,4 +86,4 @@ def probability_metrics(totals: Totals) -> dict[str, dict[str, Any]] | None:
     """Return by head `nll`, `brier`, `ece`, and the `reliability` that they follow from; None if no label is known."""
     if not totals.counts.get("labelled"):
         return None
-    return {head: sums.metrics() | {"reliability": sums.as_json()} for head, sums in totals.reliability.items()}
+    return {head: sums.as_json() for head, sums in totals.reliability.items()}

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import DIGITS, HEADS
-from mnistsum_ray.model.predictions import Predictions
-from mnistsum_ray.model.reliability import Reliability
+from mnistsum_ray.model.inference import Predictions
+from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.scoring.reader import DecodedPart
 
 PROBABILITY_BINS: Final = 20
@@ -37,27 +37,24 @@ _MAX_REASONS: Final = 20
 def count_part(part: DecodedPart, predictions: Predictions) -> dict[str, Any]:
     """Count the rows of a part; the values are JSON, and `Totals` adds them up over the parts of a run."""
     counts: dict[str, Any] = {
-        "consistent": int(predictions.consistent(part.numbers).sum()),
+        "consistent": int(predictions.columns(part.numbers)[-1].sum()),
         "digits": np.bincount(predictions.digit, minlength=DIGITS).tolist(),
         "numbers": np.bincount(part.numbers, minlength=NUMBERS).tolist(),
         "unsure": _least_sure(part, predictions),
     }
     for head in HEADS:
-        counts[f"{head.name}_prob"] = np.histogram(predictions.heads[head.name].probability, PROBABILITY_BINS, (0, 1))[0].tolist()
+        counts[f"{head.name}_prob"] = np.histogram(predictions.values[f"{head.name}_prob"], PROBABILITY_BINS, (0, 1))[0].tolist()
     if part.labels is not None:
         labelled = part.labels >= 0
         counts["labelled"] = int(labelled.sum())
         counts["reliability"] = {}
         for head in HEADS:
-            predicted = predictions.heads[head.name]
-            assert predicted.nll is not None, "the predictor was given the labels"
-            assert predicted.brier is not None
-            right = (predicted.answer == head.target(part.labels, part.numbers))[labelled]
-            losses = predicted.nll[labelled], predicted.brier[labelled]
+            answer, probability, nll, brier = (
+                predictions.values[name.format(head.name)][labelled] for name in ("pred_{}", "{}_prob", "{}_nll", "{}_brier")
+            )
+            right = answer == head.target(part.labels, part.numbers)[labelled]
             counts[f"{head.name}s_right"] = int(right.sum())
-            counts["reliability"][head.name] = Reliability.from_predictions(
-                predicted.probability[labelled], right, *losses
-            ).as_json()
+            counts["reliability"][head.name] = vars(Reliability.from_predictions(probability, right, nll, brier))
     if part.reasons:
         commonest = Counter(part.reasons.values()).most_common(_MAX_REASONS)
         others = len(part.reasons) - sum(count for _, count in commonest)
@@ -136,7 +133,7 @@ def add_up(files: pa.Table, names: pa.ChunkedArray, part_counts: pa.ChunkedArray
             for key, histogram in histograms.items():
                 histogram += np.array(part.pop(key))
             for head, sums in part.pop("reliability", {}).items():
-                reliability[head].add(Reliability.from_json(sums))
+                reliability[head].add(Reliability(**sums))
             counts.update(part)
         unsure = sorted(unsure)[:_UNSURE]
     usable = files.filter(pc.equal(files["status"], "scored"))

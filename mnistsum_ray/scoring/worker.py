@@ -23,8 +23,7 @@ from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.errors import RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
-from mnistsum_ray.model.inference import Predictor
-from mnistsum_ray.model.predictions import Predictions
+from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.scoring.footers import REJECTION_FIELDS
 from mnistsum_ray.scoring.parts import Part, parts_of
 from mnistsum_ray.scoring.reader import BatchRows, DecodedPart, UnreadablePart, read_batches
@@ -136,7 +135,7 @@ def _make_predictor(job: ScoringJob) -> Predictor:
     gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
     device = torch.device(f"cuda:{cuda_index(gpus[0], os.environ.get('CUDA_VISIBLE_DEVICES'))}" if gpus else "cpu")
     spec, weights = job.spec, ray.get(job.weights)
-    return Predictor(weights, device, spec.precision, job.batch_size, spec.int8_maxima, spec.temperatures)
+    return Predictor(weights, device, spec.precision, job.batch_size, spec.int8_maxima)
 
 
 def _report(part: Part, started: float, *, rejected: int = 0, **failure: str) -> pa.Table:

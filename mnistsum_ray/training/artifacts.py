@@ -129,15 +129,15 @@ def read_history(folder: Location) -> list[dict[str, Any]]:
 
 
 def publish_model(folder: Location, result: TrainingResult) -> dict[str, Any]:
-    """Write the model folder of a run folder, unless it holds the same weights already; return the model's description.
+    """Write the model folder of a run folder, unless it holds the same model already; return the model's description.
 
     A model that is there stays as it is, so that a scoring run that has used it can be resumed: another machine may have
     calibrated it otherwise.
     """
     place = folder / "model"
-    with suppress(OSError, ValueError):  # there is no model yet, or one of another version
+    with suppress(OSError, ValueError, KeyError):  # there is no model yet, or one of another version
         published = read_description((place / WEIGHTS_FILE).read_bytes())
-        if published["sha256"] == result.description["sha256"]:
+        if published["trained_sha256"] == result.description["trained_sha256"]:
             return published
     save_model(place, {name: torch.tensor(value) for name, value in result.weights.items()}, result.description)
     return result.description
@@ -153,7 +153,7 @@ def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any
         "history.png": pictures.draw_history(result.history, card),
         "confusion.png": pictures.draw_confusion(analysis.confusion),
         "sums.png": pictures.draw_sums(analysis.sums_right, analysis.confusion),
-        "reliability.png": pictures.draw_reliability(analysis.reliability()),
+        "reliability.png": pictures.draw_reliability(analysis.reliability),
         "mistakes.png": pictures.draw_mistakes(analysis.as_json()["mistakes"], result.mistake_images),
     }
     for name, png in drawn.items():

@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mnistsum_ray.errors import RequestError, one_line
-from mnistsum_ray.model.evaluation import Metrics
+from mnistsum_ray.model.metrics import Metrics
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights, describe_model
@@ -106,7 +106,7 @@ class TrainerState:
         return f"epoch_{self.epochs_done:05d}{step}" + ("_sum_head" if self.sum_head else "")
 
     def describe(self, weights: Weights) -> dict[str, Any]:
-        """Description of the model after the last epoch, see `serialization.describe_model`."""
+        """Description of the model after the last epoch, see `serialization.describe_model`; `weights` are those published."""
         line, result = self.history[-1], self.sum_head
         metrics = before = {split: line[split] for split in ("validation", "test")}
         sum_head = None

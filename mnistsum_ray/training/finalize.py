@@ -1,6 +1,5 @@
 """After the last epoch: fine-tune the sum head, fit temperatures, analyse errors, and calibrate for int8."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,14 +10,13 @@ from torch import Tensor
 
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RandomStream, RowRanges, step_seed
-from mnistsum_ray.model import error_analysis, quantization, sum_head
-from mnistsum_ray.model.device import hardware
-from mnistsum_ray.model.distributed import broadcast_parameters
-from mnistsum_ray.model.error_analysis import ErrorAnalysis, analyse_errors, fit_temperatures
-from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.serialization import copy_weights
+from mnistsum_ray.model import int8, sum_head
+from mnistsum_ray.model.calibration import fit_temperatures, fold_temperatures
+from mnistsum_ray.model.device import broadcast_parameters, hardware
+from mnistsum_ray.model.metrics import ErrorAnalysis, ScoredRows, analyse_errors, score_rows
+from mnistsum_ray.model.serialization import checksum, copy_weights
 from mnistsum_ray.training.checkpoint import Checkpointer, SumHeadResult, TrainerState
-from mnistsum_ray.training.fetch import Columns, RowData
+from mnistsum_ray.training.fetch import RowData
 from mnistsum_ray.training.rows import EvaluationSet, fetch_columns
 from mnistsum_ray.training.trainer import Trainer
 from mnistsum_ray.training.worker import cpus_of_node
@@ -40,7 +38,7 @@ class TrainingResult:
     mistake_images: Pixels
     """Images of the analysis' mistakes, in their order: uint8[n, 28, 28]."""
     weights: dict[str, np.ndarray]
-    """Of the model; arrays, since Ray Train takes no tensors."""
+    """Of the model, with the temperatures folded in; arrays, since Ray Train takes no tensors."""
     description: dict[str, Any]
     """Of the model, see `serialization.describe_model`."""
     hardware: dict[str, Any]
@@ -90,38 +88,41 @@ def _digit_scores(trainer: Trainer, rows: EvaluationSet) -> Tensor:
     return torch.cat([trainer.digit_scores(batch).float() for batch in rows.batches])
 
 
-def _batches(data: RowData, rows: RowRanges) -> Iterator[Columns]:
-    for start in range(0, len(rows), error_analysis.BATCH):
-        yield fetch_columns(data, rows.at(np.arange(start, min(start + error_analysis.BATCH, len(rows)))))
-
-
 def analyse_model(
     trainer: Trainer, state: TrainerState, data: RowData, train: RowRanges, validation: RowRanges, test: RowRanges
 ) -> TrainingResult:
     """Temperatures (on validation rows), errors (on test rows) and int8 calibration (on training rows) of the model.
 
-    One worker computes all of it, while the others have returned.
+    One worker computes all of it, while the others have returned. The temperatures are folded into the weights that are
+    published, and not into those of the checkpoints: a run that is resumed when it is finished publishes the same model.
     """
-    events = trainer.events
+    events, model = trainer.events, trainer.model
     events.note("analysing the model's answers on the test rows")
-    weights = copy_weights(trainer.model)
-    model = TwoHeadCNN().eval()
-    model.load_state_dict(weights)
-    model.to(trainer.worker.device)
-    fitted, analysed = (_batches(data, rows) for rows in (validation.sample(TEMPERATURE_ROWS), test.sample(ANALYSED_ROWS)))
-    model.temperatures = fit_temperatures(model, fitted, trainer.autocast())
+    model.eval()
+    trained = copy_weights(model)
+
+    def scored(rows: RowRanges) -> ScoredRows:
+        return score_rows(model, trainer.digit_scores, EvaluationSet(data, rows, 0, 1, trainer.worker.device).batches)
+
+    temperatures = fit_temperatures(scored(validation.sample(TEMPERATURE_ROWS)))
+    fold_temperatures(model, temperatures)
     on_progress = events.progress("test rows analysed", min(len(test), ANALYSED_ROWS))
-    analysis = analyse_errors(model, analysed, trainer.autocast(), on_progress)
+    analysis = analyse_errors(scored(test.sample(ANALYSED_ROWS)), on_progress)
     mistake_images, _ = data.fetch(np.array([mistake.row_id for mistake in analysis.mistakes], np.int64))
+    weights = copy_weights(model)
     description = state.describe(weights)
-    description |= {"temperature": model.temperatures.as_json(), "probabilities": analysis.probability_metrics()}
-    if quantization.is_available():
+    description |= {
+        "trained_sha256": checksum(trained),
+        "temperatures_in_weights": temperatures,
+        "probabilities": analysis.probability_metrics(),
+    }
+    if int8.unavailable_reason() is None:
         torch.set_num_threads(cpus_of_node())  # the other workers have returned
-        calibration = fetch_columns(data, train.sample(quantization.CALIBRATION_ROWS).ids())
-        compared = fetch_columns(data, test.sample(quantization.COMPARED_ROWS).ids())
+        calibration = fetch_columns(data, train.sample(int8.CALIBRATION_ROWS).ids())
+        compared = fetch_columns(data, test.sample(int8.COMPARED_ROWS).ids())
         training_images, image, digit = map(torch.from_numpy, (calibration["image"], compared["image"], compared["digit"]))
         on_progress = events.progress("test rows compared with int8", len(digit))
-        description["int8"] = quantization.quantize(model.cpu(), training_images, image, digit, on_progress).as_json()
+        description["int8"] = int8.quantize(model.cpu(), training_images, image, digit, on_progress)
     worked_on = hardware(trainer.worker.device)
     arrays = {name: value.numpy() for name, value in weights.items()}
     checksums = None if state.checksums is None else state.checksums.numpy()

@@ -14,8 +14,7 @@ from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.order import RowRanges, Shuffle
 from mnistsum_ray.data.parquet_source import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
-from mnistsum_ray.model.device import faster_with_bf16
-from mnistsum_ray.model.distributed import all_reduce_sum, broadcast_parameters
+from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters, faster_with_bf16
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.checkpoint import Checkpointer, CheckpointError, TrainerState

@@ -1,4 +1,4 @@
-"""One optimizer step of a worker: forward, backward, update. With `--compile`, the step of a single GPU is one CUDA graph."""
+"""One optimizer step of a worker: forward, backward, update."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -7,10 +7,8 @@ import ray.train.torch
 import torch
 from torch import Tensor
 
-from mnistsum_ray.model.augmentation import distort
-from mnistsum_ray.model.cuda_graph import CudaGraph
 from mnistsum_ray.model.loss import Objective
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import TwoHeadCNN, distort, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.training.worker import Worker
 
@@ -24,7 +22,7 @@ class TrainingStep:
         worker: its device, and how many workers there are.
         dtype: to compute in.
         label_smoothing: see `Objective`.
-        compiled: compile the network, and on a GPU record CUDA graphs.
+        compiled: compile the network; on a GPU PyTorch then records it as CUDA graphs.
     """
 
     def __init__(
@@ -42,15 +40,10 @@ class TrainingStep:
             Objective(model, label_smoothing, dtype),
             parallel_strategy_kwargs={"broadcast_buffers": False},  # its buffers are constants
         )
-        self._graph: CudaGraph | None = None
         if compiled:
-            cuda, alone = worker.device.type == "cuda", worker.world_size == 1
-            # A step of so small a network is bound by kernel launches. The graph of DDP's step would hold NCCL's calls too, so
-            # with several workers only the network is recorded, by the compiler.
-            self._fast = torch.compile(self.module, mode="reduce-overhead" if cuda and not alone else "default", dynamic=False)
-            if cuda and alone:
-                self._learning_rate = torch.zeros((), device=worker.device)
-                self._graph = CudaGraph(lambda inputs: self._update(self._fast, inputs, self._learning_rate))
+            # A step of so small a network is bound by kernel launches, which CUDA graphs join.
+            mode = "reduce-overhead" if worker.device.type == "cuda" else "default"
+            self._fast = torch.compile(self.module, mode=mode, dynamic=False)
 
     def __call__(
         self, batch: Mapping[str, Tensor], dropout: Tensor | None, global_rows: int, learning_rate: float, *, full: bool
@@ -62,33 +55,22 @@ class TrainingStep:
             dropout: its `dropout_factors`.
             global_rows: rows of the batch over all workers.
             learning_rate: Muon's, see `MuonAdamW`.
-            full: the share has the size that most have. A last share, which may be empty, is neither compiled nor recorded: a
-                network that is compiled for any size would compute other bits.
+            full: the share has the size that most have. A last share, which may be empty, is not compiled: a network that is
+                compiled for any size would compute other bits.
 
         Returns:
             The mean of both heads' losses, without label smoothing, summed over this worker's rows. The next step may overwrite
             it.
         """
-        inputs = {name: batch[name] for name in ("image", "number", "digit", "affine") if name in batch}
-        # DDP averages over workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
-        inputs["scale"] = _constant(self._worker.world_size / global_rows, self._worker.device)
-        if dropout is not None:
-            inputs["dropout"] = dropout
-        if not full:
-            return self._update(self.module, inputs, learning_rate)
-        if self._graph is None:
-            return self._update(self._fast, inputs, learning_rate)
-        self._learning_rate.fill_(learning_rate)
-        return self._graph(inputs)
-
-    def _update(self, objective: torch.nn.Module, inputs: Mapping[str, Tensor], learning_rate: float | Tensor) -> Tensor:
         self._optimizer.zero_grad()
-        images = prepare_images(inputs["image"])
-        if "affine" in inputs:
-            images = distort(images, inputs["affine"])
-        loss, reported = objective(images, inputs["number"], inputs["digit"], inputs.get("dropout"))
+        images = prepare_images(batch["image"])
+        if "affine" in batch:
+            images = distort(images, batch["affine"])
+        objective = self._fast if full else self.module
+        loss, reported = objective(images, batch["number"], batch["digit"], dropout)
         assert isinstance(reported, Tensor)
-        loss.backward(inputs["scale"])
+        # DDP averages over workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
+        loss.backward(_constant(self._worker.world_size / global_rows, self._worker.device))
         self._optimizer.step(learning_rate, self._dtype)
         return reported
 

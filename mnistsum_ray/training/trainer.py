@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, positions_of_rank, step_seed
-from mnistsum_ray.model.distributed import all_reduce_sum
-from mnistsum_ray.model.evaluation import MetricAccumulator, Metrics, PairScores
+from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.loss import dropout_factors
+from mnistsum_ray.model.metrics import Counts, Metrics, score_rows
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.progress import UPDATE_SECONDS
@@ -182,7 +182,6 @@ class Trainer:
             seconds=seconds,
         )
 
-    @torch.no_grad()
     def evaluate(self, held_out: EvaluationSet, epoch: int) -> Metrics:
         """Metrics on held-out rows, with all ten numbers; each row is counted once over all workers.
 
@@ -196,13 +195,12 @@ class Trainer:
         """
         self.model.eval()
         rows = held_out.rows
-        accumulator = MetricAccumulator(self.worker.device)
+        counts = Counts(self.worker.device)
         on_progress = self.events.progress("rows evaluated", len(rows))
-        for batch in held_out.batches:
-            scores = PairScores.from_digit_scores(self.model, self.digit_scores(batch))
-            accumulator.add(scores, batch["digit"], batch["row_id"])
+        for batch, scores in score_rows(self.model, self.digit_scores, held_out.batches):
+            counts.add(batch, scores)
             on_progress(len(batch["row_id"]) * self.worker.world_size)  # an estimate: the other workers are about as far
-        metrics = accumulator.metrics(len(rows), rows.id_sum)
+        metrics = counts.metrics(len(rows), rows.id_sum)
         self._check_finite(metrics.loss, f"epoch {epoch}: the loss on held-out rows is")
         return metrics
 

@@ -15,8 +15,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.cluster.resources import explain_worker_silence
-from mnistsum_ray.model.device import disable_tf32, enable_determinism, tune_malloc
-from mnistsum_ray.model.distributed import all_reduce_sum
+from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.progress import Progress, silence_watchdog
 

@@ -1,7 +1,6 @@
 """The network, its training step and its state on a GPU, beside the same on the CPU."""
 
 import copy
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,10 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from mnistsum_ray.data.distortion import distortions
-from mnistsum_ray.model.augmentation import distort
-from mnistsum_ray.model.cuda_graph import CudaGraph
-from mnistsum_ray.model.distributed import all_reduce_sum, broadcast_parameters
+from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.loss import Objective, dropout_factors
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import TwoHeadCNN, distort, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.training.checkpoint import TrainerState, load_state, save_checkpoint
@@ -156,9 +153,8 @@ def test_predictions_with_labels_and_without_rows() -> None:
     weights = copy_weights(make_model(CPU))
     gpu, cpu = (Predictor(weights, device, "fp32", 32) for device in (CUDA, CPU))
     ours, theirs = (predictor.predict(images, numbers, digits) for predictor in (gpu, cpu))
-    for name, head in ours.heads.items():
-        for values, expected in zip(vars(head).values(), vars(theirs.heads[name]).values(), strict=True):
-            assert np.allclose(values, expected, atol=1e-3), name
+    for name, values in ours.values.items():
+        assert np.allclose(values, theirs.values[name], atol=1e-3), name
     assert len(gpu.predict(images[:0], numbers[:0]).digit) == 0
 
 
@@ -182,59 +178,3 @@ def test_a_compiled_step_is_recorded_once_and_nothing_is_left_out() -> None:
     assert not counters["graph_break"], counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1
     assert counters["inductor"]["cudagraph_skips"] == 0
-
-
-def make_step(
-    model: TwoHeadCNN, learning_rate: torch.Tensor, dtype: torch.dtype
-) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
-    """A training step as `TrainingStep` records it."""
-    optimizer, objective = MuonAdamW(model, 0.01), Objective(model, 0.05, dtype)
-
-    def step(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        optimizer.zero_grad()
-        loss, reported = objective(prepare_images(inputs["image"]), inputs["number"], inputs["digit"], None)
-        loss.backward(inputs["scale"])
-        optimizer.step(learning_rate, dtype)
-        assert isinstance(reported, torch.Tensor)
-        return reported
-
-    return step
-
-
-def make_inputs(batches: int) -> list[dict[str, torch.Tensor]]:
-    values = dict(zip(("image", "digit", "number"), random_rows(64 * batches), strict=True))
-    parts = {name: torch.split(value.to(CUDA), 64) for name, value in values.items()}
-    scale = torch.tensor(1 / 64, device=CUDA)
-    return [{name: parts[name][index] for name in parts} | {"scale": scale} for index in range(batches)]
-
-
-def test_a_step_recorded_as_one_graph_is_the_step() -> None:
-    """With the optimizer in it, and a learning rate that changes from step to step."""
-    rate = torch.zeros((), device=CUDA)
-    trained, losses = [], []
-    for recorded in (False, True):
-        model = make_model(CUDA)
-        step = make_step(model, rate, torch.float32)
-        call = CudaGraph(step) if recorded else step
-        for index, inputs in enumerate(make_inputs(10)):
-            rate.fill_(1e-3 * (index + 1))
-            losses.append(call(inputs).clone())
-        trained.append(copy_weights(model))
-    plain, graphed = trained
-    torch.testing.assert_close(torch.stack(losses[10:]), torch.stack(losses[:10]), rtol=1e-3, atol=1e-2)
-    start = copy_weights(make_model(CUDA))
-    for name, value in plain.items():
-        assert (graphed[name] - value).norm() < 0.02 * (value - start[name]).norm(), name
-
-
-def test_a_recorded_step_is_one_launch() -> None:
-    graph = CudaGraph(make_step(make_model(CUDA), torch.tensor(1e-3, device=CUDA), torch.bfloat16))
-    *before, inputs = make_inputs(6)
-    for each in before:
-        graph(each)
-    kinds = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
-    with torch.profiler.profile(activities=kinds) as profile:
-        graph(inputs)
-    launches = {event.key: event.count for event in profile.key_averages() if "Launch" in event.key}
-    assert launches.get("cudaGraphLaunch") == 1, launches
-    assert launches.get("cudaLaunchKernel", 0) == 0, launches

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.model import quantization
+from mnistsum_ray.model import int8
 from tests.integration.conftest import run_job
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def test_training(data: Path) -> None:
     assert "ray / loader: " in done.err
 
 
-@pytest.mark.skipif(not quantization.is_available(), reason="this PyTorch has no integer convolutions on this CPU")
+@pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
 def test_scoring() -> None:
     done = run_job("benchmark", "score", "--data", "sample", "--repeat", 1, "--seconds", 1, "--rows", 2000)
     line = done.line

@@ -16,12 +16,12 @@ from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.model import quantization
+from mnistsum_ray.model import int8
 from mnistsum_ray.model.inference import make_forward
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES
 from mnistsum_ray.storage.paths import locate
-from tests.conftest import TEMPERATURES, change_description, check_predictions, plain_predictions, with_footer, write_model
+from tests.conftest import change_description, check_predictions, plain_predictions, with_footer, write_model
 from tests.integration.conftest import Scored, score_here
 
 ROWS, FILES = 1500, 5
@@ -113,7 +113,7 @@ def check_probabilities(scored: Scored, table: pa.Table, digits: np.ndarray, sum
     assert (scored.output / "reliability.png").exists()
 
 
-@pytest.mark.skipif(not quantization.is_available(), reason="this PyTorch has no integer convolutions on this CPU")
+@pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
 def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="--precision int8: the model holds no calibration for it"):
         score_here(model, tmp_path / "out", exported, precision="int8")
@@ -122,17 +122,15 @@ def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Pa
     images = torch.tensor(pixels_view(one_chunk(source["image"])))
     numbers = torch.tensor(source["number"].to_numpy().astype(np.int64))
     network, _ = load_model(locate(str(model), "--model"))
-    calibrated = quantization.quantize(network, images, images[:100], torch.tensor(source["digit"].to_pylist()[:100])).as_json()
+    calibrated = int8.quantize(network, images, images[:100], torch.tensor(source["digit"].to_pylist()[:100]))
     calibrated_model = change_description(Path(shutil.copytree(model, tmp_path / "model")), int8=calibrated)
     scored = score_here(calibrated_model, tmp_path / "out", exported, precision="int8")
     with torch.inference_mode():
-        digit_scores, sum_scores = make_forward(network, torch.device("cpu"), "int8", tuple(calibrated["maxima"]))(
-            images, numbers
-        )
+        digit_scores, sum_scores = make_forward(network, torch.device("cpu"), "int8", calibrated["maxima"])(images, numbers)
     table = table_of(scored)
     assert table["pred_digit"].to_pylist() == digit_scores.argmax(1).tolist()
     assert table["pred_sum"].to_pylist() == sum_scores.argmax(1).tolist()
-    digit_prob = (digit_scores / TEMPERATURES.digit).softmax(1).max(1).values
+    digit_prob = digit_scores.softmax(1).max(1).values
     assert np.allclose(table["digit_prob"].to_numpy(), digit_prob, atol=1e-5)
     assert (scored.manifest()["precision"], scored.manifest()["int8"]) == ("int8", calibrated)
     assert score_here(calibrated_model, tmp_path / "out", exported, precision="int8").line["resumed_rows"] == ROWS

@@ -15,7 +15,7 @@ import pytest
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.model import quantization
+from mnistsum_ray.model import int8
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import calibrate
 from tests.integration.conftest import Job, descendants, kill_everything, kill_worker, report_duration, run_job
@@ -174,7 +174,7 @@ def test_on_s3_everything_killed_changes_nothing(model: Path, pairs: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not quantization.is_available(), reason="this PyTorch has no integer convolutions on this CPU")
+@pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
 def test_a_kill_before_the_last_file_changes_no_bit_with_8_bit_integers(tmp_path: Path, pairs: Path, model: Path) -> None:
     """The last file has two rows, which the undisturbed run predicts in one batch with the rows before them."""
     calibrated = calibrate(Path(shutil.copytree(model, tmp_path / "model")))

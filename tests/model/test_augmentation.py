@@ -9,7 +9,7 @@ import torch
 from mnistsum_ray.data.distortion import affine_matrices
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.order import DISTORTION_DRAWS
-from mnistsum_ray.model.augmentation import distort as distort_by
+from mnistsum_ray.model.network import distort as distort_by
 from mnistsum_ray.model.network import prepare_images
 
 ROTATION, WIDTH, HEIGHT, SHEAR, X, Y = range(6)

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mnistsum_ray.model import quantization
-from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.model.inference import Predictor
+from mnistsum_ray.model import int8
+from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.predictions import Predictions
 from mnistsum_ray.model.serialization import copy_weights
 from tests.model.test_optimizer import random_rows
 
@@ -22,7 +20,7 @@ ROWS = 300
 def predictor() -> Iterator[Predictor]:
     threads = torch.get_num_threads()
     torch.manual_seed(0)
-    yield Predictor(copy_weights(TwoHeadCNN()), torch.device("cpu"), "fp32", 64, temperatures=Temperatures(1.5, 0.7))
+    yield Predictor(copy_weights(TwoHeadCNN()), torch.device("cpu"), "fp32", 64)
     torch.set_num_threads(threads)  # a Predictor sets it for the process
 
 
@@ -34,11 +32,7 @@ def rows(count: int = ROWS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def equal(first: Predictions, second: Predictions) -> bool:
-    return all(
-        np.array_equal(values, vars(second.heads[head])[name], equal_nan=False) if values is not None else True
-        for head, predicted in first.heads.items()
-        for name, values in vars(predicted).items()
-    )
+    return all(np.array_equal(values, second.values[name]) for name, values in first.values.items())
 
 
 def test_two_threads_predict_what_one_does(predictor: Predictor) -> None:
@@ -61,18 +55,16 @@ def test_types_and_ranges(predictor: Predictor) -> None:
     assert [values.dtype for values in (found.digit, found.sum, found.digit_prob, found.sum_prob)] == ["i1", "i1", "f4", "f4"]
     assert 0 <= found.digit.min() <= found.digit.max() <= 9
     assert 0 <= found.sum.min() <= found.sum.max() <= 18
-    for head in found.heads.values():
-        assert head.nll is not None
-        assert head.brier is not None
-        assert head.nll[0] == head.brier[0] == 0, "its label is unknown"
-        assert (head.nll[1:] > 0).all()
-    assert predictor.predict(images, numbers).heads["digit"].nll is None
+    for name in ("digit_nll", "sum_nll", "digit_brier", "sum_brier"):
+        assert found.values[name][0] == 0, "its label is unknown"
+        assert (found.values[name][1:] > 0).all()
+    assert "digit_nll" not in predictor.predict(images, numbers).values
     assert len(predictor.predict(images[:0], numbers[:0]).digit) == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_a_row_has_the_same_bits_in_a_batch_of_any_size(precision: str) -> None:
-    if precision == "int8" and not quantization.is_available():
+    if precision == "int8" and int8.unavailable_reason():
         pytest.skip("this PyTorch has no integer convolutions on this CPU")
     threads = torch.get_num_threads()
     torch.manual_seed(0)
@@ -81,7 +73,7 @@ def test_a_row_has_the_same_bits_in_a_batch_of_any_size(precision: str) -> None:
     calibration = None
     if precision == "int8":
         pixels = torch.from_numpy(images)
-        calibration = quantization.quantize(model, pixels, pixels, torch.from_numpy(numbers)).maxima
+        calibration = int8.quantize(model, pixels, pixels, torch.from_numpy(numbers))["maxima"]
     predictor = Predictor(copy_weights(model), torch.device("cpu"), precision, 256, calibration)
     whole = predictor.predict(images, numbers)
     for size in range(1, 41):

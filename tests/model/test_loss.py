@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mnistsum_ray.model.loss import Objective, dropout_factors, joint_loss
-from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 
 ROWS = 50
 
@@ -40,6 +40,30 @@ def test_reported_loss_is_unsmoothed(model: TwoHeadCNN, smoothing: float) -> Non
     assert not reported.requires_grad
     smoothed = joint_loss((digit_scores, sum_scores), digits, numbers, smoothing)[0]
     assert loss.item() == pytest.approx(smoothed.item(), rel=1e-5)
+
+
+def test_bf16_is_autocast_and_gradients_are_float32(model: TwoHeadCNN) -> None:
+    images, numbers = prepare_images(torch.randint(0, 256, (ROWS, 28, 28), dtype=torch.uint8)), torch.arange(ROWS) % 10
+    loss, _ = Objective(model, 0.0, torch.bfloat16)(images, numbers, numbers, None)
+    exact, _ = Objective(model, 0.0, torch.float32)(images, numbers, numbers, None)
+    assert loss.item() != exact.item()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad.dtype, parameter.grad.stride()) == (torch.float32, parameter.stride()), name
+
+
+def test_the_compiler_can_follow(model: TwoHeadCNN) -> None:
+    """Not compiled to machine code, which takes a minute; the bits are those of the same operations one by one."""
+    objective = Objective(model, 0.05, torch.bfloat16)
+    images, numbers = torch.randn(8, 1, 28, 28), torch.arange(8)
+    gradients = []
+    for function in (objective, torch.compile(objective, backend="aot_eager", dynamic=False, fullgraph=True)):
+        loss, _ = function(images, numbers, numbers, None)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for ours, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, ours)
 
 
 def test_dropout_multiplies_the_input_of_the_last_convolution(model: TwoHeadCNN) -> None:

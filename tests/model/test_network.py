@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from mnistsum_ray.model.loss import joint_loss
-from mnistsum_ray.model.network import PARAMETERS, TwoHeadCNN, mkldnn_digit_scores, prepare_images
+from mnistsum_ray.model.network import PARAMETERS, TwoHeadCNN, prepare_images
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +91,3 @@ def test_loss_is_the_mean_of_the_two_cross_entropies(model: TwoHeadCNN) -> None:
     ours = joint_loss((digit_scores, sum_scores), digits, numbers)[0] / 2
     theirs = (F.cross_entropy(digit_scores, digits) + F.cross_entropy(sum_scores, digits + numbers)) / 2
     torch.testing.assert_close(ours, theirs)
-
-
-def test_mkldnn_layout_gives_the_same_scores() -> None:
-    torch.manual_seed(0)
-    model = TwoHeadCNN().eval()
-    images = prepare_images(torch.randint(0, 256, (70, 28, 28), dtype=torch.uint8))
-    with torch.inference_mode():
-        plain, blocked = model.digit_scores(images), mkldnn_digit_scores(model)(images)
-    assert plain.shape == blocked.shape
-    assert torch.allclose(plain.softmax(1), blocked.softmax(1), atol=1e-5)
-    assert plain.std() > 0.1
-
-
-def test_dropout_factors_multiply_the_input_of_the_last_convolution() -> None:
-    torch.manual_seed(0)
-    model, images = TwoHeadCNN(), torch.randn(3, 1, 28, 28)
-    torch.testing.assert_close(model.digit_scores(images, torch.ones(3, 128, 3, 3)), model.digit_scores(images))
-    digit_scores = model.digit_scores(images, torch.zeros(3, 128, 3, 3))
-    assert model.conv7.bias is not None
-    torch.testing.assert_close(digit_scores, model.conv7.bias.expand(3, 10))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnistsum_ray.model.reliability import Reliability
+from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.reporting import pictures
 
 TEST = {"loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}

@@ -19,9 +19,9 @@ TUNED = {
     "after": {"validation": TEST, "test": TEST},
 }
 INT8 = {"digit_agreement": 0.9998, "sum_agreement": 0.9997}
-HEAD = {"nll": 0.0133, "brier": 0.006, "ece": 0.0008, "auroc": None}
-PROBABILITIES = {"consistent": 0.99987, "digit": HEAD, "sum": HEAD | {"auroc": 0.9912}}
-ALL = {"int8": INT8, "sum_head": TUNED, "temperature": {"digit": 1.1, "sum": 0.9}, "probabilities": PROBABILITIES}
+HEAD = {"nll": 0.0133, "brier": 0.006, "ece": 0.0008}
+PROBABILITIES = {"consistent": 0.99987, "digit": HEAD, "sum": HEAD | {"ece": 0.9912}}
+ALL = {"int8": INT8, "sum_head": TUNED, "temperatures_in_weights": {"digit": 1.1, "sum": 0.9}, "probabilities": PROBABILITIES}
 MANIFEST: dict[str, Any] = {
     "config": {"seed": 0, "name": "a <b> & c"},
     "versions": {"ray": "2.60.0"},

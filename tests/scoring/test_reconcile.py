@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from mnistsum_ray.errors import RowCountError
-from mnistsum_ray.model.reliability import Reliability
+from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.scoring.parts import PART_SCHEMA
 from mnistsum_ray.scoring.reconcile import match_outputs, reconcile
 from mnistsum_ray.scoring.resume import unplanned_outputs

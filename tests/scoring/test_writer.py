@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.model.calibration import Temperatures
-from mnistsum_ray.model.predictions import HeadPredictions, Predictions
+from mnistsum_ray.model.inference import Predictions
 from mnistsum_ray.scoring.footers import Columns
 from mnistsum_ray.scoring.output import list_output
 from mnistsum_ray.scoring.parts import Part
@@ -20,7 +19,7 @@ from mnistsum_ray.scoring.worker import ScoringJob, write_part
 from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.storage.paths import locate
 
-SPEC = PredictionSpec("abc", "fp32", Columns("image", "number", "label"), Temperatures(1.5, 0.5))
+SPEC = PredictionSpec("abc", "fp32", Columns("image", "number", "label"))
 
 
 def decoded_part(bad: int = 2, metadata: dict[bytes, bytes] | None = None) -> DecodedPart:
@@ -43,14 +42,10 @@ def predictions(count: int) -> Predictions:
     digits = np.arange(count, dtype=np.int8)
     sums = (digits + np.arange(1, count + 1)).astype(np.int8)
     sums[0] = 18
-    losses = np.arange(count, dtype=np.float32)
-    heads = {"digit": (digits, 0.5), "sum": (sums, 0.25)}
-    return Predictions(
-        {
-            name: HeadPredictions(answers, np.full(count, probability, np.float32), losses, losses)
-            for name, (answers, probability) in heads.items()
-        }
-    )
+    values = {"pred_digit": digits, "pred_sum": sums}
+    values |= {f"{head}_prob": np.full(count, 0.5, np.float32) for head in ("digit", "sum")}
+    values |= {f"{head}_{loss}": np.arange(count, dtype=np.float32) for head in ("digit", "sum") for loss in ("nll", "brier")}
+    return Predictions(values)
 
 
 def write(output: Path, decoded: DecodedPart, source: str = "/data") -> None:

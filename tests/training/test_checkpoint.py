@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.evaluation import Metrics
 from mnistsum_ray.model.loss import joint_loss
+from mnistsum_ray.model.metrics import Metrics
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights
@@ -73,7 +73,8 @@ def test_the_description_tells_how_the_sum_head_was_tuned(*, kept: bool) -> None
     before, after = asdict(SCORES), replace(SCORES, sum_accuracy=0.9)
     lines = [{"epoch": epoch, "validation": before, "test": before} for epoch in (1, 2, 3)]
     tuned = SumHeadResult(steps=5, kept=kept, validation=after, test=after)
-    description = TrainerState(3, lines, "fp32", sum_head=tuned).describe(copy_weights(make(0)[0]))
+    weights = copy_weights(make(0)[0])
+    description = TrainerState(3, lines, "fp32", sum_head=tuned).describe(weights)
     assert description["epoch"] == 3
     assert description["test"] == description["validation"] == asdict(after if kept else SCORES)
     metrics = {when: {"validation": of, "test": of} for when, of in (("before", before), ("after", asdict(after)))}

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.model.inference import make_forward
-from mnistsum_ray.model.int8 import int8_digit_scores, unavailable_reason
+from mnistsum_ray.model.int8 import activation_maxima, int8_digit_scores, maxima_from_description, quantize, unavailable_reason
 from mnistsum_ray.model.network import PIXEL_STD, TwoHeadCNN
-from mnistsum_ray.model.quantization import activation_maxima, is_available, maxima_from_card, quantize
 
-needs_int8 = pytest.mark.skipif(not is_available(), reason="this PyTorch has no integer convolutions on this CPU")
+needs_int8 = pytest.mark.skipif(unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")  # type: ignore[no-untyped-call]
@@ -40,7 +39,7 @@ def model() -> TwoHeadCNN:
 
 
 @torch.no_grad()
-def exact_digit_scores(model: TwoHeadCNN, maxima: tuple[float, ...], images: torch.Tensor) -> torch.Tensor:
+def exact_digit_scores(model: TwoHeadCNN, maxima: list[float], images: torch.Tensor) -> torch.Tensor:
     """Digit scores by the definition, with the integers in float64, which represents them exactly."""
     x, scale = images.unsqueeze(1).double() - 33, 1 / (255 * PIXEL_STD)
     for index, maximum in enumerate(maxima):
@@ -73,7 +72,7 @@ def test_comparison_with_float32_is_counted_right(model: TwoHeadCNN, images: tor
     numbers = torch.arange(10).repeat(len(images))
     repeated = images.repeat_interleave(10, dim=0)
     with torch.inference_mode():
-        digit8, sum8 = make_forward(model, torch.device("cpu"), "int8", result.maxima)(repeated, numbers)
+        digit8, sum8 = make_forward(model, torch.device("cpu"), "int8", result["maxima"])(repeated, numbers)
         digit32, sum32 = model((repeated.float().unsqueeze(1) / 255 - 0.1307) / 0.3081, numbers)
     true_digits = digits.repeat_interleave(10)
 
@@ -81,23 +80,21 @@ def test_comparison_with_float32_is_counted_right(model: TwoHeadCNN, images: tor
         return equal.double().mean().item()
 
     # Another order of sums may change a prediction; with random weights many scores are nearly tied.
-    assert result.digit_agreement == pytest.approx(share(digit8.argmax(1) == digit32.argmax(1)), abs=0.01)
-    assert result.sum_agreement == pytest.approx(share(sum8.argmax(1) == sum32.argmax(1)), abs=0.01)
-    assert result.digit_accuracy == pytest.approx(share(digit8.argmax(1) == true_digits), abs=0.01)
-    assert result.sum_accuracy == pytest.approx(share(sum8.argmax(1) == true_digits + numbers), abs=0.01)
-    assert result.float32_digit_accuracy == pytest.approx(share(digit32.argmax(1) == true_digits), abs=0.01)
-    assert result.float32_sum_accuracy == pytest.approx(share(sum32.argmax(1) == true_digits + numbers), abs=0.01)
-    assert result.digit_agreement < 0.95
-    assert quantize(model, images, images, digits).digit_agreement > 0.95
-    assert (result.calibration_rows, result.test_pairs) == (200, 2000)
-    assert maxima_from_card({"int8": json.loads(json.dumps(result.as_json()))}) == result.maxima
+    assert result["digit_agreement"] == pytest.approx(share(digit8.argmax(1) == digit32.argmax(1)), abs=0.01)
+    assert result["sum_agreement"] == pytest.approx(share(sum8.argmax(1) == sum32.argmax(1)), abs=0.01)
+    assert result["digit_accuracy"] == pytest.approx(share(digit8.argmax(1) == true_digits), abs=0.01)
+    assert result["sum_accuracy"] == pytest.approx(share(sum8.argmax(1) == true_digits + numbers), abs=0.01)
+    assert result["digit_agreement"] < 0.95
+    assert quantize(model, images, images, digits)["digit_agreement"] > 0.95
+    assert (result["calibration_rows"], result["test_pairs"]) == (200, 2000)
+    assert maxima_from_description({"int8": json.loads(json.dumps(result))}) == tuple(result["maxima"])
 
 
 @pytest.mark.parametrize(
     "entry", [None, {}, {"maxima": [1.0] * 5}, {"maxima": [1.0] * 5 + [0.0]}, {"maxima": "111111"}, [1.0] * 6]
 )
 def test_card_without_a_calibration(entry: object) -> None:
-    assert maxima_from_card({"int8": entry}) is None
+    assert maxima_from_description({"int8": entry}) is None
 
 
 @needs_int8

@@ -1,0 +1,269 @@
+"""Metrics on rows whose digit is known: accuracies, loss, calibration, and the most confident mistakes.
+
+Each image is paired with all ten numbers, and not with a random one: the sum accuracy then has no luck in it. The convolutions,
+nearly all of the work, run once an image. Evaluation, calibration, error analysis and the comparison of int8 with float32 take
+their rows from `score_rows`, and count them in `Counts`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnistsum_ray.data.order import NUMBERS, check_row_counts, mix_ids
+from mnistsum_ray.model.device import all_reduce_sum
+from mnistsum_ray.model.heads import DIGITS, HEADS, SUM
+from mnistsum_ray.model.loss import probability_losses
+from mnistsum_ray.model.network import Scores, TwoHeadCNN
+
+BINS: Final = 15
+"""Bins of equal width over the probability 0..1, as in Guo et al. (2017)."""
+
+MAX_MISTAKES: Final = 24
+"""Most confident mistakes that are kept for the report, one an image."""
+
+Floats = npt.NDArray[np.floating[Any]]
+
+Batch = dict[str, Tensor]
+"""Rows on the model's device: `image` uint8[n, 28, 28], `digit` int64[n] in 0..9, and `row_id` int64[n]."""
+
+ScoredRows = Iterable[tuple[Batch, Scores]]
+"""Batches with their scores by head: float32[n, k, classes], where k is 10 if the answer depends on the number, and else 1."""
+
+
+@torch.no_grad()
+def score_rows(
+    model: TwoHeadCNN, digit_scores: Callable[[Batch], Tensor], batches: Iterable[Batch]
+) -> Iterator[tuple[Batch, Scores]]:
+    """The batches with the scores of all heads; `digit_scores` are [n, 10] of a batch, in any precision."""
+    for batch in batches:
+        # The other heads, a thousandth of the work, run in float32, also where the convolutions run in bfloat16.
+        yield batch, model.scores_of_all_numbers(digit_scores(batch).float())
+
+
+def true_classes(digits: Tensor) -> list[Tensor]:
+    """True classes by head of digits int64[n]: int64[n, k], k as in `ScoredRows`."""
+    numbers = torch.arange(NUMBERS, device=digits.device)
+    return [head.target(digits[:, None], numbers) for head in HEADS]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Metrics over a set of rows, each paired with all ten numbers."""
+
+    rows: int
+    pairs: int
+    loss: float
+    """Mean over the pairs and the heads of the cross-entropy, in nats."""
+    digit_accuracy: float
+    sum_accuracy: float
+    consistency: float
+    """Share of the pairs whose predicted sum is the predicted digit plus the number."""
+
+
+class Counts:
+    """Right answers and losses, summed over rows and kept on the device; workers exchange the sums once, in `metrics`."""
+
+    def __init__(self, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.confusion = zeros(DIGITS, DIGITS)
+        """Rows by true digit d and predicted digit p: [d, p]."""
+        self.right = zeros(len(HEADS), DIGITS, NUMBERS)
+        """Rows that head h answers right, by true digit d and number k: [h, d, k]."""
+        self.consistent = zeros(1)
+        """Pairs whose predicted sum is the predicted digit plus the number."""
+        self._id_sum = zeros(1)
+        self._losses = torch.zeros(len(HEADS), dtype=torch.float64, device=device)
+
+    def add(self, batch: Batch, scores: Scores) -> None:
+        """Count one batch with its scores, as `score_rows` yields them."""
+        digits = batch["digit"]
+        answers = {head.name: logits.argmax(2) for head, logits in zip(HEADS, scores, strict=True)}
+        for index, (logits, answer, truth) in enumerate(zip(scores, answers.values(), true_classes(digits), strict=True)):
+            self.right[index].index_add_(0, digits, (answer == truth).expand(-1, NUMBERS).long())
+            loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
+            self._losses[index] += loss / truth.size(1)
+        self.confusion.index_add_(0, digits, F.one_hot(answers["digit"].squeeze(1), DIGITS))
+        numbers = torch.arange(NUMBERS, device=digits.device)
+        self.consistent += (answers["sum"] == SUM.target(answers["digit"], numbers)).sum()
+        self._id_sum += mix_ids(batch["row_id"]).sum()
+
+    def accuracies(self) -> dict[str, float]:
+        """Share of right answers by head, over the rows of this process."""
+        pairs = NUMBERS * int(self.confusion.sum())
+        return {head.name: int(right.sum()) / pairs for head, right in zip(HEADS, self.right, strict=True)}
+
+    def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
+        """Sum over the workers and divide.
+
+        Raises:
+            RowCountError: a row was not counted exactly once.
+        """
+        for counted in (self.confusion, self.right, self.consistent, self._id_sum, self._losses):
+            counted.copy_(all_reduce_sum(counted))
+        rows = int(self.confusion.sum())
+        check_row_counts(rows, int(self._id_sum), expected_rows, expected_id_sum, "evaluation")
+        pairs = rows * NUMBERS
+        return Metrics(
+            rows=rows,
+            pairs=pairs,
+            loss=self._losses.mean().item() / rows,
+            consistency=int(self.consistent) / pairs,
+            **{f"{name}_accuracy": share for name, share in self.accuracies().items()},
+        )
+
+
+@dataclass
+class Reliability:
+    """Sums over rows that the probability metrics of a head are computed from; sums of several sets of rows can be added."""
+
+    nll: float = 0.0
+    """Sum of the negative log-likelihoods of the true classes, in nats."""
+    brier: float = 0.0
+    """Sum of the squared distances between the probabilities of all classes and the one-hot truth."""
+    rows: list[int] = field(default_factory=lambda: [0] * BINS)
+    """Number of rows by the probability of the predicted class, in bins."""
+    probability: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    """Sum of the probabilities of the predicted classes, in the same bins."""
+    right: list[int] = field(default_factory=lambda: [0] * BINS)
+    """Number of right predictions, in the same bins."""
+
+    @classmethod
+    def from_predictions(cls, probability: Floats, right: npt.NDArray[np.bool_], nll: Floats, brier: Floats) -> "Reliability":
+        """Sum over n rows.
+
+        Args:
+            probability: probability of each predicted class, [n].
+            right: True where the prediction is right, [n].
+            nll, brier: losses of each row, [n].
+        """
+        bins = np.minimum((probability * BINS).astype(np.int64), BINS - 1)
+        return cls(
+            nll=float(nll.sum(dtype=np.float64)),
+            brier=float(brier.sum(dtype=np.float64)),
+            rows=np.bincount(bins, minlength=BINS).tolist(),
+            probability=np.bincount(bins, probability.astype(np.float64), BINS).tolist(),
+            right=np.bincount(bins[right], minlength=BINS).tolist(),
+        )
+
+    @classmethod
+    def from_scores(cls, scores: Tensor, classes: Tensor) -> "Reliability":
+        """Sum over the answers of logits [n, k, classes] with true classes int64[n, k]."""
+        scores, classes = scores.flatten(0, 1), classes.flatten()
+        probability, answer = scores.softmax(1).max(1)
+        values = (probability, answer == classes, *probability_losses(scores, classes))
+        return cls.from_predictions(*(value.cpu().numpy() for value in values))
+
+    def add(self, other: "Reliability") -> None:
+        """Add the sums over other rows, in place."""
+        self.nll += other.nll
+        self.brier += other.brier
+        for name in ("rows", "probability", "right"):
+            setattr(self, name, [a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)])
+
+    def metrics(self) -> dict[str, float | None]:
+        """Mean `nll` in nats, mean `brier` in 0..2 and `ece` (expected calibration error) in 0..1; None without rows."""
+        rows = sum(self.rows)
+        if not rows:
+            return {"nll": None, "brier": None, "ece": None}
+        gaps = np.abs(np.array(self.probability) - np.array(self.right))
+        return {"nll": self.nll / rows, "brier": self.brier / rows, "ece": float(gaps.sum() / rows)}
+
+    def as_json(self) -> dict[str, Any]:
+        """The metrics, and under `reliability` the sums behind them."""
+        return {**self.metrics(), "reliability": asdict(self)}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One image with one number for which the model predicts a wrong digit or sum."""
+
+    row_id: int
+    """Row number in the data source."""
+    digit: int
+    number: int
+    pred_digit: int
+    digit_prob: float
+    pred_sum: int
+    sum_prob: float
+
+    @property
+    def confidence(self) -> float:
+        """Probability of the wrong answer: of the digit where it is wrong, otherwise of the sum."""
+        return self.digit_prob if self.pred_digit != self.digit else self.sum_prob
+
+
+@dataclass(frozen=True)
+class ErrorAnalysis:
+    """Counts over all rows, and the most confident mistakes."""
+
+    confusion: list[list[int]]
+    """Rows by true digit d and predicted digit p: [d][p]."""
+    sums_right: list[list[int]]
+    """Rows with digit d whose sum with number k is predicted right: [d][k]."""
+    mistakes: list[Mistake]
+    """At most MAX_MISTAKES, one an image, the most confident first."""
+    consistent: float
+    """Share of the pairs whose predicted sum is the predicted digit plus the number."""
+    reliability: dict[str, Reliability]
+    """By head."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry `error_analysis` of manifest.json."""
+        fields = asdict(self)
+        del fields["reliability"]
+        return fields | {"probabilities": {name: sums.as_json() for name, sums in self.reliability.items()}}
+
+    def probability_metrics(self) -> dict[str, Any]:
+        """The entry `probabilities` of model.json: `consistent`, and by head `nll`, `brier` and `ece`."""
+        return {"consistent": self.consistent, **{name: sums.metrics() for name, sums in self.reliability.items()}}
+
+
+def analyse_errors(scored: ScoredRows, on_progress: Callable[[int], None] = lambda _: None) -> ErrorAnalysis:
+    """Analyse the errors on rows; `on_progress` is called with the number of rows done since the last call."""
+    counts: Counts | None = None
+    reliability = {head.name: Reliability() for head in HEADS}
+    mistakes: list[Mistake] = []
+    for batch, scores in scored:
+        counts = counts or Counts(batch["digit"].device)
+        counts.add(batch, scores)
+        for sums, logits, classes in zip(reliability.values(), scores, true_classes(batch["digit"]), strict=True):
+            sums.add(Reliability.from_scores(logits, classes))
+        mistakes += _mistakes(batch, scores)
+        on_progress(len(batch["digit"]))
+    assert counts is not None, "there are test rows"
+    return ErrorAnalysis(
+        confusion=counts.confusion.tolist(),
+        sums_right=counts.right[HEADS.index(SUM)].tolist(),
+        mistakes=sorted(mistakes, key=lambda mistake: mistake.confidence, reverse=True)[:MAX_MISTAKES],
+        consistent=int(counts.consistent) / (NUMBERS * int(counts.confusion.sum())),
+        reliability=reliability,
+    )
+
+
+def _mistakes(batch: Batch, scores: Scores) -> Iterator[Mistake]:
+    """The images with a mistake, each with the number whose wrong sum is the most confident."""
+    digit, row_id = batch["digit"].cpu().numpy(), batch["row_id"].cpu().numpy()
+    digit_head, sum_head, *_ = (logits.softmax(2).max(2) for logits in scores)
+    digit_prob, pred_digit = (values.squeeze(1).cpu().numpy() for values in digit_head)
+    sum_prob, pred_sum = (values.cpu().numpy() for values in sum_head)
+    right = pred_sum == SUM.target(digit[:, None], np.arange(NUMBERS))
+    numbers = np.where(right, 0, sum_prob).argmax(1)
+    for row in np.flatnonzero((pred_digit != digit) | ~right.all(1)):
+        number = int(numbers[row])
+        yield Mistake(
+            row_id=int(row_id[row]),
+            digit=int(digit[row]),
+            number=number,
+            pred_digit=int(pred_digit[row]),
+            digit_prob=round(float(digit_prob[row]), 6),
+            pred_sum=int(pred_sum[row, number]),
+            sum_prob=round(float(sum_prob[row, number]), 6),
+        )
