@@ -75,10 +75,9 @@ def int8_digit_scores(model: TwoHeadCNN, maxima: Sequence[float]) -> Callable[[T
         assert bias is not None
         scales = weight.abs().amax((1, 2, 3)).clamp(min=1e-8) / MAX_WEIGHT
         integers = (weight / scales[:, None, None, None]).round().to(torch.int8)
-        output_scale = maximum / MAX_ACTIVATION
-        output = (output_scale, 0, torch.uint8, "relu")
+        output = (maximum / MAX_ACTIVATION, 0, torch.uint8, "relu")
         layers.append(_convolution(integers, scales, bias.detach(), int(layer.padding[0]), zero, scale, output))
-        scale, zero = output_scale, 0
+        scale, zero = maximum / MAX_ACTIVATION, 0
 
     @torch.inference_mode()
     def digit_scores(images: Tensor) -> Tensor:
@@ -96,10 +95,7 @@ def int8_digit_scores(model: TwoHeadCNN, maxima: Sequence[float]) -> Callable[[T
 
 @torch.inference_mode()
 def activation_maxima(model: TwoHeadCNN, images: Tensor) -> list[float]:
-    """Largest output of each of the first six convolutions over uint8[n, 28, 28].
-
-    Rounded to four digits, so that differences between CPUs mostly vanish.
-    """
+    """Largest output of each of the first six convolutions over uint8[n, 28, 28]: four digits, so that most CPUs agree."""
     maxima = [1e-6] * len(model.convolutions)
     for start in range(0, len(images), _BATCH):
         x = prepare_images(images[start : start + _BATCH])

@@ -61,20 +61,20 @@ def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing:
     Returns:
         The loss with label smoothing, and without, which has no gradient.
     """
-    targets = [head.target(digits, numbers) for head in HEADS]
-    losses = [_cross_entropies(*head, label_smoothing) for head in zip(scores, targets, strict=True)]
-    smoothed, unsmoothed = (torch.stack(of_heads).mean() for of_heads in zip(*losses, strict=True))
-    return smoothed, unsmoothed.detach()
+    classes = [head.target(digits, numbers) for head in HEADS]
 
+    def mean_of_heads(smoothing: float) -> Tensor:
+        heads = zip(scores, classes, strict=True)
+        losses = [
+            F.cross_entropy(logits.float(), of_head, reduction="sum", label_smoothing=smoothing) for logits, of_head in heads
+        ]
+        return torch.stack(losses).mean()
 
-def _cross_entropies(scores: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over the rows, with label smoothing and without."""
-    log_probabilities = scores.float().log_softmax(1)
-    unsmoothed = F.nll_loss(log_probabilities, labels, reduction="sum")
+    loss = mean_of_heads(label_smoothing)
     if not label_smoothing:
-        return unsmoothed, unsmoothed
-    uniform = -log_probabilities.mean(1).sum()
-    return torch.lerp(unsmoothed, uniform, label_smoothing), unsmoothed.detach()
+        return loss, loss.detach()
+    with torch.no_grad():
+        return loss, mean_of_heads(0.0)
 
 
 def probability_losses(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

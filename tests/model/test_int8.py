@@ -95,11 +95,3 @@ def test_comparison_with_float32_is_counted_right(model: TwoHeadCNN, images: tor
 )
 def test_card_without_a_calibration(entry: object) -> None:
     assert maxima_from_description({"int8": entry}) is None
-
-
-@needs_int8
-def test_scores_do_not_depend_on_the_batch(model: TwoHeadCNN, images: torch.Tensor) -> None:
-    digit_scores = int8_digit_scores(model, activation_maxima(model, images))
-    whole = digit_scores(images)
-    for rows in (slice(0, 1), slice(7, 70)):
-        torch.testing.assert_close(whole[rows], digit_scores(images[rows]), rtol=1e-5, atol=1e-5)

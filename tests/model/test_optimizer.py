@@ -93,15 +93,6 @@ def test_orthogonalization_brings_singular_values_near_one(dtype: torch.dtype) -
     assert 0.6 < spectrum.min() <= spectrum.max() < 1.25
 
 
-def test_zero_grad_drops_all_gradients() -> None:
-    model = TwoHeadCNN()
-    optimizer = MuonAdamW(model, weight_decay=0.0)
-    compute_gradients(model)
-    optimizer.step(0.02, torch.float32)
-    optimizer.zero_grad()
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
 def test_first_step_of_adamw_is_scaled_by_each_groups_factor() -> None:
     """Adam's first step moves each element by the learning rate, whatever its gradient; here by 0.15 and 0.75 times that."""
     model, before = after_a_step(weight_decay=0.0)
