@@ -43,7 +43,7 @@ def committed(**changed: dict[str, Any]) -> list[dict[str, Any]]:
         counts |= {"digit_prob": [0] * 19 + [part["rows"] - rejected], "sum_prob": [part["rows"] - rejected] + [0] * 19}
         counts |= {"digits": [part["rows"] - rejected] + [0] * 9, "numbers": [0] * 9 + [part["rows"] - rejected]}
         counts |= {"unsure": [[0.5, part["first_row"], 1, 2]], "examples": {"is null": part["first_row"]} if rejected else {}}
-        counts["reliability"] = {"digit": RELIABILITY.as_json(), "sum": Reliability().as_json()}
+        counts["reliability"] = {"digit": vars(RELIABILITY), "sum": vars(Reliability())}
         record = {
             **{key: part[key] for key in ("output", "name", "size", "modified", "footer_sha256", "first_row", "rows")},
             "source": f"/in/{part['name']}",
@@ -76,7 +76,7 @@ def test_all_rows_there() -> None:
     assert totals.unsure[0] == (0.5, "a", 0, 1, 2)
     assert len(totals.unsure) == 3
     assert totals.reliability["digit"].metrics() == pytest.approx({"nll": 0.125, "brier": 0.0625, "ece": 0.025})
-    assert totals.reliability["sum"].total_rows == 0
+    assert sum(totals.reliability["sum"].rows) == 0
     assert totals.probabilities == {"digit_prob": [0] * 19 + [35], "sum_prob": [35] + [0] * 19}
 
 
