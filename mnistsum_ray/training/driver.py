@@ -100,13 +100,15 @@ def _reserve(run: TrainingRun, say: Callable[[str], None]) -> ResourcePlan:
         check_cuda(probe_gpu(config.wait_seconds), config.use_gpu)
     read = {} if source.files is None else {"--data": source.files.location(0)}
     check_shared_storage({"--storage-path": run.storage}, read, say)
-    check_memory(run, plan, inspect_cluster(), say)
     return plan
 
 
 def _fit(run: TrainingRun, plan: ResourcePlan, lock: FolderLock, console: Console) -> dict[str, Any]:
     started, source = time.monotonic(), run.source
+    lines = check_memory(run, plan, inspect_cluster())
     rows = stream_rows(source.files) if source.files and run.shuffle.streamed else load_rows(source)
+    for line in lines:  # after the rows have been read: a refusal is one line
+        console.say(line)
     manifest = build_manifest(run, rows.checksums, plan)
     expected = check_data(run, rows.checksums, manifest["data"])
     manifest, start = _resume(run, manifest, console.say) if run.config.resume else (manifest, None)

@@ -1,6 +1,5 @@
 """Resources of a training run: number of workers, devices, what each worker reserves, and memory for the rows."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -92,8 +91,8 @@ def _cpus_for_each(cluster: ClusterResources, workers: int, *, use_gpu: bool) ->
     return min((node.get("CPU", 0.0) / min(node["GPU"], workers) for node in cluster.gpu_nodes), default=0.0)
 
 
-def check_memory(run: TrainingRun, plan: ResourcePlan, cluster: ClusterResources, say: Callable[[str], None]) -> None:
-    """Check that the rows, or of streamed ones two windows, fit in the object store of each node, and say what they take.
+def check_memory(run: TrainingRun, plan: ResourcePlan, cluster: ClusterResources) -> list[str]:
+    """Check that the rows, or two windows of streamed ones, fit in the object store of each node; console lines that say so.
 
     Raises:
         RequestError: they do not fit; names `--shuffle-rows` or `--data`.
@@ -116,27 +115,27 @@ def check_memory(run: TrainingRun, plan: ResourcePlan, cluster: ClusterResources
             f"{flag}: the run would hold {held} of rows in the object store of a node, which has {_mebibytes(store)}; {advice}"
         )
     if not shuffle.streamed:
-        say(f"holding all {source.rows:,} rows in memory: {held} in the object store of each node")
-        return
-    say(
+        return [f"holding all {source.rows:,} rows in memory: {held} in the object store of each node"]
+    streaming = (
         f"streaming {len(source.train):,} training rows, shuffled in windows of {shuffle.window_rows:,}; holds at most "
         f"{held} of an object store"
     )
-    _warn_of_reads(shuffle, say)
+    return [streaming, *_warnings_of_reads(shuffle)]
 
 
 def _mebibytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
 
-def _warn_of_reads(shuffle: Shuffle, say: Callable[[str], None]) -> None:
-    """Say so where row groups are read several times an epoch: a slice of one is read from the group's beginning."""
+def _warnings_of_reads(shuffle: Shuffle) -> list[str]:
+    """A line if row groups are read several times an epoch: a slice of one is read from the group's beginning."""
     assert shuffle.bounds is not None
     group, first, rows = shuffle.slices
     skipped = first - shuffle.rows.count_below(shuffle.bounds)[group]
     reads = float((skipped + rows).sum() / rows.sum())
-    if reads > _MANY_READS:
-        say(
-            f"the row groups, of up to {int(np.diff(shuffle.bounds).max()):,} rows, are read {reads:.1f} times an epoch, since "
-            f"--shuffle-rows is {shuffle.shuffle_rows:,}: give more, or write smaller row groups"
-        )
+    if reads <= _MANY_READS:
+        return []
+    return [
+        f"the row groups, of up to {int(np.diff(shuffle.bounds).max()):,} rows, are read {reads:.1f} times an epoch, since "
+        f"--shuffle-rows is {shuffle.shuffle_rows:,}: give more, or write smaller row groups"
+    ]
