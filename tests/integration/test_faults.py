@@ -14,7 +14,7 @@ import pytest
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.storage.paths import locate
-from mnistsum_ray.training.checkpoint import STATE_CARD, STATE_FILE
+from mnistsum_ray.training.checkpoint import STATE_CARD, STATE_FILE, latest_valid_checkpoint
 from tests.integration.conftest import Job, Storage, kill_everything, nodes, report_duration, run_job
 from tests.integration.test_score_kills import wait_for_files
 
@@ -206,13 +206,15 @@ def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path) -> None
 def test_a_checkpoint_that_cannot_be_deleted_does_not_fail_a_finished_run(data: Path, tmp_path: Path) -> None:
     """A mounted folder in the checkpoint that the run is resumed from: to delete it fails, for root too."""
     flags, run = ["--storage-path", tmp_path, "--name", "mine"], tmp_path / "mine"
-    job = Job("train", "--data", data, *flags, "--epochs", 3, "--sum-head-steps", 50)
-    while not (run / "epoch_00001" / STATE_CARD).exists():
+    job = Job("train", "--data", data, *flags, "--epochs", 20, "--sum-head-steps", 50)
+    while not list(run.glob(f"epoch_*/{STATE_CARD}")):
         assert job.process.poll() is None
         time.sleep(0.05)
     kill_everything(job.process.pid)
     job.wait()
-    busy = max(run.glob("epoch_*")) / "busy"
+    start = latest_valid_checkpoint(locate(str(run), "--name"), print)
+    assert start is not None
+    busy = Path(start.path) / "busy"
     busy.mkdir()
     with mounted(busy, "1m"):
         done = run_job("train", *flags, "--resume")

@@ -27,8 +27,8 @@ def project(head: Head) -> Path:
             shutil.copytree(ROOT / name, copy / name)
         else:
             shutil.copy(ROOT / name, copy / name)
-    versions = copy / "mnistsum_ray" / "version.py"
-    versions.write_text(versions.read_text() + '\n__version__ = "9.9.9"\n')
+    package = copy / "mnistsum_ray" / "__init__.py"
+    package.write_text(package.read_text() + '\n__version__ = "9.9.9"\n')
     return copy
 
 
