@@ -120,6 +120,7 @@ print(time.process_time() - before)
 """
 
 
+@pytest.mark.slow
 def test_an_execution_that_waits_for_its_consumer_does_not_spin() -> None:
     """Without `PatientExecution` it takes most of these five seconds of a core, in the process of the consumer."""
     with uses("DataContext.custom_execution_callback_classes, StreamingExecutor._topology or its metrics"):

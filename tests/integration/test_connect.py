@@ -206,6 +206,7 @@ def test_a_signal_during_the_start_of_ray_is_delivered_after_it(home: Path) -> N
     assert done.returncode != -signal.SIGSEGV
 
 
+@pytest.mark.slow
 def test_the_sessions_of_clusters_are_deleted(model: Path, tmp_path: Path) -> None:
     """Ray keeps a megabyte and more of each cluster: those of jobs that ended well go, and of the others all but ten."""
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # a short path, for Ray's sockets

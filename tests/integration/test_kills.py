@@ -113,6 +113,7 @@ def kill_and_resume(storage: str, flags: tuple[object, ...]) -> Done:
     return done
 
 
+@pytest.mark.slow
 def test_everything_killed_within_an_epoch_and_workers_killed_change_nothing(
     tmp_path: Path, data: Path, in_memory: Result
 ) -> None:

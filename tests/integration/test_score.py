@@ -71,7 +71,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     "settings",
     [
         {"label_column": "digit"},
-        {"num_workers": 1, "max_rows_per_file": 77, "batch_size": 1000},
+        {"num_workers": 1, "max_rows_per_file": 77, "batch_size": 200},
         {"max_rows_per_file": 100, "batch_size": 3},
     ],
     ids=str,
@@ -114,6 +114,7 @@ def check_probabilities(scored: Scored, table: pa.Table, digits: np.ndarray, sum
 
 
 @pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
+@pytest.mark.slow
 def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="--precision int8: the model holds no calibration for it"):
         score_here(model, tmp_path / "out", exported, precision="int8")

@@ -189,6 +189,7 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
     assert 0.5 < card["probabilities"]["consistent"] <= 1
 
 
+@pytest.mark.slow
 def test_the_same_name_is_refused_and_resuming_a_finished_run_trains_nothing(
     done: Done, cluster: str, data: Path, runs: Path, tmp_path: Path
 ) -> None:
@@ -296,6 +297,7 @@ def test_an_infinite_loss_stops_every_rank_at_once(cluster: str, data: Path, run
     assert json.loads((runs / "broken" / "manifest.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_the_same_model_is_trained_again_from_a_run(done: Done, data: Path, cluster: str, tmp_path: Path) -> None:
     flags = ["--storage-path", tmp_path / "runs", "--name", "again"]
     again = run_job("train", "--from-run", done.line["run"], *flags, address=cluster).line
