@@ -1,4 +1,4 @@
-"""Speed of the training pipeline alone: rows are read, decoded, shuffled and handed to workers that do not train."""
+"""Speed of the training pipeline alone: rows are read, decoded, shuffled and handed to a worker that does not train."""
 
 import io
 import threading
@@ -74,13 +74,12 @@ class _Usage:
         self.peak_bytes = max(self.peak_bytes, memory)
 
 
-def feed(folder: Path, shuffle_rows: int, workers: int) -> dict[str, float]:
-    """Feed one epoch of the Parquet rows in a folder to workers.
+def feed(folder: Path, shuffle_rows: int) -> dict[str, float]:
+    """Feed one epoch of the Parquet rows in a folder to a worker.
 
     Args:
         folder: see `write_rows`.
         shuffle_rows: as for jobs/train.py; with fewer than the training rows they are streamed.
-        workers: number of workers, which share the steps.
 
     Returns:
         `rows_per_second` after the first batch, `cpu_us_per_row` of all processes after it, `first_batch_seconds`, and
@@ -100,15 +99,14 @@ def feed(folder: Path, shuffle_rows: int, workers: int) -> dict[str, float]:
         "shuffle": shuffle,
         "distortion": _DISTORTION,
         "epochs": 1,
-        "readers": max(1, int(ray.cluster_resources()["CPU"]) // workers) if streamed else 1,
+        "rank": 0,
+        "world_size": 1,
+        "readers": max(1, int(ray.cluster_resources()["CPU"])) if streamed else 1,
     }
-    actors = [
-        _FeedWorker.remote(rows | {"rank": rank, "world_size": workers})  # type: ignore[attr-defined]
-        for rank in range(workers)
-    ]
-    ray.get([actor.prepare.remote() for actor in actors])
+    worker = _FeedWorker.remote(rows)  # type: ignore[attr-defined]
+    ray.get(worker.prepare.remote())
     started = time.perf_counter()
-    ray.get([actor.first_batch.remote() for actor in actors])
+    ray.get(worker.first_batch.remote())
     first_batch = time.perf_counter() - started
     before, usage, done = _Usage(), _Usage(), threading.Event()
     before.sample()
@@ -116,17 +114,15 @@ def feed(folder: Path, shuffle_rows: int, workers: int) -> dict[str, float]:
     watcher.start()
     started = time.perf_counter()
     try:
-        fed = ray.get([actor.rest.remote() for actor in actors])
+        total, first, ids = ray.get(worker.rest.remote())
         seconds = time.perf_counter() - started
     finally:
         done.set()
         watcher.join()
-    total, first, ids = (sum(counts) for counts in zip(*fed, strict=True))
     check_row_counts(total, ids, len(source.train), source.train.id_sum, "the feed")
-    rows = total - first
     return {
-        "rows_per_second": rows / seconds,
-        "cpu_us_per_row": (usage.cpu_seconds - before.cpu_seconds) / rows * 1e6,
+        "rows_per_second": (total - first) / seconds,
+        "cpu_us_per_row": (usage.cpu_seconds - before.cpu_seconds) / (total - first) * 1e6,
         "first_batch_seconds": first_batch,
         "memory_mib": usage.peak_bytes / 2**20,
     }

@@ -17,10 +17,10 @@ Each way is measured in its own process, several times, in alternating order:
     ray          mnistsum train or mnistsum score
     ray-int8     (score) mnistsum score --precision int8
 
-`feed` hands rows to workers that do not train: from memory, or streamed from Parquet of raw bytes
-(stream) or PNG (stream-png), to one worker or to two (-2). `accuracy` measures the time from the
-command to a model that is as accurate as the original after its five epochs, with the recipe
-`quick` and `--repeat` seeds, beside the original's way.
+`feed` hands rows to a worker that does not train: from memory, or streamed from Parquet of raw bytes
+(stream) or PNG (stream-png). `accuracy` measures the time from the command to a model that is as
+accurate as the original after its five epochs, with the recipe `quick` and `--repeat` seeds, beside
+the original's way.
 
 The table on standard error holds medians, with minimum and maximum in parentheses;
 mnistsum_ray/benchmark/README.md explains the figures. The last line on standard output is one JSON
@@ -53,7 +53,7 @@ from mnistsum_ray.storage.paths import locate
 WAYS: Final = {
     "train": ("loader", "memory", "worker", "ray"),
     "score": ("loader", "memory", "memory-int8", "ray", "ray-int8"),
-    "feed": ("memory", "stream", "stream-png", "memory-2", "stream-2", "stream-png-2"),
+    "feed": ("memory", "stream", "stream-png"),
     "accuracy": ("loader",),
 }
 RATIOS: Final = {
@@ -147,7 +147,7 @@ def _measure(args: argparse.Namespace) -> Measurement:
     if args.what == "feed":
         rows = args.folder / ("png" if "png" in args.way else "raw")
         shuffle_rows = 2 * args.rows if args.way.startswith("memory") else args.shuffle_rows
-        return feed.feed(rows, shuffle_rows, workers=2 if args.way.endswith("-2") else 1)
+        return feed.feed(rows, shuffle_rows)
     if args.way == "worker":
         loop = partial(_measure_in_pytorch, "train", "memory", args.data, args.seconds, args.command_time)
         return ray_jobs.train_in_worker(loop)

