@@ -2,7 +2,7 @@
 
 Affine distortions as in Simard et al., "Best Practices for Convolutional Neural Networks Applied to Visual Document Analysis"
 (2003). A row's distortion follows from (seed, epoch, row id). The matrices are computed here, where rows are gathered: on a GPU
-they were twenty kernels of each step. `model/augmentation.py` applies them on the device.
+they were twenty kernels of each step. `distort` in `model/network.py` applies them on the device.
 """
 
 from typing import Final
