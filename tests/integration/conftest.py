@@ -261,6 +261,7 @@ class Job:
             env=environment,
             cwd=cwd or ROOT,
             start_new_session=True,  # so that a signal can be sent to all of its processes and to none of the test's
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # `nohup pytest` would have it ignored
         )
         self._seen: list[str] = []
 
