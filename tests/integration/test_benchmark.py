@@ -1,5 +1,6 @@
 """A short run of the benchmark measures every way."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,13 @@ def test_training(data: Path) -> None:
 
 
 @pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
-def test_scoring() -> None:
-    done = run_job("benchmark", "score", "--data", "sample", "--repeat", 1, "--seconds", 1, "--rows", 2000)
-    line = done.line
-    assert set(line["median"]) == {"loader", "memory", "memory-int8", "ray", "ray-int8"}
-    assert all(way["rows_per_second"] > 0 for way in line["median"].values())
-    assert line["median"]["ray"]["first_file_seconds"] > 1
-    assert set(line["ratios"]) == {"ray / memory", "ray / loader", "ray-int8 / memory-int8", "ray-int8 / loader"}
+@pytest.mark.parametrize("way", ["loader", "ray-int8"])
+def test_scoring_one_way(way: str) -> None:
+    """As the benchmark runs each way, in its own process: all of them take minutes."""
+    flags = ["--data", "sample", "--seconds", 1, "--rows", 2000, "--way", way, "--command-time", time.time()]
+    line = run_job("benchmark", "score", *flags).line
+    assert line["rows_per_second"] > 0
+    assert way == "loader" or line["first_file_seconds"] > 1
 
 
 def test_the_feed() -> None:

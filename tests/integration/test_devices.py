@@ -67,9 +67,3 @@ def test_a_gpu_that_another_job_holds_is_not_waited_for(counted_gpu: str, model:
 
 class _Other:
     """Another job's actor, which holds the GPU."""
-
-
-def test_no_gpu_is_probed_with_use_gpu_false(counted_gpu: str, model: Path, pairs: Path, tmp_path: Path) -> None:
-    done = run_job("score", "--model", model, "--input", pairs, "--output", tmp_path, "--use-gpu", "false", address=counted_gpu)
-    assert done.line["scored_rows"] == 100
-    assert NO_CUDA not in done.err

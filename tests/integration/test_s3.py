@@ -153,23 +153,6 @@ def test_a_lease_is_renewed_and_taken_by_conditional_writes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("s3")
-def test_one_training_writes_a_run_folder(tmp_path: Path) -> None:
-    flags = ["--storage-path", "s3://runs/held", "--name", "mine"]
-    job = Job("train", "--data", "sample", "--epochs", 2, *flags)
-    job.wait_for_line("epoch 1: train loss")
-    refused = run_job("train", *flags, "--resume")
-    assert refused.code == 2
-    assert "error: --name s3://runs/held/mine: another run (" in refused.err
-    place = locate("s3://runs/held/mine/_lock", "--name")
-    place.write_json({"id": "a run that took it", "beat": 1})
-    done = job.wait()
-    assert done.code == 1
-    assert "another run has taken the output (a run that took it)" in done.err.splitlines()[-1]
-    assert place.read_json() == {"id": "a run that took it", "beat": 1}
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("s3")
 def test_a_lock_in_an_object_store_is_held_by_one_and_ends_with_its_run() -> None:
     output, said = locate("s3://scores/locked", "--output"), list[str]()
     with folder_lock(output, "--output", said.append) as held:

@@ -15,7 +15,6 @@ from mnistsum_ray.training.preflight import preflight
 from tests.integration.conftest import score_here
 
 EVERY = 25
-WORKERS = (1, 2, 4)
 
 
 @pytest.mark.slow
@@ -23,7 +22,7 @@ WORKERS = (1, 2, 4)
 def test_every_request_finishes_or_is_refused_at_once(cpus: int, data: Path, model: Path, tmp_path: Path) -> None:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
-        for workers in WORKERS:
+        for workers in (cpus, cpus + 1):
             started = time.monotonic()
             try:
                 config = TrainConfig(data=str(data), epochs=1, num_workers=workers, storage_path=str(tmp_path / "runs"))
