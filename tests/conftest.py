@@ -1,5 +1,6 @@
 """Data that the tests share: small, real, and made on the spot."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in needing]
     if "gpu" in config.option.markexpr.replace("not gpu", ""):
         print(f"{len(needing)} tests need a GPU, and PyTorch {torch.__version__} has no CUDA here")
+
+
+def default_signals() -> None:
+    """Let a child process take the signals that a shell ignores for `nohup pytest` and for `pytest &` in a script."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.conftest import default_signals
+
 _JOB = """
 import atexit, signal, sys, time
 from contextlib import contextmanager
@@ -46,7 +48,7 @@ def start(
     cleanup: float = 0,
     ends: str = "RunInterrupted",
     first: str = "",
-    before: Callable[[], object] | None = None,
+    before: Callable[[], object] = default_signals,
 ) -> subprocess.Popen[str]:
     """Start a job that works for `work` seconds and cleans up for `cleanup` seconds, and wait until it works.
 

@@ -31,6 +31,7 @@ from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring.driver import score
 from mnistsum_ray.scoring.preflight import preflight
 from mnistsum_ray.storage.paths import locate
+from tests.conftest import default_signals
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -261,7 +262,7 @@ class Job:
             env=environment,
             cwd=cwd or ROOT,
             start_new_session=True,  # so that a signal can be sent to all of its processes and to none of the test's
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # `nohup pytest` would have it ignored
+            preexec_fn=default_signals,
         )
         self._seen: list[str] = []
 
