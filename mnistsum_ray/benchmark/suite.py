@@ -17,10 +17,10 @@ Each way is measured in its own process, several times, in alternating order:
     ray          mnistsum train or mnistsum score
     ray-int8     (score) mnistsum score --precision int8
 
-`feed` hands rows to a worker that does not train: from memory, or streamed from Parquet of raw bytes
-(stream) or PNG (stream-png). `accuracy` measures the time from the command to a model that is as
-accurate as the original after its five epochs, with the recipe `quick` and `--repeat` seeds, beside
-the original's way.
+`feed` hands rows to a worker that does not train: from memory, or streamed from Parquet of raw
+bytes (stream) or PNG (stream-png). `accuracy` measures the time from the command to a model that
+is as accurate as the original after its five epochs, with the recipe `quick` and `--repeat` seeds,
+beside the original's way.
 
 The table on standard error holds medians, with minimum and maximum in parentheses;
 mnistsum_ray/benchmark/README.md explains the figures. The last line on standard output is one JSON
