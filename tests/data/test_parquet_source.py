@@ -1,4 +1,4 @@
-"""Parquet files of a source: rows by their ids, and what is said of files that have changed."""
+"""Parquet files of a source: rows by their ids, and the messages about files that have changed."""
 
 import os
 from dataclasses import replace
