@@ -30,6 +30,7 @@ from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring.driver import score
 from mnistsum_ray.scoring.preflight import preflight
+from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import default_signals
 
@@ -77,6 +78,18 @@ def nodes(*cpus: int) -> Iterator[Cluster]:
         yield started
     finally:
         started.shutdown()
+
+
+def lose_node(cluster: Cluster, *, notice: bool) -> None:
+    """Kill a node, with the notice of 2 s that a cloud gives or without, and add another. The driver has joined the head."""
+    node = cluster.list_all_nodes()[-1]
+    if notice:
+        command = [RAY, "drain-node", "--address", cluster.address, "--node-id", node.node_id]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "2"]
+        subprocess.run(command, check=True, capture_output=True)
+        time.sleep(2)
+    cluster.remove_node(node, allow_graceful=False)
+    add_node(cluster)
 
 
 @dataclass
@@ -300,6 +313,19 @@ class Job:
             kill_everything(self.process.pid)  # it would slow down all tests that follow
             raise
         return Done(self.process.returncode, out, "".join(self._seen) + err, time.monotonic() - self._started)
+
+
+def wait_for_files(job: Job, output: Location | Path, more: int) -> None:
+    """Wait until a running job has written so many more files of predictions."""
+    folder = output if isinstance(output, Location) else locate(str(output), "--output")
+
+    def count() -> int:
+        return len([info for info in folder.files() if "/predictions/" in info.path and not info.base_name.startswith(".")])
+
+    before = count()
+    while count() < before + more:
+        assert job.process.poll() is None, job.wait().err
+        time.sleep(0.05)
 
 
 def run_job(

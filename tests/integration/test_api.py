@@ -33,7 +33,7 @@ def test_scoring_before_training_does_not_change_the_training(cluster: str, mode
 
     scored(str(model), "before")
     # 4,000 training rows are one block of 3 MB; with the block size of scoring they would be several.
-    trained = fit(TrainConfig(data="sample", epochs=1, storage_path=str(tmp_path / "runs"), name="api"))
+    trained = fit(TrainConfig(data="sample", epochs=1, sum_head_steps=50, storage_path=str(tmp_path / "runs"), name="api"))
     assert trained.data.train_rows == 4000
     output = scored(trained.run, "after")
 

@@ -37,7 +37,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_runs_on_cpus_and_says_so(counted_gpu: str, data: Path, tmp_path: Path) -> None:
-    flags = ["--data", data, "--epochs", 1, "--storage-path", tmp_path]
+    flags = ["--data", data, "--epochs", 1, "--sum-head-steps", 50, "--storage-path", tmp_path]
     done = run_job("train", *flags, address=counted_gpu)
     assert done.line["test"]["rows"] == 50
     assert done.err.count(f"running on CPUs: {NO_CUDA}\n") == 1

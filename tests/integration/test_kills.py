@@ -1,266 +1,327 @@
-"""Training whose processes really die, on a disk and on S3, in memory and streamed: weights that are the same to the last bit."""
+"""Processes and nodes that really die: after the same command again, the bytes of an undisturbed run.
+
+One matrix: {train, score} x {a disk, S3} x {worker, node, driver, signal, everything}.
+"""
 
 import hashlib
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 
+from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.model import int8
+from mnistsum_ray.scoring.crash_counter import start_crash_counter
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
-from mnistsum_ray.training.checkpoint import STATE_CARD, STATE_FILE
-from tests.integration.conftest import Done, Job, descendants, kill_everything, kill_worker, report_duration, run_job
-from tests.integration.test_refusals import check_refused
+from mnistsum_ray.training.checkpoint import STATE_CARD
+from tests.conftest import calibrate
+from tests.integration.conftest import (
+    Done,
+    Job,
+    Storage,
+    descendants,
+    kill_everything,
+    kill_worker,
+    lose_node,
+    nodes,
+    report_duration,
+    run_job,
+    score_here,
+)
 
-# With all that a run draws: numbers, order, distortions, dropout. An epoch has 125 steps.
-LONG = ("--recipe", "long", "--epochs", 3, "--batch-size", 32, "--sum-head-steps", 1000)
-STREAMED = (*LONG, "--shuffle-rows", 1500)
+pytestmark = pytest.mark.slow
 
-Result = tuple[str, list[float]]
+ROWS, FILES, PART_ROWS = 24_000, 6, 500
+"""Of the input of scoring; 60 rows are bad."""
 
-
-def left(done: Done) -> Result:
-    """What must be the same: the model, and the losses of every epoch."""
-    history = (locate(done.line["run"], "--name") / "history.jsonl").read_bytes().splitlines()
-    weights = (locate(done.line["model"], "--model") / "model.safetensors").read_bytes()
-    losses = [
-        loss for line in map(json.loads, history) for loss in (line["train_loss"], *(loss for _, loss in line["step_losses"]))
-    ]
-    return hashlib.sha256(weights).hexdigest(), losses
+TRAIN = ["--recipe", "long", "--epochs", 4, "--batch-size", 32, "--sum-head-steps", 1000, "--num-workers", 2]
+"""With all that a run draws: numbers, order, distortions, dropout. An epoch has 125 steps."""
 
 
-def rows_of(sample: pa.Table) -> pa.Table:
-    """The sample with its digits mixed: every file has all of them."""
-    return sample.take(pa.array(np.random.default_rng(0).permutation(sample.num_rows)))
+@dataclass
+class Case:
+    """A job, and where it writes."""
+
+    name: str
+    worker: str
+    """Title of its worker processes."""
+    flags: list[object]
+    """Of the first command."""
+    again: list[object]
+    """Of the command that goes on."""
+    output: Location
+
+    def start(self, *, address: str | None = None) -> Job:
+        """Start the job, or go on with it."""
+        return Job(self.name, *(self.again if self.progress() else self.flags), address=address)
+
+    def progress(self) -> Any:
+        """What grows with the work that is saved: the name of the last checkpoint, or the number of scored files."""
+        files = [info.path for info in self.output.files()]
+        if self.name == "score":
+            return len([path for path in files if "/predictions/" in path and not Path(path).name.startswith(".")])
+        return max((Path(path).parent.name for path in files if path.endswith(f"/{STATE_CARD}")), default="")
+
+    def wait_for_progress(self, job: Job, since: Any) -> None:
+        while (now := self.progress()) <= since or (self.name == "score" and now < since + 3):
+            assert job.process.poll() is None, job.wait().err
+            time.sleep(0.05)
+
+    def wait_for_recovery(self, job: Job, what: str, since: float) -> None:
+        """Wait until a job that is still running goes on."""
+        if self.name == "train":
+            job.wait_for_line("going on after epoch")
+        else:
+            before = self.progress()
+            while self.progress() == before:
+                assert job.process.poll() is None, job.wait().err
+                time.sleep(0.05)
+        report_duration(f"{self.name} on {self.output.filesystem.type_name}, {what}: went on", since)
+
+
+def training_case(root: str, data: str, *, streamed: bool) -> Case:
+    place = ["--storage-path", root, "--name", "mine"]
+    flags = ["--data", data, *TRAIN, "--checkpoint-seconds", 0.1, *(["--shuffle-rows", 1500] if streamed else [])]
+    return Case("train", "RayTrainWorker", [*flags, *place], [*place, "--resume"], locate(root, "--storage-path") / "mine")
+
+
+def scoring_case(root: str, pairs: str, model: Path) -> Case:
+    output = locate(root, "--output") / "mine"
+    flags = ["--model", model, "--input", pairs, "--output", output.display, "--max-rows-per-file", PART_ROWS]
+    flags += ["--label-column", "digit"]
+    return Case("score", "ray::MapWorker(MapBatches(Scorer))", flags, flags, output)
+
+
+def left(case: Case) -> dict[str, Any]:
+    """What must be the same: the model and all losses of a training; every file of an output but those with times."""
+    if case.name == "score":
+        timed = ("manifest.json", "report.html", "_lock")
+        found = [info.path for info in case.output.files() if info.base_name not in timed]
+        return {path.removeprefix(case.output.path): case.output.at(path).read_bytes() for path in found}
+    history = [json.loads(line) for line in (case.output / "history.jsonl").read_bytes().splitlines()]
+    weights = (case.output / "model" / "model.safetensors").read_bytes()
+    return {
+        "losses": [[line["train_loss"], line["step_losses"]] for line in history],
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_nodes(s3: Storage) -> Iterator[Cluster]:
+    """A head without CPUs and two nodes with one each. Their processes know the S3 server."""
+    with nodes(0, 1, 1) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four files without statistics, dictionaries or compression, so that a changed digit leaves the footer as it is."""
-    folder, rows = tmp_path_factory.mktemp("data") / "rows", rows_of(pq.read_table(SAMPLE))
-    folder.mkdir()
+    """The sample in four files, each with all digits."""
+    folder, sample = tmp_path_factory.mktemp("data"), pq.read_table(SAMPLE)
+    rows = sample.take(pa.array(np.random.default_rng(0).permutation(sample.num_rows)))
     for index in range(4):
-        pq.write_table(
-            rows.slice(index * 1250, 1250),
-            folder / f"{index}.parquet",
-            row_group_size=300,
-            compression="none",
-            use_dictionary=False,
-            write_statistics=False,
-        )
+        pq.write_table(rows.slice(index * 1250, 1250), folder / f"{index}.parquet", row_group_size=300)
     return folder
 
 
 @pytest.fixture(scope="module")
-def in_memory(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Result:
-    runs = tmp_path_factory.mktemp("runs")
-    return left(run_job("train", "--data", data, *LONG, "--storage-path", runs, "--name", "undisturbed"))
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs") / "in"
+    export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=ROWS, files=FILES), print)
+    for path in folder.iterdir():
+        table = pq.read_table(path)
+        numbers = [None if row % 400 == 7 else number for row, number in enumerate(table["number"].to_pylist())]
+        pq.write_table(table.set_column(2, "number", pa.array(numbers, pa.int8())), path, row_group_size=300)
+    return folder
 
 
-@pytest.fixture(scope="module")
-def streamed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Result:
-    runs = tmp_path_factory.mktemp("runs")
-    done = run_job("train", "--data", data, *STREAMED, "--storage-path", runs, "--name", "undisturbed")
-    assert "streaming 4,000 training rows, shuffled in windows of 1,472; holds at most 2 MiB" in done.err
-    files = pq.read_table(runs / "undisturbed" / "data_files.parquet")
-    assert (files["rows"].to_pylist(), files["checksum"].null_count) == ([1250] * 4, 0)
-    return left(done)
+def uploaded(folder: Path, uri: str) -> str:
+    for path in folder.iterdir():
+        (locate(uri, "--input") / path.name).write_bytes(path.read_bytes())
+    return uri
 
 
-def wait_for_checkpoint(run: Location, name: str, job: Job) -> None:
-    """Wait until this checkpoint, or a later one, is whole."""
-    while True:
-        assert job.process.poll() is None
-        found = {info.path.split("/")[-2] for info in run.files() if info.base_name == STATE_CARD}
-        if any(folder >= name and folder.startswith("epoch_") for folder in found):
-            return
-        time.sleep(0.05)
+@pytest.fixture(params=[("train", "disk"), ("train", "S3"), ("score", "disk"), ("score", "S3")], ids=" on ".join)
+def cases(request: pytest.FixtureRequest, data: Path, pairs: Path, model: Path, tmp_path: Path, s3: Storage) -> tuple[Case, Case]:
+    """The case that is disturbed, and the same undisturbed. On S3, training rows are streamed."""
+    name, where = request.param
+    roots = [str(tmp_path / which) if where == "disk" else f"s3://runs/{name}-{which}" for which in ("killed", "alone")]
+    if name == "train":
+        source = str(data) if where == "disk" else uploaded(data, "s3://images/kills")
+        one, other = (training_case(root, source, streamed=where == "S3") for root in roots)
+    else:
+        source = str(pairs) if where == "disk" else uploaded(pairs, "s3://scores/kills/in")
+        one, other = (scoring_case(root, source, model) for root in roots)
+    return one, other
 
 
-def kill_and_resume(storage: str, flags: tuple[object, ...]) -> Done:
-    """Kill everything within the second epoch and resume; then kill the worker twice, within an epoch and while it fine-tunes."""
-    where = ["--storage-path", storage, "--name", "mine"]
-    job = Job("train", *flags, "--checkpoint-seconds", 0.1, *where)
-    job.wait_for_line("epoch 1: train loss")
-    wait_for_checkpoint(locate(storage, "--storage-path") / "mine", "epoch_00001_step_0000032", job)
-    kill_everything(job.process.pid)
-    job.wait()
-    job, again = Job("train", *where, "--resume"), time.monotonic()
-    job.wait_for_line("going on after epoch 1, step")
-    report_duration("training, everything killed: went on, from the same command with --resume,", again)
-    job.wait_for_line("epoch 2: train loss")
-    kill_worker(job.process.pid, "RayTrainWorker")
-    killed = time.monotonic()
-    job.wait_for_line("going on after epoch")
-    report_duration("training, a worker killed: went on", killed)
+@contextmanager
+def watched(output: Location) -> Iterator[None]:
+    """Check while the block runs that every scored file on a disk with a final name is whole."""
+    ended, torn = threading.Event(), list[str]()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            for path in Path(output.path).rglob("[!.]*.parquet"):
+                try:
+                    pq.read_metadata(path)
+                except FileNotFoundError:
+                    continue
+                except Exception as error:  # any error means that the file was not whole
+                    torn.append(f"{path}: {error}")
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    assert not torn
+
+
+def finish(case: Case, address: str) -> Done:
+    """Go on to the end. The worker of a training is killed once more, while it fine-tunes the sum head."""
+    if case.name == "score":
+        return case.start(address=address).wait()
+    job = case.start()
     job.wait_for_line("fine-tuning the sum head")
     assert not [title for title in descendants(job.process.pid).values() if "PlacementGroupCleaner" in title]
-    kill_worker(job.process.pid, "RayTrainWorker")
+    kill_worker(job.process.pid, case.worker)
     done = job.wait()
-    assert done.err.count("worker 0 failed") == 2
     assert done.err.count("fine-tuning the sum head") == 2
     return done
 
 
-@pytest.mark.slow
-def test_everything_killed_within_an_epoch_and_workers_killed_change_nothing(
-    tmp_path: Path, data: Path, in_memory: Result
-) -> None:
-    assert left(kill_and_resume(str(tmp_path), ("--data", data, *LONG))) == in_memory
+def test_whatever_dies_the_bytes_are_those_of_an_undisturbed_run(cases: tuple[Case, Case], two_nodes: Cluster) -> None:
+    case, alone = cases
+    code = 0 if case.name == "train" else 3
+    assert alone.start(address=two_nodes.address).wait().code == code
+    with watched(case.output) if case.name == "score" and case.output.is_local else nullcontext():
+        # On the nodes: a worker dies, then a node, then the driver.
+        job, before = case.start(address=two_nodes.address), case.progress()
+        case.wait_for_progress(job, before)
+        refused = run_job(case.name, *case.again, address=two_nodes.address)
+        assert (refused.code, "another run" in refused.err, "is writing there" in refused.err) == (2, True, True), refused.err
+        for what in ("a worker killed", "a node lost and another come"):
+            before, began = case.progress(), time.monotonic()
+            if what == "a worker killed":
+                kill_worker(os.getpid(), case.worker)
+            else:
+                lose_node(two_nodes, notice=not case.output.is_local)
+            case.wait_for_recovery(job, what, began)
+            case.wait_for_progress(job, before)
+        os.kill(job.process.pid, signal.SIGKILL)
+        job.wait()
 
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("s3")
-def test_nor_do_they_where_rows_are_streamed_from_s3(data: Path, streamed: Result) -> None:
-    for path in data.iterdir():
-        (locate("s3://images/kills", "--data") / path.name).write_bytes(path.read_bytes())
-    assert left(kill_and_resume("s3://runs/kills", ("--data", "s3://images/kills", *STREAMED))) == streamed
-
-
-@pytest.mark.slow
-def test_stopped_by_signals_it_is_resumed_to_the_same_bits(tmp_path: Path, data: Path, in_memory: Result) -> None:
-    where = ["--storage-path", str(tmp_path), "--name", "mine"]
-    job = Job("train", "--data", data, *LONG, *where)
-    job.wait_for_line("epoch 1: train loss")
-    refused = run_job("train", *where, "--resume")
-    check_refused(refused, f"error: --name {tmp_path}/mine: another run (", seconds=10)
-    assert "is writing there; wait for it, or choose another" in refused.err
-    for number, line in ((signal.SIGINT, ""), (signal.SIGTERM, "fine-tuning")):
-        if line:
-            job = Job("train", *where, "--resume")
-            job.wait_for_line(line)
-        os.killpg(job.process.pid, number)  # as a terminal does
-        done = job.wait(timeout=60)
-        job.check_nothing_left()
-        assert (done.code, done.out) == (128 + number, "")
-        command = f"python jobs/train.py --storage-path {tmp_path} --name mine --resume"
-        assert done.err.splitlines()[-1] == (
-            f"stopped by {number.name}; checkpoints are kept, and this command resumes: {command}"
+        # On a cluster of the job's own: a signal as from a terminal, then everything dies.
+        before, began = case.progress(), time.monotonic()
+        job = case.start()
+        case.wait_for_progress(job, before)
+        report_duration(
+            f"{case.name} on {case.output.filesystem.type_name}, the driver killed: new work saved by the same command", began
         )
-        assert "Traceback" not in done.err
-        assert json.loads((tmp_path / "mine" / "manifest.json").read_text())["status"] == "stopped"
-    assert left(run_job("train", *command.split()[2:])) == in_memory
-    assert json.loads((tmp_path / "mine" / "manifest.json").read_text())["status"] == "finished"
+        os.killpg(job.process.pid, signal.SIGTERM)
+        check_stopped(case, job)
+        before, job = case.progress(), case.start()
+        case.wait_for_progress(job, before)
+        kill_everything(job.process.pid)
+        job.wait()
+        assert (case.output / "manifest.json").exists() == (case.name == "train"), "the manifest marks a finished output"
+        done = finish(case, two_nodes.address)
+    assert done.code == code, done.err
+    if case.name == "score":
+        line = done.last_line
+        assert line["input_rows"] == line["scored_rows"] + line["rejected_rows"] == ROWS
+        assert (line["rejected_rows"], line["resumed_rows"] > 0) == (ROWS // 400, True)
+    else:
+        assert json.loads((case.output / "manifest.json").read_bytes())["status"] == "finished"
+    assert left(case) == left(alone)
 
 
-@pytest.mark.slow
-def test_a_run_that_loses_its_lock_ends_at_once_also_where_sigint_is_ignored(tmp_path: Path) -> None:
-    """A shell starts `command &` in a script with SIGINT ignored."""
-    command = [
-        sys.executable,
-        "jobs/train.py",
-        "--data",
-        "sample",
-        "--epochs",
-        "40",
-        "--storage-path",
-        str(tmp_path),
-        "--name",
-        "a",
-    ]
-    job = subprocess.Popen(
-        command,
-        env=os.environ | {"RAY_ADDRESS": "local"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
-    assert job.stderr is not None
-    for line in job.stderr:
-        if line.startswith("epoch 1: train loss"):
-            break
-    (tmp_path / "a" / "_lock").unlink()
-    (tmp_path / "a" / "_lock").write_text('{"id": "another run"}')
-    lost, said = time.monotonic(), job.communicate(timeout=60)[1]
-    assert (job.returncode, time.monotonic() - lost < 20) == (1, True)
-    assert "another run has taken the output (another run)" in said.splitlines()[-1]
-    assert "going on after epoch" not in said, "another attempt would fail in the same way"
-    assert "Traceback" not in said
+def check_stopped(case: Case, job: Job) -> None:
+    """A job that got SIGTERM has ended, with all its processes, and its last line says how to go on."""
+    done = job.wait(timeout=60)
+    job.check_nothing_left()
+    assert (done.code, done.out) == (128 + signal.SIGTERM, "")
+    kept = {
+        "score": "committed files are kept, and the same command resumes",
+        "train": "checkpoints are kept, and this command resumes: python jobs/train.py " + " ".join(map(str, case.again)),
+    }
+    assert done.err.splitlines()[-1] == f"stopped by SIGTERM; {kept[case.name]}"
+    assert "Traceback" not in done.err
+    if case.name == "train":
+        assert json.loads((case.output / "manifest.json").read_bytes())["status"] == "stopped"
 
 
-HARM: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "its tensors are cut short, and Ray's list": (
-        lambda run, last: [os.truncate(path, 50) for path in (last / STATE_FILE, run / "checkpoint_manager_snapshot.json")],  # type: ignore[func-returns-value]
-        " cannot be used: trainer.safetensors is incomplete or damaged (SHA-256 differs)",
-    ),
-    "none is whole": (
-        lambda run, last: [path.write_text("{") for path in run.glob("epoch_*/trainer.json")],
-        "no checkpoint can be used, so the run starts from the beginning",
-    ),
-}
+def test_an_attempt_that_ended_with_its_node_costs_no_life(two_nodes: Cluster) -> None:
+    """Only processes that die alone count towards the three after which a file is given up."""
+    lose_node(two_nodes, notice=False)
+    ray.init(address=two_nodes.address, log_to_driver=False, logging_level="error")
+    try:
+        lost = next(node["NodeID"] for node in ray.nodes() if not node["Alive"])
+        counter, here = start_crash_counter(), ray.get_runtime_context().get_node_id()
+        attempts = [ray.get(counter.begin.remote("file", node)) for node in (lost, here, lost, here)]
+    finally:
+        ray.shutdown()
+    assert attempts == [1, 1, 2, 2]
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """The runs folder of a streamed run `mine` that was killed in its third epoch."""
-    runs = tmp_path_factory.mktemp("killed")
-    job = Job("train", "--data", data, *STREAMED, "--storage-path", runs, "--name", "mine")
-    job.wait_for_line("epoch 2: train loss")
-    wait_for_checkpoint(locate(str(runs), "--storage-path") / "mine", "epoch_00002", job)
-    kill_everything(job.process.pid)
-    job.wait()
-    assert not (runs / "mine" / "epoch_00003").exists(), "killed too late"
-    return runs
+@pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
+@pytest.mark.usefixtures("cluster")
+def test_a_kill_before_the_last_file_changes_no_bit_with_8_bit_integers(tmp_path: Path, pairs: Path, model: Path) -> None:
+    """The last file has two rows, which the undisturbed run predicts in one batch with the rows before them."""
+    calibrated = calibrate(Path(shutil.copytree(model, tmp_path / "model")))
+    rows = tmp_path / "rows.parquet"
+    pq.write_table(pq.read_table(pairs / "part-00000.parquet").slice(0, 1002), rows)
+    settings: dict[str, Any] = {"max_rows_per_file": 100, "precision": "int8", "num_workers": 1}
+    score_here(calibrated, tmp_path / "alone", rows, **settings)
+    files = sorted((tmp_path / "alone" / "predictions").iterdir())
+    assert pq.read_metadata(files[-1]).num_rows < 100
+    shutil.copytree(tmp_path / "alone", tmp_path / "out")
+    for path in (tmp_path / "out" / "manifest.json", tmp_path / "out" / "predictions" / files[-1].name):
+        path.unlink()
+    assert score_here(calibrated, tmp_path / "out", rows, **settings).line["resumed_rows"] > 0
+    one, other = (left(Case("score", "", [], [], locate(str(tmp_path / name), "--output"))) for name in ("out", "alone"))
+    assert one == other
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("harm", HARM)
-def test_whatever_happened_to_the_checkpoints_the_run_goes_on_to_the_same_bits(
-    tmp_path: Path, killed: Path, streamed: Result, harm: str
-) -> None:
-    shutil.copytree(killed, tmp_path / "runs")
-    run = tmp_path / "runs" / "mine"
-    do, said = HARM[harm]
-    do(run, max(run.glob("epoch_*")))
-    done = run_job("train", "--storage-path", tmp_path / "runs", "--name", "mine", "--resume")
-    assert said in done.err
-    assert left(done) == streamed
+def has_open(process: int, file: Path) -> bool:
+    """Return whether a process has the file open."""
+    with suppress(OSError):
+        return any(os.path.realpath(entry) == str(file) for entry in Path(f"/proc/{process}/fd").iterdir())
+    return False
 
 
-def change_a_digit(file: Path) -> None:
-    """Change a digit of a file whose digits are plain bytes, and leave its footer and its time as they are."""
-    before, modified = pq.read_table(file)["digit"].to_numpy()[:300], file.stat().st_mtime_ns
-    data, plain = bytearray(file.read_bytes()), before.astype("<i4").tobytes()
-    assert data.count(plain) == 1
-    data[data.index(plain)] = (before[0] + 1) % 10
-    file.write_bytes(data)
-    os.utime(file, ns=(modified, modified))
-
-
-@pytest.mark.slow
-def test_rows_that_changed_are_found_by_content_by_resume_and_by_from_run(tmp_path: Path, data: Path, killed: Path) -> None:
-    """Neither the footer nor the time of the file tells, and the run goes on from a copy of its files."""
-    copy, runs = tmp_path / "copy", [tmp_path / "first", tmp_path / "second"]
-    shutil.copytree(data, copy)
-    for folder in runs:
-        shutil.copytree(killed, folder)
-    resume = ["--name", "mine", "--resume", "--data", copy]
-    finished = run_job("train", "--storage-path", runs[0], *resume)
-    assert finished.code == 0, finished.err
-    change_a_digit(copy / "2.parquet")
-    said = f"error: {copy}/2.parquet: holds other rows than when the run, or the run of --from-run, read it first"
-    for flags in (resume, ["--name", "other", "--from-run", finished.line["run"]]):
-        done = run_job("train", "--storage-path", runs[1], *flags)
-        assert done.code == 1, done.err
-        assert done.err.splitlines()[-1].startswith(said), done.err
-        assert done.err.count("streaming 4,000 training rows") == 1
-        assert done.err.count("failed") <= 1, "another attempt would find the same"
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"config": {}}', "[" * 100_000])
-def test_a_manifest_that_does_not_say_what_the_run_was_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "manifest.json").write_text(text)
-    check_refused(run_job("train", "--storage-path", tmp_path, "--name", "mine", "--resume"), "; start another run")
+def test_a_part_that_kills_every_process_is_given_up_and_reported(model: Path, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    deadly = tmp_path / "in" / "deadly.parquet"
+    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 20), deadly)
+    flags = ["--num-workers", 1, "--max-rows-per-file", 100_000]
+    job = Job("score", "--model", model, "--input", deadly.parent, "--output", tmp_path / "out", *flags)
+    while job.process.poll() is None:
+        time.sleep(0.05)
+        for process, title in descendants(job.process.pid).items():
+            if "MapBatches(Scorer)" in title and has_open(process, deadly):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+    done = job.wait()
+    assert done.code == 3, done.err
+    assert (done.last_line["failed_files"], done.last_line["scored_rows"]) == (1, 0)
+    assert "cannot be used: deadly.parquet: the process that scored it died 3 times" in done.err

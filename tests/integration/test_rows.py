@@ -1,5 +1,6 @@
 """What training workers are fed on a real cluster, from memory and streamed: the same batches for any number of workers."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from PIL import Image
 
-from mnistsum_ray.benchmark.feed import png_file
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.order import Shuffle, random_numbers
@@ -30,6 +31,12 @@ Rows = tuple[Source, LoadedRows, Shuffle]
 Description = list[list[tuple[Any, ...]]]
 
 pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def png(image: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG")
+    return data.getvalue()
 
 
 def write_files(folder: Path, rows: pa.Table, group_rows: tuple[int, ...] = (30, 200, 700)) -> Path:
@@ -145,7 +152,7 @@ def test_an_empty_share_is_an_empty_batch(folder: Path, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_pictures_are_fed_as_raw_bytes_are(folder: Path, mixed: pa.Table, tmp_path: Path, way: str) -> None:
     pixels = pixels_view(mixed["image"].combine_chunks())
-    pictures = mixed.set_column(0, "image", pa.array([png_file(image) for image in pixels], pa.binary()))
+    pictures = mixed.set_column(0, "image", pa.array([png(image) for image in pixels], pa.binary()))
     as_png, raw = (feed(WAYS[way](place), epochs=1) for place in (write_files(tmp_path / "png", pictures), folder))
     for one, other in zip(as_png, raw, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)

@@ -25,7 +25,7 @@ def test_every_request_finishes_or_is_refused_at_once(cpus: int, data: Path, mod
         for workers in (cpus, cpus + 1):
             started = time.monotonic()
             try:
-                config = TrainConfig(data=str(data), epochs=1, num_workers=workers, storage_path=str(tmp_path / "runs"))
+                config = TrainConfig(data=str(data), epochs=1, sum_head_steps=50, num_workers=workers, storage_path=str(tmp_path))
                 run = preflight(config)
                 assert fit(run, Console(io.StringIO()))["test"]["rows"] > 0
                 assert workers <= cpus
