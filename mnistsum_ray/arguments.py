@@ -1,16 +1,18 @@
-"""Parse the command line and the YAML file that it names into a config."""
+"""Parse the command line, and the YAML file that it names, into a config."""
 
 import argparse
 import inspect
 import re
-import sys
 import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
-from pydantic_settings import CliSettingsSource, SettingsError
+from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
 from mnistsum_ray.config import JobConfig
@@ -19,14 +21,14 @@ from mnistsum_ray.errors import RequestError, one_line, shortened
 Config = TypeVar("Config", bound=JobConfig)
 
 _METAVARS: Final = {
-    "str": "TEXT",
-    "int": "N",
-    "float": "X",
-    "bool": "{true,false}",
-    "tuple[str,...]": "PATH...",
-    "{int,tuple[int,int]}": "N|MIN,MAX",
+    str: "TEXT",
+    int: "N",
+    float: "X",
+    bool: "{true,false}",
+    tuple[int, int]: "MIN,MAX",
+    tuple[str, ...]: "PATH",
 }
-"""What `--help` shows in place of a Python type."""
+"""What `--help` shows in place of a value of a type."""
 
 
 def parse(config_class: type[Config], argv: list[str], description: str) -> Config:
@@ -36,22 +38,8 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
         RequestError: an unknown flag or key, a value of the wrong type or out of range, an unreadable file.
         SystemExit: after `--help`, `--version` or `--print-config`, which print instead.
     """
-    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of these settings; the command line wins")
-    common.add_argument("--print-config", action="store_true", help="print all settings as YAML, for --config, and end")
-    parser = _SettingsParser(config_class, description, common)
-    # Lists are parsed here too: pydantic would split a file name at a comma, refuse what a shell makes of `--input *.parquet`,
-    # and pass names through JSON, which escapes some characters.
-    for name, field in config_class.model_fields.items():
-        if field.annotation == tuple[str, ...]:
-            common.add_argument(_flag(name), nargs="*", action="extend")
-    options, rest = common.parse_known_args(argv)
-    lists = vars(options)
-    file, print_config = lists.pop("config", None), lists.pop("print_config", False)
-    try:
-        flags = parser.parse_settings(rest) | lists
-    except (SettingsError, RecursionError) as error:
-        raise RequestError(shortened(one_line(error))) from None
+    flags = vars(_parser(config_class, description).parse_args(argv))
+    file, print_config = flags.pop("config", None), flags.pop("print_config", False)
     values = (_read_yaml(file) if file else {}) | flags
     try:
         if not print_config:
@@ -65,50 +53,53 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> Conf
 class _Parser(argparse.ArgumentParser):
     """Argument parser that raises RequestError instead of exiting."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{shortened(message)} (--help lists the flags)")
 
 
-class _SettingsParser(_Parser):
-    """Parser of the fields of a config. `--help` shows each flag under the group that declares its field."""
-
-    def __init__(self, config_class: type[JobConfig], description: str, common: _Parser) -> None:
-        command = Path(sys.argv[0]).name
-        super().__init__(prog=command, usage=f"{command} [flags]", description=description, parents=[common])
-        self.add_argument("--version", action="version", version=f"mnistsum_ray {__version__}")
-        self._config_class: Any = config_class
-        self._groups: dict[str, argparse._ArgumentGroup] = {}
-
-    def parse_settings(self, argv: list[str]) -> dict[str, Any]:
-        """Values of the flags that are given, by field; most are still text."""
-        source = CliSettingsSource[Any](
-            self._config_class,
-            cli_parse_args=argv,
-            cli_kebab_case=True,
-            cli_avoid_json=True,
-            cli_hide_none_type=True,
-            root_parser=self,
-            add_argument_method=_SettingsParser._add_flag,
-        )
-        return source()
-
-    def _add_flag(self, *names: str, help: str, **kwargs: Any) -> argparse.Action:  # noqa: A002
-        if "metavar" in kwargs:  # switches have none
-            kwargs["metavar"] = _METAVARS.get(kwargs["metavar"], kwargs["metavar"])
-        heading = _group(self._config_class, names[0].lstrip("-").replace("-", "_"))
-        if heading not in self._groups:
-            self._groups[heading] = self.add_argument_group(heading)
-        # The text of such a flag gives its unset value in brackets.
-        return self._groups[heading].add_argument(*names, help=help.removesuffix(" (default: None)"), **kwargs)
+def _parser(config_class: type[JobConfig], description: str) -> _Parser:
+    """Parser of the fields of a config. Most values stay text, which pydantic converts and checks as it does those of YAML."""
+    parser = _Parser(
+        usage="%(prog)s [flags]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of these settings; the command line wins")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, for --config, and end")
+    parser.add_argument("--version", action="version", version=f"mnistsum_ray {__version__}")
+    for heading, fields in _groups(config_class):
+        group = parser.add_argument_group(heading)
+        for name, field in fields:
+            kind: dict[str, Any] = {"metavar": _metavar(field.annotation)}
+            if field.annotation is bool:
+                kind = {"action": argparse.BooleanOptionalAction}
+            elif field.annotation == tuple[str, ...]:
+                kind |= {"nargs": "*", "action": "extend"}  # several words, as a shell expands `*.parquet`
+            default = "required" if field.is_required() else f"default: {field.default}"
+            # The text of a flag whose default is None gives its unset value in brackets.
+            text = f"{field.description}{'' if field.default is None else f' ({default})'}"
+            group.add_argument(_flag(name), help=text.replace("%", "%%"), **kind)
+    return parser
 
 
-def _group(config_class: type[JobConfig], field: str) -> str:
-    """Heading of the group that declares a field."""
-    group = next(base for base in config_class.__mro__ if field in inspect.get_annotations(base))
-    return (group.__doc__ or "").splitlines()[0].rstrip(".")
+def _groups(config_class: type[JobConfig]) -> Iterator[tuple[str, Iterable[tuple[str, FieldInfo]]]]:
+    """The fields of a config by group; the heading of a group is the first line of the docstring of its class."""
+
+    def heading(field: tuple[str, FieldInfo]) -> str:
+        group = next(base for base in config_class.__mro__ if field[0] in inspect.get_annotations(base))
+        return (group.__doc__ or "").splitlines()[0].rstrip(".")
+
+    return groupby(config_class.model_fields.items(), heading)
+
+
+def _metavar(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, UnionType):
+        return "|".join(_metavar(kind) for kind in get_args(annotation) if kind is not NoneType)
+    if get_origin(annotation) is Literal:
+        return f"{{{','.join(get_args(annotation))}}}"
+    return _METAVARS[annotation]
 
 
 def _flag(field: str) -> str:
@@ -120,14 +111,13 @@ def _config_yaml(config_class: type[JobConfig], values: dict[str, Any]) -> str:
     required = {name for name, field in config_class.model_fields.items() if field.is_required() and name not in values}
     complete: dict[str, Any] = values | dict.fromkeys(required, "?")
     settings = config_class(**complete).model_dump(mode="json")
-    lines, group = [], None
-    for name, field in config_class.model_fields.items():
-        if (heading := _group(config_class, name)) != group:
-            group = heading
-            lines += ["", f"# {group}"]
-        lines += ["", *textwrap.wrap(field.description or "", 98, initial_indent="# ", subsequent_indent="# ")]
-        value = yaml.safe_dump(settings[name], default_flow_style=True, width=1_000).partition("\n...")[0].strip()
-        lines.append(f"# {name}:  (required)" if name in required else f"{name}: {value}")
+    lines = []
+    for heading, fields in _groups(config_class):
+        lines += ["", f"# {heading}"]
+        for name, field in fields:
+            lines += ["", *textwrap.wrap(field.description or "", 98, initial_indent="# ", subsequent_indent="# ")]
+            value = yaml.safe_dump(settings[name], default_flow_style=True, width=1_000).partition("\n...")[0].strip()
+            lines.append(f"# {name}:  (required)" if name in required else f"{name}: {value}")
     return "\n".join(lines).strip()
 
 

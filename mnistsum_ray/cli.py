@@ -22,8 +22,6 @@ BAD_REQUEST: Final = 2
 INCOMPLETE: Final = 3
 """The job finished, but some of its input could not be used."""
 
-_NOTHING_BEGUN: Final = "nothing was begun, and the same command begins again"
-
 _HELP: Final = """
 The value of an unset flag is in brackets below. The last line on standard output is one JSON
 object; everything else goes to standard error. Exit codes: 0 done, 2 the request is invalid,
@@ -206,6 +204,7 @@ def _run(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
         with defer_signals():  # once the result is printed, a signal no longer changes the exit code
             print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
             stop.end(code)
+        return code
     except (RequestError, RunError) as error:
         _say(f"error: {error}")
         return BAD_REQUEST if isinstance(error, RequestError) else FAILED
@@ -213,7 +212,6 @@ def _run(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
         _redirect_to_devnull(stdout.fileno())
         _say("error: standard output was closed by its reader, so the result could not be printed")
         return FAILED
-    return code
 
 
 def _explain_stop(interrupt: KeyboardInterrupt, stop: StopOnSignals) -> int:
@@ -224,7 +222,8 @@ def _explain_stop(interrupt: KeyboardInterrupt, stop: StopOnSignals) -> int:
     if isinstance(reason, RunError):
         _say(f"error: {reason}")
         return FAILED
-    _say(f"stopped by {stop.received.name if stop.received else 'SIGINT'}; {reason or _NOTHING_BEGUN}")
+    nothing_begun = "nothing was begun, and the same command begins again"
+    _say(f"stopped by {stop.received.name if stop.received else 'SIGINT'}; {reason or nothing_begun}")
     return stop.exit_code
 
 
@@ -248,7 +247,4 @@ def _open_standard_streams() -> None:
 
 
 def _redirect_to_devnull(descriptor: int) -> None:
-    devnull = os.open(os.devnull, os.O_RDWR)
-    if devnull != descriptor:
-        os.dup2(devnull, descriptor)
-        os.close(devnull)
+    os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)

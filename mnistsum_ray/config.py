@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_settings import CliImplicitFlag
 
 
 class JobConfig(BaseModel):
@@ -77,7 +76,7 @@ class TrainingCluster(JobConfig):
     """train on GPUs [true if the cluster has GPUs]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
-    compile: CliImplicitFlag[bool] = False
+    compile: bool = False
     """use torch.compile, and on a GPU record the step as a CUDA graph; needs a C++ compiler and a minute"""
     max_failures: int = Field(3, ge=0, le=1000)
     """worker failures to recover from before the run gives up"""
@@ -116,7 +115,7 @@ class RunFolder(JobConfig):
     """folder or URI (s3://...) that holds the runs; all nodes must reach it"""
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     """name of the run and of its folder [a new unique name]"""
-    resume: CliImplicitFlag[bool] = False
+    resume: bool = False
     """continue the run --name from its last checkpoint"""
     checkpoint_seconds: float = Field(60, gt=0, le=86_400)
     """seconds between checkpoints within an epoch; a kill costs about so much work"""
@@ -221,9 +220,9 @@ class ScoringOutput(JobConfig):
     """folder or URI for the predictions; the same command continues after a kill"""
     max_rows_per_file: int = Field(8_192, ge=1, le=10_000_000)
     """maximum rows in an output file; about what a worker loses in a kill"""
-    strict: CliImplicitFlag[bool] = False
+    strict: bool = False
     """publish nothing if any file or row cannot be scored"""
-    overwrite: CliImplicitFlag[bool] = False
+    overwrite: bool = False
     """score everything again, then replace the existing output, file by file"""
 
 

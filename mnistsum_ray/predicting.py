@@ -1,8 +1,8 @@
 """Python API of a model: load it, and predict arrays or the rows of a frame of pandas, Polars, Arrow or Ray Data."""
 
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from mnistsum_ray.data import images as image_columns
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet_types import plain_table
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.storage.paths import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -20,6 +21,9 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 Rows = TypeVar("Rows")
 """A pandas or Polars DataFrame, an Arrow table, or a Ray Dataset."""
+
+_REASON: Final = "reason"
+"""Column with the reason of each row that cannot be scored."""
 
 
 def load_model(model: str) -> "TwoHeadCNN":
@@ -90,49 +94,47 @@ def predict_rows(
             is below 1.
     """
     _check_batch_size(batch_size)
-    if not _is_a(rows, "ray.data", "Dataset"):
-        return _predict_frame(rows, model, image_column, number_column, batch_size)
-
-    import ray
-
-    dataset: Any = rows
-    arguments = (ray.put(model), image_column, number_column, batch_size)
-    return dataset.map_batches(_predict_batch, batch_format="pyarrow", fn_args=arguments)  # type: ignore[no-any-return]
-
-
-def _predict_batch(batch: pa.Table, model: Any, *arguments: Any) -> pa.Table:
-    import ray
-
-    return _predict_frame(batch, ray.get(model), *arguments)
-
-
-def _predict_frame(rows: Rows, model: "TwoHeadCNN", image: str, number: str, batch_size: int) -> Rows:
-    from mnistsum_ray.model.heads import PREDICTION_FIELDS
-    from mnistsum_ray.model.inference import REASON, predict_columns
-
-    frame: Any = rows
-    polars, pandas = _is_a(rows, "polars", "DataFrame"), _is_a(rows, "pandas", "DataFrame")
-    if not (polars or pandas or isinstance(rows, pa.Table)):
-        raise TypeError(f"rows: must be a pandas or Polars DataFrame, an Arrow table or a Ray Dataset, not {type(rows).__name__}")
-    present = list(frame.columns if polars or pandas else frame.column_names)
-    for name in (image, number):
+    data: Any = rows
+    if _is_a(data, "ray.data", "Dataset"):
+        arguments = (model, image_column, number_column, batch_size)
+        return data.map_batches(predict_rows, batch_format="pyarrow", fn_args=arguments)  # type: ignore[no-any-return]
+    polars, pandas = _is_a(data, "polars", "DataFrame"), _is_a(data, "pandas", "DataFrame")
+    if not (polars or pandas or isinstance(data, pa.Table)):
+        raise TypeError(f"rows: must be a pandas or Polars DataFrame, an Arrow table or a Ray Dataset, not {type(data).__name__}")
+    present = list(data.columns if polars or pandas else data.column_names)
+    for name in (image_column, number_column):
         if present.count(name) != 1:
             raise ValueError(f"there must be one column {name!r}; there are {', '.join(map(repr, present))}")
-    taken = next((name for name in present if str(name).lower() in (*PREDICTION_FIELDS.names, REASON)), None)
+    taken = next((name for name in present if str(name).lower() in (*PREDICTION_FIELDS.names, _REASON)), None)
     if taken is not None:
         raise ValueError(f"column {taken!r} would be added; rename it")
 
-    added = predict_columns(model, {name: _as_array(frame[name], f"column {name!r}") for name in (image, number)}, batch_size)
+    added = _predicted_columns(model, data, image_column, number_column, batch_size)
     # The columns of the frame are not converted back, so all values and types stay as they are.
     if polars:
         from_arrow = sys.modules["polars"].from_arrow
-        frame = frame.with_columns([from_arrow(values).alias(name) for name, values in added.items()])
-    elif pandas:
-        frame = frame.assign(**{name: values.to_pandas().array for name, values in added.items()})  # keeps the index
-    else:
-        for name, values in added.items():
-            frame = frame.append_column(name, values)
-    return frame  # type: ignore[no-any-return]
+        return data.with_columns([from_arrow(values).alias(name) for name, values in added.items()])  # type: ignore[no-any-return]
+    if pandas:
+        return data.assign(**{name: values.to_pandas().array for name, values in added.items()})  # type: ignore[no-any-return]
+    for name, values in added.items():
+        data = data.append_column(name, values)
+    return data  # type: ignore[no-any-return]
+
+
+def _predicted_columns(model: "TwoHeadCNN", frame: Any, image: str, number: str, batch_size: int) -> dict[str, pa.Array]:
+    """The columns that `predict_rows` adds, by name."""
+    from mnistsum_ray.model.inference import predict_pairs
+
+    images, bad_images = image_columns.decode_images(_column(frame[image], f"column {image!r}", image_columns.image_type_error))
+    numbers, bad_numbers = image_columns.decode_numbers(
+        _column(frame[number], f"column {number!r}", image_columns.number_type_error)
+    )
+    bad_rows = image_columns.join_reasons(bad_images, bad_numbers)
+    reasons = [bad_rows.get(row) for row in range(len(numbers))]
+    bad = np.array([reason is not None for reason in reasons], bool)
+    predictions = predict_pairs(model, images, numbers, batch_size).columns(numbers)
+    arrays = [pa.array(values, field.type, mask=bad) for field, values in zip(PREDICTION_FIELDS, predictions, strict=True)]
+    return dict(zip(PREDICTION_FIELDS.names, arrays, strict=True)) | {_REASON: pa.array(reasons, pa.string())}
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -153,18 +155,14 @@ def decode_images(images: Any) -> tuple[Pixels, dict[int, str]]:
     Raises:
         ValueError: the values have another form.
     """
-    column = plain_table(pa.table({"images": _as_array(images, "images")}))["images"]
-    error = image_columns.image_type_error(column.type)
-    if error:
-        raise ValueError(f"images: {error}")
-    return image_columns.decode_images(image_columns.one_chunk(column))
+    return image_columns.decode_images(_column(images, "images", image_columns.image_type_error))
 
 
-def _as_array(values: Any, name: str) -> pa.Array:
-    """Convert a list, a Series of pandas or Polars, or an Arrow array to one Arrow array.
+def _column(values: Any, name: str, type_error: Callable[[pa.DataType], str | None]) -> pa.Array:
+    """Convert a list, a Series of pandas or Polars, or an Arrow array to one Arrow array of a plain type.
 
     Raises:
-        ValueError: the values have no common type.
+        ValueError: the values have no common type, or one for which `type_error` returns a reason.
     """
     try:
         if isinstance(values, Mapping | str | bytes):
@@ -173,7 +171,11 @@ def _as_array(values: Any, name: str) -> pa.Array:
         column = column if isinstance(column, pa.Array | pa.ChunkedArray) else pa.array(column)
     except (pa.ArrowException, TypeError) as error:
         raise ValueError(f"{name}: {error}") from None
-    return image_columns.one_chunk(column) if isinstance(column, pa.ChunkedArray) else column
+    plain = plain_table(pa.table({"values": column}))["values"]
+    unusable = type_error(plain.type)
+    if unusable:
+        raise ValueError(f"{name}: {unusable}")
+    return image_columns.one_chunk(plain)
 
 
 def _is_a(value: Any, module: str, name: str) -> bool:
