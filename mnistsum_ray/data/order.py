@@ -13,6 +13,7 @@ The bits come from SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudoran
 lines here, because no library promises that its generator stays the same.
 """
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -317,7 +318,7 @@ def row_checksums(row_ids: RowIds, images: npt.NDArray[np.uint8], digits: npt.ND
         images: uint8[n, 28, 28].
         digits: integers [n].
     """
-    words = np.ascontiguousarray(images).reshape(len(images), -1).view(np.uint32)
+    words = np.ascontiguousarray(images).reshape(len(images), math.prod(images.shape[1:])).view(np.uint32)
     keys = _mix(np.arange(words.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
     hashed = np.einsum("ij,j->i", words, keys[1:], dtype=np.uint64, casting="safe")
     return _mix(hashed + digits.astype(np.uint64) * keys[0] + _mix(row_ids.astype(np.uint64))).view(np.int64)

@@ -21,7 +21,7 @@ from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.report import REPORT, report_page
 from mnistsum_ray.reporting.versions import versions
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.training.finalize import TrainingResult
+from mnistsum_ray.training.loop import TrainingResult
 from mnistsum_ray.training.preflight import DATA_FILES, TrainingRun
 from mnistsum_ray.training.resources import ResourcePlan
 

@@ -36,8 +36,7 @@ from mnistsum_ray.training.artifacts import (
 )
 from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_valid_checkpoint
 from mnistsum_ray.training.fetch import load_rows, stream_rows
-from mnistsum_ray.training.finalize import TrainingResult
-from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
+from mnistsum_ray.training.loop import LoopConfig, TrainingResult, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
 from mnistsum_ray.training.resources import ResourcePlan, check_memory, plan_resources
 from mnistsum_ray.training.worker import Events, InterruptibleTrainer, RunCallback, event_queue
@@ -71,7 +70,7 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
         start_autoscaling_coordinator()
         plan = _reserve(run, console.say)
         with folder_lock(run.folder, "--name", console.say) as lock:
-            return _fit(run, plan, lock, console)
+            return _Driver(run, plan, lock, console).fit()
     except OSError as error:
         raise RunError(f"--storage-path {run.storage.display}: {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
@@ -103,173 +102,209 @@ def _reserve(run: TrainingRun, say: Callable[[str], None]) -> ResourcePlan:
     return plan
 
 
-def _fit(run: TrainingRun, plan: ResourcePlan, lock: FolderLock, console: Console) -> dict[str, Any]:
-    started, source = time.monotonic(), run.source
-    lines = check_memory(run, plan, inspect_cluster())
-    rows = stream_rows(source.files) if source.files and run.shuffle.streamed else load_rows(source)
-    for line in lines:  # after the rows have been read: a refusal is one line
-        console.say(line)
-    manifest = build_manifest(run, rows.checksums, plan)
-    expected = check_data(run, rows.checksums, manifest["data"])
-    manifest, start = _resume(run, manifest, console.say) if run.config.resume else (manifest, None)
-    manifest_file = run.folder / "manifest.json"
-    if not run.config.resume and manifest_file.exists():  # checked again, since waiting and reading may have taken long
-        raise RequestError(f"--name {run.config.name}: another run has taken it meanwhile; choose another name")
-    history = read_history(run.folder) if run.config.resume else []
+class _Driver:
+    """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
-    def mark(status: str) -> None:
-        if manifest["status"] == "finished":
+    def __init__(self, run: TrainingRun, plan: ResourcePlan, lock: FolderLock, console: Console) -> None:
+        self.run, self.plan, self.lock, self.console = run, plan, lock, console
+        self.started, source = time.monotonic(), run.source
+        lines = check_memory(run, plan, inspect_cluster())
+        self.rows = stream_rows(source.files) if source.files and run.shuffle.streamed else load_rows(source)
+        for line in lines:  # after the rows have been read: a refusal is one line
+            console.say(line)
+        self.manifest = build_manifest(run, self.rows.checksums, plan)
+        self.checksums = check_data(run, self.rows.checksums, self.manifest["data"])
+        self.manifest_file = run.folder / "manifest.json"
+        self.start: Location | None = None
+        self.history: list[dict[str, Any]] = []
+        self.mlflow: MLflowRun | None = None
+        if run.config.resume:
+            self._resume()
+        elif self.manifest_file.exists():  # checked again, since waiting and reading may have taken long
+            raise RequestError(f"--name {run.config.name}: another run has taken it meanwhile; choose another name")
+
+    def _resume(self) -> None:
+        """Take over the manifest and the history of the run that is resumed, and find the checkpoint to start from."""
+        run, say = self.run, self.console.say
+        stored, data = read_manifest(run.folder, "--resume"), self.manifest["data"]
+        # The stored config names the data that `--data auto` found, so only the first manifest says that it is not full MNIST.
+        data |= {"notice": data["notice"] or stored["data"]["notice"], "sha256": data["sha256"] or stored["data"]["sha256"]}
+        self.start = latest_valid_checkpoint(run.folder, say)
+        if self.start is None and stored.get("status") == "finished":
+            raise RequestError(
+                f"--resume: run {run.config.name} is finished, and no checkpoint is left to resume from; its model stays as it "
+                "is, start another run"
+            )
+        if self.start is None:
+            say("no checkpoint can be used, so the run starts from the beginning")
+        delete_other_checkpoints(run.folder, self.start)
+        self.manifest = stored | self.manifest  # results of the stored one stay until there are new ones
+        self.history = read_history(run.folder)
+
+    def fit(self) -> dict[str, Any]:
+        """Train, publish, and return the fields of the job's JSON line; the manifest says how a run ends that does not finish."""
+        run, source = self.run, self.run.source
+        with mlflow_run(run.config, self.manifest, self.console) as self.mlflow:
+            try:
+                if source.files:
+                    checksums = self.rows.checksums if self.checksums is None else self.checksums
+                    write_data_files(run.folder, source.files, checksums)
+                self.manifest_file.write_json(self.manifest)
+                self.console.say(
+                    f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation and "
+                    f"{len(source.test):,} test rows of {source.name} ({source.location}); {self.manifest['workers']}"
+                )
+                with event_queue(self.console, self._on_epoch, TrainingMetrics(run.folder.display).add) as events:
+                    result = self._train(events)
+                return self._publish(result)
+            except KeyboardInterrupt:
+                self._mark("stopped")
+                raise RunInterrupted(run.how_to_resume()) from None
+            except (RunError, OSError, ray.exceptions.RayError):
+                self._mark("failed")
+                raise
+
+    def _mark(self, status: str) -> None:
+        """Write the status of a run that is not finished."""
+        if self.manifest["status"] == "finished":
             return
         with suppress(OSError, RunError, KeyboardInterrupt):
-            lock.check()  # the folder may belong to another run by now
-            manifest_file.write_json(manifest | {"status": status})
+            self.lock.check()  # the folder may belong to another run by now
+            self.manifest_file.write_json(self.manifest | {"status": status})
 
-    def on_epoch(line: dict[str, Any]) -> None:
-        history[:] = [earlier for earlier in history if earlier["epoch"] < line["epoch"]] + [line]
+    def _on_epoch(self, line: dict[str, Any]) -> None:
+        self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
         try:
-            lock.check()
-            write_history(run.folder, history)
+            self.lock.check()
+            write_history(self.run.folder, self.history)
         except (OSError, RunError) as error:  # it is written again after the next epoch
-            console.say(f"history.jsonl: {one_line(error)}")
-        if mlflow:
-            mlflow.log_epoch(line, console.say)
+            self.console.say(f"history.jsonl: {one_line(error)}")
+        if self.mlflow:
+            self.mlflow.log_epoch(line, self.console.say)
 
-    with mlflow_run(run.config, manifest, console) as mlflow:
-        try:
-            if source.files:
-                write_data_files(run.folder, source.files, rows.checksums if expected is None else expected)
-            manifest_file.write_json(manifest)
-            console.say(
-                f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation and "
-                f"{len(source.test):,} test rows of {source.name} ({source.location}); {manifest['workers']}"
-            )
-            with event_queue(console, on_epoch, TrainingMetrics(run.folder.display).add) as events:
-                loop = LoopConfig(
-                    run.hyperparameters,
-                    run.config.checkpoint_seconds,
-                    rows.data,
-                    run.shuffle,
-                    source.validation,
-                    source.test,
-                    checksums=expected,
-                    events=events.queue,
-                    start=start,
-                    lock=lock,
-                )
-                trainer = _trainer(run, plan, loop)
-                try:
-                    result = _train(trainer, run, start, lock, events, console)
-                except KeyboardInterrupt:
-                    mark("stopped")  # first, since a cluster gives a stopped job only a few seconds
-                    trainer.abort()
-                    lock.check()
-                    raise
-            return _publish(run, manifest, result, lock, mlflow, started, console)
-        except KeyboardInterrupt:
-            mark("stopped")
-            raise RunInterrupted(run.how_to_resume()) from None
-        except (RunError, OSError, ray.exceptions.RayError):
-            mark("failed")
-            raise
-
-
-def _resume(run: TrainingRun, manifest: dict[str, Any], say: Callable[[str], None]) -> tuple[dict[str, Any], Location | None]:
-    """The manifest of a run that is resumed, and the checkpoint that it starts from.
-
-    Raises:
-        RequestError: it is finished, and has no checkpoint.
-    """
-    stored, data = read_manifest(run.folder, "--resume"), manifest["data"]
-    # The stored config names the data that `--data auto` found, so only the first manifest says that it is not full MNIST.
-    data |= {"notice": data["notice"] or stored["data"]["notice"], "sha256": data["sha256"] or stored["data"]["sha256"]}
-    start = latest_valid_checkpoint(run.folder, say)
-    if start is None and stored.get("status") == "finished":
-        raise RequestError(
-            f"--resume: run {run.config.name} is finished, and no checkpoint is left to resume from; its model stays as it is, "
-            "start another run"
+    def _trainer(self, events: Events) -> InterruptibleTrainer:
+        run, config, (min_workers, max_workers) = self.run, self.run.config, self.plan.workers
+        loop = LoopConfig(
+            run.hyperparameters,
+            config.checkpoint_seconds,
+            self.rows.data,
+            run.shuffle,
+            run.source.validation,
+            run.source.test,
+            checksums=self.checksums,
+            events=events.queue,
+            start=self.start,
+            lock=self.lock,
         )
-    if start is None:
-        say("no checkpoint can be used, so the run starts from the beginning")
-    delete_other_checkpoints(run.folder, start)
-    return stored | manifest, start  # results of the stored one stay until there are new ones
-
-
-def _trainer(run: TrainingRun, plan: ResourcePlan, loop: LoopConfig) -> InterruptibleTrainer:
-    config = run.config
-    min_workers, max_workers = plan.workers
-    return InterruptibleTrainer(
-        train_loop_per_worker,
-        train_loop_config={"loop": loop},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=min_workers if min_workers == max_workers else plan.workers,
-            use_gpu=plan.use_gpu,
-            resources_per_worker=plan.per_worker,
-            # A CPU worker uses all cores of its node, so one a node; GPUs exchange gradients fastest within a node.
-            placement_strategy="PACK" if plan.use_gpu else "SPREAD",
-            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
-        ),
-        run_config=ray.train.RunConfig(
-            name=config.name,
-            storage_path=run.storage.path,
-            storage_filesystem=run.storage.filesystem,
-            # controller_failure_limit: Ray Train's default retries a worker group that no longer fits for ever.
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.max_failures, controller_failure_limit=config.max_failures
+        return InterruptibleTrainer(
+            train_loop_per_worker,
+            train_loop_config={"loop": loop},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=min_workers if min_workers == max_workers else self.plan.workers,
+                use_gpu=self.plan.use_gpu,
+                resources_per_worker=self.plan.per_worker,
+                # A CPU worker uses all cores of its node, so one a node; GPUs exchange gradients fastest within a node.
+                placement_strategy="PACK" if self.plan.use_gpu else "SPREAD",
+                elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[RunCallback(loop.events)],
-        ),
-        # No datasets: Ray Train would split them, and drop up to one row a worker. Each worker makes its own, see rows.py.
-    )
+            run_config=ray.train.RunConfig(
+                name=config.name,
+                storage_path=run.storage.path,
+                storage_filesystem=run.storage.filesystem,
+                # controller_failure_limit: Ray Train's default retries a worker group that no longer fits for ever.
+                failure_config=ray.train.FailureConfig(
+                    max_failures=config.max_failures, controller_failure_limit=config.max_failures
+                ),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                callbacks=[RunCallback(events.queue)],
+            ),
+            # No datasets: Ray Train would split them, and drop up to one row a worker. Each worker makes its own, see rows.py.
+        )
 
+    def _train(self, events: Events) -> TrainingResult:
+        """Run Ray Train to its end, and delete the checkpoint that it started from; the result of rank 0."""
+        config, say, start, trainer = self.run.config, self.console.say, self.start, self._trainer(events)
 
-def _train(
-    trainer: InterruptibleTrainer,
-    run: TrainingRun,
-    start: Location | None,
-    lock: FolderLock,
-    events: Events,
-    console: Console,
-) -> TrainingResult:
-    """Run Ray Train to its end, and delete the checkpoint that it started from; the result of rank 0.
+        def must_end() -> bool:
+            """Whether a worker has met what another attempt would meet again, or the folder is lost."""
+            try:
+                self.lock.check()
+            except RunError:
+                return True
+            except OSError:  # the storage may not answer for a moment
+                pass
+            return events.failed.is_set()
 
-    Raises:
-        RunError: the workers failed more often than `--max-failures`, or with an error that another attempt would repeat, such
-            as a file that has changed.
-    """
-
-    def must_end() -> bool:
-        """Whether a worker has met what another attempt would meet again, or the folder is lost."""
         try:
-            lock.check()
-        except RunError:
-            return True
-        except OSError:  # the storage may not answer for a moment
-            pass
-        return events.failed.is_set()
-
-    try:
-        with default_environment(_train_environment(run.config)), trainer.aborted_by(must_end):
-            result = trainer.fit()
-    except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-        lock.check()  # if another run has taken the folder, that is the cause
-        if events.failed.wait(_EVENT_SECONDS):
-            raise RunError(events.failure) from error
-        if isinstance(error, ray.exceptions.RayActorError):
+            with default_environment(_train_environment(config)), trainer.aborted_by(must_end):
+                result = trainer.fit()
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            self.lock.check()  # if another run has taken the folder, that is the cause
+            if events.failed.wait(_EVENT_SECONDS):
+                raise RunError(events.failure) from error
+            if isinstance(error, ray.exceptions.RayActorError):
+                raise
+            self.console.say_lines(str(error))
+            raise RunError(
+                f"gave up after {config.max_failures + 1} failures: the workers failed or could not be started, see above; "
+                f"{self.run.how_to_resume()}"
+            ) from error
+        except KeyboardInterrupt:
+            self._mark("stopped")  # first, since a cluster gives a stopped job only a few seconds
+            trainer.abort()
+            self.lock.check()
             raise
-        console.say_lines(str(error))
-        raise RunError(
-            f"gave up after {run.config.max_failures + 1} failures: the workers failed or could not be started, see above; "
-            f"{run.how_to_resume()}"
-        ) from error
-    lock.check()
-    if result.checkpoint and start:
-        try:
-            start.filesystem.delete_dir(start.path)  # Ray Train keeps two of its own, and does not know this one
-        except OSError as error:
-            console.say(f"{start.display} is no longer needed, and cannot be deleted: {one_line(error)}")
-    assert result.return_value is not None, "rank 0 returns a result"
-    return TrainingResult(**result.return_value)
+        self.lock.check()
+        if result.checkpoint and start:
+            try:
+                start.filesystem.delete_dir(start.path)  # Ray Train keeps two of its own, and does not know this one
+            except OSError as error:
+                say(f"{start.display} is no longer needed, and cannot be deleted: {one_line(error)}")
+        assert isinstance(result.return_value, TrainingResult), "rank 0 returns it"
+        return result.return_value
+
+    def _publish(self, result: TrainingResult) -> dict[str, Any]:
+        """Publish the model, write the report, complete the manifest; return the fields of the job's JSON line."""
+        run, manifest, say = self.run, self.manifest, self.console.say
+        self.lock.check()
+        if run.source.files and result.checksums is not None:
+            write_data_files(run.folder, run.source.files, result.checksums)
+            manifest["data"]["sha256"] = run.source.content_sha256(result.checksums)
+        card = publish_model(run.folder, result)
+        write_history(run.folder, result.history)
+        steady = result.history[1:] or result.history  # the first epoch includes one-time work such as loading kernels
+        trained, seconds = (
+            sum(line["rows_per_second"] * line["seconds"] for line in steady),
+            sum(line["seconds"] for line in steady),
+        )
+        summary = {
+            "run": run.folder.display,
+            "model": (run.folder / "model").display,
+            "parameters": PARAMETERS,
+            "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
+            "test": {key: card["test"][key] for key in _TEST_FIELDS},
+            "images_per_second": round(trained / seconds, 1),
+            "seconds": round(time.monotonic() - self.started, 1),
+        }
+        manifest |= {
+            "status": "finished",
+            "metrics": summary,
+            "hardware": result.hardware,
+            "precision": result.precision,
+            "error_analysis": result.error_analysis.as_json(),
+        }
+        self.lock.check()
+        files = write_report(run, manifest, card, result)
+        self.lock.check()
+        with defer_signals():  # a run that is finished is not stopped
+            self.manifest_file.write_json(manifest)
+        if self.mlflow:
+            logged = self.mlflow.finish(result.history, card, run.folder, files, say)
+            summary["mlflow"] = self.mlflow.run_id if logged else None
+            self.manifest_file.write_json(manifest)
+        say(f"model: {summary['model']}")
+        say(f"report: {(run.folder / REPORT).display}")
+        return summary
 
 
 def _train_environment(config: TrainConfig) -> dict[str, str]:
@@ -282,52 +317,3 @@ def _train_environment(config: TrainConfig) -> dict[str, str]:
         # Some clouds give only 30 s of notice before they take a node away.
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     }
-
-
-def _publish(
-    run: TrainingRun,
-    manifest: dict[str, Any],
-    result: TrainingResult,
-    lock: FolderLock,
-    mlflow: "MLflowRun | None",
-    started: float,
-    console: Console,
-) -> dict[str, Any]:
-    """Publish the model, write the report, complete the manifest; return the fields of the job's JSON line."""
-    lock.check()
-    if run.source.files and result.checksums is not None:
-        write_data_files(run.folder, run.source.files, result.checksums)
-        manifest["data"]["sha256"] = run.source.content_sha256(result.checksums)
-    card = publish_model(run.folder, result)
-    write_history(run.folder, result.history)
-    steady = result.history[1:] or result.history  # the first epoch includes one-time work such as loading kernels
-    trained, seconds = sum(line["rows_per_second"] * line["seconds"] for line in steady), sum(line["seconds"] for line in steady)
-    summary = {
-        "run": run.folder.display,
-        "model": (run.folder / "model").display,
-        "parameters": PARAMETERS,
-        "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
-        "test": {key: card["test"][key] for key in _TEST_FIELDS},
-        "images_per_second": round(trained / seconds, 1),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    manifest |= {
-        "status": "finished",
-        "metrics": summary,
-        "hardware": result.hardware,
-        "precision": result.precision,
-        "error_analysis": result.error_analysis.as_json(),
-    }
-    lock.check()
-    files = write_report(run, manifest, card, result)
-    lock.check()
-    manifest_file = run.folder / "manifest.json"
-    with defer_signals():  # a run that is finished is not stopped
-        manifest_file.write_json(manifest)
-    if mlflow:
-        logged = mlflow.finish(result.history, card, run.folder, files, console.say)
-        summary["mlflow"] = mlflow.run_id if logged else None
-        manifest_file.write_json(manifest)
-    console.say(f"model: {summary['model']}")
-    console.say(f"report: {(run.folder / REPORT).display}")
-    return summary

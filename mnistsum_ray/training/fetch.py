@@ -3,8 +3,9 @@
 This module does not import torch: an actor that took a second to import it would delay the first training rows.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -41,7 +42,11 @@ class ObjectStoreRows:
     blocks: "list[ray.ObjectRef[pa.Table]]"
     first_ids: RowIds
     """Row id of the first row of each block, in ascending order."""
-    _opened: dict[int, tuple[Pixels, npt.NDArray[np.int8]]] = field(default_factory=dict)
+
+    @cached_property
+    def _opened(self) -> list[tuple[Pixels, npt.NDArray[np.int8]]]:
+        """The blocks in shared memory, kept open: to get each block for each task took most of the time."""
+        return [_images_and_digits(table) for table in ray.get(self.blocks)]
 
     def fetch(self, ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
         """Rows int64[n], distinct and in any order, as uint8[n, 28, 28] and int8[n]."""
@@ -51,19 +56,13 @@ class ObjectStoreRows:
         indices, starts = np.unique(block[order], return_index=True)
         for index, places in zip(indices.tolist(), np.split(order, starts[1:]), strict=False):
             rows = ids[places] - self.first_ids[index]
-            block_images, block_digits = self._open(index)
+            block_images, block_digits = self._opened[index]
             images[places], digits[places] = block_images[rows], block_digits[rows]
         return images, digits
 
-    def _open(self, index: int) -> tuple[Pixels, npt.NDArray[np.int8]]:
-        """A block in shared memory, kept open: to get each block for each task took most of the time."""
-        if index not in self._opened:
-            self._opened[index] = _images_and_digits(ray.get(self.blocks[index]))
-        return self._opened[index]
 
-
-RowData = ObjectStoreRows | ParquetFiles
-"""What workers fetch rows from; see its method `fetch`."""
+RowData = ImageArrays | ObjectStoreRows | ParquetFiles
+"""What workers fetch rows from, with their method `fetch`."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,11 @@ def load_rows(source: Source) -> LoadedRows:
     """
     data = source.data
     if isinstance(data, ImageArrays):
-        first_ids = np.arange(0, source.rows, _BLOCK_ROWS)
-        ranges = [np.arange(first, min(first + _BLOCK_ROWS, source.rows)) for first in first_ids.tolist()]
-        blocks = [ray.put(_block(*data.fetch(ids))) for ids in ranges]
-        checksums = row_checksums(np.arange(source.rows), data.images, data.digits).sum(keepdims=True)
-        return LoadedRows(ray.put(ObjectStoreRows(blocks, first_ids)), checksums)
-    planned = list(_ranges(data))
-    items = [{"first": first, "end": end} for first, end in planned]
+        return LoadedRows(ray.put(data), row_checksums(np.arange(source.rows), data.images, data.digits).sum(keepdims=True))
+    # Whole row groups, of about _BLOCK_ROWS rows together.
+    bounds = data.group_bounds
+    edges = np.unique(bounds[np.searchsorted(bounds, np.arange(0, bounds[-1], _BLOCK_ROWS), side="right") - 1])
+    items = [{"first": first, "end": end} for first, end in pairwise([*edges.tolist(), int(bounds[-1])])]
     with ray_data_options(preserve_order=True):
         lineage = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             _read_block,
@@ -102,35 +99,23 @@ def load_rows(source: Source) -> LoadedRows:
             compute=TaskPoolStrategy(size=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))),
         )
         blocks = list(lineage.materialize().to_arrow_refs())
-    starts, checksums = list[int](), np.zeros(len(data.end_ids), np.int64)
-    first, end, upcoming = 0, 0, iter(planned)
+    first_ids, end, checksums = list[int](), 0, np.zeros(len(data.end_ids), np.int64)
     for block in blocks:
         table: pa.Table = ray.get(block)
         if "error" in table.column_names:
             raise RequestError(table["error"][0].as_py())
-        if first == end:
-            first, end = next(upcoming)
-        starts.append(first)  # Ray Data may have cut a range into several blocks
         images, digits = _images_and_digits(table)
-        data.add_checksums(checksums, first + np.arange(len(digits)), images, digits)
-        first += len(digits)
-    if first != end or first != data.end_ids[-1]:
-        raise RowCountError(f"read {first:,} rows of {data.root.display}, whose files hold {data.end_ids[-1]:,}")
-    return LoadedRows(ray.put(ObjectStoreRows(blocks, np.array(starts, np.int64))), checksums, lineage)
+        first_ids.append(end)
+        end += len(digits)
+        data.add_checksums(checksums, np.arange(first_ids[-1], end), images, digits)
+    if end != bounds[-1]:
+        raise RowCountError(f"read {end:,} rows of {data.root.display}, whose files hold {bounds[-1]:,}")
+    return LoadedRows(ray.put(ObjectStoreRows(blocks, np.array(first_ids))), checksums, lineage)
 
 
 def stream_rows(files: ParquetFiles) -> LoadedRows:
     """Access to rows that stay in their files."""
     return LoadedRows(ray.put(files), None)
-
-
-def _ranges(files: ParquetFiles) -> Iterator[tuple[int, int]]:
-    """Row ids of whole row groups, as many together as have _BLOCK_ROWS rows."""
-    first, bounds = 0, files.group_bounds
-    while first < bounds[-1]:
-        end = int(bounds[min(int(np.searchsorted(bounds, first + _BLOCK_ROWS)), len(bounds) - 1)])
-        yield first, end
-        first = end
 
 
 def _read_block(item: Columns, files: ParquetFiles) -> pa.Table:
@@ -144,29 +129,32 @@ def _read_block(item: Columns, files: ParquetFiles) -> pa.Table:
 class ReadTask:
     """Turns tasks into the rows that a worker trains on, in the order of the steps; runs in an actor."""
 
-    def __init__(self, data: "ray.ObjectRef[RowData]", shuffle: Shuffle, distortion: float, *, checksums: bool) -> None:
-        self._data, self._shuffle, self._distortion, self._checksums = _resolved(data), shuffle, distortion, checksums
+    def __init__(self, data: "ray.ObjectRef[RowData]", shuffle: Shuffle, distortion: float) -> None:
+        self._data, self._shuffle, self._distortion = _resolved(data), shuffle, distortion
 
     def __call__(self, task: dict[str, np.ndarray]) -> pa.Table:
-        """The rows of the positions first..end-1 of a batch at the steps first_step..end_step-1 of an epoch.
-
-        A row's number and distortion follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
-        """
+        """The rows of the positions first..end-1 of a batch at the steps first_step..end_step-1 of an epoch."""
         epoch, first_step, end_step, first, end, index = (
             int(task[name][0]) for name in ("epoch", "first_step", "end_step", "first", "end", "index")
         )
-        ids = self._shuffle.ids(epoch, range(first_step, end_step), range(first, end))
         try:
-            images, digits = self._data.fetch(ids)
+            return self.rows(epoch, self._shuffle.ids(epoch, range(first_step, end_step), range(first, end)), index)
         except (RequestError, OSError) as error:  # Ray Data would wrap an exception, and its type would be lost
             return pa.table({"error": [str(error)], "may_pass": [isinstance(error, OSError)]})
+
+    def rows(self, epoch: int, ids: RowIds, index: int) -> pa.Table:
+        """Rows of an epoch, and the index of their task.
+
+        A row's number and distortion follow from (seed, epoch, row id), so a task that Ray runs again yields the same rows.
+        """
+        images, digits = self._data.fetch(ids)
         seed = self._shuffle.seed
         columns: Columns = {
             "row_id": ids,
             "number": random_numbers(seed, epoch, ids).astype(np.int8),
             "index": np.full(len(ids), index),
         }
-        if self._checksums:
+        if self._shuffle.streamed:
             columns["checksum"] = row_checksums(ids, images, digits)
         table = _block(images, digits, columns)
         if not self._distortion:

@@ -1,7 +1,7 @@
-"""Per-worker training loop: train, evaluate and checkpoint each epoch; then fine-tune the sum head and analyse the model."""
+"""Per-worker training loop: train, evaluate and checkpoint each epoch; then fine-tune the sum head, and analyse the model."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -11,21 +11,34 @@ import torch
 from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.order import RowRanges, Shuffle
+from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.order import RandomStream, RowRanges, Shuffle, step_seed
 from mnistsum_ray.data.parquet_source import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
-from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters, faster_with_bf16
+from mnistsum_ray.model import int8, sum_head
+from mnistsum_ray.model.calibration import fit_temperatures, fold_temperatures
+from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters, faster_with_bf16, hardware
+from mnistsum_ray.model.metrics import ErrorAnalysis, ScoredRows, analyse_errors, score_rows
+from mnistsum_ray.model.serialization import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import FolderLock
-from mnistsum_ray.training.checkpoint import Checkpointer, CheckpointError, TrainerState
+from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
 from mnistsum_ray.training.fetch import RowData
-from mnistsum_ray.training.finalize import analyse_model, finetune
-from mnistsum_ray.training.rows import EvaluationSet, TrainingRows
-from mnistsum_ray.training.trainer import NonFiniteLossError, Trainer
-from mnistsum_ray.training.worker import Worker
+from mnistsum_ray.training.rows import EvaluationSet, TrainingRows, fetch_columns
+from mnistsum_ray.training.trainer import Trainer
+from mnistsum_ray.training.worker import Worker, cpus_of_node
 
 _MAX_READERS: Final = 8
-"""Actors that read for one worker: each feeds some 100,000 rows/s of raw bytes, or 26,000 of PNG."""
+"""Actors that read files for one worker: each feeds some 100,000 rows/s of raw bytes, or 26,000 of PNG."""
+
+_MAX_MEMORY_READERS: Final = 2
+"""Likewise for rows in memory: each feeds some 200,000 rows/s."""
+
+_TEMPERATURE_ROWS: Final = 5_000
+"""Maximum number of validation rows that the temperatures are fitted on."""
+
+_ANALYSED_ROWS: Final = 100_000
+"""Maximum number of test rows whose errors are analysed; the accuracies count all."""
 
 
 @dataclass(frozen=True)
@@ -49,96 +62,205 @@ class LoopConfig:
     """Checked before each write to the run folder."""
 
 
-def train_loop_per_worker(config: dict[str, LoopConfig]) -> dict[str, Any]:
-    """Run the training loop.
+@dataclass(frozen=True)
+class TrainingResult:
+    """Result of a finished training, returned by rank 0 to the driver."""
 
-    Returns:
-        On rank 0, which Ray Train hands to the driver: the fields of a `TrainingResult`. On other ranks nothing that is used.
-    """
-    loop = config["loop"]
-    worker = Worker.set_up(loop.events)
+    history: list[dict[str, Any]]
+    error_analysis: ErrorAnalysis
+    """Errors of the model on the test rows."""
+    mistake_images: Pixels
+    """Images of the analysis' mistakes, in their order: uint8[n, 28, 28]."""
+    weights: dict[str, np.ndarray]
+    """Of the model, with the temperatures folded in; arrays, since Ray Train takes no tensors."""
+    description: dict[str, Any]
+    """Of the model, see `serialization.describe_model`."""
+    hardware: dict[str, Any]
+    precision: str
+    checksums: npt.NDArray[np.int64] | None
+    """Of the rows of each streamed file, see `TrainerState.checksums`."""
+
+
+def train_loop_per_worker(config: dict[str, LoopConfig]) -> TrainingResult | None:
+    """Run the training loop; the result on rank 0, which Ray Train hands to the driver."""
+    worker = Worker.set_up(config["loop"].events)
     try:
-        return _run(loop, worker)
-    except (NonFiniteLossError, CheckpointError, RunError) as error:
-        # Another attempt would fail in the same way.
-        worker.events.fail(str(error))
+        loop = TrainingLoop(config["loop"], worker)
+        loop.train()
+        return loop.analyse() if worker.rank == 0 else None
+    except RunError as error:
+        worker.events.fail(str(error))  # another attempt would fail in the same way
         raise
 
 
-def _run(config: LoopConfig, worker: Worker) -> dict[str, Any]:
-    parameters, shuffle, data = config.hyperparameters, config.shuffle, ray.get(config.data)
-    trainer = Trainer(parameters, worker)
-    checkpointer = Checkpointer(trainer.model, trainer.optimizer, worker, config.lock, config.checkpoint_seconds)
-    state = checkpointer.restore(config.start)
-    if state is None:
-        bf16 = worker.all_agree(faster_with_bf16(worker.device))
-        checksums = None if config.checksums is None else torch.from_numpy(config.checksums.copy())
-        state = TrainerState(0, [], parameters.precision or ("bf16" if bf16 else "fp32"), checksums=checksums)
-    trainer.prepare(state.precision)
+class TrainingLoop:
+    """The run on one worker, from its last checkpoint on."""
 
-    validation, test = (
-        EvaluationSet(data, held_out, worker.rank, worker.world_size, worker.device)
-        for held_out in (config.validation, config.test)
-    )
-    rows = TrainingRows(
-        config.data,
-        shuffle,
-        parameters.distortion,
-        epochs=parameters.epochs,
-        rank=worker.rank,
-        world_size=worker.world_size,
-        device=worker.device,
-        readers=_readers(worker, data),
-        first_epoch=state.epochs_done,
-        first_step=state.progress.steps,
-    )
-    batches = rows.batches()
-    end_ids = torch.from_numpy(data.end_ids) if isinstance(data, ParquetFiles) else None
-    for epoch in range(state.epochs_done, parameters.epochs):
-        line, trained = trainer.train_epoch(state, shuffle, batches, end_ids, checkpointer)
-        broadcast_parameters(trainer.model.parameters())
-        started = time.perf_counter()
-        metrics = [trainer.evaluate(held_out, epoch + 1) for held_out in (validation, test)]
-        line["evaluation_seconds"] = time.perf_counter() - started
-        if isinstance(data, ParquetFiles):
-            _check_contents(state, data, trained, validation, test)
-        checkpointer.save_epoch(state, line, *metrics, last=epoch == parameters.epochs - 1)
-    if next(batches, None) is not None:
-        raise RowCountError("there are more batches than steps")
-
-    if parameters.sum_head_steps and state.sum_head is None:
-        finetune(trainer, state, data, shuffle.rows, validation, test, checkpointer)
-    if worker.rank != 0:
-        return {}
-    return vars(analyse_model(trainer, state, data, shuffle.rows, config.validation, config.test))
-
-
-def _check_contents(
-    state: TrainerState, files: ParquetFiles, trained: torch.Tensor | None, validation: EvaluationSet, test: EvaluationSet
-) -> None:
-    """Compare the rows of each file with those of the first epoch, or of the run that is trained again, by their checksums.
-
-    `trained` are those of the training rows, of all ranks. The state gets the checksums if it has none yet.
-
-    Raises:
-        RunError: a file holds other rows; names it.
-    """
-    assert trained is not None, "streamed rows have checksums"
-    held_out = torch.from_numpy(validation.checksums + test.checksums).to(trained.device)
-    checksums = (trained + all_reduce_sum(held_out)).cpu()
-    if state.checksums is None:
-        state.checksums = checksums
-    changed = (checksums != state.checksums).nonzero()
-    if len(changed):
-        raise RunError(
-            f"{files.location(int(changed[0])).display}: holds other rows than when the run, or the run of --from-run, read it "
-            "first; put the file back as it was, or start another run"
+    def __init__(self, config: LoopConfig, worker: Worker) -> None:
+        self._config, self._parameters, self._worker = config, config.hyperparameters, worker
+        self._data: RowData = ray.get(config.data)
+        self._files = self._data if isinstance(self._data, ParquetFiles) else None
+        """Of streamed rows."""
+        self._trainer = Trainer(self._parameters, worker)
+        self._checkpointer = Checkpointer(
+            self._trainer.model, self._trainer.optimizer, worker, config.lock, config.checkpoint_seconds
+        )
+        state = self._checkpointer.restore(config.start)
+        if state is None:
+            bf16 = worker.all_agree(faster_with_bf16(worker.device))
+            checksums = None if config.checksums is None else torch.from_numpy(config.checksums.copy())
+            state = TrainerState(0, [], self._parameters.precision or ("bf16" if bf16 else "fp32"), checksums=checksums)
+        self._state = state
+        self._trainer.prepare(state.precision)
+        self._validation, self._test = (
+            EvaluationSet(self._data, held_out, worker.rank, worker.world_size, worker.device)
+            for held_out in (config.validation, config.test)
         )
 
+    def train(self) -> None:
+        """Train the epochs that are left, and fine-tune the sum head."""
+        state, parameters, worker = self._state, self._parameters, self._worker
+        # On CPUs the readers share the cores with the training, which takes a few thousand rows/s a core.
+        cpus = worker.cpus // 4 if worker.device.type == "cpu" else worker.cpus
+        batches = TrainingRows(
+            self._config.data,
+            self._config.shuffle,
+            parameters.distortion,
+            epochs=parameters.epochs,
+            rank=worker.rank,
+            world_size=worker.world_size,
+            device=worker.device,
+            readers=max(1, min(cpus, _MAX_READERS if self._files else _MAX_MEMORY_READERS)),
+            first_epoch=state.epochs_done,
+            first_step=state.progress.steps,
+        ).batches()
+        end_ids = torch.from_numpy(self._files.end_ids) if self._files else None
+        while state.epochs_done < parameters.epochs:
+            line, trained = self._trainer.train_epoch(state, self._config.shuffle, batches, end_ids, self._checkpointer)
+            broadcast_parameters(self._trainer.model.parameters())
+            started = time.perf_counter()
+            validation, test = self._evaluate(state.epochs_done + 1)
+            line["evaluation_seconds"] = time.perf_counter() - started
+            if self._files and trained is not None:
+                self._check_contents(self._files, trained)
+            state.epochs_done, state.progress = state.epochs_done + 1, EpochProgress()
+            line = {"epoch": state.epochs_done, **line, "validation": validation, "test": test}
+            state.history.append(line)
+            worker.events.send("epoch", **line)
+            last = state.epochs_done == parameters.epochs
+            # The checkpoint of an epoch that ends before the last upload does is left out; that of the last one is waited for.
+            if worker.all_agree(self._checkpointer.idle()) or last:
+                self._checkpointer.save(state, wait=last)
+        if next(batches, None) is not None:
+            raise RowCountError("there are more batches than steps")
+        if parameters.sum_head_steps and state.sum_head is None:
+            self._finetune(parameters.sum_head_steps)
 
-def _readers(worker: Worker, data: RowData) -> int:
-    """Actors that read for a worker. On CPUs they share the cores with the training, which takes a few thousand rows/s a core."""
-    if worker.device.type == "cpu":
-        return max(1, min(worker.cpus // 4, _MAX_READERS)) if isinstance(data, ParquetFiles) else 1
-    # One takes some 200,000 rows/s from memory.
-    return max(1, min(worker.cpus, _MAX_READERS if isinstance(data, ParquetFiles) else 2))
+    def _evaluate(self, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Metrics on the validation and on the test rows, after an epoch with this number, from 1."""
+        validation, test = (asdict(self._trainer.evaluate(held_out, epoch)) for held_out in (self._validation, self._test))
+        return validation, test
+
+    def _check_contents(self, files: ParquetFiles, trained: torch.Tensor) -> None:
+        """Compare the rows of each file with those of the first epoch, or of the run that is trained again, by their checksums.
+
+        `trained` are those of the training rows, of all ranks. The state gets the checksums if it has none yet.
+
+        Raises:
+            RunError: a file holds other rows; names it.
+        """
+        held_out = torch.from_numpy(self._validation.checksums + self._test.checksums).to(self._worker.device)
+        checksums = trained + all_reduce_sum(held_out).cpu()
+        if self._state.checksums is None:
+            self._state.checksums = checksums
+        changed = (checksums != self._state.checksums).nonzero()
+        if len(changed):
+            raise RunError(
+                f"{files.location(int(changed[0])).display}: holds other rows than when the run, or the run of --from-run, read "
+                "it first; put the file back as it was, or start another run"
+            )
+
+    def _finetune(self, steps: int) -> None:
+        """Fine-tune the sum head of the last epoch's model on the digit scores of training rows, and save a checkpoint.
+
+        The result is undone if the heads then agree on fewer validation pairs. Rank 0 trains, and the others take its weights.
+        """
+        state, model, events = self._state, self._trainer.model, self._worker.events
+        events.note(f"fine-tuning the sum head, {steps:,} steps")
+        weights = copy_weights(model)
+        model.eval()
+        before = state.history[-1]["validation"]["consistency"]
+        if self._worker.rank == 0:
+            batches = self._alone(self._config.shuffle.rows.sample(sum_head.MAX_ROWS)).batches
+            scores = torch.cat([self._trainer.digit_scores(batch).float() for batch in batches])
+            seed = step_seed(self._parameters.seed, self._parameters.epochs, 0, RandomStream.SUM_HEAD)
+            sum_head.finetune_sum_head(model, scores, steps, seed, events.progress("fine-tuning steps", steps))
+        broadcast_parameters(model.parameters())
+        validation, test = self._evaluate(state.epochs_done)
+        after = validation["consistency"]
+        kept = after >= before
+        state.sum_head = {"steps": steps, "kept": kept, "validation": validation, "test": test}
+        if not kept:
+            model.load_state_dict(weights)
+        undone = "" if kept else "; undone"
+        events.note(f"validation sums equal to digit + number: {before:.3%} before, {after:.3%} after{undone}")
+        self._checkpointer.save(state, wait=True)
+
+    def analyse(self) -> TrainingResult:
+        """Temperatures (on validation rows), errors (on test rows) and int8 calibration (on training rows) of the model.
+
+        One worker computes all of it, while the others have returned. The temperatures are folded into the weights that are
+        published, and not into those of the checkpoints: a run that is resumed when it is finished publishes the same model.
+        """
+        config, data, state, model, events = self._config, self._data, self._state, self._trainer.model, self._worker.events
+        events.note("analysing the model's answers on the test rows")
+        model.eval()
+        trained = copy_weights(model)
+
+        def scored(rows: RowRanges) -> ScoredRows:
+            return score_rows(model, self._trainer.digit_scores, self._alone(rows).batches)
+
+        temperatures = fit_temperatures(scored(config.validation.sample(_TEMPERATURE_ROWS)))
+        fold_temperatures(model, temperatures)
+        on_progress = events.progress("test rows analysed", min(len(config.test), _ANALYSED_ROWS))
+        analysis = analyse_errors(scored(config.test.sample(_ANALYSED_ROWS)), on_progress)
+        mistake_images, _ = data.fetch(np.array([mistake.row_id for mistake in analysis.mistakes], np.int64))
+        weights = copy_weights(model)
+        description = describe(state, weights) | {
+            "trained_sha256": checksum(trained),
+            "temperatures_in_weights": temperatures,
+            "probabilities": analysis.probability_metrics(),
+        }
+        if int8.unavailable_reason() is None:
+            torch.set_num_threads(cpus_of_node())  # the other workers have returned
+            calibration = fetch_columns(data, config.shuffle.rows.sample(int8.CALIBRATION_ROWS).ids())
+            compared = fetch_columns(data, config.test.sample(int8.COMPARED_ROWS).ids())
+            training_images, image, digit = map(torch.from_numpy, (calibration["image"], compared["image"], compared["digit"]))
+            on_progress = events.progress("test rows compared with int8", len(digit))
+            description["int8"] = int8.quantize(model.cpu(), training_images, image, digit, on_progress)
+        return TrainingResult(
+            state.history,
+            analysis,
+            mistake_images,
+            {name: value.numpy() for name, value in weights.items()},
+            description,
+            hardware(self._worker.device),
+            state.precision,
+            None if state.checksums is None else state.checksums.numpy(),
+        )
+
+    def _alone(self, rows: RowRanges) -> EvaluationSet:
+        """Rows that this worker reads for all."""
+        return EvaluationSet(self._data, rows, 0, 1, self._worker.device)
+
+
+def describe(state: TrainerState, weights: Weights) -> dict[str, Any]:
+    """Description of the model after the last epoch, see `serialization.describe_model`; `weights` are those published."""
+    line, tuned = state.history[-1], state.sum_head
+    metrics = before = {split: line[split] for split in ("validation", "test")}
+    entry = None
+    if tuned is not None:
+        after = {split: tuned[split] for split in before}
+        entry = {"steps": tuned["steps"], "kept": tuned["kept"], "before": before, "after": after}
+        metrics = after if tuned["kept"] else before
+    return describe_model(weights, epoch=line["epoch"], metrics=metrics, sum_head=entry)

@@ -78,8 +78,7 @@ def preflight(config: TrainConfig) -> TrainingRun:
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
         taken = (folder / "manifest.json").exists() or (folder.exists() and not _is_empty(folder))
         if config.resume:
-            manifest = read_manifest(folder, "--resume")
-            config, same_data = _resumed(config, folder, manifest), (folder, manifest["data"])
+            config, same_data = _inherit(config, folder, "--resume")
             check_not_locked(folder, "--name")
         elif taken:
             check_not_locked(folder, "--name")
@@ -87,7 +86,7 @@ def preflight(config: TrainConfig) -> TrainingRun:
     except OSError as error:
         raise RequestError(f"--storage-path {storage.display}: {one_line(error)}") from None
     if config.from_run and not config.resume:  # a resumed run has taken what it needs from that one
-        config, same_data = _like_run(config)
+        config, same_data = _inherit(config, locate_existing(config.from_run, "--from-run"), "--from-run")
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=config.resume)})
     source = open_source(config.data)
@@ -131,30 +130,15 @@ def _mlflow(uri: str, *, resume: bool) -> str:
     return uri
 
 
-def _like_run(config: TrainConfig) -> tuple[TrainConfig, tuple[Location, dict[str, Any]] | None]:
-    """The config with the fields of `--from-run` that the numbers depend on, where they are not given; and its data.
+def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainConfig, tuple[Location, dict[str, Any]] | None]:
+    """The config, where a field is not given, with that of the run in a folder; and `TrainingRun.same_data`.
+
+    `--resume` takes all fields, `--from-run` those that the numbers depend on.
 
     Raises:
-        RequestError: there is no such run, or another version wrote it.
+        RequestError: there is no such run, another version wrote it, or with `--resume` a field would change its numbers.
     """
-    flag = "--from-run"
-    folder = locate_existing(str(config.from_run), flag)
     manifest = read_manifest(folder, flag)
-    stored = _stored_config(manifest, folder, flag)
-    same = {key: getattr(stored, key) for key in (*_FIXED, *_WORKERS, "data") if key not in _given(config)}
-    # What the run has chosen itself; the precision is known once a run has finished.
-    same |= {key: manifest.get(key) for key in ("precision", *_WORKERS) if key in same and same[key] is None}
-    if isinstance(same.get("num_workers"), list):
-        same["num_workers"] = tuple(same["num_workers"])
-    return config.model_copy(update=same), (folder, manifest["data"]) if "data" in same else None
-
-
-def _given(config: TrainConfig) -> set[str]:
-    """Fields that were given. A null, as in the YAML of `--print-config`, leaves the choice to the recipe or the stored run."""
-    return {key for key in config.model_fields_set if key not in _FIXED or getattr(config, key) is not None}
-
-
-def _stored_config(manifest: dict[str, Any], folder: Location, flag: str) -> TrainConfig:
     try:
         stored = TrainConfig(**manifest["config"])
         if set(_FIXED) - set(manifest["config"]):
@@ -163,24 +147,23 @@ def _stored_config(manifest: dict[str, Any], folder: Location, flag: str) -> Tra
         raise RequestError(
             f"{flag}: {(folder / 'manifest.json').display} was written by another version of this program"
         ) from None
-    return stored
-
-
-def _resumed(config: TrainConfig, folder: Location, manifest: dict[str, Any]) -> TrainConfig:
-    """The stored run's config, updated with the fields that were given now.
-
-    Raises:
-        RequestError: a given field would change the numbers of the run.
-    """
-    stored = _stored_config(manifest, folder, "--resume")
-    given = {key: getattr(config, key) for key in _given(config)}
-    for key in _FIXED:
-        if key in given and given[key] != getattr(stored, key):
-            raise RequestError(
-                f"--{key.replace('_', '-')} {given[key]}: the run {config.name} has {getattr(stored, key)}, and its numbers "
-                "depend on it; leave the flag out, or start another run"
-            )
-    return stored.model_copy(update=given)
+    given = {key: getattr(config, key) for key in config.model_fields_set}
+    # A null, as in the YAML of `--print-config`, leaves the choice to the recipe or the stored run.
+    given = {key: value for key, value in given.items() if key not in _FIXED or value is not None}
+    if config.resume:
+        for key in _FIXED:
+            if key in given and given[key] != getattr(stored, key):
+                raise RequestError(
+                    f"--{key.replace('_', '-')} {given[key]}: the run {config.name} has {getattr(stored, key)}, and its numbers "
+                    "depend on it; leave the flag out, or start another run"
+                )
+        return stored.model_copy(update=given), (folder, manifest["data"])
+    same = {key: getattr(stored, key) for key in (*_FIXED, *_WORKERS, "data") if key not in given}
+    # What the run has chosen itself; the precision is known once a run has finished.
+    same |= {key: manifest.get(key) for key in ("precision", *_WORKERS) if key in same and same[key] is None}
+    if isinstance(same.get("num_workers"), list):
+        same["num_workers"] = tuple(same["num_workers"])
+    return config.model_copy(update=same), (folder, manifest["data"]) if "data" in same else None
 
 
 def _is_empty(folder: Location) -> bool:

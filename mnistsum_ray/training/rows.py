@@ -26,8 +26,6 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from mnistsum_ray.cluster.data_context import ray_data_options
-from mnistsum_ray.data.distortion import AFFINE_VALUES
-from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import RowIds, RowRanges, Shuffle, mix_ids, positions_of_rank
 from mnistsum_ray.data.parquet_source import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
@@ -41,11 +39,8 @@ Batch = dict[str, torch.Tensor]
 (`order.mix_ids`) and, with --distortion, affine float32[n, AFFINE_VALUES]; for streamed rows checksum int64[n]
 (`order.row_checksums`); all on the worker's device."""
 
-_CPU_CHUNK_ROWS: Final = 4_096
-"""Rows that are put on the device at once: 3 MB, a second of training on two cores."""
-
-_GPU_CHUNK_ROWS: Final = 16_384
-"""12 MB. A loop that launches ten thousand kernels a second has no time for smaller ones."""
+_CHUNK_ROWS: Final = 16_384
+"""Rows that are put on the device at once: 12 MB. A loop that launches ten thousand kernels a second has no time for fewer."""
 
 _TASK_ROWS: Final = 32_768
 """Most rows of a task: it costs 20 ms beside its rows, and one that reads files reads up to two row groups in part."""
@@ -115,8 +110,10 @@ class TrainingRows:
     def _on_device(self) -> Iterator[tuple[range, Batch]]:
         """Some steps at a time, and their rows."""
         blocks = self._blocks()
+        # Of a last batch with fewer rows than workers.
+        no_rows = block_columns(ReadTask(self.data, self.shuffle, self.distortion).rows(0, np.empty(0, np.int64), 0))
         for _, steps in self.stretches():
-            columns = [next(blocks) if self.shuffle.count(steps, part) else self._no_rows() for part in self.parts]
+            columns = [next(blocks) if self.shuffle.count(steps, part) else no_rows for part in self.parts]
             for chunk, rows in self._chunks(steps, columns):
                 yield chunk, {name: array_to_device(values, self.device) for name, values in rows.items()}
         if next(blocks, None) is not None:
@@ -124,8 +121,7 @@ class TrainingRows:
 
     def _chunks(self, steps: range, columns: list[Columns]) -> Iterator[tuple[range, Columns]]:
         """Cut the rows of the parts at some steps into fewer steps, each with the rows of all parts."""
-        rows = _GPU_CHUNK_ROWS if self.device.type == "cuda" else _CPU_CHUNK_ROWS
-        together = max(1, rows // max(1, len(self.positions)))
+        together = max(1, _CHUNK_ROWS // max(1, len(self.positions)))
         full = steps.stop - (steps.stop == self.shuffle.steps)  # the last step of an epoch may have fewer rows
         for first, end in pairwise([*range(steps.start, full, together), full, steps.stop]):
             if first == end:
@@ -136,12 +132,6 @@ class TrainingRows:
                 stop = start + self.shuffle.count(range(first, end), part)
                 pieces.append({name: column[start:stop] for name, column in values.items()})
             yield range(first, end), pieces[0] if len(pieces) == 1 else _side_by_side(pieces, end - first)
-
-    def _no_rows(self) -> Columns:
-        """Of a last batch with fewer rows than workers."""
-        names = ("digit", "row_id", "number", *["checksum"] * self.shuffle.streamed)
-        affine = {"affine": np.empty((0, AFFINE_VALUES), np.float32)} if self.distortion else {}
-        return {"image": np.empty((0, SIDE, SIDE), np.uint8)} | {name: np.empty(0, np.int64) for name in names} | affine
 
     def _tasks(self) -> Iterator[dict[str, int]]:
         """See `ReadTask`. Ray Data yields no empty blocks, so a task without rows is left out."""
@@ -164,7 +154,6 @@ class TrainingRows:
             dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
                 ReadTask,
                 fn_constructor_args=(self.data, self.shuffle, self.distortion),
-                fn_constructor_kwargs={"checksums": self.shuffle.streamed},
                 batch_size=1,
                 num_cpus=TASK_CPUS,
                 # Actors, since Ray ends the process of a task that has had nothing to do for a second, and a new one takes two.

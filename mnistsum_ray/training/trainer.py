@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Final
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, positions_of_rank, step_seed
+from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.loss import Objective, dropout_factors
 from mnistsum_ray.model.metrics import Counts, Metrics, score_rows
@@ -30,10 +31,6 @@ _CURVE_POINTS: Final = 100
 """Maximum number of losses of an epoch in history.jsonl."""
 
 
-class NonFiniteLossError(ArithmeticError):
-    """The loss is infinite or not a number, so neither going on nor another attempt can help."""
-
-
 class EpochCounter:
     """Loss, rows, row ids and checksums of an epoch, kept on the device and summed over the workers now and then.
 
@@ -49,23 +46,21 @@ class EpochCounter:
         self._points, self._steps = list(before.points), steps
         self._loss = torch.tensor([held.loss], dtype=torch.float64, device=device)
         self._row_ids, self._rows = torch.tensor([held.row_ids], device=device), held.rows
-        self._end_ids = None if end_ids is None else end_ids.to(device)
-        self._checksums = None
-        if end_ids is not None:
-            self._checksums = (torch.zeros_like(end_ids) if held.checksums is None else held.checksums.clone()).to(device)
+        self._end_ids = torch.empty(0, dtype=torch.int64) if end_ids is None else end_ids.to(device)
+        self._checksums = (torch.zeros_like(self._end_ids) if held.checksums is None else held.checksums.clone()).to(device)
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Add a step: its batch and the sum of its rows' losses."""
         self._loss += loss
         self._row_ids += batch["mixed_id"].sum()
         self._rows += len(batch["mixed_id"])
-        if self._checksums is not None and self._end_ids is not None:
+        if len(self._end_ids):
             file = torch.searchsorted(self._end_ids, batch["row_id"], right=True)
             self._checksums.index_add_(0, file, batch["checksum"])
 
     def checksums(self) -> Tensor | None:
-        """Checksums of each file's rows over all workers."""
-        return None if self._checksums is None else all_reduce_sum(self._checksums).cpu()
+        """Checksums of each file's rows over all workers; None for rows in memory."""
+        return all_reduce_sum(self._checksums).cpu() if len(self._end_ids) else None
 
     def all_reduce(self, steps: int, flag: bool) -> tuple[EpochProgress, bool]:
         """Sum over all workers, after so many steps; true if any worker's flag is true."""
@@ -77,100 +72,27 @@ class EpochCounter:
         return EpochProgress(steps, loss, rows, row_ids, list(self._points)), bool(flags)
 
 
-class TrainingStep:
-    """The objective in its DDP wrapper, compiled if wanted, and the optimizer.
-
-    Args:
-        model: its weights must have been restored before.
-        optimizer: of the model's parameters.
-        worker: its device, and how many workers there are.
-        dtype: to compute in.
-        label_smoothing: see `Objective`.
-        compiled: compile the network; on a GPU PyTorch then records it as CUDA graphs.
-    """
-
-    def __init__(
-        self,
-        model: TwoHeadCNN,
-        optimizer: MuonAdamW,
-        worker: Worker,
-        dtype: torch.dtype,
-        *,
-        label_smoothing: float,
-        compiled: bool,
-    ) -> None:
-        self._optimizer, self._worker, self._dtype = optimizer, worker, dtype
-        self.module = self._fast = ray.train.torch.prepare_model(
-            Objective(model, label_smoothing, dtype),
-            parallel_strategy_kwargs={"broadcast_buffers": False},  # its buffers are constants
-        )
-        if compiled:
-            # A step of so small a network is bound by kernel launches, which CUDA graphs join.
-            mode = "reduce-overhead" if worker.device.type == "cuda" else "default"
-            self._fast = torch.compile(self.module, mode=mode, dynamic=False)
-
-    def __call__(
-        self, batch: Mapping[str, Tensor], dropout: Tensor | None, global_rows: int, learning_rate: float, *, full: bool
-    ) -> Tensor:
-        """Update the parameters.
-
-        Args:
-            batch: this worker's share of the global batch: `image`, `number`, `digit`, and `affine` if they are distorted.
-            dropout: its `dropout_factors`.
-            global_rows: rows of the batch over all workers.
-            learning_rate: Muon's, see `MuonAdamW`.
-            full: the share has the size that most have. A last share, which may be empty, is not compiled: a network that is
-                compiled for any size would compute other bits.
-
-        Returns:
-            The mean of both heads' losses, without label smoothing, summed over this worker's rows. The next step may overwrite
-            it.
-        """
-        self._optimizer.zero_grad()
-        images = prepare_images(batch["image"])
-        if "affine" in batch:
-            images = distort(images, batch["affine"])
-        objective = self._fast if full else self.module
-        loss, reported = objective(images, batch["number"], batch["digit"], dropout)
-        assert isinstance(reported, Tensor)
-        # DDP averages over workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
-        loss.backward(_constant(self._worker.world_size / global_rows, self._worker.device))
-        self._optimizer.step(learning_rate, self._dtype)
-        return reported
-
-
-# Kept for full batches and for the last one of an epoch: a copy to a GPU waits for all that was launched before.
-@lru_cache(maxsize=2)
-def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, device=device)
-
-
 class Trainer:
     """The network, its optimizer and its DDP wrapper on one worker."""
 
     def __init__(self, hyperparameters: Hyperparameters, worker: Worker) -> None:
-        self.hyperparameters, self.worker, self.events = hyperparameters, worker, worker.events
+        self.hyperparameters, self.worker = hyperparameters, worker
         self._positions = positions_of_rank(hyperparameters.batch_size, worker.rank, worker.world_size)
         torch.manual_seed(hyperparameters.seed)
         self.model = TwoHeadCNN().to(worker.device)
         self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay)
-        self.dtype = torch.float32
 
     def prepare(self, precision: str) -> None:
         """Set the precision and wrap the model for training; weights must have been restored before."""
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._step = TrainingStep(
-            self.model,
-            self.optimizer,
-            self.worker,
-            self.dtype,
-            label_smoothing=self.hyperparameters.label_smoothing,
-            compiled=self.hyperparameters.compile,
+        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._objective = self._fast = ray.train.torch.prepare_model(
+            Objective(self.model, self.hyperparameters.label_smoothing, self._dtype),
+            parallel_strategy_kwargs={"broadcast_buffers": False},  # its buffers are constants
         )
-
-    def autocast(self) -> torch.autocast:
-        """Autocast to bfloat16 where the run's precision is bf16."""
-        return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        if self.hyperparameters.compile:
+            # A step of so small a network is bound by kernel launches, which CUDA graphs join.
+            mode = "reduce-overhead" if self.worker.device.type == "cuda" else "default"
+            self._fast = torch.compile(self._objective, mode=mode, dynamic=False)
 
     def train_epoch(
         self,
@@ -188,10 +110,10 @@ class Trainer:
             the last `learning_rate`; and, for streamed rows, the checksums of the rows of each file, int64[files].
 
         Raises:
-            NonFiniteLossError: the loss is infinite or not a number.
+            RunError: the loss is infinite or not a number.
             RowCountError: a row was lost or repeated.
         """
-        self._step.module.train()
+        self._objective.train()
         epoch, before, steps = state.epochs_done, state.progress, shuffle.steps
         counter = EpochCounter(before, steps, self.worker, end_ids)
         started, begun = time.time(), time.perf_counter()
@@ -202,9 +124,7 @@ class Trainer:
             waited += time.perf_counter() - asked
             first_batch = first_batch or waited
             rate = one_cycle(epoch * steps + step, steps * self.hyperparameters.epochs, self.hyperparameters.learning_rate)
-            full = len(batch["row_id"]) == len(self._positions)
-            dropout = self.dropout(epoch, step, shuffle.batch_rows(step))
-            counter.add(batch, self._step(batch, dropout, shuffle.batch_rows(step), rate, full=full))
+            counter.add(batch, self._step(batch, epoch, step, shuffle.batch_rows(step), rate))
             last = step == steps - 1
             if last or step % _CHECK_STEPS == _CHECK_STEPS - 1:
                 progress, checkpoint_due = counter.all_reduce(step + 1, checkpointer.due())
@@ -212,9 +132,19 @@ class Trainer:
                 now = time.perf_counter()
                 if now - reported >= UPDATE_SECONDS:
                     reported = now
-                    self._report(epoch, len(shuffle.rows), progress, progress.rows - before.rows, now - begun)
+                    self.worker.events.send(
+                        "progress",
+                        epoch=epoch + 1,
+                        epochs=self.hyperparameters.epochs,
+                        rows=progress.rows,
+                        of_rows=len(shuffle.rows),
+                        rows_per_second=(progress.rows - before.rows) / (now - begun),
+                        loss=progress.loss / progress.rows,
+                        seconds=now - begun,
+                    )
                 if checkpoint_due and not last:
-                    checkpointer.save_step(state, replace(progress, checksums=counter.checksums()))
+                    progress = replace(progress, checksums=counter.checksums())
+                    checkpointer.save(replace(state, progress=progress), wait=False)
         seconds = time.perf_counter() - begun
         check_row_counts(progress.rows, progress.row_ids, len(shuffle.rows), shuffle.rows.id_sum, f"training epoch {epoch + 1}")
         figures = {
@@ -229,6 +159,26 @@ class Trainer:
         }
         return figures, counter.checksums()
 
+    def _step(self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float) -> Tensor:
+        """Update the parameters with this worker's share of a global batch of so many rows.
+
+        Returns:
+            The mean of all heads' losses, without label smoothing, summed over this worker's rows. The next step may overwrite
+            it.
+        """
+        self.optimizer.zero_grad()
+        images = prepare_images(batch["image"])
+        if "affine" in batch:
+            images = distort(images, batch["affine"])
+        # A last share, which may be empty, is not compiled: a network that is compiled for any size would compute other bits.
+        objective = self._fast if len(images) == len(self._positions) else self._objective
+        loss, reported = objective(images, batch["number"], batch["digit"], self.dropout(epoch, step, global_rows))
+        assert isinstance(reported, Tensor)
+        # DDP averages over workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
+        loss.backward(_constant(self.worker.world_size / global_rows, self.worker.device))
+        self.optimizer.step(learning_rate, self._dtype)
+        return reported
+
     def dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
         """This worker's part of the dropout of the global batch of so many rows, which is the same for any number of workers."""
         if not self.hyperparameters.dropout:
@@ -238,19 +188,6 @@ class Trainer:
         factors = dropout_factors(rows, self.hyperparameters.dropout, generator)
         return factors[self._positions.start : self._positions.stop]
 
-    def _report(self, epoch: int, of_rows: int, progress: EpochProgress, rows: int, seconds: float) -> None:
-        """Send a progress event; `rows` were trained on in these seconds."""
-        self.events.send(
-            "progress",
-            epoch=epoch + 1,
-            epochs=self.hyperparameters.epochs,
-            rows=progress.rows,
-            of_rows=of_rows,
-            rows_per_second=rows / seconds,
-            loss=progress.loss / progress.rows,
-            seconds=seconds,
-        )
-
     def evaluate(self, held_out: EvaluationSet, epoch: int) -> Metrics:
         """Metrics on held-out rows, with all ten numbers; each row is counted once over all workers.
 
@@ -259,13 +196,13 @@ class Trainer:
             epoch: number of the epoch for the error message, from 1.
 
         Raises:
-            NonFiniteLossError: the loss is infinite or not a number.
+            RunError: the loss is infinite or not a number.
             RowCountError: a row was lost or repeated.
         """
         self.model.eval()
         rows = held_out.rows
         counts = Counts(self.worker.device)
-        on_progress = self.events.progress("rows evaluated", len(rows))
+        on_progress = self.worker.events.progress("rows evaluated", len(rows))
         for batch, scores in score_rows(self.model, self.digit_scores, held_out.batches):
             counts.add(batch, scores)
             on_progress(len(batch["row_id"]) * self.worker.world_size)  # an estimate: the other workers are about as far
@@ -276,9 +213,15 @@ class Trainer:
     @torch.no_grad()
     def digit_scores(self, batch: Batch) -> Tensor:
         """Digit scores of undistorted images, [n, 10], in the run's precision."""
-        with self.autocast():
+        with torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             return self.model.digit_scores(prepare_images(batch["image"]))
 
     def _check_finite(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
-            raise NonFiniteLossError(f"{where} {loss}; lower --learning-rate (now {self.hyperparameters.learning_rate:g})")
+            raise RunError(f"{where} {loss}; lower --learning-rate (now {self.hyperparameters.learning_rate:g})")
+
+
+# Kept for full batches and for the last one of an epoch: a copy to a GPU waits for all that was launched before.
+@lru_cache(maxsize=2)
+def _constant(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, device=device)

@@ -115,7 +115,7 @@ def event_queue(
     # The queue's actor is pinned to this node, so that it is not lost with another one.
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node})
-    events, ended, dropping = Events(queue), threading.Event(), threading.Event()
+    events, ended = Events(queue), threading.Event()
 
     def follow() -> None:
         with silence_watchdog(console.say, explain_worker_silence) as heard:
@@ -126,7 +126,7 @@ def event_queue(
                     if ended.wait(1.0):
                         return
                     continue
-                if event is None or dropping.is_set():
+                if event is None:
                     return
                 heard()
                 if event["kind"] == _FAILURE:
@@ -143,12 +143,9 @@ def event_queue(
     thread.start()
     try:
         yield events
-    except BaseException:
-        dropping.set()  # events that are still queued are dropped
-        raise
-    finally:
         queue.actor.put.remote(None)  # the last event: ends the thread once the events before it are shown
         thread.join(timeout=10)
+    finally:  # after an error, events that are still queued are dropped
         ended.set()
         queue.shutdown(force=True)
         thread.join(timeout=5)  # the thread must not call Ray after this process has left the cluster

@@ -16,6 +16,7 @@ from mnistsum_ray.model.loss import Objective, dropout_factors
 from mnistsum_ray.model.network import TwoHeadCNN, distort, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights
+from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import TrainerState, load_state, save_checkpoint
 from tests.gpu.conftest import CUDA
 from tests.model.test_optimizer import random_rows
@@ -128,7 +129,7 @@ def test_a_checkpoint_goes_from_gpu_to_cpu_and_back(tmp_path: Path) -> None:
         save_checkpoint(folder, state, model, optimizer)
         model = TwoHeadCNN().to(device)
         optimizer = MuonAdamW(model, 0.01)
-        state = load_state(folder, model, optimizer)
+        state = load_state(locate(str(folder), "checkpoint"), model, optimizer)
     assert all(torch.equal(value, weights[name]) for name, value in copy_weights(model).items())
     for name, parameter, moments in optimizer.states():
         for key, value in moments.items():

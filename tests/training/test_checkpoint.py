@@ -17,13 +17,13 @@ from mnistsum_ray.training.checkpoint import (
     STATE_CARD,
     CheckpointError,
     EpochProgress,
-    SumHeadResult,
     TrainerState,
     latest_valid_checkpoint,
     load_state,
+    read_checkpoint,
     save_checkpoint,
-    verify_checkpoint,
 )
+from mnistsum_ray.training.loop import describe
 
 SCORES = Metrics(rows=10, pairs=100, loss=0.5, digit_accuracy=0.9, sum_accuracy=0.8, consistency=0.7)
 LINE = {"epoch": 1, "validation": asdict(SCORES), "test": asdict(SCORES)}
@@ -50,12 +50,12 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     model, optimizer = make(0)
     for seed in range(3):
         step(model, optimizer, seed)
-    tuned = SumHeadResult(steps=5, kept=True, validation=SCORES, test=SCORES)
+    tuned = {"steps": 5, "kept": True, "validation": asdict(SCORES), "test": asdict(SCORES)}
     progress = EpochProgress(7, 0.1 + 0.2, 448, 123_456, [(3, 192, 0.1)], torch.tensor([3, -(2**63)]))
     state = TrainerState(1, [LINE], "fp32", progress, tuned, torch.tensor([5, 6]))
     save_checkpoint(tmp_path, state, model, optimizer)
     other, other_optimizer = make(1)
-    loaded = load_state(tmp_path, other, other_optimizer)
+    loaded = load_state(locate(str(tmp_path), "checkpoint"), other, other_optimizer)
     assert (loaded.epochs_done, loaded.history, loaded.precision) == (1, [LINE], "fp32")
     assert replace(loaded.progress, checksums=None) == replace(progress, checksums=None)
     assert loaded.sum_head == tuned
@@ -70,14 +70,13 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_description_tells_how_the_sum_head_was_tuned(*, kept: bool) -> None:
-    before, after = asdict(SCORES), replace(SCORES, sum_accuracy=0.9)
+    before, after = asdict(SCORES), asdict(replace(SCORES, sum_accuracy=0.9))
     lines = [{"epoch": epoch, "validation": before, "test": before} for epoch in (1, 2, 3)]
-    tuned = SumHeadResult(steps=5, kept=kept, validation=after, test=after)
-    weights = copy_weights(make(0)[0])
-    description = TrainerState(3, lines, "fp32", sum_head=tuned).describe(weights)
+    tuned = {"steps": 5, "kept": kept, "validation": after, "test": after}
+    description = describe(TrainerState(3, lines, "fp32", sum_head=tuned), copy_weights(make(0)[0]))
     assert description["epoch"] == 3
-    assert description["test"] == description["validation"] == asdict(after if kept else SCORES)
-    metrics = {when: {"validation": of, "test": of} for when, of in (("before", before), ("after", asdict(after)))}
+    assert description["test"] == description["validation"] == (after if kept else before)
+    metrics = {when: {"validation": of, "test": of} for when, of in (("before", before), ("after", after))}
     assert description["sum_head"] == {"steps": 5, "kept": kept, **metrics}
 
 
@@ -88,14 +87,14 @@ def test_a_checkpoint_that_is_not_whole_is_known_for_one(tmp_path: Path, name: s
     step(model, optimizer, 0)
     save_checkpoint(tmp_path, TrainerState(1, [LINE], "fp32"), model, optimizer)
     place = locate(str(tmp_path), "checkpoint")
-    verify_checkpoint(place)
+    read_checkpoint(place)
     file = tmp_path / name
     if harm == "missing":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"is missing|is incomplete"):
-        verify_checkpoint(place)
+        read_checkpoint(place)
 
 
 def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
