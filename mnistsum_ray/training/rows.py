@@ -19,7 +19,6 @@ from itertools import pairwise
 from typing import Any, Final, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
 import torch
@@ -161,16 +160,12 @@ class TrainingRows:
             )
         blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
         for task, table in zip(tasks, blocks, strict=True):
-            _check_block(task, table)
+            if "error" in table.column_names:
+                # The storage may answer the next attempt; what is wrong in a file stays wrong.
+                raise (OSError if table["may_pass"][0].as_py() else RunError)(table["error"][0].as_py())
+            if (table.num_rows, table["index"][0].as_py()) != (task["rows"], task["index"]):
+                raise RowCountError(f"{table.num_rows} rows of task {table['index'][0]} came in place of {task}")
             yield block_columns(table)
-
-
-def _check_block(task: dict[str, int], table: pa.Table) -> None:
-    if "error" in table.column_names:
-        # The storage may answer the next attempt; what is wrong in a file stays wrong.
-        raise (OSError if table["may_pass"][0].as_py() else RunError)(table["error"][0].as_py())
-    if (table.num_rows, table["index"][0].as_py()) != (task["rows"], task["index"]):
-        raise RowCountError(f"{table.num_rows} rows of task {table['index'][0]} came in place of {task}")
 
 
 def _side_by_side(pieces: list[Columns], steps: int) -> Columns:
