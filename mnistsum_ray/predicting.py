@@ -11,7 +11,7 @@ import pyarrow as pa
 from mnistsum_ray.data import images as image_columns
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.data.parquet_types import plain_table
+from mnistsum_ray.data.parquet import plain_table
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.storage.paths import locate_existing
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
 from mnistsum_ray.data.order import NUMBERS
@@ -119,10 +120,15 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     Returns:
         uint8[n, 28, 28], and row -> reason for each value that is not an image; these rows are zeros.
     """
+    null = "the image is null; fill it in or drop the row"
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
+    if pa.types.is_struct(column.type):
+        field = image_field(column.type)
+        null = f"the image, or its field {field!r}, is null; put the picture itself into it, or drop the row"
+        column = pc.struct_field(column, field)
     whole = _decode_whole_lists(column) if is_list(column.type) else _view_whole_bytes(column)
     if whole is not None:
         return whole, {}
@@ -130,7 +136,9 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     bad: dict[int, str] = {}
     for row, value in enumerate(column):
         try:
-            images[row] = _decode_value(value)
+            if not value.is_valid:
+                raise ImageError(null)
+            images[row] = _decode_list(value.values) if is_list(column.type) else _decode_bytes(value.as_py())
         except ImageError as error:
             bad[row] = str(error)
     return images, bad
@@ -145,35 +153,29 @@ def join_reasons(bad_images: dict[int, str], bad_numbers: dict[int, str]) -> dic
 
 def _view_whole_bytes(column: pa.Array) -> Pixels | None:
     """The buffer of a column whose values are all 784 pixels, without a copy; None where a value is anything else."""
-    images = _view_784_bytes(column)
-    return None if images is None or starts_as_png_or_jpeg(images).any() else images
-
-
-def _view_784_bytes(column: pa.Array) -> Pixels | None:
-    if column.type == IMAGE_TYPE and column.null_count == 0:
-        return pixels_view(column)
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)) or column.null_count or not len(column):
+    kind = column.type
+    if column.null_count or not len(column) or pa.types.is_null(kind):
         return None
-    offsets = np.frombuffer(column.buffers()[1], np.int32 if pa.types.is_binary(column.type) else np.int64)
-    offsets = offsets[column.offset : column.offset + len(column) + 1]
-    if (np.diff(offsets) != PIXELS).any():
+    if kind == IMAGE_TYPE:
+        images = pixels_view(column)
+    elif pa.types.is_fixed_size_binary(kind):
         return None
-    return np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]].reshape(len(column), SIDE, SIDE)
+    else:
+        offsets = np.frombuffer(column.buffers()[1], np.int32 if pa.types.is_binary(kind) else np.int64)
+        offsets = offsets[column.offset : column.offset + len(column) + 1]
+        if (np.diff(offsets) != PIXELS).any():
+            return None
+        images = np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]].reshape(len(column), SIDE, SIDE)
+    return None if starts_as_png_or_jpeg(images).any() else images
 
 
 def _decode_whole_lists(column: pa.Array) -> Pixels | None:
     """A column of lists decoded at once; None where a list has another length, a null or a value outside 0..255."""
     flat: Any = column
     while is_list(flat.type):
-        if flat.null_count:
-            return None
-        length = flat.type.list_size if pa.types.is_fixed_size_list(flat.type) else flat.value_lengths()
-        if not isinstance(length, int):
-            distinct = length.unique()
-            if len(distinct) != 1:
-                return None
-            length = distinct[0].as_py()
-        if length not in (PIXELS, SIDE):
+        fixed = pa.types.is_fixed_size_list(flat.type)
+        lengths = [flat.type.list_size] if fixed else flat.value_lengths().unique().to_pylist()
+        if flat.null_count or lengths not in ([PIXELS], [SIDE]):
             return None
         flat = flat.flatten()
     if flat.null_count or len(flat) != len(column) * PIXELS:
@@ -186,23 +188,12 @@ def _decode_whole_lists(column: pa.Array) -> Pixels | None:
     return values.reshape(len(column), SIDE, SIDE)  # type: ignore[no-any-return]
 
 
-def _decode_value(value: pa.Scalar) -> Pixels:
-    if isinstance(value, pa.StructScalar) and value.is_valid:
-        field = image_field(value.type)
-        assert field is not None, "checked by image_type_error"
-        if not value[field].is_valid:
-            raise ImageError(f"the image's field {field!r} is null; put the picture itself into it, or drop the row")
-        value = value[field]
-    if not value.is_valid:
-        raise ImageError("the image is null; fill it in or drop the row")
-    if is_list(value.type):
-        return _decode_list(value.values)
-    data: bytes = value.as_py()
+def _decode_bytes(data: bytes) -> Pixels:
     if len(data) == PIXELS:
         pixels = np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)
         if not starts_as_png_or_jpeg(pixels[None]).any():
             return pixels
-    return decode_png_or_jpeg(data)
+    return _decode_png_or_jpeg(data)
 
 
 def _decode_list(values: pa.Array) -> Pixels:
@@ -229,9 +220,6 @@ _PNG_START: Final = np.frombuffer(b"\x89PNG\r\n\x1a\n", np.uint8)
 _JPEG_START: Final = np.frombuffer(b"\xff\xd8\xff", np.uint8)
 """Followed by the next marker, a byte of 0xC0 or more."""
 
-_EXIF_ORIENTATION: Final = 0x0112
-"""EXIF tag: how the camera was held; 1 is upright."""
-
 
 class ImageError(ValueError):
     """A row's image cannot be used; the message says what it is and what to do."""
@@ -248,7 +236,7 @@ def starts_as_png_or_jpeg(images: Pixels) -> npt.NDArray[np.bool_]:
     return found
 
 
-def decode_png_or_jpeg(data: bytes) -> Pixels:
+def _decode_png_or_jpeg(data: bytes) -> Pixels:
     """Decode to uint8[28, 28], turned upright as its EXIF says.
 
     Raises:
@@ -261,23 +249,18 @@ def decode_png_or_jpeg(data: bytes) -> Pixels:
                 raise ImageError(f"the picture is {picture.width} x {picture.height} pixels, not 28 x 28; resize it")
             if picture.mode != "L":
                 raise ImageError(f"the picture has mode {picture.mode}, not L (8-bit grayscale); convert it")
-            if picture.getexif().get(_EXIF_ORIENTATION, 1) == 1:
-                return np.asarray(picture)
-            upright: Pixels = np.asarray(ImageOps.exif_transpose(picture))
-            return upright
+            ImageOps.exif_transpose(picture, in_place=True)
+            return np.asarray(picture)
     except ImageError:
         raise
     except Image.DecompressionBombError:
         raise ImageError("the picture claims to unpack to far more than 28 x 28 pixels; resize it") from None
     except Exception as error:  # on damaged bytes Pillow's decoders raise many types
+        reason, advice = "are neither 784 pixels nor a readable PNG or JPEG", "save it again"
         if len(data) == PIXELS:
-            raise ImageError(
-                f"784 bytes begin as a PNG or JPEG does, and cannot be read as one ({type(error).__name__}); save it again, or "
-                "store the pixels as a list of 784 integers"
-            ) from None
-        raise ImageError(
-            f"{len(data)} bytes are neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__}); save it again"
-        ) from None
+            reason = "begin as a PNG or JPEG does, and cannot be read as one"
+            advice += ", or store the pixels as a list of 784 integers"
+        raise ImageError(f"{len(data)} bytes {reason} ({type(error).__name__}); {advice}") from None
 
 
 def check_digits(digits: pa.Array, where: str, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
@@ -291,6 +274,6 @@ def check_digits(digits: pa.Array, where: str, rows: Sequence[int] | npt.NDArray
         RequestError: a digit is null or outside 0..9; names the row.
     """
     values, bad = decode_numbers(digits)
-    for index in sorted(bad):
-        raise RequestError(f"{where}: row {rows[index]}: the digit {bad[index]}")
+    if bad:
+        raise RequestError(f"{where}: row {rows[min(bad)]}: the digit {bad[min(bad)]}")
     return values.astype(np.int8)

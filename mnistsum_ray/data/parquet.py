@@ -1,8 +1,10 @@
-"""Open Parquet files that other programs wrote: whether a failure is the file's or the storage's; footers; and rows."""
+"""Parquet files that other programs wrote: footers, rows, column types, and whether a failure is the file's or the storage's."""
 
 import hashlib
 import io
-from collections.abc import Iterator
+import re
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,13 +15,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mnistsum_ray.data.parquet_types import plain_arrow_types
 from mnistsum_ray.errors import StorageError, UnusableFileError, one_line
-from mnistsum_ray.storage.listing import is_hidden
 from mnistsum_ray.storage.location import Location
-
-SUFFIXES: Final = (".parquet", ".pq", ".parq")
-"""Suffixes of the files that training and scoring take from a folder, in upper or lower case."""
 
 # Limits on what a footer may claim, since the plan of the whole run is computed from it.
 _MAX_BYTES: Final = 2**50
@@ -31,10 +28,26 @@ _TAIL_BYTES: Final = 64 * 1024
 _BATCH_ROWS: Final = 8192
 """Rows that are decompressed at once."""
 
+_NAME: Final = b"ARROW:extension:name"
+_METADATA: Final = b"ARROW:extension:metadata"
 
-def is_data_file(name: str) -> bool:
-    """True if a file with this name relative to the folder that was named is taken as input."""
-    return name.lower().endswith(SUFFIXES) and not is_hidden(name)
+# Type name -> storage type and metadata of some instance. With these, `_registered_types` finds the Python class.
+_RAY_TYPES: Final = {
+    "ray.data.arrow_tensor": (pa.list_(pa.int64()), b"[0]"),
+    "ray.data.arrow_tensor_v2": (pa.large_list(pa.int64()), b"[0]"),
+    "ray.data.arrow_variable_shaped_tensor": (
+        pa.struct({"data": pa.large_list(pa.int64()), "shape": pa.list_(pa.int32())}),
+        b"1",
+    ),
+    "ray.data.arrow_pickled_object": (pa.large_binary(), b""),
+}
+
+_UNCHANGED_TYPES: Final = frozenset(
+    {"None", "String", "Int", "Date", "Decimal", "Timestamp", "Time(isAdjustedToUTC=false", "Float16", "JSON", "UUID", "Null"}
+)
+"""Parquet's logical types that pyarrow reads and writes again as the same type."""
+
+_registry_lock = threading.Lock()
 
 
 @contextmanager
@@ -59,7 +72,7 @@ def open_parquet(file: Location, **options: Any) -> Iterator[pq.ParquetFile]:
         failure = source.failure if source else error
         if failure or isinstance(error, MemoryError):  # this machine's memory is no fault of the file either
             raise storage_error(file, failure or error) from error
-        raise UnusableFileError(f"cannot be read: {one_line(error)} ({type(error).__name__})") from None
+        raise _unreadable(error) from None
     finally:
         if source is not None:
             source.close()
@@ -110,6 +123,10 @@ def storage_error(file: Location, error: Exception) -> StorageError:
     return StorageError(f"{file.display}: cannot be read: {one_line(error)}")
 
 
+def _unreadable(error: Exception) -> UnusableFileError:
+    return UnusableFileError(f"cannot be read: {one_line(error)} ({type(error).__name__})")
+
+
 @dataclass(frozen=True)
 class Footer:
     """Footer of a Parquet file."""
@@ -136,7 +153,7 @@ def read_footer(file: Location, size: int) -> Footer:
             metadata = pq.read_metadata(pa.BufferReader(data))
             schema = metadata.schema.to_arrow_schema()
     except Exception as error:  # Arrow raises many types for damaged bytes
-        raise UnusableFileError(f"cannot be read: {one_line(error)} ({type(error).__name__})") from None
+        raise _unreadable(error) from None
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     rows, decompressed = [group.num_rows for group in groups], sum(group.total_byte_size for group in groups)
     plausible = min(rows, default=0) >= 0 and sum(rows) == metadata.num_rows <= _MAX_ROWS and 0 <= decompressed < _MAX_BYTES
@@ -224,3 +241,149 @@ def to_parquet(table: pa.Table) -> pa.Buffer:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     return sink.getvalue()
+
+
+@contextmanager
+def plain_arrow_types() -> Iterator[None]:
+    """Files opened in the block show columns of Ray's types as plain columns. After the block the types are registered as before.
+
+    Otherwise scored files would need Ray to be read, and files of Ray 2.49 to 2.54, whose metadata is a pickle, could not be
+    opened at all. Arrow's registry belongs to the whole process and no reader can ignore it, so the block takes Ray's types out.
+    Keep it short: threads wait for each other, and one that deserializes one of Ray's types meanwhile gets the plain type too.
+    """
+    with _registry_lock:
+        types = _registered_types()
+        for kind in types:
+            pa.unregister_extension_type(kind.extension_name)
+        try:
+            yield
+        finally:
+            for kind in types:
+                pa.register_extension_type(kind)
+
+
+def _registered_types() -> list[pa.ExtensionType]:
+    """An instance of each of Ray's types that is registered in this process.
+
+    Arrow has no public lookup by name. Reading a serialized schema gives instances of the types that are registered, and plain
+    types for the others.
+    """
+    fields = [
+        pa.field(name, storage, metadata={_NAME: name.encode(), _METADATA: metadata})
+        for name, (storage, metadata) in _RAY_TYPES.items()
+    ]
+    schema = pa.ipc.read_schema(pa.schema(fields).serialize())
+    return [field.type for field in schema if isinstance(field.type, pa.ExtensionType)]
+
+
+def plain_table(table: pa.Table) -> pa.Table:
+    """The table without string and binary views and without marks of Ray's types; the same object where there are none."""
+    schema = plain_schema(table.schema)
+    return table if schema.equals(table.schema, check_metadata=True) else table.cast(schema)
+
+
+def plain_schema(schema: pa.Schema) -> pa.Schema:
+    """The schema with plain strings and bytes in place of views, which pyarrow cannot `take`, and without marks of Ray's types.
+
+    Files written with the marks would be read as those types again.
+    """
+    return pa.schema([_with_leaves(field, _without_view) for field in schema], schema.metadata)
+
+
+def _without_view(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    return pa.binary() if pa.types.is_binary_view(kind) else kind
+
+
+def _in_nanoseconds(kind: pa.DataType) -> pa.DataType:
+    return pa.timestamp("ns", kind.tz) if pa.types.is_timestamp(kind) else kind
+
+
+def _with_leaves(field: pa.Field, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.Field:
+    """The field with `leaf` of each type that is not nested, and without marks of Ray's types."""
+    metadata, kind, types = field.metadata or {}, field.type, pa.types
+    if metadata.get(_NAME, b"").decode(errors="replace") in _RAY_TYPES:
+        field = field.with_metadata({key: value for key, value in metadata.items() if key not in (_NAME, _METADATA)})
+
+    def inner(child: pa.Field) -> pa.Field:
+        return _with_leaves(child, leaf)
+
+    if isinstance(kind, pa.JsonType):
+        kind = pa.json_(leaf(kind.storage_type))
+    elif types.is_list(kind):
+        kind = pa.list_(inner(kind.value_field))
+    elif types.is_large_list(kind):
+        kind = pa.large_list(inner(kind.value_field))
+    elif types.is_fixed_size_list(kind):
+        kind = pa.list_(inner(kind.value_field), kind.list_size)
+    elif types.is_struct(kind):
+        kind = pa.struct([inner(child) for child in kind])
+    elif types.is_map(kind):
+        kind = pa.map_(inner(kind.key_field), inner(kind.item_field), kind.keys_sorted)
+    else:
+        kind = leaf(kind)
+    return field.with_type(kind)
+
+
+def column_error(schema: pa.Schema, name: str, type_error: Callable[[pa.DataType], str | None]) -> str | None:
+    """Why a column that is in the schema cannot be used; `type_error` says it of a type, see `images.image_type_error`."""
+    if len(schema.get_all_field_indices(name)) > 1:
+        return f"has more than one column {name!r}; rename all but one"
+    error = type_error(plain_schema(schema).field(name).type)
+    return f"column {name!r} {error}; convert it" if error else None
+
+
+def lossy_column(schema: pq.ParquetSchema, dropped: str) -> str | None:
+    """Why some column would be written with another type than it was read with; None where none would.
+
+    Args:
+        dropped: name of the column that is not written.
+    """
+    text = str(schema)
+    variant = re.search(r"group field_id=-?\d+ (.+) \(Variant", text) if "(Variant" in text else None
+    if variant:
+        return f"column {variant[1]!r} has the type VARIANT, which would be lost; cast it to JSON or VARCHAR"
+    for column, leaf in _columns_of_leaves(schema):
+        logical = str(leaf.logical_type)
+        time = logical.startswith("Time(")
+        name = logical.partition("," if time else "(")[0]
+        if name not in _UNCHANGED_TYPES and column != dropped:
+            sql = "TIME WITH TIME ZONE" if time else name.upper()
+            return f"column {column!r} has the type {sql}, which would be lost; cast it to another"
+    return None
+
+
+def int96_columns(schema: pq.ParquetSchema) -> list[str]:
+    """Columns with timestamps of Parquet's old type INT96, which pyarrow reads as nanoseconds since 1970."""
+    return sorted({column for column, leaf in _columns_of_leaves(schema) if leaf.physical_type == "INT96"})
+
+
+def _columns_of_leaves(schema: pq.ParquetSchema) -> Iterator[tuple[str, pq.ColumnSchema]]:
+    """The leaves, each with the column that its path begins with; the column's own name may hold dots."""
+    columns = schema.to_arrow_schema().names
+    for leaf in (schema.column(index) for index in range(len(schema))):
+        named = (name for name in columns if leaf.path == name or leaf.path.startswith(f"{name}."))
+        yield max(named, key=len, default=leaf.path), leaf
+
+
+def check_int96(file: pq.ParquetFile, columns: list[str], groups: list[int]) -> None:
+    """Refuse INT96 timestamps that do not fit into nanoseconds since 1970: pyarrow would silently read other dates.
+
+    Args:
+        file: opened with `coerce_int96_timestamp_unit="us"`.
+        columns: from `int96_columns`.
+        groups: row groups to check.
+
+    Raises:
+        UnusableFileError: names the column.
+    """
+    for batch in file.iter_batches(row_groups=groups, columns=columns, use_threads=False):
+        for field in batch.schema:
+            try:
+                batch.column(field.name).cast(_with_leaves(field, _in_nanoseconds).type)
+            except pa.ArrowInvalid:
+                raise UnusableFileError(
+                    f"column {field.name!r} holds INT96 timestamps outside of the years 1677 to 2262, which would be read as "
+                    "others; write it again with TIMESTAMP_MICROS (Spark: spark.sql.parquet.outputTimestampType)"
+                ) from None

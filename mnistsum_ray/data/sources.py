@@ -1,47 +1,58 @@
 """Data sources: full MNIST, an IDX folder, Parquet files or the bundled sample, and the rows of each split.
 
-IDX files, MNIST's own, and the sample are read whole. Parquet files are only described by their footers.
+IDX files, MNIST's own, and the sample are read whole. Of Parquet files only the footers are: a million files take some hundred
+megabytes, and none of it grows with their rows.
 """
 
-import gzip
 import hashlib
-import http.client
-import struct
-import tempfile
-import urllib.request
-import zlib
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mnistsum_ray.data.images import SIDE, Pixels, check_digits, decode_images, one_chunk
-from mnistsum_ray.data.order import RowIds, RowRanges
-from mnistsum_ray.data.parquet_source import ParquetFiles, read_parquet_source
-from mnistsum_ray.errors import RequestError, RunError, StorageError, one_line
-from mnistsum_ray.storage.listing import special_file_error
-from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.data import inputs
+from mnistsum_ray.data.idx import IDX_FILES, download_mnist, find_idx, read_idx
+from mnistsum_ray.data.images import SIDE, Pixels, check_digits, decode_images, image_type_error, number_type_error, one_chunk
+from mnistsum_ray.data.order import RowIds, RowRanges, row_checksums
+from mnistsum_ray.data.parquet import check_unchanged, column_error, open_parquet, plain_table, read_footer, read_rows
+from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.storage.location import Location, retried
+from mnistsum_ray.storage.paths import locate_existing
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 
-_IDX_FILES: Final = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
+FILE_SCHEMA: Final = pa.schema(
+    [
+        *inputs.FILE_SCHEMA,
+        ("footer_sha256", pa.string()),
+        ("rows", pa.int64()),
+        ("group_rows", pa.list_(pa.int64())),  # rows of each row group
+        ("digit_column", pa.string()),
+    ]
 )
+"""One row per file, in the order of the row ids."""
 
-_DOWNLOAD_TIMEOUT_SECONDS: Final = 3
-"""For the connection and for each read, so it does not limit the download as a whole."""
+_DIGIT_COLUMNS: Final = ("digit", "label")
+
+_SPLITS: Final = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("validation", "valid", "val"), "validation"
+)
+"""Words in the names of files and folders, in upper or lower case, that name the split of their rows."""
 
 _MIN_TRAIN_ROWS: Final = 10
 _MAX_HELD_OUT_ROWS: Final = 5000
+
+_THREADS: Final = 32
+"""That read footers from an object store, which answers slowly but takes many requests at once."""
+
+Digits = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -49,11 +60,91 @@ class ImageArrays:
     """Images with digits in memory; row id i is index i."""
 
     images: Pixels
-    digits: npt.NDArray[np.int8]
+    digits: Digits
 
-    def fetch(self, ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
+    @property
+    def group_bounds(self) -> RowIds:
+        """All rows are one group."""
+        return np.array([0, len(self.images)])
+
+    def fetch(self, ids: RowIds) -> tuple[Pixels, Digits]:
         """Rows int64[n] in any order as uint8[n, 28, 28] and int8[n]."""
         return self.images[ids], self.digits[ids]
+
+
+@dataclass(frozen=True)
+class ParquetFiles:
+    """Parquet files with images and digits below one folder."""
+
+    root: Location
+    table: pa.Table
+    """FILE_SCHEMA."""
+
+    @cached_property
+    def group_bounds(self) -> RowIds:
+        """int64[n + 1]: of the n row groups that have rows, group i holds the ids bounds[i]..bounds[i + 1]-1."""
+        rows = self.table["group_rows"].combine_chunks().flatten().to_numpy().astype(np.int64)
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[rows > 0])])
+
+    @cached_property
+    def end_ids(self) -> RowIds:
+        """Row id after the last row of each file."""
+        return np.cumsum(self.table["rows"].to_numpy())
+
+    def location(self, index: int) -> Location:
+        """The file with this index in `table`."""
+        name: str = self.table["name"][index].as_py()
+        return self.root / name
+
+    def fetch(self, ids: RowIds) -> tuple[Pixels, Digits]:
+        """Read and decode rows int64[n], distinct and in any order, as uint8[n, 28, 28] and int8[n].
+
+        Raises:
+            RequestError: a file has changed, or a row is not an image with a digit; names the file and the row.
+            StorageError: the storage does not give a file.
+        """
+        images, digits = np.empty((len(ids), SIDE, SIDE), np.uint8), np.empty(len(ids), np.int8)
+        order = np.argsort(ids)
+        files, starts = np.unique(np.searchsorted(self.end_ids, ids[order], side="right"), return_index=True)
+        for index, places in zip(files.tolist(), np.split(order, starts[1:]), strict=False):
+            images[places], digits[places] = self._read(index, ids[places])
+        return images, digits
+
+    def _read(self, index: int, ids: RowIds) -> tuple[Pixels, Digits]:
+        """Rows of one file, in ascending order."""
+        (entry,), file = self.table.slice(index, 1).to_pylist(), self.location(index)
+        rows = ids - (self.end_ids[index] - entry["rows"])
+        try:
+            check_unchanged(file, entry["size"], entry["modified"])
+            with open_parquet(file) as parquet:
+                table = plain_table(pa.Table.from_batches(read_rows(parquet, rows, ["image", entry["digit_column"]])))
+        except UnusableFileError as error:
+            raise RequestError(f"{file.display}: {error}") from None
+        images, bad = decode_images(one_chunk(table["image"]))
+        for row, reason in sorted(bad.items()):
+            raise RequestError(f"{file.display}: row {rows[row]}: {reason}")
+        return images, check_digits(one_chunk(table[entry["digit_column"]]), file.display, rows)
+
+    def add_checksums(
+        self, checksums: npt.NDArray[np.int64], ids: RowIds, images: Pixels, digits: npt.NDArray[np.integer[Any]]
+    ) -> None:
+        """Add the `row_checksums` of rows to those of their files, int64[files]."""
+        np.add.at(checksums, np.searchsorted(self.end_ids, ids, side="right"), row_checksums(ids, images, digits))
+
+    def changed_file(self, earlier: pa.Table, *, same_place: bool) -> str | None:
+        """What differs from an earlier table of the files, as `FILE: reason`; None where nothing does.
+
+        Args:
+            earlier: FILE_SCHEMA.
+            same_place: the earlier files lay in the same folder, so their times must be the same too. A copy has other times.
+        """
+        compared = ["name", "size", "footer_sha256"] + (["modified"] if same_place else [])
+        now, then = ({row["name"]: row for row in table.select(compared).to_pylist()} for table in (self.table, earlier))
+        for name in sorted(now.keys() | then.keys()):
+            if now.get(name) != then.get(name):
+                reason = "is new" if name not in then else "is missing" if name not in now else "has changed"
+                return f"{(self.root / name).display}: {reason} since the run began"
+        return None
 
 
 @dataclass(frozen=True)
@@ -107,19 +198,10 @@ def open_source(data: str) -> Source:
         return _sample()
     if data in ("auto", "mnist"):
         return _full_mnist(fall_back=data == "auto")
-    place = locate(data, "--data")
+    place = locate_existing(data, "--data")
     try:
-        info = place.info()
-        if info.type == pafs.FileType.NotFound:
-            raise RequestError(f"--data {place.display}: there is no such file or folder")
-        if place.is_local and info.type == pafs.FileType.Directory:
-            folder = _find_idx(Path(place.path))
-            if folder:
-                return _idx(folder)
-        special = special_file_error(place)
-        if special:
-            raise RequestError(f"--data {place.display}: {special}")
-        return _parquet(place.with_retries(), info)
+        folder = find_idx(Path(place.path)) if place.is_local else None
+        return _idx(folder) if folder else _parquet(data, place)
     except StorageError as error:
         raise RunError(f"--data {error}; nothing was begun") from None
     except OSError as error:
@@ -137,33 +219,25 @@ def _sample() -> Source:
 def _full_mnist(*, fall_back: bool) -> Source:
     """MNIST from ./data, from the cache in the home folder, or downloaded into it; with `fall_back` else the sample."""
     cache = Path.home() / ".cache" / "mnistsum_ray"
-    for root in (Path("data").resolve(), cache):
-        folder = _find_idx(root)
-        if folder:
-            return _idx(folder)
+    folder = find_idx(Path("data").resolve()) or find_idx(cache)
+    if folder:
+        return _idx(folder)
     try:
-        _download_mnist(cache)
+        return _idx(download_mnist(cache))
     except (OSError, RuntimeError) as error:
-        reason = one_line(error) or type(error).__name__
-        if not fall_back:
-            raise RequestError(
-                f"--data mnist: not in ./data or {cache}, and it cannot be downloaded ({reason}); "
-                "name its folder, or take --data sample"
-            ) from None
-        sample = _sample()
-        notice = (
-            f"NOT the full MNIST: it is not in ./data or {cache}, and it cannot be downloaded ({reason}). "
-            f"Going on with the bundled sample of {sample.rows:,} images; --data FOLDER names a copy of the full set."
-        )
-        return replace(sample, notice=notice)
-    folder = _find_idx(cache)
-    if folder is None:
-        raise RequestError(f"--data mnist: the download left no MNIST in {cache}")
-    return _idx(folder)
+        missing = f"not in ./data or {cache}, and it cannot be downloaded ({one_line(error)})"
+    if not fall_back:
+        raise RequestError(f"--data mnist: {missing}; name its folder, or take --data sample")
+    sample = _sample()
+    notice = (
+        f"NOT the full MNIST: it is {missing}. "
+        f"Going on with the bundled sample of {sample.rows:,} images; --data FOLDER names a copy of the full set."
+    )
+    return replace(sample, notice=notice)
 
 
 def _idx(folder: Path) -> Source:
-    images, digits, test_rows = _read_idx(folder)
+    images, digits, test_rows = read_idx(folder)
     arrays = ImageArrays(images, check_digits(pa.array(digits), str(folder), range(len(digits))))
     end = len(images) - test_rows
     return _with_splits(
@@ -171,9 +245,57 @@ def _idx(folder: Path) -> Source:
     )
 
 
-def _parquet(place: Location, info: pafs.FileInfo) -> Source:
-    files, rows, skipped = read_parquet_source(place, info)
-    return replace(_with_splits("parquet", place.display, files, rows), skipped=skipped)
+def _parquet(data: str, place: Location) -> Source:
+    """The Parquet files that `data` names, in the order of their names."""
+    none = f"holds neither IDX files ({IDX_FILES[0]}, …) on a local disk nor Parquet files"
+    found = inputs.list_inputs([data], flag="--data", none=none)
+    root, entries = found.root.with_retries(), found.files.to_pylist()
+    for name, reason in found.unusable.items():
+        raise RequestError(f"--data {root.display}/{name}: {reason}")
+    # A local disk answers at once, and threads slow it down.
+    with ThreadPoolExecutor(1 if root.is_local else _THREADS) as pool:
+        files = ParquetFiles(root, pa.Table.from_pylist(list(pool.map(partial(_describe, root), entries)), FILE_SCHEMA))
+    splits = np.array([_split_of_name(entry["name"]) for entry in entries])
+    names = dict.fromkeys(splits.tolist())
+    if "" in names and len(names) > 1:
+        raise RequestError(
+            f"--data {place.display}: some files are named train or test and some are not, so the test rows are unclear"
+        )
+    starts = files.end_ids - files.table["rows"].to_numpy()
+    rows = {name: RowRanges.of(starts[splits == name], files.end_ids[splits == name]) for name in names}
+    return replace(_with_splits("parquet", place.display, files, rows), skipped=found.skipped)
+
+
+def _describe(root: Location, entry: dict[str, Any]) -> dict[str, Any]:
+    """The FILE_SCHEMA row of an input file."""
+    file = root / entry["name"]
+    try:
+        footer = retried(lambda: read_footer(file, entry["size"]))
+    except UnusableFileError as error:
+        raise RequestError(f"{file.display}: {error}") from None
+    names = footer.schema.names
+    digit_column = next((name for name in _DIGIT_COLUMNS if name in names), None)
+    if "image" not in names or digit_column is None:
+        raise RequestError(f"{file.display}: needs a column 'image' and a column 'digit' or 'label', has {', '.join(names)}")
+    for name, type_error in (("image", image_type_error), (digit_column, number_type_error)):
+        error_of_column = column_error(footer.schema, name, type_error)
+        if error_of_column:
+            raise RequestError(f"{file.display}: {error_of_column}")
+    return entry | {
+        "footer_sha256": footer.sha256,
+        "rows": sum(footer.group_rows),
+        "group_rows": footer.group_rows,
+        "digit_column": digit_column,
+    }
+
+
+def _split_of_name(file: str) -> str:
+    """Split named by the file or, failing that, by its folder: train, validation or test; "" where neither does."""
+    for name in reversed(file.split("/")[-2:]):
+        for word in re.findall("[a-z]+", name.lower()):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return ""
 
 
 def _with_splits(name: str, location: str, data: ImageArrays | ParquetFiles, rows: dict[str, RowRanges]) -> Source:
@@ -186,107 +308,10 @@ def _with_splits(name: str, location: str, data: ImageArrays | ParquetFiles, row
         count = 0 if train is None else len(train)
         raise RequestError(f"--data {location}: has {count} training rows; at least {_MIN_TRAIN_ROWS} are needed")
     count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
-    bounds = data.group_bounds if isinstance(data, ParquetFiles) else np.array([0, len(data.images)])
     if test is None:
-        train, test = train.hold_out(count, bounds)
+        train, test = train.hold_out(count, data.group_bounds)
     if validation is None:
-        train, validation = train.hold_out(count, bounds)
+        train, validation = train.hold_out(count, data.group_bounds)
     if not len(validation) or not len(test):
         raise RequestError(f"--data {location}: its validation or test files have no rows")
     return Source(name, location, data, train, validation, test)
-
-
-def _find_idx(root: Path) -> Path | None:
-    """The folder with IDX files: `root`/MNIST/raw or `root`/raw, as in torchvision, or `root`; None where there is none."""
-    for folder in (root / "MNIST" / "raw", root / "raw", root):
-        if any((folder / (name + suffix)).exists() for name in _IDX_FILES for suffix in ("", ".gz")):
-            return folder
-    return None
-
-
-def _read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.uint8], int]:
-    """Read the training files and then the test files of a folder.
-
-    Returns:
-        Images uint8[n, 28, 28], labels uint8[n], and the number of test rows, which are the last.
-
-    Raises:
-        RequestError: a file is missing, is not IDX, or does not match the others; names the file.
-    """
-    train_images, train_digits, test_images, test_digits = (_read_idx_file(folder, name) for name in _IDX_FILES)
-    for name, images, digits in (
-        (_IDX_FILES[0], train_images, train_digits),
-        (_IDX_FILES[2], test_images, test_digits),
-    ):
-        if images.shape[1:] != (SIDE, SIDE):
-            raise RequestError(f"{folder / name}: images are {images.shape[1]} x {images.shape[2]} pixels, not 28 x 28")
-        if len(images) != len(digits):
-            raise RequestError(f"{folder / name}: has {len(images):,} images, but its label file has {len(digits):,} labels")
-    return np.concatenate([train_images, test_images]), np.concatenate([train_digits, test_digits]), len(test_images)
-
-
-def _read_idx_file(folder: Path, name: str) -> Pixels:
-    """Read one IDX file of unsigned bytes, gzip-compressed or not: uint8[n, 28, 28] or uint8[n].
-
-    Format: https://yann.lecun.com/exdb/mnist/
-    """
-    path = folder / name
-    if not path.exists():
-        path = folder / (name + ".gz")
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except FileNotFoundError:
-        raise RequestError(f"{folder}: {name} is missing, gzipped or not") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise RequestError(f"{path}: cannot be read: {error}") from None
-    dimensions = 3 if "idx3" in name else 1
-    header = 4 + 4 * dimensions
-    if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
-        raise RequestError(f"{path}: is not an IDX file of unsigned bytes with {dimensions} dimension(s)")
-    shape = struct.unpack(f">{dimensions}I", data[4:header])
-    expected = int(np.prod(shape, dtype=np.int64))
-    if len(data) - header != expected:
-        raise RequestError(f"{path}: holds {len(data) - header:,} bytes of data where its header says {expected:,}")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-
-
-def _download_mnist(root: Path) -> None:
-    """Download MNIST to `root`/MNIST/raw from the mirrors that torchvision lists, and check torchvision's MD5 sums.
-
-    The folder appears only when it is complete, so an interrupted download is repeated the next time. Without a network this
-    fails within seconds.
-
-    Raises:
-        OSError: no mirror has all files, or they cannot be written.
-    """
-    from torchvision.datasets import MNIST  # takes seconds to import, and most runs do not download
-
-    errors = []
-    for mirror in MNIST.mirrors:
-        try:
-            files = {name.removesuffix(".gz"): _download_file(f"{mirror}{name}", md5) for name, md5 in MNIST.resources}
-            break
-        except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
-            errors.append(f"{mirror}: {one_line(error)}")
-    else:
-        raise OSError("; ".join(errors))
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as temporary:
-        raw = Path(temporary, "MNIST", "raw")
-        raw.mkdir(parents=True)
-        for name, data in files.items():
-            (raw / name).write_bytes(data)
-        try:
-            raw.parent.rename(root / "MNIST")
-        except OSError:
-            if _find_idx(root) is None:  # otherwise another run was faster
-                raise
-
-
-def _download_file(url: str, md5: str) -> bytes:
-    # urlopen's own timeout: socket.setdefaulttimeout would also change the sockets of the caller's other threads.
-    with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response:
-        data: bytes = response.read()
-    if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
-        raise OSError(f"{url} does not have the MD5 sum {md5}")
-    return gzip.decompress(data)

@@ -11,11 +11,10 @@ import pyarrow.compute as pc
 from mnistsum_ray.cluster.map_files import map_files
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
-from mnistsum_ray.data.parquet import read_footer
-from mnistsum_ray.data.parquet_types import lossy_column, without_views
+from mnistsum_ray.data.inputs import Inputs
+from mnistsum_ray.data.parquet import column_error, lossy_column, read_footer
 from mnistsum_ray.errors import RequestError, UnusableFileError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
-from mnistsum_ray.scoring.inputs import Inputs
 from mnistsum_ray.storage.location import Location, retried
 
 REJECTION_FIELDS: Final = pa.schema({"source_file": pa.string(), "source_row": pa.int64(), "reason": pa.string()})
@@ -105,12 +104,9 @@ def _schema_error(schema: pa.Schema, columns: Columns) -> str | None:
     for flag, name in columns.by_flag().items():
         if name not in schema.names:
             return f"has no column {name!r} but {_first_ten(schema.names)}; {flag} names another"
-        if len(schema.get_all_field_indices(name)) > 1:
-            return f"has more than one column {name!r}; rename all but one"
-        kind = without_views(schema.field(name).type)
-        type_error = image_type_error(kind) if name == columns.image else number_type_error(kind)
-        if type_error:
-            return f"column {name!r} {type_error}; convert it, or {flag} names another"
+        error = column_error(schema, name, image_type_error if name == columns.image else number_type_error)
+        if error:
+            return f"{error}, or {flag} names another"
     # DuckDB and Spark do not tell upper case from lower case.
     added = next((name for name in schema.names if name.lower() in PREDICTION_FIELDS.names), None)
     return f"has a column {added!r}, which scoring would add; rename it" if added else None

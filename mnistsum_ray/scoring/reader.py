@@ -9,8 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mnistsum_ray.data.images import SIDE, Pixels, decode_images, decode_numbers, join_reasons, one_chunk
-from mnistsum_ray.data.parquet import check_unchanged, open_parquet, read_rows
-from mnistsum_ray.data.parquet_types import check_int96, int96_columns, plain_table
+from mnistsum_ray.data.parquet import check_int96, check_unchanged, int96_columns, open_parquet, plain_table, read_rows
 from mnistsum_ray.errors import StorageError, UnusableFileError
 from mnistsum_ray.scoring.footers import Columns
 from mnistsum_ray.scoring.parts import Part

@@ -14,7 +14,7 @@ import torch
 
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.data.parquet_source import ParquetFiles
+from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
 from mnistsum_ray.reporting.console import Console
@@ -56,7 +56,7 @@ def build_manifest(run: TrainingRun, checksums: Checksums, plan: ResourcePlan) -
 
 
 def write_data_files(folder: Location, files: ParquetFiles, checksums: Checksums) -> None:
-    """Write the files of a run, `parquet_source.FILE_SCHEMA` and a column `checksum`: of the rows of each, null where unknown."""
+    """Write the files of a run, `sources.FILE_SCHEMA` and a column `checksum`: of the rows of each, null where unknown."""
     column = pa.nulls(files.table.num_rows, pa.int64()) if checksums is None else pa.array(checksums)
     (folder / DATA_FILES).write_bytes(to_parquet(files.table.append_column("checksum", column)))
 

@@ -19,8 +19,7 @@ from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
 from mnistsum_ray.data.images import PIXELS, SIDE, Pixels, one_chunk, pixels_array, pixels_view
 from mnistsum_ray.data.order import RowIds, Shuffle, random_numbers, row_checksums
-from mnistsum_ray.data.parquet_source import ParquetFiles
-from mnistsum_ray.data.sources import ImageArrays, Source
+from mnistsum_ray.data.sources import ImageArrays, ParquetFiles, Source
 from mnistsum_ray.errors import RequestError, RowCountError
 
 ROW_BYTES: Final = PIXELS + 60

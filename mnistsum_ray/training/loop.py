@@ -13,7 +13,7 @@ from ray.util.queue import Queue
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RandomStream, RowRanges, Shuffle, step_seed
-from mnistsum_ray.data.parquet_source import ParquetFiles
+from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model import int8, sum_head
 from mnistsum_ray.model.calibration import fit_temperatures, fold_temperatures

@@ -26,7 +26,7 @@ from ray.data import ActorPoolStrategy
 
 from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.data.order import RowIds, RowRanges, Shuffle, mix_ids, positions_of_rank
-from mnistsum_ray.data.parquet_source import ParquetFiles
+from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model.device import array_to_device
 from mnistsum_ray.training.fetch import ROW_BYTES, TASK_CPUS, Columns, ReadTask, RowData, block_columns

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import re
 import shutil
 import socket
 import struct
@@ -93,88 +94,49 @@ def test_hugging_face_layout(tmp_path: Path, sample: pa.Table) -> None:
     assert sorted(table(source)["image"].to_pylist()) == sorted(sample["image"].to_pylist()[::10])
 
 
-def damage_idx(folder: Path) -> str:
-    path = folder / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-1])
-    return str(path)
-
-
-def remove_idx(folder: Path) -> str:
-    (folder / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
-    return "t10k-labels-idx1-ubyte is missing"
-
-
-def wrong_magic(folder: Path) -> str:
-    path = folder / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
-    path.write_bytes(b"hello there")
-    return "is not an IDX file"
-
-
-def wrong_digit(folder: Path) -> str:
-    write_idx(folder / "MNIST" / "raw", "t10k-labels-idx1-ubyte", np.full(100, 12, np.uint8))
-    return "the digit is 12, not one of 0..9"
-
-
-def fewer_labels(folder: Path) -> str:
-    write_idx(folder / "MNIST" / "raw", "t10k-labels-idx1-ubyte", np.zeros(99, np.uint8))
-    return "has 100 images, but its label file has 99 labels"
-
-
-def damaged_gzip(folder: Path) -> str:
-    path = folder / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:-20])
-    return str(path)
-
-
-@pytest.mark.parametrize("damage", [damage_idx, remove_idx, wrong_magic, wrong_digit, fewer_labels, damaged_gzip])
-def test_a_damaged_idx_folder_is_refused(idx: Path, damage: Callable[[Path], str]) -> None:
-    said = damage(idx)
-    with pytest.raises(RequestError) as refused:
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("train-images-idx3-ubyte", lambda data: data[:-1], "train-images-idx3-ubyte: holds"),
+        ("t10k-images-idx3-ubyte.gz", lambda data: data[:-20], "t10k-images-idx3-ubyte.gz: cannot be read"),
+        ("t10k-labels-idx1-ubyte", lambda data: None, "t10k-labels-idx1-ubyte is missing"),
+        ("t10k-labels-idx1-ubyte", lambda data: b"hello there", "is not an IDX file"),
+        ("t10k-labels-idx1-ubyte", lambda data: data[:-1] + bytes([12]), "the digit is 12, not one of 0..9"),
+        ("t10k-labels-idx1-ubyte", lambda data: data[:7] + bytes([99]) + data[8:-1], "has 100 images, but its label file has 99"),
+    ],
+)
+def test_a_damaged_idx_folder_is_refused(idx: Path, name: str, damage: Callable[[bytes], bytes | None], said: str) -> None:
+    path = idx / "MNIST" / "raw" / name
+    data = damage(path.read_bytes())
+    path.unlink() if data is None else path.write_bytes(data)
+    with pytest.raises(RequestError, match=rf"^{idx}.*{re.escape(said)}"):
         open_source(str(idx))
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
 
 
-def no_label(path: Path, rows: pa.Table) -> str:
-    pq.write_table(rows.drop_columns(["digit"]), path)
-    return "needs a column 'image' and a column 'digit' or 'label', has image"
-
-
-def text_images(path: Path, rows: pa.Table) -> str:
-    pq.write_table(pa.table({"image": ["a"] * 20, "digit": [1] * 20}), path)
-    return "column 'image' has type string"
-
-
-def truncated(path: Path, rows: pa.Table) -> str:
-    pq.write_table(rows, path)
-    path.write_bytes(path.read_bytes()[:-10])
-    return "is not Parquet, or was cut off"
-
-
-def zero_bytes(path: Path, rows: pa.Table) -> str:
-    path.write_bytes(b"")
-    return "is empty (0 bytes); write it again"
-
-
-def too_few(path: Path, rows: pa.Table) -> str:
-    pq.write_table(rows[:5], path)
-    return "has 5 training rows"
-
-
-@pytest.mark.parametrize("write", [no_label, text_images, truncated, zero_bytes, too_few])
+@pytest.mark.parametrize(
+    ("change", "end", "said"),
+    [
+        (lambda rows: rows.drop_columns(["digit"]), None, "needs a column 'image' and a column 'digit' or 'label', has image"),
+        (lambda rows: rows.set_column(0, "image", pa.array(["a"] * 100)), None, "column 'image' has type string"),
+        (lambda rows: rows.append_column("image", rows["image"]), None, "rows.parquet: has more than one column 'image'"),
+        (lambda rows: rows.append_column("digit", rows["digit"]), None, "rows.parquet: has more than one column 'digit'"),
+        (lambda rows: rows[:5], None, "has 5 training rows"),
+        (lambda rows: rows, -10, "is not Parquet, or was cut off"),
+        (lambda rows: rows, 0, "is empty (0 bytes); write it again"),
+    ],
+)
 def test_a_parquet_file_that_will_not_do_is_refused_by_its_footer(
-    tmp_path: Path, sample: pa.Table, write: Callable[[Path, pa.Table], str]
+    tmp_path: Path, sample: pa.Table, change: Callable[[pa.Table], pa.Table], end: int | None, said: str
 ) -> None:
     path = tmp_path / "rows.parquet"
-    said = write(path, sample[::50])
-    with pytest.raises(RequestError) as refused:
+    pq.write_table(change(sample[::50]), path)
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(RequestError, match=re.escape(said)):
         open_source(str(tmp_path))
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
 
 
 def test_nothing_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="there is no such file or folder"):
+    with pytest.raises(RequestError, match=r"there is no such file or folder \(.*/nowhere\)"):
         open_source(str(tmp_path / "nowhere"))
     with pytest.raises(RequestError, match="holds neither IDX files"):
         open_source(str(tmp_path))
@@ -284,55 +246,20 @@ def test_a_mirror_whose_files_are_damaged_is_passed_over(tmp_path: Path, monkeyp
     ]
 
 
-def test_a_word_that_only_holds_a_splits_name_says_nothing(write_rows: Rows, tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    write_rows(500).rename(folder / "latest-contest.parquet")
-    check_splits(open_source(str(folder)), 400, 50, 50)
-
-
-def test_a_link_to_a_parent_does_not_multiply_the_rows(write_rows: Rows, tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    write_rows(500).rename(folder / "rows.parquet")
-    (folder / "up").symlink_to(folder)
-    (folder / "again.parquet").symlink_to(folder / "rows.parquet")
-    source = open_source(str(folder))
-    assert source.rows == 500
-    assert source.skipped == {
-        str(folder / "up"): "a link to a folder",
-        str(folder / "again.parquet"): "a link to a file that is listed anyway",
-    }
-
-
-def test_what_is_skipped_is_named(write_rows: Rows, tmp_path: Path) -> None:
+def test_rows_of_a_folder_are_counted_once_and_what_is_left_out_is_named(write_rows: Rows, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     (folder / "_old").mkdir(parents=True)
-    write_rows(500).rename(folder / "rows.Parquet")
-    (folder / "notes.txt").write_text("")
+    write_rows(500).rename(folder / "latest-contest.Parquet")  # words that only hold the name of a split
     write_rows(100).rename(folder / "_old" / "rows.parquet")
+    (folder / "notes.txt").write_text("")
+    (folder / "up").symlink_to(folder)
+    (folder / "again.parquet").symlink_to(folder / "latest-contest.Parquet")
     source = open_source(str(folder))
-    assert source.rows == 500
-    assert set(source.skipped) == {str(folder / "notes.txt"), str(folder / "_old")}
-
-
-@pytest.mark.parametrize("column", ["image", "digit"])
-def test_a_column_that_is_there_twice_is_refused(write_rows: Rows, column: str) -> None:
-    path = write_rows(100)
-    table = pq.read_table(path)
-    pq.write_table(pa.Table.from_arrays([*table.columns, table[column]], [*table.column_names, column]), path)
-    with pytest.raises(RequestError, match=rf"rows100\.parquet: has more than one column '{column}'"):
-        open_source(str(path))
-
-
-def test_a_page_whose_checksum_is_wrong_is_refused(write_rows: Rows) -> None:
-    path = write_rows(100)
-    table = pq.read_table(path)
-    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    pq.write_table(table, path, write_page_checksum=True, **options)
-    data = bytearray(path.read_bytes())
-    data[data.index(table["image"][50].as_py()) + 300] ^= 1
-    path.write_bytes(data)
-    source = open_source(str(path))
-    with pytest.raises(RequestError, match=r"cannot be read: .*CRC checksum verification failed"):
-        source.data.fetch(np.arange(100))
+    check_splits(source, 400, 50, 50)
+    assert {Path(path).name: reason for path, reason in source.skipped.items()} == {
+        "_old": "its name",
+        "notes.txt": "its name",
+        "up": "a link to a folder",
+        "again.parquet": "a link to a file that is listed anyway",
+    }
+    assert open_source(str(folder / "*.Parquet")).rows == open_source(str(folder / "again.parquet")).rows == 500

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.parquet import open_parquet, to_parquet
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.scoring.footers import Columns, read_all_footers, read_footers
-from mnistsum_ray.scoring.inputs import list_inputs
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import with_footer
 

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.errors import StorageError
 from mnistsum_ray.scoring.footers import Columns, read_footers
-from mnistsum_ray.scoring.inputs import list_inputs
 from mnistsum_ray.scoring.parts import Part, parts_of, split_into_parts
 from mnistsum_ray.scoring.reader import DecodedPart, UnreadablePart, read_batches, read_parts
 from mnistsum_ray.storage.location import Location

@@ -1,8 +1,8 @@
-"""Input files: which files `--input` names, and the name of each relative to their common folder."""
+"""Input files: which Parquet files `--input` and `--data` name, and the name of each relative to their common folder."""
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
@@ -10,7 +10,6 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from mnistsum_ray.data.parquet import SUFFIXES, is_data_file
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.storage.listing import (
     DUPLICATE,
@@ -19,6 +18,7 @@ from mnistsum_ray.storage.listing import (
     Pattern,
     duplicate_paths,
     escape_non_utf8,
+    is_hidden,
     list_file,
     list_folder,
     list_glob,
@@ -27,6 +27,9 @@ from mnistsum_ray.storage.listing import (
 )
 from mnistsum_ray.storage.location import Location, is_utf8
 from mnistsum_ray.storage.paths import locate_existing
+
+SUFFIXES: Final = (".parquet", ".pq", ".parq")
+"""Suffixes of the files that are taken from a folder, in upper or lower case."""
 
 FILE_SCHEMA: Final = pa.schema(
     {
@@ -39,26 +42,34 @@ FILE_SCHEMA: Final = pa.schema(
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files to score."""
+    """The files that some values name."""
 
     root: Location
     """The deepest folder that contains all files."""
     files: pa.Table
     """FILE_SCHEMA, sorted by name; the names are relative to `root`."""
     skipped: dict[str, str]
-    """Files in the named folders that are not scored: path and reason."""
+    """Files in the named folders that are not taken: path and reason."""
     unusable: dict[str, str]
     """Files that cannot be opened: name and reason. `files` lists them too."""
 
 
-def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
-    """List the files that the values of `--input` name.
+def list_inputs(
+    texts: Sequence[str], output: Location | None = None, flag: str = "--input", none: str = "there is no Parquet file"
+) -> Inputs:
+    """List the files that the values of a flag name: files, globs, and folders, of which all Parquet files are taken.
+
+    Args:
+        texts: the values.
+        output: folder that must be separate from them.
+        flag: names the values in messages.
+        none: says in the message that there is no file.
 
     Raises:
         RequestError: a named file or folder does not exist, there is no Parquet file, or the output is inside the input.
     """
-    values = [_InputValue(text) for text in texts]
-    root = _common_root(values)
+    values = [_Value(text, flag) for text in texts]
+    root = _common_root(values, flag)
     found: dict[str, FileEntry] = {}
     skipped: dict[str, str] = {}
     for value in values:
@@ -70,10 +81,10 @@ def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
         del found[path]
     if not found:
         others = f" (there are others, such as {escape_non_utf8(min(skipped))})" if skipped else ""
-        raise RequestError(
-            f"--input {' '.join(value.text for value in values)}: there is no Parquet file ({', '.join(SUFFIXES)}){others}"
-        )
-    _check_output_is_separate(values, found, output)
+        shown = " ".join(value.text for value in values)
+        raise RequestError(f"{flag} {shown}: {none} ({', '.join(SUFFIXES)}){others}")
+    if output is not None:
+        _check_output_is_separate(values, found, output)
     rows, unusable = [], {}
     for path, entry in sorted(found.items()):
         name = escape_non_utf8(path.removeprefix(root.path).lstrip("/"))
@@ -84,21 +95,21 @@ def list_inputs(texts: tuple[str, ...], output: Location) -> Inputs:
     return Inputs(root, pa.Table.from_pylist(rows, FILE_SCHEMA), skipped, unusable)
 
 
-class _InputValue:
-    """A value of `--input`, located: a file, a folder, or a folder and the part of a glob that has wildcards.
+class _Value:
+    """A value of the flag, located: a file, a folder, or a folder and the part of a glob that has wildcards.
 
     Raises:
         RequestError: nothing is there, or it cannot be accessed.
     """
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, flag: str) -> None:
+        self.flag, self.text = flag, text
         """The value as messages show it: a URI without its query, which may hold keys."""
         # In a URI, a question mark begins the query and is no wildcard.
         fixed, self.pattern = _split_glob(text, r"[*\[]" if "://" in text else r"[*?\[]")
-        place = locate_existing(text if self.pattern is None else fixed, "--input")
+        place = locate_existing(text if self.pattern is None else fixed, flag)
         if self.pattern is not None and "://" not in text and os.path.lexists(text):
-            place, self.pattern = locate_existing(text, "--input"), None  # a file whose name contains wildcards
+            place, self.pattern = locate_existing(text, flag), None  # a file whose name contains wildcards
         if place.is_local:
             place = place.at(os.path.realpath(place.path))
         else:
@@ -107,14 +118,17 @@ class _InputValue:
         try:
             kind, special = place.info().type, special_file_error(place)
         except OSError as error:
-            raise RequestError(f"--input {self.text}: {one_line(error)}") from None
+            raise self.error(one_line(error)) from None
         if kind == pafs.FileType.NotFound:
-            raise RequestError(f"--input {self.text}: there is no {place.display}")
+            raise self.error(f"there is no such file or folder ({place.display})")
         if special:
-            raise RequestError(f"--input {self.text}: {special}")
+            raise self.error(special)
         self.is_file = bool(kind == pafs.FileType.File)
         if self.pattern is not None and self.is_file:
-            raise RequestError(f"--input {self.text}: {place.display} is a file, not a folder")
+            raise self.error(f"{place.display} is a file, not a folder")
+
+    def error(self, message: str) -> RequestError:
+        return RequestError(f"{self.flag} {self.text}: {message}")
 
     @property
     def folder(self) -> str:
@@ -129,9 +143,12 @@ class _InputValue:
                 return list_file(self.place)
             if self.pattern is not None:
                 return list_glob(self.place, self.pattern)
-            return list_folder(self.place).filter(lambda path: is_data_file(path[len(self.place.path) :].lstrip("/")))
+            return list_folder(self.place).filter(self._is_data_file)
         except OSError as error:
-            raise RequestError(f"--input {self.text}: {one_line(error)}") from None
+            raise self.error(one_line(error)) from None
+
+    def _is_data_file(self, path: str) -> bool:
+        return path.lower().endswith(SUFFIXES) and not is_hidden(path[len(self.place.path) :].lstrip("/"))
 
 
 def _split_glob(text: str, wildcards: str) -> tuple[str, Pattern | None]:
@@ -143,24 +160,24 @@ def _split_glob(text: str, wildcards: str) -> tuple[str, Pattern | None]:
     return "/".join(parts[:first]) or ("/" if text.startswith("/") else "."), tuple(part for part in parts[first:] if part)
 
 
-def _common_root(values: list[_InputValue]) -> Location:
-    """Return the deepest folder that contains all values."""
+def _common_root(values: list[_Value], flag: str) -> Location:
+    """The deepest folder that contains all values."""
     first = values[0]
     folder = first.folder
     for other in values[1:]:
         if not other.place.filesystem.equals(first.place.filesystem):
-            raise RequestError(f"--input {other.text}: lies on another storage than {first.text}; score them one after the other")
+            raise other.error(f"lies on another storage than {first.text}; score them one after the other")
         folder = os.path.commonpath([folder, other.folder]) if folder and other.folder else ""
     if not folder:
-        raise RequestError("--input: the files have no folder or bucket in common; score them one after the other")
+        raise RequestError(f"{flag}: the files have no folder or bucket in common; score them one after the other")
     return first.place.at(folder)
 
 
-def _check_output_is_separate(values: list[_InputValue], found: Iterable[str], output: Location) -> None:
+def _check_output_is_separate(values: list[_Value], found: Iterable[str], output: Location) -> None:
     """Check that the next run would not take output for input, and that no input file is inside the output folder.
 
     Raises:
-        RequestError: names the value of `--input` or the file.
+        RequestError: names the value or the file.
     """
     if not values[0].place.filesystem.equals(output.filesystem):
         return
@@ -177,7 +194,7 @@ def _check_output_is_separate(values: list[_InputValue], found: Iterable[str], o
 
 
 def _covers(pattern: Pattern | None, output: tuple[str, ...]) -> bool:
-    """Return whether a folder (None) or a glob could match files in an output folder with these components below it."""
+    """True if a folder (None) or a glob could match files in an output folder with these components below it."""
     if pattern is None or "**" in pattern:
         return True
     folders = pattern[:-1]

@@ -1,0 +1,121 @@
+"""MNIST's own files: find them, read them, and download them.
+
+Format: https://yann.lecun.com/exdb/mnist/
+"""
+
+import gzip
+import hashlib
+import http.client
+import struct
+import tempfile
+import urllib.request
+import zlib
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from mnistsum_ray.data.images import SIDE, Pixels
+from mnistsum_ray.errors import RequestError, one_line
+
+IDX_FILES: Final = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+_DOWNLOAD_TIMEOUT_SECONDS: Final = 3
+"""For the connection and for each read, so it does not limit the download as a whole."""
+
+
+def find_idx(root: Path) -> Path | None:
+    """The folder with IDX files: `root`/MNIST/raw or `root`/raw, as in torchvision, or `root`; None where there is none."""
+    for folder in (root / "MNIST" / "raw", root / "raw", root):
+        if any((folder / (name + suffix)).exists() for name in IDX_FILES for suffix in ("", ".gz")):
+            return folder
+    return None
+
+
+def read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.uint8], int]:
+    """Read the training files and then the test files of a folder.
+
+    Returns:
+        Images uint8[n, 28, 28], labels uint8[n], and the number of test rows, which are the last.
+
+    Raises:
+        RequestError: a file is missing, is not IDX, or does not match the others; names the file.
+    """
+    train_images, train_digits, test_images, test_digits = (_read_idx_file(folder, name) for name in IDX_FILES)
+    for name, images, digits in ((IDX_FILES[0], train_images, train_digits), (IDX_FILES[2], test_images, test_digits)):
+        if images.shape[1:] != (SIDE, SIDE):
+            raise RequestError(f"{folder / name}: images are {images.shape[1]} x {images.shape[2]} pixels, not 28 x 28")
+        if len(images) != len(digits):
+            raise RequestError(f"{folder / name}: has {len(images):,} images, but its label file has {len(digits):,} labels")
+    return np.concatenate([train_images, test_images]), np.concatenate([train_digits, test_digits]), len(test_images)
+
+
+def _read_idx_file(folder: Path, name: str) -> Pixels:
+    """Read one IDX file of unsigned bytes, gzip-compressed or not: uint8[n, 28, 28] or uint8[n]."""
+    path = folder / name
+    if not path.exists():
+        path = folder / (name + ".gz")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except FileNotFoundError:
+        raise RequestError(f"{folder}: {name} is missing, gzipped or not") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise RequestError(f"{path}: cannot be read: {error}") from None
+    dimensions = 3 if "idx3" in name else 1
+    header = 4 + 4 * dimensions
+    if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
+        raise RequestError(f"{path}: is not an IDX file of unsigned bytes with {dimensions} dimension(s)")
+    shape = struct.unpack(f">{dimensions}I", data[4:header])
+    expected = int(np.prod(shape, dtype=np.int64))
+    if len(data) - header != expected:
+        raise RequestError(f"{path}: holds {len(data) - header:,} bytes of data where its header says {expected:,}")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def download_mnist(root: Path) -> Path:
+    """Download MNIST to the folder `root`/MNIST/raw from the mirrors that torchvision lists, and check torchvision's MD5 sums.
+
+    The folder appears only when it is complete, so an interrupted download is repeated the next time. Without a network this
+    fails within seconds.
+
+    Raises:
+        OSError: no mirror has all files, or they cannot be written.
+    """
+    from torchvision.datasets import MNIST  # takes seconds to import, and most runs do not download
+
+    errors = []
+    for mirror in MNIST.mirrors:
+        try:
+            files = {name.removesuffix(".gz"): _download_file(f"{mirror}{name}", md5) for name, md5 in MNIST.resources}
+            break
+        except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
+            errors.append(f"{mirror}: {one_line(error)}")
+    else:
+        raise OSError("; ".join(errors))
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as temporary:
+        raw = Path(temporary, "MNIST", "raw")
+        raw.mkdir(parents=True)
+        for name, data in files.items():
+            (raw / name).write_bytes(data)
+        try:
+            raw.parent.rename(root / "MNIST")
+        except OSError:
+            if find_idx(root) is None:  # otherwise another run was faster
+                raise
+    return root / "MNIST" / "raw"
+
+
+def _download_file(url: str, md5: str) -> bytes:
+    # urlopen's own timeout: socket.setdefaulttimeout would also change the sockets of the caller's other threads.
+    with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response:
+        data: bytes = response.read()
+    if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
+        raise OSError(f"{url} does not have the MD5 sum {md5}")
+    return gzip.decompress(data)
