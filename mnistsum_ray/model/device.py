@@ -47,11 +47,11 @@ def enable_determinism() -> None:
 
 
 def faster_with_bf16(device: torch.device) -> bool:
-    """True if this hardware multiplies bfloat16 natively, and so faster than float32.
+    """True if this hardware multiplies bfloat16 faster than float32.
 
-    The kind of hardware decides, not a measurement: a measurement would one day come out the other way and change the numbers
-    of a run. AVX512-BF16 alone is not enough on Intel: without AMX it does half as much as float32 (162 against 322 GFLOP/s on
-    two cores of an Emerald Rapids whose AMX is masked). AMD's cores do twice as much with it.
+    The kind of hardware decides: a measurement would one day come out the other way and change the numbers of a run. AVX512-BF16
+    alone is not enough on Intel: without AMX it does half as much as float32 (162 against 322 GFLOP/s on two cores of an Emerald
+    Rapids whose AMX is masked). AMD's cores do twice as much with it.
     """
     if device.type == "cuda":
         return bool(torch.cuda.get_device_capability(device) >= (8, 0))
@@ -75,10 +75,7 @@ def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 
 def cuda_index(gpu: str, visible: str | None) -> int:
-    """Index in PyTorch of the GPU that Ray assigned to this process.
-
-    Ray makes only that GPU visible, as index 0. With RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES set, all GPUs of the node are
-    visible, and the process has to select its own.
+    """Index in PyTorch of the GPU that Ray assigned to this process: 0, except with RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES.
 
     Args:
         gpu: one of `ray.get_gpu_ids()`: a number, or a name such as GPU-1a2b….

@@ -1,6 +1,5 @@
 """Inference: the fastest forward pass on a device, batched prediction, and predictions for columns of a table."""
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,11 +23,6 @@ CPU_BATCH: Final = 256
 """In `jobs/score.py` on two cores 3 to 7 % faster than 64, and as fast as larger batches."""
 GPU_BATCH: Final = 2048
 
-_ROWS_ON_DEVICE: Final = 65_536
-"""Rows that are copied to the device at once."""
-
-_forward_lock = threading.Lock()
-"""Threads of a process compute one after the other, so that the memory of the device holds the batch of one."""
 
 Numbers = npt.NDArray[np.int64]
 
@@ -73,32 +67,6 @@ class Predictions:
     def slice(self, start: int, end: int) -> "Predictions":
         """Predictions of rows start..end-1."""
         return Predictions({name: values[start:end] for name, values in self.values.items()})
-
-    @classmethod
-    def from_scores(cls, scores: Scores, numbers: Numbers, labels: Numbers | None = None) -> "Predictions":
-        """Predict n rows from their scores.
-
-        Args:
-            scores: logits float32[n, classes] by head, on any device, where all is computed.
-            numbers: int64[n] in 0..9.
-            labels: true digits int64[n], -1 where unknown; if given, the predictions have losses.
-        """
-        values: dict[str, Tensor] = {}
-        for head, logits in zip(HEADS, scores, strict=True):
-            values[f"{head.name}_prob"], values[f"pred_{head.name}"] = logits.softmax(1).max(1)
-            if labels is not None:
-                classes = torch.tensor(head.target(np.maximum(labels, 0), numbers), device=logits.device)
-                known = torch.tensor(labels >= 0, device=logits.device)
-                nll, brier = probability_losses(logits, classes)
-                values[f"{head.name}_nll"], values[f"{head.name}_brier"] = nll * known, brier * known
-        # In one copy from the device; classes are exact in float32.
-        arrays = torch.stack([value.float() for value in values.values()]).cpu().numpy()
-        return cls(
-            {
-                name: array.astype(np.int8) if name.startswith("pred_") else array
-                for name, array in zip(values, arrays, strict=True)
-            }
-        )
 
 
 def make_forward(model: TwoHeadCNN, device: torch.device, precision: str, int8_maxima: Sequence[float] | None) -> Forward:
@@ -149,36 +117,45 @@ class Predictor:
             numbers: int64[n] in 0..9.
             labels: true digits int64[n], -1 where unknown; if given, the predictions have losses.
         """
-        scores = _batched_scores(self._forward, images, numbers, self._batch_size, self._device)
-        return Predictions.from_scores(scores, numbers, labels)
+        return _predict(self._forward, self._device, self._batch_size, images, numbers, labels)
 
 
 def predict_pairs(model: TwoHeadCNN, images: Pixels, numbers: Numbers, batch_size: int) -> Predictions:
     """Predict uint8[n, 28, 28] with int64[n] in 0..9, in float32 on the model's device."""
     device = next(model.parameters()).device
-    forward = make_forward(model, device, "fp32", None)
-    return Predictions.from_scores(_batched_scores(forward, images, numbers, batch_size, device), numbers)
+    return _predict(make_forward(model, device, "fp32", None), device, batch_size, images, numbers, None)
 
 
 @torch.inference_mode()
-def _batched_scores(forward: Forward, images: Pixels, numbers: Numbers, batch_size: int, device: torch.device) -> Scores:
-    """Scores of all rows by head, float32 on the device.
+def _predict(
+    forward: Forward, device: torch.device, batch_size: int, images: Pixels, numbers: Numbers, labels: Numbers | None
+) -> Predictions:
+    """Predict all rows, as `Predictor.predict`.
 
     The last batch is filled up with zeros. Kernels are chosen by the size of a batch, and each adds in its own order: in batches
     of one size, a row has the same bits whatever rows are scored with it.
     """
-    # Each list begins with an empty batch, because torch.cat needs at least one.
+    # The list begins with an empty batch, because torch.cat needs at least one.
     scores: list[Scores] = [tuple(torch.empty(0, head.classes, device=device) for head in HEADS)]
-    slab_rows = batch_size * max(1, _ROWS_ON_DEVICE // batch_size)
-    for start in range(0, len(images), slab_rows):
-        slab = slice(start, start + slab_rows)
-        on_device = [_fill_up(array_to_device(values[slab], device), batch_size) for values in (images, numbers)]
-        with _forward_lock:
-            scores += [forward(*batch) for batch in zip(*(torch.split(values, batch_size) for values in on_device), strict=True)]
-    return tuple(torch.cat([batch.float() for batch in batches])[: len(images)] for batches in zip(*scores, strict=True))
+    for start in range(0, len(images), batch_size):
+        batch = (array_to_device(values[start : start + batch_size], device) for values in (images, numbers))
+        scores.append(forward(*(_fill_up(values, batch_size) for values in batch)))
+    found: dict[str, Tensor] = {}
+    for head, batches in zip(HEADS, zip(*scores, strict=True), strict=True):
+        logits = torch.cat(batches)[: len(images)]
+        found[f"{head.name}_prob"], found[f"pred_{head.name}"] = logits.softmax(1).max(1)
+        if labels is not None:
+            classes = torch.tensor(head.target(np.maximum(labels, 0), numbers), device=device)
+            known = torch.tensor(labels >= 0, device=device)
+            nll, brier = probability_losses(logits, classes)
+            found[f"{head.name}_nll"], found[f"{head.name}_brier"] = nll * known, brier * known
+    # In one copy from the device; classes are exact in float32.
+    arrays = torch.stack([values.float() for values in found.values()]).cpu().numpy()
+    named = zip(found, arrays, strict=True)
+    return Predictions({name: array.astype(np.int8) if name.startswith("pred_") else array for name, array in named})
 
 
 def _fill_up(values: Tensor, batch_size: int) -> Tensor:
-    """The rows, and zeros up to a multiple of the batch size."""
-    missing = -len(values) % batch_size
+    """The rows, and zeros up to the batch size."""
+    missing = batch_size - len(values)
     return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values

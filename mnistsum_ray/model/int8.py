@@ -137,7 +137,7 @@ def quantize(
         "calibration_rows": min(len(training_images), CALIBRATION_ROWS),
         "test_pairs": NUMBERS * len(images),
         **{f"{name}_agreement": rows_alike / len(images) for name, rows_alike in same.items()},
-        **{f"{name}_accuracy": share for name, share in counts.accuracies().items()},
+        **{f"{head.name}_accuracy": counts.shares()[f"{head.name}_accuracy"] for head in HEADS},
     }
 
 

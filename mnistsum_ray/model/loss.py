@@ -24,7 +24,7 @@ class Objective(nn.Module):
     """The network and its loss as one module, so that DDP and the compiler see the whole step."""
 
     def __init__(self, model: TwoHeadCNN, label_smoothing: float, dtype: torch.dtype) -> None:
-        """Take the network, and the dtype to compute in, by autocast; parameters and gradients are float32."""
+        """The dtype is that to compute in, by autocast; parameters and gradients are float32."""
         super().__init__()
         self.model, self.label_smoothing, self.dtype = model, label_smoothing, dtype
 
@@ -65,9 +65,7 @@ def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing:
 
     def mean_of_heads(smoothing: float) -> Tensor:
         heads = zip(scores, classes, strict=True)
-        losses = [
-            F.cross_entropy(logits.float(), of_head, reduction="sum", label_smoothing=smoothing) for logits, of_head in heads
-        ]
+        losses = [F.cross_entropy(logits.float(), of, reduction="sum", label_smoothing=smoothing) for logits, of in heads]
         return torch.stack(losses).mean()
 
     loss = mean_of_heads(label_smoothing)

@@ -6,7 +6,7 @@ their rows from `score_rows`, and count them in `Counts`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -32,6 +32,11 @@ Floats = npt.NDArray[np.floating[Any]]
 Batch = dict[str, Tensor]
 """Rows on the model's device: `image` uint8[n, 28, 28], `digit` int64[n] in 0..9, and `row_id` int64[n]."""
 
+Metrics = dict[str, float]
+"""Of rows, each paired with all ten numbers: `rows`, `pairs`, `loss` (mean over the pairs and the heads of the cross-entropy, in
+nats), `<head>_accuracy` of each head, and `consistency` (share of the pairs whose predicted sum is the predicted digit plus the
+number)."""
+
 ScoredRows = Iterable[tuple[Batch, Scores]]
 """Batches with their scores by head: float32[n, k, classes], where k is 10 if the answer depends on the number, and else 1."""
 
@@ -50,20 +55,6 @@ def true_classes(digits: Tensor) -> list[Tensor]:
     """True classes by head of digits int64[n]: int64[n, k], k as in `ScoredRows`."""
     numbers = torch.arange(NUMBERS, device=digits.device)
     return [head.target(digits[:, None], numbers) for head in HEADS]
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Metrics over a set of rows, each paired with all ten numbers."""
-
-    rows: int
-    pairs: int
-    loss: float
-    """Mean over the pairs and the heads of the cross-entropy, in nats."""
-    digit_accuracy: float
-    sum_accuracy: float
-    consistency: float
-    """Share of the pairs whose predicted sum is the predicted digit plus the number."""
 
 
 class Counts:
@@ -96,10 +87,11 @@ class Counts:
         self.consistent += (answers["sum"] == SUM.target(answers["digit"], numbers)).sum()
         self._id_sum += mix_ids(batch["row_id"]).sum()
 
-    def accuracies(self) -> dict[str, float]:
-        """Share of right answers by head, over the rows of this process."""
+    def shares(self) -> Metrics:
+        """`<head>_accuracy` and `consistency` over the rows of this process."""
         pairs = NUMBERS * int(self.confusion.sum())
-        return {head.name: int(right.sum()) / pairs for head, right in zip(HEADS, self.right, strict=True)}
+        accuracies = {f"{head.name}_accuracy": int(right.sum()) / pairs for head, right in zip(HEADS, self.right, strict=True)}
+        return accuracies | {"consistency": int(self.consistent) / pairs}
 
     def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
         """Sum over the workers and divide.
@@ -111,14 +103,7 @@ class Counts:
             counted.copy_(all_reduce_sum(counted))
         rows = int(self.confusion.sum())
         check_row_counts(rows, int(self._id_sum), expected_rows, expected_id_sum, "evaluation")
-        pairs = rows * NUMBERS
-        return Metrics(
-            rows=rows,
-            pairs=pairs,
-            loss=self._losses.mean().item() / rows,
-            consistency=int(self.consistent) / pairs,
-            **{f"{name}_accuracy": share for name, share in self.accuracies().items()},
-        )
+        return {"rows": rows, "pairs": rows * NUMBERS, "loss": self._losses.mean().item() / rows} | self.shares()
 
 
 @dataclass
@@ -164,10 +149,8 @@ class Reliability:
 
     def add(self, other: "Reliability") -> None:
         """Add the sums over other rows, in place."""
-        self.nll += other.nll
-        self.brier += other.brier
-        for name in ("rows", "probability", "right"):
-            setattr(self, name, [a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)])
+        for name, sums in vars(other).items():
+            setattr(self, name, np.add(getattr(self, name), sums).tolist())
 
     def metrics(self) -> dict[str, float | None]:
         """Mean `nll` in nats, mean `brier` in 0..2 and `ece` (expected calibration error) in 0..1; None without rows."""
@@ -179,59 +162,21 @@ class Reliability:
 
     def as_json(self) -> dict[str, Any]:
         """The metrics, and under `reliability` the sums behind them."""
-        return {**self.metrics(), "reliability": asdict(self)}
+        return {**self.metrics(), "reliability": vars(self)}
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """One image with one number for which the model predicts a wrong digit or sum."""
+def analyse_errors(scored: ScoredRows, on_progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+    """Count the errors on rows; `on_progress` is called with the number of rows done since the last call.
 
-    row_id: int
-    """Row number in the data source."""
-    digit: int
-    number: int
-    pred_digit: int
-    digit_prob: float
-    pred_sum: int
-    sum_prob: float
-
-    @property
-    def confidence(self) -> float:
-        """Probability of the wrong answer: of the digit where it is wrong, otherwise of the sum."""
-        return self.digit_prob if self.pred_digit != self.digit else self.sum_prob
-
-
-@dataclass(frozen=True)
-class ErrorAnalysis:
-    """Counts over all rows, and the most confident mistakes."""
-
-    confusion: list[list[int]]
-    """Rows by true digit d and predicted digit p: [d][p]."""
-    sums_right: list[list[int]]
-    """Rows with digit d whose sum with number k is predicted right: [d][k]."""
-    mistakes: list[Mistake]
-    """At most MAX_MISTAKES, one an image, the most confident first."""
-    consistent: float
-    """Share of the pairs whose predicted sum is the predicted digit plus the number."""
-    reliability: dict[str, Reliability]
-    """By head."""
-
-    def as_json(self) -> dict[str, Any]:
-        """The entry `error_analysis` of manifest.json."""
-        fields = asdict(self)
-        del fields["reliability"]
-        return fields | {"probabilities": {name: sums.as_json() for name, sums in self.reliability.items()}}
-
-    def probability_metrics(self) -> dict[str, Any]:
-        """The entry `probabilities` of model.json: `consistent`, and by head `nll`, `brier` and `ece`."""
-        return {"consistent": self.consistent, **{name: sums.metrics() for name, sums in self.reliability.items()}}
-
-
-def analyse_errors(scored: ScoredRows, on_progress: Callable[[int], None] = lambda _: None) -> ErrorAnalysis:
-    """Analyse the errors on rows; `on_progress` is called with the number of rows done since the last call."""
+    Returns:
+        The entry `error_analysis` of manifest.json. `confusion`: rows by true digit d and predicted digit p, [d][p].
+        `sums_right`: rows with digit d whose sum with number k is predicted right, [d][k]. `mistakes`: see `_mistakes`, at most
+        MAX_MISTAKES, the most confident first. `consistent`: share of the pairs whose predicted sum is the predicted digit plus
+        the number. `probabilities`: `Reliability.as_json` by head.
+    """
     counts: Counts | None = None
     reliability = {head.name: Reliability() for head in HEADS}
-    mistakes: list[Mistake] = []
+    mistakes: list[dict[str, Any]] = []
     for batch, scores in scored:
         counts = counts or Counts(batch["digit"].device)
         counts.add(batch, scores)
@@ -240,17 +185,33 @@ def analyse_errors(scored: ScoredRows, on_progress: Callable[[int], None] = lamb
         mistakes += _mistakes(batch, scores)
         on_progress(len(batch["digit"]))
     assert counts is not None, "there are test rows"
-    return ErrorAnalysis(
-        confusion=counts.confusion.tolist(),
-        sums_right=counts.right[HEADS.index(SUM)].tolist(),
-        mistakes=sorted(mistakes, key=lambda mistake: mistake.confidence, reverse=True)[:MAX_MISTAKES],
-        consistent=int(counts.consistent) / (NUMBERS * int(counts.confusion.sum())),
-        reliability=reliability,
-    )
+    return {
+        "confusion": counts.confusion.tolist(),
+        "sums_right": counts.right[HEADS.index(SUM)].tolist(),
+        "mistakes": sorted(mistakes, key=confidence, reverse=True)[:MAX_MISTAKES],
+        "consistent": counts.shares()["consistency"],
+        "probabilities": {name: sums.as_json() for name, sums in reliability.items()},
+    }
 
 
-def _mistakes(batch: Batch, scores: Scores) -> Iterator[Mistake]:
-    """The images with a mistake, each with the number whose wrong sum is the most confident."""
+def probability_metrics(analysis: dict[str, Any]) -> dict[str, Any]:
+    """The entry `probabilities` of model.json, of `analyse_errors`: `consistent`, and by head `nll`, `brier` and `ece`."""
+    heads = analysis["probabilities"].items()
+    return {"consistent": analysis["consistent"]} | {
+        name: {key: of[key] for key in ("nll", "brier", "ece")} for name, of in heads
+    }
+
+
+def confidence(mistake: dict[str, Any]) -> float:
+    """Probability of the wrong answer: of the digit where it is wrong, otherwise of the sum."""
+    return float(mistake["digit_prob"] if mistake["pred_digit"] != mistake["digit"] else mistake["sum_prob"])
+
+
+def _mistakes(batch: Batch, scores: Scores) -> Iterator[dict[str, Any]]:
+    """The images with a wrong digit or sum, each with the number whose wrong sum is the most confident.
+
+    `row_id` is the row's number in the data source, `digit` the true digit.
+    """
     digit, row_id = batch["digit"].cpu().numpy(), batch["row_id"].cpu().numpy()
     digit_head, sum_head, *_ = (logits.softmax(2).max(2) for logits in scores)
     digit_prob, pred_digit = (values.squeeze(1).cpu().numpy() for values in digit_head)
@@ -259,12 +220,12 @@ def _mistakes(batch: Batch, scores: Scores) -> Iterator[Mistake]:
     numbers = np.where(right, 0, sum_prob).argmax(1)
     for row in np.flatnonzero((pred_digit != digit) | ~right.all(1)):
         number = int(numbers[row])
-        yield Mistake(
-            row_id=int(row_id[row]),
-            digit=int(digit[row]),
-            number=number,
-            pred_digit=int(pred_digit[row]),
-            digit_prob=round(float(digit_prob[row]), 6),
-            pred_sum=int(pred_sum[row, number]),
-            sum_prob=round(float(sum_prob[row, number]), 6),
-        )
+        yield {
+            "row_id": int(row_id[row]),
+            "digit": int(digit[row]),
+            "number": number,
+            "pred_digit": int(pred_digit[row]),
+            "digit_prob": round(float(digit_prob[row]), 6),
+            "pred_sum": int(pred_sum[row, number]),
+            "sum_prob": round(float(sum_prob[row, number]), 6),
+        }

@@ -16,6 +16,7 @@ from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.report import REPORT, report_page
@@ -151,10 +152,12 @@ def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any
     analysis = result.error_analysis
     drawn = {
         "history.png": pictures.draw_history(result.history, card),
-        "confusion.png": pictures.draw_confusion(analysis.confusion),
-        "sums.png": pictures.draw_sums(analysis.sums_right, analysis.confusion),
-        "reliability.png": pictures.draw_reliability(analysis.reliability),
-        "mistakes.png": pictures.draw_mistakes(analysis.as_json()["mistakes"], result.mistake_images),
+        "confusion.png": pictures.draw_confusion(analysis["confusion"]),
+        "sums.png": pictures.draw_sums(analysis["sums_right"], analysis["confusion"]),
+        "reliability.png": pictures.draw_reliability(
+            {head: Reliability(**sums["reliability"]) for head, sums in analysis["probabilities"].items()}
+        ),
+        "mistakes.png": pictures.draw_mistakes(analysis["mistakes"], result.mistake_images),
     }
     for name, png in drawn.items():
         (run.folder / name).write_bytes(png)

@@ -291,7 +291,7 @@ class _Driver:
             "metrics": summary,
             "hardware": result.hardware,
             "precision": result.precision,
-            "error_analysis": result.error_analysis.as_json(),
+            "error_analysis": result.error_analysis,
         }
         self.lock.check()
         files = write_report(run, manifest, card, result)

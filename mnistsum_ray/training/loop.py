@@ -1,7 +1,7 @@
 """Per-worker training loop: train, evaluate and checkpoint each epoch; then fine-tune the sum head, and analyse the model."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +18,7 @@ from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model import int8, sum_head
 from mnistsum_ray.model.calibration import fit_temperatures, fold_temperatures
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters, faster_with_bf16, hardware
-from mnistsum_ray.model.metrics import ErrorAnalysis, ScoredRows, analyse_errors, score_rows
+from mnistsum_ray.model.metrics import Metrics, ScoredRows, analyse_errors, probability_metrics, score_rows
 from mnistsum_ray.model.serialization import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import FolderLock
@@ -67,7 +67,7 @@ class TrainingResult:
     """Result of a finished training, returned by rank 0 to the driver."""
 
     history: list[dict[str, Any]]
-    error_analysis: ErrorAnalysis
+    error_analysis: dict[str, Any]
     """Errors of the model on the test rows."""
     mistake_images: Pixels
     """Images of the analysis' mistakes, in their order: uint8[n, 28, 28]."""
@@ -156,9 +156,9 @@ class TrainingLoop:
         if parameters.sum_head_steps and state.sum_head is None:
             self._finetune(parameters.sum_head_steps)
 
-    def _evaluate(self, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _evaluate(self, epoch: int) -> tuple[Metrics, Metrics]:
         """Metrics on the validation and on the test rows, after an epoch with this number, from 1."""
-        validation, test = (asdict(self._trainer.evaluate(held_out, epoch)) for held_out in (self._validation, self._test))
+        validation, test = (self._trainer.evaluate(held_out, epoch) for held_out in (self._validation, self._test))
         return validation, test
 
     def _check_contents(self, files: ParquetFiles, trained: torch.Tensor) -> None:
@@ -224,12 +224,12 @@ class TrainingLoop:
         fold_temperatures(model, temperatures)
         on_progress = events.progress("test rows analysed", min(len(config.test), _ANALYSED_ROWS))
         analysis = analyse_errors(scored(config.test.sample(_ANALYSED_ROWS)), on_progress)
-        mistake_images, _ = data.fetch(np.array([mistake.row_id for mistake in analysis.mistakes], np.int64))
+        mistake_images, _ = data.fetch(np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64))
         weights = copy_weights(model)
         description = describe(state, weights) | {
             "trained_sha256": checksum(trained),
             "temperatures_in_weights": temperatures,
-            "probabilities": analysis.probability_metrics(),
+            "probabilities": probability_metrics(analysis),
         }
         if int8.unavailable_reason() is None:
             torch.set_num_threads(cpus_of_node())  # the other workers have returned

@@ -207,7 +207,7 @@ class Trainer:
             counts.add(batch, scores)
             on_progress(len(batch["row_id"]) * self.worker.world_size)  # an estimate: the other workers are about as far
         metrics = counts.metrics(len(rows), rows.id_sum)
-        self._check_finite(metrics.loss, f"epoch {epoch}: the loss on held-out rows is")
+        self._check_finite(metrics["loss"], f"epoch {epoch}: the loss on held-out rows is")
         return metrics
 
     @torch.no_grad()

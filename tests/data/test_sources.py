@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mnistsum_ray.data.idx import IDX_FILES
 from mnistsum_ray.data.images import Pixels, pixels_array, pixels_view
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError
@@ -205,21 +206,10 @@ def mirror(folder: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_download_that_is_cut_off_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx: Path) -> None:
-    """A mirror that has one of the four files."""
-    from torchvision.datasets import MNIST
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with mirror(idx / "MNIST" / "raw") as url:
-        monkeypatch.setattr(MNIST, "mirrors", [url])
-        with pytest.raises(RequestError, match=rf"cannot be downloaded \({url}: HTTP Error 404"):
-            open_source("mnist")
-    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
-
-
-def test_a_mirror_whose_files_are_damaged_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx: Path) -> None:
-    """The next one is taken; files appear under the names that torchvision uses, and this process keeps its socket timeout."""
+def test_a_mirror_that_lacks_a_file_or_has_a_damaged_one_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx: Path
+) -> None:
+    """Nothing of it is left, files appear under the names that torchvision uses, and this process keeps its socket timeout."""
     from torchvision.datasets import MNIST
 
     (tmp_path / "good").mkdir()
@@ -227,23 +217,26 @@ def test_a_mirror_whose_files_are_damaged_is_passed_over(tmp_path: Path, monkeyp
         data = path.read_bytes()
         name = path.name.removesuffix(".gz")
         (tmp_path / "good" / f"{name}.gz").write_bytes(data if path.suffix == ".gz" else gzip.compress(data))
-    shutil.copytree(tmp_path / "good", tmp_path / "damaged")
-    (tmp_path / "damaged" / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"other"))
     sums = [(path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in (tmp_path / "good").iterdir()]
+    for name in ("damaged", "lacking"):
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+    (tmp_path / "damaged" / f"{IDX_FILES[3]}.gz").write_bytes(gzip.compress(b"other"))
+    (tmp_path / "lacking" / f"{IDX_FILES[3]}.gz").unlink()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(MNIST, "resources", sums)
-    timeout = socket.getdefaulttimeout()
-    with mirror(tmp_path / "damaged") as damaged, mirror(tmp_path / "good") as good:
-        monkeypatch.setattr(MNIST, "mirrors", [damaged, good])
+    cache, timeout = tmp_path / "home" / ".cache" / "mnistsum_ray", socket.getdefaulttimeout()
+    with mirror(tmp_path / "lacking") as lacking, mirror(tmp_path / "damaged") as damaged, mirror(tmp_path / "good") as good:
+        monkeypatch.setattr(MNIST, "mirrors", [lacking, damaged])
+        with pytest.raises(RequestError, match=rf"cannot be downloaded \({lacking}: HTTP Error 404.*; {damaged}: .* MD5 sum"):
+            open_source("mnist")
+        assert not cache.exists()
+        monkeypatch.setattr(MNIST, "mirrors", [lacking, damaged, good])
         check_splits(open_source("mnist"), 360, 40, 100)
     assert socket.getdefaulttimeout() == timeout
-    cache = tmp_path / "home" / ".cache" / "mnistsum_ray"
-    names = ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
-    assert sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()) == [
-        f"MNIST/raw/{name}" for name in names
-    ]
+    files = [path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()]
+    assert sorted(files) == sorted(f"MNIST/raw/{name}" for name in IDX_FILES)
 
 
 def test_rows_of_a_folder_are_counted_once_and_what_is_left_out_is_named(write_rows: Rows, tmp_path: Path) -> None:

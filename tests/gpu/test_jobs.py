@@ -22,7 +22,7 @@ from mnistsum_ray.training.fetch import load_rows
 from mnistsum_ray.training.rows import Batch, TrainingRows
 from tests.gpu.conftest import CUDA
 from tests.integration.conftest import Done, Job, kill_everything, kill_worker, report_duration, run_job
-from tests.model.test_optimizer import random_rows
+from tests.model import random_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
 

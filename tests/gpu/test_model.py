@@ -19,7 +19,7 @@ from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import TrainerState, load_state, save_checkpoint
 from tests.gpu.conftest import CUDA
-from tests.model.test_optimizer import random_rows
+from tests.model import random_rows
 
 pytestmark = pytest.mark.gpu
 

@@ -1,4 +1,4 @@
-"""Batched prediction: the same for any batch size, for memory that may not be written, and from several threads at once."""
+"""Batched prediction: types, and the same bits in any batch, thread and memory."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,22 +9,23 @@ import torch
 
 from mnistsum_ray.model import int8
 from mnistsum_ray.model.inference import Predictions, Predictor
-from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.serialization import copy_weights
-from tests.model.test_optimizer import random_rows
-
-ROWS = 300
+from tests.model import new_model, random_rows
 
 
-@pytest.fixture(scope="module")
-def predictor() -> Iterator[Predictor]:
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield Predictor(copy_weights(TwoHeadCNN()), torch.device("cpu"), "fp32", 64)
-    torch.set_num_threads(threads)  # a Predictor sets it for the process
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A Predictor sets the number of threads for the process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-def rows(count: int = ROWS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def predictor(precision: str = "fp32", batch_size: int = 64, maxima: list[float] | None = None) -> Predictor:
+    return Predictor(copy_weights(new_model()), torch.device("cpu"), precision, batch_size, maxima)
+
+
+def rows(count: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images, numbers and labels, one of them unknown."""
     images, digits, numbers = (values.numpy() for values in random_rows(count))
     digits[:1] = -1
@@ -32,54 +33,41 @@ def rows(count: int = ROWS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def equal(first: Predictions, second: Predictions) -> bool:
-    return all(np.array_equal(values, second.values[name]) for name, values in first.values.items())
+    """Bit for bit."""
+    return all(np.array_equal(values.view(np.uint8), second.values[name].view(np.uint8)) for name, values in first.values.items())
 
 
-def test_two_threads_predict_what_one_does(predictor: Predictor) -> None:
-    alone = predictor.predict(*rows())
-    with ThreadPoolExecutor(2) as threads:
-        for together in threads.map(lambda _: predictor.predict(*rows()), range(6)):
-            assert equal(together, alone)
-
-
-def test_memory_that_may_not_be_written_is_read(predictor: Predictor) -> None:
-    frozen = rows()
-    for values in frozen:
-        values.flags.writeable = False
-    assert equal(predictor.predict(*frozen), predictor.predict(*rows()))
-
-
-def test_types_and_ranges(predictor: Predictor) -> None:
+def test_types_and_ranges() -> None:
     images, numbers, labels = rows()
-    found = predictor.predict(images, numbers, labels)
+    found = predictor().predict(images, numbers, labels)
     assert [values.dtype for values in (found.digit, found.sum, found.digit_prob, found.sum_prob)] == ["i1", "i1", "f4", "f4"]
     assert 0 <= found.digit.min() <= found.digit.max() <= 9
     assert 0 <= found.sum.min() <= found.sum.max() <= 18
     for name in ("digit_nll", "sum_nll", "digit_brier", "sum_brier"):
         assert found.values[name][0] == 0, "its label is unknown"
         assert (found.values[name][1:] > 0).all()
-    assert "digit_nll" not in predictor.predict(images, numbers).values
-    assert len(predictor.predict(images[:0], numbers[:0]).digit) == 0
+    assert "digit_nll" not in predictor().predict(images, numbers).values
+    assert len(predictor().predict(images[:0], numbers[:0]).digit) == 0
+
+
+def test_several_threads_and_memory_that_may_not_be_written() -> None:
+    ours, frozen = predictor(), rows()
+    alone = ours.predict(*rows())
+    for values in frozen:
+        values.flags.writeable = False
+    with ThreadPoolExecutor(2) as pool:
+        assert all(equal(together, alone) for together in pool.map(lambda _: ours.predict(*frozen), range(6)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_a_row_has_the_same_bits_in_a_batch_of_any_size(precision: str) -> None:
     if precision == "int8" and int8.unavailable_reason():
         pytest.skip("this PyTorch has no integer convolutions on this CPU")
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    model = TwoHeadCNN()
     images, numbers, _ = rows(256)
-    calibration = None
-    if precision == "int8":
-        pixels = torch.from_numpy(images)
-        calibration = int8.quantize(model, pixels, pixels, torch.from_numpy(numbers))["maxima"]
-    predictor = Predictor(copy_weights(model), torch.device("cpu"), precision, 256, calibration)
-    whole = predictor.predict(images, numbers)
+    maxima = int8.activation_maxima(new_model(), torch.from_numpy(images)) if precision == "int8" else None
+    ours = predictor(precision, 256, maxima)
+    whole = ours.predict(images, numbers)
     for size in range(1, 41):
         start = 3 * size  # a row is at another place of its batch, too
-        part = predictor.predict(images[start : start + size], numbers[start : start + size])
-        for name in ("digit", "sum", "digit_prob", "sum_prob"):
-            expected = getattr(whole, name)[start : start + size]
-            assert np.array_equal(getattr(part, name).view(np.uint8), expected.view(np.uint8)), (name, size)
-    torch.set_num_threads(threads)
+        part = ours.predict(images[start : start + size], numbers[start : start + size])
+        assert equal(part, whole.slice(start, start + size)), size

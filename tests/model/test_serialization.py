@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.serialization import Weights, copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
+from tests.model import new_model
 
 METRICS = {split: {"rows": 10, "sum_accuracy": 0.8} for split in ("validation", "test")}
 
 
 def weights_of(seed: int) -> Weights:
-    torch.manual_seed(seed)
-    return copy_weights(TwoHeadCNN())
+    return copy_weights(new_model(seed))
 
 
 def save(folder: Path, seed: int = 0, weights: Weights | None = None, **changed: Any) -> Location:

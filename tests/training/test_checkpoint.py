@@ -1,6 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, and what is not whole is known for it."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,8 @@ from mnistsum_ray.training.checkpoint import (
 )
 from mnistsum_ray.training.loop import describe
 
-SCORES = Metrics(rows=10, pairs=100, loss=0.5, digit_accuracy=0.9, sum_accuracy=0.8, consistency=0.7)
-LINE = {"epoch": 1, "validation": asdict(SCORES), "test": asdict(SCORES)}
+SCORES: Metrics = {"rows": 10, "pairs": 100, "loss": 0.5, "digit_accuracy": 0.9, "sum_accuracy": 0.8, "consistency": 0.7}
+LINE = {"epoch": 1, "validation": SCORES, "test": SCORES}
 
 
 def step(model: TwoHeadCNN, optimizer: MuonAdamW, seed: int) -> None:
@@ -50,7 +50,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     model, optimizer = make(0)
     for seed in range(3):
         step(model, optimizer, seed)
-    tuned = {"steps": 5, "kept": True, "validation": asdict(SCORES), "test": asdict(SCORES)}
+    tuned = {"steps": 5, "kept": True, "validation": SCORES, "test": SCORES}
     progress = EpochProgress(7, 0.1 + 0.2, 448, 123_456, [(3, 192, 0.1)], torch.tensor([3, -(2**63)]))
     state = TrainerState(1, [LINE], "fp32", progress, tuned, torch.tensor([5, 6]))
     save_checkpoint(tmp_path, state, model, optimizer)
@@ -70,12 +70,12 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_description_tells_how_the_sum_head_was_tuned(*, kept: bool) -> None:
-    before, after = asdict(SCORES), asdict(replace(SCORES, sum_accuracy=0.9))
+    before, after = SCORES, SCORES | {"sum_accuracy": 0.9}
     lines = [{"epoch": epoch, "validation": before, "test": before} for epoch in (1, 2, 3)]
     tuned = {"steps": 5, "kept": kept, "validation": after, "test": after}
     description = describe(TrainerState(3, lines, "fp32", sum_head=tuned), copy_weights(make(0)[0]))
     assert description["epoch"] == 3
-    assert description["test"] == description["validation"] == (after if kept else before)
+    assert description["test"] == description["validation"] == (after if kept else SCORES)
     metrics = {when: {"validation": of, "test": of} for when, of in (("before", before), ("after", after))}
     assert description["sum_head"] == {"steps": 5, "kept": kept, **metrics}
 
