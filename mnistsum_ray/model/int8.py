@@ -19,7 +19,7 @@ from torch import Tensor
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import one_line
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.metrics import Counts, score_rows
+from mnistsum_ray.model.metrics import Counts
 from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, prepare_images
 
 CALIBRATION_ROWS: Final = 2048
@@ -107,6 +107,7 @@ def activation_maxima(model: TwoHeadCNN, images: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in maxima]
 
 
+@torch.no_grad()
 def quantize(
     model: TwoHeadCNN,
     training_images: Tensor,
@@ -122,22 +123,21 @@ def quantize(
     """
     maxima = activation_maxima(model, training_images[:CALIBRATION_ROWS])
     digit_scores = int8_digit_scores(model, maxima)
-    rows = {"image": images, "digit": digits, "row_id": torch.arange(len(images))}
-    batches = [{name: values[start : start + _BATCH] for name, values in rows.items()} for start in range(0, len(images), _BATCH)]
-    int8_rows = score_rows(model, lambda batch: digit_scores(batch["image"]), batches)
-    float32_rows = score_rows(model, lambda batch: model.digit_scores(prepare_images(batch["image"])), batches)
     counts, same = Counts(images.device), {head.name: 0.0 for head in HEADS}
-    for (batch, int8), (_, float32) in zip(int8_rows, float32_rows, strict=True):
-        counts.add(batch, int8)
+    rows = (torch.split(values, _BATCH) for values in (images, digits, torch.arange(len(images))))
+    for image, digit, row_id in zip(*rows, strict=True):
+        int8 = model.scores_of_all_numbers(digit_scores(image))
+        float32 = model.scores_of_all_numbers(model.digit_scores(prepare_images(image)))
+        counts.add({"digit": digit, "row_id": row_id}, int8)
         for name, ours, theirs in zip(same, int8, float32, strict=True):
             same[name] += (ours.argmax(2) == theirs.argmax(2)).double().mean(1).sum().item()
-        on_progress(len(batch["digit"]))
+        on_progress(len(digit))
     return {
         "maxima": maxima,
         "calibration_rows": min(len(training_images), CALIBRATION_ROWS),
         "test_pairs": NUMBERS * len(images),
         **{f"{name}_agreement": rows_alike / len(images) for name, rows_alike in same.items()},
-        **{f"{head.name}_accuracy": counts.shares()[f"{head.name}_accuracy"] for head in HEADS},
+        **{name: share for name, share in counts.shares().items() if name.endswith("_accuracy")},
     }
 
 
