@@ -1,17 +1,21 @@
 """The assignment as its original implements it: plain PyTorch, one row at a time through a DataLoader, float32."""
 
 from collections.abc import Iterator
+from typing import Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from mnistsum_ray.benchmark.memory import BATCH
-from mnistsum_ray.benchmark.timing import BatchDone, Speed, time_loop
 from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.sources import Source
 from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD
+
+BATCH: Final = 256
+_EPOCHS: Final = 5
 
 
 class OriginalNet(nn.Module):
@@ -50,30 +54,9 @@ class OriginalDataset(Dataset[tuple[Tensor, Tensor, int, int]]):
         return image, F.one_hot(torch.tensor(number), 10).float(), self.digits[index], self.digits[index] + number
 
 
-def train(images: Pixels, digits: list[int], seconds: float, device: torch.device, command_time: float) -> Speed:
-    """Training loop of the original, for some seconds."""
-    _, batches = _training(images, digits, device)
-
-    def loop(batch_done: BatchDone) -> None:
-        for rows in batches:
-            if batch_done(rows):
-                return
-
-    return time_loop(loop, seconds, device, command_time)
-
-
-def train_epochs(images: Pixels, digits: list[int], epochs: int, device: torch.device) -> OriginalNet:
-    """Training loop of the original, to its end."""
-    model, batches = _training(images, digits, device)
-    left = epochs * len(digits)
-    while left:
-        left -= next(batches)
-    return model
-
-
-def _training(images: Pixels, digits: list[int], device: torch.device) -> tuple[OriginalNet, Iterator[int]]:
-    """The network, and its training with Adam as an endless iterator that trains on a batch and yields its number of rows."""
-    loader = DataLoader(OriginalDataset(images, digits), batch_size=BATCH, shuffle=True)
+def train(rows: OriginalDataset, device: torch.device) -> tuple[OriginalNet, Iterator[int]]:
+    """The network, and its training with Adam: an endless iterator that trains on a batch and yields its number of rows."""
+    loader = DataLoader(rows, batch_size=BATCH, shuffle=True)
     model = OriginalNet().to(device)
     optimizer = torch.optim.Adam(model.parameters())
 
@@ -91,18 +74,30 @@ def _training(images: Pixels, digits: list[int], device: torch.device) -> tuple[
     return model, batches()
 
 
-def score(images: Pixels, digits: list[int], seconds: float, device: torch.device, command_time: float) -> Speed:
-    """Evaluation loop of the original."""
-    loader = DataLoader(OriginalDataset(images, digits), batch_size=BATCH)
-    model = OriginalNet().eval().to(device)
+def score(rows: OriginalDataset, model: OriginalNet, device: torch.device) -> Iterator[tuple[int, int, int]]:
+    """Evaluation loop of the original, once over the rows: yields rows, right digits and right sums of each batch."""
+    model.eval().to(device)
 
     @torch.no_grad()
-    def loop(batch_done: BatchDone) -> None:
-        while True:
-            for image, number, _, _ in loader:
-                for scores in model(image.to(device), number.to(device)):
-                    scores.argmax(1).cpu()
-                if batch_done(len(image)):
-                    return
+    def batches() -> Iterator[tuple[int, int, int]]:
+        for image, number, digit, total in DataLoader(rows, batch_size=BATCH):
+            digits, sums = (scores.argmax(1).cpu() for scores in model(image.to(device), number.to(device)))
+            yield len(image), int((digits == digit).sum()), int((sums == total).sum())
 
-    return time_loop(loop, seconds, device, command_time)
+    return batches()
+
+
+def measure_accuracy(source: Source, device: torch.device) -> dict[str, float]:
+    """Test accuracies of the original's way: five epochs over all training rows, then the test rows, a random number each."""
+
+    def rows_of(ids: np.ndarray) -> OriginalDataset:
+        images, digits = source.data.fetch(ids)
+        return OriginalDataset(images, digits.tolist())
+
+    rows = rows_of(np.concatenate([source.train.ids(), source.validation.ids()]))
+    model, batches = train(rows, device)
+    left = _EPOCHS * len(rows)
+    while left:
+        left -= next(batches)
+    count, digits, sums = map(sum, zip(*score(rows_of(source.test.ids()), model, device), strict=True))
+    return {"digit_accuracy": digits / count, "sum_accuracy": sums / count}

@@ -1,22 +1,29 @@
 """Export a model to `torch.export` and ONNX, for programs without this package: from pixels to predictions."""
 
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
 from mnistsum_ray.config import ExportModelConfig
-from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError, one_line
-from mnistsum_ray.model.exporting import INPUTS, OUTPUTS, export_onnx, export_torch
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, Predictions, predict_pairs
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import load_model
+from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.storage.paths import locate_empty_output, locate_existing
+
+INPUTS: Final = ("image", "number")
+OUTPUTS: Final = tuple(PREDICTION_FIELDS.names[:-1])
+"""Answer and probability of each head."""
 
 TORCH_FILE: Final = "model.pt2"
 ONNX_FILE: Final = "model.onnx"
@@ -24,8 +31,50 @@ ONNX_FILE: Final = "model.onnx"
 _PROBABILITY_TOLERANCE: Final = 1e-3
 """Other kernels sum in another order, so probabilities differ by rounding."""
 
-PredictFunction = Callable[[Pixels, npt.NDArray[np.int64]], tuple[npt.NDArray[Any], ...]]
-"""Images and numbers to OUTPUTS."""
+Arrays = tuple[npt.NDArray[Any], ...]
+
+
+class ExportableModel(nn.Module):
+    """Model with preprocessing and softmax: images uint8[n, 28, 28] and numbers int64[n] to OUTPUTS.
+
+    The predictions are int64[n] and their probabilities float32[n], as in scored files.
+    """
+
+    def __init__(self, model: TwoHeadCNN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor, number: Tensor) -> tuple[Tensor, ...]:
+        outputs: list[Tensor] = []
+        for scores in self.model(prepare_images(image), number):
+            probability, answer = scores.softmax(1).max(1)
+            outputs += [answer, probability]
+        return tuple(outputs)
+
+
+def export_torch(model: TwoHeadCNN) -> bytes:
+    """A `.pt2` file of ExportableModel, for `torch.export.load`; `model` is in evaluation mode, on the CPU."""
+    rows = torch.export.Dim("rows")
+    example = (torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    program = torch.export.export(ExportableModel(model), example, dynamic_shapes={name: {0: rows} for name in INPUTS})
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # PyTorch warns that channels-last weights may be saved incompletely; they are saved whole.
+        warnings.simplefilter("ignore")
+        torch.export.save(program, file)
+    return file.getvalue()
+
+
+def export_onnx(program: bytes) -> bytes:
+    """An ONNX file of what `export_torch` returns. Needs the packages onnx and onnxscript."""
+    with quiet_logger("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside PyTorch's own exporter
+        converted = torch.onnx.export(
+            torch.export.load(io.BytesIO(program)), input_names=INPUTS, output_names=OUTPUTS, dynamo=True, verbose=False
+        )
+    assert converted is not None
+    data: bytes = converted.model_proto.SerializeToString()
+    return data
 
 
 def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[str, Any]:
@@ -45,11 +94,13 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
         say("exporting")
         program = export_torch(model)
         exported = {TORCH_FILE: program, ONNX_FILE: export_onnx(program)}
-        images, numbers = _sample_pairs()
+        source = open_source("sample")  # its test images, each with every number
+        images = source.data.fetch(source.test.ids())[0].repeat(NUMBERS, axis=0)
+        numbers = np.arange(len(images)) % NUMBERS
         expected = predict_pairs(model, images, numbers, CPU_BATCH)
         largest = 0.0
-        for (name, data), load in zip(exported.items(), (_load_torch, _load_onnx), strict=True):
-            largest = max(largest, _compare(name, load(data)(images, numbers), expected))
+        for (name, data), run in zip(exported.items(), (_run_torch, _run_onnx), strict=True):
+            largest = max(largest, _compare(name, run(data, images, numbers), expected))
             say(f"{name}: {len(data):,} bytes, the same predictions as the model's on {len(numbers):,} pairs")
         for name, data in exported.items():
             (output / name).write_bytes(data)
@@ -58,31 +109,19 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     return {"output": output.display, "files": list(exported), "pairs": len(numbers), "largest_difference": largest}
 
 
-def _sample_pairs() -> tuple[Pixels, npt.NDArray[np.int64]]:
-    """Test images of the bundled sample, each with every number."""
-    source = open_source("sample")
-    images, _ = source.data.fetch(source.test.ids())
-    return images.repeat(NUMBERS, axis=0), np.tile(np.arange(NUMBERS), len(images))
+def _run_torch(data: bytes, *inputs: npt.NDArray[Any]) -> Arrays:
+    with torch.no_grad():
+        return tuple(value.numpy() for value in torch.export.load(io.BytesIO(data)).module()(*map(torch.from_numpy, inputs)))
 
 
-def _load_torch(data: bytes) -> PredictFunction:
-    module = torch.export.load(io.BytesIO(data)).module()
-
-    def predict(images: Pixels, numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
-        with torch.no_grad():
-            return tuple(value.numpy() for value in module(torch.from_numpy(images), torch.from_numpy(numbers)))
-
-    return predict
-
-
-def _load_onnx(data: bytes) -> PredictFunction:
+def _run_onnx(data: bytes, *inputs: npt.NDArray[Any]) -> Arrays:
     import onnxruntime  # part of the extra onnx
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return lambda images, numbers: tuple(session.run(OUTPUTS, dict(zip(INPUTS, (images, numbers), strict=True))))
+    return tuple(session.run(OUTPUTS, dict(zip(INPUTS, inputs, strict=True))))
 
 
-def _compare(name: str, found: tuple[npt.NDArray[Any], ...], expected: Predictions) -> float:
+def _compare(name: str, found: Arrays, expected: Predictions) -> float:
     """The largest difference of a probability; raises RunError if a prediction differs."""
     pairs = [(name, values, expected.values[name]) for name, values in zip(OUTPUTS, found, strict=True)]
     difference = max(np.abs(values - theirs).max() for name, values, theirs in pairs if name.endswith("_prob"))

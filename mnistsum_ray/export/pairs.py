@@ -1,7 +1,9 @@
 """Export example input for scoring: images of a split of MNIST, each paired with a number, as Parquet files."""
 
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -12,14 +14,14 @@ from mnistsum_ray.data.images import IMAGE_TYPE, pixels_array
 from mnistsum_ray.data.order import RowRanges, random_numbers
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, RunInterrupted, one_line
-from mnistsum_ray.reporting.progress import Progress
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate_empty_output
 
-SCHEMA = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": pa.int8(), "digit": pa.int8()})
+SCHEMA: Final = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": pa.int8(), "digit": pa.int8()})
 """`row_id` is the position of the image in its source; `digit` is the true digit, for measuring accuracy."""
 
-_ROW_GROUP_ROWS = 8192
+_ROW_GROUP_ROWS: Final = 8192
+_LINE_SECONDS: Final = 5.0
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
@@ -39,14 +41,15 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         source = open_source(config.data)
         if source.notice:
             say(source.notice)
-        on_progress = Progress(lambda counter: say(str(counter)), "rows written", config.rows, interval=5.0)
-        tables = _tables(source, getattr(source, config.split), config.seed)
-        rest: pa.Table = SCHEMA.empty_table()
+        tables, rest = _tables(source, getattr(source, config.split), config.seed), SCHEMA.empty_table()
+        said = time.monotonic()
         for index in range(config.files):
             start, end = config.rows * index // config.files, config.rows * (index + 1) // config.files
             data, rest = _parquet_file(rest, tables, end - start)
             (output / f"part-{index:05d}.parquet").write_bytes(data)
-            on_progress(end - start)
+            if time.monotonic() - said > _LINE_SECONDS:
+                said = time.monotonic()
+                say(f"rows written: {end:,} of {config.rows:,}")
     except OSError as error:
         raise RequestError(f"--output {output.display}: {one_line(error)}") from None
     except KeyboardInterrupt:

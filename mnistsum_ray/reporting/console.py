@@ -1,109 +1,189 @@
-"""Console output of a running job: lines on standard error, and a progress bar on a terminal or in a notebook."""
+"""Console output of a running job: lines and progress on standard error, and a watchdog that reports silence."""
 
 import sys
 import threading
-from contextlib import suppress
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Final, Self, TextIO
 
 from mnistsum_ray.errors import printable
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.reporting.progress import Counter, time_left
-from mnistsum_ray.reporting.progress_bar import ProgressBar, can_show_bars
+
+UPDATE_SECONDS: Final = 2.0
+"""Minimum time between two updates; the console shows fewer of them where they stay as lines."""
+
+SILENCE_SECONDS: Final = 60
+"""Time without a sign of life after which `silence_watchdog` writes a line."""
 
 _LINE_SECONDS: Final = 5.0
 """Time between two progress lines of the same work, where there is no bar. Work that ends sooner has none."""
 
+_BAR: Final = "{desc} {percentage:3.0f}% |{bar}| {n:,} of {total:,}{postfix}, {remaining} left"
+
+
+@dataclass(frozen=True)
+class Counter:
+    """How far some work is. As text: a line for a log."""
+
+    what: str
+    """Names the items, e.g. `rows written`."""
+    done: int
+    total: int
+    rate: float
+    """Items per second."""
+    seconds: float
+    """Since the work began."""
+
+    def __str__(self) -> str:
+        left = time_left(self.total - self.done, self.rate)
+        return f"{self.what}: {self.done:,} of {self.total:,}  {self.rate:,.0f}/s  {left} left"
+
+
+class Progress:
+    """Counts finished items, and shows a `Counter` at most every UPDATE_SECONDS."""
+
+    def __init__(self, show: Callable[[Counter], None], what: str, total: int) -> None:
+        """Start counting towards `total`; `what` names the items, e.g. "rows written"."""
+        self._show, self._what, self._total, self._done = show, what, total, 0
+        self._started = self._reported = time.monotonic()
+
+    def __call__(self, count: int, working_seconds: float | None = None) -> None:
+        """Add `count` finished items.
+
+        Args:
+            count: number of items since the last call.
+            working_seconds: time that all items so far have taken, for the rate; None: the time since construction.
+        """
+        self._done += count
+        now = time.monotonic()
+        if now - self._reported < UPDATE_SECONDS or not 0 < self._done < self._total:
+            return
+        self._reported = now
+        seconds = now - self._started
+        rate = self._done / max(seconds if working_seconds is None else working_seconds, 1e-9)
+        self._show(Counter(self._what, self._done, self._total, rate, seconds))
+
+
+def time_left(remaining: int, rate: float) -> str:
+    """Time that `remaining` items take at `rate` items per second, as text: `45 s`, `12 min` or `3.5 h`."""
+    seconds = remaining / rate
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
 
 class Console:
-    """Writes lines to standard error; standard output is reserved for the result. A context, at whose end the bar goes away."""
+    """Writes lines to standard error, and below them on a terminal or in a notebook one progress bar.
+
+    Standard output is reserved for the result. A context, at whose end the bar goes away.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._lock = threading.RLock()
-        self._bar = ProgressBar(self._stream) if can_show_bars(self._stream) else None
+        self._has_bars = self._stream.isatty() or (self._stream is sys.stderr and "ipykernel" in sys.modules)
+        self._bar: Any = None
         self._training: dict[str, Any] | None = None
         """The latest progress event of the epochs, whose bar stays while something else is counted."""
-        self._shown: dict[str, float] = {}
+        self._said: dict[str, float] = {}
         """When each kind of work had its last progress line, in seconds since it began."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            with self._lock, suppress(OSError):
-                self._bar.close()
+        with self._lock, suppress(OSError):
+            self._close_bar()
 
     def say(self, text: str) -> None:
         """Write a line."""
+        line = f"{printable(text)}\n"
         with self._lock, suppress(OSError):  # standard error was closed by its reader; the job goes on
-            if self._bar:
-                self._bar.write(f"{printable(text)}\n")
+            if self._bar is None:
+                self._stream.write(line)
             else:
-                self._stream.write(f"{printable(text)}\n")
-                self._stream.flush()
+                self._bar.write(line, file=self._stream, end="")
+            self._stream.flush()
 
     def say_lines(self, text: str) -> None:
         """Write several lines, e.g. an error of Ray with its traceback."""
         for line in text.splitlines():
             self.say(line)
 
-    def progress(self, counter: Counter) -> None:
-        """Show how far some work is: by the bar, or in a log by a line every 5 s."""
-        if not self._bar:
-            self._say_sometimes(counter.what, counter.seconds, str(counter))
-            return
-        with self._lock, suppress(OSError):
-            if self._training:
-                done = f"{counter.what}: {counter.done:,} of {counter.total:,}"
-                self._show_epochs(self._training, done)
-            else:
-                self._bar.show(counter.what, counter.what, counter.done, counter.total, f"{counter.rate:,.0f}/s")
-
     def show(self, event: dict[str, Any]) -> None:
         """Show an event of the training loop. `kind` is progress (of an epoch), epoch, counter, or note (a line)."""
         if event["kind"] == "counter":
             self.progress(Counter(**{key: value for key, value in event.items() if key != "kind"}))
         elif event["kind"] == "progress":
-            self._show_progress(event)
+            self._show_training(event)
         elif event["kind"] == "epoch":
             self.say(epoch_line(event))
         else:
             self.say(event["text"])
 
-    def _show_progress(self, event: dict[str, Any]) -> None:
+    def progress(self, counter: Counter) -> None:
+        """Show how far some work is: by the bar, or in a log by a line every 5 s."""
+        if not self._has_bars:
+            self._say_sometimes(counter.what, counter.seconds, str(counter))
+        elif self._training:
+            self._draw_epochs(self._training, f"{counter.what}: {counter.done:,} of {counter.total:,}")
+        else:
+            self._draw(counter.what, counter.done, counter.total, f"{counter.rate:,.0f}/s")
+
+    def _show_training(self, event: dict[str, Any]) -> None:
         rate, rows_left = event["rows_per_second"], event["of_rows"] - event["rows"]
         all_rows_left = rows_left + (event["epochs"] - event["epoch"]) * event["of_rows"]
-        if self._bar:
-            with self._lock, suppress(OSError):
-                if all_rows_left:
-                    self._training = event
-                    self._show_epochs(event, f"{rate:,.0f} rows/s, loss {event['loss']:.4f}")
-                else:  # what follows has bars of its own
-                    self._training = None
-                    self._bar.close()
+        if not self._has_bars:
+            text = (
+                f"epoch {event['epoch']}/{event['epochs']}  {event['rows']:>6,} of {event['of_rows']:,} rows  "
+                f"{rate:,.0f} rows/s  loss {event['loss']:.4f}  {time_left(rows_left, rate)} left in this epoch, "
+                f"{time_left(all_rows_left, rate)} in all"
+            )
+            self._say_sometimes(f"epoch {event['epoch']}", event["seconds"], text)
             return
-        text = (
-            f"epoch {event['epoch']}/{event['epochs']}  {event['rows']:>6,} of {event['of_rows']:,} rows  "
-            f"{rate:,.0f} rows/s  loss {event['loss']:.4f}  {time_left(rows_left, rate)} left in this epoch, "
-            f"{time_left(all_rows_left, rate)} in all"
-        )
-        self._say_sometimes(f"epoch {event['epoch']}", event["seconds"], text)
+        self._training = event if all_rows_left else None  # what follows has bars of its own
+        if all_rows_left:
+            self._draw_epochs(event, f"{rate:,.0f} rows/s, loss {event['loss']:.4f}")
+        else:
+            self.__exit__()
 
-    def _show_epochs(self, event: dict[str, Any], postfix: str) -> None:
+    def _draw_epochs(self, event: dict[str, Any], postfix: str) -> None:
         """The bar of the run: rows of all epochs."""
-        assert self._bar
         rows = (event["epoch"] - 1) * event["of_rows"] + event["rows"]
-        self._bar.show("epochs", f"epoch {event['epoch']}/{event['epochs']}", rows, event["epochs"] * event["of_rows"], postfix)
+        self._draw(f"epoch {event['epoch']}/{event['epochs']}", rows, event["epochs"] * event["of_rows"], postfix)
+
+    def _draw(self, description: str, done: int, total: int, postfix: str) -> None:
+        """Draw the bar, with texts before it and after its numbers; other work gets a new one."""
+        with self._lock, suppress(OSError):
+            if self._bar is None or self._bar.total != total or self._bar.n > done:
+                self._close_bar()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a notebook without widgets, which gets a bar of text
+                    from tqdm.auto import tqdm
+                options: dict[str, Any] = {"dynamic_ncols": True, "leave": False, "mininterval": 0, "bar_format": _BAR}
+                self._bar = tqdm(total=total, initial=done, file=self._stream, **options)
+            self._bar.set_description_str(description, refresh=False)
+            self._bar.set_postfix_str(postfix, refresh=False)
+            self._bar.update(done - self._bar.n)
+            self._bar.refresh()
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            # The last step is not always counted, and a bar of a notebook that ends before its total stays, in red.
+            self._bar.total = self._bar.n
+            self._bar.close()
+            self._bar = None
 
     def _say_sometimes(self, what: str, seconds: float, text: str) -> None:
         with self._lock:
-            last = self._shown.get(what, 0.0)
+            last = self._said.get(what, 0.0)
             last = last if last <= seconds else 0.0  # the same kind of work once more
-            if seconds - last < _LINE_SECONDS:
-                return
-            self._shown[what] = seconds
-            self.say(text)
+            if seconds - last >= _LINE_SECONDS:
+                self._said[what] = seconds
+                self.say(text)
 
 
 def epoch_line(entry: dict[str, Any]) -> str:
@@ -112,6 +192,37 @@ def epoch_line(entry: dict[str, Any]) -> str:
     accuracies = ", ".join(f"{head.name} {test[f'{head.name}_accuracy']:.2%}" for head in HEADS)
     return (
         f"epoch {entry['epoch']}: train loss {entry['train_loss']:.4f}, test loss {test['loss']:.4f}, "
-        f"{accuracies} (all ten numbers), "
-        f"{entry['rows_per_second']:,.0f} rows/s, {entry['waiting']:.1%} waiting for data"
+        f"{accuracies} (all ten numbers), {entry['rows_per_second']:,.0f} rows/s, {entry['waiting']:.1%} waiting for data"
     )
+
+
+@contextmanager
+def silence_watchdog(say: Callable[[str], None], explain: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """While the block runs, write a line after each SILENCE_SECONDS in which the yielded function was not called.
+
+    Args:
+        say: writes a console line; called in a thread of the watchdog.
+        explain: says what the cluster is waiting for; called in the same thread. The line is left out if it raises.
+    """
+    heard, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        silent = 0
+        while not ended.is_set():
+            if heard.wait(SILENCE_SECONDS):
+                heard.clear()
+                silent = 0
+                continue
+            silent += SILENCE_SECONDS
+            # A cluster that has ended answers with an error of Ray; the run itself fails on it too and reports it.
+            with suppress(Exception):
+                say(f"no word from the workers for {silent} s: {explain()}")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield heard.set
+    finally:
+        ended.set()
+        heard.set()
+        thread.join()

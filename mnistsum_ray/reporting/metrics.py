@@ -7,19 +7,21 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-_TAGS = ("run",)
+
+def _tagged(kind: type[Any], name: str, text: str, run: str) -> Any:
+    metric = kind(f"mnistsum_{name}", text, ("run",))
+    metric.set_default_tags({"run": run})
+    return metric
 
 
 class TrainingMetrics:
     """`mnistsum_train_rows` (counter), `mnistsum_train_rows_per_second`, `mnistsum_train_epoch` and `mnistsum_train_loss`."""
 
     def __init__(self, run: str) -> None:
-        self._rows = Counter("mnistsum_train_rows", "Training rows, all epochs and workers together.", _TAGS)
-        self._rate = Gauge("mnistsum_train_rows_per_second", "Training rows per second, all workers together.", _TAGS)
-        self._epoch = Gauge("mnistsum_train_epoch", "Epoch that is trained, from 1.", _TAGS)
-        self._loss = Gauge("mnistsum_train_loss", "Mean loss a row of this epoch, in nats.", _TAGS)
-        for metric in (self._rows, self._rate, self._epoch, self._loss):
-            metric.set_default_tags({"run": run})
+        self._rows = _tagged(Counter, "train_rows", "Training rows, all epochs and workers together.", run)
+        self._rate = _tagged(Gauge, "train_rows_per_second", "Training rows per second, all workers together.", run)
+        self._epoch = _tagged(Gauge, "train_epoch", "Epoch that is trained, from 1.", run)
+        self._loss = _tagged(Gauge, "train_loss", "Mean loss a row of this epoch, in nats.", run)
         self._counted = 0
 
     def add(self, event: dict[str, Any]) -> None:
@@ -37,20 +39,12 @@ class ScoringMetrics:
     """`mnistsum_score_rows`, `mnistsum_score_rejected_rows` (counters) and `mnistsum_score_rows_per_second`."""
 
     def __init__(self, output: str) -> None:
-        self._rows = Counter("mnistsum_score_rows", "Rows whose file is written, rejected ones included.", _TAGS)
-        self._rejected = Counter("mnistsum_score_rejected_rows", "Rows that cannot be scored.", _TAGS)
-        self._rate = Gauge("mnistsum_score_rows_per_second", "Rows per second, all workers together.", _TAGS)
-        for metric in (self._rows, self._rejected, self._rate):
-            metric.set_default_tags({"run": output})
+        self._rows = _tagged(Counter, "score_rows", "Rows whose file is written, rejected ones included.", output)
+        self._rejected = _tagged(Counter, "score_rejected_rows", "Rows that cannot be scored.", output)
+        self._rate = _tagged(Gauge, "score_rows_per_second", "Rows per second, all workers together.", output)
 
     def add(self, rows: int, rejected: int, rows_per_second: float) -> None:
-        """Count a finished part.
-
-        Args:
-            rows: of the part.
-            rejected: those of them that cannot be scored.
-            rows_per_second: since the run began.
-        """
+        """Count finished rows, `rejected` of which cannot be scored; the rate is since the run began."""
         for counter, count in ((self._rows, rows), (self._rejected, rejected)):
             if count:  # Ray refuses an increment of 0
                 counter.inc(count)

@@ -17,9 +17,6 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import Reliability
 
-_ACCURACIES: Final = {f"{head.name}_accuracy": head.name for head in HEADS}
-_SPLIT_STYLES: Final = {"test": "o-", "validation": "o--"}
-
 _MAX_DIFFERENCE: Final = 1.0
 """End of the colour scale of `draw_sums`, in points of accuracy: the same for all runs, so that they can be compared."""
 
@@ -28,36 +25,29 @@ _REASON_WIDTH: Final = 60
 
 
 def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> bytes:
-    """Loss and accuracy of each head by epoch.
+    """Loss and error (100 % less the accuracy) of each head by epoch, on scales where small numbers can be told apart.
 
     Args:
         history: lines of history.jsonl.
-        card: contents of model.json; its own accuracies are marked.
+        card: contents of model.json; its own errors are marked.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
+    losses, errors = figure.subplots(1, 2)
     epochs = [entry["epoch"] for entry in history]
     losses.plot(epochs, [entry["train_loss"] for entry in history], "o-", markersize=4, color="tab:gray", label="training")
-    for split, style in _SPLIT_STYLES.items():
+    for split, style in (("test", "o-"), ("validation", "o--")):
         losses.plot(epochs, [entry[split]["loss"] for entry in history], style, markersize=4, color="tab:blue", label=split)
+        for head, color in zip(HEADS, TABLEAU_COLORS, strict=False):
+            shares = [100 - 100 * entry[split][f"{head.name}_accuracy"] for entry in history]
+            errors.plot(epochs, shares, style, markersize=4, color=color, label=f"{head.name}, {split}")
+    for head, color in zip(HEADS, TABLEAU_COLORS, strict=False):
+        error = 100 - 100 * card["test"][f"{head.name}_accuracy"]
+        errors.plot(card["epoch"], error, "*", markersize=11, color=color, markeredgecolor="black")
     losses.set(title="loss (mean of all heads, nats)", xlabel="epoch", yscale="log")
-    for (name, label), color in zip(_ACCURACIES.items(), TABLEAU_COLORS, strict=False):
-        for split, style in _SPLIT_STYLES.items():
-            values = [100 * entry[split][name] for entry in history]
-            accuracies.plot(epochs, values, style, markersize=4, color=color, label=f"{label}, {split}")
-        accuracies.plot(card["epoch"], 100 * card["test"][name], "*", markersize=11, color=color, markeredgecolor="black")
-    accuracies.set(title="accuracy, % (stars: the model)", xlabel="epoch")
-    later = [100 * entry[split][name] for entry in history[1:] for name in _ACCURACIES for split in _SPLIT_STYLES]
-    if later:  # the axis leaves out the first epoch where it is so much lower that the others would look the same
-        later += [100 * card["test"][name] for name in _ACCURACIES]
-        margin = max(0.1, 0.1 * (max(later) - min(later)))
-        bottom = min(later) - margin
-        accuracies.set_ylim(bottom, max(later) + margin)
-        hidden = [f"{label} {100 * history[0]['test'][name]:.1f}" for name, label in _ACCURACIES.items()]
-        if min(100 * history[0][split][name] for split in _SPLIT_STYLES for name in _ACCURACIES) < bottom:
-            text = f"epoch {epochs[0]} is partly below: {', '.join(hidden)} %"
-            accuracies.annotate(text, (0.03, 0.03), xycoords="axes fraction", fontsize=8, style="italic")
-    for axes in (losses, accuracies):
+    errors.set(title="error, % (stars: the model)", xlabel="epoch")
+    errors.set_yscale("symlog", linthresh=0.1)  # a few test rows may have no error at all
+    errors.yaxis.set_major_formatter("{x:g}")
+    for axes in (losses, errors):
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -73,16 +63,14 @@ def draw_confusion(confusion: list[list[int]]) -> bytes:
     figure = Figure(figsize=(5.6, 5.2), layout="constrained")
     axes = figure.subplots()
     mistakes = np.where(np.eye(len(counts), dtype=bool), 0, counts)
-    _grid(
-        axes, mistakes, [[f"{count:,}" if count else "" for count in row] for row in counts], "Reds", (0, max(1, mistakes.max()))
-    )
+    texts = [[f"{count:,}" if count else "" for count in row] for row in counts]
+    _grid(axes, mistakes, texts, "Reds", (0, max(1, mistakes.max())))
     correct = np.trace(counts) / max(1, counts.sum())
     axes.set(title=f"digits: {correct:.2%} of {counts.sum():,} test images correct")
     axes.set(xlabel="predicted digit, and precision in %", ylabel="true digit, and recall in %")
-    for ticks, totals in ((axes.set_yticks, counts.sum(1)), (axes.set_xticks, counts.sum(0))):
-        rates = [f"{100 * right / total:.1f}" if total else "-" for right, total in zip(np.diag(counts), totals, strict=True)]
-        separator = "  " if ticks == axes.set_yticks else "\n"
-        ticks(range(len(counts)), [f"{digit}{separator}{rate}" for digit, rate in enumerate(rates)], fontsize=8)
+    digits = range(len(counts))
+    axes.set_yticks(digits, _rates(np.diag(counts), counts.sum(1), "  "), fontsize=8)
+    axes.set_xticks(digits, _rates(np.diag(counts), counts.sum(0), "\n"), fontsize=8)
     return _png(figure)
 
 
@@ -106,14 +94,10 @@ def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> bytes:
     ]
     # Purple and orange can be told apart with any kind of colour blindness.
     _grid(axes, difference, texts, "PuOr", (-_MAX_DIFFERENCE, _MAX_DIFFERENCE))
-    correct = np.sum(sums_right) / max(1, NUMBERS * rows.sum())
     pairs = NUMBERS * rows.sum()
+    correct = np.sum(sums_right) / max(1, pairs)
     axes.set(title=f"sums: {correct:.2%} of {pairs:,} test pairs correct\ncells: points above or below the digit's accuracy")
-    labels = [
-        f"{digit}  {100 * hits / total:.1f}" if total else f"{digit}  -"
-        for digit, (hits, total) in enumerate(zip(right[:, 0], rows[:, 0], strict=True))
-    ]
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_yticks(range(len(rows)), _rates(right[:, 0], rows[:, 0], "  "), fontsize=8)
     axes.set(xlabel="number", ylabel="true digit, and its accuracy in %")
     return _png(figure)
 
@@ -200,6 +184,12 @@ def draw_rejects(reasons: dict[str, int]) -> bytes:
     axes.margins(x=0.12)
     axes.set(title=f"{sum(shown.values()):,} rejected rows by reason", xlabel="rows")
     return _png(figure)
+
+
+def _rates(right: npt.NDArray[Any], totals: npt.NDArray[Any], separator: str) -> list[str]:
+    """Label of each digit: itself, and the share of its rows that are right, in percent."""
+    shares = [f"{100 * hits / total:.1f}" if total else "-" for hits, total in zip(right, totals, strict=True)]
+    return [f"{digit}{separator}{share}" for digit, share in enumerate(shares)]
 
 
 def _grid(axes: Axes, values: npt.NDArray[Any], texts: list[list[str]], colormap: str, limits: tuple[float, float]) -> None:

@@ -1,21 +1,27 @@
-"""Readable records of a training run: history.jsonl, and report.html, one page with everything in it."""
+"""Readable records of a run: report.html, the model card, the versions of the software; and the names of metrics."""
 
 import base64
-import json
 import math
-from collections.abc import Iterable
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final
 
 import jinja2
 
+from mnistsum_ray import __version__
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.storage.location import Location
 
 REPORT: Final = "report.html"
 
+MODEL_CARD: Final = "README.md"
+"""Of the model folder, in the form that the Hugging Face Hub reads."""
+
 PICTURES: Final = {
-    "history.png": "Loss and accuracy by epoch",
+    "history.png": "Loss and error by epoch",
     "confusion.png": "Digits: confusion matrix",
     "sums.png": "Sums: accuracy by digit and number",
     "reliability.png": "Reliability: accuracy by predicted probability",
@@ -23,21 +29,39 @@ PICTURES: Final = {
 }
 """Titles of the pictures by their file names in the run folder."""
 
+_MNIST: Final = "ylecun/mnist"
+"""Name of MNIST on the Hub."""
 
-def write_history(run: Location, history: Iterable[dict[str, Any]]) -> None:
-    """Write `history.jsonl`, one line per epoch."""
-    (run / "history.jsonl").write_bytes("".join(json.dumps(entry) + "\n" for entry in history).encode())
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package (with its commit, in a checkout) and of the packages that its results depend on."""
+    packages = {name: version(name) for name in ("ray", "torch", "pyarrow", "numpy")}
+    commit = _commit()
+    ours = {"mnistsum_ray": __version__} | ({"commit": commit} if commit else {})
+    return {"python": platform.python_version(), **ours, **packages}
+
+
+def _commit() -> str | None:
+    """Commit of the source that this process runs, with `+` if files of the package have changed; None outside of a checkout."""
+    package = Path(__file__).parents[1]
+    if shutil.which("git") is None or not (package.parent / ".git").exists():
+        return None
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(package), *args], capture_output=True, text=True, check=False, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=10", "HEAD")
+        return f"{commit}+" if commit and git("status", "--porcelain", "--", str(package)) else commit or None
+    except (OSError, subprocess.TimeoutExpired):  # as on a network file system that does not answer
+        return None
 
 
 def epoch_scalars(entry: dict[str, Any]) -> dict[str, float]:
     """Metrics of one line of history.jsonl, under the names that TensorBoard and MLflow show."""
-    named = {
-        "train/loss": entry["train_loss"],
-        "train/learning_rate": entry["learning_rate"],
-        "train/rows_per_second": entry["rows_per_second"],
-        "train/waiting": entry["waiting"],
-    }
-    return named | _scores(entry, "")
+    names = ("loss", "learning_rate", "rows_per_second", "waiting")
+    return {f"train/{name}": entry["train_loss" if name == "loss" else name] for name in names} | _scores(entry, "")
 
 
 def model_scalars(card: dict[str, Any]) -> dict[str, float]:
@@ -70,14 +94,10 @@ def report_page(
         history: lines of history.jsonl.
         pictures: PNG bytes by file name (keys of PICTURES).
     """
+    intervals = {head.name: wilson_interval(card["test"][f"{head.name}_accuracy"], card["test"]["rows"]) for head in HEADS}
+    shown = _encoded({PICTURES[key]: png for key, png in pictures.items()})
     return _render(
-        "report.html.j2",
-        {PICTURES[key]: png for key, png in pictures.items()},
-        name=name,
-        manifest=manifest,
-        card=card,
-        history=history,
-        intervals={head.name: wilson_interval(card["test"][f"{head.name}_accuracy"], card["test"]["rows"]) for head in HEADS},
+        "report.html.j2", pictures=shown, name=name, manifest=manifest, card=card, history=history, intervals=intervals
     )
 
 
@@ -89,15 +109,53 @@ def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes
         totals: `scoring.totals.Totals`.
         pictures: PNG bytes by title.
     """
-    return _render("scored.html.j2", pictures, manifest=manifest, line=manifest["totals"], totals=totals)
+    return _render("scored.html.j2", pictures=_encoded(pictures), manifest=manifest, line=manifest["totals"], totals=totals)
 
 
-def _render(template: str, pictures: dict[str, bytes], **values: Any) -> str:
+def model_card(name: str, card: dict[str, Any], data: dict[str, Any]) -> str:
+    """Render the model card.
+
+    Args:
+        name: of the run.
+        card: contents of model.json.
+        data: entry `data` of manifest.json.
+    """
+    from huggingface_hub import EvalResult, ModelCardData  # slow to import, and needed once
+
+    of_mnist = data["source"] in ("mnist", "sample")
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name=f"{head.name} of image and number",
+            dataset_type=_MNIST if of_mnist else "other",
+            dataset_name="MNIST" if of_mnist else data["location"],
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=f"{head.name} accuracy",
+            metric_value=card["test"][f"{head.name}_accuracy"],
+        )
+        for head in HEADS
+    ]
+    fields = ModelCardData(
+        license="apache-2.0",
+        library_name="pytorch",
+        tags=["mnist", "ray"],
+        datasets=[_MNIST] if of_mnist else None,
+        model_name=name,
+        eval_results=results,
+    )
+    return _render("model_card.md.j2", card_data=fields.to_yaml(), name=name, card=card, data=data)
+
+
+def _encoded(pictures: dict[str, bytes]) -> list[tuple[str, str]]:
+    return [(title, base64.b64encode(png).decode()) for title, png in pictures.items()]
+
+
+def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."),
+        autoescape=template.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
     )
-    shown = [(title, base64.b64encode(png).decode()) for title, png in pictures.items()]
-    page: str = environment.get_template(template).render(
-        pictures=shown, heads=[head.name for head in HEADS], numbers=range(NUMBERS), **values
-    )
+    page: str = environment.get_template(template).render(heads=[head.name for head in HEADS], numbers=range(NUMBERS), **values)
     return page

@@ -6,6 +6,8 @@ A file per epoch is written whole, and replaced when the epoch is repeated. Tens
 
 import io
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,23 +22,36 @@ from mnistsum_ray.storage.location import Location
 FOLDER: Final = "tensorboard"
 
 
+def _place(run: Location, epoch: int, kind: str) -> Location:
+    # A running TensorBoard picks up only files whose names sort after those that it has read: hence zeros, and "epoch" < "final".
+    return run / FOLDER / f"events.out.tfevents.{epoch:010d}.{kind}"
+
+
+@contextmanager
+def _event_file(place: Location) -> Iterator[SummaryWriter]:
+    """A writer whose events become one file at the end of the block."""
+    with tempfile.TemporaryDirectory() as name:
+        with SummaryWriter(name) as writer:
+            yield writer
+        (written,) = Path(name).iterdir()
+        place.write_bytes(written.read_bytes())
+
+
 def write_epochs(run: Location, history: list[dict[str, Any]]) -> None:
     """Write the event file of the last line of history.jsonl, and those of earlier epochs that are missing."""
-    existing = {info.path.rpartition("/")[2] for info in (run / FOLDER).files()}
+    existing = {info.path for info in (run / FOLDER).files()}
     for entry in history:
-        file = _event_file(run, entry["epoch"], "epoch")
-        if entry is not history[-1] and file.path.rpartition("/")[2] in existing:
+        place = _place(run, entry["epoch"], "epoch")
+        if entry is not history[-1] and place.path in existing:
             continue
-        ended = entry["started"] + entry["seconds"] + entry["evaluation_seconds"]
-        with tempfile.TemporaryDirectory() as name:
-            with SummaryWriter(name) as writer:
-                for key, value in epoch_scalars(entry).items():
-                    writer.add_scalar(key, value, entry["epoch"], walltime=ended)
-                steps = entry["step_losses"][-1][0]
-                for step, loss in entry["step_losses"]:
-                    trained = entry["started"] + entry["seconds"] * step / steps
-                    writer.add_scalar("train/step_loss", loss, (entry["epoch"] - 1) * steps + step, walltime=trained)
-            file.write_bytes(_only_file(name))
+        with _event_file(place) as writer:
+            ended = entry["started"] + entry["seconds"] + entry["evaluation_seconds"]
+            for key, value in epoch_scalars(entry).items():
+                writer.add_scalar(key, value, entry["epoch"], walltime=ended)
+            steps = entry["step_losses"][-1][0]
+            for step, loss in entry["step_losses"]:
+                trained = entry["started"] + entry["seconds"] * step / steps
+                writer.add_scalar("train/step_loss", loss, (entry["epoch"] - 1) * steps + step, walltime=trained)
 
 
 def write_final(run: Location, epoch: int, card: dict[str, Any], pictures: dict[str, bytes], config: dict[str, Any]) -> None:
@@ -49,27 +64,15 @@ def write_final(run: Location, epoch: int, card: dict[str, Any], pictures: dict[
         pictures: PNG bytes by file name.
         config: settings of the run, shown as a table.
     """
-    with tempfile.TemporaryDirectory() as name:
-        with SummaryWriter(name) as writer:
-            for key, value in model_scalars(card).items():
-                writer.add_scalar(key, value, epoch)
-            for key, png in pictures.items():
-                with Image.open(io.BytesIO(png)) as picture:
-                    writer.add_image(key, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
-            # TensorBoard's page HPARAMS compares runs by these. `writer.add_hparams` would make a folder for them.
-            settings = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
-            for summary in hparams(settings, dict.fromkeys(model_scalars(card), 0.0)):
-                writer.file_writer.add_summary(summary)
-            lines = [f"| {key} | {value} |" for key, value in config.items()]
-            writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]), epoch)
-        _event_file(run, epoch, "final").write_bytes(_only_file(name))
-
-
-def _event_file(run: Location, epoch: int, kind: str) -> Location:
-    # A running TensorBoard picks up only files whose names sort after those that it has read: hence zeros, and "epoch" < "final".
-    return run / FOLDER / f"events.out.tfevents.{epoch:010d}.{kind}"
-
-
-def _only_file(folder: str) -> bytes:
-    (file,) = Path(folder).iterdir()
-    return file.read_bytes()
+    with _event_file(_place(run, epoch, "final")) as writer:
+        for key, value in model_scalars(card).items():
+            writer.add_scalar(key, value, epoch)
+        for key, png in pictures.items():
+            with Image.open(io.BytesIO(png)) as picture:
+                writer.add_image(key, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
+        # TensorBoard's page HPARAMS compares runs by these. `writer.add_hparams` would make a folder for them.
+        settings = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
+        for summary in hparams(settings, dict.fromkeys(model_scalars(card), 0.0)):
+            writer.file_writer.add_summary(summary)
+        lines = [f"| {key} | {value} |" for key, value in config.items()]
+        writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]), epoch)

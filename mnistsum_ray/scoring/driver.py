@@ -16,9 +16,8 @@ from mnistsum_ray.cluster.resources import explain_worker_silence, inspect_clust
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.errors import RunError, RunInterrupted, root_cause
 from mnistsum_ray.model.int8 import maxima_from_description
-from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
 from mnistsum_ray.reporting.metrics import ScoringMetrics
-from mnistsum_ray.reporting.progress import Progress, silence_watchdog
 from mnistsum_ray.scoring.crash_counter import start_crash_counter
 from mnistsum_ray.scoring.output import Target, delete_part, list_output, open_target, unpublish
 from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, make_tasks

@@ -21,7 +21,7 @@ from mnistsum_ray.cluster.map_files import map_files
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import FILE_SCHEMA
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.reporting.progress import Counter, Progress
+from mnistsum_ray.reporting.console import Counter, Progress
 from mnistsum_ray.scoring.stamp import PREDICTIONS, REJECTED, read_committed
 from mnistsum_ray.storage.listing import is_hidden
 from mnistsum_ray.storage.location import Location, is_partial

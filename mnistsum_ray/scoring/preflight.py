@@ -13,8 +13,7 @@ from mnistsum_ray.cluster.map_files import MAX_LOCAL_FILES
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import Inputs, list_inputs
 from mnistsum_ray.errors import RequestError, RunError, StorageError, one_line
-from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.reporting.progress import Progress
+from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.footers import Columns, read_all_footers
 from mnistsum_ray.scoring.parts import split_into_parts
 from mnistsum_ray.storage.listing import report_skipped

@@ -6,8 +6,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.reporting.report import scored_page
-from mnistsum_ray.reporting.versions import versions
+from mnistsum_ray.reporting.report import scored_page, versions
 from mnistsum_ray.scoring.output import (
     FILES_TABLE,
     MANIFEST,

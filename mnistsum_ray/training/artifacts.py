@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,7 @@ from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
 from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.reporting.report import REPORT, report_page
-from mnistsum_ray.reporting.versions import versions
+from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, report_page, versions
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.loop import TrainingResult
 from mnistsum_ray.training.preflight import DATA_FILES, TrainingRun
@@ -115,9 +114,9 @@ def check_data(run: TrainingRun, read: Checksums, now: dict[str, Any]) -> Checks
 
 def write_history(folder: Location, history: list[dict[str, Any]]) -> None:
     """Write history.jsonl and TensorBoard's event files of the epochs, lines of history.jsonl."""
-    from mnistsum_ray.reporting import report, tensorboard  # takes a moment to import, and is needed after the first epoch only
+    from mnistsum_ray.reporting import tensorboard  # takes a moment to import, and is needed after the first epoch only
 
-    report.write_history(folder, history)
+    (folder / "history.jsonl").write_bytes("".join(json.dumps(entry) + "\n" for entry in history).encode())
     tensorboard.write_epochs(folder, history)
 
 
@@ -147,7 +146,6 @@ def publish_model(folder: Location, result: TrainingResult) -> dict[str, Any]:
 def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any], result: TrainingResult) -> list[str]:
     """Write pictures, report and TensorBoard's last event file; return the names of the files that MLflow should get."""
     from mnistsum_ray.reporting import pictures, tensorboard  # a second to import, needed once
-    from mnistsum_ray.reporting.model_card import MODEL_CARD, model_card
 
     analysis = result.error_analysis
     drawn = {
@@ -175,25 +173,18 @@ def mlflow_run(config: TrainConfig, manifest: dict[str, Any], console: Console) 
 
     The manifest gets an entry `mlflow` with the server's URI and the run id.
     """
-    if not config.mlflow:
-        yield None
-        return
-    from mnistsum_ray.reporting.mlflow import MLflowRun, mlflow_settings  # needs the extra `mlflow`
+    with ExitStack() as stack:
+        run = None
+        if config.mlflow:
+            from mnistsum_ray.reporting.mlflow import track  # needs the extra `mlflow`
 
-    stored = manifest.get("mlflow") if config.resume else None
-    run_id = stored["run_id"] if stored and stored["uri"] == config.mlflow else None
-    with mlflow_settings():
-        try:
-            tracked = MLflowRun(config.mlflow, config.mlflow_experiment, str(config.name), run_id, manifest)
-        except RequestError as error:
-            if not config.resume:
-                raise
-            console.say(f"{error}; going on without MLflow")
-            yield None
-            return
-        manifest["mlflow"] = {"uri": config.mlflow, "run_id": tracked.run_id}
-        try:
-            yield tracked
-        except BaseException as error:
-            tracked.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
+            stored = manifest.get("mlflow") if config.resume else None
+            run_id = stored["run_id"] if stored and stored["uri"] == config.mlflow else None
+            try:
+                run = stack.enter_context(track(config.mlflow, config.mlflow_experiment, str(config.name), run_id, manifest))
+                manifest["mlflow"] = {"uri": config.mlflow, "run_id": run.run_id}
+            except RequestError as error:
+                if not config.resume:
+                    raise
+                console.say(f"{error}; going on without MLflow")
+        yield run

@@ -19,7 +19,7 @@ from mnistsum_ray.model.loss import Objective, dropout_factors
 from mnistsum_ray.model.metrics import Counts, Metrics, score_rows
 from mnistsum_ray.model.network import TwoHeadCNN, distort, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
-from mnistsum_ray.reporting.progress import UPDATE_SECONDS
+from mnistsum_ray.reporting.console import UPDATE_SECONDS
 from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
 from mnistsum_ray.training.rows import Batch, EvaluationSet
 from mnistsum_ray.training.worker import Worker

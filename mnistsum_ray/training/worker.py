@@ -16,8 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.cluster.resources import explain_worker_silence
 from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
-from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.reporting.progress import Progress, silence_watchdog
+from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
 
 _FAILURE: Final = "failure"
 

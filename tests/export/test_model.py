@@ -14,8 +14,7 @@ import torch
 from mnistsum_ray import load_model, predict
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.errors import RequestError, RunError
-from mnistsum_ray.export.model import export_model
-from mnistsum_ray.model.exporting import OUTPUTS
+from mnistsum_ray.export.model import OUTPUTS, export_model
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from tests.conftest import write_model
 
@@ -81,7 +80,7 @@ def test_probabilities_are_the_softmax_of_the_scores(model: Path, rows: tuple[np
 
 def test_an_export_that_predicts_otherwise_is_not_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     black_on_white: Callable[[torch.Tensor], torch.Tensor] = lambda images: prepare_images(255 - images)  # noqa: E731
-    monkeypatch.setattr("mnistsum_ray.model.exporting.prepare_images", black_on_white)
+    monkeypatch.setattr("mnistsum_ray.export.model.prepare_images", black_on_white)
     with pytest.raises(RunError, match=r"model.pt2: [\d,]+ of 5,000 predictions differ from the model's"):
         export_model(ExportModelConfig(model=str(model), output=str(tmp_path / "out")), print)
     assert not (tmp_path / "out").exists()

@@ -67,6 +67,6 @@ def test_an_interrupt_reports_what_is_written(tmp_path: Path, monkeypatch: pytes
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mnistsum_ray.export.pairs.Progress.__call__", interrupt)
+    monkeypatch.setattr("mnistsum_ray.export.pairs._parquet_file", interrupt)
     with pytest.raises(RunInterrupted, match="some files are written; empty the folder, then the same command starts again"):
         run(tmp_path / "a", rows=100)

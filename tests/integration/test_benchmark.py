@@ -41,17 +41,6 @@ def test_scoring_one_way(way: str) -> None:
     assert way == "loader" or line["first_file_seconds"] > 1
 
 
-def test_the_feed() -> None:
-    done = run_job("benchmark", "feed", "--data", "sample", "--repeat", 1, "--rows", 20_000, "--shuffle-rows", 4_000)
-    line = done.line
-    assert set(line["median"]) == {"memory", "stream", "stream-png"}
-    for way in line["median"].values():
-        assert way["rows_per_second"] > 0
-        assert 0 < way["cpu_us_per_row"] < 1000
-        assert way["memory_mib"] > 100
-    assert set(line["ratios"]) == {"stream / memory", "stream-png / memory"}
-
-
 def test_the_time_to_the_originals_accuracy(data: Path) -> None:
     done = run_job("benchmark", "accuracy", "--data", data, "--repeat", 1)
     line = done.line
@@ -69,6 +58,3 @@ def test_an_invalid_flag_is_refused() -> None:
     done = run_job("benchmark", "train", "--epochs", 1)
     assert done.code == 2
     assert "--epochs: must be at least 2" in done.err
-    done = run_job("benchmark", "feed", "--rows", 1000)
-    assert done.code == 2
-    assert "--rows: must be more than --shuffle-rows" in done.err

@@ -1,6 +1,5 @@
 """What training workers are fed on a real cluster, from memory and streamed: the same batches for any number of workers."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from PIL import Image
+from torchvision.io import encode_png
 
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.images import pixels_view
@@ -31,12 +30,6 @@ Rows = tuple[Source, LoadedRows, Shuffle]
 Description = list[list[tuple[Any, ...]]]
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-def png(image: np.ndarray) -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, "PNG")
-    return data.getvalue()
 
 
 def write_files(folder: Path, rows: pa.Table, group_rows: tuple[int, ...] = (30, 200, 700)) -> Path:
@@ -152,7 +145,8 @@ def test_an_empty_share_is_an_empty_batch(folder: Path, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_pictures_are_fed_as_raw_bytes_are(folder: Path, mixed: pa.Table, tmp_path: Path, way: str) -> None:
     pixels = pixels_view(mixed["image"].combine_chunks())
-    pictures = mixed.set_column(0, "image", pa.array([png(image) for image in pixels], pa.binary()))
+    encoded = [encode_png(torch.from_numpy(image)[None]).numpy().tobytes() for image in pixels]
+    pictures = mixed.set_column(0, "image", pa.array(encoded, pa.binary()))
     as_png, raw = (feed(WAYS[way](place), epochs=1) for place in (write_files(tmp_path / "png", pictures), folder))
     for one, other in zip(as_png, raw, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)

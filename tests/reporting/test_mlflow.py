@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from mnistsum_ray import decode_images, load_model, predict
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.reporting.mlflow import MLflowRun
+from mnistsum_ray.reporting.mlflow import track
 from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
@@ -44,23 +44,19 @@ def folder(tmp_path: Path) -> Location:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)  # where a local store puts its files
-    return tmp_path / "store.db"  # not what MLflow takes where no store is named
+    return f"sqlite:///{tmp_path / 'store.db'}"  # not what MLflow takes where no store is named
 
 
-def uri(store: Path) -> str:
-    return f"sqlite:///{store}"
-
-
-def logged_epochs(store: Path, run_id: str) -> list[tuple[int, float]]:
-    metrics: list[Metric] = MlflowClient(uri(store)).get_metric_history(run_id, "test/digit_accuracy")
+def logged_epochs(store: str, run_id: str) -> list[tuple[int, float]]:
+    metrics = MlflowClient(store).get_metric_history(run_id, "test/digit_accuracy")
     return [(metric.step, metric.value) for metric in metrics]
 
 
-def wait_until_logged(store: Path, run_id: str, epochs: int) -> None:
-    deadline = time.monotonic() + 30
-    while len(logged_epochs(store, run_id)) < epochs:
+def wait_for(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -69,15 +65,15 @@ def expected(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(line["epoch"], line["test"]["digit_accuracy"]) for line in history]
 
 
-def test_a_run_with_its_config_metrics_and_files(store: Path, folder: Location) -> None:
+def test_a_run_with_its_config_metrics_files_and_model(store: str, folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "report.html").write_bytes(b"<html>")
     said: list[str] = []
-    run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
-    for line in HISTORY:
-        run.log_epoch(line, said.append)
-    assert run.finish(HISTORY, CARD, folder, ["report.html", "model/model.json"], said.append)
+    with track(store, "mine", "a-name", None, MANIFEST) as run:
+        for line in HISTORY:
+            run.log_epoch(line, said.append)
+        assert run.finish(HISTORY, CARD, folder, ["report.html", "model/model.json"], said.append)
     assert said == ["registering the model in MLflow as my.reader"]
-    client = MlflowClient(uri(store))
+    client = MlflowClient(store)
     found = client.get_run(run.run_id)
     assert (found.info.run_name, found.info.status) == ("a-name", "FINISHED")
     assert client.get_experiment(found.info.experiment_id).name == "mine"
@@ -94,111 +90,106 @@ def test_a_run_with_its_config_metrics_and_files(store: Path, folder: Location) 
     assert {file.path for file in client.list_artifacts(run.run_id)} == {"report.html", "model"}
     assert [file.path for file in client.list_artifacts(run.run_id, "model")] == ["model/model.json"]
 
-
-def test_the_model_is_registered_and_predicts_as_ours(store: Path, folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in range(2):
-        run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
-        assert run.finish(HISTORY, CARD, folder, [], print)
-        resumed = MLflowRun(uri(store), "mine", "a-name", run.run_id, MANIFEST)
-        assert resumed.finish(HISTORY, CARD, folder, [], print)
-    client = MlflowClient(uri(store))
-    versions = {int(version.version): version for version in client.search_model_versions("name = 'my.reader'")}
-    assert sorted(versions) == [1, 2]
-    assert versions[2].run_id == run.run_id
-    outputs = client.get_run(run.run_id).outputs
-    assert outputs is not None
-    (logged,) = (client.get_logged_model(output.model_id) for output in outputs.model_outputs)
+    (version,) = client.search_model_versions("name = 'my.reader'")
+    assert (int(version.version), version.run_id) == (1, run.run_id)
+    assert found.outputs
+    (logged,) = (client.get_logged_model(output.model_id) for output in found.outputs.model_outputs)
     assert (logged.name, logged.status, logged.tags["sha256"]) == ("onnx", "READY", CARD["sha256"])
-    assert logged.artifact_location == versions[2].source
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri(store))  # as a user of the registry does
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)  # as a user of the registry does
     images, reasons = decode_images(pq.read_table(SAMPLE)["image"].slice(0, 300))
     numbers = np.arange(300) % 10
     assert not reasons
-    found = mlflow.pyfunc.load_model("models:/my.reader/2").predict({"image": images, "number": numbers})
-    expected = predict(load_model(folder.display), images, numbers)
-    assert len(set(expected.digit)) > 1
-    assert found["pred_digit"].tolist() == expected.digit.tolist()
-    assert found["pred_sum"].tolist() == expected.sum.tolist()
-    np.testing.assert_allclose(found["digit_prob"], expected.digit_prob, atol=1e-4)
-    np.testing.assert_allclose(found["sum_prob"], expected.sum_prob, atol=1e-4)
+    predicted = mlflow.pyfunc.load_model("models:/my.reader/1").predict({"image": images, "number": numbers})
+    ours = predict(load_model(folder.display), images, numbers)
+    assert len(set(ours.digit)) > 1
+    assert predicted["pred_digit"].tolist() == ours.digit.tolist()
+    assert predicted["pred_sum"].tolist() == ours.sum.tolist()
+    np.testing.assert_allclose(predicted["digit_prob"], ours.digit_prob, atol=1e-4)
+    np.testing.assert_allclose(predicted["sum_prob"], ours.sum_prob, atol=1e-4)
+
+
+def test_a_resumed_run_logs_no_epoch_and_no_model_twice(store: str, folder: Location) -> None:
+    unread = MANIFEST | {"data": MANIFEST["data"] | {"sha256": None}}  # streamed rows, of which nothing is known at first
+    with pytest.raises(OSError), track(store, "mine", "a-name", None, unread) as first:  # noqa: PT011, PT012
+        for line in HISTORY[:2]:
+            first.log_epoch(line, print)
+        wait_for(lambda: len(logged_epochs(store, first.run_id)) == 2)
+        raise OSError
+    client = MlflowClient(store)
+    assert client.get_run(first.run_id).info.status == "FAILED"
+    for _ in range(2):
+        with track(store, "mine", "a-name", first.run_id, MANIFEST) as again:
+            again.log_epoch(HISTORY[1], print)
+            assert again.finish(HISTORY, CARD, folder, [], print)
+        assert logged_epochs(store, first.run_id) == expected(HISTORY)
+        assert client.get_run(first.run_id).info.status == "FINISHED"
+        assert len(client.get_metric_history(first.run_id, "model/test/loss")) == 1
+        assert len(client.search_model_versions("name = 'my.reader'")) == 1
 
 
 def test_a_registry_that_refuses_costs_only_the_registration(
-    store: Path, folder: Location, monkeypatch: pytest.MonkeyPatch
+    store: str, folder: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise MlflowException("the registry is full")
 
-    run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
     said: list[str] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "create_model_version", refuse)
+    with monkeypatch.context() as patch, track(store, "mine", "a-name", None, MANIFEST) as run:
+        patch.setattr(MlflowClient, "_create_model_version", refuse)
         assert not run.finish(HISTORY, CARD, folder, [], said.append)
     assert "the registry is full; the run is complete" in said[-1]
-    assert MlflowClient(uri(store)).get_run(run.run_id).info.status == "FINISHED"
-    resumed = MLflowRun(uri(store), "mine", "a-name", run.run_id, MANIFEST)
-    assert resumed.finish(HISTORY, CARD, folder, [], print)
-    (version,) = MlflowClient(uri(store)).search_model_versions("name = 'my.reader'")
-    outputs = MlflowClient(uri(store)).get_run(run.run_id).outputs
-    assert outputs is not None
-    assert len(outputs.model_outputs) == 1, "what the first attempt has logged is registered"
+    assert MlflowClient(store).get_run(run.run_id).info.status == "FINISHED"
+    with track(store, "mine", "a-name", run.run_id, MANIFEST) as resumed:
+        assert resumed.finish(HISTORY, CARD, folder, [], print)
+    (version,) = MlflowClient(store).search_model_versions("name = 'my.reader'")
     assert version.run_id == run.run_id
 
 
-def test_a_resumed_run_logs_no_epoch_twice(store: Path, folder: Location) -> None:
-    first = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
-    for line in HISTORY[:2]:
-        first.log_epoch(line, print)
-    wait_until_logged(store, first.run_id, 2)
-    first.end("FAILED")
-    assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FAILED"
-    again = MLflowRun(uri(store), "mine", "a-name", first.run_id, MANIFEST)
-    again.log_epoch(HISTORY[1], print)
-    assert again.finish(HISTORY, CARD, folder, [], print)
-    assert logged_epochs(store, first.run_id) == expected(HISTORY)
-    assert MlflowClient(uri(store)).get_run(first.run_id).info.status == "FINISHED"
-    once_more = MLflowRun(uri(store), "mine", "a-name", first.run_id, MANIFEST)
-    assert once_more.finish(HISTORY, CARD, folder, [], print)
-    assert len(MlflowClient(uri(store)).get_metric_history(first.run_id, "model/test/loss")) == 1
-
-
-def test_a_failure_is_reported_once_and_logged_later(store: Path, folder: Location, tmp_path: Path) -> None:
+def test_a_failure_is_reported_once_and_logged_later(store: str, folder: Location, tmp_path: Path) -> None:
     said: list[str] = []
-    run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
-    run.log_epoch(HISTORY[0], said.append)
-    wait_until_logged(store, run.run_id, 1)
-    shutil.copy(store, tmp_path / "kept.db")
-    store.write_bytes(b"not a database any more" * 1000)
-    for line in HISTORY[1:]:
-        run.log_epoch(line, said.append)
-    deadline = time.monotonic() + 30
-    while not said:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert not run.finish(HISTORY, CARD, folder, [], said.append)
+    database = tmp_path / "store.db"
+    with track(store, "mine", "a-name", None, MANIFEST) as run:
+        run.log_epoch(HISTORY[0], said.append)
+        wait_for(lambda: len(logged_epochs(store, run.run_id)) == 1)
+        shutil.copy(database, tmp_path / "kept.db")
+        database.write_bytes(b"not a database any more" * 1000)
+        for line in HISTORY[1:]:
+            run.log_epoch(line, said.append)
+        wait_for(lambda: bool(said))
+        assert not run.finish(HISTORY, CARD, folder, [], said.append)
     assert len(said) == 2
-    assert said[0].startswith(f"--mlflow {uri(store)}: ")
+    assert said[0].startswith(f"--mlflow {store}: ")
     assert said[0].endswith("training goes on, and the epoch is logged later")
     assert "--resume logs it again" in said[1]
-    shutil.copy(tmp_path / "kept.db", store)
-    again = MLflowRun(uri(store), "mine", "a-name", run.run_id, MANIFEST)
-    assert again.finish(HISTORY, CARD, folder, [], said.append)
+    shutil.copy(tmp_path / "kept.db", database)
+    with track(store, "mine", "a-name", run.run_id, MANIFEST) as again:
+        assert again.finish(HISTORY, CARD, folder, [], said.append)
     assert logged_epochs(store, run.run_id) == expected(HISTORY)
 
 
 @pytest.mark.parametrize("where", ["http://127.0.0.1:9", "sqlite:////dev/null/nowhere"])
 def test_a_server_that_does_not_exist_is_refused(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(RequestError) as refused:
-        MLflowRun(where, "mine", "a-name", None, MANIFEST)
+    with pytest.raises(RequestError) as refused, track(where, "mine", "a-name", None, MANIFEST):
+        pass
     assert str(refused.value).startswith(f"--mlflow {where}: ")
     assert "\n" not in str(refused.value)
 
 
-def test_the_process_is_left_as_it_was(store: Path, folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("theirs", [None, "sqlite:///theirs.db"])
+def test_the_process_is_left_as_it_was(store: str, folder: Location, monkeypatch: pytest.MonkeyPatch, theirs: str | None) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
-    names = ("mlflow", "alembic")
-    before = dict(os.environ), [logging.getLogger(name).level for name in names]
-    run = MLflowRun(uri(store), "mine", "a-name", None, MANIFEST)
-    assert run.finish(HISTORY, CARD, folder, [], print)
-    assert (dict(os.environ), [logging.getLogger(name).level for name in names]) == before
+    if theirs:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", theirs)
+        mlflow.start_run()
+
+    def state() -> list[Any]:
+        active = mlflow.active_run()
+        levels = [logging.getLogger(name).level for name in ("mlflow", "alembic")]
+        return [dict(os.environ), levels, active and active.info.run_id]
+
+    before = state()
+    with track(store, "mine", "a-name", None, MANIFEST) as run:
+        assert run.finish(HISTORY, CARD, folder, [], print)
+    assert state() == before
+    mlflow.end_run()

@@ -1,13 +1,15 @@
-"""The report page, with all optional parts and with none."""
+"""The report page, with all optional parts and with none; the model card, and the versions of a manifest."""
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard, ModelCardData
 
 from mnistsum_ray.reporting import pictures
-from mnistsum_ray.reporting.report import report_page, wilson_interval
+from mnistsum_ray.reporting.report import model_card, report_page, versions, wilson_interval
 from tests.reporting.test_tensorboard import entry
 
 TEST = entry(1)["test"]
@@ -69,3 +71,25 @@ def test_the_interval_of_a_share_is_wilsons(share: float, count: int) -> None:
     assert low <= share <= high
     for end in (low, high):
         assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / count), abs=1e-6)
+
+
+@pytest.mark.parametrize(("source", "datasets"), [("mnist", ["ylecun/mnist"]), ("parquet", None)])
+def test_the_model_card_says_what_the_model_is(source: str, datasets: list[str] | None) -> None:
+    """As the Hugging Face Hub reads it."""
+    card = ModelCard(model_card("mine", CARD, MANIFEST["data"] | {"source": source}))
+    assert isinstance(card.data, ModelCardData)
+    assert card.data.license == "apache-2.0"
+    assert card.data.datasets == datasets
+    results = [(result.metric_name, result.metric_value) for result in card.data.eval_results or []]
+    assert results == [("digit accuracy", 0.91), ("sum accuracy", 0.8)]
+    for shown in ("220,125 parameters", "91.00 %", "80.00 %", "4,000 images", "f" * 64):
+        assert shown in card.text
+
+
+@pytest.mark.slow
+def test_a_git_that_does_not_answer_costs_the_commit_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nsleep 60\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert {"python", "mnistsum_ray", "ray", "torch"} <= versions().keys() - {"commit"}
