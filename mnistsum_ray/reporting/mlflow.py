@@ -128,17 +128,9 @@ class MLflowRun:
         Returns:
             False, after a console line, if any of it fails.
         """
-        self._ending = True  # epochs that wait are logged below
-        try:
-            self._thread.submit(self._finish, history, card, folder, files, say).result()
-        except Exception as error:
-            say(f"--mlflow {self._uri}: {_first_line(error)}; the run is complete, the same command with --resume logs it again")
-            return False
-        return True
 
-    def _finish(self, history: list[dict[str, Any]], card: dict[str, Any], folder: Location, files: list[str], say: Say) -> None:
-        client, scores = mlflow.MlflowClient(), model_scalars(card)
-        try:
+        def log_rest() -> None:
+            client, scores = mlflow.MlflowClient(), model_scalars(card)
             for entry in history:
                 self._log_epoch(entry)
             if not client.get_metric_history(self.run_id, list(scores)[-1]):
@@ -151,8 +143,16 @@ class MLflowRun:
             if not client.search_model_versions(f"run_id = '{self.run_id}'"):
                 say(f"registering the model in MLflow as {self._model_name}")
                 self._register(folder, card)
+
+        self._ending = True  # epochs that wait are logged with the rest
+        try:
+            self._thread.submit(log_rest).result()
+            return True
+        except Exception as error:
+            say(f"--mlflow {self._uri}: {_first_line(error)}; the run is complete, the same command with --resume logs it again")
+            return False
         finally:
-            mlflow.end_run()
+            self.end("FINISHED")
 
     def _register(self, folder: Location, card: dict[str, Any]) -> None:
         """Log the model in the ONNX flavour, which holds no pickle, and register it as a new version."""
@@ -176,7 +176,7 @@ class MLflowRun:
         )
 
     def end(self, status: str) -> None:
-        """End the run with the status `FAILED` or `KILLED`, if the server answers."""
+        """End the run with the status `FINISHED`, `FAILED` or `KILLED`, if the server answers."""
         self._ending = True
         with suppress(Exception):
             self._thread.submit(mlflow.end_run, status).result()

@@ -45,8 +45,9 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> bytes:
         errors.plot(card["epoch"], error, "*", markersize=11, color=color, markeredgecolor="black")
     losses.set(title="loss (mean of all heads, nats)", xlabel="epoch", yscale="log")
     errors.set(title="error, % (stars: the model)", xlabel="epoch")
-    errors.set_yscale("symlog", linthresh=0.1)  # a few test rows may have no error at all
+    errors.set_yscale("symlog", linthresh=0.1, subs=(2, 5))  # a few test rows may have no error at all
     errors.yaxis.set_major_formatter("{x:g}")
+    errors.yaxis.set_minor_formatter("{x:g}")
     for axes in (losses, errors):
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)

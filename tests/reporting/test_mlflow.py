@@ -179,17 +179,19 @@ def test_a_server_that_does_not_exist_is_refused(where: str, monkeypatch: pytest
 @pytest.mark.parametrize("theirs", [None, "sqlite:///theirs.db"])
 def test_the_process_is_left_as_it_was(store: str, folder: Location, monkeypatch: pytest.MonkeyPatch, theirs: str | None) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
-    if theirs:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", theirs)
-        mlflow.start_run()
+    mlflow.set_tracking_uri(theirs)  # type: ignore[arg-type]
+    active = mlflow.start_run() if theirs else None
 
     def state() -> list[Any]:
-        active = mlflow.active_run()
         levels = [logging.getLogger(name).level for name in ("mlflow", "alembic")]
-        return [dict(os.environ), levels, active and active.info.run_id]
+        return [{key: value for key, value in os.environ.items() if key.startswith("MLFLOW")}, levels, mlflow.active_run()]
 
     before = state()
     with track(store, "mine", "a-name", None, MANIFEST) as run:
         assert run.finish(HISTORY, CARD, folder, [], print)
     assert state() == before
-    mlflow.end_run()
+    if active:
+        assert mlflow.get_tracking_uri() == theirs
+        assert mlflow.get_run(active.info.run_id).data.metrics == {}
+        mlflow.end_run()
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
