@@ -1,6 +1,7 @@
 """Driver of a scoring run: plan, resume, execute, reconcile, publish."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -15,25 +16,29 @@ from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.cluster.resources import explain_worker_silence, inspect_cluster
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.errors import RunError, RunInterrupted, root_cause
-from mnistsum_ray.model.int8 import maxima_from_description
 from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
 from mnistsum_ray.reporting.metrics import ScoringMetrics
-from mnistsum_ray.scoring.crash_counter import start_crash_counter
-from mnistsum_ray.scoring.output import Target, delete_part, list_output, open_target, unpublish
-from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, make_tasks
-from mnistsum_ray.scoring.preflight import ScoringPlan, ScoringRun, make_plan, name_failures
-from mnistsum_ray.scoring.publish import make_manifest, publish_output
-from mnistsum_ray.scoring.reconcile import match_outputs, reconcile
+from mnistsum_ray.scoring.output import (
+    Committed,
+    OutputFiles,
+    check_overwrite,
+    delete_parts,
+    reconcile,
+    resume,
+    unpublish,
+    will_hold,
+)
+from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, Task, make_tasks, start_crash_counter
+from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
+from mnistsum_ray.scoring.publish import publish
 from mnistsum_ray.scoring.resources import ScoringResourcePlan, allocate_resources
-from mnistsum_ray.scoring.resume import CommittedParts, check_overwrite, resume
-from mnistsum_ray.scoring.stamp import REJECTED, PredictionSpec
-from mnistsum_ray.scoring.summary import count_failed, result_line, summarize
-from mnistsum_ray.scoring.totals import Totals
-from mnistsum_ray.scoring.worker import Scorer, ScoringJob
+from mnistsum_ray.scoring.stamp import REJECTED
+from mnistsum_ray.scoring.summary import Totals, result_line, summarize
+from mnistsum_ray.scoring.worker import Scorer
 from mnistsum_ray.storage.lock import folder_lock
 
 
-def score(run: ScoringRun, console: Console) -> tuple[dict[str, Any], bool]:
+def score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
     """Score on the cluster that this process is connected to.
 
     Returns:
@@ -47,91 +52,73 @@ def score(run: ScoringRun, console: Console) -> tuple[dict[str, Any], bool]:
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        return _score(run, console)
+        return _score(request, console)
     except KeyboardInterrupt:
         raise RunInterrupted("committed files are kept, and the same command resumes") from None
-    except (OSError, ray.exceptions.RayError) as error:  # Errors of a single input file never get here: the reader reports them.
+    except (OSError, ray.exceptions.RayError) as error:  # Errors of a single input file never get here: the worker reports them.
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; committed files are kept, and the same command resumes") from error
 
 
-def _score(run: ScoringRun, console: Console) -> tuple[dict[str, Any], bool]:
+def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
     started = time.monotonic()
-    resources, precision = allocate_resources(run.config, console.say)
-    first_file = run.inputs.root / run.inputs.files["name"][0].as_py()
-    check_shared_storage({"--output": run.output}, {"--input": first_file}, console.say)
-    int8_maxima = maxima_from_description(run.card) if precision == "int8" else None
-    spec = PredictionSpec(run.card["sha256"], precision, run.columns, int8_maxima)
-    with folder_lock(run.output, "--output", console.say) as lock:
-        # The checks above fail at once if the storage does not answer; from here on the run waits for it.
-        run = run.with_retries()
-        target = open_target(run.config, run.output, lock)
+    resources, precision = allocate_resources(request.config, console.say)
+    first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
+    check_shared_storage({"--output": request.output}, {"--input": first_file}, console.say)
+    with folder_lock(request.output, "--output", console.say) as lock:
         fitting_workers = inspect_cluster().workers_that_fit(resources.per_worker)
+        plan = make_plan(request, precision, lock, console)
+        committed = resume(plan, console)
+        new_failures = _say_new_failures(plan.failures, committed, console)
+        console.say(_describe(plan, committed, resources, fitting_workers))
+        if committed.todo.num_rows and not plan.staged:
+            unpublish(plan.output)
 
-        plan = make_plan(run, console)
-        committed = resume(plan, spec.canonical_json(), run.inputs.root, target, console)
-        new_failures = _new_failures(plan.failures, committed, console)
-        console.say(_describe(run, plan, committed, resources, fitting_workers, precision))
-        if committed.todo.num_rows and not target.staged:
-            unpublish(run.output)
+        failures, scoring_seconds = _execute(plan, committed.todo, resources, fitting_workers, console)
+        plan = _drop_failed(plan, failures)
+        new_failures |= _say_new_failures(failures, committed, console)
 
-        failures, scoring_seconds = _execute(run, committed.todo, spec, resources, fitting_workers, target, console)
-        plan = _drop_failed(plan, failures, target)
-        new_failures |= _new_failures(failures, committed, console)
+        published = OutputFiles.read(plan.output, console)
+        staged = OutputFiles.read(plan.folder, console) if plan.staged else None
+        files, matched = reconcile(plan, will_hold(plan, published, staged))
+        totals = Totals.of_output(files, matched)
+        if plan.config.overwrite:
+            check_overwrite(plan, committed.published)
+        if plan.config.strict and (totals.rejected_rows or totals.failed_files):
+            raise RunError(_strict_error(plan, totals, matched, staged))
 
-        matched = match_outputs(plan.parts, target.read_committed(console.progress), spec.canonical_json())
-        files, totals = reconcile(plan.files, matched)
-        if target.overwrite:
-            check_overwrite(plan.files, committed.published, run.inputs.root)
-        if run.config.strict:
-            _check_strict(totals, count_failed(files), target)
-
-        resumed_rows, rejected_before = committed.resumed(plan.parts)
+        resumed_rows, rejected_before = committed.resumed(plan)
         new_rejected = totals.rejected_rows - rejected_before
-        line = result_line(run, files, totals, resumed_rows, scoring_seconds, time.monotonic() - started)
-        manifest = make_manifest(run, precision, line, totals, committed.unplanned)
-        publish_output(target, files, totals, manifest, committed.published)
-        if line["failed_files"] > len(new_failures):
-            console.say(f"{line['failed_files'] - len(new_failures):,} files still cannot be used; files.parquet says why")
+        line = result_line(plan, totals, resumed_rows, scoring_seconds, time.monotonic() - started)
+        publish(plan, committed, staged, files, totals, line)
+        if totals.failed_files > len(new_failures):
+            console.say(f"{totals.failed_files - len(new_failures):,} files still cannot be used; files.parquet says why")
         summarize(line, totals, new_rejected, console.say)
         return line, bool(new_rejected or new_failures)
 
 
-def _new_failures(failures: dict[str, str], committed: CommittedParts, console: Console) -> dict[str, str]:
+def _say_new_failures(failures: dict[str, str], committed: Committed, console: Console) -> dict[str, str]:
     """Name the unusable files that no earlier run has named with the same reason, and return them."""
     new = {name: reason for name, reason in failures.items() if committed.failures.get(name) != reason}
-    name_failures(new, console.say)
+    say_failures(new, console.say)
     return new
 
 
-def _describe(
-    run: ScoringRun,
-    plan: ScoringPlan,
-    committed: CommittedParts,
-    resources: ScoringResourcePlan,
-    fitting_workers: int,
-    precision: str,
-) -> str:
+def _describe(plan: Plan, committed: Committed, resources: ScoringResourcePlan, fitting_workers: int) -> str:
     """The console line before execution: rows, files, workers and precision."""
     todo_rows = pc.sum(committed.todo["rows"]).as_py() or 0
-    resumed_rows, _ = committed.resumed(plan.parts)
+    resumed_rows, _ = committed.resumed(plan)
     up_to = "up to " if fitting_workers < resources.workers else ""
     return (
         f"{todo_rows:,} rows to score"
         + (f", {resumed_rows:,} done by an earlier run" if resumed_rows else "")
-        + f"; {plan.files.num_rows:,} files below {run.inputs.root.display}"
-        + f"; {up_to}{resources.workers} {'GPU' if resources.use_gpu else 'CPU'} workers, {precision}"
+        + f"; {plan.files.num_rows:,} files below {plan.inputs.root.display}"
+        + f"; {up_to}{resources.workers} {'GPU' if resources.use_gpu else 'CPU'} workers, {plan.precision}"
     )
 
 
 def _execute(
-    run: ScoringRun,
-    todo: pa.Table,
-    spec: PredictionSpec,
-    resources: ScoringResourcePlan,
-    fitting_workers: int,
-    target: Target,
-    console: Console,
+    plan: Plan, todo: pa.Table, resources: ScoringResourcePlan, fitting_workers: int, console: Console
 ) -> tuple[dict[str, str], float]:
     """Score the parts in `todo` (`parts.PART_SCHEMA`) and commit them.
 
@@ -144,26 +131,19 @@ def _execute(
     """
     if not todo.num_rows:
         return {}, 0.0
-    job = ScoringJob(
-        parts=ray.put(todo),
-        source=run.inputs.root,
-        output=target.folder,
-        spec=spec,
-        weights=ray.put(run.weights),
-        batch_size=run.config.batch_size,
-        crash_counter=start_crash_counter(),
-        lock=target.lock,
-    )
+    # Workers need no footers, which are large where the files are many.
+    inputs = replace(plan.inputs, files=None, skipped={}, unusable={})
+    shared = replace(plan, parts=todo, files=FOOTER_SCHEMA.empty_table(), inputs=inputs)
     tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, resources.workers)
     progress = Progress(console.progress, "rows scored", pc.sum(todo["rows"]).as_py() or 0)
     failures: dict[str, str] = {}
     started, ended, done_rows = float("inf"), 0.0, 0
-    metrics = ScoringMetrics(run.output.display)
-    reports = _make_pipeline(job, tasks, resources, fitting_workers).iter_batches(batch_size=None, batch_format="pyarrow")
+    metrics = ScoringMetrics(plan.output.display)
+    pipeline = _make_pipeline(ray.put(shared), tasks, resources, fitting_workers)
     with silence_watchdog(console.say, explain_worker_silence) as sign_of_life:
-        for report in reports:
+        for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
             sign_of_life()
-            target.lock.check()
+            plan.lock.check()
             failed = report["failed"].drop_null()
             if len(failed):
                 raise RunError(f"{failed[0].as_py()}; committed files are kept, and the same command resumes")
@@ -179,7 +159,7 @@ def _execute(
 
 
 def _make_pipeline(
-    job: ScoringJob, tasks: list[dict[str, int]], resources: ScoringResourcePlan, fitting_workers: int
+    plan: "ray.ObjectRef[Plan]", tasks: list[Task], resources: ScoringResourcePlan, fitting_workers: int
 ) -> ray.data.Dataset:
     """Ray Data pipeline: tasks in, `worker.REPORT_SCHEMA` out, in any order."""
     workers = min(resources.workers, len(tasks))
@@ -194,7 +174,7 @@ def _make_pipeline(
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
         return dataset.map_batches(
             Scorer,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(plan, start_crash_counter()),
             compute=pool,
             batch_size=None,
             batch_format="pyarrow",
@@ -203,28 +183,21 @@ def _make_pipeline(
         )
 
 
-def _drop_failed(plan: ScoringPlan, failures: dict[str, str], target: Target) -> ScoringPlan:
+def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:
     """Delete the committed parts of the files that failed during execution; return the plan without them."""
     remaining = plan.without(failures)
-    for name in sorted({*plan.parts["output"].to_pylist()} - {*remaining.parts["output"].to_pylist()}) if failures else ():
-        target.lock.check()
-        delete_part(target.folder, name)
+    plan.lock.check()
+    delete_parts(plan.folder, sorted({*plan.parts["output"].to_pylist()} - {*remaining.parts["output"].to_pylist()}))
     return remaining
 
 
-def _check_strict(totals: Totals, failed_files: int, target: Target) -> None:
-    """With `--strict`, refuse to publish if a row was rejected or a file failed.
-
-    Raises:
-        RunError: names the first rejected row.
-    """
-    if not failed_files and not totals.rejected_rows:
-        return
-    text = f"--strict: nothing was published: {totals.rejected_rows:,} rows and {failed_files:,} files cannot be used"
+def _strict_error(plan: Plan, totals: Totals, matched: pa.Table, staged: OutputFiles | None) -> str:
+    """Why `--strict` publishes nothing: a row was rejected or a file failed. Names the first rejected row."""
+    text = f"--strict: nothing was published: {totals.rejected_rows:,} rows and {totals.failed_files:,} files cannot be used"
     if not totals.rejected_rows:
-        raise RunError(text)
-    staged = list_output(target.folder).rejected
-    folder = (target.folder if staged else target.output) / REJECTED
-    with folder.filesystem.open_input_file((folder / min(staged or list_output(target.output).rejected)).path) as stream:
+        return text
+    name = matched.filter(pc.greater(matched["rejected"], 0))["output"][0].as_py()
+    folder = (plan.folder if staged and name in staged.rejected else plan.output) / REJECTED
+    with (folder / name).filesystem.open_input_file((folder / name).path) as stream:
         row = pq.read_table(stream, columns=["source_file", "source_row", "reason"]).slice(0, 1).to_pylist()[0]
-    raise RunError(f"{text}; first: {row['source_file']}, row {row['source_row']}: {row['reason']}; all: {folder.display}")
+    return f"{text}; first: {row['source_file']}, row {row['source_row']}: {row['reason']}; all: {folder.display}"

@@ -1,4 +1,4 @@
-"""The output folder and its staging folder: what lies there, what is unfinished, and how staged files are published.
+"""The output folder: what is in it, what earlier runs have committed there, and whether all rows are in it exactly once.
 
 OUTPUT/predictions/, OUTPUT/rejected/      files of parts, complete under their names; data alone, so that every reader of
                                            Parquet can take the folder
@@ -8,24 +8,25 @@ OUTPUT/_unpublished/                       the same, of a run with --overwrite o
 OUTPUT/_lock                               names the run that writes here
 """
 
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from mnistsum_ray.cluster.map_files import map_files
-from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import FILE_SCHEMA
-from mnistsum_ray.errors import RequestError
-from mnistsum_ray.reporting.console import Counter, Progress
-from mnistsum_ray.scoring.stamp import PREDICTIONS, REJECTED, read_committed
+from mnistsum_ray.errors import RequestError, RowCountError, RunError
+from mnistsum_ray.reporting.console import Console, Progress
+from mnistsum_ray.scoring.parts import PART_SCHEMA
+from mnistsum_ray.scoring.preflight import STAGING, Plan
+from mnistsum_ray.scoring.stamp import FILE_IDENTITY, PART_IDENTITY, PREDICTIONS, REJECTED, has_stamp, read_stamps
 from mnistsum_ray.storage.listing import is_hidden
 from mnistsum_ray.storage.location import Location, is_partial
-from mnistsum_ray.storage.lock import FolderLock
 
 FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"
@@ -37,18 +38,28 @@ REPORT: Final = "report.html"
 SUMMARIES: Final = (FILES_TABLE, PROBABILITIES, REJECTS, RELIABILITY, REPORT)
 """Files about the whole run. They are written after all predictions and before the manifest."""
 
-_STAGING: Final = "_unpublished"
+FILES_SCHEMA: Final = pa.schema(
+    {
+        "file": pa.string(),
+        "rows": pa.int64(),  # null if the footer cannot be read
+        "scored": pa.int64(),
+        "rejected": pa.int64(),
+        "status": pa.string(),  # `scored` or `failed`
+        "reason": pa.string(),  # why the file failed
+    }
+)
+"""`files.parquet`: one row per input file."""
 
-_MOVE_THREADS: Final = 16
-"""An object store copies and deletes each file that is moved, so many moves run at the same time."""
+_START_OVER: Final = "--overwrite scores everything again"
 
 
 @dataclass(frozen=True)
-class OutputListing:
-    """Files in an output folder or a staging folder."""
+class OutputFiles:
+    """The files in an output folder or a staging folder."""
 
-    predictions: pa.Table
-    """`inputs.FILE_SCHEMA`: files in `predictions/`, named relative to it."""
+    folder: Location
+    stamps: pa.Table
+    """`stamp.STAMP_SCHEMA`: one row per file in `predictions/`."""
     rejected: frozenset[str]
     """Names of files in `rejected/`, relative to it."""
     others: tuple[str, ...]
@@ -56,138 +67,287 @@ class OutputListing:
     partial: tuple[str, ...]
     """Names of files whose writer was killed."""
 
-    @property
-    def unfinished_rejects(self) -> frozenset[str]:
-        """Names of rejected rows without predictions: a kill came between the two, and the part will be written again."""
-        return self.rejected - set(self.predictions["name"].to_pylist())
+    @classmethod
+    def read(cls, folder: Location, console: Console) -> "OutputFiles":
+        """List a folder and read the stamps of all prediction files. A folder that does not exist is empty."""
+        rows, rejected, others, partial = [], set(), [], []
+        for info in folder.files():
+            name = info.path.removeprefix(folder.path).lstrip("/")
+            top, _, below = name.partition("/")
+            if is_partial(name.rpartition("/")[2]) and top != STAGING:
+                partial.append(name)
+            elif is_hidden(name) or name in (*SUMMARIES, MANIFEST):
+                continue
+            elif top == REJECTED and below:
+                rejected.add(below)
+            elif top == PREDICTIONS and below:
+                rows.append({"name": below, "size": info.size, "modified": folder.modified(info)})
+            else:
+                others.append(name)
+        files = pa.Table.from_pylist(rows, FILE_SCHEMA)
+        stamps = map_files(read_stamps, folder, files, Progress(console.progress, "output files read", len(rows)))
+        return cls(folder, stamps, frozenset(rejected), tuple(others), tuple(partial))
+
+    def check(self, *, staged: bool) -> None:
+        """Check that the folder holds nothing but whole files of this program. In a staging folder its own may be broken.
+
+        Raises:
+            RequestError: names the first other file.
+        """
+        errors = self.stamps.filter(pc.is_valid(self.stamps["error"]))
+        # A run that was killed while it published leaves predictions whose rejected rows have been moved.
+        errors = errors.filter(pc.invert(errors["ours"])) if staged else errors
+        expected = {*self.stamps.filter(pc.greater(self.stamps["rejected"], 0))["output"].to_pylist()}
+        strays = (f"{REJECTED}/{name}" for name in sorted(self.rejected - expected))
+        problem = f"{min(self.others)} is not a file of this program" if self.others else None
+        if not problem and errors.num_rows:
+            problem = f"{PREDICTIONS}/{errors['output'][0]} {errors['error'][0]}"
+        if not problem:
+            stray = next((name for name in strays if not has_stamp(self.folder / name)), None)
+            problem = f"{stray} is not a file of this program" if stray else None
+        if problem:
+            raise RequestError(f"--output {self.folder.display}: {problem}; move it away, or choose another folder")
+
+    def clear_unfinished(self) -> None:
+        """Delete what a killed run left unfinished, after `check`: partial files, and rejected rows without predictions."""
+        without_predictions = sorted(self.rejected - {*self.stamps["output"].to_pylist()})
+        for name in (*self.partial, *(f"{REJECTED}/{name}" for name in without_predictions)):
+            (self.folder / name).delete()
 
 
-@dataclass(frozen=True)
-class Target:
-    """The output folder of a run, and the folder where its parts are committed until they are published."""
-
-    output: Location
-    folder: Location
-    """Where parts are committed: the output itself, or with `--overwrite` or `--strict` the staging folder inside it."""
-    overwrite: bool
-    """Whether the staged files replace the files of the output."""
-    lock: FolderLock
-
-    @property
-    def staged(self) -> bool:
-        """Whether `folder` is the staging folder."""
-        return self.folder is not self.output
-
-    def merge(self, staged: pa.Table, published: pa.Table) -> pa.Table:
-        """Return what the finished output will hold of the staged and the published files (`stamp.COMMITTED_SCHEMA`)."""
-        if self.overwrite:
-            return staged
-        only_published = pc.invert(pc.is_in(published["output"], staged["output"]))
-        return pa.concat_tables([staged, published.filter(only_published)])
-
-    def read_committed(self, show: Callable[[Counter], None]) -> pa.Table:
-        """Read from the files what the finished output will hold, as `stamp.COMMITTED_SCHEMA`."""
-        published = read_stamps(self.output, list_output(self.output).predictions, show)
-        if not self.staged:
-            return published
-        return self.merge(read_stamps(self.folder, list_output(self.folder).predictions, show), published)
-
-
-def open_target(config: ScoreConfig, output: Location, lock: FolderLock) -> Target:
-    """Choose the folder where a run commits its parts.
-
-    Raises:
-        RequestError: a file or a link has the staging folder's name.
-    """
-    if not (config.overwrite or config.strict):
-        return Target(output, output, overwrite=False, lock=lock)
-    staging = output / _STAGING
-    path = Path(staging.path)
-    if output.is_local and (path.is_symlink() or (path.exists() and not path.is_dir())):
-        # All that is written or deleted through a link would be written or deleted elsewhere.
-        raise RequestError(
-            f"--output {output.display}: {staging.display} is not a folder of this program, but a link or a file; remove it"
-        )
-    return Target(output, staging, config.overwrite, lock)
-
-
-def list_output(folder: Location) -> OutputListing:
-    """List an output folder; a folder that does not exist is empty."""
-    rows, rejected, others, partial = [], set(), [], []
-    for info in folder.files():
-        name = info.path.removeprefix(folder.path).lstrip("/")
-        if is_partial(name.rpartition("/")[2]) and not name.startswith(f"{_STAGING}/"):
-            partial.append(name)
-        elif is_hidden(name) or name in (*SUMMARIES, MANIFEST):
-            continue
-        elif name.startswith(f"{REJECTED}/"):
-            rejected.add(name.removeprefix(f"{REJECTED}/"))
-        elif name.startswith(f"{PREDICTIONS}/"):
-            part = name.removeprefix(f"{PREDICTIONS}/")
-            rows.append({"name": part, "size": info.size, "modified": folder.modified(info)})
-        else:
-            others.append(name)
-    return OutputListing(pa.Table.from_pylist(rows, FILE_SCHEMA), frozenset(rejected), tuple(others), tuple(partial))
-
-
-def read_stamps(folder: Location, predictions: pa.Table, show: Callable[[Counter], None]) -> pa.Table:
-    """Read the stamps of all prediction files of a listing, as `stamp.COMMITTED_SCHEMA` in the same order."""
-    return map_files(read_committed, folder, predictions, Progress(show, "output files read", predictions.num_rows))
-
-
-def clear_unfinished(folder: Location, listing: OutputListing) -> None:
-    """Delete what a killed run left unfinished. All files must be known as this program's, and the lock must be held."""
-    for name in listing.partial:
-        (folder / name).delete()
-    for name in listing.unfinished_rejects:
+def delete_parts(folder: Location, names: Iterable[str]) -> None:
+    """Delete the files of parts. The predictions go first, because a part is done when its predictions exist."""
+    for name in names:
+        (folder / PREDICTIONS / name).delete()
         (folder / REJECTED / name).delete()
-
-
-def delete_part(folder: Location, name: str) -> None:
-    """Delete the files of a part. The predictions go first, because a part is done when its predictions exist."""
-    (folder / PREDICTIONS / name).delete()
-    (folder / REJECTED / name).delete()
 
 
 def unpublish(output: Location) -> None:
     """Delete the manifest, which marks the output as finished, and then the summaries."""
-    (output / MANIFEST).delete()
-    for name in SUMMARIES:
+    for name in (MANIFEST, *SUMMARIES):
         (output / name).delete()
 
 
-def publish_staged(target: Target, replaced: Collection[str] = ()) -> None:
-    """Move all files of the staging folder into the output, in an order that keeps every visible state valid.
+def match(plan: Plan, stamps: pa.Table) -> pa.Table:
+    """Join the planned parts with the stamps (`stamp.STAMP_SCHEMA`) of the output files of the same names.
 
-    Args:
-        target: its lock is checked before each step.
-        replaced: with `--overwrite` the names of the predictions that the output held when the run began. Those that are not
-            written again are deleted before the manifest appears. All other files stay.
+    Returns:
+        One row per part, in the order of the plan: PART_SCHEMA; the columns of STAMP_SCHEMA (null where there is no file),
+        with the prefix `committed_` where PART_SCHEMA has the same name or the value is compared; and `done`: whether the file
+        is of this part of the same input file and of this spec.
+    """
+    names = [f"committed_{name}" if name in (*PART_IDENTITY, "spec") else name for name in stamps.column_names]
+    renamed = stamps.rename_columns(names).drop_columns(["error", "name"])
+    # A join does not keep the order.
+    numbered = plan.parts.append_column("order", pa.array(range(plan.parts.num_rows), pa.int64()))
+    joined = numbered.join(renamed, "output", join_type="left outer").sort_by("order")
+    done = pc.equal(joined["committed_spec"], plan.spec)
+    for name in PART_IDENTITY:
+        done = pc.and_(done, pc.equal(joined[name], joined[f"committed_{name}"]))
+    return joined.append_column("done", pc.fill_null(done, False))
+
+
+def will_hold(plan: Plan, published: OutputFiles, staged: OutputFiles | None) -> pa.Table:
+    """Return the stamps of what the finished output will hold: the staged files, and those published ones that stay."""
+    if staged is None:
+        return published.stamps
+    if plan.config.overwrite:
+        return staged.stamps
+    stay = pc.invert(pc.is_in(published.stamps["output"], staged.stamps["output"]))
+    return pa.concat_tables([staged.stamps, published.stamps.filter(stay)])
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What earlier runs have committed."""
+
+    published: OutputFiles
+    """The output folder when this run began."""
+    done: pa.Table
+    """Parts of the plan that are committed, as `match` returns them."""
+    todo: pa.Table
+    """`parts.PART_SCHEMA`: the other parts of the plan."""
+    unplanned: int
+    """Number of published files whose input is not in the plan. They stay, but are not counted."""
+    failures: dict[str, str]
+    """Input files that an earlier run has reported as unusable: name and reason."""
+
+    def resumed(self, plan: Plan) -> tuple[int, int]:
+        """Rows of the parts of a plan that were done, and how many of the rows are rejected."""
+        done = self.done.filter(pc.is_in(self.done["output"], plan.parts["output"]))
+        return pc.sum(done["rows"]).as_py() or 0, pc.sum(done["rejected"]).as_py() or 0
+
+
+def resume(plan: Plan, console: Console) -> Committed:
+    """Compare the plan with the files in the output folder and the staging folder, and delete unfinished files there.
 
     Raises:
-        RunError: another run holds the output.
+        RequestError: the output folder holds other files, or predictions that this run must not be mixed with.
+        RunError: with `--overwrite`, an unusable input file has predictions in the output.
     """
-    staging, output, check = target.folder, target.output, target.lock.check
-    names = [info.path.removeprefix(staging.path).lstrip("/") for info in staging.files()]
-    gone = {file for name in replaced for file in (f"{PREDICTIONS}/{name}", f"{REJECTED}/{name}")} - set(names)
-    check()
-    unpublish(output)
+    if plan.staged:
+        _check_staging_is_a_folder(plan)
+    published = OutputFiles.read(plan.output, console)
+    published.check(staged=False)
+    unplanned = 0
+    if plan.config.overwrite:
+        check_overwrite(plan, published)
+    else:
+        others = published.stamps.filter(pc.invert(pc.is_in(published.stamps["output"], plan.parts["output"])))
+        _check_compatible(plan, match(plan, published.stamps), others)
+        unplanned = others.num_rows
+        if unplanned:
+            first = others["source"][0]
+            console.say(f"left as they are: {unplanned:,} output files of input that is not there now, such as {first}")
+    # Nothing is deleted before all files are known as this program's and the request has been found compatible.
+    published.clear_unfinished()
+    staged = None
+    if plan.staged:
+        staged = OutputFiles.read(plan.folder, console)
+        staged.check(staged=True)
+        staged.clear_unfinished()
+        # Nothing staged is published yet, so what is not a done part of this plan can be deleted.
+        current = pc.is_in(staged.stamps["output"], match(plan, staged.stamps).filter(pc.field("done"))["output"])
+        delete_parts(plan.folder, staged.stamps.filter(pc.invert(current))["output"].to_pylist())
+        staged = replace(staged, stamps=staged.stamps.filter(current))
+    matched = match(plan, will_hold(plan, published, staged))
+    todo = matched.filter(pc.invert(matched["done"])).select(PART_SCHEMA.names)
+    failures = {} if plan.config.overwrite else _earlier_failures(plan.output)
+    return Committed(published, matched.filter(matched["done"]), todo, unplanned, failures)
 
-    def delete(name: str) -> None:
-        check()
-        (output / name).delete()
 
-    def move(name: str) -> None:
-        check()
-        (staging / name).move(output / name)
+def _check_staging_is_a_folder(plan: Plan) -> None:
+    path = Path(plan.folder.path)
+    if plan.output.is_local and (path.is_symlink() or (path.exists() and not path.is_dir())):
+        # All that is written or deleted through a link would be written or deleted elsewhere.
+        raise RequestError(
+            f"--output {plan.output.display}: {plan.folder.display} is not a folder of this program, but a link or a file; "
+            "remove it"
+        )
 
-    # Rejected rows come before predictions, as they are committed.
-    parts = {folder: [name for name in names if name.startswith(f"{folder}/")] for folder in (REJECTED, PREDICTIONS)}
-    summaries = [name for name in names if name in SUMMARIES]
-    steps = ((move, parts[REJECTED]), (move, parts[PREDICTIONS]), (delete, gone), (move, summaries), (move, [MANIFEST]))
-    with ThreadPoolExecutor(_MOVE_THREADS) as pool:
-        for step, files in steps:
-            list(pool.map(step, files))
-    check()
-    if staging.exists():
-        staging.filesystem.delete_dir(staging.path)
+
+def _earlier_failures(output: Location) -> dict[str, str]:
+    """The unusable files of the run that finished the output; none where it is not finished."""
+    try:
+        data = (output / FILES_TABLE).read_bytes()
+        table = pq.read_table(pa.BufferReader(data), columns=["file", "status", "reason"])
+    except (FileNotFoundError, pa.ArrowException, KeyError):
+        return {}
+    failed = table.filter(pc.equal(table["status"], "failed"))
+    return dict(zip(failed["file"].to_pylist(), failed["reason"].to_pylist(), strict=True))
+
+
+def check_overwrite(plan: Plan, published: OutputFiles) -> None:
+    """With `--overwrite`, refuse to delete published predictions of an input file that cannot be scored again.
+
+    Raises:
+        RunError: names the first such file.
+    """
+    lost = _with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published.stamps)
+    if lost.num_rows:
+        raise RunError(
+            f"--overwrite: nothing was replaced: {lost['name'][0]} cannot be used, and the output holds its predictions; "
+            "repair it, or take it out of the input"
+        )
+
+
+def _with_predictions(plan: Plan, files: pa.Table, stamps: pa.Table) -> pa.Table:
+    """Return those of the input files that some stamps name.
+
+    The input may have moved, or its root may be another folder now: a file is the same if its name or its full path is.
+    """
+    sources = pc.binary_join_element_wise(plan.source(""), files["name"], "")
+    return files.filter(pc.or_(pc.is_in(files["name"], stamps["name"]), pc.is_in(sources, stamps["source"])))
+
+
+def _check_compatible(plan: Plan, matched: pa.Table, unplanned: pa.Table) -> None:
+    """Refuse to put predictions beside those of another model, of changed input files, or of parts that were cut differently.
+
+    Args:
+        plan: of this run.
+        matched: what `match` returned for the published files.
+        unplanned: published files that are not in the plan, `stamp.STAMP_SCHEMA`.
+
+    Raises:
+        RequestError: says what differs and what to do.
+    """
+    for part in (
+        matched.filter(pc.and_(pc.is_valid(matched["committed_spec"]), pc.invert(matched["done"]))).slice(0, 1).to_pylist()
+    ):
+        raise RequestError(f"--output {plan.output.display}: {_part_error(part, plan.spec)}")
+    for file in _with_predictions(plan, plan.files, unplanned).slice(0, 1).to_pylist():
+        of_file = pc.or_(pc.equal(unplanned["name"], file["name"]), pc.equal(unplanned["source"], plan.source(file["name"])))
+        error = _file_error(file, unplanned.filter(of_file).slice(0, 1).to_pylist()[0])
+        raise RequestError(f"--output {plan.output.display}: {error}")
+
+
+def _part_error(part: dict[str, Any], spec: str) -> str:
+    if part["committed_spec"] != spec:
+        return f"{_spec_difference(json.loads(part['committed_spec']), json.loads(spec))}; {_START_OVER}"
+    if any(part[name] != part[f"committed_{name}"] for name in FILE_IDENTITY):
+        return f"{part['name']} has changed since it was scored; {_START_OVER}"
+    return f"was started with another --max-rows-per-file; give the same again, or {_START_OVER}"
+
+
+def _file_error(file: dict[str, Any], committed: dict[str, Any]) -> str:
+    if file["error"]:
+        return (
+            f"holds predictions of {file['name']}, which now cannot be used ({file['error']}); repair it, or take it out of the "
+            "input"
+        )
+    if any(file[name] != committed[name] for name in FILE_IDENTITY):
+        return f"{file['name']} has changed since it was scored; {_START_OVER}"
+    return (
+        f"holds the rows of {file['name']} as {committed['output']}, since it was started with another --max-rows-per-file or "
+        f"--input; give the same again, or {_START_OVER}"
+    )
+
+
+def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
+    if committed["model_sha256"] != current["model_sha256"]:
+        return (
+            f"holds predictions of another model (SHA-256 {committed['model_sha256'][:12]}…, --model has "
+            f"{current['model_sha256'][:12]}…)"
+        )
+    # A difference in precision explains one in `int8`, so that comes last.
+    key = next((key for key in current if key != "int8" and committed.get(key) != current[key]), "int8")
+    if key == "prediction_columns":
+        return "holds predictions with other columns, of another version of this program"
+    if key == "int8":
+        return "holds predictions of the same model quantized otherwise"
+    flag = "--precision" if key == "precision" else f"--{key}-column"
+    return f"was started with {flag} {committed.get(key)}, which is now {current[key]}"
+
+
+def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Check that every row of every usable file is in the output exactly once.
+
+    Args:
+        plan: without the files that could not be read.
+        stamps: `stamp.STAMP_SCHEMA` of what the finished output holds, read again from its files.
+
+    Returns:
+        A FILES_SCHEMA table in the order of the files; and `match` of the plan.
+
+    Raises:
+        RowCountError: names the first file with missing or duplicate rows.
+    """
+    matched = match(plan, stamps)
+    in_files = pc.add(matched["scored_in_file"], matched["rejected_in_file"])
+    complete = pc.and_(matched["done"], pc.equal(matched["rejected"], matched["rejected_in_file"]))
+    complete = pc.fill_null(pc.and_(complete, pc.equal(matched["rows"], in_files)), False)
+    for part in matched.filter(pc.invert(complete)).slice(0, 1).to_pylist():
+        place = f"{part['name']}: rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}"
+        there = f"{part['scored_in_file'] or 0:,} predictions and {part['rejected_in_file'] or 0:,} rejected rows"
+        raise RowCountError(f"{place} should be in {PREDICTIONS}/{part['output']}, which has {there}")
+    sums = matched.group_by("name").aggregate([(name, "sum") for name in ("rows", "scored_in_file", "rejected_in_file")])
+    files = plan.files.select(["name", "rows", "error"]).append_column("order", pa.array(range(plan.files.num_rows), pa.int64()))
+    files = files.join(sums, "name", join_type="left outer").sort_by("order")
+    usable = pc.is_null(files["error"])
+    lost = pc.and_(usable, pc.invert(pc.fill_null(pc.equal(files["rows"], files["rows_sum"]), False)))
+    for file in files.filter(lost).slice(0, 1).to_pylist():
+        raise RowCountError(f"{file['name']}: has {file['rows']:,} rows, of which {file['rows_sum'] or 0:,} are accounted for")
+    scored, rejected = (pc.if_else(usable, files[f"{name}_in_file_sum"], 0) for name in ("scored", "rejected"))
+    status = pc.if_else(usable, "scored", "failed")
+    columns = (files["name"], files["rows"], scored, rejected, status, files["error"])
+    return pa.table(dict(zip(FILES_SCHEMA.names, columns, strict=True)), FILES_SCHEMA), matched

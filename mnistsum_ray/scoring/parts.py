@@ -1,8 +1,10 @@
-"""Parts, the consecutive rows of one input file that become one output file; and tasks, the parts that are scored at once."""
+"""Parts, the consecutive rows of one input file that become one output file; tasks, the parts that are scored at once; and the
+counter of the processes that die at a part."""
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -37,21 +39,12 @@ class Part:
     """Index of the first row in the input file."""
     rows: int
     first_group: int
-    """Index of the row group that holds the first row."""
-    num_groups: int
-    """Number of row groups that hold the rows."""
-    skip_rows: int
-    """Rows of the first row group before the first row."""
+    """Index of the row group that holds the first row. Parts that share it are slices of that row group."""
 
 
 PART_SCHEMA: Final = pa.schema(
     {field.name: pa.int64() if field.type is int else pa.string() for field in dataclasses.fields(Part)}
 )
-
-
-def parts_of(table: pa.Table) -> list[Part]:
-    """Convert a PART_SCHEMA table to Parts."""
-    return [Part(**row) for row in table.to_pylist()]
 
 
 def split_into_parts(files: pa.Table, max_rows_per_file: int) -> tuple[pa.Table, dict[str, str]]:
@@ -60,7 +53,7 @@ def split_into_parts(files: pa.Table, max_rows_per_file: int) -> tuple[pa.Table,
     The parts follow from the files and `max_rows_per_file` alone, so that a later run plans the same ones.
 
     Args:
-        files: `inputs.FILE_SCHEMA` and `footers.FOOTER_SCHEMA`; files with an error get no parts.
+        files: `preflight.FOOTER_SCHEMA`; files with an error get no parts.
         max_rows_per_file: the most rows of a part.
 
     Returns:
@@ -102,12 +95,12 @@ def _name_error(name: str, parts: list[Part], planned: dict[str, str]) -> str | 
     return None
 
 
-def _parts_of_file(file: dict[str, Any], max_rows_per_file: int) -> Iterable[Part]:
+def _parts_of_file(file: dict[str, Any], max_rows_per_file: int) -> Iterator[Part]:
     row_bytes = file["bytes"] / file["rows"] if file["rows"] else 0
     limit = max(1, min(max_rows_per_file, int(_MAX_PART_BYTES / row_bytes) if row_bytes else max_rows_per_file))
-    ranges = list(_row_ranges(file["group_rows"], limit)) or [(0, 0, 0, 0)]  # a file without rows has one empty part
+    ranges = list(_row_ranges(file["group_rows"], limit)) or [(0, 0)]  # a file without rows has one empty part
     first_row = 0
-    for index, (first_group, num_groups, skip_rows, rows) in enumerate(ranges):
+    for index, (first_group, rows) in enumerate(ranges):
         yield Part(
             name=file["name"],
             size=file["size"],
@@ -117,29 +110,26 @@ def _parts_of_file(file: dict[str, Any], max_rows_per_file: int) -> Iterable[Par
             first_row=first_row,
             rows=rows,
             first_group=first_group,
-            num_groups=num_groups,
-            skip_rows=skip_rows,
         )
         first_row += rows
 
 
-def _row_ranges(group_rows: list[int], limit: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (first group, number of groups, rows to skip, rows) per part: whole row groups if they fit, else slices of one."""
+def _row_ranges(group_rows: list[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Yield (first row group, rows) of each part: whole row groups where they fit, else slices of one."""
     first, rows = 0, 0
     for index, count in enumerate(group_rows):
         if rows and rows + count > limit:
-            yield first, index - first, 0, rows
+            yield first, rows
             first, rows = index, 0
         if count > limit:
-            slices = -(-count // limit)
+            slices = _ceil_divide(count, limit)
             bounds = [count * number // slices for number in range(slices + 1)]
-            for start, end in itertools.pairwise(bounds):
-                yield index, 1, start, end - start
+            yield from ((index, end - start) for start, end in itertools.pairwise(bounds))
             first = index + 1
         else:
             rows += count
     if rows:
-        yield first, len(group_rows) - first, 0, rows
+        yield first, rows
 
 
 def _split_name(name: str, index: int, count: int) -> str:
@@ -183,36 +173,57 @@ def make_tasks(parts: pa.Table, max_rows: int, workers: int) -> list[Task]:
     wanted = _TASKS_PER_WORKER * workers
     max_rows = min(max_rows, max(_MIN_ROWS, _ceil_divide(pc.sum(parts["rows"]).as_py() or 0, wanted)))
     max_parts = min(_MAX_PARTS, max(_MIN_PARTS, _ceil_divide(parts.num_rows, wanted)))
-    tasks: list[Task] = []
-    for start, end, is_one_group in _stretches(parts):
-        if is_one_group:
-            step = _ceil_divide(end - start, min(_MAX_TASKS_PER_GROUP, wanted))
-            tasks += [{"first": first, "count": min(step, end - first)} for first in range(start, end, step)]
-            continue
-        rows, first = 0, start
-        for index, count in enumerate(parts["rows"].slice(start, end - start).to_pylist(), start):
-            if index > first and (rows + count > max_rows or index - first == max_parts):
-                tasks.append({"first": first, "count": index - first})
-                rows, first = 0, index
-            rows += count
-        tasks.append({"first": first, "count": end - first})
-    return tasks
+    names, groups, counts = (parts[name].to_pylist() for name in ("name", "first_group", "rows"))
+    starts: list[int] = []  # the first part of each task
+    rows = max_rows  # of the last task, which takes more parts while it has fewer than `max_rows`
+    for _, members in itertools.groupby(range(parts.num_rows), key=lambda index: (names[index], groups[index])):
+        first, *others = members
+        if others:  # slices of one row group
+            count = 1 + len(others)
+            starts += range(first, first + count, _ceil_divide(count, min(_MAX_TASKS_PER_GROUP, wanted)))
+            rows = max_rows
+        elif not starts or rows + counts[first] > max_rows or first - starts[-1] == max_parts:
+            starts.append(first)
+            rows = counts[first]
+        else:
+            rows += counts[first]
+    return [{"first": start, "count": end - start} for start, end in itertools.pairwise([*starts, parts.num_rows])]
 
 
 def _ceil_divide(amount: int, count: int) -> int:
     return -(-amount // count)
 
 
-def _stretches(parts: pa.Table) -> Iterator[tuple[int, int, bool]]:
-    """Yield (start, end, whether the parts are slices of one row group, at least two of them), which together cover `parts`."""
-    names, first_groups, num_groups = (parts[name].to_pylist() for name in ("name", "first_group", "num_groups"))
-    start = 0
-    for _, members in itertools.groupby(range(parts.num_rows), key=lambda index: (names[index], first_groups[index])):
-        first, *others = members
-        if others and num_groups[first] == 1:
-            if start < first:
-                yield start, first, False
-            start = others[-1] + 1
-            yield first, start, True
-    if start < parts.num_rows:
-        yield start, parts.num_rows, False
+class CrashCounter:
+    """Counts how often each key was begun without being ended. An actor, because the process that began it may have died."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, list[str]] = defaultdict(list)
+        """The node of each attempt."""
+
+    def begin(self, key: str, node: str) -> int:
+        """Count an attempt on a node; return the number of attempts that have not ended, this one included.
+
+        An attempt that ended with its node does not count: the node was lost, and not for what it worked on.
+        """
+        import ray
+
+        attempts = self._begun[key]
+        if attempts:
+            lost = {entry["NodeID"] for entry in ray.nodes() if not entry["Alive"]}
+            attempts[:] = [attempt for attempt in attempts if attempt not in lost]
+        attempts.append(node)
+        return len(attempts)
+
+    def end(self, key: str) -> None:
+        """Forget the attempts: the process survived the work."""
+        del self._begun[key]
+
+
+def start_crash_counter() -> Any:
+    """Start a `CrashCounter` actor on the driver's node, so that losing another node does not lose the counts."""
+    import ray  # Takes a second, and a request that is refused early does not need it.
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(CrashCounter).options(num_cpus=0, scheduling_strategy=this_node).remote()

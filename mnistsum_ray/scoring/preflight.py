@@ -1,34 +1,58 @@
-"""Checks of a scoring request that need no cluster, and the plan of its parts."""
+"""The checked request and the plan of a scoring run: footers of the input files, what is wrong with them, and their parts."""
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from mnistsum_ray.cluster.map_files import MAX_LOCAL_FILES
+from mnistsum_ray.cluster.map_files import MAX_LOCAL_FILES, map_files
 from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.data.inputs import Inputs, list_inputs
-from mnistsum_ray.errors import RequestError, RunError, StorageError, one_line
+from mnistsum_ray.data.images import image_type_error, number_type_error
+from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs
+from mnistsum_ray.data.parquet import Footer, column_error, lossy_column, read_footer
+from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.scoring.footers import Columns, read_all_footers
 from mnistsum_ray.scoring.parts import split_into_parts
 from mnistsum_ray.storage.listing import report_skipped
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.location import Location, retried
+from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+REJECTION_FIELDS: Final = pa.schema({"source_file": pa.string(), "source_row": pa.int64(), "reason": pa.string()})
+"""Columns that scoring adds to rejected rows, after the input's."""
+
+FOOTER_SCHEMA: Final = pa.schema(
+    [
+        *FILE_SCHEMA,
+        ("rows", pa.int64()),
+        ("group_rows", pa.list_(pa.int64())),  # rows of each row group
+        ("bytes", pa.int64()),  # of all columns, decompressed
+        ("footer_sha256", pa.string()),
+        ("error", pa.string()),  # why the file cannot be scored
+        ("missing_column", pa.string()),  # the first column that the request names and the file lacks
+    ]
+)
+"""One row per input file. A file whose footer cannot be read has an error and otherwise nulls."""
+
+STAGING: Final = "_unpublished"
+"""Folder in the output where `--overwrite` and `--strict` commit parts, until all are published together."""
 
 _MAX_FILES: Final = 1000
 """Unusable files that the console names."""
 
 
 @dataclass(frozen=True)
-class ScoringRun:
+class Request:
     """A checked request: the model, the input files, and the output folder."""
 
     config: ScoreConfig
@@ -37,18 +61,69 @@ class ScoringRun:
     """Contents of the model's `model.json`."""
     weights: "dict[str, Tensor]"
     inputs: Inputs
-    columns: Columns
     output: Location
-    footers: pa.Table | None
-    """`footers.FOOTER_SCHEMA`; None if there are so many files that the cluster has to read their footers."""
-
-    def with_retries(self) -> "ScoringRun":
-        """The same run, which retries for a while when the storage does not answer."""
-        inputs = replace(self.inputs, root=self.inputs.root.with_retries())
-        return replace(self, inputs=inputs, output=self.output.with_retries())
+    files: pa.Table | None
+    """FOOTER_SCHEMA; None if there are so many files that the cluster has to read their footers."""
 
 
-def preflight(config: ScoreConfig) -> ScoringRun:
+@dataclass(frozen=True)
+class Plan(Request):
+    """Everything about a run: the request, how it is scored, and which rows of which input file become which output file."""
+
+    files: pa.Table
+    """FOOTER_SCHEMA; `error` is set for each file that cannot be used."""
+    parts: pa.Table
+    """`parts.PART_SCHEMA`: the parts of all other files, in the order of the files."""
+    precision: str
+    lock: FolderLock
+    """Of the output folder; checked before each write."""
+
+    @property
+    def staged(self) -> bool:
+        """Whether files are published together at the end."""
+        return self.config.overwrite or self.config.strict
+
+    @property
+    def folder(self) -> Location:
+        """Where parts are committed: the output folder, or the staging folder inside it."""
+        return self.output / STAGING if self.staged else self.output
+
+    def source(self, name: str) -> str:
+        """An input file in full: a path, or a URI without its query."""
+        return self.inputs.root.at(f"{self.inputs.root.path}/{name}").display
+
+    @property
+    def int8_maxima(self) -> tuple[float, ...] | None:
+        """Calibration of the quantized network; None unless the precision is int8."""
+        from mnistsum_ray.model.int8 import maxima_from_description
+
+        return maxima_from_description(self.card) if self.precision == "int8" else None
+
+    @property
+    def spec(self) -> str:
+        """The model and settings that determine the predictions, as JSON. One output holds predictions of one spec."""
+        fields: dict[str, Any] = {"model_sha256": self.card["sha256"], "precision": self.precision}
+        fields |= {name: getattr(self.config, f"{name}_column") for name in ("image", "number", "label")}
+        fields |= {"prediction_columns": PREDICTION_FIELDS.names}
+        return json.dumps(fields | ({"int8": self.int8_maxima} if self.int8_maxima else {}), sort_keys=True)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The files that cannot be used: name and reason."""
+        failed = self.files.filter(pc.is_valid(self.files["error"]))
+        return dict(zip(failed["name"].to_pylist(), failed["error"].to_pylist(), strict=True))
+
+    def without(self, failures: dict[str, str]) -> "Plan":
+        """Return the plan without the parts of some files. The files get the reasons in `failures` as their errors."""
+        if not failures:
+            return self
+        failed = pc.is_in(self.parts["name"], pa.array(failures, pa.string()))
+        errors = [failures.get(file["name"], file["error"]) for file in self.files.select(["name", "error"]).to_pylist()]
+        files = self.files.set_column(self.files.column_names.index("error"), "error", pa.array(errors, pa.string()))
+        return replace(self, files=files, parts=self.parts.filter(pc.invert(failed)))
+
+
+def preflight(config: ScoreConfig) -> Request:
     """Check everything that can be checked without a cluster.
 
     Raises:
@@ -57,9 +132,8 @@ def preflight(config: ScoreConfig) -> ScoringRun:
     """
     output = _locate_output(config.output)
     inputs = list_inputs(config.input, output)
-    columns = Columns.from_config(config)
     try:
-        footers = read_all_footers(inputs, columns) if inputs.files.num_rows <= MAX_LOCAL_FILES else None
+        files = read_footers(inputs, config) if inputs.files.num_rows <= MAX_LOCAL_FILES else None
     except StorageError as error:
         raise RunError(f"--input {error}; nothing was begun") from None
     model = locate_existing(config.model, "--model")
@@ -73,7 +147,7 @@ def preflight(config: ScoreConfig) -> ScoringRun:
         raise RequestError(f"--model {error}") from None
     if config.precision == "int8":
         _check_int8(card)
-    return ScoringRun(config, model, card, copy_weights(network), inputs, columns, output, footers)
+    return Request(config, model, card, copy_weights(network), inputs, output, files)
 
 
 def _locate_output(text: str) -> Location:
@@ -99,52 +173,31 @@ def _check_int8(card: dict[str, Any]) -> None:
         raise RequestError("--precision int8: this PyTorch has no integer convolutions on this CPU; leave it out")
 
 
-@dataclass(frozen=True)
-class ScoringPlan:
-    """Which rows of which input file become which output file."""
-
-    files: pa.Table
-    """`inputs.FILE_SCHEMA` and `footers.FOOTER_SCHEMA`; `error` is set for each file that cannot be used."""
-    parts: pa.Table
-    """`parts.PART_SCHEMA`: the parts of all other files, in the order of the files."""
-
-    @property
-    def failures(self) -> dict[str, str]:
-        """The files that cannot be used: name and reason."""
-        failed = self.files.filter(pc.is_valid(self.files["error"]))
-        return dict(zip(failed["name"].to_pylist(), failed["error"].to_pylist(), strict=True))
-
-    def without(self, failures: dict[str, str]) -> "ScoringPlan":
-        """Return the plan without the parts of some files. The files get the reasons in `failures` as their errors."""
-        failed = pc.is_in(self.parts["name"], pa.array(failures, pa.string()))
-        return ScoringPlan(_with_errors(self.files, failures), self.parts.filter(pc.invert(failed)))
-
-
-def make_plan(run: ScoringRun, console: Console) -> ScoringPlan:
+def make_plan(request: Request, precision: str, lock: FolderLock, console: Console) -> Plan:
     """Plan a run: read the footers unless `preflight` has read them, and split the files into parts.
+
+    From here on the storage is retried for a while when it does not answer.
 
     Raises:
         RequestError: none of the files has one of the columns.
         RunError: with `--strict`, some file cannot be used.
         StorageError: the storage does not give an input file.
     """
-    footers = run.footers
-    if footers is None:
-        progress = Progress(console.progress, "footers read", run.inputs.files.num_rows)
-        footers = read_all_footers(run.inputs, run.columns, progress)
-    files = run.inputs.files
-    for name in footers.column_names:
-        files = files.append_column(name, footers[name])
-    parts, errors = split_into_parts(files, run.config.max_rows_per_file)
-    plan = ScoringPlan(_with_errors(files, errors), parts)
-    report_skipped(run.inputs.skipped, console.say)
-    if run.config.strict and plan.failures:
-        name_failures(plan.failures, console.say)
+    inputs = replace(request.inputs, root=request.inputs.root.with_retries())
+    files = request.files
+    if files is None:
+        files = read_footers(inputs, request.config, Progress(console.progress, "footers read", inputs.files.num_rows))
+    parts, errors = split_into_parts(files, request.config.max_rows_per_file)
+    changed = {"inputs": inputs, "output": request.output.with_retries(), "files": files}
+    plan = Plan(**vars(request) | changed, parts=parts, precision=precision, lock=lock).without(errors)
+    report_skipped(inputs.skipped, console.say)
+    if plan.config.strict and plan.failures:
+        say_failures(plan.failures, console.say)
         raise RunError(f"--strict: nothing was scored: {len(plan.failures):,} files cannot be used, see above")
     return plan
 
 
-def name_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
+def say_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
     """Name the files that cannot be used, one line each with the reason."""
     for name, reason in list(failures.items())[:_MAX_FILES]:
         say(f"cannot be used: {name}: {reason}")
@@ -152,8 +205,75 @@ def name_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
         say(f"and {len(failures) - _MAX_FILES:,} more files; files.parquet will list all of them")
 
 
-def _with_errors(files: pa.Table, errors: dict[str, str]) -> pa.Table:
-    if not errors:
-        return files
-    reasons = [errors.get(name, old) for name, old in zip(files["name"].to_pylist(), files["error"].to_pylist(), strict=True)]
-    return files.set_column(files.column_names.index("error"), "error", pa.array(reasons, pa.string()))
+def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int], None] = lambda _: None) -> pa.Table:
+    """Read the footers of all input files, in threads of this process or on the cluster (see `map_files`).
+
+    Returns:
+        FOOTER_SCHEMA, in the order of the files.
+
+    Raises:
+        RequestError: none of the files has one of the columns.
+        StorageError: the storage does not give a file, for half a minute.
+    """
+
+    unusable = inputs.unusable  # the function below is sent to the cluster, and `inputs` may be large
+
+    def read(folder: Location, files: pa.Table) -> pa.Table:
+        rows = [file | _read_file(folder, file, config, unusable) for file in files.to_pylist()]
+        return pa.Table.from_pylist(rows, FOOTER_SCHEMA)
+
+    files = map_files(read, inputs.root, inputs.files, on_progress)
+    # A column that no readable file has is a wrong flag rather than a wrong file.
+    readable = files.filter(pc.is_valid(files["rows"]))
+    missing = readable["missing_column"].unique().to_pylist()
+    if len(missing) == 1 and missing[0] is not None:
+        flag = next(flag for flag, column in _columns(config).items() if column == missing[0])
+        name, error = readable["name"][0], readable["error"][0].as_py().partition(";")[0]
+        raise RequestError(f"{flag} {missing[0]}: no file of --input has such a column; {name} {error}")
+    return files
+
+
+def _read_file(folder: Location, file: dict[str, Any], config: ScoreConfig, unusable: Mapping[str, str]) -> dict[str, Any]:
+    name = file["name"]
+    if name in unusable:
+        return {"error": unusable[name]}
+    try:
+        footer = retried(lambda: read_footer(folder / name, file["size"]))
+    except UnusableFileError as error:
+        return {"error": str(error)}
+    return {
+        "rows": sum(footer.group_rows),
+        "group_rows": footer.group_rows,
+        "bytes": footer.decompressed_bytes,
+        "footer_sha256": footer.sha256,
+        "error": _file_error(name, footer, config),
+        "missing_column": next((column for column in _columns(config).values() if column not in footer.schema.names), None),
+    }
+
+
+def _columns(config: ScoreConfig) -> dict[str, str]:
+    """The columns that scoring reads, by the flag that names each."""
+    columns = {"--image-column": config.image_column, "--number-column": config.number_column}
+    return columns | ({"--label-column": config.label_column} if config.label_column else {})
+
+
+def _file_error(file: str, footer: Footer, config: ScoreConfig) -> str | None:
+    """Return why a file with this name and footer cannot be scored, or None if it can."""
+    names = footer.schema.names
+    for flag, name in _columns(config).items():
+        if name not in names:
+            some = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            return f"has no column {name!r} but {some}; {flag} names another"
+        error = column_error(footer.schema, name, image_type_error if name == config.image_column else number_type_error)
+        if error:
+            return f"{error}, or {flag} names another"
+    # DuckDB and Spark do not tell upper case from lower case.
+    added = next((name for name in names if name.lower() in PREDICTION_FIELDS.names), None)
+    if added:
+        return f"has a column {added!r}, which scoring would add; rename it"
+    for folder in file.split("/")[:-1]:
+        # Readers of Parquet take a folder `key=value` for a column, and its value for that of every row below.
+        key, equals, _ = folder.partition("=")
+        if equals and unquote(key).lower() in (*PREDICTION_FIELDS.names, *REJECTION_FIELDS.names):
+            return f"lies in a folder {folder!r}, which readers take for the column that scoring adds; rename the folder"
+    return lossy_column(footer.metadata.schema, config.image_column)

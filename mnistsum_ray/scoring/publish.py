@@ -1,5 +1,7 @@
-"""Publication: write the table of files, the pictures, the report and the manifest, and show the staged files."""
+"""Publication: write the table of files, the pictures, the report and the manifest, and move staged files to the output."""
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -14,78 +16,130 @@ from mnistsum_ray.scoring.output import (
     REJECTS,
     RELIABILITY,
     REPORT,
-    Target,
-    publish_staged,
+    Committed,
+    OutputFiles,
+    unpublish,
 )
-from mnistsum_ray.scoring.preflight import ScoringRun
-from mnistsum_ray.scoring.summary import probability_metrics
-from mnistsum_ray.scoring.totals import Totals
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.scoring.preflight import Plan
+from mnistsum_ray.scoring.stamp import PREDICTIONS, REJECTED
+from mnistsum_ray.scoring.summary import Totals
 
 FORMAT: Final = "mnistsum_ray.score/1"
 
+_MOVE_THREADS: Final = 16
+"""An object store copies and deletes each file that is moved, so many moves run at the same time."""
 
-def make_manifest(run: ScoringRun, precision: str, line: dict[str, Any], totals: Totals, unplanned: int) -> dict[str, Any]:
-    """Return the contents of `manifest.json`; `line` is the job's last line, `unplanned` is `CommittedParts.unplanned`."""
+
+def publish(
+    plan: Plan, committed: Committed, staged: OutputFiles | None, files: pa.Table, totals: Totals, line: dict[str, Any]
+) -> None:
+    """Write the files about the run; with a staging folder move all files of the run to the output.
+
+    Args:
+        plan: of the run.
+        committed: the output when the run began; `--overwrite` replaces these files.
+        staged: the staging folder with all parts; None without one.
+        files: `output.FILES_SCHEMA`.
+        totals: over all rows.
+        line: the fields of the job's last line.
+
+    Raises:
+        RunError: another run holds the output.
+    """
+    plan.lock.check()
+    pictures = _draw_pictures(totals)
+    manifest = _make_manifest(plan, committed.unplanned, totals, line)
+    shown = {title: png for (title, _), png in pictures.items() if png}
+    summaries = {name: png for (_, name), png in pictures.items()} | {
+        FILES_TABLE: to_parquet(files),
+        REPORT: scored_page(manifest, totals, shown).encode(),
+    }
+    for name, data in summaries.items():
+        if data:
+            (plan.folder / name).write_bytes(data)
+        else:
+            (plan.folder / name).delete()  # an earlier run may have drawn it
+    (plan.folder / MANIFEST).write_json(manifest)
+    if staged:
+        replaced = committed.published.stamps["output"].to_pylist() if plan.config.overwrite else []
+        publish_staged(plan, staged, [name for name, data in summaries.items() if data], replaced)
+
+
+def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], replaced: Iterable[str]) -> None:
+    """Move all files of the staging folder into the output, in an order that keeps every visible state valid.
+
+    Args:
+        plan: its lock is checked before each step.
+        staged: the staging folder.
+        summaries: files about the run in that folder.
+        replaced: predictions that the output held when the run began. Those that are not written again are deleted before the
+            manifest appears. All other files stay.
+
+    Raises:
+        RunError: another run holds the output.
+    """
+    # Rejected rows come before predictions, as they are committed.
+    rejected = [f"{REJECTED}/{name}" for name in sorted(staged.rejected)]
+    predictions = [f"{PREDICTIONS}/{name}" for name in staged.stamps["output"].to_pylist()]
+    gone = {f"{folder}/{name}" for name in replaced for folder in (PREDICTIONS, REJECTED)} - {*rejected, *predictions}
+    plan.lock.check()
+    unpublish(plan.output)
+
+    def move(name: str) -> None:
+        plan.lock.check()
+        (plan.folder / name).move(plan.output / name)
+
+    def delete(name: str) -> None:
+        plan.lock.check()
+        (plan.output / name).delete()
+
+    steps: list[tuple[Callable[[str], None], Iterable[str]]]
+    steps = [(move, rejected), (move, predictions), (delete, gone), (move, summaries), (move, [MANIFEST])]
+    with ThreadPoolExecutor(_MOVE_THREADS) as pool:
+        for step, names in steps:
+            list(pool.map(step, names))
+    plan.lock.check()
+    if plan.folder.exists():  # in an object store it is gone with its last file
+        plan.folder.filesystem.delete_dir(plan.folder.path)
+
+
+def _draw_pictures(totals: Totals) -> dict[tuple[str, str], bytes | None]:
+    """Draw the probabilities; where rows have labels their reliability; where rows were rejected the reasons.
+
+    Returns:
+        PNG bytes by title and file name; None where there is nothing to draw.
+    """
+    from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
+
+    reliability = pictures.draw_reliability(totals.reliability) if totals.labelled else None
+    return {
+        ("Rows by predicted probability", PROBABILITIES): pictures.draw_probabilities(totals.probabilities),
+        ("Accuracy by predicted probability", RELIABILITY): reliability,
+        ("Rejected rows by reason", REJECTS): pictures.draw_rejects(totals.reasons) if totals.reasons else None,
+    }
+
+
+def _make_manifest(plan: Plan, unplanned: int, totals: Totals, line: dict[str, Any]) -> dict[str, Any]:
     # `at` removes the query of a URI, which may hold keys.
-    places = {"model": run.model, "input": run.inputs.root, "output": run.output}
+    places = {"model": plan.model, "input": plan.inputs.root, "output": plan.output}
     located = {name: place.at(place.path).display for name, place in places.items()}
     return {
         "format": FORMAT,
         "status": "finished",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "totals": line,
-        "consistent_rows": totals.counts.get("consistent", 0),
-        "labelled_rows": totals.counts.get("labelled"),
+        "consistent_rows": totals.consistent,
+        "labelled_rows": totals.labelled if plan.config.label_column else None,
         "rejected_by_reason": totals.reasons,
         "rows_by_probability": totals.probabilities,
         "rows_by_digit": totals.digits,
         "rows_by_number": totals.numbers,
-        "probabilities": probability_metrics(totals),
-        "config": run.config.model_dump(mode="json", exclude={"config"}) | located,
-        "model": {key: run.card[key] for key in ("sha256", "epoch", "parameters")},
-        "precision": precision,
-        "int8": run.card["int8"] if precision == "int8" else None,
-        "skipped_files": len(run.inputs.skipped),
+        "probabilities": totals.probability_metrics(),
+        "config": plan.config.model_dump(mode="json", exclude={"config"}) | located,
+        "model": {key: plan.card[key] for key in ("sha256", "epoch", "parameters")},
+        "precision": plan.precision,
+        "int8": plan.card["int8"] if plan.precision == "int8" else None,
+        "skipped_files": len(plan.inputs.skipped),
         "files_of_earlier_input": unplanned,
         "versions": versions(),
     }
-
-
-def publish_output(target: Target, files: pa.Table, totals: Totals, manifest: dict[str, Any], published: pa.Table) -> None:
-    """Write `files` (`reconcile.FILES_SCHEMA`), the pictures, the report and the manifest; publish staged parts.
-
-    `--overwrite` replaces the files in `published` (`stamp.COMMITTED_SCHEMA`), which the output held when the run began.
-
-    Raises:
-        RunError: another run holds the output.
-    """
-    target.lock.check()
-    (target.folder / FILES_TABLE).write_bytes(to_parquet(files))
-    pictures = _draw_pictures(totals, target.folder)
-    (target.folder / REPORT).write_bytes(scored_page(manifest, totals, pictures).encode())
-    (target.folder / MANIFEST).write_json(manifest)
-    if target.staged:
-        publish_staged(target, published["output"].to_pylist() if target.overwrite else ())
-
-
-def _draw_pictures(totals: Totals, folder: Location) -> dict[str, bytes]:
-    """Draw the probabilities; where rows have labels their reliability; where rows were rejected the reasons.
-
-    Returns:
-        PNG bytes by title.
-    """
-    from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
-
-    labelled = totals.counts.get("labelled")
-    drawn = {
-        ("Rows by predicted probability", PROBABILITIES): pictures.draw_probabilities(totals.probabilities),
-        ("Accuracy by predicted probability", RELIABILITY): pictures.draw_reliability(totals.reliability) if labelled else None,
-        ("Rejected rows by reason", REJECTS): pictures.draw_rejects(totals.reasons) if totals.reasons else None,
-    }
-    for (_, name), png in drawn.items():
-        if png:
-            (folder / name).write_bytes(png)
-        else:
-            (folder / name).delete()  # an earlier run may have drawn it
-    return {title: png for (title, _), png in drawn.items() if png}

@@ -1,9 +1,9 @@
-"""Every row of every input file is in exactly one part, and every part has an output file name of its own."""
+"""Every row of every input file is in exactly one part, and every part has an output file name of its own and is in one task."""
 
 import pyarrow as pa
 import pytest
 
-from mnistsum_ray.scoring.parts import split_into_parts
+from mnistsum_ray.scoring.parts import make_tasks, split_into_parts
 
 
 def input_files(*groups: list[int], row_bytes: int = 800, names: list[str] | None = None) -> pa.Table:
@@ -48,8 +48,7 @@ def test_parts_cover_the_rows_in_order_within_the_limit(groups: list[int], max_r
         assert part["first_row"] == position
         assert part["rows"] <= max_rows_per_file
         if part["rows"]:
-            assert starts[part["first_group"]] + part["skip_rows"] == position
-            assert position + part["rows"] <= starts[part["first_group"] + part["num_groups"]]
+            assert starts[part["first_group"]] <= position < starts[part["first_group"] + 1] or not groups[part["first_group"]]
         position += part["rows"]
     assert position == sum(groups)
     assert len({part["output"] for part in rows}) == len(rows) >= 1
@@ -93,3 +92,38 @@ def test_a_name_that_gets_too_long_is_an_error_of_that_file(length: int, rows: i
     assert "b.parquet" in parts["output"].to_pylist()
     if not fits:
         assert errors[name] == "its output's name would have 256 bytes, and most systems allow 255; rename it"
+
+
+def test_one_large_row_group_keeps_all_workers_busy() -> None:
+    parts, _ = split_into_parts(input_files([1_000_000]), 8_192)
+    tasks = make_tasks(parts, 8_192, 15)
+    assert 15 <= len(tasks) <= 16
+
+
+@pytest.mark.parametrize("workers", [1, 2, 16])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [[10]] * 2000,  # many small files
+        [[1250]] * 8,  # a few
+        [[1_000_000]],  # one huge row group
+        [[10], [50_000], [10], [16_384] * 5, [0], [40_000, 3]],
+    ],
+)
+def test_tasks_hold_every_part_once_and_in_order(sizes: list[list[int]], workers: int) -> None:
+    parts, _ = split_into_parts(input_files(*sizes), 16_384)
+    tasks = [parts.slice(task["first"], task["count"]) for task in make_tasks(parts, 16_384, workers)]
+    assert pa.concat_tables(tasks).equals(parts)
+    for task in tasks:
+        names = task["name"].unique()
+        assert task.num_rows >= 1
+        assert len(names) <= 256
+    if sizes == [[1250]] * 8:
+        assert len(tasks) >= min(8, workers)
+    if sizes == [[1_000_000]]:
+        assert len(tasks) == min(16, 4 * workers), "each task reads the row group from its start"
+
+
+def test_small_files_share_a_task() -> None:
+    parts, _ = split_into_parts(input_files(*[[10]] * 2000), 16_384)
+    assert len(make_tasks(parts, 16_384, 2)) == 8

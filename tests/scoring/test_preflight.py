@@ -1,4 +1,4 @@
-"""Footers: unusable files get a reason, and a column that no file has is an error of the request."""
+"""Checks of the input files: unusable ones get a reason, and a column that no file has is an error of the request."""
 
 from pathlib import Path
 from typing import Any
@@ -8,21 +8,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.parquet import open_parquet, to_parquet
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.scoring.footers import Columns, read_all_footers, read_footers
+from mnistsum_ray.scoring.preflight import read_footers
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import with_footer
 
 GOOD = pa.table({"image": [bytes(784)] * 3, "number": [1, 2, 3]})
-COLUMNS = Columns("image", "number", None)
 
 
-def footers(folder: Path, columns: Columns = COLUMNS) -> dict[str, dict[str, Any]]:
-    inputs = list_inputs((str(folder),), locate("/nowhere", "--output"))
-    rows = read_footers(inputs.root, inputs.files, columns, {}).to_pylist()
-    return dict(zip(inputs.files["name"].to_pylist(), rows, strict=True))
+def footers(folder: Path, **columns: str) -> dict[str, dict[str, Any]]:
+    config = ScoreConfig(model="m", input=(str(folder),), output="o", **columns)
+    inputs = list_inputs(config.input, locate("/nowhere", "--output"))
+    return {row["name"]: row for row in read_footers(inputs, config).to_pylist()}
 
 
 def test_the_footer_of_a_usable_file(tmp_path: Path) -> None:
@@ -161,9 +161,10 @@ def test_every_other_type_of_duckdb_is_written_back_unchanged(tmp_path: Path, ex
 )
 def test_unusable_columns_are_named(tmp_path: Path, table: pa.Table, reason: str) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
-    row = footers(tmp_path)["a.parquet"]
-    assert reason in row["error"]
-    assert row["rows"] == 3
+    pq.write_table(GOOD, tmp_path / "good.parquet")
+    found = footers(tmp_path)
+    assert reason in found["a.parquet"]["error"]
+    assert (found["a.parquet"]["rows"], found["good.parquet"]["error"]) == (3, None)
 
 
 @pytest.mark.parametrize("folder", ["pred_digit=3", "Consistent=1/deep", "sum%5Fprob=0", "reason=none"])
@@ -180,13 +181,10 @@ def test_a_column_that_no_file_has_is_refused_and_one_that_some_files_have_is_no
     for name in "ab":
         pq.write_table(GOOD.rename_columns(["picture", "number"]), tmp_path / f"{name}.parquet")
     damaged("empty", tmp_path)
-    inputs = list_inputs((str(tmp_path),), locate("/nowhere", "--output"))
     message = r"--image-column image: no file of --input has such a column; a\.parquet has no column 'image'"
     with pytest.raises(RequestError, match=message):
-        read_all_footers(inputs, COLUMNS)
-    labelled = Columns("picture", "number", "digit")
+        footers(tmp_path)
     with pytest.raises(RequestError, match="--label-column digit"):
-        read_all_footers(inputs, labelled)
+        footers(tmp_path, image_column="picture", label_column="digit")
     pq.write_table(GOOD, tmp_path / "b.parquet")
-    inputs = list_inputs((str(tmp_path),), locate("/nowhere", "--output"))
-    read_all_footers(inputs, COLUMNS)
+    assert footers(tmp_path)["b.parquet"]["error"] is None

@@ -1,0 +1,232 @@
+"""The output folder: lost and repeated rows are found, unfinished files are deleted, and staged files are published in order."""
+
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mnistsum_ray.errors import RequestError, RowCountError, RunError
+from mnistsum_ray.scoring.output import OutputFiles, reconcile, resume
+from mnistsum_ray.scoring.preflight import Plan
+from mnistsum_ray.scoring.publish import publish_staged
+from mnistsum_ray.scoring.summary import Totals
+from mnistsum_ray.storage.lock import folder_lock
+from mnistsum_ray.storage.paths import locate
+from tests.scoring.conftest import CONSOLE, Held, plan_of, write_all
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Files of 30 rows, of which row 20 is bad, and of 7 rows; and one that cannot be used."""
+    (tmp_path / "in").mkdir()
+    for name, rows in (("a", 30), ("b", 7)):
+        numbers = [77 if row == 20 else 1 for row in range(rows)]
+        table = pa.table({"image": [bytes(784)] * rows, "number": numbers, "label": [1] * rows})
+        pq.write_table(table, tmp_path / "in" / f"{name}.parquet", row_group_size=10)
+    (tmp_path / "in" / "broken.parquet").touch()
+    return tmp_path
+
+
+def plan_in(folder: Path, **settings: object) -> Plan:
+    return plan_of(folder / "in", folder / "out", max_rows_per_file=20, label_column="label", **settings)
+
+
+def reconciled(plan: Plan) -> tuple[pa.Table, Totals]:
+    files, matched = reconcile(plan, OutputFiles.read(plan.folder, CONSOLE).stamps)
+    return files, Totals.of_output(files, matched)
+
+
+def test_all_rows_there(folder: Path) -> None:
+    plan = plan_in(folder)
+    write_all(plan)
+    files, totals = reconciled(plan)
+    broken = "is empty (0 bytes); write it again"
+    assert [list(row.values()) for row in files.to_pylist()] == [
+        ["a.parquet", 30, 29, 1, "scored", None],
+        ["b.parquet", 7, 7, 0, "scored", None],
+        ["broken.parquet", None, 0, 0, "failed", broken],
+    ]
+    assert [totals.input_rows, totals.scored_rows, totals.rejected_rows, totals.files, totals.failed_files] == [37, 36, 1, 3, 1]
+    ((reason, count),) = totals.reasons.items()
+    assert (count, totals.examples) == (1, {reason: [("a.parquet", 20)]})
+    assert totals.digits == [3, *[4] * 6, 3, 3, 3]
+    assert totals.numbers == [0, 36, *[0] * 8]
+    assert totals.probabilities == {name: [0] * 10 + [36] + [0] * 9 for name in ("digit_prob", "sum_prob")}
+    assert (totals.labelled, totals.accuracies()["digit_accuracy"]) == (36, 4 / 36)
+    assert sorted(totals.unsure)[0] == (0.5, "a.parquet", 0, 0, 1)
+
+
+def part(folder: Path, of: str = "predictions") -> Path:
+    return folder / "out" / of / "a-00001-of-00002.parquet"
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    pq.write_table(change(pq.ParquetFile(path).read()), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "there"),
+    [
+        (lambda folder: rewrite(part(folder), lambda table: table.slice(1)), "8 predictions and 1 "),
+        (lambda folder: rewrite(part(folder), lambda table: pa.concat_tables([table, table.slice(8)])), "10 predictions and 1 "),
+        (lambda folder: rewrite(part(folder, "rejected"), lambda table: table.slice(1)), "9 predictions and 0 "),
+        (lambda folder: part(folder).unlink(), "0 predictions and 0 "),
+        (lambda folder: shutil.copy(part(folder).with_name("a-00000-of-00002.parquet"), part(folder)), "20 predictions and 0 "),
+        (lambda folder: shutil.copy(part(folder).with_name("b.parquet"), part(folder)), "7 predictions and 0 "),
+    ],
+    ids=["missing", "twice", "rejected missing", "no file", "other rows", "other file"],
+)
+def test_a_part_that_differs_from_the_plan_is_named(folder: Path, damage: Callable[[Path], object], there: str) -> None:
+    plan = plan_in(folder)
+    write_all(plan)
+    damage(folder)
+    with pytest.raises(RowCountError, match=f"should be in predictions/a-00001-of-00002.parquet, which has {there}"):
+        reconciled(plan)
+
+
+def test_a_file_whose_parts_lack_rows_is_named(folder: Path) -> None:
+    plan = plan_in(folder)
+    write_all(plan)
+    with pytest.raises(RowCountError, match=r"a\.parquet: has 30 rows, of which 10 are accounted for"):
+        reconciled(replace(plan, parts=plan.parts.slice(1)))
+
+
+def fill(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{folder.name} {name}")
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+PARTS = {f"predictions/a-0000{number}-of-00002.parquet" for number in range(2)} | {"predictions/b.parquet"}
+REJECTED = "rejected/a-00001-of-00002.parquet"
+
+
+def test_what_a_killed_run_left_unfinished_is_deleted_and_the_rest_is_resumed(folder: Path) -> None:
+    write_all(plan_in(folder))
+    part(folder).unlink()  # its rejected rows are there, which are written first
+    unfinished = (".mnistsum-0123456789abcdef.partial", "predictions/b/.mnistsum-0123456789abcdef.partial")
+    hidden = (".mnistsum-notes.partial", "b/.download.partial", "predictions/.ipynb_checkpoints/a.parquet", "_SUCCESS", "_x/y")
+    fill(folder / "out", *unfinished, *hidden)
+    (folder / "in" / "b.parquet").unlink()
+    committed = resume(plan_in(folder), CONSOLE)
+    assert names(folder / "out") == PARTS - {"predictions/a-00001-of-00002.parquet"} | {*hidden}
+    assert committed.todo["output"].to_pylist() == ["a-00001-of-00002.parquet"]
+    assert (committed.done["output"].to_pylist(), committed.unplanned) == (["a-00000-of-00002.parquet"], 1)
+
+
+@pytest.mark.parametrize("other", ["thesis.tex.partial", "a.parquet", "predictions/c.parquet", "rejected/notes.txt"])
+@pytest.mark.parametrize("settings", [{}, {"overwrite": True}], ids=str)
+def test_a_file_of_others_is_refused_before_anything_is_deleted(folder: Path, other: str, settings: dict[str, bool]) -> None:
+    write_all(plan_in(folder))
+    fill(folder / "out", other, ".mnistsum-0123456789abcdef.partial")
+    before = names(folder / "out")
+    with pytest.raises(RequestError, match=f"{other} .*move it away"):
+        resume(plan_in(folder, **settings), CONSOLE)
+    assert names(folder / "out") == before
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_link_with_the_name_of_the_staging_folder_is_refused(folder: Path, kind: str) -> None:
+    fill(folder / "victim", "data.parquet", "sub/data.parquet")
+    (folder / "out").mkdir()
+    if kind == "file":
+        (folder / "out" / "_unpublished").write_text("")
+    else:
+        (folder / "out" / "_unpublished").symlink_to(folder / "victim")
+    with pytest.raises(RequestError, match="_unpublished is not a folder of this program, but a link or a file; remove it"):
+        resume(plan_in(folder, overwrite=True), CONSOLE)
+    assert names(folder / "victim") == {"data.parquet", "sub/data.parquet"}
+
+
+def test_staged_files_of_another_request_are_deleted_and_those_of_this_one_resumed(folder: Path) -> None:
+    write_all(plan_in(folder, overwrite=True))
+    staging = folder / "out" / "_unpublished"
+    (staging / REJECTED).unlink()  # published already, when the run was killed
+    rewrite(folder / "in" / "b.parquet", lambda table: table.slice(1))
+    committed = resume(plan_in(folder, overwrite=True), CONSOLE)
+    assert names(staging) == {"predictions/a-00000-of-00002.parquet"}
+    assert committed.todo["output"].to_pylist() == ["a-00001-of-00002.parquet", "b.parquet"]
+
+
+def publish_all(plan: Plan, *replaced: str) -> None:
+    write_all(plan)
+    fill(Path(plan.folder.path), "files.parquet", "manifest.json")
+    publish_staged(plan, OutputFiles.read(plan.folder, CONSOLE), ["files.parquet"], replaced)
+
+
+def test_replacing_leaves_no_moment_without_a_file_and_keeps_those_of_others(folder: Path) -> None:
+    old = ("predictions/b.parquet", "predictions/old.parquet", "rejected/old.parquet", "files.parquet", "manifest.json")
+    others = (".git/config", "predictions/.DS_Store", "came-meanwhile.parquet")
+    fill(folder / "out", *old, *others)
+    seen: set[bool] = set()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            seen.add((folder / "out" / "predictions" / "b.parquet").exists())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    publish_all(plan_in(folder, overwrite=True), "b.parquet", "old.parquet")
+    ended.set()
+    watcher.join()
+    assert seen == {True}
+    assert names(folder / "out") == {*PARTS, REJECTED, "files.parquet", "manifest.json", *others}
+    assert not (folder / "out" / "_unpublished").exists()
+    assert pq.read_metadata(folder / "out" / "predictions" / "b.parquet").num_rows == 7
+
+
+def test_publishing_without_replacing_keeps_the_old_files(folder: Path) -> None:
+    fill(folder / "out", "predictions/old.parquet", "manifest.json")
+    (folder / "in" / "broken.parquet").unlink()
+    publish_all(plan_in(folder, strict=True))
+    assert names(folder / "out") == {*PARTS, REJECTED, "predictions/old.parquet", "files.parquet", "manifest.json"}
+
+
+def test_publishing_ends_when_another_run_takes_the_output(folder: Path) -> None:
+    """The lock is checked before each move, so at most the moves that had begun are made."""
+
+    class Lost(Held):
+        left = 3
+
+        def check(self) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise RunError("another run has taken the output")
+
+    plan = plan_in(folder, overwrite=True)
+    with pytest.raises(RunError, match="another run"):
+        publish_all(replace(plan, lock=Lost(plan.output, "")))
+    moved = {name for name in names(folder / "out") if not name.startswith("_unpublished/")}
+    assert REJECTED in moved
+    assert 0 < len(moved) < 4
+    assert "manifest.json" not in moved
+
+
+def test_a_file_of_others_with_the_name_of_the_lock_is_left_alone(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "_lock")
+    output = locate(str(tmp_path / "out"), "--output")
+    with (
+        pytest.raises(RequestError, match="_lock is not a file of this program; move it away"),
+        folder_lock(output, "--output", print),
+    ):
+        pass
+    assert (tmp_path / "out" / "_lock").read_text() == "out _lock"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(RequestError, match="cannot be written"),
+        folder_lock(locate(str(tmp_path / "file" / "out"), "--output"), "--output", print),
+    ):
+        pass
