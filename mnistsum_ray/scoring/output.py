@@ -24,7 +24,7 @@ from mnistsum_ray.errors import RequestError, RowCountError, RunError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import PART_SCHEMA
 from mnistsum_ray.scoring.preflight import STAGING, Plan
-from mnistsum_ray.scoring.stamp import FILE_IDENTITY, PART_IDENTITY, PREDICTIONS, REJECTED, has_stamp, read_stamps
+from mnistsum_ray.scoring.stamp import FILE_IDENTITY, PART_IDENTITY, PREDICTIONS, REJECTED, read_stamps
 from mnistsum_ray.storage.listing import is_hidden
 from mnistsum_ray.storage.location import Location, is_partial
 
@@ -55,22 +55,23 @@ _START_OVER: Final = "--overwrite scores everything again"
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """The files in an output folder or a staging folder."""
+    """The files in an output folder or a staging folder, and their stamps."""
 
     folder: Location
     stamps: pa.Table
-    """`stamp.STAMP_SCHEMA`: one row per file in `predictions/`."""
+    """The files in `predictions/`: `stamp.STAMP_SCHEMA` and `rejected_in_file`, the rows of the file of the same name in
+    `rejected/`."""
     rejected: frozenset[str]
     """Names of files in `rejected/`, relative to it."""
-    others: tuple[str, ...]
-    """Names of files that are neither, nor hidden, nor of the run itself: they are not this program's."""
+    foreign: dict[str, str]
+    """Files that this program did not write: name and what is wrong with it. Hidden files and those of the run do not count."""
     partial: tuple[str, ...]
     """Names of files whose writer was killed."""
 
     @classmethod
     def read(cls, folder: Location, console: Console) -> "OutputFiles":
-        """List a folder and read the stamps of all prediction files. A folder that does not exist is empty."""
-        rows, rejected, others, partial = [], set(), [], []
+        """List a folder and read all stamps in it. A folder that does not exist is empty."""
+        listed, foreign, partial = [], {}, []
         for info in folder.files():
             name = info.path.removeprefix(folder.path).lstrip("/")
             top, _, below = name.partition("/")
@@ -78,35 +79,34 @@ class OutputFiles:
                 partial.append(name)
             elif is_hidden(name) or name in (*SUMMARIES, MANIFEST):
                 continue
-            elif top == REJECTED and below:
-                rejected.add(below)
-            elif top == PREDICTIONS and below:
-                rows.append({"name": below, "size": info.size, "modified": folder.modified(info)})
+            elif top in (PREDICTIONS, REJECTED) and below:
+                listed.append({"name": name, "size": info.size, "modified": folder.modified(info)})
             else:
-                others.append(name)
-        files = pa.Table.from_pylist(rows, FILE_SCHEMA)
-        stamps = map_files(read_stamps, folder, files, Progress(console.progress, "output files read", len(rows)))
-        return cls(folder, stamps, frozenset(rejected), tuple(others), tuple(partial))
+                foreign[name] = "is not a file of this program"
+        files = pa.Table.from_pylist(listed, FILE_SCHEMA)
+        found = map_files(read_stamps, folder, files, Progress(console.progress, "output files read", len(listed)))
+        for row in found.filter(pc.invert(found["ours"])).to_pylist():
+            foreign[f"{row['folder']}/{row['output']}"] = row["error"]
+        stamps, rejected = (found.filter(pc.equal(found["folder"], name)) for name in (PREDICTIONS, REJECTED))
+        place = pc.index_in(stamps["output"], rejected["output"])
+        lost = pc.fill_null(pc.and_(pc.greater(stamps["rejected"], 0), pc.is_null(place)), False)
+        errors = pc.if_else(lost, "has lost its rejected rows", stamps["error"])
+        stamps = stamps.set_column(stamps.column_names.index("error"), "error", errors)
+        stamps = stamps.append_column("rejected_in_file", pc.fill_null(rejected["rows_in_file"].take(place), 0))
+        return cls(folder, stamps, frozenset(rejected["output"].to_pylist()), foreign, tuple(partial))
 
     def check(self, *, staged: bool) -> None:
-        """Check that the folder holds nothing but whole files of this program. In a staging folder its own may be broken.
+        """Check that all files are whole and of this program.
+
+        In a staging folder, those of this program may be broken: a run that was killed while it published leaves predictions
+        whose rejected rows have been moved.
 
         Raises:
             RequestError: names the first other file.
         """
-        errors = self.stamps.filter(pc.is_valid(self.stamps["error"]))
-        # A run that was killed while it published leaves predictions whose rejected rows have been moved.
-        errors = errors.filter(pc.invert(errors["ours"])) if staged else errors
-        expected = {*self.stamps.filter(pc.greater(self.stamps["rejected"], 0))["output"].to_pylist()}
-        strays = (f"{REJECTED}/{name}" for name in sorted(self.rejected - expected))
-        problem = f"{min(self.others)} is not a file of this program" if self.others else None
-        if not problem and errors.num_rows:
-            problem = f"{PREDICTIONS}/{errors['output'][0]} {errors['error'][0]}"
-        if not problem:
-            stray = next((name for name in strays if not has_stamp(self.folder / name)), None)
-            problem = f"{stray} is not a file of this program" if stray else None
-        if problem:
-            raise RequestError(f"--output {self.folder.display}: {problem}; move it away, or choose another folder")
+        broken = self.stamps.filter(pc.is_valid(self.stamps["error"])).slice(0, 0 if staged else 1).to_pylist()
+        for name, error in (*self.foreign.items(), *((f"{PREDICTIONS}/{row['output']}", row["error"]) for row in broken)):
+            raise RequestError(f"--output {self.folder.display}: {name} {error}; move it away, or choose another folder")
 
     def clear_unfinished(self) -> None:
         """Delete what a killed run left unfinished, after `check`: partial files, and rejected rows without predictions."""
@@ -129,22 +129,19 @@ def unpublish(output: Location) -> None:
 
 
 def match(plan: Plan, stamps: pa.Table) -> pa.Table:
-    """Join the planned parts with the stamps (`stamp.STAMP_SCHEMA`) of the output files of the same names.
+    """Join the planned parts with the output files (`OutputFiles.stamps`) that are of the same rows, input file and spec.
 
     Returns:
-        One row per part, in the order of the plan: PART_SCHEMA; the columns of STAMP_SCHEMA (null where there is no file),
-        with the prefix `committed_` where PART_SCHEMA has the same name or the value is compared; and `done`: whether the file
-        is of this part of the same input file and of this spec.
+        One row per part, in the order of the plan: PART_SCHEMA; `rejected`, `rows_in_file`, `rejected_in_file` and `counts`, null
+        where there is no such file; and `done`, whether there is one.
     """
-    names = [f"committed_{name}" if name in (*PART_IDENTITY, "spec") else name for name in stamps.column_names]
-    renamed = stamps.rename_columns(names).drop_columns(["error", "name"])
+    whole = stamps.filter(pc.and_(pc.equal(stamps["spec"], plan.spec), pc.is_null(stamps["error"])))
+    keys = ["output", *PART_IDENTITY]
     # A join does not keep the order.
     numbered = plan.parts.append_column("order", pa.array(range(plan.parts.num_rows), pa.int64()))
-    joined = numbered.join(renamed, "output", join_type="left outer").sort_by("order")
-    done = pc.equal(joined["committed_spec"], plan.spec)
-    for name in PART_IDENTITY:
-        done = pc.and_(done, pc.equal(joined[name], joined[f"committed_{name}"]))
-    return joined.append_column("done", pc.fill_null(done, False))
+    values = whole.select([*keys, "rejected", "rows_in_file", "rejected_in_file", "counts"])
+    joined = numbered.join(values, keys, join_type="left outer").sort_by("order")
+    return joined.append_column("done", pc.is_valid(joined["rejected"]))
 
 
 def will_hold(plan: Plan, published: OutputFiles, staged: OutputFiles | None) -> pa.Table:
@@ -193,8 +190,8 @@ def resume(plan: Plan, console: Console) -> Committed:
     if plan.config.overwrite:
         check_overwrite(plan, published)
     else:
+        _check_compatible(plan, published.stamps)
         others = published.stamps.filter(pc.invert(pc.is_in(published.stamps["output"], plan.parts["output"])))
-        _check_compatible(plan, match(plan, published.stamps), others)
         unplanned = others.num_rows
         if unplanned:
             first = others["source"][0]
@@ -260,45 +257,35 @@ def _with_predictions(plan: Plan, files: pa.Table, stamps: pa.Table) -> pa.Table
     return files.filter(pc.or_(pc.is_in(files["name"], stamps["name"]), pc.is_in(sources, stamps["source"])))
 
 
-def _check_compatible(plan: Plan, matched: pa.Table, unplanned: pa.Table) -> None:
+def _check_compatible(plan: Plan, stamps: pa.Table) -> None:
     """Refuse to put predictions beside those of another model, of changed input files, or of parts that were cut differently.
-
-    Args:
-        plan: of this run.
-        matched: what `match` returned for the published files.
-        unplanned: published files that are not in the plan, `stamp.STAMP_SCHEMA`.
 
     Raises:
         RequestError: says what differs and what to do.
     """
-    for part in (
-        matched.filter(pc.and_(pc.is_valid(matched["committed_spec"]), pc.invert(matched["done"]))).slice(0, 1).to_pylist()
-    ):
-        raise RequestError(f"--output {plan.output.display}: {_part_error(part, plan.spec)}")
-    for file in _with_predictions(plan, plan.files, unplanned).slice(0, 1).to_pylist():
-        of_file = pc.or_(pc.equal(unplanned["name"], file["name"]), pc.equal(unplanned["source"], plan.source(file["name"])))
-        error = _file_error(file, unplanned.filter(of_file).slice(0, 1).to_pylist()[0])
-        raise RequestError(f"--output {plan.output.display}: {error}")
+    done = match(plan, stamps).filter(pc.field("done"))["output"]
+    others = stamps.filter(pc.invert(pc.is_in(stamps["output"], done)))
+    for file in _with_predictions(plan, plan.files, others).slice(0, 1).to_pylist():
+        of_file = pc.or_(pc.equal(others["name"], file["name"]), pc.equal(others["source"], plan.source(file["name"])))
+        conflict = _conflict(plan, file, others.filter(of_file).slice(0, 1).to_pylist()[0])
+        raise RequestError(f"--output {plan.output.display}: {conflict}")
+    for stamp in others.filter(pc.is_in(others["output"], plan.parts["output"])).slice(0, 1).to_pylist():
+        raise RequestError(f"--output {plan.output.display}: {stamp['output']} has rows of {stamp['source']}; {_START_OVER}")
 
 
-def _part_error(part: dict[str, Any], spec: str) -> str:
-    if part["committed_spec"] != spec:
-        return f"{_spec_difference(json.loads(part['committed_spec']), json.loads(spec))}; {_START_OVER}"
-    if any(part[name] != part[f"committed_{name}"] for name in FILE_IDENTITY):
-        return f"{part['name']} has changed since it was scored; {_START_OVER}"
-    return f"was started with another --max-rows-per-file; give the same again, or {_START_OVER}"
-
-
-def _file_error(file: dict[str, Any], committed: dict[str, Any]) -> str:
+def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
+    """Why an input file (`preflight.FOOTER_SCHEMA`) cannot be scored beside the output file of it that has a stamp."""
     if file["error"]:
         return (
             f"holds predictions of {file['name']}, which now cannot be used ({file['error']}); repair it, or take it out of the "
             "input"
         )
-    if any(file[name] != committed[name] for name in FILE_IDENTITY):
+    if stamp["spec"] != plan.spec:
+        return f"{_spec_difference(json.loads(stamp['spec']), json.loads(plan.spec))}; {_START_OVER}"
+    if any(file[name] != stamp[name] for name in FILE_IDENTITY):
         return f"{file['name']} has changed since it was scored; {_START_OVER}"
     return (
-        f"holds the rows of {file['name']} as {committed['output']}, since it was started with another --max-rows-per-file or "
+        f"holds the rows of {file['name']} as {stamp['output']}, since it was started with another --max-rows-per-file or "
         f"--input; give the same again, or {_START_OVER}"
     )
 
@@ -333,21 +320,22 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
         RowCountError: names the first file with missing or duplicate rows.
     """
     matched = match(plan, stamps)
-    in_files = pc.add(matched["scored_in_file"], matched["rejected_in_file"])
-    complete = pc.and_(matched["done"], pc.equal(matched["rejected"], matched["rejected_in_file"]))
-    complete = pc.fill_null(pc.and_(complete, pc.equal(matched["rows"], in_files)), False)
-    for part in matched.filter(pc.invert(complete)).slice(0, 1).to_pylist():
+    complete = pc.and_(
+        pc.equal(matched["rejected"], matched["rejected_in_file"]),
+        pc.equal(matched["rows"], pc.add(matched["rows_in_file"], matched["rejected_in_file"])),
+    )
+    for part in matched.filter(pc.invert(pc.fill_null(complete, False))).slice(0, 1).to_pylist():
         place = f"{part['name']}: rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}"
-        there = f"{part['scored_in_file'] or 0:,} predictions and {part['rejected_in_file'] or 0:,} rejected rows"
+        there = f"{part['rows_in_file'] or 0:,} predictions and {part['rejected_in_file'] or 0:,} rejected rows"
         raise RowCountError(f"{place} should be in {PREDICTIONS}/{part['output']}, which has {there}")
-    sums = matched.group_by("name").aggregate([(name, "sum") for name in ("rows", "scored_in_file", "rejected_in_file")])
+    sums = matched.group_by("name").aggregate([(name, "sum") for name in ("rows", "rows_in_file", "rejected_in_file")])
     files = plan.files.select(["name", "rows", "error"]).append_column("order", pa.array(range(plan.files.num_rows), pa.int64()))
     files = files.join(sums, "name", join_type="left outer").sort_by("order")
     usable = pc.is_null(files["error"])
     lost = pc.and_(usable, pc.invert(pc.fill_null(pc.equal(files["rows"], files["rows_sum"]), False)))
     for file in files.filter(lost).slice(0, 1).to_pylist():
         raise RowCountError(f"{file['name']}: has {file['rows']:,} rows, of which {file['rows_sum'] or 0:,} are accounted for")
-    scored, rejected = (pc.if_else(usable, files[f"{name}_in_file_sum"], 0) for name in ("scored", "rejected"))
+    scored, rejected = (pc.if_else(usable, files[f"{name}_in_file_sum"], 0) for name in ("rows", "rejected"))
     status = pc.if_else(usable, "scored", "failed")
     columns = (files["name"], files["rows"], scored, rejected, status, files["error"])
     return pa.table(dict(zip(FILES_SCHEMA.names, columns, strict=True)), FILES_SCHEMA), matched

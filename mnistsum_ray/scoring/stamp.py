@@ -11,9 +11,8 @@ from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 
-from mnistsum_ray.data.parquet import Footer, read_footer, storage_error
+from mnistsum_ray.data.parquet import read_footer
 from mnistsum_ray.errors import UnusableFileError, one_line
 from mnistsum_ray.storage.location import Location, retried
 
@@ -89,32 +88,23 @@ class Stamp:
 
 STAMP_SCHEMA: Final = pa.schema(
     {
-        "output": pa.string(),  # the prediction file, relative to the folder of predictions
-        "error": pa.string(),  # why it is not a whole file of this version; all that follows but `ours` is then null
+        "folder": pa.string(),  # PREDICTIONS or REJECTED
+        "output": pa.string(),  # the file, relative to that folder
+        "error": pa.string(),  # why it is not a whole file of this version; the stamp is then null
         "ours": pa.bool_(),  # whether it has a stamp, of any version: then this program wrote it
-        "scored_in_file": pa.int64(),  # rows of the prediction file by its footer
-        "rejected_in_file": pa.int64(),  # rows of the file of rejected rows by its footer
+        "rows_in_file": pa.int64(),  # by its footer
     }
     | {of.name: pa.int64() if of.type is int else pa.string() for of in dataclasses.fields(Stamp)}  # `counts` as JSON
 )
-"""One row per prediction file: its stamp, and the rows that the files really have."""
-
-
-def has_stamp(file: Location) -> bool:
-    """Return whether a file carries a stamp, of any version: then this program wrote it.
-
-    Raises:
-        StorageError: the storage does not answer.
-    """
-    try:
-        footer = _footer(file)
-    except UnusableFileError:
-        return False
-    return footer is not None and KEY in (footer.metadata.metadata or {})
+"""One row per output file, with its stamp."""
 
 
 def read_stamps(output: Location, files: pa.Table) -> pa.Table:
-    """Read the stamps of the prediction files in an `inputs.FILE_SCHEMA` table, as STAMP_SCHEMA in the same order.
+    """Read the stamps of files in an output folder, as STAMP_SCHEMA in the same order.
+
+    Args:
+        output: the folder.
+        files: `inputs.FILE_SCHEMA`.
 
     Raises:
         StorageError: the storage does not give a file, for half a minute.
@@ -123,27 +113,15 @@ def read_stamps(output: Location, files: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(rows, STAMP_SCHEMA)
 
 
-def _read_file(output: Location, name: str, size: int) -> dict[str, Any]:
-    ours = False
+def _read_file(folder: Location, file: str, size: int) -> dict[str, Any]:
+    top, _, output = file.partition("/")
+    row: dict[str, Any] = {"folder": top, "output": output, "ours": False}
     try:
-        footer = read_footer(output / PREDICTIONS / name, size).metadata
-        ours = KEY in (footer.metadata or {})
+        footer = read_footer(folder / file, size).metadata
+        row |= {"ours": KEY in (footer.metadata or {}), "rows_in_file": footer.num_rows}
         stamp = Stamp.from_metadata(footer.metadata)
         if stamp is None:
-            raise UnusableFileError("is not a file of predictions of this program")
-        rejected = _footer(output / REJECTED / name) if stamp.rejected else None
-        if stamp.rejected and rejected is None:
-            raise UnusableFileError(f"has lost its rejected rows ({REJECTED}/{name})")
+            raise UnusableFileError("is not a file of this program")
     except UnusableFileError as error:
-        return {"output": name, "error": str(error), "ours": ours}
-    in_files = {"scored_in_file": footer.num_rows, "rejected_in_file": rejected.metadata.num_rows if rejected else 0}
-    return {"output": name, "ours": True} | vars(stamp) | {"counts": json.dumps(stamp.counts)} | in_files
-
-
-def _footer(file: Location) -> Footer | None:
-    """The footer of a file whose size is not known; None where there is no such file."""
-    try:
-        info = file.info()
-    except OSError as error:
-        raise storage_error(file, error) from error
-    return None if info.type == pafs.FileType.NotFound else read_footer(file, info.size)
+        return row | {"error": str(error)}
+    return row | vars(stamp) | {"counts": json.dumps(stamp.counts)}

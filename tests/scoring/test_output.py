@@ -76,8 +76,8 @@ def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
         (lambda folder: rewrite(part(folder), lambda table: pa.concat_tables([table, table.slice(8)])), "10 predictions and 1 "),
         (lambda folder: rewrite(part(folder, "rejected"), lambda table: table.slice(1)), "9 predictions and 0 "),
         (lambda folder: part(folder).unlink(), "0 predictions and 0 "),
-        (lambda folder: shutil.copy(part(folder).with_name("a-00000-of-00002.parquet"), part(folder)), "20 predictions and 0 "),
-        (lambda folder: shutil.copy(part(folder).with_name("b.parquet"), part(folder)), "7 predictions and 0 "),
+        (lambda folder: shutil.copy(part(folder).with_name("a-00000-of-00002.parquet"), part(folder)), "0 predictions and 0 "),
+        (lambda folder: shutil.copy(part(folder).with_name("b.parquet"), part(folder)), "0 predictions and 0 "),
     ],
     ids=["missing", "twice", "rejected missing", "no file", "other rows", "other file"],
 )

@@ -201,8 +201,8 @@ def test_the_files_of_a_part_and_their_stamp(written: Path) -> None:
     )
     assert bad["reason"].to_pylist() == ["the number is 44, not one of 0..9; correct it or drop the row"]
     first, last = stamps(written)
-    assert [first[name] for name in ("first_row", "rows", "rejected", "scored_in_file", "rejected_in_file")] == [0, 4, 1, 3, 1]
-    assert [last[name] for name in ("first_row", "rows", "rejected", "scored_in_file", "rejected_in_file")] == [4, 1, 1, 0, 1]
+    assert [first[name] for name in ("first_row", "rows", "rejected", "rows_in_file", "rejected_in_file")] == [0, 4, 1, 3, 1]
+    assert [last[name] for name in ("first_row", "rows", "rejected", "rows_in_file", "rejected_in_file")] == [4, 1, 1, 0, 1]
     assert first["error"] is None
     counts = json.loads(first["counts"])
     assert (counts["consistent"], counts["digits"][:4], counts["unsure"][1]) == (2, [1, 1, 1, 0], [0, 1, 2])
@@ -223,15 +223,19 @@ def without_counts(folder: Path, **changed: Any) -> None:
     [
         (lambda folder: (folder / "predictions" / NAME).write_bytes(b"PAR1 no PAR1"), "has a damaged footer", False),
         (lambda folder: (folder / "rejected" / NAME).unlink(), "has lost its rejected rows", True),
-        (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "predictions" / NAME), "is not a file of", False),
+        (
+            lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "predictions" / NAME),
+            "is not a file of this program",
+            False,
+        ),
         (lambda folder: without_counts(folder, format=FORMAT - 1), "was written by another version of this program", True),
     ],
 )
 def test_damaged_output_files_get_an_error(written: Path, damage: Any, error: str, *, ours: bool) -> None:
     damage(written)
-    stamp = stamps(written)[0]
-    assert error in stamp["error"]
-    assert stamp["ours"] is ours
+    files = OutputFiles.read(locate(str(written), "--output"), CONSOLE)
+    assert error in files.stamps["error"][0].as_py()
+    assert (not files.foreign) is ours
 
 
 def test_counts_of_another_version_cost_only_the_report(written: Path) -> None:
