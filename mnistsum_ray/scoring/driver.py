@@ -33,7 +33,7 @@ from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_pl
 from mnistsum_ray.scoring.publish import publish
 from mnistsum_ray.scoring.resources import ScoringResourcePlan, allocate_resources
 from mnistsum_ray.scoring.stamp import REJECTED
-from mnistsum_ray.scoring.summary import Totals, result_line, summarize
+from mnistsum_ray.scoring.summary import Counts, result_line, summarize
 from mnistsum_ray.scoring.worker import Scorer
 from mnistsum_ray.storage.lock import folder_lock
 
@@ -81,19 +81,20 @@ def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
         published = OutputFiles.read(plan.output, console)
         staged = OutputFiles.read(plan.folder, console) if plan.staged else None
         files, matched = reconcile(plan, will_hold(plan, published, staged))
-        totals = Totals.of_output(files, matched)
+        counts = Counts.of_output(matched)
+        resumed_rows, rejected_before = committed.resumed(plan)
+        line = result_line(plan, files, counts, resumed_rows, scoring_seconds)
         if plan.config.overwrite:
             check_overwrite(plan, committed.published)
-        if plan.config.strict and (totals.rejected_rows or totals.failed_files):
-            raise RunError(_strict_error(plan, totals, matched, staged))
+        if plan.config.strict and (line["rejected_rows"] or line["failed_files"]):
+            raise RunError(_strict_error(plan, line, matched, staged))
 
-        resumed_rows, rejected_before = committed.resumed(plan)
-        new_rejected = totals.rejected_rows - rejected_before
-        line = result_line(plan, totals, resumed_rows, scoring_seconds, time.monotonic() - started)
-        publish(plan, committed, staged, files, totals, line)
-        if totals.failed_files > len(new_failures):
-            console.say(f"{totals.failed_files - len(new_failures):,} files still cannot be used; files.parquet says why")
-        summarize(line, totals, new_rejected, console.say)
+        line["seconds"] = round(time.monotonic() - started, 1)
+        publish(plan, committed, staged, files, counts, line)
+        if line["failed_files"] > len(new_failures):
+            console.say(f"{line['failed_files'] - len(new_failures):,} files still cannot be used; files.parquet says why")
+        new_rejected = line["rejected_rows"] - rejected_before
+        summarize(line, counts, new_rejected, console.say)
         return line, bool(new_rejected or new_failures)
 
 
@@ -191,10 +192,10 @@ def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:
     return remaining
 
 
-def _strict_error(plan: Plan, totals: Totals, matched: pa.Table, staged: OutputFiles | None) -> str:
+def _strict_error(plan: Plan, line: dict[str, Any], matched: pa.Table, staged: OutputFiles | None) -> str:
     """Why `--strict` publishes nothing: a row was rejected or a file failed. Names the first rejected row."""
-    text = f"--strict: nothing was published: {totals.rejected_rows:,} rows and {totals.failed_files:,} files cannot be used"
-    if not totals.rejected_rows:
+    text = f"--strict: nothing was published: {line['rejected_rows']:,} rows and {line['failed_files']:,} files cannot be used"
+    if not line["rejected_rows"]:
         return text
     name = matched.filter(pc.greater(matched["rejected"], 0))["output"][0].as_py()
     folder = (plan.folder if staged and name in staged.rejected else plan.output) / REJECTED

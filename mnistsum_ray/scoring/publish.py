@@ -22,7 +22,7 @@ from mnistsum_ray.scoring.output import (
 )
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.stamp import PREDICTIONS, REJECTED
-from mnistsum_ray.scoring.summary import Totals
+from mnistsum_ray.scoring.summary import Counts
 
 FORMAT: Final = "mnistsum_ray.score/1"
 
@@ -31,7 +31,7 @@ _MOVE_THREADS: Final = 16
 
 
 def publish(
-    plan: Plan, committed: Committed, staged: OutputFiles | None, files: pa.Table, totals: Totals, line: dict[str, Any]
+    plan: Plan, committed: Committed, staged: OutputFiles | None, files: pa.Table, counts: Counts, line: dict[str, Any]
 ) -> None:
     """Write the files about the run; with a staging folder move all files of the run to the output.
 
@@ -40,19 +40,19 @@ def publish(
         committed: the output when the run began; `--overwrite` replaces these files.
         staged: the staging folder with all parts; None without one.
         files: `output.FILES_SCHEMA`.
-        totals: over all rows.
+        counts: over all rows.
         line: the fields of the job's last line.
 
     Raises:
         RunError: another run holds the output.
     """
     plan.lock.check()
-    pictures = _draw_pictures(totals)
-    manifest = _make_manifest(plan, committed.unplanned, totals, line)
+    pictures = _draw_pictures(counts)
+    manifest = _make_manifest(plan, committed.unplanned, counts, line)
     shown = {title: png for (title, _), png in pictures.items() if png}
     summaries = {name: png for (_, name), png in pictures.items()} | {
         FILES_TABLE: to_parquet(files),
-        REPORT: scored_page(manifest, totals, shown).encode(),
+        REPORT: scored_page(manifest, counts, shown).encode(),
     }
     for name, data in summaries.items():
         if data:
@@ -103,7 +103,7 @@ def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], re
         plan.folder.filesystem.delete_dir(plan.folder.path)
 
 
-def _draw_pictures(totals: Totals) -> dict[tuple[str, str], bytes | None]:
+def _draw_pictures(counts: Counts) -> dict[tuple[str, str], bytes | None]:
     """Draw the probabilities; where rows have labels their reliability; where rows were rejected the reasons.
 
     Returns:
@@ -111,15 +111,15 @@ def _draw_pictures(totals: Totals) -> dict[tuple[str, str], bytes | None]:
     """
     from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
 
-    reliability = pictures.draw_reliability(totals.reliability) if totals.labelled else None
+    reliability = pictures.draw_reliability(counts.reliability) if counts.labelled else None
     return {
-        ("Rows by predicted probability", PROBABILITIES): pictures.draw_probabilities(totals.probabilities),
+        ("Rows by predicted probability", PROBABILITIES): pictures.draw_probabilities(counts.probabilities),
         ("Accuracy by predicted probability", RELIABILITY): reliability,
-        ("Rejected rows by reason", REJECTS): pictures.draw_rejects(totals.reasons) if totals.reasons else None,
+        ("Rejected rows by reason", REJECTS): pictures.draw_rejects(counts.reasons) if counts.reasons else None,
     }
 
 
-def _make_manifest(plan: Plan, unplanned: int, totals: Totals, line: dict[str, Any]) -> dict[str, Any]:
+def _make_manifest(plan: Plan, unplanned: int, counts: Counts, line: dict[str, Any]) -> dict[str, Any]:
     # `at` removes the query of a URI, which may hold keys.
     places = {"model": plan.model, "input": plan.inputs.root, "output": plan.output}
     located = {name: place.at(place.path).display for name, place in places.items()}
@@ -128,13 +128,13 @@ def _make_manifest(plan: Plan, unplanned: int, totals: Totals, line: dict[str, A
         "status": "finished",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "totals": line,
-        "consistent_rows": totals.consistent,
-        "labelled_rows": totals.labelled if plan.config.label_column else None,
-        "rejected_by_reason": totals.reasons,
-        "rows_by_probability": totals.probabilities,
-        "rows_by_digit": totals.digits,
-        "rows_by_number": totals.numbers,
-        "probabilities": totals.probability_metrics(),
+        "consistent_rows": counts.consistent,
+        "labelled_rows": counts.labelled if plan.config.label_column else None,
+        "rejected_by_reason": counts.reasons,
+        "rows_by_probability": counts.probabilities,
+        "rows_by_digit": counts.digits,
+        "rows_by_number": counts.numbers,
+        "probabilities": counts.probability_metrics(),
         "config": plan.config.model_dump(mode="json", exclude={"config"}) | located,
         "model": {key: plan.card[key] for key in ("sha256", "epoch", "parameters")},
         "precision": plan.precision,

@@ -30,7 +30,7 @@ FORMAT: Final = 6
 counts to a key of their own."""
 
 COUNTS_KEY: Final = b"mnistsum_ray.counts"
-"""Key of `summary.count_rows`. The counts are for the report alone: a file without them, or with those of another version, is
+"""Key of `summary.Counts`. The counts are for the report alone: a file without them, or with those of another version, is
 resumed too."""
 
 COUNTS_FORMAT: Final = 1
@@ -60,7 +60,7 @@ class Stamp:
     spec: str
     """`preflight.Plan.spec`: model and settings."""
     counts: dict[str, Any] = field(default_factory=dict, compare=False)
-    """`summary.count_rows`; empty if they are of another version. Equal stamps may have other counts, from other hardware."""
+    """`summary.Counts`; empty if they are of another version. Equal stamps may have other counts, from other hardware."""
 
     def to_metadata(self) -> dict[bytes, bytes]:
         """The stamp as entries of Parquet metadata."""

@@ -1,4 +1,4 @@
-"""Counts of scored rows for the report: of a part, when it is written, and their totals; the result and the console's lines."""
+"""Counts of rows for the report, of a part when it is written and of the whole output; the result and the console's lines."""
 
 import json
 from collections import Counter
@@ -16,8 +16,11 @@ from mnistsum_ray.model.heads import DIGITS, HEADS
 from mnistsum_ray.model.inference import Predictions
 from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.scoring.output import REPORT
+from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.stamp import PREDICTIONS
+
+Integers = npt.NDArray[np.int64]
 
 OTHER_REASONS: Final = "other reasons"
 
@@ -40,57 +43,12 @@ _PARTS_AT_ONCE: Final = 10_000
 """Parts whose counts are Python objects at the same time."""
 
 
-def count_rows(
-    rows: npt.NDArray[np.int64],
-    numbers: npt.NDArray[np.int64],
-    labels: npt.NDArray[np.int64] | None,
-    predictions: Predictions,
-    reasons: dict[int, str],
-) -> dict[str, Any]:
-    """Count the rows of a part, as JSON. `Totals` adds the counts of all parts up.
-
-    Args:
-        rows: index of each of n scored rows in the input file, int64[n].
-        numbers: their numbers, int64[n].
-        labels: their true digits, int64[n], -1 where unknown; None without a label column.
-        predictions: n predictions.
-        reasons: why each rejected row cannot be scored, by its index in the input file, in ascending order.
-    """
-    unsure = np.argsort(predictions.digit_prob, kind="stable")[:_UNSURE_IN_PART]
-    sureness = predictions.digit_prob[unsure].astype(float).round(3)
-    commonest = Counter(reasons.values()).most_common(_MAX_REASONS)
-    others = len(reasons) - sum(count for _, count in commonest)
-    first_rows = {reason: row for row, reason in reversed(reasons.items())}
-    counts: dict[str, Any] = {
-        "consistent": int(predictions.columns(numbers)[-1].sum()),
-        "digits": np.bincount(predictions.digit, minlength=DIGITS).tolist(),
-        "numbers": np.bincount(numbers, minlength=NUMBERS).tolist(),
-        "unsure": [values.tolist() for values in (sureness, rows[unsure], predictions.digit[unsure], numbers[unsure])],
-        "reasons": dict(commonest) | ({OTHER_REASONS: others} if others else {}),
-        "examples": {reason: first_rows[reason] for reason, _ in commonest},
-        "reliability": {},
-    }
-    for head in HEADS:
-        probability = predictions.values[f"{head.name}_prob"]
-        counts[f"{head.name}_prob"] = np.histogram(probability, _BINS, (0, 1))[0].tolist()
-        if labels is not None:
-            known = labels >= 0
-            right = predictions.values[f"pred_{head.name}"][known] == head.target(labels, numbers)[known]
-            losses = (predictions.values[f"{head.name}_{loss}"][known] for loss in ("nll", "brier"))
-            counts["reliability"][head.name] = vars(Reliability.from_predictions(probability[known], right, *losses))
-    return counts
-
-
 @dataclass
-class Totals:
-    """Counts over all rows of an output, those of earlier runs included."""
+class Counts:
+    """Counts over rows: of a part, as JSON in the metadata of its files, or of a whole output."""
 
-    input_rows: int
-    scored_rows: int
-    rejected_rows: int
-    files: int
-    failed_files: int
     consistent: int = 0
+    """Scored rows whose predicted sum is the predicted digit + number."""
     digits: list[int] = field(default_factory=lambda: [0] * DIGITS)
     """Scored rows by predicted digit."""
     numbers: list[int] = field(default_factory=lambda: [0] * NUMBERS)
@@ -100,50 +58,81 @@ class Totals:
     reliability: dict[str, Reliability] = field(default_factory=lambda: {head.name: Reliability() for head in HEADS})
     """By head, over the rows whose label is known."""
     reasons: dict[str, int] = field(default_factory=dict)
-    """Rejected rows by reason, the commonest first."""
-    examples: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    """Rejected rows by reason."""
+    examples: dict[str, list[list[Any]]] = field(default_factory=dict)
     """Some rejected rows by reason: input file and row."""
-    unsure: list[tuple[float, str, int, int, int]] = field(default_factory=list)
+    unsure: list[list[Any]] = field(default_factory=list)
     """Rows whose digit is least sure: `digit_prob`, input file, row, predicted digit, number."""
 
     @classmethod
-    def of_output(cls, files: pa.Table, matched: pa.Table) -> "Totals":
-        """Add up the rows of all files, and the counts of their parts.
+    def of_part(
+        cls,
+        part: Part,
+        rows: Integers,
+        numbers: Integers,
+        labels: Integers | None,
+        predictions: Predictions,
+        reasons: dict[int, str],
+    ) -> "Counts":
+        """Count the rows of a part.
 
         Args:
-            files: `output.FILES_SCHEMA`.
-            matched: `output.match` of the parts of these files.
+            part: the part.
+            rows: index of each of its n scored rows in the input file, int64[n].
+            numbers: their numbers, int64[n].
+            labels: their true digits, int64[n], -1 where unknown; None without a label column.
+            predictions: n predictions.
+            reasons: why each rejected row cannot be scored, by its index in the input file, in ascending order.
         """
-        usable = pc.equal(files["status"], "scored")
-        counted = (files["rows"].filter(usable), files["scored"], files["rejected"], pc.invert(usable))
-        rows, scored, rejected, failed = (pc.sum(column).as_py() or 0 for column in counted)
-        totals = cls(rows, scored, rejected, files.num_rows, failed)
-        for batch in matched.select(["name", "counts"]).to_batches(max_chunksize=_PARTS_AT_ONCE):
-            for name, counts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                totals._add(name, json.loads(counts))
-            totals.unsure = sorted(totals.unsure)[:_UNSURE]
-        totals.reasons = dict(Counter(totals.reasons).most_common())
-        return totals
+        counts = cls(
+            consistent=int(predictions.columns(numbers)[-1].sum()),
+            digits=np.bincount(predictions.digit, minlength=DIGITS).tolist(),
+            numbers=np.bincount(numbers, minlength=NUMBERS).tolist(),
+        )
+        for head in HEADS:
+            probability = predictions.values[f"{head.name}_prob"]
+            counts.probabilities[f"{head.name}_prob"] = np.histogram(probability, _BINS, (0, 1))[0].tolist()
+            if labels is not None:
+                known = labels >= 0
+                right = predictions.values[f"pred_{head.name}"][known] == head.target(labels, numbers)[known]
+                losses = (predictions.values[f"{head.name}_{loss}"][known] for loss in ("nll", "brier"))
+                counts.reliability[head.name] = Reliability.from_predictions(probability[known], right, *losses)
+        for index in np.argsort(predictions.digit_prob, kind="stable")[:_UNSURE_IN_PART].tolist():
+            values = (int(array[index]) for array in (rows, predictions.digit, numbers))
+            counts.unsure.append([round(float(predictions.digit_prob[index]), 3), part.name, *values])
+        commonest = Counter(reasons.values()).most_common(_MAX_REASONS)
+        others = len(reasons) - sum(count for _, count in commonest)
+        first_rows = {reason: row for row, reason in reversed(reasons.items())}
+        counts.reasons = dict(commonest) | ({OTHER_REASONS: others} if others else {})
+        counts.examples = {reason: [[part.name, first_rows[reason]]] for reason, _ in commonest}
+        return counts
 
-    def _add(self, name: str, counts: dict[str, Any]) -> None:
-        """Add the counts of a part of an input file. A part that was counted by another version adds nothing."""
-        if not counts:
-            return
-        self.consistent += counts["consistent"]
-        for total, added in (
-            (self.digits, counts["digits"]),
-            (self.numbers, counts["numbers"]),
-            *((histogram, counts[column]) for column, histogram in self.probabilities.items()),
-        ):
+    @classmethod
+    def of_output(cls, parts: pa.Table) -> "Counts":
+        """Add up the counts of parts, `output.match`. Those that another version has counted add nothing."""
+        total = cls()
+        for batch in parts.to_batches(max_chunksize=_PARTS_AT_ONCE):
+            for text in batch["counts"].to_pylist():
+                counts = json.loads(text)
+                sums = {head: Reliability(**of_head) for head, of_head in counts.pop("reliability", {}).items()}
+                total.add(cls(**counts, reliability=sums))
+            total.unsure = sorted(total.unsure)[:_UNSURE]
+        total.reasons = dict(Counter(total.reasons).most_common())
+        return total
+
+    def add(self, other: "Counts") -> None:
+        """Add the counts of other rows, in place."""
+        self.consistent += other.consistent
+        histograms = ((self.probabilities[name], counts) for name, counts in other.probabilities.items())
+        for total, added in ((self.digits, other.digits), (self.numbers, other.numbers), *histograms):
             total[:] = map(int.__add__, total, added)
-        for head, sums in counts["reliability"].items():
-            self.reliability[head].add(Reliability(**sums))
-        for reason, count in counts["reasons"].items():
+        for head, sums in other.reliability.items():
+            self.reliability[head].add(sums)
+        for reason, count in other.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
-        for reason, row in counts["examples"].items():
-            if len(self.examples.setdefault(reason, [])) < _EXAMPLES:
-                self.examples[reason].append((name, row))
-        self.unsure += [(probability, name, *place) for probability, *place in zip(*counts["unsure"], strict=True)]
+        for reason, rows in other.examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + rows)[:_EXAMPLES]
+        self.unsure += other.unsure
 
     @property
     def labelled(self) -> int:
@@ -160,36 +149,37 @@ class Totals:
         return {head: sums.as_json() for head, sums in self.reliability.items()} if self.labelled else None
 
 
-def result_line(plan: Plan, totals: Totals, resumed_rows: int, scoring_seconds: float, seconds: float) -> dict[str, Any]:
-    """Return the fields of the job's last line.
+def result_line(plan: Plan, files: pa.Table, counts: Counts, resumed_rows: int, scoring_seconds: float) -> dict[str, Any]:
+    """Return the fields of the job's last line, but for `seconds`.
 
     Args:
         plan: of the run.
-        totals: over all rows.
+        files: `output.FILES_SCHEMA`.
+        counts: over all rows.
         resumed_rows: rows that an earlier run had committed.
         scoring_seconds: from the start of the first part to the end of the last one.
-        seconds: since the run started.
     """
-    new_rows = totals.scored_rows + totals.rejected_rows - resumed_rows
+    usable = pc.equal(files["status"], "scored")
+    columns = (files["rows"].filter(usable), files["scored"], files["rejected"], pc.invert(usable))
+    input_rows, scored, rejected, failed = (pc.sum(column).as_py() or 0 for column in columns)
     return {
         "output": plan.output.display,
-        "input_rows": totals.input_rows,
-        "scored_rows": totals.scored_rows,
-        "rejected_rows": totals.rejected_rows,
+        "input_rows": input_rows,
+        "scored_rows": scored,
+        "rejected_rows": rejected,
         "resumed_rows": resumed_rows,
-        "files": totals.files,
-        "failed_files": totals.failed_files,
-        "rows_per_second": round(new_rows / scoring_seconds, 1) if scoring_seconds else 0.0,
-        "seconds": round(seconds, 1),
-    } | (totals.accuracies() if plan.config.label_column else {})
+        "files": files.num_rows,
+        "failed_files": failed,
+        "rows_per_second": round((scored + rejected - resumed_rows) / scoring_seconds, 1) if scoring_seconds else 0.0,
+    } | (counts.accuracies() if plan.config.label_column else {})
 
 
-def summarize(line: dict[str, Any], totals: Totals, new_rejected: int, say: Callable[[str], None]) -> None:
+def summarize(line: dict[str, Any], counts: Counts, new_rejected: int, say: Callable[[str], None]) -> None:
     """Say the counts, the reasons for rejected rows, the share of consistent rows, and with labels the accuracies.
 
     Args:
         line: the fields of the job's last line.
-        totals: over all rows.
+        counts: over all rows.
         new_rejected: rows that this run has rejected. If there are none, the reasons are left out: an earlier run has said them.
         say: writes a console line.
     """
@@ -198,17 +188,17 @@ def summarize(line: dict[str, Any], totals: Totals, new_rejected: int, say: Call
         f"{line['files'] - line['failed_files']:,} files; {line['failed_files']:,} files could not be used; all rows of the "
         "others are in the output exactly once"
     )
-    reasons = list(totals.reasons.items()) if new_rejected else []
+    reasons = list(counts.reasons.items()) if new_rejected else []
     for reason, count in reasons[:_REASONS_ON_CONSOLE]:
         say(f"  rejected: {count:,} x {reason}")
     if len(reasons) > _REASONS_ON_CONSOLE:
         say(f"  rejected: {sum(count for _, count in reasons[_REASONS_ON_CONSOLE:]):,} x other reasons")
     if line["scored_rows"]:
-        say(f"consistent (sum = digit + number): {totals.consistent / line['scored_rows']:.2%} of the scored rows")
-    if totals.labelled:
+        say(f"consistent (sum = digit + number): {counts.consistent / line['scored_rows']:.2%} of the scored rows")
+    if counts.labelled:
         accuracies = ", ".join(f"{head.name} {line[f'{head.name}_accuracy']:.2%}" for head in HEADS)
-        say(f"accuracy over {totals.labelled:,} labelled rows: {accuracies}")
-        for name, metrics in (totals.probability_metrics() or {}).items():
+        say(f"accuracy over {counts.labelled:,} labelled rows: {accuracies}")
+        for name, metrics in (counts.probability_metrics() or {}).items():
             say(
                 f"  {name} probabilities: negative log-likelihood {metrics['nll']:.4f} nats, Brier score {metrics['brier']:.4f}, "
                 f"expected calibration error {metrics['ece']:.4f}"

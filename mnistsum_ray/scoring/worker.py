@@ -9,7 +9,7 @@ which process wrote it or how often.
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -37,7 +37,7 @@ from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
 from mnistsum_ray.scoring.stamp import COUNTS_KEY, KEY, PREDICTIONS, REJECTED, Stamp
-from mnistsum_ray.scoring.summary import count_rows
+from mnistsum_ray.scoring.summary import Counts
 from mnistsum_ray.storage import conditional
 from mnistsum_ray.storage.location import Backoff, Location
 
@@ -254,7 +254,7 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
         rows=part.rows,
         rejected=len(bad),
         spec=plan.spec,
-        counts=count_rows(part.first_row + good, numbers, labels, predictions, reasons),
+        counts=asdict(Counts.of_part(part, part.first_row + good, numbers, labels, predictions, reasons)),
     )
     if reasons:
         rejected = _rejected_table(rows.table.take(pa.array(bad)), stamp.source, reasons)

@@ -205,8 +205,12 @@ def test_the_files_of_a_part_and_their_stamp(written: Path) -> None:
     assert [last[name] for name in ("first_row", "rows", "rejected", "rows_in_file", "rejected_in_file")] == [4, 1, 1, 0, 1]
     assert first["error"] is None
     counts = json.loads(first["counts"])
-    assert (counts["consistent"], counts["digits"][:4], counts["unsure"][1]) == (2, [1, 1, 1, 0], [0, 1, 2])
-    assert list(counts["examples"].values()) == [3]
+    assert (counts["consistent"], counts["digits"][:4], counts["unsure"][2]) == (
+        2,
+        [1, 1, 1, 0],
+        [0.5, "deep/a.parquet", 2, 2, 3],
+    )
+    assert list(counts["examples"].values()) == [[["deep/a.parquet", 3]]]
     of_sums = counts["reliability"]["sum"]
     assert (sum(of_sums["rows"]), sum(of_sums["right"]), of_sums["brier"]) == (2, 1, 1), "of two labelled rows, one sum is wrong"
 
