@@ -16,6 +16,7 @@ from mnistsum_ray.scoring.output import (
     REJECTS,
     RELIABILITY,
     REPORT,
+    SUMMARIES,
     Committed,
     OutputFiles,
     unpublish,
@@ -25,6 +26,12 @@ from mnistsum_ray.scoring.stamp import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.summary import Counts
 
 FORMAT: Final = "mnistsum_ray.score/1"
+
+_TITLES: Final = {
+    PROBABILITIES: "Rows by predicted probability",
+    RELIABILITY: "Accuracy by predicted probability",
+    REJECTS: "Rejected rows by reason",
+}
 
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""
@@ -49,20 +56,17 @@ def publish(
     plan.lock.check()
     pictures = _draw_pictures(counts)
     manifest = _make_manifest(plan, committed.unplanned, counts, line)
-    shown = {title: png for (title, _), png in pictures.items() if png}
-    summaries = {name: png for (_, name), png in pictures.items()} | {
-        FILES_TABLE: to_parquet(files),
-        REPORT: scored_page(manifest, counts, shown).encode(),
-    }
-    for name, data in summaries.items():
-        if data:
-            (plan.folder / name).write_bytes(data)
+    page = scored_page(manifest, counts, {_TITLES[name]: png for name, png in pictures.items()})
+    summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **pictures}
+    for name in SUMMARIES:
+        if name in summaries:
+            (plan.folder / name).write_bytes(summaries[name])
         else:
             (plan.folder / name).delete()  # an earlier run may have drawn it
     (plan.folder / MANIFEST).write_json(manifest)
     if staged:
         replaced = committed.published.stamps["output"].to_pylist() if plan.config.overwrite else []
-        publish_staged(plan, staged, [name for name, data in summaries.items() if data], replaced)
+        publish_staged(plan, staged, list(summaries), replaced)
 
 
 def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], replaced: Iterable[str]) -> None:
@@ -103,20 +107,16 @@ def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], re
         plan.folder.filesystem.delete_dir(plan.folder.path)
 
 
-def _draw_pictures(counts: Counts) -> dict[tuple[str, str], bytes | None]:
-    """Draw the probabilities; where rows have labels their reliability; where rows were rejected the reasons.
-
-    Returns:
-        PNG bytes by title and file name; None where there is nothing to draw.
-    """
+def _draw_pictures(counts: Counts) -> dict[str, bytes]:
+    """PNG bytes by file name: probabilities; where rows have labels their reliability; where rows were rejected the reasons."""
     from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
 
-    reliability = pictures.draw_reliability(counts.reliability) if counts.labelled else None
-    return {
-        ("Rows by predicted probability", PROBABILITIES): pictures.draw_probabilities(counts.probabilities),
-        ("Accuracy by predicted probability", RELIABILITY): reliability,
-        ("Rejected rows by reason", REJECTS): pictures.draw_rejects(counts.reasons) if counts.reasons else None,
-    }
+    drawn = {PROBABILITIES: pictures.draw_probabilities(counts.probabilities)}
+    if counts.labelled:
+        drawn[RELIABILITY] = pictures.draw_reliability(counts.reliability)
+    if counts.reasons:
+        drawn[REJECTS] = pictures.draw_rejects(counts.reasons)
+    return drawn
 
 
 def _make_manifest(plan: Plan, unplanned: int, counts: Counts, line: dict[str, Any]) -> dict[str, Any]:

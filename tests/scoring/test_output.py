@@ -186,13 +186,6 @@ def test_replacing_leaves_no_moment_without_a_file_and_keeps_those_of_others(fol
     assert pq.read_metadata(folder / "out" / "predictions" / "b.parquet").num_rows == 7
 
 
-def test_publishing_without_replacing_keeps_the_old_files(folder: Path) -> None:
-    fill(folder / "out", "predictions/old.parquet", "manifest.json")
-    (folder / "in" / "broken.parquet").unlink()
-    publish_all(plan_in(folder, strict=True))
-    assert names(folder / "out") == {*PARTS, REJECTED, "predictions/old.parquet", "files.parquet", "manifest.json"}
-
-
 def test_publishing_ends_when_another_run_takes_the_output(folder: Path) -> None:
     """The lock is checked before each move, so at most the moves that had begun are made."""
 

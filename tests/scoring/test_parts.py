@@ -4,36 +4,18 @@ import pyarrow as pa
 import pytest
 
 from mnistsum_ray.scoring.parts import make_tasks, split_into_parts
+from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA
 
 
 def input_files(*groups: list[int], row_bytes: int = 800, names: list[str] | None = None) -> pa.Table:
-    return pa.Table.from_pylist(
-        [
-            {
-                "name": names[index] if names else f"f{index}.parquet",
-                "size": 1,
-                "modified": 2,
-                "footer_sha256": "x",
-                "rows": sum(rows),
-                "group_rows": rows,
-                "bytes": sum(rows) * row_bytes,
-                "error": None,
-            }
-            for index, rows in enumerate(groups)
-        ],
-        pa.schema(
-            {
-                "name": pa.string(),
-                "size": pa.int64(),
-                "modified": pa.int64(),
-                "footer_sha256": pa.string(),
-                "rows": pa.int64(),
-                "group_rows": pa.list_(pa.int64()),
-                "bytes": pa.int64(),
-                "error": pa.string(),
-            }
-        ),
-    )
+    identity = {"size": 1, "modified": 2, "footer_sha256": "x"}
+    files = [
+        identity | {"name": f"f{index}.parquet", "rows": sum(rows), "group_rows": rows, "bytes": sum(rows) * row_bytes}
+        for index, rows in enumerate(groups)
+    ]
+    for file, name in zip(files, names or (), strict=False):
+        file["name"] = name
+    return pa.Table.from_pylist(files, FOOTER_SCHEMA)
 
 
 @pytest.mark.parametrize("max_rows_per_file", [1, 7, 100, 1000, 16_384])

@@ -58,15 +58,10 @@ def test_every_row_is_read_once_in_order_and_decoded(tmp_path: Path, max_rows_pe
         assert [image.tobytes() for image in decoded.images] == table["image"].take(pa.array(ids)).to_pylist()
         position += decoded.part.rows
     assert position == 5000
-
-
-def test_a_slice_of_a_row_group_can_be_read_alone(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", 5000, 5000)
-    plan = plan_of(tmp_path, max_rows_per_file=700)
-    for part in parts_of(plan)[::-1]:
-        ((_, decoded),) = read_parts(plan.inputs.root, [part], plan.config)
-        assert isinstance(decoded, PartRows)
-        assert decoded.table["id"].to_pylist() == list(range(part.first_row, part.first_row + part.rows))
+    last = parts_of(plan)[-1]
+    ((_, decoded),) = read_parts(plan.inputs.root, [last], plan.config)
+    assert isinstance(decoded, PartRows)
+    assert decoded.table["id"].to_pylist() == list(range(last.first_row, 5000)), "read alone"
 
 
 def test_a_file_that_changes_during_the_run_is_unreadable(tmp_path: Path) -> None:
