@@ -187,8 +187,9 @@ def _make_pipeline(
 def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:
     """Delete the committed parts of the files that failed during execution; return the plan without them."""
     remaining = plan.without(failures)
-    plan.lock.check()
-    delete_parts(plan.folder, sorted({*plan.parts["output"].to_pylist()} - {*remaining.parts["output"].to_pylist()}))
+    for name in sorted({*plan.parts["output"].to_pylist()} - {*remaining.parts["output"].to_pylist()}):
+        plan.lock.check()
+        delete_parts(plan.folder, [name])
     return remaining
 
 
