@@ -40,15 +40,9 @@ _MOVE_THREADS: Final = 16
 def publish(
     plan: Plan, committed: Committed, staged: OutputFiles | None, files: pa.Table, counts: Counts, line: dict[str, Any]
 ) -> None:
-    """Write the files about the run; with a staging folder move all files of the run to the output.
+    """Write the files about the run; where there is a staging folder, move all files of the run from it to the output.
 
-    Args:
-        plan: of the run.
-        committed: the output when the run began; `--overwrite` replaces these files.
-        staged: the staging folder with all parts; None without one.
-        files: `output.FILES_SCHEMA`.
-        counts: over all rows.
-        line: the fields of the job's last line.
+    `--overwrite` replaces the files that the output held when the run began (`committed`).
 
     Raises:
         RunError: another run holds the output.
@@ -70,14 +64,10 @@ def publish(
 
 
 def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], replaced: Iterable[str]) -> None:
-    """Move all files of the staging folder into the output, in an order that keeps every visible state valid.
+    """Move the parts and the `summaries` of the staging folder into the output, in an order that keeps every visible state valid.
 
-    Args:
-        plan: its lock is checked before each step.
-        staged: the staging folder.
-        summaries: files about the run in that folder.
-        replaced: predictions that the output held when the run began. Those that are not written again are deleted before the
-            manifest appears. All other files stay.
+    `replaced` are predictions that the output held when the run began. Those that are not written again are deleted before the
+    manifest appears. All other files stay.
 
     Raises:
         RunError: another run holds the output.

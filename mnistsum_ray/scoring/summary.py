@@ -6,38 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import DIGITS, HEADS
-from mnistsum_ray.model.inference import Predictions
 from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.scoring.output import REPORT
-from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.stamp import PREDICTIONS
 
-Integers = npt.NDArray[np.int64]
-
-OTHER_REASONS: Final = "other reasons"
-
-_BINS: Final = 20
+BINS: Final = 20
 """Bins of equal width over 0..1, in which rows are counted by the probability of each head."""
-
-_MAX_REASONS: Final = 20
-"""Reasons that a file's metadata counts separately, so that a file with many different bad rows stays small."""
 
 _REASONS_ON_CONSOLE: Final = 10
 
 _EXAMPLES: Final = 3
 """Rows that are named for each reason."""
 
-_UNSURE_IN_PART: Final = 3
 _UNSURE: Final = 20
-"""The least sure rows of a part, and of a run, that are named. A run may miss some where a part has more of them."""
+"""The least sure rows that are named; some may be missing where a part has more of them than it names."""
 
 _PARTS_AT_ONCE: Final = 10_000
 """Parts whose counts are Python objects at the same time."""
@@ -53,7 +41,7 @@ class Counts:
     """Scored rows by predicted digit."""
     numbers: list[int] = field(default_factory=lambda: [0] * NUMBERS)
     """Scored rows by number."""
-    probabilities: dict[str, list[int]] = field(default_factory=lambda: {f"{head.name}_prob": [0] * _BINS for head in HEADS})
+    probabilities: dict[str, list[int]] = field(default_factory=lambda: {f"{head.name}_prob": [0] * BINS for head in HEADS})
     """Scored rows by the probability of each head, in bins of equal width over 0..1."""
     reliability: dict[str, Reliability] = field(default_factory=lambda: {head.name: Reliability() for head in HEADS})
     """By head, over the rows whose label is known."""
@@ -63,49 +51,6 @@ class Counts:
     """Some rejected rows by reason: input file and row."""
     unsure: list[list[Any]] = field(default_factory=list)
     """Rows whose digit is least sure: `digit_prob`, input file, row, predicted digit, number."""
-
-    @classmethod
-    def of_part(
-        cls,
-        part: Part,
-        rows: Integers,
-        numbers: Integers,
-        labels: Integers | None,
-        predictions: Predictions,
-        reasons: dict[int, str],
-    ) -> "Counts":
-        """Count the rows of a part.
-
-        Args:
-            part: the part.
-            rows: index of each of its n scored rows in the input file, int64[n].
-            numbers: their numbers, int64[n].
-            labels: their true digits, int64[n], -1 where unknown; None without a label column.
-            predictions: n predictions.
-            reasons: why each rejected row cannot be scored, by its index in the input file, in ascending order.
-        """
-        counts = cls(
-            consistent=int(predictions.columns(numbers)[-1].sum()),
-            digits=np.bincount(predictions.digit, minlength=DIGITS).tolist(),
-            numbers=np.bincount(numbers, minlength=NUMBERS).tolist(),
-        )
-        for head in HEADS:
-            probability = predictions.values[f"{head.name}_prob"]
-            counts.probabilities[f"{head.name}_prob"] = np.histogram(probability, _BINS, (0, 1))[0].tolist()
-            if labels is not None:
-                known = labels >= 0
-                right = predictions.values[f"pred_{head.name}"][known] == head.target(labels, numbers)[known]
-                losses = (predictions.values[f"{head.name}_{loss}"][known] for loss in ("nll", "brier"))
-                counts.reliability[head.name] = Reliability.from_predictions(probability[known], right, *losses)
-        for index in np.argsort(predictions.digit_prob, kind="stable")[:_UNSURE_IN_PART].tolist():
-            values = (int(array[index]) for array in (rows, predictions.digit, numbers))
-            counts.unsure.append([round(float(predictions.digit_prob[index]), 3), part.name, *values])
-        commonest = Counter(reasons.values()).most_common(_MAX_REASONS)
-        others = len(reasons) - sum(count for _, count in commonest)
-        first_rows = {reason: row for row, reason in reversed(reasons.items())}
-        counts.reasons = dict(commonest) | ({OTHER_REASONS: others} if others else {})
-        counts.examples = {reason: [[part.name, first_rows[reason]]] for reason, _ in commonest}
-        return counts
 
     @classmethod
     def of_output(cls, parts: pa.Table) -> "Counts":

@@ -8,6 +8,7 @@ which process wrote it or how often.
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -21,6 +22,7 @@ import torch
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import Pixels, decode_images, decode_numbers, join_reasons, one_chunk
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import (
     check_int96,
     check_unchanged,
@@ -32,12 +34,13 @@ from mnistsum_ray.data.parquet import (
 )
 from mnistsum_ray.errors import RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
-from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.model.heads import DIGITS, HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictions, Predictor
+from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
 from mnistsum_ray.scoring.stamp import COUNTS_KEY, KEY, PREDICTIONS, REJECTED, Stamp
-from mnistsum_ray.scoring.summary import Counts
+from mnistsum_ray.scoring.summary import BINS, Counts
 from mnistsum_ray.storage import conditional
 from mnistsum_ray.storage.location import Backoff, Location
 
@@ -59,6 +62,12 @@ _MAX_CRASHES: Final = 3
 
 _BATCH_ROWS: Final = 2048
 """Small parts are predicted together, up to this number of rows: a forward pass on ten rows wastes most of its time."""
+
+_MAX_REASONS: Final = 20
+"""Reasons that a file's metadata counts separately, so that a file with many different bad rows stays small."""
+
+_UNSURE: Final = 3
+"""The least sure rows of a part that its metadata names."""
 
 
 class Scorer:
@@ -236,14 +245,8 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
         OSError: a file cannot be written, or another run has written another file of that name.
     """
     part, bad = rows.part, np.fromiter(rows.reasons, np.int64, len(rows.reasons))
-    reasons = {part.first_row + row: reason for row, reason in rows.reasons.items()}
     good = np.setdiff1d(np.arange(part.rows), bad)
-    table = rows.table.drop_columns([plan.config.image_column])
-    table = table.take(pa.array(good)) if reasons else table
-    numbers, labels = rows.numbers[good], None if rows.labels is None else rows.labels[good]
     predictions = Predictions({name: values[good] for name, values in predictions.values.items()})
-    for field, values in zip(PREDICTION_FIELDS, predictions.columns(numbers), strict=True):
-        table = table.append_column(field, pa.array(values, field.type))
     stamp = Stamp(
         name=part.name,
         source=plan.source(part.name),
@@ -254,12 +257,45 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
         rows=part.rows,
         rejected=len(bad),
         spec=plan.spec,
-        counts=asdict(Counts.of_part(part, part.first_row + good, numbers, labels, predictions, reasons)),
+        counts=asdict(_count(rows, good, predictions)),
     )
-    if reasons:
+    if rows.reasons:
+        reasons = {part.first_row + row: reason for row, reason in rows.reasons.items()}
         rejected = _rejected_table(rows.table.take(pa.array(bad)), stamp.source, reasons)
         _write(plan, plan.folder / REJECTED / part.output, rejected, stamp)
+    table = rows.table.drop_columns([plan.config.image_column])
+    table = table.take(pa.array(good)) if rows.reasons else table
+    for field, values in zip(PREDICTION_FIELDS, predictions.columns(rows.numbers[good]), strict=True):
+        table = table.append_column(field, pa.array(values, field.type))
     _write(plan, plan.folder / PREDICTIONS / part.output, table, stamp)
+
+
+def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions) -> Counts:
+    """Count the rows of a part; `good` are the indices of the scored rows in it, in the order of `predictions`."""
+    part, numbers, digits = rows.part, rows.numbers[good], predictions.digit
+    counts = Counts(
+        consistent=int(predictions.columns(numbers)[-1].sum()),
+        digits=np.bincount(digits, minlength=DIGITS).tolist(),
+        numbers=np.bincount(numbers, minlength=NUMBERS).tolist(),
+    )
+    for head in HEADS:
+        probability = predictions.values[f"{head.name}_prob"]
+        counts.probabilities[f"{head.name}_prob"] = np.histogram(probability, BINS, (0, 1))[0].tolist()
+        if rows.labels is not None:
+            labels = rows.labels[good]
+            known = labels >= 0
+            right = predictions.values[f"pred_{head.name}"][known] == head.target(labels, numbers)[known]
+            losses = (predictions.values[f"{head.name}_{loss}"][known] for loss in ("nll", "brier"))
+            counts.reliability[head.name] = Reliability.from_predictions(probability[known], right, *losses)
+    for place in np.argsort(predictions.digit_prob, kind="stable")[:_UNSURE].tolist():
+        where = (part.name, part.first_row + int(good[place]), int(digits[place]), int(numbers[place]))
+        counts.unsure.append([round(float(predictions.digit_prob[place]), 3), *where])
+    commonest = Counter(rows.reasons.values()).most_common(_MAX_REASONS)
+    others = len(rows.reasons) - sum(count for _, count in commonest)
+    first_rows = {reason: row for row, reason in reversed(rows.reasons.items())}
+    counts.reasons = dict(commonest) | ({"other reasons": others} if others else {})
+    counts.examples = {reason: [[part.name, part.first_row + first_rows[reason]]] for reason, _ in commonest}
+    return counts
 
 
 def _rejected_table(rows: pa.Table, source: str, reasons: dict[int, str]) -> pa.Table:
