@@ -21,7 +21,6 @@ from mnistsum_ray.storage.listing import (
     is_hidden,
     list_file,
     list_folder,
-    list_glob,
     relative_parts,
     special_file_error,
 )
@@ -142,7 +141,7 @@ class _Value:
             if self.is_file:
                 return list_file(self.place)
             if self.pattern is not None:
-                return list_glob(self.place, self.pattern)
+                return list_folder(self.place, self.pattern)
             return list_folder(self.place).filter(self._is_data_file)
         except OSError as error:
             raise self.error(one_line(error)) from None

@@ -41,7 +41,6 @@ from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
 from mnistsum_ray.scoring.stamp import COUNTS_KEY, KEY, PREDICTIONS, REJECTED, Stamp
 from mnistsum_ray.scoring.summary import BINS, Counts
-from mnistsum_ray.storage import conditional
 from mnistsum_ray.storage.location import Backoff, Location
 
 REPORT_SCHEMA: Final = pa.schema(
@@ -319,12 +318,9 @@ def _write(plan: Plan, place: Location, table: pa.Table, stamp: Stamp) -> None:
     dropped = (b"huggingface", KEY, COUNTS_KEY)
     metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key not in dropped}
     data = to_parquet(table.replace_schema_metadata(metadata | stamp.to_metadata()))
-    if not plan.lock.conditional_writes:
-        place.write_bytes(data)
-        return
     try:
-        conditional.put_if_absent(place, data.to_pybytes())
-    except conditional.ConflictError:
+        place.create(data)
+    except FileExistsError:
         # An earlier process of this run may have written the same rows before it died, on other hardware with other last bits.
         written = Stamp.from_metadata(pq.read_metadata(pa.BufferReader(place.read_bytes())).metadata)
         if written != stamp:

@@ -1,12 +1,12 @@
-"""List the files of a folder or of a glob, each once.
+"""List the files of a folder or of a glob.
 
-Links to folders are not followed below the place that is listed, so that every listing ends. A local glob is listed here and not
-by Arrow, which lists everything below a folder first: for `/*/name.parquet` the whole disk.
+Links to folders are not followed below the place that is listed, so that every listing ends. Local files are listed here and not
+by Arrow, which follows links and lists everything below a folder first: for `/*/name.parquet` the whole disk.
 """
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -69,23 +69,39 @@ def is_hidden(name: str) -> bool:
     return any(component.startswith((".", "_")) for component in name.split("/"))
 
 
-def list_folder(location: Location) -> Listing:
-    """All files below a folder, but for hidden folders and links to folders.
+def list_folder(location: Location, pattern: Pattern | None = None) -> Listing:
+    """All files below a folder but for those of hidden folders, or the files there that match a glob as in a shell.
 
     Raises:
-        OSError: a folder cannot be read.
+        OSError: a folder cannot be read. A glob skips folders that this user may not read.
     """
     if not location.is_local:
-        return _listing_of_objects(location, location.files())
-    listing, folders = Listing(), [location.path]
+        infos = location.files()
+        if pattern is not None:
+            infos = [info for info in infos if matches(relative_parts(info.path, location.path) or (), pattern)]
+        return _listing_of_objects(location, infos)
+    listing = Listing()
+    folders: list[tuple[str, tuple[str, ...]]] = [(location.path, ())]
     while folders:
-        for entry in _entries(folders.pop()):
-            if not entry.is_dir(follow_symlinks=False):
+        folder, above = folders.pop()
+        try:
+            with os.scandir(folder) as scan:
+                entries = list(scan)
+        except PermissionError:
+            if pattern is None:
+                raise
+            listing.skipped[folder] = "a folder that cannot be read"
+            continue
+        for entry in entries:
+            parts = (*above, entry.name)
+            descend = not is_hidden(entry.name) if pattern is None else matches(parts, pattern, below=True)
+            if entry.is_dir(follow_symlinks=False):
+                if descend:
+                    folders.append((entry.path, parts))
+                elif pattern is None:
+                    listing.skipped[entry.path] = _NAME
+            elif pattern is None or matches(parts, pattern) or (descend and entry.is_dir()):
                 listing.add(entry.path)
-            elif is_hidden(entry.name):
-                listing.skipped[entry.path] = _NAME
-            else:
-                folders.append(entry.path)
     return listing
 
 
@@ -98,31 +114,23 @@ def list_file(location: Location) -> Listing:
     return listing
 
 
-def list_glob(location: Location, pattern: Pattern) -> Listing:
-    """Files below a location that match a glob as in a shell, but through no link to a folder.
+def matches(parts: tuple[str, ...], pattern: Pattern, *, below: bool = False) -> bool:
+    """True if a path matches as in a shell: `**` matches any number of folders, no wildcard matches a leading dot.
 
-    Raises:
-        OSError: the location cannot be read.
+    Args:
+        below: whether the path is that of a folder, and something below it must be able to match.
     """
-    if not location.is_local:
-        infos = location.files()
-        return _listing_of_objects(
-            location, [info for info in infos if matches(relative_parts(info.path, location.path) or (), pattern)]
-        )
-    listing = Listing()
-    for path in _glob(location.path, pattern, listing):
-        listing.add(path)
-    return listing
-
-
-def matches(parts: tuple[str, ...], pattern: Pattern) -> bool:
-    """True if a path matches as in a shell: `**` matches any number of folders, no wildcard matches a leading dot."""
     if not pattern:
-        return not parts
+        return not parts and not below
     if pattern[0] == "**":
         visible = next((index for index, part in enumerate(parts) if part.startswith(".")), len(parts))
-        return any(matches(parts[skip:], pattern[1:]) for skip in range(visible + 1))
-    return bool(parts) and _matches_one(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
+        if below and visible == len(parts):
+            return True
+        return any(matches(parts[skip:], pattern[1:], below=below) for skip in range(visible + 1))
+    if not parts:
+        return below
+    dots = parts[0].startswith(".") <= pattern[0].startswith(".")
+    return dots and fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:], below=below)
 
 
 def relative_parts(path: str, folder: str) -> tuple[str, ...] | None:
@@ -168,32 +176,3 @@ def _special_file(mode: int) -> str:
 
 def _listing_of_objects(location: Location, infos: list[pafs.FileInfo]) -> Listing:
     return Listing({info.path: FileEntry(info.size, location.modified(info), info.path) for info in infos})
-
-
-def _entries(folder: str) -> list["os.DirEntry[str]"]:
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
-
-
-def _matches_one(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) and name.startswith(".") <= pattern.startswith(".")
-
-
-def _glob(folder: str, pattern: Pattern, listing: Listing) -> Iterator[str]:
-    """Paths that match; links to folders and folders that cannot be read become skipped."""
-    first, rest = pattern[0], pattern[1:]
-    try:
-        entries = _entries(folder)
-    except PermissionError:
-        listing.skipped[folder] = "a folder that cannot be read"
-        return
-    if first == "**" and rest:
-        yield from _glob(folder, rest, listing)
-    for entry in entries:
-        if not _matches_one(entry.name, "*" if first == "**" else first):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            below = pattern if first == "**" else rest
-            yield from _glob(entry.path, below, listing) if below else ()
-        elif not rest or Path(entry.path).is_dir():  # a link to a folder becomes skipped
-            yield entry.path

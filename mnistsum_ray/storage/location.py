@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mnistsum_ray.errors import StorageError
-from mnistsum_ray.storage.s3 import RetryingS3FileSystem, s3_options
+from mnistsum_ray.storage import object_store
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Location:
         """The same location, but S3 is retried for about 50 s; for runs that must survive a short outage."""
         if type(self.filesystem) is not pafs.S3FileSystem:
             return self
-        return replace(self, filesystem=RetryingS3FileSystem(**s3_options(self.filesystem)))
+        return replace(self, filesystem=object_store.RetryingS3FileSystem(**object_store.options_of(self.filesystem)))
 
     def info(self) -> pafs.FileInfo:
         """File info; its type is NotFound where nothing exists."""
@@ -96,10 +96,26 @@ class Location:
             raise
         _sync_folder(folder)
 
+    def create(self, data: pa.Buffer) -> None:
+        """Write a file as `write_bytes` does, but only if it does not exist.
+
+        In an object store the write itself is conditional. On a disk the lock of the folder keeps other runs away.
+
+        Raises:
+            FileExistsError: it exists.
+        """
+        if not self.is_local:
+            object_store.put(self.filesystem, self.path, data.to_pybytes())
+        elif Path(self.path).exists():
+            raise FileExistsError(f"{self.display} exists")
+        else:
+            self.write_bytes(data)
+
     def move(self, target: "Location") -> None:
         """Move this file to another path on the same file system, whose folder is made where it is missing."""
-        if not self.is_local:
-            self.filesystem.move(self.path, target.path)
+        if not self.is_local:  # Arrow's own `move` lacks Azure accounts without hierarchical namespace
+            self.filesystem.copy_file(self.path, target.path)
+            self.filesystem.delete_file(self.path)
             return
         folder = Path(target.path).parent
         _make_folder(folder)
@@ -121,11 +137,12 @@ class Location:
 
     def files(self) -> list[pafs.FileInfo]:
         """All files below a folder, sorted by path; none where the folder is missing. Links to folders are not followed."""
-        if self.is_local:
-            return sorted(self.filesystem.get_file_info(list(_local_files(self.path))), key=lambda info: str(info.path))
-        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        found = (info for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File)
-        return sorted(found, key=lambda info: str(info.path))
+        wanted: pafs.FileSelector | list[str] = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        if self.is_local:  # Arrow follows links
+            found = (f"{folder.rstrip('/')}/{name}" for folder, _, names in os.walk(self.path) for name in names)
+            wanted = list(filter(is_utf8, found))
+        infos = (info for info in self.filesystem.get_file_info(wanted) if info.type == pafs.FileType.File)
+        return sorted(infos, key=lambda info: str(info.path))
 
     def read_json(self) -> Any:
         """The JSON value of the file.
@@ -202,11 +219,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _local_files(folder: str) -> Iterator[str]:
-    for here, _, names in os.walk(folder):
-        for name in names:
-            path = f"{here.rstrip('/')}/{name}"
-            if is_utf8(path) and Path(path).is_file():
-                yield path

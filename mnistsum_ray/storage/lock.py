@@ -1,7 +1,8 @@
-"""One run at a time in an output folder: its file `_lock` names the run that holds it.
+"""One run at a time in an output folder: its file `_lock` holds the id of the run.
 
-On a disk the holder also has a lock of the kernel on that file, which ends with its process; the file stays. In an object store
-the file is a lease (lease.py), which its holder renews. `FolderLock.check` is the one question, asked by driver and workers.
+On a disk the run has a lock of the kernel on that file, which ends with its process; the file stays. In an object store the file
+is a lease: its holder writes it again every two seconds, and a run that sees it unchanged for twelve takes it over. All writes of
+a lease are conditional, so of two runs at the same moment one is refused.
 """
 
 import fcntl
@@ -9,20 +10,33 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
-from mnistsum_ray.errors import RequestError, RunError
-from mnistsum_ray.storage.lease import Lease
+from mnistsum_ray.errors import RequestError, RunError, one_line
+from mnistsum_ray.storage import object_store
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock_record import LOCK_NAME, is_lock, locked_error, read_lock, taken_over_message
+
+LOCK_NAME: Final = "_lock"
+
+HEARTBEAT_SECONDS: Final = 2.0
+"""Seconds between renewals of a lease."""
+LEASE_TTL_SECONDS: Final = 12.0
+"""Seconds without a renewal after which another run may take the lease: its holder was killed or suspended."""
 
 _CHECK_SECONDS: Final = 1.0
 """Seconds between two looks at the lock."""
+_UNKNOWN_SECONDS: Final = 120.0
+"""Seconds without an answer of the storage after which the run gives up."""
+
+
+class _HeldError(Exception):
+    """Another run holds the lock. The message is its id; empty where that is unknown."""
 
 
 @dataclass
@@ -33,29 +47,35 @@ class FolderLock:
     """The lock file."""
     holder: str
     """Id of the run."""
-    conditional_writes: bool = False
-    """Whether the storage has conditional writes, so that no file of another run is ever replaced."""
-    lease: Lease | None = None
+    lease: "_Lease | None" = None
     """In the driver of a run in an object store."""
     _checked: float = field(default=float("-inf"), repr=False)
 
     def check(self) -> None:
-        """Check that this run still holds the folder; reads the lock at most once a second.
+        """Check that this run still holds the folder. Reads the lock at most once a second; waits while that is unknown.
 
         Raises:
-            RunError: another run has taken it.
-            OSError: the storage does not answer.
+            RunError: another run has taken the folder, or may have: for two minutes the lock could not be read, or not renewed.
         """
-        if self.lease:
-            self.lease.check()
+        asked = time.monotonic()
         # A suspended process reads the lock again when it goes on: the clock has advanced meanwhile.
-        now = time.monotonic()
-        if now - self._checked < _CHECK_SECONDS:
-            return
-        record = read_lock(self.place)
-        if record is None or record["id"] != self.holder:
-            raise RunError(f"{self.place.display}: {taken_over_message(record)}; this run stops, what it has committed stays")
-        self._checked = now
+        while (now := time.monotonic()) - self._checked >= _CHECK_SECONDS:
+            reason = "its lock is not renewed" if self.lease and not self.lease.is_fresh() else ""
+            try:
+                holder = _holder_in(self.place.read_bytes())
+            except (FileNotFoundError, ValueError):
+                holder = "its lock is gone"
+            except OSError as error:
+                holder, reason = self.holder, one_line(error)
+            if holder != self.holder:
+                reason = f"another run has taken the output ({holder})"
+            elif not reason:
+                self._checked = now
+                return
+            elif now - asked < _UNKNOWN_SECONDS:
+                time.sleep(HEARTBEAT_SECONDS / 4)
+                continue
+            raise RunError(f"{self.place.display}: {reason}; this run stops, what it has committed stays")
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"lease": None, "_checked": float("-inf")}
@@ -71,65 +91,158 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
         say: writes a console line.
 
     Raises:
-        RequestError: another run holds it, or it cannot be written.
+        RequestError: another run holds it, it cannot be written, or its storage has no conditional writes.
     """
-    holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-    lock = FolderLock((folder / LOCK_NAME).with_retries(), holder)
-    if folder.is_local:
-        with _kernel_lock(folder, flag, holder):
-            yield lock
-    else:
-        with Lease(folder, flag, holder, say) as lease:
-            yield replace(lock, conditional_writes=lease.conditional, lease=lease)
+    lock = FolderLock((folder / LOCK_NAME).with_retries(), f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}")
+    with _refusals(folder, flag):
+        held = _lock_file(lock) if folder.is_local else _Lease(lock, say)
+    lock.lease = held if isinstance(held, _Lease) else None
+    with closing(held):
+        yield lock
 
 
 def check_not_locked(folder: Location, flag: str) -> None:
     """Refuse a local folder that another run holds now, without changing the folder.
 
     Raises:
-        RequestError: another run holds it.
+        RequestError: another run holds it, or its lock cannot be read.
     """
     path = Path(folder.path, LOCK_NAME)
-    if not folder.is_local or not path.exists():
-        return
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise locked_error(folder, flag, _read_if_whole(folder)) from None
+    if folder.is_local and path.exists():
+        with _refusals(folder, flag), path.open("rb") as file:
+            _flock(file, fcntl.LOCK_SH)
 
 
 @contextmanager
-def _kernel_lock(folder: Location, flag: str, holder: str) -> Iterator[None]:
-    """Hold a local folder with `flock`, which the kernel releases when the process ends, however it ends."""
-    path = Path(folder.path, LOCK_NAME)
-    record = json.dumps({"id": holder}).encode()
+def _refusals(folder: Location, flag: str) -> Iterator[None]:
+    """Raise what keeps a run from taking a lock as RequestError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise RequestError(f"{flag} {folder.display}: cannot be written ({error.strerror or error})") from None
-    with os.fdopen(descriptor, "r+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not is_lock(file.read()):
-                raise RequestError(
-                    f"{flag} {folder.display}: {LOCK_NAME} is not a file of this program; move it away, or choose another folder"
-                )
-            # First written, then cut: workers on other nodes may read it through a network file system at any moment.
-            os.pwrite(descriptor, record, 0)
-            file.truncate(len(record))
-            os.fsync(descriptor)
-        except BlockingIOError:
-            raise locked_error(folder, flag, _read_if_whole(folder)) from None
-        except OSError as error:
-            raise RequestError(f"{flag} {folder.display}: cannot be written ({error.strerror or error})") from None
         yield
+    except _HeldError as error:
+        holder = f" ({error})" if str(error) else ""
+        reason = f"another run{holder} is writing there; wait for it, or choose another"
+    except ValueError:
+        reason = f"{LOCK_NAME} is not a file of this program; move it away, or choose another folder"
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or one_line(error)})"
+    else:
+        return
+    raise RequestError(f"{flag} {folder.display}: {reason}")
 
 
-def _read_if_whole(folder: Location) -> dict[str, Any] | None:
-    """The record of a folder's lock file; None where its holder has not written it yet."""
+def _holder_in(data: bytes) -> str:
+    """Id of the run in a lock; empty for an empty file, whose run was killed before it wrote its id.
+
+    Raises:
+        ValueError: this is no lock.
+    """
     try:
-        return read_lock(folder / LOCK_NAME)
-    except OSError:
-        return None
+        return str(json.loads(data)["id"]) if data else ""
+    except (TypeError, KeyError, RecursionError):
+        raise ValueError("this JSON is no lock") from None
+
+
+def _flock(file: IO[bytes], operation: int) -> None:
+    try:
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = ""
+        with suppress(ValueError):
+            holder = _holder_in(file.read())
+        raise _HeldError(holder) from None
+
+
+def _lock_file(lock: FolderLock) -> IO[bytes]:
+    """A local lock file with a lock of the kernel, which is held until the file is closed, and its run's id."""
+    path = Path(lock.place.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644), "r+b", buffering=0)
+    try:
+        _flock(file, fcntl.LOCK_EX)
+        _holder_in(file.read())
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"id": lock.holder}).encode())
+        os.fsync(file.fileno())
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+class _Lease:
+    """The lock of a folder in an object store, which a thread renews until it is closed."""
+
+    def __init__(self, lock: FolderLock, say: Callable[[str], None]) -> None:
+        """Take the lease: at once where there is none, else when it has not been renewed for LEASE_TTL_SECONDS.
+
+        Raises:
+            _HeldError: another run renews it, or was faster.
+            ValueError: the object is no lock.
+            OSError: the storage does not answer, refuses, or has no conditional writes.
+        """
+        self._place, self._holder = lock.place, lock.holder
+        self._renewed, self._beats = 0.0, 0
+        unconditional = object_store.why_unconditional(self._place.filesystem)
+        if unconditional:
+            raise OSError(unconditional)
+        self._version = self._wait_until_free(say)
+        self._renew()
+        with suppress(FileExistsError):  # it exists now
+            object_store.put(self._place.filesystem, self._place.path, b"")
+            self._place.delete()
+            raise OSError("the storage ignores the condition If-None-Match, so two runs could write there at once")
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._keep_renewed, daemon=True)
+        self._thread.start()
+
+    def is_fresh(self) -> bool:
+        """True while no other run may take the lease, with two heartbeats to spare."""
+        return time.monotonic() - self._renewed < LEASE_TTL_SECONDS - 2 * HEARTBEAT_SECONDS
+
+    def close(self) -> None:
+        """Delete the lock, unless another run has taken it."""
+        self._closed.set()
+        self._thread.join()
+        with suppress(OSError, ValueError):
+            found = self._read()
+            if found and found[0] == self._holder:
+                self._place.delete()
+
+    def _read(self) -> tuple[str, object_store.Version] | None:
+        """Holder and version of the lock; None where there is none."""
+        found = object_store.get(self._place.filesystem, self._place.path)
+        return (_holder_in(found[0]), found[1]) if found else None
+
+    def _wait_until_free(self, say: Callable[[str], None]) -> object_store.Version | None:
+        """Version of an expired lease; None where there is none."""
+        found, started = self._read(), time.monotonic()
+        while found and time.monotonic() - started < LEASE_TTL_SECONDS:
+            time.sleep(HEARTBEAT_SECONDS / 2)
+            before, found = found, self._read()
+            if found and found != before:
+                raise _HeldError(found[0])
+        if not found:
+            return None
+        say(f"{self._place.display} was left by a run that no longer renews it ({found[0]}); taking it over")
+        return found[1]
+
+    def _renew(self) -> None:
+        """Write the next record over the last one."""
+        asked = time.monotonic()
+        self._beats += 1
+        record = json.dumps({"id": self._holder, "beat": self._beats}).encode()
+        try:
+            self._version = object_store.put(self._place.filesystem, self._place.path, record, self._version)
+        except FileExistsError:
+            # If the answer to a write was lost, the store holds this run's own record.
+            found = self._read()
+            if not found or found[0] != self._holder:
+                raise _HeldError(found[0] if found else "") from None
+            self._version = object_store.put(self._place.filesystem, self._place.path, record, found[1])
+        self._renewed = asked
+
+    def _keep_renewed(self) -> None:
+        while not self._closed.wait(HEARTBEAT_SECONDS):
+            with suppress(Exception):  # FolderLock.check reads the lock, and asks whether it is fresh
+                self._renew()

@@ -12,7 +12,14 @@ import pyarrow.fs as pafs
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.storage.location import Location, is_utf8
 
-_PUBLIC_QUERY_KEYS: Final = ("endpoint_override", "region", "scheme")
+_PUBLIC_QUERY_KEYS: Final = (
+    "blob_storage_authority",
+    "dfs_storage_authority",
+    "enable_tls",
+    "endpoint_override",
+    "region",
+    "scheme",
+)
 """Parts of a URI's query that say where the storage is. All others may be credentials and are never shown."""
 
 
@@ -28,8 +35,7 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
         try:
             filesystem, path = pafs.FileSystem.from_uri(text)
         except (pa.ArrowInvalid, OSError, ValueError) as error:
-            advice = "; write a / in a key as %2F" if "/" in _user_of(text) else ""
-            raise RequestError(f"{flag} {_without_credentials(text)}: {_hide_keys(one_line(error), text)}{advice}") from None
+            raise RequestError(f"{flag} {_without_credentials(text)}: {_hide_keys(one_line(error), text)}") from None
         return Location(filesystem, path.rstrip("/"), _without_credentials(text))
     try:
         path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())
@@ -66,21 +72,12 @@ def output_base_folder() -> Path:
     """Folder that relative output paths start from: the working folder, or the home folder inside a submitted job.
 
     `ray job submit --working-dir` runs the driver in a temporary copy of the working folder, and Ray deletes it with all files
-    that the job wrote there.
+    that the job wrote there. Ray 2.60 has no documented way to ask for it: the environment of a job's driver holds only an
+    undocumented JSON text, and the runtime context needs a connection, which does not exist yet when paths are checked. The copy
+    lies in a folder of this name. tests/storage/test_paths.py fails when a version of Ray changes it.
     """
     here = Path.cwd()
-    return Path.home() if _is_copy_of_submitted_job(here) else here
-
-
-def _is_copy_of_submitted_job(folder: Path) -> bool:
-    """True if a folder is, or lies in, the copy that Ray made for a submitted job.
-
-    Ray 2.60 has no documented way to ask: the environment of a job's driver holds only an undocumented JSON text,
-    `RAY_RUNTIME_ENV_CREATE_WORKING_DIR` is set only while pip or uv installs packages, and the runtime context needs a
-    connection, which does not exist yet when paths are checked. The copy lies in a folder of this name.
-    tests/storage/test_paths.py fails when a version of Ray changes it.
-    """
-    return "working_dir_files" in folder.parts
+    return Path.home() if "working_dir_files" in here.parts else here
 
 
 def _without_credentials(uri: str) -> str:
@@ -93,27 +90,21 @@ def _without_credentials(uri: str) -> str:
     user, _, host = parts.netloc.rpartition("@")
     # A user without a password is a container (Azure) or "anonymous" (Google): part of the address.
     address = f"{user}@{host}" if user and parts.scheme != "s3" else host
-    public = [(key, _without_user(value)) for key, value in parse_qsl(parts.query) if key in _PUBLIC_QUERY_KEYS]
+    public = {
+        key: re.sub(r"^(\w+://)?[^@/]*@", r"\1", value)  # an endpoint may hold user:password@, too
+        for key, value in parse_qsl(parts.query)
+        if key in _PUBLIC_QUERY_KEYS
+    }
     return urlunsplit((parts.scheme, address, parts.path, urlencode(public), ""))
 
 
-def _without_user(address: str) -> str:
-    """An address, with or without a scheme, without `user:password@`."""
-    return re.sub(r"^(\w+://)?[^@/]*@", lambda found: found[1] or "", address)
-
-
-def _user_of(uri: str) -> str:
-    """What stands before the @ of a URI: user and password, or key and secret."""
-    found = re.match(r"[^:/]+://([^@?]*)@", uri)
-    return found[1] if found else ""
-
-
 def _hide_keys(text: str, uri: str) -> str:
-    """An error message without the keys of the URI that it quotes."""
-    query = uri.partition("?")[2]
-    values = [value for key, value in parse_qsl(query) if key not in _PUBLIC_QUERY_KEYS or "@" in value]
+    """An error message without the keys of the URI that it quotes; with a hint where one of them has a slash."""
+    found = re.match(r"[^:/]+://([^@?]*)@", uri)
+    keys = found[1] if found else ""
+    values = [value for key, value in parse_qsl(uri.partition("?")[2]) if key not in _PUBLIC_QUERY_KEYS or "@" in value]
     text = text.replace(uri, _without_credentials(uri))
-    for secret in (_user_of(uri), *_user_of(uri).split(":"), *values):
+    for secret in (keys, *keys.split(":"), *values):
         for spelling in {secret, unquote(secret)} - {""}:
             text = text.replace(spelling, "…")
-    return text
+    return f"{text}; write a / in a key as %2F" if "/" in keys else text

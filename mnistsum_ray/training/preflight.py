@@ -21,8 +21,7 @@ from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, one_line, shell_command
 from mnistsum_ray.storage.location import Location, is_partial
-from mnistsum_ray.storage.lock import check_not_locked
-from mnistsum_ray.storage.lock_record import LOCK_NAME
+from mnistsum_ray.storage.lock import LOCK_NAME, check_not_locked
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
 
 SMALL_ROWS: Final = 20_000

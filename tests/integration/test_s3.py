@@ -1,7 +1,6 @@
-"""Data, runs and predictions on S3 (moto's server), with the same commands and the same results as on a disk; leases."""
+"""Data, runs and predictions on S3 (moto's server), with the same commands and the same results as on a disk."""
 
 import os
-import pickle
 import signal
 import time
 from pathlib import Path
@@ -12,12 +11,9 @@ import pytest
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.storage import conditional
-from mnistsum_ray.storage.lease import HEARTBEAT_SECONDS, LEASE_TTL_SECONDS
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import folder_lock
+from mnistsum_ray.storage.lock import LEASE_TTL_SECONDS
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import write_model
 from tests.integration.conftest import Done, Job, descendants, run_job
@@ -123,49 +119,3 @@ def test_a_run_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(mo
     scored, whole = ids_of(root / "out" / "predictions"), ids_of(root / "pairs")
     assert len(scored) == rows
     assert sorted(scored) == sorted(whole)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("s3")
-def test_a_lease_is_renewed_and_taken_by_conditional_writes() -> None:
-    folder = locate("s3://scores/lease", "--output")
-    place = folder / "key"
-    etag = conditional.put_if_absent(place, b"1")
-    with pytest.raises(conditional.ConflictError):
-        conditional.put_if_absent(place, b"2")
-    with pytest.raises(conditional.ConflictError):
-        conditional.put_if_match(place, b"2", "other")
-    assert conditional.get(place) == (b"1", etag)
-    conditional.put_if_match(place, b"3", etag)
-    with pytest.raises(conditional.ConflictError):
-        conditional.put_if_match(place, b"4", etag)
-    assert conditional.get(folder / "nothing") is None
-    with folder_lock(folder, "--output", print) as held:
-        assert held.conditional_writes
-        there = pickle.loads(pickle.dumps(held))  # as its workers have it
-        there.check()
-        (folder / "_lock").write_json({"id": "another", "beat": 1})
-        time.sleep(1.1)
-        for side in (held, there):
-            with pytest.raises(RunError, match="another run has taken the output"):
-                side.check()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("s3")
-def test_a_lock_in_an_object_store_is_held_by_one_and_ends_with_its_run() -> None:
-    output, said = locate("s3://scores/locked", "--output"), list[str]()
-    with folder_lock(output, "--output", said.append) as held:
-        with pytest.raises(RequestError, match=r"another run .* is writing there"), folder_lock(output, "--output", said.append):
-            pass
-        held.check()
-    assert not (output / "_lock").exists()
-    (output / "_lock").write_json({"id": "a run that was killed", "beat": 7})
-    with folder_lock(output, "--output", said.append) as held:
-        assert "was left by a run that no longer renews it" in said[-1]
-        held.check()
-        (output / "_lock").write_json({"id": "a run that took it", "beat": 1})
-        time.sleep(2 * HEARTBEAT_SECONDS)
-        with pytest.raises(RunError, match="another run has taken the output"):
-            held.check()
-    assert (output / "_lock").exists()

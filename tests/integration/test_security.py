@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mnistsum_ray.storage.object_store import options_of
 from mnistsum_ray.storage.paths import locate
-from mnistsum_ray.storage.s3 import s3_options
 from tests.integration.conftest import Job, run_job, score_here
 
 EVERY = 10
@@ -129,7 +129,7 @@ def test_a_path_beside_an_image_is_not_followed(model: Path, tmp_path: Path) -> 
 def test_keys_in_a_uri_are_in_no_error_message(cluster: str, model: Path, data: Path) -> None:
     """No server is needed: every job fails at its first request."""
     uri = "s3://AKIAEXAMPLE:topsecret@bucket/pairs?endpoint_override=127.0.0.1:9&scheme=http"
-    assert s3_options(locate(uri, "--input").filesystem)["secret_key"] == "topsecret"
+    assert options_of(locate(uri, "--input").filesystem)["secret_key"] == "topsecret"
     jobs = [
         Job("score", "--model", model, "--input", uri, "--output", "out", address=cluster),
         Job("score", "--model", model, "--input", data, "--output", uri, address=cluster),

@@ -12,7 +12,6 @@ from mnistsum_ray.storage.listing import (
     escape_non_utf8,
     is_hidden,
     list_folder,
-    list_glob,
     matches,
     report_skipped,
 )
@@ -86,7 +85,7 @@ def test_a_glob_looks_only_where_it_can_match(tmp_path: Path) -> None:
     (root / "gone").symlink_to(tmp_path / "nowhere")
 
     def found(*pattern: str) -> list[str]:
-        return files(list_glob(locate(str(root), "--input"), pattern), root)
+        return files(list_folder(locate(str(root), "--input"), pattern), root)
 
     assert found("*", "x.parquet") == ["a/x.parquet"]
     assert found("*", "*", "*", "*.parquet") == ["b/deep/down/y.parquet"]
@@ -98,7 +97,7 @@ def test_a_glob_looks_only_where_it_can_match(tmp_path: Path) -> None:
 
 def test_a_glob_at_the_root_of_the_disk_ends_at_once() -> None:
     """Listing all below it would walk the disk, and /proc."""
-    listing = list_glob(locate("/", "--input"), ("*", "nobody-has-such-a-file"))
+    listing = list_folder(locate("/", "--input"), ("*", "nobody-has-such-a-file"))
     assert listing.files == {}
 
 
@@ -119,6 +118,6 @@ def test_a_folder_that_cannot_be_read_costs_just_itself(tmp_path: Path, monkeypa
         return scandir(folder)
 
     monkeypatch.setattr("os.scandir", closed)  # root may read all
-    listing = list_glob(locate(str(root), "--input"), ("**", "*.parquet"))
+    listing = list_folder(locate(str(root), "--input"), ("**", "*.parquet"))
     assert files(listing, root) == ["a/open/y.parquet"]
     assert listing.skipped == {str(root / "a" / "closed"): "a folder that cannot be read"}

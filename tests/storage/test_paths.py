@@ -6,8 +6,8 @@ import pytest
 from ray._private.runtime_env.working_dir import WorkingDirPlugin
 
 from mnistsum_ray.errors import RequestError
+from mnistsum_ray.storage.object_store import options_of
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
-from mnistsum_ray.storage.s3 import s3_options
 
 
 def test_relative_paths_start_at_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_keys_in_a_uri_are_used_and_not_shown(uri: str, shown: str) -> None:
     place = locate(uri, "--output")
     assert place.display == shown
     assert (place / "b").display.startswith("s3://bucket/a/b?")
-    assert s3_options(place.filesystem)["secret_key"] == "se/cret"
+    assert options_of(place.filesystem)["secret_key"] == "se/cret"
 
 
 @pytest.mark.parametrize(

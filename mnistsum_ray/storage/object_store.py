@@ -1,0 +1,165 @@
+"""What Arrow's file systems of object stores lack: conditional writes (through obstore), and S3 that is retried for long enough.
+
+A conditional write succeeds only where the object is absent, or unchanged: no run replaces what another has written.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any, Final
+
+import pyarrow.fs as pafs
+
+from mnistsum_ray.errors import one_line
+
+Version = dict[str, str]
+"""Identifies one state of an object: its ETag, and in Google Cloud Storage its generation."""
+
+_MAX_ATTEMPTS: Final = 10
+"""About 50 s in total: the pauses between attempts grow to 20 s. Arrow's default of 3 attempts gives up after 6 s."""
+_RETRY_TIME: Final = timedelta(seconds=50)
+"""The same for conditional writes."""
+
+
+class RetryingS3FileSystem(pafs.S3FileSystem):
+    """An S3 file system with 10 attempts per request that keeps them when it is pickled.
+
+    Arrow does not pickle the retry strategy, so on Ray's workers a plain S3FileSystem would be back at 3 attempts.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_MAX_ATTEMPTS))
+        self._options = options
+
+    def __reduce__(self) -> Any:
+        return _retrying_s3, (self._options,)
+
+
+def _retrying_s3(options: dict[str, Any]) -> RetryingS3FileSystem:
+    return RetryingS3FileSystem(**options)
+
+
+def options_of(filesystem: pafs.FileSystem) -> dict[str, Any]:
+    """Keyword arguments that make an equal file system of an object store.
+
+    pyarrow has no public accessor for them, and the URI does not have them all: `FileSystem.from_uri` also reads
+    AWS_ENDPOINT_URL and asks S3 for the region of the bucket. Only the pickle protocol gives them: a constructor that takes
+    one dict, and that dict. tests/storage/test_object_store.py fails when a version of pyarrow changes this.
+    """
+    options: dict[str, Any] = filesystem.__reduce__()[1][0]
+    return options
+
+
+def why_unconditional(filesystem: pafs.FileSystem) -> str | None:
+    """Why nothing can be written conditionally there, and what to do; None where it can be tried."""
+    if filesystem.type_name not in ("s3", "gcs", "abfs"):
+        return f"{filesystem.type_name} storage has no conditional writes; choose a disk or an object store"
+    missing = [name for name in ("boto3", "obstore") if find_spec(name) is None]
+    return f"writing there needs {' and '.join(missing)}: pip install -e '.[cloud]'" if missing else None
+
+
+def put(filesystem: pafs.FileSystem, path: str, data: bytes, version: Version | None = None) -> Version:
+    """Write an object if it does not exist (None) or has this version; returns the new version.
+
+    Raises:
+        FileExistsError: it exists, or has another version, or is gone. This run may itself have written it: an answer may be
+            lost, and the repeated request then finds what the first one wrote.
+        OSError: the storage does not answer, or refuses.
+    """
+    import obstore
+
+    mode: Any = version or "create"
+    with _os_errors(path):
+        store, key = _store_of(filesystem, path)
+        try:
+            return _version(obstore.put(store, key, data, mode=mode))
+        except FileNotFoundError:
+            if version:
+                raise FileExistsError(f"{path} was deleted by another") from None
+            raise
+
+
+def get(filesystem: pafs.FileSystem, path: str) -> tuple[bytes, Version] | None:
+    """An object's bytes and its version; None where it does not exist.
+
+    Raises:
+        OSError: the storage does not answer, or refuses.
+    """
+    import obstore
+
+    with _os_errors(path):
+        store, key = _store_of(filesystem, path)
+        try:
+            found = obstore.get(store, key)
+        except FileNotFoundError:
+            return None
+        return bytes(found.bytes()), _version(found.meta)
+
+
+def _version(meta: Any) -> Version:
+    return {name: meta[name] for name in ("e_tag", "version") if meta[name]}
+
+
+@contextmanager
+def _os_errors(path: str) -> Iterator[None]:
+    """Raise the errors of obstore and boto3 as OSError, on one line without the query of the URL, which may hold keys."""
+    from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+    try:
+        yield
+    except (AlreadyExistsError, PreconditionError):
+        raise FileExistsError(f"{path} was written by another") from None
+    except FileExistsError:
+        raise
+    except Exception as error:
+        text = one_line(error).partition(" Debug source:")[0]
+        raise OSError(re.sub(r"\?\S*", "", text)) from None
+
+
+def _store_of(filesystem: pafs.FileSystem, path: str) -> tuple[Any, str]:
+    """The obstore store and the key of a path."""
+    bucket, _, key = path.partition("/")
+    given = {name: value for name, value in options_of(filesystem).items() if value and isinstance(value, (str, bool))}
+    return _open_store(filesystem.type_name, bucket, **given), key
+
+
+@functools.cache
+def _open_store(kind: str, bucket: str, **given: Any) -> Any:
+    """The store that Arrow reaches with these options. Keys that are not among them are found where Arrow finds them."""
+    from obstore.auth.boto3 import Boto3CredentialProvider
+    from obstore.store import AzureStore, GCSStore, S3Store
+
+    provider: Any = None
+    endpoint = given.get("endpoint_override", "")
+    if endpoint and "://" not in endpoint:
+        endpoint = f"{given.get('scheme') or 'https'}://{endpoint}"
+    if kind == "s3":
+        config = {"region": given["region"], "endpoint": endpoint}
+        keys = {"access_key_id": given.get("access_key"), "secret_access_key": given.get("secret_key")}
+        # Given keys go without the session token of the environment. Others may lie in ~/.aws, which obstore alone does not read.
+        provider = _constant(**keys, token=given.get("session_token")) if given.get("access_key") else Boto3CredentialProvider()
+    elif kind == "gcs":
+        config = {"base_url": endpoint}
+        if given.get("access_token") or given.get("anonymous"):
+            provider = _constant(token=given.get("access_token", ""))
+    else:
+        account, authority = given["account_name"], given["blob_storage_authority"]
+        address = f"{account}{authority}" if authority.startswith(".") else f"{authority}/{account}"
+        config = {name: given.get(name) for name in ("account_name", "account_key", "client_id", "client_secret", "tenant_id")}
+        config |= {"sas_key": given.get("sas_token"), "endpoint": f"{given['blob_storage_scheme']}://{address}"}
+    store: Any = {"s3": S3Store, "gcs": GCSStore, "abfs": AzureStore}[kind]
+    return store(
+        bucket,
+        config={name: value for name, value in config.items() if value},
+        credential_provider=provider,
+        client_options={"allow_http": True},
+        retry_config={"retry_timeout": _RETRY_TIME},
+    )
+
+
+def _constant(**keys: str | None) -> Any:
+    """A credential provider of obstore with keys that do not expire."""
+    return lambda: keys | {"expires_at": None}
