@@ -115,7 +115,7 @@ def test_cluster_yaml_installs_the_project_as_it_lies_here(tmp_path: Path) -> No
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, target)
-    assert f"pip install -q '{home}[s3]'" in " ".join(config["setup_commands"])
+    assert f"pip install -q '{home}[cloud]'" in " ".join(config["setup_commands"])
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path / "wheels"), str(tmp_path)]
     subprocess.run(build, check=True)
     (wheel,) = (tmp_path / "wheels").iterdir()
@@ -128,7 +128,9 @@ def test_cluster_yaml_installs_the_project_as_it_lies_here(tmp_path: Path) -> No
 def test_the_kuberay_manifest_asks_for_what_the_project_needs() -> None:
     job = yaml.safe_load((ROOT / ".deploy" / "rayjob.yaml").read_text())
     environment = yaml.safe_load(job["spec"]["runtimeEnvYAML"])
-    assert environment["pip"] == [f"mnistsum_ray[s3] @ {environment['working_dir']}"], "the project, not a copy of what it needs"
+    assert environment["pip"] == [f"mnistsum_ray[cloud] @ {environment['working_dir']}"], (
+        "the project, not a copy of what it needs"
+    )
     assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     ray = next(one for one in REQUIREMENTS if one.startswith("ray["))
     assert job["spec"]["rayClusterSpec"]["rayVersion"].startswith(ray.split(">=")[1].split(",")[0])

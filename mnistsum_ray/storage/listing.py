@@ -86,7 +86,7 @@ def list_folder(location: Location, pattern: Pattern | None = None) -> Listing:
         folder, above = folders.pop()
         try:
             with os.scandir(folder) as scan:
-                entries = list(scan)
+                entries = sorted(scan, key=lambda entry: entry.name)
         except PermissionError:
             if pattern is None:
                 raise

@@ -60,22 +60,22 @@ class FolderLock:
         asked = time.monotonic()
         # A suspended process reads the lock again when it goes on: the clock has advanced meanwhile.
         while (now := time.monotonic()) - self._checked >= _CHECK_SECONDS:
-            reason = "its lock is not renewed" if self.lease and not self.lease.is_fresh() else ""
+            lost = unknown = ""
             try:
                 holder = _holder_in(self.place.read_bytes())
+                lost = f"another run has taken the output ({holder or 'its lock is empty'})" if holder != self.holder else ""
             except (FileNotFoundError, ValueError):
-                holder = "its lock is gone"
+                lost = "another run has taken the output (its lock is gone)"
             except OSError as error:
-                holder, reason = self.holder, one_line(error)
-            if holder != self.holder:
-                reason = f"another run has taken the output ({holder})"
-            elif not reason:
+                unknown = one_line(error)
+            if self.lease and not self.lease.is_fresh():
+                unknown = unknown or "its lock is not renewed"
+            if not lost and not unknown:
                 self._checked = now
                 return
-            elif now - asked < _UNKNOWN_SECONDS:
-                time.sleep(HEARTBEAT_SECONDS / 4)
-                continue
-            raise RunError(f"{self.place.display}: {reason}; this run stops, what it has committed stays")
+            if lost or now - asked >= _UNKNOWN_SECONDS:
+                raise RunError(f"{self.place.display}: {lost or unknown}; this run stops, what it has committed stays")
+            time.sleep(HEARTBEAT_SECONDS / 4)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"lease": None, "_checked": float("-inf")}
@@ -183,9 +183,6 @@ class _Lease:
         """
         self._place, self._holder = lock.place, lock.holder
         self._renewed, self._beats = 0.0, 0
-        unconditional = object_store.why_unconditional(self._place.filesystem)
-        if unconditional:
-            raise OSError(unconditional)
         self._version = self._wait_until_free(say)
         self._renew()
         with suppress(FileExistsError):  # it exists now

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.util import find_spec
 from typing import Any, Final
 
 import pyarrow.fs as pafs
@@ -53,26 +52,18 @@ def options_of(filesystem: pafs.FileSystem) -> dict[str, Any]:
     return options
 
 
-def why_unconditional(filesystem: pafs.FileSystem) -> str | None:
-    """Why nothing can be written conditionally there, and what to do; None where it can be tried."""
-    if filesystem.type_name not in ("s3", "gcs", "abfs"):
-        return f"{filesystem.type_name} storage has no conditional writes; choose a disk or an object store"
-    missing = [name for name in ("boto3", "obstore") if find_spec(name) is None]
-    return f"writing there needs {' and '.join(missing)}: pip install -e '.[cloud]'" if missing else None
-
-
 def put(filesystem: pafs.FileSystem, path: str, data: bytes, version: Version | None = None) -> Version:
     """Write an object if it does not exist (None) or has this version; returns the new version.
 
     Raises:
         FileExistsError: it exists, or has another version, or is gone. This run may itself have written it: an answer may be
             lost, and the repeated request then finds what the first one wrote.
-        OSError: the storage does not answer, or refuses.
+        OSError: the storage does not answer, refuses, or has no conditional writes; or the extra cloud is not installed.
     """
-    import obstore
-
     mode: Any = version or "create"
     with _os_errors(path):
+        import obstore
+
         store, key = _store_of(filesystem, path)
         try:
             return _version(obstore.put(store, key, data, mode=mode))
@@ -86,11 +77,11 @@ def get(filesystem: pafs.FileSystem, path: str) -> tuple[bytes, Version] | None:
     """An object's bytes and its version; None where it does not exist.
 
     Raises:
-        OSError: the storage does not answer, or refuses.
+        OSError: as above.
     """
-    import obstore
-
     with _os_errors(path):
+        import obstore
+
         store, key = _store_of(filesystem, path)
         try:
             found = obstore.get(store, key)
@@ -106,21 +97,24 @@ def _version(meta: Any) -> Version:
 @contextmanager
 def _os_errors(path: str) -> Iterator[None]:
     """Raise the errors of obstore and boto3 as OSError, on one line without the query of the URL, which may hold keys."""
-    from obstore.exceptions import AlreadyExistsError, PreconditionError
-
     try:
         yield
-    except (AlreadyExistsError, PreconditionError):
-        raise FileExistsError(f"{path} was written by another") from None
     except FileExistsError:
         raise
+    except ImportError as error:
+        raise OSError(f"{error}; writing there needs the extra cloud: pip install -e '.[cloud]'") from None
     except Exception as error:
-        text = one_line(error).partition(" Debug source:")[0]
-        raise OSError(re.sub(r"\?\S*", "", text)) from None
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        if isinstance(error, (AlreadyExistsError, PreconditionError)):
+            raise FileExistsError(f"{path} was written by another") from None
+        raise OSError(re.sub(r"\?\S*", "", one_line(error).partition(" Debug source:")[0])) from None
 
 
 def _store_of(filesystem: pafs.FileSystem, path: str) -> tuple[Any, str]:
     """The obstore store and the key of a path."""
+    if filesystem.type_name not in ("s3", "gcs", "abfs"):
+        raise OSError(f"{filesystem.type_name} storage has no conditional writes")
     bucket, _, key = path.partition("/")
     given = {name: value for name, value in options_of(filesystem).items() if value and isinstance(value, (str, bool))}
     return _open_store(filesystem.type_name, bucket, **given), key

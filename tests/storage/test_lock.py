@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import check_not_locked, folder_lock
 from mnistsum_ray.storage.paths import locate
 
@@ -97,6 +98,24 @@ def test_a_run_notices_that_another_has_taken_the_folder(tmp_path: Path) -> None
             side._checked = 0.0
             with pytest.raises(RunError, match=r"another run has taken the output \(another\)"):
                 side.check()
+
+
+def test_a_check_waits_for_a_storage_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, failures = Location.read_bytes, iter([True, True])
+
+    def sometimes(place: Location) -> bytes:
+        if next(failures, False):
+            raise OSError("no answer")
+        return read(place)
+
+    monkeypatch.setattr(Location, "read_bytes", sometimes)
+    with folder_lock(locate(str(tmp_path / "out"), "--output"), "--output", print) as held:
+        held.check()
+        assert next(failures, None) is None
+        failures, held._checked = iter([True]), 0.0
+        monkeypatch.setattr("mnistsum_ray.storage.lock._UNKNOWN_SECONDS", 0.0)
+        with pytest.raises(RunError, match="no answer; this run stops"):
+            held.check()
 
 
 def test_a_check_changes_nothing(tmp_path: Path) -> None:
