@@ -19,8 +19,12 @@ Version = dict[str, str]
 
 _MAX_ATTEMPTS: Final = 10
 """About 50 s in total: the pauses between attempts grow to 20 s. Arrow's default of 3 attempts gives up after 6 s."""
-_RETRY_TIME: Final = timedelta(seconds=50)
-"""The same for conditional writes."""
+_RETRIES: Final = {
+    "max_retries": 100,
+    "retry_timeout": timedelta(seconds=50),
+    "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+"""The same 50 s for conditional writes. The defaults of obstore, 10 random pauses from 0.1 s on, give up after 3 s."""
 
 
 class RetryingS3FileSystem(pafs.S3FileSystem):
@@ -131,7 +135,7 @@ def _open_store(kind: str, bucket: str, **given: Any) -> Any:
     if endpoint and "://" not in endpoint:
         endpoint = f"{given.get('scheme') or 'https'}://{endpoint}"
     if kind == "s3":
-        config = {"region": given["region"], "endpoint": endpoint}
+        config = {"region": given.get("region"), "endpoint": endpoint}
         keys = {"access_key_id": given.get("access_key"), "secret_access_key": given.get("secret_key")}
         # Given keys go without the session token of the environment. Others may lie in ~/.aws, which obstore alone does not read.
         provider = _constant(**keys, token=given.get("session_token")) if given.get("access_key") else Boto3CredentialProvider()
@@ -150,7 +154,7 @@ def _open_store(kind: str, bucket: str, **given: Any) -> Any:
         config={name: value for name, value in config.items() if value},
         credential_provider=provider,
         client_options={"allow_http": True},
-        retry_config={"retry_timeout": _RETRY_TIME},
+        retry_config=_RETRIES,
     )
 
 

@@ -42,7 +42,7 @@ def s3() -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     ask(port, "PUT", "/bucket")
-    yield f"s3://key:secret@bucket?region=us-east-1&scheme=http&endpoint_override={host}:{port}"
+    yield f"s3://key:secret@bucket?scheme=http&endpoint_override={host}:{port}"
     server.stop()
 
 
