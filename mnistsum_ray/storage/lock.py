@@ -216,9 +216,13 @@ class _Lease:
         found, started = self._read(), time.monotonic()
         while found and time.monotonic() - started < LEASE_TTL_SECONDS:
             time.sleep(HEARTBEAT_SECONDS / 2)
-            before, found = found, self._read()
+            asked, before, found = time.monotonic(), found, self._read()
             if found and found != before:
                 raise _HeldError(found[0])
+            if (
+                time.monotonic() - asked > HEARTBEAT_SECONDS
+            ):  # the storage may have failed, so its holder could not renew it either
+                started = time.monotonic()
         if not found:
             return None
         say(f"{self._place.display} was left by a run that no longer renews it ({found[0]}); taking it over")
