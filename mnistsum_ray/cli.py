@@ -9,8 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from mnistsum_ray import __version__
-from mnistsum_ray.cluster.graceful_stop import StopOnSignals
-from mnistsum_ray.cluster.signals import defer_signals
+from mnistsum_ray.cluster.stop import StopOnSignals, defer_signals
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, printable
 
 if TYPE_CHECKING:

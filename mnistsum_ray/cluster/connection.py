@@ -1,17 +1,43 @@
-"""Connect this process to a Ray cluster, or start one; disconnect without leaving a process behind."""
+"""Join a Ray cluster, or start one on this machine; disconnect without leaving processes, files or a token behind."""
 
 import logging
 import os
+import re
+import resource
+import secrets
+import shutil
+import socket
 import sys
-from contextlib import nullcontext
+import tempfile
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Final
 
-from mnistsum_ray.cluster.address import check_address, speaks_grpc
-from mnistsum_ray.cluster.authentication import ensure_token, use_token_if_required
-from mnistsum_ray.cluster.local_cluster import check_machine, end_local_cluster, mark_session, ray_processes_in_own_sessions
-from mnistsum_ray.cluster.process_state import discard_stderr, hide_working_folder, preserve_environment, preserve_ray_log_level
-from mnistsum_ray.cluster.ray_internals import SILENT_CORE, last_cluster_address
-from mnistsum_ray.cluster.signals import preserve_signal_handlers
-from mnistsum_ray.errors import RequestError, root_cause
+from mnistsum_ray.cluster import ray_internals
+from mnistsum_ray.cluster.stop import preserve_signal_handlers
+from mnistsum_ray.errors import RequestError, one_line, root_cause
+
+_TIMEOUT_SECONDS: Final = 3.0
+
+_HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+"""First bytes of a gRPC client: the HTTP/2 preface and an empty SETTINGS frame. A server answers with its own SETTINGS frame."""
+_FRAME_HEADER_BYTES: Final = 9
+_SETTINGS_FRAME: Final = 4
+"""Type of the frame, in byte 3 of its header."""
+
+_MIN_OPEN_FILES: Final = 1024
+"""Enough for Ray's processes, with some room."""
+_MAX_SOCKET_PATH_BYTES: Final = 107
+"""Longest path of a Unix socket on Linux."""
+_RAY_SOCKET: Final = "ray/session_2026-11-26_09-31-28_741951_1234567/sockets/plasma_store"
+"""Ray's longest socket path below the temporary folder."""
+
+_MARK: Final = "mnistsum_ray.pid"
+"""File in the session folder of a cluster that this program has started; holds the id of the process."""
+_KEPT_SESSIONS: Final = 10
+
+_session: Path | None = None
+"""Session folder of the cluster that this process has started."""
 
 
 def connect() -> None:
@@ -24,52 +50,148 @@ def connect() -> None:
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
-    named_address = None if address in (None, "", "auto", "local") else address
+    address = os.environ.get("RAY_ADDRESS") or None
+    named_address = None if address in ("auto", "local") else address
     if named_address:
-        check_address(named_address)
+        _check_address(named_address)
 
     import ray  # takes a second, so an address that is wrong is reported first
 
     # `ray.init` takes minutes to find out that the last cluster of this machine has been killed, so it is asked here.
-    joined = address or last_cluster_address()
+    joined = address or ray_internals.last_cluster_address()
     starts_cluster = address == "local" or (not address and (joined is None or not speaks_grpc(joined)))
     if starts_cluster:
-        check_machine()
+        _check_machine()
     try:
-        with preserve_environment():
-            if starts_cluster:
-                ensure_token()
-            elif named_address:
-                use_token_if_required(named_address)
-            _init_ray(starts_cluster)
+        with preserve_signal_handlers(), ray_internals.side_effects_undone():
+            _authenticate(None if starts_cluster else named_address, starts_cluster=starts_cluster)
+            with ray_internals.ray_processes_in_own_sessions() if starts_cluster else nullcontext():
+                context = ray.init(
+                    address="local" if starts_cluster else None,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    include_dashboard=False,  # a new cluster starts seconds earlier without it; a joined one keeps its own
+                )
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         problem = "Ray cannot be started here" if starts_cluster else f"the Ray cluster at {joined} cannot be joined"
         if joined == "auto":
             problem = "RAY_ADDRESS=auto: no running cluster was found"
         raise RequestError(f"{problem}: {root_cause(error)}") from error
-
-
-def _init_ray(starts_cluster: bool) -> None:
-    import ray
-
-    # Ray's C++ code in this process logs lines that no user can follow: one on its log level, one for each pool of actors.
-    # What fails is raised as well.
-    os.environ.setdefault(*SILENT_CORE)
-    sessions = ray_processes_in_own_sessions() if starts_cluster else nullcontext()
-    with preserve_signal_handlers(), preserve_ray_log_level(), hide_working_folder(), sessions, discard_stderr():
-        ray.init(
-            address="local" if starts_cluster else None,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            include_dashboard=False,  # a new cluster starts seconds earlier without it; a joined one keeps its own
-        )
     if starts_cluster:
-        mark_session()
+        _mark_session(Path(context.address_info["session_dir"]))
 
 
 def disconnect(*, keep_logs: bool = False) -> None:
     """Disconnect from the cluster. A cluster that this process has started ends with all of its processes, and its logs go."""
+    global _session
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
-    end_local_cluster(keep_logs=keep_logs)
+    if _session is not None and not keep_logs:
+        shutil.rmtree(_session, ignore_errors=True)
+    _session = None
+
+
+def _authenticate(named_address: str | None, *, starts_cluster: bool) -> None:
+    """Set RAY_AUTH_MODE and RAY_AUTH_TOKEN for `ray.init`, which hands them to the processes that it starts.
+
+    A cluster of our own has a token, because other users of this machine reach its ports, and whoever may submit work to it can
+    do what this user can. The token is in the memory of its processes only. Ray would write it to ~/.ray/auth_token, where each
+    cluster that the user starts later would find it, ask for it, and reject clients that do not send it. A token that the user
+    has is taken for our cluster too, so that tools such as `ray status` may ask it.
+
+    Ray sends a token by itself only to a cluster that it finds without an address. It cannot be sent in every case: a cluster
+    that asks for none does not answer a client that sends one. So a cluster at an address is asked first.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if starts_cluster and mode in (None, "token") and not _has_token():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray_internals.reload_authentication()
+    if named_address and mode is None and _has_token() and ray_internals.rejects_this_client(named_address):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        ray_internals.reload_authentication()
+
+
+def _has_token() -> bool:
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    try:
+        return (Path.home() / ".ray" / "auth_token").is_file()
+    except (OSError, RuntimeError):
+        return False
+
+
+def _check_address(address: str) -> None:
+    """Raise RequestError if no cluster answers at RAY_ADDRESS. Ray itself takes half a minute to many minutes to report it."""
+    if "://" in address:
+        raise RequestError(
+            f"RAY_ADDRESS={address}: must be HOST:PORT, as `ray start` prints it; the dashboard's is for `ray job submit`, "
+            "and Ray Client (ray://) is not supported"
+        )
+    if _host_and_port(address) is None:
+        raise RequestError(f"RAY_ADDRESS={address}: must be HOST:PORT, as `ray start` prints it; correct it, or unset it")
+    if not speaks_grpc(address):
+        raise RequestError(f"RAY_ADDRESS={address}: no cluster answers there; correct it, or unset it to start one here")
+
+
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    match = re.fullmatch(r"\[?([^/\]\s]+?)\]?:(\d{1,5})", address)
+    return (match[1], int(match[2])) if match and 0 < int(match[2]) < 65_536 else None
+
+
+def speaks_grpc(address: str) -> bool:
+    """Return whether a gRPC server answers at HOST:PORT, as Ray's head does. With TLS any server counts."""
+    host_and_port = _host_and_port(address)
+    if host_and_port is None:
+        return False
+    try:
+        with socket.create_connection(host_and_port, timeout=_TIMEOUT_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") in ("1", "true", "True"):
+                return True
+            connection.sendall(_HTTP2_PREFACE)
+            header = connection.recv(_FRAME_HEADER_BYTES)
+    except OSError:
+        return False
+    return len(header) >= 4 and header[3] == _SETTINGS_FRAME
+
+
+def can_connect(host: str, port: int) -> bool:
+    """Return whether a server accepts TCP connections at this host and port."""
+    try:
+        socket.create_connection((host, port), timeout=_TIMEOUT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _check_machine() -> None:
+    """Raise RequestError if Ray could not start here: it would fail with errors that do not name the cause."""
+    temporary = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform == "linux" else None) or "/tmp"
+    if len(os.fsencode(Path(temporary) / _RAY_SOCKET)) > _MAX_SOCKET_PATH_BYTES:
+        raise RequestError(f"the temporary folder {temporary} has too long a path for Ray's sockets; set RAY_TMPDIR=/tmp")
+    try:
+        with tempfile.TemporaryFile(dir=temporary):
+            pass
+    except OSError as error:
+        raise RequestError(
+            f"the temporary folder {temporary} cannot be written ({one_line(error)}); set RAY_TMPDIR to another"
+        ) from None
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # the hard limit: Ray raises the soft one to it
+    if limit != resource.RLIM_INFINITY and limit < _MIN_OPEN_FILES:
+        raise RequestError(f"this process may open just {limit} files, and Ray needs more: ulimit -n 8192")
+
+
+def _mark_session(session: Path) -> None:
+    """Mark the session folder of the cluster that was just started, and delete the oldest of those that have ended.
+
+    Ray keeps the logs of each cluster, a megabyte and more, for ever. Those of jobs that did not end well may be wanted.
+    """
+    global _session
+    _session = session
+    marks = sorted(session.parent.glob(f"session_*/{_MARK}"), key=lambda mark: mark.stat().st_mtime, reverse=True)
+    for mark in marks[_KEPT_SESSIONS:]:
+        with suppress(OSError, ValueError):
+            try:
+                os.kill(int(mark.read_text()), 0)
+            except ProcessLookupError:
+                shutil.rmtree(mark.parent, ignore_errors=True)
+    (session / _MARK).write_text(str(os.getpid()))

@@ -12,7 +12,7 @@ from mnistsum_ray.cluster.gpu import check_cuda, drop_unusable_gpus, probe_gpu
 from mnistsum_ray.cluster.ray_internals import start_autoscaling_coordinator
 from mnistsum_ray.cluster.resources import inspect_cluster, wait_until_free
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
-from mnistsum_ray.cluster.signals import defer_signals
+from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, one_line, root_cause
 from mnistsum_ray.model.heads import HEADS

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from pyarrow.fs import FileSelector, FileType
 from pydantic import ValidationError
 
-from mnistsum_ray.cluster.address import can_connect
+from mnistsum_ray.cluster.connection import can_connect
 from mnistsum_ray.config import Hyperparameters, TrainConfig
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import Source, open_source

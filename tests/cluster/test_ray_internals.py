@@ -6,17 +6,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
 from ray.core.generated import autoscaler_pb2
 
 from mnistsum_ray.cluster import ray_internals
-from mnistsum_ray.cluster.process_state import preserve_environment
-
-_PROCESSES: list[str] = []
-"""Programs that `ray.init` has started for the cluster of this module."""
 
 
 @contextmanager
@@ -28,29 +23,28 @@ def uses(api: str) -> Iterator[None]:
         pytest.fail(f"Ray {ray.__version__} has changed {api} (read in 2.60.0): {type(error).__name__}: {error}")
 
 
-def record_start(popen: Any, command: list[str], *args: Any, **kwargs: Any) -> Any:
-    _PROCESSES.append(" ".join(map(str, command)))
-    return popen(command, *args, **kwargs)
-
-
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Address of a cluster with token authentication. Each program that Ray starts for it is recorded."""
-    with preserve_environment():
+    """Address of a cluster with token authentication, whose processes run in sessions of their own."""
+    with ray_internals.side_effects_undone():
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
         with uses("ray._raylet.Config.initialize or AuthenticationTokenLoader.reset_cache"):
             ray_internals.reload_authentication()
-        with uses("ray._private.services.ConsolePopen"), ray_internals.ray_processes_started_by(record_start):
+        with uses("ray._private.services.ConsolePopen"), ray_internals.ray_processes_in_own_sessions():
             context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
-        yield context.address_info["address"]
-        ray.shutdown()
+    yield context.address_info["address"]
+    ray.shutdown()
     ray_internals.reload_authentication()
 
 
-def test_ray_processes_started_by(address: str) -> None:
-    programs = "\n".join(_PROCESSES)
+@pytest.mark.usefixtures("address")
+def test_ray_processes_in_own_sessions() -> None:
+    listed = subprocess.run(["ps", "-o", "sid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
+    sessions = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
     for program in ("gcs_server", "raylet"):
-        assert program in programs, f"Ray {ray.__version__} no longer starts {program} with ray._private.services.ConsolePopen"
+        leaders = [int(session) for session, command in sessions if program in command]
+        assert leaders, f"Ray {ray.__version__} no longer starts {program} from the driver"
+        assert os.getsid(0) not in leaders, f"Ray {ray.__version__} no longer starts {program} with services.ConsolePopen"
 
 
 @pytest.mark.usefixtures("address")

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.cluster.address import speaks_grpc
+from mnistsum_ray.cluster.connection import speaks_grpc
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import ROOT, kill_everything, run_job
+from tests.integration.conftest import ROOT, descendants, kill_everything, run_job
 from tests.integration.test_refusals import check_refused
 
 RAY = Path(sys.executable).with_name("ray")
@@ -146,11 +146,55 @@ def test_a_cluster_speaks_grpc(cluster: str) -> None:
     assert speaks_grpc(cluster)
 
 
+ASK_WITHOUT_THE_TOKEN = """
+import subprocess, sys
+from mnistsum_ray.cluster.connection import connect
+connect()
+import ray
+code = "import sys; from mnistsum_ray.cluster.ray_internals import rejects_this_client; print(rejects_this_client(sys.argv[1]))"
+address = ray.get_runtime_context().gcs_address
+sys.exit(subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True).stdout != "True\\n")
+"""
+
+
 @pytest.mark.slow
-def test_a_cluster_starts_although_the_home_folder_cannot_be_written(home: Path) -> None:
-    joined = join(HOME="/proc/nowhere", RAY_ADDRESS="local", CONNECTIONS="2")
-    assert float(joined.stdout) == os.cpu_count(), joined.stderr
-    assert not joined.stderr
+def test_a_cluster_of_a_job_has_a_token_that_no_other_program_meets(home: Path) -> None:
+    """In the home folder, each cluster that the user starts later would ask for it. That folder may also be read-only."""
+    for folder in ("/proc/nowhere", str(home)):
+        joined = join(HOME=folder, RAY_ADDRESS="local", CONNECTIONS="2")
+        assert float(joined.stdout) == os.cpu_count(), joined.stderr
+        assert not joined.stderr
+    asked = subprocess.run([sys.executable, "-c", ASK_WITHOUT_THE_TOKEN], env=os.environ | {"RAY_ADDRESS": "local"}, cwd=ROOT)
+    assert asked.returncode == 0, "whoever has no token is rejected"
+    assert not (home / ".ray").exists()
+    assert not [path for path in home.rglob("*token*") if path.is_file()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["raylet/raylet", "ray::IDLE"], ids=["while Ray starts", "later"])
+def test_a_killed_driver_leaves_no_process(home: Path, moment: str) -> None:
+    """Ray's main processes end with their parent; what these have started ends by itself, the agents after a minute."""
+    code = "import time; from mnistsum_ray.cluster.connection import connect; connect(); time.sleep(60)"
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    driver = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not any(moment in title for title in descendants(driver.pid).values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    started = descendants(driver.pid)
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 120
+    while left := [path for path in Path("/proc").glob("[0-9]*/environ") if _has(path, f"RAY_TMPDIR={home}")]:
+        assert time.monotonic() < deadline, (left, started)
+        time.sleep(0.2)
+
+
+def _has(environ: Path, variable: str) -> bool:
+    try:
+        return variable.encode() in environ.read_bytes().split(b"\0")
+    except OSError:  # of another user, or it has ended
+        return False
 
 
 def test_a_temporary_folder_with_a_long_path_or_without_write_permission_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stop a job in order on SIGINT, SIGTERM or SIGHUP, and end the process if it does not stop."""
+"""Stop a job in order on SIGINT, SIGTERM or SIGHUP, and keep these signals from code that must not stop."""
 
 import os
 import select
@@ -6,11 +6,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
-from mnistsum_ray.cluster.signals import STOP_SIGNALS, handled_signals
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _REPEAT_SECONDS: Final = 5.0
 """Seconds until KeyboardInterrupt is raised a second time: one that is raised in a callback of C++ is lost."""
@@ -19,7 +20,7 @@ _STOP_SECONDS: Final = 25.0
 """Seconds after that until the process is ended."""
 
 _DISCONNECT_SECONDS: Final = 20.0
-"""Longest time for disconnecting and leaving the interpreter. The reaper ends what is then left of a cluster of this process."""
+"""Longest time for disconnecting and leaving the interpreter. A cluster of this process ends with it."""
 
 _POLL_SECONDS: Final = 0.5
 _RAISE_AGAIN_SECONDS: Final = 0.1
@@ -44,7 +45,7 @@ class StopOnSignals:
         for end in self._pipe:
             os.set_blocking(end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._handlers_before = {number: signal.signal(number, self._receive) for number in handled_signals()}
+        self._handlers_before = {number: signal.signal(number, self._receive) for number in _handled_signals()}
         self._hook_before, sys.unraisablehook = sys.unraisablehook, self._raise_lost_interrupt_again
         threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
         return self
@@ -68,7 +69,9 @@ class StopOnSignals:
             return
         self._exit_code = exit_code
         self._ended.set()
-        threading.Thread(target=self._exit_after, args=(_DISCONNECT_SECONDS,), daemon=True).start()
+        timer = threading.Timer(_DISCONNECT_SECONDS, os._exit, (exit_code,))
+        timer.daemon = True
+        timer.start()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self._ended.is_set():
@@ -104,6 +107,48 @@ class StopOnSignals:
             self._say(f"stopped by {name}; ended, since it had not stopped after 30 s; what has been saved is kept")
             os._exit(128 + arrived)
 
-    def _exit_after(self, seconds: float) -> None:
-        time.sleep(seconds)
-        os._exit(self._exit_code)
+
+@contextmanager
+def defer_signals() -> Iterator[None]:
+    """Deliver stop signals to the calling thread only after the block."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def preserve_signal_handlers() -> Iterator[None]:
+    """Defer stop signals while the block runs, and restore their handlers after it. Does nothing outside of the main thread.
+
+    `ray.init` sets two handlers for SIGTERM, one of which ends in a C++ stack trace. An exception in the middle of `ray.init`
+    leaves processes behind or ends in a segmentation fault.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []  # signals that were delivered to another thread; the mask of this one does not defer those
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in _handled_signals():
+        signal.signal(number, lambda number, _: caught.append(number))
+    set_handler = signal.signal
+
+    def keep_handler(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number in STOP_SIGNALS else set_handler(number, handler)
+
+    with defer_signals():
+        signal.signal = keep_handler  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            signal.signal = set_handler
+            for number, handler in before.items():
+                signal.signal(number, handler)  # also replaces a handler that C++ has set, of which Python knows nothing
+    if caught:
+        signal.raise_signal(caught[0])
+
+
+def _handled_signals() -> list[signal.Signals]:
+    """The stop signals that are not ignored: `nohup` ignores SIGHUP, a script's shell SIGINT for what it starts with `&`."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
