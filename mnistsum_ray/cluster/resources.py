@@ -1,18 +1,19 @@
-"""Logical resources of the cluster: inspect them, and wait until they are free."""
+"""Logical resources of the cluster: plan the workers of a job, wait until they are free, check that PyTorch can use the GPUs."""
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 import ray
+import ray.exceptions
 from ray.autoscaler.sdk import request_resources
 
 from mnistsum_ray.cluster.ray_internals import autoscaler_limits
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.errors import RequestError, root_cause
 
-TASKS_CPU_SHARE: Final = 0.25
-"""Smallest share of the CPUs that a job leaves to other tasks. If actors reserved all CPUs, those tasks would never start."""
+_TASKS_CPU_SHARE: Final = 0.25
+"""Share of the CPUs that workers of a group leave to tasks of Ray Data. If they reserved all, those tasks would never start."""
 
 _NODE_GROUP_LABEL: Final = "ray.io/node-group"
 """Node label that autoscalers (`ray up`, KubeRay) set."""
@@ -20,84 +21,268 @@ _NODE_GROUP_LABEL: Final = "ray.io/node-group"
 _MAX_LIMIT: Final = 4096
 """Largest limit of any resource: an autoscaler's configuration may say that there is no limit."""
 
+_ASSUMED_LIMIT: Final = {"GPU": 16, "CPU": 128}
+"""Resources that a growing cluster is assumed to reach if its autoscaler does not publish a limit."""
+
+_MAX_WORKERS_PER_GPU: Final = 8
+_WORKER_GPU_BYTES: Final = 4 * 2**30
+"""GPU memory of a worker that scores: CUDA's own, and the activations of a batch of 2,048 rows."""
+_ASSUMED_GPU_BYTES: Final = 16 * 2**30
+
+_PROBE_SECONDS: Final = 60.0
+"""Shortest timeout of a probe: its process on another node has to import PyTorch first."""
 _POLL_SECONDS: Final = 2.0
 _REPORT_SECONDS: Final = 15.0
 _EPSILON: Final = 1e-9
 """Ray rounds fractions of a resource to 0.0001, so a smaller difference is a rounding error."""
 
+Resources = dict[str, float]
+"""From kind (CPU, GPU, …) to amount."""
+
 
 @dataclass(frozen=True)
 class ClusterResources:
-    """Logical resources of the cluster at one moment, as dictionaries from kind (CPU, GPU, …) to amount."""
+    """Logical resources of the cluster at one moment."""
 
-    nodes: tuple[dict[str, float], ...]
+    nodes: tuple[Resources, ...]
     """Total of each node that has CPUs or GPUs."""
-    total: dict[str, float]
-    free: dict[str, float]
+    total: Resources
+    free: Resources
     can_grow: bool
     """An autoscaler may add nodes."""
-    limits: dict[str, float] = field(default_factory=dict)
+    limits: Resources = field(default_factory=dict)
     """Total that the cluster can grow to. Kinds that the autoscaler's configuration does not name are missing."""
 
     @property
-    def gpu_nodes(self) -> tuple[dict[str, float], ...]:
+    def gpu_nodes(self) -> tuple[Resources, ...]:
         return tuple(node for node in self.nodes if node.get("GPU"))
+
+    def limit(self, kind: str) -> float:
+        """Return the amount that the cluster can grow to; infinite if its autoscaler does not say."""
+        present = self.total.get(kind, 0.0)
+        return max(present, self.limits.get(kind, float("inf"))) if self.can_grow else present
 
     def without_gpus(self) -> "ClusterResources":
         """Return a copy for a job that cannot use the GPUs."""
 
-        def drop_gpus(resources: dict[str, float]) -> dict[str, float]:
+        def drop_gpus(resources: Resources) -> Resources:
             return {kind: amount for kind, amount in resources.items() if kind != "GPU"}
 
-        return replace(
-            self,
-            nodes=tuple(map(drop_gpus, self.nodes)),
-            total=drop_gpus(self.total),
-            free=drop_gpus(self.free),
-            limits=drop_gpus(self.limits),
-        )
+        nodes, total, free, limits = map(drop_gpus, self.nodes), self.total, self.free, self.limits
+        return ClusterResources(tuple(nodes), drop_gpus(total), drop_gpus(free), self.can_grow, drop_gpus(limits))
 
-    def workers_that_fit(self, bundle: dict[str, float]) -> int:
+    def workers_that_fit(self, bundle: Resources) -> int:
         """Return how many workers fit on the present nodes if each reserves this bundle on one node."""
         return sum(self.workers_on(node, bundle) for node in self.nodes)
 
     @staticmethod
-    def workers_on(node: dict[str, float], bundle: dict[str, float]) -> int:
+    def workers_on(node: Resources, bundle: Resources) -> int:
         """Return how many workers fit on a node if each reserves this bundle."""
         return min(int(node.get(kind, 0) / amount + _EPSILON) for kind, amount in bundle.items() if amount)
 
     def describe(self) -> str:
         """Return a text such as `2 CPUs and 0 GPUs on 1 node`."""
-        cpus, gpus = (format_resource(self.total, kind) for kind in ("CPU", "GPU"))
         growing = ", and may grow" if self.can_grow else ""
-        return f"{cpus} and {gpus} on {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}{growing}"
+        return f"{_format(self.total, ('CPU', 'GPU'))} on {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}{growing}"
+
+
+@dataclass(frozen=True)
+class GpuProbe:
+    """What PyTorch finds on a GPU that Ray counts."""
+
+    cuda: bool
+    """CUDA is available."""
+    bf16: bool
+    """CUDA is available and the GPU is faster with bfloat16 than with float32."""
+    torch: str
+    """PyTorch's version."""
+    memory_bytes: int
+    """Memory of the GPU; 0 without CUDA."""
+
+
+@dataclass(frozen=True)
+class WorkerRequest:
+    """Workers that a job asks for."""
+
+    workers: tuple[int, int] | None
+    """Minimum and maximum number; None: as many as are of use."""
+    use_gpu: bool | None
+    """None: on GPUs if the cluster has any that PyTorch can use, and one is free."""
+    wait_seconds: float
+    """Longest wait for resources."""
+    group: bool = False
+    """Workers that train together: the minimum of them starts at once, each with a GPU of its own, or one a node on CPUs, and
+    they leave CPUs to the tasks that feed them. Otherwise a pool of workers that need no others: one is enough to start, several
+    share a GPU, on CPUs there is one a core, and nodes that join later get workers too."""
+    useful_gpus: int = 1
+    """Number of GPUs above which a group is not faster."""
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """Workers of a job and what each of them reserves."""
+
+    worker_range: tuple[int, int]
+    """Minimum and maximum number. Fewer than the maximum run where fewer resources are free."""
+    needed: int
+    """Number of workers that have to fit for the job to start."""
+    cpus_per_worker: float
+    gpus_per_worker: float
+    """1 / k where k workers share a GPU: while it predicts for one, the others read, decode and write."""
+    gpu: GpuProbe | None = None
+    """None for a job on CPUs."""
+
+    @property
+    def workers(self) -> int:
+        """Maximum number of workers at the same time."""
+        return self.worker_range[1]
+
+    @property
+    def use_gpu(self) -> bool:
+        return self.gpus_per_worker > 0
+
+    @property
+    def per_worker(self) -> Resources:
+        """Resources that each worker reserves, on one node."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
+
+    def describe(self) -> str:
+        """Return a text such as `1 CPU worker` or `2 to 4 GPU workers`."""
+        low, high = self.worker_range
+        number = str(low) if low == high else f"{low} to {high}"
+        return f"{number} {'GPU' if self.use_gpu else 'CPU'} worker{'s' * (high != 1)}"
+
+
+def reserve(request: WorkerRequest, say: Callable[[str], None]) -> WorkerPlan:
+    """Plan the workers of a job by what it asks for and by what the cluster has, and wait until enough of them fit.
+
+    Ray counts a GPU on every Mac with Apple silicon, and NVIDIA's by their driver, whichever build of PyTorch is installed. So
+    PyTorch is asked on a node that has one.
+
+    Args:
+        request: what the job asks for.
+        say: writes a console line.
+
+    Raises:
+        RequestError: the cluster can never give what is asked for, or does not give it within `wait_seconds`.
+    """
+    cluster, probe = inspect_cluster(), None
+    if cluster.total.get("GPU") and request.use_gpu is not False:
+        if request.use_gpu is None and cluster.free.get("GPU", 0) < 1:
+            say(f"running on CPUs: other jobs hold the GPUs ({cluster.describe()}); --use-gpu true waits for one")
+        else:
+            probe = _probe_gpu(request, say)
+        cluster = cluster if probe else cluster.without_gpus()
+    elif cluster.can_grow and request.use_gpu is None:
+        say(f"running on CPUs, since the cluster has {cluster.describe()}; --use-gpu true waits for GPUs")
+    plan = plan_workers(request, cluster, probe)
+    gpus = int(cluster.total.get("GPU", 0))
+    if plan.use_gpu and request.workers is None and plan.workers < gpus:
+        say(f"running on {plan.workers} of {gpus} GPUs: with so small a batch more are no faster; --num-workers {gpus} takes all")
+    _wait_until_free([plan.per_worker] * plan.needed, request.wait_seconds, say)
+    if plan.use_gpu and probe is None:  # an autoscaler has started the nodes with GPUs meanwhile
+        probe = _probe_gpu(request, say)
+    return replace(plan, gpu=probe)
+
+
+def plan_workers(request: WorkerRequest, cluster: ClusterResources, probe: GpuProbe | None = None) -> WorkerPlan:
+    """Choose workers and devices: as requested, and where the request is silent by what the cluster has.
+
+    Args:
+        request: what the job asks for.
+        cluster: without its GPUs if the job cannot use them.
+        probe: None if no GPU has been asked.
+
+    Raises:
+        RequestError: the request asks for more than the cluster can ever have.
+    """
+    gpus = int(cluster.total.get("GPU", 0))
+    use_gpu = gpus > 0 if request.use_gpu is None else request.use_gpu
+    if use_gpu and not gpus and not cluster.can_grow:
+        raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster.describe()})")
+    kind = "GPU" if use_gpu else "CPU"
+    sharing = 1
+    if request.group:
+        default = max(1, min(gpus, request.useful_gpus) if use_gpu else len(cluster.nodes))
+        low, high = request.workers or (default, default)
+    else:
+        largest = _largest_pool(request, cluster, kind)
+        low, high = request.workers or (largest * (_workers_per_gpu(cluster, probe) if use_gpu else 1),) * 2
+        sharing = -(-high // largest) if use_gpu else 1
+    if low >= sharing * cluster.limit(kind) + 1:  # a part of a CPU is enough for a worker
+        raise RequestError(f"--num-workers {low}: needs {low} {kind}s, one a worker; the cluster has {cluster.describe()}")
+    cpus = _cpus_for_each(cluster, high, sharing if use_gpu else 0, 1 - _TASKS_CPU_SHARE if request.group else 1.0)
+    plan = WorkerPlan((low, high), low if request.group else 1, cpus, 1 / sharing if use_gpu else 0.0)
+    fitting = cluster.workers_that_fit(plan.per_worker)
+    if plan.needed > fitting and not cluster.can_grow:
+        each = _format(plan.per_worker, plan.per_worker)
+        raise RequestError(
+            f"--num-workers {low}: only {fitting} of them, with {each} each, fit on the nodes ({cluster.describe()})"
+        )
+    return plan
+
+
+def _largest_pool(request: WorkerRequest, cluster: ClusterResources, kind: str) -> int:
+    """CPUs or GPUs for a pool at its largest. Until the cluster has grown to it fewer workers run."""
+    present = cluster.total.get(kind, 0.0)
+    # A pool on CPUs does not start nodes with GPUs for their CPUs, unless CPUs are requested.
+    if kind == "CPU" and request.use_gpu is None and cluster.limits.get("GPU"):
+        return max(1, int(present))
+    limit = cluster.limit(kind)
+    return max(1, int(limit if limit < float("inf") else max(present, _ASSUMED_LIMIT[kind])))
+
+
+def _workers_per_gpu(cluster: ClusterResources, probe: GpuProbe | None) -> int:
+    """Workers of a pool that share a GPU: as many as its memory, and the CPUs of its node, allow."""
+    cpus = min((node.get("CPU", 0.0) / node["GPU"] for node in cluster.gpu_nodes), default=_MAX_WORKERS_PER_GPU)
+    memory = probe.memory_bytes if probe else _ASSUMED_GPU_BYTES
+    return max(1, min(_MAX_WORKERS_PER_GPU, int(cpus), memory // _WORKER_GPU_BYTES))
+
+
+def _cpus_for_each(cluster: ClusterResources, workers: int, per_gpu: int, share: float) -> float:
+    """CPUs that each worker reserves, at most one; `per_gpu` of them share a GPU, 0 if they use none."""
+    if cluster.can_grow and not (per_gpu and cluster.gpu_nodes):
+        return 1.0  # nodes that an autoscaler adds bring their own CPUs; new GPU nodes are assumed to be like the present ones
+    if per_gpu:  # CPUs of other nodes are of no use, and the node with the fewest decides
+        cpus = min(node.get("CPU", 0.0) / min(node["GPU"] * per_gpu, workers) for node in cluster.gpu_nodes)
+    else:
+        present = cluster.total.get("CPU", 0.0)
+        cpus = present / max(1, min(workers, int(present)))
+    return min(1.0, share * cpus)
 
 
 def inspect_cluster() -> ClusterResources:
     """Return the resources of the cluster that this process is connected to."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
     return ClusterResources(
-        nodes=tuple(dict(node["Resources"]) for node in alive if any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))),
+        nodes=tuple(dict(node["Resources"]) for node in usable_nodes()),
         total=dict(ray.cluster_resources()),
         free=dict(ray.available_resources()),
-        can_grow=any(_NODE_GROUP_LABEL in node["Labels"] for node in alive),
+        can_grow=any(_NODE_GROUP_LABEL in node["Labels"] for node in ray.nodes() if node["Alive"]),
         limits={kind: float(min(amount, _MAX_LIMIT)) for kind, amount in autoscaler_limits().items() if amount},
     )
 
 
-def wait_until_free(bundles: list[dict[str, float]], seconds: float, say: Callable[[str], None]) -> None:
-    """Wait until the resources of all bundles are free. Ray would wait without a limit and without a message.
+def usable_nodes() -> list[dict[str, Any]]:
+    """Return Ray's entry of each living node that has CPUs or GPUs."""
+    return [node for node in ray.nodes() if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))]
 
-    Args:
-        bundles: resources to wait for; the first bundle has all kinds.
-        seconds: longest wait.
-        say: writes a console line, every 15 s.
+
+def explain_worker_silence() -> str:
+    """Return the possible reasons why no worker reports, and the resources of the cluster, for a console line."""
+    cluster = inspect_cluster()
+    return (
+        f"they are being started or replaced, or wait for data; the cluster has {cluster.describe()}, "
+        f"free: {cluster.free.get('CPU', 0):g} CPUs, {cluster.free.get('GPU', 0):g} GPUs"
+    )
+
+
+def _wait_until_free(bundles: list[Resources], seconds: float, say: Callable[[str], None]) -> None:
+    """Wait until the resources of all bundles, which are equal, are free. Ray would wait without a limit and without a message.
 
     Raises:
         RequestError: the resources are not free after these seconds.
     """
-    need = {kind: sum(bundle.get(kind, 0) for bundle in bundles) for kind in bundles[0]}
-    needed = _format_all(need, need)
+    need = {kind: amount * len(bundles) for kind, amount in bundles[0].items()}
     started = time.monotonic()
     reported = -_REPORT_SECONDS
     requested = False
@@ -107,7 +292,7 @@ def wait_until_free(bundles: list[dict[str, float]], seconds: float, say: Callab
             if all(cluster.free.get(kind, 0) >= amount - _EPSILON for kind, amount in need.items()):
                 return
             waited = time.monotonic() - started
-            free = _format_all(cluster.free, need)
+            needed, free = _format(need, need), _format(cluster.free, need)
             if waited >= seconds:
                 raise RequestError(
                     f"needs {needed}, but after {waited:.0f} s only {free} are free ({cluster.describe()}): other jobs hold the "
@@ -127,20 +312,46 @@ def wait_until_free(bundles: list[dict[str, float]], seconds: float, say: Callab
             request_resources(bundles=[])
 
 
-def explain_worker_silence() -> str:
-    """Return the possible reasons why no worker reports, and the resources of the cluster, for a console line."""
-    cluster = inspect_cluster()
-    return (
-        f"they are being started or replaced, or wait for data; the cluster has {cluster.describe()}, "
-        f"free: {cluster.free.get('CPU', 0):g} CPUs, {cluster.free.get('GPU', 0):g} GPUs"
-    )
+def _probe_gpu(request: WorkerRequest, say: Callable[[str], None]) -> GpuProbe | None:
+    """Ask PyTorch on a node with a free GPU; None if it cannot use the GPU.
+
+    Raises:
+        RequestError: GPUs are requested and PyTorch cannot use them, or none was free in time, or the node was lost.
+    """
+    _wait_until_free([{"GPU": 1.0}], request.wait_seconds, say)
+    timeout = max(_PROBE_SECONDS, request.wait_seconds)
+    asked = ray.remote(num_gpus=1, num_cpus=0)(_ask_torch).remote()
+    try:
+        probe: GpuProbe = ray.get(asked, timeout=timeout)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(asked)
+        raise RequestError(
+            f"no GPU was free as a whole for {timeout:.0f} s; other jobs hold them, so wait, or give more --wait-seconds"
+        ) from None
+    except ray.exceptions.RayError as error:
+        raise RequestError(
+            f"the node with a GPU could not be asked whether PyTorch has CUDA there: {root_cause(error)}"
+        ) from None
+    if probe.cuda:
+        return probe
+    problem = f"Ray counts {_format(ray.cluster_resources(), ['GPU'])}, but PyTorch {probe.torch} has no CUDA there"
+    if request.use_gpu:
+        raise RequestError(f"--use-gpu true: {problem}; install a CUDA build of PyTorch there, or leave --use-gpu out")
+    say(f"running on CPUs: {problem}")
+    return None
 
 
-def format_resource(resources: dict[str, float], kind: str) -> str:
-    """Return amount and kind, such as `1 CPU` or `0 GPUs`."""
-    amount = resources.get(kind, 0)
-    return f"{amount:g} {kind}{'s' * (amount != 1)}"
+def _ask_torch() -> GpuProbe:
+    import torch
+
+    from mnistsum_ray.model.device import faster_with_bf16
+
+    cuda = torch.cuda.is_available()
+    memory_bytes = torch.cuda.get_device_properties(0).total_memory if cuda else 0
+    return GpuProbe(cuda, cuda and faster_with_bf16(torch.device("cuda")), torch.__version__, memory_bytes)
 
 
-def _format_all(resources: dict[str, float], kinds: Iterable[str]) -> str:
-    return " and ".join(format_resource(resources, kind) for kind in kinds)
+def _format(resources: Resources, kinds: Iterable[str]) -> str:
+    """Return amounts and kinds, such as `1 CPU and 0 GPUs`."""
+    amounts = ((resources.get(kind, 0), kind) for kind in kinds)
+    return " and ".join(f"{amount:g} {kind}{'s' * (amount != 1)}" for amount, kind in amounts)

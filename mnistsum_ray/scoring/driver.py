@@ -13,7 +13,7 @@ import ray.exceptions
 from ray.data import ActorPoolStrategy
 
 from mnistsum_ray.cluster.data_context import ray_data_options
-from mnistsum_ray.cluster.resources import explain_worker_silence, inspect_cluster
+from mnistsum_ray.cluster.resources import WorkerPlan, explain_worker_silence, inspect_cluster
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.errors import RunError, RunInterrupted, root_cause
 from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
@@ -31,7 +31,7 @@ from mnistsum_ray.scoring.output import (
 from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, Task, make_tasks, start_crash_counter
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
 from mnistsum_ray.scoring.publish import publish
-from mnistsum_ray.scoring.resources import ScoringResourcePlan, allocate_resources
+from mnistsum_ray.scoring.resources import allocate_resources
 from mnistsum_ray.scoring.stamp import REJECTED
 from mnistsum_ray.scoring.summary import Counts, result_line, summarize
 from mnistsum_ray.scoring.worker import Scorer
@@ -105,7 +105,7 @@ def _say_new_failures(failures: dict[str, str], committed: Committed, console: C
     return new
 
 
-def _describe(plan: Plan, committed: Committed, resources: ScoringResourcePlan, fitting_workers: int) -> str:
+def _describe(plan: Plan, committed: Committed, resources: WorkerPlan, fitting_workers: int) -> str:
     """The console line before execution: rows, files, workers and precision."""
     todo_rows = pc.sum(committed.todo["rows"]).as_py() or 0
     resumed_rows, _ = committed.resumed(plan)
@@ -119,7 +119,7 @@ def _describe(plan: Plan, committed: Committed, resources: ScoringResourcePlan, 
 
 
 def _execute(
-    plan: Plan, todo: pa.Table, resources: ScoringResourcePlan, fitting_workers: int, console: Console
+    plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_workers: int, console: Console
 ) -> tuple[dict[str, str], float]:
     """Score the parts in `todo` (`parts.PART_SCHEMA`) and commit them.
 
@@ -160,7 +160,7 @@ def _execute(
 
 
 def _make_pipeline(
-    plan: "ray.ObjectRef[Plan]", tasks: list[Task], resources: ScoringResourcePlan, fitting_workers: int
+    plan: "ray.ObjectRef[Plan]", tasks: list[Task], resources: WorkerPlan, fitting_workers: int
 ) -> ray.data.Dataset:
     """Ray Data pipeline: tasks in, `worker.REPORT_SCHEMA` out, in any order."""
     workers = min(resources.workers, len(tasks))

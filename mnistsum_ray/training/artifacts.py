@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.sources import ParquetFiles
@@ -23,7 +24,6 @@ from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, report
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.loop import TrainingResult
 from mnistsum_ray.training.preflight import DATA_FILES, TrainingRun
-from mnistsum_ray.training.resources import ResourcePlan
 
 if TYPE_CHECKING:
     from mnistsum_ray.reporting.mlflow import MLflowRun
@@ -32,7 +32,7 @@ Checksums = npt.NDArray[np.int64] | None
 """Sum of the `order.row_checksums` of each file, int64[files]; None where the rows have not been read."""
 
 
-def build_manifest(run: TrainingRun, checksums: Checksums, plan: ResourcePlan) -> dict[str, Any]:
+def build_manifest(run: TrainingRun, checksums: Checksums, plan: WorkerPlan) -> dict[str, Any]:
     """The manifest of a starting run: config, versions, workers, and the data with their SHA-256."""
     source = run.source
     return {
@@ -41,7 +41,7 @@ def build_manifest(run: TrainingRun, checksums: Checksums, plan: ResourcePlan) -
         "config": run.config.model_dump(mode="json", exclude={"config", "resume"}),
         "versions": versions(),
         "workers": plan.describe(),
-        "num_workers": plan.workers,
+        "num_workers": plan.worker_range,
         "use_gpu": plan.use_gpu,
         "data": {
             "source": source.name,

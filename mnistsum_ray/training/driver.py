@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 import ray.exceptions
 import ray.train
 
-from mnistsum_ray.cluster.gpu import check_cuda, drop_unusable_gpus, probe_gpu
 from mnistsum_ray.cluster.ray_internals import start_autoscaling_coordinator
-from mnistsum_ray.cluster.resources import inspect_cluster, wait_until_free
+from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.config import TrainConfig
@@ -38,7 +37,7 @@ from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_va
 from mnistsum_ray.training.fetch import load_rows, stream_rows
 from mnistsum_ray.training.loop import LoopConfig, TrainingResult, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
-from mnistsum_ray.training.resources import ResourcePlan, check_memory, plan_resources
+from mnistsum_ray.training.resources import check_memory, worker_request
 from mnistsum_ray.training.worker import Events, InterruptibleTrainer, RunCallback, event_queue
 
 if TYPE_CHECKING:
@@ -78,25 +77,13 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
         raise RunError(f"{root_cause(error)}; {run.how_to_resume()}") from error
 
 
-def _reserve(run: TrainingRun, say: Callable[[str], None]) -> ResourcePlan:
-    """Plan the workers and wait until their resources are free."""
-    config, source = run.config, run.source
-    cluster, probe = drop_unusable_gpus(inspect_cluster(), config.use_gpu, config.wait_seconds, say)
-    batch_size, gpus = run.hyperparameters.batch_size, int(cluster.total.get("GPU", 0))
-    plan = plan_resources(config, cluster, batch_size)
-    if plan.use_gpu and config.num_workers is None and plan.workers[0] < gpus:
-        say(
-            f"training on {plan.workers[0]} of {gpus} GPUs: with --batch-size {batch_size} more are not faster; --num-workers "
-            f"{gpus} takes all"
-        )
-    if cluster.can_grow and not plan.use_gpu and config.use_gpu is None:
-        say(f"training on CPUs, since the cluster has {cluster.describe()}; --use-gpu true waits for GPUs")
+def _reserve(run: TrainingRun, say: Callable[[str], None]) -> WorkerPlan:
+    """Reserve the workers, and check that their nodes share the storage."""
+    source = run.source
+    plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), say)
     if source.notice:
         say(source.notice)
     report_skipped(source.skipped, say)
-    wait_until_free(plan.bundles(), config.wait_seconds, say)
-    if plan.use_gpu and probe is None:  # the GPU nodes were started during the wait
-        check_cuda(probe_gpu(config.wait_seconds), config.use_gpu)
     read = {} if source.files is None else {"--data": source.files.location(0)}
     check_shared_storage({"--storage-path": run.storage}, read, say)
     return plan
@@ -105,7 +92,7 @@ def _reserve(run: TrainingRun, say: Callable[[str], None]) -> ResourcePlan:
 class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
-    def __init__(self, run: TrainingRun, plan: ResourcePlan, lock: FolderLock, console: Console) -> None:
+    def __init__(self, run: TrainingRun, plan: WorkerPlan, lock: FolderLock, console: Console) -> None:
         self.run, self.plan, self.lock, self.console = run, plan, lock, console
         self.started, source = time.monotonic(), run.source
         lines = check_memory(run, plan, inspect_cluster())
@@ -183,7 +170,7 @@ class _Driver:
             self.mlflow.log_epoch(line, self.console.say)
 
     def _trainer(self, events: Events) -> InterruptibleTrainer:
-        run, config, (min_workers, max_workers) = self.run, self.run.config, self.plan.workers
+        run, config, (min_workers, max_workers) = self.run, self.run.config, self.plan.worker_range
         loop = LoopConfig(
             run.hyperparameters,
             config.checkpoint_seconds,
@@ -200,7 +187,7 @@ class _Driver:
             train_loop_per_worker,
             train_loop_config={"loop": loop},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=min_workers if min_workers == max_workers else self.plan.workers,
+                num_workers=min_workers if min_workers == max_workers else self.plan.worker_range,
                 use_gpu=self.plan.use_gpu,
                 resources_per_worker=self.plan.per_worker,
                 # A CPU worker uses all cores of its node, so one a node; GPUs exchange gradients fastest within a node.
