@@ -5,7 +5,10 @@
 
 import logging
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,27 +92,36 @@ def start_autoscaling_coordinator() -> None:
 
 @contextmanager
 def ray_processes_in_own_sessions() -> Iterator[None]:
-    """Have `ray.init` start the processes of a new cluster in sessions of their own while the block runs.
+    """Have `ray.init` start the processes of a new cluster in sessions of their own, and all end with the driver, in the block.
 
     A closed terminal and `timeout` signal the whole process group. In the driver's group Ray's server would end before the job
-    that still needs it. `ray._private.services.ConsolePopen` starts all processes; `ray.init` has no parameter for it. If the
-    driver is killed, the kernel kills them with it (PR_SET_PDEATHSIG, which Ray sets on Linux), and what the raylet has started
-    ends by itself: idle workers in three seconds, agents in a minute, in which they try to report the raylet's end to the server
-    that is gone too. Elsewhere Ray ends its processes by the process group, which stays.
+    that still needs it. `ray._private.services.ConsolePopen` starts all processes; `ray.init` has no parameter for it.
+
+    If the driver is killed, the kernel kills Ray's main processes with it (PR_SET_PDEATHSIG, which Ray sets on Linux), but the
+    agents that the raylet has started stay for a minute, in which they try to report its end to the server that is gone too, and
+    workers that are being started for half a minute. The raylet gets their commands from its command line: `setpriv` makes the
+    kernel kill them with the raylet. Where it is missing or too old (before util-linux 2.33) they stay for that time.
     """
     from ray._private import services
 
     popen = services.ConsolePopen
+    die_with_parent = [shutil.which("setpriv") or "setpriv", "--pdeathsig", "KILL"]
+    try:
+        subprocess.run([*die_with_parent, "true"], stderr=subprocess.DEVNULL, check=True)
+        prefix = " ".join(die_with_parent) + " "
+    except (OSError, subprocess.CalledProcessError):
+        prefix = ""
 
-    def start(*args: Any, env: dict[str, str] | None = None, preexec_fn: Any = None, **kwargs: Any) -> Any:
+    def start(command: list[str], *args: Any, env: dict[str, str] | None = None, preexec_fn: Any = None, **kwargs: Any) -> Any:
         def prepare() -> None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the driver blocks them during `ray.init`
             if preexec_fn is not None:
                 preexec_fn()
 
+        command = [re.sub(r"^(--\w+_command=)(?=.)", rf"\1{prefix}", argument) for argument in command]
         environment = dict(item for item in (env or os.environ).items() if item != _SILENT_CORE)  # the cluster's logs stay
-        own_session = sys.platform == "linux"
-        return popen(*args, env=environment, preexec_fn=prepare, start_new_session=own_session, **kwargs)
+        own_session = sys.platform == "linux"  # elsewhere Ray ends its processes by their process group
+        return popen(command, *args, env=environment, preexec_fn=prepare, start_new_session=own_session, **kwargs)
 
     services.ConsolePopen = start
     try:
