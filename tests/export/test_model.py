@@ -77,6 +77,7 @@ def test_probabilities_are_the_softmax_of_the_scores(model: Path, rows: tuple[np
     np.testing.assert_allclose(found.sum_prob, expected[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_export_that_predicts_otherwise_is_not_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     black_on_white: Callable[[torch.Tensor], torch.Tensor] = lambda images: prepare_images(255 - images)  # noqa: E731
     monkeypatch.setattr("mnistsum_ray.export.model.prepare_images", black_on_white)

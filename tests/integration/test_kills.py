@@ -51,7 +51,7 @@ pytestmark = pytest.mark.slow
 ROWS, FILES, PART_ROWS = 24_000, 6, 500
 """Of the input of scoring; 60 rows are bad."""
 
-TRAIN = ["--recipe", "long", "--epochs", 4, "--batch-size", 32, "--sum-head-steps", 1000, "--num-workers", 2]
+TRAIN = ["--recipe", "long", "--epochs", 2, "--batch-size", 32, "--sum-head-steps", 500, "--num-workers", 2]
 """With all that a run draws: numbers, order, distortions, dropout. An epoch has 125 steps."""
 
 

@@ -14,7 +14,7 @@ from tests.integration.conftest import ROOT
 
 EVERY = 10
 
-# `ray.init` sets it for a cluster that it starts. The app keeps it: see mnistsum_ray/cluster/process_state.py.
+# `ray.init` sets it for a cluster that it starts. The app keeps it: see mnistsum_ray/cluster/ray_internals.py.
 KEPT = {"os.environ: RAY_USAGE_STATS_ENABLED": [None, "0"]}
 
 

@@ -108,6 +108,7 @@ def test_a_run_with_its_config_metrics_files_and_model(store: str, folder: Locat
     np.testing.assert_allclose(predicted["sum_prob"], ours.sum_prob, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_no_epoch_and_no_model_twice(store: str, folder: Location) -> None:
     unread = MANIFEST | {"data": MANIFEST["data"] | {"sha256": None}}  # streamed rows, of which nothing is known at first
     with pytest.raises(OSError), track(store, "mine", "a-name", None, unread) as first:  # noqa: PT011, PT012
@@ -127,6 +128,7 @@ def test_a_resumed_run_logs_no_epoch_and_no_model_twice(store: str, folder: Loca
         assert len(client.search_model_versions("name = 'my.reader'")) == 1
 
 
+@pytest.mark.slow
 def test_a_registry_that_refuses_costs_only_the_registration(
     store: str, folder: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +178,7 @@ def test_a_server_that_does_not_exist_is_refused(where: str, monkeypatch: pytest
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theirs", [None, "sqlite:///theirs.db"])
 def test_the_process_is_left_as_it_was(store: str, folder: Location, monkeypatch: pytest.MonkeyPatch, theirs: str | None) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
