@@ -45,13 +45,14 @@ from tests.integration.conftest import (
     run_job,
     score_here,
 )
+from tests.integration.test_refusals import check_refused
 
 pytestmark = pytest.mark.slow
 
 ROWS, FILES, PART_ROWS = 24_000, 6, 500
 """Of the input of scoring; 60 rows are bad."""
 
-TRAIN = ["--recipe", "long", "--epochs", 2, "--batch-size", 32, "--sum-head-steps", 500, "--num-workers", 2]
+TRAIN = ["--recipe", "long", "--batch-size", 32, "--sum-head-steps", 500, "--num-workers", 2]
 """With all that a run draws: numbers, order, distortions, dropout. An epoch has 125 steps."""
 
 
@@ -98,7 +99,8 @@ class Case:
 
 def training_case(root: str, data: str, *, streamed: bool) -> Case:
     place = ["--storage-path", root, "--name", "mine"]
-    flags = ["--data", data, *TRAIN, "--checkpoint-seconds", 0.1, *(["--shuffle-rows", 1500] if streamed else [])]
+    flags = ["--data", data, *TRAIN, "--checkpoint-seconds", 0.1, "--epochs", 5 if streamed else 3]
+    flags += ["--shuffle-rows", 1500] if streamed else []
     return Case("train", "RayTrainWorker", [*flags, *place], [*place, "--resume"], locate(root, "--storage-path") / "mine")
 
 
@@ -217,8 +219,8 @@ def test_whatever_dies_the_bytes_are_those_of_an_undisturbed_run(cases: tuple[Ca
         # On the nodes: a worker dies, then a node, then the driver.
         job, before = case.start(address=two_nodes.address), case.progress()
         case.wait_for_progress(job, before)
-        refused = run_job(case.name, *case.again, address=two_nodes.address)
-        assert (refused.code, "another run" in refused.err, "is writing there" in refused.err) == (2, True, True), refused.err
+        if case.name == "train" and case.output.is_local:  # elsewhere a second run takes seconds to find out
+            check_refused(run_job("train", *case.again), f"error: --name {case.output.path}: another run (")
         for what in ("a worker killed", "a node lost and another come"):
             before, began = case.progress(), time.monotonic()
             if what == "a worker killed":

@@ -20,6 +20,7 @@ from mnistsum_ray.model import int8
 from mnistsum_ray.model.inference import make_forward
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES
+from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import change_description, check_predictions, plain_predictions, with_footer, write_model
 from tests.integration.conftest import Scored, score_here
@@ -285,6 +286,16 @@ def test_strict_publishes_everything_at_the_end(model: Path, pairs: Path, tmp_pa
     assert (scored.line["resumed_rows"], scored.line["scored_rows"]) == (600, ROWS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert len(list((scored.output / "predictions").glob("part-*.parquet"))) == FILES
+
+
+def test_an_output_that_another_run_holds_is_refused(model: Path, pairs: Path, output: Path) -> None:
+    before = snapshot(output)
+    with folder_lock(locate(str(output), "--output"), "--output", print):
+        with pytest.raises(
+            RequestError, match=r"--output .*: another run \(.*\) is writing there; wait for it, or choose another"
+        ):
+            score_here(model, output, pairs)
+    assert snapshot(output) == before
 
 
 def test_a_folder_of_other_files_is_left_alone(model: Path, pairs: Path, tmp_path: Path) -> None:
