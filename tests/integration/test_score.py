@@ -290,11 +290,9 @@ def test_strict_publishes_everything_at_the_end(model: Path, pairs: Path, tmp_pa
 
 def test_an_output_that_another_run_holds_is_refused(model: Path, pairs: Path, output: Path) -> None:
     before = snapshot(output)
-    with folder_lock(locate(str(output), "--output"), "--output", print):
-        with pytest.raises(
-            RequestError, match=r"--output .*: another run \(.*\) is writing there; wait for it, or choose another"
-        ):
-            score_here(model, output, pairs)
+    said = r"--output .*: another run \(.*\) is writing there; wait for it, or choose another"
+    with folder_lock(locate(str(output), "--output"), "--output", print), pytest.raises(RequestError, match=said):
+        score_here(model, output, pairs)
     assert snapshot(output) == before
 
 
