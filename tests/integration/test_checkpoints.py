@@ -39,16 +39,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: str, tmp_path_factory: pytest.TempPathFactory, data: Path) -> Done:
-    runs = tmp_path_factory.mktemp("runs")
-    done = run_job("train", "--data", data, *STREAMED, "--storage-path", runs, "--name", "undisturbed", address=cluster)
-    assert "streaming 4,000 training rows, shuffled in windows of 1,472; holds at most 2 MiB" in done.err
-    files = pq.read_table(runs / "undisturbed" / "data_files.parquet")
-    assert (files["rows"].to_pylist(), files["checksum"].null_count) == ([1250] * 4, 0)
-    return done
-
-
-@pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """The runs folder of the run `mine` that was killed in its third epoch."""
     runs = tmp_path_factory.mktemp("killed")
@@ -62,16 +52,22 @@ def killed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return runs
 
 
-@pytest.mark.slow
-def test_without_a_whole_checkpoint_a_run_starts_again_to_the_same_bits(
-    cluster: str, tmp_path: Path, killed: Path, undisturbed: Done
-) -> None:
-    shutil.copytree(killed, tmp_path / "runs")
-    for path in (tmp_path / "runs" / "mine").glob(f"epoch_*/{STATE_CARD}"):
+@pytest.fixture(scope="module")
+def restarted(cluster: str, tmp_path_factory: pytest.TempPathFactory, killed: Path) -> Done:
+    """The same run from its beginning, since it finds no whole checkpoint."""
+    runs = Path(shutil.copytree(killed, tmp_path_factory.mktemp("restarted") / "runs"))
+    for path in (runs / "mine").glob(f"epoch_*/{STATE_CARD}"):
         path.write_text("{")
-    done = run_job("train", "--storage-path", tmp_path / "runs", "--name", "mine", "--resume", address=cluster)
-    assert "no checkpoint can be used, so the run starts from the beginning" in done.err
-    assert weights(done) == weights(undisturbed)
+    return run_job("train", "--storage-path", runs, "--name", "mine", "--resume", address=cluster)
+
+
+@pytest.mark.slow
+def test_without_a_whole_checkpoint_a_run_starts_again(restarted: Done) -> None:
+    assert "no checkpoint can be used, so the run starts from the beginning" in restarted.err
+    assert "streaming 4,000 training rows, shuffled in windows of 1,472; holds at most 2 MiB" in restarted.err
+    assert restarted.err.count(": train loss") == 3
+    files = pq.read_table(Path(restarted.line["run"]) / "data_files.parquet")
+    assert (files["rows"].to_pylist(), files["checksum"].null_count) == ([1250] * 4, 0)
 
 
 def change_a_digit(file: Path) -> None:
@@ -86,7 +82,7 @@ def change_a_digit(file: Path) -> None:
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_and_rows_that_changed_are_found_by_content(
-    cluster: str, tmp_path: Path, data: Path, killed: Path, undisturbed: Done
+    cluster: str, tmp_path: Path, data: Path, killed: Path, restarted: Done
 ) -> None:
     """By `--resume` and by `--from-run`. Neither the footer nor the time of the file tells, and the run goes on from a copy."""
     copy, runs = tmp_path / "copy", [tmp_path / "first", tmp_path / "second"]
@@ -99,7 +95,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_rows_that_changed_are_found_by_
     resume = ["--name", "mine", "--resume", "--data", copy]
     finished = run_job("train", "--storage-path", runs[0], *resume, address=cluster)
     assert " cannot be used: trainer.safetensors is incomplete or damaged (SHA-256 differs)" in finished.err
-    assert weights(finished) == weights(undisturbed)
+    assert weights(finished) == weights(restarted)
     change_a_digit(copy / "2.parquet")
     said = f"error: {copy}/2.parquet: holds other rows than when the run, or the run of --from-run, read it first"
     for flags in (resume, ["--name", "other", "--from-run", finished.line["run"]]):

@@ -1,4 +1,4 @@
-"""Clusters of every small size: each request finishes or is refused at once, and none waits forever."""
+"""A cluster of one CPU: each request finishes or is refused at once, and none waits forever."""
 
 import io
 import time
@@ -18,28 +18,27 @@ EVERY = 25
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cpus", [1, 3])
-def test_every_request_finishes_or_is_refused_at_once(cpus: int, data: Path, model: Path, tmp_path: Path) -> None:
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+def test_every_request_finishes_or_is_refused_at_once(data: Path, model: Path, tmp_path: Path) -> None:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
-        for workers in (cpus, cpus + 1):
+        for workers in (1, 2):
             started = time.monotonic()
             try:
                 config = TrainConfig(data=str(data), epochs=1, sum_head_steps=50, num_workers=workers, storage_path=str(tmp_path))
                 run = preflight(config)
                 assert fit(run, Console(io.StringIO()))["test"]["rows"] > 0
-                assert workers <= cpus
+                assert workers == 1
             except RequestError:
-                assert workers > cpus
+                assert workers == 2
                 assert time.monotonic() - started < 5
             started = time.monotonic()
             try:
                 output = tmp_path / f"out{workers}"
                 scored = score_here(model, output, data, number_column="digit", num_workers=workers)
                 assert scored.line["scored_rows"] == 200
-                assert workers <= cpus
+                assert workers == 1
             except RequestError:
-                assert workers > cpus
+                assert workers == 2
                 assert time.monotonic() - started < 5
     finally:
         ray.shutdown()

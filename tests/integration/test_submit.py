@@ -73,16 +73,6 @@ def test_both_jobs_from_a_working_dir(head: Head, project: Path) -> None:
     assert "error: --strict: nothing was scored" in done.stdout
 
 
-def test_the_plain_form_from_the_folder_where_the_head_was_started(head: Head, project: Path) -> None:
-    """`ray job submit -- python jobs/train.py` uploads nothing, and runs in the folder where the head was started."""
-    for name in ("jobs", "mnistsum_ray"):
-        (head.folder / name).symlink_to(project / name)
-    flags = ["--data", "rows.parquet", "--epochs", "1", "--sum-head-steps", "50", "--name", "plain"]
-    done, code = head.submit("python", "jobs/train.py", *flags)
-    assert (done.returncode, code) == (0, 0), done.stdout
-    assert last_line(done)["run"] == str(head.folder / "runs" / "plain")
-
-
 def test_a_stopped_job_says_how_to_resume(head: Head, project: Path) -> None:
     job = f"job-{secrets.token_hex(4)}"
     train = ["python", "jobs/train.py", "--data", "sample", "--epochs", "50", "--name", "stopped"]
