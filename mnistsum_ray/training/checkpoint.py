@@ -201,7 +201,9 @@ def read_checkpoint(folder: Location) -> tuple[dict[str, Any], Weights]:
         return fields, load_tensors(data)
     except FileNotFoundError as error:
         raise CheckpointError(f"a file is missing ({one_line(error)})") from None
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except SafetensorError as error:
+        raise CheckpointError(f"{STATE_FILE} is incomplete or damaged ({one_line(error)})") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{STATE_CARD} is incomplete or damaged ({one_line(error)})") from None
 
 
