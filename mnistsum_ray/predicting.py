@@ -97,7 +97,7 @@ def predict_rows(
     data: Any = rows
     if _is_a(data, "ray.data", "Dataset"):
         arguments = (model, image_column, number_column, batch_size)
-        return data.map_batches(predict_rows, batch_format="pyarrow", fn_args=arguments)  # type: ignore[no-any-return]
+        return data.map_batches(_predict_block, batch_format="pyarrow", fn_args=arguments)  # type: ignore[no-any-return]
     polars, pandas = _is_a(data, "polars", "DataFrame"), _is_a(data, "pandas", "DataFrame")
     if not (polars or pandas or isinstance(data, pa.Table)):
         raise TypeError(f"rows: must be a pandas or Polars DataFrame, an Arrow table or a Ray Dataset, not {type(data).__name__}")
@@ -119,6 +119,11 @@ def predict_rows(
     for name, values in added.items():
         data = data.append_column(name, values)
     return data  # type: ignore[no-any-return]
+
+
+def _predict_block(block: pa.Table, model: "TwoHeadCNN", image_column: str, number_column: str, batch_size: int) -> Any:
+    """`predict_rows` with the arguments in the order in which Ray Data gives them."""
+    return predict_rows(model, block, image_column, number_column, batch_size)
 
 
 def _predicted_columns(model: "TwoHeadCNN", frame: Any, image: str, number: str, batch_size: int) -> dict[str, pa.Array]:

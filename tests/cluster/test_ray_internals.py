@@ -39,7 +39,7 @@ def address() -> Iterator[str]:
 
 @pytest.mark.usefixtures("address")
 def test_ray_processes_in_own_sessions() -> None:
-    listed = subprocess.run(["ps", "-o", "sid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
+    listed = subprocess.run(["ps", "-wwo", "sid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
     sessions = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
     for program in ("gcs_server", "raylet"):
         leaders = [int(session) for session, command in sessions if program in command]

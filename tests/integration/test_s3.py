@@ -16,7 +16,7 @@ from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import LEASE_TTL_SECONDS
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import write_model
-from tests.integration.conftest import Done, Job, descendants, run_job
+from tests.integration.conftest import Done, Job, Storage, descendants, run_job
 
 
 def table(place: Location) -> pa.Table:
@@ -24,8 +24,7 @@ def table(place: Location) -> pa.Table:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("s3")
-def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Path) -> None:
+def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(s3: Storage, cluster: str, model: Path, tmp_path: Path) -> None:
     roots = {"there": locate("s3://scores/run", "--output"), "here": locate(str(tmp_path), "--output")}
     done: dict[str, Done] = {}
     for where, root in roots.items():
@@ -44,7 +43,7 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
             "--label-column",
             "digit",
         ]
-        done[where] = run_job("score", "--input", root.display + "/pairs/*.parquet", *flags)
+        done[where] = run_job("score", "--input", root.display + "/pairs/*.parquet", *flags, address=cluster)
         assert done[where].code == 3, done[where].err
     there, here = (done[where].last_line for where in ("there", "here"))
     timing = {"output", "seconds", "rows_per_second"}
@@ -63,7 +62,8 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
 
     # Scored again, into a staging folder first.
     text = roots["there"].display
-    again = run_job("score", "--model", f"{text}/model", "--input", f"{text}/pairs", "--output", f"{text}/out", "--overwrite")
+    flags = ["--model", f"{text}/model", "--input", f"{text}/pairs", "--output", f"{text}/out", "--overwrite"]
+    again = run_job("score", *flags, address=cluster)
     assert again.code == 3, again.err
     assert again.last_line["resumed_rows"] == 0
     left = {info.path.removeprefix(roots["there"].path) for info in (roots["there"] / "out").files()}
