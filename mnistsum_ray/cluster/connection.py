@@ -94,8 +94,8 @@ def disconnect(*, keep_logs: bool = False) -> None:
 def _authenticate(named_address: str | None, *, starts_cluster: bool) -> None:
     """Set RAY_AUTH_MODE and RAY_AUTH_TOKEN for `ray.init`, which hands them to the processes that it starts.
 
-    A cluster of our own has a token, because other users of this machine reach its ports, and whoever may submit work to it can
-    do what this user can. The token is in the memory of its processes only. Ray would write it to ~/.ray/auth_token, where each
+    A local cluster has a token, because other users of this machine reach its ports, and a user who may submit work to it can do
+    what this user can. The token is in the memory of its processes only. Ray would write it to ~/.ray/auth_token, where each
     cluster that the user starts later would find it, ask for it, and reject clients that do not send it. A token that the user
     has is taken for our cluster too, so that tools such as `ray status` may ask it.
 

@@ -165,7 +165,7 @@ def test_a_cluster_of_a_job_has_a_token_that_no_other_program_meets(home: Path) 
         assert float(joined.stdout) == os.cpu_count(), joined.stderr
         assert not joined.stderr
     asked = subprocess.run([sys.executable, "-c", ASK_WITHOUT_THE_TOKEN], env=os.environ | {"RAY_ADDRESS": "local"}, cwd=ROOT)
-    assert asked.returncode == 0, "whoever has no token is rejected"
+    assert asked.returncode == 0, "a client without the token is rejected"
     assert not (home / ".ray").exists()
     assert not [path for path in home.rglob("*token*") if path.is_file()]
 
