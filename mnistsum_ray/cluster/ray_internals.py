@@ -139,7 +139,11 @@ def side_effects_undone() -> Iterator[None]:
     - It puts the working folder first in the workers' import path: a `pandas.py` that lies beside the user's data would be
       executed in each worker. So it runs in another one, unless the working folder is in the import path of this process.
     - Ray's C++ code writes to file descriptor 2, for example when a token is rejected.
+    - It starts a thread that prints errors of Ray's processes at any time, also below the job's last line, and with advice that
+      does not hold ("there are infinite retries"). `listen_error_messages` is private. The jobs report what fails.
     """
+    from ray._private import worker
+
     environment, logger, working_folder = dict(os.environ), logging.getLogger("ray"), Path.cwd()
     level = logger.level
     sys.stderr.flush()
@@ -148,9 +152,11 @@ def side_effects_undone() -> Iterator[None]:
     os.environ.setdefault(*_SILENT_CORE)
     if not {"", str(working_folder)} & set(sys.path):
         os.chdir(Path(__file__).parents[2])
+    listen, worker.listen_error_messages = worker.listen_error_messages, lambda *_: None
     try:
         yield
     finally:
+        worker.listen_error_messages = listen
         os.chdir(working_folder)
         os.dup2(stderr, 2)
         os.close(stderr)

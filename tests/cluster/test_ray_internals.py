@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,16 @@ def test_ray_processes_in_own_sessions() -> None:
         leaders = [int(session) for session, command in sessions if program in command]
         assert leaders, f"Ray {ray.__version__} no longer starts {program} from the driver"
         assert os.getsid(0) not in leaders, f"Ray {ray.__version__} no longer starts {program} with services.ConsolePopen"
+
+
+@pytest.mark.usefixtures("address")
+def test_errors_of_rays_processes_are_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    """Ray prints to each driver that listens that a process has died, and that there are retries."""
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        ray.get(ray.remote(max_retries=1)(lambda: os._exit(1)).remote())
+    time.sleep(1)
+    with uses("ray._private.worker.listen_error_messages"):
+        assert "raylet" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.usefixtures("address")
