@@ -3,36 +3,19 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console
 
 _RAY_LOGGERS: Final = ("ray", "ray.data")
 """Loggers that `fit` and `score` silence below ERROR: the console reports progress itself."""
-
-
-if TYPE_CHECKING:
-
-    class _Accuracies:
-        """Has the fields `<head>_accuracy`."""
-
-        def __getattr__(self, name: str) -> float: ...
-
-else:
-    _Accuracies = make_dataclass(
-        "_Accuracies",
-        [(f"{head.name}_accuracy", float | None, field(default=None)) for head in HEADS],
-        frozen=True,
-        kw_only=True,
-    )
 
 
 @dataclass(frozen=True)
@@ -47,14 +30,16 @@ class SplitRows:
 
 
 @dataclass(frozen=True)
-class TestMetrics(_Accuracies):
-    """Quality on the test rows, with every number 0..9 for each image: `digit_accuracy` and `sum_accuracy` in 0..1, and:"""
+class TestMetrics:
+    """Quality on the test rows, with every number 0..9 for each image. Accuracies are in 0..1."""
 
     rows: int
     pairs: int
     """Ten for each row."""
     loss: float
     """Mean of the heads' cross-entropies, in nats."""
+    digit_accuracy: float
+    sum_accuracy: float
 
 
 @dataclass(frozen=True)
@@ -76,11 +61,8 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class ScoreResult(_Accuracies):
-    """Result of a finished scoring. input_rows = scored_rows + rejected_rows, over the files that can be read.
-
-    `digit_accuracy` and `sum_accuracy` are in 0..1, or None without a labelled row.
-    """
+class ScoreResult:
+    """Result of a finished scoring. input_rows = scored_rows + rejected_rows, over the files that can be read."""
 
     output: str
     """Output folder, or its URI."""
@@ -95,6 +77,9 @@ class ScoreResult(_Accuracies):
     seconds: float
     set_aside: bool
     """Whether this run rejected rows or left out files, besides those that an earlier run had set aside."""
+    digit_accuracy: float | None = None
+    """Accuracies in 0..1; None without a labelled row."""
+    sum_accuracy: float | None = None
 
     @property
     def complete(self) -> bool:

@@ -16,8 +16,7 @@ from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import make_forward
 from mnistsum_ray.model.int8 import activation_maxima
-from mnistsum_ray.model.loss import Objective
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import Objective, TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 
 Measurement = dict[str, float]

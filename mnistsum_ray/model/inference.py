@@ -9,14 +9,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mnistsum_ray.data.images import (
-    SIDE,
-    Pixels,
-)
+from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, SUM
 from mnistsum_ray.model.int8 import int8_digit_scores
-from mnistsum_ray.model.loss import probability_losses
+from mnistsum_ray.model.metrics import probability_losses
 from mnistsum_ray.model.network import Scores, TwoHeadCNN, prepare_images
 
 CPU_BATCH: Final = 256

@@ -18,7 +18,6 @@ from torch import Tensor
 from mnistsum_ray.data.order import NUMBERS, check_row_counts, mix_ids
 from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.heads import DIGITS, HEADS, SUM
-from mnistsum_ray.model.loss import probability_losses
 from mnistsum_ray.model.network import Scores, TwoHeadCNN
 
 BINS: Final = 15
@@ -104,6 +103,23 @@ class Counts:
         rows = int(self.confusion.sum())
         check_row_counts(rows, int(self._id_sum), expected_rows, expected_id_sum, "evaluation")
         return {"rows": rows, "pairs": rows * NUMBERS, "loss": self._losses.mean().item() / rows} | self.shares()
+
+
+def probability_losses(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of each row's probabilities.
+
+    Args:
+        scores: logits [n, classes].
+        labels: true classes int64[n].
+
+    Returns:
+        Negative log-likelihoods in nats and Brier scores (squared distances between the probabilities and the one-hot truth),
+        float32[n] each.
+    """
+    log_probabilities = scores.log_softmax(1)
+    nll = -log_probabilities.gather(1, labels[:, None]).squeeze(1)
+    brier = log_probabilities.exp().square().sum(1) - 2 * torch.exp(-nll) + 1
+    return nll, brier
 
 
 @dataclass

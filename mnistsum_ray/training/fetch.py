@@ -3,8 +3,8 @@
 This module does not import torch: an actor that took a second to import it would delay the first training rows.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final
 
@@ -34,34 +34,8 @@ _BLOCK_ROWS: Final = 8192
 Columns = dict[str, np.ndarray]
 
 
-@dataclass
-class ObjectStoreRows:
-    """Rows in the object store."""
-
-    blocks: "list[ray.ObjectRef[pa.Table]]"
-    first_ids: RowIds
-    """Row id of the first row of each block, in ascending order."""
-
-    @cached_property
-    def _opened(self) -> list[tuple[Pixels, npt.NDArray[np.int8]]]:
-        """The blocks in shared memory, kept open: to get each block for each task took most of the time."""
-        return [_images_and_digits(table) for table in ray.get(self.blocks)]
-
-    def fetch(self, ids: RowIds) -> tuple[Pixels, npt.NDArray[np.int8]]:
-        """Rows int64[n], distinct and in any order, as uint8[n, 28, 28] and int8[n]."""
-        images, digits = np.empty((len(ids), SIDE, SIDE), np.uint8), np.empty(len(ids), np.int8)
-        block = np.searchsorted(self.first_ids, ids, side="right") - 1
-        order = np.argsort(block, kind="stable")
-        indices, starts = np.unique(block[order], return_index=True)
-        for index, places in zip(indices.tolist(), np.split(order, starts[1:]), strict=False):
-            rows = ids[places] - self.first_ids[index]
-            block_images, block_digits = self._opened[index]
-            images[places], digits[places] = block_images[rows], block_digits[rows]
-        return images, digits
-
-
-RowData = ImageArrays | ObjectStoreRows | ParquetFiles
-"""What workers fetch rows from, with their method `fetch`."""
+RowData = ImageArrays | ParquetFiles
+"""What workers fetch rows from, with their method `fetch`: arrays in the object store, or files."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +45,10 @@ class LoadedRows:
     data: "ray.ObjectRef[RowData]"
     checksums: npt.NDArray[np.int64] | None
     """Sum of `row_checksums` of each file, int64[files]; None where the rows have not been read, but are streamed."""
-    lineage: ray.data.Dataset | None = None
-    """The dataset of the blocks. While a reference exists, Ray can compute blocks of a lost node again."""
 
 
 def load_rows(source: Source) -> LoadedRows:
-    """Read and decode a whole source into the object store, on the cluster.
+    """Read and decode a whole source into the object store of the driver's node, from where each node that needs it copies it.
 
     Raises:
         RequestError: a file or a row cannot be used; the message names it.
@@ -85,36 +57,41 @@ def load_rows(source: Source) -> LoadedRows:
     data = source.data
     if isinstance(data, ImageArrays):
         return LoadedRows(ray.put(data), row_checksums(np.arange(source.rows), data.images, data.digits).sum(keepdims=True))
-    # Whole row groups, of about _BLOCK_ROWS rows together.
-    bounds = data.group_bounds
-    edges = np.unique(bounds[np.searchsorted(bounds, np.arange(0, bounds[-1], _BLOCK_ROWS), side="right") - 1])
-    items = [{"first": first, "end": end} for first, end in pairwise([*edges.tolist(), int(bounds[-1])])]
-    with ray_data_options(preserve_order=True):
-        lineage = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _read_block,
-            fn_args=(ray.put(data),),
-            batch_size=1,
-            num_cpus=TASK_CPUS,
-            compute=TaskPoolStrategy(size=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))),
-        )
-        blocks = list(lineage.materialize().to_arrow_refs())
-    first_ids, end, checksums = list[int](), 0, np.zeros(len(data.end_ids), np.int64)
-    for block in blocks:
-        table: pa.Table = ray.get(block)
-        if "error" in table.column_names:
-            raise RequestError(table["error"][0].as_py())
-        images, digits = _images_and_digits(table)
-        first_ids.append(end)
-        end += len(digits)
-        data.add_checksums(checksums, np.arange(first_ids[-1], end), images, digits)
-    if end != bounds[-1]:
-        raise RowCountError(f"read {end:,} rows of {data.root.display}, whose files hold {bounds[-1]:,}")
-    return LoadedRows(ray.put(ObjectStoreRows(blocks, np.array(first_ids))), checksums, lineage)
+    images, digits = np.empty((source.rows, SIDE, SIDE), np.uint8), np.empty(source.rows, np.int8)
+    end, checksums = 0, np.zeros(len(data.end_ids), np.int64)
+    for block in _read_blocks(data):
+        first, end = end, end + len(block)
+        if end > source.rows:
+            break
+        images[first:end], digits[first:end] = _images_and_digits(block)
+        data.add_checksums(checksums, np.arange(first, end), images[first:end], digits[first:end])
+    if end != source.rows:
+        raise RowCountError(f"read {end:,} rows of {data.root.display}, whose files hold {source.rows:,}")
+    return LoadedRows(ray.put(ImageArrays(images, digits)), checksums)
 
 
 def stream_rows(files: ParquetFiles) -> LoadedRows:
     """Access to rows that stay in their files."""
     return LoadedRows(ray.put(files), None)
+
+
+def _read_blocks(files: ParquetFiles) -> Iterator[pa.Table]:
+    """All rows in the order of their ids, read and decoded on the cluster: whole row groups, about _BLOCK_ROWS rows together."""
+    bounds = files.group_bounds
+    edges = np.unique(bounds[np.searchsorted(bounds, np.arange(0, bounds[-1], _BLOCK_ROWS), side="right") - 1])
+    items = [{"first": first, "end": end} for first, end in pairwise([*edges.tolist(), int(bounds[-1])])]
+    with ray_data_options(preserve_order=True):
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _read_block,
+            fn_args=(ray.put(files),),
+            batch_size=1,
+            num_cpus=TASK_CPUS,
+            compute=TaskPoolStrategy(size=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))),
+        )
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        if "error" in block.column_names:
+            raise RequestError(block["error"][0].as_py())
+        yield block
 
 
 def _read_block(item: Columns, files: ParquetFiles) -> pa.Table:

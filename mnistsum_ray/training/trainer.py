@@ -15,9 +15,8 @@ from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, positions_of_rank, step_seed
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import all_reduce_sum
-from mnistsum_ray.model.loss import Objective, dropout_factors
 from mnistsum_ray.model.metrics import Counts, Metrics, score_rows
-from mnistsum_ray.model.network import TwoHeadCNN, distort, prepare_images
+from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, dropout_factors, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.console import UPDATE_SECONDS
 from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState

@@ -16,8 +16,7 @@ from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.model.loss import Objective
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import Objective, TwoHeadCNN, prepare_images
 from mnistsum_ray.training.fetch import load_rows
 from mnistsum_ray.training.rows import Batch, TrainingRows
 from tests.gpu.conftest import CUDA

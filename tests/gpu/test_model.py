@@ -12,8 +12,7 @@ from torch._dynamo.utils import counters
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters
 from mnistsum_ray.model.inference import Predictor
-from mnistsum_ray.model.loss import Objective, dropout_factors
-from mnistsum_ray.model.network import TwoHeadCNN, distort, prepare_images
+from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, dropout_factors, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.paths import locate

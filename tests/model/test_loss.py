@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.model.loss import Objective, dropout_factors, joint_loss
-from mnistsum_ray.model.network import prepare_images
+from mnistsum_ray.model.network import Objective, dropout_factors, joint_loss, prepare_images
 from tests.model import new_model, random_rows
 
 ROWS = 50

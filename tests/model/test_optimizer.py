@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnistsum_ray.model.loss import joint_loss
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.model.optimizer import Muon, MuonAdamW, one_cycle
 from tests.model import new_model, random_rows
 

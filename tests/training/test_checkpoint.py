@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.loss import joint_loss
 from mnistsum_ray.model.metrics import Metrics
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.paths import locate
