@@ -1,7 +1,7 @@
 """The assignment as its original implements it: plain PyTorch, one row at a time through a DataLoader, float32."""
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -11,11 +11,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.data.sources import Source
+from mnistsum_ray.data.sources import Digits, Source
 from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD
 
 BATCH: Final = 256
 _EPOCHS: Final = 5
+
+Batch = list[Tensor]
+"""Images float32[n, 1, 28, 28], one-hot numbers float32[n, 10], digits and sums int64[n]."""
 
 
 class OriginalNet(nn.Module):
@@ -41,7 +44,7 @@ class OriginalNet(nn.Module):
 class OriginalDataset(Dataset[tuple[Tensor, Tensor, int, int]]):
     """Rows of (image, one-hot random number, digit, sum), each made when it is read."""
 
-    def __init__(self, images: Pixels, digits: list[int]) -> None:
+    def __init__(self, images: Pixels, digits: Digits) -> None:
         self.images, self.digits = images, digits
         self.transform = Compose([ToTensor(), Normalize((PIXEL_MEAN,), (PIXEL_STD,))])
 
@@ -49,55 +52,48 @@ class OriginalDataset(Dataset[tuple[Tensor, Tensor, int, int]]):
         return len(self.digits)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int]:
-        number = int(torch.randint(0, 10, (1,)))
+        digit, number = int(self.digits[index]), int(torch.randint(0, 10, (1,)))
         image = self.transform(self.images[index][:, :, None])
-        return image, F.one_hot(torch.tensor(number), 10).float(), self.digits[index], self.digits[index] + number
+        return image, F.one_hot(torch.tensor(number), 10).float(), digit, digit + number
 
 
-def train(rows: OriginalDataset, device: torch.device) -> tuple[OriginalNet, Iterator[int]]:
-    """The network, and its training with Adam: an endless iterator that trains on a batch and yields its number of rows."""
-    loader = DataLoader(rows, batch_size=BATCH, shuffle=True)
-    model = OriginalNet().to(device)
+def training_step(model: OriginalNet, device: torch.device) -> Callable[[Batch], int]:
+    """A step of training with Adam; returns the rows of its batch."""
     optimizer = torch.optim.Adam(model.parameters())
 
-    def batches() -> Iterator[int]:
-        while True:
-            for batch in loader:
-                image, number, digit, total = (values.to(device) for values in batch)
-                optimizer.zero_grad()
-                digit_scores, sum_scores = model(image, number)
-                loss = (F.cross_entropy(digit_scores, digit) + F.cross_entropy(sum_scores, total)) / 2
-                torch.autograd.backward(loss)
-                optimizer.step()
-                yield len(image)
+    def step(batch: Batch) -> int:
+        image, number, digit, total = (values.to(device) for values in batch)
+        optimizer.zero_grad()
+        digit_scores, sum_scores = model(image, number)
+        loss = (F.cross_entropy(digit_scores, digit) + F.cross_entropy(sum_scores, total)) / 2
+        torch.autograd.backward(loss)
+        optimizer.step()
+        return len(image)
 
-    return model, batches()
+    return step
 
 
-def score(rows: OriginalDataset, model: OriginalNet, device: torch.device) -> Iterator[tuple[int, int, int]]:
-    """Evaluation loop of the original, once over the rows: yields rows, right digits and right sums of each batch."""
-    model.eval().to(device)
+@torch.no_grad()
+def evaluate(model: OriginalNet, device: torch.device, batch: Batch) -> tuple[int, int, int]:
+    """Rows, right digits and right sums of a batch."""
+    image, number, digit, total = batch
+    digits, sums = (scores.argmax(1).cpu() for scores in model(image.to(device), number.to(device)))
+    return len(image), int((digits == digit).sum()), int((sums == total).sum())
 
-    @torch.no_grad()
-    def batches() -> Iterator[tuple[int, int, int]]:
-        for image, number, digit, total in DataLoader(rows, batch_size=BATCH):
-            digits, sums = (scores.argmax(1).cpu() for scores in model(image.to(device), number.to(device)))
-            yield len(image), int((digits == digit).sum()), int((sums == total).sum())
 
-    return batches()
+def loader(rows: tuple[Pixels, Digits], *, training: bool) -> DataLoader[Any]:
+    """Batches of images and their digits, shuffled for training."""
+    return DataLoader(OriginalDataset(*rows), BATCH, shuffle=training)
 
 
 def measure_accuracy(source: Source, device: torch.device) -> dict[str, float]:
     """Test accuracies of the original's way: five epochs over all training rows, then the test rows, a random number each."""
-
-    def rows_of(ids: np.ndarray) -> OriginalDataset:
-        images, digits = source.data.fetch(ids)
-        return OriginalDataset(images, digits.tolist())
-
-    rows = rows_of(np.concatenate([source.train.ids(), source.validation.ids()]))
-    model, batches = train(rows, device)
-    left = _EPOCHS * len(rows)
-    while left:
-        left -= next(batches)
-    count, digits, sums = map(sum, zip(*score(rows_of(source.test.ids()), model, device), strict=True))
-    return {"digit_accuracy": digits / count, "sum_accuracy": sums / count}
+    model = OriginalNet().to(device)
+    step, training = training_step(model, device), np.concatenate([source.train.ids(), source.validation.ids()])
+    batches = loader(source.data.fetch(training), training=True)
+    for _ in range(_EPOCHS):
+        for batch in batches:
+            step(batch)
+    test = loader(source.data.fetch(source.test.ids()), training=False)
+    rows, digits, sums = map(sum, zip(*(evaluate(model, device, batch) for batch in test), strict=True))
+    return {"digit_accuracy": digits / rows, "sum_accuracy": sums / rows}

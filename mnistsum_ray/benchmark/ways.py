@@ -5,30 +5,35 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 
-from mnistsum_ray.benchmark import memory, original
-from mnistsum_ray.benchmark.memory import Measurement, time_batches
-from mnistsum_ray.benchmark.suite import run_job
-from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.benchmark import original
+from mnistsum_ray.benchmark.suite import Measurement, run_job
 from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.sources import Digits, open_source
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import int8
-from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
+from mnistsum_ray.model.inference import CPU_BATCH, GPU_BATCH, make_forward
+from mnistsum_ray.model.loss import Objective
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
-from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.paths import locate
+
+Steps = Iterator[int]
+"""Works on a batch when it is asked for the next item, the number of the batch's rows; endless."""
 
 _ROWS: Final = 16_384
 """Most rows that the ways without Ray Data hold in memory."""
 
+_WARM_UP_BATCHES: Final = 3
 _FIRST_FILE_ROWS: Final = 1000
 
 
@@ -39,63 +44,122 @@ def measure(args: argparse.Namespace) -> Measurement:
         RequestError: the data have too few rows.
     """
     what, way, device = args.what, args.way, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = open_source(args.data)
     if what == "accuracy":
-        accuracies = original.measure_accuracy(open_source(args.data), device)
-        return accuracies | {"seconds": time.time() - args.command_time}
+        return original.measure_accuracy(source, device) | {"seconds": time.time() - args.command_time}
     if way == "ray" and what == "train":
         return _train_job(args.data, args.epochs or (20 if device.type == "cuda" else 2))
-    images, digits = _read_rows(args.data)
+    images, digits = source.data.fetch(np.arange(min(source.rows, _ROWS)))
+    if len(images) < original.BATCH:
+        raise RequestError(f"--data {args.data}: has {len(images)} rows, fewer than a batch of {original.BATCH}")
+    precision = "int8" if way.endswith("int8") else None
     if way.startswith("ray"):
-        return _score_job(args.data, args.rows, "int8" if way == "ray-int8" else None, images, digits)
+        return _score_job(args.data, args.rows, precision, images, digits)
 
     def loop() -> Measurement:
-        if what == "score" and way != "loader":
-            precision = "int8" if way == "memory-int8" else None
-            return memory.score(images, args.seconds, torch.device("cpu") if precision else device, precision, args.command_time)
-        if way != "loader":
-            batches = memory.train(images, digits, device)
+        if way == "loader":
+            steps = _loader_steps(images, digits, device, training=what == "train")
         elif what == "train":
-            _, batches = original.train(original.OriginalDataset(images, digits), device)
+            steps = _training_steps(images, digits, device)
         else:
-            rows, model = original.OriginalDataset(images, digits), original.OriginalNet()
-            batches = (count for _ in itertools.count() for count, _, _ in original.score(rows, model, device))
-        return time_batches(batches, args.seconds, device, args.command_time)
+            steps = _scoring_steps(images, torch.device("cpu") if precision else device, precision)
+        return _time_steps(steps, args.seconds, args.command_time)
 
     return _in_train_worker(loop) if way == "worker" else loop()
 
 
-def _read_rows(data: str) -> tuple[Pixels, list[int]]:
-    """Images uint8[n, 28, 28] and digits of the first rows of a source."""
-    source = open_source(data)
-    images, digits = source.data.fetch(np.arange(min(source.rows, _ROWS)))
-    if len(images) < original.BATCH:
-        raise RequestError(f"--data {data}: has {len(images)} rows, fewer than a batch of {original.BATCH}")
-    return images, digits.tolist()
+def _time_steps(steps: Steps, seconds: float, command_time: float) -> Measurement:
+    """Measure until `seconds` after the warm-up, whose batches do not count towards the rate.
+
+    `command_time`: when the command was given, in seconds since 1970.
+    """
+
+    def after(count: int) -> float:
+        for _ in range(count):
+            next(steps)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    startup, requested = time.time() - command_time, time.perf_counter()
+    first, started, rows = after(1) - requested, after(_WARM_UP_BATCHES - 1), 0
+    while time.perf_counter() - started < seconds:
+        rows += next(steps)
+    return {"rows_per_second": rows / (after(0) - started), "startup_seconds": startup, "first_batch_seconds": first}
+
+
+def _loader_steps(images: Pixels, digits: Digits, device: torch.device, *, training: bool) -> Steps:
+    model = original.OriginalNet().to(device)
+    step = original.training_step(model, device) if training else lambda batch: original.evaluate(model, device, batch)[0]
+    loader = original.loader((images, digits), training=training)
+    return (step(batch) for _ in itertools.count() for batch in loader)
+
+
+def _training_steps(images: Pixels, digits: Digits, device: torch.device) -> Steps:
+    """Training with the package's model, loss and optimizer."""
+    if device.type == "cpu":
+        enable_determinism()
+        tune_malloc()
+    prepared = prepare_images(torch.tensor(images)).to(device)
+    labels = torch.tensor(digits, device=device).long()
+    numbers = torch.randint(0, NUMBERS, (len(digits),), device=device)
+    model = TwoHeadCNN().to(device)
+    optimizer = MuonAdamW(model, weight_decay=0.01)
+    objective = Objective(model, 0.0, torch.bfloat16 if faster_with_bf16(device) else torch.float32)
+
+    def step(rows: slice) -> int:
+        optimizer.zero_grad()
+        loss, _ = objective(prepared[rows], numbers[rows], labels[rows], None)
+        torch.autograd.backward(loss / original.BATCH)
+        optimizer.step(0.01, objective.dtype)
+        return original.BATCH
+
+    return map(step, _batches(len(images), original.BATCH))
+
+
+def _scoring_steps(images: Pixels, device: torch.device, precision: str | None) -> Steps:
+    """Bare forward pass, with one thread and the batches of `model.inference`, as a process of scoring has them."""
+    tune_malloc()
+    torch.set_num_threads(1)
+    pixels = torch.tensor(images).to(device)
+    numbers = torch.randint(0, NUMBERS, (len(images),), device=device)
+    model = TwoHeadCNN().eval()
+    maxima = int8.activation_maxima(model, pixels[:256].cpu()) if precision else None
+    forward = make_forward(model.to(device), device, precision or ("bf16" if faster_with_bf16(device) else "fp32"), maxima)
+    batch = min(len(images), CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+
+    @torch.inference_mode()
+    def step(rows: slice) -> int:
+        forward(pixels[rows], numbers[rows])
+        return batch
+
+    return map(step, _batches(len(images), batch))
+
+
+def _batches(rows: int, batch: int) -> Iterator[slice]:
+    """Whole batches, again and again."""
+    return itertools.cycle([slice(start, start + batch) for start in range(0, rows - batch + 1, batch)])
 
 
 def _train_job(data: str, epochs: int) -> Measurement:
-    """Speed of `mnistsum train` with one worker.
-
-    The epochs after the first give the rate, the share of the time spent waiting for data, and the longest pause between epochs.
-    """
+    """Speed of `mnistsum train` with one worker; the first epoch does not count towards the rate and the waiting."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--data", data, "--epochs", epochs, "--batch-size", original.BATCH, "--num-workers", 1]
         command_time = time.time()
         run_job("train", *flags, "--storage-path", folder, "--name", "benchmark")
-        lines = (Path(folder) / "benchmark" / "history.jsonl").read_text().splitlines()
-    first, *later = history = [json.loads(line) for line in lines]
-    seconds = sum(entry["seconds"] for entry in later)
+        history = [json.loads(line) for line in (Path(folder) / "benchmark" / "history.jsonl").open()]
+    seconds = [entry["seconds"] for entry in history[1:]]
     ends = [entry["started"] + entry["seconds"] + entry["evaluation_seconds"] for entry in history]
     return {
-        "rows_per_second": sum(entry["rows_per_second"] * entry["seconds"] for entry in later) / seconds,
-        "startup_seconds": first["started"] - command_time,
-        "first_batch_seconds": first["first_batch_seconds"],
-        "waiting": sum(entry["waiting"] * entry["seconds"] for entry in later) / seconds,
-        "between_epochs_seconds": max(entry["started"] - end for entry, end in zip(later, ends, strict=False)),
+        "rows_per_second": np.average([entry["rows_per_second"] for entry in history[1:]], weights=seconds),
+        "startup_seconds": history[0]["started"] - command_time,
+        "first_batch_seconds": history[0]["first_batch_seconds"],
+        "waiting": np.average([entry["waiting"] for entry in history[1:]], weights=seconds),
+        "between_epochs_seconds": max(entry["started"] - end for entry, end in zip(history[1:], ends, strict=False)),
     }
 
 
-def _score_job(data: str, rows: int, precision: str | None, images: Pixels, digits: list[int]) -> Measurement:
+def _score_job(data: str, rows: int, precision: str | None, images: Pixels, digits: Digits) -> Measurement:
     """Speed of `mnistsum score` on `rows` rows, and the time from the command to the first committed file on 1,000 rows.
 
     The model has random weights, on which the speed does not depend; `images` and `digits` calibrate it for int8.
@@ -106,7 +170,7 @@ def _score_job(data: str, rows: int, precision: str | None, images: Pixels, digi
     model = TwoHeadCNN().eval()
     description = describe_model(copy_weights(model), epoch=0, metrics={})
     if precision:
-        pixels, labels = torch.tensor(images[:500]), torch.tensor(digits[:500])
+        pixels, labels = torch.tensor(images[:500]), torch.tensor(digits[:500]).long()
         description["int8"] = int8.quantize(model, pixels, pixels, labels)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -114,38 +178,32 @@ def _score_job(data: str, rows: int, precision: str | None, images: Pixels, digi
 
         def score(count: int, files: int) -> tuple[float, float]:
             pairs, output = folder / f"pairs-{count}", folder / f"predictions-{count}"
-            export_pairs(ExportPairsConfig(data=data, output=str(pairs), rows=count, files=files), Console().say)
+            run_job("export-pairs", "--data", data, "--output", pairs, "--rows", count, "--files", files)
             command_time = time.time()
-            line, _ = run_job("score", "--model", folder / "model", "--input", pairs, "--output", output, *flags)
+            (line,) = run_job("score", "--model", folder / "model", "--input", pairs, "--output", output, *flags)
             assert line["scored_rows"] == count
             # An output file gets its final name right after its last byte, whose time is that of the file.
-            written = [file.stat().st_mtime for pair in pairs.iterdir() for file in output.rglob(f"{pair.stem}*.parquet")]
-            return line["rows_per_second"], min(written) - command_time
+            written = min(file.stat().st_mtime for file in (output / "predictions").rglob("*.parquet"))
+            return line["rows_per_second"], written - command_time
 
-        rate, _ = score(rows, min(8, rows))
-        _, first_file = score(_FIRST_FILE_ROWS, 1)
-    return {"rows_per_second": rate, "first_file_seconds": first_file}
+        return {"rows_per_second": score(rows, min(8, rows))[0], "first_file_seconds": score(_FIRST_FILE_ROWS, 1)[1]}
 
 
 def _in_train_worker(loop: Callable[[], Measurement]) -> Measurement:
-    """Run a training loop in one Ray Train worker with all CPUs, or one GPU."""
+    """Run a training loop in one Ray Train worker, with the threads of this process: Ray would set one."""
     import ray.train.torch  # takes a second, which would delay the start-up of the other ways
 
     from mnistsum_ray.cluster.connection import connect
 
     connect()
-    cpus = int(ray.cluster_resources()["CPU"])
+    threads = torch.get_num_threads()
 
-    def worker(_: dict[str, Any]) -> Measurement:
-        torch.set_num_threads(cpus)
+    def worker() -> Measurement:
+        torch.set_num_threads(threads)
         return loop()
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = ray.train.torch.TorchTrainer(
-            worker,
-            train_loop_config={},
-            scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=torch.cuda.is_available()),
-            run_config=ray.train.RunConfig(storage_path=folder),
-        )
-        measured: Measurement = trainer.fit().return_value
+        scaling = ray.train.ScalingConfig(use_gpu=torch.cuda.is_available())
+        run = ray.train.RunConfig(storage_path=folder)
+        measured: Measurement = ray.train.torch.TorchTrainer(worker, scaling_config=scaling, run_config=run).fit().return_value
     return measured

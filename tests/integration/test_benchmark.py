@@ -51,7 +51,7 @@ def test_the_time_to_the_originals_accuracy(data: Path) -> None:
     assert len(line["seeds"]) == 1
     assert line["reached"] is False, "the few rows are not enough for the original's accuracy"
     assert line["times_faster"] == pytest.approx(line["loader"]["seconds"] / line["ray"]["seconds"], abs=0.01)
-    assert "ray, seed 0: digit " in done.err
+    assert "ray, seed 0: digit_accuracy " in done.err
 
 
 def test_an_invalid_flag_is_refused() -> None:
