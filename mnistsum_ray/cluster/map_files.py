@@ -32,14 +32,13 @@ def map_files(
 
     task = ray.remote(_read_in_threads).options(scheduling_strategy="SPREAD")
     chunks = [files.slice(start, _FILES_PER_TASK) for start in range(0, files.num_rows, _FILES_PER_TASK)]
-    results = [task.remote(read, folder, chunk) for chunk in chunks]
-    chunk_sizes = {result: chunk.num_rows for result, chunk in zip(results, chunks, strict=True)}
+    results = {task.remote(read, folder, chunk): chunk.num_rows for chunk in chunks}
     waiting = list(results)
     while waiting:
         (finished,), waiting = ray.wait(waiting, num_returns=1)
-        on_progress(chunk_sizes[finished])
+        on_progress(results[finished])
     try:
-        return pa.concat_tables(ray.get(results))
+        return pa.concat_tables(ray.get(list(results)))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, OSError):
             raise error.cause from None

@@ -1,7 +1,8 @@
 """Logical resources of the cluster: plan the workers of a job, wait until they are free, check that PyTorch can use the GPUs."""
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -46,30 +47,24 @@ class ClusterResources:
 
     nodes: tuple[Resources, ...]
     """Total of each node that has CPUs or GPUs."""
-    total: Resources
     free: Resources
+    """Of all nodes together."""
     can_grow: bool
     """An autoscaler may add nodes."""
     limits: Resources = field(default_factory=dict)
     """Total that the cluster can grow to. Kinds that the autoscaler's configuration does not name are missing."""
 
-    @property
-    def gpu_nodes(self) -> tuple[Resources, ...]:
-        return tuple(node for node in self.nodes if node.get("GPU"))
+    def total(self, kind: str) -> float:
+        """Amount on all nodes together."""
+        return sum(node.get(kind, 0.0) for node in self.nodes)
 
     def limit(self, kind: str) -> float:
         """Return the amount that the cluster can grow to; infinite if its autoscaler does not say."""
-        present = self.total.get(kind, 0.0)
-        return max(present, self.limits.get(kind, float("inf"))) if self.can_grow else present
+        return max(self.total(kind), self.limits.get(kind, math.inf)) if self.can_grow else self.total(kind)
 
-    def without_gpus(self) -> "ClusterResources":
-        """Return a copy for a job that cannot use the GPUs."""
-
-        def drop_gpus(resources: Resources) -> Resources:
-            return {kind: amount for kind, amount in resources.items() if kind != "GPU"}
-
-        nodes, total, free, limits = map(drop_gpus, self.nodes), self.total, self.free, self.limits
-        return ClusterResources(tuple(nodes), drop_gpus(total), drop_gpus(free), self.can_grow, drop_gpus(limits))
+    def cpus_per_gpu(self) -> float:
+        """CPUs for each GPU on the node with the fewest, since those of other nodes are of no use; infinite without GPUs."""
+        return min((node.get("CPU", 0.0) / node["GPU"] for node in self.nodes if node.get("GPU")), default=math.inf)
 
     def workers_that_fit(self, bundle: Resources) -> int:
         """Return how many workers fit on the present nodes if each reserves this bundle on one node."""
@@ -80,24 +75,19 @@ class ClusterResources:
         """Return how many workers fit on a node if each reserves this bundle."""
         return min(int(node.get(kind, 0) / amount + _EPSILON) for kind, amount in bundle.items() if amount)
 
-    def describe(self) -> str:
-        """Return a text such as `2 CPUs and 0 GPUs on 1 node`."""
-        growing = ", and may grow" if self.can_grow else ""
-        return f"{_format(self.total, ('CPU', 'GPU'))} on {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}{growing}"
+    def __str__(self) -> str:
+        """A text such as `2 CPUs and 0 GPUs on 1 node`."""
+        total = _format({kind: self.total(kind) for kind in ("CPU", "GPU")})
+        return f"{total} on {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}{', and may grow' * self.can_grow}"
 
 
 @dataclass(frozen=True)
-class GpuProbe:
+class Gpu:
     """What PyTorch finds on a GPU that Ray counts."""
 
-    cuda: bool
-    """CUDA is available."""
     bf16: bool
-    """CUDA is available and the GPU is faster with bfloat16 than with float32."""
-    torch: str
-    """PyTorch's version."""
+    """It is faster with bfloat16 than with float32."""
     memory_bytes: int
-    """Memory of the GPU; 0 without CUDA."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +119,7 @@ class WorkerPlan:
     cpus_per_worker: float
     gpus_per_worker: float
     """1 / k where k workers share a GPU: while it predicts for one, the others read, decode and write."""
-    gpu: GpuProbe | None = None
+    gpu: Gpu | None = None
     """None for a job on CPUs."""
 
     @property
@@ -166,40 +156,37 @@ def reserve(request: WorkerRequest, say: Callable[[str], None]) -> WorkerPlan:
     Raises:
         RequestError: the cluster can never give what is asked for, or does not give it within `wait_seconds`.
     """
-    cluster, probe = inspect_cluster(), None
-    if cluster.total.get("GPU") and request.use_gpu is not False:
-        if request.use_gpu is None and cluster.free.get("GPU", 0) < 1:
-            say(f"running on CPUs: other jobs hold the GPUs ({cluster.describe()}); --use-gpu true waits for one")
-        else:
-            probe = _probe_gpu(request, say)
-        cluster = cluster if probe else cluster.without_gpus()
+    cluster, gpu = inspect_cluster(), None
+    gpus = int(cluster.total("GPU"))
+    if gpus and request.use_gpu is None and cluster.free.get("GPU", 0) < 1:
+        say(f"running on CPUs: other jobs hold the GPUs ({cluster}); --use-gpu true waits for one")
+        request = replace(request, use_gpu=False)
+    elif gpus and request.use_gpu is not False:
+        gpu = _probe_gpu(request, say)
+        request = replace(request, use_gpu=gpu is not None)
     elif cluster.can_grow and request.use_gpu is None:
-        say(f"running on CPUs, since the cluster has {cluster.describe()}; --use-gpu true waits for GPUs")
-    plan = plan_workers(request, cluster, probe)
-    gpus = int(cluster.total.get("GPU", 0))
+        say(f"running on CPUs, since the cluster has {cluster}; --use-gpu true waits for GPUs")
+    plan = plan_workers(request, cluster, gpu)
     if plan.use_gpu and request.workers is None and plan.workers < gpus:
         say(f"running on {plan.workers} of {gpus} GPUs: with so small a batch more are no faster; --num-workers {gpus} takes all")
-    _wait_until_free([plan.per_worker] * plan.needed, request.wait_seconds, say)
-    if plan.use_gpu and probe is None:  # an autoscaler has started the nodes with GPUs meanwhile
-        probe = _probe_gpu(request, say)
-    return replace(plan, gpu=probe)
+    _wait_until_free(plan.per_worker, plan.needed, request.wait_seconds, say)
+    if plan.use_gpu and gpu is None:  # an autoscaler has started the nodes with GPUs meanwhile
+        gpu = _probe_gpu(request, say)
+    return replace(plan, gpu=gpu)
 
 
-def plan_workers(request: WorkerRequest, cluster: ClusterResources, probe: GpuProbe | None = None) -> WorkerPlan:
+def plan_workers(request: WorkerRequest, cluster: ClusterResources, gpu: Gpu | None = None) -> WorkerPlan:
     """Choose workers and devices: as requested, and where the request is silent by what the cluster has.
 
-    Args:
-        request: what the job asks for.
-        cluster: without its GPUs if the job cannot use them.
-        probe: None if no GPU has been asked.
+    `gpu` is None if no GPU has been asked.
 
     Raises:
         RequestError: the request asks for more than the cluster can ever have.
     """
-    gpus = int(cluster.total.get("GPU", 0))
+    gpus = int(cluster.total("GPU"))
     use_gpu = gpus > 0 if request.use_gpu is None else request.use_gpu
     if use_gpu and not gpus and not cluster.can_grow:
-        raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster.describe()})")
+        raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
     kind = "GPU" if use_gpu else "CPU"
     sharing = 1
     if request.group:
@@ -207,56 +194,44 @@ def plan_workers(request: WorkerRequest, cluster: ClusterResources, probe: GpuPr
         low, high = request.workers or (default, default)
     else:
         largest = _largest_pool(request, cluster, kind)
-        low, high = request.workers or (largest * (_workers_per_gpu(cluster, probe) if use_gpu else 1),) * 2
+        low, high = request.workers or (largest * (_workers_per_gpu(cluster, gpu) if use_gpu else 1),) * 2
         sharing = -(-high // largest) if use_gpu else 1
     if low >= sharing * cluster.limit(kind) + 1:  # a part of a CPU is enough for a worker
-        raise RequestError(f"--num-workers {low}: needs {low} {kind}s, one a worker; the cluster has {cluster.describe()}")
-    cpus = _cpus_for_each(cluster, high, sharing if use_gpu else 0, 1 - _TASKS_CPU_SHARE if request.group else 1.0)
+        raise RequestError(f"--num-workers {low}: needs {low} {kind}s, one a worker; the cluster has {cluster}")
+    if use_gpu:
+        cpus = cluster.cpus_per_gpu() / sharing
+    elif cluster.can_grow:
+        cpus = math.inf  # nodes that an autoscaler adds bring their own
+    else:
+        cpus = cluster.total("CPU") / max(1, min(high, int(cluster.total("CPU"))))
+    cpus = min(1.0, cpus * (1 - _TASKS_CPU_SHARE if request.group else 1))
     plan = WorkerPlan((low, high), low if request.group else 1, cpus, 1 / sharing if use_gpu else 0.0)
     fitting = cluster.workers_that_fit(plan.per_worker)
     if plan.needed > fitting and not cluster.can_grow:
-        each = _format(plan.per_worker, plan.per_worker)
-        raise RequestError(
-            f"--num-workers {low}: only {fitting} of them, with {each} each, fit on the nodes ({cluster.describe()})"
-        )
+        each = _format(plan.per_worker)
+        raise RequestError(f"--num-workers {low}: only {fitting} of them, with {each} each, fit on the nodes ({cluster})")
     return plan
 
 
 def _largest_pool(request: WorkerRequest, cluster: ClusterResources, kind: str) -> int:
     """CPUs or GPUs for a pool at its largest. Until the cluster has grown to it fewer workers run."""
-    present = cluster.total.get(kind, 0.0)
-    # A pool on CPUs does not start nodes with GPUs for their CPUs, unless CPUs are requested.
+    present, limit = cluster.total(kind), cluster.limit(kind)
     if kind == "CPU" and request.use_gpu is None and cluster.limits.get("GPU"):
-        return max(1, int(present))
-    limit = cluster.limit(kind)
-    return max(1, int(limit if limit < float("inf") else max(present, _ASSUMED_LIMIT[kind])))
+        limit = present  # a pool on CPUs does not start nodes with GPUs for their CPUs, unless CPUs are requested
+    return max(1, int(limit if limit < math.inf else max(present, _ASSUMED_LIMIT[kind])))
 
 
-def _workers_per_gpu(cluster: ClusterResources, probe: GpuProbe | None) -> int:
+def _workers_per_gpu(cluster: ClusterResources, gpu: Gpu | None) -> int:
     """Workers of a pool that share a GPU: as many as its memory, and the CPUs of its node, allow."""
-    cpus = min((node.get("CPU", 0.0) / node["GPU"] for node in cluster.gpu_nodes), default=_MAX_WORKERS_PER_GPU)
-    memory = probe.memory_bytes if probe else _ASSUMED_GPU_BYTES
-    return max(1, min(_MAX_WORKERS_PER_GPU, int(cpus), memory // _WORKER_GPU_BYTES))
-
-
-def _cpus_for_each(cluster: ClusterResources, workers: int, per_gpu: int, share: float) -> float:
-    """CPUs that each worker reserves, at most one; `per_gpu` of them share a GPU, 0 if they use none."""
-    if cluster.can_grow and not (per_gpu and cluster.gpu_nodes):
-        return 1.0  # nodes that an autoscaler adds bring their own CPUs; new GPU nodes are assumed to be like the present ones
-    if per_gpu:  # CPUs of other nodes are of no use, and the node with the fewest decides
-        cpus = min(node.get("CPU", 0.0) / min(node["GPU"] * per_gpu, workers) for node in cluster.gpu_nodes)
-    else:
-        present = cluster.total.get("CPU", 0.0)
-        cpus = present / max(1, min(workers, int(present)))
-    return min(1.0, share * cpus)
+    memory = gpu.memory_bytes if gpu else _ASSUMED_GPU_BYTES
+    return max(1, int(min(_MAX_WORKERS_PER_GPU, cluster.cpus_per_gpu(), memory // _WORKER_GPU_BYTES)))
 
 
 def inspect_cluster() -> ClusterResources:
     """Return the resources of the cluster that this process is connected to."""
     return ClusterResources(
-        nodes=tuple(dict(node["Resources"]) for node in usable_nodes()),
-        total=dict(ray.cluster_resources()),
-        free=dict(ray.available_resources()),
+        nodes=tuple(node["Resources"] for node in usable_nodes()),
+        free=ray.available_resources(),
         can_grow=any(_NODE_GROUP_LABEL in node["Labels"] for node in ray.nodes() if node["Alive"]),
         limits={kind: float(min(amount, _MAX_LIMIT)) for kind, amount in autoscaler_limits().items() if amount},
     )
@@ -270,40 +245,37 @@ def usable_nodes() -> list[dict[str, Any]]:
 def explain_worker_silence() -> str:
     """Return the possible reasons why no worker reports, and the resources of the cluster, for a console line."""
     cluster = inspect_cluster()
-    return (
-        f"they are being started or replaced, or wait for data; the cluster has {cluster.describe()}, "
-        f"free: {cluster.free.get('CPU', 0):g} CPUs, {cluster.free.get('GPU', 0):g} GPUs"
-    )
+    free = _format({kind: cluster.free.get(kind, 0) for kind in ("CPU", "GPU")})
+    return f"they are being started or replaced, or wait for data; the cluster has {cluster}, free: {free}"
 
 
-def _wait_until_free(bundles: list[Resources], seconds: float, say: Callable[[str], None]) -> None:
-    """Wait until the resources of all bundles, which are equal, are free. Ray would wait without a limit and without a message.
+def _wait_until_free(bundle: Resources, count: int, seconds: float, say: Callable[[str], None]) -> None:
+    """Wait until the cluster has so many bundles free. Ray would wait without a limit and without a message.
 
     Raises:
-        RequestError: the resources are not free after these seconds.
+        RequestError: they are not free after these seconds.
     """
-    need = {kind: amount * len(bundles) for kind, amount in bundles[0].items()}
-    started = time.monotonic()
-    reported = -_REPORT_SECONDS
-    requested = False
+    need = {kind: amount * count for kind, amount in bundle.items()}
+    started, next_report, requested = time.monotonic(), 0.0, False
     try:
         while True:
             cluster = inspect_cluster()
-            if all(cluster.free.get(kind, 0) >= amount - _EPSILON for kind, amount in need.items()):
+            free = {kind: cluster.free.get(kind, 0) for kind in need}
+            if all(free[kind] >= amount - _EPSILON for kind, amount in need.items()):
                 return
             waited = time.monotonic() - started
-            needed, free = _format(need, need), _format(cluster.free, need)
             if waited >= seconds:
                 raise RequestError(
-                    f"needs {needed}, but after {waited:.0f} s only {free} are free ({cluster.describe()}): other jobs hold the "
-                    "rest, or the cluster has not grown; ask for fewer --num-workers or give more --wait-seconds"
+                    f"needs {_format(need)}, but after {waited:.0f} s only {_format(free)} are free ({cluster}): other jobs hold "
+                    "the rest, or the cluster has not grown; ask for fewer --num-workers or give more --wait-seconds"
                 )
-            if waited - reported >= _REPORT_SECONDS:
-                say(f"waiting for {needed}; free now: {free} ({cluster.describe()}); giving up in {seconds - waited:.0f} s")
-                reported = waited
+            if waited >= next_report:
+                left = seconds - waited
+                say(f"waiting for {_format(need)}; free now: {_format(free)} ({cluster}); giving up in {left:.0f} s")
+                next_report = waited + _REPORT_SECONDS
                 if cluster.can_grow:
                     # Requested again each time: the cluster has one request, and another job's replaces it.
-                    request_resources(bundles=bundles)
+                    request_resources(bundles=[bundle] * count)
                     requested = True
             time.sleep(min(_POLL_SECONDS, max(0.1, seconds - waited)))
     finally:
@@ -312,17 +284,18 @@ def _wait_until_free(bundles: list[Resources], seconds: float, say: Callable[[st
             request_resources(bundles=[])
 
 
-def _probe_gpu(request: WorkerRequest, say: Callable[[str], None]) -> GpuProbe | None:
+def _probe_gpu(request: WorkerRequest, say: Callable[[str], None]) -> Gpu | None:
     """Ask PyTorch on a node with a free GPU; None if it cannot use the GPU.
 
     Raises:
         RequestError: GPUs are requested and PyTorch cannot use them, or none was free in time, or the node was lost.
     """
-    _wait_until_free([{"GPU": 1.0}], request.wait_seconds, say)
+    _wait_until_free({"GPU": 1.0}, 1, request.wait_seconds, say)
     timeout = max(_PROBE_SECONDS, request.wait_seconds)
     asked = ray.remote(num_gpus=1, num_cpus=0)(_ask_torch).remote()
+    gpu: Gpu | None
     try:
-        probe: GpuProbe = ray.get(asked, timeout=timeout)
+        gpu, torch_version = ray.get(asked, timeout=timeout)
     except ray.exceptions.GetTimeoutError:
         ray.cancel(asked)
         raise RequestError(
@@ -332,26 +305,27 @@ def _probe_gpu(request: WorkerRequest, say: Callable[[str], None]) -> GpuProbe |
         raise RequestError(
             f"the node with a GPU could not be asked whether PyTorch has CUDA there: {root_cause(error)}"
         ) from None
-    if probe.cuda:
-        return probe
-    problem = f"Ray counts {_format(ray.cluster_resources(), ['GPU'])}, but PyTorch {probe.torch} has no CUDA there"
-    if request.use_gpu:
-        raise RequestError(f"--use-gpu true: {problem}; install a CUDA build of PyTorch there, or leave --use-gpu out")
-    say(f"running on CPUs: {problem}")
-    return None
+    if gpu is None:
+        gpus = _format({"GPU": inspect_cluster().total("GPU")})
+        problem = f"Ray counts {gpus}, but PyTorch {torch_version} has no CUDA there"
+        if request.use_gpu:
+            raise RequestError(f"--use-gpu true: {problem}; install a CUDA build of PyTorch there, or leave --use-gpu out")
+        say(f"running on CPUs: {problem}")
+    return gpu
 
 
-def _ask_torch() -> GpuProbe:
+def _ask_torch() -> tuple[Gpu | None, str]:
+    """The GPU of this task, None without CUDA; and PyTorch's version."""
     import torch
 
     from mnistsum_ray.model.device import faster_with_bf16
 
-    cuda = torch.cuda.is_available()
-    memory_bytes = torch.cuda.get_device_properties(0).total_memory if cuda else 0
-    return GpuProbe(cuda, cuda and faster_with_bf16(torch.device("cuda")), torch.__version__, memory_bytes)
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = Gpu(faster_with_bf16(torch.device("cuda")), torch.cuda.get_device_properties(0).total_memory)
+    return gpu, str(torch.__version__)
 
 
-def _format(resources: Resources, kinds: Iterable[str]) -> str:
+def _format(resources: Resources) -> str:
     """Return amounts and kinds, such as `1 CPU and 0 GPUs`."""
-    amounts = ((resources.get(kind, 0), kind) for kind in kinds)
-    return " and ".join(f"{amount:g} {kind}{'s' * (amount != 1)}" for amount, kind in amounts)
+    return " and ".join(f"{amount:g} {kind}{'s' * (amount != 1)}" for kind, amount in resources.items())

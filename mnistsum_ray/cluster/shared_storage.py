@@ -38,16 +38,16 @@ def check_shared_storage(written: Mapping[str, Location], read: Mapping[str, Loc
     if inspect_cluster().can_grow:
         say(f"nodes that join later must see {' and '.join(paths.values())} too; they are not checked")
     this_node = ray.get_runtime_context().get_node_id()
-    others = {node["NodeID"]: node["NodeManagerAddress"] for node in usable_nodes() if node["NodeID"] != this_node}
+    others = [node for node in usable_nodes() if node["NodeID"] != this_node]
     if not others:
         return
     with ExitStack() as markers:
         probes = {flag: _marker(flag, path, markers) if flag in written else path for flag, path in paths.items()}
-        answers = {node: _sizes_on_node(node, probes) for node in others}
+        answers = [_sizes_on_node(node["NodeID"], probes) for node in others]
         expected = _sizes(probes)
-        for node, address in others.items():
+        for address, answer in zip((node["NodeManagerAddress"] for node in others), answers, strict=True):
             try:
-                sizes = ray.get(answers[node], timeout=_TIMEOUT_SECONDS)
+                sizes = ray.get(answer, timeout=_TIMEOUT_SECONDS)
             except ray.exceptions.GetTimeoutError:
                 say(f"the node {address} did not answer within {_TIMEOUT_SECONDS:.0f} s, so it may not see {' and '.join(paths)}")
                 continue
