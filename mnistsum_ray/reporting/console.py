@@ -6,47 +6,28 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, Final, Self, TextIO
 
 from mnistsum_ray.errors import printable
 from mnistsum_ray.model.heads import HEADS
 
 UPDATE_SECONDS: Final = 2.0
-"""Minimum time between two updates; the console shows fewer of them where they stay as lines."""
+"""Minimum time between two updates of progress."""
 
 SILENCE_SECONDS: Final = 60
 """Time without a sign of life after which `silence_watchdog` writes a line."""
 
 _LINE_SECONDS: Final = 5.0
-"""Time between two progress lines of the same work, where there is no bar. Work that ends sooner has none."""
+"""Where there is no bar, progress is a line after so much time without a line."""
 
 _BAR: Final = "{desc} {percentage:3.0f}% |{bar}| {n:,} of {total:,}{postfix}, {remaining} left"
 
 
-@dataclass(frozen=True)
-class Counter:
-    """How far some work is. As text: a line for a log."""
-
-    what: str
-    """Names the items, e.g. `rows written`."""
-    done: int
-    total: int
-    rate: float
-    """Items per second."""
-    seconds: float
-    """Since the work began."""
-
-    def __str__(self) -> str:
-        left = time_left(self.total - self.done, self.rate)
-        return f"{self.what}: {self.done:,} of {self.total:,}  {self.rate:,.0f}/s  {left} left"
-
-
 class Progress:
-    """Counts finished items, and shows a `Counter` at most every UPDATE_SECONDS."""
+    """Counts finished items, and shows how far the work is at most every UPDATE_SECONDS."""
 
-    def __init__(self, show: Callable[[Counter], None], what: str, total: int) -> None:
-        """Start counting towards `total`; `what` names the items, e.g. "rows written"."""
+    def __init__(self, show: Callable[..., None], what: str, total: int) -> None:
+        """Start counting towards `total`; `what` names the items, e.g. "rows written"; `show` is `Console.progress`."""
         self._show, self._what, self._total, self._done = show, what, total, 0
         self._started = self._reported = time.monotonic()
 
@@ -62,9 +43,8 @@ class Progress:
         if now - self._reported < UPDATE_SECONDS or not 0 < self._done < self._total:
             return
         self._reported = now
-        seconds = now - self._started
-        rate = self._done / max(seconds if working_seconds is None else working_seconds, 1e-9)
-        self._show(Counter(self._what, self._done, self._total, rate, seconds))
+        seconds = now - self._started if working_seconds is None else working_seconds
+        self._show(what=self._what, done=self._done, total=self._total, rate=self._done / max(seconds, 1e-9))
 
 
 def time_left(remaining: int, rate: float) -> str:
@@ -88,8 +68,8 @@ class Console:
         self._bar: Any = None
         self._training: dict[str, Any] | None = None
         """The latest progress event of the epochs, whose bar stays while something else is counted."""
-        self._said: dict[str, float] = {}
-        """When each kind of work had its last progress line, in seconds since it began."""
+        self._line_time = time.monotonic()
+        """When the latest line was written."""
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +87,7 @@ class Console:
             else:
                 self._bar.write(line, file=self._stream, end="")
             self._stream.flush()
+        self._line_time = time.monotonic()
 
     def say_lines(self, text: str) -> None:
         """Write several lines, e.g. an error of Ray with its traceback."""
@@ -115,34 +96,38 @@ class Console:
 
     def show(self, event: dict[str, Any]) -> None:
         """Show an event of the training loop. `kind` is progress (of an epoch), epoch, counter, or note (a line)."""
+        fields = {key: value for key, value in event.items() if key != "kind"}
         if event["kind"] == "counter":
-            self.progress(Counter(**{key: value for key, value in event.items() if key != "kind"}))
+            self.progress(**fields)
         elif event["kind"] == "progress":
-            self._show_training(event)
-        elif event["kind"] == "epoch":
-            self.say(epoch_line(event))
+            self._show_training(fields)
         else:
-            self.say(event["text"])
+            self.say(epoch_line(fields) if event["kind"] == "epoch" else event["text"])
 
-    def progress(self, counter: Counter) -> None:
-        """Show how far some work is: by the bar, or in a log by a line every 5 s."""
+    def progress(self, what: str, done: int, total: int, rate: float) -> None:
+        """Show how far some work is: by the bar, or in a log by a line now and then.
+
+        Args:
+            what: names the items, e.g. "rows written".
+            done, total: number of items.
+            rate: items per second.
+        """
         if not self._has_bars:
-            self._say_sometimes(counter.what, counter.seconds, str(counter))
+            self._say_sometimes(f"{what}: {done:,} of {total:,}  {rate:,.0f}/s  {time_left(total - done, rate)} left")
         elif self._training:
-            self._draw_epochs(self._training, f"{counter.what}: {counter.done:,} of {counter.total:,}")
+            self._draw_epochs(self._training, f"{what}: {done:,} of {total:,}")
         else:
-            self._draw(counter.what, counter.done, counter.total, f"{counter.rate:,.0f}/s")
+            self._draw(what, done, total, f"{rate:,.0f}/s")
 
     def _show_training(self, event: dict[str, Any]) -> None:
         rate, rows_left = event["rows_per_second"], event["of_rows"] - event["rows"]
         all_rows_left = rows_left + (event["epochs"] - event["epoch"]) * event["of_rows"]
         if not self._has_bars:
-            text = (
+            self._say_sometimes(
                 f"epoch {event['epoch']}/{event['epochs']}  {event['rows']:>6,} of {event['of_rows']:,} rows  "
                 f"{rate:,.0f} rows/s  loss {event['loss']:.4f}  {time_left(rows_left, rate)} left in this epoch, "
                 f"{time_left(all_rows_left, rate)} in all"
             )
-            self._say_sometimes(f"epoch {event['epoch']}", event["seconds"], text)
             return
         self._training = event if all_rows_left else None  # what follows has bars of its own
         if all_rows_left:
@@ -177,13 +162,9 @@ class Console:
             self._bar.close()
             self._bar = None
 
-    def _say_sometimes(self, what: str, seconds: float, text: str) -> None:
-        with self._lock:
-            last = self._said.get(what, 0.0)
-            last = last if last <= seconds else 0.0  # the same kind of work once more
-            if seconds - last >= _LINE_SECONDS:
-                self._said[what] = seconds
-                self.say(text)
+    def _say_sometimes(self, text: str) -> None:
+        if time.monotonic() - self._line_time >= _LINE_SECONDS:
+            self.say(text)
 
 
 def epoch_line(entry: dict[str, Any]) -> str:

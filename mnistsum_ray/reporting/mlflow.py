@@ -24,7 +24,7 @@ from mnistsum_ray.export.model import INPUTS, OUTPUTS, export_onnx, export_torch
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.overrides import default_environment, quiet_logger
-from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
+from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 
 _HTTP_LIMITS: Final = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -116,9 +116,8 @@ class MLflowRun:
 
     def _log_epoch(self, entry: dict[str, Any]) -> None:
         if entry["epoch"] not in self._logged_epochs:
-            ended = entry["started"] + entry["seconds"] + entry["evaluation_seconds"]
             # One request, so that MLflow has either all metrics of an epoch or none.
-            mlflow.log_metrics(epoch_scalars(entry), entry["epoch"], timestamp=int(1000 * ended))
+            mlflow.log_metrics(epoch_scalars(entry), entry["epoch"], timestamp=int(1000 * epoch_end(entry)))
             self._logged_epochs.add(entry["epoch"])
 
     def finish(self, history: list[dict[str, Any]], card: dict[str, Any], folder: Location, files: list[str], say: Say) -> bool:

@@ -29,9 +29,6 @@ PICTURES: Final = {
 }
 """Titles of the pictures by their file names in the run folder."""
 
-_MNIST: Final = "ylecun/mnist"
-"""Name of MNIST on the Hub."""
-
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package (with its commit, in a checkout) and of the packages that its results depend on."""
@@ -58,10 +55,15 @@ def _commit() -> str | None:
         return None
 
 
+def epoch_end(entry: dict[str, Any]) -> float:
+    """When the evaluation of a line of history.jsonl had ended, in seconds since 1970."""
+    return float(entry["started"] + entry["seconds"] + entry["evaluation_seconds"])
+
+
 def epoch_scalars(entry: dict[str, Any]) -> dict[str, float]:
     """Metrics of one line of history.jsonl, under the names that TensorBoard and MLflow show."""
-    names = ("loss", "learning_rate", "rows_per_second", "waiting")
-    return {f"train/{name}": entry["train_loss" if name == "loss" else name] for name in names} | _scores(entry, "")
+    names = ("learning_rate", "rows_per_second", "waiting")
+    return {"train/loss": entry["train_loss"]} | {f"train/{name}": entry[name] for name in names} | _scores(entry, "")
 
 
 def model_scalars(card: dict[str, Any]) -> dict[str, float]:
@@ -120,31 +122,7 @@ def model_card(name: str, card: dict[str, Any], data: dict[str, Any]) -> str:
         card: contents of model.json.
         data: entry `data` of manifest.json.
     """
-    from huggingface_hub import EvalResult, ModelCardData  # slow to import, and needed once
-
-    of_mnist = data["source"] in ("mnist", "sample")
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            task_name=f"{head.name} of image and number",
-            dataset_type=_MNIST if of_mnist else "other",
-            dataset_name="MNIST" if of_mnist else data["location"],
-            dataset_split="test",
-            metric_type="accuracy",
-            metric_name=f"{head.name} accuracy",
-            metric_value=card["test"][f"{head.name}_accuracy"],
-        )
-        for head in HEADS
-    ]
-    fields = ModelCardData(
-        license="apache-2.0",
-        library_name="pytorch",
-        tags=["mnist", "ray"],
-        datasets=[_MNIST] if of_mnist else None,
-        model_name=name,
-        eval_results=results,
-    )
-    return _render("model_card.md.j2", card_data=fields.to_yaml(), name=name, card=card, data=data)
+    return _render("model_card.md.j2", name=name, card=card, data=data, of_mnist=data["source"] in ("mnist", "sample"))
 
 
 def _encoded(pictures: dict[str, bytes]) -> list[tuple[str, str]]:

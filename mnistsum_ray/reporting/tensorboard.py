@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
-from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
+from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 
 FOLDER: Final = "tensorboard"
@@ -45,9 +45,8 @@ def write_epochs(run: Location, history: list[dict[str, Any]]) -> None:
         if entry is not history[-1] and place.path in existing:
             continue
         with _event_file(place) as writer:
-            ended = entry["started"] + entry["seconds"] + entry["evaluation_seconds"]
             for key, value in epoch_scalars(entry).items():
-                writer.add_scalar(key, value, entry["epoch"], walltime=ended)
+                writer.add_scalar(key, value, entry["epoch"], walltime=epoch_end(entry))
             steps = entry["step_losses"][-1][0]
             for step, loss in entry["step_losses"]:
                 trained = entry["started"] + entry["seconds"] * step / steps

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import ray
@@ -50,7 +51,7 @@ class EventSender:
 
     def progress(self, what: str, total: int) -> Progress:
         """A counter that the console shows; see `Progress`."""
-        return Progress(lambda counter: self.send("counter", **vars(counter)), what, total)
+        return Progress(partial(self.send, "counter"), what, total)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import pytest
 
-from mnistsum_ray.reporting.console import Console, Counter, Progress, silence_watchdog, time_left
+from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog, time_left
 
 TEST = {"rows": 10, "pairs": 100, "loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
 ENTRY: dict[str, Any] = {
@@ -21,7 +21,6 @@ ENTRY: dict[str, Any] = {
 }  # fmt: skip
 PROGRESS = {
     "kind": "progress", "epoch": 1, "epochs": 5, "rows": 5000, "of_rows": 10_000, "rows_per_second": 1000.0, "loss": 1.5,
-    "seconds": 5.0,
 }  # fmt: skip
 
 
@@ -51,15 +50,16 @@ def test_an_epoch_line_has_the_figures_of_the_original() -> None:
         assert figure in out.getvalue()
 
 
-def test_progress_is_a_line_in_a_log_every_few_seconds() -> None:
-    log = io.StringIO()
+def test_progress_is_a_line_in_a_log_after_some_seconds_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("mnistsum_ray.reporting.console.time.monotonic", lambda: clock[0])
     console = Console(log)
-    for epoch in (1, 2):
-        for seconds in (2.0, 4.0, 6.0, 8.0, 12.0):
-            console.show(PROGRESS | {"epoch": epoch, "seconds": seconds})
+    for clock[0] in (2.0, 4.0, 6.0, 8.0, 12.0):
+        console.show(PROGRESS)
     console.say("done")
+    console.progress("rows read", 5, 10, 1.0)
     lines = log.getvalue().splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 3
     assert "5,000 of 10,000 rows" in lines[0]
     assert "5 s left in this epoch, 45 s in all" in lines[0]
 
@@ -68,7 +68,7 @@ def test_progress_is_a_line_in_a_log_every_few_seconds() -> None:
 def test_progress_is_a_bar_that_fits_the_terminal(columns: int) -> None:
     with terminal(columns) as (stream, written), Console(stream) as console:
         console.show(PROGRESS | {"epoch": 2})
-        console.progress(Counter("rows evaluated", 500, 2_000, 1000.0, 2.0))
+        console.progress("rows evaluated", 500, 2_000, 1000.0)
         frames = re.split(r"[\r\n]+", re.sub(r"\x1b\[[A-Z]", "", written()))
         assert max(map(len, frames)) <= columns
         if columns >= 80:
@@ -82,8 +82,8 @@ def test_progress_is_a_bar_that_fits_the_terminal(columns: int) -> None:
 
 def test_work_without_epochs_has_a_bar_of_its_own() -> None:
     with terminal(80) as (stream, written), Console(stream) as console:
-        console.progress(Counter("rows scored", 500, 2_000, 1000.0, 2.0))
-        console.progress(Counter("rows scored", 1_500, 2_000, 1000.0, 3.0))
+        console.progress("rows scored", 500, 2_000, 1000.0)
+        console.progress("rows scored", 1_500, 2_000, 1000.0)
         text = written()
     assert "rows scored  25%" in text
     assert "1,500 of 2,000, 1,000/s" in text
@@ -113,18 +113,15 @@ def test_silence_is_reported_until_a_sign_of_life(monkeypatch: pytest.MonkeyPatc
     assert lines[1].endswith(" s: it is back")
 
 
-def test_progress_reports_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_shown_every_few_seconds_with_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 4.0, 6.0, 20.0])
     monkeypatch.setattr("mnistsum_ray.reporting.console.time.monotonic", lambda: next(clock))
-    counters: list[Counter] = []
-    progress = Progress(counters.append, "rows written", 3000)
+    shown: list[dict[str, Any]] = []
+    progress = Progress(lambda **fields: shown.append(fields), "rows written", 3000)
     for working_seconds in (None, None, None, 12.0, None):
         progress(600, working_seconds)
-    assert list(map(str, counters)) == [
-        "rows written: 1,200 of 3,000  400/s  4 s left",
-        "rows written: 2,400 of 3,000  200/s  3 s left",
-    ]
-    assert [counter.seconds for counter in counters] == [3.0, 6.0]
+    said = {"what": "rows written", "total": 3000}
+    assert shown == [said | {"done": 1200, "rate": 400.0}, said | {"done": 2400, "rate": 200.0}]
 
 
 @pytest.mark.parametrize(

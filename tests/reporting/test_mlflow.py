@@ -109,7 +109,12 @@ def test_a_run_with_its_config_metrics_files_and_model(store: str, folder: Locat
 
 
 @pytest.mark.slow
-def test_a_resumed_run_logs_no_epoch_and_no_model_twice(store: str, folder: Location) -> None:
+def test_a_resumed_run_logs_no_epoch_and_no_model_twice(store: str, folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither after a failure, nor after a registry that refused the model, nor after a finished run."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("the registry is full")
+
     unread = MANIFEST | {"data": MANIFEST["data"] | {"sha256": None}}  # streamed rows, of which nothing is known at first
     with pytest.raises(OSError), track(store, "mine", "a-name", None, unread) as first:  # noqa: PT011, PT012
         for line in HISTORY[:2]:
@@ -118,33 +123,20 @@ def test_a_resumed_run_logs_no_epoch_and_no_model_twice(store: str, folder: Loca
         raise OSError
     client = MlflowClient(store)
     assert client.get_run(first.run_id).info.status == "FAILED"
+    said: list[str] = []
+    with monkeypatch.context() as patch, track(store, "mine", "a-name", first.run_id, MANIFEST) as again:
+        patch.setattr(MlflowClient, "_create_model_version", refuse)
+        assert not again.finish(HISTORY, CARD, folder, [], said.append)
+    assert "the registry is full; the run is complete" in said[-1]
     for _ in range(2):
+        assert client.get_run(first.run_id).info.status == "FINISHED"
         with track(store, "mine", "a-name", first.run_id, MANIFEST) as again:
             again.log_epoch(HISTORY[1], print)
             assert again.finish(HISTORY, CARD, folder, [], print)
         assert logged_epochs(store, first.run_id) == expected(HISTORY)
-        assert client.get_run(first.run_id).info.status == "FINISHED"
         assert len(client.get_metric_history(first.run_id, "model/test/loss")) == 1
-        assert len(client.search_model_versions("name = 'my.reader'")) == 1
-
-
-@pytest.mark.slow
-def test_a_registry_that_refuses_costs_only_the_registration(
-    store: str, folder: Location, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise MlflowException("the registry is full")
-
-    said: list[str] = []
-    with monkeypatch.context() as patch, track(store, "mine", "a-name", None, MANIFEST) as run:
-        patch.setattr(MlflowClient, "_create_model_version", refuse)
-        assert not run.finish(HISTORY, CARD, folder, [], said.append)
-    assert "the registry is full; the run is complete" in said[-1]
-    assert MlflowClient(store).get_run(run.run_id).info.status == "FINISHED"
-    with track(store, "mine", "a-name", run.run_id, MANIFEST) as resumed:
-        assert resumed.finish(HISTORY, CARD, folder, [], print)
-    (version,) = MlflowClient(store).search_model_versions("name = 'my.reader'")
-    assert version.run_id == run.run_id
+        (version,) = client.search_model_versions("name = 'my.reader'")
+        assert version.run_id == first.run_id
 
 
 def test_a_failure_is_reported_once_and_logged_later(store: str, folder: Location, tmp_path: Path) -> None:
