@@ -123,12 +123,12 @@ def _run_onnx(data: bytes, *inputs: npt.NDArray[Any]) -> Arrays:
 
 def _compare(name: str, found: Arrays, expected: Predictions) -> float:
     """The largest difference of a probability; raises RunError if a prediction differs."""
-    pairs = [(name, values, expected.values[name]) for name, values in zip(OUTPUTS, found, strict=True)]
-    difference = max(np.abs(values - theirs).max() for name, values, theirs in pairs if name.endswith("_prob"))
-    wrong = int(np.any([values != theirs for name, values, theirs in pairs if name.startswith("pred_")], axis=0).sum())
-    if wrong or not difference <= _PROBABILITY_TOLERANCE:  # `not <=` also catches NaN
+    differences = {column: np.abs(values - expected.values[column]) for column, values in zip(OUTPUTS, found, strict=True)}
+    wrong = np.any([values for column, values in differences.items() if column.startswith("pred_")], axis=0).sum()
+    largest = float(np.max([values for column, values in differences.items() if column.endswith("_prob")]))
+    if wrong or not largest <= _PROBABILITY_TOLERANCE:  # `not <=` also catches NaN
         raise RunError(
-            f"{name}: {wrong:,} of {len(found[0]):,} predictions differ from the model's, probabilities by up to "
-            f"{difference:.2g}; nothing was written"
+            f"{name}: {wrong:,} of {len(found[0]):,} predictions differ from the model's, probabilities by up to {largest:.2g}; "
+            "nothing was written"
         )
-    return float(difference)
+    return largest

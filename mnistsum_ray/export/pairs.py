@@ -1,8 +1,7 @@
 """Export example input for scoring: images of a split of MNIST, each paired with a number, as Parquet files."""
 
 import time
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -41,12 +40,10 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         source = open_source(config.data)
         if source.notice:
             say(source.notice)
-        tables, rest = _tables(source, getattr(source, config.split), config.seed), SCHEMA.empty_table()
-        said = time.monotonic()
+        split, said = getattr(source, config.split), time.monotonic()
         for index in range(config.files):
             start, end = config.rows * index // config.files, config.rows * (index + 1) // config.files
-            data, rest = _parquet_file(rest, tables, end - start)
-            (output / f"part-{index:05d}.parquet").write_bytes(data)
+            (output / f"part-{index:05d}.parquet").write_bytes(_parquet_file(source, split, config.seed, start, end))
             if time.monotonic() - said > _LINE_SECONDS:
                 said = time.monotonic()
                 say(f"rows written: {end:,} of {config.rows:,}")
@@ -57,23 +54,16 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
     return output, source
 
 
-def _parquet_file(rest: pa.Table, tables: Iterator[pa.Table], rows: int) -> tuple[pa.Buffer, pa.Table]:
-    """A Parquet file of the next `rows` rows of `rest` and then `tables`, and the rows that are left of the last table."""
+def _parquet_file(source: Source, split: RowRanges, seed: int, row: int, end: int) -> pa.Buffer:
+    """A Parquet file of rows `row` to `end` - 1 of the split, repeated without end; each round pairs it with other numbers."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, SCHEMA) as writer:
-        while rows:
-            table = rest if rest.num_rows else next(tables)
-            writer.write_table(table.slice(0, rows), row_group_size=_ROW_GROUP_ROWS)
-            rest = table.slice(rows)
-            rows -= min(rows, table.num_rows)
-    return sink.getvalue(), rest
-
-
-def _tables(source: Source, split: RowRanges, seed: int) -> Iterator[pa.Table]:
-    """Rows of the split in the order of their ids, repeated without end; each round pairs them with other numbers."""
-    for rounds in count():
-        for start in range(0, len(split), _ROW_GROUP_ROWS):
-            ids = split.at(np.arange(start, min(start + _ROW_GROUP_ROWS, len(split))))
+        while row < end:
+            rounds, place = divmod(row, len(split))
+            count = min(_ROW_GROUP_ROWS, len(split) - place, end - row)
+            ids = split.at(np.arange(place, place + count))
             images, digits = source.data.fetch(ids)
-            numbers = random_numbers(seed, rounds, ids).astype(np.int8)
-            yield pa.Table.from_arrays([pa.array(ids), pixels_array(images), pa.array(numbers), pa.array(digits)], schema=SCHEMA)
+            columns = [ids, pixels_array(images), random_numbers(seed, rounds, ids).astype(np.int8), digits]
+            writer.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=SCHEMA))
+            row += count
+    return sink.getvalue()
