@@ -21,8 +21,7 @@ from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model import int8
 from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import CPU_BATCH, GPU_BATCH, make_forward
-from mnistsum_ray.model.loss import Objective
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import Objective, TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
 from mnistsum_ray.storage.paths import locate
