@@ -1,30 +1,24 @@
-"""Input files: which Parquet files `--input` and `--data` name, and the name of each relative to their common folder."""
+"""Input files: which Parquet files `--input` and `--data` name, and the name of each relative to their common folder.
+
+Links to files are followed. Links to folders are not, but for those that a value names, so that every listing ends. Local files
+are listed here and not by Arrow, which follows links and lists everything below a folder first: for `/*/name.parquet` the whole
+disk.
+"""
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Final
+from pathlib import Path, PurePosixPath
+from typing import Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mnistsum_ray.errors import RequestError, one_line
-from mnistsum_ray.storage.listing import (
-    DUPLICATE,
-    FileEntry,
-    Listing,
-    Pattern,
-    duplicate_paths,
-    escape_non_utf8,
-    is_hidden,
-    list_file,
-    list_folder,
-    relative_parts,
-    special_file_error,
-)
-from mnistsum_ray.storage.location import Location, is_utf8
+from mnistsum_ray.storage.location import Location, is_hidden, is_utf8
 from mnistsum_ray.storage.paths import locate_existing
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
@@ -37,6 +31,9 @@ FILE_SCHEMA: Final = pa.schema(
         "modified": pa.int64(),  # nanoseconds since 1970
     }
 )
+
+_NAME: Final = "its name"
+"""Why a file is skipped whose name is hidden or has no suffix of Parquet."""
 
 
 @dataclass(frozen=True)
@@ -69,29 +66,53 @@ def list_inputs(
     """
     values = [_Value(text, flag) for text in texts]
     root = _common_root(values, flag)
-    found: dict[str, FileEntry] = {}
+    found: dict[str, _File] = {}
     skipped: dict[str, str] = {}
     for value in values:
-        listing = value.list()
-        found |= listing.files
-        skipped |= listing.skipped
-    for path in duplicate_paths(found):
-        skipped[path] = DUPLICATE
-        del found[path]
+        for path, file in value.list():
+            if isinstance(file, str):
+                skipped[path] = file
+            else:
+                found[path] = file
+    # A file that has several paths keeps its own, or else the first in the alphabet.
+    kept: dict[str, str] = {}
+    for path in sorted(found, key=lambda path: (path != found[path].real, path)):
+        if kept.setdefault(found[path].real, path) != path:
+            skipped[path] = "a link to a file that is listed anyway"
+            del found[path]
     if not found:
-        others = f" (there are others, such as {escape_non_utf8(min(skipped))})" if skipped else ""
+        others = f" (there are others, such as {_escaped(min(skipped))})" if skipped else ""
         shown = " ".join(value.text for value in values)
         raise RequestError(f"{flag} {shown}: {none} ({', '.join(SUFFIXES)}){others}")
     if output is not None:
         _check_output_is_separate(values, found, output)
     rows, unusable = [], {}
-    for path, entry in sorted(found.items()):
-        name = escape_non_utf8(path.removeprefix(root.path).lstrip("/"))
+    for path, file in sorted(found.items()):
+        name = _escaped(path.removeprefix(root.path).lstrip("/"))
         if not is_utf8(path):
             unusable[name] = "its name is not UTF-8; rename it"
-        rows.append({"name": name, "size": entry.size, "modified": entry.modified})
+        rows.append({"name": name, "size": file.size, "modified": file.modified})
     skipped = {path: reason for path, reason in skipped.items() if path not in found}
     return Inputs(root, pa.Table.from_pylist(rows, FILE_SCHEMA), skipped, unusable)
+
+
+def report_skipped(skipped: dict[str, str], say: Callable[[str], None]) -> None:
+    """Say one line for each reason of `Inputs.skipped`, with the number of paths and an example."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in skipped.items():
+        by_reason.setdefault(reason, []).append(path)
+    for reason, paths in by_reason.items():
+        because = "for their names" if reason == _NAME else f"since each is {reason}"
+        say(f"left out {because}: {len(paths):,}, such as {_escaped(min(paths))}")
+
+
+class _File(NamedTuple):
+    size: int
+    """Bytes."""
+    modified: int
+    """Nanoseconds since 1970, see `Location.modified`."""
+    real: str
+    """The path with all links resolved."""
 
 
 class _Value:
@@ -106,25 +127,22 @@ class _Value:
         """The value as messages show it: a URI without its query, which may hold keys."""
         # In a URI, a question mark begins the query and is no wildcard.
         fixed, self.pattern = _split_glob(text, r"[*\[]" if "://" in text else r"[*?\[]")
-        place = locate_existing(text if self.pattern is None else fixed, flag)
         if self.pattern is not None and "://" not in text and os.path.lexists(text):
-            place, self.pattern = locate_existing(text, flag), None  # a file whose name contains wildcards
-        if place.is_local:
-            place = place.at(os.path.realpath(place.path))
+            fixed, self.pattern = text, None  # a file whose name contains wildcards
+        self.place = locate_existing(fixed, flag)
+        if self.place.is_local:
+            self.place = self.place.at(os.path.realpath(self.place.path))
         else:
-            self.text = "/".join((place.display, *(self.pattern or ())))
-        self.place = place
+            self.text = "/".join((self.place.display, *(self.pattern or ())))
         try:
-            kind, special = place.info().type, special_file_error(place)
+            kind = self.place.info().type
         except OSError as error:
             raise self.error(one_line(error)) from None
         if kind == pafs.FileType.NotFound:
-            raise self.error(f"there is no such file or folder ({place.display})")
-        if special:
-            raise self.error(special)
-        self.is_file = bool(kind == pafs.FileType.File)
+            raise self.error(f"there is no such file or folder ({self.place.display})")
+        self.is_file = bool(kind != pafs.FileType.Directory)
         if self.pattern is not None and self.is_file:
-            raise self.error(f"{place.display} is a file, not a folder")
+            raise self.error(f"{self.place.display} is a file, not a folder")
 
     def error(self, message: str) -> RequestError:
         return RequestError(f"{self.flag} {self.text}: {message}")
@@ -135,28 +153,117 @@ class _Value:
         path = self.place.path
         return (path.rpartition("/")[0] or "/" * self.place.is_local) if self.is_file else path
 
-    def list(self) -> Listing:
-        """List the files that the value names; of a folder, those with a Parquet suffix that are not hidden."""
+    def list(self) -> Iterator[tuple[str, "_File | str"]]:
+        """Paths that the value names, each with its file, or with the reason why it is left out."""
         try:
-            if self.is_file:
-                return list_file(self.place)
-            if self.pattern is not None:
-                return list_folder(self.place, self.pattern)
-            return list_folder(self.place).filter(self._is_data_file)
+            if self.place.is_local:
+                yield from self._list_local()
+                return
+            for info in [self.place.info()] if self.is_file else self.place.files():
+                if self.is_file or self._takes(parts_below(info.path, self.place.path) or ()):
+                    yield info.path, _File(info.size, self.place.modified(info), info.path)
+                elif self.pattern is None:
+                    yield info.path, _NAME
         except OSError as error:
             raise self.error(one_line(error)) from None
 
-    def _is_data_file(self, path: str) -> bool:
-        return path.lower().endswith(SUFFIXES) and not is_hidden(path[len(self.place.path) :].lstrip("/"))
+    def _list_local(self) -> Iterator[tuple[str, "_File | str"]]:
+        if self.is_file:
+            file = _look_at(self.place.path)
+            if isinstance(file, str):
+                raise self.error(f"is {file}")
+            yield self.place.path, file
+            return
+        folders: list[tuple[str, tuple[str, ...]]] = [(self.place.path, ())]
+        while folders:
+            folder, above = folders.pop()
+            try:
+                with os.scandir(folder) as scan:
+                    entries = list(scan)
+            except PermissionError:
+                if self.pattern is None:
+                    raise
+                yield folder, "a folder that cannot be read"
+                continue
+            for entry in entries:
+                parts = (*above, entry.name)
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if is_folder and self._descends(parts):
+                    folders.append((entry.path, parts))
+                elif not is_folder and (self._takes(parts) or (self._descends(parts) and Path(entry.path).is_dir())):
+                    yield entry.path, _look_at(entry.path)
+                elif self.pattern is None:
+                    yield entry.path, _NAME
+
+    def _takes(self, parts: tuple[str, ...]) -> bool:
+        """True if the value names a file with these path components below `place`."""
+        if self.pattern is None:
+            return parts[-1].lower().endswith(SUFFIXES) and not is_hidden("/".join(parts))
+        return matches(parts, self.pattern)
+
+    def _descends(self, parts: tuple[str, ...]) -> bool:
+        """True if the value may name files in a folder with these path components below `place`."""
+        return not is_hidden(parts[-1]) if self.pattern is None else matches(parts, self.pattern, below=True)
+
+    def covers(self, folder: str) -> bool:
+        """True if the value is a folder or glob and may name files in this folder."""
+        parts = parts_below(folder, self.place.path)
+        return not self.is_file and parts is not None and (self.pattern is None or matches(parts, self.pattern, below=True))
 
 
-def _split_glob(text: str, wildcards: str) -> tuple[str, Pattern | None]:
+def _look_at(path: str) -> "_File | str":
+    """A local file; or what is there instead."""
+    try:
+        status = Path(path).stat()
+    except OSError:  # it does not exist, or its links lead in a circle
+        return "a link that leads nowhere"
+    if stat.S_ISREG(status.st_mode):
+        return _File(status.st_size, status.st_mtime_ns, os.path.realpath(path))
+    device = stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)
+    kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device" if device else "a pipe or a socket, not a regular file"
+    return f"a link to {kind}" if Path(path).is_symlink() else kind
+
+
+def _split_glob(text: str, wildcards: str) -> tuple[str, tuple[str, ...] | None]:
     """Split a glob into its leading folders without wildcards, and the other components; None if it has no wildcards."""
     parts = text.split("/")
     first = next((index for index, part in enumerate(parts) if re.search(wildcards, part)), None)
     if first is None:
         return text, None
     return "/".join(parts[:first]) or ("/" if text.startswith("/") else "."), tuple(part for part in parts[first:] if part)
+
+
+def matches(parts: tuple[str, ...], pattern: tuple[str, ...], *, below: bool = False) -> bool:
+    """True if a path matches as in a shell: `**` matches any number of folders, no wildcard matches a leading dot.
+
+    Args:
+        parts: components of the path.
+        pattern: components of the glob.
+        below: whether the path is that of a folder, and something below it must be able to match.
+    """
+    if not pattern:
+        return not parts and not below
+    if pattern[0] == "**":
+        visible = next((index for index, part in enumerate(parts) if part.startswith(".")), len(parts))
+        if below and visible == len(parts):
+            return True
+        return any(matches(parts[skip:], pattern[1:], below=below) for skip in range(visible + 1))
+    if not parts:
+        return below
+    dots = parts[0].startswith(".") <= pattern[0].startswith(".")
+    return dots and fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:], below=below)
+
+
+def parts_below(path: str, folder: str) -> tuple[str, ...] | None:
+    """Components of a path relative to a folder: () for the folder itself, None for a path outside of it."""
+    if path == folder:
+        return ()
+    return PurePosixPath(path[len(folder) :].lstrip("/")).parts if path.startswith(folder.rstrip("/") + "/") else None
+
+
+def _escaped(path: str) -> str:
+    r"""A path for messages and files: bytes that are not UTF-8 are escaped, such as \udcff."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _common_root(values: list[_Value], flag: str) -> Location:
@@ -182,19 +289,10 @@ def _check_output_is_separate(values: list[_Value], found: Iterable[str], output
         return
     path = os.path.realpath(output.path) if output.is_local else output.path
     for value in values:
-        below = relative_parts(path, value.place.path)
-        if not value.is_file and below is not None and _covers(value.pattern, below):
+        if value.covers(path):
             raise RequestError(
                 f"--output {output.display}: lies in the input {value.text} and would be scored next time; put it elsewhere"
             )
-    inside = next((file for file in found if relative_parts(file, path) is not None), None)
+    inside = next((file for file in found if parts_below(file, path) is not None), None)
     if inside is not None:
-        raise RequestError(f"--output {output.display}: holds the input file {escape_non_utf8(inside)}; put it elsewhere")
-
-
-def _covers(pattern: Pattern | None, output: tuple[str, ...]) -> bool:
-    """True if a folder (None) or a glob could match files in an output folder with these components below it."""
-    if pattern is None or "**" in pattern:
-        return True
-    folders = pattern[:-1]
-    return len(output) <= len(folders) and all(fnmatchcase(part, glob) for part, glob in zip(output, folders, strict=False))
+        raise RequestError(f"--output {output.display}: holds the input file {_escaped(inside)}; put it elsewhere")

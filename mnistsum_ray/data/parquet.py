@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 from mnistsum_ray.errors import StorageError, UnusableFileError, one_line
 from mnistsum_ray.storage.location import Location
 
-# Limits on what a footer may claim, since the plan of the whole run is computed from it.
-_MAX_BYTES: Final = 2**50
 _MAX_ROWS: Final = 10**9
+"""Most rows that a footer may claim: the plan of the whole run is computed from it."""
 
 _TAIL_BYTES: Final = 64 * 1024
 """Bytes read from the end of a file in the first request: most footers are shorter."""
@@ -51,10 +50,8 @@ _registry_lock = threading.Lock()
 
 
 @contextmanager
-def open_parquet(file: Location, **options: Any) -> Iterator[pq.ParquetFile]:
+def open_parquet(file: Location) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file for the block. Pages are checked against their CRC where they have one; Spark writes CRCs by default.
-
-    `options` are those of `pq.ParquetFile`.
 
     Raises:
         StorageError: the block, or the opening, failed since the storage did, or for want of memory.
@@ -64,7 +61,9 @@ def open_parquet(file: Location, **options: Any) -> Iterator[pq.ParquetFile]:
     try:
         source = _Source(file)
         with plain_arrow_types():
-            parquet = pq.ParquetFile(source, page_checksum_verification=True, arrow_extensions_enabled=True, **options)
+            # Timestamps of Parquet's old type INT96 hold any year, and nanoseconds only the years 1677 to 2262.
+            options = {"coerce_int96_timestamp_unit": "us", "arrow_extensions_enabled": True}
+            parquet = pq.ParquetFile(source, page_checksum_verification=True, **options)
         yield parquet
     except (UnusableFileError, StorageError):
         raise
@@ -155,13 +154,10 @@ def read_footer(file: Location, size: int) -> Footer:
     except Exception as error:  # Arrow raises many types for damaged bytes
         raise _unreadable(error) from None
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    rows, decompressed = [group.num_rows for group in groups], sum(group.total_byte_size for group in groups)
-    plausible = min(rows, default=0) >= 0 and sum(rows) == metadata.num_rows <= _MAX_ROWS and 0 <= decompressed < _MAX_BYTES
-    if not plausible:
-        raise UnusableFileError(
-            f"has a footer that promises {metadata.num_rows:,} rows in {size:,} bytes, {decompressed:,} when decompressed; "
-            "write it again"
-        )
+    rows = [group.num_rows for group in groups]
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows or metadata.num_rows > _MAX_ROWS:
+        raise UnusableFileError(f"has a footer that promises {metadata.num_rows:,} rows in {size:,} bytes; write it again")
+    decompressed = sum(group.total_byte_size for group in groups)
     return Footer(metadata, schema, rows, decompressed, hashlib.sha256(data).hexdigest())
 
 
@@ -287,43 +283,35 @@ def plain_schema(schema: pa.Schema) -> pa.Schema:
 
     Files written with the marks would be read as those types again.
     """
-    return pa.schema([_with_leaves(field, _without_view) for field in schema], schema.metadata)
+    return pa.schema([_plain_field(field) for field in schema], schema.metadata)
 
 
-def _without_view(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_string_view(kind):
-        return pa.string()
-    return pa.binary() if pa.types.is_binary_view(kind) else kind
-
-
-def _in_nanoseconds(kind: pa.DataType) -> pa.DataType:
-    return pa.timestamp("ns", kind.tz) if pa.types.is_timestamp(kind) else kind
-
-
-def _with_leaves(field: pa.Field, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.Field:
-    """The field with `leaf` of each type that is not nested, and without marks of Ray's types."""
-    metadata, kind, types = field.metadata or {}, field.type, pa.types
+def _plain_field(field: pa.Field) -> pa.Field:
+    metadata = field.metadata or {}
     if metadata.get(_NAME, b"").decode(errors="replace") in _RAY_TYPES:
         field = field.with_metadata({key: value for key, value in metadata.items() if key not in (_NAME, _METADATA)})
+    return field.with_type(_plain_type(field.type))
 
-    def inner(child: pa.Field) -> pa.Field:
-        return _with_leaves(child, leaf)
 
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    types = pa.types
+    if types.is_string_view(kind):
+        return pa.string()
+    if types.is_binary_view(kind):
+        return pa.binary()
     if isinstance(kind, pa.JsonType):
-        kind = pa.json_(leaf(kind.storage_type))
-    elif types.is_list(kind):
-        kind = pa.list_(inner(kind.value_field))
-    elif types.is_large_list(kind):
-        kind = pa.large_list(inner(kind.value_field))
-    elif types.is_fixed_size_list(kind):
-        kind = pa.list_(inner(kind.value_field), kind.list_size)
-    elif types.is_struct(kind):
-        kind = pa.struct([inner(child) for child in kind])
-    elif types.is_map(kind):
-        kind = pa.map_(inner(kind.key_field), inner(kind.item_field), kind.keys_sorted)
-    else:
-        kind = leaf(kind)
-    return field.with_type(kind)
+        return pa.json_(_plain_type(kind.storage_type))
+    if types.is_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
+    if types.is_large_list(kind):
+        return pa.large_list(_plain_field(kind.value_field))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(_plain_field(kind.value_field), kind.list_size)
+    if types.is_struct(kind):
+        return pa.struct([_plain_field(child) for child in kind])
+    if types.is_map(kind):
+        return pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field), kind.keys_sorted)
+    return kind
 
 
 def column_error(schema: pa.Schema, name: str, type_error: Callable[[pa.DataType], str | None]) -> str | None:
@@ -344,46 +332,14 @@ def lossy_column(schema: pq.ParquetSchema, dropped: str) -> str | None:
     variant = re.search(r"group field_id=-?\d+ (.+) \(Variant", text) if "(Variant" in text else None
     if variant:
         return f"column {variant[1]!r} has the type VARIANT, which would be lost; cast it to JSON or VARCHAR"
-    for column, leaf in _columns_of_leaves(schema):
-        logical = str(leaf.logical_type)
+    columns = schema.to_arrow_schema().names
+    for leaf in (schema.column(index) for index in range(len(schema))):
+        # The column that the leaf's path begins with; its own name may hold dots.
+        named = (name for name in columns if leaf.path == name or leaf.path.startswith(f"{name}."))
+        column, logical = max(named, key=len, default=leaf.path), str(leaf.logical_type)
         time = logical.startswith("Time(")
         name = logical.partition("," if time else "(")[0]
         if name not in _UNCHANGED_TYPES and column != dropped:
             sql = "TIME WITH TIME ZONE" if time else name.upper()
             return f"column {column!r} has the type {sql}, which would be lost; cast it to another"
     return None
-
-
-def int96_columns(schema: pq.ParquetSchema) -> list[str]:
-    """Columns with timestamps of Parquet's old type INT96, which pyarrow reads as nanoseconds since 1970."""
-    return sorted({column for column, leaf in _columns_of_leaves(schema) if leaf.physical_type == "INT96"})
-
-
-def _columns_of_leaves(schema: pq.ParquetSchema) -> Iterator[tuple[str, pq.ColumnSchema]]:
-    """The leaves, each with the column that its path begins with; the column's own name may hold dots."""
-    columns = schema.to_arrow_schema().names
-    for leaf in (schema.column(index) for index in range(len(schema))):
-        named = (name for name in columns if leaf.path == name or leaf.path.startswith(f"{name}."))
-        yield max(named, key=len, default=leaf.path), leaf
-
-
-def check_int96(file: pq.ParquetFile, columns: list[str], groups: list[int]) -> None:
-    """Refuse INT96 timestamps that do not fit into nanoseconds since 1970: pyarrow would silently read other dates.
-
-    Args:
-        file: opened with `coerce_int96_timestamp_unit="us"`.
-        columns: from `int96_columns`.
-        groups: row groups to check.
-
-    Raises:
-        UnusableFileError: names the column.
-    """
-    for batch in file.iter_batches(row_groups=groups, columns=columns, use_threads=False):
-        for field in batch.schema:
-            try:
-                batch.column(field.name).cast(_with_leaves(field, _in_nanoseconds).type)
-            except pa.ArrowInvalid:
-                raise UnusableFileError(
-                    f"column {field.name!r} holds INT96 timestamps outside of the years 1677 to 2262, which would be read as "
-                    "others; write it again with TIMESTAMP_MICROS (Spark: spark.sql.parquet.outputTimestampType)"
-                ) from None

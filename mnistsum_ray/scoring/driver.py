@@ -1,23 +1,27 @@
 """Driver of a scoring run: plan, resume, execute, reconcile, publish."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 import ray.exceptions
+import torch
 from ray.data import ActorPoolStrategy
 
 from mnistsum_ray.cluster.data_context import ray_data_options
-from mnistsum_ray.cluster.resources import WorkerPlan, explain_worker_silence, inspect_cluster
+from mnistsum_ray.cluster.resources import WorkerPlan, WorkerRequest, explain_worker_silence, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
+from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RunError, RunInterrupted, root_cause
+from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
 from mnistsum_ray.reporting.metrics import ScoringMetrics
+from mnistsum_ray.scoring.counts import Counts
 from mnistsum_ray.scoring.output import (
     Committed,
     OutputFiles,
@@ -28,13 +32,10 @@ from mnistsum_ray.scoring.output import (
     unpublish,
     will_hold,
 )
-from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, Task, make_tasks, start_crash_counter
+from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, make_tasks
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
-from mnistsum_ray.scoring.publish import publish
-from mnistsum_ray.scoring.resources import allocate_resources
-from mnistsum_ray.scoring.stamp import REJECTED
-from mnistsum_ray.scoring.summary import Counts, result_line, summarize
-from mnistsum_ray.scoring.worker import Scorer
+from mnistsum_ray.scoring.publish import publish, result_line, say_result
+from mnistsum_ray.scoring.worker import Scorer, start_crash_counter
 from mnistsum_ray.storage.lock import folder_lock
 
 
@@ -62,19 +63,14 @@ def score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
 
 def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
     started = time.monotonic()
-    resources, precision = allocate_resources(request.config, console.say)
+    resources, precision = _allocate_resources(request.config, console.say)
     first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
     check_shared_storage({"--output": request.output}, {"--input": first_file}, console.say)
     with folder_lock(request.output, "--output", console.say) as lock:
-        fitting_workers = inspect_cluster().workers_that_fit(resources.per_worker)
         plan = make_plan(request, precision, lock, console)
         committed = resume(plan, console)
         new_failures = _say_new_failures(plan.failures, committed, console)
-        console.say(_describe(plan, committed, resources, fitting_workers))
-        if committed.todo.num_rows and not plan.staged:
-            unpublish(plan.output)
-
-        failures, scoring_seconds = _execute(plan, committed.todo, resources, fitting_workers, console)
+        failures, scoring_seconds = _execute(plan, committed, resources, console)
         plan = _drop_failed(plan, failures)
         new_failures |= _say_new_failures(failures, committed, console)
 
@@ -87,15 +83,29 @@ def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
         if plan.config.overwrite:
             check_overwrite(plan, committed.published)
         if plan.config.strict and (line["rejected_rows"] or line["failed_files"]):
-            raise RunError(_strict_error(plan, line, matched, staged))
+            raise RunError(_strict_error(plan, line, counts))
 
         line["seconds"] = round(time.monotonic() - started, 1)
         publish(plan, committed, staged, files, counts, line)
         if line["failed_files"] > len(new_failures):
             console.say(f"{line['failed_files'] - len(new_failures):,} files still cannot be used; files.parquet says why")
         new_rejected = line["rejected_rows"] - rejected_before
-        summarize(line, counts, new_rejected, console.say)
+        say_result(line, counts, new_rejected, console.say)
         return line, bool(new_rejected or new_failures)
+
+
+def worker_request(config: ScoreConfig) -> WorkerRequest:
+    """The pool of workers that a run asks for. int8 runs on CPUs."""
+    workers = (config.num_workers, config.num_workers) if config.num_workers else None
+    return WorkerRequest(workers, False if config.precision == "int8" else config.use_gpu, config.wait_seconds)
+
+
+def _allocate_resources(config: ScoreConfig, say: Callable[[str], None]) -> tuple[WorkerPlan, str]:
+    """Reserve workers; return them, and the configured precision or else the faster one of `bf16` and `fp32`."""
+    plan = reserve(worker_request(config), say)
+    # Without GPUs, the CPU of this machine stands in for the CPUs of the nodes that score.
+    bf16 = plan.gpu.bf16 if plan.gpu else faster_with_bf16(torch.device("cpu"))
+    return plan, config.precision or ("bf16" if bf16 else "fp32")
 
 
 def _say_new_failures(failures: dict[str, str], committed: Committed, console: Console) -> dict[str, str]:
@@ -105,23 +115,8 @@ def _say_new_failures(failures: dict[str, str], committed: Committed, console: C
     return new
 
 
-def _describe(plan: Plan, committed: Committed, resources: WorkerPlan, fitting_workers: int) -> str:
-    """The console line before execution: rows, files, workers and precision."""
-    todo_rows = pc.sum(committed.todo["rows"]).as_py() or 0
-    resumed_rows, _ = committed.resumed(plan)
-    up_to = "up to " if fitting_workers < resources.workers else ""
-    return (
-        f"{todo_rows:,} rows to score"
-        + (f", {resumed_rows:,} done by an earlier run" if resumed_rows else "")
-        + f"; {plan.files.num_rows:,} files below {plan.inputs.root.display}"
-        + f"; {up_to}{resources.workers} {'GPU' if resources.use_gpu else 'CPU'} workers, {plan.precision}"
-    )
-
-
-def _execute(
-    plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_workers: int, console: Console
-) -> tuple[dict[str, str], float]:
-    """Score the parts in `todo` (`parts.PART_SCHEMA`) and commit them.
+def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: Console) -> tuple[dict[str, str], float]:
+    """Score the parts that are not committed.
 
     Returns:
         Input files that could not be read although their footers could: name and reason. And the seconds from the start of the
@@ -130,24 +125,31 @@ def _execute(
     Raises:
         RunError: the storage failed, or another run holds the output.
     """
-    if not todo.num_rows:
+    todo_rows, (resumed_rows, _) = pc.sum(committed.todo["rows"]).as_py() or 0, committed.resumed(plan)
+    fitting_workers = inspect_cluster().workers_that_fit(resources.per_worker)
+    up_to = "up to " if fitting_workers < resources.workers else ""
+    console.say(
+        f"{todo_rows:,} rows to score"
+        + (f", {resumed_rows:,} done by an earlier run" if resumed_rows else "")
+        + f"; {plan.files.num_rows:,} files below {plan.inputs.root.display}"
+        + f"; {up_to}{resources.workers} {'GPU' if resources.use_gpu else 'CPU'} workers, {plan.precision}"
+    )
+    if not committed.todo.num_rows:
         return {}, 0.0
-    # Workers need no footers, which are large where the files are many.
-    inputs = replace(plan.inputs, files=None, skipped={}, unusable={})
-    shared = replace(plan, parts=todo, files=FOOTER_SCHEMA.empty_table(), inputs=inputs)
-    tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, resources.workers)
-    progress = Progress(console.progress, "rows scored", pc.sum(todo["rows"]).as_py() or 0)
+    if not plan.staged:
+        unpublish(plan.output)
+    progress, metrics = Progress(console.progress, "rows scored", todo_rows), ScoringMetrics(plan.output.display)
     failures: dict[str, str] = {}
     started, ended, done_rows = float("inf"), 0.0, 0
-    metrics = ScoringMetrics(plan.output.display)
-    pipeline = _make_pipeline(ray.put(shared), tasks, resources, fitting_workers)
+    pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers)
     with silence_watchdog(console.say, explain_worker_silence) as sign_of_life:
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
             sign_of_life()
             plan.lock.check()
-            failed = report["failed"].drop_null()
-            if len(failed):
-                raise RunError(f"{failed[0].as_py()}; committed files are kept, and the same command resumes")
+            for failed in report["failed"].drop_null().to_pylist():
+                raise RunError(f"{failed}; committed files are kept, and the same command resumes")
+            for notice in report["notice"].drop_null().to_pylist():
+                console.say(notice)
             for row in report.filter(pc.is_valid(report["unreadable"])).to_pylist():
                 failures.setdefault(row["name"], row["unreadable"])
             started = min(started, pc.min(report["started"]).as_py())
@@ -159,10 +161,12 @@ def _execute(
     return failures, ended - started
 
 
-def _make_pipeline(
-    plan: "ray.ObjectRef[Plan]", tasks: list[Task], resources: WorkerPlan, fitting_workers: int
-) -> ray.data.Dataset:
-    """Ray Data pipeline: tasks in, `worker.REPORT_SCHEMA` out, in any order."""
+def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_workers: int) -> ray.data.Dataset:
+    """Ray Data pipeline: tasks over the parts in `todo` in, `worker.REPORT_SCHEMA` out, in any order."""
+    tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, resources.workers)
+    # Workers need no footers, which are large where the files are many.
+    inputs = replace(plan.inputs, files=None, skipped={}, unusable={})
+    shared = replace(plan, parts=todo, files=FOOTER_SCHEMA.empty_table(), inputs=inputs)
     workers = min(resources.workers, len(tasks))
     pool = ActorPoolStrategy(
         min_size=1,
@@ -175,7 +179,7 @@ def _make_pipeline(
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
         return dataset.map_batches(
             Scorer,
-            fn_constructor_args=(plan, start_crash_counter()),
+            fn_constructor_args=(ray.put(shared), start_crash_counter()),
             compute=pool,
             batch_size=None,
             batch_format="pyarrow",
@@ -193,13 +197,10 @@ def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:
     return remaining
 
 
-def _strict_error(plan: Plan, line: dict[str, Any], matched: pa.Table, staged: OutputFiles | None) -> str:
+def _strict_error(plan: Plan, line: dict[str, Any], counts: Counts) -> str:
     """Why `--strict` publishes nothing: a row was rejected or a file failed. Names the first rejected row."""
     text = f"--strict: nothing was published: {line['rejected_rows']:,} rows and {line['failed_files']:,} files cannot be used"
-    if not line["rejected_rows"]:
+    if not counts.examples:
         return text
-    name = matched.filter(pc.greater(matched["rejected"], 0))["output"][0].as_py()
-    folder = (plan.folder if staged and name in staged.rejected else plan.output) / REJECTED
-    with (folder / name).filesystem.open_input_file((folder / name).path) as stream:
-        row = pq.read_table(stream, columns=["source_file", "source_row", "reason"]).slice(0, 1).to_pylist()[0]
-    return f"{text}; first: {row['source_file']}, row {row['source_row']}: {row['reason']}; all: {folder.display}"
+    (name, row), reason = min((rows[0], reason) for reason, rows in counts.examples.items())
+    return f"{text}; first: {plan.source(name)}, row {row}: {reason}; all: {plan.folder.display}"

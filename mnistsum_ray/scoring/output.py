@@ -24,9 +24,8 @@ from mnistsum_ray.errors import RequestError, RowCountError, RunError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import PART_SCHEMA
 from mnistsum_ray.scoring.preflight import STAGING, Plan
-from mnistsum_ray.scoring.stamp import FILE_IDENTITY, PART_IDENTITY, PREDICTIONS, REJECTED, read_stamps
-from mnistsum_ray.storage.listing import is_hidden
-from mnistsum_ray.storage.location import Location, is_partial
+from mnistsum_ray.scoring.stamp import PREDICTIONS, REJECTED, read_stamps
+from mnistsum_ray.storage.location import Location, is_hidden, is_partial
 
 FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"
@@ -59,12 +58,13 @@ class OutputFiles:
 
     folder: Location
     stamps: pa.Table
-    """The files in `predictions/`: `stamp.STAMP_SCHEMA` and `rejected_in_file`, the rows of the file of the same name in
-    `rejected/`."""
+    """The files in `predictions/`: `stamp.OUTPUT_SCHEMA` without errors, and `rejected_in_file`, the rows of the file of the same
+    name in `rejected/`; null if that file is missing."""
     rejected: frozenset[str]
     """Names of files in `rejected/`, relative to it."""
     foreign: dict[str, str]
-    """Files that this program did not write: name and what is wrong with it. Hidden files and those of the run do not count."""
+    """Files that are not whole files of this version of the program: name and what is wrong. Hidden files and those of the run do
+    not count."""
     partial: tuple[str, ...]
     """Names of files whose writer was killed."""
 
@@ -85,27 +85,26 @@ class OutputFiles:
                 foreign[name] = "is not a file of this program"
         files = pa.Table.from_pylist(listed, FILE_SCHEMA)
         found = map_files(read_stamps, folder, files, Progress(console.progress, "output files read", len(listed)))
-        for row in found.filter(pc.invert(found["ours"])).to_pylist():
+        for row in found.filter(pc.is_valid(found["error"])).to_pylist():
             foreign[f"{row['folder']}/{row['output']}"] = row["error"]
+        found = found.filter(pc.is_null(found["error"]))
         stamps, rejected = (found.filter(pc.equal(found["folder"], name)) for name in (PREDICTIONS, REJECTED))
-        place = pc.index_in(stamps["output"], rejected["output"])
-        lost = pc.fill_null(pc.and_(pc.greater(stamps["rejected"], 0), pc.is_null(place)), False)
-        errors = pc.if_else(lost, "has lost its rejected rows", stamps["error"])
-        stamps = stamps.set_column(stamps.column_names.index("error"), "error", errors)
-        stamps = stamps.append_column("rejected_in_file", pc.fill_null(rejected["rows_in_file"].take(place), 0))
+        there = rejected["rows_in_file"].take(pc.index_in(stamps["output"], rejected["output"]))
+        none = pc.if_else(pc.equal(stamps["rejected"], 0), 0, None)
+        stamps = stamps.append_column("rejected_in_file", pc.coalesce(there, none))
         return cls(folder, stamps, frozenset(rejected["output"].to_pylist()), foreign, tuple(partial))
 
     def check(self, *, staged: bool) -> None:
         """Check that all files are whole and of this program.
 
-        In a staging folder, those of this program may be broken: a run that was killed while it published leaves predictions
-        whose rejected rows have been moved.
+        In a staging folder predictions may lack their rejected rows: a killed run may have published those already.
 
         Raises:
             RequestError: names the first other file.
         """
-        broken = self.stamps.filter(pc.is_valid(self.stamps["error"])).slice(0, 0 if staged else 1).to_pylist()
-        for name, error in (*self.foreign.items(), *((f"{PREDICTIONS}/{row['output']}", row["error"]) for row in broken)):
+        lost = self.stamps["output"].filter(pc.is_null(self.stamps["rejected_in_file"])).to_pylist()
+        broken = {} if staged else {f"{PREDICTIONS}/{name}": "has lost its rejected rows" for name in lost}
+        for name, error in (self.foreign | broken).items():
             raise RequestError(f"--output {self.folder.display}: {name} {error}; move it away, or choose another folder")
 
     def clear_unfinished(self) -> None:
@@ -135,12 +134,11 @@ def match(plan: Plan, stamps: pa.Table) -> pa.Table:
         One row per part, in the order of the plan: PART_SCHEMA; `rejected`, `rows_in_file`, `rejected_in_file` and `counts`, null
         where there is no such file; and `done`, whether there is one.
     """
-    whole = stamps.filter(pc.and_(pc.equal(stamps["spec"], plan.spec), pc.is_null(stamps["error"])))
-    keys = ["output", *PART_IDENTITY]
+    whole = stamps.filter(pc.and_(pc.equal(stamps["spec"], plan.spec), pc.is_valid(stamps["rejected_in_file"])))
     # A join does not keep the order.
     numbered = plan.parts.append_column("order", pa.array(range(plan.parts.num_rows), pa.int64()))
-    values = whole.select([*keys, "rejected", "rows_in_file", "rejected_in_file", "counts"])
-    joined = numbered.join(values, keys, join_type="left outer").sort_by("order")
+    values = whole.select([*PART_SCHEMA.names, "rejected", "rows_in_file", "rejected_in_file", "counts"])
+    joined = numbered.join(values, PART_SCHEMA.names, join_type="left outer").sort_by("order")
     return joined.append_column("done", pc.is_valid(joined["rejected"]))
 
 
@@ -282,7 +280,7 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
         )
     if stamp["spec"] != plan.spec:
         return f"{_spec_difference(json.loads(stamp['spec']), json.loads(plan.spec))}; {_START_OVER}"
-    if any(file[name] != stamp[name] for name in FILE_IDENTITY):
+    if any(file[name] != stamp[name] for name in ("size", "modified", "footer_sha256")):
         return f"{file['name']} has changed since it was scored; {_START_OVER}"
     return (
         f"holds the rows of {file['name']} as {stamp['output']}, since it was started with another --max-rows-per-file or "
@@ -291,19 +289,16 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
 
 
 def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
-    if committed["model_sha256"] != current["model_sha256"]:
-        return (
-            f"holds predictions of another model (SHA-256 {committed['model_sha256'][:12]}…, --model has "
-            f"{current['model_sha256'][:12]}…)"
-        )
-    # A difference in precision explains one in `int8`, so that comes last.
-    key = next((key for key in current if key != "int8" and committed.get(key) != current[key]), "int8")
+    """How two `Plan.spec` differ; where they do in several ways, the first one explains the others."""
+    key = next(key for key in current if committed[key] != current[key])
+    old, new = committed[key], current[key]
+    if key == "model":
+        return f"holds predictions of another model (SHA-256 {old[:12]}…, --model has {new[:12]}…)"
     if key == "prediction_columns":
         return "holds predictions with other columns, of another version of this program"
     if key == "int8":
         return "holds predictions of the same model quantized otherwise"
-    flag = "--precision" if key == "precision" else f"--{key}-column"
-    return f"was started with {flag} {committed.get(key)}, which is now {current[key]}"
+    return f"was started with --{key} {old}, which is now {new}"
 
 
 def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -311,7 +306,7 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
 
     Args:
         plan: without the files that could not be read.
-        stamps: `stamp.STAMP_SCHEMA` of what the finished output holds, read again from its files.
+        stamps: `OutputFiles.stamps` of what the finished output holds, read again from its files.
 
     Returns:
         A FILES_SCHEMA table in the order of the files; and `match` of the plan.

@@ -14,13 +14,12 @@ import pyarrow.fs as pafs
 from mnistsum_ray.cluster.map_files import MAX_LOCAL_FILES, map_files
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
-from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs
+from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import Footer, column_error, lossy_column, read_footer
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import split_into_parts
-from mnistsum_ray.storage.listing import report_skipped
 from mnistsum_ray.storage.location import Location, retried
 from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
@@ -35,7 +34,7 @@ FOOTER_SCHEMA: Final = pa.schema(
     [
         *FILE_SCHEMA,
         ("rows", pa.int64()),
-        ("group_rows", pa.list_(pa.int64())),  # rows of each row group
+        ("longest_group", pa.int64()),  # rows of its longest row group
         ("bytes", pa.int64()),  # of all columns, decompressed
         ("footer_sha256", pa.string()),
         ("error", pa.string()),  # why the file cannot be scored
@@ -102,10 +101,10 @@ class Plan(Request):
     @property
     def spec(self) -> str:
         """The model and settings that determine the predictions, as JSON. One output holds predictions of one spec."""
-        fields: dict[str, Any] = {"model_sha256": self.card["sha256"], "precision": self.precision}
-        fields |= {name: getattr(self.config, f"{name}_column") for name in ("image", "number", "label")}
-        fields |= {"prediction_columns": PREDICTION_FIELDS.names}
-        return json.dumps(fields | ({"int8": self.int8_maxima} if self.int8_maxima else {}), sort_keys=True)
+        flags = ("precision", "image-column", "number-column", "label-column")
+        settings = {flag: getattr(self.config, flag.replace("-", "_")) for flag in flags} | {"precision": self.precision}
+        spec = {"model": self.card["sha256"], **settings, "prediction_columns": PREDICTION_FIELDS.names, "int8": self.int8_maxima}
+        return json.dumps(spec)
 
     @property
     def failures(self) -> dict[str, str]:
@@ -215,7 +214,6 @@ def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int
         RequestError: none of the files has one of the columns.
         StorageError: the storage does not give a file, for half a minute.
     """
-
     unusable = inputs.unusable  # the function below is sent to the cluster, and `inputs` may be large
 
     def read(folder: Location, files: pa.Table) -> pa.Table:
@@ -243,7 +241,7 @@ def _read_file(folder: Location, file: dict[str, Any], config: ScoreConfig, unus
         return {"error": str(error)}
     return {
         "rows": sum(footer.group_rows),
-        "group_rows": footer.group_rows,
+        "longest_group": max(footer.group_rows, default=0),
         "bytes": footer.decompressed_bytes,
         "footer_sha256": footer.sha256,
         "error": _file_error(name, footer, config),

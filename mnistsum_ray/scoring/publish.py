@@ -1,4 +1,4 @@
-"""Publication: write the table of files, the pictures, the report and the manifest, and move staged files to the output."""
+"""Result of a scoring run: its line, the pictures, the report and the manifest, which are published with the staged files."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -6,9 +6,12 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mnistsum_ray.data.parquet import to_parquet
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.report import scored_page, versions
+from mnistsum_ray.scoring.counts import Counts
 from mnistsum_ray.scoring.output import (
     FILES_TABLE,
     MANIFEST,
@@ -23,7 +26,6 @@ from mnistsum_ray.scoring.output import (
 )
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.stamp import PREDICTIONS, REJECTED
-from mnistsum_ray.scoring.summary import Counts
 
 FORMAT: Final = "mnistsum_ray.score/1"
 
@@ -35,6 +37,33 @@ _TITLES: Final = {
 
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""
+
+_REASONS_ON_CONSOLE: Final = 10
+
+
+def result_line(plan: Plan, files: pa.Table, counts: Counts, resumed_rows: int, scoring_seconds: float) -> dict[str, Any]:
+    """Return the fields of the job's last line, but for `seconds`.
+
+    Args:
+        plan: of the run.
+        files: `output.FILES_SCHEMA`.
+        counts: over all rows.
+        resumed_rows: rows that an earlier run had committed.
+        scoring_seconds: from the start of the first part to the end of the last one.
+    """
+    usable = pc.equal(files["status"], "scored")
+    columns = (files["rows"].filter(usable), files["scored"], files["rejected"], pc.invert(usable))
+    input_rows, scored, rejected, failed = (pc.sum(column).as_py() or 0 for column in columns)
+    return {
+        "output": plan.output.display,
+        "input_rows": input_rows,
+        "scored_rows": scored,
+        "rejected_rows": rejected,
+        "resumed_rows": resumed_rows,
+        "files": files.num_rows,
+        "failed_files": failed,
+        "rows_per_second": round((scored + rejected - resumed_rows) / scoring_seconds, 1) if scoring_seconds else 0.0,
+    } | (counts.accuracies() if plan.config.label_column else {})
 
 
 def publish(
@@ -133,3 +162,36 @@ def _make_manifest(plan: Plan, unplanned: int, counts: Counts, line: dict[str, A
         "files_of_earlier_input": unplanned,
         "versions": versions(),
     }
+
+
+def say_result(line: dict[str, Any], counts: Counts, new_rejected: int, say: Callable[[str], None]) -> None:
+    """Say the counts, the reasons for rejected rows, the share of consistent rows, and with labels the accuracies.
+
+    Args:
+        line: the fields of the job's last line.
+        counts: over all rows.
+        new_rejected: rows that this run has rejected. If there are none, the reasons are left out: an earlier run has said them.
+        say: writes a console line.
+    """
+    say(
+        f"{line['scored_rows']:,} of {line['input_rows']:,} rows scored, {line['rejected_rows']:,} rejected, in "
+        f"{line['files'] - line['failed_files']:,} files; {line['failed_files']:,} files could not be used; all rows of the "
+        "others are in the output exactly once"
+    )
+    reasons = list(counts.reasons.items()) if new_rejected else []
+    for reason, count in reasons[:_REASONS_ON_CONSOLE]:
+        say(f"  rejected: {count:,} x {reason}")
+    if len(reasons) > _REASONS_ON_CONSOLE:
+        say(f"  rejected: {sum(count for _, count in reasons[_REASONS_ON_CONSOLE:]):,} x other reasons")
+    if line["scored_rows"]:
+        say(f"consistent (sum = digit + number): {counts.consistent / line['scored_rows']:.2%} of the scored rows")
+    if counts.labelled:
+        accuracies = ", ".join(f"{head.name} {line[f'{head.name}_accuracy']:.2%}" for head in HEADS)
+        say(f"accuracy over {counts.labelled:,} labelled rows: {accuracies}")
+        for name, metrics in (counts.probability_metrics() or {}).items():
+            say(
+                f"  {name} probabilities: negative log-likelihood {metrics['nll']:.4f} nats, Brier score {metrics['brier']:.4f}, "
+                f"expected calibration error {metrics['ece']:.4f}"
+            )
+    say(f"predictions: {line['output']}/{PREDICTIONS}")
+    say(f"report: {line['output']}/{REPORT}")

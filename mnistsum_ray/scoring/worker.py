@@ -8,7 +8,7 @@ which process wrote it or how often.
 
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -19,28 +19,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import Pixels, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.data.parquet import (
-    check_int96,
-    check_unchanged,
-    int96_columns,
-    open_parquet,
-    plain_table,
-    read_rows,
-    to_parquet,
-)
+from mnistsum_ray.data.parquet import check_unchanged, open_parquet, plain_table, read_rows, to_parquet
 from mnistsum_ray.errors import RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import DIGITS, HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.metrics import Reliability
+from mnistsum_ray.scoring.counts import BINS, Counts
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
-from mnistsum_ray.scoring.stamp import COUNTS_KEY, KEY, PREDICTIONS, REJECTED, Stamp
-from mnistsum_ray.scoring.summary import BINS, Counts
+from mnistsum_ray.scoring.stamp import PREDICTIONS, REJECTED, from_metadata, to_metadata
 from mnistsum_ray.storage.location import Backoff, Location
 
 REPORT_SCHEMA: Final = pa.schema(
@@ -52,12 +45,15 @@ REPORT_SCHEMA: Final = pa.schema(
         "ended": pa.float64(),
         "unreadable": pa.string(),  # why the input file cannot be used
         "failed": pa.string(),  # why the run cannot go on
+        "notice": pa.string(),  # a line for the console
     }
 )
-"""One row per part."""
+"""One row per part; and one without rows for each task that is begun again."""
 
 _MAX_CRASHES: Final = 3
 """Processes that may die while they score a part. Ray alone would start new ones for ever."""
+
+_CAUSES: Final = "out of memory? Ray's logs may tell"
 
 _BATCH_ROWS: Final = 2048
 """Small parts are predicted together, up to this number of rows: a forward pass on ten rows wastes most of its time."""
@@ -90,13 +86,14 @@ class Scorer:
             return
         # A process died in this task. Its parts are scored one by one, so that a part that kills every process is found and given
         # up. The crash in the whole task counts as each part's first.
+        notice = f"a process that scored died ({_CAUSES}); its task is begun again at {parts[0].output}"
+        yield _report(parts[0], time.time(), rows=0, notice=notice)
         for part in parts:
             if self._begin(part.output) < _MAX_CRASHES:
                 yield from self._score([part])
                 self._crash_counter.end.remote(part.output)
             else:
-                reason = f"the process that scored it died {_MAX_CRASHES} times (out of memory? Ray's logs may tell)"
-                yield _report(part, time.time(), unreadable=reason)
+                yield _report(part, time.time(), unreadable=f"the process that scored it died {_MAX_CRASHES} times ({_CAUSES})")
 
     def _begin(self, key: str) -> int:
         attempts: int = ray.get(self._crash_counter.begin.remote(key, self._node))
@@ -128,9 +125,39 @@ def _make_predictor(plan: Plan) -> Predictor:
     return Predictor(plan.weights, device, plan.precision, plan.config.batch_size, plan.int8_maxima)
 
 
-def _report(part: Part, started: float, *, rejected: int = 0, **failure: str) -> pa.Table:
-    row = {"name": part.name, "rows": part.rows, "rejected": rejected, "started": started, "ended": time.time(), **failure}
+def _report(part: Part, started: float, **fields: Any) -> pa.Table:
+    row = {"name": part.name, "rows": part.rows, "rejected": 0, "started": started, "ended": time.time()} | fields
     return pa.Table.from_pylist([row], REPORT_SCHEMA)
+
+
+class CrashCounter:
+    """Counts how often each key was begun without being ended. An actor, because the process that began it may have died."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, list[str]] = defaultdict(list)
+        """The node of each attempt."""
+
+    def begin(self, key: str, node: str) -> int:
+        """Count an attempt on a node; return the number of attempts that have not ended, this one included.
+
+        An attempt that ended with its node does not count: the node was lost, and not for what it worked on.
+        """
+        attempts = self._begun[key]
+        if attempts:
+            lost = {entry["NodeID"] for entry in ray.nodes() if not entry["Alive"]}
+            attempts[:] = [attempt for attempt in attempts if attempt not in lost]
+        attempts.append(node)
+        return len(attempts)
+
+    def end(self, key: str) -> None:
+        """Forget the attempts: the process survived the work."""
+        del self._begun[key]
+
+
+def start_crash_counter() -> Any:
+    """Start a `CrashCounter` actor on the driver's node, so that losing another node does not lose the counts."""
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(CrashCounter).options(num_cpus=0, scheduling_strategy=this_node).remote()
 
 
 @dataclass(frozen=True)
@@ -185,12 +212,6 @@ def _read_tables(folder: Location, parts: list[Part]) -> Iterator[tuple[Part, pa
     path, rows = folder / parts[0].name, np.arange(parts[0].first_row, parts[-1].first_row + parts[-1].rows)
     check_unchanged(path, parts[0].size, parts[0].modified)
     with open_parquet(path) as file:
-        timestamps = int96_columns(file.schema)
-        if timestamps and len(rows):
-            ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
-            first, last = np.searchsorted(ends, rows[[0, -1]], side="right").tolist()
-            with open_parquet(path, coerce_int96_timestamp_unit="us") as in_microseconds:
-                check_int96(in_microseconds, timestamps, list(range(first, last + 1)))
         batches, schema = read_rows(file, rows), file.read_row_groups([]).schema
         pending: list[pa.RecordBatch] = []
         for part in parts:
@@ -246,27 +267,18 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
     part, bad = rows.part, np.fromiter(rows.reasons, np.int64, len(rows.reasons))
     good = np.setdiff1d(np.arange(part.rows), bad)
     predictions = Predictions({name: values[good] for name, values in predictions.values.items()})
-    stamp = Stamp(
-        name=part.name,
-        source=plan.source(part.name),
-        size=part.size,
-        modified=part.modified,
-        footer_sha256=part.footer_sha256,
-        first_row=part.first_row,
-        rows=part.rows,
-        rejected=len(bad),
-        spec=plan.spec,
-        counts=asdict(_count(rows, good, predictions)),
-    )
+    source = plan.source(part.name)
+    stamp = asdict(part) | {"source": source, "rejected": len(bad), "spec": plan.spec}
+    metadata = to_metadata(stamp, asdict(_count(rows, good, predictions)))
     if rows.reasons:
         reasons = {part.first_row + row: reason for row, reason in rows.reasons.items()}
-        rejected = _rejected_table(rows.table.take(pa.array(bad)), stamp.source, reasons)
-        _write(plan, plan.folder / REJECTED / part.output, rejected, stamp)
+        rejected = _rejected_table(rows.table.take(pa.array(bad)), source, reasons)
+        _write(plan.folder / REJECTED / part.output, rejected, metadata)
     table = rows.table.drop_columns([plan.config.image_column])
     table = table.take(pa.array(good)) if rows.reasons else table
     for field, values in zip(PREDICTION_FIELDS, predictions.columns(rows.numbers[good]), strict=True):
         table = table.append_column(field, pa.array(values, field.type))
-    _write(plan, plan.folder / PREDICTIONS / part.output, table, stamp)
+    _write(plan.folder / PREDICTIONS / part.output, table, metadata)
 
 
 def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions) -> Counts:
@@ -313,15 +325,13 @@ def _free_name(name: str, taken: set[str]) -> str:
     return _free_name(f"input_{name}", taken) if name.lower() in taken else name
 
 
-def _write(plan: Plan, place: Location, table: pa.Table, stamp: Stamp) -> None:
+def _write(place: Location, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
     # The entry of Hugging Face lists the input's columns, and `datasets` refuses a file that has other columns.
-    dropped = (b"huggingface", KEY, COUNTS_KEY)
-    metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key not in dropped}
-    data = to_parquet(table.replace_schema_metadata(metadata | stamp.to_metadata()))
+    kept = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"huggingface"}
     try:
-        place.create(data)
+        place.create(to_parquet(table.replace_schema_metadata(kept | metadata)))
     except FileExistsError:
         # An earlier process of this run may have written the same rows before it died, on other hardware with other last bits.
-        written = Stamp.from_metadata(pq.read_metadata(pa.BufferReader(place.read_bytes())).metadata)
-        if written != stamp:
+        written = pq.read_metadata(pa.BufferReader(place.read_bytes())).metadata
+        if from_metadata(written) != from_metadata(metadata):
             raise OSError(f"{place.display} was written by another run") from None

@@ -22,6 +22,8 @@ T = TypeVar("T")
 _PARTIAL: Final = re.compile(r"\.mnistsum-[0-9a-f]{16}\.partial")
 """Name of an unfinished file. It is short whatever the final name is: file systems allow 255 bytes."""
 
+_PATIENCE_SECONDS: Final = 30.0
+
 _MAX_BYTES: Final = 2**28
 """Largest file that is read whole: a name may lead to a device without end."""
 
@@ -174,15 +176,14 @@ def retried(attempt: Callable[[], T]) -> T:
 class Backoff:
     """Pauses between attempts to reach a storage that fails: 1 s, then each twice as long as the one before."""
 
-    def __init__(self, seconds: float = 30.0) -> None:
-        """Give up when the attempts have failed for this long."""
-        self._seconds, self._pause, self._failing_since = seconds, 1.0, 0.0
+    def __init__(self) -> None:
+        self._pause, self._failing_since = 1.0, 0.0
 
     def pause(self) -> bool:
-        """Sleep after a failed attempt; False, without a pause, if it is time to give up."""
+        """Sleep after a failed attempt; False, without a pause, if the attempts have failed for half a minute."""
         now = time.monotonic()
         self._failing_since = self._failing_since or now
-        if now - self._failing_since >= self._seconds:
+        if now - self._failing_since >= _PATIENCE_SECONDS:
             return False
         time.sleep(self._pause)
         self._pause *= 2
@@ -196,6 +197,11 @@ def is_utf8(path: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_hidden(name: str) -> bool:
+    """True if readers of Parquet skip a file of this name, since it, or a folder of it, begins with `.` or `_`."""
+    return any(component.startswith((".", "_")) for component in name.split("/"))
 
 
 def is_partial(name: str) -> bool:

@@ -13,6 +13,7 @@ from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, one_line, root_cause
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PARAMETERS
@@ -20,7 +21,6 @@ from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.metrics import TrainingMetrics
 from mnistsum_ray.reporting.report import REPORT
-from mnistsum_ray.storage.listing import report_skipped
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import FolderLock, folder_lock
 from mnistsum_ray.training.artifacts import (

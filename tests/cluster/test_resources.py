@@ -7,7 +7,7 @@ import pytest
 from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan, plan_workers
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.scoring import resources as scoring
+from mnistsum_ray.scoring import driver as scoring
 from mnistsum_ray.training import resources as training
 
 

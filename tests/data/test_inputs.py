@@ -1,12 +1,14 @@
-"""`--input`: which files it names, under which names, and which are skipped."""
+"""`--input`: which files it names, under which names, and which are skipped; a glob reads no folder without a match."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mnistsum_ray.data.inputs import Inputs, list_inputs
+from mnistsum_ray.data.inputs import Inputs, list_inputs, matches, report_skipped
 from mnistsum_ray.errors import RequestError
+from mnistsum_ray.storage.location import is_hidden
 from mnistsum_ray.storage.paths import locate
 
 NAMES = ("a.parquet", "b/c.parquet", "b/d.PQ", "b/e/f.parq", "b/g,h [1].parquet")
@@ -46,14 +48,47 @@ def test_a_folder_is_listed_with_all_below_it_and_other_files_are_skipped(folder
     [
         ("*.parquet", ["a.parquet"]),
         ("*/*.parquet", ["c.parquet", "g,h [1].parquet"]),
+        ("*/*/*.parq", ["f.parq"]),
         ("**/*.parq*", ["a.parquet", "b/_temporary/x.parquet", "b/c.parquet", "b/e/f.parq", "b/g,h [1].parquet"]),
         ("b/?.p[a-z]*", ["c.parquet"]),
         ("notes.*", ["notes.txt"]),
     ],
 )
 def test_globs_match_as_a_shell_does(folder: Path, pattern: str, expected: list[str]) -> None:
-    found = find(folder / pattern)
-    assert [Path(name).name for name in names(found)] == [Path(name).name for name in expected]
+    assert [Path(name).name for name in names(find(folder / pattern))] == [Path(name).name for name in expected]
+
+
+def test_a_wildcard_matches_no_leading_dot_wherever_files_lie() -> None:
+    assert matches(("a", "b", "c.parquet"), ("**", "*.parquet"))
+    assert not matches((".tmp", "c.parquet"), ("**", "*.parquet"))
+    assert not matches(("a", ".c.parquet"), ("**",))
+    assert matches((".tmp", "c.parquet"), (".tmp", "**"))
+
+
+def test_a_glob_looks_only_where_it_can_match(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="there is no Parquet file"):
+        find("/*/nobody-has-such-a-file")  # without a walk over the disk, and /proc
+    scandir = os.scandir
+
+    def closed(place: str) -> Any:
+        if place.endswith("/e"):
+            raise PermissionError(f"{place} is closed")
+        return scandir(place)
+
+    monkeypatch.setattr("os.scandir", closed)  # root may read all
+    inputs = find(folder / "**" / "*.parq*")
+    assert names(inputs) == ["a.parquet", "b/_temporary/x.parquet", "b/c.parquet", "b/g,h [1].parquet"]
+    assert inputs.skipped == {str(folder / "b" / "e"): "a folder that cannot be read"}
+    with pytest.raises(RequestError, match="e is closed"):
+        find(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [("a/b.parquet", False), ("a/_b", True), (".ipynb_checkpoints/a", True), ("a/_x/b", True), ("a_/b._c", False)],
+)
+def test_a_name_is_hidden_by_any_of_its_components(name: str, hidden: bool) -> None:
+    assert is_hidden(name) == hidden
 
 
 def test_a_file_may_have_any_name_and_several_values_share_one_root(folder: Path) -> None:
@@ -66,11 +101,8 @@ def test_a_file_may_have_any_name_and_several_values_share_one_root(folder: Path
 
 def test_names_do_not_depend_on_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder / "b")
-    assert (
-        names(find("_temporary/.."))
-        == names(find("../b", "e/../c.parquet"))
-        == ["c.parquet", "d.PQ", "e/f.parq", "g,h [1].parquet"]
-    )
+    expected = ["c.parquet", "d.PQ", "e/f.parq", "g,h [1].parquet"]
+    assert names(find("_temporary/..")) == names(find("../b", "e/../c.parquet")) == expected
 
 
 def test_what_is_not_there_is_named(folder: Path) -> None:
@@ -93,6 +125,7 @@ def test_what_is_not_there_is_named(folder: Path) -> None:
         (["a.parquet"], ".", "holds the input file"),
         (["*/*.parquet"], "out", "lies in the input"),
         (["**/*.parquet"], "out/deep", "lies in the input"),
+        (["*/*.parquet"], "out/deep", None),
         (["*.parquet"], "out", None),
         (["b"], "out", None),
         (["a.parquet"], "b/out", None),
@@ -111,36 +144,48 @@ def test_an_output_inside_the_input_and_an_input_inside_the_output_are_refused(
             find(*values, output=other / output)
 
 
-def test_links_to_folders_below_an_input_are_left_out_and_one_that_is_named_is_followed(folder: Path, tmp_path: Path) -> None:
-    (folder / "b" / "up").symlink_to(folder)
+def test_links_to_files_are_followed_and_links_to_folders_only_if_they_are_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "z.parquet").write_bytes(b"z")
-    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    links = {
+        "b/up": folder,
+        "more": tmp_path / "elsewhere",
+        "latest.parquet": folder / "a.parquet",
+        "one.parquet": tmp_path / "elsewhere" / "z.parquet",
+        "gone.parquet": tmp_path / "nowhere",
+        "self": folder / "self",
+        "zero.parquet": Path("/dev/zero"),
+    }
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    os.mkfifo(folder / "pipe.parquet")
+    expected = {
+        "b/up": "a link to a folder",
+        "more": "a link to a folder",
+        "latest.parquet": "a link to a file that is listed anyway",
+        "gone.parquet": "a link that leads nowhere",
+        "zero.parquet": "a link to a device",
+        "pipe.parquet": "a pipe or a socket, not a regular file",
+    }
     for value in (folder, folder / "**" / "*.p*"):
         inputs = find(value)
-        assert "z.parquet" not in " ".join(names(inputs))
-        assert inputs.skipped[str(folder / "more")] == inputs.skipped[str(folder / "b" / "up")] == "a link to a folder"
-    assert names(find(folder)) == sorted(NAMES)
+        assert {*names(inputs)} >= {"a.parquet", "one.parquet", "b/e/f.parq"}
+        assert expected.items() <= {os.path.relpath(path, folder): why for path, why in inputs.skipped.items()}.items()
+    assert names(find(folder)) == sorted([*NAMES, "one.parquet"])
     assert names(find(folder / "more")) == ["z.parquet"]
-
-
-def test_a_device_and_a_pipe_are_called_that(folder: Path) -> None:
-    os.mkfifo(folder / "pipe.parquet")
-    (folder / "zero.parquet").symlink_to("/dev/zero")
-    inputs = find(folder)
-    assert inputs.skipped[str(folder / "zero.parquet")] == "a link to a device"
-    assert inputs.skipped[str(folder / "pipe.parquet")] == "a pipe or a socket, not a regular file"
+    assert names(find(folder / "latest.parquet")) == ["a.parquet"]
     for name, message in (("pipe.parquet", "is a pipe or a socket, not a regular file"), ("zero.parquet", "is a device")):
         with pytest.raises(RequestError, match=message):
             find(folder / name)
 
 
-def test_a_file_with_two_names_is_listed_once(folder: Path) -> None:
-    (folder / "latest.parquet").symlink_to(folder / "a.parquet")
-    inputs = find(folder)
-    assert names(inputs) == sorted(NAMES)
-    assert inputs.skipped[str(folder / "latest.parquet")] == "a link to a file that is listed anyway"
-    assert names(find(folder / "latest.parquet")) == ["a.parquet"], "a link that is named itself is listed"
+def test_each_reason_is_said_once() -> None:
+    said: list[str] = []
+    report_skipped({"/in/b": "its name", "/in/a": "its name", "/in/c": "a link that leads nowhere"}, said.append)
+    assert said == [
+        "left out for their names: 2, such as /in/a",
+        "left out since each is a link that leads nowhere: 1, such as /in/c",
+    ]
 
 
 def test_a_file_whose_name_is_not_utf8_is_unusable(folder: Path) -> None:

@@ -27,7 +27,7 @@ from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import int8
-from mnistsum_ray.scoring.parts import start_crash_counter
+from mnistsum_ray.scoring.worker import start_crash_counter
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import STATE_CARD

@@ -29,16 +29,11 @@ def footers(folder: Path, **columns: str) -> dict[str, dict[str, Any]]:
 def test_the_footer_of_a_usable_file(tmp_path: Path) -> None:
     pq.write_table(GOOD, tmp_path / "a.parquet", row_group_size=2)
     row = footers(tmp_path)["a.parquet"]
-    assert (row["rows"], row["group_rows"], row["error"]) == (3, [2, 1], None)
+    assert (row["rows"], row["longest_group"], row["error"]) == (3, 2, None)
     assert row["bytes"] > 3 * 784 / 2  # Parquet stores repeated images once
-    pq.write_table(GOOD.slice(1), tmp_path / "a.parquet")
-    assert footers(tmp_path)["a.parquet"]["footer_sha256"] != row["footer_sha256"]
-
-
-def test_a_footer_longer_than_the_first_read_is_read_whole(tmp_path: Path) -> None:
-    wide = GOOD.replace_schema_metadata({"note": "x" * 300_000})
+    wide = GOOD.slice(1).replace_schema_metadata({"note": "x" * 300_000})  # its footer is longer than the first read
     pq.write_table(wide, tmp_path / "a.parquet")
-    assert footers(tmp_path)["a.parquet"]["rows"] == 3
+    assert footers(tmp_path)["a.parquet"]["footer_sha256"] != row["footer_sha256"]
 
 
 @pytest.mark.parametrize(
@@ -63,15 +58,12 @@ def test_a_damaged_file_gets_a_reason(tmp_path: Path, damage: Callable[[bytes], 
     assert row["rows"] is None
 
 
-@pytest.mark.parametrize("forged", ["rows", "bytes"])
-def test_a_footer_that_promises_too_much_makes_that_file_unusable(tmp_path: Path, forged: str) -> None:
+def test_a_footer_that_promises_too_many_rows_makes_that_file_unusable(tmp_path: Path) -> None:
     for name in ("wrong", "good"):
         pq.write_table(pa.table({"image": [bytes(784)] * 1234, "number": [1] * 1234}), tmp_path / f"{name}.parquet")
-    size = pq.read_metadata(tmp_path / "wrong.parquet").row_group(0).total_byte_size
-    with_footer(tmp_path / "wrong.parquet", 1234 if forged == "rows" else size, 2**62)
+    with_footer(tmp_path / "wrong.parquet", 1234, 2**62)
     found = footers(tmp_path)
-    promised = {"rows": "4,611,686,018,427,387,904", "bytes": "1,234"}[forged]
-    assert f"has a footer that promises {promised} rows in" in found["wrong.parquet"]["error"]
+    assert "has a footer that promises 4,611,686,018,427,387,904 rows in" in found["wrong.parquet"]["error"]
     assert (found["good.parquet"]["rows"], found["good.parquet"]["error"]) == (1234, None)
 
 
@@ -90,32 +82,19 @@ def test_a_type_that_pyarrow_cannot_write_back_makes_the_file_unusable(tmp_path:
     assert reason in footers(tmp_path)["a.parquet"]["error"]
 
 
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "'{\"a\": 1}'::JSON",
-        "uuid()",
-        "TIME '10:11:12'",
-        "TIMESTAMPTZ '2020-01-01 00:00:00+00'",
-        "TIMESTAMP_NS '2020-01-01'",
-        "1.5::DECIMAL(9, 2)",
-        "MAP {'a': 1}",
-        "{'x': 1}",
-        "[1, 2]",
-        "DATE '2020-01-01'",
-        "'a'::ENUM ('a', 'b')",
-        "1::UTINYINT",
-    ],
-)
-def test_every_other_type_of_duckdb_is_written_back_unchanged(tmp_path: Path, expression: str) -> None:
+def test_every_other_type_of_duckdb_is_written_back_unchanged(tmp_path: Path) -> None:
     path, again = tmp_path / "a.parquet", tmp_path / "again.parquet"
-    duckdb.sql(f"COPY (SELECT repeat('x', 784)::BLOB AS image, 1 AS number, {expression} AS other) TO '{path}' (FORMAT parquet)")
+    others = [
+        *("'{\"a\": 1}'::JSON", "uuid()", "TIME '10:11:12'", "TIMESTAMPTZ '2020-01-01 00:00:00+00'", "TIMESTAMP_NS '2020-01-01'"),
+        *("1.5::DECIMAL(9, 2)", "MAP {'a': 1}", "{'x': 1}", "[1, 2]", "DATE '2020-01-01'", "'a'::ENUM ('a', 'b')", "1::UTINYINT"),
+    ]
+    columns = ", ".join(f"{other} AS other{index}" for index, other in enumerate(others))
+    duckdb.sql(f"COPY (SELECT repeat('x', 784)::BLOB AS image, 1 AS number, {columns}) TO '{path}' (FORMAT parquet)")
     assert footers(tmp_path)["a.parquet"]["error"] is None
     with open_parquet(locate(str(path), "--input")) as file:
         again.write_bytes(to_parquet(file.read()))
-    before, after = (
-        duckdb.execute("SELECT typeof(other), other FROM read_parquet(?)", [str(file)]).fetchall() for file in (path, again)
-    )
+    types = ", ".join(f"typeof(other{index})" for index in range(len(others)))
+    before, after = (duckdb.execute(f"SELECT *, {types} FROM '{file}'").fetchall() for file in (path, again))
     assert before == after
 
 

@@ -1,25 +1,18 @@
-"""Counts of rows for the report, of a part when it is written and of the whole output; the result and the console's lines."""
+"""Counts of rows for the report: of a part, as JSON in the metadata of its files, or of a whole output."""
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import DIGITS, HEADS
 from mnistsum_ray.model.metrics import Reliability
-from mnistsum_ray.scoring.output import REPORT
-from mnistsum_ray.scoring.preflight import Plan
-from mnistsum_ray.scoring.stamp import PREDICTIONS
 
 BINS: Final = 20
 """Bins of equal width over 0..1, in which rows are counted by the probability of each head."""
-
-_REASONS_ON_CONSOLE: Final = 10
 
 _EXAMPLES: Final = 3
 """Rows that are named for each reason."""
@@ -33,7 +26,7 @@ _PARTS_AT_ONCE: Final = 10_000
 
 @dataclass
 class Counts:
-    """Counts over rows: of a part, as JSON in the metadata of its files, or of a whole output."""
+    """Counts over rows."""
 
     consistent: int = 0
     """Scored rows whose predicted sum is the predicted digit + number."""
@@ -92,61 +85,3 @@ class Counts:
     def probability_metrics(self) -> dict[str, dict[str, Any]] | None:
         """By head `nll`, `brier`, `ece`, and the `reliability` that they follow from; None if no label is known."""
         return {head: sums.as_json() for head, sums in self.reliability.items()} if self.labelled else None
-
-
-def result_line(plan: Plan, files: pa.Table, counts: Counts, resumed_rows: int, scoring_seconds: float) -> dict[str, Any]:
-    """Return the fields of the job's last line, but for `seconds`.
-
-    Args:
-        plan: of the run.
-        files: `output.FILES_SCHEMA`.
-        counts: over all rows.
-        resumed_rows: rows that an earlier run had committed.
-        scoring_seconds: from the start of the first part to the end of the last one.
-    """
-    usable = pc.equal(files["status"], "scored")
-    columns = (files["rows"].filter(usable), files["scored"], files["rejected"], pc.invert(usable))
-    input_rows, scored, rejected, failed = (pc.sum(column).as_py() or 0 for column in columns)
-    return {
-        "output": plan.output.display,
-        "input_rows": input_rows,
-        "scored_rows": scored,
-        "rejected_rows": rejected,
-        "resumed_rows": resumed_rows,
-        "files": files.num_rows,
-        "failed_files": failed,
-        "rows_per_second": round((scored + rejected - resumed_rows) / scoring_seconds, 1) if scoring_seconds else 0.0,
-    } | (counts.accuracies() if plan.config.label_column else {})
-
-
-def summarize(line: dict[str, Any], counts: Counts, new_rejected: int, say: Callable[[str], None]) -> None:
-    """Say the counts, the reasons for rejected rows, the share of consistent rows, and with labels the accuracies.
-
-    Args:
-        line: the fields of the job's last line.
-        counts: over all rows.
-        new_rejected: rows that this run has rejected. If there are none, the reasons are left out: an earlier run has said them.
-        say: writes a console line.
-    """
-    say(
-        f"{line['scored_rows']:,} of {line['input_rows']:,} rows scored, {line['rejected_rows']:,} rejected, in "
-        f"{line['files'] - line['failed_files']:,} files; {line['failed_files']:,} files could not be used; all rows of the "
-        "others are in the output exactly once"
-    )
-    reasons = list(counts.reasons.items()) if new_rejected else []
-    for reason, count in reasons[:_REASONS_ON_CONSOLE]:
-        say(f"  rejected: {count:,} x {reason}")
-    if len(reasons) > _REASONS_ON_CONSOLE:
-        say(f"  rejected: {sum(count for _, count in reasons[_REASONS_ON_CONSOLE:]):,} x other reasons")
-    if line["scored_rows"]:
-        say(f"consistent (sum = digit + number): {counts.consistent / line['scored_rows']:.2%} of the scored rows")
-    if counts.labelled:
-        accuracies = ", ".join(f"{head.name} {line[f'{head.name}_accuracy']:.2%}" for head in HEADS)
-        say(f"accuracy over {counts.labelled:,} labelled rows: {accuracies}")
-        for name, metrics in (counts.probability_metrics() or {}).items():
-            say(
-                f"  {name} probabilities: negative log-likelihood {metrics['nll']:.4f} nats, Brier score {metrics['brier']:.4f}, "
-                f"expected calibration error {metrics['ece']:.4f}"
-            )
-    say(f"predictions: {line['output']}/{PREDICTIONS}")
-    say(f"report: {line['output']}/{REPORT}")
