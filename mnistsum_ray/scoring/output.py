@@ -22,19 +22,22 @@ from mnistsum_ray.cluster.map_files import map_files
 from mnistsum_ray.data.inputs import FILE_SCHEMA
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.scoring.parts import PART_SCHEMA
+from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, read_stamps
 from mnistsum_ray.scoring.preflight import STAGING, Plan
-from mnistsum_ray.scoring.stamp import PREDICTIONS, REJECTED, read_stamps
 from mnistsum_ray.storage.location import Location, is_hidden, is_partial
 
 FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"
-PROBABILITIES: Final = "probabilities.png"
-REJECTS: Final = "rejects.png"
-RELIABILITY: Final = "reliability.png"
 REPORT: Final = "report.html"
 
-SUMMARIES: Final = (FILES_TABLE, PROBABILITIES, REJECTS, RELIABILITY, REPORT)
+PICTURES: Final = {
+    "probabilities.png": "Rows by predicted probability",
+    "rejects.png": "Rejected rows by reason",
+    "reliability.png": "Accuracy by predicted probability",
+}
+"""Titles of the pictures by their file names."""
+
+SUMMARIES: Final = (FILES_TABLE, *PICTURES, REPORT)
 """Files about the whole run. They are written after all predictions and before the manifest."""
 
 FILES_SCHEMA: Final = pa.schema(
@@ -58,7 +61,7 @@ class OutputFiles:
 
     folder: Location
     stamps: pa.Table
-    """The files in `predictions/`: `stamp.OUTPUT_SCHEMA` without errors, and `rejected_in_file`, the rows of the file of the same
+    """The files in `predictions/`: `parts.OUTPUT_SCHEMA` without errors, and `rejected_in_file`, the rows of the file of the same
     name in `rejected/`; null if that file is missing."""
     rejected: frozenset[str]
     """Names of files in `rejected/`, relative to it."""

@@ -12,28 +12,11 @@ from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.report import scored_page, versions
 from mnistsum_ray.scoring.counts import Counts
-from mnistsum_ray.scoring.output import (
-    FILES_TABLE,
-    MANIFEST,
-    PROBABILITIES,
-    REJECTS,
-    RELIABILITY,
-    REPORT,
-    SUMMARIES,
-    Committed,
-    OutputFiles,
-    unpublish,
-)
+from mnistsum_ray.scoring.output import FILES_TABLE, MANIFEST, PICTURES, REPORT, SUMMARIES, Committed, OutputFiles, unpublish
+from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.preflight import Plan
-from mnistsum_ray.scoring.stamp import PREDICTIONS, REJECTED
 
 FORMAT: Final = "mnistsum_ray.score/1"
-
-_TITLES: Final = {
-    PROBABILITIES: "Rows by predicted probability",
-    RELIABILITY: "Accuracy by predicted probability",
-    REJECTS: "Rejected rows by reason",
-}
 
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""
@@ -79,7 +62,7 @@ def publish(
     plan.lock.check()
     pictures = _draw_pictures(counts)
     manifest = _make_manifest(plan, committed.unplanned, counts, line)
-    page = scored_page(manifest, counts, {_TITLES[name]: png for name, png in pictures.items()})
+    page = scored_page(manifest, counts, {PICTURES[name]: png for name, png in pictures.items()})
     summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **pictures}
     for name in SUMMARIES:
         if name in summaries:
@@ -130,11 +113,11 @@ def _draw_pictures(counts: Counts) -> dict[str, bytes]:
     """PNG bytes by file name: probabilities; where rows have labels their reliability; where rows were rejected the reasons."""
     from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
 
-    drawn = {PROBABILITIES: pictures.draw_probabilities(counts.probabilities)}
+    drawn = {"probabilities.png": pictures.draw_probabilities(counts.probabilities)}
     if counts.labelled:
-        drawn[RELIABILITY] = pictures.draw_reliability(counts.reliability)
+        drawn["reliability.png"] = pictures.draw_reliability(counts.reliability)
     if counts.reasons:
-        drawn[REJECTS] = pictures.draw_rejects(counts.reasons)
+        drawn["rejects.png"] = pictures.draw_rejects(counts.reasons)
     return drawn
 
 

@@ -31,9 +31,8 @@ from mnistsum_ray.model.heads import DIGITS, HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.scoring.counts import BINS, Counts
-from mnistsum_ray.scoring.parts import Part
+from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, from_metadata, to_metadata
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
-from mnistsum_ray.scoring.stamp import PREDICTIONS, REJECTED, from_metadata, to_metadata
 from mnistsum_ray.storage.location import Backoff, Location
 
 REPORT_SCHEMA: Final = pa.schema(
@@ -95,9 +94,8 @@ class Scorer:
             else:
                 yield _report(part, time.time(), unreadable=f"the process that scored it died {_MAX_CRASHES} times ({_CAUSES})")
 
-    def _begin(self, key: str) -> int:
-        attempts: int = ray.get(self._crash_counter.begin.remote(key, self._node))
-        return attempts
+    def _begin(self, key: str) -> Any:
+        return ray.get(self._crash_counter.begin.remote(key, self._node))
 
     def _score(self, parts: list[Part]) -> Iterator[pa.Table]:
         plan, started = self._plan, time.time()

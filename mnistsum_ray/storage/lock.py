@@ -219,10 +219,8 @@ class _Lease:
             asked, before, found = time.monotonic(), found, self._read()
             if found and found != before:
                 raise _HeldError(found[0])
-            if (
-                time.monotonic() - asked > HEARTBEAT_SECONDS
-            ):  # the storage may have failed, so its holder could not renew it either
-                started = time.monotonic()
+            if time.monotonic() - asked > HEARTBEAT_SECONDS:
+                started = time.monotonic()  # the storage may have failed, so its holder could not renew it either
         if not found:
             return None
         say(f"{self._place.display} was left by a run that no longer renews it ({found[0]}); taking it over")

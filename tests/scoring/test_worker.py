@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
+from mnistsum_ray.scoring import worker
 from mnistsum_ray.scoring.output import OutputFiles
+from mnistsum_ray.scoring.parts import COUNTS_KEY, FORMAT, KEY
 from mnistsum_ray.scoring.preflight import Plan
-from mnistsum_ray.scoring.stamp import COUNTS_KEY, FORMAT, KEY
-from mnistsum_ray.scoring.worker import PartRows, read_parts, write_part
+from mnistsum_ray.scoring.worker import CrashCounter, PartRows, Scorer, read_parts, write_part
 from mnistsum_ray.storage.paths import locate
 from tests.scoring.conftest import CONSOLE, parts_of, plan_of, predictions, write_all
 
@@ -23,6 +25,7 @@ from tests.scoring.conftest import CONSOLE, parts_of, plan_of, predictions, writ
 def write(path: Path, rows: int, group: int) -> pa.Table:
     images = [(np.arange(784) + row).astype(np.uint8).tobytes() for row in range(rows)]
     labels = [None if row % 3 == 0 else row % 10 for row in range(rows)]
+    path.parent.mkdir(exist_ok=True)
     table = pa.table({"id": range(rows), "image": images, "number": [row % 11 for row in range(rows)], "label": labels})
     pq.write_table(table, path, row_group_size=group)
     return table
@@ -130,19 +133,32 @@ def test_an_int96_timestamp_of_any_year_is_kept(tmp_path: Path) -> None:
         assert scored[name].combine_chunks() == values
 
 
-def test_a_file_with_a_wrong_page_checksum_is_unreadable(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    images = [random.integers(0, 256, 784).astype(np.uint8).tobytes() for _ in range(50)]
-    table = pa.table({"image": images, "number": [1] * 50, "label": [1] * 50})
-    # So that the file holds each image once, as it is.
-    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    pq.write_table(table, tmp_path / "a.parquet", write_page_checksum=True, **options)
-    data = bytearray((tmp_path / "a.parquet").read_bytes())
-    offset = data.index(images[20])
-    data[offset + 100] ^= 1  # changes one pixel by 1
-    (tmp_path / "a.parquet").write_bytes(data)
-    (damaged,) = read(plan_of(tmp_path))
-    assert "CRC checksum verification failed" in str(damaged)
+def test_a_task_whose_process_died_is_begun_again_with_a_line_and_given_up_after_three(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        write(tmp_path / "in" / f"{name}.parquet", 5, 5)
+    plan, counter = plan_of(tmp_path / "in", tmp_path / "out"), CrashCounter()
+    remote = SimpleNamespace(begin=SimpleNamespace(remote=counter.begin), end=SimpleNamespace(remote=counter.end))
+    context = SimpleNamespace(get_node_id=lambda: "this node")
+    here = SimpleNamespace(get=lambda value: value, nodes=list, get_runtime_context=lambda: context)
+    monkeypatch.setattr(worker, "ray", here)
+    predictor = SimpleNamespace(predict=lambda images, numbers, labels: predictions(len(images)))
+    monkeypatch.setattr(worker, "_make_predictor", lambda plan: predictor)
+    task = pa.table({"first": [0], "count": [2]})
+
+    def score() -> list[dict[str, Any]]:
+        return [row for report in Scorer(plan, remote)(task) for row in report.to_pylist()]
+
+    for key in ("task of a.parquet", "a.parquet"):  # a process dies in the task, and one more in the first of its parts
+        counter.begin(key, "this node")
+    notice, *parts = score()
+    assert notice["notice"].startswith("a process that scored died (out of memory? Ray's logs may tell); its task is begun again")
+    assert (notice["rows"], [part["rows"] for part in parts], [part["unreadable"] for part in parts]) == (0, [5, 5], [None, None])
+    for _ in range(2):
+        counter.begin("b.parquet", "this node")
+    _, *parts = score()
+    assert [part["unreadable"] and part["unreadable"][:39] for part in parts] == [None, "the process that scored it died 3 times"]
 
 
 @pytest.fixture

@@ -72,11 +72,6 @@ def test_the_reason_of_a_refused_uri_is_shown_without_its_keys(uri: str, reason:
     assert "AKIA" not in str(refused.value)
 
 
-def test_a_uri_with_an_unknown_scheme_is_refused() -> None:
-    with pytest.raises(RequestError, match="--data nonsense://x"):
-        locate("nonsense://x", "--data")
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
