@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mnistsum_ray.model.device import disable_tf32
-from tests.integration.conftest import cluster
+from tests.integration.conftest import cluster, no_cluster_is_left, s3
 
-__all__ = ["cluster"]
+__all__ = ["cluster", "no_cluster_is_left", "s3"]
 
 CUDA = torch.device("cuda")
 

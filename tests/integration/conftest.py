@@ -1,22 +1,23 @@
-"""Real clusters and real processes: one Ray cluster per test module, and jobs run as commands."""
+"""Real clusters and real processes: one Ray cluster for the tests here, and jobs run as commands."""
 
 import io
 import json
 import os
+import pickle
 import secrets
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -53,10 +54,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """Start a Ray cluster of two CPUs and yield its address. Jobs join it through RAY_ADDRESS."""
-    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield context.address_info["address"]
+def cluster(s3: "Storage") -> str:
+    """The address of a Ray cluster of two CPUs, which jobs join through RAY_ADDRESS, and to which this process is connected.
+
+    It runs until a test needs another one in this process and calls `ray.shutdown`, or the last test here has ended: a start
+    costs six seconds. Its processes know the S3 server.
+    """
+    return start_cluster(num_cpus=2)
+
+
+def start_cluster(**resources: int) -> str:
+    """Start a cluster unless this process is connected to one; return its address."""
+    if not ray.is_initialized():
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", **resources)
+    return str(ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def no_cluster_is_left() -> Iterator[None]:
+    yield
     ray.shutdown()
 
 
@@ -92,56 +108,6 @@ def lose_node(cluster: Cluster, *, notice: bool) -> None:
     add_node(cluster)
 
 
-@dataclass
-class Head:
-    """A head started by `ray start`."""
-
-    folder: Path
-    """Home folder, and the folder where the head was started."""
-    environment: dict[str, str]
-    """Environment of a client, with the address and the token mode."""
-
-    def submit(self, *command: str, working_dir: Path | None = None) -> tuple[subprocess.CompletedProcess[str], int]:
-        """Run `ray job submit`; return its result and the exit code of the job itself."""
-        job = f"job-{secrets.token_hex(4)}"
-        where = ["--submission-id", job, *(["--working-dir", str(working_dir)] if working_dir else [])]
-        submit: list[Path | str] = [RAY, "job", "submit", *where, "--", *command]
-        done = subprocess.run(submit, env=self.environment, capture_output=True, text=True, timeout=240)
-        code = (
-            "import sys; from ray.job_submission import JobSubmissionClient; "
-            "print(JobSubmissionClient().get_job_info(sys.argv[1]).driver_exit_code)"
-        )
-        ask = [sys.executable, "-c", code, job]
-        asked = subprocess.run(ask, env=self.environment, capture_output=True, text=True, check=True)
-        return done, int(asked.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    """Start a head on free ports, with its own home folder and token."""
-    with tempfile.TemporaryDirectory(prefix="h") as name, socket.socket() as probe:
-        folder = Path(name)
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        here = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        here |= {"HOME": name, "RAY_TMPDIR": name, "PATH": f"{RAY.parent}:{here['PATH']}"}
-        subprocess.run([RAY, "get-auth-token", "--generate"], env=here, check=True, capture_output=True)
-        command: list[Path | str] = [RAY, "start", "--head", "--block", "--port=0", f"--dashboard-port={port}", "--num-cpus=2"]
-        process = subprocess.Popen(command, env=here, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            client = here | {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"http://127.0.0.1:{port}"}
-            deadline = time.monotonic() + 120
-            # The dashboard lists jobs before the agent that starts them is ready.
-            while subprocess.run([RAY, "job", "submit", "--no-wait", "--", "true"], env=client, capture_output=True).returncode:
-                assert time.monotonic() < deadline
-                assert process.poll() is None
-            yield Head(folder, client)
-        finally:
-            kill_everything(process.pid)
-            process.wait(timeout=30)
-
-
 class Storage:
     """An S3 server on this machine that can answer 503 for a while, refuse some files, and be slow."""
 
@@ -172,7 +138,7 @@ class Storage:
         self._overloaded_until = time.monotonic() + seconds
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def s3() -> Iterator[Storage]:
     """An S3 server with the buckets `images`, `runs` and `scores`. Environment variables name it for the jobs."""
     storage = Storage()
@@ -197,6 +163,61 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("data") / "rows.parquet"
     pq.write_table(pq.read_table(SAMPLE)[:: request.module.EVERY], path)
     return path
+
+
+class Bomb:
+    """A pickle that creates a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+        self.pickled = pickle.dumps(_Touch(mark))
+        pickle.loads(self.pickled)
+        mark.unlink()  # it was there: the pickle works
+
+
+@dataclass
+class _Touch:
+    mark: Path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def bomb(tmp_path: Path) -> Bomb:
+    return Bomb(tmp_path / "the pickle was executed")
+
+
+def check_no_key(done: "Done", folder: Location) -> None:
+    """Assert that a job with the secret key `topsecret` in its URIs has not printed it, or written it below a folder."""
+    assert "topsecret" not in done.out + done.err
+    written = [info.path for info in folder.files()]
+    assert any(path.endswith("/manifest.json") for path in written)
+    for path in written:
+        assert b"topsecret" not in folder.at(path).read_bytes(), path
+
+
+def write_shuffled_sample(folder: Path, rows: int = 5000, **options: Any) -> Path:
+    """Write rows of the sample, all digits mixed, as four Parquet files with row groups of 300 rows."""
+    folder.mkdir()
+    sample = pq.read_table(SAMPLE)
+    table = sample.take(pa.array(np.random.default_rng(0).permutation(sample.num_rows)[:rows]))
+    for index in range(4):
+        part = table.slice(index * rows // 4, rows // 4)
+        pq.write_table(part, folder / f"{index}.parquet", row_group_size=300, **options)
+    return folder
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[bool]:
+    """Mount a file system of this size on a folder; False where this user may not mount one."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    may = subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield may
+    finally:
+        if may:
+            subprocess.run(["umount", str(folder)], check=True)
 
 
 @dataclass
@@ -255,17 +276,48 @@ class Done:
         value: dict[str, Any] = json.loads(self.out.splitlines()[-1])
         return value
 
+    @property
+    def error(self) -> str:
+        """The line that names the error, for which a job ends with exactly one; Ray may print below it."""
+        (line,) = (line for line in self.err.splitlines() if line.startswith("error: "))
+        return line
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of history.jsonl of a training that has succeeded, one an epoch."""
+        lines = (locate(self.line["run"], "--name") / "history.jsonl").read_bytes().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def check_refused(self, message: str, seconds: float = 30) -> None:
+        """Assert that the request was refused with one line, and before anything large was done (half a minute, also where a
+        machine is slow)."""
+        assert self.code == 2, self.err
+        assert self.out == ""
+        assert len(self.err.strip().splitlines()) == 1, self.err
+        assert message in self.err
+        assert self.seconds < seconds
+
+
+_MARK = "MNISTSUM_TEST"
+"""Environment variable that all processes of a job inherit."""
+
 
 class Job:
     """A job that runs as a process."""
 
     def __init__(
-        self, name: str, *args: object, address: str | None = None, cwd: Path | None = None, env: dict[str, str] | None = None
+        self,
+        name: str,
+        *args: object,
+        address: str | None = None,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        before: Callable[[], object] = default_signals,
     ) -> None:
+        """Start `jobs/NAME.py`; `before` runs in the child process before exec."""
         environment = dict(os.environ) | (env or {})
         environment["RAY_ADDRESS"] = address or "local"  # never another cluster that runs on this machine
-        self._mark = f"MNISTSUM_TEST={secrets.token_hex(8)}"  # inherited by all processes that the job starts
-        environment |= dict([self._mark.split("=")]) | {"PYTHONFAULTHANDLER": "1"}  # a crash prints a traceback
+        self._mark = secrets.token_hex(8)
+        environment |= {_MARK: self._mark, "PYTHONFAULTHANDLER": "1"}  # a crash prints a traceback
         self._started = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, args)],
@@ -275,36 +327,38 @@ class Job:
             env=environment,
             cwd=cwd or ROOT,
             start_new_session=True,  # so that a signal can be sent to all of its processes and to none of the test's
-            preexec_fn=default_signals,
+            preexec_fn=before,
         )
         self._seen: list[str] = []
 
-    def wait_for_line(self, beginning: str) -> None:
-        """Read standard error up to a line that begins with this text."""
+    def wait_for_line(self, beginning: str) -> str:
+        """Read standard error up to a line that begins with this text, and return it."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self._seen.append(line)
             if line.startswith(beginning):
-                return
+                return line
         raise AssertionError(f"ended without {beginning!r}:\n" + "".join(self._seen))
 
-    def left(self) -> list[str]:
-        """Return the titles of the living processes that the job has started, and of its own."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                marked = self._mark.encode() in (entry / "environ").read_bytes().split(b"\0")
-                if marked and b") Z " not in (entry / "stat").read_bytes():
-                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:100].strip())
-            except OSError:
-                continue
-        return found
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Wait for a condition that holds before the job ends."""
+        while not condition():
+            assert self.process.poll() is None, self.wait().err
+            time.sleep(0.05)
 
-    def check_nothing_left(self, seconds: float = 0) -> None:
-        deadline = time.monotonic() + seconds
-        while (left := self.left()) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not left
+    def kill(self) -> None:
+        """Send SIGKILL to the driver, the cluster that it started, and the workers; wait for their end."""
+        kill_everything(self.process.pid)
+        self.wait()
+
+    def left(self) -> list[str]:
+        """Return the command lines of the living processes that the job has started, and of its own."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if process.environ().get(_MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(" ".join(process.cmdline())[:100])
+        return found
 
     def wait(self, timeout: float = 240) -> Done:
         try:
@@ -315,53 +369,38 @@ class Job:
         return Done(self.process.returncode, out, "".join(self._seen) + err, time.monotonic() - self._started)
 
 
+def written_files(output: Location) -> int:
+    """Number of files of predictions that a scoring job has written."""
+    return len([info for info in output.files() if "/predictions/" in info.path and not info.base_name.startswith(".")])
+
+
 def wait_for_files(job: Job, output: Location | Path, more: int) -> None:
     """Wait until a running job has written so many more files of predictions."""
-    folder = output if isinstance(output, Location) else locate(str(output), "--output")
-
-    def count() -> int:
-        return len([info for info in folder.files() if "/predictions/" in info.path and not info.base_name.startswith(".")])
-
-    before = count()
-    while count() < before + more:
-        assert job.process.poll() is None, job.wait().err
-        time.sleep(0.05)
+    place = output if isinstance(output, Location) else locate(str(output), "--output")
+    before = written_files(place)
+    job.wait_until(lambda: written_files(place) >= before + more)
 
 
-def run_job(
-    name: str, *args: object, address: str | None = None, cwd: Path | None = None, env: dict[str, str] | None = None
-) -> Done:
-    return Job(name, *args, address=address, cwd=cwd, env=env).wait()
+def run_job(name: str, *args: object, **options: Any) -> Done:
+    """Run a job to its end; the options are those of `Job`."""
+    return Job(name, *args, **options).wait()
 
 
 def descendants(root: int) -> dict[int, str]:
-    """Return id and title of each living descendant of the process `root`."""
-    parents: dict[int, int] = {}
-    titles: dict[int, str] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (entry / "stat").read_text()
-            titles[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+    """Return id and command line of each living descendant of the process `root`."""
     found: dict[int, str] = {}
-    for process in parents:
-        ancestor = process
-        while ancestor in parents and ancestor != root:
-            ancestor = parents[ancestor]
-        if ancestor == root and process != root:
-            found[process] = titles[process]
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(root).children(recursive=True):
+            with suppress(psutil.Error):
+                found[process.pid] = " ".join(process.cmdline()).strip()
     return found
 
 
 def kill_everything(root: int) -> None:
     """Send SIGKILL to a process and all its descendants: the driver, the cluster that it started, the workers."""
     for process in (root, *descendants(root)):
-        try:
+        with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def kill_worker(root: int, title: str) -> None:

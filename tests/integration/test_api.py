@@ -1,6 +1,7 @@
 """The Python API: train, score and predict in one process, in any order."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from mnistsum_ray import RequestError, ScoreConfig, TrainConfig, fit, load_model, predict, predict_rows, score
+from mnistsum_ray import RequestError, ScoreConfig, TrainConfig, TrainResult, fit, load_model, predict, predict_rows, score
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.export.pairs import export_pairs
+from tests.integration.conftest import start_cluster
 
 ROWS = 300
 
@@ -21,29 +23,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=ROWS, files=1), print)
     return folder
-
-
-@pytest.mark.slow
-def test_scoring_before_training_does_not_change_the_training(cluster: str, model: Path, pairs: Path, tmp_path: Path) -> None:
-    def scored(of: str, name: str) -> Path:
-        done = score(ScoreConfig(model=of, input=(str(pairs),), output=str(tmp_path / name), precision="fp32"))
-        assert done.complete
-        assert done.scored_rows == ROWS
-        return Path(done.output)
-
-    scored(str(model), "before")
-    # 4,000 training rows are one block of 3 MB; with the block size of scoring they would be several.
-    trained = fit(TrainConfig(data="sample", epochs=1, sum_head_steps=50, storage_path=str(tmp_path / "runs"), name="api"))
-    assert trained.data.train_rows == 4000
-    output = scored(trained.run, "after")
-
-    asked = pq.read_table(pairs / "part-00000.parquet")
-    images, numbers = pixels_view(one_chunk(asked["image"])), asked["number"].to_numpy()
-    answers = predict(load_model(trained.run), images, numbers)
-    table = pq.read_table(output / "predictions" / "part-00000.parquet")
-    assert table["pred_digit"].to_pylist() == answers.digit.tolist()
-    assert table["pred_sum"].to_pylist() == answers.sum.tolist()
-    np.testing.assert_allclose(table["sum_prob"].to_numpy(), answers.sum_prob, atol=1e-4)
 
 
 def test_an_invalid_request_raises_request_error(tmp_path: Path) -> None:
@@ -68,3 +47,39 @@ def test_a_ray_dataset_comes_back_with_predictions(cluster: str, model: Path, pa
     assert answered.num_rows == ROWS
     for name in ("row_id", "pred_digit", "pred_sum", "consistent", "reason"):
         assert answered[name].to_pylist() == expected[name].to_pylist(), name
+
+
+@pytest.mark.slow
+def test_one_cpu_is_enough_to_score_and_train_and_what_needs_two_is_refused(model: Path, pairs: Path, tmp_path: Path) -> None:
+    """Scoring before a training changes nothing of it. No request waits forever for a second CPU."""
+
+    def scored(of: str, name: str, **settings: Any) -> Path:
+        done = score(ScoreConfig(model=of, input=(str(pairs),), output=str(tmp_path / name), precision="fp32", **settings))
+        assert done.complete
+        assert done.scored_rows == ROWS
+        return Path(done.output)
+
+    def train(name: str, **settings: Any) -> TrainResult:
+        place = {"storage_path": str(tmp_path / "runs"), "name": name}
+        return fit(TrainConfig(data="sample", epochs=1, sum_head_steps=50, **place, **settings))
+
+    ray.shutdown()
+    start_cluster(num_cpus=1)
+    try:
+        scored(str(model), "before")
+        # 4,000 training rows are one block of 3 MB; with the block size of scoring they would be several.
+        trained = train("api")
+        assert trained.data.train_rows == 4000
+        output = scored(trained.run, "after")
+        for refused in (lambda: train("two", num_workers=2), lambda: scored(str(model), "two", num_workers=2)):
+            with pytest.raises(RequestError, match=r"num_workers 2: .*the cluster has 1 CPU"):
+                refused()
+    finally:
+        ray.shutdown()
+    asked = pq.read_table(pairs / "part-00000.parquet")
+    images, numbers = pixels_view(one_chunk(asked["image"])), asked["number"].to_numpy()
+    answers = predict(load_model(trained.run), images, numbers)
+    table = pq.read_table(output / "predictions" / "part-00000.parquet")
+    assert table["pred_digit"].to_pylist() == answers.digit.tolist()
+    assert table["pred_sum"].to_pylist() == answers.sum.tolist()
+    np.testing.assert_allclose(table["sum_prob"].to_numpy(), answers.sum_prob, atol=1e-4)

@@ -1,23 +1,19 @@
 """What a run finds when it goes on: damaged checkpoints, other rows in its files, a lock that is another's."""
 
+import hashlib
+import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import STATE_CARD, STATE_FILE
-from tests.integration.conftest import Done, Job, kill_everything, run_job
-from tests.integration.test_refusals import check_refused
+from tests.integration.conftest import Bomb, Done, Job, mounted, run_job, write_shuffled_sample
 
 STREAMED = ["--recipe", "long", "--epochs", 3, "--batch-size", 32, "--sum-head-steps", 300, "--shuffle-rows", 1500]
 
@@ -29,13 +25,8 @@ def weights(done: Done) -> bytes:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four files without statistics, dictionaries or compression, so that a changed digit leaves the footer as it is."""
-    folder, sample = tmp_path_factory.mktemp("data") / "rows", pq.read_table(SAMPLE)
-    rows = sample.take(pa.array(np.random.default_rng(0).permutation(sample.num_rows)))
-    folder.mkdir()
-    options = {"row_group_size": 300, "compression": "none", "use_dictionary": False, "write_statistics": False}
-    for index in range(4):
-        pq.write_table(rows.slice(index * 1250, 1250), folder / f"{index}.parquet", **options)
-    return folder
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    return write_shuffled_sample(tmp_path_factory.mktemp("data") / "rows", **options)
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +34,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """The runs folder of the run `mine` that was killed in its third epoch."""
     runs = tmp_path_factory.mktemp("killed")
     job = Job("train", "--data", data, *STREAMED, "--storage-path", runs, "--name", "mine")
-    while not (runs / "mine" / "epoch_00002" / STATE_CARD).exists():
-        assert job.process.poll() is None
-        time.sleep(0.05)
-    kill_everything(job.process.pid)
-    job.wait()
+    job.wait_until((runs / "mine" / "epoch_00002" / STATE_CARD).exists)
+    job.kill()
     assert not (runs / "mine" / "epoch_00003").exists(), "killed too late"
     return runs
 
@@ -82,26 +70,37 @@ def change_a_digit(file: Path) -> None:
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_and_rows_that_changed_are_found_by_content(
-    cluster: str, tmp_path: Path, data: Path, killed: Path, restarted: Done
+    cluster: str, tmp_path: Path, data: Path, killed: Path, restarted: Done, bomb: Bomb
 ) -> None:
-    """By `--resume` and by `--from-run`. Neither the footer nor the time of the file tells, and the run goes on from a copy."""
+    """By `--resume` and by `--from-run`. Neither the footer nor the time of the file tells, and the run goes on from a copy.
+
+    The damaged checkpoint holds a pickle, which is not executed. The one before it, from which the run goes on, cannot be
+    deleted: a folder in it is mounted, which stops root too.
+    """
     copy, runs = tmp_path / "copy", [tmp_path / "first", tmp_path / "second"]
     shutil.copytree(data, copy)
     for folder in runs:
         shutil.copytree(killed, folder)
-    last = max((runs[0] / "mine").glob("epoch_*"))
-    for path in (last / STATE_FILE, runs[0] / "mine" / "checkpoint_manager_snapshot.json"):
-        os.truncate(path, 50)
+    before, last = sorted((runs[0] / "mine").glob("epoch_*"))[-2:]
+    (last / STATE_FILE).write_bytes(bomb.pickled)
+    card = json.loads((last / STATE_CARD).read_text())
+    (last / STATE_CARD).write_text(json.dumps(card | {"sha256": hashlib.sha256(bomb.pickled).hexdigest()}))
+    os.truncate(runs[0] / "mine" / "checkpoint_manager_snapshot.json", 50)
+    (before / "busy").mkdir()
     resume = ["--name", "mine", "--resume", "--data", copy]
-    finished = run_job("train", "--storage-path", runs[0], *resume, address=cluster)
-    assert " cannot be used: trainer.safetensors is incomplete or damaged (SHA-256 differs)" in finished.err
+    with mounted(before / "busy", "1m") as busy:
+        finished = run_job("train", "--storage-path", runs[0], *resume, address=cluster)
+    assert f"checkpoint {last} cannot be used: trainer.safetensors is incomplete or damaged" in finished.err
+    assert not bomb.mark.exists(), "the pickle was executed"
     assert weights(finished) == weights(restarted)
+    assert not busy or f"{before} is no longer needed, and cannot be deleted" in finished.err
+    assert json.loads((runs[0] / "mine" / "manifest.json").read_text())["status"] == "finished"
     change_a_digit(copy / "2.parquet")
     said = f"error: {copy}/2.parquet: holds other rows than when the run, or the run of --from-run, read it first"
     for flags in (resume, ["--name", "other", "--from-run", finished.line["run"]]):
         done = run_job("train", "--storage-path", runs[1], *flags, address=cluster)
         assert done.code == 1, done.err
-        assert done.err.splitlines()[-1].startswith(said), done.err
+        assert done.error.startswith(said)
         assert done.err.count("streaming 4,000 training rows") == 1
         assert done.err.count("failed") <= 1, "another attempt would find the same"
 
@@ -109,30 +108,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_rows_that_changed_are_found_by_
 @pytest.mark.slow
 def test_a_run_that_loses_its_lock_ends_at_once_also_where_sigint_is_ignored(cluster: str, tmp_path: Path) -> None:
     """A shell starts `command &` in a script with SIGINT ignored."""
-    flags = ["--data", "sample", "--epochs", "40", "--storage-path", str(tmp_path), "--name", "a"]
-    job = subprocess.Popen(
-        [sys.executable, "jobs/train.py", *flags],
-        env=os.environ | {"RAY_ADDRESS": cluster},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
-    assert job.stderr is not None
-    for line in job.stderr:
-        if line.startswith("epoch 1: train loss"):
-            break
+    flags = ["--data", "sample", "--epochs", 40, "--storage-path", tmp_path, "--name", "a"]
+    job = Job("train", *flags, address=cluster, before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    job.wait_for_line("epoch 1: train loss")
     (tmp_path / "a" / "_lock").unlink()
     (tmp_path / "a" / "_lock").write_text('{"id": "another run"}')
-    lost, said = time.monotonic(), job.communicate(timeout=60)[1]
-    assert (job.returncode, time.monotonic() - lost < 20) == (1, True)
-    assert "another run has taken the output (another run)" in said.splitlines()[-1]
-    assert "going on after epoch" not in said, "another attempt would fail in the same way"
-    assert "Traceback" not in said
+    done = job.wait(timeout=60)
+    assert done.code == 1
+    assert "another run has taken the output (another run)" in done.error
+    assert "going on after epoch" not in done.err, "another attempt would fail in the same way"
+    assert "Traceback" not in done.err
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"config": {}}', "[" * 100_000])
 def test_a_manifest_that_does_not_say_what_the_run_was_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "manifest.json").write_text(text)
-    check_refused(run_job("train", "--storage-path", tmp_path, "--name", "mine", "--resume"), "; start another run")
+    run_job("train", "--storage-path", tmp_path, "--name", "mine", "--resume").check_refused("; start another run")

@@ -1,16 +1,28 @@
-"""A person who calls `fit` and `score` from Python finds the process as it was before."""
+"""A person who calls `fit` and `score` from Python finds the process as it was before.
+
+`python -m tests.integration.test_process_state DATA FOLDER` trains and scores, and prints what has changed as a JSON line.
+"""
 
 import json
+import logging
 import os
+import pkgutil
+import signal
+import socket
 import subprocess
 import sys
+import warnings
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import matplotlib
+import pyarrow as pa
 import pytest
+import torch
+from ray.data import DataContext
 
-from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import ROOT
+ROOT = Path(__file__).parents[2]  # the module with the fixtures would import the app before the first snapshot
 
 EVERY = 10
 
@@ -20,12 +32,101 @@ KEPT = {"os.environ: RAY_USAGE_STATS_ENABLED": [None, "0"]}
 
 @pytest.mark.slow
 def test_fit_and_score_leave_the_process_as_it_was(data: Path, tmp_path: Path) -> None:
-    export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "in"), rows=100, files=1), print)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONBREAKPOINT"))}
-    command = [sys.executable, "-m", "tests.integration.process_state_script", str(data), str(tmp_path / "in"), str(tmp_path)]
+    command = [sys.executable, "-m", "tests.integration.test_process_state", str(data), str(tmp_path)]
     # Ray overwrites the first of them, and the app the second while it trains.
     environment |= {"RAY_ADDRESS": "local", "PYTHONBREAKPOINT": "0", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "50"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    changes = json.loads(done.stdout)
-    assert changes == {"import": {}, "fit": KEPT, "score": {}}
+    assert json.loads(done.stdout) == {"import": {}, "fit": KEPT, "score": {}}
+
+
+_LIBRARIES = [
+    "aiohttp.web",
+    "matplotlib.pyplot",
+    "mlflow",
+    "ray.autoscaler.sdk",
+    "ray.train.torch",
+    "tensorboardX",
+    "torchvision",
+]
+"""They change the process when they are imported. That is not the app's doing, so they are imported before the first snapshot."""
+
+Snapshot = dict[str, dict[str, Any]]
+
+_ARROW_TYPES = {
+    "ray.data.arrow_tensor": (pa.list_(pa.int64()), "[0]"),
+    "ray.data.arrow_tensor_v2": (pa.large_list(pa.int64()), "[0]"),
+    "ray.data.arrow_variable_shaped_tensor": (
+        pa.struct({"data": pa.large_list(pa.int64()), "shape": pa.list_(pa.int32())}),
+        "1",
+    ),
+    "ray.data.arrow_pickled_object": (pa.large_binary(), ""),
+}
+
+
+def registered_arrow_types() -> dict[str, str]:
+    """Return the class that Arrow makes of each of Ray's types; a storage type if the type is not registered."""
+    fields = [
+        pa.field(name, storage, metadata={"ARROW:extension:name": name, "ARROW:extension:metadata": metadata})
+        for name, (storage, metadata) in _ARROW_TYPES.items()
+    ]
+    schema = pa.ipc.read_schema(pa.schema(fields).serialize())
+    return {field.name: f"{type(field.type)} {id(type(field.type))}" for field in schema}
+
+
+def snapshot() -> Snapshot:
+    loggers = logging.root.manager.loggerDict.items()
+    return {
+        "os.environ": dict(os.environ),
+        "DataContext": {name: repr(value) for name, value in vars(DataContext.get_current()).items()},
+        "loggers": {name: logger.level for name, logger in loggers if isinstance(logger, logging.Logger)}
+        | {"root": logging.root.level},
+        "Arrow types": registered_arrow_types(),
+        "sys": {name: repr(getattr(sys, name)) for name in ("stdout", "stderr", "excepthook", "unraisablehook", "path")},
+        "working folder": {"cwd": os.getcwd()},  # noqa: PTH109
+        "signal handlers": {str(number): repr(signal.getsignal(number)) for number in signal.valid_signals()},
+        "socket": {"default timeout": socket.getdefaulttimeout()},
+        "warnings": {"filters": repr(warnings.filters)},
+        "matplotlib": {name: repr(value) for name, value in matplotlib.rcParams.items()},
+        "torch": {
+            "float32 matmul": torch.get_float32_matmul_precision(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "threads": torch.get_num_threads(),
+            "gradients": torch.is_grad_enabled(),
+            "random state": torch.random.initial_seed(),
+        },
+    }
+
+
+def changes(before: Snapshot, after: Snapshot) -> dict[str, list[Any]]:
+    """Return each value that differs, as [before, after]. Loggers that a library has created meanwhile do not count."""
+    return {
+        f"{what}: {name}": [before[what].get(name), after[what].get(name)]
+        for what in before
+        for name in (before[what] if what == "loggers" else before[what] | after[what])
+        if before[what].get(name) != after[what].get(name)
+    }
+
+
+def main(data: str, folder: str) -> None:
+    for library in _LIBRARIES:
+        import_module(library)
+    libraries = snapshot()
+    import mnistsum_ray
+
+    for module in pkgutil.walk_packages(mnistsum_ray.__path__, "mnistsum_ray."):
+        import_module(module.name)
+    imported = snapshot()
+    config = mnistsum_ray.TrainConfig(data=data, epochs=1, sum_head_steps=5, storage_path=f"{folder}/runs", name="mine")
+    result = mnistsum_ray.fit(config)
+    trained = snapshot()
+    files = {"input": (data,), "number_column": "digit", "output": f"{folder}/out"}
+    mnistsum_ray.score(mnistsum_ray.ScoreConfig(model=result.run, **files))
+    scored = snapshot()
+    steps = {"import": changes(libraries, imported), "fit": changes(imported, trained), "score": changes(trained, scored)}
+    print(json.dumps(steps))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

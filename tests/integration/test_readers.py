@@ -35,20 +35,22 @@ Answer = tuple[int, int]
 """Number of rows, and the sum of their `row_id`."""
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def scored(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
-    """Four files, one of which has bad rows, as files of at most 300 rows."""
-    folder = tmp_path_factory.mktemp(request.param)
-    export_pairs(ExportPairsConfig(data="sample", output=str(folder / "flat"), rows=ROWS, files=4), print)
-    for source, name in zip(sorted((folder / "flat").iterdir()), LAYOUTS[request.param], strict=True):
-        table = pq.read_table(source)
-        if name == LAYOUTS[request.param][1]:
-            numbers = pa.array([None] * REJECTED + table["number"].to_pylist()[REJECTED:], pa.int8())
-            table = table.set_column(table.column_names.index("number"), "number", numbers)
-        (folder / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, folder / "in" / name)
+@pytest.fixture(scope="module")
+def scored(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    """For each layout a folder of four files, one of which has bad rows, scored to files of at most 300 rows."""
+    folder = tmp_path_factory.mktemp("layouts")
+    export_pairs(ExportPairsConfig(data="sample", output=str(folder / "pairs"), rows=ROWS, files=4), print)
+    for layout, names in LAYOUTS.items():
+        for index, (source, name) in enumerate(zip(sorted((folder / "pairs").iterdir()), names, strict=True)):
+            table, path = pq.read_table(source), folder / "in" / layout / name
+            if index == 1:
+                numbers = pa.array([None] * REJECTED + table["number"].to_pylist()[REJECTED:], pa.int8())
+                table = table.set_column(table.column_names.index("number"), "number", numbers)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, path)
     done = score_here(model, folder / "out", folder / "in", max_rows_per_file=300)
-    assert (done.line["scored_rows"], done.line["rejected_rows"]) == (ROWS - REJECTED, REJECTED)
+    bad = REJECTED * len(LAYOUTS)
+    assert (done.line["scored_rows"], done.line["rejected_rows"]) == (ROWS * len(LAYOUTS) - bad, bad)
     return done
 
 
@@ -68,101 +70,82 @@ def library(name: str) -> Any:
     return import_module(name)
 
 
-def answer_of(table: pa.Table) -> Answer:
-    return table.num_rows, pc.sum(table["row_id"]).as_py()
+def files_of(folder: str) -> list[str]:
+    return [str(file) for file in Path(folder).rglob("*.parquet")]
 
 
-def read_with_pyarrow(folder: str, pattern: str) -> tuple[Answer, Answer]:
-    files = [str(file) for file in Path(folder).rglob("*.parquet")]
-    return answer_of(pyarrow.dataset.dataset(folder, partitioning="hive").to_table()), answer_of(pq.read_table(files))
+def read_with_datasets(folder: str, **where: Any) -> Any:
+    return datasets.load_dataset(folder, split="train", cache_dir=f"{folder}/../../../cache", **where).to_polars()
 
 
-def read_with_pandas(folder: str, pattern: str) -> tuple[Answer, Answer]:
-    frames = pd.read_parquet(folder), pd.concat(map(pd.read_parquet, Path(folder).rglob("*.parquet")))
-    first, second = ((len(frame), int(frame["row_id"].sum())) for frame in frames)
-    return first, second
+def read_with_ray(paths: str | list[str]) -> pa.Table:
+    return pa.concat_tables(ray.get(ray.data.read_parquet(paths).to_arrow_refs()), promote_options="default")
 
 
-def read_with_duckdb(folder: str, pattern: str) -> tuple[Answer, Answer]:
-    first, second = (
-        duckdb.execute(f"select count(*), sum(row_id)::bigint from read_parquet('{path}')").fetchall()[0]
-        for path in (f"{folder}/**", pattern)
-    )
-    return first, second
-
-
-def read_with_polars(folder: str, pattern: str) -> tuple[Answer, Answer]:
-    first, second = (answer_of(pl.read_parquet(path).to_arrow()) for path in (folder, pattern))
-    return first, second
-
-
-def read_with_dask(folder: str, pattern: str) -> tuple[Answer, Answer]:
-    frames = (library("dask.dataframe").read_parquet(path).compute() for path in (folder, pattern))
-    first, second = ((len(frame), int(frame["row_id"].sum())) for frame in frames)
-    return first, second
-
-
-def read_with_daft(folder: str, pattern: str) -> tuple[Answer, Answer]:
-    first, second = (answer_of(library("daft").read_parquet(path).to_arrow()) for path in (f"{folder}/**", pattern))
-    return first, second
-
-
-def read_with_datasets(folder: str, pattern: str) -> tuple[Answer, Answer]:
-    options: dict[str, Any] = {"split": "train", "cache_dir": f"{folder}/../../cache"}
-    first = datasets.load_dataset(folder, **options)
-    second = datasets.load_dataset("parquet", data_files=pattern, **options)
-    return (len(first), sum(first["row_id"])), (len(second), sum(second["row_id"]))
-
-
-def read_with_ray(folder: str, pattern: str) -> tuple[Answer, Answer]:
-    files = [str(file) for file in Path(folder).rglob("*.parquet")]
-    first, second = (
-        answer_of(pa.concat_tables(ray.get(ray.data.read_parquet(paths).to_arrow_refs()), promote_options="default"))
-        for paths in (folder, files)
-    )
-    return first, second
-
-
-READERS: Final[dict[str, Callable[[str, str], tuple[Answer, Answer]]]] = {
-    "pyarrow": read_with_pyarrow,
-    "pandas": read_with_pandas,
-    "duckdb": read_with_duckdb,
-    "polars": read_with_polars,
-    "dask": read_with_dask,
-    "daft": read_with_daft,
-    "datasets": read_with_datasets,
-    "ray": read_with_ray,
+READERS: Final[dict[str, list[Callable[[str], Any]]]] = {
+    "pyarrow": [
+        lambda folder: pyarrow.dataset.dataset(folder, partitioning="hive").to_table(),
+        lambda folder: pq.read_table(files_of(folder)),
+    ],
+    "pandas": [pd.read_parquet, lambda folder: pd.concat(map(pd.read_parquet, files_of(folder)))],
+    "duckdb": [
+        lambda folder: duckdb.read_parquet(f"{folder}/**").pl(),
+        lambda folder: duckdb.read_parquet(f"{folder}/**/*.parquet").pl(),
+    ],
+    "polars": [pl.read_parquet, lambda folder: pl.read_parquet(f"{folder}/**/*.parquet")],
+    "dask": [
+        lambda folder: library("dask.dataframe").read_parquet(folder).compute(),
+        lambda folder: library("dask.dataframe").read_parquet(f"{folder}/**/*.parquet").compute(),
+    ],
+    "daft": [
+        lambda folder: library("daft").read_parquet(f"{folder}/**").to_arrow(),
+        lambda folder: library("daft").read_parquet(f"{folder}/**/*.parquet").to_arrow(),
+    ],
+    "datasets": [
+        read_with_datasets,
+        lambda folder: read_with_datasets("parquet", data_files=f"{folder}/**/*.parquet"),
+    ],
+    "ray": [read_with_ray, lambda folder: read_with_ray(files_of(folder))],
 }
+"""Ways to read all rows below a folder: the folder itself, then its files by their names."""
 
 
-def expected(scored: Scored) -> Answer:
+def answer_of(frame: Any) -> Answer:
+    """Of an Arrow table, or of a frame of pandas or Polars."""
+    ids = frame["row_id"]
+    return len(frame), pc.sum(ids).as_py() if isinstance(frame, pa.Table) else int(ids.sum())
+
+
+def expected(scored: Scored, layout: str) -> Answer:
     """By Arrow's reader of single files, file by file."""
-    tables = [pq.ParquetFile(path).read(["row_id"]) for path in (scored.output.parent / "in").rglob("*.parquet")]
-    rejected = [pq.ParquetFile(path).read(["row_id"]) for path in (scored.output / "rejected").rglob("*.parquet")]
-    (rows, ids), (bad_rows, bad_ids) = (answer_of(pa.concat_tables(each)) for each in (tables, rejected))
+    folders = (scored.output.parent / "in" / layout, scored.output / "rejected" / layout)
+    (rows, ids), (bad_rows, bad_ids) = (
+        answer_of(pa.concat_tables([pq.ParquetFile(path).read(["row_id"]) for path in folder.rglob("*.parquet")]))
+        for folder in folders
+    )
     assert (rows, bad_rows) == (ROWS, REJECTED)
     return rows - bad_rows, ids - bad_ids
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reader", READERS)
-def test_a_reader_finds_each_scored_row_once(scored: Scored, reader: str) -> None:
-    folder = str(scored.output / "predictions")
-    whole, by_pattern = READERS[reader](folder, f"{folder}/**/*.parquet")
-    assert whole == by_pattern == expected(scored)
+def test_a_reader_finds_each_scored_row_once(scored: Scored, reader: str, layout: str) -> None:
+    for read in READERS[reader]:
+        assert answer_of(read(str(scored.output / "predictions" / layout))) == expected(scored, layout)
 
 
-def test_spark_finds_each_scored_row_once(scored: Scored, spark: Any) -> None:
-    folder = str(scored.output / "predictions")
-    partitioned = "=" in str(next(Path(folder).rglob("*.parquet")))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_spark_finds_each_scored_row_once(scored: Scored, spark: Any, layout: str) -> None:
     # Spark reads subfolders that are not partitions only if it is asked to.
-    frame = spark.read.option("recursiveFileLookup", str(not partitioned).lower()).parquet(folder)
+    reader = spark.read.option("recursiveFileLookup", str(layout != "hive").lower())
+    frame = reader.parquet(str(scored.output / "predictions" / layout))
     row = frame.selectExpr("count(*)", "sum(row_id)").first()
     assert row is not None
-    assert tuple(row) == expected(scored)
-    assert "day" in frame.columns or not partitioned
+    assert tuple(row) == expected(scored, layout)
+    assert ("day" in frame.columns) == (layout == "hive")
 
 
 def test_rejected_rows_are_a_table_of_their_own(scored: Scored) -> None:
-    table = pq.read_table(scored.output / "rejected")
+    table = pq.read_table(scored.output / "rejected" / "hive")
     assert table.num_rows == REJECTED
     assert set(table["reason"].to_pylist()) == {"the number is null; fill it in or drop the row"}

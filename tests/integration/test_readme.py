@@ -1,20 +1,83 @@
-"""The README's commands do what it says, as they stand there: those that this machine can run, in a copy of the project."""
+"""The README's commands do what it says, in a copy of the project; `ray job submit` with the token of a head on this machine."""
 
 import json
+import os
 import re
+import secrets
 import shutil
+import socket
 import struct
 import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import SAMPLE
-from tests.integration.conftest import ROOT, Head
+from mnistsum_ray.export.pairs import export_pairs
+from tests.integration.conftest import RAY, ROOT, kill_everything
+
+pytestmark = pytest.mark.slow
 
 README = (ROOT / "README.md").read_text()
+
+
+@dataclass
+class Head:
+    """A head started by `ray start`."""
+
+    folder: Path
+    """Home folder, and the folder where the head was started."""
+    environment: dict[str, str]
+    """Environment of a client, with the address and the token mode."""
+
+    def submit(self, *command: str, working_dir: Path | None = None) -> tuple[subprocess.CompletedProcess[str], int]:
+        """Run `ray job submit`; return its result and the exit code of the job itself."""
+        job = f"job-{secrets.token_hex(4)}"
+        where = ["--submission-id", job, *(["--working-dir", str(working_dir)] if working_dir else [])]
+        submit: list[Path | str] = [RAY, "job", "submit", *where, "--", *command]
+        done = subprocess.run(submit, env=self.environment, capture_output=True, text=True, timeout=240)
+        code = (
+            "import sys; from ray.job_submission import JobSubmissionClient; "
+            "print(JobSubmissionClient().get_job_info(sys.argv[1]).driver_exit_code)"
+        )
+        ask = [sys.executable, "-c", code, job]
+        asked = subprocess.run(ask, env=self.environment, capture_output=True, text=True, check=True)
+        return done, int(asked.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """Start a head on free ports, with its own home folder and token."""
+    with tempfile.TemporaryDirectory(prefix="h") as name, socket.socket() as probe:
+        folder = Path(name)
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        here = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        here |= {"HOME": name, "RAY_TMPDIR": name, "PATH": f"{RAY.parent}:{here['PATH']}"}
+        subprocess.run([RAY, "get-auth-token", "--generate"], env=here, check=True, capture_output=True)
+        command: list[Path | str] = [RAY, "start", "--head", "--block", "--port=0", f"--dashboard-port={port}", "--num-cpus=2"]
+        process = subprocess.Popen(command, env=here, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            client = here | {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"http://127.0.0.1:{port}"}
+            deadline = time.monotonic() + 120
+            # The dashboard lists jobs before the agent that starts them is ready.
+            while subprocess.run([RAY, "job", "submit", "--no-wait", "--", "true"], env=client, capture_output=True).returncode:
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+            yield Head(folder, client)
+        finally:
+            kill_everything(process.pid)
+            process.wait(timeout=30)
 
 
 def block(section: str, language: str, beginning: str = "") -> str:
@@ -25,7 +88,11 @@ def block(section: str, language: str, beginning: str = "") -> str:
     return found[1]
 
 
-@pytest.mark.slow
+SHORTER = "--epochs 2 --sum-head-steps 100"
+"""For the README's trainings, six with all their steps: the test would take two minutes longer."""
+
+
+@pytest.mark.timeout(1200)  # twenty commands, most of which start Ray; three minutes on two cores
 def test_all_sections_but_the_clusters_in_one_folder(head: Head) -> None:
     """As a reader does who begins at the top, with a small MNIST in ./data. `ray start` and `ray stop` act on the whole machine:
     a head on free ports stands in for them."""
@@ -38,6 +105,8 @@ def test_all_sections_but_the_clusters_in_one_folder(head: Head) -> None:
     for section in ("Laptop", "One GPU box", "Train", "Score"):
         lines = [line for line in block(section, "bash").splitlines() if not re.match("ray (start|stop)", line)]
         for line in lines:
+            if re.search(r"jobs/train.py(?!.*--(help|print-config|resume|from-run))", line):
+                line += f" {SHORTER}"
             if "days/" in line:
                 shutil.copytree(head.folder / "test-pairs", head.folder / "days" / "1")
                 shutil.copy(next((head.folder / "pairs").glob("*.parquet")), head.folder / "late.parquet")
@@ -52,8 +121,10 @@ def test_all_sections_but_the_clusters_in_one_folder(head: Head) -> None:
     assert names[0] <= names[1]
     scored = json.loads((head.folder / "scored" / "manifest.json").read_text())
     assert (scored["totals"]["scored_rows"], scored["totals"]["failed_files"]) == (10_250, 0)
-    code = ["python", "-c", block("From Python", "python")]
-    printed = subprocess.run(code, cwd=head.folder, env=environment, check=True, timeout=400, capture_output=True, text=True)
+    code = block("From Python", "python").replace("epochs=2)", "epochs=2, sum_head_steps=100)")
+    printed = subprocess.run(
+        ["python", "-c", code], cwd=head.folder, env=environment, check=True, timeout=400, capture_output=True, text=True
+    )
     assert "pred_digit  pred_sum reason" in printed.stdout
     assert {file.name for file in (head.folder / "exported").iterdir()} == {"model.pt2", "model.onnx"}
     assert (head.folder / "scored-again" / "manifest.json").exists()
@@ -69,3 +140,74 @@ def write_small_mnist(folder: Path) -> None:
         header = struct.pack(">4I", 0x803, len(digits[part]), 28, 28)
         (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images[part].tobytes())
         (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, len(digits[part])) + digits[part].tobytes())
+
+
+@pytest.fixture(scope="module")
+def project(head: Head) -> Path:
+    """A copy of the project with another version, which a run's manifest shows if this copy has run."""
+    copy = head.folder / "project"
+    for name in ("jobs", "mnistsum_ray"):
+        shutil.copytree(ROOT / name, copy / name)
+    package = copy / "mnistsum_ray" / "__init__.py"
+    package.write_text(package.read_text() + '\n__version__ = "9.9.9"\n')
+    return copy
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """Return the job's JSON line from the log that `ray job submit` shows."""
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    value: dict[str, Any] = json.loads(line)
+    return value
+
+
+def test_a_client_without_the_token_is_rejected(head: Head) -> None:
+    without = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_MODE"} | {"RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run([RAY, "job", "list"], env=without, capture_output=True, text=True)
+    assert done.returncode
+    assert "nauth" in done.stdout + done.stderr
+
+
+def test_both_jobs_from_a_working_dir(head: Head, project: Path) -> None:
+    rows = head.folder / "rows.parquet"
+    pq.write_table(pq.read_table(SAMPLE)[::10], rows)
+    train = ["python", "jobs/train.py", "--data", str(rows), "--epochs", "1", "--sum-head-steps", "50"]
+    train += ["--name", "submitted"]
+    done, code = head.submit(*train, working_dir=project)
+    assert (done.returncode, code) == (0, 0), done.stdout
+    run = Path(last_line(done)["run"])
+    assert run == head.folder / "runs" / "submitted", "a relative path of a submitted job starts from home"
+    assert json.loads((run / "manifest.json").read_text())["versions"]["mnistsum_ray"] == "9.9.9"
+
+    # Exit codes of the jobs, beside the 1 of `ray job submit`: 2 the request is wrong, 3 some input was set aside.
+    done, code = head.submit(*train, working_dir=project)
+    assert (done.returncode, code) == (1, 2), done.stdout
+    assert "error: --name submitted:" in done.stdout
+    export_pairs(ExportPairsConfig(data="sample", output=str(head.folder / "in"), rows=500, files=2), print)
+    (head.folder / "in" / "bad.parquet").write_bytes(b"no")
+    score = ["python", "jobs/score.py", "--model", "runs/submitted", "--input", "in", "--output", "predictions"]
+    done, code = head.submit(*score, working_dir=project)
+    assert (done.returncode, code) == (1, 3), done.stdout
+    assert (last_line(done)["scored_rows"], last_line(done)["failed_files"]) == (500, 1)
+
+
+def test_a_stopped_job_says_how_to_resume(head: Head, project: Path) -> None:
+    job = f"job-{secrets.token_hex(4)}"
+    train = ["python", "jobs/train.py", "--data", "sample", "--epochs", "50", "--name", "stopped"]
+    where = ["--submission-id", job, "--no-wait", "--working-dir", str(project)]
+    submitted = subprocess.run([RAY, "job", "submit", *where, "--", *train], env=head.environment, capture_output=True, text=True)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+
+    def ray_job(*words: str) -> str:
+        return subprocess.run([RAY, "job", *words, job], env=head.environment, check=True, capture_output=True, text=True).stdout
+
+    deadline = time.monotonic() + 180
+    while "epoch 1: train loss" not in ray_job("logs"):
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    ray_job("stop")
+    log = ray_job("logs")
+    storage = head.folder / "runs"
+    command = f"python jobs/train.py --storage-path {storage} --name stopped --resume"
+    assert f"stopped by SIGTERM; checkpoints are kept, and this command resumes: {command}" in log
+    assert "Traceback" not in log
+    assert json.loads((storage / "stopped" / "manifest.json").read_text())["status"] == "stopped"

@@ -68,36 +68,41 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"label_column": "digit"},
-        {"num_workers": 1, "max_rows_per_file": 77, "batch_size": 200},
-        {"max_rows_per_file": 100, "batch_size": 3},
-    ],
-    ids=str,
-)
-def test_predictions_do_not_depend_on_workers_parts_and_batches(
-    model: Path, pairs: Path, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    scored = score_here(model, tmp_path / "out", pairs, **settings)
-    source = pa.concat_tables([pq.read_table(path) for path in sorted(pairs.iterdir())])
-    table = table_of(scored)
-    expected = plain_predictions(model, pixels_view(one_chunk(source["image"])), source["number"].to_numpy().astype(np.int64))
+def rows_of(folder: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.iterdir())])
+
+
+def expected_of(model: Path, source: pa.Table) -> dict[str, np.ndarray]:
+    return plain_predictions(model, pixels_view(one_chunk(source["image"])), source["number"].to_numpy().astype(np.int64))
+
+
+def test_predictions_do_not_depend_on_workers_parts_and_batches(model: Path, exported: Path, tmp_path: Path) -> None:
+    scored = score_here(model, tmp_path / "out", exported, num_workers=1, max_rows_per_file=77, batch_size=20)
+    source, table = rows_of(exported), table_of(scored)
     assert table["row_id"].to_pylist() == source["row_id"].to_pylist()
-    check_predictions(table, expected)
+    check_predictions(table, expected_of(model, source))
     assert scored.line["scored_rows"] == scored.line["input_rows"] == ROWS
     assert scored.complete
-    largest = settings.get("max_rows_per_file", 8192)
-    assert max(pq.read_metadata(path).num_rows for path in (scored.output / "predictions").glob("part*.parquet")) <= largest
-    if "label_column" in settings:
-        digits = source["digit"].to_numpy()
-        assert scored.line["digit_accuracy"] == pytest.approx(np.mean(expected["pred_digit"] == digits))
-        sums = digits + source["number"].to_numpy()
-        assert scored.line["sum_accuracy"] == pytest.approx(np.mean(expected["pred_sum"] == sums))
-        assert "accuracy over 1,500 labelled rows" in scored.said
-        assert scored.manifest()["consistent_rows"] == int(expected["consistent"].sum())
-        check_probabilities(scored, table, digits, sums)
+    assert max(pq.read_metadata(path).num_rows for path in (scored.output / "predictions").glob("part*.parquet")) <= 77
+
+
+def test_accuracies_and_probabilities_are_those_of_the_rows_with_a_label(model: Path, pairs: Path, tmp_path: Path) -> None:
+    path = pairs / "part-00000.parquet"
+    table = pq.read_table(path)
+    half = [None if row % 2 else digit for row, digit in enumerate(table["digit"].to_pylist())]
+    place = table.column_names.index("digit")
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(half, table.schema.field(place).type)), path)
+    scored = score_here(model, tmp_path / "out", pairs, label_column="digit")
+    table = table_of(scored)
+    labelled = table.filter(table["digit"].is_valid())
+    digits, sums = labelled["digit"].to_numpy(), labelled["digit"].to_numpy() + labelled["number"].to_numpy()
+    count = ROWS - 150
+    assert (scored.line["scored_rows"], scored.manifest()["labelled_rows"], len(digits)) == (ROWS, count, count)
+    assert scored.line["digit_accuracy"] == pytest.approx(np.mean(labelled["pred_digit"].to_numpy() == digits))
+    assert scored.line["sum_accuracy"] == pytest.approx(np.mean(labelled["pred_sum"].to_numpy() == sums))
+    assert f"accuracy over {count:,} labelled rows" in scored.said
+    assert scored.manifest()["consistent_rows"] == sum(table["consistent"].to_pylist())
+    check_probabilities(scored, labelled, digits, sums)
 
 
 def check_probabilities(scored: Scored, table: pa.Table, digits: np.ndarray, sums: np.ndarray) -> None:
@@ -107,8 +112,8 @@ def check_probabilities(scored: Scored, table: pa.Table, digits: np.ndarray, sum
         probability, right = table[f"{head}_prob"].to_numpy(), table[f"pred_{head}"].to_numpy() == truth
         bins = np.minimum((probability * 15).astype(int), 14)
         gaps = [abs(probability[bins == index].sum() - right[bins == index].sum()) for index in range(15)]
-        assert metrics[head]["ece"] == pytest.approx(sum(gaps) / ROWS, abs=1e-5)
-        assert metrics[head]["nll"] > -np.log(probability[right]).sum() / ROWS, "the wrong predictions add to it"
+        assert metrics[head]["ece"] == pytest.approx(sum(gaps) / len(truth), abs=1e-5)
+        assert metrics[head]["nll"] > -np.log(probability[right]).sum() / len(truth), "the wrong predictions add to it"
         assert 0 < metrics[head]["brier"] < 2
         assert f"  {head} probabilities: negative log-likelihood {metrics[head]['nll']:.4f} nats" in scored.said
     assert (scored.output / "reliability.png").exists()
@@ -120,7 +125,7 @@ def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Pa
     with pytest.raises(RequestError, match="--precision int8: the model holds no calibration for it"):
         score_here(model, tmp_path / "out", exported, precision="int8")
 
-    source = pa.concat_tables([pq.read_table(path) for path in sorted(exported.iterdir())])
+    source = rows_of(exported)
     images = torch.tensor(pixels_view(one_chunk(source["image"])))
     numbers = torch.tensor(source["number"].to_numpy().astype(np.int64))
     network, _ = load_model(locate(str(model), "--model"))
@@ -137,24 +142,10 @@ def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Pa
     assert (scored.manifest()["precision"], scored.manifest()["int8"]) == ("int8", calibrated)
     assert score_here(calibrated_model, tmp_path / "out", exported, precision="int8").line["resumed_rows"] == ROWS
 
-    score_here(calibrated_model, tmp_path / "fp32", exported)
-    with pytest.raises(RequestError, match="was started with --precision fp32, which is now int8"):
-        score_here(calibrated_model, tmp_path / "fp32", exported, precision="int8")
-
     calibrated["maxima"][2] *= 2
     change_description(calibrated_model, int8=calibrated)
     with pytest.raises(RequestError, match="holds predictions of the same model quantized otherwise"):
         score_here(calibrated_model, tmp_path / "out", exported, precision="int8")
-
-
-def test_a_row_without_a_label_is_scored_but_not_counted_in_the_accuracy(model: Path, pairs: Path, tmp_path: Path) -> None:
-    path = pairs / "part-00000.parquet"
-    table = pq.read_table(path)
-    half = pa.array([None if row % 2 else 3 for row in range(table.num_rows)], pa.int32())
-    pq.write_table(table.append_column("truth", half), path)
-    scored = score_here(model, tmp_path / "out", path, label_column="truth")
-    assert scored.manifest()["labelled_rows"] == 150
-    assert scored.line["scored_rows"] == table.num_rows
 
 
 def test_a_second_run_scores_new_files_only(model: Path, pairs: Path, output: Path, tmp_path: Path) -> None:
@@ -173,54 +164,39 @@ def test_a_second_run_scores_new_files_only(model: Path, pairs: Path, output: Pa
     assert snapshot(output) == after
 
 
-def change_a_file(pairs: Path) -> dict[str, Any]:
+def change_rows(pairs: Path) -> None:
     path = pairs / "part-00001.parquet"
     pq.write_table(pq.read_table(path).slice(1), path)
-    return {}
 
 
-def change_numbers_in_a_file(pairs: Path) -> dict[str, Any]:
+def change_numbers(pairs: Path) -> None:
     path = pairs / "part-00001.parquet"
     table = pq.read_table(path)
-    shuffled = table.set_column(2, "number", pa.array((table["number"].to_numpy() + 1) % 10, pa.int8()))
-    pq.write_table(shuffled, path)
-    return {}
+    pq.write_table(table.set_column(2, "number", pa.array((table["number"].to_numpy() + 1) % 10, pa.int8())), path)
 
 
-def damage_a_file(pairs: Path) -> dict[str, Any]:
+def damage_a_file(pairs: Path) -> None:
     path = pairs / "part-00001.parquet"
     path.write_bytes(path.read_bytes()[:-9])
-    return {}
-
-
-def other_part_size(pairs: Path) -> dict[str, Any]:
-    return {"max_rows_per_file": 200}
-
-
-def other_columns(pairs: Path) -> dict[str, Any]:
-    return {"number_column": "digit"}
-
-
-def other_precision(pairs: Path) -> dict[str, Any]:
-    return {"precision": "bf16"}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "settings", "message"),
     [
-        (change_a_file, "part-00001.parquet has changed since it was scored; --overwrite scores everything again"),
-        (change_numbers_in_a_file, "part-00001.parquet has changed since it was scored; --overwrite scores everything again"),
-        (damage_a_file, "holds predictions of part-00001.parquet, which now cannot be used (is not Parquet, or was cut off"),
-        (other_part_size, "another --max-rows-per-file"),
-        (other_columns, "was started with --number-column number, which is now digit"),
-        (other_precision, "was started with --precision fp32, which is now bf16"),
+        (change_rows, {}, "part-00001.parquet has changed since it was scored; --overwrite scores everything again"),
+        (change_numbers, {}, "part-00001.parquet has changed since it was scored; --overwrite scores everything again"),
+        (damage_a_file, {}, "holds predictions of part-00001.parquet, which now cannot be used (is not Parquet, or was cut off"),
+        (None, {"max_rows_per_file": 200}, "another --max-rows-per-file"),
+        (None, {"number_column": "digit"}, "was started with --number-column number, which is now digit"),
+        (None, {"precision": "bf16"}, "was started with --precision fp32, which is now bf16"),
     ],
 )
 def test_incompatible_outputs_are_refused(
-    model: Path, pairs: Path, output: Path, change: Callable[[Path], dict[str, Any]], message: str
+    model: Path, pairs: Path, output: Path, change: Callable[[Path], None] | None, settings: dict[str, Any], message: str
 ) -> None:
     before = snapshot(output)
-    settings = change(pairs)
+    if change:
+        change(pairs)
     with pytest.raises(RequestError) as refused:
         score_here(model, output, pairs, **settings)
     assert message in str(refused.value)
@@ -238,21 +214,13 @@ def test_another_model_is_refused_and_overwrite_replaces_the_output(
 
     second = score_here(other, output, pairs, overwrite=True)
     assert second.line["scored_rows"] == ROWS - 300
-    assert sorted(path.name for path in second.output.iterdir()) == [
-        "_lock",
-        "files.parquet",
-        "manifest.json",
-        "predictions",
-        "probabilities.png",
-        "report.html",
-    ]
-    assert sorted(path.name for path in (second.output / "predictions").iterdir()) == [
-        f"part-0000{index}.parquet" for index in range(4)
-    ]
+    summaries = ["files.parquet", "manifest.json", "predictions", "probabilities.png", "report.html"]
+    assert sorted(path.name for path in second.output.iterdir()) == ["_lock", *summaries]
+    left = [f"part-0000{index}.parquet" for index in range(4)]
+    assert sorted(path.name for path in (second.output / "predictions").iterdir()) == left
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "other", "out"]
     source = pq.read_table(pairs / "part-00002.parquet")
-    expected = plain_predictions(other, pixels_view(one_chunk(source["image"])), source["number"].to_numpy().astype(np.int64))
-    check_predictions(second.table("part-00002.parquet"), expected)
+    check_predictions(second.table("part-00002.parquet"), expected_of(other, source))
 
 
 def test_overwrite_keeps_predictions_that_cannot_be_made_again(model: Path, pairs: Path, output: Path) -> None:
@@ -267,8 +235,16 @@ def test_overwrite_keeps_predictions_that_cannot_be_made_again(model: Path, pair
     assert snapshot(output) == before
 
 
-def test_overwrite_recognizes_a_file_below_another_root(model: Path, pairs: Path, tmp_path: Path) -> None:
-    score_here(model, tmp_path / "out", pairs)
+def test_strict_publishes_everything_at_the_end_and_overwrite_recognizes_a_file_below_another_root(
+    model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    score_here(model, tmp_path / "out", pairs / "part-0000[01].parquet")
+    scored = score_here(model, tmp_path / "out", pairs, strict=True)
+    assert scored.complete
+    assert (scored.line["resumed_rows"], scored.line["scored_rows"]) == (600, ROWS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert len(list((scored.output / "predictions").glob("part-*.parquet"))) == FILES
+
     before = snapshot(tmp_path / "out")
     more = tmp_path / "more"
     more.mkdir()
@@ -279,30 +255,12 @@ def test_overwrite_recognizes_a_file_below_another_root(model: Path, pairs: Path
     assert snapshot(tmp_path / "out") == before
 
 
-def test_strict_publishes_everything_at_the_end(model: Path, pairs: Path, tmp_path: Path) -> None:
-    score_here(model, tmp_path / "out", pairs / "part-0000[01].parquet")
-    scored = score_here(model, tmp_path / "out", pairs, strict=True)
-    assert scored.complete
-    assert (scored.line["resumed_rows"], scored.line["scored_rows"]) == (600, ROWS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
-    assert len(list((scored.output / "predictions").glob("part-*.parquet"))) == FILES
-
-
 def test_an_output_that_another_run_holds_is_refused(model: Path, pairs: Path, output: Path) -> None:
     before = snapshot(output)
     said = r"--output .*: another run \(.*\) is writing there; wait for it, or choose another"
     with folder_lock(locate(str(output), "--output"), "--output", print), pytest.raises(RequestError, match=said):
         score_here(model, output, pairs)
     assert snapshot(output) == before
-
-
-def test_a_folder_of_other_files_is_left_alone(model: Path, pairs: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    shutil.copy(pairs / "part-00000.parquet", tmp_path / "out" / "other.parquet")
-    for overwrite in (False, True):
-        with pytest.raises(RequestError, match=r"other\.parquet is not a file of this program"):
-            score_here(model, tmp_path / "out", pairs, overwrite=overwrite)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_lock", "other.parquet"]
 
 
 @pytest.mark.parametrize(
@@ -344,9 +302,8 @@ def test_unusable_names_and_footers_affect_no_other_file(model: Path, sample: pa
     rows = sample.take(pa.array(range(0, 5000, 25))).append_column("number", pa.array([1] * 200, pa.int8()))
     for name in ("good", "liar", "x" * 247, "y" * 236, "line\nbreak\x1b[31m"):
         pq.write_table(rows, folder / f"{name}.parquet")
-    pq.write_table(
-        pa.concat_tables([rows] * 20), folder / f"{'z' * 247}.parquet"
-    )  # must be split, and its name has no room for a suffix
+    # It must be split, and its name has no room for a suffix.
+    pq.write_table(pa.concat_tables([rows] * 20), folder / f"{'z' * 247}.parquet")
     (folder / "good.parquet").rename(os.fsdecode(os.fsencode(folder) + b"/latin-\xe9.parquet"))
     with_footer(folder / "liar.parquet", 200, 10**13)
     scored = score_here(model, tmp_path / "out", folder, max_rows_per_file=2000)
@@ -375,6 +332,4 @@ def test_the_footers_of_many_files_are_read_on_the_cluster(model: Path, sample: 
     (tmp_path / "in" / "empty.parquet").touch()
     scored = score_here(model, tmp_path / "out", tmp_path / "in")
     assert (scored.line["files"], scored.line["failed_files"], scored.line["scored_rows"]) == (151, 1, 300)
-    again = score_here(model, tmp_path / "out", tmp_path / "in")
-    assert again.line["resumed_rows"] == 300
     assert len(list((tmp_path / "out" / "predictions" / "deep").iterdir())) == 150
