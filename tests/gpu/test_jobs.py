@@ -9,19 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.model.network import Objective, TwoHeadCNN, prepare_images
 from mnistsum_ray.training.fetch import load_rows
 from mnistsum_ray.training.rows import Batch, TrainingRows
 from tests.gpu.conftest import CUDA
-from tests.integration.conftest import Done, Job, kill_everything, kill_worker, report_duration, run_job
-from tests.model import random_rows
+from tests.integration.conftest import Done, Job, kill_worker, report_duration, run_job, wait_for_files
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
 
@@ -57,7 +53,6 @@ def test_a_killed_worker_is_replaced_and_the_memory_of_the_card_is_free_again(tm
     kill_worker(job.process.pid, "RayTrainWorker")
     killed = time.monotonic()
     job.wait_for_line("going on after epoch")
-    assert time.monotonic() - killed < 60
     report_duration("training on a GPU, a worker killed: went on", killed)
     done = job.wait()
     assert done.line["test"]["digit_accuracy"] > 0.985
@@ -68,8 +63,7 @@ def test_a_run_begun_on_a_gpu_is_resumed_on_a_cpu(tmp_path: Path) -> None:
     flags = ["--data", "sample", "--epochs", 6, "--precision", "fp32", "--storage-path", tmp_path, "--name", "mine"]
     job = Job("train", *flags)
     job.wait_for_line("epoch 3: train loss")
-    kill_everything(job.process.pid)
-    job.wait()
+    job.kill()
     done = run_job("train", "--storage-path", tmp_path, "--name", "mine", "--resume", "--use-gpu", "false")
     assert re.search(r"going on after epoch \d", done.err)
     assert "1 CPU worker" in done.err
@@ -112,21 +106,13 @@ def test_a_killed_actor_and_a_killed_run_change_nothing(trained: Done, pairs: Pa
     output = tmp_path / "out"
     flags = ["--model", trained.line["model"], "--input", pairs, "--output", output, "--max-rows-per-file", 5_000]
     job = Job("score", *flags)
-    wait_for_files(output, 8)
+    wait_for_files(job, output, 8)
     kill_worker(job.process.pid, "MapBatches(Scorer)")
-    wait_for_files(output, len(list((output / "predictions").glob("part-*.parquet"))) + 4)
-    kill_everything(job.process.pid)
-    job.wait()
+    wait_for_files(job, output, 4)
+    job.kill()
     done = run_job("score", *flags)
     assert done.line["resumed_rows"] > 0
     assert share_equal(scored, rows(output)) >= 0.9999
-
-
-def wait_for_files(output: Path, count: int) -> None:
-    started = time.monotonic()
-    while len(list((output / "predictions").glob("part-*.parquet"))) < count:
-        assert time.monotonic() - started < 90
-        time.sleep(0.02)
 
 
 def test_int8_goes_to_the_cpus(trained: Done, pairs: Path, tmp_path: Path) -> None:
@@ -149,36 +135,3 @@ def test_batches_on_the_gpu_are_those_of_the_cpu() -> None:
         for name, values in ours.items():
             assert values.device.type == "cuda"
             assert torch.equal(values.cpu(), theirs[name]), name
-
-
-def test_two_ranks_share_a_card(tmp_path: Path) -> None:
-    spawn(_train_a_rank, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    model = _model()
-    loss, _ = Objective(model, 0.0, torch.float32)(*_rows(slice(None)), None)
-    (loss / 64).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        torch.testing.assert_close(first[name], parameter.grad.cpu(), rtol=1e-3, atol=1e-5)
-
-
-def _model() -> TwoHeadCNN:
-    torch.manual_seed(0)
-    return TwoHeadCNN().to(CUDA)
-
-
-def _rows(rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    images, digits, numbers = (values[rows].to(CUDA) for values in random_rows(64))
-    return prepare_images(images), numbers, digits
-
-
-def _train_a_rank(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = _model()
-    parallel = DistributedDataParallel(Objective(model, 0.0, torch.float32), broadcast_buffers=False)
-    share = slice(0, 40) if rank == 0 else slice(40, 64)
-    loss, _ = parallel(*_rows(share), None)
-    (loss * (2 / 64)).backward()
-    torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()

@@ -31,20 +31,25 @@ def make_model(device: torch.device) -> TwoHeadCNN:
     return TwoHeadCNN().to(device)
 
 
-def train_steps(
-    model: TwoHeadCNN, optimizer: MuonAdamW, steps: int, dtype: torch.dtype = torch.float32, rows: int = 64, dropout: float = 0.0
-) -> None:
-    device = next(model.parameters()).device
-    images, digits, numbers = (values.to(device) for values in random_rows(rows))
-    matrices = torch.from_numpy(distortions(0, 0, np.arange(rows), 0.5)).to(device)
-    objective, scale = Objective(model, 0.05, dtype), torch.tensor(1 / max(1, rows), device=device)
-    generator = torch.Generator(device)
-    for step in range(steps):
-        optimizer.zero_grad()
-        factors = dropout_factors(rows, dropout, generator.manual_seed(step)) if dropout else None
-        loss, _ = objective(distort(prepare_images(images), matrices), numbers, digits, factors)
-        loss.backward(scale)
-        optimizer.step(1e-3, dtype)
+class Training:
+    """The model and its optimizer on a device, with 64 rows of all that a step uses."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> None:
+        self.model, self.dtype, self.dropout, rows = make_model(device), dtype, dropout, 64
+        self.optimizer, self.generator = MuonAdamW(self.model, 0.01), torch.Generator(device)
+        self.images, self.digits, self.numbers = (values.to(device) for values in random_rows(rows))
+        self.matrices = torch.from_numpy(distortions(0, 0, np.arange(rows), 0.5)).to(device)
+        self.scale = torch.tensor(1 / rows, device=device)
+
+    def steps(self, count: int) -> None:
+        objective = Objective(self.model, 0.05, self.dtype)
+        for step in range(count):
+            self.optimizer.zero_grad()
+            generator = self.generator.manual_seed(step)
+            factors = dropout_factors(len(self.digits), self.dropout, generator) if self.dropout else None
+            loss, _ = objective(distort(prepare_images(self.images), self.matrices), self.numbers, self.digits, factors)
+            loss.backward(self.scale)
+            self.optimizer.step(1e-3, self.dtype)
 
 
 def test_float32_is_float32() -> None:
@@ -59,9 +64,9 @@ def test_float32_is_float32() -> None:
 def test_three_steps_are_those_of_the_cpu() -> None:
     before, trained = copy_weights(make_model(CPU)), {}
     for device in (CPU, CUDA):
-        model = make_model(device)
-        train_steps(model, MuonAdamW(model, 0.01), 3)
-        trained[device.type] = copy_weights(model)
+        training = Training(device)
+        training.steps(3)
+        trained[device.type] = copy_weights(training.model)
     for name, start in before.items():
         moved = (trained["cpu"][name] - start).norm()
         assert (trained["cuda"][name] - trained["cpu"][name]).norm() < 0.02 * moved, name
@@ -70,22 +75,12 @@ def test_three_steps_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_step_waits_for_the_device(dtype: torch.dtype, dropout: float) -> None:
-    model = make_model(CUDA)
-    optimizer = MuonAdamW(model, 0.01)
-    train_steps(model, optimizer, 3, dtype, dropout=dropout)
-    images, digits, numbers = (values.to(CUDA) for values in random_rows(64))
-    matrices = torch.from_numpy(distortions(0, 0, np.arange(64), 0.5)).to(CUDA)
-    objective, scale = Objective(model, 0.05, dtype), torch.tensor(1 / 64, device=CUDA)
-    generator = torch.Generator(CUDA)
+    trainer = Training(CUDA, dtype, dropout=dropout)
+    trainer.steps(3)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in range(15):
-            optimizer.zero_grad()
-            factors = dropout_factors(64, dropout, generator.manual_seed(step)) if dropout else None
-            loss, _ = objective(distort(prepare_images(images), matrices), numbers, digits, factors)
-            loss.backward(scale)
-            optimizer.step(1e-3, dtype)
+        trainer.steps(15)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -116,25 +111,22 @@ def test_one_rank_of_nccl_reduces_every_dtype(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_goes_from_gpu_to_cpu_and_back(tmp_path: Path) -> None:
-    places = [CUDA, CPU, CUDA]
-    model = make_model(CUDA)
-    optimizer = MuonAdamW(model, 0.01)
-    train_steps(model, optimizer, 3)
-    weights, state = copy_weights(model), TrainerState(0, [], "fp32")
-    first = {name: {key: value.cpu().clone() for key, value in moments.items()} for name, _, moments in optimizer.states()}
-    for index, device in enumerate(places[1:]):
-        folder = tmp_path / str(index)
+    training = Training(CUDA)
+    training.steps(3)
+    weights, state = copy_weights(training.model), TrainerState(0, [], "fp32")
+    first = {name: {key: value.cpu().clone() for key, value in of.items()} for name, _, of in training.optimizer.states()}
+    for device in (CPU, CUDA):
+        folder = tmp_path / device.type
         folder.mkdir()
-        save_checkpoint(folder, state, model, optimizer)
-        model = TwoHeadCNN().to(device)
-        optimizer = MuonAdamW(model, 0.01)
-        state = load_state(locate(str(folder), "checkpoint"), model, optimizer)
-    assert all(torch.equal(value, weights[name]) for name, value in copy_weights(model).items())
-    for name, parameter, moments in optimizer.states():
+        save_checkpoint(folder, state, training.model, training.optimizer)
+        training = Training(device)
+        state = load_state(locate(str(folder), "checkpoint"), training.model, training.optimizer)
+    assert all(torch.equal(value, weights[name]) for name, value in copy_weights(training.model).items())
+    for name, parameter, moments in training.optimizer.states():
         for key, value in moments.items():
             assert torch.equal(value.cpu(), first[name][key]), (name, key)
             assert key == "step" or value.device == parameter.device
-    train_steps(model, optimizer, 1)
+    training.steps(1)
 
 
 @pytest.mark.parametrize(("precision", "most_different", "tolerance"), [("fp32", 0, 1e-4), ("bf16", 200, 0.05)])
