@@ -124,7 +124,9 @@ def _run_way(argv: list[str], way: str, processes: int = 1) -> Measurement:
     """Measure a way once. The rates of processes that share the cores are added."""
     lines = run_job("benchmark", *argv, "--way", way, "--command-time", time.time(), processes=processes)
     figures = _combine(lines, max)
-    return figures | ({"rows_per_second": sum(line["rows_per_second"] for line in lines)} if processes > 1 else {})
+    if processes > 1:
+        figures["rows_per_second"] = sum(line["rows_per_second"] for line in lines)
+    return {key: round(value, 3) for key, value in figures.items()}
 
 
 def _speed(args: argparse.Namespace, argv: list[str], processes: dict[str, int]) -> dict[str, Any]:
