@@ -152,7 +152,7 @@ def _speed(args: argparse.Namespace, argv: list[str], processes: dict[str, int])
 
 
 def _accuracy(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    """Measure the original once, and `mnistsum train --recipe quick` with each seed, until its manifest says that it is finished.
+    """Measure the original once, and `mnistsum train --recipe quick` with each seed, the whole command.
 
     Returns:
         Accuracies on the test rows and seconds from the command, of the original, and of `ray` in the mean over the seeds;
@@ -165,7 +165,7 @@ def _accuracy(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
             command_time = time.time()
             flags = ["--data", args.data, "--recipe", "quick", "--seed", seed, "--storage-path", folder, "--name", "accuracy"]
             (line,) = run_job("train", *flags)
-            seconds = Path(line["run"], "manifest.json").stat().st_mtime - command_time
+        seconds = time.time() - command_time
         ours.append({key: line["test"][key] for key in ORIGINAL_ACCURACY} | {"seconds": seconds})
         _say_figures(f"ray, seed {seed}", ours[-1])
     mean = _combine(ours, statistics.mean)
