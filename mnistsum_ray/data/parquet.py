@@ -275,7 +275,11 @@ def _registered_types() -> list[pa.ExtensionType]:
 def plain_table(table: pa.Table) -> pa.Table:
     """The table without string and binary views and without marks of Ray's types; the same object where there are none."""
     schema = plain_schema(table.schema)
-    return table if schema.equals(table.schema, check_metadata=True) else table.cast(schema)
+    if schema.equals(table.schema, check_metadata=True):
+        return table
+    # Only what must be cast is: pyarrow 25 cannot cast a slice of structs with a child of the type null.
+    columns = zip(table.columns, schema.types, strict=True)
+    return pa.Table.from_arrays([column if column.type == kind else column.cast(kind) for column, kind in columns], schema=schema)
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:

@@ -121,6 +121,17 @@ def test_with_view_columns_only_the_bad_row_is_rejected(tmp_path: Path) -> None:
     assert [image.tobytes() for image in rows.images] == images.to_pylist()
 
 
+def test_a_part_may_be_cut_out_of_structs_with_a_null_child(tmp_path: Path) -> None:
+    """The view beside it is cast; pyarrow cannot cast a slice of such structs."""
+    deep = [{"a": [{"b": row, "c": None}]} for row in range(20)]
+    columns = {"deep": deep, "view": pa.array(["a"] * 20, pa.string_view())}
+    table = pa.table({"image": [bytes(784)] * 20, "number": [1] * 20, **columns})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    write_all(plan_of(tmp_path, tmp_path / "out", max_rows_per_file=6))
+    paths = sorted((tmp_path / "out" / "predictions").iterdir())
+    assert [row for path in paths for row in pq.ParquetFile(path).read()["deep"].to_pylist()] == deep
+
+
 def test_an_int96_timestamp_of_any_year_is_kept(tmp_path: Path) -> None:
     """Spark writes them, with microseconds. In nanoseconds, pyarrow would silently read other dates for these."""
     days = pa.array([datetime(2020, 1, 1, 2, 3, 4, 567_891), datetime(1500, 12, 31), datetime(9999, 12, 31)], pa.timestamp("us"))
