@@ -317,4 +317,7 @@ def test_a_part_that_kills_every_process_is_given_up_and_reported(model: Path, p
     done = job.wait()
     assert done.code == 3, done.err
     assert (done.last_line["failed_files"], done.last_line["scored_rows"]) == (1, 0)
+    assert (
+        "a process that scored died (out of memory? Ray's logs may tell); its task is begun again at deadly.parquet" in done.err
+    )
     assert "cannot be used: deadly.parquet: the process that scored it died 3 times" in done.err

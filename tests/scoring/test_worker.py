@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
-from mnistsum_ray.scoring import worker
 from mnistsum_ray.scoring.output import OutputFiles
 from mnistsum_ray.scoring.parts import COUNTS_KEY, FORMAT, KEY
 from mnistsum_ray.scoring.preflight import Plan
-from mnistsum_ray.scoring.worker import CrashCounter, PartRows, Scorer, read_parts, write_part
+from mnistsum_ray.scoring.worker import PartRows, read_parts, write_part
 from mnistsum_ray.storage.paths import locate
 from tests.scoring.conftest import CONSOLE, parts_of, plan_of, predictions, write_all
 
@@ -142,34 +140,6 @@ def test_an_int96_timestamp_of_any_year_is_kept(tmp_path: Path) -> None:
     scored = pq.ParquetFile(tmp_path / "out" / "predictions" / "a.parquet").read()
     for name, values in columns.items():
         assert scored[name].combine_chunks() == values
-
-
-def test_a_task_whose_process_died_is_begun_again_with_a_line_and_given_up_after_three(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in "ab":
-        write(tmp_path / "in" / f"{name}.parquet", 5, 5)
-    plan, counter = plan_of(tmp_path / "in", tmp_path / "out"), CrashCounter()
-    remote = SimpleNamespace(begin=SimpleNamespace(remote=counter.begin), end=SimpleNamespace(remote=counter.end))
-    context = SimpleNamespace(get_node_id=lambda: "this node")
-    here = SimpleNamespace(get=lambda value: value, nodes=list, get_runtime_context=lambda: context)
-    monkeypatch.setattr(worker, "ray", here)
-    predictor = SimpleNamespace(predict=lambda images, numbers, labels: predictions(len(images)))
-    monkeypatch.setattr(worker, "_make_predictor", lambda plan: predictor)
-    task = pa.table({"first": [0], "count": [2]})
-
-    def score() -> list[dict[str, Any]]:
-        return [row for report in Scorer(plan, remote)(task) for row in report.to_pylist()]
-
-    for key in ("task of a.parquet", "a.parquet"):  # a process dies in the task, and one more in the first of its parts
-        counter.begin(key, "this node")
-    notice, *parts = score()
-    assert notice["notice"].startswith("a process that scored died (out of memory? Ray's logs may tell); its task is begun again")
-    assert (notice["rows"], [part["rows"] for part in parts], [part["unreadable"] for part in parts]) == (0, [5, 5], [None, None])
-    for _ in range(2):
-        counter.begin("b.parquet", "this node")
-    _, *parts = score()
-    assert [part["unreadable"] and part["unreadable"][:39] for part in parts] == [None, "the process that scored it died 3 times"]
 
 
 @pytest.fixture
