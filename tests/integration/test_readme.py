@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import SAMPLE
@@ -57,6 +58,7 @@ class Head:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """Start a head on free ports, with its own home folder and token."""
+    ray.shutdown()  # the agent of another cluster here would hold the port of the agent that starts jobs
     with tempfile.TemporaryDirectory(prefix="h") as name, socket.socket() as probe:
         folder = Path(name)
         probe.bind(("127.0.0.1", 0))
