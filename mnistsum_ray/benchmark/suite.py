@@ -126,7 +126,7 @@ def _run_way(argv: list[str], way: str, processes: int = 1) -> Measurement:
     figures = _combine(lines, max)
     if processes > 1:
         figures["rows_per_second"] = sum(line["rows_per_second"] for line in lines)
-    return {key: round(value, 3) for key, value in figures.items()}
+    return {key: round(value, 6) for key, value in figures.items()}
 
 
 def _speed(args: argparse.Namespace, argv: list[str], processes: dict[str, int]) -> dict[str, Any]:

@@ -237,6 +237,12 @@ def inspect_cluster() -> ClusterResources:
     )
 
 
+def this_node() -> Resources:
+    """Total resources of the node of this process."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return next((dict(node["Resources"]) for node in ray.nodes() if node["NodeID"] == node_id), {})
+
+
 def usable_nodes() -> list[dict[str, Any]]:
     """Return Ray's entry of each living node that has CPUs or GPUs."""
     return [node for node in ray.nodes() if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))]

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import pyarrow as pa
@@ -190,7 +190,7 @@ class _Value:
                 is_folder = entry.is_dir(follow_symlinks=False)
                 if is_folder and self._descends(parts):
                     folders.append((entry.path, parts))
-                elif not is_folder and (self._takes(parts) or (self._descends(parts) and Path(entry.path).is_dir())):
+                elif not is_folder and (self._takes(parts) or (self._descends(parts) and _is_folder(entry.path))):
                     yield entry.path, _look_at(entry.path)
                 elif self.pattern is None:
                     yield entry.path, _NAME
@@ -209,6 +209,13 @@ class _Value:
         """True if the value is a folder or glob and may name files in this folder."""
         parts = parts_below(folder, self.place.path)
         return not self.is_file and parts is not None and (self.pattern is None or matches(parts, self.pattern, below=True))
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError:  # a link into a folder that is closed to this user, or whose storage has gone
+        return False
 
 
 def _look_at(path: str) -> "_File | str":
@@ -258,7 +265,7 @@ def parts_below(path: str, folder: str) -> tuple[str, ...] | None:
     """Components of a path relative to a folder: () for the folder itself, None for a path outside of it."""
     if path == folder:
         return ()
-    return PurePosixPath(path[len(folder) :].lstrip("/")).parts if path.startswith(folder.rstrip("/") + "/") else None
+    return tuple(path[len(folder) :].lstrip("/").split("/")) if path.startswith(folder.rstrip("/") + "/") else None
 
 
 def _escaped(path: str) -> str:

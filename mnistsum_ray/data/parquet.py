@@ -143,7 +143,7 @@ def read_footer(file: Location, size: int) -> Footer:
     """Read the footer of a file of this size.
 
     Raises:
-        UnusableFileError: it is damaged, or claims more than a file of this size can hold.
+        UnusableFileError: it is damaged, or claims more rows than any file has.
         StorageError: the storage does not give the file.
     """
     data = _footer_bytes(file, size)
@@ -157,7 +157,7 @@ def read_footer(file: Location, size: int) -> Footer:
     rows = [group.num_rows for group in groups]
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows or metadata.num_rows > _MAX_ROWS:
         raise UnusableFileError(f"has a footer that promises {metadata.num_rows:,} rows in {size:,} bytes; write it again")
-    decompressed = sum(group.total_byte_size for group in groups)
+    decompressed = min(2**62, max(0, sum(group.total_byte_size for group in groups)))  # a footer that lies fits into an int64
     return Footer(metadata, schema, rows, decompressed, hashlib.sha256(data).hexdigest())
 
 

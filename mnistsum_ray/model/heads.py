@@ -33,4 +33,4 @@ PREDICTION_FIELDS: Final = pa.schema(
     + [("consistent", pa.bool_())]  # pred_sum == pred_digit + number
 )
 """Columns that scoring adds to the input's, in their order. An output whose files have other columns is not resumed, see
-`PredictionSpec`."""
+`scoring.preflight.Plan.spec`."""

@@ -108,7 +108,7 @@ def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes
 
     Args:
         manifest: contents of manifest.json.
-        totals: `scoring.totals.Totals`.
+        totals: `scoring.counts.Counts`.
         pictures: PNG bytes by title.
     """
     return _render("scored.html.j2", pictures=_encoded(pictures), manifest=manifest, line=manifest["totals"], totals=totals)

@@ -32,7 +32,7 @@ from mnistsum_ray.scoring.output import (
     unpublish,
     will_hold,
 )
-from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, make_tasks
+from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, REJECTED, make_tasks
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
 from mnistsum_ray.scoring.publish import publish, result_line, say_result
 from mnistsum_ray.scoring.worker import Scorer, start_crash_counter
@@ -83,7 +83,7 @@ def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
         if plan.config.overwrite:
             check_overwrite(plan, committed.published)
         if plan.config.strict and (line["rejected_rows"] or line["failed_files"]):
-            raise RunError(_strict_error(plan, line, counts))
+            raise RunError(_strict_error(plan, line, counts, staged))
 
         line["seconds"] = round(time.monotonic() - started, 1)
         publish(plan, committed, staged, files, counts, line)
@@ -141,7 +141,8 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
     progress, metrics = Progress(console.progress, "rows scored", todo_rows), ScoringMetrics(plan.output.display)
     failures: dict[str, str] = {}
     started, ended, done_rows = float("inf"), 0.0, 0
-    pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers)
+    crash_counter = start_crash_counter()
+    pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers, crash_counter)
     with silence_watchdog(console.say, explain_worker_silence) as sign_of_life:
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
             sign_of_life()
@@ -158,10 +159,13 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
             done_rows += rows
             progress(rows, ended - started)
             metrics.add(rows, rejected, done_rows / max(ended - started, 1e-9))
+    ray.kill(crash_counter)  # in a process that scores again and again, a counter of each run would stay for a while
     return failures, ended - started
 
 
-def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_workers: int) -> ray.data.Dataset:
+def _make_pipeline(
+    plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_workers: int, crash_counter: Any
+) -> ray.data.Dataset:
     """Ray Data pipeline: tasks over the parts in `todo` in, `worker.REPORT_SCHEMA` out, in any order."""
     tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, resources.workers)
     # Workers need no footers, which are large where the files are many.
@@ -179,7 +183,7 @@ def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_wo
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
         return dataset.map_batches(
             Scorer,
-            fn_constructor_args=(ray.put(shared), start_crash_counter()),
+            fn_constructor_args=(ray.put(shared), crash_counter),
             compute=pool,
             batch_size=None,
             batch_format="pyarrow",
@@ -197,10 +201,11 @@ def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:
     return remaining
 
 
-def _strict_error(plan: Plan, line: dict[str, Any], counts: Counts) -> str:
-    """Why `--strict` publishes nothing: a row was rejected or a file failed. Names the first rejected row."""
+def _strict_error(plan: Plan, line: dict[str, Any], counts: Counts, staged: OutputFiles | None) -> str:
+    """Why `--strict` publishes nothing: a row was rejected or a file failed. Names a rejected row, and where they are."""
     text = f"--strict: nothing was published: {line['rejected_rows']:,} rows and {line['failed_files']:,} files cannot be used"
     if not counts.examples:
         return text
     (name, row), reason = min((rows[0], reason) for reason, rows in counts.examples.items())
-    return f"{text}; first: {plan.source(name)}, row {row}: {reason}; all: {plan.folder.display}"
+    folder = (plan.folder if staged and staged.rejected else plan.output) / REJECTED
+    return f"{text}; first: {plan.source(name)}, row {row}: {reason}; all: {folder.display}"

@@ -31,8 +31,8 @@ MAX_NAME_BYTES: Final = 255
 
 _MAX_PART_BYTES: Final = 128 * 2**20
 """Largest part, decompressed, estimated from the footer's average row: a row may hold pictures that are larger than 28 x 28."""
-_MIN_PART_ROWS: Final = 64
-"""Whatever the footer says of bytes, which may be wrong."""
+_MIN_PART_ROWS: Final = 8
+"""Least rows of a part, which may then be larger: what the footer says of bytes may be wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ PART_SCHEMA: Final = pa.schema(
 
 
 def split_into_parts(files: pa.Table, max_rows_per_file: int) -> tuple[pa.Table, dict[str, str]]:
-    """Split the input files into parts of nearly equal size.
+    """Split the input files into parts, at the ends of their row groups where these are short and all of one size.
 
     The parts follow from the files and `max_rows_per_file` alone, so that a later run plans the same ones.
 
@@ -112,8 +112,11 @@ def _name_error(name: str, parts: list[Part], planned: dict[str, str]) -> str | 
 def _parts_of_file(file: dict[str, Any], max_rows_per_file: int) -> Iterator[Part]:
     rows, path = file["rows"], PurePosixPath(file["name"])
     limit = min(max_rows_per_file, max(_MIN_PART_ROWS, _MAX_PART_BYTES * rows // max(1, file["bytes"])))
-    count = max(1, _ceil_divide(rows, limit))  # a file without rows has one empty part
-    bounds = [rows * index // count for index in range(count + 1)]
+    group = file["longest_group"]
+    # Whole row groups, which mostly are all of one size; or slices of one, of nearly equal size.
+    size = limit - limit % group if 0 < group <= limit else _ceil_divide(rows, max(1, _ceil_divide(rows, limit)))
+    bounds = [*range(0, rows, size), rows] if rows else [0, 0]  # a file without rows has one empty part
+    count = len(bounds) - 1
     of_file = {name: file[name] for name in ("name", "size", "modified", "footer_sha256", "longest_group")}
     for index, (start, end) in enumerate(itertools.pairwise(bounds)):
         split_name = str(path.with_name(f"{path.stem}-{index:05d}-of-{count:05d}{path.suffix}"))
@@ -158,7 +161,8 @@ def make_tasks(parts: pa.Table, max_rows: int, workers: int) -> list[Task]:
     starts: list[int] = []  # the first part of each task
     in_task = 0
     for index, (count, longest_group) in enumerate(zip(rows.to_pylist(), parts["longest_group"].to_pylist(), strict=True)):
-        if not starts or in_task >= max(max_rows, longest_group / min(_TASKS_PER_GROUP, wanted)):
+        of_group = longest_group / min(_TASKS_PER_GROUP, wanted) + _PART_ROWS * (index - starts[-1] if starts else 0)
+        if not starts or in_task >= max(max_rows, of_group):
             starts.append(index)
             in_task = 0
         in_task += count
@@ -174,7 +178,7 @@ KEY: Final = b"mnistsum_ray.score"
 
 FORMAT: Final = 7
 """Version of the stamp and of how files are split; an output of another version is refused. 5 dropped temperatures, which are in
-the weights; 6 moved the counts to a key of their own; 7 splits files without regard to their row groups."""
+the weights; 6 moved the counts to a key of their own; 7 splits files otherwise."""
 
 COUNTS_KEY: Final = b"mnistsum_ray.counts/2"
 """Key of `counts.Counts`, with its version. The counts are for the report alone: a file without them is resumed too."""
@@ -220,7 +224,7 @@ def from_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
         if stamp.pop("format") != FORMAT:
             raise UnusableFileError("was written by another version of this program")
         return {name: stamp[name] for name in STAMP_SCHEMA.names}
-    except (AttributeError, KeyError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnusableFileError(f"cannot be read: {one_line(error)}") from None
 
 

@@ -324,8 +324,10 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 
 def _write(place: Location, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
-    # The entry of Hugging Face lists the input's columns, and `datasets` refuses a file that has other columns.
-    kept = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"huggingface"}
+    # The entry of Hugging Face lists the input's columns, and `datasets` refuses a file that has other columns. Rejected rows
+    # that are scored again have the stamp of an earlier output.
+    dropped = (b"huggingface", b"mnistsum_ray.")
+    kept = {key: value for key, value in (table.schema.metadata or {}).items() if not key.startswith(dropped)}
     try:
         place.create(to_parquet(table.replace_schema_metadata(kept | metadata)))
     except FileExistsError:

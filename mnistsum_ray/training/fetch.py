@@ -50,6 +50,8 @@ class LoadedRows:
 def load_rows(source: Source) -> LoadedRows:
     """Read and decode a whole source into the object store of the driver's node, from where each node that needs it copies it.
 
+    This process holds the rows a second time until they are there.
+
     Raises:
         RequestError: a file or a row cannot be used; the message names it.
         RowCountError: the files hold more or fewer rows than their footers say.

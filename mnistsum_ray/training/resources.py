@@ -4,7 +4,7 @@ from typing import Final
 
 import numpy as np
 
-from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan, WorkerRequest
+from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan, WorkerRequest, this_node
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.errors import RequestError
@@ -38,6 +38,8 @@ def check_memory(run: TrainingRun, plan: WorkerPlan, cluster: ClusterResources) 
     if fitting := [(node, cluster.workers_on(node, plan.per_worker)) for node in cluster.nodes]:
         share = min(1.0, max(workers for _, workers in fitting) / plan.needed) or 1.0
         store = min((node.get("object_store_memory", store) for node, workers in fitting if workers), default=store)
+    if not shuffle.streamed:  # this process reads them
+        store = min(store, this_node().get("object_store_memory", store))
     # Every node may get all rows in memory. The window that is trained on, and the one that is read ahead, are spread over them.
     rows = int(share * 2 * shuffle.window_rows) if shuffle.streamed else source.rows
     held = _mebibytes(rows * ROW_BYTES)

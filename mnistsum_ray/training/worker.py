@@ -15,7 +15,7 @@ import torch
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnistsum_ray.cluster.resources import explain_worker_silence
+from mnistsum_ray.cluster.resources import explain_worker_silence, this_node
 from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
 
@@ -87,9 +87,7 @@ class Worker:
 
 def cpus_of_node() -> int:
     """CPUs of the node of this process."""
-    node_id = ray.get_runtime_context().get_node_id()
-    cpus = next((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id), 1)
-    return max(1, int(cpus))
+    return max(1, int(this_node().get("CPU", 1)))
 
 
 @dataclass

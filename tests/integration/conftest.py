@@ -67,6 +67,7 @@ def start_cluster(**resources: int) -> str:
     """Start a cluster unless this process is connected to one; return its address."""
     if not ray.is_initialized():
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", **resources)
+    assert ray.cluster_resources()["CPU"] == resources["num_cpus"], "the test before has left another cluster"
     return str(ray.get_runtime_context().gcs_address)
 
 
@@ -125,7 +126,7 @@ class Storage:
             self.refused += 1
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
-        status = next((status for end, status in self.statuses.items() if environ["PATH_INFO"].endswith(end)), None)
+        status = next((status for end, status in list(self.statuses.items()) if environ["PATH_INFO"].endswith(end)), None)
         if status and environ["REQUEST_METHOD"] != "HEAD":
             self.refused += 1
             start_response(status, [("Content-Type", "application/xml")])
@@ -278,9 +279,10 @@ class Done:
 
     @property
     def error(self) -> str:
-        """The line that names the error, for which a job ends with exactly one; Ray may print below it."""
-        (line,) = (line for line in self.err.splitlines() if line.startswith("error: "))
-        return line
+        """The last line on standard error, which names the error; there is no other such line."""
+        lines = self.err.splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
+        return lines[-1]
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of history.jsonl of a training that has succeeded, one an epoch."""
@@ -295,6 +297,20 @@ class Done:
         assert len(self.err.strip().splitlines()) == 1, self.err
         assert message in self.err
         assert self.seconds < seconds
+
+
+_jobs: "list[Job]" = []
+"""Jobs that the test has started."""
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_left() -> Iterator[None]:
+    """A test that fails leaves no job on the CPUs of the tests that follow."""
+    yield
+    for job in _jobs:
+        if job.process.poll() is None:
+            kill_everything(job.process.pid)
+    _jobs.clear()
 
 
 _MARK = "MNISTSUM_TEST"
@@ -330,6 +346,7 @@ class Job:
             preexec_fn=before,
         )
         self._seen: list[str] = []
+        _jobs.append(self)
 
     def wait_for_line(self, beginning: str) -> str:
         """Read standard error up to a line that begins with this text, and return it."""

@@ -93,7 +93,6 @@ def test_a_damaged_checkpoint_is_passed_over_and_rows_that_changed_are_found_by_
     assert f"checkpoint {last} cannot be used: trainer.safetensors is incomplete or damaged" in finished.err
     assert not bomb.mark.exists(), "the pickle was executed"
     assert weights(finished) == weights(restarted)
-    assert not busy or f"{before} is no longer needed, and cannot be deleted" in finished.err
     assert json.loads((runs[0] / "mine" / "manifest.json").read_text())["status"] == "finished"
     change_a_digit(copy / "2.parquet")
     said = f"error: {copy}/2.parquet: holds other rows than when the run, or the run of --from-run, read it first"
@@ -103,12 +102,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_rows_that_changed_are_found_by_
         assert done.error.startswith(said)
         assert done.err.count("streaming 4,000 training rows") == 1
         assert done.err.count("failed") <= 1, "another attempt would find the same"
+    if not busy:
+        pytest.skip("a checkpoint that cannot be deleted needs the right to mount a file system")
+    assert f"{before} is no longer needed, and cannot be deleted" in finished.err
 
 
 @pytest.mark.slow
 def test_a_run_that_loses_its_lock_ends_at_once_also_where_sigint_is_ignored(cluster: str, tmp_path: Path) -> None:
     """A shell starts `command &` in a script with SIGINT ignored."""
-    flags = ["--data", "sample", "--epochs", 40, "--storage-path", tmp_path, "--name", "a"]
+    flags = ["--data", "sample", "--epochs", 1000, "--storage-path", tmp_path, "--name", "a"]
     job = Job("train", *flags, address=cluster, before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     job.wait_for_line("epoch 1: train loss")
     (tmp_path / "a" / "_lock").unlink()

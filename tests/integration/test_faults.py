@@ -73,11 +73,11 @@ def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cl
     s3.statuses[f"footer/in/{end}"] = "503 Slow Down"
     try:
         jobs = {way: Job("score", *of_job, address=cluster) for way, of_job in flags.items()}
+        wait_for_files(jobs["moved"], tmp_path / "out", 8)
+        (tmp_path / "in").rename(tmp_path / "away")
         out = root / "rows" / "out"
         jobs["rows"].wait_until(lambda: len([info for info in out.files() if f"/predictions/{end[:-8]}" in info.path]) >= 2)
         s3.statuses[f"rows/in/{end}"] = "403 Forbidden"
-        wait_for_files(jobs["moved"], tmp_path / "out", 8)
-        (tmp_path / "in").rename(tmp_path / "away")
         done = {way: job.wait() for way, job in jobs.items()}
     finally:
         s3.statuses.clear()
@@ -96,7 +96,7 @@ def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cl
         assert len(committed) >= (2 if way == "rows" else 8)
         again = run_job("score", *flags[way], address=cluster)
         assert again.line["scored_rows"] == rows
-        assert again.line["resumed_rows"] >= 250 * (len(committed) - 4), "of each file the last has fewer rows"
+        assert again.line["resumed_rows"] >= 250 * len(committed)
         assert all(output.at(path).read_bytes() == content for path, content in committed.items())
 
 
@@ -121,7 +121,7 @@ def test_a_storage_that_is_slow_or_refuses_the_history_costs_nothing_and_no_key_
     assert [line["epoch"] for line in epochs] == list(range(1, 7)), "written when the storage allows it"
     ends = [line["started"] + line["seconds"] + line["evaluation_seconds"] for line in epochs]
     gaps = [after["started"] - end for end, after in zip(ends, epochs[1:], strict=False)]
-    assert statistics.median(gaps) < 2.0, gaps
+    assert statistics.median(gaps) < 1.0, gaps
     run = locate(done.line["run"], "--storage-path")
     saved = {Path(info.path).parent.name for info in run.files() if info.base_name == STATE_FILE}
     assert saved == {"epoch_00006", "epoch_00006_sum_head"}, "Ray Train keeps the last two"

@@ -101,8 +101,10 @@ def test_busy_cpus_are_waited_for_until_the_time_limit(tmp_path: Path, cluster: 
 
     holder = ray.remote(num_cpus=2)(Holder).remote()
     assert ray.get(holder.ready.remote())
-    done = run_job("train", "--data", "sample", "--storage-path", tmp_path, "--wait-seconds", 3, address=cluster)
-    ray.kill(holder)
+    try:
+        done = run_job("train", "--data", "sample", "--storage-path", tmp_path, "--wait-seconds", 3, address=cluster)
+    finally:
+        ray.kill(holder)
     assert done.code == 2
     waiting, refused = done.err.strip().splitlines()
     assert waiting.startswith("waiting for 1 CPU; free now: 0 CPUs")

@@ -94,7 +94,8 @@ def test_comparison_with_float32_is_counted_right(model: TwoHeadCNN, images: tor
 
 
 @pytest.mark.parametrize(
-    "entry", [None, {}, {"maxima": [1.0] * 5}, {"maxima": [1.0] * 5 + [0.0]}, {"maxima": "111111"}, [1.0] * 6]
+    "entry",
+    [None, {}, {"maxima": [1.0] * 5}, {"maxima": [1.0] * 5 + [0.0]}, {"maxima": "111111"}, {"maxima": [10**400] * 6}, [1.0] * 6],
 )
 def test_card_without_a_calibration(entry: object) -> None:
     assert maxima_from_description({"int8": entry}) is None

@@ -9,12 +9,12 @@ from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, make_tasks, split_into_par
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA
 
 
-def input_files(*rows: int, row_bytes: int = 800, names: list[str] | None = None) -> pa.Table:
-    """Files with these numbers of rows, each in one row group."""
+def input_files(*rows: int, row_bytes: int = 800, names: list[str] | None = None, group: int = 2**30) -> pa.Table:
+    """Files with these numbers of rows, each in row groups of `group` rows."""
     identity = {"size": 1, "modified": 2, "footer_sha256": "x"}
     names = names or [f"f{index}.parquet" for index in range(len(rows))]
     files = [
-        identity | {"name": name, "rows": count, "longest_group": count, "bytes": count * row_bytes}
+        identity | {"name": name, "rows": count, "longest_group": min(count, group), "bytes": count * row_bytes}
         for name, count in zip(names, rows, strict=True)
     ]
     return pa.Table.from_pylist(files, FOOTER_SCHEMA)
@@ -36,7 +36,15 @@ def test_parts_cover_the_rows_in_order_within_the_limit(count: int, max_rows_per
     assert (outputs == ["f0.parquet"]) == (count <= max_rows_per_file)
 
 
-@pytest.mark.parametrize(("row_bytes", "most"), [(2**20, 128), (2**52, 64)])
+@pytest.mark.parametrize(
+    ("group", "sizes"), [(300, [900, 900, 200]), (1000, [1000, 1000]), (1500, [1000, 1000]), (999, [999, 999, 2])]
+)
+def test_parts_are_whole_row_groups_where_these_fit(group: int, sizes: list[int]) -> None:
+    parts, _ = split_into_parts(input_files(2000, group=group), 1000)
+    assert parts["rows"].to_pylist() == sizes
+
+
+@pytest.mark.parametrize(("row_bytes", "most"), [(2**20, 128), (2**52, 8)])
 def test_a_part_is_bounded_in_bytes_too_but_not_by_a_footer_that_lies(row_bytes: int, most: int) -> None:
     parts, _ = split_into_parts(input_files(1000, row_bytes=row_bytes), 16_384)
     assert most / 2 < max(parts["rows"].to_pylist()) <= most
@@ -78,6 +86,11 @@ def test_tasks_hold_every_part_once_and_in_order(sizes: list[int], workers: int)
     assert min(8, 2 * workers) <= len(tasks) <= max(16, 4 * workers)
     if sizes == [1_000_000]:
         assert len(tasks) == min(16, 4 * workers)
+
+
+def test_many_small_parts_of_one_row_group_are_few_tasks() -> None:
+    parts, _ = split_into_parts(input_files(100_000), 10)
+    assert 8 < len(make_tasks(parts, CPU_TASK_ROWS, workers=16)) <= 17
 
 
 @pytest.mark.slow

@@ -55,6 +55,13 @@ def test_a_second_run_is_refused_and_the_holder_is_named(tmp_path: Path) -> None
         assert holder in (tmp_path / "out" / "_lock").read_text(), "the holder's workers read its id there"
 
 
+def test_a_file_of_others_with_the_name_of_the_lock_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "_lock").write_text("notes")
+    with pytest.raises(RequestError, match="_lock is not a file of this program; move it away"):
+        lock(tmp_path)
+    assert (tmp_path / "_lock").read_text() == "notes"
+
+
 def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
     with held_by_another_process(tmp_path / "out") as (process, _):
         process.kill()
