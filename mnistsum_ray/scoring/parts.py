@@ -221,11 +221,11 @@ def from_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
         raise UnusableFileError("is not a file of this program")
     try:
         stamp: dict[str, Any] = json.loads(metadata[KEY])
-        if stamp.pop("format") != FORMAT:
-            raise UnusableFileError("was written by another version of this program")
-        return {name: stamp[name] for name in STAMP_SCHEMA.names}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if stamp["format"] == FORMAT:
+            return {name: stamp[name] for name in STAMP_SCHEMA.names}
+    except (KeyError, TypeError, ValueError) as error:
         raise UnusableFileError(f"cannot be read: {one_line(error)}") from None
+    raise UnusableFileError("was written by another version of this program")
 
 
 def read_stamps(output: Location, files: pa.Table) -> pa.Table:
