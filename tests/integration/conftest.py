@@ -1,6 +1,7 @@
 """Real clusters and real processes: one Ray cluster for the tests here, and jobs run as commands."""
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -80,8 +81,12 @@ def no_cluster_is_left() -> Iterator[None]:
 _NODE = {"object_store_memory": 200 * 2**20, "include_dashboard": False}
 
 
+_hosts = itertools.count(2)
+
+
 def add_node(cluster: Cluster, cpus: int = 1) -> None:
-    cluster.add_node(num_cpus=cpus, **_NODE)
+    """Add a node with an address of its own: of nodes with one address, a job may join any, also one that the test then kills."""
+    cluster.add_node(num_cpus=cpus, node_ip_address=f"127.0.0.{next(_hosts)}", **_NODE)
 
 
 @contextmanager
