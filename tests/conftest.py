@@ -89,7 +89,7 @@ def plain_predictions(model: Path, images: np.ndarray, numbers: np.ndarray) -> d
     network, _ = load_model(locate(str(model), "--model"))
     with torch.inference_mode():
         heads = network(prepare_images(torch.tensor(images)), torch.tensor(numbers))
-    (digit_prob, digit), (sum_prob, total) = (head.softmax(1).max(1) for head in heads)
+    (digit_prob, digit), (sum_prob, total), *_ = (head.softmax(1).max(1) for head in heads)
     return {
         "pred_digit": digit.numpy(),
         "digit_prob": digit_prob.numpy(),

@@ -134,7 +134,7 @@ def test_a_signal_that_is_ignored_stops_nothing() -> None:
     assert (job.returncode, out, err) == (0, '{"done": true}\n', "")
 
 
-@pytest.mark.parametrize("pause", [0.3, 3.0])
+@pytest.mark.parametrize("pause", [pytest.param(0.3, marks=pytest.mark.slow), 3.0])
 def test_an_impatient_second_signal_changes_neither_the_line_nor_the_exit_code(pause: float) -> None:
     job = start(cleanup=5)
     job.send_signal(signal.SIGINT)
@@ -153,6 +153,7 @@ def test_a_signal_that_comes_in_a_finalizer_stops_the_job_too() -> None:
     assert err in ("stopped by SIGTERM; what is saved stays\n", "ready\nstopped by SIGTERM; what is saved stays\n")
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_while_it_is_stopped_says_why() -> None:
     job = start(cleanup=7, ends="RunError")  # the interrupt is raised a second time during the cleanup
     job.send_signal(signal.SIGTERM)

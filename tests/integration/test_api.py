@@ -39,6 +39,7 @@ def test_errors_name_arguments_and_not_flags(model: Path, pairs: Path, tmp_path:
         score(ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), image_column="picture"))
 
 
+@pytest.mark.slow
 def test_a_ray_dataset_comes_back_with_predictions(cluster: str, model: Path, pairs: Path) -> None:
     network, table = load_model(str(model)), pq.read_table(pairs / "part-00000.parquet")
     dataset = predict_rows(network, ray.data.read_parquet(str(pairs)))

@@ -13,7 +13,7 @@ import pytest
 
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import STATE_CARD, STATE_FILE
-from tests.integration.conftest import Bomb, Done, Job, mounted, run_job, write_shuffled_sample
+from tests.integration.conftest import Bomb, Done, Job, kill_worker, mounted, run_job, write_shuffled_sample
 
 STREAMED = ["--recipe", "long", "--epochs", 3, "--batch-size", 32, "--sum-head-steps", 300, "--shuffle-rows", 1500]
 
@@ -105,6 +105,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_rows_that_changed_are_found_by_
     if not busy:
         pytest.skip("a checkpoint that cannot be deleted needs the right to mount a file system")
     assert f"{before} is no longer needed, and cannot be deleted" in finished.err
+
+
+@pytest.mark.slow
+def test_a_file_that_changes_within_a_run_is_found_by_content(cluster: str, tmp_path: Path, data: Path) -> None:
+    """A worker that takes the place of a killed one reads the files again, and not rows that were read before the change."""
+    copy = shutil.copytree(data, tmp_path / "copy")
+    flags = ["--data", copy, *STREAMED, "--epochs", 9, "--storage-path", tmp_path, "--name", "mine"]
+    job = Job("train", *flags, address=cluster)
+    job.wait_until((tmp_path / "mine" / "epoch_00002" / STATE_CARD).exists)
+    change_a_digit(copy / "2.parquet")
+    kill_worker(os.getpid(), "RayTrainWorker")
+    done = job.wait()
+    assert done.code == 1
+    assert done.error.startswith(f"error: {copy}/2.parquet: holds other rows than when the run")
+    assert done.err.count("going on after epoch") == 1, "another attempt would find the same"
 
 
 @pytest.mark.slow

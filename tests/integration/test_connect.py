@@ -79,7 +79,8 @@ def join(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("mode", ["token", pytest.param("disabled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["token", "disabled"])
 def test_a_head_is_joined_by_its_address_where_a_token_lies(home: Path, mode: str) -> None:
     """The head asks for the token or for none. `ray.init` in this process would set RAY_AUTH_MODE for the client too."""
     subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
@@ -200,6 +201,7 @@ def session_of(process: int) -> int | None:
         return None
 
 
+@pytest.mark.slow
 def test_a_temporary_folder_with_a_long_path_or_without_write_permission_is_refused(tmp_path: Path) -> None:
     deep = tmp_path / ("x" * 60) / ("y" * 40)
     deep.mkdir(parents=True)

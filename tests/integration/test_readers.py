@@ -134,6 +134,7 @@ def test_a_reader_finds_each_scored_row_once(scored: Scored, reader: str, layout
         assert answer_of(read(str(scored.output / "predictions" / layout))) == expected(scored, layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_spark_finds_each_scored_row_once(scored: Scored, spark: Any, layout: str) -> None:
     # Spark reads subfolders that are not partitions only if it is asked to.

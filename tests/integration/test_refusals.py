@@ -94,6 +94,7 @@ def test_a_run_folder_that_another_run_holds(tmp_path: Path, cluster: str) -> No
         run_job("train", *flags, address=cluster).check_refused(f"error: --name {tmp_path}/mine: another run (")
 
 
+@pytest.mark.slow
 def test_busy_cpus_are_waited_for_until_the_time_limit(tmp_path: Path, cluster: str) -> None:
     class Holder:
         def ready(self) -> bool:

@@ -118,7 +118,7 @@ def test_every_row_once_an_epoch_with_its_own_image_number_and_distortion(
     assert "affine" not in feed(rows, distortion=0.0, epochs=1)[0]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_workers_sees_the_same_batches(alone: list[Batch], rows: Rows, world_size: int) -> None:
     assert together(rows, world_size) == described(alone)
 

@@ -324,6 +324,7 @@ def test_rows_missing_from_the_output_are_an_error(model: Path, pairs: Path, out
         score_here(model, output, pairs)
 
 
+@pytest.mark.slow
 def test_the_footers_of_many_files_are_read_on_the_cluster(model: Path, sample: pa.Table, tmp_path: Path) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     small = sample.take(pa.array([5, 2500])).append_column("number", pa.array([1, 2], pa.int8()))

@@ -172,6 +172,7 @@ def test_the_good_rows_of_the_same_file_are_scored(scored: Scored, model: Path, 
     check_predictions(table, plain_predictions(model, images[good], numbers[good]))
 
 
+@pytest.mark.slow
 def test_a_later_run_reports_only_what_it_sets_aside_itself(
     scored: Scored, model: Path, source: tuple[Path, dict[str, str]], sample: pa.Table, tmp_path: Path
 ) -> None:

@@ -173,7 +173,7 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
     right = 0
     with torch.no_grad():
         for number in range(10):
-            digit, total = model(prepare_images(images), torch.full((len(images),), number))
+            digit, total, *_ = model(prepare_images(images), torch.full((len(images),), number))
             right += int((total.argmax(1) == digits + number).sum())
     assert line["test"]["digit_accuracy"] == pytest.approx((digit.argmax(1) == digits).float().mean().item())
     assert line["test"]["sum_accuracy"] == pytest.approx(right / 1000)
@@ -218,6 +218,7 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     assert version.run_id == resumed.line["mlflow"]
 
 
+@pytest.mark.slow
 def test_resuming_as_another_run_is_refused(done: Done, cluster: str, runs: Path) -> None:
     for changed, said in (({"seed": 5}, "--seed 5: the run one has 0"), ({"epochs": 9}, "--epochs 9: the run one has 2")):
         with pytest.raises(RequestError, match=said):
@@ -277,6 +278,7 @@ def test_the_same_model_is_trained_again_from_a_run(done: Done, data: Path, clus
         (tmp_path / "gone").rename(manifest)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_again_is_refused(done: Done, data: Path, cluster: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="--from-run: there is no run in"):
         preflight(TrainConfig(from_run=done.line["model"], storage_path=str(tmp_path)))

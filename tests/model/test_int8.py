@@ -72,8 +72,8 @@ def test_comparison_with_float32_is_counted_right(model: TwoHeadCNN, images: tor
     numbers = torch.arange(10).repeat(len(images))
     repeated = images.repeat_interleave(10, dim=0)
     with torch.inference_mode():
-        digit8, sum8 = make_forward(model, torch.device("cpu"), "int8", result["maxima"])(repeated, numbers)
-        digit32, sum32 = model(prepare_images(repeated), numbers)
+        digit8, sum8, *_ = make_forward(model, torch.device("cpu"), "int8", result["maxima"])(repeated, numbers)
+        digit32, sum32, *_ = model(prepare_images(repeated), numbers)
     true_digits = digits.repeat_interleave(10)
 
     def share(equal: torch.Tensor) -> float:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import Objective, dropout_factors, joint_loss, prepare_images
 from tests.model import new_model, random_rows
 
@@ -35,9 +36,9 @@ def test_the_loss_is_the_mean_of_the_heads_and_reported_without_smoothing(smooth
 
     def by_definition(smoothing: float) -> float:
         loss = 0.0
-        for scores, classes, count in zip(model(images, numbers), (digits, digits + numbers), (10, 19), strict=True):
-            targets = (1 - smoothing) * F.one_hot(classes, count) + smoothing / count
-            loss -= (targets * scores.log_softmax(1)).sum().item() / 2
+        for scores, head in zip(model(images, numbers), HEADS, strict=True):
+            targets = (1 - smoothing) * F.one_hot(head.target(digits, numbers), head.classes) + smoothing / head.classes
+            loss -= (targets * scores.log_softmax(1)).sum().item() / len(HEADS)
         return loss
 
     loss, reported = Objective(model, smoothing, torch.float32)(images, numbers, digits, None)

@@ -25,8 +25,7 @@ def test_learning_rate_rises_and_falls_once(total: int) -> None:
 
 def compute_gradients(model: TwoHeadCNN) -> None:
     images, digits, numbers = random_rows(16)
-    digit_scores, sum_scores = model(prepare_images(images), numbers)
-    torch.autograd.backward(joint_loss((digit_scores, sum_scores), digits, numbers)[0] / 16)
+    torch.autograd.backward(joint_loss(model(prepare_images(images), numbers), digits, numbers)[0] / 16)
 
 
 def after_a_step(weight_decay: float) -> tuple[TwoHeadCNN, dict[str, torch.Tensor]]:

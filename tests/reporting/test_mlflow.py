@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -181,9 +182,14 @@ def test_the_process_is_left_as_it_was(store: str, folder: Location, monkeypatch
         levels = [logging.getLogger(name).level for name in ("mlflow", "alembic")]
         return [{key: value for key, value in os.environ.items() if key.startswith("MLFLOW")}, levels, mlflow.active_run()]
 
+    changed = list[bytes]()  # variables that are set while MLflow's thread logs: other threads read the environment at any time
+    sys.addaudithook(lambda event, args: changed.append(args[0]) if event in ("os.putenv", "os.unsetenv") else None)
     before = state()
     with track(store, "mine", "a-name", None, MANIFEST) as run:
+        changed.clear()
+        run.log_epoch(HISTORY[0], print)
         assert run.finish(HISTORY, CARD, folder, [], print)
+        assert not [name for name in changed if name.startswith(b"MLFLOW")]
     assert state() == before
     if active:
         assert mlflow.get_tracking_uri() == theirs

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting import pictures
 from mnistsum_ray.reporting.report import model_card, report_page, versions, wilson_interval
 from tests.reporting.test_tensorboard import entry
@@ -23,8 +24,9 @@ TUNED = {
 }
 INT8 = {"digit_agreement": 0.9998, "sum_agreement": 0.9997}
 HEAD = {"nll": 0.0133, "brier": 0.006, "ece": 0.0008}
-PROBABILITIES = {"consistent": 0.99987, "digit": HEAD, "sum": HEAD | {"ece": 0.9912}}
-ALL = {"int8": INT8, "sum_head": TUNED, "temperatures_in_weights": {"digit": 1.1, "sum": 0.9}, "probabilities": PROBABILITIES}
+NAMES = [head.name for head in HEADS]
+PROBABILITIES = {"consistent": 0.99987} | dict.fromkeys(NAMES, HEAD) | {"sum": HEAD | {"ece": 0.9912}}
+ALL = {"int8": INT8, "sum_head": TUNED, "temperatures_in_weights": dict.fromkeys(NAMES, 1.1), "probabilities": PROBABILITIES}
 MANIFEST: dict[str, Any] = {
     "config": {"seed": 0, "name": "a <b> & c"},
     "versions": {"ray": "2.60.0"},
@@ -82,7 +84,7 @@ def test_the_model_card_says_what_the_model_is(source: str, datasets: list[str] 
     assert card.data.license == "apache-2.0"
     assert card.data.datasets == datasets
     results = [(result.metric_name, result.metric_value) for result in card.data.eval_results or []]
-    assert results == [("digit accuracy", 0.91), ("sum accuracy", 0.8)]
+    assert results[:2] == [("digit accuracy", 0.91), ("sum accuracy", 0.8)]
     for shown in ("220,125 parameters", "91.00 %", "80.00 %", "4,000 images", "f" * 64):
         assert shown in card.text
 

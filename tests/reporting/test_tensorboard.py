@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting import pictures
 from mnistsum_ray.reporting.report import epoch_scalars
 from mnistsum_ray.reporting.tensorboard import FOLDER, write_epochs, write_final
@@ -14,7 +15,8 @@ from mnistsum_ray.storage.paths import locate
 
 
 def entry(epoch: int, loss: float = 0.5) -> dict[str, Any]:
-    held_out = {"rows": 10, "pairs": 100, "loss": 0.25, "digit_accuracy": 0.9 + epoch / 100, "sum_accuracy": 0.8}
+    accuracies = {f"{head.name}_accuracy": 0.8 for head in HEADS} | {"digit_accuracy": 0.9 + epoch / 100}
+    held_out = {"rows": 10, "pairs": 100, "loss": 0.25} | accuracies
     return {
         "epoch": epoch,
         "train_loss": loss,

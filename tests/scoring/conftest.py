@@ -8,6 +8,7 @@ import numpy as np
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import list_inputs
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import Predictions
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring.parts import Part
@@ -45,9 +46,9 @@ def predictions(count: int) -> Predictions:
     digits = (np.arange(count) % 10).astype(np.int8)
     sums = (2 * digits + 1).astype(np.int8)
     sums[:1] = 18
-    values = {"pred_digit": digits, "pred_sum": sums}
-    values |= {f"{head}_prob": np.full(count, 0.5, np.float32) for head in ("digit", "sum")}
-    values |= {f"{head}_{loss}": np.arange(count, dtype=np.float32) for head in ("digit", "sum") for loss in ("nll", "brier")}
+    values = {f"pred_{head.name}": np.zeros(count, np.int8) for head in HEADS} | {"pred_digit": digits, "pred_sum": sums}
+    values |= {f"{head.name}_prob": np.full(count, 0.5, np.float32) for head in HEADS}
+    values |= {f"{head.name}_{loss}": np.arange(count, dtype=np.float32) for head in HEADS for loss in ("nll", "brier")}
     return Predictions(values)
 
 
