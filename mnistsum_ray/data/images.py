@@ -20,6 +20,7 @@ from mnistsum_ray.errors import RequestError
 
 SIDE: Final = 28
 PIXELS: Final = SIDE * SIDE
+DIGITS: Final = 10
 IMAGE_TYPE: Final = pa.binary(PIXELS)
 """Arrow type of stored images: 784 bytes, row by row, 0 is background, 255 is ink."""
 
@@ -94,11 +95,11 @@ def _is_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
-def decode_numbers(column: pa.Array) -> tuple[npt.NDArray[np.int64], dict[int, str]]:
-    """Decode one Arrow array of integers.
+def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[npt.NDArray[np.int64], dict[int, str]]:
+    """Decode one Arrow array of integers, which must be below `count`: numbers or, with DIGITS, digits.
 
     Returns:
-        int64[n], and row -> reason for each value outside 0..9; these rows are zeros.
+        int64[n], and row -> reason for each value outside 0..count - 1; these rows are zeros.
     """
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
@@ -106,11 +107,9 @@ def decode_numbers(column: pa.Array) -> tuple[npt.NDArray[np.int64], dict[int, s
         column = column.cast(pa.int64())
     missing = column.is_null().to_numpy(zero_copy_only=False)
     values = column.fill_null(0).to_numpy(zero_copy_only=False)
-    wrong = (values < 0) | (values >= NUMBERS)
+    wrong = (values < 0) | (values >= count)
     bad = {int(row): "is null; fill it in or drop the row" for row in np.flatnonzero(missing)}
-    bad |= {
-        int(row): f"is {values[row]}, not one of 0..{NUMBERS - 1}; correct it or drop the row" for row in np.flatnonzero(wrong)
-    }
+    bad |= {int(row): f"is {values[row]}, not one of 0..{count - 1}; correct it or drop the row" for row in np.flatnonzero(wrong)}
     return np.where(wrong, 0, values).astype(np.int64), bad
 
 
@@ -273,7 +272,7 @@ def check_digits(digits: pa.Array, where: str, rows: Sequence[int] | npt.NDArray
     Raises:
         RequestError: a digit is null or outside 0..9; names the row.
     """
-    values, bad = decode_numbers(digits)
+    values, bad = decode_numbers(digits, DIGITS)
     if bad:
         raise RequestError(f"{where}: row {rows[min(bad)]}: the digit {bad[min(bad)]}")
     return values.astype(np.int8)

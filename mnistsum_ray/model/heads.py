@@ -6,9 +6,8 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.order import NUMBERS
-
-DIGITS: Final = 10
 
 
 @dataclass(frozen=True)

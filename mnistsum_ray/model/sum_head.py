@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.model.heads import DIGITS, SUM
+from mnistsum_ray.model.heads import SUM
 from mnistsum_ray.model.network import TwoHeadCNN
 
 MAX_ROWS: Final = 4_096

@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.model.heads import DIGITS, HEADS
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import Reliability
 
 BINS: Final = 20

@@ -22,12 +22,12 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.data.images import Pixels, decode_images, decode_numbers, join_reasons, one_chunk
+from mnistsum_ray.data.images import DIGITS, Pixels, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import check_unchanged, open_parquet, plain_table, read_rows, to_parquet
 from mnistsum_ray.errors import RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
-from mnistsum_ray.model.heads import DIGITS, HEADS, PREDICTION_FIELDS
+from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.scoring.counts import BINS, Counts
@@ -225,7 +225,7 @@ def _decode(part: Part, table: pa.Table, config: ScoreConfig) -> PartRows:
     numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
     labels = None
     if config.label_column:
-        labels, bad_labels = decode_numbers(one_chunk(table[config.label_column]))
+        labels, bad_labels = decode_numbers(one_chunk(table[config.label_column]), DIGITS)
         labels[list(bad_labels)] = -1
     return PartRows(part, table, images, numbers, labels, join_reasons(bad_images, bad_numbers))
 
