@@ -88,7 +88,7 @@ def test_comparison_with_float32_is_counted_right(model: TwoHeadCNN, images: tor
     # Another order of sums may change a prediction; with random weights many scores are nearly tied.
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=0.01)
     assert result["digit_agreement"] < 0.95
-    assert quantize(model, images, images, digits)["digit_agreement"] > 0.95
+    assert quantize(model, images, images, digits)["digit_agreement"] >= 0.95
     assert (result["calibration_rows"], result["test_pairs"]) == (200, 2000)
     assert maxima_from_description({"int8": json.loads(json.dumps(result))}) == tuple(result["maxima"])
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.counts import Counts
 from mnistsum_ray.scoring.output import OutputFiles, reconcile, resume
 from mnistsum_ray.scoring.preflight import Plan
@@ -56,7 +57,7 @@ def test_all_rows_there(folder: Path) -> None:
     assert (count, counts.examples) == (1, {reason: [["a.parquet", 30]]})
     assert counts.digits == [4, *[5] * 6, 4, 4, 4]
     assert counts.numbers == [0, 46, *[0] * 8]
-    assert counts.probabilities == {name: [0] * 10 + [46] + [0] * 9 for name in ("digit_prob", "sum_prob")}
+    assert counts.probabilities == {name: [0] * 10 + [46] + [0] * 9 for name in PREDICTION_FIELDS.names if name.endswith("_prob")}
     assert sorted(counts.unsure)[0] == [0.5, "a.parquet", 0, 0, 1]
 
 

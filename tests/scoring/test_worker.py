@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.output import OutputFiles
 from mnistsum_ray.scoring.parts import COUNTS_KEY, FORMAT, KEY
 from mnistsum_ray.scoring.preflight import Plan
@@ -163,7 +164,7 @@ def output_files(output: Path) -> OutputFiles:
 
 def test_the_files_of_a_part_and_their_stamp(written: Path) -> None:
     good = pq.ParquetFile(written / "predictions" / NAME).read()
-    assert good.column_names == ["number", "Reason", "label", "pred_digit", "digit_prob", "pred_sum", "sum_prob", "consistent"]
+    assert good.column_names == ["number", "Reason", "label", *PREDICTION_FIELDS.names]
     assert good["consistent"].to_pylist() == [False, True, True]
     assert good.schema.metadata.keys() == {b"pandas", b"mine", KEY, COUNTS_KEY}, "all of the input but what names its columns"
     bad = pq.ParquetFile(written / "rejected" / NAME).read()
