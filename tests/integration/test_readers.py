@@ -74,8 +74,9 @@ def files_of(folder: str) -> list[str]:
     return [str(file) for file in Path(folder).rglob("*.parquet")]
 
 
-def read_with_datasets(folder: str, **where: Any) -> Any:
-    return datasets.load_dataset(folder, split="train", cache_dir=f"{folder}/../../../cache", **where).to_polars()
+def read_with_datasets(folder: str, **files: Any) -> Any:
+    cache = f"{folder}/../../../cache"  # not in the home folder, and not below the files that other libraries read
+    return datasets.load_dataset("parquet" if files else folder, split="train", cache_dir=cache, **files).to_polars()
 
 
 def read_with_ray(paths: str | list[str]) -> pa.Table:
@@ -103,7 +104,7 @@ READERS: Final[dict[str, list[Callable[[str], Any]]]] = {
     ],
     "datasets": [
         read_with_datasets,
-        lambda folder: read_with_datasets("parquet", data_files=f"{folder}/**/*.parquet"),
+        lambda folder: read_with_datasets(folder, data_files=f"{folder}/**/*.parquet"),
     ],
     "ray": [read_with_ray, lambda folder: read_with_ray(files_of(folder))],
 }
