@@ -102,10 +102,15 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
+def _several_workers() -> bool:
+    # NCCL makes its communicator in the first collective: with one worker, which needs none, it would take 1 to 2 s and memory.
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Element-wise sum of a tensor over all workers, on every worker; the tensor itself in a process without a process group."""
-    if dist.is_initialized():
-        values = values.clone()
+    """Element-wise sum of a tensor over all workers, on every worker, as a new tensor."""
+    values = values.clone()
+    if _several_workers():
         dist.all_reduce(values)
     return values
 
@@ -116,7 +121,7 @@ def broadcast_parameters(parameters: Iterable[Tensor]) -> None:
     Different CPUs or GPUs round differently, so copies of the network may differ in the last bits after an epoch. Without this
     they would drift apart.
     """
-    if dist.is_initialized():
+    if _several_workers():
         for parameter in parameters:
             sent = parameter.detach().contiguous()
             dist.broadcast(sent, src=0)
