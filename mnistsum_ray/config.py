@@ -183,7 +183,8 @@ class ScoringModel(JobConfig):
     precision: Literal["bf16", "fp32", "int8"] | None = None
     """precision of the network; int8 is the fastest on CPUs, and model.json says how well it agrees with fp32 [bf16 if it is
     faster, else fp32]"""
-    batch_size: int | None = Field(None, ge=1, le=65_536)
+    # conv2 computes 50,176 values a row, and kernels of GPUs that index with 32 bits take 42,799 rows at most.
+    batch_size: int | None = Field(None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
 
 

@@ -39,10 +39,13 @@ Batch = dict[str, torch.Tensor]
 (`order.row_checksums`); all on the worker's device."""
 
 _CHUNK_ROWS: Final = 16_384
-"""Rows that are put on the device at once: 12 MB. A loop that launches ten thousand kernels a second has no time for fewer."""
+"""Rows that are put on the device at once: 12 MB."""
+_GPU_CHUNK_ROWS: Final = 65_536
+"""Likewise on a GPU. A loop that launches ten thousand kernels a second has no time for fewer."""
 
 _TASK_ROWS: Final = 32_768
-"""Most rows of a task: it costs 20 ms beside its rows, and one that reads files reads up to two row groups in part."""
+"""Most rows of a task, except where a chunk of a GPU is one task: a task costs 20 ms beside its rows, and one that reads files
+reads up to two row groups in part."""
 
 _AHEAD_BYTES: Final = 64 * 2**20
 """Least memory of rows that wait for the worker."""
@@ -90,7 +93,8 @@ class TrainingRows:
     def stretches(self) -> Iterator[tuple[int, range]]:
         """All remaining steps: an epoch, and those of its steps whose rows are fetched together, whole windows."""
         window, steps = self.shuffle.window_steps, self.shuffle.steps
-        together = window * max(1, _TASK_ROWS // max(1, window * len(self.positions)))
+        rows = _GPU_CHUNK_ROWS if self.device.type == "cuda" else _TASK_ROWS
+        together = window * max(1, rows // max(1, window * len(self.positions)))
         for epoch in range(self.first_epoch, self.epochs):
             first = self.first_step if epoch == self.first_epoch else 0
             for start in range(first // window * window, steps, together):
@@ -120,7 +124,8 @@ class TrainingRows:
 
     def _chunks(self, steps: range, columns: list[Columns]) -> Iterator[tuple[range, Columns]]:
         """Cut the rows of the parts at some steps into fewer steps, each with the rows of all parts."""
-        together = max(1, _CHUNK_ROWS // max(1, len(self.positions)))
+        rows = _GPU_CHUNK_ROWS if self.device.type == "cuda" else _CHUNK_ROWS
+        together = max(1, rows // max(1, len(self.positions)))
         full = steps.stop - (steps.stop == self.shuffle.steps)  # the last step of an epoch may have fewer rows
         for first, end in pairwise([*range(steps.start, full, together), full, steps.stop]):
             if first == end:
