@@ -11,7 +11,7 @@ import ray.exceptions
 from ray.autoscaler.sdk import request_resources
 
 from mnistsum_ray.cluster.ray_internals import autoscaler_limits
-from mnistsum_ray.errors import RequestError, root_cause
+from mnistsum_ray.errors import RequestError, root_cause, shortened
 
 _TASKS_CPU_SHARE: Final = 0.25
 """Share of the CPUs that workers of a group leave to tasks of Ray Data. If they reserved all, those tasks would never start."""
@@ -147,7 +147,8 @@ def reserve(request: WorkerRequest, say: Callable[[str], None]) -> WorkerPlan:
     """Plan the workers of a job by what it asks for and by what the cluster has, and wait until enough of them fit.
 
     Ray counts a GPU on every Mac with Apple silicon, and NVIDIA's by their driver, whichever build of PyTorch is installed. So
-    PyTorch is asked on a node that has one.
+    PyTorch is tried on a node that has one. Where MIG is on, Ray counts whole cards, and CUDA shows one instance of each: the
+    others need a `ray start` with their names in CUDA_VISIBLE_DEVICES and their number in --num-gpus.
 
     Args:
         request: what the job asks for.
@@ -291,45 +292,62 @@ def _wait_until_free(bundle: Resources, count: int, seconds: float, say: Callabl
 
 
 def _probe_gpu(request: WorkerRequest, say: Callable[[str], None]) -> Gpu | None:
-    """Ask PyTorch on a node with a free GPU; None if it cannot use the GPU.
+    """Try PyTorch on a node with a GPU; None, with a console line, if that fails and no GPU is requested.
 
     Raises:
-        RequestError: GPUs are requested and PyTorch cannot use them, or none was free in time, or the node was lost.
+        RequestError: GPUs are requested, and PyTorch cannot use them, or none was free in time, or the node was lost.
     """
-    _wait_until_free({"GPU": 1.0}, 1, request.wait_seconds, say)
-    timeout = max(_PROBE_SECONDS, request.wait_seconds)
+    timeout = _PROBE_SECONDS
+    if request.use_gpu:  # only then is a busy GPU waited for
+        _wait_until_free({"GPU": 1.0}, 1, request.wait_seconds, say)
+        timeout = max(timeout, request.wait_seconds)
+    found = _ask_node(timeout)
+    if isinstance(found, Gpu):
+        return found
+    problem, advice = found
+    if request.use_gpu:
+        raise RequestError(f"--use-gpu true: {problem}; {advice}, or leave --use-gpu out")
+    say(f"running on CPUs: {problem}")
+    return None
+
+
+def _ask_node(timeout: float) -> Gpu | tuple[str, str]:
+    """The GPU of a node, or why PyTorch cannot use it and what to do."""
     asked = ray.remote(num_gpus=1, num_cpus=0)(_ask_torch).remote()
-    gpu: Gpu | None
     try:
-        gpu, torch_version = ray.get(asked, timeout=timeout)
+        found: Gpu | str = ray.get(asked, timeout=timeout)
     except ray.exceptions.GetTimeoutError:
         ray.cancel(asked)
-        raise RequestError(
-            f"no GPU was free as a whole for {timeout:.0f} s; other jobs hold them, so wait, or give more --wait-seconds"
-        ) from None
+        return f"no GPU was free as a whole for {timeout:.0f} s; other jobs hold them", "wait, or give more --wait-seconds"
     except ray.exceptions.RayError as error:
-        raise RequestError(
-            f"the node with a GPU could not be asked whether PyTorch has CUDA there: {root_cause(error)}"
-        ) from None
-    if gpu is None:
-        gpus = _format({"GPU": inspect_cluster().total("GPU")})
-        problem = f"Ray counts {gpus}, but PyTorch {torch_version} has no CUDA there"
-        if request.use_gpu:
-            raise RequestError(f"--use-gpu true: {problem}; install a CUDA build of PyTorch there, or leave --use-gpu out")
-        say(f"running on CPUs: {problem}")
-    return gpu
+        problem = f"the node with a GPU could not be asked whether PyTorch has CUDA there: {root_cause(error)}"
+        return problem, "see Ray's logs"
+    if isinstance(found, Gpu):
+        return found
+    gpus = _format({"GPU": inspect_cluster().total("GPU")})
+    return f"Ray counts {gpus}, but {found}", "install a CUDA build of PyTorch that fits card and driver there"
 
 
-def _ask_torch() -> tuple[Gpu | None, str]:
-    """The GPU of this task, None without CUDA; and PyTorch's version."""
+def _ask_torch() -> Gpu | str:
+    """The GPU of this task, or why PyTorch cannot use it. Ray ends the process of a task with a GPU, and so frees its memory."""
     import torch
+    import torch.nn.functional as F
 
     from mnistsum_ray.model.device import faster_with_bf16
 
-    gpu = None
-    if torch.cuda.is_available():
-        gpu = Gpu(faster_with_bf16(torch.device("cuda")), torch.cuda.get_device_properties(0).total_memory)
-    return gpu, str(torch.__version__)
+    device, build = torch.device("cuda"), f"PyTorch {torch.__version__}"
+    try:
+        card = torch.cuda.get_device_properties(device)
+        build += f" on {card.name} (compute capability {card.major}.{card.minor})"
+        bf16 = faster_with_bf16(device)
+        # `is_available` is true also on a card that is too old for the kernels of this build of PyTorch.
+        images = torch.ones(8, 64, 14, 14, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
+        F.conv2d(images, images[:, :, :3, :3].contiguous()).sum().item()
+    except AssertionError:  # a build for CPUs
+        return f"{build} has no CUDA there"
+    except RuntimeError as error:
+        return shortened(f"{build} cannot use it: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+    return Gpu(bf16, card.total_memory)
 
 
 def _format(resources: Resources) -> str:

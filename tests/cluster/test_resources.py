@@ -1,10 +1,14 @@
 """The workers that a job reserves on clusters of different sizes, and requests that no cluster can meet."""
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan, plan_workers
+from mnistsum_ray.cluster import resources
+from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan, WorkerRequest, plan_workers
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.scoring import driver as scoring
@@ -153,3 +157,57 @@ def test_training_workers_that_do_not_all_fit_are_refused() -> None:
     with pytest.raises(RequestError, match=r"--num-workers 3: only 1 of them, with 0.75 CPUs each, fit on the nodes"):
         train(UNEVEN, num_workers=3)
     assert score(UNEVEN).workers == 3, "scoring starts with those that fit"
+
+
+NO_KERNELS = "Ray counts 1 GPU, but PyTorch 2.13.0 on Tesla V100 (compute capability 7.0) cannot use it: no kernel image"
+
+
+def reserve_here(
+    monkeypatch: pytest.MonkeyPatch, found: Any, *, use_gpu: bool | None, free: float = 1
+) -> tuple[WorkerPlan, list[str]]:
+    """Reserve on a node of 16 CPUs and a GPU, where the probe finds this; the plan and the lines on the console."""
+    here, said = replace(cluster(16, 1), free={"CPU": 16.0, "GPU": free}), list[str]()
+    monkeypatch.setattr(resources, "inspect_cluster", lambda: here)
+    monkeypatch.setattr(resources, "_ask_node", lambda timeout: found)
+    return resources.reserve(WorkerRequest(None, use_gpu, wait_seconds=0), said.append), said
+
+
+@pytest.mark.parametrize("found", [(NO_KERNELS, "install another"), ("no GPU was free as a whole for 60 s", "wait")])
+def test_a_gpu_that_cannot_be_used_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, found: tuple[str, str]) -> None:
+    plan, said = reserve_here(monkeypatch, found, use_gpu=None)
+    assert (plan.describe(), said) == ("16 CPU workers", [f"running on CPUs: {found[0]}"])
+    with pytest.raises(RequestError) as refused:
+        reserve_here(monkeypatch, found, use_gpu=True)
+    assert str(refused.value) == f"--use-gpu true: {found[0]}; {found[1]}, or leave --use-gpu out"
+
+
+def test_a_busy_gpu_is_waited_for_only_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(bf16=True, memory_bytes=80 * 2**30)
+    assert reserve_here(monkeypatch, gpu, use_gpu=None)[0].gpu is gpu
+    plan, said = reserve_here(monkeypatch, gpu, use_gpu=None, free=0.5)
+    assert not plan.use_gpu
+    assert "other jobs hold the GPUs" in said[0]
+    with pytest.raises(RequestError, match="needs 1 GPU, but after 0 s only"):
+        reserve_here(monkeypatch, gpu, use_gpu=True, free=0.5)
+
+
+def fail(*_: object, **__: object) -> Any:
+    raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with …")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")
+def test_the_probe_says_why_a_card_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = f"PyTorch {torch.__version__}"
+    assert str(resources._ask_torch()).startswith(build)
+    card = SimpleNamespace(name="Tesla V100", major=7, minor=0, total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    monkeypatch.setattr(torch, "ones", fail)
+    said = resources._ask_torch()
+    assert said == (
+        f"{build} on Tesla V100 (compute capability 7.0) cannot use it: CUDA error: no kernel image is available for execution "
+        "on the device"
+    )
+    # A driver that is too old fails earlier.
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    assert str(resources._ask_torch()).startswith(f"{build} cannot use it: CUDA error")
