@@ -23,9 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from ray.cluster_utils import Cluster
-from werkzeug.serving import make_server
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.sources import SAMPLE
@@ -118,6 +116,9 @@ class Storage:
     """An S3 server on this machine that can answer 503 for a while, refuse some files, and be slow."""
 
     def __init__(self) -> None:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
         self._overloaded_until = 0.0
         self.write_seconds = 0.0
         self.refused = 0
