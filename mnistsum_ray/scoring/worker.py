@@ -55,7 +55,8 @@ _MAX_CRASHES: Final = 3
 _CAUSES: Final = "out of memory? Ray's logs may tell"
 
 _BATCH_ROWS: Final = 2048
-"""Small parts are predicted together, up to this number of rows: a forward pass on ten rows wastes most of its time."""
+"""Small parts are predicted together, up to this number of rows or a larger batch: a forward pass on ten rows, filled up to a
+batch, wastes most of its time."""
 
 _MAX_REASONS: Final = 20
 """Reasons that a file's metadata counts separately, so that a file with many different bad rows stays small."""
@@ -99,6 +100,7 @@ class Scorer:
 
     def _score(self, parts: list[Part]) -> Iterator[pa.Table]:
         plan, started = self._plan, time.time()
+        together = max(_BATCH_ROWS, plan.config.batch_size or 0)
         batch: list[PartRows] = []
         try:
             for part, rows in read_parts(plan.inputs.root, parts, plan.config):
@@ -106,7 +108,7 @@ class Scorer:
                     yield _report(part, started, unreadable=str(rows))
                 else:
                     batch.append(rows)
-                if batch and (part is parts[-1] or sum(decoded.part.rows for decoded in batch) >= _BATCH_ROWS):
+                if batch and (part is parts[-1] or sum(decoded.part.rows for decoded in batch) >= together):
                     # After the first read: the crash counter then also counts a process that dies while the model is loaded.
                     if self._predictor is None:
                         self._predictor, started = _make_predictor(plan), time.time()

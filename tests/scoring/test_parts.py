@@ -5,7 +5,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, make_tasks, split_into_parts
+from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, make_tasks, split_into_parts
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA
 
 
@@ -91,6 +91,13 @@ def test_tasks_hold_every_part_once_and_in_order(sizes: list[int], workers: int)
 def test_many_small_parts_of_one_row_group_are_few_tasks() -> None:
     parts, _ = split_into_parts(input_files(100_000), 10)
     assert 8 < len(make_tasks(parts, CPU_TASK_ROWS, workers=16)) <= 17
+
+
+def test_a_task_of_a_gpu_is_large_whatever_an_output_file_holds() -> None:
+    parts, _ = split_into_parts(input_files(10_000_000, group=8_192), 8_192)
+    tasks = make_tasks(parts, GPU_TASK_ROWS, workers=8)
+    rows = [sum(parts["rows"][task["first"] : task["first"] + task["count"]].to_pylist()) for task in tasks]
+    assert min(rows[:-1]) >= GPU_TASK_ROWS
 
 
 @pytest.mark.slow
