@@ -37,6 +37,12 @@ def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
     return temperatures
 
 
+def calibrated(scored: ScoredRows, temperatures: Mapping[str, float]) -> ScoredRows:
+    """The rows with the scores of each head divided by its temperature, as the network with `fold_temperatures` gives them."""
+    for batch, scores in scored:
+        yield batch, tuple(logits / temperatures[head.name] for head, logits in zip(HEADS, scores, strict=True))
+
+
 @torch.no_grad()
 def fold_temperatures(model: TwoHeadCNN, temperatures: Mapping[str, float]) -> None:
     """Divide the scores of each head by its temperature, in place, by changing the weights."""

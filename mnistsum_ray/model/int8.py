@@ -19,13 +19,13 @@ from torch import Tensor
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import one_line
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.metrics import Counts
+from mnistsum_ray.model.metrics import Counts, ScoredRows
 from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, prepare_images
 
 CALIBRATION_ROWS: Final = 2048
 
 COMPARED_ROWS: Final = 10_000
-"""Maximum number of test rows on which int8 is compared with float32: all of MNIST's."""
+"""Maximum number of test rows on which int8 is compared with the trained network: all of MNIST's."""
 
 MAX_ACTIVATION: Final = 255
 MAX_WEIGHT: Final = 64
@@ -109,34 +109,36 @@ def activation_maxima(model: TwoHeadCNN, images: Tensor) -> list[float]:
 
 @torch.no_grad()
 def quantize(
-    model: TwoHeadCNN,
-    training_images: Tensor,
-    images: Tensor,
-    digits: Tensor,
-    on_progress: Callable[[int], None] = lambda _: None,
+    model: TwoHeadCNN, training_images: Tensor, scored: ScoredRows, on_progress: Callable[[int], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Calibrate a model on the CPU on training rows uint8[n, 28, 28], and compare it with float32 on test rows.
+    """Calibrate a model on the CPU on training rows uint8[n, 28, 28], and compare it with itself before on test rows.
+
+    Args:
+        model: in float32.
+        training_images: at most the first CALIBRATION_ROWS are used.
+        scored: test rows, with their scores in the precision that the model was trained in.
+        on_progress: called with the number of rows done since the last call.
 
     Returns:
         The entry `int8` of model.json: `maxima`, `calibration_rows`, `test_pairs`, and by head `<head>_accuracy` with int8 and
-        `<head>_agreement`, the share of the test pairs on which int8 and float32 give the same answer.
+        `<head>_agreement`, the share of the test pairs on which int8 gives the answer of `scored`.
     """
     maxima = activation_maxima(model, training_images[:CALIBRATION_ROWS])
     digit_scores = int8_digit_scores(model, maxima)
-    counts, same = Counts(images.device), {head.name: 0.0 for head in HEADS}
-    rows = (torch.split(values, _BATCH) for values in (images, digits, torch.arange(len(images))))
-    for image, digit, row_id in zip(*rows, strict=True):
-        int8 = model.scores_of_all_numbers(digit_scores(image))
-        float32 = model.scores_of_all_numbers(model.digit_scores(prepare_images(image)))
-        counts.add({"digit": digit, "row_id": row_id}, int8)
-        for name, ours, theirs in zip(same, int8, float32, strict=True):
-            same[name] += (ours.argmax(2) == theirs.argmax(2)).double().mean(1).sum().item()
-        on_progress(len(digit))
+    counts, same, rows = Counts(torch.device("cpu")), {head.name: 0.0 for head in HEADS}, 0
+    for batch, scores in scored:
+        on_cpu = {name: batch[name].cpu() for name in ("image", "digit", "row_id")}
+        int8 = model.scores_of_all_numbers(digit_scores(on_cpu["image"]))
+        counts.add(on_cpu, int8)
+        for name, ours, theirs in zip(same, int8, scores, strict=True):
+            same[name] += (ours.argmax(2) == theirs.argmax(2).cpu()).double().mean(1).sum().item()
+        rows += len(batch["digit"])
+        on_progress(len(batch["digit"]))
     return {
         "maxima": maxima,
         "calibration_rows": min(len(training_images), CALIBRATION_ROWS),
-        "test_pairs": NUMBERS * len(images),
-        **{f"{name}_agreement": rows_alike / len(images) for name, rows_alike in same.items()},
+        "test_pairs": NUMBERS * rows,
+        **{f"{name}_agreement": rows_alike / rows for name, rows_alike in same.items()},
         **{name: share for name, share in counts.shares().items() if name.endswith("_accuracy")},
     }
 

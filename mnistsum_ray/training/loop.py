@@ -16,7 +16,7 @@ from mnistsum_ray.data.order import RandomStream, RowRanges, Shuffle, step_seed
 from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model import int8, sum_head
-from mnistsum_ray.model.calibration import fit_temperatures, fold_temperatures
+from mnistsum_ray.model.calibration import calibrated, fit_temperatures, fold_temperatures
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters, faster_with_bf16, hardware
 from mnistsum_ray.model.metrics import Metrics, ScoredRows, analyse_errors, probability_metrics, score_rows
 from mnistsum_ray.model.serialization import Weights, checksum, copy_weights, describe_model
@@ -24,7 +24,7 @@ from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
 from mnistsum_ray.training.fetch import RowData
-from mnistsum_ray.training.rows import EvaluationSet, TrainingRows, fetch_columns
+from mnistsum_ray.training.rows import EvaluationSet, TrainingRows
 from mnistsum_ray.training.trainer import Trainer
 from mnistsum_ray.training.worker import Worker, cpus_of_node
 
@@ -138,6 +138,8 @@ class TrainingLoop:
         while state.epochs_done < parameters.epochs:
             line, trained = self._trainer.train_epoch(state, self._config.shuffle, batches, end_ids, self._checkpointer)
             broadcast_parameters(self._trainer.model.parameters())
+            for held_out in (self._validation, self._test):
+                held_out.forget_scores()
             started = time.perf_counter()
             validation, test = self._evaluate(state.epochs_done + 1)
             line["evaluation_seconds"] = time.perf_counter() - started
@@ -221,9 +223,10 @@ class TrainingLoop:
             return score_rows(model, self._trainer.digit_scores, self._alone(rows).batches)
 
         temperatures = fit_temperatures(scored(config.validation.sample(_TEMPERATURE_ROWS)))
-        fold_temperatures(model, temperatures)
         on_progress = events.progress("test rows analysed", min(len(config.test), _ANALYSED_ROWS))
-        analysis = analyse_errors(scored(config.test.sample(_ANALYSED_ROWS)), on_progress)
+        analysis = analyse_errors(calibrated(scored(config.test.sample(_ANALYSED_ROWS)), temperatures), on_progress)
+        compared = list(scored(config.test.sample(int8.COMPARED_ROWS))) if int8.unavailable_reason() is None else []
+        fold_temperatures(model, temperatures)
         mistake_images, _ = data.fetch(np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64))
         weights = copy_weights(model)
         description = describe(state, weights) | {
@@ -231,13 +234,11 @@ class TrainingLoop:
             "temperatures_in_weights": temperatures,
             "probabilities": probability_metrics(analysis),
         }
-        if int8.unavailable_reason() is None:
+        if compared:
             torch.set_num_threads(cpus_of_node())  # the other workers have returned
-            calibration = fetch_columns(data, config.shuffle.rows.sample(int8.CALIBRATION_ROWS).ids())
-            compared = fetch_columns(data, config.test.sample(int8.COMPARED_ROWS).ids())
-            training_images, image, digit = map(torch.from_numpy, (calibration["image"], compared["image"], compared["digit"]))
-            on_progress = events.progress("test rows compared with int8", len(digit))
-            description["int8"] = int8.quantize(model.cpu(), training_images, image, digit, on_progress)
+            images, _ = data.fetch(config.shuffle.rows.sample(int8.CALIBRATION_ROWS).ids())
+            on_progress = events.progress("test rows compared with int8", min(len(config.test), int8.COMPARED_ROWS))
+            description["int8"] = int8.quantize(model.cpu(), torch.from_numpy(images), compared, on_progress)
         return TrainingResult(
             state.history,
             analysis,
@@ -250,7 +251,10 @@ class TrainingLoop:
         )
 
     def _alone(self, rows: RowRanges) -> EvaluationSet:
-        """Rows that this worker reads for all."""
+        """Rows that this worker reads for all; where it is alone, they may be those that it evaluates, and have digit scores."""
+        mine = (held_out for held_out in (self._validation, self._test) if held_out.rows is rows)
+        if self._worker.world_size == 1 and (same := next(mine, None)):
+            return same
         return EvaluationSet(self._data, rows, 0, 1, self._worker.device)
 
 

@@ -25,7 +25,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from mnistsum_ray.cluster.data_context import ray_data_options
-from mnistsum_ray.data.order import RowIds, RowRanges, Shuffle, mix_ids, positions_of_rank
+from mnistsum_ray.data.order import RowRanges, Shuffle, mix_ids, positions_of_rank
 from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model.device import array_to_device
@@ -199,6 +199,11 @@ class EvaluationSet:
         """Batches of the rank's rows; each row belongs to one rank."""
         return self._read() if self._resident is None else self._resident
 
+    def forget_scores(self) -> None:
+        """Drop the digit scores that `Trainer.digit_scores` has left in the batches: the weights have changed."""
+        for batch in self._resident or ():
+            batch.pop("digit_scores", None)
+
     def _read(self) -> Iterator[Batch]:
         return _ahead(self._on_device(), threads=len(self.rows) > _RESIDENT_ROWS)
 
@@ -206,17 +211,13 @@ class EvaluationSet:
         size = _GPU_EVALUATION_BATCH if self._device.type == "cuda" else _EVALUATION_BATCH
         self.checksums[:] = 0
         for first in range(self._indices.start, self._indices.stop, _RESIDENT_ROWS):
-            columns = fetch_columns(self._data, self.rows.at(np.arange(first, min(first + _RESIDENT_ROWS, self._indices.stop))))
+            ids = self.rows.at(np.arange(first, min(first + _RESIDENT_ROWS, self._indices.stop)))
+            images, digits = self._data.fetch(ids)
             if isinstance(self._data, ParquetFiles):
-                self._data.add_checksums(self.checksums, columns["row_id"], columns["image"], columns["digit"])
-            for start in range(0, len(columns["row_id"]), size):
+                self._data.add_checksums(self.checksums, ids, images, digits)
+            columns = {"image": images, "digit": digits.astype(np.int64), "row_id": ids}
+            for start in range(0, len(ids), size):
                 yield {name: array_to_device(values[start : start + size], self._device) for name, values in columns.items()}
-
-
-def fetch_columns(data: RowData, ids: RowIds) -> Columns:
-    """Rows int64[n], distinct and in any order: `image` uint8[n, 28, 28], `digit` int64[n] and `row_id` int64[n]."""
-    images, digits = data.fetch(ids)
-    return {"image": images, "digit": digits.astype(np.int64), "row_id": ids}
 
 
 def _ahead(items: Iterator[T], *, threads: bool) -> Iterator[T]:

@@ -211,9 +211,11 @@ class Trainer:
 
     @torch.no_grad()
     def digit_scores(self, batch: Batch) -> Tensor:
-        """Digit scores of undistorted images, [n, 10], in the run's precision."""
-        with torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            return self.model.digit_scores(prepare_images(batch["image"]))
+        """Digit scores of undistorted images, [n, 10], in the run's precision; the batch keeps them."""
+        if "digit_scores" not in batch:
+            with torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+                batch["digit_scores"] = self.model.digit_scores(prepare_images(batch["image"]))
+        return batch["digit_scores"]
 
     def _check_finite(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.model.inference import make_forward
 from mnistsum_ray.model.int8 import activation_maxima, int8_digit_scores, maxima_from_description, quantize, unavailable_reason
+from mnistsum_ray.model.metrics import score_rows
 from mnistsum_ray.model.network import PIXEL_STD, TwoHeadCNN, prepare_images
 from tests.model import new_model
 
@@ -68,7 +69,10 @@ def test_integers_are_those_of_the_definition(model: TwoHeadCNN, images: torch.T
 
 @needs_int8
 def test_comparison_with_float32_is_counted_right(model: TwoHeadCNN, images: torch.Tensor, digits: torch.Tensor) -> None:
-    result = quantize(model, images // 3, images, digits)  # calibrated on faint images, so that int8 and float32 differ
+    rows = torch.arange(len(images)).split(64)
+    batches = [{"image": images[ids], "digit": digits[ids], "row_id": ids} for ids in rows]
+    scored = list(score_rows(model, lambda batch: model.digit_scores(prepare_images(batch["image"])), batches))
+    result = quantize(model, images // 3, scored)  # calibrated on faint images, so that int8 and float32 differ
     numbers = torch.arange(10).repeat(len(images))
     repeated = images.repeat_interleave(10, dim=0)
     with torch.inference_mode():
@@ -88,7 +92,7 @@ def test_comparison_with_float32_is_counted_right(model: TwoHeadCNN, images: tor
     # Another order of sums may change a prediction; with random weights many scores are nearly tied.
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=0.01)
     assert result["digit_agreement"] < 0.95
-    assert quantize(model, images, images, digits)["digit_agreement"] >= 0.95
+    assert quantize(model, images, scored)["digit_agreement"] >= 0.95
     assert (result["calibration_rows"], result["test_pairs"]) == (200, 2000)
     assert maxima_from_description({"int8": json.loads(json.dumps(result))}) == tuple(result["maxima"])
 
