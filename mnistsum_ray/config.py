@@ -47,11 +47,11 @@ class Recipe(JobConfig):
     """quick: as accurate as the original, in less time; long: more epochs, with dropout and label smoothing, for higher
     accuracy"""
     epochs: int | None = Field(None, ge=1, le=10_000)
-    """passes over the training rows [quick 2, short 5, long 30; under 20,000 rows 3, 6, 40]"""
+    """passes over the training rows [quick 1, short 5, long 30; under 20,000 rows 3, 6, 40]"""
     batch_size: int | None = Field(None, ge=1, le=65_536)
-    """rows per optimizer step, all workers together [256, long 128; under 20,000 rows 64]"""
+    """rows per optimizer step, all workers together [256, quick and long 128; under 20,000 rows 64]"""
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """peak of Muon's one-cycle schedule; AdamW uses a fraction of it [0.02, quick 0.06; under 20,000 rows 0.02]"""
+    """peak of Muon's one-cycle schedule; AdamW uses a fraction of it [0.02, quick 0.05; under 20,000 rows 0.02]"""
     weight_decay: float = Field(0.01, ge=0, le=10)
     """decoupled weight decay"""
     distortion: float | None = Field(None, ge=0, le=4)
@@ -60,8 +60,8 @@ class Recipe(JobConfig):
     """weight of the uniform distribution in the targets of both heads [0, long 0.05]"""
     dropout: float | None = Field(None, ge=0, lt=1)
     """dropout rate of the last hidden layer [0, long 0.25]"""
-    sum_head_steps: int | None = Field(None, ge=0, le=100_000)
-    """steps of fine-tuning the sum head alone after the last epoch [20000, quick 2000; under 20,000 rows 4000]"""
+    sum_head_steps: int = Field(2_000, ge=0, le=100_000)
+    """steps of fine-tuning the sum head alone after the last epoch"""
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"""
 
@@ -181,8 +181,8 @@ class ScoringModel(JobConfig):
     model: str
     """folder or URI of a training run, or of its model folder"""
     precision: Literal["bf16", "fp32", "int8"] | None = None
-    """precision of the network; int8 is the fastest on CPUs, and model.json says how well it agrees with fp32 [bf16 if it is
-    faster, else fp32]"""
+    """precision of the network; int8 is the fastest on CPUs, and model.json says how often it gives the same answers as the
+    precision of the run [bf16 if it is faster, else fp32]"""
     # conv2 computes 50,176 values a row, and kernels of GPUs that index with 32 bits take 42,799 rows at most.
     batch_size: int | None = Field(None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""

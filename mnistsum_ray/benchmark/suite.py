@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from mnistsum_ray.errors import RequestError, RunError
 
@@ -103,7 +103,10 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 
 
 def run_job(command: str, *flags: object, processes: int = 1) -> list[dict[str, Any]]:
-    """Run `mnistsum COMMAND` as a user does, in several processes at once; their last lines.
+    """Run `mnistsum COMMAND` as a user does, in several processes at once.
+
+    Returns:
+        Their last lines, each with a field `printed`: when it came, in seconds since 1970.
 
     Raises:
         RunError: one of them failed; it has said why.
@@ -111,13 +114,19 @@ def run_job(command: str, *flags: object, processes: int = 1) -> list[dict[str, 
     arguments = [sys.executable, "-m", "mnistsum_ray", command, *map(str, flags)]
     jobs = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     try:
-        printed = [job.communicate()[0] for job in jobs]
+        lines = [json.loads(_of(job).readline() or "{}") | {"printed": time.time()} for job in jobs]
+        if any(job.wait() for job in jobs):
+            raise RunError(f"mnistsum {' '.join(arguments[3:])} failed; see its error above")
     finally:
         for job in jobs:
             job.kill()  # does nothing to one that has ended
-    if any(job.returncode for job in jobs):
-        raise RunError(f"mnistsum {' '.join(arguments[3:])} failed; see its error above")
-    return [json.loads(lines.splitlines()[-1]) for lines in printed]
+            _of(job).close()
+    return lines
+
+
+def _of(job: subprocess.Popen[str]) -> IO[str]:
+    assert job.stdout is not None, "a pipe"
+    return job.stdout
 
 
 def _run_way(argv: list[str], way: str, processes: int = 1) -> Measurement:
@@ -165,7 +174,7 @@ def _accuracy(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
             command_time = time.time()
             flags = ["--data", args.data, "--recipe", "quick", "--seed", seed, "--storage-path", folder, "--name", "accuracy"]
             (line,) = run_job("train", *flags)
-        seconds = time.time() - command_time
+            seconds = line["printed"] - command_time
         ours.append({key: line["test"][key] for key in ORIGINAL_ACCURACY} | {"seconds": seconds})
         _say_figures(f"ray, seed {seed}", ours[-1])
     mean = _combine(ours, statistics.mean)

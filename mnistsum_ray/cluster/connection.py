@@ -80,6 +80,11 @@ def connect() -> None:
         _mark_session(Path(context.address_info["session_dir"]))
 
 
+def started_cluster() -> bool:
+    """Whether this process has started the cluster that it is connected to, which is this machine alone."""
+    return _session is not None
+
+
 def disconnect(*, keep_logs: bool = False) -> None:
     """Disconnect from the cluster. A cluster that this process has started ends with all of its processes, and its logs go."""
     global _session

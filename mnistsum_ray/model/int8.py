@@ -22,7 +22,8 @@ from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import Counts, ScoredRows
 from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, prepare_images
 
-CALIBRATION_ROWS: Final = 2048
+CALIBRATION_ROWS: Final = 512
+"""Maximum number of training rows; 2,048 give maxima that are up to 6 % larger, and the same accuracies."""
 
 COMPARED_ROWS: Final = 10_000
 """Maximum number of test rows on which int8 is compared with the trained network: all of MNIST's."""

@@ -1,13 +1,16 @@
 """Driver of a training run: reserve resources, place the rows, run Ray Train, publish the result."""
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 import ray.exceptions
 import ray.train
 
+from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.ray_internals import start_autoscaling_coordinator
 from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
@@ -168,6 +171,8 @@ class _Driver:
             self.console.say(f"history.jsonl: {one_line(error)}")
         if self.mlflow:
             self.mlflow.log_epoch(line, self.console.say)
+        if line["epoch"] == self.run.hyperparameters.epochs:  # while the sum head is fine-tuned, which takes one core
+            threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()
 
     def _trainer(self, events: Events) -> InterruptibleTrainer:
         run, config, (min_workers, max_workers) = self.run, self.run.config, self.plan.worker_range
@@ -301,6 +306,7 @@ def _train_environment(config: TrainConfig) -> dict[str, str]:
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(_MIN_START_SECONDS, config.wait_seconds / (config.max_failures + 1))),
         # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s more of each run.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        # Some clouds give only 30 s of notice before they take a node away.
+        # Some clouds give only 30 s of notice before they take a node away. The process that asks takes a second to start.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0" if started_cluster() else "1",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     }

@@ -196,7 +196,10 @@ class TrainingLoop:
             batches = self._alone(self._config.shuffle.rows.sample(sum_head.MAX_ROWS)).batches
             scores = torch.cat([self._trainer.digit_scores(batch).float() for batch in batches])
             seed = step_seed(self._parameters.seed, self._parameters.epochs, 0, RandomStream.SUM_HEAD)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # two take nearly twice as long for steps as small as these
             sum_head.finetune_sum_head(model, scores, steps, seed, events.progress("fine-tuning steps", steps))
+            torch.set_num_threads(threads)
         broadcast_parameters(model.parameters())
         validation, test = self._evaluate(state.epochs_done)
         after = validation["consistency"]

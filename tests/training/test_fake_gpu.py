@@ -34,9 +34,6 @@ from mnistsum_ray.training.worker import EventSender, Worker
 CUDA = torch.device("cuda:0")
 ROWS = 64
 
-META = torch.library.Library("aten", "IMPL", "Meta")  # type: ignore[no-untyped-call]
-"""Kernels that fake tensors lack, as long as this object lives."""
-
 
 class FakeGenerator:
     """Fake tensors need no generator, and CUDA's cannot be made without CUDA."""
@@ -106,8 +103,6 @@ def fake_cuda() -> None:
     for name in ("rand", "randint"):
         stack.enter_context(patch(f"torch.{name}", without_generator(getattr(torch, name))))
     stack.enter_context(patch.object(ray.train.torch, "prepare_model", lambda model, **_: model))
-    stack.enter_context(patch.object(sum_head, "record", lambda work: work))
-    META.impl("_fused_adamw_.tensor_lr", lambda *_, **__: None)  # type: ignore[no-untyped-call]
 
 
 def rows(count: int) -> dict[str, torch.Tensor]:
@@ -165,7 +160,7 @@ def finetune(steps: int) -> float:
 
 
 def test_finetuning_launches_few_kernels_a_step(gpu: Callable[..., Any]) -> None:
-    assert gpu(finetune, 500) < 16
+    assert gpu(finetune, 500) < 30
 
 
 def infer(precision: str) -> list[tuple[int, ...]]:

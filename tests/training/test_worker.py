@@ -17,13 +17,13 @@ def test_ray_train_still_asks_for_its_sigint_handler_by_this_name() -> None:
         assert line in source, "InterruptibleTrainer must be adapted, or Ctrl-C ends the driver with exit code 0"
 
 
-def test_ray_train_still_has_a_cleaner_that_is_left_out_by_this_name(tmp_path: Path) -> None:
+def test_ray_train_still_has_the_callbacks_that_are_left_out_by_their_names(tmp_path: Path) -> None:
     settings = {"run_config": ray.train.RunConfig(storage_path=str(tmp_path))}
     ours, rays = (
         [type(callback).__name__ for callback in kind(lambda: None, **settings)._create_default_callbacks()]
         for kind in (InterruptibleTrainer, ray.train.torch.TorchTrainer)
     )
-    assert [name for name in rays if name not in ours] == ["PlacementGroupCleanerCallback"], (
+    assert [name for name in rays if name not in ours] == ["PlacementGroupCleanerCallback", "DatasetsCallback"], (
         "InterruptibleTrainer must be adapted, or another Ray cluster on the machine ends the training"
     )
 
