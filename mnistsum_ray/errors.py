@@ -39,9 +39,12 @@ def one_line(error: BaseException) -> str:
 def root_cause(error: BaseException) -> str:
     """The line of an error's message that names the cause.
 
-    This is the last line, since a message may hold the traceback of another process. Ray's OutOfMemoryError names the cause in
-    its first line and ends with advice.
+    Ray keeps the exception of a task as `cause`, to whose message Ray Data adds lines of advice. Otherwise this is the last line,
+    since a message may hold the traceback of another process; of Ray's OutOfMemoryError, which ends with advice, the first.
     """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0 if type(error).__name__ == "OutOfMemoryError" else -1].strip()
 

@@ -185,7 +185,7 @@ def _make_pipeline(
             Scorer,
             fn_constructor_args=(ray.put(shared), crash_counter),
             compute=pool,
-            batch_size=None,
+            batch_size=1,
             batch_format="pyarrow",
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker,

@@ -7,7 +7,10 @@ import pytest
 import ray
 import torch
 
-from mnistsum_ray.config import ExportPairsConfig
+import mnistsum_ray
+from mnistsum_ray.cluster import resources
+from mnistsum_ray.config import ExportPairsConfig, ScoreConfig, TrainConfig
+from mnistsum_ray.errors import RunError
 from mnistsum_ray.export.pairs import export_pairs
 from tests.integration.conftest import run_job, start_cluster
 
@@ -56,6 +59,34 @@ def test_scoring_runs_on_cpus_also_while_another_job_holds_the_gpu(
     assert "running on CPUs: other jobs hold the GPUs" in done.err
     assert "2 CPU workers" in done.err
     assert done.seconds < 100, "a busy GPU would be waited for up to 600 s"
+
+
+@pytest.fixture
+def believed_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Another such cluster, whose GPU the jobs of this process take for real: they go as far as one can without it."""
+    ray.shutdown()
+    monkeypatch.setattr(resources, "_ask_node", lambda _: resources.Gpu(True, 80 * 2**30))
+    monkeypatch.setenv("RAY_ADDRESS", start_cluster(num_cpus=2, num_gpus=1))
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("believed_gpu")
+def test_training_workers_get_the_gpu_and_only_pytorch_refuses_it(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", use_gpu=True, max_failures=0)
+    with pytest.raises(RunError, match="gave up after 1 failures"):
+        mnistsum_ray.fit(config)
+    assert "1 GPU worker" in (printed := capsys.readouterr().err)
+    assert "NCCL" in printed
+
+
+@pytest.mark.usefixtures("believed_gpu")
+def test_scoring_workers_get_the_gpu_and_only_pytorch_refuses_it(model: Path, pairs: Path, tmp_path: Path) -> None:
+    config = ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), use_gpu=True)
+    with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
+        mnistsum_ray.score(config)
 
 
 class _Other:

@@ -11,7 +11,7 @@ from mnistsum_ray.training.preflight import preflight
 
 
 def test_a_flag_wins_over_the_recipe() -> None:
-    assert preflight(TrainConfig(data="sample", recipe="quick")).hyperparameters.learning_rate == 0.02
+    assert preflight(TrainConfig(data="sample", recipe="quick")).hyperparameters.learning_rate == 0.05
     assert preflight(TrainConfig(data="sample", recipe="quick", learning_rate=0.5)).hyperparameters.learning_rate == 0.5
 
 
