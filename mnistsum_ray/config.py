@@ -61,8 +61,8 @@ class Recipe(JobConfig):
     """weight of the uniform distribution in the targets of both heads [0.05; short from 20,000 rows on 0]"""
     dropout: float | None = Field(None, ge=0, lt=1)
     """dropout rate of the last hidden layer [0, long 0.25]"""
-    sum_head_steps: int = Field(2_000, ge=0, le=100_000)
-    """steps of fine-tuning the sum head alone after the last epoch"""
+    sum_head_steps: int | None = Field(None, ge=0, le=100_000)
+    """steps of fine-tuning the sum head alone after the last epoch [2000, quick 1000]"""
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"""
 

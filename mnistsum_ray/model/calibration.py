@@ -21,7 +21,7 @@ _PRIOR_DEVIATION: Final = 0.5
 """Standard deviation of the prior on log(temperature). Without it, the temperature goes to 0 if no row is predicted wrong."""
 
 _MAX_LOG_TEMPERATURE: Final = 1.5
-_SEARCH_STEPS: Final = 40
+_SEARCH_STEPS: Final = 25
 
 
 def fit_temperatures(scored: ScoredRows) -> dict[str, float]:

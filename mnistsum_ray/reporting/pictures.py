@@ -112,9 +112,12 @@ def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8])
     """
     columns = 6
     lines = max(1, -(-len(mistakes) // columns))
-    figure = Figure(figsize=(1.75 * columns, 2.25 * lines + 0.4), layout="constrained")
+    height = 2.25 * lines + 0.4
+    figure = Figure(figsize=(1.75 * columns, height))
     figure.suptitle("the most confident mistakes on test images" if mistakes else "no mistakes on test images")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    # In inches: 0.85 above for the titles, and 0.6 between the lines. A layout that is computed takes half a second.
+    places = {"left": 0.01, "right": 0.99, "bottom": 0.1 / height, "top": 1 - 0.85 / height, "wspace": 0.1, "hspace": 0.38}
+    grid = figure.subplots(lines, columns, squeeze=False, gridspec_kw=places).ravel()
     for axes in grid:
         axes.axis("off")
     for axes, mistake, image in zip(grid, mistakes, images, strict=False):

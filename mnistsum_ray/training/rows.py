@@ -215,7 +215,7 @@ class EvaluationSet:
             images, digits = self._data.fetch(ids)
             if isinstance(self._data, ParquetFiles):
                 self._data.add_checksums(self.checksums, ids, images, digits)
-            columns = {"image": images, "digit": digits.astype(np.int64), "row_id": ids}
+            columns: Columns = {"image": images, "digit": digits.astype(np.int64), "row_id": ids}
             for start in range(0, len(ids), size):
                 yield {name: array_to_device(values[start : start + size], self._device) for name, values in columns.items()}
 

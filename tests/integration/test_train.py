@@ -163,10 +163,11 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
     line = done.line
     model, card = load_model(locate(line["model"], "--model"))
     assert {name: card["test"][name] for name in line["test"]} == line["test"]
-    if int8.unavailable_reason() is None:
-        assert (card["int8"]["calibration_rows"], card["int8"]["test_pairs"]) == (800, 1000)
-        assert card["int8"]["digit_agreement"] >= 0.9  # of a network that has hardly learnt
     source = open_source(str(data))
+    if int8.unavailable_reason() is None:
+        calibration_rows = len(source.train.sample(int8.CALIBRATION_ROWS))
+        assert (card["int8"]["calibration_rows"], card["int8"]["test_pairs"]) == (calibration_rows, 1000)
+        assert card["int8"]["digit_agreement"] >= 0.9  # of a network that has hardly learnt
     table = pq.read_table(data).take(source.test.ids())
     images = torch.tensor(pixels_view(table["image"].combine_chunks()))
     digits = torch.tensor(table["digit"].to_pylist())
