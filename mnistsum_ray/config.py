@@ -44,7 +44,7 @@ class Recipe(JobConfig):
     """Recipe and optimization."""
 
     recipe: Literal["quick", "short", "long"] = "short"
-    """quick: as accurate as the original, in less time; long: more epochs, with dropout and label smoothing, for higher
+    """quick: as accurate as the original, in less time; long: more epochs, with dropout and stronger distortion, for higher
     accuracy"""
     epochs: int | None = Field(None, ge=1, le=10_000)
     """passes over the training rows [quick 1, short 5, long 30; under 20,000 rows 3, 4, 40]"""

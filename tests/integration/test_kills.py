@@ -46,7 +46,7 @@ from tests.integration.conftest import (
 
 pytestmark = pytest.mark.slow
 
-ROWS, FILES, PART_ROWS = 24_000, 6, 500
+ROWS, FILES, PART_ROWS = 36_000, 6, 500
 """Of the input of scoring; 60 rows are bad."""
 
 TRAIN = ["--recipe", "long", "--batch-size", 32, "--sum-head-steps", 200, "--num-workers", 2]
