@@ -132,7 +132,7 @@ def _of(job: subprocess.Popen[str]) -> IO[str]:
 def _run_way(argv: list[str], way: str, processes: int = 1) -> Measurement:
     """Measure a way once. The rates of processes that share the cores are added."""
     lines = run_job("benchmark", *argv, "--way", way, "--command-time", time.time(), processes=processes)
-    figures = _combine(lines, max)
+    figures = _combine([{key: value for key, value in line.items() if key != "printed"} for line in lines], max)
     if processes > 1:
         figures["rows_per_second"] = sum(line["rows_per_second"] for line in lines)
     return {key: round(value, 6) for key, value in figures.items()}

@@ -112,7 +112,7 @@ def activation_maxima(model: TwoHeadCNN, images: Tensor) -> list[float]:
 def quantize(
     model: TwoHeadCNN, training_images: Tensor, scored: ScoredRows, on_progress: Callable[[int], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Calibrate a model on the CPU on training rows uint8[n, 28, 28], and compare it with itself before on test rows.
+    """Calibrate a model on the CPU on training rows uint8[n, 28, 28], and compare its answers on test rows with `scored`.
 
     Args:
         model: in float32.
