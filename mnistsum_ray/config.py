@@ -47,12 +47,12 @@ class Recipe(JobConfig):
     """quick: as accurate as the original, in less time; long: more epochs, with dropout and stronger distortion, for higher
     accuracy"""
     epochs: int | None = Field(None, ge=1, le=10_000)
-    """passes over the training rows [quick 1, short 5, long 30; under 20,000 rows 3, 4, 40]"""
+    """passes over the training rows [quick 1, short 5, long 30; under 20,000 rows 3, 3, 40]"""
     batch_size: int | None = Field(None, ge=1, le=65_536)
     """rows per optimizer step, all workers together [256, quick and long 128; under 20,000 rows 64]"""
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
     """peak of Muon's one-cycle schedule; AdamW uses a fraction of it [0.02, quick 0.05; under
-    20,000 rows short 0.04]"""
+    20,000 rows short too]"""
     weight_decay: float = Field(0.01, ge=0, le=10)
     """decoupled weight decay"""
     distortion: float | None = Field(None, ge=0, le=4)
@@ -62,7 +62,7 @@ class Recipe(JobConfig):
     dropout: float | None = Field(None, ge=0, lt=1)
     """dropout rate of the last hidden layer [0, long 0.25]"""
     sum_head_steps: int | None = Field(None, ge=0, le=100_000)
-    """steps of fine-tuning the sum head alone after the last epoch [2000, quick 1000]"""
+    """steps of fine-tuning the sum head alone after the last epoch [2000, quick 1000; under 20,000 rows short too]"""
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"""
 

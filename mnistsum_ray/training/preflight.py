@@ -104,14 +104,12 @@ def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
         size = {"epochs": 40, "batch_size": 64} if small else {"epochs": 30, "batch_size": 128}
         common = {"learning_rate": 0.02, "sum_head_steps": 2_000}
         return common | size | {"distortion": 1.0, "label_smoothing": 0.05, "dropout": 0.25}
-    # The fewer the steps, the higher the peak of the learning rate. Label smoothing helps where the steps are few.
-    common = {"distortion": 0.5, "label_smoothing": 0.05, "dropout": 0.0, "sum_head_steps": 2_000}
-    if name == "quick":
+    common = {"distortion": 0.5, "dropout": 0.0}
+    if small or name == "quick":
+        # Few steps: they need a higher learning rate, and label smoothing helps.
         size = {"epochs": 3, "batch_size": 64} if small else {"epochs": 1, "batch_size": 128}
-        return common | size | {"learning_rate": 0.05, "sum_head_steps": 1_000}
-    if small:
-        return common | {"epochs": 4, "batch_size": 64, "learning_rate": 0.04}
-    return common | {"epochs": 5, "batch_size": 256, "learning_rate": 0.02, "label_smoothing": 0.0}
+        return common | size | {"learning_rate": 0.05, "sum_head_steps": 1_000, "label_smoothing": 0.05}
+    return common | {"epochs": 5, "batch_size": 256, "learning_rate": 0.02, "sum_head_steps": 2_000, "label_smoothing": 0.0}
 
 
 def _mlflow(uri: str, *, resume: bool) -> str:

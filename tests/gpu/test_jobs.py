@@ -60,8 +60,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 
 def test_the_sample_is_learned_and_again(trained: Done, tmp_path: Path) -> None:
-    assert trained.line["test"]["digit_accuracy"] > 0.985
-    assert trained.line["test"]["sum_accuracy"] > 0.985
+    assert trained.line["test"]["digit_accuracy"] > 0.98
+    assert trained.line["test"]["sum_accuracy"] > 0.98
     again = run_on_gpu("train", "--data", "sample", "--seed", 0, "--storage-path", tmp_path).line["test"]
     assert again["digit_accuracy"] == pytest.approx(trained.line["test"]["digit_accuracy"], abs=0.01)
 
