@@ -305,7 +305,7 @@ def has_open(process: int, file: Path) -> bool:
 def test_a_part_that_kills_every_process_is_given_up_and_reported(model: Path, pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     deadly = tmp_path / "in" / "deadly.parquet"
-    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 20), deadly)
+    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 16), deadly)
     flags = ["--num-workers", 1, "--max-rows-per-file", 100_000]
     job = Job("score", "--model", model, "--input", deadly.parent, "--output", tmp_path / "out", *flags)
     while job.process.poll() is None:
