@@ -1,11 +1,11 @@
-"""Measure speed beside plain PyTorch; `--help` lists what and how. The same as `mnistsum benchmark`.
+"""Measure speed beside plain PyTorch; `--help` lists what and how.
 
 python jobs/benchmark.py train --data FOLDER
 """
 
 import sys
 
-from mnistsum_ray.cli import main
+from mnistsum_ray.benchmark.suite import main
 
 if __name__ == "__main__":
-    sys.exit(main(["benchmark", *sys.argv[1:]]))
+    sys.exit(main())

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
 from mnistsum_ray.config import JobConfig
-from mnistsum_ray.errors import RequestError, one_line, shortened
+from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -30,23 +30,32 @@ _METAVARS: Final = {
 }
 """What `--help` shows in place of a value of a type."""
 
+_PATHS: Final = ("config", "data", "storage_path", "from_run", "model", "input", "output", "picture")
+"""Fields whose values a shell completes to files and folders."""
 
-def parse(config_class: type[Config], argv: list[str], description: str) -> Config:
-    """Make a config from the command line and from the YAML file of `--config`.
+
+def parse(config_class: type[Config], argv: list[str], description: str, command: str = "") -> Config:
+    """Make a config from the command line and from the YAML file of `--config`; `command` is for the usage line.
 
     Raises:
         RequestError: an unknown flag or key, a value of the wrong type or out of range, an unreadable file.
         SystemExit: after `--help`, `--version` or `--print-config`, which print instead.
     """
-    flags = vars(_parser(config_class, description).parse_args(argv))
-    file, print_config = flags.pop("config", None), flags.pop("print_config", False)
+    parser = make_parser(config_class, description, command, show_all="--help-all" in argv)
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        hint = did_you_mean(flag, parser._option_string_actions)
+        raise RequestError(f"{shortened(flag)}: there is no such flag{hint} (--help-all lists them)")
+    flags = vars(parsed)
+    file, print_config, _ = (flags.pop(name, None) for name in ("config", "print_config", "json"))
     values = (_read_yaml(file) if file else {}) | flags
     try:
         if not print_config:
             return config_class(**values)
         print(_config_yaml(config_class, values))
     except ValidationError as error:
-        raise RequestError(_first_error(error, flags)) from None
+        raise RequestError(_message(error, config_class, flags)) from None
     raise SystemExit(0)
 
 
@@ -57,31 +66,66 @@ class _Parser(argparse.ArgumentParser):
         raise RequestError(f"{shortened(message)} (--help lists the flags)")
 
 
-def _parser(config_class: type[JobConfig], description: str) -> _Parser:
-    """Parser of the fields of a config. Most values stay text, which pydantic converts and checks as it does those of YAML."""
+def make_parser(config_class: type[JobConfig], description: str, command: str, *, show_all: bool) -> _Parser:
+    """Parser of the fields of a config. Most values stay text, which pydantic converts and checks as it does those of YAML.
+
+    Args:
+        config_class: of the job.
+        description: of the job, for `--help`.
+        command: how the job is called, for the usage line.
+        show_all: whether `--help` shows all flags, and not just those of every day.
+    """
+    everyday = config_class.everyday
     parser = _Parser(
-        usage="%(prog)s [flags]",
+        usage=f"{command} [flags]",
+        add_help=False,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of these settings; the command line wins")
-    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, for --config, and end")
-    parser.add_argument("--version", action="version", version=f"mnistsum_ray {__version__}")
     for heading, fields in _groups(config_class):
         group = parser.add_argument_group(heading)
         for name, field in fields:
             kind: dict[str, Any] = {"metavar": _metavar(field.annotation)}
             if field.annotation is bool:
                 kind = {"action": argparse.BooleanOptionalAction}
+            elif field.annotation == bool | Literal["auto"]:
+                kind = {"metavar": "auto", "nargs": "?", "const": True}
             elif field.annotation == tuple[str, ...]:
                 kind |= {"nargs": "*", "action": "extend"}  # several words, as a shell expands `*.parquet`
             default = "required" if field.is_required() else f"default: {field.default}"
             # The text of a flag whose default is None gives its unset value in brackets.
             text = f"{field.description}{'' if field.default is None else f' ({default})'}"
-            group.add_argument(_flag(name), help=text.replace("%", "%%"), **kind)
+            shown = show_all or not everyday or name in everyday
+            group.add_argument(_flag(name), help=text.replace("%", "%%") if shown else argparse.SUPPRESS, **kind)
+    group = parser.add_argument_group("Other")
+    file = "YAML file with any of these settings; the command line wins"
+    group.add_argument("--config", type=Path, metavar="FILE", help=file)
+    group.add_argument("--print-config", action="store_true", help="print all settings as YAML, for --config")
+    group.add_argument("--json", action="store_true", help="print the result as JSON on a terminal too")
+    group.add_argument("--version", action="version", version=f"mnistsum_ray {__version__}", help="print the version")
+    group.add_argument("-h", "--help", action="help", help="print the flags of every day" if everyday else "print all flags")
+    if everyday:
+        group.add_argument("--help-all", action="help", help="print all flags")
     return parser
+
+
+def completion(shell: str, command: str, configs: dict[str, type[JobConfig]]) -> str:
+    """Script that completes the flags of a command and their values; `configs` are those of its subcommands."""
+    import shtab
+
+    parser = argparse.ArgumentParser(command)
+    commands = parser.add_subparsers()
+    for name, config_class in configs.items():
+        flags = make_parser(config_class, "", "", show_all=True)
+        for action in flags._actions:
+            field = config_class.model_fields.get(action.dest)
+            action.choices = _literals(field.annotation) or None if field else None
+            if action.dest in _PATHS:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        commands.add_parser(name, parents=[flags], add_help=False, help=name)  # shtab leaves out those without help
+    return str(shtab.complete(parser, shell))
 
 
 def _groups(config_class: type[JobConfig]) -> Iterator[tuple[str, Iterable[tuple[str, FieldInfo]]]]:
@@ -92,6 +136,15 @@ def _groups(config_class: type[JobConfig]) -> Iterator[tuple[str, Iterable[tuple
         return (group.__doc__ or "").splitlines()[0].rstrip(".")
 
     return groupby(config_class.model_fields.items(), heading)
+
+
+def _literals(annotation: Any) -> list[str]:
+    """Words that a field takes."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    if annotation is bool:
+        return []
+    return [word for kind in get_args(annotation) for word in (("true", "false") if kind is bool else _literals(kind))]
 
 
 def _metavar(annotation: Any) -> str:
@@ -159,8 +212,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 
-def _first_error(error: ValidationError, flags: dict[str, Any]) -> str:
-    """The first of pydantic's errors as one line that names the flag or the key of the config file."""
+def _message(error: ValidationError, config_class: type[JobConfig], flags: dict[str, Any]) -> str:
+    """The missing settings, or else the first of pydantic's errors, as one line that names the flag or the config file's key."""
+    missing = [_flag(str(entry["loc"][0])) for entry in error.errors() if entry["type"] == "missing"]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        return f"{', '.join(missing)}: {verb} required, on the command line or in the config file (--help has examples)"
     first = error.errors()[0]
     message = str(first["msg"]).removeprefix("Value error, ")
     if not first["loc"]:
@@ -169,9 +226,8 @@ def _first_error(error: ValidationError, flags: dict[str, Any]) -> str:
     key = str(first["loc"][0])
     place = _flag(key) if key in flags else f"key {key!r} of the config file"
     if first["type"] == "extra_forbidden":
-        return f"{place}: there is no such setting (--help lists them)"
-    if first["type"] == "missing":
-        return f"{_flag(key)}: is required, on the command line or in the config file"
+        return f"{place}: there is no such setting{did_you_mean(key, config_class.model_fields)} (--help-all lists them)"
     if first["type"] == "too_short":
         return f"{place}: needs a value"
-    return f"{place}: {message[:1].lower()}{message[1:]}, got {shortened(repr(first['input']))}"
+    hint = did_you_mean(str(first["input"]), _literals(config_class.model_fields[key].annotation))
+    return f"{place}: {message[:1].lower()}{message[1:]}, got {shortened(repr(first['input']))}{hint}"

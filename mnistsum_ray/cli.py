@@ -5,13 +5,14 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from mnistsum_ray import __version__
 from mnistsum_ray.cluster.stop import StopOnSignals, defer_signals
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, printable
+from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, did_you_mean, printable, shell_command
 
 if TYPE_CHECKING:
     from mnistsum_ray.arguments import Config
@@ -23,9 +24,10 @@ INCOMPLETE: Final = 3
 """The job finished, but some of its input could not be used."""
 
 _HELP: Final = """
-The value of an unset flag is in brackets below. The last line on standard output is one JSON
-object; everything else goes to standard error. Exit codes: 0 done, 2 the request is invalid,
-3 finished, but this run had to set files or rows aside, 128 + N stopped by signal N, 1 anything
+The value of an unset flag is in brackets below. Standard output gets one JSON
+object, the result; a terminal gets it with --json only. All else goes to
+standard error. Exit codes: 0 done, 2 the request is invalid, 3 finished, but
+this run had to set files or rows aside, 128 + N stopped by signal N, 1 anything
 else.
 """
 """What `--help` says of every command."""
@@ -37,14 +39,14 @@ Job = Callable[[list[str]], tuple[dict[str, Any], int]]
 
 
 def train(argv: list[str]) -> tuple[dict[str, Any], int]:
-    """Train the two-head MNIST network, which predicts the digit of an image and the sum
-    digit + number.
+    """Train the two-head MNIST network, which predicts the digit of an image and
+    the sum digit + number.
 
-        mnistsum train                           full MNIST if it can be found, else the bundled sample
-        mnistsum train --data sample             takes a minute or two on a laptop
-        mnistsum train --data s3://bucket/mnist --num-workers 4 --storage-path s3://bucket/runs
-        mnistsum train --name mine --resume      continues after a kill
-        mnistsum train --from-run runs/mine      trains the same model again
+        mnistsum train                   full MNIST if it is found, else a sample
+        mnistsum train --data sample     takes a minute on a laptop
+        mnistsum train --name mine --resume auto    begins, or goes on after a kill
+        mnistsum train --from-run runs/mine         trains the same model again
+        mnistsum train --data s3://B/mnist --num-workers 4 --storage-path s3://B/r
         ray job submit --working-dir . -- python jobs/train.py --data sample
     """
     from mnistsum_ray.config import TrainConfig
@@ -57,20 +59,21 @@ def train(argv: list[str]) -> tuple[dict[str, Any], int]:
 
 
 def score(argv: list[str]) -> tuple[dict[str, Any], int]:
-    """Score Parquet files with a trained model: predict the digit and the sum of each row, and account
-    for every row.
+    """Score Parquet files with a trained model: predict the digit and the sum of each
+    row, and account for every row.
 
         mnistsum score --model runs/mine --input pairs/ --output scored/
-        mnistsum score --model runs/mine --input 'days/*/*.parquet' late.parquet --output scored/
-        mnistsum score --model s3://bucket/runs/mine --input s3://bucket/in --output s3://bucket/out
-        ray job submit --working-dir . -- python jobs/score.py --model M --input /data/pairs --output O
+        mnistsum score --model M --input 'days/*/*.parquet' late.parquet --output O
+        mnistsum score --model s3://B/runs/mine --input s3://B/in --output s3://B/o
+        ray job submit -- python jobs/score.py --model M --input I --output O
 
     The same command continues after a kill, and adds input files that are new.
 
-    Each input file has one file of the same name in OUTPUT/predictions/, or several if it is large,
-    with its columns except the image, and pred_digit, digit_prob, pred_sum, sum_prob and consistent.
-    Rows that cannot be scored are in OUTPUT/rejected/ with the reason. OUTPUT/files.parquet holds the
-    result of each file; OUTPUT/manifest.json, written last, the totals.
+    Each input file has one file of the same name in OUTPUT/predictions/, or several
+    if it is large, with its columns except the image, and pred_digit, digit_prob,
+    pred_sum, sum_prob and consistent. Rows that cannot be scored are in
+    OUTPUT/rejected/ with the reason. OUTPUT/files.parquet holds the result of each
+    file; OUTPUT/manifest.json, written last, the totals.
     """
     from mnistsum_ray.config import ScoreConfig
 
@@ -83,11 +86,11 @@ def score(argv: list[str]) -> tuple[dict[str, Any], int]:
 
 
 def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:
-    """Write example input for scoring: Parquet files of MNIST images, each with a number and the true
-    digit.
+    """Write example input for scoring: Parquet files of MNIST images, each with a
+    number and the true digit.
 
         mnistsum export-pairs --output pairs/
-        mnistsum export-pairs --data mnist --split test --output pairs/ --rows 2000000 --files 100
+        mnistsum export-pairs --data mnist --output pairs/ --rows 2000000 --files 9
     """
     from mnistsum_ray.config import ExportPairsConfig
 
@@ -102,13 +105,15 @@ def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:
 
 
 def export_model(argv: list[str]) -> tuple[dict[str, Any], int]:
-    """Export a model for programs without this package: torch.export (model.pt2) and ONNX (model.onnx).
+    """Export a model for programs without this package: torch.export (model.pt2) and
+    ONNX (model.onnx).
 
         mnistsum export-model --model runs/mine --output exported/
 
-    Both take images uint8[n, 28, 28] and numbers int64[n], and return pred_digit, digit_prob, pred_sum
-    and sum_prob as in scored files. Each file is loaded again and compared with the model, the ONNX
-    file in ONNX Runtime. Needs the extra onnx.
+    Both take images uint8[n, 28, 28] and numbers int64[n], and return pred_digit,
+    digit_prob, pred_sum and sum_prob as in scored files. Each file is loaded again
+    and compared with the model, the ONNX file in ONNX Runtime. Needs the extra
+    onnx.
     """
     from mnistsum_ray.config import ExportModelConfig
 
@@ -123,22 +128,22 @@ def export_model(argv: list[str]) -> tuple[dict[str, Any], int]:
     return model.export_model(config, Console().say), DONE
 
 
-def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
-    """Measure speed; `benchmark.suite` says how."""
-    from mnistsum_ray.benchmark import suite
-
-    args = suite.parse(argv)
-    reserve_stdout_for_result()
-    return suite.benchmark(args, argv), DONE
-
-
 COMMANDS: Final[dict[str, tuple[Job, str]]] = {
     "train": (train, "train the network"),
     "score": (score, "score Parquet files with a trained model"),
     "export-pairs": (export_pairs, "write example input for scoring"),
     "export-model": (export_model, "write a model for programs without this package"),
-    "benchmark": (benchmark, "measure speed beside plain PyTorch"),
 }
+
+
+_COMMAND_LINES: Final = "\n".join(f"  {name:<14}{meaning}" for name, (_, meaning) in COMMANDS.items())
+_USAGE: Final = f"""usage: mnistsum COMMAND [flags], or mnistsum COMMAND --help
+
+{_COMMAND_LINES}
+  completion    print a script that completes flags in bash or zsh;
+                in .bashrc: eval "$(mnistsum completion bash)"
+
+  --version     print the version"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,15 +153,35 @@ def main(argv: list[str] | None = None) -> int:
         argv: name of the command and its flags; None takes those of this process.
     """
     command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command == "help" and flags:  # `mnistsum help train`
+        command, flags = flags[0], ["--help"]
     if command in COMMANDS:
         return run(COMMANDS[command][0], flags)
-    names = "\n".join(f"  {name:<14}{meaning}" for name, (_, meaning) in COMMANDS.items())
-    usage = f"usage: mnistsum COMMAND [flags], or mnistsum COMMAND --help\n\n{names}\n\n  --version     print the version"
-    if command in ("-h", "--help", "--version"):
-        print(f"mnistsum_ray {__version__}" if command == "--version" else usage)
-        return DONE
-    print(f"error: {command}: there is no such command\n\n{usage}", file=sys.stderr)
+    if command in ("-h", "--help", "help"):
+        return _print(_USAGE)
+    if command == "--version":
+        return _print(f"mnistsum_ray {__version__}")
+    if command == "completion" and flags in (["bash"], ["zsh"]):
+        return _print(_completion(flags[0]))
+    hint = did_you_mean(command, COMMANDS) or "; mnistsum --help lists them"
+    _say(
+        f"error: {command}: there is no such command{hint}" if command != "completion" else "error: completion: for bash or zsh?"
+    )
     return BAD_REQUEST
+
+
+def _print(text: str) -> int:
+    with _closed_pipe_ignored():
+        print(text, flush=True)
+    return DONE
+
+
+def _completion(shell: str) -> str:
+    from mnistsum_ray import config
+    from mnistsum_ray.arguments import completion
+
+    configs = {name: getattr(config, f"{name.title().replace('-', '')}Config") for name in COMMANDS}
+    return completion(shell, "mnistsum", configs)
 
 
 def run(job: Job, argv: list[str]) -> int:
@@ -170,7 +195,7 @@ def run(job: Job, argv: list[str]) -> int:
     try:
         with StopOnSignals(_say) as stop:
             try:
-                code = _run(job, argv, stdout, stop)
+                code = _run(job, argv, stdout, stop, as_json="--json" in argv or not stdout.isatty())
             except KeyboardInterrupt as interrupt:
                 with defer_signals():
                     code = _explain_stop(interrupt, stop)
@@ -182,6 +207,8 @@ def run(job: Job, argv: list[str]) -> int:
                 disconnect(keep_logs=code not in (DONE, INCOMPLETE))
     finally:
         sys.stdout = stdout  # only now: until they are disconnected, Ray's threads may print after the result
+        with _closed_pipe_ignored():  # `--help | head`
+            stdout.flush()
         gc.freeze()  # at its end Python would search a million objects of PyTorch and Ray for cycles, 0.7 s
     return code
 
@@ -189,7 +216,7 @@ def run(job: Job, argv: list[str]) -> int:
 def _parse(config_class: "type[Config]", argv: list[str], job: Job) -> "Config":
     from mnistsum_ray.arguments import parse
 
-    config = parse(config_class, argv, f"{inspect.getdoc(job)}\n{_HELP}")
+    config = parse(config_class, argv, f"{inspect.getdoc(job)}\n{_HELP}", shell_command(job.__name__.replace("_", "-")))
     reserve_stdout_for_result()
     return config
 
@@ -199,11 +226,12 @@ def reserve_stdout_for_result() -> None:
     sys.stdout = sys.stderr
 
 
-def _run(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
+def _run(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals, *, as_json: bool) -> int:
     try:
         result, code = job(argv)
         with defer_signals():  # once the result is printed, a signal no longer changes the exit code
-            print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
+            if as_json:
+                print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
             stop.end(code)
         return code
     except (RequestError, RunError) as error:
@@ -245,6 +273,15 @@ def _open_standard_streams() -> None:
             _redirect_to_devnull(number)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
+@contextmanager
+def _closed_pipe_ignored() -> Iterator[None]:
+    """Let the reader of standard output close it, as `head` does."""
+    try:
+        yield
+    except BrokenPipeError:
+        _redirect_to_devnull(sys.stdout.fileno())
 
 
 def _redirect_to_devnull(descriptor: int) -> None:

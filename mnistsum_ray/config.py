@@ -8,7 +8,7 @@ so a config names its groups in reverse order.
 import re
 import textwrap
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,6 +17,9 @@ class JobConfig(BaseModel):
     """Base of all configs and groups."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    everyday: ClassVar[tuple[str, ...]] = ()
+    """Fields that `--help` shows; `--help-all` shows all. Empty: all."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -116,8 +119,8 @@ class RunFolder(JobConfig):
     """folder or URI (s3://...) that holds the runs; all nodes must reach it"""
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     """name of the run and of its folder [a new unique name]"""
-    resume: bool = False
-    """continue the run --name from its last checkpoint"""
+    resume: bool | Literal["auto"] = False
+    """continue the run --name from its last checkpoint; auto: begin it if there is none"""
     checkpoint_seconds: float = Field(60, gt=0, le=86_400)
     """seconds between checkpoints within an epoch; a kill costs about so much work"""
     from_run: str | None = None
@@ -128,8 +131,8 @@ class RunFolder(JobConfig):
     def _check_name(self) -> Self:
         if self.resume and self.name is None:
             raise ValueError("`resume`: needs `name`, the run to continue")
-        if self.resume and self.from_run is not None:
-            raise ValueError("`from_run`: starts a new run, and `resume` continues one; leave one of them out")
+        if self.resume is True and self.from_run is not None:
+            raise ValueError("`from_run`: starts a new run, and `resume` continues one; leave one of them out, or `resume` auto")
         return self
 
 
@@ -155,6 +158,8 @@ class Tracking(JobConfig):
 
 class TrainConfig(Tracking, RunFolder, TrainingCluster, Recipe, TrainingData):
     """Config of a training run. Unset fields follow from the data and the cluster."""
+
+    everyday = ("data", "recipe", "epochs", "seed", "num_workers", "use_gpu", "storage_path", "name", "resume", "from_run")
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,8 @@ class ScoringCluster(JobConfig):
 
 class ScoreConfig(ScoringCluster, ScoringOutput, ScoringInput, ScoringModel):
     """Config of a scoring run. Unset fields follow from the cluster."""
+
+    everyday = ("model", "input", "output", "label_column", "precision", "num_workers", "use_gpu", "strict", "overwrite")
 
     @model_validator(mode="after")
     def _check_device(self) -> Self:

@@ -1,6 +1,8 @@
 """Errors that end a job, each with a one-line message that says why and what to do; and helpers to write such lines."""
 
 import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
@@ -52,6 +54,22 @@ def root_cause(error: BaseException) -> str:
 def shortened(text: str) -> str:
     """Text cut to a length that fits in a message; a user's input may have any length."""
     return text if len(text) <= _MAX_QUOTED_CHARACTERS else f"{text[:_MAX_QUOTED_CHARACTERS]}…"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: `1 file`, `2,000 files`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def percent(share: float) -> str:
+    """A share of 0..1: `99.46 %`."""
+    return f"{share:.2%}".replace("%", " %")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """End of a message on an unknown word: `; did you mean train?`, or nothing where no known word is like it."""
+    like = get_close_matches(word, known, n=1)
+    return f"; did you mean {like[0]}?" if like else ""
 
 
 def printable(text: str) -> str:

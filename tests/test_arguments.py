@@ -32,6 +32,8 @@ def test_flags() -> None:
     )
     assert (made.epochs, made.use_gpu, made.worker_range, made.precision, made.seed) == (3, False, (2, 4), "bf16", 9)
     assert (made.compile, config().compile, config("--compile", "--no-compile").compile) == (True, False, False)
+    resumes = [config("--name", "a", *flags).resume for flags in ([], ["--resume"], ["--resume", "auto"], ["--resume", "false"])]
+    assert resumes == [False, True, "auto", False]
     assert config("--num-workers", "3").worker_range == (3, 3)
     assert config().worker_range is None
 
@@ -52,7 +54,7 @@ def test_environment_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--epohs", "3"], "--epohs"),
+        (["--epohs", "3"], "--epohs: there is no such flag; did you mean --epochs?"),
         (["--epoch", "3"], "--epoch"),  # no guessing at abbreviations
         (["stray"], "stray"),
         (["--epochs", "0"], "--epochs: input should be greater than or equal to 1, got '0'"),
@@ -67,6 +69,9 @@ def test_environment_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> N
         (["--learning-rate", "nan"], "--learning-rate"),
         (["--name", "a/b"], "--name"),
         (["--resume"], "--resume: needs --name, the run to continue"),
+        (["--resume", "auto"], "--resume: needs --name, the run to continue"),
+        (["--resume", "atuo", "--name", "a"], "got 'atuo'; did you mean auto?"),
+        (["--resume", "--name", "a", "--from-run", "b"], "--from-run: starts a new run, and --resume continues one"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
         (["--seed"], "--seed"),
         (["--seed", "9" * 5000], "--seed"),
@@ -83,6 +88,7 @@ def test_an_error_is_one_short_line_that_names_the_flag(argv: list[str], message
     [
         (SCORE[:4], "--output: is required"),
         (SCORE[2:], "--input: is required"),
+        (SCORE[:2], "--model, --output: are required"),
         ([*SCORE[2:], "--input"], "--input: needs a value"),
         ([*SCORE, "--number-column", "image"], "'image' cannot be both"),
     ],
@@ -94,7 +100,7 @@ def test_a_missing_required_flag_is_named(argv: list[str], message: str) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epohs: 3\n", "'epohs' of the config file: there is no such setting"),
+        ("epohs: 3\n", "'epohs' of the config file: there is no such setting; did you mean epochs?"),
         ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to 1, got 0"),
         ("- epochs\n", "must hold `key: value` lines"),
         ("epochs: [\n", "not YAML"),
@@ -121,7 +127,7 @@ def test_an_invalid_config_file_is_refused_in_one_short_line(tmp_path: Path, tex
 
 def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
-        config("--help")
+        config("--help-all")
     assert done.value.code == 0
     text = capsys.readouterr().out
     for name, field in TrainConfig.model_fields.items():
@@ -143,7 +149,7 @@ def test_help_shows_flags_in_groups(
     config_class: type[JobConfig], groups: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        parse(config_class, ["--help"], "")
+        parse(config_class, ["--help-all"], "")
     sections = capsys.readouterr().out.split("\n\n")
     for heading, flag in groups.items():
         (section,) = [section for section in sections if section.startswith(f"{heading}:\n")]

@@ -1,5 +1,8 @@
 """The command `mnistsum`, without Ray: its commands, and how a job ends: signals, the last line and the exit code."""
 
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import pytest
 
 from mnistsum_ray import __version__
 from mnistsum_ray.cli import COMMANDS
+from mnistsum_ray.config import TrainConfig
 from tests.conftest import default_signals
 
 ROOT = Path(__file__).parents[1]
@@ -28,21 +32,86 @@ def test_it_names_its_commands_and_its_version() -> None:
     assert run(MNISTSUM, "--version").stdout == run(MNISTSUM, "train", "--version").stdout == f"mnistsum_ray {__version__}\n"
 
 
-def test_a_command_that_does_not_exist_is_an_error() -> None:
-    done = run(MNISTSUM, "trian")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: trian: there is no such command")
-    assert not done.stdout
+def test_help_is_a_command_too() -> None:
+    assert run(MNISTSUM, "help").stdout == run(MNISTSUM, "--help").stdout
+    assert run(MNISTSUM, "help", "score").stdout == run(MNISTSUM, "score", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("trian", "trian: there is no such command; did you mean train?"),
+        ("play", "play: there is no such command; mnistsum --help lists them"),
+        ("completion", "completion: for bash or zsh?"),
+        ("train --epochz 5", "--epochz: there is no such flag; did you mean --epochs? (--help-all lists them)"),
+        ("train --epochz=5", "--epochz: there is no such flag; did you mean --epochs? (--help-all lists them)"),
+        ("train --recipe shrt", "--recipe: input should be 'quick', 'short' or 'long', got 'shrt'; did you mean short?"),
+        ("train --data sampel", "--data sampel: there is no such file or folder (DIR/sampel); did you mean sample?"),
+        (
+            "score",
+            "--model, --input, --output: are required, on the command line or in the config file (--help has examples)",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_a_hint(flags: str, message: str, tmp_path: Path) -> None:
+    done = run(MNISTSUM, *flags.split(), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {message.replace('DIR', str(tmp_path))}\n"
+
+
+@pytest.mark.parametrize("flags", ["-h", "train --help", "completion bash"])
+def test_a_reader_may_close_the_pipe(flags: str) -> None:
+    shell = f"set -o pipefail; {MNISTSUM} {flags} | true"
+    done = subprocess.run(["bash", "-c", shell], env=os.environ | {"PYTHONUNBUFFERED": "1"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+_COMPLETE = """
+eval "$({mnistsum} completion bash)"
+COMP_WORDS=({words} ""); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); {more}
+_shtab_mnistsum; echo "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "last", "expected"),
+    [
+        ("mnistsum", "sc", {"score"}),
+        ("mnistsum train", "--r", {"--recipe", "--resume"}),
+        ("mnistsum train --recipe", "", {"quick", "short", "long"}),
+        ("mnistsum score --use-gpu", "", {"true", "false"}),
+        ("mnistsum score --model", f"{ROOT}/job", {f"{ROOT}/jobs"}),
+    ],
+)
+def test_bash_completes_commands_flags_and_values(words: str, last: str, expected: set[str]) -> None:
+    script = _COMPLETE.format(mnistsum=MNISTSUM, words=words, more=f'COMP_WORDS[COMP_CWORD]="{last}"')
+    assert set(run("bash", "-c", script).stdout.split()) == expected
+
+
+def test_the_script_for_zsh_is_one() -> None:
+    assert run(MNISTSUM, "completion", "zsh").stdout.startswith("#compdef mnistsum")
+
+
+def test_help_shows_the_flags_of_every_day_and_all_when_asked() -> None:
+    shown, everything = (
+        re.findall(r"^  (--[a-z-]+)", run(MNISTSUM, "train", flag).stdout, re.M) for flag in ("-h", "--help-all")
+    )
+    other = {"--config", "--print-config", "--json", "--version", "--help-all"}
+    assert len({*shown} - other) == 10
+    assert {*shown} < {*everything}
+    assert {*everything} - other == {f"--{name.replace('_', '-')}" for name in TrainConfig.model_fields}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_that_of_the_job_and_fits_a_terminal(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     done = run(MNISTSUM, command, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     job = run(sys.executable, ROOT / "jobs" / f"{command.replace('-', '_')}.py", "--help")
     assert job.stdout.partition("\n\n")[2] == done.stdout.partition("\n\n")[2]
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    usages = [text.partition("\n")[0] for text in (done.stdout, job.stdout)]
+    assert usages == [f"usage: mnistsum {command} [flags]", f"usage: python jobs/{command.replace('-', '_')}.py [flags]"]
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert not [word for word in ("tuple[", "{int", "None") if word in done.stdout]
 
 
@@ -56,15 +125,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "benchmark"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_comes_at_once_since_it_imports_nothing_large(command: str) -> None:
     assert run(sys.executable, "-c", _IMPORTS, command).stderr == "[]\n"
-
-
-def test_a_wrong_flag_is_one_line(tmp_path: Path) -> None:
-    done = run(MNISTSUM, "score", "--modle", "m", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == ["error: unrecognized arguments: --modle m (--help lists the flags)"]
 
 
 _JOB = """
@@ -189,3 +252,19 @@ print("restored", sys.stdout is stdout, code)
 def test_only_the_result_is_printed_to_standard_output_which_a_caller_has_back() -> None:
     done = subprocess.run([sys.executable, "-c", _PRINTING_JOB], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ('{"done": true}\nrestored True 0\n', "progress\n")
+
+
+@pytest.mark.parametrize(("flags", "printed"), [("[]", []), ('["--json"]', ['{"done": true}'])])
+def test_a_terminal_gets_the_result_in_words_and_json_when_asked(flags: str, printed: list[str]) -> None:
+    """The words are the job's own lines on standard error."""
+    leader, follower = pty.openpty()
+    job = f"import sys; from mnistsum_ray import cli; sys.exit(cli.run(lambda argv: ({{'done': True}}, 0), {flags}))"
+    done = subprocess.run([sys.executable, "-c", job], stdout=follower, stderr=subprocess.PIPE, text=True, check=False)
+    os.write(follower, b"end")  # so that there is something to read
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = b""
+    while not shown.endswith(b"end"):
+        shown += os.read(leader, 1000)
+    assert shown.decode().split("\r\n") == [*printed, "end"]
+    os.close(leader)
+    os.close(follower)

@@ -1,9 +1,9 @@
 """Measure the speed of training or scoring beside plain PyTorch, or the time to the original's
 accuracy.
 
-    mnistsum benchmark train --data FOLDER
-    mnistsum benchmark score --data FOLDER
-    mnistsum benchmark accuracy --data FOLDER --repeat 5
+    python jobs/benchmark.py train --data FOLDER
+    python jobs/benchmark.py score --data FOLDER
+    python jobs/benchmark.py accuracy --data FOLDER --repeat 5
 
 Each way is measured in its own process, several times, in alternating order:
 
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final
 
+from mnistsum_ray import cli
 from mnistsum_ray.errors import RequestError, RunError
 
 WAYS: Final = {
@@ -43,6 +44,17 @@ Measurement = dict[str, float]
 # This module, which runs the measurements, imports neither torch nor Ray: `--help` comes at once.
 
 
+def main() -> int:
+    """Run the benchmark with the command line of this process; return its exit code."""
+    return cli.run(_job, sys.argv[1:])
+
+
+def _job(argv: list[str]) -> tuple[dict[str, Any], int]:
+    args = parse(argv)
+    cli.reserve_stdout_for_result()
+    return benchmark(args, argv), cli.DONE
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command line.
 
@@ -57,6 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     epochs = "train: epochs of mnistsum train, the first of which does not count (default: 2; 20 on a GPU)"
     parser.add_argument("--epochs", type=int, help=epochs)
     parser.add_argument("--rows", type=int, default=400_000, help="score: rows (default: 400000)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on a terminal too")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--command-time", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -102,8 +115,8 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     return line | {"what": args.what, "hardware": machine, "versions": versions()}
 
 
-def run_job(command: str, *flags: object, processes: int = 1) -> list[dict[str, Any]]:
-    """Run `mnistsum COMMAND` as a user does, in several processes at once.
+def run_job(*arguments: object, module: str = "mnistsum_ray", processes: int = 1) -> list[dict[str, Any]]:
+    """Run `mnistsum`, or another module, as a user does, in several processes at once.
 
     Returns:
         Their last lines, each with a field `printed`: when it came, in seconds since 1970.
@@ -111,12 +124,12 @@ def run_job(command: str, *flags: object, processes: int = 1) -> list[dict[str, 
     Raises:
         RunError: one of them failed; it has said why.
     """
-    arguments = [sys.executable, "-m", "mnistsum_ray", command, *map(str, flags)]
-    jobs = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     try:
         lines = [json.loads(_of(job).readline() or "{}") | {"printed": time.time()} for job in jobs]
         if any(job.wait() for job in jobs):
-            raise RunError(f"mnistsum {' '.join(arguments[3:])} failed; see its error above")
+            raise RunError(f"{' '.join(command[2:])} failed; see its error above")
     finally:
         for job in jobs:
             job.kill()  # does nothing to one that has ended
@@ -131,7 +144,8 @@ def _of(job: subprocess.Popen[str]) -> IO[str]:
 
 def _run_way(argv: list[str], way: str, processes: int = 1) -> Measurement:
     """Measure a way once. The rates of processes that share the cores are added."""
-    lines = run_job("benchmark", *argv, "--way", way, "--command-time", time.time(), processes=processes)
+    flags = ["--way", way, "--command-time", time.time()]
+    lines = run_job(*argv, *flags, module="mnistsum_ray.benchmark", processes=processes)
     figures = _combine([{key: value for key, value in line.items() if key != "printed"} for line in lines], max)
     if processes > 1:
         figures["rows_per_second"] = sum(line["rows_per_second"] for line in lines)

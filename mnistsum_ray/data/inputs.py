@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.errors import RequestError, did_you_mean, one_line
 from mnistsum_ray.storage.location import Location, is_hidden, is_utf8
 from mnistsum_ray.storage.paths import locate_existing
 
@@ -139,7 +139,8 @@ class _Value:
         except OSError as error:
             raise self.error(one_line(error)) from None
         if kind == pafs.FileType.NotFound:
-            raise self.error(f"there is no such file or folder ({self.place.display})")
+            hint = did_you_mean(text, ("sample", "mnist", "auto")) if flag == "--data" else ""
+            raise self.error(f"there is no such file or folder ({self.place.display}){hint}")
         self.is_file = bool(kind != pafs.FileType.Directory)
         if self.pattern is not None and self.is_file:
             raise self.error(f"{self.place.display} is a file, not a folder")

@@ -17,7 +17,7 @@ from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.cluster.resources import WorkerPlan, WorkerRequest, explain_worker_silence, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.errors import RunError, RunInterrupted, root_cause
+from mnistsum_ray.errors import RunError, RunInterrupted, counted, root_cause
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
 from mnistsum_ray.reporting.metrics import ScoringMetrics
@@ -88,7 +88,8 @@ def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
         line["seconds"] = round(time.monotonic() - started, 1)
         publish(plan, committed, staged, files, counts, line)
         if line["failed_files"] > len(new_failures):
-            console.say(f"{line['failed_files'] - len(new_failures):,} files still cannot be used; files.parquet says why")
+            still = counted(line["failed_files"] - len(new_failures), "file")
+            console.say(f"{still} could not be used by an earlier run either")
         new_rejected = line["rejected_rows"] - rejected_before
         say_result(line, counts, new_rejected, console.say)
         return line, bool(new_rejected or new_failures)
@@ -129,10 +130,10 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
     fitting_workers = inspect_cluster().workers_that_fit(resources.per_worker)
     up_to = "up to " if fitting_workers < resources.workers else ""
     console.say(
-        f"{todo_rows:,} rows to score"
+        f"{counted(todo_rows, 'row')} to score"
         + (f", {resumed_rows:,} done by an earlier run" if resumed_rows else "")
-        + f"; {plan.files.num_rows:,} files below {plan.inputs.root.display}"
-        + f"; {up_to}{resources.workers} {'GPU' if resources.use_gpu else 'CPU'} workers, {plan.precision}"
+        + f"; {counted(plan.files.num_rows, 'file')} below {plan.inputs.root.display}"
+        + f"; {up_to}{counted(resources.workers, 'GPU worker' if resources.use_gpu else 'CPU worker')}, {plan.precision}"
     )
     if not committed.todo.num_rows:
         return {}, 0.0
@@ -203,7 +204,8 @@ def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:
 
 def _strict_error(plan: Plan, line: dict[str, Any], counts: Counts, staged: OutputFiles | None) -> str:
     """Why `--strict` publishes nothing: a row was rejected or a file failed. Names a rejected row, and where they are."""
-    text = f"--strict: nothing was published: {line['rejected_rows']:,} rows and {line['failed_files']:,} files cannot be used"
+    rows, files = counted(line["rejected_rows"], "row"), counted(line["failed_files"], "file")
+    text = f"--strict: nothing was published: {rows} and {files} cannot be used"
     if not counts.examples:
         return text
     (name, row), reason = min((rows[0], reason) for reason, rows in counts.examples.items())

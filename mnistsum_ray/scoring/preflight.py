@@ -16,7 +16,7 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import Footer, column_error, lossy_column, read_footer
-from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted, one_line
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import split_into_parts
@@ -192,7 +192,7 @@ def make_plan(request: Request, precision: str, lock: FolderLock, console: Conso
     report_skipped(inputs.skipped, console.say)
     if plan.config.strict and plan.failures:
         say_failures(plan.failures, console.say)
-        raise RunError(f"--strict: nothing was scored: {len(plan.failures):,} files cannot be used, see above")
+        raise RunError(f"--strict: nothing was scored: {counted(len(plan.failures), 'file')} cannot be used, see above")
     return plan
 
 

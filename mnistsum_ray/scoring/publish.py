@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.errors import counted, percent
+from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.reporting.report import scored_page, versions
 from mnistsum_ray.scoring.counts import Counts
 from mnistsum_ray.scoring.output import FILES_TABLE, MANIFEST, PICTURES, REPORT, SUMMARIES, Committed, OutputFiles, unpublish
@@ -156,25 +157,22 @@ def say_result(line: dict[str, Any], counts: Counts, new_rejected: int, say: Cal
         new_rejected: rows that this run has rejected. If there are none, the reasons are left out: an earlier run has said them.
         say: writes a console line.
     """
-    say(
-        f"{line['scored_rows']:,} of {line['input_rows']:,} rows scored, {line['rejected_rows']:,} rejected, in "
-        f"{line['files'] - line['failed_files']:,} files; {line['failed_files']:,} files could not be used; all rows of the "
-        "others are in the output exactly once"
-    )
+    usable = line["files"] - line["failed_files"]
+    if usable:
+        rows = f"{line['scored_rows']:,} of {counted(line['input_rows'], 'row')}"
+        say(f"scored {rows} in {counted(usable, 'file')}, each exactly once")
+    if line["failed_files"]:
+        say(f"{counted(line['failed_files'], 'file')} could not be used: {line['output']}/{FILES_TABLE} says why")
+    if line["rejected_rows"]:
+        say(f"{counted(line['rejected_rows'], 'row')} rejected: see {line['output']}/{REJECTED}")
     reasons = list(counts.reasons.items()) if new_rejected else []
     for reason, count in reasons[:_REASONS_ON_CONSOLE]:
         say(f"  rejected: {count:,} x {reason}")
     if len(reasons) > _REASONS_ON_CONSOLE:
         say(f"  rejected: {sum(count for _, count in reasons[_REASONS_ON_CONSOLE:]):,} x other reasons")
     if line["scored_rows"]:
-        say(f"consistent (sum = digit + number): {counts.consistent / line['scored_rows']:.2%} of the scored rows")
+        say(f"sum = digit + number in {percent(counts.consistent / line['scored_rows'])} of the rows")
     if counts.labelled:
-        accuracies = ", ".join(f"{head.name} {line[f'{head.name}_accuracy']:.2%}" for head in HEADS)
-        say(f"accuracy over {counts.labelled:,} labelled rows: {accuracies}")
-        for name, metrics in (counts.probability_metrics() or {}).items():
-            say(
-                f"  {name} probabilities: negative log-likelihood {metrics['nll']:.4f} nats, Brier score {metrics['brier']:.4f}, "
-                f"expected calibration error {metrics['ece']:.4f}"
-            )
+        say(f"right: {accuracies(line)} ({counted(counts.labelled, 'labelled row')})")
     say(f"predictions: {line['output']}/{PREDICTIONS}")
     say(f"report: {line['output']}/{REPORT}")

@@ -1,5 +1,6 @@
 """Driver of a training run: reserve resources, place the rows, run Ray Train, publish the result."""
 
+import shlex
 import threading
 import time
 from collections.abc import Callable
@@ -17,11 +18,11 @@ from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.inputs import report_skipped
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, one_line, root_cause
+from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, counted, one_line, root_cause, shell_command
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PARAMETERS
 from mnistsum_ray.overrides import default_environment
-from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.console import Console, accuracies
 from mnistsum_ray.reporting.metrics import TrainingMetrics
 from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.storage.location import Location
@@ -140,9 +141,10 @@ class _Driver:
                     checksums = self.rows.checksums if self.checksums is None else self.checksums
                     write_data_files(run.folder, source.files, checksums)
                 self.manifest_file.write_json(self.manifest)
+                of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
                 self.console.say(
-                    f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation and "
-                    f"{len(source.test):,} test rows of {source.name} ({source.location}); {self.manifest['workers']}"
+                    f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
+                    f"{len(source.test):,} test rows of {of}; {self.manifest['workers']}"
                 )
                 with event_queue(self.console, self._on_epoch, TrainingMetrics(run.folder.display).add) as events:
                     result = self._train(events)
@@ -238,8 +240,8 @@ class _Driver:
                 raise
             self.console.say_lines(str(error))
             raise RunError(
-                f"gave up after {config.max_failures + 1} failures: the workers failed or could not be started, see above; "
-                f"{self.run.how_to_resume()}"
+                f"gave up after {counted(config.max_failures + 1, 'failure')}: the workers failed or could not be started, see "
+                f"above; {self.run.how_to_resume()}"
             ) from error
         except KeyboardInterrupt:
             self._mark("stopped")  # first, since a cluster gives a stopped job only a few seconds
@@ -294,8 +296,9 @@ class _Driver:
             logged = self.mlflow.finish(result.history, card, run.folder, files, say)
             summary["mlflow"] = self.mlflow.run_id if logged else None
             self.manifest_file.write_json(manifest)
-        say(f"model: {summary['model']}")
+        say(f"test: {accuracies(card['test'])} ({counted(card['test']['rows'], 'row')}, all ten numbers)")
         say(f"report: {(run.folder / REPORT).display}")
+        say(f"score with it: {shell_command('score')} --model {shlex.quote(run.folder.display)} --input PAIRS --output SCORED")
         return summary
 
 

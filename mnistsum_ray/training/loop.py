@@ -14,7 +14,7 @@ from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RandomStream, RowRanges, Shuffle, step_seed
 from mnistsum_ray.data.sources import ParquetFiles
-from mnistsum_ray.errors import RowCountError, RunError
+from mnistsum_ray.errors import RowCountError, RunError, percent
 from mnistsum_ray.model import int8, sum_head
 from mnistsum_ray.model.calibration import calibrated, fit_temperatures, fold_temperatures
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters, faster_with_bf16, hardware
@@ -208,7 +208,7 @@ class TrainingLoop:
         if not kept:
             model.load_state_dict(weights)
         undone = "" if kept else "; undone"
-        events.note(f"validation sums equal to digit + number: {before:.3%} before, {after:.3%} after{undone}")
+        events.note(f"validation sums equal to digit + number: {percent(before)} before, {percent(after)} after{undone}")
         self._checkpointer.save(state, wait=True)
 
     def analyse(self) -> TrainingResult:

@@ -76,18 +76,20 @@ def preflight(config: TrainConfig) -> TrainingRun:
     try:
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
         taken = (folder / "manifest.json").exists() or (folder.exists() and not _is_empty(folder))
+        if config.resume == "auto":
+            config = config.model_copy(update={"resume": taken})
         if config.resume:
             config, same_data = _inherit(config, folder, "--resume")
             check_not_locked(folder, "--name")
         elif taken:
             check_not_locked(folder, "--name")
-            raise RequestError(f"--name {name}: {folder.display} exists; continue it with --resume, or choose another name")
+            raise RequestError(f"--name {name}: {folder.display} exists; go on with --resume, or choose another name")
     except OSError as error:
         raise RequestError(f"--storage-path {storage.display}: {one_line(error)}") from None
     if config.from_run and not config.resume:  # a resumed run has taken what it needs from that one
         config, same_data = _inherit(config, locate_existing(config.from_run, "--from-run"), "--from-run")
     if config.mlflow:
-        config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=config.resume)})
+        config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=bool(config.resume))})
     source = open_source(config.data)
     recipe = recipe_defaults(config.recipe, small=len(source.train) < SMALL_ROWS)
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}

@@ -81,7 +81,7 @@ def test_a_killed_worker_is_replaced_and_the_memory_of_the_card_is_free_again(wo
     free, total = torch.cuda.mem_get_info()
     flags = ["--data", "sample", "--epochs", 40, "--num-workers", workers, "--storage-path", tmp_path, "--name", "mine"]
     job = start_on_gpu("run mine", "train", *flags)
-    job.wait_for_line("epoch 2: train loss")
+    job.wait_for_line("epoch 2: loss ")
     kill_worker(job.process.pid, "RayTrainWorker")
     killed = time.monotonic()
     line = job.wait_for_line("going on after epoch")
@@ -107,7 +107,7 @@ def test_two_cards_train_as_one(tmp_path: Path) -> None:
 def test_a_run_begun_on_a_gpu_is_resumed_on_a_cpu(tmp_path: Path) -> None:
     flags = ["--data", "sample", "--epochs", 6, "--precision", "fp32", "--storage-path", tmp_path, "--name", "mine"]
     job = start_on_gpu("run mine", "train", *flags)
-    job.wait_for_line("epoch 3: train loss")
+    job.wait_for_line("epoch 3: loss ")
     job.kill()
     done = run_job("train", "--storage-path", tmp_path, "--name", "mine", "--resume", "--use-gpu", "false")
     assert re.search(r"going on after epoch \d", done.err)

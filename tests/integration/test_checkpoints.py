@@ -53,7 +53,7 @@ def restarted(cluster: str, tmp_path_factory: pytest.TempPathFactory, killed: Pa
 def test_without_a_whole_checkpoint_a_run_starts_again(restarted: Done) -> None:
     assert "no checkpoint can be used, so the run starts from the beginning" in restarted.err
     assert "streaming 4,000 training rows, shuffled in windows of 1,472; holds at most 2 MiB" in restarted.err
-    assert restarted.err.count(": train loss") == 3
+    assert restarted.err.count(": loss ") == 3
     files = pq.read_table(Path(restarted.line["run"]) / "data_files.parquet")
     assert (files["rows"].to_pylist(), files["checksum"].null_count) == ([1250] * 4, 0)
 
@@ -127,7 +127,7 @@ def test_a_run_that_loses_its_lock_ends_at_once_also_where_sigint_is_ignored(clu
     """A shell starts `command &` in a script with SIGINT ignored."""
     flags = ["--data", "sample", "--epochs", 1000, "--storage-path", tmp_path, "--name", "a"]
     job = Job("train", *flags, address=cluster, before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    job.wait_for_line("epoch 1: train loss")
+    job.wait_for_line("epoch 1: loss ")
     (tmp_path / "a" / "_lock").unlink()
     (tmp_path / "a" / "_lock").write_text('{"id": "another run"}')
     done = job.wait(timeout=60)

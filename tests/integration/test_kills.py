@@ -61,14 +61,12 @@ class Case:
     worker: str
     """Title of its worker processes."""
     flags: list[object]
-    """Of the first command."""
-    again: list[object]
-    """Of the command that goes on."""
+    """Of the command, which begins and goes on."""
     output: Location
 
     def start(self, *, address: str | None = None) -> Job:
         """Start the job, or go on with it."""
-        return Job(self.name, *(self.again if self.progress() else self.flags), address=address)
+        return Job(self.name, *self.flags, address=address)
 
     def progress(self) -> Any:
         """What grows with the work that is saved: the name of the last checkpoint, or the number of scored files."""
@@ -97,14 +95,14 @@ def training_case(root: str, data: str, *, streamed: bool) -> Case:
     place = ["--storage-path", root, "--name", "mine"]
     flags = ["--data", data, *TRAIN, "--checkpoint-seconds", 0.1, "--epochs", 4 if streamed else 3]
     flags += ["--shuffle-rows", 1500] if streamed else []
-    return Case("train", "RayTrainWorker", [*flags, *place], [*place, "--resume"], locate(root, "--storage-path") / "mine")
+    return Case("train", "RayTrainWorker", [*flags, *place, "--resume", "auto"], locate(root, "--storage-path") / "mine")
 
 
 def scoring_case(root: str, pairs: str, model: Path) -> Case:
     output = locate(root, "--output") / "mine"
     flags = ["--model", model, "--input", pairs, "--output", output.display, "--max-rows-per-file", PART_ROWS]
     flags += ["--label-column", "digit"]
-    return Case("score", "ray::MapWorker(MapBatches(Scorer))", flags, flags, output)
+    return Case("score", "ray::MapWorker(MapBatches(Scorer))", flags, output)
 
 
 def left(case: Case) -> dict[str, Any]:
@@ -252,9 +250,10 @@ def check_stopped(case: Case, job: Job) -> None:
     done = job.wait(timeout=60)
     assert not job.left()
     assert (done.code, done.out) == (128 + signal.SIGTERM, "")
+    place = f"--storage-path {case.flags[case.flags.index('--storage-path') + 1]} --name mine" if case.name == "train" else ""
     kept = {
         "score": "committed files are kept, and the same command resumes",
-        "train": "checkpoints are kept, and this command resumes: python jobs/train.py " + " ".join(map(str, case.again)),
+        "train": f"checkpoints are kept, and this command resumes: python jobs/train.py {place} --resume",
     }
     assert done.err.splitlines()[-1] == f"stopped by SIGTERM; {kept[case.name]}"
     assert "Traceback" not in done.err
@@ -291,7 +290,7 @@ def test_a_kill_before_the_last_file_changes_no_bit_with_8_bit_integers(tmp_path
     for path in (tmp_path / "out" / "manifest.json", tmp_path / "out" / "predictions" / files[-1].name):
         path.unlink()
     assert score_here(calibrated, tmp_path / "out", rows, **settings).line["resumed_rows"] > 0
-    one, other = (left(Case("score", "", [], [], locate(str(tmp_path / name), "--output"))) for name in ("out", "alone"))
+    one, other = (left(Case("score", "", [], locate(str(tmp_path / name), "--output"))) for name in ("out", "alone"))
     assert one == other
 
 

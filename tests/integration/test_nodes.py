@@ -26,7 +26,7 @@ def test_an_elastic_run_starts_with_one_worker_and_grows(data: Path, tmp_path: P
         add_node(cluster)
         grown = re.match(r"going on after epoch (\d+).*, on 2 workers", job.wait_for_line("going on after epoch"))
         assert grown
-        job.wait_for_line(f"epoch {int(grown[1]) + 1}: train loss")
+        job.wait_for_line(f"epoch {int(grown[1]) + 1}: loss ")
         job.process.send_signal(signal.SIGTERM)
         assert job.wait().code == 128 + signal.SIGTERM
 

@@ -206,7 +206,7 @@ def test_a_stopped_job_says_how_to_resume(head: Head, project: Path) -> None:
         return subprocess.run([RAY, "job", *words, job], env=head.environment, check=True, capture_output=True, text=True).stdout
 
     deadline = time.monotonic() + 180
-    while "epoch 1: train loss" not in ray_job("logs"):
+    while "epoch 1: loss " not in ray_job("logs"):
         assert time.monotonic() < deadline
         time.sleep(1)
     ray_job("stop")

@@ -60,7 +60,7 @@ def test_the_last_line_is_the_contract(done: Done, runs: Path) -> None:
 
 def test_a_person_sees_the_figures_and_not_rays_chatter(done: Done, runs: Path) -> None:
     lines = done.err.strip().splitlines()
-    assert [line.partition(":")[0] for line in lines if ": train loss" in line] == ["epoch 1", "epoch 2"]
+    assert [line.partition(":")[0] for line in lines if ": loss " in line] == ["epoch 1", "epoch 2"]
     assert "rows/s" in done.err
     assert {f"model: {runs}/one/model", f"report: {runs}/one/report.html"} <= {*lines}
     chatter = [line for line in lines if any(word in line for word in ("INFO", "WARNING", "(pid=", "raylet", "dataset_"))]
@@ -201,14 +201,14 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
 
     again = run_job("train", *flags, address=cluster)
     assert again.code == 2
-    assert "exists; continue it with --resume" in again.err
+    assert "exists; go on with --resume" in again.err
     card_file = tmp_path / "mine" / "model" / "model.json"
     # As if calibrated on a CPU that rounds otherwise.
     change_description(card_file.parent, int8={"maxima": [1.0] * 6, "digit_agreement": 0.99, "sum_agreement": 0.99})
     card = json.loads(card_file.read_text())
     store = f"sqlite:///{tmp_path}/second.db"
     resumed = run_job("train", *place, "--resume", "--mlflow", store, address=cluster, cwd=tmp_path)
-    assert ": train loss" not in resumed.err, "nothing is trained"
+    assert ": loss " not in resumed.err, "nothing is trained"
     assert json.loads(card_file.read_text()) == card, "what was scored with it must go on as it was"
     assert resumed.line["test"] == {name: card["test"][name] for name in resumed.line["test"]}
     logged = MlflowClient(store).get_metric_history(resumed.line["mlflow"], "test/loss")

@@ -18,7 +18,8 @@ from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog, 
 
 TEST = {f"{head.name}_accuracy": 0.5 for head in HEADS} | {"loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
 ENTRY: dict[str, Any] = {
-    "epoch": 2, "train_loss": 0.5, "rows_per_second": 1234.0, "waiting": 0.01, "test": TEST,
+    "epoch": 2, "train_loss": 0.5, "rows_per_second": 123_456.0, "waiting": 0.5, "test": TEST,
+    "first_batch_seconds": 4.5, "seconds": 10.0,
 }  # fmt: skip
 PROGRESS = {
     "kind": "progress", "epoch": 1, "epochs": 5, "rows": 5000, "of_rows": 10_000, "rows_per_second": 1000.0, "loss": 1.5,
@@ -44,11 +45,18 @@ def terminal(columns: int) -> Iterator[tuple[TextIO, Callable[[], str]]]:
     os.close(leader)
 
 
-def test_an_epoch_line_has_the_figures_of_the_original() -> None:
+def test_an_epoch_line_has_the_figures_of_the_original_and_fits_a_terminal() -> None:
     out = io.StringIO()
-    Console(out).show({"kind": "epoch", **ENTRY})
-    for figure in ("epoch 2", "train loss 0.5000", "test loss 0.2500", "digit 99.46%", "sum 99.27%", "1,234 rows/s"):
-        assert figure in out.getvalue()
+    Console(out).show({"kind": "epoch", **ENTRY, "epoch": 10_000})
+    assert out.getvalue() == "epoch 10000: loss 0.5000, test digit 99.46 %, sum 99.27 %, 123,456 rows/s\n"
+    assert len(out.getvalue()) <= 80
+
+
+def test_an_epoch_that_waited_for_data_says_so() -> None:
+    """The wait for the first batch, in which files are opened and processes start, does not count."""
+    out = io.StringIO()
+    Console(out).show({"kind": "epoch", **ENTRY, "waiting": 0.6})
+    assert out.getvalue().endswith("\nepoch 2: the workers waited for data 15.00 % of the time\n")
 
 
 def test_progress_is_a_line_in_a_log_after_some_seconds_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +87,16 @@ def test_progress_is_a_bar_that_fits_the_terminal(columns: int) -> None:
         assert "a line\r\n" in written(), "above the bar"
         console.__exit__()
         assert not written().strip(" \r\n").replace("\x1b[A", ""), "the bar is taken away"
+
+
+def test_a_bar_goes_away_when_its_work_is_done() -> None:
+    with terminal(80) as (stream, written):
+        console = Console(stream)
+        console.progress("rows scored", 500, 2_000, 1000.0)
+        console.progress("rows scored", 2_000, 2_000, 1000.0)
+        written()
+        console.say("scored")
+        assert written() == "scored\r\n", "no bar is moved"
 
 
 def test_work_without_epochs_has_a_bar_of_its_own() -> None:
@@ -122,7 +140,8 @@ def test_progress_is_shown_every_few_seconds_with_its_rate(monkeypatch: pytest.M
     for working_seconds in (None, None, None, 12.0, None):
         progress(600, working_seconds)
     said = {"what": "rows written", "total": 3000}
-    assert shown == [said | {"done": 1200, "rate": 400.0}, said | {"done": 2400, "rate": 200.0}]
+    rates = {1200: 400.0, 2400: 200.0, 3000: 150.0}
+    assert shown == [said | {"done": done, "rate": rate} for done, rate in rates.items()]
 
 
 @pytest.mark.parametrize(
