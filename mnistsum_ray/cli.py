@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from mnistsum_ray import __version__
 from mnistsum_ray.cluster.stop import StopOnSignals, defer_signals
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, did_you_mean, printable, shell_command
+from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, counted, did_you_mean, printable, shell_command
 
 if TYPE_CHECKING:
     from mnistsum_ray.arguments import Config
@@ -100,6 +100,7 @@ def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:
     from mnistsum_ray.reporting.console import Console
 
     output, source = pairs.export_pairs(config, Console().say)
+    Console().say(f"{counted(config.rows, 'row')} of {source.name} in {counted(config.files, 'file')}: {output.display}")
     line = {"output": output.display, "data": source.name, "split": config.split, "rows": config.rows, "files": config.files}
     return line, DONE
 
@@ -125,7 +126,9 @@ def export_model(argv: list[str]) -> tuple[dict[str, Any], int]:
     from mnistsum_ray.export import model  # imports torch, which takes seconds: after the checks
     from mnistsum_ray.reporting.console import Console
 
-    return model.export_model(config, Console().say), DONE
+    line = model.export_model(config, Console().say)
+    Console().say(f"written: {line['output']}")
+    return line, DONE
 
 
 COMMANDS: Final[dict[str, tuple[Job, str]]] = {

@@ -87,9 +87,6 @@ def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
 
         line["seconds"] = round(time.monotonic() - started, 1)
         publish(plan, committed, staged, files, counts, line)
-        if line["failed_files"] > len(new_failures):
-            still = counted(line["failed_files"] - len(new_failures), "file")
-            console.say(f"{still} could not be used by an earlier run either")
         new_rejected = line["rejected_rows"] - rejected_before
         say_result(line, counts, new_rejected, console.say)
         return line, bool(new_rejected or new_failures)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,22 +56,34 @@ class Head:
         return done, int(asked.stdout.splitlines()[-1])
 
 
+def environment_of(home: Path) -> dict[str, str]:
+    """Environment of a user with this home folder, whose clusters find each other and no others."""
+    here = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return here | {"HOME": str(home), "RAY_TMPDIR": str(home), "PATH": f"{RAY.parent}:{here['PATH']}"}
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """Start a head on free ports, with its own home folder and token."""
+    """A head with a token in its home folder."""
+    with tempfile.TemporaryDirectory(prefix="h") as name:
+        subprocess.run([RAY, "get-auth-token", "--generate"], env=environment_of(Path(name)), check=True, capture_output=True)
+        with started_head(Path(name), token=True) as head:
+            yield head
+
+
+@contextmanager
+def started_head(folder: Path, *, token: bool) -> Iterator[Head]:
+    """Start a head on free ports, in a home folder, which may hold a token."""
     ray.shutdown()  # the agent of another cluster here would hold the port of the agent that starts jobs
-    with tempfile.TemporaryDirectory(prefix="h") as name, socket.socket() as probe:
-        folder = Path(name)
+    here = environment_of(folder)
+    with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        here = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        here |= {"HOME": name, "RAY_TMPDIR": name, "PATH": f"{RAY.parent}:{here['PATH']}"}
-        subprocess.run([RAY, "get-auth-token", "--generate"], env=here, check=True, capture_output=True)
         command: list[Path | str] = [RAY, "start", "--head", "--block", "--port=0", f"--dashboard-port={port}", "--num-cpus=2"]
         process = subprocess.Popen(command, env=here, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            client = here | {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"http://127.0.0.1:{port}"}
+            client = here | {"RAY_ADDRESS": f"http://127.0.0.1:{port}"} | ({"RAY_AUTH_MODE": "token"} if token else {})
             deadline = time.monotonic() + 120
             # The dashboard lists jobs before the agent that starts them is ready.
             while subprocess.run([RAY, "job", "submit", "--no-wait", "--", "true"], env=client, capture_output=True).returncode:
@@ -95,44 +108,60 @@ SHORTER = "--epochs 2 --sum-head-steps 100"
 
 
 @pytest.mark.timeout(1200)  # twenty commands, most of which start Ray; three minutes on two cores
-def test_all_sections_but_the_clusters_in_one_folder(head: Head) -> None:
-    """As a reader does who begins at the top, with a small MNIST in ./data. `ray start` and `ray stop` act on the whole machine:
-    a head on free ports stands in for them."""
-    for name in ("jobs", "mnistsum_ray"):
-        shutil.copytree(ROOT / name, head.folder / name)
-    write_small_mnist(head.folder / "data")
-    write_small_mnist(head.folder / "mnist")
-    environment = {key: value for key, value in head.environment.items() if key != "RAY_ADDRESS"}
-    environment |= {"RAY_API_SERVER_ADDRESS": head.environment["RAY_ADDRESS"], "PYTHONPATH": str(head.folder)}
-    for section in ("Laptop", "One GPU box", "Train", "Score"):
-        lines = [line for line in block(section, "bash").splitlines() if not re.match("ray (start|stop)", line)]
-        for line in lines:
-            if re.search(r"jobs/train.py(?!.*--(help|print-config|resume|from-run|data sample --name mine))", line):
-                line += f" {SHORTER}"
-            if "days/" in line:
-                shutil.copytree(head.folder / "test-pairs", head.folder / "days" / "1")
-                shutil.copy(next((head.folder / "pairs").glob("*.parquet")), head.folder / "late.parquet")
-            done = subprocess.run(line, shell=True, cwd=head.folder, env=environment, capture_output=True, text=True, timeout=400)
+def test_all_sections_but_the_clusters_in_a_new_home() -> None:
+    """As a reader does who begins at the top, without ~/.ray and with a small MNIST in ./data, ~/mnist and ./mnist.
+
+    `ray stop` ends every cluster of the machine, so the head is started on free ports, and ended by its own handle.
+    """
+    with tempfile.TemporaryDirectory(prefix="h") as name, ExitStack() as stack:
+        home = Path(name)
+        for folder in ("jobs", "mnistsum_ray"):
+            shutil.copytree(ROOT / folder, home / folder)
+        write_small_mnist(home / "data")
+        write_small_mnist(home / "mnist")
+        environment = environment_of(home) | {"PYTHONPATH": name}
+
+        def run(line: str | list[str]) -> str:
+            shell = isinstance(line, str)
+            done = subprocess.run(line, shell=shell, cwd=home, env=environment, capture_output=True, text=True, timeout=400)
             assert done.returncode == 0, (line, done.stderr[-2000:])
-    runs = [json.loads(path.read_text()) for path in (head.folder / "runs").glob("*/manifest.json")]
-    runs = [run for run in runs if run["config"]["name"] not in ("submitted", "stopped")]  # of the tests below
-    assert [run["status"] for run in runs] == ["finished"] * 5
-    assert sorted(run["config"]["recipe"] for run in runs) == ["long", *["short"] * 4]
-    first = json.loads((head.folder / "runs" / "mine" / "manifest.json").read_text())["metrics"]["test"]
+            return done.stdout
+
+        for section in ("Laptop", "One GPU box", "Train", "Score"):
+            for line in block(section, "bash").splitlines():
+                if line == "ray start --head":
+                    head = stack.enter_context(started_head(home, token=False))
+                    environment["RAY_API_SERVER_ADDRESS"] = head.environment["RAY_ADDRESS"]
+                    continue
+                if line == "ray stop":  # at the end of this test, since each job would start a cluster from here on
+                    continue
+                if re.search(r"jobs/train.py(?!.*--(help|print-config|resume|from-run|data sample --name mine))", line):
+                    line += f" {SHORTER}"
+                if "days/" in line:
+                    shutil.copytree(home / "test-pairs", home / "days" / "1")
+                    shutil.copy(next((home / "pairs").glob("*.parquet")), home / "late.parquet")
+                run(line)
+        code = block("From Python", "python").replace("epochs=2)", "epochs=2, sum_head_steps=100)")
+        assert "pred_digit  pred_sum reason" in run(["python", "-c", code])
+        assert not (home / ".ray").exists(), "what Ray does for other programs of this user stays as it was"
+        check_outputs(home)
+
+
+def check_outputs(home: Path) -> None:
+    """What the README's commands have left in a folder."""
+    runs = [json.loads(path.read_text()) for path in (home / "runs").glob("*/manifest.json")]
+    assert [run["status"] for run in runs] == ["finished"] * 6
+    assert sorted(run["config"]["recipe"] for run in runs) == ["long", *["short"] * 5]
+    first = json.loads((home / "runs" / "mine" / "manifest.json").read_text())["metrics"]["test"]
     assert min(first["digit_accuracy"], first["sum_accuracy"]) > 0.98
-    assert (head.folder / "runs" / "mine" / "report.html").stat().st_size > 100_000
-    assert (head.folder / "test-scored" / "report.html").exists()
-    names = [{file.name for file in (head.folder / where).glob("part-*.parquet")} for where in ("pairs", "scored/predictions")]
+    assert (home / "runs" / "mine" / "report.html").stat().st_size > 100_000
+    assert (home / "test-scored" / "report.html").exists()
+    names = [{file.name for file in (home / where).glob("part-*.parquet")} for where in ("pairs", "scored/predictions")]
     assert names[0] <= names[1]
-    scored = json.loads((head.folder / "scored" / "manifest.json").read_text())
+    scored = json.loads((home / "scored" / "manifest.json").read_text())
     assert (scored["totals"]["scored_rows"], scored["totals"]["failed_files"]) == (10_250, 0)
-    code = block("From Python", "python").replace("epochs=2)", "epochs=2, sum_head_steps=100)")
-    printed = subprocess.run(
-        ["python", "-c", code], cwd=head.folder, env=environment, check=True, timeout=400, capture_output=True, text=True
-    )
-    assert "pred_digit  pred_sum reason" in printed.stdout
-    assert {file.name for file in (head.folder / "exported").iterdir()} == {"model.pt2", "model.onnx"}
-    assert (head.folder / "scored-again" / "manifest.json").exists()
+    assert {file.name for file in (home / "exported").iterdir()} == {"model.pt2", "model.onnx"}
+    assert (home / "scored-again" / "manifest.json").exists()
 
 
 def write_small_mnist(folder: Path) -> None:

@@ -193,7 +193,7 @@ def test_a_later_run_reports_only_what_it_sets_aside_itself(
     assert late.line["failed_files"] == 6
     said = [line for line in late.said.splitlines() if line.startswith("cannot be used: ")]
     assert said == ["cannot be used: late.parquet: is only 2 bytes long; write it again"], "an earlier run has named the others"
-    assert "5 files still cannot be used" in late.said
+    assert "5 files could not be used: " in late.said
     assert late.line["resumed_rows"] == scored.line["input_rows"]
     assert late.line["input_rows"] == scored.line["input_rows"] + ROWS_A_FILE
     assert {path: path.stat().st_mtime_ns for path in before} == before
