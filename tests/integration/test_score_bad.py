@@ -182,7 +182,7 @@ def test_a_later_run_reports_only_what_it_sets_aside_itself(
     again = score_here(model, output, source[0], max_rows_per_file=300)
     assert not again.set_aside
     assert (again.line["failed_files"], again.line["rejected_rows"]) == (6, scored.line["rejected_rows"]), "the totals stay"
-    assert "rejected: " not in again.said
+    assert "  rejected: " not in again.said, "the reasons"
 
     before = {path: path.stat().st_mtime_ns for path in (output / "predictions").glob("[0-9]*.parquet")}
     shutil.copytree(source[0], folder)
@@ -193,7 +193,7 @@ def test_a_later_run_reports_only_what_it_sets_aside_itself(
     assert late.line["failed_files"] == 6
     said = [line for line in late.said.splitlines() if line.startswith("cannot be used: ")]
     assert said == ["cannot be used: late.parquet: is only 2 bytes long; write it again"], "an earlier run has named the others"
-    assert "5 files could not be used: " in late.said
+    assert "6 files could not be used: " in late.said
     assert late.line["resumed_rows"] == scored.line["input_rows"]
     assert late.line["input_rows"] == scored.line["input_rows"] + ROWS_A_FILE
     assert {path: path.stat().st_mtime_ns for path in before} == before

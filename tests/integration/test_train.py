@@ -19,8 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.sources import open_source
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.errors import RequestError, percent
 from mnistsum_ray.model import int8
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.reporting.report import PICTURES
@@ -62,7 +63,13 @@ def test_a_person_sees_the_figures_and_not_rays_chatter(done: Done, runs: Path) 
     lines = done.err.strip().splitlines()
     assert [line.partition(":")[0] for line in lines if ": loss " in line] == ["epoch 1", "epoch 2"]
     assert "rows/s" in done.err
-    assert {f"model: {runs}/one/model", f"report: {runs}/one/report.html"} <= {*lines}
+    test = done.line["test"]
+    words = [f"{100 * test[head.name + '_accuracy']:.2f} %" for head in HEADS]
+    assert lines[-3:] == [
+        f"test: digit {words[0]}, sum {words[1]} (100 rows, all ten numbers)",
+        f"report: {runs}/one/report.html",
+        f"score with it: python jobs/score.py --model {runs}/one --input PAIRS --output SCORED",
+    ]
     chatter = [line for line in lines if any(word in line for word in ("INFO", "WARNING", "(pid=", "raylet", "dataset_"))]
     assert not chatter
 
@@ -101,7 +108,7 @@ def test_fine_tuning_the_sum_head_is_in_the_card_and_leaves_the_digits_alone(don
         assert card[rows]["digit_accuracy"] == last[rows]["digit_accuracy"]
     assert done.line["test"] == {name: card["test"][name] for name in done.line["test"]}
     assert "fine-tuning the sum head, 500 steps" in done.err
-    said = "validation sums equal to digit + number: {:.3%} before, {:.3%} after\n".format(*shares)
+    said = "validation sums equal to digit + number: {} before, {} after\n".format(*map(percent, shares))
     assert said in done.err
 
 
