@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import SAMPLE
@@ -74,13 +73,16 @@ def head() -> Iterator[Head]:
 @contextmanager
 def started_head(folder: Path, *, token: bool) -> Iterator[Head]:
     """Start a head on free ports, in a home folder, which may hold a token."""
-    ray.shutdown()  # the agent of another cluster here would hold the port of the agent that starts jobs
     here = environment_of(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        command: list[Path | str] = [RAY, "start", "--head", "--block", "--port=0", f"--dashboard-port={port}", "--num-cpus=2"]
+    with socket.socket() as dashboard, socket.socket() as agent:
+        for probe in (dashboard, agent):
+            probe.bind(("127.0.0.1", 0))
+        port, agent_port = (probe.getsockname()[1] for probe in (dashboard, agent))
+        dashboard.close()
+        agent.close()
+        # The agent starts submitted jobs. That of another cluster on this machine may have its usual port.
+        ports = ["--port=0", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent_port}"]
+        command: list[Path | str] = [RAY, "start", "--head", "--block", *ports, "--num-cpus=2"]
         process = subprocess.Popen(command, env=here, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             client = here | {"RAY_ADDRESS": f"http://127.0.0.1:{port}"} | ({"RAY_AUTH_MODE": "token"} if token else {})
