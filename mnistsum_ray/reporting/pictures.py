@@ -1,179 +1,283 @@
-"""Pictures of training and scoring runs as PNG bytes, legible at the width of a README.
+"""Pictures of training and scoring runs as PNG and SVG, legible on a slide, on paper and at the width of a README.
 
-Each is drawn from numbers that are also in the run's JSON files.
+Each is drawn from numbers that are also in the run's JSON files. Blue is the digit and what is right, orange the sum and what is
+wrong: they differ with any kind of colour blindness, and heads also have markers of their own.
 """
 
+import functools
 import io
 import textwrap
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, ParamSpec
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import TABLEAU_COLORS
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import Reliability
+from mnistsum_ray.reporting.report import Picture, wilson_interval
+
+_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"  # of the palette of Okabe and Ito
+_HEAD_STYLES: Final = ((_BLUE, "o"), (_ORANGE, "s"), ("#009e73", "^"))
+"""Colour and marker of each head."""
+
+_STYLE: Final[dict[Any, Any]] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.markersize": 5,
+    "figure.dpi": 150,
+    "image.composite_image": False,  # an SVG then holds each image with its own pixels
+    "svg.hashsalt": "mnistsum_ray",  # the same numbers give the same bytes
+}
 
 _MAX_DIFFERENCE: Final = 1.0
 """End of the colour scale of `draw_sums`, in points of accuracy: the same for all runs, so that they can be compared."""
 
+_ACROSS: Final = 6
+"""Most images beside each other."""
+
+_ERROR_TICKS: Final = (0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+"""Of a logarithmic scale of percent."""
+
 _REASONS_DRAWN: Final = 12
 _REASON_WIDTH: Final = 60
 
+P = ParamSpec("P")
 
-def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> bytes:
+
+def _picture(draw: Callable[P, Figure]) -> Callable[P, Picture]:
+    """Give a drawing function the common style, and save what it draws."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Picture:
+        png, svg = io.BytesIO(), io.BytesIO()
+        with rc_context(_STYLE):
+            figure = draw(*args, **kwargs)
+            # `savefig` would draw everything twice for each format.
+            FigureCanvasAgg(figure).print_png(png)  # type: ignore[no-untyped-call]
+            FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})  # type: ignore[no-untyped-call]
+        return Picture(png.getvalue(), svg.getvalue())
+
+    return drawn
+
+
+@_picture
+def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
     """Loss and error (100 % less the accuracy) of each head by epoch, on scales where small numbers can be told apart.
 
     Args:
         history: lines of history.jsonl.
         card: contents of model.json; its own errors are marked.
     """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    losses, errors = figure.subplots(1, 2)
+    figure, (losses, errors) = _panels(9, 3.9, 2, bottom=1.05)
     epochs = [entry["epoch"] for entry in history]
-    losses.plot(epochs, [entry["train_loss"] for entry in history], "o-", markersize=4, color="tab:gray", label="training")
-    for split, style in (("test", "o-"), ("validation", "o--")):
-        losses.plot(epochs, [entry[split]["loss"] for entry in history], style, markersize=4, color="tab:blue", label=split)
-        for head, color in zip(HEADS, TABLEAU_COLORS, strict=False):
-            shares = [100 - 100 * entry[split][f"{head.name}_accuracy"] for entry in history]
-            errors.plot(epochs, shares, style, markersize=4, color=color, label=f"{head.name}, {split}")
-    for head, color in zip(HEADS, TABLEAU_COLORS, strict=False):
-        error = 100 - 100 * card["test"][f"{head.name}_accuracy"]
-        errors.plot(card["epoch"], error, "*", markersize=11, color=color, markeredgecolor="black")
-    losses.set(title="loss (mean of all heads, nats)", xlabel="epoch", yscale="log")
-    errors.set(title="error, % (stars: the model)", xlabel="epoch")
-    errors.set_yscale("symlog", linthresh=0.1, subs=(2, 5))  # a few test rows may have no error at all
-    errors.yaxis.set_major_formatter("{x:g}")
-    errors.yaxis.set_minor_formatter("{x:g}")
+    steps = [
+        (entry["epoch"] - 1 + step / entry["step_losses"][-1][0], loss)
+        for entry in history
+        for step, loss in entry["step_losses"]
+    ]
+    losses.plot(*zip(*steps, strict=True), color=_GREY, linewidth=1, alpha=0.7, label="training")
+    shown: list[float] = []
+    for split, line, face in (("validation", "--", {"markerfacecolor": "white"}), ("test", "-", {})):
+        values = [entry[split]["loss"] for entry in history]
+        losses.plot(epochs, values, f"D{line}", color="black", label=split, **face)
+        for head, (color, marker) in zip(HEADS, _HEAD_STYLES, strict=False):
+            values = [100 - 100 * entry[split][f"{head.name}_accuracy"] for entry in history]
+            errors.plot(epochs, values, marker + line, color=color, label=f"{head.name}, {split}", **face)
+            shown += values
+    for head, (color, _), size in zip(HEADS, _HEAD_STYLES, (15, 9, 6), strict=False):  # stars of one error are all seen
+        shown.append(100 - 100 * card["test"][f"{head.name}_accuracy"])
+        label = f"{head.name}, test, finished model"
+        errors.plot(
+            card["epoch"], shown[-1], "*", markersize=size, color=color, markeredgecolor="black", markeredgewidth=0.6, label=label
+        )
+    losses.set(title="loss, nats (mean of the heads)", xlim=(0, epochs[-1] * 1.05), yscale="log")
+    errors.set(title="error, %", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+    errors.set_yscale("symlog", linthresh=0.1)  # a few test rows may have no error at all
+    low = max(tick for tick in _ERROR_TICKS if tick <= min(shown))
+    errors.set_yticks([tick for tick in _ERROR_TICKS if low <= tick], minor=False)
+    errors.set_yticks([], minor=True)
+    errors.set_ylim(low, min((tick for tick in _ERROR_TICKS if tick > max(shown)), default=100))
+    losses.yaxis.set_minor_formatter(FuncFormatter(_two_and_five))
     for axes in (losses, errors):
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    return _png(figure)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid()
+        # Below the axes, where no curve is.
+        columns = 3 if axes is losses else 2
+        axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.17), ncols=columns, borderaxespad=0, columnspacing=1)
+    return figure
 
 
-def draw_confusion(confusion: list[list[int]]) -> bytes:
-    """Confusion matrix of the digits: true digit down, predicted digit across; the colour shows mistakes only.
+def _two_and_five(value: float, _: Any) -> str:
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
-    Beside a digit stands the share of its images that are predicted right, below one the share of its predictions that are right.
+
+@_picture
+def draw_confusion(confusion: list[list[int]], rows: str = "test images") -> Figure:
+    """Confusion matrix of the digits: true digit down, predicted digit across; right ones blue, mistakes orange.
+
+    Args:
+        confusion: rows by true digit and predicted digit.
+        rows: what is counted.
     """
     counts = np.array(confusion)
-    figure = Figure(figsize=(5.6, 5.2), layout="constrained")
-    axes = figure.subplots()
-    mistakes = np.where(np.eye(len(counts), dtype=bool), 0, counts)
-    texts = [[f"{count:,}" if count else "" for count in row] for row in counts]
-    _grid(axes, mistakes, texts, "Reds", (0, max(1, mistakes.max())))
+    right = np.eye(len(counts), dtype=bool)
+    # On a logarithmic scale a mistake can be seen beside a thousand right ones. It begins below 1, which then has a colour.
+    norm = LogNorm(0.3, max(10, counts.max()))
+    shades = norm(np.maximum(counts, 0.3))
+    colors = np.where(right[..., None], colormaps["Blues"](shades), colormaps["Oranges"](shades))
+    colors[counts == 0] = 1
+    figure, axes = _grid(colors, [[f"{count:,}" if count else "" for count in row] for row in counts], shades > 0.6, head=0.95)
     correct = np.trace(counts) / max(1, counts.sum())
-    axes.set(title=f"digits: {correct:.2%} of {counts.sum():,} test images correct")
-    axes.set(xlabel="predicted digit, and precision in %", ylabel="true digit, and recall in %")
-    digits = range(len(counts))
-    axes.set_yticks(digits, _rates(np.diag(counts), counts.sum(1), "  "), fontsize=8)
-    axes.set_xticks(digits, _rates(np.diag(counts), counts.sum(0), "\n"), fontsize=8)
-    return _png(figure)
+    axes.set_title(f"digits: {correct:.2%} of {counts.sum():,} {rows} correct", pad=44)
+    axes.set(xlabel="predicted digit", ylabel="true digit")
+    _beside(axes, "recall, %", _percent(np.diag(counts), counts.sum(1)))
+    _above(axes, "precision, %", _percent(np.diag(counts), counts.sum(0)))
+    return figure
 
 
-def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> bytes:
-    """Sum accuracy by true digit (down) and number (across), as difference from the accuracy of the digit, in points.
+@_picture
+def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> Figure:
+    """Wrong sums by true digit (down) and number (across); the colour compares with the wrong digits, in points of accuracy.
 
-    A sum can be as right as its digit: a negative difference is what the sum head adds to the mistakes.
+    A sum can be as right as its digit: orange is what the sum head adds to the mistakes.
 
     Args:
         sums_right: test images with a correct sum, by digit and number.
         confusion: confusion matrix of the digits, for the number of images of each digit.
     """
-    rows = np.array(confusion).sum(1, keepdims=True)
-    right = np.diag(np.array(confusion))[:, None]
-    difference = 100 * (np.array(sums_right) - right) / np.maximum(rows, 1)
-    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
-    axes = figure.subplots()
-    texts = [
-        [f"{value:+.1f}" if round(value, 1) else "0" for value in line] if images else [""] * len(line)
-        for line, images in zip(difference, rows[:, 0], strict=True)
-    ]
-    # Purple and orange can be told apart with any kind of colour blindness.
-    _grid(axes, difference, texts, "PuOr", (-_MAX_DIFFERENCE, _MAX_DIFFERENCE))
+    rows = np.array(confusion).sum(1)
+    wrong_digits, wrong_sums = rows - np.diag(np.array(confusion)), rows[:, None] - np.array(sums_right)
+    difference = 100 * (wrong_digits[:, None] - wrong_sums) / np.maximum(rows, 1)[:, None]
+    shades = 0.5 + difference.clip(-_MAX_DIFFERENCE, _MAX_DIFFERENCE) / _MAX_DIFFERENCE / 2
+    texts = [[f"{count:,}" for count in row] if images else [""] * NUMBERS for row, images in zip(wrong_sums, rows, strict=True)]
+    # From brown orange over white to violet, which any kind of colour blindness can tell apart.
+    figure, axes = _grid(colormaps["PuOr"](shades), texts, abs(shades - 0.5) > 0.35, head=0.85)
     pairs = NUMBERS * rows.sum()
-    correct = np.sum(sums_right) / max(1, pairs)
-    axes.set(title=f"sums: {correct:.2%} of {pairs:,} test pairs correct\ncells: points above or below the digit's accuracy")
-    axes.set_yticks(range(len(rows)), _rates(right[:, 0], rows[:, 0], "  "), fontsize=8)
-    axes.set(xlabel="number", ylabel="true digit, and its accuracy in %")
-    return _png(figure)
+    if not wrong_sums.any():
+        found = "cells: wrong sums"
+    elif not difference.any():
+        found = "cells: wrong sums, in each as many as wrong digits"
+    else:
+        found = "cells: wrong sums. Orange: more than wrong digits, violet: fewer\n"
+        found += f"(darkest: by {_MAX_DIFFERENCE:g}% of the digit's images)"
+    if not wrong_sums.any():
+        axes.text(4.5, 4.5, "no sum is wrong", ha="center", va="center", fontsize=18, color=_BLUE, backgroundcolor="white")
+    axes.set_title(f"sums: {np.sum(sums_right) / max(1, pairs):.2%} of {pairs:,} test pairs correct\n{found}")
+    axes.set(xlabel="number", ylabel="true digit")
+    _beside(axes, "wrong digits", [f"{count:,}" for count in wrong_digits])
+    return figure
 
 
-def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8]) -> bytes:
+@_picture
+def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8]) -> Figure:
     """Each mistake with its image, its prediction and the true answer.
 
     Args:
         mistakes: entries of the error analysis in manifest.json, most confident first.
         images: their images, uint8[n, 28, 28].
     """
-    columns = 6
-    lines = max(1, -(-len(mistakes) // columns))
-    height = 2.25 * lines + 0.4
-    figure = Figure(figsize=(1.75 * columns, height))
-    figure.suptitle("the most confident mistakes on test images" if mistakes else "no mistakes on test images")
-    # In inches: 0.85 above for the titles, and 0.6 between the lines. A layout that is computed takes half a second.
-    places = {"left": 0.01, "right": 0.99, "bottom": 0.1 / height, "top": 1 - 0.85 / height, "wspace": 0.1, "hspace": 0.38}
-    grid = figure.subplots(lines, columns, squeeze=False, gridspec_kw=places).ravel()
-    for axes in grid:
-        axes.axis("off")
-    for axes, mistake, image in zip(grid, mistakes, images, strict=False):
-        digit, number = mistake["digit"], mistake["number"]
-        axes.imshow(image, cmap="gray_r", vmin=0, vmax=255)
-        # One below the other, so that the prediction can be compared with the true answer.
-        axes.set_title(
-            f"image + {number}\n"
-            f"model: {mistake['pred_digit']} ({mistake['digit_prob']:.0%}), "
-            f"sum {mistake['pred_sum']} ({mistake['sum_prob']:.0%})\n"
-            f"true: {digit}, sum {digit + number}",
-            fontsize=7,
-        )
-    return _png(figure)
+    title = "the most confident mistakes on test images" if mistakes else "no mistakes on test images"
+    down = -(-len(mistakes) // _ACROSS)
+    across = -(-len(mistakes) // max(1, down))  # as many in each line, but for the last one
+    cell_width, cell_height = 1.5, 1.85  # inches
+    width, height = max(4.2, across * cell_width), down * cell_height + 0.45
+    figure = Figure(figsize=(width, height))
+    # One pair of axes in inches, from the upper left corner: a pair for each image takes several times as long.
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.text(width / 2, 0.08, title, ha="center", va="top", fontsize=12)
+    for place, (mistake, image) in enumerate(zip(mistakes, images, strict=True)):
+        x = width / 2 + (place % across - (across - 1) / 2) * cell_width
+        y = 0.45 + place // across * cell_height
+        # `none`: an SVG holds 28 x 28 pixels, and not an enlarged picture.
+        axes.imshow(image, "gray_r", vmin=0, vmax=255, extent=(x - 0.55, x + 0.55, y + 1.1, y), interpolation="none")
+        for line, (text, color) in enumerate(_answer_lines(mistake)):
+            axes.text(x, y + 1.15 + 0.18 * line, text, ha="center", va="top", color=color, fontsize=9)
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    return figure
 
 
-def draw_reliability(heads: dict[str, Reliability]) -> bytes:
-    """Reliability diagram of each head: accuracy by predicted probability, in the bins of `Reliability`."""
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
-    for axes, (name, head) in zip(figure.subplots(1, len(heads)), heads.items(), strict=True):
+def _answer_lines(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    """The question, and of each head the predicted class, its probability and, if that is wrong, the true class."""
+    lines = [(f"image + {answer['number']}", "black")]
+    for head in HEADS:
+        predicted, true = answer[f"pred_{head.name}"], head.target(answer["digit"], answer["number"])
+        text = f"{head.name} {predicted} ({answer[f'{head.name}_prob']:.0%})"
+        lines.append((text, _BLUE) if predicted == true else (f"{text}, not {true}", _ORANGE))
+    return lines
+
+
+@_picture
+def draw_reliability(heads: dict[str, Reliability]) -> Figure:
+    """Reliability diagram of each head: accuracy by predicted probability, in the bins of `Reliability`, and rows by bin."""
+    figure, panels = _panels(9, 4.8, len(heads), left=0.9, down=(3, 1))
+    for (name, head), axes, below, (color, marker) in zip(heads.items(), *panels, _HEAD_STYLES, strict=False):
         rows, right = np.array(head.rows), np.array(head.right)
-        used = rows > 0
-        rows, accuracy, probability = rows[used], right[used] / rows[used], np.array(head.probability)[used] / rows[used]
-        axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect calibration")
-        # Error bars: one standard error of the accuracy, with Wilson's estimate, which is not 0 for bins of accuracy 0 or 1.
-        estimate = (right[used] + 0.5) / (rows + 1)
-        error = np.sqrt(estimate * (1 - estimate) / rows)
-        axes.errorbar(probability, accuracy, error, fmt="o", markersize=4, capsize=2, label="predictions")
-        for x, y, count in zip(probability, accuracy, rows, strict=True):
-            axes.annotate(f"{count:,}", (x, y), xytext=(-3, 5), textcoords="offset points", fontsize=7, ha="right")
+        used, edges = rows > 0, np.linspace(0, 1, len(rows) + 1)
+        below.bar(edges[:-1], rows, np.diff(edges), align="edge", color=color, edgecolor="white", linewidth=0.5)
+        rows, right, probability = rows[used], right[used], np.array(head.probability)[used] / rows[used]
+        accuracy = right / rows
+        low, high = np.array([wilson_interval(*of) for of in zip(accuracy, rows, strict=True)]).reshape(-1, 2).T.clip(0, 1)
+        start = edges[:-1][used].min(initial=1 - edges[1])
+        axes.plot([start, 1], [start, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
+        bars = np.maximum((accuracy - low, high - accuracy), 0)  # rounding may leave -1e-17
+        axes.errorbar(
+            probability, accuracy, bars, fmt=marker, color=color, capsize=2, linewidth=1, label="accuracy, 95% interval"
+        )
         ece = head.metrics()["ece"]
-        calibration = "" if ece is None else f", expected calibration error {ece:.4f}"
-        axes.set(title=f"{name}{calibration}", xlabel="predicted probability", ylabel="accuracy")
-        axes.set(xlim=(-0.02, 1.04), ylim=(-0.05, 1.09))
-        axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", fontsize=8)
-    return _png(figure)
+        axes.set_title(f"{name}" if ece is None else f"{name}: expected calibration error {ece:.4f}")
+        floor = min(start, low.min(initial=1))
+        axes.set(
+            ylim=(floor - 0.03 * (1 - floor), 1 + 0.03 * (1 - floor)), xlim=(start - 0.02 * (1 - start), 1 + 0.02 * (1 - start))
+        )
+        axes.legend(loc="lower right")
+        below.set(xlabel="predicted probability", ylim=(0.5, max(10, 3 * max(head.rows))), yscale="log")
+        below.yaxis.set_major_formatter("{x:,.0f}")
+        axes.grid()
+        below.grid(axis="y")
+    figure.text(0.1 / 9, 0.64, "accuracy", rotation=90, va="center")
+    figure.text(0.1 / 9, 0.21, "rows", rotation=90, va="center")
+    return figure
 
 
-def draw_probabilities(histograms: dict[str, list[int]]) -> bytes:
+@_picture
+def draw_probabilities(histograms: dict[str, list[int]]) -> Figure:
     """Histogram of a scoring run's predicted probabilities, by column: rows in bins of equal width over 0..1."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axes, (column, counts) in zip(figure.subplots(1, len(histograms), sharey=True), histograms.items(), strict=True):
+    figure, panels = _panels(9, 3.4, len(histograms), left=0.9)
+    for axes, (column, counts), (color, _) in zip(panels, histograms.items(), _HEAD_STYLES, strict=False):
         width = 1 / len(counts)
         edges = np.arange(len(counts)) * width
-        axes.bar(edges, counts, width=width, align="edge", edgecolor="white", linewidth=0.5)
+        axes.bar(edges, counts, width=width, align="edge", color=color, edgecolor="white", linewidth=0.5)
         last_bin = counts[-1] / max(1, sum(counts))
         axes.set(title=f"{column.removesuffix('_prob')}: {last_bin:.2%} of {sum(counts):,} rows above {1 - width:.2f}")
         axes.set(xlabel=column, xlim=(0, 1))
         axes.set_yscale("symlog", linthresh=1)  # nearly all rows are in the last bin; the others are the interesting ones
-        axes.grid(axis="y", alpha=0.3)
-    figure.axes[0].set_ylabel("rows")
-    return _png(figure)
+        axes.set_ylim(0, max(10, *(2 * max(counts) for counts in histograms.values())))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(axis="y")
+    figure.text(0.1 / 9, 0.5, "rows", rotation=90, va="center")
+    return figure
 
 
-def draw_rejects(reasons: dict[str, int]) -> bytes:
+@_picture
+def draw_rejects(reasons: dict[str, int]) -> Figure:
     """Rejected rows by reason, the most frequent first."""
     shown = dict(list(reasons.items())[:_REASONS_DRAWN])
     if len(reasons) > len(shown):
@@ -181,30 +285,65 @@ def draw_rejects(reasons: dict[str, int]) -> bytes:
     labels = [textwrap.fill(reason, _REASON_WIDTH) for reason in shown]
     figure = Figure(figsize=(9, 0.9 + 0.45 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh(range(len(shown)), list(shown.values()), color="tab:red")
+    bars = axes.barh(range(len(shown)), list(shown.values()), color=_ORANGE)
     axes.bar_label(bars, labels=[f"{count:,}" for count in shown.values()], padding=3)
-    axes.set_yticks(range(len(shown)), labels, fontsize=8)
+    axes.set_yticks(range(len(shown)), labels, fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(title=f"{sum(shown.values()):,} rejected rows by reason", xlabel="rows")
-    return _png(figure)
+    return figure
 
 
-def _rates(right: npt.NDArray[Any], totals: npt.NDArray[Any], separator: str) -> list[str]:
-    """Label of each digit: itself, and the share of its rows that are right, in percent."""
-    shares = [f"{100 * hits / total:.1f}" if total else "-" for hits, total in zip(right, totals, strict=True)]
-    return [f"{digit}{separator}{share}" for digit, share in enumerate(shares)]
+def _percent(right: npt.NDArray[Any], totals: npt.NDArray[Any]) -> list[str]:
+    return [f"{100 * hits / total:.1f}" if total else "-" for hits, total in zip(right, totals, strict=True)]
 
 
-def _grid(axes: Axes, values: npt.NDArray[Any], texts: list[list[str]], colormap: str, limits: tuple[float, float]) -> None:
-    axes.imshow(values, cmap=colormap, vmin=limits[0], vmax=limits[1], alpha=0.75)
-    axes.set_xticks(range(values.shape[1]))
-    axes.set_yticks(range(values.shape[0]))
-    for (down, across), _ in np.ndenumerate(values):
-        axes.text(across, down, texts[down][across], ha="center", va="center", fontsize=8)
+def _panels(
+    width: float, height: float, across: int, left: float = 0.6, bottom: float = 0.55, down: Sequence[int] = ()
+) -> tuple[Figure, Any]:
+    """A figure of this size in inches, and its axes: [across], or [down, across] with these ratios of their heights.
+
+    The margins in inches are fixed: to compute them takes as long as to draw.
+    """
+    figure = Figure(figsize=(width, height))
+    places = {"left": left / width, "right": 1 - 0.15 / width, "bottom": bottom / height, "top": 1 - 0.35 / height}
+    places |= {"wspace": 0.22, "hspace": 0.06 if down else 0}
+    axes = figure.subplots(len(down) or 1, across, sharex="col", squeeze=False, height_ratios=down or None, gridspec_kw=places)
+    return figure, axes if down else axes[0]
 
 
-def _png(figure: Figure) -> bytes:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+def _grid(colors: npt.NDArray[Any], texts: list[list[str]], dark: npt.NDArray[np.bool_], *, head: float) -> tuple[Figure, Axes]:
+    """A figure with cells of colours RGBA[n, m, 4] and texts, which are white where the colour is dark; `head`: inches above."""
+    side, left, right, below = 4.8, 0.65, 0.75, 0.6
+    width, height = left + side + right, below + side + head
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((left / width, below / height, side / width, side / height))
+    edges = (np.arange(size + 1) - 0.5 for size in (colors.shape[1], colors.shape[0]))
+    axes.pcolormesh(*edges, colors, edgecolors="#dddddd", linewidth=0.5)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(range(colors.shape[1]))
+    axes.set_yticks(range(colors.shape[0]))
+    axes.tick_params(length=0)
+    for (down, across), white in np.ndenumerate(dark):
+        if texts[down][across]:
+            axes.text(
+                across, down, texts[down][across], ha="center", va="center", fontsize=9, color="white" if white else "black"
+            )
+    return figure, axes
+
+
+def _beside(axes: Axes, title: str, labels: list[str]) -> None:
+    """A label at the right of each line of cells."""
+    for place, label in enumerate(labels):
+        axes.text(9.6, place, label, va="center", fontsize=9, color=_GREY)
+    axes.text(10.45, 4.5, title, va="center", rotation=90, color=_GREY)
+
+
+def _above(axes: Axes, title: str, labels: list[str]) -> None:
+    """A label above each column of cells."""
+    for place, label in enumerate(labels):
+        axes.text(place, -0.65, label, ha="center", va="bottom", fontsize=9, color=_GREY)
+    axes.text(4.5, -1.05, title, ha="center", va="bottom", color=_GREY)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import jinja2
 
@@ -23,11 +23,31 @@ MODEL_CARD: Final = "README.md"
 PICTURES: Final = {
     "history.png": "Loss and error by epoch",
     "confusion.png": "Digits: confusion matrix",
-    "sums.png": "Sums: accuracy by digit and number",
+    "sums.png": "Sums: mistakes by digit and number",
     "reliability.png": "Reliability: accuracy by predicted probability",
     "mistakes.png": "The most confident mistakes",
 }
-"""Titles of the pictures by their file names in the run folder."""
+"""Titles of the pictures by their file names in the run folder; `svg_name` gives those of their SVG files."""
+
+_PIXELS: Final = 1.5
+"""Of a picture, for each pixel of a page's width: text then has one size in all pictures."""
+
+
+class Picture(NamedTuple):
+    """One picture in two formats."""
+
+    png: bytes
+    svg: bytes
+
+
+def svg_name(png_name: str) -> str:
+    """Name of the SVG file beside a PNG file."""
+    return png_name.removesuffix(".png") + ".svg"
+
+
+def picture_files(pictures: dict[str, Picture]) -> dict[str, bytes]:
+    """Contents of the files of pictures, by file name; `pictures` are by the names of their PNG files."""
+    return {name: one.png for name, one in pictures.items()} | {svg_name(name): one.svg for name, one in pictures.items()}
 
 
 def versions() -> dict[str, str]:
@@ -85,7 +105,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 
 def report_page(
-    name: str, manifest: dict[str, Any], card: dict[str, Any], history: list[dict[str, Any]], pictures: dict[str, bytes]
+    name: str, manifest: dict[str, Any], card: dict[str, Any], history: list[dict[str, Any]], pictures: dict[str, Picture]
 ) -> str:
     """Render the HTML page of a finished run: results, pictures, epochs, how to score with the model, configuration.
 
@@ -94,22 +114,22 @@ def report_page(
         manifest: contents of manifest.json.
         card: contents of model.json.
         history: lines of history.jsonl.
-        pictures: PNG bytes by file name (keys of PICTURES).
+        pictures: by the names of their PNG files (keys of PICTURES).
     """
     intervals = {head.name: wilson_interval(card["test"][f"{head.name}_accuracy"], card["test"]["rows"]) for head in HEADS}
-    shown = _encoded({PICTURES[key]: png for key, png in pictures.items()})
+    shown = _encoded({PICTURES[key]: picture for key, picture in pictures.items()})
     return _render(
         "report.html.j2", pictures=shown, name=name, manifest=manifest, card=card, history=history, intervals=intervals
     )
 
 
-def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes]) -> str:
+def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, Picture]) -> str:
     """Render the HTML page of a scored output: counts, rejected rows with examples, frequencies, the least sure rows, pictures.
 
     Args:
         manifest: contents of manifest.json.
         totals: `scoring.counts.Counts`.
-        pictures: PNG bytes by title.
+        pictures: by title.
     """
     return _render("scored.html.j2", pictures=_encoded(pictures), manifest=manifest, line=manifest["totals"], totals=totals)
 
@@ -125,8 +145,12 @@ def model_card(name: str, card: dict[str, Any], data: dict[str, Any]) -> str:
     return _render("model_card.md.j2", name=name, card=card, data=data, of_mnist=data["source"] in ("mnist", "sample"))
 
 
-def _encoded(pictures: dict[str, bytes]) -> list[tuple[str, str]]:
-    return [(title, base64.b64encode(png).decode()) for title, png in pictures.items()]
+def _encoded(pictures: dict[str, Picture]) -> list[tuple[str, int, str]]:
+    """Title, width on the page, and base64 of the PNG file, whose bytes 16 to 19 are its width."""
+    return [
+        (title, round(int.from_bytes(one.png[16:20], "big") / _PIXELS), base64.b64encode(one.png).decode())
+        for title, one in pictures.items()
+    ]
 
 
 def _render(template: str, **values: Any) -> str:

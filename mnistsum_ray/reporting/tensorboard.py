@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
-from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, model_scalars
+from mnistsum_ray.reporting.report import Picture, epoch_end, epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 
 FOLDER: Final = "tensorboard"
@@ -53,21 +53,21 @@ def write_epochs(run: Location, history: list[dict[str, Any]]) -> None:
                 writer.add_scalar("train/step_loss", loss, (entry["epoch"] - 1) * steps + step, walltime=trained)
 
 
-def write_final(run: Location, epoch: int, card: dict[str, Any], pictures: dict[str, bytes], config: dict[str, Any]) -> None:
+def write_final(run: Location, epoch: int, card: dict[str, Any], pictures: dict[str, Picture], config: dict[str, Any]) -> None:
     """Write the event file of the finished run.
 
     Args:
         run: the run folder.
         epoch: the last epoch, under which everything is shown.
         card: contents of model.json, for the model's metrics.
-        pictures: PNG bytes by file name.
+        pictures: by the names of their PNG files.
         config: settings of the run, shown as a table.
     """
     with _event_file(_place(run, epoch, "final")) as writer:
         for key, value in model_scalars(card).items():
             writer.add_scalar(key, value, epoch)
-        for key, png in pictures.items():
-            with Image.open(io.BytesIO(png)) as picture:
+        for key, drawn in pictures.items():
+            with Image.open(io.BytesIO(drawn.png)) as picture:
                 writer.add_image(key, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
         # TensorBoard's page HPARAMS compares runs by these. `writer.add_hparams` would make a folder for them.
         settings = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}

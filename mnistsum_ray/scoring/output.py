@@ -2,7 +2,7 @@
 
 OUTPUT/predictions/, OUTPUT/rejected/      files of parts, complete under their names; data alone, so that every reader of
                                            Parquet can take the folder
-OUTPUT/files.parquet, *.png, report.html   about the whole run, written after all predictions
+OUTPUT/files.parquet, report.html, *.png, *.svg   about the whole run, written after all predictions
 OUTPUT/manifest.json                       written last: while it exists, the output is finished
 OUTPUT/_unpublished/                       the same, of a run with --overwrite or --strict that has not been published
 OUTPUT/_lock                               names the run that writes here
@@ -22,6 +22,7 @@ from mnistsum_ray.cluster.map_files import map_files
 from mnistsum_ray.data.inputs import FILE_SCHEMA
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
 from mnistsum_ray.reporting.console import Console, Progress
+from mnistsum_ray.reporting.report import svg_name
 from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, read_stamps
 from mnistsum_ray.scoring.preflight import STAGING, Plan
 from mnistsum_ray.storage.location import Location, is_hidden, is_partial
@@ -37,7 +38,7 @@ PICTURES: Final = {
 }
 """Titles of the pictures by their file names."""
 
-SUMMARIES: Final = (FILES_TABLE, *PICTURES, REPORT)
+SUMMARIES: Final = (FILES_TABLE, *PICTURES, *map(svg_name, PICTURES), REPORT)
 """Files about the whole run. They are written after all predictions and before the manifest."""
 
 FILES_SCHEMA: Final = pa.schema(

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.errors import counted, percent
 from mnistsum_ray.reporting.console import accuracies
-from mnistsum_ray.reporting.report import scored_page, versions
+from mnistsum_ray.reporting.report import Picture, picture_files, scored_page, versions
 from mnistsum_ray.scoring.counts import Counts
 from mnistsum_ray.scoring.output import FILES_TABLE, MANIFEST, PICTURES, REPORT, SUMMARIES, Committed, OutputFiles, unpublish
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
@@ -61,10 +61,10 @@ def publish(
         RunError: another run holds the output.
     """
     plan.lock.check()
-    pictures = _draw_pictures(counts)
+    drawn = _draw_pictures(counts)
     manifest = _make_manifest(plan, committed.unplanned, counts, line)
-    page = scored_page(manifest, counts, {PICTURES[name]: png for name, png in pictures.items()})
-    summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **pictures}
+    page = scored_page(manifest, counts, {PICTURES[name]: picture for name, picture in drawn.items()})
+    summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **picture_files(drawn)}
     for name in SUMMARIES:
         if name in summaries:
             (plan.folder / name).write_bytes(summaries[name])
@@ -110,8 +110,8 @@ def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], re
         plan.folder.filesystem.delete_dir(plan.folder.path)
 
 
-def _draw_pictures(counts: Counts) -> dict[str, bytes]:
-    """PNG bytes by file name: probabilities; where rows have labels their reliability; where rows were rejected the reasons."""
+def _draw_pictures(counts: Counts) -> dict[str, Picture]:
+    """By file name: probabilities; where rows have labels their reliability; where rows were rejected the reasons."""
     from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
 
     drawn = {"probabilities.png": pictures.draw_probabilities(counts.probabilities)}

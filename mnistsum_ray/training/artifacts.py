@@ -20,7 +20,7 @@ from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
 from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, report_page, versions
+from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, picture_files, report_page, versions
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.loop import TrainingResult
 from mnistsum_ray.training.preflight import DATA_FILES, TrainingRun
@@ -157,14 +157,15 @@ def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any
         ),
         "mistakes.png": pictures.draw_mistakes(analysis["mistakes"], result.mistake_images),
     }
-    for name, png in drawn.items():
-        (run.folder / name).write_bytes(png)
+    files = picture_files(drawn)
+    for name, data in files.items():
+        (run.folder / name).write_bytes(data)
     page = report_page(str(run.config.name), manifest, card, result.history, drawn)
     (run.folder / REPORT).write_bytes(page.encode())
     text = model_card(str(run.config.name), card, manifest["data"])
     (run.folder / "model" / MODEL_CARD).write_bytes(text.encode())
     tensorboard.write_final(run.folder, result.history[-1]["epoch"], card, drawn, manifest["config"])
-    return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE, MODEL_CARD))]
+    return [*files, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE, MODEL_CARD))]
 
 
 @contextmanager

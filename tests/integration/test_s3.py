@@ -63,7 +63,8 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(s3: Storage, cluster: str
     assert again.last_line["resumed_rows"] == 0
     left = {info.path.removeprefix(f"{root.path}/out/") for info in (root / "out").files()}
     assert left == {
-        *("files.parquet", "manifest.json", "probabilities.png", "rejects.png", "report.html", "rejected/part-00001.parquet"),
+        *("files.parquet", "manifest.json", "probabilities.png", "probabilities.svg", "rejects.png", "rejects.svg"),
+        *("report.html", "rejected/part-00001.parquet"),
         *(f"predictions/part-0000{index}.parquet" for index in range(4)),
     }
 

@@ -116,7 +116,8 @@ def check_probabilities(scored: Scored, table: pa.Table, digits: np.ndarray, sum
         assert metrics[head]["ece"] == pytest.approx(sum(gaps) / len(truth), abs=1e-5)
         assert metrics[head]["nll"] > -np.log(probability[right]).sum() / len(truth), "the wrong predictions add to it"
         assert 0 < metrics[head]["brier"] < 2
-    assert (scored.output / "reliability.png").exists()
+    for name in ("reliability.png", "reliability.svg"):
+        assert (scored.output / name).exists()
 
 
 @pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
@@ -214,7 +215,7 @@ def test_another_model_is_refused_and_overwrite_replaces_the_output(
 
     second = score_here(other, output, pairs, overwrite=True)
     assert second.line["scored_rows"] == ROWS - 300
-    summaries = ["files.parquet", "manifest.json", "predictions", "probabilities.png", "report.html"]
+    summaries = ["files.parquet", "manifest.json", "predictions", "probabilities.png", "probabilities.svg", "report.html"]
     assert sorted(path.name for path in second.output.iterdir()) == ["_lock", *summaries]
     left = [f"part-0000{index}.parquet" for index in range(4)]
     assert sorted(path.name for path in (second.output / "predictions").iterdir()) == left

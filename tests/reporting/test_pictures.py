@@ -1,6 +1,7 @@
 """Every picture is legible, also for extreme or missing numbers."""
 
 import io
+import xml.etree.ElementTree as ElementTree
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from mnistsum_ray.reporting import pictures
 
 TEST = {"loss": 0.25} | {f"{head.name}_accuracy": 0.9946 for head in HEADS}
 HISTORY: list[dict[str, Any]] = [
-    {"epoch": epoch, "train_loss": 1 / epoch, "test": TEST, "validation": TEST | {"loss": 0.2}} for epoch in (1, 2)
+    {"epoch": epoch, "step_losses": [[5, 2 / epoch], [9, 1 / epoch]], "test": TEST, "validation": TEST | {"loss": 0.2}}
+    for epoch in (1, 2)
 ]
 MODEL = {"epoch": 2, "test": TEST}
 CONFUSION = (np.eye(10, dtype=int) * 50).tolist()
@@ -27,10 +29,12 @@ RELIABILITY = Reliability(
 
 DRAWN = {
     "history": lambda: pictures.draw_history(HISTORY, MODEL),
+    "no error": lambda: pictures.draw_history(HISTORY, {"epoch": 2, "test": {f"{head.name}_accuracy": 1.0 for head in HEADS}}),
     "one epoch": lambda: pictures.draw_history(HISTORY[:1], MODEL | {"epoch": 1}),
     "confusion": lambda: pictures.draw_confusion(CONFUSION),
     "sums": lambda: pictures.draw_sums((np.array(CONFUSION).sum(1, keepdims=True).repeat(10, 1) - 1).tolist(), CONFUSION),
     "digits without rows": lambda: pictures.draw_sums(np.zeros((10, 10), int).tolist(), np.zeros((10, 10), int).tolist()),
+    "no wrong sum": lambda: pictures.draw_sums([[50] * 10] * 10, CONFUSION),
     "mistakes": lambda: pictures.draw_mistakes([MISTAKE] * 8, IMAGES),
     "no mistakes": lambda: pictures.draw_mistakes([], IMAGES[:0]),
     "probabilities": lambda: pictures.draw_probabilities({"digit_prob": BINS, "sum_prob": BINS}),
@@ -44,14 +48,60 @@ DRAWN = {
 @pytest.mark.parametrize("name", DRAWN)
 @pytest.mark.filterwarnings("error")
 def test_a_picture_is_wide_enough_to_read_and_not_blank(name: str) -> None:
-    with Image.open(io.BytesIO(DRAWN[name]())) as picture:
+    drawn = DRAWN[name]()
+    with Image.open(io.BytesIO(drawn.png)) as picture:
         grey = np.asarray(picture.convert("L"))
     assert 600 <= grey.shape[1] <= 1400
     assert (grey < 128).sum() > 200, "some ink"
+    svg = ElementTree.fromstring(drawn.svg)
+    _, _, width, height = map(float, svg.attrib["viewBox"].split())
+    assert height / width == pytest.approx(grey.shape[0] / grey.shape[1], abs=0.01), "the same picture"
+    assert len(drawn.svg) < 150_000
 
 
 def test_the_same_numbers_give_the_same_bytes() -> None:
     assert pictures.draw_confusion(CONFUSION) == pictures.draw_confusion(CONFUSION)
     other = np.array(CONFUSION)
     other[4, 9] = 3
-    assert pictures.draw_confusion(CONFUSION) != pictures.draw_confusion(other.tolist())
+    for one, changed in zip(pictures.draw_confusion(CONFUSION), pictures.draw_confusion(other.tolist()), strict=True):
+        assert one != changed
+
+
+def test_intervals_of_the_reliability_are_inside_of_the_picture_and_of_0_to_1() -> None:
+    head = Reliability(
+        1.0, 1.0, [0] * 9 + [1, 28, 1, 2, 3, 900], [0] * 9 + [0.62, 19.0, 0.75, 1.65, 2.7, 899.0], [0] * 11 + [1, 2, 3, 900]
+    )
+    figure = pictures.draw_reliability.__wrapped__({"digit": head})  # type: ignore[attr-defined]
+    axes, below = figure.axes
+    (bars,) = axes.containers
+    ends = np.concatenate([path.vertices[:, 1] for path in bars[2][0].get_paths()])
+    assert 0 <= ends.min() < ends.max() <= 1
+    assert axes.get_ylim()[0] <= ends.min()
+    assert axes.get_xlim()[0] == pytest.approx(0.6, abs=0.02), "nothing is below"
+    assert [patch.get_height() for patch in below.patches][-6:] == [1, 28, 1, 2, 3, 900]
+
+
+@pytest.mark.parametrize(("count", "across", "down"), [(1, 1, 1), (4, 4, 1), (7, 4, 2), (24, 6, 4)])
+def test_the_picture_of_the_mistakes_has_the_size_of_its_content(count: int, across: int, down: int) -> None:
+    width, height = pictures.draw_mistakes.__wrapped__([MISTAKE] * count, IMAGES[:1].repeat(count, 0)).get_size_inches()  # type: ignore[attr-defined]
+    assert width == max(4.2, 1.5 * across)
+    assert height == pytest.approx(1.85 * down + 0.45)
+
+
+def texts(figure: Any) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_a_wrong_answer_is_named_with_the_right_one() -> None:
+    half_right = MISTAKE | {"pred_digit": 3}
+    figure = pictures.draw_mistakes.__wrapped__([MISTAKE, half_right], IMAGES[:2])  # type: ignore[attr-defined]
+    assert texts(figure)[1:] == [
+        *("image + 4", "digit 5 (90%), not 3", "sum 9 (80%), not 7"),
+        *("image + 4", "digit 3 (90%)", "sum 9 (80%), not 7"),
+    ]
+
+
+def test_a_picture_without_wrong_sums_says_so() -> None:
+    draw = pictures.draw_sums.__wrapped__  # type: ignore[attr-defined]
+    assert "no sum is wrong" in texts(draw([[50] * 10] * 10, CONFUSION))
+    assert "no sum is wrong" not in texts(draw([[49] * 10] * 10, CONFUSION))

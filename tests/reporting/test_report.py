@@ -56,7 +56,7 @@ def test_the_page_shows_what_the_run_has(card: dict[str, Any]) -> None:
     assert ("4,000 steps" in page) == ("76.54 %" in page) == bool(card["sum_head"])
     assert ("99.987 %" in page) == ("0.9912" in page) == ("probabilities" in card)
     assert "<b> & c" not in page
-    assert page.count("(95 %: ") == len(HEADS)
+    assert page.count("(95&nbsp;%: ") == len(HEADS)
     assert "2026-11-27T06:00:00+00:00" in page
     assert page.count("data:image/png;base64,") == 1
 
