@@ -1,13 +1,17 @@
 """Counts of rows for the report: of a part, as JSON in the metadata of its files, or of a whole output."""
 
+import base64
+import io
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
+from PIL import Image
 
-from mnistsum_ray.data.images import DIGITS
+from mnistsum_ray.data.images import DIGITS, Pixels
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import Reliability
@@ -19,10 +23,17 @@ _EXAMPLES: Final = 3
 """Rows that are named for each reason."""
 
 _UNSURE: Final = 20
-"""The least sure rows that are named; some may be missing where a part has more of them than it names."""
+"""The least sure rows that are shown; some may be missing where a part has more of them than it names."""
 
 _PARTS_AT_ONCE: Final = 10_000
 """Parts whose counts are Python objects at the same time."""
+
+
+def encode_image(image: Pixels) -> str:
+    """One image, uint8[28, 28], as base64 of a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 @dataclass
@@ -39,12 +50,15 @@ class Counts:
     """Scored rows by the probability of each head, in bins of equal width over 0..1."""
     reliability: dict[str, Reliability] = field(default_factory=lambda: {head.name: Reliability() for head in HEADS})
     """By head, over the rows whose label is known."""
+    confusion: list[list[int]] = field(default_factory=lambda: [[0] * DIGITS for _ in range(DIGITS)])
+    """Scored rows whose label is known, by label and predicted digit."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Rejected rows by reason."""
     examples: dict[str, list[list[Any]]] = field(default_factory=dict)
     """Some rejected rows by reason: input file and row."""
     unsure: list[list[Any]] = field(default_factory=list)
-    """Rows whose digit is least sure: `digit_prob`, input file, row, predicted digit, number."""
+    """Rows whose digit is least sure, each of another image: `digit_prob`, input file, row, predicted digit, number, label or
+    None, and `encode_image`. The image is here because the input may be gone when the report is written."""
 
     @classmethod
     def of_output(cls, parts: pa.Table) -> "Counts":
@@ -55,7 +69,8 @@ class Counts:
                 counts = json.loads(text)
                 sums = {head: Reliability(**of_head) for head, of_head in counts.pop("reliability", {}).items()}
                 total.add(cls(**counts, reliability=sums))
-            total.unsure = sorted(total.unsure)[:_UNSURE]
+            once = {row[-1]: row for row in sorted(total.unsure, reverse=True)}  # the least sure row of each image
+            total.unsure = sorted(once.values())[:_UNSURE]
         total.reasons = dict(Counter(total.reasons).most_common())
         return total
 
@@ -67,6 +82,7 @@ class Counts:
             total[:] = map(int.__add__, total, added)
         for head, sums in other.reliability.items():
             self.reliability[head].add(sums)
+        self.confusion = np.add(self.confusion, other.confusion).tolist()
         for reason, count in other.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
         for reason, rows in other.examples.items():

@@ -35,6 +35,7 @@ PICTURES: Final = {
     "probabilities.png": "Rows by predicted probability",
     "rejects.png": "Rejected rows by reason",
     "reliability.png": "Accuracy by predicted probability",
+    "confusion.png": "Digits: confusion matrix",
 }
 """Titles of the pictures by their file names."""
 

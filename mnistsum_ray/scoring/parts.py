@@ -180,7 +180,7 @@ FORMAT: Final = 7
 """Version of the stamp and of how files are split; an output of another version is refused. 5 dropped temperatures, which are in
 the weights; 6 moved the counts to a key of their own; 7 splits files otherwise."""
 
-COUNTS_KEY: Final = b"mnistsum_ray.counts/2"
+COUNTS_KEY: Final = b"mnistsum_ray.counts/3"
 """Key of `counts.Counts`, with its version. The counts are for the report alone: a file without them is resumed too."""
 
 STAMP_SCHEMA: Final = pa.schema(

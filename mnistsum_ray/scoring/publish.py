@@ -111,12 +111,13 @@ def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], re
 
 
 def _draw_pictures(counts: Counts) -> dict[str, Picture]:
-    """By file name: probabilities; where rows have labels their reliability; where rows were rejected the reasons."""
+    """By file name: probabilities; where rows have labels reliability and confusion; where rows were rejected the reasons."""
     from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
 
     drawn = {"probabilities.png": pictures.draw_probabilities(counts.probabilities)}
     if counts.labelled:
         drawn["reliability.png"] = pictures.draw_reliability(counts.reliability)
+        drawn["confusion.png"] = pictures.draw_confusion(counts.confusion, "labelled rows")
     if counts.reasons:
         drawn["rejects.png"] = pictures.draw_rejects(counts.reasons)
     return drawn
@@ -137,6 +138,7 @@ def _make_manifest(plan: Plan, unplanned: int, counts: Counts, line: dict[str, A
         "rows_by_probability": counts.probabilities,
         "rows_by_digit": counts.digits,
         "rows_by_number": counts.numbers,
+        "confusion": counts.confusion if counts.labelled else None,
         "probabilities": counts.probability_metrics(),
         "config": plan.config.model_dump(mode="json", exclude={"config"}) | located,
         "model": {key: plan.card[key] for key in ("sha256", "epoch", "parameters")},

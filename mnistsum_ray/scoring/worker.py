@@ -30,7 +30,7 @@ from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.metrics import Reliability
-from mnistsum_ray.scoring.counts import BINS, Counts
+from mnistsum_ray.scoring.counts import BINS, Counts, encode_image
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, from_metadata, to_metadata
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
 from mnistsum_ray.storage.location import Backoff, Location
@@ -61,8 +61,9 @@ batch, wastes most of its time."""
 _MAX_REASONS: Final = 20
 """Reasons that a file's metadata counts separately, so that a file with many different bad rows stays small."""
 
-_UNSURE: Final = 3
-"""The least sure rows of a part that its metadata names."""
+_UNSURE: Final = (3, 8)
+_ROWS_PER_UNSURE: Final = 250
+"""A part's metadata holds one of its least sure images for so many rows, but 3 to 8. An image takes 0.4 KB."""
 
 
 class Scorer:
@@ -289,18 +290,26 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
         digits=np.bincount(digits, minlength=DIGITS).tolist(),
         numbers=np.bincount(numbers, minlength=NUMBERS).tolist(),
     )
+    labels = np.full(len(good), -1) if rows.labels is None else rows.labels[good]
+    known = labels >= 0
+    cells = np.bincount(labels[known] * DIGITS + digits[known], minlength=DIGITS * DIGITS)
+    counts.confusion = cells.reshape(DIGITS, DIGITS).tolist()
     for head in HEADS:
         probability = predictions.values[f"{head.name}_prob"]
         counts.probabilities[f"{head.name}_prob"] = np.histogram(probability, BINS, (0, 1))[0].tolist()
         if rows.labels is not None:
-            labels = rows.labels[good]
-            known = labels >= 0
             right = predictions.values[f"pred_{head.name}"][known] == head.target(labels, numbers)[known]
             losses = (predictions.values[f"{head.name}_{loss}"][known] for loss in ("nll", "brier"))
             counts.reliability[head.name] = Reliability.from_predictions(probability[known], right, *losses)
-    for place in np.argsort(predictions.digit_prob, kind="stable")[:_UNSURE].tolist():
-        where = (part.name, part.first_row + int(good[place]), int(digits[place]), int(numbers[place]))
-        counts.unsure.append([round(float(predictions.digit_prob[place]), 3), *where])
+    unsure: dict[str, list[Any]] = {}
+    wanted = int(np.clip(len(good) // _ROWS_PER_UNSURE, *_UNSURE))
+    # The same image may be there with each number.
+    for place in np.argsort(predictions.digit_prob, kind="stable")[: NUMBERS * wanted].tolist():
+        if len(unsure) < wanted and (image := encode_image(rows.images[good[place]])) not in unsure:
+            where = (part.name, part.first_row + int(good[place]), int(digits[place]), int(numbers[place]))
+            label = int(labels[place]) if known[place] else None
+            unsure[image] = [round(float(predictions.digit_prob[place]), 3), *where, label, image]
+    counts.unsure = [*unsure.values()]
     commonest = Counter(rows.reasons.values()).most_common(_MAX_REASONS)
     others = len(rows.reasons) - sum(count for _, count in commonest)
     first_rows = {reason: row for row, reason in reversed(rows.reasons.items())}

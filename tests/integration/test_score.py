@@ -116,7 +116,9 @@ def check_probabilities(scored: Scored, table: pa.Table, digits: np.ndarray, sum
         assert metrics[head]["ece"] == pytest.approx(sum(gaps) / len(truth), abs=1e-5)
         assert metrics[head]["nll"] > -np.log(probability[right]).sum() / len(truth), "the wrong predictions add to it"
         assert 0 < metrics[head]["brier"] < 2
-    for name in ("reliability.png", "reliability.svg"):
+    counted = np.bincount(table["digit"].to_numpy() * 10 + table["pred_digit"].to_numpy(), minlength=100)
+    assert np.ravel(scored.manifest()["confusion"]).tolist() == counted.tolist()
+    for name in ("reliability.png", "reliability.svg", "confusion.png", "confusion.svg"):
         assert (scored.output / name).exists()
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
-from mnistsum_ray.scoring.counts import Counts
+from mnistsum_ray.scoring.counts import Counts, encode_image
 from mnistsum_ray.scoring.output import OutputFiles, reconcile, resume
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.publish import publish_staged, result_line
@@ -58,7 +59,8 @@ def test_all_rows_there(folder: Path) -> None:
     assert counts.digits == [4, *[5] * 6, 4, 4, 4]
     assert counts.numbers == [0, 46, *[0] * 8]
     assert counts.probabilities == {name: [0] * 10 + [46] + [0] * 9 for name in PREDICTION_FIELDS.names if name.endswith("_prob")}
-    assert sorted(counts.unsure)[0] == [0.5, "a.parquet", 0, 0, 1]
+    assert counts.unsure == [[0.5, "a.parquet", 0, 0, 1, 1, encode_image(np.zeros((28, 28), np.uint8))]], "the same image once"
+    assert counts.confusion == [[0] * 10, counts.digits, *[[0] * 10] * 8], "all labels are 1"
 
 
 def part(folder: Path, of: str = "predictions") -> Path:

@@ -13,6 +13,7 @@ import pytest
 
 from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.scoring.counts import encode_image
 from mnistsum_ray.scoring.output import OutputFiles
 from mnistsum_ray.scoring.parts import COUNTS_KEY, FORMAT, KEY
 from mnistsum_ray.scoring.preflight import Plan
@@ -148,7 +149,7 @@ def written(tmp_path: Path) -> Path:
     """A file with eight rows in two parts, the last five bad; the folder of its output."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
     columns = {"number": [1, 2, 3, 44, 55, 66, 77, 88], "Reason": ["a"] * 8, "label": [0, 1, None, 3, 4, 5, 6, 7]}
-    table = pa.table({"image": [bytes(784)] * 8, **columns})
+    table = pa.table({"image": [bytes([row] * 784) for row in range(8)], **columns})
     table = table.replace_schema_metadata({b"pandas": b"{}", b"huggingface": b"{}", b"mine": b"yes"})
     pq.write_table(table, tmp_path / "in" / "deep" / "a.parquet", row_group_size=1)
     write_all(plan_of(tmp_path / "in", tmp_path / "out", max_rows_per_file=4, label_column="label"))
@@ -179,7 +180,11 @@ def test_the_files_of_a_part_and_their_stamp(written: Path) -> None:
     assert [[stamp[name] for name in fields] for stamp in (first, last)] == [[0, 4, 1, 3, 1], [4, 4, 4, 0, 4]]
     counts = json.loads(first["counts"])
     assert (counts["consistent"], counts["digits"][:4]) == (2, [1, 1, 1, 0])
-    assert counts["unsure"][2] == [0.5, "deep/a.parquet", 2, 2, 3]
+    assert counts["unsure"][1:] == [
+        [0.5, "deep/a.parquet", 1, 1, 2, 1, encode_image(np.full((28, 28), 1, np.uint8))],
+        [0.5, "deep/a.parquet", 2, 2, 3, None, encode_image(np.full((28, 28), 2, np.uint8))],
+    ]
+    assert [counts["confusion"][digit][digit] for digit in range(10)] == [1, 1, *[0] * 8]
     assert list(counts["examples"].values()) == [[["deep/a.parquet", 3]]]
     of_sums = counts["reliability"]["sum"]
     assert (sum(of_sums["rows"]), sum(of_sums["right"]), of_sums["brier"]) == (2, 1, 1), "of two labelled rows, one sum is wrong"
