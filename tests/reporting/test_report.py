@@ -1,17 +1,26 @@
-"""The report page, with all optional parts and with none; the model card, and the versions of a manifest."""
+"""The report pages, with all optional parts and with none, and in a browser; the model card, and the versions of a manifest."""
 
+import io
 import json
 import math
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
 
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting import pictures
-from mnistsum_ray.reporting.report import model_card, report_page, versions, wilson_interval
+from mnistsum_ray.reporting.report import PICTURES, model_card, report_page, scored_page, versions, wilson_interval
+from mnistsum_ray.scoring.counts import Counts, encode_image
 from tests.reporting.test_tensorboard import entry
 
 TEST = entry(1)["test"]
@@ -98,3 +107,126 @@ def test_a_git_that_does_not_answer_costs_the_commit_and_not_the_run(tmp_path: P
     started = time.monotonic()
     assert {"python", "mnistsum_ray", "ray", "torch"} <= versions().keys() - {"commit"}
     assert time.monotonic() - started < 45
+
+
+SCORED: dict[str, Any] = {
+    "totals": {
+        "output": "/out",
+        "input_rows": 9,
+        "scored_rows": 8,
+        "rejected_rows": 1,
+        "files": 2,
+        "failed_files": 0,
+        "rows_per_second": 7.5,
+    }
+    | {f"{head.name}_accuracy": 0.75 for head in HEADS},
+    "labelled_rows": 8,
+    "finished": "2026-11-27T06:00:00+00:00",
+    "config": {"input": "/a/folder", "model": "/a/model", "label_column": "digit"},
+    "versions": {"ray": "2.60.0"},
+    "model": {"sha256": "f" * 64},
+    "precision": "fp32",
+}
+FILE = "folder/a_long_name_of_a_file.parquet"
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, 28, 28)).astype(np.uint8)
+COUNTS = Counts(
+    reasons={"the number is 44, not one of 0..9; correct it or drop the row": 1},
+    examples={"the number is 44, not one of 0..9; correct it or drop the row": [[FILE, 3]]},
+    unsure=[[0.1 * row, FILE, row, 4, 5, (9, 4, None, 4)[row], encode_image(image)] for row, image in enumerate(IMAGES)],
+)
+
+
+def scored(**changed: Any) -> str:
+    drawn = {"Rows by probability": pictures.draw_probabilities(COUNTS.probabilities)}
+    return scored_page(SCORED | changed, COUNTS, drawn)
+
+
+def trained() -> str:
+    drawn = pictures.draw_confusion(np.eye(10, dtype=int).tolist())
+    return report_page("mine", MANIFEST, CARD | ALL, [entry(1), entry(2)], dict.fromkeys(PICTURES, drawn))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[webdriver.Chrome]:
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("takes Chromium and its driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    started = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    yield started
+    started.quit()
+
+
+def show(browser: webdriver.Chrome, page: str, folder: Path, width: int, scheme: str = "light") -> None:
+    """Open a page in a window of this width."""
+    place = folder / "report.html"
+    place.write_text(page)
+    size = {"width": width, "height": 4000, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(place.as_uri())
+
+
+BROKEN_WORDS = """
+const broken = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  if (!walker.currentNode.parentElement.closest("td, th")) continue;
+  for (const word of walker.currentNode.data.matchAll(/[a-z0-9_]+/gi)) {
+    const range = document.createRange();
+    range.setStart(walker.currentNode, word.index);
+    range.setEnd(walker.currentNode, word.index + word[0].length);
+    if (range.getClientRects().length > 1) broken.push(word[0]);
+  }
+}
+return broken"""
+
+SCROLLED = """
+return [...document.querySelectorAll(".wide")].map(box => { box.scrollLeft = 50; return box.scrollLeft > 0 })"""
+"""Whether each box can be scrolled sideways."""
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("make", [scored, trained])
+def test_a_page_fits_its_window_and_what_is_wider_scrolls(
+    browser: webdriver.Chrome, make: Any, width: int, tmp_path: Path
+) -> None:
+    show(browser, make(), tmp_path, width)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(BROKEN_WORDS) == []
+    assert any(browser.execute_script(SCROLLED)) == (width == 400)
+    narrowest = browser.execute_script(
+        "return Math.min(...[...document.querySelectorAll('figure img')].map(one => one.width / one.naturalWidth))"
+    )
+    assert narrowest > 0.4, "texts of 10 points of a 150th of an inch are at least 9 pixels"
+
+
+@pytest.mark.parametrize("make", [scored, trained])
+def test_pictures_are_dark_on_light_or_light_on_dark(browser: webdriver.Chrome, make: Any, tmp_path: Path) -> None:
+    greys = {}
+    for scheme in ("light", "dark"):
+        show(browser, make(), tmp_path, 1280, scheme)
+        shot = browser.find_element(By.CSS_SELECTOR, "figure img").screenshot_as_png
+        greys[scheme] = np.asarray(Image.open(io.BytesIO(shot)).convert("L"))
+    for grey in greys.values():
+        assert grey.max() - grey.min() > 200
+    assert np.median(greys["light"]) > 240
+    assert np.median(greys["dark"]) < 30
+
+
+def test_the_least_sure_rows_are_shown_with_image_label_and_file(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    show(browser, scored(), tmp_path, 1280)
+    lines = [line.text for line in browser.find_elements(By.CSS_SELECTOR, ".unsure tr")]
+    assert lines[0] == "image predicted digit digit_prob digit number input row"
+    assert lines[1:3] == [f"4 0.000 9 5 {FILE}, row 0", f"4 0.100 4 5 {FILE}, row 1"]
+    assert lines[3] == f"4 0.200 unknown 5 {FILE}, row 2"
+    assert [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, ".wrong")] == ["9"]
+    images = browser.execute_script("return [...document.querySelectorAll('.digit')].map(one => [one.src, one.naturalWidth])")
+    assert len({source for source, _ in images}) == len(IMAGES)
+    assert {width for _, width in images} == {28}
+    totals = {name: value for name, value in SCORED["totals"].items() if "accuracy" not in name}
+    show(browser, scored(labelled_rows=None, totals=totals), tmp_path, 1280)
+    lines = [line.text for line in browser.find_elements(By.CSS_SELECTOR, ".unsure tr")]
+    assert lines[:2] == ["image predicted digit digit_prob number input row", f"4 0.000 5 {FILE}, row 0"]
