@@ -219,7 +219,8 @@ def _answer_lines(answer: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [(f"image + {answer['number']}", "black")]
     for head in HEADS:
         predicted, true = answer[f"pred_{head.name}"], head.target(answer["digit"], answer["number"])
-        text = f"{head.name} {predicted} ({answer[f'{head.name}_prob']:.0%})"
+        probability = answer[f"{head.name}_prob"]
+        text = f"{head.name} {predicted} ({'>99%' if probability > 0.99 else f'{probability:.0%}'})"
         lines.append((text, _BLUE) if predicted == true else (f"{text}, not {true}", _ORANGE))
     return lines
 
