@@ -41,6 +41,7 @@ _STYLE: Final[dict[Any, Any]] = {
     "lines.markersize": 5,
     "figure.dpi": 150,
     "image.composite_image": False,  # an SVG then holds each image with its own pixels
+    "text.parse_math": False,  # a reason may hold a $
     "svg.hashsalt": "mnistsum_ray",  # the same numbers give the same bytes
 }
 

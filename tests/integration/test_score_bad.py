@@ -1,5 +1,6 @@
 """Bad rows and bad files: each is reported with its place and reason, and everything else is scored."""
 
+import base64
 import html
 import io
 import re
@@ -146,16 +147,20 @@ def test_every_bad_row_is_reported_with_its_place_reason_and_values(
         assert row["input_reason"] == "text"
 
 
-def test_the_page_names_bad_rows_and_the_least_sure_ones(scored: Scored) -> None:
+def test_the_page_names_bad_rows_and_shows_the_least_sure_ones(scored: Scored, sample: pa.Table) -> None:
     page = html.unescape((scored.output / "report.html").read_text())
     manifest = scored.manifest()
     for reason, count in list(manifest["rejected_by_reason"].items())[:10]:
         assert f"<td>{count:,}</td><td>{reason}</td><td>" in page
     assert re.search(r"\d\d\.parquet, row \d+; \d\d\.parquet, row \d+", page), "examples"
     assert sum(manifest["rows_by_digit"]) == sum(manifest["rows_by_number"]) == scored.line["scored_rows"]
-    named = re.findall(r"<tr><td>(0\.\d+)</td><td>\d</td><td>\d</td><td>(\S+), row ([\d,]+)</td>", page)
-    assert len(named) == 20
-    probabilities = [float(probability) for probability, _, _ in named]
+    cells = r'base64,([^"]+)"></td><td>\d</td><td>(0\.\d+)</td><td>\d</td><td>(\d\d)\.parquet, row ([\d,]+)</td>'
+    shown = re.findall(cells, page)
+    assert len(shown) == len({png for png, *_ in shown}) == 20, "each image once, though it is in several files"
+    for png, _, file, row in shown:
+        with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+            assert np.array_equal(picture, rows_of(sample, int(file))[1][int(row)])
+    probabilities = [float(probability) for _, probability, *_ in shown]
     assert probabilities == sorted(probabilities)
     tables = [pq.ParquetFile(path).read(["digit_prob"]) for path in (scored.output / "predictions").rglob("*.parquet")]
     assert probabilities[0] == pytest.approx(pa.concat_tables(tables)["digit_prob"].to_numpy().min(), abs=5e-4)
