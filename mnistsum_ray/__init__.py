@@ -6,6 +6,7 @@ The Python API does what the jobs do from a shell:
 
     trained = fit(TrainConfig(data="sample"))
     score(ScoreConfig(model=trained.run, input=("pairs/",), output="scored/"))
+    answer = predict(trained.run, "seven.png", 5)  # a picture and a number
     predictions = predict(load_model(trained.run), images, numbers)  # uint8[n, 28, 28] and int64[n] in 0..9
     frame = predict_rows(load_model(trained.run), frame)  # a pandas or Polars DataFrame, an Arrow table, a Ray Dataset
 """
@@ -44,3 +45,7 @@ def __getattr__(name: str) -> Any:
         if hasattr(found := import_module(f"{__name__}.{module}"), name):
             return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

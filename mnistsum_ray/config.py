@@ -8,12 +8,24 @@ so a config names its groups in reverse order.
 import re
 import textwrap
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from inspect import Parameter, Signature
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
-class JobConfig(BaseModel):
+
+class _ConfigType(ModelMetaclass):
+    def __dir__(self) -> list[str]:
+        """Names for `help`: without pydantic's methods, whose text has 400 lines. A config has these all the same."""
+        return [name for name in super().__dir__() if not name.startswith("_") and not hasattr(BaseModel, name)]
+
+
+class JobConfig(BaseModel, metaclass=_ConfigType):
     """Base of all configs and groups."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -23,13 +35,16 @@ class JobConfig(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """List the fields with their meaning in the docstring, which `help` shows."""
-        lines = [cls.__doc__ or "", "", "Fields:"]
+        """Have `help` begin with the fields and their meaning: a short signature, and a docstring that lists them."""
+        lines, parameters = [cls.__doc__ or "", "", "Fields:"], []
         for name, field in cls.model_fields.items():
-            default = "required" if field.is_required() else f"default {field.default!r}"
-            text = f"{name}: {field.description} ({default})"
+            default = Parameter.empty if field.is_required() else field.default
+            parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default))
+            # The description of a field whose default is None gives its unset value in brackets.
+            suffix = " (required)" if field.is_required() else "" if default is None else f" (default {default!r})"
+            text = f"{name}: {field.description}{suffix}"
             lines += textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="        ")
-        cls.__doc__ = "\n".join(lines)
+        cls.__doc__, cls.__signature__ = "\n".join(lines), Signature(parameters)
 
 
 class TrainingData(JobConfig):

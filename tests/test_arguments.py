@@ -1,6 +1,7 @@
 """Command lines and config files: what they set, and the one-line errors for what is invalid."""
 
 import inspect
+import pydoc
 from pathlib import Path
 
 import pytest
@@ -195,12 +196,16 @@ def test_a_printed_config_leaves_required_settings_open(capsys: pytest.CaptureFi
     assert "--max-rows-per-file" in error_of(ScoreConfig, ["--print-config", "--max-rows-per-file", "0"])
 
 
-def test_help_of_a_config_lists_its_fields_with_their_meaning() -> None:
+def test_help_of_a_config_begins_with_its_fields_and_their_meaning() -> None:
     for config_class in (TrainConfig, ScoreConfig):
         text = " ".join((inspect.getdoc(config_class) or "").split())
         for name, field in config_class.model_fields.items():
-            assert f"{name}: {' '.join((field.description or '').split())} (" in text
+            assert f"{name}: {' '.join((field.description or '').split())}" in text
     assert (inspect.getdoc(TrainConfig) or "").startswith("Config of a training run.")
+    page = pydoc.plain(pydoc.render_doc(TrainConfig))
+    assert len(page.partition("data: auto")[0]) < 1000, "the signature has names and defaults only"
+    assert len(page.splitlines()) < 90, "without pydantic's methods"
+    assert {"model_dump", "worker_range"} <= {*dir(TrainConfig())}
 
 
 def test_in_python_an_error_names_the_argument() -> None:
