@@ -57,7 +57,8 @@ def write_model(folder: Path, seed: int) -> Path:
     """Write a model folder with random weights."""
     torch.manual_seed(seed)
     weights = copy_weights(TwoHeadCNN())
-    metrics = {split: dict.fromkeys(("loss", "digit_accuracy", "sum_accuracy"), 0.0) for split in ("validation", "test")}
+    accuracies = dict.fromkeys(("loss", "digit_accuracy", "sum_accuracy"), 0.0)
+    metrics = {split: {"rows": 500} | accuracies for split in ("validation", "test")}
     description = describe_model(weights, epoch=1, metrics=metrics)
     save_model(locate(str(folder), "--model"), weights, description)
     return folder

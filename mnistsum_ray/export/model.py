@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mnistsum_ray import __version__
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError, one_line
-from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, Predictions, predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import load_model
@@ -65,16 +66,44 @@ def export_torch(model: TwoHeadCNN) -> bytes:
     return file.getvalue()
 
 
-def export_onnx(program: bytes) -> bytes:
-    """An ONNX file of what `export_torch` returns. Needs the packages onnx and onnxscript."""
+def export_onnx(program: bytes, card: dict[str, Any]) -> bytes:
+    """An ONNX file of what `export_torch` returns; its metadata are from `card`: model.json. Needs the extra onnx."""
     with quiet_logger("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside PyTorch's own exporter
         converted = torch.onnx.export(
-            torch.export.load(io.BytesIO(program)), input_names=INPUTS, output_names=OUTPUTS, dynamo=True, verbose=False
+            torch.export.load(io.BytesIO(program)),
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            dynamic_shapes={
+                name: {0: torch.export.Dim("rows")} for name in INPUTS
+            },  # a program that was loaded has lost the name
+            dynamo=True,
+            verbose=False,
         )
     assert converted is not None
-    data: bytes = converted.model_proto.SerializeToString()
+    proto = converted.model_proto
+    metadata = _onnx_metadata(card)
+    proto.doc_string = "\n".join(f"{key}: {value}" for key, value in metadata.items())
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    data: bytes = proto.SerializeToString()
     return data
+
+
+def _onnx_metadata(card: dict[str, Any]) -> dict[str, str]:
+    """What a person who is given the file alone needs to know: which model it is, what goes in and comes out, how good it is."""
+    test = card["test"]
+    accuracies = ", ".join(f"{head.name} {test[f'{head.name}_accuracy']:.4f}" for head in HEADS)
+    return {
+        "name": f"mnistsum_ray {card['network']}",
+        "version": __version__,
+        "parameters": str(card["parameters"]),
+        "sha256": card["sha256"],
+        "inputs": f"image uint8[rows, 28, 28], {card['input']['image']}; number int64[rows], {card['input']['number']}",
+        "outputs": "pred_digit int64[rows] and pred_sum int64[rows] (digit + number), with probabilities digit_prob and sum_prob "
+        "float32[rows]",
+        "test_accuracy": f"{accuracies} of {test['rows']} test rows with every number",
+    }
 
 
 def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[str, Any]:
@@ -89,11 +118,11 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
         RunError: an exported model predicts otherwise than the model.
     """
     output = locate_empty_output(config.output)
-    model, _ = load_model(locate_existing(config.model, "--model"))
+    model, card = load_model(locate_existing(config.model, "--model"))
     try:
         say("exporting")
         program = export_torch(model)
-        exported = {TORCH_FILE: program, ONNX_FILE: export_onnx(program)}
+        exported = {TORCH_FILE: program, ONNX_FILE: export_onnx(program, card)}
         source = open_source("sample")  # its test images, each with every number
         images = source.data.fetch(source.test.ids())[0].repeat(NUMBERS, axis=0)
         numbers = np.arange(len(images)) % NUMBERS

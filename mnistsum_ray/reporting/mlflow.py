@@ -6,6 +6,7 @@ each epoch once.
 
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,15 @@ from mnistsum_ray.overrides import default_environment, quiet_logger
 from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 
-_HTTP_LIMITS: Final = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""MLflow's defaults are 7 retries of 120 s each: an unreachable server would look like a training that hangs."""
+_ENVIRONMENT: Final = {
+    # MLflow's defaults are 7 retries of 120 s each: an unreachable server would look like a training that hangs.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # `finish` says where the run is
+}
+
+_ARTIFACTS: Final = "mlartifacts"
+"""Folder of a local store's files, beside its database. MLflow's default is `mlruns` in the working folder, wherever that is."""
 
 _DIGEST_CHARACTERS: Final = 36
 """The longest digest that MLflow takes."""
@@ -54,7 +62,7 @@ def track(uri: str, experiment: str, name: str, run_id: str | None, manifest: di
     # For the whole run, and not for each call: all of these belong to all threads. Variables that the user has set stay.
     # MLflow and alembic log a line for each table of a new local store.
     before = os.environ.get("MLFLOW_TRACKING_URI")  # `set_tracking_uri` sets it too
-    with default_environment(_HTTP_LIMITS), quiet_logger("mlflow", "alembic"):
+    with default_environment(_ENVIRONMENT), quiet_logger("mlflow", "alembic"):
         try:
             run = MLflowRun(uri, experiment, name, run_id, manifest)
             try:
@@ -88,7 +96,7 @@ class MLflowRun:
         mlflow.set_tracking_uri(self._uri)
         if run_id is None:
             found = mlflow.get_experiment_by_name(experiment)
-            experiment_id = found.experiment_id if found else mlflow.create_experiment(experiment)
+            experiment_id = found.experiment_id if found else mlflow.create_experiment(experiment, self._artifact_location())
             run_id = mlflow.start_run(experiment_id=experiment_id, run_name=name).info.run_id
             versions = manifest["versions"]
             mlflow.log_params(manifest["config"])
@@ -97,8 +105,20 @@ class MLflowRun:
             mlflow.MlflowClient().log_inputs(run_id, [_dataset(manifest["data"])])
         else:
             mlflow.start_run(run_id)
-        self._logged_epochs = {metric.step for metric in mlflow.MlflowClient().get_metric_history(run_id, "train/loss")}
+        self._logged_epochs = {metric.step for metric in mlflow.MlflowClient().get_metric_history(run_id, "epoch/train/loss")}
         return run_id
+
+    def _artifact_location(self) -> str | None:
+        """Place of the files of a new experiment; None: a server chooses it."""
+        database = self._uri.removeprefix("sqlite:///")
+        return None if database == self._uri else (Path(database).resolve().parent / _ARTIFACTS).as_uri()
+
+    def _address(self) -> str:
+        """Address of the run's page on a server, or the command that starts one on a local store."""
+        if self._uri.startswith("sqlite:"):
+            return f"mlflow ui --backend-store-uri {shlex.quote(self._uri)}"
+        experiment_id = mlflow.MlflowClient().get_run(self.run_id).info.experiment_id
+        return f"{self._uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{self.run_id}"
 
     def log_epoch(self, entry: dict[str, Any], say: Say) -> None:
         """Log a line of history.jsonl in the background; the first failure writes a console line."""
@@ -142,6 +162,7 @@ class MLflowRun:
             if not client.search_model_versions(f"run_id = '{self.run_id}'"):
                 say(f"registering the model in MLflow as {self._model_name}")
                 self._register(folder, card)
+            say(f"MLflow: {self._address()}")
 
         self._ending = True  # epochs that wait are logged with the rest
         try:
@@ -163,8 +184,9 @@ class MLflowRun:
 
         images = TensorSpec(np.dtype(np.uint8), (-1, 28, 28), INPUTS[0])
         answers = map(vector, len(HEADS) * (np.int64, np.float32), OUTPUTS)
+        model, description = load_model(folder)
         mlflow.onnx.log_model(
-            onnx.load_from_string(export_onnx(export_torch(load_model(folder)[0]))),
+            onnx.load_from_string(export_onnx(export_torch(model), description)),
             name="onnx",
             registered_model_name=self._model_name,
             signature=ModelSignature(Schema([images, vector(np.int64, INPUTS[1])]), Schema(list(answers))),

@@ -81,19 +81,23 @@ def epoch_end(entry: dict[str, Any]) -> float:
 
 
 def epoch_scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """Metrics of one line of history.jsonl, under the names that TensorBoard and MLflow show."""
+    """Metrics of one line of history.jsonl, under the names that TensorBoard and MLflow show.
+
+    `epoch/` tells them from those of the published model: its sum head has been fine-tuned since, and its scores calibrated.
+    """
     names = ("learning_rate", "rows_per_second", "waiting")
-    return {"train/loss": entry["train_loss"]} | {f"train/{name}": entry[name] for name in names} | _scores(entry, "")
+    train = {"loss": entry["train_loss"]} | {name: entry[name] for name in names}
+    return {f"epoch/train/{name}": value for name, value in train.items()} | _scores(entry, "epoch")
 
 
 def model_scalars(card: dict[str, Any]) -> dict[str, float]:
     """Metrics of the published model (`card`: model.json), under the names that TensorBoard and MLflow show."""
-    return _scores(card, "model/")
+    return _scores(card, "final")
 
 
 def _scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     names = ("loss", *(f"{head.name}_accuracy" for head in HEADS))
-    return {f"{prefix}{split}/{name}": metrics[split][name] for split in ("validation", "test") for name in names}
+    return {f"{prefix}/{split}/{name}": metrics[split][name] for split in ("validation", "test") for name in names}
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
-from mnistsum_ray import load_model, predict
+from mnistsum_ray import __version__, load_model, predict
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.export.model import export_model
@@ -38,6 +39,22 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows() -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
     return random.integers(0, 256, (ROWS, 28, 28)).astype(np.uint8), random.integers(0, 10, ROWS)
+
+
+@pytest.mark.slow
+def test_the_onnx_file_says_what_it_is(model: Path, exported: Path) -> None:
+    file = onnx.load(str(exported / "model.onnx"))
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in file.graph.input
+    }
+    assert shapes == {"image": ["rows", 28, 28], "number": ["rows"]}
+    assert {dim.dim_param for value in file.graph.output for dim in value.type.tensor_type.shape.dim} == {"rows"}
+    metadata = {entry.key: entry.value for entry in file.metadata_props}
+    description = json.loads((model / "model.json").read_text())
+    assert (metadata["sha256"], metadata["parameters"], metadata["version"]) == (description["sha256"], "220125", __version__)
+    assert metadata["test_accuracy"] == "digit 0.0000, sum 0.0000 of 500 test rows with every number"
+    assert all(name in metadata["inputs"] + metadata["outputs"] for name in ("image", "number", "pred_sum", "sum_prob"))
+    assert metadata["test_accuracy"] in file.doc_string
 
 
 PROGRAM = """

@@ -127,7 +127,7 @@ def test_the_error_analysis_counts_what_the_last_line_says(done: Done, runs: Pat
 def test_tensorboard_shows_the_history(done: Done, runs: Path) -> None:
     events = EventAccumulator(str(runs / "one" / "tensorboard"), size_guidance={"images": 0}).Reload()
     for entry in done.history():
-        shown = {event.step: event.value for event in events.Scalars("test/sum_accuracy")}
+        shown = {event.step: event.value for event in events.Scalars("epoch/test/sum_accuracy")}
         assert shown[entry["epoch"]] == pytest.approx(entry["test"]["sum_accuracy"])
     assert set(events.Tags()["images"]) == set(PICTURES)
 
@@ -218,7 +218,7 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     assert ": loss " not in resumed.err, "nothing is trained"
     assert json.loads(card_file.read_text()) == card, "what was scored with it must go on as it was"
     assert resumed.line["test"] == {name: card["test"][name] for name in resumed.line["test"]}
-    logged = MlflowClient(store).get_metric_history(resumed.line["mlflow"], "test/loss")
+    logged = MlflowClient(store).get_metric_history(resumed.line["mlflow"], "epoch/test/loss")
     assert [metric.step for metric in logged] == [1, 2], "epochs that were trained without this MLflow are logged too"
     files = {file.path for file in MlflowClient(store).list_artifacts(resumed.line["mlflow"])}
     assert {*PICTURES, "report.html", "model"} <= files

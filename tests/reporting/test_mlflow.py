@@ -46,12 +46,13 @@ def folder(tmp_path: Path) -> Location:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.chdir(tmp_path)  # where a local store puts its files
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     return f"sqlite:///{tmp_path / 'store.db'}"  # not what MLflow takes where no store is named
 
 
 def logged_epochs(store: str, run_id: str) -> list[tuple[int, float]]:
-    metrics = MlflowClient(store).get_metric_history(run_id, "test/digit_accuracy")
+    metrics = MlflowClient(store).get_metric_history(run_id, "epoch/test/digit_accuracy")
     return [(metric.step, metric.value) for metric in metrics]
 
 
@@ -66,14 +67,16 @@ def expected(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(line["epoch"], line["test"]["digit_accuracy"]) for line in history]
 
 
-def test_a_run_with_its_config_metrics_files_and_model(store: str, folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_its_config_metrics_files_and_model(
+    store: str, folder: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "report.html").write_bytes(b"<html>")
     said: list[str] = []
     with track(store, "mine", "a-name", None, MANIFEST) as run:
         for line in HISTORY:
             run.log_epoch(line, said.append)
         assert run.finish(HISTORY, CARD, folder, ["report.html", "model/model.json"], said.append)
-    assert said == ["registering the model in MLflow as my.reader"]
+    assert said == ["registering the model in MLflow as my.reader", f"MLflow: mlflow ui --backend-store-uri {store}"]
     client = MlflowClient(store)
     found = client.get_run(run.run_id)
     assert (found.info.run_name, found.info.status) == ("a-name", "FINISHED")
@@ -90,12 +93,16 @@ def test_a_run_with_its_config_metrics_files_and_model(store: str, folder: Locat
     assert logged_epochs(store, run.run_id) == expected(HISTORY)
     assert {file.path for file in client.list_artifacts(run.run_id)} == {"report.html", "model"}
     assert [file.path for file in client.list_artifacts(run.run_id, "model")] == ["model/model.json"]
+    beside = tmp_path / "mlartifacts"
+    assert found.info.artifact_uri == f"{beside.as_uri()}/{run.run_id}/artifacts"
+    assert not list(Path.cwd().iterdir()), "the working folder has nothing to do with the store"
 
     (version,) = client.search_model_versions("name = 'my.reader'")
     assert (int(version.version), version.run_id) == (1, run.run_id)
     assert found.outputs
     (logged,) = (client.get_logged_model(output.model_id) for output in found.outputs.model_outputs)
     assert (logged.name, logged.status, logged.tags["sha256"]) == ("onnx", "READY", CARD["sha256"])
+    assert logged.artifact_location.startswith(beside.as_uri())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)  # as a user of the registry does
     images, reasons = decode_images(pq.read_table(SAMPLE)["image"].slice(0, 300))
     numbers = np.arange(300) % 10
@@ -135,7 +142,7 @@ def test_a_resumed_run_logs_no_epoch_and_no_model_twice(store: str, folder: Loca
             again.log_epoch(HISTORY[1], print)
             assert again.finish(HISTORY, CARD, folder, [], print)
         assert logged_epochs(store, first.run_id) == expected(HISTORY)
-        assert len(client.get_metric_history(first.run_id, "model/test/loss")) == 1
+        assert len(client.get_metric_history(first.run_id, "final/test/loss")) == 1
         (version,) = client.search_model_versions("name = 'my.reader'")
         assert version.run_id == first.run_id
 

@@ -52,7 +52,9 @@ def test_each_epoch_is_shown_once_as_it_was_last_trained(tmp_path: Path) -> None
         assert shown == [(line["epoch"], pytest.approx(epoch_scalars(line)[name])) for line in history], name
     within = [(event.step, round(event.value, 3)) for event in events.Scalars("train/step_loss")]
     assert within == [(16, 0.6), (25, 0.4), (41, 0.5), (50, 0.3), (66, 0.6), (75, 0.4)]
-    assert [event.wall_time for event in events.Scalars("train/loss")] == [1_700_000_055.0 + 60 * epoch for epoch in (1, 2, 3)]
+    assert [event.wall_time for event in events.Scalars("epoch/train/loss")] == [
+        1_700_000_055.0 + 60 * epoch for epoch in (1, 2, 3)
+    ]
 
 
 def test_metrics_of_the_model_pictures_and_settings_are_shown(tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ def test_metrics_of_the_model_pictures_and_settings_are_shown(tmp_path: Path) ->
     write_final(run, 5, entry(3), drawn, {"seed": 7})
     assert [path.suffix for path in sorted((tmp_path / FOLDER).iterdir())] == [".epoch", ".final"], "the order of reading"
     events = read(tmp_path / FOLDER)
-    for name, accuracy in (("model/test/digit_accuracy", 0.93), ("test/digit_accuracy", 0.95)):
+    for name, accuracy in (("final/test/digit_accuracy", 0.93), ("epoch/test/digit_accuracy", 0.95)):
         assert [event.value for event in events.Scalars(name)] == [pytest.approx(accuracy)]
     (image,) = events.Images("confusion.png")
     assert (image.step, image.width > 600) == (5, True)
@@ -71,4 +73,4 @@ def test_metrics_of_the_model_pictures_and_settings_are_shown(tmp_path: Path) ->
     settings = events.PluginTagToContent("hparams")
     assert set(settings) == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
     assert b"seed" in settings["_hparams_/session_start_info"]
-    assert b"model/test/sum_accuracy" in settings["_hparams_/experiment"]
+    assert b"final/test/sum_accuracy" in settings["_hparams_/experiment"]
