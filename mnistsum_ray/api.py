@@ -1,5 +1,7 @@
 """Python API of the jobs: train and score on a cluster."""
 
+import base64
+import html
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.storage.paths import locate
 
 _RAY_LOGGERS: Final = ("ray", "ray.data")
 """Loggers that `fit` and `score` silence below ERROR: the console reports progress itself."""
@@ -59,6 +62,10 @@ class TrainResult:
     mlflow: str | None = None
     """Id of the MLflow run."""
 
+    def _repr_html_(self) -> str | None:
+        accuracies = f"digit {self.test.digit_accuracy:.2%}, sum {self.test.sum_accuracy:.2%} of {self.test.rows:,} test rows"
+        return _with_picture(f"{self.run}: {accuracies}; {self.seconds:.0f} s", self.run, "mistakes.png")
+
 
 @dataclass(frozen=True)
 class ScoreResult:
@@ -80,6 +87,11 @@ class ScoreResult:
     digit_accuracy: float | None = None
     """Accuracies in 0..1; None without a labelled row."""
     sum_accuracy: float | None = None
+
+    def _repr_html_(self) -> str | None:
+        rows = f"{self.scored_rows:,} of {self.input_rows:,} rows scored, {self.rejected_rows:,} rejected"
+        accuracies = f"; digit {self.digit_accuracy:.2%}, sum {self.sum_accuracy:.2%}" if self.digit_accuracy is not None else ""
+        return _with_picture(f"{self.output}: {rows}{accuracies}; {self.seconds:.0f} s", self.output, "probabilities.png")
 
     @property
     def complete(self) -> bool:
@@ -144,6 +156,15 @@ def run_scoring(config: ScoreConfig) -> tuple[dict[str, Any], bool]:
 
     with quiet_logger(*_RAY_LOGGERS), Console() as console:
         return driver.score(run, console)
+
+
+def _with_picture(text: str, folder: str, picture: str) -> str | None:
+    """HTML of a text and a picture of a run's report; None, for which a notebook shows the fields, without the picture."""
+    try:
+        png = base64.b64encode((locate(folder, "run") / picture).read_bytes()).decode()
+    except (OSError, ValueError):  # it is deleted, or its storage does not answer or takes other credentials
+        return None
+    return f'<p>{html.escape(text)}</p><img alt="{picture}" style="max-width: 100%" src="data:image/png;base64,{png}">'
 
 
 @contextmanager
