@@ -86,7 +86,8 @@ def predict_rows(
     Returns:
         A table of the same kind, with all rows in their order, their columns as they are, and after them `pred_digit` int8,
         `digit_prob` float32, `pred_sum` int8, `sum_prob` float32, `consistent` bool, and `reason` string. Of a row that cannot be
-        scored the first five are null, and `reason` says why; of all others `reason` is null.
+        scored the first five are null, and `reason` says why; of all others `reason` is null. In pandas they have its
+        nullable types (`Int8`, `Float32`, `boolean`, `string`).
 
     Raises:
         TypeError: `rows` is something else.
@@ -115,7 +116,17 @@ def predict_rows(
         from_arrow = sys.modules["polars"].from_arrow
         return data.with_columns([from_arrow(values).alias(name) for name, values in added.items()])  # type: ignore[no-any-return]
     if pandas:
-        return data.assign(**{name: values.to_pandas().array for name, values in added.items()})  # type: ignore[no-any-return]
+        pd = sys.modules["pandas"]
+        # Types that have a null: integers would become floats, as NaN is one.
+        nullable = {
+            pa.int8(): pd.Int8Dtype,
+            pa.float32(): pd.Float32Dtype,
+            pa.bool_(): pd.BooleanDtype,
+            pa.string(): pd.StringDtype,
+        }
+        return data.assign(  # type: ignore[no-any-return]
+            **{name: values.to_pandas(types_mapper=lambda kind: nullable[kind]()).array for name, values in added.items()}
+        )
     for name, values in added.items():
         data = data.append_column(name, values)
     return data  # type: ignore[no-any-return]
