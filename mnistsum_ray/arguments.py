@@ -33,6 +33,9 @@ _METAVARS: Final = {
 _PATHS: Final = ("config", "data", "storage_path", "from_run", "model", "input", "output", "picture")
 """Fields whose values a shell completes to files and folders."""
 
+_POSITIONAL: Final = "picture"
+"""The field that is given without a flag."""
+
 
 def parse(config_class: type[Config], argv: list[str], description: str, command: str = "") -> Config:
     """Make a config from the command line and from the YAML file of `--config`; `command` is for the usage line.
@@ -77,7 +80,7 @@ def make_parser(config_class: type[JobConfig], description: str, command: str, *
     """
     everyday = config_class.everyday
     parser = _Parser(
-        usage=f"{command} [flags]",
+        usage=f"{command} {'PICTURE ' * (_POSITIONAL in config_class.model_fields)}[flags]",
         add_help=False,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -94,11 +97,15 @@ def make_parser(config_class: type[JobConfig], description: str, command: str, *
                 kind = {"metavar": "auto", "nargs": "?", "const": True}
             elif field.annotation == tuple[str, ...]:
                 kind |= {"nargs": "*", "action": "extend"}  # several words, as a shell expands `*.parquet`
+            elif name == _POSITIONAL:
+                kind = {"nargs": "?", "metavar": _flag(name)}
             default = "required" if field.is_required() else f"default: {field.default}"
             # The text of a flag whose default is None gives its unset value in brackets.
             text = f"{field.description}{'' if field.default is None else f' ({default})'}"
             shown = show_all or not everyday or name in everyday
-            group.add_argument(_flag(name), help=text.replace("%", "%%") if shown else argparse.SUPPRESS, **kind)
+            group.add_argument(
+                name if name == _POSITIONAL else _flag(name), help=text.replace("%", "%%") if shown else argparse.SUPPRESS, **kind
+            )
     group = parser.add_argument_group("Other")
     file = "YAML file with any of these settings; the command line wins"
     group.add_argument("--config", type=Path, metavar="FILE", help=file)
@@ -156,7 +163,7 @@ def _metavar(annotation: Any) -> str:
 
 
 def _flag(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
+    return field.upper() if field == _POSITIONAL else f"--{field.replace('_', '-')}"
 
 
 def _config_yaml(config_class: type[JobConfig], values: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from mnistsum_ray import __version__
 from mnistsum_ray.cluster.stop import StopOnSignals, defer_signals
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, counted, did_you_mean, printable, shell_command
+from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, counted, did_you_mean, percent, printable, shell_command
 
 if TYPE_CHECKING:
     from mnistsum_ray.arguments import Config
@@ -131,11 +131,39 @@ def export_model(argv: list[str]) -> tuple[dict[str, Any], int]:
     return line, DONE
 
 
+def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
+    """Look at one picture of a handwritten digit: which digit is it, and what is
+    digit + number?
+
+        mnistsum predict seven.png --number 5 --model runs/mine
+
+    The picture may have any size and colours, dark ink on light or light on dark, a
+    transparent background, or be a photo that is lit unevenly. It is prepared as
+    MNIST's own were: cropped to the ink, scaled to fit 20 x 20 pixels and centred in
+    28 x 28; a line says how. No Ray is started.
+    """
+    from mnistsum_ray.config import PredictConfig
+
+    config = _parse(PredictConfig, argv, predict)
+
+    from mnistsum_ray.predicting import predict as predict_picture
+    from mnistsum_ray.reporting.console import Console
+
+    say, found = Console().say, predict_picture(config.model, config.picture, config.number)
+    say(f"{config.picture}: {found.prepared}")
+    disagree = "" if found.consistent else "; the two answers disagree"
+    say(
+        f"digit: {found.digit} ({percent(found.digit_prob)}), digit + {found.number}: {found.sum} ({percent(found.sum_prob)}){disagree}"
+    )
+    return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key != "pixels"}, DONE
+
+
 COMMANDS: Final[dict[str, tuple[Job, str]]] = {
     "train": (train, "train the network"),
     "score": (score, "score Parquet files with a trained model"),
     "export-pairs": (export_pairs, "write example input for scoring"),
     "export-model": (export_model, "write a model for programs without this package"),
+    "predict": (predict, "answer for one picture and a number"),
 }
 
 

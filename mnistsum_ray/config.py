@@ -301,3 +301,14 @@ class ExportModelConfig(JobConfig):
     """folder or URI of a training run, or of its model folder"""
     output: str
     """folder or URI for the files; it must be empty or not exist"""
+
+
+class PredictConfig(JobConfig):
+    """Picture, number and model."""
+
+    picture: str
+    """file or URI of a picture of one digit, of any size and colours"""
+    number: int = Field(ge=0, le=9)
+    """number 0..9 that is added to the digit"""
+    model: str
+    """folder or URI of a training run, or of its model folder"""

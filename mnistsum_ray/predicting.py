@@ -1,17 +1,22 @@
-"""Python API of a model: load it, and predict arrays or the rows of a frame of pandas, Polars, Arrow or Ray Data."""
+"""Python API of a model: load it, and predict a picture, arrays, or the rows of a frame of pandas, Polars, Arrow or Ray Data."""
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from PIL import Image
 
 from mnistsum_ray.data import images as image_columns
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import plain_table
+from mnistsum_ray.data.picture import prepare_picture
+from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.storage.paths import locate_existing
 
@@ -42,24 +47,65 @@ def load_model(model: str) -> "TwoHeadCNN":
     return serialization.load_model(locate_existing(model, "model"))[0]
 
 
-def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64) -> "Predictions":
-    """Predict digits and sums in this process, on the model's device.
+@dataclass(frozen=True)
+class PicturePrediction:
+    """The two answers for one picture and a number."""
+
+    number: int
+    digit: int
+    """0..9"""
+    digit_prob: float
+    sum: int
+    """0..18"""
+    sum_prob: float
+    consistent: bool
+    """Whether sum = digit + number."""
+    prepared: str
+    """How the picture was prepared."""
+    pixels: Pixels = field(repr=False, compare=False)
+    """uint8[28, 28], 0 background, 255 ink: what the network was given."""
+
+
+@overload
+def predict(model: "TwoHeadCNN | str | Path", images: str | Path | Image.Image, numbers: int) -> PicturePrediction: ...
+
+
+@overload
+def predict(
+    model: "TwoHeadCNN | str | Path", images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64
+) -> "Predictions": ...
+
+
+def predict(
+    model: "TwoHeadCNN | str | Path", images: Any, numbers: Any, batch_size: int = 64
+) -> "PicturePrediction | Predictions":
+    """Predict digits and sums in this process, on the model's device: of one picture, or of arrays.
+
+        predict("runs/mine", "seven.png", 5)
+        predict(model, images, numbers)
 
     Args:
-        model: from `load_model`.
-        images: uint8[n, 28, 28], 0 background, 255 ink, as in MNIST.
-        numbers: integers[n] in 0..9.
+        model: from `load_model`, or what that takes: `runs/mine`.
+        images: a picture (a file, a URI, or one of Pillow's) of any size and colours, which is prepared as MNIST's were; or
+            uint8[n, 28, 28], 0 background, 255 ink, as in MNIST.
+        numbers: for a picture an integer in 0..9, else integers[n].
         batch_size: rows in one forward pass, at least 1.
 
     Returns:
-        Arrays of n: `digit` int8 in 0..9, `digit_prob` float32, `sum` int8 in 0..18, `sum_prob` float32.
+        Arrays of n: `digit` int8 in 0..9, `digit_prob` float32, `sum` int8 in 0..18, `sum_prob` float32. For a picture plain
+        numbers of these names, `consistent`, and `prepared`, which says how the picture was prepared.
 
     Raises:
         ValueError: wrong shape or dtype, a number outside of 0..9, or a batch size below 1.
+        RequestError (a ValueError): there is no such picture or model, or nothing is drawn on the picture.
     """
+    if isinstance(images, str | Path | Image.Image):
+        return _predict_picture(model, images, numbers)
+
     from mnistsum_ray.model.inference import predict_pairs
 
     _check_batch_size(batch_size)
+    model = load_model(str(model)) if isinstance(model, str | Path) else model
     images, numbers = np.ascontiguousarray(images), np.asarray(numbers)
     if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
         raise ValueError(f"images: must be uint8[n, 28, 28], are {images.dtype}{list(images.shape)}")
@@ -68,6 +114,15 @@ def predict(model: "TwoHeadCNN", images: Pixels, numbers: npt.NDArray[np.integer
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < NUMBERS:
         raise ValueError(f"numbers: must be 0..{NUMBERS - 1}, are {numbers.min()}..{numbers.max()}")
     return predict_pairs(model, images, numbers.astype(np.int64), batch_size)
+
+
+def _predict_picture(model: "TwoHeadCNN | str | Path", picture: str | Path | Image.Image, number: int) -> PicturePrediction:
+    if number not in range(NUMBERS):
+        raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
+    prepared = prepare_picture(picture)
+    answers = predict(model, prepared.pixels[None], np.array([number]), batch_size=1)
+    (digit, digit_prob, total, sum_prob, consistent) = (values.item() for values in answers.columns(np.array([number])))
+    return PicturePrediction(int(number), digit, digit_prob, total, sum_prob, consistent, prepared.how, prepared.pixels)
 
 
 def predict_rows(

@@ -1,5 +1,6 @@
 """The command `mnistsum`, without Ray: its commands, and how a job ends: signals, the last line and the exit code."""
 
+import json
 import os
 import pty
 import re
@@ -10,11 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from mnistsum_ray import __version__
 from mnistsum_ray.cli import COMMANDS
 from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.errors import percent
 from tests.conftest import default_signals
 
 ROOT = Path(__file__).parents[1]
@@ -107,11 +111,14 @@ def test_help_is_that_of_the_job_and_fits_a_terminal(command: str, monkeypatch: 
     monkeypatch.setenv("COLUMNS", "80")
     done = run(MNISTSUM, command, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    if command == "predict":  # no job of a cluster
+        assert done.stdout.startswith("usage: mnistsum predict PICTURE [flags]\n")
+        return
     job = run(sys.executable, ROOT / "jobs" / f"{command.replace('-', '_')}.py", "--help")
     assert job.stdout.partition("\n\n")[2] == done.stdout.partition("\n\n")[2]
     usages = [text.partition("\n")[0] for text in (done.stdout, job.stdout)]
     assert usages == [f"usage: mnistsum {command} [flags]", f"usage: python jobs/{command.replace('-', '_')}.py [flags]"]
-    assert max(map(len, done.stdout.splitlines())) <= 80
     assert not [word for word in ("tuple[", "{int", "None") if word in done.stdout]
 
 
@@ -128,6 +135,52 @@ finally:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_comes_at_once_since_it_imports_nothing_large(command: str) -> None:
     assert run(sys.executable, "-c", _IMPORTS, command).stderr == "[]\n"
+
+
+_PREDICT = """
+import sys
+from mnistsum_ray.cli import main
+code = main(["predict", *sys.argv[1:]])
+assert "ray" not in sys.modules
+sys.exit(code)
+"""
+
+
+def test_one_picture_is_answered_in_words_and_as_json(model: Path, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (300, 400), "white")
+    ImageDraw.Draw(picture).line([(80, 60), (220, 50), (140, 340)], fill=(20, 40, 160), width=30, joint="curve")
+    picture.save(tmp_path / "seven.jpg")
+    done = run(sys.executable, "-c", _PREDICT, "seven.jpg", "--number", 5, "--model", model, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (line,) = map(json.loads, done.stdout.splitlines())
+    assert list(line) == ["picture", "number", "digit", "digit_prob", "sum", "sum_prob", "consistent", "prepared"]
+    assert (line["picture"], line["number"]) == ("seven.jpg", 5)
+    assert line["prepared"].startswith("300x400 colour, dark ink on light: inverted, cropped to ")
+    how, answers = done.stderr.splitlines()
+    assert how == f"seven.jpg: {line['prepared']}"
+    assert answers.startswith(
+        f"digit: {line['digit']} ({percent(line['digit_prob'])}), digit + 5: {line['sum']} ({percent(line['sum_prob'])})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["blank.png", "--number", "5", "--model", "{model}"], "blank.png: nothing is drawn on it"),
+        (["blank.png", "--number", "10", "--model", "{model}"], "--number: input should be less than or equal to 9"),
+        (["nowhere.png", "--number", "5", "--model", "{model}"], "nowhere.png: there is no such file"),
+        (["--number", "5", "--model", "{model}"], "PICTURE: is required"),
+        (["seven.png", "--number", "5", "--model", "nowhere"], "nowhere/model: holds no model"),
+    ],
+)
+def test_a_picture_that_cannot_be_answered_is_one_line(model: Path, tmp_path: Path, argv: list[str], said: str) -> None:
+    Image.new("RGB", (300, 400), "white").save(tmp_path / "blank.png")
+    Image.fromarray(np.eye(28, dtype=np.uint8) * 255).save(tmp_path / "seven.png")
+    done = run(MNISTSUM, "predict", *(word.format(model=model) for word in argv), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
 
 
 _JOB = """

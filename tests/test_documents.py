@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from mnistsum_ray.arguments import parse
-from mnistsum_ray.config import ExportModelConfig, ExportPairsConfig, JobConfig, ScoreConfig, TrainConfig
+from mnistsum_ray.config import ExportModelConfig, ExportPairsConfig, JobConfig, PredictConfig, ScoreConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README, CLUSTER = (ROOT / "README.md").read_text(), (ROOT / "cluster.yaml").read_text()
@@ -35,8 +36,9 @@ TEXTS = [
     (ROOT / "mnistsum_ray" / "cli.py").read_text(),
     *((ROOT / "jobs" / f"{job}.py").read_text() for job in CONFIGS),
 ]
-SHOWN = re.compile(r"(?:python (?=jobs/)|mnistsum (?=(?:train|score|export-[a-z]+) --))([a-z_/-]+(?:\.py)?[^\n`#]*)")
-REQUIREMENTS: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+SHOWN = re.compile(r"(?:python (?=jobs/)|mnistsum (?=(?:train|score|export-[a-z]+) --|predict ))([a-z_/-]+(?:\.py)?[^\n`#]*)")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS: list[str] = PROJECT["dependencies"]
 COMMANDS = sorted({command for text in TEXTS for command in SHOWN.findall(re.sub(r"\\\n#?", " ", text))})
 
 
@@ -44,7 +46,7 @@ COMMANDS = sorted({command for text in TEXTS for command in SHOWN.findall(re.sub
 def test_a_command_that_is_shown_parses(command: str) -> None:
     job, *flags = shlex.split(re.split(r"\s{3,}|&&|\|\||>", command)[0])
     assert not job.endswith(".py") or (ROOT / job).exists()
-    config = CONFIGS.get(Path(job).stem.replace("-", "_"))
+    config = (CONFIGS | {"predict": PredictConfig}).get(Path(job).stem.replace("-", "_"))
     if config and not {"--help", "--print-config"} & {*flags}:
         parse(config, flags, "")
 
@@ -72,9 +74,25 @@ def test_the_readme_is_short_and_can_be_pasted() -> None:
 
 def test_the_tested_versions_are_those_that_the_project_allows() -> None:
     lines = (ROOT / ".constraints.txt").read_text().splitlines()[1:]
-    versions = {name: Version(version) for name, version in (line.split("==") for line in lines)}
+    versions = {name: Version(number) for name, number in (line.split("==") for line in lines)}
     for requirement in map(Requirement, REQUIREMENTS):
         assert versions[requirement.name.lower().replace("_", "-")] in requirement.specifier, requirement
+
+
+def test_users_get_the_pyarrow_that_is_tested() -> None:
+    """The extra mlflow, which the tests install, has an upper bound for pyarrow; so without it there is the same one."""
+    ours = next(one for one in map(Requirement, REQUIREMENTS) if one.name == "pyarrow")
+    of_mlflow = next(one for one in map(Requirement, requires("mlflow") or []) if one.name == "pyarrow" and not one.marker)
+    newest = Version(version("pyarrow")).major
+    assert f"{newest}.99" in ours.specifier
+    assert f"{newest}.99" in of_mlflow.specifier
+    assert f"{newest + 1}.0" not in ours.specifier
+
+
+def test_the_owner_of_the_repository_is_the_same_everywhere() -> None:
+    """A placeholder, to be replaced in all places at once."""
+    address = PROJECT["urls"]["Repository"]
+    assert f"{address}/archive/" in (ROOT / ".deploy" / "rayjob.yaml").read_text()
 
 
 def test_what_the_readme_says_of_errors_is_what_the_program_says() -> None:

@@ -1,4 +1,4 @@
-"""Predictions for the tables that people have in memory, and the decoder of images."""
+"""Predictions for the tables that people have in memory and for one picture, and the decoder of images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +10,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from mnistsum_ray import decode_images, load_model, predict, predict_rows
+from mnistsum_ray import RequestError, decode_images, load_model, predict, predict_rows
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
@@ -54,6 +55,8 @@ def test_a_table_comes_back_with_predictions(
     assert type(answered) is type(rows)
     if isinstance(answered, pd.DataFrame):
         assert answered.index.equals(rows.index)
+        assert [str(kind) for kind in answered.dtypes[ADDED]] == ["Int8", "Float32", "Int8", "Float32", "boolean", "string"]
+        assert answered["reason"].isna().sum() == ROWS - 2
     done = back(answered).select(["id", "image", "number", *ADDED])
     assert done["id"].to_pylist() == list(range(ROWS))
     reasons = done["reason"].to_pylist()
@@ -89,6 +92,34 @@ def test_other_columns_stay_as_they_are(network: TwoHeadCNN, table: pa.Table) ->
     of_polars = predict_rows(network, polars)
     assert of_polars.schema["object"] == pl.Object
     assert of_polars["object"].to_list() == tuples
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda table: table, lambda table: table.to_pandas(), pl.from_arrow], ids=["arrow", "pandas", "polars"]
+)
+def test_large_ids_stay_exact_beside_a_bad_row(network: TwoHeadCNN, table: pa.Table, convert: Callable[[pa.Table], Any]) -> None:
+    ids = [2**60 + row for row in range(ROWS)]  # as floats, 256 neighbours would be one
+    numbers = pa.array([15 if row == 5 else row % 10 for row in range(ROWS)])
+    answered = predict_rows(network, convert(pa.table({"id": ids, "image": table["image"], "number": numbers})))
+    values = answered["id"].to_pylist() if isinstance(answered, pa.Table) else answered["id"].to_list()
+    assert values == ids
+    assert all(isinstance(value, int) for value in values)
+
+
+def test_one_picture(network: TwoHeadCNN, model: Path, table: pa.Table, tmp_path: Path) -> None:
+    pixels = np.frombuffer(table["image"][0].as_py(), np.uint8).reshape(28, 28)
+    picture, file = Image.fromarray(pixels), tmp_path / "one.png"
+    picture.save(file)
+    found = predict(str(model), file, 5)
+    assert found == predict(network, picture, 5) == predict(network, str(file), 5)
+    assert np.array_equal(found.pixels, pixels)
+    expected = predict(network, pixels[None], np.array([5]))
+    assert (found.digit, found.sum) == (expected.digit[0], expected.sum[0])
+    assert (found.digit_prob, found.sum_prob) == pytest.approx((expected.digit_prob[0], expected.sum_prob[0]), abs=1e-5)
+    assert (found.number, found.consistent) == (5, found.sum == found.digit + 5)
+    for number in (10, -1, 2.5, None):
+        with pytest.raises(RequestError, match=f"the number is {number}, not one of 0..9"):
+            predict(network, picture, number)  # type: ignore[arg-type]
 
 
 def test_views_with_negative_strides_are_predicted(network: TwoHeadCNN) -> None:

@@ -159,7 +159,7 @@ def test_the_page_names_bad_rows_and_shows_the_least_sure_ones(scored: Scored, s
     assert len(shown) == len({png for png, *_ in shown}) == 20, "each image once, though it is in several files"
     for png, _, file, row in shown:
         with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
-            assert np.array_equal(picture, rows_of(sample, int(file))[1][int(row)])
+            assert np.array_equal(np.asarray(picture), rows_of(sample, int(file))[1][int(row)])
     probabilities = [float(probability) for _, probability, *_ in shown]
     assert probabilities == sorted(probabilities)
     tables = [pq.ParquetFile(path).read(["digit_prob"]) for path in (scored.output / "predictions").rglob("*.parquet")]

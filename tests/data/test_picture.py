@@ -1,0 +1,176 @@
+"""Pictures that people draw and photograph become what MNIST's own are, however they are drawn."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from mnistsum_ray.data.images import one_chunk, pixels_view
+from mnistsum_ray.data.picture import prepare_picture
+from mnistsum_ray.errors import RequestError
+
+SEVEN = [(0.2, 0.12), (0.8, 0.08), (0.45, 0.95)]
+FOUR = [(0.6, 0.05), (0.2, 0.6), (0.85, 0.57), (0.62, 0.6), (0.65, 0.35), (0.62, 0.97)]
+Colour = tuple[int, ...] | int
+
+
+def draw(
+    strokes: list[tuple[float, float]] = SEVEN,
+    size: tuple[int, int] = (400, 500),
+    box: tuple[int, int, int, int] = (80, 60, 320, 440),
+    ink: Colour = (0, 0, 0),
+    paper: Colour = (255, 255, 255),
+    width: int = 36,
+    mode: str = "RGB",
+) -> Image.Image:
+    """A digit as a line with a thick pen; the strokes are in units of the box (left, top, right, bottom)."""
+    picture = Image.new(mode, size, paper)
+    places = [(box[0] + (box[2] - box[0]) * x, box[1] + (box[3] - box[1]) * y) for x, y in strokes]
+    ImageDraw.Draw(picture).line(places, fill=ink, width=width, joint="curve")
+    return picture
+
+
+def photo(strokes: list[tuple[float, float]], width: int = 48) -> Image.Image:
+    """Blue ink on paper that is twice as bright at the lower right, from a camera with noise."""
+    size, random = (900, 1200), np.random.default_rng(0)
+    mask = draw(strokes, size, (250, 300, 610, 870), 255, 0, width, "L").filter(ImageFilter.GaussianBlur(2))
+    ink = np.asarray(mask, np.float32)[..., None] / 255
+    y, x = np.mgrid[0 : 1 : size[1] * 1j, 0 : 1 : size[0] * 1j]
+    light = (110 + 70 * x + 60 * y)[..., None]
+    colours = light * (np.array([1, 0.97, 0.9]) * (1 - ink) + np.array([0.25, 0.3, 0.6]) * ink)
+    return Image.fromarray((colours + random.normal(0, 7, colours.shape)).clip(0, 255).astype(np.uint8))
+
+
+def likeness(one: np.ndarray, other: np.ndarray) -> float:
+    """Correlation of two images, one of which may be shifted by a pixel, as a centre of mass may be rounded up or down."""
+    shifted = (np.roll(one, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1))
+    return float(max(np.corrcoef(image.ravel(), other.ravel())[0, 1] for image in shifted))
+
+
+def encoded(picture: Image.Image, kind: str) -> Image.Image:
+    """What a program reads that opens the file."""
+    file = io.BytesIO()
+    picture.save(file, kind, quality=60)
+    return Image.open(file)
+
+
+def turned(picture: Image.Image) -> Image.Image:
+    """As a telephone stores it: lying, with a note of how to turn it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    picture.transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", exif=exif)
+    return Image.open(file)
+
+
+@pytest.mark.parametrize("strokes", [SEVEN, FOUR], ids=["seven", "four"])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda s: draw(s, ink=0, paper=255, mode="L"), "400x500 grayscale, dark ink on light: inverted, cropped to "),
+        (lambda s: draw(s, ink=(250, 250, 240), paper=(30, 70, 50)), "colour, light ink on dark: cropped to "),
+        (lambda s: draw(s, ink=(20, 40, 160), paper=(250, 230, 90)), "colour, dark ink on light: inverted"),
+        (lambda s: draw(s, ink=(200, 60, 60), paper=(60, 130, 60)), "colour, "),  # of nearly one brightness
+        (lambda s: draw(s, ink=(210, 210, 210)), "grayscale, dark ink on light: inverted"),
+        (lambda s: draw(s, (1600, 1200), (900, 300, 1380, 1060), width=72), "1600x1200 grayscale, dark"),
+        (lambda s: draw(s, (40, 60), (6, 6, 34, 50), width=4), "40x60 grayscale, dark"),
+        (lambda s: draw(s, box=(80, 60, 320, 440), width=12), "thin strokes widened"),
+        (lambda s: draw(s, ink=(0, 0, 0, 255), paper=(0, 0, 0, 0), mode="RGBA"), "transparent, dark ink on light: inverted"),
+        (lambda s: draw(s, ink=(255, 255, 255, 255), paper=(0, 0, 0, 0), mode="RGBA"), "transparent, light ink on dark: cropped"),
+        (lambda s: draw(s).convert("1"), "400x500 grayscale, dark"),
+        (lambda s: draw(s).convert("P"), "400x500 grayscale, dark"),
+        (lambda s: Image.fromarray(np.asarray(draw(s).convert("L")).astype(np.uint16) * 100), "400x500 grayscale, dark"),
+        (lambda s: encoded(draw(s), "JPEG"), "400x500 grayscale, dark"),
+        (lambda s: encoded(draw(s), "WEBP"), "400x500 grayscale, dark"),
+        (lambda s: turned(draw(s)), "400x500 grayscale, dark"),
+        (photo, "900x1200 colour, dark ink on light: inverted"),
+        (lambda s: photo(s, 16), "thin strokes widened"),
+    ],
+)
+def test_a_digit_looks_the_same_however_it_is_drawn(
+    make: Callable[[list[tuple[float, float]]], Image.Image], said: str, strokes: list[tuple[float, float]]
+) -> None:
+    prepared = prepare_picture(make(strokes))
+    assert said in prepared.how
+    pixels = prepared.pixels
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (28, 28)
+    assert likeness(pixels, prepare_picture(draw(strokes)).pixels) > 0.88
+    rows, columns = np.flatnonzero(pixels.max(1)), np.flatnonzero(pixels.max(0))
+    assert max(np.ptp(rows), np.ptp(columns)) + 1 in (19, 20)
+    mass = np.array([pixels.sum(1 - axis) @ np.arange(28) / pixels.sum() for axis in (0, 1)])
+    assert np.abs(mass - 14).max() <= 0.5
+    assert pixels.max() > 230
+
+
+def test_an_image_of_mnist_is_used_as_it_is_and_comes_back_from_another_form(sample_images: np.ndarray) -> None:
+    for image in sample_images:
+        as_it_is = prepare_picture(Image.fromarray(image))
+        assert as_it_is.how == "28x28 grayscale, light ink on black: used as it is"
+        assert np.array_equal(as_it_is.pixels, image)
+        large = Image.fromarray(255 - image).resize((280, 280), Image.Resampling.BICUBIC)
+        for other in (Image.fromarray(255 - image), large):
+            assert likeness(prepare_picture(other).pixels, image) > 0.85
+
+
+@pytest.fixture
+def sample_images(sample: object) -> np.ndarray:
+    return pixels_view(one_chunk(sample["image"]))[::250]  # type: ignore[index]
+
+
+def test_specks_a_frame_and_lines_of_the_paper_are_left_out() -> None:
+    clean = draw()
+    dirty = clean.copy()
+    pen = ImageDraw.Draw(dirty)
+    pen.rectangle([4, 4, 395, 495], outline=(0, 0, 0), width=4)
+    for y in range(30, 490, 60):
+        pen.line([(0, y), (400, y)], fill=(190, 205, 235), width=2)
+    for x, y in ((40, 460), (370, 60), (350, 300)):
+        pen.ellipse([x, y, x + 6, y + 6], fill=(60, 50, 40))
+    assert likeness(prepare_picture(dirty).pixels, prepare_picture(clean).pixels) > 0.85
+
+
+def test_a_card_with_transparent_corners_is_paper() -> None:
+    card = Image.new("RGBA", (500, 600), (0, 0, 0, 0))
+    ImageDraw.Draw(card).rounded_rectangle([10, 10, 490, 590], 50, fill=(255, 255, 255, 255))
+    card.paste(draw(), (50, 50))
+    assert likeness(prepare_picture(card).pixels, prepare_picture(draw()).pixels) > 0.95
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Image.new("RGB", (300, 200), "white"),
+        Image.new("L", (28, 28)),
+        Image.new("RGBA", (40, 40), (0, 0, 0, 0)),
+        Image.new("L", (1, 1), 255),
+        Image.fromarray(np.random.default_rng(0).normal(128, 20, (300, 300)).clip(0, 255).astype(np.uint8)),
+        Image.fromarray(np.linspace(80, 240, 90_000).reshape(300, 300).astype(np.uint8)),
+    ],
+    ids=["white", "black", "transparent", "a pixel", "noise", "light"],
+)
+def test_a_picture_without_ink_is_refused(picture: Image.Image) -> None:
+    with pytest.raises(RequestError, match="nothing is drawn on it"):
+        prepare_picture(picture)
+
+
+def test_what_is_no_picture_is_refused_in_one_line(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    draw().save(whole, "PNG")
+    for name, data, said in [
+        ("text.png", b"seven", "is no picture of a known format"),
+        ("empty.png", b"", "is no picture of a known format"),
+        ("cut.png", whole.getvalue()[:900], "cannot be read as a picture"),
+    ]:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(RequestError, match=said) as refused:
+            prepare_picture(tmp_path / name)
+        assert str(refused.value).startswith(f"{tmp_path / name}: ")
+        assert "\n" not in str(refused.value)
+    with pytest.raises(RequestError, match=r"nowhere.png: there is no such file"):
+        prepare_picture(tmp_path / "nowhere.png")
+    with pytest.raises(RequestError, match="cannot be read"):
+        prepare_picture(tmp_path)
