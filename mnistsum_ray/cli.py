@@ -137,10 +137,10 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
 
         mnistsum predict seven.png --number 5 --model runs/mine
 
-    The picture may have any size and colours, dark ink on light or light on dark, a
-    transparent background, or be a photo that is lit unevenly. It is prepared as
-    MNIST's own were: cropped to the ink, scaled to fit 20 x 20 pixels and centred in
-    28 x 28; a line says how. No Ray is started.
+    The picture may have any size and colours, dark ink on light or light on dark,
+    a transparent background, or be a photo that is lit unevenly. It is prepared as
+    MNIST's own were: cropped to the ink, scaled to fit 20 x 20 pixels and centred
+    in 28 x 28; a line says how. No Ray is started.
     """
     from mnistsum_ray.config import PredictConfig
 
@@ -151,10 +151,8 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     say, found = Console().say, predict_picture(config.model, config.picture, config.number)
     say(f"{config.picture}: {found.prepared}")
-    disagree = "" if found.consistent else "; the two answers disagree"
-    say(
-        f"digit: {found.digit} ({percent(found.digit_prob)}), digit + {found.number}: {found.sum} ({percent(found.sum_prob)}){disagree}"
-    )
+    digit, total = f"{found.digit} ({percent(found.digit_prob)})", f"{found.sum} ({percent(found.sum_prob)})"
+    say(f"digit: {digit}, digit + {found.number}: {total}{'' if found.consistent else '; the two answers disagree'}")
     return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key != "pixels"}, DONE
 
 
