@@ -89,12 +89,14 @@ def prepare_picture(picture: str | Path | Image.Image) -> PreparedPicture:
         return PreparedPicture(np.rint(colours[..., 0]).astype(np.uint8), f"{what}, light ink on black: used as it is")
 
     ink, dark = _find_ink(colours, name)
-    top, left, bottom, right = _find_box(ink)
     scale = image.height / ink.shape[0]
-    drawn, widened = _fit(Image.fromarray(ink[top:bottom, left:right]))
+    cropped = _crop(ink)
+    if not cropped.size:
+        raise RequestError(f"{name}: is full of specks, and there is no digit among them")
+    drawn, widened = _fit(Image.fromarray(cropped))
     steps = [
         *(["inverted"] if dark else []),
-        f"cropped to {round(scale * (right - left))}x{round(scale * (bottom - top))}",
+        f"cropped to {round(scale * cropped.shape[1])}x{round(scale * cropped.shape[0])}",
         *(["thin strokes widened"] if widened else []),
         f"scaled to {drawn.width}x{drawn.height}, centred in {SIDE}x{SIDE}",
     ]
@@ -203,8 +205,8 @@ def _otsu(values: Floats) -> float:
     return float(np.nanargmax(np.where(np.isfinite(between), between, -1)))
 
 
-def _find_box(ink: Pixels) -> tuple[int, int, int, int]:
-    """Top, left, bottom and right of the ink without specks."""
+def _crop(ink: Pixels) -> Pixels:
+    """The part of the picture that has ink, without specks; of size 0 where there are only specks."""
     step = max(1, max(ink.shape) // 128)
     padded = np.pad(ink > _EDGE, [(0, -size % step) for size in ink.shape])
     blocks = padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step)
@@ -222,9 +224,9 @@ def _find_box(ink: Pixels) -> tuple[int, int, int, int]:
     if sum(inner.values()) >= _MIN_INNER * sums.sum():  # what touches the edge is then a shadow, or the end of the paper
         sizes = inner
     kept = np.isin(labels, [label for label, size in sizes.items() if size >= _MIN_PART * sum(sizes.values())])
-    mask = np.repeat(np.repeat(kept, step, 0), step, 1)[: ink.shape[0], : ink.shape[1]] & (ink > _EDGE)
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+    ink = np.where(np.repeat(np.repeat(kept, step, 0), step, 1)[: ink.shape[0], : ink.shape[1]], ink, np.uint8(0))
+    rows, columns = (np.flatnonzero((ink > _EDGE).any(axis)) for axis in (1, 0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if len(rows) else ink[:0]
 
 
 def _fit(ink: Image.Image) -> tuple[Image.Image, bool]:

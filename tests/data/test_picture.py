@@ -128,7 +128,7 @@ def test_specks_a_frame_and_lines_of_the_paper_are_left_out() -> None:
     pen.rectangle([4, 4, 395, 495], outline=(0, 0, 0), width=4)
     for y in range(30, 490, 60):
         pen.line([(0, y), (400, y)], fill=(190, 205, 235), width=2)
-    for x, y in ((40, 460), (370, 60), (350, 300)):
+    for x, y in ((40, 460), (370, 60), (350, 300), (110, 400), (120, 250)):
         pen.ellipse([x, y, x + 6, y + 6], fill=(60, 50, 40))
     assert likeness(prepare_picture(dirty).pixels, prepare_picture(clean).pixels) > 0.85
 
@@ -138,6 +138,16 @@ def test_a_card_with_transparent_corners_is_paper() -> None:
     ImageDraw.Draw(card).rounded_rectangle([10, 10, 490, 590], 50, fill=(255, 255, 255, 255))
     card.paste(draw(), (50, 50))
     assert likeness(prepare_picture(card).pixels, prepare_picture(draw()).pixels) > 0.95
+
+
+def test_specks_alone_are_refused() -> None:
+    picture = Image.new("L", (900, 900), 255)
+    for place in np.ndindex(8, 8):
+        ImageDraw.Draw(picture).ellipse(
+            [60 + 100 * place[0], 60 + 100 * place[1], 80 + 100 * place[0], 80 + 100 * place[1]], fill=0
+        )
+    with pytest.raises(RequestError, match="full of specks"):
+        prepare_picture(picture)
 
 
 @pytest.mark.parametrize(
