@@ -134,7 +134,7 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     torch_import = Thread(target=import_module, args=("torch",))  # takes seconds, and to start Ray is mostly to wait
     torch_import.start()
     try:
-        connect()
+        connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
     finally:
         torch_import.join()  # a process that ended in the middle of an import would crash
 
@@ -150,7 +150,8 @@ def run_scoring(config: ScoreConfig) -> tuple[dict[str, Any], bool]:
     from mnistsum_ray.scoring.preflight import preflight
 
     run = preflight(config)
-    connect()  # `preflight` has imported torch
+    metadata = {"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display}
+    connect(metadata)  # `preflight` has imported torch
 
     from mnistsum_ray.scoring import driver
 

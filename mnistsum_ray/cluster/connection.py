@@ -39,10 +39,13 @@ _session: Path | None = None
 """Session folder of the cluster that this process has started."""
 
 
-def connect() -> None:
+def connect(metadata: dict[str, str] | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, of this submitted job or of this machine; without one, start one. Idempotent.
 
     The environment, the signal handlers, the working folder and the level of Ray's logger are afterwards what they were before.
+
+    Args:
+        metadata: what the dashboard of a joined cluster shows of this job; of a submitted one it shows those of `ray job submit`.
 
     Raises:
         RequestError: no cluster answers at RAY_ADDRESS, or no cluster can be started here.
@@ -69,6 +72,7 @@ def connect() -> None:
                     address="local" if starts_cluster else None,
                     logging_level=logging.ERROR,
                     log_to_driver=False,
+                    job_config=ray.job_config.JobConfig(metadata=metadata),
                     include_dashboard=False,  # a new cluster starts seconds earlier without it; a joined one keeps its own
                 )
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:

@@ -68,6 +68,16 @@ def rejects_this_client(address: str) -> bool:
     return False
 
 
+def has_dashboard() -> bool:
+    """Return whether the connected cluster has Ray's dashboard.
+
+    `ray._private.worker.get_dashboard_url` is what `ray.init` returns, to the caller alone, which may be a notebook.
+    """
+    from ray._private.worker import get_dashboard_url
+
+    return bool(get_dashboard_url())
+
+
 def autoscaler_limits() -> dict[str, int]:
     """Return the resources that the connected cluster can grow to, as its autoscaler's configuration says; empty without one.
 

@@ -1,6 +1,7 @@
 """Figures of a running job for Ray's dashboard and its Prometheus endpoint, by `ray.util.metrics`.
 
-Ray puts `ray_` in front of the names. The tag `run` is the run folder or the output folder.
+Ray puts `ray_` in front of the names, and `_total` behind those of counters. The tag `run` is the run or output folder.
+A job that ends hands on its last values. Its node then keeps the counters as long as Ray runs there, and the gauges for 20 s.
 """
 
 from typing import Any
@@ -14,18 +15,31 @@ def _tagged(kind: type[Any], name: str, text: str, run: str) -> Any:
     return metric
 
 
+def _counter(name: str, text: str, run: str) -> Any:
+    counter = _tagged(Counter, name, text, run)
+    counter._record(0)  # an alert needs a 0 and not nothing; the public `inc` refuses 0
+    return counter
+
+
+def _rate(name: str, run: str) -> Any:
+    rate = _tagged(Gauge, name, "Rows per second, all workers together.", run)
+    rate.set(0)  # it says that the job runs, also before its first row
+    return rate
+
+
 class TrainingMetrics:
     """`mnistsum_train_rows` (counter), `mnistsum_train_rows_per_second`, `mnistsum_train_epoch` and `mnistsum_train_loss`."""
 
-    def __init__(self, run: str) -> None:
-        self._rows = _tagged(Counter, "train_rows", "Training rows, all epochs and workers together.", run)
-        self._rate = _tagged(Gauge, "train_rows_per_second", "Training rows per second, all workers together.", run)
+    def __init__(self, run: str, counted: int = 0) -> None:
+        """Args: the run folder; and the rows of the epochs that an earlier job has trained, which do not count here."""
+        self._rows = _counter("train_rows", "Training rows, all epochs and workers together.", run)
+        self._rate = _rate("train_rows_per_second", run)
         self._epoch = _tagged(Gauge, "train_epoch", "Epoch that is trained, from 1.", run)
         self._loss = _tagged(Gauge, "train_loss", "Mean loss a row of this epoch, in nats.", run)
-        self._counted = 0
+        self._counted = counted
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take in a progress event of the training loop; see `Console.show`."""
+        """Take in a progress event of the training loop (see `Console.show`), or likewise the end of an epoch."""
         done = (event["epoch"] - 1) * event["of_rows"] + event["rows"]
         if done > self._counted:  # rows that are trained again after a failure do not count twice
             self._rows.inc(done - self._counted)
@@ -39,9 +53,9 @@ class ScoringMetrics:
     """`mnistsum_score_rows`, `mnistsum_score_rejected_rows` (counters) and `mnistsum_score_rows_per_second`."""
 
     def __init__(self, output: str) -> None:
-        self._rows = _tagged(Counter, "score_rows", "Rows whose file is written, rejected ones included.", output)
-        self._rejected = _tagged(Counter, "score_rejected_rows", "Rows that cannot be scored.", output)
-        self._rate = _tagged(Gauge, "score_rows_per_second", "Rows per second, all workers together.", output)
+        self._rows = _counter("score_rows", "Rows whose file is written, rejected ones included.", output)
+        self._rejected = _counter("score_rejected_rows", "Rows that cannot be scored.", output)
+        self._rate = _rate("score_rows_per_second", output)
 
     def add(self, rows: int, rejected: int, rows_per_second: float) -> None:
         """Count finished rows, `rejected` of which cannot be scored; the rate is since the run began."""

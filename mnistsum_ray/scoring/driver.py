@@ -35,7 +35,7 @@ from mnistsum_ray.scoring.output import (
 from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, REJECTED, make_tasks
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
 from mnistsum_ray.scoring.publish import publish, result_line, say_result
-from mnistsum_ray.scoring.worker import Scorer, start_crash_counter
+from mnistsum_ray.scoring.worker import Score, start_crash_counter
 from mnistsum_ray.storage.lock import folder_lock
 
 
@@ -132,11 +132,12 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
         + f"; {counted(plan.files.num_rows, 'file')} below {plan.inputs.root.display}"
         + f"; {up_to}{counted(resources.workers, 'GPU worker' if resources.use_gpu else 'CPU worker')}, {plan.precision}"
     )
+    metrics = ScoringMetrics(plan.output.display)  # also of a run that has nothing to do: Prometheus knows that it was there
     if not committed.todo.num_rows:
         return {}, 0.0
     if not plan.staged:
         unpublish(plan.output)
-    progress, metrics = Progress(console.progress, "rows scored", todo_rows), ScoringMetrics(plan.output.display)
+    progress = Progress(console.progress, "rows scored", todo_rows)
     failures: dict[str, str] = {}
     started, ended, done_rows = float("inf"), 0.0, 0
     crash_counter = start_crash_counter()
@@ -178,9 +179,8 @@ def _make_pipeline(
     )
     with ray_data_options(preserve_order=False):
         # Not `from_arrow`: tasks of its own, which reserve a CPU each, would look at the tables first.
-        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
-        return dataset.map_batches(
-            Scorer,
+        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+            Score,
             fn_constructor_args=(ray.put(shared), crash_counter),
             compute=pool,
             batch_size=1,
@@ -188,6 +188,8 @@ def _make_pipeline(
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker,
         )
+    dataset.set_name("score-files")
+    return dataset
 
 
 def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:

@@ -1,6 +1,6 @@
 """What a worker process does with a task: read its parts, predict, commit each part, and report.
 
-    driver ──parts `first`..`first + count - 1`──▶ Scorer: read, decode, predict, commit ──reports──▶ driver
+    driver ──parts `first`..`first + count - 1`──▶ Score: read, decode, predict, commit ──reports──▶ driver
 
 Rows stay in the process that works on them. Nothing records what is done: a part is done when its output file exists, no matter
 which process wrote it or how often.
@@ -66,7 +66,7 @@ _ROWS_PER_UNSURE: Final = 250
 """A part's metadata holds one of its least sure images for so many rows, but 3 to 8. An image takes 0.4 KB."""
 
 
-class Scorer:
+class Score:
     """Scores tasks, in an actor of Ray Data."""
 
     def __init__(self, plan: "ray.ObjectRef[Plan]", crash_counter: Any) -> None:

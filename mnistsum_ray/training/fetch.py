@@ -90,6 +90,7 @@ def _read_blocks(files: ParquetFiles) -> Iterator[pa.Table]:
             num_cpus=TASK_CPUS,
             compute=TaskPoolStrategy(size=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))),
         )
+    dataset.set_name("load-rows")
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         if "error" in block.column_names:
             raise RequestError(block["error"][0].as_py())
@@ -104,7 +105,7 @@ def _read_block(item: Columns, files: ParquetFiles) -> pa.Table:
         return pa.table({"error": [str(error)]})
 
 
-class ReadTask:
+class ReadRows:
     """Turns tasks into the rows that a worker trains on, in the order of the steps; runs in an actor."""
 
     def __init__(self, data: "ray.ObjectRef[RowData]", shuffle: Shuffle, distortion: float) -> None:

@@ -61,6 +61,9 @@ class LoopConfig:
     lock: FolderLock
     """Checked before each write to the run folder."""
 
+    def __repr__(self) -> str:  # Ray's dashboard shows it
+        return repr(self.hyperparameters)
+
 
 @dataclass(frozen=True)
 class TrainingResult:

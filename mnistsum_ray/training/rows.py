@@ -1,7 +1,7 @@
 """Rows for a training worker: of each step, and of the held-out rows.
 
     object store ─┐                 ┌─▶ rank 0: step 0, step 1, … of every epoch
-                  ├─ ReadTask ──────┤
+                  ├─ ReadRows ──────┤
     Parquet files ┘  (fetch.py)     └─▶ rank 1: …
 
 Each worker has its own execution of Ray Data, which goes over the ends of the epochs. The order of every epoch is known
@@ -29,7 +29,7 @@ from mnistsum_ray.data.order import RowRanges, Shuffle, mix_ids, positions_of_ra
 from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model.device import array_to_device
-from mnistsum_ray.training.fetch import ROW_BYTES, TASK_CPUS, Columns, ReadTask, RowData, block_columns
+from mnistsum_ray.training.fetch import ROW_BYTES, TASK_CPUS, Columns, ReadRows, RowData, block_columns
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ class TrainingRows:
         """Some steps at a time, and their rows."""
         blocks = self._blocks()
         # Of a last batch with fewer rows than workers.
-        no_rows = block_columns(ReadTask(self.data, self.shuffle, self.distortion).rows(0, np.empty(0, np.int64), 0))
+        no_rows = block_columns(ReadRows(self.data, self.shuffle, self.distortion).rows(0, np.empty(0, np.int64), 0))
         for _, steps in self.stretches():
             columns = [next(blocks) if self.shuffle.count(steps, part) else no_rows for part in self.parts]
             for chunk, rows in self._chunks(steps, columns):
@@ -138,7 +138,7 @@ class TrainingRows:
             yield range(first, end), pieces[0] if len(pieces) == 1 else _side_by_side(pieces, end - first)
 
     def _tasks(self) -> Iterator[dict[str, int]]:
-        """See `ReadTask`. Ray Data yields no empty blocks, so a task without rows is left out."""
+        """See `ReadRows`. Ray Data yields no empty blocks, so a task without rows is left out."""
         index = 0
         for epoch, steps in self.stretches():
             for part in self.parts:
@@ -156,13 +156,14 @@ class TrainingRows:
         with ray_data_options(preserve_order=True, object_store_bytes=max(_AHEAD_BYTES, window_rows * ROW_BYTES)):
             # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the workers hold all CPUs.
             dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-                ReadTask,
+                ReadRows,
                 fn_constructor_args=(self.data, self.shuffle, self.distortion),
                 batch_size=1,
                 num_cpus=TASK_CPUS,
                 # Actors, since Ray ends the process of a task that has had nothing to do for a second, and a new one takes two.
                 compute=ActorPoolStrategy(size=min(self.readers, len(tasks)), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT),
             )
+        dataset.set_name("train-rows")
         blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
         for task, table in zip(tasks, blocks, strict=True):
             if "error" in table.column_names:

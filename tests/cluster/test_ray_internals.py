@@ -65,6 +65,13 @@ def test_start_autoscaling_coordinator() -> None:
     assert ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator"), "the name that Ray Train asks for"
 
 
+@pytest.mark.usefixtures("address")
+def test_has_dashboard() -> None:
+    """That it is true where there is one, tests/integration/test_metrics.py asks."""
+    with uses("ray._private.worker.get_dashboard_url"):
+        assert not ray_internals.has_dashboard()
+
+
 def test_last_cluster_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with uses("ray._private.utils.read_ray_address"):

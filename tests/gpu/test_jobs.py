@@ -157,7 +157,7 @@ def test_a_killed_actor_and_a_killed_run_change_nothing(trained: Done, pairs: Pa
     flags = score(trained, pairs, output, "--max-rows-per-file", 5_000)
     job = start_on_gpu(f"{SCORED_ROWS:,} rows to score", *flags)
     wait_for_files(job, output, 8)
-    kill_worker(job.process.pid, "MapBatches(Scorer)")
+    kill_worker(job.process.pid, "MapBatches(Score)")
     wait_for_files(job, output, 4)
     job.kill()
     assert run_on_gpu(*flags).line["resumed_rows"] > 0

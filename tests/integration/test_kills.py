@@ -102,7 +102,7 @@ def scoring_case(root: str, pairs: str, model: Path) -> Case:
     output = locate(root, "--output") / "mine"
     flags = ["--model", model, "--input", pairs, "--output", output.display, "--max-rows-per-file", PART_ROWS]
     flags += ["--label-column", "digit"]
-    return Case("score", "ray::MapWorker(MapBatches(Scorer))", flags, output)
+    return Case("score", "ray::MapWorker(MapBatches(Score))", flags, output)
 
 
 def left(case: Case) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def test_a_part_that_kills_every_process_is_given_up_and_reported(model: Path, p
     while job.process.poll() is None:
         time.sleep(0.05)
         for process, title in descendants(job.process.pid).items():
-            if "MapBatches(Scorer)" in title and has_open(process, deadly):
+            if "MapBatches(Score)" in title and has_open(process, deadly):
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
     done = job.wait()

@@ -1,65 +1,112 @@
-"""Figures of running jobs in the text that Prometheus reads from a node of the cluster."""
+"""What Prometheus and Ray's dashboard show of jobs, also of jobs that have ended before Prometheus asks."""
 
+import json
 import re
 import time
 import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 
+from mnistsum_ray.cluster.ray_internals import has_dashboard
 from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.reporting.metrics import TrainingMetrics
-from tests.integration.conftest import score_here
+from tests.integration.conftest import run_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = pytest.mark.slow
 
 ROWS, REJECTED = 400, 3
-SCORED = ("rows_total", "rejected_rows_total", "rows_per_second")
-TRAINED = ("rows_total", "rows_per_second", "epoch", "loss")
 REPORT_SECONDS = 80.0
 """Ray's processes report every 10 s, and the agent of the node passes it on."""
 
 
-def wait_for_metrics(run: str, names: set[str]) -> dict[str, float]:
-    """Values of the metrics with this tag, once all of the names are there."""
+@pytest.fixture(scope="module")
+def head() -> Iterator[Any]:
+    """A cluster with a dashboard, to which this process is connected."""
+    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        yield ray.init(address="local", include_dashboard=True, num_cpus=2, log_to_driver=False, logging_level="error")
+        ray.shutdown()
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
+def metrics(run: Path | str) -> dict[str, float]:
+    """Values of the metrics with this tag, summed over the processes that have reported them."""
     (node,) = (node for node in ray.nodes() if node["Alive"])
-    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    deadline = time.monotonic() + REPORT_SECONDS
-    while True:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            text = answer.read().decode()
-        lines = [line for line in text.splitlines() if not line.startswith("#") and f'run="{run}"' in line]
-        found = {re.split(r"[{ ]", line)[0].removeprefix("ray_"): float(line.rsplit(" ", 1)[1]) for line in lines}
-        if names <= {*found}:
-            return found
-        assert time.monotonic() < deadline, found
-        time.sleep(1)
+    found: dict[str, float] = defaultdict(float)
+    for line in get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").splitlines():
+        if line.startswith("ray_mnistsum") and f'run="{run}"' in line:
+            found[re.split(r"[{ ]", line)[0].removeprefix("ray_mnistsum_")] += float(line.rsplit(" ", 1)[1])
+    return found
 
 
-def test_scored_and_trained_rows_are_counted_once(model: Path, tmp_path: Path) -> None:
-    metrics = TrainingMetrics("runs/mine")
-    event = {"of_rows": 100, "rows_per_second": 20.0, "loss": 0.5}
-    for epoch, rows in ((1, 50), (1, 100), (2, 60), (2, 20), (2, 80)):  # in the second epoch a worker died
-        metrics.add(event | {"epoch": epoch, "rows": rows})
+def last_job(head: Any) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """What the dashboard shows of the job that was started last: its metadata, and the operators of its datasets."""
+    job = max(json.loads(get(f"http://{head.dashboard_url}/api/jobs/")), key=lambda job: job["start_time"])
+    datasets = json.loads(get(f"http://{head.dashboard_url}/api/data/datasets/{job['job_id']}"))["datasets"]
+    names = {data["dataset"].split("_")[0]: [operator["name"] for operator in data["operators"]] for data in datasets}
+    return job["metadata"], names
+
+
+def test_a_scoring_that_has_ended(head: Any, model: Path, tmp_path: Path) -> None:
     export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "in"), rows=ROWS, files=2), print)
-    path = tmp_path / "in" / "part-00001.parquet"
-    table = pq.read_table(path)
+    output, score = tmp_path / "out", ("score", "--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert run_job(*score, "--max-rows-per-file", 50, address=head.address_info["address"]).code == 0
+    shown = metrics(output)
+    assert shown["score_rows_per_second"] > 0
+    assert shown.items() >= {"score_rows_total": ROWS, "score_rejected_rows_total": 0}.items(), "what is zero is shown as zero"
+
+    path = tmp_path / "in" / "more.parquet"
+    table = pq.read_table(tmp_path / "in" / "part-00001.parquet")
     numbers = pa.array([None] * REJECTED + table["number"].to_pylist()[REJECTED:], pa.int8())
     pq.write_table(table.set_column(table.column_names.index("number"), "number", numbers), path)
-    score_here(model, tmp_path / "out", tmp_path / "in", max_rows_per_file=50)
-    scored = wait_for_metrics(str(tmp_path / "out"), {f"mnistsum_score_{name}" for name in SCORED})
-    assert (scored["mnistsum_score_rows_total"], scored["mnistsum_score_rejected_rows_total"]) == (ROWS, REJECTED)
-    assert scored["mnistsum_score_rows_per_second"] > 0
-    assert (
-        wait_for_metrics("runs/mine", {f"mnistsum_train_{name}" for name in TRAINED}).items()
-        >= {
-            "mnistsum_train_rows_total": 180.0,
-            "mnistsum_train_rows_per_second": 20.0,
-            "mnistsum_train_epoch": 2.0,
-            "mnistsum_train_loss": 0.5,
-        }.items()
-    )
+    assert run_job(*score, "--max-rows-per-file", 50, address=head.address_info["address"]).code == 3
+    assert metrics(output).items() >= {"score_rows_total": ROWS * 3 / 2, "score_rejected_rows_total": REJECTED}.items()
+
+    metadata, datasets = last_job(head)
+    assert metadata == {"job_name": f"score {output}", "model": str(model), "output": str(output)}
+    assert datasets == {"score-files": ["Input", "MapBatches(Score)"]}
+
+
+def test_a_training_that_has_ended(head: Any, tmp_path: Path) -> None:
+    assert has_dashboard()
+    pq.write_table(pq.read_table(SAMPLE)[::10], tmp_path / "rows.parquet")
+    flags = ("--data", tmp_path / "rows.parquet", "--storage-path", tmp_path, "--name", "mine", "--epochs", 2)
+    line = run_job("train", *flags, address=head.address_info["address"]).line
+    shown = metrics(tmp_path / "mine")
+    assert shown.items() >= {"train_rows_total": 2 * line["data"]["train_rows"], "train_epoch": 2}.items()
+    assert min(shown["train_rows_per_second"], shown["train_loss"]) > 0
+
+    metadata, datasets = last_job(head)
+    assert metadata == {"job_name": "train mine", "run": str(tmp_path / "mine")}
+    assert datasets == {"load-rows": ["Input", "MapBatches(_read_block)"], "train-rows": ["Input", "MapBatches(ReadRows)"]}
+    (run,) = json.loads(get(f"http://{head.dashboard_url}/api/train/v2/runs/v1"))["train_runs"]
+    assert (run["name"], run["status"]) == ("mine", "FINISHED")
+    assert run["run_settings"]["train_loop_config"]["loop"].startswith("Hyperparameters(epochs=2,")
+
+
+@pytest.mark.usefixtures("head")
+def test_rows_that_are_trained_again_count_once() -> None:
+    training = TrainingMetrics("runs/again")
+    event = {"of_rows": 100, "rows_per_second": 20.0, "loss": 0.5}
+    for epoch, rows in ((1, 50), (1, 100), (2, 60), (2, 20), (2, 80)):  # in the second epoch a worker died
+        training.add(event | {"epoch": epoch, "rows": rows})
+    expected = {"train_rows_total": 180.0, "train_rows_per_second": 20.0, "train_epoch": 2.0, "train_loss": 0.5}
+    deadline = time.monotonic() + REPORT_SECONDS
+    while (shown := metrics("runs/again")) != expected:
+        assert time.monotonic() < deadline, shown
+        time.sleep(1)
