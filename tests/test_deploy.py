@@ -1,0 +1,194 @@
+"""The files that put the project on a cluster fit each other and the project. No cloud, Docker or Kubernetes is asked."""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import requires, version
+from pathlib import Path
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.util.metrics import Counter, Metric
+
+from mnistsum_ray.reporting.metrics import ScoringMetrics, TrainingMetrics
+from tests.kuberay_schema import DEPLOY, FILES, SCHEMA
+
+ROOT = DEPLOY.parent
+README = (ROOT / "README.md").read_text()
+CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+HOME = "/home/ubuntu"
+INSTALL = "cd ~/mnistsum_ray && ~/venv/bin/pip install -q -c .constraints.txt"
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+KUBERAY: dict[str, dict[str, Any]] = {name: yaml.safe_load((DEPLOY / f"{name}.yaml").read_text()) for name in FILES}
+SCHEMAS = json.loads(SCHEMA.read_text())
+
+
+def copied_files() -> dict[str, str]:
+    """The files of the project that cluster.yaml copies to a node, and their names there."""
+    project = f"{HOME}/mnistsum_ray/"
+    return {local: remote.removeprefix(project) for remote, local in CLUSTER["file_mounts"].items() if remote.startswith(project)}
+
+
+def test_every_package_that_a_node_gets_has_a_tested_version() -> None:
+    """What the installed project and its extra cloud need, and what that needs, on this Python and system."""
+    lines = (ROOT / ".constraints.txt").read_text().splitlines()[1:]
+    tested = {name: Version(text) for name, text in (line.split("==") for line in lines)}
+    needed, seen = [Requirement("mnistsum_ray[cloud]")], set()
+    while needed:
+        requirement = needed.pop()
+        name = canonicalize_name(requirement.name)
+        if name != "mnistsum-ray":
+            assert tested[name] in requirement.specifier, requirement
+        for extra in {"", *requirement.extras}:
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                found = [Requirement(text) for text in requires(requirement.name) or ()]
+                needed += [one for one in found if one.marker is None or one.marker.evaluate({"extra": extra})]
+
+
+def test_users_get_the_pyarrow_that_is_tested() -> None:
+    """The extra mlflow, which the tests install, has an upper bound for pyarrow; so without it there is the same one."""
+    ours = next(one for one in map(Requirement, PROJECT["dependencies"]) if one.name == "pyarrow")
+    of_mlflow = next(one for one in map(Requirement, requires("mlflow") or []) if one.name == "pyarrow" and not one.marker)
+    newest = Version(version("pyarrow")).major
+    assert f"{newest}.99" in ours.specifier
+    assert f"{newest}.99" in of_mlflow.specifier
+    assert f"{newest + 1}.0" not in ours.specifier
+
+
+def test_the_owner_of_the_repository_is_the_same_everywhere() -> None:
+    """A placeholder, to be replaced in all places at once."""
+    owner = re.fullmatch(r"https://github.com/(\w+)/mnistsum_ray", PROJECT["urls"]["Repository"])
+    assert owner
+    assert f"image: &image {owner[1]}/mnistsum_ray:" in (DEPLOY / "rayjob.yaml").read_text()
+
+
+def test_cluster_yaml_is_one_and_opens_nothing_to_the_world() -> None:
+    config = prepare_config(copy.deepcopy(CLUSTER))
+    validate_config(config)
+    assert "Ubuntu 24.04" in (ROOT / "cluster.yaml").read_text(), "22.04 has Python 3.10"
+    for name, node_type in config["available_node_types"].items():
+        node = node_type["node_config"]
+        assert node["SecurityGroupIds"], f"Ray would make {name} a group whose SSH is open to the world"
+        assert node["IamInstanceProfile"]["Name"], f"without it, {name} would need keys"
+    for kind in ("head", "worker"):
+        commands = config[f"{kind}_setup_commands"]
+        assert len(commands) == 2, "a venv and the project, and nothing of Ray's defaults such as a nightly build"
+        assert commands[1].startswith(INSTALL)
+        assert ("download.pytorch.org/whl/cpu" in commands[1]) == (kind == "head")
+        assert "--dashboard-host" not in " ".join(config[f"{kind}_start_ray_commands"])
+    assert f"{HOME}/.ray/auth_token" in config["file_mounts"]
+
+
+def test_a_node_installs_the_project_as_it_lies_here(tmp_path: Path) -> None:
+    """From nothing but what is copied to a node, or into the image; what it needs beside that follows from pyproject.toml."""
+    for local, remote in copied_files().items():
+        if (ROOT / local).is_dir():
+            shutil.copytree(ROOT / local, tmp_path / remote, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / local, tmp_path / remote)
+    assert (tmp_path / ".constraints.txt").exists()
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(tmp_path / "wheels"), str(tmp_path)]
+    subprocess.run(build, check=True)
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    files = [path for path in (ROOT / "mnistsum_ray").rglob("*") if path.suffix in (".py", ".parquet", ".j2", ".css", ".typed")]
+    assert {str(path.relative_to(ROOT)) for path in files} <= held
+
+
+def test_the_image_gets_the_same_files() -> None:
+    first, *patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert first == "*", "all that is not named stays outside"
+    assert {pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")} == set(copied_files())
+    assert "pip install --no-cache-dir -c .constraints.txt '.[cloud]'" in (DEPLOY / "Dockerfile").read_text()
+
+
+def test_what_the_commands_write_is_not_uploaded() -> None:
+    """The output folders of the README's commands, by `ray job submit --working-dir .`."""
+    outputs = {"runs/", *re.findall(r"--output (?!s3:)(\S+)", README), *re.findall(r'output="(\S+?)"', README)}
+    assert len(outputs) > 5
+    ignored = get_excludes_from_ignore_files(ROOT, include_gitignore=True)
+    uploaded = {name for name in {"jobs/", *outputs} if not any(ignore(ROOT / name / "file") for ignore in ignored)}
+    assert uploaded == {"jobs/"}
+
+
+def test_the_line_for_cron_runs_where_cluster_yaml_puts_the_project(tmp_path: Path) -> None:
+    """With cron's environment. It gets as far as the bucket, which is none."""
+    lines = (DEPLOY / "crontab").read_text().splitlines()
+    (line,) = (line for line in lines if not line.startswith("#"))
+    *schedule, command = line.split(None, 5)
+    assert schedule == ["0", "2", "*", "*", "*"]
+    assert "%" not in command, "cron takes it for the end of the line"
+    assert "python3 -m venv ~/venv" in CLUSTER["setup_commands"][0]
+    assert f"/home/{CLUSTER['auth']['ssh_user']}" == HOME
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "mnistsum").symlink_to(Path(sys.executable).with_name("mnistsum"))
+    environment = {"HOME": str(tmp_path), "LOGNAME": "ubuntu", "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
+    local = command.replace("s3://BUCKET", str(tmp_path / "bucket"))
+    done = subprocess.run(["/bin/sh", "-c", local], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+    assert f"there is no such file or folder ({tmp_path}/bucket/" in (tmp_path / "score.log").read_text()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_kuberay_knows_every_field(name: str) -> None:
+    jsonschema.validate(KUBERAY[name], SCHEMAS[name])
+
+
+@pytest.mark.parametrize(
+    "path", [(), ("spec",), ("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0)]
+)
+def test_a_field_that_kuberay_does_not_know_is_found(path: tuple[str | int, ...]) -> None:
+    job = copy.deepcopy(KUBERAY["rayjob"])
+    place: Any = job
+    for key in path:
+        place = place[key]
+    place["backOffLimit"] = 2
+    with pytest.raises(jsonschema.ValidationError, match="backOffLimit"):
+        jsonschema.validate(job, SCHEMAS["rayjob"])
+
+
+@pytest.mark.parametrize(
+    ("name", "job"), [("rayjob", KUBERAY["rayjob"]["spec"]), ("raycronjob", KUBERAY["raycronjob"]["spec"]["jobTemplate"])]
+)
+def test_all_pods_of_kuberay_have_the_image_of_the_tested_ray(name: str, job: dict[str, Any]) -> None:
+    cluster = job["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", ())]
+    images = {container["image"] for group in groups for container in group["template"]["spec"]["containers"]}
+    assert images == {"OWNER/mnistsum_ray:TAG"}
+    assert "runtimeEnvYAML" not in job, "pip on each node would choose versions of its own"
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert f"FROM rayproject/ray:{cluster['rayVersion']}-py311" in (DEPLOY / "Dockerfile").read_text()
+    assert f"ray=={cluster['rayVersion']}\n" in (ROOT / ".constraints.txt").read_text()
+    assert job["shutdownAfterJobFinishes"]
+    assert job["activeDeadlineSeconds"]
+    assert job["ttlSecondsAfterFinished"] >= 30, "Prometheus reads the last values"
+    assert ("backoffLimit" in job) == ("--resume auto" in job["entrypoint"]) == (name == "rayjob")
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_are_exported() -> None:
+    jobs = (TrainingMetrics("runs/mine"), ScoringMetrics("scored"))
+    metrics = [value for job in jobs for value in vars(job).values() if isinstance(value, Metric)]
+    exported = {f"ray_{metric.info['name']}{'_total' if isinstance(metric, Counter) else ''}" for metric in metrics}
+
+    dashboard = json.loads((DEPLOY / "grafana.json").read_text())
+    shown = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    assert set(re.findall(r"ray_mnistsum_\w+", shown)) == exported
+    (group,) = yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"]
+    watched = set(re.findall(r"ray_mnistsum_\w+", " ".join(rule["expr"] for rule in group["rules"])))
+    assert {"ray_mnistsum_score_rejected_rows_total"} < watched <= exported
+    documented = re.findall(r"`(ray_mnistsum_\w+)`", (ROOT / "mnistsum_ray" / "README.md").read_text())
+    assert set(documented) == exported
