@@ -1,7 +1,7 @@
 """Data that the tests share: small, real, and made on the spot."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ def default_signals() -> None:
     """Let a child process take the signals that a shell ignores for `nohup pytest` and for `pytest &` in a script."""
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A home folder of the tests. Ray writes ~/.ray/auth_token when a test starts a cluster, and each cluster that the user
+    starts later would ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="session")
