@@ -76,7 +76,7 @@ def test_training_workers_get_the_gpu_and_only_pytorch_refuses_it(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", use_gpu=True, max_failures=0)
-    with pytest.raises(RunError, match="gave up after 1 failures"):
+    with pytest.raises(RunError, match="gave up after 1 failure:"):
         mnistsum_ray.fit(config)
     assert "1 GPU worker" in (printed := capsys.readouterr().err)
     assert "NCCL" in printed
