@@ -1,5 +1,6 @@
 """A training worker as the driver sees it: its rank and device, the events that it sends, and Ray Train's hooks."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -86,8 +87,8 @@ class Worker:
 
 
 def cpus_of_node() -> int:
-    """CPUs of the node of this process."""
-    return max(1, int(this_node().get("CPU", 1)))
+    """CPUs of the node of this process. Ray can be told of more than there are, and with as many threads a step takes minutes."""
+    return max(1, min(int(this_node().get("CPU", 1)), os.cpu_count() or 1))
 
 
 @dataclass
