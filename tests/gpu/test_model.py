@@ -118,6 +118,8 @@ def train_rank(rank: int, backend: str, device_type: str, folder: str) -> None:
     broadcast_parameters(training.model.parameters())
     if rank == 1:
         save_file(copy_weights(training.model), f"{folder}/weights.safetensors")
+    # DDP's reducer must not hold the group last: it would join gloo's thread with the GIL held, for which that thread may wait.
+    del training
     dist.destroy_process_group()
 
 
