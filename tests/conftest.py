@@ -36,7 +36,7 @@ def default_signals() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A home folder of the tests. Ray writes ~/.ray/auth_token when a test starts a cluster, and each cluster that the user
     starts later would ask for it."""
     with pytest.MonkeyPatch.context() as patch:
