@@ -26,7 +26,7 @@ class SplitRows:
     """Rows of each split, and where they come from."""
 
     source: str
-    """`sample`, `mnist`, or the folder or URI."""
+    """`sample`, `mnist` or `parquet`."""
     train_rows: int
     validation_rows: int
     test_rows: int
@@ -57,13 +57,14 @@ class TrainResult:
     data: SplitRows
     test: TestMetrics
     images_per_second: float
-    """Training rows per second without the first epoch."""
+    """Training rows per second without the first epoch, unless it is the only one."""
     seconds: float
     mlflow: str | None = None
     """Id of the MLflow run."""
 
     def _repr_html_(self) -> str | None:
-        accuracies = f"digit {self.test.digit_accuracy:.2%}, sum {self.test.sum_accuracy:.2%} of {self.test.rows:,} test rows"
+        rows = f"{self.test.rows:,} test rows, all ten numbers"
+        accuracies = f"digit {self.test.digit_accuracy:.2%}, sum {self.test.sum_accuracy:.2%} of {rows}"
         return _with_picture(f"{self.run}: {accuracies}; {self.seconds:.0f} s", self.run, "mistakes.png")
 
 
@@ -103,7 +104,8 @@ def fit(config: TrainConfig) -> TrainResult:
     """Train a model, as `mnistsum train` does.
 
     Runs on the cluster that this process is connected to, else on the one that `connect` joins or starts; that connection stays
-    open. Progress goes to standard error.
+    open. Progress goes to standard error. Call it in the main thread: only there can a run be stopped early, as after an infinite
+    loss.
 
     Raises:
         RequestError: the request is invalid; the message says why and what to do.

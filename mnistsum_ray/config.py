@@ -179,7 +179,7 @@ class TrainConfig(Tracking, RunFolder, TrainingCluster, Recipe, TrainingData):
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Settings that the trained weights depend on, besides the data; the fields of the same names in TrainConfig, all set."""
+    """Settings that the trained weights depend on, besides the data; the fields of the same names in TrainConfig."""
 
     epochs: int
     batch_size: int

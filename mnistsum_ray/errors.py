@@ -38,6 +38,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def lines_of(error: BaseException) -> list[str]:
+    """The lines of the message of an error; its class name if it has no message."""
+    return str(error).strip().splitlines() or [type(error).__name__]
+
+
 def root_cause(error: BaseException) -> str:
     """The line of an error's message that names the cause.
 
@@ -47,7 +52,7 @@ def root_cause(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):
         return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = lines_of(error)
     return lines[0 if type(error).__name__ == "OutOfMemoryError" else -1].strip()
 
 

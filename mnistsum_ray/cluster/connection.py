@@ -188,7 +188,7 @@ def _mark_session(session: Path) -> None:
     """
     global _session
     _session = session
-    marks = sorted(session.parent.glob(f"session_*/{_MARK}"), key=lambda mark: mark.stat().st_mtime, reverse=True)
+    marks = sorted(session.parent.glob(f"session_*/{_MARK}"), reverse=True)  # their names begin with the time
     for mark in marks[_KEPT_SESSIONS:]:
         with suppress(OSError, ValueError):
             try:

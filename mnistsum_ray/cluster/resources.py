@@ -14,7 +14,7 @@ from mnistsum_ray.cluster.ray_internals import autoscaler_limits
 from mnistsum_ray.errors import RequestError, root_cause, shortened
 
 _TASKS_CPU_SHARE: Final = 0.25
-"""Share of the CPUs that workers of a group leave to tasks of Ray Data. If they reserved all, those tasks would never start."""
+"""Share of the CPUs that workers of a group leave unreserved, for what feeds them: it reserves none, and takes some."""
 
 _NODE_GROUP_LABEL: Final = "ray.io/node-group"
 """Node label that autoscalers (`ray up`, KubeRay) set."""

@@ -130,11 +130,12 @@ class Console:
         rate, rows_left = event["rows_per_second"], event["of_rows"] - event["rows"]
         all_rows_left = rows_left + (event["epochs"] - event["epoch"]) * event["of_rows"]
         if not self._has_bars:
-            self._say_sometimes(
-                f"epoch {event['epoch']}/{event['epochs']}  {event['rows']:>6,} of {event['of_rows']:,} rows  "
-                f"{rate:,.0f} rows/s  loss {event['loss']:.4f}  {time_left(rows_left, rate)} left in this epoch, "
-                f"{time_left(all_rows_left, rate)} in all"
-            )
+            if rows_left:  # else the line of the epoch comes at once
+                self._say_sometimes(
+                    f"epoch {event['epoch']}/{event['epochs']}  {event['rows']:>6,} of {event['of_rows']:,} rows  "
+                    f"{rate:,.0f} rows/s  loss {event['loss']:.4f}  {time_left(rows_left, rate)} left in this epoch, "
+                    f"{time_left(all_rows_left, rate)} in all"
+                )
             return
         self._training = event if all_rows_left else None  # what follows has bars of its own
         if all_rows_left:

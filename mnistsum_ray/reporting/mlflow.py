@@ -20,7 +20,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.errors import RequestError, lines_of
 from mnistsum_ray.export.model import INPUTS, OUTPUTS, export_onnx, export_torch
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.serialization import load_model
@@ -90,7 +90,7 @@ class MLflowRun:
         try:
             self.run_id = self._thread.submit(self._start, experiment, name, run_id, manifest).result()
         except Exception as error:
-            raise RequestError(f"--mlflow {uri}: {_first_line(error)}") from None
+            raise RequestError(f"--mlflow {uri}: {lines_of(error)[0]}") from None
 
     def _start(self, experiment: str, name: str, run_id: str | None, manifest: dict[str, Any]) -> str:
         mlflow.set_tracking_uri(self._uri)
@@ -129,7 +129,7 @@ class MLflowRun:
                     self._log_epoch(entry)
             except Exception as error:
                 if not self._failed:
-                    say(f"--mlflow {self._uri}: {_first_line(error)}; training goes on, and the epoch is logged later")
+                    say(f"--mlflow {self._uri}: {lines_of(error)[0]}; training goes on, and the epoch is logged later")
                 self._failed = True
 
         self._thread.submit(log)
@@ -169,7 +169,7 @@ class MLflowRun:
             self._thread.submit(log_rest).result()
             return True
         except Exception as error:
-            say(f"--mlflow {self._uri}: {_first_line(error)}; the run is complete, the same command with --resume logs it again")
+            say(f"--mlflow {self._uri}: {lines_of(error)[0]}; the run is complete, the same command with --resume logs it again")
             return False
         finally:
             self.end("FINISHED")
@@ -210,8 +210,3 @@ def _dataset(data: dict[str, Any]) -> DatasetInput:
     return DatasetInput(
         Dataset(data["source"], digest, "uri", source, profile=json.dumps(rows)), [InputTag("mlflow.data.context", "training")]
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip()

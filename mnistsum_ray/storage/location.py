@@ -38,7 +38,7 @@ class Location:
     """For messages and files: an absolute path, or a URI without keys and passwords."""
 
     def __truediv__(self, name: str) -> "Location":
-        base, question, query = self.display.partition("?")
+        base, question, query = (self.display, "", "") if self.is_local else self.display.partition("?")
         return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", f"{base.rstrip('/')}/{name}{question}{query}")
 
     @property

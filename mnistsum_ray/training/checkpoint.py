@@ -20,7 +20,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mnistsum_ray.errors import RequestError, RunError, one_line
+from mnistsum_ray.errors import RequestError, RunError, counted, one_line
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights
@@ -130,7 +130,9 @@ class Checkpointer:
                 f"checkpoint {place.display} cannot be used: {error}; --resume starts from the one before it"
             ) from error
         step = f", step {state.progress.steps} of the next" if state.progress.steps else ""
-        self._worker.events.note(f"going on after epoch {state.epochs_done}{step}, on {self._worker.world_size} workers")
+        self._worker.events.note(
+            f"going on after epoch {state.epochs_done}{step}, on {counted(self._worker.world_size, 'worker')}"
+        )
         return state
 
     def idle(self) -> bool:

@@ -227,8 +227,6 @@ class _Driver:
                 self.lock.check()
             except RunError:
                 return True
-            except OSError:  # the storage may not answer for a moment
-                pass
             return events.failed.is_set()
 
         try:
@@ -261,7 +259,7 @@ class _Driver:
 
     def _publish(self, result: TrainingResult) -> dict[str, Any]:
         """Publish the model, write the report, complete the manifest; return the fields of the job's JSON line."""
-        run, manifest, say = self.run, self.manifest, self.console.say
+        run, manifest, say = self.run, self.manifest.copy(), self.console.say
         self.lock.check()
         if run.source.files and result.checksums is not None:
             write_data_files(run.folder, run.source.files, result.checksums)
@@ -294,6 +292,7 @@ class _Driver:
         self.lock.check()
         with defer_signals():  # a run that is finished is not stopped
             self.manifest_file.write_json(manifest)
+            self.manifest = manifest
         if self.mlflow:
             logged = self.mlflow.finish(result.history, card, run.folder, files, say)
             summary["mlflow"] = self.mlflow.run_id if logged else None

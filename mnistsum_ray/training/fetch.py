@@ -20,7 +20,7 @@ from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
 from mnistsum_ray.data.images import PIXELS, SIDE, Pixels, one_chunk, pixels_array, pixels_view
 from mnistsum_ray.data.order import RowIds, Shuffle, random_numbers, row_checksums
 from mnistsum_ray.data.sources import ImageArrays, ParquetFiles, Source
-from mnistsum_ray.errors import RequestError, RowCountError
+from mnistsum_ray.errors import RequestError, RowCountError, RunError
 
 ROW_BYTES: Final = PIXELS + 60
 """Memory of a row in a block: pixels, digit, number, ids, checksum and distortion."""
@@ -54,6 +54,7 @@ def load_rows(source: Source) -> LoadedRows:
 
     Raises:
         RequestError: a file or a row cannot be used; the message names it.
+        RunError: the storage does not give a file.
         RowCountError: the files hold more or fewer rows than their footers say.
     """
     data = source.data
@@ -93,16 +94,22 @@ def _read_blocks(files: ParquetFiles) -> Iterator[pa.Table]:
     dataset.set_name("load-rows")
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         if "error" in block.column_names:
-            raise RequestError(block["error"][0].as_py())
+            error = block["error"][0].as_py()
+            raise RunError(f"--data {error}") if block["may_pass"][0].as_py() else RequestError(error)
         yield block
 
 
 def _read_block(item: Columns, files: ParquetFiles) -> pa.Table:
-    """Rows of a range of ids; an error is a block too, since Ray Data would wrap an exception, and its type would be lost."""
+    """Rows of a range of ids."""
     try:
         return _block(*_resolved(files).fetch(np.arange(item["first"][0], item["end"][0])))
-    except RequestError as error:
-        return pa.table({"error": [str(error)]})
+    except (RequestError, OSError) as error:
+        return _error_block(error)
+
+
+def _error_block(error: Exception) -> pa.Table:
+    """An error as a block: Ray Data would wrap an exception, and its type would be lost."""
+    return pa.table({"error": [str(error)], "may_pass": [isinstance(error, OSError)]})
 
 
 class ReadRows:
@@ -118,8 +125,8 @@ class ReadRows:
         )
         try:
             return self.rows(epoch, self._shuffle.ids(epoch, range(first_step, end_step), range(first, end)), index)
-        except (RequestError, OSError) as error:  # Ray Data would wrap an exception, and its type would be lost
-            return pa.table({"error": [str(error)], "may_pass": [isinstance(error, OSError)]})
+        except (RequestError, OSError) as error:
+            return _error_block(error)
 
     def rows(self, epoch: int, ids: RowIds, index: int) -> pa.Table:
         """Rows of an epoch, and the index of their task.

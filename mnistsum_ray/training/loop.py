@@ -14,7 +14,7 @@ from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RandomStream, RowRanges, Shuffle, step_seed
 from mnistsum_ray.data.sources import ParquetFiles
-from mnistsum_ray.errors import RowCountError, RunError, percent
+from mnistsum_ray.errors import RequestError, RowCountError, RunError, percent
 from mnistsum_ray.model import int8, sum_head
 from mnistsum_ray.model.calibration import calibrated, fit_temperatures, fold_temperatures
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters, faster_with_bf16, hardware
@@ -91,7 +91,7 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> TrainingResult | Non
         loop = TrainingLoop(config["loop"], worker)
         loop.train()
         return loop.analyse() if worker.rank == 0 else None
-    except RunError as error:
+    except (RunError, RequestError) as error:
         worker.events.fail(str(error))  # another attempt would fail in the same way
         raise
 

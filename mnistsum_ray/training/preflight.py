@@ -75,15 +75,17 @@ def preflight(config: TrainConfig) -> TrainingRun:
     folder, same_data = storage / name, None
     try:
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
-        taken = (folder / "manifest.json").exists() or (folder.exists() and not _is_empty(folder))
+        begun = (folder / "manifest.json").exists()
+        taken = begun or (folder.exists() and not _is_empty(folder))
         if config.resume == "auto":
-            config = config.model_copy(update={"resume": taken})
+            config = config.model_copy(update={"resume": begun})
         if config.resume:
             config, same_data = _inherit(config, folder, "--resume")
             check_not_locked(folder, "--name")
         elif taken:
             check_not_locked(folder, "--name")
-            raise RequestError(f"--name {name}: {folder.display} exists; go on with --resume, or choose another name")
+            there = "exists; go on with --resume, or" if begun else "holds other files, and no run;"
+            raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
     except OSError as error:
         raise RequestError(f"--storage-path {storage.display}: {one_line(error)}") from None
     if config.from_run and not config.resume:  # a resumed run has taken what it needs from that one
@@ -150,7 +152,7 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
         ) from None
     given = {key: getattr(config, key) for key in config.model_fields_set}
     # A null, as in the YAML of `--print-config`, leaves the choice to the recipe or the stored run.
-    given = {key: value for key, value in given.items() if key not in _FIXED or value is not None}
+    given = {key: value for key, value in given.items() if key not in (*_FIXED, *_WORKERS) or value is not None}
     if config.resume:
         for key in _FIXED:
             if key in given and given[key] != getattr(stored, key):
@@ -159,7 +161,9 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
                     "depend on it; leave the flag out, or start another run"
                 )
         return stored.model_copy(update=given), (folder, manifest["data"])
-    same = {key: getattr(stored, key) for key in (*_FIXED, *_WORKERS, "data") if key not in given}
+    # Another recipe sets what it sets.
+    ruled = recipe_defaults(given["recipe"], small=False) if given.get("recipe", stored.recipe) != stored.recipe else {}
+    same = {key: getattr(stored, key) for key in (*_FIXED, *_WORKERS, "data") if key not in given and key not in ruled}
     # What the run has chosen itself; the precision is known once a run has finished.
     same |= {key: manifest.get(key) for key in ("precision", *_WORKERS) if key in same and same[key] is None}
     if isinstance(same.get("num_workers"), list):

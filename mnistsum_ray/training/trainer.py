@@ -24,7 +24,9 @@ from mnistsum_ray.training.rows import Batch, EvaluationSet
 from mnistsum_ray.training.worker import Worker
 
 _CHECK_STEPS: Final = 16
-"""Steps between checks of the loss and the row counts; each check waits for the device."""
+"""Most steps between checks of the loss, the row counts and the age of the checkpoint; each check waits for the device."""
+_CHECK_ROWS: Final = 8192
+"""Most rows between checks, but at least a step: some seconds on CPUs."""
 
 _CURVE_POINTS: Final = 100
 """Maximum number of losses of an epoch in history.jsonl."""
@@ -117,6 +119,7 @@ class Trainer:
         counter = EpochCounter(before, steps, self.worker, end_ids)
         started, begun = time.time(), time.perf_counter()
         reported, waited, first_batch, rate = begun, 0.0, 0.0, 0.0
+        check_steps = max(1, min(_CHECK_STEPS, _CHECK_ROWS // self.hyperparameters.batch_size))
         for step in range(before.steps, steps):
             asked = time.perf_counter()
             batch = next(batches)
@@ -125,11 +128,11 @@ class Trainer:
             rate = one_cycle(epoch * steps + step, steps * self.hyperparameters.epochs, self.hyperparameters.learning_rate)
             counter.add(batch, self._step(batch, epoch, step, shuffle.batch_rows(step), rate))
             last = step == steps - 1
-            if last or step % _CHECK_STEPS == _CHECK_STEPS - 1:
+            if last or (step + 1) % check_steps == 0:
                 progress, checkpoint_due = counter.all_reduce(step + 1, checkpointer.due())
                 self._check_finite(progress.loss, f"epoch {epoch + 1}, step {step + 1} of {steps}: the loss is")
                 now = time.perf_counter()
-                if now - reported >= UPDATE_SECONDS:
+                if last or now - reported >= UPDATE_SECONDS:
                     reported = now
                     self.worker.events.send(
                         "progress",

@@ -17,6 +17,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.cluster.resources import explain_worker_silence, this_node
+from mnistsum_ray.errors import lines_of
 from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
 
@@ -208,8 +209,7 @@ class RunCallback(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Send a console line for each failed worker; Ray Train itself says nothing until it gives up."""
         for rank, error in worker_exceptions.items():
-            text = str(worker_error(error)).strip().splitlines() or [type(error).__name__]
-            self._events.note(f"worker {rank} failed: {text[0]} (full text in Ray's logs)")
+            self._events.note(f"worker {rank} failed: {lines_of(worker_error(error))[0]} (full text in Ray's logs)")
 
 
 def worker_error(error: Exception) -> Exception:

@@ -1,5 +1,6 @@
 """Faults around a job: the storage is overloaded, the disk is full, the head is killed. Committed files are kept."""
 
+import json
 import statistics
 import subprocess
 import time
@@ -165,6 +166,13 @@ def test_training_onto_a_disk_that_is_full(small_disk: Path, cluster: str, data:
     assert "No space left on device" in full.err
     assert "--name mine --resume" in full.err
     enlarge(small_disk)
+    job = Job("train", *flags, "--resume", address=cluster)
+    job.wait_for_line("fine-tuning the sum head")
+    report = small_disk / "mine" / "report.html"
+    report.mkdir()
+    assert job.wait().code == 1
+    assert json.loads((small_disk / "mine" / "manifest.json").read_text())["status"] == "failed"
+    report.rmdir()
     assert run_job("train", *flags, "--resume", address=cluster).line["test"]["rows"]
 
 

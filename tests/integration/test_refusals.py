@@ -72,6 +72,21 @@ def test_an_invalid_row(tmp_path: Path, sample: pa.Table, cluster: str) -> None:
     assert [path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()] == ["_lock"]
 
 
+@pytest.mark.slow
+def test_an_invalid_held_out_row_of_streamed_files_is_named_at_the_first_attempt(
+    tmp_path: Path, sample: pa.Table, cluster: str
+) -> None:
+    rows = sample[::25].to_pylist()
+    pq.write_table(pa.Table.from_pylist(rows, sample.schema), tmp_path / "train.parquet", row_group_size=20)
+    rows[42]["digit"] = 11
+    pq.write_table(pa.Table.from_pylist(rows, sample.schema), tmp_path / "test.parquet")
+    done = run_job("train", "--data", tmp_path, "--shuffle-rows", 100, "--storage-path", tmp_path / "runs", address=cluster)
+    assert done.code == 1
+    assert "test.parquet: row 42: the digit is 11, not one of 0..9" in done.error
+    assert "Traceback" not in done.err
+    assert "failed (full text" not in done.err, "another attempt would fail in the same way"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

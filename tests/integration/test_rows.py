@@ -177,6 +177,10 @@ def test_a_bad_row_is_named(tmp_path: Path, mixed: pa.Table) -> None:
         in_memory(files)
     with pytest.raises(RunError, match=said):
         feed(streamed(files))
+    source = open_source(str(files))
+    (files / "2.parquet").unlink()
+    with pytest.raises(RunError, match=r"--data .*2\.parquet: "):
+        load_rows(source)
 
 
 def test_held_out_rows_are_shared_out_whole(rows: Rows) -> None:

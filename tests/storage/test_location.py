@@ -16,6 +16,11 @@ def test_json_is_read_as_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"], "no unfinished file is left beside it"
 
 
+def test_a_question_mark_begins_a_query_in_a_uri_alone(tmp_path: Path) -> None:
+    folder = locate(f"{tmp_path}/what?now", "--storage-path")
+    assert (folder / "a").display == (folder / "a").path == f"{tmp_path}/what?now/a"
+
+
 def test_a_file_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
     place = locate(str(tmp_path), "--output") / ("x" * 255)
     place.write_bytes(b"whole")
