@@ -38,7 +38,7 @@ Arrays = tuple[npt.NDArray[Any], ...]
 class ExportableModel(nn.Module):
     """Model with preprocessing and softmax: images uint8[n, 28, 28] and numbers int64[n] to OUTPUTS.
 
-    The predictions are int64[n] and their probabilities float32[n], as in scored files.
+    The predictions are int64[n] and their probabilities float32[n].
     """
 
     def __init__(self, model: TwoHeadCNN) -> None:

@@ -12,7 +12,7 @@ from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.images import IMAGE_TYPE, pixels_array
 from mnistsum_ray.data.order import RowRanges, random_numbers
 from mnistsum_ray.data.sources import Source, open_source
-from mnistsum_ray.errors import RequestError, RunInterrupted, one_line
+from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, one_line
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate_empty_output
 
@@ -32,7 +32,8 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         The output folder, and the source that the images are from.
 
     Raises:
-        RequestError: the data cannot be read, or the output is not an empty folder.
+        RequestError: the data cannot be used, or the output is not an empty folder or cannot be written.
+        RunError: the storage does not give the data.
         RunInterrupted: the export was interrupted.
     """
     output = locate_empty_output(config.output)
@@ -47,6 +48,8 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
             if time.monotonic() - said > _LINE_SECONDS:
                 said = time.monotonic()
                 say(f"rows written: {end:,} of {config.rows:,}")
+    except StorageError as error:
+        raise RunError(f"--data {error}") from None
     except OSError as error:
         raise RequestError(f"--output {output.display}: {one_line(error)}") from None
     except KeyboardInterrupt:

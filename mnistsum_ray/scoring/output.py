@@ -29,6 +29,8 @@ from mnistsum_ray.storage.location import Location, is_hidden, is_partial
 
 FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"
+FORMAT: Final = "mnistsum_ray.score/1"
+"""`format` of the manifest."""
 REPORT: Final = "report.html"
 
 PICTURES: Final = {
@@ -54,6 +56,8 @@ FILES_SCHEMA: Final = pa.schema(
 )
 """`files.parquet`: one row per input file."""
 
+_FOREIGN: Final = "is not a file of this program"
+
 _START_OVER: Final = "--overwrite scores everything again"
 
 
@@ -76,18 +80,22 @@ class OutputFiles:
     @classmethod
     def read(cls, folder: Location, console: Console) -> "OutputFiles":
         """List a folder and read all stamps in it. A folder that does not exist is empty."""
-        listed, foreign, partial = [], {}, []
+        listed, foreign, partial, summaries = [], {}, [], []
         for info in folder.files():
             name = info.path.removeprefix(folder.path).lstrip("/")
             top, _, below = name.partition("/")
             if is_partial(name.rpartition("/")[2]) and top != STAGING:
                 partial.append(name)
-            elif is_hidden(name) or name in (*SUMMARIES, MANIFEST):
+            elif is_hidden(name):
                 continue
+            elif name in (*SUMMARIES, MANIFEST):
+                summaries.append(name)
             elif top in (PREDICTIONS, REJECTED) and below:
                 listed.append({"name": name, "size": info.size, "modified": folder.modified(info)})
             else:
-                foreign[name] = "is not a file of this program"
+                foreign[name] = _FOREIGN
+        if summaries and not listed and folder.path.rpartition("/")[2] != STAGING and not _is_finished(folder):
+            foreign |= dict.fromkeys(summaries, _FOREIGN)  # other programs use these names too
         files = pa.Table.from_pylist(listed, FILE_SCHEMA)
         found = map_files(read_stamps, folder, files, Progress(console.progress, "output files read", len(listed)))
         for row in found.filter(pc.is_valid(found["error"])).to_pylist():
@@ -117,6 +125,14 @@ class OutputFiles:
         without_predictions = sorted(self.rejected - {*self.stamps["output"].to_pylist()})
         for name in (*self.partial, *(f"{REJECTED}/{name}" for name in without_predictions)):
             (self.folder / name).delete()
+
+
+def _is_finished(folder: Location) -> bool:
+    """Whether the manifest of a run of this program is there."""
+    try:
+        return bool(json.loads((folder / MANIFEST).read_bytes())["format"] == FORMAT)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return False
 
 
 def delete_parts(folder: Location, names: Iterable[str]) -> None:
@@ -231,7 +247,7 @@ def _earlier_failures(output: Location) -> dict[str, str]:
     try:
         data = (output / FILES_TABLE).read_bytes()
         table = pq.read_table(pa.BufferReader(data), columns=["file", "status", "reason"])
-    except (FileNotFoundError, pa.ArrowException, KeyError):
+    except (FileNotFoundError, pa.ArrowException):
         return {}
     failed = table.filter(pc.equal(table["status"], "failed"))
     return dict(zip(failed["file"].to_pylist(), failed["reason"].to_pylist(), strict=True))
@@ -284,8 +300,10 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
             "input"
         )
     if stamp["spec"] != plan.spec:
-        return f"{_spec_difference(json.loads(stamp['spec']), json.loads(plan.spec))}; {_START_OVER}"
+        return f"{_spec_difference(json.loads(stamp['spec']), json.loads(plan.spec))} {_START_OVER}"
     if any(file[name] != stamp[name] for name in ("size", "modified", "footer_sha256")):
+        if stamp["source"] != plan.source(file["name"]):
+            return f"holds the rows of {stamp['source']} as {stamp['output']}; choose another folder, or {_START_OVER}"
         return f"{file['name']} has changed since it was scored; {_START_OVER}"
     return (
         f"holds the rows of {file['name']} as {stamp['output']}, since it was started with another --max-rows-per-file or "
@@ -294,16 +312,17 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
 
 
 def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
-    """How two `Plan.spec` differ; where they do in several ways, the first one explains the others."""
+    """How two `Plan.spec` differ, before _START_OVER; where they do in several ways, the first one explains the others."""
     key = next(key for key in current if committed[key] != current[key])
     old, new = committed[key], current[key]
     if key == "model":
-        return f"holds predictions of another model (SHA-256 {old[:12]}…, --model has {new[:12]}…)"
+        return f"holds predictions of another model (SHA-256 {old[:12]}…, --model has {new[:12]}…);"
     if key == "prediction_columns":
-        return "holds predictions with other columns, of another version of this program"
+        return "holds predictions with other columns, of another version of this program;"
     if key == "int8":
-        return "holds predictions of the same model quantized otherwise"
-    return f"was started with --{key} {old}, which is now {new}"
+        return "holds predictions of the same model quantized otherwise;"
+    was, has = (f"no --{key}" if value is None else f"--{key} {value}" for value in (old, new))
+    return f"was started with {was}, and this run has {has}; give the same again, or"
 
 
 def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:

@@ -13,11 +13,19 @@ from mnistsum_ray.errors import counted, percent
 from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.reporting.report import Picture, picture_files, scored_page, versions
 from mnistsum_ray.scoring.counts import Counts
-from mnistsum_ray.scoring.output import FILES_TABLE, MANIFEST, PICTURES, REPORT, SUMMARIES, Committed, OutputFiles, unpublish
+from mnistsum_ray.scoring.output import (
+    FILES_TABLE,
+    FORMAT,
+    MANIFEST,
+    PICTURES,
+    REPORT,
+    SUMMARIES,
+    Committed,
+    OutputFiles,
+    unpublish,
+)
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.preflight import Plan
-
-FORMAT: Final = "mnistsum_ray.score/1"
 
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""

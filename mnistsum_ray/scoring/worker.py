@@ -88,7 +88,7 @@ class Score:
         # A process died in this task. Its parts are scored one by one, so that a part that kills every process is found and given
         # up. The crash in the whole task counts as each part's first.
         notice = f"a process that scored died ({_CAUSES}); its task is begun again at {parts[0].output}"
-        yield _report(parts[0], time.time(), rows=0, notice=notice)
+        yield _report(parts[0], time.time(), notice=notice)
         for part in parts:
             if self._begin(part.output) < _MAX_CRASHES:
                 yield from self._score([part])
@@ -127,7 +127,7 @@ def _make_predictor(plan: Plan) -> Predictor:
 
 
 def _report(part: Part, started: float, **fields: Any) -> pa.Table:
-    row = {"name": part.name, "rows": part.rows, "rejected": 0, "started": started, "ended": time.time()} | fields
+    row = {"name": part.name, "rows": 0, "rejected": 0, "started": started, "ended": time.time()} | fields
     return pa.Table.from_pylist([row], REPORT_SCHEMA)
 
 
@@ -256,7 +256,7 @@ def _commit(plan: Plan, rows: PartRows, predictions: Predictions, started: float
         return _report(rows.part, started, failed=f"--output {plan.folder.display}: cannot be written: {one_line(error)}")
     except pa.ArrowException as error:
         return _report(rows.part, started, unreadable=f"cannot be written again: {one_line(error)}")
-    return _report(rows.part, started, rejected=len(rows.reasons))
+    return _report(rows.part, started, rows=rows.part.rows, rejected=len(rows.reasons))
 
 
 def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import open_source
-from mnistsum_ray.errors import RequestError, RunInterrupted
+from mnistsum_ray.errors import RequestError, RunError, RunInterrupted
 from mnistsum_ray.export.pairs import SCHEMA, export_pairs
 
 
@@ -55,6 +55,19 @@ def test_from_parquet_of_several_parts(tmp_path: Path, sample: pa.Table) -> None
     table = pq.read_table(tmp_path / "out" / "part-00000.parquet")
     assert table["digit"].to_pylist()[:400] == sample[::25]["digit"].to_pylist() * 2
     assert len(table) == 500
+
+
+def test_data_that_go_away_are_named_and_not_the_output(tmp_path: Path, sample: pa.Table) -> None:
+    (tmp_path / "in").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(sample[::25], tmp_path / "in" / f"{split}.parquet")
+    config = ExportPairsConfig(data=str(tmp_path / "in"), output=str(tmp_path / "out"), rows=10, files=1)
+    delete = (tmp_path / "in" / "test.parquet").unlink
+    source = open_source(config.data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mnistsum_ray.export.pairs.open_source", lambda _: (delete(), source)[1])  # after its footer was read
+        with pytest.raises(RunError, match=r"--data .*test\.parquet"):
+            export_pairs(config, print)
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:

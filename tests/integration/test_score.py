@@ -186,12 +186,21 @@ def damage_a_file(pairs: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (change_rows, {}, "part-00001.parquet has changed since it was scored; --overwrite scores everything again"),
-        (change_numbers, {}, "part-00001.parquet has changed since it was scored; --overwrite scores everything again"),
+        (change_rows, {}, "in/part-00001.parquet as part-00001.parquet; choose another folder, or --overwrite scores everything"),
+        (change_numbers, {}, "in/part-00001.parquet as part-00001.parquet; choose another folder, or --overwrite scores"),
         (damage_a_file, {}, "holds predictions of part-00001.parquet, which now cannot be used (is not Parquet, or was cut off"),
+        (None, {"label_column": "digit"}, "was started with no --label-column, and this run has --label-column digit; give"),
         (None, {"max_rows_per_file": 200}, "another --max-rows-per-file"),
-        (None, {"number_column": "digit"}, "was started with --number-column number, which is now digit"),
-        (None, {"precision": "bf16"}, "was started with --precision fp32, which is now bf16"),
+        (
+            None,
+            {"number_column": "digit"},
+            "was started with --number-column number, and this run has --number-column digit; give",
+        ),
+        (
+            None,
+            {"precision": "bf16"},
+            "was started with --precision fp32, and this run has --precision bf16; give the same again",
+        ),
     ],
 )
 def test_incompatible_outputs_are_refused(

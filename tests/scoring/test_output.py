@@ -136,6 +136,32 @@ def test_a_file_of_others_is_refused_before_anything_is_deleted(folder: Path, ot
     assert names(folder / "out") == before
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "report.html"])
+def test_a_file_of_others_with_the_name_of_one_of_ours_is_refused(folder: Path, name: str) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / name).write_text('{"name": "an app"}')
+    with pytest.raises(RequestError, match=f"{name} is not a file of this program; move it away"):
+        resume(plan_in(folder), CONSOLE)
+
+
+def test_a_file_that_has_changed_is_named(folder: Path) -> None:
+    write_all(plan_in(folder))
+    rewrite(folder / "in" / "a.parquet", lambda table: table.slice(1))
+    with pytest.raises(RequestError, match=r"a.parquet has changed since it was scored; --overwrite scores everything again"):
+        resume(plan_in(folder), CONSOLE)
+
+
+def test_a_file_of_the_same_name_in_another_folder_has_not_changed(folder: Path) -> None:
+    write_all(plan_in(folder))
+    (folder / "day2").mkdir()
+    pq.write_table(pq.read_table(folder / "in" / "a.parquet").slice(1), folder / "day2" / "a.parquet")
+    plan = plan_of(folder / "day2", folder / "out", max_rows_per_file=20, label_column="label")
+    with pytest.raises(
+        RequestError, match=r"holds the rows of .*/in/a.parquet as a-00000-of-00002.parquet; choose another folder"
+    ):
+        resume(plan, CONSOLE)
+
+
 @pytest.mark.parametrize("kind", ["link", "file"])
 def test_a_link_with_the_name_of_the_staging_folder_is_refused(folder: Path, kind: str) -> None:
     fill(folder, "victim/data.parquet", "out/_lock")
