@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
+from PIL.PngImagePlugin import PngInfo
 
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.picture import prepare_picture
@@ -106,6 +107,17 @@ def test_a_digit_looks_the_same_however_it_is_drawn(
     assert pixels.max() > 230
 
 
+@pytest.mark.parametrize("pen", [1, 2])
+@pytest.mark.parametrize("side", [90, 300, 1000, 2000])
+def test_a_thin_pen_is_seen_whole(side: int, pen: int) -> None:
+    """Also where the picture is large, and a line is fainter when it has been scaled down."""
+    box = (side // 4, side // 5, side * 3 // 4, side * 4 // 5)
+    for strokes in (SEVEN, FOUR):
+        pixels = prepare_picture(draw(strokes, (side, side), box, width=pen)).pixels
+        assert likeness(pixels, prepare_picture(draw(strokes)).pixels) > 0.8
+        assert pixels.max() > 200
+
+
 def test_an_image_of_mnist_is_used_as_it_is_and_comes_back_from_another_form(sample_images: np.ndarray) -> None:
     for image in sample_images:
         as_it_is = prepare_picture(Image.fromarray(image))
@@ -168,12 +180,15 @@ def test_a_picture_without_ink_is_refused(picture: Image.Image) -> None:
 
 
 def test_what_is_no_picture_is_refused_in_one_line(tmp_path: Path) -> None:
-    whole = io.BytesIO()
+    whole, noted, note = io.BytesIO(), io.BytesIO(), PngInfo()
     draw().save(whole, "PNG")
+    note.add_text("parameters", "x" * 2**21, zip=True)
+    draw().save(noted, "PNG", pnginfo=note)
     for name, data, said in [
         ("text.png", b"seven", "is no picture of a known format"),
         ("empty.png", b"", "is no picture of a known format"),
         ("cut.png", whole.getvalue()[:900], "cannot be read as a picture"),
+        ("text-chunk.png", noted.getvalue(), "cannot be read"),
     ]:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(RequestError, match=said) as refused:
