@@ -5,6 +5,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
 from mnistsum_ray.config import JobConfig
-from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
+from mnistsum_ray.errors import RequestError, RunError, did_you_mean, one_line, shortened
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -42,6 +43,7 @@ def parse(config_class: type[Config], argv: list[str], description: str, command
 
     Raises:
         RequestError: an unknown flag or key, a value of the wrong type or out of range, an unreadable file.
+        RunError: `--print-config` cannot be printed.
         SystemExit: after `--help`, `--version` or `--print-config`, which print instead.
     """
     parser = make_parser(config_class, description, command, show_all="--help-all" in argv)
@@ -56,9 +58,12 @@ def parse(config_class: type[Config], argv: list[str], description: str, command
     try:
         if not print_config:
             return config_class(**values)
-        print(_config_yaml(config_class, values))
+        with suppress(BrokenPipeError):  # of `| head`
+            print(_config_yaml(config_class, values))
     except ValidationError as error:
         raise RequestError(_message(error, config_class, flags)) from None
+    except OSError as error:
+        raise RunError(f"standard output cannot be written ({error.strerror})") from None
     raise SystemExit(0)
 
 
@@ -113,8 +118,7 @@ def make_parser(config_class: type[JobConfig], description: str, command: str, *
     group.add_argument("--json", action="store_true", help="print the result as JSON on a terminal too")
     group.add_argument("--version", action="version", version=f"mnistsum_ray {__version__}", help="print the version")
     group.add_argument("-h", "--help", action="help", help="print the flags of every day" if everyday else "print all flags")
-    if everyday:
-        group.add_argument("--help-all", action="help", help="print all flags")
+    group.add_argument("--help-all", action="help", help="print all flags" if everyday else argparse.SUPPRESS)
     return parser
 
 
@@ -169,7 +173,7 @@ def _flag(field: str) -> str:
 def _config_yaml(config_class: type[JobConfig], values: dict[str, Any]) -> str:
     """All settings as YAML, each below its description: the given values, else the defaults."""
     required = {name for name, field in config_class.model_fields.items() if field.is_required() and name not in values}
-    complete: dict[str, Any] = values | dict.fromkeys(required, "?")
+    complete: dict[str, Any] = values | dict.fromkeys(required, "0")
     settings = config_class(**complete).model_dump(mode="json")
     lines = []
     for heading, fields in _groups(config_class):

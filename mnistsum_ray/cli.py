@@ -112,9 +112,8 @@ def export_model(argv: list[str]) -> tuple[dict[str, Any], int]:
         mnistsum export-model --model runs/mine --output exported/
 
     Both take images uint8[n, 28, 28] and numbers int64[n], and return pred_digit,
-    digit_prob, pred_sum and sum_prob as in scored files. Each file is loaded again
-    and compared with the model, the ONNX file in ONNX Runtime. Needs the extra
-    onnx.
+    digit_prob, pred_sum and sum_prob. Each file is loaded again and compared with
+    the model, the ONNX file in ONNX Runtime. Needs the extra onnx.
     """
     from mnistsum_ray.config import ExportModelConfig
 
@@ -260,16 +259,22 @@ def _run(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals, *, as_j
         result, code = job(argv)
         with defer_signals():  # once the result is printed, a signal no longer changes the exit code
             if as_json:
-                print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
+                _print_result(json.dumps(result, allow_nan=False), stdout)
             stop.end(code)
         return code
     except (RequestError, RunError) as error:
         _say(f"error: {error}")
         return BAD_REQUEST if isinstance(error, RequestError) else FAILED
-    except BrokenPipeError:
+
+
+def _print_result(line: str, stdout: TextIO) -> None:
+    try:
+        print(line, file=stdout, flush=True)
+    except OSError as error:
         _redirect_to_devnull(stdout.fileno())
-        _say("error: standard output was closed by its reader, so the result could not be printed")
-        return FAILED
+        closed = isinstance(error, BrokenPipeError)
+        why = "was closed by its reader" if closed else f"cannot be written ({error.strerror})"
+        raise RunError(f"standard output {why}, so the result could not be printed") from None
 
 
 def _explain_stop(interrupt: KeyboardInterrupt, stop: StopOnSignals) -> int:
@@ -306,11 +311,14 @@ def _open_standard_streams() -> None:
 
 @contextmanager
 def _closed_pipe_ignored() -> Iterator[None]:
-    """Let the reader of standard output close it, as `head` does."""
+    """Let the reader of standard output close it, as `head` does; another error, as of a full disk, is said."""
     try:
         yield
-    except BrokenPipeError:
+    except OSError as error:
         _redirect_to_devnull(sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _say(f"error: standard output cannot be written ({error.strerror})")
+            raise SystemExit(FAILED) from None
 
 
 def _redirect_to_devnull(descriptor: int) -> None:

@@ -31,7 +31,7 @@ _REASON: Final = "reason"
 """Column with the reason of each row that cannot be scored."""
 
 
-def load_model(model: str) -> "TwoHeadCNN":
+def load_model(model: str | Path) -> "TwoHeadCNN":
     """Load the model of a run or of a model folder: `runs/mine`, `runs/mine/model` or a URI.
 
     Returns:
@@ -44,7 +44,7 @@ def load_model(model: str) -> "TwoHeadCNN":
     """
     from mnistsum_ray.model import serialization
 
-    return serialization.load_model(locate_existing(model, "model"))[0]
+    return serialization.load_model(locate_existing(str(model), "model"))[0]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def predict(
     from mnistsum_ray.model.inference import predict_pairs
 
     _check_batch_size(batch_size)
-    model = load_model(str(model)) if isinstance(model, str | Path) else model
+    model = load_model(model) if isinstance(model, str | Path) else model
     images, numbers = np.ascontiguousarray(images), np.asarray(numbers)
     if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
         raise ValueError(f"images: must be uint8[n, 28, 28], are {images.dtype}{list(images.shape)}")
@@ -240,7 +240,7 @@ def _column(values: Any, name: str, type_error: Callable[[pa.DataType], str | No
             raise TypeError(f"must be a sequence, not {type(values).__name__}")
         column = values.to_arrow() if _is_a(values, "polars", "Series") else values
         column = column if isinstance(column, pa.Array | pa.ChunkedArray) else pa.array(column)
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         raise ValueError(f"{name}: {error}") from None
     plain = plain_table(pa.table({"values": column}))["values"]
     unusable = type_error(plain.type)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mnistsum_ray.arguments import parse
-from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
+from mnistsum_ray.config import JobConfig, PredictConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
 
 SCORE = ["--input", "i", "--model", "m", "--output", "o"]
@@ -193,6 +193,9 @@ def test_a_printed_config_leaves_required_settings_open(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         parse(ScoreConfig, ["--print-config"], "")
     assert "\n# model:  (required)\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(PredictConfig, ["--print-config"], "")
+    assert "\n# number:  (required)" in capsys.readouterr().out
     assert "--max-rows-per-file" in error_of(ScoreConfig, ["--print-config", "--max-rows-per-file", "0"])
 
 

@@ -70,6 +70,15 @@ def test_a_reader_may_close_the_pipe(flags: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("flags", ["--version", "train --print-config"])
+def test_a_full_disk_is_said(flags: str, unbuffered: str) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", f"{MNISTSUM} {flags} > /dev/full"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written (No space left on device)\n"
+
+
 _COMPLETE = """
 eval "$({mnistsum} completion bash)"
 COMP_WORDS=({words} ""); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); {more}

@@ -148,6 +148,8 @@ def test_columns_that_do_not_fit_are_errors(network: TwoHeadCNN, table: pa.Table
         predict_rows(network, table.append_column("reason", pa.array(["why"] * ROWS)))
     with pytest.raises(ValueError, match="column 'Pred_Sum' would be added; rename it"):
         predict_rows(network, table.append_column("Pred_Sum", pa.array([1] * ROWS)))
+    with pytest.raises(ValueError, match=r"column 'number': .*too large"):
+        predict_rows(network, pd.DataFrame({"image": [bytes(784)], "number": [2**70]}))
     with pytest.raises(TypeError, match="not dict"):
         predict_rows(network, table.to_pydict())
 

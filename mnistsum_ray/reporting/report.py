@@ -33,6 +33,13 @@ _PIXELS: Final = 1.5
 """Of a picture, for each pixel of a page's width: text then has one size in all pictures."""
 
 
+_MNIST: Final = (
+    "274a52c43a2b8adc53cdd8b35dc4f36492c594e8fc0e3c9351f8ad9944bee783",
+    "986e3361d5898d3ff6ecb3eb083623e8d05ca602b9ea76d29c095638c1126373",
+)
+"""`Source.content_sha256` of full MNIST and of the sample; other data may have its format too."""
+
+
 class Picture(NamedTuple):
     """One picture in two formats."""
 
@@ -146,7 +153,7 @@ def model_card(name: str, card: dict[str, Any], data: dict[str, Any]) -> str:
         card: contents of model.json.
         data: entry `data` of manifest.json.
     """
-    return _render("model_card.md.j2", name=name, card=card, data=data, of_mnist=data["source"] in ("mnist", "sample"))
+    return _render("model_card.md.j2", name=name, card=card, data=data, of_mnist=data["sha256"] in _MNIST)
 
 
 def _encoded(pictures: dict[str, Picture]) -> list[tuple[str, int, str]]:
