@@ -101,8 +101,9 @@ def write_with_others(folder: Path, images: Pixels, numbers: np.ndarray) -> None
     values = {"image": [Image.fromarray(image) for image in images], "number": numbers}
     datasets.Dataset.from_dict(values, features).to_parquet(folder / "huggingface.parquet")
 
-    tensors = ray.data.from_numpy([images]).rename_columns({"data": "image"}).zip(ray.data.from_numpy([numbers]))
-    tensors.rename_columns({"data": "number"}).repartition(1).write_parquet(str(folder / ".ray"))
+    ids = ray.data.range(len(images), override_num_blocks=1)
+    tensors = ids.map_batches(lambda rows: {"image": images[rows["id"]], "number": numbers[rows["id"]]}, batch_size=None)
+    tensors.write_parquet(str(folder / ".ray"))
     (written,) = (folder / ".ray").glob("*.parquet")
     written.rename(folder / "ray_tensors.parquet")
 
