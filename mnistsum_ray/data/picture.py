@@ -167,9 +167,8 @@ class _Ink:
     def __init__(self, difference: Floats) -> None:
         """Take the picture less its background, float[height, width, 3]."""
         picture = Image.fromarray(np.abs(difference).max(2).clip(0, 255).astype(np.uint8))
-        if (
-            min(picture.size) >= _NOISY_SIDE and np.median(np.asarray(picture)) > 0
-        ):  # noise is of single pixels, and a stroke is wider
+        noisy = np.median(np.asarray(picture)) > 0
+        if noisy and min(picture.size) >= _NOISY_SIDE:  # noise is of single pixels, and a stroke is wider there
             picture = picture.filter(ImageFilter.MedianFilter(3))
         self._distance = np.asarray(picture, np.float32)
         self._threshold = _otsu(self._distance)

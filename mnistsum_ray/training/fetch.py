@@ -95,7 +95,7 @@ def _read_blocks(files: ParquetFiles) -> Iterator[pa.Table]:
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         if "error" in block.column_names:
             error = block["error"][0].as_py()
-            raise RunError(f"--data {error}") if block["may_pass"][0].as_py() else RequestError(error)
+            raise RunError(f"--data {error}; nothing was begun") if block["may_pass"][0].as_py() else RequestError(error)
         yield block
 
 
