@@ -311,7 +311,7 @@ def _open_standard_streams() -> None:
 
 @contextmanager
 def _closed_pipe_ignored() -> Iterator[None]:
-    """Let the reader of standard output close it, as `head` does; another error, as of a full disk, is said."""
+    """Go on where the reader of standard output has closed it, as `head` does. On a full disk, say so and exit."""
     try:
         yield
     except OSError as error:

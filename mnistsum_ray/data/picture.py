@@ -116,7 +116,7 @@ def _open(text: str) -> tuple[str, Image.Image]:
         raise RequestError(
             f"{place.display}: is no picture of a known format ({', '.join(_FORMATS)}); convert it to PNG"
         ) from None
-    except Exception as error:  # as above
+    except Exception as error:  # Pillow raises many types, also before it decodes pixels
         raise RequestError(f"{place.display}: cannot be read ({one_line(error)})") from None
 
 

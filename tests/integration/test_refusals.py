@@ -84,7 +84,7 @@ def test_an_invalid_held_out_row_of_streamed_files_is_named_at_the_first_attempt
     assert done.code == 1
     assert "test.parquet: row 42: the digit is 11, not one of 0..9" in done.error
     assert "Traceback" not in done.err
-    assert "failed (full text" not in done.err, "another attempt would fail in the same way"
+    assert done.err.count("worker 0 failed: ") <= 1, "another attempt would fail in the same way"
 
 
 @pytest.mark.parametrize(
