@@ -235,6 +235,10 @@ def run(job: Job, argv: list[str]) -> int:
                 disconnect(keep_logs=code not in (DONE, INCOMPLETE))
     finally:
         sys.stdout = stdout  # only now: until they are disconnected, Ray's threads may print after the result
+        try:
+            sys.stderr.flush()
+        except OSError:  # lines that could not be written; Python would try again at its end, and exit with 120
+            _redirect_to_devnull(2)
         with _closed_pipe_ignored():  # `--help | head`
             stdout.flush()
         gc.freeze()  # at its end Python would search a million objects of PyTorch and Ray for cycles, 0.7 s

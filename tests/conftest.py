@@ -38,8 +38,9 @@ def default_signals() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A home folder of the tests. Ray writes ~/.ray/auth_token when a test starts a cluster, and each cluster that the user
-    starts later would ask for it."""
+    starts later would ask for it. The commands buffer what they print, as in a user's shell."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONUNBUFFERED", raising=False)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         yield
 
