@@ -16,23 +16,22 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
-from mnistsum_ray.config import JobConfig
+from mnistsum_ray.config import JobConfig, PathText
 from mnistsum_ray.errors import RequestError, RunError, did_you_mean, one_line, shortened
+from mnistsum_ray.storage.uri import PathOrUri, masked
 
 Config = TypeVar("Config", bound=JobConfig)
 
 _METAVARS: Final = {
     str: "TEXT",
+    PathText: "TEXT",
     int: "N",
     float: "X",
     bool: "{true,false}",
     tuple[int, int]: "MIN,MAX",
-    tuple[str, ...]: "PATH",
+    tuple[PathText, ...]: "PATH",
 }
 """What `--help` shows in place of a value of a type."""
-
-_PATHS: Final = ("config", "data", "storage_path", "from_run", "model", "input", "output", "picture")
-"""Fields whose values a shell completes to files and folders."""
 
 _POSITIONAL: Final = "picture"
 """The field that is given without a flag."""
@@ -100,7 +99,7 @@ def make_parser(config_class: type[JobConfig], description: str, command: str, *
                 kind = {"action": argparse.BooleanOptionalAction}
             elif field.annotation == bool | Literal["auto"]:
                 kind = {"metavar": "auto", "nargs": "?", "const": True}
-            elif field.annotation == tuple[str, ...]:
+            elif field.annotation == tuple[PathText, ...]:
                 kind |= {"nargs": "*", "action": "extend"}  # several words, as a shell expands `*.parquet`
             elif name == _POSITIONAL:
                 kind = {"nargs": "?", "metavar": _flag(name)}
@@ -133,7 +132,7 @@ def completion(shell: str, command: str, configs: dict[str, type[JobConfig]]) ->
         for action in flags._actions:
             field = config_class.model_fields.get(action.dest)
             action.choices = _literals(field.annotation) or None if field else None
-            if action.dest in _PATHS:
+            if action.dest == "config" or (field and PathText in (field.rebuild_annotation(), *get_args(field.annotation))):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
         commands.add_parser(name, parents=[flags], add_help=False, help=name)  # shtab leaves out those without help
     return str(shtab.complete(parser, shell))
@@ -174,13 +173,16 @@ def _config_yaml(config_class: type[JobConfig], values: dict[str, Any]) -> str:
     """All settings as YAML, each below its description: the given values, else the defaults."""
     required = {name for name, field in config_class.model_fields.items() if field.is_required() and name not in values}
     complete: dict[str, Any] = values | dict.fromkeys(required, "0")
-    settings = config_class(**complete).model_dump(mode="json")
+    config = config_class(**complete)
+    settings = config.model_dump(mode="json")
     lines = []
     for heading, fields in _groups(config_class):
         lines += ["", f"# {heading}"]
         for name, field in fields:
             lines += ["", *textwrap.wrap(field.description or "", 98, initial_indent="# ", subsequent_indent="# ")]
             value = yaml.safe_dump(settings[name], default_flow_style=True, width=1_000).partition("\n...")[0].strip()
+            if isinstance(text := getattr(config, name), PathOrUri) and text.has_keys:
+                value += "  # without its keys, which belong in the environment"
             lines.append(f"# {name}:  (required)" if name in required else f"{name}: {value}")
     return "\n".join(lines).strip()
 
@@ -241,4 +243,4 @@ def _message(error: ValidationError, config_class: type[JobConfig], flags: dict[
     if first["type"] == "too_short":
         return f"{place}: needs a value"
     hint = did_you_mean(str(first["input"]), _literals(config_class.model_fields[key].annotation))
-    return f"{place}: {message[:1].lower()}{message[1:]}, got {shortened(repr(first['input']))}{hint}"
+    return f"{place}: {message[:1].lower()}{message[1:]}, got {shortened(masked(repr(first['input'])))}{hint}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 from mnistsum_ray import __version__
 from mnistsum_ray.cluster.stop import StopOnSignals, defer_signals
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, counted, did_you_mean, percent, printable, shell_command
+from mnistsum_ray.storage.uri import masked
 
 if TYPE_CHECKING:
     from mnistsum_ray.arguments import Config
@@ -297,7 +298,7 @@ def _explain_stop(interrupt: KeyboardInterrupt, stop: StopOnSignals) -> int:
 def _say(text: str) -> None:
     """Write a line to standard error. If its reader has closed it, only the exit code tells of the error."""
     try:
-        print(printable(text), file=sys.stderr, flush=True)
+        print(printable(masked(text)), file=sys.stderr, flush=True)
     except OSError:
         _redirect_to_devnull(2)
 

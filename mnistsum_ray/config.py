@@ -9,14 +9,19 @@ import re
 import textwrap
 from dataclasses import dataclass
 from inspect import Parameter, Signature
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mnistsum_ray.storage.uri import PathOrUri
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
 else:
     ModelMetaclass = type(BaseModel)
+
+PathText = Annotated[str, AfterValidator(PathOrUri)]
+"""Type of a field with a path or URI: it is given as a string, and kept as a PathOrUri, which is shown without keys."""
 
 
 class _ConfigType(ModelMetaclass):
@@ -28,7 +33,8 @@ class _ConfigType(ModelMetaclass):
 class JobConfig(BaseModel, metaclass=_ConfigType):
     """Base of all configs and groups."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Pydantic's own messages would quote URIs with their keys.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
     everyday: ClassVar[tuple[str, ...]] = ()
     """Fields that `--help` shows; `--help-all` shows all. Empty: all."""
@@ -50,7 +56,7 @@ class JobConfig(BaseModel, metaclass=_ConfigType):
 class TrainingData(JobConfig):
     """Training data."""
 
-    data: str = "auto"
+    data: PathText = "auto"
     """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist (never the sample), or a
     folder or URI of IDX files or Parquet"""
     shuffle_rows: int = Field(1_000_000, ge=1, le=10**9)
@@ -130,7 +136,7 @@ class TrainingCluster(JobConfig):
 class RunFolder(JobConfig):
     """Run folder."""
 
-    storage_path: str = "runs"
+    storage_path: PathText = "runs"
     """folder or URI (s3://...) that holds the runs; all nodes must reach it"""
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     """name of the run and of its folder [a new unique name]"""
@@ -138,7 +144,7 @@ class RunFolder(JobConfig):
     """continue the run --name from its last checkpoint; auto: begin it if there is none"""
     checkpoint_seconds: float = Field(60, gt=0, le=86_400)
     """seconds between checkpoints within an epoch; a kill costs about so much work"""
-    from_run: str | None = None
+    from_run: PathText | None = None
     """run (folder or URI) whose data, recipe, seed, precision and number of workers are taken; other flags win; on the same kind
     of CPUs the model is then the same to the last bit [none]"""
 
@@ -154,7 +160,7 @@ class RunFolder(JobConfig):
 class Tracking(JobConfig):
     """MLflow tracking (needs the extra mlflow)."""
 
-    mlflow: str | None = None
+    mlflow: PathText | None = None
     """MLflow tracking server (http://...) or store (sqlite:///...) that the run is logged to [none]"""
     mlflow_experiment: str = Field("mnistsum", min_length=1)
     """MLflow experiment of the run"""
@@ -163,7 +169,10 @@ class Tracking(JobConfig):
 
     @model_validator(mode="after")
     def _check_mlflow(self) -> Self:
-        if self.mlflow is not None and not re.fullmatch(r"https?://[^@?#\s]+|sqlite:///[^@?#]+", self.mlflow):
+        # A part that a PathOrUri does not show may be a key.
+        if self.mlflow is not None and (
+            PathOrUri(self.mlflow).has_keys or not re.fullmatch(r"https?://[^@?#\s]+|sqlite:///[^@?#]+", self.mlflow)
+        ):
             raise ValueError(
                 "`mlflow`: must be http(s)://HOST:PORT or sqlite:///FILE; keys belong in MLFLOW_TRACKING_USERNAME, "
                 "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN"
@@ -199,7 +208,7 @@ class Hyperparameters:
 class ScoringModel(JobConfig):
     """Model and inference."""
 
-    model: str
+    model: PathText
     """folder or URI of a training run, or of its model folder"""
     precision: Literal["bf16", "fp32", "int8"] | None = None
     """precision of the network; int8 is the fastest on CPUs, and model.json says how often it gives the same answers as the
@@ -212,7 +221,7 @@ class ScoringModel(JobConfig):
 class ScoringInput(JobConfig):
     """Input."""
 
-    input: tuple[str, ...] = Field(min_length=1)
+    input: tuple[PathText, ...] = Field(min_length=1)
     """Parquet to score: one or more files, folders (with subfolders), globs or URIs"""
     image_column: str = Field("image", min_length=1)
     """column of the images"""
@@ -238,7 +247,7 @@ class ScoringInput(JobConfig):
 class ScoringOutput(JobConfig):
     """Output."""
 
-    output: str
+    output: PathText
     """folder or URI for the predictions; the same command continues after a kill"""
     max_rows_per_file: int = Field(8_192, ge=1, le=10_000_000)
     """maximum rows in an output file; about what a worker loses in a kill"""
@@ -274,11 +283,11 @@ class ScoreConfig(ScoringCluster, ScoringOutput, ScoringInput, ScoringModel):
 class ExportPairsConfig(JobConfig):
     """Pairs to export."""
 
-    data: str = "auto"
+    data: PathText = "auto"
     """as for mnistsum train: auto, sample, mnist, or a folder or URI"""
     split: Literal["train", "validation", "test"] = "test"
     """split whose rows are exported, in their order"""
-    output: str
+    output: PathText
     """folder or URI for the files; it must be empty or not exist"""
     rows: int = Field(10_000, ge=1)
     """total rows; beyond the end of the split it repeats with other numbers"""
@@ -297,18 +306,18 @@ class ExportPairsConfig(JobConfig):
 class ExportModelConfig(JobConfig):
     """Model to export."""
 
-    model: str
+    model: PathText
     """folder or URI of a training run, or of its model folder"""
-    output: str
+    output: PathText
     """folder or URI for the files; it must be empty or not exist"""
 
 
 class PredictConfig(JobConfig):
     """Picture, number and model."""
 
-    picture: str
+    picture: PathText
     """file or URI of a picture of one digit, of any size and colours"""
     number: int = Field(ge=0, le=9)
     """number 0..9 that is added to the digit"""
-    model: str
+    model: PathText
     """folder or URI of a training run, or of its model folder"""

@@ -25,6 +25,14 @@ class StorageError(OSError):
     """The storage does not answer, refuses, or a file is gone: another attempt may succeed. The message names the file."""
 
 
+class MissingFileError(StorageError):
+    """There is no such file."""
+
+
+class ExistingFileError(StorageError):
+    """There is such a file already, or another version of it, so nothing was written."""
+
+
 class UnusableFileError(ValueError):
     """A file cannot be used; the message says why and what to do."""
 

@@ -15,6 +15,8 @@ from mnistsum_ray.data.sources import SAMPLE, open_source
 from mnistsum_ray.model import int8
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import copy_weights, describe_model, load_model, save_model
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.storage.paths import locate
 
 
@@ -63,6 +65,11 @@ def write_rows(tmp_path: Path, sample: pa.Table) -> Callable[[int], Path]:
     return write
 
 
+def writable(folder: Location | Path | str) -> OutputFolder:
+    """A folder that is written to without a lock."""
+    return OutputFolder(folder if isinstance(folder, Location) else locate(str(folder), "--output"), None)
+
+
 def write_model(folder: Path, seed: int) -> Path:
     """Write a model folder with random weights."""
     torch.manual_seed(seed)
@@ -70,15 +77,14 @@ def write_model(folder: Path, seed: int) -> Path:
     accuracies = dict.fromkeys(("loss", "digit_accuracy", "sum_accuracy"), 0.0)
     metrics = {split: {"rows": 500} | accuracies for split in ("validation", "test")}
     description = describe_model(weights, epoch=1, metrics=metrics)
-    save_model(locate(str(folder), "--model"), weights, description)
+    save_model(writable(folder), weights, description)
     return folder
 
 
 def change_description(folder: Path, **fields: Any) -> Path:
     """Change fields of the description of a model folder."""
-    place = locate(str(folder), "--model")
-    network, description = load_model(place)
-    save_model(place, copy_weights(network), description | fields)
+    network, description = load_model(locate(str(folder), "--model"))
+    save_model(writable(folder), copy_weights(network), description | fields)
     return folder
 
 

@@ -24,7 +24,7 @@ from mnistsum_ray.model.inference import CPU_BATCH, GPU_BATCH, make_forward
 from mnistsum_ray.model.network import Objective, TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
-from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.storage.lock import empty_output
 
 Steps = Iterator[int]
 """Works on a batch when it is asked for the next item, the number of the batch's rows; endless."""
@@ -172,7 +172,7 @@ def _score_job(data: str, rows: int, precision: str | None, images: Pixels) -> M
         description["int8"] = {"maxima": int8.activation_maxima(model, torch.tensor(images[:256]))}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_model(locate(str(folder / "model"), "--model"), copy_weights(model), description)
+        save_model(empty_output(str(folder / "model")), copy_weights(model), description)
 
         def score(count: int, files: int) -> tuple[float, float]:
             pairs, output = folder / f"pairs-{count}", folder / f"predictions-{count}"

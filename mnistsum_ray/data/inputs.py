@@ -6,7 +6,6 @@ disk.
 """
 
 import os
-import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 
-from mnistsum_ray.errors import RequestError, did_you_mean, one_line
+from mnistsum_ray.errors import RequestError, StorageError, did_you_mean
 from mnistsum_ray.storage.location import Location, is_hidden, is_utf8
 from mnistsum_ray.storage.paths import locate_existing
+from mnistsum_ray.storage.uri import PathOrUri
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
 """Suffixes of the files that are taken from a folder, in upper or lower case."""
@@ -91,6 +90,8 @@ def list_inputs(
         name = _escaped(path.removeprefix(root.path).lstrip("/"))
         if not is_utf8(path):
             unusable[name] = "its name is not UTF-8; rename it"
+        if "//" in path:  # an object store allows such a key, and Arrow does not
+            unusable[name] = "its name has an empty part between two slashes; rename it"
         rows.append({"name": name, "size": file.size, "modified": file.modified})
     skipped = {path: reason for path, reason in skipped.items() if path not in found}
     return Inputs(root, pa.Table.from_pylist(rows, FILE_SCHEMA), skipped, unusable)
@@ -123,25 +124,22 @@ class _Value:
     """
 
     def __init__(self, text: str, flag: str) -> None:
-        self.flag, self.text = flag, text
-        """The value as messages show it: a URI without its query, which may hold keys."""
-        # In a URI, a question mark begins the query and is no wildcard.
-        fixed, self.pattern = _split_glob(text, r"[*\[]" if "://" in text else r"[*?\[]")
+        self.flag, self.text = flag, PathOrUri(text)
+        fixed, self.pattern = self.text.split_glob()
         if self.pattern is not None and "://" not in text and os.path.lexists(text):
-            fixed, self.pattern = text, None  # a file whose name contains wildcards
+            fixed, self.pattern = self.text, None  # a file whose name contains wildcards
         self.place = locate_existing(fixed, flag)
         if self.place.is_local:
             self.place = self.place.at(os.path.realpath(self.place.path))
-        else:
-            self.text = "/".join((self.place.display, *(self.pattern or ())))
         try:
-            kind = self.place.info().type
-        except OSError as error:
-            raise self.error(one_line(error)) from None
-        if kind == pafs.FileType.NotFound:
+            found = self.place.status()
+        except StorageError as error:
+            raise RequestError(f"{flag} {error}") from None
+        if found is None:
             hint = did_you_mean(text, ("sample", "mnist", "auto")) if flag == "--data" else ""
             raise self.error(f"there is no such file or folder ({self.place.display}){hint}")
-        self.is_file = bool(kind != pafs.FileType.Directory)
+        self.found = found
+        self.is_file = not found.is_folder
         if self.pattern is not None and self.is_file:
             raise self.error(f"{self.place.display} is a file, not a folder")
 
@@ -158,15 +156,16 @@ class _Value:
         """Paths that the value names, each with its file, or with the reason why it is left out."""
         try:
             if self.place.is_local:
-                yield from self._list_local()
+                with self.place.answers("listed"):
+                    yield from self._list_local()
                 return
-            for info in [self.place.info()] if self.is_file else self.place.files():
-                if self.is_file or self._takes(parts_below(info.path, self.place.path) or ()):
-                    yield info.path, _File(info.size, self.place.modified(info), info.path)
+            for entry in [self.found] if self.is_file else self.place.files():
+                if self.is_file or self._takes(parts_below(entry.path, self.place.path) or ()):
+                    yield entry.path, _File(entry.size, entry.modified, entry.path)
                 elif self.pattern is None:
-                    yield info.path, _NAME
-        except OSError as error:
-            raise self.error(one_line(error)) from None
+                    yield entry.path, _NAME
+        except StorageError as error:
+            raise RequestError(f"{self.flag} {error}") from None
 
     def _list_local(self) -> Iterator[tuple[str, "_File | str"]]:
         if self.is_file:
@@ -232,15 +231,6 @@ def _look_at(path: str) -> "_File | str":
     return f"a link to {kind}" if Path(path).is_symlink() else kind
 
 
-def _split_glob(text: str, wildcards: str) -> tuple[str, tuple[str, ...] | None]:
-    """Split a glob into its leading folders without wildcards, and the other components; None if it has no wildcards."""
-    parts = text.split("/")
-    first = next((index for index, part in enumerate(parts) if re.search(wildcards, part)), None)
-    if first is None:
-        return text, None
-    return "/".join(parts[:first]) or ("/" if text.startswith("/") else "."), tuple(part for part in parts[first:] if part)
-
-
 def matches(parts: tuple[str, ...], pattern: tuple[str, ...], *, below: bool = False) -> bool:
     """True if a path matches as in a shell: `**` matches any number of folders, no wildcard matches a leading dot.
 
@@ -279,7 +269,7 @@ def _common_root(values: list[_Value], flag: str) -> Location:
     first = values[0]
     folder = first.folder
     for other in values[1:]:
-        if not other.place.filesystem.equals(first.place.filesystem):
+        if not other.place.same_storage(first.place):
             raise other.error(f"lies on another storage than {first.text}; score them one after the other")
         folder = os.path.commonpath([folder, other.folder]) if folder and other.folder else ""
     if not folder:
@@ -293,7 +283,7 @@ def _check_output_is_separate(values: list[_Value], found: Iterable[str], output
     Raises:
         RequestError: names the value or the file.
     """
-    if not values[0].place.filesystem.equals(output.filesystem):
+    if not values[0].place.same_storage(output):
         return
     path = os.path.realpath(output.path) if output.is_local else output.path
     for value in values:

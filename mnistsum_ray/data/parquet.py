@@ -1,4 +1,4 @@
-"""Parquet files that other programs wrote: footers, rows, column types, and whether a failure is the file's or the storage's."""
+"""The one place that opens Parquet files, our own too: footers, rows, column types, and whether the file or the storage fails."""
 
 import hashlib
 import io
@@ -12,7 +12,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mnistsum_ray.errors import StorageError, UnusableFileError, one_line
@@ -50,7 +49,7 @@ _registry_lock = threading.Lock()
 
 
 @contextmanager
-def open_parquet(file: Location) -> Iterator[pq.ParquetFile]:
+def open_parquet(file: Location) -> Iterator[pq.ParquetFile]:  # noqa: TID251
     """Open a Parquet file for the block. Pages are checked against their CRC where they have one; Spark writes CRCs by default.
 
     Raises:
@@ -63,14 +62,13 @@ def open_parquet(file: Location) -> Iterator[pq.ParquetFile]:
         with plain_arrow_types():
             # Timestamps of Parquet's old type INT96 hold any year, and nanoseconds only the years 1677 to 2262.
             options = {"coerce_int96_timestamp_unit": "us", "arrow_extensions_enabled": True}
-            parquet = pq.ParquetFile(source, page_checksum_verification=True, **options)
+            parquet = pq.ParquetFile(source, page_checksum_verification=True, **options)  # noqa: TID251
         yield parquet
     except (UnusableFileError, StorageError):
         raise
     except Exception as error:
-        failure = source.failure if source else error
-        if failure or isinstance(error, MemoryError):  # this machine's memory is no fault of the file either
-            raise storage_error(file, failure or error) from error
+        if (source and source.failure) or isinstance(error, MemoryError):  # this machine's memory is no fault of the file either
+            raise file.error((source and source.failure) or error) from error
         raise _unreadable(error) from None
     finally:
         if source is not None:
@@ -85,7 +83,7 @@ class _Source(io.RawIOBase):
 
     def __init__(self, file: Location) -> None:
         self.failure: OSError | None = None
-        self._stream = file.filesystem.open_input_file(file.path)
+        self._stream = file.open()
 
     def seekable(self) -> bool:
         return True
@@ -113,13 +111,10 @@ class _Source(io.RawIOBase):
         super().close()
 
 
-def storage_error(file: Location, error: Exception) -> StorageError:
-    """The error for a file that the storage did not give."""
-    if isinstance(error, FileNotFoundError):
-        return StorageError(
-            f"{file.display}: is not there any more, or not on this node; a local path must be on storage that all nodes share"
-        )
-    return StorageError(f"{file.display}: cannot be read: {one_line(error)}")
+def read_table(file: Location, columns: list[str] | None = None) -> pa.Table:
+    """A whole Parquet file, or some of its columns, as a table of plain types; errors as of `open_parquet`."""
+    with open_parquet(file) as parquet:
+        return plain_table(parquet.read(columns))
 
 
 def _unreadable(error: Exception) -> UnusableFileError:
@@ -149,7 +144,7 @@ def read_footer(file: Location, size: int) -> Footer:
     data = _footer_bytes(file, size)
     try:
         with plain_arrow_types():
-            metadata = pq.read_metadata(pa.BufferReader(data))
+            metadata = pq.read_metadata(pa.BufferReader(data))  # noqa: TID251
             schema = metadata.schema.to_arrow_schema()
     except Exception as error:  # Arrow raises many types for damaged bytes
         raise _unreadable(error) from None
@@ -165,18 +160,15 @@ def _footer_bytes(file: Location, size: int) -> bytes:
     """The footer and the eight bytes after it."""
     if size < 12:
         raise UnusableFileError(f"is {'empty (0 bytes)' if not size else f'only {size} bytes long'}; write it again")
-    try:
-        with file.filesystem.open_input_file(file.path) as stream:
-            start = max(0, size - _TAIL_BYTES)
+    with file.answers(), file.open() as stream:
+        start = max(0, size - _TAIL_BYTES)
+        stream.seek(start)
+        tail: bytes = stream.read()
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if start + len(tail) == size and len(tail) < length <= size - 4:
+            start = size - length
             stream.seek(start)
-            tail: bytes = stream.read()
-            length = int.from_bytes(tail[-8:-4], "little") + 8
-            if start + len(tail) == size and len(tail) < length <= size - 4:
-                start = size - length
-                stream.seek(start)
-                tail = stream.read()
-    except OSError as error:
-        raise storage_error(file, error) from error
+            tail = stream.read()
     if start + len(tail) != size:
         raise UnusableFileError(
             f"has {start + len(tail):,} bytes where the listing says {size:,}: it is being written; try again later"
@@ -190,7 +182,7 @@ def _footer_bytes(file: Location, size: int) -> bytes:
     return tail[-length:]
 
 
-def read_rows(parquet: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+def read_rows(parquet: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:  # noqa: TID251
     """Read the rows of a file with these indices, in ascending order. Rows between them are not kept in memory.
 
     Raises:
@@ -222,13 +214,10 @@ def check_unchanged(file: Location, size: int, modified: int) -> None:
         UnusableFileError: it has changed.
         StorageError: it is not there, or the storage does not answer.
     """
-    try:
-        info = file.info()
-    except OSError as error:
-        raise storage_error(file, error) from error
-    if info.type == pafs.FileType.NotFound:
-        raise storage_error(file, FileNotFoundError())
-    if (info.size, file.modified(info)) != (size, modified):
+    found = file.status()
+    if found is None:
+        raise file.error(FileNotFoundError())
+    if (found.size, found.modified) != (size, modified):
         raise UnusableFileError("has changed since the run began; run the command again")
 
 

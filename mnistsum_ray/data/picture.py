@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
 from mnistsum_ray.data.images import SIDE, Pixels
-from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line
 from mnistsum_ray.storage.paths import locate_existing
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -110,8 +110,10 @@ def _open(text: str) -> tuple[str, Image.Image]:
     try:
         data = place.read_bytes()
         return place.display, Image.open(io.BytesIO(data), formats=_FORMATS)
-    except FileNotFoundError:
+    except MissingFileError:
         raise RequestError(f"{place.display}: there is no such file") from None
+    except StorageError as error:
+        raise RequestError(str(error)) from None
     except UnidentifiedImageError:
         raise RequestError(
             f"{place.display}: is no picture of a known format ({', '.join(_FORMATS)}); convert it to PNG"

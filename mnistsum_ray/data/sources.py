@@ -15,16 +15,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mnistsum_ray.data import inputs
 from mnistsum_ray.data.idx import IDX_FILES, download_mnist, find_idx, read_idx
 from mnistsum_ray.data.images import SIDE, Pixels, check_digits, decode_images, image_type_error, number_type_error, one_chunk
 from mnistsum_ray.data.order import RowIds, RowRanges, row_checksums
-from mnistsum_ray.data.parquet import check_unchanged, column_error, open_parquet, plain_table, read_footer, read_rows
+from mnistsum_ray.data.parquet import check_unchanged, column_error, open_parquet, plain_table, read_footer, read_rows, read_table
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.storage.location import Location, retried
-from mnistsum_ray.storage.paths import locate_existing
+from mnistsum_ray.storage.paths import locate, locate_existing
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 
@@ -200,16 +199,15 @@ def open_source(data: str) -> Source:
         return _full_mnist(fall_back=data == "auto")
     place = locate_existing(data, "--data")
     try:
-        folder = find_idx(Path(place.path)) if place.is_local else None
+        with place.answers("listed"):
+            folder = find_idx(Path(place.path)) if place.is_local else None
         return _idx(folder) if folder else _parquet(data, place)
     except StorageError as error:
         raise RunError(f"--data {error}; nothing was begun") from None
-    except OSError as error:
-        raise RequestError(f"--data {place.display}: {one_line(error)}") from None
 
 
 def _sample() -> Source:
-    table = pq.read_table(SAMPLE)
+    table = read_table(locate(str(SAMPLE), "--data"))
     images, bad = decode_images(one_chunk(table["image"]))
     assert not bad
     digits = one_chunk(table["digit"]).to_numpy().astype(np.int8)

@@ -14,13 +14,14 @@ from mnistsum_ray import __version__
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import open_source
-from mnistsum_ray.errors import RequestError, RunError, one_line
+from mnistsum_ray.errors import RequestError, RunError, StorageError
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, Predictions, predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.overrides import quiet_logger
-from mnistsum_ray.storage.paths import locate_empty_output, locate_existing
+from mnistsum_ray.storage.lock import empty_output
+from mnistsum_ray.storage.paths import locate_existing
 
 INPUTS: Final = ("image", "number")
 OUTPUTS: Final = tuple(PREDICTION_FIELDS.names[:-1])
@@ -117,7 +118,7 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
         RequestError: the model does not exist, or the output is not an empty folder.
         RunError: an exported model predicts otherwise than the model.
     """
-    output = locate_empty_output(config.output)
+    output = empty_output(config.output)
     model, card = load_model(locate_existing(config.model, "--model"))
     try:
         say("exporting")
@@ -132,10 +133,10 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
             largest = max(largest, _compare(name, run(data, images, numbers), expected))
             say(f"{name}: {len(data):,} bytes, the same predictions as the model's on {len(numbers):,} pairs")
         for name, data in exported.items():
-            (output / name).write_bytes(data)
-    except OSError as error:
-        raise RequestError(f"--output {output.display}: {one_line(error)}") from None
-    return {"output": output.display, "files": list(exported), "pairs": len(numbers), "largest_difference": largest}
+            output.write(name, data)
+    except StorageError as error:
+        raise RequestError(f"--output {error}") from None
+    return {"output": output.place.display, "files": list(exported), "pairs": len(numbers), "largest_difference": largest}
 
 
 def _run_torch(data: bytes, *inputs: npt.NDArray[Any]) -> Arrays:

@@ -12,9 +12,9 @@ from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.images import IMAGE_TYPE, pixels_array
 from mnistsum_ray.data.order import RowRanges, random_numbers
 from mnistsum_ray.data.sources import Source, open_source
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, one_line
+from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.paths import locate_empty_output
+from mnistsum_ray.storage.lock import empty_output
 
 SCHEMA: Final = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": pa.int8(), "digit": pa.int8()})
 """`row_id` is the position of the image in its source; `digit` is the true digit, for measuring accuracy."""
@@ -36,7 +36,7 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         RunError: the storage does not give the data.
         RunInterrupted: the export was interrupted.
     """
-    output = locate_empty_output(config.output)
+    output = empty_output(config.output)
     try:
         source = open_source(config.data)
         if source.notice:
@@ -44,17 +44,19 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         split, said = getattr(source, config.split), time.monotonic()
         for index in range(config.files):
             start, end = config.rows * index // config.files, config.rows * (index + 1) // config.files
-            (output / f"part-{index:05d}.parquet").write_bytes(_parquet_file(source, split, config.seed, start, end))
+            try:
+                data = _parquet_file(source, split, config.seed, start, end)
+            except StorageError as error:
+                raise RunError(f"--data {error}") from None
+            output.write(f"part-{index:05d}.parquet", data)
             if time.monotonic() - said > _LINE_SECONDS:
                 said = time.monotonic()
                 say(f"rows written: {end:,} of {config.rows:,}")
     except StorageError as error:
-        raise RunError(f"--data {error}") from None
-    except OSError as error:
-        raise RequestError(f"--output {output.display}: {one_line(error)}") from None
+        raise RequestError(f"--output {error}") from None
     except KeyboardInterrupt:
         raise RunInterrupted("some files are written; empty the folder, then the same command starts again") from None
-    return output, source
+    return output.place, source
 
 
 def _parquet_file(source: Source, split: RowRanges, seed: int, row: int, end: int) -> pa.Buffer:

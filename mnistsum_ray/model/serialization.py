@@ -14,10 +14,11 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.lock import OutputFolder
 
 MODEL_FORMAT: Final = "mnistsum_ray/5"
 """Format of a model folder; since 5 the temperatures are folded into the weights."""
@@ -64,10 +65,10 @@ def describe_model(
     }
 
 
-def save_model(folder: Location, weights: Weights, description: dict[str, Any]) -> None:
-    """Write a model folder."""
-    (folder / WEIGHTS_FILE).write_bytes(save_tensors(weights, {_HEADER_KEY: json.dumps(description, allow_nan=False)}))
-    (folder / DESCRIPTION_FILE).write_json(description)
+def save_model(folder: OutputFolder, weights: Weights, description: dict[str, Any]) -> None:
+    """Write a model folder. The weights come last, and while they are not there, there is no model."""
+    folder.write_json(DESCRIPTION_FILE, description)
+    folder.write(WEIGHTS_FILE, save_tensors(weights, {_HEADER_KEY: json.dumps(description, allow_nan=False)}))
 
 
 def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
@@ -80,8 +81,10 @@ def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
         if not (folder / WEIGHTS_FILE).exists():
             folder = folder / "model"
         data = (folder / WEIGHTS_FILE).read_bytes()
-    except OSError as error:
-        raise RequestError(f"{folder.display}: holds no model ({one_line(error)})") from None
+    except MissingFileError:
+        raise RequestError(f"{folder.display}: holds no model (no {WEIGHTS_FILE})") from None
+    except StorageError as error:
+        raise RequestError(str(error)) from None
     try:
         weights = load_tensors(data)
         description = read_description(data)

@@ -17,34 +17,34 @@ from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
 from mnistsum_ray.reporting.report import Picture, epoch_end, epoch_scalars, model_scalars
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.lock import OutputFolder
 
 FOLDER: Final = "tensorboard"
 
 
-def _place(run: Location, epoch: int, kind: str) -> Location:
+def _name(epoch: int, kind: str) -> str:
     # A running TensorBoard picks up only files whose names sort after those that it has read: hence zeros, and "epoch" < "final".
-    return run / FOLDER / f"events.out.tfevents.{epoch:010d}.{kind}"
+    return f"{FOLDER}/events.out.tfevents.{epoch:010d}.{kind}"
 
 
 @contextmanager
-def _event_file(place: Location) -> Iterator[SummaryWriter]:
+def _event_file(run: OutputFolder, name: str) -> Iterator[SummaryWriter]:
     """A writer whose events become one file at the end of the block."""
-    with tempfile.TemporaryDirectory() as name:
-        with SummaryWriter(name) as writer:
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
             yield writer
-        (written,) = Path(name).iterdir()
-        place.write_bytes(written.read_bytes())
+        (written,) = Path(folder).iterdir()
+        run.write(name, written.read_bytes())
 
 
-def write_epochs(run: Location, history: list[dict[str, Any]]) -> None:
+def write_epochs(run: OutputFolder, history: list[dict[str, Any]]) -> None:
     """Write the event file of the last line of history.jsonl, and those of earlier epochs that are missing."""
-    existing = {info.path for info in (run / FOLDER).files()}
+    existing = {file.path for file in (run.place / FOLDER).files()}
     for entry in history:
-        place = _place(run, entry["epoch"], "epoch")
-        if entry is not history[-1] and place.path in existing:
+        name = _name(entry["epoch"], "epoch")
+        if entry is not history[-1] and (run.place / name).path in existing:
             continue
-        with _event_file(place) as writer:
+        with _event_file(run, name) as writer:
             for key, value in epoch_scalars(entry).items():
                 writer.add_scalar(key, value, entry["epoch"], walltime=epoch_end(entry))
             steps = entry["step_losses"][-1][0]
@@ -53,7 +53,9 @@ def write_epochs(run: Location, history: list[dict[str, Any]]) -> None:
                 writer.add_scalar("train/step_loss", loss, (entry["epoch"] - 1) * steps + step, walltime=trained)
 
 
-def write_final(run: Location, epoch: int, card: dict[str, Any], pictures: dict[str, Picture], config: dict[str, Any]) -> None:
+def write_final(
+    run: OutputFolder, epoch: int, card: dict[str, Any], pictures: dict[str, Picture], config: dict[str, Any]
+) -> None:
     """Write the event file of the finished run.
 
     Args:
@@ -63,7 +65,7 @@ def write_final(run: Location, epoch: int, card: dict[str, Any], pictures: dict[
         pictures: by the names of their PNG files.
         config: settings of the run, shown as a table.
     """
-    with _event_file(_place(run, epoch, "final")) as writer:
+    with _event_file(run, _name(epoch, "final")) as writer:
         for key, value in model_scalars(card).items():
             writer.add_scalar(key, value, epoch)
         for key, drawn in pictures.items():

@@ -63,11 +63,11 @@ def score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
 
 def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
     started = time.monotonic()
-    resources, precision = _allocate_resources(request.config, console.say)
-    first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
-    check_shared_storage({"--output": request.output}, {"--input": first_file}, console.say)
-    with folder_lock(request.output, "--output", console.say) as lock:
-        plan = make_plan(request, precision, lock, console)
+    with folder_lock(request.output, "--output", console.say) as held:
+        resources, precision = _allocate_resources(request.config, console.say)
+        first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
+        check_shared_storage({"--output": request.output}, {"--input": first_file}, console.say)
+        plan = make_plan(request, precision, held, console)
         committed = resume(plan, console)
         new_failures = _say_new_failures(plan.failures, committed, console)
         failures, scoring_seconds = _execute(plan, committed, resources, console)
@@ -75,7 +75,7 @@ def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
         new_failures |= _say_new_failures(failures, committed, console)
 
         published = OutputFiles.read(plan.output, console)
-        staged = OutputFiles.read(plan.folder, console) if plan.staged else None
+        staged = OutputFiles.read(plan.folder.place, console) if plan.staged else None
         files, matched = reconcile(plan, will_hold(plan, published, staged))
         counts = Counts.of_output(matched)
         resumed_rows, rejected_before = committed.resumed(plan)
@@ -136,7 +136,7 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
     if not committed.todo.num_rows:
         return {}, 0.0
     if not plan.staged:
-        unpublish(plan.output)
+        unpublish(plan.held)
     progress = Progress(console.progress, "rows scored", todo_rows)
     failures: dict[str, str] = {}
     started, ended, done_rows = float("inf"), 0.0, 0
@@ -145,7 +145,7 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
     with silence_watchdog(console.say, explain_worker_silence) as sign_of_life:
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
             sign_of_life()
-            plan.lock.check()
+            plan.held.check()
             for failed in report["failed"].drop_null().to_pylist():
                 raise RunError(f"{failed}; committed files are kept, and the same command resumes")
             for notice in report["notice"].drop_null().to_pylist():
@@ -195,9 +195,7 @@ def _make_pipeline(
 def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:
     """Delete the committed parts of the files that failed during execution; return the plan without them."""
     remaining = plan.without(failures)
-    for name in sorted({*plan.parts["output"].to_pylist()} - {*remaining.parts["output"].to_pylist()}):
-        plan.lock.check()
-        delete_parts(plan.folder, [name])
+    delete_parts(plan.folder, sorted({*plan.parts["output"].to_pylist()} - {*remaining.parts["output"].to_pylist()}))
     return remaining
 
 
@@ -208,5 +206,5 @@ def _strict_error(plan: Plan, line: dict[str, Any], counts: Counts, staged: Outp
     if not counts.examples:
         return text
     (name, row), reason = min((rows[0], reason) for reason, rows in counts.examples.items())
-    folder = (plan.folder if staged and staged.rejected else plan.output) / REJECTED
+    folder = (plan.folder.place if staged and staged.rejected else plan.output) / REJECTED
     return f"{text}; first: {plan.source(name)}, row {row}: {reason}; all: {folder.display}"

@@ -16,16 +16,17 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mnistsum_ray.cluster.map_files import map_files
 from mnistsum_ray.data.inputs import FILE_SCHEMA
-from mnistsum_ray.errors import RequestError, RowCountError, RunError
+from mnistsum_ray.data.parquet import read_table
+from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, RunError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import svg_name
 from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, read_stamps
 from mnistsum_ray.scoring.preflight import STAGING, Plan
 from mnistsum_ray.storage.location import Location, is_hidden, is_partial
+from mnistsum_ray.storage.lock import OutputFolder
 
 FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"
@@ -81,8 +82,8 @@ class OutputFiles:
     def read(cls, folder: Location, console: Console) -> "OutputFiles":
         """List a folder and read all stamps in it. A folder that does not exist is empty."""
         listed, foreign, partial, summaries = [], {}, [], []
-        for info in folder.files():
-            name = info.path.removeprefix(folder.path).lstrip("/")
+        for file in folder.files():
+            name = file.path.removeprefix(folder.path).lstrip("/")
             top, _, below = name.partition("/")
             if is_partial(name.rpartition("/")[2]) and top != STAGING:
                 partial.append(name)
@@ -91,7 +92,7 @@ class OutputFiles:
             elif name in (*SUMMARIES, MANIFEST):
                 summaries.append(name)
             elif top in (PREDICTIONS, REJECTED) and below:
-                listed.append({"name": name, "size": info.size, "modified": folder.modified(info)})
+                listed.append({"name": name, "size": file.size, "modified": file.modified})
             else:
                 foreign[name] = _FOREIGN
         if summaries and not listed and folder.path.rpartition("/")[2] != STAGING and not _is_finished(folder):
@@ -120,32 +121,32 @@ class OutputFiles:
         for name, error in (self.foreign | broken).items():
             raise RequestError(f"--output {self.folder.display}: {name} {error}; move it away, or choose another folder")
 
-    def clear_unfinished(self) -> None:
-        """Delete what a killed run left unfinished, after `check`: partial files, and rejected rows without predictions."""
+    def clear_unfinished(self, folder: OutputFolder) -> None:
+        """Delete in the folder, after `check`, what a killed run left: partial files, and rejected rows without predictions."""
         without_predictions = sorted(self.rejected - {*self.stamps["output"].to_pylist()})
         for name in (*self.partial, *(f"{REJECTED}/{name}" for name in without_predictions)):
-            (self.folder / name).delete()
+            folder.delete(name)
 
 
 def _is_finished(folder: Location) -> bool:
     """Whether the manifest of a run of this program is there."""
     try:
-        return bool(json.loads((folder / MANIFEST).read_bytes())["format"] == FORMAT)
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return bool((folder / MANIFEST).read_json()["format"] == FORMAT)
+    except (MissingFileError, ValueError, TypeError, KeyError):
         return False
 
 
-def delete_parts(folder: Location, names: Iterable[str]) -> None:
+def delete_parts(folder: OutputFolder, names: Iterable[str]) -> None:
     """Delete the files of parts. The predictions go first, because a part is done when its predictions exist."""
     for name in names:
-        (folder / PREDICTIONS / name).delete()
-        (folder / REJECTED / name).delete()
+        folder.delete(f"{PREDICTIONS}/{name}")
+        folder.delete(f"{REJECTED}/{name}")
 
 
-def unpublish(output: Location) -> None:
+def unpublish(output: OutputFolder) -> None:
     """Delete the manifest, which marks the output as finished, and then the summaries."""
     for name in (MANIFEST, *SUMMARIES):
-        (output / name).delete()
+        output.delete(name)
 
 
 def match(plan: Plan, stamps: pa.Table) -> pa.Table:
@@ -216,12 +217,12 @@ def resume(plan: Plan, console: Console) -> Committed:
             first = others["source"][0]
             console.say(f"left as they are: {unplanned:,} output files of input that is not there now, such as {first}")
     # Nothing is deleted before all files are known as this program's and the request has been found compatible.
-    published.clear_unfinished()
+    published.clear_unfinished(plan.held)
     staged = None
     if plan.staged:
-        staged = OutputFiles.read(plan.folder, console)
+        staged = OutputFiles.read(plan.folder.place, console)
         staged.check(staged=True)
-        staged.clear_unfinished()
+        staged.clear_unfinished(plan.folder)
         # Nothing staged is published yet, so what is not a done part of this plan can be deleted.
         current = pc.is_in(staged.stamps["output"], match(plan, staged.stamps).filter(pc.field("done"))["output"])
         delete_parts(plan.folder, staged.stamps.filter(pc.invert(current))["output"].to_pylist())
@@ -233,11 +234,11 @@ def resume(plan: Plan, console: Console) -> Committed:
 
 
 def _check_staging_is_a_folder(plan: Plan) -> None:
-    path = Path(plan.folder.path)
+    path = Path(plan.folder.place.path)
     if plan.output.is_local and (path.is_symlink() or (path.exists() and not path.is_dir())):
         # All that is written or deleted through a link would be written or deleted elsewhere.
         raise RequestError(
-            f"--output {plan.output.display}: {plan.folder.display} is not a folder of this program, but a link or a file; "
+            f"--output {plan.output.display}: {plan.folder.place.display} is not a folder of this program, but a link or a file; "
             "remove it"
         )
 
@@ -245,9 +246,8 @@ def _check_staging_is_a_folder(plan: Plan) -> None:
 def _earlier_failures(output: Location) -> dict[str, str]:
     """The unusable files of the run that finished the output; none where it is not finished."""
     try:
-        data = (output / FILES_TABLE).read_bytes()
-        table = pq.read_table(pa.BufferReader(data), columns=["file", "status", "reason"])
-    except (FileNotFoundError, pa.ArrowException):
+        table = read_table(output / FILES_TABLE, ["file", "status", "reason"])
+    except (MissingFileError, UnusableFileError):
         return {}
     failed = table.filter(pc.equal(table["status"], "failed"))
     return dict(zip(failed["file"].to_pylist(), failed["reason"].to_pylist(), strict=True))

@@ -9,19 +9,18 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 
 from mnistsum_ray.cluster.map_files import MAX_LOCAL_FILES, map_files
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import Footer, column_error, lossy_column, read_footer
-from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted, one_line
+from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import split_into_parts
 from mnistsum_ray.storage.location import Location, retried
-from mnistsum_ray.storage.lock import FolderLock
+from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
 
 if TYPE_CHECKING:
@@ -74,8 +73,8 @@ class Plan(Request):
     parts: pa.Table
     """`parts.PART_SCHEMA`: the parts of all other files, in the order of the files."""
     precision: str
-    lock: FolderLock
-    """Of the output folder; checked before each write."""
+    held: OutputFolder
+    """The output folder, which this run holds."""
 
     @property
     def staged(self) -> bool:
@@ -83,9 +82,9 @@ class Plan(Request):
         return self.config.overwrite or self.config.strict
 
     @property
-    def folder(self) -> Location:
+    def folder(self) -> OutputFolder:
         """Where parts are committed: the output folder, or the staging folder inside it."""
-        return self.output / STAGING if self.staged else self.output
+        return self.held / STAGING if self.staged else self.held
 
     def source(self, name: str) -> str:
         """An input file in full: a path, or a URI without its query."""
@@ -152,10 +151,11 @@ def preflight(config: ScoreConfig) -> Request:
 def _locate_output(text: str) -> Location:
     output = locate(text, "--output", output_base_folder())
     try:
-        if output.info().type == pafs.FileType.File:
-            raise RequestError(f"--output {output.display}: is a file; name a folder")
-    except OSError as error:
-        raise RequestError(f"--output {output.display}: {one_line(error)}") from None
+        found = output.status()
+    except StorageError as error:
+        raise RequestError(f"--output {error}") from None
+    if found and not found.is_folder:
+        raise RequestError(f"--output {output.display}: is a file; name a folder")
     # `at` also removes the query of a URI from the display.
     return output.at(os.path.realpath(output.path) if output.is_local else output.path)
 
@@ -172,7 +172,7 @@ def _check_int8(card: dict[str, Any]) -> None:
         raise RequestError("--precision int8: this PyTorch has no integer convolutions on this CPU; leave it out")
 
 
-def make_plan(request: Request, precision: str, lock: FolderLock, console: Console) -> Plan:
+def make_plan(request: Request, precision: str, held: OutputFolder, console: Console) -> Plan:
     """Plan a run: read the footers unless `preflight` has read them, and split the files into parts.
 
     From here on the storage is retried for a while when it does not answer.
@@ -187,8 +187,8 @@ def make_plan(request: Request, precision: str, lock: FolderLock, console: Conso
     if files is None:
         files = read_footers(inputs, request.config, Progress(console.progress, "footers read", inputs.files.num_rows))
     parts, errors = split_into_parts(files, request.config.max_rows_per_file)
-    changed = {"inputs": inputs, "output": request.output.with_retries(), "files": files}
-    plan = Plan(**vars(request) | changed, parts=parts, precision=precision, lock=lock).without(errors)
+    changed = {"inputs": inputs, "output": held.place, "files": files}
+    plan = Plan(**vars(request) | changed, parts=parts, precision=precision, held=held).without(errors)
     report_skipped(inputs.skipped, console.say)
     if plan.config.strict and plan.failures:
         say_failures(plan.failures, console.say)

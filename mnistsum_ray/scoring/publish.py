@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.errors import counted, percent
+from mnistsum_ray.errors import ExistingFileError, RunError, counted, percent
 from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.reporting.report import Picture, picture_files, scored_page, versions
 from mnistsum_ray.scoring.counts import Counts
@@ -25,7 +25,7 @@ from mnistsum_ray.scoring.output import (
     unpublish,
 )
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
-from mnistsum_ray.scoring.preflight import Plan
+from mnistsum_ray.scoring.preflight import STAGING, Plan
 
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""
@@ -68,27 +68,32 @@ def publish(
     Raises:
         RunError: another run holds the output.
     """
-    plan.lock.check()
     drawn = _draw_pictures(counts)
     manifest = _make_manifest(plan, committed.unplanned, counts, line)
     page = scored_page(manifest, counts, {PICTURES[name]: picture for name, picture in drawn.items()})
     summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **picture_files(drawn)}
     for name in SUMMARIES:
         if name in summaries:
-            (plan.folder / name).write_bytes(summaries[name])
+            plan.folder.write(name, summaries[name])
         else:
-            (plan.folder / name).delete()  # an earlier run may have drawn it
-    (plan.folder / MANIFEST).write_json(manifest)
+            plan.folder.delete(name)  # an earlier run may have drawn it
     if staged:
         replaced = committed.published.stamps["output"].to_pylist() if plan.config.overwrite else []
         publish_staged(plan, staged, list(summaries), replaced)
+    plan.held.delete(MANIFEST)  # of a run that had nothing more to score
+    try:
+        plan.held.create_json(MANIFEST, manifest)
+    except ExistingFileError as error:
+        raise RunError(f"--output {error}: another run has finished it meanwhile; run the command again") from None
+    if staged:
+        plan.held.delete_folder(STAGING)
 
 
 def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], replaced: Iterable[str]) -> None:
     """Move the parts and the `summaries` of the staging folder into the output, in an order that keeps every visible state valid.
 
-    `replaced` are predictions that the output held when the run began. Those that are not written again are deleted before the
-    manifest appears. All other files stay.
+    `replaced` are predictions that the output held when the run began. Those that are not written again are deleted. All other
+    files stay. The manifest comes after this.
 
     Raises:
         RunError: another run holds the output.
@@ -97,25 +102,16 @@ def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], re
     rejected = [f"{REJECTED}/{name}" for name in sorted(staged.rejected)]
     predictions = [f"{PREDICTIONS}/{name}" for name in staged.stamps["output"].to_pylist()]
     gone = {f"{folder}/{name}" for name in replaced for folder in (PREDICTIONS, REJECTED)} - {*rejected, *predictions}
-    plan.lock.check()
-    unpublish(plan.output)
+    unpublish(plan.held)
 
     def move(name: str) -> None:
-        plan.lock.check()
-        (plan.folder / name).move(plan.output / name)
-
-    def delete(name: str) -> None:
-        plan.lock.check()
-        (plan.output / name).delete()
+        plan.folder.move(name, plan.held)
 
     steps: list[tuple[Callable[[str], None], Iterable[str]]]
-    steps = [(move, rejected), (move, predictions), (delete, gone), (move, summaries), (move, [MANIFEST])]
+    steps = [(move, rejected), (move, predictions), (plan.held.delete, gone), (move, summaries)]
     with ThreadPoolExecutor(_MOVE_THREADS) as pool:
         for step, names in steps:
             list(pool.map(step, names))
-    plan.lock.check()
-    if plan.folder.exists():  # in an object store it is gone with its last file
-        plan.folder.filesystem.delete_dir(plan.folder.path)
 
 
 def _draw_pictures(counts: Counts) -> dict[str, Picture]:
@@ -148,7 +144,7 @@ def _make_manifest(plan: Plan, unplanned: int, counts: Counts, line: dict[str, A
         "rows_by_number": counts.numbers,
         "confusion": counts.confusion if counts.labelled else None,
         "probabilities": counts.probability_metrics(),
-        "config": plan.config.model_dump(mode="json", exclude={"config"}) | located,
+        "config": plan.config.model_dump(mode="json") | located,
         "model": {key: plan.card[key] for key in ("sha256", "epoch", "parameters")},
         "precision": plan.precision,
         "int8": plan.card["int8"] if plan.precision == "int8" else None,

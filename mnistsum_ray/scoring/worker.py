@@ -16,7 +16,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -24,8 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import DIGITS, Pixels, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.data.parquet import check_unchanged, open_parquet, plain_table, read_rows, to_parquet
-from mnistsum_ray.errors import RunError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.data.parquet import check_unchanged, open_parquet, plain_table, read_footer, read_rows, to_parquet
+from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictions, Predictor
@@ -34,6 +33,7 @@ from mnistsum_ray.scoring.counts import BINS, Counts, encode_image
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, from_metadata, to_metadata
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
 from mnistsum_ray.storage.location import Backoff, Location
+from mnistsum_ray.storage.lock import OutputFolder
 
 REPORT_SCHEMA: Final = pa.schema(
     {
@@ -250,10 +250,9 @@ def _predict(predictor: Predictor, batch: list[PartRows]) -> Iterator[Prediction
 def _commit(plan: Plan, rows: PartRows, predictions: Predictions, started: float) -> pa.Table:
     """Write the files of a part; return its report."""
     try:
-        plan.lock.check()
         write_part(plan, rows, predictions)
-    except (OSError, RunError, UnusableFileError) as error:
-        return _report(rows.part, started, failed=f"--output {plan.folder.display}: cannot be written: {one_line(error)}")
+    except (StorageError, RunError, UnusableFileError) as error:
+        return _report(rows.part, started, failed=f"--output {one_line(error)}")
     except pa.ArrowException as error:
         return _report(rows.part, started, unreadable=f"cannot be written again: {one_line(error)}")
     return _report(rows.part, started, rows=rows.part.rows, rejected=len(rows.reasons))
@@ -263,7 +262,8 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
     """Write a part: the rejected rows first and the predictions last, so that a part is done when its predictions exist.
 
     Raises:
-        OSError: a file cannot be written, or another run has written another file of that name.
+        StorageError: a file cannot be written, or another run has written another file of that name.
+        RunError: another run has taken the output.
     """
     part, bad = rows.part, np.fromiter(rows.reasons, np.int64, len(rows.reasons))
     good = np.setdiff1d(np.arange(part.rows), bad)
@@ -274,12 +274,12 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
     if rows.reasons:
         reasons = {part.first_row + row: reason for row, reason in rows.reasons.items()}
         rejected = _rejected_table(rows.table.take(pa.array(bad)), source, reasons)
-        _write(plan.folder / REJECTED / part.output, rejected, metadata)
+        _write(plan.folder, f"{REJECTED}/{part.output}", rejected, metadata)
     table = rows.table.drop_columns([plan.config.image_column])
     table = table.take(pa.array(good)) if rows.reasons else table
     for field, values in zip(PREDICTION_FIELDS, predictions.columns(rows.numbers[good]), strict=True):
         table = table.append_column(field, pa.array(values, field.type))
-    _write(plan.folder / PREDICTIONS / part.output, table, metadata)
+    _write(plan.folder, f"{PREDICTIONS}/{part.output}", table, metadata)
 
 
 def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions) -> Counts:
@@ -334,15 +334,17 @@ def _free_name(name: str, taken: set[str]) -> str:
     return _free_name(f"input_{name}", taken) if name.lower() in taken else name
 
 
-def _write(place: Location, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
+def _write(folder: OutputFolder, name: str, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
     # The entry of Hugging Face lists the input's columns, and `datasets` refuses a file that has other columns. Rejected rows
     # that are scored again have the stamp of an earlier output.
     dropped = (b"huggingface", b"mnistsum_ray.")
     kept = {key: value for key, value in (table.schema.metadata or {}).items() if not key.startswith(dropped)}
     try:
-        place.create(to_parquet(table.replace_schema_metadata(kept | metadata)))
-    except FileExistsError:
+        folder.create(name, to_parquet(table.replace_schema_metadata(kept | metadata)))
+    except ExistingFileError as error:
         # An earlier process of this run may have written the same rows before it died, on other hardware with other last bits.
-        written = pq.read_metadata(pa.BufferReader(place.read_bytes())).metadata
-        if from_metadata(written) != from_metadata(metadata):
-            raise OSError(f"{place.display} was written by another run") from None
+        written = folder.place / name
+        if (there := written.status()) is None or (
+            from_metadata(read_footer(written, there.size).metadata.metadata) != from_metadata(metadata)
+        ):
+            raise StorageError(f"{written.display}: was written by another run") from error

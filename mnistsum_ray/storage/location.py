@@ -1,21 +1,20 @@
-"""Files and folders on a disk or in an object store: read, write whole, list, delete."""
+"""Files and folders on a disk or in an object store, to be read. What may be written is in `lock.py`."""
 
-import contextlib
 import json
 import os
 import re
-import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import pyarrow as pa
-import pyarrow.fs as pafs
+import pyarrow.fs as pafs  # noqa: TID251
 
-from mnistsum_ray.errors import StorageError
+from mnistsum_ray.errors import MissingFileError, StorageError, one_line
 from mnistsum_ray.storage import object_store
+from mnistsum_ray.storage.uri import masked
 
 T = TypeVar("T")
 
@@ -28,9 +27,29 @@ _MAX_BYTES: Final = 2**28
 """Largest file that is read whole: a name may lead to a device without end."""
 
 
+class Entry(NamedTuple):
+    """A file or folder that exists."""
+
+    path: str
+    size: int
+    """Bytes of a file; 0 for a folder."""
+    modified: int
+    """When a file was last modified, in nanoseconds since 1970; 0 for a folder. In an object store it is rounded down to seconds:
+    a listing may give a finer time than a request for one object."""
+    is_folder: bool = False
+
+    @property
+    def name(self) -> str:
+        """The last component of the path."""
+        return self.path.rpartition("/")[2]
+
+
 @dataclass(frozen=True)
 class Location:
-    """A path on a file system: a local folder or file, or a key or prefix of an object store."""
+    """A path on a file system: a local folder or file, or a key or prefix of an object store.
+
+    All methods raise StorageError, and no other error, where the storage does not answer or refuses.
+    """
 
     filesystem: pafs.FileSystem
     path: str
@@ -46,6 +65,11 @@ class Location:
         """True on a disk of this machine or a mounted file system."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
+    @property
+    def name(self) -> str:
+        """The last component of the path."""
+        return self.path.rpartition("/")[2]
+
     def at(self, path: str) -> "Location":
         """Another path on the same file system. Its `display` has the scheme and the path, no other part of the URI."""
         scheme, colon, _ = self.display.partition("://")
@@ -57,94 +81,49 @@ class Location:
             return self
         return replace(self, filesystem=object_store.RetryingS3FileSystem(**object_store.options_of(self.filesystem)))
 
-    def info(self) -> pafs.FileInfo:
-        """File info; its type is NotFound where nothing exists."""
-        return self.filesystem.get_file_info(self.path)
+    def same_storage(self, other: "Location") -> bool:
+        """True if both are on the same file system, or reached with the same keys and options."""
+        return bool(self.filesystem.equals(other.filesystem))
+
+    @contextmanager
+    def answers(self, what: str = "read") -> Iterator[None]:
+        """Raise what the storage raises in the block as StorageError; `what` was to be done with this place."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            raise self.error(error, what) from error
+
+    def error(self, error: Exception, what: str = "read") -> StorageError:
+        """The error for a file that the storage did not give or take."""
+        if isinstance(error, FileNotFoundError):
+            shared = ", or not on this node; a local path must be on storage that all nodes share" if self.is_local else ""
+            return MissingFileError(f"{self.display}: is not there{shared}")
+        return StorageError(f"{self.display}: cannot be {what}: {masked(one_line(error))}")
+
+    def status(self) -> Entry | None:
+        """The file or folder here; None where nothing exists. In an object store a prefix with a key below it is a folder."""
+        with self.answers():
+            info = self.filesystem.get_file_info(self.path)
+        return None if info.type == pafs.FileType.NotFound else self._entry(info)
 
     def exists(self) -> bool:
-        """True for a file, for a folder, and in an object store for a prefix with at least one key below it."""
-        return bool(self.info().type != pafs.FileType.NotFound)
+        """True for a file, and for a folder."""
+        return self.status() is not None
+
+    def open(self) -> pa.NativeFile:
+        """The file, open for reading at any position."""
+        with self.answers():
+            return self.filesystem.open_input_file(self.path)
 
     def read_bytes(self) -> bytes:
-        """The whole file.
-
-        Raises:
-            OSError: the storage does not answer, the file is missing, or has more than _MAX_BYTES.
-        """
-        with self.filesystem.open_input_stream(self.path) as stream:
+        """The whole file, which must be smaller than _MAX_BYTES."""
+        with self.answers(), self.filesystem.open_input_stream(self.path) as stream:
             data = bytes(stream.read(_MAX_BYTES))
-        if len(data) == _MAX_BYTES:
-            raise OSError(f"{self.display} is larger than any file of this program")
+            if len(data) == _MAX_BYTES:
+                raise OSError("it is larger than any file of this program")
         return data
-
-    def write_bytes(self, data: bytes | pa.Buffer) -> None:
-        """Write a file that appears under its name only when it is complete, also if the power fails."""
-        if not self.is_local:  # an object appears whole or not at all
-            with self.filesystem.open_output_stream(self.path) as stream:
-                stream.write(data)
-            return
-        folder = Path(self.path).parent
-        _make_folder(folder)
-        partial = folder / f".mnistsum-{secrets.token_hex(8)}.partial"
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(self.path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
-        _sync_folder(folder)
-
-    def create(self, data: pa.Buffer) -> None:
-        """Write a file as `write_bytes` does, but only if it does not exist.
-
-        In an object store the write itself is conditional. On a disk the lock of the folder keeps other runs away.
-
-        Raises:
-            FileExistsError: it exists.
-        """
-        if not self.is_local:
-            object_store.put(self.filesystem, self.path, data.to_pybytes())
-        elif Path(self.path).exists():
-            raise FileExistsError(f"{self.display} exists")
-        else:
-            self.write_bytes(data)
-
-    def move(self, target: "Location") -> None:
-        """Move this file to another path on the same file system, whose folder is made where it is missing."""
-        if not self.is_local:  # Arrow's own `move` lacks Azure accounts without hierarchical namespace
-            self.filesystem.copy_file(self.path, target.path)
-            self.filesystem.delete_file(self.path)
-            return
-        folder = Path(target.path).parent
-        _make_folder(folder)
-        Path(self.path).rename(target.path)
-        _sync_folder(folder)
-
-    def modified(self, info: pafs.FileInfo) -> int:
-        """Modification time of a file here, in nanoseconds since 1970.
-
-        In an object store it is rounded down to seconds: a listing may give a finer time than a request for one object.
-        """
-        exact: int = info.mtime_ns
-        return exact if self.is_local else exact - exact % 10**9
-
-    def delete(self) -> None:
-        """Delete a file; a missing file is no error."""
-        with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_file(self.path)
-
-    def files(self) -> list[pafs.FileInfo]:
-        """All files below a folder, sorted by path; none where the folder is missing. Links to folders are not followed."""
-        wanted: pafs.FileSelector | list[str] = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        if self.is_local:  # Arrow follows links
-            found = (f"{folder.rstrip('/')}/{name}" for folder, _, names in os.walk(self.path) for name in names)
-            wanted = list(filter(is_utf8, found))
-        infos = (info for info in self.filesystem.get_file_info(wanted) if info.type == pafs.FileType.File)
-        return sorted(infos, key=lambda info: str(info.path))
 
     def read_json(self) -> Any:
         """The JSON value of the file.
@@ -157,9 +136,26 @@ class Location:
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
 
-    def write_json(self, value: Any) -> None:
-        """Write a JSON value as `write_bytes` does. Infinite numbers and NaN, which JSON lacks, are a ValueError."""
-        self.write_bytes((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    def entries(self) -> list[Entry]:
+        """Files and folders in a folder; none where it is missing."""
+        with self.answers("listed"):
+            return [*map(self._entry, self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True)))]
+
+    def files(self) -> list[Entry]:
+        """All files below a folder, sorted by path; none where the folder is missing. Links to folders are not followed."""
+        wanted: pafs.FileSelector | list[str] = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        if self.is_local:  # Arrow follows links
+            found = (f"{folder.rstrip('/')}/{name}" for folder, _, names in os.walk(self.path) for name in names)
+            wanted = list(filter(is_utf8, found))
+        with self.answers("listed"):
+            infos = self.filesystem.get_file_info(wanted)
+        return sorted(self._entry(info) for info in infos if info.type == pafs.FileType.File)
+
+    def _entry(self, info: pafs.FileInfo) -> Entry:
+        if info.type == pafs.FileType.Directory:
+            return Entry(info.path, 0, 0, is_folder=True)
+        modified = info.mtime_ns
+        return Entry(info.path, info.size or 0, modified if self.is_local else modified - modified % 10**9)
 
 
 def retried(attempt: Callable[[], T]) -> T:
@@ -207,21 +203,3 @@ def is_hidden(name: str) -> bool:
 def is_partial(name: str) -> bool:
     """True if a file name, without its folder, is that of an unfinished file of this program."""
     return _PARTIAL.fullmatch(name) is not None
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing; their entries survive a power cut, too."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

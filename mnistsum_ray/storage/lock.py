@@ -1,8 +1,9 @@
-"""One run at a time in an output folder: its file `_lock` holds the id of the run.
+"""Who may write to a folder: the run that holds its lock, and a command whose output folder is empty.
 
-On a disk the run has a lock of the kernel on that file, which ends with its process; the file stays. In an object store the file
-is a lease: its holder writes it again every two seconds, and a run that sees it unchanged for twelve takes it over. All writes of
-a lease are conditional, so of two runs at the same moment one is refused.
+One run at a time holds an output folder: its file `_lock` holds the id of the run. On a disk the run has a lock of the kernel on
+that file, which ends with its process; the file stays. In an object store the file is a lease: its holder writes it again every
+two seconds, and a run that sees it unchanged for twelve takes it over. All writes of a lease are conditional, so of two runs at
+the same moment one is refused.
 """
 
 import fcntl
@@ -14,13 +15,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Final
 
-from mnistsum_ray.errors import RequestError, RunError, one_line
-from mnistsum_ray.storage import object_store
+import pyarrow as pa
+
+from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, RunError, StorageError, one_line
+from mnistsum_ray.storage import (
+    object_store,
+    writes,  # noqa: TID251
+)
 from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.paths import locate, output_base_folder
 
 LOCK_NAME: Final = "_lock"
 
@@ -41,7 +48,7 @@ class _HeldError(Exception):
 
 @dataclass
 class FolderLock:
-    """A folder that a run holds. Its workers get a pickled copy."""
+    """The lock of a folder that a run holds. Its workers get a pickled copy."""
 
     place: Location
     """The lock file."""
@@ -64,9 +71,9 @@ class FolderLock:
             try:
                 holder = _holder_in(self.place.read_bytes())
                 lost = f"another run has taken the output ({holder or 'its lock is empty'})" if holder != self.holder else ""
-            except (FileNotFoundError, ValueError):
+            except (MissingFileError, ValueError):
                 lost = "another run has taken the output (its lock is gone)"
-            except OSError as error:
+            except StorageError as error:
                 unknown = one_line(error)
             if self.lease and not self.lease.is_fresh():
                 unknown = unknown or "its lock is not renewed"
@@ -81,24 +88,105 @@ class FolderLock:
         return vars(self) | {"lease": None, "_checked": float("-inf")}
 
 
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that this process may write to, and the only way to write, move or delete files in a run or output folder.
+
+    Every method checks first that the run still holds the folder. Names may have folders in them.
+
+    Raises:
+        RunError: another run has taken the folder.
+        StorageError: the storage does not answer or refuses.
+    """
+
+    place: Location
+    lock: FolderLock | None
+    """None: the folder was empty when the command began."""
+
+    def __truediv__(self, name: str) -> "OutputFolder":
+        return replace(self, place=self.place / name)
+
+    def check(self) -> None:
+        """Check that this run still holds the folder."""
+        if self.lock:
+            self.lock.check()
+
+    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Write a whole file, in place of the one that is there."""
+        self.check()
+        writes.write(self.place / name, data)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON value. Infinite numbers and NaN, which JSON lacks, are a ValueError."""
+        self.write(name, _json(value))
+
+    def create(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Write a whole file, but only if there is none; else raise ExistingFileError."""
+        self.check()
+        writes.create(self.place / name, data)
+
+    def create_json(self, name: str, value: Any) -> None:
+        """Write a JSON value, but only if there is no such file; else raise ExistingFileError."""
+        self.create(name, _json(value))
+
+    def move(self, name: str, target: "OutputFolder") -> None:
+        """Move a file to the same name in another folder on the same file system."""
+        self.check()
+        writes.move(self.place / name, target.place / name)
+
+    def delete(self, name: str) -> None:
+        """Delete a file; a missing one is no error."""
+        self.check()
+        writes.delete(self.place / name)
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder and all that is in it; a missing one is no error."""
+        self.check()
+        writes.delete_folder(self.place / name)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
 @contextmanager
-def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iterator[FolderLock]:
-    """Hold a folder, which is created where it is missing.
+def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iterator[OutputFolder]:
+    """Hold a folder, which is created where it is missing, while the block runs.
 
     Args:
-        folder: local, or in an object store.
+        folder: local, or in an object store. The storage is retried for a while when it does not answer.
         flag: names the folder in messages.
         say: writes a console line.
 
     Raises:
         RequestError: another run holds it, it cannot be written, or its storage has no conditional writes.
     """
-    lock = FolderLock((folder / LOCK_NAME).with_retries(), f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}")
+    folder, made = folder.with_retries(), folder.is_local and not Path(folder.path).exists()
+    lock = FolderLock(folder / LOCK_NAME, f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}")
     with _refusals(folder, flag):
         held = _lock_file(lock) if folder.is_local else _Lease(lock, say)
     lock.lease = held if isinstance(held, _Lease) else None
     with closing(held):
-        yield lock
+        try:
+            yield OutputFolder(folder, lock)
+        finally:
+            if made:
+                _delete_unused(folder)
+
+
+def empty_output(text: str) -> OutputFolder:
+    """Resolve `--output` of a command that writes only into an empty folder.
+
+    Raises:
+        RequestError: the folder holds files, or cannot be listed.
+    """
+    output = locate(text, "--output", output_base_folder())
+    try:
+        if output.files():
+            raise RequestError(f"--output {output.display}: is not empty; name another folder")
+    except StorageError as error:
+        raise RequestError(f"--output {error}") from None
+    return OutputFolder(output, None)
 
 
 def check_not_locked(folder: Location, flag: str) -> None:
@@ -152,6 +240,14 @@ def _flock(file: IO[bytes], operation: int) -> None:
         raise _HeldError(holder) from None
 
 
+def _delete_unused(folder: Location) -> None:
+    """Delete a local folder that a run has made and that holds nothing but its lock, as after a refused request."""
+    with suppress(OSError):
+        if [entry.name for entry in folder.entries()] == [LOCK_NAME]:
+            Path(folder.path, LOCK_NAME).unlink()
+            Path(folder.path).rmdir()
+
+
 def _lock_file(lock: FolderLock) -> IO[bytes]:
     """A local lock file with a lock of the kernel, which is held until the file is closed, and its run's id."""
     path = Path(lock.place.path)
@@ -159,6 +255,9 @@ def _lock_file(lock: FolderLock) -> IO[bytes]:
     file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644), "r+b", buffering=0)
     try:
         _flock(file, fcntl.LOCK_EX)
+        if not path.exists() or not path.samefile(f"/dev/fd/{file.fileno()}"):
+            file.close()
+            return _lock_file(lock)  # the run before has deleted it at that moment, see `_delete_unused`
         _holder_in(file.read())
         file.seek(0)
         file.truncate()
@@ -179,16 +278,16 @@ class _Lease:
         Raises:
             _HeldError: another run renews it, or was faster.
             ValueError: the object is no lock.
-            OSError: the storage does not answer, refuses, or has no conditional writes.
+            StorageError: the storage does not answer, refuses, or has no conditional writes.
         """
         self._place, self._holder = lock.place, lock.holder
         self._renewed, self._beats = 0.0, 0
         self._version = self._wait_until_free(say)
         self._renew()
-        with suppress(FileExistsError):  # it exists now
+        with suppress(ExistingFileError):  # it exists now
             object_store.put(self._place.filesystem, self._place.path, b"")
-            self._place.delete()
-            raise OSError("the storage ignores the condition If-None-Match, so two runs could write there at once")
+            writes.delete(self._place)
+            raise StorageError("the storage ignores the condition If-None-Match, so two runs could write there at once")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewed, daemon=True)
         self._thread.start()
@@ -201,10 +300,10 @@ class _Lease:
         """Delete the lock, unless another run has taken it."""
         self._closed.set()
         self._thread.join()
-        with suppress(OSError, ValueError):
+        with suppress(StorageError, ValueError):
             found = self._read()
             if found and found[0] == self._holder:
-                self._place.delete()
+                writes.delete(self._place)
 
     def _read(self) -> tuple[str, object_store.Version] | None:
         """Holder and version of the lock; None where there is none."""
@@ -233,7 +332,7 @@ class _Lease:
         record = json.dumps({"id": self._holder, "beat": self._beats}).encode()
         try:
             self._version = object_store.put(self._place.filesystem, self._place.path, record, self._version)
-        except FileExistsError:
+        except ExistingFileError:
             # If the answer to a write was lost, the store holds this run's own record.
             found = self._read()
             if not found or found[0] != self._holder:

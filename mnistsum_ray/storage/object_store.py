@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final
 
-import pyarrow.fs as pafs
+import pyarrow.fs as pafs  # noqa: TID251
 
-from mnistsum_ray.errors import one_line
+from mnistsum_ray.errors import ExistingFileError, StorageError, one_line
+from mnistsum_ray.storage.uri import masked
 
 Version = dict[str, str]
 """Identifies one state of an object: its ETag, and in Google Cloud Storage its generation."""
@@ -60,20 +61,20 @@ def put(filesystem: pafs.FileSystem, path: str, data: bytes, version: Version | 
     """Write an object if it does not exist (None) or has this version; returns the new version.
 
     Raises:
-        FileExistsError: it exists, or has another version, or is gone. This run may itself have written it: an answer may be
+        ExistingFileError: it exists, or has another version, or is gone. This run may itself have written it: an answer may be
             lost, and the repeated request then finds what the first one wrote.
-        OSError: the storage does not answer, refuses, or has no conditional writes; or the extra cloud is not installed.
+        StorageError: the storage does not answer, refuses, or has no conditional writes; or the extra cloud is not installed.
     """
     mode: Any = version or "create"
-    with _os_errors(path):
-        import obstore
+    with _storage_errors(path):
+        import obstore  # noqa: TID251
 
         store, key = _store_of(filesystem, path)
         try:
             return _version(obstore.put(store, key, data, mode=mode))
         except FileNotFoundError:
             if version:
-                raise FileExistsError(f"{path} was deleted by another") from None
+                raise ExistingFileError(f"{path} was deleted by another") from None
             raise
 
 
@@ -81,10 +82,10 @@ def get(filesystem: pafs.FileSystem, path: str) -> tuple[bytes, Version] | None:
     """An object's bytes and its version; None where it does not exist.
 
     Raises:
-        OSError: as above.
+        StorageError: as above.
     """
-    with _os_errors(path):
-        import obstore
+    with _storage_errors(path):
+        import obstore  # noqa: TID251
 
         store, key = _store_of(filesystem, path)
         try:
@@ -99,26 +100,26 @@ def _version(meta: Any) -> Version:
 
 
 @contextmanager
-def _os_errors(path: str) -> Iterator[None]:
-    """Raise the errors of obstore and boto3 as OSError, on one line without the query of the URL, which may hold keys."""
+def _storage_errors(path: str) -> Iterator[None]:
+    """Raise the errors of obstore and boto3 as StorageError, on one line without the query of the URL, which may hold keys."""
     try:
         yield
-    except FileExistsError:
+    except StorageError:
         raise
     except ImportError as error:
-        raise OSError(f"{error}; writing there needs the extra cloud: pip install -e '.[cloud]'") from None
+        raise StorageError(f"{error}; writing there needs the extra cloud: pip install -e '.[cloud]'") from None
     except Exception as error:
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
+        from obstore.exceptions import AlreadyExistsError, PreconditionError  # noqa: TID251
 
         if isinstance(error, (AlreadyExistsError, PreconditionError)):
-            raise FileExistsError(f"{path} was written by another") from None
-        raise OSError(re.sub(r"\?\S*", "", one_line(error).partition(" Debug source:")[0])) from None
+            raise ExistingFileError(f"{path} was written by another") from None
+        raise StorageError(re.sub(r"\?\S*", "", masked(one_line(error)).partition(" Debug source:")[0])) from None
 
 
 def _store_of(filesystem: pafs.FileSystem, path: str) -> tuple[Any, str]:
     """The obstore store and the key of a path."""
     if filesystem.type_name not in ("s3", "gcs", "abfs"):
-        raise OSError(f"{filesystem.type_name} storage has no conditional writes")
+        raise StorageError(f"{filesystem.type_name} storage has no conditional writes")
     bucket, _, key = path.partition("/")
     given = {name: value for name, value in options_of(filesystem).items() if value and isinstance(value, (str, bool))}
     return _open_store(filesystem.type_name, bucket, **given), key
@@ -127,8 +128,8 @@ def _store_of(filesystem: pafs.FileSystem, path: str) -> tuple[Any, str]:
 @functools.cache
 def _open_store(kind: str, bucket: str, **given: Any) -> Any:
     """The store that Arrow reaches with these options. Keys that are not among them are found where Arrow finds them."""
-    from obstore.auth.boto3 import Boto3CredentialProvider
-    from obstore.store import AzureStore, GCSStore, S3Store
+    from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: TID251
+    from obstore.store import AzureStore, GCSStore, S3Store  # noqa: TID251
 
     provider: Any = None
     endpoint = given.get("endpoint_override", "")

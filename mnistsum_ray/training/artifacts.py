@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.data.parquet import to_parquet
+from mnistsum_ray.data.parquet import read_table, to_parquet
 from mnistsum_ray.data.sources import ParquetFiles
-from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, UnusableFileError
 from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, picture_files, report_page, versions
 from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.training.loop import TrainingResult
 from mnistsum_ray.training.preflight import DATA_FILES, TrainingRun
 
@@ -38,7 +38,7 @@ def build_manifest(run: TrainingRun, checksums: Checksums, plan: WorkerPlan) -> 
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": run.config.model_dump(mode="json", exclude={"config", "resume"}),
+        "config": run.config.model_dump(mode="json", exclude={"resume"}),
         "versions": versions(),
         "workers": plan.describe(),
         "num_workers": plan.worker_range,
@@ -55,23 +55,21 @@ def build_manifest(run: TrainingRun, checksums: Checksums, plan: WorkerPlan) -> 
     }
 
 
-def write_data_files(folder: Location, files: ParquetFiles, checksums: Checksums) -> None:
+def write_data_files(folder: OutputFolder, files: ParquetFiles, checksums: Checksums) -> None:
     """Write the files of a run, `sources.FILE_SCHEMA` and a column `checksum`: of the rows of each, null where unknown."""
     column = pa.nulls(files.table.num_rows, pa.int64()) if checksums is None else pa.array(checksums)
-    (folder / DATA_FILES).write_bytes(to_parquet(files.table.append_column("checksum", column)))
+    folder.write(DATA_FILES, to_parquet(files.table.append_column("checksum", column)))
 
 
 def _read_data_files(folder: Location, flag: str) -> tuple[pa.Table | None, Checksums]:
     """What `write_data_files` wrote: the files and their checksums, None for each where it is not known."""
     try:
-        table = pq.read_table(pa.BufferReader((folder / DATA_FILES).read_bytes()))
+        table = read_table(folder / DATA_FILES)
         checksums = table["checksum"]
-    except FileNotFoundError:  # the source is not Parquet
+    except MissingFileError:  # the source is not Parquet
         return None, None
-    except (KeyError, pa.ArrowException) as error:
-        raise RequestError(
-            f"{flag}: {(folder / DATA_FILES).display} cannot be read: {one_line(error)}; start another run"
-        ) from None
+    except (KeyError, UnusableFileError) as error:
+        raise RequestError(f"{flag}: {(folder / DATA_FILES).display}: {error}; start another run") from None
     return table, None if checksums.null_count else checksums.to_numpy()
 
 
@@ -112,11 +110,11 @@ def check_data(run: TrainingRun, read: Checksums, now: dict[str, Any]) -> Checks
     return expected if read is None else None
 
 
-def write_history(folder: Location, history: list[dict[str, Any]]) -> None:
+def write_history(folder: OutputFolder, history: list[dict[str, Any]]) -> None:
     """Write history.jsonl and TensorBoard's event files of the epochs, lines of history.jsonl."""
     from mnistsum_ray.reporting import tensorboard  # takes a moment to import, and is needed after the first epoch only
 
-    (folder / "history.jsonl").write_bytes("".join(json.dumps(entry) + "\n" for entry in history).encode())
+    folder.write("history.jsonl", "".join(json.dumps(entry) + "\n" for entry in history).encode())
     tensorboard.write_epochs(folder, history)
 
 
@@ -124,26 +122,33 @@ def read_history(folder: Location) -> list[dict[str, Any]]:
     """The lines of history.jsonl; none where it is missing or damaged."""
     try:
         return [json.loads(line) for line in (folder / "history.jsonl").read_bytes().splitlines()]
-    except (OSError, ValueError):
+    except (StorageError, ValueError):
         return []
 
 
-def publish_model(folder: Location, result: TrainingResult) -> dict[str, Any]:
-    """Write the model folder of a run folder, unless it holds the same model already; return the model's description.
+def publish_model(run: TrainingRun, held: OutputFolder, data: dict[str, Any], result: TrainingResult) -> dict[str, Any]:
+    """Write the model folder of a run folder; return the model's description.
 
-    A model that is there stays as it is, so that a scoring run that has used it can be resumed: another machine may have
-    calibrated it otherwise.
+    The weights of the same model that are there stay as they are, so that a scoring run that has used them can be resumed:
+    another machine may have calibrated it otherwise. All other files follow from them and from `data` of the manifest, and are
+    written each time: a run may have been killed before they were.
     """
-    place = folder / "model"
-    with suppress(OSError, ValueError, KeyError):  # there is no model yet, or one of another version
-        published = read_description((place / WEIGHTS_FILE).read_bytes())
-        if published["trained_sha256"] == result.description["trained_sha256"]:
-            return published
-    save_model(place, {name: torch.tensor(value) for name, value in result.weights.items()}, result.description)
-    return result.description
+    folder, card = held / "model", result.description
+    with suppress(StorageError, ValueError, KeyError):  # there is no model yet, or one of another version
+        published = read_description((folder.place / WEIGHTS_FILE).read_bytes())
+        if published["trained_sha256"] == card["trained_sha256"]:
+            card = published
+    folder.write(MODEL_CARD, model_card(str(run.config.name), card, data).encode())
+    if card is result.description:
+        save_model(folder, {name: torch.tensor(value) for name, value in result.weights.items()}, card)
+    else:
+        folder.write_json(DESCRIPTION_FILE, card)
+    return card
 
 
-def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any], result: TrainingResult) -> list[str]:
+def write_report(
+    run: TrainingRun, held: OutputFolder, manifest: dict[str, Any], card: dict[str, Any], result: TrainingResult
+) -> list[str]:
     """Write pictures, report and TensorBoard's last event file; return the names of the files that MLflow should get."""
     from mnistsum_ray.reporting import pictures, tensorboard  # a second to import, needed once
 
@@ -159,12 +164,9 @@ def write_report(run: TrainingRun, manifest: dict[str, Any], card: dict[str, Any
     }
     files = picture_files(drawn)
     for name, data in files.items():
-        (run.folder / name).write_bytes(data)
-    page = report_page(str(run.config.name), manifest, card, result.history, drawn)
-    (run.folder / REPORT).write_bytes(page.encode())
-    text = model_card(str(run.config.name), card, manifest["data"])
-    (run.folder / "model" / MODEL_CARD).write_bytes(text.encode())
-    tensorboard.write_final(run.folder, result.history[-1]["epoch"], card, drawn, manifest["config"])
+        held.write(name, data)
+    held.write(REPORT, report_page(str(run.config.name), manifest, card, result.history, drawn).encode())
+    tensorboard.write_final(held, result.history[-1]["epoch"], card, drawn, manifest["config"])
     return [*files, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE, MODEL_CARD))]
 
 

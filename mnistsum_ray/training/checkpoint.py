@@ -13,19 +13,18 @@ from typing import Any, Final
 
 import ray.train
 import torch
-from pyarrow.fs import FileSelector, FileType
 from ray.train import CheckpointUploadMode
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mnistsum_ray.errors import RequestError, RunError, counted, one_line
+from mnistsum_ray.errors import MissingFileError, RequestError, RunError, counted, one_line
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import FolderLock
+from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.training.worker import Worker
 
 STATE_FORMAT: Final = "mnistsum_ray/10"
@@ -100,12 +99,12 @@ class Checkpointer:
         model: the network that is trained.
         optimizer: of its parameters.
         worker: this one; all take part in `save`.
-        lock: on the run folder; checked before each write.
+        held: the run folder; checked before each write.
         seconds: between checkpoints within an epoch.
     """
 
-    def __init__(self, model: TwoHeadCNN, optimizer: MuonAdamW, worker: Worker, lock: FolderLock, seconds: float) -> None:
-        self._model, self._optimizer, self._worker, self._lock, self._seconds = model, optimizer, worker, lock, seconds
+    def __init__(self, model: TwoHeadCNN, optimizer: MuonAdamW, worker: Worker, held: OutputFolder, seconds: float) -> None:
+        self._model, self._optimizer, self._worker, self._held, self._seconds = model, optimizer, worker, held, seconds
         self._saved = time.perf_counter()
         self._folders: list[tempfile.TemporaryDirectory[str]] = []
         """Of the checkpoints, on rank 0. Ray Train deletes each when it has been uploaded."""
@@ -147,7 +146,7 @@ class Checkpointer:
         """Save a checkpoint: rank 0 writes it, and Ray Train uploads it, in the background unless `wait`."""
         self._saved, checkpoint = time.perf_counter(), None
         if self._worker.rank == 0:
-            self._lock.check()  # another run may own the run folder by now
+            self._held.check()  # another run may own the run folder by now
             self._folders.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             save_checkpoint(Path(self._folders[-1].name), state, self._model, self._optimizer)
             checkpoint = ray.train.Checkpoint.from_directory(self._folders[-1].name)
@@ -191,7 +190,7 @@ def read_checkpoint(folder: Location) -> tuple[dict[str, Any], Weights]:
     Raises:
         CheckpointError: a file is missing or incomplete.
         CheckpointVersionError: another version of this program wrote it.
-        OSError: the storage does not answer.
+        StorageError: the storage does not answer.
     """
     try:
         fields = (folder / STATE_CARD).read_json()
@@ -201,8 +200,8 @@ def read_checkpoint(folder: Location) -> tuple[dict[str, Any], Weights]:
         if hashlib.sha256(data).hexdigest() != fields["sha256"]:
             raise CheckpointError(f"{STATE_FILE} is incomplete or damaged (SHA-256 differs)")
         return fields, load_tensors(data)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"a file is missing ({one_line(error)})") from None
+    except MissingFileError as error:
+        raise CheckpointError(f"a file is missing ({error})") from None
     except SafetensorError as error:
         raise CheckpointError(f"{STATE_FILE} is incomplete or damaged ({one_line(error)})") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -250,15 +249,14 @@ def latest_valid_checkpoint(folder: Location, say: Callable[[str], None]) -> Loc
     return None
 
 
-def delete_other_checkpoints(folder: Location, start: Location | None) -> None:
+def delete_other_checkpoints(folder: OutputFolder, start: Location | None) -> None:
     """Delete all checkpoints of the run except the one that it resumes from, and Ray Train's list of them."""
-    (folder / _SNAPSHOT).delete()
-    for place in _checkpoints(folder):
+    folder.delete(_SNAPSHOT)
+    for place in _checkpoints(folder.place):
         if start is None or place.path != start.path:
-            place.filesystem.delete_dir(place.path)
+            folder.delete_folder(place.name)
 
 
 def _checkpoints(folder: Location) -> list[Location]:
     """The checkpoint folders of a run."""
-    infos = folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True))
-    return [folder / info.base_name for info in infos if info.type == FileType.Directory and _FOLDER.fullmatch(info.base_name)]
+    return [folder / entry.name for entry in folder.entries() if entry.is_folder and _FOLDER.fullmatch(entry.name)]

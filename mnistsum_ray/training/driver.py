@@ -18,7 +18,7 @@ from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.inputs import report_skipped
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, counted, one_line, root_cause, shell_command
+from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, counted, one_line, root_cause, shell_command
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PARAMETERS
 from mnistsum_ray.overrides import default_environment
@@ -26,7 +26,7 @@ from mnistsum_ray.reporting.console import Console, accuracies
 from mnistsum_ray.reporting.metrics import TrainingMetrics
 from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import FolderLock, folder_lock
+from mnistsum_ray.storage.lock import OutputFolder, folder_lock
 from mnistsum_ray.training.artifacts import (
     build_manifest,
     check_data,
@@ -46,6 +46,8 @@ from mnistsum_ray.training.worker import Events, InterruptibleTrainer, RunCallba
 
 if TYPE_CHECKING:
     from mnistsum_ray.reporting.mlflow import MLflowRun
+
+_MANIFEST: Final = "manifest.json"
 
 _RESIZE_SECONDS: Final = 30.0
 """Seconds between checks whether an elastic run can have more workers; growing goes on from the last checkpoint."""
@@ -71,11 +73,10 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
     """
     try:
         start_autoscaling_coordinator()
-        plan = _reserve(run, console.say)
-        with folder_lock(run.folder, "--name", console.say) as lock:
-            return _Driver(run, plan, lock, console).fit()
+        with folder_lock(run.folder, "--name", console.say) as held:
+            return _Driver(run, _reserve(run, console.say), held, console).fit()
     except OSError as error:
-        raise RunError(f"--storage-path {run.storage.display}: {one_line(error)}; {run.how_to_resume()}") from error
+        raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {run.how_to_resume()}") from error
@@ -96,8 +97,8 @@ def _reserve(run: TrainingRun, say: Callable[[str], None]) -> WorkerPlan:
 class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
-    def __init__(self, run: TrainingRun, plan: WorkerPlan, lock: FolderLock, console: Console) -> None:
-        self.run, self.plan, self.lock, self.console = run, plan, lock, console
+    def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console) -> None:
+        self.run, self.plan, self.held, self.console = run, plan, held, console
         self.started, source = time.monotonic(), run.source
         lines = check_memory(run, plan, inspect_cluster())
         self.rows = stream_rows(source.files) if source.files and run.shuffle.streamed else load_rows(source)
@@ -105,13 +106,12 @@ class _Driver:
             console.say(line)
         self.manifest = build_manifest(run, self.rows.checksums, plan)
         self.checksums = check_data(run, self.rows.checksums, self.manifest["data"])
-        self.manifest_file = run.folder / "manifest.json"
         self.start: Location | None = None
         self.history: list[dict[str, Any]] = []
         self.mlflow: MLflowRun | None = None
         if run.config.resume:
             self._resume()
-        elif self.manifest_file.exists():  # checked again, since waiting and reading may have taken long
+        elif (run.folder / _MANIFEST).exists():  # checked again, now that no other run can write there
             raise RequestError(f"--name {run.config.name}: another run has taken it meanwhile; choose another name")
 
     def _resume(self) -> None:
@@ -122,13 +122,16 @@ class _Driver:
         data |= {"notice": data["notice"] or stored["data"]["notice"], "sha256": data["sha256"] or stored["data"]["sha256"]}
         self.start = latest_valid_checkpoint(run.folder, say)
         if self.start is None and stored.get("status") == "finished":
+            files = ("model/model.safetensors", "model/model.json", REPORT)
+            lost = next((name for name in files if not (run.folder / name).exists()), None)
+            there = f"it has lost {lost}" if lost else "its model stays as it is"
             raise RequestError(
-                f"--resume: run {run.config.name} is finished, and no checkpoint is left to resume from; its model stays as it "
-                "is, start another run"
+                f"--resume: run {run.config.name} is finished, and no checkpoint is left to resume from; {there}; start "
+                "another run"
             )
         if self.start is None:
             say("no checkpoint can be used, so the run starts from the beginning")
-        delete_other_checkpoints(run.folder, self.start)
+        delete_other_checkpoints(self.held, self.start)
         self.manifest = stored | self.manifest  # results of the stored one stay until there are new ones
         self.history = read_history(run.folder)
 
@@ -139,8 +142,8 @@ class _Driver:
             try:
                 if source.files:
                     checksums = self.rows.checksums if self.checksums is None else self.checksums
-                    write_data_files(run.folder, source.files, checksums)
-                self.manifest_file.write_json(self.manifest)
+                    write_data_files(self.held, source.files, checksums)
+                (self.held.write_json if run.config.resume else self.held.create_json)(_MANIFEST, self.manifest)
                 of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
                 self.console.say(
                     f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
@@ -162,16 +165,14 @@ class _Driver:
         if self.manifest["status"] == "finished":
             return
         with suppress(OSError, RunError, KeyboardInterrupt):
-            self.lock.check()  # the folder may belong to another run by now
-            self.manifest_file.write_json(self.manifest | {"status": status})
+            self.held.write_json(_MANIFEST, self.manifest | {"status": status})
 
     def _on_epoch(self, line: dict[str, Any]) -> None:
         self.metrics.add(line | {"rows": (rows := len(self.run.source.train)), "of_rows": rows, "loss": line["train_loss"]})
         self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
         try:
-            self.lock.check()
-            write_history(self.run.folder, self.history)
-        except (OSError, RunError) as error:  # it is written again after the next epoch
+            write_history(self.held, self.history)
+        except (StorageError, RunError) as error:  # it is written again after the next epoch
             self.console.say(f"history.jsonl: {one_line(error)}")
         if self.mlflow:
             self.mlflow.log_epoch(line, self.console.say)
@@ -190,7 +191,7 @@ class _Driver:
             checksums=self.checksums,
             events=events.queue,
             start=self.start,
-            lock=self.lock,
+            held=self.held,
         )
         return InterruptibleTrainer(
             train_loop_per_worker,
@@ -224,7 +225,7 @@ class _Driver:
         def must_end() -> bool:
             """Whether a worker has met what another attempt would meet again, or the folder is lost."""
             try:
-                self.lock.check()
+                self.held.check()
             except RunError:
                 return True
             return events.failed.is_set()
@@ -233,7 +234,7 @@ class _Driver:
             with default_environment(_train_environment(config)), trainer.aborted_by(must_end):
                 result = trainer.fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-            self.lock.check()  # if another run has taken the folder, that is the cause
+            self.held.check()  # if another run has taken the folder, that is the cause
             if events.failed.wait(_EVENT_SECONDS):
                 raise RunError(events.failure) from error
             if isinstance(error, ray.exceptions.RayActorError):
@@ -246,26 +247,24 @@ class _Driver:
         except KeyboardInterrupt:
             self._mark("stopped")  # first, since a cluster gives a stopped job only a few seconds
             trainer.abort()
-            self.lock.check()
+            self.held.check()
             raise
-        self.lock.check()
         if result.checkpoint and start:
             try:
-                start.filesystem.delete_dir(start.path)  # Ray Train keeps two of its own, and does not know this one
-            except OSError as error:
-                say(f"{start.display} is no longer needed, and cannot be deleted: {one_line(error)}")
+                self.held.delete_folder(start.name)  # Ray Train keeps two of its own, and does not know this one
+            except StorageError as error:
+                say(f"{error}; this checkpoint is no longer needed")
         assert isinstance(result.return_value, TrainingResult), "rank 0 returns it"
         return result.return_value
 
     def _publish(self, result: TrainingResult) -> dict[str, Any]:
         """Publish the model, write the report, complete the manifest; return the fields of the job's JSON line."""
         run, manifest, say = self.run, self.manifest.copy(), self.console.say
-        self.lock.check()
         if run.source.files and result.checksums is not None:
-            write_data_files(run.folder, run.source.files, result.checksums)
+            write_data_files(self.held, run.source.files, result.checksums)
             manifest["data"]["sha256"] = run.source.content_sha256(result.checksums)
-        card = publish_model(run.folder, result)
-        write_history(run.folder, result.history)
+        card = publish_model(run, self.held, manifest["data"], result)
+        write_history(self.held, result.history)
         steady = result.history[1:] or result.history  # the first epoch includes one-time work such as loading kernels
         trained, seconds = (
             sum(line["rows_per_second"] * line["seconds"] for line in steady),
@@ -287,16 +286,14 @@ class _Driver:
             "precision": result.precision,
             "error_analysis": result.error_analysis,
         }
-        self.lock.check()
-        files = write_report(run, manifest, card, result)
-        self.lock.check()
+        files = write_report(run, self.held, manifest, card, result)
         with defer_signals():  # a run that is finished is not stopped
-            self.manifest_file.write_json(manifest)
+            self.held.write_json(_MANIFEST, manifest)
             self.manifest = manifest
         if self.mlflow:
             logged = self.mlflow.finish(result.history, card, run.folder, files, say)
             summary["mlflow"] = self.mlflow.run_id if logged else None
-            self.manifest_file.write_json(manifest)
+            self.held.write_json(_MANIFEST, manifest)
         say(f"test: {accuracies(card['test'])} ({counted(card['test']['rows'], 'row')}, all ten numbers)")
         say(f"report: {(run.folder / REPORT).display}")
         say(f"score with it: {shell_command('score')} --model {shlex.quote(run.folder.display)} --input PAIRS --output SCORED")

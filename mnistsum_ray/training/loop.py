@@ -21,7 +21,7 @@ from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters, fast
 from mnistsum_ray.model.metrics import Metrics, ScoredRows, analyse_errors, probability_metrics, score_rows
 from mnistsum_ray.model.serialization import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import FolderLock
+from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
 from mnistsum_ray.training.fetch import RowData
 from mnistsum_ray.training.rows import EvaluationSet, TrainingRows
@@ -58,8 +58,8 @@ class LoopConfig:
     """From the workers to the console."""
     start: Location | None
     """Checkpoint that `--resume` starts from; None starts from new weights."""
-    lock: FolderLock
-    """Checked before each write to the run folder."""
+    held: OutputFolder
+    """The run folder, whose lock is checked before each write."""
 
     def __repr__(self) -> str:  # Ray's dashboard shows it
         return repr(self.hyperparameters)
@@ -106,7 +106,7 @@ class TrainingLoop:
         """Of streamed rows."""
         self._trainer = Trainer(self._parameters, worker)
         self._checkpointer = Checkpointer(
-            self._trainer.model, self._trainer.optimizer, worker, config.lock, config.checkpoint_seconds
+            self._trainer.model, self._trainer.optimizer, worker, config.held, config.checkpoint_seconds
         )
         state = self._checkpointer.restore(config.start)
         if state is None:

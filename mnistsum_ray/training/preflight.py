@@ -12,14 +12,13 @@ from importlib.util import find_spec
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from pyarrow.fs import FileSelector, FileType
 from pydantic import ValidationError
 
 from mnistsum_ray.cluster.connection import can_connect
 from mnistsum_ray.config import Hyperparameters, TrainConfig
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import Source, open_source
-from mnistsum_ray.errors import RequestError, one_line, shell_command
+from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shell_command
 from mnistsum_ray.storage.location import Location, is_partial
 from mnistsum_ray.storage.lock import LOCK_NAME, check_not_locked
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
@@ -86,8 +85,8 @@ def preflight(config: TrainConfig) -> TrainingRun:
             check_not_locked(folder, "--name")
             there = "exists; go on with --resume, or" if begun else "holds other files, and no run;"
             raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
-    except OSError as error:
-        raise RequestError(f"--storage-path {storage.display}: {one_line(error)}") from None
+    except StorageError as error:
+        raise RequestError(f"--storage-path {error}") from None
     if config.from_run and not config.resume:  # a resumed run has taken what it needs from that one
         config, same_data = _inherit(config, locate_existing(config.from_run, "--from-run"), "--from-run")
     if config.mlflow:
@@ -173,9 +172,11 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
 
 def _is_empty(folder: Location) -> bool:
     """True if a run folder holds nothing but unfinished files of this program, a lock, or the list of data files."""
-    entries = folder.filesystem.get_file_info(FileSelector(folder.path)) if folder.info().type == FileType.Directory else None
-    return entries is not None and all(
-        is_partial(entry.base_name) or entry.base_name in (LOCK_NAME, DATA_FILES) for entry in entries
+    status = folder.status()
+    return (
+        status is not None
+        and status.is_folder
+        and all(is_partial(entry.name) or entry.name in (LOCK_NAME, DATA_FILES) for entry in folder.entries())
     )
 
 
@@ -187,12 +188,14 @@ def read_manifest(folder: Location, flag: str) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = (folder / "manifest.json").read_json()
-    except FileNotFoundError:
+    except MissingFileError:
         raise RequestError(f"{flag}: there is no run in {folder.display} (no manifest.json); start it without {flag}") from None
     except ValueError as error:
         raise RequestError(
             f"{flag}: {(folder / 'manifest.json').display} is not JSON ({one_line(error)}); start another run"
         ) from None
+    except StorageError as error:
+        raise RequestError(f"{flag}: {error}") from None
     data = manifest.get("data") if isinstance(manifest, dict) else None
     if not isinstance(data, dict) or not {"sha256", "location", "notice"} <= set(data):
         raise RequestError(

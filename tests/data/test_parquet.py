@@ -48,7 +48,7 @@ def test_a_file_that_changes_or_goes_is_named(folder: Path) -> None:
     with pytest.raises(RequestError, match=r"b\.parquet: has changed since the run began"):
         files.fetch(np.array([5, 150]))
     (folder / "b.parquet").unlink()
-    with pytest.raises(StorageError, match=r"b\.parquet: is not there any more"):
+    with pytest.raises(StorageError, match=r"b\.parquet: is not there"):
         files.fetch(np.array([5, 150]))
     assert len(files.fetch(np.array([5, 250]))[1]) == 2
 

@@ -394,7 +394,7 @@ class Job:
 
 def written_files(output: Location) -> int:
     """Number of files of predictions that a scoring job has written."""
-    return len([info for info in output.files() if "/predictions/" in info.path and not info.base_name.startswith(".")])
+    return len([info for info in output.files() if "/predictions/" in info.path and not info.name.startswith(".")])
 
 
 def wait_for_files(job: Job, output: Location | Path, more: int) -> None:

@@ -15,6 +15,7 @@ from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import STATE_FILE
+from tests.conftest import writable
 from tests.integration.conftest import (
     Job,
     Storage,
@@ -70,7 +71,7 @@ def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cl
     for info in (root / "rows" / "in").files():  # in row groups that are read one after the other
         table, sink = pq.ParquetFile(pa.BufferReader(root.at(info.path).read_bytes())).read(), pa.BufferOutputStream()
         pq.write_table(table, sink, row_group_size=250)
-        root.at(info.path).write_bytes(sink.getvalue())
+        writable(root / "rows" / "in").write(info.name, sink.getvalue())
     s3.statuses[f"footer/in/{end}"] = "503 Slow Down"
     try:
         jobs = {way: Job("score", *of_job, address=cluster) for way, of_job in flags.items()}
@@ -85,7 +86,7 @@ def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cl
     (tmp_path / "away").rename(tmp_path / "in")
     assert s3.refused > refused
     said = {way: f"{way}/in/{end}: cannot be read" for way in ("footer", "rows")}
-    said["moved"] = "is not there any more, or not on this node"
+    said["moved"] = "is not there, or not on this node"
     for way, ended in done.items():
         assert ended.code == 1, ended.err
         assert said[way] in ended.error
@@ -105,7 +106,7 @@ def test_a_storage_that_is_slow_or_refuses_the_history_costs_nothing_and_no_key_
     s3: Storage, cluster: str, data: Path
 ) -> None:
     """Epochs do not wait for checkpoints that take 2 s each to write (the S3 client gives up after 3)."""
-    locate("s3://images/rows.parquet", "--data").write_bytes(data.read_bytes())
+    writable("s3://images").write("rows.parquet", data.read_bytes())
     keys = "s3://AKIAEXAMPLE:topsecret@"
     flags = ["--data", f"{keys}images/rows.parquet", "--storage-path", f"{keys}runs/slow", "--name", "mine"]
     s3.write_seconds, s3.statuses["/history.jsonl"] = 2.0, "403 Forbidden"
@@ -124,7 +125,7 @@ def test_a_storage_that_is_slow_or_refuses_the_history_costs_nothing_and_no_key_
     gaps = [after["started"] - end for end, after in zip(ends, epochs[1:], strict=False)]
     assert statistics.median(gaps) < 1.0, gaps
     run = locate(done.line["run"], "--storage-path")
-    saved = {Path(info.path).parent.name for info in run.files() if info.base_name == STATE_FILE}
+    saved = {Path(info.path).parent.name for info in run.files() if info.name == STATE_FILE}
     assert saved == {"epoch_00006", "epoch_00006_sum_head"}, "Ray Train keeps the last two"
     check_no_key(done, run)
 

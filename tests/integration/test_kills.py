@@ -29,7 +29,7 @@ from mnistsum_ray.scoring.worker import start_crash_counter
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import STATE_CARD
-from tests.conftest import calibrate
+from tests.conftest import calibrate, writable
 from tests.integration.conftest import (
     Done,
     Job,
@@ -109,7 +109,7 @@ def left(case: Case) -> dict[str, Any]:
     """What must be the same: the model and all losses of a training; every file of an output but those with times."""
     if case.name == "score":
         timed = ("manifest.json", "report.html", "_lock")
-        found = [info.path for info in case.output.files() if info.base_name not in timed]
+        found = [info.path for info in case.output.files() if info.name not in timed]
         return {path.removeprefix(case.output.path): case.output.at(path).read_bytes() for path in found}
     history = [json.loads(line) for line in (case.output / "history.jsonl").read_bytes().splitlines()]
     weights = (case.output / "model" / "model.safetensors").read_bytes()
@@ -144,7 +144,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def uploaded(folder: Path, uri: str) -> str:
     for path in folder.iterdir():
-        (locate(uri, "--input") / path.name).write_bytes(path.read_bytes())
+        writable(uri).write(path.name, path.read_bytes())
     return uri
 
 

@@ -15,7 +15,7 @@ from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import LEASE_TTL_SECONDS
 from mnistsum_ray.storage.paths import locate
-from tests.conftest import write_model
+from tests.conftest import writable, write_model
 from tests.integration.conftest import Done, Job, Storage, check_no_key, descendants, run_job
 
 
@@ -31,10 +31,10 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(s3: Storage, cluster: str
     done: dict[str, Done] = {}
     for where, root in roots.items():
         export_pairs(ExportPairsConfig(data="sample", output=f"{uris[where]}/pairs", rows=400, files=4), print)
-        (root / "pairs" / "bad.parquet").write_bytes(b"not Parquet at all")
+        writable(root / "pairs").write("bad.parquet", b"not Parquet at all")
         bad = table(root / "pairs" / "part-00001.parquet").set_column(2, "number", pa.array([10] * 3 + [1] * 97, pa.int8()))
-        (root / "pairs" / "part-00001.parquet").write_bytes(to_parquet(bad))
-        (root / "model" / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+        writable(root / "pairs").write("part-00001.parquet", to_parquet(bad))
+        writable(root / "model").write("model.safetensors", (model / "model.safetensors").read_bytes())
         flags = ["--model", f"{uris[where]}/model", "--output", f"{uris[where]}/out", "--label-column", "digit"]
         flags += ["--max-rows-per-file", "60", "--input", f"{uris[where]}/pairs/*.parquet"]
         done[where] = run_job("score", *flags, address=cluster)

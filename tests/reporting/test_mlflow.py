@@ -23,7 +23,7 @@ from mnistsum_ray.reporting.mlflow import track
 from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
-from tests.conftest import write_model
+from tests.conftest import writable, write_model
 from tests.reporting.test_tensorboard import entry
 
 CONFIG = {"seed": 3, "recipe": "short", "mlflow_model": "my.reader"}
@@ -70,7 +70,7 @@ def expected(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
 def test_a_run_with_its_config_metrics_files_and_model(
     store: str, folder: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "report.html").write_bytes(b"<html>")
+    writable(folder).write("report.html", b"<html>")
     said: list[str] = []
     with track(store, "mine", "a-name", None, MANIFEST) as run:
         for line in HISTORY:

@@ -11,7 +11,7 @@ from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting import pictures
 from mnistsum_ray.reporting.report import epoch_scalars
 from mnistsum_ray.reporting.tensorboard import FOLDER, write_epochs, write_final
-from mnistsum_ray.storage.paths import locate
+from tests.conftest import writable
 
 
 def entry(epoch: int, loss: float = 0.5) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def read(folder: Path) -> EventAccumulator:
 
 
 def test_each_epoch_is_shown_once_as_it_was_last_trained(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "--storage-path")
+    run = writable(tmp_path)
     history = [entry(1), entry(2)]
     write_epochs(run, history[:1])
     write_epochs(run, history)
@@ -58,7 +58,7 @@ def test_each_epoch_is_shown_once_as_it_was_last_trained(tmp_path: Path) -> None
 
 
 def test_metrics_of_the_model_pictures_and_settings_are_shown(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "--storage-path")
+    run = writable(tmp_path)
     drawn = {"confusion.png": pictures.draw_confusion(np.eye(10, dtype=int).tolist())}
     write_epochs(run, [entry(5)])
     write_final(run, 5, entry(3), drawn, {"seed": 7})

@@ -14,16 +14,8 @@ from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.scoring.preflight import Plan, Request, make_plan
 from mnistsum_ray.scoring.worker import PartRows, read_parts, write_part
-from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.storage.paths import locate
-
-
-class Held(FolderLock):
-    """A lock that is never lost."""
-
-    def check(self) -> None:
-        pass
-
+from tests.conftest import writable
 
 CONSOLE = Console(io.StringIO())
 
@@ -34,7 +26,7 @@ def plan_of(folder: Path, output: Path = Path("/nowhere"), **settings: Any) -> P
     place = locate(str(output), "--output")
     inputs = list_inputs(config.input, locate("/nowhere", "--output"))
     request = Request(config, place, {"sha256": "abc"}, {}, inputs, place, None)
-    return make_plan(request, "fp32", Held(place, ""), CONSOLE)
+    return make_plan(request, "fp32", writable(place), CONSOLE)
 
 
 def parts_of(plan: Plan) -> list[Part]:

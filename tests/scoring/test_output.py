@@ -14,10 +14,11 @@ import pytest
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.counts import Counts, encode_image
-from mnistsum_ray.scoring.output import OutputFiles, reconcile, resume
+from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES, OutputFiles, reconcile, resume
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.publish import publish_staged, result_line
-from tests.scoring.conftest import CONSOLE, Held, plan_of, write_all
+from mnistsum_ray.storage.lock import FolderLock, OutputFolder
+from tests.scoring.conftest import CONSOLE, plan_of, write_all
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def plan_in(folder: Path, **settings: object) -> Plan:
 
 
 def reconciled(plan: Plan) -> tuple[pa.Table, Counts]:
-    files, matched = reconcile(plan, OutputFiles.read(plan.folder, CONSOLE).stamps)
+    files, matched = reconcile(plan, OutputFiles.read(plan.folder.place, CONSOLE).stamps)
     return files, Counts.of_output(matched)
 
 
@@ -184,8 +185,8 @@ def test_staged_files_of_another_request_are_deleted_and_those_of_this_one_resum
 
 def publish_all(plan: Plan, *replaced: str) -> None:
     write_all(plan)
-    fill(Path(plan.folder.path), "files.parquet", "manifest.json")
-    publish_staged(plan, OutputFiles.read(plan.folder, CONSOLE), ["files.parquet"], replaced)
+    fill(Path(plan.folder.place.path), "files.parquet")
+    publish_staged(plan, OutputFiles.read(plan.folder.place, CONSOLE), ["files.parquet"], replaced)
 
 
 def test_replacing_leaves_no_moment_without_a_file_and_keeps_those_of_others(folder: Path) -> None:
@@ -205,16 +206,15 @@ def test_replacing_leaves_no_moment_without_a_file_and_keeps_those_of_others(fol
     ended.set()
     watcher.join()
     assert seen == {True}
-    assert names(folder / "out") == {*PARTS, REJECTED, "files.parquet", "manifest.json", *others}
-    assert not (folder / "out" / "_unpublished").exists()
+    assert names(folder / "out") == {*PARTS, REJECTED, "files.parquet", *others}, "the manifest comes after this"
     assert pq.read_metadata(folder / "out" / "predictions" / "b.parquet").num_rows == 7
 
 
 def test_publishing_ends_when_another_run_takes_the_output(folder: Path) -> None:
     """The lock is checked before each move, so at most the moves that had begun are made."""
 
-    class Lost(Held):
-        left = 3
+    class Lost(FolderLock):
+        left = 3 + len((MANIFEST, *SUMMARIES))
 
         def check(self) -> None:
             self.left -= 1
@@ -223,7 +223,7 @@ def test_publishing_ends_when_another_run_takes_the_output(folder: Path) -> None
 
     plan = plan_in(folder, overwrite=True)
     with pytest.raises(RunError, match="another run"):
-        publish_all(replace(plan, lock=Lost(plan.output, "")))
+        publish_all(replace(plan, held=OutputFolder(plan.output, Lost(plan.output, ""))))
     moved = {name for name in names(folder / "out") if not name.startswith("_unpublished/")}
     assert REJECTED in moved
     assert 0 < len(moved) < 4

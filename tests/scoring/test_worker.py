@@ -90,7 +90,7 @@ def test_a_file_that_is_gone_is_waited_for_and_no_fault_of_the_file(tmp_path: Pa
     assert waited == [1, 2]
     (tmp_path / "a.parquet").unlink()
     monkeypatch.setattr("time.monotonic", iter(range(0, 1000, 20)).__next__)
-    with pytest.raises(StorageError, match=r"a\.parquet: is not there any more, or not on this node"):
+    with pytest.raises(StorageError, match=r"a\.parquet: is not there, or not on this node"):
         read(plan)
 
 

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from mnistsum_ray.errors import StorageError
 from mnistsum_ray.storage.paths import locate
+from tests.conftest import writable
 
 
 def test_json_is_read_as_written(tmp_path: Path) -> None:
-    place = locate(str(tmp_path), "--storage-path") / "a" / "b.json"
+    folder = writable(tmp_path) / "a"
+    place = folder.place / "b.json"
     assert not place.exists()
-    place.write_json({"x": [1, 2]})
+    folder.write_json("b.json", {"x": [1, 2]})
     assert place.read_json() == {"x": [1, 2]}
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"], "no unfinished file is left beside it"
 
@@ -22,9 +25,8 @@ def test_a_question_mark_begins_a_query_in_a_uri_alone(tmp_path: Path) -> None:
 
 
 def test_a_file_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
-    place = locate(str(tmp_path), "--output") / ("x" * 255)
-    place.write_bytes(b"whole")
-    assert place.read_bytes() == b"whole"
+    writable(tmp_path).write("x" * 255, b"whole")
+    assert (tmp_path / ("x" * 255)).read_bytes() == b"whole"
     assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
 
 
@@ -32,7 +34,7 @@ def test_files_does_not_follow_links_to_folders(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a").write_text("")
     (tmp_path / "in" / "up").symlink_to(tmp_path)
-    assert [info.base_name for info in locate(str(tmp_path / "in"), "--output").files()] == ["a"]
+    assert [entry.name for entry in locate(str(tmp_path / "in"), "--output").files()] == ["a"]
 
 
 def test_json_that_is_nested_without_end_is_an_error(tmp_path: Path) -> None:
@@ -43,7 +45,7 @@ def test_json_that_is_nested_without_end_is_an_error(tmp_path: Path) -> None:
 
 def test_a_file_without_end_is_not_read_whole(tmp_path: Path) -> None:
     (tmp_path / "model.json").symlink_to("/dev/zero")
-    with pytest.raises(OSError, match="is larger than any file of this program"):
+    with pytest.raises(StorageError, match="is larger than any file of this program"):
         locate(str(tmp_path / "model.json"), "--model").read_json()
 
 
@@ -58,8 +60,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
         fsync(descriptor)
 
     monkeypatch.setattr("os.fsync", record)
-    locate(str(place), "--output").write_bytes(b"whole")
+    writable(place.parent).write("a", b"whole")
     assert synced == [(".", False), ("partial", False), ("new", True)], "the new folder, the file, then its name"
     synced.clear()
-    locate(str(place), "--output").move(locate(str(tmp_path / "b"), "--output"))
+    writable(place.parent).move("a", writable(tmp_path))
     assert synced == [(".", False)]

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.errors import RequestError, RunError, StorageError
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import check_not_locked, folder_lock
 from mnistsum_ray.storage.paths import locate
+from tests.conftest import writable
 
 HOLD = """
 import sys
 from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.paths import locate
 with folder_lock(locate(sys.argv[1], "--output"), "--output", print) as held:
-    print(held.holder, flush=True)
+    print(held.lock.holder, flush=True)
     sys.stdin.read()
 """
 
@@ -77,7 +78,7 @@ def test_a_lock_whose_file_cannot_be_written_is_not_held(tmp_path: Path) -> None
     """As on a full disk: here the file is larger than this process may write."""
     code = """
 import resource, signal, sys
-from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.errors import RequestError, RunError, StorageError
 from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.paths import locate
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -99,10 +100,11 @@ def test_a_run_notices_that_another_has_taken_the_folder(tmp_path: Path) -> None
     with folder_lock(place, "--output", print) as held:
         there = pickle.loads(pickle.dumps(held))
         held.check()
-        (place / "_lock").write_json({"id": "another"})
+        writable(place).write_json("_lock", {"id": "another"})
         held.check()  # the lock is read at most once a second
         for side in (held, there):
-            side._checked = 0.0
+            assert side.lock
+            side.lock._checked = 0.0
             with pytest.raises(RunError, match=r"another run has taken the output \(another\)"):
                 side.check()
 
@@ -112,14 +114,15 @@ def test_a_check_waits_for_a_storage_that_does_not_answer(tmp_path: Path, monkey
 
     def sometimes(place: Location) -> bytes:
         if next(failures, False):
-            raise OSError("no answer")
+            raise StorageError("no answer")
         return read(place)
 
     monkeypatch.setattr(Location, "read_bytes", sometimes)
     with folder_lock(locate(str(tmp_path / "out"), "--output"), "--output", print) as held:
         held.check()
         assert next(failures, None) is None
-        failures, held._checked = iter([True]), 0.0
+        assert held.lock
+        failures, held.lock._checked = iter([True]), 0.0
         monkeypatch.setattr("mnistsum_ray.storage.lock._UNKNOWN_SECONDS", 0.0)
         with pytest.raises(RunError, match="no answer; this run stops"):
             held.check()

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pytest
 from pyarrow.fs import S3FileSystem
 
-from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.errors import ExistingFileError, RequestError, RunError, StorageError
 from mnistsum_ray.storage import lock, object_store
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.object_store import RetryingS3FileSystem, options_of
 from mnistsum_ray.storage.paths import locate
+from tests.conftest import writable
 
 GIVEN = {"access_key": "AKIA", "secret_key": "secret", "region": "eu-west-1", "scheme": "http"}
 S3 = "s3://AKIA:secret@bucket/a?region=eu-west-1&endpoint_override=127.0.0.1:9&scheme=http"
@@ -29,32 +30,33 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_of_two_conditional_writes_one_is_refused(bucket: Location) -> None:
     filesystem, path = bucket.filesystem, f"{bucket.path}/a/a key"
     first = object_store.put(filesystem, path, b"1")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ExistingFileError):
         object_store.put(filesystem, path, b"2")
     second = object_store.put(filesystem, path, b"3", first)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ExistingFileError):
         object_store.put(filesystem, path, b"4", first)
     assert object_store.get(filesystem, path) == (b"3", second)
     assert object_store.get(filesystem, f"{bucket.path}/none") is None
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ExistingFileError):
         object_store.put(filesystem, f"{bucket.path}/none", b"5", first)
 
 
 def test_files_are_created_moved_and_deleted_also_from_another_process(bucket: Location) -> None:
-    there = pickle.loads(pickle.dumps(bucket.with_retries() / "deep")) / "file"
-    there.create(pa.py_buffer(b"1"))
-    with pytest.raises(FileExistsError):
-        there.create(pa.py_buffer(b"2"))
-    there.move(bucket / "moved")
-    assert (bucket / "moved").read_bytes() == b"1"
-    assert [info.path for info in (bucket / "deep").files()] == []
-    (bucket / "moved").delete()
-    (bucket / "moved").delete()
+    there = pickle.loads(pickle.dumps(writable(bucket.with_retries() / "deep")))
+    there.create("file", pa.py_buffer(b"1"))
+    with pytest.raises(ExistingFileError):
+        there.create("file", pa.py_buffer(b"2"))
+    there.move("file", writable(bucket / "moved"))
+    assert (bucket / "moved" / "file").read_bytes() == b"1"
+    assert (bucket / "deep").files() == []
+    writable(bucket).delete("moved/file")
+    writable(bucket).delete("moved/file")
+    writable(bucket).delete_folder("moved")
 
 
 def test_an_error_shows_no_keys(bucket: Location) -> None:
-    with pytest.raises(OSError, match="404") as refused:
-        bucket.at("missing-bucket/key").create(pa.py_buffer(b""))
+    with pytest.raises(StorageError, match="404") as refused:
+        writable(bucket.at("missing-bucket")).create("key", b"")
     assert "sig=" not in f"{refused.value} {bucket.display}"
     assert "\n" not in str(refused.value)
 
@@ -63,8 +65,9 @@ def test_an_error_shows_no_keys(bucket: Location) -> None:
 def test_one_run_holds_a_folder_until_it_ends(bucket: Location) -> None:
     folder = bucket / "held"
     with folder_lock(folder, "--output", print) as held:
+        assert held.lock
         with (
-            pytest.raises(RequestError, match=rf"another run \({held.holder}\) is writing there"),
+            pytest.raises(RequestError, match=rf"another run \({held.lock.holder}\) is writing there"),
             folder_lock(folder, "--output", print),
         ):
             pass
@@ -78,17 +81,17 @@ def test_one_run_holds_a_folder_until_it_ends(bucket: Location) -> None:
 @pytest.mark.usefixtures("short_lease")
 def test_a_lease_that_is_no_longer_renewed_is_taken_over_and_its_run_notices(bucket: Location) -> None:
     folder, said = bucket / "left", list[str]()
-    (folder / "_lock").write_json({"id": "a run that was killed", "beat": 7})
+    writable(folder).write_json("_lock", {"id": "a run that was killed", "beat": 7})
     with folder_lock(folder, "--output", said.append) as held:
         assert "was left by a run that no longer renews it (a run that was killed)" in said[-1]
         held.check()
         there = pickle.loads(pickle.dumps(held))
-        (folder / "_lock").write_json({"id": "a run that took it", "beat": 1})
+        writable(folder).write_json("_lock", {"id": "a run that took it", "beat": 1})
         time.sleep(2 * lock.HEARTBEAT_SECONDS)
         for side in (held, there):
             with pytest.raises(RunError, match=r"another run has taken the output \(a run that took it\); this run stops"):
                 side.check()
-        (folder / "_lock").delete()
+        writable(folder).delete("_lock")
         with pytest.raises(RunError, match="its lock is gone"):
             there.check()
 
@@ -111,7 +114,8 @@ def test_a_write_whose_answer_was_lost_is_known_as_the_run_s_own(bucket: Locatio
 
 def test_a_store_that_ignores_conditions_is_refused(bucket: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     def unconditional(_: Any, path: str, data: bytes, __: Any = None) -> Any:
-        bucket.at(path).write_bytes(data)
+        folder, _, name = path.rpartition("/")
+        writable(bucket.at(folder)).write(name, data)
         return {"e_tag": "1"}
 
     monkeypatch.setattr(object_store, "put", unconditional)
