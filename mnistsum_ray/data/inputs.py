@@ -87,7 +87,7 @@ def list_inputs(
         _check_output_is_separate(values, found, output)
     rows, unusable = [], {}
     for path, file in sorted(found.items()):
-        name = _escaped(path.removeprefix(root.path).lstrip("/"))
+        name = _escaped(path.removeprefix(root.path).removeprefix("/"))
         if not is_utf8(path):
             unusable[name] = "its name is not UTF-8; rename it"
         if "//" in path:  # an object store allows such a key, and Arrow does not

@@ -335,14 +335,16 @@ class Job:
         env: dict[str, str] | None = None,
         before: Callable[[], object] = default_signals,
     ) -> None:
-        """Start `jobs/NAME.py`; `before` runs in the child process before exec."""
+        """Start `jobs/NAME.py`, or where there is none `mnistsum NAME`; `before` runs in the child process before exec."""
         environment = dict(os.environ) | (env or {})
         environment["RAY_ADDRESS"] = address or "local"  # never another cluster that runs on this machine
         self._mark = secrets.token_hex(8)
         environment |= {_MARK: self._mark, "PYTHONFAULTHANDLER": "1"}  # a crash prints a traceback
         self._started = time.monotonic()
+        script = ROOT / "jobs" / f"{name}.py"
+        command = [script] if script.exists() else ["-m", "mnistsum_ray", name]
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, args)],
+            [sys.executable, *map(str, (*command, *args))],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -4,14 +4,19 @@ import os
 import signal
 import time
 from pathlib import Path
+from urllib.parse import quote
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.config import ExportPairsConfig, ScoreConfig
+from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.parquet import to_parquet
+from mnistsum_ray.errors import RequestError
 from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.scoring.preflight import read_footers
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import LEASE_TTL_SECONDS
 from mnistsum_ray.storage.paths import locate
@@ -73,6 +78,24 @@ def ids_of(folder: Location) -> list[int]:
     """The row ids in all Parquet files of a folder."""
     paths = [info.path for info in folder.files() if info.path.endswith(".parquet")]
     return [row for path in paths for row in table(folder.at(path))["row_id"].to_pylist()]
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_key_with_an_empty_part_is_set_aside_and_a_glob_may_have_a_query(tmp_path: Path, sample: pa.Table) -> None:
+    """As `s3://b//out` with an empty variable. Object stores take such a key, and Arrow does not."""
+    client, data = boto3.client("s3"), to_parquet(sample[:3].append_column("number", pa.array([1] * 3))).to_pybytes()
+    for key in ("odd/in/a.parquet", "odd/in//a.parquet", "odd/in/b//c.parquet"):
+        client.put_object(Bucket="scores", Key=key, Body=data)
+    query = f"endpoint_override={quote(os.environ['AWS_ENDPOINT_URL'])}"
+    for uri in ("s3://scores/odd/in", f"s3://scores/odd/in/**/*.parquet?{query}"):
+        inputs = list_inputs([uri])
+        files = read_footers(inputs, ScoreConfig(model="m", input=(uri,), output=str(tmp_path)))
+        errors = dict(zip(files["name"].to_pylist(), files["error"].to_pylist(), strict=True))
+        assert errors.pop("a.parquet") is None
+        assert set(errors) == {"/a.parquet", "b//c.parquet"}
+        assert set(errors.values()) == {"its name has an empty part between two slashes; rename it"}
+    with pytest.raises(RequestError, match="--output s3://scores//out: has an empty part between two slashes"):
+        locate("s3://scores//out", "--output")
 
 
 @pytest.mark.slow

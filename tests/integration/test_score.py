@@ -271,7 +271,7 @@ def test_an_output_that_another_run_holds_is_refused(model: Path, pairs: Path, o
     before = snapshot(output)
     said = r"--output .*: another run \(.*\) is writing there; wait for it, or choose another"
     with folder_lock(locate(str(output), "--output"), "--output", print), pytest.raises(RequestError, match=said):
-        score_here(model, output, pairs)
+        score_here(model, output, pairs, num_workers=1000)  # the lock comes before workers are asked for
     assert snapshot(output) == before
 
 

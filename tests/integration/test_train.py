@@ -213,9 +213,13 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     # As if calibrated on a CPU that rounds otherwise.
     change_description(card_file.parent, int8={"maxima": [1.0] * 6, "digit_agreement": 0.99, "sum_agreement": 0.99})
     card = json.loads(card_file.read_text())
+    for lost in ("model/model.json", "model/README.md", "report.html"):  # killed before they were written
+        (tmp_path / "mine" / lost).unlink()
     store = f"sqlite:///{tmp_path}/second.db"
     resumed = run_job("train", *place, "--resume", "--mlflow", store, address=cluster, cwd=tmp_path)
     assert ": loss " not in resumed.err, "nothing is trained"
+    assert (tmp_path / "mine" / "report.html").exists()
+    assert "mnistsum_ray" in (card_file.parent / "README.md").read_text()
     assert json.loads(card_file.read_text()) == card, "what was scored with it must go on as it was"
     assert resumed.line["test"] == {name: card["test"][name] for name in resumed.line["test"]}
     logged = MlflowClient(store).get_metric_history(resumed.line["mlflow"], "epoch/test/loss")

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,13 @@ import pytest
 
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.scoring import publish
 from mnistsum_ray.scoring.counts import Counts, encode_image
-from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES, OutputFiles, reconcile, resume
+from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES, OutputFiles, reconcile, resume, will_hold
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.publish import publish_staged, result_line
-from mnistsum_ray.storage.lock import FolderLock, OutputFolder
+from mnistsum_ray.storage.lock import FolderLock, OutputFolder, folder_lock
+from mnistsum_ray.storage.paths import locate
 from tests.scoring.conftest import CONSOLE, plan_of, write_all
 
 
@@ -210,11 +213,58 @@ def test_replacing_leaves_no_moment_without_a_file_and_keeps_those_of_others(fol
     assert pq.read_metadata(folder / "out" / "predictions" / "b.parquet").num_rows == 7
 
 
+def finish(plan: Plan) -> None:
+    """Score and publish as the driver does, in this process."""
+    committed = resume(plan, CONSOLE)
+    write_all(replace(plan, parts=committed.todo))
+    published = OutputFiles.read(plan.output, CONSOLE)
+    staged = OutputFiles.read(plan.folder.place, CONSOLE) if plan.staged else None
+    files, matched = reconcile(plan, will_hold(plan, published, staged))
+    counts = Counts.of_output(matched)
+    line = result_line(plan, files, counts, 0, 1.0) | {"seconds": 1.0}
+    publish.publish(plan, committed, staged, files, counts, line)
+
+
+@pytest.mark.parametrize("settings", [{}, {"overwrite": True}], ids=str)
+def test_a_run_that_was_suspended_while_it_drew_writes_nothing_over_the_next_one(
+    folder: Path, settings: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = publish._draw_pictures
+
+    def suspended(counts: Counts) -> Any:
+        drawn = draw(counts)
+        (folder / "out" / "_lock").write_text('{"id": "the next run"}')
+        assert held.lock
+        held.lock._checked = float("-inf")  # the clock advances while a process is suspended
+        return drawn
+
+    monkeypatch.setattr(publish, "_draw_pictures", suspended)
+    with folder_lock(locate(str(folder / "out"), "--output"), "--output", print) as held:
+        plan = replace(plan_in(folder, **settings), card={"sha256": "abc", "epoch": 1, "parameters": 1}, held=held)
+        with pytest.raises(RunError, match=r"another run has taken the output \(the next run\)"):
+            finish(plan)
+    assert not {"manifest.json", "report.html"} & names(folder / "out")
+
+
+def test_a_manifest_that_another_run_has_written_is_not_replaced(folder: Path) -> None:
+    class Raced(OutputFolder):
+        def delete(self, name: str) -> None:
+            super().delete(name)
+            if name == MANIFEST:  # another run finishes at this moment
+                (folder / "out" / MANIFEST).write_text("of the other run")
+
+    plan = plan_in(folder)
+    plan = replace(plan, card={"sha256": "abc", "epoch": 1, "parameters": 1}, held=Raced(plan.output, None))
+    with pytest.raises(RunError, match="another run has finished it meanwhile"):
+        finish(plan)
+    assert (folder / "out" / MANIFEST).read_text() == "of the other run"
+
+
 def test_publishing_ends_when_another_run_takes_the_output(folder: Path) -> None:
     """The lock is checked before each move, so at most the moves that had begun are made."""
 
     class Lost(FolderLock):
-        left = 3 + len((MANIFEST, *SUMMARIES))
+        left = 4 + len((MANIFEST, *SUMMARIES)) + 3  # files of parts, files that are unpublished, moves
 
         def check(self) -> None:
             self.left -= 1
