@@ -9,28 +9,17 @@ import re
 import textwrap
 from dataclasses import dataclass
 from inspect import Parameter, Signature
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mnistsum_ray.storage.uri import PathOrUri
 
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass
-else:
-    ModelMetaclass = type(BaseModel)
-
 PathText = Annotated[str, AfterValidator(PathOrUri)]
 """Type of a field with a path or URI: it is given as a string, and kept as a PathOrUri, which is shown without keys."""
 
 
-class _ConfigType(ModelMetaclass):
-    def __dir__(self) -> list[str]:
-        """Names for `help`: without pydantic's methods, whose text has 400 lines. A config has these all the same."""
-        return [name for name in super().__dir__() if not name.startswith("_") and not hasattr(BaseModel, name)]
-
-
-class JobConfig(BaseModel, metaclass=_ConfigType):
+class JobConfig(BaseModel):
     """Base of all configs and groups."""
 
     # Pydantic's own messages would quote URIs with their keys.

@@ -207,8 +207,6 @@ def test_help_of_a_config_begins_with_its_fields_and_their_meaning() -> None:
     assert (inspect.getdoc(TrainConfig) or "").startswith("Config of a training run.")
     page = pydoc.plain(pydoc.render_doc(TrainConfig))
     assert len(page.partition("data: auto")[0]) < 1000, "the signature has names and defaults only"
-    assert len(page.splitlines()) < 90, "without pydantic's methods"
-    assert {"model_dump", "worker_range"} <= {*dir(TrainConfig())}
 
 
 def test_in_python_an_error_names_the_argument() -> None:
