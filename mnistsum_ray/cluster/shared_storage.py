@@ -5,9 +5,7 @@ looks.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Final
 
 import ray
@@ -17,71 +15,65 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnistsum_ray.cluster.resources import inspect_cluster, usable_nodes
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.lock import LOCK_NAME, OutputFolder
 
 _TIMEOUT_SECONDS: Final = 60.0
 
+_COMPARED_BYTES: Final = 4096
 
-def check_shared_storage(written: Mapping[str, Location], read: Mapping[str, Location], say: Callable[[str], None]) -> None:
+Seen = dict[str, tuple[int, bytes] | None]
+"""By flag, the size of a file and its first bytes; None if it cannot be seen. On a network file system times may differ."""
+
+
+def check_shared_storage(written: Mapping[str, OutputFolder], read: Mapping[str, Location], say: Callable[[str], None]) -> None:
     """Compare what the other nodes see at local paths with what this node sees. Nodes that join later are not checked.
 
     Args:
-        written: by flag, the folders that the job writes to.
+        written: by flag, the folders that the job holds. The other nodes must see its lock in them.
         read: by flag, one file that the job reads.
         say: writes a console line, about a node that does not answer.
 
     Raises:
-        RequestError: a node does not see one of the paths, or a folder cannot be written.
+        RequestError: a node does not see one of the paths.
     """
-    paths = {flag: location.path for flag, location in {**read, **written}.items() if location.is_local}
-    if not paths:
+    paths = {flag: place.path for flag, place in read.items() if place.is_local}
+    folders = {flag: held.place.path for flag, held in written.items() if held.place.is_local}
+    if not paths | folders:
         return
     if inspect_cluster().can_grow:
-        say(f"nodes that join later must see {' and '.join(paths.values())} too; they are not checked")
+        say(f"nodes that join later must see {' and '.join((paths | folders).values())} too; they are not checked")
     this_node = ray.get_runtime_context().get_node_id()
     others = [node for node in usable_nodes() if node["NodeID"] != this_node]
-    if not others:
-        return
-    with ExitStack() as markers:
-        probes = {flag: _marker(flag, path, markers) if flag in written else path for flag, path in paths.items()}
-        answers = [_sizes_on_node(node["NodeID"], probes) for node in others]
-        expected = _sizes(probes)
-        for address, answer in zip((node["NodeManagerAddress"] for node in others), answers, strict=True):
-            try:
-                sizes = ray.get(answer, timeout=_TIMEOUT_SECONDS)
-            except ray.exceptions.GetTimeoutError:
-                say(f"the node {address} did not answer within {_TIMEOUT_SECONDS:.0f} s, so it may not see {' and '.join(paths)}")
-                continue
-            except ray.exceptions.RayError:  # the node has gone, or is about to
-                continue
-            for flag, path in paths.items():
-                if sizes[flag] != expected[flag]:
-                    raise RequestError(
-                        f"{flag} {path}: the node {address} does not see what this one sees there; name a folder that "
-                        "all nodes share, or s3://…"
-                    )
+    files = paths | {flag: f"{path}/{LOCK_NAME}" for flag, path in folders.items()}
+    answers, expected = [_look_on_node(node["NodeID"], files) for node in others], _look(files)
+    for address, answer in zip((node["NodeManagerAddress"] for node in others), answers, strict=True):
+        try:
+            seen = ray.get(answer, timeout=_TIMEOUT_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            say(f"the node {address} did not answer within {_TIMEOUT_SECONDS:.0f} s, so it may not see {' and '.join(files)}")
+            continue
+        except ray.exceptions.RayError:  # the node has gone, or is about to
+            continue
+        for flag, path in (paths | folders).items():
+            if seen[flag] != expected[flag]:
+                raise RequestError(
+                    f"{flag} {path}: the node {address} does not see what this one sees there; name a folder that "
+                    "all nodes share, or s3://…"
+                )
 
 
-def _marker(flag: str, folder: str, markers: ExitStack) -> str:
-    """Path of an empty file in a folder, or in its nearest parent that exists, until `markers` is closed."""
-    nearest = next(path for path in (Path(folder), *Path(folder).parents) if path.is_dir())
-    try:
-        return markers.enter_context(NamedTemporaryFile(prefix=".mnistsum_ray-", dir=nearest)).name
-    except OSError as error:
-        raise RequestError(f"{flag} {folder}: cannot be written ({error.strerror or error})") from None
-
-
-def _sizes_on_node(node: str, paths: dict[str, str]) -> ray.ObjectRef:
+def _look_on_node(node: str, files: dict[str, str]) -> ray.ObjectRef:
     # Neither retried nor placed elsewhere: if the node goes, the answer of another one says nothing about it.
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(_sizes).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(paths)
+    return ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(files)
 
 
-def _sizes(paths: dict[str, str]) -> dict[str, int | None]:
-    """Return the size of each file in bytes, None if it cannot be seen. On a network file system times may differ, sizes not."""
-    sizes: dict[str, int | None] = {}
-    for flag, path in paths.items():
+def _look(files: dict[str, str]) -> Seen:
+    seen: Seen = {}
+    for flag, path in files.items():
         try:
-            sizes[flag] = Path(path).stat().st_size
+            with Path(path).open("rb") as file:
+                seen[flag] = Path(path).stat().st_size, file.read(_COMPARED_BYTES)
         except OSError:  # it does not exist here, or this node may not read it
-            sizes[flag] = None
-    return sizes
+            seen[flag] = None
+    return seen

@@ -66,7 +66,7 @@ def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
     with folder_lock(request.output, "--output", console.say) as held:
         resources, precision = _allocate_resources(request.config, console.say)
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
-        check_shared_storage({"--output": request.output}, {"--input": first_file}, console.say)
+        check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
         plan = make_plan(request, precision, held, console)
         committed = resume(plan, console)
         new_failures = _say_new_failures(plan.failures, committed, console)

@@ -161,7 +161,9 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     Raises:
         RequestError: another run holds it, it cannot be written, or its storage has no conditional writes.
     """
-    folder, made = folder.with_retries(), folder.is_local and not Path(folder.path).exists()
+    folder = folder.with_retries()
+    above = (Path(folder.path), *Path(folder.path).parents) if folder.is_local else ()
+    made = [path for path in above if not path.exists()]
     lock = FolderLock(folder / LOCK_NAME, f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}")
     with _refusals(folder, flag):
         held = _lock_file(lock) if folder.is_local else _Lease(lock, say)
@@ -171,7 +173,7 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
             yield OutputFolder(folder, lock)
         finally:
             if made:
-                _delete_unused(folder)
+                _delete_unused(made)
 
 
 def empty_output(text: str) -> OutputFolder:
@@ -240,12 +242,13 @@ def _flock(file: IO[bytes], operation: int) -> None:
         raise _HeldError(holder) from None
 
 
-def _delete_unused(folder: Location) -> None:
-    """Delete a local folder that a run has made and that holds nothing but its lock, as after a refused request."""
+def _delete_unused(made: list[Path]) -> None:
+    """Delete a folder that a run has made, and those above it, if it holds nothing but its lock, as after a refused request."""
     with suppress(OSError):
-        if [entry.name for entry in folder.entries()] == [LOCK_NAME]:
-            Path(folder.path, LOCK_NAME).unlink()
-            Path(folder.path).rmdir()
+        if [path.name for path in made[0].iterdir()] == [LOCK_NAME]:
+            (made[0] / LOCK_NAME).unlink()
+            for path in made:
+                path.rmdir()
 
 
 def _lock_file(lock: FolderLock) -> IO[bytes]:

@@ -74,7 +74,7 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
     try:
         start_autoscaling_coordinator()
         with folder_lock(run.folder, "--name", console.say) as held:
-            return _Driver(run, _reserve(run, console.say), held, console).fit()
+            return _Driver(run, _reserve(run, held, console.say), held, console).fit()
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
@@ -82,7 +82,7 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
         raise RunError(f"{root_cause(error)}; {run.how_to_resume()}") from error
 
 
-def _reserve(run: TrainingRun, say: Callable[[str], None]) -> WorkerPlan:
+def _reserve(run: TrainingRun, held: OutputFolder, say: Callable[[str], None]) -> WorkerPlan:
     """Reserve the workers, and check that their nodes share the storage."""
     source = run.source
     plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), say)
@@ -90,7 +90,7 @@ def _reserve(run: TrainingRun, say: Callable[[str], None]) -> WorkerPlan:
         say(source.notice)
     report_skipped(source.skipped, say)
     read = {} if source.files is None else {"--data": source.files.location(0)}
-    check_shared_storage({"--storage-path": run.storage}, read, say)
+    check_shared_storage({"--storage-path": held}, read, say)
     return plan
 
 

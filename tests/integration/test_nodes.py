@@ -60,7 +60,7 @@ def test_a_local_folder_that_a_node_does_not_see_is_refused(data: Path, model: P
                 assert done.code == 2, done.err
                 assert f"error: {flag}" in done.err
                 assert said in done.err
-            assert [path.name for path in here.iterdir()] == ["in"], "the marker files are deleted"
+            assert [path.name for path in here.iterdir()] == ["in"], "the refused request has left nothing"
         finally:
             kill_everything(node.pid)
             node.wait(timeout=30)
