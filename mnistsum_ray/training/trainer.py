@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
+from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, positions_of_rank, step_seed
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import all_reduce_sum
@@ -94,6 +95,12 @@ class Trainer:
             # A step of so small a network is bound by kernel launches, which CUDA graphs join.
             mode = "reduce-overhead" if self.worker.device.type == "cuda" else "default"
             self._fast = torch.compile(self._objective, mode=mode, dynamic=False)
+        if self.worker.world_size > 1:
+            # DDP orders its buckets anew after the first step, and three workers then sum in another order: without a step
+            # beforehand, whose gradients the next one drops, a run that goes on would have other bits.
+            numbers = torch.zeros(len(self._positions), dtype=torch.int64, device=self.worker.device)
+            images = prepare_images(numbers.new_zeros(len(numbers), SIDE, SIDE))
+            self._objective(images, numbers, numbers, None)[0].backward()
 
     def train_epoch(
         self,

@@ -1,17 +1,26 @@
 """One worker's part of a step is its part of the global batch, whatever the number of workers."""
 
+import multiprocessing
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import ray.train.torch
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.order import RowRanges, check_row_counts, mix_ids, row_checksums
 from mnistsum_ray.errors import RowCountError
-from mnistsum_ray.training.checkpoint import EpochProgress
+from mnistsum_ray.model.serialization import Weights, copy_weights
+from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.checkpoint import EpochProgress, TrainerState, load_state, save_checkpoint
 from mnistsum_ray.training.preflight import preflight
 from mnistsum_ray.training.trainer import EpochCounter, Trainer
 from mnistsum_ray.training.worker import EventSender, Worker
@@ -77,3 +86,52 @@ def test_the_checksums_of_a_resumed_epoch_are_those_of_the_whole() -> None:
         before = replace(progress, checksums=counter.checksums())
     assert before.checksums is not None
     assert before.checksums.tolist() == [checksums[:20].sum(), checksums[20:50].sum(), checksums[50:].sum()]
+
+
+def ddp(model: torch.nn.Module, parallel_strategy_kwargs: dict[str, bool]) -> torch.nn.Module:
+    """As `ray.train.torch.prepare_model` on several workers, which only runs in one of Ray Train's."""
+    return DistributedDataParallel(model, **parallel_strategy_kwargs)
+
+
+def train_on(folder: Path, rank: int, world_size: int, steps: range) -> Weights:
+    """Train these steps in a new process group, from the checkpoint in the folder if there is one, and leave the next there."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/group{steps.start}", rank=rank, world_size=world_size)
+    try:
+        hyperparameters = preflight(TrainConfig(data="sample", batch_size=32)).hyperparameters
+        trainer = Trainer(hyperparameters, Worker(rank, world_size, CPU, 1, SILENT))
+        if steps.start:
+            load_state(locate(str(folder), "checkpoint"), trainer.model, trainer.optimizer)
+        with patch.object(ray.train.torch, "prepare_model", ddp):
+            trainer.prepare("fp32")
+        for step in steps:
+            draw = torch.Generator().manual_seed(step)
+            images = torch.randint(0, 256, (32, 28, 28), dtype=torch.uint8, generator=draw)
+            digits, numbers = torch.randint(0, 10, (2, 32), generator=draw)
+            batch = {"image": images, "digit": digits, "number": numbers}
+            mine = {name: values[trainer._positions.start : trainer._positions.stop] for name, values in batch.items()}
+            trainer._step(mine, 0, step, 32, 0.05)
+        dist.barrier()  # all have read the checkpoint
+        if rank == 0:
+            save_checkpoint(folder, TrainerState(0, [], "fp32", EpochProgress(steps.stop)), trainer.model, trainer.optimizer)
+        return copy_weights(trainer.model)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_new_group_of_workers_goes_on_bit_for_bit(tmp_path: Path, world_size: int) -> None:
+    """DDP sums the gradients of its first step in another order than those of later ones, from three workers on."""
+    context, weights = multiprocessing.get_context("forkserver"), []
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # imported once, and slowly
+    for name, parts in (("alone", [range(4)]), ("stopped", [range(2), range(2, 4)])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for steps in parts:
+            with ProcessPoolExecutor(world_size, context) as workers:
+                done = [workers.submit(train_on, folder, rank, world_size, steps) for rank in range(world_size)]
+                one, *others = [worker.result(timeout=60) for worker in done]
+            assert all(torch.equal(one[key], other[key]) for other in others for key in one)
+        weights.append(one)
+    alone, stopped = weights
+    assert all(torch.equal(alone[key], stopped[key]) for key in alone)
