@@ -134,7 +134,7 @@ class RunFolder(JobConfig):
     checkpoint_seconds: float = Field(60, gt=0, le=86_400)
     """seconds between checkpoints within an epoch; a kill costs about so much work"""
     from_run: PathText | None = None
-    """run (folder or URI) whose data, recipe, seed, precision and number of workers are taken; other flags win; on the same kind
+    """run (folder or URI) whose data, recipe, seed, precision, workers and threads are taken; other flags win; on the same kind
     of CPUs the model is then the same to the last bit [none]"""
 
     @model_validator(mode="after")

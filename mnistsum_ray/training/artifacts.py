@@ -89,7 +89,8 @@ def check_data(run: TrainingRun, read: Checksums, now: dict[str, Any]) -> Checks
     """
     if run.same_data is None:
         return None
-    (folder, then), files, resume = run.same_data, run.source.files, run.config.resume
+    (folder, stored), files, resume = run.same_data, run.source.files, run.config.resume
+    then = stored["data"]
     flag = "--resume" if resume else f"--from-run {run.config.from_run}"
     advice = "name the same data, or start another run" if resume else "name the data with --data, and the model will be another"
     table, expected = _read_data_files(folder, flag)

@@ -41,7 +41,7 @@ from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_va
 from mnistsum_ray.training.fetch import load_rows, stream_rows
 from mnistsum_ray.training.loop import LoopConfig, TrainingResult, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
-from mnistsum_ray.training.resources import check_memory, worker_request
+from mnistsum_ray.training.resources import check_memory, choose_threads, worker_request
 from mnistsum_ray.training.worker import Events, InterruptibleTrainer, RunCallback, event_queue
 
 if TYPE_CHECKING:
@@ -100,11 +100,13 @@ class _Driver:
     def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console) -> None:
         self.run, self.plan, self.held, self.console = run, plan, held, console
         self.started, source = time.monotonic(), run.source
-        lines = check_memory(run, plan, inspect_cluster())
+        cluster = inspect_cluster()
+        lines = check_memory(run, plan, cluster)
         self.rows = stream_rows(source.files) if source.files and run.shuffle.streamed else load_rows(source)
         for line in lines:  # after the rows have been read: a refusal is one line
             console.say(line)
-        self.manifest = build_manifest(run, self.rows.checksums, plan)
+        then = run.same_data[1] if run.same_data else {}
+        self.manifest = build_manifest(run, self.rows.checksums, plan) | {"threads": choose_threads(plan, cluster, then)}
         self.checksums = check_data(run, self.rows.checksums, self.manifest["data"])
         self.start: Location | None = None
         self.history: list[dict[str, Any]] = []
@@ -183,6 +185,7 @@ class _Driver:
         run, config, (min_workers, max_workers) = self.run, self.run.config, self.plan.worker_range
         loop = LoopConfig(
             run.hyperparameters,
+            self.manifest["threads"],
             config.checkpoint_seconds,
             self.rows.data,
             run.shuffle,

@@ -46,6 +46,8 @@ class LoopConfig:
     """Configuration of the training loop, the same for every worker."""
 
     hyperparameters: Hyperparameters
+    threads: int | None
+    """Of each worker on CPUs, see `resources.choose_threads`."""
     checkpoint_seconds: float
     data: "ray.ObjectRef[RowData]"
     shuffle: Shuffle
@@ -86,7 +88,7 @@ class TrainingResult:
 
 def train_loop_per_worker(config: dict[str, LoopConfig]) -> TrainingResult | None:
     """Run the training loop; the result on rank 0, which Ray Train hands to the driver."""
-    worker = Worker.set_up(config["loop"].events)
+    worker = Worker.set_up(config["loop"].events, config["loop"].threads)
     try:
         loop = TrainingLoop(config["loop"], worker)
         loop.train()
@@ -241,7 +243,7 @@ class TrainingLoop:
             "probabilities": probability_metrics(analysis),
         }
         if compared:
-            torch.set_num_threads(cpus_of_node())  # the other workers have returned
+            torch.set_num_threads(cpus_of_node())  # the other workers have returned; of a forward pass threads decide no bit
             images, _ = data.fetch(config.shuffle.rows.sample(int8.CALIBRATION_ROWS).ids())
             on_progress = events.progress("test rows compared with int8", min(len(config.test), int8.COMPARED_ROWS))
             description["int8"] = int8.quantize(model.cpu(), torch.from_numpy(images), compared, on_progress)

@@ -47,7 +47,7 @@ class TrainingRun:
     folder: Location
     """Run folder `<storage_path>/<name>`."""
     same_data: tuple[Location, dict[str, Any]] | None
-    """Folder of the run whose data this one must have, and its manifest's entry `data`; None: any data may be used."""
+    """Folder and manifest of the run whose data this one must have; None: any data may be used."""
 
     @cached_property
     def shuffle(self) -> Shuffle:
@@ -159,7 +159,7 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
                     f"--{key.replace('_', '-')} {given[key]}: the run {config.name} has {getattr(stored, key)}, and its numbers "
                     "depend on it; leave the flag out, or start another run"
                 )
-        return stored.model_copy(update=given), (folder, manifest["data"])
+        return stored.model_copy(update=given), (folder, manifest)
     # Another recipe sets what it sets.
     ruled = recipe_defaults(given["recipe"], small=False) if given.get("recipe", stored.recipe) != stored.recipe else {}
     same = {key: getattr(stored, key) for key in (*_FIXED, *_WORKERS, "data") if key not in given and key not in ruled}
@@ -167,7 +167,7 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
     same |= {key: manifest.get(key) for key in ("precision", *_WORKERS) if key in same and same[key] is None}
     if isinstance(same.get("num_workers"), list):
         same["num_workers"] = tuple(same["num_workers"])
-    return config.model_copy(update=same), (folder, manifest["data"]) if "data" in same else None
+    return config.model_copy(update=same), (folder, manifest) if "data" in same else None
 
 
 def _is_empty(folder: Location) -> bool:

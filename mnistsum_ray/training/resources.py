@@ -1,6 +1,7 @@
 """Workers of a training run, and memory for its rows."""
 
-from typing import Final
+import os
+from typing import Any, Final
 
 import numpy as np
 
@@ -59,6 +60,29 @@ def check_memory(run: TrainingRun, plan: WorkerPlan, cluster: ClusterResources) 
         f"{held} of an object store"
     )
     return [streaming, *_warnings_of_reads(shuffle)]
+
+
+def choose_threads(plan: WorkerPlan, cluster: ClusterResources, then: dict[str, Any]) -> int | None:
+    """Threads of each worker of a run. On CPUs they decide its bits, so they stay what they are when nodes change.
+
+    Args:
+        plan: the workers.
+        cluster: the nodes that the run begins on. Ray's SPREAD takes the largest, one worker each.
+        then: manifest of the run that is resumed or repeated, whose threads are taken if it has as many workers.
+
+    Returns:
+        None on GPUs, for elastic runs, and where the manifest is of an earlier version: what each worker's node has for it.
+    """
+    low, high = plan.worker_range
+    if plan.use_gpu or low != high:
+        return None
+    if (then.get("num_workers"), then.get("use_gpu")) == ([low, high], False):
+        return then.get("threads")
+    here, cores = this_node(), os.cpu_count() or 1
+    nodes = [node for node in cluster.nodes if cluster.workers_on(node, plan.per_worker)]
+    # Ray can be told of more CPUs than there are, and with as many threads a step takes minutes.
+    cpus = sorted(int(min(node["CPU"], cores) if node == here else node["CPU"]) for node in nodes)[-high:]
+    return max(1, cpus[0] // -(-high // len(cpus))) if cpus else None
 
 
 def _mebibytes(count: float) -> str:

@@ -17,7 +17,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.cluster.resources import explain_worker_silence, this_node
-from mnistsum_ray.errors import lines_of
+from mnistsum_ray.errors import counted, lines_of
 from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
 
@@ -68,18 +68,27 @@ class Worker:
     events: EventSender
 
     @classmethod
-    def set_up(cls, events: Queue) -> "Worker":
-        """Set up this process as a training worker: exact float32 on GPUs; threads, determinism and memory on CPUs."""
+    def set_up(cls, events: Queue, threads: int | None) -> "Worker":
+        """Set up this process as a training worker: exact float32 on GPUs; threads, determinism and memory on CPUs.
+
+        `threads` are those of the run; None: this worker's part of the CPUs of its node.
+        """
         context = ray.train.get_context()
         device = ray.train.torch.get_device()
         disable_tf32()
         cpus = max(1, cpus_of_node() // context.get_local_world_size())
         if device.type == "cpu":
             # Ray sets one thread per reserved CPU, and a worker reserves less than one CPU, see resources.py.
-            torch.set_num_threads(cpus)
+            torch.set_num_threads(threads or cpus)
             enable_determinism()
             tune_malloc()
         rank = context.get_world_rank()
+        if threads and threads > cpus:
+            # For any rank, so not by the worker's own sender.
+            text = (
+                f"worker {rank}: its node has {counted(cpus, 'CPU')} for the {threads} threads of the run: slower, the same bits"
+            )
+            EventSender(events, rank=0).note(text)
         return cls(rank, context.get_world_size(), device, cpus, EventSender(events, rank))
 
     def all_agree(self, value: bool) -> bool:

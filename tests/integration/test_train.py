@@ -26,9 +26,10 @@ from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.reporting.report import PICTURES
 from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.checkpoint import STATE_CARD
 from mnistsum_ray.training.preflight import preflight
 from tests.conftest import change_description
-from tests.integration.conftest import Done, Job, run_job
+from tests.integration.conftest import Done, Job, nodes, run_job
 
 EVERY = 5
 
@@ -274,20 +275,27 @@ def test_an_infinite_loss_stops_every_rank_at_once(cluster: str, data: Path, run
 
 
 @pytest.mark.slow
-def test_the_same_model_is_trained_again_from_a_run(done: Done, data: Path, cluster: str, tmp_path: Path) -> None:
-    flags = ["--storage-path", tmp_path / "runs", "--name", "again"]
-    again = run_job("train", "--from-run", done.line["run"], *flags, address=cluster).line
-    assert again["test"] == done.line["test"]
-    stored = json.loads((tmp_path / "runs" / "again" / "manifest.json").read_text())
-    assert (stored["config"]["num_workers"], stored["config"]["use_gpu"]) == ([1, 1], False), "as they were chosen by that run"
-    one, other = (json.loads((Path(line["model"]) / "model.json").read_text())["sha256"] for line in (done.line, again))
-    assert one == other
+def test_the_same_model_is_trained_again_from_a_run_on_fewer_cpus(done: Done, tmp_path: Path) -> None:
+    """Stopped once. One thread would compute other bits than the two that the run began with."""
+    run, flags = tmp_path / "runs" / "again", ["--storage-path", tmp_path / "runs", "--name", "again"]
     manifest = Path(done.line["run"]) / "manifest.json"
-    manifest.rename(tmp_path / "gone")
-    try:
-        assert run_job("train", *flags, "--resume", address=cluster).line["test"] == again["test"], "that run is not needed again"
-    finally:
-        (tmp_path / "gone").rename(manifest)
+    with nodes(1) as smaller:
+        job = Job("train", "--from-run", done.line["run"], *flags, address=smaller.address)
+        job.wait_until((run / "epoch_00001" / STATE_CARD).exists)
+        job.process.send_signal(signal.SIGTERM)
+        assert "worker 0: its node has 1 CPU for the 2 threads of the run" in job.wait().err
+        manifest.rename(tmp_path / "gone")
+        try:
+            again = run_job("train", *flags, "--resume", address=smaller.address)
+        finally:
+            (tmp_path / "gone").rename(manifest)
+    assert "going on after epoch 1, on 1 worker" in again.err, "that run is not needed again"
+    assert again.line["test"] == done.line["test"]
+    stored = json.loads((run / "manifest.json").read_text())
+    chosen = [stored["config"]["num_workers"], stored["config"]["use_gpu"], stored["threads"]]
+    assert chosen == [[1, 1], False, json.loads(manifest.read_text())["threads"]], "as they were chosen by that run"
+    one, other = ((Path(each.line["model"]) / "model.safetensors").read_bytes() for each in (done, again))
+    assert one == other
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_the_checksums_of_a_resumed_epoch_are_those_of_the_whole() -> None:
     assert before.checksums.tolist() == [checksums[:20].sum(), checksums[20:50].sum(), checksums[50:].sum()]
 
 
-def ddp(model: torch.nn.Module, parallel_strategy_kwargs: dict[str, bool]) -> torch.nn.Module:
+def ddp(model: torch.nn.Module, parallel_strategy_kwargs: dict[str, Any]) -> torch.nn.Module:
     """As `ray.train.torch.prepare_model` on several workers, which only runs in one of Ray Train's."""
     return DistributedDataParallel(model, **parallel_strategy_kwargs)
 
