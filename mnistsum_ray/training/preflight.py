@@ -5,6 +5,7 @@ This module imports neither torch nor Ray, which take seconds, so that a wrong r
 
 import secrets
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import cached_property
@@ -29,7 +30,7 @@ SMALL_ROWS: Final = 20_000
 DATA_FILES: Final = "data_files.parquet"
 """The files of a run, written before its manifest: a file that has changed can be named when the run is resumed or repeated."""
 
-_FIXED: Final = ("recipe", *(field.name for field in fields(Hyperparameters)))
+_FIXED: Final = ("recipe", "from_run", *(field.name for field in fields(Hyperparameters)))
 """Fields that `--resume` may not change."""
 
 _WORKERS: Final = ("num_workers", "use_gpu")
@@ -149,25 +150,36 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
         raise RequestError(
             f"{flag}: {(folder / 'manifest.json').display} was written by another version of this program"
         ) from None
+    if stored.precision is None:
+        stored = stored.model_copy(update={"precision": _chosen_precision(folder, manifest)})
     given = {key: getattr(config, key) for key in config.model_fields_set}
     # A null, as in the YAML of `--print-config`, leaves the choice to the recipe or the stored run.
     given = {key: value for key, value in given.items() if key not in (*_FIXED, *_WORKERS) or value is not None}
     if config.resume:
         for key in _FIXED:
-            if key in given and given[key] != getattr(stored, key):
+            has = getattr(stored, key)
+            if key in given and given[key] != has:
                 raise RequestError(
-                    f"--{key.replace('_', '-')} {given[key]}: the run {config.name} has {getattr(stored, key)}, and its numbers "
-                    "depend on it; leave the flag out, or start another run"
+                    f"--{key.replace('_', '-')} {given[key]}: the run {config.name} has {'none' if has is None else has}, and "
+                    "its numbers depend on it; leave the flag out, or start another run"
                 )
         return stored.model_copy(update=given), (folder, manifest)
     # Another recipe sets what it sets.
     ruled = recipe_defaults(given["recipe"], small=False) if given.get("recipe", stored.recipe) != stored.recipe else {}
     same = {key: getattr(stored, key) for key in (*_FIXED, *_WORKERS, "data") if key not in given and key not in ruled}
-    # What the run has chosen itself; the precision is known once a run has finished.
-    same |= {key: manifest.get(key) for key in ("precision", *_WORKERS) if key in same and same[key] is None}
+    same |= {key: manifest.get(key) for key in _WORKERS if key in same and same[key] is None}  # as the run has chosen
     if isinstance(same.get("num_workers"), list):
         same["num_workers"] = tuple(same["num_workers"])
     return config.model_copy(update=same), (folder, manifest) if "data" in same else None
+
+
+def _chosen_precision(folder: Location, manifest: dict[str, Any]) -> str | None:
+    """The precision that the workers of a run have chosen: of its manifest if it is finished, else of any checkpoint."""
+    for info in [] if "precision" in manifest else folder.files():
+        if info.base_name == "trainer.json":
+            with suppress(OSError, ValueError, KeyError, TypeError):  # a torn one
+                return str(folder.at(info.path).read_json()["precision"])
+    return manifest.get("precision")
 
 
 def _is_empty(folder: Location) -> bool:

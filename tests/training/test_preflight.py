@@ -56,6 +56,42 @@ def test_a_folder_with_files_and_no_run_is_neither_taken_nor_resumed(tmp_path: P
         preflight(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine", resume=resume))
 
 
-def test_another_learning_rate_is_refused(stored: TrainConfig) -> None:
-    with pytest.raises(RequestError, match=r"--learning-rate 0.02: the run mine has 0.5"):
-        preflight(TrainConfig(storage_path=stored.storage_path, name="mine", resume=True, learning_rate=0.02))
+@pytest.mark.parametrize(
+    ("resume", "given", "said"),
+    [
+        (True, {"learning_rate": 0.02}, "--learning-rate 0.02: the run mine has 0.5"),
+        (True, {"precision": "bf16"}, "--precision bf16: the run mine has none"),
+        ("auto", {"from_run": "runs/other"}, "--from-run runs/other: the run mine has none"),
+    ],
+)
+def test_what_the_numbers_depend_on_cannot_be_changed(stored: TrainConfig, resume: Any, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=f"{said}, and its numbers depend on it; leave the flag out"):
+        preflight(TrainConfig(storage_path=stored.storage_path, name="mine", resume=resume, **given))
+
+
+@pytest.mark.parametrize("where", ["manifest.json", "epoch_00001/trainer.json"])
+def test_the_precision_that_the_workers_have_chosen_is_that_of_the_run(stored: TrainConfig, where: str) -> None:
+    """Only the checkpoints know it before the run is finished."""
+    runs = Path(stored.storage_path)
+    file, torn = runs / "mine" / where, runs / "mine" / "epoch_00000" / "trainer.json"
+    for path, text in ((torn, "{"), (file, json.dumps({"precision": "fp32"}))):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(text)) if path.exists() else text)
+    place = {"storage_path": stored.storage_path, "name": "mine", "resume": True}
+    resumed = [preflight(TrainConfig(**place, **given)) for given in ({}, {"precision": "fp32"})]
+    again = preflight(TrainConfig(storage_path=stored.storage_path, from_run=str(runs / "mine")))
+    assert {run.hyperparameters.precision for run in (*resumed, again)} == {"fp32"}
+    with pytest.raises(RequestError, match="--precision bf16: the run mine has fp32, and its numbers"):
+        preflight(TrainConfig(**place, precision="bf16"))
+
+
+def test_the_same_command_goes_on_with_a_run_that_was_begun_from_another_that_is_gone(stored: TrainConfig) -> None:
+    """As cron gives it; but another one is not named in the manifest."""
+    manifest = Path(stored.storage_path, "mine", "manifest.json")
+    text = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(text | {"config": text["config"] | {"from_run": "runs/gone"}}))
+    place = {"storage_path": stored.storage_path, "name": "mine", "resume": "auto"}
+    for given in ({}, {"from_run": None}, {"from_run": "runs/gone"}):
+        assert preflight(TrainConfig(**place, **given)).config.from_run == "runs/gone"
+    with pytest.raises(RequestError, match="--from-run runs/other: the run mine has runs/gone"):
+        preflight(TrainConfig(**place, from_run="runs/other"))
