@@ -87,6 +87,11 @@ def epoch_end(entry: dict[str, Any]) -> float:
     return float(entry["started"] + entry["seconds"] + entry["evaluation_seconds"])
 
 
+def epoch_seconds(entry: dict[str, Any]) -> float:
+    """Time of a line of history.jsonl, evaluation included, in all commands together but for work that a kill has cost."""
+    return float(entry["seconds"] + entry.get("seconds_before", 0.0) + entry["evaluation_seconds"])
+
+
 def epoch_scalars(entry: dict[str, Any]) -> dict[str, float]:
     """Metrics of one line of history.jsonl, under the names that TensorBoard and MLflow show.
 

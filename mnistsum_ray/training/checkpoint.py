@@ -62,6 +62,8 @@ class EpochProgress:
     """`steps`, `rows` and `loss` at some steps of the epoch, up to this one, for the curve of the loss."""
     checksums: Tensor | None = None
     """Sums of the `order.row_checksums` of these rows of each file, int64[files]; None for rows in memory."""
+    seconds: float = 0.0
+    """Time that these steps took, in all commands together."""
 
     def step_losses(self) -> list[tuple[int, float]]:
         """Pairs of a step and the mean loss a row, in nats, since the step of the pair before."""

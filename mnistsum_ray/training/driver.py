@@ -24,7 +24,7 @@ from mnistsum_ray.model.network import PARAMETERS
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, accuracies
 from mnistsum_ray.reporting.metrics import TrainingMetrics
-from mnistsum_ray.reporting.report import REPORT
+from mnistsum_ray.reporting.report import REPORT, epoch_seconds
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import OutputFolder, folder_lock
 from mnistsum_ray.training.artifacts import (
@@ -288,6 +288,7 @@ class _Driver:
             "hardware": result.hardware,
             "precision": result.precision,
             "error_analysis": result.error_analysis,
+            "training_seconds": round(sum(map(epoch_seconds, result.history)), 1),
         }
         files = write_report(run, self.held, manifest, card, result)
         with defer_signals():  # a run that is finished is not stopped

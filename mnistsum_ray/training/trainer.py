@@ -114,8 +114,9 @@ class Trainer:
 
         Returns:
             Figures for history.jsonl: mean `train_loss` a row in nats, `step_losses` (see `EpochProgress`), `rows_per_second`,
-            `started` in seconds since 1970, `seconds`, `first_batch_seconds`, `waiting` (fraction of the time without data), and
-            the last `learning_rate`; and, for streamed rows, the checksums of the rows of each file, int64[files].
+            `started` in seconds since 1970, `seconds` since then, `seconds_before` of the steps that a checkpoint holds,
+            `first_batch_seconds`, `waiting` (fraction of the time without data), and the last `learning_rate`; and, for streamed
+            rows, the checksums of the rows of each file, int64[files].
 
         Raises:
             RunError: the loss is infinite or not a number.
@@ -152,7 +153,7 @@ class Trainer:
                         seconds=now - begun,
                     )
                 if checkpoint_due and not last:
-                    progress = replace(progress, checksums=counter.checksums())
+                    progress = replace(progress, checksums=counter.checksums(), seconds=before.seconds + now - begun)
                     checkpointer.save(replace(state, progress=progress), wait=False)
         seconds = time.perf_counter() - begun
         check_row_counts(progress.rows, progress.row_ids, len(shuffle.rows), shuffle.rows.id_sum, f"training epoch {epoch + 1}")
@@ -162,6 +163,7 @@ class Trainer:
             "rows_per_second": (progress.rows - before.rows) / seconds,
             "started": started,
             "seconds": seconds,
+            "seconds_before": before.seconds,
             "first_batch_seconds": first_batch,
             "waiting": waited / seconds,
             "learning_rate": rate,

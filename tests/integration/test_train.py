@@ -225,6 +225,8 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     assert resumed.line["test"] == {name: card["test"][name] for name in resumed.line["test"]}
     logged = MlflowClient(store).get_metric_history(resumed.line["mlflow"], "epoch/test/loss")
     assert [metric.step for metric in logged] == [1, 2], "epochs that were trained without this MLflow are logged too"
+    seconds = sum(line["seconds"] + line["evaluation_seconds"] for line in resumed.history())
+    assert json.loads(manifest.read_text())["training_seconds"] == round(seconds, 1), "of the command that has trained"
     files = {file.path for file in MlflowClient(store).list_artifacts(resumed.line["mlflow"])}
     assert {*PICTURES, "report.html", "model"} <= files
     (version,) = MlflowClient(store).search_model_versions("name = 'mnistsum'")

@@ -55,13 +55,23 @@ MANIFEST: dict[str, Any] = {
         "test_rows": 500,
     },
     "metrics": {"run": "/runs/mine", "images_per_second": 1234.5, "seconds": 61.2},
+    "training_seconds": 4321.0,
 }
 
 
 @pytest.mark.parametrize("card", [CARD, CARD | ALL], ids=["without optional parts", "with all parts"])
 def test_the_page_shows_what_the_run_has(card: dict[str, Any]) -> None:
     page = report_page("mine", MANIFEST, card, [entry(1), entry(2)], {"history.png": pictures.draw_history([entry(1)], CARD)})
-    for shown in ("91.00 %", "80.00 %", "1,234 training images", "a CPU, 2 cores", "--model '/runs/mine'", "a &lt;b&gt; &amp; c"):
+    for shown in (
+        "91.00 %",
+        "80.00 %",
+        "1,234 training images",
+        "4,321 s for the epochs",
+        "took 61 s",
+        "a CPU, 2 cores",
+        "--model '/runs/mine'",
+        "a &lt;b&gt; &amp; c",
+    ):
         assert shown in page.replace("</b>", ""), shown
     assert ("99.98 %" in page) == ("int8" in card)
     assert ("4,000 steps" in page) == ("76.54 %" in page) == bool(card["sum_head"])

@@ -52,7 +52,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     for seed in range(3):
         step(model, optimizer, seed)
     tuned = {"steps": 5, "kept": True, "validation": SCORES, "test": SCORES}
-    progress = EpochProgress(7, 0.1 + 0.2, 448, 123_456, [(3, 192, 0.1)], torch.tensor([3, -(2**63)]))
+    progress = EpochProgress(7, 0.1 + 0.2, 448, 123_456, [(3, 192, 0.1)], torch.tensor([3, -(2**63)]), 12.5)
     state = TrainerState(1, [LINE], "fp32", progress, tuned, torch.tensor([5, 6]))
     save_checkpoint(tmp_path, state, model, optimizer)
     other, other_optimizer = make(1)
