@@ -224,6 +224,7 @@ class TrainingLoop:
         """
         config, data, state, model, events = self._config, self._data, self._state, self._trainer.model, self._worker.events
         events.note("analysing the model's answers on the test rows")
+        machine = hardware(self._worker.device) | {"threads": torch.get_num_threads()}
         model.eval()
         trained = copy_weights(model)
 
@@ -253,7 +254,7 @@ class TrainingLoop:
             mistake_images,
             {name: value.numpy() for name, value in weights.items()},
             description,
-            hardware(self._worker.device),
+            machine,
             state.precision,
             None if state.checksums is None else state.checksums.numpy(),
         )

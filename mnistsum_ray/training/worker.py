@@ -16,6 +16,7 @@ import torch
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mnistsum_ray.cluster.connection import can_connect
 from mnistsum_ray.cluster.resources import explain_worker_silence, this_node
 from mnistsum_ray.errors import counted, lines_of
 from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
@@ -210,13 +211,20 @@ class InterruptibleTrainer(ray.train.torch.TorchTrainer):
 
 
 class RunCallback(ray.train.UserCallback):
-    """Reports lost workers. Runs in Ray Train's controller process."""
+    """Reports lost nodes and workers. Runs in Ray Train's controller process."""
 
     def __init__(self, events: Queue) -> None:
         self._events = EventSender(events, rank=0)
+        self._lost = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Send a console line for each failed worker; Ray Train itself says nothing until it gives up."""
+        """Send a console line for each lost node and failed worker; Ray Train itself says nothing until it gives up."""
+        for node in ray.nodes():
+            name, address = node["NodeID"], node["NodeManagerAddress"]
+            # Ray notices that a node is gone after the workers that are left have failed, which name none.
+            if name not in self._lost and not (node["Alive"] and can_connect(address, node["NodeManagerPort"])):
+                self._lost.add(name)
+                self._events.note(f"the node {address} was lost with its workers")
         for rank, error in worker_exceptions.items():
             self._events.note(f"worker {rank} failed: {lines_of(worker_error(error))[0]} (full text in Ray's logs)")
 

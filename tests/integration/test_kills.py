@@ -25,9 +25,11 @@ from ray.cluster_utils import Cluster
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import int8
+from mnistsum_ray.reporting.report import epoch_seconds
 from mnistsum_ray.scoring.worker import start_crash_counter
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.artifacts import read_history
 from mnistsum_ray.training.checkpoint import STATE_CARD
 from tests.conftest import calibrate, writable
 from tests.integration.conftest import (
@@ -49,7 +51,7 @@ pytestmark = pytest.mark.slow
 ROWS, FILES, PART_ROWS = 36_000, 6, 500
 """Of the input of scoring; 60 rows are bad."""
 
-TRAIN = ["--recipe", "long", "--batch-size", 32, "--sum-head-steps", 200, "--num-workers", 2]
+TRAIN = ["--recipe", "long", "--batch-size", 32, "--sum-head-steps", 200]
 """With all that a run draws: numbers, order, distortions, dropout. An epoch has 125 steps."""
 
 
@@ -84,6 +86,8 @@ class Case:
     def wait_for_recovery(self, job: Job, what: str, since: float) -> None:
         """Wait until a job that is still running goes on."""
         if self.name == "train":
+            if "node" in what:
+                job.wait_for_line("the node 127.0.0.")
             job.wait_for_line("going on after epoch")
         else:
             before = self.progress()
@@ -91,9 +95,9 @@ class Case:
         report_duration(f"{self.name} on {self.output.filesystem.type_name}, {what}: went on", since)
 
 
-def training_case(root: str, data: str, *, streamed: bool) -> Case:
+def training_case(root: str, data: str, *, streamed: bool, workers: int = 2) -> Case:
     place = ["--storage-path", root, "--name", "mine"]
-    flags = ["--data", data, *TRAIN, "--checkpoint-seconds", 0.1, "--epochs", 4 if streamed else 3]
+    flags = ["--data", data, *TRAIN, "--num-workers", workers, "--checkpoint-seconds", 0.1, "--epochs", 4 if streamed else 3]
     flags += ["--shuffle-rows", 1500] if streamed else []
     return Case("train", "RayTrainWorker", [*flags, *place, "--resume", "auto"], locate(root, "--storage-path") / "mine")
 
@@ -111,7 +115,7 @@ def left(case: Case) -> dict[str, Any]:
         timed = ("manifest.json", "report.html", "_lock")
         found = [info.path for info in case.output.files() if info.name not in timed]
         return {path.removeprefix(case.output.path): case.output.at(path).read_bytes() for path in found}
-    history = [json.loads(line) for line in (case.output / "history.jsonl").read_bytes().splitlines()]
+    history = read_history(case.output)
     weights = (case.output / "model" / "model.safetensors").read_bytes()
     return {
         "losses": [[line["train_loss"], line["step_losses"]] for line in history],
@@ -200,6 +204,21 @@ def finish(case: Case, address: str) -> Done:
     return done
 
 
+def start_and_lose(case: Case, cluster: Cluster) -> Job:
+    """Start a job on the nodes; a worker dies, then a node, and each time it goes on."""
+    job, before = case.start(address=cluster.address), case.progress()
+    case.wait_for_progress(job, before)
+    for what in ("a worker killed", "a node lost and another come"):
+        before, began = case.progress(), time.monotonic()
+        if what == "a worker killed":
+            kill_worker(os.getpid(), case.worker)
+        else:
+            lose_node(cluster, notice=not case.output.is_local)
+        case.wait_for_recovery(job, what, began)
+        case.wait_for_progress(job, before)
+    return job
+
+
 @pytest.mark.timeout(1200)  # six starts and two recoveries; four minutes on two cores
 def test_whatever_dies_the_bytes_are_those_of_an_undisturbed_run(cases: tuple[Case, Case], two_nodes: Cluster) -> None:
     case, alone = cases
@@ -207,16 +226,7 @@ def test_whatever_dies_the_bytes_are_those_of_an_undisturbed_run(cases: tuple[Ca
     assert alone.start(address=two_nodes.address).wait().code == code
     with watched(case.output) if case.name == "score" and case.output.is_local else nullcontext():
         # On the nodes: a worker dies, then a node, then the driver.
-        job, before = case.start(address=two_nodes.address), case.progress()
-        case.wait_for_progress(job, before)
-        for what in ("a worker killed", "a node lost and another come"):
-            before, began = case.progress(), time.monotonic()
-            if what == "a worker killed":
-                kill_worker(os.getpid(), case.worker)
-            else:
-                lose_node(two_nodes, notice=not case.output.is_local)
-            case.wait_for_recovery(job, what, began)
-            case.wait_for_progress(job, before)
+        job = start_and_lose(case, two_nodes)
         os.kill(job.process.pid, signal.SIGKILL)
         job.wait()
 
@@ -241,7 +251,19 @@ def test_whatever_dies_the_bytes_are_those_of_an_undisturbed_run(cases: tuple[Ca
         assert line["input_rows"] == line["scored_rows"] + line["rejected_rows"] == ROWS
         assert (line["rejected_rows"], line["resumed_rows"] > 0) == (ROWS // 400, True)
     else:
-        assert json.loads((case.output / "manifest.json").read_bytes())["status"] == "finished"
+        manifest, history = (case.output / "manifest.json").read_json(), read_history(case.output)
+        assert manifest["status"] == "finished"
+        assert any(line["seconds_before"] for line in history), "a checkpoint within an epoch knows what its steps took"
+        assert manifest["training_seconds"] == pytest.approx(sum(map(epoch_seconds, history)), abs=0.1)
+    assert left(case) == left(alone)
+
+
+@pytest.mark.timeout(600)
+def test_three_workers_one_killed_and_one_node_replaced_train_the_model_of_an_undisturbed_run(data: Path, tmp_path: Path) -> None:
+    """From three workers on, a new DDP sums its first gradients in another order."""
+    case, alone = (training_case(str(tmp_path / name), str(data), streamed=False, workers=3) for name in ("killed", "alone"))
+    with nodes(0, 1, 1, 1) as cluster:
+        assert start_and_lose(case, cluster).wait().code == alone.start(address=cluster.address).wait().code == 0
     assert left(case) == left(alone)
 
 

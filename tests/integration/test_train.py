@@ -294,8 +294,8 @@ def test_the_same_model_is_trained_again_from_a_run_on_fewer_cpus(done: Done, tm
     assert "going on after epoch 1, on 1 worker" in again.err, "that run is not needed again"
     assert again.line["test"] == done.line["test"]
     stored = json.loads((run / "manifest.json").read_text())
-    chosen = [stored["config"]["num_workers"], stored["config"]["use_gpu"], stored["threads"]]
-    assert chosen == [[1, 1], False, json.loads(manifest.read_text())["threads"]], "as they were chosen by that run"
+    chosen = [stored["config"]["num_workers"], stored["config"]["use_gpu"], stored["threads"], stored["hardware"]["threads"]]
+    assert chosen == [[1, 1], False, 2, 2], "as they were chosen by that run"
     one, other = ((Path(each.line["model"]) / "model.safetensors").read_bytes() for each in (done, again))
     assert one == other
 
