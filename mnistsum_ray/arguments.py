@@ -5,7 +5,6 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
 from mnistsum_ray.config import JobConfig, PathText
-from mnistsum_ray.errors import RequestError, RunError, did_you_mean, one_line, shortened
+from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
 from mnistsum_ray.storage.uri import PathOrUri, masked
 
 Config = TypeVar("Config", bound=JobConfig)
@@ -42,7 +41,7 @@ def parse(config_class: type[Config], argv: list[str], description: str, command
 
     Raises:
         RequestError: an unknown flag or key, a value of the wrong type or out of range, an unreadable file.
-        RunError: `--print-config` cannot be printed.
+        OSError: standard output cannot be written.
         SystemExit: after `--help`, `--version` or `--print-config`, which print instead.
     """
     parser = make_parser(config_class, description, command, show_all="--help-all" in argv)
@@ -57,12 +56,9 @@ def parse(config_class: type[Config], argv: list[str], description: str, command
     try:
         if not print_config:
             return config_class(**values)
-        with suppress(BrokenPipeError):  # of `| head`
-            print(_config_yaml(config_class, values))
+        print(_config_yaml(config_class, values))
     except ValidationError as error:
         raise RequestError(_message(error, config_class, flags)) from None
-    except OSError as error:
-        raise RunError(f"standard output cannot be written ({error.strerror})") from None
     raise SystemExit(0)
 
 
@@ -71,6 +67,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{shortened(message)} (--help lists the flags)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file)  # argparse's own ignores that a disk is full
 
 
 def make_parser(config_class: type[JobConfig], description: str, command: str, *, show_all: bool) -> _Parser:

@@ -249,9 +249,11 @@ def run(job: Job, argv: list[str]) -> int:
 def _parse(config_class: "type[Config]", argv: list[str], job: Job) -> "Config":
     from mnistsum_ray.arguments import parse
 
-    config = parse(config_class, argv, f"{inspect.getdoc(job)}\n{_HELP}", shell_command(job.__name__.replace("_", "-")))
-    reserve_stdout_for_result()
-    return config
+    with _closed_pipe_ignored():  # of `--help | head`
+        config = parse(config_class, argv, f"{inspect.getdoc(job)}\n{_HELP}", shell_command(job.__name__.replace("_", "-")))
+        reserve_stdout_for_result()
+        return config
+    raise SystemExit(DONE)
 
 
 def reserve_stdout_for_result() -> None:

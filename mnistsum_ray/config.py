@@ -9,9 +9,9 @@ import re
 import textwrap
 from dataclasses import dataclass
 from inspect import Parameter, Signature
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from mnistsum_ray.storage.uri import PathOrUri
 
@@ -40,6 +40,15 @@ class JobConfig(BaseModel):
             text = f"{name}: {field.description}{suffix}"
             lines += textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="        ")
         cls.__doc__, cls.__signature__ = "\n".join(lines), Signature(parameters)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` as true, and pydantic would take true for 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("must be no boolean")
+        return value
 
 
 class TrainingData(JobConfig):

@@ -126,12 +126,12 @@ def _predict_picture(model: "TwoHeadCNN | str | Path", picture: str | Path | Ima
 
 
 def predict_rows(
-    model: "TwoHeadCNN", rows: Rows, image_column: str = "image", number_column: str = "number", batch_size: int = 64
+    model: "TwoHeadCNN | str | Path", rows: Rows, image_column: str = "image", number_column: str = "number", batch_size: int = 64
 ) -> Rows:
     """Predict the digit and the sum of each row of a table.
 
     Args:
-        model: from `load_model`.
+        model: from `load_model`, or what that takes: `runs/mine`.
         rows: a pandas or Polars DataFrame, an Arrow table, or a Ray Dataset, whose tasks score it as it is read. Images may have
             any form that scoring takes: 784 pixels as bytes or as a list, 28 x 28 lists, PNG or JPEG bytes.
         image_column: column of the images.
@@ -150,6 +150,7 @@ def predict_rows(
             is below 1.
     """
     _check_batch_size(batch_size)
+    model = load_model(model) if isinstance(model, str | Path) else model
     data: Any = rows
     if _is_a(data, "ray.data", "Dataset"):
         arguments = (model, image_column, number_column, batch_size)

@@ -103,6 +103,8 @@ def test_a_missing_required_flag_is_named(argv: list[str], message: str) -> None
     [
         ("epohs: 3\n", "'epohs' of the config file: there is no such setting; did you mean epochs?"),
         ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to 1, got 0"),
+        ("epochs: yes\n", "'epochs' of the config file: must be no boolean, got True"),
+        ("num-workers: off\n", "'num_workers' of the config file: must be no boolean, got False"),
         ("- epochs\n", "must hold `key: value` lines"),
         ("epochs: [\n", "not YAML"),
         ("epochs: 3\nseed: 1\nepochs: 4\n", "the key 'epochs' is there twice"),
@@ -212,5 +214,8 @@ def test_help_of_a_config_begins_with_its_fields_and_their_meaning() -> None:
 def test_in_python_an_error_names_the_argument() -> None:
     with pytest.raises(ValueError, match="`resume`: needs `name`, the run to continue"):
         TrainConfig(resume=True)
+    with pytest.raises(ValueError, match=r"epochs\s+Value error, must be no boolean"):
+        TrainConfig(epochs=True)
+    assert TrainConfig(compile=True, use_gpu=False, resume=True, name="a").compile
     with pytest.raises(ValueError, match="`image_column`, `number_column`: 'a' cannot be both"):
         ScoreConfig(model="m", input=("i",), output="o", image_column="a", number_column="a")

@@ -71,7 +71,7 @@ def test_a_reader_may_close_the_pipe(flags: str) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("flags", ["--version", "train --print-config"])
+@pytest.mark.parametrize("flags", ["--version", "train --version", "train --help", "train --print-config"])
 def test_a_full_disk_is_said(flags: str, unbuffered: str) -> None:
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(["bash", "-c", f"{MNISTSUM} {flags} > /dev/full"], env=environment, capture_output=True, text=True)

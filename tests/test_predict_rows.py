@@ -154,8 +154,8 @@ def test_columns_that_do_not_fit_are_errors(network: TwoHeadCNN, table: pa.Table
         predict_rows(network, table.to_pydict())
 
 
-def test_no_rows(network: TwoHeadCNN, table: pa.Table) -> None:
-    assert predict_rows(network, table.slice(0, 0)).column_names == [*table.column_names, *ADDED]
+def test_no_rows_and_a_model_by_its_path(model: Path, table: pa.Table) -> None:
+    assert predict_rows(model, table.slice(0, 0)).column_names == [*table.column_names, *ADDED]
 
 
 def test_images_are_decoded(table: pa.Table) -> None:

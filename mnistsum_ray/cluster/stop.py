@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Final
 
@@ -98,7 +98,7 @@ class StopOnSignals:
             if self._ended.is_set():
                 return
             written = os.read(pipe, 1) if select.select([pipe], [], [], _POLL_SECONDS)[0] else b""
-            arrived = next((number for number in (*written, *signal.sigpending()) if number in self._handlers_before), None)
+            arrived = next((number for number in written if number in self._handlers_before), None)
         if self._ended.wait(_REPEAT_SECONDS):
             return
         os.kill(os.getpid(), arrived)
@@ -109,46 +109,62 @@ class StopOnSignals:
 
 
 @contextmanager
-def defer_signals() -> Iterator[None]:
-    """Deliver stop signals to the calling thread only after the block."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+def defer_signals() -> Iterator[list[int]]:
+    """Deliver stop signals that arrive in the block after it, each once, in order. Does nothing outside of the main thread.
+
+    A mask is that of one thread, and Python runs a handler in the main thread whichever has taken the signal. So the handlers
+    are replaced. Yields the signals that have arrived.
+    """
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: handler for number in STOP_SIGNALS if (handler := signal.getsignal(number)) is not None}
     try:
-        yield
+        for number in _handled_signals():
+            signal.signal(number, lambda number, _: caught.append(number))
+        yield caught
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _restore_handlers(before)
+        with ExitStack() as arrived:  # the second is raised also if the handler of the first raises
+            for number in reversed(dict.fromkeys(caught)):
+                arrived.callback(signal.raise_signal, number)
+
+
+def _restore_handlers(handlers: dict[signal.Signals, Any]) -> None:
+    try:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # also replaces a handler that C++ has set, of which Python knows nothing
+    except BaseException:  # of a handler that is back already, since its signal has just arrived
+        _restore_handlers(handlers)
+        raise
 
 
 @contextmanager
 def preserve_signal_handlers() -> Iterator[None]:
     """Defer stop signals while the block runs, and restore their handlers after it. Does nothing outside of the main thread.
 
-    `ray.init` sets two handlers for SIGTERM, one of which ends in a C++ stack trace. An exception in the middle of `ray.init`
-    leaves processes behind or ends in a segmentation fault.
+    `ray.init` sets two handlers for SIGTERM. That of C++ calls ours, and sets an alarm that aborts the process 3 s later. An
+    exception in the middle of `ray.init` leaves processes behind or ends in a segmentation fault.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    caught: list[int] = []  # signals that were delivered to another thread; the mask of this one does not defer those
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in _handled_signals():
-        signal.signal(number, lambda number, _: caught.append(number))
     set_handler = signal.signal
 
     def keep_handler(number: int, handler: Any) -> Any:
         return signal.getsignal(number) if number in STOP_SIGNALS else set_handler(number, handler)
 
-    with defer_signals():
+    with defer_signals() as caught:
         signal.signal = keep_handler  # type: ignore[assignment]
         try:
             yield
         finally:
             signal.signal = set_handler
-            for number, handler in before.items():
-                signal.signal(number, handler)  # also replaces a handler that C++ has set, of which Python knows nothing
-    if caught:
-        signal.raise_signal(caught[0])
+            if caught:
+                signal.alarm(0)
 
 
 def _handled_signals() -> list[signal.Signals]:
     """The stop signals that are not ignored: `nohup` ignores SIGHUP, a script's shell SIGINT for what it starts with `&`."""
-    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]

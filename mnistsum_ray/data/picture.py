@@ -108,10 +108,12 @@ def _open(text: str) -> tuple[str, Image.Image]:
     """The name of a file or URI, and the picture in it, whose pixels are not decoded yet."""
     place = locate_existing(text, "picture")
     try:
+        if place.is_local and not Path(place.path).is_file():  # to read a pipe would wait for ever
+            raise MissingFileError
         data = place.read_bytes()
         return place.display, Image.open(io.BytesIO(data), formats=_FORMATS)
     except MissingFileError:
-        raise RequestError(f"{place.display}: there is no such file") from None
+        raise RequestError(f"{place.display}: there is no such file; a pipe, a device or a folder is none") from None
     except StorageError as error:
         raise RequestError(str(error)) from None
     except UnidentifiedImageError:

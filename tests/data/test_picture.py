@@ -1,6 +1,7 @@
 """Pictures that people draw and photograph become what MNIST's own are, however they are drawn."""
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,6 +180,7 @@ def test_a_picture_without_ink_is_refused(picture: Image.Image) -> None:
         prepare_picture(picture)
 
 
+@pytest.mark.timeout(30)
 def test_what_is_no_picture_is_refused_in_one_line(tmp_path: Path) -> None:
     whole, noted, note = io.BytesIO(), io.BytesIO(), PngInfo()
     draw().save(whole, "PNG")
@@ -197,5 +199,7 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
     with pytest.raises(RequestError, match=r"nowhere.png: there is no such file"):
         prepare_picture(tmp_path / "nowhere.png")
-    with pytest.raises(RequestError, match="cannot be read"):
-        prepare_picture(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for what in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(RequestError, match="there is no such file; a pipe, a device or a folder is none"):
+            prepare_picture(what)

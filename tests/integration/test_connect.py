@@ -219,18 +219,35 @@ def test_a_process_that_may_open_few_files_is_refused(tmp_path: Path) -> None:
     done.check_refused("error: this process may open just 64 files, and Ray needs more: ulimit -n 8192")
 
 
+SIGNAL = """
+import os, ray, signal, threading, time
+from mnistsum_ray.cluster.connection import connect
+
+def send_then(call):
+    def made(*args, **kwargs):
+        started = call(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        return started
+    return made
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # it may take the signal
+{call} = send_then({call})
+try:
+    connect()
+except KeyboardInterrupt:
+    time.sleep(4)
+    print(ray.is_initialized())
+"""
+
+
 @pytest.mark.slow
-def test_a_signal_during_the_start_of_ray_is_delivered_after_it(home: Path) -> None:
-    code = (
-        "import os, signal, threading, time; from mnistsum_ray.cluster.connection import connect; free = signal.signal\n"
-        "def send():\n    while signal.signal is free: time.sleep(0.05)\n"
-        "    time.sleep(0.5); os.kill(os.getpid(), signal.SIGINT)\n"
-        "threading.Thread(target=send).start()\n"
-        "try:\n    connect()\nexcept KeyboardInterrupt:\n    import ray; print(ray.is_initialized())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"RAY_ADDRESS": "local"}, cwd=ROOT, capture_output=True, text=True
-    )
+@pytest.mark.parametrize("call", ["ray._private.services.start_raylet", "ray._raylet.CoreWorker"])
+def test_a_signal_during_the_start_of_ray_is_delivered_after_it(home: Path, call: str) -> None:
+    """CoreWorker installs a handler of C++ that aborts the process 3 s after the signal."""
+    code, environment = SIGNAL.format(call=call), os.environ | {"RAY_ADDRESS": "local"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
