@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
+from mnistsum_ray.cluster.ray_internals import in_order
 from mnistsum_ray.data import images as image_columns
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import NUMBERS
@@ -154,7 +155,7 @@ def predict_rows(
     data: Any = rows
     if _is_a(data, "ray.data", "Dataset"):
         arguments = (model, image_column, number_column, batch_size)
-        return data.map_batches(_predict_block, batch_format="pyarrow", fn_args=arguments)  # type: ignore[no-any-return]
+        return in_order(data).map_batches(_predict_block, batch_format="pyarrow", fn_args=arguments)  # type: ignore[no-any-return]
     polars, pandas = _is_a(data, "polars", "DataFrame"), _is_a(data, "pandas", "DataFrame")
     if not (polars or pandas or isinstance(data, pa.Table)):
         raise TypeError(f"rows: must be a pandas or Polars DataFrame, an Arrow table or a Ray Dataset, not {type(data).__name__}")

@@ -9,9 +9,12 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mnistsum_ray.cluster import ray_internals
 from mnistsum_ray.cluster.stop import preserve_signal_handlers
@@ -68,7 +71,8 @@ def connect(metadata: dict[str, str] | None = None) -> None:
         with preserve_signal_handlers(), ray_internals.side_effects_undone():
             _authenticate(None if starts_cluster else named_address, starts_cluster=starts_cluster)
             with ray_internals.ray_processes_in_own_sessions() if starts_cluster else nullcontext():
-                context = ray.init(
+                context = _in_lasting_thread(
+                    ray.init,
                     address="local" if starts_cluster else None,
                     logging_level=logging.ERROR,
                     log_to_driver=False,
@@ -82,6 +86,23 @@ def connect(metadata: dict[str, str] | None = None) -> None:
         raise RequestError(f"{problem}: {root_cause(error)}") from error
     if starts_cluster:
         _mark_session(Path(context.address_info["session_dir"]))
+
+
+def _in_lasting_thread(start: Callable[..., Any], **options: Any) -> Any:
+    """Call a function in a thread that lasts as long as the process: Ray's processes die with the thread that started them."""
+    if threading.current_thread() is threading.main_thread():
+        return start(**options)
+    started: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            started.set_result(start(**options))
+        except BaseException as error:
+            started.set_exception(error)
+        threading.Event().wait()
+
+    threading.Thread(target=work, daemon=True).start()
+    return started.result()
 
 
 def started_cluster() -> bool:

@@ -1,19 +1,16 @@
 """Options of Ray Data for the app's own datasets. Datasets of the user, in the same process, keep theirs."""
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 from ray.data import DataContext
-from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from mnistsum_ray.cluster.ray_internals import PatientExecution
 
 _LOCK: Final = threading.RLock()
 """The current DataContext belongs to the process and not to a thread, and datasets are created in several threads."""
-
-_FIRST_PAUSE_SECONDS: Final = 0.001
-_LONGEST_PAUSE_SECONDS: Final = 0.05
 
 
 @contextmanager
@@ -45,27 +42,3 @@ def ray_data_options(
             context.execution_options.resource_limits = limits.copy(object_store_memory=object_store_bytes)
         with DataContext.current(context):
             yield
-
-
-class PatientExecution(ExecutionCallback):
-    """Sleeps after steps of the scheduling loop in which no task was started and no task returned anything.
-
-    When its consumer is slower than its tasks, Ray Data 2.60 runs its loop without a pause: `ray.wait` returns at once while a
-    task has a result that may not be taken yet, and is not called while no task runs. The loop is a thread of the training
-    process, and takes a third of the speed of training on two cores. Ray Data has no option against it. `ExecutionCallback`,
-    `_topology` and the metrics are private; `tests/cluster/test_ray_internals.py` uses them with the installed Ray.
-    """
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[int, int]] = []
-        self._pause = _FIRST_PAUSE_SECONDS
-
-    def on_execution_step(self, executor: Any) -> None:
-        """Called by Ray Data after each step, in the thread of the execution."""
-        metrics = [operator.metrics for operator in executor._topology]
-        progress = [(metric.num_tasks_submitted, metric.num_task_outputs_generated) for metric in metrics]
-        if progress != self._seen:
-            self._seen, self._pause = progress, _FIRST_PAUSE_SECONDS
-            return
-        time.sleep(self._pause)
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)

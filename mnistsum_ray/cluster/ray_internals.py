@@ -1,21 +1,20 @@
-"""Private APIs of Ray, one function each, and what `ray.init` does to this process. Read in Ray 2.60.0.
+"""Private names of Ray, one function each, and what `ray.init` does to this process. Read in Ray 2.60.0.
 
-`tests/cluster/test_ray_internals.py` runs each of them against the installed Ray.
+Each works without its name too: by a public way, or without a comfort. ruff refuses private names in other modules, and here on
+lines without a mark. `tests/cluster/test_ray_internals.py` runs each against the installed Ray, and with its name taken away.
 """
 
 import logging
 import os
-import re
-import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from mnistsum_ray.cluster.stop import STOP_SIGNALS
+_GONE: Final = (ImportError, AttributeError, TypeError)
+"""What Python raises where Ray has renamed something, or changed its parameters."""
 
 _SILENT_CORE: Final = ("RAY_BACKEND_LOG_LEVEL", "fatal")
 """Environment variable that keeps Ray's C++ code in this process from writing lines that no user can follow, such as one for each
@@ -25,119 +24,143 @@ _RAY_OPT_OUT: Final = "RAY_USAGE_STATS_ENABLED"
 """`ray.init` sets it to 0 for a cluster that it starts. It stays: without it Ray Data, in this process, would collect usage
 statistics of every pipeline and look for a Prometheus server."""
 
+_FIRST_PAUSE_SECONDS: Final = 0.001
+_LONGEST_PAUSE_SECONDS: Final = 0.05
+
 
 def last_cluster_address() -> str | None:
-    """Return HOST:PORT of the cluster that `ray start` started last on this machine, running or not; None without one.
+    """HOST:PORT of the cluster that `ray start` started last on this machine, running or not; None without one.
 
-    `ray._private.utils.read_ray_address` reads the file that `ray.init()` itself reads. The public way is `ray.init`, which takes
-    minutes to report that this cluster has been killed.
+    This is the file that `ray.init()` itself reads. `ray.init` takes minutes to report that this cluster has been killed. Without
+    the name a job joins the cluster of RAY_ADDRESS alone.
     """
-    from ray._private.utils import read_ray_address
+    with suppress(*_GONE):
+        from ray._private.utils import read_ray_address  # noqa: TID251
 
-    address: str | None = read_ray_address()
-    return address
+        return read_ray_address() or None
+    return None
 
 
 def reload_authentication() -> None:
     """Make Ray in this process read RAY_AUTH_MODE and the token again.
 
     Ray's C++ code caches both: `RayConfig` the mode, `AuthenticationTokenLoader` the token. An earlier connection of this process
-    may have left its own there. `ray.init` refreshes them in some cases only, and no public function does.
+    may have left its own there. `ray.init` refreshes them in some cases only, and no public function does. Without the names the
+    first connection of a process has them right.
     """
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+    with suppress(*_GONE):
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # noqa: TID251
 
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def rejects_this_client(address: str) -> bool:
-    """Return whether the cluster at HOST:PORT rejects this process for want of the right token.
+    """Whether the cluster at HOST:PORT rejects this process for want of the right token, which takes milliseconds to ask.
 
-    `ray._raylet.GcsClient` asks the cluster for its id, which takes milliseconds. The public way is a `ray.init` that fails
-    halfway.
+    Without the name `ray.init` fails halfway, and the user sets RAY_AUTH_MODE.
     """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError, RayError
 
     try:
-        GcsClient(address=address)
-    except AuthenticationError:
-        return True
-    except RayError:  # `ray.init` fails for the same reason, and reports it
-        return False
+        with suppress(*_GONE):
+            from ray._raylet import GcsClient  # type: ignore[attr-defined]  # noqa: TID251
+
+            GcsClient(address=address)
+    except RayError as error:  # another one ends `ray.init` too, which reports it
+        return isinstance(error, AuthenticationError)
     return False
 
 
-def has_dashboard() -> bool:
-    """Return whether the connected cluster has Ray's dashboard.
-
-    `ray._private.worker.get_dashboard_url` is what `ray.init` returns, to the caller alone, which may be a notebook.
-    """
-    from ray._private.worker import get_dashboard_url
-
-    return bool(get_dashboard_url())
-
-
 def autoscaler_limits() -> dict[str, int]:
-    """Return the resources that the connected cluster can grow to, as its autoscaler's configuration says; empty without one.
+    """Resources that the connected cluster can grow to, as its autoscaler's configuration says; empty without one.
 
-    `ray._private.state.state.get_max_resources_from_cluster_config` is what Ray Data and Ray Train call for it.
-    `ray.autoscaler.sdk`, the public module, only requests resources.
+    Ray Data and Ray Train ask so too. `ray.autoscaler.sdk`, the public module, only requests resources.
     """
-    from ray._private.state import state
+    with suppress(*_GONE):
+        from ray._private.state import state  # noqa: TID251
 
-    return state.get_max_resources_from_cluster_config() or {}
+        return state.get_max_resources_from_cluster_config() or {}
+    return {}
 
 
-def start_autoscaling_coordinator() -> None:
-    """Start the actor that Ray Train's controller asks for resources, and do not wait for it.
+def begin_at_zero(counter: Any) -> None:
+    """Show a counter of `ray.util.metrics` as 0, which an alert needs: the public `inc` refuses 0."""
+    with suppress(*_GONE):
+        counter._record(0)
 
-    `get_or_create_autoscaling_coordinator` is what the controller calls. Its process takes seconds to start. The driver can read
-    the data meanwhile, but the controller can only wait. There is no public function for it.
+
+def in_order(dataset: Any) -> Any:
+    """A Dataset whose rows come in their order; the given one keeps its options, unless Ray cannot copy it."""
+    with suppress(*_GONE):
+        dataset = dataset.copy(dataset, _deep_copy=True)
+    dataset.context.execution_options.preserve_order = True
+    return dataset
+
+
+class PatientExecution:
+    """Callback of Ray Data that sleeps after steps of its scheduling loop in which no task was started or returned anything.
+
+    When its consumer is slower than its tasks, Ray Data 2.60 runs its loop without a pause: `ray.wait` returns at once while a
+    task has a result that may not be taken yet, and is not called while no task runs. The loop is a thread of the training
+    process, and takes a third of the speed of training on two cores. Ray Data has no option against it.
     """
-    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 
-    get_or_create_autoscaling_coordinator()
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, int]] = []
+        self._pause = _FIRST_PAUSE_SECONDS
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Hooks of Ray Data's `ExecutionCallback`, a private class, that do nothing."""
+        return lambda *_: None
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called by Ray Data after each step, in the thread of the execution."""
+        with suppress(*_GONE):
+            metrics = [operator.metrics for operator in executor._topology]
+            progress = [(metric.num_tasks_submitted, metric.num_task_outputs_generated) for metric in metrics]
+            if progress != self._seen:
+                self._seen, self._pause = progress, _FIRST_PAUSE_SECONDS
+                return
+            time.sleep(self._pause)
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
 
 
 @contextmanager
-def ray_processes_in_own_sessions() -> Iterator[None]:
-    """Have `ray.init` start the processes of a new cluster in sessions of their own, and all end with the driver, in the block.
-
-    A closed terminal and `timeout` signal the whole process group. In the driver's group Ray's server would end before the job
-    that still needs it. `ray._private.services.ConsolePopen` starts all processes; `ray.init` has no parameter for it.
-
-    If the driver is killed, the kernel kills Ray's main processes with it (PR_SET_PDEATHSIG, which Ray sets on Linux), but the
-    agents that the raylet has started stay for a minute, in which they try to report its end to the server that is gone too, and
-    workers that are being started for half a minute. The raylet gets their commands from its command line: `setpriv` makes the
-    kernel kill them with the raylet. Where it is missing or too old (before util-linux 2.33) they stay for that time.
-    """
-    from ray._private import services
-
-    popen = services.ConsolePopen
-    die_with_parent = [shutil.which("setpriv") or "setpriv", "--pdeathsig", "KILL"]
-    try:
-        subprocess.run([*die_with_parent, "true"], stderr=subprocess.DEVNULL, check=True)
-        prefix = " ".join(die_with_parent) + " "
-    except (OSError, subprocess.CalledProcessError):
-        prefix = ""
-
-    def start(command: list[str], *args: Any, env: dict[str, str] | None = None, preexec_fn: Any = None, **kwargs: Any) -> Any:
-        def prepare() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the driver blocks them during `ray.init`
-            if preexec_fn is not None:
-                preexec_fn()
-
-        command = [re.sub(r"^(--\w+_command=)(?=.)", rf"\1{prefix}", argument) for argument in command]
-        environment = dict(item for item in (env or os.environ).items() if item != _SILENT_CORE)  # the cluster's logs stay
-        own_session = sys.platform == "linux"  # elsewhere Ray ends its processes by their process group
-        return popen(command, *args, env=environment, preexec_fn=prepare, start_new_session=own_session, **kwargs)
-
-    services.ConsolePopen = start
+def _replaced(find_owner: Callable[[], Any], name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace a function by what `make` makes of it while the block runs; do nothing where there is none of this name."""
+    owner = original = None
+    with suppress(*_GONE):
+        owner = find_owner()
+        original = getattr(owner, name)
+        setattr(owner, name, make(original))
     try:
         yield
     finally:
-        services.ConsolePopen = popen
+        if original is not None:
+            setattr(owner, name, original)
+
+
+def ray_processes_in_own_sessions() -> AbstractContextManager[None]:
+    """Have `ray.init` start the processes of a new cluster in sessions of their own, in the block.
+
+    A closed terminal and `timeout` signal the whole process group. In the driver's group Ray's server would end before the job
+    that still needs it. `ConsolePopen` starts all processes; `ray.init` has no parameter for it.
+
+    If the driver is killed, the kernel kills Ray's main processes with it (PR_SET_PDEATHSIG, which Ray sets on Linux). Two agents
+    of the raylet stay for a minute, in which they try to report its end to the server that is gone too.
+    """
+    import ray
+
+    def start(popen: Any) -> Callable[..., Any]:
+        def start_one(*args: Any, env: dict[str, str] | None = None, **kwargs: Any) -> Any:
+            environment = dict(item for item in (env or os.environ).items() if item != _SILENT_CORE)  # the cluster's logs stay
+            own_session = sys.platform == "linux"  # elsewhere Ray ends its processes by their process group
+            return popen(*args, env=environment, **kwargs | {"start_new_session": own_session})
+
+        return start_one
+
+    return _replaced(lambda: ray._private.services, "ConsolePopen", start)  # noqa: TID251
 
 
 @contextmanager
@@ -150,9 +173,12 @@ def side_effects_undone() -> Iterator[None]:
       executed in each worker. So it runs in another one, unless the working folder is in the import path of this process.
     - Ray's C++ code writes to file descriptor 2, for example when a token is rejected.
     - It starts a thread that prints errors of Ray's processes at any time, also below the job's last line, and with advice that
-      does not hold ("there are infinite retries"). `listen_error_messages` is private. The jobs report what fails.
+      does not hold ("there are infinite retries"): `listen_error_messages`. The jobs report what fails.
+    - It gives the command line to the cluster, whose dashboard shows it: `get_entrypoint_name`. URIs in it may hold keys.
     """
-    from ray._private import worker
+    import ray
+
+    from mnistsum_ray.storage.uri import masked
 
     environment, logger, working_folder = dict(os.environ), logging.getLogger("ray"), Path.cwd()
     level = logger.level
@@ -162,11 +188,13 @@ def side_effects_undone() -> Iterator[None]:
     os.environ.setdefault(*_SILENT_CORE)
     if not {"", str(working_folder)} & set(sys.path):
         os.chdir(Path(__file__).parents[2])
-    listen, worker.listen_error_messages = worker.listen_error_messages, lambda *_: None
     try:
-        yield
+        with (
+            _replaced(lambda: ray._private.worker, "listen_error_messages", lambda _: lambda *_: None),  # noqa: TID251
+            _replaced(lambda: ray._private.utils, "get_entrypoint_name", lambda name: lambda: masked(name())),  # noqa: TID251
+        ):
+            yield
     finally:
-        worker.listen_error_messages = listen
         os.chdir(working_folder)
         os.dup2(stderr, 2)
         os.close(stderr)

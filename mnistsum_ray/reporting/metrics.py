@@ -8,6 +8,8 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
+from mnistsum_ray.cluster.ray_internals import begin_at_zero
+
 
 def _tagged(kind: type[Any], name: str, text: str, run: str) -> Any:
     metric = kind(f"mnistsum_{name}", text, ("run",))
@@ -17,7 +19,7 @@ def _tagged(kind: type[Any], name: str, text: str, run: str) -> Any:
 
 def _counter(name: str, text: str, run: str) -> Any:
     counter = _tagged(Counter, name, text, run)
-    counter._record(0)  # an alert needs a 0 and not nothing; the public `inc` refuses 0
+    begin_at_zero(counter)
     return counter
 
 

@@ -12,7 +12,6 @@ import ray.exceptions
 import ray.train
 
 from mnistsum_ray.cluster.connection import started_cluster
-from mnistsum_ray.cluster.ray_internals import has_dashboard, start_autoscaling_coordinator
 from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
@@ -72,7 +71,6 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        start_autoscaling_coordinator()
         with folder_lock(run.folder, "--name", console.say) as held:
             return _Driver(run, _reserve(run, held, console.say), held, console).fit()
     except OSError as error:
@@ -306,15 +304,16 @@ class _Driver:
 
 def _train_environment(config: TrainConfig) -> dict[str, str]:
     """Options that Ray Train reads only from environment variables."""
+    joined = "0" if started_cluster() else "1"
     return {
         # How long Ray Train waits for the resources of a worker group, in each attempt.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(_MIN_START_SECONDS, config.wait_seconds / (config.max_failures + 1))),
         # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s more of each run.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         # Some clouds give only 30 s of notice before they take a node away. The process that asks takes a second to start.
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0" if started_cluster() else "1",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": joined,
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         # Attempts, workers and their logs, at /api/train/v2/runs/v1 of the dashboard. They are kept by a process of 250 MiB that
-        # stays on the head; the first run of a cluster starts it, in 3 s.
-        "RAY_TRAIN_ENABLE_STATE_TRACKING": str(int(has_dashboard())),
+        # stays on the head; the first run of a cluster starts it, in 3 s. A cluster of this process has no dashboard.
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": joined,
     }

@@ -1,16 +1,21 @@
 """The private APIs of Ray, run against the installed Ray. A failure names Ray's version and the API that it has changed."""
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray._private.state import GlobalState
 from ray.core.generated import autoscaler_pb2
+from ray.data import Dataset
+from ray.util.metrics import Counter, Metric
 
 from mnistsum_ray.cluster import ray_internals
 
@@ -56,20 +61,6 @@ def test_errors_of_rays_processes_are_not_printed(capfd: pytest.CaptureFixture[s
     time.sleep(1)
     with uses("ray._private.worker.listen_error_messages"):
         assert "raylet" not in "".join(capfd.readouterr())
-
-
-@pytest.mark.usefixtures("address")
-def test_start_autoscaling_coordinator() -> None:
-    with uses("ray.data._internal.cluster_autoscaler.get_or_create_autoscaling_coordinator"):
-        ray_internals.start_autoscaling_coordinator()
-    assert ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator"), "the name that Ray Train asks for"
-
-
-@pytest.mark.usefixtures("address")
-def test_has_dashboard() -> None:
-    """That it is true where there is one, tests/integration/test_metrics.py asks."""
-    with uses("ray._private.worker.get_dashboard_url"):
-        assert not ray_internals.has_dashboard()
 
 
 def test_last_cluster_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,3 +129,58 @@ def test_an_execution_that_waits_for_its_consumer_does_not_spin() -> None:
     with uses("DataContext.custom_execution_callback_classes, StreamingExecutor._topology or its metrics"):
         done = subprocess.run([sys.executable, "-c", _CONSUME_SLOWLY], capture_output=True, text=True, check=True)
     assert float(done.stdout.splitlines()[-1]) < 1.5, done.stderr
+
+
+def entered(manager: AbstractContextManager[None]) -> None:
+    with manager:
+        pass
+
+
+@pytest.mark.usefixtures("address")
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "expected"),
+    [
+        (ray._private.utils, "read_ray_address", ray_internals.last_cluster_address, None),
+        (ray._raylet, "Config", ray_internals.reload_authentication, None),
+        (ray._raylet, "AuthenticationTokenLoader", ray_internals.reload_authentication, None),
+        (ray._raylet, "GcsClient", lambda: ray_internals.rejects_this_client("127.0.0.1:9"), False),
+        (ray._private.state, "state", ray_internals.autoscaler_limits, {}),
+        (GlobalState, "get_max_resources_from_cluster_config", ray_internals.autoscaler_limits, {}),
+        (Metric, "_record", lambda: ray_internals.begin_at_zero(Counter("a")), None),
+        (Dataset, "copy", lambda: ray_internals.in_order(ray.data.range(1)).context.execution_options.preserve_order, True),
+        (ray._private.services, "ConsolePopen", lambda: entered(ray_internals.ray_processes_in_own_sessions()), None),
+        (ray._private.worker, "listen_error_messages", lambda: entered(ray_internals.side_effects_undone()), None),
+        (ray._private.utils, "get_entrypoint_name", lambda: entered(ray_internals.side_effects_undone()), None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_name_that_ray_no_longer_has_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: Callable[[], object], expected: object
+) -> None:
+    monkeypatch.delattr(owner, name)
+    assert call() == expected
+
+
+def test_the_scheduling_loop_may_have_other_hooks_and_attributes() -> None:
+    callback = ray_internals.PatientExecution()
+    callback.on_execution_step(object())
+    callback.a_new_hook("executor", "event")
+
+
+@pytest.mark.slow
+def test_a_job_runs_to_its_end_without_any_private_name(tmp_path: Path) -> None:
+    flags = ["train", "--data", "sample", "--epochs", "1", "--sum-head-steps", "5", "--storage-path", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "tests.cluster.without_private_names", *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["test"]["rows"] == 500
+    assert done.stderr.splitlines()[-1].split() == [
+        "AuthenticationTokenLoader",
+        "ConsolePopen",
+        "_record",
+        "get_entrypoint_name",
+        "listen_error_messages",
+        "read_ray_address",
+        "state",
+    ]

@@ -173,10 +173,51 @@ def test_a_cluster_of_a_job_has_a_token_that_no_other_program_meets(home: Path) 
     assert not [path for path in home.rglob("*token*") if path.is_file()]
 
 
+IN_A_THREAD = """
+import threading, time
+from mnistsum_ray.cluster.connection import connect
+thread = threading.Thread(target=connect)
+thread.start()
+thread.join()
+time.sleep(1)
+import ray
+print(ray.get(ray.remote(lambda: "answered").remote(), timeout=30))
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_outlives_the_thread_that_has_started_it(home: Path) -> None:
+    """Ray has the kernel end its processes with the thread that has started them; the next call then hangs."""
+    command, environment = [sys.executable, "-c", IN_A_THREAD], os.environ | {"RAY_ADDRESS": "local"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout) == (0, "answered\n"), done.stderr
+
+
+ENTRYPOINTS = """
+from mnistsum_ray.cluster.connection import connect
+connect()
+import ray
+print(*(job.entrypoint for job in ray._private.worker.global_worker.gcs_client.get_all_job_info().values()))
+"""
+
+
+@pytest.mark.slow
+def test_the_cluster_does_not_learn_the_keys_of_the_command_line(home: Path) -> None:
+    """The dashboard shows the command line of each job."""
+    command = [sys.executable, "-c", ENTRYPOINTS, "--model", "s3://KEY:topsecret@bucket/runs"]
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert "bucket/runs" in done.stdout, done.stderr
+    assert "topsecret" not in done.stdout
+    logs = [path for path in home.rglob("session_*/**/*") if path.is_file()]
+    assert logs
+    assert not [path for path in logs if b"topsecret" in path.read_bytes()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["raylet/raylet", "ray::IDLE"], ids=["while Ray starts", "later"])
 def test_a_killed_driver_leaves_no_process(home: Path, moment: str) -> None:
-    """Ray's main processes end with the driver, and the agents and workers with the raylet, whose session they share."""
+    """Ray's main processes end with the driver. Its agents try for a minute to report that to the server that has ended."""
     code = "import time; from mnistsum_ray.cluster.connection import connect; connect(); time.sleep(60)"
     environment = os.environ | {"RAY_ADDRESS": "local"}
     driver = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, start_new_session=True)
@@ -187,7 +228,7 @@ def test_a_killed_driver_leaves_no_process(home: Path, moment: str) -> None:
     sessions = {os.getsid(process) for process in descendants(driver.pid)}
     driver.kill()
     driver.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while left := [process for process in psutil.pids() if session_of(process) in sessions]:
         assert time.monotonic() < deadline, [psutil.Process(process).cmdline() for process in left]
         time.sleep(0.2)

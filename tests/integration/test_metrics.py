@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from mnistsum_ray.cluster.ray_internals import has_dashboard
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.export.pairs import export_pairs
@@ -82,7 +81,6 @@ def test_a_scoring_that_has_ended(head: Any, model: Path, tmp_path: Path) -> Non
 
 
 def test_a_training_that_has_ended(head: Any, tmp_path: Path) -> None:
-    assert has_dashboard()
     pq.write_table(pq.read_table(SAMPLE)[::10], tmp_path / "rows.parquet")
     flags = ("--data", tmp_path / "rows.parquet", "--storage-path", tmp_path, "--name", "mine", "--epochs", 2)
     line = run_job("train", *flags, address=head.address_info["address"]).line
