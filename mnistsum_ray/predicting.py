@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
@@ -11,7 +12,6 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from mnistsum_ray.cluster.ray_internals import in_order
 from mnistsum_ray.data import images as image_columns
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import NUMBERS
@@ -105,8 +105,7 @@ def predict(
 
     from mnistsum_ray.model.inference import predict_pairs
 
-    _check_batch_size(batch_size)
-    model = load_model(model) if isinstance(model, str | Path) else model
+    model = _loaded(model, batch_size)
     images, numbers = np.ascontiguousarray(images), np.asarray(numbers)
     if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
         raise ValueError(f"images: must be uint8[n, 28, 28], are {images.dtype}{list(images.shape)}")
@@ -150,12 +149,14 @@ def predict_rows(
         ValueError: a column is missing, has a type that cannot be read, or has the name of one that is added; or the batch size
             is below 1.
     """
-    _check_batch_size(batch_size)
-    model = load_model(model) if isinstance(model, str | Path) else model
+    model = _loaded(model, batch_size)
     data: Any = rows
     if _is_a(data, "ray.data", "Dataset"):
-        arguments = (model, image_column, number_column, batch_size)
-        return in_order(data).map_batches(_predict_block, batch_format="pyarrow", fn_args=arguments)  # type: ignore[no-any-return]
+        from mnistsum_ray.cluster.ray_internals import in_order
+
+        names = {"image_column": image_column, "number_column": number_column}
+        block = partial(predict_rows, model, **names, batch_size=batch_size)
+        return in_order(data).map_batches(block, batch_format="pyarrow")  # type: ignore[no-any-return]
     polars, pandas = _is_a(data, "polars", "DataFrame"), _is_a(data, "pandas", "DataFrame")
     if not (polars or pandas or isinstance(data, pa.Table)):
         raise TypeError(f"rows: must be a pandas or Polars DataFrame, an Arrow table or a Ray Dataset, not {type(data).__name__}")
@@ -189,11 +190,6 @@ def predict_rows(
     return data  # type: ignore[no-any-return]
 
 
-def _predict_block(block: pa.Table, model: "TwoHeadCNN", image_column: str, number_column: str, batch_size: int) -> Any:
-    """`predict_rows` with the arguments in the order in which Ray Data gives them."""
-    return predict_rows(model, block, image_column, number_column, batch_size)
-
-
 def _predicted_columns(model: "TwoHeadCNN", frame: Any, image: str, number: str, batch_size: int) -> dict[str, pa.Array]:
     """The columns that `predict_rows` adds, by name."""
     from mnistsum_ray.model.inference import predict_pairs
@@ -210,9 +206,10 @@ def _predicted_columns(model: "TwoHeadCNN", frame: Any, image: str, number: str,
     return dict(zip(PREDICTION_FIELDS.names, arrays, strict=True)) | {_REASON: pa.array(reasons, pa.string())}
 
 
-def _check_batch_size(batch_size: int) -> None:
+def _loaded(model: "TwoHeadCNN | str | Path", batch_size: int) -> "TwoHeadCNN":
     if batch_size < 1:
         raise ValueError(f"batch_size: must be at least 1, is {batch_size}")
+    return load_model(model) if isinstance(model, str | Path) else model
 
 
 def decode_images(images: Any) -> tuple[Pixels, dict[int, str]]:

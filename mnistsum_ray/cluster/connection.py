@@ -16,7 +16,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from mnistsum_ray.cluster import ray_internals
 from mnistsum_ray.cluster.stop import preserve_signal_handlers
 from mnistsum_ray.errors import RequestError, one_line, root_cause
 
@@ -61,6 +60,8 @@ def connect(metadata: dict[str, str] | None = None) -> None:
         _check_address(named_address)
 
     import ray  # takes a second, so an address that is wrong is reported first
+
+    from mnistsum_ray.cluster import ray_internals
 
     # `ray.init` takes minutes to find out that the last cluster of this machine has been killed, so it is asked here.
     joined = address or ray_internals.last_cluster_address()
@@ -131,6 +132,8 @@ def _authenticate(named_address: str | None, *, starts_cluster: bool) -> None:
     Ray sends a token by itself only to a cluster that it finds without an address. It cannot be sent in every case: a cluster
     that asks for none does not answer a client that sends one. So a cluster at an address is asked first.
     """
+    from mnistsum_ray.cluster import ray_internals
+
     mode = os.environ.get("RAY_AUTH_MODE")
     if starts_cluster and mode in (None, "token") and not _has_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

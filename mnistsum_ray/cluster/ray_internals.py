@@ -9,9 +9,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
+
+import ray
+import ray.exceptions
+
+from mnistsum_ray.overrides import replaced
+from mnistsum_ray.storage.uri import masked
 
 _GONE: Final = (ImportError, AttributeError, TypeError)
 """What Python raises where Ray has renamed something, or changed its parameters."""
@@ -31,13 +37,11 @@ _LONGEST_PAUSE_SECONDS: Final = 0.05
 def last_cluster_address() -> str | None:
     """HOST:PORT of the cluster that `ray start` started last on this machine, running or not; None without one.
 
-    This is the file that `ray.init()` itself reads. `ray.init` takes minutes to report that this cluster has been killed. Without
-    the name a job joins the cluster of RAY_ADDRESS alone.
+    It is in the file that `ray.init()` itself reads, which takes minutes to report that this cluster has been killed. Without the
+    name a job joins the cluster of RAY_ADDRESS alone.
     """
     with suppress(*_GONE):
-        from ray._private.utils import read_ray_address  # noqa: TID251
-
-        return read_ray_address() or None
+        return ray._private.utils.read_ray_address() or None  # noqa: TID251
     return None
 
 
@@ -45,14 +49,11 @@ def reload_authentication() -> None:
     """Make Ray in this process read RAY_AUTH_MODE and the token again.
 
     Ray's C++ code caches both: `RayConfig` the mode, `AuthenticationTokenLoader` the token. An earlier connection of this process
-    may have left its own there. `ray.init` refreshes them in some cases only, and no public function does. Without the names the
-    first connection of a process has them right.
+    may have left its own there. `ray.init` refreshes them in some cases only. Without the names the first connection is right.
     """
     with suppress(*_GONE):
-        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # noqa: TID251
-
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        ray._raylet.Config.initialize("")  # noqa: TID251
+        ray._raylet.AuthenticationTokenLoader.instance().reset_cache()  # noqa: TID251
 
 
 def rejects_this_client(address: str) -> bool:
@@ -60,15 +61,11 @@ def rejects_this_client(address: str) -> bool:
 
     Without the name `ray.init` fails halfway, and the user sets RAY_AUTH_MODE.
     """
-    from ray.exceptions import AuthenticationError, RayError
-
     try:
         with suppress(*_GONE):
-            from ray._raylet import GcsClient  # type: ignore[attr-defined]  # noqa: TID251
-
-            GcsClient(address=address)
-    except RayError as error:  # another one ends `ray.init` too, which reports it
-        return isinstance(error, AuthenticationError)
+            ray._raylet.GcsClient(address=address)  # noqa: TID251
+    except ray.exceptions.RayError as error:  # another one ends `ray.init` too, which reports it
+        return isinstance(error, ray.exceptions.AuthenticationError)
     return False
 
 
@@ -78,16 +75,15 @@ def autoscaler_limits() -> dict[str, int]:
     Ray Data and Ray Train ask so too. `ray.autoscaler.sdk`, the public module, only requests resources.
     """
     with suppress(*_GONE):
-        from ray._private.state import state  # noqa: TID251
-
-        return state.get_max_resources_from_cluster_config() or {}
+        return ray._private.state.state.get_max_resources_from_cluster_config() or {}  # noqa: TID251
     return {}
 
 
-def begin_at_zero(counter: Any) -> None:
-    """Show a counter of `ray.util.metrics` as 0, which an alert needs: the public `inc` refuses 0."""
+def begin_at_zero(counter: Any) -> Any:
+    """Show a counter of `ray.util.metrics` as 0, which an alert needs and the public `inc` refuses; return it."""
     with suppress(*_GONE):
         counter._record(0)
+    return counter
 
 
 def in_order(dataset: Any) -> Any:
@@ -111,8 +107,7 @@ class PatientExecution:
         self._pause = _FIRST_PAUSE_SECONDS
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """Hooks of Ray Data's `ExecutionCallback`, a private class, that do nothing."""
-        return lambda *_: None
+        return lambda *_: None  # the other hooks of Ray Data's `ExecutionCallback`, a private class
 
     def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data after each step, in the thread of the execution."""
@@ -126,31 +121,13 @@ class PatientExecution:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
 
 
-@contextmanager
-def _replaced(find_owner: Callable[[], Any], name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace a function by what `make` makes of it while the block runs; do nothing where there is none of this name."""
-    owner = original = None
-    with suppress(*_GONE):
-        owner = find_owner()
-        original = getattr(owner, name)
-        setattr(owner, name, make(original))
-    try:
-        yield
-    finally:
-        if original is not None:
-            setattr(owner, name, original)
-
-
 def ray_processes_in_own_sessions() -> AbstractContextManager[None]:
     """Have `ray.init` start the processes of a new cluster in sessions of their own, in the block.
 
     A closed terminal and `timeout` signal the whole process group. In the driver's group Ray's server would end before the job
-    that still needs it. `ConsolePopen` starts all processes; `ray.init` has no parameter for it.
-
-    If the driver is killed, the kernel kills Ray's main processes with it (PR_SET_PDEATHSIG, which Ray sets on Linux). Two agents
-    of the raylet stay for a minute, in which they try to report its end to the server that is gone too.
+    that still needs it. If the driver is killed, the kernel kills Ray's main processes with it (PR_SET_PDEATHSIG). Two agents
+    stay for a minute, in which they try to report that to the server that is gone too.
     """
-    import ray
 
     def start(popen: Any) -> Callable[..., Any]:
         def start_one(*args: Any, env: dict[str, str] | None = None, **kwargs: Any) -> Any:
@@ -160,7 +137,7 @@ def ray_processes_in_own_sessions() -> AbstractContextManager[None]:
 
         return start_one
 
-    return _replaced(lambda: ray._private.services, "ConsolePopen", start)  # noqa: TID251
+    return replaced(lambda: ray._private.services, "ConsolePopen", start)  # noqa: TID251
 
 
 @contextmanager
@@ -176,26 +153,20 @@ def side_effects_undone() -> Iterator[None]:
       does not hold ("there are infinite retries"): `listen_error_messages`. The jobs report what fails.
     - It gives the command line to the cluster, whose dashboard shows it: `get_entrypoint_name`. URIs in it may hold keys.
     """
-    import ray
-
-    from mnistsum_ray.storage.uri import masked
-
-    environment, logger, working_folder = dict(os.environ), logging.getLogger("ray"), Path.cwd()
+    environment, logger, folder = dict(os.environ), logging.getLogger("ray"), Path.cwd()
     level = logger.level
     sys.stderr.flush()
     stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 2)
     os.environ.setdefault(*_SILENT_CORE)
-    if not {"", str(working_folder)} & set(sys.path):
-        os.chdir(Path(__file__).parents[2])
     try:
         with (
-            _replaced(lambda: ray._private.worker, "listen_error_messages", lambda _: lambda *_: None),  # noqa: TID251
-            _replaced(lambda: ray._private.utils, "get_entrypoint_name", lambda name: lambda: masked(name())),  # noqa: TID251
+            chdir(folder if {"", str(folder)} & set(sys.path) else Path(__file__).parents[2]),
+            replaced(lambda: ray._private.worker, "listen_error_messages", lambda _: lambda *_: None),  # noqa: TID251
+            replaced(lambda: ray._private.utils, "get_entrypoint_name", lambda name: lambda: masked(name())),  # noqa: TID251
         ):
             yield
     finally:
-        os.chdir(working_folder)
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(devnull)

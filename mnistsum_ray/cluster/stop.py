@@ -7,9 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any, Final
+
+from mnistsum_ray.overrides import replaced
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -147,20 +149,15 @@ def preserve_signal_handlers() -> Iterator[None]:
     `ray.init` sets two handlers for SIGTERM. That of C++ calls ours, and sets an alarm that aborts the process 3 s later. An
     exception in the middle of `ray.init` leaves processes behind or ends in a segmentation fault.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    set_handler = signal.signal
 
-    def keep_handler(number: int, handler: Any) -> Any:
-        return signal.getsignal(number) if number in STOP_SIGNALS else set_handler(number, handler)
+    def keep(set_handler: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda number, handler: signal.getsignal(number) if number in STOP_SIGNALS else set_handler(number, handler)
 
-    with defer_signals() as caught:
-        signal.signal = keep_handler  # type: ignore[assignment]
+    main_thread = threading.current_thread() is threading.main_thread()
+    with defer_signals() as caught, replaced(lambda: signal, "signal", keep) if main_thread else nullcontext():
         try:
             yield
         finally:
-            signal.signal = set_handler
             if caught:
                 signal.alarm(0)
 

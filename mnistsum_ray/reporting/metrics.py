@@ -18,9 +18,7 @@ def _tagged(kind: type[Any], name: str, text: str, run: str) -> Any:
 
 
 def _counter(name: str, text: str, run: str) -> Any:
-    counter = _tagged(Counter, name, text, run)
-    begin_at_zero(counter)
-    return counter
+    return begin_at_zero(_tagged(Counter, name, text, run))
 
 
 def _rate(name: str, run: str) -> Any:

@@ -146,7 +146,7 @@ def entered(manager: AbstractContextManager[None]) -> None:
         (ray._raylet, "GcsClient", lambda: ray_internals.rejects_this_client("127.0.0.1:9"), False),
         (ray._private.state, "state", ray_internals.autoscaler_limits, {}),
         (GlobalState, "get_max_resources_from_cluster_config", ray_internals.autoscaler_limits, {}),
-        (Metric, "_record", lambda: ray_internals.begin_at_zero(Counter("a")), None),
+        (Metric, "_record", lambda: bool(ray_internals.begin_at_zero(Counter("a"))), True),
         (Dataset, "copy", lambda: ray_internals.in_order(ray.data.range(1)).context.execution_options.preserve_order, True),
         (ray._private.services, "ConsolePopen", lambda: entered(ray_internals.ray_processes_in_own_sessions()), None),
         (ray._private.worker, "listen_error_messages", lambda: entered(ray_internals.side_effects_undone()), None),
