@@ -55,6 +55,9 @@ def image_type_error(kind: pa.DataType) -> str | None:
     """Why a column of this type cannot hold images; None where it can."""
     if isinstance(kind, pa.FixedShapeTensorType) and list(kind.permutation or ()) != sorted(kind.permutation or ()):
         return f"is a tensor whose dimensions are permuted ({kind})"
+    shape = getattr(kind, "shape", ())  # of a tensor of Arrow or Ray; sides of any length are None
+    if shape and None not in shape and not _is_shape_of_image(shape):
+        return f"holds tensors of shape {list(shape)}, not [28, 28] or [784]"
     storage = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     if pa.types.is_dictionary(storage):
         storage = storage.value_type
@@ -84,6 +87,10 @@ def number_type_error(kind: pa.DataType) -> str | None:
 def image_field(kind: pa.StructType) -> str | None:
     """Name of the struct's field with the image: in Hugging Face's {bytes, path}, or in Ray's tensor {data, shape}."""
     return next((name for name in ("bytes", "data") if kind.get_field_index(name) >= 0), None)
+
+
+def _is_shape_of_image(shape: Sequence[int]) -> bool:
+    return [side for side in shape if side != 1] in ([PIXELS], [SIDE, SIDE])  # also with a channel, as PyTorch's
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -119,7 +126,7 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     Returns:
         uint8[n, 28, 28], and row -> reason for each value that is not an image; these rows are zeros.
     """
-    null = "the image is null; fill it in or drop the row"
+    null, bad = "the image is null; fill it in or drop the row", dict[int, str]()
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     if isinstance(column, pa.DictionaryArray):
@@ -127,13 +134,17 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     if pa.types.is_struct(column.type):
         field = image_field(column.type)
         null = f"the image, or its field {field!r}, is null; put the picture itself into it, or drop the row"
+        if field == "data" and column.type.get_field_index("shape") >= 0:
+            shapes = enumerate(pc.struct_field(column, "shape").to_pylist())
+            bad = {row: _SHAPE_ERROR.format(" x ".join(map(str, s))) for row, s in shapes if s and not _is_shape_of_image(s)}
         column = pc.struct_field(column, field)
     whole = _decode_whole_lists(column) if is_list(column.type) else _view_whole_bytes(column)
-    if whole is not None:
+    if whole is not None and not bad:
         return whole, {}
     images = np.zeros((len(column), SIDE, SIDE), np.uint8)
-    bad: dict[int, str] = {}
     for row, value in enumerate(column):
+        if row in bad:
+            continue
         try:
             if not value.is_valid:
                 raise ImageError(null)
@@ -204,7 +215,7 @@ def _decode_list(values: pa.Array) -> Pixels:
         shape += f" x {widths.pop()}" if len(widths) == 1 else " lines of unequal length"
         values = values.flatten()
     if shape not in (f"{PIXELS}", f"{SIDE} x {SIDE}"):
-        raise ImageError(f"the image has {shape} values, not 784 or 28 x 28; resize it")
+        raise ImageError(_SHAPE_ERROR.format(shape))
     if values.null_count:
         raise ImageError("the image has nulls among its values; fill them in or drop the row")
     pixels = values.to_numpy(zero_copy_only=False)
@@ -212,6 +223,8 @@ def _decode_list(values: pa.Array) -> Pixels:
         raise ImageError(f"the image has values {pixels.min()}..{pixels.max()}, outside 0..255; scale them")
     return pixels.astype(np.uint8).reshape(SIDE, SIDE)  # type: ignore[no-any-return]
 
+
+_SHAPE_ERROR: Final = "the image has {} values, not 784 or 28 x 28; resize it"
 
 _FORMATS: Final = ("PNG", "JPEG")
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+import pickletools
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -60,9 +62,7 @@ def open_parquet(file: Location) -> Iterator[pq.ParquetFile]:  # noqa: TID251
     try:
         source = _Source(file)
         with plain_arrow_types():
-            # Timestamps of Parquet's old type INT96 hold any year, and nanoseconds only the years 1677 to 2262.
-            options = {"coerce_int96_timestamp_unit": "us", "arrow_extensions_enabled": True}
-            parquet = pq.ParquetFile(source, page_checksum_verification=True, **options)  # noqa: TID251
+            parquet = pq.ParquetFile(source, page_checksum_verification=True, arrow_extensions_enabled=True)  # noqa: TID251
         yield parquet
     except (UnusableFileError, StorageError):
         raise
@@ -311,28 +311,44 @@ def column_error(schema: pa.Schema, name: str, type_error: Callable[[pa.DataType
     """Why a column that is in the schema cannot be used; `type_error` says it of a type, see `images.image_type_error`."""
     if len(schema.get_all_field_indices(name)) > 1:
         return f"has more than one column {name!r}; rename all but one"
-    error = type_error(plain_schema(schema).field(name).type)
+    error = type_error(_tensor_type(schema.field(name)) or plain_schema(schema).field(name).type)
     return f"column {name!r} {error}; convert it" if error else None
 
 
-def lossy_column(schema: pq.ParquetSchema, dropped: str) -> str | None:
+def _tensor_type(field: pa.Field) -> pa.DataType | None:
+    """Arrow's own type, which has a shape, of a column that is marked as Ray's tensors of one shape; None of any other."""
+    metadata = field.metadata or {}
+    if metadata.get(_NAME) not in (b"ray.data.arrow_tensor", b"ray.data.arrow_tensor_v2"):
+        return None
+    mark = metadata.get(_METADATA, b"")
+    try:
+        # Ray 2.49 to 2.54 wrote a pickle, whose numbers are read here and nothing is executed.
+        ints = [number for code, number, _ in pickletools.genops(mark) if "BININT" in code.name] if mark[:1] == b"\x80" else None
+        return pa.fixed_shape_tensor(field.type.value_type, ints or json.loads(mark))
+    except (ValueError, TypeError, AttributeError, pa.ArrowException):
+        return None
+
+
+def lossy_column(footer: Footer, dropped: str) -> str | None:
     """Why some column would be written with another type than it was read with; None where none would.
 
     Args:
         dropped: name of the column that is not written.
     """
+    schema, columns = footer.metadata.schema, footer.schema.names
     text = str(schema)
     variant = re.search(r"group field_id=-?\d+ (.+) \(Variant", text) if "(Variant" in text else None
     if variant:
         return f"column {variant[1]!r} has the type VARIANT, which would be lost; cast it to JSON or VARCHAR"
-    columns = schema.to_arrow_schema().names
     for leaf in (schema.column(index) for index in range(len(schema))):
         # The column that the leaf's path begins with; its own name may hold dots.
         named = (name for name in columns if leaf.path == name or leaf.path.startswith(f"{name}."))
         column, logical = max(named, key=len, default=leaf.path), str(leaf.logical_type)
         time = logical.startswith("Time(")
-        name = logical.partition("," if time else "(")[0]
-        if name not in _UNCHANGED_TYPES and column != dropped:
+        # Timestamps of INT96 hold nanoseconds of any year, and those of Arrow either nanoseconds or any year.
+        int96 = leaf.physical_type == "INT96"
+        name = "INT96" if int96 else logical.partition("," if time else "(")[0]
+        if name not in _UNCHANGED_TYPES and (int96 or column != dropped):
             sql = "TIME WITH TIME ZONE" if time else name.upper()
             return f"column {column!r} has the type {sql}, which would be lost; cast it to another"
     return None

@@ -274,4 +274,4 @@ def _file_error(file: str, footer: Footer, config: ScoreConfig) -> str | None:
         key, equals, _ = folder.partition("=")
         if equals and unquote(key).lower() in (*PREDICTION_FIELDS.names, *REJECTION_FIELDS.names):
             return f"lies in a folder {folder!r}, which readers take for the column that scoring adds; rename the folder"
-    return lossy_column(footer.metadata.schema, config.image_column)
+    return lossy_column(footer, config.image_column)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from ray.data.extensions import ArrowTensorTypeV2
 
 from mnistsum_ray.data.images import (
     Pixels,
@@ -47,6 +48,7 @@ def forms() -> dict[str, pa.Array]:
         "nested": pa.array([image.tolist() for image in IMAGES]),
         "nested_fixed": pa.array([image.tolist() for image in IMAGES], pa.list_(pa.list_(pa.uint8(), 28), 28)),
         "tensor": tensor,
+        "tensor_with_channel": pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), [1, 28, 28]), tensor.storage),
         "png": pa.array(png),
         "huggingface": pa.array([{"bytes": data, "path": None} for data in png]),
         "ray_variable_shape": pa.array([{"data": values, "shape": [28, 28]} for values in lists()]),
@@ -171,6 +173,14 @@ def test_bad_lists_say_why(value: list[Any] | None, reason: str) -> None:
     assert np.array_equal(images[0], IMAGES[0])
 
 
+def test_a_tensor_of_another_shape_is_a_bad_row() -> None:
+    values = [{"data": pixels, "shape": shape} for pixels, shape in zip(lists(), ([56, 14], [28, 28], [784]), strict=True)]
+    images, bad = decode_images(pa.array(values))
+    assert bad == {0: "the image has 56 x 14 values, not 784 or 28 x 28; resize it"}
+    assert np.array_equal(images[1:], IMAGES[1:])
+    assert not images[0].any()
+
+
 def test_a_picture_that_was_left_outside_says_so() -> None:
     column = pa.array([{"bytes": IMAGES[0].tobytes(), "path": "0.png"}, {"bytes": None, "path": "1.png"}, None])
     images, bad = decode_images(column)
@@ -213,6 +223,8 @@ NO_IMAGES = [
     pa.struct([("path", pa.string())]),
     pa.struct([("bytes", pa.int32())]),
     pa.fixed_shape_tensor(pa.uint8(), [28, 28], permutation=[1, 0]),
+    pa.fixed_shape_tensor(pa.uint8(), [56, 14]),
+    ArrowTensorTypeV2((56, 14), pa.uint8()),
 ]
 
 

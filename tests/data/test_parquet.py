@@ -3,6 +3,7 @@
 import os
 import threading
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,13 @@ def test_a_bad_row_is_named(folder: Path, sample: pa.Table, column: str, value: 
     assert len(files.fetch(np.arange(100, 175))[1]) == 75
     with pytest.raises(RequestError, match=rf"b\.parquet: row 77: {said}"):
         files.fetch(np.array([178, 177, 176]))
+
+
+def test_an_int96_timestamp_of_another_column_is_no_matter_in_training(folder: Path, sample: pa.Table) -> None:
+    rows = sample[::50]
+    days = pa.array([datetime(9999, 12, 31)] * rows.num_rows, pa.timestamp("us"))
+    pq.write_table(rows.append_column("day", days), folder / "b.parquet", use_deprecated_int96_timestamps=True)
+    assert files_of(folder).fetch(np.arange(100, 200))[1].tolist() == rows["digit"].to_pylist()
 
 
 def test_a_page_whose_checksum_is_wrong_is_refused(tmp_path: Path, sample: pa.Table) -> None:

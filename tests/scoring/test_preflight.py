@@ -1,17 +1,21 @@
 """Checks of the input files: unusable ones get a reason, and a column that no file has is an error of the request."""
 
+import json
+import pickle
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import list_inputs
-from mnistsum_ray.data.parquet import open_parquet, to_parquet
+from mnistsum_ray.data.parquet import open_parquet, plain_arrow_types, to_parquet
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.scoring.preflight import read_footers
 from mnistsum_ray.storage.paths import locate
@@ -82,6 +86,36 @@ def test_a_type_that_pyarrow_cannot_write_back_makes_the_file_unusable(tmp_path:
     path = tmp_path / "a.parquet"
     duckdb.sql(f"COPY (SELECT repeat('x', 784)::BLOB AS image, 1 AS number, {expression} AS other) TO '{path}' (FORMAT parquet)")
     assert reason in footers(tmp_path)["a.parquet"]["error"]
+
+
+@pytest.mark.parametrize("column", ["day", "deep", "image"])
+def test_an_int96_timestamp_makes_the_file_unusable(tmp_path: Path, column: str) -> None:
+    """Spark writes them. pyarrow would read either other nanoseconds or, of distant years, other dates."""
+    days = pa.array([datetime(1500, 12, 31)] * 3, pa.timestamp("us"))
+    deep = pa.StructArray.from_arrays([GOOD["image"].combine_chunks(), days], ["bytes", "taken"])
+    other = {"day": {"day": days}, "deep": {"deep": deep}, "image": {"image": deep}}[column]
+    table = pa.table({name: GOOD[name] for name in GOOD.column_names} | other)
+    pq.write_table(table, tmp_path / "a.parquet", use_deprecated_int96_timestamps=True)
+    assert f"column {column!r} has the type INT96, which would be lost; cast it" in footers(tmp_path)["a.parquet"]["error"]
+
+
+@pytest.mark.parametrize("mark", [json.dumps, pickle.dumps, lambda shape: None], ids=["Ray", "Ray 2.54", "Arrow"])
+@pytest.mark.parametrize(
+    ("shape", "error"), [((56, 14), "'image' holds tensors of shape [56, 14], not [28, 28]"), ((28, 28), None)]
+)
+def test_tensors_of_another_shape_make_the_file_unusable(tmp_path: Path, mark: Any, shape: tuple[int, int], error: str) -> None:
+    if metadata := mark(shape):
+        lists = pa.array([[0] * 784] * 3, pa.large_list(pa.uint8()))
+        marks = {"ARROW:extension:name": "ray.data.arrow_tensor_v2", "ARROW:extension:metadata": metadata}
+        image = pa.field("image", lists.type, metadata=marks)
+    else:
+        lists = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((3, *shape), np.uint8))
+        image = pa.field("image", lists.type)
+    table = pa.Table.from_arrays([lists, GOOD["number"]], schema=pa.schema([image, GOOD.schema.field("number")]))
+    with plain_arrow_types():  # of the pickle, the types of Ray in this process would raise an error
+        pq.write_table(table, tmp_path / "a.parquet")
+    found = footers(tmp_path)["a.parquet"]["error"]
+    assert (error in found) if error else found is None
 
 
 def test_every_other_type_of_duckdb_is_written_back_unchanged(tmp_path: Path) -> None:

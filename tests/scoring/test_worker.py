@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +129,6 @@ def test_a_part_may_be_cut_out_of_structs_with_a_null_child(tmp_path: Path) -> N
     write_all(plan_of(tmp_path, tmp_path / "out", max_rows_per_file=6))
     paths = sorted((tmp_path / "out" / "predictions").iterdir())
     assert [row for path in paths for row in pq.ParquetFile(path).read()["deep"].to_pylist()] == deep
-
-
-def test_an_int96_timestamp_of_any_year_is_kept(tmp_path: Path) -> None:
-    """Spark writes them, with microseconds. In nanoseconds, pyarrow would silently read other dates for these."""
-    days = pa.array([datetime(2020, 1, 1, 2, 3, 4, 567_891), datetime(1500, 12, 31), datetime(9999, 12, 31)], pa.timestamp("us"))
-    columns = {"day": days, "deep": pa.StructArray.from_arrays([days], ["day"])}
-    table = pa.table({"image": [bytes(784)] * 3, "number": [1] * 3, **columns})
-    pq.write_table(table, tmp_path / "a.parquet", use_deprecated_int96_timestamps=True)
-    write_all(plan_of(tmp_path, tmp_path / "out"))
-    scored = pq.ParquetFile(tmp_path / "out" / "predictions" / "a.parquet").read()
-    for name, values in columns.items():
-        assert scored[name].combine_chunks() == values
 
 
 @pytest.fixture
