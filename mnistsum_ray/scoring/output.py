@@ -9,6 +9,7 @@ OUTPUT/_lock                               names the run that writes here
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -202,8 +203,7 @@ def resume(plan: Plan, console: Console) -> Committed:
         RequestError: the output folder holds other files, or predictions that this run must not be mixed with.
         RunError: with `--overwrite`, an unusable input file has predictions in the output.
     """
-    if plan.staged:
-        _check_staging_is_a_folder(plan)
+    _check_folders(plan)
     published = OutputFiles.read(plan.output, console)
     published.check(staged=False)
     unplanned = 0
@@ -233,14 +233,19 @@ def resume(plan: Plan, console: Console) -> Committed:
     return Committed(published, matched.filter(matched["done"]), todo, unplanned, failures)
 
 
-def _check_staging_is_a_folder(plan: Plan) -> None:
-    path = Path(plan.folder.place.path)
-    if plan.output.is_local and (path.is_symlink() or (path.exists() and not path.is_dir())):
-        # All that is written or deleted through a link would be written or deleted elsewhere.
-        raise RequestError(
-            f"--output {plan.output.display}: {plan.folder.place.display} is not a folder of this program, but a link or a file; "
-            "remove it"
-        )
+def _check_folders(plan: Plan) -> None:
+    """Check that the folders of this program in a local output are folders, and hold no links to folders.
+
+    What is written or deleted through a link is written or deleted elsewhere, and no listing follows it.
+    """
+    for name in (PREDICTIONS, REJECTED, *([STAGING] if plan.staged else [])) if plan.output.is_local else ():
+        top = Path(plan.output.path) / name
+        below = (Path(folder, entry) for folder, entries, _ in os.walk(top) for entry in entries)
+        for path in (top, *below):
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                raise RequestError(
+                    f"--output {plan.output.display}: {path} is not a folder of this program, but a link or a file; remove it"
+                )
 
 
 def _earlier_failures(output: Location) -> dict[str, str]:

@@ -74,7 +74,7 @@ def split_into_parts(files: pa.Table, max_rows_per_file: int) -> tuple[pa.Table,
         A PART_SCHEMA table in the order of the files, and the files that cannot have output files: name and reason.
     """
     errors: dict[str, str] = {}
-    planned: dict[str, str] = {}  # input file by output file
+    planned: dict[str, str] = {}  # input file by output file, and one by folder of output files, with / at its end
     tables = []
     for batch in files.to_batches(max_chunksize=10_000):
         rows: list[dict[str, Any]] = []
@@ -87,6 +87,7 @@ def split_into_parts(files: pa.Table, max_rows_per_file: int) -> tuple[pa.Table,
                 errors[file["name"]] = error
                 continue
             planned |= {part.output: part.name for part in parts}
+            planned |= {f"{folder}/": file["name"] for folder in _folders(file["name"])}
             rows += map(asdict, parts)
         tables.append(pa.Table.from_pylist(rows, PART_SCHEMA))
     return pa.concat_tables(tables), errors
@@ -99,14 +100,21 @@ def _name_error(name: str, parts: list[Part], planned: dict[str, str]) -> str | 
     longest = max(len(component.encode()) for part in parts for component in part.output.split("/"))
     if longest > MAX_NAME_BYTES:
         return f"its output's name would have {longest} bytes, and most systems allow {MAX_NAME_BYTES}; rename it"
+    files = (key for part in parts for key in (part.output, f"{part.output}/"))
+    for key in itertools.chain(files, _folders(name)):  # no file has the name of a file or a folder, no folder that of a file
+        if key in planned:
+            return f"would need the name {key.rstrip('/')} in the output, as does {planned[key]}; rename it"
     for part in parts:
-        if part.output in planned:
-            return f"would be written to {part.output}, as is {planned[part.output]}; rename it"
         if is_hidden(part.output):
             return (
                 f"would be written to {part.output}, which readers of Parquet skip, as all names with . or _ in front; rename it"
             )
     return None
+
+
+def _folders(name: str) -> Iterator[str]:
+    """The folders above a file: `a` and `a/b` of `a/b/c.parquet`."""
+    return itertools.accumulate(name.split("/")[:-1], "{}/{}".format)
 
 
 def _parts_of_file(file: dict[str, Any], max_rows_per_file: int) -> Iterator[Part]:

@@ -166,13 +166,18 @@ def test_a_file_of_the_same_name_in_another_folder_has_not_changed(folder: Path)
         resume(plan, CONSOLE)
 
 
-@pytest.mark.parametrize("kind", ["link", "file"])
-def test_a_link_with_the_name_of_the_staging_folder_is_refused(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in ("_unpublished", "predictions", "rejected") for kind in ("link", "broken link", "file")]
+    + [("predictions/deep", "link")],
+)
+def test_a_link_or_a_file_with_the_name_of_a_folder_of_ours_is_refused(folder: Path, name: str, kind: str) -> None:
     fill(folder, "victim/data.parquet", "out/_lock")
-    staging = folder / "out" / "_unpublished"
-    staging.touch() if kind == "file" else staging.symlink_to(folder / "victim")
-    with pytest.raises(RequestError, match="_unpublished is not a folder of this program, but a link or a file; remove it"):
-        resume(plan_in(folder, overwrite=True), CONSOLE)
+    path = folder / "out" / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch() if kind == "file" else path.symlink_to(folder / ("victim" if kind == "link" else "nowhere"))
+    with pytest.raises(RequestError, match=f"{name} is not a folder of this program, but a link or a file; remove it"):
+        resume(plan_in(folder, overwrite=name == "_unpublished"), CONSOLE)
     assert names(folder / "victim") == {"data.parquet"}
 
 
