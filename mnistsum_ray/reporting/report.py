@@ -13,6 +13,7 @@ import jinja2
 
 from mnistsum_ray import __version__
 from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.errors import printable
 from mnistsum_ray.model.heads import HEADS
 
 REPORT: Final = "report.html"
@@ -174,6 +175,8 @@ def _render(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."),
         autoescape=template.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
+        # As on the console: a file name may hold control characters. Markup is what a filter has made for the page.
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     page: str = environment.get_template(template).render(heads=[head.name for head in HEADS], numbers=range(NUMBERS), **values)
     return page

@@ -157,6 +157,20 @@ def scored(**changed: Any) -> str:
     return scored_page(SCORED | changed, COUNTS, drawn)
 
 
+def test_control_characters_are_escaped_on_every_page() -> None:
+    """A file name or a message of the storage may hold them, and a page is read in terminals too."""
+    raw, shown, reason = "a\x1b]0;b\x07", r"a\x1b]0;b\x07", "is\x1b[2J"
+    counts = Counts(reasons={reason: 1}, examples={reason: [[raw, 3]]}, unsure=[[0.1, raw, 0, 1, 2, None, "aGk="]])
+    pages = [
+        scored_page(SCORED | {"config": SCORED["config"] | {"input": raw}}, counts, {}),
+        report_page(raw, MANIFEST | {"config": {"name": raw, "paths": [raw]}}, CARD, [entry(1)], {}),
+        model_card(raw, CARD, MANIFEST["data"] | {"location": raw}),
+    ]
+    for page in pages:
+        assert shown in page
+        assert page.replace("\n", "").isprintable()
+
+
 def trained() -> str:
     drawn = pictures.draw_confusion(np.eye(10, dtype=int).tolist())
     return report_page("mine", MANIFEST, CARD | ALL, [entry(1), entry(2)], dict.fromkeys(PICTURES, drawn))
