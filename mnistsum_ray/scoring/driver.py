@@ -13,6 +13,7 @@ import ray.exceptions
 import torch
 from ray.data import ActorPoolStrategy
 
+from mnistsum_ray.cluster.crash_counter import crash_counter
 from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.cluster.resources import WorkerPlan, WorkerRequest, explain_worker_silence, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
@@ -35,7 +36,7 @@ from mnistsum_ray.scoring.output import (
 from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, REJECTED, make_tasks
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
 from mnistsum_ray.scoring.publish import publish, result_line, say_result
-from mnistsum_ray.scoring.worker import Score, start_crash_counter
+from mnistsum_ray.scoring.worker import Score
 from mnistsum_ray.storage.lock import folder_lock
 
 
@@ -140,9 +141,8 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
     progress = Progress(console.progress, "rows scored", todo_rows)
     failures: dict[str, str] = {}
     started, ended, done_rows = float("inf"), 0.0, 0
-    crash_counter = start_crash_counter()
-    pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers, crash_counter)
-    with silence_watchdog(console.say, explain_worker_silence) as sign_of_life:
+    with silence_watchdog(console.say, explain_worker_silence) as sign_of_life, crash_counter() as counter:
+        pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers, counter)
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
             sign_of_life()
             plan.held.check()
@@ -158,13 +158,10 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
             done_rows += rows
             progress(rows, ended - started)
             metrics.add(rows, rejected, done_rows / max(ended - started, 1e-9))
-    ray.kill(crash_counter)  # in a process that scores again and again, a counter of each run would stay for a while
     return failures, ended - started
 
 
-def _make_pipeline(
-    plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_workers: int, crash_counter: Any
-) -> ray.data.Dataset:
+def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_workers: int, counter: Any) -> ray.data.Dataset:
     """Ray Data pipeline: tasks over the parts in `todo` in, `worker.REPORT_SCHEMA` out, in any order."""
     tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, resources.workers)
     # Workers need no footers, which are large where the files are many.
@@ -181,7 +178,7 @@ def _make_pipeline(
         # Not `from_arrow`: tasks of its own, which reserve a CPU each, would look at the tables first.
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
             Score,
-            fn_constructor_args=(ray.put(shared), crash_counter),
+            fn_constructor_args=(ray.put(shared), counter),
             compute=pool,
             batch_size=1,
             batch_format="pyarrow",

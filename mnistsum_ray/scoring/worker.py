@@ -8,7 +8,7 @@ which process wrote it or how often.
 
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mnistsum_ray.cluster.crash_counter import CAUSES, MAX_CRASHES, begin
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import DIGITS, Pixels, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.order import NUMBERS
@@ -49,11 +49,6 @@ REPORT_SCHEMA: Final = pa.schema(
 )
 """One row per part; and one without rows for each task that is begun again."""
 
-_MAX_CRASHES: Final = 3
-"""Processes that may die while they score a part. Ray alone would start new ones for ever."""
-
-_CAUSES: Final = "out of memory? Ray's logs may tell"
-
 _BATCH_ROWS: Final = 2048
 """Small parts are predicted together, up to this number of rows or a larger batch: a forward pass on ten rows, filled up to a
 batch, wastes most of its time."""
@@ -70,10 +65,9 @@ class Score:
     """Scores tasks, in an actor of Ray Data."""
 
     def __init__(self, plan: "ray.ObjectRef[Plan]", crash_counter: Any) -> None:
-        """Args: the plan, whose `parts` the tasks are ranges of; and the handle of a `CrashCounter` actor."""
+        """Args: the plan, whose `parts` the tasks are ranges of; and what `crash_counter` yields."""
         self._plan: Plan = ray.get(plan)
         self._crash_counter = crash_counter
-        self._node: str = ray.get_runtime_context().get_node_id()
         self._predictor: Predictor | None = None
 
     def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
@@ -82,22 +76,19 @@ class Score:
         Errors are values and not raised: Ray Data wraps exceptions, and their types are lost on the way to the driver.
         """
         parts = [Part(**row) for row in self._plan.parts.slice(task["first"][0].as_py(), task["count"][0].as_py()).to_pylist()]
-        if self._begin(f"task of {parts[0].output}") == 1:
+        if begin(self._crash_counter, f"task of {parts[0].output}") == 1:
             yield from self._score(parts)
             return
         # A process died in this task. Its parts are scored one by one, so that a part that kills every process is found and given
         # up. The crash in the whole task counts as each part's first.
-        notice = f"a process that scored died ({_CAUSES}); its task is begun again at {parts[0].output}"
+        notice = f"a process that scored died ({CAUSES}); its task is begun again at {parts[0].output}"
         yield _report(parts[0], time.time(), notice=notice)
         for part in parts:
-            if self._begin(part.output) < _MAX_CRASHES:
+            if begin(self._crash_counter, part.output) < MAX_CRASHES:
                 yield from self._score([part])
                 self._crash_counter.end.remote(part.output)
             else:
-                yield _report(part, time.time(), unreadable=f"the process that scored it died {_MAX_CRASHES} times ({_CAUSES})")
-
-    def _begin(self, key: str) -> Any:
-        return ray.get(self._crash_counter.begin.remote(key, self._node))
+                yield _report(part, time.time(), unreadable=f"the process that scored it died {MAX_CRASHES} times ({CAUSES})")
 
     def _score(self, parts: list[Part]) -> Iterator[pa.Table]:
         plan, started = self._plan, time.time()
@@ -129,36 +120,6 @@ def _make_predictor(plan: Plan) -> Predictor:
 def _report(part: Part, started: float, **fields: Any) -> pa.Table:
     row = {"name": part.name, "rows": 0, "rejected": 0, "started": started, "ended": time.time()} | fields
     return pa.Table.from_pylist([row], REPORT_SCHEMA)
-
-
-class CrashCounter:
-    """Counts how often each key was begun without being ended. An actor, because the process that began it may have died."""
-
-    def __init__(self) -> None:
-        self._begun: dict[str, list[str]] = defaultdict(list)
-        """The node of each attempt."""
-
-    def begin(self, key: str, node: str) -> int:
-        """Count an attempt on a node; return the number of attempts that have not ended, this one included.
-
-        An attempt that ended with its node does not count: the node was lost, and not for what it worked on.
-        """
-        attempts = self._begun[key]
-        if attempts:
-            lost = {entry["NodeID"] for entry in ray.nodes() if not entry["Alive"]}
-            attempts[:] = [attempt for attempt in attempts if attempt not in lost]
-        attempts.append(node)
-        return len(attempts)
-
-    def end(self, key: str) -> None:
-        """Forget the attempts: the process survived the work."""
-        del self._begun[key]
-
-
-def start_crash_counter() -> Any:
-    """Start a `CrashCounter` actor on the driver's node, so that losing another node does not lose the counts."""
-    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(CrashCounter).options(num_cpus=0, scheduling_strategy=this_node).remote()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import ray.exceptions
 import ray.train
 
 from mnistsum_ray.cluster.connection import started_cluster
+from mnistsum_ray.cluster.crash_counter import crash_counter
 from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
@@ -21,7 +22,7 @@ from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageE
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PARAMETERS
 from mnistsum_ray.overrides import default_environment
-from mnistsum_ray.reporting.console import Console, accuracies
+from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import TrainingMetrics
 from mnistsum_ray.reporting.report import REPORT, epoch_seconds
 from mnistsum_ray.storage.location import Location
@@ -72,7 +73,9 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
     """
     try:
         with folder_lock(run.folder, "--name", console.say) as held:
-            return _Driver(run, _reserve(run, held, console.say), held, console).fit()
+            plan = _reserve(run, held, console.say)
+            with crash_counter() as counter:
+                return _Driver(run, plan, held, counter, console).fit()
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
@@ -95,12 +98,15 @@ def _reserve(run: TrainingRun, held: OutputFolder, say: Callable[[str], None]) -
 class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
-    def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console) -> None:
-        self.run, self.plan, self.held, self.console = run, plan, held, console
+    def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, counter: Any, console: Console) -> None:
+        self.run, self.plan, self.held, self.crash_counter, self.console = run, plan, held, counter, console
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
         lines = check_memory(run, plan, cluster)
-        self.rows = stream_rows(source.files) if source.files and run.shuffle.streamed else load_rows(source)
+        if source.files and run.shuffle.streamed:
+            self.rows = stream_rows(source.files)
+        else:
+            self.rows = load_rows(source, counter, Progress(console.progress, "rows read", source.rows))
         for line in lines:  # after the rows have been read: a refusal is one line
             console.say(line)
         then = run.same_data[1] if run.same_data else {}
@@ -191,6 +197,7 @@ class _Driver:
             run.source.test,
             checksums=self.checksums,
             events=events.queue,
+            crash_counter=self.crash_counter,
             start=self.start,
             held=self.held,
         )

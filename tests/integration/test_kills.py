@@ -22,11 +22,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from mnistsum_ray.cluster.crash_counter import crash_counter
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import int8
 from mnistsum_ray.reporting.report import epoch_seconds
-from mnistsum_ray.scoring.worker import start_crash_counter
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.artifacts import read_history
@@ -290,8 +290,9 @@ def test_an_attempt_that_ended_with_its_node_costs_no_life(two_nodes: Cluster) -
     ray.init(address=two_nodes.address, log_to_driver=False, logging_level="error")
     try:
         lost = next(node["NodeID"] for node in ray.nodes() if not node["Alive"])
-        counter, here = start_crash_counter(), ray.get_runtime_context().get_node_id()
-        attempts = [ray.get(counter.begin.remote("file", node)) for node in (lost, here, lost, here)]
+        here = ray.get_runtime_context().get_node_id()
+        with crash_counter() as counter:
+            attempts = [ray.get(counter.begin.remote("file", node)) for node in (lost, here, lost, here)]
     finally:
         ray.shutdown()
     assert attempts == [1, 1, 2, 2]

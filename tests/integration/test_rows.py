@@ -1,6 +1,9 @@
 """What training workers are fed on a real cluster, from memory and streamed: the same batches for any number of workers."""
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,15 @@ import ray
 import torch
 from torchvision.io import encode_png
 
+from mnistsum_ray.cluster.crash_counter import crash_counter
+from mnistsum_ray.cluster.map_files import map_files
 from mnistsum_ray.data.distortion import distortions
-from mnistsum_ray.data.images import pixels_view
-from mnistsum_ray.data.order import Shuffle, random_numbers
-from mnistsum_ray.data.sources import Source, open_source
-from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.data.images import Pixels, pixels_view
+from mnistsum_ray.data.order import RowIds, Shuffle, random_numbers
+from mnistsum_ray.data.sources import Digits, ParquetFiles, Source, open_source
+from mnistsum_ray.errors import RequestError, RunError, StorageError
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training import rows as rows_module
 from mnistsum_ray.training.fetch import LoadedRows, load_rows, stream_rows
 from mnistsum_ray.training.rows import Batch, EvaluationSet, TrainingRows
@@ -30,6 +37,16 @@ Rows = tuple[Source, LoadedRows, Shuffle]
 Description = list[list[tuple[Any, ...]]]
 
 pytestmark = pytest.mark.usefixtures("cluster")
+
+COUNTERS: list[Any] = []
+"""The crash counter of the module."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counter(cluster: str) -> Iterator[None]:
+    with crash_counter() as counter:
+        COUNTERS[:] = [counter]
+        yield
 
 
 def write_files(folder: Path, rows: pa.Table, group_rows: tuple[int, ...] = (30, 200, 700)) -> Path:
@@ -45,7 +62,7 @@ def write_files(folder: Path, rows: pa.Table, group_rows: tuple[int, ...] = (30,
 
 def in_memory(folder: Path, batch_size: int = BATCH) -> Rows:
     source = open_source(str(folder))
-    return source, load_rows(source), Shuffle(source.train, None, batch_size, SHUFFLE_ROWS, SEED)
+    return source, load_rows(source, COUNTERS[0]), Shuffle(source.train, None, batch_size, SHUFFLE_ROWS, SEED)
 
 
 def streamed(folder: Path, batch_size: int = BATCH) -> Rows:
@@ -70,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, mixed: pa.Table) -> Path:
 
 def feed(rows: Rows, rank: int = 0, world_size: int = 1, **changed: Any) -> list[Batch]:
     """The batches of one worker over two epochs."""
-    values = {"distortion": 1.0, "epochs": 2, "readers": 2} | changed
+    values = {"distortion": 1.0, "epochs": 2, "readers": 2, "crash_counter": COUNTERS[0]} | changed
     return list(TrainingRows(rows[1].data, rows[2], rank=rank, world_size=world_size, device=CPU, **values).batches())
 
 
@@ -180,7 +197,51 @@ def test_a_bad_row_is_named(tmp_path: Path, mixed: pa.Table) -> None:
     source = open_source(str(files))
     (files / "2.parquet").unlink()
     with pytest.raises(RunError, match=r"--data .*2\.parquet: "):
-        load_rows(source)
+        load_rows(source, COUNTERS[0])
+
+
+@dataclass(frozen=True)
+class DeadlyFiles(ParquetFiles):
+    """The process that reads rows of the last file is killed, as the kernel does when memory is short."""
+
+    def fetch(self, ids: RowIds) -> tuple[Pixels, Digits]:
+        if (ids >= self.end_ids[-2]).any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().fetch(ids)
+
+
+def test_files_whose_process_always_dies_are_named_and_an_error_of_the_storage_is_raised(tmp_path: Path) -> None:
+    files, place = pa.table({"name": [f"{number}.parquet" for number in range(1200)]}), locate(str(tmp_path), "--input")
+
+    def read(folder: Location, files: pa.Table) -> pa.Table:
+        if (tmp_path / files["name"][0].as_py()).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (tmp_path / "gone").exists():
+            raise StorageError("is gone")
+        return files
+
+    counted = list[int]()
+    assert map_files(read, place, files, counted.append) == files
+    assert sorted(counted) == [200, 500, 500]
+    (tmp_path / "500.parquet").touch()
+    said = r"500\.parquet to .*/999\.parquet: the process that reads them died 3 times \(out of memory\?"
+    with pytest.raises(RunError, match=said):
+        map_files(read, place, files)
+    (tmp_path / "500.parquet").rename(tmp_path / "gone")
+    with pytest.raises(StorageError, match="is gone"):
+        map_files(read, place, files)
+
+
+@pytest.mark.slow
+def test_a_file_whose_reader_always_dies_ends_the_run_and_is_named(folder: Path) -> None:
+    source, _, shuffle = streamed(folder)
+    assert source.files is not None
+    files = DeadlyFiles(source.files.root, source.files.table)
+    said = r"2\.parquet: the process that reads there died 3 times \(out of memory\? Ray's logs may tell\)"
+    with pytest.raises(RunError, match=said):
+        load_rows(replace(source, data=files), COUNTERS[0])
+    with pytest.raises(RunError, match=said):
+        feed((source, stream_rows(files), shuffle), epochs=1)
 
 
 def test_held_out_rows_are_shared_out_whole(rows: Rows) -> None:

@@ -3,8 +3,10 @@
 import base64
 import html
 import io
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from PIL import Image
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from mnistsum_ray.errors import RunError
 from tests.conftest import check_predictions, plain_predictions
-from tests.integration.conftest import Scored, score_here
+from tests.integration.conftest import Scored, descendants, score_here
 
 FILES, ROWS_A_FILE, GROUP = 14, 715, 100  # 10,010 rows; every fifth is bad in one of twelve ways
 
@@ -232,3 +234,15 @@ def test_all_rows_bad_and_no_rows_at_all(model: Path, tmp_path: Path) -> None:
     assert scored.table("none.parquet").column_names == scored.table("nulls.parquet").column_names
     reason = "the image is null; fill it in or drop the row; the number is null; fill it in or drop the row"
     assert scored.table("nulls.parquet", "rejected")["reason"].to_pylist() == [reason] * 3
+
+
+def test_a_run_that_fails_leaves_no_crash_counter(model: Path, sample: pa.Table, tmp_path: Path) -> None:
+    """The error's traceback would keep it."""
+    pq.write_table(rows_of(sample, 0)[0].slice(1, 3), tmp_path / "a.parquet")
+    (tmp_path / "out" / "predictions" / "a.parquet").mkdir(parents=True)
+    with pytest.raises(RunError, match="cannot be written") as error:
+        score_here(model, tmp_path / "out", tmp_path / "a.parquet")
+    deadline = time.monotonic() + 30
+    while found := [title for title in descendants(os.getpid()).values() if "CrashCounter" in title]:
+        assert time.monotonic() < deadline, (found, error)
+        time.sleep(0.1)

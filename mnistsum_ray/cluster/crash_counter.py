@@ -1,0 +1,56 @@
+"""Counts processes that die while they work on the same thing: Ray alone would start new ones for ever."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+MAX_CRASHES: Final = 3
+"""Processes that may die in the same work before it is given up."""
+
+CAUSES: Final = "out of memory? Ray's logs may tell"
+
+
+class CrashCounter:
+    """Counts how often each key was begun without being ended. An actor, because the process that began it may have died."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, list[str]] = defaultdict(list)
+        """The node of each attempt."""
+
+    def begin(self, key: str, node: str) -> int:
+        """Count an attempt on a node; return the number of attempts that have not ended, this one included.
+
+        An attempt that ended with its node does not count: the node was lost, and not for what it worked on.
+        """
+        attempts = self._begun[key]
+        if attempts:
+            lost = {entry["NodeID"] for entry in ray.nodes() if not entry["Alive"]}
+            attempts[:] = [attempt for attempt in attempts if attempt not in lost]
+        attempts.append(node)
+        return len(attempts)
+
+    def end(self, key: str) -> None:
+        """Forget the attempts: the process survived the work."""
+        self._begun.pop(key, None)
+
+
+@contextmanager
+def crash_counter() -> Iterator[Any]:
+    """The handle of a `CrashCounter` actor for the block, on the driver's node: losing another node does not lose the counts."""
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    counter = ray.remote(CrashCounter).options(num_cpus=0, scheduling_strategy=this_node).remote()
+    try:
+        yield counter
+    finally:  # an error's traceback would keep it, and so would a process that scores again and again, for a while
+        with suppress(Exception):  # the cluster may have ended
+            ray.kill(counter)
+
+
+def begin(counter: Any, key: str) -> int:
+    """Count an attempt of this process, see `CrashCounter.begin`. If the process survives it, it calls `end`."""
+    count: int = ray.get(counter.begin.remote(key, ray.get_runtime_context().get_node_id()))
+    return count
