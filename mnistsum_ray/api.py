@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from threading import Thread
 from typing import Any, Final
@@ -14,7 +15,7 @@ from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.overrides import quiet_logger
-from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.storage.paths import locate
 
 _RAY_LOGGERS: Final = ("ray", "ray.data")
@@ -132,33 +133,34 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     """Train; return the fields of the job's last line. Errors name the flags of the shell."""
     from mnistsum_ray.training.preflight import preflight
 
-    run = preflight(config)
-    torch_import = Thread(target=import_module, args=("torch",))  # takes seconds, and to start Ray is mostly to wait
-    torch_import.start()
-    try:
-        connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
-    finally:
-        torch_import.join()  # a process that ended in the middle of an import would crash
+    with Console() as console:
+        run = preflight(config, partial(Progress, console.progress))
+        torch_import = Thread(target=import_module, args=("torch",))  # takes seconds, and to start Ray is mostly to wait
+        torch_import.start()
+        try:
+            connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
+        finally:
+            torch_import.join()  # a process that ended in the middle of an import would crash
 
-    from mnistsum_ray.training import driver
+        from mnistsum_ray.training import driver
 
-    # The loggers after the import of Ray Data, which sets the level of its logger.
-    with quiet_logger(*_RAY_LOGGERS), Console() as console:
-        return driver.fit(run, console)
+        with quiet_logger(*_RAY_LOGGERS):  # after the import of Ray Data, which sets the level of its logger
+            return driver.fit(run, console)
 
 
 def run_scoring(config: ScoreConfig) -> tuple[dict[str, Any], bool]:
     """Score; return the fields of the job's last line, and `ScoreResult.set_aside`. Errors name the flags of the shell."""
     from mnistsum_ray.scoring.preflight import preflight
 
-    run = preflight(config)
-    metadata = {"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display}
-    connect(metadata)  # `preflight` has imported torch
+    with Console() as console:
+        run = preflight(config)
+        metadata = {"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display}
+        connect(metadata)  # `preflight` has imported torch
 
-    from mnistsum_ray.scoring import driver
+        from mnistsum_ray.scoring import driver
 
-    with quiet_logger(*_RAY_LOGGERS), Console() as console:
-        return driver.score(run, console)
+        with quiet_logger(*_RAY_LOGGERS):
+            return driver.score(run, console)
 
 
 def _with_picture(text: str, folder: str, picture: str) -> str | None:

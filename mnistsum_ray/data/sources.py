@@ -6,6 +6,7 @@ megabytes, and none of it grows with their rows.
 
 import hashlib
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -186,8 +187,17 @@ class Source:
         return digest.hexdigest()
 
 
-def open_source(data: str) -> Source:
-    """Open the data source that `--data` names.
+Counter = Callable[[str, int], Callable[[int], None]]
+"""Begins to count towards a number of items that a text names; what it returns gets the number of items since its last call."""
+
+
+def not_counted(what: str, total: int) -> Callable[[int], None]:
+    """A Counter that does nothing."""
+    return lambda count: None
+
+
+def open_source(data: str, counter: Counter = not_counted) -> Source:
+    """Open the data source that `--data` names. `counter` counts the files whose footers have been read.
 
     Raises:
         RequestError: it is missing, cannot be used, or has no images with digits; one line that names the file.
@@ -201,7 +211,7 @@ def open_source(data: str) -> Source:
     try:
         with place.answers("listed"):
             folder = find_idx(Path(place.path)) if place.is_local else None
-        return _idx(folder) if folder else _parquet(data, place)
+        return _idx(folder) if folder else _parquet(data, place, counter)
     except StorageError as error:
         raise RunError(f"--data {error}; nothing was begun") from None
 
@@ -243,7 +253,7 @@ def _idx(folder: Path) -> Source:
     )
 
 
-def _parquet(data: str, place: Location) -> Source:
+def _parquet(data: str, place: Location, counter: Counter) -> Source:
     """The Parquet files that `data` names, in the order of their names."""
     none = f"holds neither IDX files ({IDX_FILES[0]}, …) on a local disk nor Parquet files"
     found = inputs.list_inputs([data], flag="--data", none=none)
@@ -252,7 +262,11 @@ def _parquet(data: str, place: Location) -> Source:
         raise RequestError(f"--data {root.display}/{name}: {reason}")
     # A local disk answers at once, and threads slow it down.
     with ThreadPoolExecutor(1 if root.is_local else _THREADS) as pool:
-        files = ParquetFiles(root, pa.Table.from_pylist(list(pool.map(partial(_describe, root), entries)), FILE_SCHEMA))
+        rows, count = [], counter("footers read", len(entries))
+        for row in pool.map(partial(_describe, root), entries):
+            rows.append(row)
+            count(1)
+        files = ParquetFiles(root, pa.Table.from_pylist(rows, FILE_SCHEMA))
     splits = np.array([_split_of_name(entry["name"]) for entry in entries])
     names = dict.fromkeys(splits.tolist())
     if "" in names and len(names) > 1:
@@ -260,8 +274,8 @@ def _parquet(data: str, place: Location) -> Source:
             f"--data {place.display}: some files are named train or test and some are not, so the test rows are unclear"
         )
     starts = files.end_ids - files.table["rows"].to_numpy()
-    rows = {name: RowRanges.of(starts[splits == name], files.end_ids[splits == name]) for name in names}
-    return replace(_with_splits("parquet", place.display, files, rows), skipped=found.skipped)
+    ranges = {name: RowRanges.of(starts[splits == name], files.end_ids[splits == name]) for name in names}
+    return replace(_with_splits("parquet", place.display, files, ranges), skipped=found.skipped)
 
 
 def _describe(root: Location, entry: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final, Self, TextIO
 
 from mnistsum_ray.errors import percent, printable
@@ -62,7 +62,7 @@ def time_left(remaining: int, rate: float) -> str:
 class Console:
     """Writes lines to standard error, and below them on a terminal or in a notebook one progress bar.
 
-    Standard output is reserved for the result. A context, at whose end the bar goes away.
+    Standard output is reserved for the result. A context: no step in it is silent for long, and the bar goes away at its end.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -74,11 +74,20 @@ class Console:
         """The latest progress event of the epochs, whose bar stays while something else is counted."""
         self._line_time = time.monotonic()
         """When the latest line was written."""
+        self._watch = ExitStack()
+        self._sign_of_life: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
+        # After the watchdog of the workers, who say what they wait for.
+        watchdog = silence_watchdog(self.say, lambda: "it is large, or the storage is slow", SILENCE_SECONDS + 5, "this step")
+        self._sign_of_life = self._watch.enter_context(watchdog)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._watch.close()
+        self._end_bar()
+
+    def _end_bar(self) -> None:
         with self._lock, suppress(OSError):
             self._close_bar()
 
@@ -92,6 +101,7 @@ class Console:
                 self._bar.write(line, file=self._stream, end="")
             self._stream.flush()
         self._line_time = time.monotonic()
+        self._sign_of_life()
 
     def say_lines(self, text: str) -> None:
         """Write several lines, e.g. an error of Ray with its traceback."""
@@ -125,7 +135,7 @@ class Console:
         elif done < total:
             self._draw(what, done, total, f"{rate:,.0f}/s")
         else:
-            self.__exit__()
+            self._end_bar()
 
     def _show_training(self, event: dict[str, Any]) -> None:
         rate, rows_left = event["rows_per_second"], event["of_rows"] - event["rows"]
@@ -142,7 +152,7 @@ class Console:
         if all_rows_left:
             self._draw_epochs(event, f"{rate:,.0f} rows/s, loss {event['loss']:.4f}")
         else:
-            self.__exit__()
+            self._end_bar()
 
     def _draw_epochs(self, event: dict[str, Any], postfix: str) -> None:
         """The bar of the run: rows of all epochs."""
@@ -159,6 +169,7 @@ class Console:
                     from tqdm.auto import tqdm
                 options: dict[str, Any] = {"dynamic_ncols": True, "leave": False, "mininterval": 0, "bar_format": _BAR}
                 self._bar = tqdm(total=total, initial=done, file=self._stream, **options)
+            self._sign_of_life()
             self._bar.set_description_str(description, refresh=False)
             self._bar.set_postfix_str(postfix, refresh=False)
             self._bar.update(done - self._bar.n)
@@ -192,26 +203,30 @@ def accuracies(metrics: dict[str, Any]) -> str:
 
 
 @contextmanager
-def silence_watchdog(say: Callable[[str], None], explain: Callable[[], str]) -> Iterator[Callable[[], None]]:
+def silence_watchdog(
+    say: Callable[[str], None], explain: Callable[[], str], seconds: float | None = None, who: str = "the workers"
+) -> Iterator[Callable[[], None]]:
     """While the block runs, write a line after each SILENCE_SECONDS in which the yielded function was not called.
 
     Args:
         say: writes a console line; called in a thread of the watchdog.
         explain: says what the cluster is waiting for; called in the same thread. The line is left out if it raises.
+        seconds: other than SILENCE_SECONDS.
+        who: should give word.
     """
-    heard, ended = threading.Event(), threading.Event()
+    heard, ended, seconds = threading.Event(), threading.Event(), seconds or SILENCE_SECONDS
 
     def watch() -> None:
-        silent = 0
+        silent = 0.0
         while not ended.is_set():
-            if heard.wait(SILENCE_SECONDS):
+            if heard.wait(seconds):
                 heard.clear()
                 silent = 0
                 continue
-            silent += SILENCE_SECONDS
+            silent += seconds
             # A cluster that has ended answers with an error of Ray; the run itself fails on it too and reports it.
             with suppress(Exception):
-                say(f"no word from the workers for {silent} s: {explain()}")
+                say(f"no word from {who} for {silent:g} s: {explain()}")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from mnistsum_ray.cluster.connection import can_connect
 from mnistsum_ray.config import Hyperparameters, TrainConfig
 from mnistsum_ray.data.order import Shuffle
-from mnistsum_ray.data.sources import Source, open_source
+from mnistsum_ray.data.sources import Counter, Source, not_counted, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shell_command
 from mnistsum_ray.storage.location import Location, is_partial
 from mnistsum_ray.storage.lock import LOCK_NAME, check_not_locked
@@ -64,8 +64,8 @@ class TrainingRun:
         return f"checkpoints are kept, and this command resumes: {shell_command('train')} {shlex.join(flags)}"
 
 
-def preflight(config: TrainConfig) -> TrainingRun:
-    """Check the request and fill in its defaults.
+def preflight(config: TrainConfig, counter: Counter = not_counted) -> TrainingRun:
+    """Check the request and fill in its defaults. `counter` is that of `open_source`.
 
     Raises:
         RequestError: the data, the name or the storage cannot be used.
@@ -92,7 +92,7 @@ def preflight(config: TrainConfig) -> TrainingRun:
         config, same_data = _inherit(config, locate_existing(config.from_run, "--from-run"), "--from-run")
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=bool(config.resume))})
-    source = open_source(config.data)
+    source = open_source(config.data, counter)
     recipe = recipe_defaults(config.recipe, small=len(source.train) < SMALL_ROWS)
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # Absolute paths, so that --resume from another folder finds the same data.

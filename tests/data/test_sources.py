@@ -256,3 +256,16 @@ def test_rows_of_a_folder_are_counted_once_and_what_is_left_out_is_named(write_r
         "again.parquet": "a link to a file that is listed anyway",
     }
     assert open_source(str(folder / "*.Parquet")).rows == open_source(str(folder / "again.parquet")).rows == 500
+
+
+def test_the_files_whose_footers_are_read_are_counted(tmp_path: Path, sample: pa.Table) -> None:
+    for index in range(3):
+        pq.write_table(sample[index::50], tmp_path / f"{index}.parquet")
+    counts: list[tuple[str, int] | int] = []
+
+    def counter(what: str, total: int) -> Callable[[int], None]:
+        counts.append((what, total))
+        return counts.append
+
+    open_source(str(tmp_path), counter)
+    assert counts == [("footers read", 3), 1, 1, 1]

@@ -175,6 +175,12 @@ def test_in_memory_neither_row_groups_nor_ranks_change_the_order(tmp_path: Path,
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_rows_that_are_read_into_memory_are_counted(folder: Path) -> None:
+    counts: list[int] = []
+    load_rows(open_source(str(folder)), COUNTERS[0], counts.append)
+    assert sum(counts) == 2000
+
+
 def test_the_checksums_are_of_the_rows_and_not_of_the_files(tmp_path: Path, sample: pa.Table) -> None:
     prints = []
     for name, size, rows in (("a", 500, sample[::10]), ("b", 70, sample[::10]), ("c", 500, sample[::10][::-1])):

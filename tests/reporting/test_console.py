@@ -132,6 +132,20 @@ def test_silence_is_reported_until_a_sign_of_life(monkeypatch: pytest.MonkeyPatc
     assert lines[1].endswith(" s: it is back")
 
 
+def test_a_silent_step_of_any_kind_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnistsum_ray.reporting.console.SILENCE_SECONDS", -4.7)  # 5 s before those of a step
+    stream = io.StringIO()
+    with Console(stream) as console:
+        for _ in range(10):
+            time.sleep(0.05)
+            console.say("a line")
+        assert "no word" not in stream.getvalue()
+        deadline = time.monotonic() + 10
+        while "no word from this step for 0.3 s: it is large, or the storage is slow" not in stream.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def test_progress_is_shown_every_few_seconds_with_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 4.0, 6.0, 20.0])
     monkeypatch.setattr("mnistsum_ray.reporting.console.time.monotonic", lambda: next(clock))
