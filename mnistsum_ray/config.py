@@ -209,7 +209,7 @@ class ScoringModel(JobConfig):
     """folder or URI of a training run, or of its model folder"""
     precision: Literal["bf16", "fp32", "int8"] | None = None
     """precision of the network; int8 is the fastest on CPUs, and model.json says how often it gives the same answers as the
-    precision of the run [bf16 if it is faster, else fp32]"""
+    precision of the run [that of the output's predictions, else bf16 if it is faster, else fp32]"""
     # conv2 computes 50,176 values a row, and kernels of GPUs that index with 32 bits take 42,799 rows at most.
     batch_size: int | None = Field(None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""

@@ -20,12 +20,14 @@ from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RunError, RunInterrupted, counted, root_cause
 from mnistsum_ray.model.device import faster_with_bf16
+from mnistsum_ray.model.int8 import maxima_from_description, unavailable_reason
 from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
 from mnistsum_ray.reporting.metrics import ScoringMetrics
 from mnistsum_ray.scoring.counts import Counts
 from mnistsum_ray.scoring.output import (
     Committed,
     OutputFiles,
+    begun_precision,
     check_overwrite,
     delete_parts,
     reconcile,
@@ -65,7 +67,7 @@ def score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
 def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
     started = time.monotonic()
     with folder_lock(request.output, "--output", console.say) as held:
-        resources, precision = _allocate_resources(request.config, console.say)
+        resources, precision = _allocate_resources(_follow_output(request), console.say)
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
         plan = make_plan(request, precision, held, console)
@@ -97,6 +99,15 @@ def worker_request(config: ScoreConfig) -> WorkerRequest:
     """The pool of workers that a run asks for. int8 runs on CPUs."""
     workers = (config.num_workers, config.num_workers) if config.num_workers else None
     return WorkerRequest(workers, False if config.precision == "int8" else config.use_gpu, config.wait_seconds)
+
+
+def _follow_output(request: Request) -> ScoreConfig:
+    """The config with the precision that the output was begun with, if none is given. `--overwrite` begins anew."""
+    config = request.config
+    begun = None if config.precision or config.overwrite else begun_precision(request)
+    if begun == "int8" and (config.use_gpu or maxima_from_description(request.card) is None or unavailable_reason()):
+        return config  # the run is refused, and the message says how the output was begun
+    return config.model_copy(update={"precision": begun or config.precision})
 
 
 def _allocate_resources(config: ScoreConfig, say: Callable[[str], None]) -> tuple[WorkerPlan, str]:

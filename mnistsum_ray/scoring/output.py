@@ -25,7 +25,7 @@ from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, R
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import svg_name
 from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, read_stamps
-from mnistsum_ray.scoring.preflight import STAGING, Plan
+from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
 from mnistsum_ray.storage.location import Location, is_hidden, is_partial
 from mnistsum_ray.storage.lock import OutputFolder
 
@@ -231,6 +231,20 @@ def resume(plan: Plan, console: Console) -> Committed:
     todo = matched.filter(pc.invert(matched["done"])).select(PART_SCHEMA.names)
     failures = {} if plan.config.overwrite else _earlier_failures(plan.output)
     return Committed(published, matched.filter(matched["done"]), todo, unplanned, failures)
+
+
+def begun_precision(request: Request) -> str | None:
+    """The precision that an earlier run has given the output's predictions of this model; None without such predictions."""
+    for folder in (request.output, request.output / STAGING) if request.config.strict else (request.output,):
+        for info in (folder / PREDICTIONS).files():
+            name = info.path.removeprefix(folder.path).lstrip("/")
+            if not is_hidden(name):
+                files = pa.Table.from_pylist([{"name": name, "size": info.size, "modified": 0}], FILE_SCHEMA)
+                spec = json.loads(read_stamps(folder, files)["spec"][0].as_py() or "{}")
+                if spec.get("model") == request.card["sha256"]:
+                    return str(spec["precision"])
+                break
+    return None
 
 
 def _check_folders(plan: Plan) -> None:

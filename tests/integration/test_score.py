@@ -18,6 +18,7 @@ from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import int8
+from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.model.inference import make_forward
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES
@@ -143,7 +144,7 @@ def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Pa
     digit_prob = digit_scores.softmax(1).max(1).values
     assert np.allclose(table["digit_prob"].to_numpy(), digit_prob, atol=1e-5)
     assert (scored.manifest()["precision"], scored.manifest()["int8"]) == ("int8", calibrated)
-    assert score_here(calibrated_model, tmp_path / "out", exported, precision="int8").line["resumed_rows"] == ROWS
+    assert score_here(calibrated_model, tmp_path / "out", exported, precision=None).line["resumed_rows"] == ROWS
 
     calibrated["maxima"][2] *= 2
     change_description(calibrated_model, int8=calibrated)
@@ -165,6 +166,18 @@ def test_a_second_run_scores_new_files_only(model: Path, pairs: Path, output: Pa
     assert third.line["resumed_rows"] == third.line["input_rows"] == ROWS
     assert "left as they are: 1 output files of input that is not there now" in third.said
     assert snapshot(output) == after
+
+
+def test_an_output_goes_on_in_the_precision_that_it_was_begun_in(model: Path, pairs: Path, output: Path) -> None:
+    """Not in that of this hardware. `--overwrite` begins anew."""
+    usual = "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
+    other = "fp32" if usual == "bf16" else "bf16"
+    score_here(model, output, pairs, precision=other, overwrite=True)
+    for name in ("manifest.json", "predictions/part-00001.parquet"):
+        (output / name).unlink()
+    again = score_here(model, output, pairs, precision=None)
+    assert (again.manifest()["precision"], again.line["resumed_rows"] > 0) == (other, True)
+    assert score_here(model, output, pairs, precision=None, overwrite=True).manifest()["precision"] == usual
 
 
 def change_rows(pairs: Path) -> None:
