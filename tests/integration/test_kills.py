@@ -289,7 +289,9 @@ def test_an_attempt_that_ended_with_its_node_costs_no_life(two_nodes: Cluster) -
     ray.shutdown()  # this process may have joined another cluster
     ray.init(address=two_nodes.address, log_to_driver=False, logging_level="error")
     try:
-        lost = next(node["NodeID"] for node in ray.nodes() if not node["Alive"])
+        while not (dead := [node["NodeID"] for node in ray.nodes() if not node["Alive"]]):
+            time.sleep(0.1)  # until the head has noticed it
+        lost = dead[0]
         here = ray.get_runtime_context().get_node_id()
         with crash_counter() as counter:
             attempts = [ray.get(counter.begin.remote("file", node)) for node in (lost, here, lost, here)]
