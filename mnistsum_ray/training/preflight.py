@@ -176,7 +176,7 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
 def _chosen_precision(folder: Location, manifest: dict[str, Any]) -> str | None:
     """The precision that the workers of a run have chosen: of its manifest if it is finished, else of any checkpoint."""
     for info in [] if "precision" in manifest else folder.files():
-        if info.base_name == "trainer.json":
+        if info.name == "trainer.json":
             with suppress(OSError, ValueError, KeyError, TypeError):  # a torn one
                 return str(folder.at(info.path).read_json()["precision"])
     return manifest.get("precision")
