@@ -14,9 +14,7 @@ _LOCK: Final = threading.RLock()
 
 
 @contextmanager
-def ray_data_options(
-    *, preserve_order: bool, target_max_block_size: int | None = None, object_store_bytes: int | None = None
-) -> Iterator[None]:
+def ray_data_options(*, preserve_order: bool, object_store_bytes: int | None = None) -> Iterator[None]:
     """Set options for the datasets that are created in the block. They keep the options after it.
 
     A Dataset copies the DataContext that is current when it is created, so only the creation has to be in the block. A generator
@@ -24,7 +22,6 @@ def ray_data_options(
 
     Args:
         preserve_order: return blocks in the order of their input.
-        target_max_block_size: in bytes; None keeps Ray's default.
         object_store_bytes: memory of blocks that wait for the consumer, above which no task is started; the execution then sleeps
             until blocks are taken. None: half of the store.
     """
@@ -34,8 +31,6 @@ def ray_data_options(
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.execution_options.preserve_order = preserve_order
-        if target_max_block_size is not None:
-            context.target_max_block_size = target_max_block_size
         if object_store_bytes is not None:
             context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, PatientExecution]
             limits = context.execution_options.resource_limits

@@ -67,7 +67,7 @@ def describe_model(
 
 def save_model(folder: OutputFolder, weights: Weights, description: dict[str, Any]) -> None:
     """Write a model folder. The weights come last, and while they are not there, there is no model."""
-    folder.write_json(DESCRIPTION_FILE, description)
+    folder.write(DESCRIPTION_FILE, description)
     folder.write(WEIGHTS_FILE, save_tensors(weights, {_HEADER_KEY: json.dumps(description, allow_nan=False)}))
 
 

@@ -82,7 +82,7 @@ def publish(
         publish_staged(plan, staged, list(summaries), replaced)
     plan.held.delete(MANIFEST)  # of a run that had nothing more to score
     try:
-        plan.held.create_json(MANIFEST, manifest)
+        plan.held.create(MANIFEST, manifest)
     except ExistingFileError as error:
         raise RunError(f"--output {error}: another run has finished it meanwhile; run the command again") from None
     if staged:

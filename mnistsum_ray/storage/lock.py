@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeAlias
 
 import pyarrow as pa
 
@@ -40,6 +40,10 @@ _CHECK_SECONDS: Final = 1.0
 """Seconds between two looks at the lock."""
 _UNKNOWN_SECONDS: Final = 120.0
 """Seconds without an answer of the storage after which the run gives up."""
+
+
+Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
+"""Content of a file; a dict is written as JSON, which lacks infinite numbers and NaN: these are a ValueError."""
 
 
 class _HeldError(Exception):
@@ -111,23 +115,15 @@ class OutputFolder:
         if self.lock:
             self.lock.check()
 
-    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+    def write(self, name: str, data: Data) -> None:
         """Write a whole file, in place of the one that is there."""
         self.check()
-        writes.write(self.place / name, data)
+        writes.write(self.place / name, _encoded(data))
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON value. Infinite numbers and NaN, which JSON lacks, are a ValueError."""
-        self.write(name, _json(value))
-
-    def create(self, name: str, data: bytes | pa.Buffer) -> None:
+    def create(self, name: str, data: Data) -> None:
         """Write a whole file, but only if there is none; else raise ExistingFileError."""
         self.check()
-        writes.create(self.place / name, data)
-
-    def create_json(self, name: str, value: Any) -> None:
-        """Write a JSON value, but only if there is no such file; else raise ExistingFileError."""
-        self.create(name, _json(value))
+        writes.create(self.place / name, _encoded(data))
 
     def move(self, name: str, target: "OutputFolder") -> None:
         """Move a file to the same name in another folder on the same file system."""
@@ -145,8 +141,8 @@ class OutputFolder:
         writes.delete_folder(self.place / name)
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+def _encoded(data: Data) -> bytes | pa.Buffer:
+    return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode() if isinstance(data, dict) else data
 
 
 @contextmanager
@@ -191,18 +187,6 @@ def empty_output(text: str) -> OutputFolder:
     return OutputFolder(output, None)
 
 
-def check_not_locked(folder: Location, flag: str) -> None:
-    """Refuse a local folder that another run holds now, without changing the folder.
-
-    Raises:
-        RequestError: another run holds it, or its lock cannot be read.
-    """
-    path = Path(folder.path, LOCK_NAME)
-    if folder.is_local and path.exists():
-        with _refusals(folder, flag), path.open("rb") as file:
-            _flock(file, fcntl.LOCK_SH)
-
-
 @contextmanager
 def _refusals(folder: Location, flag: str) -> Iterator[None]:
     """Raise what keeps a run from taking a lock as RequestError."""
@@ -232,16 +216,6 @@ def _holder_in(data: bytes) -> str:
         raise ValueError("this JSON is no lock") from None
 
 
-def _flock(file: IO[bytes], operation: int) -> None:
-    try:
-        fcntl.flock(file, operation | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = ""
-        with suppress(ValueError):
-            holder = _holder_in(file.read())
-        raise _HeldError(holder) from None
-
-
 def _delete_unused(made: list[Path]) -> None:
     """Delete a folder that a run has made, and those above it, if it holds nothing but its lock, as after a refused request."""
     with suppress(OSError):
@@ -257,7 +231,10 @@ def _lock_file(lock: FolderLock) -> IO[bytes]:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644), "r+b", buffering=0)
     try:
-        _flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _HeldError(_holder_in(file.read())) from None
         if not path.exists() or not path.samefile(f"/dev/fd/{file.fileno()}"):
             file.close()
             return _lock_file(lock)  # the run before has deleted it at that moment, see `_delete_unused`

@@ -143,7 +143,7 @@ def publish_model(run: TrainingRun, held: OutputFolder, data: dict[str, Any], re
     if card is result.description:
         save_model(folder, {name: torch.tensor(value) for name, value in result.weights.items()}, card)
     else:
-        folder.write_json(DESCRIPTION_FILE, card)
+        folder.write(DESCRIPTION_FILE, card)
     return card
 
 

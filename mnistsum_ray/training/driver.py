@@ -149,7 +149,7 @@ class _Driver:
                 if source.files:
                     checksums = self.rows.checksums if self.checksums is None else self.checksums
                     write_data_files(self.held, source.files, checksums)
-                (self.held.write_json if run.config.resume else self.held.create_json)(_MANIFEST, self.manifest)
+                (self.held.write if run.config.resume else self.held.create)(_MANIFEST, self.manifest)
                 of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
                 self.console.say(
                     f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
@@ -171,7 +171,7 @@ class _Driver:
         if self.manifest["status"] == "finished":
             return
         with suppress(OSError, RunError, KeyboardInterrupt):
-            self.held.write_json(_MANIFEST, self.manifest | {"status": status})
+            self.held.write(_MANIFEST, self.manifest | {"status": status})
 
     def _on_epoch(self, line: dict[str, Any]) -> None:
         self.metrics.add(line | {"rows": (rows := len(self.run.source.train)), "of_rows": rows, "loss": line["train_loss"]})
@@ -297,12 +297,12 @@ class _Driver:
         }
         files = write_report(run, self.held, manifest, card, result)
         with defer_signals():  # a run that is finished is not stopped
-            self.held.write_json(_MANIFEST, manifest)
+            self.held.write(_MANIFEST, manifest)
             self.manifest = manifest
         if self.mlflow:
             logged = self.mlflow.finish(result.history, card, run.folder, files, say)
             summary["mlflow"] = self.mlflow.run_id if logged else None
-            self.held.write_json(_MANIFEST, manifest)
+            self.held.write(_MANIFEST, manifest)
         say(f"test: {accuracies(card['test'])} ({counted(card['test']['rows'], 'row')}, all ten numbers)")
         say(f"report: {(run.folder / REPORT).display}")
         say(f"score with it: {shell_command('score')} --model {shlex.quote(run.folder.display)} --input PAIRS --output SCORED")

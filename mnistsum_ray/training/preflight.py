@@ -21,7 +21,7 @@ from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import Counter, Source, not_counted, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shell_command
 from mnistsum_ray.storage.location import Location, is_partial
-from mnistsum_ray.storage.lock import LOCK_NAME, check_not_locked
+from mnistsum_ray.storage.lock import LOCK_NAME
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
 
 SMALL_ROWS: Final = 20_000
@@ -81,9 +81,7 @@ def preflight(config: TrainConfig, counter: Counter = not_counted) -> TrainingRu
             config = config.model_copy(update={"resume": begun})
         if config.resume:
             config, same_data = _inherit(config, folder, "--resume")
-            check_not_locked(folder, "--name")
         elif taken:
-            check_not_locked(folder, "--name")
             there = "exists; go on with --resume, or" if begun else "holds other files, and no run;"
             raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
     except StorageError as error:

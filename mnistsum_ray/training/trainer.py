@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, Final
 
 import ray.train.torch
@@ -186,7 +185,7 @@ class Trainer:
         loss, reported = objective(images, batch["number"], batch["digit"], self.dropout(epoch, step, global_rows))
         assert isinstance(reported, Tensor)
         # DDP averages over workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
-        loss.backward(_constant(self.worker.world_size / global_rows, self.worker.device))
+        (loss * (self.worker.world_size / global_rows)).backward()
         self.optimizer.step(learning_rate, self._dtype)
         return reported
 
@@ -232,9 +231,3 @@ class Trainer:
     def _check_finite(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
             raise RunError(f"{where} {loss}; lower --learning-rate (now {self.hyperparameters.learning_rate:g})")
-
-
-# Kept for full batches and for the last one of an epoch: a copy to a GPU waits for all that was launched before.
-@lru_cache(maxsize=2)
-def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, device=device)

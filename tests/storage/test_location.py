@@ -14,7 +14,7 @@ def test_json_is_read_as_written(tmp_path: Path) -> None:
     folder = writable(tmp_path) / "a"
     place = folder.place / "b.json"
     assert not place.exists()
-    folder.write_json("b.json", {"x": [1, 2]})
+    folder.write("b.json", {"x": [1, 2]})
     assert place.read_json() == {"x": [1, 2]}
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"], "no unfinished file is left beside it"
 

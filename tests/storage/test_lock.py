@@ -11,7 +11,7 @@ import pytest
 
 from mnistsum_ray.errors import RequestError, RunError, StorageError
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import check_not_locked, folder_lock
+from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import writable
 
@@ -42,17 +42,12 @@ def lock(folder: Path) -> None:
         pass
 
 
-def check(folder: Path) -> None:
-    check_not_locked(locate(str(folder), "--output"), "--output")
-
-
 def test_a_second_run_is_refused_and_the_holder_is_named(tmp_path: Path) -> None:
     with held_by_another_process(tmp_path / "out") as (_, holder):
-        for use in (lock, check):
-            with pytest.raises(RequestError) as refused:
-                use(tmp_path / "out")
-            expected = f"--output {tmp_path}/out: another run ({holder}) is writing there; wait for it, or choose another"
-            assert str(refused.value) == expected
+        with pytest.raises(RequestError) as refused:
+            lock(tmp_path / "out")
+        expected = f"--output {tmp_path}/out: another run ({holder}) is writing there; wait for it, or choose another"
+        assert str(refused.value) == expected
         assert holder in (tmp_path / "out" / "_lock").read_text(), "the holder's workers read its id there"
 
 
@@ -67,10 +62,8 @@ def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
     with held_by_another_process(tmp_path / "out") as (process, _):
         process.kill()
         process.wait()
-    check(tmp_path / "out")
     lock(tmp_path / "out")
     assert (tmp_path / "out" / "_lock").exists(), "the file stays"
-    check(tmp_path / "out")
     lock(tmp_path / "out")
 
 
@@ -100,7 +93,7 @@ def test_a_run_notices_that_another_has_taken_the_folder(tmp_path: Path) -> None
     with folder_lock(place, "--output", print) as held:
         there = pickle.loads(pickle.dumps(held))
         held.check()
-        writable(place).write_json("_lock", {"id": "another"})
+        writable(place).write("_lock", {"id": "another"})
         held.check()  # the lock is read at most once a second
         for side in (held, there):
             assert side.lock
@@ -128,12 +121,13 @@ def test_a_check_waits_for_a_storage_that_does_not_answer(tmp_path: Path, monkey
             held.check()
 
 
-def test_a_check_changes_nothing(tmp_path: Path) -> None:
-    check(tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "_lock").write_text("notes")
-    check(tmp_path)
-    assert (tmp_path / "_lock").read_text() == "notes"
+def test_a_request_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    lock(tmp_path / "runs" / "mine")
+    lock(tmp_path / "there")
+    with folder_lock(locate(str(tmp_path / "written" / "mine"), "--output"), "--output", print) as held:
+        held.write("a", b"1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "written"]
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:

@@ -81,12 +81,12 @@ def test_one_run_holds_a_folder_until_it_ends(bucket: Location) -> None:
 @pytest.mark.usefixtures("short_lease")
 def test_a_lease_that_is_no_longer_renewed_is_taken_over_and_its_run_notices(bucket: Location) -> None:
     folder, said = bucket / "left", list[str]()
-    writable(folder).write_json("_lock", {"id": "a run that was killed", "beat": 7})
+    writable(folder).write("_lock", {"id": "a run that was killed", "beat": 7})
     with folder_lock(folder, "--output", said.append) as held:
         assert "was left by a run that no longer renews it (a run that was killed)" in said[-1]
         held.check()
         there = pickle.loads(pickle.dumps(held))
-        writable(folder).write_json("_lock", {"id": "a run that took it", "beat": 1})
+        writable(folder).write("_lock", {"id": "a run that took it", "beat": 1})
         time.sleep(2 * lock.HEARTBEAT_SECONDS)
         for side in (held, there):
             with pytest.raises(RunError, match=r"another run has taken the output \(a run that took it\); this run stops"):
