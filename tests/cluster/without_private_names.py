@@ -1,7 +1,7 @@
 """Run a command where Ray has renamed what cluster/ray_internals.py uses: `python -m tests.cluster.without_private_names train`.
 
-Ray itself needs these names, so they are hidden from that module and its helper alone. The last line on standard error tells which
-it has asked for.
+Ray itself needs these names, so they are hidden from that module and its helper alone. The last line on standard error tells
+which it has asked for.
 """
 
 import sys
