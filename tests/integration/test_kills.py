@@ -86,7 +86,7 @@ class Case:
     def wait_for_recovery(self, job: Job, what: str, since: float) -> None:
         """Wait until a job that is still running goes on."""
         if self.name == "train":
-            if "node" in what:
+            if "node" in what and self.output.is_local:  # after a notice Ray Train ends the workers, and none fails
                 job.wait_for_line("the node 127.0.0.")
             job.wait_for_line("going on after epoch")
         else:
