@@ -40,9 +40,11 @@ class CrashCounter:
 
 @contextmanager
 def crash_counter() -> Iterator[Any]:
-    """The handle of a `CrashCounter` actor for the block, on the driver's node: losing another node does not lose the counts."""
+    """The handle of a `CrashCounter` actor for the block, on this node: losing another node does not lose the counts."""
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    counter = ray.remote(CrashCounter).options(num_cpus=0, scheduling_strategy=this_node).remote()
+    # Started again where memory is short: a lost count must not end the work.
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": this_node}
+    counter = ray.remote(CrashCounter).options(**options).remote()
     try:
         yield counter
     finally:  # an error's traceback would keep it, and so would a process that scores again and again, for a while

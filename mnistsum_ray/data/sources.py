@@ -191,12 +191,7 @@ Counter = Callable[[str, int], Callable[[int], None]]
 """Begins to count towards a number of items that a text names; what it returns gets the number of items since its last call."""
 
 
-def not_counted(what: str, total: int) -> Callable[[int], None]:
-    """A Counter that does nothing."""
-    return lambda count: None
-
-
-def open_source(data: str, counter: Counter = not_counted) -> Source:
+def open_source(data: str, counter: Counter = lambda *_: lambda _: None) -> Source:
     """Open the data source that `--data` names. `counter` counts the files whose footers have been read.
 
     Raises:

@@ -12,7 +12,6 @@ import ray.exceptions
 import ray.train
 
 from mnistsum_ray.cluster.connection import started_cluster
-from mnistsum_ray.cluster.crash_counter import crash_counter
 from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
@@ -73,9 +72,7 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
     """
     try:
         with folder_lock(run.folder, "--name", console.say) as held:
-            plan = _reserve(run, held, console.say)
-            with crash_counter() as counter:
-                return _Driver(run, plan, held, counter, console).fit()
+            return _Driver(run, _reserve(run, held, console.say), held, console).fit()
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
@@ -98,15 +95,13 @@ def _reserve(run: TrainingRun, held: OutputFolder, say: Callable[[str], None]) -
 class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
-    def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, counter: Any, console: Console) -> None:
-        self.run, self.plan, self.held, self.crash_counter, self.console = run, plan, held, counter, console
+    def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console) -> None:
+        self.run, self.plan, self.held, self.console = run, plan, held, console
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
         lines = check_memory(run, plan, cluster)
-        if source.files and run.shuffle.streamed:
-            self.rows = stream_rows(source.files)
-        else:
-            self.rows = load_rows(source, counter, Progress(console.progress, "rows read", source.rows))
+        streamed, read = source.files if run.shuffle.streamed else None, Progress(console.progress, "rows read", source.rows)
+        self.rows = stream_rows(streamed) if streamed else load_rows(source, read)
         for line in lines:  # after the rows have been read: a refusal is one line
             console.say(line)
         then = run.same_data[1] if run.same_data else {}
@@ -197,7 +192,6 @@ class _Driver:
             run.source.test,
             checksums=self.checksums,
             events=events.queue,
-            crash_counter=self.crash_counter,
             start=self.start,
             held=self.held,
         )

@@ -15,7 +15,7 @@ import ray
 import ray.data
 from ray.data import TaskPoolStrategy
 
-from mnistsum_ray.cluster.crash_counter import CAUSES, MAX_CRASHES, begin
+from mnistsum_ray.cluster.crash_counter import CAUSES, MAX_CRASHES, begin, crash_counter
 from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
 from mnistsum_ray.data.images import PIXELS, SIDE, Pixels, one_chunk, pixels_array, pixels_view
@@ -50,7 +50,7 @@ class LoadedRows:
     """Sum of `row_checksums` of each file, int64[files]; None where the rows have not been read, but are streamed."""
 
 
-def load_rows(source: Source, crash_counter: Any, on_progress: Callable[[int], None] = lambda _: None) -> LoadedRows:
+def load_rows(source: Source, on_progress: Callable[[int], None] = lambda _: None) -> LoadedRows:
     """Read and decode a whole source into the object store of the driver's node, from where each node that needs it copies it.
 
     This process holds the rows a second time until they are there. `on_progress` gets numbers of rows that have been read.
@@ -65,7 +65,7 @@ def load_rows(source: Source, crash_counter: Any, on_progress: Callable[[int], N
         return LoadedRows(ray.put(data), row_checksums(np.arange(source.rows), data.images, data.digits).sum(keepdims=True))
     images, digits = np.empty((source.rows, SIDE, SIDE), np.uint8), np.empty(source.rows, np.int8)
     end, checksums = 0, np.zeros(len(data.end_ids), np.int64)
-    for block in _read_blocks(data, crash_counter):
+    for block in _read_blocks(data):
         first, end = end, end + len(block)
         if end > source.rows:
             break
@@ -82,46 +82,47 @@ def stream_rows(files: ParquetFiles) -> LoadedRows:
     return LoadedRows(ray.put(files), None)
 
 
-def _read_blocks(files: ParquetFiles, crash_counter: Any) -> Iterator[pa.Table]:
+def _read_blocks(files: ParquetFiles) -> Iterator[pa.Table]:
     """All rows in the order of their ids, read and decoded on the cluster: whole row groups, about _BLOCK_ROWS rows together."""
     bounds = files.group_bounds
     edges = np.unique(bounds[np.searchsorted(bounds, np.arange(0, bounds[-1], _BLOCK_ROWS), side="right") - 1])
     items = [{"first": first, "end": end} for first, end in pairwise([*edges.tolist(), int(bounds[-1])])]
-    with ray_data_options(preserve_order=True):
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _read_block,
-            fn_args=(ray.put(files), crash_counter),
-            batch_size=1,
-            num_cpus=TASK_CPUS,
-            compute=TaskPoolStrategy(size=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))),
-        )
-    dataset.set_name("load-rows")
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        if "error" in block.column_names:
-            error, of_type = block["error"][0].as_py(), block["type"][0].as_py()
-            raise RequestError(error) if of_type == "RequestError" else RunError(f"--data {error}; nothing was begun")
-        yield block
+    with crash_counter() as counter:
+        with ray_data_options(preserve_order=True):
+            dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+                _read_block,
+                fn_args=(ray.put(files), counter),
+                batch_size=1,
+                num_cpus=TASK_CPUS,
+                compute=TaskPoolStrategy(size=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))),
+            )
+        dataset.set_name("load-rows")
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            if "error" in block.column_names:
+                error, of_type = block["error"][0].as_py(), block["type"][0].as_py()
+                raise RequestError(error) if of_type == "RequestError" else RunError(f"--data {error}; nothing was begun")
+            yield block
 
 
-def _read_block(item: Columns, files: ParquetFiles, crash_counter: Any) -> pa.Table:
+def _read_block(item: Columns, files: ParquetFiles, counter: Any) -> pa.Table:
     """Rows of a range of ids."""
-    ids = np.arange(item["first"][0], item["end"][0])
-    return _attempt(crash_counter, f"rows from {ids[0]}", _resolved(files), ids, lambda data: _block(*data.fetch(ids)))
+    data, ids = _resolved(files), np.arange(item["first"][0], item["end"][0])
+    return _attempt(counter, str(ids[0]), data, ids, lambda: _block(*data.fetch(ids)))
 
 
-def _attempt(crash_counter: Any, key: str, data: RowData, ids: RowIds, read: Callable[[RowData], pa.Table]) -> pa.Table:
+def _attempt(counter: Any, key: str, data: RowData, ids: RowIds, read: Callable[[], pa.Table]) -> pa.Table:
     """The block that `read` makes of rows, or its error as a block: Ray Data would wrap an exception, and its type would be lost.
 
     Once MAX_CRASHES processes have died in the work of this key, the error is a RunError that names the files.
     """
     try:
-        if begin(crash_counter, key) > MAX_CRASHES:
+        if begin(counter, key) > MAX_CRASHES:
             raise RunError(f"{_files_of(data, ids)}: the process that reads there died {MAX_CRASHES} times ({CAUSES})")
-        return read(data)
+        return read()
     except (RequestError, RunError, OSError) as error:
         return pa.table({"error": [str(error)], "type": ["OSError" if isinstance(error, OSError) else type(error).__name__]})
     finally:
-        crash_counter.end.remote(key)
+        counter.end.remote(key)
 
 
 def _files_of(data: RowData, ids: RowIds) -> str:
@@ -136,8 +137,9 @@ def _files_of(data: RowData, ids: RowIds) -> str:
 class ReadRows:
     """Turns tasks into the rows that a worker trains on, in the order of the steps; runs in an actor."""
 
-    def __init__(self, data: "ray.ObjectRef[RowData]", shuffle: Shuffle, distortion: float, crash_counter: Any) -> None:
-        self._data, self._shuffle, self._distortion, self._crash_counter = _resolved(data), shuffle, distortion, crash_counter
+    def __init__(self, data: "ray.ObjectRef[RowData]", shuffle: Shuffle, distortion: float, counter: Any = None) -> None:
+        """`counter` is what `crash_counter` yields; `rows` needs none."""
+        self._data, self._shuffle, self._distortion, self._counter = _resolved(data), shuffle, distortion, counter
 
     def __call__(self, task: dict[str, np.ndarray]) -> pa.Table:
         """The rows of the positions first..end-1 of a batch at the steps first_step..end_step-1 of an epoch."""
@@ -145,8 +147,7 @@ class ReadRows:
             int(task[name][0]) for name in ("epoch", "first_step", "end_step", "first", "end", "index")
         )
         ids = self._shuffle.ids(epoch, range(first_step, end_step), range(first, end))
-        key = f"{ray.get_runtime_context().get_actor_id()} task {index}"  # Ray starts a dead actor again with its id
-        return _attempt(self._crash_counter, key, self._data, ids, lambda _: self.rows(epoch, ids, index))
+        return _attempt(self._counter, str(index), self._data, ids, lambda: self.rows(epoch, ids, index))
 
     def rows(self, epoch: int, ids: RowIds, index: int) -> pa.Table:
         """Rows of an epoch, and the index of their task.

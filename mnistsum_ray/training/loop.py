@@ -58,8 +58,6 @@ class LoopConfig:
     """Of the run that is trained again, see `TrainerState.checksums`; None: the first epoch finds them."""
     events: Queue
     """From the workers to the console."""
-    crash_counter: Any
-    """Of the readers, see `crash_counter.crash_counter`."""
     start: Location | None
     """Checkpoint that `--resume` starts from; None starts from new weights."""
     held: OutputFolder
@@ -137,7 +135,6 @@ class TrainingLoop:
             rank=worker.rank,
             world_size=worker.world_size,
             device=worker.device,
-            crash_counter=self._config.crash_counter,
             readers=max(1, min(cpus, _MAX_READERS if self._files else _MAX_MEMORY_READERS)),
             first_epoch=state.epochs_done,
             first_step=state.progress.steps,

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from mnistsum_ray.cluster.connection import can_connect
 from mnistsum_ray.config import Hyperparameters, TrainConfig
 from mnistsum_ray.data.order import Shuffle
-from mnistsum_ray.data.sources import Counter, Source, not_counted, open_source
+from mnistsum_ray.data.sources import Counter, Source, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shell_command
 from mnistsum_ray.storage.location import Location, is_partial
 from mnistsum_ray.storage.lock import LOCK_NAME
@@ -64,7 +64,7 @@ class TrainingRun:
         return f"checkpoints are kept, and this command resumes: {shell_command('train')} {shlex.join(flags)}"
 
 
-def preflight(config: TrainConfig, counter: Counter = not_counted) -> TrainingRun:
+def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None) -> TrainingRun:
     """Check the request and fill in its defaults. `counter` is that of `open_source`.
 
     Raises:

@@ -24,6 +24,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
+from mnistsum_ray.cluster.crash_counter import crash_counter
 from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.data.order import RowRanges, Shuffle, mix_ids, positions_of_rank
 from mnistsum_ray.data.sources import ParquetFiles
@@ -71,8 +72,6 @@ class TrainingRows:
     rank: int
     world_size: int
     device: torch.device
-    crash_counter: Any
-    """What `crash_counter.crash_counter` yields."""
     readers: int = 1
     """Actors."""
     first_epoch: int = 0
@@ -116,9 +115,7 @@ class TrainingRows:
         """Some steps at a time, and their rows."""
         blocks = self._blocks()
         # Of a last batch with fewer rows than workers.
-        no_rows = block_columns(
-            ReadRows(self.data, self.shuffle, self.distortion, self.crash_counter).rows(0, np.empty(0, np.int64), 0)
-        )
+        no_rows = block_columns(ReadRows(self.data, self.shuffle, self.distortion).rows(0, np.empty(0, np.int64), 0))
         for _, steps in self.stretches():
             columns = [next(blocks) if self.shuffle.count(steps, part) else no_rows for part in self.parts]
             for chunk, rows in self._chunks(steps, columns):
@@ -157,25 +154,26 @@ class TrainingRows:
         if not tasks:
             return
         window_rows = self.shuffle.window_steps * len(self.positions) if self.shuffle.streamed else 0
-        with ray_data_options(preserve_order=True, object_store_bytes=max(_AHEAD_BYTES, window_rows * ROW_BYTES)):
-            # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the workers hold all CPUs.
-            dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-                ReadRows,
-                fn_constructor_args=(self.data, self.shuffle, self.distortion, self.crash_counter),
-                batch_size=1,
-                num_cpus=TASK_CPUS,
-                # Actors, since Ray ends the process of a task that has had nothing to do for a second, and a new one takes two.
-                compute=ActorPoolStrategy(size=min(self.readers, len(tasks)), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT),
-            )
-        dataset.set_name("train-rows")
-        blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-        for task, table in zip(tasks, blocks, strict=True):
-            if "error" in table.column_names:
-                # The storage may answer the next attempt; what is wrong in a file stays wrong.
-                raise (OSError if table["type"][0].as_py() == "OSError" else RunError)(table["error"][0].as_py())
-            if (table.num_rows, table["index"][0].as_py()) != (task["rows"], task["index"]):
-                raise RowCountError(f"{table.num_rows} rows of task {table['index'][0]} came in place of {task}")
-            yield block_columns(table)
+        with crash_counter() as counter:
+            with ray_data_options(preserve_order=True, object_store_bytes=max(_AHEAD_BYTES, window_rows * ROW_BYTES)):
+                # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the workers hold all CPUs.
+                dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+                    ReadRows,
+                    fn_constructor_args=(self.data, self.shuffle, self.distortion, counter),
+                    batch_size=1,
+                    num_cpus=TASK_CPUS,
+                    # Actors, since Ray ends the process of a task that has had no work for a second, and a new one takes two.
+                    compute=ActorPoolStrategy(size=min(self.readers, len(tasks)), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT),
+                )
+            dataset.set_name("train-rows")
+            blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+            for task, table in zip(tasks, blocks, strict=True):
+                if "error" in table.column_names:
+                    # The storage may answer the next attempt; what is wrong in a file stays wrong.
+                    raise (OSError if table["type"][0].as_py() == "OSError" else RunError)(table["error"][0].as_py())
+                if (table.num_rows, table["index"][0].as_py()) != (task["rows"], task["index"]):
+                    raise RowCountError(f"{table.num_rows} rows of task {table['index'][0]} came in place of {task}")
+                yield block_columns(table)
 
 
 def _side_by_side(pieces: list[Columns], steps: int) -> Columns:

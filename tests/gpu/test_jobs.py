@@ -14,13 +14,12 @@ import torch
 pytest.importorskip("ray", reason="the jobs need Ray")
 import ray
 
-from mnistsum_ray.cluster.crash_counter import crash_counter
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.training.fetch import load_rows
-from mnistsum_ray.training.rows import TrainingRows
+from mnistsum_ray.training.rows import Batch, TrainingRows
 from tests.gpu.conftest import CUDA, two_gpus
 from tests.integration.conftest import (
     Done,
@@ -181,14 +180,12 @@ def cluster() -> Iterator[None]:
 @pytest.mark.usefixtures("cluster")
 def test_batches_on_the_gpu_are_those_of_the_cpu() -> None:
     source = open_source("sample")
-    shuffle, workers = Shuffle(source.train, None, 48, 0, seed=3), {"epochs": 2, "rank": 0, "world_size": 1}
-    with crash_counter() as counter:
-        data = load_rows(source, counter).data
-        ours_and_theirs = [
-            list(TrainingRows(data, shuffle, 1.0, device=device, crash_counter=counter, **workers).batches())
-            for device in (CUDA, torch.device("cpu"))
-        ]
-    for ours, theirs in zip(*ours_and_theirs, strict=True):
+    data, shuffle = load_rows(source).data, Shuffle(source.train, None, 48, 0, seed=3)
+
+    def batches(device: torch.device) -> list[Batch]:
+        return list(TrainingRows(data, shuffle, distortion=1.0, epochs=2, rank=0, world_size=1, device=device).batches())
+
+    for ours, theirs in zip(batches(CUDA), batches(torch.device("cpu")), strict=True):
         assert ours.keys() == theirs.keys()
         for name, values in ours.items():
             assert values.device.type == "cuda"

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import ray
 import torch
 from torchvision.io import encode_png
 
-from mnistsum_ray.cluster.crash_counter import crash_counter
 from mnistsum_ray.cluster.map_files import map_files
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.images import Pixels, pixels_view
@@ -38,16 +37,6 @@ Description = list[list[tuple[Any, ...]]]
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
-COUNTERS: list[Any] = []
-"""The crash counter of the module."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def counter(cluster: str) -> Iterator[None]:
-    with crash_counter() as counter:
-        COUNTERS[:] = [counter]
-        yield
-
 
 def write_files(folder: Path, rows: pa.Table, group_rows: tuple[int, ...] = (30, 200, 700)) -> Path:
     """Write rows as one file per size of row groups, of which the last one holds the rest."""
@@ -62,7 +51,7 @@ def write_files(folder: Path, rows: pa.Table, group_rows: tuple[int, ...] = (30,
 
 def in_memory(folder: Path, batch_size: int = BATCH) -> Rows:
     source = open_source(str(folder))
-    return source, load_rows(source, COUNTERS[0]), Shuffle(source.train, None, batch_size, SHUFFLE_ROWS, SEED)
+    return source, load_rows(source), Shuffle(source.train, None, batch_size, SHUFFLE_ROWS, SEED)
 
 
 def streamed(folder: Path, batch_size: int = BATCH) -> Rows:
@@ -87,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, mixed: pa.Table) -> Path:
 
 def feed(rows: Rows, rank: int = 0, world_size: int = 1, **changed: Any) -> list[Batch]:
     """The batches of one worker over two epochs."""
-    values = {"distortion": 1.0, "epochs": 2, "readers": 2, "crash_counter": COUNTERS[0]} | changed
+    values = {"distortion": 1.0, "epochs": 2, "readers": 2} | changed
     return list(TrainingRows(rows[1].data, rows[2], rank=rank, world_size=world_size, device=CPU, **values).batches())
 
 
@@ -177,7 +166,7 @@ def test_in_memory_neither_row_groups_nor_ranks_change_the_order(tmp_path: Path,
 
 def test_the_rows_that_are_read_into_memory_are_counted(folder: Path) -> None:
     counts: list[int] = []
-    load_rows(open_source(str(folder)), COUNTERS[0], counts.append)
+    load_rows(open_source(str(folder)), counts.append)
     assert sum(counts) == 2000
 
 
@@ -203,7 +192,7 @@ def test_a_bad_row_is_named(tmp_path: Path, mixed: pa.Table) -> None:
     source = open_source(str(files))
     (files / "2.parquet").unlink()
     with pytest.raises(RunError, match=r"--data .*2\.parquet: "):
-        load_rows(source, COUNTERS[0])
+        load_rows(source)
 
 
 @dataclass(frozen=True)
@@ -245,7 +234,7 @@ def test_a_file_whose_reader_always_dies_ends_the_run_and_is_named(folder: Path)
     files = DeadlyFiles(source.files.root, source.files.table)
     said = r"2\.parquet: the process that reads there died 3 times \(out of memory\? Ray's logs may tell\)"
     with pytest.raises(RunError, match=said):
-        load_rows(replace(source, data=files), COUNTERS[0])
+        load_rows(replace(source, data=files))
     with pytest.raises(RunError, match=said):
         feed((source, stream_rows(files), shuffle), epochs=1)
 
