@@ -1,9 +1,8 @@
 """Map a function over many files: small numbers in threads of this process, large ones as tasks on the cluster."""
 
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -35,30 +34,28 @@ def map_files(
         return _read_in_threads(read, folder, files)
     import ray  # Takes a second to import, and a request that is refused early does not need it.
 
-    from mnistsum_ray.cluster.crash_counter import CAUSES, MAX_CRASHES
+    from mnistsum_ray.cluster.crash_counter import CAUSES, MAX_CRASHES, begin, crash_counter
 
-    # Ray itself would begin a task again without end when memory is short.
-    task = ray.remote(_read_in_threads).options(scheduling_strategy="SPREAD", max_retries=0)
+    def read_counted(read: ReadFiles, folder: Location, files: pa.Table, counter: Any) -> pa.Table:
+        first, last = ((folder / files["name"][row].as_py()).display for row in (0, -1))
+        if begin(counter, first) > MAX_CRASHES:
+            raise RunError(f"{first} to {last}: the process that reads them died {MAX_CRASHES} times ({CAUSES})")
+        found = _read_in_threads(read, folder, files)
+        counter.end.remote(first)
+        return found
+
+    task = ray.remote(read_counted).options(scheduling_strategy="SPREAD", max_retries=-1)
     chunks = [files.slice(start, _FILES_PER_TASK) for start in range(0, files.num_rows, _FILES_PER_TASK)]
-    running = {task.remote(read, folder, chunk): index for index, chunk in enumerate(chunks)}
-    results: dict[int, pa.Table] = {}
-    crashes: Counter[int] = Counter()
-    while running:
-        (finished,), _ = ray.wait(list(running), num_returns=1)
-        index = running.pop(finished)
-        chunk = chunks[index]
+    with crash_counter() as counter:
+        results = {task.remote(read, folder, chunk, counter): chunk.num_rows for chunk in chunks}
+        waiting = list(results)
+        while waiting:
+            (finished,), waiting = ray.wait(waiting, num_returns=1)
+            on_progress(results[finished])
         try:
-            results[index] = ray.get(finished)
-            on_progress(chunk.num_rows)
+            return pa.concat_tables(ray.get(list(results)))
         except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, OSError) else error from None
-        except ray.exceptions.RayError as error:  # the process died, or its node did
-            crashes[index] += isinstance(error, ray.exceptions.WorkerCrashedError | ray.exceptions.OutOfMemoryError)
-            if crashes[index] == MAX_CRASHES:
-                first, last = ((folder / chunk["name"][row].as_py()).display for row in (0, -1))
-                raise RunError(f"{first} to {last}: the process that reads them died {MAX_CRASHES} times ({CAUSES})") from None
-            running[task.remote(read, folder, chunk)] = index
-    return pa.concat_tables(results[index] for index in range(len(chunks)))
+            raise error.cause if isinstance(error.cause, OSError | RunError) else error from None
 
 
 def _read_in_threads(read: ReadFiles, folder: Location, files: pa.Table) -> pa.Table:
