@@ -158,10 +158,10 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
         RequestError: another run holds it, it cannot be written, or its storage has no conditional writes.
     """
     folder = folder.with_retries()
-    above = (Path(folder.path), *Path(folder.path).parents) if folder.is_local else ()
-    made = [path for path in above if not path.exists()]
     lock = FolderLock(folder / LOCK_NAME, f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}")
     with _refusals(folder, flag):
+        above = (Path(folder.path), *Path(folder.path).parents) if folder.is_local else ()
+        made = [path for path in above if not path.exists()]
         held = _lock_file(lock) if folder.is_local else _Lease(lock, say)
     lock.lease = held if isinstance(held, _Lease) else None
     with closing(held):
