@@ -63,15 +63,10 @@ def check_memory(run: TrainingRun, plan: WorkerPlan, cluster: ClusterResources) 
 
 
 def choose_threads(plan: WorkerPlan, cluster: ClusterResources, then: dict[str, Any]) -> int | None:
-    """Threads of each worker of a run. On CPUs they decide its bits, so they stay what they are when nodes change.
+    """Threads of each worker of a run. On CPUs they decide its bits: they are those of the run that is resumed or repeated, whose
+    manifest is `then`, if it has as many workers. Ray spreads those of a new run over the largest nodes.
 
-    Args:
-        plan: the workers.
-        cluster: the nodes that the run begins on. Ray's SPREAD takes the largest, one worker each.
-        then: manifest of the run that is resumed or repeated, whose threads are taken if it has as many workers.
-
-    Returns:
-        None on GPUs, for elastic runs, and where the manifest is of an earlier version: what each worker's node has for it.
+    None on GPUs, for elastic runs, and where the manifest is of an earlier version: what each worker's node has for it.
     """
     low, high = plan.worker_range
     if plan.use_gpu or low != high:

@@ -84,11 +84,8 @@ class Worker:
             enable_determinism()
             tune_malloc()
         rank = context.get_world_rank()
-        if threads and threads > cpus:
-            # For any rank, so not by the worker's own sender.
-            text = (
-                f"worker {rank}: its node has {counted(cpus, 'CPU')} for the {threads} threads of the run: slower, the same bits"
-            )
+        if threads and threads > cpus:  # a line of any rank
+            text = f"worker {rank} has {counted(cpus, 'CPU')} for the run's {threads} threads: slower, and the same bits"
             EventSender(events, rank=0).note(text)
         return cls(rank, context.get_world_size(), device, cpus, EventSender(events, rank))
 
@@ -226,12 +223,4 @@ class RunCallback(ray.train.UserCallback):
                 self._lost.add(name)
                 self._events.note(f"the node {address} was lost with its workers")
         for rank, error in worker_exceptions.items():
-            self._events.note(f"worker {rank} failed: {lines_of(worker_error(error))[0]} (full text in Ray's logs)")
-
-
-def worker_error(error: Exception) -> Exception:
-    """The exception of the worker inside of Ray Train's wrapper.
-
-    Ray Train 2.60 hands its own exception, whose first line names a file of Ray, and keeps the worker's as `_base_exc`.
-    """
-    return getattr(error, "_base_exc", error)
+            self._events.note(f"worker {rank} failed: {lines_of(error)[0]} (full text in Ray's logs)")

@@ -285,7 +285,7 @@ def test_the_same_model_is_trained_again_from_a_run_on_fewer_cpus(done: Done, tm
         job = Job("train", "--from-run", done.line["run"], *flags, address=smaller.address)
         job.wait_until((run / "epoch_00001" / STATE_CARD).exists)
         job.process.send_signal(signal.SIGTERM)
-        assert "worker 0: its node has 1 CPU for the 2 threads of the run" in job.wait().err
+        assert "worker 0 has 1 CPU for the run's 2 threads" in job.wait().err
         manifest.rename(tmp_path / "gone")
         try:
             again = run_job("train", *flags, "--resume", address=smaller.address)

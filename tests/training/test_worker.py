@@ -5,10 +5,9 @@ from pathlib import Path
 
 import ray.train
 import ray.train.torch
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from mnistsum_ray.training.worker import InterruptibleTrainer, worker_error
+from mnistsum_ray.training.worker import InterruptibleTrainer
 
 
 def test_ray_train_still_asks_for_its_sigint_handler_by_this_name() -> None:
@@ -26,9 +25,3 @@ def test_ray_train_still_has_the_callbacks_that_are_left_out_by_their_names(tmp_
     assert [name for name in rays if name not in ours] == ["PlacementGroupCleanerCallback", "DatasetsCallback"], (
         "InterruptibleTrainer must be adapted, or another Ray cluster on the machine ends the training"
     )
-
-
-def test_the_workers_own_exception_can_be_had() -> None:
-    assert str(worker_error(ValueError("plain"))) == "plain"
-    error = UserExceptionWithTraceback(ValueError("of the worker"), traceback_str="")
-    assert str(worker_error(error)) == "of the worker", "or the console names a file of Ray instead of the worker's error"
