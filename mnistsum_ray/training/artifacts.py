@@ -1,10 +1,9 @@
-"""Files of a run folder for people and other programs: manifest, data files, history, model, pictures, report; and MLflow."""
+"""Files of a run folder for people and other programs: manifest, data files, history, model, pictures, report."""
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,21 +11,16 @@ import pyarrow as pa
 import torch
 
 from mnistsum_ray.cluster.resources import WorkerPlan
-from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.parquet import read_table, to_parquet
 from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, UnusableFileError
 from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
-from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, picture_files, report_page, versions
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.training.loop import TrainingResult
 from mnistsum_ray.training.preflight import DATA_FILES, TrainingRun
-
-if TYPE_CHECKING:
-    from mnistsum_ray.reporting.mlflow import MLflowRun
 
 Checksums = npt.NDArray[np.int64] | None
 """Sum of the `order.row_checksums` of each file, int64[files]; None where the rows have not been read."""
@@ -169,26 +163,3 @@ def write_report(
     held.write(REPORT, report_page(str(run.config.name), manifest, card, result.history, drawn).encode())
     tensorboard.write_final(held, result.history[-1]["epoch"], card, drawn, manifest["config"])
     return [*files, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE, MODEL_CARD))]
-
-
-@contextmanager
-def mlflow_run(config: TrainConfig, manifest: dict[str, Any], console: Console) -> Iterator["MLflowRun | None"]:
-    """The run's MLflow counterpart, or None without `--mlflow`; it gets the status FAILED or KILLED if the block raises.
-
-    The manifest gets an entry `mlflow` with the server's URI and the run id.
-    """
-    with ExitStack() as stack:
-        run = None
-        if config.mlflow:
-            from mnistsum_ray.reporting.mlflow import track  # needs the extra `mlflow`
-
-            stored = manifest.get("mlflow") if config.resume else None
-            run_id = stored["run_id"] if stored and stored["uri"] == config.mlflow else None
-            try:
-                run = stack.enter_context(track(config.mlflow, config.mlflow_experiment, str(config.name), run_id, manifest))
-                manifest["mlflow"] = {"uri": config.mlflow, "run_id": run.run_id}
-            except RequestError as error:
-                if not config.resume:
-                    raise
-                console.say(f"{error}; going on without MLflow")
-        yield run

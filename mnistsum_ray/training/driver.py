@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import ray.exceptions
 import ray.train
@@ -29,7 +29,6 @@ from mnistsum_ray.storage.lock import OutputFolder, folder_lock
 from mnistsum_ray.training.artifacts import (
     build_manifest,
     check_data,
-    mlflow_run,
     publish_model,
     read_history,
     write_data_files,
@@ -42,9 +41,6 @@ from mnistsum_ray.training.loop import LoopConfig, TrainingResult, train_loop_pe
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
 from mnistsum_ray.training.resources import check_memory, choose_threads, worker_request
 from mnistsum_ray.training.worker import Events, InterruptibleTrainer, RunCallback, event_queue
-
-if TYPE_CHECKING:
-    from mnistsum_ray.reporting.mlflow import MLflowRun
 
 _MANIFEST: Final = "manifest.json"
 
@@ -109,7 +105,6 @@ class _Driver:
         self.checksums = check_data(run, self.rows.checksums, self.manifest["data"])
         self.start: Location | None = None
         self.history: list[dict[str, Any]] = []
-        self.mlflow: MLflowRun | None = None
         if run.config.resume:
             self._resume()
         elif (run.folder / _MANIFEST).exists():  # checked again, now that no other run can write there
@@ -139,27 +134,26 @@ class _Driver:
     def fit(self) -> dict[str, Any]:
         """Train, publish, and return the fields of the job's JSON line; the manifest says how a run ends that does not finish."""
         run, source = self.run, self.run.source
-        with mlflow_run(run.config, self.manifest, self.console) as self.mlflow:
-            try:
-                if source.files:
-                    checksums = self.rows.checksums if self.checksums is None else self.checksums
-                    write_data_files(self.held, source.files, checksums)
-                (self.held.write if run.config.resume else self.held.create)(_MANIFEST, self.manifest)
-                of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
-                self.console.say(
-                    f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
-                    f"{len(source.test):,} test rows of {of}; {self.manifest['workers']}"
-                )
-                self.metrics = TrainingMetrics(run.folder.display, len(self.history) * len(source.train))
-                with event_queue(self.console, self._on_epoch, self.metrics.add) as events:
-                    result = self._train(events)
-                return self._publish(result)
-            except KeyboardInterrupt:
-                self._mark("stopped")
-                raise RunInterrupted(run.how_to_resume()) from None
-            except (RunError, OSError, ray.exceptions.RayError):
-                self._mark("failed")
-                raise
+        try:
+            if source.files:
+                checksums = self.rows.checksums if self.checksums is None else self.checksums
+                write_data_files(self.held, source.files, checksums)
+            (self.held.write if run.config.resume else self.held.create)(_MANIFEST, self.manifest)
+            of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
+            self.console.say(
+                f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
+                f"{len(source.test):,} test rows of {of}; {self.manifest['workers']}"
+            )
+            self.metrics = TrainingMetrics(run.folder.display, len(self.history) * len(source.train))
+            with event_queue(self.console, self._on_epoch, self.metrics.add) as events:
+                result = self._train(events)
+            return self._publish(result)
+        except KeyboardInterrupt:
+            self._mark("stopped")
+            raise RunInterrupted(run.how_to_resume()) from None
+        except (RunError, OSError, ray.exceptions.RayError):
+            self._mark("failed")
+            raise
 
     def _mark(self, status: str) -> None:
         """Write the status of a run that is not finished."""
@@ -175,8 +169,6 @@ class _Driver:
             write_history(self.held, self.history)
         except (StorageError, RunError) as error:  # it is written again after the next epoch
             self.console.say(f"history.jsonl: {one_line(error)}")
-        if self.mlflow:
-            self.mlflow.log_epoch(line, self.console.say)
         if line["epoch"] == self.run.hyperparameters.epochs:  # while the sum head is fine-tuned, which takes one core
             threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()
 
@@ -293,10 +285,13 @@ class _Driver:
         with defer_signals():  # a run that is finished is not stopped
             self.held.write(_MANIFEST, manifest)
             self.manifest = manifest
-        if self.mlflow:
-            logged = self.mlflow.finish(result.history, card, run.folder, files, say)
-            summary["mlflow"] = self.mlflow.run_id if logged else None
-            self.held.write(_MANIFEST, manifest)
+        if run.config.mlflow:
+            from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
+
+            try:
+                summary["mlflow"] = log_run(manifest, result.history, card, run.folder, files, say)
+            finally:
+                self.held.write(_MANIFEST, manifest)  # an interrupted run goes on in the same one of MLflow
         say(f"test: {accuracies(card['test'])} ({counted(card['test']['rows'], 'row')}, all ten numbers)")
         say(f"report: {(run.folder / REPORT).display}")
         say(f"score with it: {shell_command('score')} --model {shlex.quote(run.folder.display)} --input PAIRS --output SCORED")

@@ -1,11 +1,7 @@
-"""MLflow, in a local store, gets every epoch once, also after it did not answer for a while, and the model."""
+"""MLflow, in a local store, gets every epoch once, also after it did not answer, and the model."""
 
 import logging
 import os
-import shutil
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +14,15 @@ from mlflow.exceptions import MlflowException
 
 from mnistsum_ray import decode_images, load_model, predict
 from mnistsum_ray.data.sources import SAMPLE
-from mnistsum_ray.errors import RequestError
-from mnistsum_ray.reporting.mlflow import track
+from mnistsum_ray.reporting.mlflow import log_run
 from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import writable, write_model
 from tests.reporting.test_tensorboard import entry
 
-CONFIG = {"seed": 3, "recipe": "short", "mlflow_model": "my.reader"}
+SETTINGS = {"seed": 3, "name": "a-name", "mlflow_experiment": "mine", "mlflow_model": "my.reader"}
 MANIFEST: dict[str, Any] = {
-    "config": CONFIG,
     "versions": {"ray": "2.60.0", "commit": "0123456789"},
     "data": {"source": "sample", "location": "/data/sample.parquet", "sha256": "ab" * 32}
     | {"train_rows": 4000, "validation_rows": 500, "test_rows": 500},
@@ -51,16 +45,13 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"sqlite:///{tmp_path / 'store.db'}"  # not what MLflow takes where no store is named
 
 
+def manifest_of(uri: str) -> dict[str, Any]:
+    return MANIFEST | {"config": SETTINGS | {"mlflow": uri}}
+
+
 def logged_epochs(store: str, run_id: str) -> list[tuple[int, float]]:
     metrics = MlflowClient(store).get_metric_history(run_id, "epoch/test/digit_accuracy")
     return [(metric.step, metric.value) for metric in metrics]
-
-
-def wait_for(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def expected(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -72,16 +63,16 @@ def test_a_run_with_its_config_metrics_files_and_model(
 ) -> None:
     writable(folder).write("report.html", b"<html>")
     said: list[str] = []
-    with track(store, "mine", "a-name", None, MANIFEST) as run:
-        for line in HISTORY:
-            run.log_epoch(line, said.append)
-        assert run.finish(HISTORY, CARD, folder, ["report.html", "model/model.json"], said.append)
+    manifest = manifest_of(store)
+    run_id = log_run(manifest, HISTORY, CARD, folder, ["report.html", "model/model.json"], said.append)
+    assert run_id
+    assert manifest["mlflow"] == {"uri": store, "run_id": run_id}
     assert said == ["registering the model in MLflow as my.reader", f"MLflow: mlflow ui --backend-store-uri {store}"]
     client = MlflowClient(store)
-    found = client.get_run(run.run_id)
+    found = client.get_run(run_id)
     assert (found.info.run_name, found.info.status) == ("a-name", "FINISHED")
     assert client.get_experiment(found.info.experiment_id).name == "mine"
-    assert found.data.params == {"seed": "3", "recipe": "short", "mlflow_model": "my.reader"}
+    assert found.data.params == {key: str(value) for key, value in manifest["config"].items()}
     assert found.data.tags["mlflow.source.git.commit"] == "0123456789"
     assert found.data.tags["version.ray"] == "2.60.0"
     assert found.inputs
@@ -90,15 +81,15 @@ def test_a_run_with_its_config_metrics_files_and_model(
     assert "/data/sample.parquet" in data.dataset.source
     metrics = epoch_scalars(HISTORY[-1]) | model_scalars(CARD)
     assert found.data.metrics == {key: pytest.approx(value) for key, value in metrics.items()}
-    assert logged_epochs(store, run.run_id) == expected(HISTORY)
-    assert {file.path for file in client.list_artifacts(run.run_id)} == {"report.html", "model"}
-    assert [file.path for file in client.list_artifacts(run.run_id, "model")] == ["model/model.json"]
+    assert logged_epochs(store, run_id) == expected(HISTORY)
+    assert {file.path for file in client.list_artifacts(run_id)} == {"report.html", "model"}
+    assert [file.path for file in client.list_artifacts(run_id, "model")] == ["model/model.json"]
     beside = tmp_path / "mlartifacts"
-    assert found.info.artifact_uri == f"{beside.as_uri()}/{run.run_id}/artifacts"
+    assert found.info.artifact_uri == f"{beside.as_uri()}/{run_id}/artifacts"
     assert not list(Path.cwd().iterdir()), "the working folder has nothing to do with the store"
 
     (version,) = client.search_model_versions("name = 'my.reader'")
-    assert (int(version.version), version.run_id) == (1, run.run_id)
+    assert (int(version.version), version.run_id) == (1, run_id)
     assert found.outputs
     (logged,) = (client.get_logged_model(output.model_id) for output in found.outputs.model_outputs)
     assert (logged.name, logged.status, logged.tags["sha256"]) == ("onnx", "READY", CARD["sha256"])
@@ -117,65 +108,48 @@ def test_a_run_with_its_config_metrics_files_and_model(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_logs_no_epoch_and_no_model_twice(store: str, folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither after a failure, nor after a registry that refused the model, nor after a finished run."""
+def test_a_run_that_is_logged_again_has_no_epoch_and_no_model_twice(
+    store: str, folder: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither after a server that stopped answering, nor after a registry that refused the model, nor after it was all there."""
+    manifest, said, log_metrics = manifest_of(store), list[str](), mlflow.log_metrics
 
     def refuse(*_: object, **__: object) -> None:
-        raise MlflowException("the registry is full")
+        raise MlflowException("the registry is full\nas ever")
 
-    unread = MANIFEST | {"data": MANIFEST["data"] | {"sha256": None}}  # streamed rows, of which nothing is known at first
-    with pytest.raises(OSError), track(store, "mine", "a-name", None, unread) as first:  # noqa: PT011, PT012
-        for line in HISTORY[:2]:
-            first.log_epoch(line, print)
-        wait_for(lambda: len(logged_epochs(store, first.run_id)) == 2)
-        raise OSError
+    def stop_answering(metrics: dict[str, float], step: int, timestamp: int) -> None:
+        log_metrics(metrics, step, timestamp=timestamp) if step < 3 else refuse()
+
+    for owner, name, stand_in in ((mlflow, "log_metrics", stop_answering), (MlflowClient, "_create_model_version", refuse)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stand_in)
+            assert log_run(manifest, HISTORY, CARD, folder, [], said.append) is None
+        end = "the registry is full; the run is complete, the same command with --resume logs it again"
+        assert said.pop() == f"--mlflow {store}: {end}"
+        logged = expected(HISTORY if owner is MlflowClient else HISTORY[:2])
+        assert logged_epochs(store, manifest["mlflow"]["run_id"]) == logged
     client = MlflowClient(store)
-    assert client.get_run(first.run_id).info.status == "FAILED"
-    said: list[str] = []
-    with monkeypatch.context() as patch, track(store, "mine", "a-name", first.run_id, MANIFEST) as again:
-        patch.setattr(MlflowClient, "_create_model_version", refuse)
-        assert not again.finish(HISTORY, CARD, folder, [], said.append)
-    assert "the registry is full; the run is complete" in said[-1]
     for _ in range(2):
-        assert client.get_run(first.run_id).info.status == "FINISHED"
-        with track(store, "mine", "a-name", first.run_id, MANIFEST) as again:
-            again.log_epoch(HISTORY[1], print)
-            assert again.finish(HISTORY, CARD, folder, [], print)
-        assert logged_epochs(store, first.run_id) == expected(HISTORY)
-        assert len(client.get_metric_history(first.run_id, "final/test/loss")) == 1
+        run_id = log_run(manifest, HISTORY, CARD, folder, [], print)
+        assert run_id == manifest["mlflow"]["run_id"]
+        assert client.get_run(run_id).info.status == "FINISHED"
+        assert logged_epochs(store, run_id) == expected(HISTORY)
+        assert len(client.get_metric_history(run_id, "final/test/loss")) == 1
         (version,) = client.search_model_versions("name = 'my.reader'")
-        assert version.run_id == first.run_id
-
-
-def test_a_failure_is_reported_once_and_logged_later(store: str, folder: Location, tmp_path: Path) -> None:
-    said: list[str] = []
-    database = tmp_path / "store.db"
-    with track(store, "mine", "a-name", None, MANIFEST) as run:
-        run.log_epoch(HISTORY[0], said.append)
-        wait_for(lambda: len(logged_epochs(store, run.run_id)) == 1)
-        shutil.copy(database, tmp_path / "kept.db")
-        database.write_bytes(b"not a database any more" * 1000)
-        for line in HISTORY[1:]:
-            run.log_epoch(line, said.append)
-        wait_for(lambda: bool(said))
-        assert not run.finish(HISTORY, CARD, folder, [], said.append)
-    assert len(said) == 2
-    assert said[0].startswith(f"--mlflow {store}: ")
-    assert said[0].endswith("training goes on, and the epoch is logged later")
-    assert "--resume logs it again" in said[1]
-    shutil.copy(tmp_path / "kept.db", database)
-    with track(store, "mine", "a-name", run.run_id, MANIFEST) as again:
-        assert again.finish(HISTORY, CARD, folder, [], said.append)
-    assert logged_epochs(store, run.run_id) == expected(HISTORY)
+        assert version.run_id == run_id
+    assert len(client.search_runs([client.get_run(run_id).info.experiment_id])) == 1
 
 
 @pytest.mark.parametrize("where", ["http://127.0.0.1:9", "sqlite:////dev/null/nowhere"])
-def test_a_server_that_does_not_exist_is_refused(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_costs_a_line(where: str, folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(RequestError) as refused, track(where, "mine", "a-name", None, MANIFEST):
-        pass
-    assert str(refused.value).startswith(f"--mlflow {where}: ")
-    assert "\n" not in str(refused.value)
+    manifest, said = manifest_of(where), list[str]()
+    assert log_run(manifest, HISTORY, CARD, folder, [], said.append) is None
+    (line,) = said
+    assert line.startswith(f"--mlflow {where}: ")
+    assert line.endswith("; the run is complete, the same command with --resume logs it again")
+    assert "\n" not in line
+    assert "mlflow" not in manifest
 
 
 @pytest.mark.slow
@@ -189,14 +163,8 @@ def test_the_process_is_left_as_it_was(store: str, folder: Location, monkeypatch
         levels = [logging.getLogger(name).level for name in ("mlflow", "alembic")]
         return [{key: value for key, value in os.environ.items() if key.startswith("MLFLOW")}, levels, mlflow.active_run()]
 
-    changed = list[bytes]()  # variables that are set while MLflow's thread logs: other threads read the environment at any time
-    sys.addaudithook(lambda event, args: changed.append(args[0]) if event in ("os.putenv", "os.unsetenv") else None)
     before = state()
-    with track(store, "mine", "a-name", None, MANIFEST) as run:
-        changed.clear()
-        run.log_epoch(HISTORY[0], print)
-        assert run.finish(HISTORY, CARD, folder, [], print)
-        assert not [name for name in changed if name.startswith(b"MLFLOW")]
+    assert log_run(manifest_of(store), HISTORY, CARD, folder, [], print)
     assert state() == before
     if active:
         assert mlflow.get_tracking_uri() == theirs
