@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,10 +33,6 @@ _MAX_SOCKET_PATH_BYTES: Final = 107
 _RAY_SOCKET: Final = "ray/session_2026-11-26_09-31-28_741951_1234567/sockets/plasma_store"
 """Ray's longest socket path below the temporary folder."""
 
-_MARK: Final = "mnistsum_ray.pid"
-"""File in the session folder of a cluster that this program has started; holds the id of the process."""
-_KEPT_SESSIONS: Final = 10
-
 _session: Path | None = None
 """Session folder of the cluster that this process has started."""
 
@@ -52,6 +48,7 @@ def connect(metadata: dict[str, str] | None = None) -> None:
     Raises:
         RequestError: no cluster answers at RAY_ADDRESS, or no cluster can be started here.
     """
+    global _session
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or None
@@ -86,7 +83,7 @@ def connect(metadata: dict[str, str] | None = None) -> None:
             problem = "RAY_ADDRESS=auto: no running cluster was found"
         raise RequestError(f"{problem}: {root_cause(error)}") from error
     if starts_cluster:
-        _mark_session(Path(context.address_info["session_dir"]))
+        _session = Path(context.address_info["session_dir"])
 
 
 def _in_lasting_thread(start: Callable[..., Any], **options: Any) -> Any:
@@ -203,20 +200,3 @@ def _check_machine() -> None:
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # the hard limit: Ray raises the soft one to it
     if limit != resource.RLIM_INFINITY and limit < _MIN_OPEN_FILES:
         raise RequestError(f"this process may open just {limit} files, and Ray needs more: ulimit -n 8192")
-
-
-def _mark_session(session: Path) -> None:
-    """Mark the session folder of the cluster that was just started, and delete the oldest of those that have ended.
-
-    Ray keeps the logs of each cluster, a megabyte and more, for ever. Those of jobs that did not end well may be wanted.
-    """
-    global _session
-    _session = session
-    marks = sorted(session.parent.glob(f"session_*/{_MARK}"), reverse=True)  # their names begin with the time
-    for mark in marks[_KEPT_SESSIONS:]:
-        with suppress(OSError, ValueError):
-            try:
-                os.kill(int(mark.read_text()), 0)
-            except ProcessLookupError:
-                shutil.rmtree(mark.parent, ignore_errors=True)
-    (session / _MARK).write_text(str(os.getpid()))

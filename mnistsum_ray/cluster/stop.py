@@ -3,7 +3,6 @@
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from mnistsum_ray.overrides import replaced
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _REPEAT_SECONDS: Final = 5.0
-"""Seconds until KeyboardInterrupt is raised a second time: one that is raised in a callback of C++ is lost."""
+"""Seconds until KeyboardInterrupt is raised a second time: one that is raised in a finalizer or a callback of C++ is lost."""
 
 _STOP_SECONDS: Final = 25.0
 """Seconds after that until the process is ended."""
@@ -25,7 +24,6 @@ _DISCONNECT_SECONDS: Final = 20.0
 """Longest time for disconnecting and leaving the interpreter. A cluster of this process ends with it."""
 
 _POLL_SECONDS: Final = 0.5
-_RAISE_AGAIN_SECONDS: Final = 0.1
 
 
 class StopOnSignals:
@@ -48,7 +46,6 @@ class StopOnSignals:
             os.set_blocking(end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, self._receive) for number in _handled_signals()}
-        self._hook_before, sys.unraisablehook = sys.unraisablehook, self._raise_lost_interrupt_again
         threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
         return self
 
@@ -58,7 +55,6 @@ class StopOnSignals:
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        sys.unraisablehook = self._hook_before
 
     @property
     def exit_code(self) -> int:
@@ -83,14 +79,6 @@ class StopOnSignals:
         if time.monotonic() - self._raised_at >= _REPEAT_SECONDS / 2:
             self._raised_at = time.monotonic()
             raise KeyboardInterrupt
-
-    def _raise_lost_interrupt_again(self, lost: "sys.UnraisableHookArgs") -> None:
-        """Send the signal again if its KeyboardInterrupt was lost in a finalizer or in the callback of a weak reference."""
-        if self.received is None or not issubclass(lost.exc_type, KeyboardInterrupt):
-            self._hook_before(lost)
-            return
-        self._raised_at = float("-inf")
-        threading.Timer(_RAISE_AGAIN_SECONDS, os.kill, (os.getpid(), self.received)).start()
 
     def _watch(self, pipe: int) -> None:
         """Thread that ends the process if a signal has not ended the job."""
