@@ -34,7 +34,7 @@ class SplitRows:
 
 
 @dataclass(frozen=True)
-class TestMetrics:
+class HeldOutMetrics:
     """Quality on the test rows, with every number 0..9 for each image. Accuracies are in 0..1."""
 
     rows: int
@@ -56,7 +56,7 @@ class TrainResult:
     """Model folder, or its URI."""
     parameters: int
     data: SplitRows
-    test: TestMetrics
+    test: HeldOutMetrics
     images_per_second: float
     """Training rows per second without the first epoch, unless it is the only one."""
     seconds: float
@@ -114,7 +114,7 @@ def fit(config: TrainConfig) -> TrainResult:
     """
     with _naming_arguments(config):
         line = run_training(config)
-    return TrainResult(**line | {"data": SplitRows(**line["data"]), "test": TestMetrics(**line["test"])})
+    return TrainResult(**line | {"data": SplitRows(**line["data"]), "test": HeldOutMetrics(**line["test"])})
 
 
 def score(config: ScoreConfig) -> ScoreResult:

@@ -14,11 +14,7 @@ from mnistsum_ray.cluster.ray_internals import begin_at_zero
 def _tagged(kind: type[Any], name: str, text: str, run: str) -> Any:
     metric = kind(f"mnistsum_{name}", text, ("run",))
     metric.set_default_tags({"run": run})
-    return metric
-
-
-def _counter(name: str, text: str, run: str) -> Any:
-    return begin_at_zero(_tagged(Counter, name, text, run))
+    return begin_at_zero(metric) if kind is Counter else metric
 
 
 def _rate(name: str, run: str) -> Any:
@@ -32,7 +28,7 @@ class TrainingMetrics:
 
     def __init__(self, run: str, counted: int = 0) -> None:
         """Args: the run folder; and the rows of the epochs that an earlier job has trained, which do not count here."""
-        self._rows = _counter("train_rows", "Training rows, all epochs and workers together.", run)
+        self._rows = _tagged(Counter, "train_rows", "Training rows, all epochs and workers together.", run)
         self._rate = _rate("train_rows_per_second", run)
         self._epoch = _tagged(Gauge, "train_epoch", "Epoch that is trained, from 1.", run)
         self._loss = _tagged(Gauge, "train_loss", "Mean loss a row of this epoch, in nats.", run)
@@ -53,8 +49,8 @@ class ScoringMetrics:
     """`mnistsum_score_rows`, `mnistsum_score_rejected_rows` (counters) and `mnistsum_score_rows_per_second`."""
 
     def __init__(self, output: str) -> None:
-        self._rows = _counter("score_rows", "Rows whose file is written, rejected ones included.", output)
-        self._rejected = _counter("score_rejected_rows", "Rows that cannot be scored.", output)
+        self._rows = _tagged(Counter, "score_rows", "Rows whose file is written, rejected ones included.", output)
+        self._rejected = _tagged(Counter, "score_rejected_rows", "Rows that cannot be scored.", output)
         self._rate = _rate("score_rows_per_second", output)
 
     def add(self, rows: int, rejected: int, rows_per_second: float) -> None:

@@ -33,7 +33,6 @@ _ENVIRONMENT: Final = {
 }
 
 Say = Callable[[str], None]
-"""Writes a console line."""
 
 
 def log_run(
@@ -55,9 +54,7 @@ def log_run(
     with default_environment(_ENVIRONMENT), quiet_logger("mlflow", "alembic"):
         try:
             mlflow.set_tracking_uri(uri)
-            with ThreadPoolExecutor(
-                1
-            ) as thread:  # MLflow's active run is that of a thread, so one that the caller has stays active
+            with ThreadPoolExecutor(1) as thread:  # MLflow's active run is that of a thread: the caller's own stays active
                 return thread.submit(_log, manifest, history, card, folder, files, say).result()
         except Exception as error:  # from the network to a missing client of the server's storage
             say(f"--mlflow {uri}: {lines_of(error)[0]}; the run is complete, the same command with --resume logs it again")

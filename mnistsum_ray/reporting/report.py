@@ -3,7 +3,6 @@
 import base64
 import math
 import platform
-import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -67,19 +66,14 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Commit of the source that this process runs, with `+` if files of the package have changed; None outside of a checkout."""
-    package = Path(__file__).parents[1]
-    if shutil.which("git") is None or not (package.parent / ".git").exists():
+    """Commit of the source that this process runs, with `+` if files of the checkout have changed; None outside of one."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():  # an installed package may be in a checkout of another project
         return None
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(package), *args], capture_output=True, text=True, check=False, timeout=10)
-        return done.stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--short=10", "HEAD")
-        return f"{commit}+" if commit and git("status", "--porcelain", "--", str(package)) else commit or None
-    except (OSError, subprocess.TimeoutExpired):  # as on a network file system that does not answer
+    describe = ["git", "-C", str(checkout), "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
+    try:  # a git may be missing, or, as on a network file system, not answer
+        return subprocess.check_output(describe, text=True, stderr=subprocess.DEVNULL, timeout=10).strip()
+    except (OSError, subprocess.SubprocessError):
         return None
 
 

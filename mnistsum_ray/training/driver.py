@@ -3,9 +3,9 @@
 import shlex
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
+from statistics import fmean
 from typing import Any, Final
 
 import ray.exceptions
@@ -68,24 +68,18 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
     """
     try:
         with folder_lock(run.folder, "--name", console.say) as held:
-            return _Driver(run, _reserve(run, held, console.say), held, console).fit()
+            plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say)
+            if run.source.notice:
+                console.say(run.source.notice)
+            report_skipped(run.source.skipped, console.say)
+            read = {} if run.source.files is None else {"--data": run.source.files.location(0)}
+            check_shared_storage({"--storage-path": held}, read, console.say)
+            return _Driver(run, plan, held, console).fit()
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {run.how_to_resume()}") from error
-
-
-def _reserve(run: TrainingRun, held: OutputFolder, say: Callable[[str], None]) -> WorkerPlan:
-    """Reserve the workers, and check that their nodes share the storage."""
-    source = run.source
-    plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), say)
-    if source.notice:
-        say(source.notice)
-    report_skipped(source.skipped, say)
-    read = {} if source.files is None else {"--data": source.files.location(0)}
-    check_shared_storage({"--storage-path": held}, read, say)
-    return plan
 
 
 class _Driver:
@@ -260,17 +254,14 @@ class _Driver:
         card = publish_model(run, self.held, manifest["data"], result)
         write_history(self.held, result.history)
         steady = result.history[1:] or result.history  # the first epoch includes one-time work such as loading kernels
-        trained, seconds = (
-            sum(line["rows_per_second"] * line["seconds"] for line in steady),
-            sum(line["seconds"] for line in steady),
-        )
+        speed = fmean((line["rows_per_second"] for line in steady), (line["seconds"] for line in steady))
         summary = {
             "run": run.folder.display,
             "model": (run.folder / "model").display,
             "parameters": PARAMETERS,
             "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
             "test": {key: card["test"][key] for key in _TEST_FIELDS},
-            "images_per_second": round(trained / seconds, 1),
+            "images_per_second": round(speed, 1),
             "seconds": round(time.monotonic() - self.started, 1),
         }
         manifest |= {

@@ -131,13 +131,14 @@ def test_a_run_that_is_logged_again_has_no_epoch_and_no_model_twice(
     client = MlflowClient(store)
     for _ in range(2):
         run_id = log_run(manifest, HISTORY, CARD, folder, [], print)
+        assert run_id
         assert run_id == manifest["mlflow"]["run_id"]
         assert client.get_run(run_id).info.status == "FINISHED"
         assert logged_epochs(store, run_id) == expected(HISTORY)
         assert len(client.get_metric_history(run_id, "final/test/loss")) == 1
         (version,) = client.search_model_versions("name = 'my.reader'")
         assert version.run_id == run_id
-    assert len(client.search_runs([client.get_run(run_id).info.experiment_id])) == 1
+    assert len(client.search_runs([client.get_run(manifest["mlflow"]["run_id"]).info.experiment_id])) == 1
 
 
 @pytest.mark.parametrize("where", ["http://127.0.0.1:9", "sqlite:////dev/null/nowhere"])
