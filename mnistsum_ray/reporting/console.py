@@ -24,8 +24,6 @@ _LINE_SECONDS: Final = 5.0
 _WAITING: Final = 0.1
 """Fraction of an epoch without data from which a line says so."""
 
-_BAR: Final = "{desc} {percentage:3.0f}% |{bar}| {n:,} of {total:,}{postfix}, {remaining} left"
-
 
 class Progress:
     """Counts finished items, and shows how far the work is at most every UPDATE_SECONDS."""
@@ -85,11 +83,7 @@ class Console:
 
     def __exit__(self, *_: object) -> None:
         self._watch.close()
-        self._end_bar()
-
-    def _end_bar(self) -> None:
-        with self._lock, suppress(OSError):
-            self._close_bar()
+        self._close_bar()
 
     def say(self, text: str) -> None:
         """Write a line."""
@@ -132,10 +126,8 @@ class Console:
                 self._say_sometimes(f"{what}: {done:,} of {total:,}  {rate:,.0f}/s  {time_left(total - done, rate)} left")
         elif self._training:
             self._draw_epochs(self._training, f"{what}: {done:,} of {total:,}")
-        elif done < total:
-            self._draw(what, done, total, f"{rate:,.0f}/s")
         else:
-            self._end_bar()
+            self._draw(what, done, total)
 
     def _show_training(self, event: dict[str, Any]) -> None:
         rate, rows_left = event["rows_per_second"], event["of_rows"] - event["rows"]
@@ -149,37 +141,35 @@ class Console:
                 )
             return
         self._training = event if all_rows_left else None  # what follows has bars of its own
-        if all_rows_left:
-            self._draw_epochs(event, f"{rate:,.0f} rows/s, loss {event['loss']:.4f}")
-        else:
-            self._end_bar()
+        self._draw_epochs(event, f"loss {event['loss']:.4f}")
 
     def _draw_epochs(self, event: dict[str, Any], postfix: str) -> None:
         """The bar of the run: rows of all epochs."""
         rows = (event["epoch"] - 1) * event["of_rows"] + event["rows"]
         self._draw(f"epoch {event['epoch']}/{event['epochs']}", rows, event["epochs"] * event["of_rows"], postfix)
 
-    def _draw(self, description: str, done: int, total: int, postfix: str) -> None:
-        """Draw the bar, with texts before it and after its numbers; other work gets a new one."""
+    def _draw(self, description: str, done: int, total: int, postfix: str = "") -> None:
+        """Draw the bar, with a text before it and one after it; other work gets a new one, and finished work has none."""
         with self._lock, suppress(OSError):
             if self._bar is None or self._bar.total != total or self._bar.n > done:
                 self._close_bar()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a notebook without widgets, which gets a bar of text
                     from tqdm.auto import tqdm
-                options: dict[str, Any] = {"dynamic_ncols": True, "leave": False, "mininterval": 0, "bar_format": _BAR}
-                self._bar = tqdm(total=total, initial=done, file=self._stream, **options)
+                self._bar = tqdm(total=total, initial=done, file=self._stream, dynamic_ncols=True, leave=False, unit="")
             self._sign_of_life()
-            self._bar.set_description_str(description, refresh=False)
+            self._bar.set_description(description, refresh=False)
             self._bar.set_postfix_str(postfix, refresh=False)
-            self._bar.update(done - self._bar.n)
+            self._bar.n = done
             self._bar.refresh()
+            if done >= total:
+                self._close_bar()
 
     def _close_bar(self) -> None:
-        if self._bar is not None:
-            # The last step is not always counted, and a bar of a notebook that ends before its total stays, in red.
-            self._bar.total = self._bar.n
-            self._bar.close()
+        with self._lock, suppress(OSError):
+            if self._bar is not None:
+                self._bar.total = self._bar.n  # a bar of a notebook that ends before its total stays, in red
+                self._bar.close()
             self._bar = None
 
     def _say_sometimes(self, text: str) -> None:
