@@ -5,7 +5,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Self, TextIO
 
 from mnistsum_ray.errors import percent, printable
@@ -16,7 +16,7 @@ UPDATE_SECONDS: Final = 2.0
 """Minimum time between two updates of progress."""
 
 SILENCE_SECONDS: Final = 60
-"""Time without a sign of life after which `silence_watchdog` writes a line."""
+"""Time without a line or progress after which a line says so."""
 
 _LINE_SECONDS: Final = 5.0
 """Where there is no bar, progress is a line after so much time without a line."""
@@ -72,21 +72,48 @@ class Console:
         """The latest progress event of the epochs, whose bar stays while something else is counted."""
         self._line_time = time.monotonic()
         """When the latest line was written."""
-        self._watch = ExitStack()
-        self._sign_of_life: Callable[[], None] = lambda: None
+        self._waiting: tuple[str, Callable[[], str]] = ("this step", lambda: "it is large, or the storage is slow")
+        self._heard, self._ended = threading.Event(), threading.Event()
+        self._watchdog = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
-        # After the watchdog of the workers, who say what they wait for.
-        watchdog = silence_watchdog(self.say, lambda: "it is large, or the storage is slow", SILENCE_SECONDS + 5, "this step")
-        self._sign_of_life = self._watch.enter_context(watchdog)
+        self._watchdog.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._watch.close()
+        self._ended.set()
+        self._heard.set()
+        self._watchdog.join()
         self._close_bar()
+
+    @contextmanager
+    def waiting_for(self, who: str, explain: Callable[[], str]) -> Iterator[None]:
+        """While the block runs, a line on silence names `who`, and what they wait for. It is left out if `explain` raises."""
+        before, self._waiting = self._waiting, (who, explain)
+        try:
+            yield
+        finally:
+            self._waiting = before
+
+    def _watch(self) -> None:
+        silent = 0.0
+        while not self._ended.is_set():
+            if self._heard.wait(SILENCE_SECONDS):
+                self._heard.clear()
+                silent = 0
+                continue
+            silent += SILENCE_SECONDS
+            who, explain = self._waiting
+            # A cluster that has ended answers with an error of Ray; the run itself fails on it too and reports it.
+            with suppress(Exception):
+                self._write(f"no word from {who} for {silent:g} s: {explain()}")
 
     def say(self, text: str) -> None:
         """Write a line."""
+        self._heard.set()
+        self._write(text)
+
+    def _write(self, text: str) -> None:
         line = f"{printable(masked(text))}\n"  # a library's message may quote a URI with its keys
         with self._lock, suppress(OSError):  # standard error was closed by its reader; the job goes on
             if self._bar is None:
@@ -95,7 +122,6 @@ class Console:
                 self._bar.write(line, file=self._stream, end="")
             self._stream.flush()
         self._line_time = time.monotonic()
-        self._sign_of_life()
 
     def say_lines(self, text: str) -> None:
         """Write several lines, e.g. an error of Ray with its traceback."""
@@ -121,6 +147,7 @@ class Console:
             done, total: number of items.
             rate: items per second.
         """
+        self._heard.set()
         if not self._has_bars:
             if 0 < done < total:
                 self._say_sometimes(f"{what}: {done:,} of {total:,}  {rate:,.0f}/s  {time_left(total - done, rate)} left")
@@ -130,6 +157,7 @@ class Console:
             self._draw(what, done, total)
 
     def _show_training(self, event: dict[str, Any]) -> None:
+        self._heard.set()
         rate, rows_left = event["rows_per_second"], event["of_rows"] - event["rows"]
         all_rows_left = rows_left + (event["epochs"] - event["epoch"]) * event["of_rows"]
         if not self._has_bars:
@@ -157,7 +185,6 @@ class Console:
                     warnings.simplefilter("ignore")  # a notebook without widgets, which gets a bar of text
                     from tqdm.auto import tqdm
                 self._bar = tqdm(total=total, initial=done, file=self._stream, dynamic_ncols=True, leave=False, unit="")
-            self._sign_of_life()
             self._bar.set_description(description, refresh=False)
             self._bar.set_postfix_str(postfix, refresh=False)
             self._bar.n = done
@@ -190,39 +217,3 @@ def epoch_lines(entry: dict[str, Any]) -> list[str]:
 def accuracies(metrics: dict[str, Any]) -> str:
     """Accuracies of all heads: `digit 99.46 %, sum 99.27 %`."""
     return ", ".join(f"{head.name} {percent(metrics[f'{head.name}_accuracy'])}" for head in HEADS)
-
-
-@contextmanager
-def silence_watchdog(
-    say: Callable[[str], None], explain: Callable[[], str], seconds: float | None = None, who: str = "the workers"
-) -> Iterator[Callable[[], None]]:
-    """While the block runs, write a line after each SILENCE_SECONDS in which the yielded function was not called.
-
-    Args:
-        say: writes a console line; called in a thread of the watchdog.
-        explain: says what the cluster is waiting for; called in the same thread. The line is left out if it raises.
-        seconds: other than SILENCE_SECONDS.
-        who: should give word.
-    """
-    heard, ended, seconds = threading.Event(), threading.Event(), seconds or SILENCE_SECONDS
-
-    def watch() -> None:
-        silent = 0.0
-        while not ended.is_set():
-            if heard.wait(seconds):
-                heard.clear()
-                silent = 0
-                continue
-            silent += seconds
-            # A cluster that has ended answers with an error of Ray; the run itself fails on it too and reports it.
-            with suppress(Exception):
-                say(f"no word from {who} for {silent:g} s: {explain()}")
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield heard.set
-    finally:
-        ended.set()
-        heard.set()
-        thread.join()

@@ -21,7 +21,7 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RunError, RunInterrupted, counted, root_cause
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.model.int8 import maxima_from_description, unavailable_reason
-from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
+from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import ScoringMetrics
 from mnistsum_ray.scoring.counts import Counts
 from mnistsum_ray.scoring.output import (
@@ -152,10 +152,9 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
     progress = Progress(console.progress, "rows scored", todo_rows)
     failures: dict[str, str] = {}
     started, ended, done_rows = float("inf"), 0.0, 0
-    with silence_watchdog(console.say, explain_worker_silence) as sign_of_life, crash_counter() as counter:
+    with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
         pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers, counter)
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
-            sign_of_life()
             plan.held.check()
             for failed in report["failed"].drop_null().to_pylist():
                 raise RunError(f"{failed}; committed files are kept, and the same command resumes")

@@ -20,7 +20,7 @@ from mnistsum_ray.cluster.connection import can_connect
 from mnistsum_ray.cluster.resources import explain_worker_silence, this_node
 from mnistsum_ray.errors import counted, lines_of
 from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
-from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog
+from mnistsum_ray.reporting.console import Console, Progress
 
 _FAILURE: Final = "failure"
 
@@ -125,7 +125,7 @@ def event_queue(
     events, ended = Events(queue), threading.Event()
 
     def follow() -> None:
-        with silence_watchdog(console.say, explain_worker_silence) as heard:
+        with console.waiting_for("the workers", explain_worker_silence):
             while True:
                 try:
                     event = queue.get()
@@ -135,7 +135,6 @@ def event_queue(
                     continue
                 if event is None:
                     return
-                heard()
                 if event["kind"] == _FAILURE:
                     events.failure = events.failure or event["text"]
                     events.failed.set()

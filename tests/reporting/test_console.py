@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import pytest
 
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.reporting.console import Console, Progress, silence_watchdog, time_left
+from mnistsum_ray.reporting.console import Console, Progress, time_left
 
 TEST = {f"{head.name}_accuracy": 0.5 for head in HEADS} | {"loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
 ENTRY: dict[str, Any] = {
@@ -111,7 +111,6 @@ def test_work_without_epochs_has_a_bar_of_its_own() -> None:
 def test_silence_is_reported_until_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that has ended cannot be asked: it costs only the line."""
     monkeypatch.setattr("mnistsum_ray.reporting.console.SILENCE_SECONDS", 0.2)
-    lines: list[str] = []
     answers: list[str | Exception] = ["it has 2 CPUs", ConnectionError("the cluster has ended"), "it is back"]
 
     def explain() -> str:
@@ -120,30 +119,26 @@ def test_silence_is_reported_until_a_sign_of_life(monkeypatch: pytest.MonkeyPatc
             raise answer
         return answer
 
-    with silence_watchdog(lines.append, explain) as heard:
-        for _ in range(10):
-            time.sleep(0.05)
-            heard()
-        assert not lines
-        deadline = time.monotonic() + 10
-        while len(lines) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert lines[0] == "no word from the workers for 0.2 s: it has 2 CPUs"
-    assert lines[1].endswith(" s: it is back")
-
-
-def test_a_silent_step_of_any_kind_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnistsum_ray.reporting.console.SILENCE_SECONDS", -4.7)  # 5 s before those of a step
     stream = io.StringIO()
+
+    def silent_for() -> list[str]:
+        return [line for line in stream.getvalue().splitlines() if line.startswith("no word")]
+
     with Console(stream) as console:
         for _ in range(10):
             time.sleep(0.05)
             console.say("a line")
-        assert "no word" not in stream.getvalue()
+        assert not silent_for()
         deadline = time.monotonic() + 10
-        while "no word from this step for 0.3 s: it is large, or the storage is slow" not in stream.getvalue():
-            assert time.monotonic() < deadline
+        while not silent_for() and time.monotonic() < deadline:
             time.sleep(0.01)
+        with console.waiting_for("the workers", explain):
+            while len(silent_for()) < 4 and time.monotonic() < deadline:
+                time.sleep(0.01)
+    assert silent_for()[0] == "no word from this step for 0.2 s: it is large, or the storage is slow"
+    workers = [line for line in silent_for() if "the workers" in line]
+    assert workers[0].endswith(" s: it has 2 CPUs")
+    assert workers[1].endswith(" s: it is back")
 
 
 def test_progress_is_shown_every_few_seconds_with_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
