@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from threading import Thread
-from typing import Any, Final
+from typing import Any
 
 from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.overrides import quiet_logger
-from mnistsum_ray.reporting.console import Console, Progress
+from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.storage.paths import locate
-
-_RAY_LOGGERS: Final = ("ray", "ray.data")
-"""Loggers that `fit` and `score` silence below ERROR: the console reports progress itself."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,8 @@ class TrainResult:
     """Id of the MLflow run."""
 
     def _repr_html_(self) -> str | None:
-        rows = f"{self.test.rows:,} test rows, all ten numbers"
-        accuracies = f"digit {self.test.digit_accuracy:.2%}, sum {self.test.sum_accuracy:.2%} of {rows}"
-        return _with_picture(f"{self.run}: {accuracies}; {self.seconds:.0f} s", self.run, "mistakes.png")
+        right = f"{accuracies(vars(self.test))} of {self.test.rows:,} test rows, all ten numbers"
+        return _with_picture(f"{self.run}: {right}; {self.seconds:.0f} s", self.run, "mistakes.png")
 
 
 @dataclass(frozen=True)
@@ -92,8 +88,8 @@ class ScoreResult:
 
     def _repr_html_(self) -> str | None:
         rows = f"{self.scored_rows:,} of {self.input_rows:,} rows scored, {self.rejected_rows:,} rejected"
-        accuracies = f"; digit {self.digit_accuracy:.2%}, sum {self.sum_accuracy:.2%}" if self.digit_accuracy is not None else ""
-        return _with_picture(f"{self.output}: {rows}{accuracies}; {self.seconds:.0f} s", self.output, "probabilities.png")
+        right = f"; {accuracies(vars(self))}" if self.digit_accuracy is not None else ""
+        return _with_picture(f"{self.output}: {rows}{right}; {self.seconds:.0f} s", self.output, "probabilities.png")
 
     @property
     def complete(self) -> bool:
@@ -144,7 +140,7 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
 
         from mnistsum_ray.training import driver
 
-        with quiet_logger(*_RAY_LOGGERS):  # after the import of Ray Data, which sets the level of its logger
+        with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
             return driver.fit(run, console)
 
 
@@ -159,7 +155,7 @@ def run_scoring(config: ScoreConfig) -> tuple[dict[str, Any], bool]:
 
         from mnistsum_ray.scoring import driver
 
-        with quiet_logger(*_RAY_LOGGERS):
+        with quiet_logger("ray", "ray.data"):
             return driver.score(run, console)
 
 

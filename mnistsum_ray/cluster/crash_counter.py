@@ -54,5 +54,4 @@ def crash_counter() -> Iterator[Any]:
 
 def begin(counter: Any, key: str) -> int:
     """Count an attempt of this process, see `CrashCounter.begin`. If the process survives it, it calls `end`."""
-    count: int = ray.get(counter.begin.remote(key, ray.get_runtime_context().get_node_id()))
-    return count
+    return int(ray.get(counter.begin.remote(key, ray.get_runtime_context().get_node_id())))

@@ -75,9 +75,8 @@ def export_onnx(program: bytes, card: dict[str, Any]) -> bytes:
             torch.export.load(io.BytesIO(program)),
             input_names=INPUTS,
             output_names=OUTPUTS,
-            dynamic_shapes={
-                name: {0: torch.export.Dim("rows")} for name in INPUTS
-            },  # a program that was loaded has lost the name
+            # A program that was loaded has lost the name.
+            dynamic_shapes={name: {0: torch.export.Dim("rows")} for name in INPUTS},
             dynamo=True,
             verbose=False,
         )

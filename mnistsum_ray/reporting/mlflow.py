@@ -38,16 +38,10 @@ Say = Callable[[str], None]
 def log_run(
     manifest: dict[str, Any], history: list[dict[str, Any]], card: dict[str, Any], folder: Location, files: list[str], say: Say
 ) -> str | None:
-    """Log a finished run; return its id in MLflow, or None after a console line if any of it fails.
+    """Log a finished run, with `files` of its folder as artifacts; return its id in MLflow, or None after a console line if any
+    of it fails.
 
-    Args:
-        manifest: of the run. Its entry `mlflow`, {uri, run_id}, is set as soon as MLflow knows the run. One that has the same
-            URI already is continued.
-        history: lines of history.jsonl.
-        card: contents of model.json.
-        folder: the run folder.
-        files: names of the files in it that become artifacts.
-        say: writes a console line.
+    The manifest's entry `mlflow`, {uri, run_id}, is set as soon as MLflow knows the run. One of the same URI is continued.
     """
     uri, before = manifest["config"]["mlflow"], os.environ.get("MLFLOW_TRACKING_URI")  # `set_tracking_uri` sets it too
     # MLflow and alembic log a line for each table of a new local store.

@@ -1,4 +1,8 @@
-"""Readable records of a run: report.html, the model card, the versions of the software; and the names of metrics."""
+"""Readable records of a run: report.html, the model card, the versions of the software; and the names of metrics.
+
+Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `card` that of model.json, `history` are the
+lines of history.jsonl, and `pictures` are by the names of their PNG files where no other key is named.
+"""
 
 import base64
 import math
@@ -53,7 +57,7 @@ def svg_name(png_name: str) -> str:
 
 
 def picture_files(pictures: dict[str, Picture]) -> dict[str, bytes]:
-    """Contents of the files of pictures, by file name; `pictures` are by the names of their PNG files."""
+    """Contents of the files of pictures, by file name."""
     return {name: one.png for name, one in pictures.items()} | {svg_name(name): one.svg for name, one in pictures.items()}
 
 
@@ -98,7 +102,7 @@ def epoch_scalars(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def model_scalars(card: dict[str, Any]) -> dict[str, float]:
-    """Metrics of the published model (`card`: model.json), under the names that TensorBoard and MLflow show."""
+    """Metrics of the published model, under the names that TensorBoard and MLflow show."""
     return _scores(card, "final")
 
 
@@ -118,15 +122,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 def report_page(
     name: str, manifest: dict[str, Any], card: dict[str, Any], history: list[dict[str, Any]], pictures: dict[str, Picture]
 ) -> str:
-    """Render the HTML page of a finished run: results, pictures, epochs, how to score with the model, configuration.
-
-    Args:
-        name: name of the run.
-        manifest: contents of manifest.json.
-        card: contents of model.json.
-        history: lines of history.jsonl.
-        pictures: by the names of their PNG files (keys of PICTURES).
-    """
+    """Render the HTML page of a finished run: results, pictures, epochs, how to score with the model, configuration."""
     intervals = {head.name: wilson_interval(card["test"][f"{head.name}_accuracy"], card["test"]["rows"]) for head in HEADS}
     shown = _encoded({PICTURES[key]: picture for key, picture in pictures.items()})
     return _render(
@@ -137,22 +133,13 @@ def report_page(
 def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, Picture]) -> str:
     """Render the HTML page of a scored output: counts, rejected rows with examples, frequencies, the least sure rows, pictures.
 
-    Args:
-        manifest: contents of manifest.json.
-        totals: `scoring.counts.Counts`.
-        pictures: by title.
+    `totals` are `scoring.counts.Counts`; `pictures` are by title.
     """
     return _render("scored.html.j2", pictures=_encoded(pictures), manifest=manifest, line=manifest["totals"], totals=totals)
 
 
 def model_card(name: str, card: dict[str, Any], data: dict[str, Any]) -> str:
-    """Render the model card.
-
-    Args:
-        name: of the run.
-        card: contents of model.json.
-        data: entry `data` of manifest.json.
-    """
+    """Render the model card; `name` is the run's, and `data` an entry of its manifest."""
     return _render("model_card.md.j2", name=name, card=card, data=data, of_mnist=data["sha256"] in _MNIST)
 
 
@@ -172,5 +159,4 @@ def _render(template: str, **values: Any) -> str:
         # As on the console: a file name may hold control characters. Markup is what a filter has made for the page.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    page: str = environment.get_template(template).render(heads=[head.name for head in HEADS], numbers=range(NUMBERS), **values)
-    return page
+    return str(environment.get_template(template).render(heads=[head.name for head in HEADS], numbers=range(NUMBERS), **values))

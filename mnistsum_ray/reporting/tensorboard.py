@@ -56,15 +56,7 @@ def write_epochs(run: OutputFolder, history: list[dict[str, Any]]) -> None:
 def write_final(
     run: OutputFolder, epoch: int, card: dict[str, Any], pictures: dict[str, Picture], config: dict[str, Any]
 ) -> None:
-    """Write the event file of the finished run.
-
-    Args:
-        run: the run folder.
-        epoch: the last epoch, under which everything is shown.
-        card: contents of model.json, for the model's metrics.
-        pictures: by the names of their PNG files.
-        config: settings of the run, shown as a table.
-    """
+    """Write the event file of the finished run: the model's metrics, pictures and settings, shown under the last epoch."""
     with _event_file(run, _name(epoch, "final")) as writer:
         for key, value in model_scalars(card).items():
             writer.add_scalar(key, value, epoch)
