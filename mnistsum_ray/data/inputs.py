@@ -15,9 +15,9 @@ from typing import Final, NamedTuple
 
 import pyarrow as pa
 
-from mnistsum_ray.errors import RequestError, StorageError, did_you_mean
+from mnistsum_ray.errors import RequestError, did_you_mean
 from mnistsum_ray.storage.location import Location, is_hidden, is_utf8
-from mnistsum_ray.storage.paths import locate_existing
+from mnistsum_ray.storage.paths import locate_existing, refused
 from mnistsum_ray.storage.uri import PathOrUri
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
@@ -131,10 +131,8 @@ class _Value:
         self.place = locate_existing(fixed, flag)
         if self.place.is_local:
             self.place = self.place.at(os.path.realpath(self.place.path))
-        try:
+        with refused(flag):
             found = self.place.status()
-        except StorageError as error:
-            raise RequestError(f"{flag} {error}") from None
         if found is None:
             hint = did_you_mean(text, ("sample", "mnist", "auto")) if flag == "--data" else ""
             raise self.error(f"there is no such file or folder ({self.place.display}){hint}")
@@ -154,18 +152,15 @@ class _Value:
 
     def list(self) -> Iterator[tuple[str, "_File | str"]]:
         """Paths that the value names, each with its file, or with the reason why it is left out."""
-        try:
+        with refused(self.flag), self.place.answers("listed"):
             if self.place.is_local:
-                with self.place.answers("listed"):
-                    yield from self._list_local()
+                yield from self._list_local()
                 return
             for entry in [self.found] if self.is_file else self.place.files():
                 if self.is_file or self._takes(parts_below(entry.path, self.place.path) or ()):
                     yield entry.path, _File(entry.size, entry.modified, entry.path)
                 elif self.pattern is None:
                     yield entry.path, _NAME
-        except StorageError as error:
-            raise RequestError(f"{self.flag} {error}") from None
 
     def _list_local(self) -> Iterator[tuple[str, "_File | str"]]:
         if self.is_file:

@@ -14,14 +14,14 @@ from mnistsum_ray import __version__
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import open_source
-from mnistsum_ray.errors import RequestError, RunError, StorageError
+from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, Predictions, predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.storage.lock import empty_output
-from mnistsum_ray.storage.paths import locate_existing
+from mnistsum_ray.storage.paths import locate_existing, refused
 
 INPUTS: Final = ("image", "number")
 OUTPUTS: Final = tuple(PREDICTION_FIELDS.names[:-1])
@@ -119,22 +119,20 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     """
     output = empty_output(config.output)
     model, card = load_model(locate_existing(config.model, "--model"))
-    try:
-        say("exporting")
-        program = export_torch(model)
-        exported = {TORCH_FILE: program, ONNX_FILE: export_onnx(program, card)}
-        source = open_source("sample")  # its test images, each with every number
-        images = source.data.fetch(source.test.ids())[0].repeat(NUMBERS, axis=0)
-        numbers = np.arange(len(images)) % NUMBERS
-        expected = predict_pairs(model, images, numbers, CPU_BATCH)
-        largest = 0.0
-        for (name, data), run in zip(exported.items(), (_run_torch, _run_onnx), strict=True):
-            largest = max(largest, _compare(name, run(data, images, numbers), expected))
-            say(f"{name}: {len(data):,} bytes, the same predictions as the model's on {len(numbers):,} pairs")
+    say("exporting")
+    program = export_torch(model)
+    exported = {TORCH_FILE: program, ONNX_FILE: export_onnx(program, card)}
+    source = open_source("sample")  # its test images, each with every number
+    images = source.data.fetch(source.test.ids())[0].repeat(NUMBERS, axis=0)
+    numbers = np.arange(len(images)) % NUMBERS
+    expected = predict_pairs(model, images, numbers, CPU_BATCH)
+    largest = 0.0
+    for (name, data), run in zip(exported.items(), (_run_torch, _run_onnx), strict=True):
+        largest = max(largest, _compare(name, run(data, images, numbers), expected))
+        say(f"{name}: {len(data):,} bytes, the same predictions as the model's on {len(numbers):,} pairs")
+    with refused("--output"):
         for name, data in exported.items():
             output.write(name, data)
-    except StorageError as error:
-        raise RequestError(f"--output {error}") from None
     return {"output": output.place.display, "files": list(exported), "pairs": len(numbers), "largest_difference": largest}
 
 

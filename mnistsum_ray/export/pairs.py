@@ -12,9 +12,10 @@ from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.images import IMAGE_TYPE, pixels_array
 from mnistsum_ray.data.order import RowRanges, random_numbers
 from mnistsum_ray.data.sources import Source, open_source
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError
+from mnistsum_ray.errors import RunError, RunInterrupted, StorageError
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import empty_output
+from mnistsum_ray.storage.paths import refused
 
 SCHEMA: Final = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": pa.int8(), "digit": pa.int8()})
 """`row_id` is the position of the image in its source; `digit` is the true digit, for measuring accuracy."""
@@ -44,16 +45,14 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         split, said = getattr(source, config.split), time.monotonic()
         for index in range(config.files):
             start, end = config.rows * index // config.files, config.rows * (index + 1) // config.files
-            try:
-                data = _parquet_file(source, split, config.seed, start, end)
-            except StorageError as error:
-                raise RunError(f"--data {error}") from None
-            output.write(f"part-{index:05d}.parquet", data)
+            data = _parquet_file(source, split, config.seed, start, end)
+            with refused("--output"):
+                output.write(f"part-{index:05d}.parquet", data)
             if time.monotonic() - said > _LINE_SECONDS:
                 said = time.monotonic()
                 say(f"rows written: {end:,} of {config.rows:,}")
     except StorageError as error:
-        raise RequestError(f"--output {error}") from None
+        raise RunError(f"--data {error}") from None
     except KeyboardInterrupt:
         raise RunInterrupted("some files are written; empty the folder, then the same command starts again") from None
     return output.place, source

@@ -21,7 +21,7 @@ from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import split_into_parts
 from mnistsum_ray.storage.location import Location, retried
 from mnistsum_ray.storage.lock import OutputFolder
-from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
+from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder, refused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,10 +150,8 @@ def preflight(config: ScoreConfig) -> Request:
 
 def _locate_output(text: str) -> Location:
     output = locate(text, "--output", output_base_folder())
-    try:
+    with refused("--output"):
         found = output.status()
-    except StorageError as error:
-        raise RequestError(f"--output {error}") from None
     if found and not found.is_folder:
         raise RequestError(f"--output {output.display}: is a file; name a folder")
     # `at` also removes the query of a URI from the display.

@@ -27,7 +27,7 @@ from mnistsum_ray.storage import (
     writes,  # noqa: TID251
 )
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.paths import locate, output_base_folder
+from mnistsum_ray.storage.paths import locate, output_base_folder, refused
 
 LOCK_NAME: Final = "_lock"
 
@@ -179,11 +179,9 @@ def empty_output(text: str) -> OutputFolder:
         RequestError: the folder holds files, or cannot be listed.
     """
     output = locate(text, "--output", output_base_folder())
-    try:
+    with refused("--output"):
         if output.files():
             raise RequestError(f"--output {output.display}: is not empty; name another folder")
-    except StorageError as error:
-        raise RequestError(f"--output {error}") from None
     return OutputFolder(output, None)
 
 

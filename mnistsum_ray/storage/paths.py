@@ -1,6 +1,8 @@
 """Paths and URIs of the command line, resolved to a Location."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -41,8 +43,15 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
 def locate_existing(text: str, flag: str) -> Location:
     """Resolve a path to read from: relative to the working folder, else to where a submitted job writes."""
     here = locate(text, flag)
-    try:
+    with refused(flag):
         return here if here.exists() else locate(text, flag, output_base_folder())
+
+
+@contextmanager
+def refused(flag: str) -> Iterator[None]:
+    """Raise a StorageError of the block as RequestError that names a flag."""
+    try:
+        yield
     except StorageError as error:
         raise RequestError(f"{flag} {error}") from None
 

@@ -22,7 +22,7 @@ from mnistsum_ray.data.sources import Counter, Source, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shell_command
 from mnistsum_ray.storage.location import Location, is_partial
 from mnistsum_ray.storage.lock import LOCK_NAME
-from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder
+from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder, refused
 
 SMALL_ROWS: Final = 20_000
 """Below this number of training rows a run has smaller batches and more epochs: the sum head needs its number of steps."""
@@ -73,7 +73,7 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     storage = locate(config.storage_path, "--storage-path", output_base_folder())
     name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder, same_data = storage / name, None
-    try:
+    with refused("--storage-path"):
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
         begun = (folder / "manifest.json").exists()
         taken = begun or (folder.exists() and not _is_empty(folder))
@@ -84,8 +84,6 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
         elif taken:
             there = "exists; go on with --resume, or" if begun else "holds other files, and no run;"
             raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
-    except StorageError as error:
-        raise RequestError(f"--storage-path {error}") from None
     if config.from_run and not config.resume:  # a resumed run has taken what it needs from that one
         config, same_data = _inherit(config, locate_existing(config.from_run, "--from-run"), "--from-run")
     if config.mlflow:
