@@ -158,7 +158,7 @@ class Tracking(JobConfig):
     """MLflow tracking (needs the extra mlflow)."""
 
     mlflow: PathText | None = None
-    """MLflow tracking server (http://...) or store (sqlite:///...) that the run is logged to [none]"""
+    """MLflow tracking server (http://...) or store (sqlite:///...) that the finished run is logged to [none]"""
     mlflow_experiment: str = Field("mnistsum", min_length=1)
     """MLflow experiment of the run"""
     mlflow_model: str = Field("mnistsum", pattern=r"^[^/:]*[^/:\s][^/:]*$")

@@ -36,7 +36,6 @@ PICTURES: Final = {
 _PIXELS: Final = 1.5
 """Of a picture, for each pixel of a page's width: text then has one size in all pictures."""
 
-
 _MNIST: Final = (
     "274a52c43a2b8adc53cdd8b35dc4f36492c594e8fc0e3c9351f8ad9944bee783",
     "986e3361d5898d3ff6ecb3eb083623e8d05ca602b9ea76d29c095638c1126373",
