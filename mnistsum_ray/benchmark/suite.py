@@ -17,18 +17,17 @@ object. Exit codes: 0 done, 2 the request is invalid, 1 anything else.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from mnistsum_ray import cli
-from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.benchmark.process import Measurement, run_job
+from mnistsum_ray.errors import RequestError
 
 WAYS: Final = {
     "train": ("loader", "memory", "worker", "ray"),
@@ -37,9 +36,6 @@ WAYS: Final = {
 
 ORIGINAL_ACCURACY: Final = {"digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
 """On the test rows, as the original reports it."""
-
-Measurement = dict[str, float]
-"""Figures of one way, as mnistsum_ray/benchmark/README.md explains them."""
 
 # This module, which runs the measurements, imports neither torch nor Ray: `--help` comes at once.
 
@@ -113,33 +109,6 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
                 del processes["memory-int8"], processes["ray-int8"]
         line = _speed(args, argv, processes)
     return line | {"what": args.what, "hardware": machine, "versions": versions()}
-
-
-def run_job(*arguments: object, module: str = "mnistsum_ray", processes: int = 1) -> list[dict[str, Any]]:
-    """Run `mnistsum`, or another module, as a user does, in several processes at once.
-
-    Returns:
-        Their last lines, each with a field `printed`: when it came, in seconds since 1970.
-
-    Raises:
-        RunError: one of them failed; it has said why.
-    """
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
-    try:
-        lines = [json.loads(_of(job).readline() or "{}") | {"printed": time.time()} for job in jobs]
-        if any(job.wait() for job in jobs):
-            raise RunError(f"{' '.join(command[2:])} failed; see its error above")
-    finally:
-        for job in jobs:
-            job.kill()  # does nothing to one that has ended
-            _of(job).close()
-    return lines
-
-
-def _of(job: subprocess.Popen[str]) -> IO[str]:
-    assert job.stdout is not None, "a pipe"
-    return job.stdout
 
 
 def _run_way(argv: list[str], way: str, processes: int = 1) -> Measurement:

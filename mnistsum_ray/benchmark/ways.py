@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mnistsum_ray.benchmark import original
-from mnistsum_ray.benchmark.suite import Measurement, run_job
+from mnistsum_ray.benchmark.process import Measurement, run_job
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import Digits, open_source
@@ -24,6 +24,7 @@ from mnistsum_ray.model.inference import CPU_BATCH, GPU_BATCH, make_forward
 from mnistsum_ray.model.network import Objective, TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
+from mnistsum_ray.reporting.report import epoch_end
 from mnistsum_ray.storage.lock import empty_output
 
 Steps = Iterator[int]
@@ -148,13 +149,12 @@ def _train_job(data: str, epochs: int) -> Measurement:
         run_job("train", *flags, "--storage-path", folder, "--name", "benchmark")
         history = [json.loads(line) for line in (Path(folder) / "benchmark" / "history.jsonl").open()]
     seconds = [entry["seconds"] for entry in history[1:]]
-    ends = [entry["started"] + entry["seconds"] + entry["evaluation_seconds"] for entry in history]
     return {
         "rows_per_second": np.average([entry["rows_per_second"] for entry in history[1:]], weights=seconds),
         "startup_seconds": history[0]["started"] - command_time,
         "first_batch_seconds": history[0]["first_batch_seconds"],
         "waiting": np.average([entry["waiting"] for entry in history[1:]], weights=seconds),
-        "between_epochs_seconds": max(entry["started"] - end for entry, end in zip(history[1:], ends, strict=False)),
+        "between_epochs_seconds": max(after["started"] - epoch_end(entry) for entry, after in itertools.pairwise(history)),
     }
 
 
