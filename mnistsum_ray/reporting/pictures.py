@@ -13,7 +13,6 @@ from typing import Any, Final, ParamSpec
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps, rc_context
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
@@ -144,12 +143,16 @@ def draw_confusion(confusion: list[list[int]], rows: str = "test images") -> Fig
     shades = norm(np.maximum(counts, 0.3))
     colors = np.where(right[..., None], colormaps["Blues"](shades), colormaps["Oranges"](shades))
     colors[counts == 0] = 1
-    figure, axes = _grid(colors, [[f"{count:,}" if count else "" for count in row] for row in counts], shades > 0.6, head=0.95)
+    texts = [[f"{count:,}" if count else "" for count in row] for row in counts]
     correct = np.trace(counts) / max(1, counts.sum())
-    axes.set_title(f"digits: {correct:.2%} of {counts.sum():,} {rows} correct", pad=44)
-    axes.set(xlabel="predicted digit", ylabel="true digit")
-    _beside(axes, "recall, %", _percent(np.diag(counts), counts.sum(1)))
-    _above(axes, "precision, %", _percent(np.diag(counts), counts.sum(0)))
+    title = f"digits: {correct:.2%} of {counts.sum():,} {rows} correct\n\n"
+    figure = _heat_map(
+        colors, texts, shades > 0.6, title, "predicted digit", "recall, %", _percent(np.diag(counts), counts.sum(1))
+    )
+    (axes,) = figure.axes
+    for place, label in enumerate(_percent(np.diag(counts), counts.sum(0))):
+        axes.text(place, -0.65, label, ha="center", va="bottom", fontsize=9, color=_GREY)
+    axes.text(4.5, -0.98, "precision, %", ha="center", va="bottom", color=_GREY)
     return figure
 
 
@@ -169,20 +172,16 @@ def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> Figure
     shades = 0.5 + difference.clip(-_MAX_DIFFERENCE, _MAX_DIFFERENCE) / _MAX_DIFFERENCE / 2
     texts = [[f"{count:,}" for count in row] if images else [""] * NUMBERS for row, images in zip(wrong_sums, rows, strict=True)]
     # From brown orange over white to violet, which any kind of colour blindness can tell apart.
-    figure, axes = _grid(colormaps["PuOr"](shades), texts, abs(shades - 0.5) > 0.35, head=0.85)
     pairs = NUMBERS * rows.sum()
+    found = "cells: wrong sums. Orange: more than wrong digits, violet: fewer\n"
+    found += f"(darkest: by {_MAX_DIFFERENCE:g}% of the digit's images)"
+    title = f"sums: {np.sum(sums_right) / max(1, pairs):.2%} of {pairs:,} test pairs correct\n{found}"
+    beside = [f"{count:,}" for count in wrong_digits]
+    figure = _heat_map(colormaps["PuOr"](shades), texts, abs(shades - 0.5) > 0.35, title, "number", "wrong digits", beside)
     if not wrong_sums.any():
-        found = "cells: wrong sums"
-    elif not difference.any():
-        found = "cells: wrong sums, in each as many as wrong digits"
-    else:
-        found = "cells: wrong sums. Orange: more than wrong digits, violet: fewer\n"
-        found += f"(darkest: by {_MAX_DIFFERENCE:g}% of the digit's images)"
-    if not wrong_sums.any():
-        axes.text(4.5, 4.5, "no sum is wrong", ha="center", va="center", fontsize=18, color=_BLUE, backgroundcolor="white")
-    axes.set_title(f"sums: {np.sum(sums_right) / max(1, pairs):.2%} of {pairs:,} test pairs correct\n{found}")
-    axes.set(xlabel="number", ylabel="true digit")
-    _beside(axes, "wrong digits", [f"{count:,}" for count in wrong_digits])
+        figure.axes[0].text(
+            4.5, 4.5, "no sum is wrong", ha="center", va="center", fontsize=18, color=_BLUE, backgroundcolor="white"
+        )
     return figure
 
 
@@ -316,9 +315,20 @@ def _panels(
     return figure, axes if down else axes[0]
 
 
-def _grid(colors: npt.NDArray[Any], texts: list[list[str]], dark: npt.NDArray[np.bool_], *, head: float) -> tuple[Figure, Axes]:
-    """A figure with cells of colours RGBA[n, m, 4] and texts, which are white where the colour is dark; `head`: inches above."""
-    side, left, right, below = 4.8, 0.65, 0.75, 0.6
+def _heat_map(
+    colors: npt.NDArray[Any],
+    texts: list[list[str]],
+    dark: npt.NDArray[np.bool_],
+    title: str,
+    across: str,
+    name: str,
+    beside: list[str],
+) -> Figure:
+    """Cells by true digit (down), of colours RGBA[n, m, 4], and their texts, which are white where the colour is dark.
+
+    `beside`: a label at the right of each line of cells, of which `name` is the title.
+    """
+    side, left, right, below, head = 4.8, 0.65, 0.75, 0.6, 0.95  # inches
     width, height = left + side + right, below + side + head
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((left / width, below / height, side / width, side / height))
@@ -326,26 +336,12 @@ def _grid(colors: npt.NDArray[Any], texts: list[list[str]], dark: npt.NDArray[np
     axes.pcolormesh(*edges, colors, edgecolors="#dddddd", linewidth=0.5)
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
-    axes.set_xticks(range(colors.shape[1]))
-    axes.set_yticks(range(colors.shape[0]))
+    axes.set(xticks=range(colors.shape[1]), yticks=range(colors.shape[0]), xlabel=across, ylabel="true digit")
+    axes.set_title(title)
     axes.tick_params(length=0)
-    for (down, across), white in np.ndenumerate(dark):
-        if texts[down][across]:
-            axes.text(
-                across, down, texts[down][across], ha="center", va="center", fontsize=9, color="white" if white else "black"
-            )
-    return figure, axes
-
-
-def _beside(axes: Axes, title: str, labels: list[str]) -> None:
-    """A label at the right of each line of cells."""
-    for place, label in enumerate(labels):
+    for (y, x), white in np.ndenumerate(dark):
+        axes.text(x, y, texts[y][x], ha="center", va="center", fontsize=9, color="white" if white else "black")
+    for place, label in enumerate(beside):
         axes.text(9.6, place, label, va="center", fontsize=9, color=_GREY)
-    axes.text(10.45, 4.5, title, va="center", rotation=90, color=_GREY)
-
-
-def _above(axes: Axes, title: str, labels: list[str]) -> None:
-    """A label above each column of cells."""
-    for place, label in enumerate(labels):
-        axes.text(place, -0.65, label, ha="center", va="bottom", fontsize=9, color=_GREY)
-    axes.text(4.5, -1.05, title, ha="center", va="bottom", color=_GREY)
+    axes.text(10.45, 4.5, name, va="center", rotation=90, color=_GREY)
+    return figure
