@@ -98,7 +98,7 @@ def predict(
 
     Raises:
         ValueError: wrong shape or dtype, a number outside of 0..9, or a batch size below 1.
-        RequestError (a ValueError): there is no such picture or model, or nothing is drawn on the picture.
+        RequestError (a ValueError): there is no such picture or model, or it is not one digit on a background of one colour.
     """
     if isinstance(images, str | Path | Image.Image):
         return _predict_picture(model, images, numbers)

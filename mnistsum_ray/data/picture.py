@@ -1,19 +1,18 @@
 """One picture of a handwritten digit, of any size and colours, prepared as MNIST's own were (LeCun et al. 1998).
 
 The ink is cropped, scaled to fit 20 x 20 pixels with its proportions, and shifted until its centre of mass is the centre of
-28 x 28. It is found by its distance from the background in colour, so that dark ink on light, light on dark and red on green are
-alike. The background is one colour or, in a photo, which is lit unevenly, a smooth surface.
+28 x 28. It is found by its distance in colour from the background, which is that of most of the edge, so that dark ink on light,
+light on dark and red on green are alike. What cannot be one digit on a background of one colour is refused.
 """
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
 from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line
@@ -27,30 +26,22 @@ _FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _WORKING_SIDE: Final = 1024
 """Larger pictures are scaled down to so many pixels first."""
 
-_NOISY_SIDE: Final = 100
-"""Pictures of so many pixels a side are smoothed."""
-
 _BOX: Final = 20
 """MNIST's digits fit into so many pixels, and are centred by their mass."""
 
 _MIN_CONTRAST: Final = 16
 """Distance in 0..255 of ink from its background, below which a picture is blank."""
 
-_MIN_CLARITY: Final = 4
-"""The same in standard deviations of the background's noise."""
+_MAX_PARTS: Final = 3
+"""Connected parts of a digit whose strokes do not meet."""
 
-_SURROUNDING_SIDE: Final = 64
-_SURROUNDING: Final = 31
-"""The background of a photo is the median of so many of _SURROUNDING_SIDE parts of it, in height and width."""
+_MOST_SPECKS: Final = 32
+
+_MIN_PART: Final = 0.04
+"""Share of the ink in a part, below which it is a speck."""
 
 _EDGE: Final = 60
 """Ink of 0..255 that counts as drawn, where the drawing ends."""
-
-_MIN_PART: Final = 0.04
-"""Share of the ink in a connected part, below which it is a speck."""
-
-_MIN_INNER: Final = 0.15
-"""Share of the ink in parts that do not touch the edge of the picture, above which the others are left out."""
 
 _MIN_STROKE: Final = 1.7
 """Strokes that are thinner, in pixels of the box, are widened. Those of the sample are 1.95 wide (median)."""
@@ -75,7 +66,7 @@ def prepare_picture(picture: str | Path | Image.Image) -> PreparedPicture:
     28 x 28 light ink on black is taken as it is.
 
     Raises:
-        RequestError: there is no such file, it is no picture, or nothing is drawn on it.
+        RequestError: there is no such file, it is no picture, or what is drawn on it is not one digit that stands out.
     """
     name, opened = ("the picture", picture) if isinstance(picture, Image.Image) else _open(str(picture))
     try:
@@ -89,14 +80,12 @@ def prepare_picture(picture: str | Path | Image.Image) -> PreparedPicture:
         return PreparedPicture(np.rint(colours[..., 0]).astype(np.uint8), f"{what}, light ink on black: used as it is")
 
     ink, dark = _find_ink(colours, name)
-    scale = image.height / ink.shape[0]
-    cropped = _crop(ink)
-    if not cropped.size:
-        raise RequestError(f"{name}: is full of specks, and there is no digit among them")
-    drawn, widened = _fit(Image.fromarray(cropped))
+    cropped = _one_digit(ink, name)
+    scale = image.height / ink.height
+    drawn, widened = _fit(cropped)
     steps = [
         *(["inverted"] if dark else []),
-        f"cropped to {round(scale * cropped.shape[1])}x{round(scale * cropped.shape[0])}",
+        f"cropped to {round(scale * cropped.width)}x{round(scale * cropped.height)}",
         *(["thin strokes widened"] if widened else []),
         f"scaled to {drawn.width}x{drawn.height}, centred in {SIDE}x{SIDE}",
     ]
@@ -140,9 +129,8 @@ def _colours(image: Image.Image) -> tuple[Floats, bool]:
     if not len(visible):
         return np.zeros_like(colours), True
     middle = np.median(visible, 0)
-    # Ink alone has one colour, and gets a background unlike it. A card with ink on it goes on in its own colour.
-    ink_alone = np.percentile(np.abs(visible - middle).max(1), 98) < 64
-    background = (0.0 if middle.mean() > 127 else 255.0) if ink_alone else middle
+    # Ink alone gets a background unlike it. A card with ink on it goes on in its own colour.
+    background = middle if alpha.mean() > 0.5 else 0.0 if middle.mean() > 127 else 255.0
     return colours * alpha + background * (1 - alpha), True
 
 
@@ -151,110 +139,59 @@ def _is_like_mnist(grey: Floats) -> bool:
     return bool(np.median(border) <= 8 and grey.max() >= 200 and np.median(grey) <= 8)
 
 
-def _find_ink(colours: Floats, name: str) -> tuple[Pixels, bool]:
-    """Where the ink is, uint8[height, width], 255 for ink; and whether it is darker than its background.
-
-    Of two guesses at the background, that one counts from which the ink stands out most clearly.
+def _find_ink(colours: Floats, name: str) -> tuple[Image.Image, bool]:
+    """Where the ink is, 255 for ink; and whether it is darker than its background.
 
     Raises:
         RequestError: nothing is drawn on the picture.
     """
-    found = max((_Ink(colours - background) for background in _backgrounds(colours)), key=lambda ink: ink.clarity)
-    if found.contrast < _MIN_CONTRAST or found.clarity < _MIN_CLARITY:
-        raise RequestError(f"{name}: nothing is drawn on it, or with too little contrast")
-    return found.pixels(), found.dark
-
-
-class _Ink:
-    """What differs from a background."""
-
-    def __init__(self, difference: Floats) -> None:
-        """Take the picture less its background, float[height, width, 3]."""
-        picture = Image.fromarray(np.abs(difference).max(2).clip(0, 255).astype(np.uint8))
-        noisy = np.median(np.asarray(picture)) > 0
-        if noisy and min(picture.size) >= _NOISY_SIDE:  # noise is of single pixels, and a stroke is wider there
-            picture = picture.filter(ImageFilter.MedianFilter(3))
-        self._distance = np.asarray(picture, np.float32)
-        self._threshold = _otsu(self._distance)
-        ink = self._distance > self._threshold
-        self._noise = 1.4826 * float(np.median(self._distance[~ink]))
-        self.contrast = float(np.median(self._distance[ink])) if ink.any() else 0.0
-        self.clarity = self.contrast / (self._noise + 2)
-        self.dark = bool(difference.mean(2)[ink].sum() < 0)
-
-    def pixels(self) -> Pixels:
-        """0 up to the noise, 255 from nearly the usual distance of ink on."""
-        low = max(min(3 * self._noise, self._threshold), self.contrast / 4)
-        scaled: Pixels = (255 * ((self._distance - low) / (0.9 * self.contrast - low)).clip(0, 1)).astype(np.uint8)
-        return scaled
-
-
-def _backgrounds(colours: Floats) -> Iterator[Floats]:
-    """Guesses: the most frequent colour of the edge, for a drawing; for a photo, the median of a wide surrounding."""
     edge = np.concatenate([colours[0], colours[-1], colours[:, 0], colours[:, -1]])
     kinds, counts = np.unique(edge // 16, axis=0, return_counts=True)
-    yield np.median(edge[(edge // 16 == kinds[counts.argmax()]).all(1)], 0)
-
-    height, width = colours.shape[:2]
-    small = Image.fromarray(colours.astype(np.uint8)).resize((_SURROUNDING_SIDE, _SURROUNDING_SIDE), Image.Resampling.BOX)
-    middle = small.filter(ImageFilter.MedianFilter(_SURROUNDING))
-    yield np.asarray(middle.resize((width, height), Image.Resampling.BILINEAR), np.float32)
-
-
-def _otsu(values: Floats) -> float:
-    """The threshold that separates values of 0..255 into the two classes with the largest variance between them (Otsu 1979)."""
-    counts = np.bincount(values.astype(np.uint8).ravel(), minlength=256).astype(float)
-    below, sums = counts.cumsum(), (counts * np.arange(256)).cumsum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (sums[-1] * below - sums * below[-1]) ** 2 / (below * (below[-1] - below))
-    return float(np.nanargmax(np.where(np.isfinite(between), between, -1)))
+    difference = colours - np.median(edge[(edge // 16 == kinds[counts.argmax()]).all(1)], 0)
+    distance = np.abs(difference).max(2)
+    drawn = distance > distance.max() / 2
+    contrast = float(np.median(distance[drawn])) if drawn.any() else 0.0
+    if contrast < _MIN_CONTRAST:
+        raise RequestError(f"{name}: nothing is drawn on it, or with too little contrast")
+    low, high = contrast / 4, 0.9 * contrast  # lines of the paper are fainter, and strokes are not all of one strength
+    scaled = (255 * ((distance - low) / (high - low)).clip(0, 1)).astype(np.uint8)
+    return Image.fromarray(scaled), bool(difference.mean(2)[drawn].sum() < 0)
 
 
-def _crop(ink: Pixels) -> Pixels:
-    """The part of the picture that has ink, without specks; of size 0 where there are only specks."""
-    step = max(1, max(ink.shape) // 128)
-    padded = np.pad(ink > _EDGE, [(0, -size % step) for size in ink.shape])
-    blocks = padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step)
-    sums = blocks.sum((1, 3))
-    # The fill joins four neighbours; a thin diagonal has gaps.
-    joined = Image.fromarray(np.where(sums, 255, 0).astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
-    parts = joined.convert("I")
-    part = 255  # each connected part gets a number above it
-    while len(left := np.argwhere(np.asarray(parts) == 255)):
-        part += 1
-        ImageDraw.floodfill(parts, (int(left[0][1]), int(left[0][0])), part)
+def _one_digit(ink: Image.Image, name: str) -> Image.Image:
+    """The part of the picture that has ink, without specks.
+
+    Raises:
+        RequestError: the ink cannot be one digit.
+    """
+    # The fill joins four neighbours, and a thin diagonal has gaps.
+    small = ink.point(lambda value: 255 * (value > _EDGE)).resize((128, 128), Image.Resampling.BOX)
+    parts, count = small.point(lambda value: 255 * (value > 0)).filter(ImageFilter.MaxFilter(3)), 0
+    while count <= _MOST_SPECKS and len(left := np.argwhere(np.asarray(parts) == 255)):
+        count += 1  # each connected part gets a number
+        ImageDraw.floodfill(parts, (int(left[0][1]), int(left[0][0])), count)
     labels = np.asarray(parts)
-    sizes = {label: sums[labels == label].sum() for label in range(256, part + 1)}
-    margin = max(1, max(labels.shape) // 32)
-    edge = labels.copy()
-    edge[margin:-margin, margin:-margin] = 0
-    inner = {label: size for label, size in sizes.items() if label not in edge}
-    if sum(inner.values()) >= _MIN_INNER * sums.sum():  # what touches the edge is then a shadow, or the end of the paper
-        sizes = inner
-    kept = np.isin(labels, [label for label, size in sizes.items() if size >= _MIN_PART * sum(sizes.values())])
-    ink = np.where(np.repeat(np.repeat(kept, step, 0), step, 1)[: ink.shape[0], : ink.shape[1]], ink, np.uint8(0))
-    rows, columns = (np.flatnonzero((ink > _EDGE).any(axis)) for axis in (1, 0))
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if len(rows) else ink[:0]
+    sizes = np.bincount(labels.ravel())
+    kept = [part for part in range(1, count + 1) if sizes[part] >= _MIN_PART * sizes[1:].sum()]
+    drawn = Image.fromarray(np.isin(labels, kept))
+    framed = any(Image.fromarray(labels == part).getbbox() == drawn.getbbox() for part in kept)
+    edge = np.isin(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]), kept)
+    if count > _MOST_SPECKS or len(kept) > _MAX_PARTS or (len(kept) > 1 and (framed or edge.any())) or edge.mean() > 0.5:
+        raise RequestError(f"{name}: is not one digit on a background of one colour; crop it to that, or draw it anew")
+    ink.paste(0, mask=ImageChops.invert(drawn.convert("L")).resize(ink.size))
+    return ink.crop(ink.point(lambda value: 255 * (value > _EDGE)).getbbox())
 
 
 def _fit(ink: Image.Image) -> tuple[Image.Image, bool]:
     """The ink scaled to fit into the box with its proportions; and whether its strokes were widened."""
-
-    def scaled(image: Image.Image, side: int) -> Image.Image:
-        size = [max(1, round(length * side / max(image.size))) for length in image.size]
-        return image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
-
-    large = scaled(ink, _DETAIL * _BOX)
-    full = 255 / np.asarray(large).max()  # thin strokes have become faint
-    large = large.point(lambda value: round(value * full))
-    mask = np.asarray(large) > 127
-    edges = sum(np.abs(np.diff(np.pad(mask, 1).astype(int), axis=axis)).sum() for axis in (0, 1))
-    width = 2 * mask.sum() / max(edges, 1) / _DETAIL
-    grow = max(0, round(_DETAIL * (_MIN_STROKE - width) / 2))
+    large = ImageOps.contain(ImageOps.autocontrast(ink), (_DETAIL * _BOX, _DETAIL * _BOX), Image.Resampling.BILINEAR)
+    large = ImageOps.autocontrast(large)  # thin strokes have become faint
+    mask = np.pad(np.asarray(large) > 127, 1)
+    edges = sum(np.count_nonzero(np.diff(mask, axis=axis)) for axis in (0, 1))
+    grow = max(0, round((_DETAIL * _MIN_STROKE - 2 * mask.sum() / max(edges, 1)) / 2))
     if grow:
-        wide = ImageOps.expand(large, grow).filter(ImageFilter.MaxFilter(2 * grow + 1))
-        large = wide.crop(wide.getbbox())
-    return scaled(large, _BOX), grow > 0
+        large = ImageOps.expand(large, grow).filter(ImageFilter.MaxFilter(2 * grow + 1))
+    return ImageOps.contain(large, (_BOX, _BOX), Image.Resampling.BILINEAR), grow > 0
 
 
 def _centre(drawn: Pixels) -> Pixels:
