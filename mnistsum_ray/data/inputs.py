@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import pyarrow as pa
 
 from mnistsum_ray.errors import RequestError, did_you_mean
-from mnistsum_ray.storage.location import Location, is_hidden, is_utf8
+from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_utf8
 from mnistsum_ray.storage.paths import locate_existing, refused
 from mnistsum_ray.storage.uri import PathOrUri
 
@@ -64,8 +64,8 @@ def list_inputs(
         RequestError: a named file or folder does not exist, there is no Parquet file, or the output is inside the input.
     """
     values = [_Value(text, flag) for text in texts]
-    root = _common_root(values, flag)
-    found: dict[str, _File] = {}
+    root = _common_root(values, flag).with_retries()
+    found: dict[str, Entry] = {}
     skipped: dict[str, str] = {}
     for value in values:
         for path, file in value.list():
@@ -75,8 +75,8 @@ def list_inputs(
                 found[path] = file
     # A file that has several paths keeps its own, or else the first in the alphabet.
     kept: dict[str, str] = {}
-    for path in sorted(found, key=lambda path: (path != found[path].real, path)):
-        if kept.setdefault(found[path].real, path) != path:
+    for path in sorted(found, key=lambda path: (path != found[path].path, path)):
+        if kept.setdefault(found[path].path, path) != path:
             skipped[path] = "a link to a file that is listed anyway"
             del found[path]
     if not found:
@@ -105,15 +105,6 @@ def report_skipped(skipped: dict[str, str], say: Callable[[str], None]) -> None:
     for reason, paths in by_reason.items():
         because = "for their names" if reason == _NAME else f"since each is {reason}"
         say(f"left out {because}: {len(paths):,}, such as {_escaped(min(paths))}")
-
-
-class _File(NamedTuple):
-    size: int
-    """Bytes."""
-    modified: int
-    """Nanoseconds since 1970, see `Location.modified`."""
-    real: str
-    """The path with all links resolved."""
 
 
 class _Value:
@@ -150,7 +141,7 @@ class _Value:
         path = self.place.path
         return (path.rpartition("/")[0] or "/" * self.place.is_local) if self.is_file else path
 
-    def list(self) -> Iterator[tuple[str, "_File | str"]]:
+    def list(self) -> Iterator[tuple[str, Entry | str]]:
         """Paths that the value names, each with its file, or with the reason why it is left out."""
         with refused(self.flag), self.place.answers("listed"):
             if self.place.is_local:
@@ -158,11 +149,11 @@ class _Value:
                 return
             for entry in [self.found] if self.is_file else self.place.files():
                 if self.is_file or self._takes(parts_below(entry.path, self.place.path) or ()):
-                    yield entry.path, _File(entry.size, entry.modified, entry.path)
+                    yield entry.path, entry
                 elif self.pattern is None:
                     yield entry.path, _NAME
 
-    def _list_local(self) -> Iterator[tuple[str, "_File | str"]]:
+    def _list_local(self) -> Iterator[tuple[str, Entry | str]]:
         if self.is_file:
             file = _look_at(self.place.path)
             if isinstance(file, str):
@@ -213,14 +204,14 @@ def _is_folder(path: str) -> bool:
         return False
 
 
-def _look_at(path: str) -> "_File | str":
-    """A local file; or what is there instead."""
+def _look_at(path: str) -> Entry | str:
+    """A local file, whose path has all links resolved; or what is there instead."""
     try:
         status = Path(path).stat()
     except OSError:  # it does not exist, or its links lead in a circle
         return "a link that leads nowhere"
     if stat.S_ISREG(status.st_mode):
-        return _File(status.st_size, status.st_mtime_ns, os.path.realpath(path))
+        return Entry(os.path.realpath(path), status.st_size, status.st_mtime_ns)
     device = stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)
     kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device" if device else "a pipe or a socket, not a regular file"
     return f"a link to {kind}" if Path(path).is_symlink() else kind

@@ -23,7 +23,7 @@ from mnistsum_ray.data.images import SIDE, Pixels, check_digits, decode_images, 
 from mnistsum_ray.data.order import RowIds, RowRanges, row_checksums
 from mnistsum_ray.data.parquet import check_unchanged, column_error, open_parquet, plain_table, read_footer, read_rows, read_table
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
-from mnistsum_ray.storage.location import Location, retried
+from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate, locate_existing
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
@@ -252,7 +252,7 @@ def _parquet(data: str, place: Location, counter: Counter) -> Source:
     """The Parquet files that `data` names, in the order of their names."""
     none = f"holds neither IDX files ({IDX_FILES[0]}, …) on a local disk nor Parquet files"
     found = inputs.list_inputs([data], flag="--data", none=none)
-    root, entries = found.root.with_retries(), found.files.to_pylist()
+    root, entries = found.root, found.files.to_pylist()
     for name, reason in found.unusable.items():
         raise RequestError(f"--data {root.display}/{name}: {reason}")
     # A local disk answers at once, and threads slow it down.
@@ -277,7 +277,7 @@ def _describe(root: Location, entry: dict[str, Any]) -> dict[str, Any]:
     """The FILE_SCHEMA row of an input file."""
     file = root / entry["name"]
     try:
-        footer = retried(lambda: read_footer(file, entry["size"]))
+        footer = read_footer(file, entry["size"])
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
     names = footer.schema.names

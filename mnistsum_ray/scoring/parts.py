@@ -9,7 +9,6 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 
 from mnistsum_ray.data.parquet import read_footer
 from mnistsum_ray.errors import UnusableFileError, one_line
-from mnistsum_ray.storage.location import Location, is_hidden, retried
+from mnistsum_ray.storage.location import Location, is_hidden
 
 PREDICTIONS: Final = "predictions"
 """Folder of the scored rows."""
@@ -244,9 +243,9 @@ def read_stamps(output: Location, files: pa.Table) -> pa.Table:
         files: `inputs.FILE_SCHEMA`.
 
     Raises:
-        StorageError: the storage does not give a file, for half a minute.
+        StorageError: the storage does not give a file.
     """
-    rows = [retried(partial(_read_file, output, file["name"], file["size"])) for file in files.to_pylist()]
+    rows = [_read_file(output, file["name"], file["size"]) for file in files.to_pylist()]
     return pa.Table.from_pylist(rows, OUTPUT_SCHEMA)
 
 

@@ -19,7 +19,7 @@ from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFi
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import split_into_parts
-from mnistsum_ray.storage.location import Location, retried
+from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder, refused
 
@@ -173,19 +173,16 @@ def _check_int8(card: dict[str, Any]) -> None:
 def make_plan(request: Request, precision: str, held: OutputFolder, console: Console) -> Plan:
     """Plan a run: read the footers unless `preflight` has read them, and split the files into parts.
 
-    From here on the storage is retried for a while when it does not answer.
-
     Raises:
         RequestError: none of the files has one of the columns.
         RunError: with `--strict`, some file cannot be used.
         StorageError: the storage does not give an input file.
     """
-    inputs = replace(request.inputs, root=request.inputs.root.with_retries())
-    files = request.files
+    inputs, files = request.inputs, request.files
     if files is None:
         files = read_footers(inputs, request.config, Progress(console.progress, "footers read", inputs.files.num_rows))
     parts, errors = split_into_parts(files, request.config.max_rows_per_file)
-    changed = {"inputs": inputs, "output": held.place, "files": files}
+    changed = {"output": held.place, "files": files}
     plan = Plan(**vars(request) | changed, parts=parts, precision=precision, held=held).without(errors)
     report_skipped(inputs.skipped, console.say)
     if plan.config.strict and plan.failures:
@@ -210,7 +207,7 @@ def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int
 
     Raises:
         RequestError: none of the files has one of the columns.
-        StorageError: the storage does not give a file, for half a minute.
+        StorageError: the storage does not give a file.
     """
     unusable = inputs.unusable  # the function below is sent to the cluster, and `inputs` may be large
 
@@ -234,7 +231,7 @@ def _read_file(folder: Location, file: dict[str, Any], config: ScoreConfig, unus
     if name in unusable:
         return {"error": unusable[name]}
     try:
-        footer = retried(lambda: read_footer(folder / name, file["size"]))
+        footer = read_footer(folder / name, file["size"])
     except UnusableFileError as error:
         return {"error": str(error)}
     return {

@@ -32,7 +32,7 @@ from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.scoring.counts import BINS, Counts, encode_image
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, from_metadata, to_metadata
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
-from mnistsum_ray.storage.location import Backoff, Location
+from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import OutputFolder
 
 REPORT_SCHEMA: Final = pa.schema(
@@ -146,9 +146,9 @@ def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iter
         Each part, with its rows or with why they cannot be read although the footer of their file could.
 
     Raises:
-        StorageError: the storage does not give a file, for half a minute.
+        StorageError: the storage does not give a file.
     """
-    done, backoff = 0, Backoff()
+    done = 0
     while done < len(parts):
         end = done + 1
         while end < len(parts) and _follows(parts[end], parts[end - 1]):
@@ -156,13 +156,10 @@ def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iter
         try:
             for part, table in _read_tables(folder, parts[done:end]):
                 yield part, _decode(part, table, config)
-                done, backoff = done + 1, Backoff()
+                done += 1
         except UnusableFileError as error:
             yield from ((part, error) for part in parts[done:end])
             done = end
-        except StorageError:
-            if not backoff.pause():
-                raise
 
 
 def _follows(part: Part, previous: Part) -> bool:

@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs  # noqa: TID251
@@ -16,12 +15,8 @@ from mnistsum_ray.errors import MissingFileError, StorageError, one_line
 from mnistsum_ray.storage import object_store
 from mnistsum_ray.storage.uri import masked
 
-T = TypeVar("T")
-
 _PARTIAL: Final = re.compile(r"\.mnistsum-[0-9a-f]{16}\.partial")
 """Name of an unfinished file. It is short whatever the final name is: file systems allow 255 bytes."""
-
-_PATIENCE_SECONDS: Final = 30.0
 
 _MAX_BYTES: Final = 2**28
 """Largest file that is read whole: a name may lead to a device without end."""
@@ -76,7 +71,10 @@ class Location:
         return Location(self.filesystem, path, f"{scheme}://{path}" if colon else path)
 
     def with_retries(self) -> "Location":
-        """The same location, but S3 is retried for about 50 s; for runs that must survive a short outage."""
+        """The same location, but S3 is retried for about 50 s; for runs that must survive a short outage.
+
+        Google's and Azure's clients retry by themselves.
+        """
         if type(self.filesystem) is not pafs.S3FileSystem:
             return self
         return replace(self, filesystem=object_store.RetryingS3FileSystem(**object_store.options_of(self.filesystem)))
@@ -156,34 +154,6 @@ class Location:
             return Entry(info.path, 0, 0, is_folder=True)
         modified = info.mtime_ns
         return Entry(info.path, info.size or 0, modified if self.is_local else modified - modified % 10**9)
-
-
-def retried(attempt: Callable[[], T]) -> T:
-    """What `attempt` returns; it is called again while it raises StorageError, for half a minute."""
-    backoff = Backoff()
-    while True:
-        try:
-            return attempt()
-        except StorageError:
-            if not backoff.pause():
-                raise
-
-
-class Backoff:
-    """Pauses between attempts to reach a storage that fails: 1 s, then each twice as long as the one before."""
-
-    def __init__(self) -> None:
-        self._pause, self._failing_since = 1.0, 0.0
-
-    def pause(self) -> bool:
-        """Sleep after a failed attempt; False, without a pause, if the attempts have failed for half a minute."""
-        now = time.monotonic()
-        self._failing_since = self._failing_since or now
-        if now - self._failing_since >= _PATIENCE_SECONDS:
-            return False
-        time.sleep(self._pause)
-        self._pause *= 2
-        return True
 
 
 def is_utf8(path: str) -> bool:

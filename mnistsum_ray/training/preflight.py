@@ -76,7 +76,8 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     with refused("--storage-path"):
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
         begun = (folder / "manifest.json").exists()
-        taken = begun or (folder.exists() and not _is_empty(folder))
+        ours = (LOCK_NAME, DATA_FILES)
+        taken = any(not is_partial(entry.name) and entry.name not in ours for entry in folder.entries())
         if config.resume == "auto":
             config = config.model_copy(update={"resume": begun})
         if config.resume:
@@ -176,16 +177,6 @@ def _chosen_precision(folder: Location, manifest: dict[str, Any]) -> str | None:
             with suppress(OSError, ValueError, KeyError, TypeError):  # a torn one
                 return str(folder.at(info.path).read_json()["precision"])
     return manifest.get("precision")
-
-
-def _is_empty(folder: Location) -> bool:
-    """True if a run folder holds nothing but unfinished files of this program, a lock, or the list of data files."""
-    status = folder.status()
-    return (
-        status is not None
-        and status.is_folder
-        and all(is_partial(entry.name) or entry.name in (LOCK_NAME, DATA_FILES) for entry in folder.entries())
-    )
 
 
 def read_manifest(folder: Location, flag: str) -> dict[str, Any]:
