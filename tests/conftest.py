@@ -15,8 +15,8 @@ from mnistsum_ray.data.sources import SAMPLE, open_source
 from mnistsum_ray.model import int8
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import copy_weights, describe_model, load_model, save_model
+from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.storage.paths import locate
 
 

@@ -35,11 +35,11 @@ def test_the_text_of_a_uri_with_its_keys_is_read_where_it_is_resolved_alone() ->
 
 
 def test_what_may_be_written_to_is_made_by_the_lock_alone() -> None:
-    assert lines_with(r"\bOutputFolder\(|\bFolderLock\(") == {"storage/lock.py"}
+    assert lines_with(r"\bOutputFolder\(|\bFolderLock\(") == {"storage/folder.py", "storage/lock.py"}
 
 
 def test_files_are_written_where_it_is_known() -> None:
     """Beside the storage: a cache in the home folder, temporary folders of this process, and the files of Ray's own session."""
     writes = r"\.(write_bytes|write_text|unlink|rename|rmdir|touch|symlink_to)\(|rmtree\(|delete_dir\(|open_output_stream\("
     expected = {"data/idx.py", "reporting/mlflow.py", "training/checkpoint.py", "cluster/connection.py"}
-    assert lines_with(writes) == expected | {"storage/lock.py", "storage/writes.py"}
+    assert lines_with(writes) == expected | {"storage/lock.py", "storage/folder.py"}

@@ -25,7 +25,7 @@ from mnistsum_ray.model.network import Objective, TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
 from mnistsum_ray.reporting.report import epoch_end
-from mnistsum_ray.storage.lock import empty_output
+from mnistsum_ray.storage.folder import empty_output
 
 Steps = Iterator[int]
 """Works on a batch when it is asked for the next item, the number of the batch's rows; endless."""

@@ -14,8 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.cluster.resources import inspect_cluster, usable_nodes
 from mnistsum_ray.errors import RequestError
+from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import LOCK_NAME, OutputFolder
+from mnistsum_ray.storage.lock import LOCK_NAME
 
 _TIMEOUT_SECONDS: Final = 60.0
 

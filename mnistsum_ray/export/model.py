@@ -20,7 +20,7 @@ from mnistsum_ray.model.inference import CPU_BATCH, Predictions, predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.overrides import quiet_logger
-from mnistsum_ray.storage.lock import empty_output
+from mnistsum_ray.storage.folder import empty_output
 from mnistsum_ray.storage.paths import locate_existing, refused
 
 INPUTS: Final = ("image", "number")

@@ -13,8 +13,8 @@ from mnistsum_ray.data.images import IMAGE_TYPE, pixels_array
 from mnistsum_ray.data.order import RowRanges, random_numbers
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RunError, RunInterrupted, StorageError
+from mnistsum_ray.storage.folder import empty_output
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import empty_output
 from mnistsum_ray.storage.paths import refused
 
 SCHEMA: Final = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": pa.int8(), "digit": pa.int8()})

@@ -17,8 +17,8 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
+from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import OutputFolder
 
 MODEL_FORMAT: Final = "mnistsum_ray/5"
 """Format of a model folder; since 5 the temperatures are folded into the weights."""

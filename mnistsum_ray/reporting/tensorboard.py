@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
 from mnistsum_ray.reporting.report import Picture, epoch_end, epoch_scalars, model_scalars
-from mnistsum_ray.storage.lock import OutputFolder
+from mnistsum_ray.storage.folder import OutputFolder
 
 FOLDER: Final = "tensorboard"
 

@@ -26,8 +26,8 @@ from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import svg_name
 from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, read_stamps
 from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
+from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location, is_hidden, is_partial
-from mnistsum_ray.storage.lock import OutputFolder
 
 FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"

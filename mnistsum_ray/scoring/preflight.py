@@ -19,8 +19,8 @@ from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFi
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import split_into_parts
+from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder, refused
 
 if TYPE_CHECKING:

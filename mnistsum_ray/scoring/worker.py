@@ -32,8 +32,8 @@ from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.scoring.counts import BINS, Counts, encode_image
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, from_metadata, to_metadata
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
+from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import OutputFolder
 
 REPORT_SCHEMA: Final = pa.schema(
     {

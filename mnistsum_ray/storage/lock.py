@@ -1,6 +1,4 @@
-"""Who may write to a folder: the run that holds its lock, and a command whose output folder is empty.
-
-One run at a time holds an output folder: its file `_lock` holds the id of the run. On a disk the run has a lock of the kernel on
+"""One run at a time in an output folder: its file `_lock` holds the id of the run. On a disk the run has a lock of the kernel on
 that file, which ends with its process; the file stays. In an object store the file is a lease: its holder writes it again every
 two seconds, and a run that sees it unchanged for twelve takes it over. All writes of a lease are conditional, so of two runs at
 the same moment one is refused.
@@ -15,19 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final, TypeAlias
-
-import pyarrow as pa
+from typing import IO, Any, Final
 
 from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, RunError, StorageError, one_line
-from mnistsum_ray.storage import (
-    object_store,
-    writes,  # noqa: TID251
-)
+from mnistsum_ray.storage import object_store
+from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.paths import locate, output_base_folder, refused
 
 LOCK_NAME: Final = "_lock"
 
@@ -40,10 +33,6 @@ _CHECK_SECONDS: Final = 1.0
 """Seconds between two looks at the lock."""
 _UNKNOWN_SECONDS: Final = 120.0
 """Seconds without an answer of the storage after which the run gives up."""
-
-
-Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
-"""Content of a file; a dict is written as JSON, which lacks infinite numbers and NaN: these are a ValueError."""
 
 
 class _HeldError(Exception):
@@ -92,59 +81,6 @@ class FolderLock:
         return vars(self) | {"lease": None, "_checked": float("-inf")}
 
 
-@dataclass(frozen=True)
-class OutputFolder:
-    """A folder that this process may write to, and the only way to write, move or delete files in a run or output folder.
-
-    Every method checks first that the run still holds the folder. Names may have folders in them.
-
-    Raises:
-        RunError: another run has taken the folder.
-        StorageError: the storage does not answer or refuses.
-    """
-
-    place: Location
-    lock: FolderLock | None
-    """None: the folder was empty when the command began."""
-
-    def __truediv__(self, name: str) -> "OutputFolder":
-        return replace(self, place=self.place / name)
-
-    def check(self) -> None:
-        """Check that this run still holds the folder."""
-        if self.lock:
-            self.lock.check()
-
-    def write(self, name: str, data: Data) -> None:
-        """Write a whole file, in place of the one that is there."""
-        self.check()
-        writes.write(self.place / name, _encoded(data))
-
-    def create(self, name: str, data: Data) -> None:
-        """Write a whole file, but only if there is none; else raise ExistingFileError."""
-        self.check()
-        writes.create(self.place / name, _encoded(data))
-
-    def move(self, name: str, target: "OutputFolder") -> None:
-        """Move a file to the same name in another folder on the same file system."""
-        self.check()
-        writes.move(self.place / name, target.place / name)
-
-    def delete(self, name: str) -> None:
-        """Delete a file; a missing one is no error."""
-        self.check()
-        writes.delete(self.place / name)
-
-    def delete_folder(self, name: str) -> None:
-        """Delete a folder and all that is in it; a missing one is no error."""
-        self.check()
-        writes.delete_folder(self.place / name)
-
-
-def _encoded(data: Data) -> bytes | pa.Buffer:
-    return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode() if isinstance(data, dict) else data
-
-
 @contextmanager
 def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iterator[OutputFolder]:
     """Hold a folder, which is created where it is missing, while the block runs.
@@ -162,7 +98,7 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     with _refusals(folder, flag):
         above = (Path(folder.path), *Path(folder.path).parents) if folder.is_local else ()
         made = [path for path in above if not path.exists()]
-        held = _lock_file(lock) if folder.is_local else _Lease(lock, say)
+        held = _lock_file(lock) if folder.is_local else _Lease(folder, lock, say)
     lock.lease = held if isinstance(held, _Lease) else None
     with closing(held):
         try:
@@ -170,19 +106,6 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
         finally:
             if made:
                 _delete_unused(made)
-
-
-def empty_output(text: str) -> OutputFolder:
-    """Resolve `--output` of a command that writes only into an empty folder.
-
-    Raises:
-        RequestError: the folder holds files, or cannot be listed.
-    """
-    output = locate(text, "--output", output_base_folder())
-    with refused("--output"):
-        if output.files():
-            raise RequestError(f"--output {output.display}: is not empty; name another folder")
-    return OutputFolder(output, None)
 
 
 @contextmanager
@@ -250,7 +173,7 @@ def _lock_file(lock: FolderLock) -> IO[bytes]:
 class _Lease:
     """The lock of a folder in an object store, which a thread renews until it is closed."""
 
-    def __init__(self, lock: FolderLock, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Location, lock: FolderLock, say: Callable[[str], None]) -> None:
         """Take the lease: at once where there is none, else when it has not been renewed for LEASE_TTL_SECONDS.
 
         Raises:
@@ -258,13 +181,13 @@ class _Lease:
             ValueError: the object is no lock.
             StorageError: the storage does not answer, refuses, or has no conditional writes.
         """
-        self._place, self._holder = lock.place, lock.holder
+        self._folder, self._place, self._holder = OutputFolder(folder, None), lock.place, lock.holder
         self._renewed, self._beats = 0.0, 0
         self._version = self._wait_until_free(say)
         self._renew()
         with suppress(ExistingFileError):  # it exists now
             object_store.put(self._place.filesystem, self._place.path, b"")
-            writes.delete(self._place)
+            self._folder.delete(LOCK_NAME)
             raise StorageError("the storage ignores the condition If-None-Match, so two runs could write there at once")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewed, daemon=True)
@@ -281,7 +204,7 @@ class _Lease:
         with suppress(StorageError, ValueError):
             found = self._read()
             if found and found[0] == self._holder:
-                writes.delete(self._place)
+                self._folder.delete(LOCK_NAME)
 
     def _read(self) -> tuple[str, object_store.Version] | None:
         """Holder and version of the lock; None where there is none."""

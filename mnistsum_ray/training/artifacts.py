@@ -17,8 +17,8 @@ from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, Un
 from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
 from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, picture_files, report_page, versions
+from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.training.loop import TrainingResult
 from mnistsum_ray.training.preflight import DATA_FILES, TrainingRun
 

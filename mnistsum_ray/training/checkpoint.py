@@ -23,8 +23,8 @@ from mnistsum_ray.errors import MissingFileError, RequestError, RunError, counte
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights
+from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.training.worker import Worker
 
 STATE_FORMAT: Final = "mnistsum_ray/10"

@@ -24,8 +24,9 @@ from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import TrainingMetrics
 from mnistsum_ray.reporting.report import REPORT, epoch_seconds
+from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import OutputFolder, folder_lock
+from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.training.artifacts import (
     build_manifest,
     check_data,

@@ -20,8 +20,8 @@ from mnistsum_ray.model.calibration import calibrated, fit_temperatures, fold_te
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters, faster_with_bf16, hardware
 from mnistsum_ray.model.metrics import Metrics, ScoredRows, analyse_errors, probability_metrics, score_rows
 from mnistsum_ray.model.serialization import Weights, checksum, copy_weights, describe_model
+from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import OutputFolder
 from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
 from mnistsum_ray.training.fetch import RowData
 from mnistsum_ray.training.rows import EvaluationSet, TrainingRows

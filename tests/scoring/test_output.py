@@ -19,7 +19,8 @@ from mnistsum_ray.scoring.counts import Counts, encode_image
 from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES, OutputFiles, reconcile, resume, will_hold
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.publish import publish_staged, result_line
-from mnistsum_ray.storage.lock import FolderLock, OutputFolder, folder_lock
+from mnistsum_ray.storage.folder import OutputFolder
+from mnistsum_ray.storage.lock import FolderLock, folder_lock
 from mnistsum_ray.storage.paths import locate
 from tests.scoring.conftest import CONSOLE, plan_of, write_all
 

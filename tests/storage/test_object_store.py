@@ -51,7 +51,9 @@ def test_files_are_created_moved_and_deleted_also_from_another_process(bucket: L
     assert (bucket / "deep").files() == []
     writable(bucket).delete("moved/file")
     writable(bucket).delete("moved/file")
-    writable(bucket).delete_folder("moved")
+    if bucket.filesystem.type_name != "abfs":  # Azurite lacks the request that deletes several blobs
+        writable(bucket).delete_folder("moved")
+        assert not (bucket / "moved").exists()
 
 
 def test_an_error_shows_no_keys(bucket: Location) -> None:

@@ -1,0 +1,149 @@
+"""The folder that a command writes to: the only way to write, move or delete files in a run or output folder.
+
+On a disk a file appears under its name when it is complete, also if the power fails; an object appears whole or not at all.
+"""
+
+import json
+import os
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pyarrow as pa
+
+from mnistsum_ray.errors import ExistingFileError, RequestError
+from mnistsum_ray.storage import object_store
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.paths import locate, output_base_folder, refused
+
+if TYPE_CHECKING:
+    from mnistsum_ray.storage.lock import FolderLock
+
+Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
+"""Content of a file; a dict is written as JSON, which lacks infinite numbers and NaN: these are a ValueError."""
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that this process may write to; `folder_lock` and `empty_output` make it.
+
+    Every method checks first that the run still holds the folder. Names may have folders in them, which are made.
+
+    Raises:
+        RunError: another run has taken the folder.
+        StorageError: the storage does not answer or refuses.
+    """
+
+    place: Location
+    lock: "FolderLock | None"
+    """None: the folder was empty when the command began."""
+
+    def __truediv__(self, name: str) -> "OutputFolder":
+        return replace(self, place=self.place / name)
+
+    def check(self) -> None:
+        """Check that this run still holds the folder."""
+        if self.lock:
+            self.lock.check()
+
+    def write(self, name: str, data: Data) -> None:
+        """Write a whole file, in place of the one that is there."""
+        self.check()
+        place = self.place / name
+        data = _encoded(data)
+        with place.answers("written"):
+            if not place.is_local:
+                with place.filesystem.open_output_stream(place.path) as stream:
+                    stream.write(data)
+                return
+            partial = _make_folder(Path(place.path).parent) / f".mnistsum-{secrets.token_hex(8)}.partial"
+            try:
+                with partial.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.rename(place.path)
+            except BaseException:
+                with suppress(OSError):
+                    partial.unlink()
+                raise
+            _sync_folder(partial.parent)
+
+    def create(self, name: str, data: Data) -> None:
+        """Write a whole file, but only if there is none; else raise ExistingFileError.
+
+        In an object store the write itself is conditional. On a disk the lock of the folder keeps other runs away.
+        """
+        place = self.place / name
+        if place.is_local:
+            if place.exists():
+                raise ExistingFileError(f"{place.display}: exists")
+            self.write(name, data)
+            return
+        self.check()
+        object_store.put(place.filesystem, place.path, bytes(_encoded(data)))
+
+    def move(self, name: str, target: "OutputFolder") -> None:
+        """Move a file to the same name in another folder on the same file system."""
+        self.check()
+        source, place = self.place / name, target.place / name
+        with source.answers("moved"):
+            if not source.is_local:  # Arrow's own `move` lacks Azure accounts without hierarchical namespace
+                source.filesystem.copy_file(source.path, place.path)
+                source.filesystem.delete_file(source.path)
+                return
+            folder = _make_folder(Path(place.path).parent)
+            Path(source.path).rename(place.path)
+            _sync_folder(folder)
+
+    def delete(self, name: str) -> None:
+        """Delete a file; a missing one is no error."""
+        self.check()
+        place = self.place / name
+        with place.answers("deleted"), suppress(FileNotFoundError):
+            place.filesystem.delete_file(place.path)
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder and all that is in it; a missing one is no error. In an object store it is gone with its last file."""
+        self.check()
+        place = self.place / name
+        if place.exists():
+            with place.answers("deleted"):
+                place.filesystem.delete_dir(place.path)
+
+
+def empty_output(text: str) -> OutputFolder:
+    """Resolve `--output` of a command that writes only into an empty folder.
+
+    Raises:
+        RequestError: the folder holds files, or cannot be listed.
+    """
+    output = locate(text, "--output", output_base_folder())
+    with refused("--output"):
+        if output.files():
+            raise RequestError(f"--output {output.display}: is not empty; name another folder")
+    return OutputFolder(output, None)
+
+
+def _encoded(data: Data) -> bytes | pa.Buffer:
+    return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode() if isinstance(data, dict) else data
+
+
+def _make_folder(folder: Path) -> Path:
+    """Make a folder and those above it that are missing; their entries survive a power cut, too."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+    return folder
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
