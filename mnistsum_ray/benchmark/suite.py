@@ -114,7 +114,7 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 def _run_way(argv: list[str], way: str, processes: int = 1) -> Measurement:
     """Measure a way once. The rates of processes that share the cores are added."""
     flags = ["--way", way, "--command-time", time.time()]
-    lines = run_job(*argv, *flags, module="mnistsum_ray.benchmark", processes=processes)
+    lines = run_job(*argv, *flags, module="mnistsum_ray.benchmark.suite", processes=processes)
     figures = _combine([{key: value for key, value in line.items() if key != "printed"} for line in lines], max)
     if processes > 1:
         figures["rows_per_second"] = sum(line["rows_per_second"] for line in lines)
@@ -186,3 +186,7 @@ def _say_figures(name: str, figures: Measurement) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

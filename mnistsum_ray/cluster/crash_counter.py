@@ -6,7 +6,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mnistsum_ray.cluster.resources import on_node
 
 MAX_CRASHES: Final = 3
 """Processes that may die in the same work before it is given up."""
@@ -41,10 +42,8 @@ class CrashCounter:
 @contextmanager
 def crash_counter() -> Iterator[Any]:
     """The handle of a `CrashCounter` actor for the block, on this node: losing another node does not lose the counts."""
-    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Started again where memory is short: a lost count must not end the work.
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": this_node}
-    counter = ray.remote(CrashCounter).options(**options).remote()
+    counter = ray.remote(CrashCounter).options(**on_node(), max_restarts=-1, max_task_retries=-1).remote()
     try:
         yield counter
     finally:  # an error's traceback would keep it, and so would a process that scores again and again, for a while

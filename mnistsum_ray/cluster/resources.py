@@ -9,6 +9,7 @@ from typing import Any, Final
 import ray
 import ray.exceptions
 from ray.autoscaler.sdk import request_resources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.cluster.ray_internals import autoscaler_limits
 from mnistsum_ray.errors import RequestError, root_cause, shortened
@@ -242,6 +243,12 @@ def this_node() -> Resources:
     """Total resources of the node of this process."""
     node_id = ray.get_runtime_context().get_node_id()
     return next((dict(node["Resources"]) for node in ray.nodes() if node["NodeID"] == node_id), {})
+
+
+def on_node(node: str | None = None) -> dict[str, Any]:
+    """Options of a task or actor that runs on a node alone, given by its id, or on that of this process, and reserves nothing."""
+    strategy = NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": strategy}
 
 
 def usable_nodes() -> list[dict[str, Any]]:

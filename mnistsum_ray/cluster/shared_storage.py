@@ -10,9 +10,8 @@ from typing import Final
 
 import ray
 import ray.exceptions
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnistsum_ray.cluster.resources import inspect_cluster, usable_nodes
+from mnistsum_ray.cluster.resources import inspect_cluster, on_node, usable_nodes
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
@@ -65,8 +64,7 @@ def check_shared_storage(written: Mapping[str, OutputFolder], read: Mapping[str,
 
 def _look_on_node(node: str, files: dict[str, str]) -> ray.ObjectRef:
     # Neither retried nor placed elsewhere: if the node goes, the answer of another one says nothing about it.
-    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(files)
+    return ray.remote(_look).options(**on_node(node), max_retries=0).remote(files)
 
 
 def _look(files: dict[str, str]) -> Seen:

@@ -4,11 +4,9 @@ Format: https://yann.lecun.com/exdb/mnist/
 """
 
 import gzip
-import hashlib
-import http.client
+import socket
 import struct
 import tempfile
-import urllib.request
 import zlib
 from pathlib import Path
 from typing import Final
@@ -17,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnistsum_ray.data.images import SIDE, Pixels
-from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.errors import RequestError
 
 IDX_FILES: Final = (
     "train-images-idx3-ubyte",
@@ -79,43 +77,27 @@ def _read_idx_file(folder: Path, name: str) -> Pixels:
 
 
 def download_mnist(root: Path) -> Path:
-    """Download MNIST to the folder `root`/MNIST/raw from the mirrors that torchvision lists, and check torchvision's MD5 sums.
+    """Download MNIST to the folder `root`/MNIST/raw with torchvision, which knows mirrors and MD5 sums.
 
     The folder appears only when it is complete, so an interrupted download is repeated the next time. Without a network this
     fails within seconds.
 
     Raises:
-        OSError: no mirror has all files, or they cannot be written.
+        OSError, RuntimeError: no mirror has some file, or they cannot be written.
     """
     from torchvision.datasets import MNIST  # takes seconds to import, and most runs do not download
 
-    errors = []
-    for mirror in MNIST.mirrors:
-        try:
-            files = {name.removesuffix(".gz"): _download_file(f"{mirror}{name}", md5) for name, md5 in MNIST.resources}
-            break
-        except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
-            errors.append(f"{mirror}: {one_line(error)}")
-    else:
-        raise OSError("; ".join(errors))
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as temporary:
-        raw = Path(temporary, "MNIST", "raw")
-        raw.mkdir(parents=True)
-        for name, data in files.items():
-            (raw / name).write_bytes(data)
-        try:
-            raw.parent.rename(root / "MNIST")
-        except OSError:
-            if find_idx(root) is None:  # otherwise another run was faster
-                raise
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECONDS)  # torchvision would wait for minutes
+    try:
+        with tempfile.TemporaryDirectory(dir=root) as temporary:
+            MNIST(temporary, download=True)
+            try:
+                Path(temporary, "MNIST").rename(root / "MNIST")
+            except OSError:
+                if find_idx(root) is None:  # otherwise another run was faster
+                    raise
+    finally:
+        socket.setdefaulttimeout(before)
     return root / "MNIST" / "raw"
-
-
-def _download_file(url: str, md5: str) -> bytes:
-    # urlopen's own timeout: socket.setdefaulttimeout would also change the sockets of the caller's other threads.
-    with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response:
-        data: bytes = response.read()
-    if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
-        raise OSError(f"{url} does not have the MD5 sum {md5}")
-    return gzip.decompress(data)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
@@ -104,13 +105,9 @@ def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], re
     gone = {f"{folder}/{name}" for name in replaced for folder in (PREDICTIONS, REJECTED)} - {*rejected, *predictions}
     unpublish(plan.held)
 
-    def move(name: str) -> None:
-        plan.folder.move(name, plan.held)
-
-    steps: list[tuple[Callable[[str], None], Iterable[str]]]
-    steps = [(move, rejected), (move, predictions), (plan.held.delete, gone), (move, summaries)]
+    move = partial(plan.folder.move, target=plan.held)
     with ThreadPoolExecutor(_MOVE_THREADS) as pool:
-        for step, names in steps:
+        for step, names in ((move, rejected), (move, predictions), (plan.held.delete, gone), (move, summaries)):
             list(pool.map(step, names))
 
 

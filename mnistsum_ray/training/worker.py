@@ -14,10 +14,9 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.util.queue import Queue
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.cluster.connection import can_connect
-from mnistsum_ray.cluster.resources import explain_worker_silence, this_node
+from mnistsum_ray.cluster.resources import explain_worker_silence, on_node, this_node
 from mnistsum_ray.errors import counted, lines_of
 from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.reporting.console import Console, Progress
@@ -119,9 +118,7 @@ def event_queue(
         on_epoch: called with each finished epoch's line of history.jsonl, in a thread of the queue.
         on_progress: called with each progress event, in the same thread.
     """
-    # The queue's actor is pinned to this node, so that it is not lost with another one.
-    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node})
+    queue = Queue(actor_options=on_node())  # so that it is not lost with another node
     events, ended = Events(queue), threading.Event()
 
     def follow() -> None:

@@ -229,14 +229,16 @@ def test_a_mirror_that_lacks_a_file_or_has_a_damaged_one_is_passed_over(
     cache, timeout = tmp_path / "home" / ".cache" / "mnistsum_ray", socket.getdefaulttimeout()
     with mirror(tmp_path / "lacking") as lacking, mirror(tmp_path / "damaged") as damaged, mirror(tmp_path / "good") as good:
         monkeypatch.setattr(MNIST, "mirrors", [lacking, damaged])
-        with pytest.raises(RequestError, match=rf"cannot be downloaded \({lacking}: HTTP Error 404.*; {damaged}: .* MD5 sum"):
+        with pytest.raises(
+            RequestError, match=rf"cannot be downloaded \(.*{lacking}.* got: HTTP Error 404.*{damaged}.* corrupted"
+        ):
             open_source("mnist")
-        assert not cache.exists()
+        assert not list(cache.iterdir())
         monkeypatch.setattr(MNIST, "mirrors", [lacking, damaged, good])
         check_splits(open_source("mnist"), 360, 40, 100)
     assert socket.getdefaulttimeout() == timeout
     files = [path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()]
-    assert sorted(files) == sorted(f"MNIST/raw/{name}" for name in IDX_FILES)
+    assert {*files} >= {f"MNIST/raw/{name}" for name in IDX_FILES}
 
 
 def test_rows_of_a_folder_are_counted_once_and_what_is_left_out_is_named(write_rows: Rows, tmp_path: Path) -> None:
