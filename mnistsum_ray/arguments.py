@@ -75,11 +75,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(config_class: type[JobConfig], description: str, command: str, *, show_all: bool) -> _Parser:
     """Parser of the fields of a config. Most values stay text, which pydantic converts and checks as it does those of YAML.
 
-    Args:
-        config_class: of the job.
-        description: of the job, for `--help`.
-        command: how the job is called, for the usage line.
-        show_all: whether `--help` shows all flags, and not just those of every day.
+    `--help` shows the description, the usage line with the command, and with `show_all` not just the flags of every day.
     """
     everyday = config_class.everyday
     parser = _Parser(

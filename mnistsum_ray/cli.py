@@ -176,11 +176,7 @@ _USAGE: Final = f"""usage: mnistsum COMMAND [flags], or mnistsum COMMAND --help
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code.
-
-    Args:
-        argv: name of the command and its flags; None takes those of this process.
-    """
+    """Run a command, given by its name and flags, or as this process was; return its exit code."""
     command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command == "help" and flags:  # `mnistsum help train`
         command, flags = flags[0], ["--help"]

@@ -151,10 +151,6 @@ def reserve(request: WorkerRequest, say: Callable[[str], None]) -> WorkerPlan:
     PyTorch is tried on a node that has one. Where MIG is on, Ray counts whole cards, and CUDA shows one instance of each: the
     others need a `ray start` with their names in CUDA_VISIBLE_DEVICES and their number in --num-gpus.
 
-    Args:
-        request: what the job asks for.
-        say: writes a console line.
-
     Raises:
         RequestError: the cluster can never give what is asked for, or does not give it within `wait_seconds`.
     """

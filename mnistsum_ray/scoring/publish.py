@@ -37,12 +37,7 @@ _REASONS_ON_CONSOLE: Final = 10
 def result_line(plan: Plan, files: pa.Table, counts: Counts, resumed_rows: int, scoring_seconds: float) -> dict[str, Any]:
     """Return the fields of the job's last line, but for `seconds`.
 
-    Args:
-        plan: of the run.
-        files: `output.FILES_SCHEMA`.
-        counts: over all rows.
-        resumed_rows: rows that an earlier run had committed.
-        scoring_seconds: from the start of the first part to the end of the last one.
+    `files` is a table of `output.FILES_SCHEMA`. The seconds are from the start of the first part to the end of the last one.
     """
     usable = pc.equal(files["status"], "scored")
     columns = (files["rows"].filter(usable), files["scored"], files["rejected"], pc.invert(usable))
@@ -154,11 +149,7 @@ def _make_manifest(plan: Plan, unplanned: int, counts: Counts, line: dict[str, A
 def say_result(line: dict[str, Any], counts: Counts, new_rejected: int, say: Callable[[str], None]) -> None:
     """Say the counts, the reasons for rejected rows, the share of consistent rows, and with labels the accuracies.
 
-    Args:
-        line: the fields of the job's last line.
-        counts: over all rows.
-        new_rejected: rows that this run has rejected. If there are none, the reasons are left out: an earlier run has said them.
-        say: writes a console line.
+    If this run has rejected no row (`new_rejected`), the reasons are left out: an earlier run has said them.
     """
     usable = line["files"] - line["failed_files"]
     if usable:

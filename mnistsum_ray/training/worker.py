@@ -113,10 +113,7 @@ def event_queue(
 ) -> Iterator[Events]:
     """A queue whose events are shown on the console while the block runs; failures are kept.
 
-    Args:
-        console: shows the events.
-        on_epoch: called with each finished epoch's line of history.jsonl, in a thread of the queue.
-        on_progress: called with each progress event, in the same thread.
+    `on_epoch` gets each finished epoch's line of history.jsonl, and `on_progress` each progress event, in a thread of the queue.
     """
     queue = Queue(actor_options=on_node())  # so that it is not lost with another node
     events, ended = Events(queue), threading.Event()
@@ -126,9 +123,11 @@ def event_queue(
             while True:
                 try:
                     event = queue.get()
-                except ray.exceptions.RayError:  # the node is too busy to answer, or the actor has ended
+                except Exception as error:  # the node is too busy to answer, or the actor or this process's connection has ended
                     if ended.wait(1.0):
                         return
+                    if not isinstance(error, ray.exceptions.RayError):
+                        raise
                     continue
                 if event is None:
                     return
