@@ -10,6 +10,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -302,7 +303,8 @@ def _write(folder: OutputFolder, name: str, table: pa.Table, metadata: dict[byte
     except ExistingFileError as error:
         # An earlier process of this run may have written the same rows before it died, on other hardware with other last bits.
         written = folder.place / name
-        if (there := written.status()) is None or (
-            from_metadata(read_footer(written, there.size).metadata.metadata) != from_metadata(metadata)
-        ):
-            raise StorageError(f"{written.display}: was written by another run") from error
+        with suppress(UnusableFileError):
+            there = written.status()
+            if there and from_metadata(read_footer(written, there.size).metadata.metadata) == from_metadata(metadata):
+                return
+        raise StorageError(f"{written.display}: cannot be written: another run has written something there") from error
