@@ -253,7 +253,8 @@ def test_whatever_dies_the_bytes_are_those_of_an_undisturbed_run(cases: tuple[Ca
     else:
         manifest, history = (case.output / "manifest.json").read_json(), read_history(case.output)
         assert manifest["status"] == "finished"
-        assert any(line["seconds_before"] for line in history), "a checkpoint within an epoch knows what its steps took"
+        if case.output.is_local:  # to S3, checkpoints within an epoch may come too late for the kills
+            assert any(line["seconds_before"] for line in history), "a checkpoint within an epoch knows what its steps took"
         assert manifest["training_seconds"] == pytest.approx(sum(map(epoch_seconds, history)), abs=0.1)
     assert left(case) == left(alone)
 
