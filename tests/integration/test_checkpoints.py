@@ -16,7 +16,7 @@ from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import STATE_CARD, STATE_FILE
 from tests.integration.conftest import Bomb, Done, Job, kill_worker, mounted, run_job, write_shuffled_sample
 
-STREAMED = ["--recipe", "long", "--epochs", 3, "--batch-size", 32, "--sum-head-steps", 300, "--shuffle-rows", 1500]
+STREAMED = ["--recipe", "long", "--epochs", 3, "--batch-size", 32, "--sum-head-steps", 100, "--shuffle-rows", 1500]
 
 
 def weights(done: Done) -> bytes:
@@ -27,7 +27,7 @@ def weights(done: Done) -> bytes:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four files without statistics, dictionaries or compression, so that a changed digit leaves the footer as it is."""
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    return write_shuffled_sample(tmp_path_factory.mktemp("data") / "rows", **options)
+    return write_shuffled_sample(tmp_path_factory.mktemp("data") / "rows", rows=2500, **options)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def restarted(cluster: str, tmp_path_factory: pytest.TempPathFactory, killed: Pa
 @pytest.mark.slow
 def test_without_a_whole_checkpoint_a_run_starts_again(restarted: Done) -> None:
     assert "no checkpoint can be used, so the run starts from the beginning" in restarted.err
-    assert "streaming 4,000 training rows, shuffled in windows of 1,472; holds at most 2 MiB" in restarted.err
+    assert "streaming 2,000 training rows, shuffled in windows of 1,472; holds at most 2 MiB" in restarted.err
     assert restarted.err.count(": loss ") == 3
     files = pq.read_table(Path(restarted.line["run"]) / "data_files.parquet")
-    assert (files["rows"].to_pylist(), files["checksum"].null_count) == ([1250] * 4, 0)
+    assert (files["rows"].to_pylist(), files["checksum"].null_count) == ([625] * 4, 0)
 
 
 def change_a_digit(file: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_rows_that_changed_are_found_by_
         done = run_job("train", "--storage-path", runs[1], *flags, address=cluster)
         assert done.code == 1, done.err
         assert done.error.startswith(said)
-        assert done.err.count("streaming 4,000 training rows") == 1
+        assert done.err.count("streaming 2,000 training rows") == 1
         assert done.err.count("failed") <= 1, "another attempt would find the same"
     if not busy:
         pytest.skip("a checkpoint that cannot be deleted needs the right to mount a file system")
