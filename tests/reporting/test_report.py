@@ -21,7 +21,7 @@ from mnistsum_ray.data.order import row_checksums
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting import pictures
-from mnistsum_ray.reporting.report import PICTURES, model_card, report_page, scored_page, versions, wilson_interval
+from mnistsum_ray.reporting.report import PICTURES, epoch_seconds, model_card, report_page, scored_page, versions, wilson_interval
 from mnistsum_ray.scoring.counts import Counts, encode_image
 from tests.reporting.test_tensorboard import entry
 
@@ -80,6 +80,11 @@ def test_the_page_shows_what_the_run_has(card: dict[str, Any]) -> None:
     assert page.count("(95&nbsp;%: ") == len(HEADS)
     assert "2026-11-27T06:00:00+00:00" in page
     assert page.count("data:image/png;base64,") == 1
+
+
+def test_the_time_of_an_epoch_has_that_before_its_checkpoint() -> None:
+    entry = {"seconds": 3.0, "evaluation_seconds": 1.0}
+    assert [epoch_seconds(entry | before) for before in ({}, {"seconds_before": 5.0})] == [4.0, 9.0]
 
 
 def test_the_page_shows_the_notice_about_the_data() -> None:
