@@ -152,7 +152,7 @@ def test_scoring_onto_a_disk_that_is_full(small_disk: Path, cluster: str, model:
     (small_disk / "other").write_bytes(bytes(2 * 2**20 - 150_000))
     full = run_job("score", *flags, address=cluster)
     assert full.code == 1
-    assert re.search(rf"error: {output}/predictions/.*: cannot be written: .*No space left on device", full.err)
+    assert re.search(rf"error: --output {output}/predictions/.*: cannot be written: .*No space left on device", full.err)
     assert not (output / "manifest.json").exists()
     enlarge(small_disk)
     done = run_job("score", *flags, address=cluster)
