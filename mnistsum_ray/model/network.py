@@ -11,6 +11,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import NUMBERS
@@ -42,12 +43,18 @@ def to_channels_last(images: Tensor) -> Tensor:
     return images.unsqueeze(3).permute(0, 3, 1, 2)
 
 
-def distort(images: Tensor, matrices: Tensor) -> Tensor:
-    """Distort prepared images float32[n, 1, 28, 28] by float32[n, 6] of `data/distortion.py`, on the same device."""
+def pixel_places(device: torch.device) -> Tensor:
+    """The place (x, y, 1) of each pixel, x and y from -1 to 1: float32[3, 784]. What `F.affine_grid` makes anew each time."""
+    middles = (torch.arange(SIDE, device=device) + 0.5) * (2 / SIDE) - 1
+    return torch.stack([middles.repeat(SIDE), middles.repeat_interleave(SIDE), torch.ones(SIDE * SIDE, device=device)])
+
+
+def distort(images: Tensor, matrices: Tensor, places: Tensor) -> Tensor:
+    """Distort prepared images float32[n, 1, 28, 28] by float32[n, 6] of `data/distortion.py`; `places` as `pixel_places`."""
     rows = len(images)
     if not rows:
         return images
-    grid = F.affine_grid(matrices.view(rows, 2, 3), [rows, 1, SIDE, SIDE], align_corners=False)
+    grid = torch.mm(matrices.view(2 * rows, 3), places).view(rows, 2, SIDE, SIDE).permute(0, 2, 3, 1)
     # "border" fills what moves in at the edge with background; zeros would be gray in a prepared image.
     return to_channels_last(F.grid_sample(images, grid, padding_mode="border", align_corners=False).squeeze(1))
 
@@ -176,9 +183,22 @@ class Objective(nn.Module):
         Returns:
             The loss to minimize, and the loss without label smoothing, which has no gradient: scalars, summed over the rows.
         """
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        if self.dtype == torch.float32:
             scores = self.model(images, numbers, dropout)
+        else:
+            with torch.autocast(images.device.type, torch.bfloat16):
+                scores = functional_call(self.model, self._cast_parameters(), (images, numbers, dropout))
         return joint_loss(scores, digits, numbers, self.label_smoothing)
+
+    def _cast_parameters(self) -> dict[str, Tensor]:
+        """The parameters in bfloat16, cast together: autocast takes two launches for each, with that of its gradient."""
+        parameters = dict(self.model.named_parameters())
+        # As they lie in memory, so that no element moves: channels last.
+        values = [value.movedim(1, -1) if value.dim() == 4 else value for value in parameters.values()]
+        flat = torch.cat([value.reshape(-1) for value in values]).to(self.dtype)
+        split = torch.split(flat, [value.numel() for value in values])
+        parts = [part.view(value.shape) for part, value in zip(split, values, strict=True)]
+        return {name: part.movedim(-1, 1) if part.dim() == 4 else part for name, part in zip(parameters, parts, strict=True)}
 
 
 def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -197,15 +217,12 @@ def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing:
     Returns:
         The loss with label smoothing, and without, which has no gradient.
     """
-    classes = [head.target(digits, numbers) for head in HEADS]
-
-    def mean_of_heads(smoothing: float) -> Tensor:
-        heads = zip(scores, classes, strict=True)
-        losses = [F.cross_entropy(logits.float(), of, reduction="sum", label_smoothing=smoothing) for logits, of in heads]
-        return torch.stack(losses).mean()
-
-    loss = mean_of_heads(label_smoothing)
+    exact, smooth = [], []
+    for head, logits in zip(HEADS, scores, strict=True):
+        logarithms = F.log_softmax(logits.float(), dim=1)
+        exact.append(F.nll_loss(logarithms, head.target(digits, numbers), reduction="sum"))
+        smooth.append(logarithms.sum() / -head.classes)
+    loss = torch.stack(exact).mean()
     if not label_smoothing:
         return loss, loss.detach()
-    with torch.no_grad():
-        return loss, mean_of_heads(0.0)
+    return torch.lerp(loss, torch.stack(smooth).mean(), label_smoothing), loss.detach()

@@ -16,7 +16,7 @@ from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, pos
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.metrics import Counts, Metrics, score_rows
-from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, dropout_factors, prepare_images
+from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, dropout_factors, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.console import UPDATE_SECONDS
 from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
@@ -82,17 +82,19 @@ class Trainer:
         torch.manual_seed(hyperparameters.seed)
         self.model = TwoHeadCNN().to(worker.device)
         self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay)
+        self._places = pixel_places(worker.device)
 
     def prepare(self, precision: str) -> None:
         """Set the precision and wrap the model for training; weights must have been restored before."""
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._objective = self._fast = ray.train.torch.prepare_model(
             Objective(self.model, self.hyperparameters.label_smoothing, self._dtype),
-            parallel_strategy_kwargs={"broadcast_buffers": False},  # its buffers are constants
+            parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},  # its buffers are constants
         )
         if self.hyperparameters.compile:
-            # A step of so small a network is bound by kernel launches, which CUDA graphs join.
-            mode = "reduce-overhead" if self.worker.device.type == "cuda" else "default"
+            # A step of so small a network is bound by kernel launches, which CUDA graphs join. DDP fails under them
+            # (github.com/pytorch/pytorch/issues/140395).
+            mode = "reduce-overhead" if self.worker.device.type == "cuda" and self.worker.world_size == 1 else "default"
             self._fast = torch.compile(self._objective, mode=mode, dynamic=False)
         if self.worker.world_size > 1:
             # DDP orders its buckets anew after the first step, and three workers then sum in another order: without a step
@@ -179,7 +181,7 @@ class Trainer:
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
         if "affine" in batch:
-            images = distort(images, batch["affine"])
+            images = distort(images, batch["affine"], self._places)
         # A last share, which may be empty, is not compiled: a network that is compiled for any size would compute other bits.
         objective = self._fast if len(images) == len(self._positions) else self._objective
         loss, reported = objective(images, batch["number"], batch["digit"], self.dropout(epoch, step, global_rows))

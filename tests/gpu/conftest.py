@@ -15,6 +15,22 @@ from mnistsum_ray.model.device import disable_tf32
 
 CUDA = torch.device("cuda")
 
+_FIGURES: list[tuple[str, str]] = []
+
+
+def report(what: str, **figures: float | str) -> None:
+    """Add a row to the table that pytest prints at the end."""
+    texts = (f"{name} {value if isinstance(value, str) else format(value, ',.4g')}" for name, value in figures.items())
+    _FIGURES.append((what, ", ".join(texts)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _FIGURES:
+        terminalreporter.section("figures of the GPU")
+        for what, text in _FIGURES:
+            terminalreporter.line(f"{what:60} {text}")
+
+
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
