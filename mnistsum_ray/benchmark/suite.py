@@ -8,7 +8,8 @@ accuracy.
 Each way is measured in its own process, several times, in alternating order:
 
     loader    the original's way: row by row through a DataLoader, float32
-    memory    this package's model on tensors in memory (memory-int8: 8-bit integers)
+    memory    (train) the job's step on tensors in memory
+    files     (score) as many bare processes, which read and write Parquet (files-int8: 8-bit integers)
     worker    (train) the loop of memory in a Ray Train worker
     ray       mnistsum train, or mnistsum score (ray-int8: --precision int8)
 
@@ -31,7 +32,7 @@ from mnistsum_ray.errors import RequestError
 
 WAYS: Final = {
     "train": ("loader", "memory", "worker", "ray"),
-    "score": ("loader", "memory", "memory-int8", "ray", "ray-int8"),
+    "score": ("loader", "files", "files-int8", "ray", "ray-int8"),
 }
 
 ORIGINAL_ACCURACY: Final = {"digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
@@ -91,6 +92,7 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     import torch
 
     from mnistsum_ray.benchmark import ways
+    from mnistsum_ray.cluster.resources import workers_per_gpu
     from mnistsum_ray.model import int8
     from mnistsum_ray.model.device import hardware
     from mnistsum_ray.reporting.report import versions
@@ -102,11 +104,13 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         line = _accuracy(args, argv)
     else:
         processes = dict.fromkeys(WAYS[args.what], 1)
-        if args.what == "score":  # on CPUs a process a core, as in mnistsum score; int8 runs on CPUs
-            processes |= dict.fromkeys(["memory-int8"] if machine["gpu"] else ["memory", "memory-int8"], machine["cores"])
+        if args.what == "score":  # as many processes as in mnistsum score; int8 runs on CPUs
+            processes |= dict.fromkeys(["files", "files-int8"], machine["cores"])
+            if machine["gpu"]:
+                processes["files"] = workers_per_gpu(torch.cuda.get_device_properties(0).total_memory, machine["cores"])
             if reason := int8.unavailable_reason():
                 _say(f"int8 is left out: {reason}")
-                del processes["memory-int8"], processes["ray-int8"]
+                del processes["files-int8"], processes["ray-int8"]
         line = _speed(args, argv, processes)
     return line | {"what": args.what, "hardware": machine, "versions": versions()}
 
@@ -135,7 +139,7 @@ def _speed(args: argparse.Namespace, argv: list[str], processes: dict[str, int])
     rates = {way: figures["rows_per_second"] for way, figures in medians.items()}
     ratios = {}
     for way in rates:
-        for other in ("loader", "worker", way.replace("ray", "memory")):
+        for other in ("loader", "worker", way.replace("ray", "memory"), way.replace("ray", "files")):
             if way.startswith("ray") and other in rates:
                 ratios[f"{way} / {other}"] = round(rates[way] / rates[other], 3)
                 _say(f"{way} / {other}: {ratios[f'{way} / {other}']:.3f}")

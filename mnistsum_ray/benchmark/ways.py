@@ -10,28 +10,38 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from mnistsum_ray.benchmark import original
 from mnistsum_ray.benchmark.process import Measurement, run_job
-from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.distortion import distortions
+from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.parquet import open_parquet, to_parquet
 from mnistsum_ray.data.sources import Digits, open_source
 from mnistsum_ray.errors import RequestError
+from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import int8
 from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
-from mnistsum_ray.model.inference import CPU_BATCH, GPU_BATCH, make_forward
-from mnistsum_ray.model.network import Objective, TwoHeadCNN, prepare_images
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.model.inference import Predictor
+from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
 from mnistsum_ray.reporting.report import epoch_end
 from mnistsum_ray.storage.folder import empty_output
+from mnistsum_ray.training.preflight import recipe_defaults
 
 Steps = Iterator[int]
 """Works on a batch when it is asked for the next item, the number of the batch's rows; endless."""
 
 _ROWS: Final = 16_384
 """Most rows that the ways without Ray Data hold in memory."""
+
+_FILE_ROWS: Final = 2048
+"""Rows of a file of the bare processes that score on CPUs."""
 
 _WARM_UP_BATCHES: Final = 3
 _FIRST_FILE_ROWS: Final = 1000
@@ -62,7 +72,7 @@ def measure(args: argparse.Namespace) -> Measurement:
         elif what == "train":
             steps = _training_steps(images, digits, device)
         else:
-            steps = _scoring_steps(images, torch.device("cpu") if precision else device, precision)
+            steps = _scoring_steps(args.data, images, torch.device("cpu") if precision else device, precision)
         return _time_steps(steps, args.seconds, args.command_time)
 
     return _in_train_worker(loop) if way == "worker" else loop()
@@ -96,12 +106,13 @@ def _loader_steps(images: Pixels, digits: Digits, device: torch.device, *, train
 
 
 def _training_steps(images: Pixels, digits: Digits, device: torch.device) -> Steps:
-    """Training with the package's model, loss and optimizer."""
+    """Training as in the job: distorted rows, and the package's model, loss and optimizer."""
     if device.type == "cpu":
         enable_determinism()
         tune_malloc()
-    prepared = prepare_images(torch.tensor(images)).to(device)
-    labels = torch.tensor(digits, device=device).long()
+    pixels, labels, places = torch.tensor(images).to(device), torch.tensor(digits, device=device).long(), pixel_places(device)
+    matrices = torch.from_numpy(distortions(0, 0, np.arange(len(images)), recipe_defaults("short", small=False)["distortion"]))
+    matrices = matrices.to(device)
     numbers = torch.randint(0, NUMBERS, (len(digits),), device=device)
     model = TwoHeadCNN().to(device)
     optimizer = MuonAdamW(model, weight_decay=0.01)
@@ -109,7 +120,8 @@ def _training_steps(images: Pixels, digits: Digits, device: torch.device) -> Ste
 
     def step(rows: slice) -> int:
         optimizer.zero_grad()
-        loss, _ = objective(prepared[rows], numbers[rows], labels[rows], None)
+        images = distort(prepare_images(pixels[rows]), matrices[rows], places)
+        loss, _ = objective(images, numbers[rows], labels[rows], None)
         torch.autograd.backward(loss / original.BATCH)
         optimizer.step(0.01, objective.dtype)
         return original.BATCH
@@ -117,23 +129,26 @@ def _training_steps(images: Pixels, digits: Digits, device: torch.device) -> Ste
     return map(step, _batches(len(images), original.BATCH))
 
 
-def _scoring_steps(images: Pixels, device: torch.device, precision: str | None) -> Steps:
-    """Bare forward pass, with one thread and the batches of `model.inference`, as a process of scoring has them."""
-    tune_malloc()
-    torch.set_num_threads(1)
-    pixels = torch.tensor(images).to(device)
-    numbers = torch.randint(0, NUMBERS, (len(images),), device=device)
-    model = TwoHeadCNN().eval()
-    maxima = int8.activation_maxima(model, pixels[:256].cpu()) if precision else None
-    forward = make_forward(model.to(device), device, precision or ("bf16" if faster_with_bf16(device) else "fp32"), maxima)
-    batch = min(len(images), CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+def _scoring_steps(data: str, images: Pixels, device: torch.device, precision: str | None) -> Steps:
+    """Files of pairs are read, predicted and written, as by a process that scores. A step is a file.
 
-    @torch.inference_mode()
-    def step(rows: slice) -> int:
-        forward(pixels[rows], numbers[rows])
-        return batch
-
-    return map(step, _batches(len(images), batch))
+    A forward pass alone says little about such a job: on a card it takes less time than the files.
+    """
+    model, rows = TwoHeadCNN().eval(), _FILE_ROWS if device.type == "cpu" else _ROWS
+    maxima = int8.activation_maxima(model, torch.tensor(images[:256])) if precision else None
+    precision = precision or ("bf16" if faster_with_bf16(device) else "fp32")
+    predictor = Predictor(copy_weights(model), device, precision, None, maxima)
+    with tempfile.TemporaryDirectory() as folder:
+        pairs, _ = export_pairs(ExportPairsConfig(data=data, output=f"{folder}/in", rows=8 * rows, files=8), print)
+        output = empty_output(f"{folder}/out")
+        for file in itertools.cycle(pairs.files()):
+            with open_parquet(pairs.at(file.path)) as parquet:
+                table = parquet.read()
+            numbers = table["number"].to_numpy().astype(np.int64)
+            columns = predictor.predict(pixels_view(one_chunk(table["image"])), numbers).columns(numbers)
+            kept = {name: table[name] for name in ("row_id", "number", "digit")}
+            output.write(file.name, to_parquet(pa.table(kept | dict(zip(PREDICTION_FIELDS.names, columns, strict=True)))))
+            yield table.num_rows
 
 
 def _batches(rows: int, batch: int) -> Iterator[slice]:
@@ -164,8 +179,6 @@ def _score_job(data: str, rows: int, precision: str | None, images: Pixels) -> M
     The model has random weights, on which the speed does not depend; `images` calibrate it for int8.
     """
     flags = ["--precision", precision] if precision else []
-    if torch.cuda.is_available() and not precision:
-        flags += ["--num-workers", "1"]  # one GPU, as the other ways use
     model = TwoHeadCNN().eval()
     description = describe_model(copy_weights(model), epoch=0, metrics={})
     if precision:

@@ -48,6 +48,9 @@ _TASK_ROWS: Final = 32_768
 """Most rows of a task, except where a chunk of a GPU is one task: a task costs 20 ms beside its rows, and one that reads files
 reads up to two row groups in part."""
 
+_FIRST_ROWS: Final = 8192
+"""Rows of the first task of all, so that the first step does not wait for an epoch's."""
+
 _AHEAD_BYTES: Final = 64 * 2**20
 """Least memory of rows that wait for the worker."""
 
@@ -95,11 +98,13 @@ class TrainingRows:
         """All remaining steps: an epoch, and those of its steps whose rows are fetched together, whole windows."""
         window, steps = self.shuffle.window_steps, self.shuffle.steps
         rows = _GPU_CHUNK_ROWS if self.device.type == "cuda" else _TASK_ROWS
-        together = window * max(1, rows // max(1, window * len(self.positions)))
+        size, together = (window * max(1, count // max(1, window * len(self.positions))) for count in (_FIRST_ROWS, rows))
         for epoch in range(self.first_epoch, self.epochs):
             first = self.first_step if epoch == self.first_epoch else 0
-            for start in range(first // window * window, steps, together):
-                yield epoch, range(max(first, start), min(start + together, steps))
+            start = first // window * window
+            while start < steps:
+                yield epoch, range(max(first, start), min(start + size, steps))
+                start, size = start + size, together
 
     def batches(self) -> Iterator[Batch]:
         """The rows of each step, in the order of the positions."""
