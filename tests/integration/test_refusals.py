@@ -7,13 +7,18 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from mnistsum_ray.arguments import parse
+from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.scoring import preflight as scoring
 from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.preflight import preflight
 from tests.integration.conftest import run_job
 
 
 @pytest.fixture
-def folder(tmp_path: Path, sample: pa.Table) -> Path:
+def folder(tmp_path: Path, sample: pa.Table, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a usable file, one that was cut off, an empty folder, a folder in use and a config file."""
     for name in ("pairs", "cut", "empty", "runs/used"):
         (tmp_path / name).mkdir(parents=True)
@@ -22,6 +27,7 @@ def folder(tmp_path: Path, sample: pa.Table) -> Path:
     (tmp_path / "cut" / "a.parquet").write_bytes(whole[:1000])
     (tmp_path / "runs" / "used" / "notes.txt").write_text("somebody's")
     (tmp_path / "run.yaml").write_text("epohs: 3\n")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -38,7 +44,10 @@ def folder(tmp_path: Path, sample: pa.Table) -> Path:
     ],
 )
 def test_training_requests_that_need_no_cluster(folder: Path, args: str, message: str) -> None:
-    run_job("train", *args.split(), cwd=folder).check_refused(message)
+    with pytest.raises(RequestError) as refused:
+        preflight(parse(TrainConfig, args.split(), ""))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +68,17 @@ def test_training_requests_that_need_no_cluster(folder: Path, args: str, message
 )
 def test_scoring_requests_that_need_no_cluster(folder: Path, model: Path, changed: dict[str, str], message: str) -> None:
     flags = {"--model": str(model), "--input": "pairs", "--output": "out"} | changed
-    run_job("score", *(word for flag in flags.items() for word in flag), cwd=folder).check_refused(message)
+    with pytest.raises(RequestError) as refused:
+        scoring.preflight(parse(ScoreConfig, [word for flag in flags.items() for word in flag], ""))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
     assert not (folder / "out").exists()
+
+
+def test_a_command_says_so_at_once(folder: Path, model: Path) -> None:
+    run_job("train", "--data", "cut", cwd=folder).check_refused("is not Parquet, or was cut off")
+    flags = ["--model", model, "--input", "pairs", "--output", "pairs/out"]
+    run_job("score", *flags, cwd=folder).check_refused("lies in the input pairs")
 
 
 def test_an_invalid_row(tmp_path: Path, sample: pa.Table, cluster: str) -> None:

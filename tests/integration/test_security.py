@@ -73,7 +73,9 @@ def test_a_pickle_for_a_model_is_refused(cluster: str, model: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_pickles_in_our_own_tables_are_never_executed(model: Path, tmp_path: Path, sample: pa.Table, bomb: Bomb) -> None:
+def test_pickles_in_our_own_tables_are_never_executed(
+    cluster: str, model: Path, tmp_path: Path, sample: pa.Table, bomb: Bomb
+) -> None:
     """A planted `files.parquet` of a finished output, and `data_files.parquet` of a run that is trained again."""
 
     def plant(path: Path, column: str) -> None:
@@ -90,9 +92,9 @@ def test_pickles_in_our_own_tables_are_never_executed(model: Path, tmp_path: Pat
     assert not bomb.mark.exists()
 
     flags = ["--data", rows, "--storage-path", tmp_path, "--epochs", 1, "--sum-head-steps", 1]
-    assert run_job("train", *flags, "--name", "mine").code == 0
+    assert run_job("train", *flags, "--name", "mine", address=cluster).code == 0
     plant(tmp_path / "mine" / "data_files.parquet", "footer_sha256")
-    run_job("train", *flags, "--name", "again", "--from-run", tmp_path / "mine")
+    run_job("train", *flags, "--name", "again", "--from-run", tmp_path / "mine", address=cluster)
     assert not bomb.mark.exists()
 
 

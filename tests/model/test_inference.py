@@ -63,11 +63,11 @@ def test_several_threads_and_memory_that_may_not_be_written() -> None:
 def test_a_row_has_the_same_bits_in_a_batch_of_any_size(precision: str) -> None:
     if precision == "int8" and int8.unavailable_reason():
         pytest.skip("this PyTorch has no integer convolutions on this CPU")
-    images, numbers, _ = rows(256)
+    images, numbers, _ = rows(128)
     maxima = int8.activation_maxima(new_model(), torch.from_numpy(images)) if precision == "int8" else None
-    ours = predictor(precision, 256, maxima)
+    ours = predictor(precision, 128, maxima)
     whole = ours.predict(images, numbers)
-    for size in range(1, 41):
-        start = 3 * size  # a row is at another place of its batch, too
+    for size in (1, 2, 3, 7, 16, 33, 40):
+        start = 2 * size  # a row is at another place of its batch, too
         part = ours.predict(images[start : start + size], numbers[start : start + size])
         assert equal(part, whole.slice(start, start + size)), size
