@@ -138,10 +138,13 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
         finally:
             torch_import.join()  # a process that ended in the middle of an import would crash
 
+        from mnistsum_ray.cluster.gpus import begin_probe
+
+        probe = begin_probe(config.use_gpu)  # while this process imports Ray Train
         from mnistsum_ray.training import driver
 
         with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
-            return driver.fit(run, console)
+            return driver.fit(run, console, probe)
 
 
 def run_scoring(config: ScoreConfig) -> tuple[dict[str, Any], bool]:
@@ -153,10 +156,13 @@ def run_scoring(config: ScoreConfig) -> tuple[dict[str, Any], bool]:
         metadata = {"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display}
         connect(metadata)  # `preflight` has imported torch
 
+        from mnistsum_ray.cluster.gpus import begin_probe
+
+        probe = begin_probe(False if config.precision == "int8" else config.use_gpu)  # while this process imports Ray Data
         from mnistsum_ray.scoring import driver
 
         with quiet_logger("ray", "ray.data"):
-            return driver.score(run, console)
+            return driver.score(run, console, probe)
 
 
 def _with_picture(text: str, folder: str, picture: str) -> str | None:

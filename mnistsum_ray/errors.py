@@ -59,7 +59,8 @@ def root_cause(error: BaseException) -> str:
     """
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):
-        return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+        text = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+        return text + "; does the card admit one process alone? Then give --num-workers 1" * ("busy or unavailable" in text)
     lines = lines_of(error)
     return lines[0 if type(error).__name__ == "OutOfMemoryError" else -1].strip()
 

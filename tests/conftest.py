@@ -21,14 +21,12 @@ from mnistsum_ray.storage.paths import locate
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests that need a GPU where PyTorch has none."""
-    needing = [item for item in items if item.get_closest_marker("gpu")]
-    if not needing or torch.cuda.is_available():
-        return
-    config.hook.pytest_deselected(items=needing)
-    items[:] = [item for item in items if item not in needing]
-    if "gpu" in config.option.markexpr.replace("not gpu", ""):
-        print(f"{len(needing)} tests need a GPU, and PyTorch {torch.__version__} has no CUDA here")
+    """Skip the tests that need a GPU where PyTorch has none."""
+    if not torch.cuda.is_available():
+        reason = pytest.mark.skip(reason=f"needs a GPU, and PyTorch {torch.__version__} has no CUDA here")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(reason)
 
 
 def default_signals() -> None:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import ray
 
-from mnistsum_ray.cluster.resources import on_node
+from mnistsum_ray.cluster.nodes import on_node
 
 MAX_CRASHES: Final = 3
 """Processes that may die in the same work before it is given up."""

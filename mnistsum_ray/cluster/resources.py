@@ -1,22 +1,24 @@
-"""Logical resources of the cluster: plan the workers of a job, wait until they are free, check that PyTorch can use the GPUs."""
+"""Logical resources of the cluster: plan the workers of a job, and wait until they are free."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 import ray
 import ray.exceptions
 from ray.autoscaler.sdk import request_resources
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mnistsum_ray.cluster.gpus import REPORT_SECONDS, Gpu, Probe, answers_of, ask_nodes
+from mnistsum_ray.cluster.nodes import Resources, usable_nodes
 from mnistsum_ray.cluster.ray_internals import autoscaler_limits
-from mnistsum_ray.errors import RequestError, root_cause, shortened
+from mnistsum_ray.errors import RequestError
 
 _TASKS_CPU_SHARE: Final = 0.25
 """Share of the CPUs that workers of a group leave unreserved, for what feeds them: it reserves none, and takes some."""
 
+_NODE_ID_LABEL: Final = "ray.io/node-id"
 _NODE_GROUP_LABEL: Final = "ray.io/node-group"
 """Node label that autoscalers (`ray up`, KubeRay) set."""
 
@@ -33,13 +35,12 @@ _ASSUMED_GPU_BYTES: Final = 16 * 2**30
 
 _PROBE_SECONDS: Final = 60.0
 """Shortest timeout of a probe: its process on another node has to import PyTorch first."""
-_POLL_SECONDS: Final = 2.0
-_REPORT_SECONDS: Final = 15.0
+_GRACE_SECONDS: Final = 1.0
+"""Time for Ray to count resources that were given back, as the GPU of the probe, before a wait is said or refused."""
+_GRACE_POLL_SECONDS: Final = 0.05
+_POLL_SECONDS: Final = 1.0
 _EPSILON: Final = 1e-9
 """Ray rounds fractions of a resource to 0.0001, so a smaller difference is a rounding error."""
-
-Resources = dict[str, float]
-"""From kind (CPU, GPU, …) to amount."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,6 @@ class ClusterResources:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """What PyTorch finds on a GPU that Ray counts."""
-
-    bf16: bool
-    """It is faster with bfloat16 than with float32."""
-    memory_bytes: int
-
-
-@dataclass(frozen=True)
 class WorkerRequest:
     """Workers that a job asks for."""
 
@@ -122,6 +114,8 @@ class WorkerPlan:
     """1 / k where k workers share a GPU: while it predicts for one, the others read, decode and write."""
     gpu: Gpu | None = None
     """None for a job on CPUs."""
+    label_selector: dict[str, str] | None = None
+    """Nodes that workers may run on, as Ray takes it; None: all."""
 
     @property
     def workers(self) -> int:
@@ -144,33 +138,36 @@ class WorkerPlan:
         return f"{number} {'GPU' if self.use_gpu else 'CPU'} worker{'s' * (high != 1)}"
 
 
-def reserve(request: WorkerRequest, say: Callable[[str], None]) -> WorkerPlan:
+def reserve(request: WorkerRequest, say: Callable[[str], None], probe: Probe | None = None) -> WorkerPlan:
     """Plan the workers of a job by what it asks for and by what the cluster has, and wait until enough of them fit.
 
     Ray counts a GPU on every Mac with Apple silicon, and NVIDIA's by their driver, whichever build of PyTorch is installed. So
-    PyTorch is tried on a node that has one. Where MIG is on, Ray counts whole cards, and CUDA shows one instance of each: the
-    others need a `ray start` with their names in CUDA_VISIBLE_DEVICES and their number in --num-gpus.
+    PyTorch is tried on each node that has one; `probe` is a trial that was begun with `begin_probe`. Where MIG is on, Ray counts
+    whole cards, and CUDA shows one instance of each: the others need a `ray start` with their names in CUDA_VISIBLE_DEVICES and
+    their number in --num-gpus.
 
     Raises:
         RequestError: the cluster can never give what is asked for, or does not give it within `wait_seconds`.
     """
-    cluster, gpu = inspect_cluster(), None
-    gpus = int(cluster.total("GPU"))
-    if gpus and request.use_gpu is None and cluster.free.get("GPU", 0) < 1:
+    cluster, gpu, avoided = inspect_cluster(), None, list[str]()
+    if cluster.total("GPU") >= 1 and request.use_gpu is None and not probe and not _free_soon({"GPU": 1.0}):
         say(f"running on CPUs: other jobs hold the GPUs ({cluster}); --use-gpu true waits for one")
         request = replace(request, use_gpu=False)
-    elif gpus and request.use_gpu is not False:
-        gpu = _probe_gpu(request, say)
-        request = replace(request, use_gpu=gpu is not None)
+    elif cluster.total("GPU") >= 1 and request.use_gpu is not False:
+        gpu, avoided = _probe_gpus(request, say, probe)
+        request, cluster = replace(request, use_gpu=gpu is not None), inspect_cluster(avoided)
     elif cluster.can_grow and request.use_gpu is None:
         say(f"running on CPUs, since the cluster has {cluster}; --use-gpu true waits for GPUs")
-    plan = plan_workers(request, cluster, gpu)
-    if plan.use_gpu and request.workers is None and plan.workers < gpus:
+    plan, gpus = plan_workers(request, cluster, gpu), int(cluster.total("GPU"))
+    if plan.use_gpu and request.workers is None and plan.workers < gpus and not (gpu and gpu.mig):
         say(f"running on {plan.workers} of {gpus} GPUs: with so small a batch more are no faster; --num-workers {gpus} takes all")
+    if plan.use_gpu and gpus and plan.workers > gpus and plan.workers % gpus:
+        say(f"{plan.workers} workers cannot share {gpus} GPUs evenly; --num-workers {-(-plan.workers // gpus) * gpus} can")
     _wait_until_free(plan.per_worker, plan.needed, request.wait_seconds, say)
     if plan.use_gpu and gpu is None:  # an autoscaler has started the nodes with GPUs meanwhile
-        gpu = _probe_gpu(request, say)
-    return replace(plan, gpu=gpu)
+        gpu, avoided = _probe_gpus(request, say)
+    selector = {_NODE_ID_LABEL: f"!in({','.join(avoided)})"} if avoided else None
+    return replace(plan, gpu=gpu, label_selector=selector)
 
 
 def plan_workers(request: WorkerRequest, cluster: ClusterResources, gpu: Gpu | None = None) -> WorkerPlan:
@@ -188,11 +185,17 @@ def plan_workers(request: WorkerRequest, cluster: ClusterResources, gpu: Gpu | N
     kind = "GPU" if use_gpu else "CPU"
     sharing = 1
     if request.group:
-        default = max(1, min(gpus, request.useful_gpus) if use_gpu else len(cluster.nodes))
+        default = max(1, min(gpus, 1 if gpu and gpu.mig else request.useful_gpus) if use_gpu else len(cluster.nodes))
         low, high = request.workers or (default, default)
+        if gpu and gpu.mig and high > 1:
+            raise RequestError(
+                f"--num-workers {high}: the GPUs are instances of cards with MIG on, of which a process sees one; a training has "
+                "--num-workers 1 there"
+            )
     else:
         largest = _largest_pool(request, cluster, kind)
-        low, high = request.workers or (largest * (_workers_per_gpu(cluster, gpu) if use_gpu else 1),) * 2
+        memory = gpu.memory_bytes if gpu else _ASSUMED_GPU_BYTES
+        low, high = request.workers or (largest * (workers_per_gpu(memory, cluster.cpus_per_gpu()) if use_gpu else 1),) * 2
         sharing = -(-high // largest) if use_gpu else 1
     if low >= sharing * cluster.limit(kind) + 1:  # a part of a CPU is enough for a worker
         raise RequestError(f"--num-workers {low}: needs {low} {kind}s, one a worker; the cluster has {cluster}")
@@ -219,37 +222,19 @@ def _largest_pool(request: WorkerRequest, cluster: ClusterResources, kind: str) 
     return max(1, int(limit if limit < math.inf else max(present, _ASSUMED_LIMIT[kind])))
 
 
-def _workers_per_gpu(cluster: ClusterResources, gpu: Gpu | None) -> int:
-    """Workers of a pool that share a GPU: as many as its memory, and the CPUs of its node, allow."""
-    memory = gpu.memory_bytes if gpu else _ASSUMED_GPU_BYTES
-    return max(1, int(min(_MAX_WORKERS_PER_GPU, cluster.cpus_per_gpu(), memory // _WORKER_GPU_BYTES)))
+def workers_per_gpu(memory_bytes: int, cpus: float) -> int:
+    """Workers of a pool that share a GPU: as many as its memory, and the CPUs of its node for each GPU, allow."""
+    return max(1, int(min(_MAX_WORKERS_PER_GPU, cpus, memory_bytes // _WORKER_GPU_BYTES)))
 
 
-def inspect_cluster() -> ClusterResources:
-    """Return the resources of the cluster that this process is connected to."""
+def inspect_cluster(without: Collection[str] = ()) -> ClusterResources:
+    """Return the resources of the cluster that this process is connected to, but for those of the nodes with some ids."""
     return ClusterResources(
-        nodes=tuple(node["Resources"] for node in usable_nodes()),
+        nodes=tuple(node["Resources"] for node in usable_nodes() if node["NodeID"] not in without),
         free=ray.available_resources(),
         can_grow=any(_NODE_GROUP_LABEL in node["Labels"] for node in ray.nodes() if node["Alive"]),
         limits={kind: float(min(amount, _MAX_LIMIT)) for kind, amount in autoscaler_limits().items() if amount},
     )
-
-
-def this_node() -> Resources:
-    """Total resources of the node of this process."""
-    node_id = ray.get_runtime_context().get_node_id()
-    return next((dict(node["Resources"]) for node in ray.nodes() if node["NodeID"] == node_id), {})
-
-
-def on_node(node: str | None = None) -> dict[str, Any]:
-    """Options of a task or actor that runs on a node alone, given by its id, or on that of this process, and reserves nothing."""
-    strategy = NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=False)
-    return {"num_cpus": 0, "scheduling_strategy": strategy}
-
-
-def usable_nodes() -> list[dict[str, Any]]:
-    """Return Ray's entry of each living node that has CPUs or GPUs."""
-    return [node for node in ray.nodes() if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))]
 
 
 def explain_worker_silence() -> str:
@@ -257,6 +242,16 @@ def explain_worker_silence() -> str:
     cluster = inspect_cluster()
     free = _format({kind: cluster.free.get(kind, 0) for kind in ("CPU", "GPU")})
     return f"they are being started or replaced, or wait for data; the cluster has {cluster}, free: {free}"
+
+
+def _free_soon(need: Resources) -> bool:
+    """Whether the cluster has so much free, now or within _GRACE_SECONDS."""
+    end = time.monotonic() + _GRACE_SECONDS
+    while not (free := all(inspect_cluster().free.get(kind, 0) >= amount - _EPSILON for kind, amount in need.items())):
+        if time.monotonic() > end:
+            break
+        time.sleep(_GRACE_POLL_SECONDS)
+    return free
 
 
 def _wait_until_free(bundle: Resources, count: int, seconds: float, say: Callable[[str], None]) -> None:
@@ -268,11 +263,9 @@ def _wait_until_free(bundle: Resources, count: int, seconds: float, say: Callabl
     need = {kind: amount * count for kind, amount in bundle.items()}
     started, next_report, requested = time.monotonic(), 0.0, False
     try:
-        while True:
+        while not _free_soon(need):
             cluster = inspect_cluster()
             free = {kind: cluster.free.get(kind, 0) for kind in need}
-            if all(free[kind] >= amount - _EPSILON for kind, amount in need.items()):
-                return
             waited = time.monotonic() - started
             if waited >= seconds:
                 raise RequestError(
@@ -282,7 +275,7 @@ def _wait_until_free(bundle: Resources, count: int, seconds: float, say: Callabl
             if waited >= next_report:
                 left = seconds - waited
                 say(f"waiting for {_format(need)}; free now: {_format(free)} ({cluster}); giving up in {left:.0f} s")
-                next_report = waited + _REPORT_SECONDS
+                next_report = waited + REPORT_SECONDS
                 if cluster.can_grow:
                     # Requested again each time: the cluster has one request, and another job's replaces it.
                     request_resources(bundles=[bundle] * count)
@@ -294,63 +287,36 @@ def _wait_until_free(bundle: Resources, count: int, seconds: float, say: Callabl
             request_resources(bundles=[])
 
 
-def _probe_gpu(request: WorkerRequest, say: Callable[[str], None]) -> Gpu | None:
-    """Try PyTorch on a node with a GPU; None, with a console line, if that fails and no GPU is requested.
+def _probe_gpus(request: WorkerRequest, say: Callable[[str], None], probe: Probe | None = None) -> tuple[Gpu | None, list[str]]:
+    """What all GPUs that answered can do, and the ids of nodes whose GPUs PyTorch cannot use, with a console line each.
+
+    None, with a console line, if it can use none and no GPU is requested.
 
     Raises:
         RequestError: GPUs are requested, and PyTorch cannot use them, or none was free in time, or the node was lost.
     """
-    timeout = _PROBE_SECONDS
-    if request.use_gpu:  # only then is a busy GPU waited for
+    if request.use_gpu and not probe:  # only then is a busy GPU waited for
         _wait_until_free({"GPU": 1.0}, 1, request.wait_seconds, say)
-        timeout = max(timeout, request.wait_seconds)
-    found = _ask_node(timeout)
-    if isinstance(found, Gpu):
-        return found
-    problem, advice = found
+    seconds = max(_PROBE_SECONDS, request.wait_seconds)
+    answers = answers_of(probe or ask_nodes(), seconds, say)
+    found = [gpu for _, gpu in answers if isinstance(gpu, Gpu)]
+    problems = [(node, text) for node, text in answers if isinstance(text, str)]
+    if found:
+        for node, text in problems:
+            say(f"the GPUs of node {node['NodeManagerAddress']} are not used: {text}")
+        gpu = Gpu(all(one.bf16 for one in found), min(one.memory_bytes for one in found), any(one.mig for one in found))
+        return gpu, [node["NodeID"] for node, _ in problems]
+    problem = f"no GPU has answered for {seconds:.0f} s: other jobs hold them, or PyTorch takes longer to be imported there"
+    advice = "wait, or give more --wait-seconds"
+    if problems:
+        node, text = problems[0]
+        where = f", but on node {node['NodeManagerAddress']} " if len(problems) > 1 else ", but "
+        problem = f"Ray counts {_format({'GPU': inspect_cluster().total('GPU')})}{where}{text}"
+        advice = "install a CUDA build of PyTorch that fits card and driver there (the default one needs driver 580)"
     if request.use_gpu:
         raise RequestError(f"--use-gpu true: {problem}; {advice}, or leave --use-gpu out")
     say(f"running on CPUs: {problem}")
-    return None
-
-
-def _ask_node(timeout: float) -> Gpu | tuple[str, str]:
-    """The GPU of a node, or why PyTorch cannot use it and what to do."""
-    asked = ray.remote(num_gpus=1, num_cpus=0)(_ask_torch).remote()
-    try:
-        found: Gpu | str = ray.get(asked, timeout=timeout)
-    except ray.exceptions.GetTimeoutError:
-        ray.cancel(asked)
-        return f"no GPU was free as a whole for {timeout:.0f} s; other jobs hold them", "wait, or give more --wait-seconds"
-    except ray.exceptions.RayError as error:
-        problem = f"the node with a GPU could not be asked whether PyTorch has CUDA there: {root_cause(error)}"
-        return problem, "see Ray's logs"
-    if isinstance(found, Gpu):
-        return found
-    gpus = _format({"GPU": inspect_cluster().total("GPU")})
-    return f"Ray counts {gpus}, but {found}", "install a CUDA build of PyTorch that fits card and driver there"
-
-
-def _ask_torch() -> Gpu | str:
-    """The GPU of this task, or why PyTorch cannot use it. Ray ends the process of a task with a GPU, and so frees its memory."""
-    import torch
-    import torch.nn.functional as F
-
-    from mnistsum_ray.model.device import faster_with_bf16
-
-    device, build = torch.device("cuda"), f"PyTorch {torch.__version__}"
-    try:
-        card = torch.cuda.get_device_properties(device)
-        build += f" on {card.name} (compute capability {card.major}.{card.minor})"
-        bf16 = faster_with_bf16(device)
-        # `is_available` is true also on a card that is too old for the kernels of this build of PyTorch.
-        images = torch.ones(8, 64, 14, 14, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
-        F.conv2d(images, images[:, :, :3, :3].contiguous()).sum().item()
-    except AssertionError:  # a build for CPUs
-        return f"{build} has no CUDA there"
-    except RuntimeError as error:
-        return shortened(f"{build} cannot use it: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
-    return Gpu(bf16, card.total_memory)
+    return None, []
 
 
 def _format(resources: Resources) -> str:

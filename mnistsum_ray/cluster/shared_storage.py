@@ -11,7 +11,8 @@ from typing import Final
 import ray
 import ray.exceptions
 
-from mnistsum_ray.cluster.resources import inspect_cluster, on_node, usable_nodes
+from mnistsum_ray.cluster.nodes import on_node, usable_nodes
+from mnistsum_ray.cluster.resources import inspect_cluster
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location

@@ -74,17 +74,19 @@ def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def cuda_index(gpu: str, visible: str | None) -> int:
+def cuda_index(gpu: str, visible: str | None, count: int) -> int:
     """Index in PyTorch of the GPU that Ray assigned to this process: 0, except with RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES.
 
     Args:
         gpu: one of `ray.get_gpu_ids()`: a number, or a name such as GPU-1a2b….
         visible: CUDA_VISIBLE_DEVICES of this process.
+        count: GPUs that PyTorch finds. On AMD's, Ray sets another variable.
     """
     devices = visible.split(",") if visible else []
     if gpu in devices:
         return devices.index(gpu)
-    return int(gpu) if gpu.isdecimal() and not devices else 0
+    index = int(gpu) if gpu.isdecimal() and not devices else 0
+    return index if index < count else 0
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ray.data import ActorPoolStrategy
 
 from mnistsum_ray.cluster.crash_counter import crash_counter
 from mnistsum_ray.cluster.data_context import ray_data_options
+from mnistsum_ray.cluster.gpus import Probe
 from mnistsum_ray.cluster.resources import WorkerPlan, WorkerRequest, explain_worker_silence, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.config import ScoreConfig
@@ -42,8 +43,8 @@ from mnistsum_ray.scoring.worker import Score
 from mnistsum_ray.storage.lock import folder_lock
 
 
-def score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
-    """Score on the cluster that this process is connected to.
+def score(request: Request, console: Console, probe: Probe | None = None) -> tuple[dict[str, Any], bool]:
+    """Score on the cluster that this process is connected to; `probe` is that of `reserve`.
 
     Returns:
         The fields of the job's last line (see `api.score`), and whether this run set rows or files aside that no earlier run
@@ -56,7 +57,7 @@ def score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        return _score(request, console)
+        return _score(request, console, probe)
     except KeyboardInterrupt:
         raise RunInterrupted("committed files are kept, and the same command resumes") from None
     except (OSError, ray.exceptions.RayError) as error:  # Errors of a single input file never get here: the worker reports them.
@@ -64,10 +65,10 @@ def score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
         raise RunError(f"{root_cause(error)}; committed files are kept, and the same command resumes") from error
 
 
-def _score(request: Request, console: Console) -> tuple[dict[str, Any], bool]:
+def _score(request: Request, console: Console, probe: Probe | None) -> tuple[dict[str, Any], bool]:
     started = time.monotonic()
     with folder_lock(request.output, "--output", console.say) as held:
-        resources, precision = _allocate_resources(_follow_output(request), console.say)
+        resources, precision = _allocate_resources(_follow_output(request), probe, console.say)
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
         plan = make_plan(request, precision, held, console)
@@ -110,9 +111,9 @@ def _follow_output(request: Request) -> ScoreConfig:
     return config.model_copy(update={"precision": begun or config.precision})
 
 
-def _allocate_resources(config: ScoreConfig, say: Callable[[str], None]) -> tuple[WorkerPlan, str]:
+def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[[str], None]) -> tuple[WorkerPlan, str]:
     """Reserve workers; return them, and the configured precision or else the faster one of `bf16` and `fp32`."""
-    plan = reserve(worker_request(config), say)
+    plan = reserve(worker_request(config), say, probe)
     # Without GPUs, the CPU of this machine stands in for the CPUs of the nodes that score.
     bf16 = plan.gpu.bf16 if plan.gpu else faster_with_bf16(torch.device("cpu"))
     return plan, config.precision or ("bf16" if bf16 else "fp32")
@@ -194,6 +195,7 @@ def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_wo
             batch_format="pyarrow",
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker,
+            label_selector=resources.label_selector,
         )
     dataset.set_name("score-files")
     return dataset

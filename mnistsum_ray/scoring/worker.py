@@ -114,7 +114,8 @@ class Score:
 
 def _make_predictor(plan: Plan) -> Predictor:
     gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
-    device = torch.device(f"cuda:{cuda_index(gpus[0], os.environ.get('CUDA_VISIBLE_DEVICES'))}" if gpus else "cpu")
+    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    device = torch.device(f"cuda:{cuda_index(gpus[0], visible, count)}" if gpus else "cpu")
     return Predictor(plan.weights, device, plan.precision, plan.config.batch_size, plan.int8_maxima)
 
 

@@ -12,6 +12,7 @@ import ray.exceptions
 import ray.train
 
 from mnistsum_ray.cluster.connection import started_cluster
+from mnistsum_ray.cluster.gpus import Probe
 from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
@@ -40,7 +41,7 @@ from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_va
 from mnistsum_ray.training.fetch import load_rows, stream_rows
 from mnistsum_ray.training.loop import LoopConfig, TrainingResult, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
-from mnistsum_ray.training.resources import check_memory, choose_threads, worker_request
+from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
 from mnistsum_ray.training.worker import Events, InterruptibleTrainer, RunCallback, event_queue
 
 _MANIFEST: Final = "manifest.json"
@@ -56,8 +57,8 @@ _EVENT_SECONDS: Final = 1.0
 _TEST_FIELDS: Final = ("rows", "pairs", "loss", *(f"{head.name}_accuracy" for head in HEADS))
 
 
-def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
-    """Train on the cluster that this process is connected to.
+def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> dict[str, Any]:
+    """Train on the cluster that this process is connected to; `probe` is that of `reserve`.
 
     Returns:
         The fields of the job's JSON line, see `api.fit`.
@@ -69,7 +70,8 @@ def fit(run: TrainingRun, console: Console) -> dict[str, Any]:
     """
     try:
         with folder_lock(run.folder, "--name", console.say) as held:
-            plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say)
+            plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say, probe)
+            check_share(plan, run.hyperparameters.batch_size)
             if run.source.notice:
                 console.say(run.source.notice)
             report_skipped(run.source.skipped, console.say)
@@ -190,6 +192,7 @@ class _Driver:
                 use_gpu=self.plan.use_gpu,
                 resources_per_worker=self.plan.per_worker,
                 # A CPU worker uses all cores of its node, so one a node; GPUs exchange gradients fastest within a node.
+                label_selector=self.plan.label_selector,
                 placement_strategy="PACK" if self.plan.use_gpu else "SPREAD",
                 elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             ),

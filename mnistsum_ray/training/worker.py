@@ -16,7 +16,8 @@ import torch
 from ray.util.queue import Queue
 
 from mnistsum_ray.cluster.connection import can_connect
-from mnistsum_ray.cluster.resources import explain_worker_silence, on_node, this_node
+from mnistsum_ray.cluster.nodes import on_node, this_node
+from mnistsum_ray.cluster.resources import explain_worker_silence
 from mnistsum_ray.errors import counted, lines_of
 from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.reporting.console import Console, Progress

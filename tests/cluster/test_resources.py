@@ -1,5 +1,6 @@
 """The workers that a job reserves on clusters of different sizes, and requests that no cluster can meet."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from mnistsum_ray.cluster import resources
-from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan, WorkerRequest, plan_workers
+from mnistsum_ray.cluster import gpus, resources
+from mnistsum_ray.cluster.gpus import Gpu
+from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan, WorkerRequest, plan_workers
 from mnistsum_ray.config import ScoreConfig, TrainConfig
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.errors import RequestError, root_cause
 from mnistsum_ray.scoring import driver as scoring
 from mnistsum_ray.training import resources as training
 
@@ -159,36 +161,92 @@ def test_training_workers_that_do_not_all_fit_are_refused() -> None:
     assert score(UNEVEN).workers == 3, "scoring starts with those that fit"
 
 
-NO_KERNELS = "Ray counts 1 GPU, but PyTorch 2.13.0 on Tesla V100 (compute capability 7.0) cannot use it: no kernel image"
+NO_KERNELS = "PyTorch 2.13.0 on Tesla V100 (compute capability 7.0) cannot use it: no kernel image"
+GPU = Gpu(bf16=True, memory_bytes=80 * 2**30)
 
 
 def reserve_here(
-    monkeypatch: pytest.MonkeyPatch, found: Any, *, use_gpu: bool | None, free: float = 1
+    monkeypatch: pytest.MonkeyPatch, *found: Gpu | str, free: float = 1, **request: Any
 ) -> tuple[WorkerPlan, list[str]]:
-    """Reserve on a node of 16 CPUs and a GPU, where the probe finds this; the plan and the lines on the console."""
-    here, said = replace(cluster(16, 1), free={"CPU": 16.0, "GPU": free}), list[str]()
-    monkeypatch.setattr(resources, "inspect_cluster", lambda: here)
-    monkeypatch.setattr(resources, "_ask_node", lambda timeout: found)
-    return resources.reserve(WorkerRequest(None, use_gpu, wait_seconds=0), said.append), said
+    """Reserve on nodes of 16 CPUs and a GPU each, which answer this; the plan and the lines on the console."""
+    nodes = [{"NodeID": f"id{index}", "NodeManagerAddress": f"10.0.0.{index}"} for index in range(max(1, len(found)))]
+    answers = list(zip(nodes, found, strict=False))
+
+    def inspect(without: Sequence[str] = ()) -> ClusterResources:
+        here = [{"CPU": 16.0, "GPU": 1.0} for node in nodes if node["NodeID"] not in without]
+        return ClusterResources(tuple(here), {"CPU": 16.0, "GPU": free * len(nodes)}, can_grow=False)
+
+    said = list[str]()
+    monkeypatch.setattr(resources, "inspect_cluster", inspect)
+    monkeypatch.setattr(resources, "ask_nodes", dict)
+    monkeypatch.setattr(resources, "answers_of", lambda *_: answers)
+    settings: dict[str, Any] = {"workers": None, "use_gpu": None, "wait_seconds": 0} | request
+    return resources.reserve(WorkerRequest(**settings), said.append), said
 
 
-@pytest.mark.parametrize("found", [(NO_KERNELS, "install another"), ("no GPU was free as a whole for 60 s", "wait")])
-def test_a_gpu_that_cannot_be_used_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, found: tuple[str, str]) -> None:
-    plan, said = reserve_here(monkeypatch, found, use_gpu=None)
-    assert (plan.describe(), said) == ("16 CPU workers", [f"running on CPUs: {found[0]}"])
+@pytest.mark.parametrize(
+    ("found", "problem", "advice"),
+    [
+        ([NO_KERNELS], f"Ray counts 1 GPU, but {NO_KERNELS}", "install a CUDA build of PyTorch that fits card and driver"),
+        ([NO_KERNELS, "no CUDA"], f"Ray counts 2 GPUs, but on node 10.0.0.0 {NO_KERNELS}", "install a CUDA build"),
+        ([], "no GPU has answered for 60 s: other jobs hold them, or PyTorch takes longer to be imported there", "wait"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_named_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, found: list[str], problem: str, advice: str
+) -> None:
+    plan, said = reserve_here(monkeypatch, *found)
+    assert (plan.describe(), said) == (f"{16 * max(1, len(found))} CPU workers", [f"running on CPUs: {problem}"])
+    assert plan.label_selector is None, "their CPUs are as good as others"
     with pytest.raises(RequestError) as refused:
-        reserve_here(monkeypatch, found, use_gpu=True)
-    assert str(refused.value) == f"--use-gpu true: {found[0]}; {found[1]}, or leave --use-gpu out"
+        reserve_here(monkeypatch, *found, use_gpu=True)
+    assert str(refused.value).startswith(f"--use-gpu true: {problem}; {advice}")
+    assert str(refused.value).endswith(", or leave --use-gpu out")
+
+
+def test_a_node_whose_gpu_cannot_be_used_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    weak = Gpu(bf16=False, memory_bytes=16 * 2**30)
+    plan, said = reserve_here(monkeypatch, GPU, NO_KERNELS, weak, group=True, useful_gpus=8)
+    assert said == [f"the GPUs of node 10.0.0.1 are not used: {NO_KERNELS}"]
+    assert (plan.workers, plan.label_selector, plan.gpu) == (2, {"ray.io/node-id": "!in(id1)"}, weak)
+    with pytest.raises(RequestError, match="--num-workers 3: needs 3 GPUs"):
+        reserve_here(monkeypatch, GPU, NO_KERNELS, weak, group=True, workers=(3, 3))
+
+
+def test_instances_of_a_card_are_not_for_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    mig = replace(GPU, mig=True)
+    assert reserve_here(monkeypatch, mig, mig, group=True, useful_gpus=8)[0].workers == 1
+    assert reserve_here(monkeypatch, mig, mig)[0].workers == 16, "scoring"
+    with pytest.raises(RequestError, match=r"--num-workers 2: the GPUs are instances of cards with MIG on.*--num-workers 1"):
+        reserve_here(monkeypatch, mig, mig, group=True, workers=(1, 2))
+
+
+def test_workers_that_share_cards_unevenly_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, said = reserve_here(monkeypatch, GPU, GPU, GPU, GPU, workers=(5, 5))
+    assert (plan.gpus_per_worker, said) == (0.5, ["5 workers cannot share 4 GPUs evenly; --num-workers 8 can"])
+    assert not reserve_here(monkeypatch, GPU, GPU, GPU, GPU, workers=(3, 3))[1]
+
+
+def test_a_share_that_is_too_large_for_a_gpu_is_refused() -> None:
+    training.check_share(train(cluster(16, 2), 65_536, num_workers=2), 65_536)
+    training.check_share(train(cluster(2), 65_536), 65_536)
+    with pytest.raises(RequestError, match="--batch-size 65536: a GPU would compute 65,536 rows at once, and can 32,768"):
+        training.check_share(train(cluster(16, 2), 65_536, num_workers=(1, 2)), 65_536)
 
 
 def test_a_busy_gpu_is_waited_for_only_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(bf16=True, memory_bytes=80 * 2**30)
-    assert reserve_here(monkeypatch, gpu, use_gpu=None)[0].gpu is gpu
-    plan, said = reserve_here(monkeypatch, gpu, use_gpu=None, free=0.5)
+    assert reserve_here(monkeypatch, GPU)[0].gpu == GPU
+    plan, said = reserve_here(monkeypatch, GPU, free=0.5)
     assert not plan.use_gpu
     assert "other jobs hold the GPUs" in said[0]
-    with pytest.raises(RequestError, match="needs 1 GPU, but after 0 s only"):
-        reserve_here(monkeypatch, gpu, use_gpu=True, free=0.5)
+    with pytest.raises(RequestError, match="needs 1 GPU, but after 1 s only"):
+        reserve_here(monkeypatch, GPU, use_gpu=True, free=0.5)
+
+
+def test_a_card_for_one_process_is_explained() -> None:
+    error = Exception("a task failed")
+    error.cause = RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")  # type: ignore[attr-defined]
+    assert root_cause(error).endswith("unavailable; does the card admit one process alone? Then give --num-workers 1")
 
 
 def fail(*_: object, **__: object) -> Any:
@@ -198,16 +256,20 @@ def fail(*_: object, **__: object) -> Any:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")
 def test_the_probe_says_why_a_card_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     build = f"PyTorch {torch.__version__}"
-    assert str(resources._ask_torch()).startswith(build)
+    assert str(gpus._ask_torch()).startswith(build)
     card = SimpleNamespace(name="Tesla V100", major=7, minor=0, total_memory=16 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     monkeypatch.setattr(torch, "ones", fail)
-    said = resources._ask_torch()
+    said = gpus._ask_torch()
     assert said == (
         f"{build} on Tesla V100 (compute capability 7.0) cannot use it: CUDA error: no kernel image is available for execution "
         "on the device"
     )
+    ones = torch.zeros
+    monkeypatch.setattr(torch, "ones", lambda *size, dtype, device: ones(*size, dtype=dtype))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1a2b")
+    assert gpus._ask_torch() == Gpu(bf16=False, memory_bytes=16 * 2**30, mig=True)
     # A driver that is too old fails earlier.
     monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
-    assert str(resources._ask_torch()).startswith(f"{build} cannot use it: CUDA error")
+    assert str(gpus._ask_torch()).startswith(f"{build} cannot use it: CUDA error")

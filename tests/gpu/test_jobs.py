@@ -1,6 +1,8 @@
 """Both jobs on a GPU from the shell: trained twice, killed, resumed on a CPU; scored beside the CPU."""
 
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,23 +15,30 @@ import torch
 
 pytest.importorskip("ray", reason="the jobs need Ray")
 import ray
+import ray.train.torch
 
-from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.benchmark.process import run_job as run_module
+from mnistsum_ray.config import ExportPairsConfig, TrainConfig
 from mnistsum_ray.data.order import Shuffle
-from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.data.sources import SAMPLE, open_source
 from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.training.checkpoint import EpochProgress
 from mnistsum_ray.training.fetch import load_rows
+from mnistsum_ray.training.preflight import preflight
 from mnistsum_ray.training.rows import Batch, TrainingRows
-from tests.gpu.conftest import CUDA, two_gpus
+from mnistsum_ray.training.trainer import EpochCounter, Trainer
+from mnistsum_ray.training.worker import EventSender, Worker
+from tests.gpu.conftest import CUDA, report, two_gpus
 from tests.integration.conftest import (
     Done,
     Job,
+    descendants,
     kill_worker,
     no_job_is_left,
-    report_duration,
     run_job,
     start_cluster,
     wait_for_files,
+    write_shuffled_sample,
 )
 
 __all__ = ["no_job_is_left"]
@@ -38,10 +47,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
 
 SCORED_ROWS = 400_000
 
+FIRST = ["--use-gpu", "true", "--wait-seconds", 0]
+"""A free card is not waited for."""
+
 
 def run_on_gpu(*args: object) -> Done:
     done = run_job(*map(str, args))
     assert "GPU worker" in done.err
+    assert "waiting for" not in done.err, "the card is free"
     return done
 
 
@@ -56,7 +69,7 @@ def start_on_gpu(line: str, *args: object) -> Job:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """The sample's run with seed 0, on the GPU."""
     runs = tmp_path_factory.mktemp("runs")
-    return run_on_gpu("train", "--data", "sample", "--seed", 0, "--use-gpu", "true", "--storage-path", runs, "--name", "first")
+    return run_on_gpu("train", "--data", "sample", "--seed", 0, *FIRST, "--storage-path", runs, "--name", "first")
 
 
 def test_the_sample_is_learned_and_again(trained: Done, tmp_path: Path) -> None:
@@ -86,10 +99,106 @@ def test_a_killed_worker_is_replaced_and_the_memory_of_the_card_is_free_again(wo
     killed = time.monotonic()
     line = job.wait_for_line("going on after epoch")
     assert f"on {workers} workers" in line or workers == "1,2", "elastic: with one, or with both"
-    report_duration("training on a GPU, a worker killed: went on", killed)
+    report("a worker killed", seconds_until_it_went_on=time.monotonic() - killed)
     done = job.wait()
     assert done.line["test"]["digit_accuracy"] > 0.985
     assert torch.cuda.mem_get_info()[0] > free - 0.01 * total
+
+
+def test_streamed_rows_go_on_within_an_epoch_and_train_the_same_again(tmp_path: Path) -> None:
+    data = write_shuffled_sample(tmp_path / "rows")
+    flags = ["--data", data, "--epochs", 12, "--shuffle-rows", 1500, "--checkpoint-seconds", 0.5, "--storage-path", tmp_path]
+    job = start_on_gpu("run mine", "train", *flags, "--name", "mine")
+    job.wait_for_line("epoch 3: loss ")
+    job.kill()
+    done = run_on_gpu("train", "--storage-path", tmp_path, "--name", "mine", "--resume")
+    assert re.search(r"going on after epoch \d", done.err)
+    again = run_on_gpu("train", "--from-run", tmp_path / "mine", "--storage-path", tmp_path, "--name", "again")
+    for one, other in zip(done.history(), again.history(), strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.05), "a card's sums are in no order"
+
+
+@pytest.fixture(scope="module")
+def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120,000 labelled rows as Parquet."""
+    folder = tmp_path_factory.mktemp("many") / "rows"
+    export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=120_000, files=8), print)
+    return folder
+
+
+def test_the_job_is_as_fast_as_the_bare_loop(many_rows: Path) -> None:
+    figures = {}
+    for way in ("memory", "ray"):
+        flags = ["train", "--data", many_rows, "--seconds", 5, "--way", way, "--command-time", time.time()]
+        (figures[way],) = run_module(*flags, module="mnistsum_ray.benchmark.suite")
+        report(f"benchmark train, {way}", **{name: value for name, value in figures[way].items() if name != "printed"})
+    assert figures["ray"]["rows_per_second"] >= 0.9 * figures["memory"]["rows_per_second"]
+    assert figures["ray"]["waiting"] < 0.05
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_step_of_the_trainer_waits_for_the_device(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its counters, on rows that Ray Data prepares."""
+    monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model, **_: model)
+    run = preflight(TrainConfig(data="sample", recipe="long"))
+    worker = Worker(0, 1, CUDA, 1, EventSender(None, rank=1))
+    trainer, counter = Trainer(run.hyperparameters, worker), EpochCounter(EpochProgress(), 99, worker, torch.tensor([10, 5000]))
+    trainer.prepare(precision)
+    data = load_rows(run.source).data
+    batches = TrainingRows(data, run.shuffle, 1.0, epochs=1, rank=0, world_size=1, device=CUDA).batches()
+    torch.cuda.set_sync_debug_mode("default")
+    for step in range(18):
+        batch = next(batches) | {"checksum": torch.zeros(run.hyperparameters.batch_size, dtype=torch.int64, device=CUDA)}
+        if step == 3:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            counter.add(batch, trainer._step(batch, 0, step, len(batch["digit"]), 0.01))
+        except BaseException:
+            torch.cuda.set_sync_debug_mode("default")
+            raise
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("variable", ["uuid", "-1", "noset"])
+def test_the_environment_says_which_card(variable: str, trained: Done, pairs: Path, tmp_path: Path) -> None:
+    name = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    environment = {
+        "uuid": {"CUDA_VISIBLE_DEVICES": name},
+        "-1": {"CUDA_VISIBLE_DEVICES": "-1"},
+        "noset": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"},
+    }[variable]
+    flags = ["--data", "sample", "--epochs", 1, "--sum-head-steps", 50, "--storage-path", tmp_path]
+    for job in (["train", *flags], score(trained, pairs / "part-00000.parquet", tmp_path / "out")):
+        done = run_job(*map(str, job), env=environment)
+        assert done.code == 0, done.err
+        assert ("GPU worker" in done.err) == (variable != "-1")
+
+
+@two_gpus
+def test_two_compiled_ranks_and_an_empty_last_share(tmp_path: Path) -> None:
+    """The last batch of 3,969 rows has one, so that rank 1 has none; rank 1 leaves the memory of the first card as it is."""
+    rows = tmp_path / "rows.parquet"
+    pq.write_table(pq.read_table(SAMPLE).slice(0, 4961), rows)
+    flags = ["--data", rows, "--batch-size", 64, "--num-workers", 2, "--storage-path", tmp_path]
+    for more in ([], ["--compile"]):
+        assert "2 GPU workers" in run_on_gpu("train", *flags, *more).err
+
+
+@two_gpus
+def test_both_ranks_are_replaced_and_train_the_same_bits(tmp_path: Path) -> None:
+    """On cards, NCCL sums in one order, and the sums of a card itself are the same where its kernels are."""
+    flags = ["--data", "sample", "--epochs", 6, "--num-workers", 2, "--precision", "fp32", "--storage-path", tmp_path]
+    job = start_on_gpu("run mine", "train", *flags, "--name", "mine")
+    job.wait_for_line("epoch 2: loss ")
+    for worker, title in descendants(job.process.pid).items():
+        if "RayTrainWorker" in title:
+            os.kill(worker, signal.SIGKILL)
+    job.wait_for_line("going on after epoch")
+    done, again = job.wait(), run_on_gpu("train", *flags, "--name", "again")
+    report("two cards, killed and not", losses=str([one.history()[-1]["train_loss"] for one in (done, again)]))
+    assert done.history()[-1]["train_loss"] == pytest.approx(again.history()[-1]["train_loss"], rel=0.05)
 
 
 @two_gpus
@@ -162,6 +271,20 @@ def test_a_killed_actor_and_a_killed_run_change_nothing(trained: Done, pairs: Pa
     job.kill()
     assert run_on_gpu(*flags).line["resumed_rows"] > 0
     assert share_equal(scored, rows(output)) >= 0.9999
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_processes_share_a_card(processes: int, trained: Done, pairs: Path, tmp_path: Path) -> None:
+    """Each has 4 GiB of it: what it takes at most."""
+    free, _ = torch.cuda.mem_get_info()
+    flags = score(trained, pairs, tmp_path / "out", "--label-column", "digit", "--num-workers", processes)
+    job, least = Job(*map(str, flags)), free
+    while job.process.poll() is None:
+        least = min(least, torch.cuda.mem_get_info()[0])
+        time.sleep(0.05)
+    each = (free - least) / processes / 2**30
+    report(f"scoring by {processes} processes", rows_per_second=job.wait().line["rows_per_second"], gib_each=each)
+    assert each < 4
 
 
 def test_int8_goes_to_the_cpus(trained: Done, pairs: Path, tmp_path: Path) -> None:

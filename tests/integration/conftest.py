@@ -82,9 +82,9 @@ _NODE = {"object_store_memory": 200 * 2**20, "include_dashboard": False}
 _hosts = itertools.count(2)
 
 
-def add_node(cluster: Cluster, cpus: int = 1) -> None:
+def add_node(cluster: Cluster, cpus: int = 1, gpus: int = 0) -> None:
     """Add a node with an address of its own: of nodes with one address, a job may join any, also one that the test then kills."""
-    cluster.add_node(num_cpus=cpus, node_ip_address=f"127.0.0.{next(_hosts)}", **_NODE)
+    cluster.add_node(num_cpus=cpus, num_gpus=gpus, node_ip_address=f"127.0.0.{next(_hosts)}", **_NODE)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A logical GPU of Ray that PyTorch cannot use, as on a Mac with Apple silicon, or with PyTorch's CPU build on a GPU machine."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,16 +9,19 @@ import ray
 import torch
 
 import mnistsum_ray
-from mnistsum_ray.cluster import resources
+from mnistsum_ray.cluster import gpus, resources
+from mnistsum_ray.cluster.gpus import Gpu
+from mnistsum_ray.cluster.resources import WorkerRequest, reserve
 from mnistsum_ray.config import ExportPairsConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import run_job, start_cluster
+from tests.integration.conftest import add_node, nodes, run_job, start_cluster
 
 EVERY = 10
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")]
 
+GPU = Gpu(bf16=True, memory_bytes=80 * 2**30)
 NO_CUDA = f"Ray counts 1 GPU, but PyTorch {torch.__version__}"
 
 
@@ -36,6 +40,36 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_gpu_that_the_probe_gives_back_is_not_waited_for(
+    counted_gpu: str, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    monkeypatch.setattr(gpus, "_ask_torch", lambda: GPU)
+    said = list[str]()
+    plan = reserve(WorkerRequest(None, True, wait_seconds=0), said.append, gpus.begin_probe(None) if begun else None)
+    assert (plan.use_gpu, plan.gpu, said) == (True, GPU, [])
+
+
+def answer_late() -> Gpu:
+    time.sleep(3)
+    return GPU
+
+
+def fail(text: str) -> None:
+    raise AssertionError(text)
+
+
+def test_a_gpu_that_takes_long_to_answer_is_waited_for(counted_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "REPORT_SECONDS", 2)
+    monkeypatch.setattr(gpus, "_ask_torch", answer_late)
+    said = list[str]()
+    assert [gpu for _, gpu in gpus.answers_of(gpus.ask_nodes(), 20, said.append)] == [GPU]
+    assert "waiting for a GPU to answer: other jobs hold them, or PyTorch is being imported there" in said[0]
+    assert not gpus.answers_of(gpus.ask_nodes(), 1, fail), "it gives up"
+    while ray.available_resources().get("GPU", 0) < 1:
+        time.sleep(0.1)
+
+
 def test_training_runs_on_cpus_and_says_so(counted_gpu: str, data: Path, tmp_path: Path) -> None:
     flags = ["--data", data, "--epochs", 1, "--sum-head-steps", 50, "--storage-path", tmp_path]
     done = run_job("train", *flags, address=counted_gpu)
@@ -49,7 +83,7 @@ def test_scoring_runs_on_cpus_also_while_another_job_holds_the_gpu(
     counted_gpu: str, model: Path, pairs: Path, tmp_path: Path
 ) -> None:
     flags = ["--model", model, "--input", pairs, "--output", tmp_path / "out"]
-    said = "install a CUDA build of PyTorch that fits card and driver there, or leave --use-gpu out"
+    said = "fits card and driver there (the default one needs driver 580), or leave --use-gpu out"
     run_job("score", *flags, "--use-gpu", "true", address=counted_gpu).check_refused(said)
     other = ray.remote(_Other).options(num_gpus=1, num_cpus=0).remote()
     ray.get(other.__ray_ready__.remote())
@@ -65,7 +99,7 @@ def test_scoring_runs_on_cpus_also_while_another_job_holds_the_gpu(
 def believed_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Another such cluster, whose GPU the jobs of this process take for real: they go as far as one can without it."""
     ray.shutdown()
-    monkeypatch.setattr(resources, "_ask_node", lambda _: resources.Gpu(True, 80 * 2**30))
+    monkeypatch.setattr(resources, "answers_of", lambda *_: [({}, GPU)])
     monkeypatch.setenv("RAY_ADDRESS", start_cluster(num_cpus=2, num_gpus=1))
     yield
     ray.shutdown()
@@ -87,6 +121,24 @@ def test_scoring_workers_get_the_gpu_and_only_pytorch_refuses_it(model: Path, pa
     config = ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), use_gpu=True)
     with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
         mnistsum_ray.score(config)
+
+
+def test_a_node_whose_gpu_is_broken_gets_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray.shutdown()
+    with nodes(0) as cluster:
+        for _ in range(2):
+            add_node(cluster, gpus=1)
+        ray.init(cluster.address, log_to_driver=False)
+        broken = sorted(node["NodeID"] for node in ray.nodes() if node["Resources"].get("GPU"))[0]
+        monkeypatch.setattr(gpus, "_ask_torch", lambda: "broken" if ray.get_runtime_context().get_node_id() == broken else GPU)
+        said = list[str]()
+        plan = reserve(WorkerRequest(None, None, wait_seconds=10, group=True, useful_gpus=2), said.append)
+        assert (plan.workers, len(said)) == (1, 1)
+        assert "are not used: broken" in said[0]
+        where = ray.remote(lambda: ray.get_runtime_context().get_node_id())
+        used = ray.get([where.options(num_gpus=1, label_selector=plan.label_selector).remote() for _ in range(3)])
+        assert broken not in used
+        ray.shutdown()
 
 
 class _Other:

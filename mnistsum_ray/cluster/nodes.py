@@ -1,0 +1,26 @@
+"""Nodes of the cluster, as Ray describes them, and how to run something on one of them."""
+
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+Resources = dict[str, float]
+"""From kind (CPU, GPU, …) to amount."""
+
+
+def this_node() -> Resources:
+    """Total resources of the node of this process."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return next((dict(node["Resources"]) for node in ray.nodes() if node["NodeID"] == node_id), {})
+
+
+def on_node(node: str | None = None) -> dict[str, Any]:
+    """Options of a task or actor that runs on a node alone, given by its id, or on that of this process, and reserves nothing."""
+    strategy = NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": strategy}
+
+
+def usable_nodes() -> list[dict[str, Any]]:
+    """Return Ray's entry of each living node that has CPUs or GPUs."""
+    return [node for node in ray.nodes() if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))]
