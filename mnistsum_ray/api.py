@@ -140,7 +140,7 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
 
         from mnistsum_ray.cluster.gpus import begin_probe
 
-        probe = begin_probe(config.use_gpu)  # while this process imports Ray Train
+        probe = begin_probe(run.config.use_gpu)  # while this process imports Ray Train
         from mnistsum_ray.training import driver
 
         with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level

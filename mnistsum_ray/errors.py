@@ -59,10 +59,15 @@ def root_cause(error: BaseException) -> str:
     """
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):
-        text = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
-        return text + "; does the card admit one process alone? Then give --num-workers 1" * ("busy or unavailable" in text)
+        return explained(f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}")
     lines = lines_of(error)
     return lines[0 if type(error).__name__ == "OutOfMemoryError" else -1].strip()
+
+
+def explained(text: str) -> str:
+    """An error of CUDA, with what to do where it does not say so."""
+    exclusive = "; does the card admit one process alone? Then give --num-workers 1"
+    return text + exclusive if "busy or unavailable" in text else text
 
 
 def shortened(text: str) -> str:

@@ -18,6 +18,7 @@ object. Exit codes: 0 done, 2 the request is invalid, 1 anything else.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -89,6 +90,7 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         RequestError: the data have too few rows.
         RunError: a measurement failed.
     """
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every way has one card
     import torch
 
     from mnistsum_ray.benchmark import ways

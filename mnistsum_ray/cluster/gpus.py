@@ -10,13 +10,14 @@ import ray
 import ray.exceptions
 
 from mnistsum_ray.cluster.nodes import on_node, usable_nodes
-from mnistsum_ray.errors import root_cause, shortened
+from mnistsum_ray.cluster.ray_internals import free_resources
+from mnistsum_ray.errors import explained, root_cause, shortened
 
 REPORT_SECONDS: Final = 15.0
 """Interval of the console lines that say what is waited for."""
 
 _OTHERS_SECONDS: Final = 10.0
-"""Wait for the GPUs of other nodes once one has answered: those that other jobs hold do not answer."""
+"""Longest wait for the GPUs of other nodes once one has answered: another job may have taken them meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,30 @@ Probe = dict["ray.ObjectRef[Gpu | str]", dict[str, Any]]
 """Running tasks that ask a GPU, and Ray's entry of the node of each."""
 
 
+def whole_gpu_is_free() -> bool:
+    """Whether a node has a GPU that nobody uses a part of."""
+    return any(free.get("GPU", 0) >= 1 for free in free_resources().values())
+
+
 def begin_probe(use_gpu: bool | None) -> Probe | None:
-    """Begin to try PyTorch on each node with a GPU, which takes as long as its import there; None if none is wanted, or free."""
-    return ask_nodes() if use_gpu is not False and ray.available_resources().get("GPU", 0) >= 1 else None
+    """Begin to try PyTorch where a GPU is free, which takes as long as its import there; None if none is wanted, or free."""
+    return ask_nodes() if use_gpu is not False and whole_gpu_is_free() else None
 
 
 def ask_nodes() -> Probe:
-    ask = ray.remote(num_gpus=1)(_ask_torch)
+    """Ask each node with a free GPU; where none has one, each with a GPU, which answers when other jobs have given it back."""
+    ask, free = ray.remote(num_gpus=1)(_ask_torch), free_resources()
     nodes = [node for node in usable_nodes() if node["Resources"].get("GPU")]
-    return {ask.options(**on_node(node["NodeID"])).remote(): node for node in nodes}
+    idle = [node for node in nodes if free.get(node["NodeID"], {}).get("GPU", 0) >= 1]
+    return {ask.options(**on_node(node["NodeID"])).remote(): node for node in idle or nodes}
 
 
 def answers_of(probe: Probe, seconds: float, say: Callable[[str], None]) -> list[tuple[dict[str, Any], Gpu | str]]:
     """The answers of a probe, with their nodes. Waits until a GPU can be used, and then a little for the others."""
-    end, waiting, answers = time.monotonic() + seconds, [*probe], list[tuple[dict[str, Any], Gpu | str]]()
+    end, waiting, answers, usable = time.monotonic() + seconds, [*probe], list[tuple[dict[str, Any], Gpu | str]](), False
     while waiting and (left := end - time.monotonic()) > 0:
         done, waiting = ray.wait(waiting, timeout=min(left, REPORT_SECONDS))
-        if not done and not answers and left > REPORT_SECONDS:
+        if not done and not usable and left > REPORT_SECONDS:
             say(f"waiting for a GPU to answer: other jobs hold them, or PyTorch is being imported there; {left:.0f} s left")
         for reference in done:
             try:
@@ -58,10 +66,10 @@ def answers_of(probe: Probe, seconds: float, say: Callable[[str], None]) -> list
             except ray.exceptions.RayError as error:
                 answer = f"it could not be asked whether PyTorch has CUDA there: {root_cause(error)} (see Ray's logs)"
             answers.append((probe[reference], answer))
-            if isinstance(answer, Gpu):
-                end = min(end, time.monotonic() + _OTHERS_SECONDS)
+            if isinstance(answer, Gpu) and not usable:
+                end, usable = min(end, time.monotonic() + _OTHERS_SECONDS), True
     for reference in waiting:
-        ray.cancel(reference)
+        ray.cancel(reference, force=True)  # else an import would hold the GPU to its end
     return answers
 
 
@@ -83,5 +91,6 @@ def _ask_torch() -> Gpu | str:
     except AssertionError:  # a build for CPUs
         return f"{build} has no CUDA there"
     except RuntimeError as error:
-        return shortened(f"{build} cannot use it: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
-    return Gpu(bf16, card.total_memory, mig=os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-"))
+        return explained(shortened(f"{build} cannot use it: {(str(error).strip() or type(error).__name__).splitlines()[0]}"))
+    mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-") or " MIG " in card.name
+    return Gpu(bf16, card.total_memory, mig)

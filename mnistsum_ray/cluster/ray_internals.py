@@ -79,6 +79,13 @@ def autoscaler_limits() -> dict[str, int]:
     return {}
 
 
+def free_resources() -> dict[str, dict[str, float]]:
+    """Free resources by the id of the node; without the name, those of all nodes together under no id."""
+    with suppress(*_GONE):
+        return dict(ray._private.state.state.available_resources_per_node())  # noqa: TID251
+    return {"": ray.available_resources()}
+
+
 def begin_at_zero(counter: Any) -> Any:
     """Show a counter of `ray.util.metrics` as 0, which an alert needs and the public `inc` refuses; return it."""
     with suppress(*_GONE):

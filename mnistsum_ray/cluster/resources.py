@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 import ray
-import ray.exceptions
 from ray.autoscaler.sdk import request_resources
 
-from mnistsum_ray.cluster.gpus import REPORT_SECONDS, Gpu, Probe, answers_of, ask_nodes
+from mnistsum_ray.cluster.gpus import REPORT_SECONDS, Gpu, Probe, answers_of, ask_nodes, whole_gpu_is_free
 from mnistsum_ray.cluster.nodes import Resources, usable_nodes
-from mnistsum_ray.cluster.ray_internals import autoscaler_limits
+from mnistsum_ray.cluster.ray_internals import autoscaler_limits, free_resources
 from mnistsum_ray.errors import RequestError
 
 _TASKS_CPU_SHARE: Final = 0.25
@@ -35,10 +34,6 @@ _ASSUMED_GPU_BYTES: Final = 16 * 2**30
 
 _PROBE_SECONDS: Final = 60.0
 """Shortest timeout of a probe: its process on another node has to import PyTorch first."""
-_GRACE_SECONDS: Final = 1.0
-"""Time for Ray to count resources that were given back, as the GPU of the probe, before a wait is said or refused."""
-_GRACE_POLL_SECONDS: Final = 0.05
-_POLL_SECONDS: Final = 1.0
 _EPSILON: Final = 1e-9
 """Ray rounds fractions of a resource to 0.0001, so a smaller difference is a rounding error."""
 
@@ -49,8 +44,8 @@ class ClusterResources:
 
     nodes: tuple[Resources, ...]
     """Total of each node that has CPUs or GPUs."""
-    free: Resources
-    """Of all nodes together."""
+    free_nodes: tuple[Resources, ...]
+    """What is free of each of them, in any order."""
     can_grow: bool
     """An autoscaler may add nodes."""
     limits: Resources = field(default_factory=dict)
@@ -59,6 +54,10 @@ class ClusterResources:
     def total(self, kind: str) -> float:
         """Amount on all nodes together."""
         return sum(node.get(kind, 0.0) for node in self.nodes)
+
+    def free(self, kind: str) -> float:
+        """Free amount on all nodes together."""
+        return sum(node.get(kind, 0.0) for node in self.free_nodes)
 
     def limit(self, kind: str) -> float:
         """Return the amount that the cluster can grow to; infinite if its autoscaler does not say."""
@@ -150,7 +149,7 @@ def reserve(request: WorkerRequest, say: Callable[[str], None], probe: Probe | N
         RequestError: the cluster can never give what is asked for, or does not give it within `wait_seconds`.
     """
     cluster, gpu, avoided = inspect_cluster(), None, list[str]()
-    if cluster.total("GPU") >= 1 and request.use_gpu is None and not probe and not _free_soon({"GPU": 1.0}):
+    if cluster.total("GPU") >= 1 and request.use_gpu is None and not probe and not _soon(whole_gpu_is_free):
         say(f"running on CPUs: other jobs hold the GPUs ({cluster}); --use-gpu true waits for one")
         request = replace(request, use_gpu=False)
     elif cluster.total("GPU") >= 1 and request.use_gpu is not False:
@@ -161,13 +160,17 @@ def reserve(request: WorkerRequest, say: Callable[[str], None], probe: Probe | N
     plan, gpus = plan_workers(request, cluster, gpu), int(cluster.total("GPU"))
     if plan.use_gpu and request.workers is None and plan.workers < gpus and not (gpu and gpu.mig):
         say(f"running on {plan.workers} of {gpus} GPUs: with so small a batch more are no faster; --num-workers {gpus} takes all")
-    if plan.use_gpu and gpus and plan.workers > gpus and plan.workers % gpus:
+    if plan.use_gpu and request.workers and not request.group and plan.workers > gpus > 0 and plan.workers % gpus:
         say(f"{plan.workers} workers cannot share {gpus} GPUs evenly; --num-workers {-(-plan.workers // gpus) * gpus} can")
-    _wait_until_free(plan.per_worker, plan.needed, request.wait_seconds, say)
+    _wait_until_free(plan.per_worker, plan.needed, request.wait_seconds, say, avoided)
     if plan.use_gpu and gpu is None:  # an autoscaler has started the nodes with GPUs meanwhile
         gpu, avoided = _probe_gpus(request, say)
-    selector = {_NODE_ID_LABEL: f"!in({','.join(avoided)})"} if avoided else None
-    return replace(plan, gpu=gpu, label_selector=selector)
+    if not avoided:
+        return replace(plan, gpu=gpu)
+    low, high = plan.worker_range
+    if not cluster.can_grow:  # Ray Train counts the GPUs of all nodes, and would wait for workers that cannot run there
+        high = max(low, min(high, cluster.workers_that_fit(plan.per_worker)))
+    return replace(plan, worker_range=(low, high), gpu=gpu, label_selector={_NODE_ID_LABEL: f"!in({','.join(avoided)})"})
 
 
 def plan_workers(request: WorkerRequest, cluster: ClusterResources, gpu: Gpu | None = None) -> WorkerPlan:
@@ -231,7 +234,7 @@ def inspect_cluster(without: Collection[str] = ()) -> ClusterResources:
     """Return the resources of the cluster that this process is connected to, but for those of the nodes with some ids."""
     return ClusterResources(
         nodes=tuple(node["Resources"] for node in usable_nodes() if node["NodeID"] not in without),
-        free=ray.available_resources(),
+        free_nodes=tuple(free for node, free in free_resources().items() if node not in without),
         can_grow=any(_NODE_GROUP_LABEL in node["Labels"] for node in ray.nodes() if node["Alive"]),
         limits={kind: float(min(amount, _MAX_LIMIT)) for kind, amount in autoscaler_limits().items() if amount},
     )
@@ -240,32 +243,38 @@ def inspect_cluster(without: Collection[str] = ()) -> ClusterResources:
 def explain_worker_silence() -> str:
     """Return the possible reasons why no worker reports, and the resources of the cluster, for a console line."""
     cluster = inspect_cluster()
-    free = _format({kind: cluster.free.get(kind, 0) for kind in ("CPU", "GPU")})
+    free = _format({kind: cluster.free(kind) for kind in ("CPU", "GPU")})
     return f"they are being started or replaced, or wait for data; the cluster has {cluster}, free: {free}"
 
 
-def _free_soon(need: Resources) -> bool:
-    """Whether the cluster has so much free, now or within _GRACE_SECONDS."""
-    end = time.monotonic() + _GRACE_SECONDS
-    while not (free := all(inspect_cluster().free.get(kind, 0) >= amount - _EPSILON for kind, amount in need.items())):
-        if time.monotonic() > end:
-            break
-        time.sleep(_GRACE_POLL_SECONDS)
-    return free
+def _soon(condition: Callable[[], bool]) -> bool:
+    """Whether this is so now or within a second, in which Ray counts what was given back, as the GPU of the probe."""
+    for _ in range(20):
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
 
 
-def _wait_until_free(bundle: Resources, count: int, seconds: float, say: Callable[[str], None]) -> None:
-    """Wait until the cluster has so many bundles free. Ray would wait without a limit and without a message.
+def _wait_until_free(
+    bundle: Resources, count: int, seconds: float, say: Callable[[str], None], without: Collection[str] = ()
+) -> None:
+    """Wait until the cluster, but for some nodes, has so many bundles free. Ray would wait without a limit and without a message.
 
     Raises:
         RequestError: they are not free after these seconds.
     """
     need = {kind: amount * count for kind, amount in bundle.items()}
     started, next_report, requested = time.monotonic(), 0.0, False
+
+    def fits() -> bool:
+        cluster = inspect_cluster(without)
+        return all(cluster.free(kind) >= amount - _EPSILON for kind, amount in need.items())
+
     try:
-        while not _free_soon(need):
-            cluster = inspect_cluster()
-            free = {kind: cluster.free.get(kind, 0) for kind in need}
+        while not _soon(fits):
+            cluster = inspect_cluster(without)
+            free = {kind: cluster.free(kind) for kind in need}
             waited = time.monotonic() - started
             if waited >= seconds:
                 raise RequestError(
@@ -280,7 +289,6 @@ def _wait_until_free(bundle: Resources, count: int, seconds: float, say: Callabl
                     # Requested again each time: the cluster has one request, and another job's replaces it.
                     request_resources(bundles=[bundle] * count)
                     requested = True
-            time.sleep(min(_POLL_SECONDS, max(0.1, seconds - waited)))
     finally:
         if requested:
             # A request that stays would hold the nodes for ever. Ray Train and Ray Data make their own.
@@ -312,7 +320,7 @@ def _probe_gpus(request: WorkerRequest, say: Callable[[str], None], probe: Probe
         node, text = problems[0]
         where = f", but on node {node['NodeManagerAddress']} " if len(problems) > 1 else ", but "
         problem = f"Ray counts {_format({'GPU': inspect_cluster().total('GPU')})}{where}{text}"
-        advice = "install a CUDA build of PyTorch that fits card and driver there (the default one needs driver 580)"
+        advice = "PyTorch needs a CUDA build that fits card and driver there (the default one: driver 580)"
     if request.use_gpu:
         raise RequestError(f"--use-gpu true: {problem}; {advice}, or leave --use-gpu out")
     say(f"running on CPUs: {problem}")

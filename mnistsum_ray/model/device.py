@@ -83,9 +83,7 @@ def cuda_index(gpu: str, visible: str | None, count: int) -> int:
         count: GPUs that PyTorch finds. On AMD's, Ray sets another variable.
     """
     devices = visible.split(",") if visible else []
-    if gpu in devices:
-        return devices.index(gpu)
-    index = int(gpu) if gpu.isdecimal() and not devices else 0
+    index = devices.index(gpu) if gpu in devices else int(gpu) if gpu.isdecimal() and not devices else 0
     return index if index < count else 0
 
 

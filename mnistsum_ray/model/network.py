@@ -221,8 +221,9 @@ def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing:
     for head, logits in zip(HEADS, scores, strict=True):
         logarithms = F.log_softmax(logits.float(), dim=1)
         exact.append(F.nll_loss(logarithms, head.target(digits, numbers), reduction="sum"))
-        smooth.append(logarithms.sum() / -head.classes)
+        if label_smoothing:
+            smooth.append(logarithms.sum() / -head.classes)
     loss = torch.stack(exact).mean()
-    if not label_smoothing:
+    if not smooth:
         return loss, loss.detach()
     return torch.lerp(loss, torch.stack(smooth).mean(), label_smoothing), loss.detach()

@@ -1,6 +1,7 @@
 """Optimizer and learning-rate schedule: Muon for the hidden layers, AdamW for all other parameters."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -56,33 +57,42 @@ class Muon:
 
     def __init__(self, matrices: Sequence[Tensor], momentum: float, weight_decay: float) -> None:
         self._matrices, self._share, self._weight_decay = list(matrices), momentum, weight_decay
-        self.momenta = [torch.zeros_like(matrix) for matrix in matrices]
-        """Momentum of each matrix, in its shape; it may be filled in place."""
         # Steps of tall matrices are larger, so that an element moves as far as one of a wide matrix.
         self._rates = [math.sqrt(max(1.0, len(matrix) / matrix.shape[1])) for matrix in matrices]
         wide = [(min(matrix.shape), max(matrix.shape)) for matrix in matrices]
         whole = (max(rows for rows, _ in wide), max(columns for _, columns in wide))
         self._shapes = [whole if matrices[0].is_cuda else shape for shape in wide]
-        """Shape of the stack that a matrix is in."""
-        self._stacks = {shape: matrices[0].new_zeros(self._shapes.count(shape), *shape) for shape in self._shapes}
+        self._stacked = matrices[0].new_zeros(sum(map(math.prod, self._shapes)))
+        # Place of each element in the stacks, where tall matrices are transposed. All elements are copied in one launch.
+        rest = {shape: iter(places) for shape, places in self._stacks(torch.arange(len(self._stacked))).items()}
+        places = [next(rest[shape])[:rows, :columns] for shape, (rows, columns) in zip(self._shapes, wide, strict=True)]
+        lying = zip(places, matrices, strict=True)
+        order = [(place if len(matrix) <= matrix.shape[1] else place.T).reshape(-1) for place, matrix in lying]
+        self._places = torch.cat(order).to(self._stacked.device)
+        self._momentum = self._stacked.new_zeros(len(self._places))
+        self.momenta = self._parts(self._momentum)
+        """Momentum of each matrix, in its shape; it may be filled in place."""
 
     def step(self, gradients: Sequence[Tensor], learning_rate: float, dtype: torch.dtype) -> None:
         """Update the matrices from their gradients; `dtype` is that of the orthogonalization."""
-        torch._foreach_lerp_(self.momenta, list(gradients), 1 - self._share)
-        updates = torch._foreach_lerp(list(gradients), self.momenta, self._share)
-        torch._foreach_copy_(self._in_stacks(self._stacks), updates)
-        steps = self._in_stacks({shape: orthogonalize(stack.to(dtype)).float() for shape, stack in self._stacks.items()})
+        gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self._momentum.lerp_(gradient, 1 - self._share)
+        self._stacked.index_copy_(0, self._places, gradient.lerp_(self._momentum, self._share))
+        steps = [orthogonalize(stack).view(-1) for stack in self._stacks(self._stacked.to(dtype)).values()]
+        updates = self._parts(torch.cat(steps).float().index_select(0, self._places))
         torch._foreach_mul_(self._matrices, 1 - learning_rate * self._weight_decay)
-        torch._foreach_add_(self._matrices, torch._foreach_mul(steps, [-learning_rate * rate for rate in self._rates]))
+        torch._foreach_add_(self._matrices, torch._foreach_mul(updates, [-learning_rate * rate for rate in self._rates]))
 
-    def _in_stacks(self, stacks: dict[tuple[int, int], Tensor]) -> list[Tensor]:
-        """View of each matrix in its stack, where it lies with fewer rows than columns."""
-        remaining = {shape: iter(stack) for shape, stack in stacks.items()}
-        views = []
-        for matrix, shape in zip(self._matrices, self._shapes, strict=True):
-            view = next(remaining[shape])[: min(matrix.shape), : max(matrix.shape)]
-            views.append(view if len(matrix) <= matrix.shape[1] else view.T)
-        return views
+    def _stacks(self, flat: Tensor) -> dict[tuple[int, int], Tensor]:
+        """The stacks, [n, rows, columns] each by (rows, columns), that lie one after the other."""
+        counts = Counter(self._shapes)
+        parts = torch.split(flat, [count * math.prod(shape) for shape, count in counts.items()])
+        return {shape: part.view(-1, *shape) for shape, part in zip(counts, parts, strict=True)}
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        """The matrices that lie one after the other."""
+        parts = torch.split(flat, [matrix.numel() for matrix in self._matrices])
+        return [part.view_as(matrix) for part, matrix in zip(parts, self._matrices, strict=True)]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def cluster(
 
 def mixed(*nodes: dict[str, float], can_grow: bool = False, limits: dict[str, float] | None = None) -> ClusterResources:
     """A cluster with different nodes."""
-    return ClusterResources(nodes, {}, can_grow, limits or {})
+    return ClusterResources(nodes, (), can_grow, limits or {})
 
 
 def train(here: ClusterResources, batch_size: int = 256, **config: Any) -> WorkerPlan:
@@ -169,12 +169,13 @@ def reserve_here(
     monkeypatch: pytest.MonkeyPatch, *found: Gpu | str, free: float = 1, **request: Any
 ) -> tuple[WorkerPlan, list[str]]:
     """Reserve on nodes of 16 CPUs and a GPU each, which answer this; the plan and the lines on the console."""
+    monkeypatch.setattr(resources, "whole_gpu_is_free", lambda: free >= 1)
     nodes = [{"NodeID": f"id{index}", "NodeManagerAddress": f"10.0.0.{index}"} for index in range(max(1, len(found)))]
     answers = list(zip(nodes, found, strict=False))
 
     def inspect(without: Sequence[str] = ()) -> ClusterResources:
         here = [{"CPU": 16.0, "GPU": 1.0} for node in nodes if node["NodeID"] not in without]
-        return ClusterResources(tuple(here), {"CPU": 16.0, "GPU": free * len(nodes)}, can_grow=False)
+        return ClusterResources(tuple(here), ({"CPU": 16.0, "GPU": free},) * len(here), can_grow=False)
 
     said = list[str]()
     monkeypatch.setattr(resources, "inspect_cluster", inspect)
@@ -187,8 +188,8 @@ def reserve_here(
 @pytest.mark.parametrize(
     ("found", "problem", "advice"),
     [
-        ([NO_KERNELS], f"Ray counts 1 GPU, but {NO_KERNELS}", "install a CUDA build of PyTorch that fits card and driver"),
-        ([NO_KERNELS, "no CUDA"], f"Ray counts 2 GPUs, but on node 10.0.0.0 {NO_KERNELS}", "install a CUDA build"),
+        ([NO_KERNELS], f"Ray counts 1 GPU, but {NO_KERNELS}", "PyTorch needs a CUDA build that fits card and driver"),
+        ([NO_KERNELS, "no CUDA"], f"Ray counts 2 GPUs, but on node 10.0.0.0 {NO_KERNELS}", "PyTorch needs a CUDA build"),
         ([], "no GPU has answered for 60 s: other jobs hold them, or PyTorch takes longer to be imported there", "wait"),
     ],
 )
@@ -209,6 +210,8 @@ def test_a_node_whose_gpu_cannot_be_used_is_named_and_left_out(monkeypatch: pyte
     plan, said = reserve_here(monkeypatch, GPU, NO_KERNELS, weak, group=True, useful_gpus=8)
     assert said == [f"the GPUs of node 10.0.0.1 are not used: {NO_KERNELS}"]
     assert (plan.workers, plan.label_selector, plan.gpu) == (2, {"ray.io/node-id": "!in(id1)"}, weak)
+    elastic, _ = reserve_here(monkeypatch, GPU, NO_KERNELS, weak, group=True, workers=(1, 3))
+    assert elastic.worker_range == (1, 2), "Ray Train would wait for a third"
     with pytest.raises(RequestError, match="--num-workers 3: needs 3 GPUs"):
         reserve_here(monkeypatch, GPU, NO_KERNELS, weak, group=True, workers=(3, 3))
 

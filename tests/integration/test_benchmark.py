@@ -38,6 +38,8 @@ def test_scoring_with_8_bit_integers() -> None:
     line = run_job("benchmark", "score", *flags).line
     assert line["rows_per_second"] > 0
     assert line["first_file_seconds"] > 1
+    flags[flags.index("ray-int8")] = "files-int8"
+    assert run_job("benchmark", "score", *flags).line["rows_per_second"] > 0
 
 
 def test_the_time_to_the_originals_accuracy(data: Path) -> None:

@@ -83,7 +83,7 @@ def test_scoring_runs_on_cpus_also_while_another_job_holds_the_gpu(
     counted_gpu: str, model: Path, pairs: Path, tmp_path: Path
 ) -> None:
     flags = ["--model", model, "--input", pairs, "--output", tmp_path / "out"]
-    said = "fits card and driver there (the default one needs driver 580), or leave --use-gpu out"
+    said = "fits card and driver there (the default one: driver 580), or leave --use-gpu out"
     run_job("score", *flags, "--use-gpu", "true", address=counted_gpu).check_refused(said)
     other = ray.remote(_Other).options(num_gpus=1, num_cpus=0).remote()
     ray.get(other.__ray_ready__.remote())

@@ -14,6 +14,7 @@ from mnistsum_ray.model.device import cuda_index
         ("5", "4,5,6", 3, 1),  # the same setting on a node that was started with some of its GPUs
         ("GPU-1a2b", "GPU-9f9f,GPU-1a2b", 2, 1),
         ("GPU-1a2b", None, 1, 0),
+        ("MIG-b", "MIG-a,MIG-b", 1, 0),  # a process sees one instance
         ("1", None, 1, 0),  # AMD: Ray has set HIP_VISIBLE_DEVICES
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mnistsum_ray.model.network import TwoHeadCNN, joint_loss, prepare_images
-from mnistsum_ray.model.optimizer import Muon, MuonAdamW, one_cycle
+from mnistsum_ray.model.optimizer import Muon, MuonAdamW, one_cycle, orthogonalize
 from tests.model import new_model, random_rows
 
 
@@ -55,6 +55,16 @@ def test_muon_is_that_of_pytorch() -> None:
         torch.testing.assert_close(momentum, other.state[parameter]["momentum_buffer"])
         # Steps have elements of about 0.1 / sqrt(576); bfloat16 has three digits, and sums in another order.
         torch.testing.assert_close(matrix, parameter.detach(), rtol=0, atol=1e-3)
+
+
+def test_zeros_around_a_matrix_change_nothing() -> None:
+    """As on GPUs, where all matrices lie in one stack."""
+    matrices = torch.randn(2, 20, 128, generator=torch.Generator().manual_seed(0))
+    padded = torch.zeros(2, 128, 576)
+    padded[:, :20, :128] = matrices
+    found = orthogonalize(padded)
+    torch.testing.assert_close(found[:, :20, :128], orthogonalize(matrices), rtol=0, atol=1e-5)
+    assert found.count_nonzero() == matrices.count_nonzero()
 
 
 def test_the_first_step_of_each_parameter_is_scaled_by_its_factor() -> None:
