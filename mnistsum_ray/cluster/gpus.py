@@ -64,7 +64,7 @@ def answers_of(probe: Probe, seconds: float, say: Callable[[str], None]) -> list
             try:
                 answer = ray.get(reference)
             except ray.exceptions.RayError as error:
-                answer = f"it could not be asked whether PyTorch has CUDA there: {root_cause(error)} (see Ray's logs)"
+                answer = f"it could not be asked whether PyTorch has CUDA there: {root_cause(error)}"
             answers.append((probe[reference], answer))
             if isinstance(answer, Gpu) and not usable:
                 end, usable = min(end, time.monotonic() + _OTHERS_SECONDS), True

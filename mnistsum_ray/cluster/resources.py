@@ -34,6 +34,7 @@ _ASSUMED_GPU_BYTES: Final = 16 * 2**30
 
 _PROBE_SECONDS: Final = 60.0
 """Shortest timeout of a probe: its process on another node has to import PyTorch first."""
+_POLL_SECONDS: Final = 2.0
 _EPSILON: Final = 1e-9
 """Ray rounds fractions of a resource to 0.0001, so a smaller difference is a rounding error."""
 
@@ -271,8 +272,10 @@ def _wait_until_free(
         cluster = inspect_cluster(without)
         return all(cluster.free(kind) >= amount - _EPSILON for kind, amount in need.items())
 
+    if _soon(fits):
+        return
     try:
-        while not _soon(fits):
+        while not fits():
             cluster = inspect_cluster(without)
             free = {kind: cluster.free(kind) for kind in need}
             waited = time.monotonic() - started
@@ -289,6 +292,7 @@ def _wait_until_free(
                     # Requested again each time: the cluster has one request, and another job's replaces it.
                     request_resources(bundles=[bundle] * count)
                     requested = True
+            time.sleep(min(_POLL_SECONDS, max(0.1, seconds - waited)))
     finally:
         if requested:
             # A request that stays would hold the nodes for ever. Ray Train and Ray Data make their own.
@@ -320,7 +324,8 @@ def _probe_gpus(request: WorkerRequest, say: Callable[[str], None], probe: Probe
         node, text = problems[0]
         where = f", but on node {node['NodeManagerAddress']} " if len(problems) > 1 else ", but "
         problem = f"Ray counts {_format({'GPU': inspect_cluster().total('GPU')})}{where}{text}"
-        advice = "PyTorch needs a CUDA build that fits card and driver there (the default one: driver 580)"
+        build = "PyTorch needs a CUDA build that fits card and driver there (the default one: driver 580)"
+        advice = "see Ray's logs" if "could not be asked" in text else build
     if request.use_gpu:
         raise RequestError(f"--use-gpu true: {problem}; {advice}, or leave --use-gpu out")
     say(f"running on CPUs: {problem}")
