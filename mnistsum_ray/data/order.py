@@ -1,12 +1,18 @@
 """Order of training rows and the random draws of each: pure functions of seed, epoch and row id.
 
-    all row groups, permuted anew each epoch
-    ├────── window 0 ──────┼────── window 1 ──────┼ …      each window holds the rows of some consecutive steps
-    │p 0│p 1│p 2│ … │p 255│p 0│p 1│ …                      position p of every batch takes its rows from stretch p of the window,
-                                                           whose rows are permuted
+Ten rows in two row groups, batches of 2 on two workers, windows of 6 rows, seed 0, epoch 0:
 
-A worker trains on consecutive positions, so of each window it reads one stretch. The order does not depend on workers, nodes,
-blocks, timing or restarts; MosaicML Streaming calls that elastic determinism. Rows in memory are groups of one row, and a window
+    row groups          0 1 2 3 4 | 5 6 7 8 9      cut into slices of at most an eighth of a window: here single rows
+    slices, permuted    6 4 0 8 7 9 | 2 3 1 5      anew each epoch; window 0 holds steps 0 to 2, window 1 steps 3 and 4
+
+    of window                         0                  1
+    stretch of position 0 (worker 0)  6 4 0, as 0 4 6    2 3, as 2 3      each position of a batch takes its rows from its stretch
+    stretch of position 1 (worker 1)  8 7 9, as 9 8 7    1 5, as 1 5      of the window, in which they are permuted
+
+    batches             0 9 | 4 8 | 6 7 | 2 1 | 3 5
+
+A worker trains on consecutive positions, so it reads one part of each window. The order does not depend on workers, nodes,
+blocks, timing or restarts; MosaicML Streaming calls that elastic determinism. Rows in memory are slices of one row, and a window
 of them is one step, which makes an epoch one permutation.
 
 The bits come from SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), a dozen
@@ -33,7 +39,7 @@ NUMBERS: Final = 10
 """Size of the range 0..9 of the random number."""
 
 DISTORTION_DRAWS: Final = 6
-"""Draws per distorted image: one for rotation, two for scale, one for shear, two for translation."""
+"""Of an image: one for rotation, two for scale, one for shear, two for translation."""
 
 _SAMPLED_GROUPS: Final = 100
 """Row groups that a few rows are taken from: each has to be read, from its beginning."""
@@ -148,12 +154,12 @@ class RowRanges:
         )
 
     def sample(self, limit: int) -> "RowRanges":
-        """At most `limit` of the ids, in stretches that are evenly spaced: the first rows of sorted files all show one digit."""
+        """At most `limit` of the ids, from evenly spaced places: the first rows of sorted files all show one digit."""
         if len(self) <= limit:
             return self
-        stretches = min(_SAMPLED_GROUPS, limit)
-        starts = np.arange(stretches) * len(self) // stretches
-        return RowRanges.from_ids(self.at((starts[:, None] + np.arange(limit // stretches)).ravel()))
+        places = min(_SAMPLED_GROUPS, limit)
+        starts = np.arange(places) * len(self) // places
+        return RowRanges.from_ids(self.at((starts[:, None] + np.arange(limit // places)).ravel()))
 
     def hold_out(self, count: int, bounds: npt.NDArray[np.int64]) -> tuple["RowRanges", "RowRanges"]:
         """Split into (kept, held out), with `count` ids held out: random ones of random row groups, few of which must be read.
@@ -188,7 +194,7 @@ class Shuffle:
     rows: RowRanges
     """Training rows."""
     bounds: npt.NDArray[np.int64] | None
-    """int64[n + 1]: row group i holds the ids bounds[i]..bounds[i + 1]-1. None: rows are permuted one by one."""
+    """Of the row groups, as in `RowRanges.hold_out`. None: rows are permuted one by one."""
     batch_size: int
     """Rows of a step over all workers."""
     shuffle_rows: int
@@ -197,12 +203,12 @@ class Shuffle:
 
     @property
     def steps(self) -> int:
-        """Steps that visit each row once. The last batch may be smaller; no row is dropped."""
+        """Steps of an epoch, whose last batch may be smaller."""
         return -(-len(self.rows) // self.batch_size)
 
     @property
     def streamed(self) -> bool:
-        """Whether rows are read in row groups, window by window."""
+        """Whether rows are read window by window."""
         return self.bounds is not None
 
     @property
@@ -236,15 +242,15 @@ class Shuffle:
     def _window_ids(self, epoch: int, window: int, positions: range) -> RowIds:
         first_step = window * self.window_steps
         steps = min(self.window_steps, self.steps - first_step)
-        base, full = first_step * self.batch_size, self.batch_rows(first_step + steps - 1)
+        start, full = first_step * self.batch_size, self.batch_rows(first_step + steps - 1)
         # Positions from `full` on have no row at the last step.
-        with_last = self._stretches(epoch, base, range(positions.start, min(positions.stop, full)), steps)
-        without = self._stretches(epoch, base + full, range(max(positions.start, full), positions.stop), steps - 1)
+        with_last = self._stretches(epoch, start, range(positions.start, min(positions.stop, full)), steps)
+        without = self._stretches(epoch, start + full, range(max(positions.start, full), positions.stop), steps - 1)
         return np.concatenate([np.concatenate([with_last[:-1], without], axis=1).ravel(), with_last[-1]])
 
-    def _stretches(self, epoch: int, base: int, positions: range, steps: int) -> RowIds:
-        """int64[steps, positions]: of each position a stretch of so many rows, which are permuted."""
-        low = base + positions.start * steps
+    def _stretches(self, epoch: int, start: int, positions: range, steps: int) -> RowIds:
+        """int64[steps, positions]: of each position the permuted rows of its stretch."""
+        low = start + positions.start * steps
         ids = self.rows.at(self._indices(epoch, low, low + len(positions) * steps)).reshape(len(positions), steps)
         if steps <= 1:
             return ids.T
@@ -262,11 +268,8 @@ class Shuffle:
 
     @cached_property
     def slices(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The row groups, those that are larger than an eighth of a window cut into equal slices: int64[n] each.
-
-        Returns:
-            The group, the index of the slice's first row among the training rows, and its number of rows.
-        """
+        """The row groups, those that are larger than an eighth of a window cut into equal slices. Of each its group, the index of
+        its first row among the training rows, and its number of rows: int64[n]."""
         assert self.bounds is not None
         below = self.rows.count_below(self.bounds)
         counts = np.diff(below)
@@ -279,11 +282,8 @@ class Shuffle:
 
 @lru_cache(maxsize=2)  # a process computes many windows of an epoch, and sorting a million keys takes 0.1 s
 def _sequence(shuffle: Shuffle, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The slices in the order of an epoch.
-
-    Returns:
-        The index of each one's first row among the training rows, int64[n], and their bounds in the sequence, int64[n + 1].
-    """
+    """The slices in the order of an epoch: the index of each one's first row among the training rows, int64[n], and their bounds
+    in the sequence, int64[n + 1]."""
     if shuffle.bounds is None:
         first, rows = np.arange(len(shuffle.rows)), np.ones(len(shuffle.rows), np.int64)
     else:
@@ -308,15 +308,10 @@ def mix_ids(row_ids: Ids) -> Ids:
 
 
 def row_checksums(row_ids: RowIds, images: npt.NDArray[np.uint8], digits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """64-bit checksum of each row's id, pixels and digit: int64[n].
+    """64-bit checksum of each row's id, pixels uint8[n, 28, 28] and digit: int64[n].
 
     Multilinear hashing (Lemire and Kaser, 2014): words of 32 bits times random 64-bit keys. Sums of the checksums modulo 2**64
-    tell apart contents that differ in any row, or in the places of rows.
-
-    Args:
-        row_ids: int64[n].
-        images: uint8[n, 28, 28].
-        digits: integers [n].
+    tell apart contents that differ in any row or in the places of rows.
     """
     words = np.ascontiguousarray(images).reshape(len(images), math.prod(images.shape[1:])).view(np.uint32)
     keys = _mix(np.arange(words.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
