@@ -1,8 +1,8 @@
 """One picture of a handwritten digit, of any size and colours, prepared as MNIST's own were (LeCun et al. 1998).
 
-The ink is cropped, scaled to fit 20 x 20 pixels with its proportions, and shifted until its centre of mass is the centre of
-28 x 28. It is found by its distance in colour from the background, which is that of most of the edge, so that dark ink on light,
-light on dark and red on green are alike. What cannot be one digit on a background of one colour is refused.
+The ink is what differs in brightness from the background, which is that of most of the edge: dark ink on light is inverted. It is
+cropped, scaled to fit 20 x 20 pixels with its proportions, and shifted until its centre of mass is the centre of 28 x 28. What
+cannot be one digit on a background of one brightness is refused.
 """
 
 import io
@@ -71,26 +71,22 @@ def prepare_picture(picture: str | Path | Image.Image) -> PreparedPicture:
     name, opened = ("the picture", picture) if isinstance(picture, Image.Image) else _open(str(picture))
     try:
         image = ImageOps.exif_transpose(opened)
-        colours, transparent = _colours(image)
+        grey, kind = _brightness(image)
     except Exception as error:  # Pillow's decoders raise many types
         raise RequestError(f"{name}: cannot be read as a picture ({one_line(error)}); save it again") from None
-    grey = bool((np.ptp(colours, axis=2) < 8).all())
-    what = f"{image.width}x{image.height} {'grayscale' if grey else 'colour'}{', transparent' if transparent else ''}"
-    if image.size == (SIDE, SIDE) and grey and not transparent and _is_like_mnist(colours[..., 0]):
-        return PreparedPicture(np.rint(colours[..., 0]).astype(np.uint8), f"{what}, light ink on black: used as it is")
+    what = f"{image.width}x{image.height} {kind}"
+    if image.size == (SIDE, SIDE) and kind == "grayscale" and _is_like_mnist(grey):
+        return PreparedPicture(grey.astype(np.uint8), f"{what}, light ink on black: used as it is")
 
-    ink, dark = _find_ink(colours, name)
+    ink, dark = _find_ink(grey, name)
     cropped = _one_digit(ink, name)
     scale = image.height / ink.height
     drawn, widened = _fit(cropped)
-    steps = [
-        *(["inverted"] if dark else []),
-        f"cropped to {round(scale * cropped.width)}x{round(scale * cropped.height)}",
-        *(["thin strokes widened"] if widened else []),
-        f"scaled to {drawn.width}x{drawn.height}, centred in {SIDE}x{SIDE}",
-    ]
-    order = "dark ink on light" if dark else "light ink on dark"
-    return PreparedPicture(_centre(np.asarray(drawn)), f"{what}, {order}: {', '.join(steps)}")
+    order = "dark ink on light: inverted," if dark else "light ink on dark:"
+    crop = f"cropped to {round(scale * cropped.width)}x{round(scale * cropped.height)}"
+    strokes = "thin strokes widened, " if widened else ""
+    how = f"{what}, {order} {crop}, {strokes}scaled to {drawn.width}x{drawn.height}, centred in {SIDE}x{SIDE}"
+    return PreparedPicture(_centre(np.asarray(drawn)), how)
 
 
 def _open(text: str) -> tuple[str, Image.Image]:
@@ -113,49 +109,47 @@ def _open(text: str) -> tuple[str, Image.Image]:
         raise RequestError(f"{place.display}: cannot be read ({one_line(error)})") from None
 
 
-def _colours(image: Image.Image) -> tuple[Floats, bool]:
-    """Colours float32[height, width, 3] in 0..255, of at most _WORKING_SIDE pixels; and whether parts of it are transparent."""
+def _brightness(image: Image.Image) -> tuple[Floats, str]:
+    """Brightness float32[height, width] in 0..255, of at most _WORKING_SIDE pixels; and what kind of picture it is, in words."""
     if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits: by its own range
         values = np.asarray(image, np.float32)
-        values = (values - values.min()) * (255 / max(float(np.ptp(values)), 1.0))
-        image = Image.fromarray(values.astype(np.uint8))
+        image = Image.fromarray(((values - values.min()) * (255 / max(np.ptp(values), 1))).astype(np.uint8))
     image = image.convert("RGBA")
     image.thumbnail((_WORKING_SIDE, _WORKING_SIDE))
-    pixels = np.asarray(image, np.float32)
-    colours, alpha = pixels[..., :3], pixels[..., 3:] / 255
-    if alpha.min() > 0.98:
-        return colours, False
-    visible = colours[alpha[..., 0] > 0.5]
-    if not len(visible):
-        return np.zeros_like(colours), True
-    middle = np.median(visible, 0)
+    kind = "grayscale" if (np.ptp(np.asarray(image)[..., :3], axis=2) < 8).all() else "colour"
+    grey, alpha = np.moveaxis(np.asarray(image.convert("LA"), np.float32), 2, 0)
+    if alpha.min() > 250:
+        return grey, kind
+    alpha /= 255
+    middle = np.median(grey[alpha > 0.5]) if (alpha > 0.5).any() else 0.0
     # Ink alone gets a background unlike it. A card with ink on it goes on in its own colour.
-    background = middle if alpha.mean() > 0.5 else 0.0 if middle.mean() > 127 else 255.0
-    return colours * alpha + background * (1 - alpha), True
+    background = middle if alpha.mean() > 0.5 else 0.0 if middle > 127 else 255.0
+    return grey * alpha + background * (1 - alpha), f"{kind}, transparent"
 
 
 def _is_like_mnist(grey: Floats) -> bool:
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    return bool(np.median(border) <= 8 and grey.max() >= 200 and np.median(grey) <= 8)
+    return bool(np.median(_border(grey)) <= 8 and grey.max() >= 200 and np.median(grey) <= 8)
 
 
-def _find_ink(colours: Floats, name: str) -> tuple[Image.Image, bool]:
+def _border(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+
+
+def _find_ink(grey: Floats, name: str) -> tuple[Image.Image, bool]:
     """Where the ink is, 255 for ink; and whether it is darker than its background.
 
     Raises:
         RequestError: nothing is drawn on the picture.
     """
-    edge = np.concatenate([colours[0], colours[-1], colours[:, 0], colours[:, -1]])
-    kinds, counts = np.unique(edge // 16, axis=0, return_counts=True)
-    difference = colours - np.median(edge[(edge // 16 == kinds[counts.argmax()]).all(1)], 0)
-    distance = np.abs(difference).max(2)
+    difference = grey - np.median(_border(grey))
+    distance = np.abs(difference)
     drawn = distance > distance.max() / 2
     contrast = float(np.median(distance[drawn])) if drawn.any() else 0.0
     if contrast < _MIN_CONTRAST:
         raise RequestError(f"{name}: nothing is drawn on it, or with too little contrast")
     low, high = contrast / 4, 0.9 * contrast  # lines of the paper are fainter, and strokes are not all of one strength
     scaled = (255 * ((distance - low) / (high - low)).clip(0, 1)).astype(np.uint8)
-    return Image.fromarray(scaled), bool(difference.mean(2)[drawn].sum() < 0)
+    return Image.fromarray(scaled), bool(difference[drawn].sum() < 0)
 
 
 def _one_digit(ink: Image.Image, name: str) -> Image.Image:
@@ -175,7 +169,7 @@ def _one_digit(ink: Image.Image, name: str) -> Image.Image:
     kept = [part for part in range(1, count + 1) if sizes[part] >= _MIN_PART * sizes[1:].sum()]
     drawn = Image.fromarray(np.isin(labels, kept))
     framed = any(Image.fromarray(labels == part).getbbox() == drawn.getbbox() for part in kept)
-    edge = np.isin(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]), kept)
+    edge = np.isin(_border(labels), kept)
     if count > _MOST_SPECKS or len(kept) > _MAX_PARTS or (len(kept) > 1 and (framed or edge.any())) or edge.mean() > 0.5:
         raise RequestError(f"{name}: is not one digit on a background of one colour; crop it to that, or draw it anew")
     ink.paste(0, mask=ImageChops.invert(drawn.convert("L")).resize(ink.size))
