@@ -31,15 +31,14 @@ def distortions(seed: int, epoch: int, row_ids: RowIds, strength: float) -> npt.
 
 
 def affine_matrices(draws: npt.NDArray[np.float32], strength: float) -> npt.NDArray[np.float32]:
-    """Matrices of distortions.
+    """The two rows of a matrix that takes a place (x, y, 1) in the distorted image to one in the image, x and y from -1 to 1.
 
     Args:
         draws: float32[n, DISTORTION_DRAWS] in -1..1.
         strength: factor on all distortions; 0 leaves the images as they are.
 
     Returns:
-        float32[n, AFFINE_VALUES]: the two rows of a matrix that takes a place (x, y, 1) in the distorted image to one in the
-        image, where x and y run from -1 to 1.
+        float32[n, AFFINE_VALUES].
     """
     # In float64, so that the rounded values hardly depend on how a machine computes sines.
     rotation, log_width, log_height, shear, x, y = (strength * draws.astype(np.float64)).T

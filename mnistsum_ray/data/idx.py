@@ -37,10 +37,7 @@ def find_idx(root: Path) -> Path | None:
 
 
 def read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.uint8], int]:
-    """Read the training files and then the test files of a folder.
-
-    Returns:
-        Images uint8[n, 28, 28], labels uint8[n], and the number of test rows, which are the last.
+    """Images uint8[n, 28, 28] and labels uint8[n] of a folder, and the number of test rows, which are the last.
 
     Raises:
         RequestError: a file is missing, is not IDX, or does not match the others; names the file.

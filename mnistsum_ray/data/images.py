@@ -24,8 +24,18 @@ DIGITS: Final = 10
 IMAGE_TYPE: Final = pa.binary(PIXELS)
 """Arrow type of stored images: 784 bytes, row by row, 0 is background, 255 is ink."""
 
+_SHAPE_ERROR: Final = "the image has {} values, not 784 or 28 x 28; resize it"
+
+_PNG_START: Final = np.frombuffer(b"\x89PNG\r\n\x1a\n", np.uint8)
+_JPEG_START: Final = np.frombuffer(b"\xff\xd8\xff", np.uint8)
+"""Followed by the next marker, a byte of 0xC0 or more."""
+
 Pixels = npt.NDArray[np.uint8]
 """uint8[n, 28, 28] or, for one image, uint8[28, 28]."""
+
+
+class ImageError(ValueError):
+    """A row's image cannot be used; the message says what it is and what to do."""
 
 
 def pixels_view(column: pa.FixedSizeBinaryArray) -> Pixels:
@@ -62,14 +72,14 @@ def image_type_error(kind: pa.DataType) -> str | None:
     if pa.types.is_dictionary(storage):
         storage = storage.value_type
     if pa.types.is_struct(storage):
-        field = image_field(storage)
+        field = _image_field(storage)
         if field is None:
             return f"is a struct without the field 'bytes' ({kind})"
         storage = storage.field(field).type
     if _is_bytes(storage) or pa.types.is_null(storage):
         return None
     levels = 0
-    while is_list(storage):
+    while _is_list(storage):
         storage, levels = storage.value_type, levels + 1
     if levels in (1, 2) and pa.types.is_integer(storage):
         return None
@@ -84,7 +94,7 @@ def number_type_error(kind: pa.DataType) -> str | None:
     return f"has type {kind}, not an integer type"
 
 
-def image_field(kind: pa.StructType) -> str | None:
+def _image_field(kind: pa.StructType) -> str | None:
     """Name of the struct's field with the image: in Hugging Face's {bytes, path}, or in Ray's tensor {data, shape}."""
     return next((name for name in ("bytes", "data") if kind.get_field_index(name) >= 0), None)
 
@@ -93,8 +103,8 @@ def _is_shape_of_image(shape: Sequence[int]) -> bool:
     return [side for side in shape if side != 1] in ([PIXELS], [SIDE, SIDE])  # also with a channel, as PyTorch's
 
 
-def is_list(kind: pa.DataType) -> bool:
-    """True for lists with 32-bit or 64-bit offsets and for lists of a fixed size."""
+def _is_list(kind: pa.DataType) -> bool:
+    """True for lists of any kind, also of a fixed size."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
@@ -132,13 +142,13 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
     if pa.types.is_struct(column.type):
-        field = image_field(column.type)
+        field = _image_field(column.type)
         null = f"the image, or its field {field!r}, is null; put the picture itself into it, or drop the row"
         if field == "data" and column.type.get_field_index("shape") >= 0:
             shapes = enumerate(pc.struct_field(column, "shape").to_pylist())
             bad = {row: _SHAPE_ERROR.format(" x ".join(map(str, s))) for row, s in shapes if s and not _is_shape_of_image(s)}
         column = pc.struct_field(column, field)
-    whole = _decode_whole_lists(column) if is_list(column.type) else _view_whole_bytes(column)
+    whole = _decode_whole_lists(column) if _is_list(column.type) else _view_whole_bytes(column)
     if whole is not None and not bad:
         return whole, {}
     images = np.zeros((len(column), SIDE, SIDE), np.uint8)
@@ -148,7 +158,7 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
         try:
             if not value.is_valid:
                 raise ImageError(null)
-            images[row] = _decode_list(value.values) if is_list(column.type) else _decode_bytes(value.as_py())
+            images[row] = _decode_list(value.values) if _is_list(column.type) else _decode_bytes(value.as_py())
         except ImageError as error:
             bad[row] = str(error)
     return images, bad
@@ -176,13 +186,13 @@ def _view_whole_bytes(column: pa.Array) -> Pixels | None:
         if (np.diff(offsets) != PIXELS).any():
             return None
         images = np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]].reshape(len(column), SIDE, SIDE)
-    return None if starts_as_png_or_jpeg(images).any() else images
+    return images if _are_pixels(images) else None
 
 
 def _decode_whole_lists(column: pa.Array) -> Pixels | None:
     """A column of lists decoded at once; None where a list has another length, a null or a value outside 0..255."""
     flat: Any = column
-    while is_list(flat.type):
+    while _is_list(flat.type):
         fixed = pa.types.is_fixed_size_list(flat.type)
         lengths = [flat.type.list_size] if fixed else flat.value_lengths().unique().to_pylist()
         if flat.null_count or lengths not in ([PIXELS], [SIDE]):
@@ -201,14 +211,14 @@ def _decode_whole_lists(column: pa.Array) -> Pixels | None:
 def _decode_bytes(data: bytes) -> Pixels:
     if len(data) == PIXELS:
         pixels = np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)
-        if not starts_as_png_or_jpeg(pixels[None]).any():
+        if _are_pixels(pixels[None]):
             return pixels
     return _decode_png_or_jpeg(data)
 
 
 def _decode_list(values: pa.Array) -> Pixels:
     shape = str(len(values))
-    if is_list(values.type):
+    if _is_list(values.type):
         if values.null_count:
             raise ImageError("the image has a null in place of a line; fill it in or drop the row")
         widths = {len(line.values) for line in values}
@@ -224,39 +234,21 @@ def _decode_list(values: pa.Array) -> Pixels:
     return pixels.astype(np.uint8).reshape(SIDE, SIDE)  # type: ignore[no-any-return]
 
 
-_SHAPE_ERROR: Final = "the image has {} values, not 784 or 28 x 28; resize it"
-
-_FORMATS: Final = ("PNG", "JPEG")
-
-_PNG_START: Final = np.frombuffer(b"\x89PNG\r\n\x1a\n", np.uint8)
-_JPEG_START: Final = np.frombuffer(b"\xff\xd8\xff", np.uint8)
-"""Followed by the next marker, a byte of 0xC0 or more."""
-
-
-class ImageError(ValueError):
-    """A row's image cannot be used; the message says what it is and what to do."""
-
-
-def starts_as_png_or_jpeg(images: Pixels) -> npt.NDArray[np.bool_]:
-    """Which of n rows of 784 bytes begin as a PNG or JPEG does, and so are not pixels: bool[n].
+def _are_pixels(images: Pixels) -> bool:
+    """False if one of n rows of 784 bytes begins as a PNG or JPEG does.
 
     A JPEG of exactly 784 bytes is not rare: at quality 95 about one in 200 MNIST images gives one.
     """
     start = images.reshape(len(images), PIXELS)[:, : len(_PNG_START)]
     jpeg = (start[:, : len(_JPEG_START)] == _JPEG_START).all(1) & (start[:, len(_JPEG_START)] >= 0xC0)
-    found: npt.NDArray[np.bool_] = jpeg | (start == _PNG_START).all(1)
-    return found
+    return not (jpeg | (start == _PNG_START).all(1)).any()
 
 
 def _decode_png_or_jpeg(data: bytes) -> Pixels:
-    """Decode to uint8[28, 28], turned upright as its EXIF says.
-
-    Raises:
-        ImageError: the bytes are not a 28x28 grayscale PNG or JPEG.
-    """
+    """Decode to uint8[28, 28], turned upright as its EXIF says."""
     try:
         # Pillow reads only the header until the size is known, so a decompression bomb is never unpacked.
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
             if picture.size != (SIDE, SIDE):
                 raise ImageError(f"the picture is {picture.width} x {picture.height} pixels, not 28 x 28; resize it")
             if picture.mode != "L":
@@ -276,11 +268,7 @@ def _decode_png_or_jpeg(data: bytes) -> Pixels:
 
 
 def check_digits(digits: pa.Array, where: str, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
-    """The digits as int8[n].
-
-    Args:
-        where: file or folder of the digits, for messages.
-        rows: index of each digit there, for messages.
+    """The digits as int8[n]; `where` is their file or folder, and `rows` the index of each there.
 
     Raises:
         RequestError: a digit is null or outside 0..9; names the row.

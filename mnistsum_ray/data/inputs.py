@@ -34,6 +34,8 @@ FILE_SCHEMA: Final = pa.schema(
 _NAME: Final = "its name"
 """Why a file is skipped whose name is hidden or has no suffix of Parquet."""
 
+_FOLDER_LINK: Final = "a link to a folder"
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -57,7 +59,6 @@ def list_inputs(
     Args:
         texts: the values.
         output: folder that must be separate from them.
-        flag: names the values in messages.
         none: says in the message that there is no file.
 
     Raises:
@@ -108,14 +109,11 @@ def report_skipped(skipped: dict[str, str], say: Callable[[str], None]) -> None:
 
 
 class _Value:
-    """A value of the flag, located: a file, a folder, or a folder and the part of a glob that has wildcards.
-
-    Raises:
-        RequestError: nothing is there, or it cannot be accessed.
-    """
+    """A value of the flag, located: a file, a folder, or a folder and the part of a glob that has wildcards."""
 
     def __init__(self, text: str, flag: str) -> None:
-        self.flag, self.text = flag, PathOrUri(text)
+        self.flag = flag
+        self.text = PathOrUri(text)
         fixed, self.pattern = self.text.split_glob()
         if self.pattern is not None and "://" not in text and os.path.lexists(text):
             fixed, self.pattern = self.text, None  # a file whose name contains wildcards
@@ -176,7 +174,7 @@ class _Value:
                 is_folder = entry.is_dir(follow_symlinks=False)
                 if is_folder and self._descends(parts):
                     folders.append((entry.path, parts))
-                elif not is_folder and (self._takes(parts) or (self._descends(parts) and _is_folder(entry.path))):
+                elif not is_folder and (self._takes(parts) or (self._descends(parts) and _look_at(entry.path) == _FOLDER_LINK)):
                     yield entry.path, _look_at(entry.path)
                 elif self.pattern is None:
                     yield entry.path, _NAME
@@ -197,13 +195,6 @@ class _Value:
         return not self.is_file and parts is not None and (self.pattern is None or matches(parts, self.pattern, below=True))
 
 
-def _is_folder(path: str) -> bool:
-    try:
-        return Path(path).is_dir()
-    except OSError:  # a link into a folder that is closed to this user, or whose storage has gone
-        return False
-
-
 def _look_at(path: str) -> Entry | str:
     """A local file, whose path has all links resolved; or what is there instead."""
     try:
@@ -212,18 +203,14 @@ def _look_at(path: str) -> Entry | str:
         return "a link that leads nowhere"
     if stat.S_ISREG(status.st_mode):
         return Entry(os.path.realpath(path), status.st_size, status.st_mtime_ns)
-    device = stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)
-    kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device" if device else "a pipe or a socket, not a regular file"
+    kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, a pipe or a socket"
     return f"a link to {kind}" if Path(path).is_symlink() else kind
 
 
 def matches(parts: tuple[str, ...], pattern: tuple[str, ...], *, below: bool = False) -> bool:
     """True if a path matches as in a shell: `**` matches any number of folders, no wildcard matches a leading dot.
 
-    Args:
-        parts: components of the path.
-        pattern: components of the glob.
-        below: whether the path is that of a folder, and something below it must be able to match.
+    Path and pattern are split into components. With `below` the path is a folder, below which something must be able to match.
     """
     if not pattern:
         return not parts and not below
@@ -264,11 +251,7 @@ def _common_root(values: list[_Value], flag: str) -> Location:
 
 
 def _check_output_is_separate(values: list[_Value], found: Iterable[str], output: Location) -> None:
-    """Check that the next run would not take output for input, and that no input file is inside the output folder.
-
-    Raises:
-        RequestError: names the value or the file.
-    """
+    """Check that the next run would not take output for input, and that no input file is inside the output folder."""
     if not values[0].place.same_storage(output):
         return
     path = os.path.realpath(output.path) if output.is_local else output.path

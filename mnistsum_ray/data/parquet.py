@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -31,16 +31,15 @@ _BATCH_ROWS: Final = 8192
 _NAME: Final = b"ARROW:extension:name"
 _METADATA: Final = b"ARROW:extension:metadata"
 
-# Type name -> storage type and metadata of some instance. With these, `_registered_types` finds the Python class.
+_RAGGED: Final = pa.struct({"data": pa.large_list(pa.int64()), "shape": pa.list_(pa.int32())})
+
 _RAY_TYPES: Final = {
     "ray.data.arrow_tensor": (pa.list_(pa.int64()), b"[0]"),
     "ray.data.arrow_tensor_v2": (pa.large_list(pa.int64()), b"[0]"),
-    "ray.data.arrow_variable_shaped_tensor": (
-        pa.struct({"data": pa.large_list(pa.int64()), "shape": pa.list_(pa.int32())}),
-        b"1",
-    ),
+    "ray.data.arrow_variable_shaped_tensor": (_RAGGED, b"1"),
     "ray.data.arrow_pickled_object": (pa.large_binary(), b""),
 }
+"""Type name -> storage type and metadata of some instance. With these, `_registered_types` finds the Python class."""
 
 _UNCHANGED_TYPES: Final = frozenset(
     {"None", "String", "Int", "Date", "Decimal", "Timestamp", "Time(isAdjustedToUTC=false", "Float16", "JSON", "UUID", "Null"}
@@ -58,24 +57,22 @@ def open_parquet(file: Location) -> Iterator[pq.ParquetFile]:  # noqa: TID251
         StorageError: the block, or the opening, failed since the storage did, or for want of memory.
         UnusableFileError: either failed for any other reason: Arrow and Pillow raise many types for damaged bytes.
     """
-    source: _Source | None = None
+    source = _Source(file)
     try:
-        source = _Source(file)
         with plain_arrow_types():
             parquet = pq.ParquetFile(source, page_checksum_verification=True, arrow_extensions_enabled=True)  # noqa: TID251
         yield parquet
     except (UnusableFileError, StorageError):
         raise
     except Exception as error:
-        if (source and source.failure) or isinstance(error, MemoryError):  # this machine's memory is no fault of the file either
-            raise file.error((source and source.failure) or error) from error
+        if source.failure or isinstance(error, MemoryError):  # this machine's memory is no fault of the file either
+            raise file.error(source.failure or error) from error
         raise _unreadable(error) from None
     finally:
-        if source is not None:
-            source.close()
+        source.close()
 
 
-class _Source(io.RawIOBase):
+class _Source:
     """A file for Arrow's Parquet reader that keeps the storage's failure.
 
     The reader raises OSError for damaged bytes and for a storage that fails alike.
@@ -84,31 +81,22 @@ class _Source(io.RawIOBase):
     def __init__(self, file: Location) -> None:
         self.failure: OSError | None = None
         self._stream = file.open()
+        self.tell, self.close = self._stream.tell, self._stream.close
 
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return int(self._stream.tell())
+    @property
+    def closed(self) -> bool:
+        return bool(self._stream.closed)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._stream.seek(offset, whence)
-        return self.tell()
+        return int(self._stream.seek(offset, whence))
 
-    def read(self, size: int = -1) -> Any:
+    def read(self, size: int) -> pa.Buffer:
         """The next bytes, without a copy."""
         try:
-            return self._stream.read_buffer(size if size >= 0 else None)
+            return self._stream.read_buffer(size)
         except OSError as error:
             self.failure = error
             raise
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
 
 
 def read_table(file: Location, columns: list[str] | None = None) -> pa.Table:
@@ -183,11 +171,7 @@ def _footer_bytes(file: Location, size: int) -> bytes:
 
 
 def read_rows(parquet: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:  # noqa: TID251
-    """Read the rows of a file with these indices, in ascending order. Rows between them are not kept in memory.
-
-    Raises:
-        UnusableFileError: a row group has fewer rows than the footer says.
-    """
+    """Read the rows of a file with these indices, in ascending order. Rows between them are not kept in memory."""
     counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     ends = np.cumsum(counts)
     groups, starts = np.unique(np.searchsorted(ends, rows, side="right"), return_index=True)
@@ -222,7 +206,7 @@ def check_unchanged(file: Location, size: int, modified: int) -> None:
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:
-    """Serialize a table as a Parquet file in memory."""
+    """A Parquet file of the table."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     return sink.getvalue()
@@ -230,7 +214,7 @@ def to_parquet(table: pa.Table) -> pa.Buffer:
 
 @contextmanager
 def plain_arrow_types() -> Iterator[None]:
-    """Files opened in the block show columns of Ray's types as plain columns. After the block the types are registered as before.
+    """Files opened in the block show columns of Ray's types as plain columns.
 
     Otherwise scored files would need Ray to be read, and files of Ray 2.49 to 2.54, whose metadata is a pickle, could not be
     opened at all. Arrow's registry belongs to the whole process and no reader can ignore it, so the block takes Ray's types out.
@@ -308,7 +292,7 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def column_error(schema: pa.Schema, name: str, type_error: Callable[[pa.DataType], str | None]) -> str | None:
-    """Why a column that is in the schema cannot be used; `type_error` says it of a type, see `images.image_type_error`."""
+    """Why a column that is in the schema cannot be used; `type_error` says it of a type, as `images.image_type_error`."""
     if len(schema.get_all_field_indices(name)) > 1:
         return f"has more than one column {name!r}; rename all but one"
     error = type_error(_tensor_type(schema.field(name)) or plain_schema(schema).field(name).type)
@@ -330,11 +314,7 @@ def _tensor_type(field: pa.Field) -> pa.DataType | None:
 
 
 def lossy_column(footer: Footer, dropped: str) -> str | None:
-    """Why some column would be written with another type than it was read with; None where none would.
-
-    Args:
-        dropped: name of the column that is not written.
-    """
+    """Why some column, but for that of the name `dropped`, would be written with another type than it was read with."""
     schema, columns = footer.metadata.schema, footer.schema.names
     text = str(schema)
     variant = re.search(r"group field_id=-?\d+ (.+) \(Variant", text) if "(Variant" in text else None

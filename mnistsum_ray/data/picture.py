@@ -113,7 +113,7 @@ def _brightness(image: Image.Image) -> tuple[Floats, str]:
     """Brightness float32[height, width] in 0..255, of at most _WORKING_SIDE pixels; and what kind of picture it is, in words."""
     if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits: by its own range
         values = np.asarray(image, np.float32)
-        image = Image.fromarray(((values - values.min()) * (255 / max(np.ptp(values), 1))).astype(np.uint8))
+        image = Image.fromarray(((values - values.min()) * (255 / max(float(np.ptp(values)), 1.0))).astype(np.uint8))
     image = image.convert("RGBA")
     image.thumbnail((_WORKING_SIDE, _WORKING_SIDE))
     kind = "grayscale" if (np.ptp(np.asarray(image)[..., :3], axis=2) < 8).all() else "colour"

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mnistsum_ray.data import inputs
 from mnistsum_ray.data.idx import IDX_FILES, download_mnist, find_idx, read_idx
 from mnistsum_ray.data.images import SIDE, Pixels, check_digits, decode_images, image_type_error, number_type_error, one_chunk
+from mnistsum_ray.data.inputs import FILE_SCHEMA, list_inputs
 from mnistsum_ray.data.order import RowIds, RowRanges, row_checksums
 from mnistsum_ray.data.parquet import check_unchanged, column_error, open_parquet, plain_table, read_footer, read_rows, read_table
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
@@ -28,9 +28,9 @@ from mnistsum_ray.storage.paths import locate, locate_existing
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 
-FILE_SCHEMA: Final = pa.schema(
+TRAINING_FILE_SCHEMA: Final = pa.schema(
     [
-        *inputs.FILE_SCHEMA,
+        *FILE_SCHEMA,
         ("footer_sha256", pa.string()),
         ("rows", pa.int64()),
         ("group_rows", pa.list_(pa.int64())),  # rows of each row group
@@ -78,7 +78,7 @@ class ParquetFiles:
 
     root: Location
     table: pa.Table
-    """FILE_SCHEMA."""
+    """TRAINING_FILE_SCHEMA."""
 
     @cached_property
     def group_bounds(self) -> RowIds:
@@ -112,7 +112,8 @@ class ParquetFiles:
 
     def _read(self, index: int, ids: RowIds) -> tuple[Pixels, Digits]:
         """Rows of one file, in ascending order."""
-        (entry,), file = self.table.slice(index, 1).to_pylist(), self.location(index)
+        file = self.location(index)
+        entry = self.table.slice(index, 1).to_pylist()[0]
         rows = ids - (self.end_ids[index] - entry["rows"])
         try:
             check_unchanged(file, entry["size"], entry["modified"])
@@ -121,8 +122,8 @@ class ParquetFiles:
         except UnusableFileError as error:
             raise RequestError(f"{file.display}: {error}") from None
         images, bad = decode_images(one_chunk(table["image"]))
-        for row, reason in sorted(bad.items()):
-            raise RequestError(f"{file.display}: row {rows[row]}: {reason}")
+        if bad:
+            raise RequestError(f"{file.display}: row {rows[min(bad)]}: {bad[min(bad)]}")
         return images, check_digits(one_chunk(table[entry["digit_column"]]), file.display, rows)
 
     def add_checksums(
@@ -135,32 +136,31 @@ class ParquetFiles:
         """What differs from an earlier table of the files, as `FILE: reason`; None where nothing does.
 
         Args:
-            earlier: FILE_SCHEMA.
+            earlier: TRAINING_FILE_SCHEMA.
             same_place: the earlier files lay in the same folder, so their times must be the same too. A copy has other times.
         """
         compared = ["name", "size", "footer_sha256"] + (["modified"] if same_place else [])
         now, then = ({row["name"]: row for row in table.select(compared).to_pylist()} for table in (self.table, earlier))
-        for name in sorted(now.keys() | then.keys()):
-            if now.get(name) != then.get(name):
-                reason = "is new" if name not in then else "is missing" if name not in now else "has changed"
-                return f"{(self.root / name).display}: {reason} since the run began"
-        return None
+        name = min((name for name in now.keys() | then.keys() if now.get(name) != then.get(name)), default=None)
+        if name is None:
+            return None
+        reason = "is new" if name not in then else "is missing" if name not in now else "has changed"
+        return f"{(self.root / name).display}: {reason} since the run began"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images with digits. Row ids count from 0 in the order of the images or files; each is in exactly one split."""
+    """Images with digits. Row ids count from 0 in the order of the images or files; each is in one split."""
 
     name: str
     """sample, mnist or parquet."""
     location: str
     data: ImageArrays | ParquetFiles
-    """Its method `fetch` reads rows."""
     train: RowRanges
     validation: RowRanges
     test: RowRanges
     notice: str = ""
-    """Message for the console about the choice of source; empty where there is none."""
+    """Message for the console about the choice of source."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Path -> reason of each file in the folder that is not used."""
 
@@ -213,8 +213,7 @@ def open_source(data: str, counter: Counter = lambda *_: lambda _: None) -> Sour
 
 def _sample() -> Source:
     table = read_table(locate(str(SAMPLE), "--data"))
-    images, bad = decode_images(one_chunk(table["image"]))
-    assert not bad
+    images, _ = decode_images(one_chunk(table["image"]))
     digits = one_chunk(table["digit"]).to_numpy().astype(np.int8)
     return _with_splits("sample", str(SAMPLE), ImageArrays(images, digits), {"": RowRanges.of([0], [len(images)])})
 
@@ -251,19 +250,20 @@ def _idx(folder: Path) -> Source:
 def _parquet(data: str, place: Location, counter: Counter) -> Source:
     """The Parquet files that `data` names, in the order of their names."""
     none = f"holds neither IDX files ({IDX_FILES[0]}, …) on a local disk nor Parquet files"
-    found = inputs.list_inputs([data], flag="--data", none=none)
+    found = list_inputs([data], flag="--data", none=none)
     root, entries = found.root, found.files.to_pylist()
-    for name, reason in found.unusable.items():
+    if found.unusable:
+        name, reason = next(iter(found.unusable.items()))
         raise RequestError(f"--data {root.display}/{name}: {reason}")
+    count, rows = counter("footers read", len(entries)), []
     # A local disk answers at once, and threads slow it down.
     with ThreadPoolExecutor(1 if root.is_local else _THREADS) as pool:
-        rows, count = [], counter("footers read", len(entries))
         for row in pool.map(partial(_describe, root), entries):
             rows.append(row)
             count(1)
-        files = ParquetFiles(root, pa.Table.from_pylist(rows, FILE_SCHEMA))
+    files = ParquetFiles(root, pa.Table.from_pylist(rows, TRAINING_FILE_SCHEMA))
     splits = np.array([_split_of_name(entry["name"]) for entry in entries])
-    names = dict.fromkeys(splits.tolist())
+    names = set(splits.tolist())
     if "" in names and len(names) > 1:
         raise RequestError(
             f"--data {place.display}: some files are named train or test and some are not, so the test rows are unclear"
@@ -274,25 +274,24 @@ def _parquet(data: str, place: Location, counter: Counter) -> Source:
 
 
 def _describe(root: Location, entry: dict[str, Any]) -> dict[str, Any]:
-    """The FILE_SCHEMA row of an input file."""
+    """The TRAINING_FILE_SCHEMA row of an input file."""
     file = root / entry["name"]
     try:
         footer = read_footer(file, entry["size"])
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
     names = footer.schema.names
-    digit_column = next((name for name in _DIGIT_COLUMNS if name in names), None)
-    if "image" not in names or digit_column is None:
+    digit = next((name for name in _DIGIT_COLUMNS if name in names), None)
+    if "image" not in names or digit is None:
         raise RequestError(f"{file.display}: needs a column 'image' and a column 'digit' or 'label', has {', '.join(names)}")
-    for name, type_error in (("image", image_type_error), (digit_column, number_type_error)):
-        error_of_column = column_error(footer.schema, name, type_error)
-        if error_of_column:
-            raise RequestError(f"{file.display}: {error_of_column}")
+    wrong = column_error(footer.schema, "image", image_type_error) or column_error(footer.schema, digit, number_type_error)
+    if wrong:
+        raise RequestError(f"{file.display}: {wrong}")
     return entry | {
         "footer_sha256": footer.sha256,
         "rows": sum(footer.group_rows),
         "group_rows": footer.group_rows,
-        "digit_column": digit_column,
+        "digit_column": digit,
     }
 
 
@@ -306,7 +305,7 @@ def _split_of_name(file: str) -> str:
 
 
 def _with_splits(name: str, location: str, data: ImageArrays | ParquetFiles, rows: dict[str, RowRanges]) -> Source:
-    """A source whose rows belong to these splits, "" for rows of which no name says a split.
+    """A source whose rows belong to these splits, or to "" where no name says one.
 
     A missing split is held out of the training rows: a tenth of them, and at most 5,000 rows.
     """

@@ -50,7 +50,7 @@ def build_manifest(run: TrainingRun, checksums: Checksums, plan: WorkerPlan) -> 
 
 
 def write_data_files(folder: OutputFolder, files: ParquetFiles, checksums: Checksums) -> None:
-    """Write the files of a run, `sources.FILE_SCHEMA` and a column `checksum`: of the rows of each, null where unknown."""
+    """Write the files of a run, `sources.TRAINING_FILE_SCHEMA` and a column `checksum` of its rows, null where unknown."""
     column = pa.nulls(files.table.num_rows, pa.int64()) if checksums is None else pa.array(checksums)
     folder.write(DATA_FILES, to_parquet(files.table.append_column("checksum", column)))
 
