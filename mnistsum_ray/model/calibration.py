@@ -26,14 +26,12 @@ _SEARCH_STEPS: Final = 25
 
 def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
     """Fit the temperature of each head, by its name, on rows that the model was not trained on."""
-    batches = [
-        [(logits.flatten(0, 1), classes.flatten()) for logits, classes in zip(scores, true_classes(batch["digit"]), strict=True)]
-        for batch, scores in scored
-    ]
+    batches, classes = zip(*((scores, true_classes(batch["digit"])) for batch, scores in scored), strict=True)
     temperatures = {}
-    for head, of_head in zip(HEADS, zip(*batches, strict=True), strict=True):
-        logits, classes = (torch.cat(values).cpu() for values in zip(*of_head, strict=True))
-        temperatures[head.name] = fit_temperature(logits, classes)
+    for index, head in enumerate(HEADS):
+        logits = torch.cat([scores[index].flatten(0, 1) for scores in batches]).cpu()
+        truth = torch.cat([of_batch[index].flatten() for of_batch in classes]).cpu()
+        temperatures[head.name] = fit_temperature(logits, truth)
     return temperatures
 
 
@@ -54,14 +52,9 @@ def fold_temperatures(model: TwoHeadCNN, temperatures: Mapping[str, float]) -> N
 
 
 def fit_temperature(scores: Tensor, classes: Tensor) -> float:
-    """Fit the temperature of one head by maximum a posteriori.
+    """Fit the temperature of one head by maximum a posteriori, on logits [n, classes] and true classes int64[n].
 
-    Args:
-        scores: logits [n, classes].
-        classes: true classes, int64[n].
-
-    Returns:
-        A temperature in 0.22..4.5, rounded to four digits, so that differences between machines mostly vanish.
+    It lies in 0.22..4.5, and is rounded to four digits, so that differences between machines mostly vanish.
     """
     scores = scores.double()
 

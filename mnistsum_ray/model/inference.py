@@ -20,7 +20,6 @@ CPU_BATCH: Final = 256
 """In `jobs/score.py` on two cores 3 to 7 % faster than 64, and as fast as larger batches."""
 GPU_BATCH: Final = 2048
 
-
 Numbers = npt.NDArray[np.int64]
 
 Forward = Callable[[Tensor, Tensor], Scores]
@@ -33,8 +32,7 @@ class Predictions:
 
     values: Mapping[str, npt.NDArray[Any]]
     """[n] each, by name. Of each head `pred_<head>`, the most likely class, int8, and `<head>_prob`, its probability, float32. If
-    labels were given also `<head>_nll`, the negative log-likelihood of the true class in nats, and `<head>_brier`, the Brier
-    score: float32, and 0 for rows without a label."""
+    labels were given also `<head>_nll` and `<head>_brier`, see `probability_losses`: float32, 0 for rows without a label."""
 
     @property
     def digit(self) -> npt.NDArray[np.int8]:
@@ -135,8 +133,11 @@ def _predict(
     # The list begins with an empty batch, because torch.cat needs at least one.
     scores: list[Scores] = [tuple(torch.empty(0, head.classes, device=device) for head in HEADS)]
     for start in range(0, len(images), batch_size):
-        batch = (array_to_device(values[start : start + batch_size], device) for values in (images, numbers))
-        scores.append(forward(*(_fill_up(values, batch_size) for values in batch)))
+        batch = [array_to_device(values[start : start + batch_size], device) for values in (images, numbers)]
+        missing = batch_size - len(batch[0])
+        if missing:
+            batch = [torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) for values in batch]
+        scores.append(forward(*batch))
     found: dict[str, Tensor] = {}
     for head, batches in zip(HEADS, zip(*scores, strict=True), strict=True):
         logits = torch.cat(batches)[: len(images)]
@@ -150,9 +151,3 @@ def _predict(
     arrays = torch.stack([values.float() for values in found.values()]).cpu().numpy()
     named = zip(found, arrays, strict=True)
     return Predictions({name: array.astype(np.int8) if name.startswith("pred_") else array for name, array in named})
-
-
-def _fill_up(values: Tensor, batch_size: int) -> Tensor:
-    """The rows, and zeros up to the batch size."""
-    missing = batch_size - len(values)
-    return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values

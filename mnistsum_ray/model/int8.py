@@ -19,7 +19,7 @@ from torch import Tensor
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import one_line
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.metrics import Counts, ScoredRows
+from mnistsum_ray.model.metrics import AnswerCounts, ScoredRows
 from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, prepare_images
 
 CALIBRATION_ROWS: Final = 512
@@ -126,7 +126,9 @@ def quantize(
     """
     maxima = activation_maxima(model, training_images[:CALIBRATION_ROWS])
     digit_scores = int8_digit_scores(model, maxima)
-    counts, same, rows = Counts(torch.device("cpu")), {head.name: 0.0 for head in HEADS}, 0
+    counts = AnswerCounts(torch.device("cpu"))
+    same = {head.name: 0.0 for head in HEADS}
+    rows = 0
     for batch, scores in scored:
         on_cpu = {name: batch[name].cpu() for name in ("image", "digit", "row_id")}
         int8 = model.scores_of_all_numbers(digit_scores(on_cpu["image"]))

@@ -2,7 +2,7 @@
 
 Each image is paired with all ten numbers, and not with a random one: the sum accuracy then has no luck in it. The convolutions,
 nearly all of the work, run once an image. Evaluation, calibration, error analysis and the comparison of int8 with float32 take
-their rows from `score_rows`, and count them in `Counts`.
+their rows from `score_rows`, and count them in `AnswerCounts`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.heads import HEADS, SUM
 from mnistsum_ray.model.network import Scores, TwoHeadCNN
 
-BINS: Final = 15
+RELIABILITY_BINS: Final = 15
 """Bins of equal width over the probability 0..1, as in Guo et al. (2017)."""
 
 MAX_MISTAKES: Final = 24
@@ -29,7 +29,7 @@ MAX_MISTAKES: Final = 24
 
 Floats = npt.NDArray[np.floating[Any]]
 
-Batch = dict[str, Tensor]
+LabelledRows = dict[str, Tensor]
 """Rows on the model's device: `image` uint8[n, 28, 28], `digit` int64[n] in 0..9, and `row_id` int64[n]."""
 
 Metrics = dict[str, float]
@@ -37,14 +37,14 @@ Metrics = dict[str, float]
 nats), `<head>_accuracy` of each head, and `consistency` (share of the pairs whose predicted sum is the predicted digit plus the
 number)."""
 
-ScoredRows = Iterable[tuple[Batch, Scores]]
+ScoredRows = Iterable[tuple[LabelledRows, Scores]]
 """Batches with their scores by head: float32[n, k, classes], where k is 10 if the answer depends on the number, and else 1."""
 
 
 @torch.no_grad()
 def score_rows(
-    model: TwoHeadCNN, digit_scores: Callable[[Batch], Tensor], batches: Iterable[Batch]
-) -> Iterator[tuple[Batch, Scores]]:
+    model: TwoHeadCNN, digit_scores: Callable[[LabelledRows], Tensor], batches: Iterable[LabelledRows]
+) -> Iterator[tuple[LabelledRows, Scores]]:
     """The batches with the scores of all heads; `digit_scores` are [n, 10] of a batch, in any precision."""
     for batch in batches:
         # The other heads, a thousandth of the work, run in float32, also where the convolutions run in bfloat16.
@@ -57,7 +57,7 @@ def true_classes(digits: Tensor) -> list[Tensor]:
     return [head.target(digits[:, None], numbers) for head in HEADS]
 
 
-class Counts:
+class AnswerCounts:
     """Right answers and losses, summed over rows and kept on the device; workers exchange the sums once, in `metrics`."""
 
     def __init__(self, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class Counts:
         self._id_sum = zeros(1)
         self._losses = torch.zeros(len(HEADS), dtype=torch.float64, device=device)
 
-    def add(self, batch: Batch, scores: Scores) -> None:
+    def add(self, batch: LabelledRows, scores: Scores) -> None:
         """Count one batch with its scores, as `score_rows` yields them."""
         digits = batch["digit"]
         answers = {head.name: logits.argmax(2) for head, logits in zip(HEADS, scores, strict=True)}
@@ -107,16 +107,8 @@ class Counts:
 
 
 def probability_losses(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses of each row's probabilities.
-
-    Args:
-        scores: logits [n, classes].
-        labels: true classes int64[n].
-
-    Returns:
-        Negative log-likelihoods in nats and Brier scores (squared distances between the probabilities and the one-hot truth),
-        float32[n] each.
-    """
+    """Negative log-likelihoods in nats and Brier scores (squared distances between the probabilities and the one-hot truth) of
+    logits [n, classes] with true classes int64[n]: float32[n] each."""
     log_probabilities = scores.log_softmax(1)
     nll = -log_probabilities.gather(1, labels[:, None]).squeeze(1)
     brier = log_probabilities.exp().square().sum(1) - 2 * torch.exp(-nll) + 1
@@ -125,35 +117,30 @@ def probability_losses(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Reliability:
-    """Sums over rows that the probability metrics of a head are computed from; sums of several sets of rows can be added."""
+    """Sums over rows that the probability metrics of a head are computed from. The bins are by the probability of the predicted
+    class."""
 
     nll: float = 0.0
     """Sum of the negative log-likelihoods of the true classes, in nats."""
     brier: float = 0.0
-    """Sum of the squared distances between the probabilities of all classes and the one-hot truth."""
-    rows: list[int] = field(default_factory=lambda: [0] * BINS)
-    """Number of rows by the probability of the predicted class, in bins."""
-    probability: list[float] = field(default_factory=lambda: [0.0] * BINS)
-    """Sum of the probabilities of the predicted classes, in the same bins."""
-    right: list[int] = field(default_factory=lambda: [0] * BINS)
-    """Number of right predictions, in the same bins."""
+    """Sum of the Brier scores."""
+    rows: list[int] = field(default_factory=lambda: [0] * RELIABILITY_BINS)
+    """Number of rows in each bin."""
+    probability: list[float] = field(default_factory=lambda: [0.0] * RELIABILITY_BINS)
+    """Sum of the probabilities of the predicted classes in each bin."""
+    right: list[int] = field(default_factory=lambda: [0] * RELIABILITY_BINS)
+    """Number of right predictions in each bin."""
 
     @classmethod
     def from_predictions(cls, probability: Floats, right: npt.NDArray[np.bool_], nll: Floats, brier: Floats) -> "Reliability":
-        """Sum over n rows.
-
-        Args:
-            probability: probability of each predicted class, [n].
-            right: True where the prediction is right, [n].
-            nll, brier: losses of each row, [n].
-        """
-        bins = np.minimum((probability * BINS).astype(np.int64), BINS - 1)
+        """Sum over n rows: of each the probability of the predicted class, whether it is right, and its `probability_losses`."""
+        bins = np.minimum((probability * RELIABILITY_BINS).astype(np.int64), RELIABILITY_BINS - 1)
         return cls(
             nll=float(nll.sum(dtype=np.float64)),
             brier=float(brier.sum(dtype=np.float64)),
-            rows=np.bincount(bins, minlength=BINS).tolist(),
-            probability=np.bincount(bins, probability.astype(np.float64), BINS).tolist(),
-            right=np.bincount(bins[right], minlength=BINS).tolist(),
+            rows=np.bincount(bins, minlength=RELIABILITY_BINS).tolist(),
+            probability=np.bincount(bins, probability.astype(np.float64), RELIABILITY_BINS).tolist(),
+            right=np.bincount(bins[right], minlength=RELIABILITY_BINS).tolist(),
         )
 
     @classmethod
@@ -191,11 +178,11 @@ def analyse_errors(scored: ScoredRows, on_progress: Callable[[int], None] = lamb
         MAX_MISTAKES, the most confident first. `consistent`: share of the pairs whose predicted sum is the predicted digit plus
         the number. `probabilities`: `Reliability.as_json` by head.
     """
-    counts: Counts | None = None
+    counts: AnswerCounts | None = None
     reliability = {head.name: Reliability() for head in HEADS}
     mistakes: list[dict[str, Any]] = []
     for batch, scores in scored:
-        counts = counts or Counts(batch["digit"].device)
+        counts = counts or AnswerCounts(batch["digit"].device)
         counts.add(batch, scores)
         for sums, logits, classes in zip(reliability.values(), scores, true_classes(batch["digit"]), strict=True):
             sums.add(Reliability.from_scores(logits, classes))
@@ -214,9 +201,8 @@ def analyse_errors(scored: ScoredRows, on_progress: Callable[[int], None] = lamb
 def probability_metrics(analysis: dict[str, Any]) -> dict[str, Any]:
     """The entry `probabilities` of model.json, of `analyse_errors`: `consistent`, and by head `nll`, `brier` and `ece`."""
     heads = analysis["probabilities"].items()
-    return {"consistent": analysis["consistent"]} | {
-        name: {key: of[key] for key in ("nll", "brier", "ece")} for name, of in heads
-    }
+    by_head = {name: {key: of[key] for key in ("nll", "brier", "ece")} for name, of in heads}
+    return {"consistent": analysis["consistent"], **by_head}
 
 
 def confidence(mistake: dict[str, Any]) -> float:
@@ -224,7 +210,7 @@ def confidence(mistake: dict[str, Any]) -> float:
     return float(mistake["digit_prob"] if mistake["pred_digit"] != mistake["digit"] else mistake["sum_prob"])
 
 
-def _mistakes(batch: Batch, scores: Scores) -> Iterator[dict[str, Any]]:
+def _mistakes(batch: LabelledRows, scores: Scores) -> Iterator[dict[str, Any]]:
     """The images with a wrong digit or sum, each with the number whose wrong sum is the most confident.
 
     `row_id` is the row's number in the data source, `digit` the true digit.

@@ -78,8 +78,6 @@ class TwoHeadCNN(nn.Module):
         self.fc2 = nn.Linear(128, SUM.classes)
         self.register_buffer("one_hot", torch.eye(NUMBERS), persistent=False)
         self._initialize()
-        count = sum(p.numel() for p in self.parameters())
-        assert count == PARAMETERS, f"the network has {count:,} parameters, not {PARAMETERS:,}"
         for parameter in self.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
@@ -140,11 +138,8 @@ class TwoHeadCNN(nn.Module):
         return self.scores(self.digit_scores(images, dropout), numbers)
 
     def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
-        """Scores of all heads, of digit scores [n, 10] with every number 0..9.
-
-        Returns:
-            By head [n, 10, classes]; of the digit [n, 1, 10], since it does not depend on the number.
-        """
+        """Scores of all heads, of digit scores [n, 10] with every number 0..9: by head [n, 10, classes], and of the digit, which
+        does not depend on the number, [n, 1, 10]."""
         rows = len(digit_scores)
         numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
         _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
@@ -152,12 +147,9 @@ class TwoHeadCNN(nn.Module):
 
 
 def dropout_factors(rows: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Draw the dropout factors (Srivastava et al. 2014) of conv7's input, on the generator's device.
+    """Draw the dropout factors (Srivastava et al. 2014) of conv7's input, each 0 or 1 / (1 - probability).
 
-    They are drawn outside the network, so that the caller can seed each step's draws.
-
-    Returns:
-        float32[rows, 128, 3, 3], channels last as conv7's input; each value is 0 or 1 / (1 - probability).
+    They are float32[rows, 128, 3, 3], channels last. The caller seeds the generator for each step, and names the device by it.
     """
     draws = torch.rand(rows, 3, 3, 128, generator=generator, device=generator.device)
     return ((draws >= probability) / (1 - probability)).permute(0, 3, 1, 2)
@@ -167,22 +159,12 @@ class Objective(nn.Module):
     """The network and its loss as one module, so that DDP and the compiler see the whole step."""
 
     def __init__(self, model: TwoHeadCNN, label_smoothing: float, dtype: torch.dtype) -> None:
-        """The dtype is that to compute in, by autocast; parameters and gradients are float32."""
+        """`dtype` is that to compute in, by autocast; parameters and gradients are float32."""
         super().__init__()
         self.model, self.label_smoothing, self.dtype = model, label_smoothing, dtype
 
     def forward(self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute the loss of n rows.
-
-        Args:
-            images: prepared images float32[n, 1, 28, 28], distorted or not.
-            numbers: int64[n] in 0..9.
-            digits: true digits int64[n].
-            dropout: `dropout_factors` of the rows, or None.
-
-        Returns:
-            The loss to minimize, and the loss without label smoothing, which has no gradient: scalars, summed over the rows.
-        """
+        """The `joint_loss` of prepared images float32[n, 1, 28, 28] with numbers and digits int64[n], and `dropout_factors`."""
         if self.dtype == torch.float32:
             scores = self.model(images, numbers, dropout)
         else:
@@ -202,7 +184,7 @@ class Objective(nn.Module):
 
 
 def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Mean of the heads' cross-entropies, summed over the rows: float32 scalars.
+    """Mean of the heads' cross-entropies, summed over the rows: with label smoothing, and without, which has no gradient.
 
     The sum, not the mean, over the rows gives each row the same weight in workers and batches of unequal size; the caller divides
     once.
@@ -215,7 +197,7 @@ def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing:
             with unsmoothed sums its loss would still push them up without bound.
 
     Returns:
-        The loss with label smoothing, and without, which has no gradient.
+        float32 scalars.
     """
     exact, smooth = [], []
     for head, logits in zip(HEADS, scores, strict=True):

@@ -15,7 +15,7 @@ from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, positions_of_rank, step_seed
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import all_reduce_sum
-from mnistsum_ray.model.metrics import Counts, Metrics, score_rows
+from mnistsum_ray.model.metrics import AnswerCounts, Metrics, score_rows
 from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, dropout_factors, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.console import UPDATE_SECONDS
@@ -213,7 +213,7 @@ class Trainer:
         """
         self.model.eval()
         rows = held_out.rows
-        counts = Counts(self.worker.device)
+        counts = AnswerCounts(self.worker.device)
         on_progress = self.worker.events.progress("rows evaluated", len(rows))
         for batch, scores in score_rows(self.model, self.digit_scores, held_out.batches):
             counts.add(batch, scores)

@@ -51,7 +51,6 @@ def test_a_folder_is_listed_with_all_below_it_and_other_files_are_skipped(folder
         ("*/*/*.parq", ["f.parq"]),
         ("**/*.parq*", ["a.parquet", "b/_temporary/x.parquet", "b/c.parquet", "b/e/f.parq", "b/g,h [1].parquet"]),
         ("b/?.p[a-z]*", ["c.parquet"]),
-        ("notes.*", ["notes.txt"]),
     ],
 )
 def test_globs_match_as_a_shell_does(folder: Path, pattern: str, expected: list[str]) -> None:
@@ -63,6 +62,8 @@ def test_a_wildcard_matches_no_leading_dot_wherever_files_lie() -> None:
     assert not matches((".tmp", "c.parquet"), ("**", "*.parquet"))
     assert not matches(("a", ".c.parquet"), ("**",))
     assert matches((".tmp", "c.parquet"), (".tmp", "**"))
+    hidden = {"a/b.parquet": False, "a/_b": True, ".ipynb_checkpoints/a": True, "a_/b._c": False}
+    assert {name: is_hidden(name) for name in hidden} == hidden
 
 
 def test_a_glob_looks_only_where_it_can_match(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,23 +84,12 @@ def test_a_glob_looks_only_where_it_can_match(folder: Path, monkeypatch: pytest.
         find(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "hidden"),
-    [("a/b.parquet", False), ("a/_b", True), (".ipynb_checkpoints/a", True), ("a/_x/b", True), ("a_/b._c", False)],
-)
-def test_a_name_is_hidden_by_any_of_its_components(name: str, hidden: bool) -> None:
-    assert is_hidden(name) == hidden
-
-
-def test_a_file_may_have_any_name_and_several_values_share_one_root(folder: Path) -> None:
+def test_a_file_may_have_any_name_and_several_values_share_one_root(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(find(folder / "notes.txt")) == ["notes.txt"]
     assert names(find(folder / "b/g,h [1].parquet")) == ["g,h [1].parquet"]
     both = find(folder / "b/e", folder / "a.parquet", folder / "b/e/f.parq")
     assert names(both) == ["a.parquet", "b/e/f.parq"]
     assert both.root.path == str(folder)
-
-
-def test_names_do_not_depend_on_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder / "b")
     expected = ["c.parquet", "d.PQ", "e/f.parq", "g,h [1].parquet"]
     assert names(find("_temporary/..")) == names(find("../b", "e/../c.parquet")) == expected
@@ -122,11 +112,9 @@ def test_what_is_not_there_is_named(folder: Path) -> None:
         (["."], ".", "lies in the input"),
         (["."], "out", "lies in the input"),
         (["b"], ".", "holds the input file"),
-        (["a.parquet"], ".", "holds the input file"),
         (["*/*.parquet"], "out", "lies in the input"),
         (["**/*.parquet"], "out/deep", "lies in the input"),
         (["*/*.parquet"], "out/deep", None),
-        (["*.parquet"], "out", None),
         (["b"], "out", None),
         (["a.parquet"], "b/out", None),
     ],
@@ -174,11 +162,8 @@ def test_links_to_files_are_followed_and_links_to_folders_only_if_they_are_named
     assert names(find(folder)) == sorted([*NAMES, "one.parquet"])
     assert names(find(folder / "more")) == ["z.parquet"]
     assert names(find(folder / "latest.parquet")) == ["a.parquet"]
-    for name, message in (
-        ("pipe.parquet", "is a device, a pipe or a socket"),
-        ("zero.parquet", "is a device, a pipe or a socket"),
-    ):
-        with pytest.raises(RequestError, match=message):
+    for name in ("pipe.parquet", "zero.parquet"):
+        with pytest.raises(RequestError, match="is a device, a pipe or a socket"):
             find(folder / name)
 
 

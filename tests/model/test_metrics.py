@@ -13,10 +13,10 @@ from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import (
-    BINS,
     MAX_MISTAKES,
-    Batch,
-    Counts,
+    RELIABILITY_BINS,
+    AnswerCounts,
+    LabelledRows,
     Metrics,
     Reliability,
     ScoredRows,
@@ -40,13 +40,13 @@ def model() -> TwoHeadCNN:
 
 
 @pytest.fixture(scope="module")
-def rows() -> Batch:
+def rows() -> LabelledRows:
     images, digits, _ = random_rows(ROWS)
     return {"image": images, "digit": digits, "row_id": torch.arange(FIRST, FIRST + ROWS)}
 
 
 @pytest.fixture(scope="module")
-def scored(model: TwoHeadCNN, rows: Batch) -> ScoredRows:
+def scored(model: TwoHeadCNN, rows: LabelledRows) -> ScoredRows:
     """In three batches."""
     batches = [{name: values[start : start + 256] for name, values in rows.items()} for start in range(0, ROWS, 256)]
     return list(score_rows(model, lambda batch: model.digit_scores(prepare_images(batch["image"])), batches))
@@ -54,7 +54,7 @@ def scored(model: TwoHeadCNN, rows: Batch) -> ScoredRows:
 
 @pytest.fixture(scope="module")
 def metrics(scored: ScoredRows) -> Metrics:
-    counts = Counts(torch.device("cpu"))
+    counts = AnswerCounts(torch.device("cpu"))
     for batch, scores in scored:
         counts.add(batch, scores)
     return counts.metrics(ROWS, RowRanges.of([FIRST], [FIRST + ROWS]).id_sum)
@@ -66,7 +66,7 @@ def analysis(scored: ScoredRows) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def test_metrics_equal_a_plain_computation_over_all_pairs(model: TwoHeadCNN, rows: Batch, metrics: Metrics) -> None:
+def test_metrics_equal_a_plain_computation_over_all_pairs(model: TwoHeadCNN, rows: LabelledRows, metrics: Metrics) -> None:
     digits, digit_scores = rows["digit"], model.digit_scores(prepare_images(rows["image"]))
     right, consistent, losses = 0, 0, 0.0
     for number in range(10):
@@ -90,7 +90,7 @@ def test_metrics_equal_a_plain_computation_over_all_pairs(model: TwoHeadCNN, row
 
 @pytest.mark.parametrize("ids", [[0, 1], [0, 1, 1], [0, 1, 2, 3]])
 def test_lost_repeated_and_extra_rows_are_errors(ids: list[int]) -> None:
-    counts = Counts(torch.device("cpu"))
+    counts = AnswerCounts(torch.device("cpu"))
     batch = {"digit": torch.zeros(len(ids), dtype=torch.int64), "row_id": torch.tensor(ids)}
     for rows, scores in score_rows(TwoHeadCNN(), lambda batch: torch.zeros(len(ids), 10), [batch]):
         counts.add(rows, scores)
@@ -98,7 +98,7 @@ def test_lost_repeated_and_extra_rows_are_errors(ids: list[int]) -> None:
         counts.metrics(3, 0 + 1 + 2)
 
 
-def test_the_error_analysis_agrees_with_the_metrics(rows: Batch, metrics: Metrics, analysis: dict[str, Any]) -> None:
+def test_the_error_analysis_agrees_with_the_metrics(rows: LabelledRows, metrics: Metrics, analysis: dict[str, Any]) -> None:
     confusion, sums = np.array(analysis["confusion"]), {name: of["reliability"] for name, of in analysis["probabilities"].items()}
     assert confusion.sum(1).tolist() == np.bincount(rows["digit"], minlength=10).tolist()
     assert np.trace(confusion) / ROWS == pytest.approx(metrics["digit_accuracy"])
@@ -112,7 +112,7 @@ def test_the_error_analysis_agrees_with_the_metrics(rows: Batch, metrics: Metric
     assert {name: [*of] for name, of in probabilities.items()} == {head.name: ["nll", "brier", "ece"] for head in HEADS}
 
 
-def test_most_confident_mistakes_come_first_one_an_image(model: TwoHeadCNN, rows: Batch, analysis: dict[str, Any]) -> None:
+def test_most_confident_mistakes_come_first_one_an_image(model: TwoHeadCNN, rows: LabelledRows, analysis: dict[str, Any]) -> None:
     mistakes = analysis["mistakes"]
     assert len(mistakes) == MAX_MISTAKES == len({mistake["row_id"] for mistake in mistakes})
     with torch.no_grad():
@@ -132,14 +132,16 @@ def test_most_confident_mistakes_come_first_one_an_image(model: TwoHeadCNN, rows
 def probability_metrics_by_definition(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Row by row, class by class."""
     nll = brier = 0.0
-    bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(RELIABILITY_BINS)]
     for row, label in zip(scores.astype(float), labels, strict=True):
         probabilities = [math.exp(score) for score in row]
         probabilities = [probability / sum(probabilities) for probability in probabilities]
         nll -= math.log(probabilities[label])
         brier += sum((probability - (index == label)) ** 2 for index, probability in enumerate(probabilities))
         answer = max(range(10), key=probabilities.__getitem__)
-        bins[min(BINS - 1, int(probabilities[answer] * BINS))].append((probabilities[answer], answer == label))
+        bins[min(RELIABILITY_BINS - 1, int(probabilities[answer] * RELIABILITY_BINS))].append(
+            (probabilities[answer], answer == label)
+        )
     gaps = [abs(sum(probability for probability, _ in rows) - sum(right for _, right in rows)) for rows in bins]
     return {"nll": nll / len(labels), "brier": brier / len(labels), "ece": sum(gaps) / len(labels)}
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.model import sum_head
 from mnistsum_ray.model.inference import make_forward
-from mnistsum_ray.model.metrics import Counts, score_rows
+from mnistsum_ray.model.metrics import AnswerCounts, score_rows
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.training.checkpoint import EpochProgress
 from mnistsum_ray.training.preflight import preflight
@@ -162,7 +162,7 @@ def test_ddp_is_not_compiled_to_graphs(gpu: Callable[..., Any]) -> None:
 
 
 def evaluate() -> None:
-    model, counts = TwoHeadCNN().to(CUDA).eval(), Counts(CUDA)
+    model, counts = TwoHeadCNN().to(CUDA).eval(), AnswerCounts(CUDA)
     with Launches():
         for batch, scores in score_rows(model, lambda batch: model.digit_scores(prepare_images(batch["image"])), [rows(5)]):
             counts.add(batch, scores)
