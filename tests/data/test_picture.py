@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
@@ -35,10 +36,10 @@ def draw(
     return picture
 
 
-def photo(width: int) -> Image.Image:
+def photo() -> Image.Image:
     """Blue ink on paper that is twice as bright at the lower right, from a camera with noise."""
     size, random = (900, 1200), np.random.default_rng(0)
-    mask = draw(SEVEN, size, (250, 300, 610, 870), 255, 0, width, "L").filter(ImageFilter.GaussianBlur(2))
+    mask = draw(SEVEN, size, (250, 300, 610, 870), 255, 0, 48, "L").filter(ImageFilter.GaussianBlur(2))
     ink = np.asarray(mask, np.float32)[..., None] / 255
     y, x = np.mgrid[0 : 1 : size[1] * 1j, 0 : 1 : size[0] * 1j]
     light = (110 + 70 * x + 60 * y)[..., None]
@@ -72,13 +73,6 @@ def likeness(one: np.ndarray, other: np.ndarray) -> float:
     return float(max(np.corrcoef(image.ravel(), other.ravel())[0, 1] for image in shifted))
 
 
-def encoded(picture: Image.Image, kind: str) -> Image.Image:
-    """What a program reads that opens the file."""
-    file = io.BytesIO()
-    picture.save(file, kind, quality=60)
-    return Image.open(file)
-
-
 def turned(picture: Image.Image) -> Image.Image:
     """As a telephone stores it: lying, with a note of how to turn it."""
     exif = Image.Exif()
@@ -88,68 +82,54 @@ def turned(picture: Image.Image) -> Image.Image:
     return Image.open(file)
 
 
-@pytest.mark.parametrize("strokes", [SEVEN, FOUR], ids=["seven", "four"])
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda s: draw(s, ink=0, paper=255, mode="L"), "400x500 grayscale, dark ink on light: inverted, cropped to "),
         (lambda s: draw(s, ink=(250, 250, 240), paper=(30, 70, 50)), "colour, light ink on dark: cropped to "),
         (lambda s: draw(s, ink=(20, 40, 160), paper=(250, 230, 90)), "colour, dark ink on light: inverted"),
-        (lambda s: draw(s, ink=(200, 60, 60), paper=(60, 130, 60)), "colour, "),  # of nearly one brightness
         (lambda s: draw(s, ink=(210, 210, 210)), "grayscale, dark ink on light: inverted"),
         (lambda s: draw(s, (1600, 1200), (900, 300, 1380, 1060), width=72), "1600x1200 grayscale, dark"),
         (lambda s: draw(s, (40, 60), (6, 6, 34, 50), width=4), "40x60 grayscale, dark"),
-        (lambda s: draw(s, box=(80, 60, 320, 440), width=12), "thin strokes widened"),
+        (lambda s: draw(s, width=12), "thin strokes widened"),
         (lambda s: draw(s, ink=(0, 0, 0, 255), paper=(0, 0, 0, 0), mode="RGBA"), "transparent, dark ink on light: inverted"),
         (lambda s: draw(s, ink=(255, 255, 255, 255), paper=(0, 0, 0, 0), mode="RGBA"), "transparent, light ink on dark: cropped"),
         (lambda s: draw(s).convert("1"), "400x500 grayscale, dark"),
         (lambda s: draw(s).convert("P"), "400x500 grayscale, dark"),
         (lambda s: Image.fromarray(np.asarray(draw(s).convert("L")).astype(np.uint16) * 100), "400x500 grayscale, dark"),
-        (lambda s: encoded(draw(s), "JPEG"), "400x500 grayscale, dark"),
-        (lambda s: encoded(draw(s), "WEBP"), "400x500 grayscale, dark"),
         (lambda s: turned(draw(s)), "400x500 grayscale, dark"),
     ],
 )
-def test_a_digit_looks_the_same_however_it_is_drawn(
-    make: Callable[[list[tuple[float, float]]], Image.Image], said: str, strokes: list[tuple[float, float]]
-) -> None:
-    prepared = prepare_picture(make(strokes))
-    assert said in prepared.how
-    pixels = prepared.pixels
-    assert pixels.dtype == np.uint8
-    assert pixels.shape == (28, 28)
-    assert likeness(pixels, prepare_picture(draw(strokes)).pixels) > 0.88
-    rows, columns = np.flatnonzero(pixels.max(1)), np.flatnonzero(pixels.max(0))
-    assert max(np.ptp(rows), np.ptp(columns)) + 1 in (19, 20)
-    mass = np.array([pixels.sum(1 - axis) @ np.arange(28) / pixels.sum() for axis in (0, 1)])
-    assert np.abs(mass - 14).max() <= 0.5
-    assert pixels.max() > 230
+def test_a_digit_looks_the_same_however_it_is_drawn(make: Callable[[list[tuple[float, float]]], Image.Image], said: str) -> None:
+    for strokes in (SEVEN, FOUR):
+        prepared = prepare_picture(make(strokes))
+        assert said in prepared.how
+        pixels = prepared.pixels
+        assert (pixels.dtype, pixels.shape) == (np.uint8, (28, 28))
+        assert likeness(pixels, prepare_picture(draw(strokes)).pixels) > 0.88
+        rows, columns = np.flatnonzero(pixels.max(1)), np.flatnonzero(pixels.max(0))
+        assert max(np.ptp(rows), np.ptp(columns)) + 1 in (19, 20)
+        mass = np.array([pixels.sum(1 - axis) @ np.arange(28) / pixels.sum() for axis in (0, 1)])
+        assert np.abs(mass - 14).max() <= 0.5
+        assert pixels.max() > 230
 
 
-@pytest.mark.parametrize("pen", [1, 2])
-@pytest.mark.parametrize("side", [90, 300, 1000, 2000])
+@pytest.mark.parametrize(("side", "pen"), [(90, 1), (300, 2), (2000, 1)])
 def test_a_thin_pen_is_seen_whole(side: int, pen: int) -> None:
     """Also where the picture is large, and a line is fainter when it has been scaled down."""
-    box = (side // 4, side // 5, side * 3 // 4, side * 4 // 5)
-    for strokes in (SEVEN, FOUR):
-        pixels = prepare_picture(draw(strokes, (side, side), box, width=pen)).pixels
-        assert likeness(pixels, prepare_picture(draw(strokes)).pixels) > 0.8
-        assert pixels.max() > 180
+    pixels = prepare_picture(draw(FOUR, (side, side), (side // 4, side // 5, side * 3 // 4, side * 4 // 5), width=pen)).pixels
+    assert likeness(pixels, prepare_picture(draw(FOUR)).pixels) > 0.8
+    assert pixels.max() > 180
 
 
-def test_an_image_of_mnist_is_used_as_it_is_and_comes_back_from_another_form(sample_images: np.ndarray) -> None:
-    for image in sample_images:
+def test_an_image_of_mnist_is_used_as_it_is_and_comes_back_from_another_form(sample: pa.Table) -> None:
+    for image in pixels_view(one_chunk(sample["image"]))[::500]:
         as_it_is = prepare_picture(Image.fromarray(image))
         assert as_it_is.how == "28x28 grayscale, light ink on black: used as it is"
         assert np.array_equal(as_it_is.pixels, image)
         large = Image.fromarray(255 - image).resize((280, 280), Image.Resampling.BICUBIC)
         for other in (Image.fromarray(255 - image), large):
             assert likeness(prepare_picture(other).pixels, image) > 0.85
-
-
-@pytest.fixture
-def sample_images(sample: object) -> np.ndarray:
-    return pixels_view(one_chunk(sample["image"]))[::250]  # type: ignore[index]
 
 
 def test_specks_and_lines_of_the_paper_are_left_out() -> None:
@@ -176,16 +156,8 @@ LIGHT = np.linspace(80, 240, 90_000).reshape(300, 300).astype(np.uint8)
 
 @pytest.mark.parametrize(
     "make",
-    [
-        lambda: photo(48),
-        lambda: photo(16),
-        lambda: Image.fromarray(NOISE),
-        lambda: Image.fromarray(LIGHT),
-        with_frame,
-        with_corner,
-        with_dots,
-    ],
-    ids=["photo", "photo of a thin pen", "noise", "light", "frame", "corner", "dots"],
+    [photo, lambda: Image.fromarray(NOISE), lambda: Image.fromarray(LIGHT), with_frame, with_corner, with_dots],
+    ids=["photo", "noise", "light", "frame", "corner", "dots"],
 )
 def test_a_picture_that_cannot_be_prepared_well_is_refused(make: Callable[[], Image.Image]) -> None:
     with pytest.raises(RequestError, match=r"^the picture: is not one digit on a background of one colour; crop it .*$"):
@@ -196,11 +168,11 @@ def test_a_picture_that_cannot_be_prepared_well_is_refused(make: Callable[[], Im
     "picture",
     [
         Image.new("RGB", (300, 200), "white"),
-        Image.new("L", (28, 28)),
         Image.new("RGBA", (40, 40), (0, 0, 0, 0)),
         Image.new("L", (1, 1), 255),
+        draw(ink=(200, 60, 60), paper=(60, 130, 60)),  # of nearly one brightness
     ],
-    ids=["white", "black", "transparent", "a pixel"],
+    ids=["white", "transparent", "a pixel", "red on green"],
 )
 def test_a_picture_without_ink_is_refused(picture: Image.Image) -> None:
     with pytest.raises(RequestError, match="nothing is drawn on it"):

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from mnistsum_ray.data.idx import IDX_FILES
-from mnistsum_ray.data.images import Pixels, pixels_array, pixels_view
+from mnistsum_ray.data.images import Pixels, pixels_view
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError
 
@@ -31,10 +31,7 @@ Rows = Callable[[int], Path]
 def write_idx(folder: Path, name: str, values: Pixels, *, zipped: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
-    if zipped:
-        (folder / f"{name}.gz").write_bytes(gzip.compress(data))
-    else:
-        (folder / name).write_bytes(data)
+    (folder / f"{name}{'.gz' if zipped else ''}").write_bytes(gzip.compress(data) if zipped else data)
 
 
 @pytest.fixture
@@ -50,22 +47,16 @@ def idx(tmp_path: Path, sample: pa.Table) -> Path:
     return tmp_path
 
 
-def table(source: Source) -> pa.Table:
-    images, digits = source.data.fetch(np.arange(source.rows))
-    return pa.table({"image": pixels_array(images), "digit": digits})
-
-
 def check_splits(source: Source, train: int, validation: int, test: int) -> None:
     assert (len(source.train), len(source.validation), len(source.test)) == (train, validation, test)
     together = np.concatenate([split.ids() for split in source.splits])
     assert np.array_equal(np.sort(together), np.arange(train + validation + test))
-    assert table(source).num_rows == len(together)
 
 
 def test_sample() -> None:
     source = open_source("sample")
     check_splits(source, 4000, 500, 500)
-    assert np.bincount(table(source)["digit"].to_numpy()).tolist() == [500] * 10
+    assert np.bincount(source.data.fetch(np.arange(5000))[1]).tolist() == [500] * 10
     assert np.array_equal(source.test.ids(), open_source("sample").test.ids())
 
 
@@ -74,7 +65,7 @@ def test_idx_folder_gzipped_or_not(idx: Path, below: str, sample: pa.Table) -> N
     source = open_source(str(idx / below))
     check_splits(source, 360, 40, 100)
     assert source.test.ids().tolist() == list(range(400, 500)), "the test files' rows are the test rows, whole"
-    assert table(source)["image"].to_pylist() == sample["image"].to_pylist()[::10]
+    assert np.array_equal(source.data.fetch(np.arange(500))[0], pixels_view(sample["image"].chunk(0))[::10])
 
 
 def test_hugging_face_layout(tmp_path: Path, sample: pa.Table) -> None:
@@ -85,14 +76,14 @@ def test_hugging_face_layout(tmp_path: Path, sample: pa.Table) -> None:
 
     images = pixels_view(sample["image"].chunk(0))[::10]
     digits = sample["digit"].to_pylist()[::10]
+    (tmp_path / "mnist").mkdir()
     for name, rows in (("train-00000-of-00001", slice(0, 400)), ("test-00000-of-00001", slice(400, 500))):
         columns = {"image": [png(image) for image in images[rows]], "label": digits[rows]}
-        (tmp_path / "mnist").mkdir(exist_ok=True)
         pq.write_table(pa.table(columns), tmp_path / "mnist" / f"{name}.parquet")
     source = open_source(str(tmp_path))
     check_splits(source, 360, 40, 100)
     assert source.test.ids().tolist() == list(range(100)), "row ids follow the file names, and test sorts before train"
-    assert sorted(table(source)["image"].to_pylist()) == sorted(sample["image"].to_pylist()[::10])
+    assert np.array_equal(source.data.fetch(np.arange(500))[0], np.concatenate([images[400:], images[:400]]))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +110,6 @@ def test_a_damaged_idx_folder_is_refused(idx: Path, name: str, damage: Callable[
     [
         (lambda rows: rows.drop_columns(["digit"]), None, "needs a column 'image' and a column 'digit' or 'label', has image"),
         (lambda rows: rows.set_column(0, "image", pa.array(["a"] * 100)), None, "column 'image' has type string"),
-        (lambda rows: rows.append_column("image", rows["image"]), None, "rows.parquet: has more than one column 'image'"),
         (lambda rows: rows.append_column("digit", rows["digit"]), None, "rows.parquet: has more than one column 'digit'"),
         (lambda rows: rows[:5], None, "has 5 training rows"),
         (lambda rows: rows, -10, "is not Parquet, or was cut off"),
@@ -147,9 +137,8 @@ def test_nothing_there_is_refused(tmp_path: Path) -> None:
     "names",
     [
         ("train-0.parquet", "validation-0.parquet", "test-0.parquet"),
-        ("train/a.parquet", "val/a.parquet", "test/a.parquet"),
+        ("training/a.parquet", "val/a.parquet", "testing/a.parquet"),
         ("mnist_Train.parquet", "VALID.pq", "TEST/a.PARQ"),
-        ("training/part-0.parquet", "validation/part-0.parquet", "testing/part-0.parquet"),
     ],
 )
 def test_files_and_folders_named_for_a_split_are_that_split_in_any_case(
