@@ -18,7 +18,7 @@ def sampled(rows: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     return scores, (scores / temperature).softmax(1).multinomial(1, generator=generator).squeeze(1)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_the_fit_recovers_the_temperature_of_the_labels_and_minimizes_the_loss(temperature: float) -> None:
     scores, labels = sampled(20_000, temperature)
     fitted = fit_temperature(scores, labels)
@@ -35,8 +35,8 @@ def test_temperature_is_bounded_if_no_row_is_wrong() -> None:
 @torch.no_grad()
 def test_folded_temperatures_divide_the_scores() -> None:
     model = new_model().eval()
-    images, digits, numbers = random_rows(200)
-    batch = {"image": images, "digit": digits, "row_id": torch.arange(200)}
+    images, digits, numbers = random_rows(100)
+    batch = {"image": images, "digit": digits, "row_id": torch.arange(100)}
     before = model(prepare_images(images), numbers)
     temperatures = fit_temperatures(score_rows(model, lambda rows: model.digit_scores(prepare_images(rows["image"])), [batch]))
     fold_temperatures(model, temperatures)

@@ -25,7 +25,7 @@ def predictor(precision: str = "fp32", batch_size: int = 64, maxima: list[float]
     return Predictor(copy_weights(new_model()), torch.device("cpu"), precision, batch_size, maxima)
 
 
-def rows(count: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rows(count: int = 70) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images, numbers and labels, one of them unknown."""
     images, digits, numbers = (values.numpy() for values in random_rows(count))
     digits[:1] = -1
@@ -39,15 +39,16 @@ def equal(first: Predictions, second: Predictions) -> bool:
 
 def test_types_and_ranges() -> None:
     images, numbers, labels = rows()
-    found = predictor().predict(images, numbers, labels)
+    ours = predictor()
+    found = ours.predict(images, numbers, labels)
     assert [values.dtype for values in (found.digit, found.sum, found.digit_prob, found.sum_prob)] == ["i1", "i1", "f4", "f4"]
     assert 0 <= found.digit.min() <= found.digit.max() <= 9
     assert 0 <= found.sum.min() <= found.sum.max() <= 18
     for name in ("digit_nll", "sum_nll", "digit_brier", "sum_brier"):
         assert found.values[name][0] == 0, "its label is unknown"
         assert (found.values[name][1:] > 0).all()
-    assert "digit_nll" not in predictor().predict(images, numbers).values
-    assert len(predictor().predict(images[:0], numbers[:0]).digit) == 0
+    assert "digit_nll" not in ours.predict(images, numbers).values
+    assert len(ours.predict(images[:0], numbers[:0]).digit) == 0
 
 
 def test_several_threads_and_memory_that_may_not_be_written() -> None:
@@ -56,18 +57,18 @@ def test_several_threads_and_memory_that_may_not_be_written() -> None:
     for values in frozen:
         values.flags.writeable = False
     with ThreadPoolExecutor(2) as pool:
-        assert all(equal(together, alone) for together in pool.map(lambda _: ours.predict(*frozen), range(6)))
+        assert all(equal(together, alone) for together in pool.map(lambda _: ours.predict(*frozen), range(4)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_a_row_has_the_same_bits_in_a_batch_of_any_size(precision: str) -> None:
     if precision == "int8" and int8.unavailable_reason():
         pytest.skip("this PyTorch has no integer convolutions on this CPU")
-    images, numbers, _ = rows(128)
+    images, numbers, _ = rows()
     maxima = int8.activation_maxima(new_model(), torch.from_numpy(images)) if precision == "int8" else None
-    ours = predictor(precision, 128, maxima)
+    ours = predictor(precision, 32, maxima)
     whole = ours.predict(images, numbers)
-    for size in (1, 2, 3, 7, 16, 33, 40):
-        start = 2 * size  # a row is at another place of its batch, too
-        part = ours.predict(images[start : start + size], numbers[start : start + size])
-        assert equal(part, whole.slice(start, start + size)), size
+    for size in (1, 3, 16, 33):
+        start = 1 + size  # a row is at another place of its batch, too
+        some = ours.predict(images[start : start + size], numbers[start : start + size])
+        assert equal(some, whole.slice(start, start + size)), size

@@ -51,14 +51,14 @@ def test_a_reader_between_two_publications_finds_a_whole_model(tmp_path: Path) -
 
     reader = threading.Thread(target=read)
     reader.start()
-    for seed in range(1, 30):
+    for seed in range(1, 12):
         save(tmp_path, seed)
     ended.set()
     reader.join()
-    assert len(found) > 2
+    assert len(found) > 1
     other = json.loads((tmp_path / "model.json").read_text()) | {"sha256": "of other weights"}
     (tmp_path / "model.json").write_text(json.dumps(other))
-    assert load_model(place)[1]["epoch"] == 29
+    assert load_model(place)[1]["epoch"] == 11
 
 
 @pytest.mark.parametrize(
