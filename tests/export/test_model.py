@@ -54,7 +54,6 @@ def test_the_onnx_file_says_what_it_is(model: Path, exported: Path) -> None:
     assert (metadata["sha256"], metadata["parameters"], metadata["version"]) == (description["sha256"], "220125", __version__)
     assert metadata["test_accuracy"] == "digit 0.0000, sum 0.0000 of 500 test rows with every number"
     assert all(name in metadata["inputs"] + metadata["outputs"] for name in ("image", "number", "pred_sum", "sum_prob"))
-    assert metadata["test_accuracy"] in file.doc_string
 
 
 PROGRAM = """
@@ -97,7 +96,6 @@ def test_an_export_that_predicts_otherwise_is_not_written(model: Path, tmp_path:
 @pytest.mark.parametrize(
     ("images", "numbers", "said"),
     [
-        (np.zeros((2, 28, 28)), np.zeros(2, np.int64), r"uint8\[n, 28, 28\], are float64"),
         (np.zeros((2, 784), np.uint8), np.zeros(2, np.int64), r"uint8\[n, 28, 28\], are uint8\[2, 784\]"),
         (np.zeros((2, 28, 28), np.uint8), np.zeros(3, np.int64), r"integers\[2\], are int64\[3\]"),
         (np.zeros((2, 28, 28), np.uint8), np.zeros(2), r"integers\[2\], are float64\[2\]"),

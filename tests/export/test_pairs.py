@@ -42,11 +42,11 @@ def test_the_same_flags_write_the_same_files_and_another_seed_other_numbers(tmp_
 def test_images_and_digits_are_those_of_the_source(tmp_path: Path, sample: pa.Table) -> None:
     (table,) = run(tmp_path / "a", rows=100, files=1, split="train")
     picked = sample.take(table["row_id"].combine_chunks())
-    assert table["image"].to_pylist() == picked["image"].to_pylist()
-    assert table["digit"].to_pylist() == picked["digit"].to_pylist()
+    for name in ("image", "digit"):
+        assert table[name].to_pylist() == picked[name].to_pylist()
 
 
-def test_from_parquet_of_several_parts(tmp_path: Path, sample: pa.Table) -> None:
+def test_from_parquet_and_data_that_go_away_are_named_and_not_the_output(tmp_path: Path, sample: pa.Table) -> None:
     (tmp_path / "in").mkdir()
     for name in ("train-a", "train-b", "test-a", "test-b"):
         pq.write_table(sample[::25], tmp_path / "in" / f"{name}.parquet")
@@ -56,18 +56,12 @@ def test_from_parquet_of_several_parts(tmp_path: Path, sample: pa.Table) -> None
     assert table["digit"].to_pylist()[:400] == sample[::25]["digit"].to_pylist() * 2
     assert len(table) == 500
 
-
-def test_data_that_go_away_are_named_and_not_the_output(tmp_path: Path, sample: pa.Table) -> None:
-    (tmp_path / "in").mkdir()
-    for split in ("train", "test"):
-        pq.write_table(sample[::25], tmp_path / "in" / f"{split}.parquet")
-    config = ExportPairsConfig(data=str(tmp_path / "in"), output=str(tmp_path / "out"), rows=10, files=1)
-    delete = (tmp_path / "in" / "test.parquet").unlink
     source = open_source(config.data)
+    (tmp_path / "in" / "test-a.parquet").unlink()  # after its footer was read
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mnistsum_ray.export.pairs.open_source", lambda _: (delete(), source)[1])  # after its footer was read
-        with pytest.raises(RunError, match=r"--data .*test\.parquet"):
-            export_pairs(config, print)
+        patch.setattr("mnistsum_ray.export.pairs.open_source", lambda _: source)
+        with pytest.raises(RunError, match=r"--data .*test-a\.parquet"):
+            export_pairs(config.model_copy(update={"output": str(tmp_path / "other")}), print)
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A model folder comes back as it was saved; what is no model, or a damaged one, is refused in one line."""
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -67,25 +68,21 @@ def test_a_reader_between_two_publications_finds_a_whole_model(tmp_path: Path) -
         ({"epoch": None}, "its 'epoch' is None"),
         ({"sha256": ["a"]}, "its 'sha256' is ['a']"),
         ({"format": "else"}, "its format is not 'mnistsum_ray/5'"),
+        ({"weights": {"conv1.weight": torch.zeros(3)}}, "its tensors are not those of the network"),
     ],
-    ids=lambda value: str(value)[:60],
+    ids=["epoch", "sha256", "format", "tensors"],
 )
-def test_a_description_without_what_scoring_needs_is_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
-    with pytest.raises(RequestError) as refused:
+def test_a_model_without_what_scoring_needs_is_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(said)):
         load_model(save(tmp_path, **changed))
-    assert said in str(refused.value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
-    weights = weights_of(0)
-    weights["conv3.weight"][5, 7, 1, 2] = value
-    with pytest.raises(RequestError, match=r"conv3\.weight holds NaN or infinite weights"):
-        load_model(save(tmp_path, weights=weights))
-
-
-def flip_a_bit(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf")):
+        weights = weights_of(0)
+        weights["conv3.weight"][5, 7, 1, 2] = value
+        with pytest.raises(RequestError, match=r"conv3\.weight holds NaN or infinite weights"):
+            load_model(save(tmp_path, weights=weights))
 
 
 def without_end(file: Path) -> None:
@@ -101,20 +98,13 @@ def without_end(file: Path) -> None:
         (lambda file: file.write_bytes(b"PK"), "model.safetensors cannot be used"),
         (lambda file: file.write_bytes(file.read_bytes()[:-100]), "model.safetensors cannot be used"),
         (lambda file: torch.save(weights_of(0), file), "model.safetensors cannot be used"),
-        (flip_a_bit, "the SHA-256 of its weights differs"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1"), "the SHA-256 of its weights differs"),
     ],
-    ids=["missing", "without end", "two bytes", "cut short", "pickle", "one bit"],
+    ids=["missing", "without end", "two bytes", "cut short", "pickle", "other bytes"],
 )
 def test_what_is_not_a_model_is_refused(tmp_path: Path, damage: Callable[[Path], Any], said: str) -> None:
     place = save(tmp_path)
     damage(tmp_path / "model.safetensors")
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(RequestError, match=rf"{tmp_path}.*{said}") as refused:
         load_model(place)
-    assert said in str(refused.value)
-    assert str(tmp_path) in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-def test_tensors_of_another_network_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="its tensors are not those of the network"):
-        load_model(save(tmp_path, weights={"conv1.weight": torch.zeros(3)}))
