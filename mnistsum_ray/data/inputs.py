@@ -136,8 +136,10 @@ class _Value:
     @property
     def folder(self) -> str:
         """Path of the folder that the value names, or that holds the file."""
-        path = self.place.path
-        return (path.rpartition("/")[0] or "/" * self.place.is_local) if self.is_file else path
+        if not self.is_file:
+            return self.place.path
+        above = self.place.path.rpartition("/")[0]
+        return "/" if self.place.is_local and not above else above
 
     def list(self) -> Iterator[tuple[str, Entry | str]]:
         """Paths that the value names, each with its file, or with the reason why it is left out."""

@@ -1,7 +1,7 @@
 """Parquet files: rows by their ids, messages about files that have changed, and Ray's Arrow types read as plain lists."""
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -137,20 +137,15 @@ def test_ray_tensors_are_read_as_lists_and_written_without_marks(ray_file: Path,
 
 def test_types_are_registered_afterwards_as_before(ray_file: Path) -> None:
     """Also where several threads read, and after an error."""
-    before, seen = pq.read_schema(ray_file), list[list[str]]()
+    before = pq.read_schema(ray_file)
     assert extension_columns(ray_file) == ["image", "ragged", "object"], "ray: its names of Arrow types have changed"
 
-    def read() -> None:
-        for _ in range(20):
-            with plain_arrow_types():
-                seen.append(extension_columns(ray_file))
+    def read(_: int) -> list[str]:
+        with plain_arrow_types():
+            return extension_columns(ray_file)
 
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert seen == [[]] * 80
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(read, range(80))] == [[]] * 80
     assert pq.read_schema(ray_file) == before
     with pytest.raises(RuntimeError, match="in the block"), plain_arrow_types():
         raise RuntimeError("in the block")
