@@ -18,10 +18,8 @@ AFFINE_VALUES: Final = 6
 
 # Largest distortion at strength 1.
 _ROTATION_DEGREES: Final = 10.0
-_LOG_SCALE: Final = 0.1
-"""Natural logarithm of the factor along each axis."""
-_SHEAR: Final = 0.1
-"""Horizontal shift in pixels for each pixel down."""
+_LOG_SCALE: Final = 0.1  # natural logarithm of the factor along each axis
+_SHEAR: Final = 0.1  # horizontal shift in pixels for each pixel down
 _SHIFT_PIXELS: Final = 3.0
 
 

@@ -1,6 +1,7 @@
 """Export a model to `torch.export` and ONNX, for programs without this package: from pixels to predictions."""
 
 import io
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any, Final
@@ -15,7 +16,7 @@ from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RunError
-from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, Predictions, predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import load_model
@@ -65,7 +66,7 @@ def export_torch(model: TwoHeadCNN) -> bytes:
 
 
 def export_onnx(program: bytes, card: dict[str, Any]) -> bytes:
-    """An ONNX file of what `export_torch` returns; its metadata are from `card`: model.json. Needs the extra onnx."""
+    """An ONNX file of what `export_torch` returns, with the entries of `card`, model.json, as metadata. Needs the extra onnx."""
     with quiet_logger("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside PyTorch's own exporter
         converted = torch.onnx.export(
@@ -79,26 +80,11 @@ def export_onnx(program: bytes, card: dict[str, Any]) -> bytes:
         )
     assert converted is not None
     proto = converted.model_proto
-    for key, value in _onnx_metadata(card).items():
-        proto.metadata_props.add(key=key, value=value)
+    # For a person who is given the file alone: which model it is, what goes in, and how good it is.
+    for key, value in ({"version": __version__} | card).items():
+        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     data: bytes = proto.SerializeToString()
     return data
-
-
-def _onnx_metadata(card: dict[str, Any]) -> dict[str, str]:
-    """For a person who is given the file alone: which model it is, what goes in and comes out, how good it is."""
-    test = card["test"]
-    accuracies = ", ".join(f"{head.name} {test[f'{head.name}_accuracy']:.4f}" for head in HEADS)
-    return {
-        "name": f"mnistsum_ray {card['network']}",
-        "version": __version__,
-        "parameters": str(card["parameters"]),
-        "sha256": card["sha256"],
-        "inputs": f"image uint8[rows, 28, 28], {card['input']['image']}; number int64[rows], {card['input']['number']}",
-        "outputs": "pred_digit int64[rows] and pred_sum int64[rows] (digit + number), with probabilities digit_prob and sum_prob "
-        "float32[rows]",
-        "test_accuracy": f"{accuracies} of {test['rows']} test rows with every number",
-    }
 
 
 def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[str, Any]:

@@ -161,7 +161,9 @@ class Objective(nn.Module):
     def __init__(self, model: TwoHeadCNN, label_smoothing: float, dtype: torch.dtype) -> None:
         """`dtype` is that to compute in, by autocast; parameters and gradients are float32."""
         super().__init__()
-        self.model, self.label_smoothing, self.dtype = model, label_smoothing, dtype
+        self.model = model
+        self.label_smoothing = label_smoothing
+        self.dtype = dtype
 
     def forward(self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor]:
         """The `joint_loss` of prepared images float32[n, 1, 28, 28] with numbers and digits int64[n], and `dropout_factors`."""

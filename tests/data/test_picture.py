@@ -105,7 +105,8 @@ def test_a_digit_looks_the_same_however_it_is_drawn(make: Callable[[list[tuple[f
         prepared = prepare_picture(make(strokes))
         assert said in prepared.how
         pixels = prepared.pixels
-        assert (pixels.dtype, pixels.shape) == (np.uint8, (28, 28))
+        assert pixels.dtype == np.uint8
+        assert pixels.shape == (28, 28)
         assert likeness(pixels, prepare_picture(draw(strokes)).pixels) > 0.88
         rows, columns = np.flatnonzero(pixels.max(1)), np.flatnonzero(pixels.max(0))
         assert max(np.ptp(rows), np.ptp(columns)) + 1 in (19, 20)

@@ -1,6 +1,7 @@
 """The int8 network computes the defined integers, and its comparison with float32 is counted right."""
 
 import json
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -96,7 +97,6 @@ def test_comparison_with_float32_is_counted_right(model: TwoHeadCNN, images: tor
 
 
 def test_a_description_without_a_calibration() -> None:
-    for maxima in ([1.0] * 5, [1.0] * 5 + [0.0], "111111", [10**400] * 6):
-        assert maxima_from_description({"int8": {"maxima": maxima}}) is None
-    for entry in (None, {}, [1.0] * 6):
+    entries: list[Any] = [None, {}, {"maxima": [1.0] * 5}, {"maxima": [1.0] * 5 + [0.0]}, {"maxima": "111111"}, [1.0] * 6]
+    for entry in [*entries, {"maxima": [10**400] * 6}]:
         assert maxima_from_description({"int8": entry}) is None
