@@ -7,7 +7,7 @@ a reason.
 
 import io
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -148,7 +148,7 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
             shapes = enumerate(pc.struct_field(column, "shape").to_pylist())
             bad = {row: _SHAPE_ERROR.format(" x ".join(map(str, s))) for row, s in shapes if s and not _is_shape_of_image(s)}
         column = pc.struct_field(column, field)
-    whole = _decode_whole_lists(column) if _is_list(column.type) else _view_whole_bytes(column)
+    whole = _whole_lists(column) if _is_list(column.type) else _whole_bytes(column)
     if whole is not None and not bad:
         return whole, {}
     images = np.zeros((len(column), SIDE, SIDE), np.uint8)
@@ -171,41 +171,32 @@ def join_reasons(bad_images: dict[int, str], bad_numbers: dict[int, str]) -> dic
     return {row: "; ".join(reasons[row] for reasons in (bad_images, numbers) if row in reasons) for row in rows}
 
 
-def _view_whole_bytes(column: pa.Array) -> Pixels | None:
-    """The buffer of a column whose values are all 784 pixels, without a copy; None where a value is anything else."""
-    kind = column.type
-    if column.null_count or not len(column) or pa.types.is_null(kind):
+def _whole_bytes(column: pa.Array) -> Pixels | None:
+    """The pixels of a column whose values all have 784 bytes of them; None where one is null or anything else."""
+    if column.null_count or not len(column):
         return None
-    if kind == IMAGE_TYPE:
-        images = pixels_view(column)
-    elif pa.types.is_fixed_size_binary(kind):
+    try:
+        images = pixels_view(column.cast(IMAGE_TYPE))
+    except pa.ArrowException:
         return None
-    else:
-        offsets = np.frombuffer(column.buffers()[1], np.int32 if pa.types.is_binary(kind) else np.int64)
-        offsets = offsets[column.offset : column.offset + len(column) + 1]
-        if (np.diff(offsets) != PIXELS).any():
-            return None
-        images = np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]].reshape(len(column), SIDE, SIDE)
     return images if _are_pixels(images) else None
 
 
-def _decode_whole_lists(column: pa.Array) -> Pixels | None:
-    """A column of lists decoded at once; None where a list has another length, a null or a value outside 0..255."""
-    flat: Any = column
+def _whole_lists(column: pa.Array) -> Pixels | None:
+    """The pixels of a column of lists; None where a list has another length, a null or a value outside 0..255."""
+    nested = _is_list(column.type.value_type)
+    try:
+        flat = column.cast(pa.list_(pa.list_(pa.uint8(), SIDE), SIDE) if nested else pa.list_(pa.uint8(), PIXELS))
+    except pa.ArrowException:
+        return None
     while _is_list(flat.type):
-        fixed = pa.types.is_fixed_size_list(flat.type)
-        lengths = [flat.type.list_size] if fixed else flat.value_lengths().unique().to_pylist()
-        if flat.null_count or lengths not in ([PIXELS], [SIDE]):
+        if flat.null_count:
             return None
         flat = flat.flatten()
-    if flat.null_count or len(flat) != len(column) * PIXELS:
+    if flat.null_count:
         return None
-    values = flat.to_numpy(zero_copy_only=False)
-    if values.dtype != np.uint8:
-        if values.min(initial=0) < 0 or values.max(initial=0) > 255:
-            return None
-        values = values.astype(np.uint8)
-    return values.reshape(len(column), SIDE, SIDE)  # type: ignore[no-any-return]
+    pixels: Pixels = flat.to_numpy(zero_copy_only=False)
+    return pixels.reshape(len(column), SIDE, SIDE)
 
 
 def _decode_bytes(data: bytes) -> Pixels:
