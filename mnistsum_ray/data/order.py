@@ -2,14 +2,13 @@
 
 Ten rows in two row groups, batches of 2 on two workers, windows of 6 rows, seed 0, epoch 0:
 
-    row groups          0 1 2 3 4 | 5 6 7 8 9      cut into slices of at most an eighth of a window: here single rows
-    slices, permuted    6 4 0 8 7 9 | 2 3 1 5      anew each epoch; window 0 holds steps 0 to 2, window 1 steps 3 and 4
-
-    of window                         0                  1
-    stretch of position 0 (worker 0)  6 4 0, as 0 4 6    2 3, as 2 3      each position of a batch takes its rows from its stretch
-    stretch of position 1 (worker 1)  8 7 9, as 9 8 7    1 5, as 1 5      of the window, in which they are permuted
-
-    batches             0 9 | 4 8 | 6 7 | 2 1 | 3 5
+    row groups    0 1 2 3 4 | 5 6 7 8 9          cut into slices of at most an eighth of a window: here of single rows
+    slices        6 4 0 8 7 9 | 2 3 1 5          permuted anew each epoch; window 0 holds steps 0 to 2, window 1 steps 3 and 4
+    stretches     6 4 0, 8 7 9 | 2 3, 1 5        of each window one for each position of a batch
+    permuted      0 4 6, 9 8 7 | 2 3, 1 5        each stretch by itself
+    worker 0      0 4 6 | 2 3                    trains on position 0 of every batch
+    worker 1      9 8 7 | 1 5                    trains on position 1
+    batches       0 9, 4 8, 6 7 | 2 1, 3 5
 
 A worker trains on consecutive positions, so it reads one part of each window. The order does not depend on workers, nodes,
 blocks, timing or restarts; MosaicML Streaming calls that elastic determinism. Rows in memory are slices of one row, and a window

@@ -88,8 +88,8 @@ def test_metrics_equal_a_plain_computation_over_all_pairs(model: TwoHeadCNN, row
     assert found == pytest.approx(expected, rel=1e-5, abs=0.001)  # another order of sums may change an answer
 
 
-@pytest.mark.parametrize("ids", [[0, 1], [0, 1, 1], [0, 1, 2, 3]])
-def test_lost_repeated_and_extra_rows_are_errors(ids: list[int]) -> None:
+@pytest.mark.parametrize("ids", [[0, 1], [0, 1, 1]])
+def test_lost_and_repeated_rows_are_errors(ids: list[int]) -> None:
     counts = AnswerCounts(torch.device("cpu"))
     batch = {"digit": torch.zeros(len(ids), dtype=torch.int64), "row_id": torch.tensor(ids)}
     for rows, scores in score_rows(TwoHeadCNN(), lambda batch: torch.zeros(len(ids), 10), [batch]):
