@@ -29,14 +29,9 @@ def distortions(seed: int, epoch: int, row_ids: RowIds, strength: float) -> npt.
 
 
 def affine_matrices(draws: npt.NDArray[np.float32], strength: float) -> npt.NDArray[np.float32]:
-    """The two rows of a matrix that takes a place (x, y, 1) in the distorted image to one in the image, x and y from -1 to 1.
+    """Matrices float32[n, AFFINE_VALUES] of draws float32[n, DISTORTION_DRAWS] in -1..1, which `strength` multiplies.
 
-    Args:
-        draws: float32[n, DISTORTION_DRAWS] in -1..1.
-        strength: factor on all distortions; 0 leaves the images as they are.
-
-    Returns:
-        float32[n, AFFINE_VALUES].
+    Each is the two rows of a matrix that takes a place (x, y, 1) in the distorted image to one in the image, x and y from -1 to 1.
     """
     # In float64, so that the rounded values hardly depend on how a machine computes sines.
     rotation, log_width, log_height, shear, x, y = (strength * draws.astype(np.float64)).T

@@ -115,8 +115,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[npt.NDArray[np.int64], dict[int, str]]:
     """Decode one Arrow array of integers, which must be below `count`: numbers or, with DIGITS, digits.
 
-    Returns:
-        int64[n], and row -> reason for each value outside 0..count - 1; these rows are zeros.
+    They are int64[n]; and row -> reason for each value outside 0..count - 1, in whose place is a zero.
     """
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
@@ -131,10 +130,9 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[npt.NDArray[
 
 
 def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
-    """Decode one Arrow array of images; its type must pass `image_type_error`.
+    """Decode one Arrow array of images, whose type must pass `image_type_error`.
 
-    Returns:
-        uint8[n, 28, 28], and row -> reason for each value that is not an image; these rows are zeros.
+    They are uint8[n, 28, 28]; and row -> reason for each value that is no image, in whose place are zeros.
     """
     null, bad = "the image is null; fill it in or drop the row", dict[int, str]()
     if isinstance(column, pa.ExtensionArray):

@@ -163,11 +163,8 @@ class RowRanges:
     def hold_out(self, count: int, bounds: npt.NDArray[np.int64]) -> tuple["RowRanges", "RowRanges"]:
         """Split into (kept, held out), with `count` ids held out: random ones of random row groups, few of which must be read.
 
-        The choice depends on the ids alone, not on a seed, so that runs with different seeds can be compared.
-
-        Args:
-            count: at most the number of ids.
-            bounds: int64[n + 1]; row group i holds the ids bounds[i]..bounds[i + 1]-1.
+        The choice depends on the ids alone, not on a seed, so that runs with different seeds can be compared. Row group i holds
+        the ids bounds[i]..bounds[i + 1]-1.
         """
         counts = np.diff(self.count_below(bounds))
         groups = np.argsort(_bits(0, 0, RandomStream.SPLIT, bounds[:-1]), kind="stable")

@@ -234,8 +234,7 @@ def plain_arrow_types() -> Iterator[None]:
 def _registered_types() -> list[pa.ExtensionType]:
     """An instance of each of Ray's types that is registered in this process.
 
-    Arrow has no public lookup by name. Reading a serialized schema gives instances of the types that are registered, and plain
-    types for the others.
+    Arrow has no public lookup by name. A serialized schema is read with the types that are registered, and plain ones else.
     """
     fields = [
         pa.field(name, storage, metadata={_NAME: name.encode(), _METADATA: metadata})

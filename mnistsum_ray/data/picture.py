@@ -136,11 +136,7 @@ def _border(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _find_ink(grey: Floats, name: str) -> tuple[Image.Image, bool]:
-    """Where the ink is, 255 for ink; and whether it is darker than its background.
-
-    Raises:
-        RequestError: nothing is drawn on the picture.
-    """
+    """Where the ink is, 255 for ink; and whether it is darker than its background."""
     difference = grey - np.median(_border(grey))
     distance = np.abs(difference)
     drawn = distance > distance.max() / 2
@@ -153,11 +149,7 @@ def _find_ink(grey: Floats, name: str) -> tuple[Image.Image, bool]:
 
 
 def _one_digit(ink: Image.Image, name: str) -> Image.Image:
-    """The part of the picture that has ink, without specks.
-
-    Raises:
-        RequestError: the ink cannot be one digit.
-    """
+    """The picture without specks, cropped to its ink, which must be able to be one digit."""
     # The fill joins four neighbours, and a thin diagonal has gaps.
     small = ink.point(lambda value: 255 * (value > _EDGE)).resize((128, 128), Image.Resampling.BOX)
     parts, count = small.point(lambda value: 255 * (value > 0)).filter(ImageFilter.MaxFilter(3)), 0

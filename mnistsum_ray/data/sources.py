@@ -135,9 +135,7 @@ class ParquetFiles:
     def changed_file(self, earlier: pa.Table, *, same_place: bool) -> str | None:
         """What differs from an earlier table of the files, as `FILE: reason`; None where nothing does.
 
-        Args:
-            earlier: TRAINING_FILE_SCHEMA.
-            same_place: the earlier files lay in the same folder, so their times must be the same too. A copy has other times.
+        In the `same_place`, the same folder, their times must be the same too. A copy has other times.
         """
         compared = ["name", "size", "footer_sha256"] + (["modified"] if same_place else [])
         now, then = ({row["name"]: row for row in table.select(compared).to_pylist()} for table in (self.table, earlier))

@@ -25,12 +25,9 @@ _LINE_SECONDS: Final = 5.0
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
-    """Write the files.
+    """Write the files; return the output folder, and the source that the images are from.
 
     Numbers depend on (seed, round, row_id) alone, as in training (`data/order.py`), so the same flags write the same files.
-
-    Returns:
-        The output folder, and the source that the images are from.
 
     Raises:
         RequestError: the data cannot be used, or the output is not an empty folder or cannot be written.

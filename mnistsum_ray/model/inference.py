@@ -105,12 +105,9 @@ class Predictor:
         self.predict(np.zeros((self._batch_size, SIDE, SIDE), np.uint8), np.zeros(self._batch_size, np.int64))
 
     def predict(self, images: Pixels, numbers: Numbers, labels: Numbers | None = None) -> Predictions:
-        """Predict n rows.
+        """Predict images uint8[n, 28, 28] with numbers int64[n] in 0..9.
 
-        Args:
-            images: uint8[n, 28, 28].
-            numbers: int64[n] in 0..9.
-            labels: true digits int64[n], -1 where unknown; if given, the predictions have losses.
+        If true digits are given, int64[n] and -1 where unknown, the predictions have losses.
         """
         return _predict(self._forward, self._device, self._batch_size, images, numbers, labels)
 

@@ -186,10 +186,9 @@ class Objective(nn.Module):
 
 
 def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Mean of the heads' cross-entropies, summed over the rows: with label smoothing, and without, which has no gradient.
+    """Mean of the heads' cross-entropies, float32 scalars: with label smoothing, and without, which has no gradient.
 
-    The sum, not the mean, over the rows gives each row the same weight in workers and batches of unequal size; the caller divides
-    once.
+    They are summed over the rows, which gives each row the same weight in workers and batches of unequal size; the caller divides.
 
     Args:
         scores: logits by head.
@@ -197,9 +196,6 @@ def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing:
         label_smoothing: share of the uniform distribution in the targets of all heads (Szegedy et al., "Rethinking the Inception
             Architecture", 2016): bounded digit scores generalize better. All heads, because the sum head reads the digit scores;
             with unsmoothed sums its loss would still push them up without bound.
-
-    Returns:
-        float32 scalars.
     """
     exact, smooth = [], []
     for head, logits in zip(HEADS, scores, strict=True):
