@@ -188,7 +188,7 @@ class Objective(nn.Module):
 def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Mean of the heads' cross-entropies, float32 scalars: with label smoothing, and without, which has no gradient.
 
-    They are summed over the rows, which gives each row the same weight in workers and batches of unequal size; the caller divides.
+    They are sums over the rows, so that each row has the same weight in workers and batches of unequal size; the caller divides.
 
     Args:
         scores: logits by head.
