@@ -144,22 +144,22 @@ class _Value:
     def list(self) -> Iterator[tuple[str, Entry | str]]:
         """Paths that the value names, each with its file, or with the reason why it is left out."""
         with refused(self.flag), self.place.answers("listed"):
-            if self.place.is_local:
-                yield from self._list_local()
-                return
-            for entry in [self.found] if self.is_file else self.place.files():
-                if self.is_file or self._takes(parts_below(entry.path, self.place.path) or ()):
-                    yield entry.path, entry
-                elif self.pattern is None:
-                    yield entry.path, _NAME
+            if self.is_file:
+                file = _look_at(self.place.path) if self.place.is_local else self.found
+                if isinstance(file, str):
+                    raise self.error(f"is {file}")
+                yield self.place.path, file
+            elif self.place.is_local:
+                yield from self._walk()
+            else:
+                for entry in self.place.files():
+                    if self._takes(parts_below(entry.path, self.place.path) or ()):
+                        yield entry.path, entry
+                    elif self.pattern is None:
+                        yield entry.path, _NAME
 
-    def _list_local(self) -> Iterator[tuple[str, Entry | str]]:
-        if self.is_file:
-            file = _look_at(self.place.path)
-            if isinstance(file, str):
-                raise self.error(f"is {file}")
-            yield self.place.path, file
-            return
+    def _walk(self) -> Iterator[tuple[str, Entry | str]]:
+        """As `list`, of a local folder; none is read in which nothing can match."""
         folders: list[tuple[str, tuple[str, ...]]] = [(self.place.path, ())]
         while folders:
             folder, above = folders.pop()
