@@ -77,14 +77,14 @@ def test_training_runs_on_cpus_and_says_so(
 
 
 def test_a_gpu_that_another_job_holds_is_waited_for_only_where_one_is_asked_for(counted_gpu: str) -> None:
-    other = ray.remote(_Other).options(num_gpus=1, num_cpus=0).remote()
+    other = ray.remote(_Other).options(num_gpus=0.5, num_cpus=0).remote()
     ray.get(other.__ray_ready__.remote())
     said = list[str]()
     assert reserve(WorkerRequest(None, None, wait_seconds=600), said.append).describe() == "2 CPU workers"
     assert said[0].startswith("running on CPUs: other jobs hold the GPUs (2 CPUs and 1 GPU on 1 node); --use-gpu true waits for")
-    with pytest.raises(RequestError, match="needs 1 GPU, but after 2 s only 0 GPUs are free"):
+    with pytest.raises(RequestError, match=r"needs 1 GPU, but after 2 s only 0\.5 GPUs are free"):
         reserve(WorkerRequest(None, True, wait_seconds=2), said.append)
-    assert said[1].startswith("waiting for 1 GPU; free now: 0 GPUs")
+    assert said[1].startswith("waiting for 1 GPU; free now: 0.5 GPUs")
     ray.kill(other)
 
 
@@ -131,4 +131,4 @@ def test_a_node_whose_gpu_is_broken_gets_no_worker(monkeypatch: pytest.MonkeyPat
 
 
 class _Other:
-    """Another job's actor, which holds the GPU."""
+    """Another job's actor, which holds a part of the GPU."""
