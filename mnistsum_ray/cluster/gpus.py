@@ -58,7 +58,10 @@ def _ask(nodes: list[dict[str, Any]]) -> Probe:
 
 def answers_of(probe: Probe, seconds: float, say: Callable[[str], None]) -> list[tuple[dict[str, Any], Gpu | str]]:
     """The answers of a probe, with their nodes. Waits until a GPU can be used, and then a little for the others."""
-    end, waiting, answers, usable = time.monotonic() + seconds, [*probe], list[tuple[dict[str, Any], Gpu | str]](), False
+    end = time.monotonic() + seconds
+    waiting = list(probe)
+    answers: list[tuple[dict[str, Any], Gpu | str]] = []
+    usable = False
     while waiting and (left := end - time.monotonic()) > 0:
         done, waiting = ray.wait(waiting, timeout=min(left, REPORT_SECONDS))
         if not done and not usable and left > REPORT_SECONDS:
@@ -70,7 +73,8 @@ def answers_of(probe: Probe, seconds: float, say: Callable[[str], None]) -> list
                 answer = f"it could not be asked whether PyTorch has CUDA there: {root_cause(error)}"
             answers.append((probe[reference], answer))
             if isinstance(answer, Gpu) and not usable:
-                end, usable = min(end, time.monotonic() + _OTHERS_SECONDS), True
+                usable = True
+                end = min(end, time.monotonic() + _OTHERS_SECONDS)
     for reference in waiting:
         ray.cancel(reference, force=True)  # else an import would hold the GPU to its end
     return answers

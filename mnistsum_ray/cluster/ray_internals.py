@@ -148,8 +148,10 @@ def side_effects_undone() -> Iterator[None]:
     - It starts a thread that prints errors of Ray's processes at any time, also below the job's last line: the jobs report them.
     - It gives the command line, whose URIs may hold keys, to the cluster, whose dashboard shows it.
     """
-    environment, logger, folder = dict(os.environ), logging.getLogger("ray"), Path.cwd()
+    environment = dict(os.environ)
+    logger = logging.getLogger("ray")
     level = logger.level
+    folder = Path.cwd()
     sys.stderr.flush()
     stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 2)

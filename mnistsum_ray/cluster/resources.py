@@ -154,7 +154,9 @@ def reserve(request: WorkerRequest, say: Callable[[str], None], probe: Probe | N
     Raises:
         RequestError: the cluster can never give what is asked for, or does not give it within `wait_seconds`.
     """
-    cluster, gpu, avoided = inspect_cluster(), None, list[str]()
+    cluster = inspect_cluster()
+    gpu: Gpu | None = None
+    avoided: list[str] = []
     if cluster.total("GPU") >= 1 and request.use_gpu is not False:
         gpu, avoided = _probe_gpus(request, say, probe)
         request, cluster = replace(request, use_gpu=gpu is not None), inspect_cluster(avoided)
@@ -261,7 +263,9 @@ def _wait_until_free(
         RequestError: they are not free after these seconds.
     """
     need = _format({kind: amount * count for kind, amount in bundle.items()})
-    started, next_report, requested = time.monotonic(), _GRACE_SECONDS, False
+    started = time.monotonic()
+    next_report = _GRACE_SECONDS
+    requested = False
     try:
         while (cluster := inspect_cluster(without)).workers_that_fit_now(bundle) < count:
             free, waited = _format(cluster.free(*bundle)), time.monotonic() - started

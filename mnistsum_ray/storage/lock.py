@@ -160,8 +160,11 @@ class _Lease:
 
         Raises _HeldError if another run renews it, or was faster.
         """
-        self._folder, self._place, self._holder = OutputFolder(folder, None), lock.place, lock.holder
-        self._renewed, self._beats = 0.0, 0
+        self._folder = OutputFolder(folder, None)
+        self._place = lock.place
+        self._holder = lock.holder
+        self._renewed = 0.0
+        self._beats = 0
         self._version = self._wait_until_free(say)
         self._renew()
         with suppress(ExistingFileError):  # it exists now
@@ -195,7 +198,9 @@ class _Lease:
         found, started = self._read(), time.monotonic()
         while found and time.monotonic() - started < LEASE_TTL_SECONDS:
             time.sleep(HEARTBEAT_SECONDS / 2)
-            asked, before, found = time.monotonic(), found, self._read()
+            before = found
+            asked = time.monotonic()
+            found = self._read()
             if found and found != before:
                 raise _HeldError(found[0])
             if time.monotonic() - asked > HEARTBEAT_SECONDS:
