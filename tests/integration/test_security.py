@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 import traceback
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import get_args
@@ -164,15 +163,15 @@ def test_keys_in_a_uri_are_written_nowhere(
 
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(["mnistsum_ray.api", "mnistsum_ray.predicting", "mnistsum_ray.export.model", "ray.train.torch"])
-    with ProcessPoolExecutor(6, fork, max_tasks_per_child=1) as pool:
+    with fork.Pool(6, maxtasksperchild=1) as pool:
         said = ""
         for name, values in works:
-            code, text = pool.submit(run_command, name, flags_of(values), cluster, tmp_path).result()
+            code, text = pool.apply(run_command, (name, flags_of(values), cluster, tmp_path))
             assert code == 0, text
             said += text
         assert '"scored_rows": 20' in said
-        for job in [pool.submit(run_command, name, flags_of(values), cluster, tmp_path) for name, values in wrong]:
-            code, text = job.result()
+        refused = [(name, flags_of(values), cluster, tmp_path) for name, values in wrong]
+        for code, text in pool.starmap(run_command, refused, chunksize=1):
             assert code in (0, 1, 2), text
             assert "Traceback" not in text
             said += text
