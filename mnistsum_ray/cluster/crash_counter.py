@@ -23,10 +23,7 @@ class CrashCounter:
         """The node of each attempt."""
 
     def begin(self, key: str, node: str) -> int:
-        """Count an attempt on a node; return the number of attempts that have not ended, this one included.
-
-        An attempt that ended with its node does not count: the node was lost, and not for what it worked on.
-        """
+        """Count an attempt on a node; return the number of attempts that have not ended, save those whose node was lost."""
         attempts = self._begun[key]
         if attempts:
             lost = {entry["NodeID"] for entry in ray.nodes() if not entry["Alive"]}
@@ -46,11 +43,11 @@ def crash_counter() -> Iterator[Any]:
     counter = ray.remote(CrashCounter).options(**on_node(), max_restarts=-1, max_task_retries=-1).remote()
     try:
         yield counter
-    finally:  # an error's traceback would keep it, and so would a process that scores again and again, for a while
+    finally:  # an error's traceback would keep it
         with suppress(Exception):  # the cluster may have ended
             ray.kill(counter)
 
 
 def begin(counter: Any, key: str) -> int:
-    """Count an attempt of this process, see `CrashCounter.begin`. If the process survives it, it calls `end`."""
+    """Count an attempt of this process, see `CrashCounter.begin`; when it has survived, it calls `end`."""
     return int(ray.get(counter.begin.remote(key, ray.get_runtime_context().get_node_id())))

@@ -15,15 +15,10 @@ _LOCK: Final = threading.RLock()
 
 @contextmanager
 def ray_data_options(*, preserve_order: bool, object_store_bytes: int | None = None) -> Iterator[None]:
-    """Set options for the datasets that are created in the block. They keep the options after it.
+    """Set options for the datasets that are created in the block, which copy them. A generator must not yield inside the block.
 
-    A Dataset copies the DataContext that is current when it is created, so only the creation has to be in the block. A generator
-    must not yield inside the block: its caller would have the options until the next item.
-
-    Args:
-        preserve_order: return blocks in the order of their input.
-        object_store_bytes: memory of blocks that wait for the consumer, above which no task is started; the execution then sleeps
-            until blocks are taken. None: half of the store.
+    With `preserve_order` blocks come in the order of their input. No task is started, and the execution sleeps, while blocks of
+    `object_store_bytes` wait for the consumer; None: half of the store.
     """
     with _LOCK:
         context = DataContext.get_current().copy()

@@ -35,27 +35,33 @@ Probe = dict["ray.ObjectRef[Gpu | str]", dict[str, Any]]
 """Running tasks that ask a GPU, and Ray's entry of the node of each."""
 
 
-def whole_gpu_is_free() -> bool:
-    """Whether a node has a GPU that nobody uses a part of."""
-    return any(free.get("GPU", 0) >= 1 for free in free_resources().values())
-
-
 def begin_probe(use_gpu: bool | None) -> Probe | None:
     """Begin to try PyTorch where a GPU is free, which takes as long as its import there; None if none is wanted, or free."""
-    return ask_nodes() if use_gpu is not False and whole_gpu_is_free() else None
+    return None if use_gpu is False else _ask(_idle_nodes()) or None
 
 
 def ask_nodes() -> Probe:
     """Ask each node with a free GPU; where none has one, each with a GPU, which answers when other jobs have given it back."""
-    ask, free = ray.remote(num_gpus=1)(_ask_torch), free_resources()
-    nodes = [node for node in usable_nodes() if node["Resources"].get("GPU")]
-    idle = [node for node in nodes if free.get(node["NodeID"], {}).get("GPU", 0) >= 1]
-    return {ask.options(**on_node(node["NodeID"])).remote(): node for node in idle or nodes}
+    return _ask(_idle_nodes() or [node for node in usable_nodes() if node["Resources"].get("GPU")])
+
+
+def _idle_nodes() -> list[dict[str, Any]]:
+    """The nodes that have a GPU of which nobody uses a part."""
+    free = free_resources()
+    return [node for node in usable_nodes() if free.get(node["NodeID"], {}).get("GPU", 0) >= 1]
+
+
+def _ask(nodes: list[dict[str, Any]]) -> Probe:
+    ask = ray.remote(num_gpus=1)(_ask_torch)
+    return {ask.options(**on_node(node["NodeID"])).remote(): node for node in nodes}
 
 
 def answers_of(probe: Probe, seconds: float, say: Callable[[str], None]) -> list[tuple[dict[str, Any], Gpu | str]]:
     """The answers of a probe, with their nodes. Waits until a GPU can be used, and then a little for the others."""
-    end, waiting, answers, usable = time.monotonic() + seconds, [*probe], list[tuple[dict[str, Any], Gpu | str]](), False
+    end = time.monotonic() + seconds
+    waiting = list(probe)
+    answers: list[tuple[dict[str, Any], Gpu | str]] = []
+    usable = False
     while waiting and (left := end - time.monotonic()) > 0:
         done, waiting = ray.wait(waiting, timeout=min(left, REPORT_SECONDS))
         if not done and not usable and left > REPORT_SECONDS:
@@ -67,7 +73,8 @@ def answers_of(probe: Probe, seconds: float, say: Callable[[str], None]) -> list
                 answer = f"it could not be asked whether PyTorch has CUDA there: {root_cause(error)}"
             answers.append((probe[reference], answer))
             if isinstance(answer, Gpu) and not usable:
-                end, usable = min(end, time.monotonic() + _OTHERS_SECONDS), True
+                usable = True
+                end = min(end, time.monotonic() + _OTHERS_SECONDS)
     for reference in waiting:
         ray.cancel(reference, force=True)  # else an import would hold the GPU to its end
     return answers

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from mnistsum_ray.errors import RunError
 from mnistsum_ray.storage.location import Location
 
 MAX_LOCAL_FILES: Final = 64
-"""Up to this number, this process finishes before tasks on a cluster would have started."""
+"""Up to this number, this process is done before tasks would have started."""
 
 _FILES_PER_TASK: Final = 500
 _THREADS: Final = 16
@@ -24,8 +25,7 @@ def map_files(
 ) -> pa.Table:
     """Apply `read` to all files and return its rows in the order of the files. An OSError of `read` is raised as it is.
 
-    More than MAX_LOCAL_FILES files are read on the cluster, which must be connected; `on_progress` gets the number of files
-    that each task has read.
+    More than MAX_LOCAL_FILES files are read on the cluster, which must be connected; `on_progress` gets numbers of files.
 
     Raises:
         RunError: the processes that read some of the files die.
@@ -62,6 +62,6 @@ def _read_in_threads(read: ReadFiles, folder: Location, files: pa.Table) -> pa.T
     # An object store answers slowly but takes many requests at once. A local disk answers at once, and threads slow it down.
     threads = 1 if folder.is_local else _THREADS
     share = max(1, -(-files.num_rows // threads))
+    shares = [files.slice(start, share) for start in range(0, max(1, files.num_rows), share)]
     with ThreadPoolExecutor(threads) as pool:
-        shares = [files.slice(start, share) for start in range(0, max(1, files.num_rows), share)]
-        return pa.concat_tables(pool.map(lambda part: read(folder, part), shares))
+        return pa.concat_tables(pool.map(partial(read, folder), shares))

@@ -16,11 +16,11 @@ def this_node() -> Resources:
 
 
 def on_node(node: str | None = None) -> dict[str, Any]:
-    """Options of a task or actor that runs on a node alone, given by its id, or on that of this process, and reserves nothing."""
+    """Options of a task or actor that reserves nothing and runs on one node alone: the one of this id, or of this process."""
     strategy = NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=False)
     return {"num_cpus": 0, "scheduling_strategy": strategy}
 
 
 def usable_nodes() -> list[dict[str, Any]]:
-    """Return Ray's entry of each living node that has CPUs or GPUs."""
+    """Ray's entry of each living node that has CPUs or GPUs."""
     return [node for node in ray.nodes() if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))]

@@ -23,22 +23,19 @@ _GONE: Final = (ImportError, AttributeError, TypeError)
 """What Python raises where Ray has renamed something, or changed its parameters."""
 
 _SILENT_CORE: Final = ("RAY_BACKEND_LOG_LEVEL", "fatal")
-"""Environment variable that keeps Ray's C++ code in this process from writing lines that no user can follow, such as one for each
-pool of actors. What fails is raised as well."""
+"""Keeps Ray's C++ code in this process from writing lines that no user can follow. What fails is raised as well."""
 
 _RAY_OPT_OUT: Final = "RAY_USAGE_STATS_ENABLED"
-"""`ray.init` sets it to 0 for a cluster that it starts. It stays: without it Ray Data, in this process, would collect usage
-statistics of every pipeline and look for a Prometheus server."""
+"""`ray.init` sets it to 0 for a cluster that it starts. It stays: Ray Data would collect usage statistics of every pipeline."""
 
 _FIRST_PAUSE_SECONDS: Final = 0.001
 _LONGEST_PAUSE_SECONDS: Final = 0.05
 
 
 def last_cluster_address() -> str | None:
-    """HOST:PORT of the cluster that `ray start` started last on this machine, running or not; None without one.
+    """HOST:PORT of the cluster that `ray start` started last on this machine, running or not, which `ray.init` would join.
 
-    It is in the file that `ray.init()` itself reads, which takes minutes to report that this cluster has been killed. Without the
-    name a job joins the cluster of RAY_ADDRESS alone.
+    Without the name None: a job joins the cluster of RAY_ADDRESS alone.
     """
     with suppress(*_GONE):
         return ray._private.utils.read_ray_address() or None  # noqa: TID251
@@ -48,8 +45,7 @@ def last_cluster_address() -> str | None:
 def reload_authentication() -> None:
     """Make Ray in this process read RAY_AUTH_MODE and the token again.
 
-    Ray's C++ code caches both: `RayConfig` the mode, `AuthenticationTokenLoader` the token. An earlier connection of this process
-    may have left its own there. `ray.init` refreshes them in some cases only. Without the names the first connection is right.
+    Ray's C++ code caches both, and `ray.init` does not always read them again. Without the names the first connection is right.
     """
     with suppress(*_GONE):
         ray._raylet.Config.initialize("")  # noqa: TID251
@@ -57,9 +53,9 @@ def reload_authentication() -> None:
 
 
 def rejects_this_client(address: str) -> bool:
-    """Whether the cluster at HOST:PORT rejects this process for want of the right token, which takes milliseconds to ask.
+    """Whether the cluster at HOST:PORT rejects this process for want of the right token.
 
-    Without the name `ray.init` fails halfway, and the user sets RAY_AUTH_MODE.
+    Without the name `ray.init` fails, and the user sets RAY_AUTH_MODE.
     """
     try:
         with suppress(*_GONE):
@@ -70,17 +66,14 @@ def rejects_this_client(address: str) -> bool:
 
 
 def autoscaler_limits() -> dict[str, int]:
-    """Resources that the connected cluster can grow to, as its autoscaler's configuration says; empty without one.
-
-    Ray Data and Ray Train ask so too. `ray.autoscaler.sdk`, the public module, only requests resources.
-    """
+    """Resources that the connected cluster can grow to, as its autoscaler's configuration says; empty without one."""
     with suppress(*_GONE):
         return ray._private.state.state.get_max_resources_from_cluster_config() or {}  # noqa: TID251
     return {}
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """Free resources by the id of the node; without the name, those of all nodes together under no id."""
+    """Free resources by the id of the node; without the name those of all nodes together, under no id."""
     with suppress(*_GONE):
         return dict(ray._private.state.state.available_resources_per_node())  # noqa: TID251
     return {"": ray.available_resources()}
@@ -104,9 +97,8 @@ def in_order(dataset: Any) -> Any:
 class PatientExecution:
     """Callback of Ray Data that sleeps after steps of its scheduling loop in which no task was started or returned anything.
 
-    When its consumer is slower than its tasks, Ray Data 2.60 runs its loop without a pause: `ray.wait` returns at once while a
-    task has a result that may not be taken yet, and is not called while no task runs. The loop is a thread of the training
-    process, and takes a third of the speed of training on two cores. Ray Data has no option against it.
+    When its consumer is slower than its tasks, Ray Data 2.60 runs its loop without a pause, in a thread of the training process.
+    That takes a third of the speed of training on two cores, and Ray Data has no option against it.
     """
 
     def __init__(self) -> None:
@@ -131,16 +123,15 @@ class PatientExecution:
 def ray_processes_in_own_sessions() -> AbstractContextManager[None]:
     """Have `ray.init` start the processes of a new cluster in sessions of their own, in the block.
 
-    A closed terminal and `timeout` signal the whole process group. In the driver's group Ray's server would end before the job
-    that still needs it. If the driver is killed, the kernel kills Ray's main processes with it (PR_SET_PDEATHSIG). Two agents
-    stay for a minute, in which they try to report that to the server that is gone too.
+    A closed terminal and `timeout` signal the whole process group, in which Ray's server would end before the job that needs it.
+    If the driver is killed, the kernel kills Ray's main processes with it; two agents stay for a minute.
     """
 
     def start(popen: Any) -> Callable[..., Any]:
-        def start_one(*args: Any, env: dict[str, str] | None = None, **kwargs: Any) -> Any:
+        def start_one(*args: Any, env: dict[str, str] | None = None, **options: Any) -> Any:
             environment = dict(item for item in (env or os.environ).items() if item != _SILENT_CORE)  # the cluster's logs stay
-            own_session = sys.platform == "linux"  # elsewhere Ray ends its processes by their process group
-            return popen(*args, env=environment, **kwargs | {"start_new_session": own_session})
+            options["start_new_session"] = sys.platform == "linux"  # elsewhere Ray ends its processes by their process group
+            return popen(*args, env=environment, **options)
 
         return start_one
 
@@ -151,17 +142,16 @@ def ray_processes_in_own_sessions() -> AbstractContextManager[None]:
 def side_effects_undone() -> Iterator[None]:
     """Undo after the block what `ray.init` changes in this process, and discard what it writes to standard error.
 
-    - It overwrites PYTHONBREAKPOINT and sets variables such as RAY_AUTH_MODE in `os.environ`.
-    - It sets the level of the logger `ray` for the whole process.
+    - It sets variables in `os.environ`, and the level of the logger `ray`. Its C++ code writes to file descriptor 2.
     - It puts the working folder first in the workers' import path: a `pandas.py` that lies beside the user's data would be
       executed in each worker. So it runs in another one, unless the working folder is in the import path of this process.
-    - Ray's C++ code writes to file descriptor 2, for example when a token is rejected.
-    - It starts a thread that prints errors of Ray's processes at any time, also below the job's last line, and with advice that
-      does not hold ("there are infinite retries"): `listen_error_messages`. The jobs report what fails.
-    - It gives the command line to the cluster, whose dashboard shows it: `get_entrypoint_name`. URIs in it may hold keys.
+    - It starts a thread that prints errors of Ray's processes at any time, also below the job's last line: the jobs report them.
+    - It gives the command line, whose URIs may hold keys, to the cluster, whose dashboard shows it.
     """
-    environment, logger, folder = dict(os.environ), logging.getLogger("ray"), Path.cwd()
+    environment = dict(os.environ)
+    logger = logging.getLogger("ray")
     level = logger.level
+    folder = Path.cwd()
     sys.stderr.flush()
     stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 2)

@@ -9,23 +9,23 @@ from typing import Final
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from mnistsum_ray.cluster.gpus import REPORT_SECONDS, Gpu, Probe, answers_of, ask_nodes, whole_gpu_is_free
+from mnistsum_ray.cluster.gpus import REPORT_SECONDS, Gpu, Probe, answers_of, ask_nodes
 from mnistsum_ray.cluster.nodes import Resources, usable_nodes
 from mnistsum_ray.cluster.ray_internals import autoscaler_limits, free_resources
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.errors import RequestError, counted
 
 _TASKS_CPU_SHARE: Final = 0.25
-"""Share of the CPUs that workers of a group leave unreserved, for what feeds them: it reserves none, and takes some."""
+"""Share of the CPUs that workers of a group leave unreserved for the tasks that feed them, which reserve none."""
 
 _NODE_ID_LABEL: Final = "ray.io/node-id"
 _NODE_GROUP_LABEL: Final = "ray.io/node-group"
 """Node label that autoscalers (`ray up`, KubeRay) set."""
 
 _MAX_LIMIT: Final = 4096
-"""Largest limit of any resource: an autoscaler's configuration may say that there is no limit."""
+"""Largest limit of any resource: an autoscaler may have none."""
 
 _ASSUMED_LIMIT: Final = {"GPU": 16, "CPU": 128}
-"""Resources that a growing cluster is assumed to reach if its autoscaler does not publish a limit."""
+"""Resources that a growing cluster is assumed to reach if its autoscaler does not say."""
 
 _MAX_WORKERS_PER_GPU: Final = 8
 _WORKER_GPU_BYTES: Final = 4 * 2**30
@@ -35,6 +35,8 @@ _ASSUMED_GPU_BYTES: Final = 16 * 2**30
 _PROBE_SECONDS: Final = 60.0
 """Shortest timeout of a probe: its process on another node has to import PyTorch first."""
 _POLL_SECONDS: Final = 2.0
+_GRACE_SECONDS: Final = 1.0
+"""Time in which Ray counts what was given back, such as the GPU of a probe; no wait is shorter, and this one is silent."""
 _EPSILON: Final = 1e-9
 """Ray rounds fractions of a resource to 0.0001, so a smaller difference is a rounding error."""
 
@@ -46,22 +48,21 @@ class ClusterResources:
     nodes: tuple[Resources, ...]
     """Total of each node that has CPUs or GPUs."""
     free_nodes: tuple[Resources, ...]
-    """What is free of each of them, in any order."""
+    """Free resources of each of them, in any order."""
     can_grow: bool
     """An autoscaler may add nodes."""
     limits: Resources = field(default_factory=dict)
-    """Total that the cluster can grow to. Kinds that the autoscaler's configuration does not name are missing."""
+    """Total that the cluster can grow to, of the kinds that the autoscaler's configuration names."""
 
     def total(self, kind: str) -> float:
-        """Amount on all nodes together."""
         return sum(node.get(kind, 0.0) for node in self.nodes)
 
-    def free(self, kind: str) -> float:
-        """Free amount on all nodes together."""
-        return sum(node.get(kind, 0.0) for node in self.free_nodes)
+    def free(self, *kinds: str) -> Resources:
+        """Free amount of each kind on all nodes together."""
+        return {kind: sum(node.get(kind, 0.0) for node in self.free_nodes) for kind in kinds}
 
     def limit(self, kind: str) -> float:
-        """Return the amount that the cluster can grow to; infinite if its autoscaler does not say."""
+        """Amount that the cluster can grow to; infinite if its autoscaler does not say."""
         return max(self.total(kind), self.limits.get(kind, math.inf)) if self.can_grow else self.total(kind)
 
     def cpus_per_gpu(self) -> float:
@@ -69,18 +70,22 @@ class ClusterResources:
         return min((node.get("CPU", 0.0) / node["GPU"] for node in self.nodes if node.get("GPU")), default=math.inf)
 
     def workers_that_fit(self, bundle: Resources) -> int:
-        """Return how many workers fit on the present nodes if each reserves this bundle on one node."""
+        """Number of workers that fit on the present nodes if each reserves this bundle on one node."""
         return sum(self.workers_on(node, bundle) for node in self.nodes)
+
+    def workers_that_fit_now(self, bundle: Resources) -> int:
+        """The same, on what is free."""
+        return sum(self.workers_on(node, bundle) for node in self.free_nodes)
 
     @staticmethod
     def workers_on(node: Resources, bundle: Resources) -> int:
-        """Return how many workers fit on a node if each reserves this bundle."""
+        """Number of workers that fit on one node."""
         return min(int(node.get(kind, 0) / amount + _EPSILON) for kind, amount in bundle.items() if amount)
 
     def __str__(self) -> str:
         """A text such as `2 CPUs and 0 GPUs on 1 node`."""
         total = _format({kind: self.total(kind) for kind in ("CPU", "GPU")})
-        return f"{total} on {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}{', and may grow' * self.can_grow}"
+        return f"{total} on {counted(len(self.nodes), 'node')}{', and may grow' if self.can_grow else ''}"
 
 
 @dataclass(frozen=True)
@@ -128,14 +133,14 @@ class WorkerPlan:
 
     @property
     def per_worker(self) -> Resources:
-        """Resources that each worker reserves, on one node."""
+        """Resources that each worker reserves on one node."""
         return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
 
     def describe(self) -> str:
-        """Return a text such as `1 CPU worker` or `2 to 4 GPU workers`."""
+        """A text such as `1 CPU worker` or `2 to 4 GPU workers`."""
         low, high = self.worker_range
         number = str(low) if low == high else f"{low} to {high}"
-        return f"{number} {'GPU' if self.use_gpu else 'CPU'} worker{'s' * (high != 1)}"
+        return f"{number} {'GPU' if self.use_gpu else 'CPU'} worker{'' if high == 1 else 's'}"
 
 
 def reserve(request: WorkerRequest, say: Callable[[str], None], probe: Probe | None = None) -> WorkerPlan:
@@ -149,11 +154,10 @@ def reserve(request: WorkerRequest, say: Callable[[str], None], probe: Probe | N
     Raises:
         RequestError: the cluster can never give what is asked for, or does not give it within `wait_seconds`.
     """
-    cluster, gpu, avoided = inspect_cluster(), None, list[str]()
-    if cluster.total("GPU") >= 1 and request.use_gpu is None and not probe and not _soon(whole_gpu_is_free):
-        say(f"running on CPUs: other jobs hold the GPUs ({cluster}); --use-gpu true waits for one")
-        request = replace(request, use_gpu=False)
-    elif cluster.total("GPU") >= 1 and request.use_gpu is not False:
+    cluster = inspect_cluster()
+    gpu: Gpu | None = None
+    avoided: list[str] = []
+    if cluster.total("GPU") >= 1 and request.use_gpu is not False:
         gpu, avoided = _probe_gpus(request, say, probe)
         request, cluster = replace(request, use_gpu=gpu is not None), inspect_cluster(avoided)
     elif cluster.can_grow and request.use_gpu is None:
@@ -232,7 +236,7 @@ def workers_per_gpu(memory_bytes: int, cpus: float) -> int:
 
 
 def inspect_cluster(without: Collection[str] = ()) -> ClusterResources:
-    """Return the resources of the cluster that this process is connected to, but for those of the nodes with some ids."""
+    """Resources of the cluster that this process is connected to, but for those of the nodes with some ids."""
     return ClusterResources(
         nodes=tuple(node["Resources"] for node in usable_nodes() if node["NodeID"] not in without),
         free_nodes=tuple(free for node, free in free_resources().items() if node not in without),
@@ -242,19 +246,10 @@ def inspect_cluster(without: Collection[str] = ()) -> ClusterResources:
 
 
 def explain_worker_silence() -> str:
-    """Return the possible reasons why no worker reports, and the resources of the cluster, for a console line."""
+    """Possible reasons why no worker reports, and the resources of the cluster, for a console line."""
     cluster = inspect_cluster()
-    free = _format({kind: cluster.free(kind) for kind in ("CPU", "GPU")})
+    free = _format(cluster.free("CPU", "GPU"))
     return f"they are being started or replaced, or wait for data; the cluster has {cluster}, free: {free}"
-
-
-def _soon(condition: Callable[[], bool]) -> bool:
-    """Whether this is so now or within a second, in which Ray counts what was given back, as the GPU of the probe."""
-    for _ in range(20):
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def _wait_until_free(
@@ -262,37 +257,31 @@ def _wait_until_free(
 ) -> None:
     """Wait until the cluster, but for some nodes, has so many bundles free. Ray would wait without a limit and without a message.
 
+    A placement group would hold them, but Ray takes up to a second to count what it gives back, and the job's own would wait.
+
     Raises:
         RequestError: they are not free after these seconds.
     """
-    need = {kind: amount * count for kind, amount in bundle.items()}
-    started, next_report, requested = time.monotonic(), 0.0, False
-
-    def fits() -> bool:
-        cluster = inspect_cluster(without)
-        return all(cluster.free(kind) >= amount - _EPSILON for kind, amount in need.items())
-
-    if _soon(fits):
-        return
+    need = _format({kind: amount * count for kind, amount in bundle.items()})
+    started = time.monotonic()
+    next_report = _GRACE_SECONDS
+    requested = False
     try:
-        while not fits():
-            cluster = inspect_cluster(without)
-            free = {kind: cluster.free(kind) for kind in need}
-            waited = time.monotonic() - started
-            if waited >= seconds:
+        while (cluster := inspect_cluster(without)).workers_that_fit_now(bundle) < count:
+            free, waited = _format(cluster.free(*bundle)), time.monotonic() - started
+            if waited >= max(seconds, _GRACE_SECONDS):
                 raise RequestError(
-                    f"needs {_format(need)}, but after {waited:.0f} s only {_format(free)} are free ({cluster}): other jobs hold "
+                    f"needs {need}, but after {waited:.0f} s only {free} are free ({cluster}): other jobs hold "
                     "the rest, or the cluster has not grown; ask for fewer --num-workers or give more --wait-seconds"
                 )
             if waited >= next_report:
-                left = seconds - waited
-                say(f"waiting for {_format(need)}; free now: {_format(free)} ({cluster}); giving up in {left:.0f} s")
+                say(f"waiting for {need}; free now: {free} ({cluster}); giving up in {seconds - waited:.0f} s")
                 next_report = waited + REPORT_SECONDS
                 if cluster.can_grow:
                     # Requested again each time: the cluster has one request, and another job's replaces it.
                     request_resources(bundles=[bundle] * count)
                     requested = True
-            time.sleep(min(_POLL_SECONDS, max(0.1, seconds - waited)))
+            time.sleep(0.05 if waited < _GRACE_SECONDS else min(_POLL_SECONDS, max(0.1, seconds - waited)))
     finally:
         if requested:
             # A request that stays would hold the nodes for ever. Ray Train and Ray Data make their own.
@@ -300,15 +289,22 @@ def _wait_until_free(
 
 
 def _probe_gpus(request: WorkerRequest, say: Callable[[str], None], probe: Probe | None = None) -> tuple[Gpu | None, list[str]]:
-    """What all GPUs that answered can do, and the ids of nodes whose GPUs PyTorch cannot use, with a console line each.
+    """The least that the GPUs that answered can do, and the ids of nodes whose GPUs PyTorch cannot use, with a console line each.
 
-    None, with a console line, if it can use none and no GPU is requested.
+    None, with a console line, if no GPU is requested and PyTorch can use none, or other jobs hold them: those are waited for only
+    where a GPU is requested.
 
     Raises:
         RequestError: GPUs are requested, and PyTorch cannot use them, or none was free in time, or the node was lost.
     """
-    if request.use_gpu and not probe:  # only then is a busy GPU waited for
-        _wait_until_free({"GPU": 1.0}, 1, request.wait_seconds, say)
+    if not probe:
+        try:
+            _wait_until_free({"GPU": 1.0}, 1, request.wait_seconds if request.use_gpu else 0.0, say)
+        except RequestError:
+            if request.use_gpu:
+                raise
+            say(f"running on CPUs: other jobs hold the GPUs ({inspect_cluster()}); --use-gpu true waits for one")
+            return None, []
     seconds = max(_PROBE_SECONDS, request.wait_seconds)
     answers = answers_of(probe or ask_nodes(), seconds, say)
     found = [gpu for _, gpu in answers if isinstance(gpu, Gpu)]
@@ -333,5 +329,5 @@ def _probe_gpus(request: WorkerRequest, say: Callable[[str], None], probe: Probe
 
 
 def _format(resources: Resources) -> str:
-    """Return amounts and kinds, such as `1 CPU and 0 GPUs`."""
-    return " and ".join(f"{amount:g} {kind}{'s' * (amount != 1)}" for kind, amount in resources.items())
+    """Amounts and kinds, such as `1 CPU and 0 GPUs`."""
+    return " and ".join(f"{amount:g} {kind}{'' if amount == 1 else 's'}" for kind, amount in resources.items())

@@ -1,8 +1,4 @@
-"""Check that the cluster's nodes share the local paths of a job.
-
-A node that does not see an input folder would find no files; one that does not see the output folder would write where nobody
-looks.
-"""
+"""Check that the cluster's nodes share the local paths of a job: another node would read nothing, or write where nobody looks."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,10 +25,7 @@ Seen = dict[str, tuple[int, bytes] | None]
 def check_shared_storage(written: Mapping[str, OutputFolder], read: Mapping[str, Location], say: Callable[[str], None]) -> None:
     """Compare what the other nodes see at local paths with what this node sees. Nodes that join later are not checked.
 
-    Args:
-        written: by flag, the folders that the job holds. The other nodes must see its lock in them.
-        read: by flag, one file that the job reads.
-        say: writes a console line, about a node that does not answer.
+    The paths are given by flag: folders that the job holds, which have its lock, and one file of each that it reads.
 
     Raises:
         RequestError: a node does not see one of the paths.
@@ -43,11 +36,13 @@ def check_shared_storage(written: Mapping[str, OutputFolder], read: Mapping[str,
         return
     if inspect_cluster().can_grow:
         say(f"nodes that join later must see {' and '.join((paths | folders).values())} too; they are not checked")
-    this_node = ray.get_runtime_context().get_node_id()
-    others = [node for node in usable_nodes() if node["NodeID"] != this_node]
     files = paths | {flag: f"{path}/{LOCK_NAME}" for flag, path in folders.items()}
-    answers, expected = [_look_on_node(node["NodeID"], files) for node in others], _look(files)
-    for address, answer in zip((node["NodeManagerAddress"] for node in others), answers, strict=True):
+    this_node = ray.get_runtime_context().get_node_id()
+    # Neither retried nor placed elsewhere: if the node goes, the answer of another one says nothing about it.
+    look, others = ray.remote(max_retries=0)(_look), [node for node in usable_nodes() if node["NodeID"] != this_node]
+    answers = [(node["NodeManagerAddress"], look.options(**on_node(node["NodeID"])).remote(files)) for node in others]
+    expected = _look(files)
+    for address, answer in answers:
         try:
             seen = ray.get(answer, timeout=_TIMEOUT_SECONDS)
         except ray.exceptions.GetTimeoutError:
@@ -61,11 +56,6 @@ def check_shared_storage(written: Mapping[str, OutputFolder], read: Mapping[str,
                     f"{flag} {path}: the node {address} does not see what this one sees there; name a folder that "
                     "all nodes share, or s3://…"
                 )
-
-
-def _look_on_node(node: str, files: dict[str, str]) -> ray.ObjectRef:
-    # Neither retried nor placed elsewhere: if the node goes, the answer of another one says nothing about it.
-    return ray.remote(_look).options(**on_node(node), max_retries=0).remote(files)
 
 
 def _look(files: dict[str, str]) -> Seen:

@@ -1,7 +1,6 @@
 """Stop a job in order on SIGINT, SIGTERM or SIGHUP, and keep these signals from code that must not stop."""
 
 import os
-import select
 import signal
 import threading
 import time
@@ -23,8 +22,6 @@ _STOP_SECONDS: Final = 25.0
 _DISCONNECT_SECONDS: Final = 20.0
 """Longest time for disconnecting and leaving the interpreter. A cluster of this process ends with it."""
 
-_POLL_SECONDS: Final = 0.5
-
 
 class StopOnSignals:
     """Context in which a stop signal raises KeyboardInterrupt in the main thread; after `end` it exits the process at once.
@@ -42,8 +39,7 @@ class StopOnSignals:
     def __enter__(self) -> "StopOnSignals":
         # A signal's number is written to this pipe when it arrives, even if the main thread never runs the Python handler.
         self._pipe = os.pipe()
-        for end in self._pipe:
-            os.set_blocking(end, False)
+        os.set_blocking(self._pipe[1], False)
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, self._receive) for number in _handled_signals()}
         threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
@@ -83,12 +79,8 @@ class StopOnSignals:
     def _watch(self, pipe: int) -> None:
         """Thread that ends the process if a signal has not ended the job."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the main thread receives them
-        arrived = None
-        while arrived is None:
-            if self._ended.is_set():
-                return
-            written = os.read(pipe, 1) if select.select([pipe], [], [], _POLL_SECONDS)[0] else b""
-            arrived = next((number for number in written if number in self._handlers_before), None)
+        while (arrived := os.read(pipe, 1)[0]) not in self._handlers_before:
+            pass  # another signal for which Python has a handler
         if self._ended.wait(_REPEAT_SECONDS):
             return
         os.kill(os.getpid(), arrived)
@@ -115,19 +107,11 @@ def defer_signals() -> Iterator[list[int]]:
             signal.signal(number, lambda number, _: caught.append(number))
         yield caught
     finally:
-        _restore_handlers(before)
-        with ExitStack() as arrived:  # the second is raised also if the handler of the first raises
+        with ExitStack() as last:  # it makes all its calls, the last first, also if a handler that is back already raises
             for number in reversed(dict.fromkeys(caught)):
-                arrived.callback(signal.raise_signal, number)
-
-
-def _restore_handlers(handlers: dict[signal.Signals, Any]) -> None:
-    try:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)  # also replaces a handler that C++ has set, of which Python knows nothing
-    except BaseException:  # of a handler that is back already, since its signal has just arrived
-        _restore_handlers(handlers)
-        raise
+                last.callback(signal.raise_signal, number)
+            for number, handler in before.items():
+                last.callback(signal.signal, number, handler)  # also in place of one that C++ has set, unknown to Python
 
 
 @contextmanager

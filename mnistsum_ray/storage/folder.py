@@ -27,12 +27,10 @@ Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that this process may write to; `folder_lock` and `empty_output` make it.
-
-    Every method checks first that the run still holds the folder. Names may have folders in them, which are made.
+    """A folder that this process may write to; `folder_lock` and `empty_output` make it. Names may have folders in them.
 
     Raises:
-        RunError: another run has taken the folder.
+        RunError: another run has taken the folder, which every method checks first.
         StorageError: the storage does not answer or refuses.
     """
 
@@ -106,7 +104,7 @@ class OutputFolder:
             place.filesystem.delete_file(place.path)
 
     def delete_folder(self, name: str) -> None:
-        """Delete a folder and all that is in it; a missing one is no error. In an object store it is gone with its last file."""
+        """Delete a folder with its files; a missing one is no error."""
         self.check()
         place = self.place / name
         if place.exists():

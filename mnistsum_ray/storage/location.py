@@ -1,4 +1,4 @@
-"""Files and folders on a disk or in an object store, to be read. What may be written is in `lock.py`."""
+"""Files and folders on a disk or in an object store, to be read. `folder.py` writes."""
 
 import json
 import os
@@ -29,8 +29,8 @@ class Entry(NamedTuple):
     size: int
     """Bytes of a file; 0 for a folder."""
     modified: int
-    """When a file was last modified, in nanoseconds since 1970; 0 for a folder. In an object store it is rounded down to seconds:
-    a listing may give a finer time than a request for one object."""
+    """When a file was last modified, in nanoseconds since 1970; 0 for a folder. In an object store in whole seconds: a listing
+    may give a finer time than a request for one object."""
     is_folder: bool = False
 
     @property
@@ -57,7 +57,7 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        """True on a disk of this machine or a mounted file system."""
+        """Whether this is on a disk or a mounted file system."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     @property
@@ -71,21 +71,18 @@ class Location:
         return Location(self.filesystem, path, f"{scheme}://{path}" if colon else path)
 
     def with_retries(self) -> "Location":
-        """The same location, but S3 is retried for about 50 s; for runs that must survive a short outage.
-
-        Google's and Azure's clients retry by themselves.
-        """
+        """The same location, with S3 retried for about 50 s, as Google and Azure are: a run survives a short outage."""
         if type(self.filesystem) is not pafs.S3FileSystem:
             return self
         return replace(self, filesystem=object_store.RetryingS3FileSystem(**object_store.options_of(self.filesystem)))
 
     def same_storage(self, other: "Location") -> bool:
-        """True if both are on the same file system, or reached with the same keys and options."""
+        """Whether both are on the same file system, reached with the same keys and options."""
         return bool(self.filesystem.equals(other.filesystem))
 
     @contextmanager
     def answers(self, what: str = "read") -> Iterator[None]:
-        """Raise what the storage raises in the block as StorageError; `what` was to be done with this place."""
+        """Raise errors of the storage in the block as StorageError: this place cannot be read, or `what`."""
         try:
             yield
         except StorageError:
@@ -101,13 +98,12 @@ class Location:
         return StorageError(f"{self.display}: cannot be {what}: {masked(one_line(error))}")
 
     def status(self) -> Entry | None:
-        """The file or folder here; None where nothing exists. In an object store a prefix with a key below it is a folder."""
+        """The file or folder here; None where nothing exists. In an object store a prefix of keys is a folder."""
         with self.answers():
             info = self.filesystem.get_file_info(self.path)
         return None if info.type == pafs.FileType.NotFound else self._entry(info)
 
     def exists(self) -> bool:
-        """True for a file, and for a folder."""
         return self.status() is not None
 
     def open(self) -> pa.NativeFile:
@@ -157,7 +153,7 @@ class Location:
 
 
 def is_utf8(path: str) -> bool:
-    """True if a path can be encoded as UTF-8, which Arrow needs; names on a disk may hold any bytes."""
+    """Whether a path can be encoded as UTF-8, which Arrow needs; names on a disk may hold any bytes."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -166,10 +162,10 @@ def is_utf8(path: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """True if readers of Parquet skip a file of this name, since it, or a folder of it, begins with `.` or `_`."""
+    """Whether readers of Parquet skip a file of this name, since it, or a folder of it, begins with `.` or `_`."""
     return any(component.startswith((".", "_")) for component in name.split("/"))
 
 
 def is_partial(name: str) -> bool:
-    """True if a file name, without its folder, is that of an unfinished file of this program."""
+    """Whether a file name, without its folder, is that of an unfinished file of this program."""
     return _PARTIAL.fullmatch(name) is not None

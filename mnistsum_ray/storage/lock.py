@@ -1,7 +1,8 @@
-"""One run at a time in an output folder: its file `_lock` holds the id of the run. On a disk the run has a lock of the kernel on
-that file, which ends with its process; the file stays. In an object store the file is a lease: its holder writes it again every
-two seconds, and a run that sees it unchanged for twelve takes it over. All writes of a lease are conditional, so of two runs at
-the same moment one is refused.
+"""One run at a time in an output folder: its file `_lock` holds the id of the run.
+
+On a disk the run has a lock of the kernel on that file, which ends with its process; the file stays. In an object store the file
+is a lease: its holder writes it again every two seconds, and a run that sees it unchanged for twelve takes it over. Its writes
+are conditional, so of two runs at the same moment one is refused.
 """
 
 import fcntl
@@ -25,18 +26,17 @@ from mnistsum_ray.storage.location import Location
 LOCK_NAME: Final = "_lock"
 
 HEARTBEAT_SECONDS: Final = 2.0
-"""Seconds between renewals of a lease."""
 LEASE_TTL_SECONDS: Final = 12.0
-"""Seconds without a renewal after which another run may take the lease: its holder was killed or suspended."""
+"""Seconds without a heartbeat after which another run may take the lease: its holder was killed or suspended."""
 
 _CHECK_SECONDS: Final = 1.0
-"""Seconds between two looks at the lock."""
+"""A lock is read at most once in this time."""
 _UNKNOWN_SECONDS: Final = 120.0
-"""Seconds without an answer of the storage after which the run gives up."""
+"""Time without an answer of the storage after which the run gives up."""
 
 
 class _HeldError(Exception):
-    """Another run holds the lock. The message is its id; empty where that is unknown."""
+    """Another run holds the lock. The message is its id, if that is known."""
 
 
 @dataclass
@@ -44,15 +44,14 @@ class FolderLock:
     """The lock of a folder that a run holds. Its workers get a pickled copy."""
 
     place: Location
-    """The lock file."""
     holder: str
     """Id of the run."""
     lease: "_Lease | None" = None
-    """In the driver of a run in an object store."""
+    """Of a run in an object store, in its driver alone."""
     _checked: float = field(default=float("-inf"), repr=False)
 
     def check(self) -> None:
-        """Check that this run still holds the folder. Reads the lock at most once a second; waits while that is unknown.
+        """Check that this run still holds the folder; wait while that is unknown.
 
         Raises:
             RunError: another run has taken the folder, or may have: for two minutes the lock could not be read, or not renewed.
@@ -83,22 +82,26 @@ class FolderLock:
 
 @contextmanager
 def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iterator[OutputFolder]:
-    """Hold a folder, which is created where it is missing, while the block runs.
-
-    Args:
-        folder: local, or in an object store. The storage is retried for a while when it does not answer.
-        flag: names the folder in messages.
-        say: writes a console line.
+    """Hold a folder, which is created where it is missing, while the block runs. `flag` names it in messages.
 
     Raises:
         RequestError: another run holds it, it cannot be written, or its storage has no conditional writes.
     """
     folder = folder.with_retries()
     lock = FolderLock(folder / LOCK_NAME, f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}")
-    with _refusals(folder, flag):
+    refused = f"{flag} {folder.display}:"
+    try:
         above = (Path(folder.path), *Path(folder.path).parents) if folder.is_local else ()
         made = [path for path in above if not path.exists()]
         held = _lock_file(lock) if folder.is_local else _Lease(folder, lock, say)
+    except _HeldError as error:
+        holder = f" ({error})" if str(error) else ""
+        raise RequestError(f"{refused} another run{holder} is writing there; wait for it, or choose another") from None
+    except ValueError:
+        advice = "move it away, or choose another folder"
+        raise RequestError(f"{refused} {LOCK_NAME} is not a file of this program; {advice}") from None
+    except OSError as error:
+        raise RequestError(f"{refused} cannot be written ({error.strerror or one_line(error)})") from None
     lock.lease = held if isinstance(held, _Lease) else None
     with closing(held):
         try:
@@ -108,29 +111,8 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
                 _delete_unused(made)
 
 
-@contextmanager
-def _refusals(folder: Location, flag: str) -> Iterator[None]:
-    """Raise what keeps a run from taking a lock as RequestError."""
-    try:
-        yield
-    except _HeldError as error:
-        holder = f" ({error})" if str(error) else ""
-        reason = f"another run{holder} is writing there; wait for it, or choose another"
-    except ValueError:
-        reason = f"{LOCK_NAME} is not a file of this program; move it away, or choose another folder"
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror or one_line(error)})"
-    else:
-        return
-    raise RequestError(f"{flag} {folder.display}: {reason}")
-
-
 def _holder_in(data: bytes) -> str:
-    """Id of the run in a lock; empty for an empty file, whose run was killed before it wrote its id.
-
-    Raises:
-        ValueError: this is no lock.
-    """
+    """Id of the run in a lock; empty if its run was killed before it wrote that. What is no lock is a ValueError."""
     try:
         return str(json.loads(data)["id"]) if data else ""
     except (TypeError, KeyError, RecursionError):
@@ -147,7 +129,7 @@ def _delete_unused(made: list[Path]) -> None:
 
 
 def _lock_file(lock: FolderLock) -> IO[bytes]:
-    """A local lock file with a lock of the kernel, which is held until the file is closed, and its run's id."""
+    """A file with the id of a run, and with a lock of the kernel that is held until the file is closed."""
     path = Path(lock.place.path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644), "r+b", buffering=0)
@@ -176,13 +158,13 @@ class _Lease:
     def __init__(self, folder: Location, lock: FolderLock, say: Callable[[str], None]) -> None:
         """Take the lease: at once where there is none, else when it has not been renewed for LEASE_TTL_SECONDS.
 
-        Raises:
-            _HeldError: another run renews it, or was faster.
-            ValueError: the object is no lock.
-            StorageError: the storage does not answer, refuses, or has no conditional writes.
+        Raises _HeldError if another run renews it, or was faster.
         """
-        self._folder, self._place, self._holder = OutputFolder(folder, None), lock.place, lock.holder
-        self._renewed, self._beats = 0.0, 0
+        self._folder = OutputFolder(folder, None)
+        self._place = lock.place
+        self._holder = lock.holder
+        self._renewed = 0.0
+        self._beats = 0
         self._version = self._wait_until_free(say)
         self._renew()
         with suppress(ExistingFileError):  # it exists now
@@ -216,7 +198,9 @@ class _Lease:
         found, started = self._read(), time.monotonic()
         while found and time.monotonic() - started < LEASE_TTL_SECONDS:
             time.sleep(HEARTBEAT_SECONDS / 2)
-            asked, before, found = time.monotonic(), found, self._read()
+            before = found
+            asked = time.monotonic()
+            found = self._read()
             if found and found != before:
                 raise _HeldError(found[0])
             if time.monotonic() - asked > HEARTBEAT_SECONDS:

@@ -1,6 +1,6 @@
-"""What Arrow's file systems of object stores lack: conditional writes (through obstore), and S3 that is retried for long enough.
+"""What Arrow's file systems of object stores lack: conditional writes, and S3 that is retried for long enough.
 
-A conditional write succeeds only where the object is absent, or unchanged: no run replaces what another has written.
+A conditional write, through obstore, succeeds only where the object is absent, or unchanged: no run replaces what another wrote.
 """
 
 import functools
@@ -18,24 +18,20 @@ from mnistsum_ray.storage.uri import masked
 Version = dict[str, str]
 """Identifies one state of an object: its ETag, and in Google Cloud Storage its generation."""
 
-_MAX_ATTEMPTS: Final = 10
-"""About 50 s in total: the pauses between attempts grow to 20 s. Arrow's default of 3 attempts gives up after 6 s."""
-_RETRIES: Final = {
+# Retries last about 50 s in both clients: Arrow's pauses grow to 20 s. With their defaults they give up after 6 s and after 3 s.
+_ARROW_ATTEMPTS: Final = 10
+_OBSTORE_RETRIES: Final = {
     "max_retries": 100,
     "retry_timeout": timedelta(seconds=50),
     "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=5), "base": 2},
 }
-"""The same 50 s for conditional writes. The defaults of obstore, 10 random pauses from 0.1 s on, give up after 3 s."""
 
 
 class RetryingS3FileSystem(pafs.S3FileSystem):
-    """An S3 file system with 10 attempts per request that keeps them when it is pickled.
-
-    Arrow does not pickle the retry strategy, so on Ray's workers a plain S3FileSystem would be back at 3 attempts.
-    """
+    """An S3 file system that keeps its number of attempts on Ray's workers: Arrow does not pickle the retry strategy."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_MAX_ATTEMPTS))
+        super().__init__(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ARROW_ATTEMPTS))
         self._options = options
 
     def __reduce__(self) -> Any:
@@ -49,9 +45,8 @@ def _retrying_s3(options: dict[str, Any]) -> RetryingS3FileSystem:
 def options_of(filesystem: pafs.FileSystem) -> dict[str, Any]:
     """Keyword arguments that make an equal file system of an object store.
 
-    pyarrow has no public accessor for them, and the URI does not have them all: `FileSystem.from_uri` also reads
-    AWS_ENDPOINT_URL and asks S3 for the region of the bucket. Only the pickle protocol gives them: a constructor that takes
-    one dict, and that dict. tests/storage/test_object_store.py fails when a version of pyarrow changes this.
+    Only the pickle protocol gives them: a constructor that takes one dict, and that dict. The URI lacks AWS_ENDPOINT_URL and the
+    region, for which Arrow asks S3. tests/storage/test_object_store.py fails when a version of pyarrow changes this.
     """
     options: dict[str, Any] = filesystem.__reduce__()[1][0]
     return options
@@ -61,8 +56,8 @@ def put(filesystem: pafs.FileSystem, path: str, data: bytes, version: Version | 
     """Write an object if it does not exist (None) or has this version; returns the new version.
 
     Raises:
-        ExistingFileError: it exists, or has another version, or is gone. This run may itself have written it: an answer may be
-            lost, and the repeated request then finds what the first one wrote.
+        ExistingFileError: it exists, or has another version, or is gone. This run may have written it: where an answer is lost,
+            the repeated request finds what the first one wrote.
         StorageError: the storage does not answer, refuses, or has no conditional writes; or the extra cloud is not installed.
     """
     mode: Any = version or "create"
@@ -79,11 +74,7 @@ def put(filesystem: pafs.FileSystem, path: str, data: bytes, version: Version | 
 
 
 def get(filesystem: pafs.FileSystem, path: str) -> tuple[bytes, Version] | None:
-    """An object's bytes and its version; None where it does not exist.
-
-    Raises:
-        StorageError: as above.
-    """
+    """An object's bytes and its version; None where it does not exist. Raises StorageError as `put` does."""
     with _storage_errors(path):
         import obstore  # noqa: TID251
 
@@ -101,7 +92,7 @@ def _version(meta: Any) -> Version:
 
 @contextmanager
 def _storage_errors(path: str) -> Iterator[None]:
-    """Raise the errors of obstore and boto3 as StorageError, on one line without the query of the URL, which may hold keys."""
+    """Raise errors of obstore and boto3 as StorageError, on one line without the query of the URL, which may hold keys."""
     try:
         yield
     except StorageError:
@@ -155,7 +146,7 @@ def _open_store(kind: str, bucket: str, **given: Any) -> Any:
         config={name: value for name, value in config.items() if value},
         credential_provider=provider,
         client_options={"allow_http": True},
-        retry_config=_RETRIES,
+        retry_config=_OBSTORE_RETRIES,
     )
 
 

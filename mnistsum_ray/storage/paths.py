@@ -59,10 +59,9 @@ def refused(flag: str) -> Iterator[None]:
 def output_base_folder() -> Path:
     """Folder that relative output paths start from: the working folder, or the home folder inside a submitted job.
 
-    `ray job submit --working-dir` runs the driver in a temporary copy of the working folder, and Ray deletes it with all files
-    that the job wrote there. Ray 2.60 has no documented way to ask for it: the environment of a job's driver holds only an
-    undocumented JSON text, and the runtime context needs a connection, which does not exist yet when paths are checked. The copy
-    lies in a folder of this name. tests/storage/test_paths.py fails when a version of Ray changes it.
+    `ray job submit --working-dir` runs the driver in a temporary copy of the working folder, which Ray then deletes. Ray 2.60 has
+    no documented way to know it before a connection; the copy lies in a folder of this name. tests/storage/test_paths.py fails
+    when a version of Ray changes it.
     """
     here = Path.cwd()
     return Path.home() if "working_dir_files" in here.parts else here

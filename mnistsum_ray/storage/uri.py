@@ -12,14 +12,14 @@ _PUBLIC_QUERY_KEYS: Final = (
     "region",
     "scheme",
 )
-"""Parts of a URI's query that say where the storage is. All others may be credentials and are never shown."""
+"""Parts of a URI's query that say where the storage is. Others may be credentials, and are never shown."""
 
 _URI: Final = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]*[^\s'\"<>;:,.)]")
 """A URI in a text."""
 
 
 class PathOrUri(str):
-    """A path or URI. As a string it is the masked text; `reveal` gives the text with its keys, and only `locate` calls it."""
+    """A path or URI. As a string it is the masked text."""
 
     def __new__(cls, text: str) -> "PathOrUri":
         if isinstance(text, cls):
@@ -34,7 +34,7 @@ class PathOrUri(str):
         return (self._text,)
 
     def reveal(self) -> str:
-        """The text as it was given, with its keys."""
+        """The text as it was given, with its keys, for `locate` alone."""
         return self._text
 
     @property

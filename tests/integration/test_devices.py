@@ -1,5 +1,6 @@
 """A logical GPU of Ray that PyTorch cannot use, as on a Mac with Apple silicon, or with PyTorch's CPU build on a GPU machine."""
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,14 +9,13 @@ import pytest
 import ray
 import torch
 
-import mnistsum_ray
+from mnistsum_ray.api import run_scoring, run_training
 from mnistsum_ray.cluster import gpus, resources
 from mnistsum_ray.cluster.gpus import Gpu
 from mnistsum_ray.cluster.resources import WorkerRequest, reserve
-from mnistsum_ray.config import ExportPairsConfig, ScoreConfig, TrainConfig
-from mnistsum_ray.errors import RunError
-from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import add_node, nodes, run_job, start_cluster
+from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.errors import RequestError, RunError
+from tests.integration.conftest import add_node, nodes, start_cluster
 
 EVERY = 10
 
@@ -33,13 +33,6 @@ def counted_gpu() -> Iterator[str]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pairs") / "in"
-    export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=100, files=2), print)
-    return folder
-
-
 @pytest.mark.parametrize("begun", [False, True])
 def test_the_gpu_that_the_probe_gives_back_is_not_waited_for(
     counted_gpu: str, monkeypatch: pytest.MonkeyPatch, begun: bool
@@ -51,7 +44,7 @@ def test_the_gpu_that_the_probe_gives_back_is_not_waited_for(
 
 
 def answer_late() -> Gpu:
-    time.sleep(3)
+    time.sleep(2)
     return GPU
 
 
@@ -60,7 +53,7 @@ def fail(text: str) -> None:
 
 
 def test_a_gpu_that_takes_long_to_answer_is_waited_for(counted_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus, "REPORT_SECONDS", 2)
+    monkeypatch.setattr(gpus, "REPORT_SECONDS", 1)
     monkeypatch.setattr(gpus, "_ask_torch", answer_late)
     said = list[str]()
     assert [gpu for _, gpu in gpus.answers_of(gpus.ask_nodes(), 20, said.append)] == [GPU]
@@ -70,39 +63,35 @@ def test_a_gpu_that_takes_long_to_answer_is_waited_for(counted_gpu: str, monkeyp
         time.sleep(0.1)
 
 
-def test_training_runs_on_cpus_and_says_so(counted_gpu: str, data: Path, tmp_path: Path) -> None:
-    flags = ["--data", data, "--epochs", 1, "--sum-head-steps", 50, "--storage-path", tmp_path]
-    done = run_job("train", *flags, address=counted_gpu)
-    assert done.line["test"]["rows"] == 50
-    assert done.err.count(f"running on CPUs: {NO_CUDA}") == 1
-    assert "1 CPU worker" in done.err
-    run_job("train", *flags, "--use-gpu", "true", address=counted_gpu).check_refused(f"--use-gpu true: {NO_CUDA}")
-
-
-def test_scoring_runs_on_cpus_also_while_another_job_holds_the_gpu(
-    counted_gpu: str, model: Path, pairs: Path, tmp_path: Path
+def test_training_runs_on_cpus_and_says_so(
+    counted_gpu: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--model", model, "--input", pairs, "--output", tmp_path / "out"]
-    said = "fits card and driver there (the default one: driver 580), or leave --use-gpu out"
-    run_job("score", *flags, "--use-gpu", "true", address=counted_gpu).check_refused(said)
-    other = ray.remote(_Other).options(num_gpus=1, num_cpus=0).remote()
+    line = run_training(TrainConfig(data=str(data), epochs=1, sum_head_steps=5, storage_path=str(tmp_path)))
+    assert line["test"]["rows"] == 50
+    printed = capsys.readouterr().err
+    assert printed.count(f"running on CPUs: {NO_CUDA}") == 1
+    assert "1 CPU worker" in printed
+    with pytest.raises(RequestError, match=f"^--use-gpu true: {re.escape(NO_CUDA)}") as refused:
+        reserve(WorkerRequest(None, True, wait_seconds=0), print)
+    assert str(refused.value).endswith("fits card and driver there (the default one: driver 580), or leave --use-gpu out")
+
+
+def test_a_gpu_that_another_job_holds_is_waited_for_only_where_one_is_asked_for(counted_gpu: str) -> None:
+    other = ray.remote(_Other).options(num_gpus=0.5, num_cpus=0).remote()
     ray.get(other.__ray_ready__.remote())
-    done = run_job("score", *flags, address=counted_gpu)
+    said = list[str]()
+    assert reserve(WorkerRequest(None, None, wait_seconds=600), said.append).describe() == "2 CPU workers"
+    assert said[0].startswith("running on CPUs: other jobs hold the GPUs (2 CPUs and 1 GPU on 1 node); --use-gpu true waits for")
+    with pytest.raises(RequestError, match=r"needs 1 GPU, but after \d s only 0\.5 GPUs are free"):
+        reserve(WorkerRequest(None, True, wait_seconds=2), said.append)
+    assert said[1].startswith("waiting for 1 GPU; free now: 0.5 GPUs")
     ray.kill(other)
-    assert done.line["scored_rows"] == 100
-    assert "running on CPUs: other jobs hold the GPUs" in done.err
-    assert "2 CPU workers" in done.err
-    assert done.seconds < 100, "a busy GPU would be waited for up to 600 s"
 
 
 @pytest.fixture
-def believed_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Another such cluster, whose GPU the jobs of this process take for real: they go as far as one can without it."""
-    ray.shutdown()
+def believed_gpu(counted_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The jobs take the GPU for real: they go as far as one can without it."""
     monkeypatch.setattr(resources, "answers_of", lambda *_: [({}, GPU)])
-    monkeypatch.setenv("RAY_ADDRESS", start_cluster(num_cpus=2, num_gpus=1))
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.usefixtures("believed_gpu")
@@ -111,16 +100,16 @@ def test_training_workers_get_the_gpu_and_only_pytorch_refuses_it(
 ) -> None:
     config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", use_gpu=True, max_failures=0)
     with pytest.raises(RunError, match="gave up after 1 failure:"):
-        mnistsum_ray.fit(config)
+        run_training(config)
     assert "1 GPU worker" in (printed := capsys.readouterr().err)
     assert "NCCL" in printed
 
 
 @pytest.mark.usefixtures("believed_gpu")
-def test_scoring_workers_get_the_gpu_and_only_pytorch_refuses_it(model: Path, pairs: Path, tmp_path: Path) -> None:
-    config = ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), use_gpu=True)
+def test_scoring_workers_get_the_gpu_and_only_pytorch_refuses_it(model: Path, data: Path, tmp_path: Path) -> None:
+    files = {"input": (str(data),), "number_column": "digit", "output": str(tmp_path / "out")}
     with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
-        mnistsum_ray.score(config)
+        run_scoring(ScoreConfig(model=str(model), use_gpu=True, **files))
 
 
 def test_a_node_whose_gpu_is_broken_gets_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,4 +131,4 @@ def test_a_node_whose_gpu_is_broken_gets_no_worker(monkeypatch: pytest.MonkeyPat
 
 
 class _Other:
-    """Another job's actor, which holds the GPU."""
+    """Another job's actor, which holds a part of the GPU."""

@@ -48,13 +48,10 @@ def test_a_local_folder_that_a_node_does_not_see_is_refused(data: Path, model: P
                 assert node.poll() is None
                 time.sleep(0.2)
             said = "does not see what this one sees there; name a folder that all nodes share, or s3://"
-            train = ["--data", data, "--storage-path", here / "runs"]
-            score = ["--model", model, "--number-column", "digit", "--input"]
+            score = ["--model", model, "--number-column", "digit"]
             for job, flag, flags in (
-                ("train", f"--storage-path {here}/runs", train),
-                ("train", f"--data {here}/in/rows.parquet", ["--data", here / "in", "--storage-path", tmp_path / "runs"]),
-                ("score", f"--output {here}/out", [*score, data, "--output", here / "out"]),
-                ("score", f"--input {here}/in/rows.parquet", [*score, here / "in", "--output", tmp_path / "out"]),
+                ("train", f"--storage-path {here}/runs", ["--data", data, "--storage-path", here / "runs"]),
+                ("score", f"--input {here}/in/rows.parquet", ["--input", here / "in", "--output", tmp_path / "out", *score]),
             ):
                 done = run_job(job, *flags, address=cluster.address)
                 assert done.code == 2, done.err

@@ -1,6 +1,6 @@
 """A person who calls `fit` and `score` from Python finds the process as it was before.
 
-`python -m tests.integration.test_process_state DATA FOLDER` trains and scores, and prints what has changed as a JSON line.
+`python -m tests.integration.test_process_state DATA FOLDER` trains and scores, and prints the changes as a JSON line.
 """
 
 import json
@@ -57,20 +57,16 @@ Snapshot = dict[str, dict[str, Any]]
 _ARROW_TYPES = {
     "ray.data.arrow_tensor": (pa.list_(pa.int64()), "[0]"),
     "ray.data.arrow_tensor_v2": (pa.large_list(pa.int64()), "[0]"),
-    "ray.data.arrow_variable_shaped_tensor": (
-        pa.struct({"data": pa.large_list(pa.int64()), "shape": pa.list_(pa.int32())}),
-        "1",
-    ),
     "ray.data.arrow_pickled_object": (pa.large_binary(), ""),
 }
 
 
 def registered_arrow_types() -> dict[str, str]:
-    """Return the class that Arrow makes of each of Ray's types; a storage type if the type is not registered."""
-    fields = [
-        pa.field(name, storage, metadata={"ARROW:extension:name": name, "ARROW:extension:metadata": metadata})
-        for name, (storage, metadata) in _ARROW_TYPES.items()
-    ]
+    """The class that Arrow makes of each of Ray's types; a storage type if the type is not registered."""
+    marks = {
+        name: {"ARROW:extension:name": name, "ARROW:extension:metadata": metadata} for name, (_, metadata) in _ARROW_TYPES.items()
+    }
+    fields = [pa.field(name, storage, metadata=marks[name]) for name, (storage, _) in _ARROW_TYPES.items()]
     schema = pa.ipc.read_schema(pa.schema(fields).serialize())
     return {field.name: f"{type(field.type)} {id(type(field.type))}" for field in schema}
 
@@ -100,7 +96,7 @@ def snapshot() -> Snapshot:
 
 
 def changes(before: Snapshot, after: Snapshot) -> dict[str, list[Any]]:
-    """Return each value that differs, as [before, after]. Loggers that a library has created meanwhile do not count."""
+    """Each value that differs, as [before, after]. Loggers that a library has created meanwhile do not count."""
     return {
         f"{what}: {name}": [before[what].get(name), after[what].get(name)]
         for what in before

@@ -1,6 +1,5 @@
 """A file appears whole or not at all, and a folder lists its own files."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -47,21 +46,3 @@ def test_a_file_without_end_is_not_read_whole(tmp_path: Path) -> None:
     (tmp_path / "model.json").symlink_to("/dev/zero")
     with pytest.raises(StorageError, match="is larger than any file of this program"):
         locate(str(tmp_path / "model.json"), "--model").read_json()
-
-
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "new" / "a"
-    synced: list[tuple[str, bool]] = []
-    fsync = os.fsync
-
-    def record(descriptor: int) -> None:
-        name = os.path.relpath(Path(f"/proc/self/fd/{descriptor}").readlink(), tmp_path)
-        synced.append(("partial" if name.endswith(".partial") else name, place.exists()))
-        fsync(descriptor)
-
-    monkeypatch.setattr("os.fsync", record)
-    writable(place.parent).write("a", b"whole")
-    assert synced == [(".", False), ("partial", False), ("new", True)], "the new folder, the file, then its name"
-    synced.clear()
-    writable(place.parent).move("a", writable(tmp_path))
-    assert synced == [(".", False)]

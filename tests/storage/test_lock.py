@@ -3,8 +3,6 @@
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,30 +23,27 @@ with folder_lock(locate(sys.argv[1], "--output"), "--output", print) as held:
 """
 
 
-@contextmanager
-def held_by_another_process(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process that holds the folder, and its id."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        yield process, process.stdout.readline().strip()
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def lock(folder: Path) -> None:
     with folder_lock(locate(str(folder), "--output"), "--output", print):
         pass
 
 
-def test_a_second_run_is_refused_and_the_holder_is_named(tmp_path: Path) -> None:
-    with held_by_another_process(tmp_path / "out") as (_, holder):
+def test_a_second_run_is_refused_until_the_process_of_the_first_ends(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        holder = process.stdout.readline().strip()
         with pytest.raises(RequestError) as refused:
-            lock(tmp_path / "out")
-        expected = f"--output {tmp_path}/out: another run ({holder}) is writing there; wait for it, or choose another"
-        assert str(refused.value) == expected
-        assert holder in (tmp_path / "out" / "_lock").read_text(), "the holder's workers read its id there"
+            lock(out)
+        assert str(refused.value) == f"--output {out}: another run ({holder}) is writing there; wait for it, or choose another"
+        assert holder in (out / "_lock").read_text(), "the holder's workers read its id there"
+    finally:
+        process.kill()
+        process.communicate()
+    lock(out)
+    assert (out / "_lock").exists(), "the file stays"
+    lock(out)
 
 
 def test_a_file_of_others_with_the_name_of_the_lock_is_left_alone(tmp_path: Path) -> None:
@@ -58,34 +53,9 @@ def test_a_file_of_others_with_the_name_of_the_lock_is_left_alone(tmp_path: Path
     assert (tmp_path / "_lock").read_text() == "notes"
 
 
-def test_a_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
-    with held_by_another_process(tmp_path / "out") as (process, _):
-        process.kill()
-        process.wait()
-    lock(tmp_path / "out")
-    assert (tmp_path / "out" / "_lock").exists(), "the file stays"
-    lock(tmp_path / "out")
-
-
-def test_a_lock_whose_file_cannot_be_written_is_not_held(tmp_path: Path) -> None:
-    """As on a full disk: here the file is larger than this process may write."""
-    code = """
-import resource, signal, sys
-from mnistsum_ray.errors import RequestError, RunError, StorageError
-from mnistsum_ray.storage.lock import folder_lock
-from mnistsum_ray.storage.paths import locate
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-for limit in (0, resource.RLIM_INFINITY):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-        with folder_lock(locate(sys.argv[1], "--output"), "--output", print):
-            print("held")
-    except RequestError as error:
-        print(error)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert said == [f"--output {tmp_path}/out: cannot be written (File too large)", "held"]
+def test_a_folder_that_cannot_be_written_is_refused() -> None:
+    with pytest.raises(RequestError, match="--output /proc/out: cannot be written"):
+        lock(Path("/proc/out"))
 
 
 def test_a_run_notices_that_another_has_taken_the_folder(tmp_path: Path) -> None:
@@ -131,13 +101,7 @@ def test_a_request_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "target").write_text("")
-    (tmp_path / "out" / "_lock").symlink_to(tmp_path / "target")
+    (tmp_path / "_lock").symlink_to(tmp_path / "target")
     with pytest.raises(RequestError, match="cannot be written"):
-        lock(tmp_path / "out")
-    assert (tmp_path / "target").read_text() == ""
-    (tmp_path / "target").unlink()
-    with pytest.raises(RequestError, match="cannot be written"):
-        lock(tmp_path / "out")
+        lock(tmp_path)
     assert not (tmp_path / "target").exists()

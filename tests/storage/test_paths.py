@@ -36,7 +36,6 @@ def test_a_submitted_job_writes_to_the_home_folder(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("uri", "shown"),
     [
-        ("s3://AKIA:se%2Fcret@bucket/a?region=eu-west-1", "s3://bucket/a?region=eu-west-1"),
         (
             "s3://AKIA:se%2Fcret@bucket/a?endpoint_override=h:1&allow_bucket_creation=true",
             "s3://bucket/a?endpoint_override=h%3A1",
@@ -60,7 +59,6 @@ def test_keys_in_a_uri_are_used_and_not_shown(uri: str, shown: str) -> None:
         ("s3://AKIA:top/secret@bucket/x", "write a / in a key as %2F"),
         ("s3://AKIA:topsecret@[x/y", "syntax error at character 'x'"),
         ("nonsense://AKIA:topsecret@x/y", "Unrecognized filesystem type in URI: nonsense://"),
-        ("s3://AKIA:topsecret@bucket/x?nonsense=1", "Unexpected query parameter in S3 URI: 'nonsense'"),
         ("s3://AKIA:topsecret@bucket/x?region=x&other=topsecret", "Unexpected query parameter in S3 URI: 'other'"),
     ],
 )
@@ -78,7 +76,6 @@ def test_the_reason_of_a_refused_uri_is_shown_without_its_keys(uri: str, reason:
         ("~nosuchuser/data", "--data ~nosuchuser/data: there is no home folder of that name"),
         ("/tmp/caf\udce9", "holds characters that no path can have"),
         ("/tmp/a\0b", "holds characters that no path can have"),
-        ("s3://bucket/a\0b", "holds characters that no path can have"),
     ],
 )
 def test_an_impossible_path_is_refused(text: str, said: str) -> None:
