@@ -17,7 +17,7 @@ pytest.importorskip("ray", reason="the jobs need Ray")
 import ray
 import ray.train.torch
 
-from mnistsum_ray.benchmark.process import run_job as run_module
+from mnistsum_ray.benchmark.ways import run_job as run_module
 from mnistsum_ray.config import ExportPairsConfig, TrainConfig
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import SAMPLE, open_source
@@ -131,7 +131,7 @@ def test_the_job_is_as_fast_as_the_bare_loop(many_rows: Path) -> None:
     figures = {}
     for way in ("memory", "ray"):
         flags = ["train", "--data", many_rows, "--seconds", 5, "--way", way, "--command-time", time.time()]
-        (figures[way],) = run_module(*flags, module="mnistsum_ray.benchmark.suite")
+        figures[way] = run_module(*flags, module="mnistsum_ray.benchmark.suite")
         report(f"benchmark train, {way}", **{name: value for name, value in figures[way].items() if name != "printed"})
     assert figures["ray"]["rows_per_second"] >= 0.9 * figures["memory"]["rows_per_second"]
     assert figures["ray"]["waiting"] < 0.05
