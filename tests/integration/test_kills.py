@@ -46,8 +46,8 @@ from tests.integration.conftest import (
 
 pytestmark = pytest.mark.slow
 
-ROWS, FILES, PART_ROWS = 24_000, 6, 500
-"""Of the input of scoring; 60 rows are bad."""
+ROWS, FILES, PART_ROWS = 48_000, 6, 500
+"""Of the input of scoring; 120 rows are bad. There are enough for the job to be running still when its driver is killed."""
 
 SCORE, TRAIN = "ray::MapWorker(MapBatches(Score))", "RayTrainWorker"
 """Titles of workers."""
@@ -92,7 +92,7 @@ def has_open(process: int, file: Path) -> bool:
 def test_a_part_that_kills_every_process_is_given_up_and_reported(cluster: str, model: Path, pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     deadly = tmp_path / "in" / "deadly.parquet"
-    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 8), deadly)
+    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 4), deadly)
     flags = ["--num-workers", 1, "--max-rows-per-file", 100_000]
     job = Job("score", "--model", model, "--input", deadly.parent, "--output", tmp_path / "out", *flags, address=cluster)
     while job.process.poll() is None:

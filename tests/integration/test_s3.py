@@ -43,9 +43,9 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
 
     def score(where: str, **settings: Any) -> dict[str, Any]:
         uri = uris[where]
-        return score_here(f"{uri}/model", f"{uri}/out", f"{uri}/pairs/*.parquet", label_column="digit", **settings).line
+        return score_here(f"{uri}/model", f"{uri}/out", f"{uri}/pairs/*.parquet", **settings).line
 
-    there, here = (score(where, max_rows_per_file=60) for where in uris)
+    there, here = (score(where, label_column="digit", max_rows_per_file=60) for where in uris)
     timing = {"output", "seconds", "rows_per_second"}
     assert {key: there[key] for key in there.keys() - timing} == {key: here[key] for key in here.keys() - timing}
     assert (here["rejected_rows"], here["failed_files"]) == (3, 1)
@@ -99,7 +99,7 @@ def test_a_key_with_an_empty_part_is_set_aside_and_a_glob_may_have_a_query(tmp_p
 def test_a_run_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(model: Path, tmp_path: Path) -> None:
     """The first of two runs on one output is suspended for longer than its lease, and the second takes over."""
     root = locate("s3://scores/fence", "--output")
-    rows = 4_000
+    rows = 12_000  # enough that the first run is still writing when it is suspended
     export_pairs(ExportPairsConfig(data="sample", output=(root / "pairs").display, rows=rows, files=6), print)
     flags = ["--input", (root / "pairs").display, "--output", (root / "out").display, "--max-rows-per-file", 250]
     first = Job("score", *flags, "--model", model)
