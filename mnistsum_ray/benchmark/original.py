@@ -1,6 +1,5 @@
 """The assignment as its original implements it: plain PyTorch, one row at a time through a DataLoader, float32."""
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -57,28 +56,28 @@ class OriginalDataset(Dataset[tuple[Tensor, Tensor, int, int]]):
         return image, F.one_hot(torch.tensor(number), 10).float(), digit, digit + number
 
 
-def training_step(model: OriginalNet, device: torch.device) -> Callable[[Batch], int]:
-    """A step of training with Adam; returns the rows of its batch."""
-    optimizer = torch.optim.Adam(model.parameters())
+class Original:
+    """The network on a device, with Adam."""
 
-    def step(batch: Batch) -> int:
-        image, number, digit, total = (values.to(device) for values in batch)
-        optimizer.zero_grad()
-        digit_scores, sum_scores = model(image, number)
-        loss = (F.cross_entropy(digit_scores, digit) + F.cross_entropy(sum_scores, total)) / 2
-        torch.autograd.backward(loss)
-        optimizer.step()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.model = device, OriginalNet().to(device)
+        self.optimizer = torch.optim.Adam(self.model.parameters())
+
+    def train(self, batch: Batch) -> int:
+        """Train with a batch; return its rows."""
+        image, number, digit, total = (values.to(self.device) for values in batch)
+        self.optimizer.zero_grad()
+        digit_scores, sum_scores = self.model(image, number)
+        torch.autograd.backward((F.cross_entropy(digit_scores, digit) + F.cross_entropy(sum_scores, total)) / 2)
+        self.optimizer.step()
         return len(image)
 
-    return step
-
-
-@torch.no_grad()
-def evaluate(model: OriginalNet, device: torch.device, batch: Batch) -> tuple[int, int, int]:
-    """Rows, right digits and right sums of a batch."""
-    image, number, digit, total = batch
-    digits, sums = (scores.argmax(1).cpu() for scores in model(image.to(device), number.to(device)))
-    return len(image), int((digits == digit).sum()), int((sums == total).sum())
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[int, int, int]:
+        """Rows, right digits and right sums of a batch."""
+        image, number, digit, total = batch
+        digits, sums = (scores.argmax(1).cpu() for scores in self.model(image.to(self.device), number.to(self.device)))
+        return len(image), int((digits == digit).sum()), int((sums == total).sum())
 
 
 def loader(rows: tuple[Pixels, Digits], *, training: bool) -> DataLoader[Any]:
@@ -88,12 +87,11 @@ def loader(rows: tuple[Pixels, Digits], *, training: bool) -> DataLoader[Any]:
 
 def measure_accuracy(source: Source, device: torch.device) -> dict[str, float]:
     """Test accuracies of the original's way: five epochs over all training rows, then the test rows, a random number each."""
-    model = OriginalNet().to(device)
-    step, training = training_step(model, device), np.concatenate([source.train.ids(), source.validation.ids()])
+    original, training = Original(device), np.concatenate([source.train.ids(), source.validation.ids()])
     batches = loader(source.data.fetch(training), training=True)
     for _ in range(_EPOCHS):
         for batch in batches:
-            step(batch)
+            original.train(batch)
     test = loader(source.data.fetch(source.test.ids()), training=False)
-    rows, digits, sums = map(sum, zip(*(evaluate(model, device, batch) for batch in test), strict=True))
+    rows, digits, sums = map(sum, zip(*map(original.evaluate, test), strict=True))
     return {"digit_accuracy": digits / rows, "sum_accuracy": sums / rows}

@@ -195,15 +195,6 @@ def bomb(tmp_path: Path) -> Bomb:
     return Bomb(tmp_path / "the pickle was executed")
 
 
-def check_no_key(done: "Done", folder: Location) -> None:
-    """Assert that a job with the secret key `topsecret` in its URIs has not printed it, or written it below a folder."""
-    assert "topsecret" not in done.out + done.err
-    written = [info.path for info in folder.files()]
-    assert any(path.endswith("/manifest.json") for path in written)
-    for path in written:
-        assert b"topsecret" not in folder.at(path).read_bytes(), path
-
-
 def write_shuffled_sample(folder: Path, rows: int = 5000, **options: Any) -> Path:
     """Write rows of the sample, all digits mixed, as four Parquet files with row groups of 300 rows."""
     folder.mkdir()
@@ -253,13 +244,13 @@ class Scored:
         return value
 
 
-def score_here(model: Path, output: Path, *inputs: Path | str, **settings: Any) -> Scored:
+def score_here(model: Path | str, output: Path | str, *inputs: Path | str, **settings: Any) -> Scored:
     """Score on the cluster that this process is connected to, in float32, which gives the same results as plain PyTorch."""
     stream = io.StringIO()
     settings = {"precision": "fp32"} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **settings)
     line, set_aside = score(preflight(config), Console(stream))
-    return Scored(line, set_aside, stream.getvalue(), output)
+    return Scored(line, set_aside, stream.getvalue(), Path(output))
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Faults around a job: the storage is overloaded, the disk is full, the head is killed. Committed files are kept."""
 
 import json
-import re
 import statistics
 import subprocess
 import time
@@ -13,18 +12,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.errors import RunError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import STATE_FILE
 from tests.conftest import writable
 from tests.integration.conftest import (
     Job,
+    Scored,
     Storage,
-    check_no_key,
     mounted,
     nodes,
     report_duration,
     run_job,
+    score_here,
     wait_for_files,
 )
 
@@ -39,6 +40,11 @@ def pairs(folder: Path | str, rows: int) -> list[object]:
     """Write input files with this many rows; return the flags that score them."""
     export_pairs(ExportPairsConfig(data="sample", output=f"{folder}/in", rows=rows, files=4), print)
     return ["--input", f"{folder}/in", "--output", f"{folder}/out", "--max-rows-per-file", 250]
+
+
+def score_pairs(model: Path, folder: Path | str, output: Path | str | None = None) -> Scored:
+    """Score the files of `pairs` in this process, with the settings of the command."""
+    return score_here(model, output or f"{folder}/out", f"{folder}/in", max_rows_per_file=250, precision=None)
 
 
 def test_jobs_outlast_a_storage_that_is_overloaded(s3: Storage, cluster: str, data: Path, model: Path) -> None:
@@ -66,7 +72,7 @@ def test_jobs_outlast_a_storage_that_is_overloaded(s3: Storage, cluster: str, da
 def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cluster: str, model: Path, tmp_path: Path) -> None:
     """At its footer; at its rows when some of them are committed; and where the input folder is moved away meanwhile: the run
     ends, and nothing is deleted. Half a minute passes in each until the job gives up, so the three run side by side."""
-    root, end, refused, rows = locate("s3://scores/refused", "--output"), "part-00001.parquet", s3.refused, 20_000
+    root, end, refused, rows = locate("s3://scores/refused", "--output"), "part-00001.parquet", s3.refused, 10_000
     roots = {"footer": root / "footer", "rows": root / "rows", "moved": locate(str(tmp_path), "--output")}
     flags = {way: ["--model", model, *pairs(place.display, rows), "--num-workers", 1] for way, place in roots.items()}
     for info in (root / "rows" / "in").files():  # in row groups that are read one after the other
@@ -97,19 +103,16 @@ def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cl
         output = roots[way] / "out"
         committed = {info.path: output.at(info.path).read_bytes() for info in output.files() if "/predictions/" in info.path}
         assert len(committed) >= (2 if way == "rows" else 8)
-        again = run_job("score", *flags[way], address=cluster)
+        again = score_pairs(model, roots[way].display)
         assert again.line["scored_rows"] == rows
         assert again.line["resumed_rows"] >= 250 * len(committed)
         assert all(output.at(path).read_bytes() == content for path, content in committed.items())
 
 
-def test_a_storage_that_is_slow_or_refuses_the_history_costs_nothing_and_no_key_is_written_down(
-    s3: Storage, cluster: str, data: Path
-) -> None:
+def test_a_storage_that_is_slow_or_refuses_the_history_costs_nothing(s3: Storage, cluster: str, data: Path) -> None:
     """Epochs do not wait for checkpoints that take 2 s each to write (the S3 client gives up after 3)."""
     writable("s3://images").write("rows.parquet", data.read_bytes())
-    keys = "s3://AKIAEXAMPLE:topsecret@"
-    flags = ["--data", f"{keys}images/rows.parquet", "--storage-path", f"{keys}runs/slow", "--name", "mine"]
+    flags = ["--data", "s3://images/rows.parquet", "--storage-path", "s3://runs/slow", "--name", "mine"]
     s3.write_seconds, s3.statuses["/history.jsonl"] = 2.0, "403 Forbidden"
     try:
         job = Job("train", *flags, "--epochs", 6, "--sum-head-steps", 50, address=cluster)
@@ -119,7 +122,6 @@ def test_a_storage_that_is_slow_or_refuses_the_history_costs_nothing_and_no_key_
     finally:
         s3.write_seconds = 0.0
         s3.statuses.clear()
-    assert done.line["run"] == "s3://runs/slow/mine"
     epochs = done.history()
     assert [line["epoch"] for line in epochs] == list(range(1, 7)), "written when the storage allows it"
     ends = [line["started"] + line["seconds"] + line["evaluation_seconds"] for line in epochs]
@@ -128,7 +130,6 @@ def test_a_storage_that_is_slow_or_refuses_the_history_costs_nothing_and_no_key_
     run = locate(done.line["run"], "--storage-path")
     saved = {Path(info.path).parent.name for info in run.files() if info.name == STATE_FILE}
     assert saved == {"epoch_00006", "epoch_00006_sum_head"}, "Ray Train keeps the last two"
-    check_no_key(done, run)
 
 
 @pytest.fixture
@@ -146,16 +147,16 @@ def enlarge(disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
 
 
-def test_scoring_onto_a_disk_that_is_full(small_disk: Path, cluster: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cluster")
+def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_path: Path) -> None:
     output = small_disk / "out"
-    flags = ["--model", model, *pairs(tmp_path, 20_000), "--output", output]
+    pairs(tmp_path, 20_000)
     (small_disk / "other").write_bytes(bytes(2 * 2**20 - 150_000))
-    full = run_job("score", *flags, address=cluster)
-    assert full.code == 1
-    assert re.search(rf"error: --output {output}/predictions/.*: cannot be written: .*No space left on device", full.err)
+    with pytest.raises(RunError, match=rf"--output {output}/predictions/.*: cannot be written: .*No space left on device"):
+        score_pairs(model, tmp_path, output)
     assert not (output / "manifest.json").exists()
     enlarge(small_disk)
-    done = run_job("score", *flags, address=cluster)
+    done = score_pairs(model, tmp_path, output)
     assert done.line["scored_rows"] == 20_000
     assert done.line["resumed_rows"] > 0
 
@@ -178,20 +179,20 @@ def test_training_onto_a_disk_that_is_full(small_disk: Path, cluster: str, data:
 
 
 def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # Ray's default of 60 s would only make the test longer
-    rows = 20_000
+    rows = 10_000
     flags = ["--model", model, *pairs(tmp_path, rows)]
-    with nodes(1, 1) as cluster:
-        job = Job("score", *flags, address=cluster.address)
-        wait_for_files(job, tmp_path / "out", 8)
-        cluster.remove_node(cluster.head_node, allow_graceful=False)
-        killed = time.monotonic()
+    with nodes(1, 1) as killed_cluster:
+        job = Job("score", *flags, address=killed_cluster.address)
+        wait_for_files(job, tmp_path / "out", 4)
+        killed_cluster.remove_node(killed_cluster.head_node, allow_graceful=False)
+        began = time.monotonic()
         done = job.wait()
         assert done.code == 1, done.err
-        report_duration("scoring, the head killed: the job ended, saying so,", killed)
-    job, started = Job("score", *flags), time.monotonic()
+        report_duration("scoring, the head killed: the job ended, saying so,", began)
+    job, started = Job("score", *flags, address=cluster), time.monotonic()
     wait_for_files(job, tmp_path / "out", 1)
     report_duration("scoring, the head killed: the next file, from the same command,", started)
     again = job.wait()

@@ -1,7 +1,6 @@
 """Processes and nodes that really die: after the same command again, the bytes of an undisturbed run.
 
-One matrix: {train, score} x {a disk, S3} x {worker, node, driver, everything}, and a signal to a scoring on a disk. One
-undisturbed training, on a disk, is compared with those on both storages.
+Training is killed on S3, on three workers, and scoring on a disk. Each recovers in the way that its storage asks for.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from mnistsum_ray.training.artifacts import read_history
 from mnistsum_ray.training.checkpoint import STATE_CARD
 from tests.conftest import calibrate, writable
 from tests.integration.conftest import (
-    Done,
     Job,
     Storage,
     descendants,
@@ -42,97 +40,17 @@ from tests.integration.conftest import (
     nodes,
     report_duration,
     score_here,
+    wait_for_files,
     write_shuffled_sample,
-    written_files,
 )
 
 pytestmark = pytest.mark.slow
 
-ROWS, FILES, PART_ROWS = 36_000, 6, 500
-"""Of the input of scoring; 60 rows are bad."""
+ROWS, FILES, PART_ROWS = 48_000, 6, 500
+"""Of the input of scoring; 120 rows are bad. There are enough for the job to be running still when its driver is killed."""
 
-TRAIN = ["--recipe", "long", "--batch-size", 32, "--sum-head-steps", 200]
-"""With all that a run draws: numbers, order, distortions, dropout. An epoch has 75 steps."""
-
-
-@dataclass
-class Case:
-    """A job, and where it writes."""
-
-    name: str
-    worker: str
-    """Title of its worker processes."""
-    flags: list[object]
-    """Of the command, which begins and goes on."""
-    output: Location
-
-    def start(self, *, address: str | None = None) -> Job:
-        """Start the job, or go on with it."""
-        return Job(self.name, *self.flags, address=address)
-
-    def progress(self) -> Any:
-        """What grows with the work that is saved: the name of the last checkpoint, or the number of scored files."""
-        if self.name == "score":
-            return written_files(self.output)
-        files = [info.path for info in self.output.files()]
-        return max((Path(path).parent.name for path in files if path.endswith(f"/{STATE_CARD}")), default="")
-
-    def wait_for_progress(self, job: Job, since: Any) -> None:
-        """Wait for three files, or for two checkpoints: Ray Train knows the first when the second is written."""
-        for _ in range(3 if self.name == "score" else 2):
-            job.wait_until(lambda before=since: self.progress() > before)  # type: ignore[misc]
-            since = self.progress()
-
-    def wait_for_recovery(self, job: Job, what: str, since: float) -> None:
-        """Wait until a job that is still running goes on."""
-        if self.name == "train":
-            if "node" in what and self.output.is_local:  # after a notice Ray Train ends the workers, and none fails
-                job.wait_for_line("the node 127.0.0.")
-            job.wait_for_line("going on after epoch")
-        else:
-            before = self.progress()
-            job.wait_until(lambda: self.progress() != before)
-        report_duration(f"{self.name} on {self.output.filesystem.type_name}, {what}: went on", since)
-
-
-def training_case(root: str, data: str, *, streamed: bool, workers: int = 2) -> Case:
-    place = ["--storage-path", root, "--name", "mine"]
-    flags = ["--data", data, *TRAIN, "--num-workers", workers, "--checkpoint-seconds", 0.1, "--epochs", 4 if streamed else 3]
-    flags += ["--shuffle-rows", 900] if streamed else []
-    return Case("train", "RayTrainWorker", [*flags, *place, "--resume", "auto"], locate(root, "--storage-path") / "mine")
-
-
-def scoring_case(root: str, pairs: str, model: Path) -> Case:
-    output = locate(root, "--output") / "mine"
-    flags = ["--model", model, "--input", pairs, "--output", output.display, "--max-rows-per-file", PART_ROWS]
-    flags += ["--label-column", "digit"]
-    return Case("score", "ray::MapWorker(MapBatches(Score))", flags, output)
-
-
-def left(case: Case) -> dict[str, Any]:
-    """What must be the same: the model and all losses of a training; every file of an output but those with times."""
-    if case.name == "score":
-        timed = ("manifest.json", "report.html", "_lock")
-        found = [info.path for info in case.output.files() if info.name not in timed]
-        return {path.removeprefix(case.output.path): case.output.at(path).read_bytes() for path in found}
-    history = read_history(case.output)
-    weights = (case.output / "model" / "model.safetensors").read_bytes()
-    return {
-        "losses": [[line["train_loss"], line["step_losses"]] for line in history],
-        "sha256": hashlib.sha256(weights).hexdigest(),
-    }
-
-
-@pytest.fixture(scope="module")
-def two_nodes(s3: Storage) -> Iterator[Cluster]:
-    """A head without CPUs and two nodes with one each. Their processes know the S3 server."""
-    with nodes(0, 1, 1) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shuffled_sample(tmp_path_factory.mktemp("data") / "rows", rows=3000)
+SCORE, TRAIN = "ray::MapWorker(MapBatches(Score))", "RayTrainWorker"
+"""Titles of workers."""
 
 
 @pytest.fixture(scope="module")
@@ -146,39 +64,155 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
+@pytest.mark.usefixtures("cluster")
+def test_a_kill_before_the_last_file_changes_no_bit_with_8_bit_integers(tmp_path: Path, pairs: Path, model: Path) -> None:
+    """The last file has two rows, which the undisturbed run predicts in one batch with the rows before them."""
+    calibrated = calibrate(Path(shutil.copytree(model, tmp_path / "model")))
+    rows = tmp_path / "rows.parquet"
+    pq.write_table(pq.read_table(pairs / "part-00000.parquet").slice(0, 1002), rows, row_group_size=100)
+    settings: dict[str, Any] = {"max_rows_per_file": 100, "precision": "int8", "num_workers": 1}
+    score_here(calibrated, tmp_path / "alone", rows, **settings)
+    files = sorted((tmp_path / "alone" / "predictions").iterdir())
+    assert pq.read_metadata(files[-1]).num_rows == 2
+    shutil.copytree(tmp_path / "alone", tmp_path / "out")
+    for path in (tmp_path / "out" / "manifest.json", tmp_path / "out" / "predictions" / files[-1].name):
+        path.unlink()
+    assert score_here(calibrated, tmp_path / "out", rows, **settings).line["resumed_rows"] > 0
+    assert scored(tmp_path / "out") == scored(tmp_path / "alone")
+
+
+def has_open(process: int, file: Path) -> bool:
+    """Return whether a process has the file open."""
+    with suppress(OSError):
+        return any(os.path.realpath(entry) == str(file) for entry in Path(f"/proc/{process}/fd").iterdir())
+    return False
+
+
+def test_a_part_that_kills_every_process_is_given_up_and_reported(cluster: str, model: Path, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    deadly = tmp_path / "in" / "deadly.parquet"
+    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 4), deadly)
+    flags = ["--num-workers", 1, "--max-rows-per-file", 100_000]
+    job = Job("score", "--model", model, "--input", deadly.parent, "--output", tmp_path / "out", *flags, address=cluster)
+    while job.process.poll() is None:
+        time.sleep(0.05)
+        for process, title in descendants(os.getpid()).items():
+            if "MapBatches(Score)" in title and has_open(process, deadly):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+    done = job.wait()
+    assert done.code == 3, done.err
+    assert (done.last_line["failed_files"], done.last_line["scored_rows"]) == (1, 0)
+    assert (
+        "a process that scored died (out of memory? Ray's logs may tell); its task is begun again at deadly.parquet" in done.err
+    )
+    assert "cannot be used: deadly.parquet: the process that scored it died 3 times" in done.err
+
+
 @pytest.fixture(scope="module")
-def trained(data: Path, two_nodes: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """An undisturbed training on a disk, for both storages."""
-    case = training_case(str(tmp_path_factory.mktemp("alone")), str(data), streamed=True)
-    assert case.start(address=two_nodes.address).wait().code == 0
-    return case
+def many_nodes(s3: Storage) -> Iterator[Cluster]:
+    """A head without CPUs and three nodes with one each. Their processes know the S3 server."""
+    with nodes(0, 1, 1, 1) as cluster:
+        yield cluster
 
 
-def uploaded(folder: Path, uri: str) -> str:
-    for path in folder.iterdir():
-        writable(uri).write(path.name, path.read_bytes())
-    return uri
+def test_an_attempt_that_ended_with_its_node_costs_no_life(many_nodes: Cluster) -> None:
+    """Only processes that die alone count towards the three after which a file is given up."""
+    lose_node(many_nodes, notice=False)
+    ray.shutdown()  # this process may have joined another cluster
+    ray.init(address=many_nodes.address, log_to_driver=False, logging_level="error")
+    try:
+        while not (dead := [node["NodeID"] for node in ray.nodes() if not node["Alive"]]):
+            time.sleep(0.1)  # until the head has noticed it
+        lost = dead[0]
+        here = ray.get_runtime_context().get_node_id()
+        with crash_counter() as counter:
+            attempts = [ray.get(counter.begin.remote("file", node)) for node in (lost, here, lost, here)]
+    finally:
+        ray.shutdown()
+    assert attempts == [1, 1, 2, 2]
 
 
-@pytest.fixture(params=[("train", "disk"), ("train", "S3"), ("score", "disk"), ("score", "S3")], ids=" on ".join)
-def cases(
-    request: pytest.FixtureRequest, data: Path, pairs: Path, model: Path, tmp_path: Path, s3: Storage, trained: Case
-) -> tuple[Case, Case]:
-    """The case that is disturbed, and the same undisturbed. Training rows are streamed."""
-    name, where = request.param
-    roots = [str(tmp_path / which) if where == "disk" else f"s3://runs/{name}-{which}" for which in ("killed", "alone")]
-    if name == "train":
-        source = str(data) if where == "disk" else uploaded(data, "s3://images/kills")
-        one, other = training_case(roots[0], source, streamed=True), trained
-    else:
-        source = str(pairs) if where == "disk" else uploaded(pairs, "s3://scores/kills/in")
-        one, other = (scoring_case(root, source, model) for root in roots)
-    return one, other
+@dataclass
+class Training:
+    """A training whose command begins and goes on, with all that a run draws: numbers, order, distortions, dropout.
+
+    An epoch has 75 steps of streamed rows. From three workers on, a new DDP sums its first gradients in another order.
+    """
+
+    data: str
+    root: str
+
+    def __post_init__(self) -> None:
+        self.run = locate(self.root, "--storage-path") / "mine"
+
+    def start(self, cluster: Cluster) -> Job:
+        flags = ["--recipe", "long", "--batch-size", 32, "--epochs", 4, "--sum-head-steps", 200, "--shuffle-rows", 900]
+        flags += ["--num-workers", 3, "--checkpoint-seconds", 0.1, "--storage-path", self.root, "--name", "mine"]
+        return Job("train", "--data", self.data, *flags, "--resume", "auto", address=cluster.address)
+
+    def wait_for_checkpoints(self, job: Job) -> None:
+        """Wait for two: Ray Train knows the first when the second is written."""
+        for _ in range(2):
+            before = self.last_checkpoint()
+            job.wait_until(lambda before=before: self.last_checkpoint() > before)  # type: ignore[misc]
+
+    def last_checkpoint(self) -> str:
+        files = [info.path for info in self.run.files()]
+        return max((Path(path).parent.name for path in files if path.endswith(f"/{STATE_CARD}")), default="")
+
+    def left(self) -> tuple[list[Any], str]:
+        """All losses, and the checksum of the weights."""
+        losses = [[line["train_loss"], line["step_losses"]] for line in read_history(self.run)]
+        return losses, hashlib.sha256((self.run / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.timeout(1200)  # three starts and three recoveries; four minutes on two cores
+def test_a_killed_training_gives_the_model_of_an_undisturbed_one(many_nodes: Cluster, tmp_path: Path) -> None:
+    """On S3: a worker is killed, a node drained with notice and lost, the driver killed, and a worker with the sum head."""
+    data = write_shuffled_sample(tmp_path / "rows", rows=3000)
+    for path in data.iterdir():
+        writable("s3://images/kills").write(path.name, path.read_bytes())
+    killed, alone = Training("s3://images/kills", "s3://runs/killed"), Training(str(data), str(tmp_path / "alone"))
+    job = killed.start(many_nodes)
+    killed.wait_for_checkpoints(job)
+    for what in ("a worker killed", "a node drained and lost, and another come"):
+        began = time.monotonic()
+        if what == "a worker killed":
+            kill_worker(os.getpid(), TRAIN)
+        else:
+            lose_node(many_nodes, notice=True)
+        job.wait_for_line("going on after epoch")
+        report_duration(f"training on S3, {what}: went on", began)
+        killed.wait_for_checkpoints(job)
+    os.kill(job.process.pid, signal.SIGKILL)
+    job.wait()
+
+    job = killed.start(many_nodes)
+    job.wait_for_line("fine-tuning the sum head")
+    assert not [title for title in descendants(os.getpid()).values() if "PlacementGroupCleaner" in title]
+    kill_worker(os.getpid(), TRAIN)
+    done = job.wait()
+    assert done.code == 0, done.err
+    assert done.err.count("fine-tuning the sum head") == 2
+    assert alone.start(many_nodes).wait().code == 0
+    assert killed.left() == alone.left()
+    manifest = (killed.run / "manifest.json").read_json()
+    assert manifest["status"] == "finished"
+    assert manifest["training_seconds"] == pytest.approx(sum(map(epoch_seconds, read_history(killed.run))), abs=0.1)
+
+
+def scored(output: Path) -> dict[str, bytes]:
+    """Every file of an output but those with times."""
+    timed = ("manifest.json", "report.html", "_lock")
+    files = [path for path in output.rglob("*") if path.is_file() and path.name not in timed]
+    return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
 @contextmanager
 def watched(output: Location) -> Iterator[None]:
-    """Check while the block runs that every scored file on a disk with a final name is whole."""
+    """Check while the block runs that every scored file with a final name is whole."""
     ended, torn = threading.Event(), list[str]()
 
     def watch() -> None:
@@ -201,151 +235,50 @@ def watched(output: Location) -> Iterator[None]:
     assert not torn
 
 
-def finish(case: Case, address: str) -> Done:
-    """Go on to the end. The worker of a training on a disk is killed once more, while it fine-tunes the sum head."""
-    job = case.start(address=address)
-    if case.name == "score" or not case.output.is_local:
-        return job.wait()
-    job.wait_for_line("fine-tuning the sum head")
-    assert not [title for title in descendants(os.getpid()).values() if "PlacementGroupCleaner" in title]
-    kill_worker(os.getpid(), case.worker)
-    done = job.wait()
-    assert done.err.count("fine-tuning the sum head") == 2
-    return done
+@pytest.mark.timeout(1200)  # five starts; two minutes on two cores
+def test_a_killed_scoring_gives_the_files_of_an_undisturbed_one(
+    many_nodes: Cluster, pairs: Path, model: Path, tmp_path: Path
+) -> None:
+    """A worker is killed, a node lost without notice, the driver killed; a signal comes, as from a terminal; all is killed."""
+    output, address = tmp_path / "killed", many_nodes.address
 
+    def start(output: Path, address: str | None) -> Job:
+        flags = ["--input", pairs, "--output", output, "--max-rows-per-file", PART_ROWS, "--label-column", "digit"]
+        return Job("score", "--model", model, *flags, address=address)
 
-def start_and_lose(case: Case, cluster: Cluster) -> Job:
-    """Start a job on the nodes; a worker dies, then a node, and each time it goes on."""
-    job, before = case.start(address=cluster.address), case.progress()
-    case.wait_for_progress(job, before)
-    for what in ("a worker killed", "a node lost and another come"):
-        before, began = case.progress(), time.monotonic()
-        if what == "a worker killed":
-            kill_worker(os.getpid(), case.worker)
-        else:
-            lose_node(cluster, notice=not case.output.is_local)
-        case.wait_for_recovery(job, what, began)
-        case.wait_for_progress(job, before)
-    return job
-
-
-@pytest.mark.timeout(1200)  # six starts and two recoveries; four minutes on two cores
-def test_whatever_dies_the_bytes_are_those_of_an_undisturbed_run(cases: tuple[Case, Case], two_nodes: Cluster) -> None:
-    case, alone = cases
-    code = 0 if case.name == "train" else 3
-    assert case.name == "train" or alone.start(address=two_nodes.address).wait().code == code
-    with watched(case.output) if case.name == "score" and case.output.is_local else nullcontext():
-        # On the nodes: a worker dies, then a node, then the driver.
-        job = start_and_lose(case, two_nodes)
+    assert start(tmp_path / "alone", address).wait().code == 3
+    with watched(locate(str(output), "--output")):
+        job = start(output, address)
+        wait_for_files(job, output, 1)
+        for what in ("a worker killed", "a node lost and another come"):
+            began = time.monotonic()
+            if what == "a worker killed":
+                kill_worker(os.getpid(), SCORE)
+            else:
+                lose_node(many_nodes, notice=False)
+            wait_for_files(job, output, 1)
+            report_duration(f"scoring, {what}: the next file", began)
         os.kill(job.process.pid, signal.SIGKILL)
         job.wait()
 
-        # On a cluster of the job's own: a signal as from a terminal, which is the same for every storage; then everything dies.
-        before, began = case.progress(), time.monotonic()
-        job = case.start()
-        case.wait_for_progress(job, before)
-        report_duration(
-            f"{case.name} on {case.output.filesystem.type_name}, the driver killed: new work saved by the same command", began
-        )
-        if case.output.is_local and case.name == "score":
-            os.killpg(job.process.pid, signal.SIGTERM)
-            check_stopped(job)
-            before, job = case.progress(), case.start()
-            case.wait_for_progress(job, before)
+        began = time.monotonic()
+        job = start(output, None)  # on a cluster of its own
+        wait_for_files(job, output, 1)
+        report_duration("scoring, the driver killed: the next file, from the same command,", began)
+        os.killpg(job.process.pid, signal.SIGTERM)
+        stopped = job.wait(timeout=60)
+        assert not job.left()
+        assert (stopped.code, stopped.out) == (128 + signal.SIGTERM, "")
+        assert stopped.err.splitlines()[-1] == "stopped by SIGTERM; committed files are kept, and the same command resumes"
+        assert "Traceback" not in stopped.err
+
+        job = start(output, None)
+        wait_for_files(job, output, 1)
         job.kill()
-        assert (case.output / "manifest.json").exists() == (case.name == "train"), "the manifest marks a finished output"
-        done = finish(case, two_nodes.address)
-    assert done.code == code, done.err
-    if case.name == "score":
-        line = done.last_line
-        assert line["input_rows"] == line["scored_rows"] + line["rejected_rows"] == ROWS
-        assert (line["rejected_rows"], line["resumed_rows"] > 0) == (ROWS // 400, True)
-    else:
-        manifest, history = (case.output / "manifest.json").read_json(), read_history(case.output)
-        assert manifest["status"] == "finished"
-        if case.output.is_local:  # to S3, checkpoints within an epoch may come too late for the kills
-            assert any(line["seconds_before"] for line in history), "a checkpoint within an epoch knows what its steps took"
-        assert manifest["training_seconds"] == pytest.approx(sum(map(epoch_seconds, history)), abs=0.1)
-    assert left(case) == left(alone)
-
-
-@pytest.mark.timeout(600)
-def test_three_workers_one_killed_and_one_node_replaced_train_the_model_of_an_undisturbed_run(data: Path, tmp_path: Path) -> None:
-    """From three workers on, a new DDP sums its first gradients in another order."""
-    case, alone = (training_case(str(tmp_path / name), str(data), streamed=False, workers=3) for name in ("killed", "alone"))
-    with nodes(0, 1, 1, 1) as cluster:
-        assert start_and_lose(case, cluster).wait().code == alone.start(address=cluster.address).wait().code == 0
-    assert left(case) == left(alone)
-
-
-def check_stopped(job: Job) -> None:
-    """A scoring that got SIGTERM has ended, with all its processes, and says how to go on. Of training: test_readme."""
-    done = job.wait(timeout=60)
-    assert not job.left()
-    assert (done.code, done.out) == (128 + signal.SIGTERM, "")
-    assert done.err.splitlines()[-1] == "stopped by SIGTERM; committed files are kept, and the same command resumes"
-    assert "Traceback" not in done.err
-
-
-def test_an_attempt_that_ended_with_its_node_costs_no_life(two_nodes: Cluster) -> None:
-    """Only processes that die alone count towards the three after which a file is given up."""
-    lose_node(two_nodes, notice=False)
-    ray.shutdown()  # this process may have joined another cluster
-    ray.init(address=two_nodes.address, log_to_driver=False, logging_level="error")
-    try:
-        while not (dead := [node["NodeID"] for node in ray.nodes() if not node["Alive"]]):
-            time.sleep(0.1)  # until the head has noticed it
-        lost = dead[0]
-        here = ray.get_runtime_context().get_node_id()
-        with crash_counter() as counter:
-            attempts = [ray.get(counter.begin.remote("file", node)) for node in (lost, here, lost, here)]
-    finally:
-        ray.shutdown()
-    assert attempts == [1, 1, 2, 2]
-
-
-@pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
-@pytest.mark.usefixtures("cluster")
-def test_a_kill_before_the_last_file_changes_no_bit_with_8_bit_integers(tmp_path: Path, pairs: Path, model: Path) -> None:
-    """The last file has two rows, which the undisturbed run predicts in one batch with the rows before them."""
-    calibrated = calibrate(Path(shutil.copytree(model, tmp_path / "model")))
-    rows = tmp_path / "rows.parquet"
-    pq.write_table(pq.read_table(pairs / "part-00000.parquet").slice(0, 1002), rows, row_group_size=100)
-    settings: dict[str, Any] = {"max_rows_per_file": 100, "precision": "int8", "num_workers": 1}
-    score_here(calibrated, tmp_path / "alone", rows, **settings)
-    files = sorted((tmp_path / "alone" / "predictions").iterdir())
-    assert pq.read_metadata(files[-1]).num_rows == 2
-    shutil.copytree(tmp_path / "alone", tmp_path / "out")
-    for path in (tmp_path / "out" / "manifest.json", tmp_path / "out" / "predictions" / files[-1].name):
-        path.unlink()
-    assert score_here(calibrated, tmp_path / "out", rows, **settings).line["resumed_rows"] > 0
-    one, other = (left(Case("score", "", [], locate(str(tmp_path / name), "--output"))) for name in ("out", "alone"))
-    assert one == other
-
-
-def has_open(process: int, file: Path) -> bool:
-    """Return whether a process has the file open."""
-    with suppress(OSError):
-        return any(os.path.realpath(entry) == str(file) for entry in Path(f"/proc/{process}/fd").iterdir())
-    return False
-
-
-def test_a_part_that_kills_every_process_is_given_up_and_reported(model: Path, pairs: Path, tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    deadly = tmp_path / "in" / "deadly.parquet"
-    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 16), deadly)
-    flags = ["--num-workers", 1, "--max-rows-per-file", 100_000]
-    job = Job("score", "--model", model, "--input", deadly.parent, "--output", tmp_path / "out", *flags)
-    while job.process.poll() is None:
-        time.sleep(0.05)
-        for process, title in descendants(job.process.pid).items():
-            if "MapBatches(Score)" in title and has_open(process, deadly):
-                with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-    done = job.wait()
+        assert not (output / "manifest.json").exists(), "it marks a finished output"
+        done = start(output, address).wait()
     assert done.code == 3, done.err
-    assert (done.last_line["failed_files"], done.last_line["scored_rows"]) == (1, 0)
-    assert (
-        "a process that scored died (out of memory? Ray's logs may tell); its task is begun again at deadly.parquet" in done.err
-    )
-    assert "cannot be used: deadly.parquet: the process that scored it died 3 times" in done.err
+    line = done.last_line
+    assert line["input_rows"] == line["scored_rows"] + line["rejected_rows"] == ROWS
+    assert (line["rejected_rows"], line["resumed_rows"] > 0) == (ROWS // 400, True)
+    assert scored(output) == scored(tmp_path / "alone")

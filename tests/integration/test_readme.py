@@ -8,14 +8,13 @@ import shutil
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -40,19 +39,20 @@ class Head:
     environment: dict[str, str]
     """Environment of a client, with the address and the token mode."""
 
-    def submit(self, *command: str, working_dir: Path | None = None) -> tuple[subprocess.CompletedProcess[str], int]:
+    def submit(self, *command: str, working_dir: Path) -> tuple[subprocess.CompletedProcess[str], int]:
         """Run `ray job submit`; return its result and the exit code of the job itself."""
         job = f"job-{secrets.token_hex(4)}"
-        where = ["--submission-id", job, *(["--working-dir", str(working_dir)] if working_dir else [])]
-        submit: list[Path | str] = [RAY, "job", "submit", *where, "--", *command]
-        done = subprocess.run(submit, env=self.environment, capture_output=True, text=True, timeout=240)
-        code = (
-            "import sys; from ray.job_submission import JobSubmissionClient; "
-            "print(JobSubmissionClient().get_job_info(sys.argv[1]).driver_exit_code)"
-        )
-        ask = [sys.executable, "-c", code, job]
-        asked = subprocess.run(ask, env=self.environment, capture_output=True, text=True, check=True)
-        return done, int(asked.stdout.splitlines()[-1])
+        where = ["--submission-id", job, "--working-dir", str(working_dir)]
+        done = self.ray("submit", *where, "--", *command, check=False)
+        token = (self.folder / ".ray" / "auth_token").read_text().strip()
+        request = Request(f"{self.environment['RAY_ADDRESS']}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"})
+        with urlopen(request) as answer:
+            return done, json.load(answer)["driver_exit_code"]
+
+    def ray(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run `ray job WORDS` as a client."""
+        command = [str(RAY), "job", *words]
+        return subprocess.run(command, env=self.environment, check=check, capture_output=True, text=True, timeout=240)
 
 
 def environment_of(home: Path) -> dict[str, str]:
@@ -61,19 +61,12 @@ def environment_of(home: Path) -> dict[str, str]:
     return here | {"HOME": str(home), "RAY_TMPDIR": str(home), "PATH": f"{RAY.parent}:{here['PATH']}"}
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    """A head with a token in its home folder."""
-    with tempfile.TemporaryDirectory(prefix="h") as name:
-        subprocess.run([RAY, "get-auth-token", "--generate"], env=environment_of(Path(name)), check=True, capture_output=True)
-        with started_head(Path(name), token=True) as head:
-            yield head
-
-
 @contextmanager
 def started_head(folder: Path, *, token: bool) -> Iterator[Head]:
-    """Start a head on free ports, in a home folder, which may hold a token."""
+    """Start a head on free ports, in a home folder, with a token there or without."""
     here = environment_of(folder)
+    if token:
+        subprocess.run([RAY, "get-auth-token", "--generate"], env=here, check=True, capture_output=True)
     with socket.socket() as dashboard, socket.socket() as agent:
         for probe in (dashboard, agent):
             probe.bind(("127.0.0.1", 0))
@@ -105,8 +98,8 @@ def block(section: str, language: str, beginning: str = "") -> str:
     return found[1]
 
 
-SHORTER = "--epochs 2 --sum-head-steps 100"
-"""For all trainings but the first, which shows what it learns: with all their steps the test would take three minutes longer."""
+SHORTER = "--epochs 1 --sum-head-steps 50"
+"""For all trainings: what they learn is tested elsewhere."""
 
 
 @pytest.mark.timeout(1200)  # twenty commands, most of which start Ray; three minutes on two cores
@@ -137,13 +130,13 @@ def test_all_sections_but_the_clusters_in_a_new_home() -> None:
                     continue
                 if line == "ray stop":  # at the end of this test, since each job would start a cluster from here on
                     continue
-                if re.search(r"jobs/train.py(?!.*--(help|print-config|resume|data sample --name mine))", line):
+                if re.search(r"jobs/train.py(?!.*--(help|print-config|resume))", line):
                     line += f" {SHORTER}"
                 if "days/" in line:
                     shutil.copytree(home / "test-pairs", home / "days" / "1")
                     shutil.copy(next((home / "pairs").glob("*.parquet")), home / "late.parquet")
                 run(line)
-        code = block("From Python", "python").replace("epochs=2)", "epochs=2, sum_head_steps=100)")
+        code = block("From Python", "python").replace("epochs=2)", "epochs=1, sum_head_steps=50)")
         assert "pred_digit  pred_sum reason" in run(["python", "-c", code])
         assert not (home / ".ray").exists(), "what Ray does for other programs of this user stays as it was"
         check_outputs(home)
@@ -154,8 +147,6 @@ def check_outputs(home: Path) -> None:
     runs = [json.loads(path.read_text()) for path in (home / "runs").glob("*/manifest.json")]
     assert [run["status"] for run in runs] == ["finished"] * 6
     assert sorted(run["config"]["recipe"] for run in runs) == ["long", *["short"] * 5]
-    first = json.loads((home / "runs" / "mine" / "manifest.json").read_text())["metrics"]["test"]
-    assert min(first["digit_accuracy"], first["sum_accuracy"]) > 0.98
     assert (home / "runs" / "mine" / "report.html").stat().st_size > 100_000
     assert (home / "test-scored" / "report.html").exists()
     names = [{file.name for file in (home / where).glob("part-*.parquet")} for where in ("pairs", "scored/predictions")]
@@ -178,72 +169,43 @@ def write_small_mnist(folder: Path) -> None:
         (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, len(digits[part])) + digits[part].tobytes())
 
 
-@pytest.fixture(scope="module")
-def project(head: Head) -> Path:
-    """A copy of the project with another version, which a run's manifest shows if this copy has run."""
-    copy = head.folder / "project"
+@pytest.fixture
+def head() -> Iterator[Head]:
+    with tempfile.TemporaryDirectory(prefix="h") as name, started_head(Path(name), token=True) as head:
+        yield head
+
+
+def test_submitted_jobs(head: Head, model: Path) -> None:
+    """From a working directory. A job that is stopped says how to resume, and ends with one of our exit codes."""
+    project = head.folder / "project"
     for name in ("jobs", "mnistsum_ray"):
-        shutil.copytree(ROOT / name, copy / name)
-    package = copy / "mnistsum_ray" / "__init__.py"
-    package.write_text(package.read_text() + '\n__version__ = "9.9.9"\n')
-    return copy
-
-
-def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """Return the job's JSON line from the log that `ray job submit` shows."""
-    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
-    value: dict[str, Any] = json.loads(line)
-    return value
-
-
-def test_a_client_without_the_token_is_rejected(head: Head) -> None:
-    without = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_MODE"} | {"RAY_AUTH_MODE": "disabled"}
-    done = subprocess.run([RAY, "job", "list"], env=without, capture_output=True, text=True)
-    assert done.returncode
-    assert "nauth" in done.stdout + done.stderr
-
-
-def test_both_jobs_from_a_working_dir(head: Head, project: Path) -> None:
-    rows = head.folder / "rows.parquet"
-    pq.write_table(pq.read_table(SAMPLE)[::10], rows)
-    train = ["python", "jobs/train.py", "--data", str(rows), "--epochs", "1", "--sum-head-steps", "50"]
-    train += ["--name", "submitted"]
-    done, code = head.submit(*train, working_dir=project)
-    assert (done.returncode, code) == (0, 0), done.stdout
-    run = Path(last_line(done)["run"])
-    assert run == head.folder / "runs" / "submitted", "a relative path of a submitted job starts from home"
-    assert json.loads((run / "manifest.json").read_text())["versions"]["mnistsum_ray"] == "9.9.9"
+        shutil.copytree(ROOT / name, project / name)
+    with (project / "mnistsum_ray" / "__init__.py").open("a") as package:
+        package.write('\n__version__ = "9.9.9"\n')  # the manifest shows it if this copy has run
+    job, runs = f"job-{secrets.token_hex(4)}", head.folder / "runs"
+    train = ["python", "jobs/train.py", "--data", "sample", "--epochs", "50", "--name", "stopped"]
+    head.ray("submit", "--submission-id", job, "--no-wait", "--working-dir", str(project), "--", *train)
+    deadline = time.monotonic() + 180
+    while "epoch 1: loss " not in head.ray("logs", job).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    head.ray("stop", job)
+    log = head.ray("logs", job).stdout
+    command = f"python jobs/train.py --storage-path {runs} --name stopped --resume"
+    assert f"stopped by SIGTERM; checkpoints are kept, and this command resumes: {command}" in log, "relative paths begin at home"
+    assert "Traceback" not in log
+    manifest = json.loads((runs / "stopped" / "manifest.json").read_text())
+    assert (manifest["status"], manifest["versions"]["mnistsum_ray"]) == ("stopped", "9.9.9")
 
     # Exit codes of the jobs, beside the 1 of `ray job submit`: 2 the request is wrong, 3 some input was set aside.
     done, code = head.submit(*train, working_dir=project)
     assert (done.returncode, code) == (1, 2), done.stdout
-    assert "error: --name submitted:" in done.stdout
+    assert "error: --name stopped:" in done.stdout
     export_pairs(ExportPairsConfig(data="sample", output=str(head.folder / "in"), rows=500, files=2), print)
     (head.folder / "in" / "bad.parquet").write_bytes(b"no")
-    score = ["python", "jobs/score.py", "--model", "runs/submitted", "--input", "in", "--output", "predictions"]
+    score = ["python", "jobs/score.py", "--model", str(model), "--input", "in", "--output", "predictions"]
     done, code = head.submit(*score, working_dir=project)
     assert (done.returncode, code) == (1, 3), done.stdout
-    assert (last_line(done)["scored_rows"], last_line(done)["failed_files"]) == (500, 1)
-
-
-def test_a_stopped_job_says_how_to_resume(head: Head, project: Path) -> None:
-    job = f"job-{secrets.token_hex(4)}"
-    train = ["python", "jobs/train.py", "--data", "sample", "--epochs", "50", "--name", "stopped"]
-    where = ["--submission-id", job, "--no-wait", "--working-dir", str(project)]
-    submitted = subprocess.run([RAY, "job", "submit", *where, "--", *train], env=head.environment, capture_output=True, text=True)
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-
-    def ray_job(*words: str) -> str:
-        return subprocess.run([RAY, "job", *words, job], env=head.environment, check=True, capture_output=True, text=True).stdout
-
-    deadline = time.monotonic() + 180
-    while "epoch 1: loss " not in ray_job("logs"):
-        assert time.monotonic() < deadline
-        time.sleep(1)
-    ray_job("stop")
-    log = ray_job("logs")
-    storage = head.folder / "runs"
-    command = f"python jobs/train.py --storage-path {storage} --name stopped --resume"
-    assert f"stopped by SIGTERM; checkpoints are kept, and this command resumes: {command}" in log
-    assert "Traceback" not in log
-    assert json.loads((storage / "stopped" / "manifest.json").read_text())["status"] == "stopped"
+    line = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    assert (line["scored_rows"], line["failed_files"]) == (500, 1)
+    assert (head.folder / "predictions" / "manifest.json").exists()

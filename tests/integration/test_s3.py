@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import boto3
@@ -21,7 +22,7 @@ from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import LEASE_TTL_SECONDS
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import writable, write_model
-from tests.integration.conftest import Done, Job, Storage, check_no_key, descendants, run_job
+from tests.integration.conftest import Job, descendants, score_here, wait_for_files
 
 
 def table(place: Location) -> pa.Table:
@@ -29,25 +30,25 @@ def table(place: Location) -> pa.Table:
 
 
 @pytest.mark.slow
-def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(s3: Storage, cluster: str, model: Path, tmp_path: Path) -> None:
-    """Whose URIs hold keys, which are written down nowhere."""
-    roots = {"there": locate("s3://AKIAEXAMPLE:topsecret@scores/run", "--output"), "here": locate(str(tmp_path), "--output")}
-    uris = {"there": "s3://AKIAEXAMPLE:topsecret@scores/run", "here": str(tmp_path)}
-    done: dict[str, Done] = {}
+@pytest.mark.usefixtures("cluster")
+def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Path) -> None:
+    uris = {"there": "s3://scores/run", "here": str(tmp_path)}
+    roots = {where: locate(uri, "--output") for where, uri in uris.items()}
     for where, root in roots.items():
         export_pairs(ExportPairsConfig(data="sample", output=f"{uris[where]}/pairs", rows=400, files=4), print)
         writable(root / "pairs").write("bad.parquet", b"not Parquet at all")
         bad = table(root / "pairs" / "part-00001.parquet").set_column(2, "number", pa.array([10] * 3 + [1] * 97, pa.int8()))
         writable(root / "pairs").write("part-00001.parquet", to_parquet(bad))
         writable(root / "model").write("model.safetensors", (model / "model.safetensors").read_bytes())
-        flags = ["--model", f"{uris[where]}/model", "--output", f"{uris[where]}/out", "--label-column", "digit"]
-        flags += ["--max-rows-per-file", "60", "--input", f"{uris[where]}/pairs/*.parquet"]
-        done[where] = run_job("score", *flags, address=cluster)
-        assert done[where].code == 3, done[where].err
-    there, here = (done[where].last_line for where in ("there", "here"))
+
+    def score(where: str, **settings: Any) -> dict[str, Any]:
+        uri = uris[where]
+        return score_here(f"{uri}/model", f"{uri}/out", f"{uri}/pairs/*.parquet", **settings).line
+
+    there, here = (score(where, label_column="digit", max_rows_per_file=60) for where in uris)
     timing = {"output", "seconds", "rows_per_second"}
     assert {key: there[key] for key in there.keys() - timing} == {key: here[key] for key in here.keys() - timing}
-    assert (there["rejected_rows"], there["failed_files"]) == (3, 1)
+    assert (here["rejected_rows"], here["failed_files"]) == (3, 1)
     names = {where: [info.path.removeprefix(root.path) for info in (root / "out").files()] for where, root in roots.items()}
     assert names["there"] == [name for name in names["here"] if name != "/out/_lock"]
     assert "/out/rejected/part-00001-00000-of-00002.parquet" in names["here"]
@@ -58,16 +59,11 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(s3: Storage, cluster: str
                 assert one["source_file"].unique().to_pylist() == ["s3://scores/run/pairs/part-00001.parquet"]
                 one, other = (side.drop_columns(["source_file"]) for side in (one, other))
             assert one.equals(other), name
-    check_no_key(done["there"], roots["there"])
 
     # Scored again, into a staging folder first.
-    root, uri = roots["there"], uris["there"]
-    flags = ["--model", f"{uri}/model", "--input", f"{uri}/pairs", "--output", f"{uri}/out", "--overwrite"]
-    again = run_job("score", *flags, address=cluster)
-    assert again.code == 3, again.err
-    assert again.last_line["resumed_rows"] == 0
-    left = {info.path.removeprefix(f"{root.path}/out/") for info in (root / "out").files()}
-    assert left == {
+    assert score("there", overwrite=True)["resumed_rows"] == 0
+    out = roots["there"] / "out"
+    assert {info.path.removeprefix(f"{out.path}/") for info in out.files()} == {
         *("files.parquet", "manifest.json", "probabilities.png", "probabilities.svg", "rejects.png", "rejects.svg"),
         *("report.html", "rejected/part-00001.parquet"),
         *(f"predictions/part-0000{index}.parquet" for index in range(4)),
@@ -99,24 +95,23 @@ def test_a_key_with_an_empty_part_is_set_aside_and_a_glob_may_have_a_query(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("s3")
+@pytest.mark.usefixtures("cluster")
 def test_a_run_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(model: Path, tmp_path: Path) -> None:
     """The first of two runs on one output is suspended for longer than its lease, and the second takes over."""
     root = locate("s3://scores/fence", "--output")
-    rows = 8_000
+    rows = 12_000  # enough that the first run is still writing when it is suspended
     export_pairs(ExportPairsConfig(data="sample", output=(root / "pairs").display, rows=rows, files=6), print)
-    models = [model, write_model(tmp_path / "other", 1)]
-    flags = ["--input", (root / "pairs").display, "--max-rows-per-file", 500]
-    first = Job("score", *flags, "--model", models[0], "--output", (root / "out").display)
-    first.wait_until(lambda: len((root / "out").files()) >= 4)
+    flags = ["--input", (root / "pairs").display, "--output", (root / "out").display, "--max-rows-per-file", 250]
+    first = Job("score", *flags, "--model", model)
+    wait_for_files(first, root / "out", 1)
     processes = [first.process.pid, *descendants(first.process.pid)]
     for process in processes:
         os.kill(process, signal.SIGSTOP)
     stopped = time.monotonic()
-    second = Job("score", *flags, "--model", models[1], "--output", (root / "out").display, "--overwrite")
-    done = second.wait()
+    other = write_model(tmp_path / "other", 1)
+    done = score_here(other, (root / "out").display, (root / "pairs").display, overwrite=True)
     assert done.line["scored_rows"] == rows
-    assert "was left by a run that no longer renews it" in done.err
+    assert "was left by a run that no longer renews it" in done.said
     assert time.monotonic() - stopped > LEASE_TTL_SECONDS
     before = {info.path: (root / "out").at(info.path).read_bytes() for info in (root / "out").files()}
     for process in reversed(processes):

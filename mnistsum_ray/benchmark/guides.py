@@ -1,0 +1,101 @@
+"""Ray's guides as they stand, with our network: what a user would write instead of this project.
+
+    python -m mnistsum_ray.benchmark.guides train ROWS RUNS EPOCHS
+    python -m mnistsum_ray.benchmark.guides score PAIRS OUTPUT MODEL
+
+Training: https://docs.ray.io/en/latest/train/user-guides/data-loading-preprocessing.html. Scoring, with job-level
+checkpoints: https://docs.ray.io/en/latest/data/batch_inference.html. The rows are those of `ways.write_rows`.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import ray
+import ray.train.torch
+import torch
+from ray.data.checkpoint import CheckpointConfig
+
+from mnistsum_ray.benchmark.original import BATCH
+from mnistsum_ray.benchmark.ways import TrainingStep
+from mnistsum_ray.data.images import SIDE, Pixels
+from mnistsum_ray.model.device import faster_with_bf16
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.model.inference import Predictor
+from mnistsum_ray.model.serialization import copy_weights, load_model
+from mnistsum_ray.storage.paths import locate
+
+Batch = dict[str, Any]
+"""Columns of some rows, each a numpy array [n]."""
+
+_CORES: Final = os.cpu_count() or 1
+_GPUS: Final = int(torch.cuda.is_available())
+
+
+def read(folder: str) -> ray.data.Dataset:
+    return ray.data.read_parquet(folder)  # noqa: TID251 - it is what is measured, on files that the benchmark has written
+
+
+def decode(batch: Batch) -> Pixels:
+    return np.frombuffer(b"".join(batch["image"]), np.uint8).reshape(-1, SIDE, SIDE)
+
+
+class Score:
+    """The actor that predicts."""
+
+    def __init__(self, model: str) -> None:
+        network, _ = load_model(locate(model, "--model"))
+        device = torch.device("cuda" if _GPUS else "cpu")
+        self.predictor = Predictor(copy_weights(network), device, "bf16" if faster_with_bf16(device) else "fp32", None)
+
+    def __call__(self, batch: Batch) -> Batch:
+        numbers = batch["number"].astype(np.int64)
+        columns = self.predictor.predict(decode(batch), numbers).columns(numbers)
+        return {name: batch[name] for name in ("id", "digit")} | dict(zip(PREDICTION_FIELDS.names, columns, strict=True))
+
+
+def score(pairs: str, output: str, model: str) -> Batch:
+    """Score files. After a kill, the same command leaves out the rows that Ray Data has noted as written."""
+    ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig("id", f"{output}/checkpoint")
+    pool, started = ray.data.ActorPoolStrategy(size=1 if _GPUS else _CORES), time.perf_counter()
+    scored = read(pairs).map_batches(Score, fn_constructor_args=[model], batch_size=1024, compute=pool, num_gpus=_GPUS)
+    scored.write_parquet(f"{output}/predictions")
+    return {"seconds": time.perf_counter() - started}
+
+
+def train(rows: str, runs: str, epochs: str) -> Batch:
+    """Train with one worker and a checkpoint an epoch; the first epoch does not count towards the rate."""
+
+    def worker() -> Batch:
+        torch.set_num_threads(_CORES)  # Ray sets one, with which two cores train half as fast
+        step, rates, first_row = TrainingStep(ray.train.torch.get_device()), [], 0.0
+        step.objective = ray.train.torch.prepare_model(step.objective)
+        shard = ray.train.get_dataset_shard("train")
+        for _ in range(int(epochs)):
+            count, started = 0, time.perf_counter()
+            for batch in shard.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=16 * BATCH):
+                count += step(batch["image"], batch["digit"])
+                first_row = first_row or time.time()
+            rates.append(count / (time.perf_counter() - started))
+            with tempfile.TemporaryDirectory() as folder:
+                torch.save(step.model.state_dict(), Path(folder) / "model.pt")
+                ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        return {"rows_per_second": float(np.mean(rates[1:])), "first_row": first_row}
+
+    images = read(rows).map_batches(lambda batch: {"image": decode(batch), "digit": batch["digit"].astype(np.int64)})
+    scaling, run = ray.train.ScalingConfig(use_gpu=bool(_GPUS)), ray.train.RunConfig(storage_path=runs)
+    trainer = ray.train.torch.TorchTrainer(worker, scaling_config=scaling, run_config=run, datasets={"train": images})
+    measured: Batch = trainer.fit().return_value
+    return measured
+
+
+if __name__ == "__main__":
+    what, *arguments = sys.argv[1:]
+    # The tasks that read and write, and the filter of a rerun, need CPUs beside actors on all cores: without, they wait for ever.
+    ray.init(address="local", num_cpus=_CORES + 3, log_to_driver=False)
+    print(json.dumps((train if what == "train" else score)(*arguments)))
