@@ -29,16 +29,16 @@ from mnistsum_ray.scoring.output import (
     Committed,
     OutputFiles,
     begun_precision,
+    check_folders,
     check_overwrite,
     delete_parts,
     reconcile,
     resume,
     unpublish,
-    will_hold,
 )
 from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, REJECTED, make_tasks
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
-from mnistsum_ray.scoring.publish import publish, result_line, say_result
+from mnistsum_ray.scoring.publish import move_listed, publish, publish_staged, result_line, say_result
 from mnistsum_ray.scoring.worker import Score
 from mnistsum_ray.storage.lock import folder_lock
 
@@ -68,29 +68,25 @@ def score(request: Request, console: Console, probe: Probe | None = None) -> tup
 def _score(request: Request, console: Console, probe: Probe | None) -> tuple[dict[str, Any], bool]:
     started = time.monotonic()
     with folder_lock(request.output, "--output", console.say) as held:
+        check_folders(held.place)
+        move_listed(held)
         resources, precision = _allocate_resources(_follow_output(request), probe, console.say)
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
-        plan = make_plan(request, precision, held, console)
-        committed = resume(plan, console)
+        plan, committed = resume(make_plan(request, precision, held, console), console)
         new_failures = _say_new_failures(plan.failures, committed, console)
         failures, scoring_seconds = _execute(plan, committed, resources, console)
         plan = _drop_failed(plan, failures)
         new_failures |= _say_new_failures(failures, committed, console)
+        if plan.staged:
+            _publish_staged(plan, committed, console)
 
-        published = OutputFiles.read(plan.output, console)
-        staged = OutputFiles.read(plan.folder.place, console) if plan.staged else None
-        files, matched = reconcile(plan, will_hold(plan, published, staged))
+        files, matched = reconcile(plan, OutputFiles.read(plan.output, console).stamps)
         counts = Counts.of_output(matched)
         resumed_rows, rejected_before = committed.resumed(plan)
         line = result_line(plan, files, counts, resumed_rows, scoring_seconds)
-        if plan.config.overwrite:
-            check_overwrite(plan, committed.published)
-        if plan.config.strict and (line["rejected_rows"] or line["failed_files"]):
-            raise RunError(_strict_error(plan, line, counts, staged))
-
         line["seconds"] = round(time.monotonic() - started, 1)
-        publish(plan, committed, staged, files, counts, line)
+        publish(plan, committed.unplanned, files, counts, line)
         new_rejected = line["rejected_rows"] - rejected_before
         say_result(line, counts, new_rejected, console.say)
         return line, bool(new_rejected or new_failures)
@@ -208,12 +204,23 @@ def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:
     return remaining
 
 
-def _strict_error(plan: Plan, line: dict[str, Any], counts: Counts, staged: OutputFiles | None) -> str:
-    """Why `--strict` publishes nothing: a row was rejected or a file failed. Names a rejected row, and where they are."""
-    rows, files = counted(line["rejected_rows"], "row"), counted(line["failed_files"], "file")
-    text = f"--strict: nothing was published: {rows} and {files} cannot be used"
-    if not counts.examples:
-        return text
-    (name, row), reason = min((rows[0], reason) for reason, rows in counts.examples.items())
-    folder = (plan.folder.place if staged and staged.rejected else plan.output) / REJECTED
-    return f"{text}; first: {plan.source(name)}, row {row}: {reason}; all: {folder.display}"
+def _publish_staged(plan: Plan, committed: Committed, console: Console) -> None:
+    """Publish what is staged, after a check that all rows are there, and that `--overwrite` and `--strict` allow it.
+
+    Raises:
+        RunError: rows are missing, or one of the two flags does not allow it.
+    """
+    staged = OutputFiles.read(plan.folder.place, console).stamps
+    files, matched = reconcile(plan, staged if plan.overwrite else pa.concat_tables([staged, committed.published]))
+    if plan.overwrite:
+        check_overwrite(plan, committed.published)
+    rejected, failed = pc.sum(files["rejected"]).as_py() or 0, len(plan.failures)
+    if plan.config.strict and (rejected or failed):
+        text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
+        examples = Counts.of_output(matched).examples
+        if examples:
+            (name, row), reason = min((rows[0], reason) for reason, rows in examples.items())
+            place = (plan.folder.place if pc.any(pc.greater(staged["rejected"], 0)).as_py() else plan.output) / REJECTED
+            text += f"; first: {plan.source(name)}, row {row}: {reason}; all: {place.display}"
+        raise RunError(text)
+    publish_staged(plan, staged, committed.published)

@@ -4,13 +4,14 @@ OUTPUT/predictions/, OUTPUT/rejected/      files of parts, complete under their 
                                            Parquet can take the folder
 OUTPUT/files.parquet, report.html, *.png, *.svg   about the whole run, written after all predictions
 OUTPUT/manifest.json                       written last: while it exists, the output is finished
-OUTPUT/_unpublished/                       the same, of a run with --overwrite or --strict that has not been published
+OUTPUT/_unpublished/                       the staging folder: files of parts of a run with --overwrite or --strict
+OUTPUT/_unpublished/list.parquet           they are complete: the files to move into the output, and those to delete there
 OUTPUT/_lock                               names the run that writes here
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -24,12 +25,13 @@ from mnistsum_ray.data.parquet import read_table
 from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, RunError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import svg_name
-from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, read_stamps
+from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, STAMP_SCHEMA, read_stamp, read_stamps
 from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
 from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.location import Location, is_hidden, is_partial
+from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_partial
 
 FILES_TABLE: Final = "files.parquet"
+LIST: Final = "list.parquet"
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = "mnistsum_ray.score/1"
 """`format` of the manifest."""
@@ -69,24 +71,21 @@ class OutputFiles:
 
     folder: Location
     stamps: pa.Table
-    """The files in `predictions/`: `parts.OUTPUT_SCHEMA` without errors, and `rejected_in_file`, the rows of the file of the same
-    name in `rejected/`; null if that file is missing."""
-    rejected: frozenset[str]
-    """Names of files in `rejected/`, relative to it."""
+    """The files in `predictions/`: `parts.OUTPUT_SCHEMA` without errors, and `rejected_in_file`, the rows of the file in
+    `rejected/` that has the same stamp; null if that file is missing."""
+    unfinished: tuple[str, ...]
+    """Names of files that a killed run has left: partial ones, and rejected rows without predictions of the same stamp."""
     foreign: dict[str, str]
     """Files that are not whole files of this version of the program: name and what is wrong. Hidden files and those of the run do
     not count."""
-    partial: tuple[str, ...]
-    """Names of files whose writer was killed."""
 
     @classmethod
     def read(cls, folder: Location, console: Console) -> "OutputFiles":
         """List a folder and read all stamps in it. A folder that does not exist is empty."""
         listed, foreign, partial, summaries = [], {}, [], []
-        for file in folder.files():
-            name = file.path.removeprefix(folder.path).lstrip("/")
+        for name, file in files_below(folder):
             top, _, below = name.partition("/")
-            if is_partial(name.rpartition("/")[2]) and top != STAGING:
+            if is_partial(file.name) and top != STAGING:
                 partial.append(name)
             elif is_hidden(name):
                 continue
@@ -96,37 +95,41 @@ class OutputFiles:
                 listed.append({"name": name, "size": file.size, "modified": file.modified})
             else:
                 foreign[name] = _FOREIGN
-        if summaries and not listed and folder.path.rpartition("/")[2] != STAGING and not _is_finished(folder):
+        if summaries and not listed and not _is_finished(folder):
             foreign |= dict.fromkeys(summaries, _FOREIGN)  # other programs use these names too
         files = pa.Table.from_pylist(listed, FILE_SCHEMA)
         found = map_files(read_stamps, folder, files, Progress(console.progress, "output files read", len(listed)))
         for row in found.filter(pc.is_valid(found["error"])).to_pylist():
             foreign[f"{row['folder']}/{row['output']}"] = row["error"]
         found = found.filter(pc.is_null(found["error"]))
-        stamps, rejected = (found.filter(pc.equal(found["folder"], name)) for name in (PREDICTIONS, REJECTED))
-        there = rejected["rows_in_file"].take(pc.index_in(stamps["output"], rejected["output"]))
-        none = pc.if_else(pc.equal(stamps["rejected"], 0), 0, None)
-        stamps = stamps.append_column("rejected_in_file", pc.coalesce(there, none))
-        return cls(folder, stamps, frozenset(rejected["output"].to_pylist()), foreign, tuple(partial))
+        predictions, rejected = (found.filter(pc.equal(found["folder"], name)) for name in (PREDICTIONS, REJECTED))
+        # By their whole stamps: files of one name may come from two runs.
+        stamp = STAMP_SCHEMA.names
+        counted = rejected.select([*stamp, "rows_in_file"]).rename_columns([*stamp, "rejected_in_file"])
+        stamps = predictions.join(counted, stamp).sort_by("output")
+        there = pc.if_else(pc.equal(stamps["rejected"], 0), 0, stamps["rejected_in_file"])
+        stamps = stamps.set_column(stamps.column_names.index("rejected_in_file"), "rejected_in_file", there)
+        alone = rejected.join(predictions.select(stamp), stamp, join_type="left anti").sort_by("output")
+        unfinished = (*partial, *(f"{REJECTED}/{name}" for name in alone["output"].to_pylist()))
+        return cls(folder, stamps, unfinished, foreign)
 
-    def check(self, *, staged: bool) -> None:
+    def check(self) -> None:
         """Check that all files are whole and of this program.
-
-        In a staging folder predictions may lack their rejected rows: a killed run may have published those already.
 
         Raises:
             RequestError: names the first other file.
         """
         lost = self.stamps["output"].filter(pc.is_null(self.stamps["rejected_in_file"])).to_pylist()
-        broken = {} if staged else {f"{PREDICTIONS}/{name}": "has lost its rejected rows" for name in lost}
-        for name, error in (self.foreign | broken).items():
+        wrong = self.foreign | {f"{PREDICTIONS}/{name}": "has lost its rejected rows" for name in lost}
+        if wrong:
+            name, error = next(iter(wrong.items()))
             raise RequestError(f"--output {self.folder.display}: {name} {error}; move it away, or choose another folder")
 
-    def clear_unfinished(self, folder: OutputFolder) -> None:
-        """Delete in the folder, after `check`, what a killed run left: partial files, and rejected rows without predictions."""
-        without_predictions = sorted(self.rejected - {*self.stamps["output"].to_pylist()})
-        for name in (*self.partial, *(f"{REJECTED}/{name}" for name in without_predictions)):
-            folder.delete(name)
+
+def files_below(folder: Location) -> Iterator[tuple[str, Entry]]:
+    """The files below a folder, with their names relative to it."""
+    for file in folder.files():
+        yield file.path.removeprefix(folder.path).lstrip("/"), file
 
 
 def _is_finished(folder: Location) -> bool:
@@ -165,22 +168,12 @@ def match(plan: Plan, stamps: pa.Table) -> pa.Table:
     return joined.append_column("done", pc.is_valid(joined["rejected"]))
 
 
-def will_hold(plan: Plan, published: OutputFiles, staged: OutputFiles | None) -> pa.Table:
-    """Return the stamps of what the finished output will hold: the staged files, and those published ones that stay."""
-    if staged is None:
-        return published.stamps
-    if plan.config.overwrite:
-        return staged.stamps
-    stay = pc.invert(pc.is_in(published.stamps["output"], staged.stamps["output"]))
-    return pa.concat_tables([staged.stamps, published.stamps.filter(stay)])
-
-
 @dataclass(frozen=True)
 class Committed:
     """What earlier runs have committed."""
 
-    published: OutputFiles
-    """The output folder when this run began."""
+    published: pa.Table
+    """`OutputFiles.stamps` of the output folder when this run began."""
     done: pa.Table
     """Parts of the plan that are committed, as `match` returns them."""
     todo: pa.Table
@@ -196,69 +189,85 @@ class Committed:
         return pc.sum(done["rows"]).as_py() or 0, pc.sum(done["rejected"]).as_py() or 0
 
 
-def resume(plan: Plan, console: Console) -> Committed:
+def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
     """Compare the plan with the files in the output folder and the staging folder, and delete unfinished files there.
+
+    Returns:
+        The plan, which no longer replaces the output if a killed run has published all that it asks for; and what is committed.
 
     Raises:
         RequestError: the output folder holds other files, or predictions that this run must not be mixed with.
         RunError: with `--overwrite`, an unusable input file has predictions in the output.
     """
-    _check_folders(plan)
-    published = OutputFiles.read(plan.output, console)
-    published.check(staged=False)
+    output = OutputFiles.read(plan.output, console)
+    output.check()
+    published = output.stamps
+    if plan.overwrite and (plan.held.place / STAGING / LIST).exists():
+        plan = replace(plan, overwrite=pc.sum(match(plan, published)["done"]).as_py() != published.num_rows)
     unplanned = 0
-    if plan.config.overwrite:
+    if plan.overwrite:
         check_overwrite(plan, published)
     else:
-        _check_compatible(plan, published.stamps)
-        others = published.stamps.filter(pc.invert(pc.is_in(published.stamps["output"], plan.parts["output"])))
+        _check_compatible(plan, published)
+        others = published.filter(pc.invert(pc.is_in(published["output"], plan.parts["output"])))
         unplanned = others.num_rows
         if unplanned:
             first = others["source"][0]
             console.say(f"left as they are: {unplanned:,} output files of input that is not there now, such as {first}")
     # Nothing is deleted before all files are known as this program's and the request has been found compatible.
-    published.clear_unfinished(plan.held)
-    staged = None
+    for name in output.unfinished:
+        plan.held.delete(name)
+    failures = {} if plan.overwrite else _earlier_failures(plan.output)
+    matched = match(plan, published.slice(0, 0) if plan.overwrite else published)
+    done, todo = matched.filter(matched["done"]), _without_done(matched)
+    if plan.staged or todo.num_rows:
+        (plan.held / STAGING).delete(LIST)  # it does not know what is scored from now on
     if plan.staged:
-        staged = OutputFiles.read(plan.folder.place, console)
-        staged.check(staged=True)
-        staged.clear_unfinished(plan.folder)
-        # Nothing staged is published yet, so what is not a done part of this plan can be deleted.
-        current = pc.is_in(staged.stamps["output"], match(plan, staged.stamps).filter(pc.field("done"))["output"])
-        delete_parts(plan.folder, staged.stamps.filter(pc.invert(current))["output"].to_pylist())
-        staged = replace(staged, stamps=staged.stamps.filter(current))
-    matched = match(plan, will_hold(plan, published, staged))
-    todo = matched.filter(pc.invert(matched["done"])).select(PART_SCHEMA.names)
-    failures = {} if plan.config.overwrite else _earlier_failures(plan.output)
-    return Committed(published, matched.filter(matched["done"]), todo, unplanned, failures)
+        matched = match(replace(plan, parts=todo), _clean_staging(plan, todo, console))
+        done, todo = pa.concat_tables([done, matched.filter(matched["done"])]), _without_done(matched)
+    return plan, Committed(published, done, todo, unplanned, failures)
+
+
+def _without_done(matched: pa.Table) -> pa.Table:
+    return matched.filter(pc.invert(matched["done"])).select(PART_SCHEMA.names)
+
+
+def _clean_staging(plan: Plan, parts: pa.Table, console: Console) -> pa.Table:
+    """Delete from the staging folder all files but those of these parts; return the stamps of these."""
+    staged = OutputFiles.read(plan.folder.place, console)
+    staged.check()
+    for name in staged.unfinished:
+        plan.folder.delete(name)
+    matched = match(replace(plan, parts=parts), staged.stamps)
+    current = pc.is_in(staged.stamps["output"], matched.filter(matched["done"])["output"])
+    delete_parts(plan.folder, staged.stamps.filter(pc.invert(current))["output"].to_pylist())
+    return staged.stamps.filter(current)
 
 
 def begun_precision(request: Request) -> str | None:
     """The precision that an earlier run has given the output's predictions of this model; None without such predictions."""
     for folder in (request.output, request.output / STAGING) if request.config.strict else (request.output,):
-        for info in (folder / PREDICTIONS).files():
-            name = info.path.removeprefix(folder.path).lstrip("/")
+        for name, file in files_below(folder / PREDICTIONS):
             if not is_hidden(name):
-                files = pa.Table.from_pylist([{"name": name, "size": info.size, "modified": 0}], FILE_SCHEMA)
-                spec = json.loads(read_stamps(folder, files)["spec"][0].as_py() or "{}")
+                spec = json.loads(read_stamp(folder, f"{PREDICTIONS}/{name}", file.size).get("spec", "{}"))
                 if spec.get("model") == request.card["sha256"]:
                     return str(spec["precision"])
                 break
     return None
 
 
-def _check_folders(plan: Plan) -> None:
+def check_folders(output: Location) -> None:
     """Check that the folders of this program in a local output are folders, and hold no links to folders.
 
     What is written or deleted through a link is written or deleted elsewhere, and no listing follows it.
     """
-    for name in (PREDICTIONS, REJECTED, *([STAGING] if plan.staged else [])) if plan.output.is_local else ():
-        top = Path(plan.output.path) / name
+    for name in (PREDICTIONS, REJECTED, STAGING) if output.is_local else ():
+        top = Path(output.path) / name
         below = (Path(folder, entry) for folder, entries, _ in os.walk(top) for entry in entries)
         for path in (top, *below):
             if path.is_symlink() or (path.exists() and not path.is_dir()):
                 raise RequestError(
-                    f"--output {plan.output.display}: {path} is not a folder of this program, but a link or a file; remove it"
+                    f"--output {output.display}: {path} is not a folder of this program, but a link or a file; remove it"
                 )
 
 
@@ -272,13 +281,13 @@ def _earlier_failures(output: Location) -> dict[str, str]:
     return dict(zip(failed["file"].to_pylist(), failed["reason"].to_pylist(), strict=True))
 
 
-def check_overwrite(plan: Plan, published: OutputFiles) -> None:
+def check_overwrite(plan: Plan, published: pa.Table) -> None:
     """With `--overwrite`, refuse to delete published predictions of an input file that cannot be scored again.
 
     Raises:
         RunError: names the first such file.
     """
-    lost = _with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published.stamps)
+    lost = _with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published)
     if lost.num_rows:
         raise RunError(
             f"--overwrite: nothing was replaced: {lost['name'][0]} cannot be used, and the output holds its predictions; "

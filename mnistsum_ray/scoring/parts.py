@@ -245,11 +245,12 @@ def read_stamps(output: Location, files: pa.Table) -> pa.Table:
     Raises:
         StorageError: the storage does not give a file.
     """
-    rows = [_read_file(output, file["name"], file["size"]) for file in files.to_pylist()]
+    rows = [read_stamp(output, file["name"], file["size"]) for file in files.to_pylist()]
     return pa.Table.from_pylist(rows, OUTPUT_SCHEMA)
 
 
-def _read_file(folder: Location, file: str, size: int) -> dict[str, Any]:
+def read_stamp(folder: Location, file: str, size: int) -> dict[str, Any]:
+    """Read the stamp of a file of this size in an output folder, as a row of OUTPUT_SCHEMA."""
     top, _, output = file.partition("/")
     place = {"folder": top, "output": output}
     try:

@@ -75,11 +75,13 @@ class Plan(Request):
     precision: str
     held: OutputFolder
     """The output folder, which this run holds."""
+    overwrite: bool
+    """Whether this run replaces the output."""
 
     @property
     def staged(self) -> bool:
         """Whether files are published together at the end."""
-        return self.config.overwrite or self.config.strict
+        return self.overwrite or self.config.strict
 
     @property
     def folder(self) -> OutputFolder:
@@ -182,7 +184,7 @@ def make_plan(request: Request, precision: str, held: OutputFolder, console: Con
     if files is None:
         files = read_footers(inputs, request.config, Progress(console.progress, "footers read", inputs.files.num_rows))
     parts, errors = split_into_parts(files, request.config.max_rows_per_file)
-    changed = {"output": held.place, "files": files}
+    changed = {"output": held.place, "files": files, "overwrite": request.config.overwrite}
     plan = Plan(**vars(request) | changed, parts=parts, precision=precision, held=held).without(errors)
     report_skipped(inputs.skipped, console.say)
     if plan.config.strict and plan.failures:

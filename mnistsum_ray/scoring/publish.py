@@ -1,6 +1,6 @@
-"""Result of a scoring run: its line, the pictures, the report and the manifest, which are published with the staged files."""
+"""Result of a scoring run: its line; staged files are moved into the output; the pictures, the report and the manifest."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -9,24 +9,36 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.errors import ExistingFileError, RunError, counted, percent
+from mnistsum_ray.data.parquet import read_table, to_parquet
+from mnistsum_ray.errors import (
+    ExistingFileError,
+    MissingFileError,
+    RequestError,
+    RunError,
+    UnusableFileError,
+    counted,
+    percent,
+)
 from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.reporting.report import Picture, picture_files, scored_page, versions
 from mnistsum_ray.scoring.counts import Counts
 from mnistsum_ray.scoring.output import (
     FILES_TABLE,
     FORMAT,
+    LIST,
     MANIFEST,
     PICTURES,
     REPORT,
     SUMMARIES,
-    Committed,
-    OutputFiles,
+    files_below,
     unpublish,
 )
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.preflight import STAGING, Plan
+from mnistsum_ray.storage.folder import OutputFolder
+
+_LIST_SCHEMA: Final = pa.schema({"file": pa.string(), "moved": pa.bool_()})
+"""`output.LIST`: files that are moved from the staging folder to the output, and those that are deleted there."""
 
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""
@@ -54,56 +66,84 @@ def result_line(plan: Plan, files: pa.Table, counts: Counts, resumed_rows: int, 
     } | (counts.accuracies() if plan.config.label_column else {})
 
 
-def publish(
-    plan: Plan, committed: Committed, staged: OutputFiles | None, files: pa.Table, counts: Counts, line: dict[str, Any]
-) -> None:
-    """Write the files about the run; where there is a staging folder, move all files of the run from it to the output.
+def publish_staged(plan: Plan, staged: pa.Table, published: pa.Table) -> None:
+    """List the files of a complete staging folder, and move them into the output.
 
-    `--overwrite` replaces the files that the output held when the run began (`committed`).
+    Args:
+        plan: of the run.
+        staged: `output.OutputFiles.stamps` of the staging folder.
+        published: those of the output when the run began; `--overwrite` deletes these files where they are not written again.
+
+    Raises:
+        RunError: another run holds the output.
+    """
+    moved = _files_of(staged)
+    deleted = sorted({*_files_of(published)} - {*moved}) if plan.overwrite else []
+    table = pa.table({"file": moved + deleted, "moved": [True] * len(moved) + [False] * len(deleted)}, _LIST_SCHEMA)
+    plan.folder.create(LIST, to_parquet(table))
+    move_listed(plan.held)
+
+
+def _files_of(stamps: pa.Table) -> list[str]:
+    """The files of parts. Rejected rows come before predictions, as they are committed."""
+    with_rejected = stamps.filter(pc.greater(stamps["rejected"], 0))
+    return [
+        f"{folder}/{name}"
+        for folder, of in ((REJECTED, with_rejected), (PREDICTIONS, stamps))
+        for name in of["output"].to_pylist()
+    ]
+
+
+def move_listed(held: OutputFolder) -> None:
+    """Move the files of a complete staging folder into the output, or those that a killed run has left; none without a list.
+
+    Every visible state is valid: the manifest is deleted first, and written after all files are there. The list stays until then:
+    after a kill the same command goes on and scores nothing.
+
+    Raises:
+        RequestError: the list is damaged.
+        RunError: another run holds the output.
+    """
+    staging = held / STAGING
+    try:
+        listed = read_table(staging.place / LIST)
+    except MissingFileError:
+        return
+    except UnusableFileError as error:
+        raise RequestError(f"--output {held.place.display}: {STAGING}/{LIST} {error}; remove {STAGING}") from None
+    unpublish(held)
+    moved, deleted = (listed["file"].filter(chosen).to_pylist() for chosen in (listed["moved"], pc.invert(listed["moved"])))
+    # Only what is there: a name in a damaged list must not lead out of the folders.
+    there, published = ({name for name, _ in files_below(folder)} for folder in (staging.place, held.place))
+    with ThreadPoolExecutor(_MOVE_THREADS) as pool:
+        for folder in (REJECTED, PREDICTIONS):
+            names = [name for name in moved if name.startswith(f"{folder}/") and name in there]
+            list(pool.map(partial(staging.move, target=held), names))
+        list(pool.map(held.delete, [name for name in deleted if name in published]))
+
+
+def publish(plan: Plan, unplanned: int, files: pa.Table, counts: Counts, line: dict[str, Any]) -> None:
+    """Write the files about the run, and the manifest last.
 
     Raises:
         RunError: another run holds the output.
     """
     drawn = _draw_pictures(counts)
-    manifest = _make_manifest(plan, committed.unplanned, counts, line)
+    manifest = _make_manifest(plan, unplanned, counts, line)
     page = scored_page(manifest, counts, {PICTURES[name]: picture for name, picture in drawn.items()})
     summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **picture_files(drawn)}
     for name in SUMMARIES:
         if name in summaries:
-            plan.folder.write(name, summaries[name])
+            plan.held.write(name, summaries[name])
         else:
-            plan.folder.delete(name)  # an earlier run may have drawn it
-    if staged:
-        replaced = committed.published.stamps["output"].to_pylist() if plan.config.overwrite else []
-        publish_staged(plan, staged, list(summaries), replaced)
+            plan.held.delete(name)  # an earlier run may have drawn it
     plan.held.delete(MANIFEST)  # of a run that had nothing more to score
     try:
         plan.held.create(MANIFEST, manifest)
     except ExistingFileError as error:
         raise RunError(f"--output {error}: another run has finished it meanwhile; run the command again") from None
-    if staged:
+    if (plan.held.place / STAGING / LIST).exists():
         plan.held.delete_folder(STAGING)
-
-
-def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], replaced: Iterable[str]) -> None:
-    """Move the parts and the `summaries` of the staging folder into the output, in an order that keeps every visible state valid.
-
-    `replaced` are predictions that the output held when the run began. Those that are not written again are deleted. All other
-    files stay. The manifest comes after this.
-
-    Raises:
-        RunError: another run holds the output.
-    """
-    # Rejected rows come before predictions, as they are committed.
-    rejected = [f"{REJECTED}/{name}" for name in sorted(staged.rejected)]
-    predictions = [f"{PREDICTIONS}/{name}" for name in staged.stamps["output"].to_pylist()]
-    gone = {f"{folder}/{name}" for name in replaced for folder in (PREDICTIONS, REJECTED)} - {*rejected, *predictions}
-    unpublish(plan.held)
-
-    move = partial(plan.folder.move, target=plan.held)
-    with ThreadPoolExecutor(_MOVE_THREADS) as pool:
-        for step, names in ((move, rejected), (move, predictions), (plan.held.delete, gone), (move, summaries)):
-            list(pool.map(step, names))
 
 
 def _draw_pictures(counts: Counts) -> dict[str, Picture]:

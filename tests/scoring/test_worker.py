@@ -171,28 +171,26 @@ def without_counts(folder: Path, **changed: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "error", "staged"),
+    ("damage", "error"),
     [
-        (lambda folder: (folder / "predictions" / NAME).write_bytes(b"PAR1 no PAR1"), "has a damaged footer", False),
-        (lambda folder: (folder / "rejected" / NAME).unlink(), "has lost its rejected rows", True),
-        (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "predictions" / NAME), "is not a file of this prog", False),
-        (lambda folder: without_counts(folder, format=FORMAT - 1), "was written by another version of this program", False),
-        (lambda folder: without_counts(folder, format=[FORMAT]), "was written by another version of this program", False),
+        (lambda folder: (folder / "predictions" / NAME).write_bytes(b"PAR1 no PAR1"), "has a damaged footer"),
+        (lambda folder: (folder / "rejected" / NAME).unlink(), "has lost its rejected rows"),
+        (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "predictions" / NAME), "is not a file of this prog"),
+        (lambda folder: without_counts(folder, format=FORMAT - 1), "was written by another version of this program"),
+        (lambda folder: without_counts(folder, format=[FORMAT]), "was written by another version of this program"),
     ],
 )
-def test_damaged_output_files_are_refused(written: Path, damage: Any, error: str, *, staged: bool) -> None:
+def test_damaged_output_files_are_refused(written: Path, damage: Any, error: str) -> None:
     damage(written)
     files = output_files(written)
     with pytest.raises(RequestError, match=f"predictions/{NAME} {error}.*; move it away, or choose another folder"):
-        files.check(staged=False)
-    if staged:
-        files.check(staged=True)
+        files.check()
 
 
 def test_counts_of_another_version_cost_only_the_report(written: Path) -> None:
     without_counts(written)
     files = output_files(written)
-    files.check(staged=False)
+    files.check()
     assert (files.stamps["rows"][0].as_py(), files.stamps["counts"][0].as_py()) == (4, "{}")
 
 
