@@ -70,7 +70,7 @@ def _score(request: Request, console: Console, probe: Probe | None) -> tuple[dic
     with folder_lock(request.output, "--output", console.say) as held:
         check_folders(held.place)
         move_listed(held)
-        resources, precision = _allocate_resources(_follow_output(request), probe, console.say)
+        resources, precision = _allocate_resources(follow_output(request), probe, console.say)
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
         plan, committed = resume(make_plan(request, precision, held, console), console)
@@ -98,7 +98,7 @@ def worker_request(config: ScoreConfig) -> WorkerRequest:
     return WorkerRequest(workers, False if config.precision == "int8" else config.use_gpu, config.wait_seconds)
 
 
-def _follow_output(request: Request) -> ScoreConfig:
+def follow_output(request: Request) -> ScoreConfig:
     """The config with the precision that the output was begun with, if none is given. `--overwrite` begins anew."""
     config = request.config
     begun = None if config.precision or config.overwrite else begun_precision(request)

@@ -157,15 +157,14 @@ def match(plan: Plan, stamps: pa.Table) -> pa.Table:
     """Join the planned parts with the output files (`OutputFiles.stamps`) that are of the same rows, input file and spec.
 
     Returns:
-        One row per part, in the order of the plan: PART_SCHEMA; `rejected`, `rows_in_file`, `rejected_in_file` and `counts`, null
-        where there is no such file; and `done`, whether there is one.
+        One row per part, in the order of the plan: PART_SCHEMA, and `rejected`, `rows_in_file`, `rejected_in_file` and `counts`,
+        null where there is no such file.
     """
     whole = stamps.filter(pc.and_(pc.equal(stamps["spec"], plan.spec), pc.is_valid(stamps["rejected_in_file"])))
     # A join does not keep the order.
     numbered = plan.parts.append_column("order", pa.array(range(plan.parts.num_rows), pa.int64()))
     values = whole.select([*PART_SCHEMA.names, "rejected", "rows_in_file", "rejected_in_file", "counts"])
-    joined = numbered.join(values, PART_SCHEMA.names, join_type="left outer").sort_by("order")
-    return joined.append_column("done", pc.is_valid(joined["rejected"]))
+    return numbered.join(values, PART_SCHEMA.names, join_type="left outer").sort_by("order")
 
 
 @dataclass(frozen=True)
@@ -203,13 +202,13 @@ def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
     output.check()
     published = output.stamps
     if plan.overwrite and (plan.held.place / STAGING / LIST).exists():
-        plan = replace(plan, overwrite=pc.sum(match(plan, published)["done"]).as_py() != published.num_rows)
+        plan = replace(plan, overwrite=_split(match(plan, published))[0].num_rows != published.num_rows)
     unplanned = 0
     if plan.overwrite:
         check_overwrite(plan, published)
     else:
         _check_compatible(plan, published)
-        others = published.filter(pc.invert(pc.is_in(published["output"], plan.parts["output"])))
+        others = _outputs_but(published, plan.parts["output"])
         unplanned = others.num_rows
         if unplanned:
             first = others["source"][0]
@@ -218,30 +217,29 @@ def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
     for name in output.unfinished:
         plan.held.delete(name)
     failures = {} if plan.overwrite else _earlier_failures(plan.output)
-    matched = match(plan, published.slice(0, 0) if plan.overwrite else published)
-    done, todo = matched.filter(matched["done"]), _without_done(matched)
+    done, todo = _split(match(plan, published.slice(0, 0) if plan.overwrite else published))
     if plan.staged or todo.num_rows:
         (plan.held / STAGING).delete(LIST)  # it does not know what is scored from now on
     if plan.staged:
-        matched = match(replace(plan, parts=todo), _clean_staging(plan, todo, console))
-        done, todo = pa.concat_tables([done, matched.filter(matched["done"])]), _without_done(matched)
+        staged = OutputFiles.read(plan.folder.place, console)
+        staged.check()
+        done_there, todo = _split(match(replace(plan, parts=todo), staged.stamps))
+        for name in staged.unfinished:
+            plan.folder.delete(name)
+        delete_parts(plan.folder, _outputs_but(staged.stamps, done_there["output"])["output"].to_pylist())
+        done = pa.concat_tables([done, done_there])
     return plan, Committed(published, done, todo, unplanned, failures)
 
 
-def _without_done(matched: pa.Table) -> pa.Table:
-    return matched.filter(pc.invert(matched["done"])).select(PART_SCHEMA.names)
+def _split(matched: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Split the parts that `match` returns: those that are done, and the others as PART_SCHEMA."""
+    done = pc.is_valid(matched["rejected"])
+    return matched.filter(done), matched.filter(pc.invert(done)).select(PART_SCHEMA.names)
 
 
-def _clean_staging(plan: Plan, parts: pa.Table, console: Console) -> pa.Table:
-    """Delete from the staging folder all files but those of these parts; return the stamps of these."""
-    staged = OutputFiles.read(plan.folder.place, console)
-    staged.check()
-    for name in staged.unfinished:
-        plan.folder.delete(name)
-    matched = match(replace(plan, parts=parts), staged.stamps)
-    current = pc.is_in(staged.stamps["output"], matched.filter(matched["done"])["output"])
-    delete_parts(plan.folder, staged.stamps.filter(pc.invert(current))["output"].to_pylist())
-    return staged.stamps.filter(current)
+def _outputs_but(stamps: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
+    """The stamps of all other output files than these."""
+    return stamps.filter(pc.invert(pc.is_in(stamps["output"], outputs)))
 
 
 def begun_precision(request: Request) -> str | None:
@@ -310,8 +308,7 @@ def _check_compatible(plan: Plan, stamps: pa.Table) -> None:
     Raises:
         RequestError: says what differs and what to do.
     """
-    done = match(plan, stamps).filter(pc.field("done"))["output"]
-    others = stamps.filter(pc.invert(pc.is_in(stamps["output"], done)))
+    others = _outputs_but(stamps, _split(match(plan, stamps))[0]["output"])
     for file in _with_predictions(plan, plan.files, others).slice(0, 1).to_pylist():
         of_file = pc.or_(pc.equal(others["name"], file["name"]), pc.equal(others["source"], plan.source(file["name"])))
         conflict = _conflict(plan, file, others.filter(of_file).slice(0, 1).to_pylist()[0])

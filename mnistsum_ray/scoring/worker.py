@@ -6,6 +6,7 @@ Rows stay in the process that works on them. Nothing records what is done: a par
 which process wrote it or how often.
 """
 
+import itertools
 import os
 import time
 from collections import Counter
@@ -142,7 +143,7 @@ class PartRows:
 
 
 def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iterator[tuple[Part, PartRows | UnusableFileError]]:
-    """Read and decode parts in their order. Consecutive parts of one file are read in one pass.
+    """Read and decode parts in their order, those of one file in one pass.
 
     Yields:
         Each part, with its rows or with why they cannot be read although the footer of their file could.
@@ -150,27 +151,20 @@ def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iter
     Raises:
         StorageError: the storage does not give a file.
     """
-    done = 0
-    while done < len(parts):
-        end = done + 1
-        while end < len(parts) and _follows(parts[end], parts[end - 1]):
-            end += 1
+    for _, of_file in itertools.groupby(parts, lambda part: part.name):
+        left = list(of_file)
         try:
-            for part, table in _read_tables(folder, parts[done:end]):
+            for part, table in _read_tables(folder, [*left]):
                 yield part, _decode(part, table, config)
-                done += 1
+                left.remove(part)
         except UnusableFileError as error:
-            yield from ((part, error) for part in parts[done:end])
-            done = end
-
-
-def _follows(part: Part, previous: Part) -> bool:
-    return part.name == previous.name and part.first_row == previous.first_row + previous.rows
+            yield from ((part, error) for part in left)
 
 
 def _read_tables(folder: Location, parts: list[Part]) -> Iterator[tuple[Part, pa.Table]]:
-    """Read the rows of consecutive parts of one file; only those of the current part are in memory."""
-    path, rows = folder / parts[0].name, np.arange(parts[0].first_row, parts[-1].first_row + parts[-1].rows)
+    """Read the rows of parts of one file; only those of the current part are in memory."""
+    path = folder / parts[0].name
+    rows = np.concatenate([np.arange(part.first_row, part.first_row + part.rows) for part in parts])
     check_unchanged(path, parts[0].size, parts[0].modified)
     with open_parquet(path) as file:
         batches, schema = read_rows(file, rows), file.read_row_groups([]).schema

@@ -26,7 +26,6 @@ ROWS: Final = 2_000
 REJECTED: Final = 8
 
 LAYOUTS: Final = {
-    "flat": ["0.parquet", "1.parquet", "2.parquet", "3.parquet"],
     "nested": ["0.parquet", "a/1.parquet", "a/b/2.parquet", "c/3.parquet"],
     "hive": ["day=2026-11-01/0.parquet", "day=2026-11-01/1.parquet", "day=2026-11-02/0.parquet", "day=2026-11-03/0.parquet"],
 }

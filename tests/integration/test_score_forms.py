@@ -143,17 +143,6 @@ def test_every_other_column_passes_through_unchanged(scored: Scored) -> None:
         assert result[name].to_pylist() == kept[name].to_pylist(), name
 
 
-def test_the_output_opens_in_polars_duckdb_pandas_and_datasets(scored: Scored) -> None:
-    for name in scored.files():
-        files = sorted(map(str, (scored.output / "predictions").glob(f"{Path(name).stem}-0*.parquet")))
-        counts = duckdb.connect().execute(f"SELECT count(*), count(pred_sum) FROM read_parquet({files})").fetchall()
-        assert counts == [(ROWS, ROWS)], name
-        for read in (pl.read_parquet, pd.read_parquet):
-            assert sum(len(read(file)) for file in files) == ROWS, name
-    hugging = sorted(map(str, (scored.output / "predictions").glob("huggingface-0*.parquet")))
-    assert len(datasets.Dataset.from_parquet(hugging)) == ROWS
-
-
 def test_the_index_of_pandas_passes_through(scored: Scored) -> None:
     files = sorted((scored.output / "predictions").glob("pandas_lists-0*.parquet"))
     assert pd.concat([pd.read_parquet(file) for file in files]).index.tolist() == [f"id{row}" for row in range(ROWS)]

@@ -1,5 +1,6 @@
 """The output folder: lost and repeated rows are found, unfinished files are deleted, and staged files are published in order."""
 
+import io
 import shutil
 import threading
 from collections.abc import Callable
@@ -15,15 +16,17 @@ import pytest
 
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring import publish
 from mnistsum_ray.scoring.counts import Counts, encode_image
+from mnistsum_ray.scoring.driver import follow_output
 from mnistsum_ray.scoring.output import LIST, MANIFEST, OutputFiles, check_folders, reconcile, resume
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.publish import move_listed, publish_staged, result_line
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.lock import FolderLock, folder_lock
 from mnistsum_ray.storage.paths import locate
-from tests.scoring.conftest import CONSOLE, plan_of, write_all
+from tests.scoring.conftest import CONSOLE, plan_of, request_of, write_all
 
 
 @pytest.fixture
@@ -39,8 +42,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def plan_in(folder: Path, **settings: object) -> Plan:
-    return plan_of(folder / "in", folder / "out", max_rows_per_file=20, label_column="label", **settings)
+def plan_in(folder: Path, *more: Path, **settings: Any) -> Plan:
+    return plan_of(folder / "in", folder / "out", *more, **{"max_rows_per_file": 20, "label_column": "label"} | settings)
 
 
 def reconciled(plan: Plan) -> tuple[pa.Table, Counts]:
@@ -124,7 +127,6 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-CARD = {"sha256": "abc", "epoch": 1, "parameters": 1}
 PARTS = {f"predictions/a-0000{number}-of-00002.parquet" for number in range(2)} | {"predictions/b.parquet"}
 REJECTED = "rejected/a-00001-of-00002.parquet"
 
@@ -136,10 +138,12 @@ def test_what_a_killed_run_left_unfinished_is_deleted_and_the_rest_is_resumed(fo
     hidden = (".mnistsum-notes.partial", "b/.download.partial", "predictions/.ipynb_checkpoints/a.parquet", "_SUCCESS", "_x/y")
     fill(folder / "out", *unfinished, *hidden)
     (folder / "in" / "b.parquet").unlink()
-    _, committed = resume(plan_in(folder), CONSOLE)
+    said = io.StringIO()
+    _, committed = resume(plan_in(folder), Console(said))
     assert names(folder / "out") == PARTS - {"predictions/a-00001-of-00002.parquet"} | {*hidden}
     assert committed.todo["output"].to_pylist() == ["a-00001-of-00002.parquet"]
     assert (committed.done["output"].to_pylist(), committed.unplanned) == (["a-00000-of-00002.parquet"], 1)
+    assert "left as they are: 1 output files of input that is not there now, such as" in said.getvalue()
 
 
 @pytest.mark.parametrize("other", ["thesis.tex.partial", "a.parquet", "predictions/c.parquet", "rejected/notes.txt"])
@@ -161,22 +165,80 @@ def test_a_file_of_others_with_the_name_of_one_of_ours_is_refused(folder: Path, 
         resume(plan_in(folder), CONSOLE)
 
 
-def test_a_file_that_has_changed_is_named(folder: Path) -> None:
-    write_all(plan_in(folder))
+def change_rows(folder: Path) -> None:
     rewrite(folder / "in" / "a.parquet", lambda table: table.slice(1))
-    with pytest.raises(RequestError, match=r"a.parquet has changed since it was scored; --overwrite scores everything again"):
-        resume(plan_in(folder), CONSOLE)
 
 
-def test_a_file_of_the_same_name_in_another_folder_has_not_changed(folder: Path) -> None:
+def damage(folder: Path) -> None:
+    path = folder / "in" / "a.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def move_away(folder: Path) -> None:
+    change_rows(folder)
+    (folder / "in").rename(folder / "elsewhere")
+    (folder / "in").symlink_to(folder / "elsewhere")
+
+
+GIVE = "give the same again, or --overwrite scores everything again"
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "said"),
+    [
+        (change_rows, {}, "a.parquet has changed since it was scored; --overwrite scores everything again"),
+        (move_away, {}, "in/a.parquet as a-00000-of-00002.parquet; choose another folder, or --overwrite scores"),
+        (damage, {}, "holds predictions of a.parquet, which now cannot be used (is not Parquet, or was cut off"),
+        (None, {"image_column": "second"}, "holds predictions of a.parquet, which now cannot be used (column 'second' has type"),
+        (None, {"label_column": None}, f"was started with --label-column label, and this run has no --label-column; {GIVE}"),
+        (
+            None,
+            {"number_column": "second"},
+            "was started with --number-column number, and this run has --number-column second; give",
+        ),
+        (None, {"precision": "bf16"}, f"was started with --precision fp32, and this run has --precision bf16; {GIVE}"),
+        (None, {"max_rows_per_file": 10}, f"since it was started with another --max-rows-per-file or --input; {GIVE}"),
+        (None, {"sha256": "other"}, "holds predictions of another model (SHA-256 abc…, --model has other…); --overwrite"),
+    ],
+)
+def test_predictions_are_never_mixed_with_those_of_another_request(
+    folder: Path, change: Callable[[Path], None] | None, settings: dict[str, Any], said: str
+) -> None:
     write_all(plan_in(folder))
-    (folder / "day2").mkdir()
-    pq.write_table(pq.read_table(folder / "in" / "a.parquet").slice(1), folder / "day2" / "a.parquet")
-    plan = plan_of(folder / "day2", folder / "out", max_rows_per_file=20, label_column="label")
+    if change:
+        change(folder)
+    before = names(folder / "out")
+    with pytest.raises(RequestError) as refused:
+        resume(plan_in(folder, **settings), CONSOLE)
+    assert said in str(refused.value)
+    assert names(folder / "out") == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"image_column": "second"}], ids=str)
+def test_overwrite_keeps_predictions_that_cannot_be_made_again(folder: Path, settings: dict[str, Any]) -> None:
+    """The input folder may have another common folder now, so that the file has another name."""
+    write_all(plan_in(folder))
+    (folder / "more").mkdir()
+    shutil.copy(folder / "in" / "b.parquet", folder / "more")
+    if not settings:
+        damage(folder)
     with pytest.raises(
-        RequestError, match=r"holds the rows of .*/in/a.parquet as a-00000-of-00002.parquet; choose another folder"
+        RunError, match=r"--overwrite: nothing was replaced: in/a\.parquet cannot be used, and the output holds its"
     ):
-        resume(plan, CONSOLE)
+        resume(plan_in(folder, folder / "more", overwrite=True, **settings), CONSOLE)
+
+
+def test_an_output_goes_on_in_the_precision_that_it_was_begun_in(folder: Path) -> None:
+    def begun(**settings: Any) -> str | None:
+        request = request_of(folder / "in", folder / "out", **settings)
+        return follow_output(request).precision
+
+    (folder / "in" / "broken.parquet").unlink()  # --strict refuses it
+    assert begun() is None
+    write_all(plan_in(folder, strict=True, precision="bf16"))
+    assert (begun(), begun(strict=True)) == (None, "bf16")
+    write_all(plan_in(folder, precision="bf16"))
+    assert (begun(), begun(precision="fp32"), begun(sha256="other"), begun(overwrite=True)) == ("bf16", "fp32", None, None)
 
 
 @pytest.mark.parametrize(
@@ -311,21 +373,22 @@ def test_a_run_that_was_suspended_while_it_drew_writes_nothing_over_the_next_one
 
     monkeypatch.setattr(publish, "_draw_pictures", suspended)
     with folder_lock(locate(str(folder / "out"), "--output"), "--output", print) as held:
-        plan = replace(plan_in(folder), card=CARD, held=held)
+        plan = replace(plan_in(folder), held=held)
         with pytest.raises(RunError, match=r"another run has taken the output \(the next run\)"):
             finish(plan)
     assert not {"manifest.json", "report.html"} & names(folder / "out")
 
 
-def test_a_manifest_that_another_run_has_written_is_not_replaced(folder: Path) -> None:
+def test_a_manifest_that_another_run_has_written_is_not_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Raced(OutputFolder):
         def delete(self, name: str) -> None:
             super().delete(name)
             if name == MANIFEST:  # another run finishes at this moment
                 (folder / "out" / MANIFEST).write_text("of the other run")
 
+    monkeypatch.setattr(publish, "_draw_pictures", lambda counts: {})  # takes seconds
     plan = plan_in(folder)
-    plan = replace(plan, card=CARD, held=Raced(plan.output, None))
+    plan = replace(plan, held=Raced(plan.output, None))
     with pytest.raises(RunError, match="another run has finished it meanwhile"):
         finish(plan)
     assert (folder / "out" / MANIFEST).read_text() == "of the other run"

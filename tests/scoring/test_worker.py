@@ -34,10 +34,9 @@ def read(plan: Plan) -> list[PartRows | UnusableFileError]:
     return [rows for _, rows in read_parts(plan.inputs.root, parts_of(plan), plan.config)]
 
 
-@pytest.mark.parametrize("max_rows_per_file", [7, 100, 2500, 9000])
-@pytest.mark.parametrize("group", [90, 5000])
+@pytest.mark.parametrize(("max_rows_per_file", "group"), [(7, 90), (100, 1000), (500, 90), (2000, 90)])
 def test_every_row_is_read_once_in_order_and_decoded(tmp_path: Path, max_rows_per_file: int, group: int) -> None:
-    table = write(tmp_path / "a.parquet", 5000, group)
+    table = write(tmp_path / "a.parquet", 1000, group)
     plan = plan_of(tmp_path, max_rows_per_file=max_rows_per_file, label_column="label")
     position = 0
     for decoded in read(plan):
@@ -53,11 +52,10 @@ def test_every_row_is_read_once_in_order_and_decoded(tmp_path: Path, max_rows_pe
         assert decoded.labels.tolist() == [-1 if row % 3 == 0 else row % 10 for row in ids]
         assert [image.tobytes() for image in decoded.images] == table["image"].take(pa.array(ids)).to_pylist()
         position += decoded.part.rows
-    assert position == 5000
-    last = parts_of(plan)[-1]
-    ((_, decoded),) = read_parts(plan.inputs.root, [last], plan.config)
-    assert isinstance(decoded, PartRows)
-    assert decoded.table["id"].to_pylist() == list(range(last.first_row, 5000)), "read alone"
+    assert position == 1000
+    some = parts_of(plan)[1::3]
+    read_ids = [rows.table["id"].to_pylist() for _, rows in read_parts(plan.inputs.root, some, plan.config)]  # type: ignore[union-attr]
+    assert read_ids == [list(range(part.first_row, part.first_row + part.rows)) for part in some], "with others between them"
 
 
 def test_a_file_that_changes_during_the_run_is_unreadable(tmp_path: Path) -> None:
@@ -176,7 +174,6 @@ def without_counts(folder: Path, **changed: Any) -> None:
         (lambda folder: (folder / "predictions" / NAME).write_bytes(b"PAR1 no PAR1"), "has a damaged footer"),
         (lambda folder: (folder / "rejected" / NAME).unlink(), "has lost its rejected rows"),
         (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "predictions" / NAME), "is not a file of this prog"),
-        (lambda folder: without_counts(folder, format=FORMAT - 1), "was written by another version of this program"),
         (lambda folder: without_counts(folder, format=[FORMAT]), "was written by another version of this program"),
     ],
 )
