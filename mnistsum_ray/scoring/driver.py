@@ -24,7 +24,7 @@ from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.model.int8 import maxima_from_description, unavailable_reason
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import ScoringMetrics
-from mnistsum_ray.scoring.counts import Counts
+from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
     Committed,
     OutputFiles,
@@ -82,7 +82,7 @@ def _score(request: Request, console: Console, probe: Probe | None) -> tuple[dic
             _publish_staged(plan, committed, console)
 
         files, matched = reconcile(plan, OutputFiles.read(plan.output, console).stamps)
-        counts = Counts.of_output(matched)
+        counts = RowCounts.of_output(matched)
         resumed_rows, rejected_before = committed.resumed(plan)
         line = result_line(plan, files, counts, resumed_rows, scoring_seconds)
         line["seconds"] = round(time.monotonic() - started, 1)
@@ -217,7 +217,7 @@ def _publish_staged(plan: Plan, committed: Committed, console: Console) -> None:
     rejected, failed = pc.sum(files["rejected"]).as_py() or 0, len(plan.failures)
     if plan.config.strict and (rejected or failed):
         text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
-        examples = Counts.of_output(matched).examples
+        examples = RowCounts.of_output(matched).examples
         if examples:
             (name, row), reason = min((rows[0], reason) for reason, rows in examples.items())
             place = (plan.folder.place if pc.any(pc.greater(staged["rejected"], 0)).as_py() else plan.output) / REJECTED

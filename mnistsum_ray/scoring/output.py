@@ -24,7 +24,7 @@ from mnistsum_ray.data.inputs import FILE_SCHEMA
 from mnistsum_ray.data.parquet import read_table
 from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, RunError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.reporting.report import svg_name
+from mnistsum_ray.reporting.report import REPORT, svg_name
 from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, STAMP_SCHEMA, read_stamp, read_stamps
 from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
 from mnistsum_ray.storage.folder import OutputFolder
@@ -33,11 +33,10 @@ from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_partial
 FILES_TABLE: Final = "files.parquet"
 LIST: Final = "list.parquet"
 MANIFEST: Final = "manifest.json"
-FORMAT: Final = "mnistsum_ray.score/1"
+MANIFEST_FORMAT: Final = "mnistsum_ray.score/1"
 """`format` of the manifest."""
-REPORT: Final = "report.html"
 
-PICTURES: Final = {
+OUTPUT_PICTURES: Final = {
     "probabilities.png": "Rows by predicted probability",
     "rejects.png": "Rejected rows by reason",
     "reliability.png": "Accuracy by predicted probability",
@@ -45,10 +44,10 @@ PICTURES: Final = {
 }
 """Titles of the pictures by their file names."""
 
-SUMMARIES: Final = (FILES_TABLE, *PICTURES, *map(svg_name, PICTURES), REPORT)
+SUMMARIES: Final = (FILES_TABLE, *OUTPUT_PICTURES, *map(svg_name, OUTPUT_PICTURES), REPORT)
 """Files about the whole run. They are written after all predictions and before the manifest."""
 
-FILES_SCHEMA: Final = pa.schema(
+FILES_TABLE_SCHEMA: Final = pa.schema(
     {
         "file": pa.string(),
         "rows": pa.int64(),  # null if the footer cannot be read
@@ -135,7 +134,7 @@ def files_below(folder: Location) -> Iterator[tuple[str, Entry]]:
 def _is_finished(folder: Location) -> bool:
     """Whether the manifest of a run of this program is there."""
     try:
-        return bool((folder / MANIFEST).read_json()["format"] == FORMAT)
+        return bool((folder / MANIFEST).read_json()["format"] == MANIFEST_FORMAT)
     except (MissingFileError, ValueError, TypeError, KeyError):
         return False
 
@@ -358,7 +357,7 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
         stamps: `OutputFiles.stamps` of what the finished output holds, read again from its files.
 
     Returns:
-        A FILES_SCHEMA table in the order of the files; and `match` of the plan.
+        A FILES_TABLE_SCHEMA table in the order of the files; and `match` of the plan.
 
     Raises:
         RowCountError: names the first file with missing or duplicate rows.
@@ -382,4 +381,4 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
     scored, rejected = (pc.if_else(usable, files[f"{name}_in_file_sum"], 0) for name in ("rows", "rejected"))
     status = pc.if_else(usable, "scored", "failed")
     columns = (files["name"], files["rows"], scored, rejected, status, files["error"])
-    return pa.table(dict(zip(FILES_SCHEMA.names, columns, strict=True)), FILES_SCHEMA), matched
+    return pa.table(dict(zip(FILES_TABLE_SCHEMA.names, columns, strict=True)), FILES_TABLE_SCHEMA), matched

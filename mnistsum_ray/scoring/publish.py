@@ -20,15 +20,14 @@ from mnistsum_ray.errors import (
     percent,
 )
 from mnistsum_ray.reporting.console import accuracies
-from mnistsum_ray.reporting.report import Picture, picture_files, scored_page, versions
-from mnistsum_ray.scoring.counts import Counts
+from mnistsum_ray.reporting.report import REPORT, Picture, picture_files, scored_page, versions
+from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
     FILES_TABLE,
-    FORMAT,
     LIST,
     MANIFEST,
-    PICTURES,
-    REPORT,
+    MANIFEST_FORMAT,
+    OUTPUT_PICTURES,
     SUMMARIES,
     files_below,
     unpublish,
@@ -46,10 +45,10 @@ _MOVE_THREADS: Final = 16
 _REASONS_ON_CONSOLE: Final = 10
 
 
-def result_line(plan: Plan, files: pa.Table, counts: Counts, resumed_rows: int, scoring_seconds: float) -> dict[str, Any]:
-    """Return the fields of the job's last line, but for `seconds`.
+def result_line(plan: Plan, files: pa.Table, counts: RowCounts, resumed_rows: int, scoring_seconds: float) -> dict[str, Any]:
+    """The fields of the job's last line, but for `seconds`; `files` is `output.FILES_TABLE_SCHEMA`.
 
-    `files` is a table of `output.FILES_SCHEMA`. The seconds are from the start of the first part to the end of the last one.
+    The seconds are from the start of the first part to the end of the last one; 0 if none was scored.
     """
     usable = pc.equal(files["status"], "scored")
     columns = (files["rows"].filter(usable), files["scored"], files["rejected"], pc.invert(usable))
@@ -72,10 +71,7 @@ def publish_staged(plan: Plan, staged: pa.Table, published: pa.Table) -> None:
     Args:
         plan: of the run.
         staged: `output.OutputFiles.stamps` of the staging folder.
-        published: those of the output when the run began; `--overwrite` deletes these files where they are not written again.
-
-    Raises:
-        RunError: another run holds the output.
+        published: those of the output when the run began. `--overwrite` deletes these files where none of the same name is moved.
     """
     moved = _files_of(staged)
     deleted = sorted({*_files_of(published)} - {*moved}) if plan.overwrite else []
@@ -85,24 +81,19 @@ def publish_staged(plan: Plan, staged: pa.Table, published: pa.Table) -> None:
 
 
 def _files_of(stamps: pa.Table) -> list[str]:
-    """The files of parts. Rejected rows come before predictions, as they are committed."""
-    with_rejected = stamps.filter(pc.greater(stamps["rejected"], 0))
-    return [
-        f"{folder}/{name}"
-        for folder, of in ((REJECTED, with_rejected), (PREDICTIONS, stamps))
-        for name in of["output"].to_pylist()
-    ]
+    """Names of the files of parts. Rejected rows come before predictions, as they are committed."""
+    rejected = stamps["output"].filter(pc.greater(stamps["rejected"], 0)).to_pylist()
+    return [f"{REJECTED}/{name}" for name in rejected] + [f"{PREDICTIONS}/{name}" for name in stamps["output"].to_pylist()]
 
 
 def move_listed(held: OutputFolder) -> None:
     """Move the files of a complete staging folder into the output, or those that a killed run has left; none without a list.
 
-    Every visible state is valid: the manifest is deleted first, and written after all files are there. The list stays until then:
-    after a kill the same command goes on and scores nothing.
+    The manifest is deleted first, and created after all files are there. The list stays until then: after a kill the same command
+    goes on and scores nothing.
 
     Raises:
         RequestError: the list is damaged.
-        RunError: another run holds the output.
     """
     staging = held / STAGING
     try:
@@ -112,17 +103,17 @@ def move_listed(held: OutputFolder) -> None:
     except UnusableFileError as error:
         raise RequestError(f"--output {held.place.display}: {STAGING}/{LIST} {error}; remove {STAGING}") from None
     unpublish(held)
-    moved, deleted = (listed["file"].filter(chosen).to_pylist() for chosen in (listed["moved"], pc.invert(listed["moved"])))
-    # Only what is there: a name in a damaged list must not lead out of the folders.
-    there, published = ({name for name, _ in files_below(folder)} for folder in (staging.place, held.place))
+    # Only what is there: no name in a damaged list leads out of the folders.
+    staged, published = ({name for name, _ in files_below(folder)} for folder in (staging.place, held.place))
+    moved = [name for name in listed["file"].filter(listed["moved"]).to_pylist() if name in staged]
+    deleted = [name for name in listed["file"].filter(pc.invert(listed["moved"])).to_pylist() if name in published]
     with ThreadPoolExecutor(_MOVE_THREADS) as pool:
         for folder in (REJECTED, PREDICTIONS):
-            names = [name for name in moved if name.startswith(f"{folder}/") and name in there]
-            list(pool.map(partial(staging.move, target=held), names))
-        list(pool.map(held.delete, [name for name in deleted if name in published]))
+            list(pool.map(partial(staging.move, target=held), [name for name in moved if name.startswith(f"{folder}/")]))
+        list(pool.map(held.delete, deleted))
 
 
-def publish(plan: Plan, unplanned: int, files: pa.Table, counts: Counts, line: dict[str, Any]) -> None:
+def publish(plan: Plan, unplanned: int, files: pa.Table, counts: RowCounts, line: dict[str, Any]) -> None:
     """Write the files about the run, and the manifest last.
 
     Raises:
@@ -130,7 +121,7 @@ def publish(plan: Plan, unplanned: int, files: pa.Table, counts: Counts, line: d
     """
     drawn = _draw_pictures(counts)
     manifest = _make_manifest(plan, unplanned, counts, line)
-    page = scored_page(manifest, counts, {PICTURES[name]: picture for name, picture in drawn.items()})
+    page = scored_page(manifest, counts, {OUTPUT_PICTURES[name]: picture for name, picture in drawn.items()})
     summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **picture_files(drawn)}
     for name in SUMMARIES:
         if name in summaries:
@@ -146,8 +137,8 @@ def publish(plan: Plan, unplanned: int, files: pa.Table, counts: Counts, line: d
         plan.held.delete_folder(STAGING)
 
 
-def _draw_pictures(counts: Counts) -> dict[str, Picture]:
-    """By file name: probabilities; where rows have labels reliability and confusion; where rows were rejected the reasons."""
+def _draw_pictures(counts: RowCounts) -> dict[str, Picture]:
+    """By file name. Some need rows with labels or rejected rows."""
     from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
 
     drawn = {"probabilities.png": pictures.draw_probabilities(counts.probabilities)}
@@ -159,12 +150,12 @@ def _draw_pictures(counts: Counts) -> dict[str, Picture]:
     return drawn
 
 
-def _make_manifest(plan: Plan, unplanned: int, counts: Counts, line: dict[str, Any]) -> dict[str, Any]:
+def _make_manifest(plan: Plan, unplanned: int, counts: RowCounts, line: dict[str, Any]) -> dict[str, Any]:
     # `at` removes the query of a URI, which may hold keys.
     places = {"model": plan.model, "input": plan.inputs.root, "output": plan.output}
     located = {name: place.at(place.path).display for name, place in places.items()}
     return {
-        "format": FORMAT,
+        "format": MANIFEST_FORMAT,
         "status": "finished",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "totals": line,
@@ -186,11 +177,8 @@ def _make_manifest(plan: Plan, unplanned: int, counts: Counts, line: dict[str, A
     }
 
 
-def say_result(line: dict[str, Any], counts: Counts, new_rejected: int, say: Callable[[str], None]) -> None:
-    """Say the counts, the reasons for rejected rows, the share of consistent rows, and with labels the accuracies.
-
-    If this run has rejected no row (`new_rejected`), the reasons are left out: an earlier run has said them.
-    """
+def say_result(line: dict[str, Any], counts: RowCounts, new_rejected: int, say: Callable[[str], None]) -> None:
+    """Say the result in words, with the reasons of rejected rows if this run has rejected some (`new_rejected`)."""
     usable = line["files"] - line["failed_files"]
     if usable:
         rows = f"{line['scored_rows']:,} of {counted(line['input_rows'], 'row')}"
@@ -199,11 +187,11 @@ def say_result(line: dict[str, Any], counts: Counts, new_rejected: int, say: Cal
         say(f"{counted(line['failed_files'], 'file')} could not be used: {line['output']}/{FILES_TABLE} says why")
     if line["rejected_rows"]:
         say(f"{counted(line['rejected_rows'], 'row')} rejected: see {line['output']}/{REJECTED}")
-    reasons = list(counts.reasons.items()) if new_rejected else []
-    for reason, count in reasons[:_REASONS_ON_CONSOLE]:
-        say(f"  rejected: {count:,} x {reason}")
-    if len(reasons) > _REASONS_ON_CONSOLE:
-        say(f"  rejected: {sum(count for _, count in reasons[_REASONS_ON_CONSOLE:]):,} x other reasons")
+    if new_rejected:
+        reasons = list(counts.reasons.items())
+        others = sum(count for _, count in reasons[_REASONS_ON_CONSOLE:])
+        for reason, count in reasons[:_REASONS_ON_CONSOLE] + ([("other reasons", others)] if others else []):
+            say(f"  rejected: {count:,} x {reason}")
     if line["scored_rows"]:
         say(f"sum = digit + number in {percent(counts.consistent / line['scored_rows'])} of the rows")
     if counts.labelled:

@@ -18,7 +18,7 @@ from mnistsum_ray.errors import RequestError, RowCountError, RunError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring import publish
-from mnistsum_ray.scoring.counts import Counts, encode_image
+from mnistsum_ray.scoring.counts import RowCounts, encode_image
 from mnistsum_ray.scoring.driver import follow_output
 from mnistsum_ray.scoring.output import LIST, MANIFEST, OutputFiles, check_folders, reconcile, resume
 from mnistsum_ray.scoring.preflight import Plan
@@ -46,9 +46,9 @@ def plan_in(folder: Path, *more: Path, **settings: Any) -> Plan:
     return plan_of(folder / "in", folder / "out", *more, **{"max_rows_per_file": 20, "label_column": "label"} | settings)
 
 
-def reconciled(plan: Plan) -> tuple[pa.Table, Counts]:
+def reconciled(plan: Plan) -> tuple[pa.Table, RowCounts]:
     files, matched = reconcile(plan, OutputFiles.read(plan.folder.place, CONSOLE).stamps)
-    return files, Counts.of_output(matched)
+    return files, RowCounts.of_output(matched)
 
 
 def test_all_rows_there(folder: Path) -> None:
@@ -365,7 +365,7 @@ def finish(plan: Plan) -> None:
 def test_a_run_that_was_suspended_while_it_drew_writes_nothing_over_the_next_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def suspended(counts: Counts) -> dict[str, Any]:
+    def suspended(counts: RowCounts) -> dict[str, Any]:
         (folder / "out" / "_lock").write_text('{"id": "the next run"}')
         assert held.lock
         held.lock._checked = float("-inf")  # the clock advances while a process is suspended

@@ -14,7 +14,7 @@ from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.counts import encode_image
 from mnistsum_ray.scoring.output import OutputFiles
-from mnistsum_ray.scoring.parts import COUNTS_KEY, FORMAT, KEY
+from mnistsum_ray.scoring.parts import COUNTS_KEY, KEY, STAMP_FORMAT
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.worker import PartRows, read_parts, write_part
 from mnistsum_ray.storage.paths import locate
@@ -174,7 +174,7 @@ def without_counts(folder: Path, **changed: Any) -> None:
         (lambda folder: (folder / "predictions" / NAME).write_bytes(b"PAR1 no PAR1"), "has a damaged footer"),
         (lambda folder: (folder / "rejected" / NAME).unlink(), "has lost its rejected rows"),
         (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "predictions" / NAME), "is not a file of this prog"),
-        (lambda folder: without_counts(folder, format=[FORMAT]), "was written by another version of this program"),
+        (lambda folder: without_counts(folder, format=[STAMP_FORMAT]), "was written by another version of this program"),
     ],
 )
 def test_damaged_output_files_are_refused(written: Path, damage: Any, error: str) -> None:
