@@ -64,7 +64,7 @@ class RowCounts:
 
     @classmethod
     def of_output(cls, parts: pa.Table) -> "RowCounts":
-        """Add up the counts of parts, `output.match`. Those that another version has counted add nothing."""
+        """Add up the counts of parts, as `output.match` returns them. Those of another version add nothing."""
         total = cls()
         for batch in parts.to_batches(max_chunksize=_PARTS_AT_ONCE):
             for text in batch["counts"].to_pylist():
@@ -79,14 +79,14 @@ class RowCounts:
     def add(self, other: "RowCounts") -> None:
         """Add the counts of other rows, in place."""
         self.consistent += other.consistent
-        histograms = ((self.probabilities[name], counts) for name, counts in other.probabilities.items())
-        for total, added in ((self.digits, other.digits), (self.numbers, other.numbers), *histograms):
-            total[:] = map(int.__add__, total, added)
+        self.digits = np.add(self.digits, other.digits).tolist()
+        self.numbers = np.add(self.numbers, other.numbers).tolist()
+        self.confusion = np.add(self.confusion, other.confusion).tolist()
+        for name, counts in other.probabilities.items():
+            self.probabilities[name] = np.add(self.probabilities[name], counts).tolist()
         for head, sums in other.reliability.items():
             self.reliability[head].add(sums)
-        self.confusion = np.add(self.confusion, other.confusion).tolist()
-        for reason, count in other.reasons.items():
-            self.reasons[reason] = self.reasons.get(reason, 0) + count
+        self.reasons = dict(Counter(self.reasons) + Counter(other.reasons))
         for reason, rows in other.examples.items():
             self.examples[reason] = (self.examples.get(reason, []) + rows)[:_EXAMPLES]
         self.unsure += other.unsure

@@ -21,7 +21,6 @@ from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RunError, RunInterrupted, counted, root_cause
 from mnistsum_ray.model.device import faster_with_bf16
-from mnistsum_ray.model.int8 import maxima_from_description, unavailable_reason
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import ScoringMetrics
 from mnistsum_ray.scoring.counts import RowCounts
@@ -37,7 +36,7 @@ from mnistsum_ray.scoring.output import (
     unpublish,
 )
 from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, REJECTED, make_tasks
-from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
+from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, int8_error, make_plan, say_failures
 from mnistsum_ray.scoring.publish import move_listed, publish, publish_staged, result_line, say_result
 from mnistsum_ray.scoring.worker import Score
 from mnistsum_ray.storage.lock import folder_lock
@@ -102,7 +101,7 @@ def follow_output(request: Request) -> ScoreConfig:
     """The config with the precision that the output was begun with, if none is given. `--overwrite` begins anew."""
     config = request.config
     begun = None if config.precision or config.overwrite else begun_precision(request)
-    if begun == "int8" and (config.use_gpu or maxima_from_description(request.card) is None or unavailable_reason()):
+    if begun == "int8" and (config.use_gpu or int8_error(request.card)):
         return config  # the run is refused, and the message says how the output was begun
     return config.model_copy(update={"precision": begun or config.precision})
 
@@ -128,11 +127,9 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
     Returns:
         Input files that could not be read although their footers could: name and reason. And the seconds from the start of the
         first part to the end of the last one, on the workers' clocks; 0 if there was nothing to score.
-
-    Raises:
-        RunError: the storage failed, or another run holds the output.
     """
-    todo_rows, (resumed_rows, _) = pc.sum(committed.todo["rows"]).as_py() or 0, committed.resumed(plan)
+    todo_rows = pc.sum(committed.todo["rows"]).as_py() or 0
+    resumed_rows, _ = committed.resumed(plan)
     fitting_workers = inspect_cluster().workers_that_fit(resources.per_worker)
     up_to = "up to " if fitting_workers < resources.workers else ""
     console.say(
@@ -148,13 +145,15 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
         unpublish(plan.held)
     progress = Progress(console.progress, "rows scored", todo_rows)
     failures: dict[str, str] = {}
-    started, ended, done_rows = float("inf"), 0.0, 0
+    started = float("inf")
+    ended = 0.0
+    done_rows = 0
     with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
         pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers, counter)
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
             plan.held.check()
-            for failed in report["failed"].drop_null().to_pylist():
-                raise RunError(f"{failed}; committed files are kept, and the same command resumes")
+            if failed := report["failed"].drop_null().to_pylist():
+                raise RunError(f"{failed[0]}; committed files are kept, and the same command resumes")
             for notice in report["notice"].drop_null().to_pylist():
                 console.say(notice)
             for row in report.filter(pc.is_valid(report["unreadable"])).to_pylist():
@@ -205,11 +204,7 @@ def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:
 
 
 def _publish_staged(plan: Plan, committed: Committed, console: Console) -> None:
-    """Publish what is staged, after a check that all rows are there, and that `--overwrite` and `--strict` allow it.
-
-    Raises:
-        RunError: rows are missing, or one of the two flags does not allow it.
-    """
+    """Publish what is staged, if all rows are there and neither `--overwrite` nor `--strict` forbids it; else raise RunError."""
     staged = OutputFiles.read(plan.folder.place, console).stamps
     files, matched = reconcile(plan, staged if plan.overwrite else pa.concat_tables([staged, committed.published]))
     if plan.overwrite:

@@ -81,7 +81,10 @@ class OutputFiles:
     @classmethod
     def read(cls, folder: Location, console: Console) -> "OutputFiles":
         """List a folder and read all stamps in it. A folder that does not exist is empty."""
-        listed, foreign, partial, summaries = [], {}, [], []
+        listed: list[dict[str, Any]] = []
+        partial: list[str] = []
+        summaries: list[str] = []
+        foreign: dict[str, str] = {}
         for name, file in files_below(folder):
             top, _, below = name.partition("/")
             if is_partial(file.name) and top != STAGING:
@@ -284,12 +287,16 @@ def check_overwrite(plan: Plan, published: pa.Table) -> None:
     Raises:
         RunError: names the first such file.
     """
-    lost = _with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published)
-    if lost.num_rows:
+    if lost := _first(_with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published)):
         raise RunError(
-            f"--overwrite: nothing was replaced: {lost['name'][0]} cannot be used, and the output holds its predictions; "
+            f"--overwrite: nothing was replaced: {lost['name']} cannot be used, and the output holds its predictions; "
             "repair it, or take it out of the input"
         )
+
+
+def _first(table: pa.Table) -> dict[str, Any] | None:
+    """The first row of a table; None of an empty one."""
+    return next(iter(table.slice(0, 1).to_pylist()), None)
 
 
 def _with_predictions(plan: Plan, files: pa.Table, stamps: pa.Table) -> pa.Table:
@@ -307,31 +314,31 @@ def _check_compatible(plan: Plan, stamps: pa.Table) -> None:
     Raises:
         RequestError: says what differs and what to do.
     """
+    conflict = None
     others = _outputs_but(stamps, _split(match(plan, stamps))[0]["output"])
-    for file in _with_predictions(plan, plan.files, others).slice(0, 1).to_pylist():
+    if file := _first(_with_predictions(plan, plan.files, others)):
         of_file = pc.or_(pc.equal(others["name"], file["name"]), pc.equal(others["source"], plan.source(file["name"])))
         conflict = _conflict(plan, file, others.filter(of_file).slice(0, 1).to_pylist()[0])
+    elif stamp := _first(others.filter(pc.is_in(others["output"], plan.parts["output"]))):
+        conflict = f"{stamp['output']} has rows of {stamp['source']}; {_START_OVER}"
+    if conflict:
         raise RequestError(f"--output {plan.output.display}: {conflict}")
-    for stamp in others.filter(pc.is_in(others["output"], plan.parts["output"])).slice(0, 1).to_pylist():
-        raise RequestError(f"--output {plan.output.display}: {stamp['output']} has rows of {stamp['source']}; {_START_OVER}")
 
 
 def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
     """Why an input file (`preflight.FOOTER_SCHEMA`) cannot be scored beside the output file of it that has a stamp."""
+    name = file["name"]
     if file["error"]:
-        return (
-            f"holds predictions of {file['name']}, which now cannot be used ({file['error']}); repair it, or take it out of the "
-            "input"
-        )
+        return f"holds predictions of {name}, which now cannot be used ({file['error']}); repair it, or take it out of the input"
     if stamp["spec"] != plan.spec:
         return f"{_spec_difference(json.loads(stamp['spec']), json.loads(plan.spec))} {_START_OVER}"
-    if any(file[name] != stamp[name] for name in ("size", "modified", "footer_sha256")):
-        if stamp["source"] != plan.source(file["name"]):
+    if any(file[key] != stamp[key] for key in ("size", "modified", "footer_sha256")):
+        if stamp["source"] != plan.source(name):
             return f"holds the rows of {stamp['source']} as {stamp['output']}; choose another folder, or {_START_OVER}"
-        return f"{file['name']} has changed since it was scored; {_START_OVER}"
+        return f"{name} has changed since it was scored; {_START_OVER}"
     return (
-        f"holds the rows of {file['name']} as {stamp['output']}, since it was started with another --max-rows-per-file or "
-        f"--input; give the same again, or {_START_OVER}"
+        f"holds the rows of {name} as {stamp['output']}, since it was started with another --max-rows-per-file or --input; "
+        f"give the same again, or {_START_OVER}"
     )
 
 
@@ -354,7 +361,7 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
 
     Args:
         plan: without the files that could not be read.
-        stamps: `OutputFiles.stamps` of what the finished output holds, read again from its files.
+        stamps: `OutputFiles.stamps`, read from the files after they were written.
 
     Returns:
         A FILES_TABLE_SCHEMA table in the order of the files; and `match` of the plan.
@@ -367,7 +374,7 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
         pc.equal(matched["rejected"], matched["rejected_in_file"]),
         pc.equal(matched["rows"], pc.add(matched["rows_in_file"], matched["rejected_in_file"])),
     )
-    for part in matched.filter(pc.invert(pc.fill_null(complete, False))).slice(0, 1).to_pylist():
+    if part := _first(matched.filter(pc.invert(pc.fill_null(complete, False)))):
         place = f"{part['name']}: rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}"
         there = f"{part['rows_in_file'] or 0:,} predictions and {part['rejected_in_file'] or 0:,} rejected rows"
         raise RowCountError(f"{place} should be in {PREDICTIONS}/{part['output']}, which has {there}")
@@ -375,10 +382,8 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
     files = plan.files.select(["name", "rows", "error"]).append_column("order", pa.array(range(plan.files.num_rows), pa.int64()))
     files = files.join(sums, "name", join_type="left outer").sort_by("order")
     usable = pc.is_null(files["error"])
-    lost = pc.and_(usable, pc.invert(pc.fill_null(pc.equal(files["rows"], files["rows_sum"]), False)))
-    for file in files.filter(lost).slice(0, 1).to_pylist():
-        raise RowCountError(f"{file['name']}: has {file['rows']:,} rows, of which {file['rows_sum'] or 0:,} are accounted for")
+    if lost := _first(files.filter(pc.and_(usable, pc.not_equal(files["rows"], pc.fill_null(files["rows_sum"], 0))))):
+        raise RowCountError(f"{lost['name']}: has {lost['rows']:,} rows, of which {lost['rows_sum'] or 0:,} are accounted for")
     scored, rejected = (pc.if_else(usable, files[f"{name}_in_file_sum"], 0) for name in ("rows", "rejected"))
-    status = pc.if_else(usable, "scored", "failed")
-    columns = (files["name"], files["rows"], scored, rejected, status, files["error"])
+    columns = (files["name"], files["rows"], scored, rejected, pc.if_else(usable, "scored", "failed"), files["error"])
     return pa.table(dict(zip(FILES_TABLE_SCHEMA.names, columns, strict=True)), FILES_TABLE_SCHEMA), matched

@@ -145,8 +145,8 @@ def preflight(config: ScoreConfig) -> Request:
         network, card = load_model(model)
     except RequestError as error:
         raise RequestError(f"--model {error}") from None
-    if config.precision == "int8":
-        _check_int8(card)
+    if config.precision == "int8" and (reason := int8_error(card)):
+        raise RequestError(f"--precision int8: {reason}")
     return Request(config, model, card, copy_weights(network), inputs, output, files)
 
 
@@ -160,16 +160,16 @@ def _locate_output(text: str) -> Location:
     return output.at(os.path.realpath(output.path) if output.is_local else output.path)
 
 
-def _check_int8(card: dict[str, Any]) -> None:
+def int8_error(card: dict[str, Any]) -> str | None:
+    """Why this process cannot score with 8-bit integers; None if it can."""
     from mnistsum_ray.model.int8 import maxima_from_description, unavailable_reason
 
     if maxima_from_description(card) is None:
-        raise RequestError(
-            "--precision int8: the model holds no calibration for it, so it was trained by an older version or where PyTorch "
-            "lacks integer convolutions; leave it out, or train again"
+        return (
+            "the model holds no calibration for it, so it was trained by an older version or where PyTorch lacks integer "
+            "convolutions; leave it out, or train again"
         )
-    if unavailable_reason():
-        raise RequestError("--precision int8: this PyTorch has no integer convolutions on this CPU; leave it out")
+    return "this PyTorch has no integer convolutions on this CPU; leave it out" if unavailable_reason() else None
 
 
 def make_plan(request: Request, precision: str, held: OutputFolder, console: Console) -> Plan:
@@ -202,10 +202,7 @@ def say_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
 
 
 def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int], None] = lambda _: None) -> pa.Table:
-    """Read the footers of all input files, in threads of this process or on the cluster (see `map_files`).
-
-    Returns:
-        FOOTER_SCHEMA, in the order of the files.
+    """Read the footers of all input files, as FOOTER_SCHEMA in the same order (see `map_files`).
 
     Raises:
         RequestError: none of the files has one of the columns.
@@ -214,7 +211,7 @@ def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int
     unusable = inputs.unusable  # the function below is sent to the cluster, and `inputs` may be large
 
     def read(folder: Location, files: pa.Table) -> pa.Table:
-        rows = [file | _read_file(folder, file, config, unusable) for file in files.to_pylist()]
+        rows = [file | _look_into(folder, file, config, unusable) for file in files.to_pylist()]
         return pa.Table.from_pylist(rows, FOOTER_SCHEMA)
 
     files = map_files(read, inputs.root, inputs.files, on_progress)
@@ -228,7 +225,8 @@ def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int
     return files
 
 
-def _read_file(folder: Location, file: dict[str, Any], config: ScoreConfig, unusable: Mapping[str, str]) -> dict[str, Any]:
+def _look_into(folder: Location, file: dict[str, Any], config: ScoreConfig, unusable: Mapping[str, str]) -> dict[str, Any]:
+    """What FOOTER_SCHEMA says of a file beyond `inputs.FILE_SCHEMA`."""
     name = file["name"]
     if name in unusable:
         return {"error": unusable[name]}

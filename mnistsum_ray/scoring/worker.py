@@ -216,7 +216,6 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
 
     Raises:
         StorageError: a file cannot be written, or another run has written another file of that name.
-        RunError: another run has taken the output.
     """
     part, bad = rows.part, np.fromiter(rows.reasons, np.int64, len(rows.reasons))
     good = np.setdiff1d(np.arange(part.rows), bad)
