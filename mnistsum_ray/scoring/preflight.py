@@ -76,7 +76,7 @@ class Plan(Request):
     held: OutputFolder
     """The output folder, which this run holds."""
     overwrite: bool
-    """Whether this run replaces the output."""
+    """Whether this run replaces the output. False with `--overwrite` too, if a killed run has done so already."""
 
     @property
     def staged(self) -> bool:
