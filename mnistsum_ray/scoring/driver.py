@@ -27,6 +27,7 @@ from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
     Committed,
     OutputFiles,
+    all_but,
     begun_precision,
     check_folders,
     check_overwrite,
@@ -82,7 +83,8 @@ def _score(request: Request, console: Console, probe: Probe | None) -> tuple[dic
 
         files, matched = reconcile(plan, OutputFiles.read(plan.output, console).stamps)
         counts = RowCounts.of_output(matched)
-        resumed_rows, rejected_before = committed.resumed(plan)
+        earlier = all_but(matched, committed.todo["output"])
+        resumed_rows, rejected_before = (pc.sum(earlier[name]).as_py() or 0 for name in ("rows", "rejected"))
         line = result_line(plan, files, counts, resumed_rows, scoring_seconds)
         line["seconds"] = round(time.monotonic() - started, 1)
         publish(plan, committed.unplanned, files, counts, line)
@@ -129,7 +131,7 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
         first part to the end of the last one, on the workers' clocks; 0 if there was nothing to score.
     """
     todo_rows = pc.sum(committed.todo["rows"]).as_py() or 0
-    resumed_rows, _ = committed.resumed(plan)
+    resumed_rows = (pc.sum(plan.parts["rows"]).as_py() or 0) - todo_rows
     fitting_workers = inspect_cluster().workers_that_fit(resources.per_worker)
     up_to = "up to " if fitting_workers < resources.workers else ""
     console.say(

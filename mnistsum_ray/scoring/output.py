@@ -169,25 +169,29 @@ def match(plan: Plan, stamps: pa.Table) -> pa.Table:
     return numbered.join(values, PART_SCHEMA.names, join_type="left outer").sort_by("order")
 
 
+def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
+    """The parts, or the stamps, of all other output files than these."""
+    return table.filter(pc.invert(pc.is_in(table["output"], outputs)))
+
+
+def _done(plan: Plan, stamps: pa.Table) -> pa.ChunkedArray:
+    """The output files of the planned parts that are done."""
+    matched = match(plan, stamps)
+    return matched["output"].filter(pc.is_valid(matched["rejected"]))
+
+
 @dataclass(frozen=True)
 class Committed:
     """What earlier runs have committed."""
 
     published: pa.Table
     """`OutputFiles.stamps` of the output folder when this run began."""
-    done: pa.Table
-    """Parts of the plan that are committed, as `match` returns them."""
     todo: pa.Table
-    """`parts.PART_SCHEMA`: the other parts of the plan."""
+    """`parts.PART_SCHEMA`: the parts of the plan that are not committed."""
     unplanned: int
     """Number of published files whose input is not in the plan. They stay, but are not counted."""
     failures: dict[str, str]
     """Input files that an earlier run has reported as unusable: name and reason."""
-
-    def resumed(self, plan: Plan) -> tuple[int, int]:
-        """Rows of the parts of a plan that were done, and how many of the rows are rejected."""
-        done = self.done.filter(pc.is_in(self.done["output"], plan.parts["output"]))
-        return pc.sum(done["rows"]).as_py() or 0, pc.sum(done["rejected"]).as_py() or 0
 
 
 def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
@@ -202,15 +206,15 @@ def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
     """
     output = OutputFiles.read(plan.output, console)
     output.check()
-    published = output.stamps
+    published, done = output.stamps, _done(plan, output.stamps)
     if plan.overwrite and (plan.held.place / STAGING / LIST).exists():
-        plan = replace(plan, overwrite=_split(match(plan, published))[0].num_rows != published.num_rows)
+        plan = replace(plan, overwrite=len(done) < published.num_rows)
     unplanned = 0
     if plan.overwrite:
         check_overwrite(plan, published)
     else:
-        _check_compatible(plan, published)
-        others = _outputs_but(published, plan.parts["output"])
+        _check_compatible(plan, all_but(published, done))
+        others = all_but(published, plan.parts["output"])
         unplanned = others.num_rows
         if unplanned:
             first = others["source"][0]
@@ -219,29 +223,18 @@ def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
     for name in output.unfinished:
         plan.held.delete(name)
     failures = {} if plan.overwrite else _earlier_failures(plan.output)
-    done, todo = _split(match(plan, published.slice(0, 0) if plan.overwrite else published))
+    todo = plan.parts if plan.overwrite else all_but(plan.parts, done)
     if plan.staged or todo.num_rows:
         (plan.held / STAGING).delete(LIST)  # it does not know what is scored from now on
     if plan.staged:
         staged = OutputFiles.read(plan.folder.place, console)
         staged.check()
-        done_there, todo = _split(match(replace(plan, parts=todo), staged.stamps))
+        done = _done(replace(plan, parts=todo), staged.stamps)
         for name in staged.unfinished:
             plan.folder.delete(name)
-        delete_parts(plan.folder, _outputs_but(staged.stamps, done_there["output"])["output"].to_pylist())
-        done = pa.concat_tables([done, done_there])
-    return plan, Committed(published, done, todo, unplanned, failures)
-
-
-def _split(matched: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Split the parts that `match` returns: those that are done, and the others as PART_SCHEMA."""
-    done = pc.is_valid(matched["rejected"])
-    return matched.filter(done), matched.filter(pc.invert(done)).select(PART_SCHEMA.names)
-
-
-def _outputs_but(stamps: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
-    """The stamps of all other output files than these."""
-    return stamps.filter(pc.invert(pc.is_in(stamps["output"], outputs)))
+        delete_parts(plan.folder, all_but(staged.stamps, done)["output"].to_pylist())
+        todo = all_but(todo, done)
+    return plan, Committed(published, todo, unplanned, failures)
 
 
 def begun_precision(request: Request) -> str | None:
@@ -308,14 +301,15 @@ def _with_predictions(plan: Plan, files: pa.Table, stamps: pa.Table) -> pa.Table
     return files.filter(pc.or_(pc.is_in(files["name"], stamps["name"]), pc.is_in(sources, stamps["source"])))
 
 
-def _check_compatible(plan: Plan, stamps: pa.Table) -> None:
+def _check_compatible(plan: Plan, others: pa.Table) -> None:
     """Refuse to put predictions beside those of another model, of changed input files, or of parts that were cut differently.
+
+    `others` are the stamps of the files that are not of the plan.
 
     Raises:
         RequestError: says what differs and what to do.
     """
     conflict = None
-    others = _outputs_but(stamps, _split(match(plan, stamps))[0]["output"])
     if file := _first(_with_predictions(plan, plan.files, others)):
         of_file = pc.or_(pc.equal(others["name"], file["name"]), pc.equal(others["source"], plan.source(file["name"])))
         conflict = _conflict(plan, file, others.filter(of_file).slice(0, 1).to_pylist()[0])
