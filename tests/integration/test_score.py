@@ -20,7 +20,6 @@ from mnistsum_ray.model.inference import make_forward
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES
 from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import change_description, check_predictions, plain_predictions, write_model
 from tests.integration.conftest import Scored, score_here
@@ -209,14 +208,6 @@ def test_overwrite_replaces_the_output_and_goes_on_after_a_kill_without_scoring(
     assert sorted(path.name for path in (second.output / "predictions").iterdir()) == left
     source = pq.read_table(pairs / "part-00002.parquet")
     check_predictions(second.table("part-00002.parquet"), expected_of(other, source))
-
-
-def test_an_output_that_another_run_holds_is_refused(model: Path, pairs: Path, output: Path) -> None:
-    before = snapshot(output)
-    said = r"--output .*: another run \(.*\) is writing there; wait for it, or choose another"
-    with folder_lock(locate(str(output), "--output"), "--output", print), pytest.raises(RequestError, match=said):
-        score_again(model, output, pairs, num_workers=1000)  # the lock comes before workers are asked for
-    assert snapshot(output) == before
 
 
 def test_rows_missing_from_the_output_are_an_error(model: Path, pairs: Path, output: Path) -> None:

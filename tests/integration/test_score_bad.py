@@ -21,14 +21,14 @@ from mnistsum_ray.errors import RunError
 from tests.conftest import check_predictions, plain_predictions, with_footer
 from tests.integration.conftest import Scored, descendants, score_here
 
-FILES, ROWS_A_FILE, GROUP = 14, 715, 100  # 10,010 rows; every fifth is bad in one of twelve ways
+FILES, ROWS_A_FILE, GROUP = 14, 715, 100  # 10,010 rows; every fifth is bad in one of nine ways
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-def encoded(size: tuple[int, int] = (28, 28), mode: str = "L", form: str = "PNG") -> bytes:
+def encoded(size: tuple[int, int] = (28, 28), mode: str = "L") -> bytes:
     data = io.BytesIO()
-    Image.new(mode, size).save(data, form)
+    Image.new(mode, size).save(data, "PNG")
     return data.getvalue()
 
 
@@ -36,12 +36,9 @@ def encoded(size: tuple[int, int] = (28, 28), mode: str = "L", form: str = "PNG"
 WAYS: list[tuple[dict[str, Any], str]] = [
     ({"image": None}, "the image is null"),
     ({"image": b""}, "0 bytes are neither 784 pixels nor a readable PNG or JPEG"),
-    ({"image": bytes(783)}, "783 bytes are neither"),
-    ({"image": bytes(785)}, "785 bytes are neither"),
     ({"image": encoded()[:50]}, "neither 784 pixels nor a readable PNG or JPEG"),
     ({"image": encoded((27, 28))}, "the picture is 27 x 28 pixels"),
     ({"image": encoded(mode="RGB")}, "the picture has mode RGB"),
-    ({"image": encoded(form="BMP")}, "neither 784 pixels nor a readable PNG or JPEG"),
     ({"image": encoded((16_000, 16_000), "1")}, "claims to unpack to far more than 28 x 28 pixels"),
     ({"number": None}, "the number is null"),
     ({"number": 10}, "the number is 10, not one of 0..9"),
