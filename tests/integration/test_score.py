@@ -24,7 +24,8 @@ from mnistsum_ray.storage.paths import locate
 from tests.conftest import change_description, check_predictions, plain_predictions, write_model
 from tests.integration.conftest import Scored, score_here
 
-ROWS, FILES = 1500, 5
+ROWS, FILES = 500, 5
+A_FILE = ROWS // FILES
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -95,7 +96,7 @@ def test_accuracies_and_probabilities_are_those_of_the_rows_with_a_label(finishe
     table = table_of(finished)
     labelled = table.filter(table["digit"].is_valid())
     digits, sums = labelled["digit"].to_numpy(), labelled["digit"].to_numpy() + labelled["number"].to_numpy()
-    count = ROWS - 150
+    count = ROWS - A_FILE // 2
     assert (finished.line["scored_rows"], finished.manifest()["labelled_rows"], len(digits)) == (ROWS, count, count)
     assert finished.line["digit_accuracy"] == pytest.approx(np.mean(labelled["pred_digit"].to_numpy() == digits))
     assert finished.line["sum_accuracy"] == pytest.approx(np.mean(labelled["pred_sum"].to_numpy() == sums))
@@ -158,7 +159,7 @@ def test_a_second_run_scores_new_files_only(model: Path, pairs: Path, output: Pa
     shutil.copy(pairs / "part-00003.parquet", pairs / "late.parquet")
     second = score_again(model, output, pairs)
     assert second.line["resumed_rows"] == ROWS
-    assert second.line["input_rows"] == second.line["scored_rows"] == ROWS + 300
+    assert second.line["input_rows"] == second.line["scored_rows"] == ROWS + A_FILE
     after = snapshot(output)
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {"predictions/late.parquet"}
@@ -170,7 +171,7 @@ def test_strict_adds_to_an_output_all_at_once(model: Path, pairs: Path, output: 
     before = snapshot(output)
     scored = score_again(model, output, pairs, strict=True)
     assert scored.complete
-    assert (scored.line["resumed_rows"], scored.line["scored_rows"]) == (600, ROWS)
+    assert (scored.line["resumed_rows"], scored.line["scored_rows"]) == (2 * A_FILE, ROWS)
     after = snapshot(output)
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {f"predictions/part-0000{index}.parquet" for index in (0, 2, 4)}
@@ -200,7 +201,7 @@ def test_overwrite_replaces_the_output_and_goes_on_after_a_kill_without_scoring(
     assert not (output / "manifest.json").exists()
 
     second = score_again(other, output, pairs, overwrite=True)
-    assert second.line["resumed_rows"] == second.line["scored_rows"] == ROWS - 300
+    assert second.line["resumed_rows"] == second.line["scored_rows"] == ROWS - A_FILE
     pictures = [f"{name}.{kind}" for name in ("confusion", "probabilities", "reliability") for kind in ("png", "svg")]
     there = ["_lock", "files.parquet", "manifest.json", "predictions", *pictures, "report.html"]
     assert sorted(path.name for path in second.output.iterdir()) == sorted(there)
@@ -212,8 +213,8 @@ def test_overwrite_replaces_the_output_and_goes_on_after_a_kill_without_scoring(
 
 def test_rows_missing_from_the_output_are_an_error(model: Path, pairs: Path, output: Path) -> None:
     path = output / "predictions" / "part-00002.parquet"
-    pq.write_table(pq.ParquetFile(path).read().slice(1), path)  # its metadata still says 300 rows
-    message = r"part-00002\.parquet: rows 0 to 299 should be in .* has 299 predictions and 0 rejected rows"
+    pq.write_table(pq.ParquetFile(path).read().slice(1), path)  # its metadata still says 100 rows
+    message = r"part-00002\.parquet: rows 0 to 99 should be in .* has 99 predictions and 0 rejected rows"
     with pytest.raises(RunError, match=message):
         score_again(model, output, pairs)
 

@@ -21,7 +21,7 @@ from mnistsum_ray.errors import RunError
 from tests.conftest import check_predictions, plain_predictions, with_footer
 from tests.integration.conftest import Scored, descendants, score_here
 
-FILES, ROWS_A_FILE, GROUP = 14, 715, 100  # 10,010 rows; every fifth is bad in one of nine ways
+FILES, ROWS_A_FILE, GROUP = 8, 715, 100  # 5,720 rows; every fifth is bad in one of nine ways
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
