@@ -132,7 +132,7 @@ def report_page(
 def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, Picture]) -> str:
     """Render the HTML page of a scored output: counts, rejected rows with examples, frequencies, the least sure rows, pictures.
 
-    `totals` are `scoring.counts.Counts`; `pictures` are by title.
+    `totals` are `scoring.counts.RowCounts`; `pictures` are by title.
     """
     return _render("scored.html.j2", pictures=_encoded(pictures), manifest=manifest, line=manifest["totals"], totals=totals)
 

@@ -16,7 +16,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import Reliability
 
-BINS: Final = 20
+PROBABILITY_BINS: Final = 20
 """Bins of equal width over 0..1, in which rows are counted by the probability of each head."""
 
 _EXAMPLES: Final = 3
@@ -37,7 +37,7 @@ def encode_image(image: Pixels) -> str:
 
 
 @dataclass
-class Counts:
+class RowCounts:
     """Counts over rows."""
 
     consistent: int = 0
@@ -46,7 +46,9 @@ class Counts:
     """Scored rows by predicted digit."""
     numbers: list[int] = field(default_factory=lambda: [0] * NUMBERS)
     """Scored rows by number."""
-    probabilities: dict[str, list[int]] = field(default_factory=lambda: {f"{head.name}_prob": [0] * BINS for head in HEADS})
+    probabilities: dict[str, list[int]] = field(
+        default_factory=lambda: {f"{head.name}_prob": [0] * PROBABILITY_BINS for head in HEADS}
+    )
     """Scored rows by the probability of each head, in bins of equal width over 0..1."""
     reliability: dict[str, Reliability] = field(default_factory=lambda: {head.name: Reliability() for head in HEADS})
     """By head, over the rows whose label is known."""
@@ -61,8 +63,8 @@ class Counts:
     None, and `encode_image`. The image is here because the input may be gone when the report is written."""
 
     @classmethod
-    def of_output(cls, parts: pa.Table) -> "Counts":
-        """Add up the counts of parts, `output.match`. Those that another version has counted add nothing."""
+    def of_output(cls, parts: pa.Table) -> "RowCounts":
+        """Add up the counts of parts, as `output.match` returns them. Those of another version add nothing."""
         total = cls()
         for batch in parts.to_batches(max_chunksize=_PARTS_AT_ONCE):
             for text in batch["counts"].to_pylist():
@@ -74,17 +76,17 @@ class Counts:
         total.reasons = dict(Counter(total.reasons).most_common())
         return total
 
-    def add(self, other: "Counts") -> None:
+    def add(self, other: "RowCounts") -> None:
         """Add the counts of other rows, in place."""
         self.consistent += other.consistent
-        histograms = ((self.probabilities[name], counts) for name, counts in other.probabilities.items())
-        for total, added in ((self.digits, other.digits), (self.numbers, other.numbers), *histograms):
-            total[:] = map(int.__add__, total, added)
+        self.digits = np.add(self.digits, other.digits).tolist()
+        self.numbers = np.add(self.numbers, other.numbers).tolist()
+        self.confusion = np.add(self.confusion, other.confusion).tolist()
+        for name, counts in other.probabilities.items():
+            self.probabilities[name] = np.add(self.probabilities[name], counts).tolist()
         for head, sums in other.reliability.items():
             self.reliability[head].add(sums)
-        self.confusion = np.add(self.confusion, other.confusion).tolist()
-        for reason, count in other.reasons.items():
-            self.reasons[reason] = self.reasons.get(reason, 0) + count
+        self.reasons = dict(Counter(self.reasons) + Counter(other.reasons))
         for reason, rows in other.examples.items():
             self.examples[reason] = (self.examples.get(reason, []) + rows)[:_EXAMPLES]
         self.unsure += other.unsure

@@ -21,24 +21,24 @@ from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RunError, RunInterrupted, counted, root_cause
 from mnistsum_ray.model.device import faster_with_bf16
-from mnistsum_ray.model.int8 import maxima_from_description, unavailable_reason
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import ScoringMetrics
-from mnistsum_ray.scoring.counts import Counts
+from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
     Committed,
     OutputFiles,
+    all_but,
     begun_precision,
+    check_folders,
     check_overwrite,
     delete_parts,
     reconcile,
     resume,
     unpublish,
-    will_hold,
 )
 from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, REJECTED, make_tasks
-from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
-from mnistsum_ray.scoring.publish import publish, result_line, say_result
+from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, int8_error, make_plan, say_failures
+from mnistsum_ray.scoring.publish import move_listed, publish, publish_staged, result_line, say_result
 from mnistsum_ray.scoring.worker import Score
 from mnistsum_ray.storage.lock import folder_lock
 
@@ -68,29 +68,26 @@ def score(request: Request, console: Console, probe: Probe | None = None) -> tup
 def _score(request: Request, console: Console, probe: Probe | None) -> tuple[dict[str, Any], bool]:
     started = time.monotonic()
     with folder_lock(request.output, "--output", console.say) as held:
-        resources, precision = _allocate_resources(_follow_output(request), probe, console.say)
+        check_folders(held.place)
+        move_listed(held)
+        resources, precision = _allocate_resources(follow_output(request), probe, console.say)
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
-        plan = make_plan(request, precision, held, console)
-        committed = resume(plan, console)
+        plan, committed = resume(make_plan(request, precision, held, console), console)
         new_failures = _say_new_failures(plan.failures, committed, console)
         failures, scoring_seconds = _execute(plan, committed, resources, console)
         plan = _drop_failed(plan, failures)
         new_failures |= _say_new_failures(failures, committed, console)
+        if plan.staged:
+            _publish_staged(plan, committed, console)
 
-        published = OutputFiles.read(plan.output, console)
-        staged = OutputFiles.read(plan.folder.place, console) if plan.staged else None
-        files, matched = reconcile(plan, will_hold(plan, published, staged))
-        counts = Counts.of_output(matched)
-        resumed_rows, rejected_before = committed.resumed(plan)
+        files, matched = reconcile(plan, OutputFiles.read(plan.output, console).stamps)
+        counts = RowCounts.of_output(matched)
+        earlier = all_but(matched, committed.todo["output"])
+        resumed_rows, rejected_before = (pc.sum(earlier[name]).as_py() or 0 for name in ("rows", "rejected"))
         line = result_line(plan, files, counts, resumed_rows, scoring_seconds)
-        if plan.config.overwrite:
-            check_overwrite(plan, committed.published)
-        if plan.config.strict and (line["rejected_rows"] or line["failed_files"]):
-            raise RunError(_strict_error(plan, line, counts, staged))
-
         line["seconds"] = round(time.monotonic() - started, 1)
-        publish(plan, committed, staged, files, counts, line)
+        publish(plan, committed.unplanned, files, counts, line)
         new_rejected = line["rejected_rows"] - rejected_before
         say_result(line, counts, new_rejected, console.say)
         return line, bool(new_rejected or new_failures)
@@ -102,11 +99,11 @@ def worker_request(config: ScoreConfig) -> WorkerRequest:
     return WorkerRequest(workers, False if config.precision == "int8" else config.use_gpu, config.wait_seconds)
 
 
-def _follow_output(request: Request) -> ScoreConfig:
+def follow_output(request: Request) -> ScoreConfig:
     """The config with the precision that the output was begun with, if none is given. `--overwrite` begins anew."""
     config = request.config
     begun = None if config.precision or config.overwrite else begun_precision(request)
-    if begun == "int8" and (config.use_gpu or maxima_from_description(request.card) is None or unavailable_reason()):
+    if begun == "int8" and (config.use_gpu or int8_error(request.card)):
         return config  # the run is refused, and the message says how the output was begun
     return config.model_copy(update={"precision": begun or config.precision})
 
@@ -132,11 +129,9 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
     Returns:
         Input files that could not be read although their footers could: name and reason. And the seconds from the start of the
         first part to the end of the last one, on the workers' clocks; 0 if there was nothing to score.
-
-    Raises:
-        RunError: the storage failed, or another run holds the output.
     """
-    todo_rows, (resumed_rows, _) = pc.sum(committed.todo["rows"]).as_py() or 0, committed.resumed(plan)
+    todo_rows = pc.sum(committed.todo["rows"]).as_py() or 0
+    resumed_rows = (pc.sum(plan.parts["rows"]).as_py() or 0) - todo_rows
     fitting_workers = inspect_cluster().workers_that_fit(resources.per_worker)
     up_to = "up to " if fitting_workers < resources.workers else ""
     console.say(
@@ -152,13 +147,15 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
         unpublish(plan.held)
     progress = Progress(console.progress, "rows scored", todo_rows)
     failures: dict[str, str] = {}
-    started, ended, done_rows = float("inf"), 0.0, 0
+    started = float("inf")
+    ended = 0.0
+    done_rows = 0
     with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
         pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers, counter)
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
             plan.held.check()
-            for failed in report["failed"].drop_null().to_pylist():
-                raise RunError(f"{failed}; committed files are kept, and the same command resumes")
+            if failed := report["failed"].drop_null().to_pylist():
+                raise RunError(f"{failed[0]}; committed files are kept, and the same command resumes")
             for notice in report["notice"].drop_null().to_pylist():
                 console.say(notice)
             for row in report.filter(pc.is_valid(report["unreadable"])).to_pylist():
@@ -208,12 +205,19 @@ def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:
     return remaining
 
 
-def _strict_error(plan: Plan, line: dict[str, Any], counts: Counts, staged: OutputFiles | None) -> str:
-    """Why `--strict` publishes nothing: a row was rejected or a file failed. Names a rejected row, and where they are."""
-    rows, files = counted(line["rejected_rows"], "row"), counted(line["failed_files"], "file")
-    text = f"--strict: nothing was published: {rows} and {files} cannot be used"
-    if not counts.examples:
-        return text
-    (name, row), reason = min((rows[0], reason) for reason, rows in counts.examples.items())
-    folder = (plan.folder.place if staged and staged.rejected else plan.output) / REJECTED
-    return f"{text}; first: {plan.source(name)}, row {row}: {reason}; all: {folder.display}"
+def _publish_staged(plan: Plan, committed: Committed, console: Console) -> None:
+    """Publish what is staged, if all rows are there and neither `--overwrite` nor `--strict` forbids it; else raise RunError."""
+    staged = OutputFiles.read(plan.folder.place, console).stamps
+    files, matched = reconcile(plan, staged if plan.overwrite else pa.concat_tables([staged, committed.published]))
+    if plan.overwrite:
+        check_overwrite(plan, committed.published)
+    rejected, failed = pc.sum(files["rejected"]).as_py() or 0, len(plan.failures)
+    if plan.config.strict and (rejected or failed):
+        text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
+        examples = RowCounts.of_output(matched).examples
+        if examples:
+            (name, row), reason = min((rows[0], reason) for reason, rows in examples.items())
+            place = (plan.folder.place if pc.any(pc.greater(staged["rejected"], 0)).as_py() else plan.output) / REJECTED
+            text += f"; first: {plan.source(name)}, row {row}: {reason}; all: {place.display}"
+        raise RunError(text)
+    publish_staged(plan, staged, committed.published)

@@ -4,13 +4,14 @@ OUTPUT/predictions/, OUTPUT/rejected/      files of parts, complete under their 
                                            Parquet can take the folder
 OUTPUT/files.parquet, report.html, *.png, *.svg   about the whole run, written after all predictions
 OUTPUT/manifest.json                       written last: while it exists, the output is finished
-OUTPUT/_unpublished/                       the same, of a run with --overwrite or --strict that has not been published
+OUTPUT/_unpublished/                       the staging folder: files of parts of a run with --overwrite or --strict
+OUTPUT/_unpublished/list.parquet           they are complete: the files to move into the output, and those to delete there
 OUTPUT/_lock                               names the run that writes here
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,19 +24,19 @@ from mnistsum_ray.data.inputs import FILE_SCHEMA
 from mnistsum_ray.data.parquet import read_table
 from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, RunError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.reporting.report import svg_name
-from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, read_stamps
+from mnistsum_ray.reporting.report import REPORT, svg_name
+from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, STAMP_SCHEMA, read_stamp, read_stamps
 from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
 from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.location import Location, is_hidden, is_partial
+from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_partial
 
 FILES_TABLE: Final = "files.parquet"
+LIST: Final = "list.parquet"
 MANIFEST: Final = "manifest.json"
-FORMAT: Final = "mnistsum_ray.score/1"
+MANIFEST_FORMAT: Final = "mnistsum_ray.score/1"
 """`format` of the manifest."""
-REPORT: Final = "report.html"
 
-PICTURES: Final = {
+OUTPUT_PICTURES: Final = {
     "probabilities.png": "Rows by predicted probability",
     "rejects.png": "Rejected rows by reason",
     "reliability.png": "Accuracy by predicted probability",
@@ -43,10 +44,10 @@ PICTURES: Final = {
 }
 """Titles of the pictures by their file names."""
 
-SUMMARIES: Final = (FILES_TABLE, *PICTURES, *map(svg_name, PICTURES), REPORT)
+SUMMARIES: Final = (FILES_TABLE, *OUTPUT_PICTURES, *map(svg_name, OUTPUT_PICTURES), REPORT)
 """Files about the whole run. They are written after all predictions and before the manifest."""
 
-FILES_SCHEMA: Final = pa.schema(
+FILES_TABLE_SCHEMA: Final = pa.schema(
     {
         "file": pa.string(),
         "rows": pa.int64(),  # null if the footer cannot be read
@@ -69,24 +70,24 @@ class OutputFiles:
 
     folder: Location
     stamps: pa.Table
-    """The files in `predictions/`: `parts.OUTPUT_SCHEMA` without errors, and `rejected_in_file`, the rows of the file of the same
-    name in `rejected/`; null if that file is missing."""
-    rejected: frozenset[str]
-    """Names of files in `rejected/`, relative to it."""
+    """The files in `predictions/`: `parts.OUTPUT_SCHEMA` without errors, and `rejected_in_file`, the rows of the file in
+    `rejected/` that has the same stamp; null if that file is missing."""
+    unfinished: tuple[str, ...]
+    """Names of files that a killed run has left: partial ones, and rejected rows without predictions of the same stamp."""
     foreign: dict[str, str]
     """Files that are not whole files of this version of the program: name and what is wrong. Hidden files and those of the run do
     not count."""
-    partial: tuple[str, ...]
-    """Names of files whose writer was killed."""
 
     @classmethod
     def read(cls, folder: Location, console: Console) -> "OutputFiles":
         """List a folder and read all stamps in it. A folder that does not exist is empty."""
-        listed, foreign, partial, summaries = [], {}, [], []
-        for file in folder.files():
-            name = file.path.removeprefix(folder.path).lstrip("/")
+        listed: list[dict[str, Any]] = []
+        partial: list[str] = []
+        summaries: list[str] = []
+        foreign: dict[str, str] = {}
+        for name, file in files_below(folder):
             top, _, below = name.partition("/")
-            if is_partial(name.rpartition("/")[2]) and top != STAGING:
+            if is_partial(file.name) and top != STAGING:
                 partial.append(name)
             elif is_hidden(name):
                 continue
@@ -96,43 +97,47 @@ class OutputFiles:
                 listed.append({"name": name, "size": file.size, "modified": file.modified})
             else:
                 foreign[name] = _FOREIGN
-        if summaries and not listed and folder.path.rpartition("/")[2] != STAGING and not _is_finished(folder):
+        if summaries and not listed and not _is_finished(folder):
             foreign |= dict.fromkeys(summaries, _FOREIGN)  # other programs use these names too
         files = pa.Table.from_pylist(listed, FILE_SCHEMA)
         found = map_files(read_stamps, folder, files, Progress(console.progress, "output files read", len(listed)))
         for row in found.filter(pc.is_valid(found["error"])).to_pylist():
             foreign[f"{row['folder']}/{row['output']}"] = row["error"]
         found = found.filter(pc.is_null(found["error"]))
-        stamps, rejected = (found.filter(pc.equal(found["folder"], name)) for name in (PREDICTIONS, REJECTED))
-        there = rejected["rows_in_file"].take(pc.index_in(stamps["output"], rejected["output"]))
-        none = pc.if_else(pc.equal(stamps["rejected"], 0), 0, None)
-        stamps = stamps.append_column("rejected_in_file", pc.coalesce(there, none))
-        return cls(folder, stamps, frozenset(rejected["output"].to_pylist()), foreign, tuple(partial))
+        predictions, rejected = (found.filter(pc.equal(found["folder"], name)) for name in (PREDICTIONS, REJECTED))
+        # By their whole stamps: files of one name may come from two runs.
+        stamp = STAMP_SCHEMA.names
+        counted = rejected.select([*stamp, "rows_in_file"]).rename_columns([*stamp, "rejected_in_file"])
+        stamps = predictions.join(counted, stamp).sort_by("output")
+        there = pc.if_else(pc.equal(stamps["rejected"], 0), 0, stamps["rejected_in_file"])
+        stamps = stamps.set_column(stamps.column_names.index("rejected_in_file"), "rejected_in_file", there)
+        alone = rejected.join(predictions.select(stamp), stamp, join_type="left anti").sort_by("output")
+        unfinished = (*partial, *(f"{REJECTED}/{name}" for name in alone["output"].to_pylist()))
+        return cls(folder, stamps, unfinished, foreign)
 
-    def check(self, *, staged: bool) -> None:
+    def check(self) -> None:
         """Check that all files are whole and of this program.
-
-        In a staging folder predictions may lack their rejected rows: a killed run may have published those already.
 
         Raises:
             RequestError: names the first other file.
         """
         lost = self.stamps["output"].filter(pc.is_null(self.stamps["rejected_in_file"])).to_pylist()
-        broken = {} if staged else {f"{PREDICTIONS}/{name}": "has lost its rejected rows" for name in lost}
-        for name, error in (self.foreign | broken).items():
+        wrong = self.foreign | {f"{PREDICTIONS}/{name}": "has lost its rejected rows" for name in lost}
+        if wrong:
+            name, error = next(iter(wrong.items()))
             raise RequestError(f"--output {self.folder.display}: {name} {error}; move it away, or choose another folder")
 
-    def clear_unfinished(self, folder: OutputFolder) -> None:
-        """Delete in the folder, after `check`, what a killed run left: partial files, and rejected rows without predictions."""
-        without_predictions = sorted(self.rejected - {*self.stamps["output"].to_pylist()})
-        for name in (*self.partial, *(f"{REJECTED}/{name}" for name in without_predictions)):
-            folder.delete(name)
+
+def files_below(folder: Location) -> Iterator[tuple[str, Entry]]:
+    """The files below a folder, with their names relative to it."""
+    for file in folder.files():
+        yield file.path.removeprefix(folder.path).lstrip("/"), file
 
 
 def _is_finished(folder: Location) -> bool:
     """Whether the manifest of a run of this program is there."""
     try:
-        return bool((folder / MANIFEST).read_json()["format"] == FORMAT)
+        return bool((folder / MANIFEST).read_json()["format"] == MANIFEST_FORMAT)
     except (MissingFileError, ValueError, TypeError, KeyError):
         return False
 
@@ -154,111 +159,108 @@ def match(plan: Plan, stamps: pa.Table) -> pa.Table:
     """Join the planned parts with the output files (`OutputFiles.stamps`) that are of the same rows, input file and spec.
 
     Returns:
-        One row per part, in the order of the plan: PART_SCHEMA; `rejected`, `rows_in_file`, `rejected_in_file` and `counts`, null
-        where there is no such file; and `done`, whether there is one.
+        One row per part, in the order of the plan: PART_SCHEMA, and `rejected`, `rows_in_file`, `rejected_in_file` and `counts`,
+        null where there is no such file.
     """
     whole = stamps.filter(pc.and_(pc.equal(stamps["spec"], plan.spec), pc.is_valid(stamps["rejected_in_file"])))
     # A join does not keep the order.
     numbered = plan.parts.append_column("order", pa.array(range(plan.parts.num_rows), pa.int64()))
     values = whole.select([*PART_SCHEMA.names, "rejected", "rows_in_file", "rejected_in_file", "counts"])
-    joined = numbered.join(values, PART_SCHEMA.names, join_type="left outer").sort_by("order")
-    return joined.append_column("done", pc.is_valid(joined["rejected"]))
+    return numbered.join(values, PART_SCHEMA.names, join_type="left outer").sort_by("order")
 
 
-def will_hold(plan: Plan, published: OutputFiles, staged: OutputFiles | None) -> pa.Table:
-    """Return the stamps of what the finished output will hold: the staged files, and those published ones that stay."""
-    if staged is None:
-        return published.stamps
-    if plan.config.overwrite:
-        return staged.stamps
-    stay = pc.invert(pc.is_in(published.stamps["output"], staged.stamps["output"]))
-    return pa.concat_tables([staged.stamps, published.stamps.filter(stay)])
+def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
+    """The parts, or the stamps, of all other output files than these."""
+    return table.filter(pc.invert(pc.is_in(table["output"], outputs)))
+
+
+def _done(plan: Plan, stamps: pa.Table) -> pa.ChunkedArray:
+    """The output files of the planned parts that are done."""
+    matched = match(plan, stamps)
+    return matched["output"].filter(pc.is_valid(matched["rejected"]))
 
 
 @dataclass(frozen=True)
 class Committed:
     """What earlier runs have committed."""
 
-    published: OutputFiles
-    """The output folder when this run began."""
-    done: pa.Table
-    """Parts of the plan that are committed, as `match` returns them."""
+    published: pa.Table
+    """`OutputFiles.stamps` of the output folder when this run began."""
     todo: pa.Table
-    """`parts.PART_SCHEMA`: the other parts of the plan."""
+    """`parts.PART_SCHEMA`: the parts of the plan that are not committed."""
     unplanned: int
     """Number of published files whose input is not in the plan. They stay, but are not counted."""
     failures: dict[str, str]
     """Input files that an earlier run has reported as unusable: name and reason."""
 
-    def resumed(self, plan: Plan) -> tuple[int, int]:
-        """Rows of the parts of a plan that were done, and how many of the rows are rejected."""
-        done = self.done.filter(pc.is_in(self.done["output"], plan.parts["output"]))
-        return pc.sum(done["rows"]).as_py() or 0, pc.sum(done["rejected"]).as_py() or 0
 
-
-def resume(plan: Plan, console: Console) -> Committed:
+def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
     """Compare the plan with the files in the output folder and the staging folder, and delete unfinished files there.
+
+    Returns:
+        The plan, which no longer replaces the output if a killed run has published all that it asks for; and what is committed.
 
     Raises:
         RequestError: the output folder holds other files, or predictions that this run must not be mixed with.
         RunError: with `--overwrite`, an unusable input file has predictions in the output.
     """
-    _check_folders(plan)
-    published = OutputFiles.read(plan.output, console)
-    published.check(staged=False)
+    output = OutputFiles.read(plan.output, console)
+    output.check()
+    published, done = output.stamps, _done(plan, output.stamps)
+    if plan.overwrite and (plan.held.place / STAGING / LIST).exists():
+        plan = replace(plan, overwrite=len(done) < published.num_rows)
     unplanned = 0
-    if plan.config.overwrite:
+    if plan.overwrite:
         check_overwrite(plan, published)
     else:
-        _check_compatible(plan, published.stamps)
-        others = published.stamps.filter(pc.invert(pc.is_in(published.stamps["output"], plan.parts["output"])))
+        _check_compatible(plan, all_but(published, done))
+        others = all_but(published, plan.parts["output"])
         unplanned = others.num_rows
         if unplanned:
             first = others["source"][0]
             console.say(f"left as they are: {unplanned:,} output files of input that is not there now, such as {first}")
     # Nothing is deleted before all files are known as this program's and the request has been found compatible.
-    published.clear_unfinished(plan.held)
-    staged = None
+    for name in output.unfinished:
+        plan.held.delete(name)
+    failures = {} if plan.overwrite else _earlier_failures(plan.output)
+    todo = plan.parts if plan.overwrite else all_but(plan.parts, done)
+    if plan.staged or todo.num_rows:
+        (plan.held / STAGING).delete(LIST)  # it does not know what is scored from now on
     if plan.staged:
         staged = OutputFiles.read(plan.folder.place, console)
-        staged.check(staged=True)
-        staged.clear_unfinished(plan.folder)
-        # Nothing staged is published yet, so what is not a done part of this plan can be deleted.
-        current = pc.is_in(staged.stamps["output"], match(plan, staged.stamps).filter(pc.field("done"))["output"])
-        delete_parts(plan.folder, staged.stamps.filter(pc.invert(current))["output"].to_pylist())
-        staged = replace(staged, stamps=staged.stamps.filter(current))
-    matched = match(plan, will_hold(plan, published, staged))
-    todo = matched.filter(pc.invert(matched["done"])).select(PART_SCHEMA.names)
-    failures = {} if plan.config.overwrite else _earlier_failures(plan.output)
-    return Committed(published, matched.filter(matched["done"]), todo, unplanned, failures)
+        staged.check()
+        done = _done(replace(plan, parts=todo), staged.stamps)
+        for name in staged.unfinished:
+            plan.folder.delete(name)
+        delete_parts(plan.folder, all_but(staged.stamps, done)["output"].to_pylist())
+        todo = all_but(todo, done)
+    return plan, Committed(published, todo, unplanned, failures)
 
 
 def begun_precision(request: Request) -> str | None:
     """The precision that an earlier run has given the output's predictions of this model; None without such predictions."""
     for folder in (request.output, request.output / STAGING) if request.config.strict else (request.output,):
-        for info in (folder / PREDICTIONS).files():
-            name = info.path.removeprefix(folder.path).lstrip("/")
+        for name, file in files_below(folder / PREDICTIONS):
             if not is_hidden(name):
-                files = pa.Table.from_pylist([{"name": name, "size": info.size, "modified": 0}], FILE_SCHEMA)
-                spec = json.loads(read_stamps(folder, files)["spec"][0].as_py() or "{}")
+                spec = json.loads(read_stamp(folder, f"{PREDICTIONS}/{name}", file.size).get("spec", "{}"))
                 if spec.get("model") == request.card["sha256"]:
                     return str(spec["precision"])
                 break
     return None
 
 
-def _check_folders(plan: Plan) -> None:
+def check_folders(output: Location) -> None:
     """Check that the folders of this program in a local output are folders, and hold no links to folders.
 
     What is written or deleted through a link is written or deleted elsewhere, and no listing follows it.
     """
-    for name in (PREDICTIONS, REJECTED, *([STAGING] if plan.staged else [])) if plan.output.is_local else ():
-        top = Path(plan.output.path) / name
+    for name in (PREDICTIONS, REJECTED, STAGING) if output.is_local else ():
+        top = Path(output.path) / name
         below = (Path(folder, entry) for folder, entries, _ in os.walk(top) for entry in entries)
         for path in (top, *below):
             if path.is_symlink() or (path.exists() and not path.is_dir()):
                 raise RequestError(
-                    f"--output {plan.output.display}: {path} is not a folder of this program, but a link or a file; remove it"
+                    f"--output {output.display}: {path} is not a folder of this program, but a link or a file; remove it"
                 )
 
 
@@ -272,18 +274,22 @@ def _earlier_failures(output: Location) -> dict[str, str]:
     return dict(zip(failed["file"].to_pylist(), failed["reason"].to_pylist(), strict=True))
 
 
-def check_overwrite(plan: Plan, published: OutputFiles) -> None:
+def check_overwrite(plan: Plan, published: pa.Table) -> None:
     """With `--overwrite`, refuse to delete published predictions of an input file that cannot be scored again.
 
     Raises:
         RunError: names the first such file.
     """
-    lost = _with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published.stamps)
-    if lost.num_rows:
+    if lost := _first(_with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published)):
         raise RunError(
-            f"--overwrite: nothing was replaced: {lost['name'][0]} cannot be used, and the output holds its predictions; "
+            f"--overwrite: nothing was replaced: {lost['name']} cannot be used, and the output holds its predictions; "
             "repair it, or take it out of the input"
         )
+
+
+def _first(table: pa.Table) -> dict[str, Any] | None:
+    """The first row of a table; None of an empty one."""
+    return next(iter(table.slice(0, 1).to_pylist()), None)
 
 
 def _with_predictions(plan: Plan, files: pa.Table, stamps: pa.Table) -> pa.Table:
@@ -295,38 +301,38 @@ def _with_predictions(plan: Plan, files: pa.Table, stamps: pa.Table) -> pa.Table
     return files.filter(pc.or_(pc.is_in(files["name"], stamps["name"]), pc.is_in(sources, stamps["source"])))
 
 
-def _check_compatible(plan: Plan, stamps: pa.Table) -> None:
+def _check_compatible(plan: Plan, others: pa.Table) -> None:
     """Refuse to put predictions beside those of another model, of changed input files, or of parts that were cut differently.
+
+    `others` are the stamps of the files that are not of the plan.
 
     Raises:
         RequestError: says what differs and what to do.
     """
-    done = match(plan, stamps).filter(pc.field("done"))["output"]
-    others = stamps.filter(pc.invert(pc.is_in(stamps["output"], done)))
-    for file in _with_predictions(plan, plan.files, others).slice(0, 1).to_pylist():
+    conflict = None
+    if file := _first(_with_predictions(plan, plan.files, others)):
         of_file = pc.or_(pc.equal(others["name"], file["name"]), pc.equal(others["source"], plan.source(file["name"])))
         conflict = _conflict(plan, file, others.filter(of_file).slice(0, 1).to_pylist()[0])
+    elif stamp := _first(others.filter(pc.is_in(others["output"], plan.parts["output"]))):
+        conflict = f"{stamp['output']} has rows of {stamp['source']}; {_START_OVER}"
+    if conflict:
         raise RequestError(f"--output {plan.output.display}: {conflict}")
-    for stamp in others.filter(pc.is_in(others["output"], plan.parts["output"])).slice(0, 1).to_pylist():
-        raise RequestError(f"--output {plan.output.display}: {stamp['output']} has rows of {stamp['source']}; {_START_OVER}")
 
 
 def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
     """Why an input file (`preflight.FOOTER_SCHEMA`) cannot be scored beside the output file of it that has a stamp."""
+    name = file["name"]
     if file["error"]:
-        return (
-            f"holds predictions of {file['name']}, which now cannot be used ({file['error']}); repair it, or take it out of the "
-            "input"
-        )
+        return f"holds predictions of {name}, which now cannot be used ({file['error']}); repair it, or take it out of the input"
     if stamp["spec"] != plan.spec:
         return f"{_spec_difference(json.loads(stamp['spec']), json.loads(plan.spec))} {_START_OVER}"
-    if any(file[name] != stamp[name] for name in ("size", "modified", "footer_sha256")):
-        if stamp["source"] != plan.source(file["name"]):
+    if any(file[key] != stamp[key] for key in ("size", "modified", "footer_sha256")):
+        if stamp["source"] != plan.source(name):
             return f"holds the rows of {stamp['source']} as {stamp['output']}; choose another folder, or {_START_OVER}"
-        return f"{file['name']} has changed since it was scored; {_START_OVER}"
+        return f"{name} has changed since it was scored; {_START_OVER}"
     return (
-        f"holds the rows of {file['name']} as {stamp['output']}, since it was started with another --max-rows-per-file or "
-        f"--input; give the same again, or {_START_OVER}"
+        f"holds the rows of {name} as {stamp['output']}, since it was started with another --max-rows-per-file or --input; "
+        f"give the same again, or {_START_OVER}"
     )
 
 
@@ -349,10 +355,10 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
 
     Args:
         plan: without the files that could not be read.
-        stamps: `OutputFiles.stamps` of what the finished output holds, read again from its files.
+        stamps: `OutputFiles.stamps`, read from the files after they were written.
 
     Returns:
-        A FILES_SCHEMA table in the order of the files; and `match` of the plan.
+        A FILES_TABLE_SCHEMA table in the order of the files; and `match` of the plan.
 
     Raises:
         RowCountError: names the first file with missing or duplicate rows.
@@ -362,7 +368,7 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
         pc.equal(matched["rejected"], matched["rejected_in_file"]),
         pc.equal(matched["rows"], pc.add(matched["rows_in_file"], matched["rejected_in_file"])),
     )
-    for part in matched.filter(pc.invert(pc.fill_null(complete, False))).slice(0, 1).to_pylist():
+    if part := _first(matched.filter(pc.invert(pc.fill_null(complete, False)))):
         place = f"{part['name']}: rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}"
         there = f"{part['rows_in_file'] or 0:,} predictions and {part['rejected_in_file'] or 0:,} rejected rows"
         raise RowCountError(f"{place} should be in {PREDICTIONS}/{part['output']}, which has {there}")
@@ -370,10 +376,8 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
     files = plan.files.select(["name", "rows", "error"]).append_column("order", pa.array(range(plan.files.num_rows), pa.int64()))
     files = files.join(sums, "name", join_type="left outer").sort_by("order")
     usable = pc.is_null(files["error"])
-    lost = pc.and_(usable, pc.invert(pc.fill_null(pc.equal(files["rows"], files["rows_sum"]), False)))
-    for file in files.filter(lost).slice(0, 1).to_pylist():
-        raise RowCountError(f"{file['name']}: has {file['rows']:,} rows, of which {file['rows_sum'] or 0:,} are accounted for")
+    if lost := _first(files.filter(pc.and_(usable, pc.not_equal(files["rows"], pc.fill_null(files["rows_sum"], 0))))):
+        raise RowCountError(f"{lost['name']}: has {lost['rows']:,} rows, of which {lost['rows_sum'] or 0:,} are accounted for")
     scored, rejected = (pc.if_else(usable, files[f"{name}_in_file_sum"], 0) for name in ("rows", "rejected"))
-    status = pc.if_else(usable, "scored", "failed")
-    columns = (files["name"], files["rows"], scored, rejected, status, files["error"])
-    return pa.table(dict(zip(FILES_SCHEMA.names, columns, strict=True)), FILES_SCHEMA), matched
+    columns = (files["name"], files["rows"], scored, rejected, pc.if_else(usable, "scored", "failed"), files["error"])
+    return pa.table(dict(zip(FILES_TABLE_SCHEMA.names, columns, strict=True)), FILES_TABLE_SCHEMA), matched

@@ -63,14 +63,11 @@ PART_SCHEMA: Final = pa.schema(
 def split_into_parts(files: pa.Table, max_rows_per_file: int) -> tuple[pa.Table, dict[str, str]]:
     """Split the input files into parts, at the ends of their row groups where these are short and all of one size.
 
-    The parts follow from the files and `max_rows_per_file` alone, so that a later run plans the same ones.
-
-    Args:
-        files: `preflight.FOOTER_SCHEMA`; files with an error get no parts.
-        max_rows_per_file: the most rows of a part.
+    The parts follow from the files (`preflight.FOOTER_SCHEMA`) and `max_rows_per_file` alone: a later run plans the same ones.
 
     Returns:
-        A PART_SCHEMA table in the order of the files, and the files that cannot have output files: name and reason.
+        A PART_SCHEMA table in the order of the files, which lacks those with an error; and the files that cannot have output
+        files: name and reason.
     """
     errors: dict[str, str] = {}
     planned: dict[str, str] = {}  # input file by output file, and one by folder of output files, with / at its end
@@ -81,8 +78,7 @@ def split_into_parts(files: pa.Table, max_rows_per_file: int) -> tuple[pa.Table,
             if file["error"] is not None:
                 continue
             parts = list(_parts_of_file(file, max_rows_per_file))
-            error = _name_error(file["name"], parts, planned)
-            if error:
+            if error := _name_error(file["name"], parts, planned):
                 errors[file["name"]] = error
                 continue
             planned |= {part.output: part.name for part in parts}
@@ -103,11 +99,8 @@ def _name_error(name: str, parts: list[Part], planned: dict[str, str]) -> str | 
     for key in itertools.chain(files, _folders(name)):  # no file has the name of a file or a folder, no folder that of a file
         if key in planned:
             return f"would need the name {key.rstrip('/')} in the output, as does {planned[key]}; rename it"
-    for part in parts:
-        if is_hidden(part.output):
-            return (
-                f"would be written to {part.output}, which readers of Parquet skip, as all names with . or _ in front; rename it"
-            )
+    if is_hidden(name):
+        return "would be written to a name that readers of Parquet skip, as all names with . or _ in front; rename it"
     return None
 
 
@@ -138,7 +131,6 @@ GPU_TASK_ROWS: Final = 65_536
 """Rows of a task of small parts; a task costs the driver some milliseconds."""
 
 _MIN_TASK_ROWS: Final = 1024
-"""A smaller task is not worth its overhead."""
 
 _TASKS_PER_WORKER: Final = 4
 """With several tasks per worker, none has to finish a long one alone at the end."""
@@ -152,15 +144,9 @@ _PART_ROWS: Final = 32
 
 
 def make_tasks(parts: pa.Table, max_rows: int, workers: int) -> list[Task]:
-    """Group consecutive parts so that each worker gets several tasks.
+    """Group consecutive parts (PART_SCHEMA) so that each worker gets several tasks: each part is in one task, in their order.
 
-    Args:
-        parts: PART_SCHEMA.
-        max_rows: rows from which on a task takes no more parts; in long row groups there are more.
-        workers: that score at the same time.
-
-    Returns:
-        Each part in one task, in their order.
+    A task takes no more parts from `max_rows` rows on, in long row groups later.
     """
     wanted = _TASKS_PER_WORKER * workers
     rows = pc.add(parts["rows"], _PART_ROWS)
@@ -183,12 +169,11 @@ def _ceil_divide(amount: int, count: int) -> int:
 KEY: Final = b"mnistsum_ray.score"
 """Key of the stamp in the Parquet metadata."""
 
-FORMAT: Final = 7
-"""Version of the stamp and of how files are split; an output of another version is refused. 5 dropped temperatures, which are in
-the weights; 6 moved the counts to a key of their own; 7 splits files otherwise."""
+STAMP_FORMAT: Final = 7
+"""Version of the stamp and of how files are split; an output of another version is refused."""
 
 COUNTS_KEY: Final = b"mnistsum_ray.counts/3"
-"""Key of `counts.Counts`, with its version. The counts are for the report alone: a file without them is resumed too."""
+"""Key of `counts.RowCounts`, with its version. The counts are for the report alone: a file without them is resumed too."""
 
 STAMP_SCHEMA: Final = pa.schema(
     [
@@ -203,7 +188,7 @@ STAMP_SCHEMA: Final = pa.schema(
 OUTPUT_SCHEMA: Final = pa.schema(
     [
         *STAMP_SCHEMA,  # `output` is the file's own name, relative to its folder
-        ("counts", pa.string()),  # JSON of `counts.Counts`, or `{}`
+        ("counts", pa.string()),  # JSON of `counts.RowCounts`, or `{}`
         ("folder", pa.string()),  # PREDICTIONS or REJECTED
         ("rows_in_file", pa.int64()),  # by its footer
         ("error", pa.string()),  # why it is not a whole file of this version of the program
@@ -213,9 +198,11 @@ OUTPUT_SCHEMA: Final = pa.schema(
 
 
 def to_metadata(stamp: dict[str, Any], counts: dict[str, Any]) -> dict[bytes, bytes]:
-    """A stamp and `counts.Counts` as entries of Parquet metadata."""
-    fields = {"format": FORMAT} | stamp
-    return {KEY: json.dumps(fields).encode(), COUNTS_KEY: json.dumps(counts, separators=(",", ":")).encode()}
+    """A stamp and `counts.RowCounts` as entries of Parquet metadata."""
+    return {
+        KEY: json.dumps({"format": STAMP_FORMAT} | stamp).encode(),
+        COUNTS_KEY: json.dumps(counts, separators=(",", ":")).encode(),
+    }
 
 
 def from_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
@@ -228,7 +215,7 @@ def from_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
         raise UnusableFileError("is not a file of this program")
     try:
         stamp: dict[str, Any] = json.loads(metadata[KEY])
-        if stamp["format"] == FORMAT:
+        if stamp["format"] == STAMP_FORMAT:
             return {name: stamp[name] for name in STAMP_SCHEMA.names}
     except (KeyError, TypeError, ValueError) as error:
         raise UnusableFileError(f"cannot be read: {one_line(error)}") from None
@@ -236,20 +223,17 @@ def from_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 
 
 def read_stamps(output: Location, files: pa.Table) -> pa.Table:
-    """Read the stamps of files in an output folder, as OUTPUT_SCHEMA in the same order.
-
-    Args:
-        output: the folder.
-        files: `inputs.FILE_SCHEMA`.
+    """Read the stamps of files (`inputs.FILE_SCHEMA`) in an output folder, as OUTPUT_SCHEMA in the same order.
 
     Raises:
         StorageError: the storage does not give a file.
     """
-    rows = [_read_file(output, file["name"], file["size"]) for file in files.to_pylist()]
+    rows = [read_stamp(output, file["name"], file["size"]) for file in files.to_pylist()]
     return pa.Table.from_pylist(rows, OUTPUT_SCHEMA)
 
 
-def _read_file(folder: Location, file: str, size: int) -> dict[str, Any]:
+def read_stamp(folder: Location, file: str, size: int) -> dict[str, Any]:
+    """Read the stamp of a file of this size in an output folder, as a row of OUTPUT_SCHEMA."""
     top, _, output = file.partition("/")
     place = {"folder": top, "output": output}
     try:

@@ -75,11 +75,13 @@ class Plan(Request):
     precision: str
     held: OutputFolder
     """The output folder, which this run holds."""
+    overwrite: bool
+    """Whether this run replaces the output. False with `--overwrite` too, if a killed run has done so already."""
 
     @property
     def staged(self) -> bool:
         """Whether files are published together at the end."""
-        return self.config.overwrite or self.config.strict
+        return self.overwrite or self.config.strict
 
     @property
     def folder(self) -> OutputFolder:
@@ -143,8 +145,8 @@ def preflight(config: ScoreConfig) -> Request:
         network, card = load_model(model)
     except RequestError as error:
         raise RequestError(f"--model {error}") from None
-    if config.precision == "int8":
-        _check_int8(card)
+    if config.precision == "int8" and (reason := int8_error(card)):
+        raise RequestError(f"--precision int8: {reason}")
     return Request(config, model, card, copy_weights(network), inputs, output, files)
 
 
@@ -158,16 +160,16 @@ def _locate_output(text: str) -> Location:
     return output.at(os.path.realpath(output.path) if output.is_local else output.path)
 
 
-def _check_int8(card: dict[str, Any]) -> None:
+def int8_error(card: dict[str, Any]) -> str | None:
+    """Why this process cannot score with 8-bit integers; None if it can."""
     from mnistsum_ray.model.int8 import maxima_from_description, unavailable_reason
 
     if maxima_from_description(card) is None:
-        raise RequestError(
-            "--precision int8: the model holds no calibration for it, so it was trained by an older version or where PyTorch "
-            "lacks integer convolutions; leave it out, or train again"
+        return (
+            "the model holds no calibration for it, so it was trained by an older version or where PyTorch lacks integer "
+            "convolutions; leave it out, or train again"
         )
-    if unavailable_reason():
-        raise RequestError("--precision int8: this PyTorch has no integer convolutions on this CPU; leave it out")
+    return "this PyTorch has no integer convolutions on this CPU; leave it out" if unavailable_reason() else None
 
 
 def make_plan(request: Request, precision: str, held: OutputFolder, console: Console) -> Plan:
@@ -182,7 +184,7 @@ def make_plan(request: Request, precision: str, held: OutputFolder, console: Con
     if files is None:
         files = read_footers(inputs, request.config, Progress(console.progress, "footers read", inputs.files.num_rows))
     parts, errors = split_into_parts(files, request.config.max_rows_per_file)
-    changed = {"output": held.place, "files": files}
+    changed = {"output": held.place, "files": files, "overwrite": request.config.overwrite}
     plan = Plan(**vars(request) | changed, parts=parts, precision=precision, held=held).without(errors)
     report_skipped(inputs.skipped, console.say)
     if plan.config.strict and plan.failures:
@@ -200,10 +202,7 @@ def say_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
 
 
 def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int], None] = lambda _: None) -> pa.Table:
-    """Read the footers of all input files, in threads of this process or on the cluster (see `map_files`).
-
-    Returns:
-        FOOTER_SCHEMA, in the order of the files.
+    """Read the footers of all input files, as FOOTER_SCHEMA in the same order (see `map_files`).
 
     Raises:
         RequestError: none of the files has one of the columns.
@@ -212,7 +211,7 @@ def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int
     unusable = inputs.unusable  # the function below is sent to the cluster, and `inputs` may be large
 
     def read(folder: Location, files: pa.Table) -> pa.Table:
-        rows = [file | _read_file(folder, file, config, unusable) for file in files.to_pylist()]
+        rows = [file | _look_into(folder, file, config, unusable) for file in files.to_pylist()]
         return pa.Table.from_pylist(rows, FOOTER_SCHEMA)
 
     files = map_files(read, inputs.root, inputs.files, on_progress)
@@ -226,7 +225,8 @@ def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int
     return files
 
 
-def _read_file(folder: Location, file: dict[str, Any], config: ScoreConfig, unusable: Mapping[str, str]) -> dict[str, Any]:
+def _look_into(folder: Location, file: dict[str, Any], config: ScoreConfig, unusable: Mapping[str, str]) -> dict[str, Any]:
+    """What FOOTER_SCHEMA says of a file beyond `inputs.FILE_SCHEMA`."""
     name = file["name"]
     if name in unusable:
         return {"error": unusable[name]}

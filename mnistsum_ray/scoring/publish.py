@@ -1,6 +1,6 @@
-"""Result of a scoring run: its line, the pictures, the report and the manifest, which are published with the staged files."""
+"""Result of a scoring run: its line; staged files are moved into the output; the pictures, the report and the manifest."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -9,24 +9,35 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.errors import ExistingFileError, RunError, counted, percent
+from mnistsum_ray.data.parquet import read_table, to_parquet
+from mnistsum_ray.errors import (
+    ExistingFileError,
+    MissingFileError,
+    RequestError,
+    RunError,
+    UnusableFileError,
+    counted,
+    percent,
+)
 from mnistsum_ray.reporting.console import accuracies
-from mnistsum_ray.reporting.report import Picture, picture_files, scored_page, versions
-from mnistsum_ray.scoring.counts import Counts
+from mnistsum_ray.reporting.report import REPORT, Picture, picture_files, scored_page, versions
+from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
     FILES_TABLE,
-    FORMAT,
+    LIST,
     MANIFEST,
-    PICTURES,
-    REPORT,
+    MANIFEST_FORMAT,
+    OUTPUT_PICTURES,
     SUMMARIES,
-    Committed,
-    OutputFiles,
+    files_below,
     unpublish,
 )
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.preflight import STAGING, Plan
+from mnistsum_ray.storage.folder import OutputFolder
+
+_LIST_SCHEMA: Final = pa.schema({"file": pa.string(), "moved": pa.bool_()})
+"""`output.LIST`: files that are moved from the staging folder to the output, and those that are deleted there."""
 
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""
@@ -34,10 +45,10 @@ _MOVE_THREADS: Final = 16
 _REASONS_ON_CONSOLE: Final = 10
 
 
-def result_line(plan: Plan, files: pa.Table, counts: Counts, resumed_rows: int, scoring_seconds: float) -> dict[str, Any]:
-    """Return the fields of the job's last line, but for `seconds`.
+def result_line(plan: Plan, files: pa.Table, counts: RowCounts, resumed_rows: int, scoring_seconds: float) -> dict[str, Any]:
+    """The fields of the job's last line, but for `seconds`; `files` is `output.FILES_TABLE_SCHEMA`.
 
-    `files` is a table of `output.FILES_SCHEMA`. The seconds are from the start of the first part to the end of the last one.
+    The seconds are from the start of the first part to the end of the last one; 0 if none was scored.
     """
     usable = pc.equal(files["status"], "scored")
     columns = (files["rows"].filter(usable), files["scored"], files["rejected"], pc.invert(usable))
@@ -54,60 +65,80 @@ def result_line(plan: Plan, files: pa.Table, counts: Counts, resumed_rows: int, 
     } | (counts.accuracies() if plan.config.label_column else {})
 
 
-def publish(
-    plan: Plan, committed: Committed, staged: OutputFiles | None, files: pa.Table, counts: Counts, line: dict[str, Any]
-) -> None:
-    """Write the files about the run; where there is a staging folder, move all files of the run from it to the output.
+def publish_staged(plan: Plan, staged: pa.Table, published: pa.Table) -> None:
+    """List the files of a complete staging folder, and move them into the output.
 
-    `--overwrite` replaces the files that the output held when the run began (`committed`).
+    Args:
+        plan: of the run.
+        staged: `output.OutputFiles.stamps` of the staging folder.
+        published: those of the output when the run began. `--overwrite` deletes these files where none of the same name is moved.
+    """
+    moved = _files_of(staged)
+    deleted = sorted({*_files_of(published)} - {*moved}) if plan.overwrite else []
+    table = pa.table({"file": moved + deleted, "moved": [True] * len(moved) + [False] * len(deleted)}, _LIST_SCHEMA)
+    plan.folder.create(LIST, to_parquet(table))
+    move_listed(plan.held)
+
+
+def _files_of(stamps: pa.Table) -> list[str]:
+    """Names of the files of parts. Rejected rows come before predictions, as they are committed."""
+    rejected = stamps["output"].filter(pc.greater(stamps["rejected"], 0)).to_pylist()
+    return [f"{REJECTED}/{name}" for name in rejected] + [f"{PREDICTIONS}/{name}" for name in stamps["output"].to_pylist()]
+
+
+def move_listed(held: OutputFolder) -> None:
+    """Move the files of a complete staging folder into the output, or those that a killed run has left; none without a list.
+
+    The manifest is deleted first, and created after all files are there. The list stays until then: after a kill the same command
+    goes on and scores nothing.
+
+    Raises:
+        RequestError: the list is damaged.
+    """
+    staging = held / STAGING
+    try:
+        listed = read_table(staging.place / LIST)
+    except MissingFileError:
+        return
+    except UnusableFileError as error:
+        raise RequestError(f"--output {held.place.display}: {STAGING}/{LIST} {error}; remove {STAGING}") from None
+    unpublish(held)
+    # Only what is there: no name in a damaged list leads out of the folders.
+    staged, published = ({name for name, _ in files_below(folder)} for folder in (staging.place, held.place))
+    moved = [name for name in listed["file"].filter(listed["moved"]).to_pylist() if name in staged]
+    deleted = [name for name in listed["file"].filter(pc.invert(listed["moved"])).to_pylist() if name in published]
+    with ThreadPoolExecutor(_MOVE_THREADS) as pool:
+        for folder in (REJECTED, PREDICTIONS):
+            list(pool.map(partial(staging.move, target=held), [name for name in moved if name.startswith(f"{folder}/")]))
+        list(pool.map(held.delete, deleted))
+
+
+def publish(plan: Plan, unplanned: int, files: pa.Table, counts: RowCounts, line: dict[str, Any]) -> None:
+    """Write the files about the run, and the manifest last.
 
     Raises:
         RunError: another run holds the output.
     """
     drawn = _draw_pictures(counts)
-    manifest = _make_manifest(plan, committed.unplanned, counts, line)
-    page = scored_page(manifest, counts, {PICTURES[name]: picture for name, picture in drawn.items()})
+    manifest = _make_manifest(plan, unplanned, counts, line)
+    page = scored_page(manifest, counts, {OUTPUT_PICTURES[name]: picture for name, picture in drawn.items()})
     summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **picture_files(drawn)}
     for name in SUMMARIES:
         if name in summaries:
-            plan.folder.write(name, summaries[name])
+            plan.held.write(name, summaries[name])
         else:
-            plan.folder.delete(name)  # an earlier run may have drawn it
-    if staged:
-        replaced = committed.published.stamps["output"].to_pylist() if plan.config.overwrite else []
-        publish_staged(plan, staged, list(summaries), replaced)
+            plan.held.delete(name)  # an earlier run may have drawn it
     plan.held.delete(MANIFEST)  # of a run that had nothing more to score
     try:
         plan.held.create(MANIFEST, manifest)
     except ExistingFileError as error:
         raise RunError(f"--output {error}: another run has finished it meanwhile; run the command again") from None
-    if staged:
+    if (plan.held.place / STAGING / LIST).exists():
         plan.held.delete_folder(STAGING)
 
 
-def publish_staged(plan: Plan, staged: OutputFiles, summaries: Iterable[str], replaced: Iterable[str]) -> None:
-    """Move the parts and the `summaries` of the staging folder into the output, in an order that keeps every visible state valid.
-
-    `replaced` are predictions that the output held when the run began. Those that are not written again are deleted. All other
-    files stay. The manifest comes after this.
-
-    Raises:
-        RunError: another run holds the output.
-    """
-    # Rejected rows come before predictions, as they are committed.
-    rejected = [f"{REJECTED}/{name}" for name in sorted(staged.rejected)]
-    predictions = [f"{PREDICTIONS}/{name}" for name in staged.stamps["output"].to_pylist()]
-    gone = {f"{folder}/{name}" for name in replaced for folder in (PREDICTIONS, REJECTED)} - {*rejected, *predictions}
-    unpublish(plan.held)
-
-    move = partial(plan.folder.move, target=plan.held)
-    with ThreadPoolExecutor(_MOVE_THREADS) as pool:
-        for step, names in ((move, rejected), (move, predictions), (plan.held.delete, gone), (move, summaries)):
-            list(pool.map(step, names))
-
-
-def _draw_pictures(counts: Counts) -> dict[str, Picture]:
-    """By file name: probabilities; where rows have labels reliability and confusion; where rows were rejected the reasons."""
+def _draw_pictures(counts: RowCounts) -> dict[str, Picture]:
+    """By file name. Some need rows with labels or rejected rows."""
     from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
 
     drawn = {"probabilities.png": pictures.draw_probabilities(counts.probabilities)}
@@ -119,12 +150,12 @@ def _draw_pictures(counts: Counts) -> dict[str, Picture]:
     return drawn
 
 
-def _make_manifest(plan: Plan, unplanned: int, counts: Counts, line: dict[str, Any]) -> dict[str, Any]:
+def _make_manifest(plan: Plan, unplanned: int, counts: RowCounts, line: dict[str, Any]) -> dict[str, Any]:
     # `at` removes the query of a URI, which may hold keys.
     places = {"model": plan.model, "input": plan.inputs.root, "output": plan.output}
     located = {name: place.at(place.path).display for name, place in places.items()}
     return {
-        "format": FORMAT,
+        "format": MANIFEST_FORMAT,
         "status": "finished",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "totals": line,
@@ -146,11 +177,8 @@ def _make_manifest(plan: Plan, unplanned: int, counts: Counts, line: dict[str, A
     }
 
 
-def say_result(line: dict[str, Any], counts: Counts, new_rejected: int, say: Callable[[str], None]) -> None:
-    """Say the counts, the reasons for rejected rows, the share of consistent rows, and with labels the accuracies.
-
-    If this run has rejected no row (`new_rejected`), the reasons are left out: an earlier run has said them.
-    """
+def say_result(line: dict[str, Any], counts: RowCounts, new_rejected: int, say: Callable[[str], None]) -> None:
+    """Say the result in words, with the reasons of rejected rows if this run has rejected some (`new_rejected`)."""
     usable = line["files"] - line["failed_files"]
     if usable:
         rows = f"{line['scored_rows']:,} of {counted(line['input_rows'], 'row')}"
@@ -159,11 +187,11 @@ def say_result(line: dict[str, Any], counts: Counts, new_rejected: int, say: Cal
         say(f"{counted(line['failed_files'], 'file')} could not be used: {line['output']}/{FILES_TABLE} says why")
     if line["rejected_rows"]:
         say(f"{counted(line['rejected_rows'], 'row')} rejected: see {line['output']}/{REJECTED}")
-    reasons = list(counts.reasons.items()) if new_rejected else []
-    for reason, count in reasons[:_REASONS_ON_CONSOLE]:
-        say(f"  rejected: {count:,} x {reason}")
-    if len(reasons) > _REASONS_ON_CONSOLE:
-        say(f"  rejected: {sum(count for _, count in reasons[_REASONS_ON_CONSOLE:]):,} x other reasons")
+    if new_rejected:
+        reasons = list(counts.reasons.items())
+        others = sum(count for _, count in reasons[_REASONS_ON_CONSOLE:])
+        for reason, count in reasons[:_REASONS_ON_CONSOLE] + ([("other reasons", others)] if others else []):
+            say(f"  rejected: {count:,} x {reason}")
     if line["scored_rows"]:
         say(f"sum = digit + number in {percent(counts.consistent / line['scored_rows'])} of the rows")
     if counts.labelled:

@@ -6,6 +6,7 @@ Rows stay in the process that works on them. Nothing records what is done: a par
 which process wrote it or how often.
 """
 
+import itertools
 import os
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.metrics import Reliability
-from mnistsum_ray.scoring.counts import BINS, Counts, encode_image
+from mnistsum_ray.scoring.counts import PROBABILITY_BINS, RowCounts, encode_image
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, from_metadata, to_metadata
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
 from mnistsum_ray.storage.folder import OutputFolder
@@ -57,9 +58,8 @@ batch, wastes most of its time."""
 _MAX_REASONS: Final = 20
 """Reasons that a file's metadata counts separately, so that a file with many different bad rows stays small."""
 
-_UNSURE: Final = (3, 8)
-_ROWS_PER_UNSURE: Final = 250
-"""A part's metadata holds one of its least sure images for so many rows, but 3 to 8. An image takes 0.4 KB."""
+_UNSURE: Final = 5
+"""Least sure images in the metadata of a part; an image takes 0.4 KB."""
 
 
 class Score:
@@ -142,7 +142,7 @@ class PartRows:
 
 
 def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iterator[tuple[Part, PartRows | UnusableFileError]]:
-    """Read and decode parts in their order. Consecutive parts of one file are read in one pass.
+    """Read and decode parts in their order, those of one file in one pass.
 
     Yields:
         Each part, with its rows or with why they cannot be read although the footer of their file could.
@@ -150,27 +150,20 @@ def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iter
     Raises:
         StorageError: the storage does not give a file.
     """
-    done = 0
-    while done < len(parts):
-        end = done + 1
-        while end < len(parts) and _follows(parts[end], parts[end - 1]):
-            end += 1
+    for _, of_file in itertools.groupby(parts, lambda part: part.name):
+        left = list(of_file)
         try:
-            for part, table in _read_tables(folder, parts[done:end]):
+            for part, table in _read_tables(folder, [*left]):
                 yield part, _decode(part, table, config)
-                done += 1
+                left.remove(part)
         except UnusableFileError as error:
-            yield from ((part, error) for part in parts[done:end])
-            done = end
-
-
-def _follows(part: Part, previous: Part) -> bool:
-    return part.name == previous.name and part.first_row == previous.first_row + previous.rows
+            yield from ((part, error) for part in left)
 
 
 def _read_tables(folder: Location, parts: list[Part]) -> Iterator[tuple[Part, pa.Table]]:
-    """Read the rows of consecutive parts of one file; only those of the current part are in memory."""
-    path, rows = folder / parts[0].name, np.arange(parts[0].first_row, parts[-1].first_row + parts[-1].rows)
+    """Read the rows of parts of one file; only those of the current part are in memory."""
+    path = folder / parts[0].name
+    rows = np.concatenate([np.arange(part.first_row, part.first_row + part.rows) for part in parts])
     check_unchanged(path, parts[0].size, parts[0].modified)
     with open_parquet(path) as file:
         batches, schema = read_rows(file, rows), file.read_row_groups([]).schema
@@ -223,7 +216,6 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
 
     Raises:
         StorageError: a file cannot be written, or another run has written another file of that name.
-        RunError: another run has taken the output.
     """
     part, bad = rows.part, np.fromiter(rows.reasons, np.int64, len(rows.reasons))
     good = np.setdiff1d(np.arange(part.rows), bad)
@@ -242,10 +234,10 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
     _write(plan.folder, f"{PREDICTIONS}/{part.output}", table, metadata)
 
 
-def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions) -> Counts:
+def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions) -> RowCounts:
     """Count the rows of a part; `good` are the indices of the scored rows in it, in the order of `predictions`."""
     part, numbers, digits = rows.part, rows.numbers[good], predictions.digit
-    counts = Counts(
+    counts = RowCounts(
         consistent=int(predictions.columns(numbers)[-1].sum()),
         digits=np.bincount(digits, minlength=DIGITS).tolist(),
         numbers=np.bincount(numbers, minlength=NUMBERS).tolist(),
@@ -256,16 +248,15 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
     counts.confusion = cells.reshape(DIGITS, DIGITS).tolist()
     for head in HEADS:
         probability = predictions.values[f"{head.name}_prob"]
-        counts.probabilities[f"{head.name}_prob"] = np.histogram(probability, BINS, (0, 1))[0].tolist()
+        counts.probabilities[f"{head.name}_prob"] = np.histogram(probability, PROBABILITY_BINS, (0, 1))[0].tolist()
         if rows.labels is not None:
             right = predictions.values[f"pred_{head.name}"][known] == head.target(labels, numbers)[known]
             losses = (predictions.values[f"{head.name}_{loss}"][known] for loss in ("nll", "brier"))
             counts.reliability[head.name] = Reliability.from_predictions(probability[known], right, *losses)
     unsure: dict[str, list[Any]] = {}
-    wanted = int(np.clip(len(good) // _ROWS_PER_UNSURE, *_UNSURE))
     # The same image may be there with each number.
-    for place in np.argsort(predictions.digit_prob, kind="stable")[: NUMBERS * wanted].tolist():
-        if len(unsure) < wanted and (image := encode_image(rows.images[good[place]])) not in unsure:
+    for place in np.argsort(predictions.digit_prob, kind="stable")[: NUMBERS * _UNSURE].tolist():
+        if len(unsure) < _UNSURE and (image := encode_image(rows.images[good[place]])) not in unsure:
             where = (part.name, part.first_row + int(good[place]), int(digits[place]), int(numbers[place]))
             label = int(labels[place]) if known[place] else None
             unsure[image] = [round(float(predictions.digit_prob[place]), 3), *where, label, image]

@@ -1,5 +1,6 @@
-"""The folders of a scored output, read by the libraries that its users have: each row once, and no other rows."""
+"""Files of the libraries that users have: those that these write are scored alike, and each reads the output's rows once."""
 
+import io
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, Final
 
 import datasets
 import duckdb
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -15,9 +17,13 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 import ray
+from PIL import Image
 
 from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.order import random_numbers
 from mnistsum_ray.export.pairs import export_pairs
+from tests.conftest import check_predictions, plain_predictions
 from tests.integration.conftest import Scored, score_here
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -25,8 +31,10 @@ pytestmark = pytest.mark.usefixtures("cluster")
 ROWS: Final = 2_000
 REJECTED: Final = 8
 
+FORMS, FORM_ROWS = 9, 60
+"""Number of files that other libraries write, and of rows in each."""
+
 LAYOUTS: Final = {
-    "flat": ["0.parquet", "1.parquet", "2.parquet", "3.parquet"],
     "nested": ["0.parquet", "a/1.parquet", "a/b/2.parquet", "c/3.parquet"],
     "hive": ["day=2026-11-01/0.parquet", "day=2026-11-01/1.parquet", "day=2026-11-02/0.parquet", "day=2026-11-03/0.parquet"],
 }
@@ -36,22 +44,119 @@ Answer = tuple[int, int]
 
 
 @pytest.fixture(scope="module")
-def scored(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
-    """For each layout a folder of four files, one of which has bad rows, scored to files of at most 300 rows."""
-    folder = tmp_path_factory.mktemp("layouts")
+def rows(sample: pa.Table) -> tuple[Pixels, np.ndarray]:
+    images = pixels_view(one_chunk(sample["image"].take(pa.array(np.arange(FORM_ROWS) * 83))))
+    return images, random_numbers(0, 0, np.arange(FORM_ROWS))
+
+
+def png(image: Pixels) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG")
+    return data.getvalue()
+
+
+def write_extras(folder: Path, images: Pixels, numbers: np.ndarray) -> None:
+    """With pyarrow: columns of many types beside the image."""
+    count = len(numbers)
+    extras = {
+        "number": pa.array(numbers).cast(pa.uint64()),
+        "image": pa.array(images.reshape(count, -1).tolist()),
+        "text": [None if row % 7 == 0 else f"row {row}" for row in range(count)],
+        "tags": [[f"t{row}"] * (row % 3) for row in range(count)],
+        "deep": [{"a": [{"b": row, "c": None}], "d": {"e": row / 2}} for row in range(count)],
+        "map": pa.array([[(f"k{row}", row)] for row in range(count)], pa.map_(pa.string(), pa.int64())),
+        "when": pa.array([row * 10**9 for row in range(count)], pa.timestamp("ns", "UTC")),
+        "price": pa.array(list(range(count))).cast(pa.decimal128(30, 4)),
+        "category": pa.array(["x", "y", None] * (count // 3)).dictionary_encode(),
+        "large": pa.array(["l"] * count, pa.large_string()),
+    }
+    pq.write_table(pa.table(extras), folder / "pyarrow.parquet", row_group_size=7, compression="zstd")
+
+
+def write_with_others(folder: Path, images: Pixels, numbers: np.ndarray) -> None:
+    """With pandas, Polars, DuckDB, Hugging Face datasets and Ray Data."""
+    count, pngs = len(numbers), [png(image) for image in images]
+    flat = images.reshape(count, -1)
+    frame = pd.DataFrame({"image": list(flat), "number": pd.array(numbers, "Int64")})
+    frame.index = pd.Index([f"id{row}" for row in range(count)], name="key")
+    frame.to_parquet(folder / "pandas_lists.parquet")
+    nested = pd.DataFrame({"image": images.tolist(), "number": numbers.astype(np.int16)})
+    nested.to_parquet(folder / "pandas_nested.parquet")
+
+    arrays = pl.Series("image", flat, dtype=pl.Array(pl.UInt8, 784))
+    pl.DataFrame([arrays, pl.Series("number", numbers, dtype=pl.UInt8)]).write_parquet(folder / "polars_arrays.parquet")
+    binary = pl.DataFrame({"image": pngs, "number": numbers})
+    binary.write_parquet(folder / "polars_binary.parquet", row_group_size=17)
+
+    connection = duckdb.connect()
+    connection.register("lists", pa.table({"image": flat.tolist(), "number": numbers}))
+    connection.register("blobs", pa.table({"image": [image.tobytes() for image in images], "number": numbers}))
+    for name, columns in (
+        ("lists", "image::UTINYINT[] AS image, number::TINYINT AS number"),
+        ("blobs", "image, number::UBIGINT AS number"),
+    ):
+        connection.execute(f"COPY (SELECT {columns} FROM {name}) TO '{folder}/duckdb_{name}.parquet' (FORMAT parquet)")
+
+    features = datasets.Features({"image": datasets.Image(), "number": datasets.Value("int8")})
+    values = {"image": [Image.fromarray(image) for image in images], "number": numbers}
+    datasets.Dataset.from_dict(values, features).to_parquet(folder / "huggingface.parquet")
+
+    ids = ray.data.range(len(images), override_num_blocks=1)
+    tensors = ids.map_batches(lambda rows: {"image": images[rows["id"]], "number": numbers[rows["id"]]}, batch_size=None)
+    tensors.write_parquet(str(folder / ".ray"))
+    (written,) = (folder / ".ray").glob("*.parquet")
+    written.rename(folder / "ray_tensors.parquet")
+
+
+def write_layout(folder: Path, names: list[str], pairs: Path) -> None:
+    """Write the pairs as files of these names, of which the second has bad rows."""
+    for index, (source, name) in enumerate(zip(sorted(pairs.iterdir()), names, strict=True)):
+        table = pq.read_table(source)
+        if index == 1:
+            numbers = pa.array([None] * REJECTED + table["number"].to_pylist()[REJECTED:], pa.int8())
+            table = table.set_column(table.column_names.index("number"), "number", numbers)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, folder / name)
+
+
+@pytest.fixture(scope="module")
+def scored(model: Path, rows: tuple[Pixels, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    """Everything, scored to files of at most 300 rows."""
+    folder = tmp_path_factory.mktemp("libraries")
     export_pairs(ExportPairsConfig(data="sample", output=str(folder / "pairs"), rows=ROWS, files=4), print)
     for layout, names in LAYOUTS.items():
-        for index, (source, name) in enumerate(zip(sorted((folder / "pairs").iterdir()), names, strict=True)):
-            table, path = pq.read_table(source), folder / "in" / layout / name
-            if index == 1:
-                numbers = pa.array([None] * REJECTED + table["number"].to_pylist()[REJECTED:], pa.int8())
-                table = table.set_column(table.column_names.index("number"), "number", numbers)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table, path)
+        write_layout(folder / "in" / layout, names, folder / "pairs")
+    (folder / "in" / "forms").mkdir()
+    write_extras(folder / "in" / "forms", *rows)
+    write_with_others(folder / "in" / "forms", *rows)
     done = score_here(model, folder / "out", folder / "in", max_rows_per_file=300)
     bad = REJECTED * len(LAYOUTS)
-    assert (done.line["scored_rows"], done.line["rejected_rows"]) == (ROWS * len(LAYOUTS) - bad, bad)
+    assert (done.line["scored_rows"], done.line["rejected_rows"]) == (ROWS * len(LAYOUTS) - bad + FORMS * FORM_ROWS, bad)
     return done
+
+
+def test_the_files_of_each_library_are_scored_as_by_plain_pytorch(
+    scored: Scored, model: Path, rows: tuple[Pixels, np.ndarray]
+) -> None:
+    expected = plain_predictions(model, *rows)
+    files = sorted((scored.output / "predictions" / "forms").iterdir())
+    assert len(files) == FORMS
+    for file in files:
+        table = pq.ParquetFile(file).read()
+        check_predictions(table, expected)
+        assert not [field for field in table.schema if isinstance(field.type, pa.BaseExtensionType)], file
+
+
+def test_every_other_column_passes_through_unchanged(scored: Scored) -> None:
+    kept = pq.read_table(scored.output.parent / "in" / "forms" / "pyarrow.parquet").drop_columns(["image"])
+    result = scored.table("forms/pyarrow.parquet")
+    assert result.column_names == [*kept.column_names, "pred_digit", "digit_prob", "pred_sum", "sum_prob", "consistent"]
+    assert list(map(str, result.schema.types[-5:])) == ["int8", "float", "int8", "float", "bool"]
+    for name in kept.column_names:
+        assert result.schema.field(name).type == kept.schema.field(name).type, name
+        assert result[name].to_pylist() == kept[name].to_pylist(), name
+    frame = pd.read_parquet(scored.output / "predictions" / "forms" / "pandas_lists.parquet")
+    assert frame.index.tolist() == [f"id{row}" for row in range(FORM_ROWS)]
 
 
 @pytest.fixture(scope="module")

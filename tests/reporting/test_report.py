@@ -22,7 +22,7 @@ from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting import pictures
 from mnistsum_ray.reporting.report import PICTURES, epoch_seconds, model_card, report_page, scored_page, versions, wilson_interval
-from mnistsum_ray.scoring.counts import Counts, encode_image
+from mnistsum_ray.scoring.counts import RowCounts, encode_image
 from tests.reporting.test_tensorboard import entry
 
 TEST = entry(1)["test"]
@@ -150,7 +150,7 @@ SCORED: dict[str, Any] = {
 }
 FILE = "folder/a_long_name_of_a_file.parquet"
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 28, 28)).astype(np.uint8)
-COUNTS = Counts(
+COUNTS = RowCounts(
     reasons={"the number is 44, not one of 0..9; correct it or drop the row": 1},
     examples={"the number is 44, not one of 0..9; correct it or drop the row": [[FILE, 3]]},
     unsure=[[0.1 * row, FILE, row, 4, 5, (9, 4, None, 4)[row], encode_image(image)] for row, image in enumerate(IMAGES)],
@@ -165,7 +165,7 @@ def scored(**changed: Any) -> str:
 def test_control_characters_are_escaped_on_every_page() -> None:
     """A file name or a message of the storage may hold them, and a page is read in terminals too."""
     raw, shown, reason = "a\x1b]0;b\x07", r"a\x1b]0;b\x07", "is\x1b[2J"
-    counts = Counts(reasons={reason: 1}, examples={reason: [[raw, 3]]}, unsure=[[0.1, raw, 0, 1, 2, None, "aGk="]])
+    counts = RowCounts(reasons={reason: 1}, examples={reason: [[raw, 3]]}, unsure=[[0.1, raw, 0, 1, 2, None, "aGk="]])
     pages = [
         scored_page(SCORED | {"config": SCORED["config"] | {"input": raw}}, counts, {}),
         report_page(raw, MANIFEST | {"config": {"name": raw, "paths": [raw]}}, CARD, [entry(1)], {}),

@@ -20,13 +20,18 @@ from tests.conftest import writable
 CONSOLE = Console(io.StringIO())
 
 
-def plan_of(folder: Path, output: Path = Path("/nowhere"), **settings: Any) -> Plan:
-    """Plan to score the files in a folder."""
-    config = ScoreConfig(model="m", input=(str(folder),), output=str(output), **settings)
+def request_of(folder: Path, output: Path, *more: Path, sha256: str = "abc", **settings: Any) -> Request:
+    """Request to score the files in some folders."""
+    config = ScoreConfig(model="m", input=tuple(map(str, (folder, *more))), output=str(output), **settings)
     place = locate(str(output), "--output")
-    inputs = list_inputs(config.input, locate("/nowhere", "--output"))
-    request = Request(config, place, {"sha256": "abc"}, {}, inputs, place, None)
-    return make_plan(request, "fp32", writable(place), CONSOLE)
+    card = {"sha256": sha256, "epoch": 1, "parameters": 1}
+    return Request(config, place, card, {}, list_inputs(config.input, locate("/nowhere", "--output")), place, None)
+
+
+def plan_of(folder: Path, output: Path = Path("/nowhere"), *more: Path, **settings: Any) -> Plan:
+    """Plan to score the files in some folders, in float32 unless another precision is set."""
+    request = request_of(folder, output, *more, **settings)
+    return make_plan(request, request.config.precision or "fp32", writable(request.output), CONSOLE)
 
 
 def parts_of(plan: Plan) -> list[Part]:

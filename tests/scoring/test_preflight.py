@@ -46,9 +46,7 @@ def test_the_footer_of_a_usable_file(tmp_path: Path) -> None:
     ("damage", "reason"),
     [
         (lambda whole: b"", "is empty (0 bytes)"),
-        (lambda whole: b"PAR1", "is only 4 bytes long"),
         (lambda whole: b"id,number\n1,2\n" * 100, "is not Parquet, or was cut off"),
-        (lambda whole: whole[: len(whole) // 2], "is not Parquet, or was cut off"),
         (lambda whole: whole[:-1], "is not Parquet, or was cut off"),
         (lambda whole: whole[:-8] + (2**31 - 1).to_bytes(4, "little") + b"PAR1", "has a damaged footer"),
         (lambda whole: whole[:-8][:-40] + b"\xff" * 40 + whole[-8:], "cannot be read"),
@@ -79,7 +77,6 @@ def test_a_footer_that_promises_too_many_rows_makes_that_file_unusable(tmp_path:
         ("INTERVAL '3 days'", "column 'other' has the type INTERVAL, which would be lost"),
         ("TIMETZ '10:11:12+03'", "column 'other' has the type TIME WITH TIME ZONE, which would be lost"),
         ("42::VARIANT", "column 'other' has the type VARIANT, which would be lost"),
-        ("{'inside': INTERVAL '3 days'}", "column 'other' has the type INTERVAL, which would be lost"),
     ],
 )
 def test_a_type_that_pyarrow_cannot_write_back_makes_the_file_unusable(tmp_path: Path, expression: str, reason: str) -> None:
@@ -142,7 +139,6 @@ def test_every_other_type_of_duckdb_is_written_back_unchanged(tmp_path: Path) ->
         (GOOD.set_column(1, "number", pa.array([1.0, 2.0, 3.0])), "column 'number' has type double, not an integer type"),
         (GOOD.set_column(0, "image", pa.array(["a", "b", "c"])), "column 'image' has type string, which holds no images"),
         (GOOD.append_column("pred_sum", pa.array([1, 2, 3])), "has a column 'pred_sum', which scoring would add; rename it"),
-        (GOOD.append_column("Consistent", pa.array([1, 2, 3])), "has a column 'Consistent', which scoring would add; rename it"),
         (pa.Table.from_arrays([*GOOD.columns, GOOD["number"]], ["image", "number", "number"]), "more than one column 'number'"),
     ],
 )
@@ -154,7 +150,7 @@ def test_unusable_columns_are_named(tmp_path: Path, table: pa.Table, reason: str
     assert (found["a.parquet"]["rows"], found["good.parquet"]["error"]) == (3, None)
 
 
-@pytest.mark.parametrize("folder", ["pred_digit=3", "Consistent=1/deep", "sum%5Fprob=0", "reason=none"])
+@pytest.mark.parametrize("folder", ["Consistent=1/deep", "sum%5Fprob=0", "reason=none"])
 def test_a_folder_that_readers_take_for_a_column_of_the_output_makes_its_files_unusable(tmp_path: Path, folder: str) -> None:
     for name in (folder, "day=1", "no=pred_digit"):
         (tmp_path / name).mkdir(parents=True)
