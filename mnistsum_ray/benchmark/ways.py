@@ -113,15 +113,16 @@ def _training_steps(images: Pixels, digits: Digits, device: torch.device) -> Ste
     matrices = matrices.to(device)
     numbers = torch.randint(0, NUMBERS, (len(digits),), device=device)
     model = TwoHeadCNN().to(device)
-    optimizer = MuonAdamW(model, weight_decay=0.01)
     objective = Objective(model, 0.0, torch.bfloat16 if faster_with_bf16(device) else torch.float32)
+    optimizer = MuonAdamW(model, 0.01, objective.dtype)
+    optimizer.set_learning_rate(0.01)
 
     def step(rows: slice) -> int:
         optimizer.zero_grad()
         images = distort(prepare_images(pixels[rows]), matrices[rows], places)
         loss, _ = objective(images, numbers[rows], labels[rows], None)
         torch.autograd.backward(loss / original.BATCH)
-        optimizer.step(0.01, objective.dtype)
+        optimizer.step()
         return original.BATCH
 
     return map(step, _batches(len(images), original.BATCH))

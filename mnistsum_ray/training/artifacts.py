@@ -19,7 +19,7 @@ from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, rea
 from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, picture_files, report_page, versions
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.training.loop import TrainingResult
+from mnistsum_ray.training.analysis import TrainingResult
 from mnistsum_ray.training.preflight import DATA_FILES, TrainingRun
 
 Checksums = npt.NDArray[np.int64] | None

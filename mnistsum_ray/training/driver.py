@@ -28,6 +28,7 @@ from mnistsum_ray.reporting.report import REPORT, epoch_seconds
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import folder_lock
+from mnistsum_ray.training.analysis import TrainingResult
 from mnistsum_ray.training.artifacts import (
     build_manifest,
     check_data,
@@ -39,7 +40,7 @@ from mnistsum_ray.training.artifacts import (
 )
 from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_valid_checkpoint
 from mnistsum_ray.training.fetch import load_rows, stream_rows
-from mnistsum_ray.training.loop import LoopConfig, TrainingResult, train_loop_per_worker
+from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
 from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
 from mnistsum_ray.training.worker import Events, InterruptibleTrainer, RunCallback, event_queue
@@ -99,7 +100,7 @@ class _Driver:
             console.say(line)
         then = run.same_data[1] if run.same_data else {}
         self.manifest = build_manifest(run, self.rows.checksums, plan) | {"threads": choose_threads(plan, cluster, then)}
-        self.checksums = check_data(run, self.rows.checksums, self.manifest["data"])
+        self.expected_checksums = check_data(run, self.rows.checksums, self.manifest["data"])
         self.start: Location | None = None
         self.history: list[dict[str, Any]] = []
         if run.config.resume:
@@ -133,7 +134,7 @@ class _Driver:
         run, source = self.run, self.run.source
         try:
             if source.files:
-                checksums = self.rows.checksums if self.checksums is None else self.checksums
+                checksums = self.rows.checksums if self.expected_checksums is None else self.expected_checksums
                 write_data_files(self.held, source.files, checksums)
             (self.held.write if run.config.resume else self.held.create)(_MANIFEST, self.manifest)
             of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
@@ -179,7 +180,7 @@ class _Driver:
             run.shuffle,
             run.source.validation,
             run.source.test,
-            checksums=self.checksums,
+            expected_checksums=self.expected_checksums,
             events=events.queue,
             start=self.start,
             held=self.held,

@@ -11,7 +11,7 @@ each epoch would cost its start-up each time. 4,000 tasks, of 131 million rows i
 then holds 30 MiB more.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,25 +192,49 @@ def _side_by_side(pieces: list[Columns], steps: int) -> Columns:
 
 
 class EvaluationSet:
-    """Held-out rows, undistorted and without numbers, and those of one rank as batches on its device."""
+    """Held-out rows, undistorted and without numbers: those of one rank as batches on its device, and their digit scores.
 
-    def __init__(self, data: RowData, rows: RowRanges, rank: int, world_size: int, device: torch.device) -> None:
+    Args:
+        data, rows: where all rows are, and which of them are held out.
+        rank, world_size, device: of the worker that takes a part of them.
+        network: digit scores [n, 10] of images uint8[n, 28, 28].
+    """
+
+    def __init__(
+        self,
+        data: RowData,
+        rows: RowRanges,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        network: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         self.rows = rows
         self.checksums = np.zeros(len(data.end_ids) if isinstance(data, ParquetFiles) else 0, np.int64)
         """Sum of the `row_checksums` of this worker's rows of each file, as they were read last; empty for rows in memory."""
-        self._data, self._device = data, device
+        self._data, self._device, self._network = data, device, network
         self._indices = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
         self._resident = list(self._read()) if len(rows) <= _RESIDENT_ROWS else None
+        self._scores: dict[torch.Tensor, torch.Tensor] = {}
+        """Digit scores by images, of resident batches."""
 
     @property
     def batches(self) -> Iterable[Batch]:
         """Batches of the rank's rows; each row belongs to one rank."""
         return self._read() if self._resident is None else self._resident
 
+    def digit_scores(self, batch: Batch) -> torch.Tensor:
+        """Digit scores [n, 10] of one of the batches; those of resident rows are computed once, until `forget_scores`."""
+        images = batch["image"]
+        if self._resident is None:
+            return self._network(images)
+        if images not in self._scores:
+            self._scores[images] = self._network(images)
+        return self._scores[images]
+
     def forget_scores(self) -> None:
-        """Drop the digit scores that `Trainer.digit_scores` has left in the batches: the weights have changed."""
-        for batch in self._resident or ():
-            batch.pop("digit_scores", None)
+        """Forget the digit scores: the weights have changed."""
+        self._scores.clear()
 
     def _read(self) -> Iterator[Batch]:
         return _ahead(self._on_device(), threads=len(self.rows) > _RESIDENT_ROWS)

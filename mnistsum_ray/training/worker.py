@@ -19,7 +19,8 @@ from mnistsum_ray.cluster.connection import can_connect
 from mnistsum_ray.cluster.nodes import on_node, this_node
 from mnistsum_ray.cluster.resources import explain_worker_silence
 from mnistsum_ray.errors import counted, lines_of
-from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
+from mnistsum_ray.model.collectives import all_reduce_sum
+from mnistsum_ray.model.device import disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.reporting.console import Console, Progress
 
 _FAILURE: Final = "failure"

@@ -144,8 +144,8 @@ def test_no_step_of_the_trainer_waits_for_the_device(precision: str, monkeypatch
     monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model, **_: model)
     run = preflight(TrainConfig(data="sample", recipe="long"))
     worker = Worker(0, 1, CUDA, 1, EventSender(None, rank=1))
-    trainer, counter = Trainer(run.hyperparameters, worker), EpochCounter(EpochProgress(), 99, worker, torch.tensor([10, 5000]))
-    trainer.prepare(precision)
+    trainer = Trainer(run.hyperparameters, worker, precision)
+    counter = EpochCounter(EpochProgress(), 99, worker, torch.tensor([10, 5000]))
     data = load_rows(run.source).data
     batches = TrainingRows(data, run.shuffle, 1.0, epochs=1, rank=0, world_size=1, device=CUDA).batches()
     torch.cuda.set_sync_debug_mode("default")
