@@ -15,7 +15,7 @@ import torch
 
 from mnistsum_ray.benchmark import original
 from mnistsum_ray.benchmark.process import Measurement, run_job
-from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.config import ExportPairsConfig, recipe_defaults
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.order import NUMBERS
@@ -32,7 +32,6 @@ from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
 from mnistsum_ray.reporting.report import epoch_end
 from mnistsum_ray.storage.folder import empty_output
-from mnistsum_ray.training.preflight import recipe_defaults
 
 Steps = Iterator[int]
 """Works on a batch when it is asked for the next item, the number of the batch's rows; endless."""

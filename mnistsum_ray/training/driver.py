@@ -42,8 +42,9 @@ from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_va
 from mnistsum_ray.training.fetch import load_rows, stream_rows
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
+from mnistsum_ray.training.ray_hooks import InterruptibleTrainer, RunCallback
 from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
-from mnistsum_ray.training.worker import Events, InterruptibleTrainer, RunCallback, event_queue
+from mnistsum_ray.training.worker import Events, event_queue
 
 _MANIFEST: Final = "manifest.json"
 

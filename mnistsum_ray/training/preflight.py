@@ -16,16 +16,13 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from mnistsum_ray.cluster.connection import can_connect
-from mnistsum_ray.config import Hyperparameters, TrainConfig
+from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import Counter, Source, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shell_command
 from mnistsum_ray.storage.location import Location, is_partial
 from mnistsum_ray.storage.lock import LOCK_NAME
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder, refused
-
-SMALL_ROWS: Final = 20_000
-"""Below this number of training rows a run has smaller batches and more epochs: the sum head needs its number of steps."""
 
 DATA_FILES: Final = "data_files.parquet"
 """The files of a run, written before its manifest: a file that has changed can be named when the run is resumed or repeated."""
@@ -97,20 +94,6 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     config = config.model_copy(update=unset | resolved)
     hyperparameters = Hyperparameters(**{field.name: getattr(config, field.name) for field in fields(Hyperparameters)})
     return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries(), same_data)
-
-
-def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
-    """Hyperparameters of the recipe `quick`, `short` or `long`; `small` for less than SMALL_ROWS training rows."""
-    if name == "long":
-        size = {"epochs": 40, "batch_size": 64} if small else {"epochs": 30, "batch_size": 128}
-        common = {"learning_rate": 0.02, "sum_head_steps": 2_000}
-        return common | size | {"distortion": 1.0, "label_smoothing": 0.05, "dropout": 0.25}
-    common = {"distortion": 0.5, "dropout": 0.0}
-    if small or name == "quick":
-        # Few steps: they need a higher learning rate, and label smoothing helps.
-        size = {"epochs": 3, "batch_size": 64} if small else {"epochs": 1, "batch_size": 128}
-        return common | size | {"learning_rate": 0.05, "sum_head_steps": 1_000, "label_smoothing": 0.05}
-    return common | {"epochs": 5, "batch_size": 256, "learning_rate": 0.02, "sum_head_steps": 2_000, "label_smoothing": 0.0}
 
 
 def _mlflow(uri: str, *, resume: bool) -> str:
