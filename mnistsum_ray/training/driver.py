@@ -94,11 +94,10 @@ class _Driver:
         self.run, self.plan, self.held, self.console = run, plan, held, console
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
-        lines = check_memory(run, plan, cluster)
+        memory = check_memory(run, plan, cluster)
         streamed, read = source.files if run.shuffle.streamed else None, Progress(console.progress, "rows read", source.rows)
         self.rows = stream_rows(streamed) if streamed else load_rows(source, read)
-        for line in lines:  # after the rows have been read: a refusal is one line
-            console.say(line)
+        console.say(memory)  # after the rows have been read: a refusal is one line
         then = run.same_data[1] if run.same_data else {}
         self.manifest = build_manifest(run, self.rows.checksums, plan) | {"threads": choose_threads(plan, cluster, then)}
         self.expected_checksums = check_data(run, self.rows.checksums, self.manifest["data"])
@@ -117,12 +116,8 @@ class _Driver:
         data |= {"notice": data["notice"] or stored["data"]["notice"], "sha256": data["sha256"] or stored["data"]["sha256"]}
         self.start = latest_valid_checkpoint(run.folder, say)
         if self.start is None and stored.get("status") == "finished":
-            files = ("model/model.safetensors", "model/model.json", REPORT)
-            lost = next((name for name in files if not (run.folder / name).exists()), None)
-            there = f"it has lost {lost}" if lost else "its model stays as it is"
             raise RequestError(
-                f"--resume: run {run.config.name} is finished, and no checkpoint is left to resume from; {there}; start "
-                "another run"
+                f"--resume: run {run.config.name} is finished, and no checkpoint is left to resume from; start another run"
             )
         if self.start is None:
             say("no checkpoint can be used, so the run starts from the beginning")
