@@ -86,15 +86,9 @@ def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mix_with_swap(digit_scores: Tensor, weights: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """Mix each row with a copy in which its largest score and one other, drawn at random, are swapped.
+    """Mix each row with a copy in which its largest score and one other, drawn at random, are swapped: float32[n, 10].
 
-    Args:
-        digit_scores: float32[n, 10].
-        weights: range of the weight of the row itself, drawn uniformly; at 0.5 the two digits are tied.
-        generator: on the same device.
-
-    Returns:
-        float32[n, 10].
+    `weights` is the range of the weight of the row itself, drawn uniformly; at 0.5 the two digits are tied.
     """
     rows, device = len(digit_scores), digit_scores.device
     digits = digit_scores.argmax(1, keepdim=True)

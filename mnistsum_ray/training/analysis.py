@@ -58,16 +58,8 @@ def analyse(
 ) -> TrainingResult:
     """Temperatures (on validation rows), errors (on test rows) and int8 calibration (on training rows) of the model.
 
-    The temperatures are folded into the weights that are published, and not into those of the checkpoints: a run that is resumed
-    when it is finished publishes the same model.
-
-    Args:
-        model: moved to the CPU, and changed by its temperatures.
-        state: after the last epoch.
-        worker: this one; the others have returned.
-        data: where the rows are.
-        scored: scores of such rows, all of them read by this worker.
-        train, validation, test: the rows of each split.
+    The temperatures are folded into `model`, which is published, and not into the checkpoints: a run that is resumed when it is
+    finished publishes the same model. `scored` gives the scores of all these rows on this worker.
     """
     events = worker.events
     events.note("analysing the model's answers on the test rows")

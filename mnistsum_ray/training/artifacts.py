@@ -70,13 +70,8 @@ def _read_data_files(folder: Location, flag: str) -> tuple[pa.Table | None, Chec
 def check_data(run: TrainingRun, read: Checksums, now: dict[str, Any]) -> Checksums:
     """Check that the data are those of the run that is resumed or repeated.
 
-    Args:
-        run: the request.
-        read: of this run's rows; None for rows that are streamed.
-        now: entry `data` of this run's manifest.
-
-    Returns:
-        Checksums that streamed rows must have; None where any may be trained on.
+    `read` are the checksums of this run's rows, None where they are streamed; `now` is the entry `data` of its manifest. Returns
+    the checksums that streamed rows must have; None where any may be trained on.
 
     Raises:
         RequestError: they are others; names a file where it can.

@@ -97,11 +97,7 @@ class TrainerState:
 class Checkpointer:
     """Saves model, optimizer and `TrainerState` through Ray Train; all workers take part.
 
-    Args:
-        model, optimizer: what is trained.
-        worker: this one.
-        held: the run folder; its lock is checked before each write.
-        seconds: between checkpoints within an epoch.
+    The lock of the run folder, `held`, is checked before each write; `seconds` pass between checkpoints within an epoch.
     """
 
     def __init__(self, model: TwoHeadCNN, optimizer: MuonAdamW, worker: Worker, held: OutputFolder, seconds: float) -> None:
@@ -138,8 +134,7 @@ class Checkpointer:
 def latest_state(start: Location | None) -> tuple[TrainerState, Weights] | None:
     """State and tensors (for `restore`) that a worker goes on from; None: from the beginning.
 
-    Args:
-        start: the checkpoint that `--resume` starts from. After a failure Ray Train has a later one.
+    `start` is the checkpoint that `--resume` starts from. After a failure Ray Train has a later one.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another version.

@@ -124,12 +124,11 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
     manifest = read_manifest(folder, flag)
     try:
         stored = TrainConfig(**manifest["config"])
-        if set(_FIXED) - set(manifest["config"]):
-            raise KeyError
+        same_version = set(_FIXED) <= set(manifest["config"])
     except (KeyError, TypeError, ValidationError):
-        raise RequestError(
-            f"{flag}: {(folder / 'manifest.json').display} was written by another version of this program"
-        ) from None
+        same_version = False
+    if not same_version:
+        raise RequestError(f"{flag}: {(folder / 'manifest.json').display} was written by another version of this program")
     if stored.precision is None:
         stored = stored.model_copy(update={"precision": _chosen_precision(folder, manifest)})
     given = {key: getattr(config, key) for key in config.model_fields_set}
@@ -155,11 +154,13 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
 
 def _chosen_precision(folder: Location, manifest: dict[str, Any]) -> str | None:
     """The precision that the workers of a run have chosen: of its manifest if it is finished, else of any checkpoint."""
-    for info in [] if "precision" in manifest else folder.files():
+    if "precision" in manifest:
+        return str(manifest["precision"])
+    for info in folder.files():
         if info.name == "trainer.json":
             with suppress(OSError, ValueError, KeyError, TypeError):  # a torn one
                 return str(folder.at(info.path).read_json()["precision"])
-    return manifest.get("precision")
+    return None
 
 
 def read_manifest(folder: Location, flag: str) -> dict[str, Any]:
@@ -168,20 +169,18 @@ def read_manifest(folder: Location, flag: str) -> dict[str, Any]:
     Raises:
         RequestError: it is missing or damaged.
     """
+    path = folder / "manifest.json"
     try:
-        manifest: dict[str, Any] = (folder / "manifest.json").read_json()
+        manifest: dict[str, Any] = path.read_json()
+        known = {"sha256", "location", "notice"} <= set(manifest["data"])
     except MissingFileError:
         raise RequestError(f"{flag}: there is no run in {folder.display} (no manifest.json); start it without {flag}") from None
-    except ValueError as error:
-        raise RequestError(
-            f"{flag}: {(folder / 'manifest.json').display} is not JSON ({one_line(error)}); start another run"
-        ) from None
     except StorageError as error:
         raise RequestError(f"{flag}: {error}") from None
-    data = manifest.get("data") if isinstance(manifest, dict) else None
-    if not isinstance(data, dict) or not {"sha256", "location", "notice"} <= set(data):
-        raise RequestError(
-            f"{flag}: {(folder / 'manifest.json').display} does not say which data the run had, so "
-            "it is unknown whether they are still the same; start another run"
-        )
+    except ValueError as error:
+        raise RequestError(f"{flag}: {path.display} is not JSON ({one_line(error)}); start another run") from None
+    except (KeyError, TypeError):
+        known = False
+    if not known:
+        raise RequestError(f"{flag}: {path.display} does not say which data the run had; start another run")
     return manifest

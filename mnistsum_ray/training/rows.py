@@ -203,10 +203,7 @@ def _side_by_side(pieces: list[Columns], steps: int) -> Columns:
 class EvaluationSet:
     """Held-out rows, undistorted and without numbers: those of one rank as batches on its device, and their digit scores.
 
-    Args:
-        data, rows: where all rows are, and which of them are held out.
-        rank, world_size, device: of the worker that takes a part of them.
-        network: digit scores [n, 10] of images uint8[n, 28, 28].
+    `network` computes digit scores [n, 10] of images uint8[n, 28, 28].
     """
 
     def __init__(

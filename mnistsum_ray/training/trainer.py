@@ -35,11 +35,8 @@ _CURVE_POINTS: Final = 100
 class EpochCounter:
     """Loss, rows, row ids and checksums of an epoch, kept on the device and summed over the workers now and then.
 
-    Args:
-        before: the part of the epoch that a checkpoint holds; rank 0 counts it.
-        steps: of the epoch.
-        worker: this one.
-        end_ids: for streamed rows, the row id after the last row of each file, int64[files].
+    Rank 0 counts the part of the epoch that a checkpoint holds, `before`. For streamed rows `end_ids` int64[files] are the row
+    ids after the last row of each file.
     """
 
     def __init__(self, before: EpochProgress, steps: int, worker: Worker, end_ids: Tensor | None = None) -> None:
@@ -174,9 +171,8 @@ class Trainer:
     def _step(self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float) -> Tensor:
         """Update the parameters with this worker's share of a global batch of so many rows.
 
-        Returns:
-            The mean of all heads' losses, without label smoothing, summed over this worker's rows. The next step may overwrite
-            it.
+        Returns the mean of all heads' losses, without label smoothing, summed over this worker's rows. The next step may
+        overwrite it.
         """
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
