@@ -137,7 +137,7 @@ def test_three_workers_train_as_one_does_and_a_new_group_goes_on_bit_for_bit(tmp
         weights.append(first)
     one, alone, stopped = weights
     assert all(torch.equal(alone[key], stopped[key]) for key in alone)
-    # The ranks have 10, 11 and 11 rows of each batch. With wrong weights of the ranks the layers differ by 4 to 20 %, else by 0.5.
+    # The ranks have 10, 11 and 11 rows of each batch. With wrong weights of the ranks layers differ by 4 to 20 %, else by 0.5 %.
     torch.manual_seed(0)
     for key, start in copy_weights(TwoHeadCNN()).items():
         assert (alone[key] - one[key]).norm() < 0.03 * (one[key] - start).norm(), key
