@@ -164,15 +164,8 @@ def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimi
     tensors |= {name: value for name, value in checksums.items() if value is not None}
     data = save_tensors(tensors)
     (folder / STATE_FILE).write_bytes(data)
-    fields = {
-        "format": STATE_FORMAT,
-        "epochs_done": state.epochs_done,
-        "progress": asdict(replace(state.progress, checksums=None)),
-        "precision": state.precision,
-        "history": state.history,
-        "sum_head": state.sum_head,
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    without_tensors = replace(state, checksums=None, progress=replace(state.progress, checksums=None))
+    fields = {"format": STATE_FORMAT, **asdict(without_tensors), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / STATE_CARD).write_text(json.dumps(fields) + "\n")
 
 
@@ -194,15 +187,8 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
         tensors = load_tensors(data)
         points = [tuple(point) for point in fields["progress"]["points"]]
         progress = EpochProgress(**fields["progress"] | {"points": points, "checksums": tensors.get("checksums.progress")})
-        state = TrainerState(
-            fields["epochs_done"],
-            fields["history"],
-            fields["precision"],
-            progress,
-            fields["sum_head"],
-            tensors.get("checksums.files"),
-        )
-        return state, tensors
+        plain = {name: fields[name] for name in ("epochs_done", "history", "precision", "sum_head")}
+        return TrainerState(**plain, progress=progress, checksums=tensors.get("checksums.files")), tensors
     except MissingFileError as error:
         raise CheckpointError(f"a file is missing ({error})") from None
     except SafetensorError as error:

@@ -39,7 +39,7 @@ from mnistsum_ray.training.artifacts import (
     write_report,
 )
 from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_valid_checkpoint
-from mnistsum_ray.training.fetch import load_rows, stream_rows
+from mnistsum_ray.training.fetch import load_rows
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
 from mnistsum_ray.training.ray_hooks import InterruptibleTrainer, RunCallback
@@ -95,8 +95,8 @@ class _Driver:
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
         memory = check_memory(run, plan, cluster)
-        streamed, read = source.files if run.shuffle.streamed else None, Progress(console.progress, "rows read", source.rows)
-        self.rows = stream_rows(streamed) if streamed else load_rows(source, read)
+        read = Progress(console.progress, "rows read", source.rows)
+        self.rows = load_rows(source, streamed=run.shuffle.streamed, on_progress=read)
         console.say(memory)  # after the rows have been read: a refusal is one line
         then = run.same_data[1] if run.same_data else {}
         self.manifest = build_manifest(run, self.rows.checksums, plan) | {"threads": choose_threads(plan, cluster, then)}
@@ -157,7 +157,8 @@ class _Driver:
             self.held.write(_MANIFEST, self.manifest | {"status": status})
 
     def _on_epoch(self, line: dict[str, Any]) -> None:
-        self.metrics.add(line | {"rows": (rows := len(self.run.source.train)), "of_rows": rows, "loss": line["train_loss"]})
+        rows = len(self.run.source.train)
+        self.metrics.add(line | {"rows": rows, "of_rows": rows, "loss": line["train_loss"]})
         self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
         try:
             write_history(self.held, self.history)

@@ -47,13 +47,14 @@ class LoadedRows:
 
     data: "ray.ObjectRef[RowData]"
     checksums: npt.NDArray[np.int64] | None
-    """Sum of `row_checksums` of each file, int64[files]; None where the rows have not been read, but are streamed."""
+    """Sum of `row_checksums` of each file, int64[files]; None where the rows are streamed."""
 
 
-def load_rows(source: Source, on_progress: Callable[[int], None] = lambda _: None) -> LoadedRows:
-    """Read and decode a whole source into the object store of the driver's node, from where each node that needs it copies it.
+def load_rows(source: Source, *, streamed: bool, on_progress: Callable[[int], None] = lambda _: None) -> LoadedRows:
+    """Give the workers access to a source: to the files of rows that are streamed; else to decoded rows in the object store.
 
-    This process holds the rows a second time until they are there. `on_progress` gets numbers of rows that have been read.
+    Each node copies them from that of the driver, and this process holds them a second time until they are there. `on_progress`
+    gets numbers of rows that have been read.
 
     Raises:
         RequestError: a file or a row cannot be used; the message names it.
@@ -61,6 +62,8 @@ def load_rows(source: Source, on_progress: Callable[[int], None] = lambda _: Non
         RowCountError: the files hold more or fewer rows than their footers say.
     """
     data = source.data
+    if streamed:
+        return LoadedRows(ray.put(data), None)
     if isinstance(data, ImageArrays):
         return LoadedRows(ray.put(data), row_checksums(np.arange(source.rows), data.images, data.digits).sum(keepdims=True))
     images, digits = np.empty((source.rows, SIDE, SIDE), np.uint8), np.empty(source.rows, np.int8)
@@ -75,11 +78,6 @@ def load_rows(source: Source, on_progress: Callable[[int], None] = lambda _: Non
     if end != source.rows:
         raise RowCountError(f"read {end:,} rows of {data.root.display}, whose files hold {source.rows:,}")
     return LoadedRows(ray.put(ImageArrays(images, digits)), checksums)
-
-
-def stream_rows(files: ParquetFiles) -> LoadedRows:
-    """Access to rows that stay in their files."""
-    return LoadedRows(ray.put(files), None)
 
 
 def _read_blocks(files: ParquetFiles) -> Iterator[pa.Table]:

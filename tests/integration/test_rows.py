@@ -24,7 +24,7 @@ from mnistsum_ray.errors import RequestError, RunError, StorageError
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training import rows as rows_module
-from mnistsum_ray.training.fetch import LoadedRows, load_rows, stream_rows
+from mnistsum_ray.training.fetch import LoadedRows, load_rows
 from mnistsum_ray.training.rows import Batch, EvaluationSet, TrainingRows
 
 SHUFFLE_ROWS = 400
@@ -51,13 +51,14 @@ def write_files(folder: Path, rows: pa.Table, group_rows: tuple[int, ...] = (30,
 
 def in_memory(folder: Path, batch_size: int = BATCH) -> Rows:
     source = open_source(str(folder))
-    return source, load_rows(source), Shuffle(source.train, None, batch_size, SHUFFLE_ROWS, SEED)
+    return source, load_rows(source, streamed=False), Shuffle(source.train, None, batch_size, SHUFFLE_ROWS, SEED)
 
 
 def streamed(folder: Path, batch_size: int = BATCH) -> Rows:
     source = open_source(str(folder))
     assert source.files is not None
-    return source, stream_rows(source.files), Shuffle(source.train, source.files.group_bounds, batch_size, SHUFFLE_ROWS, SEED)
+    shuffle = Shuffle(source.train, source.files.group_bounds, batch_size, SHUFFLE_ROWS, SEED)
+    return source, load_rows(source, streamed=True), shuffle
 
 
 WAYS: dict[str, Callable[..., Rows]] = {"in memory": in_memory, "streamed": streamed}
@@ -168,7 +169,7 @@ def test_the_checksums_are_of_the_rows_and_not_of_the_files(tmp_path: Path, samp
     prints = []
     for name, size, rows in (("a", 500, sample[::10]), ("b", 70, sample[::10]), ("c", 500, sample[::10][::-1])):
         source, counts = open_source(str(write_files(tmp_path / name, rows, (size,)))), list[int]()
-        checksums = load_rows(source, counts.append).checksums
+        checksums = load_rows(source, streamed=False, on_progress=counts.append).checksums
         assert sum(counts) == 500
         assert checksums is not None
         prints.append(source.content_sha256(checksums))
@@ -188,7 +189,7 @@ def test_a_bad_row_is_named(tmp_path: Path, mixed: pa.Table) -> None:
     source = open_source(str(files))
     (files / "2.parquet").unlink()
     with pytest.raises(RunError, match=r"--data .*2\.parquet: "):
-        load_rows(source)
+        load_rows(source, streamed=False)
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,11 @@ def test_a_file_whose_reader_always_dies_ends_the_run_and_is_named(folder: Path)
     assert source.files is not None
     files = DeadlyFiles(source.files.root, source.files.table)
     said = r"2\.parquet: the process that reads there died 3 times \(out of memory\? Ray's logs may tell\)"
+    deadly = replace(source, data=files)
     with pytest.raises(RunError, match=said):
-        load_rows(replace(source, data=files))
+        load_rows(deadly, streamed=False)
     with pytest.raises(RunError, match=said):
-        feed((source, stream_rows(files), shuffle), epochs=1)
+        feed((source, load_rows(deadly, streamed=True), shuffle), epochs=1)
 
 
 def test_held_out_rows_are_shared_out_whole(rows: Rows) -> None:
