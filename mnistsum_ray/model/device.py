@@ -76,10 +76,8 @@ def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
 def cuda_index(gpu: str, visible: str | None, count: int) -> int:
     """Index in PyTorch of the GPU that Ray assigned to this process: 0, except with RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES.
 
-    Args:
-        gpu: one of `ray.get_gpu_ids()`: a number, or a name such as GPU-1a2b….
-        visible: CUDA_VISIBLE_DEVICES of this process.
-        count: GPUs that PyTorch finds. On AMD's, Ray sets another variable.
+    `gpu` is one of `ray.get_gpu_ids()`, a number or a name such as GPU-1a2b…; `visible` is CUDA_VISIBLE_DEVICES of this process
+    (for AMD's GPUs Ray sets another variable); PyTorch finds `count` GPUs.
     """
     devices = visible.split(",") if visible else []
     index = devices.index(gpu) if gpu in devices else int(gpu) if gpu.isdecimal() and not devices else 0

@@ -82,7 +82,7 @@ class TrainerState:
     progress: EpochProgress = field(default_factory=EpochProgress)
     """Progress within the epoch after `epochs_done`."""
     sum_head: dict[str, Any] | None = None
-    """Of fine-tuning the sum head: `steps`, whether the result was `kept`, and the `Metrics` of `validation` and `test` after it,
+    """Result of fine-tuning the sum head: `steps`, whether it was `kept`, and the `Metrics` of `validation` and `test` after it,
     also where it was undone. None before, and in runs without it."""
     checksums: Tensor | None = None
     """Sums of the `order.row_checksums` of all rows of each file, int64[files]; None before they are known, and in memory."""
@@ -104,7 +104,7 @@ class Checkpointer:
         self._model, self._optimizer, self._worker, self._held, self._seconds = model, optimizer, worker, held, seconds
         self._saved = time.perf_counter()
         self._folders: list[tempfile.TemporaryDirectory[str]] = []
-        """Of the checkpoints, on rank 0. Ray Train deletes each when it has been uploaded."""
+        """Folders of the checkpoints, on rank 0. Ray Train deletes each when it has been uploaded."""
 
     def idle(self) -> bool:
         """Whether no upload is under way: slow storage holds no step up, and an upload that begins is of the newest state."""
