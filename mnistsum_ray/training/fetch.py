@@ -36,7 +36,6 @@ _FILES_NAMED: Final = 3
 
 Columns = dict[str, np.ndarray]
 
-
 RowData = ImageArrays | ParquetFiles
 """What workers fetch rows from, with their method `fetch`: arrays in the object store, or files."""
 
@@ -136,7 +135,7 @@ class ReadRows:
     """Turns tasks into the rows that a worker trains on, in the order of the steps; runs in an actor."""
 
     def __init__(self, data: "ray.ObjectRef[RowData]", shuffle: Shuffle, distortion: float, counter: Any = None) -> None:
-        """`counter` is what `crash_counter` yields; `rows` needs none."""
+        # `counter` is what `crash_counter` yields; `rows` needs none.
         self._data, self._shuffle, self._distortion, self._counter = _resolved(data), shuffle, distortion, counter
 
     def __call__(self, task: dict[str, np.ndarray]) -> pa.Table:
@@ -154,18 +153,17 @@ class ReadRows:
         """
         images, digits = self._data.fetch(ids)
         seed = self._shuffle.seed
-        columns: Columns = {
+        columns = {
             "row_id": ids,
             "number": random_numbers(seed, epoch, ids).astype(np.int8),
             "index": np.full(len(ids), index),
         }
         if self._shuffle.streamed:
             columns["checksum"] = row_checksums(ids, images, digits)
-        table = _block(images, digits, columns)
-        if not self._distortion:
-            return table
-        matrices = distortions(seed, epoch, ids, self._distortion)  # the worker distorts the images, on its device
-        return table.append_column("affine", pa.FixedSizeListArray.from_arrays(pa.array(matrices.ravel()), AFFINE_VALUES))
+        if self._distortion:  # the worker distorts the images, on its device
+            matrices = distortions(seed, epoch, ids, self._distortion)
+            columns["affine"] = pa.FixedSizeListArray.from_arrays(pa.array(matrices.ravel()), AFFINE_VALUES)
+        return _block(images, digits, **columns)
 
 
 def block_columns(table: pa.Table) -> Columns:
@@ -180,9 +178,9 @@ def block_columns(table: pa.Table) -> Columns:
     return columns
 
 
-def _block(images: Pixels, digits: npt.NDArray[np.int8], columns: Columns | None = None) -> pa.Table:
+def _block(images: Pixels, digits: npt.NDArray[np.int8], **columns: Any) -> pa.Table:
     """A block of rows. Images are not copied: Ray Data would make its own Arrow type of them, and copy them twice."""
-    return pa.table({"image": pixels_array(images), "digit": digits} | (columns or {}))
+    return pa.table({"image": pixels_array(images), "digit": digits, **columns})
 
 
 def _images_and_digits(table: pa.Table) -> tuple[Pixels, npt.NDArray[np.int8]]:
