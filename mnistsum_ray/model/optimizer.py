@@ -57,7 +57,10 @@ class Muon:
     """
 
     def __init__(self, matrices: Sequence[Tensor], momentum: float, weight_decay: float, dtype: torch.dtype) -> None:
-        self._matrices, self._share, self._weight_decay, self._dtype = list(matrices), momentum, weight_decay, dtype
+        self._matrices = list(matrices)
+        self._share = momentum
+        self._weight_decay = weight_decay
+        self._dtype = dtype
         # Steps of tall matrices are larger, so that an element moves as far as one of a wide matrix.
         self._rates = [math.sqrt(max(1.0, len(matrix) / matrix.shape[1])) for matrix in matrices]
         wide = [(min(matrix.shape), max(matrix.shape)) for matrix in matrices]

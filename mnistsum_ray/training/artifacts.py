@@ -78,14 +78,15 @@ def check_data(run: TrainingRun, read: Checksums, now: dict[str, Any]) -> Checks
     """
     if run.same_data is None:
         return None
-    (folder, stored), files, resume = run.same_data, run.source.files, run.config.resume
-    then = stored["data"]
+    folder, stored = run.same_data
+    then, files = stored["data"], run.source.files
+    resume = bool(run.config.resume)
     flag = "--resume" if resume else f"--from-run {run.config.from_run}"
     advice = "name the same data, or start another run" if resume else "name the data with --data, and the model will be another"
     table, expected = _read_data_files(folder, flag)
     if files and table is not None and (read is None or expected is None):
         # Rows that were not read can only be known by their footers and, in the same place, the times of their files.
-        changed = files.changed_file(table, same_place=bool(resume) and then["location"] == run.source.location)
+        changed = files.changed_file(table, same_place=resume and then["location"] == run.source.location)
     elif files and read is not None and expected is not None and len(expected) == len(read) and (expected != read).any():
         changed = f"{files.location(int(np.flatnonzero(expected != read)[0])).display}: holds other rows than when the run began"
     elif now["sha256"] is None or now["sha256"] != then["sha256"]:

@@ -101,7 +101,11 @@ class Checkpointer:
     """
 
     def __init__(self, model: TwoHeadCNN, optimizer: MuonAdamW, worker: Worker, held: OutputFolder, seconds: float) -> None:
-        self._model, self._optimizer, self._worker, self._held, self._seconds = model, optimizer, worker, held, seconds
+        self._model = model
+        self._optimizer = optimizer
+        self._worker = worker
+        self._held = held
+        self._seconds = seconds
         self._saved = time.perf_counter()
         self._folders: list[tempfile.TemporaryDirectory[str]] = []
         """Folders of the checkpoints, on rank 0. Ray Train deletes each when it has been uploaded."""

@@ -91,7 +91,10 @@ class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
     def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console) -> None:
-        self.run, self.plan, self.held, self.console = run, plan, held, console
+        self.run = run
+        self.plan = plan
+        self.held = held
+        self.console = console
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
         memory = check_memory(run, plan, cluster)
@@ -132,7 +135,8 @@ class _Driver:
             if source.files:
                 checksums = self.rows.checksums if self.expected_checksums is None else self.expected_checksums
                 write_data_files(self.held, source.files, checksums)
-            (self.held.write if run.config.resume else self.held.create)(_MANIFEST, self.manifest)
+            write = self.held.write if run.config.resume else self.held.create
+            write(_MANIFEST, self.manifest)
             of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
             self.console.say(
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
@@ -168,7 +172,8 @@ class _Driver:
             threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()
 
     def _trainer(self, events: Events) -> InterruptibleTrainer:
-        run, config, (min_workers, max_workers) = self.run, self.run.config, self.plan.worker_range
+        run, config = self.run, self.run.config
+        min_workers, max_workers = self.plan.worker_range
         loop = LoopConfig(
             run.hyperparameters,
             self.manifest["threads"],
@@ -210,7 +215,10 @@ class _Driver:
 
     def _train(self, events: Events) -> TrainingResult:
         """Run Ray Train to its end, and delete the checkpoint that it started from; the result of rank 0."""
-        config, say, start, trainer = self.run.config, self.console.say, self.start, self._trainer(events)
+        config = self.run.config
+        say = self.console.say
+        start = self.start
+        trainer = self._trainer(events)
 
         def must_end() -> bool:
             """Whether a worker has met what another attempt would meet again, or the folder is lost."""

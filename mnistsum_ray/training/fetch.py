@@ -136,7 +136,10 @@ class ReadRows:
 
     def __init__(self, data: "ray.ObjectRef[RowData]", shuffle: Shuffle, distortion: float, counter: Any = None) -> None:
         # `counter` is what `crash_counter` yields; `rows` needs none.
-        self._data, self._shuffle, self._distortion, self._counter = _resolved(data), shuffle, distortion, counter
+        self._data = _resolved(data)
+        self._shuffle = shuffle
+        self._distortion = distortion
+        self._counter = counter
 
     def __call__(self, task: dict[str, np.ndarray]) -> pa.Table:
         """The rows of the positions first..end-1 of a batch at the steps first_step..end_step-1 of an epoch."""

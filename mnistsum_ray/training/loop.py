@@ -77,7 +77,9 @@ class TrainingLoop:
     """The run on one worker, from its last checkpoint on."""
 
     def __init__(self, config: LoopConfig, worker: Worker) -> None:
-        self._config, self._parameters, self._worker = config, config.hyperparameters, worker
+        self._config = config
+        self._parameters = config.hyperparameters
+        self._worker = worker
         self._data: RowData = ray.get(config.data)
         saved = latest_state(config.start)
         if saved:
@@ -101,7 +103,9 @@ class TrainingLoop:
 
     def train(self) -> None:
         """Train the epochs that are left, and fine-tune the sum head."""
-        state, parameters, worker = self._state, self._parameters, self._worker
+        state = self._state
+        parameters = self._parameters
+        worker = self._worker
         streamed = self._data if isinstance(self._data, ParquetFiles) else None
         # On CPUs the readers share the cores with the training, which takes a few thousand rows/s a core.
         cpus = worker.cpus // 4 if worker.device.type == "cpu" else worker.cpus
@@ -169,7 +173,9 @@ class TrainingLoop:
 
         The result is undone if the heads then agree on fewer validation pairs. Rank 0 trains, and the others take its weights.
         """
-        state, model, events = self._state, self._trainer.model, self._worker.events
+        state = self._state
+        model = self._trainer.model
+        events = self._worker.events
         events.note(f"fine-tuning the sum head, {steps:,} steps")
         weights = copy_weights(model)
         model.eval()

@@ -184,7 +184,8 @@ class TrainingRows:
             for task, table in zip(tasks, blocks, strict=True):
                 if "error" in table.column_names:
                     # The storage may answer the next attempt; what is wrong in a file stays wrong.
-                    raise (OSError if table["type"][0].as_py() == "OSError" else RunError)(table["error"][0].as_py())
+                    kind = OSError if table["type"][0].as_py() == "OSError" else RunError
+                    raise kind(table["error"][0].as_py())
                 if (table.num_rows, table["index"][0].as_py()) != (task["rows"], task["index"]):
                     raise RowCountError(f"{table.num_rows} rows of task {table['index'][0]} came in place of {task}")
                 yield block_columns(table)
@@ -218,7 +219,9 @@ class EvaluationSet:
         self.rows = rows
         self.checksums = np.zeros(len(data.end_ids) if isinstance(data, ParquetFiles) else 0, np.int64)
         """Sum of the `row_checksums` of this worker's rows of each file, as they were read last; empty for rows in memory."""
-        self._data, self._device, self._network = data, device, network
+        self._data = data
+        self._device = device
+        self._network = network
         self._indices = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
         self._resident = list(self._read()) if len(rows) <= _RESIDENT_ROWS else None
         self._scores: dict[torch.Tensor, torch.Tensor] = {}

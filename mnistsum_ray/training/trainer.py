@@ -121,10 +121,15 @@ class Trainer:
             RowCountError: a row was lost or repeated.
         """
         self._objective.train()
-        epoch, before, steps = state.epochs_done, state.progress, shuffle.steps
+        epoch = state.epochs_done
+        before = state.progress
+        steps = shuffle.steps
         counter = EpochCounter(before, steps, self.worker, end_ids)
         started, begun = time.time(), time.perf_counter()
-        reported, waited, first_batch, rate = begun, 0.0, 0.0, 0.0
+        reported = begun
+        waited = 0.0
+        first_batch = 0.0
+        rate = 0.0
         check_steps = max(1, min(_CHECK_STEPS, _CHECK_ROWS // self.hyperparameters.batch_size))
         for step in range(before.steps, steps):
             asked = time.perf_counter()

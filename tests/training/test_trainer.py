@@ -52,7 +52,9 @@ def test_the_workers_dropout_is_that_of_the_whole_batch() -> None:
 @pytest.mark.parametrize(("steps", "checked"), [(1, [1]), (40, [16, 32, 40]), (1000, range(16, 1016, 16))])
 def test_the_losses_within_an_epoch_are_means_since_the_one_before(steps: int, checked: Iterable[int]) -> None:
     """One row a step, whose loss is the number of the step."""
-    counter, progress, done = EpochCounter(EpochProgress(), steps, ALONE), EpochProgress(), 0
+    counter = EpochCounter(EpochProgress(), steps, ALONE)
+    progress = EpochProgress()
+    done = 0
     for check in (min(check, steps) for check in checked):
         for step in range(done + 1, check + 1):
             counter.add({"mixed_id": torch.tensor([step])}, torch.tensor(float(step)))
