@@ -49,11 +49,8 @@ class Muon:
     that is 110 ms a step for this network, in place of 9. This class takes matrices together: on GPUs, where launches count, all
     of them, filled up with zeros, which changes no result; on CPUs, where multiplications count, those of one shape.
 
-    Args:
-        matrices: the parameters, of two dimensions; they are updated in place.
-        momentum: share of the old momentum that is kept.
-        weight_decay: decoupled; in each step a parameter loses this share of itself, times the learning rate.
-        dtype: of the orthogonalization.
+    The parameters, `matrices`, are updated in place. `momentum` is the share of the old momentum that is kept, `dtype` that of
+    the orthogonalization. In each step a parameter loses the share `weight_decay` of itself, times the learning rate.
     """
 
     def __init__(self, matrices: Sequence[Tensor], momentum: float, weight_decay: float, dtype: torch.dtype) -> None:
@@ -115,10 +112,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the weights of the hidden layers (conv2 to conv6 and fc1); AdamW for the first and last layers and all biases.
 
-    Args:
-        model: on the device where it will be trained; its parameters must not move in memory afterwards.
-        weight_decay: decoupled weight decay of both optimizers.
-        dtype: of Muon's orthogonalization.
+    The model is on the device where it will be trained: its parameters must not move in memory afterwards. `weight_decay` and
+    `dtype` are as of `Muon`.
     """
 
     def __init__(self, model: TwoHeadCNN, weight_decay: float, dtype: torch.dtype) -> None:

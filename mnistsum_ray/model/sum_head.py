@@ -38,12 +38,8 @@ def finetune_sum_head(
     The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most likely digit instead, the head
     is sure of every sum, also of wrong ones (negative log-likelihood 0.033 nats instead of 0.013).
 
-    Args:
-        model: on any device; its sum head is trained in place, in float32.
-        digit_scores: float32[n, 10] of training rows, on the same device.
-        steps: number of optimizer steps; each step draws 512 new mixtures of scores and random numbers.
-        seed: seed of the mixtures and the numbers.
-        on_progress: called with the number of steps done since the last call.
+    The sum head is trained in place, in float32, on digit scores float32[n, 10] of training rows on the same device. Each step
+    draws 512 new mixtures of scores and random numbers, from `seed`. `on_progress` gets the number of steps since its last call.
     """
     device = digit_scores.device
     generator = torch.Generator(device).manual_seed(seed)

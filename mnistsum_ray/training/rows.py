@@ -14,8 +14,7 @@ windows as make _TASK_ROWS rows; here that is the whole epoch, of two windows. E
 Each worker has its own execution of Ray Data, which goes over the ends of the epochs. The order of every epoch is known
 beforehand (data/order.py), so the first batches of the next epoch are ready before this one ends, and which rows a worker gets
 depends on nothing that a scheduler decides. Ray's `streaming_split` would drop up to one row a worker, and a new execution for
-each epoch would cost its start-up each time. 4,000 tasks, of 131 million rows in all, begin 1.6 s later than 500, and Ray Data
-then holds 30 MiB more.
+each epoch would cost its start-up each time.
 """
 
 from collections.abc import Callable, Iterable, Iterator
