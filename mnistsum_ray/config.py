@@ -9,7 +9,7 @@ import re
 import textwrap
 from dataclasses import dataclass
 from inspect import Parameter, Signature
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -61,29 +61,69 @@ class TrainingData(JobConfig):
     windows of so many rows"""
 
 
+RecipeName = Literal["quick", "short", "long"]
+
+RECIPES: Final = {
+    "epochs": ((1, 5, 30), (3, 3, 40)),
+    "batch_size": ((128, 256, 128), (64, 64, 64)),
+    "learning_rate": ((0.05, 0.02, 0.02), (0.05, 0.05, 0.02)),
+    "distortion": ((0.5, 0.5, 1.0), (0.5, 0.5, 1.0)),
+    "label_smoothing": ((0.05, 0.0, 0.05), (0.05, 0.05, 0.05)),
+    "dropout": ((0.0, 0.0, 0.25), (0.0, 0.0, 0.25)),
+    "sum_head_steps": ((1_000, 2_000, 2_000), (1_000, 1_000, 2_000)),
+}
+"""Values of the recipes quick, short and long; then those for fewer than SMALL_ROWS training rows, where runs have smaller
+batches and more epochs: the sum head needs its number of steps. Few steps need a higher learning rate and label smoothing."""
+
+SMALL_ROWS: Final = 20_000
+
+
+def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
+    """Hyperparameters that a recipe sets; `small` for fewer than SMALL_ROWS training rows."""
+    column = get_args(RecipeName).index(name)
+    return {field: values[small][column] for field, values in RECIPES.items()}
+
+
+def _of_recipe(name: str, text: str, **limits: Any) -> Any:
+    """An optional field that the recipe sets: its help is the text, and in brackets the values of the recipes."""
+    large, small = (_listed(values) for values in RECIPES[name])
+    values = large if small == large else f"{large}; under {SMALL_ROWS:,} rows {small}"
+    return Field(None, description=f"{text} [{values}]", **limits)
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    """The values of the recipes, each with the names of those that have it, unless all have the same."""
+    recipes: dict[float, list[str]] = {}
+    for recipe, value in zip(get_args(RecipeName), values, strict=True):
+        recipes.setdefault(value, []).append(recipe)
+    if len(recipes) == 1:
+        return f"{values[0]:g}"
+    return ", ".join(f"{' and '.join(names)} {value:g}" for value, names in recipes.items())
+
+
 class Recipe(JobConfig):
     """Recipe and optimization."""
 
-    recipe: Literal["quick", "short", "long"] = "short"
+    recipe: RecipeName = "short"
     """quick: as accurate as the original, in less time; long: more epochs, with dropout and stronger distortion, for higher
     accuracy"""
-    epochs: int | None = Field(None, ge=1, le=10_000)
-    """passes over the training rows [quick 1, short 5, long 30; under 20,000 rows 3, 3, 40]"""
-    batch_size: int | None = Field(None, ge=1, le=65_536)
-    """rows per optimizer step, all workers together [256, quick and long 128; under 20,000 rows 64]"""
-    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """peak of Muon's one-cycle schedule; AdamW uses a fraction of it [0.02, quick 0.05; under
-    20,000 rows short too]"""
+    epochs: int | None = _of_recipe("epochs", "passes over the training rows", ge=1, le=10_000)
+    batch_size: int | None = _of_recipe("batch_size", "rows per optimizer step, all workers together", ge=1, le=65_536)
+    learning_rate: float | None = _of_recipe(
+        "learning_rate", "peak of Muon's one-cycle schedule; AdamW uses a fraction of it", gt=0, allow_inf_nan=False
+    )
     weight_decay: float = Field(0.01, ge=0, le=10)
     """decoupled weight decay"""
-    distortion: float | None = Field(None, ge=0, le=4)
-    """strength of random rotation, scaling, shear and shift of training images [0.5, long 1]"""
-    label_smoothing: float | None = Field(None, ge=0, lt=1)
-    """weight of the uniform distribution in the targets of both heads [0.05; short from 20,000 rows on 0]"""
-    dropout: float | None = Field(None, ge=0, lt=1)
-    """dropout rate of the last hidden layer [0, long 0.25]"""
-    sum_head_steps: int | None = Field(None, ge=0, le=100_000)
-    """steps of fine-tuning the sum head alone after the last epoch [2000, quick 1000; under 20,000 rows short too]"""
+    distortion: float | None = _of_recipe(
+        "distortion", "strength of random rotation, scaling, shear and shift of training images", ge=0, le=4
+    )
+    label_smoothing: float | None = _of_recipe(
+        "label_smoothing", "weight of the uniform distribution in the targets of both heads", ge=0, lt=1
+    )
+    dropout: float | None = _of_recipe("dropout", "dropout rate of the last hidden layer", ge=0, lt=1)
+    sum_head_steps: int | None = _of_recipe(
+        "sum_head_steps", "steps of fine-tuning the sum head alone after the last epoch", ge=0, le=100_000
+    )
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"""
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mnistsum_ray.benchmark import original
+from mnistsum_ray.config import recipe_defaults
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.images import Pixels, pixels_array
 from mnistsum_ray.data.order import NUMBERS
@@ -32,7 +33,6 @@ from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
 from mnistsum_ray.storage.folder import empty_output
 from mnistsum_ray.storage.paths import locate
-from mnistsum_ray.training.preflight import recipe_defaults
 
 Measurement = dict[str, float]
 """Figures of one way, as mnistsum_ray/benchmark/README.md explains them."""
@@ -96,9 +96,10 @@ class TrainingStep:
         strength = recipe_defaults("short", small=False)["distortion"]
         self.matrices = torch.from_numpy(distortions(0, 0, np.arange(original.BATCH), strength)).to(device)
         self.model, self.places = TwoHeadCNN().to(device), pixel_places(device)
-        self.optimizer = MuonAdamW(self.model, weight_decay=0.01)
-        self.dtype = torch.bfloat16 if faster_with_bf16(device) else torch.float32
-        self.objective: nn.Module = Objective(self.model, 0.0, self.dtype)
+        dtype = torch.bfloat16 if faster_with_bf16(device) else torch.float32
+        self.objective: nn.Module = Objective(self.model, 0.0, dtype)
+        self.optimizer = MuonAdamW(self.model, 0.01, dtype)
+        self.optimizer.set_learning_rate(0.01)
 
     def __call__(self, pixels: Tensor, digits: Tensor) -> int:
         """Train with a batch on the device, uint8[n, 28, 28] and int64[n]; return n."""
@@ -107,7 +108,7 @@ class TrainingStep:
         images = distort(prepare_images(pixels), self.matrices[: len(digits)], self.places)
         loss, _ = self.objective(images, numbers, digits, None)
         torch.autograd.backward(loss / original.BATCH)
-        self.optimizer.step(0.01, self.dtype)
+        self.optimizer.step()
         return len(digits)
 
 

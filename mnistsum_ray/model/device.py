@@ -1,16 +1,15 @@
-"""Process-wide settings of PyTorch and malloc, questions about the hardware, and collective operations of workers."""
+"""The device that this process computes on: its settings, arrays as tensors there, and questions about the hardware."""
 
 import ctypes
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
@@ -77,10 +76,8 @@ def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
 def cuda_index(gpu: str, visible: str | None, count: int) -> int:
     """Index in PyTorch of the GPU that Ray assigned to this process: 0, except with RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES.
 
-    Args:
-        gpu: one of `ray.get_gpu_ids()`: a number, or a name such as GPU-1a2b….
-        visible: CUDA_VISIBLE_DEVICES of this process.
-        count: GPUs that PyTorch finds. On AMD's, Ray sets another variable.
+    `gpu` is one of `ray.get_gpu_ids()`, a number or a name such as GPU-1a2b…; `visible` is CUDA_VISIBLE_DEVICES of this process
+    (for AMD's GPUs Ray sets another variable); PyTorch finds `count` GPUs.
     """
     devices = visible.split(",") if visible else []
     index = devices.index(gpu) if gpu in devices else int(gpu) if gpu.isdecimal() and not devices else 0
@@ -100,29 +97,3 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "instructions": [name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni") if capabilities.get(name)],
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
-
-
-def _several_workers() -> bool:
-    # NCCL makes its communicator in the first collective: with one worker, which needs none, it would take 1 to 2 s and memory.
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Element-wise sum of a tensor over all workers, on every worker, as a new tensor."""
-    values = values.clone()
-    if _several_workers():
-        dist.all_reduce(values)
-    return values
-
-
-def broadcast_parameters(parameters: Iterable[Tensor]) -> None:
-    """Copy the parameters of rank 0 to all workers, in place.
-
-    Different CPUs or GPUs round differently, so copies of the network may differ in the last bits after an epoch. Without this
-    they would drift apart.
-    """
-    if _several_workers():
-        for parameter in parameters:
-            sent = parameter.detach().contiguous()
-            dist.broadcast(sent, src=0)
-            parameter.detach().copy_(sent)

@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -49,14 +49,15 @@ class Muon:
     that is 110 ms a step for this network, in place of 9. This class takes matrices together: on GPUs, where launches count, all
     of them, filled up with zeros, which changes no result; on CPUs, where multiplications count, those of one shape.
 
-    Args:
-        matrices: the parameters, of two dimensions; they are updated in place.
-        momentum: share of the old momentum that is kept.
-        weight_decay: decoupled; in each step a parameter loses this share of itself, times the learning rate.
+    The parameters, `matrices`, are updated in place. `momentum` is the share of the old momentum that is kept, `dtype` that of
+    the orthogonalization. In each step a parameter loses the share `weight_decay` of itself, times the learning rate.
     """
 
-    def __init__(self, matrices: Sequence[Tensor], momentum: float, weight_decay: float) -> None:
-        self._matrices, self._share, self._weight_decay = list(matrices), momentum, weight_decay
+    def __init__(self, matrices: Sequence[Tensor], momentum: float, weight_decay: float, dtype: torch.dtype) -> None:
+        self._matrices = list(matrices)
+        self._share = momentum
+        self._weight_decay = weight_decay
+        self._dtype = dtype
         # Steps of tall matrices are larger, so that an element moves as far as one of a wide matrix.
         self._rates = [math.sqrt(max(1.0, len(matrix) / matrix.shape[1])) for matrix in matrices]
         wide = [(min(matrix.shape), max(matrix.shape)) for matrix in matrices]
@@ -73,12 +74,12 @@ class Muon:
         self.momenta = self._parts(self._momentum)
         """Momentum of each matrix, in its shape; it may be filled in place."""
 
-    def step(self, gradients: Sequence[Tensor], learning_rate: float, dtype: torch.dtype) -> None:
-        """Update the matrices from their gradients; `dtype` is that of the orthogonalization."""
+    def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
+        """Update the matrices from their gradients."""
         gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])
         self._momentum.lerp_(gradient, 1 - self._share)
         self._stacked.index_copy_(0, self._places, gradient.lerp_(self._momentum, self._share))
-        steps = [orthogonalize(stack).view(-1) for stack in self._stacks(self._stacked.to(dtype)).values()]
+        steps = [orthogonalize(stack).view(-1) for stack in self._stacks(self._stacked.to(self._dtype)).values()]
         updates = self._parts(torch.cat(steps).float().index_select(0, self._places))
         torch._foreach_mul_(self._matrices, 1 - learning_rate * self._weight_decay)
         torch._foreach_add_(self._matrices, torch._foreach_mul(updates, [-learning_rate * rate for rate in self._rates]))
@@ -108,50 +109,60 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return matrices
 
 
-class MuonAdamW:
+class MuonAdamW(torch.optim.Optimizer):
     """Muon for the weights of the hidden layers (conv2 to conv6 and fc1); AdamW for the first and last layers and all biases.
 
-    Muon takes matrices, so a convolution's weights are passed as a matrix view, output channels by inputs.
-
-    Args:
-        model: on the device where it will be trained; its parameters must not move in memory afterwards.
-        weight_decay: decoupled weight decay of both optimizers.
+    The model is on the device where it will be trained: its parameters must not move in memory afterwards. `weight_decay` and
+    `dtype` are as of `Muon`.
     """
 
-    def __init__(self, model: TwoHeadCNN, weight_decay: float) -> None:
-        self._hidden = [*(convolution.weight for convolution in model.convolutions[1:]), model.fc1.weight]
-        self._matrices = [_matrix(parameter.detach()) for parameter in self._hidden]
-        self._muon = Muon(self._matrices, _MOMENTUM, weight_decay)
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        rest = {parameter: name for parameter, name in self._names.items() if parameter not in set(self._hidden)}
+    def __init__(self, model: TwoHeadCNN, weight_decay: float, dtype: torch.dtype) -> None:
+        hidden = [*(convolution.weight for convolution in model.convolutions[1:]), model.fc1.weight]
+        rest = {parameter: name for name, parameter in model.named_parameters() if parameter not in set(hidden)}
         groups = [
+            {"params": hidden, "factor": 1.0},
             {"params": [parameter for parameter, name in rest.items() if name.startswith("conv")], "factor": _ADAMW_FACTOR},
             {"params": [parameter for parameter, name in rest.items() if name.startswith("fc")], "factor": _SUM_HEAD_FACTOR},
         ]
-        self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+        super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay})
+        self._muon = Muon([_matrix(parameter.detach()) for parameter in hidden], _MOMENTUM, weight_decay, dtype)
+        self._adamw = torch.optim.AdamW(self.param_groups[1:], fused=True)
+        self._share_state()
 
-    def zero_grad(self) -> None:
-        """Drop the gradients."""
-        for parameter in self._names:
-            parameter.grad = None
-
-    def step(self, learning_rate: float, dtype: torch.dtype) -> None:
-        """Update the parameters from their gradients; `learning_rate` is Muon's, `dtype` that of its orthogonalization."""
-        gradients = [parameter.grad for parameter in self._hidden]
-        self._muon.step([_matrix(gradient) for gradient in gradients if gradient is not None], learning_rate, dtype)
-        for group in self._adamw.param_groups:
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set Muon's learning rate; those of AdamW are shares of it."""
+        for group in self.param_groups:
             group["lr"] = learning_rate * group["factor"]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the parameters from their gradients."""
+        hidden = self.param_groups[0]
+        self._muon.step([_matrix(parameter.grad) for parameter in hidden["params"]], hidden["lr"])
         self._adamw.step()
 
-    def states(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """Name of each parameter, the tensor that is updated, and its state, whose tensors may be read or filled in place."""
-        for parameter, matrix, momentum in zip(self._hidden, self._matrices, self._muon.momenta, strict=True):
-            yield self._names[parameter], matrix, {"momentum_buffer": momentum}
-        for group in self._adamw.param_groups:
-            for parameter in group["params"]:
-                yield self._names[parameter], parameter, self._adamw.state[parameter]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of another optimizer of the same network, from any device and in any memory format."""
+        super().load_state_dict(state_dict)
+        for parameter, moments in self.state.items():
+            for name, value in moments.items():
+                if value.shape == parameter.shape:  # AdamW's kernel takes moments that lie in memory as their parameter
+                    moments[name] = torch.empty_like(parameter.detach()).copy_(value)
+        self._share_state()
+
+    def _share_state(self) -> None:
+        """Have AdamW use the state and the groups of this optimizer, and Muon's momenta be in the state."""
+        self._adamw.state, self._adamw.param_groups = self.state, self.param_groups[1:]
+        for parameter, momentum in zip(self.param_groups[0]["params"], self._muon.momenta, strict=True):
+            if loaded := self.state[parameter]:
+                momentum.copy_(_matrix(loaded["momentum_buffer"]))
+            self.state[parameter]["momentum_buffer"] = _weight(momentum, parameter)
 
 
 def _matrix(weight: Tensor) -> Tensor:
     """View of channels-last weights [out, in, height, width] as [out, height * width * in]; a matrix is returned as it is."""
     return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _weight(matrix: Tensor, like: Tensor) -> Tensor:
+    """View of a matrix as the weights that `_matrix` makes it of, of the shape of `like`."""
+    return matrix if like.dim() == 2 else matrix.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)

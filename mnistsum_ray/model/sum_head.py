@@ -38,12 +38,8 @@ def finetune_sum_head(
     The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most likely digit instead, the head
     is sure of every sum, also of wrong ones (negative log-likelihood 0.033 nats instead of 0.013).
 
-    Args:
-        model: on any device; its sum head is trained in place, in float32.
-        digit_scores: float32[n, 10] of training rows, on the same device.
-        steps: number of optimizer steps; each step draws 512 new mixtures of scores and random numbers.
-        seed: seed of the mixtures and the numbers.
-        on_progress: called with the number of steps done since the last call.
+    The sum head is trained in place, in float32, on digit scores float32[n, 10] of training rows on the same device. Each step
+    draws 512 new mixtures of scores and random numbers, from `seed`. `on_progress` gets the number of steps since its last call.
     """
     device = digit_scores.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -86,15 +82,9 @@ def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mix_with_swap(digit_scores: Tensor, weights: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """Mix each row with a copy in which its largest score and one other, drawn at random, are swapped.
+    """Mix each row with a copy in which its largest score and one other, drawn at random, are swapped: float32[n, 10].
 
-    Args:
-        digit_scores: float32[n, 10].
-        weights: range of the weight of the row itself, drawn uniformly; at 0.5 the two digits are tied.
-        generator: on the same device.
-
-    Returns:
-        float32[n, 10].
+    `weights` is the range of the weight of the row itself, drawn uniformly; at 0.5 the two digits are tied.
     """
     rows, device = len(digit_scores), digit_scores.device
     digits = digit_scores.argmax(1, keepdim=True)

@@ -19,7 +19,7 @@ from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, rea
 from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, picture_files, report_page, versions
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.training.loop import TrainingResult
+from mnistsum_ray.training.analysis import TrainingResult
 from mnistsum_ray.training.preflight import DATA_FILES, TrainingRun
 
 Checksums = npt.NDArray[np.int64] | None
@@ -70,27 +70,23 @@ def _read_data_files(folder: Location, flag: str) -> tuple[pa.Table | None, Chec
 def check_data(run: TrainingRun, read: Checksums, now: dict[str, Any]) -> Checksums:
     """Check that the data are those of the run that is resumed or repeated.
 
-    Args:
-        run: the request.
-        read: of this run's rows; None for rows that are streamed.
-        now: entry `data` of this run's manifest.
-
-    Returns:
-        Checksums that streamed rows must have; None where any may be trained on.
+    `read` are the checksums of this run's rows, None where they are streamed; `now` is the entry `data` of its manifest. Returns
+    the checksums that streamed rows must have; None where any may be trained on.
 
     Raises:
         RequestError: they are others; names a file where it can.
     """
     if run.same_data is None:
         return None
-    (folder, stored), files, resume = run.same_data, run.source.files, run.config.resume
-    then = stored["data"]
+    folder, stored = run.same_data
+    then, files = stored["data"], run.source.files
+    resume = bool(run.config.resume)
     flag = "--resume" if resume else f"--from-run {run.config.from_run}"
     advice = "name the same data, or start another run" if resume else "name the data with --data, and the model will be another"
     table, expected = _read_data_files(folder, flag)
     if files and table is not None and (read is None or expected is None):
         # Rows that were not read can only be known by their footers and, in the same place, the times of their files.
-        changed = files.changed_file(table, same_place=bool(resume) and then["location"] == run.source.location)
+        changed = files.changed_file(table, same_place=resume and then["location"] == run.source.location)
     elif files and read is not None and expected is not None and len(expected) == len(read) and (expected != read).any():
         changed = f"{files.location(int(np.flatnonzero(expected != read)[0])).display}: holds other rows than when the run began"
     elif now["sha256"] is None or now["sha256"] != then["sha256"]:

@@ -19,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mnistsum_ray.errors import MissingFileError, RequestError, RunError, counted, one_line
+from mnistsum_ray.errors import MissingFileError, RequestError, RunError, one_line
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights
@@ -27,8 +27,8 @@ from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.worker import Worker
 
-STATE_FORMAT: Final = "mnistsum_ray/10"
-"""Format of `trainer.json`; since 10 the weights are there once."""
+STATE_FORMAT: Final = "mnistsum_ray/11"
+"""Format of `trainer.json`; since 11 the optimizer's state is that of its `state_dict`."""
 STATE_FILE: Final = "trainer.safetensors"
 STATE_CARD: Final = "trainer.json"
 
@@ -82,7 +82,7 @@ class TrainerState:
     progress: EpochProgress = field(default_factory=EpochProgress)
     """Progress within the epoch after `epochs_done`."""
     sum_head: dict[str, Any] | None = None
-    """Of fine-tuning the sum head: `steps`, whether the result was `kept`, and the `Metrics` of `validation` and `test` after it,
+    """Result of fine-tuning the sum head: `steps`, whether it was `kept`, and the `Metrics` of `validation` and `test` after it,
     also where it was undone. None before, and in runs without it."""
     checksums: Tensor | None = None
     """Sums of the `order.row_checksums` of all rows of each file, int64[files]; None before they are known, and in memory."""
@@ -95,46 +95,20 @@ class TrainerState:
 
 
 class Checkpointer:
-    """Saves and restores model, optimizer and `TrainerState` through Ray Train.
+    """Saves model, optimizer and `TrainerState` through Ray Train; all workers take part.
 
-    Args:
-        model: the network that is trained.
-        optimizer: of its parameters.
-        worker: this one; all take part in `save`.
-        held: the run folder; checked before each write.
-        seconds: between checkpoints within an epoch.
+    The lock of the run folder, `held`, is checked before each write; `seconds` pass between checkpoints within an epoch.
     """
 
     def __init__(self, model: TwoHeadCNN, optimizer: MuonAdamW, worker: Worker, held: OutputFolder, seconds: float) -> None:
-        self._model, self._optimizer, self._worker, self._held, self._seconds = model, optimizer, worker, held, seconds
+        self._model = model
+        self._optimizer = optimizer
+        self._worker = worker
+        self._held = held
+        self._seconds = seconds
         self._saved = time.perf_counter()
         self._folders: list[tempfile.TemporaryDirectory[str]] = []
-        """Of the checkpoints, on rank 0. Ray Train deletes each when it has been uploaded."""
-
-    def restore(self, start: Location | None) -> TrainerState | None:
-        """Load the latest checkpoint of this run into model and optimizer; None if there is none.
-
-        Args:
-            start: the checkpoint that `--resume` starts from. After a failure Ray Train has a later one.
-
-        Raises:
-            CheckpointError: the checkpoint is damaged, or of another version.
-        """
-        latest = ray.train.get_checkpoint()
-        place = start if latest is None else Location(latest.filesystem, latest.path, latest.path)
-        if place is None:
-            return None
-        try:
-            state = load_state(place, self._model, self._optimizer)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"checkpoint {place.display} cannot be used: {error}; --resume starts from the one before it"
-            ) from error
-        step = f", step {state.progress.steps} of the next" if state.progress.steps else ""
-        self._worker.events.note(
-            f"going on after epoch {state.epochs_done}{step}, on {counted(self._worker.world_size, 'worker')}"
-        )
-        return state
+        """Folders of the checkpoints, on rank 0. Ray Train deletes each when it has been uploaded."""
 
     def idle(self) -> bool:
         """Whether no upload is under way: slow storage holds no step up, and an upload that begins is of the newest state."""
@@ -161,33 +135,46 @@ class Checkpointer:
         )
 
 
+def latest_state(start: Location | None) -> tuple[TrainerState, Weights] | None:
+    """State and tensors (for `restore`) that a worker goes on from; None: from the beginning.
+
+    `start` is the checkpoint that `--resume` starts from. After a failure Ray Train has a later one.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another version.
+    """
+    latest = ray.train.get_checkpoint()
+    place = start if latest is None else Location(latest.filesystem, latest.path, latest.path)
+    if place is None:
+        return None
+    try:
+        return read_checkpoint(place)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"checkpoint {place.display} cannot be used: {error}; --resume starts from the one before it"
+        ) from error
+
+
 def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
     """Write the state into a local folder.
 
     `trainer.json`, written last, holds the SHA-256 of the other file, so that an incomplete checkpoint is detected.
     """
     tensors = {f"model.{name}": value for name, value in copy_weights(model).items()}
-    for name, _, moments in optimizer.states():
+    for index, moments in optimizer.state_dict()["state"].items():
         for key, value in moments.items():
-            tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[f"optimizer.{index}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     checksums = {"checksums.files": state.checksums, "checksums.progress": state.progress.checksums}
     tensors |= {name: value for name, value in checksums.items() if value is not None}
     data = save_tensors(tensors)
     (folder / STATE_FILE).write_bytes(data)
-    fields = {
-        "format": STATE_FORMAT,
-        "epochs_done": state.epochs_done,
-        "progress": asdict(replace(state.progress, checksums=None)),
-        "precision": state.precision,
-        "history": state.history,
-        "sum_head": state.sum_head,
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    without_tensors = replace(state, checksums=None, progress=replace(state.progress, checksums=None))
+    fields = {"format": STATE_FORMAT, **asdict(without_tensors), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / STATE_CARD).write_text(json.dumps(fields) + "\n")
 
 
-def read_checkpoint(folder: Location) -> tuple[dict[str, Any], Weights]:
-    """The fields of `trainer.json` and the tensors of a checkpoint folder.
+def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
+    """The state in a checkpoint folder, and the tensors for `restore`.
 
     Raises:
         CheckpointError: a file is missing or incomplete.
@@ -201,7 +188,11 @@ def read_checkpoint(folder: Location) -> tuple[dict[str, Any], Weights]:
         data = (folder / STATE_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != fields["sha256"]:
             raise CheckpointError(f"{STATE_FILE} is incomplete or damaged (SHA-256 differs)")
-        return fields, load_tensors(data)
+        tensors = load_tensors(data)
+        points = [tuple(point) for point in fields["progress"]["points"]]
+        progress = EpochProgress(**fields["progress"] | {"points": points, "checksums": tensors.get("checksums.progress")})
+        plain = {name: fields[name] for name in ("epochs_done", "history", "precision", "sum_head")}
+        return TrainerState(**plain, progress=progress, checksums=tensors.get("checksums.files")), tensors
     except MissingFileError as error:
         raise CheckpointError(f"a file is missing ({error})") from None
     except SafetensorError as error:
@@ -210,25 +201,15 @@ def read_checkpoint(folder: Location) -> tuple[dict[str, Any], Weights]:
         raise CheckpointError(f"{STATE_CARD} is incomplete or damaged ({one_line(error)})") from None
 
 
-def load_state(folder: Location, model: TwoHeadCNN, optimizer: MuonAdamW) -> TrainerState:
-    """Load a checkpoint into model and optimizer, in place, on the device of the model; errors as of `read_checkpoint`."""
-    fields, tensors = read_checkpoint(folder)
+def restore(tensors: Weights, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
+    """Load the tensors of a checkpoint into model and optimizer, in place, on the device of the model."""
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
-    states = {name: (parameter, moments) for name, parameter, moments in optimizer.states()}
+    moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        group, _, rest = name.partition(".")
-        if group == "optimizer":
-            key, _, parameter_name = rest.partition(".")
-            parameter, moments = states[parameter_name]
-            if key not in moments:
-                # A moment must have its parameter's memory format, which the file does not record.
-                same_shape = value.shape == parameter.shape
-                moments[key] = torch.empty_like(parameter if same_shape else value, device=parameter.device).detach()
-            moments[key].copy_(value)
-    points = [tuple(point) for point in fields["progress"]["points"]]
-    progress = EpochProgress(**fields["progress"] | {"points": points, "checksums": tensors.get("checksums.progress")})
-    of_files = tensors.get("checksums.files")
-    return TrainerState(fields["epochs_done"], fields["history"], fields["precision"], progress, fields["sum_head"], of_files)
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
 
 def latest_valid_checkpoint(folder: Location, say: Callable[[str], None]) -> Location | None:

@@ -28,6 +28,7 @@ from mnistsum_ray.reporting.report import REPORT, epoch_seconds
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import folder_lock
+from mnistsum_ray.training.analysis import TrainingResult
 from mnistsum_ray.training.artifacts import (
     build_manifest,
     check_data,
@@ -38,11 +39,12 @@ from mnistsum_ray.training.artifacts import (
     write_report,
 )
 from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_valid_checkpoint
-from mnistsum_ray.training.fetch import load_rows, stream_rows
-from mnistsum_ray.training.loop import LoopConfig, TrainingResult, train_loop_per_worker
+from mnistsum_ray.training.fetch import load_rows
+from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
+from mnistsum_ray.training.ray_hooks import InterruptibleTrainer, RunCallback
 from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
-from mnistsum_ray.training.worker import Events, InterruptibleTrainer, RunCallback, event_queue
+from mnistsum_ray.training.worker import Events, event_queue
 
 _MANIFEST: Final = "manifest.json"
 
@@ -89,17 +91,19 @@ class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
     def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console) -> None:
-        self.run, self.plan, self.held, self.console = run, plan, held, console
+        self.run = run
+        self.plan = plan
+        self.held = held
+        self.console = console
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
-        lines = check_memory(run, plan, cluster)
-        streamed, read = source.files if run.shuffle.streamed else None, Progress(console.progress, "rows read", source.rows)
-        self.rows = stream_rows(streamed) if streamed else load_rows(source, read)
-        for line in lines:  # after the rows have been read: a refusal is one line
-            console.say(line)
+        memory = check_memory(run, plan, cluster)
+        read = Progress(console.progress, "rows read", source.rows)
+        self.rows = load_rows(source, streamed=run.shuffle.streamed, on_progress=read)
+        console.say(memory)  # after the rows have been read: a refusal is one line
         then = run.same_data[1] if run.same_data else {}
         self.manifest = build_manifest(run, self.rows.checksums, plan) | {"threads": choose_threads(plan, cluster, then)}
-        self.checksums = check_data(run, self.rows.checksums, self.manifest["data"])
+        self.expected_checksums = check_data(run, self.rows.checksums, self.manifest["data"])
         self.start: Location | None = None
         self.history: list[dict[str, Any]] = []
         if run.config.resume:
@@ -115,12 +119,8 @@ class _Driver:
         data |= {"notice": data["notice"] or stored["data"]["notice"], "sha256": data["sha256"] or stored["data"]["sha256"]}
         self.start = latest_valid_checkpoint(run.folder, say)
         if self.start is None and stored.get("status") == "finished":
-            files = ("model/model.safetensors", "model/model.json", REPORT)
-            lost = next((name for name in files if not (run.folder / name).exists()), None)
-            there = f"it has lost {lost}" if lost else "its model stays as it is"
             raise RequestError(
-                f"--resume: run {run.config.name} is finished, and no checkpoint is left to resume from; {there}; start "
-                "another run"
+                f"--resume: run {run.config.name} is finished, and no checkpoint is left to resume from; start another run"
             )
         if self.start is None:
             say("no checkpoint can be used, so the run starts from the beginning")
@@ -133,9 +133,10 @@ class _Driver:
         run, source = self.run, self.run.source
         try:
             if source.files:
-                checksums = self.rows.checksums if self.checksums is None else self.checksums
+                checksums = self.rows.checksums if self.expected_checksums is None else self.expected_checksums
                 write_data_files(self.held, source.files, checksums)
-            (self.held.write if run.config.resume else self.held.create)(_MANIFEST, self.manifest)
+            write = self.held.write if run.config.resume else self.held.create
+            write(_MANIFEST, self.manifest)
             of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
             self.console.say(
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
@@ -160,7 +161,8 @@ class _Driver:
             self.held.write(_MANIFEST, self.manifest | {"status": status})
 
     def _on_epoch(self, line: dict[str, Any]) -> None:
-        self.metrics.add(line | {"rows": (rows := len(self.run.source.train)), "of_rows": rows, "loss": line["train_loss"]})
+        rows = len(self.run.source.train)
+        self.metrics.add(line | {"rows": rows, "of_rows": rows, "loss": line["train_loss"]})
         self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
         try:
             write_history(self.held, self.history)
@@ -170,7 +172,8 @@ class _Driver:
             threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()
 
     def _trainer(self, events: Events) -> InterruptibleTrainer:
-        run, config, (min_workers, max_workers) = self.run, self.run.config, self.plan.worker_range
+        run, config = self.run, self.run.config
+        min_workers, max_workers = self.plan.worker_range
         loop = LoopConfig(
             run.hyperparameters,
             self.manifest["threads"],
@@ -179,7 +182,7 @@ class _Driver:
             run.shuffle,
             run.source.validation,
             run.source.test,
-            checksums=self.checksums,
+            expected_checksums=self.expected_checksums,
             events=events.queue,
             start=self.start,
             held=self.held,
@@ -212,7 +215,10 @@ class _Driver:
 
     def _train(self, events: Events) -> TrainingResult:
         """Run Ray Train to its end, and delete the checkpoint that it started from; the result of rank 0."""
-        config, say, start, trainer = self.run.config, self.console.say, self.start, self._trainer(events)
+        config = self.run.config
+        say = self.console.say
+        start = self.start
+        trainer = self._trainer(events)
 
         def must_end() -> bool:
             """Whether a worker has met what another attempt would meet again, or the folder is lost."""

@@ -36,7 +36,6 @@ _FILES_NAMED: Final = 3
 
 Columns = dict[str, np.ndarray]
 
-
 RowData = ImageArrays | ParquetFiles
 """What workers fetch rows from, with their method `fetch`: arrays in the object store, or files."""
 
@@ -47,13 +46,14 @@ class LoadedRows:
 
     data: "ray.ObjectRef[RowData]"
     checksums: npt.NDArray[np.int64] | None
-    """Sum of `row_checksums` of each file, int64[files]; None where the rows have not been read, but are streamed."""
+    """Sum of `row_checksums` of each file, int64[files]; None where the rows are streamed."""
 
 
-def load_rows(source: Source, on_progress: Callable[[int], None] = lambda _: None) -> LoadedRows:
-    """Read and decode a whole source into the object store of the driver's node, from where each node that needs it copies it.
+def load_rows(source: Source, *, streamed: bool, on_progress: Callable[[int], None] = lambda _: None) -> LoadedRows:
+    """Give the workers access to a source: to the files of rows that are streamed; else to decoded rows in the object store.
 
-    This process holds the rows a second time until they are there. `on_progress` gets numbers of rows that have been read.
+    Each node copies them from that of the driver, and this process holds them a second time until they are there. `on_progress`
+    gets numbers of rows that have been read.
 
     Raises:
         RequestError: a file or a row cannot be used; the message names it.
@@ -61,6 +61,8 @@ def load_rows(source: Source, on_progress: Callable[[int], None] = lambda _: Non
         RowCountError: the files hold more or fewer rows than their footers say.
     """
     data = source.data
+    if streamed:
+        return LoadedRows(ray.put(data), None)
     if isinstance(data, ImageArrays):
         return LoadedRows(ray.put(data), row_checksums(np.arange(source.rows), data.images, data.digits).sum(keepdims=True))
     images, digits = np.empty((source.rows, SIDE, SIDE), np.uint8), np.empty(source.rows, np.int8)
@@ -75,11 +77,6 @@ def load_rows(source: Source, on_progress: Callable[[int], None] = lambda _: Non
     if end != source.rows:
         raise RowCountError(f"read {end:,} rows of {data.root.display}, whose files hold {source.rows:,}")
     return LoadedRows(ray.put(ImageArrays(images, digits)), checksums)
-
-
-def stream_rows(files: ParquetFiles) -> LoadedRows:
-    """Access to rows that stay in their files."""
-    return LoadedRows(ray.put(files), None)
 
 
 def _read_blocks(files: ParquetFiles) -> Iterator[pa.Table]:
@@ -138,8 +135,11 @@ class ReadRows:
     """Turns tasks into the rows that a worker trains on, in the order of the steps; runs in an actor."""
 
     def __init__(self, data: "ray.ObjectRef[RowData]", shuffle: Shuffle, distortion: float, counter: Any = None) -> None:
-        """`counter` is what `crash_counter` yields; `rows` needs none."""
-        self._data, self._shuffle, self._distortion, self._counter = _resolved(data), shuffle, distortion, counter
+        # `counter` is what `crash_counter` yields; `rows` needs none.
+        self._data = _resolved(data)
+        self._shuffle = shuffle
+        self._distortion = distortion
+        self._counter = counter
 
     def __call__(self, task: dict[str, np.ndarray]) -> pa.Table:
         """The rows of the positions first..end-1 of a batch at the steps first_step..end_step-1 of an epoch."""
@@ -156,18 +156,17 @@ class ReadRows:
         """
         images, digits = self._data.fetch(ids)
         seed = self._shuffle.seed
-        columns: Columns = {
+        columns = {
             "row_id": ids,
             "number": random_numbers(seed, epoch, ids).astype(np.int8),
             "index": np.full(len(ids), index),
         }
         if self._shuffle.streamed:
             columns["checksum"] = row_checksums(ids, images, digits)
-        table = _block(images, digits, columns)
-        if not self._distortion:
-            return table
-        matrices = distortions(seed, epoch, ids, self._distortion)  # the worker distorts the images, on its device
-        return table.append_column("affine", pa.FixedSizeListArray.from_arrays(pa.array(matrices.ravel()), AFFINE_VALUES))
+        if self._distortion:  # the worker distorts the images, on its device
+            matrices = distortions(seed, epoch, ids, self._distortion)
+            columns["affine"] = pa.FixedSizeListArray.from_arrays(pa.array(matrices.ravel()), AFFINE_VALUES)
+        return _block(images, digits, **columns)
 
 
 def block_columns(table: pa.Table) -> Columns:
@@ -182,9 +181,9 @@ def block_columns(table: pa.Table) -> Columns:
     return columns
 
 
-def _block(images: Pixels, digits: npt.NDArray[np.int8], columns: Columns | None = None) -> pa.Table:
+def _block(images: Pixels, digits: npt.NDArray[np.int8], **columns: Any) -> pa.Table:
     """A block of rows. Images are not copied: Ray Data would make its own Arrow type of them, and copy them twice."""
-    return pa.table({"image": pixels_array(images), "digit": digits} | (columns or {}))
+    return pa.table({"image": pixels_array(images), "digit": digits, **columns})
 
 
 def _images_and_digits(table: pa.Table) -> tuple[Pixels, npt.NDArray[np.int8]]:

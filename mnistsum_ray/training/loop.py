@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,34 +11,28 @@ import torch
 from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RandomStream, RowRanges, Shuffle, step_seed
 from mnistsum_ray.data.sources import ParquetFiles
-from mnistsum_ray.errors import RequestError, RowCountError, RunError, percent
-from mnistsum_ray.model import int8, sum_head
-from mnistsum_ray.model.calibration import calibrated, fit_temperatures, fold_temperatures
-from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters, faster_with_bf16, hardware
-from mnistsum_ray.model.metrics import Metrics, ScoredRows, analyse_errors, probability_metrics, score_rows
-from mnistsum_ray.model.serialization import Weights, checksum, copy_weights, describe_model
+from mnistsum_ray.errors import RequestError, RowCountError, RunError, counted, percent
+from mnistsum_ray.model import sum_head
+from mnistsum_ray.model.collectives import all_reduce_sum, broadcast_parameters
+from mnistsum_ray.model.device import faster_with_bf16
+from mnistsum_ray.model.metrics import Metrics, ScoredRows, score_rows
+from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
+from mnistsum_ray.training.analysis import TrainingResult, analyse
+from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState, latest_state, restore
 from mnistsum_ray.training.fetch import RowData
 from mnistsum_ray.training.rows import EvaluationSet, TrainingRows
 from mnistsum_ray.training.trainer import Trainer
-from mnistsum_ray.training.worker import Worker, cpus_of_node
+from mnistsum_ray.training.worker import Worker
 
 _MAX_READERS: Final = 8
 """Actors that read files for one worker: each feeds some 100,000 rows/s of raw bytes, or 26,000 of PNG."""
 
 _MAX_MEMORY_READERS: Final = 2
 """Likewise for rows in memory: each feeds some 200,000 rows/s."""
-
-_TEMPERATURE_ROWS: Final = 5_000
-"""Maximum number of validation rows that the temperatures are fitted on."""
-
-_ANALYSED_ROWS: Final = 100_000
-"""Maximum number of test rows whose errors are analysed; the accuracies count all."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +41,15 @@ class LoopConfig:
 
     hyperparameters: Hyperparameters
     threads: int | None
-    """Of each worker on CPUs, see `resources.choose_threads`."""
+    """Threads of each worker on CPUs, see `resources.choose_threads`."""
     checkpoint_seconds: float
     data: "ray.ObjectRef[RowData]"
     shuffle: Shuffle
-    """Of the training rows."""
+    """Order of the training rows."""
     validation: RowRanges
     test: RowRanges
-    checksums: npt.NDArray[np.int64] | None
-    """Of the run that is trained again, see `TrainerState.checksums`; None: the first epoch finds them."""
+    expected_checksums: npt.NDArray[np.int64] | None
+    """Checksums of the run that is trained again, see `TrainerState.checksums`; None: the first epoch finds them."""
     events: Queue
     """From the workers to the console."""
     start: Location | None
@@ -65,25 +59,6 @@ class LoopConfig:
 
     def __repr__(self) -> str:  # Ray's dashboard shows it
         return repr(self.hyperparameters)
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """Result of a finished training, returned by rank 0 to the driver."""
-
-    history: list[dict[str, Any]]
-    error_analysis: dict[str, Any]
-    """Errors of the model on the test rows."""
-    mistake_images: Pixels
-    """Images of the analysis' mistakes, in their order: uint8[n, 28, 28]."""
-    weights: dict[str, np.ndarray]
-    """Of the model, with the temperatures folded in; arrays, since Ray Train takes no tensors."""
-    description: dict[str, Any]
-    """Of the model, see `serialization.describe_model`."""
-    hardware: dict[str, Any]
-    precision: str
-    checksums: npt.NDArray[np.int64] | None
-    """Of the rows of each streamed file, see `TrainerState.checksums`."""
 
 
 def train_loop_per_worker(config: dict[str, LoopConfig]) -> TrainingResult | None:
@@ -102,29 +77,36 @@ class TrainingLoop:
     """The run on one worker, from its last checkpoint on."""
 
     def __init__(self, config: LoopConfig, worker: Worker) -> None:
-        self._config, self._parameters, self._worker = config, config.hyperparameters, worker
+        self._config = config
+        self._parameters = config.hyperparameters
+        self._worker = worker
         self._data: RowData = ray.get(config.data)
-        self._files = self._data if isinstance(self._data, ParquetFiles) else None
-        """Of streamed rows."""
-        self._trainer = Trainer(self._parameters, worker)
+        saved = latest_state(config.start)
+        if saved:
+            self._state, tensors = saved
+        else:
+            bf16 = worker.all_agree(faster_with_bf16(worker.device))
+            checksums = None if config.expected_checksums is None else torch.from_numpy(config.expected_checksums.copy())
+            self._state = TrainerState(0, [], self._parameters.precision or ("bf16" if bf16 else "fp32"), checksums=checksums)
+        self._trainer = Trainer(self._parameters, worker, self._state.precision)
+        if saved:
+            restore(tensors, self._trainer.model, self._trainer.optimizer)
+            steps = self._state.progress.steps
+            step = f", step {steps} of the next" if steps else ""
+            worker.events.note(f"going on after epoch {self._state.epochs_done}{step}, on {counted(worker.world_size, 'worker')}")
         self._checkpointer = Checkpointer(
             self._trainer.model, self._trainer.optimizer, worker, config.held, config.checkpoint_seconds
         )
-        state = self._checkpointer.restore(config.start)
-        if state is None:
-            bf16 = worker.all_agree(faster_with_bf16(worker.device))
-            checksums = None if config.checksums is None else torch.from_numpy(config.checksums.copy())
-            state = TrainerState(0, [], self._parameters.precision or ("bf16" if bf16 else "fp32"), checksums=checksums)
-        self._state = state
-        self._trainer.prepare(state.precision)
         self._validation, self._test = (
-            EvaluationSet(self._data, held_out, worker.rank, worker.world_size, worker.device)
-            for held_out in (config.validation, config.test)
+            self._evaluation_set(rows, worker.rank, worker.world_size) for rows in (config.validation, config.test)
         )
 
     def train(self) -> None:
         """Train the epochs that are left, and fine-tune the sum head."""
-        state, parameters, worker = self._state, self._parameters, self._worker
+        state = self._state
+        parameters = self._parameters
+        worker = self._worker
+        streamed = self._data if isinstance(self._data, ParquetFiles) else None
         # On CPUs the readers share the cores with the training, which takes a few thousand rows/s a core.
         cpus = worker.cpus // 4 if worker.device.type == "cpu" else worker.cpus
         batches = TrainingRows(
@@ -135,11 +117,11 @@ class TrainingLoop:
             rank=worker.rank,
             world_size=worker.world_size,
             device=worker.device,
-            readers=max(1, min(cpus, _MAX_READERS if self._files else _MAX_MEMORY_READERS)),
+            readers=max(1, min(cpus, _MAX_READERS if streamed else _MAX_MEMORY_READERS)),
             first_epoch=state.epochs_done,
             first_step=state.progress.steps,
         ).batches()
-        end_ids = torch.from_numpy(self._files.end_ids) if self._files else None
+        end_ids = torch.from_numpy(streamed.end_ids) if streamed else None
         while state.epochs_done < parameters.epochs:
             line, trained = self._trainer.train_epoch(state, self._config.shuffle, batches, end_ids, self._checkpointer)
             broadcast_parameters(self._trainer.model.parameters())
@@ -148,8 +130,8 @@ class TrainingLoop:
             started = time.perf_counter()
             validation, test = self._evaluate(state.epochs_done + 1)
             line["evaluation_seconds"] = time.perf_counter() - started
-            if self._files and trained is not None:
-                self._check_contents(self._files, trained)
+            if streamed and trained is not None:
+                self._check_contents(streamed, trained)
             state.epochs_done, state.progress = state.epochs_done + 1, EpochProgress()
             line = {"epoch": state.epochs_done, **line, "validation": validation, "test": test}
             state.history.append(line)
@@ -165,8 +147,7 @@ class TrainingLoop:
 
     def _evaluate(self, epoch: int) -> tuple[Metrics, Metrics]:
         """Metrics on the validation and on the test rows, after an epoch with this number, from 1."""
-        validation, test = (self._trainer.evaluate(held_out, epoch) for held_out in (self._validation, self._test))
-        return validation, test
+        return self._trainer.evaluate(self._validation, epoch), self._trainer.evaluate(self._test, epoch)
 
     def _check_contents(self, files: ParquetFiles, trained: torch.Tensor) -> None:
         """Compare the rows of each file with those of the first epoch, or of the run that is trained again, by their checksums.
@@ -192,14 +173,16 @@ class TrainingLoop:
 
         The result is undone if the heads then agree on fewer validation pairs. Rank 0 trains, and the others take its weights.
         """
-        state, model, events = self._state, self._trainer.model, self._worker.events
+        state = self._state
+        model = self._trainer.model
+        events = self._worker.events
         events.note(f"fine-tuning the sum head, {steps:,} steps")
         weights = copy_weights(model)
         model.eval()
         before = state.history[-1]["validation"]["consistency"]
         if self._worker.rank == 0:
-            batches = self._alone(self._config.shuffle.rows.sample(sum_head.MAX_ROWS)).batches
-            scores = torch.cat([self._trainer.digit_scores(batch).float() for batch in batches])
+            rows = self._alone(self._config.shuffle.rows.sample(sum_head.MAX_ROWS))
+            scores = torch.cat([rows.digit_scores(batch).float() for batch in rows.batches])
             seed = step_seed(self._parameters.seed, self._parameters.epochs, 0, RandomStream.SUM_HEAD)
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # two take nearly twice as long for steps as small as these
@@ -217,63 +200,22 @@ class TrainingLoop:
         self._checkpointer.save(state, wait=True)
 
     def analyse(self) -> TrainingResult:
-        """Temperatures (on validation rows), errors (on test rows) and int8 calibration (on training rows) of the model.
-
-        One worker computes all of it, while the others have returned. The temperatures are folded into the weights that are
-        published, and not into those of the checkpoints: a run that is resumed when it is finished publishes the same model.
-        """
-        config, data, state, model, events = self._config, self._data, self._state, self._trainer.model, self._worker.events
-        events.note("analysing the model's answers on the test rows")
-        machine = hardware(self._worker.device) | {"threads": torch.get_num_threads()}
-        model.eval()
-        trained = copy_weights(model)
+        """Analyse the model, on this worker alone."""
+        config, model = self._config, self._trainer.model
+        splits = (config.shuffle.rows, config.validation, config.test)
 
         def scored(rows: RowRanges) -> ScoredRows:
-            return score_rows(model, self._trainer.digit_scores, self._alone(rows).batches)
+            alone = self._alone(rows)
+            return score_rows(model, alone.digit_scores, alone.batches)
 
-        temperatures = fit_temperatures(scored(config.validation.sample(_TEMPERATURE_ROWS)))
-        on_progress = events.progress("test rows analysed", min(len(config.test), _ANALYSED_ROWS))
-        analysis = analyse_errors(calibrated(scored(config.test.sample(_ANALYSED_ROWS)), temperatures), on_progress)
-        compared = list(scored(config.test.sample(int8.COMPARED_ROWS))) if int8.unavailable_reason() is None else []
-        fold_temperatures(model, temperatures)
-        mistake_images, _ = data.fetch(np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64))
-        weights = copy_weights(model)
-        description = describe(state, weights) | {
-            "trained_sha256": checksum(trained),
-            "temperatures_in_weights": temperatures,
-            "probabilities": probability_metrics(analysis),
-        }
-        if compared:
-            torch.set_num_threads(cpus_of_node())  # the other workers have returned; of a forward pass threads decide no bit
-            images, _ = data.fetch(config.shuffle.rows.sample(int8.CALIBRATION_ROWS).ids())
-            on_progress = events.progress("test rows compared with int8", min(len(config.test), int8.COMPARED_ROWS))
-            description["int8"] = int8.quantize(model.cpu(), torch.from_numpy(images), compared, on_progress)
-        return TrainingResult(
-            state.history,
-            analysis,
-            mistake_images,
-            {name: value.numpy() for name, value in weights.items()},
-            description,
-            machine,
-            state.precision,
-            None if state.checksums is None else state.checksums.numpy(),
-        )
+        return analyse(model, self._state, self._worker, self._data, scored, *splits)
 
     def _alone(self, rows: RowRanges) -> EvaluationSet:
         """Rows that this worker reads for all; where it is alone, they may be those that it evaluates, and have digit scores."""
         mine = (held_out for held_out in (self._validation, self._test) if held_out.rows is rows)
         if self._worker.world_size == 1 and (same := next(mine, None)):
             return same
-        return EvaluationSet(self._data, rows, 0, 1, self._worker.device)
+        return self._evaluation_set(rows, 0, 1)
 
-
-def describe(state: TrainerState, weights: Weights) -> dict[str, Any]:
-    """Description of the model after the last epoch, see `serialization.describe_model`; `weights` are those published."""
-    line, tuned = state.history[-1], state.sum_head
-    metrics = before = {split: line[split] for split in ("validation", "test")}
-    entry = None
-    if tuned is not None:
-        after = {split: tuned[split] for split in before}
-        entry = {"steps": tuned["steps"], "kept": tuned["kept"], "before": before, "after": after}
-        metrics = after if tuned["kept"] else before
-    return describe_model(weights, epoch=line["epoch"], metrics=metrics, sum_head=entry)
+    def _evaluation_set(self, rows: RowRanges, rank: int, world_size: int) -> EvaluationSet:
+        return EvaluationSet(self._data, rows, rank, world_size, self._worker.device, self._trainer.digit_scores)

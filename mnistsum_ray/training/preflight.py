@@ -16,16 +16,13 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from mnistsum_ray.cluster.connection import can_connect
-from mnistsum_ray.config import Hyperparameters, TrainConfig
+from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import Counter, Source, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shell_command
 from mnistsum_ray.storage.location import Location, is_partial
 from mnistsum_ray.storage.lock import LOCK_NAME
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder, refused
-
-SMALL_ROWS: Final = 20_000
-"""Below this number of training rows a run has smaller batches and more epochs: the sum head needs its number of steps."""
 
 DATA_FILES: Final = "data_files.parquet"
 """The files of a run, written before its manifest: a file that has changed can be named when the run is resumed or repeated."""
@@ -99,20 +96,6 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries(), same_data)
 
 
-def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
-    """Hyperparameters of the recipe `quick`, `short` or `long`; `small` for less than SMALL_ROWS training rows."""
-    if name == "long":
-        size = {"epochs": 40, "batch_size": 64} if small else {"epochs": 30, "batch_size": 128}
-        common = {"learning_rate": 0.02, "sum_head_steps": 2_000}
-        return common | size | {"distortion": 1.0, "label_smoothing": 0.05, "dropout": 0.25}
-    common = {"distortion": 0.5, "dropout": 0.0}
-    if small or name == "quick":
-        # Few steps: they need a higher learning rate, and label smoothing helps.
-        size = {"epochs": 3, "batch_size": 64} if small else {"epochs": 1, "batch_size": 128}
-        return common | size | {"learning_rate": 0.05, "sum_head_steps": 1_000, "label_smoothing": 0.05}
-    return common | {"epochs": 5, "batch_size": 256, "learning_rate": 0.02, "sum_head_steps": 2_000, "label_smoothing": 0.0}
-
-
 def _mlflow(uri: str, *, resume: bool) -> str:
     """The URI with an absolute path. A new run is refused if the server does not answer; a resumed one goes on without it."""
     missing = [name for name in ("mlflow", "onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
@@ -141,12 +124,11 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
     manifest = read_manifest(folder, flag)
     try:
         stored = TrainConfig(**manifest["config"])
-        if set(_FIXED) - set(manifest["config"]):
-            raise KeyError
+        same_version = set(_FIXED) <= set(manifest["config"])
     except (KeyError, TypeError, ValidationError):
-        raise RequestError(
-            f"{flag}: {(folder / 'manifest.json').display} was written by another version of this program"
-        ) from None
+        same_version = False
+    if not same_version:
+        raise RequestError(f"{flag}: {(folder / 'manifest.json').display} was written by another version of this program")
     if stored.precision is None:
         stored = stored.model_copy(update={"precision": _chosen_precision(folder, manifest)})
     given = {key: getattr(config, key) for key in config.model_fields_set}
@@ -172,11 +154,13 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
 
 def _chosen_precision(folder: Location, manifest: dict[str, Any]) -> str | None:
     """The precision that the workers of a run have chosen: of its manifest if it is finished, else of any checkpoint."""
-    for info in [] if "precision" in manifest else folder.files():
+    if "precision" in manifest:
+        return str(manifest["precision"])
+    for info in folder.files():
         if info.name == "trainer.json":
             with suppress(OSError, ValueError, KeyError, TypeError):  # a torn one
                 return str(folder.at(info.path).read_json()["precision"])
-    return manifest.get("precision")
+    return None
 
 
 def read_manifest(folder: Location, flag: str) -> dict[str, Any]:
@@ -185,20 +169,18 @@ def read_manifest(folder: Location, flag: str) -> dict[str, Any]:
     Raises:
         RequestError: it is missing or damaged.
     """
+    path = folder / "manifest.json"
     try:
-        manifest: dict[str, Any] = (folder / "manifest.json").read_json()
+        manifest: dict[str, Any] = path.read_json()
+        known = {"sha256", "location", "notice"} <= set(manifest["data"])
     except MissingFileError:
         raise RequestError(f"{flag}: there is no run in {folder.display} (no manifest.json); start it without {flag}") from None
-    except ValueError as error:
-        raise RequestError(
-            f"{flag}: {(folder / 'manifest.json').display} is not JSON ({one_line(error)}); start another run"
-        ) from None
     except StorageError as error:
         raise RequestError(f"{flag}: {error}") from None
-    data = manifest.get("data") if isinstance(manifest, dict) else None
-    if not isinstance(data, dict) or not {"sha256", "location", "notice"} <= set(data):
-        raise RequestError(
-            f"{flag}: {(folder / 'manifest.json').display} does not say which data the run had, so "
-            "it is unknown whether they are still the same; start another run"
-        )
+    except ValueError as error:
+        raise RequestError(f"{flag}: {path.display} is not JSON ({one_line(error)}); start another run") from None
+    except (KeyError, TypeError):
+        known = False
+    if not known:
+        raise RequestError(f"{flag}: {path.display} does not say which data the run had; start another run")
     return manifest

@@ -3,12 +3,9 @@
 import os
 from typing import Any, Final
 
-import numpy as np
-
 from mnistsum_ray.cluster.nodes import this_node
 from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan, WorkerRequest
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.training.fetch import ROW_BYTES
 from mnistsum_ray.training.preflight import TrainingRun
@@ -18,8 +15,6 @@ _ROWS_PER_GPU: Final = 256
 
 _USABLE_SHARE: Final = 0.8
 """Share of an object store that a run may plan to fill: Ray spills to disk above that."""
-
-_MANY_READS: Final = 1.5
 
 _MAX_GPU_ROWS: Final = 32_768
 """Most rows of a step on one GPU: the second convolution makes 50,176 values of each, and kernels count to 2^31."""
@@ -39,8 +34,8 @@ def check_share(plan: WorkerPlan, batch_size: int) -> None:
         raise RequestError(f"--batch-size {batch_size}: {text}; give a smaller one, or more --num-workers")
 
 
-def check_memory(run: TrainingRun, plan: WorkerPlan, cluster: ClusterResources) -> list[str]:
-    """Check that the rows, or two windows of streamed ones, fit in the object store of each node; console lines that say so.
+def check_memory(run: TrainingRun, plan: WorkerPlan, cluster: ClusterResources) -> str:
+    """Check that the rows, or two windows of streamed ones, fit in the object store of each node; the console line that says so.
 
     Raises:
         RequestError: they do not fit; names `--shuffle-rows` or `--data`.
@@ -65,12 +60,11 @@ def check_memory(run: TrainingRun, plan: WorkerPlan, cluster: ClusterResources) 
             f"{flag}: the run would hold {held} of rows in the object store of a node, which has {_mebibytes(store)}; {advice}"
         )
     if not shuffle.streamed:
-        return [f"holding all {source.rows:,} rows in memory: {held} in the object store of each node"]
-    streaming = (
+        return f"holding all {source.rows:,} rows in memory: {held} in the object store of each node"
+    return (
         f"streaming {len(source.train):,} training rows, shuffled in windows of {shuffle.window_rows:,}; holds at most "
         f"{held} of an object store"
     )
-    return [streaming, *_warnings_of_reads(shuffle)]
 
 
 def choose_threads(plan: WorkerPlan, cluster: ClusterResources, then: dict[str, Any]) -> int | None:
@@ -93,17 +87,3 @@ def choose_threads(plan: WorkerPlan, cluster: ClusterResources, then: dict[str, 
 
 def _mebibytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
-
-
-def _warnings_of_reads(shuffle: Shuffle) -> list[str]:
-    """A line if row groups are read several times an epoch: a slice of one is read from the group's beginning."""
-    assert shuffle.bounds is not None
-    group, first, rows = shuffle.slices
-    skipped = first - shuffle.rows.count_below(shuffle.bounds)[group]
-    reads = float((skipped + rows).sum() / rows.sum())
-    if reads <= _MANY_READS:
-        return []
-    return [
-        f"the row groups, of up to {int(np.diff(shuffle.bounds).max()):,} rows, are read {reads:.1f} times an epoch, since "
-        f"--shuffle-rows is {shuffle.shuffle_rows:,}: give more, or write smaller row groups"
-    ]

@@ -4,14 +4,20 @@
                   ├─ ReadRows ──────┤
     Parquet files ┘  (fetch.py)     └─▶ rank 1: …
 
+The ten rows of the example in data/order.py, on two workers. A task reads, for some positions of the batch, the rows of as many
+windows as make _TASK_ROWS rows; here that is the whole epoch, of two windows. Each worker numbers its own tasks.
+
+    rank 0, position 0     task 0: epoch 0, steps 0 to 4     rows 0 4 6 2 3     batches 0 | 4 | 6 | 2 | 3
+                           task 1: epoch 1, steps 0 to 4     rows 6 7 8 4 1     batches 6 | 7 | 8 | 4 | 1
+    rank 1, position 1     task 0: epoch 0, steps 0 to 4     rows 9 8 7 1 5     batches 9 | 8 | 7 | 1 | 5
+
 Each worker has its own execution of Ray Data, which goes over the ends of the epochs. The order of every epoch is known
 beforehand (data/order.py), so the first batches of the next epoch are ready before this one ends, and which rows a worker gets
 depends on nothing that a scheduler decides. Ray's `streaming_split` would drop up to one row a worker, and a new execution for
-each epoch would cost its start-up each time. 4,000 tasks, of 131 million rows in all, begin 1.6 s later than 500, and Ray Data
-then holds 30 MiB more.
+each epoch would cost its start-up each time.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,14 +45,12 @@ Batch = dict[str, torch.Tensor]
 (`order.mix_ids`) and, with --distortion, affine float32[n, AFFINE_VALUES]; for streamed rows checksum int64[n]
 (`order.row_checksums`); all on the worker's device."""
 
-_CHUNK_ROWS: Final = 16_384
-"""Rows that are put on the device at once: 12 MB."""
-_GPU_CHUNK_ROWS: Final = 65_536
-"""Likewise on a GPU. A loop that launches ten thousand kernels a second has no time for fewer."""
-
 _TASK_ROWS: Final = 32_768
 """Most rows of a task, except where a chunk of a GPU is one task: a task costs 20 ms beside its rows, and one that reads files
-reads up to two row groups in part."""
+reads up to two row groups in part. On CPUs also the rows that become tensors at once, 26 MB."""
+
+_GPU_CHUNK_ROWS: Final = 65_536
+"""Rows that are put on a GPU at once. A loop that launches ten thousand kernels a second has no time for fewer."""
 
 _FIRST_ROWS: Final = 8192
 """Rows of the first task of all, so that the first step does not wait for an epoch's."""
@@ -76,7 +80,7 @@ class TrainingRows:
     world_size: int
     device: torch.device
     readers: int = 1
-    """Actors."""
+    """Actors that run the tasks."""
     first_epoch: int = 0
     first_step: int = 0
     """First step of the first epoch; later epochs start at step 0."""
@@ -87,24 +91,29 @@ class TrainingRows:
         return positions_of_rank(self.shuffle.batch_size, self.rank, self.world_size)
 
     @cached_property
-    def parts(self) -> list[range]:
-        """The positions, cut into those of each task."""
+    def position_ranges(self) -> list[range]:
+        """The positions, cut into those of each task: more than one where a window is larger than a task."""
         mine = self.positions
         count = min(max(1, len(mine)), -(-max(1, self.shuffle.window_steps * len(mine)) // _TASK_ROWS))
-        edges = [mine.start + len(mine) * part // count for part in range(count + 1)]
+        edges = [mine.start + len(mine) * index // count for index in range(count + 1)]
         return [range(low, high) for low, high in pairwise(edges)]
 
-    def stretches(self) -> Iterator[tuple[int, range]]:
-        """All remaining steps: an epoch, and those of its steps whose rows are fetched together, whole windows."""
+    @property
+    def _chunk_rows(self) -> int:
+        return _GPU_CHUNK_ROWS if self.device.type == "cuda" else _TASK_ROWS
+
+    def step_ranges(self) -> Iterator[tuple[int, range]]:
+        """All remaining steps: an epoch, and those of its steps whose rows are read by tasks at once, whole windows."""
         window, steps = self.shuffle.window_steps, self.shuffle.steps
-        rows = _GPU_CHUNK_ROWS if self.device.type == "cuda" else _TASK_ROWS
-        size, together = (window * max(1, count // max(1, window * len(self.positions))) for count in (_FIRST_ROWS, rows))
+        window_rows = max(1, window * len(self.positions))
+        size = window * max(1, _FIRST_ROWS // window_rows)
         for epoch in range(self.first_epoch, self.epochs):
             first = self.first_step if epoch == self.first_epoch else 0
             start = first // window * window
             while start < steps:
                 yield epoch, range(max(first, start), min(start + size, steps))
-                start, size = start + size, together
+                start += size
+                size = window * max(1, self._chunk_rows // window_rows)
 
     def batches(self) -> Iterator[Batch]:
         """The rows of each step, in the order of the positions."""
@@ -121,35 +130,34 @@ class TrainingRows:
         blocks = self._blocks()
         # Of a last batch with fewer rows than workers.
         no_rows = block_columns(ReadRows(self.data, self.shuffle, self.distortion).rows(0, np.empty(0, np.int64), 0))
-        for _, steps in self.stretches():
-            columns = [next(blocks) if self.shuffle.count(steps, part) else no_rows for part in self.parts]
+        for _, steps in self.step_ranges():
+            columns = [next(blocks) if self.shuffle.count(steps, mine) else no_rows for mine in self.position_ranges]
             for chunk, rows in self._chunks(steps, columns):
                 yield chunk, {name: array_to_device(values, self.device) for name, values in rows.items()}
         if next(blocks, None) is not None:
             raise RowCountError("there are more rows than steps")
 
     def _chunks(self, steps: range, columns: list[Columns]) -> Iterator[tuple[range, Columns]]:
-        """Cut the rows of the parts at some steps into fewer steps, each with the rows of all parts."""
-        rows = _GPU_CHUNK_ROWS if self.device.type == "cuda" else _CHUNK_ROWS
-        together = max(1, rows // max(1, len(self.positions)))
+        """Cut the rows of all position ranges at some steps into those of fewer steps."""
+        together = max(1, self._chunk_rows // max(1, len(self.positions)))
         full = steps.stop - (steps.stop == self.shuffle.steps)  # the last step of an epoch may have fewer rows
         for first, end in pairwise([*range(steps.start, full, together), full, steps.stop]):
             if first == end:
                 continue
             pieces = []
-            for part, values in zip(self.parts, columns, strict=True):
-                start = (first - steps.start) * len(part)
-                stop = start + self.shuffle.count(range(first, end), part)
+            for mine, values in zip(self.position_ranges, columns, strict=True):
+                start = (first - steps.start) * len(mine)
+                stop = start + self.shuffle.count(range(first, end), mine)
                 pieces.append({name: column[start:stop] for name, column in values.items()})
             yield range(first, end), pieces[0] if len(pieces) == 1 else _side_by_side(pieces, end - first)
 
     def _tasks(self) -> Iterator[dict[str, int]]:
-        """See `ReadRows`. Ray Data yields no empty blocks, so a task without rows is left out."""
+        """Tasks of `ReadRows`. Ray Data yields no empty blocks, so a task without rows is left out."""
         index = 0
-        for epoch, steps in self.stretches():
-            for part in self.parts:
-                if rows := self.shuffle.count(steps, part):
-                    task = {"first_step": steps.start, "end_step": steps.stop, "first": part.start, "end": part.stop}
+        for epoch, steps in self.step_ranges():
+            for mine in self.position_ranges:
+                if rows := self.shuffle.count(steps, mine):
+                    task = {"first_step": steps.start, "end_step": steps.stop, "first": mine.start, "end": mine.stop}
                     yield task | {"epoch": epoch, "rows": rows, "index": index}
                     index += 1
 
@@ -175,7 +183,8 @@ class TrainingRows:
             for task, table in zip(tasks, blocks, strict=True):
                 if "error" in table.column_names:
                     # The storage may answer the next attempt; what is wrong in a file stays wrong.
-                    raise (OSError if table["type"][0].as_py() == "OSError" else RunError)(table["error"][0].as_py())
+                    kind = OSError if table["type"][0].as_py() == "OSError" else RunError
+                    raise kind(table["error"][0].as_py())
                 if (table.num_rows, table["index"][0].as_py()) != (task["rows"], task["index"]):
                     raise RowCountError(f"{table.num_rows} rows of task {table['index'][0]} came in place of {task}")
                 yield block_columns(table)
@@ -192,25 +201,48 @@ def _side_by_side(pieces: list[Columns], steps: int) -> Columns:
 
 
 class EvaluationSet:
-    """Held-out rows, undistorted and without numbers, and those of one rank as batches on its device."""
+    """Held-out rows, undistorted and without numbers: those of one rank as batches on its device, and their digit scores.
 
-    def __init__(self, data: RowData, rows: RowRanges, rank: int, world_size: int, device: torch.device) -> None:
+    `network` computes digit scores [n, 10] of images uint8[n, 28, 28].
+    """
+
+    def __init__(
+        self,
+        data: RowData,
+        rows: RowRanges,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        network: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         self.rows = rows
         self.checksums = np.zeros(len(data.end_ids) if isinstance(data, ParquetFiles) else 0, np.int64)
         """Sum of the `row_checksums` of this worker's rows of each file, as they were read last; empty for rows in memory."""
-        self._data, self._device = data, device
+        self._data = data
+        self._device = device
+        self._network = network
         self._indices = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
         self._resident = list(self._read()) if len(rows) <= _RESIDENT_ROWS else None
+        self._scores: dict[torch.Tensor, torch.Tensor] = {}
+        """Digit scores by images, of resident batches."""
 
     @property
     def batches(self) -> Iterable[Batch]:
         """Batches of the rank's rows; each row belongs to one rank."""
         return self._read() if self._resident is None else self._resident
 
+    def digit_scores(self, batch: Batch) -> torch.Tensor:
+        """Digit scores [n, 10] of one of the batches; those of resident rows are computed once, until `forget_scores`."""
+        images = batch["image"]
+        if self._resident is None:
+            return self._network(images)
+        if images not in self._scores:
+            self._scores[images] = self._network(images)
+        return self._scores[images]
+
     def forget_scores(self) -> None:
-        """Drop the digit scores that `Trainer.digit_scores` has left in the batches: the weights have changed."""
-        for batch in self._resident or ():
-            batch.pop("digit_scores", None)
+        """Forget the digit scores: the weights have changed."""
+        self._scores.clear()
 
     def _read(self) -> Iterator[Batch]:
         return _ahead(self._on_device(), threads=len(self.rows) > _RESIDENT_ROWS)

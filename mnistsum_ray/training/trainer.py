@@ -14,7 +14,7 @@ from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, positions_of_rank, step_seed
 from mnistsum_ray.errors import RunError
-from mnistsum_ray.model.device import all_reduce_sum
+from mnistsum_ray.model.collectives import all_reduce_sum
 from mnistsum_ray.model.metrics import AnswerCounts, Metrics, score_rows
 from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, dropout_factors, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
@@ -35,11 +35,8 @@ _CURVE_POINTS: Final = 100
 class EpochCounter:
     """Loss, rows, row ids and checksums of an epoch, kept on the device and summed over the workers now and then.
 
-    Args:
-        before: the part of the epoch that a checkpoint holds; rank 0 counts it.
-        steps: of the epoch.
-        worker: this one.
-        end_ids: for streamed rows, the row id after the last row of each file, int64[files].
+    Rank 0 counts the part of the epoch that a checkpoint holds, `before`. For streamed rows `end_ids` int64[files] are the row
+    ids after the last row of each file.
     """
 
     def __init__(self, before: EpochProgress, steps: int, worker: Worker, end_ids: Tensor | None = None) -> None:
@@ -74,32 +71,32 @@ class EpochCounter:
 
 
 class Trainer:
-    """The network, its optimizer and its DDP wrapper on one worker."""
+    """The network, its optimizer and its DDP wrapper on one worker.
 
-    def __init__(self, hyperparameters: Hyperparameters, worker: Worker) -> None:
+    The state of a checkpoint may be loaded into `model` and `optimizer`, on all workers alike, before the first step.
+    """
+
+    def __init__(self, hyperparameters: Hyperparameters, worker: Worker, precision: str) -> None:
         self.hyperparameters, self.worker = hyperparameters, worker
+        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._positions = positions_of_rank(hyperparameters.batch_size, worker.rank, worker.world_size)
         torch.manual_seed(hyperparameters.seed)
         self.model = TwoHeadCNN().to(worker.device)
-        self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay)
+        self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay, self._dtype)
         self._places = pixel_places(worker.device)
-
-    def prepare(self, precision: str) -> None:
-        """Set the precision and wrap the model for training; weights must have been restored before."""
-        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._objective = self._fast = ray.train.torch.prepare_model(
-            Objective(self.model, self.hyperparameters.label_smoothing, self._dtype),
+            Objective(self.model, hyperparameters.label_smoothing, self._dtype),
             parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},  # its buffers are constants
         )
-        if self.hyperparameters.compile:
+        if hyperparameters.compile:
             # A step of so small a network is bound by kernel launches, which CUDA graphs join. DDP fails under them
             # (github.com/pytorch/pytorch/issues/140395).
-            mode = "reduce-overhead" if self.worker.device.type == "cuda" and self.worker.world_size == 1 else "default"
+            mode = "reduce-overhead" if worker.device.type == "cuda" and worker.world_size == 1 else "default"
             self._fast = torch.compile(self._objective, mode=mode, dynamic=False)
-        if self.worker.world_size > 1:
+        if worker.world_size > 1:
             # DDP orders its buckets anew after the first step, and three workers then sum in another order: without a step
             # beforehand, whose gradients the next one drops, a run that goes on would have other bits.
-            numbers = torch.zeros(len(self._positions), dtype=torch.int64, device=self.worker.device)
+            numbers = torch.zeros(len(self._positions), dtype=torch.int64, device=worker.device)
             images = prepare_images(numbers.new_zeros(len(numbers), SIDE, SIDE))
             self._objective(images, numbers, numbers, None)[0].backward()
 
@@ -124,10 +121,15 @@ class Trainer:
             RowCountError: a row was lost or repeated.
         """
         self._objective.train()
-        epoch, before, steps = state.epochs_done, state.progress, shuffle.steps
+        epoch = state.epochs_done
+        before = state.progress
+        steps = shuffle.steps
         counter = EpochCounter(before, steps, self.worker, end_ids)
         started, begun = time.time(), time.perf_counter()
-        reported, waited, first_batch, rate = begun, 0.0, 0.0, 0.0
+        reported = begun
+        waited = 0.0
+        first_batch = 0.0
+        rate = 0.0
         check_steps = max(1, min(_CHECK_STEPS, _CHECK_ROWS // self.hyperparameters.batch_size))
         for step in range(before.steps, steps):
             asked = time.perf_counter()
@@ -174,9 +176,8 @@ class Trainer:
     def _step(self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float) -> Tensor:
         """Update the parameters with this worker's share of a global batch of so many rows.
 
-        Returns:
-            The mean of all heads' losses, without label smoothing, summed over this worker's rows. The next step may overwrite
-            it.
+        Returns the mean of all heads' losses, without label smoothing, summed over this worker's rows. The next step may
+        overwrite it.
         """
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
@@ -188,7 +189,8 @@ class Trainer:
         assert isinstance(reported, Tensor)
         # DDP averages over workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
         (loss * (self.worker.world_size / global_rows)).backward()
-        self.optimizer.step(learning_rate, self._dtype)
+        self.optimizer.set_learning_rate(learning_rate)
+        self.optimizer.step()
         return reported
 
     def dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
@@ -203,19 +205,15 @@ class Trainer:
     def evaluate(self, held_out: EvaluationSet, epoch: int) -> Metrics:
         """Metrics on held-out rows, with all ten numbers; each row is counted once over all workers.
 
-        Args:
-            held_out: rows of all workers, and batches of the rank's.
-            epoch: number of the epoch for the error message, from 1.
-
         Raises:
-            RunError: the loss is infinite or not a number.
+            RunError: the loss is infinite or not a number; the message has the number of the epoch, from 1.
             RowCountError: a row was lost or repeated.
         """
         self.model.eval()
         rows = held_out.rows
         counts = AnswerCounts(self.worker.device)
         on_progress = self.worker.events.progress("rows evaluated", len(rows))
-        for batch, scores in score_rows(self.model, self.digit_scores, held_out.batches):
+        for batch, scores in score_rows(self.model, held_out.digit_scores, held_out.batches):
             counts.add(batch, scores)
             on_progress(len(batch["row_id"]) * self.worker.world_size)  # an estimate: the other workers are about as far
         metrics = counts.metrics(len(rows), rows.id_sum)
@@ -223,12 +221,10 @@ class Trainer:
         return metrics
 
     @torch.no_grad()
-    def digit_scores(self, batch: Batch) -> Tensor:
-        """Digit scores of undistorted images, [n, 10], in the run's precision; the batch keeps them."""
-        if "digit_scores" not in batch:
-            with torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-                batch["digit_scores"] = self.model.digit_scores(prepare_images(batch["image"]))
-        return batch["digit_scores"]
+    def digit_scores(self, images: Tensor) -> Tensor:
+        """Digit scores [n, 10], in the run's precision, of undistorted images uint8[n, 28, 28]."""
+        with torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            return self.model.digit_scores(prepare_images(images))
 
     def _check_finite(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):

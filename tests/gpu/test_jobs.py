@@ -146,9 +146,9 @@ def test_no_step_of_the_trainer_waits_for_the_device(precision: str, monkeypatch
     monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model, **_: model)
     run = preflight(TrainConfig(data="sample", recipe="long"))
     worker = Worker(0, 1, CUDA, 1, EventSender(None, rank=1))
-    trainer, counter = Trainer(run.hyperparameters, worker), EpochCounter(EpochProgress(), 99, worker, torch.tensor([10, 5000]))
-    trainer.prepare(precision)
-    data = load_rows(run.source).data
+    trainer = Trainer(run.hyperparameters, worker, precision)
+    counter = EpochCounter(EpochProgress(), 99, worker, torch.tensor([10, 5000]))
+    data = load_rows(run.source, streamed=False).data
     batches = TrainingRows(data, run.shuffle, 1.0, epochs=1, rank=0, world_size=1, device=CUDA).batches()
     torch.cuda.set_sync_debug_mode("default")
     for step in range(18):
@@ -295,7 +295,7 @@ def cluster() -> Iterator[None]:
 @pytest.mark.usefixtures("cluster")
 def test_batches_on_the_gpu_are_those_of_the_cpu() -> None:
     source = open_source("sample")
-    data, shuffle = load_rows(source).data, Shuffle(source.train, None, 48, 0, seed=3)
+    data, shuffle = load_rows(source, streamed=False).data, Shuffle(source.train, None, 48, 0, seed=3)
 
     def batches(device: torch.device) -> list[Batch]:
         return list(TrainingRows(data, shuffle, distortion=1.0, epochs=2, rank=0, world_size=1, device=device).batches())

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from mnistsum_ray.data.distortion import distortions
-from mnistsum_ray.model.device import all_reduce_sum, broadcast_parameters, disable_tf32
+from mnistsum_ray.model.collectives import all_reduce_sum, broadcast_parameters
+from mnistsum_ray.model.device import disable_tf32
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, dropout_factors, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
@@ -55,7 +56,7 @@ class Training:
     ) -> None:
         self.model, self.dtype, self.dropout = make_model(device), dtype, dropout
         self.count, self.rows = rows, slice(rows * rank // ranks, rows * (rank + 1) // ranks)
-        self.optimizer, self.generator = MuonAdamW(self.model, 0.01), torch.Generator(device)
+        self.optimizer, self.generator = MuonAdamW(self.model, 0.01, dtype), torch.Generator(device)
         self.images, self.digits, self.numbers = (values[self.rows].to(device) for values in random_rows(rows))
         self.matrices = torch.from_numpy(distortions(0, 0, np.arange(rows), 0.5))[self.rows].to(device)
         self.scale, self.places = torch.tensor(ranks / rows, device=device), pixel_places(device)
@@ -74,7 +75,8 @@ class Training:
             images = distort(prepare_images(self.images), self.matrices, self.places)
             loss, _ = self.objective(images, self.numbers, self.digits, factors)
             loss.backward(self.scale)
-            self.optimizer.step(1e-3, self.dtype)
+            self.optimizer.set_learning_rate(1e-3)
+            self.optimizer.step()
 
 
 def check_trained_alike(ours: Weights, theirs: Weights) -> None:
@@ -149,23 +151,25 @@ def test_an_empty_share_has_gradients_of_zero(device: torch.device, dtype: torch
 def test_a_checkpoint_goes_to_the_cpu_and_back(device: torch.device, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="checkpoints are reported to Ray Train")
     from mnistsum_ray.storage.paths import locate
-    from mnistsum_ray.training.checkpoint import TrainerState, load_state, save_checkpoint
+    from mnistsum_ray.training.checkpoint import TrainerState, read_checkpoint, restore, save_checkpoint
 
     training = Training(device)
     training.steps(3)
     weights, state = copy_weights(training.model), TrainerState(0, [], "fp32")
-    first = {name: {key: value.cpu().clone() for key, value in of.items()} for name, _, of in training.optimizer.states()}
+    states = training.optimizer.state_dict()["state"]
+    first = {index: {key: value.cpu().clone() for key, value in of.items()} for index, of in states.items()}
     for number, place in enumerate((CPU, device)):
         folder = tmp_path / str(number)
         folder.mkdir()
         save_checkpoint(folder, state, training.model, training.optimizer)
         training = Training(place)
-        state = load_state(locate(str(folder), "checkpoint"), training.model, training.optimizer)
+        state, tensors = read_checkpoint(locate(str(folder), "checkpoint"))
+        restore(tensors, training.model, training.optimizer)
     assert all(torch.equal(value, weights[name]) for name, value in copy_weights(training.model).items())
-    for name, parameter, moments in training.optimizer.states():
+    for index, moments in training.optimizer.state_dict()["state"].items():
         for key, value in moments.items():
-            assert torch.equal(value.cpu(), first[name][key]), (name, key)
-            assert key == "step" or value.device == parameter.device
+            assert torch.equal(value.cpu(), first[index][key]), (index, key)
+            assert key == "step" or value.device == training.images.device
     training.steps(1)
 
 

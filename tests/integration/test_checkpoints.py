@@ -136,10 +136,3 @@ def test_a_run_that_loses_its_lock_ends_at_once_also_where_sigint_is_ignored(clu
     assert "another run has taken the output (another run)" in done.error
     assert "going on after epoch" not in done.err, "another attempt would fail in the same way"
     assert "Traceback" not in done.err
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"config": {}}', "[" * 100_000])
-def test_a_manifest_that_does_not_say_what_the_run_was_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "manifest.json").write_text(text)
-    run_job("train", "--storage-path", tmp_path, "--name", "mine", "--resume").check_refused("; start another run")

@@ -10,10 +10,8 @@ from mnistsum_ray.model.device import cuda_index
     [
         ("3", "3", 1, 0),  # Ray's default: only the assigned GPU is visible
         ("3", None, 4, 3),  # RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1: all GPUs are visible
-        ("3", "", 4, 3),
         ("5", "4,5,6", 3, 1),  # the same setting on a node that was started with some of its GPUs
         ("GPU-1a2b", "GPU-9f9f,GPU-1a2b", 2, 1),
-        ("GPU-1a2b", None, 1, 0),
         ("MIG-b", "MIG-a,MIG-b", 1, 0),  # a process sees one instance
         ("1", None, 1, 0),  # AMD: Ray has set HIP_VISIBLE_DEVICES
     ],

@@ -13,17 +13,17 @@ from mnistsum_ray.model.network import TwoHeadCNN, joint_loss, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.analysis import describe
 from mnistsum_ray.training.checkpoint import (
     STATE_CARD,
-    CheckpointError,
+    STATE_FILE,
     EpochProgress,
     TrainerState,
     latest_valid_checkpoint,
-    load_state,
     read_checkpoint,
+    restore,
     save_checkpoint,
 )
-from mnistsum_ray.training.loop import describe
 
 SCORES: Metrics = {"rows": 10, "pairs": 100, "loss": 0.5, "consistency": 0.7}
 SCORES |= {f"{head.name}_accuracy": 0.9 for head in HEADS}
@@ -37,13 +37,14 @@ def step(model: TwoHeadCNN, optimizer: MuonAdamW, seed: int) -> None:
     scores = model(prepare_images(images), numbers)
     optimizer.zero_grad()
     torch.autograd.backward(joint_loss(scores, digits, numbers)[0])
-    optimizer.step(1e-3, torch.float32)
+    optimizer.set_learning_rate(1e-3)
+    optimizer.step()
 
 
 def make(seed: int) -> tuple[TwoHeadCNN, MuonAdamW]:
     torch.manual_seed(seed)
     model = TwoHeadCNN()
-    return model, MuonAdamW(model, weight_decay=0.01)
+    return model, MuonAdamW(model, 0.01, torch.float32)
 
 
 def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
@@ -56,7 +57,8 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     state = TrainerState(1, [LINE], "fp32", progress, tuned, torch.tensor([5, 6]))
     save_checkpoint(tmp_path, state, model, optimizer)
     other, other_optimizer = make(1)
-    loaded = load_state(locate(str(tmp_path), "checkpoint"), other, other_optimizer)
+    loaded, tensors = read_checkpoint(locate(str(tmp_path), "checkpoint"))
+    restore(tensors, other, other_optimizer)
     assert (loaded.epochs_done, loaded.history, loaded.precision) == (1, [LINE], "fp32")
     assert replace(loaded.progress, checksums=None) == replace(progress, checksums=None)
     assert loaded.sum_head == tuned
@@ -69,43 +71,39 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_the_description_tells_how_the_sum_head_was_tuned(*, kept: bool) -> None:
-    before, after = SCORES, SCORES | {"sum_accuracy": 0.9}
-    lines = [{"epoch": epoch, "validation": before, "test": before} for epoch in (1, 2, 3)]
-    tuned = {"steps": 5, "kept": kept, "validation": after, "test": after}
-    description = describe(TrainerState(3, lines, "fp32", sum_head=tuned), copy_weights(make(0)[0]))
-    assert description["epoch"] == 3
-    assert description["test"] == description["validation"] == (after if kept else SCORES)
-    metrics = {when: {"validation": of, "test": of} for when, of in (("before", before), ("after", after))}
-    assert description["sum_head"] == {"steps": 5, "kept": kept, **metrics}
+def test_a_fine_tuning_that_was_undone_is_in_the_description_and_its_metrics_are_not_the_models() -> None:
+    after = SCORES | {"sum_accuracy": 0.5}
+    tuned = {"steps": 5, "kept": False, "validation": after, "test": after}
+    description = describe(TrainerState(1, [LINE], "fp32", sum_head=tuned), copy_weights(make(0)[0]))
+    assert description["test"] == description["validation"] == SCORES
+    before_and_after = {when: {"validation": of, "test": of} for when, of in (("before", SCORES), ("after", after))}
+    assert description["sum_head"] == {"steps": 5, "kept": False, **before_and_after}
 
 
-@pytest.mark.parametrize("name", ["trainer.safetensors", "trainer.json"])
-@pytest.mark.parametrize("harm", ["missing", "cut short"])
-def test_a_checkpoint_that_is_not_whole_is_known_for_one(tmp_path: Path, name: str, harm: str) -> None:
+def test_a_checkpoint_that_is_not_whole_is_passed_over_and_one_of_another_version_is_refused(tmp_path: Path) -> None:
+    place, said = locate(str(tmp_path), "--name"), list[str]()
+    assert latest_valid_checkpoint(place, said.append) is None
     model, optimizer = make(0)
-    step(model, optimizer, 0)
-    save_checkpoint(tmp_path, TrainerState(1, [LINE], "fp32"), model, optimizer)
-    place = locate(str(tmp_path), "checkpoint")
-    read_checkpoint(place)
-    file = tmp_path / name
-    if harm == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match=r"is missing|is incomplete"):
-        read_checkpoint(place)
-
-
-def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
-    assert latest_valid_checkpoint(locate(str(tmp_path), "--name"), print) is None
-
-
-def test_a_checkpoint_of_another_version_is_refused_and_stays(tmp_path: Path) -> None:
-    folder = tmp_path / "epoch_00029"
-    folder.mkdir()
-    (folder / STATE_CARD).write_text('{"format": "mnistsum_ray.trainer/99"}')
-    with pytest.raises(RequestError, match=r"epoch_00029 cannot be used: it was written by another version"):
-        latest_valid_checkpoint(locate(str(tmp_path), "--name"), print)
-    assert folder.exists()
+    for number in range(1, 6):
+        folder = tmp_path / f"epoch_{number:05d}"
+        folder.mkdir()
+        save_checkpoint(folder, TrainerState(number, [LINE], "fp32"), model, optimizer)
+        damaged = folder / (STATE_FILE if number % 2 else STATE_CARD)
+        if number in (2, 3):
+            damaged.unlink()
+        elif number > 3:
+            damaged.write_bytes(damaged.read_bytes()[:-9])
+    latest = latest_valid_checkpoint(place, said.append)
+    assert latest is not None
+    assert latest.path == f"{tmp_path}/epoch_00001"
+    reasons = [line.partition(" cannot be used: ")[2] for line in said]
+    assert [" ".join(reason.split()[:3]) for reason in reasons] == [
+        "trainer.safetensors is incomplete",
+        "trainer.json is incomplete",
+        "a file is",
+        "a file is",
+    ]
+    (tmp_path / "epoch_00006").mkdir()
+    (tmp_path / "epoch_00006" / STATE_CARD).write_text('{"format": "mnistsum_ray/10"}')
+    with pytest.raises(RequestError, match=r"epoch_00006 cannot be used: it was written by another version"):
+        latest_valid_checkpoint(place, print)

@@ -118,8 +118,8 @@ def train(precision: str, count: int, **settings: Any) -> int:
     """Launches of a training step on the first of two ranks, or on the second with no rows."""
     hyperparameters = preflight(TrainConfig(data="sample", batch_size=2 * ROWS, **settings)).hyperparameters
     worker = Worker(int(not count), 2, CUDA, 1, EventSender(None, rank=1))
-    trainer, counter = Trainer(hyperparameters, worker), EpochCounter(EpochProgress(), 9, worker, torch.tensor([10, 90]))
-    trainer.prepare(precision)
+    trainer = Trainer(hyperparameters, worker, precision)
+    counter = EpochCounter(EpochProgress(), 9, worker, torch.tensor([10, 90]))
     batch, global_rows = rows(count), 2 * count or 1
     counter.add(batch, trainer._step(batch, 0, 0, global_rows, 0.01))  # makes the optimizer's state, and constants
     with (launches := Launches()):
@@ -152,8 +152,7 @@ def test_a_training_step(
 def compiled_mode(ranks: int) -> str:
     hyperparameters = preflight(TrainConfig(data="sample", compile=True)).hyperparameters
     with patch("torch.compile") as compiled:
-        trainer = Trainer(hyperparameters, Worker(0, ranks, CUDA, 1, EventSender(None, rank=1)))
-        trainer.prepare("fp32")
+        Trainer(hyperparameters, Worker(0, ranks, CUDA, 1, EventSender(None, rank=1)), "fp32")
     return str(compiled.call_args.kwargs["mode"])
 
 
@@ -181,7 +180,7 @@ def finetune(steps: int) -> float:
 
 
 def test_finetuning_launches_few_kernels_a_step(gpu: Callable[..., Any]) -> None:
-    assert gpu(finetune, 500) < 30
+    assert gpu(finetune, 100) < 30
 
 
 def infer(precision: str) -> list[tuple[int, ...]]:

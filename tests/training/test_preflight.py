@@ -48,12 +48,11 @@ def test_another_recipe_sets_what_it_sets_and_flags_win(stored: TrainConfig) -> 
     assert run.hyperparameters.seed == stored.seed
 
 
-@pytest.mark.parametrize("resume", [False, "auto"])
-def test_a_folder_with_files_and_no_run_is_neither_taken_nor_resumed(tmp_path: Path, resume: Any) -> None:
+def test_a_folder_with_files_and_no_run_is_neither_taken_nor_resumed(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
     with pytest.raises(RequestError, match="mine holds other files, and no run; choose another name"):
-        preflight(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine", resume=resume))
+        preflight(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine", resume="auto"))
 
 
 @pytest.mark.parametrize(
@@ -95,3 +94,13 @@ def test_the_same_command_goes_on_with_a_run_that_was_begun_from_another_that_is
         assert preflight(TrainConfig(**place, **given)).config.from_run == "runs/gone"
     with pytest.raises(RequestError, match="--from-run runs/other: the run mine has runs/gone"):
         preflight(TrainConfig(**place, from_run="runs/other"))
+
+
+def test_a_manifest_that_does_not_say_what_the_run_was_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for text in ("{", "[]", '{"config": {}}', "[" * 100_000):
+        (tmp_path / "mine" / "manifest.json").write_text(text)
+        with pytest.raises(RequestError, match=r"--resume: .*; start another run"):
+            preflight(TrainConfig(storage_path=str(tmp_path), name="mine", resume=True))
+    with pytest.raises(RequestError, match="--from-run: there is no run in"):
+        preflight(TrainConfig(from_run=str(tmp_path), storage_path=str(tmp_path)))
