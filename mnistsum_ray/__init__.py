@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 __version__: Final = "0.1.0"
 
 if TYPE_CHECKING:
-    from mnistsum_ray.api import ScoreResult, TrainResult, fit, score
+    from mnistsum_ray.api import fit, score
     from mnistsum_ray.config import ScoreConfig, TrainConfig
     from mnistsum_ray.errors import RequestError, RunError
     from mnistsum_ray.predicting import decode_images, load_model, predict, predict_rows
+    from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 
 __all__ = [
     "RequestError",

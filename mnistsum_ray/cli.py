@@ -56,7 +56,7 @@ def train(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     from mnistsum_ray.api import run_training
 
-    return run_training(config), DONE
+    return run_training(config).line(), DONE
 
 
 def score(argv: list[str]) -> tuple[dict[str, Any], int]:
@@ -82,8 +82,8 @@ def score(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     from mnistsum_ray.api import run_scoring
 
-    line, set_aside = run_scoring(config)
-    return line, INCOMPLETE if set_aside else DONE
+    result = run_scoring(config)
+    return result.line(labels=config.label_column is not None), INCOMPLETE if result.set_aside else DONE
 
 
 def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:

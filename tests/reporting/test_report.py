@@ -158,7 +158,7 @@ COUNTS = Counts(
 
 
 def scored(**changed: Any) -> str:
-    drawn = {"Rows by probability": pictures.draw_probabilities(COUNTS.probabilities)}
+    drawn = {"probabilities.png": pictures.draw_probabilities(COUNTS.probabilities)}
     return scored_page(SCORED | changed, COUNTS, drawn)
 
 
