@@ -79,6 +79,10 @@ def test_an_error_is_one_short_line_that_names_the_flag(argv: list[str], message
     check_error(TrainConfig, argv, message)
 
 
+def test_the_picture_is_named_without_dashes() -> None:
+    check_error(PredictConfig, ["--number", "5", "--model", "m"], "PICTURE: is required")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

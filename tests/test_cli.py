@@ -7,14 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from mnistsum_ray import RequestError, __version__, cli
+from mnistsum_ray import __version__, cli
 from mnistsum_ray.errors import percent
 from tests.conftest import default_signals
 
@@ -90,9 +89,6 @@ def test_bash_completes_commands_flags_and_values(capsys: pytest.CaptureFixture[
         script += f'\nCOMP_WORDS=({" ".join(words)} "{last}"); COMP_CWORD={len(words)}; _shtab_mnistsum; echo ${{COMPREPLY[@]}}'
     lines = run("bash", "-c", script).stdout.splitlines()
     assert [set(line.split()) for line in lines] == list(COMPLETED.values())
-
-
-def test_the_script_for_zsh_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "completion", "zsh").startswith("#compdef mnistsum")
 
 
@@ -148,26 +144,6 @@ def test_one_picture_is_answered_in_words_and_as_json(model: Path, tmp_path: Pat
     )
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["blank.png", "--number", "5", "--model", "{model}"], "blank.png: nothing is drawn on it"),
-        (["nowhere.png", "--number", "5", "--model", "{model}"], "nowhere.png: there is no such file"),
-        (["--number", "5", "--model", "{model}"], "PICTURE: is required"),
-        (["seven.png", "--number", "5", "--model", "nowhere"], "nowhere/model: holds no model"),
-    ],
-)
-def test_a_picture_that_cannot_be_answered_is_refused(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], said: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # a job replaces it
-    Image.new("RGB", (300, 400), "white").save("blank.png")
-    Image.fromarray(np.eye(28, dtype=np.uint8) * 255).save("seven.png")
-    with pytest.raises(RequestError, match=said):
-        cli.predict([word.format(model=model) for word in argv])
-
-
 _JOB = """
 import atexit, signal, sys, time
 from contextlib import contextmanager
@@ -202,19 +178,21 @@ sys.exit(cli.run(work, []))
 
 
 def start(
-    work: float = 30,
-    cleanup: float = 0,
-    ends: str = "RunInterrupted",
-    first: str = "",
-    before: Callable[[], object] = default_signals,
+    work: float = 30, cleanup: float = 0, ends: str = "RunInterrupted", first: str = "", *, ignored: int | None = None
 ) -> subprocess.Popen[str]:
     """Start a job that works for `work` seconds and cleans up for `cleanup` seconds, and wait until it works.
 
     Args:
         ends: the error that the job raises when it is stopped.
         first: a statement that the job runs first.
-        before: runs in the child process before exec.
+        ignored: a signal that the job's parent ignores.
     """
+
+    def before() -> None:
+        default_signals()
+        if ignored:
+            signal.signal(ignored, signal.SIG_IGN)
+
     job = subprocess.Popen(
         [sys.executable, "-c", _JOB.format(work=work, cleanup=cleanup, ends=ends, first=first)],
         stdout=subprocess.PIPE,
@@ -227,50 +205,58 @@ def start(
     return job
 
 
-def test_a_signal_that_is_ignored_stops_nothing() -> None:
-    """`nohup` ignores SIGHUP. A shell that runs a script ignores SIGINT for what the script starts with `&`."""
-    job = start(work=0.5, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    job.send_signal(signal.SIGHUP)
-    out, err = job.communicate(timeout=30)
-    assert (job.returncode, out, err) == (0, '{"done": true}\n', "")
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+DONE = (0, '{"done": true}\n', "")
+STOPPED = (130, "", "stopped by SIGINT; what is saved stays\n")
 
 
-@pytest.mark.parametrize(("pause", "cleanup"), [(0.3, 1), (3.0, 5)])  # the second is ignored, or interrupts the cleanup
-def test_an_impatient_second_signal_changes_neither_the_line_nor_the_exit_code(pause: float, cleanup: float) -> None:
-    job = start(cleanup=cleanup)
-    job.send_signal(signal.SIGINT)
-    time.sleep(pause)
-    job.send_signal(signal.SIGINT)
+@pytest.mark.parametrize(
+    ("settings", "signals", "pause", "expected"),
+    [
+        # `nohup` ignores SIGHUP. A shell that runs a script ignores SIGINT for what the script starts with `&`.
+        pytest.param({"work": 0.5, "ignored": HUP}, [HUP], 0, DONE, id="ignored"),
+        pytest.param({"cleanup": 1}, [INT, INT], 0.3, STOPPED, id="an impatient second one is ignored"),
+        pytest.param({"cleanup": 5}, [INT, INT], 3.0, STOPPED, id="a later one interrupts the cleanup"),
+        # The interrupt is raised a second time during the cleanup.
+        pytest.param(
+            {"cleanup": 7, "ends": "RunError"},
+            [TERM],
+            0,
+            (1, "", "error: what is saved stays\n"),
+            id="the job fails meanwhile",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_signal_stops_a_job_in_order(
+    settings: dict[str, Any], signals: list[signal.Signals], pause: float, expected: tuple[int, str, str]
+) -> None:
+    job = start(**settings)
+    for number in signals:
+        job.send_signal(number)
+        time.sleep(pause)
     out, err = job.communicate(timeout=30)
-    assert (job.returncode, out, err) == (130, "", "stopped by SIGINT; what is saved stays\n")
+    assert (job.returncode, out, err) == expected
 
 
 @pytest.mark.slow
 def test_a_signal_that_comes_in_a_finalizer_stops_the_job_too() -> None:
     """Python prints an exception that is raised in a finalizer, and continues; the signal is sent again 5 s later."""
     job = start(first="Slow()")
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(TERM)
     out, err = job.communicate(timeout=30)
     assert (job.returncode, out) == (143, "")
     assert "KeyboardInterrupt" in err
     assert err.endswith("\nstopped by SIGTERM; what is saved stays\n")
 
 
-@pytest.mark.slow
-def test_a_job_that_fails_while_it_is_stopped_says_why() -> None:
-    job = start(cleanup=7, ends="RunError")  # the interrupt is raised a second time during the cleanup
-    job.send_signal(signal.SIGTERM)
-    out, err = job.communicate(timeout=30)
-    assert (job.returncode, out, err) == (1, "", "error: what is saved stays\n")
-
-
 def test_a_signal_after_the_result_changes_nothing() -> None:
     job = start(work=0)
     assert job.stdout is not None
-    assert job.stdout.readline() == '{"done": true}\n'
-    job.send_signal(signal.SIGTERM)
-    _, err = job.communicate(timeout=30)
-    assert (job.returncode, err) == (0, "")
+    assert job.stdout.readline() == DONE[1]
+    job.send_signal(TERM)
+    assert job.communicate(timeout=30)[1] == ""
+    assert job.returncode == 0
 
 
 _PRINTING_JOB = """
