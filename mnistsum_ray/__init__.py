@@ -42,7 +42,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Imports on first use: torch and Ray take seconds to import, and `--help` needs neither.
-    for module in ("errors", "config", "predicting", "api") if name in __all__ else ():
+    modules = ("errors", "config", "predicting", "api") if name in __all__ else ()
+    for module in modules:
         if hasattr(found := import_module(f"{__name__}.{module}"), name):
             return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

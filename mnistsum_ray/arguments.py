@@ -78,8 +78,9 @@ def make_parser(config_class: type[JobConfig], description: str, command: str, *
     `--help` shows the description, the usage line with the command, and with `show_all` not just the flags of every day.
     """
     everyday = config_class.everyday
+    picture = f"{_flag(_POSITIONAL)} " if _POSITIONAL in config_class.model_fields else ""
     parser = _Parser(
-        usage=f"{command} {'PICTURE ' * (_POSITIONAL in config_class.model_fields)}[flags]",
+        usage=f"{command} {picture}[flags]",
         add_help=False,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

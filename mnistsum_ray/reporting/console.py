@@ -30,7 +30,8 @@ class Progress:
 
     def __init__(self, show: Callable[..., None], what: str, total: int) -> None:
         """Start counting towards `total`; `what` names the items, e.g. "rows written"; `show` is `Console.progress`."""
-        self._show, self._what, self._total, self._done = show, what, total, 0
+        self._show, self._what, self._total = show, what, total
+        self._done = 0
         self._started = self._reported = time.monotonic()
 
     def __call__(self, count: int, working_seconds: float | None = None) -> None:

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
@@ -51,7 +51,7 @@ _ACROSS: Final = 6
 """Most images beside each other."""
 
 _ERROR_TICKS: Final = (0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-"""Of a logarithmic scale of percent."""
+"""Ticks of a logarithmic scale of percent."""
 
 _REASONS_DRAWN: Final = 12
 _REASON_WIDTH: Final = 60
@@ -79,9 +79,7 @@ def _picture(draw: Callable[P, Figure]) -> Callable[P, Picture]:
 def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
     """Loss and error (100 % less the accuracy) of each head by epoch, on scales where small numbers can be told apart.
 
-    Args:
-        history: lines of history.jsonl.
-        card: contents of model.json; its own errors are marked.
+    The errors of the finished model, `card`, are marked.
     """
     figure, (losses, errors) = _panels(9, 3.9, 2, bottom=1.05)
     epochs = [entry["epoch"] for entry in history]
@@ -108,11 +106,11 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
     losses.set(title="loss, nats (mean of the heads)", xlim=(0, epochs[-1] * 1.05), yscale="log")
     errors.set(title="error, %", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
     errors.set_yscale("symlog", linthresh=0.1)  # a few test rows may have no error at all
-    low = max(tick for tick in _ERROR_TICKS if tick <= min(shown))
-    errors.set_yticks([tick for tick in _ERROR_TICKS if low <= tick], minor=False)
+    errors.set_yticks(_ERROR_TICKS)
     errors.set_yticks([], minor=True)
+    low = max(tick for tick in _ERROR_TICKS if tick <= min(shown))
     errors.set_ylim(low, min((tick for tick in _ERROR_TICKS if tick > max(shown)), default=100))
-    losses.yaxis.set_minor_formatter(FuncFormatter(_two_and_five))
+    losses.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     for axes in (losses, errors):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -124,18 +122,9 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
     return figure
 
 
-def _two_and_five(value: float, _: Any) -> str:
-    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
-
-
 @_picture
 def draw_confusion(confusion: list[list[int]], rows: str = "test images") -> Figure:
-    """Confusion matrix of the digits: true digit down, predicted digit across; right ones blue, mistakes orange.
-
-    Args:
-        confusion: rows by true digit and predicted digit.
-        rows: what is counted.
-    """
+    """Confusion matrix of the digits: `rows` by true digit (down) and predicted digit; right ones blue, mistakes orange."""
     counts = np.array(confusion)
     right = np.eye(len(counts), dtype=bool)
     # On a logarithmic scale a mistake can be seen beside a thousand right ones. It begins below 1, which then has a colour.
@@ -160,14 +149,12 @@ def draw_confusion(confusion: list[list[int]], rows: str = "test images") -> Fig
 def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> Figure:
     """Wrong sums by true digit (down) and number (across); the colour compares with the wrong digits, in points of accuracy.
 
-    A sum can be as right as its digit: orange is what the sum head adds to the mistakes.
-
-    Args:
-        sums_right: test images with a correct sum, by digit and number.
-        confusion: confusion matrix of the digits, for the number of images of each digit.
+    A sum can be as right as its digit: orange is what the sum head adds to the mistakes. `sums_right` are test images with a
+    correct sum, by digit and number; `confusion` is the matrix of the digits.
     """
-    rows = np.array(confusion).sum(1)
-    wrong_digits, wrong_sums = rows - np.diag(np.array(confusion)), rows[:, None] - np.array(sums_right)
+    rows = np.sum(confusion, 1)
+    wrong_digits = rows - np.diag(confusion)
+    wrong_sums = rows[:, None] - np.array(sums_right)
     difference = 100 * (wrong_digits[:, None] - wrong_sums) / np.maximum(rows, 1)[:, None]
     shades = 0.5 + difference.clip(-_MAX_DIFFERENCE, _MAX_DIFFERENCE) / _MAX_DIFFERENCE / 2
     texts = [[f"{count:,}" for count in row] if images else [""] * NUMBERS for row, images in zip(wrong_sums, rows, strict=True)]
@@ -177,22 +164,12 @@ def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> Figure
     found += f"(darkest: by {_MAX_DIFFERENCE:g}% of the digit's images)"
     title = f"sums: {np.sum(sums_right) / max(1, pairs):.2%} of {pairs:,} test pairs correct\n{found}"
     beside = [f"{count:,}" for count in wrong_digits]
-    figure = _heat_map(colormaps["PuOr"](shades), texts, abs(shades - 0.5) > 0.35, title, "number", "wrong digits", beside)
-    if not wrong_sums.any():
-        figure.axes[0].text(
-            4.5, 4.5, "no sum is wrong", ha="center", va="center", fontsize=18, color=_BLUE, backgroundcolor="white"
-        )
-    return figure
+    return _heat_map(colormaps["PuOr"](shades), texts, abs(shades - 0.5) > 0.35, title, "number", "wrong digits", beside)
 
 
 @_picture
 def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8]) -> Figure:
-    """Each mistake with its image, its prediction and the true answer.
-
-    Args:
-        mistakes: entries of the error analysis in manifest.json, most confident first.
-        images: their images, uint8[n, 28, 28].
-    """
+    """Each mistake (entries of the manifest's error analysis) with its image, uint8[n, 28, 28], prediction and true answer."""
     title = "the most confident mistakes on test images" if mistakes else "no mistakes on test images"
     down = -(-len(mistakes) // _ACROSS)
     across = -(-len(mistakes) // max(1, down))  # as many in each line, but for the last one
