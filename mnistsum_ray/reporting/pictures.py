@@ -13,6 +13,7 @@ from typing import Any, Final, ParamSpec
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
@@ -209,7 +210,7 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
     for (name, head), axes, below, (color, marker) in zip(heads.items(), *panels, _HEAD_STYLES, strict=False):
         rows, right = np.array(head.rows), np.array(head.right)
         used, edges = rows > 0, np.linspace(0, 1, len(rows) + 1)
-        below.bar(edges[:-1], rows, np.diff(edges), align="edge", color=color, edgecolor="white", linewidth=0.5)
+        _draw_histogram(below, rows, color, "predicted probability", rows.max())
         rows, right, probability = rows[used], right[used], np.array(head.probability)[used] / rows[used]
         accuracy = right / rows
         low, high = np.array([wilson_interval(*of) for of in zip(accuracy, rows, strict=True)]).reshape(-1, 2).T.clip(0, 1)
@@ -226,10 +227,7 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
             ylim=(floor - 0.03 * (1 - floor), 1 + 0.03 * (1 - floor)), xlim=(start - 0.02 * (1 - start), 1 + 0.02 * (1 - start))
         )
         axes.legend(loc="lower right")
-        below.set(xlabel="predicted probability", ylim=(0.5, max(10, 3 * max(head.rows))), yscale="log")
-        below.yaxis.set_major_formatter("{x:,.0f}")
         axes.grid()
-        below.grid(axis="y")
     figure.text(0.1 / 9, 0.64, "accuracy", rotation=90, va="center")
     figure.text(0.1 / 9, 0.21, "rows", rotation=90, va="center")
     return figure
@@ -239,17 +237,12 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
 def draw_probabilities(histograms: dict[str, list[int]]) -> Figure:
     """Histogram of a scoring run's predicted probabilities, by column: rows in bins of equal width over 0..1."""
     figure, panels = _panels(9, 3.4, len(histograms), left=0.9)
+    highest = max(max(counts) for counts in histograms.values())
     for axes, (column, counts), (color, _) in zip(panels, histograms.items(), _HEAD_STYLES, strict=False):
-        width = 1 / len(counts)
-        edges = np.arange(len(counts)) * width
-        axes.bar(edges, counts, width=width, align="edge", color=color, edgecolor="white", linewidth=0.5)
+        _draw_histogram(axes, counts, color, column, highest)
         last_bin = counts[-1] / max(1, sum(counts))
-        axes.set(title=f"{column.removesuffix('_prob')}: {last_bin:.2%} of {sum(counts):,} rows above {1 - width:.2f}")
-        axes.set(xlabel=column, xlim=(0, 1))
-        axes.set_yscale("symlog", linthresh=1)  # nearly all rows are in the last bin; the others are the interesting ones
-        axes.set_ylim(0, max(10, *(2 * max(counts) for counts in histograms.values())))
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.grid(axis="y")
+        axes.set_title(f"{column.removesuffix('_prob')}: {last_bin:.2%} of {sum(counts):,} rows above {1 - 1 / len(counts):.2f}")
+        axes.set_xlim(0, 1)
     figure.text(0.1 / 9, 0.5, "rows", rotation=90, va="center")
     return figure
 
@@ -272,6 +265,16 @@ def draw_rejects(reasons: dict[str, int]) -> Figure:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(title=f"{sum(shown.values()):,} rejected rows by reason", xlabel="rows")
     return figure
+
+
+def _draw_histogram(axes: Axes, rows: npt.ArrayLike, color: str, label: str, highest: int) -> None:
+    """Draw rows by probability, in bins of equal width over 0..1; `highest` is the most rows of a bin of this scale."""
+    edges = np.linspace(0, 1, np.size(rows) + 1)
+    axes.bar(edges[:-1], rows, np.diff(edges), align="edge", color=color, edgecolor="white", linewidth=0.5)
+    axes.set_yscale("symlog", linthresh=1)  # nearly all rows are in the last bin; the others are the interesting ones
+    axes.set(xlabel=label, ylim=(0, max(10, 2 * highest)))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(axis="y")
 
 
 def _percent(right: npt.NDArray[Any], totals: npt.NDArray[Any]) -> list[str]:

@@ -84,7 +84,7 @@ def test_progress_is_a_bar_that_fits_the_terminal(columns: int) -> None:
         assert max(map(len, frames)) <= columns
         if columns >= 80:
             assert any("epoch 2/5:  30%" in frame and "loss 1.5000" in frame for frame in frames)
-            assert any("epoch 2/5" in frame and "rows evaluated: 500 of 2,000" in frame for frame in frames), "the same bar"
+            assert any("rows evaluated:  25%" in frame for frame in frames), "other work has its own bar"
         console.say("a line")
         assert "a line\r\n" in written(), "above the bar"
         console.__exit__()
