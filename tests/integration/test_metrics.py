@@ -60,21 +60,6 @@ def last_job(head: Any) -> tuple[dict[str, str], dict[str, list[str]]]:
     return job["metadata"], names
 
 
-@pytest.fixture(scope="module")
-def reported(head: Any) -> dict[str, dict[str, float]]:
-    """What this process reports while the jobs run, by run: rows that are trained again after a worker died, and no rows."""
-    training = TrainingMetrics("runs/again")
-    event = {"of_rows": 100, "rows_per_second": 20.0, "loss": 0.5}
-    for epoch, rows in ((1, 50), (1, 100), (2, 60), (2, 20), (2, 80)):
-        training.add(event | {"epoch": epoch, "rows": rows})
-    ScoringMetrics("nothing")
-    return {
-        "runs/again": {"train_rows_total": 180.0, "train_rows_per_second": 20.0, "train_epoch": 2.0, "train_loss": 0.5},
-        "nothing": {"score_rows_total": 0.0, "score_rejected_rows_total": 0.0, "score_rows_per_second": 0.0},
-    }
-
-
-@pytest.mark.usefixtures("reported")
 def test_a_scoring_that_has_ended(head: Any, model: Path, tmp_path: Path) -> None:
     export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "in"), rows=ROWS, files=2), print)
     path = tmp_path / "in" / "part-00001.parquet"
@@ -109,8 +94,18 @@ def test_a_training_that_has_ended(head: Any, tmp_path: Path) -> None:
     assert run["run_settings"]["train_loop_config"]["loop"].startswith("Hyperparameters(epochs=2,")
 
 
-def test_rows_that_are_trained_again_count_once_and_what_is_zero_is_shown(reported: dict[str, dict[str, float]]) -> None:
+@pytest.mark.usefixtures("head")
+def test_rows_that_are_trained_again_count_once_and_what_is_zero_is_shown() -> None:
+    training = TrainingMetrics("runs/again")
+    event = {"of_rows": 100, "rows_per_second": 20.0, "loss": 0.5}
+    for epoch, rows in ((1, 50), (1, 100), (2, 60), (2, 20), (2, 80)):  # in the second epoch a worker died
+        training.add(event | {"epoch": epoch, "rows": rows})
+    ScoringMetrics("nothing")
+    expected = {
+        "runs/again": {"train_rows_total": 180.0, "train_rows_per_second": 20.0, "train_epoch": 2.0, "train_loss": 0.5},
+        "nothing": {"score_rows_total": 0.0, "score_rejected_rows_total": 0.0, "score_rows_per_second": 0.0},
+    }
     deadline = time.monotonic() + REPORT_SECONDS
-    while (shown := {run: metrics(run) for run in reported}) != reported:
+    while (shown := {run: metrics(run) for run in expected}) != expected:
         assert time.monotonic() < deadline, shown
         time.sleep(1)

@@ -72,13 +72,6 @@ def test_intervals_of_the_reliability_are_inside_of_the_picture_and_of_0_to_1() 
     assert [patch.get_height() for patch in below.patches][-6:] == [1, 28, 1, 2, 3, 900]
 
 
-@pytest.mark.parametrize(("count", "across", "down"), [(1, 1, 1), (7, 4, 2), (24, 6, 4)])
-def test_the_picture_of_the_mistakes_has_the_size_of_its_content(count: int, across: int, down: int) -> None:
-    width, height = pictures.draw_mistakes.__wrapped__([MISTAKE] * count, IMAGES[:1].repeat(count, 0)).get_size_inches()  # type: ignore[attr-defined]
-    assert width == max(4.2, 1.5 * across)
-    assert height == pytest.approx(1.85 * down + 0.45)
-
-
 def test_a_wrong_answer_is_named_with_the_right_one() -> None:
     half_right = MISTAKE | {"pred_digit": 3}
     figure = pictures.draw_mistakes.__wrapped__([MISTAKE, half_right], IMAGES[:2])  # type: ignore[attr-defined]
