@@ -1,7 +1,7 @@
 """Readable records of a run: report.html, the model card, the versions of the software; and the names of metrics.
 
 Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `card` that of model.json, `history` are the
-lines of history.jsonl, and `pictures` are by the names of their PNG files.
+lines of history.jsonl, and `pictures` are by the names of their PNG files where no other key is named.
 """
 
 import base64
@@ -32,14 +32,6 @@ PICTURES: Final = {
     "mistakes.png": "The most confident mistakes",
 }
 """Titles of the pictures by their file names in a run folder; `svg_name` gives those of their SVG files."""
-
-OUTPUT_PICTURES: Final = {
-    "probabilities.png": "Rows by predicted probability",
-    "rejects.png": "Rejected rows by reason",
-    "reliability.png": "Accuracy by predicted probability",
-    "confusion.png": "Digits: confusion matrix",
-}
-"""The same of an output folder."""
 
 _PIXELS: Final = 1.5
 """Pixels of a picture for each pixel of the page: text has one size in all pictures."""
@@ -131,7 +123,7 @@ def report_page(
 ) -> str:
     """Render the HTML page of a finished run: results, pictures, epochs, how to score with the model, configuration."""
     intervals = {head.name: wilson_interval(card["test"][f"{head.name}_accuracy"], card["test"]["rows"]) for head in HEADS}
-    shown = _encoded(pictures, PICTURES)
+    shown = _encoded({PICTURES[key]: picture for key, picture in pictures.items()})
     return _render(
         "report.html.j2", pictures=shown, name=name, manifest=manifest, card=card, history=history, intervals=intervals
     )
@@ -140,10 +132,9 @@ def report_page(
 def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, Picture]) -> str:
     """Render the HTML page of a scored output: counts, rejected rows with examples, frequencies, the least sure rows, pictures.
 
-    `totals` are `scoring.counts.Counts`.
+    `totals` are `scoring.counts.Counts`; `pictures` are by title.
     """
-    shown = _encoded(pictures, OUTPUT_PICTURES)
-    return _render("scored.html.j2", pictures=shown, manifest=manifest, line=manifest["totals"], totals=totals)
+    return _render("scored.html.j2", pictures=_encoded(pictures), manifest=manifest, line=manifest["totals"], totals=totals)
 
 
 def model_card(name: str, card: dict[str, Any], data: dict[str, Any]) -> str:
@@ -151,11 +142,11 @@ def model_card(name: str, card: dict[str, Any], data: dict[str, Any]) -> str:
     return _render("model_card.md.j2", name=name, card=card, data=data, of_mnist=data["sha256"] in _MNIST)
 
 
-def _encoded(pictures: dict[str, Picture], titles: dict[str, str]) -> list[tuple[str, int, str]]:
+def _encoded(pictures: dict[str, Picture]) -> list[tuple[str, int, str]]:
     """Title, width on the page, and base64 of the PNG file, whose bytes 16 to 19 are its width."""
     return [
-        (titles[name], round(int.from_bytes(one.png[16:20], "big") / _PIXELS), base64.b64encode(one.png).decode())
-        for name, one in pictures.items()
+        (title, round(int.from_bytes(one.png[16:20], "big") / _PIXELS), base64.b64encode(one.png).decode())
+        for title, one in pictures.items()
     ]
 
 

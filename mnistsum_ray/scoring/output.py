@@ -23,7 +23,7 @@ from mnistsum_ray.data.inputs import FILE_SCHEMA
 from mnistsum_ray.data.parquet import read_table
 from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, RunError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.reporting.report import OUTPUT_PICTURES, REPORT, svg_name
+from mnistsum_ray.reporting.report import svg_name
 from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, read_stamps
 from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
 from mnistsum_ray.storage.folder import OutputFolder
@@ -33,8 +33,17 @@ FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = "mnistsum_ray.score/1"
 """`format` of the manifest."""
+REPORT: Final = "report.html"
 
-SUMMARIES: Final = (FILES_TABLE, *OUTPUT_PICTURES, *map(svg_name, OUTPUT_PICTURES), REPORT)
+PICTURES: Final = {
+    "probabilities.png": "Rows by predicted probability",
+    "rejects.png": "Rejected rows by reason",
+    "reliability.png": "Accuracy by predicted probability",
+    "confusion.png": "Digits: confusion matrix",
+}
+"""Titles of the pictures by their file names."""
+
+SUMMARIES: Final = (FILES_TABLE, *PICTURES, *map(svg_name, PICTURES), REPORT)
 """Files about the whole run. They are written after all predictions and before the manifest."""
 
 FILES_SCHEMA: Final = pa.schema(

@@ -12,12 +12,14 @@ import pyarrow.compute as pc
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.errors import ExistingFileError, RunError, counted, percent
 from mnistsum_ray.reporting.console import accuracies
-from mnistsum_ray.reporting.report import REPORT, Picture, picture_files, scored_page, versions
+from mnistsum_ray.reporting.report import Picture, picture_files, scored_page, versions
 from mnistsum_ray.scoring.counts import Counts
 from mnistsum_ray.scoring.output import (
     FILES_TABLE,
     FORMAT,
     MANIFEST,
+    PICTURES,
+    REPORT,
     SUMMARIES,
     Committed,
     OutputFiles,
@@ -64,7 +66,7 @@ def publish(
     """
     drawn = _draw_pictures(counts)
     manifest = _make_manifest(plan, committed.unplanned, counts, line)
-    page = scored_page(manifest, counts, drawn)
+    page = scored_page(manifest, counts, {PICTURES[name]: picture for name, picture in drawn.items()})
     summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **picture_files(drawn)}
     for name in SUMMARIES:
         if name in summaries:

@@ -135,7 +135,7 @@ COUNTS = Counts(
 
 
 def scored(**changed: Any) -> str:
-    drawn = {"probabilities.png": pictures.draw_probabilities(COUNTS.probabilities)}
+    drawn = {"Rows by probability": pictures.draw_probabilities(COUNTS.probabilities)}
     return scored_page(SCORED | changed, COUNTS, drawn)
 
 
