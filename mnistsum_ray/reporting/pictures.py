@@ -222,10 +222,7 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
         )
         ece = head.metrics()["ece"]
         axes.set_title(f"{name}" if ece is None else f"{name}: expected calibration error {ece:.4f}")
-        floor = min(start, low.min(initial=1))
-        axes.set(
-            ylim=(floor - 0.03 * (1 - floor), 1 + 0.03 * (1 - floor)), xlim=(start - 0.02 * (1 - start), 1 + 0.02 * (1 - start))
-        )
+        axes.set_xlim(start - 0.02 * (1 - start), 1 + 0.02 * (1 - start))
         axes.legend(loc="lower right")
         axes.grid()
     figure.text(0.1 / 9, 0.64, "accuracy", rotation=90, va="center")
