@@ -4,8 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 from mnistsum_ray.arguments import parse
 from mnistsum_ray.config import ExportModelConfig, ExportPairsConfig, JobConfig, PredictConfig, ScoreConfig, TrainConfig
 
@@ -37,14 +35,10 @@ def test_a_command_that_is_shown_parses() -> None:
             parse(config, flags, "")
 
 
-@pytest.mark.parametrize(
-    "document",
-    [path.relative_to(ROOT) for path in (ROOT / "README.md", *ROOT.glob(".readme/*.md"), *ROOT.glob("[mt]*/**/README.md"))],
-    ids=str,
-)
-def test_every_relative_link_leads_somewhere(document: Path) -> None:
-    for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
-        assert (ROOT / document.parent / link).exists(), link
+def test_every_relative_link_leads_somewhere() -> None:
+    for document in (ROOT / "README.md", *ROOT.glob(".readme/*.md"), *ROOT.glob("[mt]*/**/README.md")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), (document, link)
 
 
 def test_the_readmes_commands_can_be_pasted() -> None:

@@ -56,6 +56,8 @@ def test_a_result_shows_the_main_picture_of_its_report_or_else_its_fields(tmp_pa
         for place in (f"{tmp_path}/<b>", "gs://anonymous@nowhere/scored?retry_limit_seconds=1&endpoint_override=127.0.0.1:9")
     )
     assert here._repr_html_() is None
+    assert here.line(labels=False) == numbers | {"output": f"{tmp_path}/<b>", "rows_per_second": 1.0, "seconds": 2.0}
+    assert here.line(labels=True)["sum_accuracy"] is None, "no row has a label"
     (tmp_path / "<b>").mkdir()
     (tmp_path / "<b>" / "probabilities.png").write_bytes(b"a picture")
     shown = here._repr_html_() or ""
