@@ -118,26 +118,21 @@ def test_help_fits_a_terminal_and_comes_at_once_since_it_imports_nothing_large(m
     assert rest in text
 
 
-_PREDICT = """
-import sys
-from mnistsum_ray.cli import main
-code = main(["predict", *sys.argv[1:]])
-assert "ray" not in sys.modules
-sys.exit(code)
-"""
-
-
-def test_one_picture_is_answered_in_words_and_as_json(model: Path, tmp_path: Path) -> None:
+def test_one_picture_is_answered_in_words_and_as_json(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # a job replaces it
     picture = Image.new("RGB", (300, 400), "white")
     ImageDraw.Draw(picture).line([(80, 60), (220, 50), (140, 340)], fill=(20, 40, 160), width=30, joint="curve")
-    picture.save(tmp_path / "seven.jpg")
-    done = run(sys.executable, "-c", _PREDICT, "seven.jpg", "--number", 5, "--model", model, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (line,) = map(json.loads, done.stdout.splitlines())
+    picture.save("seven.jpg")
+    answer, code = cli.predict(["seven.jpg", "--number", "5", "--model", str(model)])
+    line = json.loads(json.dumps(answer))
+    assert code == 0
     assert list(line) == ["picture", "number", "digit", "digit_prob", "sum", "sum_prob", "consistent", "prepared"]
     assert (line["picture"], line["number"]) == ("seven.jpg", 5)
     assert line["prepared"].startswith("300x400 colour, dark ink on light: inverted, cropped to ")
-    how, answers = done.stderr.splitlines()
+    how, answers = capsys.readouterr().err.splitlines()
     assert how == f"seven.jpg: {line['prepared']}"
     assert answers.startswith(
         f"digit: {line['digit']} ({percent(line['digit_prob'])}), digit + 5: {line['sum']} ({percent(line['sum_prob'])})"
