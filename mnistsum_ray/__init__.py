@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 __version__: Final = "0.1.0"
 
 if TYPE_CHECKING:
-    from mnistsum_ray.api import ScoreResult, TrainResult, fit, score
+    from mnistsum_ray.api import fit, score
     from mnistsum_ray.config import ScoreConfig, TrainConfig
     from mnistsum_ray.errors import RequestError, RunError
     from mnistsum_ray.predicting import decode_images, load_model, predict, predict_rows
+    from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 
 __all__ = [
     "RequestError",
@@ -41,7 +42,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Imports on first use: torch and Ray take seconds to import, and `--help` needs neither.
-    for module in ("errors", "config", "predicting", "api") if name in __all__ else ():
+    modules = ("errors", "config", "predicting", "api") if name in __all__ else ()
+    for module in modules:
         if hasattr(found := import_module(f"{__name__}.{module}"), name):
             return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

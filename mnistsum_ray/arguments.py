@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
-from mnistsum_ray.config import JobConfig, PathText
+from mnistsum_ray.config import JobConfig, PathText, field_help
 from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
 from mnistsum_ray.storage.uri import PathOrUri, masked
 
@@ -28,7 +28,6 @@ _METAVARS: Final = {
     float: "X",
     bool: "{true,false}",
     tuple[int, int]: "MIN,MAX",
-    tuple[PathText, ...]: "PATH",
 }
 """What `--help` shows in place of a value of a type."""
 
@@ -78,8 +77,9 @@ def make_parser(config_class: type[JobConfig], description: str, command: str, *
     `--help` shows the description, the usage line with the command, and with `show_all` not just the flags of every day.
     """
     everyday = config_class.everyday
+    picture = f"{_flag(_POSITIONAL)} " if _POSITIONAL in config_class.model_fields else ""
     parser = _Parser(
-        usage=f"{command} {'PICTURE ' * (_POSITIONAL in config_class.model_fields)}[flags]",
+        usage=f"{command} {picture}[flags]",
         add_help=False,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -89,22 +89,18 @@ def make_parser(config_class: type[JobConfig], description: str, command: str, *
     for heading, fields in _groups(config_class):
         group = parser.add_argument_group(heading)
         for name, field in fields:
-            kind: dict[str, Any] = {"metavar": _metavar(field.annotation)}
-            if field.annotation is bool:
-                kind = {"action": argparse.BooleanOptionalAction}
-            elif field.annotation == bool | Literal["auto"]:
-                kind = {"metavar": "auto", "nargs": "?", "const": True}
-            elif field.annotation == tuple[PathText, ...]:
-                kind |= {"nargs": "*", "action": "extend"}  # several words, as a shell expands `*.parquet`
-            elif name == _POSITIONAL:
-                kind = {"nargs": "?", "metavar": _flag(name)}
-            default = "required" if field.is_required() else f"default: {field.default}"
-            # The text of a flag whose default is None gives its unset value in brackets.
-            text = f"{field.description}{'' if field.default is None else f' ({default})'}"
             shown = show_all or not everyday or name in everyday
-            group.add_argument(
-                name if name == _POSITIONAL else _flag(name), help=text.replace("%", "%%") if shown else argparse.SUPPRESS, **kind
-            )
+            text = field_help(field).replace("%", "%%") if shown else argparse.SUPPRESS
+            if name == _POSITIONAL:
+                group.add_argument(name, help=text, nargs="?", metavar=_flag(name))
+            elif field.annotation is bool:
+                group.add_argument(_flag(name), help=text, action=argparse.BooleanOptionalAction)
+            elif field.annotation == bool | Literal["auto"]:
+                group.add_argument(_flag(name), help=text, metavar="auto", nargs="?", const=True)
+            elif field.annotation == tuple[PathText, ...]:  # several words, as a shell expands `*.parquet`
+                group.add_argument(_flag(name), help=text, metavar="PATH", nargs="*", action="extend")
+            else:
+                group.add_argument(_flag(name), help=text, metavar=_metavar(field.annotation))
     group = parser.add_argument_group("Other")
     file = "YAML file with any of these settings; the command line wins"
     group.add_argument("--config", type=Path, metavar="FILE", help=file)

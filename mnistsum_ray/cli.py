@@ -56,7 +56,7 @@ def train(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     from mnistsum_ray.api import run_training
 
-    return run_training(config), DONE
+    return run_training(config).line(), DONE
 
 
 def score(argv: list[str]) -> tuple[dict[str, Any], int]:
@@ -69,12 +69,10 @@ def score(argv: list[str]) -> tuple[dict[str, Any], int]:
         ray job submit -- python jobs/score.py --model M --input I --output O
 
     The same command continues after a kill, and adds input files that are new.
-
-    Each input file has one file of the same name in OUTPUT/predictions/, or several
-    if it is large, with its columns except the image, and pred_digit, digit_prob,
-    pred_sum, sum_prob and consistent. Rows that cannot be scored are in
-    OUTPUT/rejected/ with the reason. OUTPUT/files.parquet holds the result of each
-    file; OUTPUT/manifest.json, written last, the totals.
+    OUTPUT/predictions/ has each input file's columns except the image, and
+    pred_digit, digit_prob, pred_sum, sum_prob and consistent; OUTPUT/rejected/ the
+    rows that cannot be scored, with the reason. OUTPUT/manifest.json, written last,
+    has the totals.
     """
     from mnistsum_ray.config import ScoreConfig
 
@@ -82,8 +80,8 @@ def score(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     from mnistsum_ray.api import run_scoring
 
-    line, set_aside = run_scoring(config)
-    return line, INCOMPLETE if set_aside else DONE
+    result = run_scoring(config)
+    return result.line(labels=config.label_column is not None), INCOMPLETE if result.set_aside else DONE
 
 
 def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:

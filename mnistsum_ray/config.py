@@ -12,11 +12,19 @@ from inspect import Parameter, Signature
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from mnistsum_ray.storage.uri import PathOrUri
 
 PathText = Annotated[str, AfterValidator(PathOrUri)]
 """Type of a field with a path or URI: it is given as a string, and kept as a PathOrUri, which is shown without keys."""
+
+
+def field_help(field: FieldInfo) -> str:
+    """Meaning of a field, with its default. The description of one whose default is None gives its unset value in brackets."""
+    if field.default is None:
+        return field.description or ""
+    return f"{field.description} ({'required' if field.is_required() else f'default: {field.default}'})"
 
 
 class JobConfig(BaseModel):
@@ -35,10 +43,7 @@ class JobConfig(BaseModel):
         for name, field in cls.model_fields.items():
             default = Parameter.empty if field.is_required() else field.default
             parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default))
-            # The description of a field whose default is None gives its unset value in brackets.
-            suffix = " (required)" if field.is_required() else "" if default is None else f" (default {default!r})"
-            text = f"{name}: {field.description}{suffix}"
-            lines += textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="        ")
+            lines += textwrap.wrap(f"{name}: {field_help(field)}", 96, initial_indent="    ", subsequent_indent="        ")
         cls.__doc__, cls.__signature__ = "\n".join(lines), Signature(parameters)
 
     @field_validator("*", mode="before")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # torch takes seconds to import
     from mnistsum_ray.model.inference import Predictions
     from mnistsum_ray.model.network import TwoHeadCNN
 
+Model: TypeAlias = "TwoHeadCNN | str | Path"
+"""A model of `load_model`, or what that takes."""
+
 Rows = TypeVar("Rows")
 """A pandas or Polars DataFrame, an Arrow table, or a Ray Dataset."""
 
@@ -33,12 +36,12 @@ _REASON: Final = "reason"
 
 
 def load_model(model: str | Path) -> "TwoHeadCNN":
-    """Load the model of a run or of a model folder: `runs/mine`, `runs/mine/model` or a URI.
+    """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI) for `predict` and `predict_rows`.
 
     Returns:
-        The network in evaluation mode, float32, on the CPU. Its inputs are prepared images float32[n, 1, 28, 28]
-        (`mnistsum_ray.model.network.prepare_images` makes them from pixels) and numbers int64[n] in 0..9; its outputs are the
-        scores (logits) of the digits [n, 10] and of the sums [n, 19]. `predict` takes pixels and returns digits and sums.
+        The network in evaluation mode, float32, on the CPU. It takes prepared images float32[n, 1, 28, 28]
+        (`mnistsum_ray.model.network.prepare_images` makes them from pixels) and numbers int64[n] in 0..9, and returns the scores
+        (logits) of the digits [n, 10] and of the sums [n, 19].
 
     Raises:
         RequestError: there is no such model, or its checksum differs from the one in its model.json.
@@ -68,18 +71,14 @@ class PicturePrediction:
 
 
 @overload
-def predict(model: "TwoHeadCNN | str | Path", images: str | Path | Image.Image, numbers: int) -> PicturePrediction: ...
+def predict(model: Model, images: str | Path | Image.Image, numbers: int) -> PicturePrediction: ...
 
 
 @overload
-def predict(
-    model: "TwoHeadCNN | str | Path", images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64
-) -> "Predictions": ...
+def predict(model: Model, images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64) -> "Predictions": ...
 
 
-def predict(
-    model: "TwoHeadCNN | str | Path", images: Any, numbers: Any, batch_size: int = 64
-) -> "PicturePrediction | Predictions":
+def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "PicturePrediction | Predictions":
     """Predict digits and sums in this process, on the model's device: of one picture, or of arrays.
 
         predict("runs/mine", "seven.png", 5)
@@ -116,17 +115,18 @@ def predict(
     return predict_pairs(model, images, numbers.astype(np.int64), batch_size)
 
 
-def _predict_picture(model: "TwoHeadCNN | str | Path", picture: str | Path | Image.Image, number: int) -> PicturePrediction:
+def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int) -> PicturePrediction:
     if number not in range(NUMBERS):
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
     prepared = prepare_picture(picture)
-    answers = predict(model, prepared.pixels[None], np.array([number]), batch_size=1)
-    (digit, digit_prob, total, sum_prob, consistent) = (values.item() for values in answers.columns(np.array([number])))
+    numbers = np.array([number])
+    columns = predict(model, prepared.pixels[None], numbers, batch_size=1).columns(numbers)
+    digit, digit_prob, total, sum_prob, consistent = (values.item() for values in columns)
     return PicturePrediction(int(number), digit, digit_prob, total, sum_prob, consistent, prepared.how, prepared.pixels)
 
 
 def predict_rows(
-    model: "TwoHeadCNN | str | Path", rows: Rows, image_column: str = "image", number_column: str = "number", batch_size: int = 64
+    model: Model, rows: Rows, image_column: str = "image", number_column: str = "number", batch_size: int = 64
 ) -> Rows:
     """Predict the digit and the sum of each row of a table.
 
@@ -134,8 +134,6 @@ def predict_rows(
         model: from `load_model`, or what that takes: `runs/mine`.
         rows: a pandas or Polars DataFrame, an Arrow table, or a Ray Dataset, whose tasks score it as it is read. Images may have
             any form that scoring takes: 784 pixels as bytes or as a list, 28 x 28 lists, PNG or JPEG bytes.
-        image_column: column of the images.
-        number_column: column of the numbers 0..9.
         batch_size: rows in one forward pass, at least 1.
 
     Returns:
@@ -160,7 +158,7 @@ def predict_rows(
     polars, pandas = _is_a(data, "polars", "DataFrame"), _is_a(data, "pandas", "DataFrame")
     if not (polars or pandas or isinstance(data, pa.Table)):
         raise TypeError(f"rows: must be a pandas or Polars DataFrame, an Arrow table or a Ray Dataset, not {type(data).__name__}")
-    present = list(data.columns if polars or pandas else data.column_names)
+    present = list(data.column_names if isinstance(data, pa.Table) else data.columns)
     for name in (image_column, number_column):
         if present.count(name) != 1:
             raise ValueError(f"there must be one column {name!r}; there are {', '.join(map(repr, present))}")
@@ -171,20 +169,15 @@ def predict_rows(
     added = _predicted_columns(model, data, image_column, number_column, batch_size)
     # The columns of the frame are not converted back, so all values and types stay as they are.
     if polars:
-        from_arrow = sys.modules["polars"].from_arrow
-        return data.with_columns([from_arrow(values).alias(name) for name, values in added.items()])  # type: ignore[no-any-return]
+        columns = {name: sys.modules["polars"].from_arrow(values) for name, values in added.items()}
+        return data.with_columns(**columns)  # type: ignore[no-any-return]
     if pandas:
         pd = sys.modules["pandas"]
         # Types that have a null: integers would become floats, as NaN is one.
-        nullable = {
-            pa.int8(): pd.Int8Dtype,
-            pa.float32(): pd.Float32Dtype,
-            pa.bool_(): pd.BooleanDtype,
-            pa.string(): pd.StringDtype,
-        }
-        return data.assign(  # type: ignore[no-any-return]
-            **{name: values.to_pandas(types_mapper=lambda kind: nullable[kind]()).array for name, values in added.items()}
-        )
+        types = {pa.int8(): pd.Int8Dtype(), pa.float32(): pd.Float32Dtype(), pa.bool_(): pd.BooleanDtype()}
+        types[pa.string()] = pd.StringDtype()
+        columns = {name: values.to_pandas(types_mapper=types.get).array for name, values in added.items()}
+        return data.assign(**columns)  # type: ignore[no-any-return]
     for name, values in added.items():
         data = data.append_column(name, values)
     return data  # type: ignore[no-any-return]
@@ -206,7 +199,7 @@ def _predicted_columns(model: "TwoHeadCNN", frame: Any, image: str, number: str,
     return dict(zip(PREDICTION_FIELDS.names, arrays, strict=True)) | {_REASON: pa.array(reasons, pa.string())}
 
 
-def _loaded(model: "TwoHeadCNN | str | Path", batch_size: int) -> "TwoHeadCNN":
+def _loaded(model: Model, batch_size: int) -> "TwoHeadCNN":
     if batch_size < 1:
         raise ValueError(f"batch_size: must be at least 1, is {batch_size}")
     return load_model(model) if isinstance(model, str | Path) else model

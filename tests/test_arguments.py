@@ -1,7 +1,7 @@
 """Command lines and config files: what they set, and the one-line errors for what is invalid."""
 
-import inspect
 import pydoc
+import re
 from pathlib import Path
 
 import pytest
@@ -18,25 +18,30 @@ def config(*argv: str) -> TrainConfig:
     return parse(TrainConfig, list(argv), "a description")
 
 
-def error_of(config_class: type[JobConfig], argv: list[str]) -> str:
-    """The error of a command line, one line that does not quote all of a long value."""
+def printed(capsys: pytest.CaptureFixture[str], config_class: type[JobConfig], *argv: str) -> str:
+    """What a command line prints that makes no config."""
+    with pytest.raises(SystemExit) as done:
+        parse(config_class, list(argv), "")
+    assert done.value.code == 0
+    return capsys.readouterr().out
+
+
+def check_error(config_class: type[JobConfig], argv: list[str], message: str) -> None:
+    """Assert that a command line is refused in one line, which does not quote all of a long value."""
     with pytest.raises(RequestError) as error:
         parse(config_class, argv, "")
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 700
-    return str(error.value)
 
 
 def test_flags() -> None:
-    made = config(
-        "--epochs", "3", "--use-gpu", "false", "--num-workers", "2,4", "--precision", "bf16", "--seed", "9", "--compile"
-    )
-    assert (made.epochs, made.use_gpu, made.worker_range, made.precision, made.seed) == (3, False, (2, 4), "bf16", 9)
+    made = config("--epochs", "3", "--use-gpu", "false", "--num-workers", "2,4", "--precision", "bf16", "--compile")
+    assert (made.epochs, made.use_gpu, made.worker_range, made.precision) == (3, False, (2, 4), "bf16")
     assert (made.compile, config().compile, config("--compile", "--no-compile").compile) == (True, False, False)
     resumes = [config("--name", "a", *flags).resume for flags in ([], ["--resume"], ["--resume", "auto"], ["--resume", "false"])]
     assert resumes == [False, True, "auto", False]
-    assert config("--num-workers", "3").worker_range == (3, 3)
-    assert config().worker_range is None
+    assert (config("--num-workers", "3").worker_range, config().worker_range) == ((3, 3), None)
 
 
 def test_the_command_line_overrides_the_yaml_file(tmp_path: Path) -> None:
@@ -46,31 +51,21 @@ def test_the_command_line_overrides_the_yaml_file(tmp_path: Path) -> None:
     assert (made.epochs, made.batch_size, made.num_workers, made.use_gpu, made.compile) == (7, 128, (1, 2), False, False)
 
 
-def test_environment_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEED", "99")
-    monkeypatch.setenv("NAME", "other")
-    assert (config().seed, config().name) == (0, None)
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--epohs", "3"], "--epohs: there is no such flag; did you mean --epochs?"),
-        (["--epoch", "3"], "--epoch"),  # no guessing at abbreviations
+        (["--epohs=3"], "--epohs: there is no such flag; did you mean --epochs? (--help-all lists them)"),
+        (["--epoch", "3"], "--epoch: there is no such flag"),  # no guessing at abbreviations
         (["stray"], "stray"),
         (["--epochs", "0"], "--epochs: input should be greater than or equal to 1, got '0'"),
-        (["--epochs", "many"], "--epochs: input should be a valid integer"),
-        (["--precision", "fp8"], "--precision"),
+        (["--recipe", "shrt"], "--recipe: input should be 'quick', 'short' or 'long', got 'shrt'; did you mean short?"),
         (["--precision", "int8"], "--precision"),  # for scoring alone
-        (["--num-workers", "0"], "--num-workers"),
+        (["--num-workers", "0"], "--num-workers: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX"),
         (["--num-workers", "4,2"], "--num-workers"),
         (["--num-workers", "a"], "--num-workers: must be N or MIN,MAX"),
-        (["--num-workers", "[" * 3000], "--num-workers"),
-        (["--learning-rate", "-1"], "--learning-rate"),
         (["--learning-rate", "nan"], "--learning-rate"),
         (["--name", "a/b"], "--name"),
         (["--resume"], "--resume: needs --name, the run to continue"),
-        (["--resume", "auto"], "--resume: needs --name, the run to continue"),
         (["--resume", "atuo", "--name", "a"], "got 'atuo'; did you mean auto?"),
         (["--resume", "--name", "a", "--from-run", "b"], "--from-run: starts a new run, and --resume continues one"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
@@ -81,21 +76,25 @@ def test_environment_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_an_error_is_one_short_line_that_names_the_flag(argv: list[str], message: str) -> None:
-    assert message in error_of(TrainConfig, argv)
+    check_error(TrainConfig, argv, message)
+
+
+def test_the_picture_is_named_without_dashes() -> None:
+    check_error(PredictConfig, ["--number", "5", "--model", "m"], "PICTURE: is required")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        ([], "--model, --input, --output: are required, on the command line or in the config file (--help has examples)"),
         (SCORE[:4], "--output: is required"),
-        (SCORE[2:], "--input: is required"),
-        (SCORE[:2], "--model, --output: are required"),
         ([*SCORE[2:], "--input"], "--input: needs a value"),
         ([*SCORE, "--number-column", "image"], "'image' cannot be both"),
+        (["--print-config", "--max-rows-per-file", "0"], "--max-rows-per-file"),
     ],
 )
-def test_a_missing_required_flag_is_named(argv: list[str], message: str) -> None:
-    assert message in error_of(ScoreConfig, argv)
+def test_so_is_an_error_in_scoring(argv: list[str], message: str) -> None:
+    check_error(ScoreConfig, argv, message)
 
 
 @pytest.mark.parametrize(
@@ -104,58 +103,39 @@ def test_a_missing_required_flag_is_named(argv: list[str], message: str) -> None
         ("epohs: 3\n", "'epohs' of the config file: there is no such setting; did you mean epochs?"),
         ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to 1, got 0"),
         ("epochs: yes\n", "'epochs' of the config file: must be no boolean, got True"),
-        ("num-workers: off\n", "'num_workers' of the config file: must be no boolean, got False"),
         ("- epochs\n", "must hold `key: value` lines"),
         ("epochs: [\n", "not YAML"),
-        ("epochs: 3\nseed: 1\nepochs: 4\n", "the key 'epochs' is there twice"),
         ("batch-size: 64\nbatch_size: 128\n", "the key 'batch_size' is there twice"),
         ("config: other.yaml\n", "a config file cannot name another one"),
         ("seed: 1:30\n", "1:30 would be read as 90: write a decimal number"),
         ("learning_rate: 1:30.5\n", "1:30.5 would be read as 90.5: write a decimal number"),
         ("seed: 010\n", "010 would be read as 8: write a decimal number"),
         (f"seed: {'9' * 5000}", "is not YAML: Exceeds the limit"),
-        (f"seed: {'[' * 3000}", "is not YAML"),
+        (f"seed: {'[' * 1000}", "is not YAML"),
         (f"name: {LONG}", "key 'name' of the config file"),
         ("name: 2024-01-01", "key 'name' of the config file: input should be a valid string, got datetime.date(2024, 1, 1)"),
         ("name: caf\xe9", "is not YAML: unacceptable character #x00e9"),
-        ("name: \0", "not YAML"),
     ],
     ids=lambda text: str(text)[:20],
 )
 def test_an_invalid_config_file_is_refused_in_one_short_line(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_bytes(text.encode("latin-1"))
-    assert message in error_of(TrainConfig, ["--config", str(file)])
+    check_error(TrainConfig, ["--config", str(file)], message)
 
 
-def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as done:
-        config("--help-all")
-    assert done.value.code == 0
-    text = capsys.readouterr().out
-    for name, field in TrainConfig.model_fields.items():
-        assert f"--{name.replace('_', '-')}" in text
-        assert field.description
-        if field.default is None:
-            assert "[" in field.description, f"--{name} does not give its unset value"
+def test_help_shows_the_flags_of_every_day_and_all_when_asked_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, TrainConfig, "--help-all")
+    shown, everything = (re.findall(r"^  (--[a-z-]+)", page, re.M) for page in (printed(capsys, TrainConfig, "-h"), text))
+    other = {"--config", "--print-config", "--json", "--version", "--help-all"}
+    assert {*shown} - other == {f"--{name.replace('_', '-')}" for name in TrainConfig.everyday}
+    assert {*everything} - other == {f"--{name.replace('_', '-')}" for name in TrainConfig.model_fields}
     assert "None" not in text
-
-
-@pytest.mark.parametrize(
-    ("config_class", "groups"),
-    [
-        (TrainConfig, {"Training data": "data", "Recipe and optimization": "seed", "Run folder": "resume"}),
-        (ScoreConfig, {"Input": "input", "Output": "overwrite", "Cluster and hardware": "num-workers"}),
-    ],
-)
-def test_help_shows_flags_in_groups(
-    config_class: type[JobConfig], groups: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        parse(config_class, ["--help-all"], "")
-    sections = capsys.readouterr().out.split("\n\n")
-    for heading, flag in groups.items():
-        (section,) = [section for section in sections if section.startswith(f"{heading}:\n")]
+    for name, field in TrainConfig.model_fields.items():
+        assert field.description
+        assert field.default is not None or "[" in field.description, f"--{name} does not give its unset value"
+    for heading, flag in {"Training data": "data", "Recipe and optimization": "seed", "Run folder": "resume"}.items():
+        (section,) = [section for section in text.split("\n\n") if section.startswith(f"{heading}:\n")]
         assert f"  --{flag}" in section
 
 
@@ -178,37 +158,27 @@ def test_the_config_file_may_hold_one_input_or_several(tmp_path: Path) -> None:
 def test_the_printed_config_is_one_that_config_takes_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], config_class: type[JobConfig], flags: list[str]
 ) -> None:
-    with pytest.raises(SystemExit) as done:
-        parse(config_class, [*flags, "--print-config"], "")
-    assert done.value.code == 0
-    text = capsys.readouterr().out
+    text = printed(capsys, config_class, *flags, "--print-config")
     (tmp_path / "run.yaml").write_text(text)
     assert parse(config_class, ["--config", str(tmp_path / "run.yaml")], "") == parse(config_class, flags, "")
     assert max(map(len, text.splitlines())) <= 100
     for name, field in config_class.model_fields.items():
-        assert field.description
         assert f"\n{name}: " in f"\n{text}"
-        assert field.description.split()[0] in text
+        assert (field.description or "").split()[0] in text
 
 
 def test_a_printed_config_leaves_required_settings_open(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(ScoreConfig, ["--print-config"], "")
-    assert "\n# model:  (required)\n" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        parse(PredictConfig, ["--print-config"], "")
-    assert "\n# number:  (required)" in capsys.readouterr().out
-    assert "--max-rows-per-file" in error_of(ScoreConfig, ["--print-config", "--max-rows-per-file", "0"])
+    assert "\n# model:  (required)\n" in printed(capsys, ScoreConfig, "--print-config")
+    assert "\n# number:  (required)" in printed(capsys, PredictConfig, "--print-config")
 
 
-def test_help_of_a_config_begins_with_its_fields_and_their_meaning() -> None:
-    for config_class in (TrainConfig, ScoreConfig):
-        text = " ".join((inspect.getdoc(config_class) or "").split())
-        for name, field in config_class.model_fields.items():
-            assert f"{name}: {' '.join((field.description or '').split())}" in text
-    assert (inspect.getdoc(TrainConfig) or "").startswith("Config of a training run.")
-    page = pydoc.plain(pydoc.render_doc(TrainConfig))
-    assert len(page.partition("data: auto")[0]) < 1000, "the signature has names and defaults only"
+@pytest.mark.parametrize("config_class", [TrainConfig, ScoreConfig])
+def test_help_of_a_config_in_python_begins_with_its_fields_and_their_meaning(config_class: type[JobConfig]) -> None:
+    page = pydoc.plain(pydoc.render_doc(config_class))
+    text = " ".join(page.replace("|", " ").split())
+    for name, field in config_class.model_fields.items():
+        assert f"{name}: {' '.join((field.description or '').split())}" in text
+    assert len(page.partition("Fields:")[0]) < 1000, "the signature has names and defaults only"
 
 
 def test_in_python_an_error_names_the_argument() -> None:
@@ -216,6 +186,3 @@ def test_in_python_an_error_names_the_argument() -> None:
         TrainConfig(resume=True)
     with pytest.raises(ValueError, match=r"epochs\s+Value error, must be no boolean"):
         TrainConfig(epochs=True)
-    assert TrainConfig(compile=True, use_gpu=False, resume=True, name="a").compile
-    with pytest.raises(ValueError, match="`image_column`, `number_column`: 'a' cannot be both"):
-        ScoreConfig(model="m", input=("i",), output="o", image_column="a", number_column="a")

@@ -3,21 +3,17 @@
 import json
 import os
 import pty
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from mnistsum_ray import __version__
-from mnistsum_ray.cli import COMMANDS
-from mnistsum_ray.config import TrainConfig
+from mnistsum_ray import __version__, cli
 from mnistsum_ray.errors import percent
 from tests.conftest import default_signals
 
@@ -29,49 +25,47 @@ def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProces
     return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_it_names_its_commands_and_its_version() -> None:
-    text = run(MNISTSUM).stdout
-    assert all(command in text for command in COMMANDS)
-    assert run(MNISTSUM, "--help").stdout == text
-    assert run(MNISTSUM, "--version").stdout == run(MNISTSUM, "train", "--version").stdout == f"mnistsum_ray {__version__}\n"
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What `mnistsum` prints in this process: of no job, since after a job a process should exit."""
+    assert cli.main(list(argv)) == 0
+    return capsys.readouterr().out
 
 
-def test_help_is_a_command_too() -> None:
-    assert run(MNISTSUM, "help").stdout == run(MNISTSUM, "--help").stdout
-    assert run(MNISTSUM, "help", "score").stdout == run(MNISTSUM, "score", "--help").stdout
+def test_it_names_its_commands_and_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys)
+    assert all(command in text for command in cli.COMMANDS)
+    assert printed(capsys, "--help") == printed(capsys, "-h") == printed(capsys, "help") == text
+    assert printed(capsys, "--version") == run(MNISTSUM, "train", "--version").stdout == f"mnistsum_ray {__version__}\n"
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("command", "message"),
     [
         ("trian", "trian: there is no such command; did you mean train?"),
         ("play", "play: there is no such command; mnistsum --help lists them"),
         ("completion", "completion: for bash or zsh?"),
-        ("train --epochz 5", "--epochz: there is no such flag; did you mean --epochs? (--help-all lists them)"),
-        ("train --epochz=5", "--epochz: there is no such flag; did you mean --epochs? (--help-all lists them)"),
-        ("train --recipe shrt", "--recipe: input should be 'quick', 'short' or 'long', got 'shrt'; did you mean short?"),
-        ("train --data sampel", "--data sampel: there is no such file or folder (DIR/sampel); did you mean sample?"),
-        (
-            "score",
-            "--model, --input, --output: are required, on the command line or in the config file (--help has examples)",
-        ),
     ],
 )
-def test_a_mistake_is_one_line_with_a_hint(flags: str, message: str, tmp_path: Path) -> None:
-    done = run(MNISTSUM, *flags.split(), cwd=tmp_path)
+def test_an_unknown_command_is_one_line_with_a_hint(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command]) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+
+
+def test_a_mistake_is_one_line_with_a_hint(tmp_path: Path) -> None:
+    done = run(MNISTSUM, "train", "--data", "sampel", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {message.replace('DIR', str(tmp_path))}\n"
+    message = f"--data sampel: there is no such file or folder ({tmp_path}/sampel); did you mean sample?"
+    assert done.stderr == f"error: {message}\n"
 
 
-@pytest.mark.parametrize("flags", ["-h", "train --help", "completion bash"])
+@pytest.mark.parametrize("flags", ["-h", "train --help"])
 def test_a_reader_may_close_the_pipe(flags: str) -> None:
     shell = f"set -o pipefail; {MNISTSUM} {flags} | true"
     done = subprocess.run(["bash", "-c", shell], env=os.environ | {"PYTHONUNBUFFERED": "1"}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("flags", ["--version", "train --version", "train --help", "train --print-config"])
+@pytest.mark.parametrize(("flags", "unbuffered"), [("--version", ""), ("train --help", ""), ("train --print-config", "1")])
 def test_a_full_disk_is_said(flags: str, unbuffered: str) -> None:
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(["bash", "-c", f"{MNISTSUM} {flags} > /dev/full"], env=environment, capture_output=True, text=True)
@@ -79,117 +73,70 @@ def test_a_full_disk_is_said(flags: str, unbuffered: str) -> None:
     assert done.stderr == "error: standard output cannot be written (No space left on device)\n"
 
 
-_COMPLETE = """
-eval "$({mnistsum} completion bash)"
-COMP_WORDS=({words} ""); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); {more}
-_shtab_mnistsum; echo "${{COMPREPLY[@]}}"
+COMPLETED: dict[str, set[str]] = {
+    "mnistsum sc": {"score"},
+    "mnistsum train --r": {"--recipe", "--resume"},
+    "mnistsum train --recipe ": {"quick", "short", "long"},
+    "mnistsum score --use-gpu ": {"true", "false"},
+    f"mnistsum score --model {ROOT}/job": {f"{ROOT}/jobs"},
+}
+
+
+def test_bash_completes_commands_flags_and_values(capsys: pytest.CaptureFixture[str]) -> None:
+    script = printed(capsys, "completion", "bash")
+    for line in COMPLETED:
+        *words, last = line.split(" ")
+        script += f'\nCOMP_WORDS=({" ".join(words)} "{last}"); COMP_CWORD={len(words)}; _shtab_mnistsum; echo ${{COMPREPLY[@]}}'
+    lines = run("bash", "-c", script).stdout.splitlines()
+    assert [set(line.split()) for line in lines] == list(COMPLETED.values())
+    assert printed(capsys, "completion", "zsh").startswith("#compdef mnistsum")
+
+
+_HELP = """
+import sys
+from mnistsum_ray.cli import COMMANDS, main
+for command in COMMANDS:
+    try:
+        main(["help", command])
+    except SystemExit as done:
+        assert done.code == 0
+print([name for name in ("numpy", "pyarrow", "ray", "torch") if name in sys.modules])
 """
 
 
-@pytest.mark.parametrize(
-    ("words", "last", "expected"),
-    [
-        ("mnistsum", "sc", {"score"}),
-        ("mnistsum train", "--r", {"--recipe", "--resume"}),
-        ("mnistsum train --recipe", "", {"quick", "short", "long"}),
-        ("mnistsum score --use-gpu", "", {"true", "false"}),
-        ("mnistsum score --model", f"{ROOT}/job", {f"{ROOT}/jobs"}),
-    ],
-)
-def test_bash_completes_commands_flags_and_values(words: str, last: str, expected: set[str]) -> None:
-    script = _COMPLETE.format(mnistsum=MNISTSUM, words=words, more=f'COMP_WORDS[COMP_CWORD]="{last}"')
-    assert set(run("bash", "-c", script).stdout.split()) == expected
-
-
-def test_the_script_for_zsh_is_one() -> None:
-    assert run(MNISTSUM, "completion", "zsh").stdout.startswith("#compdef mnistsum")
-
-
-def test_help_shows_the_flags_of_every_day_and_all_when_asked() -> None:
-    shown, everything = (
-        re.findall(r"^  (--[a-z-]+)", run(MNISTSUM, "train", flag).stdout, re.M) for flag in ("-h", "--help-all")
-    )
-    other = {"--config", "--print-config", "--json", "--version", "--help-all"}
-    assert len({*shown} - other) == 10
-    assert {*shown} < {*everything}
-    assert {*everything} - other == {f"--{name.replace('_', '-')}" for name in TrainConfig.model_fields}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_that_of_the_job_and_fits_a_terminal(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_help_fits_a_terminal_and_comes_at_once_since_it_imports_nothing_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    done = run(MNISTSUM, command, "--help", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    if command == "predict":  # no job of a cluster
-        assert done.stdout.startswith("usage: mnistsum predict PICTURE [flags]\n")
-        return
-    job = run(sys.executable, ROOT / "jobs" / f"{command.replace('-', '_')}.py", "--help")
-    assert job.stdout.partition("\n\n")[2] == done.stdout.partition("\n\n")[2]
-    usages = [text.partition("\n")[0] for text in (done.stdout, job.stdout)]
-    assert usages == [f"usage: mnistsum {command} [flags]", f"usage: python jobs/{command.replace('-', '_')}.py [flags]"]
-    assert not [word for word in ("tuple[", "{int", "None") if word in done.stdout]
+    text = run(sys.executable, "-c", _HELP).stdout
+    assert text.endswith("\n[]\n")
+    assert max(map(len, text.splitlines())) <= 80
+    for command in cli.COMMANDS:
+        assert f"usage: mnistsum {command} {'PICTURE ' if command == 'predict' else ''}[flags]\n" in text
+    assert not [word for word in ("tuple[", "{int", "None") if word in text]
+    job = run(sys.executable, ROOT / "jobs" / "export_pairs.py", "--help").stdout
+    usage, _, rest = job.partition("\n")
+    assert usage == "usage: python jobs/export_pairs.py [flags]"
+    assert rest in text
 
 
-_IMPORTS = """
-import sys
-from mnistsum_ray.cli import main
-try:
-    main([sys.argv[1], "--help"])
-finally:
-    print([name for name in ("numpy", "pyarrow", "ray", "torch") if name in sys.modules], file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_comes_at_once_since_it_imports_nothing_large(command: str) -> None:
-    assert run(sys.executable, "-c", _IMPORTS, command).stderr == "[]\n"
-
-
-_PREDICT = """
-import sys
-from mnistsum_ray.cli import main
-code = main(["predict", *sys.argv[1:]])
-assert "ray" not in sys.modules
-sys.exit(code)
-"""
-
-
-def test_one_picture_is_answered_in_words_and_as_json(model: Path, tmp_path: Path) -> None:
+def test_one_picture_is_answered_in_words_and_as_json(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # a job replaces it
     picture = Image.new("RGB", (300, 400), "white")
     ImageDraw.Draw(picture).line([(80, 60), (220, 50), (140, 340)], fill=(20, 40, 160), width=30, joint="curve")
-    picture.save(tmp_path / "seven.jpg")
-    done = run(sys.executable, "-c", _PREDICT, "seven.jpg", "--number", 5, "--model", model, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (line,) = map(json.loads, done.stdout.splitlines())
+    picture.save("seven.jpg")
+    answer, code = cli.predict(["seven.jpg", "--number", "5", "--model", str(model)])
+    line = json.loads(json.dumps(answer))
+    assert code == 0
     assert list(line) == ["picture", "number", "digit", "digit_prob", "sum", "sum_prob", "consistent", "prepared"]
     assert (line["picture"], line["number"]) == ("seven.jpg", 5)
     assert line["prepared"].startswith("300x400 colour, dark ink on light: inverted, cropped to ")
-    how, answers = done.stderr.splitlines()
+    how, answers = capsys.readouterr().err.splitlines()
     assert how == f"seven.jpg: {line['prepared']}"
     assert answers.startswith(
         f"digit: {line['digit']} ({percent(line['digit_prob'])}), digit + 5: {line['sum']} ({percent(line['sum_prob'])})"
     )
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["blank.png", "--number", "5", "--model", "{model}"], "blank.png: nothing is drawn on it"),
-        (["blank.png", "--number", "10", "--model", "{model}"], "--number: input should be less than or equal to 9"),
-        (["nowhere.png", "--number", "5", "--model", "{model}"], "nowhere.png: there is no such file"),
-        (["--number", "5", "--model", "{model}"], "PICTURE: is required"),
-        (["seven.png", "--number", "5", "--model", "nowhere"], "nowhere/model: holds no model"),
-    ],
-)
-def test_a_picture_that_cannot_be_answered_is_one_line(model: Path, tmp_path: Path, argv: list[str], said: str) -> None:
-    Image.new("RGB", (300, 400), "white").save(tmp_path / "blank.png")
-    Image.fromarray(np.eye(28, dtype=np.uint8) * 255).save(tmp_path / "seven.png")
-    done = run(MNISTSUM, "predict", *(word.format(model=model) for word in argv), cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert said in line
 
 
 _JOB = """
@@ -226,19 +173,21 @@ sys.exit(cli.run(work, []))
 
 
 def start(
-    work: float = 30,
-    cleanup: float = 0,
-    ends: str = "RunInterrupted",
-    first: str = "",
-    before: Callable[[], object] = default_signals,
+    work: float = 30, cleanup: float = 0, ends: str = "RunInterrupted", first: str = "", *, ignored: int | None = None
 ) -> subprocess.Popen[str]:
     """Start a job that works for `work` seconds and cleans up for `cleanup` seconds, and wait until it works.
 
     Args:
         ends: the error that the job raises when it is stopped.
         first: a statement that the job runs first.
-        before: runs in the child process before exec.
+        ignored: a signal that the job's parent ignores.
     """
+
+    def before() -> None:
+        default_signals()
+        if ignored:
+            signal.signal(ignored, signal.SIG_IGN)
+
     job = subprocess.Popen(
         [sys.executable, "-c", _JOB.format(work=work, cleanup=cleanup, ends=ends, first=first)],
         stdout=subprocess.PIPE,
@@ -251,51 +200,58 @@ def start(
     return job
 
 
-def test_a_signal_that_is_ignored_stops_nothing() -> None:
-    """`nohup` ignores SIGHUP. A shell that runs a script ignores SIGINT for what the script starts with `&`."""
-    job = start(work=1.5, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    job.send_signal(signal.SIGHUP)
-    out, err = job.communicate(timeout=30)
-    assert (job.returncode, out, err) == (0, '{"done": true}\n', "")
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+DONE = (0, '{"done": true}\n', "")
+STOPPED = (130, "", "stopped by SIGINT; what is saved stays\n")
 
 
-@pytest.mark.parametrize("pause", [pytest.param(0.3, marks=pytest.mark.slow), 3.0])
-def test_an_impatient_second_signal_changes_neither_the_line_nor_the_exit_code(pause: float) -> None:
-    job = start(cleanup=5)
-    job.send_signal(signal.SIGINT)
-    time.sleep(pause)
-    job.send_signal(signal.SIGINT)
+@pytest.mark.parametrize(
+    ("settings", "signals", "pause", "expected"),
+    [
+        # `nohup` ignores SIGHUP. A shell that runs a script ignores SIGINT for what the script starts with `&`.
+        pytest.param({"work": 0.5, "ignored": HUP}, [HUP], 0, DONE, id="ignored"),
+        pytest.param({"cleanup": 1}, [INT, INT], 0.3, STOPPED, id="an impatient second one is ignored"),
+        pytest.param({"cleanup": 5}, [INT, INT], 3.0, STOPPED, id="a later one interrupts the cleanup"),
+        # The interrupt is raised a second time during the cleanup.
+        pytest.param(
+            {"cleanup": 7, "ends": "RunError"},
+            [TERM],
+            0,
+            (1, "", "error: what is saved stays\n"),
+            id="the job fails meanwhile",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_signal_stops_a_job_in_order(
+    settings: dict[str, Any], signals: list[signal.Signals], pause: float, expected: tuple[int, str, str]
+) -> None:
+    job = start(**settings)
+    for number in signals:
+        job.send_signal(number)
+        time.sleep(pause)
     out, err = job.communicate(timeout=30)
-    assert (job.returncode, out, err) == (130, "", "stopped by SIGINT; what is saved stays\n")
+    assert (job.returncode, out, err) == expected
 
 
 @pytest.mark.slow
 def test_a_signal_that_comes_in_a_finalizer_stops_the_job_too() -> None:
     """Python prints an exception that is raised in a finalizer, and continues; the signal is sent again 5 s later."""
     job = start(first="Slow()")
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(TERM)
     out, err = job.communicate(timeout=30)
     assert (job.returncode, out) == (143, "")
     assert "KeyboardInterrupt" in err
     assert err.endswith("\nstopped by SIGTERM; what is saved stays\n")
 
 
-@pytest.mark.slow
-def test_a_job_that_fails_while_it_is_stopped_says_why() -> None:
-    job = start(cleanup=7, ends="RunError")  # the interrupt is raised a second time during the cleanup
-    job.send_signal(signal.SIGTERM)
-    out, err = job.communicate(timeout=30)
-    assert (job.returncode, out, err) == (1, "", "error: what is saved stays\n")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_after_the_result_changes_nothing(number: signal.Signals) -> None:
+def test_a_signal_after_the_result_changes_nothing() -> None:
     job = start(work=0)
     assert job.stdout is not None
-    assert job.stdout.readline() == '{"done": true}\n'
-    job.send_signal(number)
-    _, err = job.communicate(timeout=30)
-    assert (job.returncode, err) == (0, "")
+    assert job.stdout.readline() == DONE[1]
+    job.send_signal(TERM)
+    assert job.communicate(timeout=30)[1] == ""
+    assert job.returncode == 0
 
 
 _PRINTING_JOB = """
@@ -307,28 +263,23 @@ def work(argv):
     print("progress")
     return {"done": True}, 0
 
-stdout = sys.stdout
-code = cli.run(work, [])
-print("restored", sys.stdout is stdout, code)
+code = cli.run(work, sys.argv[1:])
+print("restored", code)
 """
 
 
 def test_only_the_result_is_printed_to_standard_output_which_a_caller_has_back() -> None:
-    done = subprocess.run([sys.executable, "-c", _PRINTING_JOB], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ('{"done": true}\nrestored True 0\n', "progress\n")
+    done = run(sys.executable, "-c", _PRINTING_JOB)
+    assert (done.stdout, done.stderr) == ('{"done": true}\nrestored 0\n', "progress\n")
 
 
-@pytest.mark.parametrize(("flags", "printed"), [("[]", []), ('["--json"]', ['{"done": true}'])])
-def test_a_terminal_gets_the_result_in_words_and_json_when_asked(flags: str, printed: list[str]) -> None:
+@pytest.mark.parametrize(("flags", "lines"), [([], []), (["--json"], ['{"done": true}'])])
+def test_a_terminal_gets_the_result_in_words_and_json_when_asked(flags: list[str], lines: list[str]) -> None:
     """The words are the job's own lines on standard error."""
     leader, follower = pty.openpty()
-    job = f"import sys; from mnistsum_ray import cli; sys.exit(cli.run(lambda argv: ({{'done': True}}, 0), {flags}))"
-    done = subprocess.run([sys.executable, "-c", job], stdout=follower, stderr=subprocess.PIPE, text=True, check=False)
-    os.write(follower, b"end")  # so that there is something to read
-    assert (done.returncode, done.stderr) == (0, "")
-    shown = b""
-    while not shown.endswith(b"end"):
-        shown += os.read(leader, 1000)
-    assert shown.decode().split("\r\n") == [*printed, "end"]
+    command = [sys.executable, "-c", _PRINTING_JOB, *flags]
+    done = subprocess.run(command, stdout=follower, stderr=subprocess.PIPE, text=True, check=True)
+    assert done.stderr == "progress\n"
+    assert os.read(leader, 1000).decode().split("\r\n") == [*lines, "restored 0", ""]
     os.close(leader)
     os.close(follower)

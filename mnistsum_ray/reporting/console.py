@@ -30,7 +30,8 @@ class Progress:
 
     def __init__(self, show: Callable[..., None], what: str, total: int) -> None:
         """Start counting towards `total`; `what` names the items, e.g. "rows written"; `show` is `Console.progress`."""
-        self._show, self._what, self._total, self._done = show, what, total, 0
+        self._show, self._what, self._total = show, what, total
+        self._done = 0
         self._started = self._reported = time.monotonic()
 
     def __call__(self, count: int, working_seconds: float | None = None) -> None:
@@ -68,8 +69,6 @@ class Console:
         self._lock = threading.RLock()
         self._has_bars = self._stream.isatty() or (self._stream is sys.stderr and "ipykernel" in sys.modules)
         self._bar: Any = None
-        self._training: dict[str, Any] | None = None
-        """The latest progress event of the epochs, whose bar stays while something else is counted."""
         self._line_time = time.monotonic()
         """When the latest line was written."""
         self._waiting: tuple[str, Callable[[], str]] = ("this step", lambda: "it is large, or the storage is slow")
@@ -135,9 +134,10 @@ class Console:
             self.progress(**fields)
         elif event["kind"] == "progress":
             self._show_training(fields)
+        elif event["kind"] == "epoch":
+            self._say_epoch(fields)
         else:
-            for line in epoch_lines(fields) if event["kind"] == "epoch" else [event["text"]]:
-                self.say(line)
+            self.say(event["text"])
 
     def progress(self, what: str, done: int, total: int, rate: float) -> None:
         """Show how far some work is: by the bar, or in a log by a line now and then.
@@ -148,33 +148,32 @@ class Console:
             rate: items per second.
         """
         self._heard.set()
-        if not self._has_bars:
-            if 0 < done < total:
-                self._say_sometimes(f"{what}: {done:,} of {total:,}  {rate:,.0f}/s  {time_left(total - done, rate)} left")
-        elif self._training:
-            self._draw_epochs(self._training, f"{what}: {done:,} of {total:,}")
-        else:
+        if self._has_bars:
             self._draw(what, done, total)
+        elif 0 < done < total:
+            self._say_sometimes(f"{what}: {done:,} of {total:,}  {rate:,.0f}/s  {time_left(total - done, rate)} left")
 
     def _show_training(self, event: dict[str, Any]) -> None:
+        """Show how far the run is; its bar counts the rows of all epochs."""
         self._heard.set()
-        rate, rows_left = event["rows_per_second"], event["of_rows"] - event["rows"]
+        epoch, rate, loss = f"epoch {event['epoch']}/{event['epochs']}", event["rows_per_second"], f"loss {event['loss']:.4f}"
+        all_rows, rows_left = event["epochs"] * event["of_rows"], event["of_rows"] - event["rows"]
         all_rows_left = rows_left + (event["epochs"] - event["epoch"]) * event["of_rows"]
-        if not self._has_bars:
-            if rows_left:  # else the line of the epoch comes at once
-                self._say_sometimes(
-                    f"epoch {event['epoch']}/{event['epochs']}  {event['rows']:>6,} of {event['of_rows']:,} rows  "
-                    f"{rate:,.0f} rows/s  loss {event['loss']:.4f}  {time_left(rows_left, rate)} left in this epoch, "
-                    f"{time_left(all_rows_left, rate)} in all"
-                )
-            return
-        self._training = event if all_rows_left else None  # what follows has bars of its own
-        self._draw_epochs(event, f"loss {event['loss']:.4f}")
+        if self._has_bars:
+            self._draw(epoch, all_rows - all_rows_left, all_rows, loss)
+        elif rows_left:  # else the line of the epoch comes at once
+            self._say_sometimes(
+                f"{epoch}  {event['rows']:>6,} of {event['of_rows']:,} rows  {rate:,.0f} rows/s  {loss}  "
+                f"{time_left(rows_left, rate)} left in this epoch, {time_left(all_rows_left, rate)} in all"
+            )
 
-    def _draw_epochs(self, event: dict[str, Any], postfix: str) -> None:
-        """The bar of the run: rows of all epochs."""
-        rows = (event["epoch"] - 1) * event["of_rows"] + event["rows"]
-        self._draw(f"epoch {event['epoch']}/{event['epochs']}", rows, event["epochs"] * event["of_rows"], postfix)
+    def _say_epoch(self, entry: dict[str, Any]) -> None:
+        """Say loss, test accuracies and speed, in up to 80 columns; and waiting after the first batch."""
+        epoch, loss, rate = f"epoch {entry['epoch']}", entry["train_loss"], entry["rows_per_second"]
+        self.say(f"{epoch}: loss {loss:.4f}, test {accuracies(entry['test'])}, {rate:,.0f} rows/s")
+        waiting = entry["waiting"] - entry["first_batch_seconds"] / entry["seconds"]
+        if waiting > _WAITING:
+            self.say(f"{epoch}: the workers waited for data {percent(waiting)} of the time")
 
     def _draw(self, description: str, done: int, total: int, postfix: str = "") -> None:
         """Draw the bar, with a text before it and one after it; other work gets a new one, and finished work has none."""
@@ -202,16 +201,6 @@ class Console:
     def _say_sometimes(self, text: str) -> None:
         if time.monotonic() - self._line_time >= _LINE_SECONDS:
             self.say(text)
-
-
-def epoch_lines(entry: dict[str, Any]) -> list[str]:
-    """Console lines of an epoch, of up to 80 columns: loss, test accuracies and speed; and waiting after the first batch."""
-    loss, rate = entry["train_loss"], entry["rows_per_second"]
-    waiting = entry["waiting"] - entry["first_batch_seconds"] / entry["seconds"]
-    lines = [f"epoch {entry['epoch']}: loss {loss:.4f}, test {accuracies(entry['test'])}, {rate:,.0f} rows/s"]
-    if waiting > _WAITING:
-        lines.append(f"epoch {entry['epoch']}: the workers waited for data {percent(waiting)} of the time")
-    return lines
 
 
 def accuracies(metrics: dict[str, Any]) -> str:

@@ -43,7 +43,8 @@ def log_run(
 
     The manifest's entry `mlflow`, {uri, run_id}, is set as soon as MLflow knows the run. One of the same URI is continued.
     """
-    uri, before = manifest["config"]["mlflow"], os.environ.get("MLFLOW_TRACKING_URI")  # `set_tracking_uri` sets it too
+    uri = manifest["config"]["mlflow"]
+    before = os.environ.get("MLFLOW_TRACKING_URI")  # `set_tracking_uri` sets it too
     # MLflow and alembic log a line for each table of a new local store.
     with default_environment(_ENVIRONMENT), quiet_logger("mlflow", "alembic"):
         try:
@@ -60,8 +61,8 @@ def log_run(
 def _log(
     manifest: dict[str, Any], history: list[dict[str, Any]], card: dict[str, Any], folder: Location, files: list[str], say: Say
 ) -> str:
-    client, config, stored = mlflow.MlflowClient(), manifest["config"], manifest.get("mlflow", {})
-    uri, model_name = config["mlflow"], config["mlflow_model"]
+    client, config = mlflow.MlflowClient(), manifest["config"]
+    uri, stored = config["mlflow"], manifest.get("mlflow", {})
     with mlflow.start_run(stored["run_id"]) if stored.get("uri") == uri else _new_run(client, config) as run:
         manifest["mlflow"] = {"uri": uri, "run_id": (run_id := run.info.run_id)}
         if not run.data.params:
@@ -84,8 +85,8 @@ def _log(
                 Path(copy, name).write_bytes((folder / name).read_bytes())
             mlflow.log_artifacts(copy)
         if not client.search_model_versions(f"run_id = '{run_id}'"):
-            say(f"registering the model in MLflow as {model_name}")
-            _register(model_name, folder, card)
+            say(f"registering the model in MLflow as {config['mlflow_model']}")
+            _register(config["mlflow_model"], folder, card)
     page = f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
     say(f"MLflow: {f'mlflow ui --backend-store-uri {shlex.quote(uri)}' if uri.startswith('sqlite:') else page}")
     return str(run_id)

@@ -13,11 +13,12 @@ from typing import Any, Final, ParamSpec
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
@@ -51,7 +52,7 @@ _ACROSS: Final = 6
 """Most images beside each other."""
 
 _ERROR_TICKS: Final = (0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-"""Of a logarithmic scale of percent."""
+"""Ticks of a logarithmic scale of percent."""
 
 _REASONS_DRAWN: Final = 12
 _REASON_WIDTH: Final = 60
@@ -79,9 +80,7 @@ def _picture(draw: Callable[P, Figure]) -> Callable[P, Picture]:
 def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
     """Loss and error (100 % less the accuracy) of each head by epoch, on scales where small numbers can be told apart.
 
-    Args:
-        history: lines of history.jsonl.
-        card: contents of model.json; its own errors are marked.
+    The errors of the finished model, `card`, are marked.
     """
     figure, (losses, errors) = _panels(9, 3.9, 2, bottom=1.05)
     epochs = [entry["epoch"] for entry in history]
@@ -108,11 +107,11 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
     losses.set(title="loss, nats (mean of the heads)", xlim=(0, epochs[-1] * 1.05), yscale="log")
     errors.set(title="error, %", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
     errors.set_yscale("symlog", linthresh=0.1)  # a few test rows may have no error at all
-    low = max(tick for tick in _ERROR_TICKS if tick <= min(shown))
-    errors.set_yticks([tick for tick in _ERROR_TICKS if low <= tick], minor=False)
+    errors.set_yticks(_ERROR_TICKS)
     errors.set_yticks([], minor=True)
+    low = max(tick for tick in _ERROR_TICKS if tick <= min(shown))
     errors.set_ylim(low, min((tick for tick in _ERROR_TICKS if tick > max(shown)), default=100))
-    losses.yaxis.set_minor_formatter(FuncFormatter(_two_and_five))
+    losses.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     for axes in (losses, errors):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -124,18 +123,9 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
     return figure
 
 
-def _two_and_five(value: float, _: Any) -> str:
-    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
-
-
 @_picture
 def draw_confusion(confusion: list[list[int]], rows: str = "test images") -> Figure:
-    """Confusion matrix of the digits: true digit down, predicted digit across; right ones blue, mistakes orange.
-
-    Args:
-        confusion: rows by true digit and predicted digit.
-        rows: what is counted.
-    """
+    """Confusion matrix of the digits: `rows` by true digit (down) and predicted digit; right ones blue, mistakes orange."""
     counts = np.array(confusion)
     right = np.eye(len(counts), dtype=bool)
     # On a logarithmic scale a mistake can be seen beside a thousand right ones. It begins below 1, which then has a colour.
@@ -160,14 +150,12 @@ def draw_confusion(confusion: list[list[int]], rows: str = "test images") -> Fig
 def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> Figure:
     """Wrong sums by true digit (down) and number (across); the colour compares with the wrong digits, in points of accuracy.
 
-    A sum can be as right as its digit: orange is what the sum head adds to the mistakes.
-
-    Args:
-        sums_right: test images with a correct sum, by digit and number.
-        confusion: confusion matrix of the digits, for the number of images of each digit.
+    A sum can be as right as its digit: orange is what the sum head adds to the mistakes. `sums_right` are test images with a
+    correct sum, by digit and number; `confusion` is the matrix of the digits.
     """
-    rows = np.array(confusion).sum(1)
-    wrong_digits, wrong_sums = rows - np.diag(np.array(confusion)), rows[:, None] - np.array(sums_right)
+    rows = np.sum(confusion, 1)
+    wrong_digits = rows - np.diag(confusion)
+    wrong_sums = rows[:, None] - np.array(sums_right)
     difference = 100 * (wrong_digits[:, None] - wrong_sums) / np.maximum(rows, 1)[:, None]
     shades = 0.5 + difference.clip(-_MAX_DIFFERENCE, _MAX_DIFFERENCE) / _MAX_DIFFERENCE / 2
     texts = [[f"{count:,}" for count in row] if images else [""] * NUMBERS for row, images in zip(wrong_sums, rows, strict=True)]
@@ -177,22 +165,12 @@ def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> Figure
     found += f"(darkest: by {_MAX_DIFFERENCE:g}% of the digit's images)"
     title = f"sums: {np.sum(sums_right) / max(1, pairs):.2%} of {pairs:,} test pairs correct\n{found}"
     beside = [f"{count:,}" for count in wrong_digits]
-    figure = _heat_map(colormaps["PuOr"](shades), texts, abs(shades - 0.5) > 0.35, title, "number", "wrong digits", beside)
-    if not wrong_sums.any():
-        figure.axes[0].text(
-            4.5, 4.5, "no sum is wrong", ha="center", va="center", fontsize=18, color=_BLUE, backgroundcolor="white"
-        )
-    return figure
+    return _heat_map(colormaps["PuOr"](shades), texts, abs(shades - 0.5) > 0.35, title, "number", "wrong digits", beside)
 
 
 @_picture
 def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8]) -> Figure:
-    """Each mistake with its image, its prediction and the true answer.
-
-    Args:
-        mistakes: entries of the error analysis in manifest.json, most confident first.
-        images: their images, uint8[n, 28, 28].
-    """
+    """Each mistake (entries of the manifest's error analysis) with its image, uint8[n, 28, 28], prediction and true answer."""
     title = "the most confident mistakes on test images" if mistakes else "no mistakes on test images"
     down = -(-len(mistakes) // _ACROSS)
     across = -(-len(mistakes) // max(1, down))  # as many in each line, but for the last one
@@ -232,7 +210,7 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
     for (name, head), axes, below, (color, marker) in zip(heads.items(), *panels, _HEAD_STYLES, strict=False):
         rows, right = np.array(head.rows), np.array(head.right)
         used, edges = rows > 0, np.linspace(0, 1, len(rows) + 1)
-        below.bar(edges[:-1], rows, np.diff(edges), align="edge", color=color, edgecolor="white", linewidth=0.5)
+        _draw_histogram(below, rows, color, "predicted probability", rows.max())
         rows, right, probability = rows[used], right[used], np.array(head.probability)[used] / rows[used]
         accuracy = right / rows
         low, high = np.array([wilson_interval(*of) for of in zip(accuracy, rows, strict=True)]).reshape(-1, 2).T.clip(0, 1)
@@ -244,15 +222,9 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
         )
         ece = head.metrics()["ece"]
         axes.set_title(f"{name}" if ece is None else f"{name}: expected calibration error {ece:.4f}")
-        floor = min(start, low.min(initial=1))
-        axes.set(
-            ylim=(floor - 0.03 * (1 - floor), 1 + 0.03 * (1 - floor)), xlim=(start - 0.02 * (1 - start), 1 + 0.02 * (1 - start))
-        )
+        axes.set_xlim(start - 0.02 * (1 - start), 1 + 0.02 * (1 - start))
         axes.legend(loc="lower right")
-        below.set(xlabel="predicted probability", ylim=(0.5, max(10, 3 * max(head.rows))), yscale="log")
-        below.yaxis.set_major_formatter("{x:,.0f}")
         axes.grid()
-        below.grid(axis="y")
     figure.text(0.1 / 9, 0.64, "accuracy", rotation=90, va="center")
     figure.text(0.1 / 9, 0.21, "rows", rotation=90, va="center")
     return figure
@@ -262,17 +234,12 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
 def draw_probabilities(histograms: dict[str, list[int]]) -> Figure:
     """Histogram of a scoring run's predicted probabilities, by column: rows in bins of equal width over 0..1."""
     figure, panels = _panels(9, 3.4, len(histograms), left=0.9)
+    highest = max(max(counts) for counts in histograms.values())
     for axes, (column, counts), (color, _) in zip(panels, histograms.items(), _HEAD_STYLES, strict=False):
-        width = 1 / len(counts)
-        edges = np.arange(len(counts)) * width
-        axes.bar(edges, counts, width=width, align="edge", color=color, edgecolor="white", linewidth=0.5)
+        _draw_histogram(axes, counts, color, column, highest)
         last_bin = counts[-1] / max(1, sum(counts))
-        axes.set(title=f"{column.removesuffix('_prob')}: {last_bin:.2%} of {sum(counts):,} rows above {1 - width:.2f}")
-        axes.set(xlabel=column, xlim=(0, 1))
-        axes.set_yscale("symlog", linthresh=1)  # nearly all rows are in the last bin; the others are the interesting ones
-        axes.set_ylim(0, max(10, *(2 * max(counts) for counts in histograms.values())))
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.grid(axis="y")
+        axes.set_title(f"{column.removesuffix('_prob')}: {last_bin:.2%} of {sum(counts):,} rows above {1 - 1 / len(counts):.2f}")
+        axes.set_xlim(0, 1)
     figure.text(0.1 / 9, 0.5, "rows", rotation=90, va="center")
     return figure
 
@@ -295,6 +262,16 @@ def draw_rejects(reasons: dict[str, int]) -> Figure:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(title=f"{sum(shown.values()):,} rejected rows by reason", xlabel="rows")
     return figure
+
+
+def _draw_histogram(axes: Axes, rows: npt.ArrayLike, color: str, label: str, highest: int) -> None:
+    """Draw rows by probability, in bins of equal width over 0..1; `highest` is the most rows of a bin of this scale."""
+    edges = np.linspace(0, 1, np.size(rows) + 1)
+    axes.bar(edges[:-1], rows, np.diff(edges), align="edge", color=color, edgecolor="white", linewidth=0.5)
+    axes.set_yscale("symlog", linthresh=1)  # nearly all rows are in the last bin; the others are the interesting ones
+    axes.set(xlabel=label, ylim=(0, max(10, 2 * highest)))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(axis="y")
 
 
 def _percent(right: npt.NDArray[Any], totals: npt.NDArray[Any]) -> list[str]:

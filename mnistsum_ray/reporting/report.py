@@ -22,7 +22,7 @@ from mnistsum_ray.model.heads import HEADS
 REPORT: Final = "report.html"
 
 MODEL_CARD: Final = "README.md"
-"""Of the model folder, in the form that the Hugging Face Hub reads."""
+"""Model card in the model folder, in the form that the Hugging Face Hub reads."""
 
 PICTURES: Final = {
     "history.png": "Loss and error by epoch",
@@ -31,10 +31,10 @@ PICTURES: Final = {
     "reliability.png": "Reliability: accuracy by predicted probability",
     "mistakes.png": "The most confident mistakes",
 }
-"""Titles of the pictures by their file names in the run folder; `svg_name` gives those of their SVG files."""
+"""Titles of the pictures by their file names in a run folder; `svg_name` gives those of their SVG files."""
 
 _PIXELS: Final = 1.5
-"""Of a picture, for each pixel of a page's width: text then has one size in all pictures."""
+"""Pixels of a picture for each pixel of the page: text has one size in all pictures."""
 
 _MNIST: Final = (
     "274a52c43a2b8adc53cdd8b35dc4f36492c594e8fc0e3c9351f8ad9944bee783",

@@ -23,6 +23,7 @@ from mnistsum_ray.errors import RunError, RunInterrupted, counted, root_cause
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import ScoringMetrics
+from mnistsum_ray.reporting.results import ScoreResult
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
     Committed,
@@ -43,12 +44,8 @@ from mnistsum_ray.scoring.worker import Score
 from mnistsum_ray.storage.lock import folder_lock
 
 
-def score(request: Request, console: Console, probe: Probe | None = None) -> tuple[dict[str, Any], bool]:
+def score(request: Request, console: Console, probe: Probe | None = None) -> ScoreResult:
     """Score on the cluster that this process is connected to; `probe` is that of `reserve`.
-
-    Returns:
-        The fields of the job's last line (see `api.score`), and whether this run set rows or files aside that no earlier run
-        had set aside.
 
     Raises:
         RequestError: the cluster has too few resources, or the output folder holds files that this run must not touch.
@@ -65,7 +62,7 @@ def score(request: Request, console: Console, probe: Probe | None = None) -> tup
         raise RunError(f"{root_cause(error)}; committed files are kept, and the same command resumes") from error
 
 
-def _score(request: Request, console: Console, probe: Probe | None) -> tuple[dict[str, Any], bool]:
+def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResult:
     started = time.monotonic()
     with folder_lock(request.output, "--output", console.say) as held:
         check_folders(held.place)
@@ -90,7 +87,7 @@ def _score(request: Request, console: Console, probe: Probe | None) -> tuple[dic
         publish(plan, committed.unplanned, files, counts, line)
         new_rejected = line["rejected_rows"] - rejected_before
         say_result(line, counts, new_rejected, console.say)
-        return line, bool(new_rejected or new_failures)
+        return ScoreResult(**line, set_aside=bool(new_rejected or new_failures))
 
 
 def worker_request(config: ScoreConfig) -> WorkerRequest:

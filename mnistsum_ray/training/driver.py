@@ -4,6 +4,7 @@ import shlex
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from importlib import import_module
 from statistics import fmean
 from typing import Any, Final
@@ -19,12 +20,12 @@ from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, counted, one_line, root_cause, shell_command
-from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PARAMETERS
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import TrainingMetrics
 from mnistsum_ray.reporting.report import REPORT, epoch_seconds
+from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.lock import folder_lock
@@ -56,14 +57,9 @@ _MIN_START_SECONDS: Final = 60.0
 _EVENT_SECONDS: Final = 1.0
 """Time in which a failure that a worker has reported arrives here."""
 
-_TEST_FIELDS: Final = ("rows", "pairs", "loss", *(f"{head.name}_accuracy" for head in HEADS))
 
-
-def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> dict[str, Any]:
+def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> TrainResult:
     """Train on the cluster that this process is connected to; `probe` is that of `reserve`.
-
-    Returns:
-        The fields of the job's JSON line, see `api.fit`.
 
     Raises:
         RequestError: the cluster is too small, a row of the data cannot be used, or another run writes to the run folder.
@@ -128,8 +124,8 @@ class _Driver:
         self.manifest = stored | self.manifest  # results of the stored one stay until there are new ones
         self.history = read_history(run.folder)
 
-    def fit(self) -> dict[str, Any]:
-        """Train, publish, and return the fields of the job's JSON line; the manifest says how a run ends that does not finish."""
+    def fit(self) -> TrainResult:
+        """Train and publish; the manifest says how a run ends that does not finish."""
         run, source = self.run, self.run.source
         try:
             if source.files:
@@ -255,8 +251,8 @@ class _Driver:
         assert isinstance(result.return_value, TrainingResult), "rank 0 returns it"
         return result.return_value
 
-    def _publish(self, result: TrainingResult) -> dict[str, Any]:
-        """Publish the model, write the report, complete the manifest; return the fields of the job's JSON line."""
+    def _publish(self, result: TrainingResult) -> TrainResult:
+        """Publish the model, write the report, complete the manifest."""
         run, manifest, say = self.run, self.manifest.copy(), self.console.say
         if run.source.files and result.checksums is not None:
             write_data_files(self.held, run.source.files, result.checksums)
@@ -265,18 +261,18 @@ class _Driver:
         write_history(self.held, result.history)
         steady = result.history[1:] or result.history  # the first epoch includes one-time work such as loading kernels
         speed = fmean((line["rows_per_second"] for line in steady), (line["seconds"] for line in steady))
-        summary = {
-            "run": run.folder.display,
-            "model": (run.folder / "model").display,
-            "parameters": PARAMETERS,
-            "data": {key: manifest["data"][key] for key in ("source", "train_rows", "validation_rows", "test_rows")},
-            "test": {key: card["test"][key] for key in _TEST_FIELDS},
-            "images_per_second": round(speed, 1),
-            "seconds": round(time.monotonic() - self.started, 1),
-        }
+        summary = TrainResult(
+            run=run.folder.display,
+            model=(run.folder / "model").display,
+            parameters=PARAMETERS,
+            data=SplitRows.of(manifest["data"]),
+            test=HeldOutMetrics.of(card["test"]),
+            images_per_second=round(speed, 1),
+            seconds=round(time.monotonic() - self.started, 1),
+        )
         manifest |= {
             "status": "finished",
-            "metrics": summary,
+            "metrics": summary.line(),
             "hardware": result.hardware,
             "precision": result.precision,
             "error_analysis": result.error_analysis,
@@ -290,7 +286,7 @@ class _Driver:
             from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
 
             try:
-                summary["mlflow"] = log_run(manifest, result.history, card, run.folder, files, say)
+                summary = replace(summary, mlflow=log_run(manifest, result.history, card, run.folder, files, say))
             finally:
                 self.held.write(_MANIFEST, manifest)  # an interrupted run goes on in the same one of MLflow
         say(f"test: {accuracies(card['test'])} ({counted(card['test']['rows'], 'row')}, all ten numbers)")

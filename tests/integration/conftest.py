@@ -249,8 +249,8 @@ def score_here(model: Path | str, output: Path | str, *inputs: Path | str, **set
     stream = io.StringIO()
     settings = {"precision": "fp32"} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **settings)
-    line, set_aside = score(preflight(config), Console(stream))
-    return Scored(line, set_aside, stream.getvalue(), Path(output))
+    result = score(preflight(config), Console(stream))
+    return Scored(result.line(labels=True), result.set_aside, stream.getvalue(), Path(output))
 
 
 @dataclass

@@ -38,16 +38,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_invalid_request_raises_request_error(tmp_path: Path) -> None:
+def test_an_invalid_request_raises_request_error_which_names_arguments(model: Path, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"data .*/a--b/--seed: there is no such file or folder"):
         fit(TrainConfig(data=str(tmp_path / "a--b" / "--seed"), storage_path=str(tmp_path)))
     with pytest.raises(RequestError, match="there is no Parquet file"):
         score(ScoreConfig(model=str(tmp_path), input=(str(tmp_path),), output=str(tmp_path / "out")))
     with pytest.raises(RequestError, match="holds no model"):
         load_model(str(tmp_path))
-
-
-def test_errors_name_arguments_and_not_flags(model: Path, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"^image_column picture: no file of input has such a column"):
         score(ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), image_column="picture"))
 
@@ -59,6 +56,8 @@ def test_a_result_shows_the_main_picture_of_its_report_or_else_its_fields(tmp_pa
         for place in (f"{tmp_path}/<b>", "gs://anonymous@nowhere/scored?retry_limit_seconds=1&endpoint_override=127.0.0.1:9")
     )
     assert here._repr_html_() is None
+    assert here.line(labels=False) == numbers | {"output": f"{tmp_path}/<b>", "rows_per_second": 1.0, "seconds": 2.0}
+    assert here.line(labels=True)["sum_accuracy"] is None, "no row has a label"
     (tmp_path / "<b>").mkdir()
     (tmp_path / "<b>" / "probabilities.png").write_bytes(b"a picture")
     shown = here._repr_html_() or ""
@@ -86,36 +85,31 @@ def test_a_ray_dataset_comes_back_with_predictions(cluster: str, model: Path, pa
 
 
 @pytest.mark.slow
-def test_one_cpu_is_enough_to_score_and_train_and_what_needs_two_is_refused(model: Path, pairs: Path, tmp_path: Path) -> None:
-    """Scoring before a training changes nothing of it. No request waits forever for a second CPU."""
+def test_one_cpu_is_enough_to_train_and_score_and_what_needs_two_is_refused(model: Path, pairs: Path, tmp_path: Path) -> None:
+    """No request waits forever for a second CPU."""
 
-    def scored(of: str, name: str, **settings: Any) -> Path:
-        done = score(ScoreConfig(model=of, input=(str(pairs),), output=str(tmp_path / name), precision="fp32", **settings))
-        assert done.complete
-        assert done.scored_rows == ROWS
-        return Path(done.output)
+    def scored(of: str, **settings: Any) -> ScoreResult:
+        output = str(tmp_path / "scored")
+        return score(ScoreConfig(model=of, input=(str(pairs),), output=output, precision="fp32", **settings))
 
-    def train(name: str, **settings: Any) -> TrainResult:
-        place = {"storage_path": str(tmp_path / "runs"), "name": name}
-        return fit(TrainConfig(data="sample", epochs=1, sum_head_steps=50, **place, **settings))
+    def train(**settings: Any) -> TrainResult:
+        return fit(TrainConfig(data="sample", epochs=1, sum_head_steps=50, storage_path=str(tmp_path), name="api", **settings))
 
     ray.shutdown()
     start_cluster(num_cpus=1)
     try:
-        scored(str(model), "before")
-        # 4,000 training rows are one block of 3 MB; with the block size of scoring they would be several.
-        trained = train("api")
-        assert trained.data.train_rows == 4000
-        output = scored(trained.run, "after")
-        for refused in (lambda: train("two", num_workers=2), lambda: scored(str(model), "two", num_workers=2)):
+        for refused in (lambda: train(num_workers=2), lambda: scored(str(model), num_workers=2)):
             with pytest.raises(RequestError, match=r"num_workers 2: .*the cluster has 1 CPU"):
                 refused()
+        trained = train()
+        assert (trained.data.train_rows, trained.mlflow) == (4000, None)
+        done = scored(trained.run)
+        assert (done.complete, done.scored_rows, done.set_aside) == (True, ROWS, False)
     finally:
         ray.shutdown()
     asked = pq.read_table(pairs / "part-00000.parquet")
-    images, numbers = pixels_view(one_chunk(asked["image"])), asked["number"].to_numpy()
-    answers = predict(load_model(trained.run), images, numbers)
-    table = pq.read_table(output / "predictions" / "part-00000.parquet")
+    answers = predict(load_model(trained.run), pixels_view(one_chunk(asked["image"])), asked["number"].to_numpy())
+    table = pq.read_table(Path(done.output) / "predictions" / "part-00000.parquet")
     assert table["pred_digit"].to_pylist() == answers.digit.tolist()
     assert table["pred_sum"].to_pylist() == answers.sum.tolist()
     np.testing.assert_allclose(table["sum_prob"].to_numpy(), answers.sum_prob, atol=1e-4)

@@ -17,7 +17,7 @@ import ray
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.reporting.metrics import TrainingMetrics
+from mnistsum_ray.reporting.metrics import ScoringMetrics, TrainingMetrics
 from tests.integration.conftest import run_job
 
 pytestmark = pytest.mark.slow
@@ -62,18 +62,16 @@ def last_job(head: Any) -> tuple[dict[str, str], dict[str, list[str]]]:
 
 def test_a_scoring_that_has_ended(head: Any, model: Path, tmp_path: Path) -> None:
     export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "in"), rows=ROWS, files=2), print)
-    output, score = tmp_path / "out", ("score", "--model", model, "--input", tmp_path / "in", "--output", tmp_path / "out")
-    assert run_job(*score, "--max-rows-per-file", 50, address=head.address_info["address"]).code == 0
-    shown = metrics(output)
-    assert shown["score_rows_per_second"] > 0
-    assert shown.items() >= {"score_rows_total": ROWS, "score_rejected_rows_total": 0}.items(), "what is zero is shown as zero"
-
-    path = tmp_path / "in" / "more.parquet"
-    table = pq.read_table(tmp_path / "in" / "part-00001.parquet")
+    path = tmp_path / "in" / "part-00001.parquet"
+    table = pq.read_table(path)
     numbers = pa.array([None] * REJECTED + table["number"].to_pylist()[REJECTED:], pa.int8())
     pq.write_table(table.set_column(table.column_names.index("number"), "number", numbers), path)
-    assert run_job(*score, "--max-rows-per-file", 50, address=head.address_info["address"]).code == 3
-    assert metrics(output).items() >= {"score_rows_total": ROWS * 3 / 2, "score_rejected_rows_total": REJECTED}.items()
+    output = tmp_path / "out"
+    flags = ("--model", model, "--input", tmp_path / "in", "--output", output, "--max-rows-per-file", 50)
+    assert run_job("score", *flags, address=head.address_info["address"]).code == 3
+    shown = metrics(output)
+    assert shown.items() >= {"score_rows_total": ROWS, "score_rejected_rows_total": REJECTED}.items()
+    assert shown["score_rows_per_second"] > 0
 
     metadata, datasets = last_job(head)
     assert metadata == {"job_name": f"score {output}", "model": str(model), "output": str(output)}
@@ -97,13 +95,17 @@ def test_a_training_that_has_ended(head: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("head")
-def test_rows_that_are_trained_again_count_once() -> None:
+def test_rows_that_are_trained_again_count_once_and_what_is_zero_is_shown() -> None:
     training = TrainingMetrics("runs/again")
     event = {"of_rows": 100, "rows_per_second": 20.0, "loss": 0.5}
     for epoch, rows in ((1, 50), (1, 100), (2, 60), (2, 20), (2, 80)):  # in the second epoch a worker died
         training.add(event | {"epoch": epoch, "rows": rows})
-    expected = {"train_rows_total": 180.0, "train_rows_per_second": 20.0, "train_epoch": 2.0, "train_loss": 0.5}
+    ScoringMetrics("nothing")
+    expected = {
+        "runs/again": {"train_rows_total": 180.0, "train_rows_per_second": 20.0, "train_epoch": 2.0, "train_loss": 0.5},
+        "nothing": {"score_rows_total": 0.0, "score_rejected_rows_total": 0.0, "score_rows_per_second": 0.0},
+    }
     deadline = time.monotonic() + REPORT_SECONDS
-    while (shown := metrics("runs/again")) != expected:
+    while (shown := {run: metrics(run) for run in expected}) != expected:
         assert time.monotonic() < deadline, shown
         time.sleep(1)
