@@ -69,26 +69,33 @@ def score(pairs: str, output: str, model: str) -> Batch:
 
 
 def train(rows: str, runs: str, epochs: str) -> Batch:
-    """Train with one worker and a checkpoint an epoch; the first epoch does not count towards the rate."""
+    """Train with one worker and a checkpoint an epoch, from which the same command goes on; the first epoch does not count."""
 
     def worker() -> Batch:
         torch.set_num_threads(_CORES)  # Ray sets one, with which two cores train half as fast
         step, rates, first_row = TrainingStep(ray.train.torch.get_device()), [], 0.0
         step.objective = ray.train.torch.prepare_model(step.objective)
-        shard = ray.train.get_dataset_shard("train")
-        for _ in range(int(epochs)):
+        shard, first_epoch = ray.train.get_dataset_shard("train"), 0
+        if checkpoint := ray.train.get_checkpoint():
+            with checkpoint.as_directory() as folder:
+                state = torch.load(Path(folder) / "state.pt", weights_only=True)
+            step.model.load_state_dict(state["model"])
+            step.optimizer.load_state_dict(state["optimizer"])
+            first_epoch = state["epochs"]
+        for epoch in range(first_epoch, int(epochs)):
             count, started = 0, time.perf_counter()
             for batch in shard.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=16 * BATCH):
                 count += step(batch["image"], batch["digit"])
                 first_row = first_row or time.time()
             rates.append(count / (time.perf_counter() - started))
             with tempfile.TemporaryDirectory() as folder:
-                torch.save(step.model.state_dict(), Path(folder) / "model.pt")
+                state = {"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict(), "epochs": epoch + 1}
+                torch.save(state, Path(folder) / "state.pt")
                 ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        return {"rows_per_second": float(np.mean(rates[1:])), "first_row": first_row}
+        return {"rows_per_second": float(np.mean(rates[1:] or rates)), "first_row": first_row}
 
     images = read(rows).map_batches(lambda batch: {"image": decode(batch), "digit": batch["digit"].astype(np.int64)})
-    scaling, run = ray.train.ScalingConfig(use_gpu=bool(_GPUS)), ray.train.RunConfig(storage_path=runs)
+    scaling, run = ray.train.ScalingConfig(use_gpu=bool(_GPUS)), ray.train.RunConfig(name="guide", storage_path=runs)
     trainer = ray.train.torch.TorchTrainer(worker, scaling_config=scaling, run_config=run, datasets={"train": images})
     measured: Batch = trainer.fit().return_value
     return measured

@@ -9,6 +9,7 @@ Each way is measured in its own process, several times, in alternating order:
 
     loader    the original's way: row by row through a DataLoader, float32
     memory    (train) the job's step on tensors in memory
+    files     (score) as many bare processes, which read and write Parquet (files-int8: 8-bit integers)
     guide     what Ray's guides show, with our network
     ray       mnistsum train, or mnistsum score (ray-int8: --precision int8)
 
@@ -29,7 +30,7 @@ from mnistsum_ray.errors import RequestError
 
 WAYS: Final = {
     "train": ["loader", "memory", "guide", "ray"],
-    "score": ["loader", "guide", "ray", "ray-int8"],
+    "score": ["loader", "files", "guide", "ray", "files-int8", "ray-int8"],
     "accuracy": ["loader", "ray"],
 }
 
@@ -87,7 +88,7 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     line = {"what": args.what, "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}
     runs: dict[str, list[ways.Measurement]] = {way: [] for way in WAYS[args.what]}
     if int8.unavailable_reason():
-        runs.pop("ray-int8", None)
+        runs = {way: of_way for way, of_way in runs.items() if not way.endswith("int8")}
     # Alternating, so that a drift of the machine's speed hits all ways alike. Of accuracies the original's take ten minutes each.
     order = [way for turn in range(args.repeat) for way in list(runs)[:: -1 if turn % 2 else 1]]
     for way in order if args.what != "accuracy" else ["loader", *["ray"] * args.repeat, "loader"]:

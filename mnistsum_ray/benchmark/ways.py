@@ -3,12 +3,15 @@
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from mnistsum_ray.benchmark import original
+from mnistsum_ray.cluster.resources import workers_per_gpu
 from mnistsum_ray.config import recipe_defaults
 from mnistsum_ray.data.distortion import distortions
-from mnistsum_ray.data.images import Pixels, pixels_array
+from mnistsum_ray.data.images import Pixels, one_chunk, pixels_array, pixels_view
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.data.parquet import open_parquet
+from mnistsum_ray.data.parquet import open_parquet, to_parquet
 from mnistsum_ray.data.sources import Digits, open_source
 from mnistsum_ray.errors import RequestError, RunError, UnusableFileError
 from mnistsum_ray.model import int8
 from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
@@ -57,6 +63,8 @@ def measure(args: argparse.Namespace) -> Measurement:
         if args.way in ("loader", "memory"):
             return _time_steps(_steps(args, images, digits, device), args)
         write_rows(folder / "in", images, digits, len(images) if args.what == "train" else args.rows)
+        if args.way.startswith("files"):
+            return _score_bare(args, images, folder)
         return _train_guide(epochs, folder) if args.what == "train" else _score(args, images, folder)
 
 
@@ -141,6 +149,46 @@ def _train_guide(epochs: int, folder: Path) -> Measurement:
     started = time.time()
     line = run_job("train", folder / "in", folder / "runs", epochs, module="mnistsum_ray.benchmark.guides")
     return {"rows_per_second": line["rows_per_second"], "first_row_seconds": line["first_row"] - started}
+
+
+def _score_bare(args: argparse.Namespace, images: Pixels, folder: Path) -> Measurement:
+    """As many processes as the job has, without Ray; their rates are added."""
+    on_gpu = torch.cuda.is_available() and args.way == "files"  # int8 runs on CPUs
+    cores = os.cpu_count() or 1
+    count = workers_per_gpu(torch.cuda.get_device_properties(0).total_memory, cores) if on_gpu else cores
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        measured = list(
+            pool.map(score_files, *zip(*[(args, images[:256], folder, index) for index in range(count)], strict=True))
+        )
+    return {
+        "rows_per_second": sum(figures["rows_per_second"] for figures in measured),
+        "first_row_seconds": min(figures["first_row_seconds"] for figures in measured),
+    }
+
+
+def score_files(args: argparse.Namespace, images: Pixels, folder: Path, index: int) -> Measurement:
+    """Read files of pairs, predict and write predictions, as a process that scores; a step is a file.
+
+    A forward pass alone says little about such a job: on a card it takes less time than the files. `images` calibrate int8.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() and args.way == "files" else "cpu")
+    network, output = TwoHeadCNN().eval(), empty_output(f"{folder}/out-{index}")
+    precision, maxima = "bf16" if faster_with_bf16(device) else "fp32", None
+    if args.way == "files-int8":
+        precision, maxima = "int8", int8.activation_maxima(network, torch.tensor(images))
+    predictor = Predictor(copy_weights(network), device, precision, None, maxima)
+
+    def steps() -> Steps:
+        for file in itertools.cycle(sorted((folder / "in").iterdir())):
+            with open_parquet(locate(str(file), "--input")) as parquet:
+                table = parquet.read()
+            numbers = table["number"].to_numpy().astype(np.int64)
+            columns = predictor.predict(pixels_view(one_chunk(table["image"])), numbers).columns(numbers)
+            kept = {name: table[name] for name in ("id", "number", "digit")}
+            output.write(file.name, to_parquet(pa.table(kept | dict(zip(PREDICTION_FIELDS.names, columns, strict=True)))))
+            yield len(numbers)
+
+    return _time_steps(steps(), args)
 
 
 def _score(args: argparse.Namespace, images: Pixels, folder: Path) -> Measurement:

@@ -106,15 +106,14 @@ def test_a_killed_worker_is_replaced_and_the_memory_of_the_card_is_free_again(wo
     assert torch.cuda.mem_get_info()[0] > free - 0.01 * total
 
 
-def test_a_streamed_run_is_resumed_on_a_cpu_and_trains_the_same_again(tmp_path: Path) -> None:
+def test_streamed_rows_go_on_within_an_epoch_and_train_the_same_again(tmp_path: Path) -> None:
     data = write_shuffled_sample(tmp_path / "rows")
     flags = ["--data", data, "--epochs", 12, "--shuffle-rows", 1500, "--checkpoint-seconds", 0.5, "--storage-path", tmp_path]
-    job = start_on_gpu("run mine", "train", *flags, "--precision", "fp32", "--name", "mine")
+    job = start_on_gpu("run mine", "train", *flags, "--name", "mine")
     job.wait_for_line("epoch 3: loss ")
     job.kill()
-    done = run_job("train", "--storage-path", tmp_path, "--name", "mine", "--resume", "--use-gpu", "false")
+    done = run_on_gpu("train", "--storage-path", tmp_path, "--name", "mine", "--resume")
     assert re.search(r"going on after epoch \d", done.err)
-    assert "1 CPU worker" in done.err
     again = run_on_gpu("train", "--from-run", tmp_path / "mine", "--storage-path", tmp_path, "--name", "again")
     first, second = (run.history() for run in (done, again))
     assert first[0]["train_loss"] == pytest.approx(second[0]["train_loss"], rel=0.05), "a card's sums are in no order"
@@ -214,6 +213,17 @@ def test_two_cards_train_as_one(tmp_path: Path) -> None:
     for head in ("digit", "sum"):
         accuracies = [done.line["test"][f"{head}_accuracy"] for done in (one, two)]
         assert accuracies[0] == pytest.approx(accuracies[1], abs=0.01)
+
+
+def test_a_run_begun_on_a_gpu_is_resumed_on_a_cpu(tmp_path: Path) -> None:
+    flags = ["--data", "sample", "--epochs", 6, "--precision", "fp32", "--storage-path", tmp_path, "--name", "mine"]
+    job = start_on_gpu("run mine", "train", *flags)
+    job.wait_for_line("epoch 3: loss ")
+    job.kill()
+    done = run_job("train", "--storage-path", tmp_path, "--name", "mine", "--resume", "--use-gpu", "false")
+    assert re.search(r"going on after epoch \d", done.err)
+    assert "1 CPU worker" in done.err
+    assert done.line["test"]["digit_accuracy"] > 0.985
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 from torch.multiprocessing.spawn import spawn
+from torch.nn.grad import conv2d_weight
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
@@ -195,6 +196,24 @@ def test_the_profile_of_a_step(dtype: torch.dtype, rows: int) -> None:
     device = sum(event.device_time_total for event in kernels) / 1e4
     report(f"step of {rows} rows, {dtype}", launches=launches, cpu_ms=100 * cpu, gpu_ms=device, slowest=slowest)
     assert launches < 250, "125 operations, some of which are two kernels"
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_the_weight_gradient_of_the_first_convolution_is_no_bottleneck(dtype: torch.dtype) -> None:
+    images = torch.randn(256, 1, 28, 28, device=CUDA, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    above = torch.randn(256, 32, 28, 28, device=CUDA, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(32, 1, 3, 3, device=CUDA, dtype=dtype)
+    started = 0.0
+    for step in range(40):
+        if step == 20:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+        conv2d_weight(images, weight.shape, above, padding=1)  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    milliseconds = (time.perf_counter() - started) * 50
+    report(f"conv1's weight gradient, 256 rows, {dtype}", ms=milliseconds)
+    assert milliseconds < 5
 
 
 @gpu

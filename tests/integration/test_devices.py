@@ -67,7 +67,7 @@ def test_training_runs_on_cpus_and_says_so(
     counted_gpu: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = run_training(TrainConfig(data=str(data), epochs=1, sum_head_steps=5, storage_path=str(tmp_path)))
-    assert line.test["rows"] == 50
+    assert line.test.rows == 50
     printed = capsys.readouterr().err
     assert printed.count(f"running on CPUs: {NO_CUDA}") == 1
     assert "1 CPU worker" in printed
