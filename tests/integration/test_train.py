@@ -177,6 +177,12 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
 
 
 @pytest.mark.slow
+def test_the_bundled_sample_is_learned(cluster: str, runs: Path) -> None:
+    line = run_job("train", "--data", "sample", "--storage-path", runs, "--name", "sample", address=cluster).line
+    assert min(line["test"]["digit_accuracy"], line["test"]["sum_accuracy"]) >= 0.98
+
+
+@pytest.mark.slow
 def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resumed(
     cluster: str, data: Path, tmp_path: Path
 ) -> None:
