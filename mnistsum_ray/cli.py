@@ -135,7 +135,7 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
 
         mnistsum predict seven.png --number 5 --model runs/mine
 
-    The picture may have any size and colours, dark ink on light or light on dark,
+    The picture may have any size, with ink darker or lighter than its background,
     or a transparent background. It is prepared as MNIST's own were: cropped to the
     ink, scaled to fit 20 x 20 pixels and centred in 28 x 28; a line says how. One
     with more than a digit, or lit unevenly, is refused. No Ray is started.

@@ -358,7 +358,7 @@ class PredictConfig(JobConfig):
     """Picture, number and model."""
 
     picture: PathText
-    """file or URI of a picture of one digit, of any size and colours"""
+    """file or URI of a picture of one digit, of any size, darker or lighter than its background"""
     number: int = Field(ge=0, le=9)
     """number 0..9 that is added to the digit"""
     model: PathText

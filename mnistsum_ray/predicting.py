@@ -86,7 +86,7 @@ def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "P
 
     Args:
         model: from `load_model`, or what that takes: `runs/mine`.
-        images: a picture (a file, a URI, or one of Pillow's) of any size and colours, which is prepared as MNIST's were; or
+        images: a picture (a file, a URI, or one of Pillow's) of any size, which is prepared as MNIST's were; or
             uint8[n, 28, 28], 0 background, 255 ink, as in MNIST.
         numbers: for a picture an integer in 0..9, else integers[n].
         batch_size: rows in one forward pass, at least 1.
@@ -97,7 +97,8 @@ def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "P
 
     Raises:
         ValueError: wrong shape or dtype, a number outside of 0..9, or a batch size below 1.
-        RequestError (a ValueError): there is no such picture or model, or it is not one digit on a background of one colour.
+        RequestError (a ValueError): there is no such picture or model, or it is not one digit that
+            is darker or lighter than its background.
     """
     if isinstance(images, str | Path | Image.Image):
         return _predict_picture(model, images, numbers)

@@ -211,9 +211,11 @@ def _score(args: argparse.Namespace, images: Pixels, folder: Path) -> Measuremen
 
     if args.kill:
         with subprocess.Popen([sys.executable, "-m", module, *map(str, arguments)], stdout=subprocess.DEVNULL) as job:
-            while not written() and job.poll() is None:
-                time.sleep(0.01)
-            job.kill()
+            try:
+                while not written() and job.poll() is None:
+                    time.sleep(0.01)
+            finally:
+                job.kill()
     started, ids = time.time(), list[int]()
     line = run_job(*arguments, module=module)
     for file in written():
@@ -238,9 +240,13 @@ def run_job(*arguments: object, module: str = "mnistsum_ray") -> dict[str, Any]:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     last, printed = "{}", 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job:
-        for line in job.stdout or ():
-            if line.startswith("{"):  # Ray Data writes other lines there
-                last, printed = line, time.time()
+        try:
+            for line in job.stdout or ():
+                if line.startswith("{"):  # Ray Data writes other lines there
+                    last, printed = line, time.time()
+            job.wait()
+        finally:
+            job.kill()  # does nothing to one that has ended
     if job.returncode:
         raise RunError(f"{' '.join(command[2:])} failed; see its error above")
     return {**json.loads(last), "printed": printed}

@@ -68,7 +68,8 @@ def connect(metadata: dict[str, str] | None = None) -> None:
         problem, advice = f"the Ray cluster at {joined} cannot be joined", ""
         if starts_cluster:
             problem = "Ray cannot be started here"
-            if isinstance(error, OSError):  # the temporary folder cannot be written, or is too long for the path of a socket
+            # The temporary folder cannot be written, or is too long for the path of a socket.
+            if isinstance(error, PermissionError) or "AF_UNIX path" in str(error):
                 advice = "; RAY_TMPDIR names another temporary folder, such as /tmp"
         elif joined == "auto":
             problem = "RAY_ADDRESS=auto: no running cluster was found"

@@ -263,6 +263,7 @@ def _wait_until_free(
         RequestError: they are not free after these seconds.
     """
     need = _format({kind: amount * count for kind, amount in bundle.items()})
+    each = f", {_format(bundle)} on one node each" if count > 1 else ""
     started = time.monotonic()
     next_report = _GRACE_SECONDS
     requested = False
@@ -271,7 +272,7 @@ def _wait_until_free(
             free, waited = _format(cluster.free(*bundle)), time.monotonic() - started
             if waited >= max(seconds, _GRACE_SECONDS):
                 raise RequestError(
-                    f"needs {need}, but after {waited:.0f} s only {free} are free ({cluster}): other jobs hold "
+                    f"needs {need}{each}, but after {waited:.0f} s only {free} are free ({cluster}): other jobs hold "
                     "the rest, or the cluster has not grown; ask for fewer --num-workers or give more --wait-seconds"
                 )
             if waited >= next_report:

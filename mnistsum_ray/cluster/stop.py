@@ -107,11 +107,19 @@ def defer_signals() -> Iterator[list[int]]:
             signal.signal(number, lambda number, _: caught.append(number))
         yield caught
     finally:
-        with ExitStack() as last:  # it makes all its calls, the last first, also if a handler that is back already raises
+        _restore_handlers(before)
+        with ExitStack() as arrived:  # the second is raised also if the handler of the first raises
             for number in reversed(dict.fromkeys(caught)):
-                last.callback(signal.raise_signal, number)
-            for number, handler in before.items():
-                last.callback(signal.signal, number, handler)  # also in place of one that C++ has set, unknown to Python
+                arrived.callback(signal.raise_signal, number)
+
+
+def _restore_handlers(handlers: dict[signal.Signals, Any]) -> None:
+    try:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # also replaces a handler that C++ has set, of which Python knows nothing
+    except BaseException:  # of a handler that is back already, since its signal has just arrived
+        _restore_handlers(handlers)
+        raise
 
 
 @contextmanager

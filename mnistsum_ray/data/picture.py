@@ -1,4 +1,4 @@
-"""One picture of a handwritten digit, of any size and colours, prepared as MNIST's own were (LeCun et al. 1998).
+"""One picture of a handwritten digit, of any size, prepared as MNIST's own were (LeCun et al. 1998).
 
 The ink is what differs in brightness from the background, which is that of most of the edge: dark ink on light is inverted. It is
 cropped, scaled to fit 20 x 20 pixels with its proportions, and shifted until its centre of mass is the centre of 28 x 28. What
@@ -163,7 +163,7 @@ def _one_digit(ink: Image.Image, name: str) -> Image.Image:
     framed = any(Image.fromarray(labels == part).getbbox() == drawn.getbbox() for part in kept)
     edge = np.isin(_border(labels), kept)
     if count > _MOST_SPECKS or len(kept) > _MAX_PARTS or (len(kept) > 1 and (framed or edge.any())) or edge.mean() > 0.5:
-        raise RequestError(f"{name}: is not one digit on a background of one colour; crop it to that, or draw it anew")
+        raise RequestError(f"{name}: is not one digit on a background of one brightness; crop it to that, or draw it anew")
     ink.paste(0, mask=ImageChops.invert(drawn.convert("L")).resize(ink.size))
     return ink.crop(ink.point(lambda value: 255 * (value > _EDGE)).getbbox())
 

@@ -16,7 +16,7 @@ from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RunError
-from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, Predictions, predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import load_model
@@ -80,8 +80,12 @@ def export_onnx(program: bytes, card: dict[str, Any]) -> bytes:
         )
     assert converted is not None
     proto = converted.model_proto
-    # For a person who is given the file alone: which model it is, what goes in, and how good it is.
-    for key, value in ({"version": __version__} | card).items():
+    # For a person who is given the file alone: which model it is, what goes in and comes out, and how good it is.
+    tensors = {
+        "input": f"image uint8[rows, 28, 28], 0 background, 255 ink, not scaled; number int64[rows], {card['input']['number']}",
+        "output": "; ".join(f"pred_{head.name} int64[rows], {head.name}_prob float32[rows]" for head in HEADS),
+    }
+    for key, value in ({"version": __version__} | card | tensors).items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     data: bytes = proto.SerializeToString()
     return data

@@ -66,11 +66,12 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
     started = time.monotonic()
     with folder_lock(request.output, "--output", console.say) as held:
         check_folders(held.place)
-        move_listed(held)
-        resources, precision = _allocate_resources(follow_output(request), probe, console.say)
+        replaced = move_listed(held, console)
+        config = follow_output(request, begins_anew=request.config.overwrite and not replaced)
+        resources, precision = _allocate_resources(config, probe, console.say)
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
-        plan, committed = resume(make_plan(request, precision, held, console), console)
+        plan, committed = resume(make_plan(request, precision, held, console), console, replaced=replaced)
         new_failures = _say_new_failures(plan.failures, committed, console)
         failures, scoring_seconds = _execute(plan, committed, resources, console)
         plan = _drop_failed(plan, failures)
@@ -96,10 +97,10 @@ def worker_request(config: ScoreConfig) -> WorkerRequest:
     return WorkerRequest(workers, False if config.precision == "int8" else config.use_gpu, config.wait_seconds)
 
 
-def follow_output(request: Request) -> ScoreConfig:
-    """The config with the precision that the output was begun with, if none is given. `--overwrite` begins anew."""
+def follow_output(request: Request, *, begins_anew: bool) -> ScoreConfig:
+    """The config with the precision that the output was begun with, if none is given."""
     config = request.config
-    begun = None if config.precision or config.overwrite else begun_precision(request)
+    begun = None if config.precision or begins_anew else begun_precision(request)
     if begun == "int8" and (config.use_gpu or int8_error(request.card)):
         return config  # the run is refused, and the message says how the output was begun
     return config.model_copy(update={"precision": begun or config.precision})
@@ -217,4 +218,4 @@ def _publish_staged(plan: Plan, committed: Committed, console: Console) -> None:
             place = (plan.folder.place if pc.any(pc.greater(staged["rejected"], 0)).as_py() else plan.output) / REJECTED
             text += f"; first: {plan.source(name)}, row {row}: {reason}; all: {place.display}"
         raise RunError(text)
-    publish_staged(plan, staged, committed.published)
+    publish_staged(plan, staged, committed.published, console)

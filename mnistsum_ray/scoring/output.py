@@ -25,7 +25,7 @@ from mnistsum_ray.data.parquet import read_table
 from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, RunError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT, svg_name
-from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, STAMP_SCHEMA, read_stamp, read_stamps
+from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, STAMP_SCHEMA, folders_above, read_stamp, read_stamps
 from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_partial
@@ -194,8 +194,10 @@ class Committed:
     """Input files that an earlier run has reported as unusable: name and reason."""
 
 
-def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
+def resume(plan: Plan, console: Console, *, replaced: bool = False) -> tuple[Plan, Committed]:
     """Compare the plan with the files in the output folder and the staging folder, and delete unfinished files there.
+
+    `replaced` says whether a killed run with `--overwrite` has replaced the output, see `publish.move_listed`.
 
     Returns:
         The plan, which no longer replaces the output if a killed run has published all that it asks for; and what is committed.
@@ -207,8 +209,8 @@ def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
     output = OutputFiles.read(plan.output, console)
     output.check()
     published, done = output.stamps, _done(plan, output.stamps)
-    if plan.overwrite and (plan.held.place / STAGING / LIST).exists():
-        plan = replace(plan, overwrite=len(done) < published.num_rows)
+    if replaced and len(done) == published.num_rows:
+        plan = replace(plan, overwrite=False)
     unplanned = 0
     if plan.overwrite:
         check_overwrite(plan, published)
@@ -224,8 +226,8 @@ def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
         plan.held.delete(name)
     failures = {} if plan.overwrite else _earlier_failures(plan.output)
     todo = plan.parts if plan.overwrite else all_but(plan.parts, done)
-    if plan.staged or todo.num_rows:
-        (plan.held / STAGING).delete(LIST)  # it does not know what is scored from now on
+    if (plan.staged or todo.num_rows) and (plan.held.place / STAGING / LIST).exists():
+        plan.held.delete_folder(STAGING)  # its files have been moved, and the list does not know what is scored from now on
     if plan.staged:
         staged = OutputFiles.read(plan.folder.place, console)
         staged.check()
@@ -278,8 +280,12 @@ def check_overwrite(plan: Plan, published: pa.Table) -> None:
     """With `--overwrite`, refuse to delete published predictions of an input file that cannot be scored again.
 
     Raises:
-        RunError: names the first such file.
+        RunError: names the first such file, or a name that a file and a folder would have while files are moved.
     """
+    planned, there = ({*table["output"].to_pylist()} for table in (plan.parts, published))
+    folders, folders_there = ({folder for name in names for folder in folders_above(name)} for names in (planned, there))
+    if clashes := sorted((planned & folders_there) | (there & folders)):
+        raise RunError(f"--overwrite: nothing was replaced: {clashes[0]} would be a file and a folder; choose another folder")
     if lost := _first(_with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published)):
         raise RunError(
             f"--overwrite: nothing was replaced: {lost['name']} cannot be used, and the output holds its predictions; "

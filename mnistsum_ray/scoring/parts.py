@@ -82,7 +82,7 @@ def split_into_parts(files: pa.Table, max_rows_per_file: int) -> tuple[pa.Table,
                 errors[file["name"]] = error
                 continue
             planned |= {part.output: part.name for part in parts}
-            planned |= {f"{folder}/": file["name"] for folder in _folders(file["name"])}
+            planned |= {f"{folder}/": file["name"] for folder in folders_above(file["name"])}
             rows += map(asdict, parts)
         tables.append(pa.Table.from_pylist(rows, PART_SCHEMA))
     return pa.concat_tables(tables), errors
@@ -96,7 +96,9 @@ def _name_error(name: str, parts: list[Part], planned: dict[str, str]) -> str | 
     if longest > MAX_NAME_BYTES:
         return f"its output's name would have {longest} bytes, and most systems allow {MAX_NAME_BYTES}; rename it"
     files = (key for part in parts for key in (part.output, f"{part.output}/"))
-    for key in itertools.chain(files, _folders(name)):  # no file has the name of a file or a folder, no folder that of a file
+    for key in itertools.chain(
+        files, folders_above(name)
+    ):  # no file has the name of a file or a folder, no folder that of a file
         if key in planned:
             return f"would need the name {key.rstrip('/')} in the output, as does {planned[key]}; rename it"
     if is_hidden(name):
@@ -104,7 +106,7 @@ def _name_error(name: str, parts: list[Part], planned: dict[str, str]) -> str | 
     return None
 
 
-def _folders(name: str) -> Iterator[str]:
+def folders_above(name: str) -> Iterator[str]:
     """The folders above a file: `a` and `a/b` of `a/b/c.parquet`."""
     return itertools.accumulate(name.split("/")[:-1], "{}/{}".format)
 

@@ -19,7 +19,7 @@ from mnistsum_ray.errors import (
     counted,
     percent,
 )
-from mnistsum_ray.reporting.console import accuracies
+from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.report import REPORT, Picture, picture_files, scored_page, versions
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
@@ -36,8 +36,9 @@ from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.preflight import STAGING, Plan
 from mnistsum_ray.storage.folder import OutputFolder
 
-_LIST_SCHEMA: Final = pa.schema({"file": pa.string(), "moved": pa.bool_()})
-"""`output.LIST`: files that are moved from the staging folder to the output, and those that are deleted there."""
+_LIST_SCHEMA: Final = pa.schema({"file": pa.string(), "change": pa.string()})
+"""`output.LIST`: files to move from the staging folder to the output (`add`, or with `--overwrite` `replace`), and those to
+`delete` in the output."""
 
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""
@@ -65,32 +66,34 @@ def result_line(plan: Plan, files: pa.Table, counts: RowCounts, resumed_rows: in
     } | (counts.accuracies() if plan.config.label_column else {})
 
 
-def publish_staged(plan: Plan, staged: pa.Table, published: pa.Table) -> None:
+def publish_staged(plan: Plan, staged: pa.Table, published: pa.Table, console: Console) -> None:
     """List the files of a complete staging folder, and move them into the output.
 
-    Args:
-        plan: of the run.
-        staged: `output.OutputFiles.stamps` of the staging folder.
-        published: those of the output when the run began. `--overwrite` deletes these files where none of the same name is moved.
+    `staged` are `output.OutputFiles.stamps` of the staging folder, and `published` those of the output when the run began.
+    `--overwrite` deletes the files of these where none of the same name is moved.
     """
-    moved = _files_of(staged)
-    deleted = sorted({*_files_of(published)} - {*moved}) if plan.overwrite else []
-    table = pa.table({"file": moved + deleted, "moved": [True] * len(moved) + [False] * len(deleted)}, _LIST_SCHEMA)
+    moved = dict.fromkeys(_files_of(staged), "replace" if plan.overwrite else "add")
+    deleted = dict.fromkeys(sorted({*_files_of(published)} - {*moved}), "delete") if plan.overwrite else {}
+    changes = moved | deleted
+    table = pa.table({"file": list(changes), "change": list(changes.values())}, _LIST_SCHEMA)
     plan.folder.create(LIST, to_parquet(table))
-    move_listed(plan.held)
+    move_listed(plan.held, console)
 
 
 def _files_of(stamps: pa.Table) -> list[str]:
-    """Names of the files of parts. Rejected rows come before predictions, as they are committed."""
+    """Names of the files of parts."""
     rejected = stamps["output"].filter(pc.greater(stamps["rejected"], 0)).to_pylist()
     return [f"{REJECTED}/{name}" for name in rejected] + [f"{PREDICTIONS}/{name}" for name in stamps["output"].to_pylist()]
 
 
-def move_listed(held: OutputFolder) -> None:
+def move_listed(held: OutputFolder, console: Console) -> bool:
     """Move the files of a complete staging folder into the output, or those that a killed run has left; none without a list.
 
     The manifest is deleted first, and created after all files are there. The list stays until then: after a kill the same command
     goes on and scores nothing.
+
+    Returns:
+        Whether the files are those of a run with `--overwrite`, which have replaced the output.
 
     Raises:
         RequestError: the list is damaged.
@@ -98,19 +101,39 @@ def move_listed(held: OutputFolder) -> None:
     staging = held / STAGING
     try:
         listed = read_table(staging.place / LIST)
+        if listed.schema != _LIST_SCHEMA:
+            raise UnusableFileError("is not a file of this program")
     except MissingFileError:
-        return
+        return False
     except UnusableFileError as error:
         raise RequestError(f"--output {held.place.display}: {STAGING}/{LIST} {error}; remove {STAGING}") from None
-    unpublish(held)
-    # Only what is there: no name in a damaged list leads out of the folders.
-    staged, published = ({name for name, _ in files_below(folder)} for folder in (staging.place, held.place))
-    moved = [name for name in listed["file"].filter(listed["moved"]).to_pylist() if name in staged]
-    deleted = [name for name in listed["file"].filter(pc.invert(listed["moved"])).to_pylist() if name in published]
-    with ThreadPoolExecutor(_MOVE_THREADS) as pool:
-        for folder in (REJECTED, PREDICTIONS):
-            list(pool.map(partial(staging.move, target=held), [name for name in moved if name.startswith(f"{folder}/")]))
-        list(pool.map(held.delete, deleted))
+    staged = {name for name, _ in files_below(staging.place)}
+    published = {name for name, _ in files_below(held.place)}
+    moves: dict[str, list[str]] = {REJECTED: [], PREDICTIONS: []}  # in this order, as they are committed
+    deleted = []
+    for row in listed.to_pylist():
+        name = row["file"] or ""
+        folder = name.partition("/")[0]
+        # Only files of parts that are there: no name in a damaged list leads to another file.
+        if row["change"] != "delete" and name in staged and folder in moves:
+            moves[folder].append(name)
+        elif row["change"] == "delete" and name in published and folder in moves:
+            deleted.append(name)
+    count = sum(map(len, moves.values())) + len(deleted)
+    if count:
+        console.say(
+            f"publishing: {counted(count, 'file')} moved from {staging.place.display}, or deleted where they are replaced"
+        )
+        progress = Progress(console.progress, "files published", count)
+        unpublish(held)
+        move = partial(staging.move, target=held)
+        with ThreadPoolExecutor(_MOVE_THREADS) as pool:
+            for moved in moves.values():
+                for _ in pool.map(move, moved):
+                    progress(1)
+            for _ in pool.map(held.delete, deleted):
+                progress(1)
+    return "replace" in listed["change"].to_pylist()
 
 
 def publish(plan: Plan, unplanned: int, files: pa.Table, counts: RowCounts, line: dict[str, Any]) -> None:

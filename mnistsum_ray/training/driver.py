@@ -116,7 +116,8 @@ class _Driver:
         self.start = latest_valid_checkpoint(run.folder, say)
         if self.start is None and stored.get("status") == "finished":
             raise RequestError(
-                f"--resume: run {run.config.name} is finished, and no checkpoint is left to resume from; start another run"
+                f"--resume: run {run.config.name} is finished, and no checkpoint is left to resume from; its files stay as "
+                "they are; start another run"
             )
         if self.start is None:
             say("no checkpoint can be used, so the run starts from the beginning")

@@ -161,7 +161,7 @@ LIGHT = np.linspace(80, 240, 90_000).reshape(300, 300).astype(np.uint8)
     ids=["photo", "noise", "light", "frame", "corner", "dots"],
 )
 def test_a_picture_that_cannot_be_prepared_well_is_refused(make: Callable[[], Image.Image]) -> None:
-    with pytest.raises(RequestError, match=r"^the picture: is not one digit on a background of one colour; crop it .*$"):
+    with pytest.raises(RequestError, match=r"^the picture: is not one digit on a background of one brightness; crop it .*$"):
         prepare_picture(make())
 
 

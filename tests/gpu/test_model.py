@@ -159,6 +159,7 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(device: torch.device, tmp_path: P
     weights, state = copy_weights(training.model), TrainerState(0, [], "fp32")
     states = training.optimizer.state_dict()["state"]
     first = {index: {key: value.cpu().clone() for key, value in of.items()} for index, of in states.items()}
+    first_training = training
     for number, place in enumerate((CPU, device)):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -171,7 +172,11 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(device: torch.device, tmp_path: P
         for key, value in moments.items():
             assert torch.equal(value.cpu(), first[index][key]), (index, key)
             assert key == "step" or value.device == training.images.device
+    first_training.steps(1)
     training.steps(1)
+    after = copy_weights(first_training.model)
+    for name, value in copy_weights(training.model).items():
+        assert torch.allclose(value, after[name], atol=1e-6), f"{name}: a step after the checkpoint is another"
 
 
 @gpu

@@ -228,16 +228,17 @@ def test_overwrite_keeps_predictions_that_cannot_be_made_again(folder: Path, set
 
 
 def test_an_output_goes_on_in_the_precision_that_it_was_begun_in(folder: Path) -> None:
-    def begun(**settings: Any) -> str | None:
+    def begun(*, begins_anew: bool = False, **settings: Any) -> str | None:
         request = request_of(folder / "in", folder / "out", **settings)
-        return follow_output(request).precision
+        return follow_output(request, begins_anew=begins_anew).precision
 
     (folder / "in" / "broken.parquet").unlink()  # --strict refuses it
     assert begun() is None
     write_all(plan_in(folder, strict=True, precision="bf16"))
     assert (begun(), begun(strict=True)) == (None, "bf16")
     write_all(plan_in(folder, precision="bf16"))
-    assert (begun(), begun(precision="fp32"), begun(sha256="other"), begun(overwrite=True)) == ("bf16", "fp32", None, None)
+    assert (begun(), begun(precision="fp32"), begun(sha256="other"), begun(begins_anew=True)) == ("bf16", "fp32", None, None)
+    assert begun(overwrite=True) == "bf16", "a killed run with --overwrite has replaced the output"
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def replacement(folder: Path) -> tuple[Plan, pa.Table]:
 
 
 def publish_all(plan: Plan, published: pa.Table) -> None:
-    publish_staged(plan, OutputFiles.read(plan.folder.place, CONSOLE).stamps, published)
+    publish_staged(plan, OutputFiles.read(plan.folder.place, CONSOLE).stamps, published, CONSOLE)
 
 
 def test_replacing_leaves_no_moment_without_a_file_and_keeps_those_of_others(folder: Path) -> None:
@@ -323,8 +324,7 @@ def test_after_a_kill_while_files_are_moved_the_next_run_scores_nothing(folder: 
     listed = f"_unpublished/{LIST}" in names(folder / "out")
     assert listed == (changes > 0)
     assert ("manifest.json" in names(folder / "out")) == (changes < 2)
-    move_listed(plan.held)
-    plan, committed = resume(plan, CONSOLE)
+    plan, committed = resume(plan, CONSOLE, replaced=move_listed(plan.held, CONSOLE))
     assert (committed.todo.num_rows, committed.unplanned, plan.overwrite) == (0, 0, not listed)
     if listed:
         assert reconciled(plan)[1].labelled == 46
@@ -333,21 +333,57 @@ def test_after_a_kill_while_files_are_moved_the_next_run_scores_nothing(folder: 
 def test_another_overwrite_after_such_a_kill_begins_anew(folder: Path) -> None:
     plan, published = replacement(folder)
     publish_all(plan, published)
-    move_listed(plan.held)
-    other, committed = resume(plan_in(folder, overwrite=True, number_column="second"), CONSOLE)
+    replaced = move_listed(plan.held, CONSOLE)
+    other, committed = resume(plan_in(folder, overwrite=True, number_column="second"), CONSOLE, replaced=replaced)
     assert (other.overwrite, committed.todo.num_rows) == (True, 3)
     assert names(folder / "out") == {*PARTS, REJECTED}, "the list does not tell what is staged from now on"
 
 
 def test_a_list_leads_to_no_file_outside(folder: Path) -> None:
     plan, _ = replacement(folder)
-    outside = ["predictions/../../victim", "../victim", "../in/b.parquet"]
-    fill(folder, "victim", "out/victim")
-    table = pa.table({"file": outside * 2, "moved": [True] * 3 + [False] * 3})
-    pq.write_table(table, folder / "out" / "_unpublished" / LIST)
+    outside = ["predictions/../../victim", "../victim", "../in/b.parquet", ".git/config"]
+    fill(folder, "victim", "out/victim", "out/.git/config")
+    listed = folder / "out" / "_unpublished" / LIST
+    pq.write_table(pa.table({"file": outside * 3, "change": ["replace"] * 4 + ["delete"] * 8}), listed)
     before = names(folder)
-    move_listed(plan.held)
-    assert names(folder) == before - {"out/manifest.json", "out/files.parquet"}
+    assert move_listed(plan.held, CONSOLE)
+    assert names(folder) == before
+    pq.write_table(pa.table({"file": outside}), listed)
+    with pytest.raises(RequestError, match=rf"_unpublished/{LIST} is not a file of this program; remove _unpublished"):
+        move_listed(plan.held, CONSOLE)
+
+
+def test_a_list_whose_files_are_moved_leaves_a_finished_output_as_it_is(folder: Path) -> None:
+    """A run is killed after its manifest, and the next command is refused."""
+    plan, published = replacement(folder)
+    publish_all(plan, published)
+    fill(folder / "out", "files.parquet", "manifest.json")
+    before = names(folder / "out")
+    assert move_listed(plan.held, CONSOLE)
+    with pytest.raises(RequestError, match="another model"):
+        resume(plan_in(folder, sha256="other"), CONSOLE, replaced=True)
+    assert names(folder / "out") == before
+
+
+def test_a_list_of_added_files_is_no_overwrite(folder: Path) -> None:
+    (folder / "in" / "broken.parquet").unlink()  # --strict refuses it
+    plan = plan_in(folder, strict=True)
+    write_all(plan)
+    publish_all(plan, OutputFiles.read(plan.output, CONSOLE).stamps)
+    assert not move_listed(plan.held, CONSOLE)
+    again, committed = resume(plan_in(folder, overwrite=True), CONSOLE)
+    assert (again.overwrite, committed.todo.num_rows) == (True, 3)
+
+
+def test_overwrite_needs_no_name_for_a_file_and_a_folder(folder: Path) -> None:
+    name = folder / "in" / "days.parquet"
+    name.mkdir()
+    shutil.copy(folder / "in" / "b.parquet", name / "c.parquet")
+    write_all(plan_in(folder))
+    shutil.rmtree(name)
+    shutil.copy(folder / "in" / "b.parquet", name)
+    with pytest.raises(RunError, match=r"nothing was replaced: days\.parquet would be a file and a folder; choose another"):
+        resume(plan_in(folder, overwrite=True), CONSOLE)
 
 
 def finish(plan: Plan) -> None:
