@@ -95,21 +95,22 @@ def believed_gpu(counted_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("believed_gpu")
+def test_scoring_workers_get_the_gpu_and_only_pytorch_refuses_it(model: Path, data: Path, tmp_path: Path) -> None:
+    files = {"input": (str(data),), "number_column": "digit", "output": str(tmp_path / "out")}
+    with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
+        run_scoring(ScoreConfig(model=str(model), use_gpu=True, **files))
+
+
+@pytest.mark.usefixtures("believed_gpu")
 def test_training_workers_get_the_gpu_and_only_pytorch_refuses_it(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The last on this cluster: Ray Train keeps the placement group of workers that could not start until this process leaves."""
     config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", use_gpu=True, max_failures=0)
     with pytest.raises(RunError, match="gave up after 1 failure:"):
         run_training(config)
     assert "1 GPU worker" in (printed := capsys.readouterr().err)
     assert "NCCL" in printed
-
-
-@pytest.mark.usefixtures("believed_gpu")
-def test_scoring_workers_get_the_gpu_and_only_pytorch_refuses_it(model: Path, data: Path, tmp_path: Path) -> None:
-    files = {"input": (str(data),), "number_column": "digit", "output": str(tmp_path / "out")}
-    with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
-        run_scoring(ScoreConfig(model=str(model), use_gpu=True, **files))
 
 
 def test_a_node_whose_gpu_is_broken_gets_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
