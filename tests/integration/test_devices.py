@@ -89,9 +89,16 @@ def test_a_gpu_that_another_job_holds_is_waited_for_only_where_one_is_asked_for(
 
 
 @pytest.fixture
-def believed_gpu(counted_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The jobs take the GPU for real: they go as far as one can without it."""
+def believed_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Another such cluster, whose GPU the jobs of this process take for real: they go as far as one can without it.
+
+    It ends with the test: Ray keeps what workers that cannot start hold until the process that has asked for them leaves.
+    """
+    ray.shutdown()
     monkeypatch.setattr(resources, "answers_of", lambda *_: [({}, GPU)])
+    monkeypatch.setenv("RAY_ADDRESS", start_cluster(num_cpus=2, num_gpus=1))
+    yield
+    ray.shutdown()
 
 
 @pytest.mark.usefixtures("believed_gpu")
@@ -105,7 +112,6 @@ def test_scoring_workers_get_the_gpu_and_only_pytorch_refuses_it(model: Path, da
 def test_training_workers_get_the_gpu_and_only_pytorch_refuses_it(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last on this cluster: Ray Train keeps the placement group of workers that could not start until this process leaves."""
     config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", use_gpu=True, max_failures=0)
     with pytest.raises(RunError, match="gave up after 1 failure:"):
         run_training(config)
