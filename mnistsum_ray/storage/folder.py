@@ -29,6 +29,9 @@ Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
 class OutputFolder:
     """A folder that this process may write to; `folder_lock` and `empty_output` make it. Names may have folders in them.
 
+    A process that is suspended between the check and its request, for longer than the lease of an object store, still writes that
+    one file when it goes on.
+
     Raises:
         RunError: another run has taken the folder, which every method checks first.
         StorageError: the storage does not answer or refuses.
