@@ -69,7 +69,7 @@ def connect(metadata: dict[str, str] | None = None) -> None:
         if starts_cluster:
             problem = "Ray cannot be started here"
             # The temporary folder cannot be written, or is too long for the path of a socket.
-            if isinstance(error, PermissionError) or "AF_UNIX path" in str(error):
+            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
                 advice = "; RAY_TMPDIR names another temporary folder, such as /tmp"
         elif joined == "auto":
             problem = "RAY_ADDRESS=auto: no running cluster was found"
