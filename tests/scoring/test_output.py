@@ -24,7 +24,8 @@ from mnistsum_ray.scoring.output import LIST, MANIFEST, OutputFiles, check_folde
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.publish import move_listed, publish_staged, result_line
 from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.lock import FolderLock
+from mnistsum_ray.storage.lock import FolderLock, folder_lock
+from mnistsum_ray.storage.paths import locate
 from tests.scoring.conftest import CONSOLE, plan_of, request_of, write_all
 
 
@@ -395,6 +396,24 @@ def finish(plan: Plan) -> None:
     files, counts = reconciled(replace(plan, overwrite=False))
     line = result_line(plan, files, counts, 0, 1.0) | {"seconds": 1.0}
     publish.publish(plan, committed.unplanned, files, counts, line)
+
+
+@pytest.mark.parametrize("settings", [{}, {"overwrite": True}], ids=str)
+def test_a_run_that_was_suspended_while_it_drew_writes_nothing_over_the_next_one(
+    folder: Path, settings: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def suspended(counts: RowCounts) -> dict[str, Any]:
+        (folder / "out" / "_lock").write_text('{"id": "the next run"}')
+        assert held.lock
+        held.lock._checked = float("-inf")  # the clock advances while a process is suspended
+        return {}
+
+    monkeypatch.setattr(publish, "_draw_pictures", suspended)
+    with folder_lock(locate(str(folder / "out"), "--output"), "--output", print) as held:
+        plan = replace(plan_in(folder, **settings), held=held)
+        with pytest.raises(RunError, match=r"another run has taken the output \(the next run\)"):
+            finish(plan)
+    assert not {"manifest.json", "report.html"} & names(folder / "out")
 
 
 def test_a_manifest_that_another_run_has_written_is_not_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
