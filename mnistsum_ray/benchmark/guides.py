@@ -12,7 +12,6 @@ import os
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -22,13 +21,9 @@ import torch
 from ray.data.checkpoint import CheckpointConfig
 
 from mnistsum_ray.benchmark.original import BATCH
-from mnistsum_ray.benchmark.ways import TrainingStep
+from mnistsum_ray.benchmark.ways import TrainingStep, load_predictor
 from mnistsum_ray.data.images import SIDE, Pixels
-from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
-from mnistsum_ray.model.inference import Predictor
-from mnistsum_ray.model.serialization import copy_weights, load_model
-from mnistsum_ray.storage.paths import locate
 
 Batch = dict[str, Any]
 """Columns of some rows, each a numpy array [n]."""
@@ -49,9 +44,7 @@ class Score:
     """The actor that predicts."""
 
     def __init__(self, model: str) -> None:
-        network, _ = load_model(locate(model, "--model"))
-        device = torch.device("cuda" if _GPUS else "cpu")
-        self.predictor = Predictor(copy_weights(network), device, "bf16" if faster_with_bf16(device) else "fp32", None)
+        self.predictor = load_predictor(model)
 
     def __call__(self, batch: Batch) -> Batch:
         numbers = batch["number"].astype(np.int64)
@@ -69,20 +62,14 @@ def score(pairs: str, output: str, model: str) -> Batch:
 
 
 def train(rows: str, runs: str, epochs: str) -> Batch:
-    """Train with one worker and a checkpoint an epoch, from which the same command goes on; the first epoch does not count."""
+    """Train with one worker and a checkpoint an epoch; the first epoch does not count."""
 
     def worker() -> Batch:
         torch.set_num_threads(_CORES)  # Ray sets one, with which two cores train half as fast
         step, rates, first_row = TrainingStep(ray.train.torch.get_device()), [], 0.0
         step.objective = ray.train.torch.prepare_model(step.objective)
-        shard, first_epoch = ray.train.get_dataset_shard("train"), 0
-        if checkpoint := ray.train.get_checkpoint():
-            with checkpoint.as_directory() as folder:
-                state = torch.load(Path(folder) / "state.pt", weights_only=True)
-            step.model.load_state_dict(state["model"])
-            step.optimizer.load_state_dict(state["optimizer"])
-            first_epoch = state["epochs"]
-        for epoch in range(first_epoch, int(epochs)):
+        shard = ray.train.get_dataset_shard("train")
+        for epoch in range(int(epochs)):
             count, started = 0, time.perf_counter()
             for batch in shard.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=16 * BATCH):
                 count += step(batch["image"], batch["digit"])
@@ -90,7 +77,7 @@ def train(rows: str, runs: str, epochs: str) -> Batch:
             rates.append(count / (time.perf_counter() - started))
             with tempfile.TemporaryDirectory() as folder:
                 state = {"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict(), "epochs": epoch + 1}
-                torch.save(state, Path(folder) / "state.pt")
+                torch.save(state, f"{folder}/state.pt")
                 ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
         return {"rows_per_second": float(np.mean(rates[1:] or rates)), "first_row": first_row}
 

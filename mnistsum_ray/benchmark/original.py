@@ -16,6 +16,9 @@ from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD
 BATCH: Final = 256
 _EPOCHS: Final = 5
 
+_CONVOLUTIONS: Final = [(1, 32, 1, 0), (32, 64, 1, 1), (64, 64, 1, 0), (64, 64, 1, 1), (64, 64, 0, 0), (64, 128, 0, 0)]
+"""Channels before and after, padding, and whether a pool follows."""
+
 Batch = list[Tensor]
 """Images float32[n, 1, 28, 28], one-hot numbers float32[n, 10], digits and sums int64[n]."""
 
@@ -25,19 +28,16 @@ class OriginalNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        channels = [(1, 32, 1), (32, 64, 1), (64, 64, 1), (64, 64, 1), (64, 64, 0), (64, 128, 0), (128, 10, 0)]
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=padding) for a, b, padding in channels)
-        self.fc1, self.fc2 = nn.Linear(20, 128), nn.Linear(128, 19)
+        layers: list[nn.Module] = []
+        for before, after, padding, pooled in _CONVOLUTIONS:
+            layers += [nn.Conv2d(before, after, 3, padding=padding), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if pooled else []
+        self.digit = nn.Sequential(*layers, nn.Conv2d(128, 10, 3), nn.Flatten())
+        self.sum = nn.Sequential(nn.Linear(20, 128), nn.ReLU(), nn.Linear(128, 19))
 
     def forward(self, x: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        for index, convolution in enumerate(self.convolutions):
-            x = convolution(x)
-            if index < 6:
-                x = F.relu(x)
-            if index in (1, 3):
-                x = F.max_pool2d(x, 2)
-        digit = x.flatten(1)
-        return digit, self.fc2(F.relu(self.fc1(torch.cat([digit, number], dim=1))))
+        digit = self.digit(x)
+        return digit, self.sum(torch.cat([digit, number], dim=1))
 
 
 class OriginalDataset(Dataset[tuple[Tensor, Tensor, int, int]]):

@@ -1,17 +1,13 @@
 """Measure the speed of training or scoring beside plain PyTorch and Ray's guides, or the time to the
 original's accuracy.
 
-    python jobs/benchmark.py train --data FOLDER
-    python jobs/benchmark.py score --data FOLDER
-    python jobs/benchmark.py accuracy --data FOLDER --repeat 5
-
 Each way is measured in its own process, several times, in alternating order:
 
     loader    the original's way: row by row through a DataLoader, float32
     memory    (train) the job's step on tensors in memory
-    files     (score) as many bare processes, which read and write Parquet (files-int8: 8-bit integers)
+    files     (score) as many bare processes, which read and write Parquet
     guide     what Ray's guides show, with our network
-    ray       mnistsum train, or mnistsum score (ray-int8: --precision int8)
+    ray       mnistsum train, or mnistsum score
 
 mnistsum_ray/benchmark/README.md explains the figures. The last line on standard output is one JSON
 object. Exit codes: 0 done, 2 the request is invalid, 1 anything else.
@@ -30,7 +26,7 @@ from mnistsum_ray.errors import RequestError
 
 WAYS: Final = {
     "train": ["loader", "memory", "guide", "ray"],
-    "score": ["loader", "files", "guide", "ray", "files-int8", "ray-int8"],
+    "score": ["loader", "files", "guide", "ray"],
     "accuracy": ["loader", "ray"],
 }
 
@@ -79,7 +75,6 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     import torch
 
     from mnistsum_ray.benchmark import ways
-    from mnistsum_ray.model import int8
     from mnistsum_ray.model.device import hardware
     from mnistsum_ray.reporting.report import versions
 
@@ -87,10 +82,8 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         return ways.measure(args)
     line = {"what": args.what, "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}
     runs: dict[str, list[ways.Measurement]] = {way: [] for way in WAYS[args.what]}
-    if int8.unavailable_reason():
-        runs = {way: of_way for way, of_way in runs.items() if not way.endswith("int8")}
     # Alternating, so that a drift of the machine's speed hits all ways alike. Of accuracies the original's take ten minutes each.
-    order = [way for turn in range(args.repeat) for way in list(runs)[:: -1 if turn % 2 else 1]]
+    order = [way for turn in range(args.repeat) for way in WAYS[args.what][:: -1 if turn % 2 else 1]]
     for way in order if args.what != "accuracy" else ["loader", *["ray"] * args.repeat, "loader"]:
         flags = ["--way", way, "--seed", len(runs[way]), "--command-time", time.time()]
         figures = ways.run_job(*argv, *flags, module="mnistsum_ray.benchmark.suite")

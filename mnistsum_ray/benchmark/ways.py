@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -27,16 +28,15 @@ from mnistsum_ray.config import recipe_defaults
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_array, pixels_view
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.data.parquet import open_parquet, to_parquet
+from mnistsum_ray.data.parquet import read_table, to_parquet
 from mnistsum_ray.data.sources import Digits, open_source
 from mnistsum_ray.errors import RequestError, RunError, UnusableFileError
-from mnistsum_ray.model import int8
 from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
+from mnistsum_ray.model.serialization import copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.storage.folder import empty_output
 from mnistsum_ray.storage.paths import locate
 
@@ -46,26 +46,30 @@ Measurement = dict[str, float]
 Steps = Iterator[int]
 """Works on a batch when it is asked for the next item, the number of the batch's rows; endless."""
 
+_DEVICE: Final = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_EPOCHS: Final = 20 if torch.cuda.is_available() else 2
+
 
 def measure(args: argparse.Namespace) -> Measurement:
     """Measure `args.way` of `args.what`; see `suite.parse`. RequestError where the data have too few rows."""
-    device, epochs = (torch.device("cuda"), 20) if torch.cuda.is_available() else (torch.device("cpu"), 2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.way == "ray" and args.what != "score":
-            return _train(args, epochs, folder) if args.what == "train" else _accuracy(args, folder)
+            return _train(args, folder) if args.what == "train" else _accuracy(args, folder)
         source = open_source(args.data)
         if args.what == "accuracy":
-            return original.measure_accuracy(source, device) | {"seconds": time.time() - args.command_time}
+            return original.measure_accuracy(source, _DEVICE) | {"seconds": time.time() - args.command_time}
         images, digits = source.data.fetch(np.arange(min(source.rows, 16_384)))
         if len(images) < original.BATCH:
             raise RequestError(f"--data {args.data}: has {len(images)} rows, fewer than a batch of {original.BATCH}")
         if args.way in ("loader", "memory"):
-            return _time_steps(_steps(args, images, digits, device), args)
+            return _time_steps(_steps(args, images, digits), args)
         write_rows(folder / "in", images, digits, len(images) if args.what == "train" else args.rows)
-        if args.way.startswith("files"):
-            return _score_bare(args, images, folder)
-        return _train_guide(epochs, folder) if args.what == "train" else _score(args, images, folder)
+        if args.what == "train":
+            return _train_guide(folder)
+        weights = copy_weights(TwoHeadCNN())  # random ones, on which the speed does not depend
+        save_model(empty_output(f"{folder}/model"), weights, describe_model(weights, epoch=0, metrics={}))
+        return _score_bare(args, folder) if args.way == "files" else _score(args, folder)
 
 
 def _time_steps(steps: Steps, args: argparse.Namespace) -> Measurement:
@@ -84,12 +88,12 @@ def _time_steps(steps: Steps, args: argparse.Namespace) -> Measurement:
     return {"rows_per_second": rows / (after(0) - started), "first_row_seconds": first - args.command_time}
 
 
-def _steps(args: argparse.Namespace, images: Pixels, digits: Digits, device: torch.device) -> Steps:
+def _steps(args: argparse.Namespace, images: Pixels, digits: Digits) -> Steps:
     if args.way == "memory":
-        pixels, labels = torch.tensor(images).to(device), torch.tensor(digits, device=device).long()
+        pixels, labels = torch.tensor(images).to(_DEVICE), torch.tensor(digits, device=_DEVICE).long()
         batches = zip(torch.split(pixels, original.BATCH), torch.split(labels, original.BATCH), strict=True)
-        return itertools.starmap(TrainingStep(device), itertools.cycle(batches))
-    training, model = args.what == "train", original.Original(device)
+        return itertools.starmap(TrainingStep(_DEVICE), itertools.cycle(batches))
+    training, model = args.what == "train", original.Original(_DEVICE)
     loader = original.loader((images, digits), training=training)
     return (model.train(batch) if training else model.evaluate(batch)[0] for _ in itertools.count() for batch in loader)
 
@@ -135,9 +139,9 @@ def _accuracy(args: argparse.Namespace, folder: Path) -> Measurement:
     return {key: line["test"][key] for key in ("digit_accuracy", "sum_accuracy")} | {"seconds": line["printed"] - started}
 
 
-def _train(args: argparse.Namespace, epochs: int, folder: Path) -> Measurement:
+def _train(args: argparse.Namespace, folder: Path) -> Measurement:
     """Speed of `mnistsum train` with one worker; the first epoch does not count towards the rate and the waiting."""
-    flags = ["--data", args.data, "--epochs", epochs, "--batch-size", original.BATCH, "--num-workers", 1, "--sum-head-steps", 0]
+    flags = ["--data", args.data, "--epochs", _EPOCHS, "--batch-size", original.BATCH, "--num-workers", 1, "--sum-head-steps", 0]
     run_job("train", *flags, "--storage-path", folder, "--name", "run")
     first, *others = (json.loads(line) for line in (folder / "run" / "history.jsonl").open())
     seconds = [entry["seconds"] for entry in others]
@@ -145,43 +149,40 @@ def _train(args: argparse.Namespace, epochs: int, folder: Path) -> Measurement:
     return means | {"first_row_seconds": first["started"] + first["first_batch_seconds"] - args.command_time}
 
 
-def _train_guide(epochs: int, folder: Path) -> Measurement:
+def _train_guide(folder: Path) -> Measurement:
     started = time.time()
-    line = run_job("train", folder / "in", folder / "runs", epochs, module="mnistsum_ray.benchmark.guides")
+    line = run_job("train", folder / "in", folder / "runs", _EPOCHS, module="mnistsum_ray.benchmark.guides")
     return {"rows_per_second": line["rows_per_second"], "first_row_seconds": line["first_row"] - started}
 
 
-def _score_bare(args: argparse.Namespace, images: Pixels, folder: Path) -> Measurement:
+def _score_bare(args: argparse.Namespace, folder: Path) -> Measurement:
     """As many processes as the job has, without Ray; their rates are added."""
-    on_gpu = torch.cuda.is_available() and args.way == "files"  # int8 runs on CPUs
-    cores = os.cpu_count() or 1
-    count = workers_per_gpu(torch.cuda.get_device_properties(0).total_memory, cores) if on_gpu else cores
+    count = os.cpu_count() or 1
+    if torch.cuda.is_available():
+        count = workers_per_gpu(torch.cuda.get_device_properties(0).total_memory, count)
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        measured = list(
-            pool.map(score_files, *zip(*[(args, images[:256], folder, index) for index in range(count)], strict=True))
-        )
+        measured = list(pool.map(partial(score_files, args, folder), range(count)))
     return {
         "rows_per_second": sum(figures["rows_per_second"] for figures in measured),
         "first_row_seconds": min(figures["first_row_seconds"] for figures in measured),
     }
 
 
-def score_files(args: argparse.Namespace, images: Pixels, folder: Path, index: int) -> Measurement:
+def load_predictor(model: Path | str) -> Predictor:
+    network, _ = load_model(locate(str(model), "--model"))
+    return Predictor(copy_weights(network), _DEVICE, "bf16" if faster_with_bf16(_DEVICE) else "fp32", None)
+
+
+def score_files(args: argparse.Namespace, folder: Path, index: int) -> Measurement:
     """Read files of pairs, predict and write predictions, as a process that scores; a step is a file.
 
-    A forward pass alone says little about such a job: on a card it takes less time than the files. `images` calibrate int8.
+    A forward pass alone says little about such a job: on a card it takes less time than the files.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() and args.way == "files" else "cpu")
-    network, output = TwoHeadCNN().eval(), empty_output(f"{folder}/out-{index}")
-    precision, maxima = "bf16" if faster_with_bf16(device) else "fp32", None
-    if args.way == "files-int8":
-        precision, maxima = "int8", int8.activation_maxima(network, torch.tensor(images))
-    predictor = Predictor(copy_weights(network), device, precision, None, maxima)
+    predictor, output = load_predictor(folder / "model"), empty_output(f"{folder}/out-{index}")
 
     def steps() -> Steps:
         for file in itertools.cycle(sorted((folder / "in").iterdir())):
-            with open_parquet(locate(str(file), "--input")) as parquet:
-                table = parquet.read()
+            table = read_table(locate(str(file), "--input"))
             numbers = table["number"].to_numpy().astype(np.int64)
             columns = predictor.predict(pixels_view(one_chunk(table["image"])), numbers).columns(numbers)
             kept = {name: table[name] for name in ("id", "number", "digit")}
@@ -191,36 +192,28 @@ def score_files(args: argparse.Namespace, images: Pixels, folder: Path, index: i
     return _time_steps(steps(), args)
 
 
-def _score(args: argparse.Namespace, images: Pixels, folder: Path) -> Measurement:
-    """Run the command of `mnistsum score`, or of the guide; with `--kill` it is begun and killed before.
-
-    The model has random weights, on which the speed does not depend; `images` calibrate it for int8.
-    """
-    network, model, pairs, output = TwoHeadCNN().eval(), folder / "model", folder / "in", folder / "out"
-    module, arguments = "mnistsum_ray", ["score", "--input", pairs, "--output", output, "--model", model]
-    description = describe_model(copy_weights(network), epoch=0, metrics={})
+def _score(args: argparse.Namespace, folder: Path) -> Measurement:
+    """Run the command of `mnistsum score`, or of the guide; with `--kill` it is begun and killed before."""
+    pairs, model, output = folder / "in", folder / "model", folder / "out"
+    module, command = "mnistsum_ray", ["score", "--input", pairs, "--output", output, "--model", model]
     if args.way == "guide":
-        module, arguments = "mnistsum_ray.benchmark.guides", ["score", pairs, output, model]
-    elif args.way == "ray-int8":
-        description["int8"] = {"maxima": int8.activation_maxima(network, torch.tensor(images[:256]))}
-        arguments += ["--precision", "int8"]
-    save_model(empty_output(str(model)), copy_weights(network), description)
+        module, command = "mnistsum_ray.benchmark.guides", ["score", pairs, output, model]
 
     def written() -> list[Path]:
         return list((output / "predictions").glob("[!.]*.parquet"))
 
     if args.kill:
-        with subprocess.Popen([sys.executable, "-m", module, *map(str, arguments)], stdout=subprocess.DEVNULL) as job:
+        with subprocess.Popen([sys.executable, "-m", module, *map(str, command)], stdout=subprocess.DEVNULL) as job:
             try:
                 while not written() and job.poll() is None:
                     time.sleep(0.01)
             finally:
                 job.kill()
     started, ids = time.time(), list[int]()
-    line = run_job(*arguments, module=module)
+    line = run_job(*command, module=module)
     for file in written():
-        with suppress(UnusableFileError), open_parquet(locate(str(file), "--output")) as parquet:  # no rows in a torn file
-            ids += parquet.read(columns=["id"])["id"].to_pylist()
+        with suppress(UnusableFileError):  # no rows in a torn file
+            ids += read_table(locate(str(file), "--output"), ["id"])["id"].to_pylist()
     return {
         "rows_per_second": line.get("rows_per_second") or args.rows / line["seconds"],
         # An output file gets its final name right after its last byte, whose time is that of the file.
@@ -238,15 +231,15 @@ def run_job(*arguments: object, module: str = "mnistsum_ray") -> dict[str, Any]:
         RunError: it failed, and has said why.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    last, printed = "{}", 0.0
+    result = dict[str, Any]()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job:
         try:
             for line in job.stdout or ():
                 if line.startswith("{"):  # Ray Data writes other lines there
-                    last, printed = line, time.time()
-            job.wait()
-        finally:
-            job.kill()  # does nothing to one that has ended
+                    result = json.loads(line) | {"printed": time.time()}
+        except BaseException:
+            job.kill()
+            raise
     if job.returncode:
         raise RunError(f"{' '.join(command[2:])} failed; see its error above")
-    return {**json.loads(last), "printed": printed}
+    return result

@@ -53,11 +53,10 @@ def read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.uint8], int]:
 
 def _read_idx_file(folder: Path, name: str) -> Pixels:
     """Read one IDX file of unsigned bytes, gzip-compressed or not: uint8[n, 28, 28] or uint8[n]."""
-    path = folder / name
-    if not path.exists():
-        path = folder / (name + ".gz")
+    zipped = not (folder / name).exists()
+    path = folder / (f"{name}.gz" if zipped else name)
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        data = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
     except FileNotFoundError:
         raise RequestError(f"{folder}: {name} is missing, gzipped or not") from None
     except (OSError, EOFError, zlib.error) as error:

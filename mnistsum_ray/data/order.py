@@ -22,7 +22,7 @@ import math
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, lru_cache
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,6 @@ import numpy.typing as npt
 from mnistsum_ray.errors import RowCountError
 
 RowIds = npt.NDArray[np.int64]
-Ids = TypeVar("Ids", bound=Any)
-"""RowIds, or the same as a tensor."""
 Bits = npt.NDArray[np.uint64]
 
 NUMBERS: Final = 10
@@ -109,10 +107,8 @@ class RowRanges:
     def of(cls, starts: npt.ArrayLike, ends: npt.ArrayLike) -> "RowRanges":
         """Ranges in ascending order that do not overlap; empty ones are dropped, and those that touch become one."""
         first, last = np.asarray(starts, np.int64), np.asarray(ends, np.int64)
-        kept = first < last
-        first, last = first[kept], last[kept]
-        gaps = first[1:] != last[:-1]
-        return cls(first[np.concatenate([np.ones(min(1, len(first)), bool), gaps])], last[np.append(gaps, True)[: len(last)]])
+        first, last = first[first < last], last[first < last]
+        return cls(np.setdiff1d(first, last), np.setdiff1d(last, first))  # where two touch, the end of one is the other's start
 
     @classmethod
     def from_ids(cls, ids: RowIds) -> "RowRanges":
@@ -139,9 +135,7 @@ class RowRanges:
         return self.starts[ranges] + (indices - self._first_indices[ranges])
 
     def count_below(self, bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Number of ids below each bound: int64[m] each."""
-        if not len(self.starts):
-            return np.zeros(len(bounds), np.int64)
+        """Number of ids below each bound, int64[m], in a set that is not empty: int64[m]."""
         ranges = np.searchsorted(self.starts, bounds, side="right") - 1
         inside = np.minimum(bounds, self.ends[ranges]) - self.starts[ranges]
         return np.where(ranges < 0, 0, self._first_indices[ranges] + inside)
@@ -263,27 +257,26 @@ class Shuffle:
         return np.arange(low, high) + np.repeat(first[slices] - bounds[slices], rows)
 
     @cached_property
-    def slices(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The row groups, those that are larger than an eighth of a window cut into equal slices. Of each its group, the index of
-        its first row among the training rows, and its number of rows: int64[n]."""
-        assert self.bounds is not None
+    def slices(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Index of the first training row of each slice, and its number of rows: int64[n] both.
+
+        Row groups larger than an eighth of a window are cut into equal slices. Rows in memory are slices of one row.
+        """
+        if self.bounds is None:
+            return np.arange(len(self.rows)), np.ones(len(self.rows), np.int64)
         below = self.rows.count_below(self.bounds)
         counts = np.diff(below)
         pieces = -(-counts // max(1, self.shuffle_rows // 8))
         group = np.repeat(np.arange(len(counts)), pieces)
         number = np.arange(len(group)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         first, end = (counts[group] * edge // pieces[group] for edge in (number, number + 1))
-        return group, below[group] + first, end - first
+        return below[group] + first, end - first
 
 
 @lru_cache(maxsize=2)  # a process computes many windows of an epoch, and sorting a million keys takes 0.1 s
 def _sequence(shuffle: Shuffle, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The slices in the order of an epoch: the index of each one's first row among the training rows, int64[n], and their bounds
-    in the sequence, int64[n + 1]."""
-    if shuffle.bounds is None:
-        first, rows = np.arange(len(shuffle.rows)), np.ones(len(shuffle.rows), np.int64)
-    else:
-        _, first, rows = shuffle.slices
+    """The slices in the order of an epoch: first rows as of `Shuffle.slices`, int64[n], and bounds in the order, int64[n + 1]."""
+    first, rows = shuffle.slices
     order = np.argsort(_bits(shuffle.seed, epoch, RandomStream.GROUP_ORDER, shuffle.rows.at(first)), kind="stable")
     return first[order], np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[order])])
 
@@ -293,14 +286,14 @@ def positions_of_rank(batch_size: int, rank: int, world_size: int) -> range:
     return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
-def mix_ids(row_ids: Ids) -> Ids:
+def mix_ids(row_ids: Any) -> Any:
     """Scramble row ids, int64[n], an array of NumPy or a tensor of PyTorch alike.
 
     The sum of the scrambled ids modulo 2**64 tells a set of rows from another: of plain ids, rows 3 and 5 add up to twice row 4.
     """
     mixed = (row_ids + 1) * -0x61C8864680B583EB
     mixed = (mixed ^ (mixed >> 32)) * -0x40A7B892E31B1A47
-    return mixed ^ (mixed >> 29)  # type: ignore[no-any-return]
+    return mixed ^ (mixed >> 29)
 
 
 def row_checksums(row_ids: RowIds, images: npt.NDArray[np.uint8], digits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

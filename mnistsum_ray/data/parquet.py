@@ -149,18 +149,13 @@ def _footer_bytes(file: Location, size: int) -> bytes:
     if size < 12:
         raise UnusableFileError(f"is {'empty (0 bytes)' if not size else f'only {size} bytes long'}; write it again")
     with file.answers(), file.open() as stream:
+        if (found := stream.size()) != size:
+            raise UnusableFileError(f"has {found:,} bytes where the listing says {size:,}: it is being written; try again later")
         start = max(0, size - _TAIL_BYTES)
-        stream.seek(start)
-        tail: bytes = stream.read()
+        tail: bytes = stream.read_at(size - start, start)
         length = int.from_bytes(tail[-8:-4], "little") + 8
-        if start + len(tail) == size and len(tail) < length <= size - 4:
-            start = size - length
-            stream.seek(start)
-            tail = stream.read()
-    if start + len(tail) != size:
-        raise UnusableFileError(
-            f"has {start + len(tail):,} bytes where the listing says {size:,}: it is being written; try again later"
-        )
+        if len(tail) < length <= size - 4:
+            tail = stream.read_at(length, size - length)
     if tail[-4:] == b"PARE":
         raise UnusableFileError("is encrypted Parquet, which this program cannot read; decrypt it")
     if tail[-4:] != b"PAR1":
@@ -315,19 +310,17 @@ def _tensor_type(field: pa.Field) -> pa.DataType | None:
 def lossy_column(footer: Footer, dropped: str) -> str | None:
     """Why some column, but for that of the name `dropped`, would be written with another type than it was read with."""
     schema, columns = footer.metadata.schema, footer.schema.names
-    text = str(schema)
-    variant = re.search(r"group field_id=-?\d+ (.+) \(Variant", text) if "(Variant" in text else None
-    if variant:
+    if variant := re.search(r"group field_id=-?\d+ (.+) \(Variant", str(schema)):
         return f"column {variant[1]!r} has the type VARIANT, which would be lost; cast it to JSON or VARCHAR"
     for leaf in (schema.column(index) for index in range(len(schema))):
         # The column that the leaf's path begins with; its own name may hold dots.
         named = (name for name in columns if leaf.path == name or leaf.path.startswith(f"{name}."))
-        column, logical = max(named, key=len, default=leaf.path), str(leaf.logical_type)
-        time = logical.startswith("Time(")
-        # Timestamps of INT96 hold nanoseconds of any year, and those of Arrow either nanoseconds or any year.
-        int96 = leaf.physical_type == "INT96"
-        name = "INT96" if int96 else logical.partition("," if time else "(")[0]
-        if name not in _UNCHANGED_TYPES and (int96 or column != dropped):
-            sql = "TIME WITH TIME ZONE" if time else name.upper()
-            return f"column {column!r} has the type {sql}, which would be lost; cast it to another"
+        column = max(named, key=len, default=leaf.path)
+        if leaf.physical_type == "INT96":  # it holds nanoseconds of any year, and Arrow's timestamps one or the other
+            return f"column {column!r} has the type INT96, which would be lost; cast it to another"
+        logical = str(leaf.logical_type)
+        is_time = logical.startswith("Time(")
+        if column != dropped and logical.partition("," if is_time else "(")[0] not in _UNCHANGED_TYPES:
+            name = "TIME WITH TIME ZONE" if is_time else logical.partition("(")[0].upper()
+            return f"column {column!r} has the type {name}, which would be lost; cast it to another"
     return None

@@ -111,9 +111,6 @@ def _open(text: str) -> tuple[str, Image.Image]:
 
 def _brightness(image: Image.Image) -> tuple[Floats, str]:
     """Brightness float32[height, width] in 0..255, of at most _WORKING_SIDE pixels; and what kind of picture it is, in words."""
-    if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits: by its own range
-        values = np.asarray(image, np.float32)
-        image = Image.fromarray(((values - values.min()) * (255 / max(float(np.ptp(values)), 1.0))).astype(np.uint8))
     image = image.convert("RGBA")
     image.thumbnail((_WORKING_SIDE, _WORKING_SIDE))
     kind = "grayscale" if (np.ptp(np.asarray(image)[..., :3], axis=2) < 8).all() else "colour"
@@ -121,10 +118,8 @@ def _brightness(image: Image.Image) -> tuple[Floats, str]:
     if alpha.min() > 250:
         return grey, kind
     alpha /= 255
-    middle = np.median(grey[alpha > 0.5]) if (alpha > 0.5).any() else 0.0
-    # Ink alone gets a background unlike it. A card with ink on it goes on in its own colour.
-    background = middle if alpha.mean() > 0.5 else 0.0 if middle > 127 else 255.0
-    return grey * alpha + background * (1 - alpha), f"{kind}, transparent"
+    is_light = (grey * alpha).sum() > 127 * alpha.sum()  # ink, which gets a background unlike it
+    return grey * alpha + (0 if is_light else 255) * (1 - alpha), f"{kind}, transparent"
 
 
 def _is_like_mnist(grey: Floats) -> bool:

@@ -120,15 +120,8 @@ class Location:
         return data
 
     def read_json(self) -> Any:
-        """The JSON value of the file.
-
-        Raises:
-            ValueError: the file is not JSON, or is nested too deeply.
-        """
-        try:
-            return json.loads(self.read_bytes())
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
+        """The JSON value of the file; a ValueError where it holds none."""
+        return json.loads(self.read_bytes())
 
     def entries(self) -> list[Entry]:
         """Files and folders in a folder; none where it is missing."""

@@ -59,22 +59,28 @@ class FolderLock:
         asked = time.monotonic()
         # A suspended process reads the lock again when it goes on: the clock has advanced meanwhile.
         while (now := time.monotonic()) - self._checked >= _CHECK_SECONDS:
-            lost = unknown = ""
+            lost, reason = False, ""
             try:
-                holder = _holder_in(self.place.read_bytes())
-                lost = f"another run has taken the output ({holder or 'its lock is empty'})" if holder != self.holder else ""
-            except (MissingFileError, ValueError):
-                lost = "another run has taken the output (its lock is gone)"
+                holder = self._found_holder()
+                lost = holder != self.holder
+                if lost:
+                    reason = f"another run has taken the output ({holder or 'its lock is gone'})"
+                elif self.lease and not self.lease.is_fresh():
+                    reason = "its lock is not renewed"
             except StorageError as error:
-                unknown = one_line(error)
-            if self.lease and not self.lease.is_fresh():
-                unknown = unknown or "its lock is not renewed"
-            if not lost and not unknown:
+                reason = one_line(error)
+            if not reason:
                 self._checked = now
                 return
             if lost or now - asked >= _UNKNOWN_SECONDS:
-                raise RunError(f"{self.place.display}: {lost or unknown}; this run stops, what it has committed stays")
+                raise RunError(f"{self.place.display}: {reason}; this run stops, what it has committed stays")
             time.sleep(HEARTBEAT_SECONDS / 4)
+
+    def _found_holder(self) -> str:
+        """Id in the lock; empty where it is gone, or what is there is no lock."""
+        with suppress(MissingFileError, ValueError):
+            return _holder_in(self.place.read_bytes())
+        return ""
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"lease": None, "_checked": float("-inf")}
@@ -115,7 +121,7 @@ def _holder_in(data: bytes) -> str:
     """Id of the run in a lock; empty if its run was killed before it wrote that. What is no lock is a ValueError."""
     try:
         return str(json.loads(data)["id"]) if data else ""
-    except (TypeError, KeyError, RecursionError):
+    except (TypeError, KeyError):
         raise ValueError("this JSON is no lock") from None
 
 

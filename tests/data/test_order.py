@@ -73,9 +73,7 @@ def test_a_window_is_mixed_of_eight_slices_and_a_batch_from_the_whole_window() -
     assert np.median(np.abs(np.diff(window[0]))) > 2
 
 
-@pytest.mark.parametrize(
-    "ids", [np.sort(RANDOM.choice(5000, 1500, replace=False)), np.array([7]), np.array([], np.int64)], ids=["many", "one", "none"]
-)
+@pytest.mark.parametrize("ids", [np.sort(RANDOM.choice(5000, 1500, replace=False)), np.array([7])], ids=["many", "one"])
 def test_row_ranges_answer_as_a_set_does(ids: np.ndarray) -> None:
     ranges = RowRanges.from_ids(ids)
     assert len(ranges) == len(ids)
@@ -86,6 +84,7 @@ def test_row_ranges_answer_as_a_set_does(ids: np.ndarray) -> None:
     some = np.sort(RANDOM.choice(len(ids), min(len(ids), 50), replace=False))
     assert np.array_equal(ranges.at(some), ids[some])
     assert np.array_equal(ranges.minus(RowRanges.from_ids(ids[some])).ids(), np.setdiff1d(ids, ids[some]))
+    assert RowRanges.of([0, 5, 5, 9], [5, 5, 7, 9]).ends.tolist() == [7], "those that touch are one, and empty ones none"
 
 
 @pytest.mark.parametrize("groups", [[100] * 2000, [3, 5, 10**5, 7, 10**5], [1] * 6000], ids=["many", "uneven", "tiny"])

@@ -53,13 +53,6 @@ def with_frame() -> Image.Image:
     return picture
 
 
-def with_corner() -> Image.Image:
-    """As where the paper ends, or a finger is seen."""
-    picture = draw()
-    ImageDraw.Draw(picture).polygon([(0, 380), (0, 500), (200, 500)], fill=(90, 80, 70))
-    return picture
-
-
 def with_dots() -> Image.Image:
     picture = Image.new("L", (900, 900), 255)
     for x, y in np.ndindex(8, 8):
@@ -96,7 +89,6 @@ def turned(picture: Image.Image) -> Image.Image:
         (lambda s: draw(s, ink=(255, 255, 255, 255), paper=(0, 0, 0, 0), mode="RGBA"), "transparent, light ink on dark: cropped"),
         (lambda s: draw(s).convert("1"), "400x500 grayscale, dark"),
         (lambda s: draw(s).convert("P"), "400x500 grayscale, dark"),
-        (lambda s: Image.fromarray(np.asarray(draw(s).convert("L")).astype(np.uint16) * 100), "400x500 grayscale, dark"),
         (lambda s: turned(draw(s)), "400x500 grayscale, dark"),
     ],
 )
@@ -144,22 +136,7 @@ def test_specks_and_lines_of_the_paper_are_left_out() -> None:
     assert likeness(prepare_picture(dirty).pixels, prepare_picture(clean).pixels) > 0.85
 
 
-def test_a_card_with_transparent_corners_is_paper() -> None:
-    card = Image.new("RGBA", (500, 600), (0, 0, 0, 0))
-    ImageDraw.Draw(card).rounded_rectangle([10, 10, 490, 590], 50, fill=(255, 255, 255, 255))
-    card.paste(draw(), (50, 50))
-    assert likeness(prepare_picture(card).pixels, prepare_picture(draw()).pixels) > 0.95
-
-
-NOISE = np.random.default_rng(0).normal(128, 20, (300, 300)).clip(0, 255).astype(np.uint8)
-LIGHT = np.linspace(80, 240, 90_000).reshape(300, 300).astype(np.uint8)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [photo, lambda: Image.fromarray(NOISE), lambda: Image.fromarray(LIGHT), with_frame, with_corner, with_dots],
-    ids=["photo", "noise", "light", "frame", "corner", "dots"],
-)
+@pytest.mark.parametrize("make", [photo, with_frame, with_dots])
 def test_a_picture_that_cannot_be_prepared_well_is_refused(make: Callable[[], Image.Image]) -> None:
     with pytest.raises(RequestError, match=r"^the picture: is not one digit on a background of one brightness; crop it .*$"):
         prepare_picture(make())

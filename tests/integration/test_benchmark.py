@@ -29,12 +29,12 @@ def test_training(data: Path) -> None:
 
 
 def test_scoring_without_ray() -> None:
-    figures = measure("score", "--data", "sample", "--rows", 1000, "--seconds", 0.1, "--way", "files-int8")
+    figures = measure("score", "--data", "sample", "--rows", 1000, "--seconds", 0.1, "--way", "files")
     assert figures["rows_per_second"] > 0
     assert figures["first_row_seconds"] > 1
 
 
-@pytest.mark.parametrize("way", ["guide", "ray-int8"])
+@pytest.mark.parametrize("way", ["guide", "ray"])
 def test_scoring(way: str) -> None:
     figures = measure("score", "--data", "sample", "--rows", 1000, "--way", way)
     assert figures["rows_per_second"] > 0

@@ -36,12 +36,6 @@ def test_files_does_not_follow_links_to_folders(tmp_path: Path) -> None:
     assert [entry.name for entry in locate(str(tmp_path / "in"), "--output").files()] == ["a"]
 
 
-def test_json_that_is_nested_without_end_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"nested too deeply|Expecting"):
-        locate(str(tmp_path / "a.json"), "--output").read_json()
-
-
 def test_a_file_without_end_is_not_read_whole(tmp_path: Path) -> None:
     (tmp_path / "model.json").symlink_to("/dev/zero")
     with pytest.raises(StorageError, match="is larger than any file of this program"):

@@ -46,16 +46,18 @@ def test_a_second_run_is_refused_until_the_process_of_the_first_ends(tmp_path: P
     lock(out)
 
 
-def test_a_file_of_others_with_the_name_of_the_lock_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_held_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--output /proc/out: cannot be written"):
+        lock(Path("/proc/out"))
     (tmp_path / "_lock").write_text("notes")
     with pytest.raises(RequestError, match="_lock is not a file of this program; move it away"):
         lock(tmp_path)
     assert (tmp_path / "_lock").read_text() == "notes"
-
-
-def test_a_folder_that_cannot_be_written_is_refused() -> None:
-    with pytest.raises(RequestError, match="--output /proc/out: cannot be written"):
-        lock(Path("/proc/out"))
+    (tmp_path / "_lock").unlink()
+    (tmp_path / "_lock").symlink_to(tmp_path / "target")
+    with pytest.raises(RequestError, match="cannot be written"):
+        lock(tmp_path)
+    assert not (tmp_path / "target").exists(), "a link is not followed"
 
 
 def test_a_run_notices_that_another_has_taken_the_folder(tmp_path: Path) -> None:
@@ -68,8 +70,11 @@ def test_a_run_notices_that_another_has_taken_the_folder(tmp_path: Path) -> None
         for side in (held, there):
             assert side.lock
             side.lock._checked = 0.0
-            with pytest.raises(RunError, match=r"another run has taken the output \(another\)"):
+            with pytest.raises(RunError, match=r"another run has taken the output \(another\); this run stops"):
                 side.check()
+        writable(place).delete("_lock")
+        with pytest.raises(RunError, match="its lock is gone"):
+            there.check()
 
 
 def test_a_check_waits_for_a_storage_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,10 +103,3 @@ def test_a_request_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
     with folder_lock(locate(str(tmp_path / "written" / "mine"), "--output"), "--output", print) as held:
         held.write("a", b"1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "written"]
-
-
-def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "_lock").symlink_to(tmp_path / "target")
-    with pytest.raises(RequestError, match="cannot be written"):
-        lock(tmp_path)
-    assert not (tmp_path / "target").exists()
