@@ -3,7 +3,7 @@ original's accuracy.
 
 Each way is measured in its own process, several times, in alternating order:
 
-    loader    the original's way: row by row through a DataLoader, float32
+    loader    (train, accuracy) the original's way: row by row through a DataLoader, float32
     memory    (train) the job's step on tensors in memory
     files     (score) as many bare processes, which read and write Parquet
     guide     what Ray's guides show, with our network
@@ -26,7 +26,7 @@ from mnistsum_ray.errors import RequestError
 
 WAYS: Final = {
     "train": ["loader", "memory", "guide", "ray"],
-    "score": ["loader", "files", "guide", "ray"],
+    "score": ["files", "guide", "ray"],
     "accuracy": ["loader", "ray"],
 }
 
@@ -57,9 +57,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=400_000, help="score: rows (default: 400000)")
     parser.add_argument("--kill", action="store_true", help="score: kill guide and ray, and count rows after their rerun")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on a terminal too")
-    for hidden, kind in (("--way", str), ("--command-time", float), ("--seed", int)):
-        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    parser.add_argument("--way", help="measure this way alone, once")
+    parser.add_argument("--seed", type=int, default=0, help="accuracy: the seed of that measurement (default: 0)")
+    args = parser.parse_args(argv, argparse.Namespace(started=time.time()))
     if min(args.repeat, args.rows) < 1 or args.seconds <= 0:
         raise RequestError("--repeat, --seconds, --rows: must be positive")
     return args
@@ -85,9 +85,8 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     # Alternating, so that a drift of the machine's speed hits all ways alike. Of accuracies the original's take ten minutes each.
     order = [way for turn in range(args.repeat) for way in WAYS[args.what][:: -1 if turn % 2 else 1]]
     for way in order if args.what != "accuracy" else ["loader", *["ray"] * args.repeat, "loader"]:
-        flags = ["--way", way, "--seed", len(runs[way]), "--command-time", time.time()]
-        figures = ways.run_job(*argv, *flags, module="mnistsum_ray.benchmark.suite")
-        runs[way].append({key: round(value, 6) for key, value in figures.items() if key != "printed"})
+        figures = ways.run_job(*argv, "--way", way, "--seed", len(runs[way]), module="mnistsum_ray.benchmark.suite")
+        runs[way].append({key: round(value, 6) for key, value in figures.items()})
         print(f"{way}: {json.dumps(runs[way][-1])}", file=sys.stderr, flush=True)
     average = statistics.mean if args.what == "accuracy" else statistics.median
     means = {way: {key: average(run[key] for run in of_way) for key in of_way[0]} for way, of_way in runs.items()}

@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace) -> Measurement:
             return _train(args, folder) if args.what == "train" else _accuracy(args, folder)
         source = open_source(args.data)
         if args.what == "accuracy":
-            return original.measure_accuracy(source, _DEVICE) | {"seconds": time.time() - args.command_time}
+            return original.measure_accuracy(source, _DEVICE) | {"seconds": time.time() - args.started}
         images, digits = source.data.fetch(np.arange(min(source.rows, 16_384)))
         if len(images) < original.BATCH:
             raise RequestError(f"--data {args.data}: has {len(images)} rows, fewer than a batch of {original.BATCH}")
@@ -85,7 +85,7 @@ def _time_steps(steps: Steps, args: argparse.Namespace) -> Measurement:
     first, started, rows = after(1), after(2), 0
     while time.time() - started < args.seconds:
         rows += next(steps)
-    return {"rows_per_second": rows / (after(0) - started), "first_row_seconds": first - args.command_time}
+    return {"rows_per_second": rows / (after(0) - started), "first_row_seconds": first - args.started}
 
 
 def _steps(args: argparse.Namespace, images: Pixels, digits: Digits) -> Steps:
@@ -93,9 +93,8 @@ def _steps(args: argparse.Namespace, images: Pixels, digits: Digits) -> Steps:
         pixels, labels = torch.tensor(images).to(_DEVICE), torch.tensor(digits, device=_DEVICE).long()
         batches = zip(torch.split(pixels, original.BATCH), torch.split(labels, original.BATCH), strict=True)
         return itertools.starmap(TrainingStep(_DEVICE), itertools.cycle(batches))
-    training, model = args.what == "train", original.Original(_DEVICE)
-    loader = original.loader((images, digits), training=training)
-    return (model.train(batch) if training else model.evaluate(batch)[0] for _ in itertools.count() for batch in loader)
+    model, loader = original.Original(_DEVICE), original.loader((images, digits), training=True)
+    return (model.train(batch) for _ in itertools.count() for batch in loader)
 
 
 class TrainingStep:
@@ -134,19 +133,19 @@ def write_rows(folder: Path, images: Pixels, digits: Digits, rows: int) -> None:
 
 
 def _accuracy(args: argparse.Namespace, folder: Path) -> Measurement:
-    flags, started = ["--data", args.data, "--recipe", "quick", "--seed", args.seed, "--storage-path", folder], time.time()
-    line = run_job("train", *flags)
-    return {key: line["test"][key] for key in ("digit_accuracy", "sum_accuracy")} | {"seconds": line["printed"] - started}
+    started = time.time()
+    test = run_job("train", "--data", args.data, "--recipe", "quick", "--seed", args.seed, "--storage-path", folder)["test"]
+    return {key: test[key] for key in ("digit_accuracy", "sum_accuracy")} | {"seconds": time.time() - started}
 
 
 def _train(args: argparse.Namespace, folder: Path) -> Measurement:
     """Speed of `mnistsum train` with one worker; the first epoch does not count towards the rate and the waiting."""
     flags = ["--data", args.data, "--epochs", _EPOCHS, "--batch-size", original.BATCH, "--num-workers", 1, "--sum-head-steps", 0]
+    started = time.time()
     run_job("train", *flags, "--storage-path", folder, "--name", "run")
     first, *others = (json.loads(line) for line in (folder / "run" / "history.jsonl").open())
-    seconds = [entry["seconds"] for entry in others]
-    means = {name: np.average([entry[name] for entry in others], weights=seconds) for name in ("rows_per_second", "waiting")}
-    return means | {"first_row_seconds": first["started"] + first["first_batch_seconds"] - args.command_time}
+    means = {name: float(np.mean([entry[name] for entry in others])) for name in ("rows_per_second", "waiting")}
+    return means | {"first_row_seconds": first["started"] + first["first_batch_seconds"] - started}
 
 
 def _train_guide(folder: Path) -> Measurement:
@@ -209,8 +208,9 @@ def _score(args: argparse.Namespace, folder: Path) -> Measurement:
                     time.sleep(0.01)
             finally:
                 job.kill()
-    started, ids = time.time(), list[int]()
+    started = time.time()
     line = run_job(*command, module=module)
+    seconds, ids = time.time() - started, list[int]()
     for file in written():
         with suppress(UnusableFileError):  # no rows in a torn file
             ids += read_table(locate(str(file), "--output"), ["id"])["id"].to_pylist()
@@ -218,28 +218,21 @@ def _score(args: argparse.Namespace, folder: Path) -> Measurement:
         "rows_per_second": line.get("rows_per_second") or args.rows / line["seconds"],
         # An output file gets its final name right after its last byte, whose time is that of the file.
         "first_row_seconds": min(file.stat().st_mtime for file in written()) - started,
-        "command_seconds": line["printed"] - started,
+        "command_seconds": seconds,
         "rows_lost": args.rows - len(set(ids)),
         "rows_repeated": len(ids) - len(set(ids)),
     }
 
 
 def run_job(*arguments: object, module: str = "mnistsum_ray") -> dict[str, Any]:
-    """Run `mnistsum`, or another module, as a user does; return its last line and when it came, `printed`, in seconds since 1970.
+    """Run `mnistsum`, or another module, as a user does, and return the JSON object that it prints last.
 
     Raises:
         RunError: it failed, and has said why.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    result = dict[str, Any]()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job:
-        try:
-            for line in job.stdout or ():
-                if line.startswith("{"):  # Ray Data writes other lines there
-                    result = json.loads(line) | {"printed": time.time()}
-        except BaseException:
-            job.kill()
-            raise
-    if job.returncode:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
         raise RunError(f"{' '.join(command[2:])} failed; see its error above")
-    return result
+    result: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    return result  # Ray Data writes other lines, too

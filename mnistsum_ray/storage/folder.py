@@ -59,7 +59,9 @@ class OutputFolder:
                 with place.filesystem.open_output_stream(place.path) as stream:
                     stream.write(data)
                 return
-            partial = _make_folder(Path(place.path).parent) / f".mnistsum-{secrets.token_hex(8)}.partial"
+            folder = Path(place.path).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f".mnistsum-{secrets.token_hex(8)}.partial"
             try:
                 with partial.open("wb") as file:
                     file.write(data)
@@ -70,7 +72,7 @@ class OutputFolder:
                 with suppress(OSError):
                     partial.unlink()
                 raise
-            _sync_folder(partial.parent)
+            _sync_folder(folder)
 
     def create(self, name: str, data: Data) -> None:
         """Write a whole file, but only if there is none; else raise ExistingFileError.
@@ -95,7 +97,8 @@ class OutputFolder:
                 source.filesystem.copy_file(source.path, place.path)
                 source.filesystem.delete_file(source.path)
                 return
-            folder = _make_folder(Path(place.path).parent)
+            folder = Path(place.path).parent
+            folder.mkdir(parents=True, exist_ok=True)
             Path(source.path).rename(place.path)
             _sync_folder(folder)
 
@@ -132,16 +135,8 @@ def _encoded(data: Data) -> bytes | pa.Buffer:
     return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode() if isinstance(data, dict) else data
 
 
-def _make_folder(folder: Path) -> Path:
-    """Make a folder and those above it that are missing; their entries survive a power cut, too."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-    return folder
-
-
 def _sync_folder(folder: Path) -> None:
+    """Let the entries of a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems cannot

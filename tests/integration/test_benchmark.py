@@ -1,6 +1,5 @@
 """Short runs of the benchmark: each way that is a command of its own, and the comparison of accuracies."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ EVERY = 5  # for the fixture `data`: every fifth row of the sample
 
 def measure(*args: object) -> dict[str, Any]:
     """One measurement, as the benchmark runs each way in its own process."""
-    return run_job("benchmark", *args, "--command-time", time.time()).line
+    return run_job("benchmark", *args).line
 
 
 def test_training(data: Path) -> None:
