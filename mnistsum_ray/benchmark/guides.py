@@ -25,8 +25,8 @@ from mnistsum_ray.benchmark.ways import TrainingStep, load_predictor
 from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 
-Batch = dict[str, Any]
-"""Columns of some rows, each a numpy array [n]."""
+Columns = dict[str, Any]
+"""Values of some rows by column, each a numpy array [n]."""
 
 _CORES: Final = os.cpu_count() or 1
 _GPUS: Final = int(torch.cuda.is_available())
@@ -36,7 +36,7 @@ def read(folder: str) -> ray.data.Dataset:
     return ray.data.read_parquet(folder)  # noqa: TID251 - it is what is measured, on files that the benchmark has written
 
 
-def decode(batch: Batch) -> Pixels:
+def decode(batch: Columns) -> Pixels:
     return np.frombuffer(b"".join(batch["image"]), np.uint8).reshape(-1, SIDE, SIDE)
 
 
@@ -46,13 +46,13 @@ class Score:
     def __init__(self, model: str) -> None:
         self.predictor = load_predictor(model)
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: Columns) -> Columns:
         numbers = batch["number"].astype(np.int64)
         columns = self.predictor.predict(decode(batch), numbers).columns(numbers)
         return {name: batch[name] for name in ("id", "digit")} | dict(zip(PREDICTION_FIELDS.names, columns, strict=True))
 
 
-def score(pairs: str, output: str, model: str) -> Batch:
+def score(pairs: str, output: str, model: str) -> dict[str, float]:
     """Score files. After a kill, the same command leaves out the rows that Ray Data has noted as written."""
     ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig("id", f"{output}/checkpoint")
     pool, started = ray.data.ActorPoolStrategy(size=1 if _GPUS else _CORES), time.perf_counter()
@@ -61,12 +61,13 @@ def score(pairs: str, output: str, model: str) -> Batch:
     return {"seconds": time.perf_counter() - started}
 
 
-def train(rows: str, runs: str, epochs: str) -> Batch:
+def train(rows: str, runs: str, epochs: str) -> dict[str, float]:
     """Train with one worker and a checkpoint an epoch; the first epoch does not count."""
 
-    def worker() -> Batch:
+    def worker() -> dict[str, float]:
         torch.set_num_threads(_CORES)  # Ray sets one, with which two cores train half as fast
-        step, rates, first_row = TrainingStep(ray.train.torch.get_device()), [], 0.0
+        rates, first_row = list[float](), 0.0
+        step = TrainingStep(ray.train.torch.get_device())
         step.objective = ray.train.torch.prepare_model(step.objective)
         shard = ray.train.get_dataset_shard("train")
         for epoch in range(int(epochs)):
@@ -84,7 +85,7 @@ def train(rows: str, runs: str, epochs: str) -> Batch:
     images = read(rows).map_batches(lambda batch: {"image": decode(batch), "digit": batch["digit"].astype(np.int64)})
     scaling, run = ray.train.ScalingConfig(use_gpu=bool(_GPUS)), ray.train.RunConfig(name="guide", storage_path=runs)
     trainer = ray.train.torch.TorchTrainer(worker, scaling_config=scaling, run_config=run, datasets={"train": images})
-    measured: Batch = trainer.fit().return_value
+    measured: dict[str, float] = trainer.fit().return_value
     return measured
 
 

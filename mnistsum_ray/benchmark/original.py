@@ -19,7 +19,7 @@ _EPOCHS: Final = 5
 _CONVOLUTIONS: Final = [(1, 32, 1, 0), (32, 64, 1, 1), (64, 64, 1, 0), (64, 64, 1, 1), (64, 64, 0, 0), (64, 128, 0, 0)]
 """Channels before and after, padding, and whether a pool follows."""
 
-Batch = list[Tensor]
+Tensors = list[Tensor]
 """Images float32[n, 1, 28, 28], one-hot numbers float32[n, 10], digits and sums int64[n]."""
 
 
@@ -63,7 +63,7 @@ class Original:
         self.device, self.model = device, OriginalNet().to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters())
 
-    def train(self, batch: Batch) -> int:
+    def train(self, batch: Tensors) -> int:
         """Train with a batch; return its rows."""
         image, number, digit, total = (values.to(self.device) for values in batch)
         self.optimizer.zero_grad()
@@ -73,7 +73,7 @@ class Original:
         return len(image)
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[int, int, int]:
+    def evaluate(self, batch: Tensors) -> tuple[int, int, int]:
         """Rows, right digits and right sums of a batch."""
         image, number, digit, total = batch
         digits, sums = (scores.argmax(1).cpu() for scores in self.model(image.to(self.device), number.to(self.device)))
@@ -93,5 +93,5 @@ def measure_accuracy(source: Source, device: torch.device) -> dict[str, float]:
         for batch in batches:
             original.train(batch)
     test = loader(source.data.fetch(source.test.ids()), training=False)
-    rows, digits, sums = map(sum, zip(*map(original.evaluate, test), strict=True))
+    rows, digits, sums = np.sum([original.evaluate(batch) for batch in test], axis=0).tolist()
     return {"digit_accuracy": digits / rows, "sum_accuracy": sums / rows}

@@ -31,20 +31,14 @@ WAYS: Final = {
 }
 
 ORIGINAL_ACCURACY: Final = {"digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
-"""On the test rows, as the original reports it."""
+"""The original's published accuracies on the test rows."""
 
 # This module, which runs the measurements, imports neither torch nor Ray: `--help` comes at once.
 
 
 def main() -> int:
     """Run the benchmark with the command line of this process; return its exit code."""
-    return cli.run(_job, sys.argv[1:])
-
-
-def _job(argv: list[str]) -> tuple[dict[str, Any], int]:
-    args = parse(argv)
-    cli.reserve_stdout_for_result()
-    return benchmark(args, argv), cli.DONE
+    return cli.run(benchmark, sys.argv[1:])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -57,20 +51,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=400_000, help="score: rows (default: 400000)")
     parser.add_argument("--kill", action="store_true", help="score: kill guide and ray, and count rows after their rerun")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on a terminal too")
-    parser.add_argument("--way", help="measure this way alone, once")
-    parser.add_argument("--seed", type=int, default=0, help="accuracy: the seed of that measurement (default: 0)")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv, argparse.Namespace(started=time.time()))
     if min(args.repeat, args.rows) < 1 or args.seconds <= 0:
         raise RequestError("--repeat, --seconds, --rows: must be positive")
     return args
 
 
-def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    """Run the benchmark, or with `--way` one measurement; `argv` is for the processes that measure.
+def benchmark(argv: list[str]) -> tuple[dict[str, Any], int]:
+    """Run the benchmark, or with `--way` one measurement; return the fields of the last line, and the exit code.
 
-    Returns the fields of the last line. Of `train` and `score`: medians, their ratios, and all rates. Of `accuracy`: means,
-    figures by seed, whether the mean `reached` the original's accuracies, and the quotient of the seconds.
+    `train` and `score` give medians, their ratios, and all rates; `accuracy` means, figures by seed, whether the mean `reached`
+    the original's accuracies, and the quotient of the seconds.
     """
+    args = parse(argv)
+    cli.reserve_stdout_for_result()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every way has one card
     import torch
 
@@ -79,7 +75,7 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     from mnistsum_ray.reporting.report import versions
 
     if args.way:
-        return ways.measure(args)
+        return ways.measure(args), cli.DONE
     line = {"what": args.what, "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}
     runs: dict[str, list[ways.Measurement]] = {way: [] for way in WAYS[args.what]}
     # Alternating, so that a drift of the machine's speed hits all ways alike. Of accuracies the original's take ten minutes each.
@@ -99,7 +95,7 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         rates = {way: [run["rows_per_second"] for run in of_way] for way, of_way in runs.items()}
         ratios = {f"ray / {way}": round(ours["rows_per_second"] / means[way]["rows_per_second"], 3) for way in means}
         line |= {"median": means, "ratios": ratios, "runs": rates}
-    return line | {"versions": versions()}
+    return line | {"versions": versions()}, cli.DONE
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from mnistsum_ray.data.images import Pixels, one_chunk, pixels_array, pixels_vie
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import read_table, to_parquet
 from mnistsum_ray.data.sources import Digits, open_source
-from mnistsum_ray.errors import RequestError, RunError, UnusableFileError
+from mnistsum_ray.errors import RunError, UnusableFileError
 from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictor
@@ -51,7 +51,7 @@ _EPOCHS: Final = 20 if torch.cuda.is_available() else 2
 
 
 def measure(args: argparse.Namespace) -> Measurement:
-    """Measure `args.way` of `args.what`; see `suite.parse`. RequestError where the data have too few rows."""
+    """Measure `args.way` of `args.what`; see `suite.parse`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.way == "ray" and args.what != "score":
@@ -60,8 +60,6 @@ def measure(args: argparse.Namespace) -> Measurement:
         if args.what == "accuracy":
             return original.measure_accuracy(source, _DEVICE) | {"seconds": time.time() - args.started}
         images, digits = source.data.fetch(np.arange(min(source.rows, 16_384)))
-        if len(images) < original.BATCH:
-            raise RequestError(f"--data {args.data}: has {len(images)} rows, fewer than a batch of {original.BATCH}")
         if args.way in ("loader", "memory"):
             return _time_steps(_steps(args, images, digits), args)
         write_rows(folder / "in", images, digits, len(images) if args.what == "train" else args.rows)
@@ -82,7 +80,9 @@ def _time_steps(steps: Steps, args: argparse.Namespace) -> Measurement:
             torch.cuda.synchronize()
         return time.time()
 
-    first, started, rows = after(1), after(2), 0
+    first = after(1)
+    started = after(2)
+    rows = 0
     while time.time() - started < args.seconds:
         rows += next(steps)
     return {"rows_per_second": rows / (after(0) - started), "first_row_seconds": first - args.started}
@@ -155,7 +155,7 @@ def _train_guide(folder: Path) -> Measurement:
 
 
 def _score_bare(args: argparse.Namespace, folder: Path) -> Measurement:
-    """As many processes as the job has, without Ray; their rates are added."""
+    """The rate of as many processes as the job has, added, without Ray."""
     count = os.cpu_count() or 1
     if torch.cuda.is_available():
         count = workers_per_gpu(torch.cuda.get_device_properties(0).total_memory, count)
@@ -193,10 +193,10 @@ def score_files(args: argparse.Namespace, folder: Path, index: int) -> Measureme
 
 def _score(args: argparse.Namespace, folder: Path) -> Measurement:
     """Run the command of `mnistsum score`, or of the guide; with `--kill` it is begun and killed before."""
-    pairs, model, output = folder / "in", folder / "model", folder / "out"
-    module, command = "mnistsum_ray", ["score", "--input", pairs, "--output", output, "--model", model]
+    output = folder / "out"
+    module, command = "mnistsum_ray", ["score", "--input", folder / "in", "--output", output, "--model", folder / "model"]
     if args.way == "guide":
-        module, command = "mnistsum_ray.benchmark.guides", ["score", pairs, output, model]
+        module, command = "mnistsum_ray.benchmark.guides", ["score", folder / "in", output, folder / "model"]
 
     def written() -> list[Path]:
         return list((output / "predictions").glob("[!.]*.parquet"))

@@ -25,7 +25,7 @@ IDX_FILES: Final = (
 )
 
 _DOWNLOAD_TIMEOUT_SECONDS: Final = 3
-"""For the connection and for each read, so it does not limit the download as a whole."""
+"""Timeout of the connection and of each read; it does not limit the download as a whole."""
 
 
 def find_idx(root: Path) -> Path | None:

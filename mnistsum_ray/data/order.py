@@ -10,7 +10,7 @@ Ten rows in two row groups, batches of 2 on two workers, windows of 6 rows, seed
     worker 1      9 8 7 | 1 5                    trains on position 1
     batches       0 9, 4 8, 6 7 | 2 1, 3 5
 
-A worker trains on consecutive positions, so it reads one part of each window. The order does not depend on workers, nodes,
+A worker trains on consecutive positions, so it reads some stretches of each window. The order does not depend on workers, nodes,
 blocks, timing or restarts; MosaicML Streaming calls that elastic determinism. Rows in memory are slices of one row, and a window
 of them is one step, which makes an epoch one permutation.
 
@@ -36,7 +36,7 @@ NUMBERS: Final = 10
 """Size of the range 0..9 of the random number."""
 
 DISTORTION_DRAWS: Final = 6
-"""Of an image: one for rotation, two for scale, one for shear, two for translation."""
+"""Draws for an image: one for rotation, two for scale, one for shear, two for translation."""
 
 _SAMPLED_GROUPS: Final = 100
 """Row groups that a few rows are taken from: each has to be read, from its beginning."""
@@ -185,7 +185,7 @@ class Shuffle:
     rows: RowRanges
     """Training rows."""
     bounds: npt.NDArray[np.int64] | None
-    """Of the row groups, as in `RowRanges.hold_out`. None: rows are permuted one by one."""
+    """Bounds of the row groups, as in `RowRanges.hold_out`; None where rows are permuted one by one."""
     batch_size: int
     """Rows of a step over all workers."""
     shuffle_rows: int

@@ -32,13 +32,13 @@ _BOX: Final = 20
 _MIN_CONTRAST: Final = 16
 """Distance in 0..255 of ink from its background, below which a picture is blank."""
 
-_MAX_PARTS: Final = 3
-"""Connected parts of a digit whose strokes do not meet."""
+_MAX_PIECES: Final = 3
+"""Connected pieces of a digit whose strokes do not meet."""
 
 _MOST_SPECKS: Final = 32
 
-_MIN_PART: Final = 0.04
-"""Share of the ink in a part, below which it is a speck."""
+_MIN_PIECE: Final = 0.04
+"""Share of the ink in a piece, below which it is a speck."""
 
 _EDGE: Final = 60
 """Ink of 0..255 that counts as drawn, where the drawing ends."""
@@ -147,17 +147,18 @@ def _one_digit(ink: Image.Image, name: str) -> Image.Image:
     """The picture without specks, cropped to its ink, which must be able to be one digit."""
     # The fill joins four neighbours, and a thin diagonal has gaps.
     small = ink.point(lambda value: 255 * (value > _EDGE)).resize((128, 128), Image.Resampling.BOX)
-    parts, count = small.point(lambda value: 255 * (value > 0)).filter(ImageFilter.MaxFilter(3)), 0
-    while count <= _MOST_SPECKS and len(left := np.argwhere(np.asarray(parts) == 255)):
-        count += 1  # each connected part gets a number
-        ImageDraw.floodfill(parts, (int(left[0][1]), int(left[0][0])), count)
-    labels = np.asarray(parts)
+    labelled = small.point(lambda value: 255 * (value > 0)).filter(ImageFilter.MaxFilter(3))
+    count = 0
+    while count <= _MOST_SPECKS and len(left := np.argwhere(np.asarray(labelled) == 255)):
+        count += 1  # each connected piece gets a number
+        ImageDraw.floodfill(labelled, (int(left[0][1]), int(left[0][0])), count)
+    labels = np.asarray(labelled)
     sizes = np.bincount(labels.ravel())
-    kept = [part for part in range(1, count + 1) if sizes[part] >= _MIN_PART * sizes[1:].sum()]
+    kept = [piece for piece in range(1, count + 1) if sizes[piece] >= _MIN_PIECE * sizes[1:].sum()]
     drawn = Image.fromarray(np.isin(labels, kept))
-    framed = any(Image.fromarray(labels == part).getbbox() == drawn.getbbox() for part in kept)
+    framed = any(Image.fromarray(labels == piece).getbbox() == drawn.getbbox() for piece in kept)
     edge = np.isin(_border(labels), kept)
-    if count > _MOST_SPECKS or len(kept) > _MAX_PARTS or (len(kept) > 1 and (framed or edge.any())) or edge.mean() > 0.5:
+    if count > _MOST_SPECKS or len(kept) > _MAX_PIECES or (len(kept) > 1 and (framed or edge.any())) or edge.mean() > 0.5:
         raise RequestError(f"{name}: is not one digit on a background of one brightness; crop it to that, or draw it anew")
     ink.paste(0, mask=ImageChops.invert(drawn.convert("L")).resize(ink.size))
     return ink.crop(ink.point(lambda value: 255 * (value > _EDGE)).getbbox())

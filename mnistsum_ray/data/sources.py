@@ -50,7 +50,7 @@ _MIN_TRAIN_ROWS: Final = 10
 _MAX_HELD_OUT_ROWS: Final = 5000
 
 _THREADS: Final = 32
-"""That read footers from an object store, which answers slowly but takes many requests at once."""
+"""Threads that read footers from an object store, which answers slowly but takes many requests at once."""
 
 Digits = npt.NDArray[np.int8]
 

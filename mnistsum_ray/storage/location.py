@@ -49,7 +49,7 @@ class Location:
     filesystem: pafs.FileSystem
     path: str
     display: str
-    """For messages and files: an absolute path, or a URI without keys and passwords."""
+    """The name in messages and files: an absolute path, or a URI without keys and passwords."""
 
     def __truediv__(self, name: str) -> "Location":
         base, question, query = (self.display, "", "") if self.is_local else self.display.partition("?")

@@ -47,7 +47,7 @@ class FolderLock:
     holder: str
     """Id of the run."""
     lease: "_Lease | None" = None
-    """Of a run in an object store, in its driver alone."""
+    """The lock in an object store, in the driver of its run; None in workers and on a disk."""
     _checked: float = field(default=float("-inf"), repr=False)
 
     def check(self) -> None:

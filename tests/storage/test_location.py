@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
-from mnistsum_ray.errors import StorageError
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import writable
 
@@ -34,9 +31,3 @@ def test_files_does_not_follow_links_to_folders(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").write_text("")
     (tmp_path / "in" / "up").symlink_to(tmp_path)
     assert [entry.name for entry in locate(str(tmp_path / "in"), "--output").files()] == ["a"]
-
-
-def test_a_file_without_end_is_not_read_whole(tmp_path: Path) -> None:
-    (tmp_path / "model.json").symlink_to("/dev/zero")
-    with pytest.raises(StorageError, match="is larger than any file of this program"):
-        locate(str(tmp_path / "model.json"), "--model").read_json()
