@@ -34,10 +34,6 @@ Pixels = npt.NDArray[np.uint8]
 """uint8[n, 28, 28] or, for one image, uint8[28, 28]."""
 
 
-class ImageError(ValueError):
-    """A row's image cannot be used; the message says what it is and what to do."""
-
-
 def pixels_view(column: pa.FixedSizeBinaryArray) -> Pixels:
     """An array of IMAGE_TYPE without nulls as uint8[n, 28, 28], without a copy."""
     buffer = column.buffers()[1]
@@ -153,12 +149,13 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     for row, value in enumerate(column):
         if row in bad:
             continue
-        try:
-            if not value.is_valid:
-                raise ImageError(null)
-            images[row] = _decode_list(value.values) if _is_list(column.type) else _decode_bytes(value.as_py())
-        except ImageError as error:
-            bad[row] = str(error)
+        decoded: Pixels | str = null
+        if value.is_valid:
+            decoded = _decode_list(value.values) if _is_list(column.type) else _decode_bytes(value.as_py())
+        if isinstance(decoded, str):
+            bad[row] = decoded
+        else:
+            images[row] = decoded
     return images, bad
 
 
@@ -197,7 +194,8 @@ def _whole_lists(column: pa.Array) -> Pixels | None:
     return pixels.reshape(len(column), SIDE, SIDE)
 
 
-def _decode_bytes(data: bytes) -> Pixels:
+def _decode_bytes(data: bytes) -> Pixels | str:
+    """One image, or why it is none."""
     if len(data) == PIXELS:
         pixels = np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)
         if _are_pixels(pixels[None]):
@@ -205,21 +203,22 @@ def _decode_bytes(data: bytes) -> Pixels:
     return _decode_png_or_jpeg(data)
 
 
-def _decode_list(values: pa.Array) -> Pixels:
+def _decode_list(values: pa.Array) -> Pixels | str:
+    """One image, or why it is none."""
     shape = str(len(values))
     if _is_list(values.type):
         if values.null_count:
-            raise ImageError("the image has a null in place of a line; fill it in or drop the row")
+            return "the image has a null in place of a line; fill it in or drop the row"
         widths = {len(line.values) for line in values}
         shape += f" x {widths.pop()}" if len(widths) == 1 else " lines of unequal length"
         values = values.flatten()
     if shape not in (f"{PIXELS}", f"{SIDE} x {SIDE}"):
-        raise ImageError(_SHAPE_ERROR.format(shape))
+        return _SHAPE_ERROR.format(shape)
     if values.null_count:
-        raise ImageError("the image has nulls among its values; fill them in or drop the row")
+        return "the image has nulls among its values; fill them in or drop the row"
     pixels = values.to_numpy(zero_copy_only=False)
     if pixels.min() < 0 or pixels.max() > 255:
-        raise ImageError(f"the image has values {pixels.min()}..{pixels.max()}, outside 0..255; scale them")
+        return f"the image has values {pixels.min()}..{pixels.max()}, outside 0..255; scale them"
     return pixels.astype(np.uint8).reshape(SIDE, SIDE)  # type: ignore[no-any-return]
 
 
@@ -233,27 +232,25 @@ def _are_pixels(images: Pixels) -> bool:
     return not (jpeg | (start == _PNG_START).all(1)).any()
 
 
-def _decode_png_or_jpeg(data: bytes) -> Pixels:
-    """Decode to uint8[28, 28], turned upright as its EXIF says."""
+def _decode_png_or_jpeg(data: bytes) -> Pixels | str:
+    """One image, turned upright as its EXIF says, or why it is none."""
     try:
         # Pillow reads only the header until the size is known, so a decompression bomb is never unpacked.
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
             if picture.size != (SIDE, SIDE):
-                raise ImageError(f"the picture is {picture.width} x {picture.height} pixels, not 28 x 28; resize it")
+                return f"the picture is {picture.width} x {picture.height} pixels, not 28 x 28; resize it"
             if picture.mode != "L":
-                raise ImageError(f"the picture has mode {picture.mode}, not L (8-bit grayscale); convert it")
+                return f"the picture has mode {picture.mode}, not L (8-bit grayscale); convert it"
             ImageOps.exif_transpose(picture, in_place=True)
             return np.asarray(picture)
-    except ImageError:
-        raise
     except Image.DecompressionBombError:
-        raise ImageError("the picture claims to unpack to far more than 28 x 28 pixels; resize it") from None
+        return "the picture claims to unpack to far more than 28 x 28 pixels; resize it"
     except Exception as error:  # on damaged bytes Pillow's decoders raise many types
         reason, advice = "are neither 784 pixels nor a readable PNG or JPEG", "save it again"
         if len(data) == PIXELS:
             reason = "begin as a PNG or JPEG does, and cannot be read as one"
             advice += ", or store the pixels as a list of 784 integers"
-        raise ImageError(f"{len(data)} bytes {reason} ({type(error).__name__}); {advice}") from None
+        return f"{len(data)} bytes {reason} ({type(error).__name__}); {advice}"
 
 
 def check_digits(digits: pa.Array, where: str, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
