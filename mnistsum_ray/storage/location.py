@@ -120,8 +120,11 @@ class Location:
         return data
 
     def read_json(self) -> Any:
-        """The JSON value of the file; a ValueError where it holds none."""
-        return json.loads(self.read_bytes())
+        """The JSON value of the file; a ValueError where it is not JSON, or is nested too deeply."""
+        try:
+            return json.loads(self.read_bytes())
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
 
     def entries(self) -> list[Entry]:
         """Files and folders in a folder; none where it is missing."""

@@ -121,7 +121,7 @@ def _holder_in(data: bytes) -> str:
     """Id of the run in a lock; empty if its run was killed before it wrote that. What is no lock is a ValueError."""
     try:
         return str(json.loads(data)["id"]) if data else ""
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, RecursionError):
         raise ValueError("this JSON is no lock") from None
 
 
