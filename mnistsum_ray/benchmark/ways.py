@@ -225,11 +225,7 @@ def _score(args: argparse.Namespace, folder: Path) -> Measurement:
 
 
 def run_job(*arguments: object, module: str = "mnistsum_ray") -> dict[str, Any]:
-    """Run `mnistsum`, or another module, as a user does, and return the JSON object that it prints last.
-
-    Raises:
-        RunError: it failed, and has said why.
-    """
+    """Run `mnistsum`, or another module, as a user does, and return the JSON object that it prints last; RunError if it fails."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:

@@ -39,8 +39,7 @@ def find_idx(root: Path) -> Path | None:
 def read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.uint8], int]:
     """Images uint8[n, 28, 28] and labels uint8[n] of a folder, and the number of test rows, which are the last.
 
-    Raises:
-        RequestError: a file is missing, is not IDX, or does not match the others; names the file.
+    A file that is missing, is not IDX, or does not match the others is a RequestError that names it.
     """
     train_images, train_digits, test_images, test_digits = (_read_idx_file(folder, name) for name in IDX_FILES)
     for name, images, digits in ((IDX_FILES[0], train_images, train_digits), (IDX_FILES[2], test_images, test_digits)):

@@ -254,10 +254,9 @@ def _decode_png_or_jpeg(data: bytes) -> Pixels | str:
 
 
 def check_digits(digits: pa.Array, where: str, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
-    """The digits as int8[n]; `where` is their file or folder, and `rows` the index of each there.
+    """The digits as int8[n]; one that is null or outside 0..9 is a RequestError that names its row.
 
-    Raises:
-        RequestError: a digit is null or outside 0..9; names the row.
+    `where` is their file or folder, and `rows` the index of each there.
     """
     values, bad = decode_numbers(digits, DIGITS)
     if bad:

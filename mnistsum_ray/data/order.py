@@ -310,11 +310,7 @@ def row_checksums(row_ids: RowIds, images: npt.NDArray[np.uint8], digits: npt.ND
 
 
 def check_row_counts(rows: int, id_sum: int, expected_rows: int, expected_id_sum: int, where: str) -> None:
-    """Check that exactly the planned rows were seen, each once: their number, and the sum of their scrambled ids.
-
-    Raises:
-        RowCountError: rows were lost or repeated.
-    """
+    """Raise RowCountError unless the planned rows were seen, each once: by their number, and the sum of their scrambled ids."""
     if rows != expected_rows or (id_sum - expected_id_sum) % 2**64:
         counted = f"{rows:,} rows, where the plan has {expected_rows:,}" if rows != expected_rows else "other rows than planned"
         raise RowCountError(f"{where} saw {counted}: rows were lost or repeated, so this run cannot be trusted")

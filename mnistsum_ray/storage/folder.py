@@ -119,11 +119,7 @@ class OutputFolder:
 
 
 def empty_output(text: str) -> OutputFolder:
-    """Resolve `--output` of a command that writes only into an empty folder.
-
-    Raises:
-        RequestError: the folder holds files, or cannot be listed.
-    """
+    """Resolve `--output` of a command that writes only into an empty folder; others are a RequestError."""
     output = locate(text, "--output", output_base_folder())
     with refused("--output"):
         if output.files():
