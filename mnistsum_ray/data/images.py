@@ -1,7 +1,8 @@
 """Images and numbers in Arrow columns: which column types can hold them, and their values as NumPy arrays.
 
 Images: 784 integers in a list or a fixed-size list, 28x28 nested lists, an Arrow or Ray tensor, 784 raw bytes, PNG or JPEG bytes,
-or a struct around any of these bytes. Numbers: any integer type. A value that cannot be used gets a reason.
+or a struct around any of these bytes. Numbers: any integer type. Both may be dictionary-encoded. A value that cannot be used gets
+a reason.
 """
 
 import io
@@ -64,6 +65,8 @@ def image_type_error(kind: pa.DataType) -> str | None:
     if shape and None not in shape and not _is_shape_of_image(shape):
         return f"holds tensors of shape {list(shape)}, not [28, 28] or [784]"
     storage = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    if pa.types.is_dictionary(storage):
+        storage = storage.value_type
     if pa.types.is_struct(storage):
         field = _image_field(storage)
         if field is None:
@@ -81,7 +84,8 @@ def image_type_error(kind: pa.DataType) -> str | None:
 
 def number_type_error(kind: pa.DataType) -> str | None:
     """Why a column of this type cannot hold numbers; None where it can."""
-    if pa.types.is_integer(kind) or pa.types.is_null(kind):
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_integer(values) or pa.types.is_null(values):
         return None
     return f"has type {kind}, not an integer type"
 
@@ -109,6 +113,8 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[npt.NDArray[
 
     They are int64[n]; and row -> reason for each value outside 0..count - 1, in whose place is a zero.
     """
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
     if pa.types.is_null(column.type):
         column = column.cast(pa.int64())
     missing = column.is_null().to_numpy(zero_copy_only=False)
@@ -127,6 +133,8 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     null, bad = "the image is null; fill it in or drop the row", dict[int, str]()
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
     if pa.types.is_struct(column.type):
         field = _image_field(column.type)
         null = f"the image, or its field {field!r}, is null; put the picture itself into it, or drop the row"
