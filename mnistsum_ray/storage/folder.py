@@ -59,8 +59,7 @@ class OutputFolder:
                 with place.filesystem.open_output_stream(place.path) as stream:
                     stream.write(data)
                 return
-            folder = Path(place.path).parent
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = _make_folder(Path(place.path).parent)
             partial = folder / f".mnistsum-{secrets.token_hex(8)}.partial"
             try:
                 with partial.open("wb") as file:
@@ -97,8 +96,7 @@ class OutputFolder:
                 source.filesystem.copy_file(source.path, place.path)
                 source.filesystem.delete_file(source.path)
                 return
-            folder = Path(place.path).parent
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = _make_folder(Path(place.path).parent)
             Path(source.path).rename(place.path)
             _sync_folder(folder)
 
@@ -129,6 +127,15 @@ def empty_output(text: str) -> OutputFolder:
 
 def _encoded(data: Data) -> bytes | pa.Buffer:
     return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode() if isinstance(data, dict) else data
+
+
+def _make_folder(folder: Path) -> Path:
+    """Make a folder and those above it that are missing; their entries survive a power cut, too."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+    return folder
 
 
 def _sync_folder(folder: Path) -> None:
