@@ -31,8 +31,8 @@ class Predictions:
     """Predictions of n rows."""
 
     values: Mapping[str, npt.NDArray[Any]]
-    """[n] each, by name. Of each head `pred_<head>`, the most likely class, int8, and `<head>_prob`, its probability, float32. If
-    labels were given also `<head>_nll` and `<head>_brier`, see `probability_losses`: float32, 0 for rows without a label."""
+    """[n] each, by name: of each head `pred_<head>` int8, the most likely class, and `<head>_prob` float32, its probability; with
+    labels also `<head>_nll` and `<head>_brier`, see `probability_losses`: float32, 0 for rows without a label."""
 
     @property
     def digit(self) -> npt.NDArray[np.int8]:

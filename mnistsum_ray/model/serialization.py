@@ -38,8 +38,7 @@ def copy_weights(model: TwoHeadCNN) -> Weights:
 def describe_model(
     weights: Weights, *, epoch: int, metrics: dict[str, dict[str, Any]], sum_head: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The description of a model: its weights, the epoch that they are from, the fields of `Metrics` of the splits `validation`
-    and `test`, and an entry on the fine-tuning of the sum head."""
+    """The description of weights: the epoch that they are from, `Metrics` by split, and an entry on the fine-tuning."""
     return {
         "format": MODEL_FORMAT,
         "network": "TwoHeadCNN",

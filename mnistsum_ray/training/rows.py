@@ -17,7 +17,7 @@ depends on nothing that a scheduler decides. Ray's `streaming_split` would drop 
 each epoch would cost its start-up each time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -201,9 +201,9 @@ def _side_by_side(pieces: list[Columns], steps: int) -> Columns:
 
 
 class EvaluationSet:
-    """Held-out rows, undistorted and without numbers: those of one rank as batches on its device, and their digit scores.
+    """Held-out rows, undistorted and without numbers: those of one rank as batches on its device, with their digit scores.
 
-    `network` computes digit scores [n, 10] of images uint8[n, 28, 28].
+    Each row belongs to one rank. `network` computes digit scores [n, 10] of images uint8[n, 28, 28].
     """
 
     def __init__(
@@ -223,26 +223,23 @@ class EvaluationSet:
         self._network = network
         self._indices = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
         self._resident = list(self._read()) if len(rows) <= _RESIDENT_ROWS else None
-        self._scores: dict[torch.Tensor, torch.Tensor] = {}
-        """Digit scores by images, of resident batches."""
+        self._digit_scores: list[torch.Tensor] = []
+        """Those of resident batches, as far as they have been computed."""
 
-    @property
-    def batches(self) -> Iterable[Batch]:
-        """Batches of the rank's rows; each row belongs to one rank."""
-        return self._read() if self._resident is None else self._resident
-
-    def digit_scores(self, batch: Batch) -> torch.Tensor:
-        """Digit scores [n, 10] of one of the batches; those of resident rows are computed once, until `forget_scores`."""
-        images = batch["image"]
+    def with_digit_scores(self) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Batches with their digit scores [n, 10]. Those of resident rows are computed once, until `forget_scores`."""
         if self._resident is None:
-            return self._network(images)
-        if images not in self._scores:
-            self._scores[images] = self._network(images)
-        return self._scores[images]
+            for batch in self._read():
+                yield batch, self._network(batch["image"])
+            return
+        for index, batch in enumerate(self._resident):
+            if index == len(self._digit_scores):
+                self._digit_scores.append(self._network(batch["image"]))
+            yield batch, self._digit_scores[index]
 
     def forget_scores(self) -> None:
         """Forget the digit scores: the weights have changed."""
-        self._scores.clear()
+        self._digit_scores.clear()
 
     def _read(self) -> Iterator[Batch]:
         return _ahead(self._on_device(), threads=len(self.rows) > _RESIDENT_ROWS)

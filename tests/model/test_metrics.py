@@ -49,7 +49,8 @@ def rows() -> LabelledRows:
 def scored(model: TwoHeadCNN, rows: LabelledRows) -> ScoredRows:
     """In three batches."""
     batches = [{name: values[start : start + 128] for name, values in rows.items()} for start in range(0, ROWS, 128)]
-    return list(score_rows(model, lambda batch: model.digit_scores(prepare_images(batch["image"])), batches))
+    with torch.no_grad():
+        return list(score_rows(model, [(batch, model.digit_scores(prepare_images(batch["image"]))) for batch in batches]))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def metrics(scored: ScoredRows) -> Metrics:
 
 @pytest.fixture(scope="module")
 def analysis(scored: ScoredRows) -> dict[str, Any]:
-    return analyse_errors(scored)
+    return analyse_errors(scored, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def test_metrics_equal_a_plain_computation_over_all_pairs(model: TwoHeadCNN, row
 def test_lost_and_repeated_rows_are_errors(ids: list[int]) -> None:
     counts = AnswerCounts(torch.device("cpu"))
     batch = {"digit": torch.zeros(len(ids), dtype=torch.int64), "row_id": torch.tensor(ids)}
-    for rows, scores in score_rows(TwoHeadCNN(), lambda batch: torch.zeros(len(ids), 10), [batch]):
+    for rows, scores in score_rows(TwoHeadCNN(), [(batch, torch.zeros(len(ids), 10))]):
         counts.add(rows, scores)
     with pytest.raises(RowCountError, match="lost or repeated"):
         counts.metrics(3, 0 + 1 + 2)

@@ -83,11 +83,3 @@ def test_weight_decay_is_decoupled_from_the_gradient() -> None:
     for name, share in {"conv4.weight": 1.0, "conv7.weight": 0.15, "fc2.weight": 0.75}.items():
         difference = plain.get_parameter(name) - decayed.get_parameter(name)
         torch.testing.assert_close(difference, 0.02 * share * 0.5 * before[name], rtol=1e-3, atol=1e-6)
-
-
-def test_every_parameter_has_one_optimizer() -> None:
-    model = TwoHeadCNN()
-    groups = MuonAdamW(model, 0.0, torch.float32).param_groups
-    updated = [parameter for group in groups for parameter in group["params"]]
-    assert len(updated) == len(set(updated))
-    assert set(updated) == set(model.parameters())

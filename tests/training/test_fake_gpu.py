@@ -161,10 +161,10 @@ def test_ddp_is_not_compiled_to_graphs(gpu: Callable[..., Any]) -> None:
 
 
 def evaluate() -> None:
-    model, counts = TwoHeadCNN().to(CUDA).eval(), AnswerCounts(CUDA)
-    with Launches():
-        for batch, scores in score_rows(model, lambda batch: model.digit_scores(prepare_images(batch["image"])), [rows(5)]):
-            counts.add(batch, scores)
+    model, counts, batch = TwoHeadCNN().to(CUDA).eval(), AnswerCounts(CUDA), rows(5)
+    with Launches(), torch.no_grad():
+        for scored, scores in score_rows(model, [(batch, model.digit_scores(prepare_images(batch["image"])))]):
+            counts.add(scored, scores)
 
 
 def test_evaluation(gpu: Callable[..., Any]) -> None:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.order import RowRanges, check_row_counts, mix_ids, row_checksums
 from mnistsum_ray.errors import RowCountError
+from mnistsum_ray.model.collectives import broadcast_parameters
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.serialization import Weights, copy_weights
 from mnistsum_ray.storage.paths import locate
@@ -119,7 +120,12 @@ def train_on(folder: Path, rank: int, world_size: int, steps: range) -> Weights:
         dist.barrier()  # all have read the checkpoint
         if rank == 0:
             save_checkpoint(folder, TrainerState(0, [], "fp32", EpochProgress(steps.stop)), trainer.model, trainer.optimizer)
-        return copy_weights(trainer.model)
+        weights = copy_weights(trainer.model)
+        for parameter in trainer.model.parameters():
+            parameter.data += rank
+        broadcast_parameters(trainer.model.parameters())
+        assert all(torch.equal(value, weights[name]) for name, value in copy_weights(trainer.model).items())
+        return weights
     finally:
         dist.destroy_process_group()
 
