@@ -33,7 +33,7 @@ LabelledRows = dict[str, Tensor]
 """Rows on the model's device: `image` uint8[n, 28, 28], `digit` int64[n] in 0..9, and `row_id` int64[n]."""
 
 Metrics = dict[str, float]
-"""Of rows, each paired with all ten numbers: `rows`, `pairs`, `loss` (mean over the pairs and the heads of the cross-entropy, in
+"""Metrics of rows, each paired with all ten numbers: `rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in
 nats), `<head>_accuracy` of each head, and `consistency` (share of the pairs whose predicted sum is the predicted digit plus the
 number)."""
 

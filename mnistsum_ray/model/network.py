@@ -6,6 +6,8 @@ conv5 64->64 conv6 64->128 conv7 128->10  7 -> 1      3x3, no padding: ten digit
 fc1 20->128  fc2 128->19                              on [digit scores, one-hot number]: nineteen sum scores
 """
 
+import math
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -16,8 +18,6 @@ from torch.func import functional_call
 from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM
-
-PARAMETERS: Final = 220_125
 
 Scores = tuple[Tensor, ...]
 """Logits by head, in the order of HEADS: [n, classes] each."""
@@ -41,6 +41,12 @@ def to_channels_last(images: Tensor) -> Tensor:
     `Tensor.contiguous` would find nothing to do with one channel, and the convolutions would run in the slow layout.
     """
     return images.unsqueeze(3).permute(0, 3, 1, 2)
+
+
+def split_views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Views of these shapes, one after the other."""
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes])
+    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def pixel_places(device: torch.device) -> Tensor:
@@ -179,7 +185,7 @@ class Objective(nn.Module):
         self.model = model
         self.label_smoothing = label_smoothing
         self.dtype = dtype
-        """That to compute in, by autocast; parameters and gradients are float32."""
+        """Type of the computation, by autocast; parameters and gradients are float32."""
 
     def forward(self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor]:
         """The `joint_loss` of prepared images with numbers and digits int64[n], and `dropout_factors`."""
@@ -193,11 +199,10 @@ class Objective(nn.Module):
     def _cast_parameters(self) -> dict[str, Tensor]:
         """The parameters in bfloat16, cast together: autocast takes two launches for each, with that of its gradient."""
         parameters = dict(self.model.named_parameters())
-        # As they lie in memory, so that no element moves: channels last.
+        # They are cast in the order of their memory, channels last, so that no element moves.
         values = [value.movedim(1, -1) if value.dim() == 4 else value for value in parameters.values()]
         flat = torch.cat([value.reshape(-1) for value in values]).to(self.dtype)
-        split = torch.split(flat, [value.numel() for value in values])
-        cast = [part.view(value.shape) for part, value in zip(split, values, strict=True)]
+        cast = split_views(flat, [value.shape for value in values])
         return {name: part.movedim(-1, 1) if part.dim() == 4 else part for name, part in zip(parameters, cast, strict=True)}
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.network import TwoHeadCNN, split_views
 
 _WARM_UP: Final = 0.2
 """Share of the steps in which the learning rate rises."""
@@ -68,7 +68,7 @@ class Muon:
         self._stacked = matrices[0].new_zeros(sum(map(math.prod, shapes)))
         # Place of each element in the stacks, where tall matrices are transposed. All elements are copied in one launch.
         places = []
-        for matrix, place in zip(matrices, _split(torch.arange(len(self._stacked)), shapes), strict=True):
+        for matrix, place in zip(matrices, split_views(torch.arange(len(self._stacked)), shapes), strict=True):
             rows, columns = matrix.shape
             places.append((place if rows <= columns else place.T)[:rows, :columns].reshape(-1))
         self._places = torch.cat(places).to(self._stacked.device)
@@ -81,20 +81,14 @@ class Muon:
         gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])
         self._momentum.lerp_(gradient, 1 - self._share)
         self._stacked.index_copy_(0, self._places, gradient.lerp_(self._momentum, self._share))
-        stacks = _split(self._stacked.to(self._dtype), self._stacks)
+        stacks = split_views(self._stacked.to(self._dtype), self._stacks)
         steps = torch.cat([orthogonalize(stack).view(-1) for stack in stacks]).float()
         updates = self._of_matrices(steps.index_select(0, self._places))
         torch._foreach_mul_(self._matrices, 1 - learning_rate * self._weight_decay)
         torch._foreach_add_(self._matrices, torch._foreach_mul(updates, [-learning_rate * rate for rate in self._rates]))
 
     def _of_matrices(self, flat: Tensor) -> list[Tensor]:
-        return _split(flat, [matrix.shape for matrix in self._matrices])
-
-
-def _split(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Views of these shapes, one after the other."""
-    parts = torch.split(flat, [math.prod(shape) for shape in shapes])
-    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+        return split_views(flat, [matrix.shape for matrix in self._matrices])
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

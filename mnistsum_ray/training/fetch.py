@@ -37,7 +37,7 @@ _FILES_NAMED: Final = 3
 Columns = dict[str, np.ndarray]
 
 RowData = ImageArrays | ParquetFiles
-"""What workers fetch rows from, with their method `fetch`: arrays in the object store, or files."""
+"""Arrays in the object store, or files: workers fetch rows from them with the method `fetch`."""
 
 
 @dataclass(frozen=True)

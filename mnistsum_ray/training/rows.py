@@ -47,7 +47,7 @@ Batch = dict[str, torch.Tensor]
 
 _TASK_ROWS: Final = 32_768
 """Most rows of a task, except where a chunk of a GPU is one task: a task costs 20 ms beside its rows, and one that reads files
-reads up to two row groups in part. On CPUs also the rows that become tensors at once, 26 MB."""
+reads up to two row groups that it needs only some rows of. On CPUs also the rows that become tensors at once, 26 MB."""
 
 _GPU_CHUNK_ROWS: Final = 65_536
 """Rows that are put on a GPU at once. A loop that launches ten thousand kernels a second has no time for fewer."""
@@ -128,7 +128,7 @@ class TrainingRows:
     def _on_device(self) -> Iterator[tuple[range, Batch]]:
         """Some steps at a time, and their rows."""
         blocks = self._blocks()
-        # Of a last batch with fewer rows than workers.
+        # The last batch of an epoch may have fewer rows than there are workers.
         no_rows = block_columns(ReadRows(self.data, self.shuffle, self.distortion).rows(0, np.empty(0, np.int64), 0))
         for _, steps in self.step_ranges():
             columns = [next(blocks) if self.shuffle.count(steps, mine) else no_rows for mine in self.position_ranges]
@@ -224,7 +224,7 @@ class EvaluationSet:
         self._indices = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
         self._resident = list(self._read()) if len(rows) <= _RESIDENT_ROWS else None
         self._digit_scores: list[torch.Tensor] = []
-        """Those of resident batches, as far as they have been computed."""
+        """Digit scores of the resident batches that have been scored."""
 
     def with_digit_scores(self) -> Iterator[tuple[Batch, torch.Tensor]]:
         """Batches with their digit scores [n, 10]. Those of resident rows are computed once, until `forget_scores`."""

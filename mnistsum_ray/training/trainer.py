@@ -35,8 +35,8 @@ _CURVE_POINTS: Final = 100
 class EpochCounter:
     """Loss, rows, row ids and checksums of an epoch, kept on the device and summed over the workers now and then.
 
-    Rank 0 counts the part of the epoch that a checkpoint holds, `before`. For streamed rows `end_ids` int64[files] are the row
-    ids after the last row of each file.
+    Rank 0 also counts the steps that a checkpoint holds, `before`. For streamed rows `end_ids` int64[files] are the row ids after
+    the last row of each file.
     """
 
     def __init__(self, before: EpochProgress, steps: int, worker: Worker, end_ids: Tensor | None = None) -> None:
@@ -197,7 +197,7 @@ class Trainer:
         return reported
 
     def dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
-        """This worker's part of the dropout of the global batch of so many rows, which is the same for any number of workers."""
+        """Dropout of this worker's rows of the global batch of so many rows; that of the batch is the same for any workers."""
         if not self.hyperparameters.dropout:
             return None
         seed = step_seed(self.hyperparameters.seed, epoch, step, RandomStream.DROPOUT)

@@ -59,14 +59,14 @@ class Worker:
     world_size: int
     device: torch.device
     cpus: int
-    """This worker's part of the CPUs of its node."""
+    """CPUs of the node, divided by its workers."""
     events: EventSender
 
     @classmethod
     def set_up(cls, events: Queue, threads: int | None) -> "Worker":
         """Set up this process as a training worker: exact float32 on GPUs; threads, determinism and memory on CPUs.
 
-        `threads` are those of the run; None: this worker's part of the CPUs of its node.
+        `threads` are those of the run; None: as many as `cpus`.
         """
         context = ray.train.get_context()
         device = ray.train.torch.get_device()

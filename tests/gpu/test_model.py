@@ -32,8 +32,7 @@ from tests.model.test_sum_head import confident_scores, consistency
 CPU = torch.device("cpu")
 ROWS = 64
 
-gpu = pytest.mark.gpu
-each_device = pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=gpu)], ids=str)
+pytestmark = pytest.mark.gpu
 
 
 def make_model(device: torch.device) -> TwoHeadCNN:
@@ -84,16 +83,14 @@ def check_trained_alike(ours: Weights, theirs: Weights) -> None:
         assert (ours[name] - theirs[name]).norm() < 0.02 * (theirs[name] - start).norm(), name
 
 
-@each_device
-def test_float32_is_float32(device: torch.device) -> None:
+def test_float32_is_float32() -> None:
     images, _, numbers = random_rows(256)
     exact = [scores.detach() for scores in make_model(CPU).double()(prepare_images(images).double(), numbers)]
-    ours = make_model(device)(prepare_images(images.to(device)), numbers.to(device))
+    ours = make_model(CUDA)(prepare_images(images.to(CUDA)), numbers.to(CUDA))
     for scores, expected in zip(ours, exact, strict=True):
         assert (scores.detach().cpu().double() - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@gpu
 def test_three_steps_are_those_of_the_cpu() -> None:
     trained = [Training(device) for device in (CUDA, CPU)]
     for training in trained:
@@ -101,7 +98,6 @@ def test_three_steps_are_those_of_the_cpu() -> None:
     check_trained_alike(*(copy_weights(training.model) for training in trained))
 
 
-@gpu
 @pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=two_gpus)])  # NCCL refuses two ranks on one card
 def test_two_ranks_train_as_one(backend: str, tmp_path: Path) -> None:
     spawn(train_rank, (backend, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
@@ -127,11 +123,10 @@ def train_rank(rank: int, backend: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@each_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_empty_share_has_gradients_of_zero(device: torch.device, dtype: torch.dtype) -> None:
-    model = make_model(device)
-    images, digits, numbers = (values.to(device) for values in random_rows(0))
+def test_an_empty_share_has_gradients_of_zero(dtype: torch.dtype) -> None:
+    model = make_model(CUDA)
+    images, digits, numbers = (values.to(CUDA) for values in random_rows(0))
     loss, _ = Objective(model, 0.05, dtype)(prepare_images(images), numbers, digits, None)
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -139,7 +134,6 @@ def test_an_empty_share_has_gradients_of_zero(device: torch.device, dtype: torch
         assert not parameter.grad.any(), name
 
 
-@gpu
 def test_a_checkpoint_goes_to_the_cpu_and_back(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="checkpoints are reported to Ray Train")
     from mnistsum_ray.storage.paths import locate
@@ -170,7 +164,6 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(tmp_path: Path) -> None:
         assert torch.allclose(value, after[name], atol=1e-6), f"{name}: a step after the checkpoint is another"
 
 
-@gpu
 @pytest.mark.parametrize("rows", [64, 128, 256, 1024])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_the_profile_of_a_step(dtype: torch.dtype, rows: int) -> None:
@@ -194,7 +187,6 @@ def test_the_profile_of_a_step(dtype: torch.dtype, rows: int) -> None:
     assert launches < 250, "125 operations, some of which are two kernels"
 
 
-@gpu
 def test_finetuning_takes_a_second_and_makes_the_sums_consistent() -> None:
     model, scores = make_model(CUDA), confident_scores(1000, 0).to(CUDA)
     finetune_sum_head(model, scores, 60, seed=3)
@@ -208,13 +200,12 @@ def test_finetuning_takes_a_second_and_makes_the_sums_consistent() -> None:
     report("2,000 steps of fine-tuning", seconds=seconds)
 
 
-@each_device
 @pytest.mark.parametrize(("precision", "most_different", "tolerance"), [("fp32", 0, 1e-4), ("bf16", 50, 0.05)])
-def test_predictions_are_those_of_the_cpu(device: torch.device, precision: str, most_different: int, tolerance: float) -> None:
+def test_predictions_are_those_of_the_cpu(precision: str, most_different: int, tolerance: float) -> None:
     images, digits, numbers = (values.numpy() for values in random_rows(1_000))
     weights = copy_weights(make_model(CPU))
     exact = Predictor(weights, CPU, "fp32", 50).predict(images, numbers, digits)
-    predictor = Predictor(weights, device, precision, None)
+    predictor = Predictor(weights, CUDA, precision, None)
     ours = predictor.predict(images, numbers, digits)
     for name in ("pred_digit", "pred_sum"):
         assert np.count_nonzero(ours.values[name] != exact.values[name]) <= most_different
@@ -223,7 +214,6 @@ def test_predictions_are_those_of_the_cpu(device: torch.device, precision: str, 
     assert len(predictor.predict(images[:0], numbers[:0]).digit) == 0
 
 
-@gpu
 def test_a_compiled_step_is_recorded_once_and_nothing_is_left_out() -> None:
     counters.clear()
     model = make_model(CUDA)
