@@ -1,6 +1,5 @@
 """Batched prediction: types, and the same bits in any batch, thread and memory."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,14 +10,6 @@ from mnistsum_ray.model import int8
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.serialization import copy_weights
 from tests.model import new_model, random_rows
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """A Predictor sets the number of threads for the process."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def predictor(precision: str = "fp32", batch_size: int = 16, maxima: list[float] | None = None) -> Predictor:

@@ -1,7 +1,5 @@
 """Fine-tuning teaches the sum head the distribution of digit + number, and changes nothing else."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,11 +11,8 @@ ROWS = 1000
 
 
 @pytest.fixture
-def model() -> Iterator[TwoHeadCNN]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a run fine-tunes: two take nearly twice as long for steps as small as these
-    yield new_model()
-    torch.set_num_threads(threads)
+def model() -> TwoHeadCNN:
+    return new_model()
 
 
 def confident_scores(rows: int, seed: int) -> torch.Tensor:
