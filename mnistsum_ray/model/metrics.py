@@ -37,16 +37,13 @@ Metrics = dict[str, float]
 nats), `<head>_accuracy` of each head, and `consistency` (share of the pairs whose predicted sum is the predicted digit plus the
 number)."""
 
-DigitScoredRows = Iterable[tuple[LabelledRows, Tensor]]
-"""Batches with their digit scores [n, 10], in any precision."""
-
 ScoredRows = Iterable[tuple[LabelledRows, Scores]]
 """Batches with their scores by head: float32[n, k, classes], where k is 10 if the answer depends on the number, and else 1."""
 
 
 @torch.no_grad()
-def score_rows(model: TwoHeadCNN, rows: DigitScoredRows) -> Iterator[tuple[LabelledRows, Scores]]:
-    """The batches with the scores of all heads."""
+def score_rows(model: TwoHeadCNN, rows: Iterable[tuple[LabelledRows, Tensor]]) -> Iterator[tuple[LabelledRows, Scores]]:
+    """Batches with the scores of all heads, of batches with digit scores [n, 10] in any precision."""
     for batch, digit_scores in rows:
         # The other heads, a thousandth of the work, run in float32, also where the convolutions run in bfloat16.
         yield batch, model.scores_of_all_numbers(digit_scores.float())

@@ -117,7 +117,8 @@ class TrainingRows:
 
     def batches(self) -> Iterator[Batch]:
         """The rows of each step, in the order of the positions."""
-        for steps, chunk in _ahead(self._on_device(), threads=self.device.type == "cuda"):
+        chunks = self._on_device()
+        for steps, chunk in _ahead(chunks) if self.device.type == "cuda" else chunks:
             chunk |= {"mixed_id": mix_ids(chunk["row_id"])}
             start = 0
             for step in steps:
@@ -242,7 +243,8 @@ class EvaluationSet:
         self._digit_scores.clear()
 
     def _read(self) -> Iterator[Batch]:
-        return _ahead(self._on_device(), threads=len(self.rows) > _RESIDENT_ROWS)
+        batches = self._on_device()
+        return _ahead(batches) if len(self.rows) > _RESIDENT_ROWS else batches
 
     def _on_device(self) -> Iterator[Batch]:
         size = _GPU_EVALUATION_BATCH if self._device.type == "cuda" else _EVALUATION_BATCH
@@ -257,11 +259,8 @@ class EvaluationSet:
                 yield {name: array_to_device(values[start : start + size], self._device) for name, values in columns.items()}
 
 
-def _ahead(items: Iterator[T], *, threads: bool) -> Iterator[T]:
-    """The items; with `threads` each is made, in another thread, while the one before it is used."""
-    if not threads:
-        yield from items
-        return
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each of which is made, in another thread, while the one before it is used."""
     done = object()
     with ThreadPoolExecutor(1) as maker:
         upcoming: Future[Any] = maker.submit(next, items, done)

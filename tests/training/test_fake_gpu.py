@@ -180,7 +180,7 @@ def finetune(steps: int) -> float:
 
 
 def test_finetuning_launches_few_kernels_a_step(gpu: Callable[..., Any]) -> None:
-    assert gpu(finetune, 100) < 30
+    assert gpu(finetune, 50) < 30
 
 
 def infer(precision: str) -> list[tuple[int, ...]]:
