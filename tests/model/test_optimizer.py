@@ -83,3 +83,10 @@ def test_weight_decay_is_decoupled_from_the_gradient() -> None:
     for name, share in {"conv4.weight": 1.0, "conv7.weight": 0.15, "fc2.weight": 0.75}.items():
         difference = plain.get_parameter(name) - decayed.get_parameter(name)
         torch.testing.assert_close(difference, 0.02 * share * 0.5 * before[name], rtol=1e-3, atol=1e-6)
+
+
+def test_hidden_weights_that_muon_would_train_a_copy_of_are_refused() -> None:
+    model = new_model()
+    model.conv3.weight.data = model.conv3.weight.data.contiguous()  # not channels last
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        MuonAdamW(model, 0.0, torch.float32)
