@@ -1,8 +1,7 @@
 """Temperature scaling of the heads (Guo et al., "On Calibration of Modern Neural Networks", 2017), folded into the weights.
 
 The scores (logits) of a head are divided by its temperature before softmax: that changes the probabilities, and not the predicted
-classes. Dividing the weights of the layer that computes the scores does the same, so no user of the network needs to know the
-temperatures.
+classes. Dividing the weights of the last layer does the same, so no user of the network needs to know the temperatures.
 """
 
 import math
@@ -47,8 +46,8 @@ def fold_temperatures(model: TwoHeadCNN, temperatures: Mapping[str, float]) -> N
     for name, layer in model.last_layers.items():
         for parameter in layer.parameters():
             parameter.div_(temperatures[name])
-    # The sum head still reads the digit scores as they were.
-    model.fc1.weight[:, : DIGIT.classes] *= temperatures[DIGIT.name]
+    for reader in model.digit_readers:  # they still read the digit scores as they were
+        reader.weight[:, : DIGIT.classes] *= temperatures[DIGIT.name]
 
 
 def fit_temperature(scores: Tensor, classes: Tensor) -> float:

@@ -25,7 +25,7 @@ DIGIT: Final = Head("digit", DIGITS, lambda digits, numbers: digits)
 SUM: Final = Head("sum", DIGITS + NUMBERS - 1, lambda digits, numbers: digits + numbers)
 
 HEADS: Final = (DIGIT, SUM)
-"""In the order of the network's outputs."""
+"""All heads, in the order of the network's outputs."""
 
 PREDICTION_FIELDS: Final = pa.schema(
     [field for head in HEADS for field in ((f"pred_{head.name}", pa.int8()), (f"{head.name}_prob", pa.float32()))]

@@ -17,7 +17,7 @@ from mnistsum_ray.model.metrics import probability_losses
 from mnistsum_ray.model.network import Scores, TwoHeadCNN, prepare_images
 
 CPU_BATCH: Final = 256
-"""In `jobs/score.py` on two cores 3 to 7 % faster than 64, and as fast as larger batches."""
+"""Rows of a forward pass on CPUs: 3 to 7 % faster than 64 in `jobs/score.py` on two cores, and as fast as more."""
 GPU_BATCH: Final = 2048
 
 Numbers = npt.NDArray[np.int64]
@@ -31,8 +31,8 @@ class Predictions:
     """Predictions of n rows."""
 
     values: Mapping[str, npt.NDArray[Any]]
-    """[n] each, by name. Of each head `pred_<head>`, the most likely class, int8, and `<head>_prob`, its probability, float32. If
-    labels were given also `<head>_nll` and `<head>_brier`, see `probability_losses`: float32, 0 for rows without a label."""
+    """[n] each, by name: of each head `pred_<head>` int8, the most likely class, and `<head>_prob` float32, its probability; with
+    labels also `<head>_nll` and `<head>_brier`, see `probability_losses`: float32, 0 for rows without a label."""
 
     @property
     def digit(self) -> npt.NDArray[np.int8]:
@@ -41,7 +41,7 @@ class Predictions:
 
     @property
     def digit_prob(self) -> npt.NDArray[np.float32]:
-        """Its probability, float32[n]."""
+        """Probability of that digit, float32[n]."""
         return self.values["digit_prob"]
 
     @property
@@ -51,7 +51,7 @@ class Predictions:
 
     @property
     def sum_prob(self) -> npt.NDArray[np.float32]:
-        """Its probability, float32[n]."""
+        """Probability of that sum, float32[n]."""
         return self.values["sum_prob"]
 
     def columns(self, numbers: Numbers) -> list[npt.NDArray[Any]]:

@@ -13,7 +13,6 @@ from math import inf
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mnistsum_ray.data.order import NUMBERS
@@ -97,28 +96,25 @@ def int8_digit_scores(model: TwoHeadCNN, maxima: Sequence[float]) -> Callable[[T
 @torch.inference_mode()
 def activation_maxima(model: TwoHeadCNN, images: Tensor) -> list[float]:
     """Largest output of each of the first six convolutions over uint8[n, 28, 28]: four digits, so that most CPUs agree."""
-    maxima = [1e-6] * len(model.convolutions)
-    for start in range(0, len(images), _BATCH):
-        x = prepare_images(images[start : start + _BATCH])
-        for index, layer in enumerate(model.convolutions):
-            x = F.relu(layer(x))
-            maxima[index] = max(maxima[index], x.max().item())
-            if index in (1, 3):
-                x = F.max_pool2d(x, 2)
-    return [float(f"{value:.4g}") for value in maxima]
+    maxima = dict.fromkeys(model.convolutions, 1e-6)
+
+    def keep(layer: torch.nn.Conv2d, _: Any, output: Tensor) -> None:
+        maxima[layer] = max(maxima[layer], output.max().item())
+
+    hooks = [layer.register_forward_hook(keep) for layer in maxima]
+    for batch in torch.split(images, _BATCH):
+        model.digit_scores(prepare_images(batch))
+    for hook in hooks:
+        hook.remove()
+    return [float(f"{value:.4g}") for value in maxima.values()]
 
 
 @torch.no_grad()
 def quantize(
     model: TwoHeadCNN, training_images: Tensor, scored: ScoredRows, on_progress: Callable[[int], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Calibrate a model on the CPU on training rows uint8[n, 28, 28], and compare its answers on test rows with `scored`.
-
-    Args:
-        model: in float32.
-        training_images: at most the first CALIBRATION_ROWS are used.
-        scored: test rows, with their scores in the precision that the model was trained in.
-        on_progress: called with the number of rows done since the last call.
+    """Calibrate a model on the CPU on training rows uint8[n, 28, 28], at most the first CALIBRATION_ROWS, and compare its answers
+    on test rows with `scored`, which is in the precision that it was trained in.
 
     Returns:
         The entry `int8` of model.json: `maxima`, `calibration_rows`, `test_pairs`, and by head `<head>_accuracy` with int8 and

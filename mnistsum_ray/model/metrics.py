@@ -33,7 +33,7 @@ LabelledRows = dict[str, Tensor]
 """Rows on the model's device: `image` uint8[n, 28, 28], `digit` int64[n] in 0..9, and `row_id` int64[n]."""
 
 Metrics = dict[str, float]
-"""Of rows, each paired with all ten numbers: `rows`, `pairs`, `loss` (mean over the pairs and the heads of the cross-entropy, in
+"""Metrics of rows, each paired with all ten numbers: `rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in
 nats), `<head>_accuracy` of each head, and `consistency` (share of the pairs whose predicted sum is the predicted digit plus the
 number)."""
 
@@ -42,13 +42,11 @@ ScoredRows = Iterable[tuple[LabelledRows, Scores]]
 
 
 @torch.no_grad()
-def score_rows(
-    model: TwoHeadCNN, digit_scores: Callable[[LabelledRows], Tensor], batches: Iterable[LabelledRows]
-) -> Iterator[tuple[LabelledRows, Scores]]:
-    """The batches with the scores of all heads; `digit_scores` are [n, 10] of a batch, in any precision."""
-    for batch in batches:
+def score_rows(model: TwoHeadCNN, rows: Iterable[tuple[LabelledRows, Tensor]]) -> Iterator[tuple[LabelledRows, Scores]]:
+    """Batches with the scores of all heads, of batches with digit scores [n, 10] in any precision."""
+    for batch, digit_scores in rows:
         # The other heads, a thousandth of the work, run in float32, also where the convolutions run in bfloat16.
-        yield batch, model.scores_of_all_numbers(digit_scores(batch).float())
+        yield batch, model.scores_of_all_numbers(digit_scores.float())
 
 
 def true_classes(digits: Tensor) -> list[Tensor]:
@@ -107,8 +105,8 @@ class AnswerCounts:
 
 
 def probability_losses(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods in nats and Brier scores (squared distances between the probabilities and the one-hot truth) of
-    logits [n, classes] with true classes int64[n]: float32[n] each."""
+    """Negative log-likelihoods in nats, and Brier scores (squared distances between the probabilities and the one-hot truth):
+    float32[n] each, of logits [n, classes] with true classes int64[n]."""
     log_probabilities = scores.log_softmax(1)
     nll = -log_probabilities.gather(1, labels[:, None]).squeeze(1)
     brier = log_probabilities.exp().square().sum(1) - 2 * torch.exp(-nll) + 1
@@ -117,8 +115,7 @@ def probability_losses(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Reliability:
-    """Sums over rows that the probability metrics of a head are computed from. The bins are by the probability of the predicted
-    class."""
+    """Sums over rows for the probability metrics of a head. Bins are by the probability of the predicted class."""
 
     nll: float = 0.0
     """Sum of the negative log-likelihoods of the true classes, in nats."""
@@ -133,7 +130,7 @@ class Reliability:
 
     @classmethod
     def from_predictions(cls, probability: Floats, right: npt.NDArray[np.bool_], nll: Floats, brier: Floats) -> "Reliability":
-        """Sum over n rows: of each the probability of the predicted class, whether it is right, and its `probability_losses`."""
+        """Sum over n rows: the probability of the predicted class, whether it is right, and the `probability_losses`."""
         bins = np.minimum((probability * RELIABILITY_BINS).astype(np.int64), RELIABILITY_BINS - 1)
         return cls(
             nll=float(nll.sum(dtype=np.float64)),
@@ -169,26 +166,24 @@ class Reliability:
         return {**self.metrics(), "reliability": vars(self)}
 
 
-def analyse_errors(scored: ScoredRows, on_progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-    """Count the errors on rows; `on_progress` is called with the number of rows done since the last call.
+def analyse_errors(
+    scored: ScoredRows, device: torch.device, on_progress: Callable[[int], None] = lambda _: None
+) -> dict[str, Any]:
+    """The entry `error_analysis` of manifest.json: errors on rows, which are on the device.
 
-    Returns:
-        The entry `error_analysis` of manifest.json. `confusion`: rows by true digit d and predicted digit p, [d][p].
-        `sums_right`: rows with digit d whose sum with number k is predicted right, [d][k]. `mistakes`: see `_mistakes`, at most
-        MAX_MISTAKES, the most confident first. `consistent`: share of the pairs whose predicted sum is the predicted digit plus
-        the number. `probabilities`: `Reliability.as_json` by head.
+    `confusion`: rows by true digit d and predicted digit p, [d][p]. `sums_right`: rows with digit d whose sum with number k is
+    predicted right, [d][k]. `mistakes`: see `_mistakes`, at most MAX_MISTAKES, the most confident first. `consistent`: share of
+    the pairs whose predicted sum is the predicted digit plus the number. `probabilities`: `Reliability.as_json` by head.
     """
-    counts: AnswerCounts | None = None
+    counts = AnswerCounts(device)
     reliability = {head.name: Reliability() for head in HEADS}
     mistakes: list[dict[str, Any]] = []
     for batch, scores in scored:
-        counts = counts or AnswerCounts(batch["digit"].device)
         counts.add(batch, scores)
         for sums, logits, classes in zip(reliability.values(), scores, true_classes(batch["digit"]), strict=True):
             sums.add(Reliability.from_scores(logits, classes))
         mistakes += _mistakes(batch, scores)
         on_progress(len(batch["digit"]))
-    assert counts is not None, "there are test rows"
     return {
         "confusion": counts.confusion.tolist(),
         "sums_right": counts.right[HEADS.index(SUM)].tolist(),
@@ -206,29 +201,26 @@ def probability_metrics(analysis: dict[str, Any]) -> dict[str, Any]:
 
 
 def confidence(mistake: dict[str, Any]) -> float:
-    """Probability of the wrong answer: of the digit where it is wrong, otherwise of the sum."""
-    return float(mistake["digit_prob"] if mistake["pred_digit"] != mistake["digit"] else mistake["sum_prob"])
+    """Probability of the wrong answer: that of the first head that is wrong, in the order of HEADS."""
+    digit, number = mistake["digit"], mistake["number"]
+    wrong = (head.name for head in HEADS if mistake[f"pred_{head.name}"] != head.target(digit, number))
+    return float(mistake[f"{next(wrong)}_prob"])
 
 
 def _mistakes(batch: LabelledRows, scores: Scores) -> Iterator[dict[str, Any]]:
-    """The images with a wrong digit or sum, each with the number whose wrong sum is the most confident.
+    """The images with a wrong answer, each with the number whose wrong answer is the most confident.
 
     `row_id` is the row's number in the data source, `digit` the true digit.
     """
-    digit, row_id = batch["digit"].cpu().numpy(), batch["row_id"].cpu().numpy()
-    digit_head, sum_head, *_ = (logits.softmax(2).max(2) for logits in scores)
-    digit_prob, pred_digit = (values.squeeze(1).cpu().numpy() for values in digit_head)
-    sum_prob, pred_sum = (values.cpu().numpy() for values in sum_head)
-    right = pred_sum == SUM.target(digit[:, None], np.arange(NUMBERS))
-    numbers = np.where(right, 0, sum_prob).argmax(1)
-    for row in np.flatnonzero((pred_digit != digit) | ~right.all(1)):
+    digits, row_ids = batch["digit"].tolist(), batch["row_id"].tolist()
+    answers: dict[str, npt.NDArray[Any]] = {}
+    wrong = np.zeros((len(HEADS), len(digits), NUMBERS))  # probabilities of wrong answers
+    for index, (head, logits, truth) in enumerate(zip(HEADS, scores, true_classes(batch["digit"]), strict=True)):
+        probability, answer = (values.expand(-1, NUMBERS).cpu().numpy() for values in logits.softmax(2).max(2))
+        answers |= {f"pred_{head.name}": answer, f"{head.name}_prob": probability}
+        wrong[index] = np.where(answer == truth.cpu().numpy(), 0, probability)
+    numbers = wrong[1:].max(0).argmax(1)  # the first head, the digit's, answers alike with every number
+    for row in np.flatnonzero(wrong.any((0, 2))):
         number = int(numbers[row])
-        yield {
-            "row_id": int(row_id[row]),
-            "digit": int(digit[row]),
-            "number": number,
-            "pred_digit": int(pred_digit[row]),
-            "digit_prob": round(float(digit_prob[row]), 6),
-            "pred_sum": int(pred_sum[row, number]),
-            "sum_prob": round(float(sum_prob[row, number]), 6),
-        }
+        given = {name: round(values[row, number].item(), 6) for name, values in answers.items()}
+        yield {"row_id": row_ids[row], "digit": digits[row], "number": number, **given}

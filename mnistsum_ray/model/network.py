@@ -6,6 +6,8 @@ conv5 64->64 conv6 64->128 conv7 128->10  7 -> 1      3x3, no padding: ten digit
 fc1 20->128  fc2 128->19                              on [digit scores, one-hot number]: nineteen sum scores
 """
 
+import math
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -16,8 +18,6 @@ from torch.func import functional_call
 from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM
-
-PARAMETERS: Final = 220_125
 
 Scores = tuple[Tensor, ...]
 """Logits by head, in the order of HEADS: [n, classes] each."""
@@ -43,6 +43,12 @@ def to_channels_last(images: Tensor) -> Tensor:
     return images.unsqueeze(3).permute(0, 3, 1, 2)
 
 
+def split_views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Views of these shapes, one after the other."""
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes])
+    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def pixel_places(device: torch.device) -> Tensor:
     """The place (x, y, 1) of each pixel, x and y from -1 to 1: float32[3, 784]. What `F.affine_grid` makes anew each time."""
     middles = (torch.arange(SIDE, device=device) + 0.5) * (2 / SIDE) - 1
@@ -60,7 +66,11 @@ def distort(images: Tensor, matrices: Tensor, places: Tensor) -> Tensor:
 
 
 class TwoHeadCNN(nn.Module):
-    """The original's network: 220,125 trainable parameters."""
+    """The original's network: 220,125 trainable parameters.
+
+    Training, calibration and inference ask a network for `digit_scores` and `scores`, and for its layers by their part:
+    `hidden_weights`, `sum_parameters`, `digit_readers`, `last_layers`; int8 inference also for `convolutions`, and for conv7.
+    """
 
     one_hot: Tensor
     """Row k is the one-hot vector of number k."""
@@ -87,7 +97,7 @@ class TwoHeadCNN(nn.Module):
 
         PyTorch's default weights are smaller. With them the sum head is at 34 % after three epochs on the sample, against 47 %.
         """
-        for weight in (*(convolution.weight for convolution in self.convolutions), self.fc1.weight):
+        for weight in (self.conv1.weight, *self.hidden_weights):
             nn.init.kaiming_normal_(weight, nonlinearity="relu")
         for layer in self.last_layers.values():
             nn.init.xavier_normal_(layer.weight)
@@ -99,6 +109,21 @@ class TwoHeadCNN(nn.Module):
     def convolutions(self) -> list[nn.Conv2d]:
         """The first six convolutions, in order: all but the one that computes the digit scores."""
         return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6]
+
+    @property
+    def hidden_weights(self) -> list[Tensor]:
+        """The weights between the first and the last layers, which Muon trains; those of convolutions are channels last."""
+        return [*(convolution.weight for convolution in self.convolutions[1:]), self.fc1.weight]
+
+    @property
+    def sum_parameters(self) -> list[Tensor]:
+        """The parameters of the sum head, which is fine-tuned alone."""
+        return [*self.fc1.parameters(), *self.fc2.parameters()]
+
+    @property
+    def digit_readers(self) -> list[nn.Linear]:
+        """The layers whose first ten inputs are the digit scores."""
+        return [self.fc1]
 
     @property
     def last_layers(self) -> dict[str, nn.Conv2d | nn.Linear]:
@@ -134,12 +159,11 @@ class TwoHeadCNN(nn.Module):
         return digit_scores, self.sum_scores(digit_scores, numbers)
 
     def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
-        """Scores of all heads, of prepared images float[n, 1, 28, 28] and numbers int64[n]; `dropout` as in `digit_scores`."""
+        """Scores of all heads, of prepared images, numbers int64[n] and the dropout of `digit_scores`."""
         return self.scores(self.digit_scores(images, dropout), numbers)
 
     def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
-        """Scores of all heads, of digit scores [n, 10] with every number 0..9: by head [n, 10, classes], and of the digit, which
-        does not depend on the number, [n, 1, 10]."""
+        """Scores of all heads with every number 0..9: [n, 10, classes], and of the digit, which needs no number, [n, 1, 10]."""
         rows = len(digit_scores)
         numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
         _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
@@ -147,10 +171,8 @@ class TwoHeadCNN(nn.Module):
 
 
 def dropout_factors(rows: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Draw the dropout factors (Srivastava et al. 2014) of conv7's input, each 0 or 1 / (1 - probability).
-
-    They are float32[rows, 128, 3, 3], channels last. The caller seeds the generator for each step, and names the device by it.
-    """
+    """Dropout factors (Srivastava et al. 2014) of conv7's input, 0 or 1 / (1 - probability): float32[rows, 128, 3, 3], channels
+    last. The caller seeds the generator for each step, and names the device by it."""
     draws = torch.rand(rows, 3, 3, 128, generator=generator, device=generator.device)
     return ((draws >= probability) / (1 - probability)).permute(0, 3, 1, 2)
 
@@ -159,14 +181,14 @@ class Objective(nn.Module):
     """The network and its loss as one module, so that DDP and the compiler see the whole step."""
 
     def __init__(self, model: TwoHeadCNN, label_smoothing: float, dtype: torch.dtype) -> None:
-        """`dtype` is that to compute in, by autocast; parameters and gradients are float32."""
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
         self.dtype = dtype
+        """Type of the computation, by autocast; parameters and gradients are float32."""
 
     def forward(self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The `joint_loss` of prepared images float32[n, 1, 28, 28] with numbers and digits int64[n], and `dropout_factors`."""
+        """The `joint_loss` of prepared images with numbers and digits int64[n], and `dropout_factors`."""
         if self.dtype == torch.float32:
             scores = self.model(images, numbers, dropout)
         else:
@@ -177,12 +199,11 @@ class Objective(nn.Module):
     def _cast_parameters(self) -> dict[str, Tensor]:
         """The parameters in bfloat16, cast together: autocast takes two launches for each, with that of its gradient."""
         parameters = dict(self.model.named_parameters())
-        # As they lie in memory, so that no element moves: channels last.
+        # They are cast in the order of their memory, channels last, so that no element moves.
         values = [value.movedim(1, -1) if value.dim() == 4 else value for value in parameters.values()]
         flat = torch.cat([value.reshape(-1) for value in values]).to(self.dtype)
-        split = torch.split(flat, [value.numel() for value in values])
-        parts = [part.view(value.shape) for part, value in zip(split, values, strict=True)]
-        return {name: part.movedim(-1, 1) if part.dim() == 4 else part for name, part in zip(parameters, parts, strict=True)}
+        cast = split_views(flat, [value.shape for value in values])
+        return {name: part.movedim(-1, 1) if part.dim() == 4 else part for name, part in zip(parameters, cast, strict=True)}
 
 
 def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -190,12 +211,9 @@ def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing:
 
     They are sums over the rows, so that each row has the same weight in workers and batches of unequal size; the caller divides.
 
-    Args:
-        scores: logits by head.
-        digits, numbers: true digits and numbers int64[n].
-        label_smoothing: share of the uniform distribution in the targets of all heads (Szegedy et al., "Rethinking the Inception
-            Architecture", 2016): bounded digit scores generalize better. All heads, because the sum head reads the digit scores;
-            with unsmoothed sums its loss would still push them up without bound.
+    Label smoothing (Szegedy et al., "Rethinking the Inception Architecture", 2016) is the share of the uniform distribution in
+    the targets: bounded digit scores generalize better. It is that of all heads, because the sum head reads the digit scores;
+    with unsmoothed sums its loss would still push them up without bound.
     """
     exact, smooth = [], []
     for head, logits in zip(HEADS, scores, strict=True):

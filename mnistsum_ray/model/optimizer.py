@@ -1,14 +1,14 @@
 """Optimizer and learning-rate schedule: Muon for the hidden layers, AdamW for all other parameters."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.network import TwoHeadCNN, split_views
 
 _WARM_UP: Final = 0.2
 """Share of the steps in which the learning rate rises."""
@@ -31,8 +31,7 @@ _EPSILON: Final = 1e-7
 def one_cycle(step: int, total_steps: int, peak: float) -> float:
     """Learning rate at a step: up from peak / 25 in the first fifth, then down to peak / 10,000, both along a cosine.
 
-    This is the one-cycle schedule (Smith and Topin, "Super-Convergence", 2018) as a pure function, so a checkpoint needs
-    no scheduler state.
+    This is the one-cycle schedule (Smith and Topin, "Super-Convergence", 2018) as a pure function: a checkpoint needs no state.
     """
     rise_steps = max(1.0, _WARM_UP * total_steps)
     if step < rise_steps:
@@ -47,7 +46,8 @@ class Muon:
 
     `torch.optim.Muon` takes one matrix after the other and always computes in bfloat16: on a CPU without bfloat16 instructions
     that is 110 ms a step for this network, in place of 9. This class takes matrices together: on GPUs, where launches count, all
-    of them, filled up with zeros, which changes no result; on CPUs, where multiplications count, those of one shape.
+    of them, filled up with zeros, which changes no result; on CPUs, where multiplications count, those of one shape that follow
+    each other.
 
     The parameters, `matrices`, are updated in place. `momentum` is the share of the old momentum that is kept, `dtype` that of
     the orthogonalization. In each step a parameter loses the share `weight_decay` of itself, times the learning rate.
@@ -60,40 +60,35 @@ class Muon:
         self._dtype = dtype
         # Steps of tall matrices are larger, so that an element moves as far as one of a wide matrix.
         self._rates = [math.sqrt(max(1.0, len(matrix) / matrix.shape[1])) for matrix in matrices]
-        wide = [(min(matrix.shape), max(matrix.shape)) for matrix in matrices]
-        whole = (max(rows for rows, _ in wide), max(columns for _, columns in wide))
-        self._shapes = [whole if matrices[0].is_cuda else shape for shape in wide]
-        self._stacked = matrices[0].new_zeros(sum(map(math.prod, self._shapes)))
+        shapes = [(min(matrix.shape), max(matrix.shape)) for matrix in matrices]
+        if matrices[0].is_cuda:
+            largest = (max(rows for rows, _ in shapes), max(columns for _, columns in shapes))
+            shapes = [largest] * len(shapes)
+        self._stacks = [(len(list(alike)), *shape) for shape, alike in groupby(shapes)]
+        self._stacked = matrices[0].new_zeros(sum(map(math.prod, shapes)))
         # Place of each element in the stacks, where tall matrices are transposed. All elements are copied in one launch.
-        rest = {shape: iter(places) for shape, places in self._stacks(torch.arange(len(self._stacked))).items()}
-        places = [next(rest[shape])[:rows, :columns] for shape, (rows, columns) in zip(self._shapes, wide, strict=True)]
-        lying = zip(places, matrices, strict=True)
-        order = [(place if len(matrix) <= matrix.shape[1] else place.T).reshape(-1) for place, matrix in lying]
-        self._places = torch.cat(order).to(self._stacked.device)
+        places = []
+        for matrix, place in zip(matrices, split_views(torch.arange(len(self._stacked)), shapes), strict=True):
+            rows, columns = matrix.shape
+            places.append((place if rows <= columns else place.T)[:rows, :columns].reshape(-1))
+        self._places = torch.cat(places).to(self._stacked.device)
         self._momentum = self._stacked.new_zeros(len(self._places))
-        self.momenta = self._parts(self._momentum)
+        self.momenta = self._of_matrices(self._momentum)
         """Momentum of each matrix, in its shape; it may be filled in place."""
 
     def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
-        """Update the matrices from their gradients."""
+        """Update the matrices from their gradients, whose elements are in the order of the matrices'."""
         gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])
         self._momentum.lerp_(gradient, 1 - self._share)
         self._stacked.index_copy_(0, self._places, gradient.lerp_(self._momentum, self._share))
-        steps = [orthogonalize(stack).view(-1) for stack in self._stacks(self._stacked.to(self._dtype)).values()]
-        updates = self._parts(torch.cat(steps).float().index_select(0, self._places))
+        stacks = split_views(self._stacked.to(self._dtype), self._stacks)
+        steps = torch.cat([orthogonalize(stack).view(-1) for stack in stacks]).float()
+        updates = self._of_matrices(steps.index_select(0, self._places))
         torch._foreach_mul_(self._matrices, 1 - learning_rate * self._weight_decay)
         torch._foreach_add_(self._matrices, torch._foreach_mul(updates, [-learning_rate * rate for rate in self._rates]))
 
-    def _stacks(self, flat: Tensor) -> dict[tuple[int, int], Tensor]:
-        """The stacks, [n, rows, columns] each by (rows, columns), that lie one after the other."""
-        counts = Counter(self._shapes)
-        parts = torch.split(flat, [count * math.prod(shape) for shape, count in counts.items()])
-        return {shape: part.view(-1, *shape) for shape, part in zip(counts, parts, strict=True)}
-
-    def _parts(self, flat: Tensor) -> list[Tensor]:
-        """The matrices that lie one after the other."""
-        parts = torch.split(flat, [matrix.numel() for matrix in self._matrices])
-        return [part.view_as(matrix) for part, matrix in zip(parts, self._matrices, strict=True)]
+    def _of_matrices(self, flat: Tensor) -> list[Tensor]:
+        return split_views(flat, [matrix.shape for matrix in self._matrices])
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -110,22 +105,25 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the weights of the hidden layers (conv2 to conv6 and fc1); AdamW for the first and last layers and all biases.
+    """Muon for the hidden weights of a network; AdamW for the first and last layers and all biases.
 
     The model is on the device where it will be trained: its parameters must not move in memory afterwards. `weight_decay` and
     `dtype` are as of `Muon`.
     """
 
     def __init__(self, model: TwoHeadCNN, weight_decay: float, dtype: torch.dtype) -> None:
-        hidden = [*(convolution.weight for convolution in model.convolutions[1:]), model.fc1.weight]
-        rest = {parameter: name for name, parameter in model.named_parameters() if parameter not in set(hidden)}
+        hidden = model.hidden_weights
+        rest = [parameter for parameter in model.parameters() if parameter not in set(hidden)]
+        of_sums = set(model.sum_parameters)
         groups = [
             {"params": hidden, "factor": 1.0},
-            {"params": [parameter for parameter, name in rest.items() if name.startswith("conv")], "factor": _ADAMW_FACTOR},
-            {"params": [parameter for parameter, name in rest.items() if name.startswith("fc")], "factor": _SUM_HEAD_FACTOR},
+            {"params": [parameter for parameter in rest if parameter not in of_sums], "factor": _ADAMW_FACTOR},
+            {"params": [parameter for parameter in rest if parameter in of_sums], "factor": _SUM_HEAD_FACTOR},
         ]
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay})
-        self._muon = Muon([_matrix(parameter.detach()) for parameter in hidden], _MOMENTUM, weight_decay, dtype)
+        # Views: where the weights of a convolution are not channels last, this fails.
+        matrices = [_channels_last(parameter.detach()).view(len(parameter), -1) for parameter in hidden]
+        self._muon = Muon(matrices, _MOMENTUM, weight_decay, dtype)
         self._adamw = torch.optim.AdamW(self.param_groups[1:], fused=True)
         self._share_state()
 
@@ -137,7 +135,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the parameters from their gradients."""
         hidden = self.param_groups[0]
-        self._muon.step([_matrix(parameter.grad) for parameter in hidden["params"]], hidden["lr"])
+        self._muon.step([_channels_last(parameter.grad) for parameter in hidden["params"]], hidden["lr"])
         self._adamw.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -152,17 +150,13 @@ class MuonAdamW(torch.optim.Optimizer):
     def _share_state(self) -> None:
         """Have AdamW use the state and the groups of this optimizer, and Muon's momenta be in the state."""
         self._adamw.state, self._adamw.param_groups = self.state, self.param_groups[1:]
-        for parameter, momentum in zip(self.param_groups[0]["params"], self._muon.momenta, strict=True):
+        for parameter, matrix in zip(self.param_groups[0]["params"], self._muon.momenta, strict=True):
+            momentum = matrix.view(_channels_last(parameter).shape).movedim(-1, 1)
             if loaded := self.state[parameter]:
-                momentum.copy_(_matrix(loaded["momentum_buffer"]))
-            self.state[parameter]["momentum_buffer"] = _weight(momentum, parameter)
+                momentum.copy_(loaded["momentum_buffer"])
+            self.state[parameter]["momentum_buffer"] = momentum
 
 
-def _matrix(weight: Tensor) -> Tensor:
-    """View of channels-last weights [out, in, height, width] as [out, height * width * in]; a matrix is returned as it is."""
-    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
-
-
-def _weight(matrix: Tensor, like: Tensor) -> Tensor:
-    """View of a matrix as the weights that `_matrix` makes it of, of the shape of `like`."""
-    return matrix if like.dim() == 2 else matrix.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+def _channels_last(weight: Tensor) -> Tensor:
+    """View of weights [out, in, height, width] as [out, height, width, in]; a matrix is returned as it is."""
+    return weight.movedim(1, -1)

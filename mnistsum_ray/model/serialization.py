@@ -16,7 +16,7 @@ from torch import Tensor
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.network import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
+from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 
@@ -38,12 +38,11 @@ def copy_weights(model: TwoHeadCNN) -> Weights:
 def describe_model(
     weights: Weights, *, epoch: int, metrics: dict[str, dict[str, Any]], sum_head: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The description of a model: its weights, the epoch that they are from, the fields of `Metrics` of the splits `validation`
-    and `test`, and an entry on the fine-tuning of the sum head."""
+    """The description of weights: the epoch that they are from, `Metrics` by split, and an entry on the fine-tuning."""
     return {
         "format": MODEL_FORMAT,
-        "network": "TwoHeadCNN",
-        "parameters": PARAMETERS,
+        "network": TwoHeadCNN.__name__,
+        "parameters": sum(value.numel() for value in weights.values()),
         "sha256": checksum(weights),
         "input": {
             "image": "28 x 28 grayscale, uint8, 0 background, 255 ink",

@@ -38,13 +38,12 @@ def finetune_sum_head(
     The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most likely digit instead, the head
     is sure of every sum, also of wrong ones (negative log-likelihood 0.033 nats instead of 0.013).
 
-    The sum head is trained in place, in float32, on digit scores float32[n, 10] of training rows on the same device. Each step
-    draws 512 new mixtures of scores and random numbers, from `seed`. `on_progress` gets the number of steps since its last call.
+    `digit_scores` float32[n, 10] are those of training rows. Each step draws 512 new mixtures of them and random numbers, from
+    `seed`. `on_progress` gets the number of steps since its last call.
     """
     device = digit_scores.device
     generator = torch.Generator(device).manual_seed(seed)
-    parameters = [*model.fc1.parameters(), *model.fc2.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.sum_parameters, lr=_LEARNING_RATE, weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
     for start in range(0, steps, _DRAWN_STEPS):
         count = min(_DRAWN_STEPS, steps - start)

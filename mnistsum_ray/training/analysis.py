@@ -59,7 +59,7 @@ def analyse(
     """Temperatures (on validation rows), errors (on test rows) and int8 calibration (on training rows) of the model.
 
     The temperatures are folded into `model`, which is published, and not into the checkpoints: a run that is resumed when it is
-    finished publishes the same model. `scored` gives the scores of all these rows on this worker.
+    finished publishes the same model. `scored` gives the scores of rows on this worker.
     """
     events = worker.events
     events.note("analysing the model's answers on the test rows")
@@ -68,7 +68,7 @@ def analyse(
     trained = copy_weights(model)
     temperatures = fit_temperatures(scored(validation.sample(_TEMPERATURE_ROWS)))
     on_progress = events.progress("test rows analysed", min(len(test), _ANALYSED_ROWS))
-    analysis = analyse_errors(calibrated(scored(test.sample(_ANALYSED_ROWS)), temperatures), on_progress)
+    analysis = analyse_errors(calibrated(scored(test.sample(_ANALYSED_ROWS)), temperatures), worker.device, on_progress)
     compared = list(scored(test.sample(int8.COMPARED_ROWS))) if int8.unavailable_reason() is None else []
     fold_temperatures(model, temperatures)
     mistake_images, _ = data.fetch(np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64))

@@ -56,7 +56,7 @@ def write_data_files(folder: OutputFolder, files: ParquetFiles, checksums: Check
 
 
 def _read_data_files(folder: Location, flag: str) -> tuple[pa.Table | None, Checksums]:
-    """What `write_data_files` wrote: the files and their checksums, None for each where it is not known."""
+    """The files and their checksums that `write_data_files` wrote; None for each that is not known."""
     try:
         table = read_table(folder / DATA_FILES)
         checksums = table["checksum"]

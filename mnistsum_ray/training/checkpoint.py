@@ -161,10 +161,9 @@ def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimi
     `trainer.json`, written last, holds the SHA-256 of the other file, so that an incomplete checkpoint is detected.
     """
     tensors = {f"model.{name}": value for name, value in copy_weights(model).items()}
-    names = _parameter_names(model, optimizer)
-    for index, moments in optimizer.state_dict()["state"].items():
-        for key, value in moments.items():
-            tensors[f"optimizer.{names[index]}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     checksums = {"checksums.files": state.checksums, "checksums.progress": state.progress.checksums}
     tensors |= {name: value for name, value in checksums.items() if value is not None}
     data = save_tensors(tensors)
@@ -205,19 +204,13 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
 def restore(tensors: Weights, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
     """Load the tensors of a checkpoint into model and optimizer, in place, on the device of the model."""
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
-    names = _parameter_names(model, optimizer)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
-            moments.setdefault(names.index(parameter), {})[key] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-
-
-def _parameter_names(model: TwoHeadCNN, optimizer: MuonAdamW) -> list[str]:
-    """Names of the parameters in the optimizer's order, which numbers them in its state."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    prefixes = {parameter: f"optimizer.{name}." for name, parameter in model.named_parameters()}
+    in_order = [prefixes[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        for index, prefix in enumerate(in_order)
+    }
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def latest_valid_checkpoint(folder: Location, say: Callable[[str], None]) -> Location | None:

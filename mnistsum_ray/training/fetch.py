@@ -37,7 +37,7 @@ _FILES_NAMED: Final = 3
 Columns = dict[str, np.ndarray]
 
 RowData = ImageArrays | ParquetFiles
-"""What workers fetch rows from, with their method `fetch`: arrays in the object store, or files."""
+"""Arrays in the object store, or files: workers fetch rows from them with the method `fetch`."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,9 @@ class ReadRows:
 
     def __call__(self, task: dict[str, np.ndarray]) -> pa.Table:
         """The rows of the positions first..end-1 of a batch at the steps first_step..end_step-1 of an epoch."""
-        epoch, first_step, end_step, first, end, index = (
-            int(task[name][0]) for name in ("epoch", "first_step", "end_step", "first", "end", "index")
-        )
-        ids = self._shuffle.ids(epoch, range(first_step, end_step), range(first, end))
+        of = {name: int(values[0]) for name, values in task.items()}
+        epoch, index = of["epoch"], of["index"]
+        ids = self._shuffle.ids(epoch, range(of["first_step"], of["end_step"]), range(of["first"], of["end"]))
         return _attempt(self._counter, str(index), self._data, ids, lambda: self.rows(epoch, ids, index))
 
     def rows(self, epoch: int, ids: RowIds, index: int) -> pa.Table:

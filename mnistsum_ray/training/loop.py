@@ -182,7 +182,7 @@ class TrainingLoop:
         before = state.history[-1]["validation"]["consistency"]
         if self._worker.rank == 0:
             rows = self._alone(self._config.shuffle.rows.sample(sum_head.MAX_ROWS))
-            scores = torch.cat([rows.digit_scores(batch).float() for batch in rows.batches])
+            scores = torch.cat([digit_scores.float() for _, digit_scores in rows.with_digit_scores()])
             seed = step_seed(self._parameters.seed, self._parameters.epochs, 0, RandomStream.SUM_HEAD)
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # two take nearly twice as long for steps as small as these
@@ -205,8 +205,7 @@ class TrainingLoop:
         splits = (config.shuffle.rows, config.validation, config.test)
 
         def scored(rows: RowRanges) -> ScoredRows:
-            alone = self._alone(rows)
-            return score_rows(model, alone.digit_scores, alone.batches)
+            return score_rows(model, self._alone(rows).with_digit_scores())
 
         return analyse(model, self._state, self._worker, self._data, scored, *splits)
 

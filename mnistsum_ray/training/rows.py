@@ -17,7 +17,7 @@ depends on nothing that a scheduler decides. Ray's `streaming_split` would drop 
 each epoch would cost its start-up each time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +47,7 @@ Batch = dict[str, torch.Tensor]
 
 _TASK_ROWS: Final = 32_768
 """Most rows of a task, except where a chunk of a GPU is one task: a task costs 20 ms beside its rows, and one that reads files
-reads up to two row groups in part. On CPUs also the rows that become tensors at once, 26 MB."""
+reads up to two row groups that it needs only some rows of. On CPUs also the rows that become tensors at once, 26 MB."""
 
 _GPU_CHUNK_ROWS: Final = 65_536
 """Rows that are put on a GPU at once. A loop that launches ten thousand kernels a second has no time for fewer."""
@@ -117,7 +117,8 @@ class TrainingRows:
 
     def batches(self) -> Iterator[Batch]:
         """The rows of each step, in the order of the positions."""
-        for steps, chunk in _ahead(self._on_device(), threads=self.device.type == "cuda"):
+        chunks = self._on_device()
+        for steps, chunk in _ahead(chunks) if self.device.type == "cuda" else chunks:
             chunk |= {"mixed_id": mix_ids(chunk["row_id"])}
             start = 0
             for step in steps:
@@ -128,7 +129,7 @@ class TrainingRows:
     def _on_device(self) -> Iterator[tuple[range, Batch]]:
         """Some steps at a time, and their rows."""
         blocks = self._blocks()
-        # Of a last batch with fewer rows than workers.
+        # The last batch of an epoch may have fewer rows than there are workers.
         no_rows = block_columns(ReadRows(self.data, self.shuffle, self.distortion).rows(0, np.empty(0, np.int64), 0))
         for _, steps in self.step_ranges():
             columns = [next(blocks) if self.shuffle.count(steps, mine) else no_rows for mine in self.position_ranges]
@@ -201,9 +202,9 @@ def _side_by_side(pieces: list[Columns], steps: int) -> Columns:
 
 
 class EvaluationSet:
-    """Held-out rows, undistorted and without numbers: those of one rank as batches on its device, and their digit scores.
+    """Held-out rows, undistorted and without numbers: those of one rank as batches on its device, with their digit scores.
 
-    `network` computes digit scores [n, 10] of images uint8[n, 28, 28].
+    Each row belongs to one rank. `network` computes digit scores [n, 10] of images uint8[n, 28, 28].
     """
 
     def __init__(
@@ -223,29 +224,27 @@ class EvaluationSet:
         self._network = network
         self._indices = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
         self._resident = list(self._read()) if len(rows) <= _RESIDENT_ROWS else None
-        self._scores: dict[torch.Tensor, torch.Tensor] = {}
-        """Digit scores by images, of resident batches."""
+        self._digit_scores: list[torch.Tensor] = []
+        """Digit scores of the resident batches that have been scored."""
 
-    @property
-    def batches(self) -> Iterable[Batch]:
-        """Batches of the rank's rows; each row belongs to one rank."""
-        return self._read() if self._resident is None else self._resident
-
-    def digit_scores(self, batch: Batch) -> torch.Tensor:
-        """Digit scores [n, 10] of one of the batches; those of resident rows are computed once, until `forget_scores`."""
-        images = batch["image"]
+    def with_digit_scores(self) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Batches with their digit scores [n, 10]. Those of resident rows are computed once, until `forget_scores`."""
         if self._resident is None:
-            return self._network(images)
-        if images not in self._scores:
-            self._scores[images] = self._network(images)
-        return self._scores[images]
+            for batch in self._read():
+                yield batch, self._network(batch["image"])
+            return
+        for index, batch in enumerate(self._resident):
+            if index == len(self._digit_scores):
+                self._digit_scores.append(self._network(batch["image"]))
+            yield batch, self._digit_scores[index]
 
     def forget_scores(self) -> None:
         """Forget the digit scores: the weights have changed."""
-        self._scores.clear()
+        self._digit_scores.clear()
 
     def _read(self) -> Iterator[Batch]:
-        return _ahead(self._on_device(), threads=len(self.rows) > _RESIDENT_ROWS)
+        batches = self._on_device()
+        return _ahead(batches) if len(self.rows) > _RESIDENT_ROWS else batches
 
     def _on_device(self) -> Iterator[Batch]:
         size = _GPU_EVALUATION_BATCH if self._device.type == "cuda" else _EVALUATION_BATCH
@@ -260,11 +259,8 @@ class EvaluationSet:
                 yield {name: array_to_device(values[start : start + size], self._device) for name, values in columns.items()}
 
 
-def _ahead(items: Iterator[T], *, threads: bool) -> Iterator[T]:
-    """The items; with `threads` each is made, in another thread, while the one before it is used."""
-    if not threads:
-        yield from items
-        return
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each of which is made, in another thread, while the one before it is used."""
     done = object()
     with ThreadPoolExecutor(1) as maker:
         upcoming: Future[Any] = maker.submit(next, items, done)

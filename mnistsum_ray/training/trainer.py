@@ -35,17 +35,20 @@ _CURVE_POINTS: Final = 100
 class EpochCounter:
     """Loss, rows, row ids and checksums of an epoch, kept on the device and summed over the workers now and then.
 
-    Rank 0 counts the part of the epoch that a checkpoint holds, `before`. For streamed rows `end_ids` int64[files] are the row
-    ids after the last row of each file.
+    Rank 0 also counts the steps that a checkpoint holds, `before`. For streamed rows `end_ids` int64[files] are the row ids after
+    the last row of each file.
     """
 
     def __init__(self, before: EpochProgress, steps: int, worker: Worker, end_ids: Tensor | None = None) -> None:
-        held, device = before if worker.rank == 0 else EpochProgress(), worker.device
-        self._points, self._steps = list(before.points), steps
-        self._loss = torch.tensor([held.loss], dtype=torch.float64, device=device)
-        self._row_ids, self._rows = torch.tensor([held.row_ids], device=device), held.rows
-        self._end_ids = torch.empty(0, dtype=torch.int64) if end_ids is None else end_ids.to(device)
-        self._checksums = (torch.zeros_like(self._end_ids) if held.checksums is None else held.checksums.clone()).to(device)
+        held = before if worker.rank == 0 else EpochProgress()
+        self._steps = steps
+        self._points = list(before.points)
+        self._rows = held.rows
+        self._loss = torch.tensor([held.loss], dtype=torch.float64, device=worker.device)
+        self._row_ids = torch.tensor([held.row_ids], device=worker.device)
+        self._end_ids = torch.empty(0, dtype=torch.int64) if end_ids is None else end_ids.to(worker.device)
+        checksums = torch.zeros_like(self._end_ids) if held.checksums is None else held.checksums.clone()
+        self._checksums = checksums.to(worker.device)
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Add a step: its batch and the sum of its rows' losses."""
@@ -77,7 +80,8 @@ class Trainer:
     """
 
     def __init__(self, hyperparameters: Hyperparameters, worker: Worker, precision: str) -> None:
-        self.hyperparameters, self.worker = hyperparameters, worker
+        self.hyperparameters = hyperparameters
+        self.worker = worker
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._positions = positions_of_rank(hyperparameters.batch_size, worker.rank, worker.world_size)
         torch.manual_seed(hyperparameters.seed)
@@ -121,22 +125,21 @@ class Trainer:
             RowCountError: a row was lost or repeated.
         """
         self._objective.train()
+        parameters = self.hyperparameters
         epoch = state.epochs_done
         before = state.progress
         steps = shuffle.steps
         counter = EpochCounter(before, steps, self.worker, end_ids)
-        started, begun = time.time(), time.perf_counter()
-        reported = begun
-        waited = 0.0
-        first_batch = 0.0
-        rate = 0.0
-        check_steps = max(1, min(_CHECK_STEPS, _CHECK_ROWS // self.hyperparameters.batch_size))
+        started = time.time()
+        begun = reported = time.perf_counter()
+        waited = first_batch = rate = 0.0
+        check_steps = max(1, min(_CHECK_STEPS, _CHECK_ROWS // parameters.batch_size))
         for step in range(before.steps, steps):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             first_batch = first_batch or waited
-            rate = one_cycle(epoch * steps + step, steps * self.hyperparameters.epochs, self.hyperparameters.learning_rate)
+            rate = one_cycle(epoch * steps + step, steps * parameters.epochs, parameters.learning_rate)
             counter.add(batch, self._step(batch, epoch, step, shuffle.batch_rows(step), rate))
             last = step == steps - 1
             if last or (step + 1) % check_steps == 0:
@@ -148,7 +151,7 @@ class Trainer:
                     self.worker.events.send(
                         "progress",
                         epoch=epoch + 1,
-                        epochs=self.hyperparameters.epochs,
+                        epochs=parameters.epochs,
                         rows=progress.rows,
                         of_rows=len(shuffle.rows),
                         rows_per_second=(progress.rows - before.rows) / (now - begun),
@@ -194,7 +197,7 @@ class Trainer:
         return reported
 
     def dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
-        """This worker's part of the dropout of the global batch of so many rows, which is the same for any number of workers."""
+        """Dropout of this worker's rows of the global batch of so many rows; that of the batch is the same for any workers."""
         if not self.hyperparameters.dropout:
             return None
         seed = step_seed(self.hyperparameters.seed, epoch, step, RandomStream.DROPOUT)
@@ -213,7 +216,7 @@ class Trainer:
         rows = held_out.rows
         counts = AnswerCounts(self.worker.device)
         on_progress = self.worker.events.progress("rows evaluated", len(rows))
-        for batch, scores in score_rows(self.model, held_out.digit_scores, held_out.batches):
+        for batch, scores in score_rows(self.model, held_out.with_digit_scores()):
             counts.add(batch, scores)
             on_progress(len(batch["row_id"]) * self.worker.world_size)  # an estimate: the other workers are about as far
         metrics = counts.metrics(len(rows), rows.id_sum)

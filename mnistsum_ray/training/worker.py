@@ -29,20 +29,18 @@ class EventSender:
     """Sends events to the driver: all of rank 0, and failures of any rank."""
 
     def __init__(self, queue: Queue, rank: int) -> None:
-        self._queue, self._rank = queue, rank
+        self._queue = queue
+        self._rank = rank
 
     def send(self, kind: str, **fields: Any) -> None:
         """Send one event; `Console.show` lists the kinds and their fields."""
-        if self._rank == 0:
-            self._put({"kind": kind, **fields})
+        if self._rank == 0 or kind == _FAILURE:
+            with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
+                self._queue.put({"kind": kind, **fields})
 
     def fail(self, text: str) -> None:
         """Have the driver end the run: another attempt would fail in the same way."""
-        self._put({"kind": _FAILURE, "text": text})
-
-    def _put(self, event: dict[str, Any]) -> None:
-        with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
-            self._queue.put(event)
+        self.send(_FAILURE, text=text)
 
     def note(self, text: str) -> None:
         """Send a line for the console."""
@@ -61,14 +59,14 @@ class Worker:
     world_size: int
     device: torch.device
     cpus: int
-    """This worker's part of the CPUs of its node."""
+    """CPUs of the node, divided by its workers."""
     events: EventSender
 
     @classmethod
     def set_up(cls, events: Queue, threads: int | None) -> "Worker":
         """Set up this process as a training worker: exact float32 on GPUs; threads, determinism and memory on CPUs.
 
-        `threads` are those of the run; None: this worker's part of the CPUs of its node.
+        `threads` are those of the run; None: as many as `cpus`.
         """
         context = ray.train.get_context()
         device = ray.train.torch.get_device()

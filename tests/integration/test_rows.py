@@ -237,6 +237,6 @@ def test_a_file_whose_reader_always_dies_ends_the_run_and_is_named(folder: Path)
 def test_held_out_rows_are_shared_out_whole(rows: Rows) -> None:
     data, held_out = ray.get(rows[1].data), rows[0].train
     sets = [EvaluationSet(data, held_out, rank, 3, CPU, lambda images: images) for rank in range(3)]
-    shares = [[batch["row_id"] for batch in held_out.batches] for held_out in sets]
+    shares = [[batch["row_id"] for batch, _ in held_out.with_digit_scores()] for held_out in sets]
     assert [sum(map(len, share)) for share in shares] == [533, 533, 534]
     assert np.array_equal(np.sort(np.concatenate([ids for share in shares for ids in share])), held_out.ids())

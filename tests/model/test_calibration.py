@@ -38,7 +38,7 @@ def test_folded_temperatures_divide_the_scores() -> None:
     images, digits, numbers = random_rows(100)
     batch = {"image": images, "digit": digits, "row_id": torch.arange(100)}
     before = model(prepare_images(images), numbers)
-    temperatures = fit_temperatures(score_rows(model, lambda rows: model.digit_scores(prepare_images(rows["image"])), [batch]))
+    temperatures = fit_temperatures(score_rows(model, [(batch, model.digit_scores(prepare_images(images)))]))
     fold_temperatures(model, temperatures)
     assert all(abs(temperature - 1) > 0.01 for temperature in temperatures.values())
     for head, scores, folded in zip(HEADS, before, model(prepare_images(images), numbers), strict=True):

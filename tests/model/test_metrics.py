@@ -1,7 +1,6 @@
 """Metrics, error analysis and calibration metrics equal a plain computation, and wrong row counts raise an error."""
 
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -47,9 +46,10 @@ def rows() -> LabelledRows:
 
 @pytest.fixture(scope="module")
 def scored(model: TwoHeadCNN, rows: LabelledRows) -> ScoredRows:
-    """In three batches."""
+    """The rows in three batches."""
     batches = [{name: values[start : start + 128] for name, values in rows.items()} for start in range(0, ROWS, 128)]
-    return list(score_rows(model, lambda batch: model.digit_scores(prepare_images(batch["image"])), batches))
+    with torch.no_grad():
+        return list(score_rows(model, [(batch, model.digit_scores(prepare_images(batch["image"]))) for batch in batches]))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def metrics(scored: ScoredRows) -> Metrics:
 
 @pytest.fixture(scope="module")
 def analysis(scored: ScoredRows) -> dict[str, Any]:
-    return analyse_errors(scored)
+    return analyse_errors(scored, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def test_metrics_equal_a_plain_computation_over_all_pairs(model: TwoHeadCNN, row
 def test_lost_and_repeated_rows_are_errors(ids: list[int]) -> None:
     counts = AnswerCounts(torch.device("cpu"))
     batch = {"digit": torch.zeros(len(ids), dtype=torch.int64), "row_id": torch.tensor(ids)}
-    for rows, scores in score_rows(TwoHeadCNN(), lambda batch: torch.zeros(len(ids), 10), [batch]):
+    for rows, scores in score_rows(TwoHeadCNN(), [(batch, torch.zeros(len(ids), 10))]):
         counts.add(rows, scores)
     with pytest.raises(RowCountError, match="lost or repeated"):
         counts.metrics(3, 0 + 1 + 2)
@@ -129,21 +129,16 @@ def test_most_confident_mistakes_come_first_one_an_image(model: TwoHeadCNN, rows
         assert mistake["pred_digit"] != mistake["digit"] or mistake["pred_sum"] != mistake["digit"] + mistake["number"]
 
 
-def probability_metrics_by_definition(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Row by row, class by class."""
-    nll = brier = 0.0
-    bins: list[list[tuple[float, bool]]] = [[] for _ in range(RELIABILITY_BINS)]
-    for row, label in zip(scores.astype(float), labels, strict=True):
-        probabilities = [math.exp(score) for score in row]
-        probabilities = [probability / sum(probabilities) for probability in probabilities]
-        nll -= math.log(probabilities[label])
-        brier += sum((probability - (index == label)) ** 2 for index, probability in enumerate(probabilities))
-        answer = max(range(10), key=probabilities.__getitem__)
-        bins[min(RELIABILITY_BINS - 1, int(probabilities[answer] * RELIABILITY_BINS))].append(
-            (probabilities[answer], answer == label)
-        )
-    gaps = [abs(sum(probability for probability, _ in rows) - sum(right for _, right in rows)) for rows in bins]
-    return {"nll": nll / len(labels), "brier": brier / len(labels), "ece": sum(gaps) / len(labels)}
+def probability_metrics_by_definition(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    probabilities = scores.double().softmax(1)
+    probability, answer = probabilities.max(1)
+    bins = (probability * RELIABILITY_BINS).long()
+    gaps = [(probability - (answer == labels).double())[bins == index].sum().abs().item() for index in range(RELIABILITY_BINS)]
+    return {
+        "nll": F.nll_loss(probabilities.log(), labels).item(),
+        "brier": (probabilities - F.one_hot(labels, 10)).square().sum(1).mean().item(),
+        "ece": sum(gaps) / len(labels),
+    }
 
 
 def test_probability_metrics_equal_their_definitions_and_parts_add_up() -> None:
@@ -153,5 +148,5 @@ def test_probability_metrics_equal_their_definitions_and_parts_add_up() -> None:
     for part in (slice(0, 1), slice(1, 700), slice(700, 3_000)):
         sums = Reliability.from_scores(scores[part, None], labels[part, None]).as_json()["reliability"]
         total.add(Reliability(**json.loads(json.dumps(sums))))
-    assert total.metrics() == pytest.approx(probability_metrics_by_definition(scores.numpy(), labels.numpy()), rel=1e-4)
+    assert total.metrics() == pytest.approx(probability_metrics_by_definition(scores, labels), rel=1e-4)
     assert (sum(total.rows), type(total.rows[0]), type(total.nll)) == (3_000, int, float)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.model.network import PARAMETERS, TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from tests.model import new_model, random_rows
 
 
@@ -26,7 +26,7 @@ def reference(model: TwoHeadCNN, x: torch.Tensor, numbers: torch.Tensor) -> tupl
 @torch.no_grad()
 def test_the_network_is_the_original_with_one_number_and_with_all() -> None:
     model, (images, _, numbers) = new_model(), random_rows(8)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == PARAMETERS == 220_125
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 220_125
     x = prepare_images(images)
     for ours, theirs in zip(model(x, numbers), reference(model, x, numbers), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

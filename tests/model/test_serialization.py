@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.network import PARAMETERS
 from mnistsum_ray.model.serialization import Weights, copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
@@ -38,7 +37,7 @@ def test_a_model_comes_back(tmp_path: Path) -> None:
         weights = copy_weights(loaded)
         assert all(torch.equal(weights[name], value) for name, value in weights_of(3).items())
         assert not loaded.training
-        assert (description["epoch"], description["parameters"], description["test"]["sum_accuracy"]) == (3, PARAMETERS, 0.8)
+        assert (description["epoch"], description["parameters"], description["test"]["sum_accuracy"]) == (3, 220_125, 0.8)
     assert json.loads((tmp_path / "run" / "model" / "model.json").read_text()) == description
 
 

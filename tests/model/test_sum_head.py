@@ -1,8 +1,5 @@
 """Fine-tuning teaches the sum head the distribution of digit + number, and changes nothing else."""
 
-from collections.abc import Iterator
-
-import numpy as np
 import pytest
 import torch
 
@@ -14,11 +11,8 @@ ROWS = 1000
 
 
 @pytest.fixture
-def model() -> Iterator[TwoHeadCNN]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a run fine-tunes: two take nearly twice as long for steps as small as these
-    yield new_model()
-    torch.set_num_threads(threads)
+def model() -> TwoHeadCNN:
+    return new_model()
 
 
 def confident_scores(rows: int, seed: int) -> torch.Tensor:
@@ -75,8 +69,3 @@ def test_only_the_sum_head_changes_and_repeatably(model: TwoHeadCNN) -> None:
         model.load_state_dict(before)
         finetune_sum_head(model, confident_scores(ROWS, 0), 20, seed=seed)
         assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items()) is same
-
-
-def test_single_training_row(model: TwoHeadCNN) -> None:
-    finetune_sum_head(model, confident_scores(1, 0), 2, seed=0)
-    assert all(np.isfinite(parameter.detach().numpy()).all() for parameter in model.parameters())

@@ -48,7 +48,6 @@ def make(seed: int) -> tuple[TwoHeadCNN, MuonAdamW]:
 
 
 def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    torch.use_deterministic_algorithms(True)
     model, optimizer = make(0)
     for seed in range(3):
         step(model, optimizer, seed)

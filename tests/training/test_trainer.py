@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.order import RowRanges, check_row_counts, mix_ids, row_checksums
 from mnistsum_ray.errors import RowCountError
+from mnistsum_ray.model.collectives import broadcast_parameters
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.serialization import Weights, copy_weights
 from mnistsum_ray.storage.paths import locate
@@ -98,30 +99,42 @@ def ddp(model: torch.nn.Module, parallel_strategy_kwargs: dict[str, Any]) -> tor
     return DistributedDataParallel(model, **parallel_strategy_kwargs)
 
 
-def train_on(folder: Path, rank: int, world_size: int, steps: range) -> Weights:
-    """Train these steps in a new process group, from the checkpoint in the folder if there is one, and leave the next there."""
+def train_in_group(folder: Path, rank: int, world_size: int, steps: range) -> Weights:
+    """Train these steps in a new process group."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/group{steps.start}", rank=rank, world_size=world_size)
     try:
-        hyperparameters = preflight(TrainConfig(data="sample", batch_size=32)).hyperparameters
-        with patch.object(ray.train.torch, "prepare_model", ddp):
-            trainer = Trainer(hyperparameters, Worker(rank, world_size, CPU, 1, SILENT), "fp32")
-        if steps.start:
-            _, tensors = read_checkpoint(locate(str(folder), "checkpoint"))
-            restore(tensors, trainer.model, trainer.optimizer)
-        for step in steps:
-            draw = torch.Generator().manual_seed(step)
-            images = torch.randint(0, 256, (32, 28, 28), dtype=torch.uint8, generator=draw)
-            digits, numbers = torch.randint(0, 10, (2, 32), generator=draw)
-            batch = {"image": images, "digit": digits, "number": numbers}
-            mine = {name: values[trainer._positions.start : trainer._positions.stop] for name, values in batch.items()}
-            trainer._step(mine, 0, step, 32, 0.05)
-        dist.barrier()  # all have read the checkpoint
-        if rank == 0:
-            save_checkpoint(folder, TrainerState(0, [], "fp32", EpochProgress(steps.stop)), trainer.model, trainer.optimizer)
-        return copy_weights(trainer.model)
+        return train(folder, rank, world_size, steps)
     finally:
+        # After DDP's reducer is gone with the trainer: were it the last to hold the group, it would wait for gloo's thread with
+        # the GIL held, for which that thread may wait.
         dist.destroy_process_group()
+
+
+def train(folder: Path, rank: int, world_size: int, steps: range) -> Weights:
+    """Train these steps from the checkpoint in the folder if there is one, and leave the next there."""
+    hyperparameters = preflight(TrainConfig(data="sample", batch_size=32)).hyperparameters
+    with patch.object(ray.train.torch, "prepare_model", ddp):
+        trainer = Trainer(hyperparameters, Worker(rank, world_size, CPU, 1, SILENT), "fp32")
+    if steps.start:
+        _, tensors = read_checkpoint(locate(str(folder), "checkpoint"))
+        restore(tensors, trainer.model, trainer.optimizer)
+    for step in steps:
+        draw = torch.Generator().manual_seed(step)
+        images = torch.randint(0, 256, (32, 28, 28), dtype=torch.uint8, generator=draw)
+        digits, numbers = torch.randint(0, 10, (2, 32), generator=draw)
+        batch = {"image": images, "digit": digits, "number": numbers}
+        mine = {name: values[trainer._positions.start : trainer._positions.stop] for name, values in batch.items()}
+        trainer._step(mine, 0, step, 32, 0.05)
+    dist.barrier()  # all have read the checkpoint
+    if rank == 0:
+        save_checkpoint(folder, TrainerState(0, [], "fp32", EpochProgress(steps.stop)), trainer.model, trainer.optimizer)
+    weights = copy_weights(trainer.model)
+    for parameter in trainer.model.parameters():
+        parameter.data += rank
+    broadcast_parameters(trainer.model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in copy_weights(trainer.model).items())
+    return weights
 
 
 def test_three_workers_train_as_one_does_and_a_new_group_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -133,7 +146,7 @@ def test_three_workers_train_as_one_does_and_a_new_group_goes_on_bit_for_bit(tmp
         folder.mkdir()
         for steps in parts:
             with ProcessPoolExecutor(ranks, context) as workers:
-                done = [workers.submit(train_on, folder, rank, ranks, steps) for rank in range(ranks)]
+                done = [workers.submit(train_in_group, folder, rank, ranks, steps) for rank in range(ranks)]
                 first, *others = [worker.result(timeout=60) for worker in done]
             assert all(torch.equal(first[key], other[key]) for other in others for key in first)
         weights.append(first)
