@@ -14,13 +14,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 from torch.multiprocessing.spawn import spawn
+from torch.nn.grad import conv2d_weight
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.model.collectives import all_reduce_sum, broadcast_parameters
 from mnistsum_ray.model.device import disable_tf32
 from mnistsum_ray.model.inference import Predictor
-from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, pixel_places, prepare_images
+from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, dropout_factors, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights
 from mnistsum_ray.model.sum_head import finetune_sum_head
@@ -31,7 +33,8 @@ from tests.model.test_sum_head import confident_scores, consistency
 CPU = torch.device("cpu")
 ROWS = 64
 
-pytestmark = pytest.mark.gpu
+gpu = pytest.mark.gpu
+each_device = pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=gpu)], ids=str)
 
 
 def make_model(device: torch.device) -> TwoHeadCNN:
@@ -43,25 +46,35 @@ def make_model(device: torch.device) -> TwoHeadCNN:
 class Training:
     """The model and its optimizer on a device, with a rank's part of some rows of all that a step uses."""
 
-    def __init__(self, device: torch.device, rank: int = 0, ranks: int = 1) -> None:
-        rows = slice(ROWS * rank // ranks, ROWS * (rank + 1) // ranks)
-        self.model = make_model(device)
-        self.optimizer = MuonAdamW(self.model, 0.01, torch.float32)
-        self.images, self.digits, self.numbers = (values[rows].to(device) for values in random_rows(ROWS))
-        self.matrices = torch.from_numpy(distortions(0, 0, np.arange(ROWS), 0.5))[rows].to(device)
-        self.places = pixel_places(device)
-        self.scale = torch.tensor(ranks / ROWS, device=device)
-        self.objective: torch.nn.Module = Objective(self.model, 0.05, torch.float32)
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        dropout: float = 0.0,
+        rank: int = 0,
+        ranks: int = 1,
+        rows: int = ROWS,
+    ) -> None:
+        self.model, self.dtype, self.dropout = make_model(device), dtype, dropout
+        self.count, self.rows = rows, slice(rows * rank // ranks, rows * (rank + 1) // ranks)
+        self.optimizer, self.generator = MuonAdamW(self.model, 0.01, dtype), torch.Generator(device)
+        self.images, self.digits, self.numbers = (values[self.rows].to(device) for values in random_rows(rows))
+        self.matrices = torch.from_numpy(distortions(0, 0, np.arange(rows), 0.5))[self.rows].to(device)
+        self.scale, self.places = torch.tensor(ranks / rows, device=device), pixel_places(device)
+        self.objective: torch.nn.Module = Objective(self.model, 0.05, dtype)
         if ranks > 1:
+            devices = [device] if device.type == "cuda" else None
             self.objective = DistributedDataParallel(
-                self.objective, [device], broadcast_buffers=False, gradient_as_bucket_view=True
+                self.objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
     def steps(self, count: int) -> None:
-        for _ in range(count):
+        for step in range(count):
             self.optimizer.zero_grad()
+            generator = self.generator.manual_seed(step)
+            factors = dropout_factors(self.count, self.dropout, generator)[self.rows] if self.dropout else None
             images = distort(prepare_images(self.images), self.matrices, self.places)
-            loss, _ = self.objective(images, self.numbers, self.digits, None)
+            loss, _ = self.objective(images, self.numbers, self.digits, factors)
             loss.backward(self.scale)
             self.optimizer.set_learning_rate(1e-3)
             self.optimizer.step()
@@ -73,14 +86,16 @@ def check_trained_alike(ours: Weights, theirs: Weights) -> None:
         assert (ours[name] - theirs[name]).norm() < 0.02 * (theirs[name] - start).norm(), name
 
 
-def test_float32_is_float32() -> None:
+@each_device
+def test_float32_is_float32(device: torch.device) -> None:
     images, _, numbers = random_rows(256)
     exact = [scores.detach() for scores in make_model(CPU).double()(prepare_images(images).double(), numbers)]
-    ours = make_model(CUDA)(prepare_images(images.to(CUDA)), numbers.to(CUDA))
+    ours = make_model(device)(prepare_images(images.to(device)), numbers.to(device))
     for scores, expected in zip(ours, exact, strict=True):
         assert (scores.detach().cpu().double() - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@gpu
 def test_three_steps_are_those_of_the_cpu() -> None:
     trained = [Training(device) for device in (CUDA, CPU)]
     for training in trained:
@@ -88,17 +103,25 @@ def test_three_steps_are_those_of_the_cpu() -> None:
     check_trained_alike(*(copy_weights(training.model) for training in trained))
 
 
-@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=two_gpus)])  # NCCL refuses two ranks on one card
-def test_two_ranks_train_as_one(backend: str, tmp_path: Path) -> None:
-    spawn(train_rank, (backend, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
-    alone = Training(CUDA)
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("gloo", "cpu"),
+        pytest.param("gloo", "cuda", marks=gpu),  # both on one card, which NCCL refuses
+        pytest.param("nccl", "cuda", marks=[gpu, two_gpus]),
+    ],
+)
+def test_two_ranks_train_as_one(backend: str, device: str, tmp_path: Path) -> None:
+    spawn(train_rank, (backend, device, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    alone = Training(torch.device(device))
     alone.steps(3)
     check_trained_alike(load_file(tmp_path / "weights.safetensors"), copy_weights(alone.model))
 
 
-def train_rank(rank: int, backend: str, folder: str) -> None:
+def train_rank(rank: int, backend: str, device_type: str, folder: str) -> None:
     disable_tf32()  # a process that is spawned does not inherit it
-    device = torch.device("cuda", rank if backend == "nccl" else 0)
+    torch.set_num_threads(1)
+    device = torch.device(device_type, rank if backend == "nccl" else 0)
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for dtype in (torch.float32, torch.float64, torch.int64):
         values = torch.arange(5, device=device).to(dtype)
@@ -113,10 +136,11 @@ def train_rank(rank: int, backend: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@each_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_empty_share_has_gradients_of_zero(dtype: torch.dtype) -> None:
-    model = make_model(CUDA)
-    images, digits, numbers = (values.to(CUDA) for values in random_rows(0))
+def test_an_empty_share_has_gradients_of_zero(device: torch.device, dtype: torch.dtype) -> None:
+    model = make_model(device)
+    images, digits, numbers = (values.to(device) for values in random_rows(0))
     loss, _ = Objective(model, 0.05, dtype)(prepare_images(images), numbers, digits, None)
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -124,18 +148,19 @@ def test_an_empty_share_has_gradients_of_zero(dtype: torch.dtype) -> None:
         assert not parameter.grad.any(), name
 
 
-def test_a_checkpoint_goes_to_the_cpu_and_back(tmp_path: Path) -> None:
+@each_device
+def test_a_checkpoint_goes_to_the_cpu_and_back(device: torch.device, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="checkpoints are reported to Ray Train")
     from mnistsum_ray.storage.paths import locate
     from mnistsum_ray.training.checkpoint import TrainerState, read_checkpoint, restore, save_checkpoint
 
-    training = Training(CUDA)
+    training = Training(device)
     training.steps(3)
     weights, state = copy_weights(training.model), TrainerState(0, [], "fp32")
     states = training.optimizer.state_dict()["state"]
     first = {index: {key: value.cpu().clone() for key, value in of.items()} for index, of in states.items()}
     first_training = training
-    for number, place in enumerate((CPU, CUDA)):
+    for number, place in enumerate((CPU, device)):
         folder = tmp_path / str(number)
         folder.mkdir()
         save_checkpoint(folder, state, training.model, training.optimizer)
@@ -154,6 +179,49 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(tmp_path: Path) -> None:
         assert torch.allclose(value, after[name], atol=1e-6), f"{name}: a step after the checkpoint is another"
 
 
+@gpu
+@pytest.mark.parametrize("rows", [64, 128, 256, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_the_profile_of_a_step(dtype: torch.dtype, rows: int) -> None:
+    training = Training(CUDA, dtype, rows=rows)
+    training.steps(5)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        started = time.perf_counter()
+        training.steps(10)
+        cpu = time.perf_counter() - started
+        torch.cuda.synchronize()
+    events = profiled.key_averages()
+    launches = sum(event.count for event in events if event.key.startswith(("cudaLaunchKernel", "cuLaunchKernel"))) / 10
+    kernels = sorted(
+        (event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation),
+        key=lambda event: -event.device_time_total,
+    )
+    slowest = " | ".join(f"{event.key[:40]} {event.device_time_total / 10:.0f} us" for event in kernels[:5])
+    device = sum(event.device_time_total for event in kernels) / 1e4
+    report(f"step of {rows} rows, {dtype}", launches=launches, cpu_ms=100 * cpu, gpu_ms=device, slowest=slowest)
+    assert launches < 250, "125 operations, some of which are two kernels"
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_the_weight_gradient_of_the_first_convolution_is_no_bottleneck(dtype: torch.dtype) -> None:
+    images = torch.randn(256, 1, 28, 28, device=CUDA, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    above = torch.randn(256, 32, 28, 28, device=CUDA, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(32, 1, 3, 3, device=CUDA, dtype=dtype)
+    started = 0.0
+    for step in range(40):
+        if step == 20:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+        conv2d_weight(images, weight.shape, above, padding=1)  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    milliseconds = (time.perf_counter() - started) * 50
+    report(f"conv1's weight gradient, 256 rows, {dtype}", ms=milliseconds)
+    assert milliseconds < 5
+
+
+@gpu
 def test_finetuning_takes_a_second_and_makes_the_sums_consistent() -> None:
     model, scores = make_model(CUDA), confident_scores(1000, 0).to(CUDA)
     finetune_sum_head(model, scores, 60, seed=3)
@@ -167,12 +235,13 @@ def test_finetuning_takes_a_second_and_makes_the_sums_consistent() -> None:
     report("2,000 steps of fine-tuning", seconds=seconds)
 
 
+@each_device
 @pytest.mark.parametrize(("precision", "most_different", "tolerance"), [("fp32", 0, 1e-4), ("bf16", 50, 0.05)])
-def test_predictions_are_those_of_the_cpu(precision: str, most_different: int, tolerance: float) -> None:
+def test_predictions_are_those_of_the_cpu(device: torch.device, precision: str, most_different: int, tolerance: float) -> None:
     images, digits, numbers = (values.numpy() for values in random_rows(1_000))
     weights = copy_weights(make_model(CPU))
     exact = Predictor(weights, CPU, "fp32", 50).predict(images, numbers, digits)
-    predictor = Predictor(weights, CUDA, precision, None)
+    predictor = Predictor(weights, device, precision, None)
     ours = predictor.predict(images, numbers, digits)
     for name in ("pred_digit", "pred_sum"):
         assert np.count_nonzero(ours.values[name] != exact.values[name]) <= most_different
@@ -181,6 +250,7 @@ def test_predictions_are_those_of_the_cpu(precision: str, most_different: int, t
     assert len(predictor.predict(images[:0], numbers[:0]).digit) == 0
 
 
+@gpu
 def test_a_compiled_step_is_recorded_once_and_nothing_is_left_out() -> None:
     counters.clear()
     model = make_model(CUDA)
