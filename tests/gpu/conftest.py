@@ -35,10 +35,11 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 
 @pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    """As in the jobs' workers; afterwards as it was."""
+def exact_float32_on_one_thread() -> Iterator[None]:
+    """Float32 as in the jobs' workers, and one thread, see tests/model/conftest.py; afterwards as it was."""
     before, threads = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32), torch.get_num_threads()
     disable_tf32()
+    torch.set_num_threads(1)
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-    torch.set_num_threads(threads)  # a Predictor on a CPU sets it for the process
+    torch.set_num_threads(threads)

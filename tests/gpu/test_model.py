@@ -236,15 +236,15 @@ def test_finetuning_takes_a_second_and_makes_the_sums_consistent() -> None:
 
 
 @each_device
-@pytest.mark.parametrize(("precision", "most_different", "tolerance"), [("fp32", 0, 1e-4), ("bf16", 50, 0.05)])
-def test_predictions_are_those_of_the_cpu(device: torch.device, precision: str, most_different: int, tolerance: float) -> None:
-    images, digits, numbers = (values.numpy() for values in random_rows(1_000))
+@pytest.mark.parametrize(("precision", "most_different", "tolerance"), [("fp32", 0.0, 1e-4), ("bf16", 0.05, 0.05)])
+def test_predictions_are_those_of_the_cpu(device: torch.device, precision: str, most_different: float, tolerance: float) -> None:
+    images, digits, numbers = (values.numpy() for values in random_rows(100 if device == CPU else 1_000))
     weights = copy_weights(make_model(CPU))
     exact = Predictor(weights, CPU, "fp32", 50).predict(images, numbers, digits)
     predictor = Predictor(weights, device, precision, None)
     ours = predictor.predict(images, numbers, digits)
     for name in ("pred_digit", "pred_sum"):
-        assert np.count_nonzero(ours.values[name] != exact.values[name]) <= most_different
+        assert np.mean(ours.values[name] != exact.values[name]) <= most_different
     for name in ("digit_prob", "sum_prob", "digit_nll", "sum_nll"):
         assert np.allclose(ours.values[name], exact.values[name], rtol=tolerance, atol=tolerance), name
     assert len(predictor.predict(images[:0], numbers[:0]).digit) == 0
