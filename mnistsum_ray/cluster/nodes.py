@@ -1,12 +1,15 @@
 """Nodes of the cluster, as Ray describes them, and how to run something on one of them."""
 
-from typing import Any
+from typing import Any, Final
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Resources = dict[str, float]
 """From kind (CPU, GPU, …) to amount."""
+
+HEAD: Final = "node:__internal_head__"
+"""A resource that the head node alone has."""
 
 
 def this_node() -> Resources:

@@ -14,6 +14,7 @@ import ray.train
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.gpus import Probe
+from mnistsum_ray.cluster.ray_internals import detached_data_actors
 from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
@@ -68,6 +69,8 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> Train
     """
     try:
         with folder_lock(run.folder, "--name", console.say) as held:
+            history = read_history(run.folder) if run.config.resume else []
+            metrics = TrainingMetrics(run.folder.display, len(history) * len(run.source.train))  # before the wait for resources
             plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say, probe)
             check_share(plan, run.hyperparameters.batch_size)
             if run.source.notice:
@@ -75,7 +78,7 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> Train
             report_skipped(run.source.skipped, console.say)
             read = {} if run.source.files is None else {"--data": run.source.files.location(0)}
             check_shared_storage({"--storage-path": held}, read, console.say)
-            return _Driver(run, plan, held, console).fit()
+            return _Driver(run, plan, held, console, history, metrics).fit()
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
@@ -86,11 +89,21 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> Train
 class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
-    def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console) -> None:
+    def __init__(
+        self,
+        run: TrainingRun,
+        plan: WorkerPlan,
+        held: OutputFolder,
+        console: Console,
+        history: list[dict[str, Any]],
+        metrics: TrainingMetrics,
+    ) -> None:
         self.run = run
         self.plan = plan
         self.held = held
         self.console = console
+        self.history = history
+        self.metrics = metrics
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
         memory = check_memory(run, plan, cluster)
@@ -101,7 +114,6 @@ class _Driver:
         self.manifest = build_manifest(run, self.rows.checksums, plan) | {"threads": choose_threads(plan, cluster, then)}
         self.expected_checksums = check_data(run, self.rows.checksums, self.manifest["data"])
         self.start: Location | None = None
-        self.history: list[dict[str, Any]] = []
         if run.config.resume:
             self._resume()
         elif (run.folder / _MANIFEST).exists():  # checked again, now that no other run can write there
@@ -123,7 +135,6 @@ class _Driver:
             say("no checkpoint can be used, so the run starts from the beginning")
         delete_other_checkpoints(self.held, self.start)
         self.manifest = stored | self.manifest  # results of the stored one stay until there are new ones
-        self.history = read_history(run.folder)
 
     def fit(self) -> TrainResult:
         """Train and publish; the manifest says how a run ends that does not finish."""
@@ -139,7 +150,6 @@ class _Driver:
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
                 f"{len(source.test):,} test rows of {of}; {self.manifest['workers']}"
             )
-            self.metrics = TrainingMetrics(run.folder.display, len(self.history) * len(source.train))
             with event_queue(self.console, self._on_epoch, self.metrics.add) as events:
                 result = self._train(events)
             return self._publish(result)
@@ -216,6 +226,8 @@ class _Driver:
         say = self.console.say
         start = self.start
         trainer = self._trainer(events)
+        if not started_cluster():
+            detached_data_actors()
 
         def must_end() -> bool:
             """Whether a worker has met what another attempt would meet again, or the folder is lost."""
