@@ -15,6 +15,7 @@ from ray.data import Dataset
 from ray.data._internal.execution.node_trackers import actor_location
 
 from mnistsum_ray.cluster import ray_internals
+from mnistsum_ray.training.ray_hooks import remove_placement_groups
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,13 @@ def test_what_an_autoscaler_may_add(tmp_path: Path, program: str, version: str) 
         process.communicate(b"\n")
     assert found == (ray_internals.Autoscaler(version, (({"CPU": 8, "GPU": 1}, 4),)),)
     assert ray_internals._read_autoscaler("6399") is None
+
+
+@pytest.mark.usefixtures("address")
+def test_placement_groups_that_ray_train_has_left_are_removed() -> None:
+    ray.get(ray.util.placement_group([{"CPU": 1}]).ready())
+    remove_placement_groups()
+    assert ray.get(ray.remote(num_cpus=1)(lambda: True).remote(), timeout=30)
 
 
 _AUTHENTICATE = """
