@@ -44,7 +44,7 @@ from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_va
 from mnistsum_ray.training.fetch import load_rows
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
-from mnistsum_ray.training.ray_hooks import InterruptibleTrainer, remove_placement_groups
+from mnistsum_ray.training.ray_hooks import CheckpointCallback, InterruptibleTrainer, remove_placement_groups
 from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
 from mnistsum_ray.training.worker import Events, event_queue
 
@@ -69,17 +69,16 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> Train
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        with folder_lock(run.folder, "--name", console.say) as held:
-            history = read_history(run.folder) if run.config.resume else []
-            metrics = TrainingMetrics(run.folder.display, len(history) * len(run.source.train))  # before the wait for resources
+        with TrainingMetrics(run.folder.display) as metrics, folder_lock(run.folder, "--name", console.say) as held:
             plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say, probe)
+            metrics.enter("reading")
             check_share(plan, run.hyperparameters.batch_size)
             if run.source.notice:
                 console.say(run.source.notice)
             report_skipped(run.source.skipped, console.say)
             read = {} if run.source.files is None else {"--data": run.source.files.location(0)}
             check_shared_storage({"--storage-path": held}, read, console.say)
-            return _Driver(run, plan, held, console, history, metrics).fit()
+            return _Driver(run, plan, held, console, metrics).fit()
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
@@ -91,19 +90,13 @@ class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
     def __init__(
-        self,
-        run: TrainingRun,
-        plan: WorkerPlan,
-        held: OutputFolder,
-        console: Console,
-        history: list[dict[str, Any]],
-        metrics: TrainingMetrics,
+        self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console, metrics: TrainingMetrics
     ) -> None:
         self.run = run
         self.plan = plan
         self.held = held
         self.console = console
-        self.history = history
+        self.history: list[dict[str, Any]] = []
         self.metrics = metrics
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
@@ -139,6 +132,7 @@ class _Driver:
             say("no checkpoint can be used, so the run starts from the beginning")
         delete_other_checkpoints(self.held, self.start)
         self.manifest = stored | self.manifest  # results of the stored one stay until there are new ones
+        self.history = read_history(run.folder)
 
     def fit(self) -> TrainResult:
         """Train and publish; the manifest says how a run ends that does not finish."""
@@ -154,8 +148,12 @@ class _Driver:
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
                 f"{len(source.test):,} test rows of {of}; {self.manifest['workers']}"
             )
+            rows = len(source.train)
+            self.metrics.expect(run.hyperparameters.epochs * rows, len(self.history) * rows)
+            self.metrics.enter("waiting")  # for Ray Train's workers
             with event_queue(self.console, self._on_epoch, self.metrics.add) as events:
                 result = self._train(events)
+            self.metrics.enter("publishing")
             return self._publish(result)
         except KeyboardInterrupt:
             self._mark("stopped")
@@ -173,7 +171,7 @@ class _Driver:
 
     def _on_epoch(self, line: dict[str, Any]) -> None:
         rows = len(self.run.source.train)
-        self.metrics.add(line | {"rows": rows, "of_rows": rows, "loss": line["train_loss"]})
+        self.metrics.add(line | {"kind": "progress", "rows": rows, "of_rows": rows, "loss": line["train_loss"]})
         self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
         try:
             write_history(self.held, self.history)
@@ -216,6 +214,7 @@ class _Driver:
                 storage_filesystem=run.storage.filesystem,
                 failure_config=ray.train.FailureConfig(controller_failure_limit=0, max_preemption_failures=0),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                callbacks=[CheckpointCallback(events.queue)],
             ),
             # No datasets: Ray Train would split them, and drop up to one row a worker. Each worker makes its own, see rows.py.
         )
@@ -272,10 +271,12 @@ class _Driver:
         self.start = newest
         delete_other_checkpoints(self.held, newest)
         remove_placement_groups()
+        self.metrics.enter("waiting")
         try:
             wait_until_free(self.plan, max(_MIN_WAIT_SECONDS, run.config.wait_seconds), say, lost)
         except RequestError as problem:
             raise RunError(f"{problem}; {run.how_to_resume()}") from None
+        self.metrics.count("restarts", 1)
 
     def _publish(self, result: TrainingResult) -> TrainResult:
         """Publish the model, write the report, complete the manifest."""
