@@ -6,8 +6,10 @@ Its node then keeps the counters as long as Ray runs there, and the gauges for 2
 
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Final, Self
 
+import ray
 from ray.util.metrics import Counter, Gauge
 
 from mnistsum_ray.cluster.ray_internals import begin_at_zero
@@ -20,6 +22,7 @@ COUNTERS: Final = {
     "rejected_rows": "Rows that cannot be scored.",
     "failed_files": "Input files that cannot be used.",
     "restarts": "Times that workers were started again after a failure.",
+    "lost_nodes": "Nodes that crashed or were preempted while the job ran.",
 }
 GAUGES: Final = {
     "phase_seconds": "Time in the phase that the tag `phase` names.",
@@ -29,6 +32,9 @@ GAUGES: Final = {
     "epoch": "Epoch that is trained, from 1.",
     "loss": "Mean loss a row of this epoch, in nats.",
 }
+
+_LOST: Final = (2, 3)
+"""`DeathReason` of a node that crashed, and of one that was preempted: Ray's own count has the idle nodes that leave, too."""
 
 _REFRESH_SECONDS: Final = 5.0
 """Ray reports every 10 s, and leaves out gauges that have not been set since its last report but one."""
@@ -53,12 +59,14 @@ class JobMetrics:
         self._since: dict[str, float] = {}
         """Moments whose ages are gauges."""
         self._phase = ""
+        self._lost: set[str] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._refresh, daemon=True)
 
     def __enter__(self) -> Self:
         self.count("jobs_started", 1)
         self.enter("waiting")
+        self._lost = _lost_nodes()
         self._thread.start()
         return self
 
@@ -92,8 +100,17 @@ class JobMetrics:
     def _refresh(self) -> None:
         while True:
             self._show()
+            lost = _lost_nodes() - self._lost
+            self.count("lost_nodes", len(lost))
+            self._lost |= lost
             if self._ended.wait(_REFRESH_SECONDS):
                 return
+
+
+def _lost_nodes() -> set[str]:
+    with suppress(Exception):  # the cluster has ended: the job fails on it, and says so
+        return {node["NodeID"] for node in ray.nodes() if node.get("DeathReason") in _LOST}
+    return set()
 
 
 class TrainingMetrics(JobMetrics):
