@@ -146,7 +146,7 @@ class TrainingCluster(JobConfig):
     compile: bool = False
     """use torch.compile, and on a GPU record the step as a CUDA graph; needs a C++ compiler and a minute"""
     max_failures: int = Field(3, ge=0, le=1000)
-    """worker failures to recover from before the run gives up"""
+    """failures to recover from, of workers and nodes, with no new checkpoint in between"""
     wait_seconds: float = Field(600, ge=0, le=86_400)
     """seconds to wait for an autoscaling or busy cluster before giving up"""
 

@@ -20,9 +20,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.util.metrics import Counter, Metric
 
-from mnistsum_ray.reporting.metrics import ScoringMetrics, TrainingMetrics
+from mnistsum_ray.reporting.metrics import COUNTERS, GAUGES
 from tests.kuberay_schema import DEPLOY, FILES, SCHEMA
 
 ROOT = DEPLOY.parent
@@ -69,11 +68,54 @@ def test_cluster_yaml_is_one_and_opens_nothing_to_the_world() -> None:
         assert node["IamInstanceProfile"]["Name"], f"without it, {name} would need keys"
     for kind in ("head", "worker"):
         commands = config[f"{kind}_setup_commands"]
-        assert len(commands) == 2, "a venv and the project, and nothing of Ray's defaults such as a nightly build"
-        assert commands[1].startswith(INSTALL)
-        assert ("download.pytorch.org/whl/cpu" in commands[1]) == (kind == "head")
+        assert commands[:-1] == CLUSTER["setup_commands"], "nothing of Ray's defaults such as a nightly build"
+        assert commands[-1].startswith(INSTALL)
+        assert ("download.pytorch.org/whl/cpu" in commands[-1]) == (kind == "head")
         assert "--dashboard-host" not in " ".join(config[f"{kind}_start_ray_commands"])
     assert f"{HOME}/.ray/auth_token" in config["file_mounts"]
+
+
+@pytest.mark.slow
+def test_a_node_waits_for_the_locks_of_apt_and_makes_a_half_made_environment_again(tmp_path: Path) -> None:
+    """`apt-get update` finds its lock held twice; the node has an environment of a connection that was lost. Run as Ray does."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "pip").touch()
+    (tmp_path / ".bashrc").write_text('PATH=$HOME:/usr/bin:/bin; test -z "$VIRTUAL_ENV" || echo "$VIRTUAL_ENV"\n')
+    stubs = {
+        "sudo": 'exec "$@"',
+        "apt-get": 'echo "$*" >> $HOME/apt; case "$*" in update*) test $(wc -l < $HOME/apt) -ge 3;; esac',
+        "cloud-init": "exit 2",  # a warning
+        "sleep": "",
+    }
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    for _ in range(2):
+        for command in CLUSTER["setup_commands"]:
+            shell = ["bash", "--login", "-c", "-i", f"source ~/.bashrc; ({command})"]
+            done = subprocess.run(shell, env={"HOME": str(tmp_path)}, check=True, capture_output=True, text=True)
+    asked = (tmp_path / "apt").read_text().splitlines()
+    assert [line.split()[0] for line in asked] == ["update", "update", "update", "-o"], "and nothing in the second time"
+    assert (tmp_path / ".bashrc").read_text().count("activate") == 1
+    assert str(tmp_path / "venv") in done.stdout
+    subprocess.run([tmp_path / "venv" / "bin" / "pip", "--version"], check=True, capture_output=True)
+
+
+def test_the_pods_fit_the_nodes_that_are_named_for_them() -> None:
+    """Kubernetes and its daemons take 0.4 CPUs and 1.5 GiB of a node, and KubeRay's autoscaler half of each beside a head."""
+    job, cron = KUBERAY["rayjob"]["spec"]["rayClusterSpec"], KUBERAY["raycronjob"]["spec"]["jobTemplate"]["rayClusterSpec"]
+    m7i_xlarge, g5_xlarge, m7i_2xlarge = (3.1, 14.0), (3.6, 14.5), (7.6, 30.5)
+    nodes = ((job["headGroupSpec"], m7i_xlarge), (*job["workerGroupSpecs"], g5_xlarge), (cron["headGroupSpec"], m7i_2xlarge))
+    for group, (cpus, gib) in nodes:
+        (container,) = group["template"]["spec"]["containers"]
+        resources = container["resources"]
+        assert resources["requests"] == resources["limits"], "no pod is killed for what another one uses"
+        assert int(resources["limits"]["cpu"]) <= cpus
+        assert int(resources["limits"]["memory"].removesuffix("Gi")) <= gib
+        assert group["template"]["metadata"]["annotations"] == {
+            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+            "karpenter.sh/do-not-disrupt": "true",
+        }
 
 
 @pytest.mark.slow
@@ -135,15 +177,13 @@ def test_all_pods_of_kuberay_have_the_image_of_the_tested_ray(name: str, job: di
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_are_exported() -> None:
-    jobs = (TrainingMetrics("runs/mine"), ScoringMetrics("scored"))
-    metrics = [value for job in jobs for value in vars(job).values() if isinstance(value, Metric)]
-    exported = {f"ray_{metric.info['name']}{'_total' if isinstance(metric, Counter) else ''}" for metric in metrics}
-
+    exported = {f"ray_mnistsum_{name}" for name in (*(f"{counter}_total" for counter in COUNTERS), *GAUGES)}
     dashboard = json.loads((DEPLOY / "grafana.json").read_text())
     shown = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     assert set(re.findall(r"ray_mnistsum_\w+", shown)) == exported
     (group,) = yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"]
     watched = set(re.findall(r"ray_mnistsum_\w+", " ".join(rule["expr"] for rule in group["rules"])))
-    assert {"ray_mnistsum_score_rejected_rows_total"} < watched <= exported
+    assert {"ray_mnistsum_rejected_rows_total"} < watched <= exported
+    assert {rule["labels"]["severity"] for rule in group["rules"]} == {"critical", "warning"}
     documented = re.findall(r"`(ray_mnistsum_\w+)`", (ROOT / "mnistsum_ray" / "README.md").read_text())
     assert set(documented) == exported

@@ -3,34 +3,33 @@
 import math
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
-import ray
 from ray.autoscaler.sdk import request_resources
 
 from mnistsum_ray.cluster.gpus import REPORT_SECONDS, Gpu, Probe, answers_of, ask_nodes
-from mnistsum_ray.cluster.nodes import Resources, usable_nodes
-from mnistsum_ray.cluster.ray_internals import autoscaler_limits, free_resources
+from mnistsum_ray.cluster.nodes import HEAD, Resources, usable_nodes
+from mnistsum_ray.cluster.ray_internals import Autoscaler, autoscaler, free_resources
 from mnistsum_ray.errors import RequestError, counted
 
 _TASKS_CPU_SHARE: Final = 0.25
 """Share of the CPUs that workers of a group leave unreserved for the tasks that feed them, which reserve none."""
 
 _NODE_ID_LABEL: Final = "ray.io/node-id"
-_NODE_GROUP_LABEL: Final = "ray.io/node-group"
-"""Node label that autoscalers (`ray up`, KubeRay) set."""
 
 _MAX_LIMIT: Final = 4096
-"""Largest limit of any resource: an autoscaler may have none."""
+"""Largest limit of any resource: an autoscaler's may be as good as none."""
 
 _ASSUMED_LIMIT: Final = {"GPU": 16, "CPU": 128}
-"""Resources that a growing cluster is assumed to reach if its autoscaler does not say."""
+"""Resources that a growing cluster is assumed to reach if it is not known what its autoscaler may add."""
 
 _MAX_WORKERS_PER_GPU: Final = 8
 _WORKER_GPU_BYTES: Final = 4 * 2**30
 """GPU memory of a worker that scores: CUDA's own, and the activations of a batch of 2,048 rows."""
 _ASSUMED_GPU_BYTES: Final = 16 * 2**30
+
+_ADVICE: Final = "`ray status`, and on the head /tmp/ray/session_latest/logs/monitor.log, tell why"
 
 _PROBE_SECONDS: Final = 60.0
 """Shortest timeout of a probe: its process on another node has to import PyTorch first."""
@@ -49,10 +48,12 @@ class ClusterResources:
     """Total of each node that has CPUs or GPUs."""
     free_nodes: tuple[Resources, ...]
     """Free resources of each of them, in any order."""
-    can_grow: bool
-    """An autoscaler may add nodes."""
-    limits: Resources = field(default_factory=dict)
-    """Total that the cluster can grow to, of the kinds that the autoscaler's configuration names."""
+    autoscaler: Autoscaler | None = None
+    """What may add nodes."""
+
+    @property
+    def can_grow(self) -> bool:
+        return self.autoscaler is not None
 
     def total(self, kind: str) -> float:
         return sum(node.get(kind, 0.0) for node in self.nodes)
@@ -61,9 +62,15 @@ class ClusterResources:
         """Free amount of each kind on all nodes together."""
         return {kind: sum(node.get(kind, 0.0) for node in self.free_nodes) for kind in kinds}
 
-    def limit(self, kind: str) -> float:
-        """Amount that the cluster can grow to; infinite if its autoscaler does not say."""
-        return max(self.total(kind), self.limits.get(kind, math.inf)) if self.can_grow else self.total(kind)
+    def limit(self, kind: str, *, spare_gpus: bool = False) -> float:
+        """Amount that the cluster can grow to, with `spare_gpus` by nodes without GPUs alone; infinite if that is not known."""
+        if self.autoscaler is None or (spare_gpus and not self.autoscaler.node_types):
+            return self.total(kind)
+        if not self.autoscaler.node_types:
+            return math.inf
+        kinds = [(node, count) for node, count in self.autoscaler.node_types if not (spare_gpus and node.get("GPU"))]
+        head = sum(node.get(kind, 0.0) for node in self.nodes if HEAD in node)
+        return max(self.total(kind), min(_MAX_LIMIT, head + sum(node.get(kind, 0.0) * count for node, count in kinds)))
 
     def cpus_per_gpu(self) -> float:
         """CPUs for each GPU on the node with the fewest, since those of other nodes are of no use; infinite without GPUs."""
@@ -83,9 +90,12 @@ class ClusterResources:
         return min(int(node.get(kind, 0) / amount + _EPSILON) for kind, amount in bundle.items() if amount)
 
     def __str__(self) -> str:
-        """A text such as `2 CPUs and 0 GPUs on 1 node`."""
-        total = _format({kind: self.total(kind) for kind in ("CPU", "GPU")})
-        return f"{total} on {counted(len(self.nodes), 'node')}{', and may grow' if self.can_grow else ''}"
+        """A text such as `2 CPUs and 0 GPUs on 1 node`, and what an autoscaler can make of it."""
+        total, limits = (_format({kind: get(kind) for kind in ("CPU", "GPU")}) for get in (self.total, self.limit))
+        growth = ", and may grow" if self.autoscaler else ""
+        if self.autoscaler and self.autoscaler.node_types:
+            growth += f" to {limits}, as its autoscaler ({self.autoscaler.version}) is configured"
+        return f"{total} on {counted(len(self.nodes), 'node')}{growth}"
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,8 @@ class WorkerPlan:
     """None for a job on CPUs."""
     label_selector: dict[str, str] | None = None
     """Nodes that workers may run on, as Ray takes it; None: all."""
+    may_grow: bool = False
+    """An autoscaler may add nodes for them."""
 
     @property
     def workers(self) -> int:
@@ -143,6 +155,9 @@ class WorkerPlan:
         return f"{number} {'GPU' if self.use_gpu else 'CPU'} worker{'' if high == 1 else 's'}"
 
 
+_ONE_GPU: Final = WorkerPlan((1, 1), needed=1, cpus_per_worker=0.0, gpus_per_worker=1.0)
+
+
 def reserve(request: WorkerRequest, say: Callable[[str], None], probe: Probe | None = None) -> WorkerPlan:
     """Plan the workers of a job by what it asks for and by what the cluster has, and wait until enough of them fit.
 
@@ -157,17 +172,16 @@ def reserve(request: WorkerRequest, say: Callable[[str], None], probe: Probe | N
     cluster = inspect_cluster()
     gpu: Gpu | None = None
     avoided: list[str] = []
+    unusable = False
     if cluster.total("GPU") >= 1 and request.use_gpu is not False:
         gpu, avoided = _probe_gpus(request, say, probe)
-        request, cluster = replace(request, use_gpu=gpu is not None), inspect_cluster(avoided)
-    elif cluster.can_grow and request.use_gpu is None:
+        unusable, cluster = gpu is None, inspect_cluster(avoided)
+    elif cluster.limit("GPU") >= 1 and request.use_gpu is None:
         say(f"running on CPUs, since the cluster has {cluster}; --use-gpu true waits for GPUs")
-    plan, gpus = plan_workers(request, cluster, gpu), int(cluster.total("GPU"))
+    plan, gpus = plan_workers(request, cluster, gpu, unusable=unusable), int(cluster.total("GPU"))
     if plan.use_gpu and request.workers is None and plan.workers < gpus and not (gpu and gpu.mig):
         say(f"running on {plan.workers} of {gpus} GPUs: with so small a batch more are no faster; --num-workers {gpus} takes all")
-    if plan.use_gpu and request.workers and not request.group and plan.workers > gpus > 0 and plan.workers % gpus:
-        say(f"{plan.workers} workers cannot share {gpus} GPUs evenly; --num-workers {-(-plan.workers // gpus) * gpus} can")
-    _wait_until_free(plan.per_worker, plan.needed, request.wait_seconds, say, avoided)
+    wait_until_free(plan, request.wait_seconds, say, avoided)
     if plan.use_gpu and gpu is None:  # an autoscaler has started the nodes with GPUs meanwhile
         gpu, avoided = _probe_gpus(request, say)
     if not avoided:
@@ -178,19 +192,23 @@ def reserve(request: WorkerRequest, say: Callable[[str], None], probe: Probe | N
     return replace(plan, worker_range=(low, high), gpu=gpu, label_selector={_NODE_ID_LABEL: f"!in({','.join(avoided)})"})
 
 
-def plan_workers(request: WorkerRequest, cluster: ClusterResources, gpu: Gpu | None = None) -> WorkerPlan:
+def plan_workers(
+    request: WorkerRequest, cluster: ClusterResources, gpu: Gpu | None = None, *, unusable: bool = False
+) -> WorkerPlan:
     """Choose workers and devices: as requested, and where the request is silent by what the cluster has.
 
-    `gpu` is None if no GPU has been asked.
+    `gpu` is None if no GPU has been asked, or if those of the cluster are `unusable`.
 
     Raises:
         RequestError: the request asks for more than the cluster can ever have.
     """
     gpus = int(cluster.total("GPU"))
-    use_gpu = gpus > 0 if request.use_gpu is None else request.use_gpu
-    if use_gpu and not gpus and not cluster.can_grow:
+    use_gpu = gpus > 0 and not unusable if request.use_gpu is None else request.use_gpu
+    if use_gpu and cluster.limit("GPU") < 1:
         raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
     kind = "GPU" if use_gpu else "CPU"
+    # Work on CPUs does not start nodes with GPUs for their CPUs, unless CPUs are requested.
+    limit = cluster.limit(kind, spare_gpus=request.use_gpu is None and not use_gpu)
     sharing = 1
     if request.group:
         default = max(1, min(gpus, 1 if gpu and gpu.mig else request.useful_gpus) if use_gpu else len(cluster.nodes))
@@ -201,12 +219,15 @@ def plan_workers(request: WorkerRequest, cluster: ClusterResources, gpu: Gpu | N
                 "--num-workers 1 there"
             )
     else:
-        largest = _largest_pool(request, cluster, kind)
+        # Until the cluster has grown to it fewer workers run.
+        largest = max(1, int(limit if limit < math.inf else max(cluster.total(kind), _ASSUMED_LIMIT[kind])))
         memory = gpu.memory_bytes if gpu else _ASSUMED_GPU_BYTES
         low, high = request.workers or (largest * (workers_per_gpu(memory, cluster.cpus_per_gpu()) if use_gpu else 1),) * 2
         sharing = -(-high // largest) if use_gpu else 1
-    if low >= sharing * cluster.limit(kind) + 1:  # a part of a CPU is enough for a worker
-        raise RequestError(f"--num-workers {low}: needs {low} {kind}s, one a worker; the cluster has {cluster}")
+    if low >= sharing * limit + 1:  # a part of a CPU is enough for a worker
+        need = f"needs {_format({kind: low})}, one a worker; the cluster has {cluster}"
+        choice = "; --use-gpu true takes nodes with GPUs, and --use-gpu false the CPUs of any"
+        raise RequestError(f"--num-workers {low}: {need}{choice if limit < cluster.limit(kind) else ''}")
     if use_gpu:
         cpus = cluster.cpus_per_gpu() / sharing
     elif cluster.can_grow:
@@ -214,20 +235,13 @@ def plan_workers(request: WorkerRequest, cluster: ClusterResources, gpu: Gpu | N
     else:
         cpus = cluster.total("CPU") / max(1, min(high, int(cluster.total("CPU"))))
     cpus = min(1.0, cpus * (1 - _TASKS_CPU_SHARE if request.group else 1))
-    plan = WorkerPlan((low, high), low if request.group else 1, cpus, 1 / sharing if use_gpu else 0.0)
+    needed = low if request.group else 1
+    plan = WorkerPlan((low, high), needed, cpus, 1 / sharing if use_gpu else 0.0, may_grow=limit > cluster.total(kind))
     fitting = cluster.workers_that_fit(plan.per_worker)
     if plan.needed > fitting and not cluster.can_grow:
         each = _format(plan.per_worker)
         raise RequestError(f"--num-workers {low}: only {fitting} of them, with {each} each, fit on the nodes ({cluster})")
     return plan
-
-
-def _largest_pool(request: WorkerRequest, cluster: ClusterResources, kind: str) -> int:
-    """CPUs or GPUs for a pool at its largest. Until the cluster has grown to it fewer workers run."""
-    present, limit = cluster.total(kind), cluster.limit(kind)
-    if kind == "CPU" and request.use_gpu is None and cluster.limits.get("GPU"):
-        limit = present  # a pool on CPUs does not start nodes with GPUs for their CPUs, unless CPUs are requested
-    return max(1, int(limit if limit < math.inf else max(present, _ASSUMED_LIMIT[kind])))
 
 
 def workers_per_gpu(memory_bytes: int, cpus: float) -> int:
@@ -240,8 +254,7 @@ def inspect_cluster(without: Collection[str] = ()) -> ClusterResources:
     return ClusterResources(
         nodes=tuple(node["Resources"] for node in usable_nodes() if node["NodeID"] not in without),
         free_nodes=tuple(free for node, free in free_resources().items() if node not in without),
-        can_grow=any(_NODE_GROUP_LABEL in node["Labels"] for node in ray.nodes() if node["Alive"]),
-        limits={kind: float(min(amount, _MAX_LIMIT)) for kind, amount in autoscaler_limits().items() if amount},
+        autoscaler=autoscaler(),
     )
 
 
@@ -252,19 +265,18 @@ def explain_worker_silence() -> str:
     return f"they are being started or replaced, or wait for data; the cluster has {cluster}, free: {free}"
 
 
-def _wait_until_free(
-    bundle: Resources, count: int, seconds: float, say: Callable[[str], None], without: Collection[str] = ()
-) -> None:
-    """Wait until the cluster, but for some nodes, has so many bundles free. Ray would wait without a limit and without a message.
+def wait_until_free(plan: WorkerPlan, seconds: float, say: Callable[[str], None], without: Collection[str] = ()) -> None:
+    """Wait until the workers fit on what is free, but for some nodes. Ray would wait without a limit and without a message.
 
     A placement group would hold them, but Ray takes up to a second to count what it gives back, and the job's own would wait.
 
     Raises:
-        RequestError: they are not free after these seconds.
+        RequestError: they do not fit after these seconds.
     """
+    bundle, count = {kind: amount for kind, amount in plan.per_worker.items() if amount}, plan.needed
     need = _format({kind: amount * count for kind, amount in bundle.items()})
-    each = f", {_format(bundle)} on one node each" if count > 1 else ""
-    started = time.monotonic()
+    need += f" ({_format(bundle)} on one node each)" if count > 1 else ""
+    started, since = time.monotonic(), time.strftime("%H:%M:%S")
     next_report = _GRACE_SECONDS
     requested = False
     try:
@@ -272,13 +284,14 @@ def _wait_until_free(
             free, waited = _format(cluster.free(*bundle)), time.monotonic() - started
             if waited >= max(seconds, _GRACE_SECONDS):
                 raise RequestError(
-                    f"needs {need}{each}, but after {waited:.0f} s only {free} are free ({cluster}): other jobs hold "
-                    "the rest, or the cluster has not grown; ask for fewer --num-workers or give more --wait-seconds"
+                    f"needs {need}, but after {waited:.0f} s only {free} are free ({cluster}): other jobs hold the rest, or the "
+                    f"cluster has not grown; {_ADVICE}; ask for fewer --num-workers or give more --wait-seconds"
                 )
             if waited >= next_report:
-                say(f"waiting for {need}; free now: {free} ({cluster}); giving up in {seconds - waited:.0f} s")
+                times = f"asked for since {since}, giving up in {seconds - waited:.0f} s"
+                say(f"waiting for {need}; free now: {free} ({cluster}); {times}; {_ADVICE}")
                 next_report = waited + REPORT_SECONDS
-                if cluster.can_grow:
+                if plan.may_grow:
                     # Requested again each time: the cluster has one request, and another job's replaces it.
                     request_resources(bundles=[bundle] * count)
                     requested = True
@@ -300,7 +313,7 @@ def _probe_gpus(request: WorkerRequest, say: Callable[[str], None], probe: Probe
     """
     if not probe:
         try:
-            _wait_until_free({"GPU": 1.0}, 1, request.wait_seconds if request.use_gpu else 0.0, say)
+            wait_until_free(_ONE_GPU, request.wait_seconds if request.use_gpu else 0.0, say)
         except RequestError:
             if request.use_gpu:
                 raise

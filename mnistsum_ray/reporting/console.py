@@ -128,7 +128,10 @@ class Console:
             self.say(line)
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show an event of the training loop. `kind` is progress (of an epoch), epoch, counter, or note (a line)."""
+        """Show an event of the training loop, whose `kind` is progress (of an epoch), epoch, counter, or note (a line).
+
+        phase and checkpoint are those of `TrainingMetrics` alone.
+        """
         fields = {key: value for key, value in event.items() if key != "kind"}
         if event["kind"] == "counter":
             self.progress(**fields)
@@ -136,7 +139,7 @@ class Console:
             self._show_training(fields)
         elif event["kind"] == "epoch":
             self._say_epoch(fields)
-        else:
+        elif event["kind"] == "note":
             self.say(event["text"])
 
     def progress(self, what: str, done: int, total: int, rate: float) -> None:

@@ -67,5 +67,3 @@ def write_final(
         settings = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
         for summary in hparams(settings, dict.fromkeys(model_scalars(card), 0.0)):
             writer.file_writer.add_summary(summary)
-        lines = [f"| {key} | {value} |" for key, value in config.items()]
-        writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]), epoch)

@@ -22,7 +22,7 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RunError, RunInterrupted, counted, root_cause
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.reporting.metrics import ScoringMetrics
+from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
@@ -64,18 +64,21 @@ def score(request: Request, console: Console, probe: Probe | None = None) -> Sco
 
 def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResult:
     started = time.monotonic()
-    with folder_lock(request.output, "--output", console.say) as held:
+    with JobMetrics("score", request.output.display) as metrics, folder_lock(request.output, "--output", console.say) as held:
         check_folders(held.place)
         replaced = move_listed(held, console)
         config = follow_output(request, begins_anew=request.config.overwrite and not replaced)
         resources, precision = _allocate_resources(config, probe, console.say)
+        metrics.enter("reading")
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
         plan, committed = resume(make_plan(request, precision, held, console), console, replaced=replaced)
         new_failures = _say_new_failures(plan.failures, committed, console)
-        failures, scoring_seconds = _execute(plan, committed, resources, console)
+        failures, scoring_seconds = _execute(plan, committed, resources, console, metrics)
+        metrics.enter("publishing")
         plan = _drop_failed(plan, failures)
         new_failures |= _say_new_failures(failures, committed, console)
+        metrics.count("failed_files", len(new_failures))
         if plan.staged:
             _publish_staged(plan, committed, console)
 
@@ -121,7 +124,9 @@ def _say_new_failures(failures: dict[str, str], committed: Committed, console: C
     return new
 
 
-def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: Console) -> tuple[dict[str, str], float]:
+def _execute(
+    plan: Plan, committed: Committed, resources: WorkerPlan, console: Console, metrics: JobMetrics
+) -> tuple[dict[str, str], float]:
     """Score the parts that are not committed.
 
     Returns:
@@ -138,11 +143,12 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
         + f"; {counted(plan.files.num_rows, 'file')} below {plan.inputs.root.display}"
         + f"; {up_to}{counted(resources.workers, 'GPU worker' if resources.use_gpu else 'CPU worker')}, {plan.precision}"
     )
-    metrics = ScoringMetrics(plan.output.display)  # also of a run that has nothing to do: Prometheus knows that it was there
+    metrics.set(rows_expected=todo_rows)
     if not committed.todo.num_rows:
         return {}, 0.0
     if not plan.staged:
         unpublish(plan.held)
+    metrics.enter("scoring")
     progress = Progress(console.progress, "rows scored", todo_rows)
     failures: dict[str, str] = {}
     started = float("inf")
@@ -156,6 +162,7 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
                 raise RunError(f"{failed[0]}; committed files are kept, and the same command resumes")
             for notice in report["notice"].drop_null().to_pylist():
                 console.say(notice)
+                metrics.count("restarts", 1)
             for row in report.filter(pc.is_valid(report["unreadable"])).to_pylist():
                 failures.setdefault(row["name"], row["unreadable"])
             started = min(started, pc.min(report["started"]).as_py())
@@ -163,7 +170,9 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
             rows, rejected = (pc.sum(report[name]).as_py() for name in ("rows", "rejected"))
             done_rows += rows
             progress(rows, ended - started)
-            metrics.add(rows, rejected, done_rows / max(ended - started, 1e-9))
+            metrics.count("rows", rows)
+            metrics.count("rejected_rows", rejected)
+            metrics.set(rows_per_second=done_rows / max(ended - started, 1e-9))
     return failures, ended - started
 
 

@@ -14,10 +14,11 @@ import ray.train
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.gpus import Probe
-from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve
+from mnistsum_ray.cluster.nodes import lost_nodes
+from mnistsum_ray.cluster.ray_internals import detached_data_actors
+from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve, wait_until_free
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
-from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, counted, one_line, root_cause, shell_command
 from mnistsum_ray.overrides import default_environment
@@ -42,7 +43,7 @@ from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_va
 from mnistsum_ray.training.fetch import load_rows
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
-from mnistsum_ray.training.ray_hooks import InterruptibleTrainer, RunCallback
+from mnistsum_ray.training.ray_hooks import CheckpointCallback, InterruptibleTrainer, remove_placement_groups
 from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
 from mnistsum_ray.training.worker import Events, event_queue
 
@@ -51,7 +52,8 @@ _MANIFEST: Final = "manifest.json"
 _RESIZE_SECONDS: Final = 30.0
 """Seconds between checks whether an elastic run can have more workers; growing goes on from the last checkpoint."""
 
-_MIN_START_SECONDS: Final = 60.0
+_MIN_WAIT_SECONDS: Final = 60.0
+"""Shortest wait for the resources of workers that go on: a cluster takes a while to notice what it has lost."""
 
 _EVENT_SECONDS: Final = 1.0
 """Time in which a failure that a worker has reported arrives here."""
@@ -66,15 +68,16 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> Train
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        with folder_lock(run.folder, "--name", console.say) as held:
+        with TrainingMetrics(run.folder.display) as metrics, folder_lock(run.folder, "--name", console.say) as held:
             plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say, probe)
+            metrics.enter("reading")
             check_share(plan, run.hyperparameters.batch_size)
             if run.source.notice:
                 console.say(run.source.notice)
             report_skipped(run.source.skipped, console.say)
             read = {} if run.source.files is None else {"--data": run.source.files.location(0)}
             check_shared_storage({"--storage-path": held}, read, console.say)
-            return _Driver(run, plan, held, console).fit()
+            return _Driver(run, plan, held, console, metrics).fit()
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
@@ -85,11 +88,15 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> Train
 class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
-    def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console) -> None:
+    def __init__(
+        self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console, metrics: TrainingMetrics
+    ) -> None:
         self.run = run
         self.plan = plan
         self.held = held
         self.console = console
+        self.history: list[dict[str, Any]] = []
+        self.metrics = metrics
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
         memory = check_memory(run, plan, cluster)
@@ -100,7 +107,9 @@ class _Driver:
         self.manifest = build_manifest(run, self.rows.checksums, plan) | {"threads": choose_threads(plan, cluster, then)}
         self.expected_checksums = check_data(run, self.rows.checksums, self.manifest["data"])
         self.start: Location | None = None
-        self.history: list[dict[str, Any]] = []
+        self.failures = 0
+        """Failures since the last checkpoint."""
+        self.lost = lost_nodes()
         if run.config.resume:
             self._resume()
         elif (run.folder / _MANIFEST).exists():  # checked again, now that no other run can write there
@@ -138,9 +147,12 @@ class _Driver:
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
                 f"{len(source.test):,} test rows of {of}; {self.manifest['workers']}"
             )
-            self.metrics = TrainingMetrics(run.folder.display, len(self.history) * len(source.train))
+            rows = len(source.train)
+            self.metrics.expect(run.hyperparameters.epochs * rows, len(self.history) * rows)
+            self.metrics.enter("waiting")  # for Ray Train's workers
             with event_queue(self.console, self._on_epoch, self.metrics.add) as events:
                 result = self._train(events)
+            self.metrics.enter("publishing")
             return self._publish(result)
         except KeyboardInterrupt:
             self._mark("stopped")
@@ -158,7 +170,7 @@ class _Driver:
 
     def _on_epoch(self, line: dict[str, Any]) -> None:
         rows = len(self.run.source.train)
-        self.metrics.add(line | {"rows": rows, "of_rows": rows, "loss": line["train_loss"]})
+        self.metrics.add(line | {"kind": "progress", "rows": rows, "of_rows": rows, "loss": line["train_loss"]})
         self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
         try:
             write_history(self.held, self.history)
@@ -199,57 +211,71 @@ class _Driver:
                 name=config.name,
                 storage_path=run.storage.path,
                 storage_filesystem=run.storage.filesystem,
-                # controller_failure_limit: Ray Train's default retries a worker group that no longer fits for ever.
-                failure_config=ray.train.FailureConfig(
-                    max_failures=config.max_failures, controller_failure_limit=config.max_failures
-                ),
+                failure_config=ray.train.FailureConfig(controller_failure_limit=0, max_preemption_failures=0),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                callbacks=[RunCallback(events.queue)],
+                callbacks=[CheckpointCallback(events.queue)],
             ),
             # No datasets: Ray Train would split them, and drop up to one row a worker. Each worker makes its own, see rows.py.
         )
 
     def _train(self, events: Events) -> TrainingResult:
-        """Run Ray Train to its end, and delete the checkpoint that it started from; the result of rank 0."""
-        config = self.run.config
-        say = self.console.say
-        start = self.start
-        trainer = self._trainer(events)
+        """Run Ray Train, and after a failure again from the newest checkpoint; the result of rank 0.
 
-        def must_end() -> bool:
-            """Whether a worker has met what another attempt would meet again, or the folder is lost."""
+        Ray Train's own retries count the failures of the whole run, lost nodes included, and it does not retry where a node is
+        lost while the workers start.
+        """
+        if not started_cluster():
+            detached_data_actors()
+        while True:
+            trainer = self._trainer(events)
             try:
+                with default_environment(_train_environment()):
+                    result = trainer.fit()
+                break
+            except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+                self.held.check()  # if another run has taken the folder, that is the cause
+                if events.failed.wait(_EVENT_SECONDS):
+                    raise RunError(events.failure) from error
+                self._recover(error)
+            except KeyboardInterrupt:
+                self._mark("stopped")  # first, since a cluster gives a stopped job only a few seconds
+                trainer.abort()
                 self.held.check()
-            except RunError:
-                return True
-            return events.failed.is_set()
-
-        try:
-            with default_environment(_train_environment(config)), trainer.aborted_by(must_end):
-                result = trainer.fit()
-        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-            self.held.check()  # if another run has taken the folder, that is the cause
-            if events.failed.wait(_EVENT_SECONDS):
-                raise RunError(events.failure) from error
-            if isinstance(error, ray.exceptions.RayActorError):
                 raise
-            self.console.say_lines(str(error))
-            raise RunError(
-                f"gave up after {counted(config.max_failures + 1, 'failure')}: the workers failed or could not be started, see "
-                f"above; {self.run.how_to_resume()}"
-            ) from error
-        except KeyboardInterrupt:
-            self._mark("stopped")  # first, since a cluster gives a stopped job only a few seconds
-            trainer.abort()
-            self.held.check()
-            raise
-        if result.checkpoint and start:
+        if result.checkpoint and self.start:
             try:
-                self.held.delete_folder(start.name)  # Ray Train keeps two of its own, and does not know this one
+                self.held.delete_folder(self.start.name)  # Ray Train keeps two of its own, and does not know this one
             except StorageError as error:
-                say(f"{error}; this checkpoint is no longer needed")
+                self.console.say(f"{error}; this checkpoint is no longer needed")
         assert isinstance(result.return_value, TrainingResult), "rank 0 returns it"
         return result.return_value
+
+    def _recover(self, error: Exception) -> None:
+        """Say why the workers have failed, make way for others that go on from the newest checkpoint, and wait until they fit."""
+        run, say = self.run, self.console.say
+        lost = lost_nodes(error.preemption_info.preempted_node_ids if isinstance(error, ray.train.PreemptionError) else ())
+        causes = [f"the node {address} was lost" for node, address in lost.items() if node not in self.lost]
+        self.lost = lost
+        if isinstance(error, ray.train.WorkerGroupError) and not causes:  # else the workers that are left blame each other
+            causes = [f"worker {rank} failed: {root_cause(cause)}" for rank, cause in error.worker_failures.items()]
+        for cause in causes or [root_cause(error)]:
+            say(f"{cause} (full text in Ray's logs)")
+        newest = latest_valid_checkpoint(run.folder, say)
+        progressed = newest is not None and (self.start is None or newest.name > self.start.name)
+        self.failures = 1 if progressed else self.failures + 1
+        if self.failures > run.config.max_failures:
+            self.console.say_lines(str(error))
+            problem = "the workers failed or could not be started, see above"
+            raise RunError(f"gave up after {counted(self.failures, 'failure')}: {problem}; {run.how_to_resume()}") from error
+        self.start = newest
+        delete_other_checkpoints(self.held, newest)
+        remove_placement_groups()
+        self.metrics.enter("waiting")
+        try:
+            wait_until_free(self.plan, max(_MIN_WAIT_SECONDS, run.config.wait_seconds), say, lost)
+        except RequestError as problem:
+            raise RunError(f"{problem}; {run.how_to_resume()}") from None
+        self.metrics.count("restarts", 1)
 
     def _publish(self, result: TrainingResult) -> TrainResult:
         """Publish the model, write the report, complete the manifest."""
@@ -295,12 +321,10 @@ class _Driver:
         return summary
 
 
-def _train_environment(config: TrainConfig) -> dict[str, str]:
+def _train_environment() -> dict[str, str]:
     """Options that Ray Train reads only from environment variables."""
     joined = "0" if started_cluster() else "1"
     return {
-        # How long Ray Train waits for the resources of a worker group, in each attempt.
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(_MIN_START_SECONDS, config.wait_seconds / (config.max_failures + 1))),
         # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s more of each run.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         # Some clouds give only 30 s of notice before they take a node away. The process that asks takes a second to start.

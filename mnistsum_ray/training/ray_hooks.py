@@ -1,22 +1,17 @@
-"""Hooks into Ray Train: an interruptible trainer, and console lines for lost nodes and workers."""
+"""Hooks into Ray Train: an interruptible trainer, checkpoints as events, and what a failed trainer leaves behind."""
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, Final
 
 import ray
 import ray.train
 import ray.train.torch
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.queue import Queue
 
-from mnistsum_ray.cluster.connection import can_connect
-from mnistsum_ray.errors import lines_of
 from mnistsum_ray.training.worker import EventSender
 
 _ABORT_SECONDS: Final = 3.0
-
-_CHECK_SECONDS: Final = 1.0
 
 
 class InterruptibleTrainer(ray.train.torch.TorchTrainer):
@@ -48,40 +43,23 @@ class InterruptibleTrainer(ray.train.torch.TorchTrainer):
             with suppress(Exception):  # workers that do not end now end with this process
                 ray.get(self.controller.abort.remote(), timeout=_ABORT_SECONDS)
 
-    @contextmanager
-    def aborted_by(self, check: Callable[[], bool]) -> Iterator[None]:
-        """Abort the run as soon as `check`, called once a second in another thread, returns True."""
-        done = threading.Event()
 
-        def watch() -> None:
-            while not done.wait(_CHECK_SECONDS):
-                if check():
-                    self.abort()
-                    return
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-
-class RunCallback(ray.train.UserCallback):
-    """Reports lost nodes and workers. Runs in Ray Train's controller process."""
+class CheckpointCallback(ray.train.UserCallback):
+    """Sends the event of each checkpoint that is uploaded. Runs in Ray Train's controller process."""
 
     def __init__(self, events: Queue) -> None:
         self._events = EventSender(events, rank=0)
-        self._lost = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Send a console line for each lost node and failed worker; Ray Train itself says nothing until it gives up."""
-        for node in ray.nodes():
-            name, address = node["NodeID"], node["NodeManagerAddress"]
-            # Ray notices that a node is gone after the workers that are left have failed, which name none.
-            if name not in self._lost and not (node["Alive"] and can_connect(address, node["NodeManagerPort"])):
-                self._lost.add(name)
-                self._events.note(f"the node {address} was lost with its workers")
-        for rank, error in worker_exceptions.items():
-            self._events.note(f"worker {rank} failed: {lines_of(error)[0]} (full text in Ray's logs)")
+    def after_report(self, run_context: Any, metrics: Any, checkpoint: ray.train.Checkpoint | None) -> None:
+        """Called by Ray Train when all workers have reported, and their checkpoint, if they have one, is in the run folder."""
+        if checkpoint:
+            self._events.send("checkpoint")
+
+
+def remove_placement_groups() -> None:
+    """Remove the placement groups of this job. Ray Train 2.60 leaves that of workers that fail in `init_process_group`, and the
+    next workers would wait for its resources."""
+    job = ray.get_runtime_context().get_job_id()
+    for name, entry in placement_group_table().items():
+        if name.endswith(job) and entry["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))

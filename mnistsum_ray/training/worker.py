@@ -104,11 +104,11 @@ class Events:
 
 @contextmanager
 def event_queue(
-    console: Console, on_epoch: Callable[[dict[str, Any]], None], on_progress: Callable[[dict[str, Any]], None]
+    console: Console, on_epoch: Callable[[dict[str, Any]], None], on_event: Callable[[dict[str, Any]], None]
 ) -> Iterator[Events]:
     """A queue whose events are shown on the console while the block runs; failures are kept.
 
-    `on_epoch` gets each finished epoch's line of history.jsonl, and `on_progress` each progress event, in a thread of the queue.
+    `on_epoch` gets each finished epoch's line of history.jsonl, and `on_event` each event, in a thread of the queue.
     """
     queue = Queue(actor_options=on_node())  # so that it is not lost with another node
     events, ended = Events(queue), threading.Event()
@@ -131,8 +131,7 @@ def event_queue(
                     events.failed.set()
                     continue
                 console.show(event)
-                if event["kind"] == "progress":
-                    on_progress(event)
+                on_event(event)
                 if event["kind"] == "epoch":
                     on_epoch({key: value for key, value in event.items() if key != "kind"})
 

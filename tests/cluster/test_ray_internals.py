@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import ray
-from ray._private.state import GlobalState
-from ray.core.generated import autoscaler_pb2
 from ray.data import Dataset
+from ray.data._internal.execution.node_trackers import actor_location
 
 from mnistsum_ray.cluster import ray_internals
+from mnistsum_ray.training.ray_hooks import remove_placement_groups
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,31 @@ def test_last_cluster_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ray_internals.last_cluster_address() == "10.0.0.1:6379"
 
 
-def test_autoscaler_limits(address: str) -> None:
-    assert ray_internals.autoscaler_limits() == {}
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+@pytest.mark.usefixtures("address")
+def test_a_cluster_whose_autoscaler_only_shows_its_nodes_cannot_grow() -> None:
+    assert ray_internals.autoscaler() is None
 
-    group = autoscaler_pb2.NodeGroupConfig(name="workers", resources={"CPU": 8, "GPU": 1}, max_count=3)
-    config = autoscaler_pb2.ClusterConfig(node_group_configs=[group])
-    GcsClient(address=address).report_cluster_config(config.SerializeToString())  # as an autoscaler does
-    assert ray_internals.autoscaler_limits() == {"CPU": 24, "GPU": 3}
+
+@pytest.mark.parametrize(("program", "version"), [("autoscaler/_private", "v1"), ("autoscaler/v2", "v2")])
+def test_what_an_autoscaler_may_add(tmp_path: Path, program: str, version: str) -> None:
+    """The process that Ray starts on the head has these arguments; test_autoscaling.py asks the real one."""
+    kinds = {"head": {"resources": {"CPU": 0}}, "gpus": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 9}}
+    config = {"max_workers": 4, "head_node_type": "head", "available_node_types": kinds}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    entry = f"/ray/{program}/monitor.py"
+    options = ["--gcs-address=10.0.0.1:6399", f"--autoscaling-config={tmp_path / 'config.yaml'}"]
+    with subprocess.Popen([sys.executable, "-c", "input()", entry, *options], stdin=subprocess.PIPE) as process:
+        found = ray_internals._read_autoscaler("6399")
+        process.communicate(b"\n")
+    assert found == (ray_internals.Autoscaler(version, (({"CPU": 8, "GPU": 1}, 4),)),)
+    assert ray_internals._read_autoscaler("6399") is None
+
+
+@pytest.mark.usefixtures("address")
+def test_placement_groups_that_ray_train_has_left_are_removed() -> None:
+    ray.get(ray.util.placement_group([{"CPU": 1}]).ready())
+    remove_placement_groups()
+    assert ray.get(ray.remote(num_cpus=1)(lambda: True).remote(), timeout=30)
 
 
 _AUTHENTICATE = """
@@ -120,7 +137,7 @@ def test_an_execution_that_waits_for_its_consumer_does_not_spin() -> None:
     [
         (ray._raylet, "Config", ray_internals.reload_authentication, None),
         (ray._raylet, "GcsClient", lambda: ray_internals.rejects_this_client("127.0.0.1:9"), False),
-        (GlobalState, "get_max_resources_from_cluster_config", ray_internals.autoscaler_limits, {}),
+        (actor_location, "get_or_create_actor_location_tracker", ray_internals.detached_data_actors, None),
         (Dataset, "copy", lambda: ray_internals.in_order(ray.data.range(1)).context.execution_options.preserve_order, True),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

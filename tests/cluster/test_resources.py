@@ -10,6 +10,8 @@ import torch
 
 from mnistsum_ray.cluster import gpus, resources
 from mnistsum_ray.cluster.gpus import Gpu
+from mnistsum_ray.cluster.nodes import HEAD
+from mnistsum_ray.cluster.ray_internals import Autoscaler
 from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan, WorkerRequest, plan_workers
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
@@ -21,9 +23,15 @@ def cluster(cpus: float, gpus: float = 0, nodes: int = 1, **growth: Any) -> Clus
     return mixed(*[{"CPU": cpus / nodes} | ({"GPU": gpus / nodes} if gpus else {})] * nodes, **growth)
 
 
-def mixed(*nodes: dict[str, float], can_grow: bool = False, limits: dict[str, float] | None = None) -> ClusterResources:
+def by(**most: int) -> Autoscaler:
+    """An autoscaler that may add so many nodes, with 8 CPUs each, and with 4 and a GPU."""
+    kinds = {"cpus": {"CPU": 8.0}, "gpus": {"CPU": 4.0, "GPU": 1.0}}
+    return Autoscaler("v2", tuple((kinds[kind], count) for kind, count in most.items()))
+
+
+def mixed(*nodes: dict[str, float], grows: Autoscaler | None = None) -> ClusterResources:
     """A cluster with different nodes."""
-    return ClusterResources(nodes, (), can_grow, limits or {})
+    return ClusterResources(nodes, (), grows)
 
 
 def train(here: ClusterResources, batch_size: int = 4096, **config: Any) -> WorkerPlan:
@@ -43,7 +51,7 @@ def score(here: ClusterResources, gpu_bytes: int = 16 * 2**30, **config: Any) ->
         (cluster(16, 1), 1, {"CPU": 1, "GPU": 1}),  # one GPU box
         (cluster(64, 8, nodes=2), 8, {"CPU": 1, "GPU": 1}),  # a GPU cluster
         (cluster(32, nodes=4), 4, {"CPU": 1}),  # CPUs only: one worker per node
-        (cluster(4, can_grow=True), 1, {"CPU": 1}),
+        (cluster(4, grows=by()), 1, {"CPU": 1}),
         # CPUs are those of the nodes that have GPUs, and the node with the fewest of them for each GPU decides.
         (mixed({"CPU": 64}, {"CPU": 4, "GPU": 8}), 8, {"CPU": 0.375, "GPU": 1}),
         (mixed({"CPU": 64, "GPU": 8}, {"CPU": 4, "GPU": 8}), 16, {"CPU": 0.375, "GPU": 1}),
@@ -71,13 +79,10 @@ def test_training_always_leaves_cpus_for_other_tasks(here: ClusterResources) -> 
 
 
 def test_a_growing_cluster_may_lack_what_is_requested() -> None:
-    plan = train(cluster(2, can_grow=True), num_workers=(2, 4), use_gpu=True)
+    plan = train(cluster(2, grows=by()), num_workers=(2, 4), use_gpu=True)
     assert (plan.worker_range, plan.needed, plan.per_worker) == ((2, 4), 2, {"CPU": 1, "GPU": 1})
     assert train(cluster(16, 4), num_workers=(1, 9)).worker_range == (1, 9), "more may join"
-    assert score(cluster(0, can_grow=True), num_workers=4, use_gpu=True).workers == 4
-
-
-GROWING = cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4})
+    assert score(cluster(0, grows=by()), num_workers=4, use_gpu=True).workers == 4
 
 
 @pytest.mark.parametrize(
@@ -91,13 +96,16 @@ GROWING = cluster(2, can_grow=True, limits={"CPU": 32, "GPU": 4})
         ({"num_workers": 3}, cluster(16, 8), 80, 3, {"CPU": 1, "GPU": 1}),  # three of the cards
         ({"precision": "int8"}, cluster(16, 1), 0, 16, {"CPU": 1}),
         # What a cluster can grow to counts, and each worker fits on a small node.
-        ({"use_gpu": True}, cluster(0, can_grow=True, limits={"GPU": 4}), 16, 4 * 4, {"CPU": 1, "GPU": 1 / 4}),  # from zero
-        ({}, cluster(2, 1, can_grow=True, limits={"GPU": 4}), 16, 4 * 2, {"CPU": 1, "GPU": 1 / 2}),  # one has come
-        ({"use_gpu": True}, cluster(2, can_grow=True), 16, 16 * 4, {"CPU": 1, "GPU": 1 / 4}),  # without limits
-        ({}, cluster(2, can_grow=True, limits={"CPU": 32}), 0, 32, {"CPU": 1}),
-        ({}, cluster(2, can_grow=True), 0, 128, {"CPU": 1}),
-        ({"use_gpu": False}, GROWING, 0, 32, {"CPU": 1}),
-        ({}, GROWING, 0, 2, {"CPU": 1}),  # no GPU nodes are started just for their CPUs
+        ({"use_gpu": True}, cluster(0, grows=by(gpus=4)), 16, 4 * 4, {"CPU": 1, "GPU": 1 / 4}),  # from zero
+        ({}, cluster(2, 1, grows=by(gpus=4)), 16, 4 * 2, {"CPU": 1, "GPU": 1 / 2}),  # one has come
+        ({"use_gpu": True}, cluster(2, grows=by()), 16, 16 * 4, {"CPU": 1, "GPU": 1 / 4}),  # without limits
+        ({}, mixed({"CPU": 2, HEAD: 1}, {"CPU": 8}, grows=by(cpus=4)), 0, 2 + 32, {"CPU": 1}),
+        ({}, cluster(0, grows=by(cpus=4, gpus=4)), 0, 32, {"CPU": 1}),
+        ({"use_gpu": False}, cluster(2, grows=by(gpus=4)), 0, 16, {"CPU": 1}),
+        ({"use_gpu": False}, cluster(2, grows=by()), 0, 128, {"CPU": 1}),
+        # No GPU nodes are started just for their CPUs.
+        ({}, cluster(2, grows=by(gpus=4)), 0, 2, {"CPU": 1}),
+        ({}, cluster(2, grows=by()), 0, 2, {"CPU": 1}),
     ],
 )
 def test_scoring_uses_the_whole_cluster(
@@ -121,6 +129,19 @@ def test_more_than_the_cluster_can_have_is_refused(plan: Any, config: dict[str, 
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize("plan", [train, score])
+def test_from_zero_a_request_says_whether_nodes_with_gpus_may_be_started(plan: Any) -> None:
+    for here, growth in (
+        (cluster(0, grows=by(gpus=2)), ", and may grow to 8 CPUs and 2 GPUs, as its autoscaler (v2) is configured"),
+        (cluster(0, grows=by()), ", and may grow"),
+    ):
+        with pytest.raises(RequestError) as refused:
+            plan(here)
+        assert str(refused.value).endswith(f"{growth}; --use-gpu true takes nodes with GPUs, and --use-gpu false the CPUs of any")
+    with pytest.raises(RequestError, match="--use-gpu true: the cluster has no GPU"):
+        plan(cluster(0, grows=by(cpus=4)), use_gpu=True)
+
+
 def test_training_workers_that_do_not_all_fit_are_refused() -> None:
     uneven = mixed(*[{"CPU": 0.5}] * 4, {"CPU": 1})
     with pytest.raises(RequestError, match=r"--num-workers 3: only 1 of them, with 0.75 CPUs each, fit on the nodes"):
@@ -139,7 +160,7 @@ def reserve_here(monkeypatch: pytest.MonkeyPatch, *found: Gpu | str, **request: 
 
     def inspect(without: Sequence[str] = ()) -> ClusterResources:
         here = [{"CPU": 16.0, "GPU": 1.0} for node in nodes if node["NodeID"] not in without]
-        return ClusterResources(tuple(here), tuple(here), can_grow=False)
+        return ClusterResources(tuple(here), tuple(here))
 
     said = list[str]()
     monkeypatch.setattr(resources, "inspect_cluster", inspect)
@@ -186,12 +207,6 @@ def test_instances_of_a_card_are_not_for_groups(monkeypatch: pytest.MonkeyPatch)
     assert reserve_here(monkeypatch, mig, mig)[0].workers == 16, "scoring"
     with pytest.raises(RequestError, match=r"--num-workers 2: the GPUs are instances of cards with MIG on.*--num-workers 1"):
         reserve_here(monkeypatch, mig, mig, group=True, workers=(1, 2))
-
-
-def test_workers_that_share_cards_unevenly_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, said = reserve_here(monkeypatch, GPU, GPU, GPU, GPU, workers=(5, 5))
-    assert (plan.gpus_per_worker, said) == (0.5, ["5 workers cannot share 4 GPUs evenly; --num-workers 8 can"])
-    assert not reserve_here(monkeypatch, GPU, GPU, GPU, GPU, workers=(3, 3))[1]
 
 
 def test_a_share_that_is_too_large_for_a_gpu_is_refused() -> None:
