@@ -11,8 +11,10 @@ OUTPUT/_lock                               names the run that writes here
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,12 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.cluster.map_files import map_files
-from mnistsum_ray.data.inputs import FILE_SCHEMA
 from mnistsum_ray.data.parquet import read_table
 from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, RunError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT, svg_name
-from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, STAMP_SCHEMA, folders_above, read_stamp, read_stamps
+from mnistsum_ray.scoring.counts import RowCounts
+from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, folders_above, read_stamp
 from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_partial
@@ -64,14 +66,38 @@ _FOREIGN: Final = "is not a file of this program"
 _START_OVER: Final = "--overwrite scores everything again"
 
 
+OUTPUT_SCHEMA: Final = pa.schema(
+    [
+        ("output", pa.string()),  # relative to the folder of predictions, and to that of rejected rows
+        ("unusable", pa.string()),  # name of a file that is not a whole one of this version of the program
+        ("error", pa.string()),  # what is wrong with it
+        ("unfinished", pa.bool_()),  # there are rejected rows, and no predictions with their stamp
+        # Of the predictions; null where there are none:
+        ("planned", pa.bool_()),  # whether they are of a part of the plan, and whole
+        ("name", pa.string()),  # the input file, as in the stamp
+        ("rows", pa.int64()),  # of the part, as in the stamp
+        ("rejected", pa.int64()),  # those of them that are rejected, as in the stamp
+        ("rows_in_file", pa.int64()),
+        ("rejected_in_file", pa.int64()),  # null where there should be rejected rows, and no file has them and the same stamp
+        ("source", pa.string()),  # the input file in full, as in the stamp; null of a part of the plan
+        (
+            "counts",
+            pa.string(),
+        ),  # JSON of `counts.RowCounts`: in one row of those that were read at once, and of parts of the plan
+    ]
+)
+"""One row for each output file of predictions, of rejected rows, or of both. 1.3 million have to fit into the driver."""
+
+
 @dataclass(frozen=True)
 class OutputFiles:
-    """The files in an output folder or a staging folder, and their stamps."""
+    """The files in an output folder or a staging folder."""
 
     folder: Location
     stamps: pa.Table
-    """The files in `predictions/`: `parts.OUTPUT_SCHEMA` without errors, and `rejected_in_file`, the rows of the file in
-    `rejected/` that has the same stamp; null if that file is missing."""
+    """OUTPUT_SCHEMA without `counts`, of the files in `predictions/`, sorted by `output`."""
+    counts: RowCounts
+    """Of those that are of parts of the plan."""
     unfinished: tuple[str, ...]
     """Names of files that a killed run has left: partial ones, and rejected rows without predictions of the same stamp."""
     foreign: dict[str, str]
@@ -79,41 +105,40 @@ class OutputFiles:
     not count."""
 
     @classmethod
-    def read(cls, folder: Location, console: Console) -> "OutputFiles":
-        """List a folder and read all stamps in it. A folder that does not exist is empty."""
-        listed: list[dict[str, Any]] = []
-        partial: list[str] = []
+    def read(cls, folder: Location, plan: Plan, console: Console) -> "OutputFiles":
+        """List a folder, read all stamps in it, and compare them with the plan. A folder that does not exist is empty."""
+        sizes: dict[str, dict[str, int]] = {PREDICTIONS: {}, REJECTED: {}}
+        partials: list[str] = []
         summaries: list[str] = []
         foreign: dict[str, str] = {}
-        for name, file in files_below(folder):
+        for name, file in files_below(folder, console):
             top, _, below = name.partition("/")
             if is_partial(file.name) and top != STAGING:
-                partial.append(name)
+                partials.append(name)
             elif is_hidden(name):
                 continue
             elif name in (*SUMMARIES, MANIFEST):
                 summaries.append(name)
-            elif top in (PREDICTIONS, REJECTED) and below:
-                listed.append({"name": name, "size": file.size, "modified": file.modified})
+            elif top in sizes and below:
+                sizes[top][below] = file.size
             else:
                 foreign[name] = _FOREIGN
-        if summaries and not listed and not _is_finished(folder):
+        outputs = pa.array(sorted({*sizes[PREDICTIONS], *sizes[REJECTED]}), pa.string())
+        if summaries and not len(outputs) and not _is_finished(folder):
             foreign |= dict.fromkeys(summaries, _FOREIGN)  # other programs use these names too
-        files = pa.Table.from_pylist(listed, FILE_SCHEMA)
-        found = map_files(read_stamps, folder, files, Progress(console.progress, "output files read", len(listed)))
+        columns = {f"{top} size": [of_top.get(name) for name in outputs.to_pylist()] for top, of_top in sizes.items()}
+        files = pa.table({"name": outputs} | {name: pa.array(values, pa.int64()) for name, values in columns.items()})
+        # The digest of the part that each file should be.
+        files = files.append_column("digest", plan.parts["digest"].take(pc.index_in(outputs, plan.parts["output"])))
+        progress = Progress(console.progress, "output files read", len(outputs))
+        found = map_files(partial(read_stamps, spec=plan.spec), folder, files, progress)
         for row in found.filter(pc.is_valid(found["error"])).to_pylist():
-            foreign[f"{row['folder']}/{row['output']}"] = row["error"]
-        found = found.filter(pc.is_null(found["error"]))
-        predictions, rejected = (found.filter(pc.equal(found["folder"], name)) for name in (PREDICTIONS, REJECTED))
-        # By their whole stamps: files of one name may come from two runs.
-        stamp = STAMP_SCHEMA.names
-        counted = rejected.select([*stamp, "rows_in_file"]).rename_columns([*stamp, "rejected_in_file"])
-        stamps = predictions.join(counted, stamp).sort_by("output")
-        there = pc.if_else(pc.equal(stamps["rejected"], 0), 0, stamps["rejected_in_file"])
-        stamps = stamps.set_column(stamps.column_names.index("rejected_in_file"), "rejected_in_file", there)
-        alone = rejected.join(predictions.select(stamp), stamp, join_type="left anti").sort_by("output")
-        unfinished = (*partial, *(f"{REJECTED}/{name}" for name in alone["output"].to_pylist()))
-        return cls(folder, stamps, unfinished, foreign)
+            foreign[row["unusable"]] = row["error"]
+        alone = found["output"].filter(found["unfinished"]).to_pylist()
+        unfinished = (*partials, *(f"{REJECTED}/{name}" for name in alone))
+        counts = RowCounts.sum(found["counts"].drop_null().to_pylist())
+        stamps = found.filter(pc.is_valid(found["planned"])).drop_columns(["counts"])
+        return cls(folder, stamps, counts, unfinished, foreign)
 
     def check(self) -> None:
         """Check that all files are whole and of this program.
@@ -128,9 +153,60 @@ class OutputFiles:
             raise RequestError(f"--output {self.folder.display}: {name} {error}; move it away, or choose another folder")
 
 
-def files_below(folder: Location) -> Iterator[tuple[str, Entry]]:
+def read_stamps(folder: Location, files: pa.Table, spec: str) -> pa.Table:
+    """Read the stamps of output files, and compare them with the parts that they should be.
+
+    Args:
+        folder: holds the folders PREDICTIONS and REJECTED.
+        files: `name`, relative to both; the size of the file in each, or null; and the `digest` of the part.
+        spec: `preflight.Plan.spec`.
+
+    Returns:
+        OUTPUT_SCHEMA, in the same order.
+
+    Raises:
+        StorageError: the storage does not give a file.
+    """
+    rows: list[dict[str, Any]] = []
+    counts: list[str] = []
+    for file in files.to_pylist():
+        row: dict[str, Any] = {"output": file["name"]}
+        found = {}
+        for top in (PREDICTIONS, REJECTED):
+            name, size = f"{top}/{file['name']}", file[f"{top} size"]
+            if size is not None:
+                try:
+                    found[top] = read_stamp(folder, name, size)
+                except UnusableFileError as error:
+                    row |= {"unusable": name, "error": str(error)}
+        stamp, rows_in_file, of_part = found.get(PREDICTIONS, ({}, None, ""))
+        stamp_of_rejected, rejected_in_file, _ = found.get(REJECTED, ({}, None, ""))
+        # By their whole stamps: files of one name may come from two runs.
+        row["unfinished"] = REJECTED in found and stamp_of_rejected != stamp
+        if stamp:
+            if not stamp["rejected"]:
+                rejected_in_file = 0
+            elif stamp_of_rejected != stamp:
+                rejected_in_file = None
+            row |= {key: stamp[key] for key in ("name", "rows", "rejected")}
+            row |= {"rows_in_file": rows_in_file, "rejected_in_file": rejected_in_file}
+            is_same_part = (digest(stamp), stamp["spec"]) == (file["digest"], spec)
+            row["planned"] = is_same_part and rejected_in_file is not None
+            if row["planned"]:
+                counts.append(of_part)
+            else:
+                row["source"] = stamp["source"]
+        rows.append(row)
+    if counts:
+        rows[0]["counts"] = RowCounts.sum(counts).as_json()
+    return pa.Table.from_pylist(rows, OUTPUT_SCHEMA)
+
+
+def files_below(folder: Location, console: Console) -> Iterator[tuple[str, Entry]]:
     """The files below a folder, with their names relative to it."""
-    for file in folder.files():
+    with console.waiting_for(f"the listing of {folder.display}", lambda: "it is long, or the storage is slow"):
+        files = folder.files()
+    for file in files:
         yield file.path.removeprefix(folder.path).lstrip("/"), file
 
 
@@ -142,31 +218,32 @@ def _is_finished(folder: Location) -> bool:
         return False
 
 
-def delete_parts(folder: OutputFolder, names: Iterable[str]) -> None:
+def delete_parts(folder: OutputFolder, names: list[str], console: Console) -> None:
     """Delete the files of parts. The predictions go first, because a part is done when its predictions exist."""
-    for name in names:
-        folder.delete(f"{PREDICTIONS}/{name}")
-        folder.delete(f"{REJECTED}/{name}")
+    progress = Progress(console.progress, "files deleted", 2 * len(names))
+    for top in (PREDICTIONS, REJECTED):
+        folder.delete_files([f"{top}/{name}" for name in names], progress)
 
 
 def unpublish(output: OutputFolder) -> None:
     """Delete the manifest, which marks the output as finished, and then the summaries."""
-    for name in (MANIFEST, *SUMMARIES):
-        output.delete(name)
+    output.delete(MANIFEST)
+    output.delete_files(SUMMARIES)
 
 
 def match(plan: Plan, stamps: pa.Table) -> pa.Table:
-    """Join the planned parts with the output files (`OutputFiles.stamps`) that are of the same rows, input file and spec.
+    """Look up the output files of the planned parts.
 
     Returns:
-        One row per part, in the order of the plan: PART_SCHEMA, and `rejected`, `rows_in_file`, `rejected_in_file` and `counts`,
-        null where there is no such file.
+        One row per part, in the order of the plan: `name`, `output`, `first_row`, `rows`, and of `OutputFiles.stamps` `rejected`,
+        `rows_in_file` and `rejected_in_file`, null where no whole file is of this part.
     """
-    whole = stamps.filter(pc.and_(pc.equal(stamps["spec"], plan.spec), pc.is_valid(stamps["rejected_in_file"])))
-    # A join does not keep the order.
-    numbered = plan.parts.append_column("order", pa.array(range(plan.parts.num_rows), pa.int64()))
-    values = whole.select([*PART_SCHEMA.names, "rejected", "rows_in_file", "rejected_in_file", "counts"])
-    return numbered.join(values, PART_SCHEMA.names, join_type="left outer").sort_by("order")
+    there = stamps.filter(stamps["planned"])
+    parts = plan.parts.select(["name", "output", "first_row", "rows"])
+    places = pc.index_in(parts["output"], there["output"])  # a join or a sort of so many strings would fail, or take gigabytes
+    for name in ("rejected", "rows_in_file", "rejected_in_file"):
+        parts = parts.append_column(name, there[name].take(places))
+    return parts
 
 
 def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
@@ -174,20 +251,14 @@ def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["output"], outputs)))
 
 
-def _done(plan: Plan, stamps: pa.Table) -> pa.ChunkedArray:
-    """The output files of the planned parts that are done."""
-    matched = match(plan, stamps)
-    return matched["output"].filter(pc.is_valid(matched["rejected"]))
-
-
 @dataclass(frozen=True)
 class Committed:
     """What earlier runs have committed."""
 
-    published: pa.Table
-    """`OutputFiles.stamps` of the output folder when this run began."""
+    published: OutputFiles
+    """The output folder when this run began."""
     todo: pa.Table
-    """`parts.PART_SCHEMA`: the parts of the plan that are not committed."""
+    """`parts.PLAN_SCHEMA`: the parts of the plan that are not committed."""
     unplanned: int
     """Number of published files whose input is not in the plan. They stay, but are not counted."""
     failures: dict[str, str]
@@ -206,49 +277,51 @@ def resume(plan: Plan, console: Console, *, replaced: bool = False) -> tuple[Pla
         RequestError: the output folder holds other files, or predictions that this run must not be mixed with.
         RunError: with `--overwrite`, an unusable input file has predictions in the output.
     """
-    output = OutputFiles.read(plan.output, console)
+    output = OutputFiles.read(plan.output, plan, console)
     output.check()
-    published, done = output.stamps, _done(plan, output.stamps)
-    if replaced and len(done) == published.num_rows:
+    published = output.stamps
+    if replaced and pc.all(published["planned"], min_count=0).as_py():
         plan = replace(plan, overwrite=False)
     unplanned = 0
     if plan.overwrite:
         check_overwrite(plan, published)
     else:
-        _check_compatible(plan, all_but(published, done))
-        others = all_but(published, plan.parts["output"])
+        different = published.filter(pc.invert(published["planned"]))
+        _check_compatible(plan, different)
+        others = all_but(different, plan.parts["output"])
         unplanned = others.num_rows
         if unplanned:
             first = others["source"][0]
             console.say(f"left as they are: {unplanned:,} output files of input that is not there now, such as {first}")
     # Nothing is deleted before all files are known as this program's and the request has been found compatible.
-    for name in output.unfinished:
-        plan.held.delete(name)
+    plan.held.delete_files(output.unfinished)
     failures = {} if plan.overwrite else _earlier_failures(plan.output)
-    todo = plan.parts if plan.overwrite else all_but(plan.parts, done)
+    todo = plan.parts if plan.overwrite else all_but(plan.parts, published["output"].filter(published["planned"]))
     if (plan.staged or todo.num_rows) and (plan.held.place / STAGING / LIST).exists():
         plan.held.delete_folder(STAGING)  # its files have been moved, and the list does not know what is scored from now on
     if plan.staged:
-        staged = OutputFiles.read(plan.folder.place, console)
+        staged = OutputFiles.read(plan.folder.place, replace(plan, parts=todo), console)
         staged.check()
-        done = _done(replace(plan, parts=todo), staged.stamps)
-        for name in staged.unfinished:
-            plan.folder.delete(name)
-        delete_parts(plan.folder, all_but(staged.stamps, done)["output"].to_pylist())
+        plan.folder.delete_files(staged.unfinished)
+        done = staged.stamps["output"].filter(staged.stamps["planned"])
+        delete_parts(plan.folder, all_but(staged.stamps, done)["output"].to_pylist(), console)
         todo = all_but(todo, done)
-    return plan, Committed(published, todo, unplanned, failures)
+    return plan, Committed(output, todo, unplanned, failures)
 
 
-def begun_precision(request: Request) -> str | None:
-    """The precision that an earlier run has given the output's predictions of this model; None without such predictions."""
+def begun_with(request: Request, console: Console) -> dict[str, Any]:
+    """The flags that an earlier run has given predictions of this model in the output: `precision` and `max_rows_per_file`; none
+    without such predictions."""
     for folder in (request.output, request.output / STAGING) if request.config.strict else (request.output,):
-        for name, file in files_below(folder / PREDICTIONS):
+        for name, file in files_below(folder / PREDICTIONS, console):
             if not is_hidden(name):
-                spec = json.loads(read_stamp(folder, f"{PREDICTIONS}/{name}", file.size).get("spec", "{}"))
-                if spec.get("model") == request.card["sha256"]:
-                    return str(spec["precision"])
+                with suppress(UnusableFileError):
+                    stamp, _, _ = read_stamp(folder, f"{PREDICTIONS}/{name}", file.size)
+                    spec = json.loads(stamp["spec"])
+                    if spec["model"] == request.card["sha256"]:
+                        return {"precision": spec["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}
                 break
-    return None
+    return {}
 
 
 def check_folders(output: Location) -> None:
@@ -282,10 +355,12 @@ def check_overwrite(plan: Plan, published: pa.Table) -> None:
     Raises:
         RunError: names the first such file, or a name that a file and a folder would have while files are moved.
     """
-    planned, there = ({*table["output"].to_pylist()} for table in (plan.parts, published))
-    folders, folders_there = ({folder for name in names for folder in folders_above(name)} for names in (planned, there))
-    if clashes := sorted((planned & folders_there) | (there & folders)):
-        raise RunError(f"--overwrite: nothing was replaced: {clashes[0]} would be a file and a folder; choose another folder")
+    for files, others in ((plan.parts, published), (published, plan.parts)):
+        folders = {folder for name in others["output"].to_pylist() for folder in folders_above(name)}
+        if clash := _first(files.filter(pc.is_in(files["output"], pa.array(folders, pa.string())))):
+            raise RunError(
+                f"--overwrite: nothing was replaced: {clash['output']} would be a file and a folder; choose another folder"
+            )
     if lost := _first(_with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published)):
         raise RunError(
             f"--overwrite: nothing was replaced: {lost['name']} cannot be used, and the output holds its predictions; "
@@ -310,7 +385,7 @@ def _with_predictions(plan: Plan, files: pa.Table, stamps: pa.Table) -> pa.Table
 def _check_compatible(plan: Plan, others: pa.Table) -> None:
     """Refuse to put predictions beside those of another model, of changed input files, or of parts that were cut differently.
 
-    `others` are the stamps of the files that are not of the plan.
+    `others` are those of `OutputFiles.stamps` that are not of the plan.
 
     Raises:
         RequestError: says what differs and what to do.
@@ -318,9 +393,10 @@ def _check_compatible(plan: Plan, others: pa.Table) -> None:
     conflict = None
     if file := _first(_with_predictions(plan, plan.files, others)):
         of_file = pc.or_(pc.equal(others["name"], file["name"]), pc.equal(others["source"], plan.source(file["name"])))
-        conflict = _conflict(plan, file, others.filter(of_file).slice(0, 1).to_pylist()[0])
-    elif stamp := _first(others.filter(pc.is_in(others["output"], plan.parts["output"]))):
-        conflict = f"{stamp['output']} has rows of {stamp['source']}; {_START_OVER}"
+        stamp, _, _ = read_stamp(plan.output, f"{PREDICTIONS}/{others['output'].filter(of_file)[0]}")
+        conflict = _conflict(plan, file, stamp)
+    elif other := _first(others.filter(pc.is_in(others["output"], plan.parts["output"]))):
+        conflict = f"{other['output']} has rows of {other['source']}; {_START_OVER}"
     if conflict:
         raise RequestError(f"--output {plan.output.display}: {conflict}")
 
@@ -378,12 +454,13 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
         place = f"{part['name']}: rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}"
         there = f"{part['rows_in_file'] or 0:,} predictions and {part['rejected_in_file'] or 0:,} rejected rows"
         raise RowCountError(f"{place} should be in {PREDICTIONS}/{part['output']}, which has {there}")
-    sums = matched.group_by("name").aggregate([(name, "sum") for name in ("rows", "rows_in_file", "rejected_in_file")])
-    files = plan.files.select(["name", "rows", "error"]).append_column("order", pa.array(range(plan.files.num_rows), pa.int64()))
-    files = files.join(sums, "name", join_type="left outer").sort_by("order")
+    counted = ("rows", "rows_in_file", "rejected_in_file")
+    sums = matched.group_by("name").aggregate([(name, "sum") for name in counted])
+    places = pc.index_in(plan.files["name"], sums["name"])
+    rows, scored, rejected = (pc.fill_null(sums[f"{name}_sum"].take(places), 0) for name in counted)
+    files = plan.files.select(["name", "rows", "error"])
     usable = pc.is_null(files["error"])
-    if lost := _first(files.filter(pc.and_(usable, pc.not_equal(files["rows"], pc.fill_null(files["rows_sum"], 0))))):
-        raise RowCountError(f"{lost['name']}: has {lost['rows']:,} rows, of which {lost['rows_sum'] or 0:,} are accounted for")
-    scored, rejected = (pc.if_else(usable, files[f"{name}_in_file_sum"], 0) for name in ("rows", "rejected"))
+    if lost := _first(files.append_column("found", rows).filter(pc.and_(usable, pc.not_equal(files["rows"], rows)))):
+        raise RowCountError(f"{lost['name']}: has {lost['rows']:,} rows, of which {lost['found']:,} are accounted for")
     columns = (files["name"], files["rows"], scored, rejected, pc.if_else(usable, "scored", "failed"), files["error"])
     return pa.table(dict(zip(FILES_TABLE_SCHEMA.names, columns, strict=True)), FILES_TABLE_SCHEMA), matched

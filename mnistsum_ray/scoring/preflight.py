@@ -71,7 +71,7 @@ class Plan(Request):
     files: pa.Table
     """FOOTER_SCHEMA; `error` is set for each file that cannot be used."""
     parts: pa.Table
-    """`parts.PART_SCHEMA`: the parts of all other files, in the order of the files."""
+    """`parts.PLAN_SCHEMA`: the parts of all other files, in the order of the files."""
     precision: str
     held: OutputFolder
     """The output folder, which this run holds."""
@@ -117,10 +117,10 @@ class Plan(Request):
         """Return the plan without the parts of some files. The files get the reasons in `failures` as their errors."""
         if not failures:
             return self
-        failed = pc.is_in(self.parts["name"], pa.array(failures, pa.string()))
-        errors = [failures.get(file["name"], file["error"]) for file in self.files.select(["name", "error"]).to_pylist()]
-        files = self.files.set_column(self.files.column_names.index("error"), "error", pa.array(errors, pa.string()))
-        return replace(self, files=files, parts=self.parts.filter(pc.invert(failed)))
+        names, reasons = (pa.array(values, pa.string()) for values in (failures.keys(), failures.values()))
+        errors = pc.coalesce(reasons.take(pc.index_in(self.files["name"], names)), self.files["error"])
+        files = self.files.set_column(self.files.column_names.index("error"), "error", errors)
+        return replace(self, files=files, parts=self.parts.filter(pc.invert(pc.is_in(self.parts["name"], names))))
 
 
 def preflight(config: ScoreConfig) -> Request:
