@@ -95,25 +95,25 @@ def get(filesystem: pafs.FileSystem, path: str) -> tuple[bytes, Version] | None:
 
 
 def delete(filesystem: pafs.FileSystem, paths: list[str]) -> None:
-    """Delete at most MAX_DELETED objects of one bucket; missing ones are no error. Raises StorageError as `put` does.
+    """Delete at most MAX_DELETED objects of one bucket; missing ones are no error.
 
-    Arrow deletes one object in four requests to S3, and here S3 deletes all in one.
+    Raises:
+        OSError: the storage does not answer, or refuses.
     """
-    with _storage_errors(paths[0]):
-        import obstore  # noqa: TID251
+    if filesystem.type_name == "s3":  # Arrow deletes one object in four requests
+        with _storage_errors(paths[0]):
+            import obstore  # noqa: TID251
 
-        store, _ = _store_of(filesystem, paths[0])
-        keys = [path.partition("/")[2] for path in paths]
-        if filesystem.type_name == "s3":
-            obstore.delete(store, keys)
-            return
+            store, _ = _store_of(filesystem, paths[0])
+            obstore.delete(store, [path.partition("/")[2] for path in paths])
+        return
 
-        def delete_one(key: str) -> None:
-            with suppress(FileNotFoundError):
-                obstore.delete(store, key)
+    def delete_one(path: str) -> None:
+        with suppress(FileNotFoundError):
+            filesystem.delete_file(path)
 
-        with ThreadPoolExecutor(_DELETE_THREADS) as pool:
-            deque(pool.map(delete_one, keys), maxlen=0)
+    with ThreadPoolExecutor(_DELETE_THREADS) as pool:
+        deque(pool.map(delete_one, paths), maxlen=0)  # raises what one of them has raised
 
 
 def _version(meta: Any) -> Version:
