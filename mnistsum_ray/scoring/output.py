@@ -65,25 +65,22 @@ _FOREIGN: Final = "is not a file of this program"
 
 _START_OVER: Final = "--overwrite scores everything again"
 
-
 OUTPUT_SCHEMA: Final = pa.schema(
     [
         ("output", pa.string()),  # relative to the folder of predictions, and to that of rejected rows
         ("unusable", pa.string()),  # name of a file that is not a whole one of this version of the program
         ("error", pa.string()),  # what is wrong with it
         ("unfinished", pa.bool_()),  # there are rejected rows, and no predictions with their stamp
-        # Of the predictions; null where there are none:
-        ("planned", pa.bool_()),  # whether they are of a part of the plan, and whole
-        ("name", pa.string()),  # the input file, as in the stamp
-        ("rows", pa.int64()),  # of the part, as in the stamp
-        ("rejected", pa.int64()),  # those of them that are rejected, as in the stamp
+        # Of whole predictions, as in their stamp; null where there are none:
+        ("name", pa.string()),  # the input file
+        ("source", pa.string()),  # the input file in full; null of a part of the plan
+        ("rows", pa.int64()),
+        ("rejected", pa.int64()),  # those of the rows that are in the file of rejected rows
+        # Of whole predictions:
         ("rows_in_file", pa.int64()),
-        ("rejected_in_file", pa.int64()),  # null where there should be rejected rows, and no file has them and the same stamp
-        ("source", pa.string()),  # the input file in full, as in the stamp; null of a part of the plan
-        (
-            "counts",
-            pa.string(),
-        ),  # JSON of `counts.RowCounts`: in one row of those that were read at once, and of parts of the plan
+        ("rejected_in_file", pa.int64()),
+        ("planned", pa.bool_()),  # whether they are of a part of the plan
+        ("counts", pa.string()),  # `RowCounts.as_json` of parts of the plan that were read at once; in one row of these
     ]
 )
 """One row for each output file of predictions, of rejected rows, or of both. 1.3 million have to fit into the driver."""
@@ -95,7 +92,7 @@ class OutputFiles:
 
     folder: Location
     stamps: pa.Table
-    """OUTPUT_SCHEMA without `counts`, of the files in `predictions/`, sorted by `output`."""
+    """OUTPUT_SCHEMA of whole predictions, sorted by `output`."""
     counts: RowCounts
     """Of those that are of parts of the plan."""
     unfinished: tuple[str, ...]
@@ -126,19 +123,17 @@ class OutputFiles:
         outputs = pa.array(sorted({*sizes[PREDICTIONS], *sizes[REJECTED]}), pa.string())
         if summaries and not len(outputs) and not _is_finished(folder):
             foreign |= dict.fromkeys(summaries, _FOREIGN)  # other programs use these names too
-        columns = {f"{top} size": [of_top.get(name) for name in outputs.to_pylist()] for top, of_top in sizes.items()}
-        files = pa.table({"name": outputs} | {name: pa.array(values, pa.int64()) for name, values in columns.items()})
-        # The digest of the part that each file should be.
-        files = files.append_column("digest", plan.parts["digest"].take(pc.index_in(outputs, plan.parts["output"])))
+        # The files of each output, and the digest of the part that it should be.
+        digests = plan.parts["digest"].take(pc.index_in(outputs, plan.parts["output"]))
+        columns = {top: pa.array(map(of_top.get, outputs.to_pylist()), pa.int64()) for top, of_top in sizes.items()}
+        files = pa.table({"name": outputs, "digest": digests} | columns)
         progress = Progress(console.progress, "output files read", len(outputs))
         found = map_files(partial(read_stamps, spec=plan.spec), folder, files, progress)
         for row in found.filter(pc.is_valid(found["error"])).to_pylist():
             foreign[row["unusable"]] = row["error"]
-        alone = found["output"].filter(found["unfinished"]).to_pylist()
-        unfinished = (*partials, *(f"{REJECTED}/{name}" for name in alone))
+        unfinished = (f"{REJECTED}/{name}" for name in found["output"].filter(found["unfinished"]).to_pylist())
         counts = RowCounts.sum(found["counts"].drop_null().to_pylist())
-        stamps = found.filter(pc.is_valid(found["planned"])).drop_columns(["counts"])
-        return cls(folder, stamps, counts, unfinished, foreign)
+        return cls(folder, found.filter(pc.is_valid(found["planned"])), counts, (*partials, *unfinished), foreign)
 
     def check(self) -> None:
         """Check that all files are whole and of this program.
@@ -146,20 +141,16 @@ class OutputFiles:
         Raises:
             RequestError: names the first other file.
         """
-        lost = self.stamps["output"].filter(pc.is_null(self.stamps["rejected_in_file"])).to_pylist()
-        wrong = self.foreign | {f"{PREDICTIONS}/{name}": "has lost its rejected rows" for name in lost}
-        if wrong:
-            name, error = next(iter(wrong.items()))
+        if self.foreign:
+            name, error = next(iter(self.foreign.items()))
             raise RequestError(f"--output {self.folder.display}: {name} {error}; move it away, or choose another folder")
 
 
 def read_stamps(folder: Location, files: pa.Table, spec: str) -> pa.Table:
     """Read the stamps of output files, and compare them with the parts that they should be.
 
-    Args:
-        folder: holds the folders PREDICTIONS and REJECTED.
-        files: `name`, relative to both; the size of the file in each, or null; and the `digest` of the part.
-        spec: `preflight.Plan.spec`.
+    `files` has the `name` of each output, the size of its files in PREDICTIONS and in REJECTED, or null, and the `digest` of its
+    part. `spec` is `preflight.Plan.spec`.
 
     Returns:
         OUTPUT_SCHEMA, in the same order.
@@ -173,29 +164,24 @@ def read_stamps(folder: Location, files: pa.Table, spec: str) -> pa.Table:
         row: dict[str, Any] = {"output": file["name"]}
         found = {}
         for top in (PREDICTIONS, REJECTED):
-            name, size = f"{top}/{file['name']}", file[f"{top} size"]
-            if size is not None:
-                try:
-                    found[top] = read_stamp(folder, name, size)
-                except UnusableFileError as error:
-                    row |= {"unusable": name, "error": str(error)}
-        stamp, rows_in_file, of_part = found.get(PREDICTIONS, ({}, None, ""))
-        stamp_of_rejected, rejected_in_file, _ = found.get(REJECTED, ({}, None, ""))
+            name = f"{top}/{file['name']}"
+            try:
+                found[top] = read_stamp(folder, name, file[top]) if file[top] is not None else ({}, 0, "")
+            except UnusableFileError as error:
+                found[top] = ({}, 0, "")
+                row |= {"unusable": name, "error": str(error)}
+        (stamp, rows_in_file, of_part), (of_rejected, rejected_in_file, _) = found.values()
         # By their whole stamps: files of one name may come from two runs.
-        row["unfinished"] = REJECTED in found and stamp_of_rejected != stamp
-        if stamp:
-            if not stamp["rejected"]:
-                rejected_in_file = 0
-            elif stamp_of_rejected != stamp:
-                rejected_in_file = None
-            row |= {key: stamp[key] for key in ("name", "rows", "rejected")}
-            row |= {"rows_in_file": rows_in_file, "rejected_in_file": rejected_in_file}
-            is_same_part = (digest(stamp), stamp["spec"]) == (file["digest"], spec)
-            row["planned"] = is_same_part and rejected_in_file is not None
+        row["unfinished"] = bool(of_rejected) and of_rejected != stamp
+        if stamp and stamp["rejected"] and of_rejected != stamp:
+            row = {"unusable": f"{PREDICTIONS}/{file['name']}", "error": "has lost its rejected rows"} | row
+        elif stamp:
+            row |= {key: stamp[key] for key in ("name", "source", "rows", "rejected")}
+            row |= {"rows_in_file": rows_in_file, "rejected_in_file": rejected_in_file if stamp["rejected"] else 0}
+            row["planned"] = (digest(stamp), stamp["spec"]) == (file["digest"], spec)
             if row["planned"]:
+                row["source"] = None
                 counts.append(of_part)
-            else:
-                row["source"] = stamp["source"]
         rows.append(row)
     if counts:
         rows[0]["counts"] = RowCounts.sum(counts).as_json()

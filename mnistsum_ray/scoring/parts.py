@@ -198,15 +198,14 @@ STAMP_FORMAT: Final = 7
 COUNTS_KEY: Final = b"mnistsum_ray.counts/3"
 """Key of `counts.RowCounts`, with its version. The counts are for the report alone: a file without them is resumed too."""
 
-STAMP_SCHEMA: Final = pa.schema(
-    [
-        *PART_SCHEMA,
-        ("source", pa.string()),  # the input file in full: a path, or a URI without its query
-        ("rejected", pa.int64()),  # how many of the rows are in the file of rejected rows
-        ("spec", pa.string()),  # `preflight.Plan.spec`: model and settings
-    ]
+STAMP_FIELDS: Final = (
+    *PART_SCHEMA.names,
+    "source",  # the input file in full: a path, or a URI without its query
+    "rejected",  # how many of the rows are in the file of rejected rows
+    "spec",  # `preflight.Plan.spec`: model and settings
 )
-"""A stamp: what one part was made from; in its file of predictions and in its file of rejected rows."""
+"""A stamp: what one part was made from; in its file of predictions and in its file of rejected rows. It also has
+`max_rows_per_file`."""
 
 _MAX_ROWS_BEFORE: Final = 8_192
 """`max_rows_per_file` of stamps that do not say it: the default before they did."""
@@ -229,7 +228,7 @@ def from_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
         stamp: dict[str, Any] = json.loads(metadata[KEY])
         if stamp["format"] == STAMP_FORMAT:
             limit = {"max_rows_per_file": stamp.get("max_rows_per_file", _MAX_ROWS_BEFORE)}
-            return limit | {name: stamp[name] for name in STAMP_SCHEMA.names}
+            return limit | {name: stamp[name] for name in STAMP_FIELDS}
     except (KeyError, TypeError, ValueError) as error:
         raise UnusableFileError(f"cannot be read: {one_line(error)}") from None
     raise UnusableFileError("was written by another version of this program")

@@ -25,7 +25,7 @@ from mnistsum_ray.cluster.crash_counter import CAUSES, MAX_CRASHES, begin
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import DIGITS, Pixels, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.data.parquet import open_parquet, plain_table, read_footer, read_rows, to_parquet
+from mnistsum_ray.data.parquet import open_parquet, plain_table, read_rows, to_parquet
 from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
@@ -306,9 +306,9 @@ def _write(folder: OutputFolder, name: str, table: pa.Table, metadata: dict[byte
         folder.create(name, to_parquet(table.replace_schema_metadata(kept | metadata)))
     except ExistingFileError as error:
         # An earlier process of this run may have written the same rows before it died, on other hardware with other last bits.
-        written = folder.place / name
         with suppress(UnusableFileError):
-            there = written.status()
-            if there and from_metadata(read_footer(written, there.size).metadata.metadata) == from_metadata(metadata):
+            if read_stamp(folder.place, name)[0] == from_metadata(metadata):
                 return
-        raise StorageError(f"{written.display}: cannot be written: another run has written something there") from error
+        raise StorageError(
+            f"{(folder.place / name).display}: cannot be written: another run has written something there"
+        ) from error

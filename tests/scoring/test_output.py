@@ -1,6 +1,7 @@
 """The output folder: lost and repeated rows are found, unfinished files are deleted, and staged files are published in order."""
 
 import io
+import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from mnistsum_ray.scoring import publish
 from mnistsum_ray.scoring.counts import RowCounts, encode_image
 from mnistsum_ray.scoring.driver import follow_output
 from mnistsum_ray.scoring.output import LIST, MANIFEST, OutputFiles, check_folders, reconcile, resume
+from mnistsum_ray.scoring.parts import KEY
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.publish import move_listed, publish_staged, result_line
 from mnistsum_ray.storage.folder import OutputFolder
@@ -229,18 +231,26 @@ def test_overwrite_keeps_predictions_that_cannot_be_made_again(folder: Path, set
         resume(plan_in(folder, folder / "more", overwrite=True, **settings), CONSOLE)
 
 
-def test_an_output_goes_on_in_the_precision_that_it_was_begun_in(folder: Path) -> None:
-    def begun(*, begins_anew: bool = False, **settings: Any) -> str | None:
+def test_an_output_goes_on_with_the_flags_that_it_was_begun_with(folder: Path) -> None:
+    def begun(*, begins_anew: bool = False, **settings: Any) -> list[Any]:
         request = request_of(folder / "in", folder / "out", **settings)
-        return follow_output(request, CONSOLE, begins_anew=begins_anew).config.precision
+        config = follow_output(request, CONSOLE, begins_anew=begins_anew).config
+        return [config.precision, config.max_rows_per_file]
 
     (folder / "in" / "broken.parquet").unlink()  # --strict refuses it
-    assert begun() is None
+    assert begun() == [None, None]
     write_all(plan_in(folder, strict=True, precision="bf16"))
-    assert (begun(), begun(strict=True)) == (None, "bf16")
+    assert (begun(), begun(strict=True)) == ([None, None], ["bf16", 20])
     write_all(plan_in(folder, precision="bf16"))
-    assert (begun(), begun(precision="fp32"), begun(sha256="other"), begun(begins_anew=True)) == ("bf16", "fp32", None, None)
-    assert begun(overwrite=True) == "bf16", "a killed run with --overwrite has replaced the output"
+    assert begun(precision="fp32", max_rows_per_file=30) == ["fp32", 30]
+    assert begun() == begun(overwrite=True) == ["bf16", 20], "a killed run with --overwrite has replaced the output"
+    assert begun(sha256="other") == begun(begins_anew=True) == [None, None]
+    for path in (folder / "out" / "predictions").iterdir():
+        table = pq.ParquetFile(path).read()
+        stamp = json.loads(table.schema.metadata[KEY])
+        del stamp["max_rows_per_file"]
+        pq.write_table(table.replace_schema_metadata({KEY: json.dumps(stamp).encode()}), path)
+    assert begun() == ["bf16", 8_192], "the default of the versions that did not write it down"
 
 
 @pytest.mark.parametrize(

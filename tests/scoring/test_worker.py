@@ -16,7 +16,7 @@ from mnistsum_ray.scoring.counts import encode_image
 from mnistsum_ray.scoring.output import OutputFiles
 from mnistsum_ray.scoring.parts import COUNTS_KEY, KEY, STAMP_FORMAT, read_stamp
 from mnistsum_ray.scoring.preflight import Plan
-from mnistsum_ray.scoring.worker import PartRows, read_parts, write_part
+from mnistsum_ray.scoring.worker import PartRows, _committed, read_parts, write_part
 from mnistsum_ray.storage.paths import locate
 from tests.scoring.conftest import CONSOLE, parts_of, plan_of, predictions, write_all
 
@@ -200,3 +200,14 @@ def test_keys_in_an_object_store_uri_are_not_written(tmp_path: Path) -> None:
     assert stamp["source"] == "s3://bucket/in/a.parquet"
     for path in (tmp_path / "out").rglob("*.parquet"):
         assert b"secret" not in path.read_bytes()
+
+
+def test_an_output_of_parts_that_are_scored_again_costs_none_that_is_committed(written: Path) -> None:
+    """A process has died after the first of two parts."""
+    plan = written_plan(written.parent)
+    (written / "predictions" / NAME.replace("0-of", "1-of")).unlink()
+    reports = [_committed(plan, part, 0.0) for part in parts_of(plan)]
+    assert reports[0]
+    assert reports[0].select(["name", "rows", "rejected"]).to_pylist() == [{"name": "deep/a.parquet", "rows": 4, "rejected": 1}]
+    assert reports[1] is None
+    assert _committed(replace(plan, precision="bf16"), parts_of(plan)[0], 0.0) is None
