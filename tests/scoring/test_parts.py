@@ -112,7 +112,7 @@ def test_a_task_of_a_gpu_is_large_whatever_an_output_file_holds() -> None:
 
 def test_tasks_are_longer_and_not_more_where_there_are_very_many_parts() -> None:
     parts, _ = split_into_parts(input_files(*[10**8] * 30, group=65_536), 65_536)
-    assert len(make_tasks(parts, CPU_TASK_ROWS, workers=64)) == pytest.approx(16_384, rel=0.01)
+    assert 10_000 < len(make_tasks(parts, CPU_TASK_ROWS, workers=64)) <= 16_384
 
 
 @pytest.mark.parametrize(
