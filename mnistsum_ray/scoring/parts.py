@@ -31,9 +31,9 @@ MAX_NAME_BYTES: Final = 255
 
 _MAX_PART_BYTES: Final = 128 * 2**20
 """Largest part, decompressed, estimated from the footer's average row: a row may hold pictures that are larger than 28 x 28."""
-_DEFAULT_ROWS: Final = (8_192, 65_536)
-"""Least and most rows of a part, unless the user says otherwise: a kill costs each worker the part that it scores, 65,536 rows
-are 20 s of a CPU core, and an output file of 8,192 rows has 0.4 MB."""
+_DEFAULT_ROWS: Final = (8_192, 32_768)
+"""Least and most rows of a part, unless the user says otherwise. A kill costs each worker the part that it scores; 32,768 rows
+are 10 s of a CPU core, and 180 MB of a worker more than 8,192, whose output file has 0.4 MB."""
 
 _MIN_PART_ROWS: Final = 8
 """Least rows of a part, which may then be larger: what the footer says of bytes may be wrong."""

@@ -121,7 +121,7 @@ def test_tasks_are_longer_and_not_more_where_there_are_very_many_parts() -> None
         (8_000, [8_000]),
         (20_000, [8_192, 8_192, 3_616]),  # row groups are of 1,024 rows
         (100_000, [24_576] * 4 + [1_696]),
-        (1_000_000, [65_536] * 15 + [16_960]),
+        (1_000_000, [32_768] * 30 + [16_960]),
     ],
 )
 def test_by_default_a_part_is_a_quarter_of_its_file_within_limits(rows: int, sizes: list[int]) -> None:
