@@ -79,9 +79,8 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
             _publish_staged(plan, committed, console)
 
         output = OutputFiles.read(plan.output, plan, console)
-        counts = output.counts
-        files, matched = reconcile(plan, output.stamps)
-        earlier = all_but(matched, committed.todo["output"])
+        files, counts = reconcile(plan, output.stamps), output.counts
+        earlier = all_but(output.stamps.filter(output.stamps["planned"]), committed.todo["output"])
         resumed_rows, rejected_before = (pc.sum(earlier[name]).as_py() or 0 for name in ("rows", "rejected"))
         line = result_line(plan, files, counts, resumed_rows, scoring_seconds)
         line["seconds"] = round(time.monotonic() - started, 1)
@@ -207,7 +206,7 @@ def _publish_staged(plan: Plan, committed: Committed, console: Console) -> None:
     """Publish what is staged, if all rows are there and neither `--overwrite` nor `--strict` forbids it; else raise RunError."""
     output, published = OutputFiles.read(plan.folder.place, plan, console), committed.published.stamps
     staged, counts = output.stamps, output.counts
-    files, _ = reconcile(plan, staged if plan.overwrite else pa.concat_tables([staged, published]))
+    files = reconcile(plan, staged if plan.overwrite else pa.concat_tables([staged, published]))
     if plan.overwrite:
         check_overwrite(plan, published)
     else:

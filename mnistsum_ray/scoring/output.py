@@ -217,21 +217,6 @@ def unpublish(output: OutputFolder) -> None:
     output.delete_files(SUMMARIES)
 
 
-def match(plan: Plan, stamps: pa.Table) -> pa.Table:
-    """Look up the output files of the planned parts.
-
-    Returns:
-        One row per part, in the order of the plan: `name`, `output`, `first_row`, `rows`, and of `OutputFiles.stamps` `rejected`,
-        `rows_in_file` and `rejected_in_file`, null where no whole file is of this part.
-    """
-    there = stamps.filter(stamps["planned"])
-    parts = plan.parts.select(["name", "output", "first_row", "rows"])
-    places = pc.index_in(parts["output"], there["output"])  # a join or a sort of so many strings would fail, or take gigabytes
-    for name in ("rejected", "rows_in_file", "rejected_in_file"):
-        parts = parts.append_column(name, there[name].take(places))
-    return parts
-
-
 def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
     """The parts, or the stamps, of all other output files than these."""
     return table.filter(pc.invert(pc.is_in(table["output"], outputs)))
@@ -418,7 +403,7 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
     return f"was started with {was}, and this run has {has}; give the same again, or"
 
 
-def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
+def reconcile(plan: Plan, stamps: pa.Table) -> pa.Table:
     """Check that every row of every usable file is in the output exactly once.
 
     Args:
@@ -426,22 +411,25 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
         stamps: `OutputFiles.stamps`, read from the files after they were written.
 
     Returns:
-        A FILES_TABLE_SCHEMA table in the order of the files; and `match` of the plan.
+        A FILES_TABLE_SCHEMA table in the order of the files.
 
     Raises:
         RowCountError: names the first file with missing or duplicate rows.
     """
-    matched = match(plan, stamps)
-    complete = pc.and_(
-        pc.equal(matched["rejected"], matched["rejected_in_file"]),
-        pc.equal(matched["rows"], pc.add(matched["rows_in_file"], matched["rejected_in_file"])),
-    )
-    if part := _first(matched.filter(pc.invert(pc.fill_null(complete, False)))):
-        place = f"{part['name']}: rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}"
-        there = f"{part['rows_in_file'] or 0:,} predictions and {part['rejected_in_file'] or 0:,} rejected rows"
-        raise RowCountError(f"{place} should be in {PREDICTIONS}/{part['output']}, which has {there}")
     counted = ("rows", "rows_in_file", "rejected_in_file")
-    sums = matched.group_by("name").aggregate([(name, "sum") for name in counted])
+    parts, there = plan.parts.select(["name", "output", "first_row", "rows"]), stamps.filter(stamps["planned"])
+    places = pc.index_in(parts["output"], there["output"])  # a join or a sort of so many strings fails, or takes gigabytes
+    for name in ("rejected", *counted[1:]):
+        parts = parts.append_column(name, there[name].take(places))
+    complete = pc.and_(
+        pc.equal(parts["rejected"], parts["rejected_in_file"]),
+        pc.equal(parts["rows"], pc.add(parts["rows_in_file"], parts["rejected_in_file"])),
+    )
+    if part := _first(parts.filter(pc.invert(pc.fill_null(complete, False)))):
+        place = f"{part['name']}: rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}"
+        found = f"{part['rows_in_file'] or 0:,} predictions and {part['rejected_in_file'] or 0:,} rejected rows"
+        raise RowCountError(f"{place} should be in {PREDICTIONS}/{part['output']}, which has {found}")
+    sums = parts.group_by("name").aggregate([(name, "sum") for name in counted])
     places = pc.index_in(plan.files["name"], sums["name"])
     rows, scored, rejected = (pc.fill_null(sums[f"{name}_sum"].take(places), 0) for name in counted)
     files = plan.files.select(["name", "rows", "error"])
@@ -449,4 +437,4 @@ def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
     if lost := _first(files.append_column("found", rows).filter(pc.and_(usable, pc.not_equal(files["rows"], rows)))):
         raise RowCountError(f"{lost['name']}: has {lost['rows']:,} rows, of which {lost['found']:,} are accounted for")
     columns = (files["name"], files["rows"], scored, rejected, pc.if_else(usable, "scored", "failed"), files["error"])
-    return pa.table(dict(zip(FILES_TABLE_SCHEMA.names, columns, strict=True)), FILES_TABLE_SCHEMA), matched
+    return pa.table(dict(zip(FILES_TABLE_SCHEMA.names, columns, strict=True)), FILES_TABLE_SCHEMA)

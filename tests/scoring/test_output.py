@@ -50,8 +50,7 @@ def plan_in(folder: Path, *more: Path, **settings: Any) -> Plan:
 
 def reconciled(plan: Plan) -> tuple[pa.Table, RowCounts]:
     found = OutputFiles.read(plan.folder.place, plan, CONSOLE)
-    files, _ = reconcile(plan, found.stamps)
-    return files, found.counts
+    return reconcile(plan, found.stamps), found.counts
 
 
 def test_all_rows_there(folder: Path) -> None:
