@@ -31,6 +31,7 @@ MAX_NAME_BYTES: Final = 255
 
 _MAX_PART_BYTES: Final = 128 * 2**20
 """Largest part, decompressed, estimated from the footer's average row: a row may hold pictures that are larger than 28 x 28."""
+
 _DEFAULT_ROWS: Final = (8_192, 32_768)
 """Least and most rows of a part, unless the user says otherwise. A kill costs each worker the part that it scores; 32,768 rows
 are 10 s of a CPU core, and 180 MB of a worker more than 8,192, whose output file has 0.4 MB."""
@@ -155,7 +156,7 @@ _TASKS_PER_WORKER: Final = 4
 """With several tasks per worker, none has to finish a long one alone at the end."""
 
 _MAX_TASKS: Final = 16_384
-"""More would be longer, and not more: Ray Data takes 0.5 ms for each before the first starts, in which it says nothing."""
+"""With more rows the tasks get longer: Ray Data takes 0.5 ms a task before the first starts, and says nothing meanwhile."""
 
 _TASKS_PER_GROUP: Final = 16
 """Each task reads a row group from its start: with more tasks they would skip more rows than they score, with fewer, workers

@@ -136,6 +136,7 @@ REJECTED = "rejected/a-00001-of-00002.parquet"
 def test_what_a_killed_run_left_unfinished_is_deleted_and_the_rest_is_resumed(folder: Path) -> None:
     write_all(plan_in(folder))
     part(folder).unlink()  # its rejected rows are there, which are written first
+    shutil.copy(part(folder, "rejected"), folder / "out" / "rejected" / "b.parquet")  # of another run, and b has none
     unfinished = (".mnistsum-0123456789abcdef.partial", "predictions/b/.mnistsum-0123456789abcdef.partial")
     hidden = (".mnistsum-notes.partial", "b/.download.partial", "predictions/.ipynb_checkpoints/a.parquet", "_SUCCESS", "_x/y")
     fill(folder / "out", *unfinished, *hidden)
