@@ -150,13 +150,7 @@ def read_stamps(folder: Location, files: pa.Table, spec: str) -> pa.Table:
     """Read the stamps of output files, and compare them with the parts that they should be.
 
     `files` has the `name` of each output, the size of its files in PREDICTIONS and in REJECTED, or null, and the `digest` of its
-    part. `spec` is `preflight.Plan.spec`.
-
-    Returns:
-        OUTPUT_SCHEMA, in the same order.
-
-    Raises:
-        StorageError: the storage does not give a file.
+    part. `spec` is `preflight.Plan.spec`. OUTPUT_SCHEMA is in the same order. StorageError: the storage does not give a file.
     """
     rows: list[dict[str, Any]] = []
     counts: list[str] = []
@@ -404,14 +398,9 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
 
 
 def reconcile(plan: Plan, stamps: pa.Table) -> pa.Table:
-    """Check that every row of every usable file is in the output exactly once.
+    """Check that every row of every usable file is in the output exactly once; return FILES_TABLE_SCHEMA, as the files are ordered.
 
-    Args:
-        plan: without the files that could not be read.
-        stamps: `OutputFiles.stamps`, read from the files after they were written.
-
-    Returns:
-        A FILES_TABLE_SCHEMA table in the order of the files.
+    `plan` lacks the files that could not be read, and `stamps` (`OutputFiles.stamps`) are read after all files were written.
 
     Raises:
         RowCountError: names the first file with missing or duplicate rows.

@@ -154,13 +154,10 @@ class PartRows:
 
 
 def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iterator[tuple[Part, PartRows | UnusableFileError]]:
-    """Read and decode parts in their order, those of one file in one pass.
+    """Read and decode parts in their order, those of one file in one pass. StorageError: the storage does not give a file.
 
     Yields:
         Each part, with its rows or with why they cannot be read although the footer of their file could.
-
-    Raises:
-        StorageError: the storage does not give a file.
     """
     for _, of_file in itertools.groupby(parts, lambda part: part.name):
         left = list(of_file)
