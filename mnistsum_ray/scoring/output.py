@@ -398,7 +398,7 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
 
 
 def reconcile(plan: Plan, stamps: pa.Table) -> pa.Table:
-    """Check that every row of every usable file is in the output exactly once; return FILES_TABLE_SCHEMA, as the files are ordered.
+    """Check that every row of every usable file is in the output exactly once; return FILES_TABLE_SCHEMA in the files' order.
 
     `plan` lacks the files that could not be read, and `stamps` (`OutputFiles.stamps`) are read after all files were written.
 
