@@ -78,7 +78,8 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
         if plan.staged:
             _publish_staged(plan, committed, console)
 
-        output = OutputFiles.read(plan.output, plan, console)
+        unchanged = not plan.staged and not committed.todo.num_rows
+        output = committed.published if unchanged else OutputFiles.read(plan.output, plan, console)
         files, counts = reconcile(plan, output.stamps), output.counts
         earlier = all_but(output.stamps.filter(output.stamps["planned"]), committed.todo["output"])
         resumed_rows, rejected_before = (pc.sum(earlier[name]).as_py() or 0 for name in ("rows", "rejected"))
