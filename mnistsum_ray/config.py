@@ -291,8 +291,9 @@ class ScoringOutput(JobConfig):
 
     output: PathText
     """folder or URI for the predictions; the same command continues after a kill"""
-    max_rows_per_file: int = Field(8_192, ge=1, le=10_000_000)
-    """maximum rows in an output file; about what a worker loses in a kill"""
+    max_rows_per_file: int | None = Field(None, ge=1, le=10_000_000)
+    """maximum rows in an output file, and about what each worker loses in a kill [as the output was begun, else a quarter of the
+    input file, but 8192 to 32768]"""
     strict: bool = False
     """publish nothing if any file or row cannot be scored"""
     overwrite: bool = False

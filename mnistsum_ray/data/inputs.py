@@ -76,8 +76,8 @@ def list_inputs(
                 found[path] = file
     # A file that has several paths keeps its own, or else the first in the alphabet.
     kept: dict[str, str] = {}
-    for path in sorted(found, key=lambda path: (path != found[path].path, path)):
-        if kept.setdefault(found[path].path, path) != path:
+    for path in sorted(path for path, file in found.items() if file.path != path):
+        if found[path].path in found or kept.setdefault(found[path].path, path) != path:
             skipped[path] = "a link to a file that is listed anyway"
             del found[path]
     if not found:
@@ -86,16 +86,17 @@ def list_inputs(
         raise RequestError(f"{flag} {shown}: {none} ({', '.join(SUFFIXES)}){others}")
     if output is not None:
         _check_output_is_separate(values, found, output)
-    rows, unusable = [], {}
-    for path, file in sorted(found.items()):
-        name = _escaped(path.removeprefix(root.path).removeprefix("/"))
+    paths = sorted(found)
+    names = [_escaped(path.removeprefix(root.path).removeprefix("/")) for path in paths]
+    unusable = {}
+    for name, path in zip(names, paths, strict=True):
         if not is_utf8(path):
             unusable[name] = "its name is not UTF-8; rename it"
         if "//" in path:  # an object store allows such a key, and Arrow does not
             unusable[name] = "its name has an empty part between two slashes; rename it"
-        rows.append({"name": name, "size": file.size, "modified": file.modified})
+    sizes, times = ([getattr(found[path], field) for path in paths] for field in ("size", "modified"))
     skipped = {path: reason for path, reason in skipped.items() if path not in found}
-    return Inputs(root, pa.Table.from_pylist(rows, FILE_SCHEMA), skipped, unusable)
+    return Inputs(root, pa.table([names, sizes, times], FILE_SCHEMA), skipped, unusable)
 
 
 def report_skipped(skipped: dict[str, str], say: Callable[[str], None]) -> None:

@@ -25,6 +25,9 @@ _MAX_ROWS: Final = 10**9
 _TAIL_BYTES: Final = 64 * 1024
 """Bytes read from the end of a file in the first request: most footers are shorter."""
 
+_WHOLE_BYTES: Final = 4 * 2**20
+"""Largest file that is read whole from an object store: two requests, where its footer and columns would take more."""
+
 _BATCH_ROWS: Final = 8192
 """Rows that are decompressed at once."""
 
@@ -50,8 +53,10 @@ _registry_lock = threading.Lock()
 
 
 @contextmanager
-def open_parquet(file: Location) -> Iterator[pq.ParquetFile]:  # noqa: TID251
+def open_parquet(file: Location, listed: tuple[int, int] | None = None) -> Iterator[pq.ParquetFile]:  # noqa: TID251
     """Open a Parquet file for the block. Pages are checked against their CRC where they have one; Spark writes CRCs by default.
+
+    `listed` are the size and the modification time that the file must have still; None: any.
 
     Raises:
         StorageError: the block, or the opening, failed since the storage did, or for want of memory.
@@ -59,6 +64,8 @@ def open_parquet(file: Location) -> Iterator[pq.ParquetFile]:  # noqa: TID251
     """
     source = _Source(file)
     try:
+        if listed and source.status() != listed:
+            raise UnusableFileError("has changed since the run began; run the command again")
         with plain_arrow_types():
             parquet = pq.ParquetFile(source, page_checksum_verification=True, arrow_extensions_enabled=True)  # noqa: TID251
         yield parquet
@@ -80,12 +87,24 @@ class _Source:
 
     def __init__(self, file: Location) -> None:
         self.failure: OSError | None = None
-        self._stream = file.open()
-        self.tell, self.close = self._stream.tell, self._stream.close
+        self._file, self._opened = file, file.open()
+        self._stream: pa.NativeFile = self._opened
+        if not file.is_local:
+            with file.answers():
+                if self._opened.size() <= _WHOLE_BYTES:
+                    self._stream = pa.BufferReader(self._opened.read_buffer())
+        self.tell, self.close = self._stream.tell, self._opened.close
+
+    def status(self) -> tuple[int, int]:
+        """Size and modification time of the file."""
+        found = self._file.status_of(self._opened)
+        if found is None:
+            raise self._file.error(FileNotFoundError())
+        return found.size, found.modified
 
     @property
     def closed(self) -> bool:
-        return bool(self._stream.closed)
+        return bool(self._opened.closed)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         return int(self._stream.seek(offset, whence))
@@ -184,20 +203,6 @@ def read_rows(parquet: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: lis
                 break
         else:
             raise UnusableFileError("has fewer rows in a row group than its footer says; write it again")
-
-
-def check_unchanged(file: Location, size: int, modified: int) -> None:
-    """Check that a file has the size and the modification time that it was listed with.
-
-    Raises:
-        UnusableFileError: it has changed.
-        StorageError: it is not there, or the storage does not answer.
-    """
-    found = file.status()
-    if found is None:
-        raise file.error(FileNotFoundError())
-    if (found.size, found.modified) != (size, modified):
-        raise UnusableFileError("has changed since the run began; run the command again")
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:

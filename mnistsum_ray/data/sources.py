@@ -21,7 +21,7 @@ from mnistsum_ray.data.idx import IDX_FILES, download_mnist, find_idx, read_idx
 from mnistsum_ray.data.images import SIDE, Pixels, check_digits, decode_images, image_type_error, number_type_error, one_chunk
 from mnistsum_ray.data.inputs import FILE_SCHEMA, list_inputs
 from mnistsum_ray.data.order import RowIds, RowRanges, row_checksums
-from mnistsum_ray.data.parquet import check_unchanged, column_error, open_parquet, plain_table, read_footer, read_rows, read_table
+from mnistsum_ray.data.parquet import column_error, open_parquet, plain_table, read_footer, read_rows, read_table
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate, locate_existing
@@ -116,8 +116,7 @@ class ParquetFiles:
         entry = self.table.slice(index, 1).to_pylist()[0]
         rows = ids - (self.end_ids[index] - entry["rows"])
         try:
-            check_unchanged(file, entry["size"], entry["modified"])
-            with open_parquet(file) as parquet:
+            with open_parquet(file, (entry["size"], entry["modified"])) as parquet:
                 table = plain_table(pa.Table.from_batches(read_rows(parquet, rows, ["image", entry["digit_column"]])))
         except UnusableFileError as error:
             raise RequestError(f"{file.display}: {error}") from None

@@ -1,14 +1,14 @@
-"""Counts of rows for the report: of a part, as JSON in the metadata of its files, or of a whole output."""
+"""Counts of rows for the report: of a part, as JSON in the metadata of its files, or of many parts."""
 
 import base64
 import io
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from mnistsum_ray.data.images import DIGITS, Pixels
@@ -24,9 +24,6 @@ _EXAMPLES: Final = 3
 
 _UNSURE: Final = 20
 """The least sure rows that are shown; some may be missing where a part has more of them than it names."""
-
-_PARTS_AT_ONCE: Final = 10_000
-"""Parts whose counts are Python objects at the same time."""
 
 
 def encode_image(image: Pixels) -> str:
@@ -63,18 +60,16 @@ class RowCounts:
     None, and `encode_image`. The image is here because the input may be gone when the report is written."""
 
     @classmethod
-    def of_output(cls, parts: pa.Table) -> "RowCounts":
-        """Add up the counts of parts, as `output.match` returns them. Those of another version add nothing."""
+    def sum(cls, texts: Iterable[str]) -> "RowCounts":
+        """Add up counts in JSON. Those of another version of this program are `{}` and add nothing."""
         total = cls()
-        for batch in parts.to_batches(max_chunksize=_PARTS_AT_ONCE):
-            for text in batch["counts"].to_pylist():
-                counts = json.loads(text)
-                sums = {head: Reliability(**of_head) for head, of_head in counts.pop("reliability", {}).items()}
-                total.add(cls(**counts, reliability=sums))
-            once = {row[-1]: row for row in sorted(total.unsure, reverse=True)}  # the least sure row of each image
-            total.unsure = sorted(once.values())[:_UNSURE]
-        total.reasons = dict(Counter(total.reasons).most_common())
+        for counts in filter(None, map(json.loads, texts)):
+            sums = {head: Reliability(**of_head) for head, of_head in counts.pop("reliability").items()}
+            total.add(cls(**counts, reliability=sums))
         return total
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
 
     def add(self, other: "RowCounts") -> None:
         """Add the counts of other rows, in place."""
@@ -86,10 +81,11 @@ class RowCounts:
             self.probabilities[name] = np.add(self.probabilities[name], counts).tolist()
         for head, sums in other.reliability.items():
             self.reliability[head].add(sums)
-        self.reasons = dict(Counter(self.reasons) + Counter(other.reasons))
+        self.reasons = dict((Counter(self.reasons) + Counter(other.reasons)).most_common())
         for reason, rows in other.examples.items():
             self.examples[reason] = (self.examples.get(reason, []) + rows)[:_EXAMPLES]
-        self.unsure += other.unsure
+        once = {row[-1]: row for row in sorted(self.unsure + other.unsure, reverse=True)}  # the least sure row of each image
+        self.unsure = sorted(once.values())[:_UNSURE]
 
     @property
     def labelled(self) -> int:

@@ -24,12 +24,11 @@ from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult
-from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
     Committed,
     OutputFiles,
     all_but,
-    begun_precision,
+    begun_with,
     check_folders,
     check_overwrite,
     delete_parts,
@@ -67,8 +66,8 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
     with JobMetrics("score", request.output.display) as metrics, folder_lock(request.output, "--output", console.say) as held:
         check_folders(held.place)
         replaced = move_listed(held, console)
-        config = follow_output(request, begins_anew=request.config.overwrite and not replaced)
-        resources, precision = _allocate_resources(config, probe, console.say)
+        request = follow_output(request, console, begins_anew=request.config.overwrite and not replaced)
+        resources, precision = _allocate_resources(request.config, probe, console.say)
         metrics.enter("reading")
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
@@ -76,15 +75,16 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
         new_failures = _say_new_failures(plan.failures, committed, console)
         failures, scoring_seconds = _execute(plan, committed, resources, console, metrics)
         metrics.enter("publishing")
-        plan = _drop_failed(plan, failures)
+        plan = _drop_failed(plan, failures, console)
         new_failures |= _say_new_failures(failures, committed, console)
         metrics.count("failed_files", len(new_failures))
         if plan.staged:
             _publish_staged(plan, committed, console)
 
-        files, matched = reconcile(plan, OutputFiles.read(plan.output, console).stamps)
-        counts = RowCounts.of_output(matched)
-        earlier = all_but(matched, committed.todo["output"])
+        unchanged = not plan.staged and not committed.todo.num_rows
+        output = committed.published if unchanged else OutputFiles.read(plan.output, plan, console)
+        files, counts = reconcile(plan, output.stamps), output.counts
+        earlier = all_but(output.stamps.filter(output.stamps["planned"]), committed.todo["output"])
         resumed_rows, rejected_before = (pc.sum(earlier[name]).as_py() or 0 for name in ("rows", "rejected"))
         line = result_line(plan, files, counts, resumed_rows, scoring_seconds)
         line["seconds"] = round(time.monotonic() - started, 1)
@@ -100,13 +100,13 @@ def worker_request(config: ScoreConfig) -> WorkerRequest:
     return WorkerRequest(workers, False if config.precision == "int8" else config.use_gpu, config.wait_seconds)
 
 
-def follow_output(request: Request, *, begins_anew: bool) -> ScoreConfig:
-    """The config with the precision that the output was begun with, if none is given."""
-    config = request.config
-    begun = None if config.precision or begins_anew else begun_precision(request)
-    if begun == "int8" and (config.use_gpu or int8_error(request.card)):
-        return config  # the run is refused, and the message says how the output was begun
-    return config.model_copy(update={"precision": begun or config.precision})
+def follow_output(request: Request, console: Console, *, begins_anew: bool) -> Request:
+    """The request with the precision and the rows a file that the output was begun with, where none are given."""
+    begun = {} if begins_anew else begun_with(request, console)
+    followed = {name: value for name, value in begun.items() if getattr(request.config, name) is None}
+    if followed.get("precision") == "int8" and (request.config.use_gpu or int8_error(request.card)):
+        del followed["precision"]  # the run is refused, and the message says how the output was begun
+    return replace(request, config=request.config.model_copy(update=followed))
 
 
 def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[[str], None]) -> tuple[WorkerPlan, str]:
@@ -179,9 +179,9 @@ def _execute(
 def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_workers: int, counter: Any) -> ray.data.Dataset:
     """Ray Data pipeline: tasks over the parts in `todo` in, `worker.REPORT_SCHEMA` out, in any order."""
     tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, resources.workers)
-    # Workers need no footers, which are large where the files are many.
+    # Workers need no footers and digests, which are large where the files are many.
     inputs = replace(plan.inputs, files=None, skipped={}, unusable={})
-    shared = replace(plan, parts=todo, files=FOOTER_SCHEMA.empty_table(), inputs=inputs)
+    shared = replace(plan, parts=todo.drop_columns(["digest"]), files=FOOTER_SCHEMA.empty_table(), inputs=inputs)
     workers = min(resources.workers, len(tasks))
     pool = ActorPoolStrategy(
         min_size=1,
@@ -205,26 +205,28 @@ def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_wo
     return dataset
 
 
-def _drop_failed(plan: Plan, failures: dict[str, str]) -> Plan:
+def _drop_failed(plan: Plan, failures: dict[str, str], console: Console) -> Plan:
     """Delete the committed parts of the files that failed during execution; return the plan without them."""
     remaining = plan.without(failures)
-    delete_parts(plan.folder, sorted({*plan.parts["output"].to_pylist()} - {*remaining.parts["output"].to_pylist()}))
+    delete_parts(plan.folder, all_but(plan.parts, remaining.parts["output"])["output"].to_pylist(), console)
     return remaining
 
 
 def _publish_staged(plan: Plan, committed: Committed, console: Console) -> None:
     """Publish what is staged, if all rows are there and neither `--overwrite` nor `--strict` forbids it; else raise RunError."""
-    staged = OutputFiles.read(plan.folder.place, console).stamps
-    files, matched = reconcile(plan, staged if plan.overwrite else pa.concat_tables([staged, committed.published]))
+    output, published = OutputFiles.read(plan.folder.place, plan, console), committed.published.stamps
+    staged, counts = output.stamps, output.counts
+    files = reconcile(plan, staged if plan.overwrite else pa.concat_tables([staged, published]))
     if plan.overwrite:
-        check_overwrite(plan, committed.published)
+        check_overwrite(plan, published)
+    else:
+        counts.add(committed.published.counts)
     rejected, failed = pc.sum(files["rejected"]).as_py() or 0, len(plan.failures)
     if plan.config.strict and (rejected or failed):
         text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
-        examples = RowCounts.of_output(matched).examples
-        if examples:
-            (name, row), reason = min((rows[0], reason) for reason, rows in examples.items())
+        if counts.examples:
+            (name, row), reason = min((rows[0], reason) for reason, rows in counts.examples.items())
             place = (plan.folder.place if pc.any(pc.greater(staged["rejected"], 0)).as_py() else plan.output) / REJECTED
             text += f"; first: {plan.source(name)}, row {row}: {reason}; all: {place.display}"
         raise RunError(text)
-    publish_staged(plan, staged, committed.published, console)
+    publish_staged(plan, staged, published, console)

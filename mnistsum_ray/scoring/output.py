@@ -11,8 +11,10 @@ OUTPUT/_lock                               names the run that writes here
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,12 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.cluster.map_files import map_files
-from mnistsum_ray.data.inputs import FILE_SCHEMA
 from mnistsum_ray.data.parquet import read_table
 from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, RunError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT, svg_name
-from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, STAMP_SCHEMA, folders_above, read_stamp, read_stamps
+from mnistsum_ray.scoring.counts import RowCounts
+from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, folders_above, read_stamp
 from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_partial
@@ -63,15 +65,36 @@ _FOREIGN: Final = "is not a file of this program"
 
 _START_OVER: Final = "--overwrite scores everything again"
 
+OUTPUT_SCHEMA: Final = pa.schema(
+    [
+        ("output", pa.string()),  # relative to the folder of predictions, and to that of rejected rows
+        ("unusable", pa.string()),  # name of a file that is not a whole one of this version of the program
+        ("error", pa.string()),  # what is wrong with it
+        ("unfinished", pa.bool_()),  # there are rejected rows, and no predictions with their stamp
+        # Of whole predictions, as in their stamp; null where there are none:
+        ("name", pa.string()),  # the input file
+        ("source", pa.string()),  # the input file in full; null of a part of the plan
+        ("rows", pa.int64()),
+        ("rejected", pa.int64()),  # those of the rows that are in the file of rejected rows
+        # Of whole predictions:
+        ("rows_in_file", pa.int64()),
+        ("rejected_in_file", pa.int64()),
+        ("planned", pa.bool_()),  # whether they are of a part of the plan
+        ("counts", pa.string()),  # `RowCounts.as_json` of parts of the plan that were read at once; in one row of these
+    ]
+)
+"""One row for each output file of predictions, of rejected rows, or of both. 1.3 million have to fit into the driver."""
+
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """The files in an output folder or a staging folder, and their stamps."""
+    """The files in an output folder or a staging folder."""
 
     folder: Location
     stamps: pa.Table
-    """The files in `predictions/`: `parts.OUTPUT_SCHEMA` without errors, and `rejected_in_file`, the rows of the file in
-    `rejected/` that has the same stamp; null if that file is missing."""
+    """OUTPUT_SCHEMA of whole predictions, sorted by `output`."""
+    counts: RowCounts
+    """Of those that are of parts of the plan."""
     unfinished: tuple[str, ...]
     """Names of files that a killed run has left: partial ones, and rejected rows without predictions of the same stamp."""
     foreign: dict[str, str]
@@ -79,41 +102,38 @@ class OutputFiles:
     not count."""
 
     @classmethod
-    def read(cls, folder: Location, console: Console) -> "OutputFiles":
-        """List a folder and read all stamps in it. A folder that does not exist is empty."""
-        listed: list[dict[str, Any]] = []
-        partial: list[str] = []
+    def read(cls, folder: Location, plan: Plan, console: Console) -> "OutputFiles":
+        """List a folder, read all stamps in it, and compare them with the plan. A folder that does not exist is empty."""
+        sizes: dict[str, dict[str, int]] = {PREDICTIONS: {}, REJECTED: {}}
+        partials: list[str] = []
         summaries: list[str] = []
         foreign: dict[str, str] = {}
-        for name, file in files_below(folder):
+        for name, file in files_below(folder, console):
             top, _, below = name.partition("/")
             if is_partial(file.name) and top != STAGING:
-                partial.append(name)
+                partials.append(name)
             elif is_hidden(name):
                 continue
             elif name in (*SUMMARIES, MANIFEST):
                 summaries.append(name)
-            elif top in (PREDICTIONS, REJECTED) and below:
-                listed.append({"name": name, "size": file.size, "modified": file.modified})
+            elif top in sizes and below:
+                sizes[top][below] = file.size
             else:
                 foreign[name] = _FOREIGN
-        if summaries and not listed and not _is_finished(folder):
+        outputs = pa.array(sorted({*sizes[PREDICTIONS], *sizes[REJECTED]}), pa.string())
+        if summaries and not len(outputs) and not _is_finished(folder):
             foreign |= dict.fromkeys(summaries, _FOREIGN)  # other programs use these names too
-        files = pa.Table.from_pylist(listed, FILE_SCHEMA)
-        found = map_files(read_stamps, folder, files, Progress(console.progress, "output files read", len(listed)))
+        # The files of each output, and the digest of the part that it should be.
+        digests = plan.parts["digest"].take(pc.index_in(outputs, plan.parts["output"]))
+        columns = {top: pa.array(map(of_top.get, outputs.to_pylist()), pa.int64()) for top, of_top in sizes.items()}
+        files = pa.table({"name": outputs, "digest": digests} | columns)
+        progress = Progress(console.progress, "output files read", len(outputs))
+        found = map_files(partial(read_stamps, spec=plan.spec), folder, files, progress)
         for row in found.filter(pc.is_valid(found["error"])).to_pylist():
-            foreign[f"{row['folder']}/{row['output']}"] = row["error"]
-        found = found.filter(pc.is_null(found["error"]))
-        predictions, rejected = (found.filter(pc.equal(found["folder"], name)) for name in (PREDICTIONS, REJECTED))
-        # By their whole stamps: files of one name may come from two runs.
-        stamp = STAMP_SCHEMA.names
-        counted = rejected.select([*stamp, "rows_in_file"]).rename_columns([*stamp, "rejected_in_file"])
-        stamps = predictions.join(counted, stamp).sort_by("output")
-        there = pc.if_else(pc.equal(stamps["rejected"], 0), 0, stamps["rejected_in_file"])
-        stamps = stamps.set_column(stamps.column_names.index("rejected_in_file"), "rejected_in_file", there)
-        alone = rejected.join(predictions.select(stamp), stamp, join_type="left anti").sort_by("output")
-        unfinished = (*partial, *(f"{REJECTED}/{name}" for name in alone["output"].to_pylist()))
-        return cls(folder, stamps, unfinished, foreign)
+            foreign[row["unusable"]] = row["error"]
+        unfinished = (f"{REJECTED}/{name}" for name in found["output"].filter(found["unfinished"]).to_pylist())
+        counts = RowCounts.sum(found["counts"].drop_null().to_pylist())
+        return cls(folder, found.filter(pc.is_valid(found["planned"])), counts, (*partials, *unfinished), foreign)
 
     def check(self) -> None:
         """Check that all files are whole and of this program.
@@ -121,16 +141,52 @@ class OutputFiles:
         Raises:
             RequestError: names the first other file.
         """
-        lost = self.stamps["output"].filter(pc.is_null(self.stamps["rejected_in_file"])).to_pylist()
-        wrong = self.foreign | {f"{PREDICTIONS}/{name}": "has lost its rejected rows" for name in lost}
-        if wrong:
-            name, error = next(iter(wrong.items()))
+        if self.foreign:
+            name, error = next(iter(self.foreign.items()))
             raise RequestError(f"--output {self.folder.display}: {name} {error}; move it away, or choose another folder")
 
 
-def files_below(folder: Location) -> Iterator[tuple[str, Entry]]:
+def read_stamps(folder: Location, files: pa.Table, spec: str) -> pa.Table:
+    """Read the stamps of output files, and compare them with the parts that they should be.
+
+    `files` has the `name` of each output, the size of its files in PREDICTIONS and in REJECTED, or null, and the `digest` of its
+    part. `spec` is `preflight.Plan.spec`. OUTPUT_SCHEMA is in the same order. StorageError: the storage does not give a file.
+    """
+    rows: list[dict[str, Any]] = []
+    counts: list[str] = []
+    for file in files.to_pylist():
+        row: dict[str, Any] = {"output": file["name"]}
+        found = {}
+        for top in (PREDICTIONS, REJECTED):
+            name = f"{top}/{file['name']}"
+            try:
+                found[top] = read_stamp(folder, name, file[top]) if file[top] is not None else ({}, 0, "")
+            except UnusableFileError as error:
+                found[top] = ({}, 0, "")
+                row |= {"unusable": name, "error": str(error)}
+        (stamp, rows_in_file, of_part), (of_rejected, rejected_in_file, _) = found.values()
+        # By their whole stamps: files of one name may come from two runs.
+        row["unfinished"] = bool(of_rejected) and of_rejected != stamp
+        if stamp and stamp["rejected"] and of_rejected != stamp:
+            row = {"unusable": f"{PREDICTIONS}/{file['name']}", "error": "has lost its rejected rows"} | row
+        elif stamp:
+            row |= {key: stamp[key] for key in ("name", "source", "rows", "rejected")}
+            row |= {"rows_in_file": rows_in_file, "rejected_in_file": rejected_in_file if stamp["rejected"] else 0}
+            row["planned"] = (digest(stamp), stamp["spec"]) == (file["digest"], spec)
+            if row["planned"]:
+                row["source"] = None
+                counts.append(of_part)
+        rows.append(row)
+    if counts:
+        rows[0]["counts"] = RowCounts.sum(counts).as_json()
+    return pa.Table.from_pylist(rows, OUTPUT_SCHEMA)
+
+
+def files_below(folder: Location, console: Console) -> Iterator[tuple[str, Entry]]:
     """The files below a folder, with their names relative to it."""
-    for file in folder.files():
+    with console.waiting_for(f"the listing of {folder.display}", lambda: "it is long, or the storage is slow"):
+        files = folder.files()
+    for file in files:
         yield file.path.removeprefix(folder.path).lstrip("/"), file
 
 
@@ -142,31 +198,17 @@ def _is_finished(folder: Location) -> bool:
         return False
 
 
-def delete_parts(folder: OutputFolder, names: Iterable[str]) -> None:
+def delete_parts(folder: OutputFolder, names: list[str], console: Console) -> None:
     """Delete the files of parts. The predictions go first, because a part is done when its predictions exist."""
-    for name in names:
-        folder.delete(f"{PREDICTIONS}/{name}")
-        folder.delete(f"{REJECTED}/{name}")
+    progress = Progress(console.progress, "files deleted", 2 * len(names))
+    for top in (PREDICTIONS, REJECTED):
+        folder.delete_files([f"{top}/{name}" for name in names], progress)
 
 
 def unpublish(output: OutputFolder) -> None:
     """Delete the manifest, which marks the output as finished, and then the summaries."""
-    for name in (MANIFEST, *SUMMARIES):
-        output.delete(name)
-
-
-def match(plan: Plan, stamps: pa.Table) -> pa.Table:
-    """Join the planned parts with the output files (`OutputFiles.stamps`) that are of the same rows, input file and spec.
-
-    Returns:
-        One row per part, in the order of the plan: PART_SCHEMA, and `rejected`, `rows_in_file`, `rejected_in_file` and `counts`,
-        null where there is no such file.
-    """
-    whole = stamps.filter(pc.and_(pc.equal(stamps["spec"], plan.spec), pc.is_valid(stamps["rejected_in_file"])))
-    # A join does not keep the order.
-    numbered = plan.parts.append_column("order", pa.array(range(plan.parts.num_rows), pa.int64()))
-    values = whole.select([*PART_SCHEMA.names, "rejected", "rows_in_file", "rejected_in_file", "counts"])
-    return numbered.join(values, PART_SCHEMA.names, join_type="left outer").sort_by("order")
+    output.delete(MANIFEST)
+    output.delete_files(SUMMARIES)
 
 
 def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
@@ -174,20 +216,14 @@ def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["output"], outputs)))
 
 
-def _done(plan: Plan, stamps: pa.Table) -> pa.ChunkedArray:
-    """The output files of the planned parts that are done."""
-    matched = match(plan, stamps)
-    return matched["output"].filter(pc.is_valid(matched["rejected"]))
-
-
 @dataclass(frozen=True)
 class Committed:
     """What earlier runs have committed."""
 
-    published: pa.Table
-    """`OutputFiles.stamps` of the output folder when this run began."""
+    published: OutputFiles
+    """The output folder when this run began."""
     todo: pa.Table
-    """`parts.PART_SCHEMA`: the parts of the plan that are not committed."""
+    """`parts.PLAN_SCHEMA`: the parts of the plan that are not committed."""
     unplanned: int
     """Number of published files whose input is not in the plan. They stay, but are not counted."""
     failures: dict[str, str]
@@ -206,49 +242,51 @@ def resume(plan: Plan, console: Console, *, replaced: bool = False) -> tuple[Pla
         RequestError: the output folder holds other files, or predictions that this run must not be mixed with.
         RunError: with `--overwrite`, an unusable input file has predictions in the output.
     """
-    output = OutputFiles.read(plan.output, console)
+    output = OutputFiles.read(plan.output, plan, console)
     output.check()
-    published, done = output.stamps, _done(plan, output.stamps)
-    if replaced and len(done) == published.num_rows:
+    published = output.stamps
+    if replaced and pc.all(published["planned"], min_count=0).as_py():
         plan = replace(plan, overwrite=False)
     unplanned = 0
     if plan.overwrite:
         check_overwrite(plan, published)
     else:
-        _check_compatible(plan, all_but(published, done))
-        others = all_but(published, plan.parts["output"])
+        different = published.filter(pc.invert(published["planned"]))
+        _check_compatible(plan, different)
+        others = all_but(different, plan.parts["output"])
         unplanned = others.num_rows
         if unplanned:
             first = others["source"][0]
             console.say(f"left as they are: {unplanned:,} output files of input that is not there now, such as {first}")
     # Nothing is deleted before all files are known as this program's and the request has been found compatible.
-    for name in output.unfinished:
-        plan.held.delete(name)
+    plan.held.delete_files(output.unfinished)
     failures = {} if plan.overwrite else _earlier_failures(plan.output)
-    todo = plan.parts if plan.overwrite else all_but(plan.parts, done)
+    todo = plan.parts if plan.overwrite else all_but(plan.parts, published["output"].filter(published["planned"]))
     if (plan.staged or todo.num_rows) and (plan.held.place / STAGING / LIST).exists():
         plan.held.delete_folder(STAGING)  # its files have been moved, and the list does not know what is scored from now on
     if plan.staged:
-        staged = OutputFiles.read(plan.folder.place, console)
+        staged = OutputFiles.read(plan.folder.place, replace(plan, parts=todo), console)
         staged.check()
-        done = _done(replace(plan, parts=todo), staged.stamps)
-        for name in staged.unfinished:
-            plan.folder.delete(name)
-        delete_parts(plan.folder, all_but(staged.stamps, done)["output"].to_pylist())
+        plan.folder.delete_files(staged.unfinished)
+        done = staged.stamps["output"].filter(staged.stamps["planned"])
+        delete_parts(plan.folder, all_but(staged.stamps, done)["output"].to_pylist(), console)
         todo = all_but(todo, done)
-    return plan, Committed(published, todo, unplanned, failures)
+    return plan, Committed(output, todo, unplanned, failures)
 
 
-def begun_precision(request: Request) -> str | None:
-    """The precision that an earlier run has given the output's predictions of this model; None without such predictions."""
+def begun_with(request: Request, console: Console) -> dict[str, Any]:
+    """The flags that an earlier run has given predictions of this model in the output: `precision` and `max_rows_per_file`; none
+    without such predictions."""
     for folder in (request.output, request.output / STAGING) if request.config.strict else (request.output,):
-        for name, file in files_below(folder / PREDICTIONS):
+        for name, file in files_below(folder / PREDICTIONS, console):
             if not is_hidden(name):
-                spec = json.loads(read_stamp(folder, f"{PREDICTIONS}/{name}", file.size).get("spec", "{}"))
-                if spec.get("model") == request.card["sha256"]:
-                    return str(spec["precision"])
+                with suppress(UnusableFileError):
+                    stamp, _, _ = read_stamp(folder, f"{PREDICTIONS}/{name}", file.size)
+                    spec = json.loads(stamp["spec"])
+                    if spec["model"] == request.card["sha256"]:
+                        return {"precision": spec["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}
                 break
-    return None
+    return {}
 
 
 def check_folders(output: Location) -> None:
@@ -282,10 +320,12 @@ def check_overwrite(plan: Plan, published: pa.Table) -> None:
     Raises:
         RunError: names the first such file, or a name that a file and a folder would have while files are moved.
     """
-    planned, there = ({*table["output"].to_pylist()} for table in (plan.parts, published))
-    folders, folders_there = ({folder for name in names for folder in folders_above(name)} for names in (planned, there))
-    if clashes := sorted((planned & folders_there) | (there & folders)):
-        raise RunError(f"--overwrite: nothing was replaced: {clashes[0]} would be a file and a folder; choose another folder")
+    for files, others in ((plan.parts, published), (published, plan.parts)):
+        folders = {folder for name in others["output"].to_pylist() for folder in folders_above(name)}
+        if clash := _first(files.filter(pc.is_in(files["output"], pa.array(folders, pa.string())))):
+            raise RunError(
+                f"--overwrite: nothing was replaced: {clash['output']} would be a file and a folder; choose another folder"
+            )
     if lost := _first(_with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published)):
         raise RunError(
             f"--overwrite: nothing was replaced: {lost['name']} cannot be used, and the output holds its predictions; "
@@ -310,7 +350,7 @@ def _with_predictions(plan: Plan, files: pa.Table, stamps: pa.Table) -> pa.Table
 def _check_compatible(plan: Plan, others: pa.Table) -> None:
     """Refuse to put predictions beside those of another model, of changed input files, or of parts that were cut differently.
 
-    `others` are the stamps of the files that are not of the plan.
+    `others` are those of `OutputFiles.stamps` that are not of the plan.
 
     Raises:
         RequestError: says what differs and what to do.
@@ -318,9 +358,10 @@ def _check_compatible(plan: Plan, others: pa.Table) -> None:
     conflict = None
     if file := _first(_with_predictions(plan, plan.files, others)):
         of_file = pc.or_(pc.equal(others["name"], file["name"]), pc.equal(others["source"], plan.source(file["name"])))
-        conflict = _conflict(plan, file, others.filter(of_file).slice(0, 1).to_pylist()[0])
-    elif stamp := _first(others.filter(pc.is_in(others["output"], plan.parts["output"]))):
-        conflict = f"{stamp['output']} has rows of {stamp['source']}; {_START_OVER}"
+        stamp, _, _ = read_stamp(plan.output, f"{PREDICTIONS}/{others['output'].filter(of_file)[0]}")
+        conflict = _conflict(plan, file, stamp)
+    elif other := _first(others.filter(pc.is_in(others["output"], plan.parts["output"]))):
+        conflict = f"{other['output']} has rows of {other['source']}; {_START_OVER}"
     if conflict:
         raise RequestError(f"--output {plan.output.display}: {conflict}")
 
@@ -356,34 +397,33 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
     return f"was started with {was}, and this run has {has}; give the same again, or"
 
 
-def reconcile(plan: Plan, stamps: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Check that every row of every usable file is in the output exactly once.
+def reconcile(plan: Plan, stamps: pa.Table) -> pa.Table:
+    """Check that every row of every usable file is in the output exactly once; return FILES_TABLE_SCHEMA in the files' order.
 
-    Args:
-        plan: without the files that could not be read.
-        stamps: `OutputFiles.stamps`, read from the files after they were written.
-
-    Returns:
-        A FILES_TABLE_SCHEMA table in the order of the files; and `match` of the plan.
+    `plan` lacks the files that could not be read, and `stamps` (`OutputFiles.stamps`) are read after all files were written.
 
     Raises:
         RowCountError: names the first file with missing or duplicate rows.
     """
-    matched = match(plan, stamps)
+    counted = ("rows", "rows_in_file", "rejected_in_file")
+    parts, there = plan.parts.select(["name", "output", "first_row", "rows"]), stamps.filter(stamps["planned"])
+    places = pc.index_in(parts["output"], there["output"])  # a join or a sort of so many strings fails, or takes gigabytes
+    for name in ("rejected", *counted[1:]):
+        parts = parts.append_column(name, there[name].take(places))
     complete = pc.and_(
-        pc.equal(matched["rejected"], matched["rejected_in_file"]),
-        pc.equal(matched["rows"], pc.add(matched["rows_in_file"], matched["rejected_in_file"])),
+        pc.equal(parts["rejected"], parts["rejected_in_file"]),
+        pc.equal(parts["rows"], pc.add(parts["rows_in_file"], parts["rejected_in_file"])),
     )
-    if part := _first(matched.filter(pc.invert(pc.fill_null(complete, False)))):
+    if part := _first(parts.filter(pc.invert(pc.fill_null(complete, False)))):
         place = f"{part['name']}: rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}"
-        there = f"{part['rows_in_file'] or 0:,} predictions and {part['rejected_in_file'] or 0:,} rejected rows"
-        raise RowCountError(f"{place} should be in {PREDICTIONS}/{part['output']}, which has {there}")
-    sums = matched.group_by("name").aggregate([(name, "sum") for name in ("rows", "rows_in_file", "rejected_in_file")])
-    files = plan.files.select(["name", "rows", "error"]).append_column("order", pa.array(range(plan.files.num_rows), pa.int64()))
-    files = files.join(sums, "name", join_type="left outer").sort_by("order")
+        found = f"{part['rows_in_file'] or 0:,} predictions and {part['rejected_in_file'] or 0:,} rejected rows"
+        raise RowCountError(f"{place} should be in {PREDICTIONS}/{part['output']}, which has {found}")
+    sums = parts.group_by("name").aggregate([(name, "sum") for name in counted])
+    places = pc.index_in(plan.files["name"], sums["name"])
+    rows, scored, rejected = (pc.fill_null(sums[f"{name}_sum"].take(places), 0) for name in counted)
+    files = plan.files.select(["name", "rows", "error"])
     usable = pc.is_null(files["error"])
-    if lost := _first(files.filter(pc.and_(usable, pc.not_equal(files["rows"], pc.fill_null(files["rows_sum"], 0))))):
-        raise RowCountError(f"{lost['name']}: has {lost['rows']:,} rows, of which {lost['rows_sum'] or 0:,} are accounted for")
-    scored, rejected = (pc.if_else(usable, files[f"{name}_in_file_sum"], 0) for name in ("rows", "rejected"))
+    if lost := _first(files.append_column("found", rows).filter(pc.and_(usable, pc.not_equal(files["rows"], rows)))):
+        raise RowCountError(f"{lost['name']}: has {lost['rows']:,} rows, of which {lost['found']:,} are accounted for")
     columns = (files["name"], files["rows"], scored, rejected, pc.if_else(usable, "scored", "failed"), files["error"])
-    return pa.table(dict(zip(FILES_TABLE_SCHEMA.names, columns, strict=True)), FILES_TABLE_SCHEMA), matched
+    return pa.table(dict(zip(FILES_TABLE_SCHEMA.names, columns, strict=True)), FILES_TABLE_SCHEMA)

@@ -5,10 +5,11 @@ The output needs no bookkeeping but the stamps: from them follow which parts are
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Final
 
@@ -30,6 +31,11 @@ MAX_NAME_BYTES: Final = 255
 
 _MAX_PART_BYTES: Final = 128 * 2**20
 """Largest part, decompressed, estimated from the footer's average row: a row may hold pictures that are larger than 28 x 28."""
+
+_DEFAULT_ROWS: Final = (8_192, 32_768)
+"""Least and most rows of a part, unless the user says otherwise. A kill costs each worker the part that it scores; 32,768 rows
+are 10 s of a CPU core, and 180 MB of a worker more than 8,192, whose output file has 0.4 MB."""
+
 _MIN_PART_ROWS: Final = 8
 """Least rows of a part, which may then be larger: what the footer says of bytes may be wrong."""
 
@@ -59,46 +65,54 @@ PART_SCHEMA: Final = pa.schema(
     {field.name: pa.int64() if field.type is int else pa.string() for field in dataclasses.fields(Part)}
 )
 
+PLAN_SCHEMA: Final = PART_SCHEMA.append(pa.field("digest", pa.binary(16)))
+"""Parts, each with its `digest`."""
 
-def split_into_parts(files: pa.Table, max_rows_per_file: int) -> tuple[pa.Table, dict[str, str]]:
+
+def digest(part: Mapping[str, Any]) -> bytes:
+    """Digest of the fields of a part: a stamp with the same one is of the same rows of the same input file."""
+    return hashlib.blake2b(repr([part[name] for name in PART_SCHEMA.names]).encode(), digest_size=16).digest()
+
+
+def split_into_parts(files: pa.Table, max_rows_per_file: int | None) -> tuple[pa.Table, dict[str, str]]:
     """Split the input files into parts, at the ends of their row groups where these are short and all of one size.
 
-    The parts follow from the files (`preflight.FOOTER_SCHEMA`) and `max_rows_per_file` alone: a later run plans the same ones.
+    The parts follow from the files (`preflight.FOOTER_SCHEMA`) and `max_rows_per_file` alone, and those of a file from that file:
+    a later run plans the same ones. Without `max_rows_per_file` a part is a quarter of its file, within _DEFAULT_ROWS.
 
     Returns:
-        A PART_SCHEMA table in the order of the files, which lacks those with an error; and the files that cannot have output
+        A PLAN_SCHEMA table in the order of the files, which lacks those with an error; and the files that cannot have output
         files: name and reason.
     """
     errors: dict[str, str] = {}
     planned: dict[str, str] = {}  # input file by output file, and one by folder of output files, with / at its end
     tables = []
-    for batch in files.to_batches(max_chunksize=10_000):
+    for batch in files.to_batches(max_chunksize=1000):
         rows: list[dict[str, Any]] = []
         for file in batch.to_pylist():
             if file["error"] is not None:
                 continue
             parts = list(_parts_of_file(file, max_rows_per_file))
-            if error := _name_error(file["name"], parts, planned):
+            outputs = [part["output"] for part in parts]
+            if error := _name_error(file["name"], outputs, planned):
                 errors[file["name"]] = error
                 continue
-            planned |= {part.output: part.name for part in parts}
-            planned |= {f"{folder}/": file["name"] for folder in folders_above(file["name"])}
-            rows += map(asdict, parts)
-        tables.append(pa.Table.from_pylist(rows, PART_SCHEMA))
+            planned |= dict.fromkeys((*outputs, *(f"{folder}/" for folder in folders_above(file["name"]))), file["name"])
+            rows += parts
+        tables.append(pa.Table.from_pylist(rows, PLAN_SCHEMA))
     return pa.concat_tables(tables), errors
 
 
-def _name_error(name: str, parts: list[Part], planned: dict[str, str]) -> str | None:
+def _name_error(name: str, outputs: list[str], planned: dict[str, str]) -> str | None:
     """Return why the output files of an input file cannot have their names; None if they can."""
     if ".." in name.split("/"):  # An object store allows such a key; a disk does not.
         return "would be written outside of the output; rename it"
-    longest = max(len(component.encode()) for part in parts for component in part.output.split("/"))
+    longest = max(len(component.encode()) for output in outputs for component in output.split("/"))
     if longest > MAX_NAME_BYTES:
         return f"its output's name would have {longest} bytes, and most systems allow {MAX_NAME_BYTES}; rename it"
-    files = (key for part in parts for key in (part.output, f"{part.output}/"))
-    for key in itertools.chain(
-        files, folders_above(name)
-    ):  # no file has the name of a file or a folder, no folder that of a file
+    files = (key for output in outputs for key in (output, f"{output}/"))
+    # No file has the name of a file or a folder, no folder that of a file.
+    for key in itertools.chain(files, folders_above(name)):
         if key in planned:
             return f"would need the name {key.rstrip('/')} in the output, as does {planned[key]}; rename it"
     if is_hidden(name):
@@ -111,9 +125,12 @@ def folders_above(name: str) -> Iterator[str]:
     return itertools.accumulate(name.split("/")[:-1], "{}/{}".format)
 
 
-def _parts_of_file(file: dict[str, Any], max_rows_per_file: int) -> Iterator[Part]:
+def _parts_of_file(file: dict[str, Any], max_rows_per_file: int | None) -> Iterator[dict[str, Any]]:
+    """The rows of PLAN_SCHEMA."""
     rows, path = file["rows"], PurePosixPath(file["name"])
-    limit = min(max_rows_per_file, max(_MIN_PART_ROWS, _MAX_PART_BYTES * rows // max(1, file["bytes"])))
+    least, most = _DEFAULT_ROWS
+    limit = max_rows_per_file or min(most, max(least, _ceil_divide(rows, 4)))
+    limit = min(limit, max(_MIN_PART_ROWS, _MAX_PART_BYTES * rows // max(1, file["bytes"])))
     group = file["longest_group"]
     # Whole row groups, which mostly are all of one size; or slices of one, of nearly equal size.
     size = limit - limit % group if 0 < group <= limit else _ceil_divide(rows, max(1, _ceil_divide(rows, limit)))
@@ -121,21 +138,25 @@ def _parts_of_file(file: dict[str, Any], max_rows_per_file: int) -> Iterator[Par
     count = len(bounds) - 1
     of_file = {name: file[name] for name in ("name", "size", "modified", "footer_sha256", "longest_group")}
     for index, (start, end) in enumerate(itertools.pairwise(bounds)):
-        split_name = str(path.with_name(f"{path.stem}-{index:05d}-of-{count:05d}{path.suffix}"))
-        yield Part(**of_file, output=file["name"] if count == 1 else split_name, first_row=start, rows=end - start)
+        output = file["name"] if count == 1 else str(path.with_name(f"{path.stem}-{index:05d}-of-{count:05d}{path.suffix}"))
+        part = of_file | {"output": output, "first_row": start, "rows": end - start}
+        yield part | {"digest": digest(part)}
 
 
 Task = dict[str, int]
 """Parts `first`..`first + count - 1` of a table of parts."""
 
-CPU_TASK_ROWS: Final = 8_192
-GPU_TASK_ROWS: Final = 65_536
-"""Rows of a task of small parts; a task costs the driver some milliseconds."""
+CPU_TASK_ROWS: Final = 32_768
+GPU_TASK_ROWS: Final = 262_144
+"""Rows of a task, some seconds of work: a task costs the driver 7 to 9 ms."""
 
 _MIN_TASK_ROWS: Final = 1024
 
 _TASKS_PER_WORKER: Final = 4
 """With several tasks per worker, none has to finish a long one alone at the end."""
+
+_MAX_TASKS: Final = 16_384
+"""With more rows the tasks get longer: Ray Data takes 0.5 ms a task before the first starts, and says nothing meanwhile."""
 
 _TASKS_PER_GROUP: Final = 16
 """Each task reads a row group from its start: with more tasks they would skip more rows than they score, with fewer, workers
@@ -152,7 +173,8 @@ def make_tasks(parts: pa.Table, max_rows: int, workers: int) -> list[Task]:
     """
     wanted = _TASKS_PER_WORKER * workers
     rows = pc.add(parts["rows"], _PART_ROWS)
-    max_rows = min(max_rows, max(_MIN_TASK_ROWS, _ceil_divide(pc.sum(rows).as_py() or 0, wanted)))
+    total = pc.sum(rows).as_py() or 0
+    max_rows = max(_ceil_divide(total, _MAX_TASKS), min(max_rows, max(_MIN_TASK_ROWS, _ceil_divide(total, wanted))))
     starts: list[int] = []  # the first part of each task
     in_task = 0
     for index, (count, longest_group) in enumerate(zip(rows.to_pylist(), parts["longest_group"].to_pylist(), strict=True)):
@@ -177,34 +199,22 @@ STAMP_FORMAT: Final = 7
 COUNTS_KEY: Final = b"mnistsum_ray.counts/3"
 """Key of `counts.RowCounts`, with its version. The counts are for the report alone: a file without them is resumed too."""
 
-STAMP_SCHEMA: Final = pa.schema(
-    [
-        *PART_SCHEMA,
-        ("source", pa.string()),  # the input file in full: a path, or a URI without its query
-        ("rejected", pa.int64()),  # how many of the rows are in the file of rejected rows
-        ("spec", pa.string()),  # `preflight.Plan.spec`: model and settings
-    ]
+STAMP_FIELDS: Final = (
+    *PART_SCHEMA.names,
+    "source",  # the input file in full: a path, or a URI without its query
+    "rejected",  # how many of the rows are in the file of rejected rows
+    "spec",  # `preflight.Plan.spec`: model and settings
 )
-"""A stamp: what one part was made from; in its file of predictions and in its file of rejected rows."""
+"""A stamp: what one part was made from; in its file of predictions and in its file of rejected rows. It also has
+`max_rows_per_file`."""
 
-OUTPUT_SCHEMA: Final = pa.schema(
-    [
-        *STAMP_SCHEMA,  # `output` is the file's own name, relative to its folder
-        ("counts", pa.string()),  # JSON of `counts.RowCounts`, or `{}`
-        ("folder", pa.string()),  # PREDICTIONS or REJECTED
-        ("rows_in_file", pa.int64()),  # by its footer
-        ("error", pa.string()),  # why it is not a whole file of this version of the program
-    ]
-)
-"""One row per output file, with its stamp. With an error, the stamp is null."""
+_MAX_ROWS_BEFORE: Final = 8_192
+"""`max_rows_per_file` of stamps that do not say it: the default before they did."""
 
 
-def to_metadata(stamp: dict[str, Any], counts: dict[str, Any]) -> dict[bytes, bytes]:
-    """A stamp and `counts.RowCounts` as entries of Parquet metadata."""
-    return {
-        KEY: json.dumps({"format": STAMP_FORMAT} | stamp).encode(),
-        COUNTS_KEY: json.dumps(counts, separators=(",", ":")).encode(),
-    }
+def to_metadata(stamp: dict[str, Any], counts: str) -> dict[bytes, bytes]:
+    """A stamp and the JSON of `counts.RowCounts` as entries of Parquet metadata."""
+    return {KEY: json.dumps({"format": STAMP_FORMAT} | stamp).encode(), COUNTS_KEY: counts.encode()}
 
 
 def from_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
@@ -218,30 +228,27 @@ def from_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     try:
         stamp: dict[str, Any] = json.loads(metadata[KEY])
         if stamp["format"] == STAMP_FORMAT:
-            return {name: stamp[name] for name in STAMP_SCHEMA.names}
+            limit = {"max_rows_per_file": stamp.get("max_rows_per_file", _MAX_ROWS_BEFORE)}
+            return limit | {name: stamp[name] for name in STAMP_FIELDS}
     except (KeyError, TypeError, ValueError) as error:
         raise UnusableFileError(f"cannot be read: {one_line(error)}") from None
     raise UnusableFileError("was written by another version of this program")
 
 
-def read_stamps(output: Location, files: pa.Table) -> pa.Table:
-    """Read the stamps of files (`inputs.FILE_SCHEMA`) in an output folder, as OUTPUT_SCHEMA in the same order.
+def read_stamp(folder: Location, file: str, size: int | None = None) -> tuple[dict[str, Any], int, str]:
+    """Read the footer of a file in an output folder; its size is asked for where it is not known.
+
+    Returns:
+        The stamp, in which `output` is the file's own name; the rows of the file; and the JSON of its `counts.RowCounts`.
 
     Raises:
-        StorageError: the storage does not give a file.
+        UnusableFileError: it is not a whole file of this version of the program.
+        StorageError: the storage does not give the file.
     """
-    rows = [read_stamp(output, file["name"], file["size"]) for file in files.to_pylist()]
-    return pa.Table.from_pylist(rows, OUTPUT_SCHEMA)
-
-
-def read_stamp(folder: Location, file: str, size: int) -> dict[str, Any]:
-    """Read the stamp of a file of this size in an output folder, as a row of OUTPUT_SCHEMA."""
-    top, _, output = file.partition("/")
-    place = {"folder": top, "output": output}
-    try:
-        footer = read_footer(folder / file, size).metadata
-        stamp = from_metadata(footer.metadata)
-    except UnusableFileError as error:
-        return place | {"error": str(error)}
-    counts = footer.metadata.get(COUNTS_KEY, b"{}").decode()
-    return stamp | place | {"rows_in_file": footer.num_rows, "counts": counts}
+    place = folder / file
+    if size is None:
+        found = place.status()
+        size = found.size if found else 0
+    footer = read_footer(place, size).metadata
+    stamp = from_metadata(footer.metadata) | {"output": file.partition("/")[2]}
+    return stamp, footer.num_rows, footer.metadata.get(COUNTS_KEY, b"{}").decode()

@@ -37,7 +37,6 @@ FOOTER_SCHEMA: Final = pa.schema(
         ("bytes", pa.int64()),  # of all columns, decompressed
         ("footer_sha256", pa.string()),
         ("error", pa.string()),  # why the file cannot be scored
-        ("missing_column", pa.string()),  # the first column that the request names and the file lacks
     ]
 )
 """One row per input file. A file whose footer cannot be read has an error and otherwise nulls."""
@@ -71,7 +70,7 @@ class Plan(Request):
     files: pa.Table
     """FOOTER_SCHEMA; `error` is set for each file that cannot be used."""
     parts: pa.Table
-    """`parts.PART_SCHEMA`: the parts of all other files, in the order of the files."""
+    """`parts.PLAN_SCHEMA`: the parts of all other files, in the order of the files."""
     precision: str
     held: OutputFolder
     """The output folder, which this run holds."""
@@ -117,10 +116,10 @@ class Plan(Request):
         """Return the plan without the parts of some files. The files get the reasons in `failures` as their errors."""
         if not failures:
             return self
-        failed = pc.is_in(self.parts["name"], pa.array(failures, pa.string()))
-        errors = [failures.get(file["name"], file["error"]) for file in self.files.select(["name", "error"]).to_pylist()]
-        files = self.files.set_column(self.files.column_names.index("error"), "error", pa.array(errors, pa.string()))
-        return replace(self, files=files, parts=self.parts.filter(pc.invert(failed)))
+        names, reasons = (pa.array(values, pa.string()) for values in (failures.keys(), failures.values()))
+        errors = pc.coalesce(reasons.take(pc.index_in(self.files["name"], names)), self.files["error"])
+        files = self.files.set_column(self.files.column_names.index("error"), "error", errors)
+        return replace(self, files=files, parts=self.parts.filter(pc.invert(pc.is_in(self.parts["name"], names))))
 
 
 def preflight(config: ScoreConfig) -> Request:
@@ -217,11 +216,11 @@ def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int
     files = map_files(read, inputs.root, inputs.files, on_progress)
     # A column that no readable file has is a wrong flag rather than a wrong file.
     readable = files.filter(pc.is_valid(files["rows"]))
-    missing = readable["missing_column"].unique().to_pylist()
-    if len(missing) == 1 and missing[0] is not None:
-        flag = next(flag for flag, column in _columns(config).items() if column == missing[0])
-        name, error = readable["name"][0], readable["error"][0].as_py().partition(";")[0]
-        raise RequestError(f"{flag} {missing[0]}: no file of --input has such a column; {name} {error}")
+    for flag, column in _columns(config).items():
+        lack = pc.fill_null(pc.starts_with(readable["error"], _no_column(column)), False)
+        if readable.num_rows and pc.all(lack).as_py():
+            name, error = readable["name"][0], readable["error"][0].as_py().partition(";")[0]
+            raise RequestError(f"{flag} {column}: no file of --input has such a column; {name} {error}")
     return files
 
 
@@ -240,7 +239,6 @@ def _look_into(folder: Location, file: dict[str, Any], config: ScoreConfig, unus
         "bytes": footer.decompressed_bytes,
         "footer_sha256": footer.sha256,
         "error": _file_error(name, footer, config),
-        "missing_column": next((column for column in _columns(config).values() if column not in footer.schema.names), None),
     }
 
 
@@ -250,13 +248,17 @@ def _columns(config: ScoreConfig) -> dict[str, str]:
     return columns | ({"--label-column": config.label_column} if config.label_column else {})
 
 
+def _no_column(name: str) -> str:
+    return f"has no column {name!r}"
+
+
 def _file_error(file: str, footer: Footer, config: ScoreConfig) -> str | None:
     """Return why a file with this name and footer cannot be scored, or None if it can."""
     names = footer.schema.names
     for flag, name in _columns(config).items():
         if name not in names:
             some = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            return f"has no column {name!r} but {some}; {flag} names another"
+            return f"{_no_column(name)} but {some}; {flag} names another"
         error = column_error(footer.schema, name, image_type_error if name == config.image_column else number_type_error)
         if error:
             return f"{error}, or {flag} names another"

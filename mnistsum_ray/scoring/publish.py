@@ -107,8 +107,8 @@ def move_listed(held: OutputFolder, console: Console) -> bool:
         return False
     except UnusableFileError as error:
         raise RequestError(f"--output {held.place.display}: {STAGING}/{LIST} {error}; remove {STAGING}") from None
-    staged = {name for name, _ in files_below(staging.place)}
-    published = {name for name, _ in files_below(held.place)}
+    staged = {name for name, _ in files_below(staging.place, console)}
+    published = {name for name, _ in files_below(held.place, console)}
     moves: dict[str, list[str]] = {REJECTED: [], PREDICTIONS: []}  # in this order, as they are committed
     deleted = []
     for row in listed.to_pylist():
@@ -131,8 +131,7 @@ def move_listed(held: OutputFolder, console: Console) -> bool:
             for moved in moves.values():
                 for _ in pool.map(move, moved):
                     progress(1)
-            for _ in pool.map(held.delete, deleted):
-                progress(1)
+        held.delete_files(deleted, progress)
     return "replace" in listed["change"].to_pylist()
 
 

@@ -25,14 +25,14 @@ from mnistsum_ray.cluster.crash_counter import CAUSES, MAX_CRASHES, begin
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import DIGITS, Pixels, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.data.parquet import check_unchanged, open_parquet, plain_table, read_footer, read_rows, to_parquet
+from mnistsum_ray.data.parquet import open_parquet, plain_table, read_rows, to_parquet
 from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.scoring.counts import PROBABILITY_BINS, RowCounts, encode_image
-from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, from_metadata, to_metadata
+from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, digest, from_metadata, read_stamp, to_metadata
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
@@ -80,22 +80,25 @@ class Score:
         if begin(self._crash_counter, f"task of {parts[0].output}") == 1:
             yield from self._score(parts)
             return
-        # A process died in this task. Its parts are scored one by one, so that a part that kills every process is found and given
-        # up. The crash in the whole task counts as each part's first.
+        # A process died in this task. Its parts that are not committed are scored one by one, so that one that kills
+        # every process is found and given up. The crash in the whole task counts as each part's first.
         notice = f"a process that scored died ({CAUSES}); its task is begun again at {parts[0].output}"
         yield _report(parts[0], time.time(), notice=notice)
         for part in parts:
             if begin(self._crash_counter, part.output) < MAX_CRASHES:
-                yield from self._score([part])
+                yield from self._score([part], again=True)
                 self._crash_counter.end.remote(part.output)
             else:
                 yield _report(part, time.time(), unreadable=f"the process that scored it died {MAX_CRASHES} times ({CAUSES})")
 
-    def _score(self, parts: list[Part]) -> Iterator[pa.Table]:
+    def _score(self, parts: list[Part], *, again: bool = False) -> Iterator[pa.Table]:
         plan, started = self._plan, time.time()
         together = max(_BATCH_ROWS, plan.config.batch_size or 0)
         batch: list[PartRows] = []
         try:
+            if again and (report := _committed(plan, parts[0], started)):
+                yield report
+                return
             for part, rows in read_parts(plan.inputs.root, parts, plan.config):
                 if isinstance(rows, UnusableFileError):
                     yield _report(part, started, unreadable=str(rows))
@@ -117,6 +120,15 @@ def _make_predictor(plan: Plan) -> Predictor:
     visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
     device = torch.device(f"cuda:{cuda_index(gpus[0], visible, count)}" if gpus else "cpu")
     return Predictor(plan.weights, device, plan.precision, plan.config.batch_size, plan.int8_maxima)
+
+
+def _committed(plan: Plan, part: Part, started: float) -> pa.Table | None:
+    """The report of a part that an earlier process of this run has committed; None of any other."""
+    with suppress(UnusableFileError):
+        stamp, _, _ = read_stamp(plan.folder.place, f"{PREDICTIONS}/{part.output}")
+        if (digest(stamp), stamp["spec"]) == (digest(asdict(part)), plan.spec):
+            return _report(part, started, rows=part.rows, rejected=stamp["rejected"])
+    return None
 
 
 def _report(part: Part, started: float, **fields: Any) -> pa.Table:
@@ -142,13 +154,10 @@ class PartRows:
 
 
 def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iterator[tuple[Part, PartRows | UnusableFileError]]:
-    """Read and decode parts in their order, those of one file in one pass.
+    """Read and decode parts in their order, those of one file in one pass. StorageError: the storage does not give a file.
 
     Yields:
         Each part, with its rows or with why they cannot be read although the footer of their file could.
-
-    Raises:
-        StorageError: the storage does not give a file.
     """
     for _, of_file in itertools.groupby(parts, lambda part: part.name):
         left = list(of_file)
@@ -164,8 +173,7 @@ def _read_tables(folder: Location, parts: list[Part]) -> Iterator[tuple[Part, pa
     """Read the rows of parts of one file; only those of the current part are in memory."""
     path = folder / parts[0].name
     rows = np.concatenate([np.arange(part.first_row, part.first_row + part.rows) for part in parts])
-    check_unchanged(path, parts[0].size, parts[0].modified)
-    with open_parquet(path) as file:
+    with open_parquet(path, (parts[0].size, parts[0].modified)) as file:
         batches, schema = read_rows(file, rows), file.read_row_groups([]).schema
         pending: list[pa.RecordBatch] = []
         for part in parts:
@@ -222,7 +230,8 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
     predictions = Predictions({name: values[good] for name, values in predictions.values.items()})
     source = plan.source(part.name)
     stamp = asdict(part) | {"source": source, "rejected": len(bad), "spec": plan.spec}
-    metadata = to_metadata(stamp, asdict(_count(rows, good, predictions)))
+    stamp["max_rows_per_file"] = plan.config.max_rows_per_file
+    metadata = to_metadata(stamp, _count(rows, good, predictions).as_json())
     if rows.reasons:
         reasons = {part.first_row + row: reason for row, reason in rows.reasons.items()}
         rejected = _rejected_table(rows.table.take(pa.array(bad)), source, reasons)
@@ -294,9 +303,9 @@ def _write(folder: OutputFolder, name: str, table: pa.Table, metadata: dict[byte
         folder.create(name, to_parquet(table.replace_schema_metadata(kept | metadata)))
     except ExistingFileError as error:
         # An earlier process of this run may have written the same rows before it died, on other hardware with other last bits.
-        written = folder.place / name
         with suppress(UnusableFileError):
-            there = written.status()
-            if there and from_metadata(read_footer(written, there.size).metadata.metadata) == from_metadata(metadata):
+            if read_stamp(folder.place, name)[0] == from_metadata(metadata):
                 return
-        raise StorageError(f"{written.display}: cannot be written: another run has written something there") from error
+        raise StorageError(
+            f"{(folder.place / name).display}: cannot be written: another run has written something there"
+        ) from error

@@ -6,6 +6,7 @@ On a disk a file appears under its name when it is complete, also if the power f
 import json
 import os
 import secrets
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,10 +103,20 @@ class OutputFolder:
 
     def delete(self, name: str) -> None:
         """Delete a file; a missing one is no error."""
-        self.check()
-        place = self.place / name
-        with place.answers("deleted"), suppress(FileNotFoundError):
-            place.filesystem.delete_file(place.path)
+        self.delete_files([name])
+
+    def delete_files(self, names: Sequence[str], on_progress: Callable[[int], None] = lambda _: None) -> None:
+        """Delete many files at once; missing ones are no error. `on_progress` gets numbers of files."""
+        for start in range(0, len(names), object_store.MAX_DELETED):
+            self.check()
+            paths = [(self.place / name).path for name in names[start : start + object_store.MAX_DELETED]]
+            with self.place.answers("deleted"):
+                if self.place.is_local:
+                    for path in paths:
+                        Path(path).unlink(missing_ok=True)
+                else:
+                    object_store.delete(self.place.filesystem, paths)
+            on_progress(len(paths))
 
     def delete_folder(self, name: str) -> None:
         """Delete a folder with its files; a missing one is no error."""

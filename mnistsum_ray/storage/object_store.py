@@ -5,8 +5,10 @@ A conditional write, through obstore, succeeds only where the object is absent, 
 
 import functools
 import re
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Final
 
@@ -25,6 +27,12 @@ _OBSTORE_RETRIES: Final = {
     "retry_timeout": timedelta(seconds=50),
     "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=5), "base": 2},
 }
+
+
+MAX_DELETED: Final = 1000
+"""Objects that S3 deletes in one request."""
+
+_DELETE_THREADS: Final = 16
 
 
 class RetryingS3FileSystem(pafs.S3FileSystem):
@@ -84,6 +92,28 @@ def get(filesystem: pafs.FileSystem, path: str) -> tuple[bytes, Version] | None:
         except FileNotFoundError:
             return None
         return bytes(found.bytes()), _version(found.meta)
+
+
+def delete(filesystem: pafs.FileSystem, paths: list[str]) -> None:
+    """Delete at most MAX_DELETED objects of one bucket; missing ones are no error.
+
+    Raises:
+        OSError: the storage does not answer, or refuses.
+    """
+    if filesystem.type_name == "s3":  # Arrow deletes one object in four requests
+        with _storage_errors(paths[0]):
+            import obstore  # noqa: TID251
+
+            store, _ = _store_of(filesystem, paths[0])
+            obstore.delete(store, [path.partition("/")[2] for path in paths])
+        return
+
+    def delete_one(path: str) -> None:
+        with suppress(FileNotFoundError):
+            filesystem.delete_file(path)
+
+    with ThreadPoolExecutor(_DELETE_THREADS) as pool:
+        deque(pool.map(delete_one, paths), maxlen=0)  # raises what one of them has raised
 
 
 def _version(meta: Any) -> Version:

@@ -11,7 +11,7 @@ from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import Predictions
 from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.scoring.parts import Part
+from mnistsum_ray.scoring.parts import PART_SCHEMA, Part
 from mnistsum_ray.scoring.preflight import Plan, Request, make_plan
 from mnistsum_ray.scoring.worker import PartRows, read_parts, write_part
 from mnistsum_ray.storage.paths import locate
@@ -35,7 +35,7 @@ def plan_of(folder: Path, output: Path = Path("/nowhere"), *more: Path, **settin
 
 
 def parts_of(plan: Plan) -> list[Part]:
-    return [Part(**row) for row in plan.parts.to_pylist()]
+    return [Part(**row) for row in plan.parts.select(PART_SCHEMA.names).to_pylist()]
 
 
 def predictions(count: int) -> Predictions:

@@ -1,6 +1,8 @@
 """Every row of every input file is in exactly one part, and every part has an output file name of its own and is in one task."""
 
-import time
+import json
+import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
@@ -108,24 +110,38 @@ def test_a_task_of_a_gpu_is_large_whatever_an_output_file_holds() -> None:
     assert min(rows[:-1]) >= GPU_TASK_ROWS
 
 
+def test_tasks_are_longer_and_not_more_where_there_are_very_many_parts() -> None:
+    parts, _ = split_into_parts(input_files(*[10**8] * 30, group=65_536), 65_536)
+    assert 10_000 < len(make_tasks(parts, CPU_TASK_ROWS, workers=64)) <= 16_384
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [
+        (8_000, [8_000]),
+        (20_000, [8_192, 8_192, 3_616]),  # row groups are of 1,024 rows
+        (100_000, [24_576] * 4 + [1_696]),
+        (1_000_000, [32_768] * 30 + [16_960]),
+    ],
+)
+def test_by_default_a_part_is_a_quarter_of_its_file_within_limits(rows: int, sizes: list[int]) -> None:
+    for names in (["a.parquet"], ["a.parquet", "b.parquet"]):  # a new file changes no other's parts
+        parts, _ = split_into_parts(input_files(*[rows] * len(names), names=names, group=1_024), None)
+        assert parts["rows"].to_pylist() == sizes * len(names)
+
+
 @pytest.mark.slow
-def test_a_million_files_are_planned_in_time() -> None:
-    """Nothing in planning grows faster than the number of files."""
-    count, rows, limit_seconds = 1_000_000, 1_000, 70  # of CPU time; three times what was measured
-    columns = {"size": 800_000, "modified": 1, "rows": rows, "longest_group": rows, "bytes": 800_000, "footer_sha256": "0" * 64}
-    files = pa.table(
-        {
-            "name": pa.array([f"day={index % 365:03d}/part-{index:07d}.parquet" for index in range(count)]),
-            **{name: pa.repeat(value, count) for name, value in columns.items()},
-            "error": pa.nulls(count, pa.string()),
-        }
-    )
-    started = time.process_time()
-    parts, errors = split_into_parts(files, 100_000)
-    tasks = make_tasks(parts, CPU_TASK_ROWS, workers=64)
-    seconds = time.process_time() - started
-    assert not errors
-    assert parts.num_rows == sum(task["count"] for task in tasks) == count
-    assert max(task["count"] for task in tasks) * rows <= CPU_TASK_ROWS
-    assert seconds < limit_seconds
-    print(f"planned {count:,} files in {seconds:.1f} s")
+def test_a_million_output_files_fit_into_the_driver() -> None:
+    """Nothing grows faster than the number of files; 1.3 million take 1.9 GB, and two minutes of CPU time."""
+    command = [sys.executable, "-m", "tests.scoring.synthetic"]
+    phases = []
+    for files in (1_000, 20_000):
+        done = subprocess.run([*command, str(files), "13"], check=True, capture_output=True, text=True)
+        phases.append([json.loads(line) for line in done.stdout.splitlines()])
+    few, many = ({name: sum(phase[name] for phase in of) for name in ("seconds", "MiB")} for of in phases)
+    parts = 13 * (20_000 - 1_000)
+    memory = (phases[1][-1]["MiB"] - phases[0][-1]["MiB"]) * 2**20 / parts
+    seconds = (many["seconds"] - few["seconds"]) / parts
+    print(f"{memory / 1024:.1f} KiB and {1000 * seconds:.2f} ms an output file")
+    assert memory < 2 * 1024
+    assert seconds < 0.001

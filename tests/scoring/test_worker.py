@@ -14,9 +14,9 @@ from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.counts import encode_image
 from mnistsum_ray.scoring.output import OutputFiles
-from mnistsum_ray.scoring.parts import COUNTS_KEY, KEY, STAMP_FORMAT
+from mnistsum_ray.scoring.parts import COUNTS_KEY, KEY, STAMP_FORMAT, read_stamp
 from mnistsum_ray.scoring.preflight import Plan
-from mnistsum_ray.scoring.worker import PartRows, read_parts, write_part
+from mnistsum_ray.scoring.worker import PartRows, _committed, read_parts, write_part
 from mnistsum_ray.storage.paths import locate
 from tests.scoring.conftest import CONSOLE, parts_of, plan_of, predictions, write_all
 
@@ -114,15 +114,19 @@ def written(tmp_path: Path) -> Path:
     table = pa.table({"image": [bytes([row] * 784) for row in range(8)], **columns})
     table = table.replace_schema_metadata({b"pandas": b"{}", b"huggingface": b"{}", b"mine": b"yes"})
     pq.write_table(table, tmp_path / "in" / "deep" / "a.parquet", row_group_size=1)
-    write_all(plan_of(tmp_path / "in", tmp_path / "out", max_rows_per_file=4, label_column="label"))
+    write_all(written_plan(tmp_path))
     return tmp_path / "out"
+
+
+def written_plan(folder: Path) -> Plan:
+    return plan_of(folder / "in", folder / "out", max_rows_per_file=4, label_column="label")
 
 
 NAME = "deep/a-00000-of-00002.parquet"
 
 
-def output_files(output: Path) -> OutputFiles:
-    return OutputFiles.read(locate(str(output), "--output"), CONSOLE)
+def output_files(output: Path, plan: Plan | None = None) -> OutputFiles:
+    return OutputFiles.read(locate(str(output), "--output"), plan or written_plan(output.parent), CONSOLE)
 
 
 def test_the_files_of_a_part_and_their_stamp(written: Path) -> None:
@@ -137,19 +141,21 @@ def test_the_files_of_a_part_and_their_stamp(written: Path) -> None:
     assert bad.select(["source_file", "source_row", "reason"]).to_pylist() == [
         {"source_file": source, "source_row": 3, "reason": reason}
     ]
-    first, last = output_files(written).stamps.to_pylist()
-    fields = ("first_row", "rows", "rejected", "rows_in_file", "rejected_in_file")
-    assert [[stamp[name] for name in fields] for stamp in (first, last)] == [[0, 4, 1, 3, 1], [4, 4, 4, 0, 4]]
-    counts = json.loads(first["counts"])
-    assert (counts["consistent"], counts["digits"][:4]) == (2, [1, 1, 1, 0])
-    assert counts["unsure"][1:] == [
+    found = output_files(written)
+    first, last = found.stamps.to_pylist()
+    fields = ("planned", "rows", "rejected", "rows_in_file", "rejected_in_file")
+    assert [[stamp[name] for name in fields] for stamp in (first, last)] == [[True, 4, 1, 3, 1], [True, 4, 4, 0, 4]]
+    counts = found.counts
+    assert (counts.consistent, counts.digits[:4]) == (2, [1, 1, 1, 0])
+    assert counts.unsure[1:] == [
         [0.5, "deep/a.parquet", 1, 1, 2, 1, encode_image(np.full((28, 28), 1, np.uint8))],
         [0.5, "deep/a.parquet", 2, 2, 3, None, encode_image(np.full((28, 28), 2, np.uint8))],
     ]
-    assert [counts["confusion"][digit][digit] for digit in range(10)] == [1, 1, *[0] * 8]
-    assert list(counts["examples"].values()) == [[["deep/a.parquet", 3]]]
-    of_sums = counts["reliability"]["sum"]
-    assert (sum(of_sums["rows"]), sum(of_sums["right"]), of_sums["brier"]) == (2, 1, 1), "of two labelled rows, one sum is wrong"
+    assert [counts.confusion[digit][digit] for digit in range(10)] == [1, 1, *[0] * 8]
+    assert sum(counts.reasons.values()) == 5
+    assert counts.examples[reason] == [["deep/a.parquet", 3]]
+    of_sums = counts.reliability["sum"]
+    assert (sum(of_sums.rows), sum(of_sums.right), of_sums.brier) == (2, 1, 1), "of two labelled rows, one sum is wrong"
 
 
 def without_counts(folder: Path, **changed: Any) -> None:
@@ -179,7 +185,8 @@ def test_counts_of_another_version_cost_only_the_report(written: Path) -> None:
     without_counts(written)
     files = output_files(written)
     files.check()
-    assert (files.stamps["rows"][0].as_py(), files.stamps["counts"][0].as_py()) == (4, "{}")
+    assert files.stamps["planned"].to_pylist() == [True, True]
+    assert (files.counts.consistent, sum(files.counts.reasons.values())) == (0, 4), "those of the other file"
 
 
 def test_keys_in_an_object_store_uri_are_not_written(tmp_path: Path) -> None:
@@ -189,6 +196,18 @@ def test_keys_in_an_object_store_uri_are_not_written(tmp_path: Path) -> None:
     assert isinstance(rows, PartRows)
     there = replace(plan.inputs, root=locate("s3://key:secret@bucket/in?region=eu-west-1", "--input"))
     write_part(replace(plan, inputs=there), rows, predictions(20))
-    assert output_files(tmp_path / "out").stamps["source"][0].as_py() == "s3://bucket/in/a.parquet"
+    stamp, _, _ = read_stamp(locate(str(tmp_path / "out"), "--output"), "predictions/a.parquet")
+    assert stamp["source"] == "s3://bucket/in/a.parquet"
     for path in (tmp_path / "out").rglob("*.parquet"):
         assert b"secret" not in path.read_bytes()
+
+
+def test_an_output_of_parts_that_are_scored_again_costs_none_that_is_committed(written: Path) -> None:
+    """A process has died after the first of two parts."""
+    plan = written_plan(written.parent)
+    (written / "predictions" / NAME.replace("0-of", "1-of")).unlink()
+    reports = [_committed(plan, part, 0.0) for part in parts_of(plan)]
+    assert reports[0]
+    assert reports[0].select(["name", "rows", "rejected"]).to_pylist() == [{"name": "deep/a.parquet", "rows": 4, "rejected": 1}]
+    assert reports[1] is None
+    assert _committed(replace(plan, precision="bf16"), parts_of(plan)[0], 0.0) is None

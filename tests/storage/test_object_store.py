@@ -49,7 +49,11 @@ def test_files_are_created_moved_and_deleted_also_from_another_process(bucket: L
     there.move("file", writable(bucket / "moved"))
     assert (bucket / "moved" / "file").read_bytes() == b"1"
     assert (bucket / "deep").files() == []
-    writable(bucket).delete("moved/file")
+    there.create("other", pa.py_buffer(b"3"))
+    deleted: list[int] = []
+    writable(bucket).delete_files(["moved/file", "never/there", "deep/other"], deleted.append)
+    assert deleted == [3]
+    assert not [place for place in ("moved/file", "deep/other") if (bucket / place).exists()]
     writable(bucket).delete("moved/file")
     if bucket.filesystem.type_name != "abfs":  # Azurite lacks the request that deletes several blobs
         writable(bucket).delete_folder("moved")
