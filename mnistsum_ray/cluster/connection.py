@@ -5,12 +5,13 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,39 @@ _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _HTTP2_
 _session: Path | None = None
 """Session folder of the cluster that this process has started."""
 
+_early: "Future[None] | None" = None
+"""The start of a cluster by `started_early`, until `connect` has waited for it."""
+
+
+@contextmanager
+def started_early() -> Iterator[None]:
+    """Begin to start a cluster, where `connect` would start one: in a thread, while the block reads the request.
+
+    The block should call `connect`, which waits for that cluster. If it raises before, no cluster is started, or it is ended.
+    """
+    global _early
+    address = os.environ.get("RAY_ADDRESS") or None
+    if address not in (None, "local") or is_connected():
+        yield
+        return
+    cancelled = threading.Event()
+
+    def start() -> None:
+        starts_cluster, _ = _whether_to_start(address)
+        if starts_cluster and not cancelled.is_set():
+            _initialize(None, None, None, starts_cluster=True, alone=False)
+
+    early = _early = _begin_in_lasting_thread(start)
+    try:
+        yield
+    finally:
+        cancelled.set()
+        if _early is early:  # `connect` was not called
+            with suppress(RequestError):
+                _wait_for_early()
+            signal.alarm(0)  # a signal in the last moments of `ray.init` sets one, see `preserve_signal_handlers`
+            disconnect()
+
 
 def connect(metadata: dict[str, str] | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, of this submitted job or of this machine; without one, start one. Idempotent.
@@ -37,31 +71,51 @@ def connect(metadata: dict[str, str] | None = None) -> None:
     Raises:
         RequestError: no cluster answers at RAY_ADDRESS, or no cluster can be started here.
     """
-    global _session
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+    _wait_for_early()
+    if is_connected():
         return
     address = os.environ.get("RAY_ADDRESS") or None
     named_address = None if address in ("auto", "local") else address
     if named_address:
         _check_address(named_address)
 
-    import ray  # takes a second, so an address that is wrong is reported first
+    starts_cluster, joined = _whether_to_start(address)
+    with preserve_signal_handlers():
+        _in_lasting_thread(_initialize, metadata, joined, named_address, starts_cluster=starts_cluster)
 
-    from mnistsum_ray.cluster import ray_internals
+
+def is_connected() -> bool:
+    """Whether this process is connected to a cluster."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def _whether_to_start(address: str | None) -> tuple[bool, str | None]:
+    """Whether to start a cluster; and the address of the one to join, or that was killed."""
+    from mnistsum_ray.cluster import ray_internals  # takes a second, so an address that is wrong is reported first
 
     # `ray.init` takes minutes to find out that the last cluster of this machine has been killed, so it is asked here.
     joined = address or ray_internals.last_cluster_address()
-    starts_cluster = address == "local" or (not address and (joined is None or not speaks_grpc(joined)))
+    return address == "local" or (not address and (joined is None or not speaks_grpc(joined))), joined
+
+
+def _initialize(
+    metadata: dict[str, str] | None, joined: str | None, named_address: str | None, *, starts_cluster: bool, alone: bool = True
+) -> None:
+    """Call `ray.init`; `alone` is that of `side_effects_undone`."""
+    global _session
+    import ray
+
+    from mnistsum_ray.cluster import ray_internals
+
     try:
-        with preserve_signal_handlers(), ray_internals.side_effects_undone():
+        with ray_internals.side_effects_undone(alone=alone):
             _authenticate(None if starts_cluster else named_address, starts_cluster=starts_cluster)
-            with ray_internals.ray_processes_in_own_sessions() if starts_cluster else nullcontext():
-                context = _in_lasting_thread(
-                    ray.init,
+            with ray_internals.small_cluster() if starts_cluster else nullcontext():
+                context = ray.init(
                     address="local" if starts_cluster else None,
                     logging_level=logging.ERROR,
                     log_to_driver=False,
-                    job_config=ray.job_config.JobConfig(metadata=metadata),
+                    job_config=ray_internals.job_config(metadata),
                     include_dashboard=False,  # a new cluster starts seconds earlier without it; a joined one keeps its own
                 )
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
@@ -78,21 +132,36 @@ def connect(metadata: dict[str, str] | None = None) -> None:
         _session = Path(context.address_info["session_dir"])
 
 
-def _in_lasting_thread(start: Callable[..., Any], **options: Any) -> Any:
+def _wait_for_early() -> None:
+    """Wait for the cluster that `started_early` starts, if any. Raises RequestError if it cannot be started."""
+    global _early
+    early, _early = _early, None
+    if early is not None:
+        with preserve_signal_handlers():
+            early.result()
+
+
+def _in_lasting_thread(start: Callable[..., None], *args: Any, **options: Any) -> None:
     """Call a function in a thread that lasts as long as the process: Ray's processes end with the thread that started them."""
     if threading.current_thread() is threading.main_thread():
-        return start(**options)
-    started: Future[Any] = Future()
+        start(*args, **options)
+    else:
+        _begin_in_lasting_thread(start, *args, **options).result()
+
+
+def _begin_in_lasting_thread(start: Callable[..., None], *args: Any, **options: Any) -> "Future[None]":
+    done: Future[None] = Future()
 
     def work() -> None:
         try:
-            started.set_result(start(**options))
+            start(*args, **options)
+            done.set_result(None)
         except BaseException as error:
-            started.set_exception(error)
+            done.set_exception(error)
         threading.Event().wait()
 
     threading.Thread(target=work, daemon=True).start()
-    return started.result()
+    return done
 
 
 def started_cluster() -> bool:

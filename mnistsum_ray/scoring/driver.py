@@ -1,8 +1,10 @@
 """Driver of a scoring run: plan, resume, execute, reconcile, publish."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pyarrow as pa
@@ -146,6 +148,7 @@ def _execute(plan: Plan, committed: Committed, resources: WorkerPlan, console: C
     started = float("inf")
     ended = 0.0
     done_rows = 0
+    threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()  # a second, while workers start
     with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
         pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers, counter)
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
