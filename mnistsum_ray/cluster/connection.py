@@ -9,11 +9,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from mnistsum_ray.cluster.stop import preserve_signal_handlers
 from mnistsum_ray.errors import RequestError, root_cause
@@ -28,36 +28,25 @@ _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _HTTP2_
 _session: Path | None = None
 """Session folder of the cluster that this process has started."""
 
-_early: "Future[None] | None" = None
-"""The start of a cluster by `started_early`, until `connect` has waited for it."""
+_start: "Future[None] | None" = None
+"""The start of a cluster, until `connect` has waited for it."""
 
 
 @contextmanager
 def started_early() -> Iterator[None]:
-    """Begin to start a cluster, where `connect` would start one: in a thread, while the block reads the request.
+    """Begin to start a cluster, where `connect` would start one, while the block reads the request.
 
     The block should call `connect`, which waits for that cluster. If it raises before, no cluster is started, or it is ended.
     """
-    global _early
-    address = os.environ.get("RAY_ADDRESS") or None
-    if address not in (None, "local") or is_connected():
-        yield
-        return
     cancelled = threading.Event()
-
-    def start() -> None:
-        starts_cluster, _ = _whether_to_start(address)
-        if starts_cluster and not cancelled.is_set():
-            _initialize(None, None, None, starts_cluster=True, alone=False)
-
-    early = _early = _begin_in_lasting_thread(start)
+    early = _begin_start(cancelled)
     try:
         yield
     finally:
-        cancelled.set()
-        if _early is early:  # `connect` was not called
+        if early is not None and early is _start:
+            cancelled.set()
             with suppress(RequestError):
-                _wait_for_early()
+                _wait_for_start()
             signal.alarm(0)  # a signal in the last moments of `ray.init` sets one, see `preserve_signal_handlers`
             disconnect()
 
@@ -71,17 +60,29 @@ def connect(metadata: dict[str, str] | None = None) -> None:
     Raises:
         RequestError: no cluster answers at RAY_ADDRESS, or no cluster can be started here.
     """
-    _wait_for_early()
+    _begin_start(threading.Event())
+    _wait_for_start()
     if is_connected():
         return
     address = os.environ.get("RAY_ADDRESS") or None
-    named_address = None if address in ("auto", "local") else address
+    named_address = None if address == "auto" else address
     if named_address:
         _check_address(named_address)
 
-    starts_cluster, joined = _whether_to_start(address)
-    with preserve_signal_handlers():
-        _in_lasting_thread(_initialize, metadata, joined, named_address, starts_cluster=starts_cluster)
+    import ray  # takes a second, so an address that is wrong is reported first
+
+    from mnistsum_ray.cluster import ray_internals
+
+    try:
+        with preserve_signal_handlers(), ray_internals.side_effects_undone(), ray_internals.silenced():
+            _authenticate(named_address, starts_cluster=False)
+            ray.init(job_config=ray_internals.job_config(metadata), logging_level=logging.ERROR, log_to_driver=False)
+    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+        joined = address or ray_internals.last_cluster_address()
+        problem = f"the Ray cluster at {joined} cannot be joined"
+        if address == "auto":
+            problem = "RAY_ADDRESS=auto: no running cluster was found"
+        raise RequestError(f"{problem}: {root_cause(error)}") from error
 
 
 def is_connected() -> bool:
@@ -89,79 +90,69 @@ def is_connected() -> bool:
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
-def _whether_to_start(address: str | None) -> tuple[bool, str | None]:
-    """Whether to start a cluster; and the address of the one to join, or that was killed."""
-    from mnistsum_ray.cluster import ray_internals  # takes a second, so an address that is wrong is reported first
+def _begin_start(cancelled: threading.Event) -> "Future[None] | None":
+    """Begin to start a cluster, unless one is to be joined; nothing is started any more once `cancelled` is set.
 
-    # `ray.init` takes minutes to find out that the last cluster of this machine has been killed, so it is asked here.
-    joined = address or ray_internals.last_cluster_address()
-    return address == "local" or (not address and (joined is None or not speaks_grpc(joined))), joined
+    A thread does it, which lasts as long as the process: Ray's processes end with the thread that has started them.
+    """
+    global _start
+    address = os.environ.get("RAY_ADDRESS") or None
+    if _start is not None or address not in (None, "local") or is_connected():
+        return None
+    started = _start = Future[None]()
+
+    def work() -> None:
+        try:
+            if _finds_no_cluster(address) and not cancelled.is_set():
+                _start_cluster()
+            started.set_result(None)
+        except BaseException as error:
+            started.set_exception(error)
+        threading.Event().wait()
+
+    threading.Thread(target=work, daemon=True).start()
+    return started
 
 
-def _initialize(
-    metadata: dict[str, str] | None, joined: str | None, named_address: str | None, *, starts_cluster: bool, alone: bool = True
-) -> None:
-    """Call `ray.init`; `alone` is that of `side_effects_undone`."""
+def _wait_for_start() -> None:
+    """Wait until the cluster that is being started is there, if any. Raises RequestError if it cannot be started."""
+    global _start
+    started, _start = _start, None
+    if started is not None:
+        with preserve_signal_handlers():
+            started.result()
+
+
+def _finds_no_cluster(address: str | None) -> bool:
+    """Whether there is no cluster on this machine to join. `ray.init` takes minutes to find out that the last one was killed."""
+    from mnistsum_ray.cluster import ray_internals
+
+    last = None if address == "local" else ray_internals.last_cluster_address()
+    return last is None or not speaks_grpc(last)
+
+
+def _start_cluster() -> None:
     global _session
     import ray
 
     from mnistsum_ray.cluster import ray_internals
 
     try:
-        with ray_internals.side_effects_undone(alone=alone):
-            _authenticate(None if starts_cluster else named_address, starts_cluster=starts_cluster)
-            with ray_internals.small_cluster() if starts_cluster else nullcontext():
-                context = ray.init(
-                    address="local" if starts_cluster else None,
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                    job_config=ray_internals.job_config(metadata),
-                    include_dashboard=False,  # a new cluster starts seconds earlier without it; a joined one keeps its own
-                )
+        with ray_internals.side_effects_undone(), ray_internals.small_cluster():
+            _authenticate(None, starts_cluster=True)
+            context = ray.init(
+                address="local",
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                job_config=ray_internals.job_config(None),
+                include_dashboard=False,  # it takes seconds to start
+            )
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
-        problem, advice = f"the Ray cluster at {joined} cannot be joined", ""
-        if starts_cluster:
-            problem = "Ray cannot be started here"
-            # The temporary folder cannot be written, or is too long for the path of a socket.
-            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-                advice = "; RAY_TMPDIR names another temporary folder, such as /tmp"
-        elif joined == "auto":
-            problem = "RAY_ADDRESS=auto: no running cluster was found"
-        raise RequestError(f"{problem}: {root_cause(error)}{advice}") from error
-    if starts_cluster:
-        _session = Path(context.address_info["session_dir"])
-
-
-def _wait_for_early() -> None:
-    """Wait for the cluster that `started_early` starts, if any. Raises RequestError if it cannot be started."""
-    global _early
-    early, _early = _early, None
-    if early is not None:
-        with preserve_signal_handlers():
-            early.result()
-
-
-def _in_lasting_thread(start: Callable[..., None], *args: Any, **options: Any) -> None:
-    """Call a function in a thread that lasts as long as the process: Ray's processes end with the thread that started them."""
-    if threading.current_thread() is threading.main_thread():
-        start(*args, **options)
-    else:
-        _begin_in_lasting_thread(start, *args, **options).result()
-
-
-def _begin_in_lasting_thread(start: Callable[..., None], *args: Any, **options: Any) -> "Future[None]":
-    done: Future[None] = Future()
-
-    def work() -> None:
-        try:
-            start(*args, **options)
-            done.set_result(None)
-        except BaseException as error:
-            done.set_exception(error)
-        threading.Event().wait()
-
-    threading.Thread(target=work, daemon=True).start()
-    return done
+        # The temporary folder cannot be written, or is too long for the path of a socket.
+        of_folder = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+        advice = "; RAY_TMPDIR names another temporary folder, such as /tmp" if of_folder else ""
+        raise RequestError(f"Ray cannot be started here: {root_cause(error)}{advice}") from error
+    _session = Path(context.address_info["session_dir"])
 
 
 def started_cluster() -> bool:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -171,11 +171,10 @@ def small_cluster() -> Iterator[None]:
 
 
 @contextmanager
-def side_effects_undone(*, alone: bool = True) -> Iterator[None]:
-    """Undo after the block what `ray.init` changes in this process, and discard what it writes to standard error.
+def side_effects_undone() -> Iterator[None]:
+    """Undo after the block what `ray.init` changes in this process.
 
     - It sets variables in `os.environ`, and the level of the logger `ray`.
-    - Its C++ code writes to file descriptor 2, which is closed unless other threads work meanwhile: not `alone`.
     - It starts a thread that prints errors of Ray's processes at any time, also below the job's last line: the jobs report them.
     - It gives the command line, whose URIs may hold keys, to the cluster, whose dashboard shows it.
     """
@@ -185,7 +184,6 @@ def side_effects_undone(*, alone: bool = True) -> Iterator[None]:
     os.environ.setdefault(*_SILENT_CORE)
     try:
         with (
-            _silenced() if alone else nullcontext(),
             replaced(lambda: ray._private.worker, "listen_error_messages", lambda _: lambda *_: None),  # noqa: TID251
             replaced(lambda: ray._private.utils, "get_entrypoint_name", lambda name: lambda: masked(name())),  # noqa: TID251
         ):
@@ -198,8 +196,8 @@ def side_effects_undone(*, alone: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def _silenced() -> Iterator[None]:
-    """Discard what is written to file descriptor 2."""
+def silenced() -> Iterator[None]:
+    """Discard what C++ writes to standard error in the block; in it no other thread should write there."""
     sys.stderr.flush()
     stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 2)
