@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from threading import Thread
-from typing import TYPE_CHECKING
 
 from mnistsum_ray.cluster.connection import connect, started_early
 from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
@@ -14,9 +13,6 @@ from mnistsum_ray.errors import RequestError
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
-
-if TYPE_CHECKING:
-    from mnistsum_ray.cluster.gpus import Probe
 
 
 def fit(config: TrainConfig) -> TrainResult:
@@ -53,7 +49,9 @@ def run_training(config: TrainConfig) -> TrainResult:
         run = preflight(config, partial(Progress, console.progress))
         with _import_beside("mnistsum_ray.training.driver"):
             connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
-            probe = _begin_probe(run.config.use_gpu)
+            from mnistsum_ray.cluster.gpus import begin_probe  # imports Ray
+
+            probe = begin_probe(run.config.use_gpu)
         from mnistsum_ray.training import driver
 
         with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
@@ -68,7 +66,9 @@ def run_scoring(config: ScoreConfig) -> ScoreResult:
         run = preflight(config)
         with _import_beside("mnistsum_ray.scoring.driver"):
             connect({"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display})
-            probe = _begin_probe(False if config.precision == "int8" else config.use_gpu)
+            from mnistsum_ray.cluster.gpus import begin_probe  # imports Ray
+
+            probe = begin_probe(False if config.precision == "int8" else config.use_gpu)
         from mnistsum_ray.scoring import driver
 
         with quiet_logger("ray", "ray.data"):
@@ -84,12 +84,6 @@ def _import_beside(module: str) -> Iterator[None]:
         yield
     finally:
         thread.join()  # a process that ended in the middle of an import would crash
-
-
-def _begin_probe(use_gpu: bool | None) -> "Probe | None":
-    from mnistsum_ray.cluster.gpus import begin_probe
-
-    return begin_probe(use_gpu)
 
 
 @contextmanager

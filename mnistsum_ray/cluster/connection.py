@@ -75,7 +75,7 @@ def connect(metadata: dict[str, str] | None = None) -> None:
 
     try:
         with preserve_signal_handlers(), ray_internals.side_effects_undone(), ray_internals.silenced():
-            _authenticate(named_address, starts_cluster=False)
+            _send_token(named_address)
             ray.init(job_config=ray_internals.job_config(metadata), logging_level=logging.ERROR, log_to_driver=False)
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         joined = address or ray_internals.last_cluster_address()
@@ -139,7 +139,7 @@ def _start_cluster() -> None:
 
     try:
         with ray_internals.side_effects_undone(), ray_internals.small_cluster():
-            _authenticate(None, starts_cluster=True)
+            _make_token()
             context = ray.init(
                 address="local",
                 logging_level=logging.ERROR,
@@ -170,21 +170,29 @@ def disconnect(*, keep_logs: bool = False) -> None:
     _session = None
 
 
-def _authenticate(named_address: str | None, *, starts_cluster: bool) -> None:
-    """Set RAY_AUTH_MODE and RAY_AUTH_TOKEN for `ray.init`, which hands them to the processes that it starts.
+def _make_token() -> None:
+    """Set RAY_AUTH_TOKEN for `ray.init`, which hands it to the processes that it starts.
 
     A new cluster has a token, since other users of this machine reach its ports. It is the user's, or is in the memory of the
     processes alone: Ray would write it to ~/.ray/auth_token, and each cluster that the user starts later would ask for it.
+    """
+    from mnistsum_ray.cluster import ray_internals
+
+    if os.environ.get("RAY_AUTH_MODE") in (None, "token") and not _has_token():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray_internals.reload_authentication()
+
+
+def _send_token(named_address: str | None) -> None:
+    """Set RAY_AUTH_MODE for `ray.init` if the cluster at this address asks for a token.
 
     Ray sends a token by itself only to a cluster that it finds without an address, and a cluster that asks for none does not
     answer a client that sends one. So a cluster at an address is asked first.
     """
     from mnistsum_ray.cluster import ray_internals
 
-    mode = os.environ.get("RAY_AUTH_MODE")
-    if starts_cluster and mode in (None, "token") and not _has_token():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray_internals.reload_authentication()
+    mode = os.environ.get("RAY_AUTH_MODE")
     if named_address and mode is None and _has_token() and ray_internals.rejects_this_client(named_address):
         os.environ["RAY_AUTH_MODE"] = "token"
         ray_internals.reload_authentication()

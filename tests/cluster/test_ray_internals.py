@@ -39,6 +39,7 @@ def test_small_cluster() -> None:
         leaders = [int(session) for session, command in sessions if program in command]
         assert leaders, f"Ray {ray.__version__} no longer starts {program} from the driver"
         assert os.getsid(0) not in leaders, f"Ray {ray.__version__} no longer starts {program} with services.ConsolePopen"
+    assert not [command for _, command in sessions if "monitor.py" in command or "dashboard.py" in command]
 
 
 @pytest.mark.usefixtures("address")
