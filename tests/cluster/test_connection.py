@@ -12,6 +12,7 @@ import psutil
 import pytest
 import ray
 
+from mnistsum_ray.cluster import connection
 from mnistsum_ray.cluster.connection import connect, disconnect, is_connected, started_early
 from mnistsum_ray.errors import RequestError
 
@@ -92,7 +93,7 @@ def test_a_request_that_is_refused_while_ray_starts_leaves_no_process(monkeypatc
 def test_the_request_is_read_while_ray_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What it prints is shown, and relative paths mean what they mean without Ray."""
+    """What it prints is shown, and relative paths mean what they mean without Ray. The logs go with the cluster."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "local")
     written = 0
@@ -103,6 +104,10 @@ def test_the_request_is_read_while_ray_starts(
             assert Path.cwd() == tmp_path
             time.sleep(0.05)
         connect()
-        assert ray.get(ray.remote(lambda: __import__("sys").path).remote()).count(str(tmp_path)) == 0
+        assert str(tmp_path) not in ray.get(ray.remote(lambda: __import__("sys").path).remote())
     assert capfd.readouterr().err == written * "line\n"
+    logs = connection._session
+    assert logs is not None
+    assert logs.is_dir()
     disconnect()
+    assert not logs.exists()
