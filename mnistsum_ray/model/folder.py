@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line
-from mnistsum_ray.model.heads import PARAMETERS
 from mnistsum_ray.storage.location import Location
 
 MODEL_FORMAT: Final = "mnistsum_ray/5"
@@ -33,7 +32,7 @@ def read_model(folder: Location) -> tuple[WeightArrays, dict[str, Any]]:
     """Read a model folder, or the `model` folder of a run: the weights and the description.
 
     Raises:
-        RequestError: there is no model, its format or network is another, its checksum is wrong, or a weight is not finite.
+        RequestError: there is no model, its format is another, its checksum is wrong, or a weight is not finite.
     """
     try:
         if not (folder / WEIGHTS_FILE).exists():
@@ -50,8 +49,6 @@ def read_model(folder: Location) -> tuple[WeightArrays, dict[str, Any]]:
         raise RequestError(f"{folder.display}: {WEIGHTS_FILE} cannot be used: {one_line(error)}") from None
     if checksum_of(weights) != description["sha256"]:
         raise RequestError(f"{folder.display}: {WEIGHTS_FILE} is damaged (the SHA-256 of its weights differs)")
-    if sum(weight.size for weight in weights.values()) != PARAMETERS:
-        raise RequestError(f"{folder.display}: its tensors are not those of the network, which has {PARAMETERS:,} parameters")
     broken = next((name for name, weight in weights.items() if not np.isfinite(weight).all()), None)
     if broken:
         raise RequestError(f"{folder.display}: {broken} holds NaN or infinite weights; train again")

@@ -27,9 +27,6 @@ SUM: Final = Head("sum", DIGITS + NUMBERS - 1, lambda digits, numbers: digits + 
 HEADS: Final = (DIGIT, SUM)
 """In the order of the network's outputs."""
 
-PARAMETERS: Final = 220_125
-"""Trainable parameters of the network."""
-
 PREDICTION_FIELDS: Final = pa.schema(
     [field for head in HEADS for field in ((f"pred_{head.name}", pa.int8()), (f"{head.name}_prob", pa.float32()))]
     + [("consistent", pa.bool_())]  # pred_sum == pred_digit + number

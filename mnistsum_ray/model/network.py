@@ -17,6 +17,8 @@ from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM
 
+PARAMETERS: Final = 220_125
+
 Scores = tuple[Tensor, ...]
 """Logits by head, in the order of HEADS: [n, classes] each."""
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.model.folder import DESCRIPTION_FILE, HEADER_KEY, MODEL_FORMAT, WEIGHTS_FILE, checksum_of, read_model
-from mnistsum_ray.model.heads import HEADS, PARAMETERS
-from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
+from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.model.network import PARAMETERS, PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 

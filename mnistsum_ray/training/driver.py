@@ -20,7 +20,7 @@ from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, counted, one_line, root_cause, shell_command
-from mnistsum_ray.model.heads import PARAMETERS
+from mnistsum_ray.model.network import PARAMETERS
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import TrainingMetrics

@@ -3,8 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.model.heads import PARAMETERS
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import PARAMETERS, TwoHeadCNN, prepare_images
 from tests.model import new_model, random_rows
 
 
