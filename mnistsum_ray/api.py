@@ -7,7 +7,7 @@ from functools import partial
 from importlib import import_module
 from threading import Thread
 
-from mnistsum_ray.cluster.connection import connect
+from mnistsum_ray.cluster.connection import connect, started_early
 from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.overrides import quiet_logger
@@ -45,18 +45,13 @@ def run_training(config: TrainConfig) -> TrainResult:
     """Train like `fit`. Errors name the flags of the shell."""
     from mnistsum_ray.training.preflight import preflight
 
-    with Console() as console:
+    with Console() as console, started_early():
         run = preflight(config, partial(Progress, console.progress))
-        torch_import = Thread(target=import_module, args=("torch",))  # takes seconds, and to start Ray is mostly to wait
-        torch_import.start()
-        try:
+        with _import_beside("mnistsum_ray.training.driver"):
             connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
-        finally:
-            torch_import.join()  # a process that ended in the middle of an import would crash
+            from mnistsum_ray.cluster.gpus import begin_probe  # imports Ray
 
-        from mnistsum_ray.cluster.gpus import begin_probe
-
-        probe = begin_probe(run.config.use_gpu)  # while this process imports Ray Train
+            probe = begin_probe(run.config.use_gpu)
         from mnistsum_ray.training import driver
 
         with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
@@ -67,18 +62,28 @@ def run_scoring(config: ScoreConfig) -> ScoreResult:
     """Score like `score`. Errors name the flags of the shell."""
     from mnistsum_ray.scoring.preflight import preflight
 
-    with Console() as console:
+    with Console() as console, started_early():
         run = preflight(config)
-        metadata = {"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display}
-        connect(metadata)  # `preflight` has imported torch
+        with _import_beside("mnistsum_ray.scoring.driver"):
+            connect({"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display})
+            from mnistsum_ray.cluster.gpus import begin_probe  # imports Ray
 
-        from mnistsum_ray.cluster.gpus import begin_probe
-
-        probe = begin_probe(False if config.precision == "int8" else config.use_gpu)  # while this process imports Ray Data
+            probe = begin_probe(False if config.precision == "int8" else config.use_gpu)
         from mnistsum_ray.scoring import driver
 
         with quiet_logger("ray", "ray.data"):
             return driver.score(run, console, probe)
+
+
+@contextmanager
+def _import_beside(module: str) -> Iterator[None]:
+    """Import a module, which takes seconds, in a thread while the block waits for Ray."""
+    thread = Thread(target=import_module, args=(module,))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()  # a process that ended in the middle of an import would crash
 
 
 @contextmanager

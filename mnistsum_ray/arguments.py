@@ -21,14 +21,7 @@ from mnistsum_ray.storage.uri import PathOrUri, masked
 
 Config = TypeVar("Config", bound=JobConfig)
 
-_METAVARS: Final = {
-    str: "TEXT",
-    PathText: "TEXT",
-    int: "N",
-    float: "X",
-    bool: "{true,false}",
-    tuple[int, int]: "MIN,MAX",
-}
+_METAVARS: Final = {str: "TEXT", PathText: "TEXT", int: "N", float: "X", bool: "{true,false}", tuple[int, int]: "MIN,MAX"}
 """What `--help` shows in place of a value of a type."""
 
 _POSITIONAL: Final = "picture"

@@ -38,10 +38,9 @@ _REASON: Final = "reason"
 def load_model(model: str | Path) -> "TwoHeadCNN":
     """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI) for `predict` and `predict_rows`.
 
-    Returns:
-        The network in evaluation mode, float32, on the CPU. It takes prepared images float32[n, 1, 28, 28]
-        (`mnistsum_ray.model.network.prepare_images` makes them from pixels) and numbers int64[n] in 0..9, and returns the scores
-        (logits) of the digits [n, 10] and of the sums [n, 19].
+    The network is in evaluation mode, float32, on the CPU. It takes images float32[n, 1, 28, 28], which
+    `mnistsum_ray.model.network.prepare_images` makes from pixels, and numbers int64[n] in 0..9, and returns the scores (logits)
+    of the digits [n, 10] and of the sums [n, 19].
 
     Raises:
         RequestError: there is no such model, or its checksum differs from the one in its model.json.
@@ -84,12 +83,8 @@ def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "P
         predict("runs/mine", "seven.png", 5)
         predict(model, images, numbers)
 
-    Args:
-        model: from `load_model`, or what that takes: `runs/mine`.
-        images: a picture (a file, a URI, or one of Pillow's) of any size, which is prepared as MNIST's were; or
-            uint8[n, 28, 28], 0 background, 255 ink, as in MNIST.
-        numbers: for a picture an integer in 0..9, else integers[n].
-        batch_size: rows in one forward pass, at least 1.
+    A picture (a file, a URI, or one of Pillow's) may have any size, and is prepared as MNIST's were; its number is an integer in
+    0..9. Arrays are uint8[n, 28, 28], 0 background, 255 ink, as in MNIST, and integers[n].
 
     Returns:
         Arrays of n: `digit` int8 in 0..9, `digit_prob` float32, `sum` int8 in 0..18, `sum_prob` float32. For a picture plain
@@ -97,8 +92,8 @@ def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "P
 
     Raises:
         ValueError: wrong shape or dtype, a number outside of 0..9, or a batch size below 1.
-        RequestError (a ValueError): there is no such picture or model, or it is not one digit that
-            is darker or lighter than its background.
+        RequestError (a ValueError): there is no such picture or model, or it is not one digit darker or lighter than its
+            background.
     """
     if isinstance(images, str | Path | Image.Image):
         return _predict_picture(model, images, numbers)
@@ -129,13 +124,9 @@ def _predict_picture(model: Model, picture: str | Path | Image.Image, number: in
 def predict_rows(
     model: Model, rows: Rows, image_column: str = "image", number_column: str = "number", batch_size: int = 64
 ) -> Rows:
-    """Predict the digit and the sum of each row of a table.
+    """Predict the digit and the sum of each row of a table: of pandas, Polars, Arrow, or a Ray Dataset, scored as it is read.
 
-    Args:
-        model: from `load_model`, or what that takes: `runs/mine`.
-        rows: a pandas or Polars DataFrame, an Arrow table, or a Ray Dataset, whose tasks score it as it is read. Images may have
-            any form that scoring takes: 784 pixels as bytes or as a list, 28 x 28 lists, PNG or JPEG bytes.
-        batch_size: rows in one forward pass, at least 1.
+    Images may have any form that `decode_images` takes.
 
     Returns:
         A table of the same kind, with all rows in their order, their columns as they are, and after them `pred_digit` int8,
@@ -207,10 +198,8 @@ def _loaded(model: Model, batch_size: int) -> "TwoHeadCNN":
 
 
 def decode_images(images: Any) -> tuple[Pixels, dict[int, str]]:
-    """Decode images of any form that scoring takes: 784 pixels as bytes or as a list, 28 x 28 lists, PNG or JPEG bytes.
-
-    Args:
-        images: an Arrow array, a pandas or Polars Series, or a list, all of one form.
+    """Decode an Arrow array, a pandas or Polars Series, or a list of images of one form that scoring takes: 784 pixels as bytes
+    or as a list, 28 x 28 lists, PNG or JPEG bytes.
 
     Returns:
         uint8[n, 28, 28], 0 background, 255 ink; and for each value that is no such image, its index and the reason. These images

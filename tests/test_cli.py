@@ -118,6 +118,12 @@ def test_help_fits_a_terminal_and_comes_at_once_since_it_imports_nothing_large(m
     assert rest in text
 
 
+def test_the_driver_of_a_scoring_imports_no_pytorch() -> None:
+    """It takes two seconds of a core, and the workers import it at the same time."""
+    code = "import sys, mnistsum_ray.scoring.driver, mnistsum_ray.reporting.pictures; print('torch' in sys.modules)"
+    assert run(sys.executable, "-c", code).stdout == "False\n"
+
+
 def test_one_picture_is_answered_in_words_and_as_json(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,14 +5,15 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from mnistsum_ray.cluster.stop import preserve_signal_handlers
 from mnistsum_ray.errors import RequestError, root_cause
@@ -27,6 +28,28 @@ _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _HTTP2_
 _session: Path | None = None
 """Session folder of the cluster that this process has started."""
 
+_start: "Future[None] | None" = None
+"""The start of a cluster, until `connect` has waited for it."""
+
+
+@contextmanager
+def started_early() -> Iterator[None]:
+    """Begin to start a cluster, where `connect` would start one, while the block reads the request.
+
+    The block should call `connect`, which waits for that cluster. If it raises before, no cluster is started, or it is ended.
+    """
+    cancelled = threading.Event()
+    early = _begin_start(cancelled)
+    try:
+        yield
+    finally:
+        if early is not None and early is _start:
+            cancelled.set()
+            with suppress(RequestError):
+                _wait_for_start()
+            signal.alarm(0)  # a signal in the last moments of `ray.init` sets one, see `preserve_signal_handlers`
+            disconnect()
+
 
 def connect(metadata: dict[str, str] | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, of this submitted job or of this machine; without one, start one. Idempotent.
@@ -37,11 +60,12 @@ def connect(metadata: dict[str, str] | None = None) -> None:
     Raises:
         RequestError: no cluster answers at RAY_ADDRESS, or no cluster can be started here.
     """
-    global _session
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+    _begin_start(threading.Event())
+    _wait_for_start()
+    if is_connected():
         return
     address = os.environ.get("RAY_ADDRESS") or None
-    named_address = None if address in ("auto", "local") else address
+    named_address = None if address == "auto" else address
     if named_address:
         _check_address(named_address)
 
@@ -49,50 +73,86 @@ def connect(metadata: dict[str, str] | None = None) -> None:
 
     from mnistsum_ray.cluster import ray_internals
 
-    # `ray.init` takes minutes to find out that the last cluster of this machine has been killed, so it is asked here.
-    joined = address or ray_internals.last_cluster_address()
-    starts_cluster = address == "local" or (not address and (joined is None or not speaks_grpc(joined)))
     try:
-        with preserve_signal_handlers(), ray_internals.side_effects_undone():
-            _authenticate(None if starts_cluster else named_address, starts_cluster=starts_cluster)
-            with ray_internals.ray_processes_in_own_sessions() if starts_cluster else nullcontext():
-                context = _in_lasting_thread(
-                    ray.init,
-                    address="local" if starts_cluster else None,
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                    job_config=ray.job_config.JobConfig(metadata=metadata),
-                    include_dashboard=False,  # a new cluster starts seconds earlier without it; a joined one keeps its own
-                )
+        with preserve_signal_handlers(), ray_internals.side_effects_undone(), ray_internals.silenced():
+            _send_token(named_address)
+            ray.init(job_config=ray_internals.job_config(metadata), logging_level=logging.ERROR, log_to_driver=False)
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
-        problem, advice = f"the Ray cluster at {joined} cannot be joined", ""
-        if starts_cluster:
-            problem = "Ray cannot be started here"
-            # The temporary folder cannot be written, or is too long for the path of a socket.
-            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-                advice = "; RAY_TMPDIR names another temporary folder, such as /tmp"
-        elif joined == "auto":
+        joined = address or ray_internals.last_cluster_address()
+        problem = f"the Ray cluster at {joined} cannot be joined"
+        if address == "auto":
             problem = "RAY_ADDRESS=auto: no running cluster was found"
-        raise RequestError(f"{problem}: {root_cause(error)}{advice}") from error
-    if starts_cluster:
-        _session = Path(context.address_info["session_dir"])
+        raise RequestError(f"{problem}: {root_cause(error)}") from error
 
 
-def _in_lasting_thread(start: Callable[..., Any], **options: Any) -> Any:
-    """Call a function in a thread that lasts as long as the process: Ray's processes end with the thread that started them."""
-    if threading.current_thread() is threading.main_thread():
-        return start(**options)
-    started: Future[Any] = Future()
+def is_connected() -> bool:
+    """Whether this process is connected to a cluster."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def _begin_start(cancelled: threading.Event) -> "Future[None] | None":
+    """Begin to start a cluster, unless one is to be joined; nothing is started any more once `cancelled` is set.
+
+    A thread does it, which lasts as long as the process: Ray's processes end with the thread that has started them.
+    """
+    global _start
+    address = os.environ.get("RAY_ADDRESS") or None
+    if _start is not None or address not in (None, "local") or is_connected():
+        return None
+    started = _start = Future[None]()
 
     def work() -> None:
         try:
-            started.set_result(start(**options))
+            if _finds_no_cluster(address) and not cancelled.is_set():
+                _start_cluster()
+            started.set_result(None)
         except BaseException as error:
             started.set_exception(error)
         threading.Event().wait()
 
     threading.Thread(target=work, daemon=True).start()
-    return started.result()
+    return started
+
+
+def _wait_for_start() -> None:
+    """Wait until the cluster that is being started is there, if any. Raises RequestError if it cannot be started."""
+    global _start
+    started, _start = _start, None
+    if started is not None:
+        with preserve_signal_handlers():
+            started.result()
+
+
+def _finds_no_cluster(address: str | None) -> bool:
+    """Whether there is no cluster on this machine to join. `ray.init` takes minutes to find out that the last one was killed."""
+    from mnistsum_ray.cluster import ray_internals
+
+    last = None if address == "local" else ray_internals.last_cluster_address()
+    return last is None or not speaks_grpc(last)
+
+
+def _start_cluster() -> None:
+    global _session
+    import ray
+
+    from mnistsum_ray.cluster import ray_internals
+
+    try:
+        with ray_internals.side_effects_undone(), ray_internals.small_cluster():
+            _make_token()
+            context = ray.init(
+                address="local",
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                job_config=ray_internals.job_config(None),
+                include_dashboard=False,  # it takes seconds to start
+            )
+    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+        # The temporary folder cannot be written, or is too long for the path of a socket.
+        of_folder = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+        advice = "; RAY_TMPDIR names another temporary folder, such as /tmp" if of_folder else ""
+        raise RequestError(f"Ray cannot be started here: {root_cause(error)}{advice}") from error
+    _session = Path(context.address_info["session_dir"])
 
 
 def started_cluster() -> bool:
@@ -110,21 +170,29 @@ def disconnect(*, keep_logs: bool = False) -> None:
     _session = None
 
 
-def _authenticate(named_address: str | None, *, starts_cluster: bool) -> None:
-    """Set RAY_AUTH_MODE and RAY_AUTH_TOKEN for `ray.init`, which hands them to the processes that it starts.
+def _make_token() -> None:
+    """Set RAY_AUTH_TOKEN for `ray.init`, which hands it to the processes that it starts.
 
     A new cluster has a token, since other users of this machine reach its ports. It is the user's, or is in the memory of the
     processes alone: Ray would write it to ~/.ray/auth_token, and each cluster that the user starts later would ask for it.
+    """
+    from mnistsum_ray.cluster import ray_internals
+
+    if os.environ.get("RAY_AUTH_MODE") in (None, "token") and not _has_token():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray_internals.reload_authentication()
+
+
+def _send_token(named_address: str | None) -> None:
+    """Set RAY_AUTH_MODE for `ray.init` if the cluster at this address asks for a token.
 
     Ray sends a token by itself only to a cluster that it finds without an address, and a cluster that asks for none does not
     answer a client that sends one. So a cluster at an address is asked first.
     """
     from mnistsum_ray.cluster import ray_internals
 
-    mode = os.environ.get("RAY_AUTH_MODE")
-    if starts_cluster and mode in (None, "token") and not _has_token():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray_internals.reload_authentication()
+    mode = os.environ.get("RAY_AUTH_MODE")
     if named_address and mode is None and _has_token() and ray_internals.rejects_this_client(named_address):
         os.environ["RAY_AUTH_MODE"] = "token"
         ray_internals.reload_authentication()

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, chdir, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -46,6 +46,7 @@ _DATA_ACTORS: Final = {
     "stats_summary_actor": "_get_or_create_stats_summary_actor",
 }
 """Functions that create detached actors, by their modules in `ray.data._internal`."""
+_PACKAGE_PARENT: Final = str(Path(__file__).parents[2])
 
 _FIRST_PAUSE_SECONDS: Final = 0.001
 _LONGEST_PAUSE_SECONDS: Final = 0.05
@@ -200,11 +201,36 @@ class PatientExecution:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
 
 
-def ray_processes_in_own_sessions() -> AbstractContextManager[None]:
-    """Have `ray.init` start the processes of a new cluster in sessions of their own, in the block.
+def job_config(metadata: dict[str, str] | None) -> ray.job_config.JobConfig:
+    """This process as a job of Ray: the dashboard shows `metadata`, and workers get the import path of this process.
 
-    A closed terminal and `timeout` signal the whole process group, in which Ray's server would end before the job that needs it.
-    If the driver is killed, the kernel kills Ray's main processes with it; two agents stay for a minute.
+    Ray puts the working folder first in it, and a `pandas.py` that lies beside the user's data would be executed in each worker.
+    So the folder of this package takes its place, unless the working folder is in the import path here too. Without the name it
+    stays there.
+    """
+    config = ray.job_config.JobConfig(metadata=metadata)
+    folder = str(Path.cwd())
+    if {"", folder} & set(sys.path):
+        return config
+    with suppress(*_GONE):
+        serialize = config._serialize
+
+        def serialize_without_folder() -> Any:
+            config._py_driver_sys_path = [_PACKAGE_PARENT if path == folder else path for path in config._py_driver_sys_path]
+            return serialize()
+
+        config._serialize = serialize_without_folder
+    return config
+
+
+@contextmanager
+def small_cluster() -> Iterator[None]:
+    """Have `ray.init` start a new cluster, in the block, with the processes alone that a job needs, in sessions of their own.
+
+    - A closed terminal and `timeout` signal the whole process group, in which Ray's server would end before its job. If the
+      driver is killed, the kernel kills Ray's main processes with it; two agents stay for a minute.
+    - The dashboard's server, which Ray starts without a dashboard too, the autoscaler, which has nothing to scale, and what reads
+      the logs of workers, which are not printed, are left out: Ray waits for the first when it starts, and for all at its end.
     """
 
     def start(popen: Any) -> Callable[..., Any]:
@@ -215,39 +241,48 @@ def ray_processes_in_own_sessions() -> AbstractContextManager[None]:
 
         return start_one
 
-    return replaced(lambda: ray._private.services, "ConsolePopen", start)  # noqa: TID251
+    with ExitStack() as replacements:
+        replacements.enter_context(replaced(lambda: ray._private.services, "ConsolePopen", start))  # noqa: TID251
+        for name in ("start_api_server", "start_monitor", "start_log_monitor"):
+            nothing = replaced(lambda: ray._private.node.Node, name, lambda _: lambda *_, **__: None)  # noqa: TID251
+            replacements.enter_context(nothing)
+        yield
 
 
 @contextmanager
 def side_effects_undone() -> Iterator[None]:
-    """Undo after the block what `ray.init` changes in this process, and discard what it writes to standard error.
+    """Undo after the block what `ray.init` changes in this process.
 
-    - It sets variables in `os.environ`, and the level of the logger `ray`. Its C++ code writes to file descriptor 2.
-    - It puts the working folder first in the workers' import path: a `pandas.py` that lies beside the user's data would be
-      executed in each worker. So it runs in another one, unless the working folder is in the import path of this process.
+    - It sets variables in `os.environ`, and the level of the logger `ray`.
     - It starts a thread that prints errors of Ray's processes at any time, also below the job's last line: the jobs report them.
     - It gives the command line, whose URIs may hold keys, to the cluster, whose dashboard shows it.
     """
     environment = dict(os.environ)
     logger = logging.getLogger("ray")
     level = logger.level
-    folder = Path.cwd()
-    sys.stderr.flush()
-    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 2)
     os.environ.setdefault(*_SILENT_CORE)
     try:
         with (
-            chdir(folder if {"", str(folder)} & set(sys.path) else Path(__file__).parents[2]),
             replaced(lambda: ray._private.worker, "listen_error_messages", lambda _: lambda *_: None),  # noqa: TID251
             replaced(lambda: ray._private.utils, "get_entrypoint_name", lambda name: lambda: masked(name())),  # noqa: TID251
         ):
             yield
     finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(devnull)
         logger.setLevel(level)
         for name in os.environ.keys() - environment.keys() - {_RAY_OPT_OUT}:
             del os.environ[name]
         os.environ.update({name: value for name, value in environment.items() if name != _RAY_OPT_OUT})
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Discard what C++ writes to standard error in the block; in it no other thread should write there."""
+    sys.stderr.flush()
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)

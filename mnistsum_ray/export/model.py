@@ -28,9 +28,6 @@ INPUTS: Final = ("image", "number")
 OUTPUTS: Final = tuple(PREDICTION_FIELDS.names[:-1])
 """Answer and probability of each head."""
 
-TORCH_FILE: Final = "model.pt2"
-ONNX_FILE: Final = "model.onnx"
-
 _PROBABILITY_TOLERANCE: Final = 1e-3
 """Other kernels sum in another order, so probabilities differ by rounding."""
 
@@ -94,9 +91,7 @@ def export_onnx(program: bytes, card: dict[str, Any]) -> bytes:
 def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[str, Any]:
     """Export a model to both formats, load each file again, compare its predictions with the model's, and write the files.
 
-    Returns:
-        The fields of the job's last line: `output`; `files`; `pairs`, the number of compared pairs; `largest_difference` of a
-        probability from the model's.
+    Returns the fields of the job's last line; `pairs` is the number of those compared, `largest_difference` of a probability.
 
     Raises:
         RequestError: the model does not exist, or the output is not an empty folder.
@@ -110,15 +105,15 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     expected = predict_pairs(model, images, numbers, CPU_BATCH)
     say("exporting")
     program = export_torch(model)
-    torch_difference = _compare(TORCH_FILE, _run_torch(program, images, numbers), expected)
-    onnx = export_onnx(program, card)
-    onnx_difference = _compare(ONNX_FILE, _run_onnx(onnx, images, numbers), expected)
-    exported = {TORCH_FILE: program, ONNX_FILE: onnx}
+    exported = {"model.pt2": program, "model.onnx": export_onnx(program, card)}
+    differences = []
+    for (name, data), predicted_by in zip(exported.items(), (_run_torch, _run_onnx), strict=True):
+        differences.append(_compare(name, predicted_by(data, images, numbers), expected))
     with refused("--output"):
         for name, data in exported.items():
             output.write(name, data)
             say(f"{name}: {len(data):,} bytes, the same predictions as the model's on {len(numbers):,} pairs")
-    largest = max(torch_difference, onnx_difference)
+    largest = max(differences)
     return {"output": output.place.display, "files": list(exported), "pairs": len(numbers), "largest_difference": largest}
 
 

@@ -3,14 +3,14 @@
 import ctypes
 import os
 import platform
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from mnistsum_ray.model.cpu import cpu_faster_with_bf16, describe_cpu
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 _MMAP_THRESHOLD_BYTES: Final = 2**30
@@ -48,19 +48,11 @@ def enable_determinism() -> None:
 def faster_with_bf16(device: torch.device) -> bool:
     """True if this hardware multiplies bfloat16 faster than float32.
 
-    The kind of hardware decides: a measurement would one day come out the other way and change the numbers of a run. AVX512-BF16
-    alone is not enough on Intel: without AMX it does half as much as float32 (162 against 322 GFLOP/s on two cores of an Emerald
-    Rapids whose AMX is masked). AMD's cores do twice as much with it.
+    The kind of hardware decides: a measurement would one day come out the other way and change the numbers of a run.
     """
     if device.type == "cuda":
         return bool(torch.cuda.get_device_capability(device) >= (8, 0))
-    cpu = _cpu_capabilities()
-    return bool(cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "intel" not in str(cpu.get("cpu_name", "")).lower()))
-
-
-def _cpu_capabilities() -> Mapping[str, Any]:
-    """Instruction sets and name of the CPU; empty with a PyTorch that does not report them."""
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return cpu_faster_with_bf16()
 
 
 def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -86,14 +78,11 @@ def cuda_index(gpu: str, visible: str | None, count: int) -> int:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """Hardware of this machine, to be recorded with measurements: CPU, cores, instruction sets for int8 and bfloat16, and GPU."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    capabilities = _cpu_capabilities()
+    cpu = describe_cpu()
+    flags = cpu.get("flags", "").split()
     return {
-        "cpu": cpu,
+        "cpu": cpu.get("model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "instructions": [name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni") if capabilities.get(name)],
+        "instructions": [name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni") if name in flags],
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }

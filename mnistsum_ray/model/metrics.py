@@ -6,7 +6,6 @@ their rows from `score_rows`, and count them in `AnswerCounts`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -20,14 +19,10 @@ from mnistsum_ray.data.order import NUMBERS, check_row_counts, mix_ids
 from mnistsum_ray.model.collectives import all_reduce_sum
 from mnistsum_ray.model.heads import HEADS, SUM
 from mnistsum_ray.model.network import Scores, TwoHeadCNN
-
-RELIABILITY_BINS: Final = 15
-"""Bins of equal width over the probability 0..1, as in Guo et al. (2017)."""
+from mnistsum_ray.model.reliability import Reliability
 
 MAX_MISTAKES: Final = 24
 """Most confident mistakes that are kept for the report, one an image."""
-
-Floats = npt.NDArray[np.floating[Any]]
 
 LabelledRows = dict[str, Tensor]
 """Rows on the model's device: `image` uint8[n, 28, 28], `digit` int64[n] in 0..9, and `row_id` int64[n]."""
@@ -113,57 +108,12 @@ def probability_losses(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return nll, brier
 
 
-@dataclass
-class Reliability:
-    """Sums over rows for the probability metrics of a head. Bins are by the probability of the predicted class."""
-
-    nll: float = 0.0
-    """Sum of the negative log-likelihoods of the true classes, in nats."""
-    brier: float = 0.0
-    """Sum of the Brier scores."""
-    rows: list[int] = field(default_factory=lambda: [0] * RELIABILITY_BINS)
-    """Number of rows in each bin."""
-    probability: list[float] = field(default_factory=lambda: [0.0] * RELIABILITY_BINS)
-    """Sum of the probabilities of the predicted classes in each bin."""
-    right: list[int] = field(default_factory=lambda: [0] * RELIABILITY_BINS)
-    """Number of right predictions in each bin."""
-
-    @classmethod
-    def from_predictions(cls, probability: Floats, right: npt.NDArray[np.bool_], nll: Floats, brier: Floats) -> "Reliability":
-        """Sum over n rows: the probability of the predicted class, whether it is right, and the `probability_losses`."""
-        bins = np.minimum((probability * RELIABILITY_BINS).astype(np.int64), RELIABILITY_BINS - 1)
-        return cls(
-            nll=float(nll.sum(dtype=np.float64)),
-            brier=float(brier.sum(dtype=np.float64)),
-            rows=np.bincount(bins, minlength=RELIABILITY_BINS).tolist(),
-            probability=np.bincount(bins, probability.astype(np.float64), RELIABILITY_BINS).tolist(),
-            right=np.bincount(bins[right], minlength=RELIABILITY_BINS).tolist(),
-        )
-
-    @classmethod
-    def from_scores(cls, scores: Tensor, classes: Tensor) -> "Reliability":
-        """Sum over the answers of logits [n, k, classes] with true classes int64[n, k]."""
-        scores, classes = scores.flatten(0, 1), classes.flatten()
-        probability, answer = scores.softmax(1).max(1)
-        values = (probability, answer == classes, *probability_losses(scores, classes))
-        return cls.from_predictions(*(value.cpu().numpy() for value in values))
-
-    def add(self, other: "Reliability") -> None:
-        """Add the sums over other rows, in place."""
-        for name, sums in vars(other).items():
-            setattr(self, name, np.add(getattr(self, name), sums).tolist())
-
-    def metrics(self) -> dict[str, float | None]:
-        """Mean `nll` in nats, mean `brier` in 0..2 and `ece` (expected calibration error) in 0..1; None without rows."""
-        rows = sum(self.rows)
-        if not rows:
-            return {"nll": None, "brier": None, "ece": None}
-        gaps = np.abs(np.array(self.probability) - np.array(self.right))
-        return {"nll": self.nll / rows, "brier": self.brier / rows, "ece": float(gaps.sum() / rows)}
-
-    def as_json(self) -> dict[str, Any]:
-        """The metrics, and under `reliability` the sums behind them."""
-        return {**self.metrics(), "reliability": vars(self)}
+def reliability_of(scores: Tensor, classes: Tensor) -> Reliability:
+    """Sum over the answers of logits [n, k, classes] with true classes int64[n, k]."""
+    scores, classes = scores.flatten(0, 1), classes.flatten()
+    probability, answer = scores.softmax(1).max(1)
+    values = (probability, answer == classes, *probability_losses(scores, classes))
+    return Reliability.from_predictions(*(value.cpu().numpy() for value in values))
 
 
 def analyse_errors(
@@ -181,7 +131,7 @@ def analyse_errors(
     for batch, scores in scored:
         counts.add(batch, scores)
         for sums, logits, classes in zip(reliability.values(), scores, true_classes(batch["digit"]), strict=True):
-            sums.add(Reliability.from_scores(logits, classes))
+            sums.add(reliability_of(logits, classes))
         mistakes += _mistakes(batch, scores)
         on_progress(len(batch["digit"]))
     return {

@@ -1,31 +1,19 @@
-"""Model folders: `model.safetensors` holds the weights and, in its header, the description; `model.json` is a copy to read.
+"""Write model folders, and load them as networks; `folder` reads them without PyTorch."""
 
-With both in one file, no kill and no reader in between meets weights beside the description of others.
-"""
-
-import hashlib
 import json
-from typing import Any, Final
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line
+from mnistsum_ray.errors import RequestError, one_line
+from mnistsum_ray.model.folder import DESCRIPTION_FILE, HEADER_KEY, MODEL_FORMAT, WEIGHTS_FILE, checksum_of, read_model
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
-
-MODEL_FORMAT: Final = "mnistsum_ray/5"
-"""Format of a model folder; since 5 the temperatures are folded into the weights."""
-WEIGHTS_FILE: Final = "model.safetensors"
-DESCRIPTION_FILE: Final = "model.json"
-
-_HEADER_KEY: Final = "mnistsum_ray"
 
 Weights = dict[str, Tensor]
 
@@ -61,62 +49,24 @@ def describe_model(
 def save_model(folder: OutputFolder, weights: Weights, description: dict[str, Any]) -> None:
     """Write a model folder. The weights come last, and while they are not there, there is no model."""
     folder.write(DESCRIPTION_FILE, description)
-    folder.write(WEIGHTS_FILE, save_tensors(weights, {_HEADER_KEY: json.dumps(description, allow_nan=False)}))
+    folder.write(WEIGHTS_FILE, save_tensors(weights, {HEADER_KEY: json.dumps(description, allow_nan=False)}))
 
 
 def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     """Load a model folder, or the `model` folder of a run: the network in evaluation mode, and the description.
 
     Raises:
-        RequestError: there is no model, its format or network is another, its checksum is wrong, or a weight is not finite.
+        RequestError: as `read_model`; or its tensors are not those of the network.
     """
-    try:
-        if not (folder / WEIGHTS_FILE).exists():
-            folder = folder / "model"
-        data = (folder / WEIGHTS_FILE).read_bytes()
-    except MissingFileError:
-        raise RequestError(f"{folder.display}: holds no model (no {WEIGHTS_FILE})") from None
-    except StorageError as error:
-        raise RequestError(str(error)) from None
-    try:
-        weights = load_tensors(data)
-        description = read_description(data)
-    except (SafetensorError, ValueError) as error:
-        raise RequestError(f"{folder.display}: {WEIGHTS_FILE} cannot be used: {one_line(error)}") from None
-    if checksum(weights) != description["sha256"]:
-        raise RequestError(f"{folder.display}: {WEIGHTS_FILE} is damaged (the SHA-256 of its weights differs)")
+    weights, description = read_model(folder)
     model = TwoHeadCNN()
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     except RuntimeError as error:
         raise RequestError(f"{folder.display}: its tensors are not those of the network ({one_line(error)})") from None
-    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
-    if broken:
-        raise RequestError(f"{folder.display}: {broken} holds NaN or infinite weights; train again")
     return model.eval(), description
 
 
-def read_description(data: bytes) -> dict[str, Any]:
-    """The description in the header of a `model.safetensors`, which is JSON after eight bytes with its length.
-
-    Raises:
-        ValueError: there is none, or another version wrote it.
-    """
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    description = json.loads(header.get("__metadata__", {}).get(_HEADER_KEY, "null"))
-    if not isinstance(description, dict) or description.get("format") != MODEL_FORMAT:
-        raise ValueError(f"its format is not {MODEL_FORMAT!r}; train again with this version")
-    for name, kind in (("sha256", str), ("epoch", int), ("parameters", int)):
-        if not isinstance(description.get(name), kind):
-            raise ValueError(f"its {name!r} is {str(description.get(name, 'missing'))[:80]}")
-    return description
-
-
 def checksum(weights: Weights) -> str:
-    """SHA-256 over the names, shapes and values of all tensors."""
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """SHA-256 over the names, shapes and values of all weights."""
+    return checksum_of({name: value.numpy() for name, value in weights.items()})

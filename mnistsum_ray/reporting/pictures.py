@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.metrics import Reliability
+from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.reporting.report import Picture, wilson_interval
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"  # of the palette of Okabe and Ito

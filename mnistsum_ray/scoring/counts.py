@@ -14,7 +14,7 @@ from PIL import Image
 from mnistsum_ray.data.images import DIGITS, Pixels
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.metrics import Reliability
+from mnistsum_ray.model.reliability import Reliability
 
 PROBABILITY_BINS: Final = 20
 """Bins of equal width over 0..1, in which rows are counted by the probability of each head."""

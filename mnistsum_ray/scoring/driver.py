@@ -1,8 +1,10 @@
 """Driver of a scoring run: plan, resume, execute, reconcile, publish."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +12,6 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 import ray.exceptions
-import torch
 from ray.data import ActorPoolStrategy
 
 from mnistsum_ray.cluster.crash_counter import crash_counter
@@ -20,7 +21,7 @@ from mnistsum_ray.cluster.resources import WorkerPlan, WorkerRequest, explain_wo
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RunError, RunInterrupted, counted, root_cause
-from mnistsum_ray.model.device import faster_with_bf16
+from mnistsum_ray.model.cpu import cpu_faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult
@@ -39,7 +40,6 @@ from mnistsum_ray.scoring.output import (
 from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, REJECTED, make_tasks
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, int8_error, make_plan, say_failures
 from mnistsum_ray.scoring.publish import move_listed, publish, publish_staged, result_line, say_result
-from mnistsum_ray.scoring.worker import Score
 from mnistsum_ray.storage.lock import folder_lock
 
 
@@ -113,7 +113,7 @@ def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[
     """Reserve workers; return them, and the configured precision or else the faster one of `bf16` and `fp32`."""
     plan = reserve(worker_request(config), say, probe)
     # Without GPUs, the CPU of this machine stands in for the CPUs of the nodes that score.
-    bf16 = plan.gpu.bf16 if plan.gpu else faster_with_bf16(torch.device("cpu"))
+    bf16 = plan.gpu.bf16 if plan.gpu else cpu_faster_with_bf16()
     return plan, config.precision or ("bf16" if bf16 else "fp32")
 
 
@@ -154,6 +154,7 @@ def _execute(
     started = float("inf")
     ended = 0.0
     done_rows = 0
+    threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()  # a second, while workers start
     with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
         pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers, counter)
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -174,6 +175,18 @@ def _execute(
             metrics.count("rejected_rows", rejected)
             metrics.set(rows_per_second=done_rows / max(ended - started, 1e-9))
     return failures, ended - started
+
+
+class Score:
+    """`worker.Score`, which imports PyTorch. That takes seconds, and only the actors need it."""
+
+    def __init__(self, plan: "ray.ObjectRef[Plan]", crash_counter: Any) -> None:
+        from mnistsum_ray.scoring import worker
+
+        self._score = worker.Score(plan, crash_counter)
+
+    def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
+        return self._score(task)
 
 
 def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_workers: int, counter: Any) -> ray.data.Dataset:

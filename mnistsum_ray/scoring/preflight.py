@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -16,15 +16,13 @@ from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import Footer, column_error, lossy_column, read_footer
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted
+from mnistsum_ray.model.folder import WeightArrays, read_model
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import split_into_parts
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder, refused
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 REJECTION_FIELDS: Final = pa.schema({"source_file": pa.string(), "source_row": pa.int64(), "reason": pa.string()})
 """Columns that scoring adds to rejected rows, after the input's."""
@@ -56,7 +54,7 @@ class Request:
     model: Location
     card: dict[str, Any]
     """Contents of the model's `model.json`."""
-    weights: "dict[str, Tensor]"
+    weights: WeightArrays
     inputs: Inputs
     output: Location
     files: pa.Table | None
@@ -94,9 +92,11 @@ class Plan(Request):
     @property
     def int8_maxima(self) -> tuple[float, ...] | None:
         """Calibration of the quantized network; None unless the precision is int8."""
-        from mnistsum_ray.model.int8 import maxima_from_description
+        if self.precision != "int8":
+            return None
+        from mnistsum_ray.model.int8 import maxima_from_description  # imports PyTorch
 
-        return maxima_from_description(self.card) if self.precision == "int8" else None
+        return maxima_from_description(self.card)
 
     @property
     def spec(self) -> str:
@@ -136,17 +136,13 @@ def preflight(config: ScoreConfig) -> Request:
     except StorageError as error:
         raise RunError(f"--input {error}; nothing was begun") from None
     model = locate_existing(config.model, "--model")
-
-    # Importing torch takes a second, and a request whose files are wrong is refused without it.
-    from mnistsum_ray.model.serialization import copy_weights, load_model
-
     try:
-        network, card = load_model(model)
+        weights, card = read_model(model)
     except RequestError as error:
         raise RequestError(f"--model {error}") from None
     if config.precision == "int8" and (reason := int8_error(card)):
         raise RequestError(f"--precision int8: {reason}")
-    return Request(config, model, card, copy_weights(network), inputs, output, files)
+    return Request(config, model, card, weights, inputs, output, files)
 
 
 def _locate_output(text: str) -> Location:

@@ -30,7 +30,7 @@ from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, Unusa
 from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictions, Predictor
-from mnistsum_ray.model.metrics import Reliability
+from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.scoring.counts import PROBABILITY_BINS, RowCounts, encode_image
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, digest, from_metadata, read_stamp, to_metadata
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
@@ -119,7 +119,8 @@ def _make_predictor(plan: Plan) -> Predictor:
     gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
     visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
     device = torch.device(f"cuda:{cuda_index(gpus[0], visible, count)}" if gpus else "cpu")
-    return Predictor(plan.weights, device, plan.precision, plan.config.batch_size, plan.int8_maxima)
+    weights = {name: torch.tensor(value) for name, value in plan.weights.items()}  # a copy: arrays of Ray cannot be written
+    return Predictor(weights, device, plan.precision, plan.config.batch_size, plan.int8_maxima)
 
 
 def _committed(plan: Plan, part: Part, started: float) -> pa.Table | None:

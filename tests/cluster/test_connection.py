@@ -1,15 +1,19 @@
-"""Where no cluster is, and where none can be started, the request is refused in seconds, with one line."""
+"""Where no cluster can be joined or started, the request is refused in one line; one is started while the request is read."""
 
 import http.server
+import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
-from mnistsum_ray.cluster.connection import connect
+from mnistsum_ray.cluster import connection
+from mnistsum_ray.cluster.connection import connect, disconnect, is_connected, started_early
 from mnistsum_ray.errors import RequestError
 
 
@@ -67,3 +71,43 @@ def test_a_temporary_folder_that_ray_cannot_use_is_named(monkeypatch: pytest.Mon
         assert said.startswith("Ray cannot be started here: ")
         assert folder in said
         assert said.endswith("; RAY_TMPDIR names another temporary folder, such as /tmp")
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["before Ray starts", "when Ray has started"])
+def test_a_request_that_is_refused_while_ray_starts_leaves_no_process(monkeypatch: pytest.MonkeyPatch, *, started: bool) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+
+    def read_request() -> None:
+        with started_early():
+            while started and not is_connected():
+                time.sleep(0.1)
+            raise RequestError("the request")
+
+    with pytest.raises(RequestError, match="the request"):
+        read_request()
+    assert not is_connected()
+    assert not {process.pid for process in psutil.Process().children(recursive=True)} - before
+
+
+def test_the_request_is_read_while_ray_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What it prints is shown, and relative paths mean what they mean without Ray. The logs go with the cluster."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    written = 0
+    with started_early():
+        while not is_connected():
+            os.write(2, b"line\n")
+            written += 1
+            assert Path.cwd() == tmp_path
+            time.sleep(0.05)
+        connect()
+        assert str(tmp_path) not in ray.get(ray.remote(lambda: __import__("sys").path).remote())
+    assert capfd.readouterr().err == written * "line\n"
+    logs = connection._session
+    assert logs is not None
+    assert logs.is_dir()
+    disconnect()
+    assert not logs.exists()

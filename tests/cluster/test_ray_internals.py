@@ -24,7 +24,7 @@ def address() -> Iterator[str]:
     with ray_internals.side_effects_undone():
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
         ray_internals.reload_authentication()
-        with ray_internals.ray_processes_in_own_sessions():
+        with ray_internals.small_cluster():
             context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield context.address_info["address"]
     ray.shutdown()
@@ -32,13 +32,14 @@ def address() -> Iterator[str]:
 
 
 @pytest.mark.usefixtures("address")
-def test_ray_processes_in_own_sessions() -> None:
+def test_small_cluster() -> None:
     listed = subprocess.run(["ps", "-wwo", "sid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
     sessions = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
     for program in ("gcs_server", "raylet"):
         leaders = [int(session) for session, command in sessions if program in command]
         assert leaders, f"Ray {ray.__version__} no longer starts {program} from the driver"
         assert os.getsid(0) not in leaders, f"Ray {ray.__version__} no longer starts {program} with services.ConsolePopen"
+    assert not [command for _, command in sessions if "monitor.py" in command or "dashboard.py" in command]
 
 
 @pytest.mark.usefixtures("address")

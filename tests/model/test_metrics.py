@@ -13,18 +13,18 @@ from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import (
     MAX_MISTAKES,
-    RELIABILITY_BINS,
     AnswerCounts,
     LabelledRows,
     Metrics,
-    Reliability,
     ScoredRows,
     analyse_errors,
     confidence,
     probability_metrics,
+    reliability_of,
     score_rows,
 )
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.reliability import RELIABILITY_BINS, Reliability
 from tests.model import new_model, random_rows
 from tests.model.test_calibration import sampled
 
@@ -146,7 +146,7 @@ def test_probability_metrics_equal_their_definitions_and_parts_add_up() -> None:
     total = Reliability()
     assert total.metrics() == {"nll": None, "brier": None, "ece": None}
     for part in (slice(0, 1), slice(1, 700), slice(700, 3_000)):
-        sums = Reliability.from_scores(scores[part, None], labels[part, None]).as_json()["reliability"]
+        sums = reliability_of(scores[part, None], labels[part, None]).as_json()["reliability"]
         total.add(Reliability(**json.loads(json.dumps(sums))))
     assert total.metrics() == pytest.approx(probability_metrics_by_definition(scores, labels), rel=1e-4)
     assert (sum(total.rows), type(total.rows[0]), type(total.nll)) == (3_000, int, float)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.metrics import Reliability
+from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.reporting import pictures
 
 TEST = {"loss": 0.25} | {f"{head.name}_accuracy": 0.9946 for head in HEADS}
