@@ -339,15 +339,6 @@ class Done:
         lines = (locate(self.line["run"], "--name") / "history.jsonl").read_bytes().splitlines()
         return [json.loads(line) for line in lines]
 
-    def check_refused(self, message: str, seconds: float = 30) -> None:
-        """Assert that the request was refused with one line, and before anything large was done (half a minute, also where a
-        machine is slow)."""
-        assert self.code == 2, self.err
-        assert self.out == ""
-        assert len(self.err.strip().splitlines()) == 1, self.err
-        assert message in self.err
-        assert self.seconds < seconds
-
 
 _jobs: "list[Job]" = []
 """Jobs that the test has started."""
