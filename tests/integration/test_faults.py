@@ -47,7 +47,7 @@ def pairs(folder: Path | str, rows: int) -> list[object]:
 
 def score_pairs(model: Path, folder: Path | str, output: Path | str | None = None) -> Scored:
     """Score the files of `pairs` in this process, with the settings of the command."""
-    return score_here(model, output or f"{folder}/out", f"{folder}/in", max_rows_per_file=250, precision=None)
+    return score_here(model, output or f"{folder}/out", f"{folder}/in", max_rows_per_file=250, precision=None, num_workers=None)
 
 
 def test_jobs_outlast_a_storage_that_is_overloaded(s3: Storage, cluster: str, data: Path, model: Path) -> None:

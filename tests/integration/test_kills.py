@@ -72,7 +72,7 @@ def test_a_kill_before_the_last_file_changes_no_bit_with_8_bit_integers(tmp_path
     calibrated = calibrate(Path(shutil.copytree(model, tmp_path / "model")))
     rows = tmp_path / "rows.parquet"
     pq.write_table(pq.read_table(pairs / "part-00000.parquet").slice(0, 1002), rows, row_group_size=100)
-    settings: dict[str, Any] = {"max_rows_per_file": 100, "precision": "int8", "num_workers": 1}
+    settings: dict[str, Any] = {"max_rows_per_file": 100, "precision": "int8"}
     score_here(calibrated, tmp_path / "alone", rows, **settings)
     files = sorted((tmp_path / "alone" / "predictions").iterdir())
     assert pq.read_metadata(files[-1]).num_rows == 2
@@ -238,7 +238,7 @@ def test_a_killed_scoring_gives_the_files_of_an_undisturbed_one(
 ) -> None:
     """A worker is killed, a node lost without notice, the driver killed; then a signal comes, as from a terminal."""
     output, address = tmp_path / "killed", many_nodes.address
-    settings: dict[str, Any] = {"max_rows_per_file": PART_ROWS, "label_column": "digit", "precision": None}
+    settings: dict[str, Any] = {"max_rows_per_file": PART_ROWS, "label_column": "digit", "precision": None, "num_workers": None}
     with joined(many_nodes):
         score_here(model, tmp_path / "alone", pairs, **settings)
 

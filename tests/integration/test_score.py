@@ -83,7 +83,7 @@ def expected_of(model: Path, source: pa.Table) -> dict[str, np.ndarray]:
 
 
 def test_predictions_do_not_depend_on_workers_parts_and_batches(model: Path, exported: Path, tmp_path: Path) -> None:
-    scored = score_here(model, tmp_path / "out", exported, num_workers=1, max_rows_per_file=77, batch_size=20)
+    scored = score_here(model, tmp_path / "out", exported, num_workers=2, max_rows_per_file=77, batch_size=20)
     source, table = rows_of(exported), table_of(scored)
     assert table["row_id"].to_pylist() == source["row_id"].to_pylist()
     check_predictions(table, expected_of(model, source))
