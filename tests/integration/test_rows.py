@@ -131,7 +131,7 @@ def test_every_row_once_an_epoch_with_its_own_image_number_and_distortion(
 
 
 def test_any_number_of_workers_sees_the_same_batches(alone: list[Batch], rows: Rows) -> None:
-    assert together(rows, 2) == described(alone)
+    assert together(rows, 2, epochs=1) == described(alone)[: len(alone) // 2]
 
 
 def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(alone: list[Batch], rows: Rows) -> None:
@@ -140,7 +140,7 @@ def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(alone: list[Bat
 
 def test_tasks_of_any_size_are_one_stream(alone: list[Batch], rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "_TASK_ROWS", 100)
-    assert described(feed(rows)) == described(alone)
+    assert described(feed(rows, epochs=1)) == described(alone)[: len(alone) // 2]
 
 
 def test_the_first_task_is_small_so_that_a_gpu_begins_at_once() -> None:
@@ -154,7 +154,7 @@ def test_an_empty_share_is_an_empty_batch(folder: Path) -> None:
     """More workers than rows in the last batch: Ray Data drops blocks without rows, the steps must not shift for that."""
     source, loaded, shuffle = streamed(folder, batch_size=533)
     assert len(shuffle.rows) % 533 == 1
-    batches = together((source, loaded, shuffle), 3, epochs=1)
+    batches = together((source, loaded, shuffle), 2, epochs=1)
     assert [len(batch) for batch in batches] == [533, 533, 533, 1]
     assert sorted(row[0] for batch in batches for row in batch) == source.train.ids().tolist()
 
