@@ -407,11 +407,6 @@ class Job:
             assert self.process.poll() is None, self.wait().err
             time.sleep(0.05)
 
-    def kill(self) -> None:
-        """Send SIGKILL to the driver, the cluster that it started, and the workers; wait for their end."""
-        kill_everything(self.process.pid)
-        self.wait()
-
     def left(self) -> list[str]:
         """Return the command lines of the living processes that the job has started, and of its own."""
         found = []
@@ -430,16 +425,15 @@ class Job:
         return Done(self.process.returncode, out, "".join(self._seen) + err, time.monotonic() - self._started)
 
 
-def written_files(output: Location) -> int:
-    """Number of files of predictions that a scoring job has written."""
-    return len([info for info in output.files() if "/predictions/" in info.path and not info.name.startswith(".")])
-
-
 def wait_for_files(job: Job, output: Location | Path, more: int) -> None:
     """Wait until a running job has written so many more files of predictions."""
     place = output if isinstance(output, Location) else locate(str(output), "--output")
-    before = written_files(place)
-    job.wait_until(lambda: written_files(place) >= before + more)
+
+    def written() -> int:
+        return len([info for info in place.files() if "/predictions/" in info.path and not info.name.startswith(".")])
+
+    before = written()
+    job.wait_until(lambda: written() >= before + more)
 
 
 def run_job(name: str, *args: object, **options: Any) -> Done:

@@ -5,7 +5,6 @@ Training is killed on S3, on three workers, and scoring on a disk. Each recovers
 
 import hashlib
 import os
-import shutil
 import signal
 import threading
 import time
@@ -24,13 +23,12 @@ from ray.cluster_utils import Cluster
 from mnistsum_ray.cluster.crash_counter import crash_counter
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.model import int8
 from mnistsum_ray.reporting.report import epoch_seconds
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.artifacts import read_history
 from mnistsum_ray.training.checkpoint import STATE_CARD
-from tests.conftest import calibrate, writable
+from tests.conftest import writable
 from tests.integration.conftest import (
     Job,
     Storage,
@@ -63,24 +61,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         numbers = [None if row % 400 == 7 else number for row, number in enumerate(table["number"].to_pylist())]
         pq.write_table(table.set_column(2, "number", pa.array(numbers, pa.int8())), path, row_group_size=300)
     return folder
-
-
-@pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
-@pytest.mark.usefixtures("cluster")
-def test_a_kill_before_the_last_file_changes_no_bit_with_8_bit_integers(tmp_path: Path, pairs: Path, model: Path) -> None:
-    """The last file has two rows, which the undisturbed run predicts in one batch with the rows before them."""
-    calibrated = calibrate(Path(shutil.copytree(model, tmp_path / "model")))
-    rows = tmp_path / "rows.parquet"
-    pq.write_table(pq.read_table(pairs / "part-00000.parquet").slice(0, 1002), rows, row_group_size=100)
-    settings: dict[str, Any] = {"max_rows_per_file": 100, "precision": "int8"}
-    score_here(calibrated, tmp_path / "alone", rows, **settings)
-    files = sorted((tmp_path / "alone" / "predictions").iterdir())
-    assert pq.read_metadata(files[-1]).num_rows == 2
-    shutil.copytree(tmp_path / "alone", tmp_path / "out")
-    for path in (tmp_path / "out" / "manifest.json", tmp_path / "out" / "predictions" / files[-1].name):
-        path.unlink()
-    assert score_here(calibrated, tmp_path / "out", rows, **settings).line["resumed_rows"] > 0
-    assert scored(tmp_path / "out") == scored(tmp_path / "alone")
 
 
 def has_open(process: int, file: Path) -> bool:

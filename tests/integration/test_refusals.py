@@ -42,16 +42,6 @@ def test_a_command_says_so_at_once(tmp_path: Path) -> None:
     assert done.seconds < 30
 
 
-@pytest.mark.usefixtures("cluster")
-def test_an_invalid_row(tmp_path: Path, sample: pa.Table) -> None:
-    rows = sample[::50].to_pylist()
-    rows[42]["digit"] = 11
-    pq.write_table(pa.Table.from_pylist(rows, sample.schema), tmp_path / "a.parquet")
-    with pytest.raises(RequestError, match=r"a\.parquet: row 42: the digit is 11, not one of 0\.\.9"):
-        run_training(TrainConfig(data=str(tmp_path), storage_path=str(tmp_path / "runs")))
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_an_invalid_held_out_row_of_streamed_files_is_named_at_the_first_attempt(
