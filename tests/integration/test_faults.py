@@ -168,9 +168,9 @@ def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_pat
 @pytest.mark.usefixtures("cluster")
 def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, place = small_disk / "mine", {"storage_path": small_disk, "name": "mine"}
-    with pytest.raises(RunError, match="--name mine --resume"):
+    with pytest.raises(RunError, match="--name mine --resume") as error:
         run_training(TrainConfig(data=str(data), epochs=1, sum_head_steps=50, max_failures=0, **place))
-    assert "No space left on device" in capsys.readouterr().err
+    assert "No space left on device" in capsys.readouterr().err + str(error.value)
     enlarge(small_disk)
     (run / "report.html").mkdir()
     with pytest.raises(RunError):
