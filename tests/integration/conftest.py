@@ -407,6 +407,11 @@ class Job:
             assert self.process.poll() is None, self.wait().err
             time.sleep(0.05)
 
+    def kill(self) -> None:
+        """Send SIGKILL to the driver, the cluster that it started, and the workers; wait for their end."""
+        kill_everything(self.process.pid)
+        self.wait()
+
     def left(self) -> list[str]:
         """Return the command lines of the living processes that the job has started, and of its own."""
         found = []
