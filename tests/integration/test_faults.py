@@ -75,7 +75,7 @@ def test_jobs_outlast_a_storage_that_is_overloaded(s3: Storage, cluster: str, da
 def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cluster: str, model: Path, tmp_path: Path) -> None:
     """At its footer; at its rows when some of them are committed; and where the input folder is moved away meanwhile: the run
     ends, and nothing is deleted. Half a minute passes in each until the job gives up, so the three run side by side."""
-    root, end, refused, rows = locate("s3://scores/refused", "--output"), "part-00001.parquet", s3.refused, 6_000
+    root, end, refused, rows = locate("s3://scores/refused", "--output"), "part-00001.parquet", s3.refused, 10_000
     roots = {"footer": root / "footer", "rows": root / "rows", "moved": locate(str(tmp_path), "--output")}
     flags = {way: ["--model", model, *pairs(place.display, rows), "--num-workers", 1] for way, place in roots.items()}
     for info in (root / "rows" / "in").files():  # in row groups that are read one after the other
@@ -167,7 +167,7 @@ def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_pat
 
 @pytest.mark.usefixtures("cluster")
 def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, place = small_disk / "mine", {"storage_path": small_disk, "name": "mine"}
+    run, place = small_disk / "mine", {"storage_path": str(small_disk), "name": "mine"}
     with pytest.raises(RunError, match="--name mine --resume") as error:
         run_training(TrainConfig(data=str(data), epochs=1, sum_head_steps=50, max_failures=0, **place))
     assert "No space left on device" in capsys.readouterr().err + str(error.value)
