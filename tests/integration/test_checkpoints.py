@@ -122,7 +122,7 @@ def test_a_file_that_changes_within_a_run_is_found_by_content(
 
     config = TrainConfig(data=str(copy), storage_path=str(tmp_path), **STREAMED | {"epochs": 9})
     with (
-        once((tmp_path / "mine" / "epoch_00001" / STATE_CARD).exists, change_and_kill),
+        once((tmp_path / "mine" / "epoch_00002" / STATE_CARD).exists, change_and_kill),
         pytest.raises(RunError, match=f"^{copy}/2.parquet: holds other rows than when the run"),
     ):
         run_training(config)
