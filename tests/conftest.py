@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mnistsum_ray.data.sources import SAMPLE, open_source
-from mnistsum_ray.model import int8
+from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from mnistsum_ray.model.serialization import copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.storage.folder import OutputFolder
@@ -106,14 +105,6 @@ def change_description(folder: Path, **fields: Any) -> Path:
     network, description = load_model(locate(str(folder), "--model"))
     save_model(writable(folder), copy_weights(network), description | fields)
     return folder
-
-
-def calibrate(folder: Path) -> Path:
-    """Calibrate the model of a model folder for int8."""
-    network, _ = load_model(locate(str(folder), "--model"))
-    source = open_source("sample")
-    images, _ = source.data.fetch(source.test.ids())
-    return change_description(folder, int8={"maxima": int8.activation_maxima(network, torch.from_numpy(images))})
 
 
 @pytest.fixture(scope="session")

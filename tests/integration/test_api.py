@@ -3,9 +3,7 @@
 import base64
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,17 +14,13 @@ from mnistsum_ray import (
     ScoreConfig,
     ScoreResult,
     TrainConfig,
-    TrainResult,
     fit,
     load_model,
-    predict,
     predict_rows,
     score,
 )
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import start_cluster
 
 ROWS = 300
 
@@ -82,34 +76,3 @@ def test_a_ray_dataset_comes_back_with_predictions(cluster: str, model: Path, pa
     expected = predict_rows(load_model(model), table)
     for name in ("row_id", "pred_digit", "pred_sum", "consistent", "reason"):
         assert answered[name].to_pylist() == expected[name].to_pylist(), name
-
-
-@pytest.mark.slow
-def test_one_cpu_is_enough_to_train_and_score_and_what_needs_two_is_refused(model: Path, pairs: Path, tmp_path: Path) -> None:
-    """No request waits forever for a second CPU."""
-
-    def scored(of: str, **settings: Any) -> ScoreResult:
-        output = str(tmp_path / "scored")
-        return score(ScoreConfig(model=of, input=(str(pairs),), output=output, precision="fp32", **settings))
-
-    def train(**settings: Any) -> TrainResult:
-        return fit(TrainConfig(data="sample", epochs=1, sum_head_steps=50, storage_path=str(tmp_path), name="api", **settings))
-
-    ray.shutdown()
-    start_cluster(num_cpus=1)
-    try:
-        for refused in (lambda: train(num_workers=2), lambda: scored(str(model), num_workers=2)):
-            with pytest.raises(RequestError, match=r"num_workers 2: .*the cluster has 1 CPU"):
-                refused()
-        trained = train()
-        assert (trained.data.train_rows, trained.mlflow) == (4000, None)
-        done = scored(trained.run)
-        assert (done.complete, done.scored_rows, done.set_aside) == (True, ROWS, False)
-    finally:
-        ray.shutdown()
-    asked = pq.read_table(pairs / "part-00000.parquet")
-    answers = predict(load_model(trained.run), pixels_view(one_chunk(asked["image"])), asked["number"].to_numpy())
-    table = pq.read_table(Path(done.output) / "predictions" / "part-00000.parquet")
-    assert table["pred_digit"].to_pylist() == answers.digit.tolist()
-    assert table["pred_sum"].to_pylist() == answers.sum.tolist()
-    np.testing.assert_allclose(table["sum_prob"].to_numpy(), answers.sum_prob, atol=1e-4)

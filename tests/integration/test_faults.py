@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.api import run_training
+from mnistsum_ray.config import ExportPairsConfig, TrainConfig
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.artifacts import read_history
 from mnistsum_ray.training.checkpoint import STATE_FILE
 from tests.conftest import writable
 from tests.integration.conftest import (
@@ -23,9 +25,10 @@ from tests.integration.conftest import (
     Storage,
     mounted,
     nodes,
+    once,
     report_duration,
-    run_job,
     score_here,
+    train_here,
     wait_for_files,
 )
 
@@ -44,7 +47,7 @@ def pairs(folder: Path | str, rows: int) -> list[object]:
 
 def score_pairs(model: Path, folder: Path | str, output: Path | str | None = None) -> Scored:
     """Score the files of `pairs` in this process, with the settings of the command."""
-    return score_here(model, output or f"{folder}/out", f"{folder}/in", max_rows_per_file=250, precision=None)
+    return score_here(model, output or f"{folder}/out", f"{folder}/in", max_rows_per_file=250, precision=None, num_workers=None)
 
 
 def test_jobs_outlast_a_storage_that_is_overloaded(s3: Storage, cluster: str, data: Path, model: Path) -> None:
@@ -109,27 +112,28 @@ def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cl
         assert all(output.at(path).read_bytes() == content for path, content in committed.items())
 
 
-def test_a_storage_that_is_slow_or_refuses_the_history_costs_nothing(s3: Storage, cluster: str, data: Path) -> None:
+@pytest.mark.usefixtures("cluster")
+def test_a_storage_that_is_slow_or_refuses_the_history_costs_nothing(s3: Storage, data: Path) -> None:
     """Epochs do not wait for checkpoints that take 2 s each to write (the S3 client gives up after 3)."""
     writable("s3://images").write("rows.parquet", data.read_bytes())
-    flags = ["--data", "s3://images/rows.parquet", "--storage-path", "s3://runs/slow", "--name", "mine"]
+    place = {"data": "s3://images/rows.parquet", "storage_path": "s3://runs/slow", "name": "mine"}
+    refused = s3.refused
     s3.write_seconds, s3.statuses["/history.jsonl"] = 2.0, "403 Forbidden"
     try:
-        job = Job("train", *flags, "--epochs", 6, "--sum-head-steps", 50, address=cluster)
-        job.wait_for_line("history.jsonl: ")
-        del s3.statuses["/history.jsonl"]
-        done = job.wait()
+        with once(lambda: s3.refused > refused, s3.statuses.clear):
+            done = train_here(**place, epochs=5, sum_head_steps=50)
     finally:
         s3.write_seconds = 0.0
         s3.statuses.clear()
-    epochs = done.history()
-    assert [line["epoch"] for line in epochs] == list(range(1, 7)), "written when the storage allows it"
+    assert "history.jsonl: " in done.said
+    run = locate(done.line["run"], "--storage-path")
+    epochs = read_history(run)
+    assert [line["epoch"] for line in epochs] == list(range(1, 6)), "written when the storage allows it"
     ends = [line["started"] + line["seconds"] + line["evaluation_seconds"] for line in epochs]
     gaps = [after["started"] - end for end, after in zip(ends, epochs[1:], strict=False)]
     assert statistics.median(gaps) < 1.0, gaps
-    run = locate(done.line["run"], "--storage-path")
     saved = {Path(info.path).parent.name for info in run.files() if info.name == STATE_FILE}
-    assert saved == {"epoch_00006", "epoch_00006_sum_head"}, "Ray Train keeps the last two"
+    assert saved == {"epoch_00005", "epoch_00005_sum_head"}, "Ray Train keeps the last two"
 
 
 @pytest.fixture
@@ -161,21 +165,19 @@ def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_pat
     assert done.line["resumed_rows"] > 0
 
 
-def test_training_onto_a_disk_that_is_full(small_disk: Path, cluster: str, data: Path) -> None:
-    flags = ["--data", data, "--storage-path", small_disk, "--name", "mine", "--epochs", 1, "--sum-head-steps", 50]
-    full = run_job("train", *flags, "--max-failures", 0, address=cluster)
-    assert full.code == 1
-    assert "No space left on device" in full.err
-    assert "--name mine --resume" in full.err
+@pytest.mark.usefixtures("cluster")
+def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, place = small_disk / "mine", {"storage_path": str(small_disk), "name": "mine"}
+    with pytest.raises(RunError, match="--name mine --resume") as error:
+        run_training(TrainConfig(data=str(data), epochs=1, sum_head_steps=50, max_failures=0, **place))
+    assert "No space left on device" in capsys.readouterr().err + str(error.value)
     enlarge(small_disk)
-    job = Job("train", *flags, "--resume", address=cluster)
-    job.wait_for_line("fine-tuning the sum head")
-    report = small_disk / "mine" / "report.html"
-    report.mkdir()
-    assert job.wait().code == 1
-    assert json.loads((small_disk / "mine" / "manifest.json").read_text())["status"] == "failed"
-    report.rmdir()
-    assert run_job("train", *flags, "--resume", address=cluster).line["test"]["rows"]
+    (run / "report.html").mkdir()
+    with pytest.raises(RunError):
+        train_here(resume=True, **place)
+    assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
+    (run / "report.html").rmdir()
+    assert train_here(resume=True, **place).line["test"]["rows"]
 
 
 def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(
@@ -192,9 +194,6 @@ def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(
         done = job.wait()
         assert done.code == 1, done.err
         report_duration("scoring, the head killed: the job ended, saying so,", began)
-    job, started = Job("score", *flags, address=cluster), time.monotonic()
-    wait_for_files(job, tmp_path / "out", 1)
-    report_duration("scoring, the head killed: the next file, from the same command,", started)
-    again = job.wait()
+    again = score_pairs(model, tmp_path)
     assert again.line["scored_rows"] == rows
     assert again.line["resumed_rows"] > 0

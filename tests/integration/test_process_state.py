@@ -1,6 +1,6 @@
-"""A person who calls `fit` and `score` from Python finds the process as it was before.
+"""The README's example in Python runs, and leaves the process as it was before.
 
-`python -m tests.integration.test_process_state DATA FOLDER` trains and scores, and prints the changes as a JSON line.
+`python -m tests.integration.test_process_state CODE` runs it, and prints the changes as a JSON line.
 """
 
 import json
@@ -22,29 +22,37 @@ import pytest
 import torch
 from ray.data import DataContext
 
-ROOT = Path(__file__).parents[2]  # the module with the fixtures would import the app before the first snapshot
-
-EVERY = 10
+ROOT = Path(__file__).parents[2]  # imports of the app are in functions: the first snapshot comes before them
 
 # `ray.init` sets it for a cluster that it starts. The app keeps it: see mnistsum_ray/cluster/ray_internals.py.
 KEPT = {"os.environ: RAY_USAGE_STATS_ENABLED": [None, "0"]}
 
 
 @pytest.mark.slow
-def test_fit_and_score_leave_the_process_as_it_was(data: Path, tmp_path: Path) -> None:
+def test_the_readmes_example_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    from mnistsum_ray.config import ExportPairsConfig
+    from mnistsum_ray.export.pairs import export_pairs
+
+    text = (ROOT / "README.md").read_text().partition("## From Python")[2]
+    code = text.partition("```python\n")[2].partition("```")[0].replace("epochs=2)", "epochs=1, sum_head_steps=50)")
+    export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "pairs"), rows=100, files=1), print)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONBREAKPOINT"))}
-    command = [sys.executable, "-m", "tests.integration.test_process_state", str(data), str(tmp_path)]
     # Ray overwrites the first of them, and the app the second while it trains.
     environment |= {"RAY_ADDRESS": "local", "PYTHONBREAKPOINT": "0", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "50"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-m", "tests.integration.test_process_state", code]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"import": {}, "fit": KEPT, "score": {}}
+    assert "pred_digit  pred_sum reason" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1]) == {"import": {}, "fit, score and predict_rows": KEPT}
+    assert (tmp_path / "scored-again" / "manifest.json").exists()
 
 
 _LIBRARIES = [
     "aiohttp.web",
     "matplotlib.pyplot",
     "mlflow",
+    "pandas",
     "ray.autoscaler.sdk",
     "ray.train.torch",
     "tensorboardX",
@@ -105,24 +113,17 @@ def changes(before: Snapshot, after: Snapshot) -> dict[str, list[Any]]:
     }
 
 
-def main(data: str, folder: str) -> None:
+def main(code: str) -> None:
     for library in _LIBRARIES:
         import_module(library)
     libraries = snapshot()
-    import mnistsum_ray
-
-    for module in pkgutil.walk_packages(mnistsum_ray.__path__, "mnistsum_ray."):
+    package = import_module("mnistsum_ray")
+    for module in pkgutil.walk_packages(package.__path__, "mnistsum_ray."):
         import_module(module.name)
     imported = snapshot()
-    config = mnistsum_ray.TrainConfig(data=data, epochs=1, sum_head_steps=5, storage_path=f"{folder}/runs", name="mine")
-    result = mnistsum_ray.fit(config)
-    trained = snapshot()
-    files = {"input": (data,), "number_column": "digit", "output": f"{folder}/out"}
-    mnistsum_ray.score(mnistsum_ray.ScoreConfig(model=result.run, **files))
-    scored = snapshot()
-    steps = {"import": changes(libraries, imported), "fit": changes(imported, trained), "score": changes(trained, scored)}
-    print(json.dumps(steps))
+    exec(code, {})
+    print(json.dumps({"import": changes(libraries, imported), "fit, score and predict_rows": changes(imported, snapshot())}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -28,7 +28,7 @@ from tests.integration.conftest import Scored, score_here
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
-ROWS: Final = 2_000
+ROWS: Final = 800
 REJECTED: Final = 8
 
 FORMS, FORM_ROWS = 9, 60
@@ -121,7 +121,7 @@ def write_layout(folder: Path, names: list[str], pairs: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scored(model: Path, rows: tuple[Pixels, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Scored:
-    """Everything, scored to files of at most 300 rows."""
+    """Everything, scored to files of at most 120 rows."""
     folder = tmp_path_factory.mktemp("libraries")
     export_pairs(ExportPairsConfig(data="sample", output=str(folder / "pairs"), rows=ROWS, files=4), print)
     for layout, names in LAYOUTS.items():
@@ -129,7 +129,7 @@ def scored(model: Path, rows: tuple[Pixels, np.ndarray], tmp_path_factory: pytes
     (folder / "in" / "forms").mkdir()
     write_extras(folder / "in" / "forms", *rows)
     write_with_others(folder / "in" / "forms", *rows)
-    done = score_here(model, folder / "out", folder / "in", max_rows_per_file=300)
+    done = score_here(model, folder / "out", folder / "in", max_rows_per_file=120)
     bad = REJECTED * len(LAYOUTS)
     assert (done.line["scored_rows"], done.line["rejected_rows"]) == (ROWS * len(LAYOUTS) - bad + FORMS * FORM_ROWS, bad)
     return done

@@ -72,7 +72,12 @@ def mixed(sample: pa.Table) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, mixed: pa.Table) -> Path:
-    return write_files(tmp_path_factory.mktemp("data") / "files", mixed)
+    """Every second image is a PNG."""
+    images = mixed["image"].to_pylist()
+    for row, pixels in enumerate(pixels_view(mixed["image"].combine_chunks())[::2]):
+        images[2 * row] = encode_png(torch.tensor(pixels)[None]).numpy().tobytes()
+    pictures = mixed.set_column(0, "image", pa.array(images, pa.binary()))
+    return write_files(tmp_path_factory.mktemp("data") / "files", pictures)
 
 
 def feed(rows: Rows, rank: int = 0, world_size: int = 1, **changed: Any) -> list[Batch]:
@@ -126,7 +131,7 @@ def test_every_row_once_an_epoch_with_its_own_image_number_and_distortion(
 
 
 def test_any_number_of_workers_sees_the_same_batches(alone: list[Batch], rows: Rows) -> None:
-    assert together(rows, 2) == described(alone)
+    assert together(rows, 2, epochs=1) == described(alone)[: len(alone) // 2]
 
 
 def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(alone: list[Batch], rows: Rows) -> None:
@@ -135,7 +140,7 @@ def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(alone: list[Bat
 
 def test_tasks_of_any_size_are_one_stream(alone: list[Batch], rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "_TASK_ROWS", 100)
-    assert described(feed(rows)) == described(alone)
+    assert described(feed(rows, epochs=1)) == described(alone)[: len(alone) // 2]
 
 
 def test_the_first_task_is_small_so_that_a_gpu_begins_at_once() -> None:
@@ -149,19 +154,9 @@ def test_an_empty_share_is_an_empty_batch(folder: Path) -> None:
     """More workers than rows in the last batch: Ray Data drops blocks without rows, the steps must not shift for that."""
     source, loaded, shuffle = streamed(folder, batch_size=533)
     assert len(shuffle.rows) % 533 == 1
-    batches = together((source, loaded, shuffle), 3, epochs=1)
+    batches = together((source, loaded, shuffle), 2, epochs=1)
     assert [len(batch) for batch in batches] == [533, 533, 533, 1]
     assert sorted(row[0] for batch in batches for row in batch) == source.train.ids().tolist()
-
-
-def test_pictures_are_fed_as_raw_bytes_are(folder: Path, mixed: pa.Table, tmp_path: Path) -> None:
-    pixels = pixels_view(mixed["image"].combine_chunks())
-    encoded = [encode_png(torch.from_numpy(image)[None]).numpy().tobytes() for image in pixels]
-    pictures = mixed.set_column(0, "image", pa.array(encoded, pa.binary()))
-    as_png, raw = (feed(streamed(place), epochs=1) for place in (write_files(tmp_path / "png", pictures), folder))
-    for one, other in zip(as_png, raw, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_checksums_are_of_the_rows_and_not_of_the_files(tmp_path: Path, sample: pa.Table) -> None:

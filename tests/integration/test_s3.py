@@ -109,7 +109,7 @@ def test_a_run_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(mo
         os.kill(process, signal.SIGSTOP)
     stopped = time.monotonic()
     other = write_model(tmp_path / "other", 1)
-    done = score_here(other, (root / "out").display, (root / "pairs").display, overwrite=True)
+    done = score_here(other, (root / "out").display, (root / "pairs").display, overwrite=True, num_workers=None)
     assert done.line["scored_rows"] == rows
     assert "was left by a run that no longer renews it" in done.said
     assert time.monotonic() - stopped > LEASE_TTL_SECONDS

@@ -83,7 +83,7 @@ def expected_of(model: Path, source: pa.Table) -> dict[str, np.ndarray]:
 
 
 def test_predictions_do_not_depend_on_workers_parts_and_batches(model: Path, exported: Path, tmp_path: Path) -> None:
-    scored = score_here(model, tmp_path / "out", exported, num_workers=1, max_rows_per_file=77, batch_size=20)
+    scored = score_here(model, tmp_path / "out", exported, num_workers=2, max_rows_per_file=77, batch_size=20)
     source, table = rows_of(exported), table_of(scored)
     assert table["row_id"].to_pylist() == source["row_id"].to_pylist()
     check_predictions(table, expected_of(model, source))
@@ -106,19 +106,15 @@ def test_accuracies_and_probabilities_are_those_of_the_rows_with_a_label(finishe
 
 
 def check_probabilities(scored: Scored, table: pa.Table, digits: np.ndarray, sums: np.ndarray) -> None:
-    """The probability metrics of the manifest follow from the columns of the output."""
+    """The metrics of the manifest are those of the columns of the output; their definitions are tested in tests/model."""
     metrics = scored.manifest()["probabilities"]
     for head, truth in (("digit", digits), ("sum", sums)):
         probability, right = table[f"{head}_prob"].to_numpy(), table[f"pred_{head}"].to_numpy() == truth
         bins = np.minimum((probability * 15).astype(int), 14)
         gaps = [abs(probability[bins == index].sum() - right[bins == index].sum()) for index in range(15)]
         assert metrics[head]["ece"] == pytest.approx(sum(gaps) / len(truth), abs=1e-5)
-        assert metrics[head]["nll"] > -np.log(probability[right]).sum() / len(truth), "the wrong predictions add to it"
-        assert 0 < metrics[head]["brier"] < 2
     counted = np.bincount(table["digit"].to_numpy() * 10 + table["pred_digit"].to_numpy(), minlength=100)
     assert np.ravel(scored.manifest()["confusion"]).tolist() == counted.tolist()
-    for name in ("reliability.png", "reliability.svg", "confusion.png", "confusion.svg"):
-        assert (scored.output / name).exists()
 
 
 @pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")

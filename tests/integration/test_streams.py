@@ -40,9 +40,3 @@ def test_a_refusal_without_standard_error(tmp_path: Path) -> None:
 def test_standard_error_closed_by_its_reader(tmp_path: Path) -> None:
     done = shell("(sleep 1; $JOB --output out; echo $? > code) 2> >(true)", tmp_path)
     assert (tmp_path / "code").read_text() == "0\n", done
-
-
-def test_help_whose_reader_stops_early(tmp_path: Path) -> None:
-    done = shell("set -o pipefail; $JOB --help | head -n 1", tmp_path)
-    assert done.stdout.startswith("usage: python jobs/export_pairs.py [flags]")
-    assert not done.stderr
