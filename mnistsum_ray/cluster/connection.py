@@ -74,7 +74,7 @@ def connect(metadata: dict[str, str] | None = None) -> None:
     from mnistsum_ray.cluster import ray_internals
 
     try:
-        with preserve_signal_handlers(), ray_internals.side_effects_undone(), ray_internals.silenced():
+        with preserve_signal_handlers(), ray_internals.side_effects_undone(), ray_internals.without_core_logs():
             _send_token(named_address)
             ray.init(job_config=ray_internals.job_config(metadata), logging_level=logging.ERROR, log_to_driver=False)
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:

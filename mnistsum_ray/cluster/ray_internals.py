@@ -6,7 +6,9 @@ lines without a mark. `tests/cluster/test_ray_internals.py` runs each against th
 
 import logging
 import os
+import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -47,6 +49,9 @@ _DATA_ACTORS: Final = {
 }
 """Functions that create detached actors, by their modules in `ray.data._internal`."""
 _PACKAGE_PARENT: Final = str(Path(__file__).parents[2])
+
+_CORE_LINE: Final = re.compile(rb"\[\d{4}-\d\d-\d\d [^\]]*\] .*?\w+\.(cc|h):\d+: ")
+"""The beginning of a log line of Ray's C++ core."""
 
 _FIRST_PAUSE_SECONDS: Final = 0.001
 _LONGEST_PAUSE_SECONDS: Final = 0.05
@@ -241,7 +246,15 @@ def small_cluster() -> Iterator[None]:
 
         return start_one
 
+    def connect_quietly(connect: Any) -> Callable[..., Any]:
+        def quietly(*args: Any, **options: Any) -> Any:
+            with without_core_logs():
+                return connect(*args, **options)
+
+        return quietly
+
     with ExitStack() as replacements:
+        replacements.enter_context(replaced(lambda: ray._private.worker, "connect", connect_quietly))  # noqa: TID251
         replacements.enter_context(replaced(lambda: ray._private.services, "ConsolePopen", start))  # noqa: TID251
         for name in ("start_api_server", "start_monitor", "start_log_monitor"):
             nothing = replaced(lambda: ray._private.node.Node, name, lambda _: lambda *_, **__: None)  # noqa: TID251
@@ -275,14 +288,18 @@ def side_effects_undone() -> Iterator[None]:
 
 
 @contextmanager
-def silenced() -> Iterator[None]:
-    """Discard what C++ writes to standard error in the block; in it no other thread should write there."""
+def without_core_logs() -> Iterator[None]:
+    """Keep log lines of Ray's C++ core off standard error. What others write there meanwhile follows at the end of the block."""
     sys.stderr.flush()
-    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(devnull)
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            for line in written:
+                if not _CORE_LINE.match(line):
+                    os.write(2, line)
