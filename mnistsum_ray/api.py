@@ -47,11 +47,16 @@ def run_training(config: TrainConfig) -> TrainResult:
 
     with Console() as console, started_early():
         run = preflight(config, partial(Progress, console.progress))
-        with _import_beside("mnistsum_ray.training.driver"):
+        torch_import = Thread(target=import_module, args=("torch",))  # takes seconds, and to start Ray is mostly to wait
+        torch_import.start()
+        try:
             connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
-            from mnistsum_ray.cluster.gpus import begin_probe  # imports Ray
+        finally:
+            torch_import.join()  # a process that ended in the middle of an import would crash
 
-            probe = begin_probe(run.config.use_gpu)
+        from mnistsum_ray.cluster.gpus import begin_probe
+
+        probe = begin_probe(run.config.use_gpu)  # while this process imports Ray Train
         from mnistsum_ray.training import driver
 
         with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
@@ -64,26 +69,15 @@ def run_scoring(config: ScoreConfig) -> ScoreResult:
 
     with Console() as console, started_early():
         run = preflight(config)
-        with _import_beside("mnistsum_ray.scoring.driver"):
-            connect({"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display})
-            from mnistsum_ray.cluster.gpus import begin_probe  # imports Ray
+        connect({"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display})
 
-            probe = begin_probe(False if config.precision == "int8" else config.use_gpu)
+        from mnistsum_ray.cluster.gpus import begin_probe
+
+        probe = begin_probe(False if config.precision == "int8" else config.use_gpu)  # while this process imports Ray Data
         from mnistsum_ray.scoring import driver
 
         with quiet_logger("ray", "ray.data"):
             return driver.score(run, console, probe)
-
-
-@contextmanager
-def _import_beside(module: str) -> Iterator[None]:
-    """Import a module, which takes seconds, in a thread while the block waits for Ray."""
-    thread = Thread(target=import_module, args=(module,))
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()  # a process that ended in the middle of an import would crash
 
 
 @contextmanager
