@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.api import run_training
@@ -73,22 +71,18 @@ def test_jobs_outlast_a_storage_that_is_overloaded(s3: Storage, cluster: str, da
 
 
 def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cluster: str, model: Path, tmp_path: Path) -> None:
-    """At its footer; at its rows when some of them are committed; and where the input folder is moved away meanwhile: the run
+    """At its footer; at its rows, when files before it are committed; and where the input folder is moved away meanwhile: the run
     ends, and nothing is deleted. Half a minute passes in each until the job gives up, so the three run side by side."""
-    root, end, refused, rows = locate("s3://scores/refused", "--output"), "part-00001.parquet", s3.refused, 10_000
+    root, end, refused, rows = locate("s3://scores/refused", "--output"), "part-00003.parquet", s3.refused, 10_000
     roots = {"footer": root / "footer", "rows": root / "rows", "moved": locate(str(tmp_path), "--output")}
     flags = {way: ["--model", model, *pairs(place.display, rows), "--num-workers", 1] for way, place in roots.items()}
-    for info in (root / "rows" / "in").files():  # in row groups that are read one after the other
-        table, sink = pq.ParquetFile(pa.BufferReader(root.at(info.path).read_bytes())).read(), pa.BufferOutputStream()
-        pq.write_table(table, sink, row_group_size=250)
-        writable(root / "rows" / "in").write(info.name, sink.getvalue())
     s3.statuses[f"footer/in/{end}"] = "503 Slow Down"
     try:
         jobs = {way: Job("score", *of_job, address=cluster) for way, of_job in flags.items()}
         wait_for_files(jobs["moved"], tmp_path / "out", 8)
         (tmp_path / "in").rename(tmp_path / "away")
         out = root / "rows" / "out"
-        jobs["rows"].wait_until(lambda: len([info for info in out.files() if f"/predictions/{end[:-8]}" in info.path]) >= 2)
+        jobs["rows"].wait_until(lambda: len([info for info in out.files() if "/predictions/" in info.path]) >= 2)
         s3.statuses[f"rows/in/{end}"] = "403 Forbidden"
         done = {way: job.wait() for way, job in jobs.items()}
     finally:
