@@ -43,7 +43,7 @@ from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_va
 from mnistsum_ray.training.fetch import load_rows
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
-from mnistsum_ray.training.ray_hooks import CheckpointCallback, InterruptibleTrainer, remove_placement_groups
+from mnistsum_ray.training.ray_hooks import CheckpointCallback, InterruptibleTrainer, placement_groups, remove_placement_groups
 from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
 from mnistsum_ray.training.worker import Events, event_queue
 
@@ -110,6 +110,8 @@ class _Driver:
         self.failures = 0
         """Failures since the last checkpoint."""
         self.lost = lost_nodes()
+        self.groups = placement_groups()
+        """Placement groups of a caller of `fit`."""
         if run.config.resume:
             self._resume()
         elif (run.folder / _MANIFEST).exists():  # checked again, now that no other run can write there
@@ -269,7 +271,7 @@ class _Driver:
             raise RunError(f"gave up after {counted(self.failures, 'failure')}: {problem}; {run.how_to_resume()}") from error
         self.start = newest
         delete_other_checkpoints(self.held, newest)
-        remove_placement_groups()
+        remove_placement_groups(but=self.groups)
         self.metrics.enter("waiting")
         try:
             wait_until_free(self.plan, max(_MIN_WAIT_SECONDS, run.config.wait_seconds), say, lost)

@@ -56,10 +56,14 @@ class CheckpointCallback(ray.train.UserCallback):
             self._events.send("checkpoint")
 
 
-def remove_placement_groups() -> None:
-    """Remove the placement groups of this job. Ray Train 2.60 leaves that of workers that fail in `init_process_group`, and the
-    next workers would wait for its resources."""
+def placement_groups() -> set[str]:
+    """Ids of the placement groups of this job, whose own id is their end."""
     job = ray.get_runtime_context().get_job_id()
-    for name, entry in placement_group_table().items():
-        if name.endswith(job) and entry["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
+    return {name for name, entry in placement_group_table().items() if name.endswith(job) and entry["state"] != "REMOVED"}
+
+
+def remove_placement_groups(but: set[str]) -> None:
+    """Remove the placement groups of this job, but for some. Ray Train 2.60 leaves that of workers that fail in
+    `init_process_group`, and the next workers would wait for its resources."""
+    for name in placement_groups() - but:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))

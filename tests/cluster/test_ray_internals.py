@@ -15,7 +15,7 @@ from ray.data import Dataset
 from ray.data._internal.execution.node_trackers import actor_location
 
 from mnistsum_ray.cluster import ray_internals
-from mnistsum_ray.training.ray_hooks import remove_placement_groups
+from mnistsum_ray.training.ray_hooks import placement_groups, remove_placement_groups
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,15 @@ def test_what_an_autoscaler_may_add(tmp_path: Path, program: str, version: str) 
 
 @pytest.mark.usefixtures("address")
 def test_placement_groups_that_ray_train_has_left_are_removed() -> None:
-    ray.get(ray.util.placement_group([{"CPU": 1}]).ready())
-    remove_placement_groups()
-    assert ray.get(ray.remote(num_cpus=1)(lambda: True).remote(), timeout=30)
+    """Those that were there before stay: they are of whoever calls `fit`."""
+    of_caller = ray.util.placement_group([{"CPU": 0.01}])
+    ray.get(of_caller.ready())
+    before = placement_groups()
+    ray.get(ray.util.placement_group([{"CPU": 0.99}]).ready())
+    remove_placement_groups(but=before)
+    assert ray.get(ray.remote(num_cpus=0.99)(lambda: True).remote(), timeout=30)
+    assert placement_groups() == before == {of_caller.id.hex()}
+    ray.util.remove_placement_group(of_caller)
 
 
 _AUTHENTICATE = """

@@ -286,24 +286,36 @@ def train_here(**settings: Any) -> Trained:
 
 
 @contextmanager
-def once(condition: Callable[[], object], action: Callable[[], object]) -> Iterator[None]:
-    """Do something, in a thread, as soon as a condition holds while the block runs; assert that it has been done."""
-    ended, done = threading.Event(), threading.Event()
+def polling(step: Callable[[], bool]) -> Iterator[None]:
+    """Call `step` again and again, in a thread, while the block runs and until it returns True."""
+    ended = threading.Event()
 
-    def watch() -> None:
-        while not ended.wait(0.05):
-            if condition():
-                done.set()
-                action()
-                return
+    def poll() -> None:
+        while not ended.wait(0.05) and not step():
+            pass
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    thread = threading.Thread(target=poll)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
-        watcher.join()
+        thread.join()
+
+
+@contextmanager
+def once(condition: Callable[[], object], action: Callable[[], object]) -> Iterator[None]:
+    """Do something, in a thread, as soon as a condition holds while the block runs; assert that it has been done."""
+    done = threading.Event()
+
+    def step() -> bool:
+        if condition():
+            done.set()
+            action()
+        return done.is_set()
+
+    with polling(step):
+        yield
     assert done.is_set(), "the block ended before"
 
 

@@ -6,7 +6,6 @@ Training is killed on S3, on three workers, and scoring on a disk. Each recovers
 import hashlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +36,7 @@ from tests.integration.conftest import (
     kill_worker,
     lose_node,
     nodes,
+    polling,
     report_duration,
     score_here,
     wait_for_files,
@@ -190,25 +190,20 @@ def scored(output: Path) -> dict[str, bytes]:
 @contextmanager
 def watched(output: Location) -> Iterator[None]:
     """Check while the block runs that every scored file with a final name is whole."""
-    ended, torn = threading.Event(), list[str]()
+    torn: list[str] = []
 
-    def watch() -> None:
-        while not ended.wait(0.05):
-            for path in Path(output.path).rglob("[!.]*.parquet"):
-                try:
-                    pq.read_metadata(path)
-                except FileNotFoundError:
-                    continue
-                except Exception as error:  # any error means that the file was not whole
-                    torn.append(f"{path}: {error}")
+    def step() -> bool:
+        for path in Path(output.path).rglob("[!.]*.parquet"):
+            try:
+                pq.read_metadata(path)
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # any error means that the file was not whole
+                torn.append(f"{path}: {error}")
+        return bool(torn)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with polling(step):
         yield
-    finally:
-        ended.set()
-        watcher.join()
     assert not torn
 
 
