@@ -1,10 +1,11 @@
-"""Requests to an S3 server: few for each file, and one for a thousand files that are deleted."""
+"""Requests to an S3 server: few for each file that is scored or trained on, and one for a thousand files that are deleted."""
 
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -13,6 +14,7 @@ from werkzeug.serving import make_server
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.parquet import to_parquet
+from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.scoring.output import OutputFiles, delete_parts
 from mnistsum_ray.scoring.preflight import Request, make_plan
 from mnistsum_ray.storage.paths import locate
@@ -66,3 +68,16 @@ def test_a_scored_file_costs_seven_requests(requests: Counter[str]) -> None:
     delete_parts(writable(output), plan.parts["output"].to_pylist(), CONSOLE)
     assert requests == {"/counted": 2}, "predictions, and rejected rows"
     assert not output.files()
+
+
+def test_a_file_of_training_rows_costs_four_requests(requests: Counter[str]) -> None:
+    table = pa.table({"image": [bytes(784)] * 10, "label": [1] * 10})
+    folder = locate("s3://counted/rows", "--data").with_retries()
+    for index in range(FILES):
+        writable(folder).write(f"{index:03d}.parquet", to_parquet(table))
+    requests.clear()
+    source = open_source(folder.display)
+    source.data.fetch(np.arange(source.rows))
+    of_files = {path: count for path, count in requests.items() if path.endswith(".parquet")}
+    assert of_files == {f"/counted/rows/{index:03d}.parquet": 4 for index in range(FILES)}
+    assert sum(requests.values()) - sum(of_files.values()) < 10, "listings"
