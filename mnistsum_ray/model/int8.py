@@ -1,4 +1,4 @@
-"""The network in 8-bit integers on a CPU: nearly twice as fast as bfloat16, from the same float32 weights.
+"""The network in 8-bit integers on a CPU: nearly twice as fast as bfloat16, from the same float32 weights. Of `TwoHeadCNN` alone.
 
 Static quantization as in Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
 Inference" (2018): one scale for each output channel of a convolution's weights, and one for its output, from the largest
