@@ -17,6 +17,7 @@ from mnistsum_ray.training.analysis import describe
 from mnistsum_ray.training.checkpoint import (
     STATE_CARD,
     STATE_FILE,
+    STATE_FORMAT,
     EpochProgress,
     TrainerState,
     latest_valid_checkpoint,
@@ -103,6 +104,11 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_one_of_another_versio
         "a file is",
     ]
     (tmp_path / "epoch_00006").mkdir()
-    (tmp_path / "epoch_00006" / STATE_CARD).write_text('{"format": "mnistsum_ray/10"}')
-    with pytest.raises(RequestError, match=r"epoch_00006 cannot be used: it was written by another version"):
-        latest_valid_checkpoint(place, print)
+    others = {
+        '"mnistsum_ray/10"': "it was written by another version",
+        f'"{STATE_FORMAT}", "network": "Other"': "it is of another network",
+    }
+    for other, why in others.items():
+        (tmp_path / "epoch_00006" / STATE_CARD).write_text(f'{{"format": {other}}}')
+        with pytest.raises(RequestError, match=f"epoch_00006 cannot be used: {why}"):
+            latest_valid_checkpoint(place, print)
