@@ -27,6 +27,9 @@ CALIBRATION_ROWS: Final = 512
 COMPARED_ROWS: Final = 10_000
 """Maximum number of test rows on which int8 is compared with the trained network: all of MNIST's."""
 
+MIN_AGREEMENT: Final = 0.9
+"""Share of the digits that a calibration must give as the network does: with fewer, its layers are not those computed here."""
+
 MAX_ACTIVATION: Final = 255
 MAX_WEIGHT: Final = 64
 """Largest integer weight. CPUs without VNNI add two products in 16 bits: with larger weights they would overflow silently."""

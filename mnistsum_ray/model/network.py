@@ -74,9 +74,8 @@ class Network(nn.Module, ABC):
     """What is trained, calibrated, scored with and exported. A subclass defines `digit_scores` and `scores`; NETWORK names it.
 
     Its parts are found by running it, see `find_parts`: Muon trains the weights of LAYERS, except those of the first layer and of
-    the last ones, and AdamW the other parameters. What cannot be trained whole, or calibrated, is refused, see `check_network`.
-    Buffers that change, as of `nn.BatchNorm2d`, are those of rank 0. A network must draw no random numbers, as `nn.Dropout` does:
-    a resumed run would draw others.
+    the last ones, and AdamW the rest. `check_network` refuses what cannot be trained whole or calibrated. Buffers that change, as
+    of `nn.BatchNorm2d`, are those of rank 0. It must not draw random numbers, as `nn.Dropout`: a resumed run would draw others.
     """
 
     dropout_shape: ClassVar[tuple[int, ...] | None] = None
@@ -95,10 +94,8 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        """Scores of all heads, of digit scores [n, 10], which come first and unchanged, and numbers int64[n] in 0..9.
-
-        The other heads read the digit scores as the first inputs of an `nn.Linear`.
-        """
+        """Scores of all heads, of digit scores [n, 10] and numbers int64[n] in 0..9: the digit scores as they are, and those of
+        heads that read them as the first inputs of an `nn.Linear`."""
 
     def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
         """Scores of all heads, of prepared images, numbers int64[n] and the dropout of `digit_scores`."""

@@ -2,18 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mnistsum_ray.data.images import SIDE
-from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.heads import DIGIT, HEADS, NETWORK
 from mnistsum_ray.model.network import LAYERS, Network, make_network, prepare_images
-
-_ROWS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -33,26 +30,25 @@ class Parts:
     @torch.no_grad()
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
         """Divide the scores of each head by its temperature, in place, by changing the weights."""
-        digits = slice(DIGIT.classes)
-        linear = [(layer, given) for layer, (given,), _ in self.calls if isinstance(layer, nn.Linear)]
-        readers = {layer for layer, given in linear if torch.equal(given[:, digits], self.digit_scores)}
+        digits, linear = slice(DIGIT.classes), [call for call in self.calls if isinstance(call[0], nn.Linear)]
+        readers = {layer for layer, (given,), _ in linear if torch.equal(given[:, digits], self.digit_scores)}
         for name, layer in self.last_layers.items():
             for parameter in layer.parameters():
                 parameter.div_(temperatures[name])
         for reader in readers:  # they still read the digit scores as they were
-            reader.weight[:, digits] *= temperatures[DIGIT.name]
+            reader.get_parameter("weight")[:, digits] *= temperatures[DIGIT.name]
 
 
 def _example_rows(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prepared images of random pixels, and numbers; always the same."""
-    drawn: Any = {"generator": torch.Generator(device).manual_seed(0), "device": device}
-    images = prepare_images(torch.randint(256, (_ROWS, SIDE, SIDE), dtype=torch.uint8, **drawn))
-    return images, torch.randint(NUMBERS, (_ROWS,), **drawn)
+    """Prepared images of random pixels, and numbers; always the same four."""
+    generator = torch.Generator(device).manual_seed(0)
+    pixels = torch.randint(256, (4, SIDE, SIDE), generator=generator, device=device, dtype=torch.uint8)
+    return prepare_images(pixels), torch.arange(4, device=device)
 
 
 @torch.enable_grad()
 def find_parts(model: Network) -> Parts:
-    """Find the parts of a network: what comes before which scores is known from their gradients. The network does not change.
+    """Find the parts of a network: which layers come before which scores is known from gradients. The network does not change.
 
     Raises:
         RequestError: a parameter gets no gradient, or a part is missing.
@@ -91,21 +87,18 @@ def find_parts(model: Network) -> Parts:
 
 @torch.no_grad()
 def check_network(dropout: float) -> None:
-    """Check that a new network can be trained whole, with this probability of dropout, and calibrated.
-
-    Raises:
-        RequestError: it cannot; the message says why and what to do.
-    """
+    """Raise RequestError where a new network cannot be trained whole, with this probability of dropout, or be calibrated."""
     model = make_network().eval()
     find_parts(model)
     for parameter in model.parameters():  # weights that begin as zeros would hide what they do
         parameter.add_(torch.randn_like(parameter), alpha=0.01)
     images, numbers = _example_rows(torch.device("cpu"))
+    before = model(images, numbers)
     if dropout:
-        ones = None if model.dropout_shape is None else torch.ones(_ROWS, *model.dropout_shape)
-        if ones is None or torch.equal(model.digit_scores(images, ones), model.digit_scores(images, 0 * ones)):
+        zeros = None if model.dropout_shape is None else torch.zeros(len(images), *model.dropout_shape)
+        if torch.equal(model.digit_scores(images, zeros), before[0]):
             raise _refused(f"it does not use --dropout {dropout:g}: give --dropout 0, or multiply with it in `digit_scores`")
-    before, temperatures = model(images, numbers), {head.name: 2.0 + index for index, head in enumerate(HEADS)}
+    temperatures = {head.name: 2.0 + index for index, head in enumerate(HEADS)}
     find_parts(model).fold_temperatures(temperatures)
     for head, scores, folded in zip(HEADS, before, model(images, numbers), strict=True):
         if not torch.allclose(folded * temperatures[head.name], scores, rtol=0, atol=1e-3 * scores.abs().max().item()):

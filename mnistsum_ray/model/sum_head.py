@@ -1,4 +1,4 @@
-"""Fine-tuning of the sum head, and of any other that reads the digit scores, after the last epoch, on synthetic digit scores.
+"""Fine-tuning of the sum head, and of any other after the digit's, on synthetic digit scores, after the last epoch.
 
 The digit scores and the number determine the distribution of the sum: the distribution of the digit, shifted by the number. But a
 trained network gives hardly any of its training images scores between two digits. The sum head has not seen such scores, and
@@ -34,7 +34,7 @@ _LEARNING_RATE: Final = 0.02
 def finetune_sum_head(
     model: Network, digit_scores: Tensor, steps: int, seed: int, on_progress: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Train the sum head alone on the distribution of digit + number that the digit scores imply.
+    """Train all heads but the digit's on the distribution of their answer, such as digit + number, that the digit scores imply.
 
     The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most likely digit instead, the head
     is sure of every sum, also of wrong ones (negative log-likelihood 0.033 nats instead of 0.013).

@@ -1,6 +1,7 @@
 """Analysis of the trained model: temperatures, errors on test rows, and calibration for int8; one worker computes all of it."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.model import int8
 from mnistsum_ray.model.calibration import calibrated, fit_temperatures
 from mnistsum_ray.model.device import hardware
+from mnistsum_ray.model.heads import DIGIT
 from mnistsum_ray.model.metrics import ScoredRows, analyse_errors, probability_metrics
 from mnistsum_ray.model.network import Network, TwoHeadCNN
 from mnistsum_ray.model.parts import find_parts
@@ -84,7 +86,10 @@ def analyse(
         torch.set_num_threads(cpus_of_node())  # the other workers have returned; of a forward pass threads decide no bit
         images, _ = data.fetch(train.sample(int8.CALIBRATION_ROWS).ids())
         on_progress = events.progress("test rows compared with int8", min(len(test), int8.COMPARED_ROWS))
-        description["int8"] = int8.quantize(quantized.cpu(), torch.from_numpy(images), compared, on_progress)
+        with suppress(AttributeError, RuntimeError):  # of a TwoHeadCNN whose layers were changed
+            entry = int8.quantize(quantized.cpu(), torch.from_numpy(images), compared, on_progress)
+            if entry[f"{DIGIT.name}_agreement"] >= int8.MIN_AGREEMENT:
+                description["int8"] = entry
     return TrainingResult(
         state.history,
         analysis,

@@ -64,8 +64,7 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> Train
     """Train on the cluster that this process is connected to; `probe` is that of `reserve`.
 
     Raises:
-        RequestError: the cluster is too small, a row of the data cannot be used, another run writes to the run folder, or the
-            network does not meet its contract.
+        RequestError: as `check_network`; the cluster is too small, a row of the data cannot be used, or another run writes there.
         RunError: the loss became infinite, workers failed more often than `--max-failures`, or the storage cannot be written.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """

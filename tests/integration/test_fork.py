@@ -56,7 +56,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def trained(forked: dict[str, Any]) -> Done:
     flags = ("--data", "sample", "--epochs", 1, "--batch-size", BATCH, "--num-workers", 2, "--sum-head-steps", 300)
-    return run_job("train", *flags, "--name", "one", **forked)
+    return run_job("train", *flags, "--precision", "fp32", "--name", "one", **forked)
 
 
 def test_it_is_trained_by_two_workers_and_its_buffers_are_in_the_model(trained: Done, forked: dict[str, Any]) -> None:

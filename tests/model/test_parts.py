@@ -53,15 +53,6 @@ class NoLastLayer(TwoHeadCNN):
         return *super().scores(digit_scores, numbers), digit_scores.view(-1, 5, 2).logsumexp(1)
 
 
-class SharedLastLayer(TwoHeadCNN):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc2 = nn.Linear(128, 19 + EVEN.classes)
-
-    def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        return digit_scores, *self.sum_scores(digit_scores, numbers).split([19, EVEN.classes], 1)
-
-
 class Undropped(TwoHeadCNN):
     def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
         return super().digit_scores(images)
@@ -104,7 +95,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Network], int], Netwo
 
 def test_the_parts_of_the_network() -> None:
     model = new_model()
-    found, names = find_parts(model), {value: name for name, value in model.named_parameters()}
+    found = find_parts(model)
+    names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
     assert [names[value] for value in found.hidden_weights] == [f"conv{index}.weight" for index in range(2, 7)] + ["fc1.weight"]
     assert [names[value] for value in found.head_parameters] == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
     assert found.last_layers == {"digit": model.conv7, "sum": model.fc2}
@@ -134,7 +126,6 @@ def test_a_third_head_is_calibrated_and_fine_tuned(use: Callable[..., Third]) ->
         (Unused, 2, 0.0, "no gradient arrives at conv2.bias, spare.weight"),
         (TwoHeadCNN, 3, 0.0, r"its `scores` are of \[\[10\], \[19\]\] classes, and HEADS of \[\[10\], \[19\], \[2\]\]"),
         (NoLastLayer, 3, 0.0, "needs an nn.Linear or nn.Conv2d as the last layer of each head"),
-        (SharedLastLayer, 3, 0.0, "the head sum cannot be calibrated"),
         (Softmax, 2, 0.0, "the head sum cannot be calibrated"),
         (Undropped, 2, 0.2, r"does not use --dropout 0\.2"),
         (Residual, 2, 0.2, r"does not use --dropout 0\.2"),
