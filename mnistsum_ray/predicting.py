@@ -23,9 +23,9 @@ from mnistsum_ray.storage.paths import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from mnistsum_ray.model.inference import Predictions
-    from mnistsum_ray.model.network import TwoHeadCNN
+    from mnistsum_ray.model.network import Network
 
-Model: TypeAlias = "TwoHeadCNN | str | Path"
+Model: TypeAlias = "Network | str | Path"
 """A model of `load_model`, or what that takes."""
 
 Rows = TypeVar("Rows")
@@ -35,7 +35,7 @@ _REASON: Final = "reason"
 """Column with the reason of each row that cannot be scored."""
 
 
-def load_model(model: str | Path) -> "TwoHeadCNN":
+def load_model(model: str | Path) -> "Network":
     """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI) for `predict` and `predict_rows`.
 
     The network is in evaluation mode, float32, on the CPU. It takes images float32[n, 1, 28, 28], which
@@ -175,7 +175,7 @@ def predict_rows(
     return data  # type: ignore[no-any-return]
 
 
-def _predicted_columns(model: "TwoHeadCNN", frame: Any, image: str, number: str, batch_size: int) -> dict[str, pa.Array]:
+def _predicted_columns(model: "Network", frame: Any, image: str, number: str, batch_size: int) -> dict[str, pa.Array]:
     """The columns that `predict_rows` adds, by name."""
     from mnistsum_ray.model.inference import predict_pairs
 
@@ -191,7 +191,7 @@ def _predicted_columns(model: "TwoHeadCNN", frame: Any, image: str, number: str,
     return dict(zip(PREDICTION_FIELDS.names, arrays, strict=True)) | {_REASON: pa.array(reasons, pa.string())}
 
 
-def _loaded(model: Model, batch_size: int) -> "TwoHeadCNN":
+def _loaded(model: Model, batch_size: int) -> "Network":
     if batch_size < 1:
         raise ValueError(f"batch_size: must be at least 1, is {batch_size}")
     return load_model(model) if isinstance(model, str | Path) else model

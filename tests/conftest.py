@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mnistsum_ray.data.sources import SAMPLE
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import make_network, prepare_images
 from mnistsum_ray.model.serialization import copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
@@ -92,7 +92,7 @@ def writable(folder: Location | Path | str) -> OutputFolder:
 def write_model(folder: Path, seed: int) -> Path:
     """Write a model folder with random weights."""
     torch.manual_seed(seed)
-    weights = copy_weights(TwoHeadCNN())
+    weights = copy_weights(make_network())
     accuracies = dict.fromkeys(("loss", "digit_accuracy", "sum_accuracy"), 0.0)
     metrics = {split: {"rows": 500} | accuracies for split in ("validation", "test")}
     description = describe_model(weights, epoch=1, metrics=metrics)

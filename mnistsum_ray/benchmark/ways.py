@@ -34,7 +34,7 @@ from mnistsum_ray.errors import RunError, UnusableFileError
 from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import Predictor
-from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, pixel_places, prepare_images
+from mnistsum_ray.model.network import Objective, distort, make_network, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.storage.folder import empty_output
@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace) -> Measurement:
         write_rows(folder / "in", images, digits, len(images) if args.what == "train" else args.rows)
         if args.what == "train":
             return _train_guide(folder)
-        weights = copy_weights(TwoHeadCNN())  # random ones, on which the speed does not depend
+        weights = copy_weights(make_network())  # random ones, on which the speed does not depend
         save_model(empty_output(f"{folder}/model"), weights, describe_model(weights, epoch=0, metrics={}))
         return _score_bare(args, folder) if args.way == "files" else _score(args, folder)
 
@@ -106,7 +106,7 @@ class TrainingStep:
             tune_malloc()
         strength = recipe_defaults("short", small=False)["distortion"]
         self.matrices = torch.from_numpy(distortions(0, 0, np.arange(original.BATCH), strength)).to(device)
-        self.model, self.places = TwoHeadCNN().to(device), pixel_places(device)
+        self.model, self.places = make_network().to(device), pixel_places(device)
         dtype = torch.bfloat16 if faster_with_bf16(device) else torch.float32
         self.objective: nn.Module = Objective(self.model, 0.0, dtype)
         self.optimizer = MuonAdamW(self.model, 0.01, dtype)

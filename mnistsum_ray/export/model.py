@@ -18,7 +18,7 @@ from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, Predictions, predict_pairs
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import Network, prepare_images
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.storage.folder import empty_output
@@ -37,7 +37,7 @@ Arrays = tuple[npt.NDArray[Any], ...]
 class ExportableModel(nn.Module):
     """Model with preprocessing and softmax: images uint8[n, 28, 28] and numbers int64[n] to OUTPUTS, int64[n] and float32[n]."""
 
-    def __init__(self, model: TwoHeadCNN) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 
@@ -49,7 +49,7 @@ class ExportableModel(nn.Module):
         return tuple(outputs)
 
 
-def export_torch(model: TwoHeadCNN) -> bytes:
+def export_torch(model: Network) -> bytes:
     """A `.pt2` file of ExportableModel, for `torch.export.load`; `model` is in evaluation mode, on the CPU."""
     rows = torch.export.Dim("rows")
     example = (torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnistsum_ray.model.heads import DIGIT, HEADS
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import ScoredRows, true_classes
-from mnistsum_ray.model.network import TwoHeadCNN
 
 _PRIOR_DEVIATION: Final = 0.5
 """Standard deviation of the prior on log(temperature). Without it, the temperature goes to 0 if no row is predicted wrong."""
@@ -35,19 +34,9 @@ def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
 
 
 def calibrated(scored: ScoredRows, temperatures: Mapping[str, float]) -> ScoredRows:
-    """The rows with the scores of each head divided by its temperature, as the network with `fold_temperatures` gives them."""
+    """The rows with the scores of each head divided by its temperature, as `Parts.fold_temperatures` makes them."""
     for batch, scores in scored:
         yield batch, tuple(logits / temperatures[head.name] for head, logits in zip(HEADS, scores, strict=True))
-
-
-@torch.no_grad()
-def fold_temperatures(model: TwoHeadCNN, temperatures: Mapping[str, float]) -> None:
-    """Divide the scores of each head by its temperature, in place, by changing the weights."""
-    for name, layer in model.last_layers.items():
-        for parameter in layer.parameters():
-            parameter.div_(temperatures[name])
-    for reader in model.digit_readers:  # they still read the digit scores as they were
-        reader.weight[:, : DIGIT.classes] *= temperatures[DIGIT.name]
 
 
 def fit_temperature(scores: Tensor, classes: Tensor) -> float:

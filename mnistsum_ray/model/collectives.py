@@ -1,9 +1,7 @@
 """Collective operations of training workers; each does nothing with one worker."""
 
-from collections.abc import Iterable
-
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _several_workers() -> bool:
@@ -19,14 +17,14 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def broadcast_parameters(parameters: Iterable[Tensor]) -> None:
-    """Copy the parameters of rank 0 to all workers, in place.
+def broadcast_state(module: nn.Module) -> None:
+    """Copy the parameters and buffers of rank 0 to all workers, in place.
 
     Different CPUs or GPUs round differently, so copies of the network may differ in the last bits after an epoch. Without this
-    they would drift apart.
+    they would drift apart. Buffers that training changes differ anyway: each worker has seen other rows.
     """
     if _several_workers():
-        for parameter in parameters:
-            sent = parameter.detach().contiguous()
+        for value in module.state_dict().values():
+            sent = value.contiguous()
             dist.broadcast(sent, src=0)
-            parameter.detach().copy_(sent)
+            value.copy_(sent)

@@ -14,7 +14,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 
-from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line
+from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shortened
+from mnistsum_ray.model.heads import HEADS, NETWORK
 from mnistsum_ray.storage.location import Location
 
 MODEL_FORMAT: Final = "mnistsum_ray/5"
@@ -25,7 +27,15 @@ DESCRIPTION_FILE: Final = "model.json"
 HEADER_KEY: Final = "mnistsum_ray"
 """Key of the description in the header of WEIGHTS_FILE."""
 
-WeightArrays = dict[str, npt.NDArray[np.float32]]
+INTERFACE: Final = {
+    "network": NETWORK,
+    "number": f"0..{NUMBERS - 1}",
+    "output": {head.name: f"{head.classes} scores" for head in HEADS},
+}
+"""Entries of a description (`number` is one of `input`) without which a model cannot be used here."""
+
+WeightArrays = dict[str, npt.NDArray[Any]]
+"""float32, but for buffers such as the number of batches of `nn.BatchNorm2d`."""
 
 
 def read_model(folder: Location) -> tuple[WeightArrays, dict[str, Any]]:
@@ -66,13 +76,17 @@ def read_description(data: bytes) -> dict[str, Any]:
     description = json.loads(header.get("__metadata__", {}).get(HEADER_KEY, "null"))
     if not isinstance(description, dict) or description.get("format") != MODEL_FORMAT:
         raise ValueError(f"its format is not {MODEL_FORMAT!r}; train again with this version")
-    for name, kind in (("sha256", str), ("epoch", int), ("parameters", int)):
+    for name, kind in (("sha256", str), ("epoch", int), ("parameters", int), ("input", dict)):
         if not isinstance(description.get(name), kind):
             raise ValueError(f"its {name!r} is {str(description.get(name, 'missing'))[:80]}")
+    for name, expected in INTERFACE.items():
+        found = (description | description["input"]).get(name)
+        if found != expected:
+            raise ValueError(f"its {name!r} is {shortened(str(found))}, and here {expected}; train again")
     return description
 
 
-def checksum_of(weights: Mapping[str, npt.NDArray[np.float32]]) -> str:
+def checksum_of(weights: Mapping[str, npt.NDArray[Any]]) -> str:
     """SHA-256 over the names, shapes and values of all weights."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):

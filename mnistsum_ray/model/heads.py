@@ -9,6 +9,9 @@ import pyarrow as pa
 from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.order import NUMBERS
 
+NETWORK: Final = "TwoHeadCNN"
+"""Name of the class in `model/network.py` that is trained and scored with; model.json has it too."""
+
 
 @dataclass(frozen=True)
 class Head:

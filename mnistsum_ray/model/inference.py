@@ -14,7 +14,7 @@ from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, SUM
 from mnistsum_ray.model.int8 import int8_digit_scores
 from mnistsum_ray.model.metrics import probability_losses
-from mnistsum_ray.model.network import Scores, TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import Network, Scores, TwoHeadCNN, make_network, prepare_images
 
 CPU_BATCH: Final = 256
 """Rows of a forward pass on CPUs: 3 to 7 % faster than 64 in `jobs/score.py` on two cores, and as fast as more."""
@@ -64,9 +64,11 @@ class Predictions:
         return Predictions({name: values[start:end] for name, values in self.values.items()})
 
 
-def make_forward(model: TwoHeadCNN, device: torch.device, precision: str, int8_maxima: Sequence[float] | None) -> Forward:
+def make_forward(model: Network, device: torch.device, precision: str, int8_maxima: Sequence[float] | None) -> Forward:
     """The forward pass on this device with precision fp32, bf16 or int8, which needs the maxima of its calibration."""
-    int8_scores = int8_digit_scores(model, int8_maxima) if precision == "int8" and int8_maxima else None
+    int8_scores = None
+    if precision == "int8" and int8_maxima and isinstance(model, TwoHeadCNN):
+        int8_scores = int8_digit_scores(model, int8_maxima)
 
     def forward(images: Tensor, numbers: Tensor) -> Scores:
         if int8_scores:
@@ -96,7 +98,7 @@ class Predictor:
             torch.set_num_threads(1)  # one process a core is faster than several threads, which wait for each other
         disable_tf32()
         self._device = device
-        model = TwoHeadCNN()
+        model = make_network()
         model.load_state_dict(weights)
         model.eval().to(device)
         self._forward = make_forward(model, device, precision, int8_maxima)
@@ -112,7 +114,7 @@ class Predictor:
         return _predict(self._forward, self._device, self._batch_size, images, numbers, labels)
 
 
-def predict_pairs(model: TwoHeadCNN, images: Pixels, numbers: Numbers, batch_size: int) -> Predictions:
+def predict_pairs(model: Network, images: Pixels, numbers: Numbers, batch_size: int) -> Predictions:
     """Predict uint8[n, 28, 28] with int64[n] in 0..9, in float32 on the model's device."""
     device = next(model.parameters()).device
     return _predict(make_forward(model, device, "fp32", None), device, batch_size, images, numbers, None)

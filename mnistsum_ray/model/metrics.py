@@ -18,7 +18,7 @@ from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.order import NUMBERS, check_row_counts, mix_ids
 from mnistsum_ray.model.collectives import all_reduce_sum
 from mnistsum_ray.model.heads import HEADS, SUM
-from mnistsum_ray.model.network import Scores, TwoHeadCNN
+from mnistsum_ray.model.network import Network, Scores
 from mnistsum_ray.model.reliability import Reliability
 
 MAX_MISTAKES: Final = 24
@@ -37,7 +37,7 @@ ScoredRows = Iterable[tuple[LabelledRows, Scores]]
 
 
 @torch.no_grad()
-def score_rows(model: TwoHeadCNN, rows: Iterable[tuple[LabelledRows, Tensor]]) -> Iterator[tuple[LabelledRows, Scores]]:
+def score_rows(model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]) -> Iterator[tuple[LabelledRows, Scores]]:
     """Batches with the scores of all heads, of batches with digit scores [n, 10] in any precision."""
     for batch, digit_scores in rows:
         # The other heads, a thousandth of the work, run in float32, also where the convolutions run in bfloat16.

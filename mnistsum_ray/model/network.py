@@ -1,4 +1,4 @@
-"""The two-head network, the preparation and distortion of its input, its loss, and dropout.
+"""What a network is, the two-head network, the preparation and distortion of its input, its loss, and dropout.
 
 conv1 1->32  conv2 32->64  max-pool      28 -> 14     3x3, padding 1
 conv3 64->64 conv4 64->64  max-pool      14 -> 7      3x3, padding 1
@@ -7,8 +7,9 @@ fc1 20->128  fc2 128->19                              on [digit scores, one-hot 
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch.func import functional_call
 
 from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.model.heads import DIGIT, HEADS, SUM
+from mnistsum_ray.model.heads import DIGIT, HEADS, NETWORK, SUM
 
 Scores = tuple[Tensor, ...]
 """Logits by head, in the order of HEADS: [n, classes] each."""
@@ -25,6 +26,10 @@ Scores = tuple[Tensor, ...]
 # Mean and standard deviation of MNIST's 60,000 training images on the scale 0..1: the usual values.
 PIXEL_MEAN: Final = 0.1307
 PIXEL_STD: Final = 0.3081
+
+
+LAYERS: Final = (nn.Conv2d, nn.Linear)
+"""Layers that multiply matrices: in bfloat16 where that is chosen, trained by Muon, and the last ones of the heads."""
 
 
 def prepare_images(images: Tensor) -> Tensor:
@@ -65,15 +70,49 @@ def distort(images: Tensor, matrices: Tensor, places: Tensor) -> Tensor:
     return to_channels_last(F.grid_sample(images, grid, padding_mode="border", align_corners=False).squeeze(1))
 
 
-class TwoHeadCNN(nn.Module):
-    """The original's network: 220,125 trainable parameters.
+class Network(nn.Module, ABC):
+    """What is trained, calibrated, scored with and exported. A subclass defines `digit_scores` and `scores`; NETWORK names it.
 
-    Training, calibration and inference ask a network for `digit_scores` and `scores`, and for its layers by their part:
-    `hidden_weights`, `sum_parameters`, `digit_readers`, `last_layers`; int8 inference also for `convolutions`, and for conv7.
+    Its parts are found by running it, see `find_parts`: Muon trains the weights of LAYERS, except those of the first layer and of
+    the last ones, and AdamW the rest. `check_network` refuses what cannot be trained whole or calibrated. Buffers that change, as
+    of `nn.BatchNorm2d`, are those of rank 0. It must not draw random numbers, as `nn.Dropout`: a resumed run would draw others.
     """
+
+    dropout_shape: ClassVar[tuple[int, ...] | None] = None
+    """Shape of the dropout of an image, channels first; None: the network has no dropout."""
 
     one_hot: Tensor
     """Row k is the one-hot vector of number k."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one_hot", torch.eye(NUMBERS), persistent=False)
+
+    @abstractmethod
+    def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """Digit scores (logits) [n, 10] of prepared images float[n, 1, 28, 28] and `dropout_factors`, if given."""
+
+    @abstractmethod
+    def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
+        """Scores of all heads, of digit scores [n, 10] and numbers int64[n] in 0..9: the digit scores as they are, and those of
+        heads that read them as the first inputs of an `nn.Linear`."""
+
+    def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
+        """Scores of all heads, of prepared images, numbers int64[n] and the dropout of `digit_scores`."""
+        return self.scores(self.digit_scores(images, dropout), numbers)
+
+    def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
+        """Scores of all heads with every number 0..9: [n, 10, classes], and of the digit, which needs no number, [n, 1, 10]."""
+        rows = len(digit_scores)
+        numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
+        _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
+        return digit_scores[:, None], *(scores.view(rows, NUMBERS, -1) for scores in others)
+
+
+class TwoHeadCNN(Network):
+    """The original's network: 220,125 trainable parameters. int8 inference computes its `convolutions` and conv7 anew."""
+
+    dropout_shape = (128, 3, 3)
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,21 +125,17 @@ class TwoHeadCNN(nn.Module):
         self.conv7 = nn.Conv2d(128, DIGIT.classes, 3)
         self.fc1 = nn.Linear(DIGIT.classes + NUMBERS, 128)
         self.fc2 = nn.Linear(128, SUM.classes)
-        self.register_buffer("one_hot", torch.eye(NUMBERS), persistent=False)
         self._initialize()
-        for parameter in self.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
     def _initialize(self) -> None:
         """Initialize as in He et al. 2015 before a ReLU and as in Glorot and Bengio 2010 elsewhere; biases are 0.
 
         PyTorch's default weights are smaller. With them the sum head is at 34 % after three epochs on the sample, against 47 %.
         """
-        for weight in (self.conv1.weight, *self.hidden_weights):
+        for weight in (*(convolution.weight for convolution in self.convolutions), self.fc1.weight):
             nn.init.kaiming_normal_(weight, nonlinearity="relu")
-        for layer in self.last_layers.values():
-            nn.init.xavier_normal_(layer.weight)
+        for weight in (self.conv7.weight, self.fc2.weight):
+            nn.init.xavier_normal_(weight)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -110,31 +145,8 @@ class TwoHeadCNN(nn.Module):
         """The first six convolutions, in order: all but the one that computes the digit scores."""
         return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6]
 
-    @property
-    def hidden_weights(self) -> list[Tensor]:
-        """The weights between the first and the last layers, which Muon trains; those of convolutions are channels last."""
-        return [*(convolution.weight for convolution in self.convolutions[1:]), self.fc1.weight]
-
-    @property
-    def sum_parameters(self) -> list[Tensor]:
-        """The parameters of the sum head, which is fine-tuned alone."""
-        return [*self.fc1.parameters(), *self.fc2.parameters()]
-
-    @property
-    def digit_readers(self) -> list[nn.Linear]:
-        """The layers whose first ten inputs are the digit scores."""
-        return [self.fc1]
-
-    @property
-    def last_layers(self) -> dict[str, nn.Conv2d | nn.Linear]:
-        """The layer that computes the scores of each head, by the head's name."""
-        return {"digit": self.conv7, "sum": self.fc2}
-
     def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """Digit scores (logits) [n, 10] of prepared images float[n, 1, 28, 28].
-
-        `dropout`, [n, 128, 3, 3] if given, is multiplied with conv7's input.
-        """
+        """As of `Network`; the dropout is multiplied with conv7's input."""
         features = images
         for index, convolution in enumerate(self.convolutions):
             features = convolution(features)
@@ -155,32 +167,32 @@ class TwoHeadCNN(nn.Module):
         return scores
 
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        """Scores of all heads, of digit scores [n, 10] and numbers int64[n]."""
+        """As of `Network`."""
         return digit_scores, self.sum_scores(digit_scores, numbers)
 
-    def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
-        """Scores of all heads, of prepared images, numbers int64[n] and the dropout of `digit_scores`."""
-        return self.scores(self.digit_scores(images, dropout), numbers)
 
-    def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
-        """Scores of all heads with every number 0..9: [n, 10, classes], and of the digit, which needs no number, [n, 1, 10]."""
-        rows = len(digit_scores)
-        numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
-        _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
-        return digit_scores[:, None], *(scores.view(rows, NUMBERS, -1) for scores in others)
+def make_network() -> Network:
+    """A new network of the class NETWORK, whose convolutions are channels last: their fast layout, and that of Muon's views."""
+    network: Network = globals()[NETWORK]()
+    for parameter in network.parameters():
+        layout = torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
+        parameter.data = parameter.data.to(memory_format=layout)  # `contiguous` does nothing with one channel
+    return network
 
 
-def dropout_factors(rows: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Dropout factors (Srivastava et al. 2014) of conv7's input, 0 or 1 / (1 - probability): float32[rows, 128, 3, 3], channels
-    last. The caller seeds the generator for each step, and names the device by it."""
-    draws = torch.rand(rows, 3, 3, 128, generator=generator, device=generator.device)
-    return ((draws >= probability) / (1 - probability)).permute(0, 3, 1, 2)
+def dropout_factors(rows: int, shape: Sequence[int], probability: float, generator: torch.Generator) -> Tensor:
+    """Dropout factors (Srivastava et al. 2014), 0 or 1 / (1 - probability): float32[rows, *shape], channels last.
+
+    The caller seeds the generator for each step, and names the device by it.
+    """
+    draws = torch.rand(rows, *shape[1:], shape[0], generator=generator, device=generator.device)
+    return ((draws >= probability) / (1 - probability)).movedim(-1, 1)
 
 
 class Objective(nn.Module):
     """The network and its loss as one module, so that DDP and the compiler see the whole step."""
 
-    def __init__(self, model: TwoHeadCNN, label_smoothing: float, dtype: torch.dtype) -> None:
+    def __init__(self, model: Network, label_smoothing: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
@@ -197,8 +209,9 @@ class Objective(nn.Module):
         return joint_loss(scores, digits, numbers, self.label_smoothing)
 
     def _cast_parameters(self) -> dict[str, Tensor]:
-        """The parameters in bfloat16, cast together: autocast takes two launches for each, with that of its gradient."""
-        parameters = dict(self.model.named_parameters())
+        """The parameters of LAYERS in bfloat16, cast together: autocast has two launches for each, with that of its gradient."""
+        layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, LAYERS)]
+        parameters = {f"{name}.{key}": value for name, layer in layers for key, value in layer.named_parameters(recurse=False)}
         # They are cast in the order of their memory, channels last, so that no element moves.
         values = [value.movedim(1, -1) if value.dim() == 4 else value for value in parameters.values()]
         flat = torch.cat([value.reshape(-1) for value in values]).to(self.dtype)

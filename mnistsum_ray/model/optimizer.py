@@ -8,7 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mnistsum_ray.model.network import TwoHeadCNN, split_views
+from mnistsum_ray.model.network import Network, split_views
+from mnistsum_ray.model.parts import find_parts
 
 _WARM_UP: Final = 0.2
 """Share of the steps in which the learning rate rises."""
@@ -20,7 +21,7 @@ _ADAMW_FACTOR: Final = 0.15
 """Learning rate of AdamW as a share of Muon's."""
 
 _SUM_HEAD_FACTOR: Final = 0.75
-"""Learning rate of the sum head's AdamW parameters as a share of Muon's: the head lags behind the convolutions that it reads."""
+"""Likewise of the parameters of heads that read the digit scores: they lag behind the convolutions that they read."""
 
 # Muon's, as in Jordan's implementation, and in `torch.optim.Muon`.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -111,14 +112,15 @@ class MuonAdamW(torch.optim.Optimizer):
     `dtype` are as of `Muon`.
     """
 
-    def __init__(self, model: TwoHeadCNN, weight_decay: float, dtype: torch.dtype) -> None:
-        hidden = model.hidden_weights
+    def __init__(self, model: Network, weight_decay: float, dtype: torch.dtype) -> None:
+        parts = find_parts(model)
+        hidden = parts.hidden_weights
         rest = [parameter for parameter in model.parameters() if parameter not in set(hidden)]
-        of_sums = set(model.sum_parameters)
+        of_heads = set(parts.head_parameters)
         groups = [
             {"params": hidden, "factor": 1.0},
-            {"params": [parameter for parameter in rest if parameter not in of_sums], "factor": _ADAMW_FACTOR},
-            {"params": [parameter for parameter in rest if parameter in of_sums], "factor": _SUM_HEAD_FACTOR},
+            {"params": [parameter for parameter in rest if parameter not in of_heads], "factor": _ADAMW_FACTOR},
+            {"params": [parameter for parameter in rest if parameter in of_heads], "factor": _SUM_HEAD_FACTOR},
         ]
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay})
         # Views: where the weights of a convolution are not channels last, this fails.

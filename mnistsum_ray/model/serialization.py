@@ -7,19 +7,18 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.errors import RequestError, one_line
-from mnistsum_ray.model.folder import DESCRIPTION_FILE, HEADER_KEY, MODEL_FORMAT, WEIGHTS_FILE, checksum_of, read_model
-from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
+from mnistsum_ray.errors import RequestError, one_line, shortened
+from mnistsum_ray.model.folder import DESCRIPTION_FILE, HEADER_KEY, INTERFACE, MODEL_FORMAT, WEIGHTS_FILE, checksum_of, read_model
+from mnistsum_ray.model.heads import NETWORK
+from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, Network, make_network
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 
 Weights = dict[str, Tensor]
 
 
-def copy_weights(model: TwoHeadCNN) -> Weights:
-    """A copy of the weights on the CPU, float32, contiguous."""
+def copy_weights(model: Network) -> Weights:
+    """A copy of the weights on the CPU, float32, contiguous; and of buffers that training changes, of any type."""
     return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
 
 
@@ -29,17 +28,17 @@ def describe_model(
     """The description of weights: the epoch that they are from, `Metrics` by split, and an entry on the fine-tuning."""
     return {
         "format": MODEL_FORMAT,
-        "network": TwoHeadCNN.__name__,
-        "parameters": sum(value.numel() for value in weights.values()),
+        "network": INTERFACE["network"],
+        "parameters": sum(parameter.numel() for parameter in make_network().parameters()),
         "sha256": checksum(weights),
         "input": {
             "image": "28 x 28 grayscale, uint8, 0 background, 255 ink",
             "scaled": "(image / 255 - mean) / std",
             "mean": PIXEL_MEAN,
             "std": PIXEL_STD,
-            "number": f"0..{NUMBERS - 1}",
+            "number": INTERFACE["number"],
         },
-        "output": {head.name: f"{head.classes} scores" for head in HEADS},
+        "output": INTERFACE["output"],
         "epoch": epoch,
         "sum_head": sum_head,
         **metrics,
@@ -52,18 +51,19 @@ def save_model(folder: OutputFolder, weights: Weights, description: dict[str, An
     folder.write(WEIGHTS_FILE, save_tensors(weights, {HEADER_KEY: json.dumps(description, allow_nan=False)}))
 
 
-def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
+def load_model(folder: Location) -> tuple[Network, dict[str, Any]]:
     """Load a model folder, or the `model` folder of a run: the network in evaluation mode, and the description.
 
     Raises:
         RequestError: as `read_model`; or its tensors are not those of the network.
     """
     weights, description = read_model(folder)
-    model = TwoHeadCNN()
+    model = make_network()
     try:
         model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     except RuntimeError as error:
-        raise RequestError(f"{folder.display}: its tensors are not those of the network ({one_line(error)})") from None
+        differ = shortened(one_line(error).partition(": ")[2])
+        raise RequestError(f"{folder.display}: its tensors are not those of the network {NETWORK} ({differ})") from None
     return model.eval(), description
 
 

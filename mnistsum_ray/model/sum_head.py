@@ -1,4 +1,4 @@
-"""Fine-tuning of the sum head after the last epoch, on synthetic digit scores.
+"""Fine-tuning of the sum head, and of any other after the digit's, on synthetic digit scores, after the last epoch.
 
 The digit scores and the number determine the distribution of the sum: the distribution of the digit, shifted by the number. But a
 trained network gives hardly any of its training images scores between two digits. The sum head has not seen such scores, and
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.model.heads import SUM
-from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.heads import HEADS, Head
+from mnistsum_ray.model.network import Network
+from mnistsum_ray.model.parts import find_parts
 
 MAX_ROWS: Final = 1_024
 """Maximum number of training rows whose digit scores are used; 4,096 give the same result."""
@@ -31,9 +32,9 @@ _LEARNING_RATE: Final = 0.02
 
 
 def finetune_sum_head(
-    model: TwoHeadCNN, digit_scores: Tensor, steps: int, seed: int, on_progress: Callable[[int], None] = lambda _: None
+    model: Network, digit_scores: Tensor, steps: int, seed: int, on_progress: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Train the sum head alone on the distribution of digit + number that the digit scores imply.
+    """Train all heads but the digit's on the distribution of their answer, such as digit + number, that the digit scores imply.
 
     The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most likely digit instead, the head
     is sure of every sum, also of wrong ones (negative log-likelihood 0.033 nats instead of 0.013).
@@ -43,17 +44,19 @@ def finetune_sum_head(
     """
     device = digit_scores.device
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.sum_parameters, lr=_LEARNING_RATE, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(find_parts(model).head_parameters, lr=_LEARNING_RATE, weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
     for start in range(0, steps, _DRAWN_STEPS):
         count = min(_DRAWN_STEPS, steps - start)
         rows = torch.randint(len(digit_scores), (count * _BATCH,), generator=generator, device=device)
         scores = mix_scores(digit_scores[rows], generator)
         numbers = torch.randint(NUMBERS, (count * _BATCH,), generator=generator, device=device)
-        targets = sum_distribution(scores, numbers)
+        targets = [class_distribution(head, scores, numbers) for head in HEADS[1:]]
         for step in range(count):
             batch = slice(step, None, count)  # half of its rows are near a tie, as of all, see `mix_scores`
-            loss = F.cross_entropy(model.sum_scores(scores[batch], numbers[batch]), targets[batch])
+            _, *heads = model.scores(scores[batch], numbers[batch])
+            losses = [F.cross_entropy(logits, target[batch]) for logits, target in zip(heads, targets, strict=True)]
+            loss = sum(losses[1:], losses[0])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -61,11 +64,11 @@ def finetune_sum_head(
         on_progress(count)
 
 
-def sum_distribution(digit_scores: Tensor, numbers: Tensor) -> Tensor:
-    """Distribution of digit + number: probabilities [n, 19] of digit scores [n, 10] and numbers int64[n]."""
+def class_distribution(head: Head, digit_scores: Tensor, numbers: Tensor) -> Tensor:
+    """Distribution of a head's answer: probabilities [n, classes] of digit scores [n, 10] and numbers int64[n]."""
     probabilities = digit_scores.softmax(1)
-    sums = numbers[:, None] + torch.arange(DIGITS, device=numbers.device)
-    return probabilities.new_zeros(len(numbers), SUM.classes).scatter(1, sums, probabilities)
+    classes = head.target(torch.arange(DIGITS, device=numbers.device), numbers[:, None]).expand(probabilities.shape)
+    return probabilities.new_zeros(len(numbers), head.classes).scatter_add(1, classes, probabilities)
 
 
 def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:

@@ -161,8 +161,8 @@ def int8_error(card: dict[str, Any]) -> str | None:
 
     if maxima_from_description(card) is None:
         return (
-            "the model holds no calibration for it, so it was trained by an older version or where PyTorch lacks integer "
-            "convolutions; leave it out, or train again"
+            "the model holds no calibration for it, so it is of a network that int8 does not know, or was trained where PyTorch "
+            "lacks integer convolutions; leave it out, or train again"
         )
     return "this PyTorch has no integer convolutions on this CPU; leave it out" if unavailable_reason() else None
 

@@ -1,6 +1,7 @@
 """Analysis of the trained model: temperatures, errors on test rows, and calibration for int8; one worker computes all of it."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,10 +12,12 @@ import torch
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.model import int8
-from mnistsum_ray.model.calibration import calibrated, fit_temperatures, fold_temperatures
+from mnistsum_ray.model.calibration import calibrated, fit_temperatures
 from mnistsum_ray.model.device import hardware
+from mnistsum_ray.model.heads import DIGIT
 from mnistsum_ray.model.metrics import ScoredRows, analyse_errors, probability_metrics
-from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.network import Network, TwoHeadCNN
+from mnistsum_ray.model.parts import find_parts
 from mnistsum_ray.model.serialization import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.training.checkpoint import TrainerState
 from mnistsum_ray.training.fetch import RowData
@@ -47,7 +50,7 @@ class TrainingResult:
 
 
 def analyse(
-    model: TwoHeadCNN,
+    model: Network,
     state: TrainerState,
     worker: Worker,
     data: RowData,
@@ -69,8 +72,9 @@ def analyse(
     temperatures = fit_temperatures(scored(validation.sample(_TEMPERATURE_ROWS)))
     on_progress = events.progress("test rows analysed", min(len(test), _ANALYSED_ROWS))
     analysis = analyse_errors(calibrated(scored(test.sample(_ANALYSED_ROWS)), temperatures), worker.device, on_progress)
-    compared = list(scored(test.sample(int8.COMPARED_ROWS))) if int8.unavailable_reason() is None else []
-    fold_temperatures(model, temperatures)
+    quantized = model if isinstance(model, TwoHeadCNN) and int8.unavailable_reason() is None else None
+    compared = list(scored(test.sample(int8.COMPARED_ROWS))) if quantized else []
+    find_parts(model).fold_temperatures(temperatures)
     mistake_images, _ = data.fetch(np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64))
     weights = copy_weights(model)
     description = describe(state, weights) | {
@@ -78,11 +82,14 @@ def analyse(
         "temperatures_in_weights": temperatures,
         "probabilities": probability_metrics(analysis),
     }
-    if compared:
+    if quantized:
         torch.set_num_threads(cpus_of_node())  # the other workers have returned; of a forward pass threads decide no bit
         images, _ = data.fetch(train.sample(int8.CALIBRATION_ROWS).ids())
         on_progress = events.progress("test rows compared with int8", min(len(test), int8.COMPARED_ROWS))
-        description["int8"] = int8.quantize(model.cpu(), torch.from_numpy(images), compared, on_progress)
+        with suppress(AttributeError, RuntimeError):  # of a TwoHeadCNN whose layers were changed
+            entry = int8.quantize(quantized.cpu(), torch.from_numpy(images), compared, on_progress)
+            if entry[f"{DIGIT.name}_agreement"] >= int8.MIN_AGREEMENT:
+                description["int8"] = entry
     return TrainingResult(
         state.history,
         analysis,

@@ -20,7 +20,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mnistsum_ray.errors import MissingFileError, RequestError, RunError, one_line
-from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.heads import NETWORK
+from mnistsum_ray.model.network import Network
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights
 from mnistsum_ray.storage.folder import OutputFolder
@@ -100,7 +101,7 @@ class Checkpointer:
     The lock of the run folder, `held`, is checked before each write; `seconds` pass between checkpoints within an epoch.
     """
 
-    def __init__(self, model: TwoHeadCNN, optimizer: MuonAdamW, worker: Worker, held: OutputFolder, seconds: float) -> None:
+    def __init__(self, model: Network, optimizer: MuonAdamW, worker: Worker, held: OutputFolder, seconds: float) -> None:
         self._model = model
         self._optimizer = optimizer
         self._worker = worker
@@ -155,7 +156,7 @@ def latest_state(start: Location | None) -> tuple[TrainerState, Weights] | None:
         ) from error
 
 
-def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
+def save_checkpoint(folder: Path, state: TrainerState, model: Network, optimizer: MuonAdamW) -> None:
     """Write the state into a local folder.
 
     `trainer.json`, written last, holds the SHA-256 of the other file, so that an incomplete checkpoint is detected.
@@ -169,7 +170,7 @@ def save_checkpoint(folder: Path, state: TrainerState, model: TwoHeadCNN, optimi
     data = save_tensors(tensors)
     (folder / STATE_FILE).write_bytes(data)
     without_tensors = replace(state, checksums=None, progress=replace(state.progress, checksums=None))
-    fields = {"format": STATE_FORMAT, **asdict(without_tensors), "sha256": hashlib.sha256(data).hexdigest()}
+    fields = {"format": STATE_FORMAT, "network": NETWORK, **asdict(without_tensors), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / STATE_CARD).write_text(json.dumps(fields) + "\n")
 
 
@@ -185,6 +186,8 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
         fields = (folder / STATE_CARD).read_json()
         if fields["format"] != STATE_FORMAT:
             raise CheckpointVersionError(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")
+        if fields.get("network", NETWORK) != NETWORK:
+            raise CheckpointVersionError(f"it is of another network ({fields['network']}, not {NETWORK})")
         data = (folder / STATE_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != fields["sha256"]:
             raise CheckpointError(f"{STATE_FILE} is incomplete or damaged (SHA-256 differs)")
@@ -201,7 +204,7 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
         raise CheckpointError(f"{STATE_CARD} is incomplete or damaged ({one_line(error)})") from None
 
 
-def restore(tensors: Weights, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
+def restore(tensors: Weights, model: Network, optimizer: MuonAdamW) -> None:
     """Load the tensors of a checkpoint into model and optimizer, in place, on the device of the model."""
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     prefixes = {parameter: f"optimizer.{name}." for name, parameter in model.named_parameters()}

@@ -15,7 +15,7 @@ from mnistsum_ray.data.order import RandomStream, RowRanges, Shuffle, step_seed
 from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RequestError, RowCountError, RunError, counted, percent
 from mnistsum_ray.model import sum_head
-from mnistsum_ray.model.collectives import all_reduce_sum, broadcast_parameters
+from mnistsum_ray.model.collectives import all_reduce_sum, broadcast_state
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.model.metrics import Metrics, ScoredRows, score_rows
 from mnistsum_ray.model.serialization import copy_weights
@@ -125,7 +125,7 @@ class TrainingLoop:
         while state.epochs_done < parameters.epochs:
             worker.events.send("phase", phase="training")
             line, trained = self._trainer.train_epoch(state, self._config.shuffle, batches, end_ids, self._checkpointer)
-            broadcast_parameters(self._trainer.model.parameters())
+            broadcast_state(self._trainer.model)
             for held_out in (self._validation, self._test):
                 held_out.forget_scores()
             worker.events.send("phase", phase="evaluating")
@@ -190,7 +190,7 @@ class TrainingLoop:
             torch.set_num_threads(1)  # two take nearly twice as long for steps as small as these
             sum_head.finetune_sum_head(model, scores, steps, seed, events.progress("fine-tuning steps", steps))
             torch.set_num_threads(threads)
-        broadcast_parameters(model.parameters())
+        broadcast_state(model)
         validation, test = self._evaluate(state.epochs_done)
         after = validation["consistency"]
         kept = after >= before

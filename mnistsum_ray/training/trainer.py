@@ -16,7 +16,7 @@ from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, pos
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.collectives import all_reduce_sum
 from mnistsum_ray.model.metrics import AnswerCounts, Metrics, score_rows
-from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, dropout_factors, pixel_places, prepare_images
+from mnistsum_ray.model.network import Objective, distort, dropout_factors, make_network, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.console import UPDATE_SECONDS
 from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
@@ -85,12 +85,12 @@ class Trainer:
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._positions = positions_of_rank(hyperparameters.batch_size, worker.rank, worker.world_size)
         torch.manual_seed(hyperparameters.seed)
-        self.model = TwoHeadCNN().to(worker.device)
+        self.model = make_network().to(worker.device)
         self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay, self._dtype)
         self._places = pixel_places(worker.device)
         self._objective = self._fast = ray.train.torch.prepare_model(
             Objective(self.model, hyperparameters.label_smoothing, self._dtype),
-            parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},  # its buffers are constants
+            parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},  # see `broadcast_state`
         )
         if hyperparameters.compile:
             # A step of so small a network is bound by kernel launches, which CUDA graphs join. DDP fails under them
@@ -102,6 +102,7 @@ class Trainer:
             # beforehand, whose gradients the next one drops, a run that goes on would have other bits.
             numbers = torch.zeros(len(self._positions), dtype=torch.int64, device=worker.device)
             images = prepare_images(numbers.new_zeros(len(numbers), SIDE, SIDE))
+            self._objective.eval()  # so that no buffer changes
             self._objective(images, numbers, numbers, None)[0].backward()
 
     def train_epoch(
@@ -187,7 +188,7 @@ class Trainer:
         if "affine" in batch:
             images = distort(images, batch["affine"], self._places)
         # A last share, which may be empty, is not compiled: a network that is compiled for any size would compute other bits.
-        objective = self._fast if len(images) == len(self._positions) else self._objective
+        objective = self._fast if len(images) == len(self._positions) else self._objective.train(len(images) > 1)
         loss, reported = objective(images, batch["number"], batch["digit"], self.dropout(epoch, step, global_rows))
         assert isinstance(reported, Tensor)
         # DDP averages over workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
@@ -198,11 +199,12 @@ class Trainer:
 
     def dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
         """Dropout of this worker's rows of the global batch of so many rows; that of the batch is the same for any workers."""
-        if not self.hyperparameters.dropout:
+        shape = self.model.dropout_shape
+        if not self.hyperparameters.dropout or shape is None:
             return None
         seed = step_seed(self.hyperparameters.seed, epoch, step, RandomStream.DROPOUT)
         generator = torch.Generator(self.worker.device).manual_seed(seed)
-        factors = dropout_factors(rows, self.hyperparameters.dropout, generator)
+        factors = dropout_factors(rows, shape, self.hyperparameters.dropout, generator)
         return factors[self._positions.start : self._positions.stop]
 
     def evaluate(self, held_out: EvaluationSet, epoch: int) -> Metrics:

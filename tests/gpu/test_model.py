@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from mnistsum_ray.data.distortion import distortions
-from mnistsum_ray.model.collectives import all_reduce_sum, broadcast_parameters
+from mnistsum_ray.model.collectives import all_reduce_sum, broadcast_state
 from mnistsum_ray.model.device import disable_tf32
 from mnistsum_ray.model.inference import Predictor
-from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, dropout_factors, pixel_places, prepare_images
+from mnistsum_ray.model.network import Network, Objective, distort, dropout_factors, make_network, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights
 from mnistsum_ray.model.sum_head import finetune_sum_head
@@ -37,10 +37,10 @@ gpu = pytest.mark.gpu
 each_device = pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=gpu)], ids=str)
 
 
-def make_model(device: torch.device) -> TwoHeadCNN:
+def make_model(device: torch.device) -> Network:
     """The same random weights on every device."""
     torch.manual_seed(0)
-    return TwoHeadCNN().to(device)
+    return make_network().to(device)
 
 
 class Training:
@@ -72,7 +72,7 @@ class Training:
         for step in range(count):
             self.optimizer.zero_grad()
             generator = self.generator.manual_seed(step)
-            factors = dropout_factors(self.count, self.dropout, generator)[self.rows] if self.dropout else None
+            factors = dropout_factors(self.count, (128, 3, 3), self.dropout, generator)[self.rows] if self.dropout else None
             images = distort(prepare_images(self.images), self.matrices, self.places)
             loss, _ = self.objective(images, self.numbers, self.digits, factors)
             loss.backward(self.scale)
@@ -128,7 +128,7 @@ def train_rank(rank: int, backend: str, device_type: str, folder: str) -> None:
         assert torch.equal(all_reduce_sum(values), 2 * values)
     training = Training(device, rank=rank, ranks=2)
     training.steps(3)
-    broadcast_parameters(training.model.parameters())
+    broadcast_state(training.model)
     if rank == 1:
         save_file(copy_weights(training.model), f"{folder}/weights.safetensors")
     # DDP's reducer must not hold the group last: it would join gloo's thread with the GIL held, for which that thread may wait.

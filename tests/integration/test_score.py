@@ -17,6 +17,7 @@ from mnistsum_ray.errors import RequestError, RunError, StorageError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import int8
 from mnistsum_ray.model.inference import make_forward
+from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES
 from mnistsum_ray.storage.folder import OutputFolder
@@ -127,6 +128,7 @@ def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Pa
     images = torch.tensor(pixels_view(one_chunk(source["image"])))
     numbers = torch.tensor(source["number"].to_numpy().astype(np.int64))
     network, _ = load_model(locate(str(model), "--model"))
+    assert isinstance(network, TwoHeadCNN)
     calibrated = {"maxima": int8.activation_maxima(network, images)}
     calibrated_model = change_description(Path(shutil.copytree(model, tmp_path / "model")), int8=calibrated)
     scored = score_here(calibrated_model, tmp_path / "out", exported, precision="int8")

@@ -2,13 +2,15 @@
 
 import torch
 
-from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray.model.network import TwoHeadCNN, make_network
 
 
 def new_model(seed: int = 0) -> TwoHeadCNN:
     """A network with random weights."""
     torch.manual_seed(seed)
-    return TwoHeadCNN()
+    model = make_network()
+    assert isinstance(model, TwoHeadCNN)
+    return model
 
 
 def random_rows(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

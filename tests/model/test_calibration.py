@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.model.calibration import fit_temperature, fit_temperatures, fold_temperatures
+from mnistsum_ray.model.calibration import fit_temperature, fit_temperatures
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import score_rows
 from mnistsum_ray.model.network import prepare_images
+from mnistsum_ray.model.parts import find_parts
 from tests.model import new_model, random_rows
 
 
@@ -39,7 +40,7 @@ def test_folded_temperatures_divide_the_scores() -> None:
     batch = {"image": images, "digit": digits, "row_id": torch.arange(100)}
     before = model(prepare_images(images), numbers)
     temperatures = fit_temperatures(score_rows(model, [(batch, model.digit_scores(prepare_images(images)))]))
-    fold_temperatures(model, temperatures)
+    find_parts(model).fold_temperatures(temperatures)
     assert all(abs(temperature - 1) > 0.01 for temperature in temperatures.values())
     for head, scores, folded in zip(HEADS, before, model(prepare_images(images), numbers), strict=True):
         torch.testing.assert_close(folded, scores / temperatures[head.name], rtol=1e-5, atol=1e-5)

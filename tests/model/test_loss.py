@@ -19,7 +19,7 @@ def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
     def factors(seed: int) -> torch.Tensor:
-        return dropout_factors(200, 0.25, torch.Generator().manual_seed(seed))
+        return dropout_factors(200, (128, 3, 3), 0.25, torch.Generator().manual_seed(seed))
 
     drawn = factors(0)
     assert drawn.shape == (200, 128, 3, 3)

@@ -67,9 +67,15 @@ def test_a_reader_between_two_publications_finds_a_whole_model(tmp_path: Path) -
         ({"epoch": None}, "its 'epoch' is None"),
         ({"sha256": ["a"]}, "its 'sha256' is ['a']"),
         ({"format": "else"}, "its format is not 'mnistsum_ray/5'"),
-        ({"weights": {"conv1.weight": torch.zeros(3)}}, "its tensors are not those of the network"),
+        ({"network": "Other"}, "its 'network' is Other, and here TwoHeadCNN; train again"),
+        ({"input": {"number": "0..19"}}, "its 'number' is 0..19, and here 0..9"),
+        (
+            {"output": {"digit": "10 scores"}},
+            "its 'output' is {'digit': '10 scores'}, and here {'digit': '10 scores', 'sum': '19",
+        ),
+        ({"weights": {"conv1.weight": torch.zeros(3)}}, "its tensors are not those of the network TwoHeadCNN"),
     ],
-    ids=["epoch", "sha256", "format", "tensors"],
+    ids=["epoch", "sha256", "format", "network", "numbers", "heads", "tensors"],
 )
 def test_a_model_without_what_scoring_needs_is_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=re.escape(said)):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.sum_head import finetune_sum_head, mix_with_permutation, mix_with_swap, sum_distribution
+from mnistsum_ray.model.heads import SUM
+from mnistsum_ray.model.network import Network, TwoHeadCNN
+from mnistsum_ray.model.sum_head import class_distribution, finetune_sum_head, mix_with_permutation, mix_with_swap
 from tests.model import new_model
 
 ROWS = 1000
@@ -23,7 +24,7 @@ def confident_scores(rows: int, seed: int) -> torch.Tensor:
     return scores
 
 
-def consistency(model: TwoHeadCNN, scores: torch.Tensor) -> float:
+def consistency(model: Network, scores: torch.Tensor) -> float:
     """Share of the pairs whose predicted sum is the predicted digit plus the number."""
     with torch.no_grad():
         sums = model.scores_of_all_numbers(scores)[1].argmax(2)
@@ -42,7 +43,7 @@ def test_finetuning_makes_the_sums_consistent_and_as_unsure_as_the_digits(model:
     assert consistency(model, unseen) > 0.96
     with torch.no_grad():
         sums = model.sum_scores(tied, torch.full((ROWS,), 3)).softmax(1)
-    expected = sum_distribution(tied, torch.full((ROWS,), 3))
+    expected = class_distribution(SUM, tied, torch.full((ROWS,), 3))
     assert 0.5 < expected.max(1).values.mean() < 0.7
     assert (sums.max(1).values.mean() - expected.max(1).values.mean()).abs() < 0.1
 
@@ -50,7 +51,7 @@ def test_finetuning_makes_the_sums_consistent_and_as_unsure_as_the_digits(model:
 def test_sum_distribution_is_the_digit_distribution_shifted_by_the_number() -> None:
     scores = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     numbers = torch.tensor([0, 9, 4, 4])
-    distribution = sum_distribution(scores, numbers)
+    distribution = class_distribution(SUM, scores, numbers)
     assert distribution.shape == (4, 19)
     for row, number in enumerate(numbers.tolist()):
         torch.testing.assert_close(distribution[row, number : number + 10], scores[row].softmax(0))

@@ -9,7 +9,7 @@ import torch
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import Metrics
-from mnistsum_ray.model.network import TwoHeadCNN, joint_loss, prepare_images
+from mnistsum_ray.model.network import Network, joint_loss, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.paths import locate
@@ -17,6 +17,7 @@ from mnistsum_ray.training.analysis import describe
 from mnistsum_ray.training.checkpoint import (
     STATE_CARD,
     STATE_FILE,
+    STATE_FORMAT,
     EpochProgress,
     TrainerState,
     latest_valid_checkpoint,
@@ -30,7 +31,7 @@ SCORES |= {f"{head.name}_accuracy": 0.9 for head in HEADS}
 LINE = {"epoch": 1, "validation": SCORES, "test": SCORES}
 
 
-def step(model: TwoHeadCNN, optimizer: MuonAdamW, seed: int) -> None:
+def step(model: Network, optimizer: MuonAdamW, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (16, 28, 28), dtype=torch.uint8, generator=generator)
     digits, numbers = (torch.randint(0, 10, (16,), generator=generator) for _ in range(2))
@@ -41,9 +42,9 @@ def step(model: TwoHeadCNN, optimizer: MuonAdamW, seed: int) -> None:
     optimizer.step()
 
 
-def make(seed: int) -> tuple[TwoHeadCNN, MuonAdamW]:
+def make(seed: int) -> tuple[Network, MuonAdamW]:
     torch.manual_seed(seed)
-    model = TwoHeadCNN()
+    model = make_network()
     return model, MuonAdamW(model, 0.01, torch.float32)
 
 
@@ -103,6 +104,11 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_one_of_another_versio
         "a file is",
     ]
     (tmp_path / "epoch_00006").mkdir()
-    (tmp_path / "epoch_00006" / STATE_CARD).write_text('{"format": "mnistsum_ray/10"}')
-    with pytest.raises(RequestError, match=r"epoch_00006 cannot be used: it was written by another version"):
-        latest_valid_checkpoint(place, print)
+    others = {
+        '"mnistsum_ray/10"': "it was written by another version",
+        f'"{STATE_FORMAT}", "network": "Other"': "it is of another network",
+    }
+    for other, why in others.items():
+        (tmp_path / "epoch_00006" / STATE_CARD).write_text(f'{{"format": {other}}}')
+        with pytest.raises(RequestError, match=f"epoch_00006 cannot be used: {why}"):
+            latest_valid_checkpoint(place, print)

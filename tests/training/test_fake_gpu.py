@@ -25,7 +25,7 @@ from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.model import sum_head
 from mnistsum_ray.model.inference import make_forward
 from mnistsum_ray.model.metrics import AnswerCounts, score_rows
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import make_network, prepare_images
 from mnistsum_ray.training.checkpoint import EpochProgress
 from mnistsum_ray.training.preflight import preflight
 from mnistsum_ray.training.trainer import EpochCounter, Trainer
@@ -161,7 +161,7 @@ def test_ddp_is_not_compiled_to_graphs(gpu: Callable[..., Any]) -> None:
 
 
 def evaluate() -> None:
-    model, counts, batch = TwoHeadCNN().to(CUDA).eval(), AnswerCounts(CUDA), rows(5)
+    model, counts, batch = make_network().to(CUDA).eval(), AnswerCounts(CUDA), rows(5)
     with Launches(), torch.no_grad():
         for scored, scores in score_rows(model, [(batch, model.digit_scores(prepare_images(batch["image"])))]):
             counts.add(scored, scores)
@@ -173,7 +173,7 @@ def test_evaluation(gpu: Callable[..., Any]) -> None:
 
 def finetune(steps: int) -> float:
     """Launches a step."""
-    model = TwoHeadCNN().to(CUDA)
+    model = make_network().to(CUDA)
     with (launches := Launches()):
         sum_head.finetune_sum_head(model, torch.empty(1000, 10, device=CUDA), steps, seed=0)
     return launches.count / steps
@@ -184,7 +184,7 @@ def test_finetuning_launches_few_kernels_a_step(gpu: Callable[..., Any]) -> None
 
 
 def infer(precision: str) -> list[tuple[int, ...]]:
-    forward = make_forward(TwoHeadCNN().to(CUDA).eval(), CUDA, precision, None)
+    forward = make_forward(make_network().to(CUDA).eval(), CUDA, precision, None)
     with torch.inference_mode(), (launches := Launches()):
         scores = forward(rows(ROWS)["image"], rows(ROWS)["number"])
     assert launches.count <= 22
