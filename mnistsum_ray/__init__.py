@@ -7,7 +7,7 @@ The Python API does what the jobs do from a shell:
     trained = fit(TrainConfig(data="sample"))
     score(ScoreConfig(model=trained.run, input=("pairs/",), output="scored/"))
     answer = predict(trained.run, "seven.png", 5)  # a picture and a number
-    predictions = predict(load_model(trained.run), images, numbers)  # uint8[n, 28, 28] and int64[n] in 0..9
+    predictions = predict(load_model(trained.run), images, numbers)  # uint8[n, 28, 28] and int64[n]
     frame = predict_rows(load_model(trained.run), frame)  # a pandas or Polars DataFrame, an Arrow table, a Ray Dataset
 """
 

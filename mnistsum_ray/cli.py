@@ -144,13 +144,15 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     config = _parse(PredictConfig, argv, predict)
 
+    from mnistsum_ray.model.heads import HEADS, SUM
     from mnistsum_ray.predicting import predict as predict_picture
     from mnistsum_ray.reporting.console import Console
 
     say, found = Console().say, predict_picture(config.model, config.picture, config.number)
     say(f"{config.picture}: {found.prepared}")
-    digit, total = f"{found.digit} ({percent(found.digit_prob)})", f"{found.sum} ({percent(found.sum_prob)})"
-    say(f"digit: {digit}, digit + {found.number}: {total}{'' if found.consistent else '; the two answers disagree'}")
+    asked = {head.name: head.name for head in HEADS} | {SUM.name: f"digit + {found.number}"}
+    answers = (f"{what}: {getattr(found, name)} ({percent(getattr(found, f'{name}_prob'))})" for name, what in asked.items())
+    say(", ".join(answers) + ("" if found.consistent else "; digit and sum disagree"))
     return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key != "pixels"}, DONE
 
 

@@ -268,7 +268,7 @@ class ScoringInput(JobConfig):
     image_column: str = Field("image", min_length=1)
     """column of the images"""
     number_column: str = Field("number", min_length=1)
-    """column of the numbers 0..9"""
+    """column of the numbers, integers from 0"""
     label_column: str | None = Field(None, min_length=1)
     """column of the true digits, to measure accuracy [none]"""
 
@@ -360,7 +360,7 @@ class PredictConfig(JobConfig):
 
     picture: PathText
     """file or URI of a picture of one digit, of any size, darker or lighter than its background"""
-    number: int = Field(ge=0, le=9)
-    """number 0..9 that is added to the digit"""
+    number: int
+    """number that is added to the digit, from 0"""
     model: PathText
     """folder or URI of a training run, or of its model folder"""

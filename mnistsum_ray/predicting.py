@@ -18,7 +18,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import plain_table
 from mnistsum_ray.data.picture import prepare_picture
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.model.heads import PREDICTION_FIELDS, HeadFields
 from mnistsum_ray.storage.paths import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -39,8 +39,8 @@ def load_model(model: str | Path) -> "Network":
     """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI) for `predict` and `predict_rows`.
 
     The network is in evaluation mode, float32, on the CPU. It takes images float32[n, 1, 28, 28], which
-    `mnistsum_ray.model.network.prepare_images` makes from pixels, and numbers int64[n] in 0..9, and returns the scores (logits)
-    of the digits [n, 10] and of the sums [n, 19].
+    `mnistsum_ray.model.network.prepare_images` makes from pixels, and numbers int64[n] in 0..NUMBERS - 1, and returns the
+    scores (logits) of each head: of the digits [n, 10], of the sums [n, 9 + NUMBERS].
 
     Raises:
         RequestError: there is no such model, or its checksum differs from the one in its model.json.
@@ -51,15 +51,13 @@ def load_model(model: str | Path) -> "Network":
 
 
 @dataclass(frozen=True)
-class PicturePrediction:
-    """The two answers for one picture and a number."""
+class PicturePrediction(HeadFields, names=("{}", "{}_prob")):
+    """The answers for one picture and a number."""
 
     number: int
     digit: int
-    """0..9"""
     digit_prob: float
     sum: int
-    """0..18"""
     sum_prob: float
     consistent: bool
     """Whether sum = digit + number."""
@@ -84,14 +82,14 @@ def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "P
         predict(model, images, numbers)
 
     A picture (a file, a URI, or one of Pillow's) may have any size, and is prepared as MNIST's were; its number is an integer in
-    0..9. Arrays are uint8[n, 28, 28], 0 background, 255 ink, as in MNIST, and integers[n].
+    0..NUMBERS - 1 (see `data/order.py`). Arrays are uint8[n, 28, 28], 0 background, 255 ink, as in MNIST, and integers[n].
 
     Returns:
-        Arrays of n: `digit` int8 in 0..9, `digit_prob` float32, `sum` int8 in 0..18, `sum_prob` float32. For a picture plain
-        numbers of these names, `consistent`, and `prepared`, which says how the picture was prepared.
+        Arrays of n: `digit` int8, `digit_prob` float32, `sum` int8, `sum_prob` float32, and those of further heads. For a picture
+        plain numbers of these names, `consistent`, and `prepared`, which says how the picture was prepared.
 
     Raises:
-        ValueError: wrong shape or dtype, a number outside of 0..9, or a batch size below 1.
+        ValueError: wrong shape or dtype, a number out of range, or a batch size below 1.
         RequestError (a ValueError): there is no such picture or model, or it is not one digit darker or lighter than its
             background.
     """
@@ -117,8 +115,8 @@ def _predict_picture(model: Model, picture: str | Path | Image.Image, number: in
     prepared = prepare_picture(picture)
     numbers = np.array([number])
     columns = predict(model, prepared.pixels[None], numbers, batch_size=1).columns(numbers)
-    digit, digit_prob, total, sum_prob, consistent = (values.item() for values in columns)
-    return PicturePrediction(int(number), digit, digit_prob, total, sum_prob, consistent, prepared.how, prepared.pixels)
+    answers = {name.removeprefix("pred_"): of.item() for name, of in zip(PREDICTION_FIELDS.names, columns, strict=True)}
+    return PicturePrediction(number=int(number), prepared=prepared.how, pixels=prepared.pixels, **answers)
 
 
 def predict_rows(
@@ -130,9 +128,9 @@ def predict_rows(
 
     Returns:
         A table of the same kind, with all rows in their order, their columns as they are, and after them `pred_digit` int8,
-        `digit_prob` float32, `pred_sum` int8, `sum_prob` float32, `consistent` bool, and `reason` string. Of a row that cannot be
-        scored the first five are null, and `reason` says why; of all others `reason` is null. In pandas they have its
-        nullable types (`Int8`, `Float32`, `boolean`, `string`).
+        `digit_prob` float32, `pred_sum` int8, `sum_prob` float32, those of further heads, `consistent` bool, and `reason` string.
+        Of a row that cannot be scored all but `reason` are null, and `reason` says why; of all others `reason` is null. In pandas
+        they have its nullable types (`Int8`, `Float32`, `boolean`, `string`).
 
     Raises:
         TypeError: `rows` is something else.
@@ -166,8 +164,8 @@ def predict_rows(
     if pandas:
         pd = sys.modules["pandas"]
         # Types that have a null: integers would become floats, as NaN is one.
-        types = {pa.int8(): pd.Int8Dtype(), pa.float32(): pd.Float32Dtype(), pa.bool_(): pd.BooleanDtype()}
-        types[pa.string()] = pd.StringDtype()
+        types = {pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(), pa.float32(): pd.Float32Dtype()}
+        types |= {pa.bool_(): pd.BooleanDtype(), pa.string(): pd.StringDtype()}
         columns = {name: values.to_pandas(types_mapper=types.get).array for name, values in added.items()}
         return data.assign(**columns)  # type: ignore[no-any-return]
     for name, values in added.items():

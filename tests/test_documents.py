@@ -67,7 +67,7 @@ def test_the_map_names_every_module_and_no_other() -> None:
 
 
 def test_what_the_map_names_exists_where_it_says() -> None:
-    """Modules by their path or their unique name, definitions, and `a definition` in `a module`."""
+    """Modules by their path or their unique name, definitions, `a definition` in `a module`, and flags."""
     for name in re.findall(r"`([\w/]+\.py)`", MAP):
         assert name in SOURCES or sum(module.endswith(f"/{name}") for module in SOURCES) == 1, name
 
@@ -78,3 +78,5 @@ def test_what_the_map_names_exists_where_it_says() -> None:
         assert name.startswith("ray_mnistsum_") or any(defines(text, name) for text in SOURCES.values()), name
     for name, module in re.findall(r"`(\w+)` in `([\w/]+\.py)`", MAP):
         assert defines(SOURCES[module], name), (name, module)
+    flags = {field.replace("_", "-") for config in CONFIGS.values() for field in config.model_fields}
+    assert {*re.findall(r"`--([a-z-]+)", MAP)} <= flags

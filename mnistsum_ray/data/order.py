@@ -33,7 +33,7 @@ RowIds = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint64]
 
 NUMBERS: Final = 10
-"""Size of the range 0..9 of the random number."""
+"""Numbers are 0..NUMBERS - 1: a training row gets one at random, and a row that is scored has its own."""
 
 DISTORTION_DRAWS: Final = 6
 """Draws for an image: one for rotation, two for scale, one for shear, two for translation."""
@@ -73,11 +73,16 @@ def _bits(seed: int, epoch: int, purpose: RandomStream, row_ids: RowIds) -> Bits
     return _mix(key ^ _mix(row_ids.astype(np.uint64)))
 
 
-def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.int64]:
-    """The number that each row is paired with in an epoch: int64[n], uniform in 0..9."""
+def integer_type(count: int) -> str:
+    """Smallest signed integer type that holds 0..count - 1, by its name in NumPy and Arrow: `int8` up to 128."""
+    return np.min_scalar_type(-count).name
+
+
+def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.signedinteger[Any]]:
+    """The number that each row is paired with in an epoch, uniform: `integer_type(NUMBERS)` [n]."""
     bits = _bits(seed, epoch, RandomStream.NUMBER, row_ids)
     # Lemire, 2019: multiply and shift; the bias is below NUMBERS / 2**32.
-    return (((bits >> np.uint64(32)) * np.uint64(NUMBERS)) >> np.uint64(32)).astype(np.int64)
+    return (((bits >> np.uint64(32)) * np.uint64(NUMBERS)) >> np.uint64(32)).astype(integer_type(NUMBERS))
 
 
 def distortion_draws(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.float32]:

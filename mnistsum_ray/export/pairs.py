@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.images import IMAGE_TYPE, pixels_array
-from mnistsum_ray.data.order import RowRanges, random_numbers
+from mnistsum_ray.data.order import NUMBERS, RowRanges, integer_type, random_numbers
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RunError, RunInterrupted, StorageError
 from mnistsum_ray.storage.folder import empty_output
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import refused
 
-SCHEMA: Final = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": pa.int8(), "digit": pa.int8()})
+SCHEMA: Final = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": integer_type(NUMBERS), "digit": pa.int8()})
 """`row_id` is the position of the image in its source; `digit` is the true digit, for measuring accuracy."""
 
 _ROW_GROUP_ROWS: Final = 8192
@@ -64,7 +64,7 @@ def _parquet_file(source: Source, split: RowRanges, seed: int, row: int, end: in
             count = min(_ROW_GROUP_ROWS, len(split) - place, end - row)
             ids = split.at(np.arange(place, place + count))
             images, digits = source.data.fetch(ids)
-            columns = [ids, pixels_array(images), random_numbers(seed, rounds, ids).astype(np.int8), digits]
+            columns = [ids, pixels_array(images), random_numbers(seed, rounds, ids), digits]
             writer.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=SCHEMA))
             row += count
     return sink.getvalue()

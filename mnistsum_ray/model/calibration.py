@@ -24,7 +24,7 @@ _SEARCH_STEPS: Final = 25
 
 def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
     """Fit the temperature of each head, by its name, on rows that the model was not trained on."""
-    batches, classes = zip(*((scores, true_classes(batch["digit"])) for batch, scores in scored), strict=True)
+    batches, classes = zip(*((scores, true_classes(batch["digit"], scores)) for batch, scores in scored), strict=True)
     temperatures = {}
     for index, head in enumerate(HEADS):
         logits = torch.cat([scores[index].flatten(0, 1) for scores in batches]).cpu()

@@ -1,13 +1,13 @@
 """The heads of the network and what each predicts: columns, metrics, pictures and reports follow from this table."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import pyarrow as pa
 
 from mnistsum_ray.data.images import DIGITS
-from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.order import NUMBERS, integer_type
 
 NETWORK: Final = "TwoHeadCNN"
 """Name of the class in `model/network.py` that is trained and scored with; model.json has it too."""
@@ -18,10 +18,22 @@ class Head:
     """One output of the network: a classification of an image and a number."""
 
     name: str
-    """Names its columns and metrics: `pred_<name>`, `<name>_prob`, `<name>_accuracy`."""
+    """Names its columns, metrics and attributes of results: `pred_<name>`, `<name>_prob`, `<name>_accuracy`."""
     classes: int
     target: Callable[[Any, Any], Any]
-    """True classes of digits and numbers: integers, arrays or tensors that can be broadcast."""
+    """True classes of digits and numbers: integers, arrays or tensors that can be broadcast. It may be given with bools."""
+    type: pa.DataType = field(init=False)
+    """Type of its predicted classes: bool where `target` was given with bools, else the smallest integers that hold all."""
+
+    def __post_init__(self) -> None:
+        target = self.target
+        given = [target(digit, number) for digit in range(DIGITS) for number in range(NUMBERS)]
+        if not 0 <= min(given) <= max(given) < self.classes:
+            raise ValueError(f"head {self.name!r}: its target gives {min(given)}..{max(given)}, outside 0..{self.classes - 1}")
+        object.__setattr__(self, "type", pa.type_for_alias(integer_type(self.classes)))
+        if isinstance(given[0], bool):
+            object.__setattr__(self, "type", pa.bool_())
+            object.__setattr__(self, "target", lambda digits, numbers: 1 * target(digits, numbers))  # losses take integers
 
 
 DIGIT: Final = Head("digit", DIGITS, lambda digits, numbers: digits)
@@ -31,8 +43,19 @@ HEADS: Final = (DIGIT, SUM)
 """All heads, in the order of the network's outputs."""
 
 PREDICTION_FIELDS: Final = pa.schema(
-    [field for head in HEADS for field in ((f"pred_{head.name}", pa.int8()), (f"{head.name}_prob", pa.float32()))]
+    [field for head in HEADS for field in ((f"pred_{head.name}", head.type), (f"{head.name}_prob", pa.float32()))]
     + [("consistent", pa.bool_())]  # pred_sum == pred_digit + number
 )
 """Columns that scoring adds to the input's, in their order. An output whose files have other columns is not resumed, see
 `scoring.preflight.Plan.spec`."""
+
+
+class HeadFields:
+    """Base of dataclasses with a field for each of `names` and each head, by whose name {} is replaced. What a subclass does
+    not declare itself, for editors and type checkers, comes last."""
+
+    def __init_subclass__(cls, names: Sequence[str]) -> None:
+        for added in (name.format(head.name) for head in HEADS for name in names):
+            if added not in cls.__annotations__:
+                cls.__annotations__[added] = Any
+                setattr(cls, added, None)

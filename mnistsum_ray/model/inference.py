@@ -31,8 +31,8 @@ class Predictions:
     """Predictions of n rows."""
 
     values: Mapping[str, npt.NDArray[Any]]
-    """[n] each, by name: of each head `pred_<head>` int8, the most likely class, and `<head>_prob` float32, its probability; with
-    labels also `<head>_nll` and `<head>_brier`, see `probability_losses`: float32, 0 for rows without a label."""
+    """[n] each, by name: of each head `pred_<head>`, the most likely class, of `Head.type`, and `<head>_prob` float32, its
+    probability; with labels also `<head>_nll` and `<head>_brier`, see `probability_losses`: float32, 0 for rows without one."""
 
     @property
     def digit(self) -> npt.NDArray[np.int8]:
@@ -53,6 +53,14 @@ class Predictions:
     def sum_prob(self) -> npt.NDArray[np.float32]:
         """Probability of that sum, float32[n]."""
         return self.values["sum_prob"]
+
+    def __getattr__(self, name: str) -> npt.NDArray[Any]:
+        """`<head>` and `<head>_prob` of any other head, as those above."""
+        values = vars(self).get("values", {})  # none yet where a copy is made
+        for key in (f"pred_{name}", name):
+            if key in values:
+                return values[key]  # type: ignore[no-any-return]
+        raise AttributeError(f"predictions have no {name!r}")
 
     def columns(self, numbers: Numbers) -> list[npt.NDArray[Any]]:
         """Values of PREDICTION_FIELDS, [n] each; `numbers` are those of the rows."""
@@ -148,5 +156,6 @@ def _predict(
             found[f"{head.name}_nll"], found[f"{head.name}_brier"] = nll * known, brier * known
     # In one copy from the device; classes are exact in float32.
     arrays = torch.stack([values.float() for values in found.values()]).cpu().numpy()
+    types = {f"pred_{head.name}": head.type.to_pandas_dtype() for head in HEADS}
     named = zip(found, arrays, strict=True)
-    return Predictions({name: array.astype(np.int8) if name.startswith("pred_") else array for name, array in named})
+    return Predictions({name: array.astype(types.get(name, np.float32), copy=False) for name, array in named})

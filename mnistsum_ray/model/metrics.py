@@ -1,6 +1,6 @@
 """Metrics on rows whose digit is known: accuracies, loss, calibration, and the most confident mistakes.
 
-Each image is paired with all ten numbers, and not with a random one: the sum accuracy then has no luck in it. The convolutions,
+Each image is paired with every number, and not with a random one: the sum accuracy then has no luck in it. The convolutions,
 nearly all of the work, run once an image. Evaluation, calibration, error analysis and the comparison of int8 with float32 take
 their rows from `score_rows`, and count them in `AnswerCounts`.
 """
@@ -28,12 +28,12 @@ LabelledRows = dict[str, Tensor]
 """Rows on the model's device: `image` uint8[n, 28, 28], `digit` int64[n] in 0..9, and `row_id` int64[n]."""
 
 Metrics = dict[str, float]
-"""Metrics of rows, each paired with all ten numbers: `rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in
+"""Metrics of rows, each paired with every number: `rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in
 nats), `<head>_accuracy` of each head, and `consistency` (share of the pairs whose predicted sum is the predicted digit plus the
 number)."""
 
 ScoredRows = Iterable[tuple[LabelledRows, Scores]]
-"""Batches with their scores by head: float32[n, k, classes], where k is 10 if the answer depends on the number, and else 1."""
+"""Batches with their scores by head: float32[n, k, classes], where k is NUMBERS, or 1 of digits, which need no number."""
 
 
 @torch.no_grad()
@@ -44,10 +44,11 @@ def score_rows(model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]) -> I
         yield batch, model.scores_of_all_numbers(digit_scores.float())
 
 
-def true_classes(digits: Tensor) -> list[Tensor]:
-    """True classes by head of digits int64[n]: int64[n, k], k as in `ScoredRows`."""
+def true_classes(digits: Tensor, scores: Scores) -> list[Tensor]:
+    """True classes by head of digits int64[n] with scores as in `ScoredRows`: int64[n, k], also where no number matters."""
     numbers = torch.arange(NUMBERS, device=digits.device)
-    return [head.target(digits[:, None], numbers) for head in HEADS]
+    targets = [head.target(digits[:, None], numbers) for head in HEADS]
+    return [target.broadcast_to(logits.shape[:2]) for target, logits in zip(targets, scores, strict=True)]
 
 
 class AnswerCounts:
@@ -70,7 +71,7 @@ class AnswerCounts:
         """Count one batch with its scores, as `score_rows` yields them."""
         digits = batch["digit"]
         answers = {head.name: logits.argmax(2) for head, logits in zip(HEADS, scores, strict=True)}
-        for index, (logits, answer, truth) in enumerate(zip(scores, answers.values(), true_classes(digits), strict=True)):
+        for index, (logits, answer, truth) in enumerate(zip(scores, answers.values(), true_classes(digits, scores), strict=True)):
             self.right[index].index_add_(0, digits, (answer == truth).expand(-1, NUMBERS).long())
             loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
             self._losses[index] += loss / truth.size(1)
@@ -130,7 +131,7 @@ def analyse_errors(
     mistakes: list[dict[str, Any]] = []
     for batch, scores in scored:
         counts.add(batch, scores)
-        for sums, logits, classes in zip(reliability.values(), scores, true_classes(batch["digit"]), strict=True):
+        for sums, logits, classes in zip(reliability.values(), scores, true_classes(batch["digit"], scores), strict=True):
             sums.add(reliability_of(logits, classes))
         mistakes += _mistakes(batch, scores)
         on_progress(len(batch["digit"]))
@@ -165,12 +166,13 @@ def _mistakes(batch: LabelledRows, scores: Scores) -> Iterator[dict[str, Any]]:
     digits, row_ids = batch["digit"].tolist(), batch["row_id"].tolist()
     answers: dict[str, npt.NDArray[Any]] = {}
     wrong = np.zeros((len(HEADS), len(digits), NUMBERS))  # probabilities of wrong answers
-    for index, (head, logits, truth) in enumerate(zip(HEADS, scores, true_classes(batch["digit"]), strict=True)):
+    for index, (head, logits, truth) in enumerate(zip(HEADS, scores, true_classes(batch["digit"], scores), strict=True)):
         probability, answer = (values.expand(-1, NUMBERS).cpu().numpy() for values in logits.softmax(2).max(2))
-        answers |= {f"pred_{head.name}": answer, f"{head.name}_prob": probability}
+        answers[f"pred_{head.name}"] = answer.astype(head.type.to_pandas_dtype())
+        answers[f"{head.name}_prob"] = probability.astype(np.float64).round(6)
         wrong[index] = np.where(answer == truth.cpu().numpy(), 0, probability)
     numbers = wrong[1:].max(0).argmax(1)  # the first head, the digit's, answers alike with every number
     for row in np.flatnonzero(wrong.any((0, 2))):
         number = int(numbers[row])
-        given = {name: round(values[row, number].item(), 6) for name, values in answers.items()}
+        given = {name: values[row, number].item() for name, values in answers.items()}
         yield {"row_id": row_ids[row], "digit": digits[row], "number": number, **given}

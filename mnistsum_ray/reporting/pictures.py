@@ -26,7 +26,8 @@ from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.reporting.report import Picture, wilson_interval
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"  # of the palette of Okabe and Ito
-_HEAD_STYLES: Final = ((_BLUE, "o"), (_ORANGE, "s"), ("#009e73", "^"))
+_STYLES: Final = ((_BLUE, "o"), (_ORANGE, "s"), ("#009e73", "^"), ("#cc79a7", "v"), ("#e69f00", "P"))
+_HEAD_STYLES: Final = [_STYLES[index % len(_STYLES)] for index in range(len(HEADS))]
 """Colour and marker of each head."""
 
 _STYLE: Final[dict[Any, Any]] = {
@@ -82,7 +83,8 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
 
     The errors of the finished model, `card`, are marked.
     """
-    figure, (losses, errors) = _panels(9, 3.9, 2, bottom=1.05)
+    lines = -(-3 * len(HEADS) // 2)  # of the legend of the errors, in two columns
+    figure, (losses, errors) = _panels(3.3 + 0.2 * lines, 2, bottom=0.45 + 0.2 * lines)
     epochs = [entry["epoch"] for entry in history]
     steps = [
         (entry["epoch"] - 1 + step / entry["step_losses"][-1][0], loss)
@@ -94,13 +96,14 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
     for split, line, face in (("validation", "--", {"markerfacecolor": "white"}), ("test", "-", {})):
         values = [entry[split]["loss"] for entry in history]
         losses.plot(epochs, values, f"D{line}", color="black", label=split, **face)
-        for head, (color, marker) in zip(HEADS, _HEAD_STYLES, strict=False):
+        for head, (color, marker) in zip(HEADS, _HEAD_STYLES, strict=True):
             values = [100 - 100 * entry[split][f"{head.name}_accuracy"] for entry in history]
             errors.plot(epochs, values, marker + line, color=color, label=f"{head.name}, {split}", **face)
             shown += values
-    for head, (color, _), size in zip(HEADS, _HEAD_STYLES, (15, 9, 6), strict=False):  # stars of one error are all seen
+    for index, (head, (color, _)) in enumerate(zip(HEADS, _HEAD_STYLES, strict=True)):
         shown.append(100 - 100 * card["test"][f"{head.name}_accuracy"])
         label = f"{head.name}, test, finished model"
+        size = max(15 - 6 * index, 6)  # stars of one error are all seen
         errors.plot(
             card["epoch"], shown[-1], "*", markersize=size, color=color, markeredgecolor="black", markeredgewidth=0.6, label=label
         )
@@ -142,7 +145,7 @@ def draw_confusion(confusion: list[list[int]], rows: str = "test images") -> Fig
     (axes,) = figure.axes
     for place, label in enumerate(_percent(np.diag(counts), counts.sum(0))):
         axes.text(place, -0.65, label, ha="center", va="bottom", fontsize=9, color=_GREY)
-    axes.text(4.5, -0.98, "precision, %", ha="center", va="bottom", color=_GREY)
+    axes.text((len(counts) - 1) / 2, -0.98, "precision, %", ha="center", va="bottom", color=_GREY)
     return figure
 
 
@@ -174,7 +177,7 @@ def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8])
     title = "the most confident mistakes on test images" if mistakes else "no mistakes on test images"
     down = -(-len(mistakes) // _ACROSS)
     across = -(-len(mistakes) // max(1, down))  # as many in each line, but for the last one
-    cell_width, cell_height = 1.5, 1.85  # inches
+    cell_width, cell_height = 1.5, 1.31 + 0.18 * (1 + len(HEADS))  # inches; a line for the question, and one for each answer
     width, height = max(4.2, across * cell_width), down * cell_height + 0.45
     figure = Figure(figsize=(width, height))
     # One pair of axes in inches, from the upper left corner: a pair for each image takes several times as long.
@@ -199,14 +202,15 @@ def _answer_lines(answer: dict[str, Any]) -> list[tuple[str, str]]:
         predicted, true = answer[f"pred_{head.name}"], head.target(answer["digit"], answer["number"])
         probability = answer[f"{head.name}_prob"]
         text = f"{head.name} {predicted} ({'>99%' if probability > 0.99 else f'{probability:.0%}'})"
-        lines.append((text, _BLUE) if predicted == true else (f"{text}, not {true}", _ORANGE))
+        wrong = f"{text}, not {true}" if head.classes > 2 else text  # of two classes the other one is true
+        lines.append((text, _BLUE) if predicted == true else (wrong, _ORANGE))
     return lines
 
 
 @_picture
 def draw_reliability(heads: dict[str, Reliability]) -> Figure:
     """Reliability diagram of each head: accuracy by predicted probability, in the bins of `Reliability`, and rows by bin."""
-    figure, panels = _panels(9, 4.8, len(heads), left=0.9, down=(3, 1))
+    figure, panels = _panels(4.8, len(heads), left=0.9, down=(3, 1))
     for (name, head), axes, below, (color, marker) in zip(heads.items(), *panels, _HEAD_STYLES, strict=False):
         rows, right = np.array(head.rows), np.array(head.right)
         used, edges = rows > 0, np.linspace(0, 1, len(rows) + 1)
@@ -225,22 +229,22 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
         axes.set_xlim(start - 0.02 * (1 - start), 1 + 0.02 * (1 - start))
         axes.legend(loc="lower right")
         axes.grid()
-    figure.text(0.1 / 9, 0.64, "accuracy", rotation=90, va="center")
-    figure.text(0.1 / 9, 0.21, "rows", rotation=90, va="center")
+    figure.text(0.1 / figure.get_figwidth(), 0.64, "accuracy", rotation=90, va="center")
+    figure.text(0.1 / figure.get_figwidth(), 0.21, "rows", rotation=90, va="center")
     return figure
 
 
 @_picture
 def draw_probabilities(histograms: dict[str, list[int]]) -> Figure:
     """Histogram of a scoring run's predicted probabilities, by column: rows in bins of equal width over 0..1."""
-    figure, panels = _panels(9, 3.4, len(histograms), left=0.9)
+    figure, panels = _panels(3.4, len(histograms), left=0.9)
     highest = max(max(counts) for counts in histograms.values())
     for axes, (column, counts), (color, _) in zip(panels, histograms.items(), _HEAD_STYLES, strict=False):
         _draw_histogram(axes, counts, color, column, highest)
         last_bin = counts[-1] / max(1, sum(counts))
         axes.set_title(f"{column.removesuffix('_prob')}: {last_bin:.2%} of {sum(counts):,} rows above {1 - 1 / len(counts):.2f}")
         axes.set_xlim(0, 1)
-    figure.text(0.1 / 9, 0.5, "rows", rotation=90, va="center")
+    figure.text(0.1 / figure.get_figwidth(), 0.5, "rows", rotation=90, va="center")
     return figure
 
 
@@ -278,13 +282,12 @@ def _percent(right: npt.NDArray[Any], totals: npt.NDArray[Any]) -> list[str]:
     return [f"{100 * hits / total:.1f}" if total else "-" for hits, total in zip(right, totals, strict=True)]
 
 
-def _panels(
-    width: float, height: float, across: int, left: float = 0.6, bottom: float = 0.55, down: Sequence[int] = ()
-) -> tuple[Figure, Any]:
-    """A figure of this size in inches, and its axes: [across], or [down, across] with these ratios of their heights.
+def _panels(height: float, across: int, left: float = 0.6, bottom: float = 0.55, down: Sequence[int] = ()) -> tuple[Figure, Any]:
+    """A figure of this height in inches, and its axes: [across], or [down, across] with these ratios of their heights.
 
     The margins in inches are fixed: to compute them takes as long as to draw.
     """
+    width = 4.5 * across
     figure = Figure(figsize=(width, height))
     places = {"left": left / width, "right": 1 - 0.15 / width, "bottom": bottom / height, "top": 1 - 0.35 / height}
     places |= {"wspace": 0.22, "hspace": 0.06 if down else 0}
@@ -305,20 +308,21 @@ def _heat_map(
 
     `beside`: a label at the right of each line of cells, of which `name` is the title.
     """
-    side, left, right, below, head = 4.8, 0.65, 0.75, 0.6, 0.95  # inches
-    width, height = left + side + right, below + side + head
+    lines, columns = dark.shape
+    side, left, right, below, head = 0.48, 0.65, 0.75, 0.6, 0.95  # inches; `side` is that of a cell
+    width, height = left + side * columns + right, below + side * lines + head
     figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((left / width, below / height, side / width, side / height))
-    edges = (np.arange(size + 1) - 0.5 for size in (colors.shape[1], colors.shape[0]))
+    axes = figure.add_axes((left / width, below / height, side * columns / width, side * lines / height))
+    edges = (np.arange(size + 1) - 0.5 for size in (columns, lines))
     axes.pcolormesh(*edges, colors, edgecolors="#dddddd", linewidth=0.5)
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
-    axes.set(xticks=range(colors.shape[1]), yticks=range(colors.shape[0]), xlabel=across, ylabel="true digit")
+    axes.set(xticks=range(columns), yticks=range(lines), xlabel=across, ylabel="true digit")
     axes.set_title(title)
     axes.tick_params(length=0)
     for (y, x), white in np.ndenumerate(dark):
         axes.text(x, y, texts[y][x], ha="center", va="center", fontsize=9, color="white" if white else "black")
     for place, label in enumerate(beside):
-        axes.text(9.6, place, label, va="center", fontsize=9, color=_GREY)
-    axes.text(10.45, 4.5, name, va="center", rotation=90, color=_GREY)
+        axes.text(columns - 0.4, place, label, va="center", fontsize=9, color=_GREY)
+    axes.text(columns + 0.45, (lines - 1) / 2, name, va="center", rotation=90, color=_GREY)
     return figure

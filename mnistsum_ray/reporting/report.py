@@ -18,6 +18,7 @@ from mnistsum_ray import __version__
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import printable
 from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.reporting.console import accuracies
 
 REPORT: Final = "report.html"
 
@@ -158,4 +159,5 @@ def _render(template: str, **values: Any) -> str:
         # As on the console: a file name may hold control characters. Markup is what a filter has made for the page.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    return str(environment.get_template(template).render(heads=[head.name for head in HEADS], numbers=range(NUMBERS), **values))
+    values |= {"heads": [head.name for head in HEADS], "numbers": range(NUMBERS), "accuracies": accuracies}
+    return str(environment.get_template(template).render(values))

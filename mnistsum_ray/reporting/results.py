@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.model.heads import HeadFields
 from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.storage.paths import locate
 
@@ -30,12 +32,12 @@ class SplitRows(_Entries):
 
 
 @dataclass(frozen=True)
-class HeldOutMetrics(_Entries):
-    """Quality on the test rows, with every number 0..9 for each image. Accuracies are in 0..1."""
+class HeldOutMetrics(_Entries, HeadFields, names=("{}_accuracy",)):
+    """Quality on the test rows, with every number for each image. Accuracies are in 0..1."""
 
     rows: int
     pairs: int
-    """Ten for each row."""
+    """Each row with each number."""
     loss: float
     """Mean of the heads' cross-entropies, in nats."""
     digit_accuracy: float
@@ -64,12 +66,12 @@ class TrainResult:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def _repr_html_(self) -> str | None:
-        right = f"{accuracies(vars(self.test))} of {self.test.rows:,} test rows, all ten numbers"
+        right = f"{accuracies(vars(self.test))} of {self.test.rows:,} test rows, all {NUMBERS} numbers"
         return _with_picture(f"{self.run}: {right}; {self.seconds:.0f} s", self.run, "mistakes.png")
 
 
 @dataclass(frozen=True)
-class ScoreResult:
+class ScoreResult(HeadFields, names=("{}_accuracy",)):
     """Result of a finished scoring. input_rows = scored_rows + rejected_rows, over the files that can be read."""
 
     output: str

@@ -147,7 +147,7 @@ class PartRows:
     images: Pixels
     """uint8[n, 28, 28]; zeros in rejected rows."""
     numbers: npt.NDArray[np.int64]
-    """int64[n], 0..9; 0 in rejected rows."""
+    """int64[n], 0..NUMBERS - 1; 0 in rejected rows."""
     labels: npt.NDArray[np.int64] | None
     """int64[n], the true digit, -1 where it is unknown; None without a label column."""
     reasons: dict[int, str]

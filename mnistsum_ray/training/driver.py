@@ -20,6 +20,7 @@ from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve,
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.data.inputs import report_skipped
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, counted, one_line, root_cause, shell_command
 from mnistsum_ray.model.parts import check_network
 from mnistsum_ray.overrides import default_environment
@@ -319,7 +320,7 @@ class _Driver:
                 summary = replace(summary, mlflow=log_run(manifest, result.history, card, run.folder, files, say))
             finally:
                 self.held.write(_MANIFEST, manifest)  # an interrupted run goes on in the same one of MLflow
-        say(f"test: {accuracies(card['test'])} ({counted(card['test']['rows'], 'row')}, all ten numbers)")
+        say(f"test: {accuracies(card['test'])} ({counted(card['test']['rows'], 'row')}, all {NUMBERS} numbers)")
         say(f"report: {(run.folder / REPORT).display}")
         say(f"score with it: {shell_command('score')} --model {shlex.quote(run.folder.display)} --input PAIRS --output SCORED")
         return summary

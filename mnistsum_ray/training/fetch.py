@@ -157,7 +157,7 @@ class ReadRows:
         seed = self._shuffle.seed
         columns = {
             "row_id": ids,
-            "number": random_numbers(seed, epoch, ids).astype(np.int8),
+            "number": random_numbers(seed, epoch, ids),
             "index": np.full(len(ids), index),
         }
         if self._shuffle.streamed:

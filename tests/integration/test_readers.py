@@ -47,7 +47,7 @@ Answer = tuple[int, int]
 @pytest.fixture(scope="module")
 def rows(sample: pa.Table) -> tuple[Pixels, np.ndarray]:
     images = pixels_view(one_chunk(sample["image"].take(pa.array(np.arange(FORM_ROWS) * 83))))
-    return images, random_numbers(0, 0, np.arange(FORM_ROWS))
+    return images, random_numbers(0, 0, np.arange(FORM_ROWS)).astype(np.int64)
 
 
 def png(image: Pixels) -> bytes:

@@ -70,7 +70,7 @@ def test_a_person_sees_the_figures_and_not_rays_chatter(done: Done, runs: Path) 
     test = done.line["test"]
     words = [f"{100 * test[head.name + '_accuracy']:.2f} %" for head in HEADS]
     assert lines[-3:] == [
-        f"test: digit {words[0]}, sum {words[1]} (100 rows, all ten numbers)",
+        f"test: digit {words[0]}, sum {words[1]} (100 rows, all 10 numbers)",
         f"report: {runs}/one/report.html",
         f"score with it: python jobs/score.py --model {runs}/one --input PAIRS --output SCORED",
     ]

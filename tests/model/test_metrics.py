@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.errors import RowCountError
-from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.model.heads import HEADS, Head
 from mnistsum_ray.model.metrics import (
     MAX_MISTAKES,
     AnswerCounts,
@@ -150,3 +150,9 @@ def test_probability_metrics_equal_their_definitions_and_parts_add_up() -> None:
         total.add(Reliability(**json.loads(json.dumps(sums))))
     assert total.metrics() == pytest.approx(probability_metrics_by_definition(scores, labels), rel=1e-4)
     assert (sum(total.rows), type(total.rows[0]), type(total.nll)) == (3_000, int, float)
+
+
+def test_a_head_is_refused_where_its_target_has_other_classes() -> None:
+    assert str(Head("large", 200, lambda digits, numbers: digits * numbers).type) == "int16"
+    with pytest.raises(ValueError, match=r"^head 'half': its target gives 0\.\.4, outside 0\.\.3$"):
+        Head("half", 4, lambda digits, numbers: digits // 2)
