@@ -20,7 +20,9 @@ def test_a_flag_wins_over_the_recipe() -> None:
 def stored(tmp_path: Path) -> TrainConfig:
     """The config of a run that was started and killed."""
     run = preflight(
-        TrainConfig(data="sample", storage_path=str(tmp_path), name="mine", epochs=7, learning_rate=0.5, num_workers=2)
+        TrainConfig(
+            data="sample", storage_path=str(tmp_path), name="mine", epochs=7, learning_rate=0.5, num_workers=2, skip_bad_rows=True
+        )
     )
     (tmp_path / "mine").mkdir()
     manifest = {
@@ -44,6 +46,7 @@ def test_null_leaves_the_choice_to_the_stored_run(stored: TrainConfig) -> None:
 def test_another_recipe_sets_what_it_sets_and_flags_win(stored: TrainConfig) -> None:
     of = {"from_run": f"{stored.storage_path}/mine", "storage_path": stored.storage_path}
     run = preflight(TrainConfig(recipe="long", learning_rate=0.3, **of))
+    assert run.config.skip_bad_rows, "of that run"
     assert (run.hyperparameters.epochs, run.hyperparameters.dropout, run.hyperparameters.learning_rate) == (40, 0.25, 0.3)
     assert run.hyperparameters.seed == stored.seed
 
@@ -60,6 +63,7 @@ def test_a_folder_with_files_and_no_run_is_neither_taken_nor_resumed(tmp_path: P
     [
         (True, {"learning_rate": 0.02}, "--learning-rate 0.02: the run mine has 0.5"),
         (True, {"precision": "bf16"}, "--precision bf16: the run mine has none"),
+        (True, {"skip_bad_rows": False}, "--skip-bad-rows False: the run mine has True"),
         ("auto", {"from_run": "runs/other"}, "--from-run runs/other: the run mine has none"),
     ],
 )
