@@ -100,6 +100,14 @@ def test_the_same_command_goes_on_with_a_run_that_was_begun_from_another_that_is
         preflight(TrainConfig(**place, from_run="runs/other"))
 
 
+def test_a_run_that_began_before_bad_rows_could_be_skipped_is_resumed(stored: TrainConfig) -> None:
+    manifest = Path(stored.storage_path, "mine", "manifest.json")
+    text = json.loads(manifest.read_text())
+    del text["config"]["skip_bad_rows"]
+    manifest.write_text(json.dumps(text))
+    assert not preflight(TrainConfig(storage_path=stored.storage_path, name="mine", resume=True)).config.skip_bad_rows
+
+
 def test_a_manifest_that_does_not_say_what_the_run_was_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for text in ("{", "[]", '{"config": {}}', "[" * 100_000):
