@@ -64,6 +64,9 @@ class TrainingData(JobConfig):
     shuffle_rows: int = Field(1_000_000, ge=1, le=10**9)
     """training rows that are shuffled together, 0.8 KB each in memory; Parquet with more rows in all is streamed and shuffled in
     windows of so many rows"""
+    skip_bad_rows: bool = False
+    """train without the rows that cannot be used, and count them in manifest and report; Parquet that is streamed is read once
+    before, to find them"""
 
 
 RecipeName = Literal["quick", "short", "long"]
@@ -270,7 +273,7 @@ class ScoringInput(JobConfig):
     number_column: str = Field("number", min_length=1)
     """column of the numbers, integers from 0"""
     label_column: str | None = Field(None, min_length=1)
-    """column of the true digits, to measure accuracy [none]"""
+    """column of the true digits, to measure accuracy; any other value counts as unknown, and is counted unless null [none]"""
 
     @field_validator("input", mode="before")
     @classmethod

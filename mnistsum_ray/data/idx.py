@@ -13,8 +13,9 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from mnistsum_ray.data.images import SIDE, Pixels
+from mnistsum_ray.data.images import SIDE, Pixels, decode_labelled, pixels_array
 from mnistsum_ray.errors import RequestError
 
 IDX_FILES: Final = (
@@ -36,8 +37,8 @@ def find_idx(root: Path) -> Path | None:
     return None
 
 
-def read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.uint8], int]:
-    """Images uint8[n, 28, 28] and labels uint8[n] of a folder, and the number of test rows, which are the last.
+def read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.int8], dict[int, str], int]:
+    """Images, digits and bad rows of a folder, as of `decode_labelled`; and the number of test rows, which are the last.
 
     A file that is missing, is not IDX, or does not match the others is a RequestError that names it.
     """
@@ -47,7 +48,8 @@ def read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.uint8], int]:
             raise RequestError(f"{folder / name}: images are {images.shape[1]} x {images.shape[2]} pixels, not 28 x 28")
         if len(images) != len(digits):
             raise RequestError(f"{folder / name}: has {len(images):,} images, but its label file has {len(digits):,} labels")
-    return np.concatenate([train_images, test_images]), np.concatenate([train_digits, test_digits]), len(test_images)
+    pixels, labels = np.concatenate([train_images, test_images]), np.concatenate([train_digits, test_digits])
+    return *decode_labelled(pixels_array(pixels), pa.array(labels)), len(test_images)
 
 
 def _read_idx_file(folder: Path, name: str) -> Pixels:

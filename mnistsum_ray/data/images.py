@@ -6,8 +6,10 @@ a reason.
 """
 
 import io
-from collections.abc import Sequence
-from typing import Final
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +18,18 @@ import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.errors import RequestError
 
 SIDE: Final = 28
 PIXELS: Final = SIDE * SIDE
 DIGITS: Final = 10
 IMAGE_TYPE: Final = pa.binary(PIXELS)
 """Arrow type of stored images: 784 bytes, row by row, 0 is background, 255 is ink."""
+
+_MAX_REASONS: Final = 20
+"""Reasons that are counted separately, so that the counts of a file with many different bad rows stay small."""
+
+_EXAMPLES: Final = 5
+"""Rows that are named for each reason, and in a message."""
 
 _SHAPE_ERROR: Final = "the image has {} values, not 784 or 28 x 28; resize it"
 
@@ -159,11 +166,55 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     return images, bad
 
 
-def join_reasons(bad_images: dict[int, str], bad_numbers: dict[int, str]) -> dict[int, str]:
-    """Why each bad row cannot be scored, in the order of the rows, of what `decode_images` and `decode_numbers` returned."""
-    numbers = {row: f"the number {reason}" for row, reason in bad_numbers.items()}
+def join_reasons(bad_images: dict[int, str], bad_numbers: dict[int, str], what: str = "number") -> dict[int, str]:
+    """Why each bad row cannot be used, in the order of the rows, of what `decode_images` and `decode_numbers` returned."""
+    numbers = {row: f"the {what} {reason}" for row, reason in bad_numbers.items()}
     rows = sorted(bad_images | numbers)
     return {row: "; ".join(reasons[row] for reasons in (bad_images, numbers) if row in reasons) for row in rows}
+
+
+def decode_labelled(images: pa.Array, digits: pa.Array) -> tuple[Pixels, npt.NDArray[np.int8], dict[int, str]]:
+    """Decode images and their digits, int8[n]; and row -> reason of each row of which either cannot be used, in their order."""
+    pixels, bad_images = decode_images(images)
+    values, bad_digits = decode_numbers(digits, DIGITS)
+    return pixels, values.astype(np.int8), join_reasons(bad_images, bad_digits, "digit")
+
+
+@dataclass
+class ReasonCounts:
+    """Counts of bad rows by reason."""
+
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Bad rows by reason."""
+    examples: dict[str, list[list[Any]]] = field(default_factory=dict)
+    """Some bad rows by reason: file, and index of the row in it."""
+
+    @classmethod
+    def of(cls, bad: Mapping[tuple[str, int], str]) -> "ReasonCounts":
+        """Count bad rows: (file, row) -> reason, in the order of the rows."""
+        commonest = dict(Counter(bad.values()).most_common(_MAX_REASONS))
+        places: dict[str, list[list[Any]]] = {}
+        for place, reason in bad.items():
+            places.setdefault(reason if reason in commonest else "other reasons", []).append([*place])
+        return cls({name: len(rows) for name, rows in places.items()}, {name: rows[:_EXAMPLES] for name, rows in places.items()})
+
+    @property
+    def total(self) -> int:
+        """Number of bad rows."""
+        return sum(self.reasons.values())
+
+    def add_reasons(self, other: "ReasonCounts") -> None:
+        """Add the counts of other rows, in place."""
+        self.reasons = dict((Counter(self.reasons) + Counter(other.reasons)).most_common())
+        for reason, rows in other.examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + rows)[:_EXAMPLES]
+
+    def describe(self) -> str:
+        """The first rows with their reasons; if there are more, also the commonest reasons with their numbers of rows."""
+        rows = sorted((*place, reason) for reason, places in self.examples.items() for place in places)[:_EXAMPLES]
+        first = " | ".join(f"{file}: row {row}: {reason}" for file, row, reason in rows)
+        commonest = " | ".join(f"{count:,} x {reason}" for reason, count in Counter(self.reasons).most_common(_EXAMPLES))
+        return f"{first} | …; most often: {commonest}" if self.total > len(rows) else first
 
 
 def _whole_bytes(column: pa.Array) -> Pixels | None:
@@ -251,14 +302,3 @@ def _decode_png_or_jpeg(data: bytes) -> Pixels | str:
             reason = "begin as a PNG or JPEG does, and cannot be read as one"
             advice += ", or store the pixels as a list of 784 integers"
         return f"{len(data)} bytes {reason} ({type(error).__name__}); {advice}"
-
-
-def check_digits(digits: pa.Array, where: str, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int8]:
-    """The digits as int8[n]; one that is null or outside 0..9 is a RequestError that names its row.
-
-    `where` is their file or folder, and `rows` the index of each there.
-    """
-    values, bad = decode_numbers(digits, DIGITS)
-    if bad:
-        raise RequestError(f"{where}: row {rows[min(bad)]}: the digit {bad[min(bad)]}")
-    return values.astype(np.int8)

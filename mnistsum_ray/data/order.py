@@ -152,6 +152,11 @@ class RowRanges:
             np.sort(np.concatenate([self.starts, others.ends])), np.sort(np.concatenate([self.ends, others.starts]))
         )
 
+    def without(self, ids: RowIds) -> "RowRanges":
+        """The ids, of a set that is not empty, that are not among these, int64[m], distinct and in ascending order."""
+        inside = self.count_below(ids + 1) > self.count_below(ids)
+        return self.minus(RowRanges.from_ids(ids[inside]))
+
     def sample(self, limit: int) -> "RowRanges":
         """At most `limit` of the ids, from evenly spaced places: the first rows of sorted files all show one digit."""
         if len(self) <= limit:

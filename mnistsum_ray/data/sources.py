@@ -18,11 +18,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mnistsum_ray.data.idx import IDX_FILES, download_mnist, find_idx, read_idx
-from mnistsum_ray.data.images import SIDE, Pixels, check_digits, decode_images, image_type_error, number_type_error, one_chunk
+from mnistsum_ray.data.images import SIDE, Pixels, ReasonCounts, decode_labelled, image_type_error, number_type_error, one_chunk
 from mnistsum_ray.data.inputs import FILE_SCHEMA, list_inputs
-from mnistsum_ray.data.order import RowIds, RowRanges, row_checksums
+from mnistsum_ray.data.order import RowIds, RowRanges
 from mnistsum_ray.data.parquet import column_error, open_parquet, plain_table, read_footer, read_rows, read_table
-from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted, one_line
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate, locate_existing
 
@@ -100,18 +100,27 @@ class ParquetFiles:
         """Read and decode rows int64[n], distinct and in any order, as uint8[n, 28, 28] and int8[n].
 
         Raises:
-            RequestError: a file has changed, or a row is not an image with a digit; names the file and the row.
+            RequestError: a file has changed, or rows are not images with digits; counts them, and names the first.
             StorageError: the storage does not give a file.
         """
+        images, digits, bad = self.decode(ids)
+        if bad:
+            raise _bad_rows_error(self.root.display, self.count_bad(bad), len(ids), "; others may follow")
+        return images, digits
+
+    def decode(self, ids: RowIds) -> tuple[Pixels, Digits, dict[int, str]]:
+        """As `fetch`, with zeros in place of what cannot be used; and row id -> reason of each bad row, ascending."""
         images, digits = np.empty((len(ids), SIDE, SIDE), np.uint8), np.empty(len(ids), np.int8)
+        bad: dict[int, str] = {}
         order = np.argsort(ids)
         files, starts = np.unique(np.searchsorted(self.end_ids, ids[order], side="right"), return_index=True)
         for index, places in zip(files.tolist(), np.split(order, starts[1:]), strict=False):
-            images[places], digits[places] = self._read(index, ids[places])
-        return images, digits
+            images[places], digits[places], reasons = self._read(index, ids[places])
+            bad |= {int(ids[places[row]]): reason for row, reason in reasons.items()}
+        return images, digits, bad
 
-    def _read(self, index: int, ids: RowIds) -> tuple[Pixels, Digits]:
-        """Rows of one file, in ascending order."""
+    def _read(self, index: int, ids: RowIds) -> tuple[Pixels, Digits, dict[int, str]]:
+        """Rows of one file, in ascending order, as of `decode_labelled`."""
         file = self.location(index)
         entry = self.table.slice(index, 1).to_pylist()[0]
         rows = ids - (self.end_ids[index] - entry["rows"])
@@ -120,16 +129,18 @@ class ParquetFiles:
                 table = plain_table(pa.Table.from_batches(read_rows(parquet, rows, ["image", entry["digit_column"]])))
         except UnusableFileError as error:
             raise RequestError(f"{file.display}: {error}") from None
-        images, bad = decode_images(one_chunk(table["image"]))
-        if bad:
-            raise RequestError(f"{file.display}: row {rows[min(bad)]}: {bad[min(bad)]}")
-        return images, check_digits(one_chunk(table[entry["digit_column"]]), file.display, rows)
+        return decode_labelled(one_chunk(table["image"]), one_chunk(table[entry["digit_column"]]))
 
-    def add_checksums(
-        self, checksums: npt.NDArray[np.int64], ids: RowIds, images: Pixels, digits: npt.NDArray[np.integer[Any]]
-    ) -> None:
+    def count_bad(self, bad: dict[int, str]) -> ReasonCounts:
+        """Count bad rows, row id -> reason, ascending, with the names of their files."""
+        files = np.searchsorted(self.end_ids, [*bad], side="right")
+        rows = np.array([*bad], np.int64) - (self.end_ids - self.table["rows"].to_numpy())[files]
+        places = zip(self.table["name"].take(pa.array(files)).to_pylist(), rows.tolist(), strict=True)
+        return ReasonCounts.of(dict(zip(places, bad.values(), strict=True)))
+
+    def add_checksums(self, checksums: npt.NDArray[np.int64], ids: RowIds, of_rows: npt.NDArray[np.int64]) -> None:
         """Add the `row_checksums` of rows to those of their files, int64[files]."""
-        np.add.at(checksums, np.searchsorted(self.end_ids, ids, side="right"), row_checksums(ids, images, digits))
+        np.add.at(checksums, np.searchsorted(self.end_ids, ids, side="right"), of_rows)
 
     def changed_file(self, earlier: pa.Table, *, same_place: bool) -> str | None:
         """What differs from an earlier table of the files, as `FILE: reason`; None where nothing does.
@@ -160,6 +171,8 @@ class Source:
     """Message for the console about the choice of source."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Path -> reason of each file in the folder that is not used."""
+    bad: ReasonCounts = field(default_factory=ReasonCounts)
+    """Rows that are in no split, since they cannot be used."""
 
     @property
     def files(self) -> ParquetFiles | None:
@@ -168,13 +181,27 @@ class Source:
 
     @property
     def rows(self) -> int:
-        """Rows of all splits together."""
-        return sum(map(len, self.splits))
+        """Rows of the data, bad ones included."""
+        return int(self.data.group_bounds[-1])
 
     @property
     def splits(self) -> tuple[RowRanges, RowRanges, RowRanges]:
         """Training, validation and test rows."""
         return self.train, self.validation, self.test
+
+    def without(self, ids: RowIds, bad: ReasonCounts, *, skip: bool) -> "Source":
+        """The source without the bad rows of these ids, int64[n] in ascending order. Other rows stay in their splits.
+
+        Raises:
+            RequestError: there are bad rows, and they are not to be skipped; or too few others are left.
+        """
+        if bad.total and not skip:
+            raise _bad_rows_error(f"--data {self.location}", bad, self.rows)
+        train, validation, test = (split.without(ids) for split in self.splits)
+        if len(train) < _MIN_TRAIN_ROWS or not len(validation) or not len(test):
+            left = f"{len(train):,} training, {len(validation):,} validation and {len(test):,} test rows"
+            raise RequestError(f"--data {self.location}: without {bad.total:,} bad rows only {left} are left: {bad.describe()}")
+        return replace(self, train=train, validation=validation, test=test, bad=bad)
 
     def content_sha256(self, checksums: npt.NDArray[np.int64]) -> str:
         """SHA-256 of the data: over the checksums of each file's rows, int64[files], and over the rows of the splits."""
@@ -188,8 +215,16 @@ Counter = Callable[[str, int], Callable[[int], None]]
 """Begins to count towards a number of items that a text names; what it returns gets the number of items since its last call."""
 
 
-def open_source(data: str, counter: Counter = lambda *_: lambda _: None) -> Source:
+def _bad_rows_error(where: str, bad: ReasonCounts, rows: int, then: str = "") -> RequestError:
+    """The error that some of so many rows cannot be used; `then` follows their number."""
+    text = f"{where}: {bad.total:,} of {counted(rows, 'row')} cannot be used{then}: {bad.describe()}"
+    return RequestError(f"{text}; --skip-bad-rows trains without them")
+
+
+def open_source(data: str, counter: Counter = lambda *_: lambda _: None, *, skip_bad_rows: bool = False) -> Source:
     """Open the data source that `--data` names. `counter` counts the files whose footers have been read.
+
+    Bad rows of IDX files are found here, and left out with `skip_bad_rows`. Rows of Parquet are not read.
 
     Raises:
         RequestError: it is missing, cannot be used, or has no images with digits; one line that names the file.
@@ -198,31 +233,30 @@ def open_source(data: str, counter: Counter = lambda *_: lambda _: None) -> Sour
     if data == "sample":
         return _sample()
     if data in ("auto", "mnist"):
-        return _full_mnist(fall_back=data == "auto")
+        return _full_mnist(fall_back=data == "auto", skip_bad_rows=skip_bad_rows)
     place = locate_existing(data, "--data")
     try:
         with place.answers("listed"):
             folder = find_idx(Path(place.path)) if place.is_local else None
-        return _idx(folder) if folder else _parquet(data, place, counter)
+        return _idx(folder, skip_bad_rows=skip_bad_rows) if folder else _parquet(data, place, counter)
     except StorageError as error:
         raise RunError(f"--data {error}; nothing was begun") from None
 
 
 def _sample() -> Source:
     table = read_table(locate(str(SAMPLE), "--data"))
-    images, _ = decode_images(one_chunk(table["image"]))
-    digits = one_chunk(table["digit"]).to_numpy().astype(np.int8)
+    images, digits, _ = decode_labelled(one_chunk(table["image"]), one_chunk(table["digit"]))
     return _with_splits("sample", str(SAMPLE), ImageArrays(images, digits), {"": RowRanges.of([0], [len(images)])})
 
 
-def _full_mnist(*, fall_back: bool) -> Source:
+def _full_mnist(*, fall_back: bool, skip_bad_rows: bool) -> Source:
     """MNIST from ./data, from the cache in the home folder, or downloaded into it; with `fall_back` else the sample."""
     cache = Path.home() / ".cache" / "mnistsum_ray"
     folder = find_idx(Path("data").resolve()) or find_idx(cache)
     if folder:
-        return _idx(folder)
+        return _idx(folder, skip_bad_rows=skip_bad_rows)
     try:
-        return _idx(download_mnist(cache))
+        return _idx(download_mnist(cache), skip_bad_rows=skip_bad_rows)
     except (OSError, RuntimeError) as error:
         missing = f"not in ./data or {cache}, and it cannot be downloaded ({one_line(error)})"
     if not fall_back:
@@ -235,13 +269,13 @@ def _full_mnist(*, fall_back: bool) -> Source:
     return replace(sample, notice=notice)
 
 
-def _idx(folder: Path) -> Source:
-    images, digits, test_rows = read_idx(folder)
-    arrays = ImageArrays(images, check_digits(pa.array(digits), str(folder), range(len(digits))))
+def _idx(folder: Path, *, skip_bad_rows: bool) -> Source:
+    images, digits, bad, test_rows = read_idx(folder)
     end = len(images) - test_rows
-    return _with_splits(
-        "mnist", str(folder), arrays, {"train": RowRanges.of([0], [end]), "test": RowRanges.of([end], [len(images)])}
-    )
+    ranges = {"train": RowRanges.of([0], [end]), "test": RowRanges.of([end], [len(images)])}
+    places = {(IDX_FILES[1], row) if row < end else (IDX_FILES[3], row - end): reason for row, reason in bad.items()}
+    source = _with_splits("mnist", str(folder), ImageArrays(images, digits), ranges)
+    return source.without(np.array([*bad], np.int64), ReasonCounts.of(places), skip=skip_bad_rows)
 
 
 def _parquet(data: str, place: Location, counter: Counter) -> Source:

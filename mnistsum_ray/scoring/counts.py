@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
@@ -11,16 +10,13 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from mnistsum_ray.data.images import DIGITS, Pixels
+from mnistsum_ray.data.images import DIGITS, Pixels, ReasonCounts
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.reliability import Reliability
 
 PROBABILITY_BINS: Final = 20
 """Bins of equal width over 0..1, in which rows are counted by the probability of each head."""
-
-_EXAMPLES: Final = 3
-"""Rows that are named for each reason."""
 
 _UNSURE: Final = 20
 """The least sure rows that are shown; some may be missing where a part has more of them than it names."""
@@ -34,8 +30,8 @@ def encode_image(image: Pixels) -> str:
 
 
 @dataclass
-class RowCounts:
-    """Counts over rows."""
+class RowCounts(ReasonCounts):
+    """Counts over rows, the rejected ones by reason."""
 
     consistent: int = 0
     """Scored rows whose predicted sum is the predicted digit + number."""
@@ -51,10 +47,8 @@ class RowCounts:
     """By head, over the rows whose label is known."""
     confusion: list[list[int]] = field(default_factory=lambda: [[0] * DIGITS for _ in range(DIGITS)])
     """Scored rows whose label is known, by label and predicted digit."""
-    reasons: dict[str, int] = field(default_factory=dict)
-    """Rejected rows by reason."""
-    examples: dict[str, list[list[Any]]] = field(default_factory=dict)
-    """Some rejected rows by reason: input file and row."""
+    bad_labels: ReasonCounts = field(default_factory=ReasonCounts)
+    """Scored rows whose label is no digit, and counts as unknown. A null is unknown, and is not counted here."""
     unsure: list[list[Any]] = field(default_factory=list)
     """Rows whose digit is least sure, each of another image: `digit_prob`, input file, row, predicted digit, number, label or
     None, and `encode_image`. The image is here because the input may be gone when the report is written."""
@@ -65,7 +59,8 @@ class RowCounts:
         total = cls()
         for counts in filter(None, map(json.loads, texts)):
             sums = {head: Reliability(**of_head) for head, of_head in counts.pop("reliability").items()}
-            total.add(cls(**counts, reliability=sums))
+            labels = ReasonCounts(**counts.pop("bad_labels", {}))  # earlier versions did not count them
+            total.add(cls(**counts, reliability=sums, bad_labels=labels))
         return total
 
     def as_json(self) -> str:
@@ -81,9 +76,8 @@ class RowCounts:
             self.probabilities[name] = np.add(self.probabilities[name], counts).tolist()
         for head, sums in other.reliability.items():
             self.reliability[head].add(sums)
-        self.reasons = dict((Counter(self.reasons) + Counter(other.reasons)).most_common())
-        for reason, rows in other.examples.items():
-            self.examples[reason] = (self.examples.get(reason, []) + rows)[:_EXAMPLES]
+        self.add_reasons(other)
+        self.bad_labels.add_reasons(other.bad_labels)
         once = {row[-1]: row for row in sorted(self.unsure + other.unsure, reverse=True)}  # the least sure row of each image
         self.unsure = sorted(once.values())[:_UNSURE]
 

@@ -238,8 +238,7 @@ def _publish_staged(plan: Plan, committed: Committed, console: Console) -> None:
     if plan.config.strict and (rejected or failed):
         text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
         if counts.examples:
-            (name, row), reason = min((rows[0], reason) for reason, rows in counts.examples.items())
             place = (plan.folder.place if pc.any(pc.greater(staged["rejected"], 0)).as_py() else plan.output) / REJECTED
-            text += f"; first: {plan.source(name)}, row {row}: {reason}; all: {place.display}"
+            text += f": {counts.describe()}; all: {place.display}"
         raise RunError(text)
     publish_staged(plan, staged, published, console)

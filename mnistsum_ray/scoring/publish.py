@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
@@ -9,6 +10,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.parquet import read_table, to_parquet
 from mnistsum_ray.errors import (
     ExistingFileError,
@@ -184,6 +186,7 @@ def _make_manifest(plan: Plan, unplanned: int, counts: RowCounts, line: dict[str
         "consistent_rows": counts.consistent,
         "labelled_rows": counts.labelled if plan.config.label_column else None,
         "rejected_by_reason": counts.reasons,
+        "bad_labels": asdict(counts.bad_labels) if plan.config.label_column else None,
         "rows_by_probability": counts.probabilities,
         "rows_by_digit": counts.digits,
         "rows_by_number": counts.numbers,
@@ -216,6 +219,8 @@ def say_result(line: dict[str, Any], counts: RowCounts, new_rejected: int, say: 
             say(f"  rejected: {count:,} x {reason}")
     if line["scored_rows"]:
         say(f"sum = digit + number in {percent(counts.consistent / line['scored_rows'])} of the rows")
+    if bad := counts.bad_labels.total:
+        say(f"{counted(bad, 'label')} outside 0..{DIGITS - 1}, counted as unknown: {counts.bad_labels.describe()}")
     if counts.labelled:
         say(f"right: {accuracies(line)} ({counted(counts.labelled, 'labelled row')})")
     say(f"predictions: {line['output']}/{PREDICTIONS}")

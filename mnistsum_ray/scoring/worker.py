@@ -9,7 +9,6 @@ which process wrote it or how often.
 import itertools
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ import torch
 
 from mnistsum_ray.cluster.crash_counter import CAUSES, MAX_CRASHES, begin
 from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.data.images import DIGITS, Pixels, decode_images, decode_numbers, join_reasons, one_chunk
+from mnistsum_ray.data.images import DIGITS, Pixels, ReasonCounts, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import open_parquet, plain_table, read_rows, to_parquet
 from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
@@ -54,9 +53,6 @@ REPORT_SCHEMA: Final = pa.schema(
 _BATCH_ROWS: Final = 2048
 """Small parts are predicted together, up to this number of rows or a larger batch: a forward pass on ten rows, filled up to a
 batch, wastes most of its time."""
-
-_MAX_REASONS: Final = 20
-"""Reasons that a file's metadata counts separately, so that a file with many different bad rows stays small."""
 
 _UNSURE: Final = 5
 """Least sure images in the metadata of a part; an image takes 0.4 KB."""
@@ -152,6 +148,8 @@ class PartRows:
     """int64[n], the true digit, -1 where it is unknown; None without a label column."""
     reasons: dict[int, str]
     """Why each rejected row cannot be scored, by its index in the part, in ascending order."""
+    bad_labels: dict[int, str]
+    """Likewise why each label of the other rows that is not null is no digit."""
 
 
 def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iterator[tuple[Part, PartRows | UnusableFileError]]:
@@ -188,11 +186,14 @@ def _read_tables(folder: Location, parts: list[Part]) -> Iterator[tuple[Part, pa
 def _decode(part: Part, table: pa.Table, config: ScoreConfig) -> PartRows:
     images, bad_images = decode_images(one_chunk(table[config.image_column]))
     numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
-    labels = None
+    reasons = join_reasons(bad_images, bad_numbers)
+    labels, bad_labels = None, dict[int, str]()
     if config.label_column:
-        labels, bad_labels = decode_numbers(one_chunk(table[config.label_column]), DIGITS)
-        labels[list(bad_labels)] = -1
-    return PartRows(part, table, images, numbers, labels, join_reasons(bad_images, bad_numbers))
+        column = one_chunk(table[config.label_column])
+        labels, unknown = decode_numbers(column, DIGITS)
+        labels[list(unknown)] = -1
+        bad_labels = {row: f"the label {why}" for row, why in unknown.items() if column[row].is_valid and row not in reasons}
+    return PartRows(part, table, images, numbers, labels, reasons, bad_labels)
 
 
 def _predict(predictor: Predictor, batch: list[PartRows]) -> Iterator[Predictions]:
@@ -247,7 +248,13 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
 def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions) -> RowCounts:
     """Count the rows of a part; `good` are the indices of the scored rows in it, in the order of `predictions`."""
     part, numbers, digits = rows.part, rows.numbers[good], predictions.digit
+    rejected, bad_labels = (
+        ReasonCounts.of({(part.name, part.first_row + row): reason for row, reason in reasons.items()})
+        for reasons in (rows.reasons, rows.bad_labels)
+    )
     counts = RowCounts(
+        **vars(rejected),
+        bad_labels=bad_labels,
         consistent=int(predictions.columns(numbers)[-1].sum()),
         digits=np.bincount(digits, minlength=DIGITS).tolist(),
         numbers=np.bincount(numbers, minlength=NUMBERS).tolist(),
@@ -271,11 +278,6 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
             label = int(labels[place]) if known[place] else None
             unsure[image] = [round(float(predictions.digit_prob[place]), 3), *where, label, image]
     counts.unsure = [*unsure.values()]
-    commonest = Counter(rows.reasons.values()).most_common(_MAX_REASONS)
-    others = len(rows.reasons) - sum(count for _, count in commonest)
-    first_rows = {reason: row for row, reason in reversed(rows.reasons.items())}
-    counts.reasons = dict(commonest) | ({"other reasons": others} if others else {})
-    counts.examples = {reason: [[part.name, part.first_row + first_rows[reason]]] for reason, _ in commonest}
     return counts
 
 

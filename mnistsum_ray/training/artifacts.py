@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,6 +47,7 @@ def build_manifest(run: TrainingRun, checksums: Checksums, plan: WorkerPlan) -> 
             "train_rows": len(source.train),
             "validation_rows": len(source.validation),
             "test_rows": len(source.test),
+            "bad_rows": {"rows": source.bad.total} | asdict(source.bad),
         },
     }
 

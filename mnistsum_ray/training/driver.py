@@ -102,13 +102,18 @@ class _Driver:
         self.metrics = metrics
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
-        memory = check_memory(run, plan, cluster)
-        read = Progress(console.progress, "rows read", source.rows)
-        self.rows = load_rows(source, streamed=run.shuffle.streamed, on_progress=read)
-        console.say(memory)  # after the rows have been read: a refusal is one line
+        check_memory(run, plan, cluster)
+        read, skip = Progress(console.progress, "rows read", source.rows), run.config.skip_bad_rows
+        self.rows = load_rows(source, streamed=run.shuffle.streamed, skip_bad_rows=skip, on_progress=read)
+        self.run = run = replace(run, source=self.rows.source)
+        if bad := run.source.bad.total:
+            console.say(f"left out: {bad:,} of {counted(source.rows, 'row')}: {run.source.bad.describe()}")
+        console.say(check_memory(run, plan, cluster))  # after the rows have been read: a refusal is one line
         then = run.same_data[1] if run.same_data else {}
         self.manifest = build_manifest(run, self.rows.checksums, plan) | {"threads": choose_threads(plan, cluster, then)}
-        self.expected_checksums = check_data(run, self.rows.checksums, self.manifest["data"])
+        expected = check_data(run, self.rows.checksums, self.manifest["data"])
+        self.checksums = expected if self.rows.checksums is None else self.rows.checksums
+        """Those that the rows of each file must have; None if any may be trained on."""
         self.start: Location | None = None
         self.failures = 0
         """Failures since the last checkpoint."""
@@ -143,8 +148,7 @@ class _Driver:
         run, source = self.run, self.run.source
         try:
             if source.files:
-                checksums = self.rows.checksums if self.expected_checksums is None else self.expected_checksums
-                write_data_files(self.held, source.files, checksums)
+                write_data_files(self.held, source.files, self.checksums)
             write = self.held.write if run.config.resume else self.held.create
             write(_MANIFEST, self.manifest)
             of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
@@ -195,7 +199,7 @@ class _Driver:
             run.shuffle,
             run.source.validation,
             run.source.test,
-            expected_checksums=self.expected_checksums,
+            expected_checksums=self.checksums if run.shuffle.streamed else None,
             events=events.queue,
             start=self.start,
             held=self.held,

@@ -18,7 +18,7 @@ from ray.data import TaskPoolStrategy
 from mnistsum_ray.cluster.crash_counter import CAUSES, MAX_CRASHES, begin, crash_counter
 from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
-from mnistsum_ray.data.images import PIXELS, SIDE, Pixels, one_chunk, pixels_array, pixels_view
+from mnistsum_ray.data.images import PIXELS, SIDE, Pixels, ReasonCounts, one_chunk, pixels_array, pixels_view
 from mnistsum_ray.data.order import RowIds, Shuffle, random_numbers, row_checksums
 from mnistsum_ray.data.sources import ImageArrays, ParquetFiles, Source
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
@@ -32,6 +32,9 @@ TASK_CPUS: Final = 0
 _BLOCK_ROWS: Final = 8192
 """Rows of a block in the object store, except where a Parquet row group has more or the rows end."""
 
+_CHECKED_ROWS: Final = 65_536
+"""Rows that a task looks at whose images are not kept. It reads up to two row groups that it needs only some rows of."""
+
 _FILES_NAMED: Final = 3
 
 Columns = dict[str, np.ndarray]
@@ -44,51 +47,70 @@ RowData = ImageArrays | ParquetFiles
 class LoadedRows:
     """A source as the workers reach it."""
 
+    source: Source
+    """Without the rows that were found to be bad."""
     data: "ray.ObjectRef[RowData]"
     checksums: npt.NDArray[np.int64] | None
-    """Sum of `row_checksums` of each file, int64[files]; None where the rows are streamed."""
+    """Sum of `row_checksums` of each file's good rows, int64[files]; None where the rows have not been read."""
 
 
-def load_rows(source: Source, *, streamed: bool, on_progress: Callable[[int], None] = lambda _: None) -> LoadedRows:
+def load_rows(
+    source: Source, *, streamed: bool, skip_bad_rows: bool = False, on_progress: Callable[[int], None] = lambda _: None
+) -> LoadedRows:
     """Give the workers access to a source: to the files of rows that are streamed; else to decoded rows in the object store.
 
-    Each node copies them from that of the driver, and this process holds them a second time until they are there. `on_progress`
-    gets numbers of rows that have been read.
+    Each node copies them from that of the driver, and this process holds them a second time until they are there. With
+    `skip_bad_rows` streamed rows are read too, to find the bad ones, and not kept. `on_progress` gets numbers of rows that have
+    been read.
 
     Raises:
-        RequestError: a file or a row cannot be used; the message names it.
+        RequestError: a file or a row cannot be used, or too few rows can; the message counts bad rows, and names the first.
         RunError: the storage does not give a file, or the process that reads it dies again and again.
         RowCountError: the files hold more or fewer rows than their footers say.
     """
     data = source.data
-    if streamed:
-        return LoadedRows(ray.put(data), None)
+    if streamed and not skip_bad_rows:
+        return LoadedRows(source, ray.put(data), None)
     if isinstance(data, ImageArrays):
-        return LoadedRows(ray.put(data), row_checksums(np.arange(source.rows), data.images, data.digits).sum(keepdims=True))
-    images, digits = np.empty((source.rows, SIDE, SIDE), np.uint8), np.empty(source.rows, np.int8)
+        checksums = row_checksums(np.arange(source.rows), data.images, data.digits).sum(keepdims=True)
+        return LoadedRows(source, ray.put(data), checksums)
+    kept = 0 if streamed else source.rows
+    images, digits = np.empty((kept, SIDE, SIDE), np.uint8), np.empty(kept, np.int8)
     end, checksums = 0, np.zeros(len(data.end_ids), np.int64)
-    for block in _read_blocks(data):
+    bad_ids, bad = [np.empty(0, np.int64)], ReasonCounts()
+    for block in _read_blocks(data, with_images=not streamed):
         first, end = end, end + len(block)
         if end > source.rows:
             break
-        images[first:end], digits[first:end] = _images_and_digits(block)
-        data.add_checksums(checksums, np.arange(first, end), images[first:end], digits[first:end])
+        if not streamed:
+            images[first:end], digits[first:end] = _images_and_digits(block)
+        data.add_checksums(checksums, np.arange(first, end), block["checksum"].to_numpy())
+        reasons = {first + row: reason for row, reason in enumerate(block["reason"].to_pylist()) if reason}
+        if reasons:
+            bad_ids.append(np.array([*reasons], np.int64))
+            bad.add_reasons(data.count_bad(reasons))
         on_progress(len(block))
     if end != source.rows:
         raise RowCountError(f"read {end:,} rows of {data.root.display}, whose files hold {source.rows:,}")
-    return LoadedRows(ray.put(ImageArrays(images, digits)), checksums)
+    good = source.without(np.concatenate(bad_ids), bad, skip=skip_bad_rows)
+    return LoadedRows(good, ray.put(data if streamed else ImageArrays(images, digits)), checksums)
 
 
-def _read_blocks(files: ParquetFiles) -> Iterator[pa.Table]:
-    """All rows in the order of their ids, read and decoded on the cluster: whole row groups, about _BLOCK_ROWS rows together."""
+def _read_blocks(files: ParquetFiles, *, with_images: bool) -> Iterator[pa.Table]:
+    """All rows in the order of their ids, read and decoded on the cluster, as `_read_block` returns them.
+
+    With images they are whole row groups, about _BLOCK_ROWS rows together. Without, no task has the memory for a large group.
+    """
     bounds = files.group_bounds
-    edges = np.unique(bounds[np.searchsorted(bounds, np.arange(0, bounds[-1], _BLOCK_ROWS), side="right") - 1])
+    edges = np.arange(0, bounds[-1], _BLOCK_ROWS if with_images else _CHECKED_ROWS)
+    if with_images:
+        edges = np.unique(bounds[np.searchsorted(bounds, edges, side="right") - 1])
     items = [{"first": first, "end": end} for first, end in pairwise([*edges.tolist(), int(bounds[-1])])]
     with crash_counter() as counter:
         with ray_data_options(preserve_order=True):
             dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
                 _read_block,
-                fn_args=(ray.put(files), counter),
+                fn_args=(ray.put(files), counter, with_images),
                 batch_size=1,
                 num_cpus=TASK_CPUS,
                 compute=TaskPoolStrategy(size=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))),
@@ -101,10 +123,18 @@ def _read_blocks(files: ParquetFiles) -> Iterator[pa.Table]:
             yield block
 
 
-def _read_block(item: Columns, files: ParquetFiles, counter: Any) -> pa.Table:
-    """Rows of a range of ids."""
+def _read_block(item: Columns, files: ParquetFiles, counter: Any, with_images: bool) -> pa.Table:
+    """Rows of a range of ids: `reason` of each bad row, else null; `checksum`, 0 for bad rows; and with images the block."""
     data, ids = _resolved(files), np.arange(item["first"][0], item["end"][0])
-    return _attempt(counter, str(ids[0]), data, ids, lambda: _block(*data.fetch(ids)))
+
+    def read() -> pa.Table:
+        images, digits, bad = data.decode(ids)
+        checksums = row_checksums(ids, images, digits)
+        checksums[np.array([*bad], np.int64) - ids[0]] = 0
+        columns = {"checksum": checksums, "reason": pa.array([bad.get(row_id) for row_id in ids.tolist()], pa.string())}
+        return _block(images, digits, **columns) if with_images else pa.table(columns)
+
+    return _attempt(counter, str(ids[0]), data, ids, read)
 
 
 def _attempt(counter: Any, key: str, data: RowData, ids: RowIds, read: Callable[[], pa.Table]) -> pa.Table:

@@ -27,7 +27,7 @@ from mnistsum_ray.storage.paths import locate, locate_existing, output_base_fold
 DATA_FILES: Final = "data_files.parquet"
 """The files of a run, written before its manifest: a file that has changed can be named when the run is resumed or repeated."""
 
-_FIXED: Final = ("recipe", "from_run", *(field.name for field in fields(Hyperparameters)))
+_FIXED: Final = ("recipe", "from_run", "skip_bad_rows", *(field.name for field in fields(Hyperparameters)))
 """Fields that `--resume` may not change."""
 
 _WORKERS: Final = ("num_workers", "use_gpu")
@@ -86,7 +86,7 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
         config, same_data = _inherit(config, locate_existing(config.from_run, "--from-run"), "--from-run")
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=bool(config.resume))})
-    source = open_source(config.data, counter)
+    source = open_source(config.data, counter, skip_bad_rows=config.skip_bad_rows)
     recipe = recipe_defaults(config.recipe, small=len(source.train) < SMALL_ROWS)
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # Absolute paths, so that --resume from another folder finds the same data.
@@ -124,7 +124,7 @@ def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainCon
     manifest = read_manifest(folder, flag)
     try:
         stored = TrainConfig(**manifest["config"])
-        same_version = set(_FIXED) <= set(manifest["config"])
+        same_version = {*_FIXED} <= {"skip_bad_rows", *manifest["config"]}  # earlier versions did what is now its default
     except (KeyError, TypeError, ValidationError):
         same_version = False
     if not same_version:

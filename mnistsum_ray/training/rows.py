@@ -32,7 +32,7 @@ from ray.data import ActorPoolStrategy
 
 from mnistsum_ray.cluster.crash_counter import crash_counter
 from mnistsum_ray.cluster.data_context import ray_data_options
-from mnistsum_ray.data.order import RowRanges, Shuffle, mix_ids, positions_of_rank
+from mnistsum_ray.data.order import RowRanges, Shuffle, mix_ids, positions_of_rank, row_checksums
 from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model.device import array_to_device
@@ -253,7 +253,7 @@ class EvaluationSet:
             ids = self.rows.at(np.arange(first, min(first + _RESIDENT_ROWS, self._indices.stop)))
             images, digits = self._data.fetch(ids)
             if isinstance(self._data, ParquetFiles):
-                self._data.add_checksums(self.checksums, ids, images, digits)
+                self._data.add_checksums(self.checksums, ids, row_checksums(ids, images, digits))
             columns: Columns = {"image": images, "digit": digits.astype(np.int64), "row_id": ids}
             for start in range(0, len(ids), size):
                 yield {name: array_to_device(values[start : start + size], self._device) for name, values in columns.items()}

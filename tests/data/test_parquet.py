@@ -73,6 +73,22 @@ def test_a_bad_row_is_named(folder: Path, sample: pa.Table, column: str, value: 
         files.fetch(np.array([178, 177, 176]))
 
 
+def test_all_bad_rows_are_counted_and_the_first_five_named(folder: Path, sample: pa.Table) -> None:
+    schema = pa.schema({"image": pa.binary(), "digit": pa.int8()})
+    for name, rows, change in (("a", range(90, 100), {"digit": 11}), ("b", range(2), {"image": None, "digit": None})):
+        values = [value | (change if row in rows else {}) for row, value in enumerate(sample[::50].to_pylist())]
+        pq.write_table(pa.Table.from_pylist(values, schema), folder / f"{name}.parquet", row_group_size=30)
+    digit = "the digit is 11, not one of 0..9; correct it or drop the row"
+    both = "the image is null; fill it in or drop the row; the digit is null; fill it in or drop the row"
+    named = " | ".join(f"a.parquet: row {row}: {digit}" for row in range(90, 95))
+    with pytest.raises(RequestError) as error:
+        files_of(folder).fetch(np.arange(300)[::-1])
+    assert str(error.value) == (
+        f"{folder}: 12 of 300 rows cannot be used; others may follow: {named} | …; most often: 10 x {digit} | 2 x {both}; "
+        "--skip-bad-rows trains without them"
+    )
+
+
 def test_an_int96_timestamp_of_another_column_is_no_matter_in_training(folder: Path, sample: pa.Table) -> None:
     rows = sample[::50]
     days = pa.array([datetime(9999, 12, 31)] * rows.num_rows, pa.timestamp("us"))

@@ -108,8 +108,20 @@ def test_a_damaged_idx_folder_is_refused(idx: Path, name: str, damage: Callable[
     path = idx / "MNIST" / "raw" / name
     data = damage(path.read_bytes())
     path.unlink() if data is None else path.write_bytes(data)
-    with pytest.raises(RequestError, match=rf"^{idx}.*{re.escape(said)}"):
+    with pytest.raises(RequestError, match=rf"^(--data )?{idx}.*{re.escape(said)}"):
         open_source(str(idx))
+
+
+def test_an_idx_folder_is_read_without_the_rows_of_its_bad_labels(idx: Path) -> None:
+    before, labels = open_source(str(idx)), idx / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1] + bytes([12]))
+    source = open_source(str(idx), skip_bad_rows=True)
+    assert source.test.ids().tolist() == list(range(400, 499))
+    assert [split.ids().tolist() for split in source.splits[:2]] == [split.ids().tolist() for split in before.splits[:2]]
+    assert [*source.bad.examples.values()] == [[["t10k-labels-idx1-ubyte", 99]]]
+    labels.write_bytes(labels.read_bytes()[:8] + bytes([12] * 100))
+    with pytest.raises(RequestError, match=r"without 100 bad rows only 360 training, 40 validation and 0 test rows are left: "):
+        open_source(str(idx), skip_bad_rows=True)
 
 
 @pytest.mark.parametrize(

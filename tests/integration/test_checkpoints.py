@@ -10,6 +10,7 @@ from _thread import interrupt_main
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -63,6 +64,29 @@ def test_without_a_whole_checkpoint_a_run_starts_again(restarted: Trained) -> No
     assert restarted.said.count(": loss ") == 3
     files = pq.read_table(Path(restarted.line["run"]) / "data_files.parquet")
     assert (files["rows"].to_pylist(), files["checksum"].null_count) == ([400] * 4, 0)
+
+
+def test_a_run_without_its_bad_rows_is_resumed_exactly(tmp_path: Path, data: Path) -> None:
+    """Of streamed files; manifest and report count the rows."""
+    folder, runs = Path(shutil.copytree(data, tmp_path / "bad")), [tmp_path / "whole", tmp_path / "stopped"]
+    rows = pq.read_table(folder / "2.parquet").to_pylist()
+    for row in rows[::4]:
+        row["digit"] = 11
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema({"image": pa.binary(), "digit": pa.int8()})), folder / "2.parquet")
+    settings = STREAMED | {"data": folder, "skip_bad_rows": True, "epochs": 2}
+    whole = train_here(storage_path=runs[0], **settings)
+    reason = "the digit is 11, not one of 0..9; correct it or drop the row"
+    assert f"left out: 100 of 1,600 rows: 2.parquet: row 0: {reason} | 2.parquet: row 4: " in whole.said
+    manifest = json.loads((runs[0] / "mine" / "manifest.json").read_text())
+    assert sum(whole.line["data"][f"{split}_rows"] for split in ("train", "validation", "test")) == 1500
+    places = [["2.parquet", row] for row in range(0, 20, 4)]
+    assert manifest["data"]["bad_rows"] == {"rows": 100, "reasons": {reason: 100}, "examples": {reason: places}}
+    assert f"<td>100</td><td>{reason}</td><td>2.parquet, row 0; " in (runs[0] / "mine" / "report.html").read_text()
+    with once((runs[1] / "mine" / "epoch_00001" / STATE_CARD).exists, interrupt_main), pytest.raises(RunInterrupted):
+        train_here(storage_path=runs[1], **settings)
+    resumed = train_here(storage_path=runs[1], name="mine", resume=True)
+    assert "going on after epoch 1" in resumed.said
+    assert resumed.weights() == whole.weights()
 
 
 def change_a_digit(file: Path) -> None:

@@ -186,6 +186,31 @@ def test_a_bad_row_is_named(tmp_path: Path, mixed: pa.Table) -> None:
         load_rows(source, streamed=False)
 
 
+def test_bad_rows_are_counted_and_left_out_of_their_splits_from_memory_and_streamed(tmp_path: Path, mixed: pa.Table) -> None:
+    """Among them are a whole row group, and the first and the last row."""
+    bad, values = [0, *range(666, 866), 1999], mixed["image"].to_pylist()
+    good = open_source(str(write_files(tmp_path / "good", mixed)))
+    for row in bad:
+        values[row] = None
+    folder = write_files(tmp_path / "bad", mixed.set_column(0, "image", pa.array(values, pa.binary())))
+    null = "the image is null; fill it in or drop the row"
+    said = rf"^--data {folder}: 202 of 2,000 rows .* 0\.parquet: row 0: {null} \| .* \| …; most often: 202 x {null}; --skip-bad"
+    with pytest.raises(RequestError, match=said):
+        in_memory(folder)
+    loaded = [load_rows(open_source(str(folder)), streamed=streamed, skip_bad_rows=True) for streamed in (False, True)]
+    assert loaded[0].checksums is not None
+    assert loaded[0].checksums.tolist() == loaded[1].checksums.tolist()  # type: ignore[union-attr]
+    for rows in loaded:
+        assert [split.ids().tolist() for split in rows.source.splits] == [
+            np.setdiff1d(split.ids(), bad).tolist() for split in good.splits
+        ]
+        assert rows.source.bad.reasons == {null: 202}
+    assert loaded[1].source.files is not None
+    shuffle = Shuffle(loaded[1].source.train, loaded[1].source.files.group_bounds, BATCH, SHUFFLE_ROWS, SEED)
+    batches = together((loaded[1].source, loaded[1], shuffle), 2, epochs=1)
+    assert sorted(row[0] for batch in batches for row in batch) == loaded[1].source.train.ids().tolist()
+
+
 @dataclass(frozen=True)
 class DeadlyFiles(ParquetFiles):
     """The process that reads rows of the last file is killed, as the kernel does when memory is short."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -33,12 +34,13 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs; of the first file, every second row has no label."""
+    """Pairs; of the first file, every second row has no label, but for two whose labels are no digits."""
     folder = tmp_path_factory.mktemp("exported") / "in"
     export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=ROWS, files=FILES), print)
     path = folder / "part-00000.parquet"
     table = pq.read_table(path)
     half = [None if row % 2 else digit for row, digit in enumerate(table["digit"].to_pylist())]
+    half[1], half[3] = 10, -1
     place = table.column_names.index("digit")
     pq.write_table(table.set_column(place, "digit", pa.array(half, table.schema.field(place).type)), path)
     return folder
@@ -95,13 +97,21 @@ def test_predictions_do_not_depend_on_workers_parts_and_batches(model: Path, exp
 
 def test_accuracies_and_probabilities_are_those_of_the_rows_with_a_label(finished: Scored) -> None:
     table = table_of(finished)
-    labelled = table.filter(table["digit"].is_valid())
+    labelled = table.filter(pc.is_in(table["digit"], pa.array(range(10), pa.int8())))
     digits, sums = labelled["digit"].to_numpy(), labelled["digit"].to_numpy() + labelled["number"].to_numpy()
     count = ROWS - A_FILE // 2
     assert (finished.line["scored_rows"], finished.manifest()["labelled_rows"], len(digits)) == (ROWS, count, count)
     assert finished.line["digit_accuracy"] == pytest.approx(np.mean(labelled["pred_digit"].to_numpy() == digits))
     assert finished.line["sum_accuracy"] == pytest.approx(np.mean(labelled["pred_sum"].to_numpy() == sums))
     assert re.search(rf"right: digit [0-9.]+ %, sum [0-9.]+ % \({count:,} labelled rows\)", finished.said)
+    labels = {f"the label is {label}, not one of 0..9; correct it or drop the row": row for label, row in ((10, 1), (-1, 3))}
+    assert finished.manifest()["bad_labels"] == {
+        "reasons": dict.fromkeys(labels, 1),
+        "examples": {reason: [["part-00000.parquet", row]] for reason, row in labels.items()},
+    }
+    assert "2 labels outside 0..9, counted as unknown: part-00000.parquet: row 1: the label is 10, not one of" in finished.said
+    page = (finished.output / "report.html").read_text()
+    assert all(f"<td>1</td><td>{reason}</td><td>part-00000.parquet, row {row}</td>" in page for reason, row in labels.items())
     assert finished.manifest()["consistent_rows"] == sum(table["consistent"].to_pylist())
     check_probabilities(finished, labelled, digits, sums)
 

@@ -20,7 +20,9 @@ def test_a_flag_wins_over_the_recipe() -> None:
 def stored(tmp_path: Path) -> TrainConfig:
     """The config of a run that was started and killed."""
     run = preflight(
-        TrainConfig(data="sample", storage_path=str(tmp_path), name="mine", epochs=7, learning_rate=0.5, num_workers=2)
+        TrainConfig(
+            data="sample", storage_path=str(tmp_path), name="mine", epochs=7, learning_rate=0.5, num_workers=2, skip_bad_rows=True
+        )
     )
     (tmp_path / "mine").mkdir()
     manifest = {
@@ -44,6 +46,7 @@ def test_null_leaves_the_choice_to_the_stored_run(stored: TrainConfig) -> None:
 def test_another_recipe_sets_what_it_sets_and_flags_win(stored: TrainConfig) -> None:
     of = {"from_run": f"{stored.storage_path}/mine", "storage_path": stored.storage_path}
     run = preflight(TrainConfig(recipe="long", learning_rate=0.3, **of))
+    assert run.config.skip_bad_rows, "of that run"
     assert (run.hyperparameters.epochs, run.hyperparameters.dropout, run.hyperparameters.learning_rate) == (40, 0.25, 0.3)
     assert run.hyperparameters.seed == stored.seed
 
@@ -60,6 +63,7 @@ def test_a_folder_with_files_and_no_run_is_neither_taken_nor_resumed(tmp_path: P
     [
         (True, {"learning_rate": 0.02}, "--learning-rate 0.02: the run mine has 0.5"),
         (True, {"precision": "bf16"}, "--precision bf16: the run mine has none"),
+        (True, {"skip_bad_rows": False}, "--skip-bad-rows False: the run mine has True"),
         ("auto", {"from_run": "runs/other"}, "--from-run runs/other: the run mine has none"),
     ],
 )
@@ -94,6 +98,14 @@ def test_the_same_command_goes_on_with_a_run_that_was_begun_from_another_that_is
         assert preflight(TrainConfig(**place, **given)).config.from_run == "runs/gone"
     with pytest.raises(RequestError, match="--from-run runs/other: the run mine has runs/gone"):
         preflight(TrainConfig(**place, from_run="runs/other"))
+
+
+def test_a_run_that_began_before_bad_rows_could_be_skipped_is_resumed(stored: TrainConfig) -> None:
+    manifest = Path(stored.storage_path, "mine", "manifest.json")
+    text = json.loads(manifest.read_text())
+    del text["config"]["skip_bad_rows"]
+    manifest.write_text(json.dumps(text))
+    assert not preflight(TrainConfig(storage_path=stored.storage_path, name="mine", resume=True)).config.skip_bad_rows
 
 
 def test_a_manifest_that_does_not_say_what_the_run_was_is_refused(tmp_path: Path) -> None:
