@@ -151,7 +151,8 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
     say(f"{config.picture}: {found.prepared}")
     digit, total = f"{found.digit} ({percent(found.digit_prob)})", f"{found.sum} ({percent(found.sum_prob)})"
     say(f"digit: {digit}, digit + {found.number}: {total}{'' if found.consistent else '; the two answers disagree'}")
-    return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key != "pixels"}, DONE
+    arrays = ("pixels", "digit_probs", "sum_probs")
+    return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key not in arrays}, DONE
 
 
 COMMANDS: Final[dict[str, tuple[Job, str]]] = {

@@ -18,7 +18,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import plain_table
 from mnistsum_ray.data.picture import prepare_picture
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.model.heads import PROBABILITY_FIELDS, added_columns
 from mnistsum_ray.storage.paths import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -67,17 +67,25 @@ class PicturePrediction:
     """How the picture was prepared."""
     pixels: Pixels = field(repr=False, compare=False)
     """uint8[28, 28], 0 background, 255 ink: what the network was given."""
+    digit_probs: npt.NDArray[np.float32] = field(repr=False, compare=False)
+    """Probabilities of all digits, float32[10]."""
+    sum_probs: npt.NDArray[np.float32] = field(repr=False, compare=False)
+    """Probabilities of all sums, float32[19]."""
 
 
 @overload
-def predict(model: Model, images: str | Path | Image.Image, numbers: int) -> PicturePrediction: ...
+def predict(model: Model, images: str | Path | Image.Image, numbers: int, *, probabilities: bool = True) -> PicturePrediction: ...
 
 
 @overload
-def predict(model: Model, images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64) -> "Predictions": ...
+def predict(
+    model: Model, images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64, *, probabilities: bool = False
+) -> "Predictions": ...
 
 
-def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "PicturePrediction | Predictions":
+def predict(
+    model: Model, images: Any, numbers: Any, batch_size: int = 64, *, probabilities: bool = False
+) -> "PicturePrediction | Predictions":
     """Predict digits and sums in this process, on the model's device: of one picture, or of arrays.
 
         predict("runs/mine", "seven.png", 5)
@@ -87,8 +95,9 @@ def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "P
     0..9. Arrays are uint8[n, 28, 28], 0 background, 255 ink, as in MNIST, and integers[n].
 
     Returns:
-        Arrays of n: `digit` int8 in 0..9, `digit_prob` float32, `sum` int8 in 0..18, `sum_prob` float32. For a picture plain
-        numbers of these names, `consistent`, and `prepared`, which says how the picture was prepared.
+        Arrays of n: `digit` int8 in 0..9, `digit_prob` float32, `sum` int8 in 0..18, `sum_prob` float32; with `probabilities`
+        those of all classes, `digit_probs` float32[n, 10] and `sum_probs` float32[n, 19]. For a picture plain numbers of these
+        names, both arrays without n, `consistent`, and `prepared`, which says how the picture was prepared.
 
     Raises:
         ValueError: wrong shape or dtype, a number outside of 0..9, or a batch size below 1.
@@ -101,14 +110,27 @@ def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "P
     from mnistsum_ray.model.inference import predict_pairs
 
     model = _loaded(model, batch_size)
-    images, numbers = np.ascontiguousarray(images), np.asarray(numbers)
-    if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
-        raise ValueError(f"images: must be uint8[n, 28, 28], are {images.dtype}{list(images.shape)}")
+    images, numbers = _pixels(images), np.asarray(numbers)
     if numbers.shape != (len(images),) or not np.issubdtype(numbers.dtype, np.integer):
         raise ValueError(f"numbers: must be integers[{len(images)}], are {numbers.dtype}{list(numbers.shape)}")
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < NUMBERS:
         raise ValueError(f"numbers: must be 0..{NUMBERS - 1}, are {numbers.min()}..{numbers.max()}")
-    return predict_pairs(model, images, numbers.astype(np.int64), batch_size)
+    return predict_pairs(model, images, numbers.astype(np.int64), batch_size, probabilities)
+
+
+def embed(model: Model, images: Pixels, batch_size: int = 64) -> npt.NDArray[np.float32]:
+    """Features of images uint8[n, 28, 28], float32[n, 1152]: the input of the last convolution, from which it computes the digit
+    scores, [n, 128, 3, 3] flattened. The device and the errors are those of `predict`."""
+    from mnistsum_ray.model.inference import embed_images
+
+    return embed_images(_loaded(model, batch_size), _pixels(images), batch_size)
+
+
+def _pixels(images: Any) -> Pixels:
+    pixels: Pixels = np.ascontiguousarray(images)
+    if pixels.dtype != np.uint8 or pixels.shape != (len(pixels), 28, 28):
+        raise ValueError(f"images: must be uint8[n, 28, 28], are {pixels.dtype}{list(pixels.shape)}")
+    return pixels
 
 
 def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int) -> PicturePrediction:
@@ -116,13 +138,20 @@ def _predict_picture(model: Model, picture: str | Path | Image.Image, number: in
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
     prepared = prepare_picture(picture)
     numbers = np.array([number])
-    columns = predict(model, prepared.pixels[None], numbers, batch_size=1).columns(numbers)
-    digit, digit_prob, total, sum_prob, consistent = (values.item() for values in columns)
-    return PicturePrediction(int(number), digit, digit_prob, total, sum_prob, consistent, prepared.how, prepared.pixels)
+    found = predict(model, prepared.pixels[None], numbers, batch_size=1, probabilities=True)
+    digit, digit_prob, total, sum_prob, consistent = (values.item() for values in found.columns(numbers))
+    lists = (found.values[name][0] for name in PROBABILITY_FIELDS.names)
+    return PicturePrediction(int(number), digit, digit_prob, total, sum_prob, consistent, prepared.how, prepared.pixels, *lists)
 
 
 def predict_rows(
-    model: Model, rows: Rows, image_column: str = "image", number_column: str = "number", batch_size: int = 64
+    model: Model,
+    rows: Rows,
+    image_column: str = "image",
+    number_column: str = "number",
+    batch_size: int = 64,
+    *,
+    probabilities: bool = False,
 ) -> Rows:
     """Predict the digit and the sum of each row of a table: of pandas, Polars, Arrow, or a Ray Dataset, scored as it is read.
 
@@ -132,7 +161,8 @@ def predict_rows(
         A table of the same kind, with all rows in their order, their columns as they are, and after them `pred_digit` int8,
         `digit_prob` float32, `pred_sum` int8, `sum_prob` float32, `consistent` bool, and `reason` string. Of a row that cannot be
         scored the first five are null, and `reason` says why; of all others `reason` is null. In pandas they have its
-        nullable types (`Int8`, `Float32`, `boolean`, `string`).
+        nullable types (`Int8`, `Float32`, `boolean`, `string`). With `probabilities`, `digit_probs` and `sum_probs` are in front
+        of `reason`: lists of 10 and of 19 float32, in pandas NumPy arrays, and null like the others.
 
     Raises:
         TypeError: `rows` is something else.
@@ -145,7 +175,7 @@ def predict_rows(
         from mnistsum_ray.cluster.ray_internals import in_order
 
         names = {"image_column": image_column, "number_column": number_column}
-        block = partial(predict_rows, model, **names, batch_size=batch_size)
+        block = partial(predict_rows, model, **names, batch_size=batch_size, probabilities=probabilities)
         return in_order(data).map_batches(block, batch_format="pyarrow")  # type: ignore[no-any-return]
     polars, pandas = _is_a(data, "polars", "DataFrame"), _is_a(data, "pandas", "DataFrame")
     if not (polars or pandas or isinstance(data, pa.Table)):
@@ -154,11 +184,11 @@ def predict_rows(
     for name in (image_column, number_column):
         if present.count(name) != 1:
             raise ValueError(f"there must be one column {name!r}; there are {', '.join(map(repr, present))}")
-    taken = next((name for name in present if str(name).lower() in (*PREDICTION_FIELDS.names, _REASON)), None)
+    taken = next((name for name in present if str(name).lower() in (*added_columns(probabilities), _REASON)), None)
     if taken is not None:
         raise ValueError(f"column {taken!r} would be added; rename it")
 
-    added = _predicted_columns(model, data, image_column, number_column, batch_size)
+    added = _predicted_columns(model, data, image_column, number_column, batch_size, probabilities)
     # The columns of the frame are not converted back, so all values and types stay as they are.
     if polars:
         columns = {name: sys.modules["polars"].from_arrow(values) for name, values in added.items()}
@@ -175,7 +205,9 @@ def predict_rows(
     return data  # type: ignore[no-any-return]
 
 
-def _predicted_columns(model: "TwoHeadCNN", frame: Any, image: str, number: str, batch_size: int) -> dict[str, pa.Array]:
+def _predicted_columns(
+    model: "TwoHeadCNN", frame: Any, image: str, number: str, batch_size: int, probabilities: bool
+) -> dict[str, pa.Array]:
     """The columns that `predict_rows` adds, by name."""
     from mnistsum_ray.model.inference import predict_pairs
 
@@ -186,9 +218,8 @@ def _predicted_columns(model: "TwoHeadCNN", frame: Any, image: str, number: str,
     bad_rows = image_columns.join_reasons(bad_images, bad_numbers)
     reasons = [bad_rows.get(row) for row in range(len(numbers))]
     bad = np.array([reason is not None for reason in reasons], bool)
-    predictions = predict_pairs(model, images, numbers, batch_size).columns(numbers)
-    arrays = [pa.array(values, field.type, mask=bad) for field, values in zip(PREDICTION_FIELDS, predictions, strict=True)]
-    return dict(zip(PREDICTION_FIELDS.names, arrays, strict=True)) | {_REASON: pa.array(reasons, pa.string())}
+    predictions = predict_pairs(model, images, numbers, batch_size, probabilities)
+    return predictions.to_arrow(numbers, bad) | {_REASON: pa.array(reasons, pa.string())}
 
 
 def _loaded(model: Model, batch_size: int) -> "TwoHeadCNN":

@@ -33,3 +33,11 @@ PREDICTION_FIELDS: Final = pa.schema(
 )
 """Columns that scoring adds to the input's, in their order. An output whose files have other columns is not resumed, see
 `scoring.preflight.Plan.spec`."""
+
+PROBABILITY_FIELDS: Final = pa.schema([(f"{head.name}_probs", pa.list_(pa.float32(), head.classes)) for head in HEADS])
+"""Columns after these, where the probabilities of all classes are asked for."""
+
+
+def added_columns(probabilities: bool) -> list[str]:
+    """Names of the columns that predictions add to a table."""
+    return [*PREDICTION_FIELDS.names, *(PROBABILITY_FIELDS.names if probabilities else ())]

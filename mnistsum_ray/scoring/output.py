@@ -385,15 +385,15 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
 
 def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
     """How two `Plan.spec` differ, before _START_OVER; where they do in several ways, the first one explains the others."""
-    key = next(key for key in current if committed[key] != current[key])
-    old, new = committed[key], current[key]
+    key = next(key for key in (*current, *committed) if committed.get(key) != current.get(key))
+    old, new = (spec.get(key) for spec in (committed, current))
     if key == "model":
         return f"holds predictions of another model (SHA-256 {old[:12]}…, --model has {new[:12]}…);"
     if key == "prediction_columns":
         return "holds predictions with other columns, of another version of this program;"
     if key == "int8":
         return "holds predictions of the same model quantized otherwise;"
-    was, has = (f"no --{key}" if value is None else f"--{key} {value}" for value in (old, new))
+    was, has = (f"no --{key}" if value is None else f"--{key}" + f" {value}" * (value is not True) for value in (old, new))
     return f"was started with {was}, and this run has {has}; give the same again, or"
 
 
