@@ -70,9 +70,9 @@ def score(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     The same command continues after a kill, and adds input files that are new.
     OUTPUT/predictions/ has each input file's columns except the image, and
-    pred_digit, digit_prob, pred_sum, sum_prob and consistent; OUTPUT/rejected/ the
-    rows that cannot be scored, with the reason. OUTPUT/manifest.json, written last,
-    has the totals.
+    pred_digit, digit_prob, pred_sum, sum_prob and consistent, with --probabilities
+    also those of all classes; OUTPUT/rejected/ the rows that cannot be scored, with
+    the reason. OUTPUT/manifest.json, written last, has the totals.
     """
     from mnistsum_ray.config import ScoreConfig
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import plain_table
 from mnistsum_ray.data.picture import prepare_picture
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.heads import PROBABILITY_FIELDS, added_columns
+from mnistsum_ray.model.heads import DIGIT, PROBABILITY_FIELDS, added_columns
 from mnistsum_ray.storage.paths import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -110,7 +111,9 @@ def predict(
     from mnistsum_ray.model.inference import predict_pairs
 
     model = _loaded(model, batch_size)
-    images, numbers = _pixels(images), np.asarray(numbers)
+    images, numbers = np.ascontiguousarray(images), np.asarray(numbers)
+    if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
+        raise ValueError(f"images: must be uint8[n, 28, 28], are {images.dtype}{list(images.shape)}")
     if numbers.shape != (len(images),) or not np.issubdtype(numbers.dtype, np.integer):
         raise ValueError(f"numbers: must be integers[{len(images)}], are {numbers.dtype}{list(numbers.shape)}")
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < NUMBERS:
@@ -121,16 +124,12 @@ def predict(
 def embed(model: Model, images: Pixels, batch_size: int = 64) -> npt.NDArray[np.float32]:
     """Features of images uint8[n, 28, 28], float32[n, 1152]: the input of the last convolution, from which it computes the digit
     scores, [n, 128, 3, 3] flattened. The device and the errors are those of `predict`."""
-    from mnistsum_ray.model.inference import embed_images
-
-    return embed_images(_loaded(model, batch_size), _pixels(images), batch_size)
-
-
-def _pixels(images: Any) -> Pixels:
-    pixels: Pixels = np.ascontiguousarray(images)
-    if pixels.dtype != np.uint8 or pixels.shape != (len(pixels), 28, 28):
-        raise ValueError(f"images: must be uint8[n, 28, 28], are {pixels.dtype}{list(pixels.shape)}")
-    return pixels
+    features: list[npt.NDArray[np.float32]] = []
+    hooked = deepcopy(_loaded(model, batch_size))  # other threads may predict with the model meanwhile
+    layer = hooked.last_layers[DIGIT.name]
+    layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1).cpu().numpy()))
+    predict(hooked, images, np.zeros(len(images), np.int64), batch_size)
+    return np.concatenate(features)[: len(images)]
 
 
 def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int) -> PicturePrediction:

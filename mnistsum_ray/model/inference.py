@@ -1,7 +1,6 @@
 """Inference: the fastest forward pass on a device, batched prediction, and predictions for columns of a table."""
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
-from mnistsum_ray.model.heads import DIGIT, HEADS, PREDICTION_FIELDS, PROBABILITY_FIELDS, SUM
+from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, PROBABILITY_FIELDS, SUM
 from mnistsum_ray.model.int8 import int8_digit_scores
 from mnistsum_ray.model.metrics import probability_losses
 from mnistsum_ray.model.network import Scores, TwoHeadCNN, prepare_images, split_views
@@ -141,15 +140,6 @@ def predict_pairs(model: TwoHeadCNN, images: Pixels, numbers: Numbers, batch_siz
     """Predict uint8[n, 28, 28] with int64[n] in 0..9, in float32 on the model's device."""
     device = next(model.parameters()).device
     return _predict(make_forward(model, device, "fp32", None), device, batch_size, images, numbers, None, probs)
-
-
-def embed_images(model: TwoHeadCNN, images: Pixels, batch_size: int) -> npt.NDArray[np.float32]:
-    """Input of the layer that computes the digit scores, float32[n, features], of uint8[n, 28, 28], on the model's device."""
-    inputs: list[Tensor] = []
-    hooked = deepcopy(model)  # other threads may predict with the model meanwhile
-    hooked.last_layers[DIGIT.name].register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(1)))
-    predict_pairs(hooked, images, np.zeros(len(images), np.int64), batch_size)
-    return torch.cat(inputs)[: len(images)].cpu().numpy()
 
 
 @torch.inference_mode()

@@ -393,7 +393,7 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
         return "holds predictions with other columns, of another version of this program;"
     if key == "int8":
         return "holds predictions of the same model quantized otherwise;"
-    was, has = (f"no --{key}" if value is None else f"--{key}" + f" {value}" * (value is not True) for value in (old, new))
+    was, has = (f"no --{key}" if value is None else f"--{key} {'' if value is True else value}".strip() for value in (old, new))
     return f"was started with {was}, and this run has {has}; give the same again, or"
 
 

@@ -62,9 +62,7 @@ _EVENT_SECONDS: Final = 1.0
 
 
 def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch: OnEpoch = lambda _: None) -> TrainResult:
-    """Train on the cluster that this process is connected to; `probe` is that of `reserve`.
-
-    `on_epoch` gets each line of history.jsonl, in a thread of its own. What it raises ends the run and is raised.
+    """Train on the cluster that this process is connected to; `probe` is that of `reserve`, and what `on_epoch` raises is raised.
 
     Raises:
         RequestError: the cluster is too small, a row of the data cannot be used, or another run writes to the run folder.
