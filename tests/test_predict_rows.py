@@ -104,7 +104,7 @@ def test_all_probabilities_are_lists(network: TwoHeadCNN, table: pa.Table, conve
 def test_features_of_images(network: TwoHeadCNN, model: Path, table: pa.Table) -> None:
     images, _ = decode_images(table["image"])
     found = embed(model, images, batch_size=8)
-    assert (found.dtype, found.shape, embed(network, images[:0]).shape) == (np.float32, (ROWS, 1152), (0, 1152))
+    assert (str(found.dtype), found.shape, embed(network, images[:0]).shape) == ("float32", (ROWS, 1152), (0, 1152))
     with torch.inference_mode():
         scores = network.conv7(torch.from_numpy(found).view(ROWS, 128, 3, 3)).flatten(1)
         torch.testing.assert_close(scores, network.digit_scores(prepare_images(torch.from_numpy(images))), rtol=1e-4, atol=1e-4)

@@ -385,8 +385,9 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
 
 def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
     """How two `Plan.spec` differ, before _START_OVER; where they do in several ways, the first one explains the others."""
-    key = next(key for key in (*current, *committed) if committed.get(key) != current.get(key))
-    old, new = (spec.get(key) for spec in (committed, current))
+    committed, current = ({"probabilities": None} | spec for spec in (committed, current))
+    key = next(key for key in current if committed[key] != current[key])
+    old, new = committed[key], current[key]
     if key == "model":
         return f"holds predictions of another model (SHA-256 {old[:12]}…, --model has {new[:12]}…);"
     if key == "prediction_columns":
