@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from mnistsum_ray.cluster.stop import preserve_signal_handlers
-from mnistsum_ray.errors import RequestError, root_cause
+from mnistsum_ray.errors import RequestError, one_line, root_cause, shortened
 
 _TIMEOUT_SECONDS: Final = 3.0
 
@@ -24,6 +24,14 @@ _HTTP2_SETTINGS: Final = b"\x04"
 """Type of a SETTINGS frame, in byte 3 of its 9."""
 _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _HTTP2_SETTINGS + bytes(5)
 """First bytes of a gRPC client: the preface and an empty SETTINGS frame. A server answers with its own SETTINGS frame."""
+
+_ADVICE: Final = {
+    "Version mismatch": "install the versions of the cluster here",
+    "uthentication": "RAY_AUTH_TOKEN or ~/.ray/auth_token must have the token of the cluster",
+    "No node info": "run it on a node of the cluster, with `ray job submit` or after `ray start --address`",
+    "": "if it has crashed, `ray stop` ends what is left of it; RAY_ADDRESS=local starts one here",
+}
+"""What to do about an error of `ray.init`, by words in it; the last is for all others."""
 
 _session: Path | None = None
 """Session folder of the cluster that this process has started."""
@@ -82,7 +90,9 @@ def connect(metadata: dict[str, str] | None = None) -> None:
         problem = f"the Ray cluster at {joined} cannot be joined"
         if address == "auto":
             problem = "RAY_ADDRESS=auto: no running cluster was found"
-        raise RequestError(f"{problem}: {root_cause(error)}") from error
+        cause = one_line(error.__cause__ or error).partition(". ")[0]  # of "Failed to connect"; then follows advice of Ray
+        advice = next(advice for words, advice in _ADVICE.items() if words in cause)
+        raise RequestError(f"{problem}: {shortened(cause)}; {advice}") from error
 
 
 def is_connected() -> bool:
