@@ -9,6 +9,7 @@ The Python API does what the jobs do from a shell:
     answer = predict(trained.run, "seven.png", 5)  # a picture and a number
     predictions = predict(load_model(trained.run), images, numbers)  # uint8[n, 28, 28] and int64[n]
     frame = predict_rows(load_model(trained.run), frame)  # a pandas or Polars DataFrame, an Arrow table, a Ray Dataset
+    features = embed(load_model(trained.run), images)  # float32[n, 1152]
 """
 
 from importlib import import_module
@@ -20,18 +21,20 @@ __version__: Final = "0.1.0"
 if TYPE_CHECKING:
     from mnistsum_ray.api import fit, score
     from mnistsum_ray.config import ScoreConfig, TrainConfig
-    from mnistsum_ray.errors import RequestError, RunError
-    from mnistsum_ray.predicting import decode_images, load_model, predict, predict_rows
+    from mnistsum_ray.errors import RequestError, RunError, RunStoppedError
+    from mnistsum_ray.predicting import decode_images, embed, load_model, predict, predict_rows
     from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 
 __all__ = [
     "RequestError",
     "RunError",
+    "RunStoppedError",
     "ScoreConfig",
     "ScoreResult",
     "TrainConfig",
     "TrainResult",
     "decode_images",
+    "embed",
     "fit",
     "load_model",
     "predict",

@@ -1,33 +1,41 @@
 """Python API of the jobs: train and score on a cluster."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from threading import Thread
+from typing import Any
+
+import numpy as np
 
 from mnistsum_ray.cluster.connection import connect, started_early
-from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.config import JobConfig, OnEpoch, ScoreConfig, TrainConfig
+from mnistsum_ray.errors import RequestError, RunStoppedError
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 
 
-def fit(config: TrainConfig) -> TrainResult:
+def fit(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainResult:
     """Train a model, as `mnistsum train` does.
 
     Runs on the cluster that this process is connected to, else on the one that `connect` joins or starts; that connection stays
-    open. Progress goes to standard error. Call it in the main thread: only there can a run be stopped early, as after an infinite
-    loss.
+    open. Progress goes to standard error.
+
+    `on_epoch` gets each line of history.jsonl, a dict, when its epoch is finished; an epoch that is trained again after a failure
+    comes again. It is called in a thread of its own, one epoch after the other, while the training goes on. What it raises ends
+    the run, and `fit` raises it. If it returns True, as callbacks of XGBoost do, the run ends with RunStoppedError, unless it was
+    the last epoch. Either leaves a checkpoint and no model: `resume` goes on, and gives the model of a run that was not ended.
 
     Raises:
         RequestError: the request is invalid; the message says why and what to do.
         RunError: the run has begun and failed.
     """
     with _naming_arguments(config):
-        return run_training(config)
+        return run_training(config, on_epoch)
 
 
 def score(config: ScoreConfig) -> ScoreResult:
@@ -41,9 +49,15 @@ def score(config: ScoreConfig) -> ScoreResult:
         return run_scoring(config)
 
 
-def run_training(config: TrainConfig) -> TrainResult:
+def run_training(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainResult:
     """Train like `fit`. Errors name the flags of the shell."""
     from mnistsum_ray.training.preflight import preflight
+
+    def call(line: dict[str, Any]) -> None:
+        stop = on_epoch(json.loads(json.dumps(line))) if on_epoch else None
+        # Not whatever counts as true: functions also return how much they have written, or sent.
+        if isinstance(stop, bool | np.bool_) and stop and line["epoch"] < run.hyperparameters.epochs:
+            raise RunStoppedError(f"on_epoch returned True after epoch {line['epoch']}; {run.how_to_resume()}")
 
     with Console() as console, started_early():
         run = preflight(config, partial(Progress, console.progress))
@@ -60,7 +74,7 @@ def run_training(config: TrainConfig) -> TrainResult:
         from mnistsum_ray.training import driver
 
         with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
-            return driver.fit(run, console, probe)
+            return driver.fit(run, console, probe, call)
 
 
 def run_scoring(config: ScoreConfig) -> ScoreResult:

@@ -70,9 +70,9 @@ def score(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     The same command continues after a kill, and adds input files that are new.
     OUTPUT/predictions/ has each input file's columns except the image, and
-    pred_digit, digit_prob, pred_sum, sum_prob and consistent; OUTPUT/rejected/ the
-    rows that cannot be scored, with the reason. OUTPUT/manifest.json, written last,
-    has the totals.
+    pred_digit, digit_prob, pred_sum, sum_prob and consistent, with --probabilities
+    also those of all classes; OUTPUT/rejected/ the rows that cannot be scored, with
+    the reason. OUTPUT/manifest.json, written last, has the totals.
     """
     from mnistsum_ray.config import ScoreConfig
 
@@ -144,7 +144,7 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
 
     config = _parse(PredictConfig, argv, predict)
 
-    from mnistsum_ray.model.heads import HEADS, SUM
+    from mnistsum_ray.model.heads import HEADS, PROBABILITY_FIELDS, SUM
     from mnistsum_ray.predicting import predict as predict_picture
     from mnistsum_ray.reporting.console import Console
 
@@ -153,7 +153,8 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
     asked = {head.name: head.name for head in HEADS} | {SUM.name: f"digit + {found.number}"}
     answers = (f"{what}: {getattr(found, name)} ({percent(getattr(found, f'{name}_prob'))})" for name, what in asked.items())
     say(", ".join(answers) + ("" if found.consistent else "; digit and sum disagree"))
-    return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key != "pixels"}, DONE
+    arrays = ("pixels", *PROBABILITY_FIELDS.names)
+    return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key not in arrays}, DONE
 
 
 COMMANDS: Final[dict[str, tuple[Job, str]]] = {

@@ -7,6 +7,7 @@ so a config names its groups in reverse order.
 
 import re
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import Parameter, Signature
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, get_args
@@ -15,6 +16,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic.fields import FieldInfo
 
 from mnistsum_ray.storage.uri import PathOrUri
+
+OnEpoch = Callable[[dict[str, Any]], object]
+"""Function that is called after each epoch, with its line of history.jsonl."""
 
 PathText = Annotated[str, AfterValidator(PathOrUri)]
 """Type of a field with a path or URI: it is given as a string, and kept as a PathOrUri, which is shown without keys."""
@@ -115,7 +119,9 @@ class Recipe(JobConfig):
     recipe: RecipeName = "short"
     """quick: as accurate as the original, in less time; long: more epochs, with dropout and stronger distortion, for higher
     accuracy"""
-    epochs: int | None = _of_recipe("epochs", "passes over the training rows", ge=1, le=10_000)
+    epochs: int | None = _of_recipe(
+        "epochs", "passes over the training rows; no --patience: the last has the lowest rate, and is the best", ge=1, le=10_000
+    )
     batch_size: int | None = _of_recipe("batch_size", "rows per optimizer step, all workers together", ge=1, le=65_536)
     learning_rate: float | None = _of_recipe(
         "learning_rate", "peak of Muon's one-cycle schedule; AdamW uses a fraction of it", gt=0, allow_inf_nan=False
@@ -297,6 +303,8 @@ class ScoringOutput(JobConfig):
     max_rows_per_file: int | None = Field(None, ge=1, le=10_000_000)
     """maximum rows in an output file, and about what each worker loses in a kill [as the output was begun, else a quarter of the
     input file, but 8192 to 32768]"""
+    probabilities: bool = False
+    """add the probabilities of all digits and of all sums: digit_probs and sum_probs, lists of 10 and of 19"""
     strict: bool = False
     """publish nothing if any file or row cannot be scored"""
     overwrite: bool = False

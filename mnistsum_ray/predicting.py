@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import plain_table
 from mnistsum_ray.data.picture import prepare_picture
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.heads import PREDICTION_FIELDS, HeadFields
+from mnistsum_ray.model.heads import DIGIT, PREDICTION_FIELDS, PROBABILITY_FIELDS, HeadFields, added_columns
 from mnistsum_ray.storage.paths import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -65,17 +66,25 @@ class PicturePrediction(HeadFields, names=("{}", "{}_prob")):
     """How the picture was prepared."""
     pixels: Pixels = field(repr=False, compare=False)
     """uint8[28, 28], 0 background, 255 ink: what the network was given."""
+    digit_probs: npt.NDArray[np.float32] = field(repr=False, compare=False)
+    """Probabilities of all digits, float32[10]."""
+    sum_probs: npt.NDArray[np.float32] = field(repr=False, compare=False)
+    """Probabilities of all sums, float32[19]."""
 
 
 @overload
-def predict(model: Model, images: str | Path | Image.Image, numbers: int) -> PicturePrediction: ...
+def predict(model: Model, images: str | Path | Image.Image, numbers: int, *, probabilities: bool = True) -> PicturePrediction: ...
 
 
 @overload
-def predict(model: Model, images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64) -> "Predictions": ...
+def predict(
+    model: Model, images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64, *, probabilities: bool = False
+) -> "Predictions": ...
 
 
-def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "PicturePrediction | Predictions":
+def predict(
+    model: Model, images: Any, numbers: Any, batch_size: int = 64, *, probabilities: bool = False
+) -> "PicturePrediction | Predictions":
     """Predict digits and sums in this process, on the model's device: of one picture, or of arrays.
 
         predict("runs/mine", "seven.png", 5)
@@ -85,8 +94,9 @@ def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "P
     0..NUMBERS - 1 (see `data/order.py`). Arrays are uint8[n, 28, 28], 0 background, 255 ink, as in MNIST, and integers[n].
 
     Returns:
-        Arrays of n: `digit` int8, `digit_prob` float32, `sum` int8, `sum_prob` float32, and those of further heads. For a picture
-        plain numbers of these names, `consistent`, and `prepared`, which says how the picture was prepared.
+        Arrays of n: `digit` int8, `digit_prob` float32, `sum` int8, `sum_prob` float32, and those of further heads; with
+        `probabilities` those of all classes, `digit_probs` float32[n, 10] and `sum_probs` float32[n, 19]. For a picture plain
+        numbers of these names, both arrays without n, `consistent`, and `prepared`, which says how the picture was prepared.
 
     Raises:
         ValueError: wrong shape or dtype, a number out of range, or a batch size below 1.
@@ -106,7 +116,20 @@ def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "P
         raise ValueError(f"numbers: must be integers[{len(images)}], are {numbers.dtype}{list(numbers.shape)}")
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < NUMBERS:
         raise ValueError(f"numbers: must be 0..{NUMBERS - 1}, are {numbers.min()}..{numbers.max()}")
-    return predict_pairs(model, images, numbers.astype(np.int64), batch_size)
+    return predict_pairs(model, images, numbers.astype(np.int64), batch_size, probabilities)
+
+
+def embed(model: Model, images: Pixels, batch_size: int = 64) -> npt.NDArray[np.float32]:
+    """Features of images uint8[n, 28, 28], float32[n, 1152]: the input of the last convolution, from which it computes the digit
+    scores, [n, 128, 3, 3] flattened. The device and the errors are those of `predict`."""
+    from mnistsum_ray.model.parts import find_parts
+
+    features: list[npt.NDArray[np.float32]] = []
+    hooked = deepcopy(_loaded(model, batch_size))  # other threads may predict with the model meanwhile
+    layer = find_parts(hooked.requires_grad_()).last_layers[DIGIT.name]
+    layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1).cpu().numpy()))
+    predict(hooked, images, np.zeros(len(images), np.int64), batch_size)
+    return np.concatenate(features)[: len(images)]
 
 
 def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int) -> PicturePrediction:
@@ -114,13 +137,21 @@ def _predict_picture(model: Model, picture: str | Path | Image.Image, number: in
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
     prepared = prepare_picture(picture)
     numbers = np.array([number])
-    columns = predict(model, prepared.pixels[None], numbers, batch_size=1).columns(numbers)
-    answers = {name.removeprefix("pred_"): of.item() for name, of in zip(PREDICTION_FIELDS.names, columns, strict=True)}
+    found = predict(model, prepared.pixels[None], numbers, batch_size=1, probabilities=True)
+    columns = zip(PREDICTION_FIELDS.names, found.columns(numbers), strict=True)
+    answers = {name.removeprefix("pred_"): values.item() for name, values in columns}
+    answers |= {name: found.values[name][0] for name in PROBABILITY_FIELDS.names}
     return PicturePrediction(number=int(number), prepared=prepared.how, pixels=prepared.pixels, **answers)
 
 
 def predict_rows(
-    model: Model, rows: Rows, image_column: str = "image", number_column: str = "number", batch_size: int = 64
+    model: Model,
+    rows: Rows,
+    image_column: str = "image",
+    number_column: str = "number",
+    batch_size: int = 64,
+    *,
+    probabilities: bool = False,
 ) -> Rows:
     """Predict the digit and the sum of each row of a table: of pandas, Polars, Arrow, or a Ray Dataset, scored as it is read.
 
@@ -130,7 +161,8 @@ def predict_rows(
         A table of the same kind, with all rows in their order, their columns as they are, and after them `pred_digit` int8,
         `digit_prob` float32, `pred_sum` int8, `sum_prob` float32, those of further heads, `consistent` bool, and `reason` string.
         Of a row that cannot be scored all but `reason` are null, and `reason` says why; of all others `reason` is null. In pandas
-        they have its nullable types (`Int8`, `Float32`, `boolean`, `string`).
+        they have its nullable types (`Int8`, `Float32`, `boolean`, `string`). With `probabilities`, `digit_probs` and `sum_probs`
+        are in front of `reason`: lists of 10 and of 19 float32, in pandas NumPy arrays.
 
     Raises:
         TypeError: `rows` is something else.
@@ -143,7 +175,7 @@ def predict_rows(
         from mnistsum_ray.cluster.ray_internals import in_order
 
         names = {"image_column": image_column, "number_column": number_column}
-        block = partial(predict_rows, model, **names, batch_size=batch_size)
+        block = partial(predict_rows, model, **names, batch_size=batch_size, probabilities=probabilities)
         return in_order(data).map_batches(block, batch_format="pyarrow")  # type: ignore[no-any-return]
     polars, pandas = _is_a(data, "polars", "DataFrame"), _is_a(data, "pandas", "DataFrame")
     if not (polars or pandas or isinstance(data, pa.Table)):
@@ -152,11 +184,11 @@ def predict_rows(
     for name in (image_column, number_column):
         if present.count(name) != 1:
             raise ValueError(f"there must be one column {name!r}; there are {', '.join(map(repr, present))}")
-    taken = next((name for name in present if str(name).lower() in (*PREDICTION_FIELDS.names, _REASON)), None)
+    taken = next((name for name in present if str(name).lower() in (*added_columns(probabilities), _REASON)), None)
     if taken is not None:
         raise ValueError(f"column {taken!r} would be added; rename it")
 
-    added = _predicted_columns(model, data, image_column, number_column, batch_size)
+    added = _predicted_columns(model, data, image_column, number_column, batch_size, probabilities)
     # The columns of the frame are not converted back, so all values and types stay as they are.
     if polars:
         columns = {name: sys.modules["polars"].from_arrow(values) for name, values in added.items()}
@@ -173,7 +205,9 @@ def predict_rows(
     return data  # type: ignore[no-any-return]
 
 
-def _predicted_columns(model: "Network", frame: Any, image: str, number: str, batch_size: int) -> dict[str, pa.Array]:
+def _predicted_columns(
+    model: "Network", frame: Any, image: str, number: str, batch_size: int, probabilities: bool
+) -> dict[str, pa.Array]:
     """The columns that `predict_rows` adds, by name."""
     from mnistsum_ray.model.inference import predict_pairs
 
@@ -184,9 +218,8 @@ def _predicted_columns(model: "Network", frame: Any, image: str, number: str, ba
     bad_rows = image_columns.join_reasons(bad_images, bad_numbers)
     reasons = [bad_rows.get(row) for row in range(len(numbers))]
     bad = np.array([reason is not None for reason in reasons], bool)
-    predictions = predict_pairs(model, images, numbers, batch_size).columns(numbers)
-    arrays = [pa.array(values, field.type, mask=bad) for field, values in zip(PREDICTION_FIELDS, predictions, strict=True)]
-    return dict(zip(PREDICTION_FIELDS.names, arrays, strict=True)) | {_REASON: pa.array(reasons, pa.string())}
+    predictions = predict_pairs(model, images, numbers, batch_size, probabilities)
+    return predictions.to_arrow(numbers, bad) | {_REASON: pa.array(reasons, pa.string())}
 
 
 def _loaded(model: Model, batch_size: int) -> "Network":

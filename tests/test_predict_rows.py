@@ -10,13 +10,14 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
-from mnistsum_ray import RequestError, decode_images, load_model, predict, predict_rows
+from mnistsum_ray import RequestError, decode_images, embed, load_model, predict, predict_rows
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
-from mnistsum_ray.model.network import Network
+from mnistsum_ray.model.network import Network, TwoHeadCNN, prepare_images
 
 ROWS = 30
 ADDED = [*PREDICTION_FIELDS.names, "reason"]
@@ -84,6 +85,34 @@ def test_a_table_comes_back_as_it_was_with_predictions(
     assert done["pred_sum"].take(good).to_pylist() == expected.sum.tolist()
 
 
+@pytest.mark.parametrize("convert", [lambda table: table, to_pandas, to_polars], ids=["arrow", "pandas", "polars"])
+def test_all_probabilities_are_lists(network: Network, table: pa.Table, convert: Callable[[pa.Table], Any]) -> None:
+    answered = predict_rows(network, convert(table), probabilities=True)
+    images, _ = decode_images(table["image"])
+    numbers = np.arange(ROWS) % 10
+    expected = predict(network, images, numbers, probabilities=True)
+    for name, values in (("digit_probs", expected.digit_probs), ("sum_probs", expected.sum_probs)):
+        found = [value.as_py() if isinstance(value, pa.Scalar) else value for value in answered[name]]
+        assert [row for row in range(ROWS) if found[row] is None] == [3, 5]
+        good = [row for row in range(ROWS) if row not in (3, 5)]
+        assert np.array_equal(np.stack([np.asarray(found[row], np.float32) for row in good]), values[good])
+    with pytest.raises(ValueError, match="column 'Sum_Probs' would be added; rename it"):
+        predict_rows(network, table.append_column("Sum_Probs", table["id"]), probabilities=True)
+    predict_rows(network, table.append_column("Sum_Probs", table["id"]))
+
+
+def test_features_of_images(network: Network, model: Path, table: pa.Table) -> None:
+    images, _ = decode_images(table["image"])
+    found = embed(model, images, batch_size=8)
+    assert (str(found.dtype), found.shape, embed(network, images[:0]).shape) == ("float32", (ROWS, 1152), (0, 1152))
+    with torch.inference_mode():
+        assert isinstance(network, TwoHeadCNN)
+        scores = network.conv7(torch.from_numpy(found).view(ROWS, 128, 3, 3)).flatten(1)
+        torch.testing.assert_close(scores, network.digit_scores(prepare_images(torch.from_numpy(images))), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"images: must be uint8\[n, 28, 28\], are float32\[30, 28, 28\]"):
+        embed(network, images.astype(np.float32))
+
+
 def test_one_picture(network: Network, model: Path, table: pa.Table, tmp_path: Path) -> None:
     pixels = np.frombuffer(table["image"][0].as_py(), np.uint8).reshape(28, 28)
     picture, file = Image.fromarray(pixels), tmp_path / "one.png"
@@ -92,7 +121,9 @@ def test_one_picture(network: Network, model: Path, table: pa.Table, tmp_path: P
     assert found == predict(network, picture, 5) == predict(network, str(file), 5)
     assert np.array_equal(found.pixels, pixels)
     expected = predict(network, pixels[None], np.array([5]))
-    assert (found.digit, found.sum) == (expected.digit[0], expected.sum[0])
+    assert (
+        (found.digit, found.sum) == (expected.digit[0], expected.sum[0]) == (found.digit_probs.argmax(), found.sum_probs.argmax())
+    )
     assert (found.digit_prob, found.sum_prob) == pytest.approx((expected.digit_prob[0], expected.sum_prob[0]), abs=1e-5)
     assert (found.number, found.consistent) == (5, found.sum == found.digit + 5)
     for number in (10, -1, 2.5, None):
@@ -131,6 +162,7 @@ def test_columns_that_do_not_fit_are_errors(network: Network, table: pa.Table) -
 
 def test_no_rows_and_a_model_by_its_path(model: Path, table: pa.Table) -> None:
     assert predict_rows(model, table.slice(0, 0)).column_names == [*table.column_names, *ADDED]
+    assert predict_rows(model, table.slice(0, 0), probabilities=True)["sum_probs"].type == pa.list_(pa.float32(), 19)
 
 
 def test_images_are_decoded(table: pa.Table) -> None:

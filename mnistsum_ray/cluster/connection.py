@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from mnistsum_ray.cluster.stop import preserve_signal_handlers
-from mnistsum_ray.errors import RequestError, root_cause
+from mnistsum_ray.errors import RequestError, one_line, root_cause, shortened
 
 _TIMEOUT_SECONDS: Final = 3.0
 
@@ -24,6 +24,14 @@ _HTTP2_SETTINGS: Final = b"\x04"
 """Type of a SETTINGS frame, in byte 3 of its 9."""
 _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _HTTP2_SETTINGS + bytes(5)
 """First bytes of a gRPC client: the preface and an empty SETTINGS frame. A server answers with its own SETTINGS frame."""
+
+_ADVICE: Final = {
+    "Version mismatch": "install the versions of the cluster here",
+    "uthentication": "RAY_AUTH_TOKEN or ~/.ray/auth_token must have the token of the cluster",
+    "No node info": "run it on a node of the cluster, with `ray job submit` or after `ray start --address`",
+    "": "if it has crashed, `ray stop` removes what is left of it; RAY_ADDRESS=local starts one here",
+}
+"""What to do about an error of `ray.init`, by words in it; the last is for all others."""
 
 _session: Path | None = None
 """Session folder of the cluster that this process has started."""
@@ -73,16 +81,21 @@ def connect(metadata: dict[str, str] | None = None) -> None:
 
     from mnistsum_ray.cluster import ray_internals
 
+    last = ray_internals.last_cluster_address()
+    if address == "auto" and last and not speaks_grpc(last):  # `ray.init` tries for minutes
+        raise RequestError(f"RAY_ADDRESS=auto: the last cluster, at {last}, does not answer; {_ADVICE['']}")
     try:
         with preserve_signal_handlers(), ray_internals.side_effects_undone(), ray_internals.without_core_logs():
             _send_token(named_address)
             ray.init(job_config=ray_internals.job_config(metadata), logging_level=logging.ERROR, log_to_driver=False)
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
-        joined = address or ray_internals.last_cluster_address()
-        problem = f"the Ray cluster at {joined} cannot be joined"
+        problem = f"the Ray cluster at {address or last} cannot be joined"
         if address == "auto":
             problem = "RAY_ADDRESS=auto: no running cluster was found"
-        raise RequestError(f"{problem}: {root_cause(error)}") from error
+        inner = error.__cause__ or error  # of "Failed to connect"; its text may be a traceback, and ends with Ray's advice
+        cause = (root_cause(inner) if "Traceback" in str(inner) else one_line(inner)).partition(". ")[0]
+        advice = next(advice for words, advice in _ADVICE.items() if words in cause)
+        raise RequestError(f"{problem}: {shortened(cause)}; {advice}") from error
 
 
 def is_connected() -> bool:

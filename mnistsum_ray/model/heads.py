@@ -49,6 +49,14 @@ PREDICTION_FIELDS: Final = pa.schema(
 """Columns that scoring adds to the input's, in their order. An output whose files have other columns is not resumed, see
 `scoring.preflight.Plan.spec`."""
 
+PROBABILITY_FIELDS: Final = pa.schema([(f"{head.name}_probs", pa.list_(pa.float32(), head.classes)) for head in HEADS])
+"""Columns after these, where the probabilities of all classes are asked for."""
+
+
+def added_columns(probabilities: bool) -> list[str]:
+    """Names of the columns that predictions add to a table."""
+    return [*PREDICTION_FIELDS.names, *(PROBABILITY_FIELDS.names if probabilities else ())]
+
 
 class HeadFields:
     """Base of dataclasses with a field for each of `names` and each head, by whose name {} is replaced. What a subclass does
@@ -58,4 +66,5 @@ class HeadFields:
         for added in (name.format(head.name) for head in HEADS for name in names):
             if added not in cls.__annotations__:
                 cls.__annotations__[added] = Any
-                setattr(cls, added, None)
+                shown = added not in PROBABILITY_FIELDS.names  # arrays
+                setattr(cls, added, field(default=None, repr=shown, compare=shown))

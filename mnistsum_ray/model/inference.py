@@ -6,15 +6,16 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
-from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, SUM
+from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, PROBABILITY_FIELDS, SUM
 from mnistsum_ray.model.int8 import int8_digit_scores
 from mnistsum_ray.model.metrics import probability_losses
-from mnistsum_ray.model.network import Network, Scores, TwoHeadCNN, make_network, prepare_images
+from mnistsum_ray.model.network import Network, Scores, TwoHeadCNN, make_network, prepare_images, split_views
 
 CPU_BATCH: Final = 256
 """Rows of a forward pass on CPUs: 3 to 7 % faster than 64 in `jobs/score.py` on two cores, and as fast as more."""
@@ -32,7 +33,8 @@ class Predictions:
 
     values: Mapping[str, npt.NDArray[Any]]
     """[n] each, by name: of each head `pred_<head>`, the most likely class, of `Head.type`, and `<head>_prob` float32, its
-    probability; with labels also `<head>_nll` and `<head>_brier`, see `probability_losses`: float32, 0 for rows without one."""
+    probability; with labels also `<head>_nll` and `<head>_brier`, see `probability_losses`: float32, 0 for rows without one.
+    Where they are asked for, also `<head>_probs` float32[n, classes], the probabilities of all classes."""
 
     @property
     def digit(self) -> npt.NDArray[np.int8]:
@@ -55,7 +57,7 @@ class Predictions:
         return self.values["sum_prob"]
 
     def __getattr__(self, name: str) -> npt.NDArray[Any]:
-        """`<head>` and `<head>_prob` of any other head, as those above."""
+        """`<head>` and `<head>_prob` of any other head, as those above, and all else in `values`."""
         values = vars(self).get("values", {})  # none yet where a copy is made
         for key in (f"pred_{name}", name):
             if key in values:
@@ -66,6 +68,17 @@ class Predictions:
         """Values of PREDICTION_FIELDS, [n] each; `numbers` are those of the rows."""
         consistent = self.sum == SUM.target(self.digit, numbers)
         return [*(self.values[name] for name in PREDICTION_FIELDS.names[:-1]), consistent]
+
+    def to_arrow(self, numbers: Numbers, missing: npt.NDArray[np.bool_] | None = None) -> dict[str, pa.Array]:
+        """Columns by their names: PREDICTION_FIELDS, and PROBABILITY_FIELDS where they were asked for; null in `missing` rows."""
+        columns = zip(PREDICTION_FIELDS, self.columns(numbers), strict=True)
+        arrays = {field.name: pa.array(values, field.type, mask=missing) for field, values in columns}
+        null = None if missing is None else pa.array(missing)
+        for field in PROBABILITY_FIELDS:
+            if field.name in self.values:
+                flat = pa.array(self.values[field.name].reshape(-1))
+                arrays[field.name] = pa.FixedSizeListArray.from_arrays(flat, type=field.type, mask=null)
+        return arrays
 
     def slice(self, start: int, end: int) -> "Predictions":
         """Predictions of rows start..end-1."""
@@ -114,32 +127,32 @@ class Predictor:
         # The first pass builds and loads kernels. A device that does not work, or a batch too large for its memory, fails here.
         self.predict(np.zeros((self._batch_size, SIDE, SIDE), np.uint8), np.zeros(self._batch_size, np.int64))
 
-    def predict(self, images: Pixels, numbers: Numbers, labels: Numbers | None = None) -> Predictions:
+    def predict(self, images: Pixels, numbers: Numbers, labels: Numbers | None = None, probs: bool = False) -> Predictions:
         """Predict images uint8[n, 28, 28] with numbers int64[n] in 0..9.
 
-        If true digits are given, int64[n] and -1 where unknown, the predictions have losses.
+        If true digits are given, int64[n] and -1 where unknown, the predictions have losses; with `probs` they have the
+        probabilities of all classes.
         """
-        return _predict(self._forward, self._device, self._batch_size, images, numbers, labels)
+        return _predict(self._forward, self._device, self._batch_size, images, numbers, labels, probs)
 
 
-def predict_pairs(model: Network, images: Pixels, numbers: Numbers, batch_size: int) -> Predictions:
+def predict_pairs(model: Network, images: Pixels, numbers: Numbers, batch_size: int, probs: bool = False) -> Predictions:
     """Predict uint8[n, 28, 28] with int64[n] in 0..9, in float32 on the model's device."""
     device = next(model.parameters()).device
-    return _predict(make_forward(model, device, "fp32", None), device, batch_size, images, numbers, None)
+    return _predict(make_forward(model, device, "fp32", None), device, batch_size, images, numbers, None, probs)
 
 
 @torch.inference_mode()
 def _predict(
-    forward: Forward, device: torch.device, batch_size: int, images: Pixels, numbers: Numbers, labels: Numbers | None
+    forward: Forward, device: torch.device, batch_size: int, images: Pixels, numbers: Numbers, labels: Numbers | None, probs: bool
 ) -> Predictions:
     """Predict all rows, as `Predictor.predict`.
 
     The last batch is filled up with zeros. Kernels are chosen by the size of a batch, and each adds in its own order: in batches
     of one size, a row has the same bits whatever rows are scored with it.
     """
-    # The list begins with an empty batch, because torch.cat needs at least one.
-    scores: list[Scores] = [tuple(torch.empty(0, head.classes, device=device) for head in HEADS)]
-    for start in range(0, len(images), batch_size):
+    scores: list[Scores] = []
+    for start in range(0, max(1, len(images)), batch_size):  # torch.cat needs at least one batch
         batch = [array_to_device(values[start : start + batch_size], device) for values in (images, numbers)]
         missing = batch_size - len(batch[0])
         if missing:
@@ -148,14 +161,18 @@ def _predict(
     found: dict[str, Tensor] = {}
     for head, batches in zip(HEADS, zip(*scores, strict=True), strict=True):
         logits = torch.cat(batches)[: len(images)]
-        found[f"{head.name}_prob"], found[f"pred_{head.name}"] = logits.softmax(1).max(1)
+        probabilities = logits.softmax(1)
+        found[f"{head.name}_prob"], found[f"pred_{head.name}"] = probabilities.max(1)
+        if probs:
+            found[f"{head.name}_probs"] = probabilities
         if labels is not None:
             classes = torch.tensor(head.target(np.maximum(labels, 0), numbers), device=device)
             known = torch.tensor(labels >= 0, device=device)
             nll, brier = probability_losses(logits, classes)
             found[f"{head.name}_nll"], found[f"{head.name}_brier"] = nll * known, brier * known
     # In one copy from the device; classes are exact in float32.
-    arrays = torch.stack([values.float() for values in found.values()]).cpu().numpy()
+    flat = torch.cat([values.float().flatten() for values in found.values()]).cpu()
+    arrays = [values.numpy() for values in split_views(flat, [values.shape for values in found.values()])]
     types = {f"pred_{head.name}": head.type.to_pandas_dtype() for head in HEADS}
     named = zip(found, arrays, strict=True)
     return Predictions({name: array.astype(types.get(name, np.float32), copy=False) for name, array in named})

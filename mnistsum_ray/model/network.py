@@ -35,8 +35,11 @@ LAYERS: Final = (nn.Conv2d, nn.Linear)
 def prepare_images(images: Tensor) -> Tensor:
     """Pixels uint8[n, 28, 28] (0 background, 255 ink) to the network's input float32[n, 1, 28, 28], normalized, channels last.
 
-    Training and scoring both call this function, on the device, so a row is scored as it was trained.
+    Training and scoring both call this function, on the device, so a row is scored as it was trained. Raises TypeError if pixels
+    are not uint8: on a scale of 0..1, all answers would be wrong.
     """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images: must be uint8, 0 background, 255 ink; are {str(images.dtype).removeprefix('torch.')}")
     return to_channels_last(images.float().mul_(1 / (255 * PIXEL_STD)).sub_(PIXEL_MEAN / PIXEL_STD))
 
 

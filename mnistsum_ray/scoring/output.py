@@ -385,6 +385,7 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
 
 def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
     """How two `Plan.spec` differ, before _START_OVER; where they do in several ways, the first one explains the others."""
+    committed, current = ({"probabilities": None} | spec for spec in (committed, current))
     key = next(key for key in current if committed[key] != current[key])
     old, new = committed[key], current[key]
     if key == "model":
@@ -393,7 +394,7 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
         return "holds predictions with other columns, of another version of this program;"
     if key == "int8":
         return "holds predictions of the same model quantized otherwise;"
-    was, has = (f"no --{key}" if value is None else f"--{key} {value}" for value in (old, new))
+    was, has = (f"no --{key}" if value is None else f"--{key} {'' if value is True else value}".strip() for value in (old, new))
     return f"was started with {was}, and this run has {has}; give the same again, or"
 
 

@@ -17,7 +17,7 @@ from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_sk
 from mnistsum_ray.data.parquet import Footer, column_error, lossy_column, read_footer
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted
 from mnistsum_ray.model.folder import WeightArrays, read_model
-from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.model.heads import PREDICTION_FIELDS, added_columns
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import split_into_parts
 from mnistsum_ray.storage.folder import OutputFolder
@@ -103,6 +103,7 @@ class Plan(Request):
         """The model and settings that determine the predictions, as JSON. One output holds predictions of one spec."""
         flags = ("precision", "image-column", "number-column", "label-column")
         settings = {flag: getattr(self.config, flag.replace("-", "_")) for flag in flags} | {"precision": self.precision}
+        settings |= {"probabilities": True} if self.config.probabilities else {}  # earlier outputs do not have this key
         spec = {"model": self.card["sha256"], **settings, "prediction_columns": PREDICTION_FIELDS.names, "int8": self.int8_maxima}
         return json.dumps(spec)
 
@@ -259,12 +260,12 @@ def _file_error(file: str, footer: Footer, config: ScoreConfig) -> str | None:
         if error:
             return f"{error}, or {flag} names another"
     # DuckDB and Spark do not tell upper case from lower case.
-    added = next((name for name in names if name.lower() in PREDICTION_FIELDS.names), None)
-    if added:
-        return f"has a column {added!r}, which scoring would add; rename it"
+    added = added_columns(config.probabilities)
+    if taken := next((name for name in names if name.lower() in added), None):
+        return f"has a column {taken!r}, which scoring would add; rename it"
     for folder in file.split("/")[:-1]:
         # Readers of Parquet take a folder `key=value` for a column, and its value for that of every row below.
         key, equals, _ = folder.partition("=")
-        if equals and unquote(key).lower() in (*PREDICTION_FIELDS.names, *REJECTION_FIELDS.names):
+        if equals and unquote(key).lower() in (*added, *REJECTION_FIELDS.names):
             return f"lies in a folder {folder!r}, which readers take for the column that scoring adds; rename the folder"
     return lossy_column(footer, config.image_column)

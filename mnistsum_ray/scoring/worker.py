@@ -27,7 +27,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import open_parquet, plain_table, read_rows, to_parquet
 from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
-from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.scoring.counts import PROBABILITY_BINS, RowCounts, encode_image
@@ -104,7 +104,7 @@ class Score:
                     # After the first read: the crash counter then also counts a process that dies while the model is loaded.
                     if self._predictor is None:
                         self._predictor, started = _make_predictor(plan), time.time()
-                    for decoded, predictions in zip(batch, _predict(self._predictor, batch), strict=True):
+                    for decoded, predictions in zip(batch, _predict(plan, self._predictor, batch), strict=True):
                         yield _commit(plan, decoded, predictions, started)
                     batch = []
         except StorageError as error:
@@ -196,13 +196,14 @@ def _decode(part: Part, table: pa.Table, config: ScoreConfig) -> PartRows:
     return PartRows(part, table, images, numbers, labels, reasons, bad_labels)
 
 
-def _predict(predictor: Predictor, batch: list[PartRows]) -> Iterator[Predictions]:
+def _predict(plan: Plan, predictor: Predictor, batch: list[PartRows]) -> Iterator[Predictions]:
     """Predict the rows of several parts together; yield the predictions of each, those of rejected rows included."""
     labels = [rows.labels for rows in batch if rows.labels is not None]
     predictions = predictor.predict(
         np.concatenate([rows.images for rows in batch]),
         np.concatenate([rows.numbers for rows in batch]),
         np.concatenate(labels) if labels else None,
+        plan.config.probabilities,
     )
     end = 0
     for rows in batch:
@@ -240,8 +241,8 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
         _write(plan.folder, f"{REJECTED}/{part.output}", rejected, metadata)
     table = rows.table.drop_columns([plan.config.image_column])
     table = table.take(pa.array(good)) if rows.reasons else table
-    for field, values in zip(PREDICTION_FIELDS, predictions.columns(rows.numbers[good]), strict=True):
-        table = table.append_column(field, pa.array(values, field.type))
+    for name, values in predictions.to_arrow(rows.numbers[good]).items():
+        table = table.append_column(name, values)
     _write(plan.folder, f"{PREDICTIONS}/{part.output}", table, metadata)
 
 

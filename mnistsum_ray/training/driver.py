@@ -3,6 +3,7 @@
 import shlex
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -19,6 +20,7 @@ from mnistsum_ray.cluster.ray_internals import detached_data_actors
 from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve, wait_until_free
 from mnistsum_ray.cluster.shared_storage import check_shared_storage
 from mnistsum_ray.cluster.stop import defer_signals
+from mnistsum_ray.config import OnEpoch
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, counted, one_line, root_cause, shell_command
@@ -61,8 +63,8 @@ _EVENT_SECONDS: Final = 1.0
 """Time in which a failure that a worker has reported arrives here."""
 
 
-def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> TrainResult:
-    """Train on the cluster that this process is connected to; `probe` is that of `reserve`.
+def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch: OnEpoch = lambda _: None) -> TrainResult:
+    """Train on the cluster that this process is connected to; `probe` is that of `reserve`, and what `on_epoch` raises is raised.
 
     Raises:
         RequestError: as `check_network`; the cluster is too small, a row of the data cannot be used, or another run writes there.
@@ -80,12 +82,15 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None) -> Train
             report_skipped(run.source.skipped, console.say)
             read = {} if run.source.files is None else {"--data": run.source.files.location(0)}
             check_shared_storage({"--storage-path": held}, read, console.say)
-            return _Driver(run, plan, held, console, metrics).fit()
+            result = _Driver(run, plan, held, console, metrics).fit(on_epoch)
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {run.how_to_resume()}") from error
+    if isinstance(result, BaseException):
+        raise result  # whatever it is: it is none of the errors above
+    return result
 
 
 class _Driver:
@@ -118,6 +123,8 @@ class _Driver:
         self.failures = 0
         """Failures since the last checkpoint."""
         self.lost = lost_nodes()
+        self.ending: BaseException | None = None
+        """What `on_epoch` has raised."""
         self.groups = placement_groups()
         """Placement groups of a caller of `fit`."""
         if run.config.resume:
@@ -143,9 +150,9 @@ class _Driver:
         self.manifest = stored | self.manifest  # results of the stored one stay until there are new ones
         self.history = read_history(run.folder)
 
-    def fit(self) -> TrainResult:
-        """Train and publish; the manifest says how a run ends that does not finish."""
-        run, source = self.run, self.run.source
+    def fit(self, on_epoch: OnEpoch) -> TrainResult | BaseException:
+        """Train and publish, or return what `on_epoch` has raised; the manifest says how a run ends that does not finish."""
+        run, source, self.on_epoch = self.run, self.run.source, on_epoch
         try:
             if source.files:
                 write_data_files(self.held, source.files, self.checksums)
@@ -159,8 +166,13 @@ class _Driver:
             rows = len(source.train)
             self.metrics.expect(run.hyperparameters.epochs * rows, len(self.history) * rows)
             self.metrics.enter("waiting")  # for Ray Train's workers
-            with event_queue(self.console, self._on_epoch, self.metrics.add) as events:
+            with ThreadPoolExecutor(1) as self.calls, event_queue(self.console, self._on_epoch, self._on_event) as events:
                 result = self._train(events)
+            if self.ending is not None:
+                self._mark("stopped")
+                self.console.say(f"on_epoch has ended the run; {run.how_to_resume()}")
+                return self.ending
+            assert result is not None, "nothing else ends the training without one"
             self.metrics.enter("publishing")
             return self._publish(result)
         except KeyboardInterrupt:
@@ -187,6 +199,22 @@ class _Driver:
             self.console.say(f"history.jsonl: {one_line(error)}")
         if line["epoch"] == self.run.hyperparameters.epochs:  # while the sum head is fine-tuned, which takes one core
             threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        self.metrics.add(event)
+        if event["kind"] in ("epoch", "checkpoint"):
+            self.calls.submit(self._call, **event)  # however long `on_epoch` takes, events do not wait
+
+    def _call(self, kind: str, **fields: Any) -> None:
+        """Call `on_epoch`; once that has raised, end the workers as soon as there is a checkpoint."""
+        if kind == "epoch" and self.ending is None:
+            try:
+                self.on_epoch(fields)
+            except BaseException as error:
+                self.ending = error
+        elif kind == "checkpoint" and self.ending is not None:
+            self.trainer.controller = fields["controller"]
+            self.trainer.abort()
 
     def _trainer(self, events: Events) -> InterruptibleTrainer:
         run, config = self.run, self.run.config
@@ -227,8 +255,8 @@ class _Driver:
             # No datasets: Ray Train would split them, and drop up to one row a worker. Each worker makes its own, see rows.py.
         )
 
-    def _train(self, events: Events) -> TrainingResult:
-        """Run Ray Train, and after a failure again from the newest checkpoint; the result of rank 0.
+    def _train(self, events: Events) -> TrainingResult | None:
+        """Run Ray Train, and after a failure again from the newest checkpoint; the result of rank 0, None if `on_epoch` ends it.
 
         Ray Train's own retries count the failures of the whole run, lost nodes included, and it does not retry where a node is
         lost while the workers start.
@@ -236,13 +264,15 @@ class _Driver:
         if not started_cluster():
             detached_data_actors()
         while True:
-            trainer = self._trainer(events)
+            self.trainer = trainer = self._trainer(events)
             try:
                 with default_environment(_train_environment()):
                     result = trainer.fit()
                 break
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
                 self.held.check()  # if another run has taken the folder, that is the cause
+                if self.ending is not None:
+                    return None
                 if events.failed.wait(_EVENT_SECONDS):
                     raise RunError(events.failure) from error
                 self._recover(error)

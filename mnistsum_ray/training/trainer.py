@@ -101,7 +101,7 @@ class Trainer:
             # DDP orders its buckets anew after the first step, and three workers then sum in another order: without a step
             # beforehand, whose gradients the next one drops, a run that goes on would have other bits.
             numbers = torch.zeros(len(self._positions), dtype=torch.int64, device=worker.device)
-            images = prepare_images(numbers.new_zeros(len(numbers), SIDE, SIDE))
+            images = prepare_images(numbers.new_zeros(len(numbers), SIDE, SIDE, dtype=torch.uint8))
             self._objective.eval()  # so that no buffer changes
             self._objective(images, numbers, numbers, None)[0].backward()
 

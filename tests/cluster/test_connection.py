@@ -45,6 +45,17 @@ def test_addresses_where_no_cluster_is(monkeypatch: pytest.MonkeyPatch, address:
     assert refusal().startswith(f"RAY_ADDRESS={address}: {said}")
 
 
+def test_the_address_of_a_cluster_that_has_ended_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`ray.init` would try for minutes."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert refusal().startswith(
+        "RAY_ADDRESS=auto: the last cluster, at 127.0.0.1:9, does not answer; if it has crashed, `ray stop`"
+    )
+
+
 @pytest.fixture(params=["HTTP server", "silent server"])
 def stranger(request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of a server that is no cluster."""

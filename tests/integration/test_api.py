@@ -1,8 +1,11 @@
 """The Python API: train, score and predict in one process, in any order."""
 
 import base64
+import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +14,7 @@ import ray
 
 from mnistsum_ray import (
     RequestError,
+    RunStoppedError,
     ScoreConfig,
     ScoreResult,
     TrainConfig,
@@ -58,6 +62,30 @@ def test_a_result_shows_the_main_picture_of_its_report_or_else_its_fields(tmp_pa
     assert "&lt;b&gt;: 4 of 5 rows scored, 1 rejected; 2 s" in shown
     assert f"data:image/png;base64,{base64.b64encode(b'a picture').decode()}" in shown
     assert away._repr_html_() is None, "a notebook then shows the fields"
+
+
+@pytest.mark.slow
+def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
+    """First by an error of its own, like those of the storage; then by True, out of a thread. Each time the run goes on."""
+    run, lines, error = tmp_path / "a", [], OSError("the server of the caller")
+    settings = {"data": str(write_rows(500)), "epochs": 3, "storage_path": str(tmp_path), "name": "a", "sum_head_steps": 1}
+
+    def keep(line: dict[str, Any]) -> object:
+        lines.append(line)
+        if line["epoch"] == 1:
+            raise error
+        time.sleep(12)  # longer than the rest of the run
+        return True
+
+    with pytest.raises(OSError, match="the server of the caller") as raised:
+        fit(TrainConfig(**settings), on_epoch=keep)
+    assert raised.value is error
+    with ThreadPoolExecutor(1) as thread, pytest.raises(RunStoppedError, match=r"True after epoch 2; .* --name a --resume$"):
+        thread.submit(fit, TrainConfig(**settings, resume=True), keep).result()
+    assert json.loads((run / "manifest.json").read_text())["status"] == "stopped"
+    fit(TrainConfig(**settings, resume=True), on_epoch=keep)
+    assert lines == [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
 
 
 @pytest.mark.slow

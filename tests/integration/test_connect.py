@@ -77,13 +77,32 @@ for address in sys.argv[1:]:
 """
 
 
+REFUSED = """
+import sys, ray
+from mnistsum_ray.cluster.connection import connect
+
+ray.__version__ = sys.argv[1] or ray.__version__
+try:
+    connect()
+except ValueError as error:
+    print(error)
+"""
+
+
 @pytest.mark.parametrize("mode", ["token", "disabled"])
 def test_a_head_is_joined_by_its_address_where_a_token_lies(home: Path, mode: str) -> None:
-    """The head asks for the token or for none. `ray.init` in this process would set RAY_AUTH_MODE for the client too."""
+    """The head asks for the token or for none. Another token is refused, as is another version of Ray. `ray.init` in this process
+    would set RAY_AUTH_MODE for the client too."""
     subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
     with head(home, **({} if mode == "token" else {"RAY_AUTH_MODE": "disabled"})) as address:
         joined = run_script(JOIN, address, address.replace(address.rpartition(":")[0], "127.0.0.1"))
         assert (joined.returncode, joined.stdout, joined.stderr) == (0, "1.0\n1.0\n", "")
+        other = {"RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "1"} if mode == "token" else {}
+        refused = run_script(REFUSED, "" if other else "2.59.0", RAY_ADDRESS=address, **other).stdout
+        assert refused.startswith(f"the Ray cluster at {address} cannot be joined: ")
+        wrong = "token is missing or incorrect; RAY_AUTH_TOKEN or" if other else "Ray: 2.59.0 Python: "
+        assert wrong in refused
+        assert refused.count("\n") == 1
     if mode == "disabled":  # the address of the cluster that was killed still lies there, and a new one is started
         joined = run_script(JOIN, "")
         assert joined.stdout == f"{os.cpu_count():.1f}\n", joined.stderr

@@ -130,7 +130,7 @@ def scored(model: Path, rows: tuple[Pixels, np.ndarray], tmp_path_factory: pytes
     (folder / "in" / "forms").mkdir()
     write_extras(folder / "in" / "forms", *rows)
     write_with_others(folder / "in" / "forms", *rows)
-    done = score_here(model, folder / "out", folder / "in", max_rows_per_file=120)
+    done = score_here(model, folder / "out", folder / "in", max_rows_per_file=120, probabilities=True)
     bad = REJECTED * len(LAYOUTS)
     assert (done.line["scored_rows"], done.line["rejected_rows"]) == (ROWS * len(LAYOUTS) - bad + FORMS * FORM_ROWS, bad)
     return done
@@ -145,14 +145,17 @@ def test_the_files_of_each_library_are_scored_as_by_plain_pytorch(
     for file in files:
         table = pq.ParquetFile(file).read()
         check_predictions(table, expected)
+        assert np.array_equal(np.array(table["sum_probs"].to_pylist(), np.float32).max(1), table["sum_prob"]), file
         assert not [field for field in table.schema if isinstance(field.type, pa.BaseExtensionType)], file
 
 
 def test_every_other_column_passes_through_unchanged(scored: Scored) -> None:
     kept = pq.read_table(scored.output.parent / "in" / "forms" / "pyarrow.parquet").drop_columns(["image"])
     result = scored.table("forms/pyarrow.parquet")
-    assert result.column_names == [*kept.column_names, "pred_digit", "digit_prob", "pred_sum", "sum_prob", "consistent"]
-    assert list(map(str, result.schema.types[-5:])) == ["int8", "float", "int8", "float", "bool"]
+    added = ["pred_digit", "digit_prob", "pred_sum", "sum_prob", "consistent", "digit_probs", "sum_probs"]
+    assert result.column_names == [*kept.column_names, *added]
+    lists = [f"fixed_size_list<element: float>[{size}]" for size in (10, 19)]
+    assert list(map(str, result.schema.types[-7:])) == ["int8", "float", "int8", "float", "bool", *lists]
     for name in kept.column_names:
         assert result.schema.field(name).type == kept.schema.field(name).type, name
         assert result[name].to_pylist() == kept[name].to_pylist(), name
@@ -222,6 +225,7 @@ READERS: Final[dict[str, list[Callable[[str], Any]]]] = {
 def answer_of(frame: Any) -> Answer:
     """Of an Arrow table, or of a frame of pandas or Polars."""
     ids = frame["row_id"]
+    assert [len(next(iter(frame[name]))) for name in ("digit_probs", "sum_probs")] == [10, 19]
     return len(frame), pc.sum(ids).as_py() if isinstance(frame, pa.Table) else int(ids.sum())
 
 
@@ -249,9 +253,9 @@ def test_spark_finds_each_scored_row_once(scored: Scored, spark: Any, layout: st
     # Spark reads subfolders that are not partitions only if it is asked to.
     reader = spark.read.option("recursiveFileLookup", str(layout != "hive").lower())
     frame = reader.parquet(str(scored.output / "predictions" / layout))
-    row = frame.selectExpr("count(*)", "sum(row_id)").first()
+    row = frame.selectExpr("count(*)", "sum(row_id)", "min(size(sum_probs))").first()
     assert row is not None
-    assert tuple(row) == expected(scored, layout)
+    assert tuple(row) == (*expected(scored, layout), 19)
     assert ("day" in frame.columns) == (layout == "hive")
 
 

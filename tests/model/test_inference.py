@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mnistsum_ray.model import int8
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.serialization import copy_weights
 from tests.model import new_model, random_rows
@@ -58,8 +59,14 @@ def test_a_row_has_the_same_bits_in_a_batch_of_any_size(precision: str) -> None:
     images, numbers, _ = rows()
     maxima = int8.activation_maxima(new_model(), torch.from_numpy(images)) if precision == "int8" else None
     ours = predictor(precision, 8, maxima)
-    whole = ours.predict(images, numbers)
+    whole = ours.predict(images, numbers, probs=True)
     for size in (1, 3, 8, 9):
         start = 1 + size  # a row is at another place of its batch, too
-        some = ours.predict(images[start : start + size], numbers[start : start + size])
+        some = ours.predict(images[start : start + size], numbers[start : start + size], probs=True)
         assert equal(some, whole.slice(start, start + size)), size
+    for head in HEADS:
+        every, best, which = (whole.values[name.format(head.name)] for name in ("{}_probs", "{}_prob", "pred_{}"))
+        assert (str(every.dtype), every.shape) == ("float32", (20, head.classes))
+        assert np.array_equal(every[range(20), which], best)
+        assert np.allclose(every.sum(1), 1, atol=1e-5)
+    assert not {f"{head.name}_probs" for head in HEADS} & ours.predict(images, numbers).values.keys()

@@ -1,5 +1,6 @@
 """The network equals the original, and its optimized paths equal the plain ones."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -42,3 +43,12 @@ def test_images_are_normalized_as_model_json_says() -> None:
     assert (x.dtype, x.shape) == (torch.float32, (1, 1, 28, 28))
     expected = torch.tensor([(0 - 0.1307) / 0.3081, (1 - 0.1307) / 0.3081])
     torch.testing.assert_close(torch.stack([x.min(), x.max()]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pixels_of_another_type_are_refused_and_none_are_changed() -> None:
+    images, *_ = random_rows(2)
+    before = images.clone()
+    prepare_images(images)
+    assert torch.equal(images, before)
+    with pytest.raises(TypeError, match=r"^images: must be uint8, 0 background, 255 ink; are float32$"):
+        prepare_images(images.float())

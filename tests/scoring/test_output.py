@@ -199,6 +199,7 @@ GIVE = "give the same again, or --overwrite scores everything again"
             {"number_column": "second"},
             "was started with --number-column number, and this run has --number-column second; give",
         ),
+        (None, {"probabilities": True}, f"was started with no --probabilities, and this run has --probabilities; {GIVE}"),
         (None, {"precision": "bf16"}, f"was started with --precision fp32, and this run has --precision bf16; {GIVE}"),
         (None, {"max_rows_per_file": 10}, f"since it was started with another --max-rows-per-file or --input; {GIVE}"),
         (None, {"sha256": "other"}, "holds predictions of another model (SHA-256 abc…, --model has other…); --overwrite"),
@@ -215,6 +216,14 @@ def test_predictions_are_never_mixed_with_those_of_another_request(
         resume(plan_in(folder, **settings), CONSOLE)
     assert said in str(refused.value)
     assert names(folder / "out") == before
+
+
+def test_an_output_with_probabilities_stays_so(folder: Path) -> None:
+    write_all(plan_in(folder, probabilities=True))
+    _, committed = resume(plan_in(folder, probabilities=True), CONSOLE)
+    assert not committed.todo.num_rows
+    with pytest.raises(RequestError, match=f"was started with --probabilities, and this run has no --probabilities; {GIVE}"):
+        resume(plan_in(folder), CONSOLE)
 
 
 @pytest.mark.parametrize("settings", [{}, {"image_column": "second"}], ids=str)

@@ -24,7 +24,7 @@ from tests.conftest import with_footer
 GOOD = pa.table({"image": [bytes(784)] * 3, "number": [1, 2, 3]})
 
 
-def footers(folder: Path, **columns: str) -> dict[str, dict[str, Any]]:
+def footers(folder: Path, **columns: Any) -> dict[str, dict[str, Any]]:
     config = ScoreConfig(model="m", input=(str(folder),), output="o", **columns)
     inputs = list_inputs(config.input, locate("/nowhere", "--output"))
     return {row["name"]: row for row in read_footers(inputs, config).to_pylist()}
@@ -148,6 +148,16 @@ def test_unusable_columns_are_named(tmp_path: Path, table: pa.Table, reason: str
     found = footers(tmp_path)
     assert reason in found["a.parquet"]["error"]
     assert (found["a.parquet"]["rows"], found["good.parquet"]["error"]) == (3, None)
+
+
+def test_columns_of_probabilities_are_added_where_they_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "sum_probs=1").mkdir()
+    pq.write_table(GOOD.append_column("Digit_probs", pa.array([1, 2, 3])), tmp_path / "a.parquet")
+    pq.write_table(GOOD, tmp_path / "sum_probs=1" / "b.parquet")
+    assert [row["error"] for row in footers(tmp_path).values()] == [None, None]
+    file, folder = (row["error"] for row in footers(tmp_path, probabilities=True).values())
+    assert file == "has a column 'Digit_probs', which scoring would add; rename it"
+    assert folder.startswith("lies in a folder 'sum_probs=1', which readers take for the column that scoring adds")
 
 
 @pytest.mark.parametrize("folder", ["Consistent=1/deep", "sum%5Fprob=0", "reason=none"])
