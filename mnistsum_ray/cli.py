@@ -138,7 +138,9 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
     The picture may have any size, with ink darker or lighter than its background,
     or a transparent background. It is prepared as MNIST's own were: cropped to the
     ink, scaled to fit 20 x 20 pixels and centred in 28 x 28; a line says how. One
-    with more than a digit, or lit unevenly, is refused. No Ray is started.
+    with much else on it, or lit unevenly, is refused; and where it may be more or
+    less than one digit, or the digit has little probability, the answer is said to
+    be unsure. No Ray is started.
     """
     from mnistsum_ray.config import PredictConfig
 
@@ -151,6 +153,8 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
     say(f"{config.picture}: {found.prepared}")
     digit, total = f"{found.digit} ({percent(found.digit_prob)})", f"{found.sum} ({percent(found.sum_prob)})"
     say(f"digit: {digit}, digit + {found.number}: {total}{'' if found.consistent else '; the two answers disagree'}")
+    if found.unsure:
+        say(f"unsure: {found.unsure}")
     return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key != "pixels"}, DONE
 
 

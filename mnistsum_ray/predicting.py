@@ -31,6 +31,9 @@ Model: TypeAlias = "TwoHeadCNN | str | Path"
 Rows = TypeVar("Rows")
 """A pandas or Polars DataFrame, an Arrow table, or a Ray Dataset."""
 
+_SURE: Final = 0.9
+"""Probability of a picture's digit below which the answer is said to be unsure."""
+
 _REASON: Final = "reason"
 """Column with the reason of each row that cannot be scored."""
 
@@ -65,30 +68,36 @@ class PicturePrediction:
     """Whether sum = digit + number."""
     prepared: str
     """How the picture was prepared."""
+    unsure: str | None
+    """Why the answer may be wrong: what the picture shows beside a digit, or how little probability the digit has."""
     pixels: Pixels = field(repr=False, compare=False)
-    """uint8[28, 28], 0 background, 255 ink: what the network was given."""
+    """uint8[28, 28]: what the network was given."""
 
 
 @overload
-def predict(model: Model, images: str | Path | Image.Image, numbers: int) -> PicturePrediction: ...
+def predict(model: Model, images: str | Path | Image.Image, numbers: int, *, prepare: bool = True) -> PicturePrediction: ...
 
 
 @overload
 def predict(model: Model, images: Pixels, numbers: npt.NDArray[np.integer[Any]], batch_size: int = 64) -> "Predictions": ...
 
 
-def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "PicturePrediction | Predictions":
+def predict(
+    model: Model, images: Any, numbers: Any, batch_size: int = 64, *, prepare: bool = True
+) -> "PicturePrediction | Predictions":
     """Predict digits and sums in this process, on the model's device: of one picture, or of arrays.
 
         predict("runs/mine", "seven.png", 5)
         predict(model, images, numbers)
 
-    A picture (a file, a URI, or one of Pillow's) may have any size, and is prepared as MNIST's were; its number is an integer in
-    0..9. Arrays are uint8[n, 28, 28], 0 background, 255 ink, as in MNIST, and integers[n].
+    A picture (a file, a URI, or one of Pillow's) may have any size, and is prepared as MNIST's were, with ink as light or dark as
+    the model's training images have it; without `prepare` it has 28 x 28 pixels, which are taken as they are. Its number is an
+    integer in 0..9. Arrays are uint8[n, 28, 28], as the training images (in MNIST 0 background, 255 ink), and integers[n].
 
     Returns:
         Arrays of n: `digit` int8 in 0..9, `digit_prob` float32, `sum` int8 in 0..18, `sum_prob` float32. For a picture plain
-        numbers of these names, `consistent`, and `prepared`, which says how the picture was prepared.
+        numbers of these names, `consistent`, `prepared`, which says how the picture was prepared, and `unsure`: why the answer
+        may be wrong, or None.
 
     Raises:
         ValueError: wrong shape or dtype, a number outside of 0..9, or a batch size below 1.
@@ -96,7 +105,7 @@ def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "P
             background.
     """
     if isinstance(images, str | Path | Image.Image):
-        return _predict_picture(model, images, numbers)
+        return _predict_picture(model, images, numbers, prepare)
 
     from mnistsum_ray.model.inference import predict_pairs
 
@@ -111,14 +120,17 @@ def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64) -> "P
     return predict_pairs(model, images, numbers.astype(np.int64), batch_size)
 
 
-def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int) -> PicturePrediction:
+def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int, prepare: bool) -> PicturePrediction:
     if number not in range(NUMBERS):
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
-    prepared = prepare_picture(picture)
+    model = _loaded(model, 1)
+    prepared = prepare_picture(picture, getattr(model, "background", 0), prepare=prepare)
     numbers = np.array([number])
     columns = predict(model, prepared.pixels[None], numbers, batch_size=1).columns(numbers)
     digit, digit_prob, total, sum_prob, consistent = (values.item() for values in columns)
-    return PicturePrediction(int(number), digit, digit_prob, total, sum_prob, consistent, prepared.how, prepared.pixels)
+    improbable = f"the digit's probability is below {_SURE:.0%}"
+    unsure = "; ".join([*prepared.doubts, *([improbable] if digit_prob < _SURE else [])]) or None
+    return PicturePrediction(int(number), digit, digit_prob, total, sum_prob, consistent, prepared.how, unsure, prepared.pixels)
 
 
 def predict_rows(

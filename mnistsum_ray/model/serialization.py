@@ -24,16 +24,18 @@ def copy_weights(model: TwoHeadCNN) -> Weights:
 
 
 def describe_model(
-    weights: Weights, *, epoch: int, metrics: dict[str, dict[str, Any]], sum_head: dict[str, Any] | None = None
+    weights: Weights, *, epoch: int, metrics: dict[str, Any], sum_head: dict[str, Any] | None = None, background: int = 0
 ) -> dict[str, Any]:
-    """The description of weights: the epoch that they are from, `Metrics` by split, and an entry on the fine-tuning."""
+    """The description of weights: the epoch that they are from, `Metrics` by split, an entry on the fine-tuning, and the
+    brightness of the background, 0 or 255, of the images that they were trained on."""
     return {
         "format": MODEL_FORMAT,
         "network": TwoHeadCNN.__name__,
         "parameters": sum(value.numel() for value in weights.values()),
         "sha256": checksum(weights),
         "input": {
-            "image": "28 x 28 grayscale, uint8, 0 background, 255 ink",
+            "image": f"28 x 28 grayscale, uint8, {background} background, {255 - background} ink",
+            "background": background,
             "scaled": "(image / 255 - mean) / std",
             "mean": PIXEL_MEAN,
             "std": PIXEL_STD,
@@ -64,6 +66,7 @@ def load_model(folder: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
         model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     except RuntimeError as error:
         raise RequestError(f"{folder.display}: its tensors are not those of the network ({one_line(error)})") from None
+    model.background = 255 if description["input"].get("background") else 0  # of a model before this entry: MNIST's
     return model.eval(), description
 
 
