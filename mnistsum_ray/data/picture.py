@@ -40,9 +40,6 @@ _MAX_PIECES: Final = 3
 _MAX_ASPECT: Final = 1.2
 """Width of a digit in heights; 3.5 % of MNIST's are wider."""
 
-_SIDE_SHARE: Final = 0.06
-"""Width of the sides of what is drawn, where lines are looked for."""
-
 _LINE_SHARE: Final = 0.15
 _FRAME_SHARE: Final = 0.7
 """Largest height at both sides of a line across, and least of a frame: 1.3 % and none of MNIST's digits have them."""
@@ -91,13 +88,12 @@ def prepare_picture(picture: str | Path | Image.Image, background: int = 0, *, p
         grey, kind = _brightness(image)
     except Exception as error:  # Pillow's decoders raise many types
         raise RequestError(f"{name}: cannot be read as a picture ({one_line(error)}); save it again") from None
-    what, is_small = f"{image.width}x{image.height} {kind}", image.size == (SIDE, SIDE)
-    if not prepare and not is_small:
+    what, paper = f"{image.width}x{image.height} {kind}", background_of(grey)
+    if not prepare and image.size != (SIDE, SIDE):
         raise RequestError(f"{name}: is {what}, not {SIDE}x{SIDE}; scale it, or have it prepared")
-    paper = background_of(grey)
-    if not prepare or (is_small and kind == "grayscale" and _is_like_mnist(np.abs(grey - paper))):
+    if not prepare or (image.size == (SIDE, SIDE) and kind == "grayscale" and _is_like_mnist(np.abs(grey - paper))):
         inverted = prepare and paper != background
-        pixels = np.abs(grey - 255 * inverted).round().astype(np.uint8)
+        pixels = np.abs(grey - 255 * inverted).astype(np.uint8)
         return PreparedPicture(pixels, f"{what}, {'inverted' if inverted else 'used as it is'}")
 
     ink, dark = _find_ink(grey, name)
@@ -145,12 +141,11 @@ def _brightness(image: Image.Image) -> tuple[Floats, str]:
 
 
 def _is_like_mnist(ink: Floats) -> bool:
-    """Whether ink on 28 x 28, 0 for none, fills MNIST's box and has its centre of mass in the middle, as MNIST's images do."""
-    if np.median(_border(ink)) > 8 or ink.max() < 200:
+    """Whether ink on 28 x 28, 0 for none, fills MNIST's box and has its centre of mass in the middle, as all of MNIST's have."""
+    left, top, right, bottom = Image.fromarray(ink > _EDGE / 2).getbbox() or (0, 0, 0, 0)
+    if np.median(_border(ink)) > 8 or ink.max() < 200 or abs(max(right - left, bottom - top) - _BOX) > 1:
         return False
-    sizes = [np.ptp(np.flatnonzero((ink > _EDGE / 2).any(axis))) + 1 for axis in (0, 1)]
-    middle = [ink.sum(axis) @ np.arange(SIDE) / ink.sum() for axis in (0, 1)]
-    return bool(_BOX - 2 <= max(sizes) <= _BOX + 1 and np.abs(np.array(middle) - SIDE / 2).max() <= 1)
+    return all(abs(np.average(places, weights=ink) - SIDE / 2) <= 1 for places in np.indices(ink.shape))
 
 
 def background_of(images: npt.NDArray[Any]) -> int:
@@ -190,8 +185,8 @@ def _one_digit(ink: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
     drawn = Image.fromarray(np.isin(labels, kept))
     framed = any(Image.fromarray(labels == piece).getbbox() == drawn.getbbox() for piece in kept)
     edge = np.isin(_border(labels), kept)
-    is_one = count <= _MOST_SPECKS and 0 < len(kept) <= _MAX_PIECES and edge.mean() <= 0.5
-    if not is_one or (len(kept) > 1 and (framed or edge.any())):
+    is_alone = len(kept) == 1 or not (framed or edge.any())
+    if count > _MOST_SPECKS or not 0 < len(kept) <= _MAX_PIECES or edge.mean() > 0.5 or not is_alone:
         raise RequestError(f"{name}: is not one digit on a background of one brightness; crop it to that, or draw it anew")
     ink.paste(0, mask=ImageChops.invert(drawn.convert("L")).resize(ink.size))
     cropped = ink.crop(ink.point(lambda value: 255 * (value > _EDGE)).getbbox())
@@ -210,7 +205,7 @@ def _has_line(drawn: npt.NDArray[np.bool_]) -> bool:
     drawn = drawn[np.ix_(drawn.any(1), drawn.any(0))]
     for turned in (drawn, drawn.T):
         height, width = turned.shape
-        side = max(1, round(_SIDE_SHARE * width))
+        side = max(1, width // 16)
         left, right = (np.flatnonzero(band.any(1)) for band in (turned[:, :side], turned[:, -side:]))
         first, last = min(left[0], right[0]), max(left[-1], right[-1])
         is_line = last - first < _LINE_SHARE * height and turned[first : last + 1].any(0).all()

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray import load_model
 from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.export.pairs import export_pairs
+from tests.data.pictures import KINDS, count_answers
 from tests.integration.conftest import RAY, ROOT, kill_everything
 
 pytestmark = pytest.mark.slow
@@ -153,6 +157,16 @@ def check_outputs(home: Path) -> None:
     scored = json.loads((home / "scored" / "manifest.json").read_text())
     assert (scored["totals"]["scored_rows"], scored["totals"]["failed_files"]) == (10_250, 0)
     assert {file.name for file in (home / "exported").iterdir()} == {"model.pt2", "model.onnx"}
+    check_pictures(home / "runs" / "mine")
+
+
+def check_pictures(run: Path) -> None:
+    """No picture of a kind that people make is answered wrongly without a word."""
+    rows, model = pq.read_table(SAMPLE)[123::500], load_model(run)
+    images, digits = pixels_view(one_chunk(rows["image"])), rows["digit"].to_pylist()
+    answers = {kind: count_answers(model, kind, images, digits) for kind in KINDS}
+    assert {kind: counts["wrong and sure"] for kind, counts in answers.items() if counts["wrong and sure"]} == {}
+    assert sum(answers.values(), Counter())["right"] > 90
 
 
 def write_small_mnist(folder: Path) -> None:
