@@ -138,9 +138,8 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
     The picture may have any size, with ink darker or lighter than its background,
     or a transparent background. It is prepared as MNIST's own were: cropped to the
     ink, scaled to fit 20 x 20 pixels and centred in 28 x 28; a line says how. One
-    with much else on it, or lit unevenly, is refused; and where it may be more or
-    less than one digit, or the digit has little probability, the answer is said to
-    be unsure. No Ray is started.
+    with much else on it, or lit unevenly, is refused, and where it may not be one
+    whole digit, a line says that the answer is unsure. No Ray is started.
     """
     from mnistsum_ray.config import PredictConfig
 

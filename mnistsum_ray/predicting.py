@@ -90,9 +90,9 @@ def predict(
         predict("runs/mine", "seven.png", 5)
         predict(model, images, numbers)
 
-    A picture (a file, a URI, or one of Pillow's) may have any size, and is prepared as MNIST's were, with ink as light or dark as
-    the model's training images have it; without `prepare` it has 28 x 28 pixels, which are taken as they are. Its number is an
-    integer in 0..9. Arrays are uint8[n, 28, 28], as the training images (in MNIST 0 background, 255 ink), and integers[n].
+    A picture (a file, a URI, or one of Pillow's) may have any size, and is prepared as MNIST's were, with the ink of the model's
+    training images, dark or light; without `prepare` 28 x 28 pixels are taken as they are. Its number is an integer in 0..9.
+    Arrays are uint8[n, 28, 28], as the training images (MNIST's have 0 background, 255 ink), and integers[n].
 
     Returns:
         Arrays of n: `digit` int8 in 0..9, `digit_prob` float32, `sum` int8 in 0..18, `sum_prob` float32. For a picture plain
@@ -128,8 +128,8 @@ def _predict_picture(model: Model, picture: str | Path | Image.Image, number: in
     numbers = np.array([number])
     columns = predict(model, prepared.pixels[None], numbers, batch_size=1).columns(numbers)
     digit, digit_prob, total, sum_prob, consistent = (values.item() for values in columns)
-    improbable = f"the digit's probability is below {_SURE:.0%}"
-    unsure = "; ".join([*prepared.doubts, *([improbable] if digit_prob < _SURE else [])]) or None
+    doubts = [*prepared.doubts] if digit_prob >= _SURE else [*prepared.doubts, f"the digit's probability is below {_SURE:.0%}"]
+    unsure = "; ".join(doubts) or None
     return PicturePrediction(int(number), digit, digit_prob, total, sum_prob, consistent, prepared.how, unsure, prepared.pixels)
 
 

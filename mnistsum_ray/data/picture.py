@@ -72,15 +72,14 @@ class PreparedPicture:
 
 
 def prepare_picture(picture: str | Path | Image.Image, background: int = 0, *, prepare: bool = True) -> PreparedPicture:
-    """Read a picture (a file, a URI, or a picture of Pillow's) and prepare it for a network whose training images have this
-    brightness, 0 or 255, where no ink is.
+    """Read a picture (a file, a URI, or a picture of Pillow's) and prepare it for training images of this background, 0 or 255.
 
-    28 x 28 pixels of a digit that is centred and as large as MNIST's are only inverted if need be. Without `prepare` all 28 x 28
-    pixels are taken as they are.
+    28 x 28 pixels of a digit that is centred and as large as MNIST's are inverted at most; without `prepare` all 28 x 28 pixels
+    are taken as they are.
 
     Raises:
-        RequestError: there is no such file, it is no picture, or what is drawn on it is not one digit that stands out; or it is
-            not to be prepared, and has another size.
+        RequestError: there is no such file, it is no picture, it is not to be prepared and not 28 x 28, or what is drawn on it is
+            not one digit that stands out.
     """
     name, opened = ("the picture", picture) if isinstance(picture, Image.Image) else _open(str(picture))
     try:
@@ -185,8 +184,8 @@ def _one_digit(ink: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
     drawn = Image.fromarray(np.isin(labels, kept))
     framed = any(Image.fromarray(labels == piece).getbbox() == drawn.getbbox() for piece in kept)
     edge = np.isin(_border(labels), kept)
-    is_alone = len(kept) == 1 or not (framed or edge.any())
-    if count > _MOST_SPECKS or not 0 < len(kept) <= _MAX_PIECES or edge.mean() > 0.5 or not is_alone:
+    many = len(kept) > 1
+    if count > _MOST_SPECKS or not 0 < len(kept) <= _MAX_PIECES or (many and (framed or edge.any())) or edge.mean() > 0.5:
         raise RequestError(f"{name}: is not one digit on a background of one brightness; crop it to that, or draw it anew")
     ink.paste(0, mask=ImageChops.invert(drawn.convert("L")).resize(ink.size))
     cropped = ink.crop(ink.point(lambda value: 255 * (value > _EDGE)).getbbox())
@@ -201,17 +200,14 @@ def _one_digit(ink: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
 
 
 def _has_line(drawn: npt.NDArray[np.bool_]) -> bool:
-    """Whether a straight line spans what is drawn, so that it alone is at both sides; or lines are along both sides."""
+    """Whether a straight line spans what is drawn, so that it alone is at the left and the right; or lines are along both."""
     drawn = drawn[np.ix_(drawn.any(1), drawn.any(0))]
-    for turned in (drawn, drawn.T):
-        height, width = turned.shape
-        side = max(1, width // 16)
-        left, right = (np.flatnonzero(band.any(1)) for band in (turned[:, :side], turned[:, -side:]))
-        first, last = min(left[0], right[0]), max(left[-1], right[-1])
-        is_line = last - first < _LINE_SHARE * height and turned[first : last + 1].any(0).all()
-        if width > height / 2 and (is_line or min(len(left), len(right)) > _FRAME_SHARE * height):
-            return True
-    return False
+    height, width = drawn.shape
+    side = max(1, width // 16)
+    left, right = (np.flatnonzero(band.any(1)) for band in (drawn[:, :side], drawn[:, -side:]))
+    first, last = min(left[0], right[0]), max(left[-1], right[-1])
+    is_line = last - first < _LINE_SHARE * height and drawn[first : last + 1].any(0).all()
+    return bool(width > height / 2 and (is_line or min(len(left), len(right)) > _FRAME_SHARE * height))
 
 
 def _fit(ink: Image.Image) -> tuple[Image.Image, bool]:

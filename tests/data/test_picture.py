@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.picture import background_of, prepare_picture
 from mnistsum_ray.errors import RequestError
-from tests.data.pictures import KINDS
+from tests.data.pictures import KINDS, draw_kind
 
 SEVEN = [(0.2, 0.12), (0.8, 0.08), (0.45, 0.95)]
 FOUR = [(0.6, 0.05), (0.2, 0.6), (0.85, 0.57), (0.62, 0.6), (0.65, 0.35), (0.62, 0.97)]
@@ -154,7 +154,7 @@ def test_what_may_not_be_one_digit_is_refused_or_doubted(kind: str, sample: pa.T
     sure = 0
     for index, image in enumerate(pixels_view(one_chunk(sample["image"]))[123::1000]):
         with suppress(RequestError):
-            sure += not prepare_picture(KINDS[kind](Image.fromarray(image), index)).doubts
+            sure += not prepare_picture(draw_kind(kind, image, index)).doubts
     assert sure <= 1 if any(word in kind for word in NO_ANSWER) else sure >= 4
 
 
