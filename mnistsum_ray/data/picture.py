@@ -2,7 +2,7 @@
 
 The ink is what differs in brightness from the background, which is that of most of the edge: dark ink on light is inverted. It is
 cropped, scaled to fit 20 x 20 pixels with its proportions, and shifted until its centre of mass is the centre of 28 x 28. What
-cannot be one digit on a background of one brightness is refused.
+cannot be one digit on a background of one brightness is refused; what may not be is prepared, with the doubts that it is.
 """
 
 import io

@@ -145,17 +145,19 @@ def test_pixels_that_are_not_to_be_prepared_are_taken_as_they_are(sample: pa.Tab
         prepare_picture(draw(), prepare=False)
 
 
-NO_ANSWER = ["touch", "filled", "shadow", "lines", "line under", "checked", "box", "two", "cut off", "salt"]
+MOST_SURE = dict.fromkeys(("touch", "filled", "shadow", "ruled", "checked", "two", "cut off", "salt"), 0) | {"line": 2, "box": 2}
+"""Of five pictures of a kind with this word in its name, how many may be without a doubt."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_may_not_be_one_digit_is_refused_or_doubted(kind: str, sample: pa.Table) -> None:
     """With a model: tests/integration/test_readme.py."""
     sure = 0
-    for index, image in enumerate(pixels_view(one_chunk(sample["image"]))[123::1000]):
+    for index, image in enumerate(pixels_view(one_chunk(sample["image"]))[623::1000]):
         with suppress(RequestError):
             sure += not prepare_picture(draw_kind(kind, image, index)).doubts
-    assert sure <= 2 if any(word in kind for word in NO_ANSWER) else sure >= 4
+    most = next((count for word, count in MOST_SURE.items() if word in kind), None)
+    assert sure >= 3 if most is None else sure <= most
 
 
 def test_specks_and_lines_of_the_paper_are_left_out() -> None:

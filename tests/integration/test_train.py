@@ -212,6 +212,8 @@ def test_a_model_of_dark_ink_on_white_gets_pictures_so(data: Path, tmp_path: Pat
     assert card["input"]["background"] == load_model(locate(done.line["model"], "--model"))[0].background == 255
     light = Image.fromarray(pixels_view(one_chunk(table["image"]))[0])
     assert np.array_equal(predict(done.line["run"], light, 3).pixels, pixels_view(inverted)[0])
+    change_description(tmp_path / "dark" / "model", input={})  # as of models before this entry, which MNIST trained
+    assert np.array_equal(predict(done.line["run"], light, 3).pixels, np.asarray(light))
 
 
 @pytest.mark.slow
