@@ -138,7 +138,8 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
     The picture may have any size, with ink darker or lighter than its background,
     or a transparent background. It is prepared as MNIST's own were: cropped to the
     ink, scaled to fit 20 x 20 pixels and centred in 28 x 28; a line says how. One
-    with more than a digit, or lit unevenly, is refused. No Ray is started.
+    with much else on it, or lit unevenly, is refused, and where it may not be one
+    whole digit, a line says that the answer is unsure. No Ray is started.
     """
     from mnistsum_ray.config import PredictConfig
 
@@ -153,6 +154,8 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
     asked = {head.name: head.name for head in HEADS} | {SUM.name: f"digit + {found.number}"}
     answers = (f"{what}: {getattr(found, name)} ({percent(getattr(found, f'{name}_prob'))})" for name, what in asked.items())
     say(", ".join(answers) + ("" if found.consistent else "; digit and sum disagree"))
+    if found.unsure:
+        say(f"unsure: {found.unsure}")
     arrays = ("pixels", *PROBABILITY_FIELDS.names)
     return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key not in arrays}, DONE
 

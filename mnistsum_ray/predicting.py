@@ -32,6 +32,9 @@ Model: TypeAlias = "Network | str | Path"
 Rows = TypeVar("Rows")
 """A pandas or Polars DataFrame, an Arrow table, or a Ray Dataset."""
 
+_SURE: Final = 0.9
+"""Probability of a picture's digit below which the answer is said to be unsure."""
+
 _REASON: Final = "reason"
 """Column with the reason of each row that cannot be scored."""
 
@@ -64,8 +67,10 @@ class PicturePrediction(HeadFields, names=("{}", "{}_prob")):
     """Whether sum = digit + number."""
     prepared: str
     """How the picture was prepared."""
+    unsure: str | None
+    """Why the answer may be wrong: what the picture shows beside a digit, or how little probability the digit has."""
     pixels: Pixels = field(repr=False, compare=False)
-    """uint8[28, 28], 0 background, 255 ink: what the network was given."""
+    """uint8[28, 28]: what the network was given."""
     digit_probs: npt.NDArray[np.float32] = field(repr=False, compare=False)
     """Probabilities of all digits, float32[10]."""
     sum_probs: npt.NDArray[np.float32] = field(repr=False, compare=False)
@@ -73,7 +78,9 @@ class PicturePrediction(HeadFields, names=("{}", "{}_prob")):
 
 
 @overload
-def predict(model: Model, images: str | Path | Image.Image, numbers: int, *, probabilities: bool = True) -> PicturePrediction: ...
+def predict(
+    model: Model, images: str | Path | Image.Image, numbers: int, *, prepare: bool = True, probabilities: bool = True
+) -> PicturePrediction: ...
 
 
 @overload
@@ -83,20 +90,23 @@ def predict(
 
 
 def predict(
-    model: Model, images: Any, numbers: Any, batch_size: int = 64, *, probabilities: bool = False
+    model: Model, images: Any, numbers: Any, batch_size: int = 64, *, prepare: bool = True, probabilities: bool = False
 ) -> "PicturePrediction | Predictions":
     """Predict digits and sums in this process, on the model's device: of one picture, or of arrays.
 
         predict("runs/mine", "seven.png", 5)
         predict(model, images, numbers)
 
-    A picture (a file, a URI, or one of Pillow's) may have any size, and is prepared as MNIST's were; its number is an integer in
-    0..NUMBERS - 1 (see `data/order.py`). Arrays are uint8[n, 28, 28], 0 background, 255 ink, as in MNIST, and integers[n].
+    A picture (a file, a URI, or one of Pillow's) may have any size, and is prepared as MNIST's were, with the ink of the model's
+    training images, dark or light; without `prepare` 28 x 28 pixels are taken as they are. Its number is an integer in
+    0..NUMBERS - 1 (see `data/order.py`). Arrays are integers[n], and uint8[n, 28, 28] as the training images: of MNIST 0
+    background, 255 ink.
 
     Returns:
         Arrays of n: `digit` int8, `digit_prob` float32, `sum` int8, `sum_prob` float32, and those of further heads; with
         `probabilities` those of all classes, `digit_probs` float32[n, 10] and `sum_probs` float32[n, 19]. For a picture plain
-        numbers of these names, both arrays without n, `consistent`, and `prepared`, which says how the picture was prepared.
+        numbers of these names, both arrays without n, `consistent`, `prepared`, which says how the picture was prepared, and
+        `unsure`: why the answer may be wrong, or None.
 
     Raises:
         ValueError: wrong shape or dtype, a number out of range, or a batch size below 1.
@@ -104,7 +114,7 @@ def predict(
             background.
     """
     if isinstance(images, str | Path | Image.Image):
-        return _predict_picture(model, images, numbers)
+        return _predict_picture(model, images, numbers, prepare)
 
     from mnistsum_ray.model.inference import predict_pairs
 
@@ -132,16 +142,20 @@ def embed(model: Model, images: Pixels, batch_size: int = 64) -> npt.NDArray[np.
     return np.concatenate(features)[: len(images)]
 
 
-def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int) -> PicturePrediction:
+def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int, prepare: bool) -> PicturePrediction:
     if number not in range(NUMBERS):
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
-    prepared = prepare_picture(picture)
+    model = _loaded(model, 1)
+    prepared = prepare_picture(picture, model.background, prepare=prepare)
     numbers = np.array([number])
     found = predict(model, prepared.pixels[None], numbers, batch_size=1, probabilities=True)
     columns = zip(PREDICTION_FIELDS.names, found.columns(numbers), strict=True)
     answers = {name.removeprefix("pred_"): values.item() for name, values in columns}
     answers |= {name: found.values[name][0] for name in PROBABILITY_FIELDS.names}
-    return PicturePrediction(number=int(number), prepared=prepared.how, pixels=prepared.pixels, **answers)
+    sure = answers["digit_prob"] >= _SURE
+    doubts = [*prepared.doubts] if sure else [*prepared.doubts, f"the digit's probability is below {_SURE:.0%}"]
+    unsure = "; ".join(doubts) or None
+    return PicturePrediction(number=int(number), prepared=prepared.how, unsure=unsure, pixels=prepared.pixels, **answers)
 
 
 def predict_rows(

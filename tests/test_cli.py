@@ -135,14 +135,15 @@ def test_one_picture_is_answered_in_words_and_as_json(
     answer, code = cli.predict(["seven.jpg", "--number", "5", "--model", str(model)])
     line = json.loads(json.dumps(answer))
     assert code == 0
-    assert list(line) == ["picture", "number", "digit", "digit_prob", "sum", "sum_prob", "consistent", "prepared"]
+    assert list(line) == ["picture", "number", "digit", "digit_prob", "sum", "sum_prob", "consistent", "prepared", "unsure"]
     assert (line["picture"], line["number"]) == ("seven.jpg", 5)
     assert line["prepared"].startswith("300x400 colour, dark ink on light: inverted, cropped to ")
-    how, answers = capsys.readouterr().err.splitlines()
+    how, answers, unsure = capsys.readouterr().err.splitlines()
     assert how == f"seven.jpg: {line['prepared']}"
     assert answers.startswith(
         f"digit: {line['digit']} ({percent(line['digit_prob'])}), digit + 5: {line['sum']} ({percent(line['sum_prob'])})"
     )
+    assert unsure == f"unsure: {line['unsure']}" == "unsure: the digit's probability is below 90%"  # the weights are random
 
 
 _JOB = """

@@ -2,11 +2,13 @@
 
 The ink is what differs in brightness from the background, which is that of most of the edge: dark ink on light is inverted. It is
 cropped, scaled to fit 20 x 20 pixels with its proportions, and shifted until its centre of mass is the centre of 28 x 28. What
-cannot be one digit on a background of one brightness is refused.
+cannot be one digit on a background of one brightness is refused; what may not be is prepared, with the doubts that it is.
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +37,13 @@ _MIN_CONTRAST: Final = 16
 _MAX_PIECES: Final = 3
 """Connected pieces of a digit whose strokes do not meet."""
 
+_MAX_ASPECT: Final = 1.2
+"""Width of a digit in heights; 3.5 % of MNIST's are wider."""
+
+_LINE_SHARE: Final = 0.1
+_FRAME_SHARE: Final = 0.7
+"""Greatest height at both sides of a line across, and least of a frame: 1 and 0 of 400 digits of MNIST have them."""
+
 _MOST_SPECKS: Final = 32
 
 _MIN_PIECE: Final = 0.04
@@ -55,18 +64,22 @@ class PreparedPicture:
     """A picture as the network takes it."""
 
     pixels: Pixels
-    """uint8[28, 28], 0 background, 255 ink."""
+    """uint8[28, 28]"""
     how: str
     """What was done to it, in words."""
+    doubts: Sequence[str] = ()
+    """Why it may not be one whole digit, in words."""
 
 
-def prepare_picture(picture: str | Path | Image.Image) -> PreparedPicture:
-    """Read a picture (a file, a URI, or a picture of Pillow's) and prepare it for the network.
+def prepare_picture(picture: str | Path | Image.Image, background: int = 0, *, prepare: bool = True) -> PreparedPicture:
+    """Read a picture (a file, a URI, or a picture of Pillow's) and prepare it for training images of this background, 0 or 255.
 
-    28 x 28 light ink on black is taken as it is.
+    28 x 28 pixels of a digit that is centred and as large as MNIST's are inverted at most; without `prepare` all 28 x 28 pixels
+    are taken as they are.
 
     Raises:
-        RequestError: there is no such file, it is no picture, or what is drawn on it is not one digit that stands out.
+        RequestError: there is no such file, it is no picture, it is not to be prepared and not 28 x 28, or what is drawn on it is
+            not one digit that stands out.
     """
     name, opened = ("the picture", picture) if isinstance(picture, Image.Image) else _open(str(picture))
     try:
@@ -74,19 +87,23 @@ def prepare_picture(picture: str | Path | Image.Image) -> PreparedPicture:
         grey, kind = _brightness(image)
     except Exception as error:  # Pillow's decoders raise many types
         raise RequestError(f"{name}: cannot be read as a picture ({one_line(error)}); save it again") from None
-    what = f"{image.width}x{image.height} {kind}"
-    if image.size == (SIDE, SIDE) and kind == "grayscale" and _is_like_mnist(grey):
-        return PreparedPicture(grey.astype(np.uint8), f"{what}, light ink on black: used as it is")
+    what, paper = f"{image.width}x{image.height} {kind}", background_of(grey)
+    if not prepare and image.size != (SIDE, SIDE):
+        raise RequestError(f"{name}: is {what}, not {SIDE}x{SIDE}; scale it, or have it prepared")
+    if not prepare or (image.size == (SIDE, SIDE) and kind == "grayscale" and _is_like_mnist(np.abs(grey - paper))):
+        inverted = prepare and paper != background
+        pixels = np.abs(grey - 255 * inverted).astype(np.uint8)
+        return PreparedPicture(pixels, f"{what}, {'inverted' if inverted else 'used as it is'}")
 
     ink, dark = _find_ink(grey, name)
-    cropped = _one_digit(ink, name)
+    cropped, doubts = _one_digit(ink, name)
     scale = image.height / ink.height
     drawn, widened = _fit(cropped)
-    order = "dark ink on light: inverted," if dark else "light ink on dark:"
+    order = ("dark ink on light" if dark else "light ink on dark") + (": inverted," if dark == (background == 0) else ":")
     crop = f"cropped to {round(scale * cropped.width)}x{round(scale * cropped.height)}"
     strokes = "thin strokes widened, " if widened else ""
     how = f"{what}, {order} {crop}, {strokes}scaled to {drawn.width}x{drawn.height}, centred in {SIDE}x{SIDE}"
-    return PreparedPicture(_centre(np.asarray(drawn)), how)
+    return PreparedPicture(np.abs(background - _centre(np.asarray(drawn)).astype(int)).astype(np.uint8), how, doubts)
 
 
 def _open(text: str) -> tuple[str, Image.Image]:
@@ -122,12 +139,21 @@ def _brightness(image: Image.Image) -> tuple[Floats, str]:
     return grey * alpha + (0 if is_light else 255) * (1 - alpha), f"{kind}, transparent"
 
 
-def _is_like_mnist(grey: Floats) -> bool:
-    return bool(np.median(_border(grey)) <= 8 and grey.max() >= 200 and np.median(grey) <= 8)
+def _is_like_mnist(ink: Floats) -> bool:
+    """Whether ink on 28 x 28, 0 for none, fills MNIST's box and has its centre of mass in the middle, as all of MNIST's have."""
+    left, top, right, bottom = Image.fromarray(ink > _EDGE / 2).getbbox() or (0, 0, 0, 0)
+    if np.median(_border(ink)) > 8 or ink.max() < 200 or abs(max(right - left, bottom - top) - _BOX) > 1:
+        return False
+    return all(abs(np.average(places, weights=ink) - SIDE / 2) <= 1 for places in np.indices(ink.shape))
 
 
-def _border(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+def background_of(images: npt.NDArray[Any]) -> int:
+    """The brightness of most of the edge of images [..., height, width], rounded to 0 or 255; of none 0, as MNIST's is."""
+    return 255 if images.size and np.median(_border(images)) > 127 else 0
+
+
+def _border(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.concatenate([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], axis=-1)
 
 
 def _find_ink(grey: Floats, name: str) -> tuple[Image.Image, bool]:
@@ -143,8 +169,8 @@ def _find_ink(grey: Floats, name: str) -> tuple[Image.Image, bool]:
     return Image.fromarray(scaled), bool(difference[drawn].sum() < 0)
 
 
-def _one_digit(ink: Image.Image, name: str) -> Image.Image:
-    """The picture without specks, cropped to its ink, which must be able to be one digit."""
+def _one_digit(ink: Image.Image, name: str) -> tuple[Image.Image, list[str]]:
+    """The picture without specks, cropped to its ink, which must be able to be one digit; and the doubts that it is one."""
     # The fill joins four neighbours, and a thin diagonal has gaps.
     small = ink.point(lambda value: 255 * (value > _EDGE)).resize((128, 128), Image.Resampling.BOX)
     labelled = small.point(lambda value: 255 * (value > 0)).filter(ImageFilter.MaxFilter(3))
@@ -158,10 +184,30 @@ def _one_digit(ink: Image.Image, name: str) -> Image.Image:
     drawn = Image.fromarray(np.isin(labels, kept))
     framed = any(Image.fromarray(labels == piece).getbbox() == drawn.getbbox() for piece in kept)
     edge = np.isin(_border(labels), kept)
-    if count > _MOST_SPECKS or len(kept) > _MAX_PIECES or (len(kept) > 1 and (framed or edge.any())) or edge.mean() > 0.5:
+    many = len(kept) > 1
+    if count > _MOST_SPECKS or not 0 < len(kept) <= _MAX_PIECES or (many and (framed or edge.any())) or edge.mean() > 0.5:
         raise RequestError(f"{name}: is not one digit on a background of one brightness; crop it to that, or draw it anew")
     ink.paste(0, mask=ImageChops.invert(drawn.convert("L")).resize(ink.size))
-    return ink.crop(ink.point(lambda value: 255 * (value > _EDGE)).getbbox())
+    cropped = ink.crop(ink.point(lambda value: 255 * (value > _EDGE)).getbbox())
+    columns = sorted(np.flatnonzero((labels == piece).any(0))[[0, -1]].tolist() for piece in kept)
+    doubts = {
+        "the ink touches the edge of the picture": edge.any(),
+        "there are two digits, or a line beside one": any(left[1] < right[0] for left, right in pairwise(columns)),
+        "there is a line across the digit, or a frame": _has_line(np.isin(labels, kept)),
+        "it is wider than most digits": cropped.width > _MAX_ASPECT * cropped.height,
+    }
+    return cropped, [doubt for doubt, holds in doubts.items() if holds]
+
+
+def _has_line(drawn: npt.NDArray[np.bool_]) -> bool:
+    """Whether a straight line spans what is drawn, so that it alone is at the left and the right; or lines are along both."""
+    drawn = drawn[np.ix_(drawn.any(1), drawn.any(0))]
+    height, width = drawn.shape
+    side = max(1, width // 24)
+    left, right = (np.flatnonzero(band.any(1)) for band in (drawn[:, :side], drawn[:, -side:]))
+    first, last = min(left[0], right[0]), max(left[-1], right[-1])
+    is_line = last - first < _LINE_SHARE * height and drawn[first : last + 1].any(0).all()
+    return bool(width > height / 2 and (is_line or min(len(left), len(right)) > _FRAME_SHARE * height))
 
 
 def _fit(ink: Image.Image) -> tuple[Image.Image, bool]:

@@ -79,7 +79,7 @@ def export_onnx(program: bytes, card: dict[str, Any]) -> bytes:
     proto = converted.model_proto
     # For a person who is given the file alone: which model it is, what goes in and comes out, and how good it is.
     tensors = {
-        "input": f"image uint8[rows, 28, 28], 0 background, 255 ink, not scaled; number int64[rows], {card['input']['number']}",
+        "input": f"image [rows]: {card['input']['image']}, not scaled; number int64[rows], {card['input']['number']}",
         "output": "; ".join(f"pred_{head.name} int64[rows], {head.name}_prob float32[rows]" for head in HEADS),
     }
     for key, value in ({"version": __version__} | card | tensors).items():

@@ -23,16 +23,18 @@ def copy_weights(model: Network) -> Weights:
 
 
 def describe_model(
-    weights: Weights, *, epoch: int, metrics: dict[str, dict[str, Any]], sum_head: dict[str, Any] | None = None
+    weights: Weights, *, epoch: int, metrics: dict[str, Any], sum_head: dict[str, Any] | None = None, background: int = 0
 ) -> dict[str, Any]:
-    """The description of weights: the epoch that they are from, `Metrics` by split, and an entry on the fine-tuning."""
+    """The description of weights: the epoch that they are from, `Metrics` by split, an entry on the fine-tuning, and the
+    brightness of the background, 0 or 255, of the images that they were trained on."""
     return {
         "format": MODEL_FORMAT,
         "network": INTERFACE["network"],
         "parameters": sum(parameter.numel() for parameter in make_network().parameters()),
         "sha256": checksum(weights),
         "input": {
-            "image": "28 x 28 grayscale, uint8, 0 background, 255 ink",
+            "image": f"28 x 28 grayscale, uint8, {background} background, {255 - background} ink",
+            "background": background,
             "scaled": "(image / 255 - mean) / std",
             "mean": PIXEL_MEAN,
             "std": PIXEL_STD,
@@ -64,6 +66,7 @@ def load_model(folder: Location) -> tuple[Network, dict[str, Any]]:
     except RuntimeError as error:
         differ = shortened(one_line(error).partition(": ")[2])
         raise RequestError(f"{folder.display}: its tensors are not those of the network {NETWORK} ({differ})") from None
+    model.background = 255 if description["input"].get("background") else 0  # of a model before this entry: MNIST's
     return model.eval(), description
 
 

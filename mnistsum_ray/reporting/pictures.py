@@ -187,8 +187,8 @@ def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8])
     for place, (mistake, image) in enumerate(zip(mistakes, images, strict=True)):
         x = width / 2 + (place % across - (across - 1) / 2) * cell_width
         y = 0.45 + place // across * cell_height
-        # `none`: an SVG holds 28 x 28 pixels, and not an enlarged picture.
-        axes.imshow(image, "gray_r", vmin=0, vmax=255, extent=(x - 0.55, x + 0.55, y + 1.1, y), interpolation="none")
+        # As the data are, light or dark. `none`: an SVG holds 28 x 28 pixels, and not an enlarged picture.
+        axes.imshow(image, "gray", vmin=0, vmax=255, extent=(x - 0.55, x + 0.55, y + 1.1, y), interpolation="none")
         for line, (text, color) in enumerate(_answer_lines(mistake)):
             axes.text(x, y + 1.15 + 0.18 * line, text, ha="center", va="top", color=color, fontsize=9)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")

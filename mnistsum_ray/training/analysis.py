@@ -11,6 +11,7 @@ import torch
 
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RowRanges
+from mnistsum_ray.data.picture import background_of
 from mnistsum_ray.model import int8
 from mnistsum_ray.model.calibration import calibrated, fit_temperatures
 from mnistsum_ray.model.device import hardware
@@ -59,7 +60,7 @@ def analyse(
     validation: RowRanges,
     test: RowRanges,
 ) -> TrainingResult:
-    """Temperatures (on validation rows), errors (on test rows) and int8 calibration (on training rows) of the model.
+    """Temperatures (on validation rows), errors (on test rows), background and int8 calibration (on training rows) of the model.
 
     The temperatures are folded into `model`, which is published, and not into the checkpoints: a run that is resumed when it is
     finished publishes the same model. `scored` gives the scores of rows on this worker.
@@ -77,14 +78,14 @@ def analyse(
     find_parts(model).fold_temperatures(temperatures)
     mistake_images, _ = data.fetch(np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64))
     weights = copy_weights(model)
-    description = describe(state, weights) | {
+    images, _ = data.fetch(train.sample(int8.CALIBRATION_ROWS).ids())
+    description = describe(state, weights, background_of(images)) | {
         "trained_sha256": checksum(trained),
         "temperatures_in_weights": temperatures,
         "probabilities": probability_metrics(analysis),
     }
     if quantized:
         torch.set_num_threads(cpus_of_node())  # the other workers have returned; of a forward pass threads decide no bit
-        images, _ = data.fetch(train.sample(int8.CALIBRATION_ROWS).ids())
         on_progress = events.progress("test rows compared with int8", min(len(test), int8.COMPARED_ROWS))
         with suppress(AttributeError, RuntimeError):  # of a TwoHeadCNN whose layers were changed
             entry = int8.quantize(quantized.cpu(), torch.from_numpy(images), compared, on_progress)
@@ -102,7 +103,7 @@ def analyse(
     )
 
 
-def describe(state: TrainerState, weights: Weights) -> dict[str, Any]:
+def describe(state: TrainerState, weights: Weights, background: int = 0) -> dict[str, Any]:
     """Description of the model after the last epoch, see `serialization.describe_model`; `weights` are those published."""
     line, tuned = state.history[-1], state.sum_head
     metrics = before = {split: line[split] for split in ("validation", "test")}
@@ -111,4 +112,4 @@ def describe(state: TrainerState, weights: Weights) -> dict[str, Any]:
         after = {split: tuned[split] for split in before}
         entry = {"steps": tuned["steps"], "kept": tuned["kept"], "before": before, "after": after}
         metrics = after if tuned["kept"] else before
-    return describe_model(weights, epoch=line["epoch"], metrics=metrics, sum_head=entry)
+    return describe_model(weights, epoch=line["epoch"], metrics=metrics, sum_head=entry, background=background)

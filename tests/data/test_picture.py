@@ -3,6 +3,8 @@
 import io
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
 from mnistsum_ray.data.images import one_chunk, pixels_view
-from mnistsum_ray.data.picture import prepare_picture
+from mnistsum_ray.data.picture import background_of, prepare_picture
 from mnistsum_ray.errors import RequestError
+from tests.data.pictures import KINDS, draw_kind
 
 SEVEN = [(0.2, 0.12), (0.8, 0.08), (0.45, 0.95)]
 FOUR = [(0.6, 0.05), (0.2, 0.6), (0.85, 0.57), (0.62, 0.6), (0.65, 0.35), (0.62, 0.97)]
@@ -53,9 +56,9 @@ def with_frame() -> Image.Image:
     return picture
 
 
-def with_dots() -> Image.Image:
+def with_dots(across: int, down: int) -> Image.Image:
     picture = Image.new("L", (900, 900), 255)
-    for x, y in np.ndindex(8, 8):
+    for x, y in np.ndindex(across, down):
         ImageDraw.Draw(picture).ellipse([60 + 100 * x, 60 + 100 * y, 80 + 100 * x, 80 + 100 * y], fill=0)
     return picture
 
@@ -118,11 +121,43 @@ def test_a_thin_pen_is_seen_whole(side: int, pen: int) -> None:
 def test_an_image_of_mnist_is_used_as_it_is_and_comes_back_from_another_form(sample: pa.Table) -> None:
     for image in pixels_view(one_chunk(sample["image"]))[::500]:
         as_it_is = prepare_picture(Image.fromarray(image))
-        assert as_it_is.how == "28x28 grayscale, light ink on black: used as it is"
+        assert as_it_is.how == "28x28 grayscale, used as it is"
         assert np.array_equal(as_it_is.pixels, image)
-        large = Image.fromarray(255 - image).resize((280, 280), Image.Resampling.BICUBIC)
-        for other in (Image.fromarray(255 - image), large):
-            assert likeness(prepare_picture(other).pixels, image) > 0.85
+        dark = Image.fromarray(255 - image)
+        assert np.array_equal(prepare_picture(dark).pixels, image)
+        assert likeness(prepare_picture(dark.resize((280, 280), Image.Resampling.BICUBIC)).pixels, image) > 0.85
+
+
+def test_ink_is_as_dark_as_in_the_training_images(sample: pa.Table) -> None:
+    images = pixels_view(one_chunk(sample["image"]))[::500]
+    assert (background_of(images), background_of(255 - images), background_of(images[:0])) == (0, 255, 0)
+    for image in images:
+        for picture in (Image.fromarray(image), Image.fromarray(255 - image), draw()):
+            assert np.array_equal(prepare_picture(picture, 255).pixels, 255 - prepare_picture(picture).pixels)
+    assert "grayscale, dark ink on light: cropped" in prepare_picture(draw(ink=0, paper=255, mode="L"), 255).how
+
+
+def test_pixels_that_are_not_to_be_prepared_are_taken_as_they_are(sample: pa.Table) -> None:
+    shifted = np.roll(pixels_view(one_chunk(sample["image"]))[0], 5, 1)
+    for image in (shifted, 255 - shifted, np.full((28, 28), 7, np.uint8)):
+        assert np.array_equal(prepare_picture(Image.fromarray(image), prepare=False).pixels, image)
+    with pytest.raises(RequestError, match="the picture: is 400x500 grayscale, not 28x28; scale it, or have it prepared"):
+        prepare_picture(draw(), prepare=False)
+
+
+MOST_SURE = dict.fromkeys(("touch", "filled", "shadow", "ruled", "checked", "two", "cut off", "salt"), 0) | {"line": 2, "box": 2}
+"""Of five pictures of a kind with this word in its name, how many may be without a doubt."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_may_not_be_one_digit_is_refused_or_doubted(kind: str, sample: pa.Table) -> None:
+    """With a model: tests/integration/test_readme.py."""
+    sure = 0
+    for index, image in enumerate(pixels_view(one_chunk(sample["image"]))[623::1000]):
+        with suppress(RequestError):
+            sure += not prepare_picture(draw_kind(kind, image, index)).doubts
+    most = next((count for word, count in MOST_SURE.items() if word in kind), None)
+    assert sure >= 3 if most is None else sure <= most
 
 
 def test_specks_and_lines_of_the_paper_are_left_out() -> None:
@@ -136,7 +171,7 @@ def test_specks_and_lines_of_the_paper_are_left_out() -> None:
     assert likeness(prepare_picture(dirty).pixels, prepare_picture(clean).pixels) > 0.85
 
 
-@pytest.mark.parametrize("make", [photo, with_frame, with_dots])
+@pytest.mark.parametrize("make", [photo, with_frame, partial(with_dots, 8, 8), partial(with_dots, 7, 4)])
 def test_a_picture_that_cannot_be_prepared_well_is_refused(make: Callable[[], Image.Image]) -> None:
     with pytest.raises(RequestError, match=r"^the picture: is not one digit on a background of one brightness; crop it .*$"):
         prepare_picture(make())

@@ -53,7 +53,8 @@ def test_the_onnx_file_says_what_it_is(model: Path, exported: Path) -> None:
     description = json.loads((model / "model.json").read_text())
     assert (metadata["sha256"], metadata["parameters"], metadata["version"]) == (description["sha256"], "220125", __version__)
     assert json.loads(metadata["test"]) == description["test"]
-    assert metadata["input"] == "image uint8[rows, 28, 28], 0 background, 255 ink, not scaled; number int64[rows], 0..9"
+    image = "28 x 28 grayscale, uint8, 0 background, 255 ink"
+    assert metadata["input"] == f"image [rows]: {image}, not scaled; number int64[rows], 0..9"
     assert all(f"{value.name} " in metadata["output"] for value in file.graph.output)
 
 

@@ -13,16 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
+from PIL import Image
 
 from mnistsum_ray.api import run_training
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.data.images import pixels_view
+from mnistsum_ray.data.images import one_chunk, pixels_array, pixels_view
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, percent
 from mnistsum_ray.model import int8
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.model.serialization import load_model
+from mnistsum_ray.predicting import predict
 from mnistsum_ray.reporting.report import PICTURES, epoch_seconds
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.artifacts import read_history
@@ -197,6 +199,21 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     assert {*PICTURES, "report.html", "model"} <= files
     (version,) = MlflowClient(store).search_model_versions("name = 'mnistsum'")
     assert version.run_id == resumed.line["mlflow"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_model_of_dark_ink_on_white_gets_pictures_so(data: Path, tmp_path: Path) -> None:
+    table = pq.read_table(data)
+    inverted = pixels_array(255 - pixels_view(one_chunk(table["image"])))
+    pq.write_table(table.set_column(0, "image", inverted), tmp_path / "rows.parquet", row_group_size=100)
+    streamed = {"shuffle_rows": 300, "epochs": 1, "sum_head_steps": 1}
+    done = train_here(data=tmp_path / "rows.parquet", storage_path=tmp_path, name="dark", **streamed)
+    card = json.loads((tmp_path / "dark" / "model" / "model.json").read_text())
+    assert card["input"]["background"] == load_model(locate(done.line["model"], "--model"))[0].background == 255
+    light = Image.fromarray(pixels_view(one_chunk(table["image"]))[0])
+    assert np.array_equal(predict(done.line["run"], light, 3).pixels, pixels_view(inverted)[0])
+    change_description(tmp_path / "dark" / "model", input={})  # as of models before this entry, which MNIST trained
+    assert np.array_equal(predict(done.line["run"], light, 3).pixels, np.asarray(light))
 
 
 @pytest.mark.slow

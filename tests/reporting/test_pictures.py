@@ -76,6 +76,7 @@ def test_a_wrong_answer_is_named_with_the_right_one() -> None:
     half_right = MISTAKE | {"pred_digit": 3}
     figure = pictures.draw_mistakes.__wrapped__([MISTAKE, half_right], IMAGES[:2])  # type: ignore[attr-defined]
     (axes,) = figure.axes
+    assert axes.images[0].get_cmap()(0)[:3] == (0, 0, 0), "the images as they are"
     assert [text.get_text() for text in axes.texts][1:] == [
         *("image + 4", "digit 5 (90%), not 3", "sum 9 (80%), not 7"),
         *("image + 4", "digit 3 (90%)", "sum 9 (80%), not 7"),

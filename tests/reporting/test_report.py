@@ -25,6 +25,7 @@ from tests.reporting.test_tensorboard import entry
 
 TEST = entry(1)["test"]
 CARD: dict[str, Any] = {"parameters": 220_125, "sha256": "f" * 64, "epoch": 1, "sum_head": None, "test": TEST}
+CARD["input"] = {"image": "28 x 28, 0 ink", "background": 255}
 TUNED = {
     "steps": 4000,
     "kept": True,
@@ -103,7 +104,7 @@ def test_the_model_card_says_what_the_model_is(of_mnist: bool) -> None:
     assert card.data.datasets == (["ylecun/mnist"] if of_mnist else None)
     results = [(result.metric_name, result.metric_value) for result in card.data.eval_results or []]
     assert results[:2] == [("digit accuracy", 0.91), ("sum accuracy", 0.8)]
-    for shown in ("220,125 parameters", "91.00 %", "80.00 %", "4,000 images", "f" * 64):
+    for shown in ("220,125 parameters", "91.00 %", "80.00 %", "4,000 images", "f" * 64, "(28 x 28, 0 ink)", "black on white"):
         assert shown in card.text
 
 
