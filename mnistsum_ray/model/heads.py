@@ -36,8 +36,3 @@ PREDICTION_FIELDS: Final = pa.schema(
 
 PROBABILITY_FIELDS: Final = pa.schema([(f"{head.name}_probs", pa.list_(pa.float32(), head.classes)) for head in HEADS])
 """Columns after these, where the probabilities of all classes are asked for."""
-
-
-def added_columns(probabilities: bool) -> list[str]:
-    """Names of the columns that predictions add to a table."""
-    return [*PREDICTION_FIELDS.names, *(PROBABILITY_FIELDS.names if probabilities else ())]

@@ -56,15 +56,13 @@ class Predictions:
         """Probability of that sum, float32[n]."""
         return self.values["sum_prob"]
 
-    @property
-    def digit_probs(self) -> npt.NDArray[np.float32]:
-        """Probabilities of all digits, float32[n, 10], where they were asked for."""
-        return self.values["digit_probs"]
-
-    @property
-    def sum_probs(self) -> npt.NDArray[np.float32]:
-        """Probabilities of all sums, float32[n, 19], where they were asked for."""
-        return self.values["sum_probs"]
+    def __getattr__(self, name: str) -> npt.NDArray[Any]:
+        """`<head>` and `<head>_prob` of any other head, as those above."""
+        values = vars(self).get("values", {})  # none yet where a copy is made
+        for key in (f"pred_{name}", name):
+            if key in values:
+                return values[key]  # type: ignore[no-any-return]
+        raise AttributeError(f"predictions have no {name!r}")
 
     def columns(self, numbers: Numbers) -> list[npt.NDArray[Any]]:
         """Values of PREDICTION_FIELDS, [n] each; `numbers` are those of the rows."""
