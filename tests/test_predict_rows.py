@@ -119,7 +119,7 @@ def test_one_picture(network: TwoHeadCNN, model: Path, table: pa.Table, tmp_path
     assert np.array_equal(found.pixels, pixels)
     expected = predict(network, pixels[None], np.array([5]))
     assert (found.digit, found.sum) == (expected.digit[0], expected.sum[0])
-    assert (found.digit, found.sum) == (found.digit_probs.argmax(), found.sum_probs.argmax())
+    assert [found.digit, found.sum] == [found.digit_probs.argmax(), found.sum_probs.argmax()]
     assert (found.digit_prob, found.sum_prob) == pytest.approx((expected.digit_prob[0], expected.sum_prob[0]), abs=1e-5)
     assert (found.number, found.consistent) == (5, found.sum == found.digit + 5)
     for number in (10, -1, 2.5, None):
