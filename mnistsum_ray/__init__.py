@@ -21,14 +21,13 @@ __version__: Final = "0.1.0"
 if TYPE_CHECKING:
     from mnistsum_ray.api import fit, score
     from mnistsum_ray.config import ScoreConfig, TrainConfig
-    from mnistsum_ray.errors import RequestError, RunError, RunStoppedError
+    from mnistsum_ray.errors import RequestError, RunError
     from mnistsum_ray.predicting import decode_images, embed, load_model, predict, predict_rows
     from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 
 __all__ = [
     "RequestError",
     "RunError",
-    "RunStoppedError",
     "ScoreConfig",
     "ScoreResult",
     "TrainConfig",

@@ -1,19 +1,15 @@
 """Python API of the jobs: train and score on a cluster."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from threading import Thread
-from typing import Any
-
-import numpy as np
 
 from mnistsum_ray.cluster.connection import connect, started_early
 from mnistsum_ray.config import JobConfig, OnEpoch, ScoreConfig, TrainConfig
-from mnistsum_ray.errors import RequestError, RunStoppedError
+from mnistsum_ray.errors import RequestError
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
@@ -27,12 +23,12 @@ def fit(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainResult:
 
     `on_epoch` gets each line of history.jsonl, a dict, when its epoch is finished; an epoch that is trained again after a failure
     comes again. It is called in a thread of its own, one epoch after the other, while the training goes on. What it raises ends
-    the run, and `fit` raises it. If it returns True, as callbacks of XGBoost do, the run ends with RunStoppedError, unless it was
-    the last epoch. Either leaves a checkpoint and no model: `resume` goes on, and gives the model of a run that was not ended.
+    the run, and `fit` raises it. If it returns True, as callbacks of XGBoost do, the run ends with a RunError, unless it was the
+    last epoch. Either leaves a checkpoint and no model: `resume` goes on, and gives the model of a run that was not ended.
 
     Raises:
         RequestError: the request is invalid; the message says why and what to do.
-        RunError: the run has begun and failed.
+        RunError: the run has begun and failed, or `on_epoch` stops it.
     """
     with _naming_arguments(config):
         return run_training(config, on_epoch)
@@ -53,12 +49,6 @@ def run_training(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainR
     """Train like `fit`. Errors name the flags of the shell."""
     from mnistsum_ray.training.preflight import preflight
 
-    def call(line: dict[str, Any]) -> None:
-        stop = on_epoch(json.loads(json.dumps(line))) if on_epoch else None
-        # Not whatever counts as true: functions also return how much they have written, or sent.
-        if isinstance(stop, bool | np.bool_) and stop and line["epoch"] < run.hyperparameters.epochs:
-            raise RunStoppedError(f"on_epoch returned True after epoch {line['epoch']}; {run.how_to_resume()}")
-
     with Console() as console, started_early():
         run = preflight(config, partial(Progress, console.progress))
         torch_import = Thread(target=import_module, args=("torch",))  # takes seconds, and to start Ray is mostly to wait
@@ -74,7 +64,7 @@ def run_training(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainR
         from mnistsum_ray.training import driver
 
         with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
-            return driver.fit(run, console, probe, call)
+            return driver.fit(run, console, probe, on_epoch or (lambda _: None))
 
 
 def run_scoring(config: ScoreConfig) -> ScoreResult:

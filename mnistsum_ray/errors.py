@@ -17,10 +17,6 @@ class RunError(RuntimeError):
     """A valid request failed; the message says why and what to do."""
 
 
-class RunStoppedError(RunError):
-    """`on_epoch` stopped the run; the message says how to continue."""
-
-
 class RowCountError(RunError):
     """Rows were lost or repeated, so results computed from them are wrong."""
 

@@ -19,7 +19,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import plain_table
 from mnistsum_ray.data.picture import prepare_picture
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.heads import DIGIT, PREDICTION_FIELDS, PROBABILITY_FIELDS, HeadFields, added_columns
+from mnistsum_ray.model.heads import DIGIT, PREDICTION_FIELDS, PROBABILITY_FIELDS, HeadFields
 from mnistsum_ray.storage.paths import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -55,7 +55,7 @@ def load_model(model: str | Path) -> "Network":
 
 
 @dataclass(frozen=True)
-class PicturePrediction(HeadFields, names=("{}", "{}_prob")):
+class PicturePrediction(HeadFields, names=("{}", "{}_prob", "{}_probs")):
     """The answers for one picture and a number."""
 
     number: int
@@ -188,8 +188,8 @@ def predict_rows(
     if _is_a(data, "ray.data", "Dataset"):
         from mnistsum_ray.cluster.ray_internals import in_order
 
-        names = {"image_column": image_column, "number_column": number_column}
-        block = partial(predict_rows, model, **names, batch_size=batch_size, probabilities=probabilities)
+        columns = {"image_column": image_column, "number_column": number_column}
+        block = partial(predict_rows, model, **columns, batch_size=batch_size, probabilities=probabilities)
         return in_order(data).map_batches(block, batch_format="pyarrow")  # type: ignore[no-any-return]
     polars, pandas = _is_a(data, "polars", "DataFrame"), _is_a(data, "pandas", "DataFrame")
     if not (polars or pandas or isinstance(data, pa.Table)):
@@ -198,7 +198,8 @@ def predict_rows(
     for name in (image_column, number_column):
         if present.count(name) != 1:
             raise ValueError(f"there must be one column {name!r}; there are {', '.join(map(repr, present))}")
-    taken = next((name for name in present if str(name).lower() in (*added_columns(probabilities), _REASON)), None)
+    names = [*PREDICTION_FIELDS.names, *(PROBABILITY_FIELDS.names if probabilities else ()), _REASON]
+    taken = next((name for name in present if str(name).lower() in names), None)
     if taken is not None:
         raise ValueError(f"column {taken!r} would be added; rename it")
 
@@ -219,9 +220,7 @@ def predict_rows(
     return data  # type: ignore[no-any-return]
 
 
-def _predicted_columns(
-    model: "Network", frame: Any, image: str, number: str, batch_size: int, probabilities: bool
-) -> dict[str, pa.Array]:
+def _predicted_columns(model: "Network", frame: Any, image: str, number: str, batch: int, probs: bool) -> dict[str, pa.Array]:
     """The columns that `predict_rows` adds, by name."""
     from mnistsum_ray.model.inference import predict_pairs
 
@@ -232,7 +231,7 @@ def _predicted_columns(
     bad_rows = image_columns.join_reasons(bad_images, bad_numbers)
     reasons = [bad_rows.get(row) for row in range(len(numbers))]
     bad = np.array([reason is not None for reason in reasons], bool)
-    predictions = predict_pairs(model, images, numbers, batch_size, probabilities)
+    predictions = predict_pairs(model, images, numbers, batch, probs)
     return predictions.to_arrow(numbers, bad) | {_REASON: pa.array(reasons, pa.string())}
 
 

@@ -28,7 +28,6 @@ _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _HTTP2_
 _ADVICE: Final = {
     "Version mismatch": "install the versions of the cluster here",
     "uthentication": "RAY_AUTH_TOKEN or ~/.ray/auth_token must have the token of the cluster",
-    "No node info": "run it on a node of the cluster, with `ray job submit` or after `ray start --address`",
     "": "if it has crashed, `ray stop` removes what is left of it; RAY_ADDRESS=local starts one here",
 }
 """What to do about an error of `ray.init`, by words in it; the last is for all others."""

@@ -53,11 +53,6 @@ PROBABILITY_FIELDS: Final = pa.schema([(f"{head.name}_probs", pa.list_(pa.float3
 """Columns after these, where the probabilities of all classes are asked for."""
 
 
-def added_columns(probabilities: bool) -> list[str]:
-    """Names of the columns that predictions add to a table."""
-    return [*PREDICTION_FIELDS.names, *(PROBABILITY_FIELDS.names if probabilities else ())]
-
-
 class HeadFields:
     """Base of dataclasses with a field for each of `names` and each head, by whose name {} is replaced. What a subclass does
     not declare itself, for editors and type checkers, comes last."""

@@ -17,7 +17,7 @@ from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_sk
 from mnistsum_ray.data.parquet import Footer, column_error, lossy_column, read_footer
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted
 from mnistsum_ray.model.folder import WeightArrays, read_model
-from mnistsum_ray.model.heads import PREDICTION_FIELDS, added_columns
+from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import split_into_parts
 from mnistsum_ray.storage.folder import OutputFolder
@@ -260,7 +260,7 @@ def _file_error(file: str, footer: Footer, config: ScoreConfig) -> str | None:
         if error:
             return f"{error}, or {flag} names another"
     # DuckDB and Spark do not tell upper case from lower case.
-    added = added_columns(config.probabilities)
+    added = [*PREDICTION_FIELDS.names, *(PROBABILITY_FIELDS.names if config.probabilities else ())]
     if taken := next((name for name in names if name.lower() in added), None):
         return f"has a column {taken!r}, which scoring would add; rename it"
     for folder in file.split("/")[:-1]:

@@ -1,5 +1,6 @@
 """Driver of a training run: reserve resources, place the rows, run Ray Train, publish the result."""
 
+import json
 import shlex
 import threading
 import time
@@ -10,6 +11,7 @@ from importlib import import_module
 from statistics import fmean
 from typing import Any, Final
 
+import numpy as np
 import ray.exceptions
 import ray.train
 
@@ -209,7 +211,10 @@ class _Driver:
         """Call `on_epoch`; once that has raised, end the workers as soon as there is a checkpoint."""
         if kind == "epoch" and self.ending is None:
             try:
-                self.on_epoch(fields)
+                stop = self.on_epoch(json.loads(json.dumps(fields)))
+                # Not whatever counts as true: functions also return how much they have written, or sent.
+                if isinstance(stop, bool | np.bool_) and stop and fields["epoch"] < self.run.hyperparameters.epochs:
+                    raise RunError(f"on_epoch returned True after epoch {fields['epoch']}; {self.run.how_to_resume()}")
             except BaseException as error:
                 self.ending = error
         elif kind == "checkpoint" and self.ending is not None:

@@ -51,9 +51,7 @@ def test_the_address_of_a_cluster_that_has_ended_is_refused(monkeypatch: pytest.
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert refusal().startswith(
-        "RAY_ADDRESS=auto: the last cluster, at 127.0.0.1:9, does not answer; if it has crashed, `ray stop`"
-    )
+    assert refusal().startswith("RAY_ADDRESS=auto: the last cluster, at 127.0.0.1:9, does not answer; if it has crashed, `ray")
 
 
 @pytest.fixture(params=["HTTP server", "silent server"])

@@ -240,12 +240,12 @@ def test_finetuning_takes_a_second_and_makes_the_sums_consistent() -> None:
 def test_predictions_are_those_of_the_cpu(device: torch.device, precision: str, most_different: float, tolerance: float) -> None:
     images, digits, numbers = (values.numpy() for values in random_rows(100 if device == CPU else 1_000))
     weights = copy_weights(make_model(CPU))
-    exact = Predictor(weights, CPU, "fp32", 50).predict(images, numbers, digits)
+    exact = Predictor(weights, CPU, "fp32", 50).predict(images, numbers, digits, probs=True)
     predictor = Predictor(weights, device, precision, None)
-    ours = predictor.predict(images, numbers, digits)
+    ours = predictor.predict(images, numbers, digits, probs=True)
     for name in ("pred_digit", "pred_sum"):
         assert np.mean(ours.values[name] != exact.values[name]) <= most_different
-    for name in ("digit_prob", "sum_prob", "digit_nll", "sum_nll"):
+    for name in ("digit_prob", "sum_prob", "digit_nll", "sum_nll", "digit_probs", "sum_probs"):
         assert np.allclose(ours.values[name], exact.values[name], rtol=tolerance, atol=tolerance), name
     assert len(predictor.predict(images[:0], numbers[:0]).digit) == 0
 

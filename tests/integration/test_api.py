@@ -14,7 +14,7 @@ import ray
 
 from mnistsum_ray import (
     RequestError,
-    RunStoppedError,
+    RunError,
     ScoreConfig,
     ScoreResult,
     TrainConfig,
@@ -80,7 +80,7 @@ def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Pat
     with pytest.raises(OSError, match="the server of the caller") as raised:
         fit(TrainConfig(**settings), on_epoch=keep)
     assert raised.value is error
-    with ThreadPoolExecutor(1) as thread, pytest.raises(RunStoppedError, match=r"True after epoch 2; .* --name a --resume$"):
+    with ThreadPoolExecutor(1) as thread, pytest.raises(RunError, match=r"True after epoch 2; .* --name a --resume$"):
         thread.submit(fit, TrainConfig(**settings, resume=True), keep).result()
     assert json.loads((run / "manifest.json").read_text())["status"] == "stopped"
     fit(TrainConfig(**settings, resume=True), on_epoch=keep)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -97,7 +98,7 @@ def test_a_head_is_joined_by_its_address_where_a_token_lies(home: Path, mode: st
     with head(home, **({} if mode == "token" else {"RAY_AUTH_MODE": "disabled"})) as address:
         joined = run_script(JOIN, address, address.replace(address.rpartition(":")[0], "127.0.0.1"))
         assert (joined.returncode, joined.stdout, joined.stderr) == (0, "1.0\n1.0\n", "")
-        other = {"RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "1"} if mode == "token" else {}
+        other: dict[str, Any] = {"RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "1"} if mode == "token" else {}
         refused = run_script(REFUSED, "" if other else "2.59.0", RAY_ADDRESS=address, **other).stdout
         assert refused.startswith(f"the Ray cluster at {address} cannot be joined: ")
         wrong = "token is missing or incorrect; RAY_AUTH_TOKEN or" if other else "Ray: 2.59.0 Python: "
