@@ -17,15 +17,17 @@ from mnistsum_ray import RequestError, decode_images, embed, load_model, predict
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
-from mnistsum_ray.model.network import Network, TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 
 ROWS = 30
 ADDED = [*PREDICTION_FIELDS.names, "reason"]
 
 
 @pytest.fixture(scope="module")
-def network(model: Path) -> Network:
-    return load_model(str(model))
+def network(model: Path) -> TwoHeadCNN:
+    loaded = load_model(str(model))
+    assert isinstance(loaded, TwoHeadCNN)
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def to_polars(table: pa.Table) -> Any:
 
 @pytest.mark.parametrize("convert", [lambda table: table, to_pandas, to_polars], ids=["arrow", "pandas", "polars"])
 def test_a_table_comes_back_as_it_was_with_predictions(
-    network: Network, table: pa.Table, convert: Callable[[pa.Table], Any]
+    network: TwoHeadCNN, table: pa.Table, convert: Callable[[pa.Table], Any]
 ) -> None:
     rows = convert(table)
     answered = predict_rows(network, rows)
@@ -86,7 +88,7 @@ def test_a_table_comes_back_as_it_was_with_predictions(
 
 
 @pytest.mark.parametrize("convert", [lambda table: table, to_pandas, to_polars], ids=["arrow", "pandas", "polars"])
-def test_all_probabilities_are_lists(network: Network, table: pa.Table, convert: Callable[[pa.Table], Any]) -> None:
+def test_all_probabilities_are_lists(network: TwoHeadCNN, table: pa.Table, convert: Callable[[pa.Table], Any]) -> None:
     answered = predict_rows(network, convert(table), probabilities=True)
     expected = predict(network, decode_images(table["image"])[0], np.arange(ROWS) % 10, probabilities=True)
     for name, values in (("digit_probs", expected.digit_probs), ("sum_probs", expected.sum_probs)):
@@ -99,19 +101,18 @@ def test_all_probabilities_are_lists(network: Network, table: pa.Table, convert:
     predict_rows(network, table.append_column("Sum_Probs", table["id"]))
 
 
-def test_features_of_images(network: Network, model: Path, table: pa.Table) -> None:
+def test_features_of_images(network: TwoHeadCNN, model: Path, table: pa.Table) -> None:
     images, _ = decode_images(table["image"])
     found = embed(model, images, batch_size=8)
     assert (str(found.dtype), found.shape, embed(network, images[:0]).shape) == ("float32", (ROWS, 1152), (0, 1152))
     with torch.inference_mode():
-        assert isinstance(network, TwoHeadCNN)
         scores = network.conv7(torch.from_numpy(found).view(ROWS, 128, 3, 3)).flatten(1)
         torch.testing.assert_close(scores, network.digit_scores(prepare_images(torch.from_numpy(images))), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"images: must be uint8\[n, 28, 28\], are float32\[30, 28, 28\]"):
         embed(network, images.astype(np.float32))
 
 
-def test_one_picture(network: Network, model: Path, table: pa.Table, tmp_path: Path) -> None:
+def test_one_picture(network: TwoHeadCNN, model: Path, table: pa.Table, tmp_path: Path) -> None:
     pixels = np.frombuffer(table["image"][0].as_py(), np.uint8).reshape(28, 28)
     picture, file = Image.fromarray(pixels), tmp_path / "one.png"
     picture.save(file)
@@ -128,21 +129,21 @@ def test_one_picture(network: Network, model: Path, table: pa.Table, tmp_path: P
             predict(network, picture, number)  # type: ignore[arg-type]
 
 
-def test_views_with_negative_strides_are_predicted(network: Network) -> None:
+def test_views_with_negative_strides_are_predicted(network: TwoHeadCNN) -> None:
     images = pixels_view(one_chunk(pq.read_table(SAMPLE)["image"]))[:ROWS]
     numbers = np.arange(ROWS) % 10
     mirrored = predict(network, images[::-1, :, ::-1], numbers[::-1])
     assert mirrored.digit.tolist() == predict(network, images[::-1, :, ::-1].copy(), numbers[::-1].copy()).digit.tolist()
 
 
-def test_a_batch_size_below_one_is_an_error(network: Network, table: pa.Table) -> None:
+def test_a_batch_size_below_one_is_an_error(network: TwoHeadCNN, table: pa.Table) -> None:
     with pytest.raises(ValueError, match="batch_size: must be at least 1, is 0"):
         predict(network, np.zeros((2, 28, 28), np.uint8), np.zeros(2, np.int64), batch_size=0)
     with pytest.raises(ValueError, match="batch_size: must be at least 1, is -1"):
         predict_rows(network, table, batch_size=-1)
 
 
-def test_columns_that_do_not_fit_are_errors(network: Network, table: pa.Table) -> None:
+def test_columns_that_do_not_fit_are_errors(network: TwoHeadCNN, table: pa.Table) -> None:
     with pytest.raises(ValueError, match="there must be one column 'picture'; there are 'id', 'image', 'number'"):
         predict_rows(network, table, image_column="picture")
     with pytest.raises(ValueError, match="column 'image'"):

@@ -1,12 +1,15 @@
 """The parts of any network are found, and what cannot be trained whole or calibrated is refused."""
 
+import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model import network, parts, sum_head
 from mnistsum_ray.model.heads import DIGIT, HEADS, Head
@@ -14,6 +17,9 @@ from mnistsum_ray.model.network import Network, Objective, Scores, TwoHeadCNN, m
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.parts import check_network, find_parts
 from mnistsum_ray.model.sum_head import finetune_sum_head
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.training.driver import fit
+from mnistsum_ray.training.preflight import preflight
 from tests.model import new_model, random_rows
 
 EVEN = Head("even", 2, lambda digits, numbers: digits % 2)
@@ -137,6 +143,14 @@ def test_a_network_that_cannot_be_trained_whole_is_refused(
     use(made, heads)
     with pytest.raises(RequestError, match=said):
         check_network(dropout)
+
+
+def test_a_run_is_refused_before_anything_else(use: Callable[..., Network], tmp_path: Path) -> None:
+    use(Undropped, 2)
+    run = preflight(TrainConfig(data="sample", recipe="long", storage_path=str(tmp_path)))
+    with pytest.raises(RequestError, match="does not use --dropout"):
+        fit(run, Console(io.StringIO()))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
