@@ -22,9 +22,9 @@ def fit(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainResult:
     open. Progress goes to standard error.
 
     `on_epoch` gets each line of history.jsonl, a dict, when its epoch is finished; an epoch that is trained again after a failure
-    comes again. It is called in a thread of its own, one epoch after the other, while the training goes on. What it raises ends
-    the run, and `fit` raises it. If it returns True, as callbacks of XGBoost do, the run ends with a RunError, unless it was the
-    last epoch. Either leaves a checkpoint and no model: `resume` goes on, and gives the model of a run that was not ended.
+    comes again. It is called in a thread of its own, and the workers wait for it. What it raises ends the run, and `fit` raises
+    it. If it returns True, as callbacks of XGBoost do, the run ends with a RunError, unless it was the last epoch. Either leaves
+    a checkpoint of that epoch and no model: `resume` goes on, and gives the model of a run that was not ended.
 
     Raises:
         RequestError: the request is invalid; the message says why and what to do.
@@ -64,7 +64,7 @@ def run_training(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainR
         from mnistsum_ray.training import driver
 
         with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
-            return driver.fit(run, console, probe, on_epoch or (lambda _: None))
+            return driver.fit(run, console, probe, on_epoch)
 
 
 def run_scoring(config: ScoreConfig) -> ScoreResult:

@@ -4,9 +4,9 @@ import json
 import shlex
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from statistics import fmean
 from typing import Any, Final
@@ -65,7 +65,7 @@ _EVENT_SECONDS: Final = 1.0
 """Time in which a failure that a worker has reported arrives here."""
 
 
-def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch: OnEpoch = lambda _: None) -> TrainResult:
+def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch: OnEpoch | None = None) -> TrainResult:
     """Train on the cluster that this process is connected to; `probe` is that of `reserve`, and what `on_epoch` raises is raised.
 
     Raises:
@@ -152,9 +152,9 @@ class _Driver:
         self.manifest = stored | self.manifest  # results of the stored one stay until there are new ones
         self.history = read_history(run.folder)
 
-    def fit(self, on_epoch: OnEpoch) -> TrainResult | BaseException:
+    def fit(self, on_epoch: OnEpoch | None) -> TrainResult | BaseException:
         """Train and publish, or return what `on_epoch` has raised; the manifest says how a run ends that does not finish."""
-        run, source, self.on_epoch = self.run, self.run.source, on_epoch
+        run, source, ends = self.run, self.run.source, partial(self._ends, on_epoch) if on_epoch else None
         try:
             if source.files:
                 write_data_files(self.held, source.files, self.checksums)
@@ -168,13 +168,13 @@ class _Driver:
             rows = len(source.train)
             self.metrics.expect(run.hyperparameters.epochs * rows, len(self.history) * rows)
             self.metrics.enter("waiting")  # for Ray Train's workers
-            with ThreadPoolExecutor(1) as self.calls, event_queue(self.console, self._on_epoch, self._on_event) as events:
+            with event_queue(self.console, self._on_epoch, self.metrics.add, ends) as events:
                 result = self._train(events)
-            if self.ending is not None:
+            if result is None:
                 self._mark("stopped")
                 self.console.say(f"on_epoch has ended the run; {run.how_to_resume()}")
+                assert self.ending is not None, "nothing else ends the training without a result"
                 return self.ending
-            assert result is not None, "nothing else ends the training without one"
             self.metrics.enter("publishing")
             return self._publish(result)
         except KeyboardInterrupt:
@@ -202,24 +202,17 @@ class _Driver:
         if line["epoch"] == self.run.hyperparameters.epochs:  # while the sum head is fine-tuned, which takes one core
             threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()
 
-    def _on_event(self, event: dict[str, Any]) -> None:
-        self.metrics.add(event)
-        if event["kind"] in ("epoch", "checkpoint"):
-            self.calls.submit(self._call, **event)  # however long `on_epoch` takes, events do not wait
-
-    def _call(self, kind: str, **fields: Any) -> None:
-        """Call `on_epoch`; once that has raised, end the workers as soon as there is a checkpoint."""
-        if kind == "epoch" and self.ending is None:
-            try:
-                stop = self.on_epoch(json.loads(json.dumps(fields)))
-                # Not whatever counts as true: functions also return how much they have written, or sent.
-                if isinstance(stop, bool | np.bool_) and stop and fields["epoch"] < self.run.hyperparameters.epochs:
-                    raise RunError(f"on_epoch returned True after epoch {fields['epoch']}; {self.run.how_to_resume()}")
-            except BaseException as error:
-                self.ending = error
-        elif kind == "checkpoint" and self.ending is not None:
-            self.trainer.controller = fields["controller"]
-            self.trainer.abort()
+    def _ends(self, on_epoch: OnEpoch) -> bool:
+        """Call the caller's `on_epoch` with the last line; return whether it ends the run."""
+        line = json.loads(json.dumps(self.history[-1]))
+        try:
+            stop = on_epoch(line)
+            # Not whatever counts as true: functions also return how much they have written, or sent.
+            if isinstance(stop, bool | np.bool_) and stop and line["epoch"] < self.run.hyperparameters.epochs:
+                raise RunError(f"on_epoch returned True after epoch {line['epoch']}; {self.run.how_to_resume()}")
+        except BaseException as error:
+            self.ending = error
+        return self.ending is not None
 
     def _trainer(self, events: Events) -> InterruptibleTrainer:
         run, config = self.run, self.run.config
@@ -234,6 +227,7 @@ class _Driver:
             run.source.test,
             expected_checksums=self.checksums if run.shuffle.streamed else None,
             events=events.queue,
+            answers=events.answers,
             start=self.start,
             held=self.held,
         )
@@ -269,15 +263,13 @@ class _Driver:
         if not started_cluster():
             detached_data_actors()
         while True:
-            self.trainer = trainer = self._trainer(events)
+            trainer = self._trainer(events)
             try:
                 with default_environment(_train_environment()):
                     result = trainer.fit()
                 break
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
                 self.held.check()  # if another run has taken the folder, that is the cause
-                if self.ending is not None:
-                    return None
                 if events.failed.wait(_EVENT_SECONDS):
                     raise RunError(events.failure) from error
                 self._recover(error)
@@ -291,8 +283,8 @@ class _Driver:
                 self.held.delete_folder(self.start.name)  # Ray Train keeps two of its own, and does not know this one
             except StorageError as error:
                 self.console.say(f"{error}; this checkpoint is no longer needed")
-        assert isinstance(result.return_value, TrainingResult), "rank 0 returns it"
-        return result.return_value
+        trained: TrainingResult | None = result.return_value
+        return trained
 
     def _recover(self, error: Exception) -> None:
         """Say why the workers have failed, make way for others that go on from the newest checkpoint, and wait until they fit."""

@@ -1,5 +1,6 @@
 """Per-worker training loop: train, evaluate and checkpoint each epoch; then fine-tune the sum head, and analyse the model."""
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Final
@@ -52,6 +53,8 @@ class LoopConfig:
     """Checksums of the run that is trained again, see `TrainerState.checksums`; None: the first epoch finds them."""
     events: Queue
     """From the workers to the console."""
+    answers: Queue | None
+    """From the driver, see `Events`."""
     start: Location | None
     """Checkpoint that `--resume` starts from; None starts from new weights."""
     held: OutputFolder
@@ -62,12 +65,11 @@ class LoopConfig:
 
 
 def train_loop_per_worker(config: dict[str, LoopConfig]) -> TrainingResult | None:
-    """Run the training loop; the result on rank 0, which Ray Train hands to the driver."""
+    """Run the training loop; the result on rank 0, which Ray Train hands to the driver, None if the driver has ended the run."""
     worker = Worker.set_up(config["loop"].events, config["loop"].threads)
     try:
         loop = TrainingLoop(config["loop"], worker)
-        loop.train()
-        return loop.analyse() if worker.rank == 0 else None
+        return loop.analyse() if loop.train() and worker.rank == 0 else None
     except (RunError, RequestError) as error:
         worker.events.fail(str(error))  # another attempt would fail in the same way
         raise
@@ -101,8 +103,8 @@ class TrainingLoop:
             self._evaluation_set(rows, worker.rank, worker.world_size) for rows in (config.validation, config.test)
         )
 
-    def train(self) -> None:
-        """Train the epochs that are left, and fine-tune the sum head."""
+    def train(self) -> bool:
+        """Train the epochs that are left, and fine-tune the sum head; false if the driver ends the run before."""
         state = self._state
         parameters = self._parameters
         worker = self._worker
@@ -138,14 +140,30 @@ class TrainingLoop:
             line = {"epoch": state.epochs_done, **line, "validation": validation, "test": test}
             state.history.append(line)
             worker.events.send("epoch", **line)
-            last = state.epochs_done == parameters.epochs
+            ends = self._ends()
+            last = ends or state.epochs_done == parameters.epochs
             # The checkpoint of an epoch that ends before the last upload does is left out; that of the last one is waited for.
             if worker.all_agree(self._checkpointer.idle()) or last:
                 self._checkpointer.save(state, wait=last)
+            if ends:
+                return False
         if next(batches, None) is not None:
             raise RowCountError("there are more batches than steps")
         if parameters.sum_head_steps and state.sum_head is None:
             self._finetune(parameters.sum_head_steps)
+        return True
+
+    def _ends(self) -> bool:
+        """Whether the driver ends the run after this epoch; all workers wait for its answer, where it wants to be asked."""
+        if self._config.answers is None:
+            return False
+        ends = False
+        if self._worker.rank == 0:
+            token, answered = os.urandom(8), b""
+            self._worker.events.send("question", token=token)
+            while answered != token:  # others are for workers that have died
+                answered, ends = self._config.answers.get()
+        return not self._worker.all_agree(not ends)
 
     def _evaluate(self, epoch: int) -> tuple[Metrics, Metrics]:
         """Metrics on the validation and on the test rows, after an epoch with this number, from 1."""

@@ -53,7 +53,7 @@ class CheckpointCallback(ray.train.UserCallback):
     def after_report(self, run_context: Any, metrics: Any, checkpoint: ray.train.Checkpoint | None) -> None:
         """Called by Ray Train when all workers have reported, and their checkpoint, if they have one, is in the run folder."""
         if checkpoint:
-            self._events.send("checkpoint", controller=ray.get_runtime_context().current_actor)
+            self._events.send("checkpoint")
 
 
 def placement_groups() -> set[str]:

@@ -98,20 +98,26 @@ class Events:
     """The queue, and the first failure that came through it."""
 
     queue: Queue
+    answers: Queue | None
+    """To the workers: for each epoch, a token that they have sent, and whether the run ends; None where they need not ask."""
     failed: threading.Event = field(default_factory=threading.Event)
     failure: str = ""
 
 
 @contextmanager
 def event_queue(
-    console: Console, on_epoch: Callable[[dict[str, Any]], None], on_event: Callable[[dict[str, Any]], None]
+    console: Console,
+    on_epoch: Callable[[dict[str, Any]], None],
+    on_event: Callable[[dict[str, Any]], None],
+    ends: Callable[[], bool] | None,
 ) -> Iterator[Events]:
     """A queue whose events are shown on the console while the block runs; failures are kept.
 
-    `on_epoch` gets each finished epoch's line of history.jsonl, and `on_event` each event, in a thread of the queue.
+    `on_epoch` gets each finished epoch's line of history.jsonl, and `on_event` each event, in a thread of the queue. `ends` says
+    after each epoch whether the run ends there.
     """
     queue = Queue(actor_options=on_node())  # so that it is not lost with another node
-    events, ended = Events(queue), threading.Event()
+    events, ended = Events(queue, Queue(actor_options=on_node()) if ends else None), threading.Event()
 
     def follow() -> None:
         with console.waiting_for("the workers", explain_worker_silence):
@@ -134,6 +140,8 @@ def event_queue(
                 on_event(event)
                 if event["kind"] == "epoch":
                     on_epoch({key: value for key, value in event.items() if key != "kind"})
+                elif event["kind"] == "question" and ends and events.answers:
+                    events.answers.put((event["token"], ends()))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -144,4 +152,6 @@ def event_queue(
     finally:  # after an error, events that are still queued are dropped
         ended.set()
         queue.shutdown(force=True)
+        if events.answers:
+            events.answers.shutdown(force=True)
         thread.join(timeout=5)  # the thread must not call Ray after this process has left the cluster

@@ -74,7 +74,7 @@ def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Pat
         lines.append(line)
         if line["epoch"] == 1:
             raise error
-        time.sleep(12)  # longer than the rest of the run
+        time.sleep(12)  # longer than the rest of the run, which waits
         return True
 
     with pytest.raises(OSError, match="the server of the caller") as raised:
