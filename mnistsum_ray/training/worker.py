@@ -140,7 +140,7 @@ def event_queue(
                 on_event(event)
                 if event["kind"] == "epoch":
                     on_epoch({key: value for key, value in event.items() if key != "kind"})
-                elif event["kind"] == "question" and ends and events.answers:
+                elif event["kind"] == "question" and ends and events.answers is not None:
                     events.answers.put((event["token"], ends()))
 
     thread = threading.Thread(target=follow, daemon=True)
@@ -151,7 +151,7 @@ def event_queue(
         thread.join(timeout=10)
     finally:  # after an error, events that are still queued are dropped
         ended.set()
-        queue.shutdown(force=True)
-        if events.answers:
-            events.answers.shutdown(force=True)
+        for open_queue in (queue, events.answers):
+            if open_queue is not None:  # an empty one counts as false
+                open_queue.shutdown(force=True)
         thread.join(timeout=5)  # the thread must not call Ray after this process has left the cluster
