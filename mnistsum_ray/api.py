@@ -95,4 +95,6 @@ def _naming_arguments(config: JobConfig) -> Iterator[None]:
         yield
     except RequestError as error:
         text = re.sub(rf"(?<![^\s(])--({flags})(?![\w-])", lambda flag: flag[1].replace("-", "_"), str(error))
+        if text == str(error):  # it may be one that `on_epoch` has raised
+            raise
         raise RequestError(text) from error

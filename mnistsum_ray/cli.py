@@ -153,7 +153,7 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
     say(f"{config.picture}: {found.prepared}")
     asked = {head.name: head.name for head in HEADS} | {SUM.name: f"digit + {found.number}"}
     answers = (f"{what}: {getattr(found, name)} ({percent(getattr(found, f'{name}_prob'))})" for name, what in asked.items())
-    say(", ".join(answers) + ("" if found.consistent else "; digit and sum disagree"))
+    say(", ".join(answers))
     if found.unsure:
         say(f"unsure: {found.unsure}")
     arrays = ("pixels", *PROBABILITY_FIELDS.names)

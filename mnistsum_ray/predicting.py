@@ -78,9 +78,7 @@ class PicturePrediction(HeadFields, names=("{}", "{}_prob", "{}_probs")):
 
 
 @overload
-def predict(
-    model: Model, images: str | Path | Image.Image, numbers: int, *, prepare: bool = True, probabilities: bool = True
-) -> PicturePrediction: ...
+def predict(model: Model, images: str | Path | Image.Image, numbers: int, *, prepare: bool = True) -> PicturePrediction: ...
 
 
 @overload
@@ -147,13 +145,16 @@ def _predict_picture(model: Model, picture: str | Path | Image.Image, number: in
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
     model = _loaded(model, 1)
     prepared = prepare_picture(picture, model.background, prepare=prepare)
-    numbers = np.array([number])
+    numbers = np.array([int(number)])
     found = predict(model, prepared.pixels[None], numbers, batch_size=1, probabilities=True)
     columns = zip(PREDICTION_FIELDS.names, found.columns(numbers), strict=True)
     answers = {name.removeprefix("pred_"): values.item() for name, values in columns}
     answers |= {name: found.values[name][0] for name in PROBABILITY_FIELDS.names}
-    sure = answers["digit_prob"] >= _SURE
-    doubts = [*prepared.doubts] if sure else [*prepared.doubts, f"the digit's probability is below {_SURE:.0%}"]
+    doubts = [*prepared.doubts]
+    if answers["digit_prob"] < _SURE:
+        doubts.append(f"the digit's probability is below {_SURE:.0%}")
+    if not answers["consistent"]:
+        doubts.append("digit and sum disagree")
     unsure = "; ".join(doubts) or None
     return PicturePrediction(number=int(number), prepared=prepared.how, unsure=unsure, pixels=prepared.pixels, **answers)
 

@@ -26,7 +26,9 @@ IMAGE_TYPE: Final = pa.binary(PIXELS)
 """Arrow type of stored images: 784 bytes, row by row, 0 is background, 255 is ink."""
 
 _MAX_REASONS: Final = 20
-"""Reasons that are counted separately, so that the counts of a file with many different bad rows stay small."""
+"""Reasons that are counted separately, so that the counts of many different bad rows stay small."""
+
+_OTHERS: Final = "other reasons"
 
 _EXAMPLES: Final = 5
 """Rows that are named for each reason, and in a message."""
@@ -195,8 +197,9 @@ class ReasonCounts:
         commonest = dict(Counter(bad.values()).most_common(_MAX_REASONS))
         places: dict[str, list[list[Any]]] = {}
         for place, reason in bad.items():
-            places.setdefault(reason if reason in commonest else "other reasons", []).append([*place])
-        return cls({name: len(rows) for name, rows in places.items()}, {name: rows[:_EXAMPLES] for name, rows in places.items()})
+            places.setdefault(reason if reason in commonest else _OTHERS, []).append([*place])
+        examples = {name: rows[:_EXAMPLES] for name, rows in places.items() if name != _OTHERS}
+        return cls({name: len(rows) for name, rows in places.items()}, examples)
 
     @property
     def total(self) -> int:
@@ -205,15 +208,19 @@ class ReasonCounts:
 
     def add_reasons(self, other: "ReasonCounts") -> None:
         """Add the counts of other rows, in place."""
-        self.reasons = dict((Counter(self.reasons) + Counter(other.reasons)).most_common())
+        counts = Counter(self.reasons) + Counter(other.reasons)
+        others = counts.pop(_OTHERS, 0) + sum(count for _, count in counts.most_common()[_MAX_REASONS:])
+        self.reasons = dict(counts.most_common(_MAX_REASONS)) | ({_OTHERS: others} if others else {})
         for reason, rows in other.examples.items():
             self.examples[reason] = (self.examples.get(reason, []) + rows)[:_EXAMPLES]
+        self.examples = {reason: rows for reason, rows in self.examples.items() if reason in self.reasons}
 
     def describe(self) -> str:
         """The first rows with their reasons; if there are more, also the commonest reasons with their numbers of rows."""
         rows = sorted((*place, reason) for reason, places in self.examples.items() for place in places)[:_EXAMPLES]
         first = " | ".join(f"{file}: row {row}: {reason}" for file, row, reason in rows)
-        commonest = " | ".join(f"{count:,} x {reason}" for reason, count in Counter(self.reasons).most_common(_EXAMPLES))
+        named = Counter({reason: count for reason, count in self.reasons.items() if reason != _OTHERS})
+        commonest = " | ".join(f"{count:,} x {reason}" for reason, count in named.most_common(_EXAMPLES))
         return f"{first} | …; most often: {commonest}" if self.total > len(rows) else first
 
 

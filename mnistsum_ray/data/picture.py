@@ -128,6 +128,8 @@ def _open(text: str) -> tuple[str, Image.Image]:
 
 def _brightness(image: Image.Image) -> tuple[Floats, str]:
     """Brightness float32[height, width] in 0..255, of at most _WORKING_SIDE pixels; and what kind of picture it is, in words."""
+    if image.mode.startswith("I;16"):  # a scan; Pillow would clip it at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGBA")
     image.thumbnail((_WORKING_SIDE, _WORKING_SIDE))
     kind = "grayscale" if (np.ptp(np.asarray(image)[..., :3], axis=2) < 8).all() else "colour"

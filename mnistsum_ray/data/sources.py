@@ -218,7 +218,7 @@ Counter = Callable[[str, int], Callable[[int], None]]
 def _bad_rows_error(where: str, bad: ReasonCounts, rows: int, then: str = "") -> RequestError:
     """The error that some of so many rows cannot be used; `then` follows their number."""
     text = f"{where}: {bad.total:,} of {counted(rows, 'row')} cannot be used{then}: {bad.describe()}"
-    return RequestError(f"{text}; --skip-bad-rows trains without them")
+    return RequestError(f"{text}; a new run with --skip-bad-rows trains without them")
 
 
 def open_source(data: str, counter: Counter = lambda *_: lambda _: None, *, skip_bad_rows: bool = False) -> Source:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 
 from mnistsum_ray.data.images import DIGITS
@@ -21,17 +22,18 @@ class Head:
     """Names its columns, metrics and attributes of results: `pred_<name>`, `<name>_prob`, `<name>_accuracy`."""
     classes: int
     target: Callable[[Any, Any], Any]
-    """True classes of digits and numbers: integers, arrays or tensors that can be broadcast. It may be given with bools."""
+    """True classes of digits and numbers, arrays or tensors that can be broadcast, by operators alone; it may give bools."""
     type: pa.DataType = field(init=False)
     """Type of its predicted classes: bool where `target` was given with bools, else the smallest integers that hold all."""
 
     def __post_init__(self) -> None:
         target = self.target
-        given = [target(digit, number) for digit in range(DIGITS) for number in range(NUMBERS)]
-        if not 0 <= min(given) <= max(given) < self.classes:
-            raise ValueError(f"head {self.name!r}: its target gives {min(given)}..{max(given)}, outside 0..{self.classes - 1}")
+        given = np.asarray(target(*np.indices((DIGITS, NUMBERS))))
+        if given.dtype.kind not in "bi" or not 0 <= given.min() <= given.max() < self.classes:
+            text = f"its target gives {given.dtype} in {given.min()}..{given.max()}, not integers in 0..{self.classes - 1}"
+            raise ValueError(f"head {self.name!r}: {text}")
         object.__setattr__(self, "type", pa.type_for_alias(integer_type(self.classes)))
-        if isinstance(given[0], bool):
+        if given.dtype.kind == "b":
             object.__setattr__(self, "type", pa.bool_())
             object.__setattr__(self, "target", lambda digits, numbers: 1 * target(digits, numbers))  # losses take integers
 

@@ -30,7 +30,7 @@ class Parts:
     @torch.no_grad()
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
         """Divide the scores of each head by its temperature, in place, by changing the weights."""
-        digits, linear = slice(DIGIT.classes), [call for call in self.calls if isinstance(call[0], nn.Linear)]
+        digits, linear = slice(DIGIT.classes), [call for call in self.calls if isinstance(call[0], nn.Linear) and call[1]]
         readers = {layer for layer, (given,), _ in linear if torch.equal(given[:, digits], self.digit_scores)}
         for name, layer in self.last_layers.items():
             for parameter in layer.parameters():
@@ -88,12 +88,15 @@ def find_parts(model: Network) -> Parts:
 @torch.no_grad()
 def check_network(dropout: float) -> None:
     """Raise RequestError where a new network cannot be trained whole, with this probability of dropout, or be calibrated."""
-    model = make_network().eval()
-    find_parts(model)
-    for parameter in model.parameters():  # weights that begin as zeros would hide what they do
-        parameter.add_(torch.randn_like(parameter), alpha=0.01)
-    images, numbers = _example_rows(torch.device("cpu"))
-    before = model(images, numbers)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.manual_seed(0)
+        model = make_network()
+        for parameter in model.parameters():  # weights that begin as zeros would hide what they do
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+        images, numbers = _example_rows(torch.device("cpu"))
+        if not torch.equal(model(images, numbers)[1], model(images, numbers)[1]):
+            raise _refused("it draws random numbers, and a resumed run would draw others: take `dropout_shape`")
+        before = model.eval()(images, numbers)
     if dropout:
         zeros = None if model.dropout_shape is None else torch.zeros(len(images), *model.dropout_shape)
         if torch.equal(model.digit_scores(images, zeros), before[0]):

@@ -239,6 +239,6 @@ def _publish_staged(plan: Plan, committed: Committed, console: Console) -> None:
         text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
         if counts.examples:
             place = (plan.folder.place if pc.any(pc.greater(staged["rejected"], 0)).as_py() else plan.output) / REJECTED
-            text += f": {counts.describe()}; all: {place.display}"
+            text += f" below {plan.inputs.root.display}: {counts.describe()}; all: {place.display}"
         raise RunError(text)
     publish_staged(plan, staged, published, console)

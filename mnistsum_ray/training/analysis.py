@@ -1,7 +1,6 @@
 """Analysis of the trained model: temperatures, errors on test rows, and calibration for int8; one worker computes all of it."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ import torch
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.data.picture import background_of
+from mnistsum_ray.errors import one_line
 from mnistsum_ray.model import int8
 from mnistsum_ray.model.calibration import calibrated, fit_temperatures
 from mnistsum_ray.model.device import hardware
@@ -87,10 +87,15 @@ def analyse(
     if quantized:
         torch.set_num_threads(cpus_of_node())  # the other workers have returned; of a forward pass threads decide no bit
         on_progress = events.progress("test rows compared with int8", min(len(test), int8.COMPARED_ROWS))
-        with suppress(AttributeError, RuntimeError):  # of a TwoHeadCNN whose layers were changed
+        try:
             entry = int8.quantize(quantized.cpu(), torch.from_numpy(images), compared, on_progress)
+        except (AttributeError, RuntimeError) as error:  # of a TwoHeadCNN whose layers were changed
+            events.note(f"no --precision int8 for this model: {one_line(error)}")
+        else:
             if entry[f"{DIGIT.name}_agreement"] >= int8.MIN_AGREEMENT:
                 description["int8"] = entry
+            else:
+                events.note("no --precision int8 for this model: it answers otherwise than the network")
     return TrainingResult(
         state.history,
         analysis,

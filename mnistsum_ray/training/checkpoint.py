@@ -19,8 +19,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mnistsum_ray.errors import MissingFileError, RequestError, RunError, one_line
-from mnistsum_ray.model.heads import NETWORK
+from mnistsum_ray.errors import MissingFileError, RequestError, RunError, one_line, shortened
+from mnistsum_ray.model.folder import INTERFACE
 from mnistsum_ray.model.network import Network
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import Weights, copy_weights
@@ -170,7 +170,8 @@ def save_checkpoint(folder: Path, state: TrainerState, model: Network, optimizer
     data = save_tensors(tensors)
     (folder / STATE_FILE).write_bytes(data)
     without_tensors = replace(state, checksums=None, progress=replace(state.progress, checksums=None))
-    fields = {"format": STATE_FORMAT, "network": NETWORK, **asdict(without_tensors), "sha256": hashlib.sha256(data).hexdigest()}
+    entries = {"format": STATE_FORMAT, "interface": INTERFACE, "sha256": hashlib.sha256(data).hexdigest()}
+    fields = entries | asdict(without_tensors)
     (folder / STATE_CARD).write_text(json.dumps(fields) + "\n")
 
 
@@ -186,8 +187,8 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
         fields = (folder / STATE_CARD).read_json()
         if fields["format"] != STATE_FORMAT:
             raise CheckpointVersionError(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")
-        if fields.get("network", NETWORK) != NETWORK:
-            raise CheckpointVersionError(f"it is of another network ({fields['network']}, not {NETWORK})")
+        if (found := fields.get("interface", INTERFACE)) != INTERFACE:
+            raise CheckpointVersionError(f"it is of another network ({shortened(str(found))}, not {INTERFACE})")
         data = (folder / STATE_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != fields["sha256"]:
             raise CheckpointError(f"{STATE_FILE} is incomplete or damaged (SHA-256 differs)")

@@ -84,14 +84,16 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch
             report_skipped(run.source.skipped, console.say)
             read = {} if run.source.files is None else {"--data": run.source.files.location(0)}
             check_shared_storage({"--storage-path": held}, read, console.say)
-            result = _Driver(run, plan, held, console, metrics).fit(on_epoch)
+            driver = _Driver(run, plan, held, console, metrics)
+            result = driver.fit(on_epoch)
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {run.how_to_resume()}") from error
-    if isinstance(result, BaseException):
-        raise result  # whatever it is: it is none of the errors above
+    if driver.ending is not None:
+        raise driver.ending  # whatever it is: it is none of the errors above
+    assert result is not None, "nothing else ends the training without one"
     return result
 
 
@@ -152,8 +154,8 @@ class _Driver:
         self.manifest = stored | self.manifest  # results of the stored one stay until there are new ones
         self.history = read_history(run.folder)
 
-    def fit(self, on_epoch: OnEpoch | None) -> TrainResult | BaseException:
-        """Train and publish, or return what `on_epoch` has raised; the manifest says how a run ends that does not finish."""
+    def fit(self, on_epoch: OnEpoch | None) -> TrainResult | None:
+        """Train and publish; None where `on_epoch` has ended the run. The manifest says how a run ends that does not finish."""
         run, source, ends = self.run, self.run.source, partial(self._ends, on_epoch) if on_epoch else None
         try:
             if source.files:
@@ -173,8 +175,7 @@ class _Driver:
             if result is None:
                 self._mark("stopped")
                 self.console.say(f"on_epoch has ended the run; {run.how_to_resume()}")
-                assert self.ending is not None, "nothing else ends the training without a result"
-                return self.ending
+                return None
             self.metrics.enter("publishing")
             return self._publish(result)
         except KeyboardInterrupt:
@@ -204,6 +205,8 @@ class _Driver:
 
     def _ends(self, on_epoch: OnEpoch) -> bool:
         """Call the caller's `on_epoch` with the last line; return whether it ends the run."""
+        if self.ending is not None:  # workers have died on the way to the checkpoint, and trained the epoch again
+            return True
         line = json.loads(json.dumps(self.history[-1]))
         try:
             stop = on_epoch(line)

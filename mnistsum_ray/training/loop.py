@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 import torch
-from ray.util.queue import Queue
+from ray.util.queue import Empty, Queue
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.order import RandomStream, RowRanges, Shuffle, step_seed
@@ -28,6 +29,9 @@ from mnistsum_ray.training.fetch import RowData
 from mnistsum_ray.training.rows import EvaluationSet, TrainingRows
 from mnistsum_ray.training.trainer import Trainer
 from mnistsum_ray.training.worker import Worker
+
+_ANSWER_SECONDS: Final = 60
+"""Time between collectives while workers wait for an answer of the driver."""
 
 _MAX_READERS: Final = 8
 """Actors that read files for one worker: each feeds some 100,000 rows/s of raw bytes, or 26,000 of PNG."""
@@ -157,13 +161,18 @@ class TrainingLoop:
         """Whether the driver ends the run after this epoch; all workers wait for its answer, where it wants to be asked."""
         if self._config.answers is None:
             return False
-        ends = False
-        if self._worker.rank == 0:
-            token, answered = os.urandom(8), b""
-            self._worker.events.send("question", token=token)
-            while answered != token:  # others are for workers that have died
-                answered, ends = self._config.answers.get()
-        return not self._worker.all_agree(not ends)
+        token, answer, is_first = os.urandom(8), None, self._worker.rank == 0
+        if is_first:
+            self._config.events.put({"kind": "question", "token": token})  # not by `send`: it has to arrive
+        while True:  # a collective of the other workers waits for half an hour at most
+            if is_first:
+                with suppress(Empty):
+                    answered, ends = self._config.answers.get(timeout=_ANSWER_SECONDS)
+                    answer = ends if answered == token else None  # others are for workers that have died
+            flags = torch.tensor([answer is not None, bool(answer)], dtype=torch.int64, device=self._worker.device)
+            has_come, ends = all_reduce_sum(flags).tolist()
+            if has_come:
+                return bool(ends)
 
     def _evaluate(self, epoch: int) -> tuple[Metrics, Metrics]:
         """Metrics on the validation and on the test rows, after an epoch with this number, from 1."""

@@ -17,7 +17,7 @@ from ray.util.queue import Queue
 
 from mnistsum_ray.cluster.nodes import on_node, this_node
 from mnistsum_ray.cluster.resources import explain_worker_silence
-from mnistsum_ray.errors import counted
+from mnistsum_ray.errors import counted, one_line
 from mnistsum_ray.model.collectives import all_reduce_sum
 from mnistsum_ray.model.device import disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.reporting.console import Console, Progress
@@ -119,6 +119,15 @@ def event_queue(
     queue = Queue(actor_options=on_node())  # so that it is not lost with another node
     events, ended = Events(queue, Queue(actor_options=on_node()) if ends else None), threading.Event()
 
+    def handle(event: dict[str, Any]) -> None:
+        console.show(event)
+        on_event(event)
+        if event["kind"] == "epoch":
+            on_epoch({key: value for key, value in event.items() if key != "kind"})
+        elif event["kind"] == "question" and ends and events.answers is not None:
+            with console.waiting_for("on_epoch", lambda: "the workers wait until it returns"):
+                events.answers.put((event["token"], ends()))
+
     def follow() -> None:
         with console.waiting_for("the workers", explain_worker_silence):
             while True:
@@ -136,12 +145,10 @@ def event_queue(
                     events.failure = events.failure or event["text"]
                     events.failed.set()
                     continue
-                console.show(event)
-                on_event(event)
-                if event["kind"] == "epoch":
-                    on_epoch({key: value for key, value in event.items() if key != "kind"})
-                elif event["kind"] == "question" and ends and events.answers is not None:
-                    events.answers.put((event["token"], ends()))
+                try:
+                    handle(event)
+                except Exception as error:  # the next event may be a question
+                    console.say(f"an event of the workers is left out ({event['kind']}): {one_line(error)}")
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -11,6 +11,7 @@ from ray.data.extensions import ArrowTensorTypeV2
 
 from mnistsum_ray.data.images import (
     Pixels,
+    ReasonCounts,
     decode_images,
     decode_numbers,
     image_type_error,
@@ -188,3 +189,13 @@ def test_a_column_that_cannot_hold_images_or_numbers_is_named() -> None:
         assert image_type_error(kind) is not None, kind
     for kind in (pa.float64(), pa.string(), pa.bool_(), pa.list_(pa.int8())):
         assert "not an integer type" in str(number_type_error(kind))
+
+
+def test_sums_of_reasons_stay_small() -> None:
+    """Each part has other reasons, as with labels of another kind; the number of rows stays exact."""
+    counts = ReasonCounts()
+    for part in range(50):
+        counts.add_reasons(ReasonCounts.of({("a", row): f"the digit is {100 * part + row}" for row in range(60)}))
+    assert (len(counts.reasons), counts.total, list(counts.reasons)[-1]) == (21, 3000, "other reasons")
+    assert len(counts.examples) <= 20
+    assert "other reasons" not in counts.describe()

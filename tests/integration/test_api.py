@@ -68,7 +68,14 @@ def test_a_result_shows_the_main_picture_of_its_report_or_else_its_fields(tmp_pa
 def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
     """First by an error of its own, like those of the storage; then by True, out of a thread. Each time the run goes on."""
     run, lines, error = tmp_path / "a", [], OSError("the server of the caller")
-    settings = {"data": str(write_rows(1000)), "epochs": 3, "storage_path": str(tmp_path), "name": "a", "sum_head_steps": 1}
+    settings = {
+        "data": str(write_rows(1000)),
+        "epochs": 3,
+        "storage_path": str(tmp_path),
+        "name": "a",
+        "sum_head_steps": 1,
+        "num_workers": 2,
+    }
 
     def keep(line: dict[str, Any]) -> object:
         lines.append(line)

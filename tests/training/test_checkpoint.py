@@ -106,7 +106,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_one_of_another_versio
     (tmp_path / "epoch_00006").mkdir()
     others = {
         '"mnistsum_ray/10"': "it was written by another version",
-        f'"{STATE_FORMAT}", "network": "Other"': "it is of another network",
+        f'"{STATE_FORMAT}", "interface": {{"number": "0..19"}}': "it is of another network",
     }
     for other, why in others.items():
         (tmp_path / "epoch_00006" / STATE_CARD).write_text(f'{{"format": {other}}}')
