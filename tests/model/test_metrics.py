@@ -154,5 +154,5 @@ def test_probability_metrics_equal_their_definitions_and_parts_add_up() -> None:
 
 def test_a_head_is_refused_where_its_target_has_other_classes() -> None:
     assert str(Head("large", 200, lambda digits, numbers: digits * numbers).type) == "int16"
-    with pytest.raises(ValueError, match=r"^head 'half': its target gives 0\.\.4, outside 0\.\.3$"):
+    with pytest.raises(ValueError, match=r"^head 'half': its target gives int64 in 0\.\.4, not integers in 0\.\.3$"):
         Head("half", 4, lambda digits, numbers: digits // 2)
