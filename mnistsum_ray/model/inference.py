@@ -128,7 +128,7 @@ class Predictor:
         self.predict(np.zeros((self._batch_size, SIDE, SIDE), np.uint8), np.zeros(self._batch_size, np.int64))
 
     def predict(self, images: Pixels, numbers: Numbers, labels: Numbers | None = None, probs: bool = False) -> Predictions:
-        """Predict images uint8[n, 28, 28] with numbers int64[n] in 0..9.
+        """Predict images uint8[n, 28, 28] with numbers int64[n].
 
         If true digits are given, int64[n] and -1 where unknown, the predictions have losses; with `probs` they have the
         probabilities of all classes.
@@ -137,7 +137,7 @@ class Predictor:
 
 
 def predict_pairs(model: Network, images: Pixels, numbers: Numbers, batch_size: int, probs: bool = False) -> Predictions:
-    """Predict uint8[n, 28, 28] with int64[n] in 0..9, in float32 on the model's device."""
+    """Predict uint8[n, 28, 28] with numbers int64[n], in float32 on the model's device."""
     device = next(model.parameters()).device
     return _predict(make_forward(model, device, "fp32", None), device, batch_size, images, numbers, None, probs)
 

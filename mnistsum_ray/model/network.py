@@ -99,7 +99,7 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        """Scores of all heads, of digit scores [n, 10] and numbers int64[n] in 0..9: the digit scores as they are, and those of
+        """Scores of all heads, of digit scores [n, 10] and numbers int64[n]: the digit scores as they are, and those of
         heads that read them as the first inputs of an `nn.Linear`."""
 
     def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
@@ -107,7 +107,7 @@ class Network(nn.Module, ABC):
         return self.scores(self.digit_scores(images, dropout), numbers)
 
     def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
-        """Scores of all heads with every number 0..9: [n, 10, classes], and of the digit, which needs no number, [n, 1, 10]."""
+        """Scores of all heads with every number: [n, NUMBERS, classes], and of the digit, which needs none, [n, 1, 10]."""
         rows = len(digit_scores)
         numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
         _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
@@ -165,7 +165,7 @@ class TwoHeadCNN(Network):
         return scores
 
     def sum_scores(self, digit_scores: Tensor, numbers: Tensor) -> Tensor:
-        """Sum scores (logits) [n, 19] of digit scores [n, 10] and numbers int64[n] in 0..9."""
+        """Sum scores (logits) [n, 19] of digit scores [n, 10] and numbers int64[n]."""
         # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits for them.
         one_hot = self.one_hot[numbers].to(digit_scores.dtype)
         scores: Tensor = self.fc2(F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1))))

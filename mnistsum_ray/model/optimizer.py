@@ -106,7 +106,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the hidden weights of a network; AdamW for the first and last layers and all biases.
+    """Muon for the hidden weights of a network; AdamW for all other parameters.
 
     The model is on the device where it will be trained: its parameters must not move in memory afterwards. `weight_decay` and
     `dtype` are as of `Muon`.

@@ -54,7 +54,7 @@ class LoopConfig:
     validation: RowRanges
     test: RowRanges
     expected_checksums: npt.NDArray[np.int64] | None
-    """Checksums of the run that is trained again, see `TrainerState.checksums`; None: the first epoch finds them."""
+    """Checksums that the rows of each streamed file must have, as `TrainerState.checksums`; None: the first epoch finds them."""
     events: Queue
     """From the workers to the console."""
     answers: Queue | None

@@ -208,7 +208,7 @@ class Trainer:
         return factors[self._positions.start : self._positions.stop]
 
     def evaluate(self, held_out: EvaluationSet, epoch: int) -> Metrics:
-        """Metrics on held-out rows, with all ten numbers; each row is counted once over all workers.
+        """Metrics on held-out rows, with all numbers; each row is counted once over all workers.
 
         Raises:
             RunError: the loss is infinite or not a number; the message has the number of the epoch, from 1.
