@@ -81,7 +81,7 @@ def connect(metadata: dict[str, str] | None = None) -> None:
     from mnistsum_ray.cluster import ray_internals
 
     last = ray_internals.last_cluster_address()
-    if address == "auto" and last and not (speaks_grpc(last) or ray_internals.cluster_runs_here()):  # Ray tries for minutes
+    if address == "auto" and last and not speaks_grpc(last):  # `ray.init` tries for minutes
         raise RequestError(f"RAY_ADDRESS=auto: the last cluster, at {last}, does not answer; {_ADVICE['']}")
     try:
         with preserve_signal_handlers(), ray_internals.side_effects_undone(), ray_internals.without_core_logs():

@@ -67,13 +67,6 @@ def last_cluster_address() -> str | None:
     return None
 
 
-def cluster_runs_here() -> bool:
-    """Whether a cluster runs on this machine, which RAY_ADDRESS=auto joins before the last one. Without the name true."""
-    with suppress(*_GONE):
-        return bool(ray._private.services.find_gcs_addresses())  # noqa: TID251
-    return True
-
-
 def reload_authentication() -> None:
     """Make Ray in this process read RAY_AUTH_MODE and the token again.
 
