@@ -85,7 +85,7 @@ def test_all_bad_rows_are_counted_and_the_first_five_named(folder: Path, sample:
         files_of(folder).fetch(np.arange(300)[::-1])
     assert str(error.value) == (
         f"{folder}: 12 of 300 rows cannot be used; others may follow: {named} | …; most often: 10 x {digit} | 2 x {both}; "
-        "--skip-bad-rows trains without them"
+        "a new run with --skip-bad-rows trains without them"
     )
 
 
