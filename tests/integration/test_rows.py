@@ -194,7 +194,10 @@ def test_bad_rows_are_counted_and_left_out_of_their_splits_from_memory_and_strea
         values[row] = None
     folder = write_files(tmp_path / "bad", mixed.set_column(0, "image", pa.array(values, pa.binary())))
     null = "the image is null; fill it in or drop the row"
-    said = rf"^--data {folder}: 202 of 2,000 rows .* 0\.parquet: row 0: {null} \| .* \| …; most often: 202 x {null}; --skip-bad"
+    said = (
+        rf"^--data {folder}: 202 of 2,000 rows .* 0\.parquet: row 0: {null} \| .* \| …; most often: 202 x {null}; "
+        "a new run with --skip-bad"
+    )
     with pytest.raises(RequestError, match=said):
         in_memory(folder)
     loaded = [load_rows(open_source(str(folder)), streamed=streamed, skip_bad_rows=True) for streamed in (False, True)]
