@@ -85,8 +85,8 @@ def load_rows(
         if not streamed:
             images[first:end], digits[first:end] = _images_and_digits(block)
         data.add_checksums(checksums, np.arange(first, end), block["checksum"].to_numpy())
-        reasons = {first + row: reason for row, reason in enumerate(block["reason"].to_pylist()) if reason}
-        if reasons:
+        if block["reason"].null_count < len(block):
+            reasons = {first + row: reason for row, reason in enumerate(block["reason"].to_pylist()) if reason}
             bad_ids.append(np.array([*reasons], np.int64))
             bad.add_reasons(data.count_bad(reasons))
         on_progress(len(block))
@@ -131,7 +131,8 @@ def _read_block(item: Columns, files: ParquetFiles, counter: Any, with_images: b
         images, digits, bad = data.decode(ids)
         checksums = row_checksums(ids, images, digits)
         checksums[np.array([*bad], np.int64) - ids[0]] = 0
-        columns = {"checksum": checksums, "reason": pa.array([bad.get(row_id) for row_id in ids.tolist()], pa.string())}
+        reasons = pa.array(map(bad.get, ids.tolist()), pa.string()) if bad else pa.nulls(len(ids), pa.string())
+        columns = {"checksum": checksums, "reason": reasons}
         return _block(images, digits, **columns) if with_images else pa.table(columns)
 
     return _attempt(counter, str(ids[0]), data, ids, read)
