@@ -155,6 +155,9 @@ _MIN_TASK_ROWS: Final = 1024
 _TASKS_PER_WORKER: Final = 4
 """With several tasks per worker, none has to finish a long one alone at the end."""
 
+WORKER_ROWS: Final = 4_096
+"""Rows that a CPU core scores while a worker starts: with fewer rows a worker, fewer workers end sooner."""
+
 _MAX_TASKS: Final = 16_384
 """With more rows the tasks get longer: Ray Data takes 0.5 ms a task before the first starts, and says nothing meanwhile."""
 
