@@ -119,8 +119,8 @@ class Checkpointer:
         """True on rank 0, which decides for all, if the last checkpoint is old enough for one within the epoch."""
         return self._worker.rank == 0 and time.perf_counter() >= self._saved + self._seconds and self.idle()
 
-    def save(self, state: TrainerState, *, wait: bool) -> None:
-        """Save a checkpoint: rank 0 writes it, and Ray Train uploads it, in the background unless `wait`."""
+    def save(self, state: TrainerState) -> None:
+        """Save a checkpoint: rank 0 writes it, and Ray Train uploads it in the background; a worker ends after its uploads."""
         self._saved, checkpoint = time.perf_counter(), None
         if self._worker.rank == 0:
             self._held.check()  # another run may own the run folder by now
@@ -131,7 +131,7 @@ class Checkpointer:
             {"epochs_done": state.epochs_done},
             checkpoint=checkpoint,
             checkpoint_dir_name=state.name,
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
 

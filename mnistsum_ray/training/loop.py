@@ -146,9 +146,9 @@ class TrainingLoop:
             worker.events.send("epoch", **line)
             ends = self._ends()
             last = ends or state.epochs_done == parameters.epochs
-            # The checkpoint of an epoch that ends before the last upload does is left out; that of the last one is waited for.
+            # The checkpoint of an epoch that ends before the last upload does is left out, but not that of the last one.
             if worker.all_agree(self._checkpointer.idle()) or last:
-                self._checkpointer.save(state, wait=last)
+                self._checkpointer.save(state)
             if ends:
                 return False
         if next(batches, None) is not None:
@@ -226,7 +226,7 @@ class TrainingLoop:
             model.load_state_dict(weights)
         undone = "" if kept else "; undone"
         events.note(f"validation sums equal to digit + number: {percent(before)} before, {percent(after)} after{undone}")
-        self._checkpointer.save(state, wait=True)
+        self._checkpointer.save(state)
 
     def analyse(self) -> TrainingResult:
         """Analyse the model, on this worker alone."""

@@ -161,7 +161,7 @@ class Trainer:
                     )
                 if checkpoint_due and not last:
                     progress = replace(progress, checksums=counter.checksums(), seconds=before.seconds + now - begun)
-                    checkpointer.save(replace(state, progress=progress), wait=False)
+                    checkpointer.save(replace(state, progress=progress))
         seconds = time.perf_counter() - begun
         check_row_counts(progress.rows, progress.row_ids, len(shuffle.rows), shuffle.rows.id_sum, f"training epoch {epoch + 1}")
         figures = {

@@ -46,10 +46,21 @@ def report_duration(what: str, since: float) -> None:
     _DURATIONS.append(f"{what} after {time.monotonic() - since:.1f} s")
 
 
+@pytest.fixture(autouse=True)
+def durations_are_reported(record_property: Callable[[str, object], None]) -> Iterator[None]:
+    yield
+    for line in _DURATIONS:  # the summary may be printed by another process
+        record_property("recovery time", line)
+    _DURATIONS.clear()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _DURATIONS:
+    reports = [report for of_outcome in terminalreporter.stats.values() for report in of_outcome]
+    ended = [report for report in reports if getattr(report, "when", "") == "teardown"]
+    lines = [line for report in ended for name, line in report.user_properties if name == "recovery time"]
+    if lines:
         terminalreporter.section("recovery times")
-        for line in _DURATIONS:
+        for line in lines:
             terminalreporter.line(line)
 
 
