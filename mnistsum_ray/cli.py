@@ -132,7 +132,7 @@ def predict(config: "PredictConfig") -> Outcome:
     from mnistsum_ray.predicting import predict as predict_picture
     from mnistsum_ray.reporting.console import Console
 
-    say, found = Console().say, predict_picture(config.model, config.picture, config.number)
+    say, found = Console().say, predict_picture(config.model, config.picture, config.number, prepare=config.prepare)
     say(f"{config.picture}: {found.prepared}")
     asked = {head.name: head.name for head in HEADS} | {SUM.name: f"digit + {found.number}"}
     answers = (f"{what}: {getattr(found, name)} ({percent(getattr(found, f'{name}_prob'))})" for name, what in asked.items())
@@ -165,8 +165,6 @@ _USAGE: Final = f"""usage: mnistsum COMMAND [flags], or mnistsum COMMAND --help
 def main(argv: list[str] | None = None) -> int:
     """Run a command, given by its name and flags, or as this process was; return its exit code."""
     command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command == "help" and flags:  # `mnistsum help train`
-        command, flags = flags[0], ["--help"]
     if command in COMMANDS:
         return run(partial(_run_command, command), flags)
     if command in ("-h", "--help", "help"):

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from mnistsum_ray import __version__, cli
 from mnistsum_ray.config import PredictConfig
-from mnistsum_ray.errors import percent
+from mnistsum_ray.errors import RequestError, percent
 from tests.conftest import default_signals
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,7 @@ _HELP = """
 import sys
 from mnistsum_ray.cli import COMMANDS, main
 for command in COMMANDS:
-    assert main(["help", command]) == 0
+    assert main([command, "--help"]) == 0
 print([name for name in ("numpy", "pyarrow", "ray", "torch") if name in sys.modules])
 """
 
@@ -138,6 +138,8 @@ def test_one_picture_is_answered_in_words_and_as_json(
     assert answers == f"digit: {digit}, digit + 5: {total}"
     assert unsure == f"unsure: {line['unsure']}"
     assert line["unsure"].startswith("the digit's probability is below 90%"), "the weights are random"
+    with pytest.raises(RequestError, match="is 300x400 colour, not 28x28"):
+        cli.predict(PredictConfig(picture="seven.jpg", number=5, model=str(model), prepare=False))
 
 
 _JOB = """
