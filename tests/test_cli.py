@@ -259,11 +259,6 @@ print("restored", code)
 """
 
 
-def test_only_the_result_is_printed_to_standard_output_which_a_caller_has_back() -> None:
-    done = run(sys.executable, "-c", _PRINTING_JOB)
-    assert (done.stdout, done.stderr) == ('{"done": true}\nrestored 0\n', "progress\n")
-
-
 @pytest.mark.parametrize(("flags", "lines"), [([], []), (["--json"], ['{"done": true}'])])
 def test_a_terminal_gets_the_result_in_words_and_json_when_asked(flags: list[str], lines: list[str]) -> None:
     """The words are the job's own lines on standard error."""
