@@ -108,8 +108,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
                 return _time_steps(itertools.starmap(plain.OriginalStep(), batches), args)
             case "train", "memory":
                 rows = torch.tensor(images).to(plain.DEVICE), torch.tensor(digits, device=plain.DEVICE).long()
-                batches = zip(*(torch.split(values, plain.BATCH) for values in rows), strict=True)
-                return _time_steps(itertools.starmap(plain.TrainingStep(), itertools.cycle(batches)), args)
+                again = itertools.cycle(zip(*(torch.split(values, plain.BATCH) for values in rows), strict=True))
+                return _time_steps(itertools.starmap(plain.TrainingStep(), again), args)
             case "train", "guide":
                 write_rows(folder / "in", images, digits, len(images))
                 started = time.time()
