@@ -5,7 +5,8 @@ python jobs/benchmark.py train --data FOLDER
 
 import sys
 
-from mnistsum_ray.benchmark.suite import main
+from mnistsum_ray import cli
+from mnistsum_ray.benchmark.suite import benchmark
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(benchmark, sys.argv[1:]))

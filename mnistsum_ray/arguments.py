@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
 from mnistsum_ray.config import JobConfig, PathText, field_help
-from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
+from mnistsum_ray.errors import RequestError, TextAsked, did_you_mean, one_line, shortened
 from mnistsum_ray.storage.uri import PathOrUri, masked
 
 Config = TypeVar("Config", bound=JobConfig)
@@ -33,8 +33,7 @@ def parse(config_class: type[Config], argv: list[str], description: str, command
 
     Raises:
         RequestError: an unknown flag or key, a value of the wrong type or out of range, an unreadable file.
-        OSError: standard output cannot be written.
-        SystemExit: after `--help`, `--version` or `--print-config`, which print instead.
+        TextAsked: the text of `--help`, `--version` or `--print-config`.
     """
     parser = make_parser(config_class, description, command, show_all="--help-all" in argv)
     parsed, unknown = parser.parse_known_args(argv)
@@ -48,20 +47,19 @@ def parse(config_class: type[Config], argv: list[str], description: str, command
     try:
         if not print_config:
             return config_class(**values)
-        print(_config_yaml(config_class, values))
+        raise TextAsked(_config_yaml(config_class, values))
     except ValidationError as error:
         raise RequestError(_message(error, config_class, flags)) from None
-    raise SystemExit(0)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argument parser that raises RequestError instead of exiting."""
+    """Argument parser that raises RequestError or TextAsked instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{shortened(message)} (--help lists the flags)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        print(message, end="", file=file)  # argparse's own ignores that a disk is full
+        raise TextAsked(message.rstrip("\n"))
 
 
 def make_parser(config_class: type[JobConfig], description: str, command: str, *, show_all: bool) -> _Parser:
@@ -171,14 +169,8 @@ def _config_yaml(config_class: type[JobConfig], values: dict[str, Any]) -> str:
     return "\n".join(lines).strip()
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """YAML that refuses what YAML 1.1 reads otherwise than it looks: 1:30 as 90, 010 as 8, and the first of two equal keys."""
-
-    def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        number: int | float = yaml.SafeLoader.yaml_constructors[node.tag](self, node)
-        if ":" in node.value or re.match(r"[-+]?0\w", node.value):
-            raise yaml.YAMLError(f"{node.value} would be read as {number}: write a decimal number")
-        return number
+class _YamlLoader(yaml.BaseLoader):
+    """YAML whose values but null stay text, which pydantic converts as it does that of flags: YAML 1.1 reads 010 as 8."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [str(key.value).replace("-", "_") for key, _ in node.value]
@@ -188,8 +180,8 @@ class _YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-for _type in ("int", "float"):
-    _YamlLoader.add_constructor(f"tag:yaml.org,2002:{_type}", _YamlLoader.construct_number)
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_YamlLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -197,15 +189,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_bytes(), _YamlLoader)
     except OSError as error:
-        raise RequestError(f"--config {path}: cannot be read: {error.strerror or one_line(error)}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that does not exist
+        raise RequestError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, RecursionError) as error:
         raise RequestError(f"--config {path}: is not YAML: {shortened(one_line(error))}") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RequestError(f"--config {path}: must hold `key: value` lines; the keys are the flags without dashes in front")
-    if "config" in values:
-        raise RequestError(f"--config {path}: a config file cannot name another one; take the key 'config' out")
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 

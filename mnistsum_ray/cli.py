@@ -5,18 +5,18 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from mnistsum_ray import __version__
 from mnistsum_ray.cluster.stop import StopOnSignals, defer_signals
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, counted, did_you_mean, percent, printable, shell_command
+from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, TextAsked, counted, did_you_mean, printable, shell_command
 from mnistsum_ray.storage.uri import masked
 
 if TYPE_CHECKING:
-    from mnistsum_ray.arguments import Config
+    from mnistsum_ray.config import ExportModelConfig, ExportPairsConfig, PredictConfig, ScoreConfig, TrainConfig
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -33,13 +33,14 @@ else.
 """
 """What `--help` says of every command."""
 
-Job = Callable[[list[str]], tuple[dict[str, Any], int]]
-"""Takes the command line's arguments; returns the fields of the last line, and the exit code. Its docstring is its `--help`."""
+Outcome = tuple[dict[str, Any], int]
+"""The fields of the last line, and the exit code."""
 
-# Each job imports what it needs: not before `run` catches signals, and for --help or a wrong flag neither NumPy, torch nor Ray.
+# The docstring of a command is its --help. Each imports what it needs: not before `run` catches signals, and for --help or a
+# wrong flag neither NumPy, torch nor Ray.
 
 
-def train(argv: list[str]) -> tuple[dict[str, Any], int]:
+def train(config: "TrainConfig") -> Outcome:
     """Train the two-head MNIST network, which predicts the digit of an image and
     the sum digit + number.
 
@@ -50,16 +51,12 @@ def train(argv: list[str]) -> tuple[dict[str, Any], int]:
         mnistsum train --data s3://B/mnist --num-workers 4 --storage-path s3://B/r
         ray job submit --working-dir . -- python jobs/train.py --data sample
     """
-    from mnistsum_ray.config import TrainConfig
-
-    config = _parse(TrainConfig, argv, train)
-
     from mnistsum_ray.api import run_training
 
     return run_training(config).line(), DONE
 
 
-def score(argv: list[str]) -> tuple[dict[str, Any], int]:
+def score(config: "ScoreConfig") -> Outcome:
     """Score Parquet files with a trained model: predict the digit and the sum of each
     row, and account for every row.
 
@@ -74,27 +71,19 @@ def score(argv: list[str]) -> tuple[dict[str, Any], int]:
     also those of all classes; OUTPUT/rejected/ the rows that cannot be scored, with
     the reason. OUTPUT/manifest.json, written last, has the totals.
     """
-    from mnistsum_ray.config import ScoreConfig
-
-    config = _parse(ScoreConfig, argv, score)
-
     from mnistsum_ray.api import run_scoring
 
     result = run_scoring(config)
     return result.line(labels=config.label_column is not None), INCOMPLETE if result.set_aside else DONE
 
 
-def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:
+def export_pairs(config: "ExportPairsConfig") -> Outcome:
     """Write example input for scoring: Parquet files of MNIST images, each with a
     number and the true digit.
 
         mnistsum export-pairs --output pairs/
         mnistsum export-pairs --data mnist --output pairs/ --rows 2000000 --files 9
     """
-    from mnistsum_ray.config import ExportPairsConfig
-
-    config = _parse(ExportPairsConfig, argv, export_pairs)
-
     from mnistsum_ray.export import pairs
     from mnistsum_ray.reporting.console import Console
 
@@ -104,7 +93,7 @@ def export_pairs(argv: list[str]) -> tuple[dict[str, Any], int]:
     return line, DONE
 
 
-def export_model(argv: list[str]) -> tuple[dict[str, Any], int]:
+def export_model(config: "ExportModelConfig") -> Outcome:
     """Export a model for programs without this package: torch.export (model.pt2) and
     ONNX (model.onnx).
 
@@ -114,9 +103,6 @@ def export_model(argv: list[str]) -> tuple[dict[str, Any], int]:
     digit_prob, pred_sum and sum_prob. Each file is loaded again and compared with
     the model, the ONNX file in ONNX Runtime. Needs the extra onnx.
     """
-    from mnistsum_ray.config import ExportModelConfig
-
-    config = _parse(ExportModelConfig, argv, export_model)
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise RequestError(f"ONNX export needs packages that are not installed ({', '.join(missing)}): pip install -e '.[onnx]'")
@@ -129,7 +115,7 @@ def export_model(argv: list[str]) -> tuple[dict[str, Any], int]:
     return line, DONE
 
 
-def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
+def predict(config: "PredictConfig") -> Outcome:
     """Look at one picture of a handwritten digit: which digit is it, and what is
     digit + number?
 
@@ -141,15 +127,12 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
     with much else on it, or lit unevenly, is refused, and where it may not be one
     whole digit, a line says that the answer is unsure. No Ray is started.
     """
-    from mnistsum_ray.config import PredictConfig
-
-    config = _parse(PredictConfig, argv, predict)
-
+    from mnistsum_ray.errors import percent
     from mnistsum_ray.model.heads import HEADS, PROBABILITY_FIELDS, SUM
     from mnistsum_ray.predicting import predict as predict_picture
     from mnistsum_ray.reporting.console import Console
 
-    say, found = Console().say, predict_picture(config.model, config.picture, config.number)
+    say, found = Console().say, predict_picture(config.model, config.picture, config.number, prepare=config.prepare)
     say(f"{config.picture}: {found.prepared}")
     asked = {head.name: head.name for head in HEADS} | {SUM.name: f"digit + {found.number}"}
     answers = (f"{what}: {getattr(found, name)} ({percent(getattr(found, f'{name}_prob'))})" for name, what in asked.items())
@@ -160,16 +143,16 @@ def predict(argv: list[str]) -> tuple[dict[str, Any], int]:
     return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key not in arrays}, DONE
 
 
-COMMANDS: Final[dict[str, tuple[Job, str]]] = {
-    "train": (train, "train the network"),
-    "score": (score, "score Parquet files with a trained model"),
-    "export-pairs": (export_pairs, "write example input for scoring"),
-    "export-model": (export_model, "write a model for programs without this package"),
-    "predict": (predict, "answer for one picture and a number"),
+COMMANDS: Final[dict[str, tuple[Callable[[Any], Outcome], str, str]]] = {
+    "train": (train, "TrainConfig", "train the network"),
+    "score": (score, "ScoreConfig", "score Parquet files with a trained model"),
+    "export-pairs": (export_pairs, "ExportPairsConfig", "write example input for scoring"),
+    "export-model": (export_model, "ExportModelConfig", "write a model for programs without this package"),
+    "predict": (predict, "PredictConfig", "answer for one picture and a number"),
 }
+"""What a command runs, the class of its config, and its meaning."""
 
-
-_COMMAND_LINES: Final = "\n".join(f"  {name:<14}{meaning}" for name, (_, meaning) in COMMANDS.items())
+_COMMAND_LINES: Final = "\n".join(f"  {name:<14}{meaning}" for name, (*_, meaning) in COMMANDS.items())
 _USAGE: Final = f"""usage: mnistsum COMMAND [flags], or mnistsum COMMAND --help
 
 {_COMMAND_LINES}
@@ -182,38 +165,38 @@ _USAGE: Final = f"""usage: mnistsum COMMAND [flags], or mnistsum COMMAND --help
 def main(argv: list[str] | None = None) -> int:
     """Run a command, given by its name and flags, or as this process was; return its exit code."""
     command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command == "help" and flags:  # `mnistsum help train`
-        command, flags = flags[0], ["--help"]
     if command in COMMANDS:
-        return run(COMMANDS[command][0], flags)
+        return run(partial(_run_command, command), flags)
     if command in ("-h", "--help", "help"):
-        return _print(_USAGE)
+        return _answer(_USAGE, sys.stdout)
     if command == "--version":
-        return _print(f"mnistsum_ray {__version__}")
+        return _answer(f"mnistsum_ray {__version__}", sys.stdout)
     if command == "completion" and flags in (["bash"], ["zsh"]):
-        return _print(_completion(flags[0]))
+        return _answer(_completion(flags[0]), sys.stdout)
     hint = did_you_mean(command, COMMANDS) or "; mnistsum --help lists them"
-    _say(
-        f"error: {command}: there is no such command{hint}" if command != "completion" else "error: completion: for bash or zsh?"
-    )
+    known = command == "completion"
+    _say("error: completion: for bash or zsh?" if known else f"error: {command}: there is no such command{hint}")
     return BAD_REQUEST
-
-
-def _print(text: str) -> int:
-    with _closed_pipe_ignored():
-        print(text, flush=True)
-    return DONE
 
 
 def _completion(shell: str) -> str:
     from mnistsum_ray import config
     from mnistsum_ray.arguments import completion
 
-    configs = {name: getattr(config, f"{name.title().replace('-', '')}Config") for name in COMMANDS}
-    return completion(shell, "mnistsum", configs)
+    return completion(shell, "mnistsum", {name: getattr(config, kind) for name, (_, kind, _) in COMMANDS.items()})
 
 
-def run(job: Job, argv: list[str]) -> int:
+def _run_command(name: str, argv: list[str]) -> Outcome:
+    from mnistsum_ray import config
+    from mnistsum_ray.arguments import parse
+
+    command, kind, _ = COMMANDS[name]
+    made = parse(getattr(config, kind), argv, f"{inspect.getdoc(command)}\n{_HELP}", shell_command(name))
+    reserve_stdout_for_result()
+    return command(made)
+
+
+def run(job: Callable[[list[str]], Outcome], argv: list[str]) -> int:
     """Run a job and return its exit code. Its result is the last line on standard output, an error one line on standard error.
 
     SIGINT, SIGTERM and SIGHUP stop the job: one line says how to go on, and the exit code is 128 plus the number of the signal.
@@ -224,7 +207,7 @@ def run(job: Job, argv: list[str]) -> int:
     try:
         with StopOnSignals(_say) as stop:
             try:
-                code = _run(job, argv, stdout, stop, as_json="--json" in argv or not stdout.isatty())
+                code = _run(job, argv, stdout, stop)
             except KeyboardInterrupt as interrupt:
                 with defer_signals():
                     code = _explain_stop(interrupt, stop)
@@ -236,24 +219,9 @@ def run(job: Job, argv: list[str]) -> int:
                 disconnect(keep_logs=code not in (DONE, INCOMPLETE))
     finally:
         sys.stdout = stdout  # only now: until they are disconnected, Ray's threads may print after the result
-        try:
-            sys.stderr.flush()
-        except OSError:  # lines that could not be written; Python would try again at its end, and exit with 120
-            _redirect_to_devnull(2)
-        with _closed_pipe_ignored():  # `--help | head`
-            stdout.flush()
+        _write("", sys.stderr)  # lines that could not be written: Python would try again at its end, and exit with 120
         gc.freeze()  # at its end Python would search a million objects of PyTorch and Ray for cycles, 0.7 s
     return code
-
-
-def _parse(config_class: "type[Config]", argv: list[str], job: Job) -> "Config":
-    from mnistsum_ray.arguments import parse
-
-    with _closed_pipe_ignored():  # of `--help | head`
-        config = parse(config_class, argv, f"{inspect.getdoc(job)}\n{_HELP}", shell_command(job.__name__.replace("_", "-")))
-        reserve_stdout_for_result()
-        return config
-    raise SystemExit(DONE)
 
 
 def reserve_stdout_for_result() -> None:
@@ -261,27 +229,23 @@ def reserve_stdout_for_result() -> None:
     sys.stdout = sys.stderr
 
 
-def _run(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals, *, as_json: bool) -> int:
+def _run(job: Callable[[list[str]], Outcome], argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
     try:
         result, code = job(argv)
         with defer_signals():  # once the result is printed, a signal no longer changes the exit code
-            if as_json:
-                _print_result(json.dumps(result, allow_nan=False), stdout)
+            if "--json" in argv or not stdout.isatty():
+                error = _write(json.dumps(result, allow_nan=False) + "\n", stdout)
+                if error:
+                    closed = isinstance(error, BrokenPipeError)
+                    why = "was closed by its reader" if closed else f"cannot be written ({error.strerror})"
+                    raise RunError(f"standard output {why}, so the result could not be printed")
             stop.end(code)
         return code
+    except TextAsked as asked:
+        return _answer(str(asked), stdout)
     except (RequestError, RunError) as error:
         _say(f"error: {error}")
         return BAD_REQUEST if isinstance(error, RequestError) else FAILED
-
-
-def _print_result(line: str, stdout: TextIO) -> None:
-    try:
-        print(line, file=stdout, flush=True)
-    except OSError as error:
-        _redirect_to_devnull(stdout.fileno())
-        closed = isinstance(error, BrokenPipeError)
-        why = "was closed by its reader" if closed else f"cannot be written ({error.strerror})"
-        raise RunError(f"standard output {why}, so the result could not be printed") from None
 
 
 def _explain_stop(interrupt: KeyboardInterrupt, stop: StopOnSignals) -> int:
@@ -289,9 +253,6 @@ def _explain_stop(interrupt: KeyboardInterrupt, stop: StopOnSignals) -> int:
     reason: BaseException | None = interrupt
     while reason is not None and not isinstance(reason, RunInterrupted | RunError):
         reason = reason.__context__  # the job's own error, if a further interrupt came during its cleanup and replaced it
-    if isinstance(reason, RunError):
-        _say(f"error: {reason}")
-        return FAILED
     nothing_begun = "nothing was begun, and the same command begins again"
     _say(f"stopped by {stop.received.name if stop.received else 'SIGINT'}; {reason or nothing_begun}")
     return stop.exit_code
@@ -299,33 +260,35 @@ def _explain_stop(interrupt: KeyboardInterrupt, stop: StopOnSignals) -> int:
 
 def _say(text: str) -> None:
     """Write a line to standard error. If its reader has closed it, only the exit code tells of the error."""
+    _write(f"{printable(masked(text))}\n", sys.stderr)
+
+
+def _answer(text: str, stdout: TextIO) -> int:
+    """Print a text that was asked for, whose reader may close the pipe early, as `head` does; return the exit code."""
+    error = _write(f"{text}\n", stdout)
+    if error is None or isinstance(error, BrokenPipeError):
+        return DONE
+    _say(f"error: standard output cannot be written ({error.strerror})")
+    return FAILED
+
+
+def _write(text: str, stream: TextIO) -> OSError | None:
+    """Write at once; if the stream's reader has closed it, or the disk is full, return the error, and drop what comes later."""
     try:
-        print(printable(masked(text)), file=sys.stderr, flush=True)
-    except OSError:
-        _redirect_to_devnull(2)
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        _redirect_to_devnull(stream.fileno())
+        return error
+    return None
 
 
 def _open_standard_streams() -> None:
     """Open closed standard streams on /dev/null: else the next file that is opened would receive what is printed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            _redirect_to_devnull(number)
         if getattr(sys, name) is None:
+            _redirect_to_devnull(number)
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
-
-
-@contextmanager
-def _closed_pipe_ignored() -> Iterator[None]:
-    """Go on where the reader of standard output has closed it, as `head` does. On a full disk, say so and exit."""
-    try:
-        yield
-    except OSError as error:
-        _redirect_to_devnull(sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            _say(f"error: standard output cannot be written ({error.strerror})")
-            raise SystemExit(FAILED) from None
 
 
 def _redirect_to_devnull(descriptor: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from inspect import Parameter, Signature
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from mnistsum_ray.storage.uri import PathOrUri
@@ -49,14 +49,6 @@ class JobConfig(BaseModel):
             parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default))
             lines += textwrap.wrap(f"{name}: {field_help(field)}", 96, initial_indent="    ", subsequent_indent="        ")
         cls.__doc__, cls.__signature__ = "\n".join(lines), Signature(parameters)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `yes` as true, and pydantic would take true for 1."""
-        if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError("must be no boolean")
-        return value
 
 
 class TrainingData(JobConfig):
@@ -98,19 +90,13 @@ def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
 
 def _of_recipe(name: str, text: str, **limits: Any) -> Any:
     """An optional field that the recipe sets: its help is the text, and in brackets the values of the recipes."""
-    large, small = (_listed(values) for values in RECIPES[name])
+
+    def listed(values: tuple[float, ...]) -> str:
+        return ", ".join(f"{recipe} {value:g}" for recipe, value in zip(get_args(RecipeName), values, strict=True))
+
+    large, small = map(listed, RECIPES[name])
     values = large if small == large else f"{large}; under {SMALL_ROWS:,} rows {small}"
     return Field(None, description=f"{text} [{values}]", **limits)
-
-
-def _listed(values: tuple[float, ...]) -> str:
-    """The values of the recipes, each with the names of those that have it, unless all have the same."""
-    recipes: dict[float, list[str]] = {}
-    for recipe, value in zip(get_args(RecipeName), values, strict=True):
-        recipes.setdefault(value, []).append(recipe)
-    if len(recipes) == 1:
-        return f"{values[0]:g}"
-    return ", ".join(f"{' and '.join(names)} {value:g}" for value, names in recipes.items())
 
 
 class Recipe(JobConfig):
@@ -375,3 +361,5 @@ class PredictConfig(JobConfig):
     """number that is added to the digit, from 0"""
     model: PathText
     """folder or URI of a training run, or of its model folder"""
+    prepare: bool = True
+    """prepare the picture as MNIST's were; else its 28 x 28 pixels are taken as they are"""

@@ -8,7 +8,7 @@ import pytest
 
 from mnistsum_ray.arguments import parse
 from mnistsum_ray.config import JobConfig, PredictConfig, ScoreConfig, TrainConfig
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.errors import RequestError, TextAsked
 
 SCORE = ["--input", "i", "--model", "m", "--output", "o"]
 LONG = "x" * 5000
@@ -18,12 +18,11 @@ def config(*argv: str) -> TrainConfig:
     return parse(TrainConfig, list(argv), "a description")
 
 
-def printed(capsys: pytest.CaptureFixture[str], config_class: type[JobConfig], *argv: str) -> str:
+def printed(config_class: type[JobConfig], *argv: str) -> str:
     """What a command line prints that makes no config."""
-    with pytest.raises(SystemExit) as done:
+    with pytest.raises(TextAsked) as asked:
         parse(config_class, list(argv), "")
-    assert done.value.code == 0
-    return capsys.readouterr().out
+    return str(asked.value)
 
 
 def check_error(config_class: type[JobConfig], argv: list[str], message: str) -> None:
@@ -52,81 +51,62 @@ def test_the_command_line_overrides_the_yaml_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("config_class", "argv", "message"),
     [
-        (["--epohs=3"], "--epohs: there is no such flag; did you mean --epochs? (--help-all lists them)"),
-        (["--epoch", "3"], "--epoch: there is no such flag"),  # no guessing at abbreviations
-        (["stray"], "stray"),
-        (["--epochs", "0"], "--epochs: input should be greater than or equal to 1, got '0'"),
-        (["--recipe", "shrt"], "--recipe: input should be 'quick', 'short' or 'long', got 'shrt'; did you mean short?"),
-        (["--precision", "int8"], "--precision"),  # for scoring alone
-        (["--num-workers", "0"], "--num-workers: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX"),
-        (["--num-workers", "4,2"], "--num-workers"),
-        (["--num-workers", "a"], "--num-workers: must be N or MIN,MAX"),
-        (["--learning-rate", "nan"], "--learning-rate"),
-        (["--name", "a/b"], "--name"),
-        (["--resume"], "--resume: needs --name, the run to continue"),
-        (["--resume", "atuo", "--name", "a"], "got 'atuo'; did you mean auto?"),
-        (["--resume", "--name", "a", "--from-run", "b"], "--from-run: starts a new run, and --resume continues one"),
-        (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
-        (["--seed"], "--seed"),
-        (["--seed", "9" * 5000], "--seed"),
-        (["--data", "a", LONG], "xxx…"),
-        ([f"--resume={LONG}"], "--resume"),
+        (TrainConfig, ["--epohs=3"], "--epohs: there is no such flag; did you mean --epochs? (--help-all lists them)"),
+        (TrainConfig, ["--epoch", "3"], "--epoch: there is no such flag"),  # no guessing at abbreviations
+        (TrainConfig, ["--epochs", "0"], "--epochs: input should be greater than or equal to 1, got '0'"),
+        (TrainConfig, ["--recipe", "shrt"], "input should be 'quick', 'short' or 'long', got 'shrt'; did you mean short?"),
+        (TrainConfig, ["--num-workers", "4,2"], "--num-workers: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX"),
+        (TrainConfig, ["--num-workers", "a"], "--num-workers: must be N or MIN,MAX"),
+        (TrainConfig, ["--learning-rate", "nan"], "--learning-rate"),
+        (TrainConfig, ["--name", "a/b"], "--name"),
+        (TrainConfig, ["--resume"], "--resume: needs --name, the run to continue"),
+        (TrainConfig, ["--resume", "--name", "a", "--from-run", "b"], "--from-run: starts a new run, and --resume continues one"),
+        (TrainConfig, ["--config", "nowhere.yaml"], "--config nowhere.yaml"),
+        (TrainConfig, ["--seed"], "--seed"),
+        (TrainConfig, ["--seed", "9" * 5000], "--seed"),
+        (TrainConfig, ["--data", "a", LONG], "xxx…"),
+        (PredictConfig, ["--number", "5", "--model", "m"], "PICTURE: is required"),
+        (ScoreConfig, [], "--model, --input, --output: are required, on the command line or in the config file"),
+        (ScoreConfig, [*SCORE[2:], "--input"], "--input: needs a value"),
+        (ScoreConfig, [*SCORE, "--number-column", "image"], "'image' cannot be both"),
     ],
 )
-def test_an_error_is_one_short_line_that_names_the_flag(argv: list[str], message: str) -> None:
-    check_error(TrainConfig, argv, message)
-
-
-def test_the_picture_is_named_without_dashes() -> None:
-    check_error(PredictConfig, ["--number", "5", "--model", "m"], "PICTURE: is required")
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "--model, --input, --output: are required, on the command line or in the config file (--help has examples)"),
-        (SCORE[:4], "--output: is required"),
-        ([*SCORE[2:], "--input"], "--input: needs a value"),
-        ([*SCORE, "--number-column", "image"], "'image' cannot be both"),
-        (["--print-config", "--max-rows-per-file", "0"], "--max-rows-per-file"),
-    ],
-)
-def test_so_is_an_error_in_scoring(argv: list[str], message: str) -> None:
-    check_error(ScoreConfig, argv, message)
+def test_an_error_is_one_short_line_that_names_the_flag(config_class: type[JobConfig], argv: list[str], message: str) -> None:
+    check_error(config_class, argv, message)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("epohs: 3\n", "'epohs' of the config file: there is no such setting; did you mean epochs?"),
-        ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to 1, got 0"),
-        ("epochs: yes\n", "'epochs' of the config file: must be no boolean, got True"),
+        ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to 1, got '0'"),
+        ("epochs: yes\n", "'epochs' of the config file: input should be a valid integer"),
+        ("seed: 1:30\n", "'seed' of the config file: input should be a valid integer"),  # YAML 1.1 reads 90
         ("- epochs\n", "must hold `key: value` lines"),
-        ("epochs: [\n", "not YAML"),
+        ("epochs: [\n", "is not YAML"),
         ("batch-size: 64\nbatch_size: 128\n", "the key 'batch_size' is there twice"),
-        ("config: other.yaml\n", "a config file cannot name another one"),
-        ("seed: 1:30\n", "1:30 would be read as 90: write a decimal number"),
-        ("learning_rate: 1:30.5\n", "1:30.5 would be read as 90.5: write a decimal number"),
-        ("seed: 010\n", "010 would be read as 8: write a decimal number"),
-        (f"seed: {'9' * 5000}", "is not YAML: Exceeds the limit"),
         (f"seed: {'[' * 1000}", "is not YAML"),
         (f"name: {LONG}", "key 'name' of the config file"),
-        ("name: 2024-01-01", "key 'name' of the config file: input should be a valid string, got datetime.date(2024, 1, 1)"),
         ("name: caf\xe9", "is not YAML: unacceptable character #x00e9"),
     ],
     ids=lambda text: str(text)[:20],
 )
-def test_an_invalid_config_file_is_refused_in_one_short_line(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_bytes(text.encode("latin-1"))
-    check_error(TrainConfig, ["--config", str(file)], message)
+def test_so_is_one_that_names_the_key_of_the_config_file(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
+    check_error(TrainConfig, ["--config", str(tmp_path / "run.yaml")], message)
 
 
-def test_help_shows_the_flags_of_every_day_and_all_when_asked_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(capsys, TrainConfig, "--help-all")
-    shown, everything = (re.findall(r"^  (--[a-z-]+)", page, re.M) for page in (printed(capsys, TrainConfig, "-h"), text))
+def test_what_yaml_1_1_reads_otherwise_than_it_looks(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 010\nname: 2024-01-01\nprecision: null\nlearning_rate: 1e-2\ncompile: yes\n")
+    made = config("--config", str(tmp_path / "run.yaml"))
+    assert (made.seed, made.name, made.precision, made.learning_rate, made.compile) == (10, "2024-01-01", None, 0.01, True)
+
+
+def test_help_shows_the_flags_of_every_day_and_all_when_asked_in_groups() -> None:
+    text = printed(TrainConfig, "--help-all")
+    shown, everything = (re.findall(r"^  (--[a-z-]+)", page, re.M) for page in (printed(TrainConfig, "-h"), text))
     other = {"--config", "--print-config", "--json", "--version", "--help-all"}
     assert {*shown} - other == {f"--{name.replace('_', '-')}" for name in TrainConfig.everyday}
     assert {*everything} - other == {f"--{name.replace('_', '-')}" for name in TrainConfig.model_fields}
@@ -156,27 +136,22 @@ def test_the_config_file_may_hold_one_input_or_several(tmp_path: Path) -> None:
     ("config_class", "flags"), [(TrainConfig, ["--num-workers", "1,2"]), (ScoreConfig, ["--input", "a", "b,c", *SCORE[2:]])]
 )
 def test_the_printed_config_is_one_that_config_takes_back(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], config_class: type[JobConfig], flags: list[str]
+    tmp_path: Path, config_class: type[JobConfig], flags: list[str]
 ) -> None:
-    text = printed(capsys, config_class, *flags, "--print-config")
+    text = printed(config_class, *flags, "--print-config")
     (tmp_path / "run.yaml").write_text(text)
     assert parse(config_class, ["--config", str(tmp_path / "run.yaml")], "") == parse(config_class, flags, "")
     assert max(map(len, text.splitlines())) <= 100
     for name, field in config_class.model_fields.items():
         assert f"\n{name}: " in f"\n{text}"
         assert (field.description or "").split()[0] in text
+    assert "\n# number:  (required)" in printed(PredictConfig, "--print-config"), "left open"
 
 
-def test_a_printed_config_leaves_required_settings_open(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "\n# model:  (required)\n" in printed(capsys, ScoreConfig, "--print-config")
-    assert "\n# number:  (required)" in printed(capsys, PredictConfig, "--print-config")
-
-
-@pytest.mark.parametrize("config_class", [TrainConfig, ScoreConfig])
-def test_help_of_a_config_in_python_begins_with_its_fields_and_their_meaning(config_class: type[JobConfig]) -> None:
-    page = pydoc.plain(pydoc.render_doc(config_class))
+def test_help_of_a_config_in_python_begins_with_its_fields_and_their_meaning() -> None:
+    page = pydoc.plain(pydoc.render_doc(TrainConfig))
     text = " ".join(page.replace("|", " ").split())
-    for name, field in config_class.model_fields.items():
+    for name, field in TrainConfig.model_fields.items():
         assert f"{name}: {' '.join((field.description or '').split())}" in text
     assert len(page.partition("Fields:")[0]) < 1000, "the signature has names and defaults only"
 
@@ -184,5 +159,3 @@ def test_help_of_a_config_in_python_begins_with_its_fields_and_their_meaning(con
 def test_in_python_an_error_names_the_argument() -> None:
     with pytest.raises(ValueError, match="`resume`: needs `name`, the run to continue"):
         TrainConfig(resume=True)
-    with pytest.raises(ValueError, match=r"epochs\s+Value error, must be no boolean"):
-        TrainConfig(epochs=True)

@@ -101,23 +101,6 @@ def test_a_node_waits_for_the_locks_of_apt_and_makes_a_half_made_environment_aga
     subprocess.run([tmp_path / "venv" / "bin" / "pip", "--version"], check=True, capture_output=True)
 
 
-def test_the_pods_fit_the_nodes_that_are_named_for_them() -> None:
-    """Kubernetes and its daemons take 0.4 CPUs and 1.5 GiB of a node, and KubeRay's autoscaler half of each beside a head."""
-    job, cron = KUBERAY["rayjob"]["spec"]["rayClusterSpec"], KUBERAY["raycronjob"]["spec"]["jobTemplate"]["rayClusterSpec"]
-    m7i_xlarge, g5_xlarge, m7i_2xlarge = (3.1, 14.0), (3.6, 14.5), (7.6, 30.5)
-    nodes = ((job["headGroupSpec"], m7i_xlarge), (*job["workerGroupSpecs"], g5_xlarge), (cron["headGroupSpec"], m7i_2xlarge))
-    for group, (cpus, gib) in nodes:
-        (container,) = group["template"]["spec"]["containers"]
-        resources = container["resources"]
-        assert resources["requests"] == resources["limits"], "no pod is killed for what another one uses"
-        assert int(resources["limits"]["cpu"]) <= cpus
-        assert int(resources["limits"]["memory"].removesuffix("Gi")) <= gib
-        assert group["template"]["metadata"]["annotations"] == {
-            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
-            "karpenter.sh/do-not-disrupt": "true",
-        }
-
-
 @pytest.mark.slow
 def test_a_node_installs_the_project_as_it_lies_here(tmp_path: Path) -> None:
     """From nothing but what is copied to a node, or into the image; what it needs beside that follows from pyproject.toml."""
@@ -157,10 +140,8 @@ def test_kuberay_knows_every_field(name: str) -> None:
     jsonschema.validate(KUBERAY[name], SCHEMAS[name])
 
 
-@pytest.mark.parametrize(
-    ("name", "job"), [("rayjob", KUBERAY["rayjob"]["spec"]), ("raycronjob", KUBERAY["raycronjob"]["spec"]["jobTemplate"])]
-)
-def test_all_pods_of_kuberay_have_the_image_of_the_tested_ray(name: str, job: dict[str, Any]) -> None:
+@pytest.mark.parametrize("job", [KUBERAY["rayjob"]["spec"], KUBERAY["raycronjob"]["spec"]["jobTemplate"]])
+def test_all_pods_of_kuberay_have_the_image_of_the_tested_ray(job: dict[str, Any]) -> None:
     cluster = job["rayClusterSpec"]
     groups = [cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", ())]
     images = {container["image"] for group in groups for container in group["template"]["spec"]["containers"]}
@@ -170,10 +151,7 @@ def test_all_pods_of_kuberay_have_the_image_of_the_tested_ray(name: str, job: di
     assert cluster["authOptions"] == {"mode": "token"}
     assert f"FROM rayproject/ray:{cluster['rayVersion']}-py311" in (DEPLOY / "Dockerfile").read_text()
     assert f"ray=={cluster['rayVersion']}\n" in (ROOT / ".constraints.txt").read_text()
-    assert job["shutdownAfterJobFinishes"]
-    assert job["activeDeadlineSeconds"]
-    assert job["ttlSecondsAfterFinished"] >= 30, "Prometheus reads the last values"
-    assert ("backoffLimit" in job) == ("--resume auto" in job["entrypoint"]) == (name == "rayjob")
+    assert ("backoffLimit" in job) == ("--resume auto" in job["entrypoint"]), "only what goes on is begun again"
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_are_exported() -> None:

@@ -4,7 +4,7 @@
     python -m mnistsum_ray.benchmark.guides score PAIRS OUTPUT MODEL
 
 Training: https://docs.ray.io/en/latest/train/user-guides/data-loading-preprocessing.html. Scoring, with job-level
-checkpoints: https://docs.ray.io/en/latest/data/batch_inference.html. The rows are those of `ways.write_rows`.
+checkpoints: https://docs.ray.io/en/latest/data/batch_inference.html. The rows are those of `suite.write_rows`.
 """
 
 import json
@@ -20,13 +20,8 @@ import ray.train.torch
 import torch
 from ray.data.checkpoint import CheckpointConfig
 
-from mnistsum_ray.benchmark.original import BATCH
-from mnistsum_ray.benchmark.ways import TrainingStep, load_predictor
+from mnistsum_ray.benchmark.plain import BATCH, TrainingStep, load_predictor
 from mnistsum_ray.data.images import SIDE, Pixels
-from mnistsum_ray.model.heads import PREDICTION_FIELDS
-
-Columns = dict[str, Any]
-"""Values of some rows by column, each a numpy array [n]."""
 
 _CORES: Final = os.cpu_count() or 1
 _GPUS: Final = int(torch.cuda.is_available())
@@ -36,7 +31,7 @@ def read(folder: str) -> ray.data.Dataset:
     return ray.data.read_parquet(folder)  # noqa: TID251 - it is what is measured, on files that the benchmark has written
 
 
-def decode(batch: Columns) -> Pixels:
+def decode(batch: dict[str, Any]) -> Pixels:
     return np.frombuffer(b"".join(batch["image"]), np.uint8).reshape(-1, SIDE, SIDE)
 
 
@@ -46,10 +41,9 @@ class Score:
     def __init__(self, model: str) -> None:
         self.predictor = load_predictor(model)
 
-    def __call__(self, batch: Columns) -> Columns:
-        numbers = batch["number"].astype(np.int64)
-        columns = self.predictor.predict(decode(batch), numbers).columns(numbers)
-        return {name: batch[name] for name in ("id", "digit")} | dict(zip(PREDICTION_FIELDS.names, columns, strict=True))
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        predictions = self.predictor.predict(decode(batch), batch["number"].astype(np.int64))
+        return {"id": batch["id"], "digit": batch["digit"], **predictions.values}
 
 
 def score(pairs: str, output: str, model: str) -> dict[str, float]:
@@ -67,7 +61,7 @@ def train(rows: str, runs: str, epochs: str) -> dict[str, float]:
     def worker() -> dict[str, float]:
         torch.set_num_threads(_CORES)  # Ray sets one, with which two cores train half as fast
         rates, first_row = list[float](), 0.0
-        step = TrainingStep(ray.train.torch.get_device())
+        step = TrainingStep()
         step.objective = ray.train.torch.prepare_model(step.objective)
         shard = ray.train.get_dataset_shard("train")
         for epoch in range(int(epochs)):
@@ -80,13 +74,12 @@ def train(rows: str, runs: str, epochs: str) -> dict[str, float]:
                 state = {"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict(), "epochs": epoch + 1}
                 torch.save(state, f"{folder}/state.pt")
                 ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        return {"rows_per_second": float(np.mean(rates[1:] or rates)), "first_row": first_row}
+        return {"rows_per_second": float(np.mean(rates[1:])), "first_row": first_row}
 
     images = read(rows).map_batches(lambda batch: {"image": decode(batch), "digit": batch["digit"].astype(np.int64)})
     scaling, run = ray.train.ScalingConfig(use_gpu=bool(_GPUS)), ray.train.RunConfig(name="guide", storage_path=runs)
     trainer = ray.train.torch.TorchTrainer(worker, scaling_config=scaling, run_config=run, datasets={"train": images})
-    measured: dict[str, float] = trainer.fit().return_value
-    return measured
+    return trainer.fit().return_value  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

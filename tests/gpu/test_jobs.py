@@ -18,7 +18,7 @@ pytest.importorskip("ray", reason="the jobs need Ray")
 import ray
 import ray.train.torch
 
-from mnistsum_ray.benchmark.ways import run_job as run_module
+from mnistsum_ray.benchmark.suite import run_job as run_module
 from mnistsum_ray.config import ExportPairsConfig, TrainConfig
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import SAMPLE, open_source

@@ -44,12 +44,12 @@ def test_scoring(way: str) -> None:
 def test_the_time_to_the_originals_accuracy(data: Path) -> None:
     done = run_job("benchmark", "accuracy", "--data", data, "--repeat", 1)
     line = done.line
-    for result in (line["loader"], line["ray"], *line["seeds"]):
+    for result in (*line["mean"].values(), *line["runs"]["loader"], *line["runs"]["ray"]):
         assert 0 <= min(result["digit_accuracy"], result["sum_accuracy"]) <= 1
         assert result["seconds"] > 1
-    assert len(line["seeds"]) == 1
-    assert line["reached"] is False, "the few rows are not enough for the original's accuracy"
-    assert line["times_faster"] == pytest.approx(line["loader"]["seconds"] / line["ray"]["seconds"], abs=0.01)
+    assert [len(runs) for runs in line["runs"].values()] == [2, 1]
+    loader, ray = (line["mean"][way]["seconds"] for way in ("loader", "ray"))
+    assert line["ratios"] == {"ray / loader": pytest.approx(ray / loader, abs=0.001), "ray / ray": 1}
     assert line["hardware"]["cores"] >= 1
     assert {"torch", "ray"} <= set(line["versions"])
     assert 'ray: {"digit_accuracy": ' in done.err
