@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
-from mnistsum_ray.reporting.report import Picture, epoch_end, epoch_scalars, model_scalars
+from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, model_scalars
 from mnistsum_ray.storage.folder import OutputFolder
 
 FOLDER: Final = "tensorboard"
@@ -53,15 +53,13 @@ def write_epochs(run: OutputFolder, history: list[dict[str, Any]]) -> None:
                 writer.add_scalar("train/step_loss", loss, (entry["epoch"] - 1) * steps + step, walltime=trained)
 
 
-def write_final(
-    run: OutputFolder, epoch: int, card: dict[str, Any], pictures: dict[str, Picture], config: dict[str, Any]
-) -> None:
+def write_final(run: OutputFolder, epoch: int, card: dict[str, Any], pictures: dict[str, bytes], config: dict[str, Any]) -> None:
     """Write the event file of the finished run: the model's metrics, pictures and settings, shown under the last epoch."""
     with _event_file(run, _name(epoch, "final")) as writer:
         for key, value in model_scalars(card).items():
             writer.add_scalar(key, value, epoch)
-        for key, drawn in pictures.items():
-            with Image.open(io.BytesIO(drawn.png)) as picture:
+        for key, png in pictures.items():
+            with Image.open(io.BytesIO(png)) as picture:
                 writer.add_image(key, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
         # TensorBoard's page HPARAMS compares runs by these. `writer.add_hparams` would make a folder for them.
         settings = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
