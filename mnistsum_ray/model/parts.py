@@ -23,20 +23,17 @@ class Parts:
     """Parameters of the heads that read the digit scores."""
     last_layers: dict[str, nn.Module]
     """The last of LAYERS before the scores of each head, by the head's name."""
-    calls: list[tuple[nn.Module, tuple[Tensor], Tensor]]
-    """Calls of LAYERS: layer, inputs and output."""
-    digit_scores: Tensor
+    digit_readers: set[nn.Module]
+    """Each `nn.Linear` whose first inputs are the digit scores."""
 
     @torch.no_grad()
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
         """Divide the scores of each head by its temperature, in place, by changing the weights."""
-        digits, linear = slice(DIGIT.classes), [call for call in self.calls if isinstance(call[0], nn.Linear) and call[1]]
-        readers = {layer for layer, (given,), _ in linear if torch.equal(given[:, digits], self.digit_scores)}
         for name, layer in self.last_layers.items():
             for parameter in layer.parameters():
                 parameter.div_(temperatures[name])
-        for reader in readers:  # they still read the digit scores as they were
-            reader.get_parameter("weight")[:, digits] *= temperatures[DIGIT.name]
+        for reader in self.digit_readers:  # they still read the digit scores as they were
+            reader.get_parameter("weight")[:, : DIGIT.classes] *= temperatures[DIGIT.name]
 
 
 def _example_rows(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -82,7 +79,9 @@ def find_parts(model: Network) -> Parts:
     if not hidden or len(last_layers) < len(HEADS):
         raise _refused("it needs an nn.Linear or nn.Conv2d as the last layer of each head, and one between the first and these")
     of_heads = [parameter for parameter in parameters.values() if parameter in set().union(*reached[1:])]
-    return Parts(list(hidden), of_heads, last_layers, calls, digit_scores)
+    linear = [(layer, given) for layer, given, _ in calls if isinstance(layer, nn.Linear) and given]
+    readers = {layer for layer, (values,) in linear if torch.equal(values[:, : DIGIT.classes], digit_scores)}
+    return Parts(list(hidden), of_heads, last_layers, readers)
 
 
 @torch.no_grad()

@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.model.calibration import fit_temperature, fit_temperatures
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.metrics import score_rows
+from mnistsum_ray.model.metrics import fit_temperature, fit_temperatures, score_rows
 from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.model.parts import find_parts
 from tests.model import new_model, random_rows

@@ -120,7 +120,7 @@ def test_most_confident_mistakes_come_first_one_an_image(model: TwoHeadCNN, rows
         probability, answer = digit_scores.softmax(1).max(1)
         of_digit, of_sums = probability * (answer != rows["digit"]), torch.zeros(ROWS)
         for number in range(10):
-            probability, answer = model.sum_scores(digit_scores, torch.full((ROWS,), number)).softmax(1).max(1)
+            probability, answer = model.scores(digit_scores, torch.full((ROWS,), number))[1].softmax(1).max(1)
             of_sums = torch.maximum(of_sums, probability * (answer != rows["digit"] + number))
     expected = torch.where(of_digit > 0, of_digit, of_sums).sort(descending=True).values[:MAX_MISTAKES].tolist()
     assert [confidence(mistake) for mistake in mistakes] == pytest.approx(expected, abs=1e-4)
