@@ -78,7 +78,7 @@ class PicturePrediction(HeadFields, names=("{}", "{}_prob", "{}_probs")):
 
 
 @overload
-def predict(model: Model, images: str | Path | Image.Image, numbers: int, *, prepare: bool = True) -> PicturePrediction: ...
+def predict(model: Model, images: str | Path | Image.Image, numbers: int) -> PicturePrediction: ...
 
 
 @overload
@@ -88,7 +88,7 @@ def predict(
 
 
 def predict(
-    model: Model, images: Any, numbers: Any, batch_size: int = 64, *, prepare: bool = True, probabilities: bool = False
+    model: Model, images: Any, numbers: Any, batch_size: int = 64, *, probabilities: bool = False
 ) -> "PicturePrediction | Predictions":
     """Predict digits and sums in this process, on the model's device: of one picture, or of arrays.
 
@@ -96,7 +96,7 @@ def predict(
         predict(model, images, numbers)
 
     A picture (a file, a URI, or one of Pillow's) may have any size, and is prepared as MNIST's were, with the ink of the model's
-    training images, dark or light; without `prepare` 28 x 28 pixels are taken as they are. Its number is an integer in
+    training images, dark or light; to have 28 x 28 pixels taken as they are, give an array. Its number is an integer in
     0..NUMBERS - 1 (see `data/order.py`). Arrays are integers[n], and uint8[n, 28, 28] as the training images: of MNIST 0
     background, 255 ink.
 
@@ -112,7 +112,7 @@ def predict(
             background.
     """
     if isinstance(images, str | Path | Image.Image):
-        return _predict_picture(model, images, numbers, prepare)
+        return _predict_picture(model, images, numbers)
 
     from mnistsum_ray.model.inference import predict_pairs
 
@@ -140,11 +140,11 @@ def embed(model: Model, images: Pixels, batch_size: int = 64) -> npt.NDArray[np.
     return np.concatenate(features)[: len(images)]
 
 
-def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int, prepare: bool) -> PicturePrediction:
+def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int) -> PicturePrediction:
     if number not in range(NUMBERS):
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
     model = _loaded(model, 1)
-    prepared = prepare_picture(picture, model.background, prepare=prepare)
+    prepared = prepare_picture(picture, model.background)
     numbers = np.array([int(number)])
     found = predict(model, prepared.pixels[None], numbers, batch_size=1, probabilities=True)
     columns = zip(PREDICTION_FIELDS.names, found.columns(numbers), strict=True)

@@ -71,15 +71,13 @@ class PreparedPicture:
     """Why it may not be one whole digit, in words."""
 
 
-def prepare_picture(picture: str | Path | Image.Image, background: int = 0, *, prepare: bool = True) -> PreparedPicture:
+def prepare_picture(picture: str | Path | Image.Image, background: int = 0) -> PreparedPicture:
     """Read a picture (a file, a URI, or a picture of Pillow's) and prepare it for training images of this background, 0 or 255.
 
-    28 x 28 pixels of a digit that is centred and as large as MNIST's are inverted at most; without `prepare` all 28 x 28 pixels
-    are taken as they are.
+    28 x 28 pixels of a digit that is centred and as large as MNIST's are inverted at most.
 
     Raises:
-        RequestError: there is no such file, it is no picture, it is not to be prepared and not 28 x 28, or what is drawn on it is
-            not one digit that stands out.
+        RequestError: there is no such file, it is no picture, or what is drawn on it is not one digit that stands out.
     """
     name, opened = ("the picture", picture) if isinstance(picture, Image.Image) else _open(str(picture))
     try:
@@ -88,10 +86,8 @@ def prepare_picture(picture: str | Path | Image.Image, background: int = 0, *, p
     except Exception as error:  # Pillow's decoders raise many types
         raise RequestError(f"{name}: cannot be read as a picture ({one_line(error)}); save it again") from None
     what, paper = f"{image.width}x{image.height} {kind}", background_of(grey)
-    if not prepare and image.size != (SIDE, SIDE):
-        raise RequestError(f"{name}: is {what}, not {SIDE}x{SIDE}; scale it, or have it prepared")
-    if not prepare or (image.size == (SIDE, SIDE) and kind == "grayscale" and _is_like_mnist(np.abs(grey - paper))):
-        inverted = prepare and paper != background
+    if image.size == (SIDE, SIDE) and kind == "grayscale" and _is_like_mnist(np.abs(grey - paper)):
+        inverted = paper != background
         pixels = np.abs(grey - 255 * inverted).astype(np.uint8)
         return PreparedPicture(pixels, f"{what}, {'inverted' if inverted else 'used as it is'}")
 

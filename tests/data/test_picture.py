@@ -119,14 +119,6 @@ def test_ink_is_as_dark_as_in_the_training_images(sample: pa.Table) -> None:
     assert "grayscale, dark ink on light: cropped" in prepare_picture(draw(ink=0, paper=255, mode="L"), 255).how
 
 
-def test_pixels_that_are_not_to_be_prepared_are_taken_as_they_are(sample: pa.Table) -> None:
-    shifted = np.roll(pixels_view(one_chunk(sample["image"]))[0], 5, 1)
-    for image in (shifted, 255 - shifted, np.full((28, 28), 7, np.uint8)):
-        assert np.array_equal(prepare_picture(Image.fromarray(image), prepare=False).pixels, image)
-    with pytest.raises(RequestError, match="the picture: is 400x500 grayscale, not 28x28; scale it, or have it prepared"):
-        prepare_picture(draw(), prepare=False)
-
-
 MOST_SURE = dict.fromkeys(("touch", "filled", "shadow", "ruled", "checked", "two", "cut off", "salt"), 0) | {"line": 2, "box": 2}
 """Of five pictures of a kind with this word in its name, how many may be without a doubt."""
 
