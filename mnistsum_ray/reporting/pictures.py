@@ -21,7 +21,6 @@ from matplotlib.ticker import MaxNLocator
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.reliability import Reliability
-from mnistsum_ray.reporting.report import wilson_interval
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"  # of the palette of Okabe and Ito
 _STYLES: Final = ((_BLUE, "o"), (_ORANGE, "s"), ("#009e73", "^"), ("#cc79a7", "v"), ("#e69f00", "P"))
@@ -205,14 +204,9 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
         used, edges = rows > 0, np.linspace(0, 1, len(rows) + 1)
         _draw_histogram(below, rows, color, "predicted probability", rows.max())
         rows, right, probability = rows[used], right[used], np.array(head.probability)[used] / rows[used]
-        accuracy = right / rows
-        low, high = np.array([wilson_interval(*of) for of in zip(accuracy, rows, strict=True)]).reshape(-1, 2).T.clip(0, 1)
         start = edges[:-1][used].min(initial=1 - edges[1])
         axes.plot([start, 1], [start, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
-        bars = np.maximum((accuracy - low, high - accuracy), 0)  # rounding may leave -1e-17
-        axes.errorbar(
-            probability, accuracy, bars, fmt=marker, color=color, capsize=2, linewidth=1, label="accuracy, 95% interval"
-        )
+        axes.plot(probability, right / rows, marker, color=color, label="accuracy")
         ece = head.metrics()["ece"]
         axes.set_title(f"{name}" if ece is None else f"{name}: expected calibration error {ece:.4f}")
         axes.set_xlim(start - 0.02 * (1 - start), 1 + 0.02 * (1 - start))

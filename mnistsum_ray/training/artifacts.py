@@ -159,5 +159,5 @@ def write_report(
     for name, data in drawn.items():
         held.write(name, data)
     held.write(REPORT, report_page(str(run.config.name), manifest, card, result.history, drawn).encode())
-    tensorboard.write_final(held, result.history[-1]["epoch"], card, drawn, manifest["config"])
+    tensorboard.write_final(held, result.history[-1]["epoch"], card)
     return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE, MODEL_CARD))]

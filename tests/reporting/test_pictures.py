@@ -47,20 +47,6 @@ def test_a_picture_is_wide_enough_to_read_and_not_blank(name: str) -> None:
     assert (grey < 128).sum() > 200, "some ink"
 
 
-def test_intervals_of_the_reliability_are_inside_of_the_picture_and_of_0_to_1() -> None:
-    head = Reliability(
-        1.0, 1.0, [0] * 9 + [1, 28, 1, 2, 3, 900], [0] * 9 + [0.62, 19.0, 0.75, 1.65, 2.7, 899.0], [0] * 11 + [1, 2, 3, 900]
-    )
-    figure = pictures.draw_reliability.__wrapped__({"digit": head})  # type: ignore[attr-defined]
-    axes, below = figure.axes
-    (bars,) = axes.containers
-    ends = np.concatenate([path.vertices[:, 1] for path in bars[2][0].get_paths()])
-    assert 0 <= ends.min() < ends.max() <= 1
-    assert axes.get_ylim()[0] <= ends.min()
-    assert axes.get_xlim()[0] == pytest.approx(0.6, abs=0.02), "nothing is below"
-    assert [patch.get_height() for patch in below.patches][-6:] == [1, 28, 1, 2, 3, 900]
-
-
 def test_a_wrong_answer_is_named_with_the_right_one() -> None:
     half_right = MISTAKE | {"pred_digit": 3}
     figure = pictures.draw_mistakes.__wrapped__([MISTAKE, half_right], IMAGES[:2])  # type: ignore[attr-defined]
