@@ -37,7 +37,7 @@ class Predictions:
     Where they are asked for, also `<head>_probs` float32[n, classes], the probabilities of all classes."""
 
     def __getattr__(self, name: str) -> npt.NDArray[Any]:
-        """All in `values` by name, and `<head>` for `pred_<head>`: `digit` and `sum` int8[n], and so on."""
+        """The arrays of `values` by their names, and the most likely classes as `<head>` alone: `digit`, `sum`."""
         values = vars(self).get("values", {})  # none yet where a copy is made
         for key in (f"pred_{name}", name):
             if key in values:
