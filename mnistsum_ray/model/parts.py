@@ -23,8 +23,8 @@ class Parts:
     """Parameters of the heads that read the digit scores."""
     last_layers: dict[str, nn.Module]
     """The last of LAYERS before the scores of each head, by the head's name."""
-    digit_readers: set[nn.Module]
-    """Each `nn.Linear` whose first inputs are the digit scores."""
+    digit_readers: set[nn.Linear]
+    """Those whose first inputs are the digit scores."""
 
     @torch.no_grad()
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
@@ -33,7 +33,7 @@ class Parts:
             for parameter in layer.parameters():
                 parameter.div_(temperatures[name])
         for reader in self.digit_readers:  # they still read the digit scores as they were
-            reader.get_parameter("weight")[:, : DIGIT.classes] *= temperatures[DIGIT.name]
+            reader.weight[:, : DIGIT.classes] *= temperatures[DIGIT.name]
 
 
 def _example_rows(device: torch.device) -> tuple[Tensor, Tensor]:
