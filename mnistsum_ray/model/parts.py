@@ -23,17 +23,21 @@ class Parts:
     """Parameters of the heads that read the digit scores."""
     last_layers: dict[str, nn.Module]
     """The last of LAYERS before the scores of each head, by the head's name."""
-    digit_readers: set[nn.Linear]
-    """Those whose first inputs are the digit scores."""
+    calls: list[tuple[nn.Module, tuple[Tensor], Tensor]]
+    """Calls of LAYERS: layer, inputs and output."""
+    digit_scores: Tensor
 
     @torch.no_grad()
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
         """Divide the scores of each head by its temperature, in place, by changing the weights."""
+        # Here, and not when the parts are found: on fake tensors values cannot be compared.
+        digits, linear = slice(DIGIT.classes), [call for call in self.calls if isinstance(call[0], nn.Linear) and call[1]]
+        readers = {layer for layer, (given,), _ in linear if torch.equal(given[:, digits], self.digit_scores)}
         for name, layer in self.last_layers.items():
             for parameter in layer.parameters():
                 parameter.div_(temperatures[name])
-        for reader in self.digit_readers:  # they still read the digit scores as they were
-            reader.weight[:, : DIGIT.classes] *= temperatures[DIGIT.name]
+        for reader in readers:  # they still read the digit scores as they were
+            reader.get_parameter("weight")[:, digits] *= temperatures[DIGIT.name]
 
 
 def _example_rows(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -79,9 +83,7 @@ def find_parts(model: Network) -> Parts:
     if not hidden or len(last_layers) < len(HEADS):
         raise _refused("it needs an nn.Linear or nn.Conv2d as the last layer of each head, and one between the first and these")
     of_heads = [parameter for parameter in parameters.values() if parameter in set().union(*reached[1:])]
-    linear = [(layer, given) for layer, given, _ in calls if isinstance(layer, nn.Linear) and given]
-    readers = {layer for layer, (values,) in linear if torch.equal(values[:, : DIGIT.classes], digit_scores)}
-    return Parts(list(hidden), of_heads, last_layers, readers)
+    return Parts(list(hidden), of_heads, last_layers, calls, digit_scores)
 
 
 @torch.no_grad()
