@@ -107,7 +107,7 @@ def predict(
         `unsure`: why the answer may be wrong, or None.
 
     Raises:
-        ValueError: wrong shape or dtype, or a number out of range.
+        ValueError: wrong shape or dtype, a number out of range, or a batch size below 1.
         RequestError (a ValueError): there is no such picture or model, or it is not one digit darker or lighter than its
             background.
     """
@@ -116,7 +116,7 @@ def predict(
 
     from mnistsum_ray.model.inference import predict_pairs
 
-    model = _loaded(model)
+    model = _loaded(model, batch_size)
     images, numbers = np.ascontiguousarray(images), np.asarray(numbers)
     if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
         raise ValueError(f"images: must be uint8[n, 28, 28], are {images.dtype}{list(images.shape)}")
@@ -133,7 +133,7 @@ def embed(model: Model, images: Pixels, batch_size: int = 64) -> npt.NDArray[np.
     from mnistsum_ray.model.parts import find_parts
 
     features: list[npt.NDArray[np.float32]] = []
-    hooked = deepcopy(_loaded(model))  # other threads may predict with the model meanwhile
+    hooked = deepcopy(_loaded(model, batch_size))  # other threads may predict with the model meanwhile
     layer = find_parts(hooked.requires_grad_()).last_layers[DIGIT.name]
     layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1).cpu().numpy()))
     predict(hooked, images, np.zeros(len(images), np.int64), batch_size)
@@ -143,7 +143,7 @@ def embed(model: Model, images: Pixels, batch_size: int = 64) -> npt.NDArray[np.
 def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int, prepare: bool) -> PicturePrediction:
     if number not in range(NUMBERS):
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
-    model = _loaded(model)
+    model = _loaded(model, 1)
     prepared = prepare_picture(picture, model.background, prepare=prepare)
     numbers = np.array([int(number)])
     found = predict(model, prepared.pixels[None], numbers, batch_size=1, probabilities=True)
@@ -183,7 +183,7 @@ def predict_rows(
         TypeError: `rows` is something else.
         ValueError: a column is missing, has a type that cannot be read, or has the name of one that is added.
     """
-    model = _loaded(model)
+    model = _loaded(model, batch_size)
     data: Any = rows
     if _is_a(data, "ray.data", "Dataset"):
         from mnistsum_ray.cluster.ray_internals import in_order
@@ -235,7 +235,9 @@ def _predicted_columns(model: "Network", frame: Any, image: str, number: str, ba
     return predictions.to_arrow(numbers, bad) | {_REASON: pa.array(reasons, pa.string())}
 
 
-def _loaded(model: Model) -> "Network":
+def _loaded(model: Model, batch_size: int) -> "Network":
+    if batch_size < 1:
+        raise ValueError(f"batch_size: must be at least 1, is {batch_size}")
     return load_model(model) if isinstance(model, str | Path) else model
 
 

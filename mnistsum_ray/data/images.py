@@ -59,11 +59,8 @@ def pixels_array(images: Pixels) -> pa.FixedSizeBinaryArray:
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """A table's column as one array, without a copy where it has one chunk."""
-    if column.num_chunks == 1:
-        return column.chunk(0)  # `combine_chunks` would copy it
-    combined = column.combine_chunks()
-    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
+    """A table's column as one array, without a copy where it has one chunk: `combine_chunks` would copy it."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def image_type_error(kind: pa.DataType) -> str | None:

@@ -56,13 +56,9 @@ def list_inputs(
 ) -> Inputs:
     """List the files that the values of a flag name: files, globs, and folders, of which all Parquet files are taken.
 
-    Args:
-        texts: the values.
-        output: folder that must be separate from them.
-        none: says in the message that there is no file.
-
     Raises:
-        RequestError: a named file or folder does not exist, there is no Parquet file, or the output is inside the input.
+        RequestError: a named file or folder does not exist, there is no Parquet file (`none` says so), or the output is inside
+            the input.
     """
     values = [_Value(text, flag) for text in texts]
     root = _common_root(values, flag).with_retries()

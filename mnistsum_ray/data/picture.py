@@ -81,10 +81,13 @@ def prepare_picture(picture: str | Path | Image.Image, background: int = 0, *, p
         RequestError: there is no such file, it is no picture, it is not to be prepared and not 28 x 28, or what is drawn on it is
             not one digit that stands out.
     """
-    name, opened = ("the picture", picture) if isinstance(picture, Image.Image) else _open(str(picture))
+    name, data = ("the picture", b"") if isinstance(picture, Image.Image) else _read(str(picture))
     try:
+        opened = picture if isinstance(picture, Image.Image) else Image.open(io.BytesIO(data), formats=_FORMATS)
         image = ImageOps.exif_transpose(opened)
         grey, kind = _brightness(image)
+    except UnidentifiedImageError:
+        raise RequestError(f"{name}: is no picture of a known format ({', '.join(_FORMATS)}); convert it to PNG") from None
     except Exception as error:  # Pillow's decoders raise many types
         raise RequestError(f"{name}: cannot be read as a picture ({one_line(error)}); save it again") from None
     what, paper = f"{image.width}x{image.height} {kind}", background_of(grey)
@@ -106,24 +109,17 @@ def prepare_picture(picture: str | Path | Image.Image, background: int = 0, *, p
     return PreparedPicture(np.abs(background - _centre(np.asarray(drawn)).astype(int)).astype(np.uint8), how, doubts)
 
 
-def _open(text: str) -> tuple[str, Image.Image]:
-    """The name of a file or URI, and the picture in it, whose pixels are not decoded yet."""
+def _read(text: str) -> tuple[str, bytes]:
+    """The name of a file or URI, and its bytes."""
     place = locate_existing(text, "picture")
     try:
         if place.is_local and not Path(place.path).is_file():  # to read a pipe would wait for ever
             raise MissingFileError
-        data = place.read_bytes()
-        return place.display, Image.open(io.BytesIO(data), formats=_FORMATS)
+        return place.display, place.read_bytes()
     except MissingFileError:
         raise RequestError(f"{place.display}: there is no such file; a pipe, a device or a folder is none") from None
     except StorageError as error:
         raise RequestError(str(error)) from None
-    except UnidentifiedImageError:
-        raise RequestError(
-            f"{place.display}: is no picture of a known format ({', '.join(_FORMATS)}); convert it to PNG"
-        ) from None
-    except Exception as error:  # Pillow raises many types, also before it decodes pixels
-        raise RequestError(f"{place.display}: cannot be read ({one_line(error)})") from None
 
 
 def _brightness(image: Image.Image) -> tuple[Floats, str]:

@@ -1,4 +1,4 @@
-"""The device that this process computes on: its settings, arrays as tensors there, and questions about the hardware."""
+"""What this process computes on and with: the device, its settings, arrays as tensors there, and the other training workers."""
 
 import ctypes
 import os
@@ -8,7 +8,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from mnistsum_ray.model.cpu import cpu_faster_with_bf16, describe_cpu
 
@@ -63,6 +64,32 @@ def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     tensor = torch.empty(values.shape, dtype=dtype, pin_memory=device.type == "cuda")
     np.copyto(tensor.numpy(), values)
     return tensor.to(device, non_blocking=True)
+
+
+def _several_workers() -> bool:
+    # NCCL makes its communicator in the first collective: with one worker, which needs none, it would take 1 to 2 s and memory.
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Element-wise sum of a tensor over all workers, on every worker, as a new tensor."""
+    values = values.clone()
+    if _several_workers():
+        dist.all_reduce(values)
+    return values
+
+
+def broadcast_state(module: nn.Module) -> None:
+    """Copy the parameters and buffers of rank 0 to all workers, in place.
+
+    Different CPUs or GPUs round differently, so copies of the network may differ in the last bits after an epoch. Without this
+    they would drift apart. Buffers that training changes differ anyway: each worker has seen other rows.
+    """
+    if _several_workers():
+        for value in module.state_dict().values():
+            sent = value.contiguous()
+            dist.broadcast(sent, src=0)
+            value.copy_(sent)
 
 
 def cuda_index(gpu: str, visible: str | None, count: int) -> int:

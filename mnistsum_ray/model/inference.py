@@ -36,28 +36,8 @@ class Predictions:
     probability; with labels also `<head>_nll` and `<head>_brier`, see `probability_losses`: float32, 0 for rows without one.
     Where they are asked for, also `<head>_probs` float32[n, classes], the probabilities of all classes."""
 
-    @property
-    def digit(self) -> npt.NDArray[np.int8]:
-        """Most likely digit, int8[n]."""
-        return self.values["pred_digit"]
-
-    @property
-    def digit_prob(self) -> npt.NDArray[np.float32]:
-        """Probability of that digit, float32[n]."""
-        return self.values["digit_prob"]
-
-    @property
-    def sum(self) -> npt.NDArray[np.int8]:
-        """Most likely sum, int8[n]."""
-        return self.values["pred_sum"]
-
-    @property
-    def sum_prob(self) -> npt.NDArray[np.float32]:
-        """Probability of that sum, float32[n]."""
-        return self.values["sum_prob"]
-
     def __getattr__(self, name: str) -> npt.NDArray[Any]:
-        """`<head>` and `<head>_prob` of any other head, as those above, and all else in `values`."""
+        """The arrays of `values` by their names, and the most likely classes as `<head>` alone: `digit`, `sum`."""
         values = vars(self).get("values", {})  # none yet where a copy is made
         for key in (f"pred_{name}", name):
             if key in values:

@@ -1,11 +1,16 @@
-"""Metrics on rows whose digit is known: accuracies, loss, calibration, and the most confident mistakes.
+"""Metrics on rows whose digit is known: accuracies, loss, calibration, and the most confident mistakes; and temperatures.
 
 Each image is paired with every number, and not with a random one: the sum accuracy then has no luck in it. The convolutions,
 nearly all of the work, run once an image. Evaluation, calibration, error analysis and the comparison of int8 with float32 take
 their rows from `score_rows`, and count them in `AnswerCounts`.
+
+Temperatures calibrate the heads (Guo et al., "On Calibration of Modern Neural Networks", 2017): the scores (logits) of a head are
+divided by its temperature before softmax, which changes the probabilities, and not the predicted classes. Dividing the weights of
+the last layer does the same (`Parts.fold_temperatures`), so no user of the network needs to know them.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -16,13 +21,19 @@ from torch import Tensor
 
 from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.order import NUMBERS, check_row_counts, mix_ids
-from mnistsum_ray.model.collectives import all_reduce_sum
+from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.heads import HEADS, SUM
 from mnistsum_ray.model.network import Network, Scores
 from mnistsum_ray.model.reliability import Reliability
 
 MAX_MISTAKES: Final = 24
 """Most confident mistakes that are kept for the report, one an image."""
+
+_PRIOR_DEVIATION: Final = 0.5
+"""Standard deviation of the prior on log(temperature). Without it, the temperature goes to 0 if no row is predicted wrong."""
+
+_MAX_LOG_TEMPERATURE: Final = 1.5
+_SEARCH_STEPS: Final = 25
 
 LabelledRows = dict[str, Tensor]
 """Rows on the model's device: `image` uint8[n, 28, 28], `digit` int64[n] in 0..9, and `row_id` int64[n]."""
@@ -176,3 +187,42 @@ def _mistakes(batch: LabelledRows, scores: Scores) -> Iterator[dict[str, Any]]:
         number = int(numbers[row])
         given = {name: values[row, number].item() for name, values in answers.items()}
         yield {"row_id": row_ids[row], "digit": digits[row], "number": number, **given}
+
+
+def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
+    """Fit the temperature of each head, by its name, on rows that the model was not trained on."""
+    batches, classes = zip(*((scores, true_classes(batch["digit"], scores)) for batch, scores in scored), strict=True)
+    temperatures = {}
+    for index, head in enumerate(HEADS):
+        logits = torch.cat([scores[index].flatten(0, 1) for scores in batches]).cpu()
+        truth = torch.cat([of_batch[index].flatten() for of_batch in classes]).cpu()
+        temperatures[head.name] = fit_temperature(logits, truth)
+    return temperatures
+
+
+def calibrated(scored: ScoredRows, temperatures: Mapping[str, float]) -> ScoredRows:
+    """The rows with the scores of each head divided by its temperature, as `Parts.fold_temperatures` makes them."""
+    for batch, scores in scored:
+        yield batch, tuple(logits / temperatures[head.name] for head, logits in zip(HEADS, scores, strict=True))
+
+
+def fit_temperature(scores: Tensor, classes: Tensor) -> float:
+    """Fit the temperature of one head by maximum a posteriori, on logits [n, classes] and true classes int64[n].
+
+    It lies in 0.22..4.5, and is rounded to four digits, so that differences between machines mostly vanish.
+    """
+    scores = scores.double()
+
+    def cost(log_temperature: float) -> float:
+        nll = F.cross_entropy(scores * math.exp(-log_temperature), classes, reduction="sum").item()
+        return nll + (log_temperature / _PRIOR_DEVIATION) ** 2 / 2
+
+    # Golden-section search: the cost has a single minimum.
+    low, high, golden = -_MAX_LOG_TEMPERATURE, _MAX_LOG_TEMPERATURE, (math.sqrt(5) - 1) / 2
+    for _ in range(_SEARCH_STEPS):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if cost(left) < cost(right):
+            high = right
+        else:
+            low = left
+    return float(f"{math.exp((low + high) / 2):.4g}")

@@ -164,16 +164,11 @@ class TwoHeadCNN(Network):
         scores: Tensor = self.conv7(features).flatten(1)
         return scores
 
-    def sum_scores(self, digit_scores: Tensor, numbers: Tensor) -> Tensor:
-        """Sum scores (logits) [n, 19] of digit scores [n, 10] and numbers int64[n]."""
-        # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits for them.
-        one_hot = self.one_hot[numbers].to(digit_scores.dtype)
-        scores: Tensor = self.fc2(F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1))))
-        return scores
-
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
         """As of `Network`."""
-        return digit_scores, self.sum_scores(digit_scores, numbers)
+        # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits for them.
+        one_hot = self.one_hot[numbers].to(digit_scores.dtype)
+        return digit_scores, self.fc2(F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1))))
 
 
 def make_network() -> Network:

@@ -15,7 +15,7 @@ _WARM_UP: Final = 0.2
 """Share of the steps in which the learning rate rises."""
 
 _MOMENTUM: Final = 0.6
-"""Momentum of Muon."""
+"""Share of the old momentum that Muon keeps."""
 
 _ADAMW_FACTOR: Final = 0.15
 """Learning rate of AdamW as a share of Muon's."""
@@ -50,13 +50,12 @@ class Muon:
     of them, filled up with zeros, which changes no result; on CPUs, where multiplications count, those of one shape that follow
     each other.
 
-    The parameters, `matrices`, are updated in place. `momentum` is the share of the old momentum that is kept, `dtype` that of
-    the orthogonalization. In each step a parameter loses the share `weight_decay` of itself, times the learning rate.
+    The parameters, `matrices`, are updated in place. `dtype` is that of the orthogonalization. In each step a parameter loses the
+    share `weight_decay` of itself, times the learning rate.
     """
 
-    def __init__(self, matrices: Sequence[Tensor], momentum: float, weight_decay: float, dtype: torch.dtype) -> None:
+    def __init__(self, matrices: Sequence[Tensor], weight_decay: float, dtype: torch.dtype) -> None:
         self._matrices = list(matrices)
-        self._share = momentum
         self._weight_decay = weight_decay
         self._dtype = dtype
         # Steps of tall matrices are larger, so that an element moves as far as one of a wide matrix.
@@ -80,8 +79,8 @@ class Muon:
     def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
         """Update the matrices from their gradients, whose elements are in the order of the matrices'."""
         gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        self._momentum.lerp_(gradient, 1 - self._share)
-        self._stacked.index_copy_(0, self._places, gradient.lerp_(self._momentum, self._share))
+        self._momentum.lerp_(gradient, 1 - _MOMENTUM)
+        self._stacked.index_copy_(0, self._places, gradient.lerp_(self._momentum, _MOMENTUM))
         stacks = split_views(self._stacked.to(self._dtype), self._stacks)
         steps = torch.cat([orthogonalize(stack).view(-1) for stack in stacks]).float()
         updates = self._of_matrices(steps.index_select(0, self._places))
@@ -125,7 +124,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay})
         # Views: where the weights of a convolution are not channels last, this fails.
         matrices = [_channels_last(parameter.detach()).view(len(parameter), -1) for parameter in hidden]
-        self._muon = Muon(matrices, _MOMENTUM, weight_decay, dtype)
+        self._muon = Muon(matrices, weight_decay, dtype)
         self._adamw = torch.optim.AdamW(self.param_groups[1:], fused=True)
         self._share_state()
 

@@ -30,6 +30,7 @@ class Parts:
     @torch.no_grad()
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
         """Divide the scores of each head by its temperature, in place, by changing the weights."""
+        # Here, and not when the parts are found: on fake tensors values cannot be compared.
         digits, linear = slice(DIGIT.classes), [call for call in self.calls if isinstance(call[0], nn.Linear) and call[1]]
         readers = {layer for layer, (given,), _ in linear if torch.equal(given[:, digits], self.digit_scores)}
         for name, layer in self.last_layers.items():

@@ -29,18 +29,13 @@ class Progress:
     """Counts finished items, and shows how far the work is at most every UPDATE_SECONDS."""
 
     def __init__(self, show: Callable[..., None], what: str, total: int) -> None:
-        """Start counting towards `total`; `what` names the items, e.g. "rows written"; `show` is `Console.progress`."""
+        """Count towards `total`; `what` names the items, e.g. "rows written"; `show` is `Console.progress`."""
         self._show, self._what, self._total = show, what, total
         self._done = 0
         self._started = self._reported = time.monotonic()
 
     def __call__(self, count: int, working_seconds: float | None = None) -> None:
-        """Add `count` finished items.
-
-        Args:
-            count: number of items since the last call.
-            working_seconds: time that all items so far have taken, for the rate; None: the time since construction.
-        """
+        """Add `count` finished items. The rate is over `working_seconds`, if given, or else over the time since construction."""
         self._done += count
         now = time.monotonic()
         if now - self._reported < UPDATE_SECONDS and self._done < self._total:
@@ -143,13 +138,7 @@ class Console:
             self.say(event["text"])
 
     def progress(self, what: str, done: int, total: int, rate: float) -> None:
-        """Show how far some work is: by the bar, or in a log by a line now and then.
-
-        Args:
-            what: names the items, e.g. "rows written".
-            done, total: number of items.
-            rate: items per second.
-        """
+        """Show how far some work is, at `rate` items per second: by the bar, or in a log by a line now and then."""
         self._heard.set()
         if self._has_bars:
             self._draw(what, done, total)

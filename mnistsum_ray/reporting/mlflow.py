@@ -3,7 +3,6 @@
 The run folder is the record, and MLflow holds a copy. A run that could not be logged is logged later, each epoch once.
 """
 
-import json
 import os
 import shlex
 import tempfile
@@ -14,7 +13,6 @@ from typing import Any, Final
 
 import mlflow
 import numpy as np
-from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.models import infer_signature
 
 from mnistsum_ray.errors import lines_of
@@ -68,8 +66,8 @@ def _log(
         if not run.data.params:
             versions = manifest["versions"]
             tags = {f"version.{package}": number for package, number in versions.items()}
+            tags |= {f"data.{key}": manifest["data"][key] for key in ("source", "location", "sha256")}
             mlflow.set_tags(tags | ({"mlflow.source.git.commit": versions["commit"]} if "commit" in versions else {}))
-            client.log_inputs(run_id, [_dataset(manifest["data"])])
             mlflow.log_params(config)
         logged = {metric.step for metric in client.get_metric_history(run_id, "epoch/train/loss")}
         for entry in history:
@@ -122,11 +120,3 @@ def _register(name: str, folder: Location, card: dict[str, Any]) -> None:
         tags={"sha256": card["sha256"]},
         step=card["epoch"],
     )
-
-
-def _dataset(data: dict[str, Any]) -> DatasetInput:
-    """The training data: name, place, rows, and as digest the start of their SHA-256, as long as MLflow takes it."""
-    rows = {key: data[key] for key in ("train_rows", "validation_rows", "test_rows")}
-    source = json.dumps({"uri": data["location"]})
-    dataset = Dataset(data["source"], data["sha256"][:36], "uri", source, profile=json.dumps(rows))
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])

@@ -1,4 +1,4 @@
-"""Pictures of training and scoring runs as PNG and SVG, legible on a slide, on paper and at the width of a README.
+"""Pictures of training and scoring runs as PNG files, legible on a slide, on paper and at the width of a README.
 
 Each is drawn from numbers that are also in the run's JSON files. Blue is the digit and what is right, orange the sum and what is
 wrong: they differ with any kind of colour blindness, and heads also have markers of their own.
@@ -6,7 +6,6 @@ wrong: they differ with any kind of colour blindness, and heads also have marker
 
 import functools
 import io
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, Final, ParamSpec
 
@@ -15,7 +14,6 @@ import numpy.typing as npt
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -23,7 +21,6 @@ from matplotlib.ticker import MaxNLocator
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.reliability import Reliability
-from mnistsum_ray.reporting.report import Picture, wilson_interval
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"  # of the palette of Okabe and Ito
 _STYLES: Final = ((_BLUE, "o"), (_ORANGE, "s"), ("#009e73", "^"), ("#cc79a7", "v"), ("#e69f00", "P"))
@@ -41,9 +38,6 @@ _STYLE: Final[dict[Any, Any]] = {
     "legend.fontsize": 9,
     "lines.markersize": 5,
     "figure.dpi": 150,
-    "image.composite_image": False,  # an SVG then holds each image with its own pixels
-    "text.parse_math": False,  # a reason may hold a $
-    "svg.hashsalt": "mnistsum_ray",  # the same numbers give the same bytes
 }
 
 _MAX_DIFFERENCE: Final = 1.0
@@ -55,29 +49,23 @@ _ACROSS: Final = 6
 _ERROR_TICKS: Final = (0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 """Ticks of a logarithmic scale of percent."""
 
-_REASONS_DRAWN: Final = 12
-_REASON_WIDTH: Final = 60
-
 P = ParamSpec("P")
 
 
-def _picture(draw: Callable[P, Figure]) -> Callable[P, Picture]:
-    """Give a drawing function the common style, and save what it draws."""
+def _png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
+    """Give a drawing function the common style, and save what it draws as a PNG file."""
 
     @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Picture:
-        png, svg = io.BytesIO(), io.BytesIO()
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> bytes:
+        file = io.BytesIO()
         with rc_context(_STYLE):
-            figure = draw(*args, **kwargs)
-            # `savefig` would draw everything twice for each format.
-            FigureCanvasAgg(figure).print_png(png)  # type: ignore[no-untyped-call]
-            FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})  # type: ignore[no-untyped-call]
-        return Picture(png.getvalue(), svg.getvalue())
+            FigureCanvasAgg(draw(*args, **kwargs)).print_png(file)  # type: ignore[no-untyped-call]  # `savefig` draws it twice
+        return file.getvalue()
 
     return drawn
 
 
-@_picture
+@_png
 def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
     """Loss and error (100 % less the accuracy) of each head by epoch, on scales where small numbers can be told apart.
 
@@ -126,7 +114,7 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
     return figure
 
 
-@_picture
+@_png
 def draw_confusion(confusion: list[list[int]], rows: str = "test images") -> Figure:
     """Confusion matrix of the digits: `rows` by true digit (down) and predicted digit; right ones blue, mistakes orange."""
     counts = np.array(confusion)
@@ -149,7 +137,7 @@ def draw_confusion(confusion: list[list[int]], rows: str = "test images") -> Fig
     return figure
 
 
-@_picture
+@_png
 def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> Figure:
     """Wrong sums by true digit (down) and number (across); the colour compares with the wrong digits, in points of accuracy.
 
@@ -171,7 +159,7 @@ def draw_sums(sums_right: list[list[int]], confusion: list[list[int]]) -> Figure
     return _heat_map(colormaps["PuOr"](shades), texts, abs(shades - 0.5) > 0.35, title, "number", "wrong digits", beside)
 
 
-@_picture
+@_png
 def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8]) -> Figure:
     """Each mistake (entries of the manifest's error analysis) with its image, uint8[n, 28, 28], prediction and true answer."""
     title = "the most confident mistakes on test images" if mistakes else "no mistakes on test images"
@@ -187,8 +175,8 @@ def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8])
     for place, (mistake, image) in enumerate(zip(mistakes, images, strict=True)):
         x = width / 2 + (place % across - (across - 1) / 2) * cell_width
         y = 0.45 + place // across * cell_height
-        # As the data are, light or dark. `none`: an SVG holds 28 x 28 pixels, and not an enlarged picture.
-        axes.imshow(image, "gray", vmin=0, vmax=255, extent=(x - 0.55, x + 0.55, y + 1.1, y), interpolation="none")
+        # As the data are, light or dark.
+        axes.imshow(image, "gray", vmin=0, vmax=255, extent=(x - 0.55, x + 0.55, y + 1.1, y), interpolation="nearest")
         for line, (text, color) in enumerate(_answer_lines(mistake)):
             axes.text(x, y + 1.15 + 0.18 * line, text, ha="center", va="top", color=color, fontsize=9)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
@@ -207,7 +195,7 @@ def _answer_lines(answer: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-@_picture
+@_png
 def draw_reliability(heads: dict[str, Reliability]) -> Figure:
     """Reliability diagram of each head: accuracy by predicted probability, in the bins of `Reliability`, and rows by bin."""
     figure, panels = _panels(4.8, len(heads), left=0.9, down=(3, 1))
@@ -216,14 +204,9 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
         used, edges = rows > 0, np.linspace(0, 1, len(rows) + 1)
         _draw_histogram(below, rows, color, "predicted probability", rows.max())
         rows, right, probability = rows[used], right[used], np.array(head.probability)[used] / rows[used]
-        accuracy = right / rows
-        low, high = np.array([wilson_interval(*of) for of in zip(accuracy, rows, strict=True)]).reshape(-1, 2).T.clip(0, 1)
         start = edges[:-1][used].min(initial=1 - edges[1])
         axes.plot([start, 1], [start, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
-        bars = np.maximum((accuracy - low, high - accuracy), 0)  # rounding may leave -1e-17
-        axes.errorbar(
-            probability, accuracy, bars, fmt=marker, color=color, capsize=2, linewidth=1, label="accuracy, 95% interval"
-        )
+        axes.plot(probability, right / rows, marker, color=color, label="accuracy")
         ece = head.metrics()["ece"]
         axes.set_title(f"{name}" if ece is None else f"{name}: expected calibration error {ece:.4f}")
         axes.set_xlim(start - 0.02 * (1 - start), 1 + 0.02 * (1 - start))
@@ -234,7 +217,7 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
     return figure
 
 
-@_picture
+@_png
 def draw_probabilities(histograms: dict[str, list[int]]) -> Figure:
     """Histogram of a scoring run's predicted probabilities, by column: rows in bins of equal width over 0..1."""
     figure, panels = _panels(3.4, len(histograms), left=0.9)
@@ -245,26 +228,6 @@ def draw_probabilities(histograms: dict[str, list[int]]) -> Figure:
         axes.set_title(f"{column.removesuffix('_prob')}: {last_bin:.2%} of {sum(counts):,} rows above {1 - 1 / len(counts):.2f}")
         axes.set_xlim(0, 1)
     figure.text(0.1 / figure.get_figwidth(), 0.5, "rows", rotation=90, va="center")
-    return figure
-
-
-@_picture
-def draw_rejects(reasons: dict[str, int]) -> Figure:
-    """Rejected rows by reason, the most frequent first."""
-    shown = dict(list(reasons.items())[:_REASONS_DRAWN])
-    if len(reasons) > len(shown):
-        shown["other reasons"] = shown.get("other reasons", 0) + sum(list(reasons.values())[_REASONS_DRAWN:])
-    labels = [textwrap.fill(reason, _REASON_WIDTH) for reason in shown]
-    figure = Figure(figsize=(9, 0.9 + 0.45 * len(shown)), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(range(len(shown)), list(shown.values()), color=_ORANGE)
-    axes.bar_label(bars, labels=[f"{count:,}" for count in shown.values()], padding=3)
-    axes.set_yticks(range(len(shown)), labels, fontsize=9)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set(title=f"{sum(shown.values()):,} rejected rows by reason", xlabel="rows")
     return figure
 
 

@@ -1,7 +1,7 @@
 """Readable records of a run: report.html, the model card, the versions of the software; and the names of metrics.
 
 Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `card` that of model.json, `history` are the
-lines of history.jsonl, and `pictures` are by the names of their PNG files where no other key is named.
+lines of history.jsonl, and `pictures` are PNG files by their names where no other key is named.
 """
 
 import base64
@@ -10,7 +10,7 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jinja2
 
@@ -32,7 +32,7 @@ PICTURES: Final = {
     "reliability.png": "Reliability: accuracy by predicted probability",
     "mistakes.png": "The most confident mistakes",
 }
-"""Titles of the pictures by their file names in a run folder; `svg_name` gives those of their SVG files."""
+"""Titles of the pictures by their file names in a run folder."""
 
 _PIXELS: Final = 1.5
 """Pixels of a picture for each pixel of the page: text has one size in all pictures."""
@@ -42,23 +42,6 @@ _MNIST: Final = (
     "986e3361d5898d3ff6ecb3eb083623e8d05ca602b9ea76d29c095638c1126373",
 )
 """`Source.content_sha256` of full MNIST and of the sample; other data may have its format too."""
-
-
-class Picture(NamedTuple):
-    """One picture in two formats."""
-
-    png: bytes
-    svg: bytes
-
-
-def svg_name(png_name: str) -> str:
-    """Name of the SVG file beside a PNG file."""
-    return png_name.removesuffix(".png") + ".svg"
-
-
-def picture_files(pictures: dict[str, Picture]) -> dict[str, bytes]:
-    """Contents of the files of pictures, by file name."""
-    return {name: one.png for name, one in pictures.items()} | {svg_name(name): one.svg for name, one in pictures.items()}
 
 
 def versions() -> dict[str, str]:
@@ -120,7 +103,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 
 def report_page(
-    name: str, manifest: dict[str, Any], card: dict[str, Any], history: list[dict[str, Any]], pictures: dict[str, Picture]
+    name: str, manifest: dict[str, Any], card: dict[str, Any], history: list[dict[str, Any]], pictures: dict[str, bytes]
 ) -> str:
     """Render the HTML page of a finished run: results, pictures, epochs, how to score with the model, configuration."""
     intervals = {head.name: wilson_interval(card["test"][f"{head.name}_accuracy"], card["test"]["rows"]) for head in HEADS}
@@ -130,7 +113,7 @@ def report_page(
     )
 
 
-def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, Picture]) -> str:
+def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes]) -> str:
     """Render the HTML page of a scored output: counts, rejected rows with examples, frequencies, the least sure rows, pictures.
 
     `totals` are `scoring.counts.RowCounts`; `pictures` are by title.
@@ -143,11 +126,11 @@ def model_card(name: str, card: dict[str, Any], data: dict[str, Any]) -> str:
     return _render("model_card.md.j2", name=name, card=card, data=data, of_mnist=data["sha256"] in _MNIST)
 
 
-def _encoded(pictures: dict[str, Picture]) -> list[tuple[str, int, str]]:
+def _encoded(pictures: dict[str, bytes]) -> list[tuple[str, int, str]]:
     """Title, width on the page, and base64 of the PNG file, whose bytes 16 to 19 are its width."""
     return [
-        (title, round(int.from_bytes(one.png[16:20], "big") / _PIXELS), base64.b64encode(one.png).decode())
-        for title, one in pictures.items()
+        (title, round(int.from_bytes(png[16:20], "big") / _PIXELS), base64.b64encode(png).decode())
+        for title, png in pictures.items()
     ]
 
 

@@ -4,19 +4,15 @@ The usual single file grows by appending. Object stores cannot append, and a run
 A file per epoch is written whole, and replaced when the epoch is repeated. TensorBoard reads all event files of a folder.
 """
 
-import io
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-from PIL import Image
 from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
 
-from mnistsum_ray.reporting.report import Picture, epoch_end, epoch_scalars, model_scalars
+from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, model_scalars
 from mnistsum_ray.storage.folder import OutputFolder
 
 FOLDER: Final = "tensorboard"
@@ -53,17 +49,8 @@ def write_epochs(run: OutputFolder, history: list[dict[str, Any]]) -> None:
                 writer.add_scalar("train/step_loss", loss, (entry["epoch"] - 1) * steps + step, walltime=trained)
 
 
-def write_final(
-    run: OutputFolder, epoch: int, card: dict[str, Any], pictures: dict[str, Picture], config: dict[str, Any]
-) -> None:
-    """Write the event file of the finished run: the model's metrics, pictures and settings, shown under the last epoch."""
+def write_final(run: OutputFolder, epoch: int, card: dict[str, Any]) -> None:
+    """Write the event file of the finished run: the model's metrics, shown under the last epoch."""
     with _event_file(run, _name(epoch, "final")) as writer:
         for key, value in model_scalars(card).items():
             writer.add_scalar(key, value, epoch)
-        for key, drawn in pictures.items():
-            with Image.open(io.BytesIO(drawn.png)) as picture:
-                writer.add_image(key, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
-        # TensorBoard's page HPARAMS compares runs by these. `writer.add_hparams` would make a folder for them.
-        settings = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
-        for summary in hparams(settings, dict.fromkeys(model_scalars(card), 0.0)):
-            writer.file_writer.add_summary(summary)

@@ -2,7 +2,7 @@
 
 OUTPUT/predictions/, OUTPUT/rejected/      files of parts, complete under their names; data alone, so that every reader of
                                            Parquet can take the folder
-OUTPUT/files.parquet, report.html, *.png, *.svg   about the whole run, written after all predictions
+OUTPUT/files.parquet, report.html, *.png   about the whole run, written after all predictions
 OUTPUT/manifest.json                       written last: while it exists, the output is finished
 OUTPUT/_unpublished/                       the staging folder: files of parts of a run with --overwrite or --strict
 OUTPUT/_unpublished/list.parquet           they are complete: the files to move into the output, and those to delete there
@@ -25,7 +25,7 @@ from mnistsum_ray.cluster.map_files import map_files
 from mnistsum_ray.data.parquet import read_table
 from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, RunError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.reporting.report import REPORT, svg_name
+from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, folders_above, read_stamp
 from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
@@ -40,13 +40,12 @@ MANIFEST_FORMAT: Final = "mnistsum_ray.score/1"
 
 OUTPUT_PICTURES: Final = {
     "probabilities.png": "Rows by predicted probability",
-    "rejects.png": "Rejected rows by reason",
     "reliability.png": "Accuracy by predicted probability",
     "confusion.png": "Digits: confusion matrix",
 }
 """Titles of the pictures by their file names."""
 
-SUMMARIES: Final = (FILES_TABLE, *OUTPUT_PICTURES, *map(svg_name, OUTPUT_PICTURES), REPORT)
+SUMMARIES: Final = (FILES_TABLE, *OUTPUT_PICTURES, REPORT)
 """Files about the whole run. They are written after all predictions and before the manifest."""
 
 FILES_TABLE_SCHEMA: Final = pa.schema(

@@ -22,7 +22,7 @@ from mnistsum_ray.errors import (
     percent,
 )
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
-from mnistsum_ray.reporting.report import REPORT, Picture, picture_files, scored_page, versions
+from mnistsum_ray.reporting.report import REPORT, scored_page, versions
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
     FILES_TABLE,
@@ -146,7 +146,7 @@ def publish(plan: Plan, unplanned: int, files: pa.Table, counts: RowCounts, line
     drawn = _draw_pictures(counts)
     manifest = _make_manifest(plan, unplanned, counts, line)
     page = scored_page(manifest, counts, {OUTPUT_PICTURES[name]: picture for name, picture in drawn.items()})
-    summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **picture_files(drawn)}
+    summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **drawn}
     for name in SUMMARIES:
         if name in summaries:
             plan.held.write(name, summaries[name])
@@ -161,16 +161,14 @@ def publish(plan: Plan, unplanned: int, files: pa.Table, counts: RowCounts, line
         plan.held.delete_folder(STAGING)
 
 
-def _draw_pictures(counts: RowCounts) -> dict[str, Picture]:
-    """By file name. Some need rows with labels or rejected rows."""
+def _draw_pictures(counts: RowCounts) -> dict[str, bytes]:
+    """By file name. Some need rows with labels."""
     from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
 
     drawn = {"probabilities.png": pictures.draw_probabilities(counts.probabilities)}
     if counts.labelled:
         drawn["reliability.png"] = pictures.draw_reliability(counts.reliability)
         drawn["confusion.png"] = pictures.draw_confusion(counts.confusion, "labelled rows")
-    if counts.reasons:
-        drawn["rejects.png"] = pictures.draw_rejects(counts.reasons)
     return drawn
 
 

@@ -13,10 +13,9 @@ from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.data.picture import background_of
 from mnistsum_ray.errors import one_line
 from mnistsum_ray.model import int8
-from mnistsum_ray.model.calibration import calibrated, fit_temperatures
 from mnistsum_ray.model.device import hardware
 from mnistsum_ray.model.heads import DIGIT
-from mnistsum_ray.model.metrics import ScoredRows, analyse_errors, probability_metrics
+from mnistsum_ray.model.metrics import ScoredRows, analyse_errors, calibrated, fit_temperatures, probability_metrics
 from mnistsum_ray.model.network import Network, TwoHeadCNN
 from mnistsum_ray.model.parts import find_parts
 from mnistsum_ray.model.serialization import Weights, checksum, copy_weights, describe_model

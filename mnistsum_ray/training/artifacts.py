@@ -18,7 +18,7 @@ from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, Un
 from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE, read_description
 from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.model.serialization import save_model
-from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, picture_files, report_page, versions
+from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, report_page, versions
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.analysis import TrainingResult
@@ -156,9 +156,8 @@ def write_report(
         ),
         "mistakes.png": pictures.draw_mistakes(analysis["mistakes"], result.mistake_images),
     }
-    files = picture_files(drawn)
-    for name, data in files.items():
+    for name, data in drawn.items():
         held.write(name, data)
     held.write(REPORT, report_page(str(run.config.name), manifest, card, result.history, drawn).encode())
-    tensorboard.write_final(held, result.history[-1]["epoch"], card, drawn, manifest["config"])
-    return [*files, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE, MODEL_CARD))]
+    tensorboard.write_final(held, result.history[-1]["epoch"], card)
+    return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE, MODEL_CARD))]

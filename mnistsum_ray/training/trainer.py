@@ -14,7 +14,7 @@ from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, positions_of_rank, step_seed
 from mnistsum_ray.errors import RunError
-from mnistsum_ray.model.collectives import all_reduce_sum
+from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.metrics import AnswerCounts, Metrics, score_rows
 from mnistsum_ray.model.network import Objective, distort, dropout_factors, make_network, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle

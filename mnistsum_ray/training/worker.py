@@ -18,8 +18,7 @@ from ray.util.queue import Queue
 from mnistsum_ray.cluster.nodes import on_node, this_node
 from mnistsum_ray.cluster.resources import explain_worker_silence
 from mnistsum_ray.errors import counted, one_line
-from mnistsum_ray.model.collectives import all_reduce_sum
-from mnistsum_ray.model.device import disable_tf32, enable_determinism, tune_malloc
+from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.reporting.console import Console, Progress
 
 _FAILURE: Final = "failure"

@@ -124,12 +124,6 @@ def test_checksums_tell_pixels_digits_and_places_apart() -> None:
     assert len({int(row_checksums(*rows).sum()) for rows in others} | {int(whole)}) == 6
 
 
-def test_every_step_has_seeds_of_its_own() -> None:
-    purposes = (RandomStream.DROPOUT, RandomStream.SUM_HEAD)
-    steps = [(seed, epoch, step) for seed in range(3) for epoch in range(4) for step in range(300)]
-    assert len({step_seed(*step, purpose) for step in steps for purpose in purposes}) == 2 * len(steps)
-
-
 def test_pinned_values() -> None:
     """A change of these numbers is a change of every run's result."""
     example = Shuffle(RowRanges.of([0], [10]), np.array([0, 5, 10]), batch_size=2, shuffle_rows=6, seed=0)

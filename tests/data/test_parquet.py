@@ -54,25 +54,6 @@ def test_a_file_that_changes_or_goes_is_named(folder: Path) -> None:
     assert len(files.fetch(np.array([5, 250]))[1]) == 2
 
 
-@pytest.mark.parametrize(
-    ("column", "value", "said"),
-    [
-        ("image", b"\x89PNG", "4 bytes are neither 784 pixels nor a readable PNG or JPEG"),
-        ("digit", 11, "the digit is 11, not one of 0..9"),
-        ("digit", None, "the digit is null"),
-    ],
-)
-def test_a_bad_row_is_named(folder: Path, sample: pa.Table, column: str, value: object, said: str) -> None:
-    rows = sample[::50].to_pylist()
-    rows[77][column] = value
-    schema = pa.schema({"image": pa.binary(), "digit": pa.int8()})
-    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "b.parquet", row_group_size=30)
-    files = files_of(folder)
-    assert len(files.fetch(np.arange(100, 175))[1]) == 75
-    with pytest.raises(RequestError, match=rf"b\.parquet: row 77: {said}"):
-        files.fetch(np.array([178, 177, 176]))
-
-
 def test_all_bad_rows_are_counted_and_the_first_five_named(folder: Path, sample: pa.Table) -> None:
     schema = pa.schema({"image": pa.binary(), "digit": pa.int8()})
     for name, rows, change in (("a", range(90, 100), {"digit": 11}), ("b", range(2), {"image": None, "digit": None})):

@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from mnistsum_ray.data.distortion import distortions
-from mnistsum_ray.model.collectives import all_reduce_sum, broadcast_state
-from mnistsum_ray.model.device import disable_tf32
+from mnistsum_ray.model.device import all_reduce_sum, broadcast_state, disable_tf32
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.network import Network, Objective, distort, dropout_factors, make_network, pixel_places, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW

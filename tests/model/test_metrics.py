@@ -1,4 +1,4 @@
-"""Metrics, error analysis and calibration metrics equal a plain computation, and wrong row counts raise an error."""
+"""Metrics, error analysis and calibration equal a plain computation, and wrong row counts raise an error."""
 
 import json
 from typing import Any
@@ -19,14 +19,16 @@ from mnistsum_ray.model.metrics import (
     ScoredRows,
     analyse_errors,
     confidence,
+    fit_temperature,
+    fit_temperatures,
     probability_metrics,
     reliability_of,
     score_rows,
 )
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.parts import find_parts
 from mnistsum_ray.model.reliability import RELIABILITY_BINS, Reliability
 from tests.model import new_model, random_rows
-from tests.model.test_calibration import sampled
 
 ROWS = 300
 FIRST = 70_000_000
@@ -120,13 +122,20 @@ def test_most_confident_mistakes_come_first_one_an_image(model: TwoHeadCNN, rows
         probability, answer = digit_scores.softmax(1).max(1)
         of_digit, of_sums = probability * (answer != rows["digit"]), torch.zeros(ROWS)
         for number in range(10):
-            probability, answer = model.sum_scores(digit_scores, torch.full((ROWS,), number)).softmax(1).max(1)
+            probability, answer = model.scores(digit_scores, torch.full((ROWS,), number))[1].softmax(1).max(1)
             of_sums = torch.maximum(of_sums, probability * (answer != rows["digit"] + number))
     expected = torch.where(of_digit > 0, of_digit, of_sums).sort(descending=True).values[:MAX_MISTAKES].tolist()
     assert [confidence(mistake) for mistake in mistakes] == pytest.approx(expected, abs=1e-4)
     for mistake in mistakes:
         assert mistake["digit"] == rows["digit"][mistake["row_id"] - FIRST]
         assert mistake["pred_digit"] != mistake["digit"] or mistake["pred_sum"] != mistake["digit"] + mistake["number"]
+
+
+def sampled(rows: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of ten classes, and labels drawn from their distribution at this temperature."""
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(rows, 10, generator=generator)
+    return scores, (scores / temperature).softmax(1).multinomial(1, generator=generator).squeeze(1)
 
 
 def probability_metrics_by_definition(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -150,6 +159,32 @@ def test_probability_metrics_equal_their_definitions_and_parts_add_up() -> None:
         total.add(Reliability(**json.loads(json.dumps(sums))))
     assert total.metrics() == pytest.approx(probability_metrics_by_definition(scores, labels), rel=1e-4)
     assert (sum(total.rows), type(total.rows[0]), type(total.nll)) == (3_000, int, float)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_fit_recovers_the_temperature_of_the_labels_and_minimizes_the_loss(temperature: float) -> None:
+    scores, labels = sampled(20_000, temperature)
+    fitted = fit_temperature(scores, labels)
+    assert fitted == pytest.approx(temperature, rel=0.03)
+    losses = [F.cross_entropy(scores.double() / (fitted * factor), labels).item() for factor in (1, 1.02, 1 / 1.02)]
+    assert losses[0] == min(losses)
+
+
+def test_temperature_is_bounded_if_no_row_is_wrong() -> None:
+    labels = torch.arange(500) % 10
+    assert 0.22 < fit_temperature(12 * F.one_hot(labels, 10).float(), labels) <= 1.0
+
+
+@torch.no_grad()
+def test_folded_temperatures_divide_the_scores(scored: ScoredRows) -> None:
+    model, (images, _, numbers) = new_model().eval(), random_rows(100)
+    before = model(prepare_images(images), numbers)
+    temperatures = fit_temperatures(scored)
+    find_parts(model).fold_temperatures(temperatures)
+    assert all(abs(temperature - 1) > 0.01 for temperature in temperatures.values())
+    for head, scores, folded in zip(HEADS, before, model(prepare_images(images), numbers), strict=True):
+        torch.testing.assert_close(folded, scores / temperatures[head.name], rtol=1e-5, atol=1e-5)
+    assert all(model.get_parameter(f"conv{index}.weight").is_contiguous(memory_format=torch.channels_last) for index in (1, 7))
 
 
 def test_a_head_is_refused_where_its_target_has_other_classes() -> None:

@@ -1,11 +1,14 @@
-"""The network equals the original, and its optimized paths equal the plain ones."""
+"""The network equals the original, and its optimized paths equal the plain ones; its loss and dropout are those defined."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.model.network import Objective, TwoHeadCNN, dropout_factors, joint_loss, prepare_images
 from tests.model import new_model, random_rows
+
+ROWS = 8
 
 
 def reference(model: TwoHeadCNN, x: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,28 +29,88 @@ def reference(model: TwoHeadCNN, x: torch.Tensor, numbers: torch.Tensor) -> tupl
 
 @torch.no_grad()
 def test_the_network_is_the_original_with_one_number_and_with_all() -> None:
-    model, (images, _, numbers) = new_model(), random_rows(8)
+    model, (images, _, numbers) = new_model(), random_rows(ROWS)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 220_125
     x = prepare_images(images)
     for ours, theirs in zip(model(x, numbers), reference(model, x, numbers), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     digit, total = model.scores_of_all_numbers(model.digit_scores(x))
     for number in range(10):
-        alone = model(x, torch.full((8,), number))
+        alone = model(x, torch.full((ROWS,), number))
         torch.testing.assert_close(digit[:, 0], alone[0])
         torch.testing.assert_close(total[:, number], alone[1], rtol=1e-5, atol=1e-5)
 
 
-def test_images_are_normalized_as_model_json_says() -> None:
-    x = prepare_images(torch.tensor([0, 255], dtype=torch.uint8).repeat(1, 392).view(1, 28, 28))
+def test_images_are_normalized_as_model_json_says_and_pixels_of_another_type_are_refused() -> None:
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).repeat(1, 392).view(1, 28, 28)
+    x = prepare_images(pixels)
     assert (x.dtype, x.shape) == (torch.float32, (1, 1, 28, 28))
     expected = torch.tensor([(0 - 0.1307) / 0.3081, (1 - 0.1307) / 0.3081])
     torch.testing.assert_close(torch.stack([x.min(), x.max()]), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_pixels_of_another_type_are_refused_and_not_changed() -> None:
-    images = random_rows(2)[0].float()
-    before = images.clone()
     with pytest.raises(TypeError, match=r"^images: must be uint8, 0 background, 255 ink; are float32$"):
-        prepare_images(images)
-    assert torch.equal(images, before)
+        prepare_images(pixels.float())
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prepared images, numbers and digits."""
+    images, digits, numbers = random_rows(ROWS)
+    return prepare_images(images), numbers, digits
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
+    def factors(seed: int) -> torch.Tensor:
+        return dropout_factors(200, (128, 3, 3), 0.25, torch.Generator().manual_seed(seed))
+
+    drawn = factors(0)
+    assert drawn.shape == (200, 128, 3, 3)
+    assert drawn.is_contiguous(memory_format=torch.channels_last)
+    assert (drawn == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
+    torch.testing.assert_close(drawn[drawn != 0], torch.full_like(drawn[drawn != 0], 1 / 0.75))
+    assert torch.equal(factors(0), drawn)
+    assert (factors(1) != drawn).float().mean() > 0.3
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_mean_of_the_heads_and_reported_without_smoothing(smoothing: float) -> None:
+    model = new_model()
+    images, numbers, digits = rows()
+
+    def by_definition(smoothing: float) -> float:
+        loss = 0.0
+        for scores, head in zip(model(images, numbers), HEADS, strict=True):
+            targets = (1 - smoothing) * F.one_hot(head.target(digits, numbers), head.classes) + smoothing / head.classes
+            loss -= (targets * scores.log_softmax(1)).sum().item() / len(HEADS)
+        return loss
+
+    loss, reported = Objective(model, smoothing, torch.float32)(images, numbers, digits, None)
+    assert (loss.item(), reported.item()) == pytest.approx((by_definition(smoothing), by_definition(0.0)), rel=1e-5)
+    assert not reported.requires_grad
+    empty, _ = Objective(model, smoothing, torch.float32)(images[:0], numbers[:0], digits[:0], None)
+    assert empty.item() == 0.0
+    gradients = torch.autograd.grad(empty, list(model.parameters()))
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_bf16_is_autocast_and_gradients_are_float32_also_where_the_compiler_follows() -> None:
+    """Followed as one graph, and not compiled, which takes a minute: the bits are those of the same operations one by one."""
+    model, batch = new_model(), rows()
+    exact, _ = Objective(model, 0.05, torch.float32)(*batch, None)
+    objective = Objective(model, 0.05, torch.bfloat16)
+    gradients = []
+    for function in (objective, torch.compile(objective, backend="eager", dynamic=False, fullgraph=True)):
+        loss, _ = function(*batch, None)
+        assert loss.item() != exact.item()
+        assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for parameter, ours, compiled in zip(model.parameters(), *gradients, strict=True):
+        assert (ours.dtype, ours.stride()) == (torch.float32, parameter.stride())
+        torch.testing.assert_close(compiled, ours)
+
+
+def test_dropout_multiplies_the_input_of_the_last_convolution() -> None:
+    model = new_model()
+    images, numbers, digits = rows()
+    _, reported = Objective(model, 0.0, torch.float32)(images, numbers, digits, torch.zeros(ROWS, 128, 3, 3))
+    assert model.conv7.bias is not None
+    expected, _ = joint_loss(model.scores(model.conv7.bias.expand(ROWS, 10), numbers), digits, numbers)
+    assert reported.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -44,7 +44,7 @@ def test_muon_is_that_of_pytorch() -> None:
     shapes = [(64, 288), (64, 576), (64, 576), (128, 576), (128, 20)]
     ours = [torch.randn(shape, generator=generator) for shape in shapes]
     theirs = [torch.nn.Parameter(matrix.clone()) for matrix in ours]
-    optimizer = Muon(ours, momentum=0.6, weight_decay=0.3, dtype=torch.bfloat16)
+    optimizer = Muon(ours, weight_decay=0.3, dtype=torch.bfloat16)
     other = torch.optim.Muon(theirs, lr=0.1, momentum=0.6, weight_decay=0.3)
     for _ in range(3):
         gradients = [torch.randn(shape, generator=generator) for shape in shapes]

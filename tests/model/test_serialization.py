@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,21 +41,9 @@ def test_a_model_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_reader_between_two_publications_finds_a_whole_model(tmp_path: Path) -> None:
-    """Also one that was killed between the two files: the description is in the file of the weights."""
-    place, found, ended = save(tmp_path), set[int](), threading.Event()
-
-    def read() -> None:
-        while not ended.is_set():
-            found.add(load_model(place)[1]["epoch"])
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    for seed in range(1, 12):
-        save(tmp_path, seed)
-    ended.set()
-    reader.join()
-    assert len(found) > 1
-    other = json.loads((tmp_path / "model.json").read_text()) | {"sha256": "of other weights"}
+    """As one that was killed between the two files leaves it: the description is in the file of the weights."""
+    place = save(tmp_path, 11)
+    other = json.loads((tmp_path / "model.json").read_text()) | {"sha256": "of other weights", "epoch": 12}
     (tmp_path / "model.json").write_text(json.dumps(other))
     assert load_model(place)[1]["epoch"] == 11
 
@@ -102,10 +89,9 @@ def without_end(file: Path) -> None:
         (without_end, "is larger than any file of this program"),
         (lambda file: file.write_bytes(b"PK"), "model.safetensors cannot be used"),
         (lambda file: file.write_bytes(file.read_bytes()[:-100]), "model.safetensors cannot be used"),
-        (lambda file: torch.save(weights_of(0), file), "model.safetensors cannot be used"),
         (lambda file: file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1"), "the SHA-256 of its weights differs"),
     ],
-    ids=["missing", "without end", "two bytes", "cut short", "pickle", "other bytes"],
+    ids=["missing", "without end", "two bytes", "cut short", "other bytes"],
 )
 def test_what_is_not_a_model_is_refused(tmp_path: Path, damage: Callable[[Path], Any], said: str) -> None:
     place = save(tmp_path)

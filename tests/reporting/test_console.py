@@ -87,22 +87,14 @@ def test_progress_is_a_bar_that_fits_the_terminal(columns: int) -> None:
             assert any("rows evaluated:  25%" in frame for frame in frames), "other work has its own bar"
         console.say("a line")
         assert "a line\r\n" in written(), "above the bar"
+        console.progress("rows evaluated", 2_000, 2_000, 1000.0)
+        written()
+        console.say("evaluated")
+        assert written() == "evaluated\r\n", "finished work has no bar"
+        console.show(PROGRESS)
+        written()
         console.__exit__()
         assert not written().strip(" \r\n").replace("\x1b[A", ""), "the bar is taken away"
-
-
-def test_work_without_epochs_has_a_bar_of_its_own_which_goes_away_at_the_end() -> None:
-    with terminal(80) as (stream, written):
-        console = Console(stream)
-        console.progress("rows scored", 500, 2_000, 1000.0)
-        console.progress("rows scored", 1_500, 2_000, 1000.0)
-        text = written()
-        assert "rows scored:  25%" in text
-        assert "1500/2000" in text
-        console.progress("rows scored", 2_000, 2_000, 1000.0)
-        written()
-        console.say("scored")
-        assert written() == "scored\r\n", "no bar is moved"
 
 
 def test_silence_is_reported_until_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.reporting import pictures
 from mnistsum_ray.reporting.report import epoch_scalars
 from mnistsum_ray.reporting.tensorboard import FOLDER, write_epochs, write_final
 from tests.conftest import writable
@@ -33,7 +31,7 @@ def entry(epoch: int, loss: float = 0.5) -> dict[str, Any]:
 
 
 def read(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     return events.Reload()
 
 
@@ -57,18 +55,11 @@ def test_each_epoch_is_shown_once_as_it_was_last_trained(tmp_path: Path) -> None
     ]
 
 
-def test_metrics_of_the_model_pictures_and_settings_are_shown(tmp_path: Path) -> None:
+def test_metrics_of_the_model_are_shown_beside_those_of_the_epoch(tmp_path: Path) -> None:
     run = writable(tmp_path)
-    drawn = {"confusion.png": pictures.draw_confusion(np.eye(10, dtype=int).tolist())}
     write_epochs(run, [entry(5)])
-    write_final(run, 5, entry(3), drawn, {"seed": 7})
+    write_final(run, 5, entry(3))
     assert [path.suffix for path in sorted((tmp_path / FOLDER).iterdir())] == [".epoch", ".final"], "the order of reading"
     events = read(tmp_path / FOLDER)
     for name, accuracy in (("final/test/digit_accuracy", 0.93), ("epoch/test/digit_accuracy", 0.95)):
         assert [event.value for event in events.Scalars(name)] == [pytest.approx(accuracy)]
-    (image,) = events.Images("confusion.png")
-    assert (image.step, image.width > 600) == (5, True)
-    settings = events.PluginTagToContent("hparams")
-    assert set(settings) == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
-    assert b"seed" in settings["_hparams_/session_start_info"]
-    assert b"final/test/sum_accuracy" in settings["_hparams_/experiment"]

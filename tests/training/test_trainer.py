@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.order import RowRanges, check_row_counts, mix_ids, row_checksums
 from mnistsum_ray.errors import RowCountError
-from mnistsum_ray.model.collectives import broadcast_state
+from mnistsum_ray.model.device import broadcast_state
 from mnistsum_ray.model.network import make_network
 from mnistsum_ray.model.serialization import Weights, copy_weights
 from mnistsum_ray.storage.paths import locate
