@@ -59,7 +59,7 @@ class RowCounts(ReasonCounts):
         total = cls()
         for counts in filter(None, map(json.loads, texts)):
             sums = {head: Reliability(**of_head) for head, of_head in counts.pop("reliability").items()}
-            labels = ReasonCounts(**counts.pop("bad_labels", {}))  # earlier versions did not count them
+            labels = ReasonCounts(**counts.pop("bad_labels"))
             total.add(cls(**counts, reliability=sums, bad_labels=labels))
         return total
 
@@ -68,10 +68,8 @@ class RowCounts(ReasonCounts):
 
     def add(self, other: "RowCounts") -> None:
         """Add the counts of other rows, in place."""
-        self.consistent += other.consistent
-        self.digits = np.add(self.digits, other.digits).tolist()
-        self.numbers = np.add(self.numbers, other.numbers).tolist()
-        self.confusion = np.add(self.confusion, other.confusion).tolist()
+        for name in ("consistent", "digits", "numbers", "confusion"):
+            setattr(self, name, np.add(getattr(self, name), getattr(other, name)).tolist())
         for name, counts in other.probabilities.items():
             self.probabilities[name] = np.add(self.probabilities[name], counts).tolist()
         for head, sums in other.reliability.items():

@@ -29,16 +29,15 @@ from mnistsum_ray.scoring.output import (
     Committed,
     OutputFiles,
     all_but,
-    begun_with,
     check_folders,
-    check_overwrite,
     delete_parts,
+    follow_output,
     reconcile,
     resume,
     unpublish,
 )
-from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, REJECTED, make_tasks
-from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, int8_error, make_plan, say_failures
+from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, make_tasks
+from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
 from mnistsum_ray.scoring.publish import move_listed, publish, publish_staged, result_line, say_result
 from mnistsum_ray.storage.lock import folder_lock
 
@@ -65,13 +64,13 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
     started = time.monotonic()
     with JobMetrics("score", request.output.display) as metrics, folder_lock(request.output, "--output", console.say) as held:
         check_folders(held.place)
-        replaced = move_listed(held, console)
-        request = follow_output(request, console, begins_anew=request.config.overwrite and not replaced)
+        if move_listed(held, console) or not request.config.overwrite:
+            request = follow_output(request, console)
         resources, precision = _allocate_resources(request.config, probe, console.say)
         metrics.enter("reading")
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
-        plan, committed = resume(make_plan(request, precision, held, console), console, replaced=replaced)
+        plan, committed = resume(make_plan(request, precision, held, console), console)
         new_failures = _say_new_failures(plan.failures, committed, console)
         failures, scoring_seconds = _execute(plan, committed, resources, console, metrics)
         metrics.enter("publishing")
@@ -79,7 +78,7 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
         new_failures |= _say_new_failures(failures, committed, console)
         metrics.count("failed_files", len(new_failures))
         if plan.staged:
-            _publish_staged(plan, committed, console)
+            publish_staged(plan, committed.published, console)
 
         unchanged = not plan.staged and not committed.todo.num_rows
         output = committed.published if unchanged else OutputFiles.read(plan.output, plan, console)
@@ -98,15 +97,6 @@ def worker_request(config: ScoreConfig) -> WorkerRequest:
     """The pool of workers that a run asks for. int8 runs on CPUs."""
     workers = (config.num_workers, config.num_workers) if config.num_workers else None
     return WorkerRequest(workers, False if config.precision == "int8" else config.use_gpu, config.wait_seconds)
-
-
-def follow_output(request: Request, console: Console, *, begins_anew: bool) -> Request:
-    """The request with the precision and the rows a file that the output was begun with, where none are given."""
-    begun = {} if begins_anew else begun_with(request, console)
-    followed = {name: value for name, value in begun.items() if getattr(request.config, name) is None}
-    if followed.get("precision") == "int8" and (request.config.use_gpu or int8_error(request.card)):
-        del followed["precision"]  # the run is refused, and the message says how the output was begun
-    return replace(request, config=request.config.model_copy(update=followed))
 
 
 def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[[str], None]) -> tuple[WorkerPlan, str]:
@@ -223,22 +213,3 @@ def _drop_failed(plan: Plan, failures: dict[str, str], console: Console) -> Plan
     remaining = plan.without(failures)
     delete_parts(plan.folder, all_but(plan.parts, remaining.parts["output"])["output"].to_pylist(), console)
     return remaining
-
-
-def _publish_staged(plan: Plan, committed: Committed, console: Console) -> None:
-    """Publish what is staged, if all rows are there and neither `--overwrite` nor `--strict` forbids it; else raise RunError."""
-    output, published = OutputFiles.read(plan.folder.place, plan, console), committed.published.stamps
-    staged, counts = output.stamps, output.counts
-    files = reconcile(plan, staged if plan.overwrite else pa.concat_tables([staged, published]))
-    if plan.overwrite:
-        check_overwrite(plan, published)
-    else:
-        counts.add(committed.published.counts)
-    rejected, failed = pc.sum(files["rejected"]).as_py() or 0, len(plan.failures)
-    if plan.config.strict and (rejected or failed):
-        text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
-        if counts.examples:
-            place = (plan.folder.place if pc.any(pc.greater(staged["rejected"], 0)).as_py() else plan.output) / REJECTED
-            text += f" below {plan.inputs.root.display}: {counts.describe()}; all: {place.display}"
-        raise RunError(text)
-    publish_staged(plan, staged, published, console)

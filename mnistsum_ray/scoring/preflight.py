@@ -101,11 +101,10 @@ class Plan(Request):
     @property
     def spec(self) -> str:
         """The model and settings that determine the predictions, as JSON. One output holds predictions of one spec."""
-        flags = ("precision", "image-column", "number-column", "label-column")
-        settings = {flag: getattr(self.config, flag.replace("-", "_")) for flag in flags} | {"precision": self.precision}
-        settings |= {"probabilities": True} if self.config.probabilities else {}  # earlier outputs do not have this key
-        spec = {"model": self.card["sha256"], **settings, "prediction_columns": PREDICTION_FIELDS.names, "int8": self.int8_maxima}
-        return json.dumps(spec)
+        flags = ("image-column", "number-column", "label-column", "probabilities")
+        settings = {flag: getattr(self.config, flag.replace("-", "_")) for flag in flags}
+        spec = {"model": self.card["sha256"], "precision": self.precision, **settings}
+        return json.dumps(spec | {"prediction_columns": PREDICTION_FIELDS.names, "int8": self.int8_maxima})
 
     @property
     def failures(self) -> dict[str, str]:

@@ -12,15 +12,7 @@ import pyarrow.compute as pc
 
 from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.parquet import read_table, to_parquet
-from mnistsum_ray.errors import (
-    ExistingFileError,
-    MissingFileError,
-    RequestError,
-    RunError,
-    UnusableFileError,
-    counted,
-    percent,
-)
+from mnistsum_ray.errors import MissingFileError, RequestError, RunError, UnusableFileError, counted, percent
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.report import REPORT, Picture, picture_files, scored_page, versions
 from mnistsum_ray.scoring.counts import RowCounts
@@ -30,8 +22,10 @@ from mnistsum_ray.scoring.output import (
     MANIFEST,
     MANIFEST_FORMAT,
     OUTPUT_PICTURES,
-    SUMMARIES,
+    OutputFiles,
+    check_overwrite,
     files_below,
+    reconcile,
     unpublish,
 )
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
@@ -39,8 +33,7 @@ from mnistsum_ray.scoring.preflight import STAGING, Plan
 from mnistsum_ray.storage.folder import OutputFolder
 
 _LIST_SCHEMA: Final = pa.schema({"file": pa.string(), "change": pa.string()})
-"""`output.LIST`: files to move from the staging folder to the output (`add`, or with `--overwrite` `replace`), and those to
-`delete` in the output."""
+"""`output.LIST`: files to `move` from the staging folder into the output, and those to `delete` there."""
 
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""
@@ -68,17 +61,30 @@ def result_line(plan: Plan, files: pa.Table, counts: RowCounts, resumed_rows: in
     } | (counts.accuracies() if plan.config.label_column else {})
 
 
-def publish_staged(plan: Plan, staged: pa.Table, published: pa.Table, console: Console) -> None:
-    """List the files of a complete staging folder, and move them into the output.
+def publish_staged(plan: Plan, published: OutputFiles, console: Console) -> None:
+    """List the files of the staging folder, which marks that as complete, and move them into the output.
 
-    `staged` are `output.OutputFiles.stamps` of the staging folder, and `published` those of the output when the run began.
-    `--overwrite` deletes the files of these where none of the same name is moved.
+    `published` was there when the run began. `--overwrite` deletes its files where none of the same name is moved.
+
+    Raises:
+        RunError: rows are missing, or `--overwrite` or `--strict` forbids it.
     """
-    moved = dict.fromkeys(_files_of(staged), "replace" if plan.overwrite else "add")
-    deleted = dict.fromkeys(sorted({*_files_of(published)} - {*moved}), "delete") if plan.overwrite else {}
-    changes = moved | deleted
-    table = pa.table({"file": list(changes), "change": list(changes.values())}, _LIST_SCHEMA)
-    plan.folder.create(LIST, to_parquet(table))
+    staged = OutputFiles.read(plan.folder.place, plan, console)
+    stamps, counts, replaced = staged.stamps, staged.counts, list[str]()
+    if plan.overwrite:
+        check_overwrite(plan, published.stamps)
+        replaced = _files_of(published.stamps)
+    else:
+        stamps = pa.concat_tables([stamps, published.stamps])
+        counts.add(published.counts)
+    rejected, failed = pc.sum(reconcile(plan, stamps)["rejected"]).as_py() or 0, len(plan.failures)
+    if plan.config.strict and (rejected or failed):
+        text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
+        if rejected:
+            text += f" below {plan.inputs.root.display}: {counts.describe()}; all: in folders {REJECTED} of {plan.output.display}"
+        raise RunError(text)
+    changes = dict.fromkeys(replaced, "delete") | dict.fromkeys(_files_of(staged.stamps), "move")
+    plan.folder.create(LIST, to_parquet(pa.table([list(changes), list(changes.values())], _LIST_SCHEMA)))
     move_listed(plan.held, console)
 
 
@@ -92,10 +98,7 @@ def move_listed(held: OutputFolder, console: Console) -> bool:
     """Move the files of a complete staging folder into the output, or those that a killed run has left; none without a list.
 
     The manifest is deleted first, and created after all files are there. The list stays until then: after a kill the same command
-    goes on and scores nothing.
-
-    Returns:
-        Whether the files are those of a run with `--overwrite`, which have replaced the output.
+    goes on and scores nothing. Returns whether there is a list.
 
     Raises:
         RequestError: the list is damaged.
@@ -109,56 +112,44 @@ def move_listed(held: OutputFolder, console: Console) -> bool:
         return False
     except UnusableFileError as error:
         raise RequestError(f"--output {held.place.display}: {STAGING}/{LIST} {error}; remove {STAGING}") from None
-    staged = {name for name, _ in files_below(staging.place, console)}
-    published = {name for name, _ in files_below(held.place, console)}
-    moves: dict[str, list[str]] = {REJECTED: [], PREDICTIONS: []}  # in this order, as they are committed
-    deleted = []
-    for row in listed.to_pylist():
-        name = row["file"] or ""
-        folder = name.partition("/")[0]
-        # Only files of parts that are there: no name in a damaged list leads to another file.
-        if row["change"] != "delete" and name in staged and folder in moves:
-            moves[folder].append(name)
-        elif row["change"] == "delete" and name in published and folder in moves:
-            deleted.append(name)
-    count = sum(map(len, moves.values())) + len(deleted)
-    if count:
+
+    def there(change: str, folder: OutputFolder, top: str) -> list[str]:
+        """The files to change that exist in a folder: no name in a damaged list leads to another file."""
+        names = [f"{top}/{name}" for name, _ in files_below(folder.place / top, console)]
+        changed = pc.and_(pc.equal(listed["change"], change), pc.is_in(listed["file"], pa.array(names, pa.string())))
+        return listed["file"].filter(changed).to_pylist()  # type: ignore[no-any-return]
+
+    moved = [there("move", staging, top) for top in (REJECTED, PREDICTIONS)]  # in this order, as they are committed
+    deleted = [name for top in (REJECTED, PREDICTIONS) for name in there("delete", held, top)]
+    if count := sum(map(len, (*moved, deleted))):
         console.say(
             f"publishing: {counted(count, 'file')} moved from {staging.place.display}, or deleted where they are replaced"
         )
         progress = Progress(console.progress, "files published", count)
         unpublish(held)
-        move = partial(staging.move, target=held)
         with ThreadPoolExecutor(_MOVE_THREADS) as pool:
-            for moved in moves.values():
-                for _ in pool.map(move, moved):
+            for names in moved:
+                for _ in pool.map(partial(staging.move, target=held), names):
                     progress(1)
         held.delete_files(deleted, progress)
-    return "replace" in listed["change"].to_pylist()
+    return True
 
 
 def publish(plan: Plan, unplanned: int, files: pa.Table, counts: RowCounts, line: dict[str, Any]) -> None:
     """Write the files about the run, and the manifest last.
 
     Raises:
+        ExistingFileError: another run has finished the output meanwhile.
         RunError: another run holds the output.
     """
     drawn = _draw_pictures(counts)
     manifest = _make_manifest(plan, unplanned, counts, line)
     page = scored_page(manifest, counts, {OUTPUT_PICTURES[name]: picture for name, picture in drawn.items()})
-    summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **picture_files(drawn)}
-    for name in SUMMARIES:
-        if name in summaries:
-            plan.held.write(name, summaries[name])
-        else:
-            plan.held.delete(name)  # an earlier run may have drawn it
-    plan.held.delete(MANIFEST)  # of a run that had nothing more to score
-    try:
-        plan.held.create(MANIFEST, manifest)
-    except ExistingFileError as error:
-        raise RunError(f"--output {error}: another run has finished it meanwhile; run the command again") from None
-    if (plan.held.place / STAGING / LIST).exists():
-        plan.held.delete_folder(STAGING)
+    unpublish(plan.held)  # what a run has left that had nothing more to score
+    for name, data in {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **picture_files(drawn)}.items():
+        plan.held.write(name, data)
+    plan.held.create(MANIFEST, manifest)
+    plan.held.delete_folder(STAGING)
 
 
 def _draw_pictures(counts: RowCounts) -> dict[str, Picture]:
