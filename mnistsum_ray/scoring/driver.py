@@ -26,11 +26,11 @@ from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult
 from mnistsum_ray.scoring.output import (
-    Committed,
     OutputFiles,
     all_but,
     check_folders,
     delete_parts,
+    earlier_failures,
     follow_output,
     reconcile,
     resume,
@@ -70,26 +70,27 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
         metrics.enter("reading")
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
-        plan, committed = resume(make_plan(request, precision, held, console), console)
-        new_failures = _say_new_failures(plan.failures, committed, console)
-        failures, scoring_seconds = _execute(plan, committed, resources, console, metrics)
+        plan, published, todo = resume(make_plan(request, precision, held, console), console)
+        named = {} if plan.overwrite else earlier_failures(plan.output)
+        new_failures = _say_new_failures(plan.failures, named, console)
+        failures, scoring_seconds = _execute(plan, todo, resources, console, metrics)
         metrics.enter("publishing")
         plan = _drop_failed(plan, failures, console)
-        new_failures |= _say_new_failures(failures, committed, console)
+        new_failures |= _say_new_failures(failures, named, console)
         metrics.count("failed_files", len(new_failures))
         if plan.staged:
-            publish_staged(plan, committed.published, console)
+            publish_staged(plan, published, console)
 
-        unchanged = not plan.staged and not committed.todo.num_rows
-        output = committed.published if unchanged else OutputFiles.read(plan.output, plan, console)
-        files, counts = reconcile(plan, output.stamps), output.counts
-        earlier = all_but(output.stamps.filter(output.stamps["planned"]), committed.todo["output"])
+        unchanged = not plan.staged and not todo.num_rows
+        output = published if unchanged else OutputFiles.read(plan.output, plan, console)
+        files = reconcile(plan, output.stamps)
+        earlier = all_but(output.stamps.filter(output.stamps["planned"]), todo["output"])
         resumed_rows, rejected_before = (pc.sum(earlier[name]).as_py() or 0 for name in ("rows", "rejected"))
-        line = result_line(plan, files, counts, resumed_rows, scoring_seconds)
+        line = result_line(plan, files, output.counts, resumed_rows, scoring_seconds)
         line["seconds"] = round(time.monotonic() - started, 1)
-        publish(plan, committed.unplanned, files, counts, line)
+        publish(plan, output, files, line)
         new_rejected = line["rejected_rows"] - rejected_before
-        say_result(line, counts, new_rejected, console.say)
+        say_result(line, output.counts, new_rejected, console.say)
         return ScoreResult(**line, set_aside=bool(new_rejected or new_failures))
 
 
@@ -107,23 +108,23 @@ def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[
     return plan, config.precision or ("bf16" if bf16 else "fp32")
 
 
-def _say_new_failures(failures: dict[str, str], committed: Committed, console: Console) -> dict[str, str]:
+def _say_new_failures(failures: dict[str, str], named: dict[str, str], console: Console) -> dict[str, str]:
     """Name the unusable files that no earlier run has named with the same reason, and return them."""
-    new = {name: reason for name, reason in failures.items() if committed.failures.get(name) != reason}
+    new = {name: reason for name, reason in failures.items() if named.get(name) != reason}
     say_failures(new, console.say)
     return new
 
 
 def _execute(
-    plan: Plan, committed: Committed, resources: WorkerPlan, console: Console, metrics: JobMetrics
+    plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console, metrics: JobMetrics
 ) -> tuple[dict[str, str], float]:
-    """Score the parts that are not committed.
+    """Score the parts in `todo`.
 
     Returns:
         Input files that could not be read although their footers could: name and reason. And the seconds from the start of the
         first part to the end of the last one, on the workers' clocks; 0 if there was nothing to score.
     """
-    todo_rows = pc.sum(committed.todo["rows"]).as_py() or 0
+    todo_rows = pc.sum(todo["rows"]).as_py() or 0
     resumed_rows = (pc.sum(plan.parts["rows"]).as_py() or 0) - todo_rows
     fitting_workers = inspect_cluster().workers_that_fit(resources.per_worker)
     up_to = "up to " if fitting_workers < resources.workers else ""
@@ -134,7 +135,7 @@ def _execute(
         + f"; {up_to}{counted(resources.workers, 'GPU worker' if resources.use_gpu else 'CPU worker')}, {plan.precision}"
     )
     metrics.set(rows_expected=todo_rows)
-    if not committed.todo.num_rows:
+    if not todo.num_rows:
         return {}, 0.0
     if not plan.staged:
         unpublish(plan.held)
@@ -146,7 +147,7 @@ def _execute(
     done_rows = 0
     threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()  # a second, while workers start
     with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
-        pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers, counter)
+        pipeline = _make_pipeline(plan, todo, resources, fitting_workers, counter)
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
             plan.held.check()
             if failed := report["failed"].drop_null().to_pylist():

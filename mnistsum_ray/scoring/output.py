@@ -207,25 +207,12 @@ def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["output"], outputs)))
 
 
-@dataclass(frozen=True)
-class Committed:
-    """What earlier runs have committed."""
-
-    published: OutputFiles
-    """The output folder when this run began."""
-    todo: pa.Table
-    """`parts.PLAN_SCHEMA`: the parts of the plan that are not committed."""
-    unplanned: int
-    """Number of published files whose input is not in the plan. They stay, but are not counted."""
-    failures: dict[str, str]
-    """Input files that an earlier run has reported as unusable: name and reason."""
-
-
-def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
+def resume(plan: Plan, console: Console) -> tuple[Plan, OutputFiles, pa.Table]:
     """Compare the plan with the files in the output folder and the staging folder, and delete unfinished files there.
 
     Returns:
-        The plan, which no longer replaces the output if a killed run has published all that it asks for; and what is committed.
+        The plan, which no longer replaces the output if a killed run has published all that it asks for; the output folder as it
+        was; and those of the plan's parts that are not committed (`parts.PLAN_SCHEMA`).
 
     Raises:
         RequestError: the output folder holds other files, or predictions that this run must not be mixed with.
@@ -237,18 +224,16 @@ def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
     moved = (plan.held.place / STAGING / LIST).exists()  # see `publish.move_listed`
     if moved and pc.all(published["planned"], min_count=0).as_py():
         plan = replace(plan, overwrite=False)
-    todo, unplanned, failures = plan.parts, 0, dict[str, str]()
+    todo = plan.parts
     if plan.overwrite:
         check_overwrite(plan, published)
     else:
         others = published.filter(pc.invert(published["planned"]))
         _check_compatible(plan, others)
-        unplanned = others.num_rows
-        if unplanned:
+        if others.num_rows:
             first = others["source"][0]
-            console.say(f"left as they are: {unplanned:,} output files of input that is not there now, such as {first}")
+            console.say(f"left as they are: {others.num_rows:,} output files of input that is not there now, such as {first}")
         todo = all_but(plan.parts, published["output"].filter(published["planned"]))
-        failures = _earlier_failures(plan.output)
     # Nothing is deleted before all files are known as this program's and the request has been found compatible.
     plan.held.delete_files(output.unfinished)
     if moved and (plan.staged or todo.num_rows):
@@ -260,7 +245,7 @@ def resume(plan: Plan, console: Console) -> tuple[Plan, Committed]:
         done = staged.stamps["output"].filter(staged.stamps["planned"])
         delete_parts(plan.folder, all_but(staged.stamps, done)["output"].to_pylist(), console)
         todo = all_but(todo, done)
-    return plan, Committed(output, todo, unplanned, failures)
+    return plan, output, todo
 
 
 def follow_output(request: Request, console: Console) -> Request:
@@ -293,8 +278,8 @@ def check_folders(output: Location) -> None:
             )
 
 
-def _earlier_failures(output: Location) -> dict[str, str]:
-    """The unusable files of the run that finished the output; none where it is not finished."""
+def earlier_failures(output: Location) -> dict[str, str]:
+    """The unusable files of the run that finished the output, name and reason; none where it is not finished."""
     try:
         table = read_table(output / FILES_TABLE, ["file", "status", "reason"])
     except (MissingFileError, UnusableFileError):

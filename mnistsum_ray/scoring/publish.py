@@ -38,8 +38,6 @@ _LIST_SCHEMA: Final = pa.schema({"file": pa.string(), "change": pa.string()})
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""
 
-_REASONS_ON_CONSOLE: Final = 10
-
 
 def result_line(plan: Plan, files: pa.Table, counts: RowCounts, resumed_rows: int, scoring_seconds: float) -> dict[str, Any]:
     """The fields of the job's last line, but for `seconds`; `files` is `output.FILES_TABLE_SCHEMA`.
@@ -135,16 +133,16 @@ def move_listed(held: OutputFolder, console: Console) -> bool:
     return True
 
 
-def publish(plan: Plan, unplanned: int, files: pa.Table, counts: RowCounts, line: dict[str, Any]) -> None:
-    """Write the files about the run, and the manifest last.
+def publish(plan: Plan, output: OutputFiles, files: pa.Table, line: dict[str, Any]) -> None:
+    """Write the files about the run, and the manifest last; `files` is `output.FILES_TABLE_SCHEMA`.
 
     Raises:
         ExistingFileError: another run has finished the output meanwhile.
         RunError: another run holds the output.
     """
-    drawn = _draw_pictures(counts)
-    manifest = _make_manifest(plan, unplanned, counts, line)
-    page = scored_page(manifest, counts, {OUTPUT_PICTURES[name]: picture for name, picture in drawn.items()})
+    drawn = _draw_pictures(output.counts)
+    manifest = _make_manifest(plan, output, line)
+    page = scored_page(manifest, output.counts, {OUTPUT_PICTURES[name]: picture for name, picture in drawn.items()})
     unpublish(plan.held)  # what a run has left that had nothing more to score
     for name, data in {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **picture_files(drawn)}.items():
         plan.held.write(name, data)
@@ -165,7 +163,8 @@ def _draw_pictures(counts: RowCounts) -> dict[str, Picture]:
     return drawn
 
 
-def _make_manifest(plan: Plan, unplanned: int, counts: RowCounts, line: dict[str, Any]) -> dict[str, Any]:
+def _make_manifest(plan: Plan, output: OutputFiles, line: dict[str, Any]) -> dict[str, Any]:
+    counts = output.counts
     # `at` removes the query of a URI, which may hold keys.
     places = {"model": plan.model, "input": plan.inputs.root, "output": plan.output}
     located = {name: place.at(place.path).display for name, place in places.items()}
@@ -188,7 +187,7 @@ def _make_manifest(plan: Plan, unplanned: int, counts: RowCounts, line: dict[str
         "precision": plan.precision,
         "int8": plan.card["int8"] if plan.precision == "int8" else None,
         "skipped_files": len(plan.inputs.skipped),
-        "files_of_earlier_input": unplanned,
+        "files_of_earlier_input": pc.sum(pc.invert(output.stamps["planned"])).as_py() or 0,
         "versions": versions(),
     }
 
@@ -204,10 +203,7 @@ def say_result(line: dict[str, Any], counts: RowCounts, new_rejected: int, say: 
     if line["rejected_rows"]:
         say(f"{counted(line['rejected_rows'], 'row')} rejected: see {line['output']}/{REJECTED}")
     if new_rejected:
-        reasons = list(counts.reasons.items())
-        others = sum(count for _, count in reasons[_REASONS_ON_CONSOLE:])
-        for reason, count in reasons[:_REASONS_ON_CONSOLE] + ([("other reasons", others)] if others else []):
-            say(f"  rejected: {count:,} x {reason}")
+        say(f"  rejected: {counts.describe()}")
     if line["scored_rows"]:
         say(f"sum = digit + number in {percent(counts.consistent / line['scored_rows'])} of the rows")
     if bad := counts.bad_labels.total:
