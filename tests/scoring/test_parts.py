@@ -61,15 +61,6 @@ def test_a_name_that_is_taken_hidden_or_outside_of_the_output_is_an_error() -> N
     assert {errors[name] for name in outside} == {"would be written outside of the output; rename it"}
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_file_with_the_name_of_a_folder_is_an_error_of_the_one_that_comes_later(*, reverse: bool) -> None:
-    """The folder may also be one above the last. On an object store both names may exist."""
-    names = ["deep/a-00000-of-00003.parquet/b/c.parquet", "deep/a.parquet"][:: -1 if reverse else 1]
-    _, errors = split_into_parts(input_files(*([30, 1] if reverse else [1, 30]), names=names), 10)
-    said = f"would need the name deep/a-00000-of-00003.parquet in the output, as does {names[0]}; rename it"
-    assert errors == {names[1]: said}
-
-
 @pytest.mark.parametrize(("length", "rows", "fits"), [(255, 5, True), (240, 30, True), (241, 30, False)])
 def test_a_name_that_gets_too_long_is_an_error_of_that_file(length: int, rows: int, *, fits: bool) -> None:
     name = "x" * (length - len(".parquet")) + ".parquet"

@@ -16,7 +16,7 @@ from mnistsum_ray.scoring.counts import encode_image
 from mnistsum_ray.scoring.output import OutputFiles
 from mnistsum_ray.scoring.parts import COUNTS_KEY, KEY, STAMP_FORMAT, read_stamp
 from mnistsum_ray.scoring.preflight import Plan
-from mnistsum_ray.scoring.worker import PartRows, _committed, read_parts, write_part
+from mnistsum_ray.scoring.worker import PartRows, read_parts, write_part
 from mnistsum_ray.storage.paths import locate
 from tests.scoring.conftest import CONSOLE, parts_of, plan_of, predictions, write_all
 
@@ -143,8 +143,8 @@ def test_the_files_of_a_part_and_their_stamp(written: Path) -> None:
     ]
     found = output_files(written)
     first, last = found.stamps.to_pylist()
-    fields = ("planned", "rows", "rejected", "rows_in_file", "rejected_in_file")
-    assert [[stamp[name] for name in fields] for stamp in (first, last)] == [[True, 4, 1, 3, 1], [True, 4, 4, 0, 4]]
+    fields = ("planned", "rows", "rejected")
+    assert [[stamp[name] for name in fields] for stamp in (first, last)] == [[True, 4, 1], [True, 4, 4]]
     counts = found.counts
     assert (counts.consistent, counts.digits[:4]) == (2, [1, 1, 1, 0])
     assert counts.unsure[1:] == [
@@ -169,7 +169,7 @@ def without_counts(folder: Path, **changed: Any) -> None:
     ("damage", "error"),
     [
         (lambda folder: (folder / "predictions" / NAME).write_bytes(b"PAR1 no PAR1"), "has a damaged footer"),
-        (lambda folder: (folder / "rejected" / NAME).unlink(), "has lost its rejected rows"),
+        (lambda folder: (folder / "rejected" / NAME).unlink(), "has 3 predictions and 0 rejected rows of 4 rows"),
         (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "predictions" / NAME), "is not a file of this prog"),
         (lambda folder: without_counts(folder, format=[STAMP_FORMAT]), "was written by another version of this program"),
     ],
@@ -200,14 +200,3 @@ def test_keys_in_an_object_store_uri_are_not_written(tmp_path: Path) -> None:
     assert stamp["source"] == "s3://bucket/in/a.parquet"
     for path in (tmp_path / "out").rglob("*.parquet"):
         assert b"secret" not in path.read_bytes()
-
-
-def test_an_output_of_parts_that_are_scored_again_costs_none_that_is_committed(written: Path) -> None:
-    """A process has died after the first of two parts."""
-    plan = written_plan(written.parent)
-    (written / "predictions" / NAME.replace("0-of", "1-of")).unlink()
-    reports = [_committed(plan, part, 0.0) for part in parts_of(plan)]
-    assert reports[0]
-    assert reports[0].select(["name", "rows", "rejected"]).to_pylist() == [{"name": "deep/a.parquet", "rows": 4, "rejected": 1}]
-    assert reports[1] is None
-    assert _committed(replace(plan, precision="bf16"), parts_of(plan)[0], 0.0) is None
