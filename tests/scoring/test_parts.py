@@ -13,7 +13,7 @@ from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA
 
 def input_files(*rows: int, row_bytes: int = 800, names: list[str] | None = None, group: int = 2**30) -> pa.Table:
     """Files with these numbers of rows, each in row groups of `group` rows."""
-    identity = {"size": 1, "modified": 2, "footer_sha256": "x"}
+    identity = {"size": 1, "modified": 2, "footer_sha256": "x" * 64}
     names = names or [f"f{index}.parquet" for index in range(len(rows))]
     files = [
         identity | {"name": name, "rows": count, "longest_group": min(count, group), "bytes": count * row_bytes}
