@@ -2,13 +2,13 @@
 
 import base64
 import io
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 from PIL import Image
+from pydantic import TypeAdapter
 
 from mnistsum_ray.data.images import DIGITS, Pixels, ReasonCounts
 from mnistsum_ray.data.order import NUMBERS
@@ -57,14 +57,13 @@ class RowCounts(ReasonCounts):
     def sum(cls, texts: Iterable[str]) -> "RowCounts":
         """Add up counts in JSON. Those of another version of this program are `{}` and add nothing."""
         total = cls()
-        for counts in filter(None, map(json.loads, texts)):
-            sums = {head: Reliability(**of_head) for head, of_head in counts.pop("reliability").items()}
-            labels = ReasonCounts(**counts.pop("bad_labels"))
-            total.add(cls(**counts, reliability=sums, bad_labels=labels))
+        for text in texts:
+            if text != "{}":
+                total.add(_JSON.validate_json(text))
         return total
 
     def as_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return _JSON.dump_json(self).decode()
 
     def add(self, other: "RowCounts") -> None:
         """Add the counts of other rows, in place."""
@@ -92,3 +91,6 @@ class RowCounts(ReasonCounts):
     def probability_metrics(self) -> dict[str, dict[str, Any]] | None:
         """By head `nll`, `brier`, `ece`, and the `reliability` that they follow from; None if no label is known."""
         return {head: sums.as_json() for head, sums in self.reliability.items()} if self.labelled else None
+
+
+_JSON: Final = TypeAdapter(RowCounts)

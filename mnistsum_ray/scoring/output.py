@@ -354,8 +354,6 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
     old, new = committed[key], current[key]
     if key == "model":
         return f"holds predictions of another model (SHA-256 {old[:12]}…, --model has {new[:12]}…);"
-    if key == "prediction_columns":
-        return "holds predictions with other columns, of another version of this program;"
     if key == "int8":
         return "holds predictions of the same model quantized otherwise;"
     was, has = (f"--{key} {value}" if isinstance(value, str) else f"--{key}" if value else f"no --{key}" for value in (old, new))

@@ -103,8 +103,7 @@ class Plan(Request):
         """The model and settings that determine the predictions, as JSON. One output holds predictions of one spec."""
         flags = ("image-column", "number-column", "label-column", "probabilities")
         settings = {flag: getattr(self.config, flag.replace("-", "_")) for flag in flags}
-        spec = {"model": self.card["sha256"], "precision": self.precision, **settings}
-        return json.dumps(spec | {"prediction_columns": PREDICTION_FIELDS.names, "int8": self.int8_maxima})
+        return json.dumps({"model": self.card["sha256"], "precision": self.precision, **settings, "int8": self.int8_maxima})
 
     @property
     def failures(self) -> dict[str, str]:

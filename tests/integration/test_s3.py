@@ -60,15 +60,6 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
                 one, other = (side.drop_columns(["source_file"]) for side in (one, other))
             assert one.equals(other), name
 
-    # Scored again, into a staging folder first.
-    assert score("there", overwrite=True)["resumed_rows"] == 0
-    out = roots["there"] / "out"
-    assert {info.path.removeprefix(f"{out.path}/") for info in out.files()} == {
-        *("files.parquet", "manifest.json", "probabilities.png", "probabilities.svg", "rejects.png", "rejects.svg"),
-        *("report.html", "rejected/part-00001.parquet"),
-        *(f"predictions/part-0000{index}.parquet" for index in range(4)),
-    }
-
 
 def ids_of(folder: Location) -> list[int]:
     """The row ids in all Parquet files of a folder."""
