@@ -97,7 +97,7 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     lock = FolderLock(folder / LOCK_NAME, f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}")
     refused = f"{flag} {folder.display}:"
     try:
-        held = _lock_file(lock) if folder.is_local else _Lease(folder, lock, say)
+        held = _lock_file(lock) if folder.is_local else _Lease(lock, say)
     except _HeldError as error:
         holder = f" ({error})" if str(error) else ""
         raise RequestError(f"{refused} another run{holder} is writing there; wait for it, or choose another") from None
@@ -106,7 +106,6 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
         raise RequestError(f"{refused} {LOCK_NAME} is not a file of this program; {advice}") from None
     except OSError as error:
         raise RequestError(f"{refused} cannot be written ({error.strerror or one_line(error)})") from None
-    lock.lease = held if isinstance(held, _Lease) else None
     with closing(held):
         yield OutputFolder(folder, lock)
 
@@ -143,12 +142,12 @@ def _lock_file(lock: FolderLock) -> IO[bytes]:
 class _Lease:
     """The lock of a folder in an object store, which a thread renews until it is closed."""
 
-    def __init__(self, folder: Location, lock: FolderLock, say: Callable[[str], None]) -> None:
+    def __init__(self, lock: FolderLock, say: Callable[[str], None]) -> None:
         """Take the lease: at once where there is none, else when it has not been renewed for LEASE_TTL_SECONDS.
 
         Raises _HeldError if another run renews it, or was faster.
         """
-        self._folder = OutputFolder(folder, None)
+        lock.lease = self
         self._place = lock.place
         self._holder = lock.holder
         self._renewed = 0.0
@@ -157,7 +156,7 @@ class _Lease:
         self._renew()
         with suppress(ExistingFileError):  # it exists now
             object_store.put(self._place.filesystem, self._place.path, b"")
-            self._folder.delete(LOCK_NAME)
+            object_store.delete(self._place.filesystem, [self._place.path])
             raise StorageError("the storage ignores the condition If-None-Match, so two runs could write there at once")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewed, daemon=True)
@@ -171,10 +170,10 @@ class _Lease:
         """Delete the lock, unless another run has taken it."""
         self._closed.set()
         self._thread.join()
-        with suppress(StorageError, ValueError):
+        with suppress(OSError, ValueError):
             found = self._read()
             if found and found[0] == self._holder:
-                self._folder.delete(LOCK_NAME)
+                object_store.delete(self._place.filesystem, [self._place.path])
 
     def _read(self) -> tuple[str, object_store.Version] | None:
         """Holder and version of the lock; None where there is none."""
