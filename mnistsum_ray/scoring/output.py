@@ -5,7 +5,7 @@ OUTPUT/predictions/, OUTPUT/rejected/      files of parts, complete under their 
 OUTPUT/files.parquet, report.html, *.png, *.svg   about the whole run, written after all predictions
 OUTPUT/manifest.json                       written last: while it exists, the output is finished
 OUTPUT/_unpublished/                       the staging folder: files of parts of a run with --overwrite or --strict
-OUTPUT/_unpublished/list.parquet           they are complete: the files to move into the output, and those to delete there
+OUTPUT/_unpublished/list.parquet           they are complete, and are moved into the output; names the files to delete there
 OUTPUT/_lock                               names the run that writes here
 """
 

@@ -32,8 +32,8 @@ from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.preflight import STAGING, Plan
 from mnistsum_ray.storage.folder import OutputFolder
 
-_LIST_SCHEMA: Final = pa.schema({"file": pa.string(), "change": pa.string()})
-"""`output.LIST`: files to `move` from the staging folder into the output, and those to `delete` there."""
+_LIST_SCHEMA: Final = pa.schema({"file": pa.string()})
+"""`output.LIST`: files to delete in the output, because none of the staging folder takes their place."""
 
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""
@@ -60,7 +60,7 @@ def result_line(plan: Plan, files: pa.Table, counts: RowCounts, resumed_rows: in
 
 
 def publish_staged(plan: Plan, published: OutputFiles, console: Console) -> None:
-    """List the files of the staging folder, which marks that as complete, and move them into the output.
+    """Mark the staging folder as complete, and move its files into the output.
 
     `published` was there when the run began. `--overwrite` deletes its files where none of the same name is moved.
 
@@ -68,10 +68,10 @@ def publish_staged(plan: Plan, published: OutputFiles, console: Console) -> None
         RunError: rows are missing, or `--overwrite` or `--strict` forbids it.
     """
     staged = OutputFiles.read(plan.folder.place, plan, console)
-    stamps, counts, replaced = staged.stamps, staged.counts, list[str]()
+    stamps, counts, deleted = staged.stamps, staged.counts, set[str]()
     if plan.overwrite:
         check_overwrite(plan, published.stamps)
-        replaced = _files_of(published.stamps)
+        deleted = _files_of(published.stamps) - _files_of(stamps)
     else:
         stamps = pa.concat_tables([stamps, published.stamps])
         counts.add(published.counts)
@@ -81,15 +81,14 @@ def publish_staged(plan: Plan, published: OutputFiles, console: Console) -> None
         if rejected:
             text += f" below {plan.inputs.root.display}: {counts.describe()}; all: in folders {REJECTED} of {plan.output.display}"
         raise RunError(text)
-    changes = dict.fromkeys(replaced, "delete") | dict.fromkeys(_files_of(staged.stamps), "move")
-    plan.folder.create(LIST, to_parquet(pa.table([list(changes), list(changes.values())], _LIST_SCHEMA)))
+    plan.folder.create(LIST, to_parquet(pa.table([sorted(deleted)], _LIST_SCHEMA)))
     move_listed(plan.held, console)
 
 
-def _files_of(stamps: pa.Table) -> list[str]:
+def _files_of(stamps: pa.Table) -> set[str]:
     """Names of the files of parts."""
     rejected = stamps["output"].filter(pc.greater(stamps["rejected"], 0)).to_pylist()
-    return [f"{REJECTED}/{name}" for name in rejected] + [f"{PREDICTIONS}/{name}" for name in stamps["output"].to_pylist()]
+    return {f"{PREDICTIONS}/{name}" for name in stamps["output"].to_pylist()} | {f"{REJECTED}/{name}" for name in rejected}
 
 
 def move_listed(held: OutputFolder, console: Console) -> bool:
@@ -111,24 +110,20 @@ def move_listed(held: OutputFolder, console: Console) -> bool:
     except UnusableFileError as error:
         raise RequestError(f"--output {held.place.display}: {STAGING}/{LIST} {error}; remove {STAGING}") from None
 
-    def there(change: str, folder: OutputFolder, top: str) -> list[str]:
-        """The files to change that exist in a folder: no name in a damaged list leads to another file."""
-        names = [f"{top}/{name}" for name, _ in files_below(folder.place / top, console)]
-        changed = pc.and_(pc.equal(listed["change"], change), pc.is_in(listed["file"], pa.array(names, pa.string())))
-        return listed["file"].filter(changed).to_pylist()  # type: ignore[no-any-return]
-
-    moved = [there("move", staging, top) for top in (REJECTED, PREDICTIONS)]  # in this order, as they are committed
-    deleted = [name for top in (REJECTED, PREDICTIONS) for name in there("delete", held, top)]
-    if count := sum(map(len, (*moved, deleted))):
+    moved, there = (
+        [f"{top}/{name}" for top in (REJECTED, PREDICTIONS) for name, _ in files_below(folder.place / top, console)]
+        for folder in (staging, held)
+    )
+    deleted = sorted({*there}.intersection(listed["file"].to_pylist()))  # no name in a damaged list leads to another file
+    if count := len(moved) + len(deleted):
         console.say(
             f"publishing: {counted(count, 'file')} moved from {staging.place.display}, or deleted where they are replaced"
         )
         progress = Progress(console.progress, "files published", count)
         unpublish(held)
         with ThreadPoolExecutor(_MOVE_THREADS) as pool:
-            for names in moved:
-                for _ in pool.map(partial(staging.move, target=held), names):
-                    progress(1)
+            for _ in pool.map(partial(staging.move, target=held), moved):
+                progress(1)
         held.delete_files(deleted, progress)
     return True
 
