@@ -181,6 +181,11 @@ def files_below(folder: Location, console: Console) -> Iterator[tuple[str, Entry
         yield file.path.removeprefix(folder.path).lstrip("/"), file
 
 
+def names_below(folder: Location, console: Console) -> list[str]:
+    """The names of the files below a folder that are not hidden."""
+    return [name for name, _ in files_below(folder, console) if not is_hidden(name)]
+
+
 def _is_finished(folder: Location) -> bool:
     """Whether the manifest of a run of this program is there."""
     try:
@@ -252,10 +257,9 @@ def follow_output(request: Request, console: Console) -> Request:
     """The request with the precision and the rows a file that an output with predictions of this model was begun with, where none
     are given."""
     begun: dict[str, Any] = {}
-    names = (name for name, _ in files_below(request.output / PREDICTIONS, console) if not is_hidden(name))
-    if name := next(names, None):
+    if names := names_below(request.output / PREDICTIONS, console):
         with suppress(UnusableFileError):  # `resume` refuses it
-            stamp, _, _ = read_stamp(request.output, f"{PREDICTIONS}/{name}")
+            stamp, _, _ = read_stamp(request.output, f"{PREDICTIONS}/{names[0]}")
             spec = json.loads(stamp["spec"])
             if spec["model"] == request.card["sha256"]:
                 begun = {"precision": spec["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}

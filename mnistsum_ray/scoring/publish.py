@@ -24,7 +24,7 @@ from mnistsum_ray.scoring.output import (
     OUTPUT_PICTURES,
     OutputFiles,
     check_overwrite,
-    files_below,
+    names_below,
     reconcile,
     unpublish,
 )
@@ -111,7 +111,7 @@ def move_listed(held: OutputFolder, console: Console) -> bool:
         raise RequestError(f"--output {held.place.display}: {STAGING}/{LIST} {error}; remove {STAGING}") from None
 
     moved, there = (
-        [f"{top}/{name}" for top in (REJECTED, PREDICTIONS) for name, _ in files_below(folder.place / top, console)]
+        [f"{top}/{name}" for top in (REJECTED, PREDICTIONS) for name in names_below(folder.place / top, console)]
         for folder in (staging, held)
     )
     deleted = sorted({*there}.intersection(listed["file"].to_pylist()))  # no name in a damaged list leads to another file
