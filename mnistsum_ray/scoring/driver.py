@@ -72,11 +72,12 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
         plan, published, todo = resume(make_plan(request, precision, held, console), console)
         named = {} if plan.overwrite else earlier_failures(plan.output)
-        new_failures = _say_new_failures(plan.failures, named, console)
+        say_failures(plan.failures, named, console.say)
         failures, scoring_seconds = _execute(plan, todo, resources, console, metrics)
         metrics.enter("publishing")
+        say_failures(failures, named, console.say)
         plan = _drop_failed(plan, failures, console)
-        new_failures |= _say_new_failures(failures, named, console)
+        new_failures = plan.failures.items() - named.items()
         metrics.count("failed_files", len(new_failures))
         if plan.staged:
             publish_staged(plan, published, console)
@@ -106,13 +107,6 @@ def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[
     # Without GPUs, the CPU of this machine stands in for the CPUs of the nodes that score.
     bf16 = plan.gpu.bf16 if plan.gpu else cpu_faster_with_bf16()
     return plan, config.precision or ("bf16" if bf16 else "fp32")
-
-
-def _say_new_failures(failures: dict[str, str], named: dict[str, str], console: Console) -> dict[str, str]:
-    """Name the unusable files that no earlier run has named with the same reason, and return them."""
-    new = {name: reason for name, reason in failures.items() if named.get(name) != reason}
-    say_failures(new, console.say)
-    return new
 
 
 def _execute(

@@ -9,7 +9,6 @@ OUTPUT/_unpublished/list.parquet           they are complete, and are moved into
 OUTPUT/_lock                               names the run that writes here
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -135,7 +134,7 @@ class OutputFiles:
             raise RequestError(f"--output {self.folder.display}: {self.errors[0]}; move it away, or choose another folder")
 
 
-def read_stamps(folder: Location, files: pa.Table, spec: str) -> pa.Table:
+def read_stamps(folder: Location, files: pa.Table, spec: dict[str, Any]) -> pa.Table:
     """Read the stamps of output files, and compare them with the parts that they should be.
 
     `files` has the `name` of each output, the size of its files in PREDICTIONS and in REJECTED, or null, and the `digest` of its
@@ -260,9 +259,8 @@ def follow_output(request: Request, console: Console) -> Request:
     if names := names_below(request.output / PREDICTIONS, console):
         with suppress(UnusableFileError):  # `resume` refuses it
             stamp, _, _ = read_stamp(request.output, f"{PREDICTIONS}/{names[0]}")
-            spec = json.loads(stamp["spec"])
-            if spec["model"] == request.card["sha256"]:
-                begun = {"precision": spec["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}
+            if stamp["spec"]["model"] == request.card["sha256"]:
+                begun = {"precision": stamp["spec"]["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}
     followed = {name: value for name, value in begun.items() if getattr(request.config, name) is None}
     if followed.get("precision") == "int8" and (request.config.use_gpu or int8_error(request.card)):
         del followed["precision"]  # the run is refused, and the message says how the output was begun
@@ -341,7 +339,7 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
     if file["error"]:
         return f"holds predictions of {name}, which now cannot be used ({file['error']}); repair it, or take it out of the input"
     if stamp["spec"] != plan.spec:
-        return f"{_spec_difference(json.loads(stamp['spec']), json.loads(plan.spec))} {_START_OVER}"
+        return f"{_spec_difference(stamp['spec'], plan.spec)} {_START_OVER}"
     if any(file[key] != stamp[key] for key in ("size", "modified", "footer_sha256")):
         if stamp["source"] != plan.source(name):
             return f"holds the rows of {stamp['source']} as {stamp['output']}; choose another folder, or {_START_OVER}"
@@ -358,6 +356,8 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
     old, new = committed[key], current[key]
     if key == "model":
         return f"holds predictions of another model (SHA-256 {old[:12]}…, --model has {new[:12]}…);"
+    if key == "prediction_columns":
+        return "holds predictions with other columns, of another version of this program;"
     if key == "int8":
         return "holds predictions of the same model quantized otherwise;"
     was, has = (f"--{key} {value}" if isinstance(value, str) else f"--{key}" if value else f"no --{key}" for value in (old, new))
