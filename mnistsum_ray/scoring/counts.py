@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from mnistsum_ray.data.images import DIGITS, Pixels, ReasonCounts
+from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.reliability import Reliability
 
@@ -36,6 +37,8 @@ class RowCounts(ReasonCounts):
     """Scored rows whose predicted sum is the predicted digit + number."""
     digits: list[int] = field(default_factory=lambda: [0] * DIGITS)
     """Scored rows by predicted digit."""
+    numbers: list[int] = field(default_factory=lambda: [0] * NUMBERS)
+    """Scored rows by number."""
     probabilities: dict[str, list[int]] = field(
         default_factory=lambda: {f"{head.name}_prob": [0] * PROBABILITY_BINS for head in HEADS}
     )
@@ -64,7 +67,7 @@ class RowCounts(ReasonCounts):
 
     def add(self, other: "RowCounts") -> None:
         """Add the counts of other rows, in place."""
-        for name in ("consistent", "digits", "confusion"):
+        for name in ("consistent", "digits", "numbers", "confusion"):
             setattr(self, name, np.add(getattr(self, name), getattr(other, name)).tolist())
         for name, counts in other.probabilities.items():
             self.probabilities[name] = np.add(self.probabilities[name], counts).tolist()

@@ -188,7 +188,7 @@ KEY: Final = b"mnistsum_ray.score"
 STAMP_FORMAT: Final = 8
 """Version of the stamp and of how files are split; an output of another version is refused."""
 
-COUNTS_KEY: Final = b"mnistsum_ray.counts/4"
+COUNTS_KEY: Final = b"mnistsum_ray.counts/3"
 """Key of `counts.RowCounts`, with its version. The counts are for the report alone: a file without them is resumed too."""
 
 STAMP_FIELDS: Final = (

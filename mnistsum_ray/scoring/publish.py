@@ -174,6 +174,7 @@ def _make_manifest(plan: Plan, output: OutputFiles, line: dict[str, Any]) -> dic
         "bad_labels": asdict(counts.bad_labels) if plan.config.label_column else None,
         "rows_by_probability": counts.probabilities,
         "rows_by_digit": counts.digits,
+        "rows_by_number": counts.numbers,
         "confusion": counts.confusion if counts.labelled else None,
         "probabilities": counts.probability_metrics(),
         "config": plan.config.model_dump(mode="json") | located,

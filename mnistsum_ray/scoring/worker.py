@@ -246,6 +246,7 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
         bad_labels=bad_labels,
         consistent=int(predictions.columns(numbers)[-1].sum()),
         digits=np.bincount(digits, minlength=DIGITS).tolist(),
+        numbers=np.bincount(numbers, minlength=NUMBERS).tolist(),
     )
     labels = np.full(len(good), -1) if rows.labels is None else rows.labels[good]
     known = labels >= 0

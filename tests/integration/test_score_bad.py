@@ -124,7 +124,7 @@ def test_the_page_names_bad_rows_and_shows_the_least_sure_ones(scored: Scored, s
     for reason, count in list(manifest["rejected_by_reason"].items())[:10]:
         assert f"<td>{count:,}</td><td>{reason}</td><td>" in page
     assert re.search(r"\d\d\.parquet, row \d+; \d\d\.parquet, row \d+", page), "examples"
-    assert sum(manifest["rows_by_digit"]) == scored.line["scored_rows"]
+    assert sum(manifest["rows_by_digit"]) == sum(manifest["rows_by_number"]) == scored.line["scored_rows"]
     cells = r'base64,([^"]+)"></td><td>\d</td><td>(0\.\d+)</td><td>\d</td><td>(\d\d)\.parquet, row ([\d,]+)</td>'
     shown = re.findall(cells, page)
     assert len(shown) == len({png for png, *_ in shown}) == 20, "each image once, though it is in several files"

@@ -52,7 +52,7 @@ def main(count: int, parts_of_file: int) -> Iterator[dict[str, Any]]:
     make_tasks(table, CPU_TASK_ROWS, workers=64)
     yield phase("tasks")
 
-    text = RowCounts(digits=[819] * 10, unsure=[[0.1, "a", 1, 2, 3, 4, "x" * 400]] * 5).as_json()
+    text = RowCounts(digits=[819] * 10, numbers=[819] * 10, unsure=[[0.1, "a", 1, 2, 3, 4, "x" * 400]] * 5).as_json()
     counted = {*input_names[::38]}  # one part in 500: the tasks on the cluster add up the others
     of_run = {"source": "s3://bucket/in", "rejected": 0, "spec": plan.spec, "max_rows_per_file": None}
     stamps = (row for batch in table.select(PART_SCHEMA.names).to_batches(max_chunksize=1000) for row in batch.to_pylist())

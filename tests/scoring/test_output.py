@@ -65,6 +65,7 @@ def test_all_rows_there(folder: Path) -> None:
     ((reason, count),) = counts.reasons.items()
     assert (count, counts.examples) == (1, {reason: [["a.parquet", 30]]})
     assert counts.digits == [4, *[5] * 6, 4, 4, 4]
+    assert counts.numbers == [0, 46, *[0] * 8]
     assert counts.probabilities == {name: [0] * 10 + [46] + [0] * 9 for name in PREDICTION_FIELDS.names if name.endswith("_prob")}
     assert counts.unsure == [[0.5, "a.parquet", 0, 0, 1, 1, encode_image(np.zeros((28, 28), np.uint8))]], "the same image once"
     assert counts.confusion == [[0] * 10, counts.digits, *[[0] * 10] * 8], "all labels are 1"
