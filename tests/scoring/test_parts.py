@@ -38,11 +38,25 @@ def test_parts_cover_the_rows_in_order_within_the_limit(count: int, max_rows_per
 
 
 @pytest.mark.parametrize(
-    ("group", "sizes"), [(300, [900, 900, 200]), (1000, [1000, 1000]), (1500, [1000, 1000]), (999, [999, 999, 2])]
+    ("rows", "group", "max_rows_per_file", "sizes"),
+    [
+        (2_000, 300, 1_000, [900, 900, 200]),
+        (2_000, 999, 1_000, [999, 999, 2]),
+        (2_000, 1_000, 1_000, [1_000, 1_000]),
+        (2_000, 1_500, 1_000, [1_000, 1_000]),
+        # By default a quarter of the file within limits.
+        (8_000, 1_024, None, [8_000]),
+        (20_000, 1_024, None, [8_192, 8_192, 3_616]),
+        (100_000, 1_024, None, [24_576] * 4 + [1_696]),
+        (1_000_000, 1_024, None, [32_768] * 30 + [16_960]),
+    ],
 )
-def test_parts_are_whole_row_groups_where_these_fit(group: int, sizes: list[int]) -> None:
-    parts, _ = split_into_parts(input_files(2000, group=group), 1000)
-    assert parts["rows"].to_pylist() == sizes
+def test_parts_are_whole_row_groups_where_these_fit(
+    rows: int, group: int, max_rows_per_file: int | None, sizes: list[int]
+) -> None:
+    for count in (1, 2):  # a new file changes no other's parts
+        parts, _ = split_into_parts(input_files(*[rows] * count, group=group), max_rows_per_file)
+        assert parts["rows"].to_pylist() == sizes * count
 
 
 @pytest.mark.parametrize(("row_bytes", "most"), [(2**20, 128), (2**52, 8)])
@@ -104,21 +118,6 @@ def test_a_task_of_a_gpu_is_large_whatever_an_output_file_holds() -> None:
 def test_tasks_are_longer_and_not_more_where_there_are_very_many_parts() -> None:
     parts, _ = split_into_parts(input_files(*[10**8] * 30, group=65_536), 65_536)
     assert 10_000 < len(make_tasks(parts, CPU_TASK_ROWS, workers=64)) <= 16_384
-
-
-@pytest.mark.parametrize(
-    ("rows", "sizes"),
-    [
-        (8_000, [8_000]),
-        (20_000, [8_192, 8_192, 3_616]),  # row groups are of 1,024 rows
-        (100_000, [24_576] * 4 + [1_696]),
-        (1_000_000, [32_768] * 30 + [16_960]),
-    ],
-)
-def test_by_default_a_part_is_a_quarter_of_its_file_within_limits(rows: int, sizes: list[int]) -> None:
-    for names in (["a.parquet"], ["a.parquet", "b.parquet"]):  # a new file changes no other's parts
-        parts, _ = split_into_parts(input_files(*[rows] * len(names), names=names, group=1_024), None)
-        assert parts["rows"].to_pylist() == sizes * len(names)
 
 
 @pytest.mark.slow
