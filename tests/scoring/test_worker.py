@@ -1,6 +1,7 @@
 """Reading parts: every row is read once, in order, and damaged files are reported. Written parts: columns, metadata, stamp."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.errors import RequestError, UnusableFileError
+from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.counts import encode_image
 from mnistsum_ray.scoring.output import OutputFiles
@@ -174,3 +175,12 @@ def test_counts_of_another_version_cost_only_the_report(written: Path) -> None:
     files.check()
     assert files.stamps["planned"].to_pylist() == [True, True]
     assert (files.counts.consistent, sum(files.counts.reasons.values())) == (0, 4), "those of the other file"
+
+
+def test_a_part_that_an_earlier_process_has_committed_stays_and_one_of_another_run_is_not_replaced(written: Path) -> None:
+    plan, files = written_plan(written.parent), sorted(written.rglob("*.parquet"))
+    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
+    write_all(plan)
+    with pytest.raises(StorageError, match="cannot be written: another run has written something there"):
+        write_all(replace(plan, precision="bf16"))
+    assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files] == before
