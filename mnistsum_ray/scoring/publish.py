@@ -79,7 +79,7 @@ def publish_staged(plan: Plan, published: OutputFiles, console: Console) -> None
     if plan.config.strict and (rejected or failed):
         text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
         if rejected:
-            text += f" below {plan.inputs.root.display}: {counts.describe()}; all: in folders {REJECTED} of {plan.output.display}"
+            text += f" below {plan.inputs.root.display}: {counts.describe()}; all: {REJECTED} below {plan.output.display}"
         raise RunError(text)
     plan.folder.create(LIST, to_parquet(pa.table([sorted(deleted)], _LIST_SCHEMA)))
     move_listed(plan.held, console)
