@@ -2,13 +2,13 @@
 
 import base64
 import io
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 from PIL import Image
+from pydantic import TypeAdapter
 
 from mnistsum_ray.data.images import DIGITS, Pixels, ReasonCounts
 from mnistsum_ray.data.order import NUMBERS
@@ -57,21 +57,18 @@ class RowCounts(ReasonCounts):
     def sum(cls, texts: Iterable[str]) -> "RowCounts":
         """Add up counts in JSON. Those of another version of this program are `{}` and add nothing."""
         total = cls()
-        for counts in filter(None, map(json.loads, texts)):
-            sums = {head: Reliability(**of_head) for head, of_head in counts.pop("reliability").items()}
-            labels = ReasonCounts(**counts.pop("bad_labels", {}))  # earlier versions did not count them
-            total.add(cls(**counts, reliability=sums, bad_labels=labels))
+        for text in texts:
+            if text != "{}":
+                total.add(_JSON.validate_json(text))
         return total
 
     def as_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return _JSON.dump_json(self).decode()
 
     def add(self, other: "RowCounts") -> None:
         """Add the counts of other rows, in place."""
-        self.consistent += other.consistent
-        self.digits = np.add(self.digits, other.digits).tolist()
-        self.numbers = np.add(self.numbers, other.numbers).tolist()
-        self.confusion = np.add(self.confusion, other.confusion).tolist()
+        for name in ("consistent", "digits", "numbers", "confusion"):
+            setattr(self, name, np.add(getattr(self, name), getattr(other, name)).tolist())
         for name, counts in other.probabilities.items():
             self.probabilities[name] = np.add(self.probabilities[name], counts).tolist()
         for head, sums in other.reliability.items():
@@ -94,3 +91,6 @@ class RowCounts(ReasonCounts):
     def probability_metrics(self) -> dict[str, dict[str, Any]] | None:
         """By head `nll`, `brier`, `ece`, and the `reliability` that they follow from; None if no label is known."""
         return {head: sums.as_json() for head, sums in self.reliability.items()} if self.labelled else None
+
+
+_JSON: Final = TypeAdapter(RowCounts)

@@ -26,19 +26,18 @@ from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult
 from mnistsum_ray.scoring.output import (
-    Committed,
     OutputFiles,
     all_but,
-    begun_with,
     check_folders,
-    check_overwrite,
     delete_parts,
+    earlier_failures,
+    follow_output,
     reconcile,
     resume,
     unpublish,
 )
-from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, REJECTED, WORKER_ROWS, make_tasks
-from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, int8_error, make_plan, say_failures
+from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, WORKER_ROWS, make_tasks
+from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
 from mnistsum_ray.scoring.publish import move_listed, publish, publish_staged, result_line, say_result
 from mnistsum_ray.storage.lock import folder_lock
 
@@ -65,32 +64,34 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
     started = time.monotonic()
     with JobMetrics("score", request.output.display) as metrics, folder_lock(request.output, "--output", console.say) as held:
         check_folders(held.place)
-        replaced = move_listed(held, console)
-        request = follow_output(request, console, begins_anew=request.config.overwrite and not replaced)
+        if move_listed(held, console) or not request.config.overwrite:
+            request = follow_output(request, console)
         resources, precision = _allocate_resources(request.config, probe, console.say)
         metrics.enter("reading")
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
-        plan, committed = resume(make_plan(request, precision, held, console), console, replaced=replaced)
-        new_failures = _say_new_failures(plan.failures, committed, console)
-        failures, scoring_seconds = _execute(plan, committed, resources, console, metrics)
+        plan, published, todo = resume(make_plan(request, precision, held, console), console)
+        named = {} if plan.overwrite else earlier_failures(plan.output)
+        say_failures(plan.failures, named, console.say)
+        failures, scoring_seconds = _execute(plan, todo, resources, console, metrics)
         metrics.enter("publishing")
+        say_failures(failures, named, console.say)
         plan = _drop_failed(plan, failures, console)
-        new_failures |= _say_new_failures(failures, committed, console)
+        new_failures = plan.failures.items() - named.items()
         metrics.count("failed_files", len(new_failures))
         if plan.staged:
-            _publish_staged(plan, committed, console)
+            publish_staged(plan, published, console)
 
-        unchanged = not plan.staged and not committed.todo.num_rows
-        output = committed.published if unchanged else OutputFiles.read(plan.output, plan, console)
-        files, counts = reconcile(plan, output.stamps), output.counts
-        earlier = all_but(output.stamps.filter(output.stamps["planned"]), committed.todo["output"])
+        unchanged = not plan.staged and not todo.num_rows
+        output = published if unchanged else OutputFiles.read(plan.output, plan, console)
+        files = reconcile(plan, output.stamps)
+        earlier = all_but(output.stamps.filter(output.stamps["planned"]), todo["output"])
         resumed_rows, rejected_before = (pc.sum(earlier[name]).as_py() or 0 for name in ("rows", "rejected"))
-        line = result_line(plan, files, counts, resumed_rows, scoring_seconds)
+        line = result_line(plan, files, output.counts, resumed_rows, scoring_seconds)
         line["seconds"] = round(time.monotonic() - started, 1)
-        publish(plan, committed.unplanned, files, counts, line)
+        publish(plan, output, files, line)
         new_rejected = line["rejected_rows"] - rejected_before
-        say_result(line, counts, new_rejected, console.say)
+        say_result(line, output.counts, new_rejected, console.say)
         return ScoreResult(**line, set_aside=bool(new_rejected or new_failures))
 
 
@@ -98,15 +99,6 @@ def worker_request(config: ScoreConfig) -> WorkerRequest:
     """The pool of workers that a run asks for. int8 runs on CPUs."""
     workers = (config.num_workers, config.num_workers) if config.num_workers else None
     return WorkerRequest(workers, False if config.precision == "int8" else config.use_gpu, config.wait_seconds)
-
-
-def follow_output(request: Request, console: Console, *, begins_anew: bool) -> Request:
-    """The request with the precision and the rows a file that the output was begun with, where none are given."""
-    begun = {} if begins_anew else begun_with(request, console)
-    followed = {name: value for name, value in begun.items() if getattr(request.config, name) is None}
-    if followed.get("precision") == "int8" and (request.config.use_gpu or int8_error(request.card)):
-        del followed["precision"]  # the run is refused, and the message says how the output was begun
-    return replace(request, config=request.config.model_copy(update=followed))
 
 
 def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[[str], None]) -> tuple[WorkerPlan, str]:
@@ -117,23 +109,16 @@ def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[
     return plan, config.precision or ("bf16" if bf16 else "fp32")
 
 
-def _say_new_failures(failures: dict[str, str], committed: Committed, console: Console) -> dict[str, str]:
-    """Name the unusable files that no earlier run has named with the same reason, and return them."""
-    new = {name: reason for name, reason in failures.items() if committed.failures.get(name) != reason}
-    say_failures(new, console.say)
-    return new
-
-
 def _execute(
-    plan: Plan, committed: Committed, resources: WorkerPlan, console: Console, metrics: JobMetrics
+    plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console, metrics: JobMetrics
 ) -> tuple[dict[str, str], float]:
-    """Score the parts that are not committed.
+    """Score the parts in `todo`.
 
     Returns:
         Input files that could not be read although their footers could: name and reason. And the seconds from the start of the
         first part to the end of the last one, on the workers' clocks; 0 if there was nothing to score.
     """
-    todo_rows = pc.sum(committed.todo["rows"]).as_py() or 0
+    todo_rows = pc.sum(todo["rows"]).as_py() or 0
     resumed_rows = (pc.sum(plan.parts["rows"]).as_py() or 0) - todo_rows
     if not plan.config.num_workers:
         resources = replace(resources, worker_range=(1, min(resources.workers, max(1, todo_rows // WORKER_ROWS))))
@@ -146,7 +131,7 @@ def _execute(
         + f"; {up_to}{counted(resources.workers, 'GPU worker' if resources.use_gpu else 'CPU worker')}, {plan.precision}"
     )
     metrics.set(rows_expected=todo_rows)
-    if not committed.todo.num_rows:
+    if not todo.num_rows:
         return {}, 0.0
     if not plan.staged:
         unpublish(plan.held)
@@ -158,7 +143,7 @@ def _execute(
     done_rows = 0
     threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()  # a second, while workers start
     with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
-        pipeline = _make_pipeline(plan, committed.todo, resources, fitting_workers, counter)
+        pipeline = _make_pipeline(plan, todo, resources, fitting_workers, counter)
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
             plan.held.check()
             if failed := report["failed"].drop_null().to_pylist():
@@ -225,22 +210,3 @@ def _drop_failed(plan: Plan, failures: dict[str, str], console: Console) -> Plan
     remaining = plan.without(failures)
     delete_parts(plan.folder, all_but(plan.parts, remaining.parts["output"])["output"].to_pylist(), console)
     return remaining
-
-
-def _publish_staged(plan: Plan, committed: Committed, console: Console) -> None:
-    """Publish what is staged, if all rows are there and neither `--overwrite` nor `--strict` forbids it; else raise RunError."""
-    output, published = OutputFiles.read(plan.folder.place, plan, console), committed.published.stamps
-    staged, counts = output.stamps, output.counts
-    files = reconcile(plan, staged if plan.overwrite else pa.concat_tables([staged, published]))
-    if plan.overwrite:
-        check_overwrite(plan, published)
-    else:
-        counts.add(committed.published.counts)
-    rejected, failed = pc.sum(files["rejected"]).as_py() or 0, len(plan.failures)
-    if plan.config.strict and (rejected or failed):
-        text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
-        if counts.examples:
-            place = (plan.folder.place if pc.any(pc.greater(staged["rejected"], 0)).as_py() else plan.output) / REJECTED
-            text += f" below {plan.inputs.root.display}: {counts.describe()}; all: {place.display}"
-        raise RunError(text)
-    publish_staged(plan, staged, published, console)

@@ -5,11 +5,10 @@ OUTPUT/predictions/, OUTPUT/rejected/      files of parts, complete under their 
 OUTPUT/files.parquet, report.html, *.png   about the whole run, written after all predictions
 OUTPUT/manifest.json                       written last: while it exists, the output is finished
 OUTPUT/_unpublished/                       the staging folder: files of parts of a run with --overwrite or --strict
-OUTPUT/_unpublished/list.parquet           they are complete: the files to move into the output, and those to delete there
+OUTPUT/_unpublished/list.parquet           they are complete, and are moved into the output; names the files to delete there
 OUTPUT/_lock                               names the run that writes here
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,8 +26,8 @@ from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, R
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.scoring.counts import RowCounts
-from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, folders_above, read_stamp
-from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
+from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, read_stamp
+from mnistsum_ray.scoring.preflight import STAGING, Plan, Request, int8_error
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_partial
 
@@ -67,17 +66,13 @@ _START_OVER: Final = "--overwrite scores everything again"
 OUTPUT_SCHEMA: Final = pa.schema(
     [
         ("output", pa.string()),  # relative to the folder of predictions, and to that of rejected rows
-        ("unusable", pa.string()),  # name of a file that is not a whole one of this version of the program
-        ("error", pa.string()),  # what is wrong with it
+        ("error", pa.string()),  # a file that is not a whole one of this version of the program, and what is wrong with it
         ("unfinished", pa.bool_()),  # there are rejected rows, and no predictions with their stamp
-        # Of whole predictions, as in their stamp; null where there are none:
+        # As in the stamp of predictions of which all rows are there; null where there are none:
         ("name", pa.string()),  # the input file
         ("source", pa.string()),  # the input file in full; null of a part of the plan
         ("rows", pa.int64()),
         ("rejected", pa.int64()),  # those of the rows that are in the file of rejected rows
-        # Of whole predictions:
-        ("rows_in_file", pa.int64()),
-        ("rejected_in_file", pa.int64()),
         ("planned", pa.bool_()),  # whether they are of a part of the plan
         ("counts", pa.string()),  # `RowCounts.as_json` of parts of the plan that were read at once; in one row of these
     ]
@@ -94,58 +89,52 @@ class OutputFiles:
     """OUTPUT_SCHEMA of whole predictions, sorted by `output`."""
     counts: RowCounts
     """Of those that are of parts of the plan."""
-    unfinished: tuple[str, ...]
+    unfinished: list[str]
     """Names of files that a killed run has left: partial ones, and rejected rows without predictions of the same stamp."""
-    foreign: dict[str, str]
-    """Files that are not whole files of this version of the program: name and what is wrong. Hidden files and those of the run do
-    not count."""
+    errors: list[str]
+    """Names of files that are not whole files of this version of the program, and what is wrong with them. Hidden files and those
+    of the run do not count."""
 
     @classmethod
     def read(cls, folder: Location, plan: Plan, console: Console) -> "OutputFiles":
         """List a folder, read all stamps in it, and compare them with the plan. A folder that does not exist is empty."""
         sizes: dict[str, dict[str, int]] = {PREDICTIONS: {}, REJECTED: {}}
-        partials: list[str] = []
+        unfinished: list[str] = []
         summaries: list[str] = []
-        foreign: dict[str, str] = {}
+        errors: list[str] = []
         for name, file in files_below(folder, console):
             top, _, below = name.partition("/")
             if is_partial(file.name) and top != STAGING:
-                partials.append(name)
+                unfinished.append(name)
             elif is_hidden(name):
                 continue
             elif name in (*SUMMARIES, MANIFEST):
-                summaries.append(name)
+                summaries.append(f"{name} {_FOREIGN}")
             elif top in sizes and below:
                 sizes[top][below] = file.size
             else:
-                foreign[name] = _FOREIGN
+                errors.append(f"{name} {_FOREIGN}")
         outputs = pa.array(sorted({*sizes[PREDICTIONS], *sizes[REJECTED]}), pa.string())
         if summaries and not len(outputs) and not _is_finished(folder):
-            foreign |= dict.fromkeys(summaries, _FOREIGN)  # other programs use these names too
+            errors += summaries  # other programs use these names too
         # The files of each output, and the digest of the part that it should be.
         digests = plan.parts["digest"].take(pc.index_in(outputs, plan.parts["output"]))
         columns = {top: pa.array(map(of_top.get, outputs.to_pylist()), pa.int64()) for top, of_top in sizes.items()}
         files = pa.table({"name": outputs, "digest": digests} | columns)
         progress = Progress(console.progress, "output files read", len(outputs))
         found = map_files(partial(read_stamps, spec=plan.spec), folder, files, progress)
-        for row in found.filter(pc.is_valid(found["error"])).to_pylist():
-            foreign[row["unusable"]] = row["error"]
-        unfinished = (f"{REJECTED}/{name}" for name in found["output"].filter(found["unfinished"]).to_pylist())
+        errors += found["error"].drop_null().to_pylist()
+        unfinished += [f"{REJECTED}/{name}" for name in found["output"].filter(found["unfinished"]).to_pylist()]
         counts = RowCounts.sum(found["counts"].drop_null().to_pylist())
-        return cls(folder, found.filter(pc.is_valid(found["planned"])), counts, (*partials, *unfinished), foreign)
+        return cls(folder, found.filter(pc.is_valid(found["planned"])), counts, unfinished, errors)
 
     def check(self) -> None:
-        """Check that all files are whole and of this program.
-
-        Raises:
-            RequestError: names the first other file.
-        """
-        if self.foreign:
-            name, error = next(iter(self.foreign.items()))
-            raise RequestError(f"--output {self.folder.display}: {name} {error}; move it away, or choose another folder")
+        """Check that all files are whole and of this program; else raise a RequestError that names the first other one."""
+        if self.errors:
+            raise RequestError(f"--output {self.folder.display}: {self.errors[0]}; move it away, or choose another folder")
 
 
-def read_stamps(folder: Location, files: pa.Table, spec: str) -> pa.Table:
+def read_stamps(folder: Location, files: pa.Table, spec: dict[str, Any]) -> pa.Table:
     """Read the stamps of output files, and compare them with the parts that they should be.
 
     `files` has the `name` of each output, the size of its files in PREDICTIONS and in REJECTED, or null, and the `digest` of its
@@ -162,19 +151,21 @@ def read_stamps(folder: Location, files: pa.Table, spec: str) -> pa.Table:
                 found[top] = read_stamp(folder, name, file[top]) if file[top] is not None else ({}, 0, "")
             except UnusableFileError as error:
                 found[top] = ({}, 0, "")
-                row |= {"unusable": name, "error": str(error)}
-        (stamp, rows_in_file, of_part), (of_rejected, rejected_in_file, _) = found.values()
+                row["error"] = f"{name} {error}"
+        (stamp, scored, of_part), (of_rejected, rejected, _) = found.values()
         # By their whole stamps: files of one name may come from two runs.
         row["unfinished"] = bool(of_rejected) and of_rejected != stamp
-        if stamp and stamp["rejected"] and of_rejected != stamp:
-            row = {"unusable": f"{PREDICTIONS}/{file['name']}", "error": "has lost its rejected rows"} | row
-        elif stamp:
-            row |= {key: stamp[key] for key in ("name", "source", "rows", "rejected")}
-            row |= {"rows_in_file": rows_in_file, "rejected_in_file": rejected_in_file if stamp["rejected"] else 0}
-            row["planned"] = (digest(stamp), stamp["spec"]) == (file["digest"], spec)
-            if row["planned"]:
-                row["source"] = None
-                counts.append(of_part)
+        if stamp:
+            rejected = 0 if row["unfinished"] else rejected
+            if (scored + rejected, rejected) == (stamp["rows"], stamp["rejected"]):
+                row |= {key: stamp[key] for key in ("name", "source", "rows", "rejected")}
+                row["planned"] = (digest(stamp), stamp["spec"]) == (file["digest"], spec)
+                if row["planned"]:
+                    row["source"] = None
+                    counts.append(of_part)
+            else:
+                lost = f"{scored:,} predictions and {rejected:,} rejected rows of {stamp['rows']:,} rows"
+                row = {"error": f"{PREDICTIONS}/{file['name']} has {lost}"} | row
         rows.append(row)
     if counts:
         rows[0]["counts"] = RowCounts.sum(counts).as_json()
@@ -187,6 +178,11 @@ def files_below(folder: Location, console: Console) -> Iterator[tuple[str, Entry
         files = folder.files()
     for file in files:
         yield file.path.removeprefix(folder.path).lstrip("/"), file
+
+
+def names_below(folder: Location, console: Console) -> list[str]:
+    """The names of the files below a folder that are not hidden."""
+    return [name for name, _ in files_below(folder, console) if not is_hidden(name)]
 
 
 def _is_finished(folder: Location) -> bool:
@@ -215,27 +211,12 @@ def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["output"], outputs)))
 
 
-@dataclass(frozen=True)
-class Committed:
-    """What earlier runs have committed."""
-
-    published: OutputFiles
-    """The output folder when this run began."""
-    todo: pa.Table
-    """`parts.PLAN_SCHEMA`: the parts of the plan that are not committed."""
-    unplanned: int
-    """Number of published files whose input is not in the plan. They stay, but are not counted."""
-    failures: dict[str, str]
-    """Input files that an earlier run has reported as unusable: name and reason."""
-
-
-def resume(plan: Plan, console: Console, *, replaced: bool = False) -> tuple[Plan, Committed]:
+def resume(plan: Plan, console: Console) -> tuple[Plan, OutputFiles, pa.Table]:
     """Compare the plan with the files in the output folder and the staging folder, and delete unfinished files there.
 
-    `replaced` says whether a killed run with `--overwrite` has replaced the output, see `publish.move_listed`.
-
     Returns:
-        The plan, which no longer replaces the output if a killed run has published all that it asks for; and what is committed.
+        The plan, which no longer replaces the output if a killed run has published all that it asks for; the output folder as it
+        was; and those of the plan's parts that are not committed (`parts.PLAN_SCHEMA`).
 
     Raises:
         RequestError: the output folder holds other files, or predictions that this run must not be mixed with.
@@ -244,24 +225,22 @@ def resume(plan: Plan, console: Console, *, replaced: bool = False) -> tuple[Pla
     output = OutputFiles.read(plan.output, plan, console)
     output.check()
     published = output.stamps
-    if replaced and pc.all(published["planned"], min_count=0).as_py():
+    moved = (plan.held.place / STAGING / LIST).exists()  # see `publish.move_listed`
+    if moved and pc.all(published["planned"], min_count=0).as_py():
         plan = replace(plan, overwrite=False)
-    unplanned = 0
+    todo = plan.parts
     if plan.overwrite:
         check_overwrite(plan, published)
     else:
-        different = published.filter(pc.invert(published["planned"]))
-        _check_compatible(plan, different)
-        others = all_but(different, plan.parts["output"])
-        unplanned = others.num_rows
-        if unplanned:
+        others = published.filter(pc.invert(published["planned"]))
+        _check_compatible(plan, others)
+        if others.num_rows:
             first = others["source"][0]
-            console.say(f"left as they are: {unplanned:,} output files of input that is not there now, such as {first}")
+            console.say(f"left as they are: {others.num_rows:,} output files of input that is not there now, such as {first}")
+        todo = all_but(plan.parts, published["output"].filter(published["planned"]))
     # Nothing is deleted before all files are known as this program's and the request has been found compatible.
     plan.held.delete_files(output.unfinished)
-    failures = {} if plan.overwrite else _earlier_failures(plan.output)
-    todo = plan.parts if plan.overwrite else all_but(plan.parts, published["output"].filter(published["planned"]))
-    if (plan.staged or todo.num_rows) and (plan.held.place / STAGING / LIST).exists():
+    if moved and (plan.staged or todo.num_rows):
         plan.held.delete_folder(STAGING)  # its files have been moved, and the list does not know what is scored from now on
     if plan.staged:
         staged = OutputFiles.read(plan.folder.place, replace(plan, parts=todo), console)
@@ -270,22 +249,22 @@ def resume(plan: Plan, console: Console, *, replaced: bool = False) -> tuple[Pla
         done = staged.stamps["output"].filter(staged.stamps["planned"])
         delete_parts(plan.folder, all_but(staged.stamps, done)["output"].to_pylist(), console)
         todo = all_but(todo, done)
-    return plan, Committed(output, todo, unplanned, failures)
+    return plan, output, todo
 
 
-def begun_with(request: Request, console: Console) -> dict[str, Any]:
-    """The flags that an earlier run has given predictions of this model in the output: `precision` and `max_rows_per_file`; none
-    without such predictions."""
-    for folder in (request.output, request.output / STAGING) if request.config.strict else (request.output,):
-        for name, file in files_below(folder / PREDICTIONS, console):
-            if not is_hidden(name):
-                with suppress(UnusableFileError):
-                    stamp, _, _ = read_stamp(folder, f"{PREDICTIONS}/{name}", file.size)
-                    spec = json.loads(stamp["spec"])
-                    if spec["model"] == request.card["sha256"]:
-                        return {"precision": spec["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}
-                break
-    return {}
+def follow_output(request: Request, console: Console) -> Request:
+    """The request with the precision and the rows a file that an output with predictions of this model was begun with, where none
+    are given."""
+    begun: dict[str, Any] = {}
+    if names := names_below(request.output / PREDICTIONS, console):
+        with suppress(UnusableFileError):  # `resume` refuses it
+            stamp, _, _ = read_stamp(request.output, f"{PREDICTIONS}/{names[0]}")
+            if stamp["spec"]["model"] == request.card["sha256"]:
+                begun = {"precision": stamp["spec"]["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}
+    followed = {name: value for name, value in begun.items() if getattr(request.config, name) is None}
+    if followed.get("precision") == "int8" and (request.config.use_gpu or int8_error(request.card)):
+        del followed["precision"]  # the run is refused, and the message says how the output was begun
+    return replace(request, config=request.config.model_copy(update=followed))
 
 
 def check_folders(output: Location) -> None:
@@ -303,8 +282,8 @@ def check_folders(output: Location) -> None:
                 )
 
 
-def _earlier_failures(output: Location) -> dict[str, str]:
-    """The unusable files of the run that finished the output; none where it is not finished."""
+def earlier_failures(output: Location) -> dict[str, str]:
+    """The unusable files of the run that finished the output, name and reason; none where it is not finished."""
     try:
         table = read_table(output / FILES_TABLE, ["file", "status", "reason"])
     except (MissingFileError, UnusableFileError):
@@ -317,14 +296,8 @@ def check_overwrite(plan: Plan, published: pa.Table) -> None:
     """With `--overwrite`, refuse to delete published predictions of an input file that cannot be scored again.
 
     Raises:
-        RunError: names the first such file, or a name that a file and a folder would have while files are moved.
+        RunError: names the first such file.
     """
-    for files, others in ((plan.parts, published), (published, plan.parts)):
-        folders = {folder for name in others["output"].to_pylist() for folder in folders_above(name)}
-        if clash := _first(files.filter(pc.is_in(files["output"], pa.array(folders, pa.string())))):
-            raise RunError(
-                f"--overwrite: nothing was replaced: {clash['output']} would be a file and a folder; choose another folder"
-            )
     if lost := _first(_with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published)):
         raise RunError(
             f"--overwrite: nothing was replaced: {lost['name']} cannot be used, and the output holds its predictions; "
@@ -354,15 +327,12 @@ def _check_compatible(plan: Plan, others: pa.Table) -> None:
     Raises:
         RequestError: says what differs and what to do.
     """
-    conflict = None
     if file := _first(_with_predictions(plan, plan.files, others)):
         of_file = pc.or_(pc.equal(others["name"], file["name"]), pc.equal(others["source"], plan.source(file["name"])))
         stamp, _, _ = read_stamp(plan.output, f"{PREDICTIONS}/{others['output'].filter(of_file)[0]}")
-        conflict = _conflict(plan, file, stamp)
-    elif other := _first(others.filter(pc.is_in(others["output"], plan.parts["output"]))):
-        conflict = f"{other['output']} has rows of {other['source']}; {_START_OVER}"
-    if conflict:
-        raise RequestError(f"--output {plan.output.display}: {conflict}")
+        raise RequestError(f"--output {plan.output.display}: {_conflict(plan, file, stamp)}")
+    if other := _first(others.filter(pc.is_in(others["output"], plan.parts["output"]))):
+        raise RequestError(f"--output {plan.output.display}: {other['output']} has rows of {other['source']}; {_START_OVER}")
 
 
 def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
@@ -371,7 +341,7 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
     if file["error"]:
         return f"holds predictions of {name}, which now cannot be used ({file['error']}); repair it, or take it out of the input"
     if stamp["spec"] != plan.spec:
-        return f"{_spec_difference(json.loads(stamp['spec']), json.loads(plan.spec))} {_START_OVER}"
+        return f"{_spec_difference(stamp['spec'], plan.spec)} {_START_OVER}"
     if any(file[key] != stamp[key] for key in ("size", "modified", "footer_sha256")):
         if stamp["source"] != plan.source(name):
             return f"holds the rows of {stamp['source']} as {stamp['output']}; choose another folder, or {_START_OVER}"
@@ -384,7 +354,6 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
 
 def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
     """How two `Plan.spec` differ, before _START_OVER; where they do in several ways, the first one explains the others."""
-    committed, current = ({"probabilities": None} | spec for spec in (committed, current))
     key = next(key for key in current if committed[key] != current[key])
     old, new = committed[key], current[key]
     if key == "model":
@@ -393,7 +362,7 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
         return "holds predictions with other columns, of another version of this program;"
     if key == "int8":
         return "holds predictions of the same model quantized otherwise;"
-    was, has = (f"no --{key}" if value is None else f"--{key} {'' if value is True else value}".strip() for value in (old, new))
+    was, has = (f"--{key} {value}" if isinstance(value, str) else f"--{key}" if value else f"no --{key}" for value in (old, new))
     return f"was started with {was}, and this run has {has}; give the same again, or"
 
 
@@ -405,25 +374,18 @@ def reconcile(plan: Plan, stamps: pa.Table) -> pa.Table:
     Raises:
         RowCountError: names the first file with missing or duplicate rows.
     """
-    counted = ("rows", "rows_in_file", "rejected_in_file")
-    parts, there = plan.parts.select(["name", "output", "first_row", "rows"]), stamps.filter(stamps["planned"])
-    places = pc.index_in(parts["output"], there["output"])  # a join or a sort of so many strings fails, or takes gigabytes
-    for name in ("rejected", *counted[1:]):
-        parts = parts.append_column(name, there[name].take(places))
-    complete = pc.and_(
-        pc.equal(parts["rejected"], parts["rejected_in_file"]),
-        pc.equal(parts["rows"], pc.add(parts["rows_in_file"], parts["rejected_in_file"])),
-    )
-    if part := _first(parts.filter(pc.invert(pc.fill_null(complete, False)))):
-        place = f"{part['name']}: rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}"
-        found = f"{part['rows_in_file'] or 0:,} predictions and {part['rejected_in_file'] or 0:,} rejected rows"
-        raise RowCountError(f"{place} should be in {PREDICTIONS}/{part['output']}, which has {found}")
-    sums = parts.group_by("name").aggregate([(name, "sum") for name in counted])
+    there = stamps.filter(stamps["planned"])
+    if part := _first(all_but(plan.parts, there["output"])):
+        rows = f"rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}"
+        raise RowCountError(f"{part['name']}: {rows} should be in {PREDICTIONS}/{part['output']}, and are not all there")
+    counted = ("rows", "rejected")
+    sums = there.group_by("name").aggregate([(name, "sum") for name in counted])
     places = pc.index_in(plan.files["name"], sums["name"])
-    rows, scored, rejected = (pc.fill_null(sums[f"{name}_sum"].take(places), 0) for name in counted)
+    rows, rejected = (pc.fill_null(sums[f"{name}_sum"].take(places), 0) for name in counted)
     files = plan.files.select(["name", "rows", "error"])
     usable = pc.is_null(files["error"])
     if lost := _first(files.append_column("found", rows).filter(pc.and_(usable, pc.not_equal(files["rows"], rows)))):
         raise RowCountError(f"{lost['name']}: has {lost['rows']:,} rows, of which {lost['found']:,} are accounted for")
-    columns = (files["name"], files["rows"], scored, rejected, pc.if_else(usable, "scored", "failed"), files["error"])
+    status = pc.if_else(usable, "scored", "failed")
+    columns = (files["name"], files["rows"], pc.subtract(rows, rejected), rejected, status, files["error"])
     return pa.table(dict(zip(FILES_TABLE_SCHEMA.names, columns, strict=True)), FILES_TABLE_SCHEMA)

@@ -85,7 +85,7 @@ def split_into_parts(files: pa.Table, max_rows_per_file: int | None) -> tuple[pa
         files: name and reason.
     """
     errors: dict[str, str] = {}
-    planned: dict[str, str] = {}  # input file by output file, and one by folder of output files, with / at its end
+    planned: dict[str, str] = {}  # input file by output file
     tables = []
     for batch in files.to_batches(max_chunksize=1000):
         rows: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ def split_into_parts(files: pa.Table, max_rows_per_file: int | None) -> tuple[pa
             if error := _name_error(file["name"], outputs, planned):
                 errors[file["name"]] = error
                 continue
-            planned |= dict.fromkeys((*outputs, *(f"{folder}/" for folder in folders_above(file["name"]))), file["name"])
+            planned |= dict.fromkeys(outputs, file["name"])
             rows += parts
         tables.append(pa.Table.from_pylist(rows, PLAN_SCHEMA))
     return pa.concat_tables(tables), errors
@@ -110,19 +110,11 @@ def _name_error(name: str, outputs: list[str], planned: dict[str, str]) -> str |
     longest = max(len(component.encode()) for output in outputs for component in output.split("/"))
     if longest > MAX_NAME_BYTES:
         return f"its output's name would have {longest} bytes, and most systems allow {MAX_NAME_BYTES}; rename it"
-    files = (key for output in outputs for key in (output, f"{output}/"))
-    # No file has the name of a file or a folder, no folder that of a file.
-    for key in itertools.chain(files, folders_above(name)):
-        if key in planned:
-            return f"would need the name {key.rstrip('/')} in the output, as does {planned[key]}; rename it"
+    if taken := next((output for output in outputs if output in planned), None):
+        return f"would need the name {taken} in the output, as does {planned[taken]}; rename it"
     if is_hidden(name):
         return "would be written to a name that readers of Parquet skip, as all names with . or _ in front; rename it"
     return None
-
-
-def folders_above(name: str) -> Iterator[str]:
-    """The folders above a file: `a` and `a/b` of `a/b/c.parquet`."""
-    return itertools.accumulate(name.split("/")[:-1], "{}/{}".format)
 
 
 def _parts_of_file(file: dict[str, Any], max_rows_per_file: int | None) -> Iterator[dict[str, Any]]:
@@ -196,7 +188,7 @@ def _ceil_divide(amount: int, count: int) -> int:
 KEY: Final = b"mnistsum_ray.score"
 """Key of the stamp in the Parquet metadata."""
 
-STAMP_FORMAT: Final = 7
+STAMP_FORMAT: Final = 8
 """Version of the stamp and of how files are split; an output of another version is refused."""
 
 COUNTS_KEY: Final = b"mnistsum_ray.counts/3"
@@ -207,12 +199,9 @@ STAMP_FIELDS: Final = (
     "source",  # the input file in full: a path, or a URI without its query
     "rejected",  # how many of the rows are in the file of rejected rows
     "spec",  # `preflight.Plan.spec`: model and settings
+    "max_rows_per_file",
 )
-"""A stamp: what one part was made from; in its file of predictions and in its file of rejected rows. It also has
-`max_rows_per_file`."""
-
-_MAX_ROWS_BEFORE: Final = 8_192
-"""`max_rows_per_file` of stamps that do not say it: the default before they did."""
+"""A stamp: what one part was made from; in its file of predictions and in its file of rejected rows."""
 
 
 def to_metadata(stamp: dict[str, Any], counts: str) -> dict[bytes, bytes]:
@@ -231,8 +220,7 @@ def from_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     try:
         stamp: dict[str, Any] = json.loads(metadata[KEY])
         if stamp["format"] == STAMP_FORMAT:
-            limit = {"max_rows_per_file": stamp.get("max_rows_per_file", _MAX_ROWS_BEFORE)}
-            return limit | {name: stamp[name] for name in STAMP_FIELDS}
+            return {name: stamp[name] for name in STAMP_FIELDS}
     except (KeyError, TypeError, ValueError) as error:
         raise UnusableFileError(f"cannot be read: {one_line(error)}") from None
     raise UnusableFileError("was written by another version of this program")

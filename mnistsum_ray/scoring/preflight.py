@@ -1,6 +1,5 @@
 """The checked request and the plan of a scoring run: footers of the input files, what is wrong with them, and their parts."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -99,13 +98,13 @@ class Plan(Request):
         return maxima_from_description(self.card)
 
     @property
-    def spec(self) -> str:
-        """The model and settings that determine the predictions, as JSON. One output holds predictions of one spec."""
-        flags = ("precision", "image-column", "number-column", "label-column")
-        settings = {flag: getattr(self.config, flag.replace("-", "_")) for flag in flags} | {"precision": self.precision}
-        settings |= {"probabilities": True} if self.config.probabilities else {}  # earlier outputs do not have this key
-        spec = {"model": self.card["sha256"], **settings, "prediction_columns": PREDICTION_FIELDS.names, "int8": self.int8_maxima}
-        return json.dumps(spec)
+    def spec(self) -> dict[str, Any]:
+        """The model and settings that determine the predictions, as JSON has them. One output holds predictions of one spec."""
+        flags = ("image-column", "number-column", "label-column", "probabilities")
+        settings = {flag: getattr(self.config, flag.replace("-", "_")) for flag in flags}
+        maxima = list(self.int8_maxima) if self.int8_maxima else None
+        made = {"prediction_columns": PREDICTION_FIELDS.names, "int8": maxima}
+        return {"model": self.card["sha256"], "precision": self.precision, **settings, **made}
 
     @property
     def failures(self) -> dict[str, str]:
@@ -184,17 +183,18 @@ def make_plan(request: Request, precision: str, held: OutputFolder, console: Con
     plan = Plan(**vars(request) | changed, parts=parts, precision=precision, held=held).without(errors)
     report_skipped(inputs.skipped, console.say)
     if plan.config.strict and plan.failures:
-        say_failures(plan.failures, console.say)
+        say_failures(plan.failures, {}, console.say)
         raise RunError(f"--strict: nothing was scored: {counted(len(plan.failures), 'file')} cannot be used, see above")
     return plan
 
 
-def say_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
-    """Name the files that cannot be used, one line each with the reason."""
-    for name, reason in list(failures.items())[:_MAX_FILES]:
-        say(f"cannot be used: {name}: {reason}")
-    if len(failures) > _MAX_FILES:
-        say(f"and {len(failures) - _MAX_FILES:,} more files; files.parquet will list all of them")
+def say_failures(failures: dict[str, str], named: dict[str, str], say: Callable[[str], None]) -> None:
+    """Name the files that cannot be used, one line each with the reason; not those that were `named` with the same one."""
+    new = [name for name, reason in failures.items() if named.get(name) != reason]
+    for name in new[:_MAX_FILES]:
+        say(f"cannot be used: {name}: {failures[name]}")
+    if len(new) > _MAX_FILES:
+        say(f"and {len(new) - _MAX_FILES:,} more files; files.parquet will list all of them")
 
 
 def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int], None] = lambda _: None) -> pa.Table:

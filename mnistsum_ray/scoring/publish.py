@@ -12,15 +12,7 @@ import pyarrow.compute as pc
 
 from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.parquet import read_table, to_parquet
-from mnistsum_ray.errors import (
-    ExistingFileError,
-    MissingFileError,
-    RequestError,
-    RunError,
-    UnusableFileError,
-    counted,
-    percent,
-)
+from mnistsum_ray.errors import MissingFileError, RequestError, RunError, UnusableFileError, counted, percent
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.report import REPORT, scored_page, versions
 from mnistsum_ray.scoring.counts import RowCounts
@@ -30,22 +22,23 @@ from mnistsum_ray.scoring.output import (
     MANIFEST,
     MANIFEST_FORMAT,
     OUTPUT_PICTURES,
-    SUMMARIES,
-    files_below,
+    OutputFiles,
+    check_overwrite,
+    names_below,
+    reconcile,
     unpublish,
 )
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.preflight import STAGING, Plan
 from mnistsum_ray.storage.folder import OutputFolder
 
-_LIST_SCHEMA: Final = pa.schema({"file": pa.string(), "change": pa.string()})
-"""`output.LIST`: files to move from the staging folder to the output (`add`, or with `--overwrite` `replace`), and those to
-`delete` in the output."""
+_LIST_SCHEMA: Final = pa.schema({"file": pa.string()})
+"""`output.LIST`: files to delete in the output, because none of the staging folder takes their place."""
+
+_REASONS_ON_CONSOLE: Final = 10
 
 _MOVE_THREADS: Final = 16
 """An object store copies and deletes each file that is moved, so many moves run at the same time."""
-
-_REASONS_ON_CONSOLE: Final = 10
 
 
 def result_line(plan: Plan, files: pa.Table, counts: RowCounts, resumed_rows: int, scoring_seconds: float) -> dict[str, Any]:
@@ -68,34 +61,43 @@ def result_line(plan: Plan, files: pa.Table, counts: RowCounts, resumed_rows: in
     } | (counts.accuracies() if plan.config.label_column else {})
 
 
-def publish_staged(plan: Plan, staged: pa.Table, published: pa.Table, console: Console) -> None:
-    """List the files of a complete staging folder, and move them into the output.
+def publish_staged(plan: Plan, published: OutputFiles, console: Console) -> None:
+    """Mark the staging folder as complete, and move its files into the output.
 
-    `staged` are `output.OutputFiles.stamps` of the staging folder, and `published` those of the output when the run began.
-    `--overwrite` deletes the files of these where none of the same name is moved.
+    `published` was there when the run began. `--overwrite` deletes its files where none of the same name is moved.
+
+    Raises:
+        RunError: rows are missing, or `--overwrite` or `--strict` forbids it.
     """
-    moved = dict.fromkeys(_files_of(staged), "replace" if plan.overwrite else "add")
-    deleted = dict.fromkeys(sorted({*_files_of(published)} - {*moved}), "delete") if plan.overwrite else {}
-    changes = moved | deleted
-    table = pa.table({"file": list(changes), "change": list(changes.values())}, _LIST_SCHEMA)
-    plan.folder.create(LIST, to_parquet(table))
+    staged = OutputFiles.read(plan.folder.place, plan, console)
+    stamps, counts, deleted = staged.stamps, staged.counts, set[str]()
+    if plan.overwrite:
+        check_overwrite(plan, published.stamps)
+        deleted = _files_of(published.stamps) - _files_of(stamps)
+    else:
+        stamps = pa.concat_tables([stamps, published.stamps])
+        counts.add(published.counts)
+    rejected, failed = pc.sum(reconcile(plan, stamps)["rejected"]).as_py() or 0, len(plan.failures)
+    if plan.config.strict and (rejected or failed):
+        text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
+        if rejected:
+            text += f" below {plan.inputs.root.display}: {counts.describe()}; all: {REJECTED} below {plan.output.display}"
+        raise RunError(text)
+    plan.folder.create(LIST, to_parquet(pa.table([sorted(deleted)], _LIST_SCHEMA)))
     move_listed(plan.held, console)
 
 
-def _files_of(stamps: pa.Table) -> list[str]:
+def _files_of(stamps: pa.Table) -> set[str]:
     """Names of the files of parts."""
     rejected = stamps["output"].filter(pc.greater(stamps["rejected"], 0)).to_pylist()
-    return [f"{REJECTED}/{name}" for name in rejected] + [f"{PREDICTIONS}/{name}" for name in stamps["output"].to_pylist()]
+    return {f"{PREDICTIONS}/{name}" for name in stamps["output"].to_pylist()} | {f"{REJECTED}/{name}" for name in rejected}
 
 
 def move_listed(held: OutputFolder, console: Console) -> bool:
     """Move the files of a complete staging folder into the output, or those that a killed run has left; none without a list.
 
     The manifest is deleted first, and created after all files are there. The list stays until then: after a kill the same command
-    goes on and scores nothing.
-
-    Returns:
-        Whether the files are those of a run with `--overwrite`, which have replaced the output.
+    goes on and scores nothing. Returns whether there is a list.
 
     Raises:
         RequestError: the list is damaged.
@@ -109,56 +111,40 @@ def move_listed(held: OutputFolder, console: Console) -> bool:
         return False
     except UnusableFileError as error:
         raise RequestError(f"--output {held.place.display}: {STAGING}/{LIST} {error}; remove {STAGING}") from None
-    staged = {name for name, _ in files_below(staging.place, console)}
-    published = {name for name, _ in files_below(held.place, console)}
-    moves: dict[str, list[str]] = {REJECTED: [], PREDICTIONS: []}  # in this order, as they are committed
-    deleted = []
-    for row in listed.to_pylist():
-        name = row["file"] or ""
-        folder = name.partition("/")[0]
-        # Only files of parts that are there: no name in a damaged list leads to another file.
-        if row["change"] != "delete" and name in staged and folder in moves:
-            moves[folder].append(name)
-        elif row["change"] == "delete" and name in published and folder in moves:
-            deleted.append(name)
-    count = sum(map(len, moves.values())) + len(deleted)
-    if count:
+
+    moved, there = (
+        [f"{top}/{name}" for top in (REJECTED, PREDICTIONS) for name in names_below(folder.place / top, console)]
+        for folder in (staging, held)
+    )
+    deleted = sorted({*there}.intersection(listed["file"].to_pylist()))  # no name in a damaged list leads to another file
+    if count := len(moved) + len(deleted):
         console.say(
             f"publishing: {counted(count, 'file')} moved from {staging.place.display}, or deleted where they are replaced"
         )
         progress = Progress(console.progress, "files published", count)
         unpublish(held)
-        move = partial(staging.move, target=held)
         with ThreadPoolExecutor(_MOVE_THREADS) as pool:
-            for moved in moves.values():
-                for _ in pool.map(move, moved):
-                    progress(1)
+            for _ in pool.map(partial(staging.move, target=held), moved):
+                progress(1)
         held.delete_files(deleted, progress)
-    return "replace" in listed["change"].to_pylist()
+    return True
 
 
-def publish(plan: Plan, unplanned: int, files: pa.Table, counts: RowCounts, line: dict[str, Any]) -> None:
-    """Write the files about the run, and the manifest last.
+def publish(plan: Plan, output: OutputFiles, files: pa.Table, line: dict[str, Any]) -> None:
+    """Write the files about the run, and the manifest last; `files` is `output.FILES_TABLE_SCHEMA`.
 
     Raises:
+        ExistingFileError: another run has finished the output meanwhile.
         RunError: another run holds the output.
     """
-    drawn = _draw_pictures(counts)
-    manifest = _make_manifest(plan, unplanned, counts, line)
-    page = scored_page(manifest, counts, {OUTPUT_PICTURES[name]: picture for name, picture in drawn.items()})
-    summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **drawn}
-    for name in SUMMARIES:
-        if name in summaries:
-            plan.held.write(name, summaries[name])
-        else:
-            plan.held.delete(name)  # an earlier run may have drawn it
-    plan.held.delete(MANIFEST)  # of a run that had nothing more to score
-    try:
-        plan.held.create(MANIFEST, manifest)
-    except ExistingFileError as error:
-        raise RunError(f"--output {error}: another run has finished it meanwhile; run the command again") from None
-    if (plan.held.place / STAGING / LIST).exists():
-        plan.held.delete_folder(STAGING)
+    drawn = _draw_pictures(output.counts)
+    manifest = _make_manifest(plan, output, line)
+    page = scored_page(manifest, output.counts, {OUTPUT_PICTURES[name]: picture for name, picture in drawn.items()})
+    unpublish(plan.held)  # what a run has left that had nothing more to score
+    for name, data in {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **drawn}.items():
+        plan.held.write(name, data)
+    plan.held.create(MANIFEST, manifest)
+    plan.held.delete_folder(STAGING)
 
 
 def _draw_pictures(counts: RowCounts) -> dict[str, bytes]:
@@ -172,7 +158,8 @@ def _draw_pictures(counts: RowCounts) -> dict[str, bytes]:
     return drawn
 
 
-def _make_manifest(plan: Plan, unplanned: int, counts: RowCounts, line: dict[str, Any]) -> dict[str, Any]:
+def _make_manifest(plan: Plan, output: OutputFiles, line: dict[str, Any]) -> dict[str, Any]:
+    counts = output.counts
     # `at` removes the query of a URI, which may hold keys.
     places = {"model": plan.model, "input": plan.inputs.root, "output": plan.output}
     located = {name: place.at(place.path).display for name, place in places.items()}
@@ -195,7 +182,7 @@ def _make_manifest(plan: Plan, unplanned: int, counts: RowCounts, line: dict[str
         "precision": plan.precision,
         "int8": plan.card["int8"] if plan.precision == "int8" else None,
         "skipped_files": len(plan.inputs.skipped),
-        "files_of_earlier_input": unplanned,
+        "files_of_earlier_input": pc.sum(pc.invert(output.stamps["planned"])).as_py() or 0,
         "versions": versions(),
     }
 
@@ -211,9 +198,7 @@ def say_result(line: dict[str, Any], counts: RowCounts, new_rejected: int, say: 
     if line["rejected_rows"]:
         say(f"{counted(line['rejected_rows'], 'row')} rejected: see {line['output']}/{REJECTED}")
     if new_rejected:
-        reasons = list(counts.reasons.items())
-        others = sum(count for _, count in reasons[_REASONS_ON_CONSOLE:])
-        for reason, count in reasons[:_REASONS_ON_CONSOLE] + ([("other reasons", others)] if others else []):
+        for reason, count in list(counts.reasons.items())[:_REASONS_ON_CONSOLE]:
             say(f"  rejected: {count:,} x {reason}")
     if line["scored_rows"]:
         say(f"sum = digit + number in {percent(counts.consistent / line['scored_rows'])} of the rows")

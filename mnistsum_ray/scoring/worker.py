@@ -233,7 +233,7 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
     predictions = Predictions({name: values[good] for name, values in predictions.values.items()})
     source = plan.source(part.name)
     stamp = asdict(part) | {"source": source, "rejected": len(bad), "spec": plan.spec}
-    stamp["max_rows_per_file"] = plan.config.max_rows_per_file
+    stamp |= {"max_rows_per_file": plan.config.max_rows_per_file}
     metadata = to_metadata(stamp, _count(rows, good, predictions).as_json())
     if rows.reasons:
         reasons = {part.first_row + row: reason for row, reason in rows.reasons.items()}

@@ -97,9 +97,7 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     lock = FolderLock(folder / LOCK_NAME, f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}")
     refused = f"{flag} {folder.display}:"
     try:
-        above = (Path(folder.path), *Path(folder.path).parents) if folder.is_local else ()
-        made = [path for path in above if not path.exists()]
-        held = _lock_file(lock) if folder.is_local else _Lease(folder, lock, say)
+        held = _lock_file(lock) if folder.is_local else _Lease(lock, say)
     except _HeldError as error:
         holder = f" ({error})" if str(error) else ""
         raise RequestError(f"{refused} another run{holder} is writing there; wait for it, or choose another") from None
@@ -108,13 +106,8 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
         raise RequestError(f"{refused} {LOCK_NAME} is not a file of this program; {advice}") from None
     except OSError as error:
         raise RequestError(f"{refused} cannot be written ({error.strerror or one_line(error)})") from None
-    lock.lease = held if isinstance(held, _Lease) else None
     with closing(held):
-        try:
-            yield OutputFolder(folder, lock)
-        finally:
-            if made:
-                _delete_unused(made)
+        yield OutputFolder(folder, lock)
 
 
 def _holder_in(data: bytes) -> str:
@@ -123,15 +116,6 @@ def _holder_in(data: bytes) -> str:
         return str(json.loads(data)["id"]) if data else ""
     except (TypeError, KeyError, RecursionError):
         raise ValueError("this JSON is no lock") from None
-
-
-def _delete_unused(made: list[Path]) -> None:
-    """Delete a folder that a run has made, and those above it, if it holds nothing but its lock, as after a refused request."""
-    with suppress(OSError):
-        if [path.name for path in made[0].iterdir()] == [LOCK_NAME]:
-            (made[0] / LOCK_NAME).unlink()
-            for path in made:
-                path.rmdir()
 
 
 def _lock_file(lock: FolderLock) -> IO[bytes]:
@@ -144,9 +128,6 @@ def _lock_file(lock: FolderLock) -> IO[bytes]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _HeldError(_holder_in(file.read())) from None
-        if not path.exists() or not path.samefile(f"/dev/fd/{file.fileno()}"):
-            file.close()
-            return _lock_file(lock)  # the run before has deleted it at that moment, see `_delete_unused`
         _holder_in(file.read())
         file.seek(0)
         file.truncate()
@@ -161,12 +142,12 @@ def _lock_file(lock: FolderLock) -> IO[bytes]:
 class _Lease:
     """The lock of a folder in an object store, which a thread renews until it is closed."""
 
-    def __init__(self, folder: Location, lock: FolderLock, say: Callable[[str], None]) -> None:
+    def __init__(self, lock: FolderLock, say: Callable[[str], None]) -> None:
         """Take the lease: at once where there is none, else when it has not been renewed for LEASE_TTL_SECONDS.
 
         Raises _HeldError if another run renews it, or was faster.
         """
-        self._folder = OutputFolder(folder, None)
+        lock.lease = self
         self._place = lock.place
         self._holder = lock.holder
         self._renewed = 0.0
@@ -175,7 +156,7 @@ class _Lease:
         self._renew()
         with suppress(ExistingFileError):  # it exists now
             object_store.put(self._place.filesystem, self._place.path, b"")
-            self._folder.delete(LOCK_NAME)
+            object_store.delete(self._place.filesystem, [self._place.path])
             raise StorageError("the storage ignores the condition If-None-Match, so two runs could write there at once")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewed, daemon=True)
@@ -189,10 +170,10 @@ class _Lease:
         """Delete the lock, unless another run has taken it."""
         self._closed.set()
         self._thread.join()
-        with suppress(StorageError, ValueError):
+        with suppress(OSError, ValueError):
             found = self._read()
             if found and found[0] == self._holder:
-                self._folder.delete(LOCK_NAME)
+                object_store.delete(self._place.filesystem, [self._place.path])
 
     def _read(self) -> tuple[str, object_store.Version] | None:
         """Holder and version of the lock; None where there is none."""

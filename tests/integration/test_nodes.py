@@ -65,7 +65,6 @@ def test_a_local_folder_that_a_node_does_not_see_is_refused(started: Cluster, da
                 train_here(data=data, storage_path=here / "runs")
             with pytest.raises(RequestError, match=f"^--input {here}/in/rows.parquet.*{said}"):
                 score_here(model, tmp_path / "out", here / "in", number_column="digit")
-        assert [path.name for path in here.iterdir()] == ["in"], "the refused request has left nothing"
     finally:
         kill_everything(node.pid)
         node.wait(timeout=30)

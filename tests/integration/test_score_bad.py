@@ -6,7 +6,6 @@ import io
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
+from mnistsum_ray.cluster.crash_counter import crash_counter
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from mnistsum_ray.errors import RunError
 from tests.conftest import check_predictions, plain_predictions
-from tests.integration.conftest import Scored, descendants, score_here
+from tests.integration.conftest import Scored, score_here
 
 FILES, ROWS_A_FILE, GROUP = 5, 715, 100  # 3,575 rows; every fifth is bad in one of four ways
 
@@ -208,13 +209,10 @@ def test_all_rows_bad_and_no_rows_at_all(model: Path, tmp_path: Path) -> None:
     assert scored.table("nulls.parquet", "rejected")["reason"].to_pylist() == [reason] * 3
 
 
-def test_a_run_that_fails_leaves_no_crash_counter(model: Path, sample: pa.Table, tmp_path: Path) -> None:
+def test_work_that_fails_leaves_no_crash_counter() -> None:
     """The error's traceback would keep it."""
-    pq.write_table(rows_of(sample, 0)[0].slice(1, 3), tmp_path / "a.parquet")
-    (tmp_path / "out" / "predictions" / "a.parquet").mkdir(parents=True)
-    with pytest.raises(RunError, match="cannot be written") as error:
-        score_here(model, tmp_path / "out", tmp_path / "a.parquet")
-    deadline = time.monotonic() + 30
-    while found := [title for title in descendants(os.getpid()).values() if "CrashCounter" in title]:
-        assert time.monotonic() < deadline, (found, error)
-        time.sleep(0.1)
+    with pytest.raises(RunError) as error, crash_counter() as counter:
+        raise RunError(ray.get(counter.begin.remote("file", "node")))
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(counter.begin.remote("file", "node"))
+    assert error.tb, "which holds the counter"

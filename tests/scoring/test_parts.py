@@ -13,7 +13,7 @@ from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA
 
 def input_files(*rows: int, row_bytes: int = 800, names: list[str] | None = None, group: int = 2**30) -> pa.Table:
     """Files with these numbers of rows, each in row groups of `group` rows."""
-    identity = {"size": 1, "modified": 2, "footer_sha256": "x"}
+    identity = {"size": 1, "modified": 2, "footer_sha256": "x" * 64}
     names = names or [f"f{index}.parquet" for index in range(len(rows))]
     files = [
         identity | {"name": name, "rows": count, "longest_group": min(count, group), "bytes": count * row_bytes}
@@ -38,11 +38,25 @@ def test_parts_cover_the_rows_in_order_within_the_limit(count: int, max_rows_per
 
 
 @pytest.mark.parametrize(
-    ("group", "sizes"), [(300, [900, 900, 200]), (1000, [1000, 1000]), (1500, [1000, 1000]), (999, [999, 999, 2])]
+    ("rows", "group", "max_rows_per_file", "sizes"),
+    [
+        (2_000, 300, 1_000, [900, 900, 200]),
+        (2_000, 999, 1_000, [999, 999, 2]),
+        (2_000, 1_000, 1_000, [1_000, 1_000]),
+        (2_000, 1_500, 1_000, [1_000, 1_000]),
+        # By default a quarter of the file within limits.
+        (8_000, 1_024, None, [8_000]),
+        (20_000, 1_024, None, [8_192, 8_192, 3_616]),
+        (100_000, 1_024, None, [24_576] * 4 + [1_696]),
+        (1_000_000, 1_024, None, [32_768] * 30 + [16_960]),
+    ],
 )
-def test_parts_are_whole_row_groups_where_these_fit(group: int, sizes: list[int]) -> None:
-    parts, _ = split_into_parts(input_files(2000, group=group), 1000)
-    assert parts["rows"].to_pylist() == sizes
+def test_parts_are_whole_row_groups_where_these_fit(
+    rows: int, group: int, max_rows_per_file: int | None, sizes: list[int]
+) -> None:
+    for count in (1, 2):  # a new file changes no other's parts
+        parts, _ = split_into_parts(input_files(*[rows] * count, group=group), max_rows_per_file)
+        assert parts["rows"].to_pylist() == sizes * count
 
 
 @pytest.mark.parametrize(("row_bytes", "most"), [(2**20, 128), (2**52, 8)])
@@ -59,15 +73,6 @@ def test_a_name_that_is_taken_hidden_or_outside_of_the_output_is_an_error() -> N
     assert set(errors) == {*names[2:]}
     assert "need the name deep/a-00000-of-00002.pq in the output, as does deep/a-00000-of-00002.pq" in errors["deep/a.pq"]
     assert {errors[name] for name in outside} == {"would be written outside of the output; rename it"}
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_file_with_the_name_of_a_folder_is_an_error_of_the_one_that_comes_later(*, reverse: bool) -> None:
-    """The folder may also be one above the last. On an object store both names may exist."""
-    names = ["deep/a-00000-of-00003.parquet/b/c.parquet", "deep/a.parquet"][:: -1 if reverse else 1]
-    _, errors = split_into_parts(input_files(*([30, 1] if reverse else [1, 30]), names=names), 10)
-    said = f"would need the name deep/a-00000-of-00003.parquet in the output, as does {names[0]}; rename it"
-    assert errors == {names[1]: said}
 
 
 @pytest.mark.parametrize(("length", "rows", "fits"), [(255, 5, True), (240, 30, True), (241, 30, False)])
@@ -113,21 +118,6 @@ def test_a_task_of_a_gpu_is_large_whatever_an_output_file_holds() -> None:
 def test_tasks_are_longer_and_not_more_where_there_are_very_many_parts() -> None:
     parts, _ = split_into_parts(input_files(*[10**8] * 30, group=65_536), 65_536)
     assert 10_000 < len(make_tasks(parts, CPU_TASK_ROWS, workers=64)) <= 16_384
-
-
-@pytest.mark.parametrize(
-    ("rows", "sizes"),
-    [
-        (8_000, [8_000]),
-        (20_000, [8_192, 8_192, 3_616]),  # row groups are of 1,024 rows
-        (100_000, [24_576] * 4 + [1_696]),
-        (1_000_000, [32_768] * 30 + [16_960]),
-    ],
-)
-def test_by_default_a_part_is_a_quarter_of_its_file_within_limits(rows: int, sizes: list[int]) -> None:
-    for names in (["a.parquet"], ["a.parquet", "b.parquet"]):  # a new file changes no other's parts
-        parts, _ = split_into_parts(input_files(*[rows] * len(names), names=names, group=1_024), None)
-        assert parts["rows"].to_pylist() == sizes * len(names)
 
 
 @pytest.mark.slow

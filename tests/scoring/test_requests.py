@@ -1,6 +1,5 @@
 """Requests to an S3 server: few for each file that is scored or trained on, and one for a thousand files that are deleted."""
 
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import list_inputs
@@ -20,40 +18,43 @@ from mnistsum_ray.scoring.preflight import Request, make_plan
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import writable
 from tests.scoring.conftest import CONSOLE, write_all
+from tests.storage.conftest import s3
 
 FILES = 20
 
 
 @pytest.fixture
-def requests() -> Iterator[Counter[str]]:
-    """The requests to a server that the environment names, by the path of the object or bucket."""
-    app, counted = DomainDispatcherApplication(create_backend_app), Counter[str]()
+def bucket() -> Iterator[str]:
+    with s3() as uri:
+        yield uri
 
-    def answer(environ: Any, start_response: Any) -> Any:
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The requests to the server, by the path of the object or bucket."""
+    counted, answer = Counter[str](), DomainDispatcherApplication.__call__
+
+    def count(app: Any, environ: Any, start_response: Any) -> Any:
         counted[environ["PATH_INFO"]] += 1
-        return app(environ, start_response)
+        return answer(app, environ, start_response)
 
-    server = make_server("127.0.0.1", 0, answer, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in keys.items():
-            patch.setenv(name, value)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        locate("s3://counted?allow_bucket_creation=true", "bucket").filesystem.create_dir("counted")
-        yield counted
-    server.shutdown()
-    thread.join()
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", count)
+    return counted
 
 
-def test_a_scored_file_costs_seven_requests(requests: Counter[str]) -> None:
-    table = pa.table({"image": [bytes(784)] * 10, "number": [1] * 10, "label": [1] * 10})
-    folder, output = (locate(f"s3://counted/{name}", "--output").with_retries() for name in ("in", "out"))
+def write_input(bucket: str) -> str:
+    """Write files of ten rows; return the URI of their folder."""
+    uri = bucket.replace("bucket?", "bucket/in?")
+    data = to_parquet(pa.table({"image": [bytes(784)] * 10, "number": [1] * 10, "label": [1] * 10}))
     for index in range(FILES):
-        writable(folder).write(f"{index:03d}.parquet", to_parquet(table))
+        writable(uri).write(f"{index:03d}.parquet", data)
+    return uri
+
+
+def test_a_scored_file_costs_seven_requests(bucket: str, requests: Counter[str]) -> None:
+    uri, output = write_input(bucket), locate(bucket.replace("bucket?", "bucket/out?"), "--output").with_retries()
     requests.clear()
-    config = ScoreConfig(model="m", input=(folder.display,), output=output.display, label_column="label")
+    config = ScoreConfig(model="m", input=(uri,), output="o", label_column="label")
     card = {"sha256": "abc", "epoch": 1, "parameters": 1}
     request = Request(config, output, card, {}, list_inputs(config.input, output), output, None)
     plan = make_plan(request, "fp32", writable(output), CONSOLE)
@@ -66,18 +67,15 @@ def test_a_scored_file_costs_seven_requests(requests: Counter[str]) -> None:
 
     requests.clear()
     delete_parts(writable(output), plan.parts["output"].to_pylist(), CONSOLE)
-    assert requests == {"/counted": 2}, "predictions, and rejected rows"
+    assert requests == {"/bucket": 2}, "predictions, and rejected rows"
     assert not output.files()
 
 
-def test_a_file_of_training_rows_costs_four_requests(requests: Counter[str]) -> None:
-    table = pa.table({"image": [bytes(784)] * 10, "label": [1] * 10})
-    folder = locate("s3://counted/rows", "--data").with_retries()
-    for index in range(FILES):
-        writable(folder).write(f"{index:03d}.parquet", to_parquet(table))
+def test_a_file_of_training_rows_costs_four_requests(bucket: str, requests: Counter[str]) -> None:
+    uri = write_input(bucket)
     requests.clear()
-    source = open_source(folder.display)
+    source = open_source(uri)
     source.data.fetch(np.arange(source.rows))
     of_files = {path: count for path, count in requests.items() if path.endswith(".parquet")}
-    assert of_files == {f"/counted/rows/{index:03d}.parquet": 4 for index in range(FILES)}
+    assert of_files == {f"/bucket/in/{index:03d}.parquet": 4 for index in range(FILES)}
     assert sum(requests.values()) - sum(of_files.values()) < 10, "listings"
