@@ -243,10 +243,14 @@ def test_an_output_goes_on_with_the_flags_that_it_was_begun_with(folder: Path) -
     assert begun(sha256="other") == [None, None]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("_unpublished", "link"), ("predictions", "broken link"), ("rejected", "file")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("_unpublished", "link"), ("predictions", "broken link"), ("rejected", "file"), ("predictions/deep", "link")],
+)
 def test_a_link_or_a_file_with_the_name_of_a_folder_of_ours_is_refused(folder: Path, name: str, kind: str) -> None:
     fill(folder, "victim/data.parquet", "out/_lock")
     path = folder / "out" / name
+    path.parent.mkdir(exist_ok=True)
     path.touch() if kind == "file" else path.symlink_to(folder / ("victim" if kind == "link" else "nowhere"))
     with pytest.raises(RequestError, match=f"{name} is not a folder of this program, but a link or a file; remove it"):
         check_folders(plan_in(folder).output)
