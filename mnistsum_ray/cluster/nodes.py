@@ -1,18 +1,41 @@
-"""Nodes of the cluster, as Ray describes them, and how to run something on one of them."""
+"""Nodes of the cluster: how to run something on one, what may add some, and whether all see the local paths of a job."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnistsum_ray.cluster.connection import can_connect
+from mnistsum_ray.cluster.connection import can_connect, started_cluster
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.storage.folder import OutputFolder
+from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.lock import LOCK_NAME
 
 Resources = dict[str, float]
 """From kind (CPU, GPU, …) to amount."""
 
 HEAD: Final = "node:__internal_head__"
 """A resource that the head node alone has."""
+
+_HEAD_SECONDS: Final = 30.0
+"""Longest wait for the answer of a task on the head."""
+
+_NODE_GROUP_LABEL: Final = "ray.io/node-group"
+"""Node label that autoscalers (`ray up`, KubeRay) set."""
+
+_LOOK_SECONDS: Final = 60.0
+"""Longest wait for a node that looks at local paths."""
+
+_COMPARED_BYTES: Final = 4096
+
+Seen = dict[str, tuple[int, bytes] | None]
+"""By flag, the size of a file and its first bytes; None if it cannot be seen. On a network file system times may differ."""
 
 
 def this_node() -> Resources:
@@ -40,3 +63,109 @@ def lost_nodes(drained: Collection[str] = ()) -> dict[str, str]:
         for node in ray.nodes()
         if not node["Alive"] or node["NodeID"] in drained or not can_connect(node["NodeManagerAddress"], node["NodeManagerPort"])
     }
+
+
+@dataclass(frozen=True)
+class Autoscaler:
+    """What may add nodes to the cluster."""
+
+    version: str
+    """`v1` or `v2`; empty where it is not known."""
+    node_types: tuple[tuple[Resources, int], ...] = ()
+    """Resources of a node of each type, and how many of these it may add; empty where it is not known."""
+
+
+def autoscaler() -> Autoscaler | None:
+    """The autoscaler of the connected cluster; None where no nodes can be added.
+
+    No version of it tells a client what it may add. But its process on the head names its configuration, or none: then it only
+    shows the nodes that are there. KubeRay's runs beside the head, in a container of its own, and the nodes have a label.
+    """
+    return None if started_cluster() else _autoscaler(ray.get_runtime_context().gcs_address)
+
+
+@cache
+def _autoscaler(address: str) -> Autoscaler | None:
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    port = address.rpartition(":")[2]
+    for head in (node["NodeID"] for node in alive if HEAD in node["Resources"]):
+        found = None
+        if head == ray.get_runtime_context().get_node_id():
+            found = _read_autoscaler(port)
+        else:
+            with suppress(ray.exceptions.RayError):
+                found = ray.get(ray.remote(_read_autoscaler).options(**on_node(head)).remote(port), timeout=_HEAD_SECONDS)
+        if found:
+            return found[0]
+    return Autoscaler("") if any(_NODE_GROUP_LABEL in node["Labels"] for node in alive) else None
+
+
+def _read_autoscaler(port: str) -> tuple[Autoscaler | None] | None:
+    """What the autoscaler may add that runs on this node for the cluster at a port; None if none runs here."""
+    import yaml  # one of Ray's own dependencies
+
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError, AttributeError, KeyError, TypeError, yaml.YAMLError):
+            words = process.read_text(errors="replace").split("\0")
+            program = next((word for word in words if word.endswith("/monitor.py") and "/autoscaler/" in word), None)
+            options = {name: value for name, _, value in (word.partition("=") for word in words)}
+            if program is None or not options["--gcs-address"].endswith(f":{port}"):
+                continue
+            if "--autoscaling-config" not in options:
+                return (None,)
+            config = yaml.safe_load(Path(options["--autoscaling-config"]).expanduser().read_text())
+            kinds, most = dict(config["available_node_types"]), config["max_workers"]
+            del kinds[config["head_node_type"]]
+            types = tuple((kind["resources"], min(most, kind.get("max_workers", most))) for kind in kinds.values())
+            known = all(resources for resources, _ in types)
+            return (Autoscaler("v2" if "/v2/" in program else "v1", types if known else ()),)
+    return None
+
+
+def check_shared_storage(written: Mapping[str, OutputFolder], read: Mapping[str, Location], say: Callable[[str], None]) -> None:
+    """Compare what the other nodes see at local paths with what this node sees. Nodes that join later are not checked.
+
+    A node that does not share them would read nothing, or write where nobody looks.
+
+    The paths are given by flag: folders that the job holds, which have its lock, and one file of each that it reads.
+
+    Raises:
+        RequestError: a node does not see one of the paths.
+    """
+    paths = {flag: place.path for flag, place in read.items() if place.is_local}
+    folders = {flag: held.place.path for flag, held in written.items() if held.place.is_local}
+    if not paths | folders:
+        return
+    if autoscaler() is not None:
+        say(f"nodes that join later must see {' and '.join((paths | folders).values())} too; they are not checked")
+    files = paths | {flag: f"{path}/{LOCK_NAME}" for flag, path in folders.items()}
+    here = ray.get_runtime_context().get_node_id()
+    # Neither retried nor placed elsewhere: if the node goes, the answer of another one says nothing about it.
+    look, others = ray.remote(max_retries=0)(_look), [node for node in usable_nodes() if node["NodeID"] != here]
+    answers = [(node["NodeManagerAddress"], look.options(**on_node(node["NodeID"])).remote(files)) for node in others]
+    expected = _look(files)
+    for address, answer in answers:
+        try:
+            seen = ray.get(answer, timeout=_LOOK_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            say(f"the node {address} did not answer within {_LOOK_SECONDS:.0f} s, so it may not see {' and '.join(files)}")
+            continue
+        except ray.exceptions.RayError:  # the node has gone, or is about to
+            continue
+        for flag, path in (paths | folders).items():
+            if seen[flag] != expected[flag]:
+                raise RequestError(
+                    f"{flag} {path}: the node {address} does not see what this one sees there; name a folder that "
+                    "all nodes share, or s3://…"
+                )
+
+
+def _look(files: dict[str, str]) -> Seen:
+    seen: Seen = {}
+    for flag, path in files.items():
+        try:
+            with Path(path).open("rb") as file:
+                seen[flag] = Path(path).stat().st_size, file.read(_COMPARED_BYTES)
+        except OSError:  # it does not exist here, or this node may not read it
+            seen[flag] = None
+    return seen

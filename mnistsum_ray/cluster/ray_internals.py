@@ -12,8 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -21,8 +19,6 @@ from typing import Any, Final
 import ray
 import ray.exceptions
 
-from mnistsum_ray.cluster.connection import started_cluster
-from mnistsum_ray.cluster.nodes import HEAD, Resources, on_node
 from mnistsum_ray.overrides import replaced
 from mnistsum_ray.storage.uri import masked
 
@@ -34,12 +30,6 @@ _SILENT_CORE: Final = ("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 _RAY_OPT_OUT: Final = "RAY_USAGE_STATS_ENABLED"
 """`ray.init` sets it to 0 for a cluster that it starts. It stays: Ray Data would collect usage statistics of every pipeline."""
-
-_HEAD_SECONDS: Final = 30.0
-"""Longest wait for the answer of a task on the head."""
-
-_NODE_GROUP_LABEL: Final = "ray.io/node-group"
-"""Node label that autoscalers (`ray up`, KubeRay) set."""
 
 _DATA_ACTORS: Final = {
     "execution.node_trackers.actor_location": "get_or_create_actor_location_tracker",
@@ -88,63 +78,6 @@ def rejects_this_client(address: str) -> bool:
     except ray.exceptions.RayError as error:  # another one ends `ray.init` too, which reports it
         return isinstance(error, ray.exceptions.AuthenticationError)
     return False
-
-
-@dataclass(frozen=True)
-class Autoscaler:
-    """What may add nodes to the cluster."""
-
-    version: str
-    """`v1` or `v2`; empty where it is not known."""
-    node_types: tuple[tuple[Resources, int], ...] = ()
-    """Resources of a node of each type, and how many of these it may add; empty where it is not known."""
-
-
-def autoscaler() -> Autoscaler | None:
-    """The autoscaler of the connected cluster; None where no nodes can be added.
-
-    No version of it tells a client what it may add. But its process on the head names its configuration, or none: then it only
-    shows the nodes that are there. KubeRay's runs beside the head, in a container of its own, and the nodes have a label.
-    """
-    return None if started_cluster() else _autoscaler(ray.get_runtime_context().gcs_address)
-
-
-@cache
-def _autoscaler(address: str) -> Autoscaler | None:
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    port = address.rpartition(":")[2]
-    for head in (node["NodeID"] for node in alive if HEAD in node["Resources"]):
-        found = None
-        if head == ray.get_runtime_context().get_node_id():
-            found = _read_autoscaler(port)
-        else:
-            with suppress(ray.exceptions.RayError):
-                found = ray.get(ray.remote(_read_autoscaler).options(**on_node(head)).remote(port), timeout=_HEAD_SECONDS)
-        if found:
-            return found[0]
-    return Autoscaler("") if any(_NODE_GROUP_LABEL in node["Labels"] for node in alive) else None
-
-
-def _read_autoscaler(port: str) -> tuple[Autoscaler | None] | None:
-    """What the autoscaler may add that runs on this node for the cluster at a port; None if none runs here."""
-    import yaml  # one of Ray's own dependencies
-
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError, *_GONE, KeyError, yaml.YAMLError):
-            words = process.read_text(errors="replace").split("\0")
-            program = next((word for word in words if word.endswith("/monitor.py") and "/autoscaler/" in word), None)
-            options = {name: value for name, _, value in (word.partition("=") for word in words)}
-            if program is None or not options["--gcs-address"].endswith(f":{port}"):
-                continue
-            if "--autoscaling-config" not in options:
-                return (None,)
-            config = yaml.safe_load(Path(options["--autoscaling-config"]).expanduser().read_text())
-            kinds, most = dict(config["available_node_types"]), config["max_workers"]
-            del kinds[config["head_node_type"]]
-            types = tuple((kind["resources"], min(most, kind.get("max_workers", most))) for kind in kinds.values())
-            known = all(resources for resources, _ in types)
-            return (Autoscaler("v2" if "/v2/" in program else "v1", types if known else ()),)
-    return None
 
 
 def detached_data_actors() -> None:

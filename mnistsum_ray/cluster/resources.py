@@ -9,8 +9,8 @@ from typing import Final
 from ray.autoscaler.sdk import request_resources
 
 from mnistsum_ray.cluster.gpus import REPORT_SECONDS, Gpu, Probe, answers_of, ask_nodes
-from mnistsum_ray.cluster.nodes import HEAD, Resources, usable_nodes
-from mnistsum_ray.cluster.ray_internals import Autoscaler, autoscaler, free_resources
+from mnistsum_ray.cluster.nodes import HEAD, Autoscaler, Resources, autoscaler, usable_nodes
+from mnistsum_ray.cluster.ray_internals import free_resources
 from mnistsum_ray.errors import RequestError, counted
 
 _TASKS_CPU_SHARE: Final = 0.25

@@ -14,11 +14,10 @@ import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy
 
-from mnistsum_ray.cluster.crash_counter import crash_counter
-from mnistsum_ray.cluster.data_context import ray_data_options
 from mnistsum_ray.cluster.gpus import Probe
+from mnistsum_ray.cluster.nodes import check_shared_storage
 from mnistsum_ray.cluster.resources import WorkerPlan, WorkerRequest, explain_worker_silence, inspect_cluster, reserve
-from mnistsum_ray.cluster.shared_storage import check_shared_storage
+from mnistsum_ray.cluster.tasks import crash_counter, ray_data_options
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RunError, RunInterrupted, counted, root_cause
 from mnistsum_ray.model.cpu import cpu_faster_with_bf16

@@ -20,7 +20,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.cluster.map_files import map_files
+from mnistsum_ray.cluster.tasks import map_files
 from mnistsum_ray.data.parquet import read_table
 from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, RunError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.cluster.map_files import MAX_LOCAL_FILES, map_files
+from mnistsum_ray.cluster.tasks import MAX_LOCAL_FILES, map_files
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_skipped

@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from mnistsum_ray.cluster.crash_counter import CAUSES, MAX_CRASHES, begin
+from mnistsum_ray.cluster.tasks import CAUSES, MAX_CRASHES, begin
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import DIGITS, Pixels, ReasonCounts, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.order import NUMBERS

@@ -15,8 +15,7 @@ import ray
 import ray.data
 from ray.data import TaskPoolStrategy
 
-from mnistsum_ray.cluster.crash_counter import CAUSES, MAX_CRASHES, begin, crash_counter
-from mnistsum_ray.cluster.data_context import ray_data_options
+from mnistsum_ray.cluster.tasks import CAUSES, MAX_CRASHES, begin, crash_counter, ray_data_options
 from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
 from mnistsum_ray.data.images import PIXELS, SIDE, Pixels, ReasonCounts, one_chunk, pixels_array, pixels_view
 from mnistsum_ray.data.order import RowIds, Shuffle, random_numbers, row_checksums

@@ -30,8 +30,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from mnistsum_ray.cluster.crash_counter import crash_counter
-from mnistsum_ray.cluster.data_context import ray_data_options
+from mnistsum_ray.cluster.tasks import crash_counter, ray_data_options
 from mnistsum_ray.data.order import RowRanges, Shuffle, mix_ids, positions_of_rank, row_checksums
 from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RowCountError, RunError

@@ -14,7 +14,7 @@ import ray
 from ray.data import Dataset
 from ray.data._internal.execution.node_trackers import actor_location
 
-from mnistsum_ray.cluster import ray_internals
+from mnistsum_ray.cluster import nodes, ray_internals
 from mnistsum_ray.training.ray_hooks import placement_groups, remove_placement_groups
 
 
@@ -61,7 +61,7 @@ def test_last_cluster_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("address")
 def test_a_cluster_whose_autoscaler_only_shows_its_nodes_cannot_grow() -> None:
-    assert ray_internals.autoscaler() is None
+    assert nodes.autoscaler() is None
 
 
 @pytest.mark.parametrize(("program", "version"), [("autoscaler/_private", "v1"), ("autoscaler/v2", "v2")])
@@ -73,10 +73,10 @@ def test_what_an_autoscaler_may_add(tmp_path: Path, program: str, version: str) 
     entry = f"/ray/{program}/monitor.py"
     options = ["--gcs-address=10.0.0.1:6399", f"--autoscaling-config={tmp_path / 'config.yaml'}"]
     with subprocess.Popen([sys.executable, "-c", "input()", entry, *options], stdin=subprocess.PIPE) as process:
-        found = ray_internals._read_autoscaler("6399")
+        found = nodes._read_autoscaler("6399")
         process.communicate(b"\n")
-    assert found == (ray_internals.Autoscaler(version, (({"CPU": 8, "GPU": 1}, 4),)),)
-    assert ray_internals._read_autoscaler("6399") is None
+    assert found == (nodes.Autoscaler(version, (({"CPU": 8, "GPU": 1}, 4),)),)
+    assert nodes._read_autoscaler("6399") is None
 
 
 @pytest.mark.usefixtures("address")
@@ -94,7 +94,7 @@ def test_placement_groups_that_ray_train_has_left_are_removed() -> None:
 
 _AUTHENTICATE = """
 import os, sys
-from mnistsum_ray.cluster import ray_internals
+from mnistsum_ray.cluster import nodes, ray_internals
 address = sys.argv[1]
 before = ray_internals.rejects_this_client(address)
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": sys.argv[2]}
@@ -116,7 +116,7 @@ _CONSUME_SLOWLY = """
 import time
 import numpy as np
 import ray
-from mnistsum_ray.cluster.data_context import ray_data_options
+from mnistsum_ray.cluster.tasks import ray_data_options
 
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
 with ray_data_options(preserve_order=True, object_store_bytes=4_000_000):

@@ -10,8 +10,7 @@ import torch
 
 from mnistsum_ray.cluster import gpus, resources
 from mnistsum_ray.cluster.gpus import Gpu
-from mnistsum_ray.cluster.nodes import HEAD
-from mnistsum_ray.cluster.ray_internals import Autoscaler
+from mnistsum_ray.cluster.nodes import HEAD, Autoscaler
 from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan, WorkerRequest, plan_workers
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError

@@ -19,7 +19,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from mnistsum_ray.cluster.crash_counter import crash_counter
+from mnistsum_ray.cluster.tasks import crash_counter
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.reporting.report import epoch_seconds

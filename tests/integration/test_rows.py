@@ -15,7 +15,7 @@ import ray
 import torch
 from torchvision.io import encode_png
 
-from mnistsum_ray.cluster.map_files import map_files
+from mnistsum_ray.cluster.tasks import map_files
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.images import Pixels, pixels_view
 from mnistsum_ray.data.order import RowIds, RowRanges, Shuffle, random_numbers
