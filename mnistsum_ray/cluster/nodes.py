@@ -123,9 +123,7 @@ def _read_autoscaler(port: str) -> tuple[Autoscaler | None] | None:
 
 
 def check_shared_storage(written: Mapping[str, OutputFolder], read: Mapping[str, Location], say: Callable[[str], None]) -> None:
-    """Compare what the other nodes see at local paths with what this node sees. Nodes that join later are not checked.
-
-    A node that does not share them would read nothing, or write where nobody looks.
+    """Compare what the other nodes see at local paths with what this node sees: they might write where nobody looks.
 
     The paths are given by flag: folders that the job holds, which have its lock, and one file of each that it reads.
 

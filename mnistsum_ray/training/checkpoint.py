@@ -42,7 +42,7 @@ _FOLDER: Final = re.compile(r"epoch_\d+(_step_\d+|_sum_head)?")
 
 
 class CheckpointError(RunError):
-    """A checkpoint that cannot be resumed from; the message says why."""
+    """A checkpoint that cannot be resumed from; the message names it and says why."""
 
 
 class CheckpointVersionError(CheckpointError):
@@ -139,21 +139,11 @@ class Checkpointer:
 def latest_state(start: Location | None) -> tuple[TrainerState, Weights] | None:
     """State and tensors (for `restore`) that a worker goes on from; None: from the beginning.
 
-    `start` is the checkpoint that `--resume` starts from. After a failure Ray Train has a later one.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or of another version.
+    `start` is the checkpoint that `--resume` starts from. After a failure Ray Train has a later one. Errors: `read_checkpoint`.
     """
     latest = ray.train.get_checkpoint()
     place = start if latest is None else Location(latest.filesystem, latest.path, latest.path)
-    if place is None:
-        return None
-    try:
-        return read_checkpoint(place)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"checkpoint {place.display} cannot be used: {error}; --resume starts from the one before it"
-        ) from error
+    return None if place is None else read_checkpoint(place)
 
 
 def save_checkpoint(folder: Path, state: TrainerState, model: Network, optimizer: MuonAdamW) -> None:
@@ -183,26 +173,27 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
         CheckpointVersionError: another version of this program wrote it.
         StorageError: the storage does not answer.
     """
+    unusable = f"checkpoint {folder.display} cannot be used:"
     try:
         fields = (folder / STATE_CARD).read_json()
         if fields["format"] != STATE_FORMAT:
-            raise CheckpointVersionError(f"it was written by another version ({fields['format']}, not {STATE_FORMAT})")
+            raise CheckpointVersionError(f"{unusable} it was written by another version ({fields['format']}, not {STATE_FORMAT})")
         if (found := fields.get("interface", INTERFACE)) != INTERFACE:
-            raise CheckpointVersionError(f"it is of another network ({shortened(str(found))}, not {INTERFACE})")
+            raise CheckpointVersionError(f"{unusable} it is of another network ({shortened(str(found))}, not {INTERFACE})")
         data = (folder / STATE_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != fields["sha256"]:
-            raise CheckpointError(f"{STATE_FILE} is incomplete or damaged (SHA-256 differs)")
+            raise CheckpointError(f"{unusable} {STATE_FILE} is incomplete or damaged (SHA-256 differs)")
         tensors = load_tensors(data)
         points = [tuple(point) for point in fields["progress"]["points"]]
         progress = EpochProgress(**fields["progress"] | {"points": points, "checksums": tensors.get("checksums.progress")})
         plain = {name: fields[name] for name in ("epochs_done", "history", "precision", "sum_head")}
         return TrainerState(**plain, progress=progress, checksums=tensors.get("checksums.files")), tensors
     except MissingFileError as error:
-        raise CheckpointError(f"a file is missing ({error})") from None
+        raise CheckpointError(f"{unusable} a file is missing ({error})") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{STATE_FILE} is incomplete or damaged ({one_line(error)})") from None
+        raise CheckpointError(f"{unusable} {STATE_FILE} is incomplete or damaged ({one_line(error)})") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{STATE_CARD} is incomplete or damaged ({one_line(error)})") from None
+        raise CheckpointError(f"{unusable} {STATE_CARD} is incomplete or damaged ({one_line(error)})") from None
 
 
 def restore(tensors: Weights, model: Network, optimizer: MuonAdamW) -> None:
@@ -227,11 +218,9 @@ def latest_valid_checkpoint(folder: Location, say: Callable[[str], None]) -> Loc
         try:
             read_checkpoint(place)
         except CheckpointVersionError as error:
-            raise RequestError(
-                f"--resume: checkpoint {place.display} cannot be used: {error}; resume with that version"
-            ) from None
+            raise RequestError(f"--resume: {error}; resume with that version") from None
         except CheckpointError as error:
-            say(f"checkpoint {place.display} cannot be used: {error}")
+            say(str(error))
         else:
             return place
     return None
