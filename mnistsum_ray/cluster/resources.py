@@ -124,9 +124,8 @@ class WorkerPlan:
     """Minimum and maximum number. Fewer than the maximum run where fewer resources are free."""
     needed: int
     """Number of workers that have to fit for the job to start."""
-    cpus_per_worker: float
-    gpus_per_worker: float
-    """1 / k where k workers share a GPU: while it predicts for one, the others read, decode and write."""
+    per_worker: Resources
+    """What each reserves on one node: 1 / k GPU where k share one, which predicts for one while the others read and write."""
     gpu: Gpu | None = None
     """None for a job on CPUs."""
     label_selector: dict[str, str] | None = None
@@ -141,12 +140,7 @@ class WorkerPlan:
 
     @property
     def use_gpu(self) -> bool:
-        return self.gpus_per_worker > 0
-
-    @property
-    def per_worker(self) -> Resources:
-        """Resources that each worker reserves on one node."""
-        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
+        return "GPU" in self.per_worker
 
     def describe(self) -> str:
         """A text such as `1 CPU worker` or `2 to 4 GPU workers`."""
@@ -155,7 +149,7 @@ class WorkerPlan:
         return f"{number} {'GPU' if self.use_gpu else 'CPU'} worker{'' if high == 1 else 's'}"
 
 
-_ONE_GPU: Final = WorkerPlan((1, 1), needed=1, cpus_per_worker=0.0, gpus_per_worker=1.0)
+_ONE_GPU: Final = WorkerPlan((1, 1), needed=1, per_worker={"GPU": 1.0})
 
 
 def reserve(request: WorkerRequest, say: Callable[[str], None], probe: Probe | None = None) -> WorkerPlan:
@@ -235,8 +229,8 @@ def plan_workers(
     else:
         cpus = cluster.total("CPU") / max(1, min(high, int(cluster.total("CPU"))))
     cpus = min(1.0, cpus * (1 - _TASKS_CPU_SHARE if request.group else 1))
-    needed = low if request.group else 1
-    plan = WorkerPlan((low, high), needed, cpus, 1 / sharing if use_gpu else 0.0, may_grow=limit > cluster.total(kind))
+    per_worker = {"CPU": cpus} | ({"GPU": 1 / sharing} if use_gpu else {})
+    plan = WorkerPlan((low, high), low if request.group else 1, per_worker, may_grow=limit > cluster.total(kind))
     fitting = cluster.workers_that_fit(plan.per_worker)
     if plan.needed > fitting and not cluster.can_grow:
         each = _format(plan.per_worker)

@@ -196,8 +196,8 @@ def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_wo
             compute=pool,
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=resources.cpus_per_worker,
-            num_gpus=resources.gpus_per_worker,
+            num_cpus=resources.per_worker["CPU"],
+            num_gpus=resources.per_worker.get("GPU", 0),
             label_selector=resources.label_selector,
         )
     dataset.set_name("score-files")

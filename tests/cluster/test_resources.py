@@ -74,7 +74,7 @@ def test_training_always_leaves_cpus_for_other_tasks(here: ClusterResources) -> 
     cpus = here.total("CPU")
     for workers in range(1, int(here.total("GPU") or cpus) + 1):
         for elastic in (workers, (1, workers)):
-            assert 0 < workers * train(here, num_workers=elastic).cpus_per_worker <= 0.75 * cpus + 1e-9
+            assert 0 < workers * train(here, num_workers=elastic).per_worker["CPU"] <= 0.75 * cpus + 1e-9
 
 
 def test_a_growing_cluster_may_lack_what_is_requested() -> None:
