@@ -35,16 +35,14 @@ class TrainingResult:
     """Result of a finished training, returned by rank 0 to the driver."""
 
     history: list[dict[str, Any]]
-    error_analysis: dict[str, Any]
-    """Errors of the model on the test rows."""
+    manifest: dict[str, Any]
+    """Entries of the manifest: `error_analysis` of the test rows, `hardware`, `precision`."""
     mistake_images: Pixels
     """Images of the analysis' mistakes, in their order: uint8[n, 28, 28]."""
     weights: dict[str, np.ndarray]
     """Weights of the model, with the temperatures folded in; arrays, since Ray Train takes no tensors."""
     description: dict[str, Any]
     """Description of the model, see `serialization.describe_model`."""
-    hardware: dict[str, Any]
-    precision: str
     checksums: npt.NDArray[np.int64] | None
     """Checksums of the rows of each streamed file, see `TrainerState.checksums`."""
 
@@ -97,12 +95,10 @@ def analyse(
                 events.note("no --precision int8 for this model: it answers otherwise than the network")
     return TrainingResult(
         state.history,
-        analysis,
+        {"error_analysis": analysis, "hardware": machine, "precision": state.precision},
         mistake_images,
         {name: value.numpy() for name, value in weights.items()},
         description,
-        machine,
-        state.precision,
         None if state.checksums is None else state.checksums.numpy(),
     )
 

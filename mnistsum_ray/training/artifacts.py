@@ -146,7 +146,7 @@ def write_report(
     """Write pictures, report and TensorBoard's last event file; return the names of the files that MLflow should get."""
     from mnistsum_ray.reporting import pictures, tensorboard  # a second to import, needed once
 
-    analysis = result.error_analysis
+    analysis = manifest["error_analysis"]
     drawn = {
         "history.png": pictures.draw_history(result.history, card),
         "confusion.png": pictures.draw_confusion(analysis["confusion"]),

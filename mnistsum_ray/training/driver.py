@@ -334,14 +334,8 @@ class _Driver:
             images_per_second=round(speed, 1),
             seconds=round(time.monotonic() - self.started, 1),
         )
-        manifest |= {
-            "status": "finished",
-            "metrics": summary.line(),
-            "hardware": result.hardware,
-            "precision": result.precision,
-            "error_analysis": result.error_analysis,
-            "training_seconds": round(sum(map(epoch_seconds, result.history)), 1),
-        }
+        seconds = round(sum(map(epoch_seconds, result.history)), 1)
+        manifest |= {"status": "finished", "metrics": summary.line(), **result.manifest, "training_seconds": seconds}
         files = write_report(run, self.held, manifest, card, result)
         with defer_signals():  # a run that is finished is not stopped
             self.held.write(_MANIFEST, manifest)
