@@ -50,7 +50,7 @@ def test_the_workers_dropout_is_that_of_the_whole_batch() -> None:
     assert [len(dropout_of(rank, 2, 1)) for rank in range(2)] == [1, 0], "a worker without rows"
 
 
-@pytest.mark.parametrize(("steps", "checked"), [(1, [1]), (40, [16, 32, 40]), (1000, range(16, 1016, 16))])
+@pytest.mark.parametrize(("steps", "checked"), [(40, [16, 32, 40]), (1000, range(16, 1016, 16))])
 def test_the_losses_within_an_epoch_are_means_since_the_one_before(steps: int, checked: Iterable[int]) -> None:
     """One row a step, whose loss is the number of the step."""
     counter = EpochCounter(EpochProgress(), steps, ALONE)
