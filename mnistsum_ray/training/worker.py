@@ -132,9 +132,11 @@ def event_queue(
             while True:
                 try:
                     event = queue.get()
-                except Exception:  # the node is too busy to answer, or the actor or this process's connection has ended
+                except Exception as error:  # the node is too busy to answer, or the actor or this process's connection has ended
                     if ended.wait(1.0):
                         return
+                    if not isinstance(error, ray.exceptions.RayError):
+                        raise
                     continue
                 if event is None:
                     return
