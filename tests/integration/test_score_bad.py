@@ -16,7 +16,7 @@ import pytest
 import ray
 from PIL import Image
 
-from mnistsum_ray.cluster.crash_counter import crash_counter
+from mnistsum_ray.cluster.tasks import crash_counter
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from mnistsum_ray.errors import RunError
 from tests.conftest import check_predictions, plain_predictions
