@@ -185,18 +185,13 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 class Bomb:
-    """A pickle that creates a file when it is unpickled."""
+    """Its pickle creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
-        self.pickled = pickle.dumps(_Touch(mark))
+        self.pickled = pickle.dumps(self)
         pickle.loads(self.pickled)
         mark.unlink()  # it was there: the pickle works
-
-
-@dataclass
-class _Touch:
-    mark: Path
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.mark,)
@@ -433,7 +428,7 @@ class Job:
                     found.append(" ".join(process.cmdline())[:100])
         return found
 
-    def wait(self, timeout: float = 240) -> Done:
+    def wait(self, timeout: float = 400) -> Done:
         try:
             out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

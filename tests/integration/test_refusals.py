@@ -34,12 +34,12 @@ def test_requests_that_need_no_cluster(model: Path, tmp_path: Path, sample: pa.T
 
 
 def test_a_command_says_so_at_once(tmp_path: Path) -> None:
-    """With one line, and before anything large is done: in half a minute, also where a machine is slow."""
+    """With one line, and before anything large is done: in a minute, also where a machine is slow."""
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     done = run_job("train", "--data", tmp_path)
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
     assert "a.parquet" in done.error
-    assert done.seconds < 30
+    assert done.seconds < 60
 
 
 @pytest.mark.slow

@@ -104,9 +104,13 @@ def flags_of(values: dict[str, object]) -> list[str]:
     return given
 
 
-def run_command(name: str, flags: list[str], address: str, folder: Path) -> tuple[int, str]:
-    """Run a command in this process, a fork of one that has imported the packages; its exit code and all that it wrote."""
-    os.environ["RAY_ADDRESS"] = address
+def run_command(name: str, flags: list[str], environment: dict[str, str], folder: Path) -> tuple[int, str]:
+    """Run a command in this process, a fork of one that has imported the packages; its exit code and all that it wrote.
+
+    That one may be a test's that came before, with another environment.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(folder)
     with tempfile.TemporaryFile() as written:
         for stream in (1, 2):
@@ -137,12 +141,8 @@ def test_keys_in_a_uri_are_written_nowhere(
     images.write("seven.png", seven.getvalue())
     runs.write("model/model.safetensors", (model / "model.safetensors").read_bytes())
     query = f"endpoint_override={quote(os.environ['AWS_ENDPOINT_URL'])}"
-    train: dict[str, object] = {
-        "data": f"{KEYS}images/keys",
-        "storage_path": f"{KEYS}runs/keys",
-        "epochs": 1,
-        "sum_head_steps": 1,
-    }
+    train: dict[str, object] = {"data": f"{KEYS}images/keys", "storage_path": f"{KEYS}runs/keys"}
+    train |= {"epochs": 1, "sum_head_steps": 1}
     scored: dict[str, object] = {"model": f"{KEYS}runs/keys/one", "input": f"{KEYS}runs/keys/pairs/*.parquet?{query}"}
     works: list[tuple[str, dict[str, object]]] = [
         ("train", train | {"name": "one"}),
@@ -165,14 +165,11 @@ def test_keys_in_a_uri_are_written_nowhere(
     with fork.Pool(6, maxtasksperchild=1) as pool:
 
         def run(requests: list[tuple[str, dict[str, object]]]) -> list[tuple[int, str]]:
-            done = [(name, flags_of(values), cluster, tmp_path) for name, values in requests]
+            done = [(name, flags_of(values), os.environ | {"RAY_ADDRESS": cluster}, tmp_path) for name, values in requests]
             return pool.starmap(run_command, done, chunksize=1)
 
-        results = [
-            *run(works[:1]),
-            *run(works[1:2]),
-            *run([*works[2:], *wrong]),
-        ]  # the others take what the first two have written
+        results = [*run(works[:1]), *run(works[1:2])]
+        results += run([*works[2:], *wrong])  # they take what the first two have written
     for code, text in results:
         assert code in (0, 1, 2), text
         assert "Traceback" not in text
