@@ -38,19 +38,12 @@ from tests.conftest import default_signals
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
 
-_DURATIONS: list[str] = []
+_durations: list[str] = []
 
 
 def report_duration(what: str, since: float) -> None:
     """Add the time since `since` to the summary that pytest prints at the end."""
-    _DURATIONS.append(f"{what} after {time.monotonic() - since:.1f} s")
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _DURATIONS:
-        terminalreporter.section("recovery times")
-        for line in _DURATIONS:
-            terminalreporter.line(line)
+    _durations.append(f"{what} after {time.monotonic() - since:.1f} s")
 
 
 @pytest.fixture(scope="module")
@@ -235,10 +228,6 @@ class Scored:
     said: str
     output: Path
 
-    @property
-    def complete(self) -> bool:
-        return not self.line["rejected_rows"] and not self.line["failed_files"]
-
     def table(self, name: str, folder: str = "predictions") -> pa.Table:
         # `pq.read_table` would also add columns from the names of the folders.
         return pq.ParquetFile(self.output / folder / name).read()
@@ -342,20 +331,17 @@ class Done:
         assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
         return lines[-1]
 
-    def history(self) -> list[dict[str, Any]]:
-        """The lines of history.jsonl of a training that has succeeded, one an epoch."""
-        lines = (locate(self.line["run"], "--name") / "history.jsonl").read_bytes().splitlines()
-        return [json.loads(line) for line in lines]
-
 
 _jobs: "list[Job]" = []
 """Jobs that the test has started."""
 
 
 @pytest.fixture(autouse=True)
-def no_job_is_left() -> Iterator[None]:
+def no_job_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that fails leaves no job on the CPUs of the tests that follow."""
     yield
+    request.node.user_properties += [("duration", text) for text in _durations]
+    _durations.clear()
     for job in _jobs:
         if job.process.poll() is None:
             kill_everything(job.process.pid)

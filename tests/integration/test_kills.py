@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from tests.integration.conftest import (
     polling,
     report_duration,
     score_here,
+    train_here,
     wait_for_files,
     write_shuffled_sample,
 )
@@ -77,38 +77,28 @@ def many_nodes(s3: Storage) -> Iterator[Cluster]:
         yield cluster
 
 
-@dataclass
-class Training:
-    """A training whose command begins and goes on, with all that a run draws: numbers, order, distortions, dropout.
+# All that a run draws: numbers, order, distortions, dropout. An epoch has 60 steps of streamed rows. From three workers on, a
+# new DDP sums its first gradients in another order.
+SETTINGS: dict[str, Any] = {"recipe": "long", "batch_size": 32, "epochs": 3, "sum_head_steps": 20, "shuffle_rows": 900}
+SETTINGS |= {"num_workers": 3, "checkpoint_seconds": 0.1, "name": "mine"}
 
-    An epoch has 60 steps of streamed rows. From three workers on, a new DDP sums its first gradients in another order.
-    """
 
-    data: str
-    root: str
+def last_checkpoint(run: Location) -> str:
+    files = [info.path for info in run.files()]
+    return max((Path(path).parent.name for path in files if path.endswith(f"/{STATE_CARD}")), default="")
 
-    def __post_init__(self) -> None:
-        self.run = locate(self.root, "--storage-path") / "mine"
 
-    def start(self, cluster: Cluster) -> Job:
-        flags = ["--recipe", "long", "--batch-size", 32, "--epochs", 3, "--sum-head-steps", 20, "--shuffle-rows", 900]
-        flags += ["--num-workers", 3, "--checkpoint-seconds", 0.1, "--storage-path", self.root, "--name", "mine"]
-        return Job("train", "--data", self.data, *flags, "--resume", "auto", address=cluster.address)
+def wait_for_checkpoints(job: Job, run: Location) -> None:
+    """Wait for two: Ray Train knows the first when the second is written."""
+    for _ in range(2):
+        before = last_checkpoint(run)
+        job.wait_until(lambda before=before: last_checkpoint(run) > before)  # type: ignore[misc]
 
-    def wait_for_checkpoints(self, job: Job) -> None:
-        """Wait for two: Ray Train knows the first when the second is written."""
-        for _ in range(2):
-            before = self.last_checkpoint()
-            job.wait_until(lambda before=before: self.last_checkpoint() > before)  # type: ignore[misc]
 
-    def last_checkpoint(self) -> str:
-        files = [info.path for info in self.run.files()]
-        return max((Path(path).parent.name for path in files if path.endswith(f"/{STATE_CARD}")), default="")
-
-    def left(self) -> tuple[list[Any], str]:
-        """All losses, and the checksum of the weights."""
-        losses = [[line["train_loss"], line["step_losses"]] for line in read_history(self.run)]
-        return losses, hashlib.sha256((self.run / "model" / "model.safetensors").read_bytes()).hexdigest()
+def left(run: Location) -> tuple[list[Any], str]:
+    """All losses, and the checksum of the weights."""
+    losses = [[line["train_loss"], line["step_losses"]] for line in read_history(run)]
+    return losses, hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.timeout(1200)  # three starts and two recoveries
@@ -117,19 +107,22 @@ def test_a_killed_training_gives_the_model_of_an_undisturbed_one(many_nodes: Clu
     data = write_shuffled_sample(tmp_path / "rows", rows=2400)
     for path in data.iterdir():
         writable("s3://images/kills").write(path.name, path.read_bytes())
-    killed, alone = Training("s3://images/kills", "s3://runs/killed"), Training(str(data), str(tmp_path / "alone"))
-    job = killed.start(many_nodes)
-    killed.wait_for_checkpoints(job)
+    run = locate("s3://runs/killed/mine", "--storage-path")
+    flags = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", value)]
+    flags += ["--data", "s3://images/kills", "--storage-path", "s3://runs/killed", "--resume", "auto"]
+    job = Job("train", *flags, address=many_nodes.address)
+    wait_for_checkpoints(job, run)
     began = time.monotonic()
     lose_node(many_nodes, notice=True)
     job.wait_for_line("going on after epoch")
     report_duration("training on S3, a node drained and lost, and another come: went on", began)
-    killed.wait_for_checkpoints(job)
+    wait_for_checkpoints(job, run)
     os.kill(job.process.pid, signal.SIGKILL)
     job.wait()
 
-    assert alone.start(many_nodes).wait().code == 0  # before the lease of the killed run has ended
-    job = killed.start(many_nodes)
+    with joined(many_nodes):
+        train_here(data=data, storage_path=tmp_path / "alone", **SETTINGS)
+    job = Job("train", *flags, address=many_nodes.address)
     job.wait_for_line("fine-tuning the sum head")
     assert not [title for title in descendants(os.getpid()).values() if "PlacementGroupCleaner" in title]
     began = time.monotonic()
@@ -139,10 +132,10 @@ def test_a_killed_training_gives_the_model_of_an_undisturbed_one(many_nodes: Clu
     done = job.wait()
     assert done.code == 0, done.err
     assert done.err.count("fine-tuning the sum head") == 2
-    assert killed.left() == alone.left()
-    manifest = (killed.run / "manifest.json").read_json()
+    assert left(run) == left(locate(str(tmp_path / "alone" / "mine"), "--storage-path"))
+    manifest = (run / "manifest.json").read_json()
     assert manifest["status"] == "finished"
-    assert manifest["training_seconds"] == pytest.approx(sum(map(epoch_seconds, read_history(killed.run))), abs=0.1)
+    assert manifest["training_seconds"] == pytest.approx(sum(map(epoch_seconds, read_history(run))), abs=0.1)
 
 
 def scored(output: Path) -> dict[str, bytes]:
