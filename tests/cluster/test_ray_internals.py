@@ -19,19 +19,20 @@ from mnistsum_ray.training.ray_hooks import placement_groups, remove_placement_g
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Address of a cluster with token authentication, whose processes run in sessions of their own."""
+def cluster() -> Iterator[None]:
+    """A cluster with token authentication, whose processes run in sessions of their own. Clients of it: tests/integration."""
+    ray.shutdown()
     with ray_internals.side_effects_undone():
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
         ray_internals.reload_authentication()
         with ray_internals.small_cluster():
-            context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield context.address_info["address"]
+            ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
     ray.shutdown()
     ray_internals.reload_authentication()
 
 
-@pytest.mark.usefixtures("address")
+@pytest.mark.usefixtures("cluster")
 def test_small_cluster() -> None:
     listed = subprocess.run(["ps", "-wwo", "sid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
     sessions = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
@@ -42,7 +43,7 @@ def test_small_cluster() -> None:
     assert not [command for _, command in sessions if "monitor.py" in command or "dashboard.py" in command]
 
 
-@pytest.mark.usefixtures("address")
+@pytest.mark.usefixtures("cluster")
 def test_errors_of_rays_processes_are_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
     """Ray prints to each driver that listens that a process has died, and that there are retries."""
     with pytest.raises(ray.exceptions.WorkerCrashedError):
@@ -51,15 +52,7 @@ def test_errors_of_rays_processes_are_not_printed(capfd: pytest.CaptureFixture[s
     assert "raylet" not in "".join(capfd.readouterr())
 
 
-def test_last_cluster_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    assert ray_internals.last_cluster_address() is None
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")  # where `ray start` writes it
-    assert ray_internals.last_cluster_address() == "10.0.0.1:6379"
-
-
-@pytest.mark.usefixtures("address")
+@pytest.mark.usefixtures("cluster")
 def test_a_cluster_whose_autoscaler_only_shows_its_nodes_cannot_grow() -> None:
     assert ray_internals.autoscaler() is None
 
@@ -79,7 +72,7 @@ def test_what_an_autoscaler_may_add(tmp_path: Path, program: str, version: str) 
     assert ray_internals._read_autoscaler("6399") is None
 
 
-@pytest.mark.usefixtures("address")
+@pytest.mark.usefixtures("cluster")
 def test_placement_groups_that_ray_train_has_left_are_removed() -> None:
     """Those that were there before stay: they are of whoever calls `fit`."""
     of_caller = ray.util.placement_group([{"CPU": 0.01}])
@@ -90,26 +83,6 @@ def test_placement_groups_that_ray_train_has_left_are_removed() -> None:
     assert ray.get(ray.remote(num_cpus=0.99)(lambda: True).remote(), timeout=60)
     assert placement_groups() == before == {of_caller.id.hex()}
     ray.util.remove_placement_group(of_caller)
-
-
-_AUTHENTICATE = """
-import os, sys
-from mnistsum_ray.cluster import ray_internals
-address = sys.argv[1]
-before = ray_internals.rejects_this_client(address)
-os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": sys.argv[2]}
-ray_internals.reload_authentication()
-print(before, ray_internals.rejects_this_client(address))
-"""
-
-
-@pytest.mark.parametrize(("token", "printed"), [("0" * 64, "True False"), ("1" * 64, "True True")], ids=["right", "wrong"])
-def test_authentication(address: str, token: str, printed: str) -> None:
-    """A client is rejected without the token and with a wrong one. It is accepted after it has reloaded the right one."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    command = [sys.executable, "-c", _AUTHENTICATE, address, token]
-    done = subprocess.run(command, env=environment | {"HOME": "/nonexistent"}, capture_output=True, text=True)
-    assert done.stdout.strip() == printed, done.stderr
 
 
 _CONSUME_SLOWLY = """
@@ -138,7 +111,7 @@ def test_an_execution_that_waits_for_its_consumer_does_not_spin() -> None:
     assert float(done.stdout.splitlines()[-1]) < 1.5, done.stderr
 
 
-@pytest.mark.usefixtures("address")
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     ("owner", "name", "call", "expected"),
     [

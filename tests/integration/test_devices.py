@@ -92,7 +92,7 @@ def test_workers_get_the_gpu_and_only_pytorch_refuses_it(
     assert "1 GPU worker" in (printed := capsys.readouterr().err)
     assert "NCCL" in printed
     with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
-        score_here(model, tmp_path / "out", data, number_column="digit", use_gpu=True, num_workers=None, precision=None)
+        score_here(model, tmp_path / "out", data, number_column="digit", use_gpu=True, precision=None, wait_seconds=60)
 
 
 def test_a_node_whose_gpu_is_broken_gets_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ import html
 import json
 import re
 import shutil
+import signal
+import threading
 from _thread import interrupt_main
 from pathlib import Path
 from typing import Any
@@ -178,7 +180,11 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     for lost in ("model/model.json", "model/README.md", "report.html"):  # killed before they were written
         (run / lost).unlink()
     store, settings = f"sqlite:///{tmp_path}/store.db", {"storage_path": tmp_path, "name": "one", "resume": True}
-    with once((tmp_path / "store.db").exists, interrupt_main), pytest.raises(RunInterrupted):
+
+    def interrupt() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    with once((tmp_path / "store.db").exists, interrupt), pytest.raises(RunInterrupted):
         train_here(mlflow=store, **settings)
     stored = json.loads((run / "manifest.json").read_text())
     assert stored["status"] == "finished"
