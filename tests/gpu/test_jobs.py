@@ -23,6 +23,8 @@ from mnistsum_ray.config import ExportPairsConfig, TrainConfig
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import SAMPLE, open_source
 from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.artifacts import read_history
 from mnistsum_ray.training.checkpoint import EpochProgress
 from mnistsum_ray.training.fetch import load_rows
 from mnistsum_ray.training.preflight import preflight
@@ -115,7 +117,7 @@ def test_streamed_rows_go_on_within_an_epoch_and_train_the_same_again(tmp_path: 
     done = run_on_gpu("train", "--storage-path", tmp_path, "--name", "mine", "--resume")
     assert re.search(r"going on after epoch \d", done.err)
     again = run_on_gpu("train", "--from-run", tmp_path / "mine", "--storage-path", tmp_path, "--name", "again")
-    first, second = (run.history() for run in (done, again))
+    first, second = (read_history(locate(run.line["run"], "--name")) for run in (done, again))
     assert first[0]["train_loss"] == pytest.approx(second[0]["train_loss"], rel=0.05), "a card's sums are in no order"
     assert min(run.line["test"]["digit_accuracy"] for run in (done, again)) > 0.97
 
