@@ -33,6 +33,7 @@ from mnistsum_ray.scoring.driver import score
 from mnistsum_ray.scoring.preflight import preflight
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.artifacts import read_history
 from tests.conftest import default_signals
 
 ROOT = Path(__file__).parents[2]
@@ -330,6 +331,11 @@ class Done:
         lines = self.err.splitlines()
         assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
         return lines[-1]
+
+
+def history_of(run: Path | str) -> list[dict[str, Any]]:
+    """The lines of history.jsonl of a run, one an epoch."""
+    return read_history(locate(str(run), "--name"))
 
 
 _jobs: "list[Job]" = []

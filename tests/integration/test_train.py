@@ -8,7 +8,6 @@ import signal
 import threading
 from _thread import interrupt_main
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,10 +26,9 @@ from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.reporting.report import PICTURES, epoch_seconds
 from mnistsum_ray.storage.paths import locate
-from mnistsum_ray.training.artifacts import read_history
 from mnistsum_ray.training.checkpoint import STATE_CARD
 from tests.conftest import change_description
-from tests.integration.conftest import Done, joined, nodes, once, run_job, score_here, train_here
+from tests.integration.conftest import Done, history_of, joined, nodes, once, run_job, score_here, train_here
 
 EVERY = 5
 
@@ -47,10 +45,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(cluster: str, data: Path, runs: Path) -> Done:
     flags = ["--data", data, *LONG, "--precision", "fp32"]  # as plain PyTorch below
     return run_job("train", *flags, "--storage-path", runs, "--name", "one", address=cluster)
-
-
-def history_of(run: Path) -> list[dict[str, Any]]:
-    return read_history(locate(str(run), "--name"))
 
 
 def test_the_last_line_is_the_contract(done: Done, runs: Path) -> None:

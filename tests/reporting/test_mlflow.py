@@ -88,6 +88,7 @@ def test_a_run_is_logged_once_with_config_metrics_files_and_model(
         assert len(client.get_metric_history(run_id, "final/test/loss")) == 1
         (version,) = client.search_model_versions("name = 'my.reader'")
         assert version.run_id == run_id
+    run_id = manifest["mlflow"]["run_id"]
     shown = f"MLflow: mlflow ui --backend-store-uri {store}"
     assert said == ["registering the model in MLflow as my.reader", shown, shown]
 
