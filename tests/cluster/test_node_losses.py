@@ -1,7 +1,6 @@
 """Spot nodes that are taken away one after the other: a training goes on as long as it makes checkpoints in between."""
 
 import hashlib
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,8 +12,8 @@ from tests.integration.conftest import Job, lose_node, no_job_is_left, nodes  # 
 
 pytestmark = pytest.mark.slow
 
-LOSSES = 4
-"""One more than the failures in a row that a run survives."""
+LOSSES = 2
+"""One more than the failures in a row that the run survives."""
 
 
 def last_checkpoint(run: Path) -> str:
@@ -28,19 +27,17 @@ def weights(run: Path) -> str:
 def test_a_training_that_loses_more_nodes_than_it_has_lives_gives_the_model_of_an_undisturbed_one(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(SAMPLE)[::10], tmp_path / "rows.parquet")
     flags = ["--data", tmp_path / "rows.parquet", "--storage-path", tmp_path, "--recipe", "long", "--batch-size", 32]
-    flags += ["--epochs", 15, "--sum-head-steps", 5, "--checkpoint-seconds", 0.1]
+    flags += ["--epochs", 8, "--sum-head-steps", 5, "--checkpoint-seconds", 0.1, "--max-failures", LOSSES - 1]
     with nodes(0, 1) as cluster:
         job = Job("train", *flags, "--name", "disturbed", address=cluster.address)
         job.wait_until(lambda: last_checkpoint(tmp_path / "disturbed"))
-        for loss in range(LOSSES):
-            lost, began = cluster.list_all_nodes()[-1].node_ip_address, time.monotonic()
+        for _ in range(LOSSES):
+            lost = cluster.list_all_nodes()[-1].node_ip_address
             lose_node(cluster, notice=False)
             assert job.wait_for_line("the node ").startswith(f"the node {lost} was lost")
             job.wait_for_line("going on after epoch")
-            print(f"node {loss + 1} of {LOSSES} lost: went on after {time.monotonic() - began:.1f} s")
             before = last_checkpoint(tmp_path / "disturbed")
             job.wait_until(lambda before=before: last_checkpoint(tmp_path / "disturbed") > before)  # type: ignore[misc]
         assert job.wait().line
-        alone = Job("train", *flags, "--name", "alone", address=cluster.address)
-        assert alone.wait().line
+        assert Job("train", *flags, "--name", "alone", address=cluster.address).wait().line
     assert weights(tmp_path / "disturbed") == weights(tmp_path / "alone")

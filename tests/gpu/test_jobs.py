@@ -34,6 +34,7 @@ from tests.integration.conftest import (
     Done,
     Job,
     descendants,
+    history_of,
     kill_worker,
     no_job_is_left,
     run_job,
@@ -115,7 +116,7 @@ def test_streamed_rows_go_on_within_an_epoch_and_train_the_same_again(tmp_path: 
     done = run_on_gpu("train", "--storage-path", tmp_path, "--name", "mine", "--resume")
     assert re.search(r"going on after epoch \d", done.err)
     again = run_on_gpu("train", "--from-run", tmp_path / "mine", "--storage-path", tmp_path, "--name", "again")
-    first, second = (run.history() for run in (done, again))
+    first, second = (history_of(run.line["run"]) for run in (done, again))
     assert first[0]["train_loss"] == pytest.approx(second[0]["train_loss"], rel=0.05), "a card's sums are in no order"
     assert min(run.line["test"]["digit_accuracy"] for run in (done, again)) > 0.97
 
@@ -199,7 +200,7 @@ def test_both_ranks_are_replaced(tmp_path: Path) -> None:
             os.kill(worker, signal.SIGKILL)
     job.wait_for_line("going on after epoch")
     done, again = job.wait(), run_on_gpu("train", *flags, "--name", "again")
-    report("two cards, killed and not", losses=str([one.history()[-1]["train_loss"] for one in (done, again)]))
+    report("two cards, killed and not", losses=str([history_of(one.line["run"])[-1]["train_loss"] for one in (done, again)]))
     assert min(run.line["test"]["digit_accuracy"] for run in (done, again)) > 0.98
 
 
@@ -208,7 +209,7 @@ def test_two_cards_train_as_one(tmp_path: Path) -> None:
     flags = ["--data", "sample", "--seed", 0, "--precision", "fp32", "--storage-path", tmp_path]
     one, two = (run_on_gpu("train", *flags, "--num-workers", workers) for workers in (1, 2))
     assert "2 GPU workers" in two.err
-    losses = [done.history()[0]["train_loss"] for done in (one, two)]
+    losses = [history_of(done.line["run"])[0]["train_loss"] for done in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02), "rounding differs, and grows from step to step"
     for head in ("digit", "sum"):
         accuracies = [done.line["test"][f"{head}_accuracy"] for done in (one, two)]

@@ -33,35 +33,18 @@ from mnistsum_ray.scoring.driver import score
 from mnistsum_ray.scoring.preflight import preflight
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.artifacts import read_history
 from tests.conftest import default_signals
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
 
-_DURATIONS: list[str] = []
+_durations: list[str] = []
 
 
 def report_duration(what: str, since: float) -> None:
     """Add the time since `since` to the summary that pytest prints at the end."""
-    _DURATIONS.append(f"{what} after {time.monotonic() - since:.1f} s")
-
-
-@pytest.fixture(autouse=True)
-def durations_are_reported(record_property: Callable[[str, object], None]) -> Iterator[None]:
-    yield
-    for line in _DURATIONS:  # the summary may be printed by another process
-        record_property("recovery time", line)
-    _DURATIONS.clear()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = [report for of_outcome in terminalreporter.stats.values() for report in of_outcome]
-    ended = [report for report in reports if getattr(report, "when", "") == "teardown"]
-    lines = [line for report in ended for name, line in report.user_properties if name == "recovery time"]
-    if lines:
-        terminalreporter.section("recovery times")
-        for line in lines:
-            terminalreporter.line(line)
+    _durations.append(f"{what} after {time.monotonic() - since:.1f} s")
 
 
 @pytest.fixture(scope="module")
@@ -196,18 +179,13 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 class Bomb:
-    """A pickle that creates a file when it is unpickled."""
+    """Its pickle creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
-        self.pickled = pickle.dumps(_Touch(mark))
+        self.pickled = pickle.dumps(self)
         pickle.loads(self.pickled)
         mark.unlink()  # it was there: the pickle works
-
-
-@dataclass
-class _Touch:
-    mark: Path
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.mark,)
@@ -250,10 +228,6 @@ class Scored:
     """Whether the run set rows or files aside that no earlier run had set aside."""
     said: str
     output: Path
-
-    @property
-    def complete(self) -> bool:
-        return not self.line["rejected_rows"] and not self.line["failed_files"]
 
     def table(self, name: str, folder: str = "predictions") -> pa.Table:
         # `pq.read_table` would also add columns from the names of the folders.
@@ -358,10 +332,10 @@ class Done:
         assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
         return lines[-1]
 
-    def history(self) -> list[dict[str, Any]]:
-        """The lines of history.jsonl of a training that has succeeded, one an epoch."""
-        lines = (locate(self.line["run"], "--name") / "history.jsonl").read_bytes().splitlines()
-        return [json.loads(line) for line in lines]
+
+def history_of(run: Path | str) -> list[dict[str, Any]]:
+    """The lines of history.jsonl of a run, one an epoch."""
+    return read_history(locate(str(run), "--name"))
 
 
 _jobs: "list[Job]" = []
@@ -369,9 +343,11 @@ _jobs: "list[Job]" = []
 
 
 @pytest.fixture(autouse=True)
-def no_job_is_left() -> Iterator[None]:
+def no_job_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that fails leaves no job on the CPUs of the tests that follow."""
     yield
+    request.node.user_properties += [("duration", text) for text in _durations]
+    _durations.clear()
     for job in _jobs:
         if job.process.poll() is None:
             kill_everything(job.process.pid)
@@ -444,7 +420,7 @@ class Job:
                     found.append(" ".join(process.cmdline())[:100])
         return found
 
-    def wait(self, timeout: float = 240) -> Done:
+    def wait(self, timeout: float = 400) -> Done:
         try:
             out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

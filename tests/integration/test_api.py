@@ -39,10 +39,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_invalid_request_raises_request_error_which_names_arguments(model: Path, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"data .*/a--b/--seed: there is no such file or folder"):
         fit(TrainConfig(data=str(tmp_path / "a--b" / "--seed"), storage_path=str(tmp_path)))
-    with pytest.raises(RequestError, match="there is no Parquet file"):
-        score(ScoreConfig(model=str(tmp_path), input=(str(tmp_path),), output=str(tmp_path / "out")))
-    with pytest.raises(RequestError, match="holds no model"):
-        load_model(str(tmp_path))
     with pytest.raises(RequestError, match=r"^image_column picture: no file of input has such a column"):
         score(ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), image_column="picture"))
 
@@ -66,22 +62,15 @@ def test_a_result_shows_the_main_picture_of_its_report_or_else_its_fields(tmp_pa
 
 @pytest.mark.slow
 def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
-    """First by an error of its own, like those of the storage; then by True, out of a thread. Each time the run goes on."""
+    """First by an error of its own, like those of the storage; then by True, out of a thread, while the workers wait."""
     run, lines, error = tmp_path / "a", [], OSError("the server of the caller")
-    settings = {
-        "data": str(write_rows(1000)),
-        "epochs": 3,
-        "storage_path": str(tmp_path),
-        "name": "a",
-        "sum_head_steps": 1,
-        "num_workers": 2,
-    }
+    settings = {"data": str(write_rows(500)), "epochs": 3, "storage_path": str(tmp_path), "name": "a", "num_workers": 2}
 
     def keep(line: dict[str, Any]) -> object:
         lines.append(line)
         if line["epoch"] == 1:
             raise error
-        time.sleep(2)  # the workers wait
+        time.sleep(2)
         return True
 
     with pytest.raises(OSError, match="the server of the caller") as raised:
@@ -90,9 +79,8 @@ def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Pat
     with ThreadPoolExecutor(1) as thread, pytest.raises(RunError, match=r"True after epoch 2; .* --name a --resume$"):
         thread.submit(fit, TrainConfig(**settings, resume=True), keep).result()
     assert json.loads((run / "manifest.json").read_text())["status"] == "stopped"
-    fit(TrainConfig(**settings, resume=True), on_epoch=keep)
     assert lines == [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["epoch"] for line in lines] == [1, 2], "the run has gone on after the error"
 
 
 @pytest.mark.slow

@@ -6,87 +6,90 @@ import os
 import re
 import shutil
 import signal
-from _thread import interrupt_main
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mnistsum_ray.api import run_training
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RunError, RunInterrupted
+from mnistsum_ray.data.images import one_chunk, pixels_view
+from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.predicting import predict
 from mnistsum_ray.training.checkpoint import STATE_CARD, STATE_FILE
+from tests.conftest import change_description
 from tests.integration.conftest import Bomb, Job, Trained, kill_worker, mounted, once, train_here, write_shuffled_sample
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
-STREAMED: dict[str, Any] = {
-    "recipe": "long",
-    "epochs": 3,
-    "batch_size": 32,
-    "sum_head_steps": 50,
-    "shuffle_rows": 1000,
-    "name": "mine",
-}
+STREAMED: dict[str, Any] = {"recipe": "long", "batch_size": 32, "sum_head_steps": 20, "shuffle_rows": 1000, "name": "mine"}
+
+# Files without statistics, dictionaries or compression, so that a changed digit leaves the footer as it is.
+PLAIN: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four files without statistics, dictionaries or compression, so that a changed digit leaves the footer as it is."""
-    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    return write_shuffled_sample(tmp_path_factory.mktemp("data") / "rows", rows=1600, **options)
+    """Four files of dark ink on white. In the third, every fourth digit is 11."""
+    folder = write_shuffled_sample(tmp_path_factory.mktemp("data") / "rows", rows=1600)
+    for path in folder.iterdir():
+        table = pq.read_table(path)
+        digits = table["digit"].to_numpy().copy()
+        if path.name == "2.parquet":
+            digits[::4] = 11
+        dark = [image.tobytes() for image in 255 - pixels_view(one_chunk(table["image"]))]
+        pq.write_table(pa.table({"image": dark, "digit": digits}), path, row_group_size=300, **PLAIN)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def stopped(cluster: str, tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """The runs folder of the run `mine` that was stopped in its third epoch."""
-    runs = tmp_path_factory.mktemp("stopped")
-    with once((runs / "mine" / "epoch_00002" / STATE_CARD).exists, interrupt_main), pytest.raises(RunInterrupted):
-        train_here(data=data, storage_path=runs, **STREAMED)
-    assert not (runs / "mine" / "epoch_00003").exists(), "stopped too late"
-    return runs
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs folder that is left where the driver of the run `mine` is killed in its third epoch."""
+    return tmp_path_factory.mktemp("killed") / "runs"
 
 
 @pytest.fixture(scope="module")
-def restarted(tmp_path_factory: pytest.TempPathFactory, stopped: Path) -> Trained:
-    """The same run from its beginning, since it finds no whole checkpoint."""
-    runs = Path(shutil.copytree(stopped, tmp_path_factory.mktemp("restarted") / "runs"))
-    for path in (runs / "mine").glob(f"epoch_*/{STATE_CARD}"):
-        path.write_text("{")
-    return train_here(storage_path=runs, name="mine", resume=True)
+def whole(cluster: str, tmp_path_factory: pytest.TempPathFactory, data: Path, killed: Path) -> Trained:
+    """The same run to its end, without the bad rows."""
+    runs = tmp_path_factory.mktemp("whole")
+
+    def copy() -> None:
+        shutil.copytree(runs, killed, ignore=shutil.ignore_patterns(".*", "_lock"))
+
+    with once((runs / "mine" / "epoch_00002" / STATE_CARD).exists, copy):
+        whole = train_here(data=data, storage_path=runs, skip_bad_rows=True, epochs=3, **STREAMED)
+    assert not (killed / "mine" / "epoch_00003").exists(), "copied too late"
+    return whole
 
 
-def test_without_a_whole_checkpoint_a_run_starts_again(restarted: Trained) -> None:
-    assert "no checkpoint can be used, so the run starts from the beginning" in restarted.said
-    assert "streaming 1,280 training rows, shuffled in windows of 992; holds at most 2 MiB" in restarted.said
-    assert restarted.said.count(": loss ") == 3
-    files = pq.read_table(Path(restarted.line["run"]) / "data_files.parquet")
+def test_rows_that_are_left_out_are_counted_in_manifest_and_report(whole: Trained) -> None:
+    reason = "the digit is 11, not one of 0..9; correct it or drop the row"
+    assert f"left out: 100 of 1,600 rows: 2.parquet: row 0: {reason} | 2.parquet: row 4: " in whole.said
+    assert re.search(r"streaming 1,\d{3} training rows, shuffled in windows of 992; holds at most \d MiB", whole.said)
+    assert whole.said.count(": loss ") == 3
+    assert sum(whole.line["data"][f"{split}_rows"] for split in ("train", "validation", "test")) == 1500
+    run = Path(whole.line["run"])
+    manifest = json.loads((run / "manifest.json").read_text())
+    places = [["2.parquet", row] for row in range(0, 20, 4)]
+    assert manifest["data"]["bad_rows"] == {"rows": 100, "reasons": {reason: 100}, "examples": {reason: places}}
+    assert f"<td>100</td><td>{reason}</td><td>2.parquet, row 0; " in (run / "report.html").read_text()
+    files = pq.read_table(run / "data_files.parquet")
     assert (files["rows"].to_pylist(), files["checksum"].null_count) == ([400] * 4, 0)
 
 
-def test_a_run_without_its_bad_rows_is_resumed_exactly(tmp_path: Path, data: Path) -> None:
-    """Of streamed files; manifest and report count the rows."""
-    folder, runs = Path(shutil.copytree(data, tmp_path / "bad")), [tmp_path / "whole", tmp_path / "stopped"]
-    rows = pq.read_table(folder / "2.parquet").to_pylist()
-    for row in rows[::4]:
-        row["digit"] = 11
-    pq.write_table(pa.Table.from_pylist(rows, pa.schema({"image": pa.binary(), "digit": pa.int8()})), folder / "2.parquet")
-    settings = STREAMED | {"data": folder, "skip_bad_rows": True, "epochs": 2}
-    whole = train_here(storage_path=runs[0], **settings)
-    reason = "the digit is 11, not one of 0..9; correct it or drop the row"
-    assert f"left out: 100 of 1,600 rows: 2.parquet: row 0: {reason} | 2.parquet: row 4: " in whole.said
-    manifest = json.loads((runs[0] / "mine" / "manifest.json").read_text())
-    assert sum(whole.line["data"][f"{split}_rows"] for split in ("train", "validation", "test")) == 1500
-    places = [["2.parquet", row] for row in range(0, 20, 4)]
-    assert manifest["data"]["bad_rows"] == {"rows": 100, "reasons": {reason: 100}, "examples": {reason: places}}
-    assert f"<td>100</td><td>{reason}</td><td>2.parquet, row 0; " in (runs[0] / "mine" / "report.html").read_text()
-    with once((runs[1] / "mine" / "epoch_00001" / STATE_CARD).exists, interrupt_main), pytest.raises(RunInterrupted):
-        train_here(storage_path=runs[1], **settings)
-    resumed = train_here(storage_path=runs[1], name="mine", resume=True)
-    assert "going on after epoch 1" in resumed.said
-    assert resumed.weights() == whole.weights()
+def test_a_model_of_dark_ink_on_white_gets_pictures_so(whole: Trained, data: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole.line["run"], tmp_path / "run"))
+    entry = json.loads((run / "model" / "model.json").read_text())["input"]
+    assert entry.pop("background") == 255
+    dark = pixels_view(one_chunk(pq.read_table(data / "0.parquet")["image"]))[0]
+    light = Image.fromarray(255 - dark)
+    assert np.array_equal(predict(str(run), light, 3).pixels, dark)
+    change_description(run / "model", input=entry)  # as of models before this entry, which MNIST trained
+    assert np.array_equal(predict(str(run), light, 3).pixels, np.asarray(light))
 
 
 def change_a_digit(file: Path) -> None:
@@ -100,67 +103,69 @@ def change_a_digit(file: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_rows_that_changed_are_found_by_content(
-    tmp_path: Path, data: Path, stopped: Path, restarted: Trained, bomb: Bomb, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data: Path, whole: Trained, killed: Path, bomb: Bomb
 ) -> None:
-    """By `--resume` and by `--from-run`. Neither the footer nor the time of the file tells, and the run goes on from a copy.
+    """Neither the footer nor the time of the file tells. The run goes on without its bad rows, from a copy of the files.
 
     The damaged checkpoint holds a pickle, which is not executed. The one before it, from which the run goes on, cannot be
     deleted: a folder in it is mounted, which stops root too.
     """
-    copy, runs = tmp_path / "copy", [tmp_path / "first", tmp_path / "second"]
-    shutil.copytree(data, copy)
-    for folder in runs:
-        shutil.copytree(stopped, folder)
-    before, last = sorted((runs[0] / "mine").glob("epoch_*"))[-2:]
+    copy, runs = Path(shutil.copytree(data, tmp_path / "copy")), Path(shutil.copytree(killed, tmp_path / "runs"))
+    before, last = sorted((runs / "mine").glob("epoch_*"))
     (last / STATE_FILE).write_bytes(bomb.pickled)
     card = json.loads((last / STATE_CARD).read_text())
     (last / STATE_CARD).write_text(json.dumps(card | {"sha256": hashlib.sha256(bomb.pickled).hexdigest()}))
-    os.truncate(runs[0] / "mine" / "checkpoint_manager_snapshot.json", 50)
+    os.truncate(runs / "mine" / "checkpoint_manager_snapshot.json", 50)
     (before / "busy").mkdir()
-    resume = {"name": "mine", "resume": True, "data": str(copy)}
     with mounted(before / "busy", "1m") as busy:
-        finished = train_here(storage_path=runs[0], **resume)
+        finished = train_here(storage_path=runs, name="mine", resume=True, data=copy)
     assert f"checkpoint {last} cannot be used: trainer.safetensors is incomplete or damaged" in finished.said
+    assert "going on after epoch 1, on 1 worker" in finished.said
     assert not bomb.mark.exists(), "the pickle was executed"
-    assert finished.weights() == restarted.weights()
-    assert json.loads((runs[0] / "mine" / "manifest.json").read_text())["status"] == "finished"
-    change_a_digit(copy / "2.parquet")
-    for settings in (resume, {"name": "other", "from_run": finished.line["run"]}):
-        with pytest.raises(RunError, match=f"^{copy}/2.parquet: holds other rows than when the run, or the run of --from-run"):
-            run_training(TrainConfig(storage_path=str(runs[1]), **settings))
-        assert capsys.readouterr().err.count("failed") <= 1, "another attempt would find the same"
+    assert finished.weights() == whole.weights()
+    assert json.loads((runs / "mine" / "manifest.json").read_text())["status"] == "finished"
+    change_a_digit(copy / "0.parquet")
+    with pytest.raises(
+        RequestError, match=f"^--from-run {whole.line['run']}: .*{copy}/0.parquet: holds other rows than when the"
+    ):
+        train_here(storage_path=tmp_path, name="other", from_run=whole.line["run"], data=copy)
     if not busy:
         pytest.skip("a checkpoint that cannot be deleted needs the right to mount a file system")
     assert re.search(rf"{before}: cannot be deleted: .*; this checkpoint is no longer needed", finished.said)
 
 
-def test_a_file_that_changes_within_a_run_is_found_by_content(
-    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_changes_within_a_run_is_found_by_content(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A worker that takes the place of a killed one reads the files again, and not rows that were read before the change."""
-    copy = shutil.copytree(data, tmp_path / "copy")
+    data = write_shuffled_sample(tmp_path / "rows", rows=1600, **PLAIN)
 
     def change_and_kill() -> None:
-        change_a_digit(copy / "2.parquet")
+        change_a_digit(data / "2.parquet")
         kill_worker(os.getpid(), "RayTrainWorker")
 
-    config = TrainConfig(data=str(copy), storage_path=str(tmp_path), **STREAMED | {"epochs": 9})
+    config = TrainConfig(data=str(data), storage_path=str(tmp_path), epochs=9, **STREAMED)
     with (
-        once((tmp_path / "mine" / "epoch_00002" / STATE_CARD).exists, change_and_kill),
-        pytest.raises(RunError, match=f"^{copy}/2.parquet: holds other rows than when the run"),
+        once((tmp_path / "mine" / "epoch_00001" / STATE_CARD).exists, change_and_kill),
+        pytest.raises(RunError, match=f"^{data}/2.parquet: holds other rows than when the run"),
     ):
         run_training(config)
     assert capsys.readouterr().err.count("going on after epoch") == 1, "another attempt would find the same"
 
 
-def test_a_run_that_loses_its_lock_ends_at_once_also_where_sigint_is_ignored(cluster: str, data: Path, tmp_path: Path) -> None:
-    """A shell starts `command &` in a script with SIGINT ignored."""
-    flags = ["--data", data, "--epochs", 1000, "--storage-path", tmp_path, "--name", "a"]
+@pytest.mark.usefixtures("whole")
+def test_a_run_that_starts_again_and_loses_its_lock_ends_at_once_also_where_sigint_is_ignored(
+    cluster: str, killed: Path, tmp_path: Path
+) -> None:
+    """It finds no whole checkpoint. A shell starts `command &` in a script with SIGINT ignored."""
+    runs = Path(shutil.copytree(killed, tmp_path / "runs"))
+    for path in (runs / "mine").glob(f"epoch_*/{STATE_CARD}"):
+        path.write_text("{")
+    flags = ["--storage-path", runs, "--name", "mine", "--resume"]
     job = Job("train", *flags, address=cluster, before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    job.wait_for_line("no checkpoint can be used, so the run starts from the beginning")
     job.wait_for_line("epoch 1: loss ")
-    (tmp_path / "a" / "_lock").unlink()
-    (tmp_path / "a" / "_lock").write_text('{"id": "another run"}')
-    done = job.wait(timeout=60)
+    (runs / "mine" / "_lock").unlink()
+    (runs / "mine" / "_lock").write_text('{"id": "another run"}')
+    done = job.wait()
     assert done.code == 1
     assert "another run has taken the output (another run)" in done.error
     assert "going on after epoch" not in done.err, "another attempt would fail in the same way"

@@ -1,6 +1,5 @@
 """A logical GPU of Ray that PyTorch cannot use, as on a Mac with Apple silicon, or with PyTorch's CPU build on a GPU machine."""
 
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +8,13 @@ import pytest
 import ray
 import torch
 
-from mnistsum_ray.api import run_scoring, run_training
+from mnistsum_ray.api import run_training
 from mnistsum_ray.cluster import gpus, resources
 from mnistsum_ray.cluster.gpus import Gpu
 from mnistsum_ray.cluster.resources import WorkerRequest, reserve
-from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError, RunError
-from tests.integration.conftest import add_node, nodes, start_cluster
+from tests.integration.conftest import add_node, nodes, score_here, start_cluster
 
 EVERY = 10
 
@@ -56,24 +55,18 @@ def test_a_gpu_that_takes_long_to_answer_is_waited_for(counted_gpu: str, monkeyp
     monkeypatch.setattr(gpus, "REPORT_SECONDS", 1)
     monkeypatch.setattr(gpus, "_ask_torch", answer_late)
     said = list[str]()
-    assert [gpu for _, gpu in gpus.answers_of(gpus.ask_nodes(), 20, said.append)] == [GPU]
+    assert [gpu for _, gpu in gpus.answers_of(gpus.ask_nodes(), 60, said.append)] == [GPU]
     assert "waiting for a GPU to answer: other jobs hold them, or PyTorch is being imported there" in said[0]
     assert not gpus.answers_of(gpus.ask_nodes(), 1, fail), "it gives up"
     while ray.available_resources().get("GPU", 0) < 1:
         time.sleep(0.1)
 
 
-def test_training_runs_on_cpus_and_says_so(
-    counted_gpu: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = run_training(TrainConfig(data=str(data), epochs=1, sum_head_steps=5, storage_path=str(tmp_path)))
-    assert line.test.rows == 50
-    printed = capsys.readouterr().err
-    assert printed.count(f"running on CPUs: {NO_CUDA}") == 1
-    assert "1 CPU worker" in printed
-    with pytest.raises(RequestError, match=f"^--use-gpu true: {re.escape(NO_CUDA)}") as refused:
-        reserve(WorkerRequest(None, True, wait_seconds=0), print)
-    assert str(refused.value).endswith("fits card and driver there (the default one: driver 580), or leave --use-gpu out")
+def test_a_job_runs_on_cpus_and_says_so(counted_gpu: str, model: Path, data: Path, tmp_path: Path) -> None:
+    scored = score_here(model, tmp_path / "out", data, number_column="digit")
+    assert scored.line["scored_rows"] == 500
+    assert scored.said.count(f"running on CPUs: {NO_CUDA}") == 1
+    assert "1 CPU worker" in scored.said
 
 
 def test_a_gpu_that_another_job_holds_is_waited_for_only_where_one_is_asked_for(counted_gpu: str) -> None:
@@ -88,35 +81,18 @@ def test_a_gpu_that_another_job_holds_is_waited_for_only_where_one_is_asked_for(
     ray.kill(other)
 
 
-@pytest.fixture
-def believed_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Another such cluster, whose GPU the jobs of this process take for real: they go as far as one can without it.
-
-    It ends with the test: Ray keeps what workers that cannot start hold until the process that has asked for them leaves.
-    """
-    ray.shutdown()
-    monkeypatch.setattr(resources, "answers_of", lambda *_: [({}, GPU)])
-    monkeypatch.setenv("RAY_ADDRESS", start_cluster(num_cpus=2, num_gpus=1))
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.usefixtures("believed_gpu")
-def test_scoring_workers_get_the_gpu_and_only_pytorch_refuses_it(model: Path, data: Path, tmp_path: Path) -> None:
-    files = {"input": (str(data),), "number_column": "digit", "output": str(tmp_path / "out")}
-    with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
-        run_scoring(ScoreConfig(model=str(model), use_gpu=True, **files))
-
-
-@pytest.mark.usefixtures("believed_gpu")
-def test_training_workers_get_the_gpu_and_only_pytorch_refuses_it(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_workers_get_the_gpu_and_only_pytorch_refuses_it(
+    counted_gpu: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", use_gpu=True, max_failures=0)
+    """The jobs take the GPU for real, and go as far as one can without it. Scoring comes last on this cluster: Ray keeps what
+    workers that cannot start hold until the process that has asked for them leaves."""
+    monkeypatch.setattr(resources, "answers_of", lambda *_: [({}, GPU)])
     with pytest.raises(RunError, match="gave up after 1 failure:"):
-        run_training(config)
+        run_training(TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", use_gpu=True, max_failures=0))
     assert "1 GPU worker" in (printed := capsys.readouterr().err)
     assert "NCCL" in printed
+    with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
+        score_here(model, tmp_path / "out", data, number_column="digit", use_gpu=True, precision=None, wait_seconds=60)
 
 
 def test_a_node_whose_gpu_is_broken_gets_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:

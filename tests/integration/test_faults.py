@@ -1,10 +1,9 @@
 """Faults around a job: the storage is overloaded, the disk is full, the head is killed. Committed files are kept."""
 
-import json
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,9 +31,8 @@ from tests.integration.conftest import (
 
 pytestmark = pytest.mark.slow
 
-EVERY = 4
-OVERLOADED_SECONDS = 20
-ROWS = 40_000  # enough that the job is still running at the time of the fault, on a fast machine too
+EVERY = 5
+OVERLOADED_SECONDS = 10
 
 
 def pairs(folder: Path | str, rows: int) -> list[object]:
@@ -48,26 +46,28 @@ def score_pairs(model: Path, folder: Path | str, output: Path | str | None = Non
     return score_here(model, output or f"{folder}/out", f"{folder}/in", max_rows_per_file=250, precision=None, num_workers=None)
 
 
-def test_jobs_outlast_a_storage_that_is_overloaded(s3: Storage, cluster: str, data: Path, model: Path) -> None:
-    score = Job("score", "--model", model, *pairs("s3://scores/busy", ROWS), "--num-workers", 1, address=cluster)
-    flags = ["--data", data, "--name", "mine", "--epochs", 3, "--sum-head-steps", 50, "--storage-path", "s3://runs/busy"]
-    train = Job("train", *flags, address=cluster)
-    output = locate("s3://scores/busy/out", "--output")
-    train.wait_for_line("epoch 1:")  # written just before the checkpoint
-    wait_for_files(score, output, 1)
-    refused = s3.refused
+def overload(s3: Storage, what: str, done: Callable[[], int]) -> None:
+    """Let the storage answer 503 for a while, and report when more is done."""
     s3.overload(OVERLOADED_SECONDS)
     time.sleep(OVERLOADED_SECONDS)
-    better = time.monotonic()
-    wait_for_files(score, output, 1)
-    report_duration("scoring, a storage that answers 503 for 20 s: the next file, from when it answers,", better)
-    train.wait_for_line("epoch 3:")
-    report_duration("training, a storage that answers 503 for 20 s: the next epoch done, from when it answers,", better)
-    trained, scored = train.wait(), score.wait()
+    before, better = done(), time.monotonic()
+    while done() == before and time.monotonic() < better + 60:
+        time.sleep(0.05)
+    report_duration(f"{what}, from when a storage answers that answered 503 for {OVERLOADED_SECONDS} s,", better)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path) -> None:
+    pairs("s3://scores/busy", 6_000)
+    output, refused = locate("s3://scores/busy/out/predictions", "--output"), s3.refused
+
+    def written() -> int:
+        return len(list(output.files()))
+
+    with once(written, lambda: overload(s3, "scoring: the next file", written)):
+        done = score_pairs(model, "s3://scores/busy")
     assert s3.refused > refused
-    assert scored.line["input_rows"] == scored.line["scored_rows"] == ROWS
-    assert [line["epoch"] for line in trained.history()] == [1, 2, 3]
-    assert trained.line["test"]["digit_accuracy"] > 0.5
+    assert done.line["input_rows"] == done.line["scored_rows"] == 6_000
 
 
 def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cluster: str, model: Path, tmp_path: Path) -> None:
@@ -107,27 +107,33 @@ def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cl
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_storage_that_is_slow_or_refuses_the_history_costs_nothing(s3: Storage, data: Path) -> None:
+def test_training_outlasts_a_storage_that_is_slow_refuses_the_history_and_is_overloaded(s3: Storage, data: Path) -> None:
     """Epochs do not wait for checkpoints that take 2 s each to write (the S3 client gives up after 3)."""
     writable("s3://images").write("rows.parquet", data.read_bytes())
     place = {"data": "s3://images/rows.parquet", "storage_path": "s3://runs/slow", "name": "mine"}
-    refused = s3.refused
+    run, refused = locate("s3://runs/slow/mine", "--storage-path"), s3.refused
+
+    def trained() -> int:
+        return len(read_history(run))
+
     s3.write_seconds, s3.statuses["/history.jsonl"] = 2.0, "403 Forbidden"
     try:
-        with once(lambda: s3.refused > refused, s3.statuses.clear):
-            done = train_here(**place, epochs=5, sum_head_steps=50)
+        with (
+            once(lambda: s3.refused > refused, s3.statuses.clear),
+            once(lambda: not s3.statuses and trained() >= 3, lambda: overload(s3, "training: the next epoch", trained)),
+        ):
+            done = train_here(**place, epochs=6, sum_head_steps=50)
     finally:
         s3.write_seconds = 0.0
         s3.statuses.clear()
     assert "history.jsonl: " in done.said
-    run = locate(done.line["run"], "--storage-path")
     epochs = read_history(run)
-    assert [line["epoch"] for line in epochs] == list(range(1, 6)), "written when the storage allows it"
+    assert [line["epoch"] for line in epochs] == list(range(1, 7)), "written when the storage allows it"
     ends = [line["started"] + line["seconds"] + line["evaluation_seconds"] for line in epochs]
     gaps = [after["started"] - end for end, after in zip(ends, epochs[1:], strict=False)]
-    assert statistics.median(gaps) < 1.0, gaps
+    assert statistics.median(gaps) < 1.5, gaps
     saved = {Path(info.path).parent.name for info in run.files() if info.name == STATE_FILE}
-    assert saved == {"epoch_00005", "epoch_00005_sum_head"}, "Ray Train keeps the last two"
+    assert saved == {"epoch_00006", "epoch_00006_sum_head"}, "Ray Train keeps the last two"
 
 
 @pytest.fixture
@@ -148,29 +154,24 @@ def enlarge(disk: Path) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_path: Path) -> None:
     output = small_disk / "out"
-    pairs(tmp_path, 20_000)
-    (small_disk / "other").write_bytes(bytes(2 * 2**20 - 150_000))
+    pairs(tmp_path, 5_000)
+    (small_disk / "other").write_bytes(bytes(2 * 2**20 - 80_000))
     with pytest.raises(RunError, match=rf"--output {output}/predictions/.*: cannot be written: .*No space left on device"):
         score_pairs(model, tmp_path, output)
     assert not (output / "manifest.json").exists()
     enlarge(small_disk)
     done = score_pairs(model, tmp_path, output)
-    assert done.line["scored_rows"] == 20_000
+    assert done.line["scored_rows"] == 5_000
     assert done.line["resumed_rows"] > 0
 
 
 @pytest.mark.usefixtures("cluster")
 def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, place = small_disk / "mine", {"storage_path": str(small_disk), "name": "mine"}
+    place = {"storage_path": str(small_disk), "name": "mine"}
     with pytest.raises(RunError, match="--name mine --resume") as error:
         run_training(TrainConfig(data=str(data), epochs=1, sum_head_steps=50, max_failures=0, **place))
     assert "No space left on device" in capsys.readouterr().err + str(error.value)
     enlarge(small_disk)
-    (run / "report.html").mkdir()
-    with pytest.raises(RunError):
-        train_here(resume=True, **place)
-    assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
-    (run / "report.html").rmdir()
     assert train_here(resume=True, **place).line["test"]["rows"]
 
 

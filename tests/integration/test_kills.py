@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,15 @@ from tests.integration.conftest import (
     polling,
     report_duration,
     score_here,
+    train_here,
     wait_for_files,
     write_shuffled_sample,
 )
 
 pytestmark = pytest.mark.slow
 
-ROWS, FILES, PART_ROWS = 48_000, 6, 500
-"""Of the input of scoring; 120 rows are bad. There are enough for the job to be running still when its driver is killed."""
+ROWS, FILES, PART_ROWS = 30_000, 6, 500
+"""Of the input of scoring; 75 rows are bad. There are enough for the job to be running still when its driver is killed."""
 
 SCORE, TRAIN = "ray::MapWorker(MapBatches(Score))", "RayTrainWorker"
 """Titles of workers."""
@@ -70,27 +70,6 @@ def has_open(process: int, file: Path) -> bool:
     return False
 
 
-def test_a_part_that_kills_every_process_is_given_up_and_reported(cluster: str, model: Path, pairs: Path, tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    deadly = tmp_path / "in" / "deadly.parquet"
-    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 4), deadly)
-    flags = ["--num-workers", 1, "--max-rows-per-file", 100_000]
-    job = Job("score", "--model", model, "--input", deadly.parent, "--output", tmp_path / "out", *flags, address=cluster)
-    while job.process.poll() is None:
-        time.sleep(0.05)
-        for process, title in descendants(os.getpid()).items():
-            if "MapBatches(Score)" in title and has_open(process, deadly):
-                with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-    done = job.wait()
-    assert done.code == 3, done.err
-    assert (done.last_line["failed_files"], done.last_line["scored_rows"]) == (1, 0)
-    assert (
-        "a process that scored died (out of memory? Ray's logs may tell); its task is begun again at deadly.parquet" in done.err
-    )
-    assert "cannot be used: deadly.parquet: the process that scored it died 3 times" in done.err
-
-
 @pytest.fixture(scope="module")
 def many_nodes(s3: Storage) -> Iterator[Cluster]:
     """A head without CPUs and three nodes with one each. Their processes know the S3 server."""
@@ -98,86 +77,65 @@ def many_nodes(s3: Storage) -> Iterator[Cluster]:
         yield cluster
 
 
-def test_an_attempt_that_ended_with_its_node_costs_no_life(many_nodes: Cluster) -> None:
-    """Only processes that die alone count towards the three after which a file is given up."""
-    lose_node(many_nodes, notice=False)
-    with joined(many_nodes):
-        while not (dead := [node["NodeID"] for node in ray.nodes() if not node["Alive"]]):
-            time.sleep(0.1)  # until the head has noticed it
-        lost = dead[0]
-        here = ray.get_runtime_context().get_node_id()
-        with crash_counter() as counter:
-            attempts = [ray.get(counter.begin.remote("file", node)) for node in (lost, here, lost, here)]
-    assert attempts == [1, 1, 2, 2]
+# All that a run draws: numbers, order, distortions, dropout. An epoch has 60 steps of streamed rows. From three workers on, a
+# new DDP sums its first gradients in another order.
+SETTINGS: dict[str, Any] = {"recipe": "long", "batch_size": 32, "epochs": 3, "sum_head_steps": 20, "shuffle_rows": 900}
+SETTINGS |= {"num_workers": 3, "checkpoint_seconds": 0.1, "name": "mine"}
 
 
-@dataclass
-class Training:
-    """A training whose command begins and goes on, with all that a run draws: numbers, order, distortions, dropout.
-
-    An epoch has 60 steps of streamed rows. From three workers on, a new DDP sums its first gradients in another order.
-    """
-
-    data: str
-    root: str
-
-    def __post_init__(self) -> None:
-        self.run = locate(self.root, "--storage-path") / "mine"
-
-    def start(self, cluster: Cluster) -> Job:
-        flags = ["--recipe", "long", "--batch-size", 32, "--epochs", 3, "--sum-head-steps", 100, "--shuffle-rows", 900]
-        flags += ["--num-workers", 3, "--checkpoint-seconds", 0.1, "--storage-path", self.root, "--name", "mine"]
-        return Job("train", "--data", self.data, *flags, "--resume", "auto", address=cluster.address)
-
-    def wait_for_checkpoints(self, job: Job) -> None:
-        """Wait for two: Ray Train knows the first when the second is written."""
-        for _ in range(2):
-            before = self.last_checkpoint()
-            job.wait_until(lambda before=before: self.last_checkpoint() > before)  # type: ignore[misc]
-
-    def last_checkpoint(self) -> str:
-        files = [info.path for info in self.run.files()]
-        return max((Path(path).parent.name for path in files if path.endswith(f"/{STATE_CARD}")), default="")
-
-    def left(self) -> tuple[list[Any], str]:
-        """All losses, and the checksum of the weights."""
-        losses = [[line["train_loss"], line["step_losses"]] for line in read_history(self.run)]
-        return losses, hashlib.sha256((self.run / "model" / "model.safetensors").read_bytes()).hexdigest()
+def last_checkpoint(run: Location) -> str:
+    files = [info.path for info in run.files()]
+    return max((Path(path).parent.name for path in files if path.endswith(f"/{STATE_CARD}")), default="")
 
 
-@pytest.mark.timeout(1200)  # three starts and three recoveries; two minutes on two cores
+def wait_for_checkpoints(job: Job, run: Location) -> None:
+    """Wait for two: Ray Train knows the first when the second is written."""
+    for _ in range(2):
+        before = last_checkpoint(run)
+        job.wait_until(lambda before=before: last_checkpoint(run) > before)  # type: ignore[misc]
+
+
+def left(run: Location) -> tuple[list[Any], str]:
+    """All losses, and the checksum of the weights."""
+    losses = [[line["train_loss"], line["step_losses"]] for line in read_history(run)]
+    return losses, hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.timeout(1200)  # three starts and two recoveries
 def test_a_killed_training_gives_the_model_of_an_undisturbed_one(many_nodes: Cluster, tmp_path: Path) -> None:
-    """On S3: a worker is killed, a node drained with notice and lost, the driver killed, and a worker with the sum head."""
+    """On S3: a node is drained with notice and lost, the driver killed, and a worker with the sum head."""
     data = write_shuffled_sample(tmp_path / "rows", rows=2400)
     for path in data.iterdir():
         writable("s3://images/kills").write(path.name, path.read_bytes())
-    killed, alone = Training("s3://images/kills", "s3://runs/killed"), Training(str(data), str(tmp_path / "alone"))
-    job = killed.start(many_nodes)
-    killed.wait_for_checkpoints(job)
-    for what in ("a worker killed", "a node drained and lost, and another come"):
-        began = time.monotonic()
-        if what == "a worker killed":
-            kill_worker(os.getpid(), TRAIN)
-        else:
-            lose_node(many_nodes, notice=True)
-        job.wait_for_line("going on after epoch")
-        report_duration(f"training on S3, {what}: went on", began)
-        killed.wait_for_checkpoints(job)
+    run = locate("s3://runs/killed/mine", "--storage-path")
+    flags = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", value)]
+    flags += ["--data", "s3://images/kills", "--storage-path", "s3://runs/killed", "--resume", "auto"]
+    job = Job("train", *flags, address=many_nodes.address)
+    wait_for_checkpoints(job, run)
+    began = time.monotonic()
+    lose_node(many_nodes, notice=True)
+    job.wait_for_line("going on after epoch")
+    report_duration("training on S3, a node drained and lost, and another come: went on", began)
+    wait_for_checkpoints(job, run)
     os.kill(job.process.pid, signal.SIGKILL)
     job.wait()
 
-    assert alone.start(many_nodes).wait().code == 0  # before the lease of the killed run has ended
-    job = killed.start(many_nodes)
+    with joined(many_nodes):
+        train_here(data=data, storage_path=tmp_path / "alone", **SETTINGS)
+    job = Job("train", *flags, address=many_nodes.address)
     job.wait_for_line("fine-tuning the sum head")
     assert not [title for title in descendants(os.getpid()).values() if "PlacementGroupCleaner" in title]
+    began = time.monotonic()
     kill_worker(os.getpid(), TRAIN)
+    job.wait_for_line("going on after epoch")
+    report_duration("training on S3, a worker killed: went on", began)
     done = job.wait()
     assert done.code == 0, done.err
     assert done.err.count("fine-tuning the sum head") == 2
-    assert killed.left() == alone.left()
-    manifest = (killed.run / "manifest.json").read_json()
+    assert left(run) == left(locate(str(tmp_path / "alone" / "mine"), "--storage-path"))
+    manifest = (run / "manifest.json").read_json()
     assert manifest["status"] == "finished"
-    assert manifest["training_seconds"] == pytest.approx(sum(map(epoch_seconds, read_history(killed.run))), abs=0.1)
+    assert manifest["training_seconds"] == pytest.approx(sum(map(epoch_seconds, read_history(run))), abs=0.1)
 
 
 def scored(output: Path) -> dict[str, bytes]:
@@ -207,11 +165,14 @@ def watched(output: Location) -> Iterator[None]:
     assert not torn
 
 
-@pytest.mark.timeout(1200)  # three starts; one minute on two cores
+@pytest.mark.timeout(1200)  # four starts
 def test_a_killed_scoring_gives_the_files_of_an_undisturbed_one(
     many_nodes: Cluster, pairs: Path, model: Path, tmp_path: Path
 ) -> None:
-    """A worker is killed, a node lost without notice, the driver killed; then a signal comes, as from a terminal."""
+    """A worker is killed, a node lost without notice, the driver killed; then a signal comes, as from a terminal.
+
+    Only processes that die alone count towards the three after which a file is given up.
+    """
     output, address = tmp_path / "killed", many_nodes.address
     settings: dict[str, Any] = {"max_rows_per_file": PART_ROWS, "label_column": "digit", "precision": None, "num_workers": None}
     with joined(many_nodes):
@@ -240,15 +201,45 @@ def test_a_killed_scoring_gives_the_files_of_an_undisturbed_one(
         wait_for_files(job, output, 1)
         report_duration("scoring, the driver killed: the next file, from the same command,", began)
         os.killpg(job.process.pid, signal.SIGTERM)
-        stopped = job.wait(timeout=60)
+        stopped = job.wait()
         assert not job.left()
         assert (stopped.code, stopped.out) == (128 + signal.SIGTERM, "")
         assert stopped.err.splitlines()[-1] == "stopped by SIGTERM; committed files are kept, and the same command resumes"
         assert "Traceback" not in stopped.err
         assert not (output / "manifest.json").exists(), "it marks a finished output"
-        done = start(address).wait()
-    assert done.code == 3, done.err
-    line = done.last_line
-    assert line["input_rows"] == line["scored_rows"] + line["rejected_rows"] == ROWS
-    assert (line["rejected_rows"], line["resumed_rows"] > 0) == (ROWS // 400, True)
+        with joined(many_nodes):
+            done = score_here(model, output, pairs, **settings)
+            lost = next(node["NodeID"] for node in ray.nodes() if not node["Alive"])
+            here = ray.get_runtime_context().get_node_id()
+            with crash_counter() as counter:
+                attempts = [ray.get(counter.begin.remote("file", node)) for node in (lost, here, lost, here)]
+    assert attempts == [1, 1, 2, 2]
+    assert done.set_aside
+    assert done.line["input_rows"] == done.line["scored_rows"] + done.line["rejected_rows"] == ROWS
+    assert (done.line["rejected_rows"], done.line["resumed_rows"] > 0) == (ROWS // 400, True)
     assert scored(output) == scored(tmp_path / "alone")
+
+
+def test_a_part_that_kills_every_process_is_given_up_and_reported(
+    many_nodes: Cluster, model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    deadly = tmp_path / "in" / "deadly.parquet"
+    pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 5), deadly)
+    flags = ["--num-workers", 1, "--max-rows-per-file", 100_000]
+    job = Job(
+        "score", "--model", model, "--input", deadly.parent, "--output", tmp_path / "out", *flags, address=many_nodes.address
+    )
+    while job.process.poll() is None:
+        time.sleep(0.05)
+        for process, title in descendants(os.getpid()).items():
+            if "MapBatches(Score)" in title and has_open(process, deadly):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+    done = job.wait()
+    assert done.code == 3, done.err
+    assert (done.last_line["failed_files"], done.last_line["scored_rows"]) == (1, 0)
+    assert (
+        "a process that scored died (out of memory? Ray's logs may tell); its task is begun again at deadly.parquet" in done.err
+    )
+    assert "cannot be used: deadly.parquet: the process that scored it died 3 times" in done.err

@@ -86,8 +86,8 @@ def test_a_scoring_that_has_ended(head: Any, model: Path, tmp_path: Path) -> Non
 
 def test_a_training_that_has_ended(head: Any, tmp_path: Path) -> None:
     pq.write_table(pq.read_table(SAMPLE)[::10], tmp_path / "rows.parquet")
-    flags = ("--data", tmp_path / "rows.parquet", "--storage-path", tmp_path, "--name", "mine", "--epochs", 2)
-    line = run_job("train", *flags, address=head.address_info["address"]).line
+    place = ("--data", tmp_path / "rows.parquet", "--storage-path", tmp_path, "--name", "mine")
+    line = run_job("train", *place, "--epochs", 2, "--sum-head-steps", 5, address=head.address_info["address"]).line
     shown = metrics(tmp_path / "mine")
     rows = 2 * line["data"]["train_rows"]
     assert shown.items() >= (ENDED | {"rows_total": rows, "rows_expected": rows, "epoch": 2}).items()

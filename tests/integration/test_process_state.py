@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ KEPT = {"os.environ: RAY_USAGE_STATS_ENABLED": [None, "0"]}
 
 
 @pytest.mark.slow
-def test_the_readmes_example_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+def test_the_readmes_example_leaves_the_process_as_it_was(tmp_path: Path, write_rows: Callable[[int], Path]) -> None:
     from mnistsum_ray.config import ExportPairsConfig
     from mnistsum_ray.export.pairs import export_pairs
 
     text = (ROOT / "README.md").read_text().partition("## From Python")[2]
-    code = text.partition("```python\n")[2].partition("```")[0].replace("epochs=2)", "epochs=1, sum_head_steps=50)")
+    written, smaller = 'data="sample", epochs=2)', f'data="{write_rows(500)}", epochs=1, sum_head_steps=5)'
+    code = text.partition("```python\n")[2].partition("```")[0].replace(written, smaller)
+    assert smaller in code
     export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "pairs"), rows=100, files=1), print)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONBREAKPOINT"))}
     # Ray overwrites the first of them, and the app the second while it trains.

@@ -18,7 +18,7 @@ from torchvision.io import encode_png
 from mnistsum_ray.cluster.tasks import map_files
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.images import Pixels, pixels_view
-from mnistsum_ray.data.order import RowIds, RowRanges, Shuffle, random_numbers
+from mnistsum_ray.data.order import RowIds, Shuffle, random_numbers
 from mnistsum_ray.data.sources import Digits, ParquetFiles, Source, open_source
 from mnistsum_ray.errors import RequestError, RunError, StorageError
 from mnistsum_ray.storage.location import Location
@@ -141,13 +141,6 @@ def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(alone: list[Bat
 def test_tasks_of_any_size_are_one_stream(alone: list[Batch], rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "_TASK_ROWS", 100)
     assert described(feed(rows, epochs=1)) == described(alone)[: len(alone) // 2]
-
-
-def test_the_first_task_is_small_so_that_a_gpu_begins_at_once() -> None:
-    shuffle = Shuffle(RowRanges.from_ids(np.arange(60_000)), None, 256, 0, SEED)
-    gpu: Any = torch.device("cuda")
-    rows = TrainingRows(ray.put(None), shuffle, 0.0, epochs=2, rank=0, world_size=1, device=gpu, first_step=10)
-    assert list(rows.step_ranges()) == [(0, range(10, 42)), (0, range(42, 235)), (1, range(235))]
 
 
 def test_an_empty_share_is_an_empty_batch(folder: Path) -> None:
