@@ -145,17 +145,6 @@ def score_again(model: Path, output: Path, *inputs: Path, **settings: Any) -> Sc
     return score_here(model, output, *inputs, label_column="digit", **settings)
 
 
-def test_a_second_run_scores_new_files_only(model: Path, pairs: Path, output: Path) -> None:
-    before = snapshot(output)
-    shutil.copy(pairs / "part-00003.parquet", pairs / "late.parquet")
-    second = score_again(model, output, pairs)
-    assert second.line["resumed_rows"] == ROWS
-    assert second.line["input_rows"] == second.line["scored_rows"] == ROWS + A_FILE
-    after = snapshot(output)
-    assert {name: after[name] for name in before} == before
-    assert after.keys() - before.keys() == {"predictions/late.parquet"}
-
-
 def test_strict_adds_to_an_output_all_at_once(model: Path, pairs: Path, output: Path) -> None:
     for name in ("manifest.json", *(f"predictions/part-0000{index}.parquet" for index in (0, 2, 4))):
         (output / name).unlink()
