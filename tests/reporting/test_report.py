@@ -136,9 +136,8 @@ COUNTS = RowCounts(
 )
 
 
-def scored(**changed: Any) -> str:
-    drawn = {"Rows by probability": pictures.draw_probabilities(COUNTS.probabilities)}
-    return scored_page(SCORED | changed, COUNTS, drawn)
+def scored() -> str:
+    return scored_page(SCORED, COUNTS, {"Rows by probability": pictures.draw_probabilities(COUNTS.probabilities)})
 
 
 def test_control_characters_are_escaped_on_every_page() -> None:
@@ -219,12 +218,12 @@ def test_the_least_sure_rows_are_shown_with_image_label_and_file() -> None:
         table = page.partition('<table class="unsure">')[2].partition("</table>")[0]
         return [" ".join(re.sub("<[^>]+>", " ", line).split()) for line in table.split("</tr>")]
 
-    page = scored()
+    page = scored_page(SCORED, COUNTS, {})
     assert lines(page)[0] == "image predicted digit digit_prob digit number input row"
     assert lines(page)[1:3] == [f"4 0.000 9 5 {FILE}, row 0", f"4 0.100 4 5 {FILE}, row 1"]
     assert lines(page)[3] == f"4 0.200 unknown 5 {FILE}, row 2"
     assert re.findall(r'class="wrong">(\w+)<', page) == ["9"]
     assert len({*re.findall(r'class="digit" alt="[^"]+" src="([^"]+)"', page)}) == len(IMAGES)
     totals = {name: value for name, value in SCORED["totals"].items() if "accuracy" not in name}
-    page = scored(labelled_rows=None, totals=totals)
+    page = scored_page(SCORED | {"labelled_rows": None, "totals": totals}, COUNTS, {})
     assert lines(page)[:2] == ["image predicted digit digit_prob number input row", f"4 0.000 5 {FILE}, row 0"]
