@@ -85,7 +85,7 @@ def test_a_model_of_dark_ink_on_white_gets_pictures_so(whole: Trained, data: Pat
     run = Path(shutil.copytree(whole.line["run"], tmp_path / "run"))
     entry = json.loads((run / "model" / "model.json").read_text())["input"]
     assert entry.pop("background") == 255
-    dark = pixels_view(one_chunk(pq.read_table(data / "0.parquet")["image"]))[0]
+    dark = np.frombuffer(pq.read_table(data / "0.parquet")["image"][0].as_py(), np.uint8).reshape(28, 28)
     light = Image.fromarray(255 - dark)
     assert np.array_equal(predict(str(run), light, 3).pixels, dark)
     change_description(run / "model", input=entry)  # as of models before this entry, which MNIST trained
