@@ -1,4 +1,4 @@
-"""Measure speed beside plain PyTorch; `--help` lists what and how.
+"""Measure speed beside plain PyTorch and Ray's guides: mnistsum_ray/benchmark/README.md says how.
 
 python jobs/benchmark.py train --data FOLDER
 """

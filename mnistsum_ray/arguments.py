@@ -52,7 +52,7 @@ def parse(config_class: type[Config], argv: list[str], description: str, command
         raise RequestError(_message(error, config_class, flags)) from None
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Argument parser that raises RequestError or TextAsked instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
@@ -62,14 +62,14 @@ class _Parser(argparse.ArgumentParser):
         raise TextAsked(message.rstrip("\n"))
 
 
-def make_parser(config_class: type[JobConfig], description: str, command: str, *, show_all: bool) -> _Parser:
+def make_parser(config_class: type[JobConfig], description: str, command: str, *, show_all: bool) -> Parser:
     """Parser of the fields of a config. Most values stay text, which pydantic converts and checks as it does those of YAML.
 
     `--help` shows the description, the usage line with the command, and with `show_all` not just the flags of every day.
     """
     everyday = config_class.everyday
     picture = f"{_flag(_POSITIONAL)} " if _POSITIONAL in config_class.model_fields else ""
-    parser = _Parser(
+    parser = Parser(
         usage=f"{command} {picture}[flags]",
         add_help=False,
         description=description,
@@ -190,7 +190,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_bytes(), _YamlLoader)
     except OSError as error:
         raise RequestError(f"--config {path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no such character
         raise RequestError(f"--config {path}: is not YAML: {shortened(one_line(error))}") from None
     if values is None:
         return {}

@@ -164,6 +164,7 @@ _USAGE: Final = f"""usage: mnistsum COMMAND [flags], or mnistsum COMMAND --help
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command, given by its name and flags, or as this process was; return its exit code."""
+    _open_standard_streams()
     command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in COMMANDS:
         return run(partial(_run_command, command), flags)

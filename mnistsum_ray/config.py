@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from inspect import Parameter, Signature
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from mnistsum_ray.storage.uri import PathOrUri
@@ -49,6 +49,14 @@ class JobConfig(BaseModel):
             parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default))
             lines += textwrap.wrap(f"{name}: {field_help(field)}", 96, initial_indent="    ", subsequent_indent="        ")
         cls.__doc__, cls.__signature__ = "\n".join(lines), Signature(parameters)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would take True for 1."""
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("must be no boolean")
+        return value
 
 
 class TrainingData(JobConfig):

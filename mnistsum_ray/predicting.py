@@ -181,7 +181,8 @@ def predict_rows(
 
     Raises:
         TypeError: `rows` is something else.
-        ValueError: a column is missing, has a type that cannot be read, or has the name of one that is added.
+        ValueError: a column is missing, has a type that cannot be read, or has the name of one that is added; or the batch size
+            is below 1.
     """
     model = _loaded(model, batch_size)
     data: Any = rows

@@ -159,3 +159,5 @@ def test_help_of_a_config_in_python_begins_with_its_fields_and_their_meaning() -
 def test_in_python_an_error_names_the_argument() -> None:
     with pytest.raises(ValueError, match="`resume`: needs `name`, the run to continue"):
         TrainConfig(resume=True)
+    with pytest.raises(ValueError, match=r"epochs\s+Value error, must be no boolean"):
+        TrainConfig(epochs=True)

@@ -165,3 +165,20 @@ def test_dashboard_and_alerts_ask_for_metrics_that_are_exported() -> None:
     assert {rule["labels"]["severity"] for rule in group["rules"]} == {"critical", "warning"}
     documented = re.findall(r"`(ray_mnistsum_\w+)`", (ROOT / "mnistsum_ray" / "README.md").read_text())
     assert set(documented) == exported
+
+
+def test_the_pods_fit_the_nodes_that_are_named_for_them() -> None:
+    """Kubernetes and its daemons take 0.4 CPUs and 1.5 GiB of a node, and KubeRay's autoscaler half of each beside a head."""
+    job, cron = KUBERAY["rayjob"]["spec"]["rayClusterSpec"], KUBERAY["raycronjob"]["spec"]["jobTemplate"]["rayClusterSpec"]
+    m7i_xlarge, g5_xlarge, m7i_2xlarge = (3.1, 14.0), (3.6, 14.5), (7.6, 30.5)
+    nodes = ((job["headGroupSpec"], m7i_xlarge), (*job["workerGroupSpecs"], g5_xlarge), (cron["headGroupSpec"], m7i_2xlarge))
+    for group, (cpus, gib) in nodes:
+        (container,) = group["template"]["spec"]["containers"]
+        resources = container["resources"]
+        assert resources["requests"] == resources["limits"], "no pod is killed for what another one uses"
+        assert int(resources["limits"]["cpu"]) <= cpus
+        assert int(resources["limits"]["memory"].removesuffix("Gi")) <= gib
+        assert group["template"]["metadata"]["annotations"] == {
+            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+            "karpenter.sh/do-not-disrupt": "true",
+        }

@@ -154,3 +154,10 @@ def test_images_are_decoded(table: pa.Table) -> None:
     assert np.array_equal(decode_images(expected.reshape(ROWS, -1).tolist())[0], expected)
     with pytest.raises(ValueError, match="images: "):
         decode_images([0.5])
+
+
+def test_a_batch_size_below_one_is_an_error(network: TwoHeadCNN, table: pa.Table) -> None:
+    with pytest.raises(ValueError, match="batch_size: must be at least 1, is 0"):
+        predict(network, np.zeros((2, 28, 28), np.uint8), np.zeros(2, np.int64), batch_size=0)
+    with pytest.raises(ValueError, match="batch_size: must be at least 1, is -1"):
+        predict_rows(network, table, batch_size=-1)

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mnistsum_ray import cli
+from mnistsum_ray.arguments import Parser
 from mnistsum_ray.benchmark import plain
 from mnistsum_ray.cluster.resources import workers_per_gpu
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_array, pixels_view
@@ -47,7 +48,7 @@ _EPOCHS: Final = 20 if torch.cuda.is_available() else 2
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command line; RequestError where a flag is invalid."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=_WAYS)
     parser.add_argument("--data", default="auto", help="as for mnistsum train (default: auto)")
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each way; accuracy: seeds (default: 3)")
@@ -58,6 +59,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--way", help="measure this way alone, once")
     parser.add_argument("--seed", type=int, default=0, help="accuracy: seed of that measurement")
     args = parser.parse_args(argv, argparse.Namespace(started=time.time()))
+    if args.way and args.way not in _WAYS[args.what]:
+        raise RequestError(f"--way {args.way}: must be one of {', '.join(_WAYS[args.what])}")
     if min(args.repeat, args.rows) < 1 or args.seconds <= 0:
         raise RequestError("--repeat, --seconds, --rows: must be positive")
     return args

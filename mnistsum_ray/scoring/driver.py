@@ -35,7 +35,7 @@ from mnistsum_ray.scoring.output import (
     resume,
     unpublish,
 )
-from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, WORKER_ROWS, make_tasks
+from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, PART_ROWS, WORKER_ROWS, make_tasks
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
 from mnistsum_ray.scoring.publish import move_listed, publish, publish_staged, result_line, say_result
 from mnistsum_ray.storage.lock import folder_lock
@@ -120,7 +120,8 @@ def _execute(
     todo_rows = pc.sum(todo["rows"]).as_py() or 0
     resumed_rows = (pc.sum(plan.parts["rows"]).as_py() or 0) - todo_rows
     if not plan.config.num_workers:
-        resources = replace(resources, worker_range=(1, min(resources.workers, max(1, todo_rows // WORKER_ROWS))))
+        useful = (todo_rows + PART_ROWS * todo.num_rows) // WORKER_ROWS
+        resources = replace(resources, worker_range=(1, min(resources.workers, max(1, useful))))
     fitting_workers = inspect_cluster().workers_that_fit(resources.per_worker)
     up_to = "up to " if fitting_workers < resources.workers else ""
     console.say(

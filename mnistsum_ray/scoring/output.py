@@ -26,7 +26,7 @@ from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, R
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.scoring.counts import RowCounts
-from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, read_stamp
+from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, folders_above, read_stamp
 from mnistsum_ray.scoring.preflight import STAGING, Plan, Request, int8_error
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_partial
@@ -123,7 +123,7 @@ class OutputFiles:
         files = pa.table({"name": outputs, "digest": digests} | columns)
         progress = Progress(console.progress, "output files read", len(outputs))
         found = map_files(partial(read_stamps, spec=plan.spec), folder, files, progress)
-        errors += found["error"].drop_null().to_pylist()
+        errors = [*found["error"].drop_null().to_pylist(), *errors]  # first that the output is of another version
         unfinished += [f"{REJECTED}/{name}" for name in found["output"].filter(found["unfinished"]).to_pylist()]
         counts = RowCounts.sum(found["counts"].drop_null().to_pylist())
         return cls(folder, found.filter(pc.is_valid(found["planned"])), counts, unfinished, errors)
@@ -219,12 +219,19 @@ def resume(plan: Plan, console: Console) -> tuple[Plan, OutputFiles, pa.Table]:
         was; and those of the plan's parts that are not committed (`parts.PLAN_SCHEMA`).
 
     Raises:
-        RequestError: the output folder holds other files, or predictions that this run must not be mixed with.
+        RequestError: the output folder holds other files, or predictions that this run must not be mixed with, or a name would be
+            that of a file and of a folder.
         RunError: with `--overwrite`, an unusable input file has predictions in the output.
     """
     output = OutputFiles.read(plan.output, plan, console)
     output.check()
     published = output.stamps
+    for files, others in ((plan.parts, published), (published, plan.parts)):
+        folders = {above for name in _folders(others["output"]) for above in folders_above(f"{name}/")}
+        if clash := _first(files.filter(pc.is_in(files["output"], pa.array(folders, pa.string())))):
+            raise RequestError(
+                f"--output {plan.output.display}: {clash['output']} would be a file and a folder; choose another folder"
+            )
     moved = (plan.held.place / STAGING / LIST).exists()  # see `publish.move_listed`
     if moved and pc.all(published["planned"], min_count=0).as_py():
         plan = replace(plan, overwrite=False)
@@ -252,15 +259,22 @@ def resume(plan: Plan, console: Console) -> tuple[Plan, OutputFiles, pa.Table]:
     return plan, output, todo
 
 
+def _folders(names: pa.ChunkedArray) -> list[str]:
+    """The folders that hold these files, without a list of as many names."""
+    folders: list[str] = pc.unique(pc.replace_substring_regex(names, "/?[^/]*$", "", max_replacements=1)).to_pylist()
+    return folders
+
+
 def follow_output(request: Request, console: Console) -> Request:
     """The request with the precision and the rows a file that an output with predictions of this model was begun with, where none
     are given."""
     begun: dict[str, Any] = {}
-    if names := names_below(request.output / PREDICTIONS, console):
-        with suppress(UnusableFileError):  # `resume` refuses it
-            stamp, _, _ = read_stamp(request.output, f"{PREDICTIONS}/{names[0]}")
-            if stamp["spec"]["model"] == request.card["sha256"]:
-                begun = {"precision": stamp["spec"]["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}
+    for folder in (request.output / STAGING, request.output) if request.config.strict else (request.output,):
+        if names := names_below(folder / PREDICTIONS, console):
+            with suppress(UnusableFileError):  # `resume` refuses it
+                stamp, _, _ = read_stamp(folder, f"{PREDICTIONS}/{names[0]}")
+                if stamp["spec"]["model"] == request.card["sha256"]:
+                    begun = {"precision": stamp["spec"]["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}
     followed = {name: value for name, value in begun.items() if getattr(request.config, name) is None}
     if followed.get("precision") == "int8" and (request.config.use_gpu or int8_error(request.card)):
         del followed["precision"]  # the run is refused, and the message says how the output was begun

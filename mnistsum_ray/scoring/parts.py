@@ -85,7 +85,7 @@ def split_into_parts(files: pa.Table, max_rows_per_file: int | None) -> tuple[pa
         files: name and reason.
     """
     errors: dict[str, str] = {}
-    planned: dict[str, str] = {}  # input file by output file
+    planned: dict[str, str] = {}  # input file by output file, and one by folder of output files, with / at its end
     tables = []
     for batch in files.to_batches(max_chunksize=1000):
         rows: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ def split_into_parts(files: pa.Table, max_rows_per_file: int | None) -> tuple[pa
             if error := _name_error(file["name"], outputs, planned):
                 errors[file["name"]] = error
                 continue
-            planned |= dict.fromkeys(outputs, file["name"])
+            planned |= dict.fromkeys((*outputs, *(f"{folder}/" for folder in folders_above(file["name"]))), file["name"])
             rows += parts
         tables.append(pa.Table.from_pylist(rows, PLAN_SCHEMA))
     return pa.concat_tables(tables), errors
@@ -110,11 +110,18 @@ def _name_error(name: str, outputs: list[str], planned: dict[str, str]) -> str |
     longest = max(len(component.encode()) for output in outputs for component in output.split("/"))
     if longest > MAX_NAME_BYTES:
         return f"its output's name would have {longest} bytes, and most systems allow {MAX_NAME_BYTES}; rename it"
-    if taken := next((output for output in outputs if output in planned), None):
-        return f"would need the name {taken} in the output, as does {planned[taken]}; rename it"
+    # No file has the name of a file or a folder, no folder that of a file.
+    for key in itertools.chain(outputs, (f"{output}/" for output in outputs), folders_above(name)):
+        if key in planned:
+            return f"would need the name {key.rstrip('/')} in the output, as does {planned[key]}; rename it"
     if is_hidden(name):
         return "would be written to a name that readers of Parquet skip, as all names with . or _ in front; rename it"
     return None
+
+
+def folders_above(name: str) -> Iterator[str]:
+    """The folders above a file: `a` and `a/b` of `a/b/c.parquet`."""
+    return itertools.accumulate(name.split("/")[:-1], "{}/{}".format)
 
 
 def _parts_of_file(file: dict[str, Any], max_rows_per_file: int | None) -> Iterator[dict[str, Any]]:
@@ -157,7 +164,7 @@ _TASKS_PER_GROUP: Final = 16
 """Each task reads a row group from its start: with more tasks they would skip more rows than they score, with fewer, workers
 would idle."""
 
-_PART_ROWS: Final = 32
+PART_ROWS: Final = 32
 """Rows that take as long as to open and to write the files of a part."""
 
 
@@ -167,13 +174,13 @@ def make_tasks(parts: pa.Table, max_rows: int, workers: int) -> list[Task]:
     A task takes no more parts from `max_rows` rows on, in long row groups later.
     """
     wanted = _TASKS_PER_WORKER * workers
-    rows = pc.add(parts["rows"], _PART_ROWS)
+    rows = pc.add(parts["rows"], PART_ROWS)
     total = pc.sum(rows).as_py() or 0
     max_rows = max(_ceil_divide(total, _MAX_TASKS), min(max_rows, max(_MIN_TASK_ROWS, _ceil_divide(total, wanted))))
     starts: list[int] = []  # the first part of each task
     in_task = 0
     for index, (count, longest_group) in enumerate(zip(rows.to_pylist(), parts["longest_group"].to_pylist(), strict=True)):
-        of_group = longest_group / min(_TASKS_PER_GROUP, wanted) + _PART_ROWS * (index - starts[-1] if starts else 0)
+        of_group = longest_group / min(_TASKS_PER_GROUP, wanted) + PART_ROWS * (index - starts[-1] if starts else 0)
         if not starts or in_task >= max(max_rows, of_group):
             starts.append(index)
             in_task = 0

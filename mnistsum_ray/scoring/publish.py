@@ -22,6 +22,7 @@ from mnistsum_ray.scoring.output import (
     MANIFEST,
     MANIFEST_FORMAT,
     OUTPUT_PICTURES,
+    SUMMARIES,
     OutputFiles,
     check_overwrite,
     names_below,
@@ -81,7 +82,8 @@ def publish_staged(plan: Plan, published: OutputFiles, console: Console) -> None
     if plan.config.strict and (rejected or failed):
         text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
         if rejected:
-            text += f" below {plan.inputs.root.display}: {counts.describe()}; all: {REJECTED} below {plan.output.display}"
+            place = (plan.folder.place if pc.any(pc.greater(staged.stamps["rejected"], 0)).as_py() else plan.output) / REJECTED
+            text += f" below {plan.inputs.root.display}: {counts.describe()}; all: {place.display}"
         raise RunError(text)
     plan.folder.create(LIST, to_parquet(pa.table([sorted(deleted)], _LIST_SCHEMA)))
     move_listed(plan.held, console)
@@ -113,19 +115,21 @@ def move_listed(held: OutputFolder, console: Console) -> bool:
         raise RequestError(f"--output {held.place.display}: {STAGING}/{LIST} {error}; remove {STAGING}") from None
 
     moved, there = (
-        [f"{top}/{name}" for top in (REJECTED, PREDICTIONS) for name in names_below(folder.place / top, console)]
+        {top: [f"{top}/{name}" for name in names_below(folder.place / top, console)] for top in (REJECTED, PREDICTIONS)}
         for folder in (staging, held)
     )
-    deleted = sorted({*there}.intersection(listed["file"].to_pylist()))  # no name in a damaged list leads to another file
-    if count := len(moved) + len(deleted):
+    # No name in a damaged list leads to another file.
+    deleted = sorted({*there[REJECTED], *there[PREDICTIONS]}.intersection(listed["file"].to_pylist()))
+    if count := sum(map(len, moved.values())) + len(deleted):
         console.say(
             f"publishing: {counted(count, 'file')} moved from {staging.place.display}, or deleted where they are replaced"
         )
         progress = Progress(console.progress, "files published", count)
         unpublish(held)
         with ThreadPoolExecutor(_MOVE_THREADS) as pool:
-            for _ in pool.map(partial(staging.move, target=held), moved):
-                progress(1)
+            for of_top in moved.values():  # in this order, as they are committed
+                for _ in pool.map(partial(staging.move, target=held), of_top):
+                    progress(1)
         held.delete_files(deleted, progress)
     return True
 
@@ -140,11 +144,14 @@ def publish(plan: Plan, output: OutputFiles, files: pa.Table, line: dict[str, An
     drawn = _draw_pictures(output.counts)
     manifest = _make_manifest(plan, output, line)
     page = scored_page(manifest, output.counts, {OUTPUT_PICTURES[name]: picture for name, picture in drawn.items()})
-    unpublish(plan.held)  # what a run has left that had nothing more to score
-    for name, data in {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **drawn}.items():
+    summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **drawn}
+    for name, data in summaries.items():
         plan.held.write(name, data)
+    # What an earlier run has drawn; and the manifest, which is there if this run had nothing more to score.
+    plan.held.delete_files([*(name for name in SUMMARIES if name not in summaries), MANIFEST])
     plan.held.create(MANIFEST, manifest)
-    plan.held.delete_folder(STAGING)
+    if (plan.held.place / STAGING / LIST).exists():
+        plan.held.delete_folder(STAGING)
 
 
 def _draw_pictures(counts: RowCounts) -> dict[str, bytes]:
@@ -198,7 +205,9 @@ def say_result(line: dict[str, Any], counts: RowCounts, new_rejected: int, say: 
     if line["rejected_rows"]:
         say(f"{counted(line['rejected_rows'], 'row')} rejected: see {line['output']}/{REJECTED}")
     if new_rejected:
-        for reason, count in list(counts.reasons.items())[:_REASONS_ON_CONSOLE]:
+        reasons = list(counts.reasons.items())
+        others = sum(count for _, count in reasons[_REASONS_ON_CONSOLE:])
+        for reason, count in reasons[:_REASONS_ON_CONSOLE] + ([("other reasons", others)] if others else []):
             say(f"  rejected: {count:,} x {reason}")
     if line["scored_rows"]:
         say(f"sum = digit + number in {percent(counts.consistent / line['scored_rows'])} of the rows")

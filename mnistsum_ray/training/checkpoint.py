@@ -108,12 +108,12 @@ class Checkpointer:
         self._held = held
         self._seconds = seconds
         self._saved = time.perf_counter()
-        self._folders: list[tempfile.TemporaryDirectory[str]] = []
-        """Folders of the checkpoints, on rank 0. Ray Train deletes each when it has been uploaded."""
+        self._folder: Path | None = None
+        """Folder of the last checkpoint, on rank 0. Ray Train deletes it when it has been uploaded, maybe after this object."""
 
     def idle(self) -> bool:
         """Whether no upload is under way: slow storage holds no step up, and an upload that begins is of the newest state."""
-        return not self._folders or not Path(self._folders[-1].name).exists()
+        return self._folder is None or not self._folder.exists()
 
     def due(self) -> bool:
         """True on rank 0, which decides for all, if the last checkpoint is old enough for one within the epoch."""
@@ -124,9 +124,9 @@ class Checkpointer:
         self._saved, checkpoint = time.perf_counter(), None
         if self._worker.rank == 0:
             self._held.check()  # another run may own the run folder by now
-            self._folders.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-            save_checkpoint(Path(self._folders[-1].name), state, self._model, self._optimizer)
-            checkpoint = ray.train.Checkpoint.from_directory(self._folders[-1].name)
+            self._folder = Path(tempfile.mkdtemp())
+            save_checkpoint(self._folder, state, self._model, self._optimizer)
+            checkpoint = ray.train.Checkpoint.from_directory(self._folder)
         ray.train.report(
             {"epochs_done": state.epochs_done},
             checkpoint=checkpoint,
@@ -143,7 +143,12 @@ def latest_state(start: Location | None) -> tuple[TrainerState, Weights] | None:
     """
     latest = ray.train.get_checkpoint()
     place = start if latest is None else Location(latest.filesystem, latest.path, latest.path)
-    return None if place is None else read_checkpoint(place)
+    if place is None:
+        return None
+    try:
+        return read_checkpoint(place)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --resume starts from the one before it") from error
 
 
 def save_checkpoint(folder: Path, state: TrainerState, model: Network, optimizer: MuonAdamW) -> None:

@@ -43,3 +43,17 @@ def test_a_signal_that_another_thread_takes_is_delivered_after_the_block(other_t
         finished.append(_arrived.copy())
     assert (finished, _arrived) == ([[]], [signal.SIGTERM, signal.SIGINT])
     assert {signal.getsignal(number) for number in STOP_SIGNALS} == {_interrupt}
+
+
+@pytest.mark.usefixtures("other_thread")
+def test_in_another_thread_nothing_is_deferred() -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        with defer_signals(), preserve_signal_handlers():
+            found.extend(signal.getsignal(number) for number in STOP_SIGNALS)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert set(found) == {_interrupt}

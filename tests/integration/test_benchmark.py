@@ -13,10 +13,12 @@ pytestmark = pytest.mark.slow
 EVERY = 19  # of the fixture `data`, which then has a batch of rows
 
 
-@pytest.fixture(autouse=True)
-def jobs_join_the_cluster(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of Ray's guides start their own."""
-    monkeypatch.setenv("RAY_ADDRESS", cluster)
+@pytest.fixture(params=["guide", "ray"])
+def way(request: pytest.FixtureRequest, cluster: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A way with Ray. Our jobs join the cluster, and Ray's guides start their own."""
+    found: str = request.param
+    monkeypatch.setenv("RAY_ADDRESS", "local" if found == "guide" else cluster)
+    return found
 
 
 def test_training_in_memory(data: Path) -> None:
@@ -25,7 +27,6 @@ def test_training_in_memory(data: Path) -> None:
     assert min(figures["rows_per_second"], figures["first_row_seconds"]) > 0
 
 
-@pytest.mark.parametrize("way", ["guide", "ray"])
 def test_training(data: Path, way: str) -> None:
     figures = measure(parse(["train", "--data", str(data), "--way", way]))
     assert min(figures["rows_per_second"], figures["first_row_seconds"]) > 0
@@ -38,7 +39,6 @@ def test_scoring_without_ray() -> None:
     assert figures["first_row_seconds"] > 1
 
 
-@pytest.mark.parametrize("way", ["guide", "ray"])
 def test_scoring(way: str) -> None:
     figures = measure(parse(["score", "--data", "sample", "--rows", "1000", "--way", way]))
     assert figures["rows_per_second"] > 0

@@ -85,7 +85,7 @@ def test_a_model_of_dark_ink_on_white_gets_pictures_so(whole: Trained, data: Pat
     run = Path(shutil.copytree(whole.line["run"], tmp_path / "run"))
     entry = json.loads((run / "model" / "model.json").read_text())["input"]
     assert entry.pop("background") == 255
-    dark = pixels_view(one_chunk(pq.read_table(data / "0.parquet")["image"]))[0]
+    dark = np.frombuffer(pq.read_table(data / "0.parquet")["image"][0].as_py(), np.uint8).reshape(28, 28)
     light = Image.fromarray(255 - dark)
     assert np.array_equal(predict(str(run), light, 3).pixels, dark)
     change_description(run / "model", input=entry)  # as of models before this entry, which MNIST trained
@@ -125,10 +125,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_rows_that_changed_are_found_by_
     assert finished.weights() == whole.weights()
     assert json.loads((runs / "mine" / "manifest.json").read_text())["status"] == "finished"
     change_a_digit(copy / "0.parquet")
-    with pytest.raises(
-        RequestError, match=f"^--from-run {whole.line['run']}: .*{copy}/0.parquet: holds other rows than when the"
-    ):
-        train_here(storage_path=tmp_path, name="other", from_run=whole.line["run"], data=copy)
+    with pytest.raises(RequestError, match=f"^--from-run .*: {copy}/0.parquet: holds other rows than when the run began"):
+        train_here(storage_path=tmp_path, name="other", from_run=finished.line["run"])
     if not busy:
         pytest.skip("a checkpoint that cannot be deleted needs the right to mount a file system")
     assert re.search(rf"{before}: cannot be deleted: .*; this checkpoint is no longer needed", finished.said)

@@ -239,6 +239,12 @@ def test_an_output_goes_on_with_the_flags_that_it_was_begun_with(folder: Path) -
     assert begun() == [None, None]
     write_all(plan_in(folder, precision="bf16"))
     assert begun(precision="fp32", max_rows_per_file=30) == ["fp32", 30]
+    staged = plan_in(folder, strict=True, precision="fp32", max_rows_per_file=30)
+    write_all(staged)
+    assert (begun(), begun(strict=True)) == (["bf16", 20], ["bf16", 20]), "what is published counts"
+    shutil.rmtree(folder / "out" / "predictions")
+    assert begun(strict=True) == ["fp32", 30]
+    write_all(plan_in(folder, precision="bf16"))
     assert begun() == ["bf16", 20]
     assert begun(sha256="other") == [None, None]
 
@@ -347,6 +353,20 @@ def test_a_list_whose_files_are_moved_leaves_a_finished_output_as_it_is(folder: 
     assert move_listed(plan.held, CONSOLE)
     with pytest.raises(RequestError, match="another model"):
         resume(plan_in(folder, sha256="other"), CONSOLE)
+    assert names(folder / "out") == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"overwrite": True}], ids=str)
+def test_no_name_is_that_of_a_file_and_of_a_folder(folder: Path, settings: dict[str, bool]) -> None:
+    name = folder / "in" / "days.parquet"
+    name.mkdir()
+    shutil.copy(folder / "in" / "b.parquet", name / "c.parquet")
+    write_all(plan_in(folder))
+    before = names(folder / "out")
+    shutil.rmtree(name)
+    shutil.copy(folder / "in" / "b.parquet", name)
+    with pytest.raises(RequestError, match=r"days\.parquet would be a file and a folder; choose another folder"):
+        resume(plan_in(folder, **settings), CONSOLE)
     assert names(folder / "out") == before
 
 
