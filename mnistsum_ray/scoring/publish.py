@@ -147,8 +147,8 @@ def publish(plan: Plan, output: OutputFiles, files: pa.Table, line: dict[str, An
     summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **drawn}
     for name, data in summaries.items():
         plan.held.write(name, data)
-    # What an earlier run has drawn; and the manifest, which is there if this run had nothing more to score.
-    plan.held.delete_files([*(name for name in SUMMARIES if name not in summaries), MANIFEST])
+    plan.held.delete_files([name for name in SUMMARIES if name not in summaries])  # an earlier run may have drawn them
+    plan.held.delete(MANIFEST)  # of a run that had nothing more to score
     plan.held.create(MANIFEST, manifest)
     if (plan.held.place / STAGING / LIST).exists():
         plan.held.delete_folder(STAGING)
