@@ -176,7 +176,10 @@ def disconnect(*, keep_logs: bool = False) -> None:
     """Disconnect from the cluster. One that this process has started ends with its processes, and its logs are deleted."""
     global _session
     if "ray" in sys.modules:
+        from mnistsum_ray.cluster import ray_internals
+
         sys.modules["ray"].shutdown()
+        ray_internals.reload_authentication()  # or the next `ray.init` of this process takes this cluster's token for its own
     if _session is not None and not keep_logs:
         shutil.rmtree(_session, ignore_errors=True)
     _session = None
