@@ -8,11 +8,11 @@ import pytest
 import ray
 import torch
 
-from mnistsum_ray.api import run_training
+from mnistsum_ray.api import run_scoring, run_training
 from mnistsum_ray.cluster import gpus, resources
 from mnistsum_ray.cluster.gpus import Gpu
 from mnistsum_ray.cluster.resources import WorkerRequest, reserve
-from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError, RunError
 from tests.integration.conftest import add_node, nodes, score_here, start_cluster
 
@@ -81,18 +81,35 @@ def test_a_gpu_that_another_job_holds_is_waited_for_only_where_one_is_asked_for(
     ray.kill(other)
 
 
-def test_workers_get_the_gpu_and_only_pytorch_refuses_it(
-    counted_gpu: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The jobs take the GPU for real, and go as far as one can without it. Scoring comes last on this cluster: Ray keeps what
-    workers that cannot start hold until the process that has asked for them leaves."""
+@pytest.fixture
+def believed_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Another such cluster, whose GPU the jobs of this process take for real: they go as far as one can without it.
+
+    It ends with the test: Ray keeps what workers that cannot start hold until the process that has asked for them leaves.
+    """
+    ray.shutdown()
     monkeypatch.setattr(resources, "answers_of", lambda *_: [({}, GPU)])
+    monkeypatch.setenv("RAY_ADDRESS", start_cluster(num_cpus=2, num_gpus=1))
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("believed_gpu")
+def test_scoring_workers_get_the_gpu_and_only_pytorch_refuses_it(model: Path, data: Path, tmp_path: Path) -> None:
+    files = {"input": (str(data),), "number_column": "digit", "output": str(tmp_path / "out")}
+    with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
+        run_scoring(ScoreConfig(model=str(model), use_gpu=True, **files))
+
+
+@pytest.mark.usefixtures("believed_gpu")
+def test_training_workers_get_the_gpu_and_only_pytorch_refuses_it(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", use_gpu=True, max_failures=0)
     with pytest.raises(RunError, match="gave up after 1 failure:"):
-        run_training(TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", use_gpu=True, max_failures=0))
+        run_training(config)
     assert "1 GPU worker" in (printed := capsys.readouterr().err)
     assert "NCCL" in printed
-    with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
-        score_here(model, tmp_path / "out", data, number_column="digit", use_gpu=True, precision=None, wait_seconds=60)
 
 
 def test_a_node_whose_gpu_is_broken_gets_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
