@@ -42,7 +42,7 @@ def test_files_are_written_where_it_is_known() -> None:
     """Beside the storage: a cache in the home folder, temporary folders of this process, and the files of Ray's own session."""
     writes = r"\.(write_bytes|write_text|unlink|rename|rmdir|touch|symlink_to)\(|rmtree\(|delete_dir\(|open_output_stream\("
     expected = {"data/idx.py", "reporting/mlflow.py", "training/checkpoint.py", "cluster/connection.py"}
-    assert lines_with(writes) == expected | {"storage/folder.py"}
+    assert lines_with(writes) == expected | {"storage/lock.py", "storage/folder.py"}
 
 
 def test_the_network_is_made_where_its_class_is_chosen() -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from mnistsum_ray.errors import ExistingFileError, RequestError
 from mnistsum_ray.storage import object_store
-from mnistsum_ray.storage.location import Location, is_hidden
+from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate, output_base_folder, refused
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def empty_output(text: str) -> OutputFolder:
     """Resolve `--output` of a command that writes only into an empty folder; others are a RequestError."""
     output = locate(text, "--output", output_base_folder())
     with refused("--output"):
-        if any(not is_hidden(file.name) for file in output.files()):  # the lock of a request that was refused
+        if output.files():
             raise RequestError(f"--output {output.display}: is not empty; name another folder")
     return OutputFolder(output, None)
 

@@ -97,6 +97,8 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     lock = FolderLock(folder / LOCK_NAME, f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}")
     refused = f"{flag} {folder.display}:"
     try:
+        above = (Path(folder.path), *Path(folder.path).parents) if folder.is_local else ()
+        made = [path for path in above if not path.exists()]
         held = _lock_file(lock) if folder.is_local else _Lease(lock, say)
     except _HeldError as error:
         holder = f" ({error})" if str(error) else ""
@@ -107,7 +109,11 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     except OSError as error:
         raise RequestError(f"{refused} cannot be written ({error.strerror or one_line(error)})") from None
     with closing(held):
-        yield OutputFolder(folder, lock)
+        try:
+            yield OutputFolder(folder, lock)
+        finally:
+            if made:
+                _delete_unused(made)
 
 
 def _holder_in(data: bytes) -> str:
@@ -116,6 +122,15 @@ def _holder_in(data: bytes) -> str:
         return str(json.loads(data)["id"]) if data else ""
     except (TypeError, KeyError, RecursionError):
         raise ValueError("this JSON is no lock") from None
+
+
+def _delete_unused(made: list[Path]) -> None:
+    """Delete a folder that a run has made, and those above it, if it holds nothing but its lock, as after a refused request."""
+    with suppress(OSError):
+        if [path.name for path in made[0].iterdir()] == [LOCK_NAME]:
+            (made[0] / LOCK_NAME).unlink()
+            for path in made:
+                path.rmdir()
 
 
 def _lock_file(lock: FolderLock) -> IO[bytes]:
@@ -128,6 +143,9 @@ def _lock_file(lock: FolderLock) -> IO[bytes]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _HeldError(_holder_in(file.read())) from None
+        if not path.exists() or not path.samefile(f"/dev/fd/{file.fileno()}"):
+            file.close()
+            return _lock_file(lock)  # the run before has deleted it at that moment, see `_delete_unused`
         _holder_in(file.read())
         file.seek(0)
         file.truncate()

@@ -45,8 +45,8 @@ from tests.integration.conftest import (
 
 pytestmark = pytest.mark.slow
 
-ROWS, FILES, PART_ROWS = 30_000, 6, 500
-"""Of the input of scoring; 75 rows are bad. There are enough for the job to be running still when its driver is killed."""
+ROWS, FILES, PART_ROWS = 28_800, 6, 500
+"""Of the input of scoring; 72 rows are bad. There are enough for the job to be running still when its driver is killed."""
 
 SCORE, TRAIN = "ray::MapWorker(MapBatches(Score))", "RayTrainWorker"
 """Titles of workers."""

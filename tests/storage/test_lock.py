@@ -116,3 +116,12 @@ def test_a_check_waits_for_a_storage_that_does_not_answer(tmp_path: Path, monkey
         monkeypatch.setattr("mnistsum_ray.storage.lock._UNKNOWN_SECONDS", 0.0)
         with pytest.raises(RunError, match="no answer; this run stops"):
             held.check()
+
+
+def test_a_request_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    lock(tmp_path / "runs" / "mine")
+    lock(tmp_path / "there")
+    with folder_lock(locate(str(tmp_path / "written" / "mine"), "--output"), "--output", print) as held:
+        held.write("a", b"1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "written"]
