@@ -33,7 +33,7 @@ Rows = TypeVar("Rows")
 """A pandas or Polars DataFrame, an Arrow table, or a Ray Dataset."""
 
 _SURE: Final = 0.9
-"""Probability of a picture's digit below which the answer is said to be unsure."""
+"""Least probability of the digit of a picture whose answer is sure."""
 
 _REASON: Final = "reason"
 """Column with the reason of each row that cannot be scored."""

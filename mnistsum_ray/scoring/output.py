@@ -270,9 +270,11 @@ def follow_output(request: Request, console: Console) -> Request:
     are given."""
     begun: dict[str, Any] = {}
     for folder in (request.output / STAGING, request.output) if request.config.strict else (request.output,):
-        if names := names_below(folder / PREDICTIONS, console):
+        files = files_below(folder / PREDICTIONS, console)
+        if first := next(((name, file.size) for name, file in files if not is_hidden(name)), None):
+            name, size = first
             with suppress(UnusableFileError):  # `resume` refuses it
-                stamp, _, _ = read_stamp(folder, f"{PREDICTIONS}/{names[0]}")
+                stamp, _, _ = read_stamp(folder, f"{PREDICTIONS}/{name}", size)
                 if stamp["spec"]["model"] == request.card["sha256"]:
                     begun = {"precision": stamp["spec"]["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}
     followed = {name: value for name, value in begun.items() if getattr(request.config, name) is None}

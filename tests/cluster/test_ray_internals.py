@@ -67,7 +67,7 @@ def test_ray_train_still_has_the_hooks_and_the_callbacks_by_their_names(tmp_path
 
 @pytest.mark.usefixtures("started")
 def test_placement_groups_that_ray_train_has_left_are_removed() -> None:
-    """Those that were there before stay: they are of whoever calls `fit`."""
+    """Those that were there before belong to the caller of `fit`, and stay."""
     rest = ray.cluster_resources()["CPU"] - 0.01
     of_caller = ray.util.placement_group([{"CPU": 0.01}])
     ray.get(of_caller.ready())
