@@ -21,7 +21,7 @@ __version__: Final = "0.1.0"
 if TYPE_CHECKING:
     from mnistsum_ray.api import fit, score
     from mnistsum_ray.config import ScoreConfig, TrainConfig
-    from mnistsum_ray.errors import RequestError, RunError
+    from mnistsum_ray.errors import RequestError, RunError, TryAgainError
     from mnistsum_ray.predicting import decode_images, embed, load_model, predict, predict_rows
     from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 
@@ -32,6 +32,7 @@ __all__ = [
     "ScoreResult",
     "TrainConfig",
     "TrainResult",
+    "TryAgainError",
     "decode_images",
     "embed",
     "fit",

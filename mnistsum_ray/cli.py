@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from mnistsum_ray import __version__
 from mnistsum_ray.cluster.stop import StopOnSignals, defer_signals
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, TextAsked, counted, did_you_mean, printable, shell_command
+from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, TextAsked, TryAgainError, counted, did_you_mean, printable, shell_command
 from mnistsum_ray.storage.uri import masked
 
 if TYPE_CHECKING:
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 DONE: Final = 0
 FAILED: Final = 1
 BAD_REQUEST: Final = 2
-INCOMPLETE: Final = 3
-"""The job finished, but some of its input could not be used."""
+TRY_AGAIN: Final = os.EX_TEMPFAIL
+"""75: the same command may work later, so that Kubernetes, cron and Airflow can tell it from a typo."""
 
 _HELP: Final = """
 The value of an unset flag is in brackets below. Standard output gets one JSON
 object, the result; a terminal gets it with --json only. All else goes to
-standard error. Exit codes: 0 done, 2 the request is invalid, 3 finished, but
-this run had to set files or rows aside, 128 + N stopped by signal N, 1 anything
-else.
+standard error. Exit codes: 0 done, 2 the request is invalid, 75 try again later
+(no resources in time, no cluster, a folder that another run holds), 128 + N
+stopped by signal N, 1 anything else.
 """
 """What `--help` says of every command."""
 
@@ -74,7 +74,7 @@ def score(config: "ScoreConfig") -> Outcome:
     from mnistsum_ray.api import run_scoring
 
     result = run_scoring(config)
-    return result.line(labels=config.label_column is not None), INCOMPLETE if result.set_aside else DONE
+    return result.line(labels=config.label_column is not None), DONE
 
 
 def export_pairs(config: "ExportPairsConfig") -> Outcome:
@@ -217,7 +217,7 @@ def run(job: Callable[[list[str]], Outcome], argv: list[str]) -> int:
             if "mnistsum_ray.cluster.connection" in sys.modules:  # without that module there is no connection
                 from mnistsum_ray.cluster.connection import disconnect
 
-                disconnect(keep_logs=code not in (DONE, INCOMPLETE))
+                disconnect(keep_logs=code != DONE)
     finally:
         sys.stdout = stdout  # only now: until they are disconnected, Ray's threads may print after the result
         _write("", sys.stderr)  # lines that could not be written: Python would try again at its end, and exit with 120
@@ -246,6 +246,8 @@ def _run(job: Callable[[list[str]], Outcome], argv: list[str], stdout: TextIO, s
         return _answer(str(asked), stdout)
     except (RequestError, RunError) as error:
         _say(f"error: {error}")
+        if isinstance(error, TryAgainError):
+            return TRY_AGAIN
         return BAD_REQUEST if isinstance(error, RequestError) else FAILED
 
 

@@ -17,6 +17,10 @@ class RunError(RuntimeError):
     """A valid request failed; the message says why and what to do."""
 
 
+class TryAgainError(RunError):
+    """The same command may work later: no resources in time, a cluster that cannot be reached, a folder that another run holds."""
+
+
 class RowCountError(RunError):
     """Rows were lost or repeated, so results computed from them are wrong."""
 
