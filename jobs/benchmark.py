@@ -34,7 +34,7 @@ import ray
 import ray.train.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
@@ -82,8 +82,8 @@ class ProjectStep:
         self.matrices = torch.from_numpy(matrices).to(DEVICE)
         self.places = network.pixel_places(DEVICE)
         self.dtype = torch.bfloat16 if faster_with_bf16(DEVICE) else torch.float32
-        self.model: nn.Module = network.make_network().to(DEVICE)
-        self.optimizer = MuonAdamW(self.model, 0.01, self.dtype)  # type: ignore[arg-type]
+        self.model = network.make_network().to(DEVICE)
+        self.optimizer = MuonAdamW(self.model, 0.01, self.dtype)
         self.optimizer.set_learning_rate(0.01)
 
     def __call__(self, batch: Iterable[Tensor]) -> None:
@@ -95,7 +95,7 @@ class ProjectStep:
         with torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype != torch.float32):
             scores = self.model(images, numbers)
         loss, _ = network.joint_loss(scores, digits, numbers)
-        (loss / BATCH).backward()
+        torch.autograd.backward(loss / BATCH)
         self.optimizer.step()
 
 
@@ -160,15 +160,16 @@ def train_original(folder: Path) -> Figures:
         optimizer.zero_grad()
         digit_scores, sum_scores = model(images, numbers)
         loss = F.cross_entropy(digit_scores, digits) + F.cross_entropy(sum_scores, digits + numbers)
-        (loss / 2).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss / 2)
         optimizer.step()
 
     return timed([DataLoader(OriginalRows(folder), BATCH, shuffle=True)] * EPOCHS, step)
 
 
 def train_bare(folder: Path) -> Figures:
-    columns = [torch.tensor(values, device=DEVICE).split(BATCH) for values in read_rows(folder)]
-    return timed([list(zip(*columns, strict=True))] * EPOCHS, ProjectStep())
+    columns = [torch.tensor(values, device=DEVICE) for values in read_rows(folder)]
+    batches = list(zip(*(torch.split(column, BATCH) for column in columns), strict=True))
+    return timed([batches] * EPOCHS, ProjectStep())
 
 
 def train_guide(folder: Path) -> Figures:
@@ -249,8 +250,12 @@ def measure(what: str, way: str, folder: Path, rows: int) -> Figures:
     started = time.time()
     figures: Figures = globals()[f"{what}_{way}"](folder)
     seconds = time.time() - started
-    figures = {"rows_per_second": rows / seconds, "seconds": seconds} | figures
-    return figures | {"first_seconds": figures.pop("first") - started}
+    first_seconds = figures.pop("first") - started
+    return {
+        "rows_per_second": rows / seconds,
+        "seconds": seconds,
+        "first_seconds": first_seconds,
+    } | figures
 
 
 def run(script: str, *flags: object) -> dict[str, Any]:
@@ -265,9 +270,8 @@ def run(script: str, *flags: object) -> dict[str, Any]:
 
 def prepare(what: str, data: str, rows: int, folder: Path) -> None:
     """Write rows, and to score them a model, on whose weights the speed does not depend."""
-    split = ["--split", "train" if what == "train" else "test"]
-    shape = ["--rows", rows, "--files", 8, "--output", folder / "rows"]
-    run("export_pairs.py", "--data", data, *split, *shape)
+    pairs = ["--data", data, "--split", "train", "--rows", rows, "--files", 8]
+    run("export_pairs.py", *pairs, "--output", folder / "rows")
     if what == "score":
         short = ["--data", "sample", "--epochs", 1, "--sum-head-steps", 1]
         run("train.py", *short, "--storage-path", folder, "--name", "model")
