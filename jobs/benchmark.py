@@ -108,7 +108,7 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        images = network.prepare_images(torch.tensor(decode(batch["image"]), device=DEVICE))
+        images = network.prepare_images(torch.from_numpy(decode(batch["image"])).to(DEVICE))
         numbers = torch.tensor(batch["number"], device=DEVICE).long()
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=faster_with_bf16(DEVICE)):
             scores = self.model(images, numbers)
@@ -121,7 +121,7 @@ class Scorer:
 
 
 def decode(images: Iterable[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(images), np.uint8).reshape(-1, 28, 28)
+    return np.frombuffer(bytearray(b"".join(images)), np.uint8).reshape(-1, 28, 28)
 
 
 def read_rows(folder: Path) -> tuple[np.ndarray, np.ndarray]:
