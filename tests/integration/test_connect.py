@@ -1,18 +1,26 @@
 """Join clusters with a token, without one, or killed; start a cluster, and leave nothing of it."""
 
+import json
 import os
+import secrets
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.export.pairs import export_pairs
 from tests.integration.conftest import RAY, ROOT, descendants, kill_everything
 
 pytestmark = pytest.mark.slow
@@ -48,23 +56,42 @@ def killed(home: Path) -> set[int]:
     return sessions
 
 
-@contextmanager
-def head(home: Path, **environment: str) -> Iterator[str]:
-    """Run `ray start --head` as a person does, and yield the address of the cluster."""
-    process = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--port=0", "--num-cpus=1", "--include-dashboard=false"],
-        env=os.environ | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address_file = home / "ray" / "ray_current_cluster"
+@dataclass
+class Head:
+    """A head with a token, started by `ray start` in the home folder."""
+
+    home: Path
+    address: str
+    environment: dict[str, str]
+    """Environment of a client of its dashboard."""
+
+    def ray(self, *words: str) -> str:
+        """Run `ray job WORDS` as a client; return its output."""
+        command = [str(RAY), "job", *words]
+        done = subprocess.run(command, env=self.environment, check=True, stdout=subprocess.PIPE, text=True, timeout=240)
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def head(home: Path, killed: set[int]) -> Iterator[Head]:
+    subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
+    with socket.socket() as dashboard, socket.socket() as agent:
+        for probe in (dashboard, agent):
+            probe.bind(("127.0.0.1", 0))
+        port, agent_port = (probe.getsockname()[1] for probe in (dashboard, agent))
+    # The agent starts submitted jobs. That of another cluster on this machine may have its usual port.
+    ports = ["--port=0", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent_port}"]
+    command = [str(RAY), "start", "--head", "--block", *ports, "--num-cpus=2"]
+    here = os.environ | {"PATH": f"{RAY.parent}:{os.environ['PATH']}"}  # of submitted jobs too
+    process = subprocess.Popen(command, env=here, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
+        client = here | {"RAY_ADDRESS": f"http://127.0.0.1:{port}", "RAY_AUTH_MODE": "token"}
         deadline = time.monotonic() + 120
-        while not address_file.exists():
+        # The dashboard lists jobs before the agent that starts them is ready.
+        while subprocess.run([RAY, "job", "submit", "--no-wait", "--", "true"], env=client, capture_output=True).returncode:
             assert time.monotonic() < deadline
             assert process.poll() is None
-            time.sleep(0.2)
-        yield address_file.read_text().strip()
+        yield Head(home, (home / "ray" / "ray_current_cluster").read_text().strip(), client)
     finally:
         kill_everything(process.pid)
         process.wait(timeout=30)
@@ -95,25 +122,51 @@ for address in sys.argv[1:]:
 """
 
 
-def test_a_head_with_a_token_is_joined_by_its_address(home: Path) -> None:
+def test_a_head_with_a_token_is_joined_by_its_address(head: Head) -> None:
     """Another token is refused, as is another version of Ray. `ray.init` in this process would set RAY_AUTH_MODE for the client
     too."""
-    subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
-    with head(home) as address:
-        joined = run_script(JOIN, address, address.replace(address.rpartition(":")[0], "127.0.0.1"))
-        assert (joined.returncode, joined.stdout, joined.stderr) == (0, "1.0\n1.0\n", "")
-        cases: list[tuple[dict[str, Any], str]] = [
-            ({"RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "1"}, "token is missing or incorrect; RAY_AUTH_TOKEN or"),
-            ({"OTHER_VERSION": "2.59.0"}, "Ray: 2.59.0 Python: "),
-        ]
-        for environment, said in cases:
-            refused = run_script(JOIN, address, **environment)
-            assert f"the Ray cluster at {address} cannot be joined: " in refused.stderr
-            assert said in refused.stderr
-            assert refused.stderr.count("\n") == 1
-    # The address of the cluster that was killed still lies there, and a new one is started.
-    joined = run_script(JOIN, "")
-    assert joined.stdout == f"{os.cpu_count():.1f}\n", joined.stderr
+    joined = run_script(JOIN, head.address, head.address.replace(head.address.rpartition(":")[0], "127.0.0.1"))
+    assert (joined.returncode, joined.stdout, joined.stderr) == (0, "2.0\n2.0\n", "")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "1"}, "token is missing or incorrect; RAY_AUTH_TOKEN or"),
+        ({"OTHER_VERSION": "2.59.0"}, "Ray: 2.59.0 Python: "),
+    ]
+    for environment, said in cases:
+        refused = run_script(JOIN, head.address, **environment)
+        assert f"the Ray cluster at {head.address} cannot be joined: " in refused.stderr
+        assert said in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
+def test_submitted_jobs(head: Head, model: Path) -> None:
+    """From a working directory. A job that is stopped says how to resume."""
+    project, run = head.home / "project", head.home / "runs" / "stopped"  # relative paths begin at home
+    for part in ("jobs", "mnistsum_ray"):
+        shutil.copytree(ROOT / part, project / part)
+    with (project / "mnistsum_ray" / "__init__.py").open("a") as package:
+        package.write('\n__version__ = "9.9.9"\n')  # the manifest shows it if this copy has run
+    pq.write_table(pq.read_table(SAMPLE)[::16], head.home / "small.parquet")
+    submit, job = ["submit", "--working-dir", str(project)], f"job-{secrets.token_hex(4)}"
+    train = ["python", "jobs/train.py", "--data", "small.parquet", "--epochs", "500", "--name", "stopped"]
+    head.ray(*submit, "--submission-id", job, "--no-wait", "--", *train)
+    deadline = time.monotonic() + 180
+    while not (run / "history.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    head.ray("stop", job)
+    log = head.ray("logs", job)
+    command = f"python jobs/train.py --storage-path {run.parent} --name stopped --resume"
+    assert f"stopped by SIGTERM; checkpoints are kept, and this command resumes: {command}" in log
+    assert "Traceback" not in log
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert (manifest["status"], manifest["versions"]["mnistsum_ray"]) == ("stopped", "9.9.9")
+
+    export_pairs(ExportPairsConfig(data="sample", output=str(head.home / "in"), rows=500, files=2), print)
+    (head.home / "in" / "bad.parquet").write_bytes(b"no")
+    said = head.ray(*submit, "--", "python", "jobs/score.py", "--model", str(model), "--input", "in", "--output", "scored")
+    line = json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{")))
+    assert (line["scored_rows"], line["failed_files"]) == (500, 1)
+    assert (head.home / "scored" / "manifest.json").exists()
 
 
 START = """
