@@ -40,7 +40,8 @@ def test_the_jobs_of_all_sections_but_the_clusters(cluster: str, tmp_path: Path)
             first = not (tmp_path / "runs").exists()
             if command[0] == "train" and not first and not {"--help", "--resume"} & {*command}:
                 command += ["--epochs", "1", "--sum-head-steps", "5"]  # the first shows what is learned
-            ((code, text),) = run_warm([command], tmp_path, HOME=str(tmp_path), RAY_ADDRESS=cluster)
+            command = [word.replace("~", str(tmp_path)) for word in command]
+            ((code, text),) = run_warm([command], tmp_path, RAY_ADDRESS=cluster)
             assert code == 0, (command, text[-2000:])
     runs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/manifest.json")}
     assert {run["status"] for run in runs.values()} == {"finished"}
