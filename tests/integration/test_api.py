@@ -43,9 +43,9 @@ def test_an_invalid_request_raises_request_error_which_names_arguments(model: Pa
 
 @pytest.mark.slow
 def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
-    """First by an error of its own, like those of the storage; then by True, out of a thread. Each time the run goes on."""
+    """First by an error of its own, like those of the storage, after which the run goes on; then by True, out of a thread."""
     run, lines, error = tmp_path / "a", [], OSError("the server of the caller")
-    settings = {"data": str(write_rows(500)), "epochs": 3, "storage_path": str(tmp_path), "name": "a", "num_workers": 2}
+    settings = {"data": str(write_rows(500)), "epochs": 3, "storage_path": str(tmp_path), "name": "a"}
 
     def keep(line: dict[str, Any]) -> object:
         lines.append(line)
@@ -60,9 +60,8 @@ def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Pat
     with ThreadPoolExecutor(1) as thread, pytest.raises(RunError, match=r"True after epoch 2; .* --name a --resume$"):
         thread.submit(fit, TrainConfig(**settings, resume=True), keep).result()
     assert json.loads((run / "manifest.json").read_text())["status"] == "stopped"
-    fit(TrainConfig(**settings, resume=True), on_epoch=keep)
     assert lines == [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["epoch"] for line in lines] == [1, 2]
 
 
 @pytest.mark.slow
