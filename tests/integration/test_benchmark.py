@@ -1,4 +1,4 @@
-"""Short runs of the benchmark."""
+"""Short runs of the benchmark, eight processes: two minutes."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.integration.conftest import run_job
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 EVERY = 5  # of the fixture `data`
 
