@@ -1,12 +1,307 @@
-"""Measure speed beside plain PyTorch and Ray's guides: mnistsum_ray/benchmark/README.md says how.
+"""Measure the speed of this project beside three other ways to train or to score.
 
 python jobs/benchmark.py train --data FOLDER
+python jobs/benchmark.py score --rows 400000
+
+original  the way of the original: one row at a time through a DataLoader, float32, Adam
+bare      this project's network and step on rows in memory, without Ray
+guide     Ray's guides as they stand, with this project's network and step:
+          https://docs.ray.io/en/latest/train/user-guides/data-loading-preprocessing.html
+          https://docs.ray.io/en/latest/data/batch_inference.html
+project   `fit` or `score`
+
+Each way runs in a process of its own. A machine's speed drifts by up to 40 % within an hour: compare
+figures of several runs. Training: rows/s after the first epoch, one worker with all cores. Scoring:
+rows/s of the whole command, with the start of Ray; `original` and `bare` loop over some of the rows.
+The last line on standard output is one JSON object.
 """
 
+import argparse
+import json
+import os
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
 
-from mnistsum_ray import cli
-from mnistsum_ray.benchmark.suite import benchmark
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+import ray.train.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, Normalize, ToTensor
+
+from mnistsum_ray import ScoreConfig, TrainConfig, fit, load_model, score
+from mnistsum_ray.data.distortion import distortions
+from mnistsum_ray.model import network
+from mnistsum_ray.model.device import faster_with_bf16, tune_malloc
+from mnistsum_ray.model.optimizer import MuonAdamW
+
+WAYS = ("original", "bare", "guide", "project")
+ROWS = {"train": 20_000, "score": 400_000}
+LOOP_ROWS = 10_000  # of a loop that scores
+EPOCHS = 3
+BATCH = 256
+DISTORTION = 0.5  # as in the recipe `short`
+CORES = os.cpu_count() or 1
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+Figures = dict[str, Any]
+
+
+class OriginalRows(Dataset[tuple[Tensor, int, int]]):
+    """Rows of (image, random number, digit), each made when it is read."""
+
+    def __init__(self, folder: Path, count: int | None = None) -> None:
+        self.images, self.digits = (values[:count] for values in read_rows(folder))
+        normalize = Normalize((network.PIXEL_MEAN,), (network.PIXEL_STD,))
+        self.transform = Compose([ToTensor(), normalize])
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        image = self.transform(self.images[index][:, :, None])
+        return image, int(torch.randint(0, 10, (1,))), int(self.digits[index])
+
+
+class ProjectStep:
+    """A step as in `fit`, on images uint8[n, 28, 28] and digits int64[n] on the device."""
+
+    def __init__(self) -> None:
+        tune_malloc()
+        matrices = distortions(0, 0, np.arange(BATCH), DISTORTION)
+        self.matrices = torch.from_numpy(matrices).to(DEVICE)
+        self.places = network.pixel_places(DEVICE)
+        self.dtype = torch.bfloat16 if faster_with_bf16(DEVICE) else torch.float32
+        self.model = network.make_network().to(DEVICE)
+        self.optimizer = MuonAdamW(self.model, 0.01, self.dtype)
+        self.optimizer.set_learning_rate(0.01)
+
+    def __call__(self, batch: Iterable[Tensor]) -> None:
+        pixels, digits = batch
+        self.optimizer.zero_grad()
+        numbers = torch.randint(0, 10, digits.shape, device=DEVICE)
+        matrices = self.matrices[: len(digits)]
+        images = network.distort(network.prepare_images(pixels), matrices, self.places)
+        with torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype != torch.float32):
+            scores = self.model(images, numbers)
+        loss, _ = network.joint_loss(scores, digits, numbers)
+        torch.autograd.backward(loss / BATCH)
+        self.optimizer.step()
+
+
+class Scorer:
+    """Predictions of a batch; the actor of the guide."""
+
+    def __init__(self, folder: Path) -> None:
+        tune_malloc()
+        self.model = load_model(folder / "model").to(DEVICE)
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        images = network.prepare_images(torch.from_numpy(decode(batch["image"])).to(DEVICE))
+        numbers = torch.tensor(batch["number"], device=DEVICE).long()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=faster_with_bf16(DEVICE)):
+            scores = self.model(images, numbers)
+        answers = {name: batch[name] for name in ("row_id", "number")}
+        for head, logits in zip(("digit", "sum"), scores, strict=True):
+            probabilities, classes = logits.float().softmax(1).max(1)
+            answers[f"pred_{head}"] = classes.cpu().numpy()
+            answers[f"{head}_prob"] = probabilities.cpu().numpy()
+        return answers
+
+
+def decode(images: Iterable[bytes]) -> np.ndarray:
+    return np.frombuffer(bytearray(b"".join(images)), np.uint8).reshape(-1, 28, 28)
+
+
+def read_rows(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images and digits of the rows that `prepare` has written."""
+    table = pq.read_table(folder / "rows")  # noqa: TID251 - the benchmark's own files
+    return decode(table["image"].to_pylist()), table["digit"].to_numpy().astype(np.int64)
+
+
+def read_dataset(folder: Path) -> ray.data.Dataset:
+    # Tasks that read and write need CPUs beside workers on all cores: else they wait for ever.
+    ray.init(address="local", num_cpus=CORES + 3, log_to_driver=False)
+    return ray.data.read_parquet(str(folder / "rows"))  # noqa: TID251 - it is what is measured
+
+
+def timed(epochs: Iterable[Iterable[Any]], step: Callable[[Any], object]) -> Figures:
+    """Take a step for each batch; the first epoch does not count for the rate."""
+    rows, started, first = 0, 0.0, 0.0
+    for epoch, batches in enumerate(epochs):
+        if epoch == 1:
+            rows, started = 0, time.perf_counter()
+        for batch in batches:
+            step(batch)
+            rows += len(batch[0])
+            first = first or time.time()
+    if CUDA:
+        torch.cuda.synchronize()
+    return {"rows_per_second": rows / (time.perf_counter() - started), "first": first}
+
+
+def train_original(folder: Path) -> Figures:
+    model = network.TwoHeadCNN().to(DEVICE)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step(batch: list[Tensor]) -> None:
+        images, numbers, digits = (values.to(DEVICE) for values in batch)
+        optimizer.zero_grad()
+        digit_scores, sum_scores = model(images, numbers)
+        loss = F.cross_entropy(digit_scores, digits) + F.cross_entropy(sum_scores, digits + numbers)
+        torch.autograd.backward(loss / 2)
+        optimizer.step()
+
+    return timed([DataLoader(OriginalRows(folder), BATCH, shuffle=True)] * EPOCHS, step)
+
+
+def train_bare(folder: Path) -> Figures:
+    columns = [torch.tensor(values, device=DEVICE) for values in read_rows(folder)]
+    batches = list(zip(*(torch.split(column, BATCH) for column in columns), strict=True))
+    return timed([batches] * EPOCHS, ProjectStep())
+
+
+def train_guide(folder: Path) -> Figures:
+    def worker() -> Figures:
+        torch.set_num_threads(CORES)  # Ray sets one, with which two cores train half as fast
+        step = ProjectStep()
+        step.model = ray.train.torch.prepare_model(step.model)
+        shard = ray.train.get_dataset_shard("train")
+        batches = shard.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=16 * BATCH)
+        figures = timed((map(itemgetter("image", "digit"), batches) for _ in range(EPOCHS)), step)
+        with tempfile.TemporaryDirectory() as checkpoint:
+            torch.save(step.model.state_dict(), f"{checkpoint}/model.pt")
+            ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(checkpoint))
+        return figures
+
+    def prepared(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"image": decode(batch["image"]), "digit": batch["digit"].astype(np.int64)}
+
+    trainer = ray.train.torch.TorchTrainer(
+        worker,
+        scaling_config=ray.train.ScalingConfig(use_gpu=CUDA),
+        run_config=ray.train.RunConfig(name="guide", storage_path=str(folder)),
+        datasets={"train": read_dataset(folder).map_batches(prepared)},
+    )
+    return trainer.fit().return_value  # type: ignore[no-any-return]
+
+
+def train_project(folder: Path) -> Figures:
+    config = {"epochs": EPOCHS, "batch_size": BATCH, "distortion": DISTORTION, "num_workers": 1}
+    where = {"data": str(folder / "rows"), "storage_path": str(folder), "name": "project"}
+    result = fit(TrainConfig(**config, **where, sum_head_steps=0))
+    first = json.loads((folder / "project" / "history.jsonl").read_text().splitlines()[0])
+    first_batch = first["started"] + first["first_batch_seconds"]
+    return {"rows_per_second": result.images_per_second, "first": first_batch}
+
+
+def score_original(folder: Path) -> Figures:
+    model = network.TwoHeadCNN().to(DEVICE).eval()
+
+    @torch.inference_mode()
+    def step(batch: list[Tensor]) -> None:
+        for scores in model(batch[0].to(DEVICE), batch[1].to(DEVICE)):
+            scores.argmax(1).cpu()
+
+    return timed([DataLoader(OriginalRows(folder, LOOP_ROWS), BATCH)] * 2, step)
+
+
+def score_bare(folder: Path) -> Figures:
+    table = pq.read_table(folder / "rows")[:LOOP_ROWS]  # noqa: TID251 - the benchmark's own files
+    rows, scorer = table.select(["image", "number", "row_id"]), Scorer(folder)
+    batches = [rows[start : start + BATCH].to_pydict() for start in range(0, len(rows), BATCH)]
+    epochs = [[(batch["image"], batch) for batch in batches]] * 2
+    return timed(epochs, lambda batch: scorer(batch[1]))
+
+
+def score_guide(folder: Path) -> Figures:
+    pool = ray.data.ActorPoolStrategy(size=1 if CUDA else CORES)
+    options = {"fn_constructor_args": [folder], "compute": pool, "num_gpus": int(CUDA)}
+    scored = read_dataset(folder).map_batches(Scorer, batch_size=1024, **options)
+    scored.write_parquet(str(folder / "guide"))
+    return first_output(folder / "guide")
+
+
+def score_project(folder: Path) -> Figures:
+    model, rows, output = (str(folder / name) for name in ("model", "rows", "project"))
+    score(ScoreConfig(model=model, input=(rows,), output=output))
+    return first_output(Path(output) / "predictions")
+
+
+def first_output(folder: Path) -> Figures:
+    return {"first": min(file.stat().st_mtime for file in folder.rglob("*.parquet"))}
+
+
+def measure(what: str, way: str, folder: Path, rows: int) -> Figures:
+    """Measure in this process; `first_seconds` lasts until the first batch or output is there."""
+    os.environ["RAY_ADDRESS"] = "local"
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every way has one card
+    started = time.time()
+    figures: Figures = globals()[f"{what}_{way}"](folder)
+    seconds = time.time() - started
+    first_seconds = figures.pop("first") - started
+    return {
+        "rows_per_second": rows / seconds,
+        "seconds": seconds,
+        "first_seconds": first_seconds,
+    } | figures
+
+
+def run(script: str, *flags: object) -> dict[str, Any]:
+    """Run a job as a user does; return its last line."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, flags)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)  # its error is on standard error
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(json.loads(lines[-1]))
+
+
+def prepare(what: str, data: str, rows: int, folder: Path) -> None:
+    """Write rows, and to score them a model, on whose weights the speed does not depend."""
+    pairs = ["--data", data, "--split", "train", "--rows", rows, "--files", 8]
+    run("export_pairs.py", *pairs, "--output", folder / "rows")
+    if what == "score":
+        short = ["--data", "sample", "--epochs", 1, "--sum-head-steps", 1]
+        run("train.py", *short, "--storage-path", folder, "--name", "model")
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("what", choices=["train", "score"])
+    parser.add_argument("--data", default="sample", help="as for jobs/train.py (default: sample)")
+    parser.add_argument("--rows", type=int, help="to train with or to score (20000, 400000)")
+    # One way alone, in this process, in a folder where `prepare` has written.
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    rows = args.rows or ROWS[args.what]
+    if args.way:
+        print(json.dumps(measure(args.what, args.way, args.folder, rows)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(args.what, args.data, rows, Path(folder))
+        flags = [args.what, "--rows", rows, "--folder", folder]
+        ways = {way: run("benchmark.py", *flags, "--way", way) for way in WAYS}
+    columns = ("rows_per_second", "seconds", "first_seconds", "times_guide")
+    print(f"{args.what:10}" + "".join(f"{name:>18}" for name in columns))
+    for way, figures in ways.items():
+        figures["times_guide"] = figures["rows_per_second"] / ways["guide"]["rows_per_second"]
+        print(f"{way:10}" + "".join(f"{figures[name]:18,.1f}" for name in columns))
+    print(json.dumps({"what": args.what, "rows": rows, "cores": CORES, "gpu": CUDA, "ways": ways}))
+
 
 if __name__ == "__main__":
-    sys.exit(cli.run(benchmark, sys.argv[1:]))
+    main()

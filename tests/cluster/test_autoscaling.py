@@ -87,7 +87,7 @@ def workers() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != _HEAD_ID]
 
 
-@pytest.mark.parametrize("version", ["v2", "v1"])
+@pytest.mark.parametrize("version", ["v2", pytest.param("v1", marks=pytest.mark.nightly)])
 def test_nodes_come_work_and_all_go(version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a request without flags none comes with a GPU, and a training leaves no process that keeps its node up."""
     pq.write_table(pq.read_table(SAMPLE)[::10], tmp_path / "rows.parquet")

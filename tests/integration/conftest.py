@@ -3,14 +3,17 @@
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from mnistsum_ray import cli
 from mnistsum_ray.api import run_training
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.data.sources import SAMPLE
@@ -443,6 +447,40 @@ def wait_for_files(job: Job, output: Location | Path, more: int) -> None:
 def run_job(name: str, *args: object, **options: Any) -> Done:
     """Run a job to its end; the options are those of `Job`."""
     return Job(name, *args, **options).wait()
+
+
+def run_warm(commands: list[list[str]], cwd: Path, processes: int = 1, **environment: str) -> list[tuple[int, str]]:
+    """Run `mnistsum COMMAND FLAGS` for each, in forks of one process that has imported the packages, so many at a time.
+
+    Returns the exit codes, and all that was written.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    packages = ["mnistsum_ray.api", "mnistsum_ray.predicting", "mnistsum_ray.export.model", "ray.train.torch"]
+    forks.set_forkserver_preload(packages)
+    with forks.Pool(processes, maxtasksperchild=1) as pool:
+        requests = [(command, os.environ | environment, cwd) for command in commands]
+        return pool.starmap(_run_fork, requests, chunksize=1)
+
+
+def _run_fork(command: list[str], environment: dict[str, str], cwd: Path) -> tuple[int, str]:
+    # The process that is forked may be a test's that came before, with another environment.
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    with tempfile.TemporaryFile() as written:
+        for stream in (1, 2):
+            os.dup2(written.fileno(), stream)
+        try:
+            code = cli.main(command)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            code = -1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        written.seek(0)
+        return code, written.read().decode()
 
 
 def descendants(root: int) -> dict[int, str]:

@@ -1,25 +1,33 @@
 """Join clusters with a token, without one, or killed; start a cluster, and leave nothing of it."""
 
+import json
 import os
+import secrets
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.export.pairs import export_pairs
 from tests.integration.conftest import RAY, ROOT, descendants, kill_everything
 
 pytestmark = pytest.mark.slow
 
 
-@contextmanager
-def new_home() -> Iterator[Path]:
+@pytest.fixture(scope="module", autouse=True)
+def home() -> Iterator[Path]:
     """A new home folder, which is also Ray's temporary folder. Its path is short because a socket's must be."""
     with tempfile.TemporaryDirectory(prefix="r") as folder, pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("RAY_")]:
@@ -29,51 +37,61 @@ def new_home() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture
-def home() -> Iterator[Path]:
-    with new_home() as folder:
-        yield folder
-
-
 @pytest.fixture(scope="module", autouse=True)
-def killed() -> Iterator[set[int]]:
-    """The sessions of the processes that two drivers have left which were killed while Ray started, and later.
+def killed(home: Path) -> set[int]:
+    """The sessions of the processes that a driver has left which was killed while Ray started.
 
-    They are killed before the other tests here: Ray's agents try for a minute to report that to the server that has ended.
+    It is killed before the other tests here: Ray's agents try for a minute to report that to the server that has ended.
     """
-    code = "import time; from mnistsum_ray.cluster.connection import connect; connect(); time.sleep(60)"
-    sessions = set[int]()
-    with new_home():
-        for moment in ("raylet/raylet", "ray::IDLE"):
-            environment = os.environ | {"RAY_ADDRESS": "local"}
-            driver = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, start_new_session=True)
-            deadline = time.monotonic() + 120
-            while not any(moment in title for title in descendants(driver.pid).values()):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            sessions |= {os.getsid(process) for process in descendants(driver.pid)}
-            driver.kill()
-            driver.wait()
-        yield sessions
+    code = "from mnistsum_ray.cluster.connection import connect; connect()"
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    driver = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not any("raylet/raylet" in title for title in descendants(driver.pid).values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    sessions = {os.getsid(process) for process in descendants(driver.pid)}
+    driver.kill()
+    driver.wait()
+    return sessions
 
 
-@contextmanager
-def head(home: Path, **environment: str) -> Iterator[str]:
-    """Run `ray start --head` as a person does, and yield the address of the cluster."""
-    process = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--port=0", "--num-cpus=1", "--include-dashboard=false"],
-        env=os.environ | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address_file = home / "ray" / "ray_current_cluster"
+@dataclass
+class Head:
+    """A head with a token, started by `ray start` in the home folder."""
+
+    home: Path
+    address: str
+    environment: dict[str, str]
+    """Environment of a client of its dashboard."""
+
+    def ray(self, *words: str) -> str:
+        """Run `ray job WORDS` as a client; return its output."""
+        command = [str(RAY), "job", *words]
+        done = subprocess.run(command, env=self.environment, check=True, stdout=subprocess.PIPE, text=True, timeout=240)
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def head(home: Path, killed: set[int]) -> Iterator[Head]:
+    subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
+    with socket.socket() as dashboard, socket.socket() as agent:
+        for probe in (dashboard, agent):
+            probe.bind(("127.0.0.1", 0))
+        port, agent_port = (probe.getsockname()[1] for probe in (dashboard, agent))
+    # The agent starts submitted jobs. That of another cluster on this machine may have its usual port.
+    ports = ["--port=0", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent_port}"]
+    command = [str(RAY), "start", "--head", "--block", *ports, "--num-cpus=2"]
+    here = os.environ | {"PATH": f"{RAY.parent}:{os.environ['PATH']}"}  # of submitted jobs too
+    process = subprocess.Popen(command, env=here, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
+        client = here | {"RAY_ADDRESS": f"http://127.0.0.1:{port}", "RAY_AUTH_MODE": "token"}
         deadline = time.monotonic() + 120
-        while not address_file.exists():
+        # The dashboard lists jobs before the agent that starts them is ready.
+        while subprocess.run([RAY, "job", "submit", "--no-wait", "--", "true"], env=client, capture_output=True).returncode:
             assert time.monotonic() < deadline
             assert process.poll() is None
-            time.sleep(0.2)
-        yield address_file.read_text().strip()
+        yield Head(home, (home / "ray" / "ray_current_cluster").read_text().strip(), client)
     finally:
         kill_everything(process.pid)
         process.wait(timeout=30)
@@ -90,11 +108,13 @@ JOIN = """
 import os, ray, sys
 from mnistsum_ray.cluster.connection import connect, disconnect
 
+ray.__version__ = os.environ.get("OTHER_VERSION", ray.__version__)
 for address in sys.argv[1:]:
     os.environ["RAY_ADDRESS"] = address
-    before = dict(os.environ)
-    connect()
-    assert before.items() <= os.environ.items(), "test_process_state looks at more"
+    try:
+        connect()
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     # The environment is restored by now, and tasks and actors must start nevertheless.
     ray.get(ray.remote(lambda: None).remote())
     print(ray.cluster_resources()["CPU"])
@@ -102,102 +122,76 @@ for address in sys.argv[1:]:
 """
 
 
-REFUSED = """
-import sys, ray
-from mnistsum_ray.cluster.connection import connect
+def test_a_head_with_a_token_is_joined_by_its_address(head: Head) -> None:
+    """Another token is refused, as is another version of Ray. `ray.init` in this process would set RAY_AUTH_MODE for the client
+    too."""
+    joined = run_script(JOIN, head.address, head.address.replace(head.address.rpartition(":")[0], "127.0.0.1"))
+    assert (joined.returncode, joined.stdout, joined.stderr) == (0, "2.0\n2.0\n", "")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "1"}, "token is missing or incorrect; RAY_AUTH_TOKEN or"),
+        ({"OTHER_VERSION": "2.59.0"}, "Ray: 2.59.0 Python: "),
+    ]
+    for environment, said in cases:
+        refused = run_script(JOIN, head.address, **environment)
+        assert f"the Ray cluster at {head.address} cannot be joined: " in refused.stderr
+        assert said in refused.stderr
+        assert refused.stderr.count("\n") == 1
 
-ray.__version__ = sys.argv[1] or ray.__version__
-try:
-    connect()
-except ValueError as error:
-    print(error)
-"""
 
+def test_submitted_jobs(head: Head, model: Path) -> None:
+    """From a working directory. A job that is stopped says how to resume."""
+    project, run = head.home / "project", head.home / "runs" / "stopped"  # relative paths begin at home
+    for part in ("jobs", "mnistsum_ray"):
+        shutil.copytree(ROOT / part, project / part)
+    with (project / "mnistsum_ray" / "__init__.py").open("a") as package:
+        package.write('\n__version__ = "9.9.9"\n')  # the manifest shows it if this copy has run
+    pq.write_table(pq.read_table(SAMPLE)[::16], head.home / "small.parquet")
+    submit, job = ["submit", "--working-dir", str(project)], f"job-{secrets.token_hex(4)}"
+    train = ["python", "jobs/train.py", "--data", "small.parquet", "--epochs", "500", "--name", "stopped"]
+    head.ray(*submit, "--submission-id", job, "--no-wait", "--", *train)
+    deadline = time.monotonic() + 180
+    while not (run / "history.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    head.ray("stop", job)
+    log = head.ray("logs", job)
+    command = f"python jobs/train.py --storage-path {run.parent} --name stopped --resume"
+    assert f"stopped by SIGTERM; checkpoints are kept, and this command resumes: {command}" in log
+    assert "Traceback" not in log
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert (manifest["status"], manifest["versions"]["mnistsum_ray"]) == ("stopped", "9.9.9")
 
-@pytest.mark.parametrize("mode", ["token", "disabled"])
-def test_a_head_is_joined_by_its_address_where_a_token_lies(home: Path, mode: str) -> None:
-    """The head asks for the token or for none. Another token is refused, as is another version of Ray. `ray.init` in this process
-    would set RAY_AUTH_MODE for the client too."""
-    subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
-    with head(home, **({} if mode == "token" else {"RAY_AUTH_MODE": "disabled"})) as address:
-        joined = run_script(JOIN, address, address.replace(address.rpartition(":")[0], "127.0.0.1"))
-        assert (joined.returncode, joined.stdout, joined.stderr) == (0, "1.0\n1.0\n", "")
-        other: dict[str, Any] = {"RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "1"} if mode == "token" else {}
-        refused = run_script(REFUSED, "" if other else "2.59.0", RAY_ADDRESS=address, **other).stdout
-        assert refused.startswith(f"the Ray cluster at {address} cannot be joined: ")
-        wrong = "token is missing or incorrect; RAY_AUTH_TOKEN or" if other else "Ray: 2.59.0 Python: "
-        assert wrong in refused
-        assert refused.count("\n") == 1
-    if mode == "disabled":  # the address of the cluster that was killed still lies there, and a new one is started
-        joined = run_script(JOIN, "")
-        assert joined.stdout == f"{os.cpu_count():.1f}\n", joined.stderr
+    export_pairs(ExportPairsConfig(data="sample", output=str(head.home / "in"), rows=500, files=2), print)
+    (head.home / "in" / "bad.parquet").write_bytes(b"no")
+    said = head.ray(*submit, "--", "python", "jobs/score.py", "--model", str(model), "--input", "in", "--output", "scored")
+    line = json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{")))
+    assert (line["scored_rows"], line["failed_files"]) == (500, 1)
+    assert (head.home / "scored" / "manifest.json").exists()
 
 
 START = """
-import subprocess, sys
 import ray
 from mnistsum_ray.cluster.connection import connect, disconnect
 
 connect()
-address = ray.get_runtime_context().gcs_address
-code = "import sys; from mnistsum_ray.cluster.ray_internals import rejects_this_client; print(rejects_this_client(sys.argv[1]))"
-print("rejected:", subprocess.run([sys.executable, "-P", "-c", code, address], capture_output=True, text=True).stdout.strip())
-jobs = ray._private.worker.global_worker.gcs_client.get_all_job_info().values()
-print("command:", *(job.entrypoint.split()[-1] for job in jobs))
-print("worker:", ray.get(ray.remote(lambda: __import__("pandas").__name__).remote()))
+print(ray.get(ray.remote(lambda: __import__("pandas").__name__).remote()))
 disconnect(keep_logs=True)
 """
 
 
-def test_a_cluster_that_is_started_keeps_to_itself(home: Path, tmp_path: Path) -> None:
-    """Other programs of the machine meet no token of it and cannot join, it learns no key, and its workers run no module that
-    lies beside the data."""
-    (home / "ray" / "session_2026-01-01_00-00-00_000000_2").mkdir(parents=True)  # of another program
+def test_a_cluster_that_is_started_keeps_to_itself(tmp_path: Path) -> None:
+    """Other programs of the machine meet no token of it, it learns no key, and its workers run no module that lies beside the
+    data."""
     for name in ("pandas", "numpy", "pyarrow"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write(__name__); raise ImportError")
     flags = ["--model", "s3://KEY:topsecret@bucket/runs"]
-    done = run_script(START, *flags, cwd=tmp_path, RAY_ADDRESS="local", PYTHONBREAKPOINT="0")  # Ray changes it
-    assert done.returncode == 0, done.stderr
-    rejected, command, worker = done.stdout.splitlines()
-    assert rejected == "rejected: True", "a client without the token"
-    assert command == "command: s3://bucket/runs", "the dashboard shows its last word too"
-    assert worker == "worker: pandas"
-    assert not (tmp_path / "executed").exists()
-    sessions = [path for path in (home / "ray").glob("session_2*") if not path.is_symlink()]
-    assert len(sessions) == 2, "the other program's, and this one, whose logs were to be kept"
-    files = [path for path in home.rglob("*") if path.is_file()]
-    assert len(files) > 10
-    assert not [path for path in files if "token" in path.name or b"topsecret" in path.read_bytes()]
-
-
-SIGNAL = """
-import os, ray, signal, threading, time
-from mnistsum_ray.cluster.connection import connect
-
-def send_then(call):
-    def made(*args, **kwargs):
-        started = call(*args, **kwargs)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
-        return started
-    return made
-
-signal.signal(signal.SIGTERM, signal.default_int_handler)
-threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # it may take the signal
-ray._private.services.start_raylet = send_then(ray._private.services.start_raylet)
-ray._raylet.CoreWorker = send_then(ray._raylet.CoreWorker)
-try:
-    connect()
-except KeyboardInterrupt:
-    time.sleep(4)
-    print(ray.is_initialized())
-"""
-
-
-def test_a_signal_during_the_start_of_ray_is_delivered_after_it(home: Path) -> None:
-    """CoreWorker installs a handler of C++ that aborts the process 3 s after the signal."""
-    done = run_script(SIGNAL, RAY_ADDRESS="local")
-    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    with tempfile.TemporaryDirectory(prefix="r") as name:
+        done = run_script(START, *flags, cwd=tmp_path, RAY_ADDRESS="local", HOME=name, RAY_TMPDIR=name)
+        assert (done.returncode, done.stdout) == (0, "pandas\n"), done.stderr
+        assert not (tmp_path / "executed").exists()
+        files = [path for path in Path(name).rglob("*") if path.is_file()]
+        assert len(files) > 10, "the logs were to be kept"
+        assert not [path for path in files if "token" in path.name or b"topsecret" in path.read_bytes()]
 
 
 def session_of(process: int) -> int | None:

@@ -28,8 +28,7 @@ def test_the_file_holds_the_outputs_of_its_cells_and_nothing_of_a_machine() -> N
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert all(cell.outputs for cell in code[1:]), "each cell but the imports shows something"
-    pictures = re.compile(r"[A-Za-z0-9+/=]{100,}")
-    shown = pictures.sub("", json.dumps([cell.outputs for cell in code]))
+    shown = re.sub(r"[A-Za-z0-9+/=]{100,}", "", json.dumps([cell.outputs for cell in code]))  # without pictures
     assert not re.search(r"(?<![\w.])/(tmp|root|home|usr|opt|var|Users|work)/|127\.0\.0\.1|localhost|pid=|0x[0-9a-f]{6}", shown)
     assert "Traceback" not in shown
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
@@ -39,33 +38,26 @@ def test_the_file_holds_the_outputs_of_its_cells_and_nothing_of_a_machine() -> N
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_rows: Callable[[int], Path]) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
     notebook = read()
-    assert len(notebook.cells) == 11
-    trains = notebook.cells[2]
+    trains = next(cell for cell in notebook.cells if "fit(" in cell.source)
     written, smaller = 'data="sample", name="first", epochs=3, sum_head_steps=1000', f'data="{write_rows(500)}", epochs=1'
     assert written in trains.source
     trains.source = trains.source.replace(written, f"{smaller}, sum_head_steps=5")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
-    texts = [
-        "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in cell.get("outputs", []))
-        for cell in notebook.cells
-    ]
-    assert "TrainResult(run=" in texts[2]
-    assert "sum_accuracy" in texts[3]
-    assert "PicturePrediction(number=5, digit=" in texts[4]
-    assert "the number is 15, not one of 0..9" in texts[8]
-    assert "scored_rows=4, rejected_rows=1" in texts[9]
-    assert "the number is 15, not one of 0..9" in texts[10]
-    for index in (2, 9):
-        (html,) = [output.data["text/html"] for output in notebook.cells[index].outputs if "text/html" in output.get("data", {})]
-        assert "data:image/png;base64," in html, "a result has the main picture of its report"
-    images = [output.data for index in (5, 7) for output in notebook.cells[index].outputs if "data" in output]
-    assert all("image/png" in data for data in images)
-    assert len(images) == 2
+    shown = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
+    for text in (
+        "TrainResult(run=",
+        "sum_accuracy",
+        "PicturePrediction(number=5, digit=",
+        "image/png",
+        "scored_rows=4, rejected_rows=1",
+    ):
+        assert text in shown, text
+    assert shown.count("the number is 15, not one of 0..9") >= 2, "of a table, and of files"
     # What a person sees of a bar is the widget's state.
     widgets = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"].state.values()
-    bars = [widget.state for widget in widgets if widget.model_name == "FloatProgressModel"]
+    bars = [widget.state.bar_style for widget in widgets if widget.model_name == "FloatProgressModel"]
     assert bars
-    assert not [bar.bar_style for bar in bars if bar.bar_style == "danger"], "a bar stays behind in red"
+    assert "danger" not in bars, "a bar stays behind in red"
 
 
 def write_outputs() -> None:
@@ -73,8 +65,7 @@ def write_outputs() -> None:
     notebook = read()
     with TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": folder}}).execute()
-    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
-    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     for cell in notebook.cells:
         if cell.cell_type == "code":
             results = [output for output in cell.outputs if output.output_type == "execute_result"]

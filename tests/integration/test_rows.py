@@ -2,8 +2,6 @@
 
 import os
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from torchvision.io import encode_png
 
 from mnistsum_ray.cluster.tasks import map_files
 from mnistsum_ray.data.distortion import distortions
-from mnistsum_ray.data.images import Pixels, pixels_view
-from mnistsum_ray.data.order import RowIds, Shuffle, random_numbers
-from mnistsum_ray.data.sources import Digits, ParquetFiles, Source, open_source
+from mnistsum_ray.data.images import pixels_view
+from mnistsum_ray.data.order import Shuffle, random_numbers
+from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, RunError, StorageError
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
-from mnistsum_ray.training import rows as rows_module
 from mnistsum_ray.training.fetch import LoadedRows, load_rows
 from mnistsum_ray.training.rows import Batch, EvaluationSet, TrainingRows
 
@@ -38,30 +34,21 @@ Description = list[list[tuple[Any, ...]]]
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-def write_files(folder: Path, rows: pa.Table, group_rows: tuple[int, ...] = (30, 200, 700)) -> Path:
-    """Write rows as one file per size of row groups, of which the last one holds the rest."""
+def write_files(folder: Path, rows: pa.Table) -> Path:
+    """Write rows as three files, whose row groups differ in size."""
     folder.mkdir()
-    start = 0
-    for index, size in enumerate(group_rows):
-        end = rows.num_rows if index == len(group_rows) - 1 else start + rows.num_rows // len(group_rows)
-        pq.write_table(rows.slice(start, end - start), folder / f"{index}.parquet", row_group_size=size)
-        start = end
+    third = rows.num_rows // 3
+    for index, (count, group_rows) in enumerate(((third, 30), (third, 200), (rows.num_rows, 700))):
+        pq.write_table(rows.slice(index * third, count), folder / f"{index}.parquet", row_group_size=group_rows)
     return folder
 
 
-def in_memory(folder: Path, batch_size: int = BATCH) -> Rows:
-    source = open_source(str(folder))
-    return source, load_rows(source, streamed=False), Shuffle(source.train, None, batch_size, SHUFFLE_ROWS, SEED)
-
-
-def streamed(folder: Path, batch_size: int = BATCH) -> Rows:
-    source = open_source(str(folder))
-    assert source.files is not None
-    shuffle = Shuffle(source.train, source.files.group_bounds, batch_size, SHUFFLE_ROWS, SEED)
-    return source, load_rows(source, streamed=True), shuffle
-
-
-WAYS: dict[str, Callable[..., Rows]] = {"in memory": in_memory, "streamed": streamed}
+def opened(folder: Path, streamed: bool, batch_size: int = BATCH, skip_bad_rows: bool = False) -> Rows:
+    loaded = load_rows(open_source(str(folder)), streamed=streamed, skip_bad_rows=skip_bad_rows)
+    files = loaded.source.files
+    assert files is not None
+    bounds = files.group_bounds if streamed else None
+    return loaded.source, loaded, Shuffle(loaded.source.train, bounds, batch_size, SHUFFLE_ROWS, SEED)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +59,7 @@ def mixed(sample: pa.Table) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, mixed: pa.Table) -> Path:
-    """Every second image is a PNG."""
-    images = mixed["image"].to_pylist()
-    for row, pixels in enumerate(pixels_view(mixed["image"].combine_chunks())[::2]):
-        images[2 * row] = encode_png(torch.tensor(pixels)[None]).numpy().tobytes()
-    pictures = mixed.set_column(0, "image", pa.array(images, pa.binary()))
-    return write_files(tmp_path_factory.mktemp("data") / "files", pictures)
+    return write_files(tmp_path_factory.mktemp("data") / "files", mixed)
 
 
 def feed(rows: Rows, rank: int = 0, world_size: int = 1, **changed: Any) -> list[Batch]:
@@ -99,9 +81,9 @@ def together(rows: Rows, world_size: int, **changed: Any) -> Description:
     return [[row for share in step for row in share] for step in zip(*shares, strict=True)]
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=[False, True], ids=["in memory", "streamed"])
 def rows(request: pytest.FixtureRequest, cluster: str, folder: Path) -> Rows:
-    return WAYS[request.param](folder)
+    return opened(folder, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -130,91 +112,57 @@ def test_every_row_once_an_epoch_with_its_own_image_number_and_distortion(
     assert "affine" not in feed(rows, distortion=0.0, epochs=1)[0]
 
 
-def test_any_number_of_workers_sees_the_same_batches(alone: list[Batch], rows: Rows) -> None:
-    assert together(rows, 2, epochs=1) == described(alone)[: len(alone) // 2]
-
-
-def test_going_on_within_an_epoch_feeds_what_the_whole_run_would(alone: list[Batch], rows: Rows) -> None:
-    assert together(rows, 2, first_epoch=1, first_step=17) == described(alone)[len(alone) // 2 + 17 :]
-
-
-def test_tasks_of_any_size_are_one_stream(alone: list[Batch], rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "_TASK_ROWS", 100)
-    assert described(feed(rows, epochs=1)) == described(alone)[: len(alone) // 2]
+def test_any_number_of_workers_sees_the_same_batches_and_may_go_on_within_an_epoch(alone: list[Batch], rows: Rows) -> None:
+    whole = described(alone)
+    assert together(rows, 3, epochs=1) == whole[: len(whole) // 2]
+    assert together(rows, 2, first_epoch=1, first_step=17) == whole[len(whole) // 2 + 17 :]
 
 
 def test_an_empty_share_is_an_empty_batch(folder: Path) -> None:
     """More workers than rows in the last batch: Ray Data drops blocks without rows, the steps must not shift for that."""
-    source, loaded, shuffle = streamed(folder, batch_size=533)
-    assert len(shuffle.rows) % 533 == 1
-    batches = together((source, loaded, shuffle), 2, epochs=1)
+    rows = opened(folder, True, batch_size=533)
+    batches = together(rows, 2, epochs=1)
     assert [len(batch) for batch in batches] == [533, 533, 533, 1]
-    assert sorted(row[0] for batch in batches for row in batch) == source.train.ids().tolist()
+    assert sorted(row[0] for batch in batches for row in batch) == rows[0].train.ids().tolist()
 
 
-def test_the_checksums_are_of_the_rows_and_not_of_the_files(tmp_path: Path, sample: pa.Table) -> None:
-    prints = []
-    for name, size, rows in (("a", 500, sample[::10]), ("b", 70, sample[::10]), ("c", 500, sample[::10][::-1])):
-        source, counts = open_source(str(write_files(tmp_path / name, rows, (size,)))), list[int]()
-        checksums = load_rows(source, streamed=False, on_progress=counts.append).checksums
-        assert sum(counts) == 500
-        assert checksums is not None
-        prints.append(source.content_sha256(checksums))
-    assert prints[0] == prints[1] != prints[2]
+def with_images(folder: Path, rows: pa.Table, image: bytes | None, *places: int) -> Path:
+    """Write the rows with this image at these places."""
+    values = rows["image"].to_pylist()
+    for place in places:
+        values[place] = image
+    return write_files(folder, rows.set_column(0, "image", pa.array(values, pa.binary())))
 
 
-def test_a_bad_row_is_named(tmp_path: Path, mixed: pa.Table) -> None:
-    values = mixed["image"].to_pylist()
-    row = int(open_source(str(write_files(tmp_path / "good", mixed))).train.ids()[-1])
-    values[row] = b"\x89PNG"
-    files = write_files(tmp_path / "files", mixed.set_column(0, "image", pa.array(values, pa.binary())))
+def test_a_bad_row_is_named(tmp_path: Path, folder: Path, mixed: pa.Table) -> None:
+    row = int(open_source(str(folder)).train.ids()[-1])
+    files = with_images(tmp_path / "files", mixed, b"\x89PNG", row)
     said = rf"2\.parquet: row {row - 1332}: 4 bytes are neither 784 pixels nor a readable PNG"
     with pytest.raises(RequestError, match=said):
-        in_memory(files)
+        opened(files, False)
     with pytest.raises(RunError, match=said):
-        feed(streamed(files))
+        feed(opened(files, True))
     source = open_source(str(files))
     (files / "2.parquet").unlink()
     with pytest.raises(RunError, match=r"--data .*2\.parquet: "):
         load_rows(source, streamed=False)
 
 
-def test_bad_rows_are_counted_and_left_out_of_their_splits_from_memory_and_streamed(tmp_path: Path, mixed: pa.Table) -> None:
+def test_bad_rows_are_counted_and_left_out_of_their_splits(tmp_path: Path, folder: Path, mixed: pa.Table) -> None:
     """Among them are a whole row group, and the first and the last row."""
-    bad, values = [0, *range(666, 866), 1999], mixed["image"].to_pylist()
-    good = open_source(str(write_files(tmp_path / "good", mixed)))
-    for row in bad:
-        values[row] = None
-    folder = write_files(tmp_path / "bad", mixed.set_column(0, "image", pa.array(values, pa.binary())))
+    bad = [0, *range(666, 866), 1999]
+    files = with_images(tmp_path / "bad", mixed, None, *bad)
     null = "the image is null; fill it in or drop the row"
-    said = (
-        rf"^--data {folder}: 202 of 2,000 rows .* 0\.parquet: row 0: {null} \| .* \| …; most often: 202 x {null}; "
-        "a new run with --skip-bad"
-    )
+    said = rf"^--data {files}: 202 of 2,000 rows .* 0\.parquet: row 0: {null} \| .* \| …; most often: 202 x {null}; "
     with pytest.raises(RequestError, match=said):
-        in_memory(folder)
-    loaded = [load_rows(open_source(str(folder)), streamed=streamed, skip_bad_rows=True) for streamed in (False, True)]
-    assert loaded[0].checksums is not None
-    assert loaded[0].checksums.tolist() == loaded[1].checksums.tolist()  # type: ignore[union-attr]
-    for rows in loaded:
-        assert [split.ids().tolist() for split in rows.source.splits] == [
-            np.setdiff1d(split.ids(), bad).tolist() for split in good.splits
-        ]
-        assert rows.source.bad.reasons == {null: 202}
-    assert loaded[1].source.files is not None
-    shuffle = Shuffle(loaded[1].source.train, loaded[1].source.files.group_bounds, BATCH, SHUFFLE_ROWS, SEED)
-    batches = together((loaded[1].source, loaded[1], shuffle), 2, epochs=1)
-    assert sorted(row[0] for batch in batches for row in batch) == loaded[1].source.train.ids().tolist()
-
-
-@dataclass(frozen=True)
-class DeadlyFiles(ParquetFiles):
-    """The process that reads rows of the last file is killed, as the kernel does when memory is short."""
-
-    def fetch(self, ids: RowIds) -> tuple[Pixels, Digits]:
-        if (ids >= self.end_ids[-2]).any():
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().fetch(ids)
+        opened(files, False)
+    for streamed in (False, True):
+        rows = opened(files, streamed, skip_bad_rows=True)
+        for good, split in zip(open_source(str(folder)).splits, rows[0].splits, strict=True):
+            assert split.ids().tolist() == np.setdiff1d(good.ids(), bad).tolist()
+        assert rows[0].bad.reasons == {null: 202}
+    batches = together(rows, 2, epochs=1)
+    assert sorted(row[0] for batch in batches for row in batch) == rows[0].train.ids().tolist()
 
 
 def test_files_whose_process_always_dies_are_named_and_an_error_of_the_storage_is_raised(tmp_path: Path) -> None:
@@ -227,9 +175,7 @@ def test_files_whose_process_always_dies_are_named_and_an_error_of_the_storage_i
             raise StorageError("is gone")
         return files
 
-    counted = list[int]()
-    assert map_files(read, place, files, counted.append) == files
-    assert sorted(counted) == [200, 500, 500]
+    assert map_files(read, place, files) == files
     (tmp_path / "500.parquet").touch()
     said = r"500\.parquet to .*/999\.parquet: the process that reads them died 3 times \(out of memory\?"
     with pytest.raises(RunError, match=said):
@@ -237,17 +183,6 @@ def test_files_whose_process_always_dies_are_named_and_an_error_of_the_storage_i
     (tmp_path / "500.parquet").rename(tmp_path / "gone")
     with pytest.raises(StorageError, match="is gone"):
         map_files(read, place, files)
-
-
-@pytest.mark.slow
-def test_a_file_whose_reader_always_dies_ends_the_run_and_is_named(folder: Path) -> None:
-    source, _, shuffle = streamed(folder)
-    assert source.files is not None
-    files = DeadlyFiles(source.files.root, source.files.table)
-    said = r"2\.parquet: the process that reads there died 3 times \(out of memory\? Ray's logs may tell\)"
-    deadly = replace(source, data=files)
-    with pytest.raises(RunError, match=said):
-        feed((source, load_rows(deadly, streamed=True), shuffle), epochs=1)
 
 
 def test_held_out_rows_are_shared_out_whole(rows: Rows) -> None:
