@@ -46,24 +46,20 @@ def test_the_file_says_what_it_is_and_predicts_as_the_model(tmp_path: Path) -> N
     assert all(f"{value.name} " in metadata["output"] for value in file.graph.output)
 
     random = np.random.default_rng(0)
-    rows = {
-        "image": random.integers(0, 256, (37, 28, 28)).astype(np.uint8),
-        "number": random.integers(0, 10, 37),
-    }
-    np.savez(tmp_path / "rows.npz", **rows)
+    images = random.integers(0, 256, (37, 28, 28)).astype(np.uint8)
+    numbers = random.integers(0, 10, 37)
+    np.savez(tmp_path / "rows.npz", image=images, number=numbers)
     command = [sys.executable, "-c", PROGRAM, str(out / "model.onnx")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     digit, digit_prob, total, sum_prob = json.loads(done.stdout)
-    expected = predict(load_model(str(model)), *rows.values())
+    expected = predict(load_model(str(model)), images, numbers)
     assert (digit, total) == (expected.digit.tolist(), expected.sum.tolist())
     np.testing.assert_allclose(digit_prob, expected.digit_prob, atol=1e-4)
     np.testing.assert_allclose(sum_prob, expected.sum_prob, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_an_export_that_predicts_otherwise_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_predicts_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def black_on_white(images: torch.Tensor) -> torch.Tensor:
         return prepare_images(255 - images)
 
