@@ -34,16 +34,9 @@ _BATCH_ROWS: Final = 8192
 """Rows that are decompressed at once."""
 
 _ARROW_SCHEMA: Final = b"ARROW:schema"
-_NO_SCHEMA: Final = b"other:schema"
-"""As long as _ARROW_SCHEMA: an entry that Arrow does not know."""
-
-_EXTENSION_NAME: Final = b"ARROW:extension:name"
-
-_RAY_TYPES: Final = b"ray.data.arrow"
+_EXTENSION: Final = b"ARROW:extension:name"
+_RAY: Final = b"ray.data."
 """How the names of Ray's Arrow types begin."""
-
-_HIDDEN_TYPES: Final = b"mnistsum.plain"
-"""As long as _RAY_TYPES: a name that no library registers."""
 
 _KEPT_TYPES: Final = frozenset(
     {
@@ -84,7 +77,7 @@ def open_parquet(file: Location, listed: tuple[int, int] | None = None) -> Itera
     """
     source = _Source(file)
     try:
-        if listed and source.status() != listed:
+        if listed and _size_and_time(file, source.opened) != listed:
             raise UnusableFileError("has changed since the run began; run the command again")
         yield pq.ParquetFile(  # noqa: TID251
             source,
@@ -103,6 +96,13 @@ def open_parquet(file: Location, listed: tuple[int, int] | None = None) -> Itera
         source.close()
 
 
+def _size_and_time(file: Location, opened: pa.NativeFile) -> tuple[int, int]:
+    found = file.status_of(opened)
+    if found is None:
+        raise file.error(FileNotFoundError())
+    return found.size, found.modified
+
+
 class _Source:
     """A file for Arrow's Parquet reader that keeps the storage's failure.
 
@@ -111,32 +111,23 @@ class _Source:
 
     def __init__(self, file: Location) -> None:
         self.failure: OSError | None = None
-        self._file, self._opened = file, file.open()
-        self._stream: pa.NativeFile = self._opened
+        self.opened: pa.NativeFile = file.open()
+        stream = self.opened
         if not file.is_local:
             with file.answers():
-                if self._opened.size() <= _WHOLE_BYTES:
-                    self._stream = pa.BufferReader(self._opened.read_buffer())
-        self.tell, self.close = self._stream.tell, self._opened.close
-
-    def status(self) -> tuple[int, int]:
-        """Size and modification time of the file."""
-        found = self._file.status_of(self._opened)
-        if found is None:
-            raise self._file.error(FileNotFoundError())
-        return found.size, found.modified
+                if stream.size() <= _WHOLE_BYTES:
+                    stream = pa.BufferReader(stream.read_buffer())
+        self._read, self.seek, self.tell = stream.read_buffer, stream.seek, stream.tell
+        self.close = self.opened.close
 
     @property
     def closed(self) -> bool:
-        return bool(self._opened.closed)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._stream.seek(offset, whence))
+        return bool(self.opened.closed)
 
     def read(self, size: int) -> pa.Buffer:
         """The next bytes, without a copy."""
         try:
-            return self._stream.read_buffer(size)
+            return self._read(size)
         except OSError as error:
             self.failure = error
             raise
@@ -214,18 +205,18 @@ def _read_metadata(footer: bytes) -> pq.FileMetaData:
     """The metadata of a footer, with columns of Ray's Arrow types as columns of what they are stored as.
 
     Ray registers its types in the process, and one of them holds pickles, which run code when its
-    values are looked at, here or by a reader of what is scored. So their names, in the Arrow schema
-    that the footer holds in base64, become others of the same length before Arrow sees it.
+    values are looked at, here or by a reader of what is scored. So where the Arrow schema, which
+    the footer holds in base64, names them, the marks of its types become others of the same length.
     """
     if footer.count(_ARROW_SCHEMA) > 1:
         raise UnusableFileError("has more than one Arrow schema; write it again")
-    without = footer.replace(_ARROW_SCHEMA, _NO_SCHEMA)
-    metadata = pq.read_metadata(pa.BufferReader(without))  # noqa: TID251
-    encoded = (metadata.metadata or {}).get(_NO_SCHEMA, b"")
+    hidden = _ARROW_SCHEMA.lower()
+    metadata = pq.read_metadata(pa.BufferReader(footer.replace(_ARROW_SCHEMA, hidden)))  # noqa: TID251
+    encoded = (metadata.metadata or {}).get(hidden, b"")
     schema = base64.b64decode(encoded + b"==")  # some writers leave the padding out
-    if _RAY_TYPES in schema:
-        hidden = base64.b64encode(schema.replace(_RAY_TYPES, _HIDDEN_TYPES))
-        footer = footer.replace(encoded, hidden)
+    if _RAY in schema:
+        plain = base64.b64encode(schema.replace(_EXTENSION, _EXTENSION.lower()))
+        footer = footer.replace(encoded, plain)
     return pq.read_metadata(pa.BufferReader(footer))  # noqa: TID251
 
 
@@ -269,15 +260,11 @@ def plain_table(table: pa.Table) -> pa.Table:
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:
-    """The schema with plain strings and bytes in place of views, which pyarrow cannot `take`, and
-    without what `_read_metadata` has made of the names of Ray's types."""
+    """The schema with plain strings and bytes in place of views, which pyarrow cannot `take`."""
     return pa.schema([_plain_field(field) for field in schema], schema.metadata)
 
 
 def _plain_field(field: pa.Field) -> pa.Field:
-    name = (field.metadata or {}).get(_EXTENSION_NAME, b"")
-    if name.startswith(_HIDDEN_TYPES):
-        field = field.remove_metadata()
     return field.with_type(_plain_type(field.type))
 
 
