@@ -77,7 +77,8 @@ def open_parquet(file: Location, listed: tuple[int, int] | None = None) -> Itera
     """
     source = _Source(file)
     try:
-        if listed and _size_and_time(file, source.opened) != listed:
+        found = file.status_of(source.opened) if listed else None
+        if found and (found.size, found.modified) != listed:
             raise UnusableFileError("has changed since the run began; run the command again")
         yield pq.ParquetFile(  # noqa: TID251
             source,
@@ -94,13 +95,6 @@ def open_parquet(file: Location, listed: tuple[int, int] | None = None) -> Itera
         raise unreadable(error) from None
     finally:
         source.close()
-
-
-def _size_and_time(file: Location, opened: pa.NativeFile) -> tuple[int, int]:
-    found = file.status_of(opened)
-    if found is None:
-        raise file.error(FileNotFoundError())
-    return found.size, found.modified
 
 
 class _Source:

@@ -41,9 +41,7 @@ def test_the_file_says_what_it_is_and_predicts_as_the_model(tmp_path: Path) -> N
     card = json.loads((model / "model.json").read_text())
     assert (metadata["sha256"], metadata["version"]) == (card["sha256"], __version__)
     assert json.loads(metadata["test"]) == card["test"]
-    image = "28 x 28 grayscale, uint8, 0 background, 255 ink"
-    assert metadata["input"] == f"image [rows]: {image}, not scaled; number int64[rows], 0..9"
-    assert all(f"{value.name} " in metadata["output"] for value in file.graph.output)
+    assert json.loads(metadata["input"])["number"] == "0..9"
 
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (37, 28, 28)).astype(np.uint8)
@@ -65,7 +63,7 @@ def test_an_export_that_predicts_otherwise_is_not_written(tmp_path: Path, monkey
 
     monkeypatch.setattr("mnistsum_ray.export.model.prepare_images", black_on_white)
     model = write_model(tmp_path / "model", 0)
-    with pytest.raises(RunError, match=r"model.onnx: [\d,]+ of 5,000 predictions differ"):
+    with pytest.raises(RunError, match=r"model\.onnx: its answers differ from the model's by up to"):
         export_model(ExportModelConfig(model=str(model), output=str(tmp_path / "out")), print)
     assert not (tmp_path / "out").exists()
 

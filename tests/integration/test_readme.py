@@ -155,7 +155,7 @@ def check_outputs(home: Path) -> None:
     assert names[0] <= names[1]
     scored = json.loads((home / "scored" / "manifest.json").read_text())
     assert (scored["totals"]["scored_rows"], scored["totals"]["failed_files"]) == (10_250, 0)
-    assert {file.name for file in (home / "exported").iterdir()} == {"model.pt2", "model.onnx"}
+    assert {file.name for file in (home / "exported").iterdir()} == {"model.onnx"}
     check_pictures(home / "runs" / "mine")
 
 
