@@ -12,17 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from mnistsum_ray import __version__
 from mnistsum_ray.cluster.stop import StopOnSignals, defer_signals
-from mnistsum_ray.errors import (
-    RequestError,
-    RunError,
-    RunInterrupted,
-    TextAsked,
-    TryAgainError,
-    counted,
-    did_you_mean,
-    printable,
-    shell_command,
-)
+from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, TextAsked, TryAgainError, counted, did_you_mean, printable, shell_command
 from mnistsum_ray.storage.uri import masked
 
 if TYPE_CHECKING:

@@ -38,28 +38,12 @@ _EXTENSION: Final = b"ARROW:extension:name"
 _RAY: Final = b"ray.data."
 """How the names of Ray's Arrow types begin."""
 
-_KEPT_TYPES: Final = frozenset(
-    {
-        "None",
-        "String",
-        "Int",
-        "Date",
-        "Decimal",
-        "Timestamp",
-        "Time",
-        "Float16",
-        "JSON",
-        "UUID",
-        "Null",
-    }
-)
+_KEPT_TYPES: Final = {"None", "String", "Int", "Date", "Decimal", "Timestamp", "Time", "Float16", "JSON", "UUID", "Null"}
 """Parquet's logical types that pyarrow reads and writes again as the same type."""
 
-_INT96: Final = "INT96"
 
-
-def unreadable(error: Exception) -> UnusableFileError:
-    """Any error on a damaged file, for which Arrow and Pillow raise many types, as a reason."""
+def _unreadable(error: Exception) -> UnusableFileError:
+    """The reason for any error on a damaged file: Arrow and Pillow raise many types."""
     return UnusableFileError(f"cannot be read: {one_line(error)} ({type(error).__name__})")
 
 
@@ -92,7 +76,7 @@ def open_parquet(file: Location, listed: tuple[int, int] | None = None) -> Itera
         # This machine's memory is no fault of the file either.
         if source.failure or isinstance(error, MemoryError):
             raise file.error(source.failure or error) from error
-        raise unreadable(error) from None
+        raise _unreadable(error) from None
     finally:
         source.close()
 
@@ -169,7 +153,7 @@ def read_footer(file: Location, size: int) -> Footer:
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         rows = [group.num_rows for group in groups]
     except Exception as error:
-        raise unreadable(error) from None
+        raise _unreadable(error) from None
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows or metadata.num_rows > _MAX_ROWS:
         raise UnusableFileError(f"has a footer that promises {metadata.num_rows:,} rows in {size:,} bytes; write it again")
     # A footer that lies fits into an int64.
@@ -295,8 +279,8 @@ def _recast_columns(schema: pq.ParquetSchema) -> dict[str, str]:
     found = dict.fromkeys(variants, "VARIANT")
     for leaf in (schema.column(index) for index in range(len(schema))):
         kind = str(leaf.logical_type)
-        if leaf.physical_type == _INT96:
-            found[leaf.path] = _INT96
+        if leaf.physical_type == "INT96":
+            found[leaf.path] = "INT96"
         elif kind.startswith("Time(isAdjustedToUTC=true"):
             found[leaf.path] = "TIME WITH TIME ZONE"
         elif kind.partition("(")[0] not in _KEPT_TYPES:
@@ -312,7 +296,7 @@ def without_odd_years(parquet: pq.ParquetFile, table: pa.Table) -> tuple[pa.Tabl
     all values stay.
     """
     leaves = (parquet.schema.column(index) for index in range(len(parquet.schema)))
-    places = [table.schema.get_field_index(leaf.path) for leaf in leaves if leaf.physical_type == _INT96]
+    places = [table.schema.get_field_index(leaf.path) for leaf in leaves if leaf.physical_type == "INT96"]
     odd = 0
     for place in places:
         if place >= 0:

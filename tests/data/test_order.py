@@ -65,14 +65,6 @@ def test_every_row_once_an_epoch_and_the_same_batches_for_any_number_of_workers(
     assert batches(shuffle_of(groups, batch_size, shuffle_rows, seed=1)) != alone
 
 
-def test_a_window_is_mixed_of_eight_slices_and_a_batch_from_the_whole_window() -> None:
-    shuffle = Shuffle(RowRanges.of([0], [10_000]), np.array([0, 10_000]), batch_size=50, shuffle_rows=1000, seed=0)
-    window = batches(shuffle)[: shuffle.window_steps]
-    assert len({row // 125 for batch in window for row in batch}) >= 8
-    assert len({row // 125 for row in window[0]}) >= 8
-    assert np.median(np.abs(np.diff(window[0]))) > 2
-
-
 @pytest.mark.parametrize("ids", [np.sort(RANDOM.choice(5000, 1500, replace=False)), np.array([7])], ids=["many", "one"])
 def test_row_ranges_answer_as_a_set_does(ids: np.ndarray) -> None:
     ranges = RowRanges.from_ids(ids)
@@ -98,14 +90,6 @@ def test_held_out_rows_come_from_few_row_groups(groups: list[int]) -> None:
     touched = (np.diff(held.count_below(bounds)) > 0).sum()
     assert touched == {2000: 100, 6000: 5000}.get(len(groups), touched), "few row groups have to be read"
     assert np.diff(held.ids()).max() > 2, "rows of sorted files: the first ones of a group would be of one digit"
-
-
-def test_a_sample_is_spread_over_the_rows() -> None:
-    sample = RowRanges.of([500], [2_000_000]).sample(4096)
-    assert len(sample) == 4000
-    touched = np.flatnonzero(np.diff(sample.count_below(np.arange(0, 2_001_000, 1000))))
-    assert (len(touched), np.diff(touched).max()) == (100, 20)
-    assert len(RowRanges.of([0], [50]).sample(100)) == 50
 
 
 def test_checksums_tell_pixels_digits_and_places_apart() -> None:
