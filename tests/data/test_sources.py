@@ -93,6 +93,11 @@ def test_hugging_face_layout(tmp_path: Path, sample: pa.Table) -> None:
     assert np.array_equal(source.data.fetch(np.arange(500))[0], np.concatenate([images[400:], images[:400]]))
 
 
+def to_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("train-images-idx3-ubyte", lambda path: path.write_bytes(path.read_bytes()[:-1]), ": holds"),
     ("t10k-images-idx3-ubyte.gz", lambda path: path.write_bytes(path.read_bytes()[:-20]), ": cannot be read"),
@@ -109,7 +114,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
         lambda path: write_idx(path.parent, path.name, np.zeros(99, np.uint8)),
         "has 100 images, but its label file has 99",
     ),
-    ("t10k-labels-idx1-ubyte", lambda path: (path.unlink(), os.mkfifo(path)), "is not a regular file"),
+    ("t10k-labels-idx1-ubyte", to_pipe, "is not a regular file"),
 ]
 
 
