@@ -94,14 +94,13 @@ def export_pairs(config: "ExportPairsConfig") -> Outcome:
 
 
 def export_model(config: "ExportModelConfig") -> Outcome:
-    """Export a model for programs without this package: torch.export (model.pt2) and
-    ONNX (model.onnx).
+    """Export a model to ONNX (model.onnx), for programs without this package.
 
         mnistsum export-model --model runs/mine --output exported/
 
-    Both take images uint8[n, 28, 28] and numbers int64[n], and return pred_digit,
-    digit_prob, pred_sum and sum_prob. Each file is loaded again and compared with
-    the model, the ONNX file in ONNX Runtime. Needs the extra onnx.
+    It takes images uint8[n, 28, 28] and numbers int64[n], and returns pred_digit,
+    digit_prob, pred_sum and sum_prob. The file's answers in ONNX Runtime are
+    compared with the model's before it is written. Needs the extra onnx.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:

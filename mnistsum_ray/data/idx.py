@@ -42,35 +42,49 @@ def read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.int8], dict[int, str]
 
     A file that is missing, is not IDX, or does not match the others is a RequestError that names it.
     """
-    train_images, train_digits, test_images, test_digits = (_read_idx_file(folder, name) for name in IDX_FILES)
-    for name, images, digits in ((IDX_FILES[0], train_images, train_digits), (IDX_FILES[2], test_images, test_digits)):
-        if images.shape[1:] != (SIDE, SIDE):
-            raise RequestError(f"{folder / name}: images are {images.shape[1]} x {images.shape[2]} pixels, not 28 x 28")
+    train_images, test_images = (_read_idx_file(folder, name, (SIDE, SIDE)) for name in IDX_FILES[::2])
+    train_digits, test_digits = (_read_idx_file(folder, name, ()) for name in IDX_FILES[1::2])
+    for name, images, digits in (
+        (IDX_FILES[0], train_images, train_digits),
+        (IDX_FILES[2], test_images, test_digits),
+    ):
         if len(images) != len(digits):
-            raise RequestError(f"{folder / name}: has {len(images):,} images, but its label file has {len(digits):,} labels")
-    pixels, labels = np.concatenate([train_images, test_images]), np.concatenate([train_digits, test_digits])
-    return *decode_labelled(pixels_array(pixels), pa.array(labels)), len(test_images)
+            counts = f"{len(images):,} images, but its label file has {len(digits):,} labels"
+            raise RequestError(f"{folder / name}: has {counts}")
+    pixels = pixels_array(np.concatenate([train_images, test_images]))
+    labels = pa.array(np.concatenate([train_digits, test_digits]))
+    return *decode_labelled(pixels, labels), len(test_images)
 
 
-def _read_idx_file(folder: Path, name: str) -> Pixels:
-    """Read one IDX file of unsigned bytes, gzip-compressed or not: uint8[n, 28, 28] or uint8[n]."""
-    zipped = not (folder / name).exists()
-    path = folder / (f"{name}.gz" if zipped else name)
+def _read_idx_file(folder: Path, name: str, shape: tuple[int, ...]) -> Pixels:
+    """The n elements of this shape, uint8, of an IDX file, gzip-compressed or not: uint8[n, *shape].
+
+    torchvision reads no compressed files, has no message for a damaged one (AssertionError), and
+    takes seconds to import.
+    """
+    path = folder / name
+    if not path.exists():
+        path = folder / f"{name}.gz"
+    if not path.exists():
+        raise RequestError(f"{folder}: {name} is missing, gzipped or not")
+    if not path.is_file():  # reading a pipe would wait for its writer
+        raise RequestError(f"{path}: is not a regular file")
     try:
-        data = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
-    except FileNotFoundError:
-        raise RequestError(f"{folder}: {name} is missing, gzipped or not") from None
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise RequestError(f"{path}: cannot be read: {error}") from None
-    dimensions = 3 if "idx3" in name else 1
-    header = 4 + 4 * dimensions
-    if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
-        raise RequestError(f"{path}: is not an IDX file of unsigned bytes with {dimensions} dimension(s)")
-    shape = struct.unpack(f">{dimensions}I", data[4:header])
-    expected = int(np.prod(shape, dtype=np.int64))
-    if len(data) - header != expected:
-        raise RequestError(f"{path}: holds {len(data) - header:,} bytes of data where its header says {expected:,}")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    # Two zeros, the type of bytes, the number of dimensions, and each of these.
+    sides = struct.pack(f">{len(shape)}I", *shape)
+    header = bytes((0, 0, 8, 1 + len(shape))) + data[4:8] + sides
+    if not data.startswith(header):
+        raise RequestError(f"{path}: is not an IDX file of unsigned bytes, n{''.join(f' x {side}' for side in shape)}")
+    count = int.from_bytes(data[4:8], "big")
+    values = np.frombuffer(data, np.uint8, offset=len(header))
+    if values.size != count * int(np.prod(shape)):
+        raise RequestError(f"{path}: holds {values.size:,} bytes of data, which are not {count:,} elements, as its header says")
+    return values.reshape(count, *shape)
 
 
 def download_mnist(root: Path) -> Path:

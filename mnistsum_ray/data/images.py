@@ -1,13 +1,13 @@
 """Images and numbers in Arrow columns: which column types can hold them, and their values as NumPy arrays.
 
-Images: 784 integers in a list or a fixed-size list, 28x28 nested lists, an Arrow or Ray tensor, 784 raw bytes, PNG or JPEG bytes,
-or a struct around any of these bytes. Numbers: any integer type. Both may be dictionary-encoded. A value that cannot be used gets
-a reason.
+Images: 784 integers in a list or a fixed-size list, 28x28 nested lists, an Arrow or Ray tensor,
+784 raw bytes, PNG or JPEG bytes, or Hugging Face's struct {bytes, path}. A value that cannot be
+used gets a reason.
 """
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -33,11 +33,10 @@ _OTHERS: Final = "other reasons"
 _EXAMPLES: Final = 5
 """Rows that are named for each reason, and in a message."""
 
-_SHAPE_ERROR: Final = "the image has {} values, not 784 or 28 x 28; resize it"
+_PICTURE_STARTS: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+"""First bytes of a PNG and of a JPEG."""
 
-_PNG_START: Final = np.frombuffer(b"\x89PNG\r\n\x1a\n", np.uint8)
-_JPEG_START: Final = np.frombuffer(b"\xff\xd8\xff", np.uint8)
-"""Followed by the next marker, a byte of 0xC0 or more."""
+_LISTS: Final = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 
 Pixels = npt.NDArray[np.uint8]
 """uint8[n, 28, 28] or, for one image, uint8[28, 28]."""
@@ -55,7 +54,8 @@ def pixels_view(column: pa.FixedSizeBinaryArray) -> Pixels:
 
 def pixels_array(images: Pixels) -> pa.FixedSizeBinaryArray:
     """uint8[n, 28, 28] as an array of IMAGE_TYPE, without a copy where the memory is contiguous."""
-    return pa.FixedSizeBinaryArray.from_buffers(IMAGE_TYPE, len(images), [None, pa.py_buffer(np.ascontiguousarray(images))])
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(images))]
+    return pa.FixedSizeBinaryArray.from_buffers(IMAGE_TYPE, len(images), buffers)
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -65,27 +65,35 @@ def one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 def image_type_error(kind: pa.DataType) -> str | None:
     """Why a column of this type cannot hold images; None where it can."""
-    if isinstance(kind, pa.FixedShapeTensorType) and list(kind.permutation or ()) != sorted(kind.permutation or ()):
+    if list(getattr(kind, "permutation", None) or ()) not in ([], [0, 1], [0, 1, 2]):
         return f"is a tensor whose dimensions are permuted ({kind})"
-    shape = getattr(kind, "shape", ())  # of a tensor of Arrow or Ray; sides of any length are None
-    if shape and None not in shape and not _is_shape_of_image(shape):
-        return f"holds tensors of shape {list(shape)}, not [28, 28] or [784]"
-    storage = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    if pa.types.is_dictionary(storage):
-        storage = storage.value_type
-    if pa.types.is_struct(storage):
-        field = _image_field(storage)
-        if field is None:
-            return f"is a struct without the field 'bytes' ({kind})"
-        storage = storage.field(field).type
-    if _is_bytes(storage) or pa.types.is_null(storage):
+    values = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    if pa.types.is_struct(values):
+        values = _image_type_of_struct(values)
+    if _is_bytes(values) or pa.types.is_null(values):
         return None
     levels = 0
-    while _is_list(storage):
-        storage, levels = storage.value_type, levels + 1
-    if levels in (1, 2) and pa.types.is_integer(storage):
+    while isinstance(values, _LISTS):
+        values = values.value_type
+        levels += 1
+    if levels in (1, 2) and pa.types.is_integer(values):
         return None
     return f"has type {kind}, which holds no images (lists of 784 integers, 784 bytes, PNG or JPEG bytes, {{bytes, path}})"
+
+
+def _image_type_of_struct(kind: pa.StructType) -> pa.DataType:
+    """Type of the images in Hugging Face's {bytes, path} or Ray's tensor {data, shape}; of any
+    other struct its own, which holds none."""
+    types = {child.name: child.type for child in kind}
+    if "bytes" in types:
+        return types["bytes"]
+    if "data" in types and isinstance(types.get("shape"), _LISTS):
+        return types["data"]
+    return kind
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 def number_type_error(kind: pa.DataType) -> str | None:
@@ -96,39 +104,27 @@ def number_type_error(kind: pa.DataType) -> str | None:
     return f"has type {kind}, not an integer type"
 
 
-def _image_field(kind: pa.StructType) -> str | None:
-    """Name of the struct's field with the image: in Hugging Face's {bytes, path}, or in Ray's tensor {data, shape}."""
-    return next((name for name in ("bytes", "data") if kind.get_field_index(name) >= 0), None)
-
-
-def _is_shape_of_image(shape: Sequence[int]) -> bool:
-    return [side for side in shape if side != 1] in ([PIXELS], [SIDE, SIDE])  # also with a channel, as PyTorch's
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    """True for lists of any kind, also of a fixed size."""
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
-
-
 def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[npt.NDArray[np.int64], dict[int, str]]:
-    """Decode one Arrow array of integers, which must be below `count`: numbers or, with DIGITS, digits.
+    """Decode one Arrow array of numbers below `count` or, with DIGITS, of digits; floats may be whole.
 
-    They are int64[n]; and row -> reason for each value outside 0..count - 1, in whose place is a zero.
+    They are int64[n]; and row -> reason for each value that is none of 0..count - 1, in whose place
+    is a zero: of a type without numbers, that is every value.
     """
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
-    if pa.types.is_null(column.type):
-        column = column.cast(pa.int64())
-    missing = column.is_null().to_numpy(zero_copy_only=False)
-    values = column.fill_null(0).to_numpy(zero_copy_only=False)
-    wrong = (values < 0) | (values >= count)
-    bad = {int(row): "is null; fill it in or drop the row" for row in np.flatnonzero(missing)}
-    bad |= {int(row): f"is {values[row]}, not one of 0..{count - 1}; correct it or drop the row" for row in np.flatnonzero(wrong)}
-    return np.where(wrong, 0, values).astype(np.int64), bad
+    kind = column.type
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    numbers = np.full(len(column), np.nan)
+    if is_number:  # of a null NaN, and of a large integer one that is as wrong
+        numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    right = (numbers >= 0) & (numbers < count) & (numbers == np.floor(numbers))
+    bad: dict[int, str] = {}
+    for row in np.flatnonzero(~right).tolist():
+        value = column[row] if is_number else f"of type {kind}"
+        bad[row] = f"is {value}, not one of 0..{count - 1}; correct it or drop the row"
+        if not column[row].is_valid:
+            bad[row] = "is null; fill it in or drop the row"
+    return np.where(right, numbers, 0).astype(np.int64), bad
 
 
 def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
@@ -136,32 +132,27 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
 
     They are uint8[n, 28, 28]; and row -> reason for each value that is no image, in whose place are zeros.
     """
-    null, bad = "the image is null; fill it in or drop the row", dict[int, str]()
+    null = "the image is null; fill it in or drop the row"
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
-    if isinstance(column, pa.DictionaryArray):
-        column = column.dictionary_decode()
     if pa.types.is_struct(column.type):
-        field = _image_field(column.type)
-        null = f"the image, or its field {field!r}, is null; put the picture itself into it, or drop the row"
-        if field == "data" and column.type.get_field_index("shape") >= 0:
-            shapes = enumerate(pc.struct_field(column, "shape").to_pylist())
-            bad = {row: _SHAPE_ERROR.format(" x ".join(map(str, s))) for row, s in shapes if s and not _is_shape_of_image(s)}
-        column = pc.struct_field(column, field)
-    whole = _whole_lists(column) if _is_list(column.type) else _whole_bytes(column)
-    if whole is not None and not bad:
+        name = "bytes" if column.type.get_field_index("bytes") >= 0 else "data"
+        null = f"the image, or its field {name!r}, is null; put the picture itself into it, or drop the row"
+        column = pc.struct_field(column, name)
+    whole = _whole_column(column)
+    if whole is not None:
         return whole, {}
-    images = np.zeros((len(column), SIDE, SIDE), np.uint8)
+    images, bad = np.zeros((len(column), SIDE, SIDE), np.uint8), dict[int, str]()
     for row, value in enumerate(column):
-        if row in bad:
-            continue
-        decoded: Pixels | str = null
-        if value.is_valid:
-            decoded = _decode_list(value.values) if _is_list(column.type) else _decode_bytes(value.as_py())
-        if isinstance(decoded, str):
-            bad[row] = decoded
+        image: Pixels | str = null
+        if value.is_valid and isinstance(column.type, _LISTS):
+            image = _decode_list(column.take(pa.array([row])))  # a cast of a slice looks at all rows
+        elif value.is_valid:
+            image = _decode_bytes(value.as_py())
+        if isinstance(image, str):
+            bad[row] = image
         else:
-            images[row] = decoded
+            images[row] = image
     return images, bad
 
 
@@ -221,74 +212,56 @@ class ReasonCounts:
         return f"{first} | …; most often: {commonest}" if self.total > len(rows) else first
 
 
-def _whole_bytes(column: pa.Array) -> Pixels | None:
-    """The pixels of a column whose values all have 784 bytes of them; None where one is null or anything else."""
+def _whole_column(column: pa.Array) -> Pixels | None:
+    """The pixels of a column whose values are all 784 pixels; None where one is null, a picture or no image."""
     if column.null_count or not len(column):
         return None
     try:
-        images = pixels_view(column.cast(IMAGE_TYPE))
-    except pa.ArrowException:
-        return None
-    return images if _are_pixels(images) else None
-
-
-def _whole_lists(column: pa.Array) -> Pixels | None:
-    """The pixels of a column of lists; None where a list has another length, a null or a value outside 0..255."""
-    nested = _is_list(column.type.value_type)
-    try:
+        if not isinstance(column.type, _LISTS):
+            images = pixels_view(column.cast(IMAGE_TYPE))
+            return None if _begin_as_pictures(images).any() else images
+        nested = isinstance(column.type.value_type, _LISTS)
         flat = column.cast(pa.list_(pa.list_(pa.uint8(), SIDE), SIDE) if nested else pa.list_(pa.uint8(), PIXELS))
     except pa.ArrowException:
         return None
-    while _is_list(flat.type):
-        if flat.null_count:
-            return None
-        flat = flat.flatten()
-    if flat.null_count:
+    while isinstance(flat.type, _LISTS):
+        flat = flat.flatten()  # leaves nulls out
+    if flat.null_count or len(flat) != len(column) * PIXELS:
         return None
     pixels: Pixels = flat.to_numpy(zero_copy_only=False)
     return pixels.reshape(len(column), SIDE, SIDE)
 
 
-def _decode_bytes(data: bytes) -> Pixels | str:
-    """One image, or why it is none."""
-    if len(data) == PIXELS:
-        pixels = np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)
-        if _are_pixels(pixels[None]):
-            return pixels
-    return _decode_png_or_jpeg(data)
-
-
-def _decode_list(values: pa.Array) -> Pixels | str:
-    """One image, or why it is none."""
-    shape = str(len(values))
-    if _is_list(values.type):
-        if values.null_count:
-            return "the image has a null in place of a line; fill it in or drop the row"
-        widths = {len(line.values) for line in values}
-        shape += f" x {widths.pop()}" if len(widths) == 1 else " lines of unequal length"
-        values = values.flatten()
-    if shape not in (f"{PIXELS}", f"{SIDE} x {SIDE}"):
-        return _SHAPE_ERROR.format(shape)
-    if values.null_count:
-        return "the image has nulls among its values; fill them in or drop the row"
-    pixels = values.to_numpy(zero_copy_only=False)
-    if pixels.min() < 0 or pixels.max() > 255:
-        return f"the image has values {pixels.min()}..{pixels.max()}, outside 0..255; scale them"
-    return pixels.astype(np.uint8).reshape(SIDE, SIDE)  # type: ignore[no-any-return]
-
-
-def _are_pixels(images: Pixels) -> bool:
-    """False if one of n rows of 784 bytes begins as a PNG or JPEG does.
+def _begin_as_pictures(images: Pixels) -> npt.NDArray[np.bool_]:
+    """Which images begin as a PNG or JPEG does: bool[n].
 
     A JPEG of exactly 784 bytes is not rare: at quality 95 about one in 200 MNIST images gives one.
     """
-    start = images.reshape(len(images), PIXELS)[:, : len(_PNG_START)]
-    jpeg = (start[:, : len(_JPEG_START)] == _JPEG_START).all(1) & (start[:, len(_JPEG_START)] >= 0xC0)
-    return not (jpeg | (start == _PNG_START).all(1)).any()
+    found = np.zeros(len(images), bool)
+    for start in _PICTURE_STARTS:
+        found |= (images[:, 0, : len(start)] == np.frombuffer(start, np.uint8)).all(1)
+    return found
 
 
-def _decode_png_or_jpeg(data: bytes) -> Pixels | str:
-    """One image, turned upright as its EXIF says, or why it is none."""
+def _decode_list(value: pa.Array) -> Pixels | str:
+    """The image of an array of one list, or why it is none."""
+    whole = _whole_column(value)
+    if whole is not None:
+        return whole.reshape(SIDE, SIDE)
+    try:
+        pixels = np.array(value[0].as_py(), np.int64)
+    except (TypeError, ValueError, OverflowError):
+        return "the image has nulls, lines of unequal length, or values outside 0..255; correct it or drop the row"
+    if pixels.shape not in ((PIXELS,), (SIDE, SIDE)):
+        shape = " x ".join(map(str, pixels.shape))
+        return f"the image has {shape} values, not 784 or 28 x 28; resize it"
+    return f"the image has values {pixels.min()}..{pixels.max()}, outside 0..255; scale them"
+
+
+def _decode_bytes(data: bytes) -> Pixels | str:
+    """The image of 784 pixels or of a PNG or JPEG, turned upright as its EXIF says, or why it is none."""
+    if len(data) == PIXELS and not data.startswith(_PICTURE_STARTS):
+        return np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)
     try:
         # Pillow reads only the header until the size is known, so a decompression bomb is never unpacked.
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
@@ -301,8 +274,4 @@ def _decode_png_or_jpeg(data: bytes) -> Pixels | str:
     except Image.DecompressionBombError:
         return "the picture claims to unpack to far more than 28 x 28 pixels; resize it"
     except Exception as error:  # on damaged bytes Pillow's decoders raise many types
-        reason, advice = "are neither 784 pixels nor a readable PNG or JPEG", "save it again"
-        if len(data) == PIXELS:
-            reason = "begin as a PNG or JPEG does, and cannot be read as one"
-            advice += ", or store the pixels as a list of 784 integers"
-        return f"{len(data)} bytes {reason} ({type(error).__name__}); {advice}"
+        return f"{len(data)} bytes are neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__}); save it again"

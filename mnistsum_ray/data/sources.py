@@ -127,9 +127,9 @@ class ParquetFiles:
         try:
             with open_parquet(file, (entry["size"], entry["modified"])) as parquet:
                 table = plain_table(pa.Table.from_batches(read_rows(parquet, rows, ["image", entry["digit_column"]])))
+                return decode_labelled(one_chunk(table["image"]), one_chunk(table[entry["digit_column"]]))
         except UnusableFileError as error:
             raise RequestError(f"{file.display}: {error}") from None
-        return decode_labelled(one_chunk(table["image"]), one_chunk(table[entry["digit_column"]]))
 
     def count_bad(self, bad: dict[int, str]) -> ReasonCounts:
         """Count bad rows, row id -> reason, ascending, with the names of their files."""

@@ -16,7 +16,7 @@ import numpy as np
 from mlflow.models import infer_signature
 
 from mnistsum_ray.errors import lines_of
-from mnistsum_ray.export.model import INPUTS, OUTPUTS, export_onnx, export_torch
+from mnistsum_ray.export.model import INPUTS, OUTPUTS, export_onnx
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.overrides import default_environment, quiet_logger
@@ -111,7 +111,7 @@ def _register(name: str, folder: Location, card: dict[str, Any]) -> None:
     inputs = np.zeros((1, 28, 28), np.uint8), np.zeros(1, np.int64)
     outputs = len(HEADS) * (np.zeros(1, np.int64), np.zeros(1, np.float32))
     mlflow.onnx.log_model(
-        onnx.load_from_string(export_onnx(export_torch(model), description)),
+        onnx.load_from_string(export_onnx(model, description)),
         name="onnx",
         registered_model_name=name,
         signature=infer_signature(dict(zip(INPUTS, inputs, strict=True)), dict(zip(OUTPUTS, outputs, strict=True))),

@@ -49,6 +49,8 @@ class RowCounts(ReasonCounts):
     """Scored rows whose label is known, by label and predicted digit."""
     bad_labels: ReasonCounts = field(default_factory=ReasonCounts)
     """Scored rows whose label is no digit, and counts as unknown. A null is unknown, and is not counted here."""
+    odd_years: int = 0
+    """INT96 timestamps, of rejected rows too, that are null since their year does not fit."""
     unsure: list[list[Any]] = field(default_factory=list)
     """Rows whose digit is least sure, each of another image: `digit_prob`, input file, row, predicted digit, number, label or
     None, and `encode_image`. The image is here because the input may be gone when the report is written."""
@@ -67,7 +69,7 @@ class RowCounts(ReasonCounts):
 
     def add(self, other: "RowCounts") -> None:
         """Add the counts of other rows, in place."""
-        for name in ("consistent", "digits", "numbers", "confusion"):
+        for name in ("consistent", "digits", "numbers", "confusion", "odd_years"):
             setattr(self, name, np.add(getattr(self, name), getattr(other, name)).tolist())
         for name, counts in other.probabilities.items():
             self.probabilities[name] = np.add(self.probabilities[name], counts).tolist()

@@ -13,7 +13,7 @@ from mnistsum_ray.cluster.tasks import MAX_LOCAL_FILES, map_files
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_skipped
-from mnistsum_ray.data.parquet import Footer, column_error, lossy_column, read_footer
+from mnistsum_ray.data.parquet import Footer, column_error, read_footer
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted
 from mnistsum_ray.model.folder import WeightArrays, read_model
 from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
@@ -33,6 +33,7 @@ FOOTER_SCHEMA: Final = pa.schema(
         ("longest_group", pa.int64()),  # rows of its longest row group
         ("bytes", pa.int64()),  # of all columns, decompressed
         ("footer_sha256", pa.string()),
+        ("recast", pa.list_(pa.string())),  # columns whose type changes
         ("error", pa.string()),  # why the file cannot be scored
     ]
 )
@@ -43,6 +44,9 @@ STAGING: Final = "_unpublished"
 
 _MAX_FILES: Final = 1000
 """Unusable files that the console names."""
+
+_MAX_RECAST: Final = 20
+"""Columns whose type changes that the console names."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +186,22 @@ def make_plan(request: Request, precision: str, held: OutputFolder, console: Con
     changed = {"output": held.place, "files": files, "overwrite": request.config.overwrite}
     plan = Plan(**vars(request) | changed, parts=parts, precision=precision, held=held).without(errors)
     report_skipped(inputs.skipped, console.say)
+    say_recast(files, console.say)
     if plan.config.strict and plan.failures:
         say_failures(plan.failures, {}, console.say)
         raise RunError(f"--strict: nothing was scored: {counted(len(plan.failures), 'file')} cannot be used, see above")
     return plan
+
+
+def say_recast(files: pa.Table, say: Callable[[str], None]) -> None:
+    """Name the columns whose type changes."""
+    names = sorted(set(pc.list_flatten(files["recast"]).to_pylist()))
+    if names:
+        more = f" and {len(names) - _MAX_RECAST:,} more" if len(names) > _MAX_RECAST else ""
+        say(
+            f"columns whose type changes in the output: {', '.join(names[:_MAX_RECAST])}{more}; "
+            "INT96 becomes a timestamp in microseconds, any other what it is stored as"
+        )
 
 
 def say_failures(failures: dict[str, str], named: dict[str, str], say: Callable[[str], None]) -> None:
@@ -230,11 +246,14 @@ def _look_into(folder: Location, file: dict[str, Any], config: ScoreConfig, unus
         footer = read_footer(folder / name, file["size"])
     except UnusableFileError as error:
         return {"error": str(error)}
+    image = f"{config.image_column}."
+    recast = [f"{path} ({kind})" for path, kind in footer.recast.items() if not f"{path}.".startswith(image)]
     return {
         "rows": sum(footer.group_rows),
         "longest_group": max(footer.group_rows, default=0),
         "bytes": footer.decompressed_bytes,
         "footer_sha256": footer.sha256,
+        "recast": recast,
         "error": _file_error(name, footer, config),
     }
 
@@ -252,11 +271,12 @@ def _no_column(name: str) -> str:
 def _file_error(file: str, footer: Footer, config: ScoreConfig) -> str | None:
     """Return why a file with this name and footer cannot be scored, or None if it can."""
     names = footer.schema.names
+    type_errors = {"--image-column": image_type_error, "--number-column": number_type_error}
     for flag, name in _columns(config).items():
         if name not in names:
             some = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
             return f"{_no_column(name)} but {some}; {flag} names another"
-        error = column_error(footer.schema, name, image_type_error if name == config.image_column else number_type_error)
+        error = column_error(footer.schema, name, type_errors.get(flag, lambda _: None))
         if error:
             return f"{error}, or {flag} names another"
     # DuckDB and Spark do not tell upper case from lower case.
@@ -268,4 +288,4 @@ def _file_error(file: str, footer: Footer, config: ScoreConfig) -> str | None:
         key, equals, _ = folder.partition("=")
         if equals and unquote(key).lower() in (*added, *REJECTION_FIELDS.names):
             return f"lies in a folder {folder!r}, which readers take for the column that scoring adds; rename the folder"
-    return lossy_column(footer, config.image_column)
+    return None

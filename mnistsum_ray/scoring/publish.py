@@ -178,6 +178,7 @@ def _make_manifest(plan: Plan, output: OutputFiles, line: dict[str, Any]) -> dic
         "consistent_rows": counts.consistent,
         "labelled_rows": counts.labelled if plan.config.label_column else None,
         "rejected_by_reason": counts.reasons,
+        "odd_years": counts.odd_years,
         "bad_labels": asdict(counts.bad_labels) if plan.config.label_column else None,
         "rows_by_probability": counts.probabilities,
         "rows_by_digit": counts.digits,
@@ -211,6 +212,8 @@ def say_result(line: dict[str, Any], counts: RowCounts, new_rejected: int, say: 
             say(f"  rejected: {count:,} x {reason}")
     if line["scored_rows"]:
         say(f"sum = digit + number in {percent(counts.consistent / line['scored_rows'])} of the rows")
+    if counts.odd_years:
+        say(f"{counted(counts.odd_years, 'INT96 timestamp')} of a year not in 1 to 9999, written as null")
     if bad := counts.bad_labels.total:
         say(f"{counted(bad, 'label')} outside 0..{DIGITS - 1}, counted as unknown: {counts.bad_labels.describe()}")
     if counts.labelled:

@@ -24,7 +24,7 @@ from mnistsum_ray.cluster.tasks import CAUSES, MAX_CRASHES, begin
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import DIGITS, Pixels, ReasonCounts, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.data.parquet import open_parquet, plain_table, read_rows, to_parquet
+from mnistsum_ray.data.parquet import open_parquet, plain_table, read_rows, to_parquet, without_odd_years
 from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import HEADS
@@ -150,6 +150,8 @@ class PartRows:
     """Why each rejected row cannot be scored, by its index in the part, in ascending order."""
     bad_labels: dict[int, str]
     """Likewise why each label of the other rows that is not null is no digit."""
+    odd_years: int
+    """INT96 timestamps that are null since their year does not fit."""
 
 
 def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iterator[tuple[Part, PartRows | UnusableFileError]]:
@@ -161,15 +163,18 @@ def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iter
     for _, of_file in itertools.groupby(parts, lambda part: part.name):
         left = list(of_file)
         try:
-            for part, table in _read_tables(folder, [*left]):
-                yield part, _decode(part, table, config)
+            for part, rows in _read_file(folder, [*left], config):
+                yield part, rows
                 left.remove(part)
         except UnusableFileError as error:
             yield from ((part, error) for part in left)
 
 
-def _read_tables(folder: Location, parts: list[Part]) -> Iterator[tuple[Part, pa.Table]]:
-    """Read the rows of parts of one file; only those of the current part are in memory."""
+def _read_file(folder: Location, parts: list[Part], config: ScoreConfig) -> Iterator[tuple[Part, PartRows]]:
+    """Read and decode parts of one file; only the rows of the current part are in memory.
+
+    Whatever a file makes the decoding raise is an UnusableFileError, as what its reading does.
+    """
     path = folder / parts[0].name
     rows = np.concatenate([np.arange(part.first_row, part.first_row + part.rows) for part in parts])
     with open_parquet(path, (parts[0].size, parts[0].modified)) as file:
@@ -179,11 +184,12 @@ def _read_tables(folder: Location, parts: list[Part]) -> Iterator[tuple[Part, pa
             while sum(batch.num_rows for batch in pending) < part.rows:
                 pending.append(next(batches))
             table = pa.Table.from_batches(pending, schema)
-            yield part, plain_table(table.slice(0, part.rows))
+            rows_of_part, odd_years = without_odd_years(file, plain_table(table.slice(0, part.rows)))
+            yield part, _decode(part, rows_of_part, config, odd_years)
             pending = table.slice(part.rows).to_batches()
 
 
-def _decode(part: Part, table: pa.Table, config: ScoreConfig) -> PartRows:
+def _decode(part: Part, table: pa.Table, config: ScoreConfig, odd_years: int) -> PartRows:
     images, bad_images = decode_images(one_chunk(table[config.image_column]))
     numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
     reasons = join_reasons(bad_images, bad_numbers)
@@ -193,7 +199,7 @@ def _decode(part: Part, table: pa.Table, config: ScoreConfig) -> PartRows:
         labels, unknown = decode_numbers(column, DIGITS)
         labels[list(unknown)] = -1
         bad_labels = {row: f"the label {why}" for row, why in unknown.items() if column[row].is_valid and row not in reasons}
-    return PartRows(part, table, images, numbers, labels, reasons, bad_labels)
+    return PartRows(part, table, images, numbers, labels, reasons, bad_labels, odd_years)
 
 
 def _predict(plan: Plan, predictor: Predictor, batch: list[PartRows]) -> Iterator[Predictions]:
@@ -256,6 +262,7 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
     counts = RowCounts(
         **vars(rejected),
         bad_labels=bad_labels,
+        odd_years=rows.odd_years,
         consistent=int(predictions.columns(numbers)[-1].sum()),
         digits=np.bincount(digits, minlength=DIGITS).tolist(),
         numbers=np.bincount(numbers, minlength=NUMBERS).tolist(),

@@ -4,6 +4,7 @@ import html
 import os
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +12,34 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 
-from mnistsum_ray.cluster.tasks import crash_counter
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from mnistsum_ray.errors import RunError
 from tests.conftest import check_predictions, plain_predictions
 from tests.integration.conftest import Scored, score_here
 
-FILES, ROWS_A_FILE, GROUP = 5, 715, 100  # 3,575 rows; every fifth is bad in one of four ways
-
-BAD_FILES = 4
+FILES, ROWS_A_FILE, GROUP = 3, 715, 100  # every fifth row is bad in one of four ways
+BAD = ROWS_A_FILE // 5
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
-
-# Values that replace the image or the number of a row, and the reason that the row gets. More of them: tests/data.
+NULL = "the image is null; fill it in or drop the row"
 WAYS: list[tuple[dict[str, Any], str]] = [
-    ({"image": None}, "the image is null"),
+    ({"image": None}, NULL),
     ({"image": b"no"}, "2 bytes are neither 784 pixels nor a readable PNG or JPEG"),
     ({"number": 10}, "the number is 10, not one of 0..9"),
-    ({"number": -1, "image": None}, "the image is null; fill it in or drop the row; the number is -1"),
+    ({"number": -1, "image": None}, f"{NULL}; the number is -1"),
 ]
+"""Values that replace the image or the number of a row, and the reason that the row gets. More of them: tests/data."""
+
+BAD_FILES = {
+    "latin-\\udce9.parquet": "its name is not UTF-8",
+    "bad_cut.parquet": "was cut off",
+    "bad_missing.parquet": "has no column 'number'",
+    "bad_pages.parquet": "cannot be read",
+    "bad_shape.parquet": "which holds no images",
+}
 
 
 def rows_of(sample: pa.Table, file: int) -> tuple[pa.Table, Pixels, np.ndarray]:
@@ -50,129 +56,102 @@ def rows_of(sample: pa.Table, file: int) -> tuple[pa.Table, Pixels, np.ndarray]:
     return pa.Table.from_pylist(rows, kind), images, numbers
 
 
-def write_bad_files(folder: Path, good: pa.Table) -> dict[str, str]:
-    """Write files whose name, footer, columns and pages cannot be used; return the reason that each gets."""
-    pq.write_table(good, folder / "bad_pages.parquet")
-    whole = (folder / "bad_pages.parquet").read_bytes()
-    (folder / "bad_pages.parquet").write_bytes(whole[:4] + b"\xff" * (len(whole) // 2) + whole[4 + len(whole) // 2 :])
-    (folder / "bad_cut.parquet").write_bytes(whole[:-1000])
-    pq.write_table(good.drop_columns(["number"]), folder / "bad_missing.parquet")
-    Path(os.fsdecode(os.fsencode(folder) + b"/latin-\xe9.parquet")).write_bytes(whole)
-    return {
-        "latin-\\udce9.parquet": "its name is not UTF-8",
-        "bad_cut.parquet": "was cut off",
-        "bad_missing.parquet": "has no column 'number'",
-        "bad_pages.parquet": "cannot be read",
-    }
-
-
 @pytest.fixture(scope="module")
-def source(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def source(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FILES files with bad rows, and BAD_FILES."""
     folder = tmp_path_factory.mktemp("bad") / "in"
     folder.mkdir()
     for file in range(FILES):
         pq.write_table(rows_of(sample, file)[0], folder / f"{file:02}.parquet", row_group_size=GROUP)
-    return folder, write_bad_files(folder, rows_of(sample, 0)[0])
+    good = rows_of(sample, 0)[0]
+    pq.write_table(good, folder / "bad_pages.parquet")
+    whole = (folder / "bad_pages.parquet").read_bytes()
+    middle = 4 + len(whole) // 2
+    (folder / "bad_pages.parquet").write_bytes(whole[:4] + b"\xff" * (middle - 4) + whole[middle:])
+    (folder / "bad_cut.parquet").write_bytes(whole[:-1000])
+    pq.write_table(good.drop_columns(["number"]), folder / "bad_missing.parquet")
+    shapes = pa.table({"image": [{"data": [0] * 784, "shape": 784}], "number": [1]})
+    pq.write_table(shapes, folder / "bad_shape.parquet")
+    Path(os.fsdecode(os.fsencode(folder) + b"/latin-\xe9.parquet")).write_bytes(whole)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def scored(model: Path, source: tuple[Path, dict[str, str]]) -> Scored:
-    return score_here(model, source[0].parent / "out", source[0], label_column=None, max_rows_per_file=300)
+def scored(model: Path, source: Path) -> Scored:
+    return score_here(model, source.parent / "out", source, label_column=None, max_rows_per_file=300)
 
 
-def test_counts_add_up_and_every_bad_file_is_named_with_its_reason(scored: Scored, source: tuple[Path, dict[str, str]]) -> None:
+def test_counts_add_up_and_every_bad_file_is_named_with_its_reason(scored: Scored) -> None:
     line = scored.line
-    assert (line["files"], line["failed_files"]) == (FILES + BAD_FILES, BAD_FILES)
-    assert line["input_rows"] == line["scored_rows"] + line["rejected_rows"] == FILES * ROWS_A_FILE
-    assert line["rejected_rows"] == FILES * ROWS_A_FILE // 5
+    assert (line["files"], line["failed_files"]) == (FILES + len(BAD_FILES), len(BAD_FILES))
+    assert line["scored_rows"] + line["rejected_rows"] == FILES * ROWS_A_FILE
+    assert line["rejected_rows"] == FILES * BAD
     manifest = scored.manifest()
-    assert sum(manifest["rejected_by_reason"].values()) == manifest["totals"]["rejected_rows"] == line["rejected_rows"]
+    assert sum(manifest["rejected_by_reason"].values()) == line["rejected_rows"]
     files = scored.files()
-    for name, reason in source[1].items():
-        file = files.pop(name)
-        assert (file["status"], file["scored"], file["rejected"]) == ("failed", 0, 0)
-        assert reason in file["reason"]
+    for name, reason in BAD_FILES.items():
+        assert files[name]["status"] == "failed"
+        assert reason in files[name]["reason"]
         (written,) = [said for said in scored.said.splitlines() if said.startswith(f"cannot be used: {name}: ")]
         assert reason in written
         assert not list((scored.output / "predictions").glob(f"{Path(name).stem}*"))
-    bad = ROWS_A_FILE // 5
-    rows = {"rows": ROWS_A_FILE, "scored": ROWS_A_FILE - bad, "rejected": bad, "status": "scored", "reason": None}
-    assert files == {f"{file:02}.parquet": {"file": f"{file:02}.parquet"} | rows for file in range(FILES)}
+    for file in range(FILES):
+        row = files[f"{file:02}.parquet"]
+        assert (row["rows"], row["scored"], row["rejected"]) == (ROWS_A_FILE, ROWS_A_FILE - BAD, BAD)
+    page = html.unescape((scored.output / "report.html").read_text())
+    assert all(f"<td>{count:,}</td><td>{reason}</td><td>" in page for reason, count in manifest["rejected_by_reason"].items())
+    assert re.search(r"\d\d\.parquet, row \d+; \d\d\.parquet, row \d+", page), "examples"
 
 
-def test_every_bad_row_is_reported_with_its_place_reason_and_values(
-    scored: Scored, source: tuple[Path, dict[str, str]], sample: pa.Table
+def test_every_bad_row_is_reported_and_the_good_rows_beside_it_are_scored(
+    scored: Scored, source: Path, model: Path, sample: pa.Table
 ) -> None:
     file = FILES - 1
-    table, _, _ = rows_of(sample, file)
-    paths = sorted((scored.output / "rejected").glob(f"{file:02}-*.parquet"))
-    rejected = [row for path in paths for row in pq.ParquetFile(path).read().to_pylist()]
-    assert [row["source_row"] for row in rejected] == list(range(0, ROWS_A_FILE, 5))
-    for row in rejected:
+    table, images, numbers = rows_of(sample, file)
+    rejected, predicted = (
+        pa.concat_tables([pq.ParquetFile(path).read() for path in sorted((scored.output / folder).glob(f"{file:02}-*"))])
+        for folder in ("rejected", "predictions")
+    )
+    assert rejected["source_row"].to_pylist() == list(range(0, ROWS_A_FILE, 5))
+    for row in rejected.to_pylist():
         place = row["source_row"]
-        assert row["source_file"] == str(source[0] / f"{file:02}.parquet")
+        assert row["source_file"] == str(source / f"{file:02}.parquet")
         assert WAYS[place // 5 % len(WAYS)][1] in row["reason"]
         original = table.slice(place, 1).to_pylist()[0]
         assert (row["id"], row["image"], row["number"]) == (original["id"], original["image"], original["number"])
         assert row["input_reason"] == "text"
-
-
-def test_the_page_names_bad_rows(scored: Scored) -> None:
-    page = html.unescape((scored.output / "report.html").read_text())
-    manifest = scored.manifest()
-    for reason, count in list(manifest["rejected_by_reason"].items())[:10]:
-        assert f"<td>{count:,}</td><td>{reason}</td><td>" in page
-    assert re.search(r"\d\d\.parquet, row \d+; \d\d\.parquet, row \d+", page), "examples"
-    assert sum(manifest["rows_by_digit"]) == sum(manifest["rows_by_number"]) == scored.line["scored_rows"]
-
-
-def test_the_good_rows_of_the_same_file_are_scored(scored: Scored, model: Path, sample: pa.Table) -> None:
-    file = 3
-    _, images, numbers = rows_of(sample, file)
     good = np.array([row for row in range(ROWS_A_FILE) if row % 5])
-    paths = sorted((scored.output / "predictions").glob(f"{file:02}-*.parquet"))
-    assert len(paths) > 1
-    table = pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
-    assert table["id"].to_pylist() == [f"{file}-{row}" for row in good]
-    check_predictions(table, plain_predictions(model, images[good], numbers[good]))
+    assert predicted["id"].to_pylist() == [f"{file}-{row}" for row in good]
+    check_predictions(predicted, plain_predictions(model, images[good], numbers[good]))
 
 
 @pytest.mark.slow
-def test_a_later_run_reports_only_what_it_sets_aside_itself(
-    scored: Scored, model: Path, source: tuple[Path, dict[str, str]], sample: pa.Table, tmp_path: Path
+def test_a_later_run_scores_a_file_that_was_repaired_and_no_other(
+    scored: Scored, model: Path, source: Path, sample: pa.Table, tmp_path: Path
 ) -> None:
-    """A run without news, and one with a file that was repaired and a new bad one: no other file is scored again."""
-    assert scored.set_aside
     output, folder = Path(shutil.copytree(scored.output, tmp_path / "out")), tmp_path / "in"
-    again = score_here(model, output, source[0], max_rows_per_file=300)
-    assert not again.set_aside
-    assert (again.line["failed_files"], again.line["rejected_rows"]) == (BAD_FILES, scored.line["rejected_rows"]), (
-        "the totals stay"
-    )
-    assert "  rejected: " not in again.said, "the reasons"
-
     before = {path: path.stat().st_mtime_ns for path in (output / "predictions").glob("[0-9]*.parquet")}
-    shutil.copytree(source[0], folder)
+    shutil.copytree(source, folder)
     (folder / "late.parquet").write_bytes(b"no")
-    pq.write_table(rows_of(sample, 3)[0], folder / "bad_cut.parquet")
+    pq.write_table(rows_of(sample, 0)[0], folder / "bad_cut.parquet")
     late = score_here(model, output, folder, max_rows_per_file=300)
-    assert late.set_aside
-    assert late.line["failed_files"] == BAD_FILES
+    assert late.line["failed_files"] == len(BAD_FILES)
     said = [line for line in late.said.splitlines() if line.startswith("cannot be used: ")]
-    assert said == ["cannot be used: late.parquet: is only 2 bytes long; write it again"], "an earlier run has named the others"
-    assert f"{BAD_FILES} files could not be used: " in late.said
-    assert late.line["resumed_rows"] == scored.line["input_rows"]
-    assert late.line["input_rows"] == scored.line["input_rows"] + ROWS_A_FILE
+    assert said == ["cannot be used: late.parquet: is not Parquet, or was cut off; write it again"], (
+        "an earlier run has named the others"
+    )
+    assert late.line["resumed_rows"] == FILES * ROWS_A_FILE
+    assert late.line["scored_rows"] == scored.line["scored_rows"] + ROWS_A_FILE - BAD
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_strict_publishes_nothing(model: Path, source: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="--strict: nothing was scored: 3 files cannot be used"):
-        score_here(model, tmp_path / "out", source[0], strict=True)
-    message = r"nothing was published: 143 rows and 0 files cannot be used below .*: 00\.parquet: row 0: "
+def test_strict_publishes_nothing(model: Path, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=rf"--strict: nothing was scored: {len(BAD_FILES) - 1} files cannot be used"):
+        score_here(model, tmp_path / "out", source, strict=True)
+    message = rf"nothing was published: {BAD} rows and 0 files cannot be used below .*: 00\.parquet: row 0: "
     with pytest.raises(RunError, match=message):
-        score_here(model, tmp_path / "out", source[0] / "00.parquet", strict=True)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"_lock", "_unpublished"}
+        score_here(model, tmp_path / "out", source / "00.parquet", strict=True)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_all_rows_bad_and_no_rows_at_all(model: Path, tmp_path: Path) -> None:
@@ -192,14 +171,26 @@ def test_all_rows_bad_and_no_rows_at_all(model: Path, tmp_path: Path) -> None:
     assert scored.files()["none.parquet"]["status"] == "scored"
     assert scored.table("none.parquet").num_rows == 0
     assert scored.table("none.parquet").column_names == scored.table("nulls.parquet").column_names
-    reason = "the image is null; fill it in or drop the row; the number is null; fill it in or drop the row"
+    reason = f"{NULL}; the number is null; fill it in or drop the row"
     assert scored.table("nulls.parquet", "rejected")["reason"].to_pylist() == [reason] * 3
 
 
-def test_work_that_fails_leaves_no_crash_counter() -> None:
-    """The error's traceback would keep it."""
-    with pytest.raises(RunError) as error, crash_counter() as counter:
-        raise RunError(ray.get(counter.begin.remote("file", "node")))
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(counter.begin.remote("file", "node"))
-    assert error.tb, "which holds the counter"
+def test_labels_and_columns_of_any_type_cost_no_file(model: Path, sample: pa.Table, tmp_path: Path) -> None:
+    """As Spark writes them: INT96 of years that microseconds do not hold, and digits as text or as decimals."""
+    (tmp_path / "in").mkdir()
+    rows = {"image": sample["image"][:3], "number": [1, 2, 3]}
+    digits = {"floats": [0.0, 0.5, None], "texts": ["0", "zero", None]}
+    days = pa.array([0, 2 * 10**13, None], pa.int64()).cast(pa.timestamp("s"))
+    for name, labels in digits.items():
+        table = pa.table(rows | {"digit": labels, "day": days})
+        pq.write_table(table, tmp_path / "in" / f"{name}.parquet", use_deprecated_int96_timestamps=True)
+    scored = score_here(model, tmp_path / "out", tmp_path / "in", label_column="digit")
+    assert (scored.line["scored_rows"], scored.line["failed_files"]) == (6, 0)
+    assert scored.manifest()["labelled_rows"] == 1
+    assert "columns whose type changes in the output: day (INT96); " in scored.said
+    assert "2 INT96 timestamps of a year not in 1 to 9999, written as null" in scored.said
+    assert "3 labels outside 0..9, counted as unknown: floats.parquet: row 1: the label is 0.5, not" in scored.said
+    for name, labels in digits.items():
+        table = scored.table(f"{name}.parquet")
+        assert table["digit"].to_pylist() == labels
+        assert table["day"].to_pylist() == [datetime(1970, 1, 1), None, None]
