@@ -1,8 +1,8 @@
 """Python API of a model: load it, and predict a picture, arrays, or the rows of a table."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, overload
 
@@ -11,11 +11,18 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from mnistsum_ray.data import images as image_columns
-from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.images import (
+    Pixels,
+    decode_images,
+    decode_numbers,
+    image_type_error,
+    join_reasons,
+    number_type_error,
+    one_chunk,
+)
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import plain_table
-from mnistsum_ray.data.picture import prepare_picture
+from mnistsum_ray.data.picture import Picture, prepare_picture
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS, HeadFields
 from mnistsum_ray.storage.paths import locate_existing
@@ -27,22 +34,16 @@ if TYPE_CHECKING:  # torch takes seconds to import
 Model: TypeAlias = "Network | str | Path"
 """A model of `load_model`, or what that takes."""
 
-Picture: TypeAlias = str | Path | bytes | Image.Image
-"""A file, a URI, the bytes of a file, or a picture of Pillow's."""
-
 _SURE: Final = 0.9
 """Least probability of the digit of a picture whose answer is sure."""
 
-_REASON: Final = "reason"
-"""Column with the reason of each row that cannot be scored."""
-
 
 def load_model(model: str | Path) -> "Network":
-    """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI) for `predict` and `predict_rows`.
+    """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI).
 
-    The network is in evaluation mode, float32, on the CPU. It takes images float32[n, 1, 28, 28], which
-    `mnistsum_ray.model.network.prepare_images` makes from pixels, and numbers int64[n] in 0..NUMBERS - 1, and returns the
-    scores (logits) of each head: of the digits [n, 10], of the sums [n, 9 + NUMBERS].
+    The network is in evaluation mode, float32, on the CPU. It takes images float32[n, 1, 28, 28],
+    which `mnistsum_ray.model.network.prepare_images` makes from pixels, and numbers int64[n], and
+    returns the scores (logits) of each head: of the digits [n, 10], of the sums [n, 9 + NUMBERS].
 
     Raises:
         RequestError: there is no such model, it is damaged, or it is of another network.
@@ -96,13 +97,14 @@ def predict(
         predict("runs/mine", "seven.png", 5)
         predict(model, images, numbers)
 
-    A picture is prepared by `prepare_picture`, and its number is an integer in 0..NUMBERS - 1. Arrays are integers[n], and
-    uint8[n, 28, 28] as the training images: of MNIST 0 background, 255 ink.
+    A picture is prepared by `prepare_picture`, and its number is an integer in 0..NUMBERS - 1.
+    Arrays are integers[n], and uint8[n, 28, 28] as the training images: of MNIST 0 background, 255
+    ink.
 
     Returns:
-        Arrays of n: `digit` int8, `digit_prob` float32, `sum` int8, `sum_prob` float32, and those of further heads; with
-        `probabilities` those of all classes, `digit_probs` float32[n, 10] and `sum_probs` float32[n, 19]. For a picture plain
-        numbers of these names, both arrays without n, `consistent`, and `unsure`.
+        Arrays of n: `digit` int8, `digit_prob` float32, `sum` int8, `sum_prob` float32, and those of
+        further heads; with `probabilities` those of all classes, `digit_probs` float32[n, 10] and
+        `sum_probs` float32[n, 19]. For a picture a `PicturePrediction`.
 
     Raises:
         ValueError: wrong shape or dtype, a number out of range, or a batch size below 1.
@@ -147,46 +149,57 @@ def predict_rows(
     *,
     probabilities: bool = False,
 ) -> Any:
-    """Predict the digit and the sum of each row of a table: a Ray Dataset, scored as it is read, or anything that gives its rows
-    to Arrow (`__arrow_c_stream__`), as frames of pandas, Polars and DuckDB and tables of Arrow do.
+    """Predict the digit and the sum of each row of a table.
+
+    The table is a Ray Dataset, which is scored as it is read, or anything that gives its rows to
+    Arrow (`__arrow_c_stream__`), as frames of pandas, Polars and DuckDB and tables of Arrow do.
 
     Images may have any form that scoring takes.
 
     Returns:
-        A Ray Dataset for one, else an Arrow table, with all rows in their order, their columns as they are, and after them
-        `pred_digit` int8, `digit_prob` float32, `pred_sum` int8, `sum_prob` float32, those of further heads, `consistent` bool,
-        and `reason` string. Of a row that cannot be scored all but `reason` are null, and `reason` says why; of all others
-        `reason` is null. With `probabilities`, `digit_probs` and `sum_probs` are in front of `reason`: lists of 10 and of 19
-        float32.
+        A Ray Dataset for one, else an Arrow table, with all rows in their order, their columns as
+        they are, and after them `pred_digit` int8, `digit_prob` float32, `pred_sum` int8, `sum_prob`
+        float32, those of further heads, `consistent` bool, and `reason` string. Of a row that cannot
+        be scored all but `reason` are null, and `reason` says why; of others `reason` is null. With
+        `probabilities`, `digit_probs` and `sum_probs`, lists of 10 and 19 float32, precede `reason`.
 
     Raises:
         TypeError: `rows` is something else.
-        ValueError: a column is missing, has a type that cannot be read, or has the name of one that is added; or the batch size
-            is below 1.
+        ValueError: a column is missing, has a type that cannot be read, or has the name of one that
+            is added; or the batch size is below 1.
     """
     model = _loaded(model, batch_size)
     if "ray.data" in sys.modules and isinstance(rows, sys.modules["ray.data"].Dataset):
         from mnistsum_ray.cluster.ray_internals import in_order
 
-        columns = {"image_column": image_column, "number_column": number_column}
-        block = partial(predict_rows, model, **columns, batch_size=batch_size, probabilities=probabilities)
-        return in_order(rows).map_batches(block, batch_format="pyarrow")
+        def predict_block(block: pa.Table) -> pa.Table:
+            return predict_rows(model, block, image_column, number_column, batch_size, probabilities=probabilities)
+
+        return in_order(rows).map_batches(predict_block, batch_format="pyarrow")
     if not hasattr(rows, "__arrow_c_stream__"):
-        raise TypeError(f"rows: must be a table (with __arrow_c_stream__) or a Ray Dataset, not {type(rows).__name__}")
+        kind = type(rows).__name__
+        raise TypeError(f"rows: must be a table (with __arrow_c_stream__) or a Ray Dataset, not {kind}")
+
+    from mnistsum_ray.model.inference import predict_pairs
+
     table = pa.table(rows)
-    images = _column(table, image_column, image_columns.image_type_error)
-    numbers = _column(table, number_column, image_columns.number_type_error)
-    names = [*PREDICTION_FIELDS.names, *(PROBABILITY_FIELDS.names if probabilities else ()), _REASON]
+    added = [*PREDICTION_FIELDS.names, *(PROBABILITY_FIELDS.names if probabilities else ()), "reason"]
     for name in table.column_names:
-        if name.lower() in names:
+        if name.lower() in added:
             raise ValueError(f"column {name!r} would be added; rename it")
-    for name, values in _predicted_columns(model, images, numbers, batch_size, probabilities).items():
+    images, bad_images = decode_images(_column(table, image_column, image_type_error))
+    numbers, bad_numbers = decode_numbers(_column(table, number_column, number_type_error))
+    bad_rows = join_reasons(bad_images, bad_numbers)
+    reasons = pa.array([bad_rows.get(row) for row in range(len(numbers))], pa.string())
+    predictions = predict_pairs(model, images, numbers, batch_size, probabilities)
+    bad = reasons.is_valid().to_numpy(zero_copy_only=False)
+    for name, values in predictions.to_arrow(numbers, bad).items():
         table = table.append_column(name, values)
-    return table
+    return table.append_column("reason", reasons)
 
 
-def _column(table: pa.Table, name: str, type_error: Any) -> pa.Array:
-    """A column as one array of a plain type, of which `type_error` gives no reason why it cannot be read."""
+def _column(table: pa.Table, name: str, type_error: Callable[[pa.DataType], str | None]) -> pa.Array:
+    """A column as one array of a plain type, of which `type_error` says why it cannot be read."""
     if table.column_names.count(name) != 1:
         present = ", ".join(map(repr, table.column_names))
         raise ValueError(f"there must be one column {name!r}; there are {present}")
@@ -194,20 +207,7 @@ def _column(table: pa.Table, name: str, type_error: Any) -> pa.Array:
     error = type_error(column.type)
     if error:
         raise ValueError(f"column {name!r} {error}")
-    return image_columns.one_chunk(column)
-
-
-def _predicted_columns(model: "Network", images: pa.Array, numbers: pa.Array, batch: int, probs: bool) -> dict[str, pa.Array]:
-    """The columns that `predict_rows` adds, by name."""
-    from mnistsum_ray.model.inference import predict_pairs
-
-    pixels, bad_images = image_columns.decode_images(images)
-    values, bad_numbers = image_columns.decode_numbers(numbers)
-    bad_rows = image_columns.join_reasons(bad_images, bad_numbers)
-    reasons = [bad_rows.get(row) for row in range(len(values))]
-    bad = np.array([reason is not None for reason in reasons], bool)
-    predictions = predict_pairs(model, pixels, values, batch, probs)
-    return predictions.to_arrow(values, bad) | {_REASON: pa.array(reasons, pa.string())}
+    return one_chunk(column)
 
 
 def _loaded(model: Model, batch_size: int) -> "Network":

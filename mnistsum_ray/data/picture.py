@@ -3,7 +3,7 @@
 import io
 import warnings
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.errors import RequestError, StorageError, one_line
 from mnistsum_ray.storage.paths import locate_existing
+
+Picture: TypeAlias = str | Path | bytes | Image.Image
+"""A file, a URI, the bytes of a file, or a picture of Pillow's."""
 
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are only pixels: for EPS, Pillow would run another program."""
@@ -26,18 +29,16 @@ _MIN_CONTRAST: Final = 16
 """Distance in 0..255 of ink from the edge, below which a picture is empty."""
 
 _FAINT: Final = 0.25
-"""Share of the strongest ink, below which nothing is drawn: the grain of paper, and what JPEG adds. What lacks less than this is
-drawn in full."""
+"""Share of the strongest ink, below which nothing is drawn: the grain of paper, and what JPEG adds.
+What lacks less than this is drawn in full."""
 
 
-def prepare_picture(picture: str | Path | bytes | Image.Image, background: int = 0) -> Pixels:
+def prepare_picture(picture: Picture, background: int = 0) -> Pixels:
     """Prepare a picture as training images with this background, 0 or 255, were: uint8[28, 28].
 
-    It is turned as its EXIF says, put on white where it is transparent, and made grey. Ink is what is darker or lighter than the
-    edge. It is cropped to that, scaled to fit 20 x 20 pixels with its proportions, and centred by its mass.
-
-    Args:
-        picture: a file, a URI, the bytes of a file, or a picture of Pillow's.
+    It is turned as its EXIF says, put on white where it is transparent, and made grey. Ink is what
+    is darker or lighter than the edge. It is cropped to that, scaled to fit 20 x 20 pixels with its
+    proportions, and centred by its mass.
 
     Raises:
         RequestError: there is no such file, it is no picture, or nothing is drawn on it.
@@ -48,19 +49,19 @@ def prepare_picture(picture: str | Path | bytes | Image.Image, background: int =
     if strongest < _MIN_CONTRAST:
         raise RequestError(f"{name}: nothing is drawn on it that is darker or lighter than its edge")
     ink = ((ink / strongest - _FAINT) / (1 - 2 * _FAINT)).clip(0, 1)
-    drawn = Image.fromarray((255 * ink).astype(np.uint8))
+    drawn = Image.fromarray(ink)
     drawn = drawn.crop(drawn.getbbox())
     scale = _BOX / max(drawn.size)
     width, height = (max(1, round(scale * side)) for side in drawn.size)  # a line may be thinner than a pixel
-    small = np.asarray(drawn.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-    small = small * (255 / small.max())  # thin strokes have become faint
+    small = np.asarray(drawn.resize((width, height), Image.Resampling.BICUBIC)).clip(0)
+    small *= 255 / small.max()  # thin strokes have become faint
     pixels = np.zeros((SIDE, SIDE), np.uint8)
     top, left = (_first(small.sum(1 - axis)) for axis in (0, 1))
     pixels[top : top + height, left : left + width] = small.round()
-    return np.abs(background - pixels.astype(int)).astype(np.uint8)
+    return pixels if background == 0 else 255 - pixels
 
 
-def _read_grey(picture: str | Path | bytes | Image.Image) -> tuple[str, npt.NDArray[np.float32]]:
+def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
     """The name of a picture in messages, and its brightness, float32[height, width] in 0..255."""
     name = "the picture"
     try:
@@ -69,32 +70,37 @@ def _read_grey(picture: str | Path | bytes | Image.Image) -> tuple[str, npt.NDAr
             name, picture = place.display, place.read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(picture), formats=_FORMATS) if isinstance(picture, bytes) else picture
-            image = ImageOps.exif_transpose(image)
+            if isinstance(picture, bytes):
+                picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
+            image = ImageOps.exif_transpose(picture)
             if image.mode.startswith("I;16"):  # a scan, which `convert` would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGBA")
     except StorageError as error:
         raise RequestError(str(error)) from None
     except UnidentifiedImageError:
-        raise RequestError(f"{name}: is no picture of a known format ({', '.join(_FORMATS)}); convert it to PNG") from None
+        known = ", ".join(_FORMATS)
+        raise RequestError(f"{name}: is no picture of a known format ({known}); convert it to PNG") from None
     except RequestError:
         raise
     except Exception as error:  # Pillow's decoders raise many types
-        raise RequestError(f"{name}: cannot be read as a picture ({one_line(error)}); save it again") from None
+        why = one_line(error)
+        raise RequestError(f"{name}: cannot be read as a picture ({why}); save it again") from None
     image.thumbnail((_WORKING_SIDE, _WORKING_SIDE))
     white = Image.new("RGBA", image.size, "white")
     return name, np.asarray(Image.alpha_composite(white, image).convert("L"), np.float32)
 
 
 def _first(mass: npt.NDArray[np.float32]) -> int:
-    """Where in 28 pixels a digit begins whose mass, by row or column, is then in the middle, as far as the digit fits."""
+    """Where in 28 pixels a digit with this mass, by row or column, begins, so that its centre of
+    mass is in the middle, as far as the digit fits."""
     centre = np.average(np.arange(len(mass)), weights=mass)
     return int(np.clip(round(SIDE / 2 - centre), 0, SIDE - len(mass)))
 
 
 def background_of(images: npt.NDArray[Any]) -> int:
-    """The brightness of most of the edge of images [..., height, width], rounded to 0 or 255; of none 0, as MNIST's is."""
+    """The brightness of most of the edge of images [..., height, width], rounded to 0 or 255; of none
+    0, as MNIST's is."""
     return 255 if images.size and np.median(_border(images)) > 127 else 0
 
 

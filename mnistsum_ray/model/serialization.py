@@ -133,7 +133,7 @@ def read_description(data: bytes) -> dict[str, Any]:
     length = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8 : 8 + length])
-        description = json.loads(header["__metadata__"][HEADER_KEY])
+        description: dict[str, Any] = json.loads(header["__metadata__"][HEADER_KEY])
         version = description["format"]
     except (LookupError, TypeError, ValueError, RecursionError):
         version = None

@@ -13,10 +13,8 @@ from PIL import Image
 
 from mnistsum_ray import prepare_picture
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
-from mnistsum_ray.data.picture import background_of
+from mnistsum_ray.data.picture import Picture, background_of
 from mnistsum_ray.errors import RequestError
-
-Drawn = str | Path | bytes | Image.Image
 
 
 def large(image: Pixels, side: int = 280) -> Image.Image:
@@ -51,7 +49,7 @@ def photographed(image: Pixels) -> bytes:
     return file.getvalue()
 
 
-FORMS: dict[str, Callable[[Pixels], Drawn]] = {
+FORMS: dict[str, Callable[[Pixels], Picture]] = {
     "as it is": Image.fromarray,
     "dark, as it is": lambda image: Image.fromarray(255 - image),
     "shifted": lambda image: Image.fromarray(np.pad(image, ((6, 2), (0, 8)))),
@@ -82,16 +80,20 @@ def test_an_image_of_mnist_comes_back_however_it_is_drawn(form: str, sample: pa.
         pixels = prepare_picture(drawn)
         assert likeness(pixels, image) > 0.9
         assert np.array_equal(prepare_picture(drawn, 255), 255 - pixels), "as a model for dark digits on light takes it"
-        assert (pixels.dtype, pixels.shape, pixels.max(), background_of(pixels)) == (np.uint8, (28, 28), 255, 0)
+        assert pixels.dtype == np.uint8
+        assert (pixels.shape, pixels.max(), background_of(pixels)) == ((28, 28), 255, 0)
         mass = [pixels.sum(1 - axis) @ np.arange(28) / pixels.sum() for axis in (0, 1)]
         assert np.abs(np.array(mass) - 14).max() <= 0.51
 
 
-def test_the_thinnest_line_and_the_background_of_no_images() -> None:
+def test_the_thinnest_lines_and_the_background_of_no_images() -> None:
     line = Image.new("L", (1000, 1000), 255)
     line.paste(0, (500, 100, 501, 900))
-    pixels = prepare_picture(line)
-    assert np.argwhere(pixels).tolist() == [[row, 14] for row in range(4, 24)]
+    assert np.argwhere(prepare_picture(line)).tolist() == [[row, 14] for row in range(4, 24)]
+    dots = Image.new("L", (1000, 1000), 255)
+    for x, y in ((10, 100), (990, 900)):
+        dots.putpixel((x, y), 0)
+    assert prepare_picture(dots).max() == 255
     assert background_of(np.zeros((0, 28, 28))) == 0
 
 
@@ -102,7 +104,7 @@ def test_what_shows_nothing_or_is_no_picture_is_refused_in_one_line(tmp_path: Pa
     for name, data in (("text.png", b"seven"), ("cut.png", whole.getvalue()[:60]), ("white.png", whole.getvalue())):
         (tmp_path / name).write_bytes(data)
     os.mkfifo(tmp_path / "pipe")
-    refused: list[tuple[Drawn, str]] = [
+    refused: list[tuple[Picture, str]] = [
         (tmp_path / "text.png", "is no picture of a known format"),
         (b"", "is no picture of a known format"),
         (tmp_path / "cut.png", "cannot be read as a picture"),
@@ -117,7 +119,7 @@ def test_what_shows_nothing_or_is_no_picture_is_refused_in_one_line(tmp_path: Pa
     for picture, said in refused:
         with pytest.raises(RequestError, match=said) as error:
             prepare_picture(picture)
-        name = picture if isinstance(picture, str | Path) else "the picture"
+        name = str(picture) if isinstance(picture, str | Path) else "the picture"
         assert str(error.value).startswith(f"{name}: ")
         assert "\n" not in str(error.value)
     for limit in (6000, 4000):  # where Pillow warns, and where it refuses

@@ -97,6 +97,16 @@ def test_other_weights_are_refused(tmp_path: Path, case: str) -> None:
     refused(locate(str(tmp_path), "--model"), said)
 
 
+def become_a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def become_a_device(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
 def with_header(file: Path, header: str) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header.encode())
 
@@ -104,8 +114,8 @@ def with_header(file: Path, header: str) -> None:
 DEEP = 100_000 * "["
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (Path.unlink, "holds no model"),
-    "pipe": (lambda file: (file.unlink(), os.mkfifo(file)), "is a folder, a pipe or a device, and no file"),
-    "device": (lambda file: (file.unlink(), file.symlink_to("/dev/zero")), "is a folder, a pipe or a device, and no file"),
+    "pipe": (become_a_pipe, "is a folder, a pipe or a device, and no file"),
+    "device": (become_a_device, "is a folder, a pipe or a device, and no file"),
     "two bytes": (lambda file: file.write_bytes(b"PK"), "cannot be used"),
     "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-100]), "cannot be used"),
     "other bytes": (lambda file: file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1"), "is damaged"),
