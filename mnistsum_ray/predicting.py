@@ -129,8 +129,10 @@ def predict(
 def _predict_picture(model: Model, picture: Picture, number: int) -> PicturePrediction:
     if number not in range(NUMBERS):
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
+    pixels = prepare_picture(picture)  # before the import of PyTorch: a refusal comes at once
     model = _loaded(model, 1)
-    pixels = prepare_picture(picture, model.background)
+    if model.background:
+        pixels = 255 - pixels
     numbers = np.array([int(number)])
     found = predict(model, pixels[None], numbers, batch_size=1, probabilities=True)
     columns = zip(PREDICTION_FIELDS.names, found.columns(numbers), strict=True)
