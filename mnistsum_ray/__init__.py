@@ -8,8 +8,8 @@ The Python API does what the jobs do from a shell:
     score(ScoreConfig(model=trained.run, input=("pairs/",), output="scored/"))
     answer = predict(trained.run, "seven.png", 5)  # a picture and a number
     predictions = predict(load_model(trained.run), images, numbers)  # uint8[n, 28, 28] and int64[n]
-    frame = predict_rows(load_model(trained.run), frame)  # a pandas or Polars DataFrame, an Arrow table, a Ray Dataset
-    features = embed(load_model(trained.run), images)  # float32[n, 1152]
+    table = predict_rows(load_model(trained.run), frame)  # of pandas, Polars, DuckDB or Arrow; or a Ray Dataset
+    pixels = prepare_picture("seven.png")  # uint8[28, 28], as training and scoring take images
 """
 
 from importlib import import_module
@@ -21,8 +21,9 @@ __version__: Final = "0.1.0"
 if TYPE_CHECKING:
     from mnistsum_ray.api import fit, score
     from mnistsum_ray.config import ScoreConfig, TrainConfig
+    from mnistsum_ray.data.picture import prepare_picture
     from mnistsum_ray.errors import RequestError, RunError, TryAgainError
-    from mnistsum_ray.predicting import decode_images, embed, load_model, predict, predict_rows
+    from mnistsum_ray.predicting import load_model, predict, predict_rows
     from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 
 __all__ = [
@@ -33,12 +34,11 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "TryAgainError",
-    "decode_images",
-    "embed",
     "fit",
     "load_model",
     "predict",
     "predict_rows",
+    "prepare_picture",
     "score",
 ]
 

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from mnistsum_ray import __version__
 from mnistsum_ray.cluster.stop import StopOnSignals, defer_signals
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, TextAsked, TryAgainError, counted, did_you_mean, printable, shell_command
+from mnistsum_ray.errors import (
+    RequestError,
+    RunError,
+    RunInterrupted,
+    TextAsked,
+    TryAgainError,
+    counted,
+    did_you_mean,
+    printable,
+    shell_command,
+)
 from mnistsum_ray.storage.uri import masked
 
 if TYPE_CHECKING:
@@ -121,23 +131,22 @@ def predict(config: "PredictConfig") -> Outcome:
         mnistsum predict seven.png --number 5 --model runs/mine
 
     The picture may have any size, with ink darker or lighter than its background,
-    or a transparent background. It is prepared as MNIST's own were: cropped to the
-    ink, scaled to fit 20 x 20 pixels and centred in 28 x 28; a line says how. One
-    with much else on it, or lit unevenly, is refused, and where it may not be one
-    whole digit, a line says that the answer is unsure. No Ray is started.
+    and nothing else on it. It is prepared as MNIST's own were: made grey, cropped
+    to the ink, scaled to fit 20 x 20 pixels and centred in 28 x 28. Where the
+    digit's probability is below 90 %, a line says that the answer is unsure. No Ray
+    is started.
     """
     from mnistsum_ray.errors import percent
     from mnistsum_ray.model.heads import HEADS, PROBABILITY_FIELDS, SUM
     from mnistsum_ray.predicting import predict as predict_picture
     from mnistsum_ray.reporting.console import Console
 
-    say, found = Console().say, predict_picture(config.model, config.picture, config.number, prepare=config.prepare)
-    say(f"{config.picture}: {found.prepared}")
+    say, found = Console().say, predict_picture(config.model, config.picture, config.number)
     asked = {head.name: head.name for head in HEADS} | {SUM.name: f"digit + {found.number}"}
     answers = (f"{what}: {getattr(found, name)} ({percent(getattr(found, f'{name}_prob'))})" for name, what in asked.items())
     say(", ".join(answers))
     if found.unsure:
-        say(f"unsure: {found.unsure}")
+        say("unsure: the digit's probability is below 90 %")
     arrays = ("pixels", *PROBABILITY_FIELDS.names)
     return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key not in arrays}, DONE
 

@@ -369,5 +369,3 @@ class PredictConfig(JobConfig):
     """number that is added to the digit, from 0"""
     model: PathText
     """folder or URI of a training run, or of its model folder"""
-    prepare: bool = True
-    """prepare the picture as MNIST's were; else its 28 x 28 pixels are taken as they are"""

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from mnistsum_ray import __version__, cli
 from mnistsum_ray.config import PredictConfig
-from mnistsum_ray.errors import RequestError, percent
+from mnistsum_ray.errors import percent
 from tests.conftest import default_signals
 
 ROOT = Path(__file__).parents[1]
@@ -113,12 +113,6 @@ def test_help_fits_a_terminal_and_comes_at_once_since_it_imports_nothing_large(m
     assert rest in text
 
 
-def test_the_driver_of_a_scoring_imports_no_pytorch() -> None:
-    """It takes two seconds of a core, and the workers import it at the same time."""
-    code = "import sys, mnistsum_ray.scoring.driver, mnistsum_ray.reporting.pictures; print('torch' in sys.modules)"
-    assert run(sys.executable, "-c", code).stdout == "False\n"
-
-
 def test_one_picture_is_answered_in_words_and_as_json(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,17 +123,13 @@ def test_one_picture_is_answered_in_words_and_as_json(
     answer, code = cli.predict(PredictConfig(picture="seven.jpg", number=5, model=str(model)))
     line = json.loads(json.dumps(answer))
     assert code == 0
-    assert list(line) == ["picture", "number", "digit", "digit_prob", "sum", "sum_prob", "consistent", "prepared", "unsure"]
+    assert list(line) == ["picture", "number", "digit", "digit_prob", "sum", "sum_prob", "consistent", "unsure"]
     assert (line["picture"], line["number"]) == ("seven.jpg", 5)
-    assert line["prepared"].startswith("300x400 colour, dark ink on light: inverted, cropped to ")
-    how, answers, unsure = capsys.readouterr().err.splitlines()
-    assert how == f"seven.jpg: {line['prepared']}"
+    answers, unsure = capsys.readouterr().err.splitlines()
     digit, total = (f"{line[head]} ({percent(line[f'{head}_prob'])})" for head in ("digit", "sum"))
     assert answers == f"digit: {digit}, digit + 5: {total}"
-    assert unsure == f"unsure: {line['unsure']}"
-    assert line["unsure"].startswith("the digit's probability is below 90%"), "the weights are random"
-    with pytest.raises(RequestError, match="is 300x400 colour, not 28x28"):
-        cli.predict(PredictConfig(picture="seven.jpg", number=5, model=str(model), prepare=False))
+    assert unsure == "unsure: the digit's probability is below 90 %", "the weights are random"
+    assert line["unsure"] is True
 
 
 _JOB = """

@@ -1,9 +1,11 @@
-"""Predictions for the tables that people have in memory and for one picture, and the decoder of images."""
+"""Predictions for the tables that people have in memory, for arrays and for one picture."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -13,14 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mnistsum_ray import RequestError, decode_images, embed, load_model, predict, predict_rows
+from mnistsum_ray import RequestError, RunError, load_model, predict, predict_rows, prepare_picture
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import TwoHeadCNN
 
 ROWS = 30
-ADDED = [*PREDICTION_FIELDS.names, "reason"]
 
 
 @pytest.fixture(scope="module")
@@ -40,39 +41,20 @@ def table() -> pa.Table:
     return pa.table({"id": ids, "image": pa.array(images, pa.binary()), "number": pa.array(numbers, pa.int8())})
 
 
-def to_pandas(table: pa.Table) -> pd.DataFrame:
-    """A frame with an index, and with columns that Arrow cannot hold."""
-    frame = table.to_pandas(types_mapper={pa.int8(): pd.Int8Dtype(), pa.int64(): pd.Int64Dtype()}.get)
-    frame.index = pd.Index(range(100, 100 + ROWS))
-    frame["tuple"] = pd.Series([(row, "x") for row in range(ROWS)], frame.index)
-    frame["mixed"] = pd.Series([1, "a", *[None] * (ROWS - 2)], frame.index, dtype=object)
-    return frame
+FRAMES: dict[str, Callable[[pa.Table], Any]] = {
+    "Arrow": lambda table: table,
+    "batches of Arrow": lambda table: table.to_reader(max_chunksize=7),
+    "pandas": lambda table: table.to_pandas(types_mapper={pa.int8(): pd.Int8Dtype(), pa.int64(): pd.Int64Dtype()}.get),
+    "Polars": pl.from_arrow,
+    "DuckDB": duckdb.from_arrow,
+}
 
 
-def to_polars(table: pa.Table) -> Any:
-    frame: Any = pl.from_arrow(table)
-    return frame.with_columns(pl.Series("object", [(row, "x") for row in range(ROWS)], dtype=pl.Object))
-
-
-@pytest.mark.parametrize("convert", [lambda table: table, to_pandas, to_polars], ids=["arrow", "pandas", "polars"])
-def test_a_table_comes_back_as_it_was_with_predictions(
-    network: TwoHeadCNN, table: pa.Table, convert: Callable[[pa.Table], Any]
-) -> None:
-    rows = convert(table)
-    answered = predict_rows(network, rows, probabilities=True)
-    assert type(answered) is type(rows)
-    if isinstance(rows, pd.DataFrame):
-        pd.testing.assert_frame_equal(answered[rows.columns], convert(table))
-        assert [str(kind) for kind in answered.dtypes[ADDED]] == ["Int8", "Float32", "Int8", "Float32", "boolean", "string"]
-        done = pa.table({name: pa.array(answered[name]) for name in ["id", *ADDED, "digit_probs", "sum_probs"]})
-    elif isinstance(rows, pa.Table):
-        assert answered.select(rows.column_names).equals(table)
-        done = answered
-    else:
-        assert answered.select(rows.columns).schema == rows.schema
-        assert answered["object"].to_list() == rows["object"].to_list()
-        done = answered.drop("object").to_arrow()
-    assert done["id"].to_pylist() == table["id"].to_pylist()
+@pytest.mark.parametrize("frame", FRAMES)
+def test_rows_come_back_with_predictions(network: TwoHeadCNN, table: pa.Table, frame: str) -> None:
+    done = predict_rows(network, FRAMES[frame](table), probabilities=True)
+    assert done.column_names == [*table.column_names, *PREDICTION_FIELDS.names, "digit_probs", "sum_probs", "reason"]
+    assert done.select(table.column_names).to_pylist() == table.to_pylist()
     reasons = done["reason"].to_pylist()
     assert "8 bytes" in reasons[3]
     assert reasons[5] == "the number is null; fill it in or drop the row"
@@ -87,32 +69,48 @@ def test_a_table_comes_back_as_it_was_with_predictions(
             assert np.array_equal(found, expected.values[name].astype(np.float32)), name
 
 
-def test_features_of_images(network: TwoHeadCNN, model: Path, table: pa.Table) -> None:
-    images, _ = decode_images(table["image"])
-    found = embed(model, images, batch_size=8)
-    assert (str(found.dtype), found.shape, embed(network, images[:0]).shape) == ("float32", (ROWS, 1152), (0, 1152))
-    with torch.inference_mode():
-        scores = network.conv7(torch.from_numpy(found).view(ROWS, 128, 3, 3)).flatten(1)
-        torch.testing.assert_close(scores, network.digit_scores(prepare_images(torch.from_numpy(images))), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"images: must be uint8\[n, 28, 28\], are float32\[30, 28, 28\]"):
-        embed(network, images.astype(np.float32))
-
-
 def test_one_picture(network: TwoHeadCNN, model: Path, table: pa.Table, tmp_path: Path) -> None:
     pixels = np.frombuffer(table["image"][0].as_py(), np.uint8).reshape(28, 28)
     picture, file = Image.fromarray(pixels), tmp_path / "one.png"
     picture.save(file)
     found = predict(str(model), file, 5)
     assert found == predict(network, picture, 5) == predict(network, str(file), 5)
-    assert np.array_equal(found.pixels, pixels)
-    expected = predict(network, pixels[None], np.array([5]))
+    assert np.array_equal(found.pixels, prepare_picture(file))
+    expected = predict(network, found.pixels[None], np.array([5]))
     assert (found.digit, found.sum) == (expected.digit[0], expected.sum[0])
     assert [found.digit, found.sum] == [found.digit_probs.argmax(), found.sum_probs.argmax()]
     assert (found.digit_prob, found.sum_prob) == pytest.approx((expected.digit_prob[0], expected.sum_prob[0]), abs=1e-5)
-    assert (found.number, found.consistent) == (5, found.sum == found.digit + 5)
+    assert (found.number, found.consistent, found.unsure) == (5, found.sum == found.digit + 5, True)
     for number in (10, -1, 2.5, None):
         with pytest.raises(RequestError, match=f"the number is {number}, not one of 0..9"):
             predict(network, picture, number)  # type: ignore[arg-type]
+
+
+RECIPE = """
+rows = pd.read_csv("photos.csv")  # columns: file, number, and any others
+rows["image"] = [prepare_picture(file).tobytes() for file in rows["file"]]
+rows.to_parquet("photos.parquet")
+"""
+"""Of README."""
+
+
+def test_parquet_is_made_of_pictures(
+    network: TwoHeadCNN, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pixels = np.frombuffer(table["image"][0].as_py(), np.uint8).reshape(28, 28)
+    Image.fromarray(255 - pixels).resize((300, 300)).save("one.jpg")
+    Path("photos.csv").write_text("file,number\none.jpg,5\n")
+    exec(RECIPE, {"pd": pd, "prepare_picture": prepare_picture})
+    found = predict_rows(network, pq.read_table("photos.parquet"))
+    assert (found["pred_digit"].to_pylist(), found["reason"].to_pylist()) == ([predict(network, "one.jpg", 5).digit], [None])
+
+
+def test_scores_that_are_not_finite_are_an_error(network: TwoHeadCNN, table: pa.Table) -> None:
+    broken = deepcopy(network)
+    torch.nn.init.constant_(broken.conv1.weight, 3e38)
+    with pytest.raises(RunError, match="scores are infinite or NaN for some image"):
+        predict_rows(broken, table)
 
 
 def test_views_with_negative_strides_are_predicted(network: TwoHeadCNN) -> None:
@@ -132,28 +130,13 @@ def test_columns_that_do_not_fit_are_errors(network: TwoHeadCNN, table: pa.Table
     with pytest.raises(ValueError, match="column 'Sum_Probs' would be added; rename it"):
         predict_rows(network, table.append_column("Sum_Probs", table["id"]), probabilities=True)
     assert predict_rows(network, table.append_column("Sum_Probs", table["id"])).num_rows == ROWS
-    with pytest.raises(ValueError, match=r"column 'number': .*too large"):
-        predict_rows(network, pd.DataFrame({"image": [bytes(784)], "number": [2**70]}))
     with pytest.raises(TypeError, match="not dict"):
         predict_rows(network, table.to_pydict())
 
 
 def test_no_rows_and_a_model_by_its_path(model: Path, table: pa.Table) -> None:
-    assert predict_rows(model, table.slice(0, 0)).column_names == [*table.column_names, *ADDED]
+    assert predict_rows(model, table.slice(0, 0))["reason"].type == pa.string()
     assert predict_rows(model, table.slice(0, 0), probabilities=True)["sum_probs"].type == pa.list_(pa.float32(), 19)
-
-
-def test_images_are_decoded(table: pa.Table) -> None:
-    expected = pixels_view(one_chunk(pq.read_table(SAMPLE)["image"]))[:ROWS]
-    for values in (table["image"], table["image"].to_pylist(), pl.Series(table["image"]), table["image"].to_pandas()):
-        images, reasons = decode_images(values)
-        assert images.dtype == np.uint8
-        assert list(reasons) == [3]
-        assert np.array_equal(np.delete(images, 3, 0), np.delete(expected, 3, 0))
-        assert not images[3].any()
-    assert np.array_equal(decode_images(expected.reshape(ROWS, -1).tolist())[0], expected)
-    with pytest.raises(ValueError, match="images: "):
-        decode_images([0.5])
 
 
 def test_a_batch_size_below_one_is_an_error(network: TwoHeadCNN, table: pa.Table) -> None:

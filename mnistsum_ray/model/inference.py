@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mnistsum_ray.data.images import SIDE, Pixels
+from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, PROBABILITY_FIELDS, SUM
 from mnistsum_ray.model.int8 import int8_digit_scores
@@ -152,6 +153,8 @@ def _predict(
             found[f"{head.name}_nll"], found[f"{head.name}_brier"] = nll * known, brier * known
     # In one copy from the device; classes are exact in float32.
     flat = torch.cat([values.float().flatten() for values in found.values()]).cpu()
+    if not flat.isfinite().all():
+        raise RunError("the model's scores are infinite or NaN for some image: its weights are too large; train again")
     arrays = [values.numpy() for values in split_views(flat, [values.shape for values in found.values()])]
     types = {f"pred_{head.name}": head.type.to_pandas_dtype() for head in HEADS}
     named = zip(found, arrays, strict=True)

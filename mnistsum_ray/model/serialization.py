@@ -1,20 +1,42 @@
-"""Write model folders, and load them as networks; `folder` reads them without PyTorch."""
+"""Model folders: `model.safetensors` and `model.json`.
 
+`model.safetensors` holds the weights and, in its header, the description; `model.json` is a copy to read. With both in one file,
+no kill and no reader in between meets weights beside the description of others.
+"""
+
+import hashlib
 import json
-from typing import Any
+from typing import Any, Final
 
 import torch
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mnistsum_ray.errors import RequestError, one_line, shortened
-from mnistsum_ray.model.folder import DESCRIPTION_FILE, HEADER_KEY, INTERFACE, MODEL_FORMAT, WEIGHTS_FILE, checksum_of, read_model
-from mnistsum_ray.model.heads import NETWORK
-from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, Network, make_network
+from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shortened
+from mnistsum_ray.model.heads import HEADS, NETWORK
+from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, Network, make_network, prepare_images
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 
+MODEL_FORMAT: Final = "mnistsum_ray/5"
+"""Format of a model folder; since 5 the temperatures are folded into the weights."""
+WEIGHTS_FILE: Final = "model.safetensors"
+DESCRIPTION_FILE: Final = "model.json"
+
+HEADER_KEY: Final = "mnistsum_ray"
+"""Key of the description in the header of WEIGHTS_FILE."""
+
+INTERFACE: Final = {
+    "network": NETWORK,
+    "number": f"0..{NUMBERS - 1}",
+    "output": {head.name: f"{head.classes} scores" for head in HEADS},
+}
+"""Entries of a description (`number` is one of `input`) without which a model cannot be used here."""
+
 Weights = dict[str, Tensor]
+"""float32, but for buffers such as the number of batches of `nn.BatchNorm2d`."""
 
 
 def copy_weights(model: Network) -> Weights:
@@ -57,19 +79,82 @@ def load_model(folder: Location) -> tuple[Network, dict[str, Any]]:
     """Load a model folder, or the `model` folder of a run: the network in evaluation mode, and the description.
 
     Raises:
-        RequestError: as `read_model`; or its tensors are not those of the network.
+        RequestError: there is no model, another version wrote it, it is damaged, of another network, or its scores are not
+            finite.
     """
-    weights, description = read_model(folder)
-    model = make_network()
     try:
-        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
-    except RuntimeError as error:
-        differ = shortened(one_line(error).partition(": ")[2])
-        raise RequestError(f"{folder.display}: its tensors are not those of the network {NETWORK} ({differ})") from None
-    model.background = 255 if description["input"].get("background") else 0  # of a model before this entry: MNIST's
-    return model.eval(), description
+        if not (folder / WEIGHTS_FILE).exists():
+            folder = folder / "model"
+        data = (folder / WEIGHTS_FILE).read_bytes()
+    except MissingFileError:
+        raise RequestError(f"{folder.display}: holds no model (no {WEIGHTS_FILE})") from None
+    except StorageError as error:
+        raise RequestError(str(error)) from None
+    try:
+        weights = load_tensors(data)
+        description = read_description(data)
+    except Exception as error:  # of bytes that anybody may have written, libraries raise many types
+        raise RequestError(f"{folder.display}: {WEIGHTS_FILE} cannot be used: {shortened(one_line(error))}") from None
+    network = make_network().eval()
+    expected, found = _types(network.state_dict()), _types(weights)
+    if found != expected:
+        name = min(found.items() ^ expected.items())[0]
+        what = f"{name}: {found.get(name, 'none')}, and here {expected.get(name, 'none')}"
+        raise RequestError(f"{folder.display}: its tensors are not those of the network {NETWORK} ({shortened(what)})")
+    if checksum(weights) != description["sha256"]:
+        raise RequestError(f"{folder.display}: {WEIGHTS_FILE} is damaged (the SHA-256 of its weights differs)")
+    network.load_state_dict(weights)
+    if not _is_finite(network):
+        raise RequestError(f"{folder.display}: its scores are infinite or NaN; train again")
+    network.background = description["input"]["background"]
+    return network, description
+
+
+def _types(weights: Weights) -> dict[str, str]:
+    return {name: f"{value.dtype} {list(value.shape)}" for name, value in weights.items()}
+
+
+@torch.inference_mode()
+def _is_finite(network: Network) -> bool:
+    """Whether the weights are finite, and the scores of an empty, a full and a random image. Any others are checked when they
+    are scored."""
+    random = torch.randint(256, (1, 28, 28), generator=torch.Generator().manual_seed(0))
+    images = torch.cat([torch.zeros(1, 28, 28), torch.full((1, 28, 28), 255), random]).to(torch.uint8)
+    scores = network(prepare_images(images), torch.tensor([0, 0, NUMBERS - 1]))
+    return all(bool(values.isfinite().all()) for values in (*network.state_dict().values(), *scores))
+
+
+def read_description(data: bytes) -> dict[str, Any]:
+    """The description in the header of a `model.safetensors`, which is JSON after eight bytes with its length.
+
+    Raises:
+        ValueError: there is none, or another version wrote it.
+    """
+    length = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        description: dict[str, Any] = json.loads(header["__metadata__"][HEADER_KEY])
+        version = description["format"]
+    except (LookupError, TypeError, ValueError, RecursionError):
+        version = None
+    if version != MODEL_FORMAT:
+        raise ValueError(f"its format is not {MODEL_FORMAT!r}; train again with this version")
+    for name, kind in (("sha256", str), ("epoch", int), ("parameters", int), ("input", dict)):
+        if not isinstance(description.get(name), kind):
+            raise ValueError(f"its {name!r} is {str(description.get(name, 'missing'))[:80]}")
+    for name, expected in INTERFACE.items():
+        found = (description | description["input"]).get(name)
+        if found != expected:
+            raise ValueError(f"its {name!r} is {shortened(str(found))}, and here {expected}; train again")
+    if description["input"].get("background") not in (0, 255):
+        raise ValueError("its input's 'background' is neither 0 nor 255")
+    return description
 
 
 def checksum(weights: Weights) -> str:
-    """SHA-256 over the names, shapes and values of all weights."""
-    return checksum_of({name: value.numpy() for name, value in weights.items()})
+    """SHA-256 over the names, types, shapes and values of all weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()

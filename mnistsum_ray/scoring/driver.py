@@ -141,6 +141,7 @@ def _execute(
     started = float("inf")
     ended = 0.0
     done_rows = 0
+    warned = False
     threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()  # a second, while workers start
     with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
         pipeline = _make_pipeline(plan, todo, resources, fitting_workers, counter)
@@ -151,6 +152,10 @@ def _execute(
             for notice in report["notice"].drop_null().to_pylist():
                 console.say(notice)
                 metrics.count("restarts", 1)
+            warnings = report["warning"].drop_null().to_pylist()
+            if warnings and not warned:
+                console.say(warnings[0])
+                warned = True
             for row in report.filter(pc.is_valid(report["unreadable"])).to_pylist():
                 failures.setdefault(row["name"], row["unreadable"])
             started = min(started, pc.min(report["started"]).as_py())

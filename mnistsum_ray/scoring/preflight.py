@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import unquote
 
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -15,7 +16,6 @@ from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import Footer, column_error, read_footer
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted
-from mnistsum_ray.model.folder import WeightArrays, read_model
 from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import split_into_parts
@@ -57,7 +57,7 @@ class Request:
     model: Location
     card: dict[str, Any]
     """Contents of the model's `model.json`."""
-    weights: WeightArrays
+    weights: dict[str, npt.NDArray[Any]]
     inputs: Inputs
     output: Location
     files: pa.Table | None
@@ -140,10 +140,13 @@ def preflight(config: ScoreConfig) -> Request:
     except StorageError as error:
         raise RunError(f"--input {error}; nothing was begun") from None
     model = locate_existing(config.model, "--model")
+    from mnistsum_ray.model.serialization import copy_weights, load_model  # imports PyTorch, after the quick checks
+
     try:
-        weights, card = read_model(model)
+        network, card = load_model(model)
     except RequestError as error:
         raise RequestError(f"--model {error}") from None
+    weights = {name: value.numpy() for name, value in copy_weights(network).items()}
     if config.precision == "int8" and (reason := int8_error(card)):
         raise RequestError(f"--precision int8: {reason}")
     return Request(config, model, card, weights, inputs, output, files)

@@ -25,6 +25,7 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import DIGITS, Pixels, ReasonCounts, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import open_parquet, plain_table, read_rows, to_parquet, without_odd_years
+from mnistsum_ray.data.picture import background_of
 from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import HEADS
@@ -46,6 +47,7 @@ REPORT_SCHEMA: Final = pa.schema(
         "unreadable": pa.string(),  # why the input file cannot be used
         "failed": pa.string(),  # why the run cannot go on
         "notice": pa.string(),  # a line for the console
+        "warning": pa.string(),  # likewise, of which the first one is enough
     }
 )
 """One row per part; and one without rows for each task that is begun again."""
@@ -53,6 +55,9 @@ REPORT_SCHEMA: Final = pa.schema(
 _BATCH_ROWS: Final = 2048
 """Small parts are predicted together, up to this number of rows or a larger batch: a forward pass on ten rows, filled up to a
 batch, wastes most of its time."""
+
+_LOOKED_AT: Final = 100
+"""Most images of a part whose background is looked at."""
 
 _UNSURE: Final = 5
 """Least sure images in the metadata of a part; an image takes 0.4 KB."""
@@ -109,6 +114,8 @@ class Score:
                     batch = []
         except StorageError as error:
             yield _report(parts[0], started, failed=f"--input {error}")
+        except RunError as error:  # scores that are not finite
+            yield _report(parts[0], started, failed=str(error))
 
 
 def _make_predictor(plan: Plan) -> Predictor:
@@ -225,7 +232,21 @@ def _commit(plan: Plan, rows: PartRows, predictions: Predictions, started: float
         return _report(rows.part, started, failed=f"--output {one_line(error)}")
     except pa.ArrowException as error:
         return _report(rows.part, started, unreadable=f"cannot be written again: {one_line(error)}")
-    return _report(rows.part, started, rows=rows.part.rows, rejected=len(rows.reasons))
+    warning = background_warning(rows, plan.card["input"]["background"])
+    return _report(rows.part, started, rows=rows.part.rows, rejected=len(rows.reasons), warning=warning)
+
+
+def background_warning(rows: PartRows, trained: int) -> str | None:
+    """What to say where most images of a part have another background, 0 or 255, than those that the model was trained on."""
+    good = np.setdiff1d(np.arange(rows.part.rows), [*rows.reasons])
+    images = rows.images[good[:: 1 + len(good) // _LOOKED_AT]]
+    if not len(images) or background_of(images) == trained:
+        return None
+    here, there = ("dark on light", "light on dark") if trained == 0 else ("light on dark", "dark on light")
+    return (
+        f"warning: {rows.part.name}: its images are {here}, and the model was trained on {there}, so most answers are wrong; "
+        f"invert the images (255 - pixel), or train on such images"
+    )
 
 
 def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:

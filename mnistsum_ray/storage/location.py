@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
@@ -120,9 +121,12 @@ class Location:
             return self.filesystem.open_input_file(self.path)
 
     def read_bytes(self) -> bytes:
-        """The whole file, which must be smaller than _MAX_BYTES."""
-        with self.answers(), self.filesystem.open_input_stream(self.path) as stream:
-            data = bytes(stream.read(_MAX_BYTES))
+        """The whole file, which must be smaller than _MAX_BYTES. To read a pipe would be to wait."""
+        with self.answers():
+            if self.is_local and Path(self.path).exists() and not Path(self.path).is_file():
+                raise OSError("it is a folder, a pipe or a device, and no file")
+            with self.filesystem.open_input_stream(self.path) as stream:
+                data = bytes(stream.read(_MAX_BYTES))
             if len(data) == _MAX_BYTES:
                 raise OSError("it is larger than any file of this program")
         return data

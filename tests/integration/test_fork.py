@@ -121,11 +121,12 @@ def test_training_evaluates_calibrates_and_draws_the_third_head(trained: Done) -
 _PREDICT = """
 import json, pyarrow.parquet as pq, torch
 from PIL import Image
-from mnistsum_ray import RequestError, ScoreConfig, decode_images, load_model, predict, predict_rows
+from mnistsum_ray import RequestError, ScoreConfig, load_model, predict, predict_rows
+from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.scoring.preflight import preflight
 model, rows = load_model("runs/one"), pq.read_table("in/part-00000.parquet").drop_columns(["digit"])
-found = predict(model, decode_images(rows["image"])[0], rows["number"].to_numpy())
+found = predict(model, pixels_view(one_chunk(rows["image"])), rows["number"].to_numpy())
 added = predict_rows(model, rows)
 product = TwoHeadCNN()(torch.zeros(2, 1, 28, 28), torch.tensor([3, 19]))
 try:

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.counts import encode_image
 from mnistsum_ray.scoring.output import OutputFiles
 from mnistsum_ray.scoring.parts import COUNTS_KEY, KEY, STAMP_FORMAT
 from mnistsum_ray.scoring.preflight import Plan
-from mnistsum_ray.scoring.worker import PartRows, _committed, read_parts
+from mnistsum_ray.scoring.worker import PartRows, _committed, background_warning, read_parts
 from mnistsum_ray.storage.paths import locate
 from tests.scoring.conftest import CONSOLE, parts_of, plan_of, write_all
 
@@ -66,6 +67,24 @@ def test_a_file_that_changes_during_the_run_is_unreadable(tmp_path: Path) -> Non
     changed, whole = read(plan)
     assert "has changed since the run began" in str(changed)
     assert isinstance(whole, PartRows)
+
+
+@pytest.mark.parametrize("trained", [0, 255])
+def test_images_on_the_other_background_are_worth_a_warning(tmp_path: Path, sample: pa.Table, trained: int) -> None:
+    """Rejected rows, which are zeros, do not count."""
+    pixels = pixels_view(sample["image"].combine_chunks())[::500]
+    images = {"good.parquet": np.abs(trained - pixels.astype(int)), "other.parquet": np.abs(255 - trained - pixels.astype(int))}
+    for name, values in images.items():
+        column = [image.astype(np.uint8).tobytes() for image in values] + [b"bad"] * 30
+        pq.write_table(pa.table({"image": column, "number": [1] * 40}), tmp_path / name)
+    good, other = (background_warning(rows, trained) for rows in read(plan_of(tmp_path)))  # type: ignore[arg-type]
+    assert good is None
+    assert "other.parquet" in str(other)
+    assert (
+        "light on dark, and the model was trained on dark on light" in str(other)
+        if trained
+        else "dark on light, and" in str(other)
+    )
 
 
 VIEWS = {
