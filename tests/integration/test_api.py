@@ -36,10 +36,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_invalid_request_raises_request_error_which_names_arguments(model: Path, pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"data .*/a--b/--seed: there is no such file or folder"):
+def test_an_invalid_request_raises_request_error_which_names_the_flag(model: Path, pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"--data .*/a--b/--seed: there is no such file or folder"):
         fit(TrainConfig(data=str(tmp_path / "a--b" / "--seed"), storage_path=str(tmp_path)))
-    with pytest.raises(RequestError, match=r"^image_column picture: no file of input has such a column"):
+    with pytest.raises(RequestError, match=r"^--image-column picture: no file of --input has such a column"):
         score(ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), image_column="picture"))
 
 
@@ -64,7 +64,13 @@ def test_a_result_shows_the_main_picture_of_its_report_or_else_its_fields(tmp_pa
 def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
     """First by an error of its own, like those of the storage; then by True, out of a thread. Each time the run goes on."""
     run, lines, error = tmp_path / "a", [], OSError("the server of the caller")
-    settings = {"data": str(write_rows(500)), "epochs": 3, "storage_path": str(tmp_path), "name": "a", "num_workers": 2}
+    settings: dict[str, Any] = {
+        "data": str(write_rows(500)),
+        "epochs": 3,
+        "storage_path": str(tmp_path),
+        "name": "a",
+        "num_workers": 2,
+    }
 
     def keep(line: dict[str, Any]) -> object:
         lines.append(line)

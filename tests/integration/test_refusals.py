@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from mnistsum_ray.api import run_training
+from mnistsum_ray.api import fit
 from mnistsum_ray.arguments import parse
 from mnistsum_ray.config import ExportPairsConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError, RunError
@@ -47,7 +47,7 @@ def test_an_invalid_held_out_row_of_streamed_files_is_named_at_the_first_attempt
     rows[42]["digit"] = 11
     pq.write_table(pa.Table.from_pylist(rows, sample.schema), tmp_path / "test.parquet")
     with pytest.raises(RunError, match=r"test\.parquet: row 42: the digit is 11, not one of 0\.\.9"):
-        run_training(TrainConfig(data=str(tmp_path), shuffle_rows=100, storage_path=str(tmp_path / "runs")))
+        fit(TrainConfig(data=str(tmp_path), shuffle_rows=100, storage_path=str(tmp_path / "runs")))
     assert capsys.readouterr().err.count("worker 0 failed: ") <= 1, "another attempt would fail in the same way"
 
 
@@ -57,7 +57,7 @@ def test_a_run_folder_that_another_run_holds(tmp_path: Path) -> None:
         folder_lock(locate(str(tmp_path / "mine"), "--name"), "--name", print),
         pytest.raises(RequestError, match=rf"^--name {tmp_path}/mine: another run \("),
     ):
-        run_training(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine"))
+        fit(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine"))
 
 
 @pytest.mark.usefixtures("cluster")
@@ -77,7 +77,7 @@ def test_busy_cpus_are_waited_for_until_the_time_limit(tmp_path: Path, capsys: p
     ray.get(holder.__ray_ready__.remote())
     try:
         with pytest.raises(RequestError, match=r"^needs 1 CPU, but after \d s only 0 CPUs are free"):
-            run_training(TrainConfig(data="sample", storage_path=str(tmp_path), wait_seconds=3))
+            fit(TrainConfig(data="sample", storage_path=str(tmp_path), wait_seconds=3))
     finally:
         ray.kill(holder)
     assert capsys.readouterr().err.startswith("waiting for 1 CPU; free now: 0 CPUs")

@@ -15,7 +15,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from mnistsum_ray.api import run_training
+from mnistsum_ray.api import fit
+from mnistsum_ray.arguments import parse
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.sources import open_source
@@ -214,7 +215,7 @@ def test_a_compiled_network_trains_alike(done: Done, data: Path, runs: Path) -> 
 @pytest.mark.usefixtures("cluster")
 def test_an_infinite_loss_stops_every_rank_at_once(data: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunError, match=r"^epoch .* the loss is .* lower --learning-rate"):
-        run_training(TrainConfig(data=str(data), storage_path=str(runs), name="broken", learning_rate=1e30, num_workers=2))
+        fit(TrainConfig(data=str(data), storage_path=str(runs), name="broken", learning_rate=1e30, num_workers=2))
     assert "Traceback" not in capsys.readouterr().err
     assert json.loads((runs / "broken" / "manifest.json").read_text())["status"] == "failed"
 
@@ -226,27 +227,36 @@ def test_other_data_than_those_of_the_run_are_refused(done: Done, data: Path, tm
     (tmp_path / "other").mkdir()
     manifest = (Path(done.line["run"]) / "manifest.json").read_text()
     (tmp_path / "other" / "manifest.json").write_text(manifest.replace(str(data), str(changed)))
-    resume = {"storage_path": tmp_path, "name": "other", "resume": True, "data": "sample"}
-    again = {"storage_path": tmp_path / "runs", "from_run": tmp_path / "other"}
-    for settings, flag in ((resume, "--resume"), (again, "--from-run")):
-        with pytest.raises(RequestError, match=f"^{flag}.*the data are not those of the run"):
-            train_here(**settings)
+    with pytest.raises(RequestError, match=r"^--resume.*the data are not those of the run"):
+        train_here(storage_path=tmp_path, name="other", resume=True, data="sample")
 
 
-@pytest.mark.slow
-def test_one_cpu_is_enough_to_score_and_to_train_the_model_of_a_run_on_two(done: Done, data: Path, tmp_path: Path) -> None:
-    """Stopped once. One thread would compute other bits than the two that the run began with."""
-    run, place = tmp_path / "runs" / "again", {"storage_path": tmp_path / "runs", "name": "again"}
+@pytest.mark.usefixtures("cluster")
+def test_any_exception_marks_the_run_as_failed(data: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mnistsum_ray.training.driver.event_queue", fail)
+    with pytest.raises(ZeroDivisionError):
+        train_here(data=data, storage_path=runs, name="wrong")
+    assert json.loads((runs / "wrong" / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_its_config_trains_the_same_model_again_also_on_one_cpu_and_stopped_once(done: Done, data: Path, tmp_path: Path) -> None:
+    """One thread would compute other bits than the two that the run began with."""
+    file, run = Path(done.line["run"], "config.yaml"), tmp_path / "again"
+    flags = ["--config", str(file), "--storage-path", str(tmp_path), "--name", "again"]
+    settings = parse(TrainConfig, flags, "").model_dump(exclude_unset=True)
+    assert (settings["num_workers"], settings["use_gpu"], settings["threads"], settings["precision"]) == (1, False, 2, "fp32")
     with nodes(1) as smaller, joined(smaller):
         with once((run / "epoch_00001" / STATE_CARD).exists, interrupt_main), pytest.raises(RunInterrupted):
-            train_here(from_run=done.line["run"], **place)
-        again = train_here(resume=True, **place)
+            train_here(**settings)
+        again = train_here(**settings | {"resume": True})
         scored = score_here(run, tmp_path / "out", data, number_column="digit")
     assert "worker 0 has 1 CPU for the run's 2 threads" in again.said
     assert "going on after epoch 1, on 1 worker" in again.said
     assert again.line["test"] == done.line["test"]
-    stored = json.loads((run / "manifest.json").read_text())
-    chosen = [stored["config"]["num_workers"], stored["config"]["use_gpu"], stored["threads"], stored["hardware"]["threads"]]
-    assert chosen == [[1, 1], False, 2, 2], "as they were chosen by that run"
     assert again.weights() == (Path(done.line["model"]) / "model.safetensors").read_bytes()
+    written = [parse(TrainConfig, ["--config", str(path)], "") for path in (file, run / "config.yaml")]
+    assert written[0] == written[1]
     assert scored.line["scored_rows"] == 1000
