@@ -23,12 +23,7 @@ class JobConfig(BaseModel):
     """Base of all configs."""
 
     # Pydantic's own messages would quote URIs with their keys.
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        hide_input_in_errors=True,
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
 
 RecipeName = Literal["quick", "short", "long"]
@@ -56,11 +51,7 @@ def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
 
 def _of_recipe(name: str, text: str, **limits: Any) -> Any:
     """An optional field that the recipe sets: its help is the text, and in brackets the values of the recipes."""
-
-    def listed(values: tuple[float, ...]) -> str:
-        return ", ".join(f"{recipe} {value:g}" for recipe, value in zip(get_args(RecipeName), values, strict=True))
-
-    large, small = map(listed, RECIPES[name])
+    large, small = (", ".join(map("{} {:g}".format, get_args(RecipeName), values)) for values in RECIPES[name])
     values = large if small == large else f"{large}; under {SMALL_ROWS:,} rows {small}"
     return Field(default=None, description=f"{text} [{values}]", **limits)
 
@@ -80,39 +71,16 @@ class TrainConfig(JobConfig):
     recipe: RecipeName = "short"
     """quick: as accurate as the original, in less time; long: more epochs, with dropout and stronger distortion, for higher
     accuracy"""
-    epochs: int | None = _of_recipe(
-        "epochs",
-        "passes over the training rows; no --patience: the last has the lowest rate, and is the best",
-        ge=1,
-        le=10_000,
-    )
-    batch_size: int | None = _of_recipe("batch_size", "rows per optimizer step, all workers together", ge=1, le=65_536)
-    learning_rate: float | None = _of_recipe(
-        "learning_rate",
-        "peak of Muon's one-cycle schedule; AdamW uses a fraction of it",
-        gt=0,
-        allow_inf_nan=False,
-    )
+    epochs: int | None = _of_recipe("epochs", "passes over the training rows", ge=1, le=10_000)
+    batch_size: int | None = _of_recipe("batch_size", "rows of a step, of all workers together", ge=1, le=65_536)
+    learning_rate: float | None = _of_recipe("learning_rate", "Muon's highest; AdamW has a fraction", gt=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.01, ge=0, le=10)
     """decoupled weight decay"""
-    distortion: float | None = _of_recipe(
-        "distortion",
-        "strength of random rotation, scaling, shear and shift of training images",
-        ge=0,
-        le=4,
-    )
-    label_smoothing: float | None = _of_recipe(
-        "label_smoothing",
-        "weight of the uniform distribution in the targets of both heads",
-        ge=0,
-        lt=1,
-    )
+    distortion: float | None = _of_recipe("distortion", "strength of random distortions of images", ge=0, le=4)
+    label_smoothing: float | None = _of_recipe("label_smoothing", "share of other labels in targets", ge=0, lt=1)
     dropout: float | None = _of_recipe("dropout", "dropout rate of the last hidden layer", ge=0, lt=1)
     sum_head_steps: int | None = _of_recipe(
-        "sum_head_steps",
-        "steps of fine-tuning the sum head alone after the last epoch",
-        ge=0,
-        le=100_000,
+        "sum_head_steps", "steps of the sum head alone, after the last epoch", ge=0, le=100_000
     )
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"""
@@ -153,9 +121,9 @@ class TrainConfig(JobConfig):
         parts = value.split(",") if isinstance(value, str) else value
         if not isinstance(parts, list | tuple):
             return value
-        if len(parts) not in (1, 2) or not all(re.fullmatch(r"\s*\d+\s*", str(part)) for part in parts):
+        if len(parts) not in (1, 2) or not all(str(part).strip().isdecimal() for part in parts):
             raise ValueError("must be N or MIN,MAX")
-        return int(parts[0]) if len(parts) == 1 else tuple(int(part) for part in parts)
+        return tuple(map(int, parts)) if len(parts) == 2 else int(parts[0])
 
     @model_validator(mode="after")
     def _check(self) -> Self:
