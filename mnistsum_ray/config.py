@@ -146,8 +146,6 @@ class TrainingCluster(JobConfig):
     """train on GPUs [true if the cluster has GPUs]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
-    compile: bool = False
-    """use torch.compile, and on a GPU record the step as a CUDA graph; needs a C++ compiler and a minute"""
     max_failures: int = Field(3, ge=0, le=1000)
     """failures to recover from, of workers and nodes, with no new checkpoint in between"""
     wait_seconds: float = Field(600, ge=0, le=86_400)
@@ -247,7 +245,6 @@ class Hyperparameters:
     seed: int
     precision: str | None
     """None: bf16 if it is faster on all workers, else fp32."""
-    compile: bool
 
 
 class ScoringModel(JobConfig):
@@ -255,9 +252,8 @@ class ScoringModel(JobConfig):
 
     model: PathText
     """folder or URI of a training run, or of its model folder"""
-    precision: Literal["bf16", "fp32", "int8"] | None = None
-    """precision of the network; int8 is the fastest on CPUs, and model.json says how often it gives the same answers as the
-    precision of the run [that of the output's predictions, else bf16 if it is faster, else fp32]"""
+    precision: Literal["bf16", "fp32"] | None = None
+    """precision of the network [that of the output's predictions, else bf16 if it is faster, else fp32]"""
     # conv2 computes 50,176 values a row, and kernels of GPUs that index with 32 bits take 42,799 rows at most.
     batch_size: int | None = Field(None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
@@ -320,12 +316,6 @@ class ScoreConfig(ScoringCluster, ScoringOutput, ScoringInput, ScoringModel):
     """Config of a scoring run. Unset fields follow from the cluster."""
 
     everyday = ("model", "input", "output", "label_column", "precision", "num_workers", "use_gpu", "strict", "overwrite")
-
-    @model_validator(mode="after")
-    def _check_device(self) -> Self:
-        if self.precision == "int8" and self.use_gpu:
-            raise ValueError("`precision` int8: runs on CPUs only; leave out `precision` or `use_gpu`")
-        return self
 
 
 class ExportPairsConfig(JobConfig):

@@ -35,9 +35,10 @@ def check_error(config_class: type[JobConfig], argv: list[str], message: str) ->
 
 
 def test_flags() -> None:
-    made = config("--epochs", "3", "--use-gpu", "false", "--num-workers", "2,4", "--precision", "bf16", "--compile")
+    made = config("--epochs", "3", "--use-gpu", "false", "--num-workers", "2,4", "--precision", "bf16", "--skip-bad-rows")
     assert (made.epochs, made.use_gpu, made.worker_range, made.precision) == (3, False, (2, 4), "bf16")
-    assert (made.compile, config().compile, config("--compile", "--no-compile").compile) == (True, False, False)
+    undone = config("--skip-bad-rows", "--no-skip-bad-rows")
+    assert (made.skip_bad_rows, config().skip_bad_rows, undone.skip_bad_rows) == (True, False, False)
     resumes = [config("--name", "a", *flags).resume for flags in ([], ["--resume"], ["--resume", "auto"], ["--resume", "false"])]
     assert resumes == [False, True, "auto", False]
     assert (config("--num-workers", "3").worker_range, config().worker_range) == ((3, 3), None)
@@ -45,9 +46,9 @@ def test_flags() -> None:
 
 def test_the_command_line_overrides_the_yaml_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("epochs: 3\nbatch-size: 128\nnum_workers: [1, 2]\nuse_gpu: false\ncompile: true\n")
-    made = config("--config", str(file), "--epochs", "7", "--no-compile")
-    assert (made.epochs, made.batch_size, made.num_workers, made.use_gpu, made.compile) == (7, 128, (1, 2), False, False)
+    file.write_text("epochs: 3\nbatch-size: 128\nnum_workers: [1, 2]\nuse_gpu: false\nskip_bad_rows: true\n")
+    made = config("--config", str(file), "--epochs", "7", "--no-skip-bad-rows")
+    assert (made.epochs, made.batch_size, made.num_workers, made.use_gpu, made.skip_bad_rows) == (7, 128, (1, 2), False, False)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +100,9 @@ def test_so_is_one_that_names_the_key_of_the_config_file(tmp_path: Path, text: s
 
 
 def test_what_yaml_1_1_reads_otherwise_than_it_looks(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("seed: 010\nname: 2024-01-01\nprecision: null\nlearning_rate: 1e-2\ncompile: yes\n")
+    (tmp_path / "run.yaml").write_text("seed: 010\nname: 2024-01-01\nprecision: null\nlearning_rate: 1e-2\nskip_bad_rows: yes\n")
     made = config("--config", str(tmp_path / "run.yaml"))
-    assert (made.seed, made.name, made.precision, made.learning_rate, made.compile) == (10, "2024-01-01", None, 0.01, True)
+    assert (made.seed, made.name, made.precision, made.learning_rate, made.skip_bad_rows) == (10, "2024-01-01", None, 0.01, True)
 
 
 def test_help_shows_the_flags_of_every_day_and_all_when_asked_in_groups() -> None:
