@@ -54,13 +54,11 @@ class MuonAdamW:
         self._hidden = model.hidden_weights()
         self._weight_decay = weight_decay
         self._dtype = dtype
-        of_heads = set(model.head_parameters())
-        rest = [parameter for parameter in model.parameters() if parameter not in set(self._hidden)]
-        before_heads = [parameter for parameter in rest if parameter not in of_heads]
-        heads = [parameter for parameter in rest if parameter in of_heads]
+        hidden, of_heads = set(self._hidden), set(model.head_parameters())
+        rest = [parameter for parameter in model.parameters() if parameter not in hidden]
         groups = [
-            {"params": before_heads, "factor": _ADAMW_FACTOR},
-            {"params": heads, "factor": _SUM_HEAD_FACTOR},
+            {"params": [value for value in rest if value not in of_heads], "factor": _ADAMW_FACTOR},
+            {"params": [value for value in rest if value in of_heads], "factor": _SUM_HEAD_FACTOR},
         ]
         self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         self.state: dict[Tensor, dict[str, Tensor]] = self._adamw.state
@@ -93,7 +91,7 @@ class MuonAdamW:
             # Steps of tall matrices are larger, so that an element moves as far as one of a wide one.
             rate = self._learning_rate * math.sqrt(max(1.0, len(matrix) / matrix.shape[1]))
             weight.mul_(1 - self._learning_rate * self._weight_decay)
-            weight.sub_((rate * matrix.float()).view(update.shape).movedim(-1, 1))
+            weight.sub_((rate * matrix.float()).reshape(update.shape).movedim(-1, 1))
         self._adamw.step()
 
     def load_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:

@@ -29,17 +29,6 @@ def compute_gradients(model: TwoHeadCNN) -> None:
     torch.autograd.backward(joint_loss(model(prepare_images(images), numbers), digits, numbers)[0] / 16)
 
 
-def after_a_step(weight_decay: float) -> tuple[TwoHeadCNN, dict[str, torch.Tensor]]:
-    """A network after its first step at a learning rate of 0.02, and its weights before."""
-    model = new_model()
-    before = copy.deepcopy(model.state_dict())
-    optimizer = MuonAdamW(model, weight_decay, torch.float32)
-    compute_gradients(model)
-    optimizer.set_learning_rate(0.02)
-    optimizer.step()
-    return model, before
-
-
 def test_muon_is_that_of_pytorch() -> None:
     model = new_model()
     optimizer = MuonAdamW(model, 0.3, torch.bfloat16)
@@ -65,16 +54,14 @@ def test_muon_is_that_of_pytorch() -> None:
 
 def test_the_first_step_of_each_parameter_is_scaled_by_its_factor() -> None:
     """Adam moves each element by the learning rate, whatever its gradient, here by 0.15 and 0.75 times that."""
-    model, before = after_a_step(weight_decay=0.0)
+    model = new_model()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = MuonAdamW(model, 0.0, torch.float32)
+    compute_gradients(model)
+    optimizer.set_learning_rate(0.02)
+    optimizer.step()
     shares = {"conv1.weight": 0.15, "conv7.weight": 0.15, "conv3.bias": 0.15, "fc2.weight": 0.75, "fc1.bias": 0.75}
     for name, value in model.state_dict().items():
         assert not torch.equal(value, before[name]), f"{name} has not moved"
         if name in shares:
             assert (value - before[name]).abs().median().item() == pytest.approx(0.02 * shares[name], rel=0.01), name
-
-
-def test_weight_decay_is_decoupled_from_the_gradient() -> None:
-    (plain, before), (decayed, _) = after_a_step(weight_decay=0.0), after_a_step(weight_decay=0.5)
-    for name, share in {"conv4.weight": 1.0, "conv7.weight": 0.15, "fc2.weight": 0.75}.items():
-        difference = plain.get_parameter(name) - decayed.get_parameter(name)
-        torch.testing.assert_close(difference, 0.02 * share * 0.5 * before[name], rtol=1e-3, atol=1e-6)
