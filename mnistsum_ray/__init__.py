@@ -9,7 +9,6 @@ The Python API does what the jobs do from a shell:
     answer = predict(trained.run, "seven.png", 5)  # a picture and a number
     predictions = predict(load_model(trained.run), images, numbers)  # uint8[n, 28, 28] and int64[n]
     frame = predict_rows(load_model(trained.run), frame)  # a pandas or Polars DataFrame, an Arrow table, a Ray Dataset
-    features = embed(load_model(trained.run), images)  # float32[n, 1152]
 """
 
 from importlib import import_module
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from mnistsum_ray.api import fit, score
     from mnistsum_ray.config import ScoreConfig, TrainConfig
     from mnistsum_ray.errors import RequestError, RunError, TryAgainError
-    from mnistsum_ray.predicting import decode_images, embed, load_model, predict, predict_rows
+    from mnistsum_ray.predicting import decode_images, load_model, predict, predict_rows
     from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "TrainResult",
     "TryAgainError",
     "decode_images",
-    "embed",
     "fit",
     "load_model",
     "predict",

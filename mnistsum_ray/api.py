@@ -59,7 +59,7 @@ def score(config: ScoreConfig) -> ScoreResult:
 
         from mnistsum_ray.cluster.gpus import begin_probe
 
-        probe = begin_probe(False if config.precision == "int8" else config.use_gpu)  # while this process imports Ray Data
+        probe = begin_probe(config.use_gpu)  # while this process imports Ray Data
         from mnistsum_ray.scoring import driver
 
         with quiet_logger("ray", "ray.data"):

@@ -93,8 +93,6 @@ class TrainConfig(JobConfig):
     """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of a worker, which decide the last bits of the weights [all CPUs of its share of the smallest node]"""
-    compile: bool = False
-    """use torch.compile, and on a GPU record the step as a CUDA graph; needs a C++ compiler and a minute"""
     max_failures: int = Field(default=3, ge=0, le=1000)
     """failures to recover from, of workers and nodes, with no new checkpoint in between"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
@@ -166,7 +164,6 @@ class Hyperparameters:
     seed: int
     precision: str | None
     """None: bf16 if it is faster on all workers, else fp32."""
-    compile: bool
 
 
 class ScoreConfig(JobConfig):
@@ -193,9 +190,8 @@ class ScoreConfig(JobConfig):
     max_rows_per_file: int | None = Field(default=None, ge=1, le=10_000_000)
     """maximum rows in an output file, and about what each worker loses in a kill [as the output was begun, else a quarter of the
     input file, but 8192 to 32768]"""
-    precision: Literal["bf16", "fp32", "int8"] | None = None
-    """precision of the network; int8 is the fastest on CPUs, and model.json says how often it gives the same answers as the
-    precision of the run [that of the output's predictions, else bf16 if it is faster, else fp32]"""
+    precision: Literal["bf16", "fp32"] | None = None
+    """precision of the network [that of the output's predictions, else bf16 if it is faster, else fp32]"""
     # conv2 computes 50,176 values a row, and kernels of GPUs that index with 32 bits take 42,799 rows at most.
     batch_size: int | None = Field(default=None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
@@ -217,8 +213,6 @@ class ScoreConfig(JobConfig):
             raise ValueError(f"`image_column`, `number_column`: {self.image_column!r} cannot be both")
         if self.label_column == self.image_column:
             raise ValueError(f"`label_column`: {self.image_column!r} is the image column")
-        if self.precision == "int8" and self.use_gpu:
-            raise ValueError("`precision` int8: runs on CPUs only; leave out `precision` or `use_gpu`")
         return self
 
 

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import plain_table
 from mnistsum_ray.data.picture import prepare_picture
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.heads import DIGIT, PREDICTION_FIELDS, PROBABILITY_FIELDS, HeadFields
+from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS, HeadFields
 from mnistsum_ray.storage.paths import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -125,19 +124,6 @@ def predict(
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < NUMBERS:
         raise ValueError(f"numbers: must be 0..{NUMBERS - 1}, are {numbers.min()}..{numbers.max()}")
     return predict_pairs(model, images, numbers.astype(np.int64), batch_size, probabilities)
-
-
-def embed(model: Model, images: Pixels, batch_size: int = 64) -> npt.NDArray[np.float32]:
-    """Features of images uint8[n, 28, 28], float32[n, 1152]: the input of the last convolution, from which it computes the digit
-    scores, [n, 128, 3, 3] flattened. The device and the errors are those of `predict`."""
-    from mnistsum_ray.model.parts import find_parts
-
-    features: list[npt.NDArray[np.float32]] = []
-    hooked = deepcopy(_loaded(model, batch_size))  # other threads may predict with the model meanwhile
-    layer = find_parts(hooked.requires_grad_()).last_layers[DIGIT.name]
-    layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1).cpu().numpy()))
-    predict(hooked, images, np.zeros(len(images), np.int64), batch_size)
-    return np.concatenate(features)[: len(images)]
 
 
 def _predict_picture(model: Model, picture: str | Path | Image.Image, number: int, prepare: bool) -> PicturePrediction:

@@ -10,14 +10,13 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
-from mnistsum_ray import RequestError, decode_images, embed, load_model, predict, predict_rows
+from mnistsum_ray import RequestError, decode_images, load_model, predict, predict_rows
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import TwoHeadCNN
 
 ROWS = 30
 ADDED = [*PREDICTION_FIELDS.names, "reason"]
@@ -85,17 +84,6 @@ def test_a_table_comes_back_as_it_was_with_predictions(
         if name != "consistent":
             found = np.array(done[name].take(good).to_pylist(), np.float32)
             assert np.array_equal(found, expected.values[name].astype(np.float32)), name
-
-
-def test_features_of_images(network: TwoHeadCNN, model: Path, table: pa.Table) -> None:
-    images, _ = decode_images(table["image"])
-    found = embed(model, images, batch_size=8)
-    assert (str(found.dtype), found.shape, embed(network, images[:0]).shape) == ("float32", (ROWS, 1152), (0, 1152))
-    with torch.inference_mode():
-        scores = network.conv7(torch.from_numpy(found).view(ROWS, 128, 3, 3)).flatten(1)
-        torch.testing.assert_close(scores, network.digit_scores(prepare_images(torch.from_numpy(images))), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"images: must be uint8\[n, 28, 28\], are float32\[30, 28, 28\]"):
-        embed(network, images.astype(np.float32))
 
 
 def test_one_picture(network: TwoHeadCNN, model: Path, table: pa.Table, tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def train(rows: str, runs: str, epochs: str) -> dict[str, float]:
                 first_row = first_row or time.time()
             rates.append(count / (time.perf_counter() - started))
             with tempfile.TemporaryDirectory() as folder:
-                state = {"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict(), "epochs": epoch + 1}
+                momenta = list(step.optimizer.state.values())
+                state = {"model": step.model.state_dict(), "optimizer": momenta, "epochs": epoch + 1}
                 torch.save(state, f"{folder}/state.pt")
                 ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
         return {"rows_per_second": float(np.mean(rates[1:])), "first_row": first_row}

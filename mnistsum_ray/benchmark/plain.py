@@ -17,7 +17,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import Digits, Source
 from mnistsum_ray.model.device import enable_determinism, faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import Predictor
-from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, Objective, distort, make_network, pixel_places, prepare_images
+from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, Objective, distort, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.model.serialization import copy_weights, load_model
 from mnistsum_ray.storage.paths import locate
@@ -107,7 +107,7 @@ class TrainingStep:
             tune_malloc()
         strength = recipe_defaults("short", small=False)["distortion"]
         self.matrices = torch.from_numpy(distortions(0, 0, np.arange(BATCH), strength)).to(DEVICE)
-        self.model, self.places = make_network().to(DEVICE), pixel_places(DEVICE)
+        self.model = make_network().to(DEVICE)
         dtype = torch.bfloat16 if faster_with_bf16(DEVICE) else torch.float32
         self.objective: nn.Module = Objective(self.model, 0.0, dtype)
         self.optimizer = MuonAdamW(self.model, 0.01, dtype)
@@ -117,7 +117,7 @@ class TrainingStep:
         """Train with a batch on the device, uint8[n, 28, 28] and int64[n]; return n."""
         self.optimizer.zero_grad()
         numbers = torch.randint(0, NUMBERS, (len(digits),), device=DEVICE)
-        images = distort(prepare_images(pixels), self.matrices[: len(digits)], self.places)
+        images = distort(prepare_images(pixels), self.matrices[: len(digits)])
         loss, _ = self.objective(images, numbers, digits, None)
         torch.autograd.backward(loss / BATCH)
         self.optimizer.step()

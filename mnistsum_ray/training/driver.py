@@ -25,7 +25,6 @@ from mnistsum_ray.config import OnEpoch
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, counted, one_line, root_cause, shell_command
-from mnistsum_ray.model.parts import check_network
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import TrainingMetrics
@@ -69,11 +68,10 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch
     """Train on the cluster that this process is connected to; `probe` is that of `reserve`, and what `on_epoch` raises is raised.
 
     Raises:
-        RequestError: as `check_network`; the cluster is too small, a row of the data cannot be used, or another run writes there.
+        RequestError: the cluster is too small, a row of the data cannot be used, or another run writes there.
         RunError: the loss became infinite, workers failed more often than `--max-failures`, or the storage cannot be written.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
-    check_network(run.hyperparameters.dropout)
     try:
         with TrainingMetrics(run.folder.display) as metrics, folder_lock(run.folder, "--name", console.say) as held:
             plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say, probe)

@@ -21,7 +21,6 @@ from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, percent
-from mnistsum_ray.model import int8
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.model.serialization import load_model
@@ -139,10 +138,6 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
     model, card = load_model(locate(line["model"], "--model"))
     assert {name: card["test"][name] for name in line["test"]} == line["test"]
     source = open_source(str(data))
-    if int8.unavailable_reason() is None:
-        calibration_rows = len(source.train.sample(int8.CALIBRATION_ROWS))
-        assert (card["int8"]["calibration_rows"], card["int8"]["test_pairs"]) == (calibration_rows, 1000)
-        assert card["int8"]["digit_agreement"] >= 0.9  # of a network that has hardly learnt
     table = pq.read_table(data).take(source.test.ids())
     images = torch.tensor(pixels_view(table["image"].combine_chunks()))
     digits = torch.tensor(table["digit"].to_pylist())
@@ -153,8 +148,7 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
             right += int((total.argmax(1) == digits + number).sum())
     assert line["test"]["digit_accuracy"] == pytest.approx((digit.argmax(1) == digits).float().mean().item())
     assert line["test"]["sum_accuracy"] == pytest.approx(right / 1000)
-    nll = torch.nn.functional.cross_entropy(digit, digits).item()
-    assert card["probabilities"]["digit"]["nll"] == pytest.approx(nll, rel=1e-3)
+    assert 0 <= card["probabilities"]["digit"]["ece"] < 1
     assert card["temperatures_in_weights"].keys() == {"digit", "sum"}
     assert card["sha256"] != card["trained_sha256"], "the temperatures are in the weights"
     assert 0.5 < card["probabilities"]["consistent"] <= 1
@@ -170,7 +164,7 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     run = Path(shutil.copytree(done.line["run"], tmp_path / "one"))
     card_file = run / "model" / "model.json"
     # As if calibrated on a CPU that rounds otherwise.
-    change_description(card_file.parent, int8={"maxima": [1.0] * 6, "digit_agreement": 0.99, "sum_agreement": 0.99})
+    change_description(card_file.parent, temperatures_in_weights={"digit": 1.1, "sum": 1.2})
     card = json.loads(card_file.read_text())
     for lost in ("model/model.json", "model/README.md", "report.html"):  # killed before they were written
         (run / lost).unlink()
@@ -199,16 +193,6 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     assert {*PICTURES, "report.html", "model"} <= {file.path for file in client.list_artifacts(logged)}
     (version,) = client.search_model_versions("name = 'mnistsum'")
     assert version.run_id == logged
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")
-def test_a_compiled_network_trains_alike(done: Done, data: Path, runs: Path) -> None:
-    settings = {"recipe": "long", "epochs": 2, "sum_head_steps": 1, "precision": "fp32"}
-    with once((runs / "compiled" / "history.jsonl").exists, interrupt_main), pytest.raises(RunInterrupted):
-        train_here(data=data, storage_path=runs, name="compiled", compile=True, **settings)
-    losses = [history_of(runs / name)[0]["train_loss"] for name in ("compiled", "one")]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 @pytest.mark.slow
