@@ -184,9 +184,9 @@ class ScoreConfig(JobConfig):
     probabilities: bool = False
     """add the probabilities of all digits and of all sums: digit_probs and sum_probs, lists of 10 and of 19"""
     strict: bool = False
-    """publish nothing if any file or row cannot be scored"""
+    """write no manifest, and exit with 1, if any file or row cannot be scored"""
     overwrite: bool = False
-    """score everything again, then replace the existing output, file by file"""
+    """delete an earlier output first, and score everything again"""
     max_rows_per_file: int | None = Field(default=None, ge=1, le=10_000_000)
     """maximum rows in an output file, and about what each worker loses in a kill [as the output was begun, else a quarter of the
     input file, but 8192 to 32768]"""

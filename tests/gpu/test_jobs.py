@@ -115,7 +115,7 @@ def test_streamed_rows_go_on_within_an_epoch_and_train_the_same_again(tmp_path: 
     job.kill()
     done = run_on_gpu("train", "--storage-path", tmp_path, "--name", "mine", "--resume")
     assert re.search(r"going on after epoch \d", done.err)
-    again = run_on_gpu("train", "--from-run", tmp_path / "mine", "--storage-path", tmp_path, "--name", "again")
+    again = run_on_gpu("train", "--config", tmp_path / "mine" / "config.yaml", "--storage-path", tmp_path, "--name", "again")
     first, second = (history_of(run.line["run"]) for run in (done, again))
     assert first[0]["train_loss"] == pytest.approx(second[0]["train_loss"], rel=0.05), "a card's sums are in no order"
     assert min(run.line["test"]["digit_accuracy"] for run in (done, again)) > 0.97
