@@ -39,7 +39,7 @@ def parse(config_class: type[Config], argv: list[str], description: str, command
             parsed, unknown = tyro.cli(flags_class, prog=command, args=argv, return_unknown_args=True)
         except SystemExit as end:
             if end.code:
-                raise RequestError(re.split("-{4,}", " ".join(box.getvalue().split()))[1].strip()) from None
+                raise RequestError(" ".join(re.sub("[╭╮╰╯│─]|-{4,}", " ", box.getvalue()).split())) from None
             raise TextAsked(f"{description}\n{out.getvalue().rstrip()}") from None
     if unknown:
         flag = shortened(unknown[0].partition("=")[0])
