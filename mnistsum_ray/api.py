@@ -1,15 +1,11 @@
 """Python API of the jobs: train and score on a cluster."""
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from threading import Thread
 
 from mnistsum_ray.cluster.connection import connect, started_early
-from mnistsum_ray.config import JobConfig, OnEpoch, ScoreConfig, TrainConfig
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.config import OnEpoch, ScoreConfig, TrainConfig
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
@@ -27,26 +23,9 @@ def fit(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainResult:
     a checkpoint of that epoch and no model: `resume` goes on, and gives the model of a run that was not ended.
 
     Raises:
-        RequestError: the request is invalid; the message says why and what to do.
+        RequestError: the request is invalid; the message names the flag, which is the field, and says what to do.
         RunError: the run has begun and failed, or `on_epoch` stops it.
     """
-    with _naming_arguments(config):
-        return run_training(config, on_epoch)
-
-
-def score(config: ScoreConfig) -> ScoreResult:
-    """Score Parquet files, as `mnistsum score` does. The cluster and the progress are those of `fit`.
-
-    Raises:
-        RequestError: the request is invalid; the message says why and what to do.
-        RunError: the run has begun and failed, or with `strict` some input cannot be used.
-    """
-    with _naming_arguments(config):
-        return run_scoring(config)
-
-
-def run_training(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainResult:
-    """Train like `fit`. Errors name the flags of the shell."""
     from mnistsum_ray.training.preflight import preflight
 
     with Console() as console, started_early():
@@ -67,8 +46,11 @@ def run_training(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainR
             return driver.fit(run, console, probe, on_epoch)
 
 
-def run_scoring(config: ScoreConfig) -> ScoreResult:
-    """Score like `score`. Errors name the flags of the shell."""
+def score(config: ScoreConfig) -> ScoreResult:
+    """Score Parquet files, as `mnistsum score` does. The cluster, the progress and the errors are those of `fit`.
+
+    With `strict` a RunError also says that some input cannot be used.
+    """
     from mnistsum_ray.scoring.preflight import preflight
 
     with Console() as console, started_early():
@@ -77,24 +59,8 @@ def run_scoring(config: ScoreConfig) -> ScoreResult:
 
         from mnistsum_ray.cluster.gpus import begin_probe
 
-        probe = begin_probe(False if config.precision == "int8" else config.use_gpu)  # while this process imports Ray Data
+        probe = begin_probe(config.use_gpu)  # while this process imports Ray Data
         from mnistsum_ray.scoring import driver
 
         with quiet_logger("ray", "ray.data"):
             return driver.score(run, console, probe)
-
-
-@contextmanager
-def _naming_arguments(config: JobConfig) -> Iterator[None]:
-    """Have RequestErrors name arguments where they name flags of this config: `max_rows_per_file` for `--max-rows-per-file`.
-
-    Other dashes stay as they are: in a path, or in a flag of Ray.
-    """
-    flags = "|".join(field.replace("_", "-") for field in type(config).model_fields)
-    try:
-        yield
-    except RequestError as error:
-        text = re.sub(rf"(?<![^\s(])--({flags})(?![\w-])", lambda flag: flag[1].replace("-", "_"), str(error))
-        if text == str(error):  # it may be one that `on_epoch` has raised
-            raise
-        raise RequestError(text) from error

@@ -35,38 +35,38 @@ TRY_AGAIN: Final = os.EX_TEMPFAIL
 """75: the same command may work later, so that Kubernetes, cron and Airflow can tell it from a typo."""
 
 _HELP: Final = """
-The value of an unset flag is in brackets below. Standard output gets one JSON
-object, the result; a terminal gets it with --json only. All else goes to
-standard error. Exit codes: 0 done, 2 the request is invalid, 75 try again later
-(no resources in time, no cluster, a folder that another run holds), 128 + N
-stopped by signal N, 1 anything else.
+The value of an unset flag is in brackets below; a bare flag that takes true or
+false says true. Standard output gets one JSON object, the result; a terminal
+gets it with --json only. All else goes to standard error. Exit codes: 0 done, 2
+the request is invalid, 75 try again later (no resources in time, no cluster, a
+folder that another run holds), 128 + N stopped by signal N, 1 anything else.
 """
 """What `--help` says of every command."""
 
-Outcome = tuple[dict[str, Any], int]
-"""The fields of the last line, and the exit code."""
+Result = dict[str, Any]
+"""The fields of the last line."""
 
 # The docstring of a command is its --help. Each imports what it needs: not before `run` catches signals, and for --help or a
 # wrong flag neither NumPy, torch nor Ray.
 
 
-def train(config: "TrainConfig") -> Outcome:
+def train(config: "TrainConfig") -> Result:
     """Train the two-head MNIST network, which predicts the digit of an image and
     the sum digit + number.
 
         mnistsum train                   full MNIST if it is found, else a sample
         mnistsum train --data sample     takes a minute on a laptop
         mnistsum train --name mine --resume auto    begins, or goes on after a kill
-        mnistsum train --from-run runs/mine         trains the same model again
+        mnistsum train --config runs/mine/config.yaml     trains the same again
         mnistsum train --data s3://B/mnist --num-workers 4 --storage-path s3://B/r
         ray job submit --working-dir . -- python jobs/train.py --data sample
     """
-    from mnistsum_ray.api import run_training
+    from mnistsum_ray.api import fit
 
-    return run_training(config).line(), DONE
+    return fit(config).line()
 
 
-def score(config: "ScoreConfig") -> Outcome:
+def score(config: "ScoreConfig") -> Result:
     """Score Parquet files with a trained model: predict the digit and the sum of each
     row, and account for every row.
 
@@ -81,13 +81,13 @@ def score(config: "ScoreConfig") -> Outcome:
     also those of all classes; OUTPUT/rejected/ the rows that cannot be scored, with
     the reason. OUTPUT/manifest.json, written last, has the totals.
     """
-    from mnistsum_ray.api import run_scoring
+    from mnistsum_ray import api
 
-    result = run_scoring(config)
-    return result.line(labels=config.label_column is not None), DONE
+    result = api.score(config)
+    return result.line(labels=config.label_column is not None)
 
 
-def export_pairs(config: "ExportPairsConfig") -> Outcome:
+def export_pairs(config: "ExportPairsConfig") -> Result:
     """Write example input for scoring: Parquet files of MNIST images, each with a
     number and the true digit.
 
@@ -99,11 +99,10 @@ def export_pairs(config: "ExportPairsConfig") -> Outcome:
 
     output, source = pairs.export_pairs(config, Console().say)
     Console().say(f"{counted(config.rows, 'row')} of {source.name} in {counted(config.files, 'file')}: {output.display}")
-    line = {"output": output.display, "data": source.name, "split": config.split, "rows": config.rows, "files": config.files}
-    return line, DONE
+    return {"output": output.display, "data": source.name, "split": config.split, "rows": config.rows, "files": config.files}
 
 
-def export_model(config: "ExportModelConfig") -> Outcome:
+def export_model(config: "ExportModelConfig") -> Result:
     """Export a model to ONNX (model.onnx), for programs without this package.
 
         mnistsum export-model --model runs/mine --output exported/
@@ -121,10 +120,10 @@ def export_model(config: "ExportModelConfig") -> Outcome:
 
     line = model.export_model(config, Console().say)
     Console().say(f"written: {line['output']}")
-    return line, DONE
+    return line
 
 
-def predict(config: "PredictConfig") -> Outcome:
+def predict(config: "PredictConfig") -> Result:
     """Look at one picture of a handwritten digit: which digit is it, and what is
     digit + number?
 
@@ -148,10 +147,10 @@ def predict(config: "PredictConfig") -> Outcome:
     if found.unsure:
         say("unsure: the digit's probability is below 90 %")
     arrays = ("pixels", *PROBABILITY_FIELDS.names)
-    return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key not in arrays}, DONE
+    return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key not in arrays}
 
 
-COMMANDS: Final[dict[str, tuple[Callable[[Any], Outcome], str, str]]] = {
+COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], str, str]]] = {
     "train": (train, "TrainConfig", "train the network"),
     "score": (score, "ScoreConfig", "score Parquet files with a trained model"),
     "export-pairs": (export_pairs, "ExportPairsConfig", "write example input for scoring"),
@@ -164,8 +163,6 @@ _COMMAND_LINES: Final = "\n".join(f"  {name:<14}{meaning}" for name, (*_, meanin
 _USAGE: Final = f"""usage: mnistsum COMMAND [flags], or mnistsum COMMAND --help
 
 {_COMMAND_LINES}
-  completion    print a script that completes flags in bash or zsh;
-                in .bashrc: eval "$(mnistsum completion bash)"
 
   --version     print the version"""
 
@@ -180,32 +177,22 @@ def main(argv: list[str] | None = None) -> int:
         return _answer(_USAGE, sys.stdout)
     if command == "--version":
         return _answer(f"mnistsum_ray {__version__}", sys.stdout)
-    if command == "completion" and flags in (["bash"], ["zsh"]):
-        return _answer(_completion(flags[0]), sys.stdout)
-    hint = did_you_mean(command, COMMANDS) or "; mnistsum --help lists them"
-    known = command == "completion"
-    _say("error: completion: for bash or zsh?" if known else f"error: {command}: there is no such command{hint}")
+    _say(f"error: {command}: there is no such command{did_you_mean(command, COMMANDS)} (mnistsum --help lists them)")
     return BAD_REQUEST
 
 
-def _completion(shell: str) -> str:
-    from mnistsum_ray import config
-    from mnistsum_ray.arguments import completion
-
-    return completion(shell, "mnistsum", {name: getattr(config, kind) for name, (_, kind, _) in COMMANDS.items()})
-
-
-def _run_command(name: str, argv: list[str]) -> Outcome:
+def _run_command(name: str, argv: list[str]) -> Result:
     from mnistsum_ray import config
     from mnistsum_ray.arguments import parse
 
     command, kind, _ = COMMANDS[name]
-    made = parse(getattr(config, kind), argv, f"{inspect.getdoc(command)}\n{_HELP}", shell_command(name))
+    flags = [word for word in argv if word != "--json"]  # which is for `run`
+    made = parse(getattr(config, kind), flags, f"{inspect.getdoc(command)}\n{_HELP}", shell_command(name))
     reserve_stdout_for_result()
     return command(made)
 
 
-def run(job: Callable[[list[str]], Outcome], argv: list[str]) -> int:
+def run(job: Callable[[list[str]], Result], argv: list[str]) -> int:
     """Run a job and return its exit code. Its result is the last line on standard output, an error one line on standard error.
 
     SIGINT, SIGTERM and SIGHUP stop the job: one line says how to go on, and the exit code is 128 plus the number of the signal.
@@ -238,9 +225,9 @@ def reserve_stdout_for_result() -> None:
     sys.stdout = sys.stderr
 
 
-def _run(job: Callable[[list[str]], Outcome], argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
+def _run(job: Callable[[list[str]], Result], argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
     try:
-        result, code = job(argv)
+        result = job(argv)
         with defer_signals():  # once the result is printed, a signal no longer changes the exit code
             if "--json" in argv or not stdout.isatty():
                 error = _write(json.dumps(result, allow_nan=False) + "\n", stdout)
@@ -248,8 +235,8 @@ def _run(job: Callable[[list[str]], Outcome], argv: list[str], stdout: TextIO, s
                     closed = isinstance(error, BrokenPipeError)
                     why = "was closed by its reader" if closed else f"cannot be written ({error.strerror})"
                     raise RunError(f"standard output {why}, so the result could not be printed")
-            stop.end(code)
-        return code
+            stop.end(DONE)
+        return DONE
     except TextAsked as asked:
         return _answer(str(asked), stdout)
     except (RequestError, RunError) as error:

@@ -18,7 +18,7 @@ class RunError(RuntimeError):
 
 
 class TryAgainError(RunError):
-    """The same command may work later: no resources in time, a cluster that cannot be reached, a folder that another run holds."""
+    """The same command may work later: no resources in time, no cluster, a folder that another run holds."""
 
 
 class RowCountError(RunError):

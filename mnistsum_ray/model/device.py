@@ -104,12 +104,12 @@ def cuda_index(gpu: str, visible: str | None, count: int) -> int:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Hardware of this machine, to be recorded with measurements: CPU, cores, instruction sets for int8 and bfloat16, and GPU."""
+    """Hardware of this machine, to be recorded with measurements: CPU, cores, instruction sets, and GPU."""
     cpu = describe_cpu()
     flags = cpu.get("flags", "").split()
     return {
         "cpu": cpu.get("model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "instructions": [name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni") if name in flags],
+        "instructions": [name for name in ("amx_bf16", "avx512_bf16") if name in flags],
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }

@@ -1,12 +1,13 @@
-"""Metrics on rows whose digit is known: accuracies, loss, calibration, and the most confident mistakes; and temperatures.
+"""Metrics on rows whose digit is known: accuracies, loss, calibration, the worst mistakes.
 
-Each image is paired with every number, and not with a random one: the sum accuracy then has no luck in it. The convolutions,
-nearly all of the work, run once an image. Evaluation, calibration, error analysis and the comparison of int8 with float32 take
-their rows from `score_rows`, and count them in `AnswerCounts`.
+Each image is paired with every number, and not with a random one: the sum accuracy then has no luck
+in it. The convolutions, nearly all of the work, run once an image. Evaluation, calibration and error
+analysis take their rows from `score_rows`, and count them in `AnswerCounts`.
 
-Temperatures calibrate the heads (Guo et al., "On Calibration of Modern Neural Networks", 2017): the scores (logits) of a head are
-divided by its temperature before softmax, which changes the probabilities, and not the predicted classes. Dividing the weights of
-the last layer does the same (`Parts.fold_temperatures`), so no user of the network needs to know them.
+Temperatures calibrate the heads (Guo et al., "On Calibration of Modern Neural Networks", 2017): the
+scores (logits) of a head are divided by its temperature before softmax, which changes the
+probabilities, and not the predicted classes. `Network.fold_temperatures` divides the weights
+instead, so no user of the network needs to know them.
 """
 
 import math
@@ -111,39 +112,26 @@ class AnswerCounts:
         return {"rows": rows, "pairs": rows * NUMBERS, "loss": self._losses.mean().item() / rows} | self.shares()
 
 
-def probability_losses(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods in nats, and Brier scores (squared distances between the probabilities and the one-hot truth):
-    float32[n] each, of logits [n, classes] with true classes int64[n]."""
-    log_probabilities = scores.log_softmax(1)
-    nll = -log_probabilities.gather(1, labels[:, None]).squeeze(1)
-    brier = log_probabilities.exp().square().sum(1) - 2 * torch.exp(-nll) + 1
-    return nll, brier
-
-
-def reliability_of(scores: Tensor, classes: Tensor) -> Reliability:
-    """Sum over the answers of logits [n, k, classes] with true classes int64[n, k]."""
-    scores, classes = scores.flatten(0, 1), classes.flatten()
-    probability, answer = scores.softmax(1).max(1)
-    values = (probability, answer == classes, *probability_losses(scores, classes))
-    return Reliability.from_predictions(*(value.cpu().numpy() for value in values))
-
-
 def analyse_errors(
     scored: ScoredRows, device: torch.device, on_progress: Callable[[int], None] = lambda _: None
 ) -> dict[str, Any]:
     """The entry `error_analysis` of manifest.json: errors on rows, which are on the device.
 
-    `confusion`: rows by true digit d and predicted digit p, [d][p]. `sums_right`: rows with digit d whose sum with number k is
-    predicted right, [d][k]. `mistakes`: see `_mistakes`, at most MAX_MISTAKES, the most confident first. `consistent`: share of
-    the pairs whose predicted sum is the predicted digit plus the number. `probabilities`: `Reliability.as_json` by head.
+    `confusion`: rows by true digit d and predicted digit p, [d][p]. `sums_right`: rows with digit d
+    whose sum with number k is predicted right, [d][k]. `mistakes`: see `_mistakes`, at most
+    MAX_MISTAKES, the most confident first. `consistent`: share of the pairs whose predicted sum is
+    the predicted digit plus the number. `probabilities`: `Reliability.as_json` by head.
     """
     counts = AnswerCounts(device)
     reliability = {head.name: Reliability() for head in HEADS}
     mistakes: list[dict[str, Any]] = []
     for batch, scores in scored:
         counts.add(batch, scores)
-        for sums, logits, classes in zip(reliability.values(), scores, true_classes(batch["digit"], scores), strict=True):
-            sums.add(reliability_of(logits, classes))
+        truths = true_classes(batch["digit"], scores)
+        for of_head, logits, truth in zip(reliability.values(), scores, truths, strict=True):
+            probability, answer = logits.softmax(2).max(2)
+            right = (answer == truth).flatten().cpu().numpy()
+            of_head.add(Reliability.of(probability.flatten().cpu().numpy(), right))
         mistakes += _mistakes(batch, scores)
         on_progress(len(batch["digit"]))
     return {
@@ -151,15 +139,8 @@ def analyse_errors(
         "sums_right": counts.right[HEADS.index(SUM)].tolist(),
         "mistakes": sorted(mistakes, key=confidence, reverse=True)[:MAX_MISTAKES],
         "consistent": counts.shares()["consistency"],
-        "probabilities": {name: sums.as_json() for name, sums in reliability.items()},
+        "probabilities": {name: of_head.as_json() for name, of_head in reliability.items()},
     }
-
-
-def probability_metrics(analysis: dict[str, Any]) -> dict[str, Any]:
-    """The entry `probabilities` of model.json, of `analyse_errors`: `consistent`, and by head `nll`, `brier` and `ece`."""
-    heads = analysis["probabilities"].items()
-    by_head = {name: {key: of[key] for key in ("nll", "brier", "ece")} for name, of in heads}
-    return {"consistent": analysis["consistent"], **by_head}
 
 
 def confidence(mistake: dict[str, Any]) -> float:
@@ -201,7 +182,7 @@ def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
 
 
 def calibrated(scored: ScoredRows, temperatures: Mapping[str, float]) -> ScoredRows:
-    """The rows with the scores of each head divided by its temperature, as `Parts.fold_temperatures` makes them."""
+    """The rows with the scores of each head divided by its temperature, as `fold_temperatures` makes them."""
     for batch, scores in scored:
         yield batch, tuple(logits / temperatures[head.name] for head, logits in zip(HEADS, scores, strict=True))
 

@@ -6,15 +6,13 @@ conv5 64->64 conv6 64->128 conv7 128->10  7 -> 1      3x3, no padding: ten digit
 fc1 20->128  fc2 128->19                              on [digit scores, one-hot number]: nineteen sum scores
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import NUMBERS
@@ -28,57 +26,50 @@ PIXEL_MEAN: Final = 0.1307
 PIXEL_STD: Final = 0.3081
 
 
-LAYERS: Final = (nn.Conv2d, nn.Linear)
-"""Layers that multiply matrices: in bfloat16 where that is chosen, trained by Muon, and the last ones of the heads."""
-
-
 def prepare_images(images: Tensor) -> Tensor:
-    """Pixels uint8[n, 28, 28] (0 background, 255 ink) to the network's input float32[n, 1, 28, 28], normalized, channels last.
+    """Pixels uint8[n, 28, 28] (0 background, 255 ink) to float32[n, 1, 28, 28], normalized.
 
-    Training and scoring both call this function, on the device, so a row is scored as it was trained. Raises TypeError if pixels
-    are not uint8: on a scale of 0..1, all answers would be wrong.
+    Training and scoring both call this function, on the device, so a row is scored as it was
+    trained. Raises TypeError if pixels are not uint8: on a scale of 0..1 all answers would be wrong.
     """
     if images.dtype != torch.uint8:
-        raise TypeError(f"images: must be uint8, 0 background, 255 ink; are {str(images.dtype).removeprefix('torch.')}")
-    return to_channels_last(images.float().mul_(1 / (255 * PIXEL_STD)).sub_(PIXEL_MEAN / PIXEL_STD))
+        found = str(images.dtype).removeprefix("torch.")
+        raise TypeError(f"images: must be uint8, 0 background, 255 ink; are {found}")
+    scaled = images.float().mul_(1 / (255 * PIXEL_STD)).sub_(PIXEL_MEAN / PIXEL_STD)
+    return to_channels_last(scaled)
 
 
 def to_channels_last(images: Tensor) -> Tensor:
     """Images [n, 28, 28] as [n, 1, 28, 28], channels last; a view.
 
-    `Tensor.contiguous` would find nothing to do with one channel, and the convolutions would run in the slow layout.
+    `Tensor.contiguous` would find nothing to do with one channel, and the convolutions would run in
+    the slow layout.
     """
     return images.unsqueeze(3).permute(0, 3, 1, 2)
 
 
-def split_views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Views of these shapes, one after the other."""
-    parts = torch.split(flat, [math.prod(shape) for shape in shapes])
-    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def pixel_places(device: torch.device) -> Tensor:
-    """The place (x, y, 1) of each pixel, x and y from -1 to 1: float32[3, 784]. What `F.affine_grid` makes anew each time."""
-    middles = (torch.arange(SIDE, device=device) + 0.5) * (2 / SIDE) - 1
-    return torch.stack([middles.repeat(SIDE), middles.repeat_interleave(SIDE), torch.ones(SIDE * SIDE, device=device)])
-
-
-def distort(images: Tensor, matrices: Tensor, places: Tensor) -> Tensor:
-    """Distort prepared images float32[n, 1, 28, 28] by float32[n, 6] of `data/distortion.py`; `places` as `pixel_places`."""
+def distort(images: Tensor, matrices: Tensor) -> Tensor:
+    """Distort prepared images float32[n, 1, 28, 28] by float32[n, 6] of `data/distortion.py`."""
     rows = len(images)
     if not rows:
         return images
-    grid = torch.mm(matrices.view(2 * rows, 3), places).view(rows, 2, SIDE, SIDE).permute(0, 2, 3, 1)
-    # "border" fills what moves in at the edge with background; zeros would be gray in a prepared image.
-    return to_channels_last(F.grid_sample(images, grid, padding_mode="border", align_corners=False).squeeze(1))
+    # The place (x, y, 1) of each pixel, x and y from -1 to 1: as `F.affine_grid`, which adds in
+    # another order.
+    middles = (torch.arange(SIDE, device=images.device) + 0.5) * (2 / SIDE) - 1
+    x, y = middles.repeat(SIDE), middles.repeat_interleave(SIDE)
+    places = torch.stack([x, y, torch.ones_like(x)])
+    grid = torch.mm(matrices.view(2 * rows, 3), places).view(rows, 2, SIDE, SIDE)
+    # Zeros would be grey in a prepared image: "border" fills what moves in with background.
+    grid = grid.permute(0, 2, 3, 1)
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return to_channels_last(moved.squeeze(1))
 
 
 class Network(nn.Module, ABC):
-    """What is trained, calibrated, scored with and exported. A subclass defines `digit_scores` and `scores`; NETWORK names it.
+    """What is trained, calibrated, scored with and exported; NETWORK names the subclass.
 
-    Its parts are found by running it, see `find_parts`: Muon trains the weights of LAYERS, except those of the first layer and of
-    the last ones, and AdamW the rest. `check_network` refuses what cannot be trained whole or calibrated. Buffers that change, as
-    of `nn.BatchNorm2d`, are those of rank 0. It must not draw random numbers, as `nn.Dropout`: a resumed run would draw others.
+    It may have buffers that change, as of `nn.BatchNorm2d`: those of rank 0 are kept. It must not
+    draw random numbers itself, as `nn.Dropout` does: a resumed run would draw others.
     """
 
     dropout_shape: ClassVar[tuple[int, ...] | None] = None
@@ -95,27 +86,47 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """Digit scores (logits) [n, 10] of prepared images float[n, 1, 28, 28] and `dropout_factors`, if given."""
+        """Digit scores (logits) [n, 10] of prepared images and `dropout_factors`, if given."""
 
     @abstractmethod
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        """Scores of all heads, of digit scores [n, 10] and numbers int64[n]: the digit scores as they are, and those of
-        heads that read them as the first inputs of an `nn.Linear`."""
+        """Scores of all heads, of digit scores [n, 10], the first of them, and numbers int64[n]."""
+
+    @abstractmethod
+    def hidden_weights(self) -> list[Tensor]:
+        """Weights of the layers between the first and the last, which Muon trains; AdamW the rest."""
+
+    @abstractmethod
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the heads after the digit's, which read the digit scores."""
+
+    @abstractmethod
+    def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
+        """Divide the scores of each head, by its name, by its temperature, in place.
+
+        Layers that read the digit scores must have them as they were.
+        """
 
     def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
-        """Scores of all heads, of prepared images, numbers int64[n] and the dropout of `digit_scores`."""
+        """Scores of all heads, of prepared images, numbers int64[n] and the dropout."""
         return self.scores(self.digit_scores(images, dropout), numbers)
 
     def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
-        """Scores of all heads with every number: [n, NUMBERS, classes], and of the digit, which needs none, [n, 1, 10]."""
+        """Scores of all heads with every number: [n, NUMBERS, classes], of the digit [n, 1, 10]."""
         rows = len(digit_scores)
         numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
         _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
         return digit_scores[:, None], *(scores.view(rows, NUMBERS, -1) for scores in others)
 
 
+def scale_scores(layer: nn.Module, factor: float) -> None:
+    """Multiply the output of a convolution or a linear layer, in place."""
+    for parameter in layer.parameters():
+        parameter.data.mul_(factor)
+
+
 class TwoHeadCNN(Network):
-    """The original's network: 220,125 trainable parameters. int8 inference computes its `convolutions` and conv7 anew."""
+    """The original's network: 220,125 trainable parameters."""
 
     dropout_shape = (128, 3, 3)
 
@@ -133,9 +144,10 @@ class TwoHeadCNN(Network):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Initialize as in He et al. 2015 before a ReLU and as in Glorot and Bengio 2010 elsewhere; biases are 0.
+        """He et al. 2015 before a ReLU, Glorot and Bengio 2010 elsewhere; biases are 0.
 
-        PyTorch's default weights are smaller. With them the sum head is at 34 % after three epochs on the sample, against 47 %.
+        PyTorch's default weights are smaller. With them the sum head is at 34 % after three epochs
+        on the sample, against 47 %.
         """
         for weight in (*(convolution.weight for convolution in self.convolutions), self.fc1.weight):
             nn.init.kaiming_normal_(weight, nonlinearity="relu")
@@ -157,7 +169,8 @@ class TwoHeadCNN(Network):
             features = convolution(features)
             if index in (1, 3):
                 features = F.max_pool2d(features, 2)
-            # ReLU after the max-pool gives the same values and gradients as before it, on a quarter of the elements.
+            # ReLU after the max-pool gives the same values and gradients as before it, on a quarter
+            # of the elements.
             features = torch.relu_(features)
         if dropout is not None:
             features = features * dropout.to(features.dtype)
@@ -166,67 +179,75 @@ class TwoHeadCNN(Network):
 
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
         """As of `Network`."""
-        # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits for them.
+        # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits.
         one_hot = self.one_hot[numbers].to(digit_scores.dtype)
-        return digit_scores, self.fc2(F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1))))
+        hidden = F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1)))
+        return digit_scores, self.fc2(hidden)
+
+    def hidden_weights(self) -> list[Tensor]:
+        """As of `Network`."""
+        return [*(convolution.weight for convolution in self.convolutions[1:]), self.fc1.weight]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """As of `Network`."""
+        return [*self.fc1.parameters(), *self.fc2.parameters()]
+
+    def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
+        """As of `Network`."""
+        scale_scores(self.conv7, 1 / temperatures["digit"])
+        scale_scores(self.fc2, 1 / temperatures["sum"])
+        self.fc1.weight.data[:, : DIGIT.classes] *= temperatures["digit"]
 
 
 def make_network() -> Network:
-    """A new network of the class NETWORK, whose convolutions are channels last: their fast layout, and that of Muon's views."""
+    """A new network of the class NETWORK, its convolutions channels last: their fast layout."""
     network: Network = globals()[NETWORK]()
     for parameter in network.parameters():
         layout = torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
-        parameter.data = parameter.data.to(memory_format=layout)  # `contiguous` does nothing with one channel
+        # `contiguous` does nothing with one channel.
+        parameter.data = parameter.data.to(memory_format=layout)
     return network
 
 
 def dropout_factors(rows: int, shape: Sequence[int], probability: float, generator: torch.Generator) -> Tensor:
-    """Dropout factors (Srivastava et al. 2014), 0 or 1 / (1 - probability): float32[rows, *shape], channels last.
+    """Dropout factors (Srivastava et al. 2014), 0 or 1 / (1 - probability).
 
-    The caller seeds the generator for each step, and names the device by it.
+    float32[rows, *shape], channels last. The caller seeds the generator for each step, and names
+    the device by it.
     """
     draws = torch.rand(rows, *shape[1:], shape[0], generator=generator, device=generator.device)
     return ((draws >= probability) / (1 - probability)).movedim(-1, 1)
 
 
 class Objective(nn.Module):
-    """The network and its loss as one module, so that DDP and the compiler see the whole step."""
+    """The network and its loss as one module, which DDP wraps.
+
+    `dtype` is that of the computation, by autocast; parameters and gradients are float32.
+    """
 
     def __init__(self, model: Network, label_smoothing: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
-        self.dtype = dtype
-        """Type of the computation, by autocast; parameters and gradients are float32."""
+        self.bf16 = dtype == torch.bfloat16
 
     def forward(self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The `joint_loss` of prepared images with numbers and digits int64[n], and `dropout_factors`."""
-        if self.dtype == torch.float32:
+        """The `joint_loss` of prepared images with numbers and digits int64[n], and dropout."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             scores = self.model(images, numbers, dropout)
-        else:
-            with torch.autocast(images.device.type, torch.bfloat16):
-                scores = functional_call(self.model, self._cast_parameters(), (images, numbers, dropout))
         return joint_loss(scores, digits, numbers, self.label_smoothing)
-
-    def _cast_parameters(self) -> dict[str, Tensor]:
-        """The parameters of LAYERS in bfloat16, cast together: autocast has two launches for each, with that of its gradient."""
-        layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, LAYERS)]
-        parameters = {f"{name}.{key}": value for name, layer in layers for key, value in layer.named_parameters(recurse=False)}
-        # They are cast in the order of their memory, channels last, so that no element moves.
-        values = [value.movedim(1, -1) if value.dim() == 4 else value for value in parameters.values()]
-        flat = torch.cat([value.reshape(-1) for value in values]).to(self.dtype)
-        cast = split_views(flat, [value.shape for value in values])
-        return {name: part.movedim(-1, 1) if part.dim() == 4 else part for name, part in zip(parameters, cast, strict=True)}
 
 
 def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Mean of the heads' cross-entropies, float32 scalars: with label smoothing, and without, which has no gradient.
+    """Mean of the heads' cross-entropies: with label smoothing, and without, which has no gradient.
 
-    They are sums over the rows, so that each row has the same weight in workers and batches of unequal size; the caller divides.
+    They are sums over the rows, so that each row has the same weight in workers and batches of
+    unequal size; the caller divides.
 
-    Label smoothing (Szegedy et al., "Rethinking the Inception Architecture", 2016) is the share of the uniform distribution in
-    the targets: bounded digit scores generalize better. It is that of all heads, because the sum head reads the digit scores;
-    with unsmoothed sums its loss would still push them up without bound.
+    Label smoothing (Szegedy et al., "Rethinking the Inception Architecture", 2016) is the share of
+    the uniform distribution in the targets: bounded digit scores generalize better. It is that of
+    all heads, because the sum head reads the digit scores; with unsmoothed sums its loss would
+    still push them up without bound.
     """
     exact, smooth = [], []
     for head, logits in zip(HEADS, scores, strict=True):

@@ -1,15 +1,12 @@
 """Optimizer and learning-rate schedule: Muon for the hidden layers, AdamW for all other parameters."""
 
 import math
-from collections.abc import Sequence
-from itertools import groupby
-from typing import Any, Final
+from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mnistsum_ray.model.network import Network, split_views
-from mnistsum_ray.model.parts import find_parts
+from mnistsum_ray.model.network import Network
 
 _WARM_UP: Final = 0.2
 """Share of the steps in which the learning rate rises."""
@@ -42,122 +39,77 @@ def one_cycle(step: int, total_steps: int, peak: float) -> float:
     return low + (peak - low) * (1 - math.cos(math.pi * progress)) / 2
 
 
-class Muon:
-    """Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) with Nesterov momentum.
+class MuonAdamW:
+    """Muon for the hidden weights of a network, AdamW for all other parameters.
 
-    `torch.optim.Muon` takes one matrix after the other and always computes in bfloat16: on a CPU without bfloat16 instructions
-    that is 110 ms a step for this network, in place of 9. This class takes matrices together: on GPUs, where launches count, all
-    of them, filled up with zeros, which changes no result; on CPUs, where multiplications count, those of one shape that follow
-    each other.
+    Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) with
+    Nesterov momentum, a convolution as a matrix [out, height * width * in]. `torch.optim.Muon`
+    always computes in bfloat16: on two cores without bfloat16 instructions that is 67 ms a step for
+    this network, in place of 4. Here `dtype` is that of the orthogonalization.
 
-    The parameters, `matrices`, are updated in place. `dtype` is that of the orthogonalization. In each step a parameter loses the
-    share `weight_decay` of itself, times the learning rate.
-    """
-
-    def __init__(self, matrices: Sequence[Tensor], weight_decay: float, dtype: torch.dtype) -> None:
-        self._matrices = list(matrices)
-        self._weight_decay = weight_decay
-        self._dtype = dtype
-        # Steps of tall matrices are larger, so that an element moves as far as one of a wide matrix.
-        self._rates = [math.sqrt(max(1.0, len(matrix) / matrix.shape[1])) for matrix in matrices]
-        shapes = [(min(matrix.shape), max(matrix.shape)) for matrix in matrices]
-        if matrices[0].is_cuda:
-            largest = (max(rows for rows, _ in shapes), max(columns for _, columns in shapes))
-            shapes = [largest] * len(shapes)
-        self._stacks = [(len(list(alike)), *shape) for shape, alike in groupby(shapes)]
-        self._stacked = matrices[0].new_zeros(sum(map(math.prod, shapes)))
-        # Place of each element in the stacks, where tall matrices are transposed. All elements are copied in one launch.
-        places = []
-        for matrix, place in zip(matrices, split_views(torch.arange(len(self._stacked)), shapes), strict=True):
-            rows, columns = matrix.shape
-            places.append((place if rows <= columns else place.T)[:rows, :columns].reshape(-1))
-        self._places = torch.cat(places).to(self._stacked.device)
-        self._momentum = self._stacked.new_zeros(len(self._places))
-        self.momenta = self._of_matrices(self._momentum)
-        """Momentum of each matrix, in its shape; it may be filled in place."""
-
-    def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
-        """Update the matrices from their gradients, whose elements are in the order of the matrices'."""
-        gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        self._momentum.lerp_(gradient, 1 - _MOMENTUM)
-        self._stacked.index_copy_(0, self._places, gradient.lerp_(self._momentum, _MOMENTUM))
-        stacks = split_views(self._stacked.to(self._dtype), self._stacks)
-        steps = torch.cat([orthogonalize(stack).view(-1) for stack in stacks]).float()
-        updates = self._of_matrices(steps.index_select(0, self._places))
-        torch._foreach_mul_(self._matrices, 1 - learning_rate * self._weight_decay)
-        torch._foreach_add_(self._matrices, torch._foreach_mul(updates, [-learning_rate * rate for rate in self._rates]))
-
-    def _of_matrices(self, flat: Tensor) -> list[Tensor]:
-        return split_views(flat, [matrix.shape for matrix in self._matrices])
-
-
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """Five Newton-Schulz iterations on each of some matrices [n, rows, columns], rows <= columns.
-
-    All singular values but 0 come near 1 (0.7 to 1.2).
-    """
-    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
-    matrices = matrices / norms.clamp_(min=_EPSILON)
-    for _ in range(_ITERATIONS):
-        gram = torch.bmm(matrices, matrices.mT)
-        matrices = torch.baddbmm(matrices, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), matrices, beta=_A)
-    return matrices
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the hidden weights of a network; AdamW for all other parameters.
-
-    The model is on the device where it will be trained: its parameters must not move in memory afterwards. `weight_decay` and
-    `dtype` are as of `Muon`.
+    In each step a parameter loses the share `weight_decay` of itself, times its learning rate.
     """
 
     def __init__(self, model: Network, weight_decay: float, dtype: torch.dtype) -> None:
-        parts = find_parts(model)
-        hidden = parts.hidden_weights
-        rest = [parameter for parameter in model.parameters() if parameter not in set(hidden)]
-        of_heads = set(parts.head_parameters)
+        self._hidden = model.hidden_weights()
+        self._weight_decay = weight_decay
+        self._dtype = dtype
+        hidden, of_heads = set(self._hidden), set(model.head_parameters())
+        rest = [parameter for parameter in model.parameters() if parameter not in hidden]
         groups = [
-            {"params": hidden, "factor": 1.0},
-            {"params": [parameter for parameter in rest if parameter not in of_heads], "factor": _ADAMW_FACTOR},
-            {"params": [parameter for parameter in rest if parameter in of_heads], "factor": _SUM_HEAD_FACTOR},
+            {"params": [value for value in rest if value not in of_heads], "factor": _ADAMW_FACTOR},
+            {"params": [value for value in rest if value in of_heads], "factor": _SUM_HEAD_FACTOR},
         ]
-        super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay})
-        # Views: where the weights of a convolution are not channels last, this fails.
-        matrices = [_channels_last(parameter.detach()).view(len(parameter), -1) for parameter in hidden]
-        self._muon = Muon(matrices, weight_decay, dtype)
-        self._adamw = torch.optim.AdamW(self.param_groups[1:], fused=True)
-        self._share_state()
+        self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+        self.state: dict[Tensor, dict[str, Tensor]] = self._adamw.state
+        """Momenta by parameter, which a checkpoint holds; empty for AdamW before the first step."""
+        for weight in self._hidden:
+            self.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
+        self.set_learning_rate(0.0)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set Muon's learning rate; those of AdamW are shares of it."""
-        for group in self.param_groups:
+        self._learning_rate = learning_rate
+        for group in self._adamw.param_groups:
             group["lr"] = learning_rate * group["factor"]
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self._adamw.zero_grad()
+        for weight in self._hidden:
+            weight.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
         """Update the parameters from their gradients."""
-        hidden = self.param_groups[0]
-        self._muon.step([_channels_last(parameter.grad) for parameter in hidden["params"]], hidden["lr"])
+        for weight in self._hidden:
+            assert weight.grad is not None
+            momentum = self.state[weight]["momentum_buffer"]
+            momentum.lerp_(weight.grad, 1 - _MOMENTUM)
+            update = weight.grad.lerp(momentum, _MOMENTUM).movedim(1, -1)
+            matrix = orthogonalize(update.flatten(1).to(self._dtype))
+            # Steps of tall matrices are larger, so that an element moves as far as one of a wide one.
+            rate = self._learning_rate * math.sqrt(max(1.0, len(matrix) / matrix.shape[1]))
+            weight.mul_(1 - self._learning_rate * self._weight_decay)
+            weight.sub_((rate * matrix.float()).reshape(update.shape).movedim(-1, 1))
         self._adamw.step()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of another optimizer of the same network, from any device and in any memory format."""
-        super().load_state_dict(state_dict)
-        for parameter, moments in self.state.items():
-            for name, value in moments.items():
-                if value.shape == parameter.shape:  # AdamW's kernel takes moments that lie in memory as their parameter
-                    moments[name] = torch.empty_like(parameter.detach()).copy_(value)
-        self._share_state()
-
-    def _share_state(self) -> None:
-        """Have AdamW use the state and the groups of this optimizer, and Muon's momenta be in the state."""
-        self._adamw.state, self._adamw.param_groups = self.state, self.param_groups[1:]
-        for parameter, matrix in zip(self.param_groups[0]["params"], self._muon.momenta, strict=True):
-            momentum = matrix.view(_channels_last(parameter).shape).movedim(-1, 1)
-            if loaded := self.state[parameter]:
-                momentum.copy_(loaded["momentum_buffer"])
-            self.state[parameter]["momentum_buffer"] = momentum
+    def load_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """Take over the state of a parameter, from any device and in any memory format."""
+        for name, value in state.items():
+            held = value.to(parameter.device)
+            if held.shape == parameter.shape:  # AdamW's kernel takes momenta that lie as it does
+                held = torch.empty_like(parameter.detach()).copy_(held)
+            self.state[parameter][name] = held
 
 
-def _channels_last(weight: Tensor) -> Tensor:
-    """View of weights [out, in, height, width] as [out, height, width, in]; a matrix is returned as it is."""
-    return weight.movedim(1, -1)
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Five Newton-Schulz iterations: all singular values but 0 come near 1 (0.7 to 1.2)."""
+    if len(matrix) > matrix.shape[1]:
+        return orthogonalize(matrix.T.contiguous()).T
+    matrix = matrix / matrix.norm().clamp(min=_EPSILON)
+    for _ in range(_ITERATIONS):
+        gram = matrix @ matrix.T
+        polynomial = torch.addmm(gram, gram, gram, beta=_B, alpha=_C)
+        matrix = torch.addmm(matrix, polynomial, matrix, beta=_A)
+    return matrix

@@ -17,51 +17,49 @@ from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS, Head
 from mnistsum_ray.model.network import Network
-from mnistsum_ray.model.parts import find_parts
 
 MAX_ROWS: Final = 1_024
 """Maximum number of training rows whose digit scores are used; 4,096 give the same result."""
 
 _BATCH: Final = 512
 
-_DRAWN_STEPS: Final = 50
-"""Steps whose rows are drawn together. A step of 15 MFLOP is as long as the launch of its operations, and half of them drew."""
-
 _LEARNING_RATE: Final = 0.02
 """Learning rate of AdamW at the first step; it falls linearly to 0. With 0.01 and 0.05 more sums differ from digit + number."""
 
 
 def finetune_sum_head(
-    model: Network, digit_scores: Tensor, steps: int, seed: int, on_progress: Callable[[int], None] = lambda _: None
+    model: Network,
+    digit_scores: Tensor,
+    steps: int,
+    seed: int,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Train all heads but the digit's on the distribution of their answer, such as digit + number, that the digit scores imply.
+    """Train all heads but the digit's on the distribution of their answer, as of digit + number.
 
-    The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most likely digit instead, the head
-    is sure of every sum, also of wrong ones (negative log-likelihood 0.033 nats instead of 0.013).
+    The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most
+    likely digit instead, the head is sure of every sum, also of wrong ones (negative log-likelihood
+    0.033 nats instead of 0.013).
 
-    `digit_scores` float32[n, 10] are those of training rows. Each step draws 512 new mixtures of them and random numbers, from
-    `seed`. `on_progress` gets the number of steps since its last call.
+    `digit_scores` float32[n, 10] are those of training rows. Each step draws 512 new mixtures of
+    them and random numbers, from `seed`. `on_progress` gets the steps since its last call.
     """
     device = digit_scores.device
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(find_parts(model).head_parameters, lr=_LEARNING_RATE, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.head_parameters(), lr=_LEARNING_RATE, weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
-    for start in range(0, steps, _DRAWN_STEPS):
-        count = min(_DRAWN_STEPS, steps - start)
-        rows = torch.randint(len(digit_scores), (count * _BATCH,), generator=generator, device=device)
+    for _ in range(steps):
+        rows = torch.randint(len(digit_scores), (_BATCH,), generator=generator, device=device)
         scores = mix_scores(digit_scores[rows], generator)
-        numbers = torch.randint(NUMBERS, (count * _BATCH,), generator=generator, device=device)
-        targets = [class_distribution(head, scores, numbers) for head in HEADS[1:]]
-        for step in range(count):
-            batch = slice(step, None, count)  # half of its rows are near a tie, as of all, see `mix_scores`
-            _, *heads = model.scores(scores[batch], numbers[batch])
-            losses = [F.cross_entropy(logits, target[batch]) for logits, target in zip(heads, targets, strict=True)]
-            loss = sum(losses[1:], losses[0])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-        on_progress(count)
+        numbers = torch.randint(NUMBERS, (_BATCH,), generator=generator, device=device)
+        _, *heads = model.scores(scores, numbers)
+        loss = torch.zeros((), device=device)
+        for head, logits in zip(HEADS[1:], heads, strict=True):
+            loss = loss + F.cross_entropy(logits, class_distribution(head, scores, numbers))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        on_progress(1)
 
 
 def class_distribution(head: Head, digit_scores: Tensor, numbers: Tensor) -> Tensor:

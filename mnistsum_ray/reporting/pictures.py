@@ -207,7 +207,7 @@ def draw_reliability(heads: dict[str, Reliability]) -> Figure:
         start = edges[:-1][used].min(initial=1 - edges[1])
         axes.plot([start, 1], [start, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
         axes.plot(probability, right / rows, marker, color=color, label="accuracy")
-        ece = head.metrics()["ece"]
+        ece = head.ece
         axes.set_title(f"{name}" if ece is None else f"{name}: expected calibration error {ece:.4f}")
         axes.set_xlim(start - 0.02 * (1 - start), 1 + 0.02 * (1 - start))
         axes.legend(loc="lower right")

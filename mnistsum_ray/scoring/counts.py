@@ -91,7 +91,7 @@ class RowCounts(ReasonCounts):
         return {f"{head}_accuracy": sum(sums.right) / known if known else None for head, sums in self.reliability.items()}
 
     def probability_metrics(self) -> dict[str, dict[str, Any]] | None:
-        """By head `nll`, `brier`, `ece`, and the `reliability` that they follow from; None if no label is known."""
+        """By head `ece` and the `reliability` that it follows from; None if no label is known."""
         return {head: sums.as_json() for head, sums in self.reliability.items()} if self.labelled else None
 
 

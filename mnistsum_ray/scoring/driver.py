@@ -95,9 +95,9 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
 
 
 def worker_request(config: ScoreConfig) -> WorkerRequest:
-    """The pool of workers that a run asks for. int8 runs on CPUs."""
+    """The pool of workers that a run asks for."""
     workers = (config.num_workers, config.num_workers) if config.num_workers else None
-    return WorkerRequest(workers, False if config.precision == "int8" else config.use_gpu, config.wait_seconds)
+    return WorkerRequest(workers, config.use_gpu, config.wait_seconds)
 
 
 def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[[str], None]) -> tuple[WorkerPlan, str]:

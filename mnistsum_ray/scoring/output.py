@@ -27,7 +27,7 @@ from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, folders_above, read_stamp
-from mnistsum_ray.scoring.preflight import STAGING, Plan, Request, int8_error
+from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_partial
 
@@ -278,8 +278,6 @@ def follow_output(request: Request, console: Console) -> Request:
                 if stamp["spec"]["model"] == request.card["sha256"]:
                     begun = {"precision": stamp["spec"]["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}
     followed = {name: value for name, value in begun.items() if getattr(request.config, name) is None}
-    if followed.get("precision") == "int8" and (request.config.use_gpu or int8_error(request.card)):
-        del followed["precision"]  # the run is refused, and the message says how the output was begun
     return replace(request, config=request.config.model_copy(update=followed))
 
 
@@ -376,8 +374,6 @@ def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
         return f"holds predictions of another model (SHA-256 {old[:12]}…, --model has {new[:12]}…);"
     if key == "prediction_columns":
         return "holds predictions with other columns, of another version of this program;"
-    if key == "int8":
-        return "holds predictions of the same model quantized otherwise;"
     was, has = (f"--{key} {value}" if isinstance(value, str) else f"--{key}" if value else f"no --{key}" for value in (old, new))
     return f"was started with {was}, and this run has {has}; give the same again, or"
 

@@ -93,22 +93,12 @@ class Plan(Request):
         return self.inputs.root.at(f"{self.inputs.root.path}/{name}").display
 
     @property
-    def int8_maxima(self) -> tuple[float, ...] | None:
-        """Calibration of the quantized network; None unless the precision is int8."""
-        if self.precision != "int8":
-            return None
-        from mnistsum_ray.model.int8 import maxima_from_description  # imports PyTorch
-
-        return maxima_from_description(self.card)
-
-    @property
     def spec(self) -> dict[str, Any]:
         """The model and settings that determine the predictions, as JSON has them. One output holds predictions of one spec."""
         flags = ("image-column", "number-column", "label-column", "probabilities")
         settings = {flag: getattr(self.config, flag.replace("-", "_")) for flag in flags}
-        maxima = list(self.int8_maxima) if self.int8_maxima else None
-        made = {"prediction_columns": PREDICTION_FIELDS.names, "int8": maxima}
-        return {"model": self.card["sha256"], "precision": self.precision, **settings, **made}
+        settings["prediction_columns"] = PREDICTION_FIELDS.names
+        return {"model": self.card["sha256"], "precision": self.precision, **settings}
 
     @property
     def failures(self) -> dict[str, str]:
@@ -147,8 +137,6 @@ def preflight(config: ScoreConfig) -> Request:
     except RequestError as error:
         raise RequestError(f"--model {error}") from None
     weights = {name: value.numpy() for name, value in copy_weights(network).items()}
-    if config.precision == "int8" and (reason := int8_error(card)):
-        raise RequestError(f"--precision int8: {reason}")
     return Request(config, model, card, weights, inputs, output, files)
 
 
@@ -160,18 +148,6 @@ def _locate_output(text: str) -> Location:
         raise RequestError(f"--output {output.display}: is a file; name a folder")
     # `at` also removes the query of a URI from the display.
     return output.at(os.path.realpath(output.path) if output.is_local else output.path)
-
-
-def int8_error(card: dict[str, Any]) -> str | None:
-    """Why this process cannot score with 8-bit integers; None if it can."""
-    from mnistsum_ray.model.int8 import maxima_from_description, unavailable_reason
-
-    if maxima_from_description(card) is None:
-        return (
-            "the model holds no calibration for it, so it is of a network that int8 does not know, or was trained where PyTorch "
-            "lacks integer convolutions; leave it out, or train again"
-        )
-    return "this PyTorch has no integer convolutions on this CPU; leave it out" if unavailable_reason() else None
 
 
 def make_plan(request: Request, precision: str, held: OutputFolder, console: Console) -> Plan:

@@ -188,7 +188,6 @@ def _make_manifest(plan: Plan, output: OutputFiles, line: dict[str, Any]) -> dic
         "config": plan.config.model_dump(mode="json") | located,
         "model": {key: plan.card[key] for key in ("sha256", "epoch", "parameters")},
         "precision": plan.precision,
-        "int8": plan.card["int8"] if plan.precision == "int8" else None,
         "skipped_files": len(plan.inputs.skipped),
         "files_of_earlier_input": pc.sum(pc.invert(output.stamps["planned"])).as_py() or 0,
         "versions": versions(),

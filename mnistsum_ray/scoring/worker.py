@@ -123,7 +123,7 @@ def _make_predictor(plan: Plan) -> Predictor:
     visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
     device = torch.device(f"cuda:{cuda_index(gpus[0], visible, count)}" if gpus else "cpu")
     weights = {name: torch.tensor(value) for name, value in plan.weights.items()}  # a copy: arrays of Ray cannot be written
-    return Predictor(weights, device, plan.precision, plan.config.batch_size, plan.int8_maxima)
+    return Predictor(weights, device, plan.precision, plan.config.batch_size)
 
 
 def _committed(plan: Plan, part: Part, started: float) -> pa.Table | None:
@@ -211,11 +211,9 @@ def _decode(part: Part, table: pa.Table, config: ScoreConfig, odd_years: int) ->
 
 def _predict(plan: Plan, predictor: Predictor, batch: list[PartRows]) -> Iterator[Predictions]:
     """Predict the rows of several parts together; yield the predictions of each, those of rejected rows included."""
-    labels = [rows.labels for rows in batch if rows.labels is not None]
     predictions = predictor.predict(
         np.concatenate([rows.images for rows in batch]),
         np.concatenate([rows.numbers for rows in batch]),
-        np.concatenate(labels) if labels else None,
         plan.config.probabilities,
     )
     end = 0
@@ -297,8 +295,7 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
         counts.probabilities[f"{head.name}_prob"] = np.histogram(probability, PROBABILITY_BINS, (0, 1))[0].tolist()
         if rows.labels is not None:
             right = predictions.values[f"pred_{head.name}"][known] == head.target(labels, numbers)[known]
-            losses = (predictions.values[f"{head.name}_{loss}"][known] for loss in ("nll", "brier"))
-            counts.reliability[head.name] = Reliability.from_predictions(probability[known], right, *losses)
+            counts.reliability[head.name] = Reliability.of(probability[known], right)
     unsure: dict[str, list[Any]] = {}
     # The same image may be there with each number.
     for place in np.argsort(predictions.digit_prob, kind="stable")[: NUMBERS * _UNSURE].tolist():

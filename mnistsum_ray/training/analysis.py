@@ -1,4 +1,4 @@
-"""Analysis of the trained model: temperatures, errors on test rows, and calibration for int8; one worker computes all of it."""
+"""Analysis of the trained model on one worker: temperatures, and errors on test rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,20 +11,19 @@ import torch
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.data.picture import background_of
-from mnistsum_ray.errors import one_line
-from mnistsum_ray.model import int8
 from mnistsum_ray.model.device import hardware
-from mnistsum_ray.model.heads import DIGIT
-from mnistsum_ray.model.metrics import ScoredRows, analyse_errors, calibrated, fit_temperatures, probability_metrics
-from mnistsum_ray.model.network import Network, TwoHeadCNN
-from mnistsum_ray.model.parts import find_parts
+from mnistsum_ray.model.metrics import ScoredRows, analyse_errors, calibrated, fit_temperatures
+from mnistsum_ray.model.network import Network
 from mnistsum_ray.model.serialization import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.training.checkpoint import TrainerState
 from mnistsum_ray.training.fetch import RowData
-from mnistsum_ray.training.worker import Worker, cpus_of_node
+from mnistsum_ray.training.worker import Worker
 
 _TEMPERATURE_ROWS: Final = 5_000
 """Maximum number of validation rows that the temperatures are fitted on."""
+
+_BACKGROUND_ROWS: Final = 512
+"""Maximum number of training rows that say whether the background is dark or light."""
 
 _ANALYSED_ROWS: Final = 100_000
 """Maximum number of test rows whose errors are analysed; the accuracies count all."""
@@ -57,42 +56,32 @@ def analyse(
     validation: RowRanges,
     test: RowRanges,
 ) -> TrainingResult:
-    """Temperatures (on validation rows), errors (on test rows), background and int8 calibration (on training rows) of the model.
+    """Temperatures of the model on validation rows, its errors on test rows, its background.
 
-    The temperatures are folded into `model`, which is published, and not into the checkpoints: a run that is resumed when it is
-    finished publishes the same model. `scored` gives the scores of rows on this worker.
+    The temperatures are folded into `model`, which is published, and not into the checkpoints: a
+    run that is resumed when it is finished publishes the same model. `scored` gives the scores of
+    rows on this worker.
     """
     events = worker.events
     events.note("analysing the model's answers on the test rows")
-    machine = hardware(worker.device) | {"threads": torch.get_num_threads()}
     model.eval()
     trained = copy_weights(model)
     temperatures = fit_temperatures(scored(validation.sample(_TEMPERATURE_ROWS)))
     on_progress = events.progress("test rows analysed", min(len(test), _ANALYSED_ROWS))
-    analysis = analyse_errors(calibrated(scored(test.sample(_ANALYSED_ROWS)), temperatures), worker.device, on_progress)
-    quantized = model if isinstance(model, TwoHeadCNN) and int8.unavailable_reason() is None else None
-    compared = list(scored(test.sample(int8.COMPARED_ROWS))) if quantized else []
-    find_parts(model).fold_temperatures(temperatures)
-    mistake_images, _ = data.fetch(np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64))
+    analysed = calibrated(scored(test.sample(_ANALYSED_ROWS)), temperatures)
+    analysis = analyse_errors(analysed, worker.device, on_progress)
+    model.fold_temperatures(temperatures)
     weights = copy_weights(model)
-    images, _ = data.fetch(train.sample(int8.CALIBRATION_ROWS).ids())
+    mistakes = np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64)
+    mistake_images, _ = data.fetch(mistakes)
+    images, _ = data.fetch(train.sample(_BACKGROUND_ROWS).ids())
+    errors = {name: {"ece": of_head["ece"]} for name, of_head in analysis["probabilities"].items()}
     description = describe(state, weights, background_of(images)) | {
         "trained_sha256": checksum(trained),
         "temperatures_in_weights": temperatures,
-        "probabilities": probability_metrics(analysis),
+        "probabilities": {"consistent": analysis["consistent"], **errors},
     }
-    if quantized:
-        torch.set_num_threads(cpus_of_node())  # the other workers have returned; of a forward pass threads decide no bit
-        on_progress = events.progress("test rows compared with int8", min(len(test), int8.COMPARED_ROWS))
-        try:
-            entry = int8.quantize(quantized.cpu(), torch.from_numpy(images), compared, on_progress)
-        except (AttributeError, RuntimeError) as error:  # of a TwoHeadCNN whose layers were changed
-            events.note(f"no --precision int8 for this model: {one_line(error)}")
-        else:
-            if entry[f"{DIGIT.name}_agreement"] >= int8.MIN_AGREEMENT:
-                description["int8"] = entry
-            else:
-                events.note("no --precision int8 for this model: it answers otherwise than the network")
+    machine = hardware(worker.device) | {"threads": torch.get_num_threads()}
     return TrainingResult(
         state.history,
         {"error_analysis": analysis, "hardware": machine, "precision": state.precision},

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+import yaml
 
 from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.data.parquet import read_table, to_parquet
@@ -21,7 +22,7 @@ from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, report
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.analysis import TrainingResult
-from mnistsum_ray.training.preflight import DATA_FILES, TrainingRun
+from mnistsum_ray.training.preflight import CONFIG_FILE, DATA_FILES, TrainingRun
 
 Checksums = npt.NDArray[np.int64] | None
 """Sum of the `order.row_checksums` of each file, int64[files]; None where the rows have not been read."""
@@ -51,13 +52,23 @@ def build_manifest(run: TrainingRun, checksums: Checksums, plan: WorkerPlan) -> 
     }
 
 
+def write_config(run: TrainingRun, folder: OutputFolder, chosen: dict[str, Any]) -> None:
+    """Write config.yaml, the config of a run with what it has chosen: `--config` takes it for another run of the same kind.
+
+    That one has a name and a place of its own.
+    """
+    config = run.config.model_copy(update=chosen).model_dump(mode="json", exclude={"storage_path", "name", "resume"})
+    text = "# mnistsum train --config FILE trains the same again\n"
+    folder.write(CONFIG_FILE, (text + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)).encode())
+
+
 def write_data_files(folder: OutputFolder, files: ParquetFiles, checksums: Checksums) -> None:
     """Write the files of a run, `sources.TRAINING_FILE_SCHEMA` and a column `checksum` of its rows, null where unknown."""
     column = pa.nulls(files.table.num_rows, pa.int64()) if checksums is None else pa.array(checksums)
     folder.write(DATA_FILES, to_parquet(files.table.append_column("checksum", column)))
 
 
-def _read_data_files(folder: Location, flag: str) -> tuple[pa.Table | None, Checksums]:
+def _read_data_files(folder: Location) -> tuple[pa.Table | None, Checksums]:
     """The files and their checksums that `write_data_files` wrote; None for each that is not known."""
     try:
         table = read_table(folder / DATA_FILES)
@@ -65,12 +76,12 @@ def _read_data_files(folder: Location, flag: str) -> tuple[pa.Table | None, Chec
     except MissingFileError:  # the source is not Parquet
         return None, None
     except (KeyError, UnusableFileError) as error:
-        raise RequestError(f"{flag}: {(folder / DATA_FILES).display}: {error}; start another run") from None
+        raise RequestError(f"--resume: {(folder / DATA_FILES).display}: {error}; start another run") from None
     return table, None if checksums.null_count else checksums.to_numpy()
 
 
 def check_data(run: TrainingRun, read: Checksums, now: dict[str, Any]) -> Checksums:
-    """Check that the data are those of the run that is resumed or repeated.
+    """Check that the data are those of the run that is resumed.
 
     `read` are the checksums of this run's rows, None where they are streamed; `now` is the entry `data` of its manifest. Returns
     the checksums that streamed rows must have; None where any may be trained on.
@@ -78,28 +89,25 @@ def check_data(run: TrainingRun, read: Checksums, now: dict[str, Any]) -> Checks
     Raises:
         RequestError: they are others; names a file where it can.
     """
-    if run.same_data is None:
+    if run.stored is None:
         return None
-    folder, stored = run.same_data
-    then, files = stored["data"], run.source.files
-    resume = bool(run.config.resume)
-    flag = "--resume" if resume else f"--from-run {run.config.from_run}"
-    advice = "name the same data, or start another run" if resume else "name the data with --data, and the model will be another"
-    table, expected = _read_data_files(folder, flag)
+    then, files = run.stored["data"], run.source.files
+    advice = "name the same data, or start another run"
+    table, expected = _read_data_files(run.folder)
     if files and table is not None and (read is None or expected is None):
         # Rows that were not read can only be known by their footers and, in the same place, the times of their files.
-        changed = files.changed_file(table, same_place=resume and then["location"] == run.source.location)
+        changed = files.changed_file(table, same_place=then["location"] == run.source.location)
     elif files and read is not None and expected is not None and len(expected) == len(read) and (expected != read).any():
         changed = f"{files.location(int(np.flatnonzero(expected != read)[0])).display}: holds other rows than when the run began"
     elif now["sha256"] is None or now["sha256"] != then["sha256"]:
         raise RequestError(
-            f"{flag}: the data are not those of the run (SHA-256 {str(now['sha256'])[:12]}…, the run has "
+            f"--resume: the data are not those of the run (SHA-256 {str(now['sha256'])[:12]}…, the run has "
             f"{str(then['sha256'])[:12]}… from {then['location']}); {advice}"
         )
     else:
         changed = None
     if changed:
-        raise RequestError(f"{flag}: {changed}; put it back as it was, or {advice}")
+        raise RequestError(f"--resume: {changed}; put it back as it was, or {advice}")
     return expected if read is None else None
 
 

@@ -203,13 +203,10 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
 def restore(tensors: Weights, model: Network, optimizer: MuonAdamW) -> None:
     """Load the tensors of a checkpoint into model and optimizer, in place, on the device of the model."""
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
-    prefixes = {parameter: f"optimizer.{name}." for name, parameter in model.named_parameters()}
-    in_order = [prefixes[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state = {
-        index: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        for index, prefix in enumerate(in_order)
-    }
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    for name, parameter in model.named_parameters():
+        prefix = f"optimizer.{name}."
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        optimizer.load_state(parameter, state)
 
 
 def latest_valid_checkpoint(folder: Location, say: Callable[[str], None]) -> Location | None:

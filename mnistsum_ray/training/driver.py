@@ -25,7 +25,6 @@ from mnistsum_ray.config import OnEpoch
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, counted, one_line, root_cause, shell_command
-from mnistsum_ray.model.parts import check_network
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import TrainingMetrics
@@ -40,6 +39,7 @@ from mnistsum_ray.training.artifacts import (
     check_data,
     publish_model,
     read_history,
+    write_config,
     write_data_files,
     write_history,
     write_report,
@@ -68,11 +68,10 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch
     """Train on the cluster that this process is connected to; `probe` is that of `reserve`, and what `on_epoch` raises is raised.
 
     Raises:
-        RequestError: as `check_network`; the cluster is too small, a row of the data cannot be used, or another run writes there.
+        RequestError: the cluster is too small, a row of the data cannot be used, or another run writes there.
         RunError: the loss became infinite, workers failed more often than `--max-failures`, or the storage cannot be written.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
-    check_network(run.hyperparameters.dropout)
     try:
         with TrainingMetrics(run.folder.display) as metrics, folder_lock(run.folder, "--name", console.say) as held:
             plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say, probe)
@@ -117,8 +116,8 @@ class _Driver:
         if bad := run.source.bad.total:
             console.say(f"left out: {bad:,} of {counted(source.rows, 'row')}: {run.source.bad.describe()}")
         console.say(check_memory(run, plan, cluster))  # after the rows have been read: a refusal is one line
-        then = run.same_data[1] if run.same_data else {}
-        self.manifest = build_manifest(run, self.rows.checksums, plan) | {"threads": choose_threads(plan, cluster, then)}
+        threads = choose_threads(run, plan, cluster)
+        self.manifest = build_manifest(run, self.rows.checksums, plan) | {"threads": threads}
         expected = check_data(run, self.rows.checksums, self.manifest["data"])
         self.checksums = expected if self.rows.checksums is None else self.rows.checksums
         """Those that the rows of each file must have; None if any may be trained on."""
@@ -138,7 +137,7 @@ class _Driver:
     def _resume(self) -> None:
         """Take over the manifest and the history of the run that is resumed, and find the checkpoint to start from."""
         run, say = self.run, self.console.say
-        stored, data = read_manifest(run.folder, "--resume"), self.manifest["data"]
+        stored, data = read_manifest(run.folder), self.manifest["data"]
         # The stored config names the data that `--data auto` found, so only the first manifest says that it is not full MNIST.
         data |= {"notice": data["notice"] or stored["data"]["notice"], "sha256": data["sha256"] or stored["data"]["sha256"]}
         self.start = latest_valid_checkpoint(run.folder, say)
@@ -169,7 +168,7 @@ class _Driver:
             rows = len(source.train)
             self.metrics.expect(run.hyperparameters.epochs * rows, len(self.history) * rows)
             self.metrics.enter("waiting")  # for Ray Train's workers
-            with event_queue(self.console, self._on_epoch, self.metrics.add, ends) as events:
+            with event_queue(self.console, self._on_epoch, self._on_event, ends) as events:
                 result = self._train(events)
             if result is None:
                 self._mark("stopped")
@@ -180,7 +179,7 @@ class _Driver:
         except KeyboardInterrupt:
             self._mark("stopped")
             raise RunInterrupted(run.how_to_resume()) from None
-        except (RunError, OSError, ray.exceptions.RayError):
+        except BaseException:
             self._mark("failed")
             raise
 
@@ -190,6 +189,18 @@ class _Driver:
             return
         with suppress(OSError, RunError, KeyboardInterrupt):
             self.held.write(_MANIFEST, self.manifest | {"status": status})
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        self.metrics.add(event)
+        if event["kind"] == "precision":
+            self._write_config(event["precision"])
+
+    def _write_config(self, precision: str) -> None:
+        """Write config.yaml; only now that the workers have chosen their precision it says all."""
+        low, high = self.plan.worker_range
+        workers = low if low == high else [low, high]
+        chosen = {"num_workers": workers, "use_gpu": self.plan.use_gpu, "threads": self.manifest["threads"]}
+        write_config(self.run, self.held, chosen | {"precision": precision})
 
     def _on_epoch(self, line: dict[str, Any]) -> None:
         rows = len(self.run.source.train)
@@ -321,6 +332,7 @@ class _Driver:
         if run.source.files and result.checksums is not None:
             write_data_files(self.held, run.source.files, result.checksums)
             manifest["data"]["sha256"] = run.source.content_sha256(result.checksums)
+        self._write_config(result.manifest["precision"])
         card = publish_model(run, self.held, manifest["data"], result)
         write_history(self.held, result.history)
         steady = result.history[1:] or result.history  # the first epoch includes one-time work such as loading kernels

@@ -93,6 +93,7 @@ class TrainingLoop:
             bf16 = worker.all_agree(faster_with_bf16(worker.device))
             checksums = None if config.expected_checksums is None else torch.from_numpy(config.expected_checksums.copy())
             self._state = TrainerState(0, [], self._parameters.precision or ("bf16" if bf16 else "fp32"), checksums=checksums)
+        worker.events.send("precision", precision=self._state.precision)
         self._trainer = Trainer(self._parameters, worker, self._state.precision)
         if saved:
             restore(tensors, self._trainer.model, self._trainer.optimizer)
@@ -178,7 +179,7 @@ class TrainingLoop:
         return self._trainer.evaluate(self._validation, epoch), self._trainer.evaluate(self._test, epoch)
 
     def _check_contents(self, files: ParquetFiles, trained: torch.Tensor) -> None:
-        """Compare the rows of each file with those of the first epoch, or of the run that is trained again, by their checksums.
+        """Compare the rows of each file with those of the first epoch, by their checksums.
 
         `trained` are those of the training rows, of all ranks. The state gets the checksums if it has none yet.
 
@@ -192,8 +193,8 @@ class TrainingLoop:
         changed = (checksums != self._state.checksums).nonzero()
         if len(changed):
             raise RunError(
-                f"{files.location(int(changed[0])).display}: holds other rows than when the run, or the run of --from-run, read "
-                "it first; put the file back as it was, or start another run"
+                f"{files.location(int(changed[0])).display}: holds other rows than when the run read it first; "
+                "put the file back as it was, or start another run"
             )
 
     def _finetune(self, steps: int) -> None:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import yaml
 from pydantic import ValidationError
 
 from mnistsum_ray.cluster.connection import can_connect
@@ -22,16 +23,16 @@ from mnistsum_ray.data.sources import Counter, Source, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shell_command
 from mnistsum_ray.storage.location import Location, is_partial
 from mnistsum_ray.storage.lock import LOCK_NAME
-from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder, refused
+from mnistsum_ray.storage.paths import locate, output_base_folder, refused
 
 DATA_FILES: Final = "data_files.parquet"
-"""The files of a run, written before its manifest: a file that has changed can be named when the run is resumed or repeated."""
+"""The files of a run, written before its manifest: a file that has changed can be named when the run is resumed."""
 
-_FIXED: Final = ("recipe", "from_run", "skip_bad_rows", *(field.name for field in fields(Hyperparameters)))
+CONFIG_FILE: Final = "config.yaml"
+"""The config of a run with all that it has chosen, which `--config` takes for a run of the same kind."""
+
+_FIXED: Final = ("recipe", "skip_bad_rows", *(field.name for field in fields(Hyperparameters)))
 """Fields that `--resume` may not change."""
-
-_WORKERS: Final = ("num_workers", "use_gpu")
-"""Fields that change the last bits of the weights: sums of more workers are added in another order."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class TrainingRun:
     storage: Location
     folder: Location
     """Run folder `<storage_path>/<name>`."""
-    same_data: tuple[Location, dict[str, Any]] | None
-    """Folder and manifest of the run whose data this one must have; None: any data may be used."""
+    stored: dict[str, Any] | None
+    """Manifest of the run that is resumed, whose data must be the same."""
 
     @cached_property
     def shuffle(self) -> Shuffle:
@@ -69,7 +70,8 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     """
     storage = locate(config.storage_path, "--storage-path", output_base_folder())
     name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    folder, same_data = storage / name, None
+    folder = storage / name
+    stored = None
     with refused("--storage-path"):
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
         begun = (folder / "manifest.json").exists()
@@ -78,12 +80,11 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
         if config.resume == "auto":
             config = config.model_copy(update={"resume": begun})
         if config.resume:
-            config, same_data = _inherit(config, folder, "--resume")
+            stored = read_manifest(folder)
+            config = _resumed(config, folder, stored)
         elif taken:
             there = "exists; go on with --resume, or" if begun else "holds other files, and no run;"
             raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
-    if config.from_run and not config.resume:  # a resumed run has taken what it needs from that one
-        config, same_data = _inherit(config, locate_existing(config.from_run, "--from-run"), "--from-run")
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=bool(config.resume))})
     source = open_source(config.data, counter, skip_bad_rows=config.skip_bad_rows)
@@ -93,7 +94,7 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     resolved = {"name": name, "storage_path": storage.display, "data": "sample" if source.name == "sample" else source.location}
     config = config.model_copy(update=unset | resolved)
     hyperparameters = Hyperparameters(**{field.name: getattr(config, field.name) for field in fields(Hyperparameters)})
-    return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries(), same_data)
+    return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries(), stored)
 
 
 def _mlflow(uri: str, *, resume: bool) -> str:
@@ -113,58 +114,39 @@ def _mlflow(uri: str, *, resume: bool) -> str:
     return uri
 
 
-def _inherit(config: TrainConfig, folder: Location, flag: str) -> tuple[TrainConfig, tuple[Location, dict[str, Any]] | None]:
-    """The config, where a field is not given, with that of the run in a folder; and `TrainingRun.same_data`.
-
-    `--resume` takes all fields, `--from-run` those that the numbers depend on.
+def _resumed(config: TrainConfig, folder: Location, manifest: dict[str, Any]) -> TrainConfig:
+    """The config of the run in a folder, with the fields that are given now.
 
     Raises:
-        RequestError: there is no such run, another version wrote it, or with `--resume` a field would change its numbers.
+        RequestError: another version wrote it, or a field would change its numbers.
     """
-    manifest = read_manifest(folder, flag)
     try:
         stored = TrainConfig(**manifest["config"])
-        same_version = {*_FIXED} <= {"skip_bad_rows", *manifest["config"]}  # earlier versions did what is now its default
     except (KeyError, TypeError, ValidationError):
-        same_version = False
-    if not same_version:
-        raise RequestError(f"{flag}: {(folder / 'manifest.json').display} was written by another version of this program")
+        raise RequestError(f"--resume: {folder.display} was written by another version of this program") from None
     if stored.precision is None:
-        stored = stored.model_copy(update={"precision": _chosen_precision(folder, manifest)})
-    given = {key: getattr(config, key) for key in config.model_fields_set}
-    # A null, as in the YAML of `--print-config`, leaves the choice to the recipe or the stored run.
-    given = {key: value for key, value in given.items() if key not in (*_FIXED, *_WORKERS) or value is not None}
-    if config.resume:
-        for key in _FIXED:
-            has = getattr(stored, key)
-            if key in given and given[key] != has:
-                raise RequestError(
-                    f"--{key.replace('_', '-')} {given[key]}: the run {config.name} has {'none' if has is None else has}, and "
-                    "its numbers depend on it; leave the flag out, or start another run"
-                )
-        return stored.model_copy(update=given), (folder, manifest)
-    # Another recipe sets what it sets.
-    ruled = recipe_defaults(given["recipe"], small=False) if given.get("recipe", stored.recipe) != stored.recipe else {}
-    same = {key: getattr(stored, key) for key in (*_FIXED, *_WORKERS, "data") if key not in given and key not in ruled}
-    same |= {key: manifest.get(key) for key in _WORKERS if key in same and same[key] is None}  # as the run has chosen
-    if isinstance(same.get("num_workers"), list):
-        same["num_workers"] = tuple(same["num_workers"])
-    return config.model_copy(update=same), (folder, manifest) if "data" in same else None
+        stored = stored.model_copy(update={"precision": _chosen_precision(folder)})
+    # A null, as a YAML file may have it, leaves the choice to the stored run.
+    given = {key: value for key, value in config if key in config.model_fields_set and value is not None}
+    for key in _FIXED:
+        has = getattr(stored, key)
+        if key in given and given[key] != has:
+            raise RequestError(
+                f"--{key.replace('_', '-')} {given[key]}: the run {config.name} has {'none' if has is None else has}, and "
+                "its numbers depend on it; leave the flag out, or start another run"
+            )
+    return stored.model_copy(update=given)
 
 
-def _chosen_precision(folder: Location, manifest: dict[str, Any]) -> str | None:
-    """The precision that the workers of a run have chosen: of its manifest if it is finished, else of any checkpoint."""
-    if "precision" in manifest:
-        return str(manifest["precision"])
-    for info in folder.files():
-        if info.name == "trainer.json":
-            with suppress(OSError, ValueError, KeyError, TypeError):  # a torn one
-                return str(folder.at(info.path).read_json()["precision"])
+def _chosen_precision(folder: Location) -> str | None:
+    """The precision that the workers of a run have chosen; None if they have not yet."""
+    with suppress(StorageError, yaml.YAMLError, KeyError, TypeError):
+        return str(yaml.safe_load((folder / CONFIG_FILE).read_bytes())["precision"])
     return None
 
 
-def read_manifest(folder: Location, flag: str) -> dict[str, Any]:
-    """Read the manifest of the run in a folder; `flag` names the request in errors.
+def read_manifest(folder: Location) -> dict[str, Any]:
+    """Read the manifest of the run in a folder, which is resumed.
 
     Raises:
         RequestError: it is missing or damaged.
@@ -174,13 +156,15 @@ def read_manifest(folder: Location, flag: str) -> dict[str, Any]:
         manifest: dict[str, Any] = path.read_json()
         known = {"sha256", "location", "notice"} <= set(manifest["data"])
     except MissingFileError:
-        raise RequestError(f"{flag}: there is no run in {folder.display} (no manifest.json); start it without {flag}") from None
+        raise RequestError(
+            f"--resume: there is no run in {folder.display} (no manifest.json); start it without --resume"
+        ) from None
     except StorageError as error:
-        raise RequestError(f"{flag}: {error}") from None
+        raise RequestError(f"--resume: {error}") from None
     except ValueError as error:
-        raise RequestError(f"{flag}: {path.display} is not JSON ({one_line(error)}); start another run") from None
+        raise RequestError(f"--resume: {path.display} is not JSON ({one_line(error)}); start another run") from None
     except (KeyError, TypeError):
         known = False
     if not known:
-        raise RequestError(f"{flag}: {path.display} does not say which data the run had; start another run")
+        raise RequestError(f"--resume: {path.display} does not say which data the run had; start another run")
     return manifest

@@ -1,7 +1,7 @@
 """Workers of a training run, and memory for its rows."""
 
 import os
-from typing import Any, Final
+from typing import Final
 
 from mnistsum_ray.cluster.nodes import this_node
 from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan, WorkerRequest
@@ -67,17 +67,21 @@ def check_memory(run: TrainingRun, plan: WorkerPlan, cluster: ClusterResources) 
     )
 
 
-def choose_threads(plan: WorkerPlan, cluster: ClusterResources, then: dict[str, Any]) -> int | None:
-    """Threads of each worker of a run. On CPUs they decide its bits: they are those of the run that is resumed or repeated, whose
-    manifest is `then`, if it has as many workers. Ray spreads those of a new run over the largest nodes.
+def choose_threads(run: TrainingRun, plan: WorkerPlan, cluster: ClusterResources) -> int | None:
+    """Threads of each worker of a run. On CPUs they decide its bits: they are those of the run that is resumed, if it has as many
+    workers. Ray spreads those of a new run over the largest nodes.
 
-    None on GPUs, for elastic runs, and where the manifest is of an earlier version: what each worker's node has for it.
+    None on GPUs and for elastic runs: what each worker's node has for it.
     """
     low, high = plan.worker_range
-    if plan.use_gpu or low != high:
+    stored = run.stored or {}
+    if plan.use_gpu:
         return None
-    if (then.get("num_workers"), then.get("use_gpu")) == ([low, high], False):
-        return then.get("threads")
+    if run.config.threads or low != high:
+        return run.config.threads
+    if (stored.get("num_workers"), stored.get("use_gpu")) == ([low, high], False):
+        threads: int | None = stored["threads"]
+        return threads
     here, cores = this_node(), os.cpu_count() or 1
     nodes = [node for node in cluster.nodes if cluster.workers_on(node, plan.per_worker)]
     # Ray can be told of more CPUs than there are, and with as many threads a step takes minutes.

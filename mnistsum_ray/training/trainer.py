@@ -16,7 +16,7 @@ from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, pos
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.metrics import AnswerCounts, Metrics, score_rows
-from mnistsum_ray.model.network import Objective, distort, dropout_factors, make_network, pixel_places, prepare_images
+from mnistsum_ray.model.network import Objective, distort, dropout_factors, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.console import UPDATE_SECONDS
 from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
@@ -87,23 +87,19 @@ class Trainer:
         torch.manual_seed(hyperparameters.seed)
         self.model = make_network().to(worker.device)
         self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay, self._dtype)
-        self._places = pixel_places(worker.device)
-        self._objective = self._fast = ray.train.torch.prepare_model(
+        self._objective = ray.train.torch.prepare_model(
             Objective(self.model, hyperparameters.label_smoothing, self._dtype),
-            parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},  # see `broadcast_state`
+            # See `broadcast_state`.
+            parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
         )
-        if hyperparameters.compile:
-            # A step of so small a network is bound by kernel launches, which CUDA graphs join. DDP fails under them
-            # (github.com/pytorch/pytorch/issues/140395).
-            mode = "reduce-overhead" if worker.device.type == "cuda" and worker.world_size == 1 else "default"
-            self._fast = torch.compile(self._objective, mode=mode, dynamic=False)
         if worker.world_size > 1:
-            # DDP orders its buckets anew after the first step, and three workers then sum in another order: without a step
-            # beforehand, whose gradients the next one drops, a run that goes on would have other bits.
+            # DDP orders its buckets anew after the first step, and three workers then sum in
+            # another order: without a step beforehand, whose gradients the next one drops, a run
+            # that goes on would have other bits.
             numbers = torch.zeros(len(self._positions), dtype=torch.int64, device=worker.device)
-            images = prepare_images(numbers.new_zeros(len(numbers), SIDE, SIDE, dtype=torch.uint8))
+            pixels = numbers.new_zeros(len(numbers), SIDE, SIDE, dtype=torch.uint8)
             self._objective.eval()  # so that no buffer changes
-            self._objective(images, numbers, numbers, None)[0].backward()
+            self._objective(prepare_images(pixels), numbers, numbers, None)[0].backward()
 
     def train_epoch(
         self,
@@ -125,7 +121,6 @@ class Trainer:
             RunError: the loss is infinite or not a number.
             RowCountError: a row was lost or repeated.
         """
-        self._objective.train()
         parameters = self.hyperparameters
         epoch = state.epochs_done
         before = state.progress
@@ -180,18 +175,20 @@ class Trainer:
     def _step(self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float) -> Tensor:
         """Update the parameters with this worker's share of a global batch of so many rows.
 
-        Returns the mean of all heads' losses, without label smoothing, summed over this worker's rows. The next step may
-        overwrite it.
+        Returns the mean of all heads' losses, without label smoothing, summed over this worker's
+        rows.
         """
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
         if "affine" in batch:
-            images = distort(images, batch["affine"], self._places)
-        # A last share, which may be empty, is not compiled: a network that is compiled for any size would compute other bits.
-        objective = self._fast if len(images) == len(self._positions) else self._objective.train(len(images) > 1)
-        loss, reported = objective(images, batch["number"], batch["digit"], self.dropout(epoch, step, global_rows))
+            images = distort(images, batch["affine"])
+        # A last share may have one row or none, of which batch normalization has no statistics.
+        self._objective.train(len(images) > 1)
+        dropout = self.dropout(epoch, step, global_rows)
+        loss, reported = self._objective(images, batch["number"], batch["digit"], dropout)
         assert isinstance(reported, Tensor)
-        # DDP averages over workers, whose shares differ by a row: this makes it the mean over the rows of the global batch.
+        # DDP averages over workers, whose shares differ by a row: this makes it the mean over the
+        # rows of the global batch.
         (loss * (self.worker.world_size / global_rows)).backward()
         self.optimizer.set_learning_rate(learning_rate)
         self.optimizer.step()

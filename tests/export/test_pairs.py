@@ -1,6 +1,7 @@
 """Exported pairs: the number of rows requested, with numbers that the same flags reproduce."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from mnistsum_ray.errors import RequestError, RunError, RunInterrupted
 from mnistsum_ray.export.pairs import SCHEMA, export_pairs
 
 
-def run(folder: Path, **settings: object) -> list[pa.Table]:
+def run(folder: Path, **settings: Any) -> list[pa.Table]:
     export_pairs(ExportPairsConfig(data="sample", output=str(folder), **settings), print)
     return [pq.read_table(path) for path in sorted(folder.iterdir())]
 

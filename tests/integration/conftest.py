@@ -29,7 +29,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from mnistsum_ray import cli
-from mnistsum_ray.api import run_training
+from mnistsum_ray.api import fit
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.reporting.console import Console
@@ -249,8 +249,8 @@ def score_here(model: Path | str, output: Path | str, *inputs: Path | str, **set
     """Score on the cluster that this process is connected to, in float32, which gives the same results as plain PyTorch, and
     with one worker, which starts sooner than several."""
     stream = io.StringIO()
-    settings = {"precision": "fp32", "num_workers": 1} | settings
-    config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **settings)
+    given: dict[str, Any] = {"precision": "fp32", "num_workers": 1} | settings
+    config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **given)
     result = score(preflight(config), Console(stream))
     return Scored(result.line(labels=True), result.set_aside, stream.getvalue(), Path(output))
 
@@ -268,9 +268,10 @@ class Trained:
 
 def train_here(**settings: Any) -> Trained:
     """Train on the cluster that this process is connected to."""
-    config = TrainConfig(**{name: str(value) if isinstance(value, Path) else value for name, value in settings.items()})
+    given: dict[str, Any] = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    config = TrainConfig(**given)
     with redirect_stderr(io.StringIO()) as said:
-        result = run_training(config)
+        result = fit(config)
     return Trained(result.line(), said.getvalue())
 
 

@@ -34,10 +34,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_invalid_request_raises_request_error_which_names_arguments(model: Path, pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"data .*/a--b/--seed: there is no such file or folder"):
+def test_an_invalid_request_raises_request_error_which_names_the_flag(model: Path, pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"--data .*/a--b/--seed: there is no such file or folder"):
         fit(TrainConfig(data=str(tmp_path / "a--b" / "--seed"), storage_path=str(tmp_path)))
-    with pytest.raises(RequestError, match=r"^image_column picture: no file of input has such a column"):
+    with pytest.raises(RequestError, match=r"^--image-column picture: no file of --input has such a column"):
         score(ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), image_column="picture"))
 
 

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
 
-from mnistsum_ray.api import run_scoring, run_training
+from mnistsum_ray.api import fit, score
 from mnistsum_ray.cluster import gpus, resources
 from mnistsum_ray.cluster.gpus import Gpu
 from mnistsum_ray.cluster.resources import WorkerRequest, reserve
@@ -96,9 +97,9 @@ def believed_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("believed_gpu")
 def test_scoring_workers_get_the_gpu_and_only_pytorch_refuses_it(model: Path, data: Path, tmp_path: Path) -> None:
-    files = {"input": (str(data),), "number_column": "digit", "output": str(tmp_path / "out")}
+    files: dict[str, Any] = {"input": (str(data),), "number_column": "digit", "output": str(tmp_path / "out")}
     with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
-        run_scoring(ScoreConfig(model=str(model), use_gpu=True, **files))
+        score(ScoreConfig(model=str(model), use_gpu=True, **files))
 
 
 @pytest.mark.usefixtures("believed_gpu")
@@ -107,7 +108,7 @@ def test_training_workers_get_the_gpu_and_only_pytorch_refuses_it(
 ) -> None:
     config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", use_gpu=True, max_failures=0)
     with pytest.raises(RunError, match="gave up after 1 failure:"):
-        run_training(config)
+        fit(config)
     assert "1 GPU worker" in (printed := capsys.readouterr().err)
     assert "NCCL" in printed
 

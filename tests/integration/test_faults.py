@@ -5,10 +5,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mnistsum_ray.api import run_training
+from mnistsum_ray.api import fit
 from mnistsum_ray.config import ExportPairsConfig, TrainConfig
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.export.pairs import export_pairs
@@ -167,9 +168,9 @@ def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_pat
 
 @pytest.mark.usefixtures("cluster")
 def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = {"storage_path": str(small_disk), "name": "mine"}
+    place: dict[str, Any] = {"storage_path": str(small_disk), "name": "mine"}
     with pytest.raises(RunError, match="--name mine --resume") as error:
-        run_training(TrainConfig(data=str(data), epochs=1, sum_head_steps=50, max_failures=0, **place))
+        fit(TrainConfig(data=str(data), epochs=1, sum_head_steps=50, max_failures=0, **place))
     assert "No space left on device" in capsys.readouterr().err + str(error.value)
     enlarge(small_disk)
     assert train_here(resume=True, **place).line["test"]["rows"]

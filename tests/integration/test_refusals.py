@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from mnistsum_ray.api import run_training
+from mnistsum_ray.api import fit
 from mnistsum_ray.config import ExportPairsConfig, TrainConfig
 from mnistsum_ray.errors import TryAgainError
 from mnistsum_ray.export.pairs import export_pairs
@@ -31,7 +31,7 @@ def test_a_folder_that_another_run_holds(model: Path, tmp_path: Path) -> None:
         folder_lock(locate(str(run), "--name"), "--name", print),
         pytest.raises(TryAgainError, match=rf"^--name {run}: another run \("),
     ):
-        run_training(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine"))
+        fit(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine"))
     with (
         folder_lock(locate(str(output), "--output"), "--output", print),
         pytest.raises(TryAgainError, match=r"^--output .*: another run \(.*\) is writing there; wait for it"),
@@ -46,7 +46,7 @@ def test_busy_cpus_are_waited_for_until_the_time_limit(tmp_path: Path, capsys: p
     ray.get(holder.__ray_ready__.remote())
     try:
         with pytest.raises(TryAgainError, match=r"^needs 1 CPU, but after \d s only 0 CPUs are free"):
-            run_training(TrainConfig(data="sample", storage_path=str(tmp_path), wait_seconds=3))
+            fit(TrainConfig(data="sample", storage_path=str(tmp_path), wait_seconds=3))
     finally:
         ray.kill(holder)
     assert capsys.readouterr().err.startswith("waiting for 1 CPU; free now: 0 CPUs")

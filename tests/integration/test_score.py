@@ -10,20 +10,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from mnistsum_ray.config import ExportPairsConfig, ScoreConfig
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.model import int8
-from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES
 from mnistsum_ray.scoring.preflight import read_footers
-from mnistsum_ray.storage.paths import locate
-from tests.conftest import change_description, check_predictions, plain_predictions, write_model
+from tests.conftest import check_predictions, plain_predictions, write_model
 from tests.integration.conftest import Scored, score_here
 
 ROWS, FILES = 500, 5
@@ -116,29 +111,6 @@ def test_accuracies_and_probabilities_are_those_of_the_rows_with_a_label(finishe
     # What else is in the manifest follows from the same counts; their definitions are tested in tests/model.
     counted = np.bincount(digits * 10 + labelled["pred_digit"].to_numpy(), minlength=100)
     assert np.ravel(finished.manifest()["confusion"]).tolist() == counted.tolist()
-
-
-@pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
-@pytest.mark.slow
-def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="--precision int8: the model holds no calibration for it"):
-        score_here(model, tmp_path / "out", exported, precision="int8")
-
-    images = torch.tensor(pixels_view(one_chunk(rows_of(exported)["image"])))
-    network, _ = load_model(locate(str(model), "--model"))
-    assert isinstance(network, TwoHeadCNN)
-    calibrated = {"maxima": int8.activation_maxima(network, images)}
-    calibrated_model = change_description(Path(shutil.copytree(model, tmp_path / "model")), int8=calibrated)
-    scored = score_here(calibrated_model, tmp_path / "out", exported, precision="int8")
-    digits = int8.int8_digit_scores(network, calibrated["maxima"])(images).argmax(1)
-    assert table_of(scored)["pred_digit"].to_pylist() == digits.tolist()
-    assert (scored.manifest()["precision"], scored.manifest()["int8"]) == ("int8", calibrated)
-    assert score_here(calibrated_model, tmp_path / "out", exported, precision=None).line["resumed_rows"] == ROWS
-
-    calibrated["maxima"][2] *= 2
-    change_description(calibrated_model, int8=calibrated)
-    with pytest.raises(RequestError, match="holds predictions of the same model quantized otherwise"):
-        score_here(calibrated_model, tmp_path / "out", exported, precision="int8")
 
 
 def score_again(model: Path, output: Path, *inputs: Path, **settings: Any) -> Scored:

@@ -7,7 +7,7 @@ import torch
 
 from mnistsum_ray.data.distortion import affine_matrices
 from mnistsum_ray.data.order import DISTORTION_DRAWS
-from mnistsum_ray.model.network import distort, pixel_places, prepare_images
+from mnistsum_ray.model.network import distort, prepare_images
 from tests.model import random_rows
 
 ROTATION, WIDTH, HEIGHT, SHEAR, X, Y = range(6)
@@ -15,7 +15,7 @@ TURN, SCALE = math.radians(10), math.exp(0.1)
 
 
 def distorted(images: torch.Tensor, draws: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
-    return distort(images, torch.from_numpy(affine_matrices(draws.numpy(), strength)), pixel_places(images.device))
+    return distort(images, torch.from_numpy(affine_matrices(draws.numpy(), strength)))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.errors import RowCountError
-from mnistsum_ray.model.heads import HEADS, Head
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import (
     MAX_MISTAKES,
     AnswerCounts,
@@ -21,12 +21,9 @@ from mnistsum_ray.model.metrics import (
     confidence,
     fit_temperature,
     fit_temperatures,
-    probability_metrics,
-    reliability_of,
     score_rows,
 )
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
-from mnistsum_ray.model.parts import find_parts
 from mnistsum_ray.model.reliability import RELIABILITY_BINS, Reliability
 from tests.model import new_model, random_rows
 
@@ -109,9 +106,6 @@ def test_the_error_analysis_agrees_with_the_metrics(rows: LabelledRows, metrics:
     assert (sum(sums["digit"]["rows"]), sum(sums["sum"]["rows"])) == (ROWS, 10 * ROWS)
     assert sum(sums["sum"]["right"]) == np.sum(analysis["sums_right"])
     assert json.loads(json.dumps(analysis)) == analysis
-    probabilities = probability_metrics(analysis)
-    assert isinstance(probabilities.pop("consistent"), float)
-    assert {name: [*of] for name, of in probabilities.items()} == {head.name: ["nll", "brier", "ece"] for head in HEADS}
 
 
 def test_most_confident_mistakes_come_first_one_an_image(model: TwoHeadCNN, rows: LabelledRows, analysis: dict[str, Any]) -> None:
@@ -138,27 +132,19 @@ def sampled(rows: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     return scores, (scores / temperature).softmax(1).multinomial(1, generator=generator).squeeze(1)
 
 
-def probability_metrics_by_definition(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    probabilities = scores.double().softmax(1)
-    probability, answer = probabilities.max(1)
-    bins = (probability * RELIABILITY_BINS).long()
-    gaps = [(probability - (answer == labels).double())[bins == index].sum().abs().item() for index in range(RELIABILITY_BINS)]
-    return {
-        "nll": F.nll_loss(probabilities.log(), labels).item(),
-        "brier": (probabilities - F.one_hot(labels, 10)).square().sum(1).mean().item(),
-        "ece": sum(gaps) / len(labels),
-    }
-
-
-def test_probability_metrics_equal_their_definitions_and_parts_add_up() -> None:
+def test_the_calibration_error_equals_its_definition_and_parts_add_up() -> None:
     scores, labels = sampled(3_000, 1.5)
+    found, answer = scores.softmax(1).max(1)
+    probability, right = found.double().numpy(), (answer == labels).numpy()
+    bins = (probability * RELIABILITY_BINS).astype(int)
+    gaps = [abs((probability - right)[bins == index].sum()) for index in range(RELIABILITY_BINS)]
     total = Reliability()
-    assert total.metrics() == {"nll": None, "brier": None, "ece": None}
+    assert total.ece is None
     for part in (slice(0, 1), slice(1, 700), slice(700, 3_000)):
-        sums = reliability_of(scores[part, None], labels[part, None]).as_json()["reliability"]
-        total.add(Reliability(**json.loads(json.dumps(sums))))
-    assert total.metrics() == pytest.approx(probability_metrics_by_definition(scores, labels), rel=1e-4)
-    assert (sum(total.rows), type(total.rows[0]), type(total.nll)) == (3_000, int, float)
+        counts = Reliability.of(probability[part], right[part]).as_json()["reliability"]
+        total.add(Reliability(**json.loads(json.dumps(counts))))
+    assert total.ece == pytest.approx(sum(gaps) / 3_000)
+    assert (sum(total.rows), type(total.rows[0])) == (3_000, int)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -180,14 +166,8 @@ def test_folded_temperatures_divide_the_scores(scored: ScoredRows) -> None:
     model, (images, _, numbers) = new_model().eval(), random_rows(100)
     before = model(prepare_images(images), numbers)
     temperatures = fit_temperatures(scored)
-    find_parts(model).fold_temperatures(temperatures)
+    model.fold_temperatures(temperatures)
     assert all(abs(temperature - 1) > 0.01 for temperature in temperatures.values())
     for head, scores, folded in zip(HEADS, before, model(prepare_images(images), numbers), strict=True):
         torch.testing.assert_close(folded, scores / temperatures[head.name], rtol=1e-5, atol=1e-5)
     assert all(model.get_parameter(f"conv{index}.weight").is_contiguous(memory_format=torch.channels_last) for index in (1, 7))
-
-
-def test_a_head_is_refused_where_its_target_has_other_classes() -> None:
-    assert str(Head("large", 200, lambda digits, numbers: digits * numbers).type) == "int16"
-    with pytest.raises(ValueError, match=r"^head 'half': its target gives int64 in 0\.\.4, not integers in 0\.\.3$"):
-        Head("half", 4, lambda digits, numbers: digits // 2)

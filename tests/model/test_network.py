@@ -1,4 +1,4 @@
-"""The network equals the original, and its optimized paths equal the plain ones; its loss and dropout are those defined."""
+"""The network equals the original; its loss and dropout are those defined."""
 
 import pytest
 import torch
@@ -87,20 +87,15 @@ def test_the_loss_is_the_mean_of_the_heads_and_reported_without_smoothing(smooth
     assert not reported.requires_grad
 
 
-def test_bf16_is_autocast_and_gradients_are_float32_also_where_the_compiler_follows() -> None:
-    """Followed as one graph, and not compiled, which takes a minute: the bits are those of the same operations one by one."""
+def test_bf16_is_autocast_and_gradients_are_float32() -> None:
     model, batch = new_model(), rows()
     exact, _ = Objective(model, 0.05, torch.float32)(*batch, None)
-    objective = Objective(model, 0.05, torch.bfloat16)
-    gradients = []
-    for function in (objective, torch.compile(objective, backend="eager", dynamic=False, fullgraph=True)):
-        loss, _ = function(*batch, None)
-        assert loss.item() != exact.item()
-        assert loss.item() == pytest.approx(exact.item(), rel=0.01)
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    for parameter, ours, compiled in zip(model.parameters(), *gradients, strict=True):
-        assert (ours.dtype, ours.stride()) == (torch.float32, parameter.stride())
-        torch.testing.assert_close(compiled, ours)
+    loss, _ = Objective(model, 0.05, torch.bfloat16)(*batch, None)
+    assert loss.item() != exact.item()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert (gradient.dtype, gradient.stride()) == (torch.float32, parameter.stride())
 
 
 def test_dropout_multiplies_the_input_of_the_last_convolution() -> None:

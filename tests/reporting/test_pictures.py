@@ -21,9 +21,7 @@ CONFUSION = (np.eye(10, dtype=int) * 50).tolist()
 MISTAKE = {"digit": 3, "number": 4, "pred_digit": 5, "digit_prob": 0.9, "pred_sum": 9, "sum_prob": 0.8}
 IMAGES = np.zeros((8, 28, 28), np.uint8)
 HISTOGRAMS = {"digit_prob": [0] * 19 + [1000], "sum_prob": [0] * 20}
-RELIABILITY = Reliability(
-    1.0, 1.0, [2] * 14 + [9_000], [2 * (place + 0.5) / 15 for place in range(14)] + [8_900.0], [1] * 14 + [8_950]
-)
+RELIABILITY = Reliability([2] * 14 + [9_000], [2 * (place + 0.5) / 15 for place in range(14)] + [8_900.0], [1] * 14 + [8_950])
 
 DRAWN = {
     "history": lambda: pictures.draw_history(HISTORY, {"epoch": 2, "test": TEST}),

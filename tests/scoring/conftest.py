@@ -45,7 +45,6 @@ def predictions(count: int) -> Predictions:
     sums[:1] = 18
     values = {f"pred_{head.name}": np.zeros(count, np.int8) for head in HEADS} | {"pred_digit": digits, "pred_sum": sums}
     values |= {f"{head.name}_prob": np.full(count, 0.5, np.float32) for head in HEADS}
-    values |= {f"{head.name}_{loss}": np.arange(count, dtype=np.float32) for head in HEADS for loss in ("nll", "brier")}
     return Predictions(values)
 
 

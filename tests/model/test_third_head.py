@@ -1,0 +1,170 @@
+"""Another network with a third head: trained, calibrated, saved, asked and exported, in one process."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray.train.torch
+import torch
+from torch import Tensor, nn
+
+from mnistsum_ray import load_model, predict, predict_rows
+from mnistsum_ray.config import ExportModelConfig, TrainConfig
+from mnistsum_ray.data.images import pixels_view
+from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.export.model import export_model
+from mnistsum_ray.model import network
+from mnistsum_ray.model.folder import INTERFACE
+from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
+from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, calibrated, fit_temperatures, score_rows
+from mnistsum_ray.model.network import Network, Scores, scale_scores
+from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
+from mnistsum_ray.model.sum_head import finetune_sum_head
+from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.training.checkpoint import TrainerState, read_checkpoint, restore, save_checkpoint
+from mnistsum_ray.training.preflight import preflight
+from mnistsum_ray.training.trainer import Trainer
+from mnistsum_ray.training.worker import EventSender, Worker
+from tests.conftest import writable
+
+CPU = torch.device("cpu")
+EVEN = Head("even", 2, lambda digits, numbers: 1 - digits % 2)
+BATCH, STEPS = 64, 40
+
+
+class SmallNet(Network):
+    """Strided convolutions, batch normalization everywhere, and no dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 5, stride=2, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        self.last = nn.Linear(32 * 6 * 6, DIGIT.classes)
+        self.first = nn.Linear(DIGIT.classes + NUMBERS, 64)
+        self.norm = nn.BatchNorm1d(64)
+        self.sum = nn.Linear(64, SUM.classes)
+        self.even = nn.Linear(DIGIT.classes, EVEN.classes)
+
+    def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
+        scores: Tensor = self.last(self.body(images))
+        return scores
+
+    def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
+        one_hot = self.one_hot[numbers].to(digit_scores.dtype)
+        hidden = self.norm(self.first(torch.cat([digit_scores, one_hot], dim=1))).relu()
+        return digit_scores, self.sum(hidden), self.even(digit_scores)
+
+    def hidden_weights(self) -> list[Tensor]:
+        return [self.body.get_parameter("3.weight"), self.first.weight]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        layers = (self.first, self.norm, self.sum, self.even)
+        return [parameter for layer in layers for parameter in layer.parameters()]
+
+    def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
+        for name, layer in {"digit": self.last, "sum": self.sum, "even": self.even}.items():
+            scale_scores(layer, 1 / temperatures[name])
+        for reader in (self.first, self.even):
+            reader.weight.data[:, : DIGIT.classes] *= temperatures["digit"]
+
+
+@pytest.fixture(autouse=True)
+def other_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmallNet and three heads, wherever a module has taken the table's names."""
+    heads = (*HEADS, EVEN)
+    changed = {
+        "NETWORK": "SmallNet",
+        "HEADS": heads,
+        "PREDICTION_FIELDS": prediction_fields(heads),
+        "PROBABILITY_FIELDS": probability_fields(heads),
+        "OUTPUTS": tuple(prediction_fields(heads).names[:-1]),
+        "INTERFACE": INTERFACE | {"network": "SmallNet", "output": {head.name: f"{head.classes} scores" for head in heads}},
+    }
+    for module in [module for name, module in sys.modules.items() if name.startswith("mnistsum_ray")]:
+        for name in changed.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, changed[name])
+    monkeypatch.setattr(network, "SmallNet", SmallNet, raising=False)
+
+
+def new_trainer() -> Trainer:
+    hyperparameters = preflight(TrainConfig(data="sample", batch_size=BATCH)).hyperparameters
+    with patch.object(ray.train.torch, "prepare_model", lambda model, **_: model):
+        return Trainer(hyperparameters, Worker(0, 1, CPU, 1, EventSender(None, rank=1)), "fp32")
+
+
+def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> None:
+    images = torch.tensor(pixels_view(sample["image"].combine_chunks()))
+    digits = torch.tensor(sample["digit"].to_pylist())
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randperm(len(images), generator=draw)
+    numbers = torch.randint(NUMBERS, digits.shape, generator=draw)
+    held_out = rows[4500:]
+    test = {"image": images[held_out], "digit": digits[held_out], "row_id": held_out}
+
+    trainer = new_trainer()
+    model = trainer.model
+    assert isinstance(model, SmallNet)
+    for step, ids in enumerate(torch.split(rows[: STEPS * BATCH + 1], BATCH)):
+        batch = {"image": images[ids], "digit": digits[ids], "number": numbers[ids]}
+        trainer._step(batch, 0, step, len(ids), 0.02)
+    # The last batch has one row, of which there are no statistics.
+    assert model.norm.num_batches_tracked == model.get_buffer("body.1.num_batches_tracked") == STEPS
+
+    save_checkpoint(tmp_path, TrainerState(0, [], "fp32"), model, trainer.optimizer)
+    _, tensors = read_checkpoint(locate(str(tmp_path), "checkpoint"))
+    again = new_trainer()
+    restore(tensors, again.model, again.optimizer)
+    for other in (trainer, again):
+        other._step(batch, 0, STEPS + 1, 1, 0.02)
+    for name, value in copy_weights(model).items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+    model.eval()
+    finetune_sum_head(model, trainer.digit_scores(images[rows[:500]]), 300, seed=0)
+    scored = list(score_rows(model, [(test, trainer.digit_scores(test["image"]))]))
+    counts = AnswerCounts(CPU)
+    for batch, scores in scored:
+        counts.add(batch, scores)
+    shares = counts.shares()
+    assert min(shares[f"{head}_accuracy"] for head in ("digit", "sum", "even")) > 0.8
+
+    temperatures = fit_temperatures(scored)
+    analysis = analyse_errors(calibrated(scored, temperatures), CPU)
+    assert analysis["probabilities"].keys() == {"digit", "sum", "even"}
+    assert all(mistake["pred_even"] in (0, 1) for mistake in analysis["mistakes"])
+    with torch.no_grad():
+        before = model.scores_of_all_numbers(trainer.digit_scores(test["image"]))
+        model.fold_temperatures(temperatures)
+        after = model.scores_of_all_numbers(trainer.digit_scores(test["image"]))
+    for name, unfolded, folded in zip(temperatures, before, after, strict=True):
+        torch.testing.assert_close(folded * temperatures[name], unfolded, rtol=1e-3, atol=1e-3)
+
+    weights = copy_weights(model)
+    metrics = {"validation": shares, "test": shares}
+    description = describe_model(weights, epoch=1, metrics=metrics)
+    save_model(writable(tmp_path / "model"), weights, description)
+    loaded = load_model(tmp_path)
+    assert isinstance(loaded, SmallNet)
+    found = predict(loaded, test["image"].numpy(), numbers[held_out].numpy(), probabilities=True)
+    right = np.mean(found.even == EVEN.target(test["digit"].numpy(), 0))
+    assert right == pytest.approx(shares["even_accuracy"], abs=0.005)
+    assert found.even_probs.shape == (500, 2)
+    table = sample.take(held_out.numpy()).append_column("number", pa.array(numbers[held_out].numpy()))
+    answered = predict_rows(loaded, table)
+    assert answered["pred_even"].to_pylist() == found.even.tolist()
+
+    config = ExportModelConfig(model=str(tmp_path), output=str(tmp_path / "exported"))
+    exported = export_model(config, print)
+    assert exported["pairs"] == 5000
+    assert exported["largest_difference"] < 1e-4
