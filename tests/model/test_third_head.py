@@ -21,7 +21,7 @@ from mnistsum_ray.model import network
 from mnistsum_ray.model.folder import INTERFACE
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
 from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, calibrated, fit_temperatures, score_rows
-from mnistsum_ray.model.network import Network, Scores, scale_scores
+from mnistsum_ray.model.network import Network, Scores, divide_scores
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
 from mnistsum_ray.model.sum_head import finetune_sum_head
 from mnistsum_ray.storage.paths import locate
@@ -74,7 +74,7 @@ class SmallNet(Network):
 
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
         for name, layer in {"digit": self.last, "sum": self.sum, "even": self.even}.items():
-            scale_scores(layer, 1 / temperatures[name])
+            divide_scores(layer, temperatures[name])
         for reader in (self.first, self.even):
             reader.weight.data[:, : DIGIT.classes] *= temperatures["digit"]
 
