@@ -90,7 +90,7 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        """Scores of all heads, of digit scores [n, 10], the first of them, and numbers int64[n]."""
+        """Scores of all heads with numbers int64[n]; the first are the digit scores [n, 10] as given."""
 
     @abstractmethod
     def hidden_weights(self) -> list[Tensor]:
