@@ -90,7 +90,7 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        """Scores of all heads, of digit scores [n, 10], the first of them, and numbers int64[n]."""
+        """Scores of all heads with numbers int64[n]; the first are the digit scores [n, 10] as given."""
 
     @abstractmethod
     def hidden_weights(self) -> list[Tensor]:
@@ -119,10 +119,10 @@ class Network(nn.Module, ABC):
         return digit_scores[:, None], *(scores.view(rows, NUMBERS, -1) for scores in others)
 
 
-def scale_scores(layer: nn.Module, factor: float) -> None:
-    """Multiply the output of a convolution or a linear layer, in place."""
+def divide_scores(layer: nn.Module, temperature: float) -> None:
+    """Divide the output of a convolution or a linear layer, in place."""
     for parameter in layer.parameters():
-        parameter.data.mul_(factor)
+        parameter.data.div_(temperature)
 
 
 class TwoHeadCNN(Network):
@@ -194,8 +194,8 @@ class TwoHeadCNN(Network):
 
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
         """As of `Network`."""
-        scale_scores(self.conv7, 1 / temperatures["digit"])
-        scale_scores(self.fc2, 1 / temperatures["sum"])
+        divide_scores(self.conv7, temperatures["digit"])
+        divide_scores(self.fc2, temperatures["sum"])
         self.fc1.weight.data[:, : DIGIT.classes] *= temperatures["digit"]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, positions_of_rank, step_seed
-from mnistsum_ray.errors import RunError
+from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.metrics import AnswerCounts, Metrics, score_rows
 from mnistsum_ray.model.network import Objective, distort, dropout_factors, make_network, prepare_images
@@ -86,6 +86,8 @@ class Trainer:
         self._positions = positions_of_rank(hyperparameters.batch_size, worker.rank, worker.world_size)
         torch.manual_seed(hyperparameters.seed)
         self.model = make_network().to(worker.device)
+        if hyperparameters.dropout and self.model.dropout_shape is None:
+            raise RequestError(f"--dropout {hyperparameters.dropout:g}: the network has no dropout; give --dropout 0")
         self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay, self._dtype)
         self._objective = ray.train.torch.prepare_model(
             Objective(self.model, hyperparameters.label_smoothing, self._dtype),

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -12,7 +13,7 @@ import ray.train.torch
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray import load_model, predict, predict_rows
+from mnistsum_ray import RequestError, load_model, predict, predict_rows
 from mnistsum_ray.config import ExportModelConfig, TrainConfig
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.order import NUMBERS
@@ -21,7 +22,7 @@ from mnistsum_ray.model import network
 from mnistsum_ray.model.folder import INTERFACE
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
 from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, calibrated, fit_temperatures, score_rows
-from mnistsum_ray.model.network import Network, Scores, scale_scores
+from mnistsum_ray.model.network import Network, Scores, divide_scores
 from mnistsum_ray.model.serialization import copy_weights, describe_model, save_model
 from mnistsum_ray.model.sum_head import finetune_sum_head
 from mnistsum_ray.storage.paths import locate
@@ -74,7 +75,7 @@ class SmallNet(Network):
 
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
         for name, layer in {"digit": self.last, "sum": self.sum, "even": self.even}.items():
-            scale_scores(layer, 1 / temperatures[name])
+            divide_scores(layer, temperatures[name])
         for reader in (self.first, self.even):
             reader.weight.data[:, : DIGIT.classes] *= temperatures["digit"]
 
@@ -97,8 +98,8 @@ def other_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "SmallNet", SmallNet, raising=False)
 
 
-def new_trainer() -> Trainer:
-    hyperparameters = preflight(TrainConfig(data="sample", batch_size=BATCH)).hyperparameters
+def new_trainer(**settings: Any) -> Trainer:
+    hyperparameters = preflight(TrainConfig(data="sample", batch_size=BATCH, **settings)).hyperparameters
     with patch.object(ray.train.torch, "prepare_model", lambda model, **_: model):
         return Trainer(hyperparameters, Worker(0, 1, CPU, 1, EventSender(None, rank=1)), "fp32")
 
@@ -168,3 +169,8 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     exported = export_model(config, print)
     assert exported["pairs"] == 5000
     assert exported["largest_difference"] < 1e-4
+
+
+def test_dropout_that_it_does_not_have_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"^--dropout 0\.2\d*: the network has no dropout"):
+        new_trainer(recipe="long")
