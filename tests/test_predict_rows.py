@@ -12,6 +12,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from mnistsum_ray import RequestError, RunError, load_model, predict, predict_rows, prepare_picture

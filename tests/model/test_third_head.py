@@ -19,7 +19,7 @@ from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.export.model import export_model
 from mnistsum_ray.model import network
-from mnistsum_ray.model.folder import INTERFACE
+from mnistsum_ray.model.serialization import INTERFACE
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
 from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, calibrated, fit_temperatures, score_rows
 from mnistsum_ray.model.network import Network, Scores, divide_scores
