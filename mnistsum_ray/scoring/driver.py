@@ -61,23 +61,19 @@ def score(request: Request, console: Console, probe: Probe | None = None) -> Sco
 
 def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResult:
     started = time.monotonic()
-    with JobMetrics("score", request.output.display) as metrics, folder_lock(request.output, "--output", console.say) as held:
+    with folder_lock(request.output, "--output", console.say) as held:
         check_folders(held.place)
         if move_listed(held, console) or not request.config.overwrite:
             request = follow_output(request, console)
         resources, precision = _allocate_resources(request.config, probe, console.say)
-        metrics.enter("reading")
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
         plan, published, todo = resume(make_plan(request, precision, held, console), console)
         named = {} if plan.overwrite else earlier_failures(plan.output)
         say_failures(plan.failures, named, console.say)
-        failures, scoring_seconds = _execute(plan, todo, resources, console, metrics)
-        metrics.enter("publishing")
+        failures, scoring_seconds = _execute(plan, todo, resources, console)
         say_failures(failures, named, console.say)
         plan = _drop_failed(plan, failures, console)
-        new_failures = plan.failures.items() - named.items()
-        metrics.count("failed_files", len(new_failures))
         if plan.staged:
             publish_staged(plan, published, console)
 
@@ -88,10 +84,10 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
         resumed_rows, rejected_before = (pc.sum(earlier[name]).as_py() or 0 for name in ("rows", "rejected"))
         line = result_line(plan, files, output.counts, resumed_rows, scoring_seconds)
         line["seconds"] = round(time.monotonic() - started, 1)
-        publish(plan, output, files, line)
+        publish(plan, output, files, line, console)
         new_rejected = line["rejected_rows"] - rejected_before
         say_result(line, output.counts, new_rejected, console.say)
-        return ScoreResult(**line, set_aside=bool(new_rejected or new_failures))
+        return ScoreResult.of(line)
 
 
 def worker_request(config: ScoreConfig) -> WorkerRequest:
@@ -108,9 +104,7 @@ def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[
     return plan, config.precision or ("bf16" if bf16 else "fp32")
 
 
-def _execute(
-    plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console, metrics: JobMetrics
-) -> tuple[dict[str, str], float]:
+def _execute(plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console) -> tuple[dict[str, str], float]:
     """Score the parts in `todo`.
 
     Returns:
@@ -130,17 +124,16 @@ def _execute(
         + f"; {counted(plan.files.num_rows, 'file')} below {plan.inputs.root.display}"
         + f"; {up_to}{counted(resources.workers, 'GPU worker' if resources.use_gpu else 'CPU worker')}, {plan.precision}"
     )
-    metrics.set(rows_expected=todo_rows)
     if not todo.num_rows:
         return {}, 0.0
     if not plan.staged:
         unpublish(plan.held)
-    metrics.enter("scoring")
+    metrics = JobMetrics("score", plan.output.display)
     progress = Progress(console.progress, "rows scored", todo_rows)
     failures: dict[str, str] = {}
     started = float("inf")
     ended = 0.0
-    done_rows = 0
+    done_rows, rejected_rows = 0, 0
     threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()  # a second, while workers start
     with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
         pipeline = _make_pipeline(plan, todo, resources, fitting_workers, counter)
@@ -150,16 +143,15 @@ def _execute(
                 raise RunError(f"{failed[0]}; committed files are kept, and the same command resumes")
             for notice in report["notice"].drop_null().to_pylist():
                 console.say(notice)
-                metrics.count("restarts", 1)
             for row in report.filter(pc.is_valid(report["unreadable"])).to_pylist():
                 failures.setdefault(row["name"], row["unreadable"])
             started = min(started, pc.min(report["started"]).as_py())
             ended = max(ended, pc.max(report["ended"]).as_py())
             rows, rejected = (pc.sum(report[name]).as_py() for name in ("rows", "rejected"))
             done_rows += rows
+            rejected_rows += rejected
             progress(rows, ended - started)
-            metrics.count("rows", rows)
-            metrics.count("rejected_rows", rejected)
+            metrics.count(rows=done_rows, rejected_rows=rejected_rows)
             metrics.set(rows_per_second=done_rows / max(ended - started, 1e-9))
     return failures, ended - started
 

@@ -37,14 +37,7 @@ MANIFEST: Final = "manifest.json"
 MANIFEST_FORMAT: Final = "mnistsum_ray.score/1"
 """`format` of the manifest."""
 
-OUTPUT_PICTURES: Final = {
-    "probabilities.png": "Rows by predicted probability",
-    "reliability.png": "Accuracy by predicted probability",
-    "confusion.png": "Digits: confusion matrix",
-}
-"""Titles of the pictures by their file names."""
-
-SUMMARIES: Final = (FILES_TABLE, *OUTPUT_PICTURES, REPORT)
+SUMMARIES: Final = (FILES_TABLE, "confusion.png", "reliability.png", REPORT)
 """Files about the whole run. They are written after all predictions and before the manifest."""
 
 FILES_TABLE_SCHEMA: Final = pa.schema(

@@ -14,14 +14,13 @@ from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.parquet import read_table, to_parquet
 from mnistsum_ray.errors import MissingFileError, RequestError, RunError, UnusableFileError, counted, percent
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
-from mnistsum_ray.reporting.report import REPORT, scored_page, versions
+from mnistsum_ray.reporting.report import REPORT, draw_pictures, scored_page, versions
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
     FILES_TABLE,
     LIST,
     MANIFEST,
     MANIFEST_FORMAT,
-    OUTPUT_PICTURES,
     SUMMARIES,
     OutputFiles,
     check_overwrite,
@@ -55,6 +54,7 @@ def result_line(plan: Plan, files: pa.Table, counts: RowCounts, resumed_rows: in
         "input_rows": input_rows,
         "scored_rows": scored,
         "rejected_rows": rejected,
+        "failed_rows": 0,
         "resumed_rows": resumed_rows,
         "files": files.num_rows,
         "failed_files": failed,
@@ -134,16 +134,18 @@ def move_listed(held: OutputFolder, console: Console) -> bool:
     return True
 
 
-def publish(plan: Plan, output: OutputFiles, files: pa.Table, line: dict[str, Any]) -> None:
+def publish(plan: Plan, output: OutputFiles, files: pa.Table, line: dict[str, Any], console: Console) -> None:
     """Write the files about the run, and the manifest last; `files` is `output.FILES_TABLE_SCHEMA`.
 
     Raises:
         ExistingFileError: another run has finished the output meanwhile.
         RunError: another run holds the output.
     """
-    drawn = _draw_pictures(output.counts)
+    counts = output.counts
+    labelled = {"confusion.png": (counts.confusion,), "reliability.png": (counts.probability_metrics(),)}
+    drawn = draw_pictures(labelled if counts.labelled else {}, console.say)
     manifest = _make_manifest(plan, output, line)
-    page = scored_page(manifest, output.counts, {OUTPUT_PICTURES[name]: picture for name, picture in drawn.items()})
+    page = scored_page(manifest, counts, drawn)
     summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **drawn}
     for name, data in summaries.items():
         plan.held.write(name, data)
@@ -152,17 +154,6 @@ def publish(plan: Plan, output: OutputFiles, files: pa.Table, line: dict[str, An
     plan.held.create(MANIFEST, manifest)
     if (plan.held.place / STAGING / LIST).exists():
         plan.held.delete_folder(STAGING)
-
-
-def _draw_pictures(counts: RowCounts) -> dict[str, bytes]:
-    """By file name. Some need rows with labels."""
-    from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
-
-    drawn = {"probabilities.png": pictures.draw_probabilities(counts.probabilities)}
-    if counts.labelled:
-        drawn["reliability.png"] = pictures.draw_reliability(counts.reliability)
-        drawn["confusion.png"] = pictures.draw_confusion(counts.confusion, "labelled rows")
-    return drawn
 
 
 def _make_manifest(plan: Plan, output: OutputFiles, line: dict[str, Any]) -> dict[str, Any]:

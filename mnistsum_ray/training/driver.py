@@ -28,7 +28,7 @@ from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageE
 from mnistsum_ray.model.parts import check_network
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
-from mnistsum_ray.reporting.metrics import TrainingMetrics
+from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.report import REPORT, epoch_seconds
 from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
 from mnistsum_ray.storage.folder import OutputFolder
@@ -48,7 +48,7 @@ from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_va
 from mnistsum_ray.training.fetch import load_rows
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
-from mnistsum_ray.training.ray_hooks import CheckpointCallback, InterruptibleTrainer, placement_groups, remove_placement_groups
+from mnistsum_ray.training.ray_hooks import InterruptibleTrainer, placement_groups, remove_placement_groups
 from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
 from mnistsum_ray.training.worker import Events, event_queue
 
@@ -74,16 +74,15 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch
     """
     check_network(run.hyperparameters.dropout)
     try:
-        with TrainingMetrics(run.folder.display) as metrics, folder_lock(run.folder, "--name", console.say) as held:
+        with folder_lock(run.folder, "--name", console.say) as held:
             plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say, probe)
-            metrics.enter("reading")
             check_share(plan, run.hyperparameters.batch_size)
             if run.source.notice:
                 console.say(run.source.notice)
             report_skipped(run.source.skipped, console.say)
             read = {} if run.source.files is None else {"--data": run.source.files.location(0)}
             check_shared_storage({"--storage-path": held}, read, console.say)
-            driver = _Driver(run, plan, held, console, metrics)
+            driver = _Driver(run, plan, held, console)
             result = driver.fit(on_epoch)
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
@@ -99,15 +98,12 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch
 class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
-    def __init__(
-        self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console, metrics: TrainingMetrics
-    ) -> None:
+    def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console) -> None:
         self.run = run
         self.plan = plan
         self.held = held
         self.console = console
         self.history: list[dict[str, Any]] = []
-        self.metrics = metrics
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
         check_memory(run, plan, cluster)
@@ -166,16 +162,13 @@ class _Driver:
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
                 f"{len(source.test):,} test rows of {of}; {self.manifest['workers']}"
             )
-            rows = len(source.train)
-            self.metrics.expect(run.hyperparameters.epochs * rows, len(self.history) * rows)
-            self.metrics.enter("waiting")  # for Ray Train's workers
-            with event_queue(self.console, self._on_epoch, self.metrics.add, ends) as events:
+            metrics = JobMetrics("train", run.folder.display, rows=len(self.history) * len(source.train))
+            with event_queue(self.console, self._on_epoch, partial(_show, metrics), ends) as events:
                 result = self._train(events)
             if result is None:
                 self._mark("stopped")
                 self.console.say(f"on_epoch has ended the run; {run.how_to_resume()}")
                 return None
-            self.metrics.enter("publishing")
             return self._publish(result)
         except KeyboardInterrupt:
             self._mark("stopped")
@@ -192,8 +185,6 @@ class _Driver:
             self.held.write(_MANIFEST, self.manifest | {"status": status})
 
     def _on_epoch(self, line: dict[str, Any]) -> None:
-        rows = len(self.run.source.train)
-        self.metrics.add(line | {"kind": "progress", "rows": rows, "of_rows": rows, "loss": line["train_loss"]})
         self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
         try:
             write_history(self.held, self.history)
@@ -251,7 +242,6 @@ class _Driver:
                 storage_filesystem=run.storage.filesystem,
                 failure_config=ray.train.FailureConfig(controller_failure_limit=0, max_preemption_failures=0),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                callbacks=[CheckpointCallback(events.queue)],
             ),
             # No datasets: Ray Train would split them, and drop up to one row a worker. Each worker makes its own, see rows.py.
         )
@@ -308,12 +298,10 @@ class _Driver:
         self.start = newest
         delete_other_checkpoints(self.held, newest)
         remove_placement_groups(but=self.groups)
-        self.metrics.enter("waiting")
         try:
             wait_until_free(self.plan, max(_MIN_WAIT_SECONDS, run.config.wait_seconds), say, lost)
         except RequestError as problem:
             raise RunError(f"{problem}; {run.how_to_resume()}") from None
-        self.metrics.count("restarts", 1)
 
     def _publish(self, result: TrainingResult) -> TrainResult:
         """Publish the model, write the report, complete the manifest."""
@@ -321,7 +309,7 @@ class _Driver:
         if run.source.files and result.checksums is not None:
             write_data_files(self.held, run.source.files, result.checksums)
             manifest["data"]["sha256"] = run.source.content_sha256(result.checksums)
-        card = publish_model(run, self.held, manifest["data"], result)
+        card = publish_model(self.held, result)
         write_history(self.held, result.history)
         steady = result.history[1:] or result.history  # the first epoch includes one-time work such as loading kernels
         speed = fmean((line["rows_per_second"] for line in steady), (line["seconds"] for line in steady))
@@ -336,21 +324,29 @@ class _Driver:
         )
         seconds = round(sum(map(epoch_seconds, result.history)), 1)
         manifest |= {"status": "finished", "metrics": summary.line(), **result.manifest, "training_seconds": seconds}
-        files = write_report(run, self.held, manifest, card, result)
+        files = write_report(run, self.held, manifest, card, result, say)
         with defer_signals():  # a run that is finished is not stopped
             self.held.write(_MANIFEST, manifest)
             self.manifest = manifest
         if run.config.mlflow:
-            from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
-
             try:
-                summary = replace(summary, mlflow=log_run(manifest, result.history, card, run.folder, files, say))
-            finally:
-                self.held.write(_MANIFEST, manifest)  # an interrupted run goes on in the same one of MLflow
+                from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
+
+                run_id = log_run(manifest, result.history, card, run.folder, files)
+                say(f"MLflow: run {run_id} at {run.config.mlflow}")
+            except Exception as error:  # from the network to a missing client of the server's storage
+                say(f"--mlflow {run.config.mlflow}: {one_line(error)}; the run is complete, and --resume logs it again")
         say(f"test: {accuracies(card['test'])} ({counted(card['test']['rows'], 'row')}, all {NUMBERS} numbers)")
         say(f"report: {(run.folder / REPORT).display}")
         say(f"score with it: {shell_command('score')} --model {shlex.quote(run.folder.display)} --input PAIRS --output SCORED")
         return summary
+
+
+def _show(metrics: JobMetrics, event: dict[str, Any]) -> None:
+    """Show an event of the training loop, see `Console.show`, in Ray's metrics."""
+    if event["kind"] == "progress":
+        metrics.count(rows=(event["epoch"] - 1) * event["of_rows"] + event["rows"])
+        metrics.set(rows_per_second=event["rows_per_second"], epoch=event["epoch"], loss=event["loss"])
 
 
 def _train_environment() -> dict[str, str]:

@@ -1,6 +1,5 @@
 """The Python API: train, score and predict in one process, in any order."""
 
-import base64
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from mnistsum_ray import (
     RequestError,
     RunError,
     ScoreConfig,
-    ScoreResult,
     TrainConfig,
     fit,
     load_model,
@@ -41,23 +39,6 @@ def test_an_invalid_request_raises_request_error_which_names_arguments(model: Pa
         fit(TrainConfig(data=str(tmp_path / "a--b" / "--seed"), storage_path=str(tmp_path)))
     with pytest.raises(RequestError, match=r"^image_column picture: no file of input has such a column"):
         score(ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), image_column="picture"))
-
-
-def test_a_result_shows_the_main_picture_of_its_report_or_else_its_fields(tmp_path: Path) -> None:
-    numbers = {"input_rows": 5, "scored_rows": 4, "rejected_rows": 1, "resumed_rows": 0, "files": 1, "failed_files": 0}
-    here, away = (
-        ScoreResult(place, **numbers, rows_per_second=1.0, seconds=2.0, set_aside=True)
-        for place in (f"{tmp_path}/<b>", "gs://anonymous@nowhere/scored?retry_limit_seconds=1&endpoint_override=127.0.0.1:9")
-    )
-    assert here._repr_html_() is None
-    assert here.line(labels=False) == numbers | {"output": f"{tmp_path}/<b>", "rows_per_second": 1.0, "seconds": 2.0}
-    assert here.line(labels=True)["sum_accuracy"] is None, "no row has a label"
-    (tmp_path / "<b>").mkdir()
-    (tmp_path / "<b>" / "probabilities.png").write_bytes(b"a picture")
-    shown = here._repr_html_() or ""
-    assert "&lt;b&gt;: 4 of 5 rows scored, 1 rejected; 2 s" in shown
-    assert f"data:image/png;base64,{base64.b64encode(b'a picture').decode()}" in shown
-    assert away._repr_html_() is None, "a notebook then shows the fields"
 
 
 @pytest.mark.slow

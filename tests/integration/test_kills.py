@@ -214,7 +214,6 @@ def test_a_killed_scoring_gives_the_files_of_an_undisturbed_one(
             with crash_counter() as counter:
                 attempts = [ray.get(counter.begin.remote("file", node)) for node in (lost, here, lost, here)]
     assert attempts == [1, 1, 2, 2]
-    assert done.set_aside
     assert done.line["input_rows"] == done.line["scored_rows"] + done.line["rejected_rows"] == ROWS
     assert (done.line["rejected_rows"], done.line["resumed_rows"] > 0) == (ROWS // 400, True)
     assert scored(output) == scored(tmp_path / "alone")

@@ -91,7 +91,6 @@ def test_predictions_do_not_depend_on_workers_parts_and_batches(model: Path, exp
     assert table["row_id"].to_pylist() == source["row_id"].to_pylist()
     check_predictions(table, expected_of(model, source))
     assert scored.line["scored_rows"] == scored.line["input_rows"] == ROWS
-    assert not scored.set_aside
     assert max(pq.read_metadata(path).num_rows for path in (scored.output / "predictions").glob("part*.parquet")) <= 77
 
 
@@ -150,7 +149,6 @@ def test_strict_adds_to_an_output_all_at_once(model: Path, pairs: Path, output: 
         (output / name).unlink()
     before = snapshot(output)
     scored = score_again(model, output, pairs, strict=True)
-    assert not scored.set_aside
     assert (scored.line["resumed_rows"], scored.line["scored_rows"]) == (2 * A_FILE, ROWS)
     after = snapshot(output)
     assert {name: after[name] for name in before} == before

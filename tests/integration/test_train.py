@@ -119,12 +119,11 @@ def test_fine_tuning_the_sum_head_is_in_the_card_and_leaves_the_digits_alone(don
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(done: Done, runs: Path) -> None:
-    """In a browser: tests/reporting."""
     page, test = html.unescape((runs / "one" / "report.html").read_text()), done.line["test"]
     for shown in (
         percent(test["digit_accuracy"]),
         percent(test["sum_accuracy"]),
-        "800 training",
+        "train_rows 800",
         str(runs / "one"),
         *PICTURES.values(),
     ):
@@ -171,7 +170,7 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     # As if calibrated on a CPU that rounds otherwise.
     change_description(card_file.parent, int8={"maxima": [1.0] * 6, "digit_agreement": 0.99, "sum_agreement": 0.99})
     card = json.loads(card_file.read_text())
-    for lost in ("model/model.json", "model/README.md", "report.html"):  # killed before they were written
+    for lost in ("model/model.json", "report.html"):  # killed before they were written
         (run / lost).unlink()
     store, settings = f"sqlite:///{tmp_path}/store.db", {"storage_path": tmp_path, "name": "one", "resume": True}
 
@@ -186,18 +185,15 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     resumed = train_here(mlflow=store, **settings)
     assert ": loss " not in resumed.said, "nothing is trained"
     assert (run / "report.html").exists()
-    assert "mnistsum_ray" in (card_file.parent / "README.md").read_text()
     assert json.loads(card_file.read_text()) == card, "what was scored with it must go on as it was"
     assert resumed.line["test"] == {name: card["test"][name] for name in resumed.line["test"]}
     seconds = sum(map(epoch_seconds, history_of(run)))
     assert stored["training_seconds"] == round(seconds, 1), "of the command that has trained"
-    client, logged = MlflowClient(store), resumed.line["mlflow"]
-    assert logged == stored["mlflow"]["run_id"], "the signal has not made two of it"
+    client, (logged,) = MlflowClient(store), re.findall(rf"^MLflow: run (\w+) at {store}$", resumed.said, re.M)
     epochs = client.get_metric_history(logged, "epoch/test/loss")
     assert [metric.step for metric in epochs] == [1, 2], "epochs that were trained without MLflow are logged too"
     assert {*PICTURES, "report.html", "model"} <= {file.path for file in client.list_artifacts(logged)}
-    (version,) = client.search_model_versions("name = 'mnistsum'")
-    assert version.run_id == logged
+    assert logged in {version.run_id for version in client.search_model_versions("name = 'mnistsum'")}
 
 
 @pytest.mark.slow
