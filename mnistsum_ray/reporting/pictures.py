@@ -69,12 +69,14 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
         for step, loss in entry["step_losses"]
     ]
     losses.plot(*zip(*steps, strict=True), color=_GREY, linewidth=1, label="training")
-    for split, line in (("validation", ":"), ("test", "-")):
-        losses.plot(epochs, [entry[split]["loss"] for entry in history], f"D{line}", color="black", label=split)
+    for split, line, face in (("validation", ":", "white"), ("test", "-", None)):
+        means = [entry[split]["loss"] for entry in history]
+        losses.plot(epochs, means, f"D{line}", color="black", markerfacecolor=face, label=split)
         for head, (color, marker) in zip(HEADS, _STYLES, strict=False):
             shares = [entry[split][f"{head.name}_accuracy"] for entry in history]
             label = f"{head.name}, {split}"
-            errors.plot(epochs, 100 - 100 * np.array(shares), marker + line, color=color, label=label)
+            share_wrong = 100 - 100 * np.array(shares)
+            errors.plot(epochs, share_wrong, marker + line, color=color, markerfacecolor=face, label=label)
     for head, (color, _) in zip(HEADS, _STYLES, strict=False):
         error = 100 - 100 * card["test"][f"{head.name}_accuracy"]
         errors.plot(card["epoch"], error, "*", markersize=12, color=color, markeredgecolor="black")
@@ -164,7 +166,7 @@ def draw_reliability(heads: dict[str, Any]) -> Figure:
         above.plot([0, 1], [0, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
         above.plot(probability[used] / rows[used], right[used] / rows[used], marker, color=color, label="accuracy")
         above.set(title=f"{name}: expected calibration error {head['ece']:.4f}", ylabel="accuracy")
-        above.legend(loc="upper left")
+        above.legend(loc="lower right")
         below.bar(edges[:-1], rows, np.diff(edges), align="edge", color=color, edgecolor="white", linewidth=0.5)
         below.set_yscale("symlog", linthresh=1)  # nearly all rows are in the last bin
         below.set(xlabel="predicted probability", ylabel="rows")

@@ -40,7 +40,7 @@ MANIFEST: dict[str, Any] = {
     "training_seconds": 4321.0,
 }
 FILE, REASON = "folder/a_long_name_of_a_file.parquet", "the number is 44, not one of 0..9; correct it or drop the row"
-BAD = {"reasons": {REASON: 1}, "examples": {REASON: [[FILE, 3]]}}
+BAD: dict[str, Any] = {"reasons": {REASON: 1}, "examples": {REASON: [[FILE, 3]]}}
 SCORED: dict[str, Any] = {
     "totals": {
         "output": "/out", "input_rows": 5, "scored_rows": 4, "rejected_rows": 1, "files": 1, "failed_files": 0,

@@ -17,7 +17,7 @@ from mnistsum_ray.errors import ExistingFileError, RequestError, RowCountError, 
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring import publish
-from mnistsum_ray.scoring.counts import RowCounts, encode_image
+from mnistsum_ray.scoring.counts import encode_image
 from mnistsum_ray.scoring.output import LIST, MANIFEST, OutputFiles, check_folders, follow_output, reconcile, resume
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.publish import move_listed, publish_staged, result_line
@@ -377,19 +377,19 @@ def finish(plan: Plan) -> None:
     write_all(replace(plan, parts=todo))
     output = output_of(plan)
     files = reconcile(plan, output.stamps)
-    publish.publish(plan, output, files, result_line(plan, files, output.counts, 0, 1.0) | {"seconds": 1.0})
+    publish.publish(plan, output, files, result_line(plan, files, output.counts, 0, 1.0) | {"seconds": 1.0}, Console())
 
 
 def test_a_run_that_was_suspended_while_it_drew_writes_nothing_over_the_next_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def suspended(counts: RowCounts) -> dict[str, Any]:
+    def suspended(*_: Any) -> dict[str, Any]:
         (folder / "out" / "_lock").write_text('{"id": "the next run"}')
         assert held.lock
         held.lock._checked = float("-inf")  # the clock advances while a process is suspended
         return {}
 
-    monkeypatch.setattr(publish, "_draw_pictures", suspended)
+    monkeypatch.setattr(publish, "draw_pictures", suspended)
     with (
         folder_lock(locate(str(folder / "out"), "--output"), "--output", print) as held,
         pytest.raises(RunError, match=r"another run has taken the output \(the next run\)"),
@@ -405,7 +405,7 @@ def test_a_manifest_that_another_run_has_written_is_not_replaced(folder: Path, m
             if name == MANIFEST:  # another run finishes at this moment
                 (folder / "out" / MANIFEST).write_text("of the other run")
 
-    monkeypatch.setattr(publish, "_draw_pictures", lambda counts: {})  # takes seconds
+    monkeypatch.setattr(publish, "draw_pictures", lambda *_: {})  # takes seconds
     plan = plan_in(folder)
     with pytest.raises(ExistingFileError, match=r"manifest\.json: exists"):
         finish(replace(plan, held=Raced(plan.output, None)))
