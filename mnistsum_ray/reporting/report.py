@@ -145,7 +145,10 @@ def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes
     `totals` are `scoring.counts.RowCounts`.
     """
     line = manifest["totals"]
-    figures = [(f"{line['rejected_rows']:,}", "rows rejected"), (f"{line['failed_files']:,}", "files not usable")]
+    figures = [
+        (f"{line['rejected_rows']:,}", "rows rejected"),
+        (f"{line['failed_files']:,}", f"files not usable, with {line['failed_rows']:,} rows"),
+    ]
     if manifest["labelled_rows"]:
         of = f"correct, of {manifest['labelled_rows']:,} labelled rows"
         figures += [(percent(line[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS]
@@ -179,9 +182,11 @@ def _settings(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
     keys = ("started", "finished", "workers", "precision", "data", "hardware", "versions")
     entries = {key: manifest[key] for key in keys if key in manifest}
     rows = []
-    for key, value in (entries | {"weights": model} | manifest["config"]).items():
+    # The manifest knows what the config has left open, as its precision.
+    for key, value in (manifest["config"] | entries | {"weights": model}).items():
         if isinstance(value, dict):
-            value = ", ".join(f"{name} {entry}" for name, entry in value.items() if name != "bad_rows")
+            shown = {name: entry for name, entry in value.items() if entry is not None and name != "bad_rows"}
+            value = ", ".join(f"{name} {entry}" for name, entry in shown.items())
         if value is not None:
             rows.append((key.replace("_", "-"), value))
     return "Configuration", (), rows

@@ -160,7 +160,7 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
 
 @pytest.mark.slow
 def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resumed(
-    done: Done, data: Path, runs: Path, tmp_path: Path
+    done: Done, data: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow gets the model after the manifest says that the run is finished, which takes seconds: then the signal comes."""
     with pytest.raises(RequestError, match="exists; go on with --resume"):
@@ -182,6 +182,9 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     stored = json.loads((run / "manifest.json").read_text())
     assert stored["status"] == "finished"
 
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    unlogged = train_here(mlflow="http://127.0.0.1:9", **settings)
+    assert re.search(r"^--mlflow http://127.0.0.1:9: .*; the run is complete, and --resume logs it again$", unlogged.said, re.M)
     resumed = train_here(mlflow=store, **settings)
     assert ": loss " not in resumed.said, "nothing is trained"
     assert (run / "report.html").exists()

@@ -20,7 +20,7 @@ TUNED = {
     "after": {"validation": TEST, "test": TEST},
 }
 MANIFEST: dict[str, Any] = {
-    "config": {"seed": 0, "name": "a <b> & c"},
+    "config": {"seed": 0, "name": "a <b> & c", "data": "sample", "precision": None},
     "versions": {"ray": "2.60.0"},
     "started": "2026-11-27T06:00:00+00:00",
     "workers": "1 CPU worker",
@@ -43,8 +43,8 @@ FILE, REASON = "folder/a_long_name_of_a_file.parquet", "the number is 44, not on
 BAD: dict[str, Any] = {"reasons": {REASON: 1}, "examples": {REASON: [[FILE, 3]]}}
 SCORED: dict[str, Any] = {
     "totals": {
-        "output": "/out", "input_rows": 5, "scored_rows": 4, "rejected_rows": 1, "files": 1, "failed_files": 0,
-        "rows_per_second": 10.0,
+        "output": "/out", "input_rows": 5, "scored_rows": 4, "rejected_rows": 1, "failed_rows": 0, "files": 1,
+        "failed_files": 0, "rows_per_second": 10.0,
     } | {f"{head.name}_accuracy": 0.75 for head in HEADS},
     "labelled_rows": 3,
     "finished": "2026-11-27T06:00:00+00:00",
@@ -67,7 +67,16 @@ def cells(page: str, title: str) -> list[str]:
 def test_the_page_of_a_training_shows_what_the_run_has(tuned: Any) -> None:
     manifest = MANIFEST | ({"data": MANIFEST["data"] | {"bad_rows": {"rows": 1, **BAD}}} if tuned else {})
     page = report_page("mine", manifest, CARD | {"sum_head": tuned}, [entry(1), entry(2)], dict.fromkeys(PICTURES, b"png"))
-    for shown in ("91.00 %", "80.00 %", "1,234", "4,321 s", "cpu a CPU, cores 2", "a &lt;b&gt; &amp; c", "NOT the full MNIST"):
+    for shown in (
+        "91.00 %",
+        "80.00 %",
+        "1,234",
+        "4,321 s",
+        "cpu a CPU, cores 2",
+        "a &lt;b&gt; &amp; c",
+        "NOT the full MNIST",
+        "train_rows 4000",
+    ):
         assert shown in page, shown
     assert len(cells(page, "Epochs")) == 3
     assert ("4,000 steps: sums 76.54 % before, 80.00 % after" in page) == bool(tuned)
