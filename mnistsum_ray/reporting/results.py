@@ -72,30 +72,29 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class ScoreResult(HeadFields, names=("{}_accuracy",)):
-    """Result of a finished scoring. input_rows = scored_rows + rejected_rows, over the files that can be read."""
+    """Result of a finished scoring. input_rows = scored_rows + rejected_rows + failed_rows, over the
+    files whose number of rows is known."""
 
     output: str
     """Output folder, or its URI."""
     input_rows: int
     scored_rows: int
     rejected_rows: int
+    failed_rows: int
+    """Rows of files that could not be used, where a footer says how many."""
     resumed_rows: int
     """Rows of those that an earlier run had committed."""
     files: int
     failed_files: int
     rows_per_second: float
     seconds: float
-    set_aside: bool
-    """Whether this run rejected rows or left out files, besides those that an earlier run had set aside."""
     digit_accuracy: float | None = None
     """Accuracies in 0..1; None without a labelled row."""
     sum_accuracy: float | None = None
 
     def line(self, *, labels: bool) -> dict[str, Any]:
         """The command's JSON line; `labels`: with accuracies, since a label column was named."""
-        values = asdict(self)
-        del values["set_aside"]  # the exit code says it
-        return {name: value for name, value in values.items() if labels or not name.endswith("_accuracy")}
+        return {name: value for name, value in asdict(self).items() if labels or not name.endswith("_accuracy")}
 
     def _repr_html_(self) -> str | None:
         rows = f"{self.scored_rows:,} of {self.input_rows:,} rows scored, {self.rejected_rows:,} rejected"

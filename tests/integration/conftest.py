@@ -224,8 +224,6 @@ class Scored:
     """A finished scoring run in this process."""
 
     line: dict[str, Any]
-    set_aside: bool
-    """Whether the run set rows or files aside that no earlier run had set aside."""
     said: str
     output: Path
 
@@ -248,7 +246,7 @@ def score_here(model: Path | str, output: Path | str, *inputs: Path | str, **set
     settings = {"precision": "fp32", "num_workers": 1} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **settings)
     result = score(preflight(config), Console(stream))
-    return Scored(result.line(labels=True), result.set_aside, stream.getvalue(), Path(output))
+    return Scored(result.line(labels=True), stream.getvalue(), Path(output))
 
 
 @dataclass

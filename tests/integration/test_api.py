@@ -44,9 +44,10 @@ def test_an_invalid_request_raises_request_error_which_names_arguments(model: Pa
 
 
 def test_a_result_shows_the_main_picture_of_its_report_or_else_its_fields(tmp_path: Path) -> None:
-    numbers = {"input_rows": 5, "scored_rows": 4, "rejected_rows": 1, "resumed_rows": 0, "files": 1, "failed_files": 0}
+    numbers = {"input_rows": 5, "scored_rows": 4, "rejected_rows": 1, "failed_rows": 0}
+    numbers |= {"resumed_rows": 0, "files": 1, "failed_files": 0}
     here, away = (
-        ScoreResult(place, **numbers, rows_per_second=1.0, seconds=2.0, set_aside=True)
+        ScoreResult(place, **numbers, rows_per_second=1.0, seconds=2.0)
         for place in (f"{tmp_path}/<b>", "gs://anonymous@nowhere/scored?retry_limit_seconds=1&endpoint_override=127.0.0.1:9")
     )
     assert here._repr_html_() is None

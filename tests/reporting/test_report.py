@@ -115,6 +115,7 @@ SCORED: dict[str, Any] = {
         "input_rows": 9,
         "scored_rows": 8,
         "rejected_rows": 1,
+        "failed_rows": 0,
         "files": 2,
         "failed_files": 0,
         "rows_per_second": 7.5,
@@ -137,7 +138,7 @@ COUNTS = RowCounts(
 
 
 def scored() -> str:
-    return scored_page(SCORED, COUNTS, {"Rows by probability": pictures.draw_probabilities(COUNTS.probabilities)})
+    return scored_page(SCORED, COUNTS, {"Confusion": pictures.draw_confusion(COUNTS.confusion, "labelled rows")})
 
 
 def test_control_characters_are_escaped_on_every_page() -> None:
