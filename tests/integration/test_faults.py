@@ -2,8 +2,7 @@
 
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ from tests.integration.conftest import (
     mounted,
     nodes,
     once,
-    report_duration,
     score_here,
     train_here,
     wait_for_files,
@@ -46,16 +44,6 @@ def score_pairs(model: Path, folder: Path | str, output: Path | str | None = Non
     return score_here(model, output or f"{folder}/out", f"{folder}/in", max_rows_per_file=250, precision=None, num_workers=None)
 
 
-def overload(s3: Storage, what: str, done: Callable[[], int]) -> None:
-    """Let the storage answer 503 for a while, and report when more is done."""
-    s3.overload(OVERLOADED_SECONDS)
-    time.sleep(OVERLOADED_SECONDS)
-    before, better = done(), time.monotonic()
-    while done() == before and time.monotonic() < better + 60:
-        time.sleep(0.05)
-    report_duration(f"{what}, from when a storage answers that answered 503 for {OVERLOADED_SECONDS} s,", better)
-
-
 @pytest.mark.usefixtures("cluster")
 def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path) -> None:
     pairs("s3://scores/busy", 6_000)
@@ -64,7 +52,7 @@ def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path)
     def written() -> int:
         return len(list(output.files()))
 
-    with once(written, lambda: overload(s3, "scoring: the next file", written)):
+    with once(written, lambda: s3.overload(OVERLOADED_SECONDS)):
         done = score_pairs(model, "s3://scores/busy")
     assert s3.refused > refused
     assert done.line["input_rows"] == done.line["scored_rows"] == 6_000
@@ -120,7 +108,7 @@ def test_training_outlasts_a_storage_that_is_slow_refuses_the_history_and_is_ove
     try:
         with (
             once(lambda: s3.refused > refused, s3.statuses.clear),
-            once(lambda: not s3.statuses and trained() >= 3, lambda: overload(s3, "training: the next epoch", trained)),
+            once(lambda: not s3.statuses and trained() >= 3, lambda: s3.overload(OVERLOADED_SECONDS)),
         ):
             done = train_here(**place, epochs=6, sum_head_steps=50)
     finally:
@@ -185,10 +173,8 @@ def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(
         job = Job("score", *flags, address=killed_cluster.address)
         wait_for_files(job, tmp_path / "out", 4)
         killed_cluster.remove_node(killed_cluster.head_node, allow_graceful=False)
-        began = time.monotonic()
         done = job.wait()
         assert done.code == 1, done.err
-        report_duration("scoring, the head killed: the job ended, saying so,", began)
     again = score_pairs(model, tmp_path)
     assert again.line["scored_rows"] == rows
     assert again.line["resumed_rows"] > 0

@@ -1,6 +1,7 @@
 """The output folder: lost and repeated rows are found, unfinished files deleted, requests not mixed."""
 
 import io
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,14 +15,7 @@ import pytest
 from mnistsum_ray.errors import ExistingFileError, RequestError, RowCountError, RunError
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring import publish
-from mnistsum_ray.scoring.output import (
-    MANIFEST,
-    OutputFiles,
-    check_folders,
-    follow_output,
-    reconcile,
-    resume,
-)
+from mnistsum_ray.scoring.output import MANIFEST, OutputFiles, check_folders, follow_output, reconcile, resume
 from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.scoring.publish import check_strict, result_line
 from mnistsum_ray.storage.folder import OutputFolder
@@ -31,9 +25,10 @@ from tests.scoring.conftest import CONSOLE, plan_of, request_of, write_all
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files of 40 rows, of which row 30 is bad, and of 7 rows; and two that cannot be used, of which one
     says that it has 5 rows."""
+    monkeypatch.setattr(publish, "_draw_pictures", lambda counts: {})  # takes seconds
     (tmp_path / "in").mkdir()
     for name, rows in (("a", 40), ("b", 7), ("other", 5)):
         numbers = [77 if row == 30 else 1 for row in range(rows)]
@@ -86,17 +81,16 @@ def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
 @pytest.mark.parametrize(
     ("damage", "there"),
     [
-        (lambda folder: rewrite(part(folder), lambda table: table.slice(1)), "18 predictions and 1 rejected rows"),
+        (lambda folder: rewrite(part(folder), lambda table: table.slice(1)), "18 predictions and 1 rejected"),
         (
             lambda folder: rewrite(part(folder), lambda table: pa.concat_tables([table, table[18:]])),
             "20 predictions and 1 rejected",
         ),
-        (lambda folder: rewrite(part(folder, "rejected"), lambda table: table.slice(1)), "19 predictions and 0 rejected rows"),
+        (lambda folder: rewrite(part(folder, "rejected"), lambda table: table.slice(1)), "19 predictions and 0 rejected"),
         (lambda folder: part(folder).unlink(), None),
         (lambda folder: shutil.copy(part(folder).with_name("a-00000-of-00002.parquet"), part(folder)), None),
-        (lambda folder: shutil.copy(part(folder).with_name("b.parquet"), part(folder)), None),
     ],
-    ids=["missing", "twice", "rejected missing", "no file", "other rows", "other file"],
+    ids=["missing", "twice", "rejected missing", "no file", "other rows"],
 )
 def test_a_part_that_differs_from_the_plan_is_named(folder: Path, damage: Callable[[Path], object], there: str | None) -> None:
     plan = plan_in(folder)
@@ -107,14 +101,6 @@ def test_a_part_that_differs_from_the_plan_is_named(folder: Path, damage: Callab
     if there:
         with pytest.raises(RequestError, match=f"predictions/a-00001-of-00002.parquet has {there}.*; move it away"):
             resume(plan, CONSOLE)
-
-
-def test_a_file_whose_parts_lack_rows_is_named(folder: Path) -> None:
-    plan = plan_in(folder)
-    write_all(plan)
-    plan = replace(plan, parts=plan.parts.slice(1))
-    with pytest.raises(RowCountError, match=r"a\.parquet: has 40 rows, of which 20 are accounted for"):
-        reconcile(plan, output_of(plan).stamps)
 
 
 def fill(folder: Path, *names: str) -> None:
@@ -154,10 +140,8 @@ def test_a_file_of_others_is_refused_before_anything_is_deleted(folder: Path, ot
     with pytest.raises(RequestError, match=f"{other} .*move it away"):
         resume(plan_in(folder, overwrite=True), CONSOLE)
     assert names(folder / "out") == before
-
-
-def test_a_file_of_others_with_the_name_of_one_of_ours_is_refused(folder: Path) -> None:
-    fill(folder / "out", "manifest.json")
+    shutil.rmtree(folder / "out")
+    fill(folder / "out", "manifest.json")  # others use this name, too
     with pytest.raises(RequestError, match=r"manifest\.json is not a file of this program; move it away"):
         resume(plan_in(folder), CONSOLE)
 
@@ -171,12 +155,6 @@ def damage(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
-def move_away(folder: Path) -> None:
-    change_rows(folder)
-    (folder / "in").rename(folder / "elsewhere")
-    (folder / "in").symlink_to(folder / "elsewhere")
-
-
 GIVE = "give the same again, or --overwrite scores everything again"
 
 
@@ -184,15 +162,9 @@ GIVE = "give the same again, or --overwrite scores everything again"
     ("change", "settings", "said"),
     [
         (change_rows, {}, "a.parquet has changed since it was scored; --overwrite scores everything again"),
-        (move_away, {}, "in/a.parquet as a-00000-of-00002.parquet; choose another folder, or --overwrite scores"),
         (damage, {}, "holds predictions of a.parquet, which now cannot be used (is not Parquet, or was cut off"),
         (None, {"image_column": "second"}, "holds predictions of a.parquet, which now cannot be used (column 'second' has type"),
         (None, {"label_column": None}, f"was started with --label-column label, and this run has no --label-column; {GIVE}"),
-        (
-            None,
-            {"number_column": "second"},
-            "was started with --number-column number, and this run has --number-column second; give",
-        ),
         (None, {"probabilities": True}, f"was started with no --probabilities, and this run has --probabilities; {GIVE}"),
         (None, {"precision": "bf16"}, f"was started with --precision fp32, and this run has --precision bf16; {GIVE}"),
         (None, {"max_rows_per_file": 10}, f"since it was started with another --max-rows-per-file or --input; {GIVE}"),
@@ -206,9 +178,8 @@ def test_predictions_are_never_mixed_with_those_of_another_request(
     if change:
         change(folder)
     before = names(folder / "out")
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(RequestError, match=re.escape(said)):
         resume(plan_in(folder, **settings), CONSOLE)
-    assert said in str(refused.value)
     assert names(folder / "out") == before
 
 
@@ -224,10 +195,7 @@ def test_an_output_goes_on_with_the_flags_that_it_was_begun_with(folder: Path) -
     assert begun(sha256="other") == [None, None]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("predictions", "broken link"), ("rejected", "file"), ("predictions/deep", "link")],
-)
+@pytest.mark.parametrize(("name", "kind"), [("predictions", "broken link"), ("rejected", "file"), ("predictions/deep", "link")])
 def test_a_link_or_a_file_with_the_name_of_a_folder_of_ours_is_refused(folder: Path, name: str, kind: str) -> None:
     fill(folder, "victim/data.parquet", "out/_lock")
     path = folder / "out" / name
@@ -249,11 +217,6 @@ def finish(plan: Plan) -> None:
     publish.publish(plan, output, files, line)
 
 
-def without_pictures(counts: Any) -> dict[str, bytes]:
-    """They take seconds."""
-    return {}
-
-
 class Stopped(FolderLock):
     """The lock of a run that is stopped after `left` changes of files."""
 
@@ -269,9 +232,8 @@ OTHERS = (".git/config", "predictions/.DS_Store")
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["the same request", "another request"])
-def test_overwrite_is_killed_at_every_change(folder: Path, monkeypatch: pytest.MonkeyPatch, *, same: bool) -> None:
+def test_overwrite_is_killed_at_every_change(folder: Path, *, same: bool) -> None:
     """The same command then gives the files of an undisturbed run, and those of others stay."""
-    monkeypatch.setattr(publish, "_draw_pictures", without_pictures)
     before = plan_in(folder) if same else plan_in(folder, max_rows_per_file=10, number_column="second")
     finish(before)
     earlier = folder / "earlier"
@@ -298,10 +260,7 @@ def test_overwrite_is_killed_at_every_change(folder: Path, monkeypatch: pytest.M
     assert changes > 10
 
 
-def test_overwrite_goes_on_where_it_was_killed_and_begins_anew_where_it_was_not(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(publish, "_draw_pictures", without_pictures)
+def test_overwrite_goes_on_where_it_was_killed_and_begins_anew_where_it_was_not(folder: Path) -> None:
     plan = plan_in(folder, overwrite=True)
     finish(plan)
     (folder / "out" / MANIFEST).unlink()
@@ -359,14 +318,13 @@ def test_a_run_that_was_suspended_while_it_drew_writes_nothing_over_the_next_one
     assert not {"manifest.json", "report.html"} & names(folder / "out")
 
 
-def test_a_manifest_that_another_run_has_written_is_not_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_another_run_has_written_is_not_replaced(folder: Path) -> None:
     class Raced(OutputFolder):
         def delete(self, name: str) -> None:
             super().delete(name)
             if name == MANIFEST:  # another run finishes at this moment
                 (folder / "out" / MANIFEST).write_text("of the other run")
 
-    monkeypatch.setattr(publish, "_draw_pictures", without_pictures)
     plan = plan_in(folder)
     with pytest.raises(ExistingFileError, match=r"manifest\.json: exists"):
         finish(replace(plan, held=Raced(plan.output, None)))

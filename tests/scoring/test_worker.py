@@ -168,7 +168,8 @@ def test_damaged_output_files_are_refused(written: Path, damage: Any, error: str
         files.check()
 
 
-def test_a_part_that_an_earlier_process_has_committed_stays_and_one_of_another_run_is_not_replaced(written: Path) -> None:
+def test_parts_that_an_earlier_process_has_committed_stay(written: Path) -> None:
+    """A process has died after the first of two parts."""
     plan, files = written_plan(written.parent), sorted(written.rglob("*.parquet"))
     before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
     write_all(plan)
@@ -176,10 +177,6 @@ def test_a_part_that_an_earlier_process_has_committed_stays_and_one_of_another_r
         write_all(replace(plan, precision="bf16"))
     assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files] == before
 
-
-def test_an_output_of_parts_that_are_scored_again_costs_none_that_is_committed(written: Path) -> None:
-    """A process has died after the first of two parts."""
-    plan = written_plan(written.parent)
     (written / "predictions" / NAME.replace("0-of", "1-of")).unlink()
     reports = [_committed(plan, part, 0.0) for part in parts_of(plan)]
     assert reports[0]
