@@ -317,13 +317,12 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
         return f"holds predictions of {name}, which now cannot be used ({file['error']}); repair it, or take it out of the input"
     if stamp["spec"] != plan.spec:
         return f"{_spec_difference(stamp['spec'], plan.spec)} {_START_OVER}"
-    if any(file[key] != stamp[key] for key in ("size", "modified", "footer_sha256")):
-        if stamp["source"] != plan.source(name):
-            return f"holds the rows of {stamp['source']} as {stamp['output']}; choose another folder, or {_START_OVER}"
+    identity = ("size", "modified", "footer_sha256")
+    if stamp["source"] == plan.source(name) and any(file[key] != stamp[key] for key in identity):
         return f"{name} has changed since it was scored; {_START_OVER}"
     return (
-        f"holds the rows of {name} as {stamp['output']}, since it was started with another --max-rows-per-file or --input; "
-        f"give the same again, or {_START_OVER}"
+        f"holds the rows of {stamp['source']} as {stamp['output']}, since it was started with another "
+        f"--max-rows-per-file or --input; give the same again, or {_START_OVER}"
     )
 
 

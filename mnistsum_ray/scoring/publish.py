@@ -123,8 +123,8 @@ def say_result(line: dict[str, Any], counts: RowCounts, say: Callable[[str], Non
     rows, files = counted(line["input_rows"], "row"), counted(line["files"], "file")
     say(f"scored {line['scored_rows']:,} of {rows} in {files}, each exactly once")
     if line["failed_files"]:
-        failed, lost = counted(line["failed_files"], "file"), counted(line["failed_rows"], "row")
-        say(f"{failed} with {lost} could not be used: {line['output']}/{FILES_TABLE} says why")
+        failed, known = counted(line["failed_files"], "file"), counted(line["failed_rows"], "known row")
+        say(f"{failed} with {known} could not be used: {line['output']}/{FILES_TABLE} says why")
     if line["rejected_rows"]:
         say(f"{counted(line['rejected_rows'], 'row')} rejected: see {line['output']}/{REJECTED}")
         reasons = list(counts.reasons.items())
