@@ -39,6 +39,7 @@ from tests.conftest import default_signals
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
 
+
 @pytest.fixture(scope="module")
 def cluster(s3: "Storage") -> str:
     """The address of a Ray cluster of two CPUs, which jobs join through RAY_ADDRESS, and to which this process is connected.
