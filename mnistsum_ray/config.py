@@ -300,9 +300,9 @@ class ScoringOutput(JobConfig):
     probabilities: bool = False
     """add the probabilities of all digits and of all sums: digit_probs and sum_probs, lists of 10 and of 19"""
     strict: bool = False
-    """publish nothing if any file or row cannot be scored"""
+    """write no manifest, and exit with 1, if any file or row cannot be scored"""
     overwrite: bool = False
-    """score everything again, then replace the existing output, file by file"""
+    """delete an earlier output first, and score everything again"""
 
 
 class ScoringCluster(JobConfig):

@@ -29,15 +29,20 @@ from mnistsum_ray.scoring.output import (
     all_but,
     check_folders,
     delete_parts,
-    earlier_failures,
     follow_output,
     reconcile,
     resume,
     unpublish,
 )
-from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, PART_ROWS, WORKER_ROWS, make_tasks
+from mnistsum_ray.scoring.parts import (
+    CPU_TASK_ROWS,
+    GPU_TASK_ROWS,
+    PART_ROWS,
+    WORKER_ROWS,
+    make_tasks,
+)
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
-from mnistsum_ray.scoring.publish import move_listed, publish, publish_staged, result_line, say_result
+from mnistsum_ray.scoring.publish import check_strict, publish, result_line, say_result
 from mnistsum_ray.storage.lock import folder_lock
 
 
@@ -45,7 +50,8 @@ def score(request: Request, console: Console, probe: Probe | None = None) -> Sco
     """Score on the cluster that this process is connected to; `probe` is that of `reserve`.
 
     Raises:
-        RequestError: the cluster has too few resources, or the output folder holds files that this run must not touch.
+        RequestError: the output folder holds files that this run must not touch.
+        TryAgainError: the cluster has too few resources, or another run holds the output folder.
         RunError: the storage does not answer, rows are missing at the end, another run took the output, or with `--strict`
             some input cannot be used.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
@@ -63,37 +69,35 @@ def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResu
     started = time.monotonic()
     with folder_lock(request.output, "--output", console.say) as held:
         check_folders(held.place)
-        if move_listed(held, console) or not request.config.overwrite:
+        if not request.config.overwrite:
             request = follow_output(request, console)
         resources, precision = _allocate_resources(request.config, probe, console.say)
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
-        plan, published, todo = resume(make_plan(request, precision, held, console), console)
-        named = {} if plan.overwrite else earlier_failures(plan.output)
-        say_failures(plan.failures, named, console.say)
-        failures, scoring_seconds = _execute(plan, todo, resources, console)
-        say_failures(failures, named, console.say)
-        plan = _drop_failed(plan, failures, console)
-        if plan.staged:
-            publish_staged(plan, published, console)
+        plan = make_plan(request, precision, held, console)
+        say_failures(plan.failures, console.say)
+        output, todo = resume(plan, console)
 
-        unchanged = not plan.staged and not todo.num_rows
-        output = published if unchanged else OutputFiles.read(plan.output, plan, console)
+        failures, scoring_seconds = _execute(plan, todo, resources, console)
+        say_failures(failures, console.say)
+        plan = _drop_failed(plan, failures, console)
+        if todo.num_rows or plan.config.overwrite:
+            output = OutputFiles.read(plan, console)
         files = reconcile(plan, output.stamps)
-        earlier = all_but(output.stamps.filter(output.stamps["planned"]), todo["output"])
-        resumed_rows, rejected_before = (pc.sum(earlier[name]).as_py() or 0 for name in ("rows", "rejected"))
+        done_before = all_but(output.stamps.filter(output.stamps["planned"]), todo["output"])
+        resumed_rows = pc.sum(done_before["rows"]).as_py() or 0
         line = result_line(plan, files, output.counts, resumed_rows, scoring_seconds)
+        check_strict(plan, output.counts, line)
         line["seconds"] = round(time.monotonic() - started, 1)
         publish(plan, output, files, line, console)
-        new_rejected = line["rejected_rows"] - rejected_before
-        say_result(line, output.counts, new_rejected, console.say)
+        say_result(line, output.counts, console.say)
         return ScoreResult.of(line)
 
 
 def worker_request(config: ScoreConfig) -> WorkerRequest:
-    """The pool of workers that a run asks for. int8 runs on CPUs."""
+    """The pool of workers that a run asks for."""
     workers = (config.num_workers, config.num_workers) if config.num_workers else None
-    return WorkerRequest(workers, False if config.precision == "int8" else config.use_gpu, config.wait_seconds)
+    return WorkerRequest(workers, config.use_gpu, config.wait_seconds)
 
 
 def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[[str], None]) -> tuple[WorkerPlan, str]:
@@ -126,8 +130,7 @@ def _execute(plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console
     )
     if not todo.num_rows:
         return {}, 0.0
-    if not plan.staged:
-        unpublish(plan.held)
+    unpublish(plan.held)
     metrics = JobMetrics("score", plan.output.display)
     progress = Progress(console.progress, "rows scored", todo_rows)
     failures: dict[str, str] = {}
@@ -200,5 +203,5 @@ def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_wo
 def _drop_failed(plan: Plan, failures: dict[str, str], console: Console) -> Plan:
     """Delete the committed parts of the files that failed during execution; return the plan without them."""
     remaining = plan.without(failures)
-    delete_parts(plan.folder, all_but(plan.parts, remaining.parts["output"])["output"].to_pylist(), console)
+    delete_parts(plan.held, all_but(plan.parts, remaining.parts["output"])["output"].to_pylist(), console)
     return remaining

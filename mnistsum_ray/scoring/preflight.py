@@ -14,7 +14,7 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import Footer, column_error, lossy_column, read_footer
-from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted
+from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError
 from mnistsum_ray.model.folder import WeightArrays, read_model
 from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
@@ -37,9 +37,6 @@ FOOTER_SCHEMA: Final = pa.schema(
     ]
 )
 """One row per input file. A file whose footer cannot be read has an error and otherwise nulls."""
-
-STAGING: Final = "_unpublished"
-"""Folder in the output where `--overwrite` and `--strict` commit parts, until all are published together."""
 
 _MAX_FILES: Final = 1000
 """Unusable files that the console names."""
@@ -71,39 +68,17 @@ class Plan(Request):
     precision: str
     held: OutputFolder
     """The output folder, which this run holds."""
-    overwrite: bool
-    """Whether this run replaces the output. False with `--overwrite` too, if a killed run has done so already."""
-
-    @property
-    def staged(self) -> bool:
-        """Whether files are published together at the end."""
-        return self.overwrite or self.config.strict
-
-    @property
-    def folder(self) -> OutputFolder:
-        """Where parts are committed: the output folder, or the staging folder inside it."""
-        return self.held / STAGING if self.staged else self.held
 
     def source(self, name: str) -> str:
         """An input file in full: a path, or a URI without its query."""
         return self.inputs.root.at(f"{self.inputs.root.path}/{name}").display
 
     @property
-    def int8_maxima(self) -> tuple[float, ...] | None:
-        """Calibration of the quantized network; None unless the precision is int8."""
-        if self.precision != "int8":
-            return None
-        from mnistsum_ray.model.int8 import maxima_from_description  # imports PyTorch
-
-        return maxima_from_description(self.card)
-
-    @property
     def spec(self) -> dict[str, Any]:
         """The model and settings that determine the predictions, as JSON has them. One output holds predictions of one spec."""
         flags = ("image-column", "number-column", "label-column", "probabilities")
         settings = {flag: getattr(self.config, flag.replace("-", "_")) for flag in flags}
-        maxima = list(self.int8_maxima) if self.int8_maxima else None
-        made = {"prediction_columns": PREDICTION_FIELDS.names, "int8": maxima}
+        made = {"prediction_columns": PREDICTION_FIELDS.names}
         return {"model": self.card["sha256"], "precision": self.precision, **settings, **made}
 
     @property
@@ -140,8 +115,6 @@ def preflight(config: ScoreConfig) -> Request:
         weights, card = read_model(model)
     except RequestError as error:
         raise RequestError(f"--model {error}") from None
-    if config.precision == "int8" and (reason := int8_error(card)):
-        raise RequestError(f"--precision int8: {reason}")
     return Request(config, model, card, weights, inputs, output, files)
 
 
@@ -155,46 +128,28 @@ def _locate_output(text: str) -> Location:
     return output.at(os.path.realpath(output.path) if output.is_local else output.path)
 
 
-def int8_error(card: dict[str, Any]) -> str | None:
-    """Why this process cannot score with 8-bit integers; None if it can."""
-    from mnistsum_ray.model.int8 import maxima_from_description, unavailable_reason
-
-    if maxima_from_description(card) is None:
-        return (
-            "the model holds no calibration for it, so it is of a network that int8 does not know, or was trained where PyTorch "
-            "lacks integer convolutions; leave it out, or train again"
-        )
-    return "this PyTorch has no integer convolutions on this CPU; leave it out" if unavailable_reason() else None
-
-
 def make_plan(request: Request, precision: str, held: OutputFolder, console: Console) -> Plan:
     """Plan a run: read the footers unless `preflight` has read them, and split the files into parts.
 
     Raises:
         RequestError: none of the files has one of the columns.
-        RunError: with `--strict`, some file cannot be used.
         StorageError: the storage does not give an input file.
     """
     inputs, files = request.inputs, request.files
     if files is None:
         files = read_footers(inputs, request.config, Progress(console.progress, "footers read", inputs.files.num_rows))
     parts, errors = split_into_parts(files, request.config.max_rows_per_file)
-    changed = {"output": held.place, "files": files, "overwrite": request.config.overwrite}
-    plan = Plan(**vars(request) | changed, parts=parts, precision=precision, held=held).without(errors)
     report_skipped(inputs.skipped, console.say)
-    if plan.config.strict and plan.failures:
-        say_failures(plan.failures, {}, console.say)
-        raise RunError(f"--strict: nothing was scored: {counted(len(plan.failures), 'file')} cannot be used, see above")
-    return plan
+    checked = vars(request) | {"output": held.place, "files": files}
+    return Plan(**checked, parts=parts, precision=precision, held=held).without(errors)
 
 
-def say_failures(failures: dict[str, str], named: dict[str, str], say: Callable[[str], None]) -> None:
-    """Name the files that cannot be used, one line each with the reason; not those that were `named` with the same one."""
-    new = [name for name, reason in failures.items() if named.get(name) != reason]
-    for name in new[:_MAX_FILES]:
+def say_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
+    """Name the files that cannot be used, one line each with the reason."""
+    for name in list(failures)[:_MAX_FILES]:
         say(f"cannot be used: {name}: {failures[name]}")
-    if len(new) > _MAX_FILES:
-        say(f"and {len(new) - _MAX_FILES:,} more files; files.parquet will list all of them")
+    if len(failures) > _MAX_FILES:
+        say(f"and {len(failures) - _MAX_FILES:,} more files")
 
 
 def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int], None] = lambda _: None) -> pa.Table:

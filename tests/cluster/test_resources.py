@@ -93,7 +93,6 @@ def test_a_growing_cluster_may_lack_what_is_requested() -> None:
         ({}, cluster(2, 1), 80, 2, {"CPU": 1, "GPU": 1 / 2}),  # two cores feed it
         ({"num_workers": 1}, cluster(16, 1), 80, 1, {"CPU": 1, "GPU": 1}),
         ({"num_workers": 3}, cluster(16, 8), 80, 3, {"CPU": 1, "GPU": 1}),  # three of the cards
-        ({"precision": "int8"}, cluster(16, 1), 0, 16, {"CPU": 1}),
         # What a cluster can grow to counts, and each worker fits on a small node.
         ({"use_gpu": True}, cluster(0, grows=by(gpus=4)), 16, 4 * 4, {"CPU": 1, "GPU": 1 / 4}),  # from zero
         ({}, cluster(2, 1, grows=by(gpus=4)), 16, 4 * 2, {"CPU": 1, "GPU": 1 / 2}),  # one has come

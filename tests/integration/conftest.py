@@ -39,13 +39,6 @@ from tests.conftest import default_signals
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
 
-_durations: list[str] = []
-
-
-def report_duration(what: str, since: float) -> None:
-    """Add the time since `since` to the summary that pytest prints at the end."""
-    _durations.append(f"{what} after {time.monotonic() - since:.1f} s")
-
 
 @pytest.fixture(scope="module")
 def cluster(s3: "Storage") -> str:
@@ -341,11 +334,9 @@ _jobs: "list[Job]" = []
 
 
 @pytest.fixture(autouse=True)
-def no_job_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_job_is_left() -> Iterator[None]:
     """A test that fails leaves no job on the CPUs of the tests that follow."""
     yield
-    request.node.user_properties += [("duration", text) for text in _durations]
-    _durations.clear()
     for job in _jobs:
         if job.process.poll() is None:
             kill_everything(job.process.pid)

@@ -10,7 +10,7 @@ import ray
 from mnistsum_ray.api import run_training
 from mnistsum_ray.arguments import parse
 from mnistsum_ray.config import ExportPairsConfig, ScoreConfig, TrainConfig
-from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.scoring.preflight import preflight
 from mnistsum_ray.storage.lock import folder_lock
@@ -55,7 +55,7 @@ def test_an_invalid_held_out_row_of_streamed_files_is_named_at_the_first_attempt
 def test_a_run_folder_that_another_run_holds(tmp_path: Path) -> None:
     with (
         folder_lock(locate(str(tmp_path / "mine"), "--name"), "--name", print),
-        pytest.raises(RequestError, match=rf"^--name {tmp_path}/mine: another run \("),
+        pytest.raises(TryAgainError, match=rf"^--name {tmp_path}/mine: another run \("),
     ):
         run_training(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine"))
 
@@ -65,7 +65,7 @@ def test_an_output_that_another_run_holds(model: Path, tmp_path: Path) -> None:
     export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "in"), rows=10), print)
     with (
         folder_lock(locate(str(tmp_path / "out"), "--output"), "--output", print),
-        pytest.raises(RequestError, match=r"^--output .*: another run \(.*\) is writing there; wait for it, or choose another"),
+        pytest.raises(TryAgainError, match=r"^--output .*: another run \(.*\) is writing there; wait for it, or choose another"),
     ):
         score_here(model, tmp_path / "out", tmp_path / "in", num_workers=1000)  # the lock comes before workers are asked for
     assert not (tmp_path / "out").exists(), "nothing was written, and the holder's lock goes with its folder"

@@ -61,7 +61,6 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
             assert one.equals(other), name
     assert rejected in names["there"]
 
-    # Scored again, into a staging folder first.
     assert score("there", overwrite=True)["resumed_rows"] == 0
     out = roots["there"] / "out"
     assert {info.path.removeprefix(f"{out.path}/") for info in out.files()} == {

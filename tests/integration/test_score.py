@@ -1,29 +1,22 @@
-"""Scoring folders: every row is predicted as by plain PyTorch, exactly once, and incompatible outputs are never mixed."""
+"""Scoring folders: every row is predicted as by plain PyTorch, exactly once."""
 
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from mnistsum_ray.config import ExportPairsConfig, ScoreConfig
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.model import int8
-from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.serialization import load_model
-from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES
 from mnistsum_ray.scoring.preflight import read_footers
-from mnistsum_ray.storage.paths import locate
-from tests.conftest import change_description, check_predictions, plain_predictions, write_model
+from tests.conftest import check_predictions, plain_predictions, write_model
 from tests.integration.conftest import Scored, score_here
 
 ROWS, FILES = 500, 5
@@ -51,30 +44,10 @@ def finished(model: Path, exported: Path) -> Scored:
     return score_here(model, exported.parent / "out", exported, label_column="digit")
 
 
-@pytest.fixture
-def pairs(tmp_path: Path, exported: Path) -> Path:
-    """A copy of the input that the test may change."""
-    return Path(shutil.copytree(exported, tmp_path / "in"))
-
-
-@pytest.fixture
-def output(tmp_path: Path, finished: Scored) -> Path:
-    """The output of a finished run over `exported`. To a run over `pairs` the input has moved since."""
-    return Path(shutil.copytree(finished.output, tmp_path / "out"))
-
-
 def table_of(scored: Scored) -> pa.Table:
     """All predictions, in the order of the file names and rows."""
     paths = sorted((scored.output / "predictions").rglob("*.parquet"))
     return pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (*SUMMARIES, MANIFEST, "_lock")
-    }
 
 
 def rows_of(folder: Path) -> pa.Table:
@@ -117,59 +90,21 @@ def test_accuracies_and_probabilities_are_those_of_the_rows_with_a_label(finishe
     assert np.ravel(finished.manifest()["confusion"]).tolist() == counted.tolist()
 
 
-@pytest.mark.skipif(int8.unavailable_reason() is not None, reason="this PyTorch has no integer convolutions on this CPU")
-@pytest.mark.slow
-def test_int8_scores_with_the_calibration_of_the_model(model: Path, exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="--precision int8: the model holds no calibration for it"):
-        score_here(model, tmp_path / "out", exported, precision="int8")
-
-    images = torch.tensor(pixels_view(one_chunk(rows_of(exported)["image"])))
-    network, _ = load_model(locate(str(model), "--model"))
-    assert isinstance(network, TwoHeadCNN)
-    calibrated = {"maxima": int8.activation_maxima(network, images)}
-    calibrated_model = change_description(Path(shutil.copytree(model, tmp_path / "model")), int8=calibrated)
-    scored = score_here(calibrated_model, tmp_path / "out", exported, precision="int8")
-    digits = int8.int8_digit_scores(network, calibrated["maxima"])(images).argmax(1)
-    assert table_of(scored)["pred_digit"].to_pylist() == digits.tolist()
-    assert (scored.manifest()["precision"], scored.manifest()["int8"]) == ("int8", calibrated)
-    assert score_here(calibrated_model, tmp_path / "out", exported, precision=None).line["resumed_rows"] == ROWS
-
-    calibrated["maxima"][2] *= 2
-    change_description(calibrated_model, int8=calibrated)
-    with pytest.raises(RequestError, match="holds predictions of the same model quantized otherwise"):
-        score_here(calibrated_model, tmp_path / "out", exported, precision="int8")
-
-
-def score_again(model: Path, output: Path, *inputs: Path, **settings: Any) -> Scored:
-    return score_here(model, output, *inputs, label_column="digit", **settings)
-
-
-def test_strict_adds_to_an_output_all_at_once(model: Path, pairs: Path, output: Path) -> None:
-    for name in ("manifest.json", *(f"predictions/part-0000{index}.parquet" for index in (0, 2, 4))):
-        (output / name).unlink()
-    before = snapshot(output)
-    scored = score_again(model, output, pairs, strict=True)
-    assert (scored.line["resumed_rows"], scored.line["scored_rows"]) == (2 * A_FILE, ROWS)
-    after = snapshot(output)
-    assert {name: after[name] for name in before} == before
-    assert after.keys() - before.keys() == {f"predictions/part-0000{index}.parquet" for index in (0, 2, 4)}
-
-
-def test_overwrite_replaces_the_output(pairs: Path, output: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_the_output(finished: Scored, exported: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(finished.output, tmp_path / "out"))
+    pairs = Path(shutil.copytree(exported, tmp_path / "in"))
+    (pairs / "part-00004.parquet").unlink()
     other = write_model(tmp_path / "other", 1)
     with pytest.raises(RequestError, match="holds predictions of another model"):
-        score_again(other, output, pairs)
-    (pairs / "part-00004.parquet").unlink()
-
-    second = score_again(other, output, pairs, overwrite=True)
+        score_here(other, output, pairs, label_column="digit")
+    second = score_here(other, output, pairs, label_column="digit", overwrite=True)
     assert (second.line["resumed_rows"], second.line["scored_rows"]) == (0, ROWS - A_FILE)
-    pictures = [f"{name}.png" for name in ("confusion", "probabilities", "reliability")]
-    there = ["_lock", "files.parquet", "manifest.json", "predictions", *pictures, "report.html"]
-    assert sorted(path.name for path in second.output.iterdir()) == sorted(there)
-    left = [f"part-0000{index}.parquet" for index in range(4)]
-    assert sorted(path.name for path in (second.output / "predictions").iterdir()) == left
-    source = pq.read_table(pairs / "part-00002.parquet")
-    check_predictions(second.table("part-00002.parquet"), expected_of(other, source))
+    there = ["_lock", "confusion.png", "files.parquet", "manifest.json", "predictions"]
+    there += ["reliability.png", "report.html"]
+    assert sorted(path.name for path in second.output.iterdir()) == there
+    source = rows_of(pairs)
+    assert table_of(second)["row_id"].to_pylist() == source["row_id"].to_pylist()
+    check_predictions(table_of(second), expected_of(other, source))
 
 
 def test_the_footers_of_many_files_are_read_on_the_cluster(sample: pa.Table, tmp_path: Path) -> None:
