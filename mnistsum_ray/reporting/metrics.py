@@ -1,7 +1,7 @@
 """Figures of a running job for Ray's dashboard and its Prometheus endpoint, by `ray.util.metrics`.
 
-Ray puts `ray_` in front of the names, and `_total` behind those of counters. A job that ends hands on its
-last values. Its node keeps the counters as long as Ray runs there, and the gauges for 20 s.
+Ray puts `ray_` in front of the names, and `_total` behind those of counters. A job that ends hands on
+its last values. Its node keeps the counters as long as Ray runs there, and the gauges for 20 s.
 """
 
 from typing import Any, Final
@@ -9,7 +9,7 @@ from typing import Any, Final
 from ray.util.metrics import Counter, Gauge
 
 COUNTERS: Final = {
-    "mnistsum_rows": "Training rows, all epochs and workers together, or scored rows, rejected ones included.",
+    "mnistsum_rows": "Training rows of all epochs, or scored rows, rejected ones included.",
     "mnistsum_rejected_rows": "Rows that cannot be scored.",
 }
 GAUGES: Final = {
@@ -20,7 +20,7 @@ GAUGES: Final = {
 
 
 class JobMetrics:
-    """Metrics of one job, with the tags `kind` (train or score) and `run` (the run or output folder)."""
+    """Metrics of one job; tags: `kind` (train or score) and `run` (the run or output folder)."""
 
     def __init__(self, kind: str, run: str, rows: int = 0) -> None:
         """Args: rows that an earlier job has done, which do not count here."""
@@ -36,7 +36,7 @@ class JobMetrics:
     def count(self, **totals: int) -> None:
         """Bring counters, named without `mnistsum_`, up to these totals.
 
-        After a failure totals begin again at a checkpoint: rows that are done again do not count twice.
+        After a failure totals begin again at a checkpoint: rows do not count twice.
         """
         for short, total in totals.items():
             name = f"mnistsum_{short}"

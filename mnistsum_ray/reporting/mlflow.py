@@ -1,4 +1,4 @@
-"""Log a finished run to MLflow (`--mlflow URI`): config, metrics of each epoch, files; and register the model."""
+"""Log a finished run to MLflow (`--mlflow URI`): config, metrics, files; and register the model."""
 
 import tempfile
 from pathlib import Path
@@ -15,7 +15,7 @@ from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, model_scalar
 from mnistsum_ray.storage.location import Location
 
 
-# MLflow's defaults are 7 retries of 120 s each: an unreachable server would look like a run that hangs.
+# MLflow's defaults are 7 retries of 120 s each, which would look like a run that hangs.
 @default_environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"})
 @quiet_logger("mlflow", "alembic")
 def log_run(
@@ -27,7 +27,7 @@ def log_run(
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name(config["mlflow_experiment"])
     if experiment is None:
-        # MLflow's default for a local store is a folder in the working folder, which Ray deletes after a submitted job.
+        # MLflow's own choice is in the working folder, which Ray deletes after a submitted job.
         local = uri.startswith("sqlite:///")
         artifacts = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri() if local else None
         experiment = client.get_experiment(client.create_experiment(config["mlflow_experiment"], artifacts))

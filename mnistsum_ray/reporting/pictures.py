@@ -1,7 +1,7 @@
 """Pictures of training and scoring runs as PNG files.
 
-Each is drawn from numbers that are also in the run's JSON files. Blue is the digit and what is right, orange
-the sum and what is wrong: they differ with any kind of colour blindness.
+Each is drawn from numbers that are also in the run's JSON files. Blue is the digit and what is right,
+orange the sum and what is wrong: they differ with any kind of colour blindness.
 """
 
 import functools
@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from mnistsum_ray.model.heads import HEADS
 
 _GREY: Final = "#666666"
-_STYLES: Final = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "v"))  # of Okabe and Ito
-"""Colour and marker of each head."""
+_STYLES: Final = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "v"))
+"""Colour and marker of each head, of the palette of Okabe and Ito."""
 
 _STYLE: Final[dict[Any, Any]] = {
     "axes.spines.top": False,
@@ -49,7 +49,7 @@ def _png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> bytes:
         file = io.BytesIO()
-        # From Matplotlib's own defaults: a user's matplotlibrc may ask for LaTeX, which is not on every node.
+        # From Matplotlib's own defaults: a user's matplotlibrc may ask for LaTeX, which may be missing.
         with style.context(["default", _STYLE]):
             FigureCanvasAgg(draw(*args, **kwargs)).print_png(file)  # type: ignore[no-untyped-call]
         return file.getvalue()
@@ -59,7 +59,7 @@ def _png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
 
 @_png
 def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
-    """Loss and error (100 % less the accuracy) of each head by epoch; stars are the errors of the finished model."""
+    """Loss and error (100 % less the accuracy) of each head by epoch."""
     figure = Figure(figsize=(9, 4))
     losses, errors = figure.subplots(1, 2)
     epochs = [entry["epoch"] for entry in history]
@@ -100,7 +100,7 @@ def draw_confusion(confusion: list[list[int]]) -> Figure:
     """Rows by true digit (down) and predicted digit (across); right ones blue, mistakes orange."""
     counts = np.array(confusion)
     right = np.eye(len(counts), dtype=bool)
-    # On a logarithmic scale a mistake can be seen beside a thousand right ones. It begins below 1, which has a colour.
+    # On a logarithmic scale a mistake can be seen beside a thousand right ones. 1 has a colour, too.
     shades = LogNorm(0.3, max(10, counts.max()))(np.maximum(counts, 0.3))
     colors = np.where(right[..., None], colormaps["Blues"](shades), colormaps["Oranges"](shades))
     colors[counts == 0] = 1
@@ -127,7 +127,7 @@ def _percent(right: int, total: int) -> str:
 
 @_png
 def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8]) -> Figure:
-    """Each mistake (entries of the manifest's error analysis) with its image, uint8[n, 28, 28], and the answers."""
+    """Each mistake (of the manifest's error analysis) with its image, uint8[n, 28, 28], and answers."""
     down = max(1, -(-len(mistakes) // _ACROSS))
     figure = Figure(figsize=(9, 0.6 + 2.1 * down))
     figure.suptitle("the most confident mistakes on test images" if mistakes else "no mistakes on test images")
@@ -141,7 +141,7 @@ def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8])
 
 
 def _answer_lines(answer: dict[str, Any]) -> list[str]:
-    """The question, and of each head the predicted class, its probability and, if that is wrong, the true class."""
+    """The question; of each head the predicted class, its probability and, if wrong, the true class."""
     lines = [f"image + {answer['number']}"]
     for head in HEADS:
         predicted, true = answer[f"pred_{head.name}"], head.target(answer["digit"], answer["number"])
@@ -152,10 +152,10 @@ def _answer_lines(answer: dict[str, Any]) -> list[str]:
 
 @_png
 def draw_reliability(heads: dict[str, Any]) -> Figure:
-    """Reliability diagram of each head: accuracy by predicted probability, and rows, in bins of equal width over 0..1.
+    """Reliability diagram of each head: accuracy and rows by predicted probability, in equal bins.
 
-    `heads` has the `ece` (expected calibration error) of each, and in `reliability` by bin the number of `rows`, of
-    `right` ones, and the sum of their `probability`.
+    `heads` has the `ece` (expected calibration error) of each, and in `reliability` by bin the number
+    of `rows`, of `right` ones, and the sum of their `probability`.
     """
     figure = Figure(figsize=(4.5 * len(heads), 5))
     panels = figure.subplots(2, len(heads), sharex="col", squeeze=False, height_ratios=(3, 1))

@@ -1,4 +1,4 @@
-"""Readable records of a run: its report.html, the versions of the software, and the names of metrics.
+"""Readable records of a run: report.html, the versions of the software, the names of metrics.
 
 Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `card` that of
 model.json, `history` are the lines of history.jsonl, and `pictures` are PNG files by their names.
@@ -35,7 +35,7 @@ Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package (with its commit, in a checkout) and of what its results depend on."""
+    """Versions of Python, of this package (with its commit, in a checkout) and of what counts."""
     packages = {name: version(name) for name in ("ray", "torch", "pyarrow", "numpy")}
     commit = _commit()
     ours = {"mnistsum_ray": __version__} | ({"commit": commit} if commit else {})
@@ -43,13 +43,15 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Commit of the source that this process runs, with `+` if files have changed; None outside of a checkout."""
+    """Commit of the source that runs, `+` if files have changed; None outside of a checkout."""
     checkout = Path(__file__).parents[2]
-    if not (checkout / ".git").exists():  # an installed package may be in a checkout of another project
+    if not (checkout / ".git").exists():  # a package may lie in a checkout of another project
         return None
-    describe = ["git", "-C", str(checkout), "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
+    options = ["--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
+    command = ["git", "-C", str(checkout), "describe", *options]
     try:  # a git may be missing, or, as on a network file system, not answer
-        return subprocess.check_output(describe, text=True, stderr=subprocess.DEVNULL, timeout=10).strip()
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return described.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -60,7 +62,7 @@ def epoch_end(entry: dict[str, Any]) -> float:
 
 
 def epoch_seconds(entry: dict[str, Any]) -> float:
-    """Time of a line of history.jsonl, evaluation included, in all commands together but for work that a kill has cost."""
+    """Time of a line of history.jsonl with its evaluation, all commands together; not what a kill has cost."""
     return float(entry["seconds"] + entry.get("seconds_before", 0.0) + entry["evaluation_seconds"])
 
 
@@ -86,14 +88,15 @@ def _scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def draw_pictures(wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]) -> dict[str, bytes]:
-    """Draw PNG files: for `{"history.png": (history, card)}` it calls `pictures.draw_history(history, card)`.
+    """Draw PNG files: of `{"history.png": (history, card)}` by `pictures.draw_history(history, card)`.
 
     What cannot be drawn costs a console line and never the run.
     """
     drawn = {}
     for name, arguments in wanted.items():
         try:
-            from mnistsum_ray.reporting import pictures  # a second to import, and a user's settings may break it
+            # A second to import, and a user's settings may break it.
+            from mnistsum_ray.reporting import pictures
 
             draw = getattr(pictures, f"draw_{Path(name).stem}")
             drawn[name] = draw(*arguments)
@@ -108,20 +111,20 @@ def report_page(
     """Render the HTML page of a finished training: accuracies, pictures, epochs, configuration."""
     data, test = manifest["data"], card["test"]
     figures = [(percent(test[f"{head.name}_accuracy"]), f"{head.name} correct") for head in HEADS]
-    figures.append((f"{manifest['metrics']['images_per_second']:,.0f}", "training images per second"))
-    figures.append((f"{manifest['training_seconds']:,.0f} s", "for the epochs, evaluation included"))
+    speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
+    figures.append((f"{speed:,.0f}", "training images per second"))
+    figures.append((f"{seconds:,.0f} s", "for the epochs, evaluation included"))
     lines = [
         data["notice"],
-        f"The model of epoch {card['epoch']}, on {test['rows']:,} test images, each with every number. "
-        "Test images are only reported.",
+        f"The model of epoch {card['epoch']}, on {test['rows']:,} test images, each with every number; they are only reported.",
         _sum_head(card["sum_head"]),
-        f"Score with it: mnistsum score --model {manifest['metrics']['run']} --input PAIRS --output SCORED",
+        f"To score: mnistsum score --model {manifest['metrics']['run']} --input PAIRS --output SCORED",
     ]
-    epochs = [epoch_scalars(entry) for entry in history]
-    columns = tuple(key.removeprefix("epoch/").replace("_", " ") for key in epochs[0])
-    rows = [
-        (entry["epoch"], *(f"{value:,.5g}" for value in scalars.values())) for entry, scalars in zip(history, epochs, strict=True)
-    ]
+    columns = tuple(key.removeprefix("epoch/").replace("_", " ") for key in epoch_scalars(history[0]))
+    rows = []
+    for entry in history:
+        values = epoch_scalars(entry).values()
+        rows.append((entry["epoch"], *(f"{value:,.5g}" for value in values)))
     tables = [
         _reasons("Rows left out", data["bad_rows"]),
         ("Epochs", ("epoch", *columns), rows),
@@ -136,11 +139,12 @@ def _sum_head(tuned: dict[str, Any] | None) -> str | None:
         return None
     before, after = (percent(tuned[when]["test"]["sum_accuracy"]) for when in ("before", "after"))
     kept = "" if tuned["kept"] else " It was discarded: the heads agreed less on validation rows."
-    return f"Its sum head was then fine-tuned for {tuned['steps']:,} steps: sums {before} before, {after} after.{kept}"
+    steps = f"{tuned['steps']:,} steps"
+    return f"Its sum head was then fine-tuned for {steps}: sums {before} before, {after} after.{kept}"
 
 
 def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes]) -> str:
-    """Render the HTML page of a scored output: counts, reasons of rejected rows, the least sure rows, configuration.
+    """Render the HTML page of a scored output: counts, reasons, the least sure rows, configuration.
 
     `totals` are `scoring.counts.RowCounts`.
     """
@@ -170,7 +174,7 @@ def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes
 
 
 def _reasons(title: str, counts: dict[str, Any]) -> Table:
-    """Rows by the reason why they cannot be used, with some places; `counts` has the fields of `ReasonCounts`."""
+    """Rows by the reason why they cannot be used, with some places; `counts`: of `ReasonCounts`."""
     rows = []
     for reason, count in counts["reasons"].items():
         places = "; ".join(f"{file}, row {row:,}" for file, row in counts["examples"].get(reason, []))

@@ -12,7 +12,8 @@ class _Entries:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})  # type: ignore[arg-type]
+        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: value for name, value in values.items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -83,4 +84,5 @@ class ScoreResult(_Entries, HeadFields, names=("{}_accuracy",)):
 
     def line(self, *, labels: bool) -> dict[str, Any]:
         """The command's JSON line; `labels`: with accuracies, since a label column was named."""
-        return {name: value for name, value in asdict(self).items() if labels or not name.endswith("_accuracy")}
+        line = asdict(self)
+        return {name: line[name] for name in line if labels or not name.endswith("_accuracy")}

@@ -1,10 +1,8 @@
 """Driver of a scoring run: plan, resume, execute, reconcile, publish."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import pyarrow as pa
@@ -137,7 +135,6 @@ def _execute(plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console
     started = float("inf")
     ended = 0.0
     done_rows, rejected_rows = 0, 0
-    threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()  # a second, while workers start
     with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
         pipeline = _make_pipeline(plan, todo, resources, fitting_workers, counter)
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):

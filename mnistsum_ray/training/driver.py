@@ -2,12 +2,10 @@
 
 import json
 import shlex
-import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from statistics import fmean
 from typing import Any, Final
 
@@ -190,8 +188,6 @@ class _Driver:
             write_history(self.held, self.history)
         except (StorageError, RunError) as error:  # it is written again after the next epoch
             self.console.say(f"history.jsonl: {one_line(error)}")
-        if line["epoch"] == self.run.hyperparameters.epochs:  # while the sum head is fine-tuned, which takes one core
-            threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()
 
     def _ends(self, on_epoch: OnEpoch) -> bool:
         """Call the caller's `on_epoch` with the last line; return whether it ends the run."""

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import pytest
 
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.reporting.console import Console, Progress, time_left
+from mnistsum_ray.reporting.console import Console, time_left
 
 TEST = {f"{head.name}_accuracy": 0.5 for head in HEADS} | {"loss": 0.25, "digit_accuracy": 0.9946, "sum_accuracy": 0.9927}
 ENTRY: dict[str, Any] = {
@@ -120,18 +120,6 @@ def test_silence_is_reported_until_a_sign_of_life(monkeypatch: pytest.MonkeyPatc
     lines = [line for line in stream.getvalue().splitlines() if line.startswith("no word")]
     assert lines[0] == "no word from the workers for 0.2 s: it has 2 CPUs"
     assert lines[1].endswith(" s: it is back")
-
-
-def test_progress_is_shown_every_few_seconds_with_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 3.0, 4.0, 6.0, 20.0])
-    monkeypatch.setattr("mnistsum_ray.reporting.console.time.monotonic", lambda: next(clock))
-    shown: list[dict[str, Any]] = []
-    progress = Progress(lambda **fields: shown.append(fields), "rows written", 3000)
-    for working_seconds in (None, None, None, 12.0, None):
-        progress(600, working_seconds)
-    said = {"what": "rows written", "total": 3000}
-    rates = {1200: 400.0, 2400: 200.0, 3000: 150.0}
-    assert shown == [said | {"done": done, "rate": rate} for done, rate in rates.items()]
 
 
 @pytest.mark.parametrize(
