@@ -116,8 +116,10 @@ def draw_confusion(confusion: list[list[int]]) -> Figure:
         xlabel="predicted digit, and precision",
         ylabel="true digit, and recall",
     )
-    axes.set_xticks(places, [f"{digit}\n{_percent(hits[digit], counts[:, digit].sum())}" for digit in places])
-    axes.set_yticks(places, [f"{_percent(hits[digit], counts[digit].sum())}  {digit}" for digit in places])
+    precision = [_percent(hits[digit], counts[:, digit].sum()) for digit in places]
+    recall = [_percent(hits[digit], counts[digit].sum()) for digit in places]
+    axes.set_xticks(places, [f"{digit}\n{share}" for digit, share in enumerate(precision)], fontsize=8)
+    axes.set_yticks(places, [f"{share}  {digit}" for digit, share in enumerate(recall)], fontsize=8)
     return figure
 
 
