@@ -50,15 +50,6 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the durations that tests have reported, see tests/integration/conftest.py, in whichever process they ran."""
-    ended = terminalreporter.stats.get("", [])
-    if lines := [text for report in ended for name, text in report.user_properties if name == "duration"]:
-        terminalreporter.section("recovery times")
-        for line in lines:
-            terminalreporter.line(line)
-
-
 def default_signals() -> None:
     """Let a child process take the signals that a shell ignores for `nohup pytest` and for `pytest &` in a script."""
     for number in (signal.SIGHUP, signal.SIGINT):

@@ -1,9 +1,9 @@
-"""Writes kuberay_schema.json: what KubeRay's CRDs say of the fields that .deploy/rayjob.yaml and .deploy/raycronjob.yaml use.
+"""Writes kuberay_schema.json: what KubeRay's CRD says of the fields that .deploy/rayjob.yaml uses.
 
     python -m tests.kuberay_schema https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator/config/crd/bases
 
-The CRDs are 2 MB (Apache License 2.0). Each object that the files contain keeps the names of all its fields and takes no others;
-the schemas of fields that the files do not use are left out. Run it again when a file uses a new field, to check its value too.
+The CRD is 1 MB (Apache License 2.0). Each object that the file contains keeps the names of all its fields and takes no others;
+the schemas of fields that the file does not use are left out. Run it again when it uses a new field, to check its value too.
 """
 
 import json
@@ -16,7 +16,6 @@ import yaml
 
 DEPLOY: Final = Path(__file__).parents[1] / ".deploy"
 SCHEMA: Final = Path(__file__).with_suffix(".json")
-FILES: Final = ("rayjob", "raycronjob")
 _KEPT: Final = ("type", "enum", "pattern", "anyOf", "minimum", "minLength", "required", "additionalProperties")
 
 
@@ -36,14 +35,12 @@ def reduced(schema: dict[str, Any], values: list[Any]) -> dict[str, Any]:
 
 def main(folder: str) -> None:
     """Args: the URI of the folder with the CRDs."""
-    schemas = {}
-    for name in FILES:
-        with urllib.request.urlopen(f"{folder}/ray.io_{name}s.yaml") as answer:
-            crd = yaml.load(answer, yaml.CSafeLoader)
-        versions = {version["name"]: version["schema"]["openAPIV3Schema"] for version in crd["spec"]["versions"]}
-        document = yaml.safe_load((DEPLOY / f"{name}.yaml").read_text())
-        schemas[name] = reduced(versions[document["apiVersion"].removeprefix("ray.io/")], [document])
-    SCHEMA.write_text(json.dumps({"source": folder, "licence": "Apache-2.0"} | schemas) + "\n")
+    with urllib.request.urlopen(f"{folder}/ray.io_rayjobs.yaml") as answer:
+        crd = yaml.load(answer, yaml.CSafeLoader)
+    versions = {version["name"]: version["schema"]["openAPIV3Schema"] for version in crd["spec"]["versions"]}
+    document = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
+    schema = reduced(versions[document["apiVersion"].removeprefix("ray.io/")], [document])
+    SCHEMA.write_text(json.dumps({"source": folder, "licence": "Apache-2.0", "rayjob": schema}) + "\n")
 
 
 if __name__ == "__main__":

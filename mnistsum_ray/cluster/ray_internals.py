@@ -98,13 +98,6 @@ def free_resources() -> dict[str, dict[str, float]]:
     return {"": ray.available_resources()}
 
 
-def begin_at_zero(counter: Any) -> Any:
-    """Show a counter of `ray.util.metrics` as 0, which an alert needs and the public `inc` refuses; return it."""
-    with suppress(*_GONE):
-        counter._record(0)
-    return counter
-
-
 def in_order(dataset: Any) -> Any:
     """A Dataset whose rows come in their order; the given one keeps its options, unless Ray cannot copy it."""
     with suppress(*_GONE):

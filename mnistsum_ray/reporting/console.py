@@ -125,7 +125,7 @@ class Console:
     def show(self, event: dict[str, Any]) -> None:
         """Show an event of the training loop, whose `kind` is progress (of an epoch), epoch, counter, or note (a line).
 
-        phase and checkpoint are those of `TrainingMetrics` alone, and question is the driver's.
+        question is the driver's.
         """
         fields = {key: value for key, value in event.items() if key != "kind"}
         if event["kind"] == "counter":

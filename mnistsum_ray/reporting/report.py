@@ -1,51 +1,41 @@
-"""Readable records of a run: report.html, the model card, the versions of the software; and the names of metrics.
+"""Readable records of a run: report.html, the versions of the software, the names of metrics.
 
-Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `card` that of model.json, `history` are the
-lines of history.jsonl, and `pictures` are PNG files by their names where no other key is named.
+Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `card` that of
+model.json, `history` are the lines of history.jsonl, and `pictures` are PNG files by their names.
 """
 
 import base64
-import math
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import jinja2
+from markupsafe import Markup
 
 from mnistsum_ray import __version__
-from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.errors import printable
+from mnistsum_ray.errors import one_line, percent, printable
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import accuracies
 
 REPORT: Final = "report.html"
 
-MODEL_CARD: Final = "README.md"
-"""Model card in the model folder, in the form that the Hugging Face Hub reads."""
-
 PICTURES: Final = {
     "history.png": "Loss and error by epoch",
     "confusion.png": "Digits: confusion matrix",
-    "sums.png": "Sums: mistakes by digit and number",
-    "reliability.png": "Reliability: accuracy by predicted probability",
     "mistakes.png": "The most confident mistakes",
+    "reliability.png": "Reliability: accuracy by predicted probability",
 }
-"""Titles of the pictures by their file names in a run folder."""
+"""Titles of the pictures by their file names."""
 
-_PIXELS: Final = 1.5
-"""Pixels of a picture for each pixel of the page: text has one size in all pictures."""
-
-_MNIST: Final = (
-    "274a52c43a2b8adc53cdd8b35dc4f36492c594e8fc0e3c9351f8ad9944bee783",
-    "986e3361d5898d3ff6ecb3eb083623e8d05ca602b9ea76d29c095638c1126373",
-)
-"""`Source.content_sha256` of full MNIST and of the sample; other data may have its format too."""
+Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+"""Title, names of the columns, and rows. One without rows is not shown."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package (with its commit, in a checkout) and of the packages that its results depend on."""
+    """Versions of Python, of this package (with its commit, in a checkout) and of what counts."""
     packages = {name: version(name) for name in ("ray", "torch", "pyarrow", "numpy")}
     commit = _commit()
     ours = {"mnistsum_ray": __version__} | ({"commit": commit} if commit else {})
@@ -53,13 +43,15 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Commit of the source that this process runs, with `+` if files of the checkout have changed; None outside of one."""
+    """Commit of the source that runs, `+` if files have changed; None outside of a checkout."""
     checkout = Path(__file__).parents[2]
-    if not (checkout / ".git").exists():  # an installed package may be in a checkout of another project
+    if not (checkout / ".git").exists():  # a package may lie in a checkout of another project
         return None
-    describe = ["git", "-C", str(checkout), "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
+    options = ["--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
+    command = ["git", "-C", str(checkout), "describe", *options]
     try:  # a git may be missing, or, as on a network file system, not answer
-        return subprocess.check_output(describe, text=True, stderr=subprocess.DEVNULL, timeout=10).strip()
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return described.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -70,14 +62,14 @@ def epoch_end(entry: dict[str, Any]) -> float:
 
 
 def epoch_seconds(entry: dict[str, Any]) -> float:
-    """Time of a line of history.jsonl, evaluation included, in all commands together but for work that a kill has cost."""
+    """Time of a line of history.jsonl with its evaluation, all commands together; not what a kill has cost."""
     return float(entry["seconds"] + entry.get("seconds_before", 0.0) + entry["evaluation_seconds"])
 
 
 def epoch_scalars(entry: dict[str, Any]) -> dict[str, float]:
     """Metrics of one line of history.jsonl, under the names that TensorBoard and MLflow show.
 
-    `epoch/` tells them from those of the published model: its sum head has been fine-tuned since, and its scores calibrated.
+    `epoch/` tells them from those of the published model, whose sum head has been fine-tuned since.
     """
     names = ("learning_rate", "rows_per_second", "waiting")
     train = {"loss": entry["train_loss"]} | {name: entry[name] for name in names}
@@ -91,56 +83,133 @@ def model_scalars(card: dict[str, Any]) -> dict[str, float]:
 
 def _scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     names = ("loss", *(f"{head.name}_accuracy" for head in HEADS))
-    return {f"{prefix}/{split}/{name}": metrics[split][name] for split in ("validation", "test") for name in names}
+    splits = ("validation", "test")
+    return {f"{prefix}/{split}/{name}": metrics[split][name] for split in splits for name in names}
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share of `count` independent rows (Wilson 1927), 0..1."""
-    z = 1.959964
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
+def draw_pictures(wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]) -> dict[str, bytes]:
+    """Draw PNG files: of `{"history.png": (history, card)}` by `pictures.draw_history(history, card)`.
+
+    What cannot be drawn costs a console line and never the run.
+    """
+    drawn = {}
+    for name, arguments in wanted.items():
+        try:
+            # A second to import, and a user's settings may break it.
+            from mnistsum_ray.reporting import pictures
+
+            draw = getattr(pictures, f"draw_{Path(name).stem}")
+            drawn[name] = draw(*arguments)
+        except Exception as error:
+            say(f"{name} cannot be drawn: {one_line(error)}; the report is without it")
+    return drawn
 
 
 def report_page(
     name: str, manifest: dict[str, Any], card: dict[str, Any], history: list[dict[str, Any]], pictures: dict[str, bytes]
 ) -> str:
-    """Render the HTML page of a finished run: results, pictures, epochs, how to score with the model, configuration."""
-    intervals = {head.name: wilson_interval(card["test"][f"{head.name}_accuracy"], card["test"]["rows"]) for head in HEADS}
-    shown = _encoded({PICTURES[key]: picture for key, picture in pictures.items()})
-    return _render(
-        "report.html.j2", pictures=shown, name=name, manifest=manifest, card=card, history=history, intervals=intervals
-    )
+    """Render the HTML page of a finished training: accuracies, pictures, epochs, configuration."""
+    data, test = manifest["data"], card["test"]
+    figures = [(percent(test[f"{head.name}_accuracy"]), f"{head.name} correct") for head in HEADS]
+    speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
+    figures.append((f"{speed:,.0f}", "training images per second"))
+    figures.append((f"{seconds:,.0f} s", "for the epochs, evaluation included"))
+    lines = [
+        data["notice"],
+        f"The model of epoch {card['epoch']}, on {test['rows']:,} test images, each with every number; they are only reported.",
+        _sum_head(card["sum_head"]),
+        f"To score: mnistsum score --model {manifest['metrics']['run']} --input PAIRS --output SCORED",
+    ]
+    columns = tuple(key.removeprefix("epoch/").replace("_", " ") for key in epoch_scalars(history[0]))
+    rows = []
+    for entry in history:
+        values = epoch_scalars(entry).values()
+        rows.append((entry["epoch"], *(f"{value:,.5g}" for value in values)))
+    tables = [
+        _reasons("Rows left out", data["bad_rows"]),
+        ("Epochs", ("epoch", *columns), rows),
+        _settings(manifest, {key: card[key] for key in ("parameters", "sha256")}),
+    ]
+    return _render(f"{name}: {accuracies(test)}", lines, figures, pictures, tables)
+
+
+def _sum_head(tuned: dict[str, Any] | None) -> str | None:
+    """What fine-tuning the sum head has done; None where it was not fine-tuned."""
+    if tuned is None:
+        return None
+    before, after = (percent(tuned[when]["test"]["sum_accuracy"]) for when in ("before", "after"))
+    kept = "" if tuned["kept"] else " It was discarded: the heads agreed less on validation rows."
+    steps = f"{tuned['steps']:,} steps"
+    return f"Its sum head was then fine-tuned for {steps}: sums {before} before, {after} after.{kept}"
 
 
 def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes]) -> str:
-    """Render the HTML page of a scored output: counts, rejected rows with examples, frequencies, the least sure rows, pictures.
+    """Render the HTML page of a scored output: counts, reasons, the least sure rows, configuration.
 
-    `totals` are `scoring.counts.RowCounts`; `pictures` are by title.
+    `totals` are `scoring.counts.RowCounts`.
     """
-    return _render("scored.html.j2", pictures=_encoded(pictures), manifest=manifest, line=manifest["totals"], totals=totals)
-
-
-def model_card(name: str, card: dict[str, Any], data: dict[str, Any]) -> str:
-    """Render the model card; `name` is the run's, and `data` an entry of its manifest."""
-    return _render("model_card.md.j2", name=name, card=card, data=data, of_mnist=data["sha256"] in _MNIST)
-
-
-def _encoded(pictures: dict[str, bytes]) -> list[tuple[str, int, str]]:
-    """Title, width on the page, and base64 of the PNG file, whose bytes 16 to 19 are its width."""
-    return [
-        (title, round(int.from_bytes(png[16:20], "big") / _PIXELS), base64.b64encode(png).decode())
-        for title, png in pictures.items()
+    line = manifest["totals"]
+    figures = [
+        (f"{line['rejected_rows']:,}", "rows rejected"),
+        (f"{line['failed_files']:,}", f"files not usable, with {line['failed_rows']:,} rows"),
     ]
+    if manifest["labelled_rows"]:
+        of = f"correct, of {manifest['labelled_rows']:,} labelled rows"
+        figures += [(percent(line[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS]
+    figures.append((f"{line['rows_per_second']:,.0f}", "rows per second"))
+    unsure = []
+    for probability, file, row, digit, number, label, png in totals.unsure:
+        image = Markup('<img alt="" src="data:image/png;base64,{}">').format(png)
+        label = "unknown" if label is None else label
+        unsure.append((image, digit, f"{probability:.3f}", label, number, f"{file}, row {row:,}"))
+    columns = ("image", "predicted digit", "digit_prob", "label", "number", "input row")
+    tables = [
+        _reasons("Rejected rows", vars(totals)),
+        _reasons("Labels that count as unknown", vars(totals.bad_labels)),
+        ("The least sure rows", columns, unsure),
+        _settings(manifest, manifest["model"]),
+    ]
+    title = f"{line['scored_rows']:,} of {line['input_rows']:,} rows scored"
+    return _render(title, [f"{line['output']}, from {line['files']:,} files"], figures, pictures, tables)
 
 
-def _render(template: str, **values: Any) -> str:
+def _reasons(title: str, counts: dict[str, Any]) -> Table:
+    """Rows by the reason why they cannot be used, with some places; `counts`: of `ReasonCounts`."""
+    rows = []
+    for reason, count in counts["reasons"].items():
+        places = "; ".join(f"{file}, row {row:,}" for file, row in counts["examples"].get(reason, []))
+        rows.append((f"{count:,}", reason, places))
+    return title, ("rows", "reason", "for example"), rows
+
+
+def _settings(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
+    keys = ("started", "finished", "workers", "precision", "data", "hardware", "versions")
+    entries = {key: manifest[key] for key in keys if key in manifest}
+    rows = []
+    # The manifest knows what the config has left open, as its precision.
+    for key, value in (manifest["config"] | entries | {"weights": model}).items():
+        if isinstance(value, dict):
+            shown = {name: entry for name, entry in value.items() if entry is not None and name != "bad_rows"}
+            value = ", ".join(f"{name} {entry}" for name, entry in shown.items())
+        if value is not None:
+            rows.append((key.replace("_", "-"), value))
+    return "Configuration", (), rows
+
+
+def _render(
+    title: str, lines: list[str | None], figures: list[tuple[str, str]], pictures: dict[str, bytes], tables: list[Table]
+) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."),
-        autoescape=template.endswith(".html.j2"),
+        autoescape=True,
         undefined=jinja2.StrictUndefined,
-        # As on the console: a file name may hold control characters. Markup is what a filter has made for the page.
+        # As on the console: a file name may hold control characters. An image is Markup.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    values |= {"heads": [head.name for head in HEADS], "numbers": range(NUMBERS), "accuracies": accuracies}
-    return str(environment.get_template(template).render(values))
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        lines=[line for line in lines if line],
+        figures=figures,
+        pictures=[(PICTURES[name], base64.b64encode(png).decode()) for name, png in pictures.items()],
+        tables=tables,
+    )

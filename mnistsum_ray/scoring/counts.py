@@ -11,15 +11,11 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from mnistsum_ray.data.images import DIGITS, Pixels, ReasonCounts
-from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.reliability import Reliability
 
-PROBABILITY_BINS: Final = 20
-"""Bins of equal width over 0..1, in which rows are counted by the probability of each head."""
-
 _UNSURE: Final = 20
-"""The least sure rows that are shown; some may be missing where a part has more of them than it names."""
+"""Least sure rows that are shown. Some may be missing where a part has more of them than it names."""
 
 
 def encode_image(image: Pixels) -> str:
@@ -35,14 +31,6 @@ class RowCounts(ReasonCounts):
 
     consistent: int = 0
     """Scored rows whose predicted sum is the predicted digit + number."""
-    digits: list[int] = field(default_factory=lambda: [0] * DIGITS)
-    """Scored rows by predicted digit."""
-    numbers: list[int] = field(default_factory=lambda: [0] * NUMBERS)
-    """Scored rows by number."""
-    probabilities: dict[str, list[int]] = field(
-        default_factory=lambda: {f"{head.name}_prob": [0] * PROBABILITY_BINS for head in HEADS}
-    )
-    """Scored rows by the probability of each head, in bins of equal width over 0..1."""
     reliability: dict[str, Reliability] = field(default_factory=lambda: {head.name: Reliability() for head in HEADS})
     """By head, over the rows whose label is known."""
     confusion: list[list[int]] = field(default_factory=lambda: [[0] * DIGITS for _ in range(DIGITS)])
@@ -52,16 +40,16 @@ class RowCounts(ReasonCounts):
     odd_years: int = 0
     """INT96 timestamps, of rejected rows too, that are null since their year does not fit."""
     unsure: list[list[Any]] = field(default_factory=list)
-    """Rows whose digit is least sure, each of another image: `digit_prob`, input file, row, predicted digit, number, label or
-    None, and `encode_image`. The image is here because the input may be gone when the report is written."""
+    """Rows whose digit is least sure, each of another image: `digit_prob`, input file, row, predicted
+    digit, number, label or None, and `encode_image`. The image is here because the input may be gone
+    when the report is written."""
 
     @classmethod
     def sum(cls, texts: Iterable[str]) -> "RowCounts":
-        """Add up counts in JSON. Those of another version of this program are `{}` and add nothing."""
+        """Add up counts in JSON."""
         total = cls()
         for text in texts:
-            if text != "{}":
-                total.add(_JSON.validate_json(text))
+            total.add(_JSON.validate_json(text))
         return total
 
     def as_json(self) -> str:
@@ -69,15 +57,15 @@ class RowCounts(ReasonCounts):
 
     def add(self, other: "RowCounts") -> None:
         """Add the counts of other rows, in place."""
-        for name in ("consistent", "digits", "numbers", "confusion", "odd_years"):
-            setattr(self, name, np.add(getattr(self, name), getattr(other, name)).tolist())
-        for name, counts in other.probabilities.items():
-            self.probabilities[name] = np.add(self.probabilities[name], counts).tolist()
+        self.consistent += other.consistent
+        self.odd_years += other.odd_years
+        self.confusion = np.add(self.confusion, other.confusion).tolist()
         for head, sums in other.reliability.items():
             self.reliability[head].add(sums)
         self.add_reasons(other)
         self.bad_labels.add_reasons(other.bad_labels)
-        once = {row[-1]: row for row in sorted(self.unsure + other.unsure, reverse=True)}  # the least sure row of each image
+        # The last row of each image counts, which is the least sure one.
+        once = {row[-1]: row for row in sorted(self.unsure + other.unsure, reverse=True)}
         self.unsure = sorted(once.values())[:_UNSURE]
 
     @property

@@ -1,10 +1,8 @@
 """Driver of a scoring run: plan, resume, execute, reconcile, publish."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import pyarrow as pa
@@ -29,15 +27,20 @@ from mnistsum_ray.scoring.output import (
     all_but,
     check_folders,
     delete_parts,
-    earlier_failures,
     follow_output,
     reconcile,
     resume,
     unpublish,
 )
-from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, PART_ROWS, WORKER_ROWS, make_tasks
+from mnistsum_ray.scoring.parts import (
+    CPU_TASK_ROWS,
+    GPU_TASK_ROWS,
+    PART_ROWS,
+    WORKER_ROWS,
+    make_tasks,
+)
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
-from mnistsum_ray.scoring.publish import move_listed, publish, publish_staged, result_line, say_result
+from mnistsum_ray.scoring.publish import check_strict, publish, result_line, say_result
 from mnistsum_ray.storage.lock import folder_lock
 
 
@@ -45,7 +48,8 @@ def score(request: Request, console: Console, probe: Probe | None = None) -> Sco
     """Score on the cluster that this process is connected to; `probe` is that of `reserve`.
 
     Raises:
-        RequestError: the cluster has too few resources, or the output folder holds files that this run must not touch.
+        RequestError: the output folder holds files that this run must not touch.
+        TryAgainError: the cluster has too few resources, or another run holds the output folder.
         RunError: the storage does not answer, rows are missing at the end, another run took the output, or with `--strict`
             some input cannot be used.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
@@ -61,37 +65,31 @@ def score(request: Request, console: Console, probe: Probe | None = None) -> Sco
 
 def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResult:
     started = time.monotonic()
-    with JobMetrics("score", request.output.display) as metrics, folder_lock(request.output, "--output", console.say) as held:
+    with folder_lock(request.output, "--output", console.say) as held:
         check_folders(held.place)
-        if move_listed(held, console) or not request.config.overwrite:
+        if not request.config.overwrite:
             request = follow_output(request, console)
         resources, precision = _allocate_resources(request.config, probe, console.say)
-        metrics.enter("reading")
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
-        plan, published, todo = resume(make_plan(request, precision, held, console), console)
-        named = {} if plan.overwrite else earlier_failures(plan.output)
-        say_failures(plan.failures, named, console.say)
-        failures, scoring_seconds = _execute(plan, todo, resources, console, metrics)
-        metrics.enter("publishing")
-        say_failures(failures, named, console.say)
-        plan = _drop_failed(plan, failures, console)
-        new_failures = plan.failures.items() - named.items()
-        metrics.count("failed_files", len(new_failures))
-        if plan.staged:
-            publish_staged(plan, published, console)
+        plan = make_plan(request, precision, held, console)
+        say_failures(plan.failures, console.say)
+        output, todo = resume(plan, console)
 
-        unchanged = not plan.staged and not todo.num_rows
-        output = published if unchanged else OutputFiles.read(plan.output, plan, console)
+        failures, scoring_seconds = _execute(plan, todo, resources, console)
+        say_failures(failures, console.say)
+        plan = _drop_failed(plan, failures, console)
+        if todo.num_rows or plan.config.overwrite:
+            output = OutputFiles.read(plan, console)
         files = reconcile(plan, output.stamps)
-        earlier = all_but(output.stamps.filter(output.stamps["planned"]), todo["output"])
-        resumed_rows, rejected_before = (pc.sum(earlier[name]).as_py() or 0 for name in ("rows", "rejected"))
+        done_before = all_but(output.stamps.filter(output.stamps["planned"]), todo["output"])
+        resumed_rows = pc.sum(done_before["rows"]).as_py() or 0
         line = result_line(plan, files, output.counts, resumed_rows, scoring_seconds)
+        check_strict(plan, output.counts, line)
         line["seconds"] = round(time.monotonic() - started, 1)
-        publish(plan, output, files, line)
-        new_rejected = line["rejected_rows"] - rejected_before
-        say_result(line, output.counts, new_rejected, console.say)
-        return ScoreResult(**line, set_aside=bool(new_rejected or new_failures))
+        publish(plan, output, files, line, console)
+        say_result(line, output.counts, console.say)
+        return ScoreResult.of(line)
 
 
 def worker_request(config: ScoreConfig) -> WorkerRequest:
@@ -108,9 +106,7 @@ def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[
     return plan, config.precision or ("bf16" if bf16 else "fp32")
 
 
-def _execute(
-    plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console, metrics: JobMetrics
-) -> tuple[dict[str, str], float]:
+def _execute(plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console) -> tuple[dict[str, str], float]:
     """Score the parts in `todo`.
 
     Returns:
@@ -130,19 +126,16 @@ def _execute(
         + f"; {counted(plan.files.num_rows, 'file')} below {plan.inputs.root.display}"
         + f"; {up_to}{counted(resources.workers, 'GPU worker' if resources.use_gpu else 'CPU worker')}, {plan.precision}"
     )
-    metrics.set(rows_expected=todo_rows)
     if not todo.num_rows:
         return {}, 0.0
-    if not plan.staged:
-        unpublish(plan.held)
-    metrics.enter("scoring")
+    unpublish(plan.held)
+    metrics = JobMetrics("score", plan.output.display)
     progress = Progress(console.progress, "rows scored", todo_rows)
     failures: dict[str, str] = {}
     started = float("inf")
     ended = 0.0
-    done_rows = 0
+    done_rows, rejected_rows = 0, 0
     warned = False
-    threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()  # a second, while workers start
     with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
         pipeline = _make_pipeline(plan, todo, resources, fitting_workers, counter)
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -151,7 +144,6 @@ def _execute(
                 raise RunError(f"{failed[0]}; committed files are kept, and the same command resumes")
             for notice in report["notice"].drop_null().to_pylist():
                 console.say(notice)
-                metrics.count("restarts", 1)
             warnings = report["warning"].drop_null().to_pylist()
             if warnings and not warned:
                 console.say(warnings[0])
@@ -162,9 +154,9 @@ def _execute(
             ended = max(ended, pc.max(report["ended"]).as_py())
             rows, rejected = (pc.sum(report[name]).as_py() for name in ("rows", "rejected"))
             done_rows += rows
+            rejected_rows += rejected
             progress(rows, ended - started)
-            metrics.count("rows", rows)
-            metrics.count("rejected_rows", rejected)
+            metrics.count(rows=done_rows, rejected_rows=rejected_rows)
             metrics.set(rows_per_second=done_rows / max(ended - started, 1e-9))
     return failures, ended - started
 
@@ -213,5 +205,5 @@ def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_wo
 def _drop_failed(plan: Plan, failures: dict[str, str], console: Console) -> Plan:
     """Delete the committed parts of the files that failed during execution; return the plan without them."""
     remaining = plan.without(failures)
-    delete_parts(plan.folder, all_but(plan.parts, remaining.parts["output"])["output"].to_pylist(), console)
+    delete_parts(plan.held, all_but(plan.parts, remaining.parts["output"])["output"].to_pylist(), console)
     return remaining

@@ -4,14 +4,11 @@ OUTPUT/predictions/, OUTPUT/rejected/      files of parts, complete under their 
                                            Parquet can take the folder
 OUTPUT/files.parquet, report.html, *.png   about the whole run, written after all predictions
 OUTPUT/manifest.json                       written last: while it exists, the output is finished
-OUTPUT/_unpublished/                       the staging folder: files of parts of a run with --overwrite or --strict
-OUTPUT/_unpublished/list.parquet           they are complete, and are moved into the output; names the files to delete there
 OUTPUT/_lock                               names the run that writes here
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,30 +18,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.cluster.tasks import map_files
-from mnistsum_ray.data.parquet import read_table
-from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, RunError, UnusableFileError
+from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.scoring.counts import RowCounts
-from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, folders_above, read_stamp
-from mnistsum_ray.scoring.preflight import STAGING, Plan, Request
+from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, read_stamp
+from mnistsum_ray.scoring.preflight import Plan, Request
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_partial
 
 FILES_TABLE: Final = "files.parquet"
-LIST: Final = "list.parquet"
 MANIFEST: Final = "manifest.json"
 MANIFEST_FORMAT: Final = "mnistsum_ray.score/1"
 """`format` of the manifest."""
 
-OUTPUT_PICTURES: Final = {
-    "probabilities.png": "Rows by predicted probability",
-    "reliability.png": "Accuracy by predicted probability",
-    "confusion.png": "Digits: confusion matrix",
-}
-"""Titles of the pictures by their file names."""
-
-SUMMARIES: Final = (FILES_TABLE, *OUTPUT_PICTURES, REPORT)
+SUMMARIES: Final = (FILES_TABLE, "confusion.png", "reliability.png", REPORT)
 """Files about the whole run. They are written after all predictions and before the manifest."""
 
 FILES_TABLE_SCHEMA: Final = pa.schema(
@@ -53,11 +41,12 @@ FILES_TABLE_SCHEMA: Final = pa.schema(
         "rows": pa.int64(),  # null if the footer cannot be read
         "scored": pa.int64(),
         "rejected": pa.int64(),
+        "failed": pa.int64(),  # all rows of a file that failed, else 0
         "status": pa.string(),  # `scored` or `failed`
         "reason": pa.string(),  # why the file failed
     }
 )
-"""`files.parquet`: one row per input file."""
+"""`files.parquet`: one row per input file; rows == scored + rejected + failed."""
 
 _FOREIGN: Final = "is not a file of this program"
 
@@ -82,7 +71,7 @@ OUTPUT_SCHEMA: Final = pa.schema(
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """The files in an output folder or a staging folder."""
+    """The files in an output folder."""
 
     folder: Location
     stamps: pa.Table
@@ -96,15 +85,16 @@ class OutputFiles:
     of the run do not count."""
 
     @classmethod
-    def read(cls, folder: Location, plan: Plan, console: Console) -> "OutputFiles":
-        """List a folder, read all stamps in it, and compare them with the plan. A folder that does not exist is empty."""
+    def read(cls, plan: Plan, console: Console) -> "OutputFiles":
+        """List the output folder, read all stamps in it, and compare them with the plan."""
+        folder = plan.output
         sizes: dict[str, dict[str, int]] = {PREDICTIONS: {}, REJECTED: {}}
         unfinished: list[str] = []
         summaries: list[str] = []
         errors: list[str] = []
         for name, file in files_below(folder, console):
             top, _, below = name.partition("/")
-            if is_partial(file.name) and top != STAGING:
+            if is_partial(file.name):
                 unfinished.append(name)
             elif is_hidden(name):
                 continue
@@ -180,11 +170,6 @@ def files_below(folder: Location, console: Console) -> Iterator[tuple[str, Entry
         yield file.path.removeprefix(folder.path).lstrip("/"), file
 
 
-def names_below(folder: Location, console: Console) -> list[str]:
-    """The names of the files below a folder that are not hidden."""
-    return [name for name, _ in files_below(folder, console) if not is_hidden(name)]
-
-
 def _is_finished(folder: Location) -> bool:
     """Whether the manifest of a run of this program is there."""
     try:
@@ -211,74 +196,67 @@ def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["output"], outputs)))
 
 
-def resume(plan: Plan, console: Console) -> tuple[Plan, OutputFiles, pa.Table]:
-    """Compare the plan with the files in the output folder and the staging folder, and delete unfinished files there.
+def resume(plan: Plan, console: Console) -> tuple[OutputFiles, pa.Table]:
+    """Compare the plan with the files in the output folder, and delete unfinished files there. With
+    `--overwrite`, also delete the earlier output.
 
     Returns:
-        The plan, which no longer replaces the output if a killed run has published all that it asks for; the output folder as it
-        was; and those of the plan's parts that are not committed (`parts.PLAN_SCHEMA`).
+        The output folder as it was; and those of the plan's parts that are to be scored
+        (`parts.PLAN_SCHEMA`).
 
     Raises:
-        RequestError: the output folder holds other files, or predictions that this run must not be mixed with, or a name would be
-            that of a file and of a folder.
-        RunError: with `--overwrite`, an unusable input file has predictions in the output.
+        RequestError: the output folder holds other files, or predictions that this run must not be
+            mixed with; or all of the input is unusable, and `--overwrite` would only delete. Nothing
+            is deleted then.
     """
-    output = OutputFiles.read(plan.output, plan, console)
+    output = OutputFiles.read(plan, console)
     output.check()
-    published = output.stamps
-    for files, others in ((plan.parts, published), (published, plan.parts)):
-        folders = {above for name in _folders(others["output"]) for above in folders_above(f"{name}/")}
-        if clash := _first(files.filter(pc.is_in(files["output"], pa.array(folders, pa.string())))):
-            raise RequestError(
-                f"--output {plan.output.display}: {clash['output']} would be a file and a folder; choose another folder"
-            )
-    moved = (plan.held.place / STAGING / LIST).exists()  # see `publish.move_listed`
-    if moved and pc.all(published["planned"], min_count=0).as_py():
-        plan = replace(plan, overwrite=False)
-    todo = plan.parts
-    if plan.overwrite:
-        check_overwrite(plan, published)
+    planned = output.stamps["planned"]
+    done, others = output.stamps.filter(planned), output.stamps.filter(pc.invert(planned))
+    if plan.config.overwrite:
+        done = _overwrite(plan, output.stamps, done, console)
     else:
-        others = published.filter(pc.invert(published["planned"]))
         _check_compatible(plan, others)
         if others.num_rows:
             first = others["source"][0]
             console.say(f"left as they are: {others.num_rows:,} output files of input that is not there now, such as {first}")
-        todo = all_but(plan.parts, published["output"].filter(published["planned"]))
-    # Nothing is deleted before all files are known as this program's and the request has been found compatible.
     plan.held.delete_files(output.unfinished)
-    if moved and (plan.staged or todo.num_rows):
-        plan.held.delete_folder(STAGING)  # its files have been moved, and the list does not know what is scored from now on
-    if plan.staged:
-        staged = OutputFiles.read(plan.folder.place, replace(plan, parts=todo), console)
-        staged.check()
-        plan.folder.delete_files(staged.unfinished)
-        done = staged.stamps["output"].filter(staged.stamps["planned"])
-        delete_parts(plan.folder, all_but(staged.stamps, done)["output"].to_pylist(), console)
-        todo = all_but(todo, done)
-    return plan, output, todo
+    return output, all_but(plan.parts, done["output"])
 
 
-def _folders(names: pa.ChunkedArray) -> list[str]:
-    """The folders that hold these files, without a list of as many names."""
-    folders: list[str] = pc.unique(pc.replace_substring_regex(names, "/?[^/]*$", "", max_replacements=1)).to_pylist()
-    return folders
+def _overwrite(plan: Plan, stamps: pa.Table, done: pa.Table, console: Console) -> pa.Table:
+    """Delete an earlier output; return the stamps of the parts that stay, which are some of `done`."""
+    if not plan.parts.num_rows:
+        raise RequestError("--overwrite: nothing was deleted, since no file of --input can be used")
+    if _is_finished(plan.output):
+        done = done.slice(0, 0)
+    # Without a manifest this command may have been killed: it goes on, or a job that is restarted
+    # again and again would never end.
+    unpublish(plan.held)
+    delete_parts(plan.held, all_but(stamps, done["output"])["output"].to_pylist(), console)
+    return done
 
 
 def follow_output(request: Request, console: Console) -> Request:
-    """The request with the precision and the rows a file that an output with predictions of this model was begun with, where none
-    are given."""
-    begun: dict[str, Any] = {}
-    for folder in (request.output / STAGING, request.output) if request.config.strict else (request.output,):
-        files = files_below(folder / PREDICTIONS, console)
-        if first := next(((name, file.size) for name, file in files if not is_hidden(name)), None):
-            name, size = first
-            with suppress(UnusableFileError):  # `resume` refuses it
-                stamp, _, _ = read_stamp(folder, f"{PREDICTIONS}/{name}", size)
-                if stamp["spec"]["model"] == request.card["sha256"]:
-                    begun = {"precision": stamp["spec"]["precision"], "max_rows_per_file": stamp["max_rows_per_file"]}
-    followed = {name: value for name, value in begun.items() if getattr(request.config, name) is None}
-    return replace(request, config=request.config.model_copy(update=followed))
+    """The request of an output that goes on: with the precision and the rows a file that its first
+    file says it was begun with, where the request has none and has the same model."""
+    files = files_below(request.output / PREDICTIONS, console)
+    first = next(((name, file.size) for name, file in files if not is_hidden(name)), None)
+    if first is None:
+        return request
+    name, size = first
+    try:
+        stamp, _, _ = read_stamp(request.output, f"{PREDICTIONS}/{name}", size)
+    except UnusableFileError:
+        return request  # `resume` refuses it
+    if stamp["spec"]["model"] != request.card["sha256"]:
+        return request
+    begun = {
+        "precision": stamp["spec"]["precision"],
+        "max_rows_per_file": stamp["max_rows_per_file"],
+    }
+    unset = {name: value for name, value in begun.items() if getattr(request.config, name) is None}
+    return replace(request, config=request.config.model_copy(update=unset))
 
 
 def check_folders(output: Location) -> None:
@@ -286,7 +264,7 @@ def check_folders(output: Location) -> None:
 
     What is written or deleted through a link is written or deleted elsewhere, and no listing follows it.
     """
-    for name in (PREDICTIONS, REJECTED, STAGING) if output.is_local else ():
+    for name in (PREDICTIONS, REJECTED) if output.is_local else ():
         top = Path(output.path) / name
         below = (Path(folder, entry) for folder, entries, _ in os.walk(top) for entry in entries)
         for path in (top, *below):
@@ -296,41 +274,9 @@ def check_folders(output: Location) -> None:
                 )
 
 
-def earlier_failures(output: Location) -> dict[str, str]:
-    """The unusable files of the run that finished the output, name and reason; none where it is not finished."""
-    try:
-        table = read_table(output / FILES_TABLE, ["file", "status", "reason"])
-    except (MissingFileError, UnusableFileError):
-        return {}
-    failed = table.filter(pc.equal(table["status"], "failed"))
-    return dict(zip(failed["file"].to_pylist(), failed["reason"].to_pylist(), strict=True))
-
-
-def check_overwrite(plan: Plan, published: pa.Table) -> None:
-    """With `--overwrite`, refuse to delete published predictions of an input file that cannot be scored again.
-
-    Raises:
-        RunError: names the first such file.
-    """
-    if lost := _first(_with_predictions(plan, plan.files.filter(pc.is_valid(plan.files["error"])), published)):
-        raise RunError(
-            f"--overwrite: nothing was replaced: {lost['name']} cannot be used, and the output holds its predictions; "
-            "repair it, or take it out of the input"
-        )
-
-
 def _first(table: pa.Table) -> dict[str, Any] | None:
     """The first row of a table; None of an empty one."""
     return next(iter(table.slice(0, 1).to_pylist()), None)
-
-
-def _with_predictions(plan: Plan, files: pa.Table, stamps: pa.Table) -> pa.Table:
-    """Return those of the input files that some stamps name.
-
-    The input may have moved, or its root may be another folder now: a file is the same if its name or its full path is.
-    """
-    sources = pc.binary_join_element_wise(plan.source(""), files["name"], "")
-    return files.filter(pc.or_(pc.is_in(files["name"], stamps["name"]), pc.is_in(sources, stamps["source"])))
 
 
 def _check_compatible(plan: Plan, others: pa.Table) -> None:
@@ -341,9 +287,18 @@ def _check_compatible(plan: Plan, others: pa.Table) -> None:
     Raises:
         RequestError: says what differs and what to do.
     """
-    if file := _first(_with_predictions(plan, plan.files, others)):
-        of_file = pc.or_(pc.equal(others["name"], file["name"]), pc.equal(others["source"], plan.source(file["name"])))
-        stamp, _, _ = read_stamp(plan.output, f"{PREDICTIONS}/{others['output'].filter(of_file)[0]}")
+    # The input may have moved, or its root may be another folder now: a file is the same if its name
+    # or its full path is.
+    files = plan.files
+    sources = pc.binary_join_element_wise(plan.source(""), files["name"], "")
+    same = pc.or_(pc.is_in(files["name"], others["name"]), pc.is_in(sources, others["source"]))
+    if file := _first(files.filter(same)):
+        of_file = pc.or_(
+            pc.equal(others["name"], file["name"]),
+            pc.equal(others["source"], plan.source(file["name"])),
+        )
+        output = others["output"].filter(of_file)[0]
+        stamp, _, _ = read_stamp(plan.output, f"{PREDICTIONS}/{output}")
         raise RequestError(f"--output {plan.output.display}: {_conflict(plan, file, stamp)}")
     if other := _first(others.filter(pc.is_in(others["output"], plan.parts["output"]))):
         raise RequestError(f"--output {plan.output.display}: {other['output']} has rows of {other['source']}; {_START_OVER}")
@@ -356,13 +311,12 @@ def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
         return f"holds predictions of {name}, which now cannot be used ({file['error']}); repair it, or take it out of the input"
     if stamp["spec"] != plan.spec:
         return f"{_spec_difference(stamp['spec'], plan.spec)} {_START_OVER}"
-    if any(file[key] != stamp[key] for key in ("size", "modified", "footer_sha256")):
-        if stamp["source"] != plan.source(name):
-            return f"holds the rows of {stamp['source']} as {stamp['output']}; choose another folder, or {_START_OVER}"
+    identity = ("size", "modified", "footer_sha256")
+    if stamp["source"] == plan.source(name) and any(file[key] != stamp[key] for key in identity):
         return f"{name} has changed since it was scored; {_START_OVER}"
     return (
-        f"holds the rows of {name} as {stamp['output']}, since it was started with another --max-rows-per-file or --input; "
-        f"give the same again, or {_START_OVER}"
+        f"holds the rows of {stamp['source']} as {stamp['output']}, since it was started with another "
+        f"--max-rows-per-file or --input; give the same again, or {_START_OVER}"
     )
 
 
@@ -399,5 +353,7 @@ def reconcile(plan: Plan, stamps: pa.Table) -> pa.Table:
     if lost := _first(files.append_column("found", rows).filter(pc.and_(usable, pc.not_equal(files["rows"], rows)))):
         raise RowCountError(f"{lost['name']}: has {lost['rows']:,} rows, of which {lost['found']:,} are accounted for")
     status = pc.if_else(usable, "scored", "failed")
-    columns = (files["name"], files["rows"], pc.subtract(rows, rejected), rejected, status, files["error"])
+    failed = pc.if_else(usable, 0, files["rows"])
+    scored = pc.subtract(rows, rejected)
+    columns = (files["name"], files["rows"], scored, rejected, failed, status, files["error"])
     return pa.table(dict(zip(FILES_TABLE_SCHEMA.names, columns, strict=True)), FILES_TABLE_SCHEMA)

@@ -195,11 +195,12 @@ def _ceil_divide(amount: int, count: int) -> int:
 KEY: Final = b"mnistsum_ray.score"
 """Key of the stamp in the Parquet metadata."""
 
-STAMP_FORMAT: Final = 8
-"""Version of the stamp and of how files are split; an output of another version is refused."""
+STAMP_FORMAT: Final = 9
+"""Version of the stamp, of the counts and of how files are split. An output of another version is
+refused."""
 
-COUNTS_KEY: Final = b"mnistsum_ray.counts/3"
-"""Key of `counts.RowCounts`, with its version. The counts are for the report alone: a file without them is resumed too."""
+COUNTS_KEY: Final = b"mnistsum_ray.counts"
+"""Key of `counts.RowCounts`, which are for the report."""
 
 STAMP_FIELDS: Final = (
     *PART_SCHEMA.names,
@@ -226,7 +227,7 @@ def from_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
         raise UnusableFileError("is not a file of this program")
     try:
         stamp: dict[str, Any] = json.loads(metadata[KEY])
-        if stamp["format"] == STAMP_FORMAT:
+        if stamp["format"] == STAMP_FORMAT and COUNTS_KEY in metadata:
             return {name: stamp[name] for name in STAMP_FIELDS}
     except (KeyError, TypeError, ValueError) as error:
         raise UnusableFileError(f"cannot be read: {one_line(error)}") from None
@@ -249,4 +250,4 @@ def read_stamp(folder: Location, file: str, size: int | None = None) -> tuple[di
         size = found.size if found else 0
     footer = read_footer(place, size).metadata
     stamp = from_metadata(footer.metadata) | {"output": file.partition("/")[2]}
-    return stamp, footer.num_rows, footer.metadata.get(COUNTS_KEY, b"{}").decode()
+    return stamp, footer.num_rows, footer.metadata[COUNTS_KEY].decode()

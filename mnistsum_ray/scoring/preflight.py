@@ -15,7 +15,7 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import Footer, column_error, read_footer
-from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted
+from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import split_into_parts
@@ -38,9 +38,6 @@ FOOTER_SCHEMA: Final = pa.schema(
     ]
 )
 """One row per input file. A file whose footer cannot be read has an error and otherwise nulls."""
-
-STAGING: Final = "_unpublished"
-"""Folder in the output where `--overwrite` and `--strict` commit parts, until all are published together."""
 
 _MAX_FILES: Final = 1000
 """Unusable files that the console names."""
@@ -75,18 +72,6 @@ class Plan(Request):
     precision: str
     held: OutputFolder
     """The output folder, which this run holds."""
-    overwrite: bool
-    """Whether this run replaces the output. False with `--overwrite` too, if a killed run has done so already."""
-
-    @property
-    def staged(self) -> bool:
-        """Whether files are published together at the end."""
-        return self.overwrite or self.config.strict
-
-    @property
-    def folder(self) -> OutputFolder:
-        """Where parts are committed: the output folder, or the staging folder inside it."""
-        return self.held / STAGING if self.staged else self.held
 
     def source(self, name: str) -> str:
         """An input file in full: a path, or a URI without its query."""
@@ -155,21 +140,16 @@ def make_plan(request: Request, precision: str, held: OutputFolder, console: Con
 
     Raises:
         RequestError: none of the files has one of the columns.
-        RunError: with `--strict`, some file cannot be used.
         StorageError: the storage does not give an input file.
     """
     inputs, files = request.inputs, request.files
     if files is None:
         files = read_footers(inputs, request.config, Progress(console.progress, "footers read", inputs.files.num_rows))
     parts, errors = split_into_parts(files, request.config.max_rows_per_file)
-    changed = {"output": held.place, "files": files, "overwrite": request.config.overwrite}
-    plan = Plan(**vars(request) | changed, parts=parts, precision=precision, held=held).without(errors)
     report_skipped(inputs.skipped, console.say)
     say_recast(files, console.say)
-    if plan.config.strict and plan.failures:
-        say_failures(plan.failures, {}, console.say)
-        raise RunError(f"--strict: nothing was scored: {counted(len(plan.failures), 'file')} cannot be used, see above")
-    return plan
+    checked = vars(request) | {"output": held.place, "files": files}
+    return Plan(**checked, parts=parts, precision=precision, held=held).without(errors)
 
 
 def say_recast(files: pa.Table, say: Callable[[str], None]) -> None:
@@ -183,13 +163,12 @@ def say_recast(files: pa.Table, say: Callable[[str], None]) -> None:
         )
 
 
-def say_failures(failures: dict[str, str], named: dict[str, str], say: Callable[[str], None]) -> None:
-    """Name the files that cannot be used, one line each with the reason; not those that were `named` with the same one."""
-    new = [name for name, reason in failures.items() if named.get(name) != reason]
-    for name in new[:_MAX_FILES]:
+def say_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
+    """Name the files that cannot be used, one line each with the reason."""
+    for name in list(failures)[:_MAX_FILES]:
         say(f"cannot be used: {name}: {failures[name]}")
-    if len(new) > _MAX_FILES:
-        say(f"and {len(new) - _MAX_FILES:,} more files; files.parquet will list all of them")
+    if len(failures) > _MAX_FILES:
+        say(f"and {len(failures) - _MAX_FILES:,} more files")
 
 
 def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int], None] = lambda _: None) -> pa.Table:

@@ -1,45 +1,31 @@
-"""Result of a scoring run: its line; staged files are moved into the output; the pictures, the report and the manifest."""
+"""Result of a scoring run: its line, the pictures, the report and the manifest."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mnistsum_ray.data.images import DIGITS
-from mnistsum_ray.data.parquet import read_table, to_parquet
-from mnistsum_ray.errors import MissingFileError, RequestError, RunError, UnusableFileError, counted, percent
-from mnistsum_ray.reporting.console import Console, Progress, accuracies
-from mnistsum_ray.reporting.report import REPORT, scored_page, versions
+from mnistsum_ray.data.parquet import to_parquet
+from mnistsum_ray.errors import RunError, counted, percent
+from mnistsum_ray.reporting.console import Console, accuracies
+from mnistsum_ray.reporting.report import REPORT, draw_pictures, scored_page, versions
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import (
     FILES_TABLE,
-    LIST,
     MANIFEST,
     MANIFEST_FORMAT,
-    OUTPUT_PICTURES,
-    SUMMARIES,
     OutputFiles,
-    check_overwrite,
-    names_below,
-    reconcile,
     unpublish,
 )
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
-from mnistsum_ray.scoring.preflight import STAGING, Plan
-from mnistsum_ray.storage.folder import OutputFolder
-
-_LIST_SCHEMA: Final = pa.schema({"file": pa.string()})
-"""`output.LIST`: files to delete in the output, because none of the staging folder takes their place."""
+from mnistsum_ray.scoring.preflight import Plan
 
 _REASONS_ON_CONSOLE: Final = 10
-
-_MOVE_THREADS: Final = 16
-"""An object store copies and deletes each file that is moved, so many moves run at the same time."""
+_FILES_IN_ERROR: Final = 5
 
 
 def result_line(plan: Plan, files: pa.Table, counts: RowCounts, resumed_rows: int, scoring_seconds: float) -> dict[str, Any]:
@@ -47,122 +33,53 @@ def result_line(plan: Plan, files: pa.Table, counts: RowCounts, resumed_rows: in
 
     The seconds are from the start of the first part to the end of the last one; 0 if none was scored.
     """
-    usable = pc.equal(files["status"], "scored")
-    columns = (files["rows"].filter(usable), files["scored"], files["rejected"], pc.invert(usable))
-    input_rows, scored, rejected, failed = (pc.sum(column).as_py() or 0 for column in columns)
+    names = ("rows", "scored", "rejected", "failed")
+    rows, scored, rejected, failed = (pc.sum(files[name]).as_py() or 0 for name in names)
+    new_rows = scored + rejected - resumed_rows
     return {
         "output": plan.output.display,
-        "input_rows": input_rows,
+        "input_rows": rows,
         "scored_rows": scored,
         "rejected_rows": rejected,
+        "failed_rows": failed,
         "resumed_rows": resumed_rows,
         "files": files.num_rows,
-        "failed_files": failed,
-        "rows_per_second": round((scored + rejected - resumed_rows) / scoring_seconds, 1) if scoring_seconds else 0.0,
+        "failed_files": len(plan.failures),
+        "rows_per_second": round(new_rows / scoring_seconds, 1) if scoring_seconds else 0.0,
     } | (counts.accuracies() if plan.config.label_column else {})
 
 
-def publish_staged(plan: Plan, published: OutputFiles, console: Console) -> None:
-    """Mark the staging folder as complete, and move its files into the output.
-
-    `published` was there when the run began. `--overwrite` deletes its files where none of the same name is moved.
-
-    Raises:
-        RunError: rows are missing, or `--overwrite` or `--strict` forbids it.
-    """
-    staged = OutputFiles.read(plan.folder.place, plan, console)
-    stamps, counts, deleted = staged.stamps, staged.counts, set[str]()
-    if plan.overwrite:
-        check_overwrite(plan, published.stamps)
-        deleted = _files_of(published.stamps) - _files_of(stamps)
-    else:
-        stamps = pa.concat_tables([stamps, published.stamps])
-        counts.add(published.counts)
-    rejected, failed = pc.sum(reconcile(plan, stamps)["rejected"]).as_py() or 0, len(plan.failures)
-    if plan.config.strict and (rejected or failed):
-        text = f"--strict: nothing was published: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used"
-        if rejected:
-            place = (plan.folder.place if pc.any(pc.greater(staged.stamps["rejected"], 0)).as_py() else plan.output) / REJECTED
-            text += f" below {plan.inputs.root.display}: {counts.describe()}; all: {place.display}"
-        raise RunError(text)
-    plan.folder.create(LIST, to_parquet(pa.table([sorted(deleted)], _LIST_SCHEMA)))
-    move_listed(plan.held, console)
-
-
-def _files_of(stamps: pa.Table) -> set[str]:
-    """Names of the files of parts."""
-    rejected = stamps["output"].filter(pc.greater(stamps["rejected"], 0)).to_pylist()
-    return {f"{PREDICTIONS}/{name}" for name in stamps["output"].to_pylist()} | {f"{REJECTED}/{name}" for name in rejected}
-
-
-def move_listed(held: OutputFolder, console: Console) -> bool:
-    """Move the files of a complete staging folder into the output, or those that a killed run has left; none without a list.
-
-    The manifest is deleted first, and created after all files are there. The list stays until then: after a kill the same command
-    goes on and scores nothing. Returns whether there is a list.
-
-    Raises:
-        RequestError: the list is damaged.
-    """
-    staging = held / STAGING
-    try:
-        listed = read_table(staging.place / LIST)
-        if listed.schema != _LIST_SCHEMA:
-            raise UnusableFileError("is not a file of this program")
-    except MissingFileError:
-        return False
-    except UnusableFileError as error:
-        raise RequestError(f"--output {held.place.display}: {STAGING}/{LIST} {error}; remove {STAGING}") from None
-
-    moved, there = (
-        {top: [f"{top}/{name}" for name in names_below(folder.place / top, console)] for top in (REJECTED, PREDICTIONS)}
-        for folder in (staging, held)
+def check_strict(plan: Plan, counts: RowCounts, line: dict[str, Any]) -> None:
+    """With `--strict`, raise a RunError if a row or file cannot be used; there is no manifest then."""
+    rejected, failed = line["rejected_rows"], line["failed_files"]
+    if not plan.config.strict or not (rejected or failed):
+        return
+    unpublish(plan.held)  # one of an earlier run, too
+    reasons = [f"{name}: {reason}" for name, reason in plan.failures.items()][:_FILES_IN_ERROR]
+    if rejected:
+        reasons.append(f"{counts.describe()}; all: {line['output']}/{REJECTED}")
+    raise RunError(
+        f"--strict: {counted(rejected, 'row')} and {counted(failed, 'file')} cannot be used, so there "
+        f"is no {MANIFEST}; the same command without --strict finishes at once: {' | '.join(reasons)}"
     )
-    # No name in a damaged list leads to another file.
-    deleted = sorted({*there[REJECTED], *there[PREDICTIONS]}.intersection(listed["file"].to_pylist()))
-    if count := sum(map(len, moved.values())) + len(deleted):
-        console.say(
-            f"publishing: {counted(count, 'file')} moved from {staging.place.display}, or deleted where they are replaced"
-        )
-        progress = Progress(console.progress, "files published", count)
-        unpublish(held)
-        with ThreadPoolExecutor(_MOVE_THREADS) as pool:
-            for of_top in moved.values():  # in this order, as they are committed
-                for _ in pool.map(partial(staging.move, target=held), of_top):
-                    progress(1)
-        held.delete_files(deleted, progress)
-    return True
 
 
-def publish(plan: Plan, output: OutputFiles, files: pa.Table, line: dict[str, Any]) -> None:
+def publish(plan: Plan, output: OutputFiles, files: pa.Table, line: dict[str, Any], console: Console) -> None:
     """Write the files about the run, and the manifest last; `files` is `output.FILES_TABLE_SCHEMA`.
 
     Raises:
         ExistingFileError: another run has finished the output meanwhile.
         RunError: another run holds the output.
     """
-    drawn = _draw_pictures(output.counts)
+    counts = output.counts
+    labelled = {"confusion.png": (counts.confusion,), "reliability.png": (counts.probability_metrics(),)}
+    drawn = draw_pictures(labelled if counts.labelled else {}, console.say)
     manifest = _make_manifest(plan, output, line)
-    page = scored_page(manifest, output.counts, {OUTPUT_PICTURES[name]: picture for name, picture in drawn.items()})
-    summaries = {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **drawn}
-    for name, data in summaries.items():
+    page = scored_page(manifest, counts, drawn)
+    unpublish(plan.held)
+    for name, data in {FILES_TABLE: to_parquet(files), REPORT: page.encode(), **drawn}.items():
         plan.held.write(name, data)
-    plan.held.delete_files([name for name in SUMMARIES if name not in summaries])  # an earlier run may have drawn them
-    plan.held.delete(MANIFEST)  # of a run that had nothing more to score
     plan.held.create(MANIFEST, manifest)
-    if (plan.held.place / STAGING / LIST).exists():
-        plan.held.delete_folder(STAGING)
-
-
-def _draw_pictures(counts: RowCounts) -> dict[str, bytes]:
-    """By file name. Some need rows with labels."""
-    from mnistsum_ray.reporting import pictures  # Matplotlib takes a second to import.
-
-    drawn = {"probabilities.png": pictures.draw_probabilities(counts.probabilities)}
-    if counts.labelled:
-        drawn["reliability.png"] = pictures.draw_reliability(counts.reliability)
-        drawn["confusion.png"] = pictures.draw_confusion(counts.confusion, "labelled rows")
-    return drawn
 
 
 def _make_manifest(plan: Plan, output: OutputFiles, line: dict[str, Any]) -> dict[str, Any]:
@@ -180,9 +97,6 @@ def _make_manifest(plan: Plan, output: OutputFiles, line: dict[str, Any]) -> dic
         "rejected_by_reason": counts.reasons,
         "odd_years": counts.odd_years,
         "bad_labels": asdict(counts.bad_labels) if plan.config.label_column else None,
-        "rows_by_probability": counts.probabilities,
-        "rows_by_digit": counts.digits,
-        "rows_by_number": counts.numbers,
         "confusion": counts.confusion if counts.labelled else None,
         "probabilities": counts.probability_metrics(),
         "config": plan.config.model_dump(mode="json") | located,
@@ -194,20 +108,19 @@ def _make_manifest(plan: Plan, output: OutputFiles, line: dict[str, Any]) -> dic
     }
 
 
-def say_result(line: dict[str, Any], counts: RowCounts, new_rejected: int, say: Callable[[str], None]) -> None:
-    """Say the result in words, with the reasons of rejected rows if this run has rejected some (`new_rejected`)."""
-    usable = line["files"] - line["failed_files"]
-    if usable:
-        rows = f"{line['scored_rows']:,} of {counted(line['input_rows'], 'row')}"
-        say(f"scored {rows} in {counted(usable, 'file')}, each exactly once")
+def say_result(line: dict[str, Any], counts: RowCounts, say: Callable[[str], None]) -> None:
+    """Say the result in words."""
+    rows, files = counted(line["input_rows"], "row"), counted(line["files"], "file")
+    say(f"scored {line['scored_rows']:,} of {rows} in {files}, each exactly once")
     if line["failed_files"]:
-        say(f"{counted(line['failed_files'], 'file')} could not be used: {line['output']}/{FILES_TABLE} says why")
+        failed, known = counted(line["failed_files"], "file"), counted(line["failed_rows"], "known row")
+        say(f"{failed} with {known} could not be used: {line['output']}/{FILES_TABLE} says why")
     if line["rejected_rows"]:
         say(f"{counted(line['rejected_rows'], 'row')} rejected: see {line['output']}/{REJECTED}")
-    if new_rejected:
         reasons = list(counts.reasons.items())
         others = sum(count for _, count in reasons[_REASONS_ON_CONSOLE:])
-        for reason, count in reasons[:_REASONS_ON_CONSOLE] + ([("other reasons", others)] if others else []):
+        shown = reasons[:_REASONS_ON_CONSOLE] + ([("other reasons", others)] if others else [])
+        for reason, count in shown:
             say(f"  rejected: {count:,} x {reason}")
     if line["scored_rows"]:
         say(f"sum = digit + number in {percent(counts.consistent / line['scored_rows'])} of the rows")

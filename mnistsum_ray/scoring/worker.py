@@ -31,7 +31,7 @@ from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.reliability import Reliability
-from mnistsum_ray.scoring.counts import PROBABILITY_BINS, RowCounts, encode_image
+from mnistsum_ray.scoring.counts import RowCounts, encode_image
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, digest, from_metadata, read_stamp, to_metadata
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
 from mnistsum_ray.storage.folder import OutputFolder
@@ -129,7 +129,7 @@ def _make_predictor(plan: Plan) -> Predictor:
 def _committed(plan: Plan, part: Part, started: float) -> pa.Table | None:
     """The report of a part that an earlier process of this run has committed; None of any other."""
     with suppress(UnusableFileError):
-        stamp, _, _ = read_stamp(plan.folder.place, f"{PREDICTIONS}/{part.output}")
+        stamp, _, _ = read_stamp(plan.output, f"{PREDICTIONS}/{part.output}")
         if (digest(stamp), stamp["spec"]) == (digest(asdict(part)), plan.spec):
             return _report(part, started, rows=part.rows, rejected=stamp["rejected"])
     return None
@@ -263,12 +263,12 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
     if rows.reasons:
         reasons = {part.first_row + row: reason for row, reason in rows.reasons.items()}
         rejected = _rejected_table(rows.table.take(pa.array(bad)), source, reasons)
-        _write(plan.folder, f"{REJECTED}/{part.output}", rejected, metadata)
+        _write(plan.held, f"{REJECTED}/{part.output}", rejected, metadata)
     table = rows.table.drop_columns([plan.config.image_column])
     table = table.take(pa.array(good)) if rows.reasons else table
     for name, values in predictions.to_arrow(rows.numbers[good]).items():
         table = table.append_column(name, values)
-    _write(plan.folder, f"{PREDICTIONS}/{part.output}", table, metadata)
+    _write(plan.held, f"{PREDICTIONS}/{part.output}", table, metadata)
 
 
 def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions) -> RowCounts:
@@ -283,8 +283,6 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
         bad_labels=bad_labels,
         odd_years=rows.odd_years,
         consistent=int(predictions.columns(numbers)[-1].sum()),
-        digits=np.bincount(digits, minlength=DIGITS).tolist(),
-        numbers=np.bincount(numbers, minlength=NUMBERS).tolist(),
     )
     labels = np.full(len(good), -1) if rows.labels is None else rows.labels[good]
     known = labels >= 0
@@ -292,7 +290,6 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
     counts.confusion = cells.reshape(DIGITS, DIGITS).tolist()
     for head in HEADS:
         probability = predictions.values[f"{head.name}_prob"]
-        counts.probabilities[f"{head.name}_prob"] = np.histogram(probability, PROBABILITY_BINS, (0, 1))[0].tolist()
         if rows.labels is not None:
             right = predictions.values[f"pred_{head.name}"][known] == head.target(labels, numbers)[known]
             counts.reliability[head.name] = Reliability.of(probability[known], right)

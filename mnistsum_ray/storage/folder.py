@@ -1,10 +1,9 @@
-"""The folder that a command writes to: the only way to write, move or delete files in a run or output folder.
+"""The folder that a command writes to: the only way to write or delete files in a run or output folder.
 
-On a disk a file appears under its name when it is complete, also if the power fails; an object appears whole or not at all.
+On a disk a file appears under its name when it is complete; an object appears whole or not at all.
 """
 
 import json
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -60,19 +59,16 @@ class OutputFolder:
                 with place.filesystem.open_output_stream(place.path) as stream:
                     stream.write(data)
                 return
-            folder = _make_folder(Path(place.path).parent)
+            folder = Path(place.path).parent
+            folder.mkdir(parents=True, exist_ok=True)
             partial = folder / f".mnistsum-{secrets.token_hex(8)}.partial"
             try:
-                with partial.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+                partial.write_bytes(data)
                 partial.rename(place.path)
             except BaseException:
                 with suppress(OSError):
                     partial.unlink()
                 raise
-            _sync_folder(folder)
 
     def create(self, name: str, data: Data) -> None:
         """Write a whole file, but only if there is none; else raise ExistingFileError.
@@ -87,19 +83,6 @@ class OutputFolder:
             return
         self.check()
         object_store.put(place.filesystem, place.path, bytes(_encoded(data)))
-
-    def move(self, name: str, target: "OutputFolder") -> None:
-        """Move a file to the same name in another folder on the same file system."""
-        self.check()
-        source, place = self.place / name, target.place / name
-        with source.answers("moved"):
-            if not source.is_local:  # Arrow's own `move` lacks Azure accounts without hierarchical namespace
-                source.filesystem.copy_file(source.path, place.path)
-                source.filesystem.delete_file(source.path)
-                return
-            folder = _make_folder(Path(place.path).parent)
-            Path(source.path).rename(place.path)
-            _sync_folder(folder)
 
     def delete(self, name: str) -> None:
         """Delete a file; a missing one is no error."""
@@ -138,22 +121,3 @@ def empty_output(text: str) -> OutputFolder:
 
 def _encoded(data: Data) -> bytes | pa.Buffer:
     return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode() if isinstance(data, dict) else data
-
-
-def _make_folder(folder: Path) -> Path:
-    """Make a folder and those above it that are missing; their entries survive a power cut, too."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-    return folder
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the entries of a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems cannot
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
-from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, RunError, StorageError, one_line
+from mnistsum_ray.errors import (
+    ExistingFileError,
+    MissingFileError,
+    RequestError,
+    RunError,
+    StorageError,
+    TryAgainError,
+    one_line,
+)
 from mnistsum_ray.storage import object_store
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
@@ -91,7 +99,8 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     """Hold a folder, which is created where it is missing, while the block runs. `flag` names it in messages.
 
     Raises:
-        RequestError: another run holds it, it cannot be written, or its storage has no conditional writes.
+        TryAgainError: another run holds it.
+        RequestError: it cannot be written, or its storage has no conditional writes.
     """
     folder = folder.with_retries()
     lock = FolderLock(folder / LOCK_NAME, f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}")
@@ -102,7 +111,7 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
         held = _lock_file(lock) if folder.is_local else _Lease(lock, say)
     except _HeldError as error:
         holder = f" ({error})" if str(error) else ""
-        raise RequestError(f"{refused} another run{holder} is writing there; wait for it, or choose another") from None
+        raise TryAgainError(f"{refused} another run{holder} is writing there; wait for it, or choose another") from None
     except ValueError:
         advice = "move it away, or choose another folder"
         raise RequestError(f"{refused} {LOCK_NAME} is not a file of this program; {advice}") from None

@@ -1,6 +1,7 @@
 """Files of a run folder for people and other programs: manifest, data files, history, model, pictures, report."""
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,9 +17,8 @@ from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.data.parquet import read_table, to_parquet
 from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, UnusableFileError
-from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
-from mnistsum_ray.reporting.report import MODEL_CARD, REPORT, model_card, report_page, versions
+from mnistsum_ray.reporting.report import REPORT, draw_pictures, report_page, versions
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.analysis import TrainingResult
@@ -127,19 +127,18 @@ def read_history(folder: Location) -> list[dict[str, Any]]:
         return []
 
 
-def publish_model(run: TrainingRun, held: OutputFolder, data: dict[str, Any], result: TrainingResult) -> dict[str, Any]:
+def publish_model(held: OutputFolder, result: TrainingResult) -> dict[str, Any]:
     """Write the model folder of a run folder; return the model's description.
 
     The weights of the same model that are there stay as they are, so that a scoring run that has used them can be resumed:
-    another machine may have calibrated it otherwise. All other files follow from them and from `data` of the manifest, and are
-    written each time: a run may have been killed before they were.
+    another machine may have calibrated it otherwise. Their description is written each time: a run may have been killed before
+    it was.
     """
     folder, card = held / "model", result.description
     with suppress(StorageError, ValueError, KeyError):  # there is no model yet, or one of another version
         published = read_description((folder.place / WEIGHTS_FILE).read_bytes())
         if published["trained_sha256"] == card["trained_sha256"]:
             card = published
-    folder.write(MODEL_CARD, model_card(str(run.config.name), card, data).encode())
     if card is result.description:
         save_model(folder, {name: torch.tensor(value) for name, value in result.weights.items()}, card)
     else:
@@ -148,23 +147,26 @@ def publish_model(run: TrainingRun, held: OutputFolder, data: dict[str, Any], re
 
 
 def write_report(
-    run: TrainingRun, held: OutputFolder, manifest: dict[str, Any], card: dict[str, Any], result: TrainingResult
+    run: TrainingRun,
+    held: OutputFolder,
+    manifest: dict[str, Any],
+    card: dict[str, Any],
+    result: TrainingResult,
+    say: Callable[[str], None],
 ) -> list[str]:
     """Write pictures, report and TensorBoard's last event file; return the names of the files that MLflow should get."""
-    from mnistsum_ray.reporting import pictures, tensorboard  # a second to import, needed once
+    from mnistsum_ray.reporting import tensorboard  # takes a moment to import
 
     analysis = manifest["error_analysis"]
-    drawn = {
-        "history.png": pictures.draw_history(result.history, card),
-        "confusion.png": pictures.draw_confusion(analysis["confusion"]),
-        "sums.png": pictures.draw_sums(analysis["sums_right"], analysis["confusion"]),
-        "reliability.png": pictures.draw_reliability(
-            {head: Reliability(**sums["reliability"]) for head, sums in analysis["probabilities"].items()}
-        ),
-        "mistakes.png": pictures.draw_mistakes(analysis["mistakes"], result.mistake_images),
+    wanted = {
+        "history.png": (result.history, card),
+        "confusion.png": (analysis["confusion"],),
+        "mistakes.png": (analysis["mistakes"], result.mistake_images),
+        "reliability.png": (analysis["probabilities"],),
     }
+    drawn = draw_pictures(wanted, say)
     for name, data in drawn.items():
         held.write(name, data)
     held.write(REPORT, report_page(str(run.config.name), manifest, card, result.history, drawn).encode())
     tensorboard.write_final(held, result.history[-1]["epoch"], card)
-    return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE, MODEL_CARD))]
+    return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE))]

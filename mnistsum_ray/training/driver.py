@@ -2,12 +2,10 @@
 
 import json
 import shlex
-import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from statistics import fmean
 from typing import Any, Final
 
@@ -27,7 +25,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, counted, one_line, root_cause, shell_command
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
-from mnistsum_ray.reporting.metrics import TrainingMetrics
+from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.report import REPORT, epoch_seconds
 from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
 from mnistsum_ray.storage.folder import OutputFolder
@@ -48,7 +46,7 @@ from mnistsum_ray.training.checkpoint import delete_other_checkpoints, latest_va
 from mnistsum_ray.training.fetch import load_rows
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
-from mnistsum_ray.training.ray_hooks import CheckpointCallback, InterruptibleTrainer, placement_groups, remove_placement_groups
+from mnistsum_ray.training.ray_hooks import InterruptibleTrainer, placement_groups, remove_placement_groups
 from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
 from mnistsum_ray.training.worker import Events, event_queue
 
@@ -73,16 +71,15 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        with TrainingMetrics(run.folder.display) as metrics, folder_lock(run.folder, "--name", console.say) as held:
+        with folder_lock(run.folder, "--name", console.say) as held:
             plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say, probe)
-            metrics.enter("reading")
             check_share(plan, run.hyperparameters.batch_size)
             if run.source.notice:
                 console.say(run.source.notice)
             report_skipped(run.source.skipped, console.say)
             read = {} if run.source.files is None else {"--data": run.source.files.location(0)}
             check_shared_storage({"--storage-path": held}, read, console.say)
-            driver = _Driver(run, plan, held, console, metrics)
+            driver = _Driver(run, plan, held, console)
             result = driver.fit(on_epoch)
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
@@ -98,15 +95,12 @@ def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch
 class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
-    def __init__(
-        self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console, metrics: TrainingMetrics
-    ) -> None:
+    def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console) -> None:
         self.run = run
         self.plan = plan
         self.held = held
         self.console = console
         self.history: list[dict[str, Any]] = []
-        self.metrics = metrics
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
         check_memory(run, plan, cluster)
@@ -165,16 +159,14 @@ class _Driver:
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
                 f"{len(source.test):,} test rows of {of}; {self.manifest['workers']}"
             )
-            rows = len(source.train)
-            self.metrics.expect(run.hyperparameters.epochs * rows, len(self.history) * rows)
-            self.metrics.enter("waiting")  # for Ray Train's workers
-            with event_queue(self.console, self._on_epoch, self._on_event, ends) as events:
+            rows = len(self.history) * len(source.train)
+            metrics = JobMetrics("train", run.folder.display, rows)
+            with event_queue(self.console, self._on_epoch, partial(self._on_event, metrics), ends) as events:
                 result = self._train(events)
             if result is None:
                 self._mark("stopped")
                 self.console.say(f"on_epoch has ended the run; {run.how_to_resume()}")
                 return None
-            self.metrics.enter("publishing")
             return self._publish(result)
         except KeyboardInterrupt:
             self._mark("stopped")
@@ -190,8 +182,8 @@ class _Driver:
         with suppress(OSError, RunError, KeyboardInterrupt):
             self.held.write(_MANIFEST, self.manifest | {"status": status})
 
-    def _on_event(self, event: dict[str, Any]) -> None:
-        self.metrics.add(event)
+    def _on_event(self, metrics: JobMetrics, event: dict[str, Any]) -> None:
+        _show(metrics, event)
         if event["kind"] == "precision":
             self._write_config(event["precision"])
 
@@ -203,15 +195,11 @@ class _Driver:
         write_config(self.run, self.held, chosen | {"precision": precision})
 
     def _on_epoch(self, line: dict[str, Any]) -> None:
-        rows = len(self.run.source.train)
-        self.metrics.add(line | {"kind": "progress", "rows": rows, "of_rows": rows, "loss": line["train_loss"]})
         self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
         try:
             write_history(self.held, self.history)
         except (StorageError, RunError) as error:  # it is written again after the next epoch
             self.console.say(f"history.jsonl: {one_line(error)}")
-        if line["epoch"] == self.run.hyperparameters.epochs:  # while the sum head is fine-tuned, which takes one core
-            threading.Thread(target=import_module, args=("mnistsum_ray.reporting.pictures",)).start()
 
     def _ends(self, on_epoch: OnEpoch) -> bool:
         """Call the caller's `on_epoch` with the last line; return whether it ends the run."""
@@ -262,7 +250,6 @@ class _Driver:
                 storage_filesystem=run.storage.filesystem,
                 failure_config=ray.train.FailureConfig(controller_failure_limit=0, max_preemption_failures=0),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                callbacks=[CheckpointCallback(events.queue)],
             ),
             # No datasets: Ray Train would split them, and drop up to one row a worker. Each worker makes its own, see rows.py.
         )
@@ -319,12 +306,10 @@ class _Driver:
         self.start = newest
         delete_other_checkpoints(self.held, newest)
         remove_placement_groups(but=self.groups)
-        self.metrics.enter("waiting")
         try:
             wait_until_free(self.plan, max(_MIN_WAIT_SECONDS, run.config.wait_seconds), say, lost)
         except RequestError as problem:
             raise RunError(f"{problem}; {run.how_to_resume()}") from None
-        self.metrics.count("restarts", 1)
 
     def _publish(self, result: TrainingResult) -> TrainResult:
         """Publish the model, write the report, complete the manifest."""
@@ -333,7 +318,7 @@ class _Driver:
             write_data_files(self.held, run.source.files, result.checksums)
             manifest["data"]["sha256"] = run.source.content_sha256(result.checksums)
         self._write_config(result.manifest["precision"])
-        card = publish_model(run, self.held, manifest["data"], result)
+        card = publish_model(self.held, result)
         write_history(self.held, result.history)
         steady = result.history[1:] or result.history  # the first epoch includes one-time work such as loading kernels
         speed = fmean((line["rows_per_second"] for line in steady), (line["seconds"] for line in steady))
@@ -348,21 +333,29 @@ class _Driver:
         )
         seconds = round(sum(map(epoch_seconds, result.history)), 1)
         manifest |= {"status": "finished", "metrics": summary.line(), **result.manifest, "training_seconds": seconds}
-        files = write_report(run, self.held, manifest, card, result)
+        files = write_report(run, self.held, manifest, card, result, say)
         with defer_signals():  # a run that is finished is not stopped
             self.held.write(_MANIFEST, manifest)
             self.manifest = manifest
         if run.config.mlflow:
-            from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
-
             try:
-                summary = replace(summary, mlflow=log_run(manifest, result.history, card, run.folder, files, say))
-            finally:
-                self.held.write(_MANIFEST, manifest)  # an interrupted run goes on in the same one of MLflow
+                from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
+
+                run_id = log_run(manifest, result.history, card, run.folder, files)
+                say(f"MLflow: run {run_id} at {run.config.mlflow}")
+            except Exception as error:  # from the network to a missing client of the server's storage
+                say(f"--mlflow {run.config.mlflow}: {one_line(error)}; the run is complete, and --resume logs it again")
         say(f"test: {accuracies(card['test'])} ({counted(card['test']['rows'], 'row')}, all {NUMBERS} numbers)")
         say(f"report: {(run.folder / REPORT).display}")
         say(f"score with it: {shell_command('score')} --model {shlex.quote(run.folder.display)} --input PAIRS --output SCORED")
         return summary
+
+
+def _show(metrics: JobMetrics, event: dict[str, Any]) -> None:
+    """Show an event of the training loop, see `Console.show`, in Ray's metrics."""
+    if event["kind"] == "progress":
+        metrics.count(rows=(event["epoch"] - 1) * event["of_rows"] + event["rows"])
+        metrics.set(rows_per_second=event["rows_per_second"], epoch=event["epoch"], loss=event["loss"])
 
 
 def _train_environment() -> dict[str, str]:

@@ -129,12 +129,10 @@ class TrainingLoop:
         ).batches()
         end_ids = torch.from_numpy(streamed.end_ids) if streamed else None
         while state.epochs_done < parameters.epochs:
-            worker.events.send("phase", phase="training")
             line, trained = self._trainer.train_epoch(state, self._config.shuffle, batches, end_ids, self._checkpointer)
             broadcast_state(self._trainer.model)
             for held_out in (self._validation, self._test):
                 held_out.forget_scores()
-            worker.events.send("phase", phase="evaluating")
             started = time.perf_counter()
             validation, test = self._evaluate(state.epochs_done + 1)
             line["evaluation_seconds"] = time.perf_counter() - started

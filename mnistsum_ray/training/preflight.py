@@ -11,12 +11,10 @@ from datetime import datetime
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import ValidationError
 
-from mnistsum_ray.cluster.connection import can_connect
 from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import Counter, Source, open_source
@@ -86,7 +84,7 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
             there = "exists; go on with --resume, or" if begun else "holds other files, and no run;"
             raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
     if config.mlflow:
-        config = config.model_copy(update={"mlflow": _mlflow(config.mlflow, resume=bool(config.resume))})
+        config = config.model_copy(update={"mlflow": _mlflow(config.mlflow)})
     source = open_source(config.data, counter, skip_bad_rows=config.skip_bad_rows)
     recipe = recipe_defaults(config.recipe, small=len(source.train) < SMALL_ROWS)
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
@@ -97,21 +95,13 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries(), stored)
 
 
-def _mlflow(uri: str, *, resume: bool) -> str:
-    """The URI with an absolute path. A new run is refused if the server does not answer; a resumed one goes on without it."""
-    missing = [name for name in ("mlflow", "onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+def _mlflow(uri: str) -> str:
+    """The URI with an absolute path, if what logs to it is installed."""
+    missing = [name for name in ("mlflow", "onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise RequestError(f"--mlflow needs packages that are not installed ({', '.join(missing)}): pip install -e '.[mlflow]'")
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{output_base_folder() / uri.removeprefix('sqlite:///')}"
-    try:
-        parts = urlsplit(uri)
-        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError as error:
-        raise RequestError(f"--mlflow {uri}: {error}") from None
-    if not resume and not can_connect(host, port):
-        raise RequestError(f"--mlflow {uri}: no server answers there")
-    return uri
+    path = uri.removeprefix("sqlite:///")
+    return uri if path == uri else f"sqlite:///{output_base_folder() / path}"
 
 
 def _resumed(config: TrainConfig, folder: Location, manifest: dict[str, Any]) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Hooks into Ray Train: an interruptible trainer, checkpoints as events, and what a failed trainer leaves behind."""
+"""Hooks into Ray Train: an interruptible trainer, and what a failed trainer leaves behind."""
 
 from contextlib import suppress
 from typing import Any, Final
@@ -7,9 +7,6 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-from ray.util.queue import Queue
-
-from mnistsum_ray.training.worker import EventSender
 
 _ABORT_SECONDS: Final = 3.0
 
@@ -42,18 +39,6 @@ class InterruptibleTrainer(ray.train.torch.TorchTrainer):
         if self.controller is not None:
             with suppress(Exception):  # workers that do not end now end with this process
                 ray.get(self.controller.abort.remote(), timeout=_ABORT_SECONDS)
-
-
-class CheckpointCallback(ray.train.UserCallback):
-    """Sends the event of each checkpoint that is uploaded. Runs in Ray Train's controller process."""
-
-    def __init__(self, events: Queue) -> None:
-        self._events = EventSender(events, rank=0)
-
-    def after_report(self, run_context: Any, metrics: Any, checkpoint: ray.train.Checkpoint | None) -> None:
-        """Called by Ray Train when all workers have reported, and their checkpoint, if they have one, is in the run folder."""
-        if checkpoint:
-            self._events.send("checkpoint")
 
 
 def placement_groups() -> set[str]:

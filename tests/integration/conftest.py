@@ -43,13 +43,6 @@ from tests.conftest import default_signals
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
 
-_durations: list[str] = []
-
-
-def report_duration(what: str, since: float) -> None:
-    """Add the time since `since` to the summary that pytest prints at the end."""
-    _durations.append(f"{what} after {time.monotonic() - since:.1f} s")
-
 
 @pytest.fixture(scope="module")
 def cluster(s3: "Storage") -> str:
@@ -228,8 +221,6 @@ class Scored:
     """A finished scoring run in this process."""
 
     line: dict[str, Any]
-    set_aside: bool
-    """Whether the run set rows or files aside that no earlier run had set aside."""
     said: str
     output: Path
 
@@ -252,7 +243,7 @@ def score_here(model: Path | str, output: Path | str, *inputs: Path | str, **set
     given: dict[str, Any] = {"precision": "fp32", "num_workers": 1} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **given)
     result = score(preflight(config), Console(stream))
-    return Scored(result.line(labels=True), result.set_aside, stream.getvalue(), Path(output))
+    return Scored(result.line(labels=True), stream.getvalue(), Path(output))
 
 
 @dataclass
@@ -348,11 +339,9 @@ _jobs: "list[Job]" = []
 
 
 @pytest.fixture(autouse=True)
-def no_job_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_job_is_left() -> Iterator[None]:
     """A test that fails leaves no job on the CPUs of the tests that follow."""
     yield
-    request.node.user_properties += [("duration", text) for text in _durations]
-    _durations.clear()
     for job in _jobs:
         if job.process.poll() is None:
             kill_everything(job.process.pid)

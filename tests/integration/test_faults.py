@@ -2,8 +2,7 @@
 
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from tests.integration.conftest import (
     mounted,
     nodes,
     once,
-    report_duration,
     score_here,
     train_here,
     wait_for_files,
@@ -47,16 +45,6 @@ def score_pairs(model: Path, folder: Path | str, output: Path | str | None = Non
     return score_here(model, output or f"{folder}/out", f"{folder}/in", max_rows_per_file=250, precision=None, num_workers=None)
 
 
-def overload(s3: Storage, what: str, done: Callable[[], int]) -> None:
-    """Let the storage answer 503 for a while, and report when more is done."""
-    s3.overload(OVERLOADED_SECONDS)
-    time.sleep(OVERLOADED_SECONDS)
-    before, better = done(), time.monotonic()
-    while done() == before and time.monotonic() < better + 60:
-        time.sleep(0.05)
-    report_duration(f"{what}, from when a storage answers that answered 503 for {OVERLOADED_SECONDS} s,", better)
-
-
 @pytest.mark.usefixtures("cluster")
 def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path) -> None:
     pairs("s3://scores/busy", 6_000)
@@ -65,45 +53,38 @@ def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path)
     def written() -> int:
         return len(list(output.files()))
 
-    with once(written, lambda: overload(s3, "scoring: the next file", written)):
+    with once(written, lambda: s3.overload(OVERLOADED_SECONDS)):
         done = score_pairs(model, "s3://scores/busy")
     assert s3.refused > refused
     assert done.line["input_rows"] == done.line["scored_rows"] == 6_000
 
 
 def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cluster: str, model: Path, tmp_path: Path) -> None:
-    """At its footer; at its rows, when files before it are committed; and where the input folder is moved away meanwhile: the run
-    ends, and nothing is deleted. Half a minute passes in each until the job gives up, so the three run side by side."""
-    root, end, refused, rows = locate("s3://scores/refused", "--output"), "part-00003.parquet", s3.refused, 10_000
-    roots = {"footer": root / "footer", "rows": root / "rows", "moved": locate(str(tmp_path), "--output")}
+    """The storage refuses it when files before it are committed, or the input folder is moved away: the
+    run ends, and nothing is deleted."""
+    rows, end = 10_000, "part-00003.parquet"
+    roots = {"refused": locate("s3://scores/refused", "--output"), "moved": locate(str(tmp_path), "--output")}
     flags = {way: ["--model", model, *pairs(place.display, rows), "--num-workers", 1] for way, place in roots.items()}
-    s3.statuses[f"footer/in/{end}"] = "503 Slow Down"
     try:
         jobs = {way: Job("score", *of_job, address=cluster) for way, of_job in flags.items()}
-        wait_for_files(jobs["moved"], tmp_path / "out", 8)
+        wait_for_files(jobs["moved"], tmp_path / "out", 4)
         (tmp_path / "in").rename(tmp_path / "away")
-        out = root / "rows" / "out"
-        jobs["rows"].wait_until(lambda: len([info for info in out.files() if "/predictions/" in info.path]) >= 2)
-        s3.statuses[f"rows/in/{end}"] = "403 Forbidden"
+        wait_for_files(jobs["refused"], roots["refused"] / "out", 2)
+        s3.statuses[f"refused/in/{end}"] = "403 Forbidden"
         done = {way: job.wait() for way, job in jobs.items()}
     finally:
         s3.statuses.clear()
     (tmp_path / "away").rename(tmp_path / "in")
-    assert s3.refused > refused
-    said = {way: f"{way}/in/{end}: cannot be read" for way in ("footer", "rows")}
-    said["moved"] = "is not there, or not on this node"
+    said = {"refused": f"refused/in/{end}: cannot be read", "moved": "is not there, or not on this node"}
     for way, ended in done.items():
         assert ended.code == 1, ended.err
         assert said[way] in ended.error
-        assert "repair it" not in ended.err
-        assert way == "footer" or ended.error.endswith("committed files are kept, and the same command resumes")
-    for way in ("rows", "moved"):
+        assert ended.error.endswith("committed files are kept, and the same command resumes")
         output = roots[way] / "out"
         committed = {info.path: output.at(info.path).read_bytes() for info in output.files() if "/predictions/" in info.path}
-        assert len(committed) >= (2 if way == "rows" else 8)
         again = score_pairs(model, roots[way].display)
         assert again.line["scored_rows"] == rows
-        assert again.line["resumed_rows"] >= 250 * len(committed)
+        assert again.line["resumed_rows"] >= 250 * len(committed) >= 500
         assert all(output.at(path).read_bytes() == content for path, content in committed.items())
 
 
@@ -121,7 +102,7 @@ def test_training_outlasts_a_storage_that_is_slow_refuses_the_history_and_is_ove
     try:
         with (
             once(lambda: s3.refused > refused, s3.statuses.clear),
-            once(lambda: not s3.statuses and trained() >= 3, lambda: overload(s3, "training: the next epoch", trained)),
+            once(lambda: not s3.statuses and trained() >= 3, lambda: s3.overload(OVERLOADED_SECONDS)),
         ):
             done = train_here(**place, epochs=6, sum_head_steps=50)
     finally:
@@ -186,10 +167,8 @@ def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_committed(
         job = Job("score", *flags, address=killed_cluster.address)
         wait_for_files(job, tmp_path / "out", 4)
         killed_cluster.remove_node(killed_cluster.head_node, allow_graceful=False)
-        began = time.monotonic()
         done = job.wait()
         assert done.code == 1, done.err
-        report_duration("scoring, the head killed: the job ended, saying so,", began)
     again = score_pairs(model, tmp_path)
     assert again.line["scored_rows"] == rows
     assert again.line["resumed_rows"] > 0

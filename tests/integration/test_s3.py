@@ -61,11 +61,10 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
             assert one.equals(other), name
     assert rejected in names["there"]
 
-    # Scored again, into a staging folder first.
     assert score("there", overwrite=True)["resumed_rows"] == 0
     out = roots["there"] / "out"
     assert {info.path.removeprefix(f"{out.path}/") for info in out.files()} == {
-        *("files.parquet", "manifest.json", "probabilities.png", "report.html"),
+        *("files.parquet", "manifest.json", "report.html"),
         "rejected/part-00001.parquet",
         *(f"predictions/part-0000{index}.parquet" for index in range(4)),
     }

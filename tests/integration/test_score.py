@@ -1,9 +1,8 @@
-"""Scoring folders: every row is predicted as by plain PyTorch, exactly once, and incompatible outputs are never mixed."""
+"""Scoring folders: every row is predicted as by plain PyTorch, exactly once."""
 
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,6 @@ from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.scoring.output import MANIFEST, SUMMARIES
 from mnistsum_ray.scoring.preflight import read_footers
 from tests.conftest import check_predictions, plain_predictions, write_model
 from tests.integration.conftest import Scored, score_here
@@ -46,30 +44,10 @@ def finished(model: Path, exported: Path) -> Scored:
     return score_here(model, exported.parent / "out", exported, label_column="digit")
 
 
-@pytest.fixture
-def pairs(tmp_path: Path, exported: Path) -> Path:
-    """A copy of the input that the test may change."""
-    return Path(shutil.copytree(exported, tmp_path / "in"))
-
-
-@pytest.fixture
-def output(tmp_path: Path, finished: Scored) -> Path:
-    """The output of a finished run over `exported`. To a run over `pairs` the input has moved since."""
-    return Path(shutil.copytree(finished.output, tmp_path / "out"))
-
-
 def table_of(scored: Scored) -> pa.Table:
     """All predictions, in the order of the file names and rows."""
     paths = sorted((scored.output / "predictions").rglob("*.parquet"))
     return pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (*SUMMARIES, MANIFEST, "_lock")
-    }
 
 
 def rows_of(folder: Path) -> pa.Table:
@@ -86,7 +64,6 @@ def test_predictions_do_not_depend_on_workers_parts_and_batches(model: Path, exp
     assert table["row_id"].to_pylist() == source["row_id"].to_pylist()
     check_predictions(table, expected_of(model, source))
     assert scored.line["scored_rows"] == scored.line["input_rows"] == ROWS
-    assert not scored.set_aside
     assert max(pq.read_metadata(path).num_rows for path in (scored.output / "predictions").glob("part*.parquet")) <= 77
 
 
@@ -113,37 +90,21 @@ def test_accuracies_and_probabilities_are_those_of_the_rows_with_a_label(finishe
     assert np.ravel(finished.manifest()["confusion"]).tolist() == counted.tolist()
 
 
-def score_again(model: Path, output: Path, *inputs: Path, **settings: Any) -> Scored:
-    return score_here(model, output, *inputs, label_column="digit", **settings)
-
-
-def test_strict_adds_to_an_output_all_at_once(model: Path, pairs: Path, output: Path) -> None:
-    for name in ("manifest.json", *(f"predictions/part-0000{index}.parquet" for index in (0, 2, 4))):
-        (output / name).unlink()
-    before = snapshot(output)
-    scored = score_again(model, output, pairs, strict=True)
-    assert not scored.set_aside
-    assert (scored.line["resumed_rows"], scored.line["scored_rows"]) == (2 * A_FILE, ROWS)
-    after = snapshot(output)
-    assert {name: after[name] for name in before} == before
-    assert after.keys() - before.keys() == {f"predictions/part-0000{index}.parquet" for index in (0, 2, 4)}
-
-
-def test_overwrite_replaces_the_output(pairs: Path, output: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_the_output(finished: Scored, exported: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(finished.output, tmp_path / "out"))
+    pairs = Path(shutil.copytree(exported, tmp_path / "in"))
+    (pairs / "part-00004.parquet").unlink()
     other = write_model(tmp_path / "other", 1)
     with pytest.raises(RequestError, match="holds predictions of another model"):
-        score_again(other, output, pairs)
-    (pairs / "part-00004.parquet").unlink()
-
-    second = score_again(other, output, pairs, overwrite=True)
+        score_here(other, output, pairs, label_column="digit")
+    second = score_here(other, output, pairs, label_column="digit", overwrite=True)
     assert (second.line["resumed_rows"], second.line["scored_rows"]) == (0, ROWS - A_FILE)
-    pictures = [f"{name}.png" for name in ("confusion", "probabilities", "reliability")]
-    there = ["_lock", "files.parquet", "manifest.json", "predictions", *pictures, "report.html"]
-    assert sorted(path.name for path in second.output.iterdir()) == sorted(there)
-    left = [f"part-0000{index}.parquet" for index in range(4)]
-    assert sorted(path.name for path in (second.output / "predictions").iterdir()) == left
-    source = pq.read_table(pairs / "part-00002.parquet")
-    check_predictions(second.table("part-00002.parquet"), expected_of(other, source))
+    there = ["_lock", "confusion.png", "files.parquet", "manifest.json", "predictions"]
+    there += ["reliability.png", "report.html"]
+    assert sorted(path.name for path in second.output.iterdir()) == there
+    source = rows_of(pairs)
+    assert table_of(second)["row_id"].to_pylist() == source["row_id"].to_pylist()
+    check_predictions(table_of(second), expected_of(other, source))
 
 
 def test_the_footers_of_many_files_are_read_on_the_cluster(sample: pa.Table, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def input_files(*rows: int, row_bytes: int = 800, names: list[str] | None = None
     return pa.Table.from_pylist(files, FOOTER_SCHEMA)
 
 
-@pytest.mark.parametrize(("count", "max_rows_per_file"), [(0, 7), (5, 7), (5, 1), (1000, 1), (3504, 100)])
+@pytest.mark.parametrize(("count", "max_rows_per_file"), [(0, 7), (5, 7), (5, 1), (3504, 100)])
 def test_parts_cover_the_rows_in_order_within_the_limit(count: int, max_rows_per_file: int) -> None:
     parts, errors = split_into_parts(input_files(count), max_rows_per_file)
     assert not errors
@@ -103,24 +103,21 @@ def test_tasks_hold_every_part_once_and_in_order(sizes: list[int], workers: int)
         assert len(tasks) == min(16, 4 * workers)
 
 
-def test_many_small_parts_of_one_row_group_are_few_tasks() -> None:
-    parts, _ = split_into_parts(input_files(100_000), 10)
-    assert 8 < len(make_tasks(parts, CPU_TASK_ROWS, workers=16)) <= 17
+@pytest.mark.parametrize(
+    ("files", "max_rows_per_file", "task_rows", "workers", "least", "most"),
+    [
+        (input_files(100_000), 10, CPU_TASK_ROWS, 16, 9, 17),  # small parts of one row group
+        (input_files(10**7, group=8_192), 8_192, GPU_TASK_ROWS, 8, 36, 39),  # long tasks of a GPU
+        (input_files(*[10**8] * 30, group=65_536), 65_536, CPU_TASK_ROWS, 64, 10_000, 16_384),
+    ],
+    ids=["few", "long", "not too many"],
+)
+def test_number_of_tasks(files: pa.Table, max_rows_per_file: int, task_rows: int, workers: int, least: int, most: int) -> None:
+    parts, _ = split_into_parts(files, max_rows_per_file)
+    assert least <= len(make_tasks(parts, task_rows, workers)) <= most
 
 
-def test_a_task_of_a_gpu_is_large_whatever_an_output_file_holds() -> None:
-    parts, _ = split_into_parts(input_files(10_000_000, group=8_192), 8_192)
-    tasks = make_tasks(parts, GPU_TASK_ROWS, workers=8)
-    rows = [sum(parts["rows"][task["first"] : task["first"] + task["count"]].to_pylist()) for task in tasks]
-    assert min(rows[:-1]) >= GPU_TASK_ROWS
-
-
-def test_tasks_are_longer_and_not_more_where_there_are_very_many_parts() -> None:
-    parts, _ = split_into_parts(input_files(*[10**8] * 30, group=65_536), 65_536)
-    assert 10_000 < len(make_tasks(parts, CPU_TASK_ROWS, workers=64)) <= 16_384
-
-
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_million_output_files_fit_into_the_driver() -> None:
     """Nothing grows faster than the number of files; 1.3 million take 1.9 GB, and two minutes of CPU time."""
     command = [sys.executable, "-m", "tests.scoring.synthetic"]
@@ -132,6 +129,5 @@ def test_a_million_output_files_fit_into_the_driver() -> None:
     parts = 13 * (20_000 - 1_000)
     memory = (phases[1][-1]["MiB"] - phases[0][-1]["MiB"]) * 2**20 / parts
     seconds = (many["seconds"] - few["seconds"]) / parts
-    print(f"{memory / 1024:.1f} KiB and {1000 * seconds:.2f} ms an output file")
     assert memory < 2 * 1024
     assert seconds < 0.001

@@ -59,7 +59,7 @@ def test_a_scored_file_costs_seven_requests(bucket: str, requests: Counter[str])
     request = Request(config, output, card, {}, list_inputs(config.input, output), output, None)
     plan = make_plan(request, "fp32", writable(output), CONSOLE)
     write_all(plan)
-    assert OutputFiles.read(output, plan, CONSOLE).stamps["planned"].to_pylist() == [True] * FILES
+    assert OutputFiles.read(plan, CONSOLE).stamps["planned"].to_pylist() == [True] * FILES
     of_files = {path: count for path, count in requests.items() if path.endswith(".parquet")}
     assert len(of_files) == 2 * FILES
     assert sum(of_files.values()) <= 7 * FILES
