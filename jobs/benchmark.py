@@ -80,7 +80,6 @@ class ProjectStep:
         tune_malloc()
         matrices = distortions(0, 0, np.arange(BATCH), DISTORTION)
         self.matrices = torch.from_numpy(matrices).to(DEVICE)
-        self.places = network.pixel_places(DEVICE)
         self.dtype = torch.bfloat16 if faster_with_bf16(DEVICE) else torch.float32
         self.model = network.make_network().to(DEVICE)
         self.optimizer = MuonAdamW(self.model, 0.01, self.dtype)
@@ -91,7 +90,7 @@ class ProjectStep:
         self.optimizer.zero_grad()
         numbers = torch.randint(0, 10, digits.shape, device=DEVICE)
         matrices = self.matrices[: len(digits)]
-        images = network.distort(network.prepare_images(pixels), matrices, self.places)
+        images = network.distort(network.prepare_images(pixels), matrices)
         with torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype != torch.float32):
             scores = self.model(images, numbers)
         loss, _ = network.joint_loss(scores, digits, numbers)
@@ -198,9 +197,17 @@ def train_guide(folder: Path) -> Figures:
 
 
 def train_project(folder: Path) -> Figures:
-    config = {"epochs": EPOCHS, "batch_size": BATCH, "distortion": DISTORTION, "num_workers": 1}
-    where = {"data": str(folder / "rows"), "storage_path": str(folder), "name": "project"}
-    result = fit(TrainConfig(**config, **where, sum_head_steps=0))
+    config = TrainConfig(
+        data=str(folder / "rows"),
+        storage_path=str(folder),
+        name="project",
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        distortion=DISTORTION,
+        sum_head_steps=0,
+        num_workers=1,
+    )
+    result = fit(config)
     first = json.loads((folder / "project" / "history.jsonl").read_text().splitlines()[0])
     first_batch = first["started"] + first["first_batch_seconds"]
     return {"rows_per_second": result.images_per_second, "first": first_batch}

@@ -45,7 +45,7 @@ def test_an_invalid_request_raises_request_error_which_names_the_flag(model: Pat
 def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
     """First by an error of its own, like those of the storage, after which the run goes on; then by True, out of a thread."""
     run, lines, error = tmp_path / "a", [], OSError("the server of the caller")
-    settings = {"data": str(write_rows(500)), "epochs": 3, "storage_path": str(tmp_path), "name": "a"}
+    settings: dict[str, Any] = {"data": str(write_rows(500)), "epochs": 3, "storage_path": str(tmp_path), "name": "a"}
 
     def keep(line: dict[str, Any]) -> object:
         lines.append(line)
