@@ -92,6 +92,7 @@ def left(run: Location) -> tuple[list[Any], str]:
     return losses, hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)  # three starts and two recoveries
 def test_a_killed_training_gives_the_model_of_an_undisturbed_one(many_nodes: Cluster, tmp_path: Path) -> None:
     """On S3: a node is drained with notice and lost, the driver killed, and a worker with the sum head."""
