@@ -4,10 +4,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
-from threading import Thread
 
-from mnistsum_ray.cluster.connection import connect, started_early
+from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.config import JobConfig, OnEpoch, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.overrides import quiet_logger
@@ -49,39 +47,28 @@ def run_training(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainR
     """Train like `fit`. Errors name the flags of the shell."""
     from mnistsum_ray.training.preflight import preflight
 
-    with Console() as console, started_early():
+    with Console() as console:
         run = preflight(config, partial(Progress, console.progress))
-        torch_import = Thread(target=import_module, args=("torch",))  # takes seconds, and to start Ray is mostly to wait
-        torch_import.start()
-        try:
-            connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
-        finally:
-            torch_import.join()  # a process that ended in the middle of an import would crash
+        connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
 
-        from mnistsum_ray.cluster.gpus import begin_probe
-
-        probe = begin_probe(run.config.use_gpu)  # while this process imports Ray Train
         from mnistsum_ray.training import driver
 
         with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
-            return driver.fit(run, console, probe, on_epoch)
+            return driver.fit(run, console, on_epoch)
 
 
 def run_scoring(config: ScoreConfig) -> ScoreResult:
     """Score like `score`. Errors name the flags of the shell."""
     from mnistsum_ray.scoring.preflight import preflight
 
-    with Console() as console, started_early():
+    with Console() as console:
         run = preflight(config)
         connect({"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display})
 
-        from mnistsum_ray.cluster.gpus import begin_probe
-
-        probe = begin_probe(False if config.precision == "int8" else config.use_gpu)  # while this process imports Ray Data
         from mnistsum_ray.scoring import driver
 
         with quiet_logger("ray", "ray.data"):
-            return driver.score(run, console, probe)
+            return driver.score(run, console)
 
 
 @contextmanager

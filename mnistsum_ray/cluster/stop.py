@@ -5,11 +5,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Final
-
-from mnistsum_ray.overrides import replaced
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -124,22 +122,17 @@ def _restore_handlers(handlers: dict[signal.Signals, Any]) -> None:
 
 @contextmanager
 def preserve_signal_handlers() -> Iterator[None]:
-    """Defer stop signals while the block runs, and restore their handlers after it. Does nothing outside of the main thread.
+    """Defer stop signals while `ray.init` runs in the block, and restore their handlers after it: it sets two for SIGTERM.
 
-    `ray.init` sets two handlers for SIGTERM. That of C++ calls ours, and sets an alarm that aborts the process 3 s later. An
-    exception in the middle of `ray.init` leaves processes behind or ends in a segmentation fault.
+    An exception in the middle of `ray.init` may end in a segmentation fault.
     """
-
-    def keep(set_handler: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda number, handler: signal.getsignal(number) if number in STOP_SIGNALS else set_handler(number, handler)
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    with defer_signals() as caught, replaced(lambda: signal, "signal", keep) if main_thread else nullcontext():
+    with defer_signals() as caught:
         try:
             yield
-        finally:
-            if caught:
-                signal.alarm(0)
+        except SystemExit:  # of Ray's own handler of SIGTERM
+            signal.alarm(0)  # that of Ray's C++ has set one, which aborts the process 3 s later
+            caught.append(signal.SIGTERM)
+            raise
 
 
 def _handled_signals() -> list[signal.Signals]:

@@ -12,8 +12,6 @@ from typing import Any, Final, Self
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from mnistsum_ray.cluster.ray_internals import begin_at_zero
-
 COUNTERS: Final = {
     "jobs_started": "Jobs that have joined the cluster.",
     "jobs_ended": "Jobs that have ended, in any way but by SIGKILL.",
@@ -53,7 +51,7 @@ class JobMetrics:
             keys = (*tags, "phase") if name == "phase_seconds" else (*tags,)
             return metric(f"mnistsum_{name}", text, keys).set_default_tags(tags)
 
-        self._counters = {name: begin_at_zero(tagged(Counter, name, text)) for name, text in COUNTERS.items()}
+        self._counters = {name: tagged(Counter, name, text) for name, text in COUNTERS.items()}
         self._gauges = {name: tagged(Gauge, name, text) for name, text in GAUGES.items()}
         self._values: dict[str, float] = {"rows_per_second": 0.0}  # also before the first row
         self._since: dict[str, float] = {}

@@ -16,7 +16,6 @@ import ray.exceptions
 import ray.train
 
 from mnistsum_ray.cluster.connection import started_cluster
-from mnistsum_ray.cluster.gpus import Probe
 from mnistsum_ray.cluster.nodes import check_shared_storage, lost_nodes
 from mnistsum_ray.cluster.ray_internals import detached_data_actors
 from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve, wait_until_free
@@ -24,7 +23,17 @@ from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.config import OnEpoch
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, counted, one_line, root_cause, shell_command
+from mnistsum_ray.errors import (
+    RequestError,
+    RunError,
+    RunInterrupted,
+    StorageError,
+    TryAgainError,
+    counted,
+    one_line,
+    root_cause,
+    shell_command,
+)
 from mnistsum_ray.model.parts import check_network
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
@@ -64,18 +73,19 @@ _EVENT_SECONDS: Final = 1.0
 """Time in which a failure that a worker has reported arrives here."""
 
 
-def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch: OnEpoch | None = None) -> TrainResult:
-    """Train on the cluster that this process is connected to; `probe` is that of `reserve`, and what `on_epoch` raises is raised.
+def fit(run: TrainingRun, console: Console, on_epoch: OnEpoch | None = None) -> TrainResult:
+    """Train on the cluster that this process is connected to; what `on_epoch` raises is raised.
 
     Raises:
-        RequestError: as `check_network`; the cluster is too small, a row of the data cannot be used, or another run writes there.
+        RequestError: as `check_network`; the cluster is too small, or a row of the data cannot be used.
+        TryAgainError: the workers are not free in time, or another run writes there.
         RunError: the loss became infinite, workers failed more often than `--max-failures`, or the storage cannot be written.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     check_network(run.hyperparameters.dropout)
     try:
         with TrainingMetrics(run.folder.display) as metrics, folder_lock(run.folder, "--name", console.say) as held:
-            plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say, probe)
+            plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say)
             metrics.enter("reading")
             check_share(plan, run.hyperparameters.batch_size)
             if run.source.notice:
@@ -241,7 +251,6 @@ class _Driver:
                 use_gpu=self.plan.use_gpu,
                 resources_per_worker=self.plan.per_worker,
                 # A CPU worker uses all cores of its node, so one a node; GPUs exchange gradients fastest within a node.
-                label_selector=self.plan.label_selector,
                 placement_strategy="PACK" if self.plan.use_gpu else "SPREAD",
                 elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             ),
@@ -310,9 +319,9 @@ class _Driver:
         remove_placement_groups(but=self.groups)
         self.metrics.enter("waiting")
         try:
-            wait_until_free(self.plan, max(_MIN_WAIT_SECONDS, run.config.wait_seconds), say, lost)
-        except RequestError as problem:
-            raise RunError(f"{problem}; {run.how_to_resume()}") from None
+            wait_until_free(self.plan, max(_MIN_WAIT_SECONDS, run.config.wait_seconds), say)
+        except TryAgainError as problem:
+            raise TryAgainError(f"{problem}; {run.how_to_resume()}") from None
         self.metrics.count("restarts", 1)
 
     def _publish(self, result: TrainingResult) -> TrainResult:

@@ -1,15 +1,12 @@
 """Training as a person runs it: one command, what it prints, what it leaves."""
 
-import html
 import json
-import re
 import shutil
 import signal
 import threading
 from _thread import interrupt_main
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,7 +17,6 @@ from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, percent
-from mnistsum_ray.model import int8
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.model.serialization import load_model
@@ -82,55 +78,30 @@ def test_what_is_left(done: Done, runs: Path, data: Path) -> None:
     run = runs / "one"
     manifest = json.loads((run / "manifest.json").read_text())
     assert [entry["epoch"] for entry in history_of(run)] == [1, 2]
-    assert manifest["status"] == "finished"
+    assert (manifest["status"], manifest["precision"], manifest["workers"]) == ("finished", "fp32", "1 CPU worker")
     assert manifest["metrics"] == done.line
-    assert (manifest["config"]["epochs"], manifest["config"]["batch_size"]) == (2, 64)
-    assert len(manifest["data"]["sha256"]) == 64
     assert {"ray", "torch", "pyarrow"} <= set(manifest["versions"])
-    assert (manifest["precision"], manifest["workers"]) == ("fp32", "1 CPU worker")
     assert list((run / "tensorboard").glob("events.*"))
-    found, test = manifest["error_analysis"], done.line["test"]
-    assert np.trace(found["confusion"]) == round(test["rows"] * test["digit_accuracy"])
-    assert np.sum(found["sums_right"]) == round(test["pairs"] * test["sum_accuracy"])
     digits = pq.read_table(data, columns=["digit"])["digit"].to_pylist()
-    assert found["mistakes"]
-    for mistake in found["mistakes"]:
+    assert manifest["error_analysis"]["mistakes"]
+    for mistake in manifest["error_analysis"]["mistakes"]:
         assert digits[mistake["row_id"]] == mistake["digit"], "the row that a person looks up is that of the picture"
+    page = (run / "report.html").read_text()
     for name in PICTURES:
         assert (run / name).read_bytes().startswith(b"\x89PNG"), name
+    assert page.count('src="data:image/') >= len(PICTURES)
     for path in run.rglob("*"):
         assert not path.is_file() or path.read_bytes()[:2] not in (b"\x80\x04", b"\x80\x05", b"PK"), f"{path} is pickled"
 
 
 def test_fine_tuning_the_sum_head_is_in_the_card_and_leaves_the_digits_alone(done: Done, runs: Path) -> None:
-    card = json.loads((runs / "one" / "model" / "model.json").read_text())
-    last = history_of(runs / "one")[-1]
-    sum_head = card["sum_head"]
-    shares = [sum_head[when]["validation"]["consistency"] for when in ("before", "after")]
-    before, after = ({rows: scores[rows] for rows in ("validation", "test")} for scores in (last, card))
-    assert sum_head == {"steps": 100, "kept": True, "before": before, "after": after}
+    card, last = json.loads((runs / "one" / "model" / "model.json").read_text()), history_of(runs / "one")[-1]
+    shares = [card["sum_head"][when]["validation"]["consistency"] for when in ("before", "after")]
     assert shares[0] < shares[1] <= 1
     for rows in ("validation", "test"):
         assert card[rows]["digit_accuracy"] == last[rows]["digit_accuracy"]
-    assert done.line["test"] == {name: card["test"][name] for name in done.line["test"]}
-    assert "fine-tuning the sum head, 100 steps" in done.err
     said = "validation sums equal to digit + number: {} before, {} after\n".format(*map(percent, shares))
     assert said in done.err
-
-
-def test_the_report_is_one_page_that_needs_nothing_else(done: Done, runs: Path) -> None:
-    """In a browser: tests/reporting."""
-    page, test = html.unescape((runs / "one" / "report.html").read_text()), done.line["test"]
-    for shown in (
-        percent(test["digit_accuracy"]),
-        percent(test["sum_accuracy"]),
-        "800 training",
-        str(runs / "one"),
-        *PICTURES.values(),
-    ):
-        assert shown in page
-    assert len(re.findall('src="data:image/', page)) >= len(PICTURES)
-    assert not re.search(r'(src|href)="(?!data:|#)|url\(|@import', page), "it can be mailed"
 
 
 def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: Path) -> None:
@@ -138,10 +109,6 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
     model, card = load_model(locate(line["model"], "--model"))
     assert {name: card["test"][name] for name in line["test"]} == line["test"]
     source = open_source(str(data))
-    if int8.unavailable_reason() is None:
-        calibration_rows = len(source.train.sample(int8.CALIBRATION_ROWS))
-        assert (card["int8"]["calibration_rows"], card["int8"]["test_pairs"]) == (calibration_rows, 1000)
-        assert card["int8"]["digit_agreement"] >= 0.9  # of a network that has hardly learnt
     table = pq.read_table(data).take(source.test.ids())
     images = torch.tensor(pixels_view(table["image"].combine_chunks()))
     digits = torch.tensor(table["digit"].to_pylist())
@@ -169,7 +136,7 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     run = Path(shutil.copytree(done.line["run"], tmp_path / "one"))
     card_file = run / "model" / "model.json"
     # As if calibrated on a CPU that rounds otherwise.
-    change_description(card_file.parent, int8={"maxima": [1.0] * 6, "digit_agreement": 0.99, "sum_agreement": 0.99})
+    change_description(card_file.parent, temperatures_in_weights={"digit": 1.1, "sum": 1.2})
     card = json.loads(card_file.read_text())
     for lost in ("model/model.json", "model/README.md", "report.html"):  # killed before they were written
         (run / lost).unlink()
@@ -198,16 +165,6 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     assert {*PICTURES, "report.html", "model"} <= {file.path for file in client.list_artifacts(logged)}
     (version,) = client.search_model_versions("name = 'mnistsum'")
     assert version.run_id == logged
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")
-def test_a_compiled_network_trains_alike(done: Done, data: Path, runs: Path) -> None:
-    settings = {"recipe": "long", "epochs": 2, "sum_head_steps": 1, "precision": "fp32"}
-    with once((runs / "compiled" / "history.jsonl").exists, interrupt_main), pytest.raises(RunInterrupted):
-        train_here(data=data, storage_path=runs, name="compiled", compile=True, **settings)
-    losses = [history_of(runs / name)[0]["train_loss"] for name in ("compiled", "one")]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 @pytest.mark.slow
