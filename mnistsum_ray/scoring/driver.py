@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -38,6 +38,8 @@ from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, PART_ROWS, 
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
 from mnistsum_ray.scoring.publish import move_listed, publish, publish_staged, result_line, say_result
 from mnistsum_ray.storage.lock import folder_lock
+
+_LIKELY_WORKERS: Final = 8
 
 
 def score(request: Request, console: Console) -> ScoreResult:
@@ -177,7 +179,9 @@ class Score:
 
 def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_workers: int, counter: Any) -> ray.data.Dataset:
     """Ray Data pipeline: tasks over the parts in `todo` in, `worker.REPORT_SCHEMA` out, in any order."""
-    tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, resources.workers)
+    # A cluster may never grow to the workers that are allowed, and a task costs time.
+    likely_workers = min(resources.workers, max(_LIKELY_WORKERS, 2 * fitting_workers))
+    tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, likely_workers)
     # Workers need no footers and digests, which are large where the files are many.
     inputs = replace(plan.inputs, files=None, skipped={}, unusable={})
     shared = replace(plan, parts=todo.drop_columns(["digest"]), files=FOOTER_SCHEMA.empty_table(), inputs=inputs)
