@@ -14,8 +14,8 @@ STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REPEAT_SECONDS: Final = 5.0
 """Seconds until KeyboardInterrupt is raised a second time: one that is raised in a finalizer or a callback of C++ is lost."""
 
-_STOP_SECONDS: Final = 25.0
-"""Seconds after that until the process is ended."""
+_STOP_SECONDS: Final = 10.0
+"""Seconds after that until the process is ended: where Ray's server has had the signal too, its calls wait for a minute."""
 
 _DISCONNECT_SECONDS: Final = 20.0
 """Longest time for disconnecting and leaving the interpreter. A cluster of this process ends with it."""
@@ -24,7 +24,7 @@ _DISCONNECT_SECONDS: Final = 20.0
 class StopOnSignals:
     """Context in which a stop signal raises KeyboardInterrupt in the main thread; after `end` it exits the process at once.
 
-    A process that has not stopped 30 s after the signal is ended, and `say` writes why: C++ may hold the main thread for long.
+    A process that has not stopped 15 s after the signal is ended, and `say` writes why: C++ may hold the main thread for long.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -84,7 +84,7 @@ class StopOnSignals:
         os.kill(os.getpid(), arrived)
         if not self._ended.wait(_STOP_SECONDS):
             name = signal.Signals(arrived).name
-            self._say(f"stopped by {name}; ended, since it had not stopped after 30 s; what has been saved is kept")
+            self._say(f"stopped by {name}; ended after 15 s; what is saved is kept, and the same command goes on (train: --resume)")
             os._exit(128 + arrived)
 
 

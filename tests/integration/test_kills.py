@@ -169,7 +169,7 @@ def watched(output: Location) -> Iterator[None]:
 def test_a_killed_scoring_gives_the_files_of_an_undisturbed_one(
     many_nodes: Cluster, pairs: Path, model: Path, tmp_path: Path
 ) -> None:
-    """A worker is killed, a node lost without notice, the driver killed; then a signal comes, as from a terminal.
+    """A worker is killed, a node lost without notice, the driver killed; then it gets a signal.
 
     Only processes that die alone count towards the three after which a file is given up.
     """
@@ -200,7 +200,7 @@ def test_a_killed_scoring_gives_the_files_of_an_undisturbed_one(
         job = start(None)  # on a cluster of its own
         wait_for_files(job, output, 1)
         report_duration("scoring, the driver killed: the next file, from the same command,", began)
-        os.killpg(job.process.pid, signal.SIGTERM)
+        job.process.send_signal(signal.SIGTERM)
         stopped = job.wait()
         assert not job.left()
         assert (stopped.code, stopped.out) == (128 + signal.SIGTERM, "")
