@@ -1,6 +1,7 @@
-"""Join a Ray cluster or start one on this machine, as `ray.init` does, with its errors in one line; leave it again.
+"""Join a Ray cluster, or start one on this machine, as `ray.init` does; its errors in one line.
 
-Ray takes a second to import, and a request that is refused early needs none of it: so the functions import it.
+Ray takes a second to import, and a request that is refused early needs none of it: so the
+functions import it.
 """
 
 import logging
@@ -25,13 +26,14 @@ _started: str | None = None
 
 
 def connect(metadata: dict[str, str] | None = None) -> None:
-    """Join the cluster of RAY_ADDRESS, of this submitted job or of this machine; without one, start one. Idempotent.
+    """Join the cluster of RAY_ADDRESS, or of this machine; without one, start one. Idempotent.
 
     The dashboard of a joined cluster shows `metadata`, unless the job was submitted.
 
     Raises:
         TryAgainError: no cluster answers, or Ray does not start in time.
-        RequestError: RAY_ADDRESS is no address, or the cluster has another token or other versions; Ray cannot write its files.
+        RequestError: RAY_ADDRESS is no address, the cluster has another token or other versions, or
+            Ray cannot write its files here.
     """
     import ray
 

@@ -1,4 +1,4 @@
-"""Nodes of the cluster: how to run something on one, which are lost, and whether all see the local paths of a job."""
+"""Nodes of the cluster: run something on one, find lost ones, compare the paths that they see."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path

@@ -15,7 +15,7 @@ from mnistsum_ray.cluster.nodes import Resources, on_node, usable_nodes
 from mnistsum_ray.errors import RequestError, TryAgainError, counted, root_cause
 
 _GROUP_CPU_SHARE: Final = 0.75
-"""CPUs that a worker of a group reserves: the rest is for the tasks that feed it, which reserve none."""
+"""CPUs that a worker of a group reserves: the rest is for the tasks that feed it."""
 
 _ASSUMED_LIMIT: Final = {"GPU": 16, "CPU": 128}
 """Resources that a cluster is assumed to grow to: what its autoscaler may add is not known."""
@@ -85,9 +85,9 @@ class WorkerRequest:
     wait_seconds: float
     """Longest wait for resources."""
     group: bool = False
-    """Workers that train together: the minimum of them starts at once, each with a GPU of its own, or one a node on CPUs.
-    Otherwise a pool of workers that need no others: one is enough to start, several share a GPU, on CPUs there is one a core,
-    and nodes that join later get workers too."""
+    """Workers that train together: the minimum of them starts at once, each with a GPU of its own,
+    or one a node on CPUs. Otherwise a pool of workers that need no others: one is enough to start,
+    several share a GPU, on CPUs there is one a core, and nodes that join later get workers too."""
     useful_gpus: int = 1
     """Number of GPUs above which a group is not faster."""
 
@@ -125,7 +125,8 @@ def reserve(request: WorkerRequest, say: Callable[[str], None]) -> WorkerPlan:
     """Plan the workers of a job by what it asks for and by what the cluster has, and wait until enough of them fit.
 
     Raises:
-        RequestError: a cluster that this process has started is too small, or PyTorch finds no CUDA for `--use-gpu true`.
+        RequestError: a cluster that this process has started is too small, or PyTorch finds no CUDA
+            for `--use-gpu true`.
         TryAgainError: the cluster does not give the workers within `wait_seconds`.
     """
     cluster = inspect_cluster()
@@ -192,7 +193,7 @@ def explain_worker_silence() -> str:
 
 
 def wait_until_free(plan: WorkerPlan, seconds: float, say: Callable[[str], None]) -> None:
-    """Wait until the workers fit on what is free. Ray Train and Ray Data would wait without a limit and without a message.
+    """Wait until the workers fit on what is free. Ray itself would wait without limit or message.
 
     A placement group asks for them, which is also what makes an autoscaler add nodes.
 
@@ -225,8 +226,11 @@ def wait_until_free(plan: WorkerPlan, seconds: float, say: Callable[[str], None]
 
 
 def _ask_for_cuda(request: WorkerRequest, say: Callable[[str], None]) -> Gpu | None:
-    """The GPU of a node that counts some, if PyTorch can use it. Ray counts one on every Mac with Apple silicon, and NVIDIA's by
-    their driver, whichever build of PyTorch is installed."""
+    """The GPU of a node that counts some, if PyTorch can use it; else None, with a console line.
+
+    Ray counts one on every Mac with Apple silicon, and NVIDIA's by their driver, whichever build
+    of PyTorch is installed.
+    """
 
     def ask() -> Gpu | None:
         import torch

@@ -15,7 +15,8 @@ _REPEAT_SECONDS: Final = 5.0
 """Seconds until KeyboardInterrupt is raised a second time: one that is raised in a finalizer or a callback of C++ is lost."""
 
 _STOP_SECONDS: Final = 10.0
-"""Seconds after that until the process is ended: where Ray's server has had the signal too, its calls wait for a minute."""
+"""Seconds after that until the process is ended. Where Ray's server has had the signal too, as
+from `timeout` or a closed terminal, its calls would wait for a minute."""
 
 _DISCONNECT_SECONDS: Final = 20.0
 """Longest time for disconnecting and leaving the interpreter. A cluster of this process ends with it."""
@@ -24,7 +25,8 @@ _DISCONNECT_SECONDS: Final = 20.0
 class StopOnSignals:
     """Context in which a stop signal raises KeyboardInterrupt in the main thread; after `end` it exits the process at once.
 
-    A process that has not stopped 15 s after the signal is ended, and `say` writes why: C++ may hold the main thread for long.
+    A process that has not stopped 15 s after the signal is ended, and `say` writes why: C++ may
+    hold the main thread for long.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -84,7 +86,8 @@ class StopOnSignals:
         os.kill(os.getpid(), arrived)
         if not self._ended.wait(_STOP_SECONDS):
             name = signal.Signals(arrived).name
-            self._say(f"stopped by {name}; ended after 15 s; what is saved is kept, and the same command goes on (train: --resume)")
+            how = "the same command goes on (train: with --resume)"
+            self._say(f"stopped by {name}; ended after 15 s; what has been saved is kept, and {how}")
             os._exit(128 + arrived)
 
 
@@ -122,9 +125,9 @@ def _restore_handlers(handlers: dict[signal.Signals, Any]) -> None:
 
 @contextmanager
 def preserve_signal_handlers() -> Iterator[None]:
-    """Defer stop signals while `ray.init` runs in the block, and restore their handlers after it: it sets two for SIGTERM.
+    """Defer stop signals while `ray.init` runs in the block, and restore their handlers after it.
 
-    An exception in the middle of `ray.init` may end in a segmentation fault.
+    It sets two for SIGTERM, and an exception in its middle may end in a segmentation fault.
     """
     with defer_signals() as caught:
         try:
