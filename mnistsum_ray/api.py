@@ -1,10 +1,8 @@
 """Python API of the jobs: train and score on a cluster."""
 
 from functools import partial
-from importlib import import_module
-from threading import Thread
 
-from mnistsum_ray.cluster.connection import connect, started_early
+from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.config import OnEpoch, ScoreConfig, TrainConfig
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console, Progress
@@ -28,22 +26,14 @@ def fit(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainResult:
     """
     from mnistsum_ray.training.preflight import preflight
 
-    with Console() as console, started_early():
+    with Console() as console:
         run = preflight(config, partial(Progress, console.progress))
-        torch_import = Thread(target=import_module, args=("torch",))  # takes seconds, and to start Ray is mostly to wait
-        torch_import.start()
-        try:
-            connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
-        finally:
-            torch_import.join()  # a process that ended in the middle of an import would crash
+        connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
 
-        from mnistsum_ray.cluster.gpus import begin_probe
-
-        probe = begin_probe(run.config.use_gpu)  # while this process imports Ray Train
         from mnistsum_ray.training import driver
 
         with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
-            return driver.fit(run, console, probe, on_epoch)
+            return driver.fit(run, console, on_epoch)
 
 
 def score(config: ScoreConfig) -> ScoreResult:
@@ -53,14 +43,11 @@ def score(config: ScoreConfig) -> ScoreResult:
     """
     from mnistsum_ray.scoring.preflight import preflight
 
-    with Console() as console, started_early():
+    with Console() as console:
         run = preflight(config)
         connect({"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display})
 
-        from mnistsum_ray.cluster.gpus import begin_probe
-
-        probe = begin_probe(config.use_gpu)  # while this process imports Ray Data
         from mnistsum_ray.scoring import driver
 
         with quiet_logger("ray", "ray.data"):
-            return driver.score(run, console, probe)
+            return driver.score(run, console)

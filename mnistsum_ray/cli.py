@@ -212,7 +212,7 @@ def run(job: Callable[[list[str]], Result], argv: list[str]) -> int:
             if "mnistsum_ray.cluster.connection" in sys.modules:  # without that module there is no connection
                 from mnistsum_ray.cluster.connection import disconnect
 
-                disconnect(keep_logs=code != DONE)
+                disconnect()
     finally:
         sys.stdout = stdout  # only now: until they are disconnected, Ray's threads may print after the result
         _write("", sys.stderr)  # lines that could not be written: Python would try again at its end, and exit with 120

@@ -1,10 +1,9 @@
-"""Override log levels, environment variables and functions of other packages while a block runs."""
+"""Override log levels and environment variables of other packages while a block runs."""
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 @contextmanager
@@ -30,18 +29,3 @@ def default_environment(defaults: dict[str, str]) -> Iterator[None]:
     finally:
         for name in missing:
             os.environ.pop(name, None)
-
-
-@contextmanager
-def replaced(find_owner: Callable[[], Any], name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace a function by what `make` makes of it; do nothing where there is none of this name."""
-    owner = original = None
-    with suppress(AttributeError):
-        owner = find_owner()
-        original = getattr(owner, name)
-        setattr(owner, name, make(original))
-    try:
-        yield
-    finally:
-        if original is not None:
-            setattr(owner, name, original)

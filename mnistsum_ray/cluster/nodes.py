@@ -1,9 +1,6 @@
-"""Nodes of the cluster: how to run something on one, what may add some, and whether all see the local paths of a job."""
+"""Nodes of the cluster: run something on one, find lost ones, compare the paths that they see."""
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +8,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnistsum_ray.cluster.connection import can_connect, started_cluster
+from mnistsum_ray.cluster.connection import can_connect
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
@@ -19,15 +16,6 @@ from mnistsum_ray.storage.lock import LOCK_NAME
 
 Resources = dict[str, float]
 """From kind (CPU, GPU, …) to amount."""
-
-HEAD: Final = "node:__internal_head__"
-"""A resource that the head node alone has."""
-
-_HEAD_SECONDS: Final = 30.0
-"""Longest wait for the answer of a task on the head."""
-
-_NODE_GROUP_LABEL: Final = "ray.io/node-group"
-"""Node label that autoscalers (`ray up`, KubeRay) set."""
 
 _LOOK_SECONDS: Final = 60.0
 """Longest wait for a node that looks at local paths."""
@@ -65,63 +53,6 @@ def lost_nodes(drained: Collection[str] = ()) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class Autoscaler:
-    """What may add nodes to the cluster."""
-
-    version: str
-    """`v1` or `v2`; empty where it is not known."""
-    node_types: tuple[tuple[Resources, int], ...] = ()
-    """Resources of a node of each type, and how many of these it may add; empty where it is not known."""
-
-
-def autoscaler() -> Autoscaler | None:
-    """The autoscaler of the connected cluster; None where no nodes can be added.
-
-    No version of it tells a client what it may add. But its process on the head names its configuration, or none: then it only
-    shows the nodes that are there. KubeRay's runs beside the head, in a container of its own, and the nodes have a label.
-    """
-    return None if started_cluster() else _autoscaler(ray.get_runtime_context().gcs_address)
-
-
-@cache
-def _autoscaler(address: str) -> Autoscaler | None:
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    port = address.rpartition(":")[2]
-    for head in (node["NodeID"] for node in alive if HEAD in node["Resources"]):
-        found = None
-        if head == ray.get_runtime_context().get_node_id():
-            found = _read_autoscaler(port)
-        else:
-            with suppress(ray.exceptions.RayError):
-                found = ray.get(ray.remote(_read_autoscaler).options(**on_node(head)).remote(port), timeout=_HEAD_SECONDS)
-        if found:
-            return found[0]
-    return Autoscaler("") if any(_NODE_GROUP_LABEL in node["Labels"] for node in alive) else None
-
-
-def _read_autoscaler(port: str) -> tuple[Autoscaler | None] | None:
-    """What the autoscaler may add that runs on this node for the cluster at a port; None if none runs here."""
-    import yaml  # one of Ray's own dependencies
-
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError, AttributeError, KeyError, TypeError, yaml.YAMLError):
-            words = process.read_text(errors="replace").split("\0")
-            program = next((word for word in words if word.endswith("/monitor.py") and "/autoscaler/" in word), None)
-            options = {name: value for name, _, value in (word.partition("=") for word in words)}
-            if program is None or not options["--gcs-address"].endswith(f":{port}"):
-                continue
-            if "--autoscaling-config" not in options:
-                return (None,)
-            config = yaml.safe_load(Path(options["--autoscaling-config"]).expanduser().read_text())
-            kinds, most = dict(config["available_node_types"]), config["max_workers"]
-            del kinds[config["head_node_type"]]
-            types = tuple((kind["resources"], min(most, kind.get("max_workers", most))) for kind in kinds.values())
-            known = all(resources for resources, _ in types)
-            return (Autoscaler("v2" if "/v2/" in program else "v1", types if known else ()),)
-    return None
-
-
 def check_shared_storage(written: Mapping[str, OutputFolder], read: Mapping[str, Location], say: Callable[[str], None]) -> None:
     """Compare what the other nodes see at local paths with what this node sees: they might write where nobody looks.
 
@@ -134,8 +65,6 @@ def check_shared_storage(written: Mapping[str, OutputFolder], read: Mapping[str,
     folders = {flag: held.place.path for flag, held in written.items() if held.place.is_local}
     if not paths | folders:
         return
-    if autoscaler() is not None:
-        say(f"nodes that join later must see {' and '.join((paths | folders).values())} too; they are not checked")
     files = paths | {flag: f"{path}/{LOCK_NAME}" for flag, path in folders.items()}
     here = ray.get_runtime_context().get_node_id()
     # Neither retried nor placed elsewhere: if the node goes, the answer of another one says nothing about it.

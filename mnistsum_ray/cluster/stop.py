@@ -5,19 +5,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Final
-
-from mnistsum_ray.overrides import replaced
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _REPEAT_SECONDS: Final = 5.0
 """Seconds until KeyboardInterrupt is raised a second time: one that is raised in a finalizer or a callback of C++ is lost."""
 
-_STOP_SECONDS: Final = 25.0
-"""Seconds after that until the process is ended."""
+_STOP_SECONDS: Final = 10.0
+"""Seconds after that until the process is ended. Where Ray's server has had the signal too, as
+from `timeout` or a closed terminal, its calls would wait for a minute."""
 
 _DISCONNECT_SECONDS: Final = 20.0
 """Longest time for disconnecting and leaving the interpreter. A cluster of this process ends with it."""
@@ -26,7 +25,8 @@ _DISCONNECT_SECONDS: Final = 20.0
 class StopOnSignals:
     """Context in which a stop signal raises KeyboardInterrupt in the main thread; after `end` it exits the process at once.
 
-    A process that has not stopped 30 s after the signal is ended, and `say` writes why: C++ may hold the main thread for long.
+    A process that has not stopped 15 s after the signal is ended, and `say` writes why: C++ may
+    hold the main thread for long.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -86,7 +86,8 @@ class StopOnSignals:
         os.kill(os.getpid(), arrived)
         if not self._ended.wait(_STOP_SECONDS):
             name = signal.Signals(arrived).name
-            self._say(f"stopped by {name}; ended, since it had not stopped after 30 s; what has been saved is kept")
+            how = "the same command goes on (train: with --resume)"
+            self._say(f"stopped by {name}; ended after 15 s; what has been saved is kept, and {how}")
             os._exit(128 + arrived)
 
 
@@ -124,22 +125,17 @@ def _restore_handlers(handlers: dict[signal.Signals, Any]) -> None:
 
 @contextmanager
 def preserve_signal_handlers() -> Iterator[None]:
-    """Defer stop signals while the block runs, and restore their handlers after it. Does nothing outside of the main thread.
+    """Defer stop signals while `ray.init` runs in the block, and restore their handlers after it.
 
-    `ray.init` sets two handlers for SIGTERM. That of C++ calls ours, and sets an alarm that aborts the process 3 s later. An
-    exception in the middle of `ray.init` leaves processes behind or ends in a segmentation fault.
+    It sets two for SIGTERM, and an exception in its middle may end in a segmentation fault.
     """
-
-    def keep(set_handler: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda number, handler: signal.getsignal(number) if number in STOP_SIGNALS else set_handler(number, handler)
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    with defer_signals() as caught, replaced(lambda: signal, "signal", keep) if main_thread else nullcontext():
+    with defer_signals() as caught:
         try:
             yield
-        finally:
-            if caught:
-                signal.alarm(0)
+        except SystemExit:  # of Ray's own handler of SIGTERM
+            signal.alarm(0)  # that of Ray's C++ has set one, which aborts the process 3 s later
+            caught.append(signal.SIGTERM)
+            raise
 
 
 def _handled_signals() -> list[signal.Signals]:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,7 +12,6 @@ import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy
 
-from mnistsum_ray.cluster.gpus import Probe
 from mnistsum_ray.cluster.nodes import check_shared_storage
 from mnistsum_ray.cluster.resources import WorkerPlan, WorkerRequest, explain_worker_silence, inspect_cluster, reserve
 from mnistsum_ray.cluster.tasks import crash_counter, ray_data_options
@@ -43,9 +42,11 @@ from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_pl
 from mnistsum_ray.scoring.publish import check_strict, publish, result_line, say_result
 from mnistsum_ray.storage.lock import folder_lock
 
+_LIKELY_WORKERS: Final = 8
 
-def score(request: Request, console: Console, probe: Probe | None = None) -> ScoreResult:
-    """Score on the cluster that this process is connected to; `probe` is that of `reserve`.
+
+def score(request: Request, console: Console) -> ScoreResult:
+    """Score on the cluster that this process is connected to.
 
     Raises:
         RequestError: the output folder holds files that this run must not touch.
@@ -55,7 +56,7 @@ def score(request: Request, console: Console, probe: Probe | None = None) -> Sco
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        return _score(request, console, probe)
+        return _score(request, console)
     except KeyboardInterrupt:
         raise RunInterrupted("committed files are kept, and the same command resumes") from None
     except (OSError, ray.exceptions.RayError) as error:  # Errors of a single input file never get here: the worker reports them.
@@ -63,13 +64,13 @@ def score(request: Request, console: Console, probe: Probe | None = None) -> Sco
         raise RunError(f"{root_cause(error)}; committed files are kept, and the same command resumes") from error
 
 
-def _score(request: Request, console: Console, probe: Probe | None) -> ScoreResult:
+def _score(request: Request, console: Console) -> ScoreResult:
     started = time.monotonic()
     with folder_lock(request.output, "--output", console.say) as held:
         check_folders(held.place)
         if not request.config.overwrite:
             request = follow_output(request, console)
-        resources, precision = _allocate_resources(request.config, probe, console.say)
+        resources, precision = _allocate_resources(request.config, console.say)
         first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
         check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
         plan = make_plan(request, precision, held, console)
@@ -98,9 +99,9 @@ def worker_request(config: ScoreConfig) -> WorkerRequest:
     return WorkerRequest(workers, config.use_gpu, config.wait_seconds)
 
 
-def _allocate_resources(config: ScoreConfig, probe: Probe | None, say: Callable[[str], None]) -> tuple[WorkerPlan, str]:
+def _allocate_resources(config: ScoreConfig, say: Callable[[str], None]) -> tuple[WorkerPlan, str]:
     """Reserve workers; return them, and the configured precision or else the faster one of `bf16` and `fp32`."""
-    plan = reserve(worker_request(config), say, probe)
+    plan = reserve(worker_request(config), say)
     # Without GPUs, the CPU of this machine stands in for the CPUs of the nodes that score.
     bf16 = plan.gpu.bf16 if plan.gpu else cpu_faster_with_bf16()
     return plan, config.precision or ("bf16" if bf16 else "fp32")
@@ -175,7 +176,9 @@ class Score:
 
 def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_workers: int, counter: Any) -> ray.data.Dataset:
     """Ray Data pipeline: tasks over the parts in `todo` in, `worker.REPORT_SCHEMA` out, in any order."""
-    tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, resources.workers)
+    # A cluster may never grow to the workers that are allowed, and a task costs time.
+    likely_workers = min(resources.workers, max(_LIKELY_WORKERS, 2 * fitting_workers))
+    tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, likely_workers)
     # Workers need no footers and digests, which are large where the files are many.
     inputs = replace(plan.inputs, files=None, skipped={}, unusable={})
     shared = replace(plan, parts=todo.drop_columns(["digest"]), files=FOOTER_SCHEMA.empty_table(), inputs=inputs)
@@ -196,7 +199,6 @@ def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, fitting_wo
             batch_format="pyarrow",
             num_cpus=resources.per_worker["CPU"],
             num_gpus=resources.per_worker.get("GPU", 0),
-            label_selector=resources.label_selector,
         )
     dataset.set_name("score-files")
     return dataset

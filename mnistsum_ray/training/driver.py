@@ -14,7 +14,6 @@ import ray.exceptions
 import ray.train
 
 from mnistsum_ray.cluster.connection import started_cluster
-from mnistsum_ray.cluster.gpus import Probe
 from mnistsum_ray.cluster.nodes import check_shared_storage, lost_nodes
 from mnistsum_ray.cluster.ray_internals import detached_data_actors
 from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve, wait_until_free
@@ -22,7 +21,17 @@ from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.config import OnEpoch
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, StorageError, counted, one_line, root_cause, shell_command
+from mnistsum_ray.errors import (
+    RequestError,
+    RunError,
+    RunInterrupted,
+    StorageError,
+    TryAgainError,
+    counted,
+    one_line,
+    root_cause,
+    shell_command,
+)
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import JobMetrics
@@ -62,17 +71,18 @@ _EVENT_SECONDS: Final = 1.0
 """Time in which a failure that a worker has reported arrives here."""
 
 
-def fit(run: TrainingRun, console: Console, probe: Probe | None = None, on_epoch: OnEpoch | None = None) -> TrainResult:
-    """Train on the cluster that this process is connected to; `probe` is that of `reserve`, and what `on_epoch` raises is raised.
+def fit(run: TrainingRun, console: Console, on_epoch: OnEpoch | None = None) -> TrainResult:
+    """Train on the cluster that this process is connected to; what `on_epoch` raises is raised.
 
     Raises:
-        RequestError: the cluster is too small, a row of the data cannot be used, or another run writes there.
+        RequestError: the cluster is too small, or a row of the data cannot be used.
+        TryAgainError: the workers are not free in time, or another run writes there.
         RunError: the loss became infinite, workers failed more often than `--max-failures`, or the storage cannot be written.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
         with folder_lock(run.folder, "--name", console.say) as held:
-            plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say, probe)
+            plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say)
             check_share(plan, run.hyperparameters.batch_size)
             if run.source.notice:
                 console.say(run.source.notice)
@@ -240,7 +250,6 @@ class _Driver:
                 use_gpu=self.plan.use_gpu,
                 resources_per_worker=self.plan.per_worker,
                 # A CPU worker uses all cores of its node, so one a node; GPUs exchange gradients fastest within a node.
-                label_selector=self.plan.label_selector,
                 placement_strategy="PACK" if self.plan.use_gpu else "SPREAD",
                 elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             ),
@@ -307,9 +316,9 @@ class _Driver:
         delete_other_checkpoints(self.held, newest)
         remove_placement_groups(but=self.groups)
         try:
-            wait_until_free(self.plan, max(_MIN_WAIT_SECONDS, run.config.wait_seconds), say, lost)
-        except RequestError as problem:
-            raise RunError(f"{problem}; {run.how_to_resume()}") from None
+            wait_until_free(self.plan, max(_MIN_WAIT_SECONDS, run.config.wait_seconds), say)
+        except TryAgainError as problem:
+            raise TryAgainError(f"{problem}; {run.how_to_resume()}") from None
 
     def _publish(self, result: TrainingResult) -> TrainResult:
         """Publish the model, write the report, complete the manifest."""

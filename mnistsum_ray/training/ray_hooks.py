@@ -14,22 +14,19 @@ _ABORT_SECONDS: Final = 3.0
 class InterruptibleTrainer(ray.train.torch.TorchTrainer):
     """TorchTrainer that leaves SIGINT to this process, and its workers in peace.
 
-    Ray Train 2.60 has no options against three of its habits; tests/cluster/test_ray_internals.py fails when a name changes.
+    Ray Train 2.60 has no options against two of its habits; tests/cluster/test_ray_internals.py fails when a name changes.
 
     - `_register_sigint_handler` would install a handler for SIGINT for good, which ends the process with exit code 0.
     - `PlacementGroupCleanerCallback` asks each second whether the controller is alive, and it asks any Ray cluster that runs on
       this machine. Another one does not know the controller; then the workers are killed. Without it nothing is left behind:
       a placement group ends with the job that has created it.
-    - `DatasetsCallback` starts a process for the datasets of the trainer, which here are none: a second of a CPU while the
-      workers start.
     """
 
     controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        left_out = ("PlacementGroupCleanerCallback", "DatasetsCallback")
-        return [callback for callback in callbacks if type(callback).__name__ not in left_out]
+        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller

@@ -10,7 +10,7 @@ from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.training.checkpoint import STATE_CARD
 from tests.integration.conftest import Job, lose_node, no_job_is_left, nodes  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 LOSSES = 2
 """One more than the failures in a row that the run survives."""

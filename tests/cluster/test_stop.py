@@ -1,6 +1,7 @@
 """Signals are deferred, whichever thread takes them, and their handlers are back afterwards."""
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -57,3 +58,17 @@ def test_in_another_thread_nothing_is_deferred() -> None:
     thread.start()
     thread.join()
     assert set(found) == {_interrupt}
+
+
+def start_ray(thread: int) -> None:
+    with preserve_signal_handlers():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as `ray.init` does
+        signal.pthread_kill(thread, signal.SIGTERM)
+        time.sleep(1)
+
+
+def test_a_signal_that_ray_answers_in_the_middle_of_its_start_is_delivered_after_it(other_thread: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        start_ray(other_thread)
+    assert _arrived == [signal.SIGTERM]
+    assert {signal.getsignal(number) for number in STOP_SIGNALS} == {_interrupt}

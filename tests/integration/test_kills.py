@@ -137,7 +137,7 @@ def scored(output: Path) -> dict[str, bytes]:
 def test_a_killed_scoring_gives_the_files_of_an_undisturbed_one(
     many_nodes: Cluster, pairs: Path, model: Path, tmp_path: Path
 ) -> None:
-    """A worker is killed, a node lost without notice, the driver killed; then a signal comes, as from a terminal.
+    """A worker is killed, a node lost without notice, the driver killed; then it gets a signal.
 
     Only processes that die alone count towards the three after which a file is given up.
     """
@@ -161,7 +161,7 @@ def test_a_killed_scoring_gives_the_files_of_an_undisturbed_one(
 
     job = start(None)  # on a cluster of its own
     wait_for_files(job, output, 1)
-    os.killpg(job.process.pid, signal.SIGTERM)
+    job.process.send_signal(signal.SIGTERM)
     stopped = job.wait()
     assert not job.left()
     assert (stopped.code, stopped.out) == (128 + signal.SIGTERM, "")

@@ -45,11 +45,11 @@ def test_busy_cpus_are_waited_for_until_the_time_limit(tmp_path: Path, capsys: p
     holder = ray.remote(num_cpus=2)(Holder).remote()
     ray.get(holder.__ray_ready__.remote())
     try:
-        with pytest.raises(TryAgainError, match=r"^needs 1 CPU, but after \d s only 0 CPUs are free"):
+        with pytest.raises(TryAgainError, match=r"^needs 0.75 CPUs, but after 3 s only 0 CPUs and 0 GPUs are free"):
             fit(TrainConfig(data="sample", storage_path=str(tmp_path), wait_seconds=3))
     finally:
         ray.kill(holder)
-    assert capsys.readouterr().err.startswith("waiting for 1 CPU; free now: 0 CPUs")
+    assert capsys.readouterr().err.startswith("waiting for 0.75 CPUs; free now: 0 CPUs")
     assert not list(tmp_path.iterdir())
 
 
