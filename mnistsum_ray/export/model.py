@@ -14,10 +14,10 @@ from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RunError
+from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, predict_pairs
 from mnistsum_ray.model.network import Network, prepare_images
-from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.storage.folder import empty_output
 from mnistsum_ray.storage.paths import locate_existing, refused

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from mnistsum_ray.model.folder import copy_weights
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import Predictions, Predictor
-from mnistsum_ray.model.serialization import copy_weights
 from tests.model import new_model, random_rows
 
 

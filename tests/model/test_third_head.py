@@ -19,10 +19,10 @@ from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.export.model import export_model
 from mnistsum_ray.model import network
+from mnistsum_ray.model.folder import INTERFACE, copy_weights, describe_model, save_model
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
 from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, calibrated, fit_temperatures, score_rows
 from mnistsum_ray.model.network import Network, Scores, divide_scores
-from mnistsum_ray.model.serialization import INTERFACE, copy_weights, describe_model, save_model
 from mnistsum_ray.model.sum_head import finetune_sum_head
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import TrainerState, read_checkpoint, restore, save_checkpoint

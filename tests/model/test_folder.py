@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.serialization import Weights, checksum, copy_weights, describe_model, load_model, save_model
+from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import writable
