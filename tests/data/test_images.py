@@ -93,7 +93,7 @@ def test_a_picture_is_turned_as_its_exif_says() -> None:
 
 LINES = [[0] * 28] * 27
 LIST, NESTED = [0] * 784, [*LINES, [0] * 28]
-UNLIKE = "the image has nulls, lines of unequal length, or values outside 0..255"
+UNLIKE = "the image is not 784 or 28 x 28 integers in 0..255"
 NEITHER = "neither 784 pixels nor a readable PNG"
 
 BAD = [
@@ -103,13 +103,13 @@ BAD = [
     (bytes(784), encoded(IMAGES[0], "BMP"), NEITHER),
     (bytes(784), encoded(np.zeros((10, 12), np.uint8)), "12 x 10 pixels, not 28 x 28"),
     (bytes(784), encoded(IMAGES[0], mode="RGB"), "mode RGB, not L"),
-    (bytes(784), encoded(np.zeros((20_000, 20_000), np.uint8)), "claims to unpack to far more"),
-    (LIST, [1, 2, 3], "3 values"),
-    (LIST, [256, *LIST[1:]], "0..256, outside 0..255"),
-    (LIST, [-1, *LIST[1:]], "-1..0, outside 0..255"),
+    (bytes(784), encoded(np.zeros((20_000, 20_000), np.uint8)), "(DecompressionBombError)"),
+    (LIST, [1, 2, 3], UNLIKE),
+    (LIST, [256, *LIST[1:]], UNLIKE),
+    (LIST, [-1, *LIST[1:]], UNLIKE),
     (LIST, [None, *LIST[1:]], UNLIKE),
     (LIST, None, "the image is null"),
-    (NESTED, LINES, "27 x 28 values"),
+    (NESTED, LINES, UNLIKE),
     (NESTED, [*LINES, [0] * 29], UNLIKE),
     (NESTED, [*LINES, None], UNLIKE),
     ({"bytes": bytes(784), "path": None}, {"bytes": None, "path": "1.png"}, "put the picture itself"),
@@ -132,7 +132,8 @@ def test_a_column_that_cannot_hold_images_or_numbers_is_named() -> None:
         pa.list_(pa.list_(pa.list_(pa.uint8()))),
         pa.struct([("path", pa.string())]),
         pa.struct([("bytes", pa.int32())]),
-        pa.struct([("data", pa.list_(pa.uint8())), ("shape", pa.int32())]),
+        pa.fixed_shape_tensor(pa.uint8(), [56, 14]),
+        ArrowTensorArray.from_numpy(IMAGES.reshape(3, 56, 14)).type,
         pa.fixed_shape_tensor(pa.uint8(), [28, 28], permutation=[1, 0]),
     ]
     for kind in kinds:
@@ -185,6 +186,5 @@ def test_sums_of_reasons_stay_small() -> None:
     for part in range(50):
         rows = {("a", row): f"the digit is {100 * part + row}" for row in range(60)}
         counts.add_reasons(ReasonCounts.of(rows))
-    assert (len(counts.reasons), counts.total, list(counts.reasons)[-1]) == (21, 3000, "other reasons")
-    assert len(counts.examples) <= 20
-    assert "other reasons" not in counts.describe()
+    assert (len(counts.reasons), counts.total, counts.reasons["other reasons"]) == (21, 3000, 2980)
+    assert sum(map(len, counts.examples.values())) == 25
