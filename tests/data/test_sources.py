@@ -98,23 +98,20 @@ def to_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+def other(values: Pixels) -> Callable[[Path], None]:
+    return lambda path: write_idx(path.parent, path.name, values)
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
-    ("train-images-idx3-ubyte", lambda path: path.write_bytes(path.read_bytes()[:-1]), ": holds"),
+    (IMAGES, lambda path: path.write_bytes(path.read_bytes()[:-1]), "n x 28 x 28, or is damaged"),
     ("t10k-images-idx3-ubyte.gz", lambda path: path.write_bytes(path.read_bytes()[:-20]), ": cannot be read"),
-    ("train-images-idx3-ubyte", lambda path: write_idx(path.parent, path.name, np.zeros((9, 32, 32), np.uint8)), "n x 28 x 28"),
-    ("t10k-labels-idx1-ubyte", Path.unlink, " is missing"),
-    ("t10k-labels-idx1-ubyte", lambda path: path.write_bytes(b"hello there"), "is not an IDX file"),
-    (
-        "t10k-labels-idx1-ubyte",
-        lambda path: write_idx(path.parent, path.name, np.full(100, 12, np.uint8)),
-        "the digit is 12, not",
-    ),
-    (
-        "t10k-labels-idx1-ubyte",
-        lambda path: write_idx(path.parent, path.name, np.zeros(99, np.uint8)),
-        "has 100 images, but its label file has 99",
-    ),
-    ("t10k-labels-idx1-ubyte", to_pipe, "is not a regular file"),
+    (IMAGES, other(np.zeros((9, 32, 32), np.uint8)), "is not an IDX file"),
+    (LABELS, Path.unlink, " is missing"),
+    (LABELS, lambda path: path.write_bytes(b"hello there"), "is not an IDX file of unsigned bytes, n,"),
+    (LABELS, other(np.full(100, 12, np.uint8)), "the digit is 12, not"),
+    (LABELS, other(np.zeros(99, np.uint8)), "not as many labels"),
+    (LABELS, to_pipe, " is missing"),
 ]
 
 
