@@ -18,8 +18,8 @@ def describe_cpu() -> dict[str, str]:
 def cpu_faster_with_bf16() -> bool:
     """True if this CPU multiplies bfloat16 faster than float32.
 
-    AVX512-BF16 alone is not enough on Intel: without AMX it does half as much as float32 (162 against 322 GFLOP/s on two cores of
-    an Emerald Rapids whose AMX is masked). AMD's cores do twice as much with it.
+    AVX512-BF16 alone is not enough on Intel: without AMX it does half as much as float32 (162
+    against 322 GFLOP/s on two cores of an Emerald Rapids). AMD's cores do twice as much with it.
     """
     cpu = describe_cpu()
     flags = cpu.get("flags", "").split()

@@ -1,13 +1,10 @@
 """Metrics on rows whose digit is known: accuracies, loss, calibration, the worst mistakes.
 
 Each image is paired with every number, and not with a random one: the sum accuracy then has no luck
-in it. The convolutions, nearly all of the work, run once an image. Evaluation, calibration and error
-analysis take their rows from `score_rows`, and count them in `AnswerCounts`.
+in it. The convolutions, nearly all of the work, run once an image.
 
 Temperatures calibrate the heads (Guo et al., "On Calibration of Modern Neural Networks", 2017): the
-scores (logits) of a head are divided by its temperature before softmax, which changes the
-probabilities, and not the predicted classes. `Network.fold_temperatures` divides the weights
-instead, so no user of the network needs to know them.
+scores (logits) of a head are divided by its temperature before softmax.
 """
 
 import math
@@ -52,7 +49,7 @@ ScoredRows = Iterable[tuple[LabelledRows, Scores]]
 def score_rows(model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]) -> Iterator[tuple[LabelledRows, Scores]]:
     """Batches with the scores of all heads, of batches with digit scores [n, 10] in any precision."""
     for batch, digit_scores in rows:
-        # The other heads, a thousandth of the work, run in float32, also where the convolutions run in bfloat16.
+        # The other heads, a thousandth of the work, run in float32.
         yield batch, model.scores_of_all_numbers(digit_scores.float())
 
 
@@ -72,8 +69,8 @@ class AnswerCounts:
 
         self.confusion = zeros(DIGITS, DIGITS)
         """Rows by true digit d and predicted digit p: [d, p]."""
-        self.right = zeros(len(HEADS), DIGITS, NUMBERS)
-        """Rows that head h answers right, by true digit d and number k: [h, d, k]."""
+        self.right = zeros(len(HEADS))
+        """Pairs that each head answers right."""
         self.consistent = zeros(1)
         """Pairs whose predicted sum is the predicted digit plus the number."""
         self._id_sum = zeros(1)
@@ -83,8 +80,9 @@ class AnswerCounts:
         """Count one batch with its scores, as `score_rows` yields them."""
         digits = batch["digit"]
         answers = {head.name: logits.argmax(2) for head, logits in zip(HEADS, scores, strict=True)}
-        for index, (logits, answer, truth) in enumerate(zip(scores, answers.values(), true_classes(digits, scores), strict=True)):
-            self.right[index].index_add_(0, digits, (answer == truth).expand(-1, NUMBERS).long())
+        truths = true_classes(digits, scores)
+        for index, (logits, answer, truth) in enumerate(zip(scores, answers.values(), truths, strict=True)):
+            self.right[index] += (answer == truth).expand(-1, NUMBERS).sum()
             loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
             self._losses[index] += loss / truth.size(1)
         cells = digits * DIGITS + answers["digit"].squeeze(1)
@@ -96,7 +94,8 @@ class AnswerCounts:
     def shares(self) -> Metrics:
         """`<head>_accuracy` and `consistency` over the rows of this process."""
         pairs = NUMBERS * int(self.confusion.sum())
-        accuracies = {f"{head.name}_accuracy": int(right.sum()) / pairs for head, right in zip(HEADS, self.right, strict=True)}
+        right = zip(HEADS, self.right.tolist(), strict=True)
+        accuracies = {f"{head.name}_accuracy": count / pairs for head, count in right}
         return accuracies | {"consistency": int(self.consistent) / pairs}
 
     def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
@@ -117,10 +116,8 @@ def analyse_errors(
 ) -> dict[str, Any]:
     """The entry `error_analysis` of manifest.json: errors on rows, which are on the device.
 
-    `confusion`: rows by true digit d and predicted digit p, [d][p]. `sums_right`: rows with digit d
-    whose sum with number k is predicted right, [d][k]. `mistakes`: see `_mistakes`, at most
-    MAX_MISTAKES, the most confident first. `consistent`: share of the pairs whose predicted sum is
-    the predicted digit plus the number. `probabilities`: `Reliability.as_json` by head.
+    `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the most confident
+    first. `consistent`: see Metrics. `probabilities`: `Reliability.as_json` by head.
     """
     counts = AnswerCounts(device)
     reliability = {head.name: Reliability() for head in HEADS}
@@ -136,7 +133,6 @@ def analyse_errors(
         on_progress(len(batch["digit"]))
     return {
         "confusion": counts.confusion.tolist(),
-        "sums_right": counts.right[HEADS.index(SUM)].tolist(),
         "mistakes": sorted(mistakes, key=confidence, reverse=True)[:MAX_MISTAKES],
         "consistent": counts.shares()["consistency"],
         "probabilities": {name: of_head.as_json() for name, of_head in reliability.items()},

@@ -27,9 +27,9 @@ _EPSILON: Final = 1e-7
 
 
 def one_cycle(step: int, total_steps: int, peak: float) -> float:
-    """Learning rate at a step: up from peak / 25 in the first fifth, then down to peak / 10,000, both along a cosine.
+    """Learning rate at a step: up from peak / 25 in the first fifth, then down to peak / 10,000.
 
-    This is the one-cycle schedule (Smith and Topin, "Super-Convergence", 2018) as a pure function: a checkpoint needs no state.
+    Both along a cosine: the one-cycle schedule (Smith and Topin, "Super-Convergence", 2018).
     """
     rise_steps = max(1.0, _WARM_UP * total_steps)
     if step < rise_steps:
@@ -44,10 +44,8 @@ class MuonAdamW:
 
     Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) with
     Nesterov momentum, a convolution as a matrix [out, height * width * in]. `torch.optim.Muon`
-    always computes in bfloat16: on two cores without bfloat16 instructions that is 67 ms a step for
-    this network, in place of 4. Here `dtype` is that of the orthogonalization.
-
-    In each step a parameter loses the share `weight_decay` of itself, times its learning rate.
+    always orthogonalizes in bfloat16 and not in `dtype`: on two cores without bfloat16 instructions
+    that is 67 ms a step for this network, in place of 4.
     """
 
     def __init__(self, model: Network, weight_decay: float, dtype: torch.dtype) -> None:

@@ -1,8 +1,8 @@
-"""Fine-tuning of the sum head, and of any other after the digit's, on synthetic digit scores, after the last epoch.
+"""Fine-tuning of the heads after the digit's on synthetic digit scores, after the last epoch.
 
-The digit scores and the number determine the distribution of the sum: the distribution of the digit, shifted by the number. But a
-trained network gives hardly any of its training images scores between two digits. The sum head has not seen such scores, and
-predicts a sum there that differs from the predicted digit + number. Fine-tuning shows the head as many of them as needed, mixed
+The distribution of the sum is that of the digit, shifted by the number. But a trained network gives
+hardly any of its training images scores between two digits. The sum head has not seen such scores,
+and predicts a sum there that differs from digit + number. Fine-tuning shows it many of them, mixed
 from the scores of training rows. The convolutions stay as they are, and so do the digits.
 """
 
@@ -38,10 +38,7 @@ def finetune_sum_head(
 
     The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most
     likely digit instead, the head is sure of every sum, also of wrong ones (negative log-likelihood
-    0.033 nats instead of 0.013).
-
-    `digit_scores` float32[n, 10] are those of training rows. Each step draws 512 new mixtures of
-    them and random numbers, from `seed`. `on_progress` gets the steps since its last call.
+    0.033 nats instead of 0.013). `digit_scores` float32[n, 10] are those of training rows.
     """
     device = digit_scores.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -70,11 +67,11 @@ def class_distribution(head: Head, digit_scores: Tensor, numbers: Tensor) -> Ten
 
 
 def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Synthetic scores between two or more digits, one row made from each row: float32[n, 10] to float32[n, 10].
+    """Synthetic scores between digits, one row made from each: float32[n, 10] to float32[n, 10].
 
-    The first half of the rows is brought close to a tie of two digits, then mixed with other digits. The second half lies
-    anywhere between two digits. On shifted validation images, half as many sums differ from predicted digit + number as with
-    all rows mixed with other digits.
+    The first half is brought close to a tie of two digits, then mixed with other digits. The second
+    lies anywhere between two digits. On shifted validation images, half as many sums differ from
+    predicted digit + number as with all rows mixed with other digits.
     """
     half = len(digit_scores) // 2
     near_ties = mix_with_permutation(mix_with_swap(digit_scores[:half], (0.35, 0.65), generator), generator)
