@@ -90,18 +90,6 @@ def broadcast_state(module: nn.Module) -> None:
             value.copy_(sent)
 
 
-def cuda_index(gpu: str, visible: str | None, count: int) -> int:
-    """Index in PyTorch of the GPU that Ray assigned to this process.
-
-    It is 0, except with RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES. `gpu` is one of
-    `ray.get_gpu_ids()`, a number or a name such as GPU-1a2b…; `visible` is CUDA_VISIBLE_DEVICES
-    (for AMD's GPUs Ray sets another variable); PyTorch finds `count` GPUs.
-    """
-    devices = visible.split(",") if visible else []
-    index = devices.index(gpu) if gpu in devices else int(gpu) if gpu.isdecimal() and not devices else 0
-    return index if index < count else 0
-
-
 def hardware(device: torch.device) -> dict[str, Any]:
     """Hardware of this machine, to be recorded with measurements."""
     return {

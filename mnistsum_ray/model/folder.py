@@ -26,7 +26,6 @@ WEIGHTS_FILE: Final = "model.safetensors"
 DESCRIPTION_FILE: Final = "model.json"
 
 HEADER_KEY: Final = "mnistsum_ray"
-"""Key of the description in the header of WEIGHTS_FILE."""
 
 INTERFACE: Final = {
     "network": NETWORK,

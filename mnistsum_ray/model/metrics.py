@@ -28,21 +28,20 @@ MAX_MISTAKES: Final = 24
 """Most confident mistakes that are kept for the report, one an image."""
 
 _PRIOR_DEVIATION: Final = 0.5
-"""Standard deviation of the prior on log(temperature). Without it, the temperature goes to 0 if no row is predicted wrong."""
+"""Of the prior on log(temperature), without which it falls without end if no row is wrong."""
 
 _MAX_LOG_TEMPERATURE: Final = 1.5
 _SEARCH_STEPS: Final = 25
 
 LabelledRows = dict[str, Tensor]
-"""Rows on the model's device: `image` uint8[n, 28, 28], `digit` int64[n] in 0..9, and `row_id` int64[n]."""
+"""Rows on the model's device: `image` uint8[n, 28, 28], `digit` and `row_id` int64[n]."""
 
 Metrics = dict[str, float]
-"""Metrics of rows, each paired with every number: `rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in
-nats), `<head>_accuracy` of each head, and `consistency` (share of the pairs whose predicted sum is the predicted digit plus the
-number)."""
+"""`rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in nats), `<head>_accuracy`,
+and `consistency` (share of the pairs whose predicted sum is the predicted digit + the number)."""
 
 ScoredRows = Iterable[tuple[LabelledRows, Scores]]
-"""Batches with their scores by head: float32[n, k, classes], where k is NUMBERS, or 1 of digits, which need no number."""
+"""Batches with scores by head: float32[n, k, classes]; k is NUMBERS, or 1 of digits."""
 
 
 @torch.no_grad()
@@ -54,7 +53,7 @@ def score_rows(model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]) -> I
 
 
 def true_classes(digits: Tensor, scores: Scores) -> list[Tensor]:
-    """True classes by head of digits int64[n] with scores as in `ScoredRows`: int64[n, k], also where no number matters."""
+    """True classes by head, int64[n, k], of digits int64[n] with scores as in `ScoredRows`."""
     numbers = torch.arange(NUMBERS, device=digits.device)
     targets = [head.target(digits[:, None], numbers) for head in HEADS]
     return [target.broadcast_to(logits.shape[:2]) for target, logits in zip(targets, scores, strict=True)]
@@ -99,11 +98,7 @@ class AnswerCounts:
         return accuracies | {"consistency": int(self.consistent) / pairs}
 
     def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
-        """Sum over the workers and divide.
-
-        Raises:
-            RowCountError: a row was not counted exactly once.
-        """
+        """Sum over the workers and divide; a RowCountError if a row was not counted exactly once."""
         for counted in (self.confusion, self.right, self.consistent, self._id_sum, self._losses):
             counted.copy_(all_reduce_sum(counted))
         rows = int(self.confusion.sum())
@@ -126,9 +121,9 @@ def analyse_errors(
         counts.add(batch, scores)
         truths = true_classes(batch["digit"], scores)
         for of_head, logits, truth in zip(reliability.values(), scores, truths, strict=True):
-            probability, answer = logits.softmax(2).max(2)
-            right = (answer == truth).flatten().cpu().numpy()
-            of_head.add(Reliability.of(probability.flatten().cpu().numpy(), right))
+            probability, answer = (values.flatten().cpu() for values in logits.softmax(2).max(2))
+            right = (answer == truth.flatten().cpu()).numpy()
+            of_head.add(Reliability.of(probability.numpy(), right))
         mistakes += _mistakes(batch, scores)
         on_progress(len(batch["digit"]))
     return {
@@ -147,10 +142,7 @@ def confidence(mistake: dict[str, Any]) -> float:
 
 
 def _mistakes(batch: LabelledRows, scores: Scores) -> Iterator[dict[str, Any]]:
-    """The images with a wrong answer, each with the number whose wrong answer is the most confident.
-
-    `row_id` is the row's number in the data source, `digit` the true digit.
-    """
+    """The images with a wrong answer, each with the number whose wrong answer is the most confident."""
     digits, row_ids = batch["digit"].tolist(), batch["row_id"].tolist()
     answers: dict[str, npt.NDArray[Any]] = {}
     wrong = np.zeros((len(HEADS), len(digits), NUMBERS))  # probabilities of wrong answers
@@ -184,9 +176,9 @@ def calibrated(scored: ScoredRows, temperatures: Mapping[str, float]) -> ScoredR
 
 
 def fit_temperature(scores: Tensor, classes: Tensor) -> float:
-    """Fit the temperature of one head by maximum a posteriori, on logits [n, classes] and true classes int64[n].
+    """Fit the temperature of one head by maximum a posteriori, on logits [n, classes] and int64[n].
 
-    It lies in 0.22..4.5, and is rounded to four digits, so that differences between machines mostly vanish.
+    It is rounded to four digits, so that differences between machines mostly vanish.
     """
     scores = scores.double()
 

@@ -21,7 +21,7 @@ from mnistsum_ray.model.heads import DIGIT, HEADS, NETWORK, SUM
 Scores = tuple[Tensor, ...]
 """Logits by head, in the order of HEADS: [n, classes] each."""
 
-# Mean and standard deviation of MNIST's 60,000 training images on the scale 0..1: the usual values.
+# Of MNIST's 60,000 training images on the scale 0..1: the usual values.
 PIXEL_MEAN: Final = 0.1307
 PIXEL_STD: Final = 0.3081
 
@@ -112,7 +112,7 @@ class Network(nn.Module, ABC):
 
 
 def divide_scores(layer: nn.Module, temperature: float) -> None:
-    """Divide the output of a convolution or a linear layer, in place."""
+    """Divide the output of a convolution or a linear layer."""
     for parameter in layer.parameters():
         parameter.data.div_(temperature)
 
@@ -154,7 +154,6 @@ class TwoHeadCNN(Network):
         return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6]
 
     def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """As of `Network`; the dropout is multiplied with conv7's input."""
         features = images
         for index, convolution in enumerate(self.convolutions):
             features = convolution(features)
@@ -168,22 +167,18 @@ class TwoHeadCNN(Network):
         return scores
 
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        """As of `Network`."""
         # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits.
         one_hot = self.one_hot[numbers].to(digit_scores.dtype)
         hidden = F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1)))
         return digit_scores, self.fc2(hidden)
 
     def hidden_weights(self) -> list[Tensor]:
-        """As of `Network`."""
         return [*(convolution.weight for convolution in self.convolutions[1:]), self.fc1.weight]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """As of `Network`."""
         return [*self.fc1.parameters(), *self.fc2.parameters()]
 
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
-        """As of `Network`."""
         divide_scores(self.conv7, temperatures["digit"])
         divide_scores(self.fc2, temperatures["sum"])
         self.fc1.weight.data[:, : DIGIT.classes] *= temperatures["digit"]

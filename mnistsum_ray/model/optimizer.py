@@ -15,10 +15,8 @@ _MOMENTUM: Final = 0.6
 """Share of the old momentum that Muon keeps."""
 
 _ADAMW_FACTOR: Final = 0.15
-"""Learning rate of AdamW as a share of Muon's."""
-
 _SUM_HEAD_FACTOR: Final = 0.75
-"""Likewise of the parameters of heads that read the digit scores: they lag behind the convolutions that they read."""
+"""Learning rates of AdamW as shares of Muon's; the heads that read the digit scores lag behind them."""
 
 # Muon's, as in Jordan's implementation, and in `torch.optim.Muon`.
 _A, _B, _C = 3.4445, -4.7750, 2.0315

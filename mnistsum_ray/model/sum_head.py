@@ -19,20 +19,16 @@ from mnistsum_ray.model.heads import HEADS, Head
 from mnistsum_ray.model.network import Network
 
 MAX_ROWS: Final = 1_024
-"""Maximum number of training rows whose digit scores are used; 4,096 give the same result."""
+"""Training rows whose digit scores are used; 4,096 give the same result."""
 
 _BATCH: Final = 512
 
 _LEARNING_RATE: Final = 0.02
-"""Learning rate of AdamW at the first step; it falls linearly to 0. With 0.01 and 0.05 more sums differ from digit + number."""
+"""Of AdamW at the first step; it falls linearly to 0. With 0.01 and 0.05 more sums differ."""
 
 
 def finetune_sum_head(
-    model: Network,
-    digit_scores: Tensor,
-    steps: int,
-    seed: int,
-    on_progress: Callable[[int], None] = lambda _: None,
+    model: Network, digit_scores: Tensor, steps: int, seed: int, on_progress: Callable[[int], None] = lambda _: None
 ) -> None:
     """Train all heads but the digit's on the distribution of their answer, as of digit + number.
 
@@ -79,9 +75,9 @@ def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mix_with_swap(digit_scores: Tensor, weights: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """Mix each row with a copy in which its largest score and one other, drawn at random, are swapped: float32[n, 10].
+    """Mix each row with a copy in which its largest score and a random other are swapped.
 
-    `weights` is the range of the weight of the row itself, drawn uniformly; at 0.5 the two digits are tied.
+    The weight of the row itself is drawn from `weights`; at 0.5 the two digits are tied.
     """
     rows, device = len(digit_scores), digit_scores.device
     digits = digit_scores.argmax(1, keepdim=True)
@@ -92,7 +88,7 @@ def mix_with_swap(digit_scores: Tensor, weights: tuple[float, float], generator:
 
 
 def mix_with_permutation(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Mix each row, with a uniform weight, with a random permutation of its scores: float32[n, 10] to float32[n, 10]."""
+    """Mix each row, with a random weight, with a random permutation of its scores."""
     shape, device = digit_scores.shape, digit_scores.device
     weights = torch.rand(shape[0], 1, generator=generator, device=device)
     permutations = torch.rand(shape[0], DIGITS, generator=generator, device=device).argsort(1)
