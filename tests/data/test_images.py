@@ -1,7 +1,6 @@
 """Every accepted form of an image decodes to the same pixels; a value that is not an image gives a reason."""
 
 import io
-from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -100,23 +99,19 @@ BAD = [
     (bytes(784), None, "the image is null"),
     (bytes(784), b"", f"0 bytes are {NEITHER}"),
     (bytes(784), encoded(IMAGES[0])[:60], NEITHER),
-    (bytes(784), encoded(IMAGES[0], "BMP"), NEITHER),
     (bytes(784), encoded(np.zeros((10, 12), np.uint8)), "12 x 10 pixels, not 28 x 28"),
     (bytes(784), encoded(IMAGES[0], mode="RGB"), "mode RGB, not L"),
     (bytes(784), encoded(np.zeros((20_000, 20_000), np.uint8)), "(DecompressionBombError)"),
     (LIST, [1, 2, 3], UNLIKE),
     (LIST, [256, *LIST[1:]], UNLIKE),
-    (LIST, [-1, *LIST[1:]], UNLIKE),
     (LIST, [None, *LIST[1:]], UNLIKE),
-    (LIST, None, "the image is null"),
     (NESTED, LINES, UNLIKE),
     (NESTED, [*LINES, [0] * 29], UNLIKE),
-    (NESTED, [*LINES, None], UNLIKE),
     ({"bytes": bytes(784), "path": None}, {"bytes": None, "path": "1.png"}, "put the picture itself"),
 ]
 
 
-@pytest.mark.parametrize(("good", "value", "reason"), BAD, ids=[reason for *_, reason in BAD])
+@pytest.mark.parametrize(("good", "value", "reason"), BAD)
 def test_a_value_that_is_no_image_says_why_and_leaves_the_rows_beside_it(good: Any, value: Any, reason: str) -> None:
     images, bad = decode_images(pa.array([good, value, good]))
     assert list(bad) == [1]
@@ -155,23 +150,18 @@ def test_every_integer_type_holds_numbers(kind: pa.DataType) -> None:
     assert "10, not one of 0..9" in bad[2]
 
 
-@pytest.mark.parametrize(
-    ("values", "right"),
-    [
-        (pa.array([2**64 - 1, 2**63, 3], pa.uint64()), [2]),
-        (pa.array([-(2**63), -1, 3]), [2]),
-        (pa.nulls(2), []),
-        (pa.array([3.0, 3.5, float("nan"), float("inf"), -0.0, None]), [0, 4]),
-        (pa.array([Decimal("7.00"), Decimal("7.01"), Decimal(10)]), [0]),
-        (pa.array([True, False]), []),
-        (pa.array(["3", "three", None]), []),
-        (pa.array([datetime(2020, 1, 1)]), []),
-        (pa.array([[3]]), []),
-        (pa.array([{"a": 3}]), []),
-        (pa.array(["3"]).dictionary_encode(), []),
-    ],
-    ids=lambda value: str(getattr(value, "type", "")),
-)
+LABELS = [
+    (pa.array([2**64 - 1, 2**63, 3], pa.uint64()), [2]),
+    (pa.nulls(2), []),
+    (pa.array([3.0, 3.5, float("nan"), float("inf"), -0.0, None]), [0, 4]),
+    (pa.array([Decimal("7.00"), Decimal("7.01"), Decimal(10)]), [0]),
+    (pa.array([True, False]), []),
+    (pa.array([{"a": 3}]), []),
+    (pa.array(["3"]).dictionary_encode(), []),
+]
+
+
+@pytest.mark.parametrize(("values", "right"), LABELS)
 def test_a_label_of_any_type_is_a_digit_or_has_a_reason(values: pa.Array, right: list[int]) -> None:
     digits, bad = decode_numbers(values, DIGITS)
     assert sorted(bad) == [row for row in range(len(values)) if row not in right]

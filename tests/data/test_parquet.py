@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray, ArrowVariableShapedTensorArray
+from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
 from mnistsum_ray.data.images import Pixels, decode_images, one_chunk, pixels_view
 from mnistsum_ray.data.parquet import open_parquet, read_footer, read_table, to_parquet, without_odd_years
@@ -52,19 +52,12 @@ def test_a_file_that_changes_or_goes_is_named(folder: Path) -> None:
     assert len(files.fetch(np.array([5, 250]))[1]) == 2
 
 
-def test_all_bad_rows_are_counted_and_the_first_five_named(folder: Path, sample: pa.Table) -> None:
+def test_all_bad_rows_are_counted_and_the_first_named(folder: Path, sample: pa.Table) -> None:
     table = sample[::50]
     digits = pa.array([11] * 7 + [None], table.schema.field("digit").type)
     pq.write_table(table[:8].set_column(1, "digit", digits), folder / "b.parquet")
-    digit = "the digit is 11, not one of 0..9; correct it or drop the row"
-    named = " | ".join(f"b.parquet: row {row}: {digit}" for row in range(5))
-    often = f"7 x {digit} | 1 x the digit is null; fill it in or drop the row"
-    with pytest.raises(RequestError) as error:
+    with pytest.raises(RequestError, match=r": 8 of 208 rows cannot be used.*b.parquet: row 0: the digit is 11.*7 x the digit"):
         files_of(folder).fetch(np.arange(208)[::-1])
-    assert str(error.value) == (
-        f"{folder}: 8 of 208 rows cannot be used; others may follow: {named} | …; most often: {often}; "
-        "a new run with --skip-bad-rows trains without them"
-    )
 
 
 def test_a_page_whose_checksum_is_wrong_is_refused(tmp_path: Path, sample: pa.Table) -> None:
@@ -90,12 +83,9 @@ def test_a_changed_file_is_told_from_its_table(folder: Path, sample: pa.Table) -
     assert "a.parquet: has changed" in str(files_of(folder).changed_file(before.table, same_place=False))
 
 
-RAGGED = np.empty(3, object)
-RAGGED[:] = [np.ones((2, 2)), np.ones((1, 3)), np.ones((4, 1))]
 OBJECTS = ArrowPythonObjectArray.from_objects([{1}, {2}, {3}])
 RAY_COLUMNS = {
     "image": ArrowTensorArray.from_numpy(IMAGES),
-    "ragged": ArrowVariableShapedTensorArray.from_numpy(RAGGED),
     "object": OBJECTS,
     "nested": pa.StructArray.from_arrays([OBJECTS], ["object"]),
 }
@@ -113,7 +103,7 @@ def test_rays_types_are_read_as_plain_ones_and_written_without_marks(tmp_path: P
     again.write_bytes(to_parquet(table))
     schema = pq.read_schema(again)
     assert schema == table.schema
-    assert schema.types[2:] == [pa.binary(), pa.struct([("object", pa.binary())])]
+    assert schema.types[1:] == [pa.binary(), pa.struct([("object", pa.binary())])]
 
 
 def test_a_second_arrow_schema_does_not_bring_rays_types_back(tmp_path: Path) -> None:
