@@ -106,7 +106,7 @@ def report_skipped(skipped: dict[str, str], say: Callable[[str], None]) -> None:
 
 
 class _Value:
-    """A value of the flag, located: a file, or a folder and a glob of the files in it."""
+    """A value of the flag: a file, or a folder and the glob of its files."""
 
     def __init__(self, text: str, flag: str) -> None:
         self.flag = flag
@@ -238,7 +238,7 @@ def _common_root(values: list[_Value], flag: str) -> Location:
     """The deepest folder that contains all values."""
     first = values[0].place
     folder = ""
-    if all(value.place.same_storage(first) for value in values):
+    if all(first.filesystem.equals(value.place.filesystem) for value in values):
         folder = os.path.commonpath([value.folder for value in values])
     if not folder:
         reason = "the files have no folder or bucket in common"
@@ -248,7 +248,7 @@ def _common_root(values: list[_Value], flag: str) -> Location:
 
 def _check_output_is_separate(values: list[_Value], found: Iterable[str], output: Location) -> None:
     """Check that no later run takes output for input, and that no input is in the output folder."""
-    if not values[0].place.same_storage(output):
+    if not values[0].place.filesystem.equals(output.filesystem):
         return
     path = os.path.realpath(output.path) if output.is_local else output.path
     where = f"--output {output.display}"

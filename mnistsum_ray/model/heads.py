@@ -54,7 +54,10 @@ PROBABILITY_FIELDS: Final = probability_fields(HEADS)
 
 
 class HeadFields:
-    """Base of dataclasses with a field for each of `names` and each head, whose name replaces {}."""
+    """Base of dataclasses with a field for each of `names` and each head, whose name replaces {}.
+
+    What a subclass does not declare itself, for editors and type checkers, comes last.
+    """
 
     def __init_subclass__(cls, names: Sequence[str]) -> None:
         for added in (name.format(head.name) for head in HEADS for name in names):

@@ -97,7 +97,7 @@ def test_what_shows_nothing_or_is_no_picture_is_refused_in_one_line(tmp_path: Pa
         (tmp_path / name).write_bytes(data)
     os.mkfifo(tmp_path / "pipe")
     refused: list[tuple[Picture, str]] = [
-        (tmp_path / "text.png", "is no picture of a known format"),
+        (tmp_path / "text.png", "cannot be read as a picture .it is none of PNG, JPEG"),
         (tmp_path / "cut.png", "cannot be read as a picture"),
         (tmp_path / "white.png", "nothing is drawn on it"),
         (Image.new("RGBA", (40, 40), (0, 0, 0, 0)), "nothing is drawn on it"),
