@@ -1,8 +1,7 @@
 """Images and numbers in Arrow columns: types that can hold them, and their values as NumPy arrays.
 
-Images: 784 integers in a list or a fixed-size list, 28x28 nested lists, an Arrow or Ray tensor,
-784 raw bytes, PNG or JPEG bytes, or Hugging Face's struct {bytes, path}. A value that cannot be
-used gets a reason.
+Images: 784 integers in a list, 28x28 nested lists, an Arrow or Ray tensor, 784 raw bytes, PNG or
+JPEG bytes, or Hugging Face's struct {bytes, path}. A value that cannot be used gets a reason.
 """
 
 import io

@@ -52,11 +52,11 @@ class Inputs:
 def list_inputs(
     texts: Sequence[str], output: Location | None = None, flag: str = "--input", none: str = "there is no Parquet file"
 ) -> Inputs:
-    """List the files that the values of a flag name: files, globs, and folders, of which all Parquet files are taken.
+    """List the files that the values of a flag name: files, globs, and folders, of which all Parquet files.
 
     Raises:
-        RequestError: a named file or folder does not exist, there is no Parquet file (`none` says so), or the output is inside
-            the input.
+        RequestError: a named file or folder does not exist, there is no Parquet file (`none` says
+            so), or the output is inside the input.
     """
     values = [_Value(text, flag) for text in texts]
     root = _common_root(values, flag).with_retries()
@@ -155,7 +155,7 @@ class _Value:
                         yield entry.path, _NAME
 
     def _walk(self) -> Iterator[tuple[str, Entry | str]]:
-        """As `list`, of a local folder; none is read in which nothing can match."""
+        """As `list`, of a local folder; none in it is read in which nothing can match."""
         folders: list[tuple[str, tuple[str, ...]]] = [(self.place.path, ())]
         while folders:
             folder, above = folders.pop()
@@ -176,7 +176,6 @@ class _Value:
                     yield entry.path, _NAME
 
     def _takes(self, parts: tuple[str, ...]) -> bool:
-        """True if the value names a file with these path components below `place`."""
         has_suffix = self.is_glob or parts[-1].lower().endswith(SUFFIXES)
         return has_suffix and matches(parts, self.pattern)
 
@@ -185,7 +184,6 @@ class _Value:
         parts = parts_below(folder, self.place.path)
         if self.is_file or parts is None:
             return False
-        # A folder covers one with a hidden name too, whose name a later run may spell out.
         return not self.is_glob or matches(parts, self.pattern, below=True)
 
 

@@ -22,7 +22,7 @@ _MAX_ROWS: Final = 10**9
 """Most rows that a footer may claim: the plan of the whole run is computed from it."""
 
 _TAIL_BYTES: Final = 64 * 1024
-"""Bytes read from the end of a file in the first request: most footers are shorter."""
+"""Read from the end of a file in the first request: most footers are shorter."""
 
 _WHOLE_BYTES: Final = 4 * 2**20
 """Largest file that is read whole from an object store: its columns would take more requests."""
@@ -51,8 +51,8 @@ def open_parquet(file: Location, listed: tuple[int, int] | None = None) -> Itera
     nanoseconds do not reach the year 9999.
 
     Raises:
-        StorageError: the block, or the opening, failed since the storage did, or for want of memory.
-        UnusableFileError: either failed for any other reason.
+        StorageError: the block failed since the storage did, or for want of memory.
+        UnusableFileError: it failed for any other reason.
     """
     source = _Source(file)
     try:
@@ -103,10 +103,10 @@ class _Source:
             raise
 
 
-def read_table(file: Location, columns: list[str] | None = None) -> pa.Table:
-    """A whole Parquet file, or some of its columns, as a table of plain types; errors as of `open_parquet`."""
+def read_table(file: Location) -> pa.Table:
+    """A whole Parquet file as a table of plain types; errors as of `open_parquet`."""
     with open_parquet(file) as parquet:
-        return plain_table(parquet.read(columns))
+        return plain_table(parquet.read())
 
 
 @dataclass(frozen=True)
@@ -118,19 +118,12 @@ class Footer:
     recast: dict[str, str]
     """Path -> type of each column that is written with another type than it has in the file."""
     group_rows: list[int]
-    """Rows of each row group."""
     decompressed_bytes: int
-    """Bytes of all columns, decompressed."""
     sha256: str
 
 
 def read_footer(file: Location, size: int) -> Footer:
-    """Read the footer of a file of this size.
-
-    Raises:
-        UnusableFileError: it is damaged, or claims more rows than any file has.
-        StorageError: the storage does not give the file.
-    """
+    """Read the footer of a file of this size; errors as of `open_parquet`."""
     if not size:
         raise UnusableFileError("is empty (0 bytes); write it again")
     with file.answers(), file.open() as stream:
@@ -270,11 +263,9 @@ def _recast_columns(schema: pq.ParquetSchema) -> dict[str, str]:
 
 
 def without_odd_years(parquet: pq.ParquetFile, table: pa.Table) -> tuple[pa.Table, int]:  # noqa: TID251
-    """Rows of a file with null in place of each INT96 value whose year is none of 1 to 9999, and
-    the number of these values.
+    """Rows of a file with null for each INT96 value whose year is none of 1 to 9999; their number.
 
-    INT96 holds years that microseconds do not, which Arrow takes for others. In lists and structs
-    all values stay.
+    INT96 holds years that microseconds do not, which Arrow takes for others.
     """
     odd = 0
     for name, kind in _recast_columns(parquet.schema).items():

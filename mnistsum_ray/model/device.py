@@ -38,7 +38,7 @@ def disable_tf32() -> None:
 
 def enable_determinism() -> None:
     """Make this process compute the same bits each time; an operation that cannot do so raises RuntimeError."""
-    # `use_deterministic_algorithms` has the same effect, but imports a compiler that is not used, which takes a second.
+    # `use_deterministic_algorithms` has the same effect, but imports a compiler, in a second.
     torch.set_deterministic_debug_mode("error")
     # Filling new tensors only helps to find reads of uninitialized memory, and costs a fifth of a training step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -80,8 +80,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 def broadcast_state(module: nn.Module) -> None:
     """Copy the parameters and buffers of rank 0 to all workers, in place.
 
-    Different CPUs or GPUs round differently: without this, copies of the network drift apart.
-    Buffers that training changes differ anyway, since each worker has seen other rows.
+    Different CPUs or GPUs round differently, and each worker's buffers have seen other rows.
     """
     if _several_workers():
         for value in module.state_dict().values():

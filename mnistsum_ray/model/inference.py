@@ -32,7 +32,7 @@ class Predictions:
     float32[n, classes]: the most likely class, its probability, and those of all classes."""
 
     def __getattr__(self, name: str) -> npt.NDArray[Any]:
-        """Arrays of `values` by name, and the most likely classes as `<head>` alone: `digit`."""
+        """Arrays of `values` by name, and the most likely classes as `<head>` alone."""
         values = vars(self).get("values", {})  # none yet where a copy is made
         for key in (f"pred_{name}", name):
             if key in values:

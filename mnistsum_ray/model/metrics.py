@@ -60,7 +60,7 @@ def true_classes(digits: Tensor, scores: Scores) -> list[Tensor]:
 
 
 class AnswerCounts:
-    """Right answers and losses, summed over rows and kept on the device; workers exchange the sums once, in `metrics`."""
+    """Right answers and losses, summed on the device; workers exchange the sums once, in `metrics`."""
 
     def __init__(self, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -176,10 +176,7 @@ def calibrated(scored: ScoredRows, temperatures: Mapping[str, float]) -> ScoredR
 
 
 def fit_temperature(scores: Tensor, classes: Tensor) -> float:
-    """Fit the temperature of one head by maximum a posteriori, on logits [n, classes] and int64[n].
-
-    It is rounded to four digits, so that differences between machines mostly vanish.
-    """
+    """Fit one temperature by maximum a posteriori; rounded, so that machines mostly agree."""
     scores = scores.double()
 
     def cost(log_temperature: float) -> float:

@@ -61,10 +61,9 @@ def distort(images: Tensor, matrices: Tensor) -> Tensor:
 
 
 class Network(nn.Module, ABC):
-    """What is trained, calibrated, scored with and exported; NETWORK names the subclass.
+    """What is trained, scored with and exported; NETWORK names the subclass.
 
-    Of buffers that change, as of `nn.BatchNorm2d`, those of rank 0 are kept. It must not draw random
-    numbers itself, as `nn.Dropout` does: a resumed run would draw others.
+    It must not draw random numbers itself, as `nn.Dropout` does: a resumed run would draw others.
     """
 
     dropout_shape: ClassVar[tuple[int, ...] | None] = None
@@ -222,10 +221,9 @@ class Objective(nn.Module):
 def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Mean of the heads' cross-entropies: with label smoothing, and without, which has no gradient.
 
-    They are sums over the rows, so that each row weighs the same in batches of any size. Label
-    smoothing (Szegedy et al., "Rethinking the Inception Architecture", 2016) is the share of the
-    uniform distribution in the targets. It is that of all heads, because the sum head reads the
-    digit scores: with unsmoothed sums its loss would push them up without bound.
+    They are sums over the rows. Label smoothing (Szegedy et al., "Rethinking the Inception
+    Architecture", 2016) is that of all heads, because the sum head reads the digit scores: with
+    unsmoothed sums its loss would push them up without bound.
     """
     exact, smooth = [], []
     for head, logits in zip(HEADS, scores, strict=True):

@@ -10,7 +10,6 @@ from mnistsum_ray.model.network import Network
 
 _WARM_UP: Final = 0.2
 """Share of the steps in which the learning rate rises."""
-
 _MOMENTUM: Final = 0.6
 """Share of the old momentum that Muon keeps."""
 

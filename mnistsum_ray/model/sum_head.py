@@ -56,7 +56,7 @@ def finetune_sum_head(
 
 
 def class_distribution(head: Head, digit_scores: Tensor, numbers: Tensor) -> Tensor:
-    """Distribution of a head's answer: probabilities [n, classes] of digit scores [n, 10] and numbers int64[n]."""
+    """Distribution of a head's answer, [n, classes], of digit scores [n, 10] and numbers int64[n]."""
     probabilities = digit_scores.softmax(1)
     classes = head.target(torch.arange(DIGITS, device=numbers.device), numbers[:, None]).expand(probabilities.shape)
     return probabilities.new_zeros(len(numbers), head.classes).scatter_add(1, classes, probabilities)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,9 +70,13 @@ def test_a_wildcard_matches_no_hidden_name() -> None:
 def test_a_glob_looks_only_where_it_can_match(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="there is no Parquet file"):
         find("/*/nobody-has-such-a-file")  # without a walk over the disk, and /proc
-    opened: list[str] = []
-    scandir = os.scandir
-    monkeypatch.setattr("os.scandir", lambda place: opened.append(str(place)) or scandir(place))
+    scandir, opened = os.scandir, []
+
+    def noted(place: str) -> Any:
+        opened.append(place)
+        return scandir(place)
+
+    monkeypatch.setattr("os.scandir", noted)
     assert names(find(folder / "*" / "c.parquet")) == ["b/c.parquet"]
     assert str(folder / "b" / "e") not in opened
 
