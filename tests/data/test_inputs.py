@@ -95,24 +95,19 @@ def test_a_file_may_have_any_name_and_several_values_share_one_root(folder: Path
 def test_what_is_not_there_is_named(folder: Path) -> None:
     with pytest.raises(RequestError, match=rf"--input {folder}/missing: there is no such file or folder \({folder}/missing\)"):
         find(folder / "missing")
-    with pytest.raises(RequestError, match=r"there is no Parquet file .*\.pq, \.parq\)$"):
-        find(folder / "*.orc")
     (folder / "c").mkdir()
     (folder / "c" / "rows.csv").write_text("1")
-    with pytest.raises(RequestError, match=r"there is no Parquet file .*rows\.csv"):
+    with pytest.raises(RequestError, match=r"there is no Parquet file .*\.pq, \.parq\) .*rows\.csv"):
         find(folder / "c")
 
 
 @pytest.mark.parametrize(
     ("text", "output", "message"),
     [
-        (".", ".", "lies in the input"),
         (".", "out", "lies in the input"),
         ("b", ".", "holds the input file"),
-        ("*/*.parquet", "out", "lies in the input"),
         ("**/*.parquet", "out/deep", "lies in the input"),
         ("*/*.parquet", "out/deep", None),
-        ("b", "out", None),
         ("a.parquet", "b/out", None),
     ],
 )

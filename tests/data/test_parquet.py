@@ -113,18 +113,6 @@ def test_a_second_arrow_schema_does_not_bring_rays_types_back(tmp_path: Path) ->
     assert read_table(locate(str(path), "--input")).schema.types == [pa.binary()]
 
 
-@pytest.mark.parametrize("metadata", [b"[28, 28]", b"\x80\x05]", b"not JSON"])
-def test_tensors_are_read_whatever_ray_has_written_beside_them(tmp_path: Path, metadata: bytes) -> None:
-    """Ray 2.49 to 2.54 wrote a pickle, which Ray refuses."""
-    lists = pa.array([[0] * 784] * 3, pa.large_list(pa.uint8()))
-    marks = {b"ARROW:extension:name": b"ray.data.arrow_tensor_v2", b"ARROW:extension:metadata": metadata}
-    schema = pa.schema([pa.field("image", lists.type, metadata=marks)])
-    path = tmp_path / "ray.parquet"
-    pq.write_table(pa.Table.from_arrays([lists], schema=schema), path)
-    table = read_table(locate(str(path), "--input"))
-    assert not decode_images(one_chunk(table["image"]))[1]
-
-
 YEARS = [datetime(1500, 12, 31), datetime(9999, 12, 31, 23, 59, 59, 999999), datetime.min, None]
 
 

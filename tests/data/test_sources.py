@@ -23,8 +23,6 @@ from mnistsum_ray.data.images import Pixels, pixels_view
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError
 
-Rows = Callable[[int], Path]
-
 
 def write_idx(folder: Path, name: str, values: Pixels, *, zipped: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,15 +198,3 @@ def test_mnist_is_downloaded_whole_and_a_damaged_file_is_not_taken(
         check_splits(open_source("mnist"), 360, 40, 100)
         server.shutdown()
     assert socket.getdefaulttimeout() is None
-
-
-def test_rows_of_a_folder_are_counted_once_and_what_is_left_out_is_named(write_rows: Rows, tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    (folder / "_old").mkdir(parents=True)
-    write_rows(500).rename(folder / "latest-contest.Parquet")  # words that only hold the name of a split
-    write_rows(100).rename(folder / "_old" / "rows.parquet")
-    (folder / "again.parquet").symlink_to(folder / "latest-contest.Parquet")
-    source = open_source(str(folder))
-    check_splits(source, 400, 50, 50)
-    reasons = {Path(path).name: reason for path, reason in source.skipped.items()}
-    assert reasons == {"_old": "its name", "again.parquet": "a link to a file that is listed anyway"}

