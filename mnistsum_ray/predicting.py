@@ -48,9 +48,9 @@ def load_model(model: str | Path) -> "Network":
     Raises:
         RequestError: there is no such model, it is damaged, or it is of another network.
     """
-    from mnistsum_ray.model import serialization
+    from mnistsum_ray.model.folder import load_model as load_folder
 
-    return serialization.load_model(locate_existing(str(model), "model"))[0]
+    return load_folder(locate_existing(str(model), "model"))[0]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.model.folder import copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.model.network import make_network, prepare_images
-from mnistsum_ray.model.serialization import copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate

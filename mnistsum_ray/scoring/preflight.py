@@ -115,7 +115,7 @@ def preflight(config: ScoreConfig) -> Request:
     except StorageError as error:
         raise RunError(f"--input {error}; nothing was begun") from None
     model = locate_existing(config.model, "--model")
-    from mnistsum_ray.model.serialization import copy_weights, load_model  # imports PyTorch, after the quick checks
+    from mnistsum_ray.model.folder import copy_weights, load_model  # imports PyTorch, after the quick checks
 
     try:
         network, card = load_model(model)

@@ -7,7 +7,6 @@ which process wrote it or how often.
 """
 
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,7 +26,6 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import open_parquet, plain_table, read_rows, to_parquet, without_odd_years
 from mnistsum_ray.data.picture import background_of
 from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
-from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.reliability import Reliability
@@ -119,9 +117,7 @@ class Score:
 
 
 def _make_predictor(plan: Plan) -> Predictor:
-    gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
-    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
-    device = torch.device(f"cuda:{cuda_index(gpus[0], visible, count)}" if gpus else "cpu")
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     weights = {name: torch.tensor(value) for name, value in plan.weights.items()}  # a copy: arrays of Ray cannot be written
     return Predictor(weights, device, plan.precision, plan.config.batch_size)
 

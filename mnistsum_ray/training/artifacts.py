@@ -17,7 +17,7 @@ from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.data.parquet import read_table, to_parquet
 from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, UnusableFileError
-from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
+from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
 from mnistsum_ray.reporting.report import REPORT, draw_pictures, report_page, versions
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location

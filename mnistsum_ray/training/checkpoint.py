@@ -20,9 +20,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mnistsum_ray.errors import MissingFileError, RequestError, RunError, one_line, shortened
+from mnistsum_ray.model.folder import INTERFACE, Weights, copy_weights
 from mnistsum_ray.model.network import Network
 from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.model.serialization import INTERFACE, Weights, copy_weights
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.worker import Worker

@@ -18,8 +18,8 @@ from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RequestError, RowCountError, RunError, counted, percent
 from mnistsum_ray.model import sum_head
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_state, faster_with_bf16
+from mnistsum_ray.model.folder import copy_weights
 from mnistsum_ray.model.metrics import Metrics, ScoredRows, score_rows
-from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.analysis import TrainingResult, analyse

@@ -18,10 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_state, disable_tf32
+from mnistsum_ray.model.folder import Weights, copy_weights
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.network import Network, Objective, distort, dropout_factors, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.model.serialization import Weights, copy_weights
 from mnistsum_ray.model.sum_head import finetune_sum_head
 from tests.gpu.conftest import CUDA, report, two_gpus
 from tests.model import random_rows

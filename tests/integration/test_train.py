@@ -20,9 +20,9 @@ from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, percent
+from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import prepare_images
-from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.reporting.report import PICTURES, epoch_seconds
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import STATE_CARD

@@ -20,8 +20,8 @@ from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.order import RowRanges, check_row_counts, mix_ids, row_checksums
 from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.device import broadcast_state
+from mnistsum_ray.model.folder import Weights, copy_weights
 from mnistsum_ray.model.network import make_network
-from mnistsum_ray.model.serialization import Weights, copy_weights
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.checkpoint import EpochProgress, TrainerState, read_checkpoint, restore, save_checkpoint
 from mnistsum_ray.training.preflight import preflight
