@@ -32,7 +32,7 @@ from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.scoring.counts import RowCounts, encode_image
-from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, digest, from_metadata, read_stamp, to_metadata
+from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, from_metadata, read_stamp, to_metadata
 from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
@@ -81,25 +81,22 @@ class Score:
         if begin(self._crash_counter, f"task of {parts[0].output}") == 1:
             yield from self._score(parts)
             return
-        # A process died in this task. Its parts that are not committed are scored one by one, so that one that kills
-        # every process is found and given up. The crash in the whole task counts as each part's first.
+        # A process died in this task. Its parts are scored one by one, so that one that kills every
+        # process is found and given up. The crash in the whole task counts as each part's first.
         notice = f"a process that scored died ({CAUSES}); its task is begun again at {parts[0].output}"
         yield _report(parts[0], time.time(), notice=notice)
         for part in parts:
             if begin(self._crash_counter, part.output) < MAX_CRASHES:
-                yield from self._score([part], again=True)
+                yield from self._score([part])
                 self._crash_counter.end.remote(part.output)
             else:
                 yield _report(part, time.time(), unreadable=f"the process that scored it died {MAX_CRASHES} times ({CAUSES})")
 
-    def _score(self, parts: list[Part], *, again: bool = False) -> Iterator[pa.Table]:
+    def _score(self, parts: list[Part]) -> Iterator[pa.Table]:
         plan, started = self._plan, time.time()
         together = max(_BATCH_ROWS, plan.config.batch_size or 0)
         batch: list[PartRows] = []
         try:
-            if again and (report := _committed(plan, parts[0], started)):
-                yield report
-                return
             for part, rows in read_parts(plan.inputs.root, parts, plan.config):
                 if isinstance(rows, UnusableFileError):
                     yield _report(part, started, unreadable=str(rows))
@@ -124,15 +121,6 @@ def _make_predictor(plan: Plan) -> Predictor:
     device = torch.device(f"cuda:{cuda_index(gpus[0], visible, count)}" if gpus else "cpu")
     weights = {name: torch.tensor(value) for name, value in plan.weights.items()}  # a copy: arrays of Ray cannot be written
     return Predictor(weights, device, plan.precision, plan.config.batch_size)
-
-
-def _committed(plan: Plan, part: Part, started: float) -> pa.Table | None:
-    """The report of a part that an earlier process of this run has committed; None of any other."""
-    with suppress(UnusableFileError):
-        stamp, _, _ = read_stamp(plan.output, f"{PREDICTIONS}/{part.output}")
-        if (digest(stamp), stamp["spec"]) == (digest(asdict(part)), plan.spec):
-            return _report(part, started, rows=part.rows, rejected=stamp["rejected"])
-    return None
 
 
 def _report(part: Part, started: float, **fields: Any) -> pa.Table:
@@ -258,7 +246,6 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
     predictions = Predictions({name: values[good] for name, values in predictions.values.items()})
     source = plan.source(part.name)
     stamp = asdict(part) | {"source": source, "rejected": len(bad), "spec": plan.spec}
-    stamp |= {"max_rows_per_file": plan.config.max_rows_per_file}
     metadata = to_metadata(stamp, _count(rows, good, predictions).as_json())
     if rows.reasons:
         reasons = {part.first_row + row: reason for row, reason in rows.reasons.items()}
@@ -307,17 +294,18 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
 def _rejected_table(rows: pa.Table, source: str, reasons: dict[int, str]) -> pa.Table:
     """The rejected rows with REJECTION_FIELDS; `reasons` are by the index of each row in the input file."""
     # Input columns of these names are renamed to `input_<name>`; DuckDB and Spark do not tell upper case from lower case.
-    taken = {name.lower() for name in (*rows.column_names, *REJECTION_FIELDS.names)}
-    table = rows.rename_columns(
-        [_free_name(name, taken) if name.lower() in REJECTION_FIELDS.names else name for name in rows.column_names]
-    )
+    names = [*rows.column_names]
+    taken = {name.lower() for name in (*names, *REJECTION_FIELDS.names)}
+    for place, name in enumerate(names):
+        if name.lower() in REJECTION_FIELDS.names:
+            while name.lower() in taken:
+                name = f"input_{name}"
+            taken.add(name.lower())
+            names[place] = name
+    table = rows.rename_columns(names)
     for field, values in zip(REJECTION_FIELDS, ([source] * len(reasons), list(reasons), list(reasons.values())), strict=True):
         table = table.append_column(field, pa.array(values, field.type))
     return table
-
-
-def _free_name(name: str, taken: set[str]) -> str:
-    return _free_name(f"input_{name}", taken) if name.lower() in taken else name
 
 
 def _write(folder: OutputFolder, name: str, table: pa.Table, metadata: dict[bytes, bytes]) -> None:

@@ -23,6 +23,7 @@ from mnistsum_ray.storage.lock import LEASE_TTL_SECONDS
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import writable, write_model
 from tests.integration.conftest import Job, descendants, score_here, wait_for_files
+from tests.scoring.conftest import CONSOLE
 
 
 def table(place: Location) -> pa.Table:
@@ -85,7 +86,7 @@ def test_a_key_with_an_empty_part_is_set_aside_and_a_glob_may_have_a_query(tmp_p
     query = f"endpoint_override={quote(os.environ['AWS_ENDPOINT_URL'])}"
     for uri in ("s3://scores/odd/in", f"s3://scores/odd/in/**/*.parquet?{query}"):
         inputs = list_inputs([uri])
-        files = read_footers(inputs, ScoreConfig(model="m", input=(uri,), output=str(tmp_path)))
+        files = read_footers(inputs, ScoreConfig(model="m", input=(uri,), output=str(tmp_path)), CONSOLE)
         errors = dict(zip(files["name"].to_pylist(), files["error"].to_pylist(), strict=True))
         assert errors.pop("a.parquet") is None
         assert set(errors) == {"/a.parquet", "b//c.parquet"}

@@ -14,7 +14,7 @@ from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.scoring.output import OutputFiles, delete_parts
-from mnistsum_ray.scoring.preflight import Request, make_plan
+from mnistsum_ray.scoring.preflight import Request, make_plan, read_footers
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import writable
 from tests.scoring.conftest import CONSOLE, write_all
@@ -56,7 +56,8 @@ def test_a_scored_file_costs_seven_requests(bucket: str, requests: Counter[str])
     requests.clear()
     config = ScoreConfig(model="m", input=(uri,), output="o", label_column="label")
     card = {"sha256": "abc", "epoch": 1, "parameters": 1}
-    request = Request(config, output, card, {}, list_inputs(config.input, output), output, None)
+    inputs = list_inputs(config.input, output)
+    request = Request(config, output, card, {}, inputs, output, read_footers(inputs, config, CONSOLE))
     plan = make_plan(request, "fp32", writable(output), CONSOLE)
     write_all(plan)
     assert OutputFiles.read(plan, CONSOLE).stamps["planned"].to_pylist() == [True] * FILES

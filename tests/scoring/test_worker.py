@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.data.images import pixels_view
-from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
+from mnistsum_ray.errors import StorageError, UnusableFileError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.counts import encode_image
 from mnistsum_ray.scoring.output import OutputFiles
 from mnistsum_ray.scoring.parts import COUNTS_KEY, KEY, STAMP_FORMAT
 from mnistsum_ray.scoring.preflight import Plan
-from mnistsum_ray.scoring.worker import PartRows, _committed, background_warning, read_parts
+from mnistsum_ray.scoring.worker import PartRows, background_warning, read_parts
 from tests.scoring.conftest import CONSOLE, parts_of, plan_of, write_all
 
 
@@ -182,9 +182,7 @@ def of_another_version(folder: Path) -> None:
 )
 def test_damaged_output_files_are_refused(written: Path, damage: Any, error: str) -> None:
     damage(written)
-    files = output_files(written)
-    with pytest.raises(RequestError, match=f"predictions/{NAME} {error}.*; move it away, or choose another folder"):
-        files.check()
+    assert output_files(written).errors[0].startswith(f"predictions/{NAME} {error}")
 
 
 def test_parts_that_an_earlier_process_has_committed_stay(written: Path) -> None:
@@ -195,10 +193,3 @@ def test_parts_that_an_earlier_process_has_committed_stay(written: Path) -> None
     with pytest.raises(StorageError, match="cannot be written: another run has written something there"):
         write_all(replace(plan, precision="bf16"))
     assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files] == before
-
-    (written / "predictions" / NAME.replace("0-of", "1-of")).unlink()
-    reports = [_committed(plan, part, 0.0) for part in parts_of(plan)]
-    assert reports[0]
-    assert reports[0].select(["name", "rows", "rejected"]).to_pylist() == [{"name": "deep/a.parquet", "rows": 4, "rejected": 1}]
-    assert reports[1] is None
-    assert _committed(replace(plan, precision="bf16"), parts_of(plan)[0], 0.0) is None
