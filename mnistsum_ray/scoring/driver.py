@@ -28,13 +28,7 @@ from mnistsum_ray.scoring.output import (
     resume,
     unpublish,
 )
-from mnistsum_ray.scoring.parts import (
-    CPU_TASK_ROWS,
-    GPU_TASK_ROWS,
-    PART_ROWS,
-    WORKER_ROWS,
-    make_tasks,
-)
+from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, make_tasks
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
 from mnistsum_ray.scoring.publish import check_strict, publish, result_line, say_result
 from mnistsum_ray.storage.lock import folder_lock
@@ -104,14 +98,10 @@ def _execute(plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console
     """
     todo_rows = pc.sum(todo["rows"]).as_py() or 0
     resumed_rows = (pc.sum(plan.parts["rows"]).as_py() or 0) - todo_rows
-    workers = resources.workers
-    if not plan.config.num_workers:
-        useful = (todo_rows + PART_ROWS * todo.num_rows) // WORKER_ROWS
-        workers = min(workers, max(1, useful))
     done = f", {resumed_rows:,} done by an earlier run" if resumed_rows else ""
     console.say(
         f"{counted(todo_rows, 'row')} to score{done}; {counted(plan.files.num_rows, 'file')} below {plan.inputs.root.display}; "
-        f"up to {counted(workers, 'GPU worker' if resources.use_gpu else 'CPU worker')}, {plan.precision}"
+        f"up to {counted(resources.workers, 'GPU worker' if resources.use_gpu else 'CPU worker')}, {plan.precision}"
     )
     if not todo.num_rows:
         return {}, 0.0
@@ -124,7 +114,7 @@ def _execute(plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console
     done_rows, rejected_rows = 0, 0
     warned = False
     with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
-        pipeline = _make_pipeline(plan, todo, resources, workers, counter)
+        pipeline = _make_pipeline(plan, todo, resources, counter)
         for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
             plan.held.check()
             if failed := report["failed"].drop_null().to_pylist():
@@ -147,15 +137,15 @@ def _execute(plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console
     return failures, ended - started
 
 
-def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, workers: int, counter: Any) -> ray.data.Dataset:
+def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, counter: Any) -> ray.data.Dataset:
     """Ray Data pipeline: tasks over the parts in `todo` in, `worker.REPORT_SCHEMA` out, in any order."""
     from mnistsum_ray.scoring.worker import Score  # imports PyTorch
 
-    tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, workers)
+    tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, resources.workers)
     # Workers need no footers, which are large where the files are many.
     inputs = replace(plan.inputs, files=None, skipped={}, unusable={})
     shared = replace(plan, parts=todo, files=FOOTER_SCHEMA.empty_table(), inputs=inputs)
-    workers = min(workers, len(tasks))
+    workers = min(resources.workers, len(tasks))
     fitting = inspect_cluster().workers_that_fit(resources.per_worker)
     pool = ActorPoolStrategy(
         min_size=1,

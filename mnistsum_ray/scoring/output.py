@@ -176,16 +176,12 @@ def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
 
 
 def resume(plan: Plan, console: Console) -> tuple[OutputFiles, pa.Table]:
-    """Compare the plan with the files in the output folder, and delete unfinished files there. With
-    `--overwrite`, also delete the earlier output.
-
-    Returns:
-        The output folder as it was; and those of the plan's parts that are to be scored.
+    """Delete unfinished files, and with `--overwrite` the earlier output; return what was in the
+    output folder, and those of the plan's parts that are to be scored.
 
     Raises:
-        RequestError: the output folder holds other files, or predictions that this run must not be
-            mixed with; or all of the input is unusable, and `--overwrite` would only delete. Nothing
-            is deleted then.
+        RequestError: the folder holds other files, or predictions that this run must not be mixed
+            with; or `--overwrite` would only delete. Nothing is deleted then.
     """
     output = OutputFiles.read(plan, console)
     if output.errors:
@@ -217,13 +213,8 @@ def _overwrite(plan: Plan, stamps: pa.Table, done: pa.Table, console: Console) -
 
 
 def _check_compatible(plan: Plan, others: pa.Table) -> None:
-    """Refuse to put predictions beside those of another model, of changed input files, or of parts that were cut differently.
-
-    `others` are those of `OutputFiles.stamps` that are not of the plan.
-
-    Raises:
-        RequestError: says what differs and what to do.
-    """
+    """Refuse, with a RequestError, to put predictions beside those of another model, of changed input
+    files, or of parts that were cut differently; `others` are the stamps that are not of the plan."""
     where = f"--output {plan.output.display}"
     if other := _first(others.filter(pc.is_valid(others["conflict"]))):
         raise RequestError(f"{where}: was started with {other['conflict']}; give the same again, or {_START_OVER}")
@@ -245,12 +236,10 @@ def _first(table: pa.Table) -> dict[str, Any] | None:
 
 
 def reconcile(plan: Plan, stamps: pa.Table) -> pa.Table:
-    """Check that every row of every usable file is in the output exactly once; return FILES_TABLE_SCHEMA in the files' order.
+    """Check that every row of every usable file is in the output exactly once, or raise a
+    RowCountError; return FILES_TABLE_SCHEMA in the files' order.
 
-    `plan` lacks the files that could not be read, and `stamps` (`OutputFiles.stamps`) are read after all files were written.
-
-    Raises:
-        RowCountError: names the first file with missing or duplicate rows.
+    `stamps` (`OutputFiles.stamps`) are read after all files were written.
     """
     there = stamps.filter(stamps["planned"])
     if part := _first(all_but(plan.parts, there["output"])):

@@ -34,9 +34,6 @@ _DEFAULT_ROWS: Final = (8_192, 32_768)
 """Least and most rows of a part, unless the user says otherwise. A kill costs each worker the part that it scores; 32,768 rows
 are 10 s of a CPU core, and 180 MB of a worker more than 8,192, whose output file has 0.4 MB."""
 
-_MIN_PART_ROWS: Final = 8
-"""Least rows of a part, which may then be larger: what the footer says of bytes may be wrong."""
-
 _THREADS: Final = 16
 _FILES_AT_ONCE: Final = 1000
 
@@ -112,7 +109,8 @@ def _parts_of_file(file: dict[str, Any], max_rows_per_file: int | None) -> Itera
     rows, path = file["rows"], PurePosixPath(file["name"])
     least, most = _DEFAULT_ROWS
     limit = max_rows_per_file or min(most, max(least, _ceil_divide(rows, 4)))
-    limit = min(limit, max(_MIN_PART_ROWS, _MAX_PART_BYTES * rows // max(1, file["bytes"])))
+    # Not fewer than eight: what the footer says of bytes may be wrong.
+    limit = min(limit, max(8, _MAX_PART_BYTES * rows // max(1, file["bytes"])))
     group = file["longest_group"]
     # Whole row groups, which mostly are all of one size; or slices of one, of nearly equal size.
     size = limit - limit % group if 0 < group <= limit else _ceil_divide(rows, max(1, _ceil_divide(rows, limit)))
@@ -131,24 +129,22 @@ CPU_TASK_ROWS: Final = 32_768
 GPU_TASK_ROWS: Final = 262_144
 """Rows of a task, some seconds of work: a task costs the driver 7 to 9 ms."""
 
-_MIN_TASK_ROWS: Final = 1024
+_MIN_TASK_ROWS: Final = 4_096
+"""Rows that a CPU core scores while a worker starts: with fewer rows a worker, fewer workers end sooner."""
 
 _TASKS_PER_WORKER: Final = 4
 """With several tasks per worker, none has to finish a long one alone at the end."""
 
-WORKER_ROWS: Final = 4_096
-"""Rows that a CPU core scores while a worker starts: with fewer rows a worker, fewer workers end sooner."""
-
 _MAX_TASKS: Final = 16_384
 """With more rows the tasks get longer: Ray Data takes 0.5 ms a task before the first starts, and says nothing meanwhile."""
 
-PART_ROWS: Final = 32
+_PART_ROWS: Final = 32
 """Rows that take as long as to open and to write the files of a part."""
 
 
 def make_tasks(parts: pa.Table, max_rows: int, workers: int) -> list[Task]:
     """Group consecutive parts (PART_SCHEMA) so that each worker gets several tasks of about `max_rows` or fewer."""
-    rows = parts["rows"].to_numpy() + PART_ROWS
+    rows = parts["rows"].to_numpy() + _PART_ROWS
     total = int(rows.sum())
     task_rows = max(_MIN_TASK_ROWS, _ceil_divide(total, _TASKS_PER_WORKER * workers))
     task_rows = max(min(task_rows, max_rows), _ceil_divide(total, _MAX_TASKS))

@@ -22,9 +22,6 @@ from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder, refused
 
-REJECTION_FIELDS: Final = pa.schema({"source_file": pa.string(), "source_row": pa.int64(), "reason": pa.string()})
-"""Columns that scoring adds to rejected rows, after the input's."""
-
 FOOTER_SCHEMA: Final = pa.schema(
     [
         *FILE_SCHEMA,
@@ -39,7 +36,7 @@ FOOTER_SCHEMA: Final = pa.schema(
 """One row per input file. A file whose footer cannot be read has an error and otherwise nulls."""
 
 _MAX_FILES: Final = 1000
-"""Unusable files that the console names."""
+"""Unusable files that the console names; files.parquet has all."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +147,6 @@ def say_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
     """Name the files that cannot be used, one line each with the reason."""
     for name in list(failures)[:_MAX_FILES]:
         say(f"cannot be used: {name}: {failures[name]}")
-    if len(failures) > _MAX_FILES:
-        say(f"and {len(failures) - _MAX_FILES:,} more files")
 
 
 def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> pa.Table:
@@ -167,7 +162,7 @@ def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> pa.Ta
     # A column that no readable file has is a wrong flag rather than a wrong file.
     readable = files.filter(pc.is_valid(files["rows"]))
     for flag, column in _columns(config).items():
-        lack = pc.fill_null(pc.starts_with(readable["error"], _no_column(column)), False)
+        lack = pc.fill_null(pc.starts_with(readable["error"], f"has no column {column!r}"), False)
         if readable.num_rows and pc.all(lack).as_py():
             name, error = readable["name"][0], readable["error"][0].as_py().partition(";")[0]
             raise RequestError(f"{flag} {column}: no file of --input has such a column; {name} {error}")
@@ -201,10 +196,6 @@ def _columns(config: ScoreConfig) -> dict[str, str]:
     return columns | ({"--label-column": config.label_column} if config.label_column else {})
 
 
-def _no_column(name: str) -> str:
-    return f"has no column {name!r}"
-
-
 def _file_error(footer: Footer, config: ScoreConfig) -> str | None:
     """Return why a file with this footer cannot be scored, or None if it can."""
     names = footer.schema.names
@@ -212,7 +203,7 @@ def _file_error(footer: Footer, config: ScoreConfig) -> str | None:
     for flag, name in _columns(config).items():
         if name not in names:
             some = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            return f"{_no_column(name)} but {some}; {flag} names another"
+            return f"has no column {name!r} but {some}; {flag} names another"
         error = column_error(footer.schema, name, type_errors.get(flag, lambda _: None))
         if error:
             return f"{error}, or {flag} names another"

@@ -124,5 +124,4 @@ def say_result(line: dict[str, Any], counts: RowCounts, say: Callable[[str], Non
         say(f"{counted(bad, 'label')} outside 0..{DIGITS - 1}, counted as unknown: {counts.bad_labels.describe()}")
     if counts.labelled:
         say(f"right: {accuracies(line)} ({counted(counts.labelled, 'labelled row')})")
-    say(f"predictions: {line['output']}/{PREDICTIONS}")
-    say(f"report: {line['output']}/{REPORT}")
+    say(f"predictions: {line['output']}/{PREDICTIONS}; report: {line['output']}/{REPORT}")

@@ -33,9 +33,12 @@ from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.scoring.counts import RowCounts, encode_image
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, from_metadata, read_stamp, to_metadata
-from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
+from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
+
+REJECTION_FIELDS: Final = pa.schema({"source_file": pa.string(), "source_row": pa.int64(), "reason": pa.string()})
+"""Columns that scoring adds to rejected rows, after the input's."""
 
 REPORT_SCHEMA: Final = pa.schema(
     {
@@ -139,8 +142,8 @@ class PartRows:
     """uint8[n, 28, 28]; zeros in rejected rows."""
     numbers: npt.NDArray[np.int64]
     """int64[n], 0..NUMBERS - 1; 0 in rejected rows."""
-    labels: npt.NDArray[np.int64] | None
-    """int64[n], the true digit, -1 where it is unknown; None without a label column."""
+    labels: npt.NDArray[np.int64]
+    """int64[n], the true digit; -1 where it is unknown, as without a label column."""
     reasons: dict[int, str]
     """Why each rejected row cannot be scored, by its index in the part, in ascending order."""
     bad_labels: dict[int, str]
@@ -155,17 +158,17 @@ def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iter
     Yields:
         Each part, with its rows or with why they cannot be read although the footer of their file could.
     """
-    for _, of_file in itertools.groupby(parts, lambda part: part.name):
-        left = list(of_file)
+    for _, group in itertools.groupby(parts, lambda part: part.name):
+        of_file, done = list(group), 0
         try:
-            for part, rows in _read_file(folder, [*left], config):
-                yield part, rows
-                left.remove(part)
+            for rows in _read_file(folder, of_file, config):
+                yield rows.part, rows
+                done += 1
         except UnusableFileError as error:
-            yield from ((part, error) for part in left)
+            yield from ((part, error) for part in of_file[done:])
 
 
-def _read_file(folder: Location, parts: list[Part], config: ScoreConfig) -> Iterator[tuple[Part, PartRows]]:
+def _read_file(folder: Location, parts: list[Part], config: ScoreConfig) -> Iterator[PartRows]:
     """Read and decode parts of one file; only the rows of the current part are in memory.
 
     Whatever a file makes the decoding raise is an UnusableFileError, as what its reading does.
@@ -180,7 +183,7 @@ def _read_file(folder: Location, parts: list[Part], config: ScoreConfig) -> Iter
                 pending.append(next(batches))
             table = pa.Table.from_batches(pending, schema)
             rows_of_part, odd_years = without_odd_years(file, plain_table(table.slice(0, part.rows)))
-            yield part, _decode(part, rows_of_part, config, odd_years)
+            yield _decode(part, rows_of_part, config, odd_years)
             pending = table.slice(part.rows).to_batches()
 
 
@@ -188,7 +191,7 @@ def _decode(part: Part, table: pa.Table, config: ScoreConfig, odd_years: int) ->
     images, bad_images = decode_images(one_chunk(table[config.image_column]))
     numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
     reasons = join_reasons(bad_images, bad_numbers)
-    labels, bad_labels = None, dict[int, str]()
+    labels, bad_labels = np.full(part.rows, -1), dict[int, str]()
     if config.label_column:
         column = one_chunk(table[config.label_column])
         labels, unknown = decode_numbers(column, DIGITS)
@@ -271,15 +274,14 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
         odd_years=rows.odd_years,
         consistent=int(predictions.columns(numbers)[-1].sum()),
     )
-    labels = np.full(len(good), -1) if rows.labels is None else rows.labels[good]
+    labels = rows.labels[good]
     known = labels >= 0
     cells = np.bincount(labels[known] * DIGITS + digits[known], minlength=DIGITS * DIGITS)
     counts.confusion = cells.reshape(DIGITS, DIGITS).tolist()
     for head in HEADS:
         probability = predictions.values[f"{head.name}_prob"]
-        if rows.labels is not None:
-            right = predictions.values[f"pred_{head.name}"][known] == head.target(labels, numbers)[known]
-            counts.reliability[head.name] = Reliability.of(probability[known], right)
+        right = predictions.values[f"pred_{head.name}"] == head.target(labels, numbers)
+        counts.reliability[head.name] = Reliability.of(probability[known], right[known])
     unsure: dict[str, list[Any]] = {}
     # The same image may be there with each number.
     for place in np.argsort(predictions.digit_prob, kind="stable")[: NUMBERS * _UNSURE].tolist():

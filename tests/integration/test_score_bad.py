@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
-from mnistsum_ray.errors import RunError
 from tests.conftest import check_predictions, plain_predictions
 from tests.integration.conftest import Scored, score_here
 
@@ -143,15 +142,6 @@ def test_a_later_run_scores_a_file_that_was_repaired_and_no_other(
     assert late.line["resumed_rows"] == FILES * ROWS_A_FILE
     assert late.line["scored_rows"] == scored.line["scored_rows"] + ROWS_A_FILE - BAD
     assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def test_strict_publishes_nothing(model: Path, source: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=rf"--strict: nothing was scored: {len(BAD_FILES) - 1} files cannot be used"):
-        score_here(model, tmp_path / "out", source, strict=True)
-    message = rf"nothing was published: {BAD} rows and 0 files cannot be used below .*: 00\.parquet: row 0: "
-    with pytest.raises(RunError, match=message):
-        score_here(model, tmp_path / "out", source / "00.parquet", strict=True)
-    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_all_rows_bad_and_no_rows_at_all(model: Path, tmp_path: Path) -> None:

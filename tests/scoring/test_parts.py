@@ -74,9 +74,8 @@ def test_a_name_that_is_taken_hidden_or_outside_of_the_output_is_an_error() -> N
 @pytest.mark.parametrize(
     ("files", "task_rows", "workers", "least", "most"),
     [
-        (input_files(*[10] * 2000), CPU_TASK_ROWS, 1, 2, 84),  # many small files
-        (input_files(*[10] * 2000), CPU_TASK_ROWS, 16, 64, 84),
-        (input_files(*[1250] * 8), CPU_TASK_ROWS, 16, 8, 8),  # a few
+        (input_files(*[10] * 2000), CPU_TASK_ROWS, 16, 20, 21),  # many small files
+        (input_files(*[1250] * 8), CPU_TASK_ROWS, 16, 2, 4),  # a few
         (input_files(10, 50_000, 10, 16_384, 0, 40_003), CPU_TASK_ROWS, 1, 2, 5),
         (input_files(10**7, group=8_192), GPU_TASK_ROWS, 8, 36, 39),  # long tasks of a GPU
         (input_files(*[10**8] * 30, group=16_384), CPU_TASK_ROWS, 64, 10_000, 16_384),
