@@ -20,14 +20,7 @@ from mnistsum_ray.model.cpu import cpu_faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult
-from mnistsum_ray.scoring.output import (
-    OutputFiles,
-    all_but,
-    delete_parts,
-    reconcile,
-    resume,
-    unpublish,
-)
+from mnistsum_ray.scoring.output import OutputFiles, all_but, delete_parts, reconcile, resume
 from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, make_tasks
 from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
 from mnistsum_ray.scoring.publish import check_strict, publish, result_line, say_result
@@ -105,7 +98,6 @@ def _execute(plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console
     )
     if not todo.num_rows:
         return {}, 0.0
-    unpublish(plan.held)
     metrics = JobMetrics("score", plan.output.display)
     progress = Progress(console.progress, "rows scored", todo_rows)
     failures: dict[str, str] = {}

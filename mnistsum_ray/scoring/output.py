@@ -196,7 +196,10 @@ def resume(plan: Plan, console: Console) -> tuple[OutputFiles, pa.Table]:
             first = others["source"][0]
             console.say(f"left as they are: {others.num_rows:,} output files of input that is not there now, such as {first}")
     plan.held.delete_files(output.unfinished)
-    return output, all_but(plan.parts, done["output"])
+    todo = all_but(plan.parts, done["output"])
+    if todo.num_rows:
+        unpublish(plan.held)
+    return output, todo
 
 
 def _overwrite(plan: Plan, stamps: pa.Table, done: pa.Table, console: Console) -> pa.Table:

@@ -20,9 +20,9 @@ from tests.conftest import writable
 CONSOLE = Console(io.StringIO())
 
 
-def plan_of(folder: Path, output: Path = Path("/nowhere"), *more: Path, sha256: str = "abc", **settings: Any) -> Plan:
-    """Plan to score the files in some folders, in float32 unless another precision is set."""
-    config = ScoreConfig(model="m", input=tuple(map(str, (folder, *more))), output=str(output), **settings)
+def plan_of(folder: Path | str, output: Path | str = "/nowhere", sha256: str = "abc", **settings: Any) -> Plan:
+    """Plan to score the files in a folder, in float32 unless another precision is set."""
+    config = ScoreConfig(model="m", input=(str(folder),), output=str(output), **settings)
     place = locate(str(output), "--output")
     card = {"sha256": sha256, "epoch": 1, "parameters": 1}
     inputs = list_inputs(config.input, locate("/nowhere", "--output"))

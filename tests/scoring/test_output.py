@@ -39,19 +39,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def plan_in(folder: Path, *more: Path, **settings: Any) -> Plan:
+def plan_in(folder: Path, **settings: Any) -> Plan:
     given: dict[str, Any] = {"max_rows_per_file": 20, "label_column": "label"} | settings
-    return plan_of(folder / "in", folder / "out", *more, **given)
-
-
-def output_of(plan: Plan) -> OutputFiles:
-    return OutputFiles.read(plan, CONSOLE)
+    return plan_of(folder / "in", folder / "out", **given)
 
 
 def test_all_rows_are_counted(folder: Path) -> None:
     plan = plan_in(folder)
     write_all(plan)
-    output = output_of(plan)
+    output = OutputFiles.read(plan, CONSOLE)
     files, counts = reconcile(plan, output.stamps), output.counts
     rows = [list(row.values()) for row in files.to_pylist()]
     assert rows[:2] == [
@@ -82,10 +78,7 @@ def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     ("damage", "there"),
     [
         (lambda folder: rewrite(part(folder), lambda table: table.slice(1)), "18 predictions and 1 rejected"),
-        (
-            lambda folder: rewrite(part(folder), lambda table: pa.concat_tables([table, table[18:]])),
-            "20 predictions and 1 rejected",
-        ),
+        (lambda folder: rewrite(part(folder), lambda table: pa.concat_tables([table, table[18:]])), "20 predictions and 1"),
         (lambda folder: rewrite(part(folder, "rejected"), lambda table: table.slice(1)), "19 predictions and 0 rejected"),
         (lambda folder: part(folder).unlink(), None),
         (lambda folder: shutil.copy(part(folder).with_name("a-00000-of-00002.parquet"), part(folder)), None),
@@ -97,7 +90,7 @@ def test_a_part_that_differs_from_the_plan_is_named(folder: Path, damage: Callab
     write_all(plan)
     damage(folder)
     with pytest.raises(RowCountError, match=r"a\.parquet: rows 20 to 39 should be in predictions/a-00001"):
-        reconcile(plan, output_of(plan).stamps)
+        reconcile(plan, OutputFiles.read(plan, CONSOLE).stamps)
     if there:
         with pytest.raises(RequestError, match=f"predictions/a-00001-of-00002.parquet has {there}.*; move it away"):
             resume(plan, CONSOLE)
@@ -183,7 +176,7 @@ def finish(plan: Plan) -> None:
     """Score and publish as the driver does, in this process."""
     output, todo = resume(plan, CONSOLE)
     write_all(replace(plan, parts=todo))
-    output = output_of(plan)
+    output = OutputFiles.read(plan, CONSOLE)
     files = reconcile(plan, output.stamps)
     line = result_line(plan, files, output.counts, 0, 1.0) | {"seconds": 1.0}
     check_strict(plan, output.counts, line)
@@ -240,6 +233,10 @@ def test_overwrite_goes_on_where_it_was_killed_and_begins_anew_where_it_was_not(
     part(folder).unlink()
     assert resume(plan, CONSOLE)[1]["output"].to_pylist() == ["a-00001-of-00002.parquet"]
     finish(plan)
+    before = names(folder / "out")
+    with pytest.raises(RequestError, match="--overwrite: nothing was deleted, since no file of"):
+        resume(replace(plan, parts=plan.parts.slice(0, 0)), CONSOLE)
+    assert names(folder / "out") == before
     assert resume(plan, CONSOLE)[1].num_rows == 3
 
 

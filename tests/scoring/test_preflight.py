@@ -12,7 +12,7 @@ import pytest
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import list_inputs
-from mnistsum_ray.data.parquet import open_parquet, read_table, to_parquet
+from mnistsum_ray.data.parquet import read_table, to_parquet
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.scoring.preflight import read_footers
 from mnistsum_ray.storage.paths import locate
@@ -40,11 +40,9 @@ def test_the_footer_of_a_usable_file(tmp_path: Path) -> None:
     row = footers(tmp_path)["a.parquet"]
     assert (row["rows"], row["longest_group"], row["error"]) == (3, 2, None)
     assert row["bytes"] > 3 * 784 / 2  # Parquet stores repeated images once
-    wide = GOOD.slice(1).replace_schema_metadata({"note": "x" * 300_000})  # its footer is longer than the first read
+    wide = GOOD.replace_schema_metadata({"note": "x" * 300_000})  # its footer is longer than the first read
     pq.write_table(wide, tmp_path / "a.parquet")
-    again = footers(tmp_path)["a.parquet"]
-    assert (again["rows"], again["error"]) == (2, None)
-    assert again["footer_sha256"] != row["footer_sha256"]
+    assert footers(tmp_path)["a.parquet"]["footer_sha256"] != row["footer_sha256"]
 
 
 def damaged(damage: Callable[[bytes], bytes]) -> Write:
@@ -117,22 +115,6 @@ def test_a_column_whose_type_changes_is_named_and_its_file_is_used(tmp_path: Pat
     assert (row["error"], row["recast"]) == (None, recast)
     path = locate(str(tmp_path / "a.parquet"), "--input")
     to_parquet(read_table(path))  # what pyarrow reads it writes
-
-
-def test_every_other_type_of_duckdb_is_written_back_unchanged(tmp_path: Path) -> None:
-    path, again = tmp_path / "a.parquet", tmp_path / "again.parquet"
-    others = [
-        *("'{\"a\": 1}'::JSON", "uuid()", "TIME '10:11:12'", "TIMESTAMPTZ '2020-01-01 00:00:00+00'", "TIMESTAMP_NS '2020-01-01'"),
-        *("1.5::DECIMAL(9, 2)", "MAP {'a': 1}", "{'x': 1}", "[1, 2]", "DATE '2020-01-01'", "'a'::ENUM ('a', 'b')", "1::UTINYINT"),
-    ]
-    with_sql(", ".join(f"{other} AS other{index}" for index, other in enumerate(others)))(path)
-    row = footers(tmp_path)["a.parquet"]
-    assert (row["error"], row["recast"]) == (None, [])
-    with open_parquet(locate(str(path), "--input")) as file:
-        again.write_bytes(to_parquet(file.read()))
-    types = ", ".join(f"typeof(other{index})" for index in range(len(others)))
-    before, after = (duckdb.execute(f"SELECT *, {types} FROM '{file}'").fetchall() for file in (path, again))
-    assert before == after
 
 
 def test_a_column_that_no_file_has_is_refused_and_one_that_some_files_have_is_not(tmp_path: Path) -> None:
