@@ -79,8 +79,6 @@ def test_accuracies_and_probabilities_are_those_of_the_rows_with_a_label(finishe
         "reasons": dict.fromkeys(labels, 1),
         "examples": {reason: [["part-00000.parquet", row]] for reason, row in labels.items()},
     }
-    page = (finished.output / "report.html").read_text()
-    assert all(f"<td>1</td><td>{reason}</td><td>part-00000.parquet, row {row}</td>" in page for reason, row in labels.items())
     assert finished.manifest()["consistent_rows"] == sum(table["consistent"].to_pylist())
     # What else is in the manifest follows from the same counts; their definitions are tested in tests/model.
     counted = np.bincount(digits * 10 + labelled["pred_digit"].to_numpy(), minlength=100)
