@@ -44,7 +44,7 @@ def score(config: ScoreConfig) -> ScoreResult:
     from mnistsum_ray.scoring.preflight import preflight
 
     with Console() as console:
-        run = preflight(config)
+        run = preflight(config, console)
         connect({"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display})
 
         from mnistsum_ray.scoring import driver
