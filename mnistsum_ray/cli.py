@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -136,18 +137,16 @@ def predict(config: "PredictConfig") -> Result:
     is started.
     """
     from mnistsum_ray.errors import percent
-    from mnistsum_ray.model.heads import HEADS, PROBABILITY_FIELDS, SUM
     from mnistsum_ray.predicting import predict as predict_picture
     from mnistsum_ray.reporting.console import Console
 
-    say, found = Console().say, predict_picture(config.model, config.picture, config.number)
-    asked = {head.name: head.name for head in HEADS} | {SUM.name: f"digit + {found.number}"}
-    answers = (f"{what}: {getattr(found, name)} ({percent(getattr(found, f'{name}_prob'))})" for name, what in asked.items())
-    say(", ".join(answers))
+    found, console = predict_picture(config.model, config.picture, config.number), Console()
+    digit, total = percent(found.digit_prob), percent(found.sum_prob)
+    console.say(f"digit: {found.digit} ({digit}), digit + {found.number}: {found.sum} ({total})")
     if found.unsure:
-        say("unsure: the digit's probability is below 90 %")
-    arrays = ("pixels", *PROBABILITY_FIELDS.names)
-    return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key not in arrays}
+        console.say("unsure: the digit's probability is below 90 %")
+    shown = [field.name for field in fields(found) if field.repr]  # no arrays
+    return {"picture": config.picture} | {name: getattr(found, name) for name in shown}
 
 
 COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], str, str]]] = {
