@@ -93,7 +93,7 @@ def test_progress_is_a_bar_that_fits_the_terminal() -> None:
 
 def test_silence_is_reported_until_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that has ended cannot be asked: it costs only the line."""
-    monkeypatch.setattr(console, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(console, "SILENCE_SECONDS", 1.0)
     answers: list[str | Exception] = ["it has 2 CPUs", ConnectionError("gone"), "it is back"]
 
     def explain() -> str:
@@ -104,7 +104,7 @@ def test_silence_is_reported_until_a_sign_of_life(monkeypatch: pytest.MonkeyPatc
 
     log = io.StringIO()
     with Console(log) as written, written.waiting_for("the workers", explain):
-        for _ in range(10):
+        for _ in range(30):
             time.sleep(0.05)
             written.say("a line")
         assert "no word" not in log.getvalue()
