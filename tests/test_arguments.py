@@ -46,15 +46,16 @@ def test_flags(argv: list[str], expected: dict[str, Any], monkeypatch: pytest.Mo
 
 def test_the_command_line_overrides_the_yaml_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("epochs: 3\nbatch-size: 128\nnum_workers: [1, 2]\nuse_gpu: false\nskip_bad_rows: true\n")
+    file.write_text("epochs: 3\nbatch-size: 128\nnum_workers: [1, 2]\nskip_bad_rows: true\n")
     made = config("--config", str(file), "--epochs", "7", "--skip-bad-rows", "false")
-    expected = {"epochs": 7, "batch_size": 128, "num_workers": (1, 2), "use_gpu": False, "skip_bad_rows": False}
+    expected = {"epochs": 7, "batch_size": 128, "num_workers": (1, 2), "skip_bad_rows": False}
     assert made.model_dump(exclude_unset=True) == expected
 
 
-def test_a_list_flag_takes_several_words_as_a_shell_expands_them_and_may_come_again(tmp_path: Path) -> None:
-    names = ("a,b.parquet", "c d", "données/*.parquet", 'say "hi"', "back\\slash", "[x]")
-    for argv in (["--input", *names], ["--input", names[0], "--strict", *(f"--input={name}" for name in names[1:])]):
+def test_a_list_flag_takes_several_words_and_may_come_again(tmp_path: Path) -> None:
+    names = ("a,b.parquet", "données/*.parquet", 'say "hi"', "[x]")
+    again = ["--input", names[0], "--strict", *(f"--input={name}" for name in names[1:])]
+    for argv in (["--input", *names], again):
         assert parse(ScoreConfig, [*argv, *SCORE[2:]], "").input == names
     path = tmp_path / "run.yaml"
     for text, expected in (("pairs", ("pairs",)), ("[a, 'b,c']", ("a", "b,c"))):
