@@ -34,7 +34,6 @@ def check_error(config_class: type[JobConfig], argv: list[str], message: str) ->
         (["--skip-bad-rows", "--epochs", "2"], {"skip_bad_rows": True, "epochs": 2}),
         (["--skip-bad-rows", "--skip-bad-rows", "false"], {"skip_bad_rows": False}),
         (["--resume", "--name", "a"], {"resume": True, "name": "a"}),
-        (["--name", "a", "--resume", "auto"], {"resume": "auto", "name": "a"}),
         (["--data", "None", "--storage-path", "données/ü [1]"], {"data": "None", "storage_path": "données/ü [1]"}),
     ],
 )
@@ -71,7 +70,6 @@ def test_a_list_flag_takes_several_words_and_may_come_again(tmp_path: Path) -> N
         (TrainConfig, ["--recipe", "shrt"], "--recipe: input should be 'quick', 'short' or 'long', got 'shrt'"),
         (TrainConfig, ["--num-workers", "4,2"], "--num-workers: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX"),
         (TrainConfig, ["--num-workers", "a"], "--num-workers: must be N or MIN,MAX"),
-        (TrainConfig, ["--learning-rate", "nan"], "--learning-rate"),
         (TrainConfig, ["--resume"], "--resume: needs --name, the run to continue"),
         (TrainConfig, ["--resume", "a", "--name", "b"], "--resume: input should be a valid boolean"),
         (TrainConfig, ["--config", "nowhere.yaml"], "--config nowhere.yaml: cannot be read: No such file"),
@@ -92,7 +90,6 @@ def test_an_error_is_one_short_line_that_names_the_flag(config_class: type[JobCo
     [
         ("epohs: 3\n", "'epohs' of the config file: there is no such setting; did you mean epochs?"),
         ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to 1, got '0'"),
-        ("seed: 1:30\n", "'seed' of the config file: input should be a valid integer"),  # YAML 1.1 reads 90
         ("- epochs\n", "must hold `key: value` lines"),
         ("batch-size: 64\nbatch_size: 128\n", "the key 'batch_size' is there twice"),
         (f"seed: {'[' * 1000}", "is not YAML"),
