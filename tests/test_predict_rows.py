@@ -86,26 +86,6 @@ def test_one_picture(network: TwoHeadCNN, model: Path, table: pa.Table, tmp_path
             predict(network, picture, number)
 
 
-RECIPE = """
-rows = pd.read_csv("photos.csv")  # columns: file, number, and any others
-rows["image"] = [prepare_picture(file).tobytes() for file in rows["file"]]
-rows.to_parquet("photos.parquet")
-"""
-"""Of README."""
-
-
-def test_parquet_is_made_of_pictures(
-    network: TwoHeadCNN, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    pixels = np.frombuffer(table["image"][0].as_py(), np.uint8).reshape(28, 28)
-    Image.fromarray(255 - pixels).resize((300, 300)).save("one.jpg")
-    Path("photos.csv").write_text("file,number\none.jpg,5\n")
-    exec(RECIPE, {"pd": pd, "prepare_picture": prepare_picture})
-    found = predict_rows(network, pq.read_table("photos.parquet"))
-    assert (found["pred_digit"].to_pylist(), found["reason"].to_pylist()) == ([predict(network, "one.jpg", 5).digit], [None])
-
-
 def test_scores_that_are_not_finite_are_an_error(network: TwoHeadCNN, table: pa.Table) -> None:
     broken = deepcopy(network)
     torch.nn.init.constant_(broken.conv1.weight, 3e38)

@@ -4,10 +4,9 @@ Each is drawn from numbers that are also in the run's JSON files. Blue is the di
 right, orange the sum and what is wrong: they differ with any kind of colour blindness.
 """
 
-import functools
 import io
 from collections.abc import Callable
-from typing import Any, Final, ParamSpec
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -37,24 +36,16 @@ _STYLE: Final[dict[Any, Any]] = {
 _ACROSS: Final = 6
 """Most images beside each other."""
 
-P = ParamSpec("P")
+
+def png(draw: Callable[..., Figure], *arguments: Any) -> bytes:
+    """What one of these functions draws, in the common style, as a PNG file."""
+    file = io.BytesIO()
+    # A user's matplotlibrc may ask for LaTeX, which may be missing.
+    with style.context(["default", _STYLE]):
+        FigureCanvasAgg(draw(*arguments)).print_png(file)  # type: ignore[no-untyped-call]
+    return file.getvalue()
 
 
-def _png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
-    """Give a drawing function the common style, and save what it draws as a PNG file."""
-
-    @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> bytes:
-        file = io.BytesIO()
-        # A user's matplotlibrc may ask for LaTeX, which may be missing.
-        with style.context(["default", _STYLE]):
-            FigureCanvasAgg(draw(*args, **kwargs)).print_png(file)  # type: ignore[no-untyped-call]
-        return file.getvalue()
-
-    return drawn
-
-
-@_png
 def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
     """Loss and error (100 % less the accuracy) of each head by epoch."""
     figure = Figure(figsize=(9, 4))
@@ -94,7 +85,6 @@ def _error(metrics: dict[str, Any], head: Head) -> float:
     return 100 - 100 * float(metrics[f"{head.name}_accuracy"])
 
 
-@_png
 def draw_confusion(confusion: list[list[int]]) -> Figure:
     """Rows by true digit (down) and predicted digit (across); right ones blue, mistakes orange."""
     counts = np.array(confusion)
@@ -119,11 +109,11 @@ def draw_confusion(confusion: list[list[int]]) -> Figure:
     precision, recall = (hits / np.maximum(1, counts.sum(axis)) for axis in (0, 1))
     across = [f"{digit}\n{share:.1%}" for digit, share in enumerate(precision)]
     axes.set_xticks(classes, across, fontsize=8)
-    axes.set_yticks(classes, [f"{share:.1%}  {digit}" for digit, share in enumerate(recall)], fontsize=8)
+    down = [f"{share:.1%}  {digit}" for digit, share in enumerate(recall)]
+    axes.set_yticks(classes, down, fontsize=8)
     return figure
 
 
-@_png
 def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8]) -> Figure:
     """Each mistake of the manifest's error analysis with its image, uint8[n, 28, 28]."""
     down = max(1, -(-len(mistakes) // _ACROSS))
@@ -145,7 +135,6 @@ def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8])
     return figure
 
 
-@_png
 def draw_reliability(heads: dict[str, Any]) -> Figure:
     """Reliability diagram of each head: accuracy and rows by predicted probability, in equal bins.
 

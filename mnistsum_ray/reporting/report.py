@@ -67,7 +67,7 @@ def scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def draw_pictures(wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]) -> dict[str, bytes]:
-    """Draw PNG files: of `{"history.png": (history, card)}` by `pictures.draw_history(history, card)`.
+    """Draw PNG files: for `{"history.png": arguments}` what `pictures.draw_history` draws of them.
 
     What cannot be drawn costs a console line and never the run.
     """
@@ -78,7 +78,7 @@ def draw_pictures(wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]
             from mnistsum_ray.reporting import pictures
 
             draw = getattr(pictures, f"draw_{Path(name).stem}")
-            drawn[name] = draw(*arguments)
+            drawn[name] = pictures.png(draw, *arguments)
         except Exception as error:
             say(f"{name} cannot be drawn: {one_line(error)}; the report is without it")
     return drawn
