@@ -83,7 +83,7 @@ def test_one_picture(network: TwoHeadCNN, model: Path, table: pa.Table, tmp_path
     assert (found.number, found.consistent, found.unsure) == (5, found.sum == found.digit + 5, True)
     for number in (10, -1, 2.5, None):
         with pytest.raises(RequestError, match=f"the number is {number}, not one of 0..9"):
-            predict(network, picture, number)  # type: ignore[arg-type]
+            predict(network, picture, number)
 
 
 def test_parquet_is_made_of_pictures(network: TwoHeadCNN, table: pa.Table, tmp_path: Path) -> None:
