@@ -123,10 +123,7 @@ class Console:
             self.say(line)
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show an event of the training loop, whose `kind` is progress (of an epoch), epoch, counter, or note (a line).
-
-        question is the driver's.
-        """
+        """Show an event of the training loop, whose `kind` is progress (of an epoch), epoch, counter, or note (a line)."""
         fields = {key: value for key, value in event.items() if key != "kind"}
         if event["kind"] == "counter":
             self.progress(**fields)

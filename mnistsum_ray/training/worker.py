@@ -97,35 +97,15 @@ class Events:
     """The queue, and the first failure that came through it."""
 
     queue: Queue
-    answers: Queue | None
-    """To the workers: for each epoch, a token that they have sent, and whether the run ends; None where they need not ask."""
     failed: threading.Event = field(default_factory=threading.Event)
     failure: str = ""
 
 
 @contextmanager
-def event_queue(
-    console: Console,
-    on_epoch: Callable[[dict[str, Any]], None],
-    on_event: Callable[[dict[str, Any]], None],
-    ends: Callable[[], bool] | None,
-) -> Iterator[Events]:
-    """A queue whose events are shown on the console while the block runs; failures are kept.
-
-    `on_epoch` gets each finished epoch's line of history.jsonl, and `on_event` each event, in a thread of the queue. `ends` says
-    after each epoch whether the run ends there.
-    """
+def event_queue(console: Console, on_event: Callable[[dict[str, Any]], None]) -> Iterator[Events]:
+    """A queue whose events are shown on the console, and given to `on_event` in a thread; failures are kept."""
     queue = Queue(actor_options=on_node())  # so that it is not lost with another node
-    events, ended = Events(queue, Queue(actor_options=on_node()) if ends else None), threading.Event()
-
-    def handle(event: dict[str, Any]) -> None:
-        console.show(event)
-        on_event(event)
-        if event["kind"] == "epoch":
-            on_epoch({key: value for key, value in event.items() if key != "kind"})
-        elif event["kind"] == "question" and ends and events.answers is not None:
-            with console.waiting_for("on_epoch", lambda: "the workers wait until it returns"):
-                events.answers.put((event["token"], ends()))
+    events, ended = Events(queue), threading.Event()
 
     def follow() -> None:
         with console.waiting_for("the workers", explain_worker_silence):
@@ -145,8 +125,9 @@ def event_queue(
                     events.failed.set()
                     continue
                 try:
-                    handle(event)
-                except Exception as error:  # the next event may be a question
+                    console.show(event)
+                    on_event(event)
+                except Exception as error:
                     console.say(f"an event of the workers is left out ({event['kind']}): {one_line(error)}")
 
     thread = threading.Thread(target=follow, daemon=True)
@@ -157,7 +138,5 @@ def event_queue(
         thread.join(timeout=10)
     finally:  # after an error, events that are still queued are dropped
         ended.set()
-        for open_queue in (queue, events.answers):
-            if open_queue is not None:  # an empty one counts as false
-                open_queue.shutdown(force=True)
+        queue.shutdown(force=True)
         thread.join(timeout=5)  # the thread must not call Ray after this process has left the cluster

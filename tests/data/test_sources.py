@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from PIL import Image
 
 from mnistsum_ray.data.idx import IDX_FILES
 from mnistsum_ray.data.images import Pixels, pixels_view
-from mnistsum_ray.data.sources import Source, open_source
+from mnistsum_ray.data.sources import ImageArrays, Source, open_source
 from mnistsum_ray.errors import RequestError
 
 Rows = Callable[[int], Path]
@@ -242,3 +243,28 @@ def test_rows_of_a_folder_are_counted_once_and_what_is_left_out_is_named(write_r
     check_splits(source, 400, 50, 50)
     reasons = {Path(path).name: reason for path, reason in source.skipped.items()}
     assert reasons == {"_old": "its name", "again.parquet": "a link to a file that is listed anyway"}
+
+
+def test_the_fingerprint_of_data_is_that_of_a_copy_and_not_of_other_files_rows_or_splits(
+    write_rows: Rows, tmp_path: Path, sample: pa.Table
+) -> None:
+    def fingerprint(folder: Path) -> str:
+        source = open_source(str(folder))
+        return source.fingerprint(source.data)
+
+    folder, copy = tmp_path / "data", tmp_path / "copy"
+    folder.mkdir()
+    write_rows(500).rename(folder / "rows.parquet")
+    shutil.copytree(folder, copy)
+    assert fingerprint(folder) == fingerprint(copy)
+    (copy / "rows.parquet").rename(copy / "others.parquet")
+    pq.write_table(sample[1:501], tmp_path / "changed.parquet")
+    assert len({fingerprint(path) for path in (folder, copy, tmp_path / "changed.parquet")}) == 3
+    arrays, source = ImageArrays(*open_source(str(folder)).data.fetch(np.arange(500))), open_source(str(folder))
+    changed = [
+        source.fingerprint(arrays),
+        source.fingerprint(replace(arrays, images=arrays.images ^ 128)),
+        source.fingerprint(replace(arrays, digits=(arrays.digits + 1) % 10)),
+        replace(source, test=source.validation).fingerprint(arrays),
+    ]
+    assert len(set(changed)) == len(changed)

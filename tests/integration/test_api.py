@@ -2,7 +2,6 @@
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray.train import UserCallback
 
 from mnistsum_ray import (
     RequestError,
@@ -41,27 +41,32 @@ def test_an_invalid_request_raises_request_error_which_names_the_flag(model: Pat
         score(ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), image_column="picture"))
 
 
+class Keep(UserCallback):
+    """Writes the metrics of each report into a file, and fails where there is a file `stop`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        with (self.folder / "reports.jsonl").open("a") as file:
+            file.write(json.dumps(metrics[0]) + "\n")
+        if (self.folder / "stop").exists():
+            raise OSError("the server of the caller")
+
+
 @pytest.mark.slow
-def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
-    """First by an error of its own, like those of the storage, after which the run goes on; then by True, out of a thread."""
-    run, lines, error = tmp_path / "a", [], OSError("the server of the caller")
-    settings: dict[str, Any] = {"data": str(write_rows(500)), "epochs": 3, "storage_path": str(tmp_path), "name": "a"}
-
-    def keep(line: dict[str, Any]) -> object:
-        lines.append(line)
-        if line["epoch"] == 1:
-            raise error
-        time.sleep(2)
-        return True
-
-    with pytest.raises(OSError, match="the server of the caller") as raised:
-        fit(TrainConfig(**settings), on_epoch=keep)
-    assert raised.value is error
-    with ThreadPoolExecutor(1) as thread, pytest.raises(RunError, match=r"True after epoch 2; .* --name a --resume$"):
-        thread.submit(fit, TrainConfig(**settings, resume=True), keep).result()
-    assert json.loads((run / "manifest.json").read_text())["status"] == "stopped"
-    assert lines == [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2]
+def test_callbacks_get_each_report_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
+    settings: dict[str, Any] = {"data": str(write_rows(500)), "epochs": 2, "sum_head_steps": 5, "storage_path": str(tmp_path)}
+    (tmp_path / "stop").touch()
+    with pytest.raises(RunError, match=r"^a callback failed with OSError: the server of the caller; .* --name a --resume$"):
+        fit(TrainConfig(**settings, name="a"), callbacks=[Keep(tmp_path)])
+    (tmp_path / "stop").unlink()
+    (tmp_path / "reports.jsonl").unlink()
+    fit(TrainConfig(**settings, name="b"), callbacks=[Keep(tmp_path)])
+    reports = [json.loads(line) for line in (tmp_path / "reports.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "b" / "history.jsonl").read_text().splitlines()]
+    assert reports[:2] == [{name: line[name] for name in ("epoch", "train_loss", "validation", "test")} for line in lines]
+    assert [report["epoch"] for report in reports] == [1, 2, 2], "an epoch each, and the sum head"
 
 
 @pytest.mark.slow

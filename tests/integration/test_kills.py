@@ -71,7 +71,7 @@ def many_nodes(s3: Storage) -> Iterator[Cluster]:
 # All that a run draws: numbers, order, distortions, dropout. An epoch has 60 steps of streamed rows. From three workers on, a
 # new DDP sums its first gradients in another order.
 SETTINGS: dict[str, Any] = {"recipe": "long", "batch_size": 32, "epochs": 3, "sum_head_steps": 500, "shuffle_rows": 900}
-SETTINGS |= {"num_workers": 3, "checkpoint_seconds": 0.1, "name": "mine"}
+SETTINGS |= {"num_workers": 3, "name": "mine"}
 
 
 def last_checkpoint(run: Location) -> str:
