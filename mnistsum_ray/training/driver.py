@@ -1,6 +1,7 @@
 """Driver of a training run: reserve resources, place the rows, run Ray Train, publish the result."""
 
 import shlex
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 import ray.exceptions
 import ray.train
+from ray.util.queue import Queue
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.nodes import check_shared_storage, lost_nodes
@@ -52,7 +54,7 @@ from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
 from mnistsum_ray.training.ray_hooks import InterruptibleTrainer, placement_groups, remove_placement_groups
 from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
-from mnistsum_ray.training.worker import Events, event_queue
+from mnistsum_ray.training.worker import event_queue
 
 _MANIFEST: Final = "manifest.json"
 
@@ -112,19 +114,22 @@ class _Driver:
         self.history: list[dict[str, Any]] = []
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
-        check_memory(run, plan, cluster)
+        memory = check_memory(run, plan, cluster)
         read, skip = Progress(console.progress, "rows read", source.rows), run.config.skip_bad_rows
         self.rows = load_rows(source, streamed=run.shuffle.streamed, skip_bad_rows=skip, on_progress=read)
         self.run = run = replace(run, source=self.rows.source)
         if bad := run.source.bad.total:
             console.say(f"left out: {bad:,} of {counted(source.rows, 'row')}: {run.source.bad.describe()}")
-        console.say(check_memory(run, plan, cluster))  # after the rows have been read: a refusal is one line
+        console.say(memory)  # now that the rows have been read: a refusal is one line
         threads = choose_threads(run, plan, cluster)
         check_data(run, self.rows.sha256)
         self.manifest = build_manifest(run, self.rows.sha256, plan) | {"threads": threads}
         self.start: Location | None = None
         self.failures = 0
         """Failures since the last checkpoint."""
+        self.failed = threading.Event()
+        self.failure = ""
+        """What a worker has failed with that another attempt would meet again."""
         self.lost = lost_nodes()
         self.groups = placement_groups()
         """Placement groups of a caller of `fit`."""
@@ -183,7 +188,10 @@ class _Driver:
 
     def _on_event(self, event: dict[str, Any]) -> None:
         """Do what an event of the training loop asks for, besides its line on the console, see `Console.show`."""
-        if event["kind"] == "precision":
+        if event["kind"] == "failure":
+            self.failure = self.failure or event["text"]
+            self.failed.set()
+        elif event["kind"] == "precision":
             # Only now that the workers have chosen it: config.yaml says all.
             write_config(self.run, self.held, self.plan, self.manifest["threads"], event["precision"])
         elif event["kind"] == "progress":
@@ -194,7 +202,7 @@ class _Driver:
             self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
             write_history(self.held, self.history)  # after an error it is written with the next epoch
 
-    def _trainer(self, events: Events) -> InterruptibleTrainer:
+    def _trainer(self, events: Queue) -> InterruptibleTrainer:
         run, config = self.run, self.run.config
         min_workers, max_workers = self.plan.worker_range
         loop = LoopConfig(
@@ -204,7 +212,7 @@ class _Driver:
             run.shuffle,
             run.source.validation,
             run.source.test,
-            events=events.queue,
+            events=events,
             start=self.start,
             held=self.held,
         )
@@ -230,7 +238,7 @@ class _Driver:
             # No datasets: Ray Train would split them, and drop up to one row a worker. Each worker makes its own, see rows.py.
         )
 
-    def _train(self, events: Events) -> TrainingResult:
+    def _train(self, events: Queue) -> TrainingResult:
         """Run Ray Train, and after a failure again from the newest checkpoint; the result of rank 0.
 
         Ray Train's own retries count the failures of the whole run, lost nodes included, and it does not retry where a node is
@@ -246,8 +254,8 @@ class _Driver:
                 return result
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
                 self.held.check()  # if another run has taken the folder, that is the cause
-                if events.failed.wait(_EVENT_SECONDS):
-                    raise RunError(events.failure) from error
+                if self.failed.wait(_EVENT_SECONDS):
+                    raise RunError(self.failure) from error
                 if isinstance(error, ray.train.ControllerError):
                     self._check_callbacks(error.controller_failure)
                 self._recover(error)

@@ -72,7 +72,6 @@ def test_rows_that_are_left_out_are_counted_in_manifest_and_report(whole: Traine
     places = [["2.parquet", row] for row in range(0, 20, 4)]
     assert manifest["data"]["bad_rows"] == {"rows": 100, "reasons": {reason: 100}, "examples": {reason: places}}
     assert f"<td>100</td><td>{reason}</td><td>2.parquet, row 0; " in (run / "report.html").read_text()
-    assert json.loads((run / "model" / "model.json").read_text())["input"]["background"] == 255
 
 
 def test_a_model_of_dark_ink_on_white_gets_pictures_so(whole: Trained, data: Path) -> None:
