@@ -2,17 +2,15 @@
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-import torch
 import yaml
 
 from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.errors import RequestError, StorageError
-from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE, read_description, save_model
+from mnistsum_ray.model.serialization import DESCRIPTION_FILE, WEIGHTS_FILE
 from mnistsum_ray.reporting.report import REPORT, draw_pictures, report_page, versions
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
@@ -87,25 +85,6 @@ def read_history(folder: Location) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (folder / "history.jsonl").read_bytes().splitlines()]
     except (StorageError, ValueError):
         return []
-
-
-def publish_model(held: OutputFolder, result: TrainingResult) -> dict[str, Any]:
-    """Write the model folder of a run folder; return the model's description.
-
-    The weights of the same model that are there stay as they are, so that a scoring run that has used them can be resumed:
-    another machine may have calibrated it otherwise. Their description is written each time: a run may have been killed before
-    it was.
-    """
-    folder, card = held / "model", result.description
-    with suppress(StorageError, ValueError, KeyError):  # there is no model yet, or one of another version
-        published = read_description((folder.place / WEIGHTS_FILE).read_bytes())
-        if published["trained_sha256"] == card["trained_sha256"]:
-            card = published
-    if card is result.description:
-        save_model(folder, {name: torch.tensor(value) for name, value in result.weights.items()}, card)
-    else:
-        folder.write(DESCRIPTION_FILE, card)
-    return card
 
 
 def write_report(

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import ray.exceptions
 import ray.train
+import torch
 from ray.util.queue import Queue
 
 from mnistsum_ray.cluster.connection import started_cluster
@@ -30,6 +31,7 @@ from mnistsum_ray.errors import (
     root_cause,
     shell_command,
 )
+from mnistsum_ray.model.serialization import save_model
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import JobMetrics
@@ -42,7 +44,6 @@ from mnistsum_ray.training.analysis import TrainingResult
 from mnistsum_ray.training.artifacts import (
     build_manifest,
     check_data,
-    publish_model,
     read_history,
     write_config,
     write_history,
@@ -302,7 +303,8 @@ class _Driver:
         """Publish the model, write the report, complete the manifest."""
         run, manifest, say = self.run, self.manifest.copy(), self.console.say
         write_config(run, self.held, self.plan, manifest["threads"], result.manifest["precision"])
-        card = publish_model(self.held, result)
+        card = result.description
+        save_model(self.held / "model", {name: torch.tensor(value) for name, value in result.weights.items()}, card)
         write_history(self.held, result.history)
         steady = result.history[1:] or result.history  # the first epoch includes one-time work such as loading kernels
         speed = fmean((line["rows_per_second"] for line in steady), (line["seconds"] for line in steady))

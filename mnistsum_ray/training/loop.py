@@ -112,8 +112,6 @@ class TrainingLoop:
         while state.epochs_done < parameters.epochs:
             line = self._trainer.train_epoch(state.epochs_done, self._config.shuffle, batches)
             broadcast_state(self._trainer.model)
-            for held_out in (self._validation, self._test):
-                held_out.forget_scores()
             state.epochs_done += 1
             started = time.perf_counter()
             validation, test = self._evaluate()
@@ -149,7 +147,7 @@ class TrainingLoop:
         model.eval()
         before = state.history[-1]["validation"]["consistency"]
         if self._worker.rank == 0:
-            rows = self._alone(self._config.shuffle.rows.sample(sum_head.MAX_ROWS))
+            rows = self._evaluation_set(self._config.shuffle.rows.sample(sum_head.MAX_ROWS))
             scores = torch.cat([digit_scores.float() for _, digit_scores in rows.with_digit_scores()])
             seed = step_seed(self._parameters.seed, self._parameters.epochs, 0, RandomStream.SUM_HEAD)
             threads = torch.get_num_threads()
@@ -173,16 +171,10 @@ class TrainingLoop:
         splits = (config.shuffle.rows, config.validation, config.test)
 
         def scored(rows: RowRanges) -> ScoredRows:
-            return score_rows(model, self._alone(rows).with_digit_scores())
+            return score_rows(model, self._evaluation_set(rows).with_digit_scores())
 
         return analyse(model, self._state, self._worker, self._data, scored, *splits)
 
-    def _alone(self, rows: RowRanges) -> EvaluationSet:
-        """Rows that this worker reads for all; where it is alone, they may be those that it evaluates, and have digit scores."""
-        mine = (held_out for held_out in (self._validation, self._test) if held_out.rows is rows)
-        if self._worker.world_size == 1 and (same := next(mine, None)):
-            return same
-        return self._evaluation_set(rows, 0, 1)
-
-    def _evaluation_set(self, rows: RowRanges, rank: int, world_size: int) -> EvaluationSet:
+    def _evaluation_set(self, rows: RowRanges, rank: int = 0, world_size: int = 1) -> EvaluationSet:
+        """Held-out rows of a rank; by default all of them."""
         return EvaluationSet(self._data, rows, rank, world_size, self._worker.device, self._trainer.digit_scores)

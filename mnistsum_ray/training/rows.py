@@ -217,23 +217,11 @@ class EvaluationSet:
         self._network = network
         self._indices = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
         self._resident = list(self._on_device()) if len(rows) <= _RESIDENT_ROWS else None
-        self._digit_scores: list[torch.Tensor] = []
-        """Digit scores of the resident batches that have been scored."""
 
     def with_digit_scores(self) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Batches with their digit scores [n, 10]. Those of resident rows are computed once, until `forget_scores`."""
-        if self._resident is None:
-            for batch in _ahead(self._on_device()):
-                yield batch, self._network(batch["image"])
-            return
-        for index, batch in enumerate(self._resident):
-            if index == len(self._digit_scores):
-                self._digit_scores.append(self._network(batch["image"]))
-            yield batch, self._digit_scores[index]
-
-    def forget_scores(self) -> None:
-        """Forget the digit scores: the weights have changed."""
-        self._digit_scores.clear()
+        """Batches with their digit scores [n, 10]."""
+        for batch in _ahead(self._on_device()) if self._resident is None else self._resident:
+            yield batch, self._network(batch["image"])
 
     def _on_device(self) -> Iterator[Batch]:
         size = _GPU_EVALUATION_BATCH if self._device.type == "cuda" else _EVALUATION_BATCH

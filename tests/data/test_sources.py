@@ -263,7 +263,7 @@ def test_the_fingerprint_of_data_is_that_of_a_copy_and_not_of_other_files_rows_o
     arrays, source = ImageArrays(*open_source(str(folder)).data.fetch(np.arange(500))), open_source(str(folder))
     changed = [
         source.fingerprint(arrays),
-        source.fingerprint(replace(arrays, images=arrays.images ^ 128)),
+        source.fingerprint(replace(arrays, images=np.bitwise_xor(arrays.images, np.uint8(128)))),
         source.fingerprint(replace(arrays, digits=(arrays.digits + 1) % 10)),
         replace(source, test=source.validation).fingerprint(arrays),
     ]

@@ -41,32 +41,28 @@ def test_an_invalid_request_raises_request_error_which_names_the_flag(model: Pat
         score(ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), image_column="picture"))
 
 
-class Keep(UserCallback):
-    """Writes the metrics of each report into a file, and fails where there is a file `stop`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        with (self.folder / "reports.jsonl").open("a") as file:
-            file.write(json.dumps(metrics[0]) + "\n")
-        if (self.folder / "stop").exists():
-            raise OSError("the server of the caller")
-
-
 @pytest.mark.slow
 def test_callbacks_get_each_report_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
+    stop, reports = tmp_path / "stop", tmp_path / "reports.jsonl"
     settings: dict[str, Any] = {"data": str(write_rows(500)), "epochs": 2, "sum_head_steps": 5, "storage_path": str(tmp_path)}
-    (tmp_path / "stop").touch()
-    with pytest.raises(RunError, match=r"^a callback failed with OSError: the server of the caller; .* --name a --resume$"):
-        fit(TrainConfig(**settings, name="a"), callbacks=[Keep(tmp_path)])
-    (tmp_path / "stop").unlink()
-    (tmp_path / "reports.jsonl").unlink()
-    fit(TrainConfig(**settings, name="b"), callbacks=[Keep(tmp_path)])
-    reports = [json.loads(line) for line in (tmp_path / "reports.jsonl").read_text().splitlines()]
-    lines = [json.loads(line) for line in (tmp_path / "b" / "history.jsonl").read_text().splitlines()]
-    assert reports[:2] == [{name: line[name] for name in ("epoch", "train_loss", "validation", "test")} for line in lines]
-    assert [report["epoch"] for report in reports] == [1, 2, 2], "an epoch each, and the sum head"
+
+    class Keep(UserCallback):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            with reports.open("a") as file:
+                file.write(json.dumps(metrics[0]) + "\n")
+            if stop.exists():
+                raise OSError("the server of the caller")
+
+    stop.touch()
+    with pytest.raises(RunError, match=r"^a callback failed with OSError: the server of the caller; .* --name mine --resume$"):
+        fit(TrainConfig(**settings, name="mine"), callbacks=[Keep()])
+    stop.unlink()
+    reports.unlink()
+    fit(TrainConfig(**settings, name="other"), callbacks=[Keep()])
+    history = tmp_path / "other" / "history.jsonl"
+    kept, lines = ([json.loads(line) for line in path.read_text().splitlines()] for path in (reports, history))
+    assert [report["epoch"] for report in kept] == [1, 2, 2], "each epoch, and the sum head"
+    assert kept[:2] == [{name: line[name] for name in ("epoch", "train_loss", "validation", "test")} for line in lines]
 
 
 @pytest.mark.slow
