@@ -100,13 +100,6 @@ def write_model(folder: Path, seed: int) -> Path:
     return folder
 
 
-def change_description(folder: Path, **fields: Any) -> Path:
-    """Change fields of the description of a model folder."""
-    network, description = load_model(locate(str(folder), "--model"))
-    save_model(writable(folder), copy_weights(network), description | fields)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "model", 0)

@@ -5,7 +5,7 @@ IDX files and the sample are read whole; of Parquet files only the footers are.
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -69,6 +69,10 @@ class ImageArrays:
     def fetch(self, ids: RowIds) -> tuple[Pixels, Digits]:
         """Rows int64[n] in any order as uint8[n, 28, 28] and int8[n]."""
         return self.images[ids], self.digits[ids]
+
+    def content(self) -> Iterable[Any]:
+        """Pixels and digits, as buffers."""
+        return np.ascontiguousarray(self.images), np.ascontiguousarray(self.digits)
 
 
 @dataclass(frozen=True)
@@ -137,22 +141,9 @@ class ParquetFiles:
         places = zip(self.table["name"].take(pa.array(files)).to_pylist(), rows.tolist(), strict=True)
         return ReasonCounts.of(dict(zip(places, bad.values(), strict=True)))
 
-    def add_checksums(self, checksums: npt.NDArray[np.int64], ids: RowIds, of_rows: npt.NDArray[np.int64]) -> None:
-        """Add the `row_checksums` of rows to those of their files, int64[files]."""
-        np.add.at(checksums, np.searchsorted(self.end_ids, ids, side="right"), of_rows)
-
-    def changed_file(self, earlier: pa.Table, *, same_place: bool) -> str | None:
-        """What differs from an earlier table of the files, as `FILE: reason`; None where nothing does.
-
-        In the `same_place`, the same folder, their times must be the same too. A copy has other times.
-        """
-        compared = ["name", "size", "footer_sha256"] + (["modified"] if same_place else [])
-        now, then = ({row["name"]: row for row in table.select(compared).to_pylist()} for table in (self.table, earlier))
-        name = min((name for name in now.keys() | then.keys() if now.get(name) != then.get(name)), default=None)
-        if name is None:
-            return None
-        reason = "is new" if name not in then else "is missing" if name not in now else "has changed"
-        return f"{(self.root / name).display}: {reason} since the run began"
+    def content(self) -> Iterable[Any]:
+        """Names, sizes and footers of the files, as bytes: their rows are not read."""
+        return (f"{row}\n".encode() for row in self.table.select(["name", "size", "footer_sha256"]).to_pylist())
 
 
 @dataclass(frozen=True)
@@ -202,9 +193,11 @@ class Source:
             raise RequestError(f"--data {self.location}: without {bad.total:,} bad rows only {left} are left: {bad.describe()}")
         return replace(self, train=train, validation=validation, test=test, bad=bad)
 
-    def content_sha256(self, checksums: npt.NDArray[np.int64]) -> str:
-        """SHA-256 of the data: over the checksums of each file's rows, int64[files], and over the rows of the splits."""
-        digest = hashlib.sha256(checksums.tobytes())
+    def fingerprint(self, data: "ImageArrays | ParquetFiles") -> str:
+        """SHA-256 of the `content` of the data, as the workers get them, and of the splits."""
+        digest = hashlib.sha256()
+        for part in data.content():
+            digest.update(part)
         for split in self.splits:
             digest.update(f"{len(split)} rows".encode() + split.starts.tobytes() + split.ends.tobytes())
         return digest.hexdigest()

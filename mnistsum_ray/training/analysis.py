@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from mnistsum_ray.data.images import Pixels
@@ -42,8 +41,6 @@ class TrainingResult:
     """Weights of the model, with the temperatures folded in; arrays, since Ray Train takes no tensors."""
     description: dict[str, Any]
     """Description of the model, see `describe_model`."""
-    checksums: npt.NDArray[np.int64] | None
-    """Checksums of the rows of each streamed file, see `TrainerState.checksums`."""
 
 
 def analyse(
@@ -88,7 +85,6 @@ def analyse(
         mistake_images,
         {name: value.numpy() for name, value in weights.items()},
         description,
-        None if state.checksums is None else state.checksums.numpy(),
     )
 
 

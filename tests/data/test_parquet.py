@@ -70,19 +70,6 @@ def test_a_page_whose_checksum_is_wrong_is_refused(tmp_path: Path, sample: pa.Ta
         files_of(path).fetch(np.arange(100))
 
 
-def test_a_changed_file_is_told_from_its_table(folder: Path, sample: pa.Table) -> None:
-    before = files_of(folder)
-    assert before.changed_file(before.table, same_place=True) is None
-    os.utime(folder / "a.parquet", (0, 0))
-    assert files_of(folder).changed_file(before.table, same_place=False) is None, "a copy has other times"
-    assert files_of(folder).changed_file(before.table, same_place=True) == f"{folder}/a.parquet: has changed since the run began"
-    (folder / "a.parquet").unlink()
-    assert files_of(folder).changed_file(before.table, same_place=True) == f"{folder}/a.parquet: is missing since the run began"
-    assert before.changed_file(files_of(folder).table, same_place=True) == f"{folder}/a.parquet: is new since the run began"
-    pq.write_table(sample[1::50], folder / "a.parquet", row_group_size=30)
-    assert "a.parquet: has changed" in str(files_of(folder).changed_file(before.table, same_place=False))
-
-
 OBJECTS = ArrowPythonObjectArray.from_objects([{1}, {2}, {3}])
 RAY_COLUMNS = {
     "image": ArrowTensorArray.from_numpy(IMAGES),

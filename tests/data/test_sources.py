@@ -6,10 +6,12 @@ import hashlib
 import http.server
 import os
 import re
+import shutil
 import socket
 import struct
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pytest
 
 from mnistsum_ray.data.idx import IDX_FILES
 from mnistsum_ray.data.images import Pixels, pixels_view
-from mnistsum_ray.data.sources import Source, open_source
+from mnistsum_ray.data.sources import ImageArrays, Source, open_source
 from mnistsum_ray.errors import RequestError
 
 
@@ -198,3 +200,28 @@ def test_mnist_is_downloaded_whole_and_a_damaged_file_is_not_taken(
         check_splits(open_source("mnist"), 360, 40, 100)
         server.shutdown()
     assert socket.getdefaulttimeout() is None
+
+
+def test_the_fingerprint_of_data_is_that_of_a_copy_and_not_of_other_files_rows_or_splits(
+    write_rows: Callable[[int], Path], tmp_path: Path, sample: pa.Table
+) -> None:
+    def fingerprint(folder: Path) -> str:
+        source = open_source(str(folder))
+        return source.fingerprint(source.data)
+
+    folder, copy = tmp_path / "data", tmp_path / "copy"
+    folder.mkdir()
+    write_rows(500).rename(folder / "rows.parquet")
+    shutil.copytree(folder, copy)
+    assert fingerprint(folder) == fingerprint(copy)
+    (copy / "rows.parquet").rename(copy / "others.parquet")
+    pq.write_table(sample[1:501], tmp_path / "changed.parquet")
+    assert len({fingerprint(path) for path in (folder, copy, tmp_path / "changed.parquet")}) == 3
+    arrays, source = ImageArrays(*open_source(str(folder)).data.fetch(np.arange(500))), open_source(str(folder))
+    changed = [
+        source.fingerprint(arrays),
+        source.fingerprint(replace(arrays, images=np.bitwise_xor(arrays.images, np.uint8(128)))),
+        source.fingerprint(replace(arrays, digits=(arrays.digits + 1) % 10)),
+        replace(source, test=source.validation).fingerprint(arrays),
+    ]
+    assert len(set(changed)) == len(changed)
