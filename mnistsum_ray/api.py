@@ -28,7 +28,7 @@ def fit(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainResult:
 
     with Console() as console:
         run = preflight(config, partial(Progress, console.progress))
-        connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
+        connect()
 
         from mnistsum_ray.training import driver
 
@@ -45,7 +45,7 @@ def score(config: ScoreConfig) -> ScoreResult:
 
     with Console() as console:
         run = preflight(config)
-        connect({"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display})
+        connect()
 
         from mnistsum_ray.scoring import driver
 
