@@ -31,7 +31,7 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
 
     with Console() as console:
         run = preflight(config, partial(Progress, console.progress))
-        connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
+        connect()
 
         from mnistsum_ray.training import driver
 
@@ -48,7 +48,7 @@ def score(config: ScoreConfig) -> ScoreResult:
 
     with Console() as console:
         run = preflight(config, console)
-        connect({"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display})
+        connect()
 
         from mnistsum_ray.scoring import driver
 

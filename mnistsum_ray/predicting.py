@@ -151,7 +151,7 @@ def predict_rows(
     """
     model = _loaded(model, batch_size)
     if "ray.data" in sys.modules and isinstance(rows, sys.modules["ray.data"].Dataset):
-        from mnistsum_ray.cluster.ray_internals import in_order
+        from mnistsum_ray.cluster.workarounds import in_order
 
         def predict_block(block: pa.Table) -> pa.Table:
             names = (image_column, number_column)

@@ -17,14 +17,14 @@ _CONTEXT_LOCK: Final = threading.RLock()
 
 @contextmanager
 def ray_data_options(*, preserve_order: bool, object_store_bytes: int | None = None) -> Iterator[None]:
-    """Set options for the datasets that are created in the block, which copy them; those of the user keep theirs.
+    """Set options for the datasets that are created in the block; those of the user keep theirs.
 
-    A generator must not yield inside the block. With `preserve_order` blocks come in the order of their input. No task is
-    started, and the execution sleeps, while blocks of `object_store_bytes` wait for the consumer; None: half of the store.
+    A generator must not yield inside. No task is started, and the execution sleeps, while blocks of
+    `object_store_bytes` wait for the consumer; None: half of the store.
     """
     from ray.data import DataContext
 
-    from mnistsum_ray.cluster.ray_internals import PatientExecution
+    from mnistsum_ray.cluster.workarounds import PatientExecution
 
     with _CONTEXT_LOCK:
         context = DataContext.get_current().copy()
@@ -33,39 +33,39 @@ def ray_data_options(*, preserve_order: bool, object_store_bytes: int | None = N
         context.print_on_execution_start = False
         context.execution_options.preserve_order = preserve_order
         if object_store_bytes is not None:
-            context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, PatientExecution]
-            limits = context.execution_options.resource_limits
-            context.execution_options.resource_limits = limits.copy(object_store_memory=object_store_bytes)
+            context.custom_execution_callback_classes += [PatientExecution]
+            options = context.execution_options
+            limits = options.resource_limits.copy(object_store_memory=object_store_bytes)
+            options.resource_limits = limits
         with DataContext.current(context):
             yield
 
 
 class CrashCounter:
-    """Counts how often each key was begun without being ended. An actor, because the process that began it may have died."""
+    """Counts how often each key was begun and not ended; an actor, since who began may have died."""
 
     def __init__(self) -> None:
-        self._begun: dict[str, list[str]] = defaultdict(list)
-        """The node of each attempt."""
+        self._nodes: dict[str, list[str]] = defaultdict(list)
+        """Of the attempts of each key."""
 
     def begin(self, key: str, node: str) -> int:
-        """Count an attempt on a node; return the number of attempts that have not ended, save those whose node was lost."""
+        """Count an attempt; return how many have not ended, save those whose node was lost."""
         import ray
 
-        attempts = self._begun[key]
-        if attempts:
+        if nodes := self._nodes[key]:
             lost = {entry["NodeID"] for entry in ray.nodes() if not entry["Alive"]}
-            attempts[:] = [attempt for attempt in attempts if attempt not in lost]
-        attempts.append(node)
-        return len(attempts)
+            nodes[:] = [other for other in nodes if other not in lost]
+        nodes.append(node)
+        return len(nodes)
 
     def end(self, key: str) -> None:
         """Forget the attempts: the process survived the work."""
-        self._begun.pop(key, None)
+        self._nodes.pop(key, None)
 
 
 @contextmanager
 def crash_counter() -> Iterator[Any]:
-    """The handle of a `CrashCounter` actor for the block, on this node: losing another node does not lose the counts."""
+    """A `CrashCounter` actor for the block, on this node: losing another one loses no counts."""
     import ray
 
     from mnistsum_ray.cluster.nodes import on_node
@@ -80,7 +80,7 @@ def crash_counter() -> Iterator[Any]:
 
 
 def begin(counter: Any, key: str) -> int:
-    """Count an attempt of this process, see `CrashCounter.begin`; when it has survived, it calls `end`."""
+    """Count an attempt of this process (`CrashCounter.begin`); one that survives calls `end`."""
     import ray
 
     return int(ray.get(counter.begin.remote(key, ray.get_runtime_context().get_node_id())))

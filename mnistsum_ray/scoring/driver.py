@@ -153,7 +153,7 @@ def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, counter: A
             compute=pool,
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=resources.per_worker["CPU"],
+            num_cpus=resources.per_worker.get("CPU", 0),
             num_gpus=resources.per_worker.get("GPU", 0),
         )
     dataset.set_name("score-files")

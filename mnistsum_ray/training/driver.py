@@ -16,9 +16,9 @@ from ray.util.queue import Queue
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.nodes import check_shared_storage, lost_nodes
-from mnistsum_ray.cluster.ray_internals import detached_data_actors
 from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve, wait_until_free
 from mnistsum_ray.cluster.stop import defer_signals
+from mnistsum_ray.cluster.workarounds import detached_data_actors
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import (
