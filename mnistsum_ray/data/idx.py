@@ -31,7 +31,7 @@ _DOWNLOAD_TIMEOUT_SECONDS: Final = 3
 
 
 def find_idx(root: Path) -> Path | None:
-    """The folder with IDX files: `root`/MNIST/raw or `root`/raw, as in torchvision, or `root`; None where there is none."""
+    """The folder with IDX files: `root`/MNIST/raw or `root`/raw, as in torchvision, or `root`."""
     for folder in (root / "MNIST" / "raw", root / "raw", root):
         if any((folder / (name + suffix)).exists() for name in IDX_FILES for suffix in ("", ".gz")):
             return folder
@@ -94,11 +94,8 @@ def download_mnist(root: Path) -> Path:
     try:
         with tempfile.TemporaryDirectory(dir=root) as temporary:
             MNIST(temporary, download=True)
-            try:
+            if find_idx(root) is None:  # otherwise another run was faster
                 Path(temporary, "MNIST").rename(root / "MNIST")
-            except OSError:
-                if find_idx(root) is None:  # otherwise another run was faster
-                    raise
     finally:
         socket.setdefaulttimeout(before)
     return root / "MNIST" / "raw"

@@ -49,7 +49,7 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
 
 
 def _parquet_file(source: Source, split: RowRanges, seed: int, row: int, end: int) -> pa.Buffer:
-    """A Parquet file of rows `row` to `end` - 1 of the split, repeated without end; each round pairs it with other numbers."""
+    """A Parquet file of rows of the endlessly repeated split; each round has other numbers."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, SCHEMA) as writer:
         while row < end:
