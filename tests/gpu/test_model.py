@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_state, disable_tf32
+from mnistsum_ray.model.folder import Weights, copy_weights
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.network import Network, Objective, distort, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.model.serialization import Weights, copy_weights
 from tests.gpu.conftest import CUDA, two_gpus
 from tests.model import random_rows
 

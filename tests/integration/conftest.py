@@ -239,7 +239,8 @@ def score_here(model: Path | str, output: Path | str, *inputs: Path | str, **set
     stream = io.StringIO()
     given: dict[str, Any] = {"precision": "fp32", "num_workers": 1} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **given)
-    result = score(preflight(config), Console(stream))
+    console = Console(stream)
+    result = score(preflight(config, console), console)
     return Scored(result.line(labels=True), stream.getvalue(), Path(output))
 
 
