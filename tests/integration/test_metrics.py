@@ -1,6 +1,7 @@
 """What Prometheus and Ray's dashboard show of jobs, also of jobs that have ended before Prometheus asks."""
 
 import re
+import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
