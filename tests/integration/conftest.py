@@ -46,10 +46,10 @@ RAY = Path(sys.executable).with_name("ray")
 
 @pytest.fixture(scope="module")
 def cluster(s3: "Storage") -> str:
-    """The address of a Ray cluster of two CPUs, which jobs join through RAY_ADDRESS, and to which this process is connected.
+    """The address of a Ray cluster of two CPUs, to which this process is connected.
 
-    It runs until a test needs another one in this process and calls `ray.shutdown`, or the last test here has ended: a start
-    costs six seconds. Its processes know the S3 server.
+    It runs until a test needs another one and calls `ray.shutdown`: a start costs six seconds. Its
+    processes know the S3 server.
     """
     return start_cluster(num_cpus=2)
 
@@ -69,19 +69,17 @@ def no_cluster_is_left() -> Iterator[None]:
 
 
 _NODE = {"object_store_memory": 200 * 2**20, "include_dashboard": False}
-
-
 _hosts = itertools.count(2)
 
 
-def add_node(cluster: Cluster, cpus: int = 1, gpus: int = 0) -> None:
-    """Add a node with an address of its own: of nodes with one address, a job may join any, also one that the test then kills."""
-    cluster.add_node(num_cpus=cpus, num_gpus=gpus, node_ip_address=f"127.0.0.{next(_hosts)}", **_NODE)
+def add_node(cluster: Cluster, cpus: int = 1) -> None:
+    """Add a node with its own address: of nodes with one, a job may join any, also a killed one."""
+    cluster.add_node(num_cpus=cpus, node_ip_address=f"127.0.0.{next(_hosts)}", **_NODE)
 
 
 @contextmanager
 def nodes(*cpus: int) -> Iterator[Cluster]:
-    """Start a cluster of several raylets on this machine, each with this number of CPUs. The first is the head."""
+    """A cluster of raylets on this machine with so many CPUs each; the first is the head."""
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], **_NODE})
     try:
         for count in cpus[1:]:
@@ -237,8 +235,7 @@ class Scored:
 
 
 def score_here(model: Path | str, output: Path | str, *inputs: Path | str, **settings: Any) -> Scored:
-    """Score on the cluster that this process is connected to, in float32, which gives the same results as plain PyTorch, and
-    with one worker, which starts sooner than several."""
+    """Score on this process's cluster: in float32, as plain PyTorch, with one worker, which starts soon."""
     stream = io.StringIO()
     given: dict[str, Any] = {"precision": "fp32", "num_workers": 1} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **given)

@@ -1,4 +1,4 @@
-"""Join a cluster with a token, submit jobs to it; start a cluster, and leave no process of it."""
+"""Join a cluster with a token, and submit jobs to it."""
 
 import json
 import os
@@ -10,19 +10,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import RAY, ROOT, descendants, kill_everything
+from tests.integration.conftest import RAY, ROOT, kill_everything
 
 pytestmark = pytest.mark.slow
 
@@ -36,25 +34,6 @@ def home() -> Iterator[Path]:
         patch.setenv("HOME", folder)
         patch.setenv("RAY_TMPDIR", folder)
         yield Path(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def killed(home: Path) -> set[int]:
-    """The sessions of the processes that a driver has left which was killed while Ray started.
-
-    It is killed before the other tests here: Ray's agents try for a minute to report that to the server that has ended.
-    """
-    code = "from mnistsum_ray.cluster.connection import connect; connect()"
-    environment = os.environ | {"RAY_ADDRESS": "local"}
-    driver = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not any("raylet/raylet" in title for title in descendants(driver.pid).values()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    sessions = {os.getsid(process) for process in descendants(driver.pid)}
-    driver.kill()
-    driver.wait()
-    return sessions
 
 
 @dataclass
@@ -74,7 +53,7 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(home: Path, killed: set[int]) -> Iterator[Head]:
+def head(home: Path) -> Iterator[Head]:
     subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
     with socket.socket() as dashboard, socket.socket() as agent:
         for probe in (dashboard, agent):
@@ -168,20 +147,3 @@ def test_submitted_jobs(head: Head, model: Path) -> None:
     line = json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{")))
     assert (line["scored_rows"], line["failed_files"]) == (500, 1)
     assert (head.home / "scored" / "manifest.json").exists()
-
-
-def living(session: int) -> list[str]:
-    """The command lines of the processes of a session that have not ended."""
-    found = []
-    for process in psutil.process_iter(["status", "cmdline"]):
-        with suppress(ProcessLookupError):
-            if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.info["cmdline"])[:100])
-    return found
-
-
-def test_a_killed_driver_leaves_no_process(killed: set[int]) -> None:
-    deadline = time.monotonic() + 100
-    while left := [line for session in killed for line in living(session)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)

@@ -173,7 +173,7 @@ def read_with_spark(folder: str) -> Any:
         patch.setenv("JAVA_HOME", str(java.JAVA_HOME))
         builder = sql.SparkSession.builder.master("local[1]")
         session = builder.config("spark.ui.enabled", "false").getOrCreate()
-        reader = session.read.option("recursiveFileLookup", str("hive" not in folder).lower())
+        reader = session.read.option("recursiveFileLookup", str(Path(folder).name != "hive").lower())
         rows = reader.parquet(folder).select("row_id", "digit_probs", "sum_probs").collect()
         session.stop()
     signal.signal(signal.SIGINT, handler)  # Spark's own fails once the session is over
