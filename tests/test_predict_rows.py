@@ -86,6 +86,16 @@ def test_one_picture(network: TwoHeadCNN, model: Path, table: pa.Table, tmp_path
             predict(network, picture, number)
 
 
+def test_parquet_is_made_of_pictures(network: TwoHeadCNN, table: pa.Table, tmp_path: Path) -> None:
+    """As README shows."""
+    pixels = np.frombuffer(table["image"][0].as_py(), np.uint8).reshape(28, 28)
+    Image.fromarray(255 - pixels).resize((300, 300)).save(tmp_path / "one.jpg")
+    rows = pd.DataFrame({"image": [prepare_picture(tmp_path / "one.jpg").tobytes()], "number": [5]})
+    found = predict_rows(network, rows)
+    expected = predict(network, tmp_path / "one.jpg", 5).digit
+    assert (found["pred_digit"].to_pylist(), found["reason"].to_pylist()) == ([expected], [None])
+
+
 def test_scores_that_are_not_finite_are_an_error(network: TwoHeadCNN, table: pa.Table) -> None:
     broken = deepcopy(network)
     torch.nn.init.constant_(broken.conv1.weight, 3e38)
@@ -115,8 +125,8 @@ def test_columns_that_do_not_fit_are_errors(network: TwoHeadCNN, table: pa.Table
 
 
 def test_no_rows_and_a_model_by_its_path(model: Path, table: pa.Table) -> None:
-    assert predict_rows(model, table.slice(0, 0))["reason"].type == pa.string()
-    assert predict_rows(model, table.slice(0, 0), probabilities=True)["sum_probs"].type == pa.list_(pa.float32(), 19)
+    found = predict_rows(model, table.slice(0, 0), probabilities=True)
+    assert (found["reason"].type, found["sum_probs"].type) == (pa.string(), pa.list_(pa.float32(), 19))
 
 
 def test_a_batch_size_below_one_is_an_error(network: TwoHeadCNN, table: pa.Table) -> None:
