@@ -43,9 +43,9 @@ def load_model(model: str | Path) -> "Network":
     Raises:
         RequestError: there is no such model, it is damaged, or it is of another network.
     """
-    from mnistsum_ray.model import serialization
+    from mnistsum_ray.model.folder import load_model as load_folder
 
-    return serialization.load_model(locate_existing(str(model), "model"))[0]
+    return load_folder(locate_existing(str(model), "model"))[0]
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def predict_rows(
     """
     model = _loaded(model, batch_size)
     if "ray.data" in sys.modules and isinstance(rows, sys.modules["ray.data"].Dataset):
-        from mnistsum_ray.cluster.ray_internals import in_order
+        from mnistsum_ray.cluster.workarounds import in_order
 
         def predict_block(block: pa.Table) -> pa.Table:
             names = (image_column, number_column)

@@ -1,7 +1,4 @@
-"""The heads of the network and what each predicts.
-
-Columns, metrics, pictures and reports follow from this table.
-"""
+"""The heads of the network: columns, metrics, pictures and reports follow from this table."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +18,7 @@ class Head:
     """One output of the network: a classification of an image and a number."""
 
     name: str
-    """In the names of columns, metrics and results: `pred_<name>`, `<name>_prob`, `<name>_accuracy`."""
+    """As in `pred_<name>`, `<name>_prob`, `<name>_accuracy`."""
     classes: int
     target: Callable[[Any, Any], Any]
     """True class, in 0..classes-1, of digits and numbers: arrays or tensors that can be broadcast."""

@@ -9,7 +9,7 @@ import onnx
 from mlflow.entities import Metric, Param, RunTag
 
 from mnistsum_ray.export.model import export_onnx
-from mnistsum_ray.model.serialization import load_model
+from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.overrides import default_environment, quiet_logger
 from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, scores
 from mnistsum_ray.storage.location import Location

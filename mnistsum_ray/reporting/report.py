@@ -45,8 +45,8 @@ def epoch_end(entry: dict[str, Any]) -> float:
 
 
 def epoch_seconds(entry: dict[str, Any]) -> float:
-    """Time of a line of history.jsonl with its evaluation, all commands together; not what a kill has cost."""
-    return float(entry["seconds"] + entry.get("seconds_before", 0.0) + entry["evaluation_seconds"])
+    """Time of a line of history.jsonl with its evaluation; not what a kill has cost."""
+    return float(entry["seconds"] + entry["evaluation_seconds"])
 
 
 def epoch_scalars(entry: dict[str, Any]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from mnistsum_ray.export.pairs import export_pairs
 
 ROOT = Path(__file__).parents[2]
 
-# `ray.init` sets it for a cluster that it starts. The app keeps it: see mnistsum_ray/cluster/ray_internals.py.
+# `ray.init` sets it for a cluster that it starts. The app keeps it: see mnistsum_ray/cluster/workarounds.py.
 KEPT = {"os.environ: RAY_USAGE_STATS_ENABLED": [None, "0"]}
 
 
