@@ -4,7 +4,7 @@ import re
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import make_dataclass
 from inspect import formatannotation
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -16,7 +16,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from mnistsum_ray.config import JobConfig
 from mnistsum_ray.errors import RequestError, TextAsked, did_you_mean, one_line, shortened
-from mnistsum_ray.storage.uri import masked
+from mnistsum_ray.storage.uri import KEYS_REFUSED, may_hold_keys
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -43,6 +43,8 @@ def parse(config_class: type[Config], argv: list[str], description: str, command
             raise TextAsked(f"{description}\n{out.getvalue().rstrip()}") from None
     if unknown:
         flag = shortened(unknown[0].partition("=")[0])
+        if may_hold_keys(flag):
+            raise RequestError(f"a path or URI {KEYS_REFUSED}")
         raise RequestError(f"{flag}: there is no such flag{did_you_mean(flag, map(_flag, fields))} (--help lists them)")
     flags = {name: value for name, value in vars(parsed).items() if value not in (_UNSET, ())}
     if "input" in flags:
@@ -77,13 +79,15 @@ def _flag(field: str) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Values of the config file by field name, as text: YAML 1.1 would read 010 as 8."""
+    if may_hold_keys(str(path)):
+        raise RequestError(f"--config: {KEYS_REFUSED}")
     if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
         raise RequestError(f"--config {path}: is not a regular file")
     try:
-        text = path.read_bytes()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        data = path.read_bytes()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(BytesIO(data))):
             raise yaml.YAMLError("aliases are not taken; write the value again")
-        node = yaml.compose(text, yaml.SafeLoader)
+        node = yaml.compose(BytesIO(data), yaml.SafeLoader)  # errors quote a text, and with it keys, but no stream
     except OSError as error:
         raise RequestError(f"--config {path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no such character
@@ -116,4 +120,4 @@ def _message(errors: list[Any], config_class: type[JobConfig], flags: dict[str, 
     name = _flag(place[0]) if place[0] in flags else f"key {place[0]!r} of the config file"
     if errors[0]["type"] == "extra_forbidden":
         return f"{name}: there is no such setting{did_you_mean(place[0], config_class.model_fields)} (--help lists them)"
-    return f"{name}: {message}, got {shortened(masked(repr(errors[0]['input'])))}"
+    return f"{name}: {message}, got {shortened(repr(errors[0]['input']))}"

@@ -23,7 +23,7 @@ from mnistsum_ray.errors import (
     printable,
     shell_command,
 )
-from mnistsum_ray.storage.uri import masked
+from mnistsum_ray.storage.uri import may_hold_keys
 
 if TYPE_CHECKING:
     from mnistsum_ray.config import ExportModelConfig, ExportPairsConfig, PredictConfig, ScoreConfig, TrainConfig
@@ -177,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         return _answer(_USAGE, sys.stdout)
     if command == "--version":
         return _answer(f"mnistsum_ray {__version__}", sys.stdout)
+    if may_hold_keys(command):
+        command = "this"
     _say(f"error: {command}: there is no such command{did_you_mean(command, COMMANDS)} (mnistsum --help lists them)")
     return BAD_REQUEST
 
@@ -258,7 +260,7 @@ def _explain_stop(interrupt: KeyboardInterrupt, stop: StopOnSignals) -> int:
 
 def _say(text: str) -> None:
     """Write a line to standard error. If its reader has closed it, only the exit code tells of the error."""
-    _write(f"{printable(masked(text))}\n", sys.stderr)
+    _write(f"{printable(text)}\n", sys.stderr)
 
 
 def _answer(text: str, stdout: TextIO) -> int:

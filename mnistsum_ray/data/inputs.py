@@ -18,7 +18,7 @@ import pyarrow as pa
 from mnistsum_ray.errors import RequestError, did_you_mean
 from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_utf8
 from mnistsum_ray.storage.paths import locate_existing, refused
-from mnistsum_ray.storage.uri import PathOrUri
+from mnistsum_ray.storage.uri import split_glob
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
 """Suffixes of the files that are taken from a folder, in upper or lower case."""
@@ -110,10 +110,10 @@ class _Value:
 
     def __init__(self, text: str, flag: str) -> None:
         self.flag = flag
-        self.text = PathOrUri(text)
-        fixed, self.pattern = self.text.split_glob()
+        self.text = text
+        fixed, self.pattern = split_glob(text)
         if self.pattern is not None and "://" not in text and os.path.lexists(text):
-            fixed, self.pattern = self.text, None  # a file whose name contains wildcards
+            fixed, self.pattern = text, None  # a file whose name contains wildcards
         self.place = locate_existing(fixed, flag)
         if self.place.is_local:
             self.place = self.place.at(os.path.realpath(self.place.path))
@@ -241,7 +241,7 @@ def _common_root(values: list[_Value], flag: str) -> Location:
     first = values[0]
     folder = first.folder
     for other in values[1:]:
-        if not other.place.same_storage(first.place):
+        if not other.place.filesystem.equals(first.place.filesystem):
             raise other.error(f"lies on another storage than {first.text}; score them one after the other")
         folder = os.path.commonpath([folder, other.folder]) if folder and other.folder else ""
     if not folder:
@@ -251,7 +251,7 @@ def _common_root(values: list[_Value], flag: str) -> Location:
 
 def _check_output_is_separate(values: list[_Value], found: Iterable[str], output: Location) -> None:
     """Check that the next run would not take output for input, and that no input file is inside the output folder."""
-    if not values[0].place.same_storage(output):
+    if not values[0].place.filesystem.equals(output.filesystem):
         return
     path = os.path.realpath(output.path) if output.is_local else output.path
     for value in values:

@@ -10,7 +10,6 @@ from typing import Any, Final, Self, TextIO
 
 from mnistsum_ray.errors import percent, printable
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.storage.uri import masked
 
 UPDATE_SECONDS: Final = 2.0
 """Minimum time between two updates of progress."""
@@ -108,7 +107,7 @@ class Console:
         self._write(text)
 
     def _write(self, text: str) -> None:
-        line = f"{printable(masked(text))}\n"  # a library's message may quote a URI with its keys
+        line = f"{printable(text)}\n"
         with self._lock, suppress(OSError):  # standard error was closed by its reader; the job goes on
             if self._bar is None:
                 self._stream.write(line)

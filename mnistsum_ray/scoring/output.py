@@ -24,8 +24,8 @@ from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, read_stamp
 from mnistsum_ray.scoring.preflight import Plan, Request
-from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_partial
+from mnistsum_ray.storage.folder import PARTIAL, OutputFolder
+from mnistsum_ray.storage.location import Entry, Location, is_hidden
 
 FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"
@@ -94,7 +94,7 @@ class OutputFiles:
         errors: list[str] = []
         for name, file in files_below(folder, console):
             top, _, below = name.partition("/")
-            if is_partial(file.name):
+            if file.name.startswith(PARTIAL):
                 unfinished.append(name)
             elif is_hidden(name):
                 continue
