@@ -134,16 +134,15 @@ class _Lease:
 
     def __init__(self, lock: FolderLock, say: Callable[[str], None]) -> None:
         """Take the lease, or raise TryAgainError if another run renews it, or was faster."""
-        self._object = lock.place.filesystem, lock.place.path
+        self._filesystem, self._path = lock.place.filesystem, lock.place.path
         self._holder = lock.holder
-        self._beats = 0
         left, self._version = self._wait_until_free()
         if left is not None:
             say(f"{lock.place.display} was left by a run that no longer renews it ({left}); taking it over")
         self._renew()
         with suppress(ExistingFileError):  # it exists now
-            object_store.put(*self._object, b"")
-            self._delete()
+            object_store.put(self._filesystem, self._path, b"")
+            object_store.delete(self._filesystem, [self._path])
             raise StorageError("the storage ignores the condition If-None-Match, so two runs could write there at once")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewed, daemon=True)
@@ -155,15 +154,11 @@ class _Lease:
         self._thread.join()
         with suppress(OSError, RequestError):
             if self._read()[0] == self._holder:
-                self._delete()
-
-    def _delete(self) -> None:
-        filesystem, path = self._object
-        object_store.delete(filesystem, [path])
+                object_store.delete(self._filesystem, [self._path])
 
     def _read(self) -> tuple[str | None, object_store.Version | None]:
         """Holder and version of the lock; None where there is none."""
-        found = object_store.get(*self._object)
+        found = object_store.get(self._filesystem, self._path)
         return (_holder_in(found[0]), found[1]) if found else (None, None)
 
     def _wait_until_free(self) -> tuple[str | None, object_store.Version | None]:
@@ -180,16 +175,15 @@ class _Lease:
 
     def _renew(self) -> None:
         """Write the next record over the last one."""
-        self._beats += 1
-        record = json.dumps({"id": self._holder, "beat": self._beats}).encode()
+        record = json.dumps({"id": self._holder, "beat": time.time()}).encode()
         try:
-            self._version = object_store.put(*self._object, record, self._version)
+            self._version = object_store.put(self._filesystem, self._path, record, self._version)
         except ExistingFileError:
             # If the answer to a write was lost, the store holds this run's own record.
             holder, version = self._read()
             if holder != self._holder:
                 raise _held_by(holder) from None
-            self._version = object_store.put(*self._object, record, version)
+            self._version = object_store.put(self._filesystem, self._path, record, version)
 
     def _keep_renewed(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS):

@@ -4,7 +4,6 @@ A conditional write, through obstore, succeeds only where the object is absent, 
 """
 
 import functools
-import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,6 @@ Version = dict[str, str]
 """Identifies one state of an object: its ETag, and in Google Cloud Storage its generation."""
 
 # Retries last about 50 s in both clients: Arrow's pauses grow to 20 s.
-_ARROW_ATTEMPTS: Final = 10
 _OBSTORE_RETRIES: Final = {
     "max_retries": 100,
     "retry_timeout": timedelta(seconds=50),
@@ -34,7 +32,7 @@ class RetryingS3FileSystem(pafs.S3FileSystem):
     """An S3 file system that keeps its number of attempts on Ray's workers: Arrow does not pickle the retry strategy."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        super().__init__(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ARROW_ATTEMPTS))
+        super().__init__(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=10))
         self._options = options
 
     def __reduce__(self) -> Any:
@@ -49,15 +47,6 @@ def options_of(filesystem: pafs.FileSystem) -> dict[str, Any]:
     """
     options: dict[str, Any] = filesystem.__reduce__()[1][0]
     return options
-
-
-def from_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system and path of a URI. Of Azure's keys in the environment, Arrow itself does not take that of an account."""
-    filesystem, path = pafs.FileSystem.from_uri(uri)
-    key = os.environ.get("AZURE_STORAGE_ACCOUNT_KEY")
-    if key and filesystem.type_name == "abfs":
-        filesystem = pafs.AzureFileSystem(**options_of(filesystem) | {"account_key": key})
-    return filesystem, path
 
 
 def put(filesystem: pafs.FileSystem, path: str, data: bytes, version: Version | None = None) -> Version:

@@ -22,9 +22,12 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
         raise RequestError(f"{flag} {text}: holds characters that no path can have; write it as UTF-8, without NUL")
     if "://" in text:
         try:
-            filesystem, path = object_store.from_uri(text)
+            filesystem, path = pafs.FileSystem.from_uri(text)
         except (pa.ArrowInvalid, OSError, ValueError) as error:
             raise RequestError(f"{flag} {text}: {one_line(error)}") from None
+        key = os.environ.get("AZURE_STORAGE_ACCOUNT_KEY")
+        if key and filesystem.type_name == "abfs":  # the one that Arrow does not read
+            filesystem = pafs.AzureFileSystem(**object_store.options_of(filesystem) | {"account_key": key})
         return Location(filesystem, path.rstrip("/"), text)
     try:
         path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())

@@ -31,7 +31,7 @@ AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1
 def bucket(request: pytest.FixtureRequest) -> Iterator[Location]:
     """An empty bucket in a store of each kind."""
     with {"s3": s3, "gcs": gcs, "azure": azure}[request.param]() as place:
-        yield place if isinstance(place, Location) else locate(place, "--output")
+        yield place if isinstance(place, Location) else locate(str(place), "--output")
 
 
 @contextmanager
