@@ -10,10 +10,9 @@ guide     Ray's guides as they stand, with this project's network and step:
           https://docs.ray.io/en/latest/data/batch_inference.html
 project   `fit` or `score`
 
-Each way runs in a process of its own. A machine's speed drifts by up to 40 % within an hour: compare
-figures of several runs. Training: rows/s after the first epoch, one worker with all cores. Scoring:
-rows/s of the whole command, with the start of Ray; `original` and `bare` loop over some of the rows.
-The last line on standard output is one JSON object.
+Each way runs in a process of its own. A machine's speed drifts: compare figures of several runs.
+Training: rows/s after the first epoch, one worker with all cores. Scoring: rows/s of the whole
+command, with the start of Ray; `original` and `bare` loop over LOOP_ROWS.
 """
 
 import argparse
@@ -42,6 +41,7 @@ from mnistsum_ray import ScoreConfig, TrainConfig, fit, load_model, score
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.model import network
 from mnistsum_ray.model.device import faster_with_bf16, tune_malloc
+from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.optimizer import MuonAdamW
 
 WAYS = ("original", "bare", "guide", "project")
@@ -53,8 +53,6 @@ DISTORTION = 0.5  # as in the recipe `short`
 CORES = os.cpu_count() or 1
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-
-Figures = dict[str, Any]
 
 
 class OriginalRows(Dataset[tuple[Tensor, int, int]]):
@@ -99,24 +97,17 @@ class ProjectStep:
 
 
 class Scorer:
-    """Predictions of a batch; the actor of the guide."""
+    """The project's predictor of a batch; the actor of the guide."""
 
     def __init__(self, folder: Path) -> None:
-        tune_malloc()
-        self.model = load_model(folder / "model").to(DEVICE)
+        weights = load_model(folder / "model").state_dict()
+        precision = "bf16" if faster_with_bf16(DEVICE) else "fp32"
+        self.predictor = Predictor(weights, DEVICE, precision, None)
 
-    @torch.inference_mode()
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        images = network.prepare_images(torch.from_numpy(decode(batch["image"])).to(DEVICE))
-        numbers = torch.tensor(batch["number"], device=DEVICE).long()
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=faster_with_bf16(DEVICE)):
-            scores = self.model(images, numbers)
-        answers = {name: batch[name] for name in ("row_id", "number")}
-        for head, logits in zip(("digit", "sum"), scores, strict=True):
-            probabilities, classes = logits.float().softmax(1).max(1)
-            answers[f"pred_{head}"] = classes.cpu().numpy()
-            answers[f"{head}_prob"] = probabilities.cpu().numpy()
-        return answers
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        numbers = batch["number"].astype(np.int64)
+        found = self.predictor.predict(decode(batch["image"]), numbers)
+        return {"row_id": batch["row_id"], "number": numbers, **found.values}
 
 
 def decode(images: Iterable[bytes]) -> np.ndarray:
@@ -135,22 +126,21 @@ def read_dataset(folder: Path) -> ray.data.Dataset:
     return ray.data.read_parquet(str(folder / "rows"))  # noqa: TID251 - it is what is measured
 
 
-def timed(epochs: Iterable[Iterable[Any]], step: Callable[[Any], object]) -> Figures:
-    """Take a step for each batch; the first epoch does not count for the rate."""
-    rows, started, first = 0, 0.0, 0.0
+def timed(epochs: Iterable[Iterable[Any]], step: Callable[[Any], object]) -> float:
+    """Take a step for each batch; return the rows per second without the first epoch."""
+    rows, started = 0, 0.0
     for epoch, batches in enumerate(epochs):
         if epoch == 1:
             rows, started = 0, time.perf_counter()
         for batch in batches:
             step(batch)
             rows += len(batch[0])
-            first = first or time.time()
     if CUDA:
         torch.cuda.synchronize()
-    return {"rows_per_second": rows / (time.perf_counter() - started), "first": first}
+    return rows / (time.perf_counter() - started)
 
 
-def train_original(folder: Path) -> Figures:
+def train_original(folder: Path) -> float:
     model = network.TwoHeadCNN().to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters())
 
@@ -165,24 +155,24 @@ def train_original(folder: Path) -> Figures:
     return timed([DataLoader(OriginalRows(folder), BATCH, shuffle=True)] * EPOCHS, step)
 
 
-def train_bare(folder: Path) -> Figures:
+def train_bare(folder: Path) -> float:
     columns = [torch.tensor(values, device=DEVICE) for values in read_rows(folder)]
     batches = list(zip(*(torch.split(column, BATCH) for column in columns), strict=True))
     return timed([batches] * EPOCHS, ProjectStep())
 
 
-def train_guide(folder: Path) -> Figures:
-    def worker() -> Figures:
+def train_guide(folder: Path) -> float:
+    def worker() -> float:
         torch.set_num_threads(CORES)  # Ray sets one, with which two cores train half as fast
         step = ProjectStep()
         step.model = ray.train.torch.prepare_model(step.model)
         shard = ray.train.get_dataset_shard("train")
         batches = shard.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=16 * BATCH)
-        figures = timed((map(itemgetter("image", "digit"), batches) for _ in range(EPOCHS)), step)
+        rate = timed((map(itemgetter("image", "digit"), batches) for _ in range(EPOCHS)), step)
         with tempfile.TemporaryDirectory() as checkpoint:
             torch.save(step.model.state_dict(), f"{checkpoint}/model.pt")
             ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(checkpoint))
-        return figures
+        return rate
 
     def prepared(batch: dict[str, Any]) -> dict[str, Any]:
         return {"image": decode(batch["image"]), "digit": batch["digit"].astype(np.int64)}
@@ -193,27 +183,17 @@ def train_guide(folder: Path) -> Figures:
         run_config=ray.train.RunConfig(name="guide", storage_path=str(folder)),
         datasets={"train": read_dataset(folder).map_batches(prepared)},
     )
-    return trainer.fit().return_value  # type: ignore[no-any-return]
+    return float(trainer.fit().return_value)
 
 
-def train_project(folder: Path) -> Figures:
-    config = TrainConfig(
-        data=str(folder / "rows"),
-        storage_path=str(folder),
-        name="project",
-        epochs=EPOCHS,
-        batch_size=BATCH,
-        distortion=DISTORTION,
-        sum_head_steps=0,
-        num_workers=1,
-    )
-    result = fit(config)
-    first = json.loads((folder / "project" / "history.jsonl").read_text().splitlines()[0])
-    first_batch = first["started"] + first["first_batch_seconds"]
-    return {"rows_per_second": result.images_per_second, "first": first_batch}
+def train_project(folder: Path) -> float:
+    settings: dict[str, Any] = {"data": str(folder / "rows"), "storage_path": str(folder)}
+    settings |= {"epochs": EPOCHS, "batch_size": BATCH, "distortion": DISTORTION}
+    config = TrainConfig(name="project", sum_head_steps=0, num_workers=1, **settings)
+    return fit(config).images_per_second
 
 
-def score_original(folder: Path) -> Figures:
+def score_original(folder: Path) -> float:
     model = network.TwoHeadCNN().to(DEVICE).eval()
 
     @torch.inference_mode()
@@ -224,45 +204,34 @@ def score_original(folder: Path) -> Figures:
     return timed([DataLoader(OriginalRows(folder, LOOP_ROWS), BATCH)] * 2, step)
 
 
-def score_bare(folder: Path) -> Figures:
-    table = pq.read_table(folder / "rows")[:LOOP_ROWS]  # noqa: TID251 - the benchmark's own files
-    rows, scorer = table.select(["image", "number", "row_id"]), Scorer(folder)
-    batches = [rows[start : start + BATCH].to_pydict() for start in range(0, len(rows), BATCH)]
-    epochs = [[(batch["image"], batch) for batch in batches]] * 2
-    return timed(epochs, lambda batch: scorer(batch[1]))
+def score_bare(folder: Path) -> float:
+    predictor = Scorer(folder).predictor
+    torch.set_num_threads(CORES)  # the predictor has set one, since there is one for each core
+    images, numbers = read_rows(folder)
+    starts = range(0, min(len(images), LOOP_ROWS), BATCH)
+    batches = [(images[start : start + BATCH], numbers[start : start + BATCH]) for start in starts]
+    return timed([batches] * 2, lambda batch: predictor.predict(*batch))
 
 
-def score_guide(folder: Path) -> Figures:
+def score_guide(folder: Path) -> None:
     pool = ray.data.ActorPoolStrategy(size=1 if CUDA else CORES)
     options = {"fn_constructor_args": [folder], "compute": pool, "num_gpus": int(CUDA)}
     scored = read_dataset(folder).map_batches(Scorer, batch_size=1024, **options)
     scored.write_parquet(str(folder / "guide"))
-    return first_output(folder / "guide")
 
 
-def score_project(folder: Path) -> Figures:
+def score_project(folder: Path) -> None:
     model, rows, output = (str(folder / name) for name in ("model", "rows", "project"))
     score(ScoreConfig(model=model, input=(rows,), output=output))
-    return first_output(Path(output) / "predictions")
 
 
-def first_output(folder: Path) -> Figures:
-    return {"first": min(file.stat().st_mtime for file in folder.rglob("*.parquet"))}
-
-
-def measure(what: str, way: str, folder: Path, rows: int) -> Figures:
-    """Measure in this process; `first_seconds` lasts until the first batch or output is there."""
+def measure(what: str, way: str, folder: Path, rows: int) -> dict[str, float]:
     os.environ["RAY_ADDRESS"] = "local"
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every way has one card
-    started = time.time()
-    figures: Figures = globals()[f"{what}_{way}"](folder)
-    seconds = time.time() - started
-    first_seconds = figures.pop("first") - started
-    return {
-        "rows_per_second": rows / seconds,
-        "seconds": seconds,
-        "first_seconds": first_seconds,
-    } | figures
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every way has one GPU
+    started = time.perf_counter()
+    rate: float | None = globals()[f"{what}_{way}"](folder)
+    seconds = time.perf_counter() - started
+    return {"rows_per_second": rate or rows / seconds, "seconds": seconds}
 
 
 def run(script: str, *flags: object) -> dict[str, Any]:
@@ -271,8 +240,7 @@ def run(script: str, *flags: object) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)  # its error is on standard error
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return dict(json.loads(lines[-1]))
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def prepare(what: str, data: str, rows: int, folder: Path) -> None:
@@ -285,12 +253,11 @@ def prepare(what: str, data: str, rows: int, folder: Path) -> None:
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description="See the top of this file.")
     parser.add_argument("what", choices=["train", "score"])
     parser.add_argument("--data", default="sample", help="as for jobs/train.py (default: sample)")
     parser.add_argument("--rows", type=int, help="to train with or to score (20000, 400000)")
-    # One way alone, in this process, in a folder where `prepare` has written.
+    # One way alone, in a folder where `prepare` has written.
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -302,7 +269,7 @@ def main() -> None:
         prepare(args.what, args.data, rows, Path(folder))
         flags = [args.what, "--rows", rows, "--folder", folder]
         ways = {way: run("benchmark.py", *flags, "--way", way) for way in WAYS}
-    columns = ("rows_per_second", "seconds", "first_seconds", "times_guide")
+    columns = ("rows_per_second", "seconds", "times_guide")
     print(f"{args.what:10}" + "".join(f"{name:>18}" for name in columns))
     for way, figures in ways.items():
         figures["times_guide"] = figures["rows_per_second"] / ways["guide"]["rows_per_second"]

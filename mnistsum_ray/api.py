@@ -1,39 +1,42 @@
 """Python API of the jobs: train and score on a cluster."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from mnistsum_ray.cluster.connection import connect
-from mnistsum_ray.config import OnEpoch, ScoreConfig, TrainConfig
+from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 
+if TYPE_CHECKING:
+    from ray.train import UserCallback
 
-def fit(config: TrainConfig, on_epoch: OnEpoch | None = None) -> TrainResult:
+
+def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainResult:
     """Train a model, as `mnistsum train` does.
 
     Runs on the cluster that this process is connected to, else on the one that `connect` joins or starts; that connection stays
     open. Progress goes to standard error.
 
-    `on_epoch` gets each line of history.jsonl, a dict, when its epoch is finished; an epoch that is trained again after a failure
-    comes again. It is called in a thread of its own, and the workers wait for it. What it raises ends the run, and `fit` raises
-    it. If it returns True, as callbacks of XGBoost do, the run ends with a RunError, unless it was the last epoch. Either leaves
-    a checkpoint of that epoch and no model: `resume` goes on, and gives the model of a run that was not ended.
+    `callbacks` are `ray.train.UserCallback`s, which Ray Train calls in a process of its own. Each report, after an epoch and
+    after fine-tuning, has the metrics `epoch`, `train_loss`, `validation` and `test`. What a callback raises ends the run.
 
     Raises:
         RequestError: the request is invalid; the message names the flag, which is the field, and says what to do.
-        RunError: the run has begun and failed, or `on_epoch` stops it.
+        RunError: the run has begun and failed.
     """
     from mnistsum_ray.training.preflight import preflight
 
     with Console() as console:
         run = preflight(config, partial(Progress, console.progress))
-        connect({"job_name": f"train {run.config.name}", "run": run.folder.display})
+        connect()
 
         from mnistsum_ray.training import driver
 
         with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
-            return driver.fit(run, console, on_epoch)
+            return driver.fit(run, console, callbacks)
 
 
 def score(config: ScoreConfig) -> ScoreResult:
@@ -44,8 +47,8 @@ def score(config: ScoreConfig) -> ScoreResult:
     from mnistsum_ray.scoring.preflight import preflight
 
     with Console() as console:
-        run = preflight(config)
-        connect({"job_name": f"score {run.output.display}", "model": run.model.display, "output": run.output.display})
+        run = preflight(config, console)
+        connect()
 
         from mnistsum_ray.scoring import driver
 

@@ -1,4 +1,4 @@
-"""The command `mnistsum`, which the files in `jobs/` run too: its jobs, their last line, exit codes and signals."""
+"""The command `mnistsum`, which the files in `jobs/` run too: last line, exit codes, signals."""
 
 import gc
 import inspect
@@ -6,11 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from mnistsum_ray import __version__
+from mnistsum_ray.cluster.connection import disconnect
 from mnistsum_ray.cluster.stop import StopOnSignals, defer_signals
 from mnistsum_ray.errors import (
     RequestError,
@@ -32,7 +35,7 @@ DONE: Final = 0
 FAILED: Final = 1
 BAD_REQUEST: Final = 2
 TRY_AGAIN: Final = os.EX_TEMPFAIL
-"""75: the same command may work later, so that Kubernetes, cron and Airflow can tell it from a typo."""
+"""75: the same command may work later; Kubernetes, cron and Airflow can tell it from a typo."""
 
 _HELP: Final = """
 The value of an unset flag is in brackets below; a bare flag that takes true or
@@ -46,8 +49,10 @@ folder that another run holds), 128 + N stopped by signal N, 1 anything else.
 Result = dict[str, Any]
 """The fields of the last line."""
 
-# The docstring of a command is its --help. Each imports what it needs: not before `run` catches signals, and for --help or a
-# wrong flag neither NumPy, torch nor Ray.
+Job = Callable[[list[str]], Result]
+
+# The docstring of a command is its --help. Each imports what it needs: not before `run` catches
+# signals, and for --help or a wrong flag neither NumPy, torch nor Ray.
 
 
 def train(config: "TrainConfig") -> Result:
@@ -97,9 +102,12 @@ def export_pairs(config: "ExportPairsConfig") -> Result:
     from mnistsum_ray.export import pairs
     from mnistsum_ray.reporting.console import Console
 
-    output, source = pairs.export_pairs(config, Console().say)
-    Console().say(f"{counted(config.rows, 'row')} of {source.name} in {counted(config.files, 'file')}: {output.display}")
-    return {"output": output.display, "data": source.name, "split": config.split, "rows": config.rows, "files": config.files}
+    console = Console()
+    output, source = pairs.export_pairs(config, console.say)
+    rows, files = counted(config.rows, "row"), counted(config.files, "file")
+    console.say(f"{rows} of {source.name} in {files}: {output.display}")
+    written = {"output": output.display, "data": source.name}
+    return written | {"split": config.split, "rows": config.rows, "files": config.files}
 
 
 def export_model(config: "ExportModelConfig") -> Result:
@@ -113,13 +121,15 @@ def export_model(config: "ExportModelConfig") -> Result:
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
-        raise RequestError(f"ONNX export needs packages that are not installed ({', '.join(missing)}): pip install -e '.[onnx]'")
+        install = f"not installed ({', '.join(missing)}): pip install -e '.[onnx]'"
+        raise RequestError(f"ONNX export needs packages that are {install}")
 
     from mnistsum_ray.export import model  # imports torch, which takes seconds: after the checks
     from mnistsum_ray.reporting.console import Console
 
-    line = model.export_model(config, Console().say)
-    Console().say(f"written: {line['output']}")
+    console = Console()
+    line = model.export_model(config, console.say)
+    console.say(f"written: {line['output']}")
     return line
 
 
@@ -136,50 +146,44 @@ def predict(config: "PredictConfig") -> Result:
     is started.
     """
     from mnistsum_ray.errors import percent
-    from mnistsum_ray.model.heads import HEADS, PROBABILITY_FIELDS, SUM
     from mnistsum_ray.predicting import predict as predict_picture
     from mnistsum_ray.reporting.console import Console
 
-    say, found = Console().say, predict_picture(config.model, config.picture, config.number)
-    asked = {head.name: head.name for head in HEADS} | {SUM.name: f"digit + {found.number}"}
-    answers = (f"{what}: {getattr(found, name)} ({percent(getattr(found, f'{name}_prob'))})" for name, what in asked.items())
-    say(", ".join(answers))
+    found, console = predict_picture(config.model, config.picture, config.number), Console()
+    digit, total = percent(found.digit_prob), percent(found.sum_prob)
+    console.say(f"digit: {found.digit} ({digit}), digit + {found.number}: {found.sum} ({total})")
     if found.unsure:
-        say("unsure: the digit's probability is below 90 %")
-    arrays = ("pixels", *PROBABILITY_FIELDS.names)
-    return {"picture": config.picture} | {key: value for key, value in vars(found).items() if key not in arrays}
+        console.say("unsure: the digit's probability is below 90 %")
+    shown = [field.name for field in fields(found) if field.repr]  # no arrays
+    return {"picture": config.picture} | {name: getattr(found, name) for name in shown}
 
 
 COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], str, str]]] = {
     "train": (train, "TrainConfig", "train the network"),
     "score": (score, "ScoreConfig", "score Parquet files with a trained model"),
     "export-pairs": (export_pairs, "ExportPairsConfig", "write example input for scoring"),
-    "export-model": (export_model, "ExportModelConfig", "write a model for programs without this package"),
+    "export-model": (export_model, "ExportModelConfig", "write a model for other programs"),
     "predict": (predict, "PredictConfig", "answer for one picture and a number"),
 }
 """What a command runs, the class of its config, and its meaning."""
 
-_COMMAND_LINES: Final = "\n".join(f"  {name:<14}{meaning}" for name, (*_, meaning) in COMMANDS.items())
-_USAGE: Final = f"""usage: mnistsum COMMAND [flags], or mnistsum COMMAND --help
-
-{_COMMAND_LINES}
-
-  --version     print the version"""
+_USAGE: Final = "usage: mnistsum COMMAND [flags], or mnistsum COMMAND --help, or mnistsum --version\n\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command, given by its name and flags, or as this process was; return its exit code."""
-    _open_standard_streams()
+    """Run a command, given by name and flags, or as this process was; return its exit code."""
     command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in COMMANDS:
         return run(partial(_run_command, command), flags)
     if command in ("-h", "--help", "help"):
-        return _answer(_USAGE, sys.stdout)
+        lines = "".join(f"  {name:<14}{meaning}\n" for name, (*_, meaning) in COMMANDS.items())
+        return _write(_USAGE + lines, sys.stdout)
     if command == "--version":
-        return _answer(f"mnistsum_ray {__version__}", sys.stdout)
+        return _write(f"mnistsum_ray {__version__}\n", sys.stdout)
     if may_hold_keys(command):
         command = "this"
-    _say(f"error: {command}: there is no such command{did_you_mean(command, COMMANDS)} (mnistsum --help lists them)")
+    hint = did_you_mean(command, COMMANDS)
+    _say(f"error: {command}: there is no such command{hint} (mnistsum --help lists them)")
     return BAD_REQUEST
 
 
@@ -189,58 +193,43 @@ def _run_command(name: str, argv: list[str]) -> Result:
 
     command, kind, _ = COMMANDS[name]
     flags = [word for word in argv if word != "--json"]  # which is for `run`
-    made = parse(getattr(config, kind), flags, f"{inspect.getdoc(command)}\n{_HELP}", shell_command(name))
-    reserve_stdout_for_result()
-    return command(made)
+    description = f"{inspect.getdoc(command)}\n{_HELP}"
+    return command(parse(getattr(config, kind), flags, description, shell_command(name)))
 
 
-def run(job: Callable[[list[str]], Result], argv: list[str]) -> int:
-    """Run a job and return its exit code. Its result is the last line on standard output, an error one line on standard error.
+def run(job: Job, argv: list[str]) -> int:
+    """Run a job, whose result is the last line on standard output; return its exit code.
 
-    SIGINT, SIGTERM and SIGHUP stop the job: one line says how to go on, and the exit code is 128 plus the number of the signal.
-    Afterwards the process should exit: a later signal ends it at once, and 20 s later it ends by itself.
+    SIGINT, SIGTERM and SIGHUP stop it: one line says how to go on, and the code is 128 + signal.
+    Then the process should exit: a later signal ends it at once, and 20 s later it ends by itself.
     """
-    _open_standard_streams()
     stdout = sys.stdout
-    try:
-        with StopOnSignals(_say) as stop:
-            try:
-                code = _run(job, argv, stdout, stop)
-            except KeyboardInterrupt as interrupt:
-                with defer_signals():
-                    code = _explain_stop(interrupt, stop)
-                    stop.end(code)
-            stop.end(code)
-            if "mnistsum_ray.cluster.connection" in sys.modules:  # without that module there is no connection
-                from mnistsum_ray.cluster.connection import disconnect
-
-                disconnect()
-    finally:
-        sys.stdout = stdout  # only now: until they are disconnected, Ray's threads may print after the result
-        _write("", sys.stderr)  # lines that could not be written: Python would try again at its end, and exit with 120
-        gc.freeze()  # at its end Python would search a million objects of PyTorch and Ray for cycles, 0.7 s
+    # What Ray's threads print at any time goes to standard error, until they are disconnected.
+    with redirect_stdout(sys.stderr), StopOnSignals(_say) as stop:
+        try:
+            code = _run(job, argv, stdout, stop)
+        except KeyboardInterrupt as interrupt:
+            with defer_signals():
+                code = _explain_stop(interrupt, stop)
+                stop.end(code)
+        stop.end(code)
+        disconnect()
+    _write("", sys.stderr)  # what could not be written: Python would try again, and exit with 120
+    gc.freeze()  # Python would search a million objects of PyTorch and Ray for cycles, 0.7 s
     return code
 
 
-def reserve_stdout_for_result() -> None:
-    """Send to standard error what is printed from here to the end of `run`, since Ray's threads print at any time."""
-    sys.stdout = sys.stderr
-
-
-def _run(job: Callable[[list[str]], Result], argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
+def _run(job: Job, argv: list[str], stdout: TextIO, stop: StopOnSignals) -> int:
     try:
         result = job(argv)
-        with defer_signals():  # once the result is printed, a signal no longer changes the exit code
+        code = DONE
+        with defer_signals():  # once the result is printed, a signal no longer changes the code
             if "--json" in argv or not stdout.isatty():
-                error = _write(json.dumps(result, allow_nan=False) + "\n", stdout)
-                if error:
-                    closed = isinstance(error, BrokenPipeError)
-                    why = "was closed by its reader" if closed else f"cannot be written ({error.strerror})"
-                    raise RunError(f"standard output {why}, so the result could not be printed")
-            stop.end(DONE)
-        return DONE
+                code = _write(json.dumps(result, allow_nan=False) + "\n", stdout)
+            stop.end(code)
+        return code
     except TextAsked as asked:
-        return _answer(str(asked), stdout)
+        return _write(f"{asked}\n", stdout)
     except (RequestError, RunError) as error:
         _say(f"error: {error}")
         if isinstance(error, TryAgainError):
@@ -251,45 +240,27 @@ def _run(job: Callable[[list[str]], Result], argv: list[str], stdout: TextIO, st
 def _explain_stop(interrupt: KeyboardInterrupt, stop: StopOnSignals) -> int:
     """Say what is kept, and how to go on; return the exit code."""
     reason: BaseException | None = interrupt
+    # A further interrupt during the cleanup replaces the job's own error.
     while reason is not None and not isinstance(reason, RunInterrupted | RunError):
-        reason = reason.__context__  # the job's own error, if a further interrupt came during its cleanup and replaced it
-    nothing_begun = "nothing was begun, and the same command begins again"
-    _say(f"stopped by {stop.received.name if stop.received else 'SIGINT'}; {reason or nothing_begun}")
+        reason = reason.__context__
+    name = stop.received.name if stop.received else "SIGINT"
+    _say(f"stopped by {name}; {reason or 'nothing was begun, and the same command begins again'}")
     return stop.exit_code
 
 
 def _say(text: str) -> None:
-    """Write a line to standard error. If its reader has closed it, only the exit code tells of the error."""
+    """Write a line to standard error."""
     _write(f"{printable(text)}\n", sys.stderr)
 
 
-def _answer(text: str, stdout: TextIO) -> int:
-    """Print a text that was asked for, whose reader may close the pipe early, as `head` does; return the exit code."""
-    error = _write(f"{text}\n", stdout)
-    if error is None or isinstance(error, BrokenPipeError):
-        return DONE
-    _say(f"error: standard output cannot be written ({error.strerror})")
-    return FAILED
-
-
-def _write(text: str, stream: TextIO) -> OSError | None:
-    """Write at once; if the stream's reader has closed it, or the disk is full, return the error, and drop what comes later."""
+def _write(text: str, stream: TextIO) -> int:
+    """Write at once; return the exit code. The reader of a pipe may close it, as `head` does."""
     try:
         stream.write(text)
         stream.flush()
     except OSError as error:
-        _redirect_to_devnull(stream.fileno())
-        return error
-    return None
-
-
-def _open_standard_streams() -> None:
-    """Open closed standard streams on /dev/null: else the next file that is opened would receive what is printed."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            _redirect_to_devnull(number)
-            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
-
-
-def _redirect_to_devnull(descriptor: int) -> None:
-    os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what comes later
+        if not isinstance(error, BrokenPipeError):
+            _say(f"error: standard output cannot be written ({error.strerror})")
+            return FAILED
+    return DONE

@@ -4,16 +4,12 @@ The text below a field is its help; brackets in it hold the value of an unset fi
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mnistsum_ray.storage.uri import KEYS_REFUSED, may_hold_keys
-
-OnEpoch = Callable[[dict[str, Any]], object]
-"""Function that is called after each epoch, with its line of history.jsonl."""
 
 
 class JobConfig(BaseModel):
@@ -109,8 +105,6 @@ class TrainConfig(JobConfig):
     """name of the run and of its folder [a new unique name]"""
     resume: bool | Literal["auto"] = False
     """continue the run --name from its last checkpoint; auto: begin it if there is none"""
-    checkpoint_seconds: float = Field(default=60, gt=0, le=86_400)
-    """seconds between checkpoints within an epoch; a kill costs about so much work"""
     mlflow: str | None = None
     """MLflow tracking server (http://...) or store (sqlite:///...) that the finished run is logged to; needs the extra mlflow
     [none]"""

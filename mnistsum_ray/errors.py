@@ -1,4 +1,4 @@
-"""Errors that end a job, each with a one-line message that says why and what to do; and helpers to write such lines."""
+"""Errors that end a job, whose one-line message says why and what to do; helpers to write it."""
 
 import sys
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ class RunError(RuntimeError):
 
 
 class TryAgainError(RunError):
-    """The same command may work later: no resources in time, no cluster, a folder that another run holds."""
+    """The same command may work later: no resources in time, or another run holds the folder."""
 
 
 class RowCountError(RunError):
@@ -26,7 +26,7 @@ class RowCountError(RunError):
 
 
 class StorageError(OSError):
-    """The storage does not answer, refuses, or a file is gone: another attempt may succeed. The message names the file."""
+    """The storage does not answer, refuses, or a file is gone: another attempt may succeed."""
 
 
 class MissingFileError(StorageError):
@@ -54,28 +54,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def lines_of(error: BaseException) -> list[str]:
-    """The lines of the message of an error; its class name if it has no message."""
-    return str(error).strip().splitlines() or [type(error).__name__]
-
-
 def root_cause(error: BaseException) -> str:
     """The line of an error's message that names the cause.
 
-    Ray keeps the exception of a task as `cause`, to whose message Ray Data adds lines of advice. Otherwise this is the last line,
-    since a message may hold the traceback of another process; of Ray's OutOfMemoryError, which ends with advice, the first.
+    Ray keeps the exception of a task as `cause`. Other messages may hold the traceback of another
+    process, which ends with the cause; Ray's OutOfMemoryError begins with it, and ends with advice.
     """
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):
-        return explained(f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}")
-    lines = lines_of(error)
+        first, *_ = str(cause).strip().splitlines() or [""]
+        return f"{type(cause).__name__}: {first}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0 if type(error).__name__ == "OutOfMemoryError" else -1].strip()
-
-
-def explained(text: str) -> str:
-    """An error of CUDA, with what to do where it does not say so."""
-    exclusive = "; does the card admit one process alone? Then give --num-workers 1"
-    return text + exclusive if "busy or unavailable" in text else text
 
 
 def shortened(text: str) -> str:
@@ -94,17 +84,19 @@ def percent(share: float) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """End of a message on an unknown word: `; did you mean train?`, or nothing where no known word is like it."""
+    """End of a message on an unknown word: `; did you mean train?`, or nothing."""
     like = get_close_matches(word, known, n=1)
     return f"; did you mean {like[0]}?" if like else ""
 
 
 def printable(text: str) -> str:
-    """Text with control characters and line breaks escaped: a file name could otherwise steer the terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """Text with control characters escaped: a file name could otherwise steer the terminal."""
+    parts = (char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return "".join(parts)
 
 
 def shell_command(command: str) -> str:
-    """Beginning of the command line that this process was started with: `python jobs/train.py`, or `mnistsum train`."""
-    script = Path(sys.argv[0])
-    return f"python jobs/{command.replace('-', '_')}.py" if script.parent.name == "jobs" else f"mnistsum {command}"
+    """How this process was started: `python jobs/train.py`, or `mnistsum train`."""
+    if Path(sys.argv[0]).parent.name == "jobs":
+        return f"python jobs/{command.replace('-', '_')}.py"
+    return f"mnistsum {command}"

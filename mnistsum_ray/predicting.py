@@ -1,10 +1,9 @@
 """Python API of a model: load it, and predict a picture, arrays, or the rows of a table."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,18 +23,14 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import plain_table
 from mnistsum_ray.data.picture import Picture, prepare_picture
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS, HeadFields
+from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
 from mnistsum_ray.storage.paths import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import
-    from mnistsum_ray.model.inference import Predictions
     from mnistsum_ray.model.network import Network
 
 Model: TypeAlias = "Network | str | Path"
 """A model of `load_model`, or what that takes."""
-
-_SURE: Final = 0.9
-"""Least probability of the digit of a picture whose answer is sure."""
 
 
 def load_model(model: str | Path) -> "Network":
@@ -43,18 +38,18 @@ def load_model(model: str | Path) -> "Network":
 
     The network is in evaluation mode, float32, on the CPU. It takes images float32[n, 1, 28, 28],
     which `mnistsum_ray.model.network.prepare_images` makes from pixels, and numbers int64[n], and
-    returns the scores (logits) of each head: of the digits [n, 10], of the sums [n, 9 + NUMBERS].
+    returns the scores (logits) of each head: of the digits [n, 10], of the sums [n, 19].
 
     Raises:
         RequestError: there is no such model, it is damaged, or it is of another network.
     """
-    from mnistsum_ray.model import serialization
+    from mnistsum_ray.model.folder import load_model as load_folder
 
-    return serialization.load_model(locate_existing(str(model), "model"))[0]
+    return load_folder(locate_existing(str(model), "model"))[0]
 
 
 @dataclass(frozen=True)
-class PicturePrediction(HeadFields, names=("{}", "{}_prob", "{}_probs")):
+class PicturePrediction:
     """The answers for one picture and a number."""
 
     number: int
@@ -74,41 +69,20 @@ class PicturePrediction(HeadFields, names=("{}", "{}_prob", "{}_probs")):
     """Probabilities of all sums, float32[19]."""
 
 
-@overload
-def predict(model: Model, images: Picture, numbers: int) -> PicturePrediction: ...
-
-
-@overload
-def predict(
-    model: Model,
-    images: Pixels,
-    numbers: npt.NDArray[np.integer[Any]],
-    batch_size: int = 64,
-    *,
-    probabilities: bool = False,
-) -> "Predictions": ...
-
-
-def predict(
-    model: Model, images: Any, numbers: Any, batch_size: int = 64, *, probabilities: bool = False
-) -> "PicturePrediction | Predictions":
+def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64, *, probabilities: bool = False) -> Any:
     """Predict digits and sums in this process, on the model's device: of one picture, or of arrays.
 
-        predict("runs/mine", "seven.png", 5)
-        predict(model, images, numbers)
-
-    A picture is prepared by `prepare_picture`, and its number is an integer in 0..NUMBERS - 1.
-    Arrays are integers[n], and uint8[n, 28, 28] as the training images: of MNIST 0 background, 255
-    ink.
+        predict("runs/mine", "seven.png", 5)  # prepared by `prepare_picture`
+        predict(model, images, numbers)  # uint8[n, 28, 28] as in training, and integers[n] in 0..9
 
     Returns:
-        Arrays of n: `digit` int8, `digit_prob` float32, `sum` int8, `sum_prob` float32, and those of
-        further heads; with `probabilities` those of all classes, `digit_probs` float32[n, 10] and
-        `sum_probs` float32[n, 19]. For a picture a `PicturePrediction`.
+        For a picture a `PicturePrediction`. Else arrays of n: `digit` int8, `digit_prob` float32,
+        `sum` int8, `sum_prob` float32, and those of further heads; with `probabilities` those of
+        all classes, `digit_probs` float32[n, 10] and `sum_probs` float32[n, 19].
 
     Raises:
         ValueError: wrong shape or dtype, a number out of range, or a batch size below 1.
-        RequestError (a ValueError): there is no such picture or model, or nothing is drawn on the picture.
+        RequestError (a ValueError): no such picture or model, or nothing is drawn on the picture.
     """
     if isinstance(images, str | Path | bytes | Image.Image):
         return _predict_picture(model, images, numbers)
@@ -118,28 +92,36 @@ def predict(
     model = _loaded(model, batch_size)
     images, numbers = np.ascontiguousarray(images), np.asarray(numbers)
     if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
-        raise ValueError(f"images: must be uint8[n, 28, 28], are {images.dtype}{list(images.shape)}")
-    if numbers.shape != (len(images),) or not np.issubdtype(numbers.dtype, np.integer):
-        raise ValueError(f"numbers: must be integers[{len(images)}], are {numbers.dtype}{list(numbers.shape)}")
-    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < NUMBERS:
-        raise ValueError(f"numbers: must be 0..{NUMBERS - 1}, are {numbers.min()}..{numbers.max()}")
+        found = f"{images.dtype}{list(images.shape)}"
+        raise ValueError(f"images: must be uint8[n, 28, 28], are {found}")
+    if numbers.shape != (len(images),) or not np.isin(numbers, range(NUMBERS)).all():
+        raise ValueError(f"numbers: must be {len(images)} integers in 0..{NUMBERS - 1}")
     return predict_pairs(model, images, numbers.astype(np.int64), batch_size, probabilities)
 
 
 def _predict_picture(model: Model, picture: Picture, number: int) -> PicturePrediction:
     if number not in range(NUMBERS):
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
+    number = int(number)
     pixels = prepare_picture(picture)  # before the import of PyTorch: a refusal comes at once
     model = _loaded(model, 1)
     if model.background:
         pixels = 255 - pixels
-    numbers = np.array([int(number)])
-    found = predict(model, pixels[None], numbers, batch_size=1, probabilities=True)
-    columns = zip(PREDICTION_FIELDS.names, found.columns(numbers), strict=True)
-    answers = {name.removeprefix("pred_"): values.item() for name, values in columns}
-    answers |= {name: found.values[name][0] for name in PROBABILITY_FIELDS.names}
-    unsure = answers["digit_prob"] < _SURE
-    return PicturePrediction(number=int(number), unsure=unsure, pixels=pixels, **answers)
+    found = predict(model, pixels[None], np.array([number]), batch_size=1, probabilities=True)
+    digit, total = int(found.digit[0]), int(found.sum[0])
+    digit_prob = float(found.digit_prob[0])
+    return PicturePrediction(
+        number=number,
+        digit=digit,
+        digit_prob=digit_prob,
+        sum=total,
+        sum_prob=float(found.sum_prob[0]),
+        consistent=total == digit + number,
+        unsure=digit_prob < 0.9,
+        pixels=pixels,
+        digit_probs=found.digit_probs[0],
+        sum_probs=found.sum_probs[0],
+    )
 
 
 def predict_rows(
@@ -153,17 +135,14 @@ def predict_rows(
 ) -> Any:
     """Predict the digit and the sum of each row of a table.
 
-    The table is a Ray Dataset, which is scored as it is read, or anything that gives its rows to
-    Arrow (`__arrow_c_stream__`), as frames of pandas, Polars and DuckDB and tables of Arrow do.
-
+    The table is a Ray Dataset, which is scored as it is read, or anything with
+    `__arrow_c_stream__`, as frames of pandas, Polars and DuckDB and tables of Arrow have it.
     Images may have any form that scoring takes.
 
     Returns:
-        A Ray Dataset for one, else an Arrow table, with all rows in their order, their columns as
-        they are, and after them `pred_digit` int8, `digit_prob` float32, `pred_sum` int8, `sum_prob`
-        float32, those of further heads, `consistent` bool, and `reason` string. Of a row that cannot
-        be scored all but `reason` are null, and `reason` says why; of others `reason` is null. With
-        `probabilities`, `digit_probs` and `sum_probs`, lists of 10 and 19 float32, precede `reason`.
+        A Ray Dataset for one, else an Arrow table, with all rows in their order and the columns
+        that scoring adds: PREDICTION_FIELDS, with `probabilities` PROBABILITY_FIELDS, and `reason`,
+        which says why a row cannot be scored; the others are null there.
 
     Raises:
         TypeError: `rows` is something else.
@@ -172,20 +151,23 @@ def predict_rows(
     """
     model = _loaded(model, batch_size)
     if "ray.data" in sys.modules and isinstance(rows, sys.modules["ray.data"].Dataset):
-        from mnistsum_ray.cluster.ray_internals import in_order
+        from mnistsum_ray.cluster.workarounds import in_order
 
         def predict_block(block: pa.Table) -> pa.Table:
-            return predict_rows(model, block, image_column, number_column, batch_size, probabilities=probabilities)
+            names = (image_column, number_column)
+            return predict_rows(model, block, *names, batch_size, probabilities=probabilities)
 
         return in_order(rows).map_batches(predict_block, batch_format="pyarrow")
     if not hasattr(rows, "__arrow_c_stream__"):
         kind = type(rows).__name__
-        raise TypeError(f"rows: must be a table (with __arrow_c_stream__) or a Ray Dataset, not {kind}")
+        raise TypeError(f"rows: must have __arrow_c_stream__ or be a Ray Dataset, not {kind}")
 
     from mnistsum_ray.model.inference import predict_pairs
 
     table = pa.table(rows)
-    added = [*PREDICTION_FIELDS.names, *(PROBABILITY_FIELDS.names if probabilities else ()), "reason"]
+    added = {*PREDICTION_FIELDS.names, "reason"}
+    if probabilities:
+        added.update(PROBABILITY_FIELDS.names)
     for name in table.column_names:
         if name.lower() in added:
             raise ValueError(f"column {name!r} would be added; rename it")
@@ -200,7 +182,7 @@ def predict_rows(
     return table.append_column("reason", reasons)
 
 
-def _column(table: pa.Table, name: str, type_error: Callable[[pa.DataType], str | None]) -> pa.Array:
+def _column(table: pa.Table, name: str, type_error: Any) -> pa.Array:
     """A column as one array of a plain type, of which `type_error` says why it cannot be read."""
     if table.column_names.count(name) != 1:
         present = ", ".join(map(repr, table.column_names))

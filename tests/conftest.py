@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.model.folder import copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.model.network import make_network, prepare_images
-from mnistsum_ray.model.serialization import copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
@@ -97,13 +97,6 @@ def write_model(folder: Path, seed: int) -> Path:
     metrics = {split: {"rows": 500} | accuracies for split in ("validation", "test")}
     description = describe_model(weights, epoch=1, metrics=metrics)
     save_model(writable(folder), weights, description)
-    return folder
-
-
-def change_description(folder: Path, **fields: Any) -> Path:
-    """Change fields of the description of a model folder."""
-    network, description = load_model(locate(str(folder), "--model"))
-    save_model(writable(folder), copy_weights(network), description | fields)
     return folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from mnistsum_ray import __version__, cli
 from mnistsum_ray.config import PredictConfig
@@ -26,43 +26,29 @@ def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProces
     return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False, timeout=60)
 
 
-def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What `mnistsum` prints in this process: of no job, since after a job a process should exit."""
-    assert cli.main(list(argv)) == 0
-    return capsys.readouterr().out
-
-
 def test_it_names_its_commands_and_its_version(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(capsys)
-    assert all(command in text for command in cli.COMMANDS)
-    assert printed(capsys, "--help") == printed(capsys, "-h") == printed(capsys, "help") == text
-    assert printed(capsys, "--version") == f"mnistsum_ray {__version__}\n"
+    assert [cli.main([]), cli.main(["--help"]), cli.main(["--version"])] == [0, 0, 0]
+    text = capsys.readouterr().out
+    assert all(text.count(f"\n  {command} ") == 2 for command in cli.COMMANDS)
+    assert text.endswith(f"mnistsum_ray {__version__}\n")
 
 
-@pytest.mark.parametrize(("command", "hint"), [("trian", "; did you mean train?"), ("play", "")])
-def test_an_unknown_command_is_one_line_with_a_hint(command: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([command]) == 2
-    message = f"error: {command}: there is no such command{hint} (mnistsum --help lists them)\n"
-    assert capsys.readouterr() == ("", message)
-
-
-def test_a_mistake_is_one_line_with_a_hint(tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_with_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    hint = "there is no such command; did you mean train? (mnistsum --help lists them)"
+    assert capsys.readouterr() == ("", f"error: trian: {hint}\n")
     done = run(MNISTSUM, "train", "--data", "sampel", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    message = f"--data sampel: there is no such file or folder ({tmp_path}/sampel); did you mean sample?"
-    assert done.stderr == f"error: {message}\n"
+    found = f"there is no such file or folder ({tmp_path}/sampel); did you mean sample?"
+    assert done.stderr == f"error: --data sampel: {found}\n"
 
 
-@pytest.mark.parametrize("flags", ["-h", "train --help"])
-def test_a_reader_may_close_the_pipe(flags: str) -> None:
-    done = run("bash", "-c", f"set -o pipefail; {MNISTSUM} {flags} | true")
+def test_a_reader_may_close_the_pipe_and_a_full_disk_is_said() -> None:
+    done = run("bash", "-c", f"set -o pipefail; {MNISTSUM} train --help | true")
     assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("flags", ["--version", "train --help"])
-def test_a_full_disk_is_said(flags: str) -> None:
-    done = run("bash", "-c", f"{MNISTSUM} {flags} > /dev/full")
-    assert (done.returncode, done.stderr) == (1, "error: standard output cannot be written (No space left on device)\n")
+    done = run("bash", "-c", f"{MNISTSUM} train --help > /dev/full")
+    message = "error: standard output cannot be written (No space left on device)\n"
+    assert (done.returncode, done.stderr) == (1, message)
 
 
 _HELP = """
@@ -86,22 +72,19 @@ def test_help_fits_a_terminal_and_comes_at_once_since_it_imports_nothing_large(m
     assert "\nusage: python jobs/export_pairs.py " in job
 
 
-def test_one_picture_is_answered_in_words_and_as_json(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    picture = Image.new("RGB", (300, 400), "white")
-    ImageDraw.Draw(picture).line([(80, 60), (220, 50), (140, 340)], fill=(20, 40, 160), width=30, joint="curve")
-    picture.save("seven.jpg")
-    answer = cli.predict(PredictConfig(picture="seven.jpg", number=5, model=str(model)))
+def test_one_picture_is_answered_in_words_and_as_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "one.png")
+    picture = Image.new("L", (300, 400), 255)
+    picture.paste(0, (140, 50, 160, 350))
+    picture.save(file)
+    answer = cli.predict(PredictConfig(picture=file, number=5, model=str(model)))
     line = json.loads(json.dumps(answer))
     assert list(line) == ["picture", "number", "digit", "digit_prob", "sum", "sum_prob", "consistent", "unsure"]
-    assert (line["picture"], line["number"]) == ("seven.jpg", 5)
+    assert (line["picture"], line["number"], line["unsure"]) == (file, 5, True)
     answers, unsure = capsys.readouterr().err.splitlines()
     digit, total = (f"{line[head]} ({percent(line[f'{head}_prob'])})" for head in ("digit", "sum"))
     assert answers == f"digit: {digit}, digit + 5: {total}"
     assert unsure == "unsure: the digit's probability is below 90 %", "the weights are random"
-    assert line["unsure"] is True
 
 
 _JOB = """
@@ -132,20 +115,16 @@ sys.exit(cli.run(work, []))
 
 
 def start(work: float = 30, cleanup: float = 0, ignored: int | None = None) -> subprocess.Popen[str]:
-    """Start a job that works and cleans up for so many seconds, and wait until it works; its parent may ignore a signal."""
+    """Start a job that works and cleans up for so many seconds; its parent may ignore a signal."""
 
     def before() -> None:
         default_signals()
         if ignored:
             signal.signal(ignored, signal.SIG_IGN)
 
-    job = subprocess.Popen(
-        [sys.executable, "-c", _JOB.format(work=work, cleanup=cleanup)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=before,
-    )
+    command = [sys.executable, "-c", _JOB.format(work=work, cleanup=cleanup)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen(command, preexec_fn=before, **pipes)
     assert job.stderr is not None
     assert job.stderr.readline() == "ready\n"
     return job
@@ -159,14 +138,15 @@ STOPPED = (130, "", "stopped by SIGINT; what is saved stays\n")
 @pytest.mark.parametrize(
     ("settings", "signals", "pause", "expected"),
     [
-        # `nohup` ignores SIGHUP. A shell that runs a script ignores SIGINT for what the script starts with `&`.
-        pytest.param({"work": 0.5, "ignored": HUP}, [HUP], 0, DONE, id="ignored"),
-        pytest.param({"cleanup": 1}, [INT, INT], 0.3, STOPPED, id="an impatient second one is ignored"),
-        pytest.param({"cleanup": 5}, [INT, INT], 3.0, STOPPED, id="a later one interrupts the cleanup"),
+        # `nohup` ignores SIGHUP, and a script's shell SIGINT for what it starts with `&`.
+        ({"work": 0.5, "ignored": HUP}, [HUP], 0, DONE),
+        # An impatient second signal is ignored; a later one interrupts the cleanup.
+        ({"cleanup": 1}, [INT, INT], 0.3, STOPPED),
+        ({"cleanup": 5}, [INT, INT], 3.0, STOPPED),
     ],
 )
 def test_a_signal_stops_a_job_in_order(
-    settings: dict[str, Any], signals: list[signal.Signals], pause: float, expected: tuple[int, str, str]
+    settings: dict[str, Any], signals: list[signal.Signals], pause: float, expected: Any
 ) -> None:
     job = start(**settings)
     for number in signals:
@@ -190,7 +170,6 @@ import sys
 from mnistsum_ray import cli
 
 def work(argv):
-    cli.reserve_stdout_for_result()
     print("progress")
     return {"done": True}
 

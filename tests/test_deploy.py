@@ -22,9 +22,9 @@ from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from mnistsum_ray.reporting.metrics import COUNTERS, GAUGES
-from tests.kuberay_schema import DEPLOY, SCHEMA
 
-ROOT = DEPLOY.parent
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / ".deploy"
 README = (ROOT / "README.md").read_text()
 CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 HOME = "/home/ubuntu"
@@ -108,7 +108,9 @@ def test_what_the_commands_write_is_not_uploaded() -> None:
 
 
 def test_kuberay_knows_every_field() -> None:
-    jsonschema.validate(KUBERAY, json.loads(SCHEMA.read_text())["rayjob"])
+    """By what its CRD (Apache License 2.0) says of the fields that the file uses."""
+    schema = json.loads(Path(__file__).with_name("kuberay_schema.json").read_text())
+    jsonschema.validate(KUBERAY, schema["rayjob"])
 
 
 def test_all_pods_of_kuberay_have_the_image_of_the_tested_ray() -> None:

@@ -83,27 +83,17 @@ def test_one_picture(network: TwoHeadCNN, model: Path, table: pa.Table, tmp_path
     assert (found.number, found.consistent, found.unsure) == (5, found.sum == found.digit + 5, True)
     for number in (10, -1, 2.5, None):
         with pytest.raises(RequestError, match=f"the number is {number}, not one of 0..9"):
-            predict(network, picture, number)  # type: ignore[arg-type]
+            predict(network, picture, number)
 
 
-RECIPE = """
-rows = pd.read_csv("photos.csv")  # columns: file, number, and any others
-rows["image"] = [prepare_picture(file).tobytes() for file in rows["file"]]
-rows.to_parquet("photos.parquet")
-"""
-"""Of README."""
-
-
-def test_parquet_is_made_of_pictures(
-    network: TwoHeadCNN, table: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_parquet_is_made_of_pictures(network: TwoHeadCNN, table: pa.Table, tmp_path: Path) -> None:
+    """As README shows."""
     pixels = np.frombuffer(table["image"][0].as_py(), np.uint8).reshape(28, 28)
-    Image.fromarray(255 - pixels).resize((300, 300)).save("one.jpg")
-    Path("photos.csv").write_text("file,number\none.jpg,5\n")
-    exec(RECIPE, {"pd": pd, "prepare_picture": prepare_picture})
-    found = predict_rows(network, pq.read_table("photos.parquet"))
-    assert (found["pred_digit"].to_pylist(), found["reason"].to_pylist()) == ([predict(network, "one.jpg", 5).digit], [None])
+    Image.fromarray(255 - pixels).resize((300, 300)).save(tmp_path / "one.jpg")
+    rows = pd.DataFrame({"image": [prepare_picture(tmp_path / "one.jpg").tobytes()], "number": [5]})
+    found = predict_rows(network, rows)
+    expected = predict(network, tmp_path / "one.jpg", 5).digit
+    assert (found["pred_digit"].to_pylist(), found["reason"].to_pylist()) == ([expected], [None])
 
 
 def test_scores_that_are_not_finite_are_an_error(network: TwoHeadCNN, table: pa.Table) -> None:
@@ -135,8 +125,8 @@ def test_columns_that_do_not_fit_are_errors(network: TwoHeadCNN, table: pa.Table
 
 
 def test_no_rows_and_a_model_by_its_path(model: Path, table: pa.Table) -> None:
-    assert predict_rows(model, table.slice(0, 0))["reason"].type == pa.string()
-    assert predict_rows(model, table.slice(0, 0), probabilities=True)["sum_probs"].type == pa.list_(pa.float32(), 19)
+    found = predict_rows(model, table.slice(0, 0), probabilities=True)
+    assert (found["reason"].type, found["sum_probs"].type) == (pa.string(), pa.list_(pa.float32(), 19))
 
 
 def test_a_batch_size_below_one_is_an_error(network: TwoHeadCNN, table: pa.Table) -> None:

@@ -1,8 +1,8 @@
 """Small random rotations, scalings, shears and shifts of training images, as matrices.
 
-Affine distortions as in Simard et al., "Best Practices for Convolutional Neural Networks Applied to Visual Document Analysis"
-(2003). A row's distortion follows from (seed, epoch, row id). The matrices are computed here, where rows are gathered: on a GPU
-they were twenty kernels of each step. `distort` in `model/network.py` applies them on the device.
+As in Simard et al., "Best Practices for Convolutional Neural Networks Applied to Visual Document
+Analysis" (2003). They are computed where rows are gathered: on a GPU they were twenty kernels of
+each step. `distort` in `model/network.py` applies them.
 """
 
 from typing import Final

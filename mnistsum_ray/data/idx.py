@@ -4,6 +4,7 @@ Format: https://yann.lecun.com/exdb/mnist/
 """
 
 import gzip
+import math
 import socket
 import struct
 import tempfile
@@ -38,37 +39,30 @@ def find_idx(root: Path) -> Path | None:
 
 
 def read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.int8], dict[int, str], int]:
-    """Images, digits and bad rows of a folder, as of `decode_labelled`; and the number of test rows, which are the last.
+    """Images, digits and bad rows of a folder, as of `decode_labelled`; and the number of test rows,
+    which are the last.
 
     A file that is missing, is not IDX, or does not match the others is a RequestError that names it.
     """
     train_images, test_images = (_read_idx_file(folder, name, (SIDE, SIDE)) for name in IDX_FILES[::2])
     train_digits, test_digits = (_read_idx_file(folder, name, ()) for name in IDX_FILES[1::2])
-    for name, images, digits in (
-        (IDX_FILES[0], train_images, train_digits),
-        (IDX_FILES[2], test_images, test_digits),
-    ):
-        if len(images) != len(digits):
-            counts = f"{len(images):,} images, but its label file has {len(digits):,} labels"
-            raise RequestError(f"{folder / name}: has {counts}")
+    if (len(train_images), len(test_images)) != (len(train_digits), len(test_digits)):
+        raise RequestError(f"{folder}: its label files have not as many labels as its image files images")
     pixels = pixels_array(np.concatenate([train_images, test_images]))
     labels = pa.array(np.concatenate([train_digits, test_digits]))
     return *decode_labelled(pixels, labels), len(test_images)
 
 
 def _read_idx_file(folder: Path, name: str, shape: tuple[int, ...]) -> Pixels:
-    """The n elements of this shape, uint8, of an IDX file, gzip-compressed or not: uint8[n, *shape].
+    """The n elements of this shape of an IDX file, gzipped or not: uint8[n, *shape].
 
-    torchvision reads no compressed files, has no message for a damaged one (AssertionError), and
-    takes seconds to import.
+    torchvision reads no gzipped files, and has no message for a damaged one.
     """
     path = folder / name
     if not path.exists():
         path = folder / f"{name}.gz"
-    if not path.exists():
-        raise RequestError(f"{folder}: {name} is missing, gzipped or not")
     if not path.is_file():  # reading a pipe would wait for its writer
-        raise RequestError(f"{path}: is not a regular file")
+        raise RequestError(f"{folder}: {name} is missing, gzipped or not")
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
@@ -76,22 +70,18 @@ def _read_idx_file(folder: Path, name: str, shape: tuple[int, ...]) -> Pixels:
     except (OSError, EOFError, zlib.error) as error:
         raise RequestError(f"{path}: cannot be read: {error}") from None
     # Two zeros, the type of bytes, the number of dimensions, and each of these.
-    sides = struct.pack(f">{len(shape)}I", *shape)
-    header = bytes((0, 0, 8, 1 + len(shape))) + data[4:8] + sides
-    if not data.startswith(header):
-        raise RequestError(f"{path}: is not an IDX file of unsigned bytes, n{''.join(f' x {side}' for side in shape)}")
     count = int.from_bytes(data[4:8], "big")
-    values = np.frombuffer(data, np.uint8, offset=len(header))
-    if values.size != count * int(np.prod(shape)):
-        raise RequestError(f"{path}: holds {values.size:,} bytes of data, which are not {count:,} elements, as its header says")
-    return values.reshape(count, *shape)
+    header = bytes((0, 0, 8, 1 + len(shape))) + struct.pack(f">{1 + len(shape)}I", count, *shape)
+    if not data.startswith(header) or len(data) != len(header) + count * math.prod(shape):
+        kind = "n" + "".join(f" x {side}" for side in shape)
+        raise RequestError(f"{path}: is not an IDX file of unsigned bytes, {kind}, or is damaged")
+    return np.frombuffer(data, np.uint8, offset=len(header)).reshape(count, *shape)
 
 
 def download_mnist(root: Path) -> Path:
-    """Download MNIST to the folder `root`/MNIST/raw with torchvision, which knows mirrors and MD5 sums.
+    """Download MNIST to the folder `root`/MNIST/raw, which appears only when it is complete.
 
-    The folder appears only when it is complete, so an interrupted download is repeated the next time. Without a network this
-    fails within seconds.
+    torchvision knows mirrors and MD5 sums. Without a network this fails within seconds.
 
     Raises:
         OSError, RuntimeError: no mirror has some file, or they cannot be written.

@@ -1,8 +1,7 @@
-"""Images and numbers in Arrow columns: which column types can hold them, and their values as NumPy arrays.
+"""Images and numbers in Arrow columns: types that can hold them, and their values as NumPy arrays.
 
-Images: 784 integers in a list or a fixed-size list, 28x28 nested lists, an Arrow or Ray tensor,
-784 raw bytes, PNG or JPEG bytes, or Hugging Face's struct {bytes, path}. A value that cannot be
-used gets a reason.
+Images: 784 integers in a list, 28x28 nested lists, an Arrow or Ray tensor, 784 raw bytes, PNG or
+JPEG bytes, or Hugging Face's struct {bytes, path}. A value that cannot be used gets a reason.
 """
 
 import io
@@ -26,15 +25,15 @@ IMAGE_TYPE: Final = pa.binary(PIXELS)
 """Arrow type of stored images: 784 bytes, row by row, 0 is background, 255 is ink."""
 
 _MAX_REASONS: Final = 20
-"""Reasons that are counted separately, so that the counts of many different bad rows stay small."""
-
-_OTHERS: Final = "other reasons"
+"""Reasons that are counted separately, so that the counts of any number of bad rows stay small."""
 
 _EXAMPLES: Final = 5
 """Rows that are named for each reason, and in a message."""
 
 _PICTURE_STARTS: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 """First bytes of a PNG and of a JPEG."""
+
+_NOT_PIXELS: Final = "the image is not 784 or 28 x 28 integers in 0..255; resize, scale or correct it"
 
 _LISTS: Final = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 
@@ -53,47 +52,48 @@ def pixels_view(column: pa.FixedSizeBinaryArray) -> Pixels:
 
 
 def pixels_array(images: Pixels) -> pa.FixedSizeBinaryArray:
-    """uint8[n, 28, 28] as an array of IMAGE_TYPE, without a copy where the memory is contiguous."""
+    """uint8[n, 28, 28] as an array of IMAGE_TYPE, without a copy if it is contiguous."""
     buffers = [None, pa.py_buffer(np.ascontiguousarray(images))]
     return pa.FixedSizeBinaryArray.from_buffers(IMAGE_TYPE, len(images), buffers)
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """A table's column as one array, without a copy where it has one chunk: `combine_chunks` would copy it."""
+    """A table's column as one array; `combine_chunks` alone would copy one chunk too."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def image_type_error(kind: pa.DataType) -> str | None:
     """Why a column of this type cannot hold images; None where it can."""
-    if list(getattr(kind, "permutation", None) or ()) not in ([], [0, 1], [0, 1, 2]):
+    shape = [side for side in getattr(kind, "shape", ()) if side != 1]  # None: it varies
+    if shape not in ([], [PIXELS], [SIDE, SIDE], [None, None]):
+        return f"holds tensors of shape {shape}, not 784 or 28 x 28"
+    permutation = list(getattr(kind, "permutation", None) or ())
+    if permutation != sorted(permutation):
         return f"is a tensor whose dimensions are permuted ({kind})"
     values = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    if pa.types.is_struct(values):
-        values = _image_type_of_struct(values)
+    if pa.types.is_struct(values) and _image_field(values):
+        values = values.field(_image_field(values)).type
     if _is_bytes(values) or pa.types.is_null(values):
         return None
-    levels = 0
-    while isinstance(values, _LISTS):
-        values = values.value_type
-        levels += 1
-    if levels in (1, 2) and pa.types.is_integer(values):
+    is_list = isinstance(values, _LISTS)
+    for _ in range(2):
+        if isinstance(values, _LISTS):
+            values = values.value_type
+    if is_list and pa.types.is_integer(values):
         return None
     return f"has type {kind}, which holds no images (lists of 784 integers, 784 bytes, PNG or JPEG bytes, {{bytes, path}})"
 
 
-def _image_type_of_struct(kind: pa.StructType) -> pa.DataType:
-    """Type of the images in Hugging Face's {bytes, path} or Ray's tensor {data, shape}; of any
-    other struct its own, which holds none."""
-    types = {child.name: child.type for child in kind}
-    if "bytes" in types:
-        return types["bytes"]
-    if "data" in types and isinstance(types.get("shape"), _LISTS):
-        return types["data"]
-    return kind
+def _image_field(kind: pa.StructType) -> str | None:
+    """The field of Hugging Face's {bytes, path} or Ray's tensor {data, shape} with the images."""
+    names = (name for name in ("bytes", "data") if kind.get_field_index(name) >= 0)
+    return next(names, None)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+    types = pa.types
+    checks = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+    return any(check(kind) for check in checks)
 
 
 def number_type_error(kind: pa.DataType) -> str | None:
@@ -105,15 +105,16 @@ def number_type_error(kind: pa.DataType) -> str | None:
 
 
 def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[npt.NDArray[np.int64], dict[int, str]]:
-    """Decode one Arrow array of numbers below `count` or, with DIGITS, of digits; floats may be whole.
+    """Decode one Arrow array of numbers below `count` or, with DIGITS, of digits, of any type.
 
-    They are int64[n]; and row -> reason for each value that is none of 0..count - 1, in whose place
-    is a zero: of a type without numbers, that is every value.
+    They are int64[n]; and row -> reason for each value that is none of 0..count - 1, in whose
+    place is a zero. Floats may be whole.
     """
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
     kind = column.type
-    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    types = pa.types
+    is_number = any(is_a(kind) for is_a in (types.is_integer, types.is_floating, types.is_decimal))
     numbers = np.full(len(column), np.nan)
     if is_number:  # of a null NaN, and of a large integer one that is as wrong
         numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
@@ -130,15 +131,15 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[npt.NDArray[
 def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     """Decode one Arrow array of images, whose type must pass `image_type_error`.
 
-    They are uint8[n, 28, 28]; and row -> reason for each value that is no image, in whose place are zeros.
+    They are uint8[n, 28, 28]; and row -> reason for each value that is no image, in whose place
+    are zeros.
     """
-    null = "the image is null; fill it in or drop the row"
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
+    null = "the image is null; fill it in or drop the row"
     if pa.types.is_struct(column.type):
-        name = "bytes" if column.type.get_field_index("bytes") >= 0 else "data"
-        null = f"the image, or its field {name!r}, is null; put the picture itself into it, or drop the row"
-        column = pc.struct_field(column, name)
+        null = "the image, or its bytes, is null; put the picture itself there, or drop the row"
+        column = pc.struct_field(column, _image_field(column.type))
     whole = _whole_column(column)
     if whole is not None:
         return whole, {}
@@ -146,7 +147,8 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     for row, value in enumerate(column):
         image: Pixels | str = null
         if value.is_valid and isinstance(column.type, _LISTS):
-            image = _decode_list(column.take(pa.array([row])))  # a cast of a slice looks at all rows
+            one = _whole_column(column.take(pa.array([row])))  # a cast of a slice looks at all rows
+            image = _NOT_PIXELS if one is None else one[0]
         elif value.is_valid:
             image = _decode_bytes(value.as_py())
         if isinstance(image, str):
@@ -156,72 +158,17 @@ def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
     return images, bad
 
 
-def join_reasons(bad_images: dict[int, str], bad_numbers: dict[int, str], what: str = "number") -> dict[int, str]:
-    """Why each bad row cannot be used, in the order of the rows, of what `decode_images` and `decode_numbers` returned."""
-    numbers = {row: f"the {what} {reason}" for row, reason in bad_numbers.items()}
-    rows = sorted(bad_images | numbers)
-    return {row: "; ".join(reasons[row] for reasons in (bad_images, numbers) if row in reasons) for row in rows}
-
-
-def decode_labelled(images: pa.Array, digits: pa.Array) -> tuple[Pixels, npt.NDArray[np.int8], dict[int, str]]:
-    """Decode images and their digits, int8[n]; and row -> reason of each row of which either cannot be used, in their order."""
-    pixels, bad_images = decode_images(images)
-    values, bad_digits = decode_numbers(digits, DIGITS)
-    return pixels, values.astype(np.int8), join_reasons(bad_images, bad_digits, "digit")
-
-
-@dataclass
-class ReasonCounts:
-    """Counts of bad rows by reason."""
-
-    reasons: dict[str, int] = field(default_factory=dict)
-    """Bad rows by reason."""
-    examples: dict[str, list[list[Any]]] = field(default_factory=dict)
-    """Some bad rows by reason: file, and index of the row in it."""
-
-    @classmethod
-    def of(cls, bad: Mapping[tuple[str, int], str]) -> "ReasonCounts":
-        """Count bad rows: (file, row) -> reason, in the order of the rows."""
-        commonest = dict(Counter(bad.values()).most_common(_MAX_REASONS))
-        places: dict[str, list[list[Any]]] = {}
-        for place, reason in bad.items():
-            places.setdefault(reason if reason in commonest else _OTHERS, []).append([*place])
-        examples = {name: rows[:_EXAMPLES] for name, rows in places.items() if name != _OTHERS}
-        return cls({name: len(rows) for name, rows in places.items()}, examples)
-
-    @property
-    def total(self) -> int:
-        """Number of bad rows."""
-        return sum(self.reasons.values())
-
-    def add_reasons(self, other: "ReasonCounts") -> None:
-        """Add the counts of other rows, in place."""
-        counts = Counter(self.reasons) + Counter(other.reasons)
-        others = counts.pop(_OTHERS, 0) + sum(count for _, count in counts.most_common()[_MAX_REASONS:])
-        self.reasons = dict(counts.most_common(_MAX_REASONS)) | ({_OTHERS: others} if others else {})
-        for reason, rows in other.examples.items():
-            self.examples[reason] = (self.examples.get(reason, []) + rows)[:_EXAMPLES]
-        self.examples = {reason: rows for reason, rows in self.examples.items() if reason in self.reasons}
-
-    def describe(self) -> str:
-        """The first rows with their reasons; if there are more, also the commonest reasons with their numbers of rows."""
-        rows = sorted((*place, reason) for reason, places in self.examples.items() for place in places)[:_EXAMPLES]
-        first = " | ".join(f"{file}: row {row}: {reason}" for file, row, reason in rows)
-        named = Counter({reason: count for reason, count in self.reasons.items() if reason != _OTHERS})
-        commonest = " | ".join(f"{count:,} x {reason}" for reason, count in named.most_common(_EXAMPLES))
-        return f"{first} | …; most often: {commonest}" if self.total > len(rows) else first
-
-
 def _whole_column(column: pa.Array) -> Pixels | None:
-    """The pixels of a column whose values are all 784 pixels; None where one is null, a picture or no image."""
+    """The pixels of a column whose values are all 784 pixels; None where any is another value."""
     if column.null_count or not len(column):
         return None
     try:
         if not isinstance(column.type, _LISTS):
             images = pixels_view(column.cast(IMAGE_TYPE))
-            return None if _begin_as_pictures(images).any() else images
+            return None if _begin_as_pictures(images) else images
         nested = isinstance(column.type.value_type, _LISTS)
-        flat = column.cast(pa.list_(pa.list_(pa.uint8(), SIDE), SIDE) if nested else pa.list_(pa.uint8(), PIXELS))
+        lines = pa.list_(pa.list_(pa.uint8(), SIDE), SIDE)
+        flat = column.cast(lines if nested else pa.list_(pa.uint8(), PIXELS))
     except pa.ArrowException:
         return None
     while isinstance(flat.type, _LISTS):
@@ -232,46 +179,89 @@ def _whole_column(column: pa.Array) -> Pixels | None:
     return pixels.reshape(len(column), SIDE, SIDE)
 
 
-def _begin_as_pictures(images: Pixels) -> npt.NDArray[np.bool_]:
-    """Which images begin as a PNG or JPEG does: bool[n].
+def _begin_as_pictures(images: Pixels) -> bool:
+    """Whether any begins as a PNG or JPEG does.
 
-    A JPEG of exactly 784 bytes is not rare: at quality 95 about one in 200 MNIST images gives one.
+    At quality 95 about one in 200 MNIST images gives a JPEG of exactly 784 bytes.
     """
-    found = np.zeros(len(images), bool)
-    for start in _PICTURE_STARTS:
-        found |= (images[:, 0, : len(start)] == np.frombuffer(start, np.uint8)).all(1)
-    return found
-
-
-def _decode_list(value: pa.Array) -> Pixels | str:
-    """The image of an array of one list, or why it is none."""
-    whole = _whole_column(value)
-    if whole is not None:
-        return whole.reshape(SIDE, SIDE)
-    try:
-        pixels = np.array(value[0].as_py(), np.int64)
-    except (TypeError, ValueError, OverflowError):
-        return "the image has nulls, lines of unequal length, or values outside 0..255; correct it or drop the row"
-    if pixels.shape not in ((PIXELS,), (SIDE, SIDE)):
-        shape = " x ".join(map(str, pixels.shape))
-        return f"the image has {shape} values, not 784 or 28 x 28; resize it"
-    return f"the image has values {pixels.min()}..{pixels.max()}, outside 0..255; scale them"
+    starts = (np.frombuffer(start, np.uint8) for start in _PICTURE_STARTS)
+    return any((images[:, 0, : len(start)] == start).all(1).any() for start in starts)
 
 
 def _decode_bytes(data: bytes) -> Pixels | str:
-    """The image of 784 pixels or of a PNG or JPEG, turned upright as its EXIF says, or why it is none."""
+    """The image of 784 pixels or of a PNG or JPEG, turned upright, or why it is none."""
     if len(data) == PIXELS and not data.startswith(_PICTURE_STARTS):
         return np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)
     try:
-        # Pillow reads only the header until the size is known, so a decompression bomb is never unpacked.
+        # Pillow reads only the header until the size is known: a bomb is never unpacked.
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
             if picture.size != (SIDE, SIDE):
-                return f"the picture is {picture.width} x {picture.height} pixels, not 28 x 28; resize it"
+                size = f"{picture.width} x {picture.height}"
+                return f"the picture is {size} pixels, not 28 x 28; resize it"
             if picture.mode != "L":
                 return f"the picture has mode {picture.mode}, not L (8-bit grayscale); convert it"
             ImageOps.exif_transpose(picture, in_place=True)
             return np.asarray(picture)
-    except Image.DecompressionBombError:
-        return "the picture claims to unpack to far more than 28 x 28 pixels; resize it"
     except Exception as error:  # on damaged bytes Pillow's decoders raise many types
-        return f"{len(data)} bytes are neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__}); save it again"
+        why = f"neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__})"
+        return f"{len(data)} bytes are {why}; save it again"
+
+
+def join_reasons(bad_images: dict[int, str], bad_numbers: dict[int, str], what: str = "number") -> dict[int, str]:
+    """Why each bad row cannot be used, in the order of the rows: of both decoders' reasons."""
+    joined = dict(bad_images)
+    for row, reason in bad_numbers.items():
+        before = f"{joined[row]}; " if row in joined else ""
+        joined[row] = f"{before}the {what} {reason}"
+    return dict(sorted(joined.items()))
+
+
+def decode_labelled(images: pa.Array, digits: pa.Array) -> tuple[Pixels, npt.NDArray[np.int8], dict[int, str]]:
+    """Decode images and their digits, int8[n]; and row -> reason of each bad row, in their order."""
+    pixels, bad_images = decode_images(images)
+    values, bad_digits = decode_numbers(digits, DIGITS)
+    return pixels, values.astype(np.int8), join_reasons(bad_images, bad_digits, "digit")
+
+
+@dataclass
+class ReasonCounts:
+    """Counts of bad rows by reason."""
+
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Bad rows by reason; those of all reasons after the first twenty are one entry."""
+    examples: dict[str, list[list[Any]]] = field(default_factory=dict)
+    """Some bad rows by reason: file, and index of the row in it."""
+
+    @classmethod
+    def of(cls, bad: Mapping[tuple[str, int], str]) -> "ReasonCounts":
+        """Count bad rows: (file, row) -> reason, in the order of the rows."""
+        counts = cls()
+        for place, reason in bad.items():
+            counts._add(reason, 1, [[*place]])
+        return counts
+
+    def add_reasons(self, other: "ReasonCounts") -> None:
+        """Add the counts of other rows, in place."""
+        for reason, rows in other.reasons.items():
+            self._add(reason, rows, other.examples.get(reason, []))
+        self.reasons = dict(Counter(self.reasons).most_common())
+
+    def _add(self, reason: str, rows: int, examples: list[list[Any]]) -> None:
+        if reason not in self.reasons and len(self.reasons) >= _MAX_REASONS:
+            reason = "other reasons"
+        self.reasons[reason] = self.reasons.get(reason, 0) + rows
+        self.examples[reason] = (self.examples.get(reason, []) + examples)[:_EXAMPLES]
+
+    @property
+    def total(self) -> int:
+        """Number of bad rows."""
+        return sum(self.reasons.values())
+
+    def describe(self) -> str:
+        """The first rows with their reasons; if there are more, also the commonest reasons."""
+        places = [(*row, reason) for reason, rows in self.examples.items() for row in rows]
+        rows = sorted(places)[:_EXAMPLES]
+        first = " | ".join(f"{file}: row {row}: {reason}" for file, row, reason in rows)
+        commonest = Counter(self.reasons).most_common(_EXAMPLES)
+        often = " | ".join(f"{count:,} x {reason}" for reason, count in commonest)
+        return f"{first} | …; most often: {often}" if self.total > len(rows) else first

@@ -18,7 +18,6 @@ The bits come from SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudoran
 lines here, because no library promises that its generator stays the same.
 """
 
-import math
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -234,11 +233,10 @@ class Shuffle:
     def ids(self, epoch: int, steps: range, positions: range) -> RowIds:
         """The rows of consecutive positions at some steps: int64[n], step by step, each in the order of positions.
 
-        The last step must be the last one of a window or of the epoch.
+        The steps must be those of whole windows; the last window of the epoch may have fewer.
         """
-        first_window, end_window = steps.start // self.window_steps, -(-steps.stop // self.window_steps)
-        windows = [self._window_ids(epoch, window, positions) for window in range(first_window, end_window)]
-        return np.concatenate(windows)[(steps.start - first_window * self.window_steps) * len(positions) :]
+        windows = range(steps.start // self.window_steps, -(-steps.stop // self.window_steps))
+        return np.concatenate([self._window_ids(epoch, window, positions) for window in windows])
 
     def _window_ids(self, epoch: int, window: int, positions: range) -> RowIds:
         first_step = window * self.window_steps
@@ -305,18 +303,6 @@ def mix_ids(row_ids: Any) -> Any:
     mixed = (row_ids + 1) * -0x61C8864680B583EB
     mixed = (mixed ^ (mixed >> 32)) * -0x40A7B892E31B1A47
     return mixed ^ (mixed >> 29)
-
-
-def row_checksums(row_ids: RowIds, images: npt.NDArray[np.uint8], digits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """64-bit checksum of each row's id, pixels uint8[n, 28, 28] and digit: int64[n].
-
-    Multilinear hashing (Lemire and Kaser, 2014): words of 32 bits times random 64-bit keys. Sums of the checksums modulo 2**64
-    tell apart contents that differ in any row or in the places of rows.
-    """
-    words = np.ascontiguousarray(images).reshape(len(images), math.prod(images.shape[1:])).view(np.uint32)
-    keys = _mix(np.arange(words.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
-    hashed = np.einsum("ij,j->i", words, keys[1:], dtype=np.uint64, casting="safe")
-    return _mix(hashed + digits.astype(np.uint64) * keys[0] + _mix(row_ids.astype(np.uint64))).view(np.int64)
 
 
 def check_row_counts(rows: int, id_sum: int, expected_rows: int, expected_id_sum: int, where: str) -> None:

@@ -1,10 +1,8 @@
-"""The one place that opens Parquet files, our own too: footers, rows and column types, and whether
-the file or the storage fails."""
+"""The one place that opens Parquet files: footers, rows, column types, and who fails, file or storage."""
 
 import base64
 import hashlib
 import io
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,40 +22,37 @@ _MAX_ROWS: Final = 10**9
 """Most rows that a footer may claim: the plan of the whole run is computed from it."""
 
 _TAIL_BYTES: Final = 64 * 1024
-"""Bytes read from the end of a file in the first request: most footers are shorter."""
+"""Read from the end of a file in the first request: most footers are shorter."""
 
 _WHOLE_BYTES: Final = 4 * 2**20
-"""Largest file that is read whole from an object store: two requests, where its footer and columns
-would take more."""
+"""Largest file that is read whole from an object store: its columns would take more requests."""
 
 _BATCH_ROWS: Final = 8192
 """Rows that are decompressed at once."""
 
 _ARROW_SCHEMA: Final = b"ARROW:schema"
-_EXTENSION: Final = b"ARROW:extension:name"
 _RAY: Final = b"ray.data."
 """How the names of Ray's Arrow types begin."""
 
 _KEPT_TYPES: Final = {"None", "String", "Int", "Date", "Decimal", "Timestamp", "Time", "Float16", "JSON", "UUID", "Null"}
-"""Parquet's logical types that pyarrow reads and writes again as the same type."""
+"""Parquet's logical types that pyarrow writes again as the same type."""
 
 
 def _unreadable(error: Exception) -> UnusableFileError:
-    """The reason for any error on a damaged file: Arrow and Pillow raise many types."""
+    """The reason for any error on a damaged file: Arrow raises many types."""
     return UnusableFileError(f"cannot be read: {one_line(error)} ({type(error).__name__})")
 
 
 @contextmanager
 def open_parquet(file: Location, listed: tuple[int, int] | None = None) -> Iterator[pq.ParquetFile]:  # noqa: TID251
-    """Open a Parquet file for the block. Pages are checked against their CRC where they have one.
+    """Open a Parquet file for the block; `listed` are the size and time that it must have still.
 
-    INT96 is read in microseconds: nanoseconds do not reach the year 9999.
-
-    `listed` are the size and the modification time that the file must have still; None: any.
+    Pages are checked against their CRC where they have one. INT96 is read in microseconds:
+    nanoseconds do not reach the year 9999.
 
     Raises:
-        StorageError: the block, or the opening, failed since the storage did, or for want of memory.
-        UnusableFileError: either failed for any other reason.
+        StorageError: the block failed since the storage did, or for want of memory.
+        UnusableFileError: it failed for any other reason.
     """
     source = _Source(file)
     try:
@@ -82,10 +77,7 @@ def open_parquet(file: Location, listed: tuple[int, int] | None = None) -> Itera
 
 
 class _Source:
-    """A file for Arrow's Parquet reader that keeps the storage's failure.
-
-    The reader raises OSError for damaged bytes and for a storage that fails alike.
-    """
+    """A file that keeps the storage's failure: Arrow's reader raises OSError for damaged bytes too."""
 
     def __init__(self, file: Location) -> None:
         self.failure: OSError | None = None
@@ -111,10 +103,10 @@ class _Source:
             raise
 
 
-def read_table(file: Location, columns: list[str] | None = None) -> pa.Table:
-    """A whole Parquet file, or some of its columns, as a table of plain types; errors as of `open_parquet`."""
+def read_table(file: Location) -> pa.Table:
+    """A whole Parquet file as a table of plain types; errors as of `open_parquet`."""
     with open_parquet(file) as parquet:
-        return plain_table(parquet.read(columns))
+        return plain_table(parquet.read())
 
 
 @dataclass(frozen=True)
@@ -124,21 +116,14 @@ class Footer:
     metadata: pq.FileMetaData
     schema: pa.Schema
     recast: dict[str, str]
-    """Path -> type of each column that pyarrow writes with another type than it has in the file."""
+    """Path -> type of each column that is written with another type than it has in the file."""
     group_rows: list[int]
-    """Rows of each row group."""
     decompressed_bytes: int
-    """Bytes of all columns, decompressed."""
     sha256: str
 
 
 def read_footer(file: Location, size: int) -> Footer:
-    """Read the footer of a file of this size.
-
-    Raises:
-        UnusableFileError: it is damaged, or claims more rows than any file has.
-        StorageError: the storage does not give the file.
-    """
+    """Read the footer of a file of this size; errors as of `open_parquet`."""
     if not size:
         raise UnusableFileError("is empty (0 bytes); write it again")
     with file.answers(), file.open() as stream:
@@ -180,22 +165,19 @@ def _footer_bytes(stream: "pa.NativeFile | _Source") -> bytes:
 
 
 def _read_metadata(footer: bytes) -> pq.FileMetaData:
-    """The metadata of a footer, with columns of Ray's Arrow types as columns of what they are stored as.
+    """The metadata of a footer; where Ray's Arrow types are in it, of Parquet's own types alone.
 
     Ray registers its types in the process, and one of them holds pickles, which run code when its
-    values are looked at, here or by a reader of what is scored. So where the Arrow schema, which
-    the footer holds in base64, names them, the marks of its types become others of the same length.
+    values are looked at, here or by a reader of what is scored. The Arrow schema, which the footer
+    holds in base64, names them: such a one is hidden.
     """
+    name = _ARROW_SCHEMA.lower()
+    hidden = pq.read_metadata(pa.BufferReader(footer.replace(_ARROW_SCHEMA, name)))  # noqa: TID251
     if footer.count(_ARROW_SCHEMA) > 1:
-        raise UnusableFileError("has more than one Arrow schema; write it again")
-    hidden = _ARROW_SCHEMA.lower()
-    metadata = pq.read_metadata(pa.BufferReader(footer.replace(_ARROW_SCHEMA, hidden)))  # noqa: TID251
-    encoded = (metadata.metadata or {}).get(hidden, b"")
+        return hidden
+    encoded = (hidden.metadata or {}).get(name, b"")
     schema = base64.b64decode(encoded + b"==")  # some writers leave the padding out
-    if _RAY in schema:
-        plain = base64.b64encode(schema.replace(_EXTENSION, _EXTENSION.lower()))
-        footer = footer.replace(encoded, plain)
-    return pq.read_metadata(pa.BufferReader(footer))  # noqa: TID251
+    return hidden if _RAY in schema else pq.read_metadata(pa.BufferReader(footer))  # noqa: TID251
 
 
 def read_rows(parquet: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:  # noqa: TID251
@@ -231,7 +213,7 @@ def plain_table(table: pa.Table) -> pa.Table:
     schema = plain_schema(table.schema)
     if schema.equals(table.schema, check_metadata=True):
         return table
-    # Only what must be cast is: pyarrow 25 cannot cast a slice of structs with a child of the type null.
+    # Only what must be cast is: pyarrow 25 cannot cast a slice of structs with a child of nulls.
     columns = zip(table.columns, schema.types, strict=True)
     plain = [column if column.type == kind else column.cast(kind) for column, kind in columns]
     return pa.Table.from_arrays(plain, schema=schema)
@@ -243,26 +225,23 @@ def plain_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def _plain_field(field: pa.Field) -> pa.Field:
-    return field.with_type(_plain_type(field.type))
-
-
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    types = pa.types
+    types, kind = pa.types, field.type
+    plain = kind
     if types.is_string_view(kind):
-        return pa.string()
-    if types.is_binary_view(kind):
-        return pa.binary()
-    if types.is_list(kind):
-        return pa.list_(_plain_field(kind.value_field))
-    if types.is_large_list(kind):
-        return pa.large_list(_plain_field(kind.value_field))
-    if types.is_fixed_size_list(kind):
-        return pa.list_(_plain_field(kind.value_field), kind.list_size)
-    if types.is_struct(kind):
-        return pa.struct([_plain_field(child) for child in kind])
-    if types.is_map(kind):
-        return pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field), kind.keys_sorted)
-    return kind
+        plain = pa.string()
+    elif types.is_binary_view(kind):
+        plain = pa.binary()
+    elif types.is_list(kind):
+        plain = pa.list_(_plain_field(kind.value_field))
+    elif types.is_large_list(kind):
+        plain = pa.large_list(_plain_field(kind.value_field))
+    elif types.is_fixed_size_list(kind):
+        plain = pa.list_(_plain_field(kind.value_field), kind.list_size)
+    elif types.is_struct(kind):
+        plain = pa.struct([_plain_field(child) for child in kind])
+    elif types.is_map(kind):
+        plain = pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field), kind.keys_sorted)
+    return field.with_type(plain)
 
 
 def column_error(schema: pa.Schema, name: str, type_error: Callable[[pa.DataType], str | None]) -> str | None:
@@ -274,35 +253,28 @@ def column_error(schema: pa.Schema, name: str, type_error: Callable[[pa.DataType
 
 
 def _recast_columns(schema: pq.ParquetSchema) -> dict[str, str]:
-    """Path -> type of each column that pyarrow writes with another type than it has in the file."""
-    variants = re.findall(r"group field_id=-?\d+ (.+) \(Variant", str(schema))
-    found = dict.fromkeys(variants, "VARIANT")
+    """As `Footer.recast`."""
+    found = {}
     for leaf in (schema.column(index) for index in range(len(schema))):
-        kind = str(leaf.logical_type)
-        if leaf.physical_type == "INT96":
-            found[leaf.path] = "INT96"
-        elif kind.startswith("Time(isAdjustedToUTC=true"):
-            found[leaf.path] = "TIME WITH TIME ZONE"
-        elif kind.partition("(")[0] not in _KEPT_TYPES:
-            found[leaf.path] = kind.partition("(")[0].upper()
+        kind = str(leaf.logical_type).partition("(")[0]
+        if leaf.physical_type == "INT96" or kind not in _KEPT_TYPES:
+            found[leaf.path] = "INT96" if leaf.physical_type == "INT96" else kind.upper()
     return found
 
 
 def without_odd_years(parquet: pq.ParquetFile, table: pa.Table) -> tuple[pa.Table, int]:  # noqa: TID251
-    """Rows of a file with null in place of each INT96 value whose year is none of 1 to 9999, and
-    the number of these values.
+    """Rows of a file with null for each INT96 value whose year is none of 1 to 9999; their number.
 
-    INT96 holds years that microseconds do not, which Arrow takes for others. In lists and structs
-    all values stay.
+    INT96 holds years that microseconds do not, which Arrow takes for others.
     """
-    leaves = (parquet.schema.column(index) for index in range(len(parquet.schema)))
-    places = [table.schema.get_field_index(leaf.path) for leaf in leaves if leaf.physical_type == "INT96"]
     odd = 0
-    for place in places:
-        if place >= 0:
-            times = table.column(place)
-            first, last = (pa.scalar(day, times.type) for day in (datetime.min, datetime.max))
-            fits = pc.and_(pc.greater_equal(times, first), pc.less_equal(times, last))
-            odd += pc.sum(pc.invert(fits)).as_py() or 0
-            table = table.set_column(place, table.field(place), pc.if_else(fits, times, None))
+    for name, kind in _recast_columns(parquet.schema).items():
+        if kind != "INT96" or name not in table.column_names:
+            continue
+        times = table[name]
+        first, last = (pa.scalar(day, times.type) for day in (datetime.min, datetime.max))
+        fits = pc.and_(pc.greater_equal(times, first), pc.less_equal(times, last))
+        odd += pc.sum(pc.invert(fits)).as_py() or 0
+        times = pc.if_else(fits, times, None)
+        table = table.set_column(table.column_names.index(name), table.schema.field(name), times)
     return table, odd

@@ -29,16 +29,14 @@ _MIN_CONTRAST: Final = 16
 """Distance in 0..255 of ink from the edge, below which a picture is empty."""
 
 _FAINT: Final = 0.25
-"""Share of the strongest ink, below which nothing is drawn: the grain of paper, and what JPEG adds.
-What lacks less than this is drawn in full."""
+"""Share of the strongest ink below which nothing is drawn, as grain; what lacks less is full."""
 
 
 def prepare_picture(picture: Picture, background: int = 0) -> Pixels:
     """Prepare a picture as training images with this background, 0 or 255, were: uint8[28, 28].
 
-    It is turned as its EXIF says, put on white where it is transparent, and made grey. Ink is what
-    is darker or lighter than the edge. It is cropped to that, scaled to fit 20 x 20 pixels with its
-    proportions, and centred by its mass.
+    Ink is what is darker or lighter than the edge. It is scaled to fit 20 x 20 pixels, and centred
+    by its mass.
 
     Raises:
         RequestError: there is no such file, it is no picture, or nothing is drawn on it.
@@ -76,31 +74,25 @@ def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
             if image.mode.startswith("I;16"):  # a scan, which `convert` would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGBA")
-    except StorageError as error:
+    except (RequestError, StorageError) as error:
         raise RequestError(str(error)) from None
-    except UnidentifiedImageError:
-        known = ", ".join(_FORMATS)
-        raise RequestError(f"{name}: is no picture of a known format ({known}); convert it to PNG") from None
-    except RequestError:
-        raise
     except Exception as error:  # Pillow's decoders raise many types
-        why = one_line(error)
-        raise RequestError(f"{name}: cannot be read as a picture ({why}); save it again") from None
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = f"it is none of {', '.join(_FORMATS)}" if unknown else one_line(error)
+        raise RequestError(f"{name}: cannot be read as a picture ({why}); save it as PNG") from None
     image.thumbnail((_WORKING_SIDE, _WORKING_SIDE))
     white = Image.new("RGBA", image.size, "white")
     return name, np.asarray(Image.alpha_composite(white, image).convert("L"), np.float32)
 
 
 def _first(mass: npt.NDArray[np.float32]) -> int:
-    """Where in 28 pixels a digit with this mass, by row or column, begins, so that its centre of
-    mass is in the middle, as far as the digit fits."""
+    """Where a digit with this mass by row or column begins, so that its centre is in the middle."""
     centre = np.average(np.arange(len(mass)), weights=mass)
     return int(np.clip(round(SIDE / 2 - centre), 0, SIDE - len(mass)))
 
 
 def background_of(images: npt.NDArray[Any]) -> int:
-    """The brightness of most of the edge of images [..., height, width], rounded to 0 or 255; of none
-    0, as MNIST's is."""
+    """The brightness of most of the edge of images [..., height, width], as 0 or 255; of none 0."""
     return 255 if images.size and np.median(_border(images)) > 127 else 0
 
 

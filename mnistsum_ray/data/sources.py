@@ -1,12 +1,11 @@
-"""Data sources: full MNIST, an IDX folder, Parquet files or the bundled sample, and the rows of each split.
+"""Data sources: MNIST's IDX files, Parquet files or the bundled sample, and the rows of each split.
 
-IDX files, MNIST's own, and the sample are read whole. Of Parquet files only the footers are: a million files take some hundred
-megabytes, and none of it grows with their rows.
+IDX files and the sample are read whole; of Parquet files only the footers are.
 """
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -70,6 +69,10 @@ class ImageArrays:
     def fetch(self, ids: RowIds) -> tuple[Pixels, Digits]:
         """Rows int64[n] in any order as uint8[n, 28, 28] and int8[n]."""
         return self.images[ids], self.digits[ids]
+
+    def content(self) -> Iterable[Any]:
+        """Pixels and digits, as buffers."""
+        return np.ascontiguousarray(self.images), np.ascontiguousarray(self.digits)
 
 
 @dataclass(frozen=True)
@@ -138,22 +141,9 @@ class ParquetFiles:
         places = zip(self.table["name"].take(pa.array(files)).to_pylist(), rows.tolist(), strict=True)
         return ReasonCounts.of(dict(zip(places, bad.values(), strict=True)))
 
-    def add_checksums(self, checksums: npt.NDArray[np.int64], ids: RowIds, of_rows: npt.NDArray[np.int64]) -> None:
-        """Add the `row_checksums` of rows to those of their files, int64[files]."""
-        np.add.at(checksums, np.searchsorted(self.end_ids, ids, side="right"), of_rows)
-
-    def changed_file(self, earlier: pa.Table, *, same_place: bool) -> str | None:
-        """What differs from an earlier table of the files, as `FILE: reason`; None where nothing does.
-
-        In the `same_place`, the same folder, their times must be the same too. A copy has other times.
-        """
-        compared = ["name", "size", "footer_sha256"] + (["modified"] if same_place else [])
-        now, then = ({row["name"]: row for row in table.select(compared).to_pylist()} for table in (self.table, earlier))
-        name = min((name for name in now.keys() | then.keys() if now.get(name) != then.get(name)), default=None)
-        if name is None:
-            return None
-        reason = "is new" if name not in then else "is missing" if name not in now else "has changed"
-        return f"{(self.root / name).display}: {reason} since the run began"
+    def content(self) -> Iterable[Any]:
+        """Names, sizes and footers of the files, as bytes: their rows are not read."""
+        return (f"{row}\n".encode() for row in self.table.select(["name", "size", "footer_sha256"]).to_pylist())
 
 
 @dataclass(frozen=True)
@@ -203,9 +193,11 @@ class Source:
             raise RequestError(f"--data {self.location}: without {bad.total:,} bad rows only {left} are left: {bad.describe()}")
         return replace(self, train=train, validation=validation, test=test, bad=bad)
 
-    def content_sha256(self, checksums: npt.NDArray[np.int64]) -> str:
-        """SHA-256 of the data: over the checksums of each file's rows, int64[files], and over the rows of the splits."""
-        digest = hashlib.sha256(checksums.tobytes())
+    def fingerprint(self, data: "ImageArrays | ParquetFiles") -> str:
+        """SHA-256 of the `content` of the data, as the workers get them, and of the splits."""
+        digest = hashlib.sha256()
+        for part in data.content():
+            digest.update(part)
         for split in self.splits:
             digest.update(f"{len(split)} rows".encode() + split.starts.tobytes() + split.ends.tobytes())
         return digest.hexdigest()
@@ -222,12 +214,12 @@ def _bad_rows_error(where: str, bad: ReasonCounts, rows: int, then: str = "") ->
 
 
 def open_source(data: str, counter: Counter = lambda *_: lambda _: None, *, skip_bad_rows: bool = False) -> Source:
-    """Open the data source that `--data` names. `counter` counts the files whose footers have been read.
+    """Open the data source that `--data` names; `counter` counts the footers that have been read.
 
-    Bad rows of IDX files are found here, and left out with `skip_bad_rows`. Rows of Parquet are not read.
+    Bad rows of IDX files are left out with `skip_bad_rows`. Rows of Parquet are not read.
 
     Raises:
-        RequestError: it is missing, cannot be used, or has no images with digits; one line that names the file.
+        RequestError: it is missing, cannot be used, or has no images with digits; names the file.
         RunError: the storage does not give a file.
     """
     if data == "sample":
@@ -253,20 +245,15 @@ def _full_mnist(*, fall_back: bool, skip_bad_rows: bool) -> Source:
     """MNIST from ./data, from the cache in the home folder, or downloaded into it; with `fall_back` else the sample."""
     cache = Path.home() / ".cache" / "mnistsum_ray"
     folder = find_idx(Path("data").resolve()) or find_idx(cache)
-    if folder:
-        return _idx(folder, skip_bad_rows=skip_bad_rows)
     try:
-        return _idx(download_mnist(cache), skip_bad_rows=skip_bad_rows)
+        return _idx(folder or download_mnist(cache), skip_bad_rows=skip_bad_rows)
     except (OSError, RuntimeError) as error:
         missing = f"not in ./data or {cache}, and it cannot be downloaded ({one_line(error)})"
     if not fall_back:
         raise RequestError(f"--data mnist: {missing}; name its folder, or take --data sample")
     sample = _sample()
-    notice = (
-        f"NOT the full MNIST: it is {missing}. "
-        f"Going on with the bundled sample of {sample.rows:,} images; --data FOLDER names a copy of the full set."
-    )
-    return replace(sample, notice=notice)
+    rest = f"Going on with the bundled sample of {sample.rows:,} images; --data FOLDER names a copy of the full set."
+    return replace(sample, notice=f"NOT the full MNIST: it is {missing}. {rest}")
 
 
 def _idx(folder: Path, *, skip_bad_rows: bool) -> Source:
@@ -279,7 +266,6 @@ def _idx(folder: Path, *, skip_bad_rows: bool) -> Source:
 
 
 def _parquet(data: str, place: Location, counter: Counter) -> Source:
-    """The Parquet files that `data` names, in the order of their names."""
     none = f"holds neither IDX files ({IDX_FILES[0]}, …) on a local disk nor Parquet files"
     found = list_inputs([data], flag="--data", none=none)
     root, entries = found.root, found.files.to_pylist()
@@ -296,9 +282,7 @@ def _parquet(data: str, place: Location, counter: Counter) -> Source:
     splits = np.array([_split_of_name(entry["name"]) for entry in entries])
     names = set(splits.tolist())
     if "" in names and len(names) > 1:
-        raise RequestError(
-            f"--data {place.display}: some files are named train or test and some are not, so the test rows are unclear"
-        )
+        raise RequestError(f"--data {place.display}: some files are named train or test and some are not; rename them")
     starts = files.end_ids - files.table["rows"].to_numpy()
     ranges = {name: RowRanges.of(starts[splits == name], files.end_ids[splits == name]) for name in names}
     return replace(_with_splits("parquet", place.display, files, ranges), skipped=found.skipped)
@@ -318,12 +302,8 @@ def _describe(root: Location, entry: dict[str, Any]) -> dict[str, Any]:
     wrong = column_error(footer.schema, "image", image_type_error) or column_error(footer.schema, digit, number_type_error)
     if wrong:
         raise RequestError(f"{file.display}: {wrong}")
-    return entry | {
-        "footer_sha256": footer.sha256,
-        "rows": sum(footer.group_rows),
-        "group_rows": footer.group_rows,
-        "digit_column": digit,
-    }
+    rows = {"rows": sum(footer.group_rows), "group_rows": footer.group_rows}
+    return entry | rows | {"footer_sha256": footer.sha256, "digit_column": digit}
 
 
 def _split_of_name(file: str) -> str:
@@ -336,10 +316,7 @@ def _split_of_name(file: str) -> str:
 
 
 def _with_splits(name: str, location: str, data: ImageArrays | ParquetFiles, rows: dict[str, RowRanges]) -> Source:
-    """A source whose rows belong to these splits, or to "" where no name says one.
-
-    A missing split is held out of the training rows: a tenth of them, and at most 5,000 rows.
-    """
+    """A source whose rows belong to these splits; "" is none. A missing one is held out of the training rows."""
     train, validation, test = rows.get("train", rows.get("")), rows.get("validation"), rows.get("test")
     if train is None or len(train) < _MIN_TRAIN_ROWS:
         count = 0 if train is None else len(train)

@@ -14,10 +14,10 @@ from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RunError
+from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, predict_pairs
 from mnistsum_ray.model.network import Network, prepare_images
-from mnistsum_ray.model.serialization import load_model
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.storage.folder import empty_output
 from mnistsum_ray.storage.paths import locate_existing, refused
@@ -33,8 +33,7 @@ _TOLERANCE: Final = 1e-3
 
 
 class ExportableModel(nn.Module):
-    """Model with preprocessing and softmax: from images uint8[n, 28, 28] and numbers int64[n] to
-    OUTPUTS, int64[n] and float32[n] in turn."""
+    """From images uint8[n, 28, 28] and numbers int64[n] to OUTPUTS, int64[n] and float32[n] in turn."""
 
     def __init__(self, model: Network) -> None:
         super().__init__()
@@ -49,10 +48,7 @@ class ExportableModel(nn.Module):
 
 
 def export_onnx(model: Network, card: dict[str, Any]) -> bytes:
-    """An ONNX file of ExportableModel; `model` is in evaluation mode, on the CPU.
-
-    Its metadata are the entries of `card`, model.json. Needs the extra onnx.
-    """
+    """An ONNX file of ExportableModel, whose metadata are the entries of `card`, model.json."""
     rows = torch.export.Dim("rows")
     with quiet_logger("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside PyTorch's own exporter
@@ -65,26 +61,22 @@ def export_onnx(model: Network, card: dict[str, Any]) -> bytes:
             dynamo=True,
             verbose=False,
         )
-    assert converted is not None
+    assert converted
     proto = converted.model_proto
-    # For a person who is given the file alone: which model it is, and how good it is.
     for key, value in ({"version": __version__} | card).items():
         text = value if isinstance(value, str) else json.dumps(value)
         proto.metadata_props.add(key=key, value=text)
-    data: bytes = proto.SerializeToString()
-    return data
+    return bytes(proto.SerializeToString())
 
 
 def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    """Export a model, compare the file's answers in ONNX Runtime with the model's, and write it.
-
-    Returns the fields of the job's last line; `pairs` is the number of those compared.
+    """Export a model, if the file's answers in ONNX Runtime are the model's; return the last line.
 
     Raises:
         RequestError: the model does not exist, or the output is not an empty folder.
         RunError: the exported model answers otherwise than the model.
     """
-    import onnxruntime  # part of the extra onnx
+    import onnxruntime  # of the extra onnx
 
     output = empty_output(config.output)
     model, card = load_model(locate_existing(config.model, "--model"))

@@ -1,6 +1,5 @@
 """Export example input for scoring: images of a split of MNIST, each paired with a number, as Parquet files."""
 
-import time
 from collections.abc import Callable
 from typing import Final
 
@@ -21,33 +20,27 @@ SCHEMA: Final = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": 
 """`row_id` is the position of the image in its source; `digit` is the true digit, for measuring accuracy."""
 
 _ROW_GROUP_ROWS: Final = 8192
-_LINE_SECONDS: Final = 5.0
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
-    """Write the files; return the output folder, and the source that the images are from.
-
-    Numbers depend on (seed, round, row_id) alone, as in training (`data/order.py`), so the same flags write the same files.
+    """Write the files, the same for the same flags; return their folder, and the images' source.
 
     Raises:
-        RequestError: the data cannot be used, or the output is not an empty folder or cannot be written.
+        RequestError: the data cannot be used, or the output is no empty folder that can be written.
         RunError: the storage does not give the data.
-        RunInterrupted: the export was interrupted.
     """
     output = empty_output(config.output)
     try:
         source = open_source(config.data)
         if source.notice:
             say(source.notice)
-        split, said = getattr(source, config.split), time.monotonic()
+        split = getattr(source, config.split)
         for index in range(config.files):
             start, end = config.rows * index // config.files, config.rows * (index + 1) // config.files
             data = _parquet_file(source, split, config.seed, start, end)
             with refused("--output"):
                 output.write(f"part-{index:05d}.parquet", data)
-            if time.monotonic() - said > _LINE_SECONDS:
-                said = time.monotonic()
-                say(f"rows written: {end:,} of {config.rows:,}")
+            say(f"rows written: {end:,} of {config.rows:,}")
     except StorageError as error:
         raise RunError(f"--data {error}") from None
     except KeyboardInterrupt:

@@ -7,19 +7,19 @@ _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
 def describe_cpu() -> dict[str, str]:
-    """The entries of the first core, such as `model name` and `flags`; empty where there is no such file."""
-    try:
-        first = _CPUINFO.read_text().partition("\n\n")[0]
-    except OSError:
+    """The entries of the first core, such as `model name` and `flags`; empty on other systems."""
+    if not _CPUINFO.exists():
         return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    first = _CPUINFO.read_text().partition("\n\n")[0]
+    entries = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in entries}
 
 
 def cpu_faster_with_bf16() -> bool:
     """True if this CPU multiplies bfloat16 faster than float32.
 
-    AVX512-BF16 alone is not enough on Intel: without AMX it does half as much as float32 (162 against 322 GFLOP/s on two cores of
-    an Emerald Rapids whose AMX is masked). AMD's cores do twice as much with it.
+    AVX512-BF16 alone is not enough on Intel: without AMX it does half as much as float32 (162
+    against 322 GFLOP/s on two cores of an Emerald Rapids). AMD's cores do twice as much with it.
     """
     cpu = describe_cpu()
     flags = cpu.get("flags", "").split()

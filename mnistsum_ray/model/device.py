@@ -1,9 +1,9 @@
-"""What this process computes on and with: the device, its settings, arrays as tensors there, and the other training workers."""
+"""What this process computes on: the device, its settings, and the other training workers."""
 
 import ctypes
 import os
 import platform
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,23 +14,21 @@ from torch import Tensor, nn
 from mnistsum_ray.model.cpu import cpu_faster_with_bf16, describe_cpu
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
-_MMAP_THRESHOLD_BYTES: Final = 2**30
-_OLD_MMAP_THRESHOLD_BYTES: Final = 2**25
-"""Largest threshold that glibc accepts before 2.35."""
 
 
 def tune_malloc() -> None:
-    """Let glibc keep freed memory: activations that are given back and faulted in again cost a fifth of a training step on a CPU.
+    """Let glibc, where it is the C library, keep freed memory.
 
-    Does nothing if the C library is not glibc.
+    Activations that are given back and faulted in again cost a fifth of a training step on a CPU.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    if not (libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES) or libc.mallopt(_M_MMAP_THRESHOLD, _OLD_MMAP_THRESHOLD_BYTES)):
-        return  # without this threshold, the other two settings make glibc give back even small blocks
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    libc.mallopt(_M_TOP_PAD, 2**28)
+    # Before 2.35, glibc accepts no more than the second. Without it, the other two settings make
+    # glibc give back even small blocks.
+    if any(libc.mallopt(_M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_TOP_PAD, 2**28)
 
 
 def disable_tf32() -> None:
@@ -40,16 +38,16 @@ def disable_tf32() -> None:
 
 def enable_determinism() -> None:
     """Make this process compute the same bits each time; an operation that cannot do so raises RuntimeError."""
-    # `use_deterministic_algorithms` has the same effect, but imports a compiler that is not used, which takes a second.
+    # `use_deterministic_algorithms` has the same effect, but imports a compiler, in a second.
     torch.set_deterministic_debug_mode("error")
     # Filling new tensors only helps to find reads of uninitialized memory, and costs a fifth of a training step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def faster_with_bf16(device: torch.device) -> bool:
-    """True if this hardware multiplies bfloat16 faster than float32.
+    """True if this kind of hardware multiplies bfloat16 faster than float32.
 
-    The kind of hardware decides: a measurement would one day come out the other way and change the numbers of a run.
+    A measurement would one day come out the other way and change the numbers of a run.
     """
     if device.type == "cuda":
         return bool(torch.cuda.get_device_capability(device) >= (8, 0))
@@ -57,7 +55,7 @@ def faster_with_bf16(device: torch.device) -> bool:
 
 
 def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """An array as a tensor: on CPUs without a copy, if it may be written; to GPUs through pinned memory, without waiting."""
+    """An array as a tensor: on CPUs without a copy, if it may be written; to GPUs without waiting."""
     if device.type == "cpu" and values.flags.writeable:
         return torch.from_numpy(values)
     dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype
@@ -67,7 +65,7 @@ def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 
 def _several_workers() -> bool:
-    # NCCL makes its communicator in the first collective: with one worker, which needs none, it would take 1 to 2 s and memory.
+    # NCCL makes its communicator in the first collective, in 1 to 2 s: one worker needs none.
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -82,8 +80,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 def broadcast_state(module: nn.Module) -> None:
     """Copy the parameters and buffers of rank 0 to all workers, in place.
 
-    Different CPUs or GPUs round differently, so copies of the network may differ in the last bits after an epoch. Without this
-    they would drift apart. Buffers that training changes differ anyway: each worker has seen other rows.
+    Different CPUs or GPUs round differently, and each worker's buffers have seen other rows.
     """
     if _several_workers():
         for value in module.state_dict().values():
@@ -92,24 +89,10 @@ def broadcast_state(module: nn.Module) -> None:
             value.copy_(sent)
 
 
-def cuda_index(gpu: str, visible: str | None, count: int) -> int:
-    """Index in PyTorch of the GPU that Ray assigned to this process: 0, except with RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES.
-
-    `gpu` is one of `ray.get_gpu_ids()`, a number or a name such as GPU-1a2b…; `visible` is CUDA_VISIBLE_DEVICES of this process
-    (for AMD's GPUs Ray sets another variable); PyTorch finds `count` GPUs.
-    """
-    devices = visible.split(",") if visible else []
-    index = devices.index(gpu) if gpu in devices else int(gpu) if gpu.isdecimal() and not devices else 0
-    return index if index < count else 0
-
-
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Hardware of this machine, to be recorded with measurements: CPU, cores, instruction sets, and GPU."""
-    cpu = describe_cpu()
-    flags = cpu.get("flags", "").split()
+    """Hardware of this machine, to be recorded with measurements."""
     return {
-        "cpu": cpu.get("model name") or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "instructions": [name for name in ("amx_bf16", "avx512_bf16") if name in flags],
+        "cpu": describe_cpu().get("model name") or platform.processor(),
+        "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }

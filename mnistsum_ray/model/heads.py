@@ -1,10 +1,7 @@
-"""The heads of the network and what each predicts.
-
-Columns, metrics, pictures and reports follow from this table.
-"""
+"""The heads of the network: columns, metrics, pictures and reports follow from this table."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
@@ -21,7 +18,7 @@ class Head:
     """One output of the network: a classification of an image and a number."""
 
     name: str
-    """In the names of columns, metrics and results: `pred_<name>`, `<name>_prob`, `<name>_accuracy`."""
+    """As in `pred_<name>`, `<name>_prob`, `<name>_accuracy`."""
     classes: int
     target: Callable[[Any, Any], Any]
     """True class, in 0..classes-1, of digits and numbers: arrays or tensors that can be broadcast."""
@@ -54,17 +51,3 @@ def probability_fields(heads: Sequence[Head]) -> pa.Schema:
 
 PREDICTION_FIELDS: Final = prediction_fields(HEADS)
 PROBABILITY_FIELDS: Final = probability_fields(HEADS)
-
-
-class HeadFields:
-    """Base of dataclasses with a field for each of `names` and each head, whose name replaces {}.
-
-    What a subclass does not declare itself, for editors and type checkers, comes last.
-    """
-
-    def __init_subclass__(cls, names: Sequence[str]) -> None:
-        for added in (name.format(head.name) for head in HEADS for name in names):
-            if added not in cls.__annotations__:
-                cls.__annotations__[added] = Any
-                shown = added not in PROBABILITY_FIELDS.names  # arrays
-                setattr(cls, added, field(default=None, repr=shown, compare=shown))

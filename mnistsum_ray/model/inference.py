@@ -28,12 +28,11 @@ class Predictions:
     """Predictions of n rows."""
 
     values: Mapping[str, npt.NDArray[Any]]
-    """[n] each, by name: of each head `pred_<head>`, the most likely class, of `Head.type`, and
-    `<head>_prob` float32, its probability; where they are asked for, `<head>_probs`
-    float32[n, classes], the probabilities of all classes."""
+    """[n] each, by name: `pred_<head>`, `<head>_prob` float32 and, where asked for, `<head>_probs`
+    float32[n, classes]: the most likely class, its probability, and those of all classes."""
 
     def __getattr__(self, name: str) -> npt.NDArray[Any]:
-        """Arrays of `values` by name, and the most likely classes as `<head>` alone: `digit`."""
+        """Arrays of `values` by name, and the most likely classes as `<head>` alone."""
         values = vars(self).get("values", {})  # none yet where a copy is made
         for key in (f"pred_{name}", name):
             if key in values:
@@ -46,10 +45,7 @@ class Predictions:
         return [*(self.values[name] for name in PREDICTION_FIELDS.names[:-1]), consistent]
 
     def to_arrow(self, numbers: Numbers, missing: npt.NDArray[np.bool_] | None = None) -> dict[str, pa.Array]:
-        """Columns by name: PREDICTION_FIELDS, and PROBABILITY_FIELDS where they were asked for.
-
-        They are null in `missing` rows.
-        """
+        """Columns by name, with probabilities where they were asked for; null in `missing` rows."""
         columns = zip(PREDICTION_FIELDS, self.columns(numbers), strict=True)
         arrays = {field.name: pa.array(values, field.type, mask=missing) for field, values in columns}
         null = None if missing is None else pa.array(missing)
@@ -67,13 +63,7 @@ class Predictions:
 class Predictor:
     """The network on one device; a process has one, which changes settings of PyTorch for all."""
 
-    def __init__(
-        self,
-        weights: dict[str, Tensor],
-        device: torch.device,
-        precision: str,
-        batch_size: int | None,
-    ) -> None:
+    def __init__(self, weights: dict[str, Tensor], device: torch.device, precision: str, batch_size: int | None) -> None:
         if device.type == "cpu":
             tune_malloc()
             # One process a core is faster than several threads, which wait for each other.
@@ -84,8 +74,7 @@ class Predictor:
         self._model.eval().to(device)
         self._bf16 = precision == "bf16"
         self._batch_size = batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
-        # The first pass loads kernels. A device that does not work, or a batch too large for its
-        # memory, fails here.
+        # A device that does not work, or a batch too large for its memory, fails here.
         images = np.zeros((self._batch_size, SIDE, SIDE), np.uint8)
         self.predict(images, np.zeros(self._batch_size, np.int64))
 
@@ -100,8 +89,8 @@ def predict_pairs(
 ) -> Predictions:
     """Predict uint8[n, 28, 28] with numbers int64[n] on the model's device; with `probs` of all classes.
 
-    The last batch is filled up with zeros. Kernels are chosen by the size of a batch, and each adds
-    in its own order: in batches of one size, a row has the same bits whatever rows are scored with it.
+    The last batch is filled up with zeros: kernels are chosen by the size of a batch, and a row has
+    the same bits whatever rows are scored with it.
     """
     device = next(model.parameters()).device
     scores: list[Scores] = []

@@ -1,13 +1,10 @@
 """Metrics on rows whose digit is known: accuracies, loss, calibration, the worst mistakes.
 
 Each image is paired with every number, and not with a random one: the sum accuracy then has no luck
-in it. The convolutions, nearly all of the work, run once an image. Evaluation, calibration and error
-analysis take their rows from `score_rows`, and count them in `AnswerCounts`.
+in it. The convolutions, nearly all of the work, run once an image.
 
 Temperatures calibrate the heads (Guo et al., "On Calibration of Modern Neural Networks", 2017): the
-scores (logits) of a head are divided by its temperature before softmax, which changes the
-probabilities, and not the predicted classes. `Network.fold_temperatures` divides the weights
-instead, so no user of the network needs to know them.
+scores (logits) of a head are divided by its temperature before softmax.
 """
 
 import math
@@ -31,40 +28,39 @@ MAX_MISTAKES: Final = 24
 """Most confident mistakes that are kept for the report, one an image."""
 
 _PRIOR_DEVIATION: Final = 0.5
-"""Standard deviation of the prior on log(temperature). Without it, the temperature goes to 0 if no row is predicted wrong."""
+"""Of the prior on log(temperature), without which it falls without end if no row is wrong."""
 
 _MAX_LOG_TEMPERATURE: Final = 1.5
 _SEARCH_STEPS: Final = 25
 
 LabelledRows = dict[str, Tensor]
-"""Rows on the model's device: `image` uint8[n, 28, 28], `digit` int64[n] in 0..9, and `row_id` int64[n]."""
+"""Rows on the model's device: `image` uint8[n, 28, 28], `digit` and `row_id` int64[n]."""
 
 Metrics = dict[str, float]
-"""Metrics of rows, each paired with every number: `rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in
-nats), `<head>_accuracy` of each head, and `consistency` (share of the pairs whose predicted sum is the predicted digit plus the
-number)."""
+"""`rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in nats), `<head>_accuracy`,
+and `consistency` (share of the pairs whose predicted sum is the predicted digit + the number)."""
 
 ScoredRows = Iterable[tuple[LabelledRows, Scores]]
-"""Batches with their scores by head: float32[n, k, classes], where k is NUMBERS, or 1 of digits, which need no number."""
+"""Batches with scores by head: float32[n, k, classes]; k is NUMBERS, or 1 of digits."""
 
 
 @torch.no_grad()
 def score_rows(model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]) -> Iterator[tuple[LabelledRows, Scores]]:
     """Batches with the scores of all heads, of batches with digit scores [n, 10] in any precision."""
     for batch, digit_scores in rows:
-        # The other heads, a thousandth of the work, run in float32, also where the convolutions run in bfloat16.
+        # The other heads, a thousandth of the work, run in float32.
         yield batch, model.scores_of_all_numbers(digit_scores.float())
 
 
 def true_classes(digits: Tensor, scores: Scores) -> list[Tensor]:
-    """True classes by head of digits int64[n] with scores as in `ScoredRows`: int64[n, k], also where no number matters."""
+    """True classes by head, int64[n, k], of digits int64[n] with scores as in `ScoredRows`."""
     numbers = torch.arange(NUMBERS, device=digits.device)
     targets = [head.target(digits[:, None], numbers) for head in HEADS]
     return [target.broadcast_to(logits.shape[:2]) for target, logits in zip(targets, scores, strict=True)]
 
 
 class AnswerCounts:
-    """Right answers and losses, summed over rows and kept on the device; workers exchange the sums once, in `metrics`."""
+    """Right answers and losses, summed on the device; workers exchange the sums once, in `metrics`."""
 
     def __init__(self, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -72,8 +68,8 @@ class AnswerCounts:
 
         self.confusion = zeros(DIGITS, DIGITS)
         """Rows by true digit d and predicted digit p: [d, p]."""
-        self.right = zeros(len(HEADS), DIGITS, NUMBERS)
-        """Rows that head h answers right, by true digit d and number k: [h, d, k]."""
+        self.right = zeros(len(HEADS))
+        """Pairs that each head answers right."""
         self.consistent = zeros(1)
         """Pairs whose predicted sum is the predicted digit plus the number."""
         self._id_sum = zeros(1)
@@ -83,8 +79,9 @@ class AnswerCounts:
         """Count one batch with its scores, as `score_rows` yields them."""
         digits = batch["digit"]
         answers = {head.name: logits.argmax(2) for head, logits in zip(HEADS, scores, strict=True)}
-        for index, (logits, answer, truth) in enumerate(zip(scores, answers.values(), true_classes(digits, scores), strict=True)):
-            self.right[index].index_add_(0, digits, (answer == truth).expand(-1, NUMBERS).long())
+        truths = true_classes(digits, scores)
+        for index, (logits, answer, truth) in enumerate(zip(scores, answers.values(), truths, strict=True)):
+            self.right[index] += (answer == truth).expand(-1, NUMBERS).sum()
             loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
             self._losses[index] += loss / truth.size(1)
         cells = digits * DIGITS + answers["digit"].squeeze(1)
@@ -96,15 +93,12 @@ class AnswerCounts:
     def shares(self) -> Metrics:
         """`<head>_accuracy` and `consistency` over the rows of this process."""
         pairs = NUMBERS * int(self.confusion.sum())
-        accuracies = {f"{head.name}_accuracy": int(right.sum()) / pairs for head, right in zip(HEADS, self.right, strict=True)}
+        right = zip(HEADS, self.right.tolist(), strict=True)
+        accuracies = {f"{head.name}_accuracy": count / pairs for head, count in right}
         return accuracies | {"consistency": int(self.consistent) / pairs}
 
     def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
-        """Sum over the workers and divide.
-
-        Raises:
-            RowCountError: a row was not counted exactly once.
-        """
+        """Sum over the workers and divide; a RowCountError if a row was not counted exactly once."""
         for counted in (self.confusion, self.right, self.consistent, self._id_sum, self._losses):
             counted.copy_(all_reduce_sum(counted))
         rows = int(self.confusion.sum())
@@ -117,10 +111,8 @@ def analyse_errors(
 ) -> dict[str, Any]:
     """The entry `error_analysis` of manifest.json: errors on rows, which are on the device.
 
-    `confusion`: rows by true digit d and predicted digit p, [d][p]. `sums_right`: rows with digit d
-    whose sum with number k is predicted right, [d][k]. `mistakes`: see `_mistakes`, at most
-    MAX_MISTAKES, the most confident first. `consistent`: share of the pairs whose predicted sum is
-    the predicted digit plus the number. `probabilities`: `Reliability.as_json` by head.
+    `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the most confident
+    first. `consistent`: see Metrics. `probabilities`: `Reliability.as_json` by head.
     """
     counts = AnswerCounts(device)
     reliability = {head.name: Reliability() for head in HEADS}
@@ -129,14 +121,13 @@ def analyse_errors(
         counts.add(batch, scores)
         truths = true_classes(batch["digit"], scores)
         for of_head, logits, truth in zip(reliability.values(), scores, truths, strict=True):
-            probability, answer = logits.softmax(2).max(2)
-            right = (answer == truth).flatten().cpu().numpy()
-            of_head.add(Reliability.of(probability.flatten().cpu().numpy(), right))
+            probability, answer = (values.flatten().cpu() for values in logits.softmax(2).max(2))
+            right = (answer == truth.flatten().cpu()).numpy()
+            of_head.add(Reliability.of(probability.numpy(), right))
         mistakes += _mistakes(batch, scores)
         on_progress(len(batch["digit"]))
     return {
         "confusion": counts.confusion.tolist(),
-        "sums_right": counts.right[HEADS.index(SUM)].tolist(),
         "mistakes": sorted(mistakes, key=confidence, reverse=True)[:MAX_MISTAKES],
         "consistent": counts.shares()["consistency"],
         "probabilities": {name: of_head.as_json() for name, of_head in reliability.items()},
@@ -151,10 +142,7 @@ def confidence(mistake: dict[str, Any]) -> float:
 
 
 def _mistakes(batch: LabelledRows, scores: Scores) -> Iterator[dict[str, Any]]:
-    """The images with a wrong answer, each with the number whose wrong answer is the most confident.
-
-    `row_id` is the row's number in the data source, `digit` the true digit.
-    """
+    """The images with a wrong answer, each with the number whose wrong answer is the most confident."""
     digits, row_ids = batch["digit"].tolist(), batch["row_id"].tolist()
     answers: dict[str, npt.NDArray[Any]] = {}
     wrong = np.zeros((len(HEADS), len(digits), NUMBERS))  # probabilities of wrong answers
@@ -188,10 +176,7 @@ def calibrated(scored: ScoredRows, temperatures: Mapping[str, float]) -> ScoredR
 
 
 def fit_temperature(scores: Tensor, classes: Tensor) -> float:
-    """Fit the temperature of one head by maximum a posteriori, on logits [n, classes] and true classes int64[n].
-
-    It lies in 0.22..4.5, and is rounded to four digits, so that differences between machines mostly vanish.
-    """
+    """Fit one temperature by maximum a posteriori; rounded, so that machines mostly agree."""
     scores = scores.double()
 
     def cost(log_temperature: float) -> float:

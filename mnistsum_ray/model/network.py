@@ -21,7 +21,7 @@ from mnistsum_ray.model.heads import DIGIT, HEADS, NETWORK, SUM
 Scores = tuple[Tensor, ...]
 """Logits by head, in the order of HEADS: [n, classes] each."""
 
-# Mean and standard deviation of MNIST's 60,000 training images on the scale 0..1: the usual values.
+# Of MNIST's 60,000 training images on the scale 0..1: the usual values.
 PIXEL_MEAN: Final = 0.1307
 PIXEL_STD: Final = 0.3081
 
@@ -29,8 +29,7 @@ PIXEL_STD: Final = 0.3081
 def prepare_images(images: Tensor) -> Tensor:
     """Pixels uint8[n, 28, 28] (0 background, 255 ink) to float32[n, 1, 28, 28], normalized.
 
-    Training and scoring both call this function, on the device, so a row is scored as it was
-    trained. Raises TypeError if pixels are not uint8: on a scale of 0..1 all answers would be wrong.
+    Raises TypeError if they are not uint8: on a scale of 0..1 all answers would be wrong.
     """
     if images.dtype != torch.uint8:
         found = str(images.dtype).removeprefix("torch.")
@@ -40,11 +39,8 @@ def prepare_images(images: Tensor) -> Tensor:
 
 
 def to_channels_last(images: Tensor) -> Tensor:
-    """Images [n, 28, 28] as [n, 1, 28, 28], channels last; a view.
-
-    `Tensor.contiguous` would find nothing to do with one channel, and the convolutions would run in
-    the slow layout.
-    """
+    """Images [n, 28, 28] as [n, 1, 28, 28], channels last; a view."""
+    # `Tensor.contiguous` would find nothing to do with one channel, and convolutions would be slow.
     return images.unsqueeze(3).permute(0, 3, 1, 2)
 
 
@@ -53,23 +49,21 @@ def distort(images: Tensor, matrices: Tensor) -> Tensor:
     rows = len(images)
     if not rows:
         return images
-    # The place (x, y, 1) of each pixel, x and y from -1 to 1: as `F.affine_grid`, which adds in
-    # another order.
+    # The place (x, y, 1) of each pixel, x and y from -1 to 1. `F.affine_grid` adds in another order.
     middles = (torch.arange(SIDE, device=images.device) + 0.5) * (2 / SIDE) - 1
     x, y = middles.repeat(SIDE), middles.repeat_interleave(SIDE)
     places = torch.stack([x, y, torch.ones_like(x)])
     grid = torch.mm(matrices.view(2 * rows, 3), places).view(rows, 2, SIDE, SIDE)
-    # Zeros would be grey in a prepared image: "border" fills what moves in with background.
     grid = grid.permute(0, 2, 3, 1)
+    # Zeros would be grey in a prepared image: "border" fills what moves in with background.
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     return to_channels_last(moved.squeeze(1))
 
 
 class Network(nn.Module, ABC):
-    """What is trained, calibrated, scored with and exported; NETWORK names the subclass.
+    """What is trained, scored with and exported; NETWORK names the subclass.
 
-    It may have buffers that change, as of `nn.BatchNorm2d`: those of rank 0 are kept. It must not
-    draw random numbers itself, as `nn.Dropout` does: a resumed run would draw others.
+    It must not draw random numbers itself, as `nn.Dropout` does: a resumed run would draw others.
     """
 
     dropout_shape: ClassVar[tuple[int, ...] | None] = None
@@ -102,13 +96,10 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
-        """Divide the scores of each head, by its name, by its temperature, in place.
-
-        Layers that read the digit scores must have them as they were.
-        """
+        """Divide the scores of each head by its temperature; other heads read the digit's undivided."""
 
     def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
-        """Scores of all heads, of prepared images, numbers int64[n] and the dropout."""
+        """Scores of all heads."""
         return self.scores(self.digit_scores(images, dropout), numbers)
 
     def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
@@ -120,7 +111,7 @@ class Network(nn.Module, ABC):
 
 
 def divide_scores(layer: nn.Module, temperature: float) -> None:
-    """Divide the output of a convolution or a linear layer, in place."""
+    """Divide the output of a convolution or a linear layer."""
     for parameter in layer.parameters():
         parameter.data.div_(temperature)
 
@@ -146,8 +137,7 @@ class TwoHeadCNN(Network):
     def _initialize(self) -> None:
         """He et al. 2015 before a ReLU, Glorot and Bengio 2010 elsewhere; biases are 0.
 
-        PyTorch's default weights are smaller. With them the sum head is at 34 % after three epochs
-        on the sample, against 47 %.
+        With PyTorch's smaller ones the sum head is at 34 % after three epochs on the sample, not 47.
         """
         for weight in (*(convolution.weight for convolution in self.convolutions), self.fc1.weight):
             nn.init.kaiming_normal_(weight, nonlinearity="relu")
@@ -159,18 +149,16 @@ class TwoHeadCNN(Network):
 
     @property
     def convolutions(self) -> list[nn.Conv2d]:
-        """The first six convolutions, in order: all but the one that computes the digit scores."""
+        """All but the one that computes the digit scores, in order."""
         return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6]
 
     def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """As of `Network`; the dropout is multiplied with conv7's input."""
         features = images
         for index, convolution in enumerate(self.convolutions):
             features = convolution(features)
             if index in (1, 3):
                 features = F.max_pool2d(features, 2)
-            # ReLU after the max-pool gives the same values and gradients as before it, on a quarter
-            # of the elements.
+            # The same values and gradients as before the max-pool, on a quarter of the elements.
             features = torch.relu_(features)
         if dropout is not None:
             features = features * dropout.to(features.dtype)
@@ -178,22 +166,18 @@ class TwoHeadCNN(Network):
         return scores
 
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        """As of `Network`."""
         # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits.
         one_hot = self.one_hot[numbers].to(digit_scores.dtype)
         hidden = F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1)))
         return digit_scores, self.fc2(hidden)
 
     def hidden_weights(self) -> list[Tensor]:
-        """As of `Network`."""
         return [*(convolution.weight for convolution in self.convolutions[1:]), self.fc1.weight]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """As of `Network`."""
         return [*self.fc1.parameters(), *self.fc2.parameters()]
 
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
-        """As of `Network`."""
         divide_scores(self.conv7, temperatures["digit"])
         divide_scores(self.fc2, temperatures["sum"])
         self.fc1.weight.data[:, : DIGIT.classes] *= temperatures["digit"]
@@ -210,20 +194,16 @@ def make_network() -> Network:
 
 
 def dropout_factors(rows: int, shape: Sequence[int], probability: float, generator: torch.Generator) -> Tensor:
-    """Dropout factors (Srivastava et al. 2014), 0 or 1 / (1 - probability).
+    """Dropout factors (Srivastava et al. 2014), 0 or 1 / (1 - probability), on the generator's device.
 
-    float32[rows, *shape], channels last. The caller seeds the generator for each step, and names
-    the device by it.
+    float32[rows, *shape], channels last.
     """
     draws = torch.rand(rows, *shape[1:], shape[0], generator=generator, device=generator.device)
     return ((draws >= probability) / (1 - probability)).movedim(-1, 1)
 
 
 class Objective(nn.Module):
-    """The network and its loss as one module, which DDP wraps.
-
-    `dtype` is that of the computation, by autocast; parameters and gradients are float32.
-    """
+    """The network and its loss, computed in `dtype` by autocast, as one module, which DDP wraps."""
 
     def __init__(self, model: Network, label_smoothing: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -241,13 +221,9 @@ class Objective(nn.Module):
 def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Mean of the heads' cross-entropies: with label smoothing, and without, which has no gradient.
 
-    They are sums over the rows, so that each row has the same weight in workers and batches of
-    unequal size; the caller divides.
-
-    Label smoothing (Szegedy et al., "Rethinking the Inception Architecture", 2016) is the share of
-    the uniform distribution in the targets: bounded digit scores generalize better. It is that of
-    all heads, because the sum head reads the digit scores; with unsmoothed sums its loss would
-    still push them up without bound.
+    They are sums over the rows. Label smoothing (Szegedy et al., "Rethinking the Inception
+    Architecture", 2016) is that of all heads, because the sum head reads the digit scores: with
+    unsmoothed sums its loss would push them up without bound.
     """
     exact, smooth = [], []
     for head, logits in zip(HEADS, scores, strict=True):

@@ -10,15 +10,12 @@ from mnistsum_ray.model.network import Network
 
 _WARM_UP: Final = 0.2
 """Share of the steps in which the learning rate rises."""
-
 _MOMENTUM: Final = 0.6
 """Share of the old momentum that Muon keeps."""
 
 _ADAMW_FACTOR: Final = 0.15
-"""Learning rate of AdamW as a share of Muon's."""
-
 _SUM_HEAD_FACTOR: Final = 0.75
-"""Likewise of the parameters of heads that read the digit scores: they lag behind the convolutions that they read."""
+"""Learning rates of AdamW as shares of Muon's; the heads that read the digit scores lag behind them."""
 
 # Muon's, as in Jordan's implementation, and in `torch.optim.Muon`.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -27,9 +24,9 @@ _EPSILON: Final = 1e-7
 
 
 def one_cycle(step: int, total_steps: int, peak: float) -> float:
-    """Learning rate at a step: up from peak / 25 in the first fifth, then down to peak / 10,000, both along a cosine.
+    """Learning rate at a step: up from peak / 25 in the first fifth, then down to peak / 10,000.
 
-    This is the one-cycle schedule (Smith and Topin, "Super-Convergence", 2018) as a pure function: a checkpoint needs no state.
+    Both along a cosine: the one-cycle schedule (Smith and Topin, "Super-Convergence", 2018).
     """
     rise_steps = max(1.0, _WARM_UP * total_steps)
     if step < rise_steps:
@@ -44,10 +41,8 @@ class MuonAdamW:
 
     Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) with
     Nesterov momentum, a convolution as a matrix [out, height * width * in]. `torch.optim.Muon`
-    always computes in bfloat16: on two cores without bfloat16 instructions that is 67 ms a step for
-    this network, in place of 4. Here `dtype` is that of the orthogonalization.
-
-    In each step a parameter loses the share `weight_decay` of itself, times its learning rate.
+    always orthogonalizes in bfloat16 and not in `dtype`: on two cores without bfloat16 instructions
+    that is 67 ms a step for this network, in place of 4.
     """
 
     def __init__(self, model: Network, weight_decay: float, dtype: torch.dtype) -> None:

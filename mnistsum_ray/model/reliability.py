@@ -15,22 +15,18 @@ class Reliability:
     """Predictions of a head in bins of equal width by the probability of the predicted class."""
 
     rows: list[int] = field(default_factory=lambda: [0] * RELIABILITY_BINS)
-    """Number of rows in each bin."""
     probability: list[float] = field(default_factory=lambda: [0.0] * RELIABILITY_BINS)
     """Sum of the probabilities in each bin."""
     right: list[int] = field(default_factory=lambda: [0] * RELIABILITY_BINS)
-    """Number of right predictions in each bin."""
 
     @classmethod
     def of(cls, probability: npt.NDArray[np.floating[Any]], right: npt.NDArray[np.bool_]) -> "Reliability":
         """Count n rows: the probability of the predicted class, and whether it is right."""
         bins = (probability * RELIABILITY_BINS).astype(np.int64).clip(max=RELIABILITY_BINS - 1)
+        rows = np.bincount(bins, minlength=RELIABILITY_BINS)
         sums = np.bincount(bins, probability.astype(np.float64), RELIABILITY_BINS)
-        return cls(
-            rows=np.bincount(bins, minlength=RELIABILITY_BINS).tolist(),
-            probability=sums.tolist(),
-            right=np.bincount(bins[right], minlength=RELIABILITY_BINS).tolist(),
-        )
+        of_right = np.bincount(bins[right], minlength=RELIABILITY_BINS)
+        return cls(rows.tolist(), sums.tolist(), of_right.tolist())
 
     def add(self, other: "Reliability") -> None:
         """Add the counts of other rows, in place."""

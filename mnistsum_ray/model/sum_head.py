@@ -1,8 +1,8 @@
-"""Fine-tuning of the sum head, and of any other after the digit's, on synthetic digit scores, after the last epoch.
+"""Fine-tuning of the heads after the digit's on synthetic digit scores, after the last epoch.
 
-The digit scores and the number determine the distribution of the sum: the distribution of the digit, shifted by the number. But a
-trained network gives hardly any of its training images scores between two digits. The sum head has not seen such scores, and
-predicts a sum there that differs from the predicted digit + number. Fine-tuning shows the head as many of them as needed, mixed
+The distribution of the sum is that of the digit, shifted by the number. But a trained network gives
+hardly any of its training images scores between two digits. The sum head has not seen such scores,
+and predicts a sum there that differs from digit + number. Fine-tuning shows it many of them, mixed
 from the scores of training rows. The convolutions stay as they are, and so do the digits.
 """
 
@@ -19,29 +19,22 @@ from mnistsum_ray.model.heads import HEADS, Head
 from mnistsum_ray.model.network import Network
 
 MAX_ROWS: Final = 1_024
-"""Maximum number of training rows whose digit scores are used; 4,096 give the same result."""
+"""Training rows whose digit scores are used; 4,096 give the same result."""
 
 _BATCH: Final = 512
 
 _LEARNING_RATE: Final = 0.02
-"""Learning rate of AdamW at the first step; it falls linearly to 0. With 0.01 and 0.05 more sums differ from digit + number."""
+"""Of AdamW at the first step; it falls linearly to 0. With 0.01 and 0.05 more sums differ."""
 
 
 def finetune_sum_head(
-    model: Network,
-    digit_scores: Tensor,
-    steps: int,
-    seed: int,
-    on_progress: Callable[[int], None] = lambda _: None,
+    model: Network, digit_scores: Tensor, steps: int, seed: int, on_progress: Callable[[int], None] = lambda _: None
 ) -> None:
     """Train all heads but the digit's on the distribution of their answer, as of digit + number.
 
     The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most
     likely digit instead, the head is sure of every sum, also of wrong ones (negative log-likelihood
-    0.033 nats instead of 0.013).
-
-    `digit_scores` float32[n, 10] are those of training rows. Each step draws 512 new mixtures of
-    them and random numbers, from `seed`. `on_progress` gets the steps since its last call.
+    0.033 nats instead of 0.013). `digit_scores` float32[n, 10] are those of training rows.
     """
     device = digit_scores.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -63,18 +56,18 @@ def finetune_sum_head(
 
 
 def class_distribution(head: Head, digit_scores: Tensor, numbers: Tensor) -> Tensor:
-    """Distribution of a head's answer: probabilities [n, classes] of digit scores [n, 10] and numbers int64[n]."""
+    """Distribution of a head's answer, [n, classes], of digit scores [n, 10] and numbers int64[n]."""
     probabilities = digit_scores.softmax(1)
     classes = head.target(torch.arange(DIGITS, device=numbers.device), numbers[:, None]).expand(probabilities.shape)
     return probabilities.new_zeros(len(numbers), head.classes).scatter_add(1, classes, probabilities)
 
 
 def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Synthetic scores between two or more digits, one row made from each row: float32[n, 10] to float32[n, 10].
+    """Synthetic scores between digits, one row made from each: float32[n, 10] to float32[n, 10].
 
-    The first half of the rows is brought close to a tie of two digits, then mixed with other digits. The second half lies
-    anywhere between two digits. On shifted validation images, half as many sums differ from predicted digit + number as with
-    all rows mixed with other digits.
+    The first half is brought close to a tie of two digits, then mixed with other digits. The second
+    lies anywhere between two digits. On shifted validation images, half as many sums differ from
+    predicted digit + number as with all rows mixed with other digits.
     """
     half = len(digit_scores) // 2
     near_ties = mix_with_permutation(mix_with_swap(digit_scores[:half], (0.35, 0.65), generator), generator)
@@ -82,9 +75,9 @@ def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mix_with_swap(digit_scores: Tensor, weights: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """Mix each row with a copy in which its largest score and one other, drawn at random, are swapped: float32[n, 10].
+    """Mix each row with a copy in which its largest score and a random other are swapped.
 
-    `weights` is the range of the weight of the row itself, drawn uniformly; at 0.5 the two digits are tied.
+    The weight of the row itself is drawn from `weights`; at 0.5 the two digits are tied.
     """
     rows, device = len(digit_scores), digit_scores.device
     digits = digit_scores.argmax(1, keepdim=True)
@@ -95,7 +88,7 @@ def mix_with_swap(digit_scores: Tensor, weights: tuple[float, float], generator:
 
 
 def mix_with_permutation(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Mix each row, with a uniform weight, with a random permutation of its scores: float32[n, 10] to float32[n, 10]."""
+    """Mix each row, with a random weight, with a random permutation of its scores."""
     shape, device = digit_scores.shape, digit_scores.device
     weights = torch.rand(shape[0], 1, generator=generator, device=device)
     permutations = torch.rand(shape[0], DIGITS, generator=generator, device=device).argsort(1)

@@ -1,4 +1,4 @@
-"""Console output of a running job: lines and progress on standard error, and a watchdog that reports silence."""
+"""Console output of a running job, on standard error: lines, and below them a progress bar."""
 
 import sys
 import threading
@@ -11,14 +11,18 @@ from typing import Any, Final, Self, TextIO
 from mnistsum_ray.errors import percent, printable
 from mnistsum_ray.model.heads import HEADS
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a notebook without widgets, which gets a bar of text
+    from tqdm.auto import tqdm
+
 UPDATE_SECONDS: Final = 2.0
 """Minimum time between two updates of progress."""
 
-SILENCE_SECONDS: Final = 60
-"""Time without a line or progress after which a line says so."""
-
-_LINE_SECONDS: Final = 5.0
+LINE_SECONDS: Final = 30.0
 """Where there is no bar, progress is a line after so much time without a line."""
+
+SILENCE_SECONDS: Final = 60.0
+"""Time without a line or progress after which a line says so."""
 
 _WAITING: Final = 0.1
 """Fraction of an epoch without data from which a line says so."""
@@ -28,87 +32,69 @@ class Progress:
     """Counts finished items, and shows how far the work is at most every UPDATE_SECONDS."""
 
     def __init__(self, show: Callable[..., None], what: str, total: int) -> None:
-        """Count towards `total`; `what` names the items, e.g. "rows written"; `show` is `Console.progress`."""
+        """Count towards `total`; `what` names the items; `show` is `Console.progress`."""
         self._show, self._what, self._total = show, what, total
         self._done = 0
         self._started = self._reported = time.monotonic()
 
     def __call__(self, count: int, working_seconds: float | None = None) -> None:
-        """Add `count` finished items. The rate is over `working_seconds`, if given, or else over the time since construction."""
+        """Add finished items; their rate is over `working_seconds`, or else over all time."""
         self._done += count
         now = time.monotonic()
         if now - self._reported < UPDATE_SECONDS and self._done < self._total:
             return
         self._reported = now
         seconds = now - self._started if working_seconds is None else working_seconds
-        self._show(what=self._what, done=self._done, total=self._total, rate=self._done / max(seconds, 1e-9))
-
-
-def time_left(remaining: int, rate: float) -> str:
-    """Time that `remaining` items take at `rate` items per second, as text: `45 s`, `12 min` or `3.5 h`."""
-    seconds = remaining / rate
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+        rate = self._done / max(seconds, 1e-9)
+        self._show(what=self._what, done=self._done, total=self._total, rate=rate)
 
 
 class Console:
-    """Writes lines to standard error, and below them on a terminal or in a notebook one progress bar.
+    """Writes lines, and below them on a terminal or in a notebook one progress bar.
 
-    Standard output is reserved for the result. A context: no step in it is silent for long, and the bar goes away at its end.
+    A context, at whose end the bar goes away. Standard output is reserved for the result.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
+        in_notebook = self._stream is sys.stderr and "ipykernel" in sys.modules
+        self._has_bars = self._stream.isatty() or in_notebook
         self._lock = threading.RLock()
-        self._has_bars = self._stream.isatty() or (self._stream is sys.stderr and "ipykernel" in sys.modules)
         self._bar: Any = None
-        self._line_time = time.monotonic()
-        """When the latest line was written."""
-        self._waiting: tuple[str, Callable[[], str]] = ("this step", lambda: "it is large, or the storage is slow")
-        self._heard, self._ended = threading.Event(), threading.Event()
-        self._watchdog = threading.Thread(target=self._watch, daemon=True)
+        self._line_time = self._heard = time.monotonic()
 
     def __enter__(self) -> Self:
-        self._watchdog.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._heard.set()
-        self._watchdog.join()
         self._close_bar()
 
     @contextmanager
     def waiting_for(self, who: str, explain: Callable[[], str]) -> Iterator[None]:
-        """While the block runs, a line on silence names `who`, and what they wait for. It is left out if `explain` raises."""
-        before, self._waiting = self._waiting, (who, explain)
+        """In the block, say on silence what `who` waits for; nothing if `explain` raises."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(SILENCE_SECONDS):
+                silent = time.monotonic() - self._heard
+                if silent >= SILENCE_SECONDS:
+                    with suppress(Exception):  # a cluster that has ended; the run fails on it too
+                        self._write(f"no word from {who} for {silent:.0f} s: {explain()}")
+
+        threading.Thread(target=watch, daemon=True).start()
         try:
             yield
         finally:
-            self._waiting = before
-
-    def _watch(self) -> None:
-        silent = 0.0
-        while not self._ended.is_set():
-            if self._heard.wait(SILENCE_SECONDS):
-                self._heard.clear()
-                silent = 0
-                continue
-            silent += SILENCE_SECONDS
-            who, explain = self._waiting
-            # A cluster that has ended answers with an error of Ray; the run itself fails on it too and reports it.
-            with suppress(Exception):
-                self._write(f"no word from {who} for {silent:g} s: {explain()}")
+            ended.set()
 
     def say(self, text: str) -> None:
         """Write a line."""
-        self._heard.set()
+        self._heard = time.monotonic()
         self._write(text)
 
     def _write(self, text: str) -> None:
         line = f"{printable(text)}\n"
-        with self._lock, suppress(OSError):  # standard error was closed by its reader; the job goes on
+        with self._lock, suppress(OSError):  # its reader has closed it; the job goes on
             if self._bar is None:
                 self._stream.write(line)
             else:
@@ -122,61 +108,48 @@ class Console:
             self.say(line)
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show an event of the training loop, whose `kind` is progress (of an epoch), epoch, counter, or note (a line).
-
-        question is the driver's.
-        """
+        """Show an event of the training loop: its `kind` is progress, epoch, counter or note."""
         fields = {key: value for key, value in event.items() if key != "kind"}
-        if event["kind"] == "counter":
+        if event["kind"] == "note":
+            self.say(event["text"])
+        elif event["kind"] == "counter":
             self.progress(**fields)
         elif event["kind"] == "progress":
-            self._show_training(fields)
+            epoch, epochs, epoch_rows = event["epoch"], event["epochs"], event["of_rows"]
+            done = (epoch - 1) * epoch_rows + event["rows"]
+            loss, rate = f"loss {event['loss']:.4f}", event["rows_per_second"]
+            self.progress(f"epoch {epoch}/{epochs}, rows", done, epochs * epoch_rows, rate, loss)
         elif event["kind"] == "epoch":
             self._say_epoch(fields)
-        elif event["kind"] == "note":
-            self.say(event["text"])
-
-    def progress(self, what: str, done: int, total: int, rate: float) -> None:
-        """Show how far some work is, at `rate` items per second: by the bar, or in a log by a line now and then."""
-        self._heard.set()
-        if self._has_bars:
-            self._draw(what, done, total)
-        elif 0 < done < total:
-            self._say_sometimes(f"{what}: {done:,} of {total:,}  {rate:,.0f}/s  {time_left(total - done, rate)} left")
-
-    def _show_training(self, event: dict[str, Any]) -> None:
-        """Show how far the run is; its bar counts the rows of all epochs."""
-        self._heard.set()
-        epoch, rate, loss = f"epoch {event['epoch']}/{event['epochs']}", event["rows_per_second"], f"loss {event['loss']:.4f}"
-        all_rows, rows_left = event["epochs"] * event["of_rows"], event["of_rows"] - event["rows"]
-        all_rows_left = rows_left + (event["epochs"] - event["epoch"]) * event["of_rows"]
-        if self._has_bars:
-            self._draw(epoch, all_rows - all_rows_left, all_rows, loss)
-        elif rows_left:  # else the line of the epoch comes at once
-            self._say_sometimes(
-                f"{epoch}  {event['rows']:>6,} of {event['of_rows']:,} rows  {rate:,.0f} rows/s  {loss}  "
-                f"{time_left(rows_left, rate)} left in this epoch, {time_left(all_rows_left, rate)} in all"
-            )
 
     def _say_epoch(self, entry: dict[str, Any]) -> None:
-        """Say loss, test accuracies and speed, in up to 80 columns; and waiting after the first batch."""
-        epoch, loss, rate = f"epoch {entry['epoch']}", entry["train_loss"], entry["rows_per_second"]
-        self.say(f"{epoch}: loss {loss:.4f}, test {accuracies(entry['test'])}, {rate:,.0f} rows/s")
+        epoch, loss = f"epoch {entry['epoch']}", f"loss {entry['train_loss']:.4f}"
+        rate = f"{entry['rows_per_second']:,.0f} rows/s"
+        self.say(f"{epoch}: {loss}, test {accuracies(entry['test'])}, {rate}")
+        # Until the first batch comes, files are opened and processes started.
         waiting = entry["waiting"] - entry["first_batch_seconds"] / entry["seconds"]
         if waiting > _WAITING:
             self.say(f"{epoch}: the workers waited for data {percent(waiting)} of the time")
 
-    def _draw(self, description: str, done: int, total: int, postfix: str = "") -> None:
-        """Draw the bar, with a text before it and one after it; other work gets a new one, and finished work has none."""
+    def progress(self, what: str, done: int, total: int, rate: float, note: str = "") -> None:
+        """Show how far some work is: by the bar, or in a log by a line now and then."""
+        self._heard = time.monotonic()
+        if self._has_bars:
+            self._draw(what, done, total, note)
+        elif done < total and self._heard - self._line_time >= LINE_SECONDS:
+            left = tqdm.format_interval((total - done) / max(rate, 1e-9))
+            speed = ", ".join(filter(None, (note, f"{rate:,.0f}/s", f"{left} left")))
+            self.say(f"{what}: {done:,} of {total:,}, {speed}")
+
+    def _draw(self, what: str, done: int, total: int, note: str) -> None:
+        """Draw the bar. Other work gets a new one, and finished work has none."""
         with self._lock, suppress(OSError):
             if self._bar is None or self._bar.total != total or self._bar.n > done:
                 self._close_bar()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # a notebook without widgets, which gets a bar of text
-                    from tqdm.auto import tqdm
-                self._bar = tqdm(total=total, initial=done, file=self._stream, dynamic_ncols=True, leave=False, unit="")
-            self._bar.set_description(description, refresh=False)
-            self._bar.set_postfix_str(postfix, refresh=False)
+                options: dict[str, Any] = {"dynamic_ncols": True, "leave": False, "unit": ""}
+                self._bar = tqdm(total=total, initial=done, file=self._stream, **options)
+            self._bar.set_description(what, refresh=False)
+            self._bar.set_postfix_str(note, refresh=False)
             self._bar.n = done
             self._bar.refresh()
             if done >= total:
@@ -185,13 +158,9 @@ class Console:
     def _close_bar(self) -> None:
         with self._lock, suppress(OSError):
             if self._bar is not None:
-                self._bar.total = self._bar.n  # a bar of a notebook that ends before its total stays, in red
+                self._bar.total = self._bar.n  # a notebook's bar that ends before it stays, in red
                 self._bar.close()
             self._bar = None
-
-    def _say_sometimes(self, text: str) -> None:
-        if time.monotonic() - self._line_time >= _LINE_SECONDS:
-            self.say(text)
 
 
 def accuracies(metrics: dict[str, Any]) -> str:

@@ -9,9 +9,9 @@ import onnx
 from mlflow.entities import Metric, Param, RunTag
 
 from mnistsum_ray.export.model import export_onnx
-from mnistsum_ray.model.serialization import load_model
+from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.overrides import default_environment, quiet_logger
-from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, model_scalars
+from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, scores
 from mnistsum_ray.storage.location import Location
 
 
@@ -36,7 +36,8 @@ def log_run(
     tags = {f"data.{key}": data[key] for key in ("source", "location", "sha256")} | manifest["versions"]
     params = [Param(key, str(value)) for key, value in config.items()]
     client.log_batch(run_id, params=params, tags=[RunTag(key, str(value)) for key, value in tags.items()])
-    logged = [(epoch_scalars(entry), entry) for entry in history] + [(model_scalars(card), history[-1])]
+    logged = [(epoch_scalars(entry), entry) for entry in history]
+    logged.append((scores(card, "final"), history[-1]))
     for scalars, entry in logged:
         milliseconds = int(1000 * epoch_end(entry))
         metrics = [Metric(key, value, milliseconds, entry["epoch"]) for key, value in scalars.items()]

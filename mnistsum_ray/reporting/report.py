@@ -4,9 +4,8 @@ Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.j
 model.json, `history` are the lines of history.jsonl, and `pictures` are PNG files by their names.
 """
 
-import base64
 import platform
-import subprocess
+from base64 import b64encode
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -35,25 +34,9 @@ Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package (with its commit, in a checkout) and of what counts."""
+    """Versions of Python, of this package, and of what counts."""
     packages = {name: version(name) for name in ("ray", "torch", "pyarrow", "numpy")}
-    commit = _commit()
-    ours = {"mnistsum_ray": __version__} | ({"commit": commit} if commit else {})
-    return {"python": platform.python_version(), **ours, **packages}
-
-
-def _commit() -> str | None:
-    """Commit of the source that runs, `+` if files have changed; None outside of a checkout."""
-    checkout = Path(__file__).parents[2]
-    if not (checkout / ".git").exists():  # a package may lie in a checkout of another project
-        return None
-    options = ["--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
-    command = ["git", "-C", str(checkout), "describe", *options]
-    try:  # a git may be missing, or, as on a network file system, not answer
-        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return described.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return {"python": platform.python_version(), "mnistsum_ray": __version__} | packages
 
 
 def epoch_end(entry: dict[str, Any]) -> float:
@@ -62,8 +45,8 @@ def epoch_end(entry: dict[str, Any]) -> float:
 
 
 def epoch_seconds(entry: dict[str, Any]) -> float:
-    """Time of a line of history.jsonl with its evaluation, all commands together; not what a kill has cost."""
-    return float(entry["seconds"] + entry.get("seconds_before", 0.0) + entry["evaluation_seconds"])
+    """Time of a line of history.jsonl with its evaluation; not what a kill has cost."""
+    return float(entry["seconds"] + entry["evaluation_seconds"])
 
 
 def epoch_scalars(entry: dict[str, Any]) -> dict[str, float]:
@@ -73,22 +56,18 @@ def epoch_scalars(entry: dict[str, Any]) -> dict[str, float]:
     """
     names = ("learning_rate", "rows_per_second", "waiting")
     train = {"loss": entry["train_loss"]} | {name: entry[name] for name in names}
-    return {f"epoch/train/{name}": value for name, value in train.items()} | _scores(entry, "epoch")
+    return {f"epoch/train/{name}": value for name, value in train.items()} | scores(entry, "epoch")
 
 
-def model_scalars(card: dict[str, Any]) -> dict[str, float]:
-    """Metrics of the published model, under the names that TensorBoard and MLflow show."""
-    return _scores(card, "final")
-
-
-def _scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+def scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+    """Losses and accuracies; `prefix`: `epoch`, or `final` for the published model's."""
     names = ("loss", *(f"{head.name}_accuracy" for head in HEADS))
     splits = ("validation", "test")
     return {f"{prefix}/{split}/{name}": metrics[split][name] for split in splits for name in names}
 
 
 def draw_pictures(wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]) -> dict[str, bytes]:
-    """Draw PNG files: of `{"history.png": (history, card)}` by `pictures.draw_history(history, card)`.
+    """Draw PNG files: for `{"history.png": arguments}` what `pictures.draw_history` draws of them.
 
     What cannot be drawn costs a console line and never the run.
     """
@@ -99,14 +78,18 @@ def draw_pictures(wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]
             from mnistsum_ray.reporting import pictures
 
             draw = getattr(pictures, f"draw_{Path(name).stem}")
-            drawn[name] = draw(*arguments)
+            drawn[name] = pictures.png(draw, *arguments)
         except Exception as error:
             say(f"{name} cannot be drawn: {one_line(error)}; the report is without it")
     return drawn
 
 
 def report_page(
-    name: str, manifest: dict[str, Any], card: dict[str, Any], history: list[dict[str, Any]], pictures: dict[str, bytes]
+    name: str,
+    manifest: dict[str, Any],
+    card: dict[str, Any],
+    history: list[dict[str, Any]],
+    pictures: dict[str, bytes],
 ) -> str:
     """Render the HTML page of a finished training: accuracies, pictures, epochs, configuration."""
     data, test = manifest["data"], card["test"]
@@ -114,20 +97,21 @@ def report_page(
     speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
     figures.append((f"{speed:,.0f}", "training images per second"))
     figures.append((f"{seconds:,.0f} s", "for the epochs, evaluation included"))
+    run = manifest["metrics"]["run"]
     lines = [
         data["notice"],
-        f"The model of epoch {card['epoch']}, on {test['rows']:,} test images, each with every number; they are only reported.",
+        f"The model of epoch {card['epoch']}, on {test['rows']:,} test images with every number.",
         _sum_head(card["sum_head"]),
-        f"To score: mnistsum score --model {manifest['metrics']['run']} --input PAIRS --output SCORED",
+        f"To score: mnistsum score --model {run} --input PAIRS --output SCORED",
     ]
-    columns = tuple(key.removeprefix("epoch/").replace("_", " ") for key in epoch_scalars(history[0]))
+    names = [key.removeprefix("epoch/").replace("_", " ") for key in epoch_scalars(history[0])]
     rows = []
     for entry in history:
         values = epoch_scalars(entry).values()
         rows.append((entry["epoch"], *(f"{value:,.5g}" for value in values)))
     tables = [
         _reasons("Rows left out", data["bad_rows"]),
-        ("Epochs", ("epoch", *columns), rows),
+        ("Epochs", ("epoch", *names), rows),
         _settings(manifest, {key: card[key] for key in ("parameters", "sha256")}),
     ]
     return _render(f"{name}: {accuracies(test)}", lines, figures, pictures, tables)
@@ -138,9 +122,8 @@ def _sum_head(tuned: dict[str, Any] | None) -> str | None:
     if tuned is None:
         return None
     before, after = (percent(tuned[when]["test"]["sum_accuracy"]) for when in ("before", "after"))
-    kept = "" if tuned["kept"] else " It was discarded: the heads agreed less on validation rows."
-    steps = f"{tuned['steps']:,} steps"
-    return f"Its sum head was then fine-tuned for {steps}: sums {before} before, {after} after.{kept}"
+    kept = "" if tuned["kept"] else "; discarded: the heads agreed less on validation rows"
+    return f"Its sum head, {tuned['steps']:,} steps more: sums {before} before, {after} after{kept}."
 
 
 def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes]) -> str:
@@ -177,7 +160,8 @@ def _reasons(title: str, counts: dict[str, Any]) -> Table:
     """Rows by the reason why they cannot be used, with some places; `counts`: of `ReasonCounts`."""
     rows = []
     for reason, count in counts["reasons"].items():
-        places = "; ".join(f"{file}, row {row:,}" for file, row in counts["examples"].get(reason, []))
+        examples = counts["examples"].get(reason, [])
+        places = "; ".join(f"{file}, row {row:,}" for file, row in examples)
         rows.append((f"{count:,}", reason, places))
     return title, ("rows", "reason", "for example"), rows
 
@@ -189,15 +173,19 @@ def _settings(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
     # The manifest knows what the config has left open, as its precision.
     for key, value in (manifest["config"] | entries | {"weights": model}).items():
         if isinstance(value, dict):
-            shown = {name: entry for name, entry in value.items() if entry is not None and name != "bad_rows"}
-            value = ", ".join(f"{name} {entry}" for name, entry in shown.items())
+            shown = {name: entry for name, entry in value.items() if name != "bad_rows"}
+            value = ", ".join(f"{name} {entry}" for name, entry in shown.items() if entry is not None)
         if value is not None:
             rows.append((key.replace("_", "-"), value))
     return "Configuration", (), rows
 
 
 def _render(
-    title: str, lines: list[str | None], figures: list[tuple[str, str]], pictures: dict[str, bytes], tables: list[Table]
+    title: str,
+    lines: list[str | None],
+    figures: list[tuple[str, str]],
+    pictures: dict[str, bytes],
+    tables: list[Table],
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."),
@@ -210,6 +198,6 @@ def _render(
         title=title,
         lines=[line for line in lines if line],
         figures=figures,
-        pictures=[(PICTURES[name], base64.b64encode(png).decode()) for name, png in pictures.items()],
+        pictures=[(PICTURES[name], b64encode(png).decode()) for name, png in pictures.items()],
         tables=tables,
     )

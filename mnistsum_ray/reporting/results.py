@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from mnistsum_ray.model.heads import HeadFields
-
 
 class _Entries:
     """Base of results that are entries of a mapping, which may hold others too."""
@@ -28,7 +26,7 @@ class SplitRows(_Entries):
 
 
 @dataclass(frozen=True)
-class HeldOutMetrics(_Entries, HeadFields, names=("{}_accuracy",)):
+class HeldOutMetrics(_Entries):
     """Quality on the test rows, with every number for each image. Accuracies are in 0..1."""
 
     rows: int
@@ -61,7 +59,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class ScoreResult(_Entries, HeadFields, names=("{}_accuracy",)):
+class ScoreResult(_Entries):
     """Result of a finished scoring. input_rows = scored_rows + rejected_rows + failed_rows."""
 
     output: str

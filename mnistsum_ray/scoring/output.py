@@ -7,25 +7,21 @@ OUTPUT/manifest.json                       written last: while it exists, the ou
 OUTPUT/_lock                               names the run that writes here
 """
 
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.cluster.tasks import map_files
 from mnistsum_ray.errors import MissingFileError, RequestError, RowCountError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.scoring.counts import RowCounts
-from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, digest, read_stamp
-from mnistsum_ray.scoring.preflight import Plan, Request
+from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, map_files, read_stamp
+from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.storage.folder import PARTIAL, OutputFolder
-from mnistsum_ray.storage.location import Entry, Location, is_hidden
+from mnistsum_ray.storage.location import Location, is_hidden
 
 FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"
@@ -53,33 +49,30 @@ _FOREIGN: Final = "is not a file of this program"
 _START_OVER: Final = "--overwrite scores everything again"
 
 OUTPUT_SCHEMA: Final = pa.schema(
-    [
-        ("output", pa.string()),  # relative to the folder of predictions, and to that of rejected rows
-        ("error", pa.string()),  # a file that is not a whole one of this version of the program, and what is wrong with it
-        ("unfinished", pa.bool_()),  # there are rejected rows, and no predictions with their stamp
-        # As in the stamp of predictions of which all rows are there; null where there are none:
-        ("name", pa.string()),  # the input file
-        ("source", pa.string()),  # the input file in full; null of a part of the plan
-        ("rows", pa.int64()),
-        ("rejected", pa.int64()),  # those of the rows that are in the file of rejected rows
-        ("planned", pa.bool_()),  # whether they are of a part of the plan
-        ("counts", pa.string()),  # `RowCounts.as_json` of parts of the plan that were read at once; in one row of these
-    ]
+    {
+        "output": pa.string(),  # relative to the folder of predictions, and to that of rejected rows
+        # As in its stamp:
+        "name": pa.string(),  # the input file
+        "source": pa.string(),  # the input file in full
+        "rows": pa.int64(),
+        "rejected": pa.int64(),  # those of the rows that are in the file of rejected rows
+        "planned": pa.bool_(),  # whether it is of a part of the plan
+        "conflict": pa.string(),  # how the model or settings differ from those of the plan, if they do
+    }
 )
-"""One row for each output file of predictions, of rejected rows, or of both. 1.3 million have to fit into the driver."""
+"""One row for each output file of predictions."""
 
 
 @dataclass(frozen=True)
 class OutputFiles:
     """The files in an output folder."""
 
-    folder: Location
     stamps: pa.Table
     """OUTPUT_SCHEMA of whole predictions, sorted by `output`."""
     counts: RowCounts
     """Of those that are of parts of the plan."""
     unfinished: list[str]
-    """Names of files that a killed run has left: partial ones, and rejected rows without predictions of the same stamp."""
+    """Names of files that a killed run has left: partial ones, and rejected rows without predictions."""
     errors: list[str]
     """Names of files that are not whole files of this version of the program, and what is wrong with them. Hidden files and those
     of the run do not count."""
@@ -92,7 +85,10 @@ class OutputFiles:
         unfinished: list[str] = []
         summaries: list[str] = []
         errors: list[str] = []
-        for name, file in files_below(folder, console):
+        with console.waiting_for(f"the listing of {folder.display}", lambda: "it is long, or the storage is slow"):
+            listed = folder.files()
+        for file in listed:
+            name = file.path.removeprefix(folder.path).lstrip("/")
             top, _, below = name.partition("/")
             if file.name.startswith(PARTIAL):
                 unfinished.append(name)
@@ -104,70 +100,53 @@ class OutputFiles:
                 sizes[top][below] = file.size
             else:
                 errors.append(f"{name} {_FOREIGN}")
-        outputs = pa.array(sorted({*sizes[PREDICTIONS], *sizes[REJECTED]}), pa.string())
-        if summaries and not len(outputs) and not _is_finished(folder):
+        outputs = sorted({*sizes[PREDICTIONS], *sizes[REJECTED]})
+        if summaries and not outputs and not _is_finished(folder):
             errors += summaries  # other programs use these names too
-        # The files of each output, and the digest of the part that it should be.
-        digests = plan.parts["digest"].take(pc.index_in(outputs, plan.parts["output"]))
-        columns = {top: pa.array(map(of_top.get, outputs.to_pylist()), pa.int64()) for top, of_top in sizes.items()}
-        files = pa.table({"name": outputs, "digest": digests} | columns)
+        # The part that each output should be, and the sizes of its files.
+        places = pc.index_in(pa.array(outputs, pa.string()), plan.parts["output"])
+        files = plan.parts.take(places).append_column("file", pa.array(outputs, pa.string()))
+        for top, of_top in sizes.items():
+            files = files.append_column(top, pa.array(map(of_top.get, outputs), pa.int64()))
+        counts = RowCounts()
+        tables = [OUTPUT_SCHEMA.empty_table()]
         progress = Progress(console.progress, "output files read", len(outputs))
-        found = map_files(partial(read_stamps, spec=plan.spec), folder, files, progress)
-        errors = [*found["error"].drop_null().to_pylist(), *errors]  # first that the output is of another version
-        unfinished += [f"{REJECTED}/{name}" for name in found["output"].filter(found["unfinished"]).to_pylist()]
-        counts = RowCounts.sum(found["counts"].drop_null().to_pylist())
-        return cls(folder, found.filter(pc.is_valid(found["planned"])), counts, unfinished, errors)
-
-    def check(self) -> None:
-        """Check that all files are whole and of this program; else raise a RequestError that names the first other one."""
-        if self.errors:
-            raise RequestError(f"--output {self.folder.display}: {self.errors[0]}; move it away, or choose another folder")
+        for rows in map_files(partial(_read_output, folder, plan.spec), folder, files, progress):
+            errors += [row["error"] for row in rows if "error" in row]
+            unfinished += [row["unfinished"] for row in rows if "unfinished" in row]
+            whole = [row for row in rows if "output" in row]
+            counts.add(RowCounts.sum(row["counts"] for row in whole if row["planned"]))
+            tables.append(pa.Table.from_pylist(whole, OUTPUT_SCHEMA))
+        return cls(pa.concat_tables(tables), counts, unfinished, errors)
 
 
-def read_stamps(folder: Location, files: pa.Table, spec: dict[str, Any]) -> pa.Table:
-    """Read the stamps of output files, and compare them with the parts that they should be.
+def _read_output(folder: Location, spec: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]:
+    """What OUTPUT_SCHEMA says of an output, with its `counts`; or what is `unfinished`; or an `error`.
 
-    `files` has the `name` of each output, the size of its files in PREDICTIONS and in REJECTED, or null, and the `digest` of its
-    part. `spec` is `preflight.Plan.spec`. OUTPUT_SCHEMA is in the same order. StorageError: the storage does not give a file.
+    `file` has the name of the output as `file`, the sizes of its predictions and rejected rows, and
+    the part that it should be. StorageError: the storage does not give a file.
     """
-    rows: list[dict[str, Any]] = []
-    counts: list[str] = []
-    for file in files.to_pylist():
-        row: dict[str, Any] = {"output": file["name"]}
-        found = {}
-        for top in (PREDICTIONS, REJECTED):
-            name = f"{top}/{file['name']}"
+    stamps = {}
+    for top in (PREDICTIONS, REJECTED):
+        name = f"{top}/{file['file']}"
+        if file[top] is not None:
             try:
-                found[top] = read_stamp(folder, name, file[top]) if file[top] is not None else ({}, 0, "")
+                stamps[top] = read_stamp(folder, name, file[top])
             except UnusableFileError as error:
-                found[top] = ({}, 0, "")
-                row["error"] = f"{name} {error}"
-        (stamp, scored, of_part), (of_rejected, rejected, _) = found.values()
-        # By their whole stamps: files of one name may come from two runs.
-        row["unfinished"] = bool(of_rejected) and of_rejected != stamp
-        if stamp:
-            rejected = 0 if row["unfinished"] else rejected
-            if (scored + rejected, rejected) == (stamp["rows"], stamp["rejected"]):
-                row |= {key: stamp[key] for key in ("name", "source", "rows", "rejected")}
-                row["planned"] = (digest(stamp), stamp["spec"]) == (file["digest"], spec)
-                if row["planned"]:
-                    row["source"] = None
-                    counts.append(of_part)
-            else:
-                lost = f"{scored:,} predictions and {rejected:,} rejected rows of {stamp['rows']:,} rows"
-                row = {"error": f"{PREDICTIONS}/{file['name']} has {lost}"} | row
-        rows.append(row)
-    if counts:
-        rows[0]["counts"] = RowCounts.sum(counts).as_json()
-    return pa.Table.from_pylist(rows, OUTPUT_SCHEMA)
-
-
-def files_below(folder: Location, console: Console) -> Iterator[tuple[str, Entry]]:
-    """The files below a folder, with their names relative to it."""
-    with console.waiting_for(f"the listing of {folder.display}", lambda: "it is long, or the storage is slow"):
-        files = folder.files()
-    for file in files:
-        yield file.path.removeprefix(folder.path).lstrip("/"), file
+                return {"error": f"{name} {error}"}
+    if PREDICTIONS not in stamps:
+        return {"unfinished": f"{REJECTED}/{file['file']}"}
+    stamp, scored, counts = stamps[PREDICTIONS]
+    of_rejected, rejected, _ = stamps.get(REJECTED, (stamp, 0, ""))
+    if (of_rejected, scored + rejected, rejected) != (stamp, stamp["rows"], stamp["rejected"]):
+        lost = f"{scored:,} predictions and {rejected:,} rejected rows of {stamp['rows']:,} rows"
+        return {"error": f"{PREDICTIONS}/{file['file']} has {lost}"}
+    before = stamp["spec"]
+    differences = (f"{flag} {before[flag]}, and this run has {value}" for flag, value in spec.items() if before[flag] != value)
+    conflict = next(differences, None)
+    is_planned = conflict is None and all(stamp[key] == file[key] for key in PART_SCHEMA.names)
+    row = {key: stamp[key] for key in ("output", "name", "source", "rows", "rejected")}
+    return row | {"planned": is_planned, "conflict": conflict, "counts": counts}
 
 
 def _is_finished(folder: Location) -> bool:
@@ -197,20 +176,16 @@ def all_but(table: pa.Table, outputs: pa.ChunkedArray) -> pa.Table:
 
 
 def resume(plan: Plan, console: Console) -> tuple[OutputFiles, pa.Table]:
-    """Compare the plan with the files in the output folder, and delete unfinished files there. With
-    `--overwrite`, also delete the earlier output.
-
-    Returns:
-        The output folder as it was; and those of the plan's parts that are to be scored
-        (`parts.PLAN_SCHEMA`).
+    """Delete unfinished files, and with `--overwrite` the earlier output; return what was in the
+    output folder, and those of the plan's parts that are to be scored.
 
     Raises:
-        RequestError: the output folder holds other files, or predictions that this run must not be
-            mixed with; or all of the input is unusable, and `--overwrite` would only delete. Nothing
-            is deleted then.
+        RequestError: the folder holds other files, or predictions that this run must not be mixed
+            with; or `--overwrite` would only delete. Nothing is deleted then.
     """
     output = OutputFiles.read(plan, console)
-    output.check()
+    if output.errors:
+        raise RequestError(f"--output {plan.output.display}: {output.errors[0]}; move it away, or choose another folder")
     planned = output.stamps["planned"]
     done, others = output.stamps.filter(planned), output.stamps.filter(pc.invert(planned))
     if plan.config.overwrite:
@@ -221,7 +196,10 @@ def resume(plan: Plan, console: Console) -> tuple[OutputFiles, pa.Table]:
             first = others["source"][0]
             console.say(f"left as they are: {others.num_rows:,} output files of input that is not there now, such as {first}")
     plan.held.delete_files(output.unfinished)
-    return output, all_but(plan.parts, done["output"])
+    todo = all_but(plan.parts, done["output"])
+    if todo.num_rows:
+        unpublish(plan.held)
+    return output, todo
 
 
 def _overwrite(plan: Plan, stamps: pa.Table, done: pa.Table, console: Console) -> pa.Table:
@@ -237,41 +215,22 @@ def _overwrite(plan: Plan, stamps: pa.Table, done: pa.Table, console: Console) -
     return done
 
 
-def follow_output(request: Request, console: Console) -> Request:
-    """The request of an output that goes on: with the precision and the rows a file that its first
-    file says it was begun with, where the request has none and has the same model."""
-    files = files_below(request.output / PREDICTIONS, console)
-    first = next(((name, file.size) for name, file in files if not is_hidden(name)), None)
-    if first is None:
-        return request
-    name, size = first
-    try:
-        stamp, _, _ = read_stamp(request.output, f"{PREDICTIONS}/{name}", size)
-    except UnusableFileError:
-        return request  # `resume` refuses it
-    if stamp["spec"]["model"] != request.card["sha256"]:
-        return request
-    begun = {
-        "precision": stamp["spec"]["precision"],
-        "max_rows_per_file": stamp["max_rows_per_file"],
-    }
-    unset = {name: value for name, value in begun.items() if getattr(request.config, name) is None}
-    return replace(request, config=request.config.model_copy(update=unset))
-
-
-def check_folders(output: Location) -> None:
-    """Check that the folders of this program in a local output are folders, and hold no links to folders.
-
-    What is written or deleted through a link is written or deleted elsewhere, and no listing follows it.
-    """
-    for name in (PREDICTIONS, REJECTED) if output.is_local else ():
-        top = Path(output.path) / name
-        below = (Path(folder, entry) for folder, entries, _ in os.walk(top) for entry in entries)
-        for path in (top, *below):
-            if path.is_symlink() or (path.exists() and not path.is_dir()):
-                raise RequestError(
-                    f"--output {output.display}: {path} is not a folder of this program, but a link or a file; remove it"
-                )
+def _check_compatible(plan: Plan, others: pa.Table) -> None:
+    """Refuse, with a RequestError, to put predictions beside those of another model, of changed input
+    files, or of parts that were cut differently; `others` are the stamps that are not of the plan."""
+    where = f"--output {plan.output.display}"
+    if other := _first(others.filter(pc.is_valid(others["conflict"]))):
+        raise RequestError(f"{where}: was started with {other['conflict']}; give the same again, or {_START_OVER}")
+    # The input may have moved, or its root may be another folder now: a file is the same if its name
+    # or its full path is.
+    names = plan.files["name"]
+    sources = pc.binary_join_element_wise(plan.source(""), names, "")
+    same = pc.or_(pc.is_in(others["name"], names), pc.is_in(others["source"], sources))
+    if other := _first(others.filter(pc.or_(same, pc.is_in(others["output"], plan.parts["output"])))):
+        raise RequestError(
+            f"{where}: holds rows of {other['source']} as {other['output']}; the file has changed since, or this run has "
+            f"another --max-rows-per-file or --input; give the same again, or {_START_OVER}"
+        )
 
 
 def _first(table: pa.Table) -> dict[str, Any] | None:
@@ -279,81 +238,25 @@ def _first(table: pa.Table) -> dict[str, Any] | None:
     return next(iter(table.slice(0, 1).to_pylist()), None)
 
 
-def _check_compatible(plan: Plan, others: pa.Table) -> None:
-    """Refuse to put predictions beside those of another model, of changed input files, or of parts that were cut differently.
-
-    `others` are those of `OutputFiles.stamps` that are not of the plan.
-
-    Raises:
-        RequestError: says what differs and what to do.
-    """
-    # The input may have moved, or its root may be another folder now: a file is the same if its name
-    # or its full path is.
-    files = plan.files
-    sources = pc.binary_join_element_wise(plan.source(""), files["name"], "")
-    same = pc.or_(pc.is_in(files["name"], others["name"]), pc.is_in(sources, others["source"]))
-    if file := _first(files.filter(same)):
-        of_file = pc.or_(
-            pc.equal(others["name"], file["name"]),
-            pc.equal(others["source"], plan.source(file["name"])),
-        )
-        output = others["output"].filter(of_file)[0]
-        stamp, _, _ = read_stamp(plan.output, f"{PREDICTIONS}/{output}")
-        raise RequestError(f"--output {plan.output.display}: {_conflict(plan, file, stamp)}")
-    if other := _first(others.filter(pc.is_in(others["output"], plan.parts["output"]))):
-        raise RequestError(f"--output {plan.output.display}: {other['output']} has rows of {other['source']}; {_START_OVER}")
-
-
-def _conflict(plan: Plan, file: dict[str, Any], stamp: dict[str, Any]) -> str:
-    """Why an input file (`preflight.FOOTER_SCHEMA`) cannot be scored beside the output file of it that has a stamp."""
-    name = file["name"]
-    if file["error"]:
-        return f"holds predictions of {name}, which now cannot be used ({file['error']}); repair it, or take it out of the input"
-    if stamp["spec"] != plan.spec:
-        return f"{_spec_difference(stamp['spec'], plan.spec)} {_START_OVER}"
-    identity = ("size", "modified", "footer_sha256")
-    if stamp["source"] == plan.source(name) and any(file[key] != stamp[key] for key in identity):
-        return f"{name} has changed since it was scored; {_START_OVER}"
-    return (
-        f"holds the rows of {stamp['source']} as {stamp['output']}, since it was started with another "
-        f"--max-rows-per-file or --input; give the same again, or {_START_OVER}"
-    )
-
-
-def _spec_difference(committed: dict[str, Any], current: dict[str, Any]) -> str:
-    """How two `Plan.spec` differ, before _START_OVER; where they do in several ways, the first one explains the others."""
-    key = next(key for key in current if committed[key] != current[key])
-    old, new = committed[key], current[key]
-    if key == "model":
-        return f"holds predictions of another model (SHA-256 {old[:12]}…, --model has {new[:12]}…);"
-    if key == "prediction_columns":
-        return "holds predictions with other columns, of another version of this program;"
-    was, has = (f"--{key} {value}" if isinstance(value, str) else f"--{key}" if value else f"no --{key}" for value in (old, new))
-    return f"was started with {was}, and this run has {has}; give the same again, or"
-
-
 def reconcile(plan: Plan, stamps: pa.Table) -> pa.Table:
-    """Check that every row of every usable file is in the output exactly once; return FILES_TABLE_SCHEMA in the files' order.
+    """Check that every row of every usable file is in the output exactly once, or raise a
+    RowCountError; return FILES_TABLE_SCHEMA in the files' order.
 
-    `plan` lacks the files that could not be read, and `stamps` (`OutputFiles.stamps`) are read after all files were written.
-
-    Raises:
-        RowCountError: names the first file with missing or duplicate rows.
+    `stamps` (`OutputFiles.stamps`) are read after all files were written.
     """
     there = stamps.filter(stamps["planned"])
     if part := _first(all_but(plan.parts, there["output"])):
         rows = f"rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}"
         raise RowCountError(f"{part['name']}: {rows} should be in {PREDICTIONS}/{part['output']}, and are not all there")
-    counted = ("rows", "rejected")
-    sums = there.group_by("name").aggregate([(name, "sum") for name in counted])
-    places = pc.index_in(plan.files["name"], sums["name"])
-    rows, rejected = (pc.fill_null(sums[f"{name}_sum"].take(places), 0) for name in counted)
-    files = plan.files.select(["name", "rows", "error"])
-    usable = pc.is_null(files["error"])
-    if lost := _first(files.append_column("found", rows).filter(pc.and_(usable, pc.not_equal(files["rows"], rows)))):
-        raise RowCountError(f"{lost['name']}: has {lost['rows']:,} rows, of which {lost['found']:,} are accounted for")
+    sums = there.group_by("name").aggregate([("rows", "sum"), ("rejected", "sum")])
+    names = plan.files["name"]
+    sums = sums.take(pc.index_in(names, sums["name"]))
+    rows, rejected = (pc.fill_null(sums[column], 0) for column in ("rows_sum", "rejected_sum"))
+    known, errors = plan.files["rows"], plan.files["error"]
+    usable = pc.is_null(errors)
+    if lost := _first(plan.files.filter(pc.and_(usable, pc.not_equal(known, rows)))):
+        raise RowCountError(f"{lost['name']}: not all of its {lost['rows']:,} rows are accounted for")
+    failed = pc.if_else(usable, 0, known)
     status = pc.if_else(usable, "scored", "failed")
-    failed = pc.if_else(usable, 0, files["rows"])
-    scored = pc.subtract(rows, rejected)
-    columns = (files["name"], files["rows"], scored, rejected, failed, status, files["error"])
+    columns = (names, known, pc.subtract(rows, rejected), rejected, failed, status, errors)
     return pa.table(dict(zip(FILES_TABLE_SCHEMA.names, columns, strict=True)), FILES_TABLE_SCHEMA)

@@ -1,16 +1,15 @@
 """The checked request and the plan of a scoring run: footers of the input files, what is wrong with them, and their parts."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
-from urllib.parse import unquote
 
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.cluster.tasks import MAX_LOCAL_FILES, map_files
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import FILE_SCHEMA, Inputs, list_inputs, report_skipped
@@ -18,13 +17,10 @@ from mnistsum_ray.data.parquet import Footer, column_error, read_footer
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.scoring.parts import split_into_parts
+from mnistsum_ray.scoring.parts import map_files, split_into_parts
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate, locate_existing, output_base_folder, refused
-
-REJECTION_FIELDS: Final = pa.schema({"source_file": pa.string(), "source_row": pa.int64(), "reason": pa.string()})
-"""Columns that scoring adds to rejected rows, after the input's."""
 
 FOOTER_SCHEMA: Final = pa.schema(
     [
@@ -40,10 +36,7 @@ FOOTER_SCHEMA: Final = pa.schema(
 """One row per input file. A file whose footer cannot be read has an error and otherwise nulls."""
 
 _MAX_FILES: Final = 1000
-"""Unusable files that the console names."""
-
-_MAX_RECAST: Final = 20
-"""Columns whose type changes that the console names."""
+"""Unusable files that the console names; files.parquet has all."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +50,16 @@ class Request:
     weights: dict[str, npt.NDArray[Any]]
     inputs: Inputs
     output: Location
-    files: pa.Table | None
-    """FOOTER_SCHEMA; None if there are so many files that the cluster has to read their footers."""
+    files: pa.Table
+    """FOOTER_SCHEMA; `error` is set for each file that cannot be used."""
 
 
 @dataclass(frozen=True)
 class Plan(Request):
     """Everything about a run: the request, how it is scored, and which rows of which input file become which output file."""
 
-    files: pa.Table
-    """FOOTER_SCHEMA; `error` is set for each file that cannot be used."""
     parts: pa.Table
-    """`parts.PLAN_SCHEMA`: the parts of all other files, in the order of the files."""
+    """`parts.PART_SCHEMA`: the parts of all other files, in the order of the files."""
     precision: str
     held: OutputFolder
     """The output folder, which this run holds."""
@@ -80,10 +71,14 @@ class Plan(Request):
     @property
     def spec(self) -> dict[str, Any]:
         """The model and settings that determine the predictions, as JSON has them. One output holds predictions of one spec."""
-        flags = ("image-column", "number-column", "label-column", "probabilities")
-        settings = {flag: getattr(self.config, flag.replace("-", "_")) for flag in flags}
-        settings["prediction_columns"] = PREDICTION_FIELDS.names
-        return {"model": self.card["sha256"], "precision": self.precision, **settings}
+        return {
+            "--model with SHA-256": self.card["sha256"],
+            "--precision": self.precision,
+            "--image-column": self.config.image_column,
+            "--number-column": self.config.number_column,
+            "--label-column": self.config.label_column,
+            "--probabilities": self.config.probabilities,
+        }
 
     @property
     def failures(self) -> dict[str, str]:
@@ -101,21 +96,21 @@ class Plan(Request):
         return replace(self, files=files, parts=self.parts.filter(pc.invert(pc.is_in(self.parts["name"], names))))
 
 
-def preflight(config: ScoreConfig) -> Request:
+def preflight(config: ScoreConfig, console: Console) -> Request:
     """Check everything that can be checked without a cluster.
 
     Raises:
-        RequestError: the model, the input or the output cannot be used.
+        RequestError: the model, the input or the output cannot be used; none of the files has one of the columns.
         RunError: the storage does not give an input file.
     """
     output = _locate_output(config.output)
     inputs = list_inputs(config.input, output)
     try:
-        files = read_footers(inputs, config) if inputs.files.num_rows <= MAX_LOCAL_FILES else None
+        files = read_footers(inputs, config, console)
     except StorageError as error:
         raise RunError(f"--input {error}; nothing was begun") from None
     model = locate_existing(config.model, "--model")
-    from mnistsum_ray.model.serialization import copy_weights, load_model  # imports PyTorch, after the quick checks
+    from mnistsum_ray.model.folder import copy_weights, load_model  # imports PyTorch, after the quick checks
 
     try:
         network, card = load_model(model)
@@ -136,83 +131,62 @@ def _locate_output(text: str) -> Location:
 
 
 def make_plan(request: Request, precision: str, held: OutputFolder, console: Console) -> Plan:
-    """Plan a run: read the footers unless `preflight` has read them, and split the files into parts.
-
-    Raises:
-        RequestError: none of the files has one of the columns.
-        StorageError: the storage does not give an input file.
-    """
-    inputs, files = request.inputs, request.files
-    if files is None:
-        files = read_footers(inputs, request.config, Progress(console.progress, "footers read", inputs.files.num_rows))
-    parts, errors = split_into_parts(files, request.config.max_rows_per_file)
-    report_skipped(inputs.skipped, console.say)
-    say_recast(files, console.say)
-    checked = vars(request) | {"output": held.place, "files": files}
-    return Plan(**checked, parts=parts, precision=precision, held=held).without(errors)
-
-
-def say_recast(files: pa.Table, say: Callable[[str], None]) -> None:
-    """Name the columns whose type changes."""
-    names = sorted(set(pc.list_flatten(files["recast"]).to_pylist()))
-    if names:
-        more = f" and {len(names) - _MAX_RECAST:,} more" if len(names) > _MAX_RECAST else ""
-        say(
-            f"columns whose type changes in the output: {', '.join(names[:_MAX_RECAST])}{more}; "
+    """Plan a run: split the files into parts."""
+    parts, errors = split_into_parts(request.files, request.config.max_rows_per_file)
+    report_skipped(request.inputs.skipped, console.say)
+    if recast := sorted(set(pc.list_flatten(request.files["recast"]).to_pylist())):
+        console.say(
+            f"columns whose type changes in the output: {', '.join(recast)}; "
             "INT96 becomes a timestamp in microseconds, any other what it is stored as"
         )
+    checked = vars(request) | {"output": held.place}
+    return Plan(**checked, parts=parts, precision=precision, held=held).without(errors)
 
 
 def say_failures(failures: dict[str, str], say: Callable[[str], None]) -> None:
     """Name the files that cannot be used, one line each with the reason."""
     for name in list(failures)[:_MAX_FILES]:
         say(f"cannot be used: {name}: {failures[name]}")
-    if len(failures) > _MAX_FILES:
-        say(f"and {len(failures) - _MAX_FILES:,} more files")
 
 
-def read_footers(inputs: Inputs, config: ScoreConfig, on_progress: Callable[[int], None] = lambda _: None) -> pa.Table:
-    """Read the footers of all input files, as FOOTER_SCHEMA in the same order (see `map_files`).
+def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> pa.Table:
+    """Read the footers of all input files, as FOOTER_SCHEMA in the same order.
 
     Raises:
         RequestError: none of the files has one of the columns.
         StorageError: the storage does not give a file.
     """
-    unusable = inputs.unusable  # the function below is sent to the cluster, and `inputs` may be large
-
-    def read(folder: Location, files: pa.Table) -> pa.Table:
-        rows = [file | _look_into(folder, file, config, unusable) for file in files.to_pylist()]
-        return pa.Table.from_pylist(rows, FOOTER_SCHEMA)
-
-    files = map_files(read, inputs.root, inputs.files, on_progress)
+    progress = Progress(console.progress, "footers read", inputs.files.num_rows)
+    found = map_files(partial(_read_footer, inputs, config), inputs.root, inputs.files, progress)
+    files = pa.concat_tables([pa.Table.from_pylist(rows, FOOTER_SCHEMA) for rows in found])
     # A column that no readable file has is a wrong flag rather than a wrong file.
     readable = files.filter(pc.is_valid(files["rows"]))
     for flag, column in _columns(config).items():
-        lack = pc.fill_null(pc.starts_with(readable["error"], _no_column(column)), False)
+        lack = pc.fill_null(pc.starts_with(readable["error"], f"has no column {column!r}"), False)
         if readable.num_rows and pc.all(lack).as_py():
             name, error = readable["name"][0], readable["error"][0].as_py().partition(";")[0]
             raise RequestError(f"{flag} {column}: no file of --input has such a column; {name} {error}")
     return files
 
 
-def _look_into(folder: Location, file: dict[str, Any], config: ScoreConfig, unusable: Mapping[str, str]) -> dict[str, Any]:
-    """What FOOTER_SCHEMA says of a file beyond `inputs.FILE_SCHEMA`."""
+def _read_footer(inputs: Inputs, config: ScoreConfig, file: dict[str, Any]) -> dict[str, Any]:
+    """What FOOTER_SCHEMA says of a file, of which `file` has the fields of `inputs.FILE_SCHEMA`."""
     name = file["name"]
-    if name in unusable:
-        return {"error": unusable[name]}
+    if name in inputs.unusable:
+        return file | {"error": inputs.unusable[name]}
     try:
-        footer = read_footer(folder / name, file["size"])
+        footer = read_footer(inputs.root / name, file["size"])
     except UnusableFileError as error:
-        return {"error": str(error)}
+        return file | {"error": str(error)}
     image = f"{config.image_column}."
     recast = [f"{path} ({kind})" for path, kind in footer.recast.items() if not f"{path}.".startswith(image)]
-    return {
+    return file | {
         "rows": sum(footer.group_rows),
         "longest_group": max(footer.group_rows, default=0),
         "bytes": footer.decompressed_bytes,
         "footer_sha256": footer.sha256,
         "recast": recast,
-        "error": _file_error(name, footer, config),
+        "error": _file_error(footer, config),
     }
 
 
@@ -222,18 +196,14 @@ def _columns(config: ScoreConfig) -> dict[str, str]:
     return columns | ({"--label-column": config.label_column} if config.label_column else {})
 
 
-def _no_column(name: str) -> str:
-    return f"has no column {name!r}"
-
-
-def _file_error(file: str, footer: Footer, config: ScoreConfig) -> str | None:
-    """Return why a file with this name and footer cannot be scored, or None if it can."""
+def _file_error(footer: Footer, config: ScoreConfig) -> str | None:
+    """Return why a file with this footer cannot be scored, or None if it can."""
     names = footer.schema.names
     type_errors = {"--image-column": image_type_error, "--number-column": number_type_error}
     for flag, name in _columns(config).items():
         if name not in names:
             some = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            return f"{_no_column(name)} but {some}; {flag} names another"
+            return f"has no column {name!r} but {some}; {flag} names another"
         error = column_error(footer.schema, name, type_errors.get(flag, lambda _: None))
         if error:
             return f"{error}, or {flag} names another"
@@ -241,9 +211,4 @@ def _file_error(file: str, footer: Footer, config: ScoreConfig) -> str | None:
     added = [*PREDICTION_FIELDS.names, *(PROBABILITY_FIELDS.names if config.probabilities else ())]
     if taken := next((name for name in names if name.lower() in added), None):
         return f"has a column {taken!r}, which scoring would add; rename it"
-    for folder in file.split("/")[:-1]:
-        # Readers of Parquet take a folder `key=value` for a column, and its value for that of every row below.
-        key, equals, _ = folder.partition("=")
-        if equals and unquote(key).lower() in (*added, *REJECTION_FIELDS.names):
-            return f"lies in a folder {folder!r}, which readers take for the column that scoring adds; rename the folder"
     return None

@@ -24,7 +24,6 @@ from mnistsum_ray.scoring.output import (
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED
 from mnistsum_ray.scoring.preflight import Plan
 
-_REASONS_ON_CONSOLE: Final = 10
 _FILES_IN_ERROR: Final = 5
 
 
@@ -116,12 +115,7 @@ def say_result(line: dict[str, Any], counts: RowCounts, say: Callable[[str], Non
         failed, known = counted(line["failed_files"], "file"), counted(line["failed_rows"], "known row")
         say(f"{failed} with {known} could not be used: {line['output']}/{FILES_TABLE} says why")
     if line["rejected_rows"]:
-        say(f"{counted(line['rejected_rows'], 'row')} rejected: see {line['output']}/{REJECTED}")
-        reasons = list(counts.reasons.items())
-        others = sum(count for _, count in reasons[_REASONS_ON_CONSOLE:])
-        shown = reasons[:_REASONS_ON_CONSOLE] + ([("other reasons", others)] if others else [])
-        for reason, count in shown:
-            say(f"  rejected: {count:,} x {reason}")
+        say(f"{counted(line['rejected_rows'], 'row')} rejected: {counts.describe()}; all: {line['output']}/{REJECTED}")
     if line["scored_rows"]:
         say(f"sum = digit + number in {percent(counts.consistent / line['scored_rows'])} of the rows")
     if counts.odd_years:
@@ -130,5 +124,4 @@ def say_result(line: dict[str, Any], counts: RowCounts, say: Callable[[str], Non
         say(f"{counted(bad, 'label')} outside 0..{DIGITS - 1}, counted as unknown: {counts.bad_labels.describe()}")
     if counts.labelled:
         say(f"right: {accuracies(line)} ({counted(counts.labelled, 'labelled row')})")
-    say(f"predictions: {line['output']}/{PREDICTIONS}")
-    say(f"report: {line['output']}/{REPORT}")
+    say(f"predictions: {line['output']}/{PREDICTIONS}; report: {line['output']}/{REPORT}")

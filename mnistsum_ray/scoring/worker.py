@@ -7,7 +7,6 @@ which process wrote it or how often.
 """
 
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,15 +26,17 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.parquet import open_parquet, plain_table, read_rows, to_parquet, without_odd_years
 from mnistsum_ray.data.picture import background_of
 from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
-from mnistsum_ray.model.device import cuda_index
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.model.reliability import Reliability
 from mnistsum_ray.scoring.counts import RowCounts, encode_image
-from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, digest, from_metadata, read_stamp, to_metadata
-from mnistsum_ray.scoring.preflight import REJECTION_FIELDS, Plan
+from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, from_metadata, read_stamp, to_metadata
+from mnistsum_ray.scoring.preflight import Plan
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
+
+REJECTION_FIELDS: Final = pa.schema({"source_file": pa.string(), "source_row": pa.int64(), "reason": pa.string()})
+"""Columns that scoring adds to rejected rows, after the input's."""
 
 REPORT_SCHEMA: Final = pa.schema(
     {
@@ -81,25 +82,22 @@ class Score:
         if begin(self._crash_counter, f"task of {parts[0].output}") == 1:
             yield from self._score(parts)
             return
-        # A process died in this task. Its parts that are not committed are scored one by one, so that one that kills
-        # every process is found and given up. The crash in the whole task counts as each part's first.
+        # A process died in this task. Its parts are scored one by one, so that one that kills every
+        # process is found and given up. The crash in the whole task counts as each part's first.
         notice = f"a process that scored died ({CAUSES}); its task is begun again at {parts[0].output}"
         yield _report(parts[0], time.time(), notice=notice)
         for part in parts:
             if begin(self._crash_counter, part.output) < MAX_CRASHES:
-                yield from self._score([part], again=True)
+                yield from self._score([part])
                 self._crash_counter.end.remote(part.output)
             else:
                 yield _report(part, time.time(), unreadable=f"the process that scored it died {MAX_CRASHES} times ({CAUSES})")
 
-    def _score(self, parts: list[Part], *, again: bool = False) -> Iterator[pa.Table]:
+    def _score(self, parts: list[Part]) -> Iterator[pa.Table]:
         plan, started = self._plan, time.time()
         together = max(_BATCH_ROWS, plan.config.batch_size or 0)
         batch: list[PartRows] = []
         try:
-            if again and (report := _committed(plan, parts[0], started)):
-                yield report
-                return
             for part, rows in read_parts(plan.inputs.root, parts, plan.config):
                 if isinstance(rows, UnusableFileError):
                     yield _report(part, started, unreadable=str(rows))
@@ -119,20 +117,9 @@ class Score:
 
 
 def _make_predictor(plan: Plan) -> Predictor:
-    gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
-    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
-    device = torch.device(f"cuda:{cuda_index(gpus[0], visible, count)}" if gpus else "cpu")
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     weights = {name: torch.tensor(value) for name, value in plan.weights.items()}  # a copy: arrays of Ray cannot be written
     return Predictor(weights, device, plan.precision, plan.config.batch_size)
-
-
-def _committed(plan: Plan, part: Part, started: float) -> pa.Table | None:
-    """The report of a part that an earlier process of this run has committed; None of any other."""
-    with suppress(UnusableFileError):
-        stamp, _, _ = read_stamp(plan.output, f"{PREDICTIONS}/{part.output}")
-        if (digest(stamp), stamp["spec"]) == (digest(asdict(part)), plan.spec):
-            return _report(part, started, rows=part.rows, rejected=stamp["rejected"])
-    return None
 
 
 def _report(part: Part, started: float, **fields: Any) -> pa.Table:
@@ -151,8 +138,8 @@ class PartRows:
     """uint8[n, 28, 28]; zeros in rejected rows."""
     numbers: npt.NDArray[np.int64]
     """int64[n], 0..NUMBERS - 1; 0 in rejected rows."""
-    labels: npt.NDArray[np.int64] | None
-    """int64[n], the true digit, -1 where it is unknown; None without a label column."""
+    labels: npt.NDArray[np.int64]
+    """int64[n], the true digit; -1 where it is unknown, as without a label column."""
     reasons: dict[int, str]
     """Why each rejected row cannot be scored, by its index in the part, in ascending order."""
     bad_labels: dict[int, str]
@@ -167,17 +154,17 @@ def read_parts(folder: Location, parts: list[Part], config: ScoreConfig) -> Iter
     Yields:
         Each part, with its rows or with why they cannot be read although the footer of their file could.
     """
-    for _, of_file in itertools.groupby(parts, lambda part: part.name):
-        left = list(of_file)
+    for _, group in itertools.groupby(parts, lambda part: part.name):
+        of_file, done = list(group), 0
         try:
-            for part, rows in _read_file(folder, [*left], config):
-                yield part, rows
-                left.remove(part)
+            for rows in _read_file(folder, of_file, config):
+                yield rows.part, rows
+                done += 1
         except UnusableFileError as error:
-            yield from ((part, error) for part in left)
+            yield from ((part, error) for part in of_file[done:])
 
 
-def _read_file(folder: Location, parts: list[Part], config: ScoreConfig) -> Iterator[tuple[Part, PartRows]]:
+def _read_file(folder: Location, parts: list[Part], config: ScoreConfig) -> Iterator[PartRows]:
     """Read and decode parts of one file; only the rows of the current part are in memory.
 
     Whatever a file makes the decoding raise is an UnusableFileError, as what its reading does.
@@ -192,7 +179,7 @@ def _read_file(folder: Location, parts: list[Part], config: ScoreConfig) -> Iter
                 pending.append(next(batches))
             table = pa.Table.from_batches(pending, schema)
             rows_of_part, odd_years = without_odd_years(file, plain_table(table.slice(0, part.rows)))
-            yield part, _decode(part, rows_of_part, config, odd_years)
+            yield _decode(part, rows_of_part, config, odd_years)
             pending = table.slice(part.rows).to_batches()
 
 
@@ -200,7 +187,7 @@ def _decode(part: Part, table: pa.Table, config: ScoreConfig, odd_years: int) ->
     images, bad_images = decode_images(one_chunk(table[config.image_column]))
     numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
     reasons = join_reasons(bad_images, bad_numbers)
-    labels, bad_labels = None, dict[int, str]()
+    labels, bad_labels = np.full(part.rows, -1), dict[int, str]()
     if config.label_column:
         column = one_chunk(table[config.label_column])
         labels, unknown = decode_numbers(column, DIGITS)
@@ -258,7 +245,6 @@ def write_part(plan: Plan, rows: PartRows, predictions: Predictions) -> None:
     predictions = Predictions({name: values[good] for name, values in predictions.values.items()})
     source = plan.source(part.name)
     stamp = asdict(part) | {"source": source, "rejected": len(bad), "spec": plan.spec}
-    stamp |= {"max_rows_per_file": plan.config.max_rows_per_file}
     metadata = to_metadata(stamp, _count(rows, good, predictions).as_json())
     if rows.reasons:
         reasons = {part.first_row + row: reason for row, reason in rows.reasons.items()}
@@ -284,15 +270,14 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
         odd_years=rows.odd_years,
         consistent=int(predictions.columns(numbers)[-1].sum()),
     )
-    labels = np.full(len(good), -1) if rows.labels is None else rows.labels[good]
+    labels = rows.labels[good]
     known = labels >= 0
     cells = np.bincount(labels[known] * DIGITS + digits[known], minlength=DIGITS * DIGITS)
     counts.confusion = cells.reshape(DIGITS, DIGITS).tolist()
     for head in HEADS:
         probability = predictions.values[f"{head.name}_prob"]
-        if rows.labels is not None:
-            right = predictions.values[f"pred_{head.name}"][known] == head.target(labels, numbers)[known]
-            counts.reliability[head.name] = Reliability.of(probability[known], right)
+        right = predictions.values[f"pred_{head.name}"] == head.target(labels, numbers)
+        counts.reliability[head.name] = Reliability.of(probability[known], right[known])
     unsure: dict[str, list[Any]] = {}
     # The same image may be there with each number.
     for place in np.argsort(predictions.digit_prob, kind="stable")[: NUMBERS * _UNSURE].tolist():
@@ -307,17 +292,18 @@ def _count(rows: PartRows, good: npt.NDArray[np.int64], predictions: Predictions
 def _rejected_table(rows: pa.Table, source: str, reasons: dict[int, str]) -> pa.Table:
     """The rejected rows with REJECTION_FIELDS; `reasons` are by the index of each row in the input file."""
     # Input columns of these names are renamed to `input_<name>`; DuckDB and Spark do not tell upper case from lower case.
-    taken = {name.lower() for name in (*rows.column_names, *REJECTION_FIELDS.names)}
-    table = rows.rename_columns(
-        [_free_name(name, taken) if name.lower() in REJECTION_FIELDS.names else name for name in rows.column_names]
-    )
+    names = [*rows.column_names]
+    taken = {name.lower() for name in (*names, *REJECTION_FIELDS.names)}
+    for place, name in enumerate(names):
+        if name.lower() in REJECTION_FIELDS.names:
+            while name.lower() in taken:
+                name = f"input_{name}"
+            taken.add(name.lower())
+            names[place] = name
+    table = rows.rename_columns(names)
     for field, values in zip(REJECTION_FIELDS, ([source] * len(reasons), list(reasons), list(reasons.values())), strict=True):
         table = table.append_column(field, pa.array(values, field.type))
     return table
-
-
-def _free_name(name: str, taken: set[str]) -> str:
-    return _free_name(f"input_{name}", taken) if name.lower() in taken else name
 
 
 def _write(folder: OutputFolder, name: str, table: pa.Table, metadata: dict[bytes, bytes]) -> None:

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RowRanges
 from mnistsum_ray.data.picture import background_of
 from mnistsum_ray.model.device import hardware
+from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.model.metrics import ScoredRows, analyse_errors, calibrated, fit_temperatures
 from mnistsum_ray.model.network import Network
-from mnistsum_ray.model.serialization import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.training.checkpoint import TrainerState
 from mnistsum_ray.training.fetch import RowData
 from mnistsum_ray.training.worker import Worker
@@ -41,9 +40,7 @@ class TrainingResult:
     weights: dict[str, np.ndarray]
     """Weights of the model, with the temperatures folded in; arrays, since Ray Train takes no tensors."""
     description: dict[str, Any]
-    """Description of the model, see `serialization.describe_model`."""
-    checksums: npt.NDArray[np.int64] | None
-    """Checksums of the rows of each streamed file, see `TrainerState.checksums`."""
+    """Description of the model, see `describe_model`."""
 
 
 def analyse(
@@ -88,12 +85,11 @@ def analyse(
         mistake_images,
         {name: value.numpy() for name, value in weights.items()},
         description,
-        None if state.checksums is None else state.checksums.numpy(),
     )
 
 
 def describe(state: TrainerState, weights: Weights, background: int = 0) -> dict[str, Any]:
-    """Description of the model after the last epoch, see `serialization.describe_model`; `weights` are those published."""
+    """Description of the model after the last epoch, see `describe_model`; `weights` are those published."""
     line, tuned = state.history[-1], state.sum_head
     metrics = before = {split: line[split] for split in ("validation", "test")}
     entry = None

@@ -1,37 +1,37 @@
 """Driver of a training run: reserve resources, place the rows, run Ray Train, publish the result."""
 
-import json
 import shlex
+import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from statistics import fmean
 from typing import Any, Final
 
-import numpy as np
 import ray.exceptions
 import ray.train
+import torch
+from ray.util.queue import Queue
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.nodes import check_shared_storage, lost_nodes
-from mnistsum_ray.cluster.ray_internals import detached_data_actors
 from mnistsum_ray.cluster.resources import WorkerPlan, inspect_cluster, reserve, wait_until_free
 from mnistsum_ray.cluster.stop import defer_signals
-from mnistsum_ray.config import OnEpoch
+from mnistsum_ray.cluster.workarounds import detached_data_actors
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
     RunInterrupted,
-    StorageError,
     TryAgainError,
     counted,
     one_line,
     root_cause,
     shell_command,
 )
+from mnistsum_ray.model.folder import save_model
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import JobMetrics
@@ -44,10 +44,8 @@ from mnistsum_ray.training.analysis import TrainingResult
 from mnistsum_ray.training.artifacts import (
     build_manifest,
     check_data,
-    publish_model,
     read_history,
     write_config,
-    write_data_files,
     write_history,
     write_report,
 )
@@ -57,7 +55,7 @@ from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
 from mnistsum_ray.training.ray_hooks import InterruptibleTrainer, placement_groups, remove_placement_groups
 from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
-from mnistsum_ray.training.worker import Events, event_queue
+from mnistsum_ray.training.worker import event_queue
 
 _MANIFEST: Final = "manifest.json"
 
@@ -71,13 +69,14 @@ _EVENT_SECONDS: Final = 1.0
 """Time in which a failure that a worker has reported arrives here."""
 
 
-def fit(run: TrainingRun, console: Console, on_epoch: OnEpoch | None = None) -> TrainResult:
-    """Train on the cluster that this process is connected to; what `on_epoch` raises is raised.
+def fit(run: TrainingRun, console: Console, callbacks: Sequence[ray.train.UserCallback] = ()) -> TrainResult:
+    """Train on the cluster that this process is connected to.
 
     Raises:
         RequestError: the cluster is too small, or a row of the data cannot be used.
         TryAgainError: the workers are not free in time, or another run writes there.
-        RunError: the loss became infinite, workers failed more often than `--max-failures`, or the storage cannot be written.
+        RunError: the loss became infinite, workers failed more often than `--max-failures`, a callback
+            failed, or the storage cannot be written.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
@@ -89,48 +88,50 @@ def fit(run: TrainingRun, console: Console, on_epoch: OnEpoch | None = None) -> 
             report_skipped(run.source.skipped, console.say)
             read = {} if run.source.files is None else {"--data": run.source.files.location(0)}
             check_shared_storage({"--storage-path": held}, read, console.say)
-            driver = _Driver(run, plan, held, console)
-            result = driver.fit(on_epoch)
+            return _Driver(run, plan, held, console, callbacks).fit()
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {run.how_to_resume()}") from error
-    if driver.ending is not None:
-        raise driver.ending  # whatever it is: it is none of the errors above
-    assert result is not None, "nothing else ends the training without one"
-    return result
 
 
 class _Driver:
     """A run that holds its folder, with its rows placed and its manifest made. Errors are those of `fit`."""
 
-    def __init__(self, run: TrainingRun, plan: WorkerPlan, held: OutputFolder, console: Console) -> None:
+    def __init__(
+        self,
+        run: TrainingRun,
+        plan: WorkerPlan,
+        held: OutputFolder,
+        console: Console,
+        callbacks: Sequence[ray.train.UserCallback],
+    ) -> None:
         self.run = run
         self.plan = plan
         self.held = held
         self.console = console
+        self.callbacks = callbacks
         self.history: list[dict[str, Any]] = []
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
-        check_memory(run, plan, cluster)
+        memory = check_memory(run, plan, cluster)
         read, skip = Progress(console.progress, "rows read", source.rows), run.config.skip_bad_rows
         self.rows = load_rows(source, streamed=run.shuffle.streamed, skip_bad_rows=skip, on_progress=read)
         self.run = run = replace(run, source=self.rows.source)
         if bad := run.source.bad.total:
             console.say(f"left out: {bad:,} of {counted(source.rows, 'row')}: {run.source.bad.describe()}")
-        console.say(check_memory(run, plan, cluster))  # after the rows have been read: a refusal is one line
+        console.say(memory)  # now that the rows have been read: a refusal is one line
         threads = choose_threads(run, plan, cluster)
-        self.manifest = build_manifest(run, self.rows.checksums, plan) | {"threads": threads}
-        expected = check_data(run, self.rows.checksums, self.manifest["data"])
-        self.checksums = expected if self.rows.checksums is None else self.rows.checksums
-        """Those that the rows of each file must have; None if any may be trained on."""
+        check_data(run, self.rows.sha256)
+        self.manifest = build_manifest(run, self.rows.sha256, plan) | {"threads": threads}
         self.start: Location | None = None
         self.failures = 0
         """Failures since the last checkpoint."""
+        self.failed = threading.Event()
+        self.failure = ""
+        """What a worker has failed with that another attempt would meet again."""
         self.lost = lost_nodes()
-        self.ending: BaseException | None = None
-        """What `on_epoch` has raised."""
         self.groups = placement_groups()
         """Placement groups of a caller of `fit`."""
         if run.config.resume:
@@ -143,7 +144,7 @@ class _Driver:
         run, say = self.run, self.console.say
         stored, data = read_manifest(run.folder), self.manifest["data"]
         # The stored config names the data that `--data auto` found, so only the first manifest says that it is not full MNIST.
-        data |= {"notice": data["notice"] or stored["data"]["notice"], "sha256": data["sha256"] or stored["data"]["sha256"]}
+        data["notice"] = data["notice"] or stored["data"]["notice"]
         self.start = latest_valid_checkpoint(run.folder, say)
         if self.start is None and stored.get("status") == "finished":
             raise RequestError(
@@ -156,12 +157,10 @@ class _Driver:
         self.manifest = stored | self.manifest  # results of the stored one stay until there are new ones
         self.history = read_history(run.folder)
 
-    def fit(self, on_epoch: OnEpoch | None) -> TrainResult | None:
-        """Train and publish; None where `on_epoch` has ended the run. The manifest says how a run ends that does not finish."""
-        run, source, ends = self.run, self.run.source, partial(self._ends, on_epoch) if on_epoch else None
+    def fit(self) -> TrainResult:
+        """Train and publish. The manifest says how a run ends that does not finish."""
+        run, source = self.run, self.run.source
         try:
-            if source.files:
-                write_data_files(self.held, source.files, self.checksums)
             write = self.held.write if run.config.resume else self.held.create
             write(_MANIFEST, self.manifest)
             of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
@@ -170,13 +169,9 @@ class _Driver:
                 f"{len(source.test):,} test rows of {of}; {self.manifest['workers']}"
             )
             rows = len(self.history) * len(source.train)
-            metrics = JobMetrics("train", run.folder.display, rows)
-            with event_queue(self.console, self._on_epoch, partial(self._on_event, metrics), ends) as events:
+            self.metrics = JobMetrics("train", run.folder.display, rows)
+            with event_queue(self.console, self._on_event) as events:
                 result = self._train(events)
-            if result is None:
-                self._mark("stopped")
-                self.console.say(f"on_epoch has ended the run; {run.how_to_resume()}")
-                return None
             return self._publish(result)
         except KeyboardInterrupt:
             self._mark("stopped")
@@ -192,53 +187,33 @@ class _Driver:
         with suppress(OSError, RunError, KeyboardInterrupt):
             self.held.write(_MANIFEST, self.manifest | {"status": status})
 
-    def _on_event(self, metrics: JobMetrics, event: dict[str, Any]) -> None:
-        _show(metrics, event)
-        if event["kind"] == "precision":
-            self._write_config(event["precision"])
+    def _on_event(self, event: dict[str, Any]) -> None:
+        """Do what an event of the training loop asks for, besides its line on the console, see `Console.show`."""
+        if event["kind"] == "failure":
+            self.failure = self.failure or event["text"]
+            self.failed.set()
+        elif event["kind"] == "precision":
+            # Only now that the workers have chosen it: config.yaml says all.
+            write_config(self.run, self.held, self.plan, self.manifest["threads"], event["precision"])
+        elif event["kind"] == "progress":
+            self.metrics.count(rows=(event["epoch"] - 1) * event["of_rows"] + event["rows"])
+            self.metrics.set(rows_per_second=event["rows_per_second"], epoch=event["epoch"], loss=event["loss"])
+        elif event["kind"] == "epoch":
+            line = {key: value for key, value in event.items() if key != "kind"}
+            self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
+            write_history(self.held, self.history)  # after an error it is written with the next epoch
 
-    def _write_config(self, precision: str) -> None:
-        """Write config.yaml; only now that the workers have chosen their precision it says all."""
-        low, high = self.plan.worker_range
-        workers = low if low == high else [low, high]
-        chosen = {"num_workers": workers, "use_gpu": self.plan.use_gpu, "threads": self.manifest["threads"]}
-        write_config(self.run, self.held, chosen | {"precision": precision})
-
-    def _on_epoch(self, line: dict[str, Any]) -> None:
-        self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
-        try:
-            write_history(self.held, self.history)
-        except (StorageError, RunError) as error:  # it is written again after the next epoch
-            self.console.say(f"history.jsonl: {one_line(error)}")
-
-    def _ends(self, on_epoch: OnEpoch) -> bool:
-        """Call the caller's `on_epoch` with the last line; return whether it ends the run."""
-        if self.ending is not None:  # workers have died on the way to the checkpoint, and trained the epoch again
-            return True
-        line = json.loads(json.dumps(self.history[-1]))
-        try:
-            stop = on_epoch(line)
-            # Not whatever counts as true: functions also return how much they have written, or sent.
-            if isinstance(stop, bool | np.bool_) and stop and line["epoch"] < self.run.hyperparameters.epochs:
-                raise RunError(f"on_epoch returned True after epoch {line['epoch']}; {self.run.how_to_resume()}")
-        except BaseException as error:
-            self.ending = error
-        return self.ending is not None
-
-    def _trainer(self, events: Events) -> InterruptibleTrainer:
+    def _trainer(self, events: Queue) -> InterruptibleTrainer:
         run, config = self.run, self.run.config
         min_workers, max_workers = self.plan.worker_range
         loop = LoopConfig(
             run.hyperparameters,
             self.manifest["threads"],
-            config.checkpoint_seconds,
             self.rows.data,
             run.shuffle,
             run.source.validation,
             run.source.test,
-            expected_checksums=self.checksums if run.shuffle.streamed else None,
-            events=events.queue,
-            answers=events.answers,
+            events=events,
             start=self.start,
             held=self.held,
         )
@@ -257,14 +232,15 @@ class _Driver:
                 name=config.name,
                 storage_path=run.storage.path,
                 storage_filesystem=run.storage.filesystem,
+                callbacks=[*self.callbacks],
                 failure_config=ray.train.FailureConfig(controller_failure_limit=0, max_preemption_failures=0),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             ),
             # No datasets: Ray Train would split them, and drop up to one row a worker. Each worker makes its own, see rows.py.
         )
 
-    def _train(self, events: Events) -> TrainingResult | None:
-        """Run Ray Train, and after a failure again from the newest checkpoint; the result of rank 0, None if `on_epoch` ends it.
+    def _train(self, events: Queue) -> TrainingResult:
+        """Run Ray Train, and after a failure again from the newest checkpoint; the result of rank 0.
 
         Ray Train's own retries count the failures of the whole run, lost nodes included, and it does not retry where a node is
         lost while the workers start.
@@ -275,25 +251,28 @@ class _Driver:
             trainer = self._trainer(events)
             try:
                 with default_environment(_train_environment()):
-                    result = trainer.fit()
-                break
+                    result: TrainingResult = trainer.fit().return_value
+                return result
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
                 self.held.check()  # if another run has taken the folder, that is the cause
-                if events.failed.wait(_EVENT_SECONDS):
-                    raise RunError(events.failure) from error
+                if self.failed.wait(_EVENT_SECONDS):
+                    raise RunError(self.failure) from error
+                if isinstance(error, ray.train.ControllerError):
+                    self._check_callbacks(error.controller_failure)
                 self._recover(error)
             except KeyboardInterrupt:
                 self._mark("stopped")  # first, since a cluster gives a stopped job only a few seconds
                 trainer.abort()
                 self.held.check()
                 raise
-        if result.checkpoint and self.start:
-            try:
-                self.held.delete_folder(self.start.name)  # Ray Train keeps two of its own, and does not know this one
-            except StorageError as error:
-                self.console.say(f"{error}; this checkpoint is no longer needed")
-        trained: TrainingResult | None = result.return_value
-        return trained
+
+    def _check_callbacks(self, error: Exception) -> None:
+        """Raise RunError if this error, which has ended Ray Train's controller, is that of a callback."""
+        if isinstance(error, ray.train.ControllerError):
+            error = error.controller_failure
+        if self.callbacks and not type(error).__module__.startswith("ray."):
+            cause = f"{type(error).__name__}: {one_line(error)}"
+            raise RunError(f"a callback failed with {cause}; {self.run.how_to_resume()}") from error
 
     def _recover(self, error: Exception) -> None:
         """Say why the workers have failed, make way for others that go on from the newest checkpoint, and wait until they fit."""
@@ -323,11 +302,9 @@ class _Driver:
     def _publish(self, result: TrainingResult) -> TrainResult:
         """Publish the model, write the report, complete the manifest."""
         run, manifest, say = self.run, self.manifest.copy(), self.console.say
-        if run.source.files and result.checksums is not None:
-            write_data_files(self.held, run.source.files, result.checksums)
-            manifest["data"]["sha256"] = run.source.content_sha256(result.checksums)
-        self._write_config(result.manifest["precision"])
-        card = publish_model(self.held, result)
+        write_config(run, self.held, self.plan, manifest["threads"], result.manifest["precision"])
+        card = result.description
+        save_model(self.held / "model", {name: torch.tensor(value) for name, value in result.weights.items()}, card)
         write_history(self.held, result.history)
         steady = result.history[1:] or result.history  # the first epoch includes one-time work such as loading kernels
         speed = fmean((line["rows_per_second"] for line in steady), (line["seconds"] for line in steady))
@@ -358,13 +335,6 @@ class _Driver:
         say(f"report: {(run.folder / REPORT).display}")
         say(f"score with it: {shell_command('score')} --model {shlex.quote(run.folder.display)} --input PAIRS --output SCORED")
         return summary
-
-
-def _show(metrics: JobMetrics, event: dict[str, Any]) -> None:
-    """Show an event of the training loop, see `Console.show`, in Ray's metrics."""
-    if event["kind"] == "progress":
-        metrics.count(rows=(event["epoch"] - 1) * event["of_rows"] + event["rows"])
-        metrics.set(rows_per_second=event["rows_per_second"], epoch=event["epoch"], loss=event["loss"])
 
 
 def _train_environment() -> dict[str, str]:

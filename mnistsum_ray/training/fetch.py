@@ -15,15 +15,18 @@ import ray
 import ray.data
 from ray.data import TaskPoolStrategy
 
-from mnistsum_ray.cluster.tasks import CAUSES, MAX_CRASHES, begin, crash_counter, ray_data_options
+from mnistsum_ray.cluster.tasks import ray_data_options
 from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
 from mnistsum_ray.data.images import PIXELS, SIDE, Pixels, ReasonCounts, one_chunk, pixels_array, pixels_view
-from mnistsum_ray.data.order import RowIds, Shuffle, random_numbers, row_checksums
+from mnistsum_ray.data.order import RowIds, Shuffle, random_numbers
 from mnistsum_ray.data.sources import ImageArrays, ParquetFiles, Source
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
 
 ROW_BYTES: Final = PIXELS + 60
-"""Memory of a row in a block: pixels, digit, number, ids, checksum and distortion."""
+"""Memory of a row in a block: pixels, digit, number, ids and distortion."""
+
+MAX_RETRIES: Final = 3
+"""Processes that Ray starts again for the same rows: by itself Ray Data would start new ones for ever."""
 
 TASK_CPUS: Final = 0
 """Tasks reserve no CPU, so busy workers cannot deadlock them, even when a node is lost and the others are full."""
@@ -33,8 +36,6 @@ _BLOCK_ROWS: Final = 8192
 
 _CHECKED_ROWS: Final = 65_536
 """Rows that a task looks at whose images are not kept. It reads up to two row groups that it needs only some rows of."""
-
-_FILES_NAMED: Final = 3
 
 Columns = dict[str, np.ndarray]
 
@@ -49,8 +50,8 @@ class LoadedRows:
     source: Source
     """Without the rows that were found to be bad."""
     data: "ray.ObjectRef[RowData]"
-    checksums: npt.NDArray[np.int64] | None
-    """Sum of `row_checksums` of each file's good rows, int64[files]; None where the rows have not been read."""
+    sha256: str
+    """`Source.fingerprint` of both."""
 
 
 def load_rows(
@@ -68,14 +69,11 @@ def load_rows(
         RowCountError: the files hold more or fewer rows than their footers say.
     """
     data = source.data
-    if streamed and not skip_bad_rows:
-        return LoadedRows(source, ray.put(data), None)
-    if isinstance(data, ImageArrays):
-        checksums = row_checksums(np.arange(source.rows), data.images, data.digits).sum(keepdims=True)
-        return LoadedRows(source, ray.put(data), checksums)
+    if isinstance(data, ImageArrays) or (streamed and not skip_bad_rows):
+        return LoadedRows(source, ray.put(data), source.fingerprint(data))
     kept = 0 if streamed else source.rows
     images, digits = np.empty((kept, SIDE, SIDE), np.uint8), np.empty(kept, np.int8)
-    end, checksums = 0, np.zeros(len(data.end_ids), np.int64)
+    end = 0
     bad_ids, bad = [np.empty(0, np.int64)], ReasonCounts()
     for block in _read_blocks(data, with_images=not streamed):
         first, end = end, end + len(block)
@@ -83,7 +81,6 @@ def load_rows(
             break
         if not streamed:
             images[first:end], digits[first:end] = _images_and_digits(block)
-        data.add_checksums(checksums, np.arange(first, end), block["checksum"].to_numpy())
         if block["reason"].null_count < len(block):
             reasons = {first + row: reason for row, reason in enumerate(block["reason"].to_pylist()) if reason}
             bad_ids.append(np.array([*reasons], np.int64))
@@ -92,7 +89,8 @@ def load_rows(
     if end != source.rows:
         raise RowCountError(f"read {end:,} rows of {data.root.display}, whose files hold {source.rows:,}")
     good = source.without(np.concatenate(bad_ids), bad, skip=skip_bad_rows)
-    return LoadedRows(good, ray.put(data if streamed else ImageArrays(images, digits)), checksums)
+    loaded = data if streamed else ImageArrays(images, digits)
+    return LoadedRows(good, ray.put(loaded), good.fingerprint(loaded))
 
 
 def _read_blocks(files: ParquetFiles, *, with_images: bool) -> Iterator[pa.Table]:
@@ -105,78 +103,58 @@ def _read_blocks(files: ParquetFiles, *, with_images: bool) -> Iterator[pa.Table
     if with_images:
         edges = np.unique(bounds[np.searchsorted(bounds, edges, side="right") - 1])
     items = [{"first": first, "end": end} for first, end in pairwise([*edges.tolist(), int(bounds[-1])])]
-    with crash_counter() as counter:
-        with ray_data_options(preserve_order=True):
-            dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-                _read_block,
-                fn_args=(ray.put(files), counter, with_images),
-                batch_size=1,
-                num_cpus=TASK_CPUS,
-                compute=TaskPoolStrategy(size=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))),
-            )
-        dataset.set_name("load-rows")
-        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            if "error" in block.column_names:
-                error, of_type = block["error"][0].as_py(), block["type"][0].as_py()
-                raise RequestError(error) if of_type == "RequestError" else RunError(f"--data {error}; nothing was begun")
-            yield block
+    with ray_data_options(preserve_order=True):
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _read_block,
+            fn_args=(ray.put(files), with_images),
+            batch_size=1,
+            num_cpus=TASK_CPUS,
+            compute=TaskPoolStrategy(size=max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))),
+            max_retries=MAX_RETRIES,
+        )
+    dataset.set_name("load-rows")
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        if "error" in block.column_names:
+            error, of_type = block["error"][0].as_py(), block["type"][0].as_py()
+            raise RequestError(error) if of_type == "RequestError" else RunError(f"--data {error}; nothing was begun")
+        yield block
 
 
-def _read_block(item: Columns, files: ParquetFiles, counter: Any, with_images: bool) -> pa.Table:
-    """Rows of a range of ids: `reason` of each bad row, else null; `checksum`, 0 for bad rows; and with images the block."""
+def _read_block(item: Columns, files: ParquetFiles, with_images: bool) -> pa.Table:
+    """Rows of a range of ids: `reason` of each bad row, else null; and with images the block."""
     data, ids = _resolved(files), np.arange(item["first"][0], item["end"][0])
 
     def read() -> pa.Table:
         images, digits, bad = data.decode(ids)
-        checksums = row_checksums(ids, images, digits)
-        checksums[np.array([*bad], np.int64) - ids[0]] = 0
         reasons = pa.array(map(bad.get, ids.tolist()), pa.string()) if bad else pa.nulls(len(ids), pa.string())
-        columns = {"checksum": checksums, "reason": reasons}
-        return _block(images, digits, **columns) if with_images else pa.table(columns)
+        return _block(images, digits, reason=reasons) if with_images else pa.table({"reason": reasons})
 
-    return _attempt(counter, str(ids[0]), data, ids, read)
+    return _or_error(read)
 
 
-def _attempt(counter: Any, key: str, data: RowData, ids: RowIds, read: Callable[[], pa.Table]) -> pa.Table:
-    """The block that `read` makes of rows, or its error as a block: Ray Data would wrap an exception, and its type would be lost.
-
-    Once MAX_CRASHES processes have died in the work of this key, the error is a RunError that names the files.
-    """
+def _or_error(read: Callable[[], pa.Table]) -> pa.Table:
+    """The block, or the error as a block: Ray Data would wrap an exception, and its type would be lost."""
     try:
-        if begin(counter, key) > MAX_CRASHES:
-            raise RunError(f"{_files_of(data, ids)}: the process that reads there died {MAX_CRASHES} times ({CAUSES})")
         return read()
     except (RequestError, RunError, OSError) as error:
-        return pa.table({"error": [str(error)], "type": ["OSError" if isinstance(error, OSError) else type(error).__name__]})
-    finally:
-        counter.end.remote(key)
-
-
-def _files_of(data: RowData, ids: RowIds) -> str:
-    """The files of some rows, for messages."""
-    if isinstance(data, ImageArrays):
-        return "rows in memory"
-    files = np.unique(np.searchsorted(data.end_ids, ids, side="right")).tolist()
-    more = f" and {len(files) - _FILES_NAMED:,} more files" if len(files) > _FILES_NAMED else ""
-    return ", ".join(data.location(index).display for index in files[:_FILES_NAMED]) + more
+        kind = "OSError" if isinstance(error, OSError) else type(error).__name__
+        return pa.table({"error": [str(error)], "type": [kind]})
 
 
 class ReadRows:
     """Turns tasks into the rows that a worker trains on, in the order of the steps; runs in an actor."""
 
-    def __init__(self, data: "ray.ObjectRef[RowData]", shuffle: Shuffle, distortion: float, counter: Any = None) -> None:
-        # `counter` is what `crash_counter` yields; `rows` needs none.
+    def __init__(self, data: "ray.ObjectRef[RowData]", shuffle: Shuffle, distortion: float) -> None:
         self._data = _resolved(data)
         self._shuffle = shuffle
         self._distortion = distortion
-        self._counter = counter
 
     def __call__(self, task: dict[str, np.ndarray]) -> pa.Table:
         """The rows of the positions first..end-1 of a batch at the steps first_step..end_step-1 of an epoch."""
         of = {name: int(values[0]) for name, values in task.items()}
         epoch, index = of["epoch"], of["index"]
         ids = self._shuffle.ids(epoch, range(of["first_step"], of["end_step"]), range(of["first"], of["end"]))
-        return _attempt(self._counter, str(index), self._data, ids, lambda: self.rows(epoch, ids, index))
+        return _or_error(lambda: self.rows(epoch, ids, index))
 
     def rows(self, epoch: int, ids: RowIds, index: int) -> pa.Table:
         """Rows of an epoch, and the index of their task.
@@ -190,8 +168,6 @@ class ReadRows:
             "number": random_numbers(seed, epoch, ids),
             "index": np.full(len(ids), index),
         }
-        if self._shuffle.streamed:
-            columns["checksum"] = row_checksums(ids, images, digits)
         if self._distortion:  # the worker distorts the images, on its device
             matrices = distortions(seed, epoch, ids, self._distortion)
             columns["affine"] = pa.FixedSizeListArray.from_arrays(pa.array(matrices.ravel()), AFFINE_VALUES)
@@ -202,9 +178,8 @@ def block_columns(table: pa.Table) -> Columns:
     """The columns of a block as arrays, most of them without a copy; integers as int64."""
     images, digits = _images_and_digits(table)
     columns: Columns = {"image": images, "digit": digits.astype(np.int64)}
-    for name in ("row_id", "number", "checksum"):
-        if name in table.column_names:
-            columns[name] = table[name].to_numpy().astype(np.int64, copy=False)
+    for name in ("row_id", "number"):
+        columns[name] = table[name].to_numpy().astype(np.int64, copy=False)
     if "affine" in table.column_names:
         columns["affine"] = one_chunk(table["affine"]).flatten().to_numpy().reshape(-1, AFFINE_VALUES)
     return columns

@@ -1,36 +1,28 @@
 """Per-worker training loop: train, evaluate and checkpoint each epoch; then fine-tune the sum head, and analyse the model."""
 
-import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import ray
 import torch
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.order import RandomStream, RowRanges, Shuffle, step_seed
-from mnistsum_ray.data.sources import ParquetFiles
 from mnistsum_ray.errors import RequestError, RowCountError, RunError, counted, percent
 from mnistsum_ray.model import sum_head
-from mnistsum_ray.model.device import all_reduce_sum, broadcast_state, faster_with_bf16
+from mnistsum_ray.model.device import broadcast_state, faster_with_bf16
+from mnistsum_ray.model.folder import copy_weights
 from mnistsum_ray.model.metrics import Metrics, ScoredRows, score_rows
-from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.folder import OutputFolder
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.training.analysis import TrainingResult, analyse
-from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState, latest_state, restore
+from mnistsum_ray.training.checkpoint import TrainerState, latest_state, report_checkpoint, restore
 from mnistsum_ray.training.fetch import RowData
 from mnistsum_ray.training.rows import EvaluationSet, TrainingRows
 from mnistsum_ray.training.trainer import Trainer
 from mnistsum_ray.training.worker import Worker
-
-_ANSWER_SECONDS: Final = 60
-"""Time between collectives while workers wait for an answer of the driver."""
 
 _MAX_READERS: Final = 8
 """Actors that read files for one worker: each feeds some 100,000 rows/s of raw bytes, or 26,000 of PNG."""
@@ -46,18 +38,13 @@ class LoopConfig:
     hyperparameters: Hyperparameters
     threads: int | None
     """Threads of each worker on CPUs, see `resources.choose_threads`."""
-    checkpoint_seconds: float
     data: "ray.ObjectRef[RowData]"
     shuffle: Shuffle
     """Order of the training rows."""
     validation: RowRanges
     test: RowRanges
-    expected_checksums: npt.NDArray[np.int64] | None
-    """Checksums that the rows of each streamed file must have, as `TrainerState.checksums`; None: the first epoch finds them."""
     events: Queue
     """From the workers to the console."""
-    answers: Queue | None
-    """From the driver, see `Events`."""
     start: Location | None
     """Checkpoint that `--resume` starts from; None starts from new weights."""
     held: OutputFolder
@@ -68,11 +55,12 @@ class LoopConfig:
 
 
 def train_loop_per_worker(config: dict[str, LoopConfig]) -> TrainingResult | None:
-    """Run the training loop; the result on rank 0, which Ray Train hands to the driver, None if the driver has ended the run."""
+    """Run the training loop; the result on rank 0, which Ray Train hands to the driver."""
     worker = Worker.set_up(config["loop"].events, config["loop"].threads)
     try:
         loop = TrainingLoop(config["loop"], worker)
-        return loop.analyse() if loop.train() and worker.rank == 0 else None
+        loop.train()
+        return loop.analyse() if worker.rank == 0 else None
     except (RunError, RequestError) as error:
         worker.events.fail(str(error))  # another attempt would fail in the same way
         raise
@@ -91,30 +79,25 @@ class TrainingLoop:
             self._state, tensors = saved
         else:
             bf16 = worker.all_agree(faster_with_bf16(worker.device))
-            checksums = None if config.expected_checksums is None else torch.from_numpy(config.expected_checksums.copy())
-            self._state = TrainerState(0, [], self._parameters.precision or ("bf16" if bf16 else "fp32"), checksums=checksums)
+            self._state = TrainerState(0, [], self._parameters.precision or ("bf16" if bf16 else "fp32"))
         worker.events.send("precision", precision=self._state.precision)
         self._trainer = Trainer(self._parameters, worker, self._state.precision)
         if saved:
             restore(tensors, self._trainer.model, self._trainer.optimizer)
-            steps = self._state.progress.steps
-            step = f", step {steps} of the next" if steps else ""
-            worker.events.note(f"going on after epoch {self._state.epochs_done}{step}, on {counted(worker.world_size, 'worker')}")
-        self._checkpointer = Checkpointer(
-            self._trainer.model, self._trainer.optimizer, worker, config.held, config.checkpoint_seconds
-        )
+            workers = counted(worker.world_size, "worker")
+            worker.events.note(f"going on after epoch {self._state.epochs_done}, on {workers}")
         self._validation, self._test = (
             self._evaluation_set(rows, worker.rank, worker.world_size) for rows in (config.validation, config.test)
         )
 
-    def train(self) -> bool:
-        """Train the epochs that are left, and fine-tune the sum head; false if the driver ends the run before."""
+    def train(self) -> None:
+        """Train the epochs that are left, and fine-tune the sum head."""
         state = self._state
         parameters = self._parameters
         worker = self._worker
-        streamed = self._data if isinstance(self._data, ParquetFiles) else None
         # On CPUs the readers share the cores with the training, which takes a few thousand rows/s a core.
         cpus = worker.cpus // 4 if worker.device.type == "cpu" else worker.cpus
+        most = _MAX_READERS if self._config.shuffle.streamed else _MAX_MEMORY_READERS
         batches = TrainingRows(
             self._config.data,
             self._config.shuffle,
@@ -123,77 +106,33 @@ class TrainingLoop:
             rank=worker.rank,
             world_size=worker.world_size,
             device=worker.device,
-            readers=max(1, min(cpus, _MAX_READERS if streamed else _MAX_MEMORY_READERS)),
+            readers=max(1, min(cpus, most)),
             first_epoch=state.epochs_done,
-            first_step=state.progress.steps,
         ).batches()
-        end_ids = torch.from_numpy(streamed.end_ids) if streamed else None
         while state.epochs_done < parameters.epochs:
-            line, trained = self._trainer.train_epoch(state, self._config.shuffle, batches, end_ids, self._checkpointer)
+            line = self._trainer.train_epoch(state.epochs_done, self._config.shuffle, batches)
             broadcast_state(self._trainer.model)
-            for held_out in (self._validation, self._test):
-                held_out.forget_scores()
+            state.epochs_done += 1
             started = time.perf_counter()
-            validation, test = self._evaluate(state.epochs_done + 1)
+            validation, test = self._evaluate()
             line["evaluation_seconds"] = time.perf_counter() - started
-            if streamed and trained is not None:
-                self._check_contents(streamed, trained)
-            state.epochs_done, state.progress = state.epochs_done + 1, EpochProgress()
             line = {"epoch": state.epochs_done, **line, "validation": validation, "test": test}
             state.history.append(line)
             worker.events.send("epoch", **line)
-            ends = self._ends()
-            last = ends or state.epochs_done == parameters.epochs
-            # The checkpoint of an epoch that ends before the last upload does is left out, but not that of the last one.
-            if worker.all_agree(self._checkpointer.idle()) or last:
-                self._checkpointer.save(state)
-            if ends:
-                return False
+            self._checkpoint()
         if next(batches, None) is not None:
             raise RowCountError("there are more batches than steps")
         if parameters.sum_head_steps and state.sum_head is None:
             self._finetune(parameters.sum_head_steps)
-        return True
 
-    def _ends(self) -> bool:
-        """Whether the driver ends the run after this epoch; all workers wait for its answer, where it wants to be asked."""
-        if self._config.answers is None:
-            return False
-        token, answer, is_first = os.urandom(8), None, self._worker.rank == 0
-        if is_first:
-            self._config.events.put({"kind": "question", "token": token})  # not by `send`: it has to arrive
-        while True:  # a collective of the other workers waits for half an hour at most
-            if is_first:
-                with suppress(Empty):
-                    answered, ends = self._config.answers.get(timeout=_ANSWER_SECONDS)
-                    answer = ends if answered == token else None  # others are for workers that have died
-            flags = torch.tensor([answer is not None, bool(answer)], dtype=torch.int64, device=self._worker.device)
-            has_come, ends = all_reduce_sum(flags).tolist()
-            if has_come:
-                return bool(ends)
+    def _checkpoint(self) -> None:
+        trainer = self._trainer
+        report_checkpoint(self._state, trainer.model, trainer.optimizer, self._worker.rank, self._config.held)
 
-    def _evaluate(self, epoch: int) -> tuple[Metrics, Metrics]:
-        """Metrics on the validation and on the test rows, after an epoch with this number, from 1."""
-        return self._trainer.evaluate(self._validation, epoch), self._trainer.evaluate(self._test, epoch)
-
-    def _check_contents(self, files: ParquetFiles, trained: torch.Tensor) -> None:
-        """Compare the rows of each file with those of the first epoch, by their checksums.
-
-        `trained` are those of the training rows, of all ranks. The state gets the checksums if it has none yet.
-
-        Raises:
-            RunError: a file holds other rows; names it.
-        """
-        held_out = torch.from_numpy(self._validation.checksums + self._test.checksums).to(self._worker.device)
-        checksums = trained + all_reduce_sum(held_out).cpu()
-        if self._state.checksums is None:
-            self._state.checksums = checksums
-        changed = (checksums != self._state.checksums).nonzero()
-        if len(changed):
-            raise RunError(
-                f"{files.location(int(changed[0])).display}: holds other rows than when the run read it first; "
-                "put the file back as it was, or start another run"
-            )
+    def _evaluate(self) -> tuple[Metrics, Metrics]:
+        """Metrics on the validation and on the test rows, after `epochs_done`."""
+        validation, test = (self._trainer.evaluate(rows, self._state.epochs_done) for rows in (self._validation, self._test))
+        return validation, test
 
     def _finetune(self, steps: int) -> None:
         """Fine-tune the sum head of the last epoch's model on the digit scores of training rows, and save a checkpoint.
@@ -208,7 +147,7 @@ class TrainingLoop:
         model.eval()
         before = state.history[-1]["validation"]["consistency"]
         if self._worker.rank == 0:
-            rows = self._alone(self._config.shuffle.rows.sample(sum_head.MAX_ROWS))
+            rows = self._evaluation_set(self._config.shuffle.rows.sample(sum_head.MAX_ROWS))
             scores = torch.cat([digit_scores.float() for _, digit_scores in rows.with_digit_scores()])
             seed = step_seed(self._parameters.seed, self._parameters.epochs, 0, RandomStream.SUM_HEAD)
             threads = torch.get_num_threads()
@@ -216,7 +155,7 @@ class TrainingLoop:
             sum_head.finetune_sum_head(model, scores, steps, seed, events.progress("fine-tuning steps", steps))
             torch.set_num_threads(threads)
         broadcast_state(model)
-        validation, test = self._evaluate(state.epochs_done)
+        validation, test = self._evaluate()
         after = validation["consistency"]
         kept = after >= before
         state.sum_head = {"steps": steps, "kept": kept, "validation": validation, "test": test}
@@ -224,7 +163,7 @@ class TrainingLoop:
             model.load_state_dict(weights)
         undone = "" if kept else "; undone"
         events.note(f"validation sums equal to digit + number: {percent(before)} before, {percent(after)} after{undone}")
-        self._checkpointer.save(state)
+        self._checkpoint()
 
     def analyse(self) -> TrainingResult:
         """Analyse the model, on this worker alone."""
@@ -232,16 +171,10 @@ class TrainingLoop:
         splits = (config.shuffle.rows, config.validation, config.test)
 
         def scored(rows: RowRanges) -> ScoredRows:
-            return score_rows(model, self._alone(rows).with_digit_scores())
+            return score_rows(model, self._evaluation_set(rows).with_digit_scores())
 
         return analyse(model, self._state, self._worker, self._data, scored, *splits)
 
-    def _alone(self, rows: RowRanges) -> EvaluationSet:
-        """Rows that this worker reads for all; where it is alone, they may be those that it evaluates, and have digit scores."""
-        mine = (held_out for held_out in (self._validation, self._test) if held_out.rows is rows)
-        if self._worker.world_size == 1 and (same := next(mine, None)):
-            return same
-        return self._evaluation_set(rows, 0, 1)
-
-    def _evaluation_set(self, rows: RowRanges, rank: int, world_size: int) -> EvaluationSet:
+    def _evaluation_set(self, rows: RowRanges, rank: int = 0, world_size: int = 1) -> EvaluationSet:
+        """Held-out rows of a rank; by default all of them."""
         return EvaluationSet(self._data, rows, rank, world_size, self._worker.device, self._trainer.digit_scores)

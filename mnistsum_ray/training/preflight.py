@@ -5,29 +5,20 @@ This module imports neither torch nor Ray, which take seconds, so that a wrong r
 
 import secrets
 import shlex
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, Final
 
-import yaml
 from pydantic import ValidationError
 
 from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import Counter, Source, open_source
-from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shell_command
+from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
 from mnistsum_ray.storage.location import Location, is_hidden
-from mnistsum_ray.storage.lock import LOCK_NAME
 from mnistsum_ray.storage.paths import locate, output_base_folder, refused
-
-DATA_FILES: Final = "data_files.parquet"
-"""The files of a run, written before its manifest: a file that has changed can be named when the run is resumed."""
-
-CONFIG_FILE: Final = "config.yaml"
-"""The config of a run with all that it has chosen, which `--config` takes for a run of the same kind."""
 
 _FIXED: Final = ("recipe", "skip_bad_rows", *(field.name for field in fields(Hyperparameters)))
 """Fields that `--resume` may not change."""
@@ -73,8 +64,7 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     with refused("--storage-path"):
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
         begun = (folder / "manifest.json").exists()
-        ours = (LOCK_NAME, DATA_FILES)
-        taken = any(not is_hidden(entry.name) and entry.name not in ours for entry in folder.entries())
+        taken = any(not is_hidden(entry.name) for entry in folder.entries())
         if config.resume == "auto":
             config = config.model_copy(update={"resume": begun})
         if config.resume:
@@ -114,8 +104,6 @@ def _resumed(config: TrainConfig, folder: Location, manifest: dict[str, Any]) ->
         stored = TrainConfig(**manifest["config"])
     except (KeyError, TypeError, ValidationError):
         raise RequestError(f"--resume: {folder.display} was written by another version of this program") from None
-    if stored.precision is None:
-        stored = stored.model_copy(update={"precision": _chosen_precision(folder)})
     # A null, as a YAML file may have it, leaves the choice to the stored run.
     given = {key: value for key, value in config if key in config.model_fields_set and value is not None}
     for key in _FIXED:
@@ -126,13 +114,6 @@ def _resumed(config: TrainConfig, folder: Location, manifest: dict[str, Any]) ->
                 "its numbers depend on it; leave the flag out, or start another run"
             )
     return stored.model_copy(update=given)
-
-
-def _chosen_precision(folder: Location) -> str | None:
-    """The precision that the workers of a run have chosen; None if they have not yet."""
-    with suppress(StorageError, yaml.YAMLError, KeyError, TypeError):
-        return str(yaml.safe_load((folder / CONFIG_FILE).read_bytes())["precision"])
-    return None
 
 
 def read_manifest(folder: Location) -> dict[str, Any]:
@@ -151,10 +132,8 @@ def read_manifest(folder: Location) -> dict[str, Any]:
         ) from None
     except StorageError as error:
         raise RequestError(f"--resume: {error}") from None
-    except ValueError as error:
-        raise RequestError(f"--resume: {path.display} is not JSON ({one_line(error)}); start another run") from None
-    except (KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         known = False
     if not known:
-        raise RequestError(f"--resume: {path.display} does not say which data the run had; start another run")
+        raise RequestError(f"--resume: {path.display} is damaged, or of another version; start another run")
     return manifest

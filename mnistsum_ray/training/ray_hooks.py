@@ -14,7 +14,7 @@ _ABORT_SECONDS: Final = 3.0
 class InterruptibleTrainer(ray.train.torch.TorchTrainer):
     """TorchTrainer that leaves SIGINT to this process, and its workers in peace.
 
-    Ray Train 2.60 has no options against two of its habits; tests/cluster/test_ray_internals.py fails when a name changes.
+    Ray Train 2.60 has no options against two of its habits; tests/cluster/test_workarounds.py fails when a name changes.
 
     - `_register_sigint_handler` would install a handler for SIGINT for good, which ends the process with exit code 0.
     - `PlacementGroupCleanerCallback` asks each second whether the controller is alive, and it asks any Ray cluster that runs on

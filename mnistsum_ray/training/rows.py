@@ -30,19 +30,17 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from mnistsum_ray.cluster.tasks import crash_counter, ray_data_options
-from mnistsum_ray.data.order import RowRanges, Shuffle, mix_ids, positions_of_rank, row_checksums
-from mnistsum_ray.data.sources import ParquetFiles
+from mnistsum_ray.cluster.tasks import ray_data_options
+from mnistsum_ray.data.order import RowRanges, Shuffle, mix_ids, positions_of_rank
 from mnistsum_ray.errors import RowCountError, RunError
 from mnistsum_ray.model.device import array_to_device
-from mnistsum_ray.training.fetch import ROW_BYTES, TASK_CPUS, Columns, ReadRows, RowData, block_columns
+from mnistsum_ray.training.fetch import MAX_RETRIES, ROW_BYTES, TASK_CPUS, Columns, ReadRows, RowData, block_columns
 
 T = TypeVar("T")
 
 Batch = dict[str, torch.Tensor]
 """image uint8[n, 28, 28], digit int64[n], row_id int64[n]; in training also number int64[n], mixed_id int64[n]
-(`order.mix_ids`) and, with --distortion, affine float32[n, AFFINE_VALUES]; for streamed rows checksum int64[n]
-(`order.row_checksums`); all on the worker's device."""
+(`order.mix_ids`) and, with --distortion, affine float32[n, AFFINE_VALUES]; all on the worker's device."""
 
 _TASK_ROWS: Final = 32_768
 """Most rows of a task, except where a chunk of a GPU is one task: a task costs 20 ms beside its rows, and one that reads files
@@ -81,8 +79,6 @@ class TrainingRows:
     readers: int = 1
     """Actors that run the tasks."""
     first_epoch: int = 0
-    first_step: int = 0
-    """First step of the first epoch; later epochs start at step 0."""
 
     @property
     def positions(self) -> range:
@@ -107,10 +103,9 @@ class TrainingRows:
         window_rows = max(1, window * len(self.positions))
         size = window * max(1, _FIRST_ROWS // window_rows)
         for epoch in range(self.first_epoch, self.epochs):
-            first = self.first_step if epoch == self.first_epoch else 0
-            start = first // window * window
+            start = 0
             while start < steps:
-                yield epoch, range(max(first, start), min(start + size, steps))
+                yield epoch, range(start, min(start + size, steps))
                 start += size
                 size = window * max(1, self._chunk_rows // window_rows)
 
@@ -167,27 +162,28 @@ class TrainingRows:
         if not tasks:
             return
         window_rows = self.shuffle.window_steps * len(self.positions) if self.shuffle.streamed else 0
-        with crash_counter() as counter:
-            with ray_data_options(preserve_order=True, object_store_bytes=max(_AHEAD_BYTES, window_rows * ROW_BYTES)):
-                # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the workers hold all CPUs.
-                dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-                    ReadRows,
-                    fn_constructor_args=(self.data, self.shuffle, self.distortion, counter),
-                    batch_size=1,
-                    num_cpus=TASK_CPUS,
-                    # Actors, since Ray ends the process of a task that has had no work for a second, and a new one takes two.
-                    compute=ActorPoolStrategy(size=min(self.readers, len(tasks)), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT),
-                )
-            dataset.set_name("train-rows")
-            blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-            for task, table in zip(tasks, blocks, strict=True):
-                if "error" in table.column_names:
-                    # The storage may answer the next attempt; what is wrong in a file stays wrong.
-                    kind = OSError if table["type"][0].as_py() == "OSError" else RunError
-                    raise kind(table["error"][0].as_py())
-                if (table.num_rows, table["index"][0].as_py()) != (task["rows"], task["index"]):
-                    raise RowCountError(f"{table.num_rows} rows of task {table['index'][0]} came in place of {task}")
-                yield block_columns(table)
+        with ray_data_options(preserve_order=True, object_store_bytes=max(_AHEAD_BYTES, window_rows * ROW_BYTES)):
+            # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the workers hold all CPUs.
+            dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+                ReadRows,
+                fn_constructor_args=(self.data, self.shuffle, self.distortion),
+                batch_size=1,
+                num_cpus=TASK_CPUS,
+                # Actors, since Ray ends the process of a task that has had no work for a second, and a new one takes two.
+                compute=ActorPoolStrategy(size=min(self.readers, len(tasks)), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT),
+                max_restarts=MAX_RETRIES,
+                max_task_retries=MAX_RETRIES,
+            )
+        dataset.set_name("train-rows")
+        blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        for task, table in zip(tasks, blocks, strict=True):
+            if "error" in table.column_names:
+                # The storage may answer the next attempt; what is wrong in a file stays wrong.
+                kind = OSError if table["type"][0].as_py() == "OSError" else RunError
+                raise kind(table["error"][0].as_py())
+            if (table.num_rows, table["index"][0].as_py()) != (task["rows"], task["index"]):
+                raise RowCountError(f"{table.num_rows} rows of task {table['index'][0]} came in place of {task}")
+            yield block_columns(table)
 
 
 def _side_by_side(pieces: list[Columns], steps: int) -> Columns:
@@ -216,39 +212,22 @@ class EvaluationSet:
         network: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self.rows = rows
-        self.checksums = np.zeros(len(data.end_ids) if isinstance(data, ParquetFiles) else 0, np.int64)
-        """Sum of the `row_checksums` of this worker's rows of each file, as they were read last; empty for rows in memory."""
         self._data = data
         self._device = device
         self._network = network
         self._indices = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
         self._resident = list(self._on_device()) if len(rows) <= _RESIDENT_ROWS else None
-        self._digit_scores: list[torch.Tensor] = []
-        """Digit scores of the resident batches that have been scored."""
 
     def with_digit_scores(self) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Batches with their digit scores [n, 10]. Those of resident rows are computed once, until `forget_scores`."""
-        if self._resident is None:
-            for batch in _ahead(self._on_device()):
-                yield batch, self._network(batch["image"])
-            return
-        for index, batch in enumerate(self._resident):
-            if index == len(self._digit_scores):
-                self._digit_scores.append(self._network(batch["image"]))
-            yield batch, self._digit_scores[index]
-
-    def forget_scores(self) -> None:
-        """Forget the digit scores: the weights have changed."""
-        self._digit_scores.clear()
+        """Batches with their digit scores [n, 10]."""
+        for batch in _ahead(self._on_device()) if self._resident is None else self._resident:
+            yield batch, self._network(batch["image"])
 
     def _on_device(self) -> Iterator[Batch]:
         size = _GPU_EVALUATION_BATCH if self._device.type == "cuda" else _EVALUATION_BATCH
-        self.checksums[:] = 0
         for first in range(self._indices.start, self._indices.stop, _RESIDENT_ROWS):
             ids = self.rows.at(np.arange(first, min(first + _RESIDENT_ROWS, self._indices.stop)))
             images, digits = self._data.fetch(ids)
-            if isinstance(self._data, ParquetFiles):
-                self._data.add_checksums(self.checksums, ids, row_checksums(ids, images, digits))
             columns: Columns = {"image": images, "digit": digits.astype(np.int64), "row_id": ids}
             for start in range(0, len(ids), size):
                 yield {name: array_to_device(values[start : start + size], self._device) for name, values in columns.items()}

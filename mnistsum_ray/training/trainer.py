@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Final
 
 import ray.train.torch
@@ -19,12 +18,11 @@ from mnistsum_ray.model.metrics import AnswerCounts, Metrics, score_rows
 from mnistsum_ray.model.network import Objective, distort, dropout_factors, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.console import UPDATE_SECONDS
-from mnistsum_ray.training.checkpoint import Checkpointer, EpochProgress, TrainerState
 from mnistsum_ray.training.rows import Batch, EvaluationSet
 from mnistsum_ray.training.worker import Worker
 
 _CHECK_STEPS: Final = 16
-"""Most steps between checks of the loss, the row counts and the age of the checkpoint; each check waits for the device."""
+"""Most steps between checks of the loss; each waits for the device."""
 _CHECK_ROWS: Final = 8192
 """Most rows between checks, but at least a step: some seconds on CPUs."""
 
@@ -33,44 +31,37 @@ _CURVE_POINTS: Final = 100
 
 
 class EpochCounter:
-    """Loss, rows, row ids and checksums of an epoch, kept on the device and summed over the workers now and then.
+    """Loss, rows and row ids of an epoch, kept on the device and summed over the workers now and then."""
 
-    Rank 0 also counts the steps that a checkpoint holds, `before`. For streamed rows `end_ids` int64[files] are the row ids after
-    the last row of each file.
-    """
-
-    def __init__(self, before: EpochProgress, steps: int, worker: Worker, end_ids: Tensor | None = None) -> None:
-        held = before if worker.rank == 0 else EpochProgress()
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.rows = 0
+        """Rows of all workers up to the last `all_reduce`; `loss` in nats and `row_ids` are sums over them."""
+        self.loss = 0.0
+        self.row_ids = 0
+        self.step_losses: list[tuple[int, float]] = []
+        """Pairs of a step and the mean loss a row since the step of the pair before."""
         self._steps = steps
-        self._points = list(before.points)
-        self._rows = held.rows
-        self._loss = torch.tensor([held.loss], dtype=torch.float64, device=worker.device)
-        self._row_ids = torch.tensor([held.row_ids], device=worker.device)
-        self._end_ids = torch.empty(0, dtype=torch.int64) if end_ids is None else end_ids.to(worker.device)
-        checksums = torch.zeros_like(self._end_ids) if held.checksums is None else held.checksums.clone()
-        self._checksums = checksums.to(worker.device)
+        self._at_last_point = (0, 0.0)
+        """Rows and loss at the last of `step_losses`."""
+        self._own_rows = 0
+        self._own_loss = torch.zeros(1, dtype=torch.float64, device=device)
+        self._own_row_ids = torch.zeros(1, dtype=torch.int64, device=device)
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Add a step: its batch and the sum of its rows' losses."""
-        self._loss += loss
-        self._row_ids += batch["mixed_id"].sum()
-        self._rows += len(batch["mixed_id"])
-        if len(self._end_ids):
-            file = torch.searchsorted(self._end_ids, batch["row_id"], right=True)
-            self._checksums.index_add_(0, file, batch["checksum"])
+        self._own_loss += loss
+        self._own_row_ids += batch["mixed_id"].sum()
+        self._own_rows += len(batch["mixed_id"])
 
-    def checksums(self) -> Tensor | None:
-        """Checksums of each file's rows over all workers; None for rows in memory."""
-        return all_reduce_sum(self._checksums).cpu() if len(self._end_ids) else None
-
-    def all_reduce(self, steps: int, flag: bool) -> tuple[EpochProgress, bool]:
-        """Sum over all workers, after so many steps; true if any worker's flag is true."""
-        rows_and_flag = torch.tensor([self._rows, int(flag)], device=self._row_ids.device)
-        row_ids, rows, flags = all_reduce_sum(torch.cat([self._row_ids, rows_and_flag])).tolist()
-        loss = all_reduce_sum(self._loss).item()
-        if steps == self._steps or steps * _CURVE_POINTS >= (len(self._points) + 1) * self._steps:
-            self._points.append((steps, rows, loss))
-        return EpochProgress(steps, loss, rows, row_ids, list(self._points)), bool(flags)
+    def all_reduce(self, steps: int) -> None:
+        """Sum over all workers, after so many steps."""
+        own_rows = torch.tensor([self._own_rows], device=self._own_row_ids.device)
+        self.row_ids, self.rows = all_reduce_sum(torch.cat([self._own_row_ids, own_rows])).tolist()
+        self.loss = all_reduce_sum(self._own_loss).item()
+        if steps == self._steps or steps * _CURVE_POINTS >= (len(self.step_losses) + 1) * self._steps:
+            rows, loss = self._at_last_point
+            self.step_losses.append((steps, (self.loss - loss) / (self.rows - rows)))
+            self._at_last_point = (self.rows, self.loss)
 
 
 class Trainer:
@@ -103,36 +94,26 @@ class Trainer:
             self._objective.eval()  # so that no buffer changes
             self._objective(prepare_images(pixels), numbers, numbers, None)[0].backward()
 
-    def train_epoch(
-        self,
-        state: TrainerState,
-        shuffle: Shuffle,
-        batches: Iterator[Batch],
-        end_ids: Tensor | None,
-        checkpointer: Checkpointer,
-    ) -> tuple[dict[str, Any], Tensor | None]:
-        """Train the rest of the epoch after `state` on batches of the rank's rows; `end_ids` as for `EpochCounter`.
+    def train_epoch(self, epoch: int, shuffle: Shuffle, batches: Iterator[Batch]) -> dict[str, Any]:
+        """Train an epoch, counted from 0, on batches of the rank's rows.
 
         Returns:
-            Figures for history.jsonl: mean `train_loss` a row in nats, `step_losses` (see `EpochProgress`), `rows_per_second`,
-            `started` in seconds since 1970, `seconds` since then, `seconds_before` of the steps that a checkpoint holds,
-            `first_batch_seconds`, `waiting` (fraction of the time without data), and the last `learning_rate`; and, for streamed
-            rows, the checksums of the rows of each file, int64[files].
+            Figures for history.jsonl: mean `train_loss` a row in nats, `step_losses` (see `EpochCounter`),
+            `rows_per_second`, `started` in seconds since 1970, `seconds` since then, `first_batch_seconds`,
+            `waiting` (fraction of the time without data), and the last `learning_rate`.
 
         Raises:
             RunError: the loss is infinite or not a number.
             RowCountError: a row was lost or repeated.
         """
         parameters = self.hyperparameters
-        epoch = state.epochs_done
-        before = state.progress
         steps = shuffle.steps
-        counter = EpochCounter(before, steps, self.worker, end_ids)
+        counter = EpochCounter(steps, self.worker.device)
         started = time.time()
         begun = reported = time.perf_counter()
         waited = first_batch = rate = 0.0
         check_steps = max(1, min(_CHECK_STEPS, _CHECK_ROWS // parameters.batch_size))
-        for step in range(before.steps, steps):
+        for step in range(steps):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
@@ -140,39 +121,36 @@ class Trainer:
             rate = one_cycle(epoch * steps + step, steps * parameters.epochs, parameters.learning_rate)
             counter.add(batch, self._step(batch, epoch, step, shuffle.batch_rows(step), rate))
             last = step == steps - 1
-            if last or (step + 1) % check_steps == 0:
-                progress, checkpoint_due = counter.all_reduce(step + 1, checkpointer.due())
-                self._check_finite(progress.loss, f"epoch {epoch + 1}, step {step + 1} of {steps}: the loss is")
-                now = time.perf_counter()
-                if last or now - reported >= UPDATE_SECONDS:
-                    reported = now
-                    self.worker.events.send(
-                        "progress",
-                        epoch=epoch + 1,
-                        epochs=parameters.epochs,
-                        rows=progress.rows,
-                        of_rows=len(shuffle.rows),
-                        rows_per_second=(progress.rows - before.rows) / (now - begun),
-                        loss=progress.loss / progress.rows,
-                        seconds=now - begun,
-                    )
-                if checkpoint_due and not last:
-                    progress = replace(progress, checksums=counter.checksums(), seconds=before.seconds + now - begun)
-                    checkpointer.save(replace(state, progress=progress))
+            if not last and (step + 1) % check_steps:
+                continue
+            counter.all_reduce(step + 1)
+            self._check_finite(counter.loss, f"epoch {epoch + 1}, step {step + 1} of {steps}: the loss is")
+            now = time.perf_counter()
+            if last or now - reported >= UPDATE_SECONDS:
+                reported = now
+                self.worker.events.send(
+                    "progress",
+                    epoch=epoch + 1,
+                    epochs=parameters.epochs,
+                    rows=counter.rows,
+                    of_rows=len(shuffle.rows),
+                    rows_per_second=counter.rows / (now - begun),
+                    loss=counter.loss / counter.rows,
+                    seconds=now - begun,
+                )
         seconds = time.perf_counter() - begun
-        check_row_counts(progress.rows, progress.row_ids, len(shuffle.rows), shuffle.rows.id_sum, f"training epoch {epoch + 1}")
-        figures = {
-            "train_loss": progress.loss / progress.rows,
-            "step_losses": progress.step_losses(),
-            "rows_per_second": (progress.rows - before.rows) / seconds,
+        where = f"training epoch {epoch + 1}"
+        check_row_counts(counter.rows, counter.row_ids, len(shuffle.rows), shuffle.rows.id_sum, where)
+        return {
+            "train_loss": counter.loss / counter.rows,
+            "step_losses": counter.step_losses,
+            "rows_per_second": counter.rows / seconds,
             "started": started,
             "seconds": seconds,
-            "seconds_before": before.seconds,
             "first_batch_seconds": first_batch,
             "waiting": waited / seconds,
             "learning_rate": rate,
         }
-        return figures, counter.checksums()
 
     def _step(self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float) -> Tensor:
         """Update the parameters with this worker's share of a global batch of so many rows.

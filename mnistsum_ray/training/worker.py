@@ -4,9 +4,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -21,8 +21,6 @@ from mnistsum_ray.errors import counted, one_line
 from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.reporting.console import Console, Progress
 
-_FAILURE: Final = "failure"
-
 
 class EventSender:
     """Sends events to the driver: all of rank 0, and failures of any rank."""
@@ -33,13 +31,13 @@ class EventSender:
 
     def send(self, kind: str, **fields: Any) -> None:
         """Send one event; `Console.show` lists the kinds and their fields."""
-        if self._rank == 0 or kind == _FAILURE:
+        if self._rank == 0 or kind == "failure":
             with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
                 self._queue.put({"kind": kind, **fields})
 
     def fail(self, text: str) -> None:
         """Have the driver end the run: another attempt would fail in the same way."""
-        self.send(_FAILURE, text=text)
+        self.send("failure", text=text)
 
     def note(self, text: str) -> None:
         """Send a line for the console."""
@@ -92,40 +90,11 @@ def cpus_of_node() -> int:
     return max(1, min(int(this_node().get("CPU", 1)), os.cpu_count() or 1))
 
 
-@dataclass
-class Events:
-    """The queue, and the first failure that came through it."""
-
-    queue: Queue
-    answers: Queue | None
-    """To the workers: for each epoch, a token that they have sent, and whether the run ends; None where they need not ask."""
-    failed: threading.Event = field(default_factory=threading.Event)
-    failure: str = ""
-
-
 @contextmanager
-def event_queue(
-    console: Console,
-    on_epoch: Callable[[dict[str, Any]], None],
-    on_event: Callable[[dict[str, Any]], None],
-    ends: Callable[[], bool] | None,
-) -> Iterator[Events]:
-    """A queue whose events are shown on the console while the block runs; failures are kept.
-
-    `on_epoch` gets each finished epoch's line of history.jsonl, and `on_event` each event, in a thread of the queue. `ends` says
-    after each epoch whether the run ends there.
-    """
+def event_queue(console: Console, on_event: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
+    """A queue for the events of the workers, which are shown on the console and given to `on_event`, in a thread."""
     queue = Queue(actor_options=on_node())  # so that it is not lost with another node
-    events, ended = Events(queue, Queue(actor_options=on_node()) if ends else None), threading.Event()
-
-    def handle(event: dict[str, Any]) -> None:
-        console.show(event)
-        on_event(event)
-        if event["kind"] == "epoch":
-            on_epoch({key: value for key, value in event.items() if key != "kind"})
-        elif event["kind"] == "question" and ends and events.answers is not None:
-            with console.waiting_for("on_epoch", lambda: "the workers wait until it returns"):
-                events.answers.put((event["token"], ends()))
+    ended = threading.Event()
 
     def follow() -> None:
         with console.waiting_for("the workers", explain_worker_silence):
@@ -140,24 +109,19 @@ def event_queue(
                     continue
                 if event is None:
                     return
-                if event["kind"] == _FAILURE:
-                    events.failure = events.failure or event["text"]
-                    events.failed.set()
-                    continue
                 try:
-                    handle(event)
-                except Exception as error:  # the next event may be a question
+                    console.show(event)
+                    on_event(event)
+                except Exception as error:
                     console.say(f"an event of the workers is left out ({event['kind']}): {one_line(error)}")
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
-        yield events
+        yield queue
         queue.actor.put.remote(None)  # the last event: ends the thread once the events before it are shown
         thread.join(timeout=10)
     finally:  # after an error, events that are still queued are dropped
         ended.set()
-        for open_queue in (queue, events.answers):
-            if open_queue is not None:  # an empty one counts as false
-                open_queue.shutdown(force=True)
+        queue.shutdown(force=True)
         thread.join(timeout=5)  # the thread must not call Ray after this process has left the cluster

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from mnistsum_ray.cluster.stop import STOP_SIGNALS, defer_signals, preserve_signal_handlers
+from mnistsum_ray.cluster.stop import STOP_SIGNALS, defer_signals
 
 _arrived: list[int] = []
 
@@ -21,29 +21,41 @@ def _interrupt(number: int, _: object) -> None:
 
 @pytest.fixture
 def other_thread() -> Iterator[int]:
-    """The id of a thread that takes signals; each is counted, and raises KeyboardInterrupt in the main thread."""
+    """The id of a thread that takes signals; each raises KeyboardInterrupt in the main thread."""
     _arrived.clear()
     before = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS}
     end = threading.Event()
     thread = threading.Thread(target=end.wait)
     thread.start()
     yield thread.ident or 0
+    assert {signal.getsignal(number) for number in STOP_SIGNALS} == {_interrupt}
     end.set()
     thread.join()
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("defer", [defer_signals, preserve_signal_handlers])
-def test_a_signal_that_another_thread_takes_is_delivered_after_the_block(other_thread: int, defer: type) -> None:
+def test_a_signal_is_delivered_after_the_block(other_thread: int) -> None:
     finished = []
-    with suppress(KeyboardInterrupt), defer():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+    with suppress(KeyboardInterrupt), defer_signals():
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.pthread_kill(other_thread, number)
             time.sleep(0.05)
         finished.append(_arrived.copy())
-    assert (finished, _arrived) == ([[]], [signal.SIGTERM, signal.SIGINT])
-    assert {signal.getsignal(number) for number in STOP_SIGNALS} == {_interrupt}
+    assert (finished, _arrived) == ([[]], [signal.SIGTERM])
+
+
+def start_ray(thread: int) -> None:
+    with defer_signals():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as `ray.init` does
+        signal.pthread_kill(thread, signal.SIGTERM)
+        time.sleep(1)
+
+
+def test_a_signal_that_ray_answers_in_its_start_is_delivered_after_it(other_thread: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        start_ray(other_thread)
+    assert _arrived == [signal.SIGTERM]
 
 
 @pytest.mark.usefixtures("other_thread")
@@ -51,24 +63,10 @@ def test_in_another_thread_nothing_is_deferred() -> None:
     found: list[object] = []
 
     def work() -> None:
-        with defer_signals(), preserve_signal_handlers():
+        with defer_signals():
             found.extend(signal.getsignal(number) for number in STOP_SIGNALS)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert set(found) == {_interrupt}
-
-
-def start_ray(thread: int) -> None:
-    with preserve_signal_handlers():
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as `ray.init` does
-        signal.pthread_kill(thread, signal.SIGTERM)
-        time.sleep(1)
-
-
-def test_a_signal_that_ray_answers_in_the_middle_of_its_start_is_delivered_after_it(other_thread: int) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        start_ray(other_thread)
-    assert _arrived == [signal.SIGTERM]
-    assert {signal.getsignal(number) for number in STOP_SIGNALS} == {_interrupt}

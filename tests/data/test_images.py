@@ -1,7 +1,6 @@
 """Every accepted form of an image decodes to the same pixels; a value that is not an image gives a reason."""
 
 import io
-from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -83,40 +82,34 @@ def test_a_picture_of_784_bytes_is_not_taken_for_pixels(sample: pa.Table) -> Non
 
 
 def test_a_picture_is_turned_as_its_exif_says() -> None:
-    image = np.zeros((28, 28), np.uint8)
-    image[2:8, 3:20] = 255
     exif = Image.Exif()
     exif[0x0112] = 6
-    images, _ = decode_images(pa.array([encoded(image, exif=exif)]))
-    assert np.array_equal(images[0], np.rot90(image, 3))
+    images, _ = decode_images(pa.array([encoded(IMAGES[0], exif=exif)]))
+    assert np.array_equal(images[0], np.rot90(IMAGES[0], 3))
 
 
 LINES = [[0] * 28] * 27
 LIST, NESTED = [0] * 784, [*LINES, [0] * 28]
-UNLIKE = "the image has nulls, lines of unequal length, or values outside 0..255"
+UNLIKE = "the image is not 784 or 28 x 28 integers in 0..255"
 NEITHER = "neither 784 pixels nor a readable PNG"
 
 BAD = [
     (bytes(784), None, "the image is null"),
     (bytes(784), b"", f"0 bytes are {NEITHER}"),
     (bytes(784), encoded(IMAGES[0])[:60], NEITHER),
-    (bytes(784), encoded(IMAGES[0], "BMP"), NEITHER),
     (bytes(784), encoded(np.zeros((10, 12), np.uint8)), "12 x 10 pixels, not 28 x 28"),
     (bytes(784), encoded(IMAGES[0], mode="RGB"), "mode RGB, not L"),
-    (bytes(784), encoded(np.zeros((20_000, 20_000), np.uint8)), "claims to unpack to far more"),
-    (LIST, [1, 2, 3], "3 values"),
-    (LIST, [256, *LIST[1:]], "0..256, outside 0..255"),
-    (LIST, [-1, *LIST[1:]], "-1..0, outside 0..255"),
+    (bytes(784), encoded(np.zeros((20_000, 20_000), np.uint8)), "(DecompressionBombError)"),
+    (LIST, [1, 2, 3], UNLIKE),
+    (LIST, [256, *LIST[1:]], UNLIKE),
     (LIST, [None, *LIST[1:]], UNLIKE),
-    (LIST, None, "the image is null"),
-    (NESTED, LINES, "27 x 28 values"),
+    (NESTED, LINES, UNLIKE),
     (NESTED, [*LINES, [0] * 29], UNLIKE),
-    (NESTED, [*LINES, None], UNLIKE),
     ({"bytes": bytes(784), "path": None}, {"bytes": None, "path": "1.png"}, "put the picture itself"),
 ]
 
 
-@pytest.mark.parametrize(("good", "value", "reason"), BAD, ids=[reason for *_, reason in BAD])
+@pytest.mark.parametrize(("good", "value", "reason"), BAD)
 def test_a_value_that_is_no_image_says_why_and_leaves_the_rows_beside_it(good: Any, value: Any, reason: str) -> None:
     images, bad = decode_images(pa.array([good, value, good]))
     assert list(bad) == [1]
@@ -132,45 +125,32 @@ def test_a_column_that_cannot_hold_images_or_numbers_is_named() -> None:
         pa.list_(pa.list_(pa.list_(pa.uint8()))),
         pa.struct([("path", pa.string())]),
         pa.struct([("bytes", pa.int32())]),
-        pa.struct([("data", pa.list_(pa.uint8())), ("shape", pa.int32())]),
+        pa.fixed_shape_tensor(pa.uint8(), [56, 14]),
+        ArrowTensorArray.from_numpy(IMAGES.reshape(3, 56, 14)).type,
         pa.fixed_shape_tensor(pa.uint8(), [28, 28], permutation=[1, 0]),
     ]
     for kind in kinds:
         assert image_type_error(kind) is not None, kind
+    for kind in (pa.int8(), pa.uint64(), pa.dictionary(pa.int8(), pa.int16()), pa.null()):
+        assert number_type_error(kind) is None
     for kind in (pa.float64(), pa.string(), pa.bool_(), pa.list_(pa.int8())):
         assert "not an integer type" in str(number_type_error(kind))
 
 
-INTEGERS = [pa.int8(), pa.uint8(), pa.int64(), pa.uint64(), pa.dictionary(pa.int8(), pa.int16())]
+LABELS = [
+    (pa.array([0, None, 9, 10], pa.dictionary(pa.int8(), pa.int16())).slice(1), [1]),
+    (pa.array([0, 9, -1], pa.int8()), [0, 1]),
+    (pa.array([2**64 - 1, 2**63, 3], pa.uint64()), [2]),
+    (pa.nulls(2), []),
+    (pa.array([3.0, 3.5, float("nan"), float("inf"), -0.0, None]), [0, 4]),
+    (pa.array([Decimal("7.00"), Decimal("7.01"), Decimal(10)]), [0]),
+    (pa.array([True, False]), []),
+    (pa.array([{"a": 3}]), []),
+    (pa.array(["3"]).dictionary_encode(), []),
+]
 
 
-@pytest.mark.parametrize("kind", INTEGERS, ids=str)
-def test_every_integer_type_holds_numbers(kind: pa.DataType) -> None:
-    assert number_type_error(kind) is None
-    numbers, bad = decode_numbers(pa.array([0, None, 9, 10], kind).slice(1))
-    assert numbers.tolist() == [0, 9, 0]
-    assert list(bad) == [0, 2]
-    assert "null" in bad[0]
-    assert "10, not one of 0..9" in bad[2]
-
-
-@pytest.mark.parametrize(
-    ("values", "right"),
-    [
-        (pa.array([2**64 - 1, 2**63, 3], pa.uint64()), [2]),
-        (pa.array([-(2**63), -1, 3]), [2]),
-        (pa.nulls(2), []),
-        (pa.array([3.0, 3.5, float("nan"), float("inf"), -0.0, None]), [0, 4]),
-        (pa.array([Decimal("7.00"), Decimal("7.01"), Decimal(10)]), [0]),
-        (pa.array([True, False]), []),
-        (pa.array(["3", "three", None]), []),
-        (pa.array([datetime(2020, 1, 1)]), []),
-        (pa.array([[3]]), []),
-        (pa.array([{"a": 3}]), []),
-        (pa.array(["3"]).dictionary_encode(), []),
-    ],
-    ids=lambda value: str(getattr(value, "type", "")),
-)
+@pytest.mark.parametrize(("values", "right"), LABELS)
 def test_a_label_of_any_type_is_a_digit_or_has_a_reason(values: pa.Array, right: list[int]) -> None:
     digits, bad = decode_numbers(values, DIGITS)
     assert sorted(bad) == [row for row in range(len(values)) if row not in right]
@@ -185,6 +165,5 @@ def test_sums_of_reasons_stay_small() -> None:
     for part in range(50):
         rows = {("a", row): f"the digit is {100 * part + row}" for row in range(60)}
         counts.add_reasons(ReasonCounts.of(rows))
-    assert (len(counts.reasons), counts.total, list(counts.reasons)[-1]) == (21, 3000, "other reasons")
-    assert len(counts.examples) <= 20
-    assert "other reasons" not in counts.describe()
+    assert (len(counts.reasons), counts.total, counts.reasons["other reasons"]) == (21, 3000, 2980)
+    assert sum(map(len, counts.examples.values())) == 25

@@ -49,7 +49,7 @@ def test_a_folder_is_listed_with_all_below_it_and_other_files_are_skipped(folder
         ("*.parquet", ["a.parquet"]),
         ("*/*.parquet", ["c.parquet", "g,h [1].parquet"]),
         ("*/*/*.parq", ["f.parq"]),
-        ("**/*.parq*", ["a.parquet", "b/_temporary/x.parquet", "b/c.parquet", "b/e/f.parq", "b/g,h [1].parquet"]),
+        ("**/*.parq*", ["a.parquet", "b/c.parquet", "b/e/f.parq", "b/g,h [1].parquet"]),
         ("b/?.p[a-z]*", ["c.parquet"]),
     ],
 )
@@ -57,9 +57,10 @@ def test_globs_match_as_a_shell_does(folder: Path, pattern: str, expected: list[
     assert [Path(name).name for name in names(find(folder / pattern))] == [Path(name).name for name in expected]
 
 
-def test_a_wildcard_matches_no_leading_dot_wherever_files_lie() -> None:
+def test_a_wildcard_matches_no_hidden_name() -> None:
     assert matches(("a", "b", "c.parquet"), ("**", "*.parquet"))
     assert not matches((".tmp", "c.parquet"), ("**", "*.parquet"))
+    assert not matches(("_temporary", "c.parquet"), ("*", "*.parquet"))
     assert not matches(("a", ".c.parquet"), ("**",))
     assert matches((".tmp", "c.parquet"), (".tmp", "**"))
     hidden = {"a/b.parquet": False, "a/_b": True, ".ipynb_checkpoints/a": True, "a_/b._c": False}
@@ -69,19 +70,15 @@ def test_a_wildcard_matches_no_leading_dot_wherever_files_lie() -> None:
 def test_a_glob_looks_only_where_it_can_match(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="there is no Parquet file"):
         find("/*/nobody-has-such-a-file")  # without a walk over the disk, and /proc
-    scandir = os.scandir
+    scandir, opened = os.scandir, []
 
-    def closed(place: str) -> Any:
-        if place.endswith("/e"):
-            raise PermissionError(f"{place} is closed")
+    def noted(place: str) -> Any:
+        opened.append(place)
         return scandir(place)
 
-    monkeypatch.setattr("os.scandir", closed)  # root may read all
-    inputs = find(folder / "**" / "*.parq*")
-    assert names(inputs) == ["a.parquet", "b/_temporary/x.parquet", "b/c.parquet", "b/g,h [1].parquet"]
-    assert inputs.skipped == {str(folder / "b" / "e"): "a folder that cannot be read"}
-    with pytest.raises(RequestError, match="e is closed"):
-        find(folder)
+    monkeypatch.setattr("os.scandir", noted)
+    assert names(find(folder / "*" / "c.parquet")) == ["b/c.parquet"]
+    assert str(folder / "b" / "e") not in opened
 
 
 def test_a_file_may_have_any_name_and_several_values_share_one_root(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,24 +95,19 @@ def test_a_file_may_have_any_name_and_several_values_share_one_root(folder: Path
 def test_what_is_not_there_is_named(folder: Path) -> None:
     with pytest.raises(RequestError, match=rf"--input {folder}/missing: there is no such file or folder \({folder}/missing\)"):
         find(folder / "missing")
-    with pytest.raises(RequestError, match=r"there is no Parquet file .*\.pq, \.parq\)$"):
-        find(folder / "*.orc")
     (folder / "c").mkdir()
     (folder / "c" / "rows.csv").write_text("1")
-    with pytest.raises(RequestError, match=r"there is no Parquet file .*rows\.csv"):
+    with pytest.raises(RequestError, match=r"there is no Parquet file .*\.pq, \.parq\) .*rows\.csv"):
         find(folder / "c")
 
 
 @pytest.mark.parametrize(
     ("text", "output", "message"),
     [
-        (".", ".", "lies in the input"),
         (".", "out", "lies in the input"),
         ("b", ".", "holds the input file"),
-        ("*/*.parquet", "out", "lies in the input"),
         ("**/*.parquet", "out/deep", "lies in the input"),
         ("*/*.parquet", "out/deep", None),
-        ("b", "out", None),
         ("a.parquet", "b/out", None),
     ],
 )
@@ -151,7 +143,7 @@ def test_links_to_files_are_followed_and_links_to_folders_only_if_they_are_named
         "more": "a link to a folder",
         "latest.parquet": "a link to a file that is listed anyway",
         "gone.parquet": "a link that leads nowhere",
-        "zero.parquet": "a link to a device, a pipe or a socket",
+        "zero.parquet": "a device, a pipe or a socket",
         "pipe.parquet": "a device, a pipe or a socket",
     }
     for value in (folder, folder / "**" / "*.p*"):

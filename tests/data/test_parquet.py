@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray, ArrowVariableShapedTensorArray
+from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
 from mnistsum_ray.data.images import Pixels, decode_images, one_chunk, pixels_view
 from mnistsum_ray.data.parquet import open_parquet, read_footer, read_table, to_parquet, without_odd_years
 from mnistsum_ray.data.sources import ParquetFiles, open_source
-from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
+from mnistsum_ray.errors import RequestError, StorageError
 from mnistsum_ray.storage.paths import locate
 
 IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
@@ -52,19 +52,12 @@ def test_a_file_that_changes_or_goes_is_named(folder: Path) -> None:
     assert len(files.fetch(np.array([5, 250]))[1]) == 2
 
 
-def test_all_bad_rows_are_counted_and_the_first_five_named(folder: Path, sample: pa.Table) -> None:
+def test_all_bad_rows_are_counted_and_the_first_named(folder: Path, sample: pa.Table) -> None:
     table = sample[::50]
     digits = pa.array([11] * 7 + [None], table.schema.field("digit").type)
     pq.write_table(table[:8].set_column(1, "digit", digits), folder / "b.parquet")
-    digit = "the digit is 11, not one of 0..9; correct it or drop the row"
-    named = " | ".join(f"b.parquet: row {row}: {digit}" for row in range(5))
-    often = f"7 x {digit} | 1 x the digit is null; fill it in or drop the row"
-    with pytest.raises(RequestError) as error:
+    with pytest.raises(RequestError, match=r": 8 of 208 rows cannot be used.*b.parquet: row 0: the digit is 11.*7 x the digit"):
         files_of(folder).fetch(np.arange(208)[::-1])
-    assert str(error.value) == (
-        f"{folder}: 8 of 208 rows cannot be used; others may follow: {named} | …; most often: {often}; "
-        "a new run with --skip-bad-rows trains without them"
-    )
 
 
 def test_a_page_whose_checksum_is_wrong_is_refused(tmp_path: Path, sample: pa.Table) -> None:
@@ -77,33 +70,16 @@ def test_a_page_whose_checksum_is_wrong_is_refused(tmp_path: Path, sample: pa.Ta
         files_of(path).fetch(np.arange(100))
 
 
-def test_a_changed_file_is_told_from_its_table(folder: Path, sample: pa.Table) -> None:
-    before = files_of(folder)
-    assert before.changed_file(before.table, same_place=True) is None
-    os.utime(folder / "a.parquet", (0, 0))
-    assert files_of(folder).changed_file(before.table, same_place=False) is None, "a copy has other times"
-    assert files_of(folder).changed_file(before.table, same_place=True) == f"{folder}/a.parquet: has changed since the run began"
-    (folder / "a.parquet").unlink()
-    assert files_of(folder).changed_file(before.table, same_place=True) == f"{folder}/a.parquet: is missing since the run began"
-    assert before.changed_file(files_of(folder).table, same_place=True) == f"{folder}/a.parquet: is new since the run began"
-    pq.write_table(sample[1::50], folder / "a.parquet", row_group_size=30)
-    assert "a.parquet: has changed" in str(files_of(folder).changed_file(before.table, same_place=False))
-
-
-RAGGED = np.empty(3, object)
-RAGGED[:] = [np.ones((2, 2)), np.ones((1, 3)), np.ones((4, 1))]
 OBJECTS = ArrowPythonObjectArray.from_objects([{1}, {2}, {3}])
 RAY_COLUMNS = {
     "image": ArrowTensorArray.from_numpy(IMAGES),
-    "ragged": ArrowVariableShapedTensorArray.from_numpy(RAGGED),
     "object": OBJECTS,
     "nested": pa.StructArray.from_arrays([OBJECTS], ["object"]),
-    "took": pa.array([1, 2, 3], pa.duration("s")),
 }
 
 
 def test_rays_types_are_read_as_plain_ones_and_written_without_marks(tmp_path: Path) -> None:
-    """One of them holds pickles. Other types of Arrow, which Parquet has not, stay."""
+    """One of them holds pickles."""
     path, again = tmp_path / "ray.parquet", tmp_path / "again.parquet"
     pq.write_table(pa.table(RAY_COLUMNS), path)
     assert isinstance(pq.read_schema(path).field("object").type, pa.ExtensionType)
@@ -114,28 +90,14 @@ def test_rays_types_are_read_as_plain_ones_and_written_without_marks(tmp_path: P
     again.write_bytes(to_parquet(table))
     schema = pq.read_schema(again)
     assert schema == table.schema
-    assert schema.types[2:] == [pa.large_binary(), pa.struct([("object", pa.large_binary())]), pa.duration("s")]
-    assert isinstance(pq.read_schema(path).field("object").type, pa.ExtensionType), "this process keeps them"
+    assert schema.types[1:] == [pa.binary(), pa.struct([("object", pa.binary())])]
 
 
 def test_a_second_arrow_schema_does_not_bring_rays_types_back(tmp_path: Path) -> None:
     path = tmp_path / "ray.parquet"
     whole = to_parquet(pa.table({"object": OBJECTS}).replace_schema_metadata({"OTHER:schema": "x"})).to_pybytes()
     path.write_bytes(whole.replace(b"OTHER:schema", b"ARROW:schema"))
-    with pytest.raises(UnusableFileError, match="more than one Arrow schema"):
-        read_table(locate(str(path), "--input"))
-
-
-@pytest.mark.parametrize("metadata", [b"[28, 28]", b"\x80\x05]", b"not JSON"])
-def test_tensors_are_read_whatever_ray_has_written_beside_them(tmp_path: Path, metadata: bytes) -> None:
-    """Ray 2.49 to 2.54 wrote a pickle, which Ray refuses."""
-    lists = pa.array([[0] * 784] * 3, pa.large_list(pa.uint8()))
-    marks = {b"ARROW:extension:name": b"ray.data.arrow_tensor_v2", b"ARROW:extension:metadata": metadata}
-    schema = pa.schema([pa.field("image", lists.type, metadata=marks)])
-    path = tmp_path / "ray.parquet"
-    pq.write_table(pa.Table.from_arrays([lists], schema=schema), path)
-    table = read_table(locate(str(path), "--input"))
-    assert not decode_images(one_chunk(table["image"]))[1]
+    assert read_table(locate(str(path), "--input")).schema.types == [pa.binary()]
 
 
 YEARS = [datetime(1500, 12, 31), datetime(9999, 12, 31, 23, 59, 59, 999999), datetime.min, None]

@@ -4,7 +4,6 @@ import functools
 import gzip
 import hashlib
 import http.server
-import io
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from mnistsum_ray.data.idx import IDX_FILES
 from mnistsum_ray.data.images import Pixels, pixels_view
-from mnistsum_ray.data.sources import Source, open_source
+from mnistsum_ray.data.sources import ImageArrays, Source, open_source
 from mnistsum_ray.errors import RequestError
-
-Rows = Callable[[int], Path]
 
 
 def write_idx(folder: Path, name: str, values: Pixels, *, zipped: bool = False) -> None:
@@ -68,53 +65,25 @@ def test_idx_folder_gzipped_or_not(idx: Path, below: str, sample: pa.Table) -> N
     assert np.array_equal(source.data.fetch(np.arange(500))[0], pixels_view(sample["image"].chunk(0))[::10])
 
 
-def test_hugging_face_layout(tmp_path: Path, sample: pa.Table) -> None:
-    def png(pixels: Pixels) -> dict[str, bytes | None]:
-        data = io.BytesIO()
-        Image.fromarray(pixels).save(data, "PNG")
-        return {"bytes": data.getvalue(), "path": None}
-
-    images = pixels_view(sample["image"].chunk(0))[::10]
-    digits = sample["digit"].to_pylist()[::10]
-    (tmp_path / "mnist").mkdir()
-    for name, rows in (("train-00000-of-00001", slice(0, 400)), ("test-00000-of-00001", slice(400, 500))):
-        columns = {"image": [png(image) for image in images[rows]], "label": digits[rows]}
-        pq.write_table(pa.table(columns), tmp_path / "mnist" / f"{name}.parquet")
-    counted: list[tuple[str, int] | int] = []
-
-    def counter(what: str, total: int) -> Callable[[int], None]:
-        counted.append((what, total))
-        return counted.append
-
-    source = open_source(str(tmp_path), counter)
-    assert counted == [("footers read", 2), 1, 1]
-    check_splits(source, 360, 40, 100)
-    assert source.test.ids().tolist() == list(range(100)), "row ids follow the file names, and test sorts before train"
-    assert np.array_equal(source.data.fetch(np.arange(500))[0], np.concatenate([images[400:], images[:400]]))
-
-
 def to_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
 
 
+def other(values: Pixels) -> Callable[[Path], None]:
+    return lambda path: write_idx(path.parent, path.name, values)
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
-    ("train-images-idx3-ubyte", lambda path: path.write_bytes(path.read_bytes()[:-1]), ": holds"),
+    (IMAGES, lambda path: path.write_bytes(path.read_bytes()[:-1]), "n x 28 x 28, or is damaged"),
     ("t10k-images-idx3-ubyte.gz", lambda path: path.write_bytes(path.read_bytes()[:-20]), ": cannot be read"),
-    ("train-images-idx3-ubyte", lambda path: write_idx(path.parent, path.name, np.zeros((9, 32, 32), np.uint8)), "n x 28 x 28"),
-    ("t10k-labels-idx1-ubyte", Path.unlink, " is missing"),
-    ("t10k-labels-idx1-ubyte", lambda path: path.write_bytes(b"hello there"), "is not an IDX file"),
-    (
-        "t10k-labels-idx1-ubyte",
-        lambda path: write_idx(path.parent, path.name, np.full(100, 12, np.uint8)),
-        "the digit is 12, not",
-    ),
-    (
-        "t10k-labels-idx1-ubyte",
-        lambda path: write_idx(path.parent, path.name, np.zeros(99, np.uint8)),
-        "has 100 images, but its label file has 99",
-    ),
-    ("t10k-labels-idx1-ubyte", to_pipe, "is not a regular file"),
+    (IMAGES, other(np.zeros((9, 32, 32), np.uint8)), "is not an IDX file"),
+    (LABELS, Path.unlink, " is missing"),
+    (LABELS, lambda path: path.write_bytes(b"hello there"), "is not an IDX file of unsigned bytes, n,"),
+    (LABELS, other(np.full(100, 12, np.uint8)), "the digit is 12, not"),
+    (LABELS, other(np.zeros(99, np.uint8)), "not as many labels"),
+    (LABELS, to_pipe, " is missing"),
 ]
 
 
@@ -157,30 +126,32 @@ def test_a_folder_that_will_not_do_is_refused_by_its_footers(tmp_path: Path, sam
         open_source(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("train-0.parquet", "validation-0.parquet", "test-0.parquet"),
-        ("training/a.parquet", "val/a.parquet", "testing/a.parquet"),
-        ("mnist_Train.parquet", "VALID.pq", "TEST/a.PARQ"),
-    ],
-)
-def test_files_and_folders_named_for_a_split_are_that_split_in_any_case(
-    write_rows: Rows, tmp_path: Path, names: tuple[str, ...]
-) -> None:
-    path = write_rows(100)
+SPLITS = [
+    ("train-00000-of-00001.parquet", "validation-0.parquet", "test-0.parquet"),
+    ("training/a.parquet", "val/a.parquet", "testing/a.parquet"),
+    ("mnist_Train.parquet", "VALID.pq", "TEST/a.PARQ"),
+]
+
+
+@pytest.mark.parametrize("names", SPLITS)
+def test_files_and_folders_named_for_a_split_are_that_split(sample: pa.Table, tmp_path: Path, names: tuple[str, ...]) -> None:
+    table = sample[::50].rename_columns({"digit": "label"})
     for name in names:
-        (tmp_path / "named" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, tmp_path / "named" / name)
-    source = open_source(str(tmp_path / "named"))
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, tmp_path / name)
+    source = open_source(str(tmp_path))
     at = {name: range(100 * place, 100 * place + 100) for place, name in enumerate(sorted(names))}
     assert [split.ids().tolist() for split in source.splits] == [list(at[name]) for name in names]
+    images, digits = source.data.fetch(np.arange(100))
+    assert np.array_equal(images, pixels_view(table["image"].combine_chunks()))
+    assert digits.tolist() == table["label"].to_pylist()
 
 
-def test_full_mnist_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx: Path) -> None:
-    """`auto` and `mnist` take ./data/MNIST/raw; here a small stand-in in the same layout, written above."""
-    shutil.copytree(idx / "MNIST", tmp_path / "work" / "data" / "MNIST")
-    monkeypatch.chdir(tmp_path / "work")
+def test_full_mnist_where_it_lies(monkeypatch: pytest.MonkeyPatch, idx: Path) -> None:
+    """`auto` and `mnist` take ./data/MNIST/raw; here a small stand-in in the same layout."""
+    (idx / "data").mkdir()
+    (idx / "MNIST").rename(idx / "data" / "MNIST")
+    monkeypatch.chdir(idx)
     for name in ("auto", "mnist"):
         source = open_source(name)
         assert (source.name, source.notice) == ("mnist", "")
@@ -207,16 +178,16 @@ def test_mnist_is_downloaded_whole_and_a_damaged_file_is_not_taken(
     """From a web server on this machine."""
     from torchvision.datasets import MNIST
 
-    for path in (idx / "MNIST" / "raw").iterdir():
-        data = path.read_bytes()
-        path.with_name(f"{path.name.removesuffix('.gz')}.gz").write_bytes(data if path.suffix == ".gz" else gzip.compress(data))
-    files = [idx / "MNIST" / "raw" / f"{name}.gz" for name in IDX_FILES]
+    raw, cache = idx / "MNIST" / "raw", tmp_path / "home" / ".cache" / "mnistsum_ray"
+    for path in raw.iterdir():
+        if path.suffix != ".gz":
+            Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    files = [raw / f"{name}.gz" for name in IDX_FILES]
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(MNIST, "resources", [(path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in files])
-    cache, timeout = tmp_path / "home" / ".cache" / "mnistsum_ray", socket.getdefaulttimeout()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(files[0].parent))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(raw))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
@@ -228,17 +199,29 @@ def test_mnist_is_downloaded_whole_and_a_damaged_file_is_not_taken(
         files[3].write_bytes(whole)
         check_splits(open_source("mnist"), 360, 40, 100)
         server.shutdown()
-    assert socket.getdefaulttimeout() == timeout
-    assert {path.name for path in (cache / "MNIST" / "raw").iterdir()} >= {*IDX_FILES}
+    assert socket.getdefaulttimeout() is None
 
 
-def test_rows_of_a_folder_are_counted_once_and_what_is_left_out_is_named(write_rows: Rows, tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    (folder / "_old").mkdir(parents=True)
-    write_rows(500).rename(folder / "latest-contest.Parquet")  # words that only hold the name of a split
-    write_rows(100).rename(folder / "_old" / "rows.parquet")
-    (folder / "again.parquet").symlink_to(folder / "latest-contest.Parquet")
-    source = open_source(str(folder))
-    check_splits(source, 400, 50, 50)
-    reasons = {Path(path).name: reason for path, reason in source.skipped.items()}
-    assert reasons == {"_old": "its name", "again.parquet": "a link to a file that is listed anyway"}
+def test_the_fingerprint_of_data_is_that_of_a_copy_and_not_of_other_files_rows_or_splits(
+    write_rows: Callable[[int], Path], tmp_path: Path, sample: pa.Table
+) -> None:
+    def fingerprint(folder: Path) -> str:
+        source = open_source(str(folder))
+        return source.fingerprint(source.data)
+
+    folder, copy = tmp_path / "data", tmp_path / "copy"
+    folder.mkdir()
+    write_rows(500).rename(folder / "rows.parquet")
+    shutil.copytree(folder, copy)
+    assert fingerprint(folder) == fingerprint(copy)
+    (copy / "rows.parquet").rename(copy / "others.parquet")
+    pq.write_table(sample[1:501], tmp_path / "changed.parquet")
+    assert len({fingerprint(path) for path in (folder, copy, tmp_path / "changed.parquet")}) == 3
+    arrays, source = ImageArrays(*open_source(str(folder)).data.fetch(np.arange(500))), open_source(str(folder))
+    changed = [
+        source.fingerprint(arrays),
+        source.fingerprint(replace(arrays, images=np.bitwise_xor(arrays.images, np.uint8(128)))),
+        source.fingerprint(replace(arrays, digits=(arrays.digits + 1) % 10)),
+        replace(source, test=source.validation).fingerprint(arrays),
+    ]
+    assert len(set(changed)) == len(changed)

@@ -41,7 +41,6 @@ def test_the_file_says_what_it_is_and_predicts_as_the_model(tmp_path: Path) -> N
     card = json.loads((model / "model.json").read_text())
     assert (metadata["sha256"], metadata["version"]) == (card["sha256"], __version__)
     assert json.loads(metadata["test"]) == card["test"]
-    assert json.loads(metadata["input"])["number"] == "0..9"
 
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (37, 28, 28)).astype(np.uint8)
@@ -68,18 +67,14 @@ def test_an_export_that_predicts_otherwise_is_not_written(tmp_path: Path, monkey
     assert not (tmp_path / "out").exists()
 
 
-IMAGES, NUMBERS = np.zeros((2, 28, 28), np.uint8), np.zeros(2, np.int64)
+INVALID = [
+    (np.zeros((2, 784), np.uint8), np.zeros(2, np.int64), r"uint8\[n, 28, 28\], are uint8\[2, 784\]"),
+    (np.zeros((2, 28, 28), np.uint8), np.zeros(3, np.int64), r"integers\[2\], are int64\[3\]"),
+    (np.zeros((2, 28, 28), np.uint8), np.array([0, 10]), "0..9, are 0..10"),
+]
 
 
-@pytest.mark.parametrize(
-    ("images", "numbers", "said"),
-    [
-        (IMAGES.reshape(2, 784), NUMBERS, r"uint8\[n, 28, 28\], are uint8\[2, 784\]"),
-        (IMAGES, np.zeros(3, np.int64), r"integers\[2\], are int64\[3\]"),
-        (IMAGES, np.zeros(2), r"integers\[2\], are float64\[2\]"),
-        (IMAGES, np.array([0, 10]), "0..9, are 0..10"),
-    ],
-)
+@pytest.mark.parametrize(("images", "numbers", "said"), INVALID)
 def test_invalid_input_is_refused(images: np.ndarray, numbers: np.ndarray, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         predict(TwoHeadCNN(), images, numbers)

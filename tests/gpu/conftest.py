@@ -1,9 +1,7 @@
-"""Tests that need a GPU: `pytest -m gpu tests/gpu`. Ten minutes on one card; those of two cards are skipped where there is one.
+"""Tests that need a GPU: `pytest -m gpu tests/gpu`. Those of two cards are skipped where there is one.
 
-test_model.py needs PyTorch, numpy, pyarrow, Pillow, safetensors, tqdm and pytest; the gate runs parts of it on the CPU.
-test_jobs.py also needs Ray, all else that the package depends on, and pytest-timeout; it is skipped without Ray. To a machine
-that reaches no package index, carry the wheels that it lacks. Ray's has 75.6 MiB (cp312), or 44.5 without `ray/jars`, which only
-Java uses.
+test_model.py needs no Ray, and the gate runs parts of it on the CPU. To a machine that reaches no
+package index, carry the wheels that it lacks.
 """
 
 from collections.abc import Iterator

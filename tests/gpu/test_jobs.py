@@ -1,10 +1,7 @@
 """Both jobs on a GPU from the shell: trained twice, killed, resumed on a CPU; scored beside the CPU."""
 
-import os
 import re
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +12,18 @@ import pytest
 import torch
 
 pytest.importorskip("ray", reason="the jobs need Ray")
-import ray
-import ray.train.torch
 
-from mnistsum_ray.config import ExportPairsConfig, TrainConfig
-from mnistsum_ray.data.order import Shuffle
-from mnistsum_ray.data.sources import SAMPLE, open_source
+from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.training.checkpoint import EpochProgress
-from mnistsum_ray.training.fetch import load_rows
-from mnistsum_ray.training.preflight import preflight
-from mnistsum_ray.training.rows import Batch, TrainingRows
-from mnistsum_ray.training.trainer import EpochCounter, Trainer
-from mnistsum_ray.training.worker import EventSender, Worker
-from tests.gpu.conftest import CUDA, report, two_gpus
+from tests.gpu.conftest import report, two_gpus
 from tests.integration.conftest import (
     Done,
     Job,
-    descendants,
     history_of,
     kill_worker,
     no_job_is_left,
     run_job,
-    start_cluster,
     wait_for_files,
-    write_shuffled_sample,
 )
 
 __all__ = ["no_job_is_left"]
@@ -106,58 +90,11 @@ def test_a_killed_worker_is_replaced_and_the_memory_of_the_card_is_free_again(wo
     assert torch.cuda.mem_get_info()[0] > free - 0.01 * total
 
 
-def test_streamed_rows_go_on_within_an_epoch_and_train_the_same_again(tmp_path: Path) -> None:
-    data = write_shuffled_sample(tmp_path / "rows")
-    flags = ["--data", data, "--epochs", 12, "--shuffle-rows", 1500, "--checkpoint-seconds", 0.5, "--storage-path", tmp_path]
-    job = start_on_gpu("run mine", "train", *flags, "--name", "mine")
-    job.wait_for_line("epoch 3: loss ")
-    job.kill()
-    done = run_on_gpu("train", "--storage-path", tmp_path, "--name", "mine", "--resume")
-    assert re.search(r"going on after epoch \d", done.err)
-    again = run_on_gpu("train", "--config", tmp_path / "mine" / "config.yaml", "--storage-path", tmp_path, "--name", "again")
-    first, second = (history_of(run.line["run"]) for run in (done, again))
-    assert first[0]["train_loss"] == pytest.approx(second[0]["train_loss"], rel=0.05), "a card's sums are in no order"
-    assert min(run.line["test"]["digit_accuracy"] for run in (done, again)) > 0.97
-
-
-@pytest.fixture(scope="module")
-def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120,000 labelled rows as Parquet."""
-    folder = tmp_path_factory.mktemp("many") / "rows"
-    export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=120_000, files=8), print)
-    return folder
-
-
-def test_the_job_is_as_fast_as_the_bare_loop(many_rows: Path) -> None:
-    ways = run_job("benchmark", "train", "--data", many_rows, "--rows", 120_000).line["ways"]
+def test_the_job_is_as_fast_as_the_bare_loop(pairs: Path) -> None:
+    ways = run_job("benchmark", "train", "--data", pairs, "--rows", 120_000).line["ways"]
     for way, figures in ways.items():
         report(f"benchmark train, {way}", **figures)
     assert ways["project"]["rows_per_second"] >= 0.9 * ways["bare"]["rows_per_second"]
-
-
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_step_of_the_trainer_waits_for_the_device(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its counters, on rows that Ray Data prepares."""
-    monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model, **_: model)
-    run = preflight(TrainConfig(data="sample", recipe="long"))
-    worker = Worker(0, 1, CUDA, 1, EventSender(None, rank=1))
-    trainer = Trainer(run.hyperparameters, worker, precision)
-    counter = EpochCounter(EpochProgress(), 99, worker, torch.tensor([10, 5000]))
-    data = load_rows(run.source, streamed=False).data
-    batches = TrainingRows(data, run.shuffle, 1.0, epochs=1, rank=0, world_size=1, device=CUDA).batches()
-    torch.cuda.set_sync_debug_mode("default")
-    for step in range(18):
-        batch = next(batches) | {"checksum": torch.zeros(run.hyperparameters.batch_size, dtype=torch.int64, device=CUDA)}
-        if step == 3:
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            counter.add(batch, trainer._step(batch, 0, step, len(batch["digit"]), 0.01))
-        except BaseException:
-            torch.cuda.set_sync_debug_mode("default")
-            raise
-    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("variable", ["uuid", "-1", "noset"])
@@ -173,30 +110,6 @@ def test_the_environment_says_which_card(variable: str, trained: Done, pairs: Pa
         done = run_job(*job, env=environment)
         assert done.code == 0, done.err
         assert ("GPU worker" in done.err) == (variable != "-1")
-
-
-@two_gpus
-def test_two_ranks_and_an_empty_last_share(tmp_path: Path) -> None:
-    """The last batch of 3,969 rows has one, so that rank 1 has none; rank 1 leaves the memory of the first card as it is."""
-    rows = tmp_path / "rows.parquet"
-    pq.write_table(pq.read_table(SAMPLE).slice(0, 4961), rows)
-    flags = ["--data", rows, "--batch-size", 64, "--num-workers", 2, "--storage-path", tmp_path]
-    assert "2 GPU workers" in run_on_gpu("train", *flags).err
-
-
-@two_gpus
-def test_both_ranks_are_replaced(tmp_path: Path) -> None:
-    """Whether the losses are the same to the last bit is in the table: kernels of a card may sum in any order."""
-    flags = ["--data", "sample", "--epochs", 6, "--num-workers", 2, "--precision", "fp32", "--storage-path", tmp_path]
-    job = start_on_gpu("run mine", "train", *flags, "--name", "mine")
-    job.wait_for_line("epoch 2: loss ")
-    for worker, title in descendants(job.process.pid).items():
-        if "RayTrainWorker" in title:
-            os.kill(worker, signal.SIGKILL)
-    job.wait_for_line("going on after epoch")
-    done, again = job.wait(), run_on_gpu("train", *flags, "--name", "again")
-    report("two cards, killed and not", losses=str([history_of(one.line["run"])[-1]["train_loss"] for one in (done, again)]))
-    assert min(run.line["test"]["digit_accuracy"] for run in (done, again)) > 0.98
 
 
 @two_gpus
@@ -271,7 +184,7 @@ def test_a_killed_actor_and_a_killed_run_change_nothing(trained: Done, pairs: Pa
     assert share_equal(scored, rows(output)) >= 0.9999
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("processes", [1, 4, 8])
 def test_processes_share_a_card(processes: int, trained: Done, pairs: Path, tmp_path: Path) -> None:
     """Each has 4 GiB of it: what it takes at most."""
     free, _ = torch.cuda.mem_get_info()
@@ -283,25 +196,3 @@ def test_processes_share_a_card(processes: int, trained: Done, pairs: Path, tmp_
     each = (free - least) / processes / 2**30
     report(f"scoring by {processes} processes", rows_per_second=job.wait().line["rows_per_second"], gib_each=each)
     assert each < 4
-
-
-@pytest.fixture
-def cluster() -> Iterator[None]:
-    start_cluster(num_cpus=2)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.usefixtures("cluster")
-def test_batches_on_the_gpu_are_those_of_the_cpu() -> None:
-    source = open_source("sample")
-    data, shuffle = load_rows(source, streamed=False).data, Shuffle(source.train, None, 48, 0, seed=3)
-
-    def batches(device: torch.device) -> list[Batch]:
-        return list(TrainingRows(data, shuffle, distortion=1.0, epochs=2, rank=0, world_size=1, device=device).batches())
-
-    for ours, theirs in zip(batches(CUDA), batches(torch.device("cpu")), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, values in ours.items():
-            assert values.device.type == "cuda"
-            assert torch.equal(values.cpu(), theirs[name]), name

@@ -3,7 +3,6 @@
 Float32 on a GPU errs by 1e-5, TF32 by 1.6e-3: 1e-4 tells them apart.
 """
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +11,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
-from torch.nn.grad import conv2d_weight
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 
 from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_state, disable_tf32
+from mnistsum_ray.model.folder import Weights, copy_weights
 from mnistsum_ray.model.inference import Predictor
-from mnistsum_ray.model.network import Network, Objective, distort, dropout_factors, make_network, prepare_images
+from mnistsum_ray.model.network import Network, Objective, distort, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.model.serialization import Weights, copy_weights
-from mnistsum_ray.model.sum_head import finetune_sum_head
-from tests.gpu.conftest import CUDA, report, two_gpus
+from tests.gpu.conftest import CUDA, two_gpus
 from tests.model import random_rows
-from tests.model.test_sum_head import confident_scores, consistency
 
 CPU = torch.device("cpu")
 ROWS = 64
@@ -43,22 +38,15 @@ def make_model(device: torch.device) -> Network:
 class Training:
     """The model and its optimizer on a device, with a rank's part of some rows of all that a step uses."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        dropout: float = 0.0,
-        rank: int = 0,
-        ranks: int = 1,
-        rows: int = ROWS,
-    ) -> None:
-        self.model, self.dtype, self.dropout = make_model(device), dtype, dropout
-        self.count, self.rows = rows, slice(rows * rank // ranks, rows * (rank + 1) // ranks)
-        self.optimizer, self.generator = MuonAdamW(self.model, 0.01, dtype), torch.Generator(device)
-        self.images, self.digits, self.numbers = (values[self.rows].to(device) for values in random_rows(rows))
-        self.matrices = torch.from_numpy(distortions(0, 0, np.arange(rows), 0.5))[self.rows].to(device)
-        self.scale = torch.tensor(ranks / rows, device=device)
-        self.objective: torch.nn.Module = Objective(self.model, 0.05, dtype)
+    def __init__(self, device: torch.device, rank: int = 0, ranks: int = 1) -> None:
+        self.model = make_model(device)
+        rows = slice(ROWS * rank // ranks, ROWS * (rank + 1) // ranks)
+        self.optimizer = MuonAdamW(self.model, 0.01, torch.float32)
+        self.images, self.digits, self.numbers = (values[rows].to(device) for values in random_rows(ROWS))
+        matrices = torch.from_numpy(distortions(0, 0, np.arange(ROWS), 0.5))
+        self.matrices = matrices[rows].to(device)
+        self.scale = torch.tensor(ranks / ROWS, device=device)
+        self.objective: torch.nn.Module = Objective(self.model, 0.05, torch.float32)
         if ranks > 1:
             devices = [device] if device.type == "cuda" else None
             self.objective = DistributedDataParallel(
@@ -66,12 +54,10 @@ class Training:
             )
 
     def steps(self, count: int) -> None:
-        for step in range(count):
+        for _ in range(count):
             self.optimizer.zero_grad()
-            generator = self.generator.manual_seed(step)
-            factors = dropout_factors(self.count, (128, 3, 3), self.dropout, generator)[self.rows] if self.dropout else None
             images = distort(prepare_images(self.images), self.matrices)
-            loss, _ = self.objective(images, self.numbers, self.digits, factors)
+            loss, _ = self.objective(images, self.numbers, self.digits, None)
             loss.backward(self.scale)
             self.optimizer.set_learning_rate(1e-3)
             self.optimizer.step()
@@ -181,60 +167,6 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(device: torch.device, tmp_path: P
     after = copy_weights(first_training.model)
     for name, value in copy_weights(training.model).items():
         assert torch.allclose(value, after[name], atol=1e-6), f"{name}: a step after the checkpoint is another"
-
-
-@gpu
-@pytest.mark.parametrize("rows", [64, 128, 256, 1024])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_the_profile_of_a_step(dtype: torch.dtype, rows: int) -> None:
-    training = Training(CUDA, dtype, rows=rows)
-    training.steps(5)
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        started = time.perf_counter()
-        training.steps(10)
-        cpu = time.perf_counter() - started
-        torch.cuda.synchronize()
-    events = profiled.key_averages()
-    kernels = sorted(
-        (event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation),
-        key=lambda event: -event.device_time_total,
-    )
-    slowest = " | ".join(f"{event.key[:40]} {event.device_time_total / 10:.0f} us" for event in kernels[:5])
-    device = sum(event.device_time_total for event in kernels) / 1e4
-    report(f"step of {rows} rows, {dtype}", cpu_ms=100 * cpu, gpu_ms=device, slowest=slowest)
-
-
-@gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_the_weight_gradient_of_the_first_convolution_is_no_bottleneck(dtype: torch.dtype) -> None:
-    images = torch.randn(256, 1, 28, 28, device=CUDA, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    above = torch.randn(256, 32, 28, 28, device=CUDA, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(32, 1, 3, 3, device=CUDA, dtype=dtype)
-    started = 0.0
-    for step in range(40):
-        if step == 20:
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-        conv2d_weight(images, weight.shape, above, padding=1)  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    milliseconds = (time.perf_counter() - started) * 50
-    report(f"conv1's weight gradient, 256 rows, {dtype}", ms=milliseconds)
-    assert milliseconds < 5
-
-
-@gpu
-def test_finetuning_takes_seconds_and_makes_the_sums_consistent() -> None:
-    model, scores = make_model(CUDA), confident_scores(1000, 0).to(CUDA)
-    finetune_sum_head(model, scores, 60, seed=3)
-    torch.cuda.synchronize()
-    started, model = time.perf_counter(), make_model(CUDA)
-    finetune_sum_head(model, scores, 2_000, seed=3)
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    assert consistency(model.cpu(), confident_scores(1000, 5)) > 0.999
-    assert seconds < 5
-    report("2,000 steps of fine-tuning", seconds=seconds)
 
 
 @each_device

@@ -242,7 +242,8 @@ def score_here(model: Path | str, output: Path | str, *inputs: Path | str, **set
     stream = io.StringIO()
     given: dict[str, Any] = {"precision": "fp32", "num_workers": 1} | settings
     config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **given)
-    result = score(preflight(config), Console(stream))
+    console = Console(stream)
+    result = score(preflight(config, console), console)
     return Scored(result.line(labels=True), stream.getvalue(), Path(output))
 
 
@@ -286,18 +287,17 @@ def polling(step: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def once(condition: Callable[[], object], action: Callable[[], object]) -> Iterator[None]:
-    """Do something, in a thread, as soon as a condition holds while the block runs; assert that it has been done."""
-    done = threading.Event()
+    """Do something, in a thread, as soon as a condition holds; assert that it has been done."""
+    done: list[object] = []
 
     def step() -> bool:
         if condition():
-            done.set()
-            action()
-        return done.is_set()
+            done.append(action())
+        return bool(done)
 
     with polling(step):
         yield
-    assert done.is_set(), "the block ended before"
+    assert done, "the block ended before"
 
 
 @dataclass
@@ -313,11 +313,6 @@ class Done:
     def line(self) -> dict[str, Any]:
         """The JSON object on the last line of standard output of a job that has succeeded."""
         assert self.code == 0, self.err
-        return self.last_line
-
-    @property
-    def last_line(self) -> dict[str, Any]:
-        """The JSON object on the last line of standard output, for any exit code."""
         value: dict[str, Any] = json.loads(self.out.splitlines()[-1])
         return value
 
@@ -428,7 +423,8 @@ def wait_for_files(job: Job, output: Location | Path, more: int) -> None:
     place = output if isinstance(output, Location) else locate(str(output), "--output")
 
     def written() -> int:
-        return len([info for info in place.files() if "/predictions/" in info.path and not info.name.startswith(".")])
+        files = (info for info in place.files() if not info.name.startswith("."))
+        return sum("/predictions/" in info.path for info in files)
 
     before = written()
     job.wait_until(lambda: written() >= before + more)
@@ -492,6 +488,6 @@ def kill_everything(root: int) -> None:
 
 def kill_worker(root: int, title: str) -> None:
     """Send SIGKILL to one descendant of `root` whose title contains this text."""
-    workers = [process for process, process_title in descendants(root).items() if title in process_title]
+    workers = [process for process, line in descendants(root).items() if title in line]
     assert workers, descendants(root)
     os.kill(workers[0], signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray.train import UserCallback
 
 from mnistsum_ray import (
     RequestError,
@@ -42,26 +42,27 @@ def test_an_invalid_request_raises_request_error_which_names_the_flag(model: Pat
 
 
 @pytest.mark.slow
-def test_on_epoch_gets_each_line_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
-    """First by an error of its own, like those of the storage, after which the run goes on; then by True, out of a thread."""
-    run, lines, error = tmp_path / "a", [], OSError("the server of the caller")
-    settings: dict[str, Any] = {"data": str(write_rows(500)), "epochs": 3, "storage_path": str(tmp_path), "name": "a"}
+def test_callbacks_get_each_report_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
+    stop, reports = tmp_path / "stop", tmp_path / "reports.jsonl"
+    settings: dict[str, Any] = {"data": str(write_rows(500)), "epochs": 2, "sum_head_steps": 5, "storage_path": str(tmp_path)}
 
-    def keep(line: dict[str, Any]) -> object:
-        lines.append(line)
-        if line["epoch"] == 1:
-            raise error
-        time.sleep(2)
-        return True
+    class Keep(UserCallback):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            with reports.open("a") as file:
+                file.write(json.dumps(metrics[0]) + "\n")
+            if stop.exists():
+                raise OSError("the server of the caller")
 
-    with pytest.raises(OSError, match="the server of the caller") as raised:
-        fit(TrainConfig(**settings), on_epoch=keep)
-    assert raised.value is error
-    with ThreadPoolExecutor(1) as thread, pytest.raises(RunError, match=r"True after epoch 2; .* --name a --resume$"):
-        thread.submit(fit, TrainConfig(**settings, resume=True), keep).result()
-    assert json.loads((run / "manifest.json").read_text())["status"] == "stopped"
-    assert lines == [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2]
+    stop.touch()
+    with pytest.raises(RunError, match=r"^a callback failed with OSError: the server of the caller; .* --name mine --resume$"):
+        fit(TrainConfig(**settings, name="mine"), callbacks=[Keep()])
+    stop.unlink()
+    reports.unlink()
+    fit(TrainConfig(**settings, name="other"), callbacks=[Keep()])
+    history = tmp_path / "other" / "history.jsonl"
+    kept, lines = ([json.loads(line) for line in path.read_text().splitlines()] for path in (reports, history))
+    assert [report["epoch"] for report in kept] == [1, 2, 2], "each epoch, and the sum head"
+    assert kept[:2] == [{name: line[name] for name in ("epoch", "train_loss", "validation", "test")} for line in lines]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,16 +170,18 @@ def test_submitted_jobs(head: Head, model: Path) -> None:
     assert (head.home / "scored" / "manifest.json").exists()
 
 
-def session_of(process: int) -> int | None:
-    """The session of a process that has not ended."""
-    try:
-        return None if psutil.Process(process).status() == psutil.STATUS_ZOMBIE else os.getsid(process)
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        return None
+def living(session: int) -> list[str]:
+    """The command lines of the processes of a session that have not ended."""
+    found = []
+    for process in psutil.process_iter(["status", "cmdline"]):
+        with suppress(ProcessLookupError):
+            if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.info["cmdline"])[:100])
+    return found
 
 
 def test_a_killed_driver_leaves_no_process(killed: set[int]) -> None:
     deadline = time.monotonic() + 100
-    while left := [process for process in psutil.pids() if session_of(process) in killed]:
-        assert time.monotonic() < deadline, [psutil.Process(process).cmdline() for process in left]
+    while left := [line for session in killed for line in living(session)]:
+        assert time.monotonic() < deadline, left
         time.sleep(0.2)

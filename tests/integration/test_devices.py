@@ -54,9 +54,9 @@ def test_scoring_waits_for_a_gpu_that_another_job_holds_and_its_workers_get_it(m
     other = ray.remote(_Other).options(num_gpus=0.5, num_cpus=0).remote()
     ray.get(other.__ray_ready__.remote())
     said = list[str]()
-    with pytest.raises(TryAgainError, match=r"^needs 0.75 CPUs and 1 GPU, but after 2 s only 2 CPUs and 0.5 GPUs are free"):
+    with pytest.raises(TryAgainError, match=r"^needs 1 GPU, but after 2 s only 2 CPUs and 0.5 GPUs are free"):
         reserve(WorkerRequest(None, True, wait_seconds=2, group=True), said.append)
-    assert said[0].startswith("waiting for 0.75 CPUs and 1 GPU; free now: ")
+    assert said[0].startswith("waiting for 1 GPU; free now: ")
     ray.kill(other)
     with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
         score_here(model, tmp_path / "out", data, number_column="digit", use_gpu=True)

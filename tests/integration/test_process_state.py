@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import warnings
@@ -26,7 +25,7 @@ from mnistsum_ray.export.pairs import export_pairs
 
 ROOT = Path(__file__).parents[2]
 
-# `ray.init` sets it for a cluster that it starts. The app keeps it: see mnistsum_ray/cluster/ray_internals.py.
+# `ray.init` sets it for a cluster that it starts. The app keeps it: see mnistsum_ray/cluster/workarounds.py.
 KEPT = {"os.environ: RAY_USAGE_STATS_ENABLED": [None, "0"]}
 
 
@@ -58,17 +57,14 @@ def snapshot() -> Snapshot:
         "os.environ": dict(os.environ),
         "DataContext": {name: repr(value) for name, value in vars(DataContext.get_current()).items()},
         "loggers": {name: logger.level for name, logger in loggers if isinstance(logger, logging.Logger)},
-        "sys": {name: repr(getattr(sys, name)) for name in ("stdout", "stderr", "excepthook", "unraisablehook", "path")},
+        "sys": {name: repr(getattr(sys, name)) for name in ("stdout", "stderr", "excepthook", "path")},
         "signal handlers": {str(number): repr(signal.getsignal(number)) for number in signal.valid_signals()},
         "matplotlib": {name: repr(value) for name, value in matplotlib.rcParams.items()},
         "other": {
-            "logging": logging.root.level,
             "working folder": str(Path.cwd()),
-            "socket": socket.getdefaulttimeout(),
             "warnings": repr(warnings.filters),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "threads": torch.get_num_threads(),
-            "gradients": torch.is_grad_enabled(),
             "random state": torch.random.initial_seed(),
         },
     }
@@ -85,11 +81,11 @@ def changes(before: Snapshot, after: Snapshot) -> dict[str, list[Any]]:
 
 
 def main(code: str) -> None:
-    # What is imported when it is first needed: a change that an import of a library makes is not the app's doing.
-    for module in ("aiohttp.web", "mlflow", "pandas", "ray.autoscaler.sdk", "tensorboardX"):
+    # A change that an import of a library makes is not the app's doing.
+    ours = ("api", "cli", "predicting", "scoring.driver", "training.driver")
+    libraries = ("aiohttp.web", "mlflow", "pandas", "ray.autoscaler.sdk", "tensorboardX")
+    for module in (*libraries, *(f"mnistsum_ray.{name}" for name in ours)):
         import_module(module)
-    for module in ("api", "cli", "predicting", "scoring.driver", "training.driver"):
-        import_module(f"mnistsum_ray.{module}")
     before = snapshot()
     exec(code, {})
     print(json.dumps(changes(before, snapshot())))

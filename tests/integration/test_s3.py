@@ -1,8 +1,6 @@
 """Data, runs and predictions on S3 (moto's server), with the same commands and the same results as on a disk."""
 
 import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,10 +17,10 @@ from mnistsum_ray.errors import RequestError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.scoring.preflight import read_footers
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import LEASE_TTL_SECONDS
 from mnistsum_ray.storage.paths import locate, locate_existing
-from tests.conftest import writable, write_model
-from tests.integration.conftest import Job, descendants, score_here, wait_for_files
+from tests.conftest import writable
+from tests.integration.conftest import score_here
+from tests.scoring.conftest import CONSOLE
 
 
 def table(place: Location) -> pa.Table:
@@ -70,12 +68,6 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
     }
 
 
-def ids_of(folder: Location) -> list[int]:
-    """The row ids in all Parquet files of a folder."""
-    paths = [info.path for info in folder.files() if info.path.endswith(".parquet")]
-    return [row for path in paths for row in table(folder.at(path))["row_id"].to_pylist()]
-
-
 @pytest.mark.usefixtures("s3")
 def test_a_key_with_an_empty_part_is_set_aside_and_a_glob_may_have_a_query(tmp_path: Path, sample: pa.Table) -> None:
     """As `s3://b//out` with an empty variable. Object stores take such a key, and Arrow does not."""
@@ -85,43 +77,10 @@ def test_a_key_with_an_empty_part_is_set_aside_and_a_glob_may_have_a_query(tmp_p
     query = f"endpoint_override={quote(os.environ['AWS_ENDPOINT_URL'])}"
     for uri in ("s3://scores/odd/in", f"s3://scores/odd/in/**/*.parquet?{query}"):
         inputs = list_inputs([uri])
-        files = read_footers(inputs, ScoreConfig(model="m", input=(uri,), output=str(tmp_path)))
+        files = read_footers(inputs, ScoreConfig(model="m", input=(uri,), output=str(tmp_path)), CONSOLE)
         errors = dict(zip(files["name"].to_pylist(), files["error"].to_pylist(), strict=True))
         assert errors.pop("a.parquet") is None
         assert set(errors) == {"/a.parquet", "b//c.parquet"}
         assert set(errors.values()) == {"its name has an empty part between two slashes; rename it"}
     with pytest.raises(RequestError, match=r"--model s3://scores//out: .*Empty path component"):
         locate_existing("s3://scores//out", "--model")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_a_run_that_was_stopped_for_longer_than_its_lease_writes_nothing_more(model: Path, tmp_path: Path) -> None:
-    """The first of two runs on one output is suspended for longer than its lease, and the second takes over."""
-    root = locate("s3://scores/fence", "--output")
-    rows = 6_000
-    export_pairs(ExportPairsConfig(data="sample", output=(root / "pairs").display, rows=rows, files=6), print)
-    flags = ["--input", (root / "pairs").display, "--output", (root / "out").display, "--max-rows-per-file", 250]
-    first = Job("score", *flags, "--model", model)
-    wait_for_files(first, root / "out", 1)
-    processes = [first.process.pid, *descendants(first.process.pid)]
-    for process in processes:
-        os.kill(process, signal.SIGSTOP)
-    stopped = time.monotonic()
-    other = write_model(tmp_path / "other", 1)
-    done = score_here(other, (root / "out").display, (root / "pairs").display, overwrite=True, num_workers=None)
-    assert done.line["scored_rows"] == rows
-    assert "was left by a run that no longer renews it" in done.said
-    assert time.monotonic() - stopped > LEASE_TTL_SECONDS
-    before = {info.path: (root / "out").at(info.path).read_bytes() for info in (root / "out").files()}
-    scored, whole = ids_of(root / "out" / "predictions"), ids_of(root / "pairs")
-    assert sorted(scored) == sorted(whole)
-    for process in reversed(processes):
-        os.kill(process, signal.SIGCONT)
-    ended = first.wait()
-    assert ended.code == 1, ended.err
-    assert "another run has taken the output" in ended.error
-    assert not first.left()
-    after = {info.path: (root / "out").at(info.path).read_bytes() for info in (root / "out").files()}
-    assert {path: after.get(path) for path in before} == before, "the first run changed and deleted nothing"
-    assert len(after) - len(before) <= 2, "only a write of each of its two workers that had begun when it was suspended ends"

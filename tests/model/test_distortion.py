@@ -48,5 +48,4 @@ def test_rows_are_distorted_independently_and_not_at_all_at_strength_0() -> None
     whole = distorted(images, draws)
     torch.testing.assert_close(distorted(images[3:5], draws[3:5]), whole[3:5], rtol=0, atol=1e-5)
     assert whole.is_contiguous(memory_format=torch.channels_last)
-    assert len(distorted(images[:0], draws[:0])) == 0
     torch.testing.assert_close(distorted(images, draws, strength=0.0), images, rtol=0, atol=1e-4)

@@ -19,9 +19,6 @@ def test_learning_rate_rises_and_falls_once(total: int) -> None:
     top = int(rates.argmax())
     assert (np.diff(rates[: top + 1]) > 0).all()
     assert (np.diff(rates[top:]) < 0).all()
-    if total >= 100:
-        assert rates[-1] == pytest.approx(1e-6)
-        assert rates.max() == pytest.approx(0.01, rel=1e-3)
 
 
 def compute_gradients(model: TwoHeadCNN) -> None:

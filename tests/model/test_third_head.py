@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import ray.train.torch
@@ -19,13 +18,11 @@ from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.export.model import export_model
 from mnistsum_ray.model import network
+from mnistsum_ray.model.folder import INTERFACE, copy_weights, describe_model, save_model
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
 from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, calibrated, fit_temperatures, score_rows
 from mnistsum_ray.model.network import Network, Scores, divide_scores
-from mnistsum_ray.model.serialization import INTERFACE, copy_weights, describe_model, save_model
 from mnistsum_ray.model.sum_head import finetune_sum_head
-from mnistsum_ray.storage.paths import locate
-from mnistsum_ray.training.checkpoint import TrainerState, read_checkpoint, restore, save_checkpoint
 from mnistsum_ray.training.preflight import preflight
 from mnistsum_ray.training.trainer import Trainer
 from mnistsum_ray.training.worker import EventSender, Worker
@@ -121,15 +118,6 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     # The last batch has one row, of which there are no statistics.
     assert model.norm.num_batches_tracked == model.get_buffer("body.1.num_batches_tracked") == STEPS
 
-    save_checkpoint(tmp_path, TrainerState(0, [], "fp32"), model, trainer.optimizer)
-    _, tensors = read_checkpoint(locate(str(tmp_path), "checkpoint"))
-    again = new_trainer()
-    restore(tensors, again.model, again.optimizer)
-    for other in (trainer, again):
-        other._step(batch, 0, STEPS + 1, 1, 0.02)
-    for name, value in copy_weights(model).items():
-        assert torch.equal(again.model.state_dict()[name], value), name
-
     model.eval()
     finetune_sum_head(model, trainer.digit_scores(images[rows[:500]]), 300, seed=0)
     scored = list(score_rows(model, [(test, trainer.digit_scores(test["image"]))]))
@@ -142,13 +130,12 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     temperatures = fit_temperatures(scored)
     analysis = analyse_errors(calibrated(scored, temperatures), CPU)
     assert analysis["probabilities"].keys() == {"digit", "sum", "even"}
-    assert all(mistake["pred_even"] in (0, 1) for mistake in analysis["mistakes"])
     with torch.no_grad():
         before = model.scores_of_all_numbers(trainer.digit_scores(test["image"]))
         model.fold_temperatures(temperatures)
         after = model.scores_of_all_numbers(trainer.digit_scores(test["image"]))
-    for name, unfolded, folded in zip(temperatures, before, after, strict=True):
-        torch.testing.assert_close(folded * temperatures[name], unfolded, rtol=1e-3, atol=1e-3)
+    for temperature, unfolded, folded in zip(temperatures.values(), before, after, strict=True):
+        torch.testing.assert_close(folded * temperature, unfolded, rtol=1e-3, atol=1e-3)
 
     weights = copy_weights(model)
     metrics = {"validation": shares, "test": shares}
@@ -157,17 +144,13 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     loaded = load_model(tmp_path)
     assert isinstance(loaded, SmallNet)
     found = predict(loaded, test["image"].numpy(), numbers[held_out].numpy(), probabilities=True)
-    right = np.mean(found.even == EVEN.target(test["digit"].numpy(), 0))
-    assert right == pytest.approx(shares["even_accuracy"], abs=0.005)
     assert found.even_probs.shape == (500, 2)
     table = sample.take(held_out.numpy()).append_column("number", pa.array(numbers[held_out].numpy()))
     answered = predict_rows(loaded, table)
     assert answered["pred_even"].to_pylist() == found.even.tolist()
 
     config = ExportModelConfig(model=str(tmp_path), output=str(tmp_path / "exported"))
-    exported = export_model(config, print)
-    assert exported["pairs"] == 5000
-    assert exported["largest_difference"] < 1e-4
+    assert export_model(config, print)["largest_difference"] < 1e-4
 
 
 def test_dropout_that_it_does_not_have_is_refused() -> None:

@@ -14,7 +14,7 @@ from mnistsum_ray import load_model, predict
 from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.reporting.mlflow import log_run
-from mnistsum_ray.reporting.report import epoch_scalars, model_scalars
+from mnistsum_ray.reporting.report import epoch_scalars, scores
 from mnistsum_ray.storage.location import Location
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import write_model
@@ -62,7 +62,7 @@ def test_a_run_is_logged_with_config_metrics_files_and_model(
         assert client.get_experiment(found.info.experiment_id).name == "mine"
         assert found.data.params == {key: str(value) for key, value in manifest_of(store)["config"].items()}
         assert found.data.tags.items() >= {"ray": "2.60.0", "data.source": "sample"}.items()
-        metrics = epoch_scalars(HISTORY[-1]) | model_scalars(CARD)
+        metrics = epoch_scalars(HISTORY[-1]) | scores(CARD, "final")
         assert found.data.metrics == {key: pytest.approx(value) for key, value in metrics.items()}
         epochs = client.get_metric_history(run_id, "epoch/test/digit_accuracy")
         assert [(one.step, one.value) for one in epochs] == [(one["epoch"], one["test"]["digit_accuracy"]) for one in HISTORY]

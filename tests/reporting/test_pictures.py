@@ -24,14 +24,13 @@ IMAGES = np.zeros((8, 28, 28), np.uint8)
 BINS = {"rows": [2] * 14 + [9_000], "probability": [0.1] * 14 + [8_900.0], "right": [1] * 14 + [8_950]}
 RELIABILITY = {head.name: {"ece": 0.01, "reliability": BINS} for head in HEADS}
 
-DRAWN = {
-    "history": lambda: pictures.draw_history(HISTORY, {"epoch": 2, "test": TEST}),
-    "one epoch, no error": lambda: pictures.draw_history(HISTORY[:1], {"epoch": 1, "test": NO_ERROR}),
-    "confusion": lambda: pictures.draw_confusion(CONFUSION),
-    "confusion without rows": lambda: pictures.draw_confusion(np.zeros((10, 10), int).tolist()),
-    "mistakes": lambda: pictures.draw_mistakes([MISTAKE] * 8, IMAGES),
-    "no mistakes": lambda: pictures.draw_mistakes([], IMAGES[:0]),
-    "reliability": lambda: pictures.draw_reliability(RELIABILITY),
+DRAWN: dict[str, tuple[Any, ...]] = {
+    "history": (pictures.draw_history, HISTORY, {"epoch": 2, "test": TEST}),
+    "one epoch, no error": (pictures.draw_history, HISTORY[:1], {"epoch": 1, "test": NO_ERROR}),
+    "confusion": (pictures.draw_confusion, CONFUSION),
+    "mistakes": (pictures.draw_mistakes, [MISTAKE] * 8, IMAGES),
+    "no mistakes": (pictures.draw_mistakes, [], IMAGES[:0]),
+    "reliability": (pictures.draw_reliability, RELIABILITY),
 }
 
 
@@ -40,7 +39,7 @@ DRAWN = {
 def test_a_picture_is_wide_enough_to_read_and_not_blank(name: str) -> None:
     """Whatever the user's own settings of Matplotlib are."""
     with matplotlib.rc_context({"text.usetex": True, "figure.dpi": 20}):
-        drawn = DRAWN[name]()
+        drawn = pictures.png(*DRAWN[name])
     with Image.open(io.BytesIO(drawn)) as picture:
         grey = np.asarray(picture.convert("L"))
     assert 600 <= grey.shape[1] <= 1400
@@ -48,7 +47,7 @@ def test_a_picture_is_wide_enough_to_read_and_not_blank(name: str) -> None:
 
 
 def test_a_wrong_answer_is_named_with_the_right_one() -> None:
-    figure = pictures.draw_mistakes.__wrapped__([MISTAKE, MISTAKE | {"pred_digit": 3}], IMAGES[:2])  # type: ignore[attr-defined]
+    figure = pictures.draw_mistakes([MISTAKE, MISTAKE | {"pred_digit": 3}], IMAGES[:2])
     assert [axes.get_title() for axes in figure.axes[:2]] == [
         "image + 4\ndigit 5 (90%), not 3\nsum 9 (80%), not 7",
         "image + 4\ndigit 3 (90%)\nsum 9 (80%), not 7",
@@ -59,6 +58,4 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line() -> None:
     said: list[str] = []
     drawn = draw_pictures({"confusion.png": ([[1], [2, 3]],), "mistakes.png": ([], IMAGES[:0])}, said.append)
     assert list(drawn) == ["mistakes.png"]
-    (line,) = said
-    assert line.startswith("confusion.png cannot be drawn: ")
-    assert line.endswith("; the report is without it")
+    assert said[0].startswith("confusion.png cannot be drawn: ")

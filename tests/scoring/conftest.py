@@ -12,7 +12,7 @@ from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import Predictions
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring.parts import PART_SCHEMA, Part
-from mnistsum_ray.scoring.preflight import Plan, Request, make_plan
+from mnistsum_ray.scoring.preflight import Plan, Request, make_plan, read_footers
 from mnistsum_ray.scoring.worker import PartRows, read_parts, write_part
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import writable
@@ -20,18 +20,14 @@ from tests.conftest import writable
 CONSOLE = Console(io.StringIO())
 
 
-def request_of(folder: Path, output: Path, *more: Path, sha256: str = "abc", **settings: Any) -> Request:
-    """Request to score the files in some folders."""
-    config = ScoreConfig(model="m", input=tuple(map(str, (folder, *more))), output=str(output), **settings)
+def plan_of(folder: Path | str, output: Path | str = "/nowhere", sha256: str = "abc", **settings: Any) -> Plan:
+    """Plan to score the files in a folder, in float32 unless another precision is set."""
+    config = ScoreConfig(model="m", input=(str(folder),), output=str(output), **settings)
     place = locate(str(output), "--output")
     card = {"sha256": sha256, "epoch": 1, "parameters": 1}
-    return Request(config, place, card, {}, list_inputs(config.input, locate("/nowhere", "--output")), place, None)
-
-
-def plan_of(folder: Path, output: Path = Path("/nowhere"), *more: Path, **settings: Any) -> Plan:
-    """Plan to score the files in some folders, in float32 unless another precision is set."""
-    request = request_of(folder, output, *more, **settings)
-    return make_plan(request, request.config.precision or "fp32", writable(request.output), CONSOLE)
+    inputs = list_inputs(config.input, locate("/nowhere", "--output"))
+    request = Request(config, place, card, {}, inputs, place, read_footers(inputs, config, CONSOLE))
+    return make_plan(request, config.precision or "fp32", writable(place), CONSOLE)
 
 
 def parts_of(plan: Plan) -> list[Part]:

@@ -1,6 +1,5 @@
 """Reading parts: every row is read once, in order, and damaged files are reported. Written parts: columns, metadata, stamp."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.data.images import pixels_view
-from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
+from mnistsum_ray.errors import StorageError, UnusableFileError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.scoring.counts import encode_image
 from mnistsum_ray.scoring.output import OutputFiles
-from mnistsum_ray.scoring.parts import COUNTS_KEY, KEY, STAMP_FORMAT
+from mnistsum_ray.scoring.parts import COUNTS_KEY, KEY
 from mnistsum_ray.scoring.preflight import Plan
-from mnistsum_ray.scoring.worker import PartRows, _committed, background_warning, read_parts
+from mnistsum_ray.scoring.worker import PartRows, background_warning, read_parts
 from tests.scoring.conftest import CONSOLE, parts_of, plan_of, write_all
 
 
@@ -48,7 +47,6 @@ def test_every_row_is_read_once_in_order_and_decoded(tmp_path: Path, max_rows_pe
         bad = ids % 11 == 10
         assert list(decoded.reasons) == np.flatnonzero(bad).tolist()
         assert decoded.numbers.tolist() == np.where(bad, 0, ids % 11).tolist()
-        assert decoded.labels is not None
         assert decoded.labels.tolist() == [-1 if row % 3 == 0 else row % 10 for row in ids]
         assert [image.tobytes() for image in decoded.images] == table["image"].take(pa.array(ids)).to_pylist()
         position += decoded.part.rows
@@ -58,52 +56,35 @@ def test_every_row_is_read_once_in_order_and_decoded(tmp_path: Path, max_rows_pe
     assert read_ids == [list(range(part.first_row, part.first_row + part.rows)) for part in some], "with others between them"
 
 
-def test_a_file_that_changes_during_the_run_is_unreadable(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", 50, 50)
-    write(tmp_path / "b.parquet", 50, 50)
-    plan = plan_of(tmp_path)
-    write(tmp_path / "a.parquet", 60, 50)
-    changed, whole = read(plan)
-    assert "has changed since the run began" in str(changed)
-    assert isinstance(whole, PartRows)
-
-
-@pytest.mark.parametrize("trained", [0, 255])
-def test_images_on_the_other_background_are_worth_a_warning(tmp_path: Path, sample: pa.Table, trained: int) -> None:
+def test_images_on_the_other_background_are_worth_a_warning(tmp_path: Path, sample: pa.Table) -> None:
     """Rejected rows, which are zeros, do not count."""
     pixels = pixels_view(sample["image"].combine_chunks())[::500]
-    images = {"good.parquet": np.abs(trained - pixels.astype(int)), "other.parquet": np.abs(255 - trained - pixels.astype(int))}
-    for name, values in images.items():
-        column = [image.astype(np.uint8).tobytes() for image in values] + [b"bad"] * 30
+    for name, images in {"dark.parquet": pixels, "light.parquet": 255 - pixels}.items():
+        column = [image.tobytes() for image in images] + [b"bad"] * 30
         pq.write_table(pa.table({"image": column, "number": [1] * 40}), tmp_path / name)
-    good, other = (background_warning(rows, trained) for rows in read(plan_of(tmp_path)))  # type: ignore[arg-type]
-    assert good is None
-    assert "other.parquet" in str(other)
-    assert (
-        "light on dark, and the model was trained on dark on light" in str(other)
-        if trained
-        else "dark on light, and" in str(other)
-    )
+    dark, light = read(plan_of(tmp_path))
+    for trained, good, other in ((0, dark, light), (255, light, dark)):
+        assert isinstance(good, PartRows)
+        assert isinstance(other, PartRows)
+        assert background_warning(good, trained) is None
+        assert f"warning: {other.part.name}: its images are" in str(background_warning(other, trained))
 
 
 VIEWS = {
     "string_view": pa.array(["a", None, "c"], pa.string_view()),
     "binary_view": pa.array([b"a", None, b"c"], pa.binary_view()),
     "list_view": pa.array([[1], None, [2, 3]], pa.list_view(pa.int64())),
-    "large_list_view": pa.array([[1], None, [2, 3]], pa.large_list_view(pa.int64())),
-    "list of string_view": pa.array([["a"], None, ["b", "c"]], pa.list_(pa.string_view())),
     "struct of string_view": pa.array([{"x": "a"}, None, {"x": "c"}], pa.struct({"x": pa.string_view()})),
     "map of string_view": pa.array([[("k", "a")], None, [("k", "c")]], pa.map_(pa.string(), pa.string_view())),
     "null in a struct": pa.array([{"a": [{"b": row, "c": None}]} for row in range(3)]),
 }
 
 
-@pytest.mark.parametrize("max_rows_per_file", [1, 3])
-def test_with_view_columns_only_the_bad_row_is_rejected(tmp_path: Path, max_rows_per_file: int) -> None:
+def test_with_view_columns_only_the_bad_row_is_rejected(tmp_path: Path) -> None:
     """pyarrow cannot take rows of views, and cannot cast a slice of structs with a null child."""
     images = pa.array([(np.arange(784) + row).astype(np.uint8).tobytes() for row in range(3)], pa.binary_view())
     pq.write_table(pa.table({"image": images, "number": [77, 1, 2], **VIEWS}), tmp_path / "a.parquet")
-    plan = plan_of(tmp_path / "a.parquet", tmp_path / "out" / "deep", max_rows_per_file=max_rows_per_file)
+    plan = plan_of(tmp_path / "a.parquet", tmp_path / "out" / "deep", max_rows_per_file=2)
     assert [image.tobytes() for rows in read(plan) for image in rows.images] == images.to_pylist()  # type: ignore[union-attr]
     write_all(plan)
     good, bad = (
@@ -134,8 +115,8 @@ def written_plan(folder: Path) -> Plan:
 NAME = "deep/a-00000-of-00002.parquet"
 
 
-def output_files(output: Path, plan: Plan | None = None) -> OutputFiles:
-    return OutputFiles.read(plan or written_plan(output.parent), CONSOLE)
+def output_files(output: Path) -> OutputFiles:
+    return OutputFiles.read(written_plan(output.parent), CONSOLE)
 
 
 def test_the_files_of_a_part_and_their_stamp(written: Path) -> None:
@@ -160,15 +141,7 @@ def test_the_files_of_a_part_and_their_stamp(written: Path) -> None:
         [0.5, "deep/a.parquet", 1, 1, 2, 1, encode_image(np.full((28, 28), 1, np.uint8))],
         [0.5, "deep/a.parquet", 2, 2, 3, None, encode_image(np.full((28, 28), 2, np.uint8))],
     ]
-    of_sums = counts.reliability["sum"]
-    assert (sum(of_sums.rows), sum(of_sums.right)) == (2, 1), "of two labelled rows, one sum is wrong"
-
-
-def of_another_version(folder: Path) -> None:
-    table = pq.ParquetFile(folder / "predictions" / NAME).read()
-    stamp = json.loads(table.schema.metadata[KEY]) | {"format": STAMP_FORMAT - 1}
-    kept = table.schema.metadata | {KEY: json.dumps(stamp).encode()}
-    pq.write_table(table.replace_schema_metadata(kept), folder / "predictions" / NAME)
+    assert counts.accuracies() == {"digit_accuracy": 1.0, "sum_accuracy": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -177,14 +150,11 @@ def of_another_version(folder: Path) -> None:
         (lambda folder: (folder / "predictions" / NAME).write_bytes(b"PAR1 no PAR1"), "has a damaged footer"),
         (lambda folder: (folder / "rejected" / NAME).unlink(), "has 3 predictions and 0 rejected rows of 4 rows"),
         (lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "predictions" / NAME), "is not a file of this prog"),
-        (of_another_version, "was written by another version of this program"),
     ],
 )
 def test_damaged_output_files_are_refused(written: Path, damage: Any, error: str) -> None:
     damage(written)
-    files = output_files(written)
-    with pytest.raises(RequestError, match=f"predictions/{NAME} {error}.*; move it away, or choose another folder"):
-        files.check()
+    assert output_files(written).errors[0].startswith(f"predictions/{NAME} {error}")
 
 
 def test_parts_that_an_earlier_process_has_committed_stay(written: Path) -> None:
@@ -195,10 +165,3 @@ def test_parts_that_an_earlier_process_has_committed_stay(written: Path) -> None
     with pytest.raises(StorageError, match="cannot be written: another run has written something there"):
         write_all(replace(plan, precision="bf16"))
     assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files] == before
-
-    (written / "predictions" / NAME.replace("0-of", "1-of")).unlink()
-    reports = [_committed(plan, part, 0.0) for part in parts_of(plan)]
-    assert reports[0]
-    assert reports[0].select(["name", "rows", "rejected"]).to_pylist() == [{"name": "deep/a.parquet", "rows": 4, "rejected": 1}]
-    assert reports[1] is None
-    assert _committed(replace(plan, precision="bf16"), parts_of(plan)[0], 0.0) is None

@@ -1,24 +1,22 @@
 """Checkpoints: what is saved comes back bit for bit, and what is not whole is known for it."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mnistsum_ray.errors import RequestError
+from mnistsum_ray.model.folder import copy_weights
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import Metrics
 from mnistsum_ray.model.network import Network, joint_loss, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.model.serialization import copy_weights
 from mnistsum_ray.storage.paths import locate
 from mnistsum_ray.training.analysis import describe
 from mnistsum_ray.training.checkpoint import (
     STATE_CARD,
     STATE_FILE,
     STATE_FORMAT,
-    EpochProgress,
     TrainerState,
     latest_valid_checkpoint,
     read_checkpoint,
@@ -53,18 +51,12 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     for seed in range(3):
         step(model, optimizer, seed)
     tuned = {"steps": 5, "kept": True, "validation": SCORES, "test": SCORES}
-    progress = EpochProgress(7, 0.1 + 0.2, 448, 123_456, [(3, 192, 0.1)], torch.tensor([3, -(2**63)]), 12.5)
-    state = TrainerState(1, [LINE], "fp32", progress, tuned, torch.tensor([5, 6]))
+    state = TrainerState(1, [LINE], "fp32", tuned)
     save_checkpoint(tmp_path, state, model, optimizer)
     other, other_optimizer = make(1)
     loaded, tensors = read_checkpoint(locate(str(tmp_path), "checkpoint"))
     restore(tensors, other, other_optimizer)
-    assert (loaded.epochs_done, loaded.history, loaded.precision) == (1, [LINE], "fp32")
-    assert replace(loaded.progress, checksums=None) == replace(progress, checksums=None)
-    assert loaded.sum_head == tuned
-    for checksums, expected in ((loaded.checksums, [5, 6]), (loaded.progress.checksums, [3, -(2**63)])):
-        assert checksums is not None
-        assert checksums.tolist() == expected
+    assert loaded == state
     for seed in range(3, 6):
         step(model, optimizer, seed)
         step(other, other_optimizer, seed)
@@ -105,7 +97,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_and_one_of_another_versio
     ]
     (tmp_path / "epoch_00006").mkdir()
     others = {
-        '"mnistsum_ray/10"': "it was written by another version",
+        '"mnistsum_ray/11"': "it was written by another version",
         f'"{STATE_FORMAT}", "interface": {{"number": "0..19"}}': "it is of another network",
     }
     for other, why in others.items():

@@ -56,15 +56,6 @@ def test_what_the_numbers_depend_on_cannot_be_changed(stored: TrainConfig, given
             preflight(TrainConfig(storage_path=stored.storage_path, name="mine", resume=resume, **given))
 
 
-def test_the_precision_that_the_workers_have_chosen_is_that_of_the_run(stored: TrainConfig) -> None:
-    Path(stored.storage_path, "mine", "config.yaml").write_text("precision: fp32\n")
-    place: dict[str, Any] = {"storage_path": stored.storage_path, "name": "mine", "resume": True}
-    for resumed in (TrainConfig(**place), TrainConfig(**place, precision="fp32")):
-        assert preflight(resumed).hyperparameters.precision == "fp32"
-    with pytest.raises(RequestError, match="--precision bf16: the run mine has fp32, and its numbers"):
-        preflight(TrainConfig(**place, precision="bf16"))
-
-
 def test_a_manifest_that_does_not_say_what_the_run_was_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for text in ("{", "[]", '{"config": {}}', "[" * 100_000):

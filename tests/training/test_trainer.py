@@ -3,13 +3,11 @@
 import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import ray.train.torch
 import torch
@@ -17,20 +15,19 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.data.order import RowRanges, check_row_counts, mix_ids, row_checksums
+from mnistsum_ray.data.order import RowRanges, check_row_counts, mix_ids
 from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.device import broadcast_state
+from mnistsum_ray.model.folder import Weights, copy_weights
 from mnistsum_ray.model.network import make_network
-from mnistsum_ray.model.serialization import Weights, copy_weights
 from mnistsum_ray.storage.paths import locate
-from mnistsum_ray.training.checkpoint import EpochProgress, TrainerState, read_checkpoint, restore, save_checkpoint
+from mnistsum_ray.training.checkpoint import TrainerState, read_checkpoint, restore, save_checkpoint
 from mnistsum_ray.training.preflight import preflight
 from mnistsum_ray.training.trainer import EpochCounter, Trainer
 from mnistsum_ray.training.worker import EventSender, Worker
 
 CPU = torch.device("cpu")
 SILENT = EventSender(None, rank=1)  # only rank 0 sends
-ALONE = Worker(0, 1, CPU, 1, SILENT)
 
 
 def dropout_of(rank: int, world_size: int, rows: int) -> torch.Tensor:
@@ -53,17 +50,14 @@ def test_the_workers_dropout_is_that_of_the_whole_batch() -> None:
 @pytest.mark.parametrize(("steps", "checked"), [(40, [16, 32, 40]), (1000, range(16, 1016, 16))])
 def test_the_losses_within_an_epoch_are_means_since_the_one_before(steps: int, checked: Iterable[int]) -> None:
     """One row a step, whose loss is the number of the step."""
-    counter = EpochCounter(EpochProgress(), steps, ALONE)
-    progress = EpochProgress()
+    counter = EpochCounter(steps, CPU)
     done = 0
     for check in (min(check, steps) for check in checked):
         for step in range(done + 1, check + 1):
             counter.add({"mixed_id": torch.tensor([step])}, torch.tensor(float(step)))
-        progress, _ = counter.all_reduce(check, flag=False)
-        if done < steps // 2 <= check:  # a resumed epoch goes on from a checkpoint within it
-            counter = EpochCounter(progress, steps, ALONE)
+        counter.all_reduce(check)
         done = check
-    losses = progress.step_losses()
+    losses = counter.step_losses
     assert losses[-1][0] == steps
     assert len(losses) == min(len(list(checked)), 100)
     assert losses == [(now, (before + 1 + now) / 2) for before, now in pairwise([0, *(step for step, _ in losses)])]
@@ -72,26 +66,12 @@ def test_the_losses_within_an_epoch_are_means_since_the_one_before(steps: int, c
 def test_lost_and_repeated_rows_are_noticed_also_where_their_ids_add_up() -> None:
     """Rows 3 and 5 are lost, and row 4 is seen three times."""
     rows = RowRanges.of([0], [8])
-    counter = EpochCounter(EpochProgress(), 2, ALONE)
+    counter = EpochCounter(2, CPU)
     for ids in ([0, 1, 2, 4], [4, 4, 6, 7]):
         counter.add({"mixed_id": mix_ids(torch.tensor(ids))}, torch.zeros(1))
-    progress, _ = counter.all_reduce(2, flag=False)
+    counter.all_reduce(2)
     with pytest.raises(RowCountError, match="saw other rows than planned"):
-        check_row_counts(progress.rows, progress.row_ids, len(rows), rows.id_sum, "an epoch")
-
-
-def test_the_checksums_of_a_resumed_epoch_are_those_of_the_whole() -> None:
-    images, digits = np.random.default_rng(0).integers(0, 256, (90, 28, 28), np.uint8), np.arange(90) % 10
-    checksums = torch.from_numpy(row_checksums(np.arange(90), images, digits))
-    end_ids = torch.tensor([20, 50, 90])
-    before = EpochProgress()
-    for part in torch.chunk(torch.randperm(90), 3):
-        counter = EpochCounter(before, 3, ALONE, end_ids)
-        counter.add({"mixed_id": part, "row_id": part, "checksum": checksums[part]}, torch.zeros(1))
-        progress, _ = counter.all_reduce(1, flag=False)
-        before = replace(progress, checksums=counter.checksums())
-    assert before.checksums is not None
-    assert before.checksums.tolist() == [checksums[:20].sum(), checksums[20:50].sum(), checksums[50:].sum()]
+        check_row_counts(counter.rows, counter.row_ids, len(rows), rows.id_sum, "an epoch")
 
 
 def ddp(model: torch.nn.Module, parallel_strategy_kwargs: dict[str, Any]) -> torch.nn.Module:
@@ -128,7 +108,7 @@ def train(folder: Path, rank: int, world_size: int, steps: range) -> Weights:
         trainer._step(mine, 0, step, 32, 0.05)
     dist.barrier()  # all have read the checkpoint
     if rank == 0:
-        save_checkpoint(folder, TrainerState(0, [], "fp32", EpochProgress(steps.stop)), trainer.model, trainer.optimizer)
+        save_checkpoint(folder, TrainerState(0, [], "fp32"), trainer.model, trainer.optimizer)
     weights = copy_weights(trainer.model)
     trainer.model.register_buffer("seen", torch.tensor(rank))
     for parameter in trainer.model.parameters():

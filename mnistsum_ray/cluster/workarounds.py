@@ -1,7 +1,7 @@
-"""Private names of Ray, one function each. Read in Ray 2.60.0.
+"""What Ray 2.60.0 does wrong and costs a user data or minutes, worked around with its private names.
 
-Each works without its name too: by a public way, or without a comfort. ruff refuses private names in other modules, and here on
-lines without a mark. `tests/cluster/test_ray_internals.py` runs each against the installed Ray, and with its name taken away.
+Each works without its name too: by a public way, or without a comfort. ruff refuses private names
+elsewhere; tests/cluster/test_workarounds.py runs each, and with its name taken away.
 """
 
 import time
@@ -28,8 +28,9 @@ _LONGEST_PAUSE_SECONDS: Final = 0.05
 
 
 def last_cluster_address() -> str | None:
-    """HOST:PORT of the cluster that `ray start` started last on this machine, running or not, which `ray.init` would join.
+    """HOST:PORT of the cluster that `ray start` started last on this machine, running or not.
 
+    `ray.init` takes it from the same file, and tries for minutes where that cluster has crashed.
     Without the name None: a job joins the cluster of RAY_ADDRESS alone.
     """
     with suppress(*_GONE):
@@ -40,8 +41,8 @@ def last_cluster_address() -> str | None:
 def detached_data_actors() -> None:
     """Create Ray Data's detached actors on this node, which is the driver's.
 
-    The first process that runs a Dataset creates them on its own node, and they stay for ever. Of a training that is a worker,
-    whose node an autoscaler could then never remove. Without a name that node stays.
+    The first process that runs a Dataset creates them on its node, and they stay for ever. In a
+    training that is a worker, whose node an autoscaler could then never remove.
     """
     for module, name in _DATA_ACTORS.items():
         with suppress(*_GONE):
@@ -49,7 +50,10 @@ def detached_data_actors() -> None:
 
 
 def in_order(dataset: Any) -> Any:
-    """A Dataset whose rows come in their order; the given one keeps its options, unless Ray cannot copy it."""
+    """A Dataset whose rows come in their order, which by default is that of the fastest task.
+
+    The given one keeps its options, unless Ray cannot copy it.
+    """
     with suppress(*_GONE):
         dataset = dataset.copy(dataset, _deep_copy=True)
     dataset.context.execution_options.preserve_order = True
@@ -57,10 +61,10 @@ def in_order(dataset: Any) -> Any:
 
 
 class PatientExecution:
-    """Callback of Ray Data that sleeps after steps of its scheduling loop in which no task was started or returned anything.
+    """Callback of Ray Data that sleeps after idle steps of its scheduling loop.
 
-    When its consumer is slower than its tasks, Ray Data 2.60 runs its loop without a pause, in a thread of the training process.
-    That takes a third of the speed of training on two cores, and Ray Data has no option against it.
+    Where its consumer is slower than its tasks the loop runs without a pause, in a thread of the
+    training process: a third of the speed of training on two cores. There is no option against it.
     """
 
     def __init__(self) -> None:
@@ -68,13 +72,15 @@ class PatientExecution:
         self._pause = _FIRST_PAUSE_SECONDS
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: None  # the other hooks of Ray Data's `ExecutionCallback`, a private class
+        return lambda *_: None  # the other hooks of `ExecutionCallback`, a private class
 
     def on_execution_step(self, executor: Any) -> None:
-        """Called by Ray Data after each step, in the thread of the execution."""
+        """Called after each step; in an idle one no task was started or returned anything."""
         with suppress(*_GONE):
-            metrics = [operator.metrics for operator in executor._topology]
-            progress = [(metric.num_tasks_submitted, metric.num_task_outputs_generated) for metric in metrics]
+            progress = []
+            for operator in executor._topology:
+                metrics = operator.metrics
+                progress.append((metrics.num_tasks_submitted, metrics.num_task_outputs_generated))
             if progress != self._seen:
                 self._seen, self._pause = progress, _FIRST_PAUSE_SECONDS
                 return
