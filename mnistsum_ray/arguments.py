@@ -4,7 +4,7 @@ import re
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import make_dataclass
 from inspect import formatannotation
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -16,7 +16,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from mnistsum_ray.config import JobConfig
 from mnistsum_ray.errors import RequestError, TextAsked, did_you_mean, one_line, shortened
-from mnistsum_ray.storage.uri import masked
+from mnistsum_ray.storage.uri import KEYS_REFUSED, may_hold_keys
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -52,6 +52,8 @@ def parse(kind: type[Config], argv: list[str], description: str, command: str = 
             raise TextAsked(f"{description}\n{out.getvalue().rstrip()}") from None
     if unknown:
         flag = shortened(unknown[0].partition("=")[0])
+        if may_hold_keys(flag):
+            raise RequestError(f"a path or URI {KEYS_REFUSED}")
         hint = did_you_mean(flag, map(_flag, fields))
         raise RequestError(f"{flag}: there is no such flag{hint} (--help lists them)")
     flags = {name: value for name, value in vars(parsed).items() if value not in (_UNSET, ())}
@@ -102,9 +104,12 @@ def _flag(field: str) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Values of the config file by field name, as text: YAML 1.1 would read 010 as 8."""
+    if may_hold_keys(str(path)):
+        raise RequestError(f"--config: {KEYS_REFUSED}")
     flag = f"--config {path}"
     try:
-        node = yaml.compose(path.read_bytes(), yaml.SafeLoader)
+        # Errors quote a text, and with it keys, but no stream.
+        node = yaml.compose(BytesIO(path.read_bytes()), yaml.SafeLoader)
     except OSError as error:
         raise RequestError(f"{flag}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: it is not UTF-8
@@ -140,4 +145,4 @@ def _message(errors: list[Any], kind: type[JobConfig], flags: dict[str, Any]) ->
     if errors[0]["type"] == "extra_forbidden":
         hint = did_you_mean(place[0], kind.model_fields)
         return f"{name}: there is no such setting{hint} (--help lists them)"
-    return f"{name}: {message}, got {shortened(masked(repr(errors[0]['input'])))}"
+    return f"{name}: {message}, got {shortened(repr(errors[0]['input']))}"

@@ -26,7 +26,7 @@ from mnistsum_ray.errors import (
     printable,
     shell_command,
 )
-from mnistsum_ray.storage.uri import masked
+from mnistsum_ray.storage.uri import may_hold_keys
 
 if TYPE_CHECKING:
     from mnistsum_ray.config import ExportModelConfig, ExportPairsConfig, PredictConfig, ScoreConfig, TrainConfig
@@ -180,6 +180,8 @@ def main(argv: list[str] | None = None) -> int:
         return _write(_USAGE + lines, sys.stdout)
     if command == "--version":
         return _write(f"mnistsum_ray {__version__}\n", sys.stdout)
+    if may_hold_keys(command):
+        command = "this"
     hint = did_you_mean(command, COMMANDS)
     _say(f"error: {command}: there is no such command{hint} (mnistsum --help lists them)")
     return BAD_REQUEST
@@ -248,7 +250,7 @@ def _explain_stop(interrupt: KeyboardInterrupt, stop: StopOnSignals) -> int:
 
 def _say(text: str) -> None:
     """Write a line to standard error."""
-    _write(f"{printable(masked(text))}\n", sys.stderr)
+    _write(f"{printable(text)}\n", sys.stderr)
 
 
 def _write(text: str, stream: TextIO) -> int:

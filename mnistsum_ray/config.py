@@ -5,21 +5,27 @@ The text below a field is its help; brackets in it hold the value of an unset fi
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, Self, get_args
+from typing import Any, Final, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mnistsum_ray.storage.uri import PathOrUri
-
-PathText = Annotated[str, AfterValidator(PathOrUri)]
-"""Type of a field with a path or URI: it is given as a string, and kept as a PathOrUri, which is shown without keys."""
+from mnistsum_ray.storage.uri import KEYS_REFUSED, may_hold_keys
 
 
 class JobConfig(BaseModel):
     """Base of all configs."""
 
-    # Pydantic's own messages would quote URIs with their keys.
+    # Pydantic's own messages would quote the values, and so keys.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_keys(cls, given: Any) -> Any:
+        for name, value in given.items():
+            texts = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(text, str) and may_hold_keys(text) for text in texts):
+                raise ValueError(f"`{name}`: {KEYS_REFUSED}")
+        return given
 
 
 RecipeName = Literal["quick", "short", "long"]
@@ -55,7 +61,7 @@ def _of_recipe(name: str, text: str, **limits: Any) -> Any:
 class TrainConfig(JobConfig):
     """Config of a training run. Unset fields follow from the data and the cluster."""
 
-    data: PathText = "auto"
+    data: str = "auto"
     """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist (never the sample), or a
     folder or URI of IDX files or Parquet"""
     shuffle_rows: int = Field(default=1_000_000, ge=1, le=10**9)
@@ -93,13 +99,13 @@ class TrainConfig(JobConfig):
     """failures to recover from, of workers and nodes, with no new checkpoint in between"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
     """seconds to wait for an autoscaling or busy cluster before giving up"""
-    storage_path: PathText = "runs"
+    storage_path: str = "runs"
     """folder or URI (s3://...) that holds the runs; all nodes must reach it"""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     """name of the run and of its folder [a new unique name]"""
     resume: bool | Literal["auto"] = False
     """continue the run --name from its last checkpoint; auto: begin it if there is none"""
-    mlflow: PathText | None = None
+    mlflow: str | None = None
     """MLflow tracking server (http://...) or store (sqlite:///...) that the finished run is logged to; needs the extra mlflow
     [none]"""
     mlflow_experiment: str = Field(default="mnistsum", min_length=1)
@@ -124,14 +130,8 @@ class TrainConfig(JobConfig):
             raise ValueError("`num_workers`: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
         if self.resume and self.name is None:
             raise ValueError("`resume`: needs `name`, the run to continue")
-        # A part that a PathOrUri does not show may be a key.
-        if self.mlflow is not None and (
-            PathOrUri(self.mlflow).has_keys or not re.fullmatch(r"https?://[^@?#\s]+|sqlite:///[^@?#]+", self.mlflow)
-        ):
-            raise ValueError(
-                "`mlflow`: must be http(s)://HOST:PORT or sqlite:///FILE; keys belong in MLFLOW_TRACKING_USERNAME, "
-                "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN"
-            )
+        if self.mlflow is not None and not re.fullmatch(r"https?://[^@?#\s]+|sqlite:///[^@?#]+", self.mlflow):
+            raise ValueError("`mlflow`: must be http(s)://HOST:PORT or sqlite:///FILE")
         return self
 
     @property
@@ -163,11 +163,11 @@ class Hyperparameters:
 class ScoreConfig(JobConfig):
     """Config of a scoring run. Unset fields follow from the cluster."""
 
-    model: PathText
+    model: str
     """folder or URI of a training run, or of its model folder"""
-    input: tuple[PathText, ...] = Field(min_length=1)
+    input: tuple[str, ...] = Field(min_length=1)
     """Parquet to score: one or more files, folders (with subfolders), globs or URIs"""
-    output: PathText
+    output: str
     """folder or URI for the predictions; the same command continues after a kill"""
     image_column: str = Field(default="image", min_length=1)
     """column of the images"""
@@ -213,11 +213,11 @@ class ScoreConfig(JobConfig):
 class ExportPairsConfig(JobConfig):
     """Config of an export of pairs."""
 
-    data: PathText = "auto"
+    data: str = "auto"
     """as for mnistsum train: auto, sample, mnist, or a folder or URI"""
     split: Literal["train", "validation", "test"] = "test"
     """split whose rows are exported, in their order"""
-    output: PathText
+    output: str
     """folder or URI for the files; it must be empty or not exist"""
     rows: int = Field(default=10_000, ge=1)
     """total rows; beyond the end of the split it repeats with other numbers"""
@@ -236,18 +236,18 @@ class ExportPairsConfig(JobConfig):
 class ExportModelConfig(JobConfig):
     """Config of an export of a model."""
 
-    model: PathText
+    model: str
     """folder or URI of a training run, or of its model folder"""
-    output: PathText
+    output: str
     """folder or URI for the files; it must be empty or not exist"""
 
 
 class PredictConfig(JobConfig):
     """Config of a prediction for one picture."""
 
-    picture: PathText
+    picture: str
     """file or URI of a picture of one digit, of any size, darker or lighter than its background"""
     number: int
     """number that is added to the digit, from 0"""
-    model: PathText
+    model: str
     """folder or URI of a training run, or of its model folder"""

@@ -18,7 +18,7 @@ import pyarrow as pa
 from mnistsum_ray.errors import RequestError, did_you_mean
 from mnistsum_ray.storage.location import Entry, Location, is_hidden, is_utf8
 from mnistsum_ray.storage.paths import locate_existing, refused
-from mnistsum_ray.storage.uri import PathOrUri
+from mnistsum_ray.storage.uri import split_glob
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
 """Suffixes of the files that are taken from a folder, in upper or lower case."""
@@ -110,10 +110,10 @@ class _Value:
 
     def __init__(self, text: str, flag: str) -> None:
         self.flag = flag
-        self.text = PathOrUri(text)
-        fixed, glob = self.text.split_glob()
+        self.text = text
+        fixed, glob = split_glob(text)
         if glob and "://" not in text and os.path.lexists(text):
-            fixed, glob = self.text, None  # a file whose name contains wildcards
+            fixed, glob = text, None  # a file whose name contains wildcards
         self.place = locate_existing(fixed, flag)
         if self.place.is_local:
             self.place = self.place.at(os.path.realpath(self.place.path))

@@ -10,7 +10,6 @@ from typing import Any, Final, Self, TextIO
 
 from mnistsum_ray.errors import percent, printable
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.storage.uri import masked
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a notebook without widgets, which gets a bar of text
@@ -94,7 +93,7 @@ class Console:
         self._write(text)
 
     def _write(self, text: str) -> None:
-        line = f"{printable(masked(text))}\n"  # a library's message may quote a URI with its keys
+        line = f"{printable(text)}\n"
         with self._lock, suppress(OSError):  # its reader has closed it; the job goes on
             if self._bar is None:
                 self._stream.write(line)

@@ -20,8 +20,8 @@ from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.parts import PART_SCHEMA, PREDICTIONS, REJECTED, map_files, read_stamp
 from mnistsum_ray.scoring.preflight import Plan
-from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.location import Location, is_hidden, is_partial
+from mnistsum_ray.storage.folder import PARTIAL, OutputFolder
+from mnistsum_ray.storage.location import Location, is_hidden
 
 FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"
@@ -90,7 +90,7 @@ class OutputFiles:
         for file in listed:
             name = file.path.removeprefix(folder.path).lstrip("/")
             top, _, below = name.partition("/")
-            if is_partial(file.name):
+            if file.name.startswith(PARTIAL):
                 unfinished.append(name)
             elif is_hidden(name):
                 continue

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import pyarrow as pa
 
@@ -21,20 +21,18 @@ from mnistsum_ray.storage.paths import locate, output_base_folder, refused
 if TYPE_CHECKING:
     from mnistsum_ray.storage.lock import FolderLock
 
+PARTIAL: Final = ".mnistsum-partial-"
+"""Beginning of the name of an unfinished file, which is short whatever the final name is."""
+
 Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
-"""Content of a file; a dict is written as JSON, which lacks infinite numbers and NaN: these are a ValueError."""
+"""Content of a file; a dict is written as JSON, which lacks infinite numbers and NaN: ValueError."""
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that this process may write to; `folder_lock` and `empty_output` make it. Names may have folders in them.
+    """A folder that this process may write to; `folder_lock` and `empty_output` make it.
 
-    A process that is suspended between the check and its request, for longer than the lease of an object store, still writes that
-    one file when it goes on.
-
-    Raises:
-        RunError: another run has taken the folder, which every method checks first.
-        StorageError: the storage does not answer or refuses.
+    RunError: another run has taken it, which every method checks first. StorageError: as of Location.
     """
 
     place: Location
@@ -55,50 +53,38 @@ class OutputFolder:
         place = self.place / name
         data = _encoded(data)
         with place.answers("written"):
-            if not place.is_local:
+            if place.is_local:
+                _write_to_disk(Path(place.path), data)
+            else:
                 with place.filesystem.open_output_stream(place.path) as stream:
                     stream.write(data)
-                return
-            folder = Path(place.path).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f".mnistsum-{secrets.token_hex(8)}.partial"
-            try:
-                partial.write_bytes(data)
-                partial.rename(place.path)
-            except BaseException:
-                with suppress(OSError):
-                    partial.unlink()
-                raise
 
     def create(self, name: str, data: Data) -> None:
         """Write a whole file, but only if there is none; else raise ExistingFileError.
 
-        In an object store the write itself is conditional. On a disk the lock of the folder keeps other runs away.
+        In an object store the write itself is conditional; on a disk the lock keeps others away.
         """
         place = self.place / name
-        if place.is_local:
-            if place.exists():
-                raise ExistingFileError(f"{place.display}: exists")
+        if not place.is_local:
+            self.check()
+            object_store.put(place.filesystem, place.path, bytes(_encoded(data)))
+        elif place.exists():
+            raise ExistingFileError(f"{place.display}: exists")
+        else:
             self.write(name, data)
-            return
-        self.check()
-        object_store.put(place.filesystem, place.path, bytes(_encoded(data)))
 
     def delete(self, name: str) -> None:
         """Delete a file; a missing one is no error."""
         self.delete_files([name])
 
     def delete_files(self, names: Sequence[str], on_progress: Callable[[int], None] = lambda _: None) -> None:
-        """Delete many files at once; missing ones are no error. `on_progress` gets numbers of files."""
+        """Delete files; missing ones are no error. `on_progress` gets numbers of files."""
         for start in range(0, len(names), object_store.MAX_DELETED):
             self.check()
-            paths = [(self.place / name).path for name in names[start : start + object_store.MAX_DELETED]]
+            chunk = names[start : start + object_store.MAX_DELETED]
+            paths = [(self.place / name).path for name in chunk]
             with self.place.answers("deleted"):
-                if self.place.is_local:
-                    for path in paths:
-                        Path(path).unlink(missing_ok=True)
-                else:
-                    object_store.delete(self.place.filesystem, paths)
+                object_store.delete(self.place.filesystem, paths)
             on_progress(len(paths))
 
     def delete_folder(self, name: str) -> None:
@@ -111,7 +97,7 @@ class OutputFolder:
 
 
 def empty_output(text: str) -> OutputFolder:
-    """Resolve `--output` of a command that writes only into an empty folder; others are a RequestError."""
+    """Resolve `--output` of a command that writes only into an empty folder."""
     output = locate(text, "--output", output_base_folder())
     with refused("--output"):
         if output.files():
@@ -120,4 +106,18 @@ def empty_output(text: str) -> OutputFolder:
 
 
 def _encoded(data: Data) -> bytes | pa.Buffer:
-    return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode() if isinstance(data, dict) else data
+    if isinstance(data, dict):
+        return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
+    return data
+
+
+def _write_to_disk(path: Path, data: bytes | pa.Buffer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
+    try:
+        partial.write_bytes(data)
+        partial.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise

@@ -2,26 +2,18 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs  # noqa: TID251
 
 from mnistsum_ray.errors import MissingFileError, StorageError, one_line
 from mnistsum_ray.storage import object_store
-from mnistsum_ray.storage.uri import masked
-
-_PARTIAL: Final = re.compile(r"\.mnistsum-[0-9a-f]{16}\.partial")
-"""Name of an unfinished file. It is short whatever the final name is: file systems allow 255 bytes."""
-
-_MAX_BYTES: Final = 2**28
-"""Largest file that is read whole: a name may lead to a device without end."""
 
 
 class Entry(NamedTuple):
@@ -29,21 +21,18 @@ class Entry(NamedTuple):
 
     path: str
     size: int
-    """Bytes of a file; 0 for a folder."""
     modified: int
-    """When a file was last modified, in nanoseconds since 1970; 0 for a folder. In an object store in whole seconds: a listing
-    may give a finer time than a request for one object."""
+    """Nanoseconds since 1970, in an object store whole seconds, which all answers agree on; 0 for a folder."""
     is_folder: bool = False
 
     @property
     def name(self) -> str:
-        """The last component of the path."""
         return self.path.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Location:
-    """A path on a file system: a local folder or file, or a key or prefix of an object store.
+    """A file or folder on a disk, or a key or prefix of an object store.
 
     All methods raise StorageError, and no other error, where the storage does not answer or refuses.
     """
@@ -51,40 +40,37 @@ class Location:
     filesystem: pafs.FileSystem
     path: str
     display: str
-    """The name in messages and files: an absolute path, or a URI without keys and passwords."""
+    """The name in messages and files: an absolute path or a URI."""
 
     def __truediv__(self, name: str) -> "Location":
-        base, question, query = (self.display, "", "") if self.is_local else self.display.partition("?")
-        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", f"{base.rstrip('/')}/{name}{question}{query}")
+        path = f"{self.path.rstrip('/')}/{name}"
+        if self.is_local:
+            return Location(self.filesystem, path, path)
+        address, question, query = self.display.partition("?")
+        return Location(self.filesystem, path, f"{address.rstrip('/')}/{name}{question}{query}")
 
     @property
     def is_local(self) -> bool:
-        """Whether this is on a disk or a mounted file system."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     @property
     def name(self) -> str:
-        """The last component of the path."""
         return self.path.rpartition("/")[2]
 
     def at(self, path: str) -> "Location":
-        """Another path on the same file system. Its `display` has the scheme and the path, no other part of the URI."""
+        """Another path on the same file system. Its `display` is without the URI's query."""
         scheme, colon, _ = self.display.partition("://")
         return Location(self.filesystem, path, f"{scheme}://{path}" if colon else path)
 
     def with_retries(self) -> "Location":
-        """The same location, with S3 retried for about 50 s, as Google and Azure are: a run survives a short outage."""
+        """The same location, with S3 retried for about 50 s, as Google and Azure are."""
         if type(self.filesystem) is not pafs.S3FileSystem:
             return self
-        return replace(self, filesystem=object_store.RetryingS3FileSystem(**object_store.options_of(self.filesystem)))
-
-    def same_storage(self, other: "Location") -> bool:
-        """Whether both are on the same file system, reached with the same keys and options."""
-        return bool(self.filesystem.equals(other.filesystem))
+        return replace(self, filesystem=object_store.RetryingS3FileSystem(object_store.options_of(self.filesystem)))
 
     @contextmanager
     def answers(self, what: str = "read") -> Iterator[None]:
-        """Raise errors of the storage in the block as StorageError: this place cannot be read, or `what`."""
+        """Raise errors of the storage in the block as StorageError: this place cannot be `what`."""
         try:
             yield
         except StorageError:
@@ -95,12 +81,12 @@ class Location:
     def error(self, error: Exception, what: str = "read") -> StorageError:
         """The error for a file that the storage did not give or take."""
         if isinstance(error, FileNotFoundError):
-            shared = ", or not on this node; a local path must be on storage that all nodes share" if self.is_local else ""
-            return MissingFileError(f"{self.display}: is not there{shared}")
-        return StorageError(f"{self.display}: cannot be {what}: {masked(one_line(error))}")
+            advice = ", or not on this node; a local path must be on storage that all nodes share"
+            return MissingFileError(f"{self.display}: is not there{advice if self.is_local else ''}")
+        return StorageError(f"{self.display}: cannot be {what}: {one_line(error)}")
 
     def status(self) -> Entry | None:
-        """The file or folder here; None where nothing exists. In an object store a prefix of keys is a folder."""
+        """The file or folder here, or None. In an object store a prefix of keys is a folder."""
         with self.answers():
             info = self.filesystem.get_file_info(self.path)
         return None if info.type == pafs.FileType.NotFound else self._entry(info)
@@ -121,15 +107,12 @@ class Location:
             return self.filesystem.open_input_file(self.path)
 
     def read_bytes(self) -> bytes:
-        """The whole file, which must be smaller than _MAX_BYTES. To read a pipe would be to wait."""
+        """The whole file. To read a pipe would be to wait, a device may have no end."""
         with self.answers():
             if self.is_local and Path(self.path).exists() and not Path(self.path).is_file():
                 raise OSError("it is a folder, a pipe or a device, and no file")
             with self.filesystem.open_input_stream(self.path) as stream:
-                data = bytes(stream.read(_MAX_BYTES))
-            if len(data) == _MAX_BYTES:
-                raise OSError("it is larger than any file of this program")
-        return data
+                return bytes(stream.read())
 
     def read_json(self) -> Any:
         """The JSON value of the file; a ValueError where it is not JSON, or is nested too deeply."""
@@ -141,7 +124,8 @@ class Location:
     def entries(self) -> list[Entry]:
         """Files and folders in a folder; none where it is missing."""
         with self.answers("listed"):
-            return [*map(self._entry, self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True)))]
+            infos = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return [self._entry(info) for info in infos]
 
     def files(self) -> list[Entry]:
         """All files below a folder, sorted by path; none where the folder is missing. Links to folders are not followed."""
@@ -162,18 +146,9 @@ class Location:
 
 def is_utf8(path: str) -> bool:
     """Whether a path can be encoded as UTF-8, which Arrow needs; names on a disk may hold any bytes."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return path == path.encode(errors="replace").decode()
 
 
 def is_hidden(name: str) -> bool:
     """Whether readers of Parquet skip a file of this name, since it, or a folder of it, begins with `.` or `_`."""
     return any(component.startswith((".", "_")) for component in name.split("/"))
-
-
-def is_partial(name: str) -> bool:
-    """Whether a file name, without its folder, is that of an unfinished file of this program."""
-    return _PARTIAL.fullmatch(name) is not None

@@ -9,30 +9,26 @@ import pyarrow as pa
 import pyarrow.fs as pafs  # noqa: TID251
 
 from mnistsum_ray.errors import RequestError, StorageError, one_line
+from mnistsum_ray.storage import object_store
 from mnistsum_ray.storage.location import Location, is_utf8
-from mnistsum_ray.storage.uri import PathOrUri
+from mnistsum_ray.storage.uri import KEYS_REFUSED, may_hold_keys
 
 
 def locate(text: str, flag: str, base: Path | None = None) -> Location:
-    """Resolve a path or URI; a relative path starts at `base` or at the working folder.
-
-    Raises:
-        RequestError: no path can be so, the URI's scheme or host is invalid, or its credentials are missing.
-    """
-    shown = PathOrUri(text)
-    text = shown.reveal()
+    """Resolve a path or URI, or raise RequestError; a relative path starts at `base` or at the working folder."""
+    if may_hold_keys(text):
+        raise RequestError(f"{flag}: {KEYS_REFUSED}")
     if "\0" in text or not is_utf8(text):
-        raise RequestError(f"{flag} {shown}: holds characters that no path can have; write it as UTF-8, without NUL")
+        raise RequestError(f"{flag} {text}: holds characters that no path can have; write it as UTF-8, without NUL")
     if "://" in text:
         try:
             filesystem, path = pafs.FileSystem.from_uri(text)
         except (pa.ArrowInvalid, OSError, ValueError) as error:
-            raise RequestError(f"{flag} {shown}: {shown.hide(one_line(error))}") from None
-        if "//" in path:
-            raise RequestError(
-                f"{flag} {shown}: has an empty part between two slashes, as of an empty variable; write it without"
-            )
-        return Location(filesystem, path.rstrip("/"), str(shown))
+            raise RequestError(f"{flag} {text}: {one_line(error)}") from None
+        key = os.environ.get("AZURE_STORAGE_ACCOUNT_KEY")
+        if key and filesystem.type_name == "abfs":  # the one that Arrow does not read
+            filesystem = pafs.AzureFileSystem(**object_store.options_of(filesystem) | {"account_key": key})
+        return Location(filesystem, path.rstrip("/"), text)
     try:
         path = os.path.normpath((base or Path.cwd()) / Path(text).expanduser())
     except RuntimeError:
@@ -57,11 +53,10 @@ def refused(flag: str) -> Iterator[None]:
 
 
 def output_base_folder() -> Path:
-    """Folder that relative output paths start from: the working folder, or the home folder inside a submitted job.
+    """Folder that relative output paths start from: the working folder, or that of a job's user.
 
-    `ray job submit --working-dir` runs the driver in a temporary copy of the working folder, which Ray then deletes. Ray 2.60 has
-    no documented way to know it before a connection; the copy lies in a folder of this name. tests/storage/test_paths.py fails
-    when a version of Ray changes it.
+    `ray job submit --working-dir` runs the driver in a temporary copy of the working folder, in a
+    folder of this name, which Ray then deletes. tests/storage/test_paths.py fails when Ray changes it.
     """
     here = Path.cwd()
     return Path.home() if "working_dir_files" in here.parts else here

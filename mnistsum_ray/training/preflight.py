@@ -17,8 +17,7 @@ from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import Counter, Source, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
-from mnistsum_ray.storage.location import Location, is_partial
-from mnistsum_ray.storage.lock import LOCK_NAME
+from mnistsum_ray.storage.location import Location, is_hidden
 from mnistsum_ray.storage.paths import locate, output_base_folder, refused
 
 _FIXED: Final = ("recipe", "skip_bad_rows", *(field.name for field in fields(Hyperparameters)))
@@ -65,7 +64,7 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     with refused("--storage-path"):
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
         begun = (folder / "manifest.json").exists()
-        taken = any(not is_partial(entry.name) and entry.name != LOCK_NAME for entry in folder.entries())
+        taken = any(not is_hidden(entry.name) for entry in folder.entries())
         if config.resume == "auto":
             config = config.model_copy(update={"resume": begun})
         if config.resume:

@@ -17,7 +17,7 @@ from mnistsum_ray.errors import RequestError
 from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.scoring.preflight import read_footers
 from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.storage.paths import locate, locate_existing
 from tests.conftest import writable
 from tests.integration.conftest import score_here
 from tests.scoring.conftest import CONSOLE
@@ -82,5 +82,5 @@ def test_a_key_with_an_empty_part_is_set_aside_and_a_glob_may_have_a_query(tmp_p
         assert errors.pop("a.parquet") is None
         assert set(errors) == {"/a.parquet", "b//c.parquet"}
         assert set(errors.values()) == {"its name has an empty part between two slashes; rename it"}
-    with pytest.raises(RequestError, match="--output s3://scores//out: has an empty part between two slashes"):
-        locate("s3://scores//out", "--output")
+    with pytest.raises(RequestError, match=r"--model s3://scores//out: .*Empty path component"):
+        locate_existing("s3://scores//out", "--model")

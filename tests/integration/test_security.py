@@ -1,25 +1,17 @@
-"""Datasets and models are data: no pickle in them is executed; no key is shown. Checkpoints: test_checkpoints."""
+"""Datasets and models are data: no pickle in them is executed. Checkpoints: test_checkpoints."""
 
-import io
-import os
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.export.pairs import export_pairs
-from mnistsum_ray.storage.paths import locate
-from tests.conftest import writable
-from tests.integration.conftest import Bomb, Storage, run_warm, score_here
-
-EVERY = 10
+from tests.integration.conftest import Bomb, score_here
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -55,52 +47,3 @@ def test_pickles_in_a_dataset_are_never_executed(model: Path, tmp_path: Path, sa
         with suppress(RequestError):
             export_pairs(ExportPairsConfig(data=str(data), output=output, rows=10), print)
         assert not bomb.mark.exists(), name
-
-
-KEYS = "s3://AKIAEXAMPLE:topsecret@"
-CLOSED = f"{KEYS}bucket/x?endpoint_override=127.0.0.1:9&scheme=http"
-BAD = f"{KEYS}bucket/x?nonsense=topsecret"
-
-
-@pytest.mark.slow
-def test_keys_in_a_uri_are_written_nowhere(
-    s3: Storage, cluster: str, model: Path, data: Path, sample: pa.Table, tmp_path: Path
-) -> None:
-    """Of every command, where it succeeds, where the storage does not answer, and where the request is refused. All that was
-    written is searched for the key."""
-    images, runs = writable("s3://images"), writable("s3://runs/keys")
-    images.write("keys/rows.parquet", data.read_bytes())
-    seven = io.BytesIO()
-    Image.fromarray(np.frombuffer(sample["image"][3600].as_py(), np.uint8).reshape(28, 28)).save(seven, "png")
-    images.write("seven.png", seven.getvalue())
-    query = f"endpoint_override={quote(os.environ['AWS_ENDPOINT_URL'])}"
-    run, pairs = f"{KEYS}runs/keys/one", f"{KEYS}runs/keys/pairs"
-    train = ["train", "--data", f"{KEYS}images/keys", "--storage-path", f"{KEYS}runs/keys", "--name", "one", "--epochs", "1"]
-    export = ["export-pairs", "--data", f"{KEYS}images/keys", "--output", pairs, "--rows", "20", "--files", "2"]
-    score = ["score", "--model", run, "--input", f"{pairs}/*.parquet?{query}", "--output", f"{KEYS}runs/keys/scored?{query}"]
-    works = [
-        [*train, "--sum-head-steps", "1"],
-        export,
-        [*score, "--label-column", "digit"],
-        ["export-model", "--model", f"{run}?{query}", "--output", f"{KEYS}runs/keys/exported"],
-        ["predict", f"{KEYS}images/seven.png", "--number", "5", "--model", run],
-    ]
-    wrong = [[*train, "--mlflow", "https://me:topsecret@host"]]
-    for command in works:
-        places = [index for index, word in enumerate(command) if word.startswith(KEYS)]
-        for uri in (CLOSED, BAD):
-            wrong += [[*command[:index], uri, *command[index + 1 :]] for index in places]
-    for command in works[:2]:  # the others read what they have written
-        ((code, text),) = run_warm([command], tmp_path, RAY_ADDRESS=cluster)
-        assert code == 0, text
-    results = run_warm([*works[2:], *wrong], tmp_path, processes=6, RAY_ADDRESS=cluster)
-    for code, text in results[:3]:
-        assert code == 0, text
-    assert '"scored_rows": 20' in results[0][1]
-    for code, text in results[3:]:
-        assert code in (1, 2, os.EX_TEMPFAIL), text
-        assert "Traceback" not in text
-    assert "topsecret" not in "".join(text for _, text in results)
-    for root in (images.place, runs.place, locate(str(tmp_path), "here")):
-        for file in root.files():
-            assert b"topsecret" not in root.at(file.path).read_bytes(), file.path

@@ -38,12 +38,6 @@ def test_the_lines_of_an_epoch() -> None:
     assert log.getvalue().endswith("\nepoch 2: the workers waited for data 15.00 % of the time\n")
 
 
-def test_keys_in_what_is_said_are_not_shown() -> None:
-    log = io.StringIO()
-    Console(log).say("a library says: s3://AKIAEXAMPLE:topsecret@bucket/x is gone")
-    assert log.getvalue() == "a library says: s3://bucket/x is gone\n"
-
-
 def test_progress_is_a_line_in_a_log_after_some_time_without_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -113,7 +113,7 @@ REJECTED = "rejected/a-00001-of-00002.parquet"
 def test_what_a_killed_run_left_unfinished_is_deleted_and_the_rest_is_resumed(folder: Path) -> None:
     write_all(plan_in(folder))
     part(folder).unlink()  # its rejected rows are there, which are written first
-    unfinished = (".mnistsum-0123456789abcdef.partial", "predictions/b/.mnistsum-0123456789abcdef.partial")
+    unfinished = (".mnistsum-partial-0123456789abcdef", "predictions/b/.mnistsum-partial-0123456789abcdef")
     hidden = (".mnistsum-notes.partial", "b/.download.partial", "predictions/.ipynb_checkpoints/a.parquet", "_SUCCESS", "_x/y")
     fill(folder / "out", *unfinished, *hidden)
     (folder / "in" / "b.parquet").unlink()
@@ -127,7 +127,7 @@ def test_what_a_killed_run_left_unfinished_is_deleted_and_the_rest_is_resumed(fo
 @pytest.mark.parametrize("other", ["thesis.tex.partial", "predictions/c.parquet", "rejected/notes.txt"])
 def test_a_file_of_others_is_refused_before_anything_is_deleted(folder: Path, other: str) -> None:
     write_all(plan_in(folder))
-    fill(folder / "out", other, ".mnistsum-0123456789abcdef.partial")
+    fill(folder / "out", other, ".mnistsum-partial-0123456789abcdef")
     before = names(folder / "out")
     with pytest.raises(RequestError, match=f"{other} .*move it away"):
         resume(plan_in(folder, overwrite=True), CONSOLE)

@@ -1,8 +1,5 @@
 """An object store of each kind on this machine: moto for S3, Azurite for Azure, fake-gcs-server for Google Cloud Storage."""
 
-import base64
-import hashlib
-import hmac
 import json
 import shutil
 import socket
@@ -17,6 +14,7 @@ from threading import Thread
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import pyarrow.fs as pafs
 import pytest
 from moto.server import ThreadedMotoServer
 from werkzeug import Request, Response
@@ -31,9 +29,9 @@ AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1
 
 @pytest.fixture(scope="module", params=["s3", "gcs", "azure"])
 def bucket(request: pytest.FixtureRequest) -> Iterator[Location]:
-    """An empty bucket in a store of each kind, located by a URI as a user would write it."""
-    with {"s3": s3, "gcs": gcs, "azure": azure}[request.param]() as uri:
-        yield locate(uri, "--output")
+    """An empty bucket in a store of each kind."""
+    with {"s3": s3, "gcs": gcs, "azure": azure}[request.param]() as place:
+        yield place if isinstance(place, Location) else locate(str(place), "--output")
 
 
 @contextmanager
@@ -42,26 +40,25 @@ def s3() -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     ask(port, "PUT", "/bucket")
-    yield f"s3://key:secret@bucket?scheme=http&endpoint_override={host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        yield f"s3://bucket?scheme=http&endpoint_override={host}:{port}"
     server.stop()
 
 
 @contextmanager
-def azure() -> Iterator[str]:
+def azure() -> Iterator[Location]:
     command = shutil.which("azurite-blob")
     if command is None:
         pytest.skip("azurite-blob is not installed: npm install -g azurite")
     flags = ["--silent", "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry"]
     with running(command, *flags, "--blobPort") as port:
-        # A shared access signature: the only keys that Arrow takes from a URI.
-        sas = {"sv": "2019-12-12", "ss": "b", "srt": "sco", "sp": "rwdlac", "se": "2099-01-01"}
-        signed = "\n".join(["devstoreaccount1", sas["sp"], "b", "sco", "", sas["se"], "", "", sas["sv"], ""])
-        digest = hmac.digest(base64.b64decode(AZURITE_KEY), signed.encode(), hashlib.sha256)
-        query = urlencode(sas | {"sig": base64.b64encode(digest).decode(), "enable_tls": "false"})
-        uri = f"abfs://devstoreaccount1@127.0.0.1:{port}/bucket?{query}"
-        place = locate(uri, "--output")
-        place.filesystem.create_dir(place.path)
-        yield uri
+        server = {f"{api}_storage_authority": f"127.0.0.1:{port}" for api in ("blob", "dfs")}
+        server |= {f"{api}_storage_scheme": "http" for api in ("blob", "dfs")}  # no URI of ours is without TLS
+        filesystem = pafs.AzureFileSystem(account_name="devstoreaccount1", account_key=AZURITE_KEY, **server)
+        filesystem.create_dir("bucket")
+        yield Location(filesystem, "bucket", "abfs://bucket")
 
 
 @contextmanager

@@ -6,11 +6,6 @@ from mnistsum_ray.storage.paths import locate
 from tests.conftest import writable
 
 
-def test_a_question_mark_begins_a_query_in_a_uri_alone(tmp_path: Path) -> None:
-    folder = locate(f"{tmp_path}/what?now", "--storage-path")
-    assert (folder / "a").display == (folder / "a").path == f"{tmp_path}/what?now/a"
-
-
 def test_a_file_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
     writable(tmp_path).write("x" * 255, b"whole")
     assert (tmp_path / ("x" * 255)).read_bytes() == b"whole"

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mnistsum_ray.errors import RequestError, RunError, StorageError, TryAgainError
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.paths import locate
 from tests.conftest import writable
@@ -36,13 +35,10 @@ def test_a_second_run_is_refused_until_the_process_of_the_first_ends(tmp_path: P
         holder = process.stdout.readline().strip()
         with pytest.raises(TryAgainError) as refused:
             lock(out)
-        assert str(refused.value) == f"--output {out}: another run ({holder}) is writing there; wait for it, or choose another"
-        assert holder in (out / "_lock").read_text(), "the holder's workers read its id there"
+        assert f"--output {out}: another run ({holder}) is writing there" in str(refused.value)
     finally:
         process.kill()
         process.communicate()
-    lock(out)
-    assert (out / "_lock").exists(), "the file stays"
     lock(out)
 
 
@@ -53,11 +49,6 @@ def test_a_folder_that_cannot_be_held_is_refused_and_left_alone(tmp_path: Path) 
     with pytest.raises(RequestError, match="_lock is not a file of this program; move it away"):
         lock(tmp_path)
     assert (tmp_path / "_lock").read_text() == "notes"
-    (tmp_path / "_lock").unlink()
-    (tmp_path / "_lock").symlink_to(tmp_path / "target")
-    with pytest.raises(RequestError, match="cannot be written"):
-        lock(tmp_path)
-    assert not (tmp_path / "target").exists(), "a link is not followed"
 
 
 def test_a_run_notices_that_another_has_taken_the_folder(tmp_path: Path) -> None:
@@ -66,40 +57,15 @@ def test_a_run_notices_that_another_has_taken_the_folder(tmp_path: Path) -> None
         there = pickle.loads(pickle.dumps(held))
         held.check()
         writable(place).write("_lock", {"id": "another"})
-        held.check()  # the lock is read at most once a second
         for side in (held, there):
             assert side.lock
             side.lock._checked = 0.0
             with pytest.raises(RunError, match=r"another run has taken the output \(another\); this run stops"):
                 side.check()
-        writable(place).delete("_lock")
-        with pytest.raises(RunError, match="its lock is gone"):
-            there.check()
-
-
-def test_a_check_waits_for_a_storage_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, failures = Location.read_bytes, iter([True, True])
-
-    def sometimes(place: Location) -> bytes:
-        if next(failures, False):
-            raise StorageError("no answer")
-        return read(place)
-
-    monkeypatch.setattr(Location, "read_bytes", sometimes)
-    with folder_lock(locate(str(tmp_path / "out"), "--output"), "--output", print) as held:
-        held.check()
-        assert next(failures, None) is None
-        assert held.lock
-        failures, held.lock._checked = iter([True]), 0.0
-        monkeypatch.setattr("mnistsum_ray.storage.lock._UNKNOWN_SECONDS", 0.0)
-        with pytest.raises(RunError, match="no answer; this run stops"):
-            held.check()
 
 
 def test_a_request_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    lock(tmp_path / "runs" / "mine")
-    lock(tmp_path / "there")
-    with folder_lock(locate(str(tmp_path / "written" / "mine"), "--output"), "--output", print) as held:
+    lock(tmp_path / "refused")
+    with folder_lock(locate(str(tmp_path / "written"), "--output"), "--output", print) as held:
         held.write("a", b"1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "written"]
+    assert [path.name for path in tmp_path.iterdir()] == ["written"]
