@@ -86,8 +86,10 @@ def image_type_error(kind: pa.DataType) -> str | None:
 
 def _image_field(kind: pa.StructType) -> str | None:
     """The field of Hugging Face's {bytes, path} or Ray's tensor {data, shape} with the images."""
-    names = (name for name in ("bytes", "data") if kind.get_field_index(name) >= 0)
-    return next(names, None)
+    types = {child.name: child.type for child in kind}
+    if "bytes" in types:
+        return "bytes"
+    return "data" if "data" in types and isinstance(types.get("shape"), _LISTS) else None
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

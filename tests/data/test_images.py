@@ -126,6 +126,8 @@ def test_a_column_that_cannot_hold_images_or_numbers_is_named() -> None:
         pa.struct([("path", pa.string())]),
         pa.struct([("bytes", pa.int32())]),
         pa.fixed_shape_tensor(pa.uint8(), [56, 14]),
+        pa.struct({"data": pa.list_(pa.uint8()), "shape": pa.int64()}),
+        pa.struct({"shape": pa.list_(pa.int64())}),
         ArrowTensorArray.from_numpy(IMAGES.reshape(3, 56, 14)).type,
         pa.fixed_shape_tensor(pa.uint8(), [28, 28], permutation=[1, 0]),
     ]

@@ -69,7 +69,7 @@ def source(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad_pages.parquet").write_bytes(whole[:4] + b"\xff" * (middle - 4) + whole[middle:])
     (folder / "bad_cut.parquet").write_bytes(whole[:-1000])
     pq.write_table(good.drop_columns(["number"]), folder / "bad_missing.parquet")
-    shapes = pa.table({"image": [{"pixels": [0] * 784, "shape": 784}], "number": [1]})
+    shapes = pa.table({"image": [{"data": [0] * 784, "shape": 784}], "number": [1]})
     pq.write_table(shapes, folder / "bad_shape.parquet")
     Path(os.fsdecode(os.fsencode(folder) + b"/latin-\xe9.parquet")).write_bytes(whole)
     return folder
