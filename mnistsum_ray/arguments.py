@@ -107,9 +107,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if may_hold_keys(str(path)):
         raise RequestError(f"--config: {KEYS_REFUSED}")
     flag = f"--config {path}"
+    if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+        raise RequestError(f"{flag}: is not a regular file")
     try:
+        text = path.read_bytes()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(BytesIO(text))):
+            raise yaml.YAMLError("aliases are not taken; write the value again")
         # Errors quote a text, and with it keys, but no stream.
-        node = yaml.compose(BytesIO(path.read_bytes()), yaml.SafeLoader)
+        node = yaml.compose(BytesIO(text), yaml.SafeLoader)
     except OSError as error:
         raise RequestError(f"{flag}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: it is not UTF-8

@@ -1,5 +1,6 @@
 """Command lines and config files: what they set, and the one-line errors for what is invalid."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,18 @@ def test_an_error_is_one_short_line_that_names_the_flag(config_class: type[JobCo
         (f"seed: {'[' * 1000}", "is not YAML"),
         (f"name: {LONG}", "key 'name' of the config file"),
         ("name: caf\xe9", "is not YAML: unacceptable character #x00e9"),
+        ("name: &a b\ndata: *a\n", "aliases are not taken; write the value again"),
     ],
     ids=lambda text: str(text)[:20],
 )
 def test_so_is_one_that_names_the_key_of_the_config_file(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
     check_error(TrainConfig, ["--config", str(tmp_path / "run.yaml")], message)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    check_error(TrainConfig, ["--config", str(tmp_path / "pipe")], "is not a regular file")
 
 
 def test_what_yaml_1_1_reads_otherwise_than_it_looks(tmp_path: Path) -> None:
