@@ -21,7 +21,7 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     open. Progress goes to standard error.
 
     `callbacks` are `ray.train.UserCallback`s, which Ray Train calls in a process of its own. Each report, after an epoch and
-    after fine-tuning, has the metrics `epoch`, `train_loss`, `validation` and `test`. What a callback raises ends the run.
+    after fine-tuning, has the metrics `epoch`, `train_loss`, `validation` and `test`. What a callback raises counts as a failure.
 
     Raises:
         RequestError: the request is invalid; the message names the flag, which is the field, and says what to do.

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from mnistsum_ray.data.images import DIGITS, Pixels, ReasonCounts
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.reliability import Reliability
+from mnistsum_ray.model.metrics import Reliability
 
 _UNSURE: Final = 20
 """Least sure rows that are shown. Some may be missing where a part has more of them than it names."""

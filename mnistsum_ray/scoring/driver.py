@@ -16,7 +16,7 @@ from mnistsum_ray.cluster.resources import WorkerPlan, WorkerRequest, explain_wo
 from mnistsum_ray.cluster.tasks import crash_counter, ray_data_options
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RunError, RunInterrupted, counted, root_cause
-from mnistsum_ray.model.cpu import cpu_faster_with_bf16
+from mnistsum_ray.model.device import cpu_faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult

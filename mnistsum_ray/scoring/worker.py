@@ -28,7 +28,7 @@ from mnistsum_ray.data.picture import background_of
 from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import Predictions, Predictor
-from mnistsum_ray.model.reliability import Reliability
+from mnistsum_ray.model.metrics import Reliability
 from mnistsum_ray.scoring.counts import RowCounts, encode_image
 from mnistsum_ray.scoring.parts import PREDICTIONS, REJECTED, Part, from_metadata, read_stamp, to_metadata
 from mnistsum_ray.scoring.preflight import Plan

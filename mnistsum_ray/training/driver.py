@@ -75,8 +75,8 @@ def fit(run: TrainingRun, console: Console, callbacks: Sequence[ray.train.UserCa
     Raises:
         RequestError: the cluster is too small, or a row of the data cannot be used.
         TryAgainError: the workers are not free in time, or another run writes there.
-        RunError: the loss became infinite, workers failed more often than `--max-failures`, a callback
-            failed, or the storage cannot be written.
+        RunError: the loss became infinite, workers or callbacks failed more often than `--max-failures`, or the storage
+            cannot be written.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
@@ -115,7 +115,7 @@ class _Driver:
         self.history: list[dict[str, Any]] = []
         self.started, source = time.monotonic(), run.source
         cluster = inspect_cluster()
-        memory = check_memory(run, plan, cluster)
+        memory = check_memory(run, cluster)
         read, skip = Progress(console.progress, "rows read", source.rows), run.config.skip_bad_rows
         self.rows = load_rows(source, streamed=run.shuffle.streamed, skip_bad_rows=skip, on_progress=read)
         self.run = run = replace(run, source=self.rows.source)
@@ -257,22 +257,12 @@ class _Driver:
                 self.held.check()  # if another run has taken the folder, that is the cause
                 if self.failed.wait(_EVENT_SECONDS):
                     raise RunError(self.failure) from error
-                if isinstance(error, ray.train.ControllerError):
-                    self._check_callbacks(error.controller_failure)
                 self._recover(error)
             except KeyboardInterrupt:
                 self._mark("stopped")  # first, since a cluster gives a stopped job only a few seconds
                 trainer.abort()
                 self.held.check()
                 raise
-
-    def _check_callbacks(self, error: Exception) -> None:
-        """Raise RunError if this error, which has ended Ray Train's controller, is that of a callback."""
-        if isinstance(error, ray.train.ControllerError):
-            error = error.controller_failure
-        if self.callbacks and not type(error).__module__.startswith("ray."):
-            cause = f"{type(error).__name__}: {one_line(error)}"
-            raise RunError(f"a callback failed with {cause}; {self.run.how_to_resume()}") from error
 
     def _recover(self, error: Exception) -> None:
         """Say why the workers have failed, make way for others that go on from the newest checkpoint, and wait until they fit."""

@@ -34,37 +34,29 @@ def check_share(plan: WorkerPlan, batch_size: int) -> None:
         raise RequestError(f"--batch-size {batch_size}: {text}; give a smaller one, or more --num-workers")
 
 
-def check_memory(run: TrainingRun, plan: WorkerPlan, cluster: ClusterResources) -> str:
-    """Check that the rows, or two windows of streamed ones, fit in the object store of each node; the console line that says so.
+def check_memory(run: TrainingRun, cluster: ClusterResources) -> str:
+    """Check that the rows, or two windows of streamed ones, fit in the object store of each node.
 
-    Raises:
-        RequestError: they do not fit; names `--shuffle-rows` or `--data`.
+    Returns the console line that says so; raises RequestError that names `--shuffle-rows` or `--data`.
     """
     source, shuffle = run.source, run.shuffle
-    share, store = 1.0, float("inf")
-    if fitting := [(node, cluster.workers_on(node, plan.per_worker)) for node in cluster.nodes]:
-        share = min(1.0, max(workers for _, workers in fitting) / plan.needed) or 1.0
-        store = min((node.get("object_store_memory", store) for node, workers in fitting if workers), default=store)
-    if not shuffle.streamed:  # this process reads them
-        store = min(store, this_node().get("object_store_memory", store))
-    # Every node may get all rows in memory. The window that is trained on, and the one that is read ahead, are spread over them.
-    rows = int(share * 2 * shuffle.window_rows) if shuffle.streamed else source.rows
-    held = _mebibytes(rows * ROW_BYTES)
+    # The window that is trained on, and the one that is read ahead.
+    rows = 2 * shuffle.window_rows if shuffle.streamed else source.rows
+    stores = [node.get("object_store_memory", float("inf")) for node in (*cluster.nodes, this_node())]
+    needed, store = _mebibytes(rows * ROW_BYTES), min(stores)
     if rows * ROW_BYTES > _USABLE_SHARE * store:
-        flag = f"--shuffle-rows {run.hyperparameters.shuffle_rows}" if source.files else f"--data {run.config.data}"
-        advice = "start Ray with a larger --object-store-memory"
-        if source.files and not run.config.resume:
-            fewer = min(source.rows - 1, int(_USABLE_SHARE * store / ROW_BYTES / share / 2))
-            advice = f"give --shuffle-rows {fewer // 1000 * 1000 or fewer}, so that rows are streamed, or {advice}"
+        flag, advice = f"--data {run.config.data}", "start Ray with a larger --object-store-memory"
+        if source.files:
+            flag = f"--shuffle-rows {run.hyperparameters.shuffle_rows}"
+            fewer = int(_USABLE_SHARE * store / ROW_BYTES / 2)
+            advice = f"give --shuffle-rows {fewer}, so that rows are streamed, or {advice}"
         raise RequestError(
-            f"{flag}: the run would hold {held} of rows in the object store of a node, which has {_mebibytes(store)}; {advice}"
+            f"{flag}: the run would hold {needed} of rows in the object store of a node, which has {_mebibytes(store)}; {advice}"
         )
     if not shuffle.streamed:
-        return f"holding all {source.rows:,} rows in memory: {held} in the object store of each node"
-    return (
-        f"streaming {len(source.train):,} training rows, shuffled in windows of {shuffle.window_rows:,}; holds at most "
-        f"{held} of an object store"
-    )
+        return f"holding all {source.rows:,} rows in memory: {needed} in the object store of each node"
+    windows = f"shuffled in windows of {shuffle.window_rows:,}"
+    return f"streaming {len(source.train):,} training rows, {windows}; holds at most {needed} of an object store"
 
 
 def choose_threads(run: TrainingRun, plan: WorkerPlan, cluster: ClusterResources) -> int | None:

@@ -13,7 +13,6 @@ from ray.train import UserCallback
 
 from mnistsum_ray import (
     RequestError,
-    RunError,
     ScoreConfig,
     TrainConfig,
     fit,
@@ -42,22 +41,15 @@ def test_an_invalid_request_raises_request_error_which_names_the_flag(model: Pat
 
 
 @pytest.mark.slow
-def test_callbacks_get_each_report_and_may_end_the_run(cluster: str, tmp_path: Path, write_rows: Any) -> None:
-    stop, reports = tmp_path / "stop", tmp_path / "reports.jsonl"
+def test_callbacks_get_each_report(cluster: str, tmp_path: Path, write_rows: Any) -> None:
+    reports = tmp_path / "reports.jsonl"
     settings: dict[str, Any] = {"data": str(write_rows(500)), "epochs": 2, "sum_head_steps": 5, "storage_path": str(tmp_path)}
 
     class Keep(UserCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             with reports.open("a") as file:
                 file.write(json.dumps(metrics[0]) + "\n")
-            if stop.exists():
-                raise OSError("the server of the caller")
 
-    stop.touch()
-    with pytest.raises(RunError, match=r"^a callback failed with OSError: the server of the caller; .* --name mine --resume$"):
-        fit(TrainConfig(**settings, name="mine"), callbacks=[Keep()])
-    stop.unlink()
-    reports.unlink()
     fit(TrainConfig(**settings, name="other"), callbacks=[Keep()])
     history = tmp_path / "other" / "history.jsonl"
     kept, lines = ([json.loads(line) for line in path.read_text().splitlines()] for path in (reports, history))

@@ -12,9 +12,11 @@ from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import (
     MAX_MISTAKES,
+    RELIABILITY_BINS,
     AnswerCounts,
     LabelledRows,
     Metrics,
+    Reliability,
     ScoredRows,
     analyse_errors,
     confidence,
@@ -23,7 +25,6 @@ from mnistsum_ray.model.metrics import (
     score_rows,
 )
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
-from mnistsum_ray.model.reliability import RELIABILITY_BINS, Reliability
 from tests.model import new_model, random_rows
 
 ROWS = 300
