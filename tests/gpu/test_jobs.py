@@ -97,21 +97,6 @@ def test_the_job_is_as_fast_as_the_bare_loop(pairs: Path) -> None:
     assert ways["project"]["rows_per_second"] >= 0.9 * ways["bare"]["rows_per_second"]
 
 
-@pytest.mark.parametrize("variable", ["uuid", "-1", "noset"])
-def test_the_environment_says_which_card(variable: str, trained: Done, pairs: Path, tmp_path: Path) -> None:
-    name = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    environment = {
-        "uuid": {"CUDA_VISIBLE_DEVICES": name},
-        "-1": {"CUDA_VISIBLE_DEVICES": "-1"},
-        "noset": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"},
-    }[variable]
-    flags = ["--data", "sample", "--epochs", 1, "--sum-head-steps", 50, "--storage-path", tmp_path]
-    for job in (["train", *flags], score(trained, pairs / "part-00000.parquet", tmp_path / "out")):
-        done = run_job(*job, env=environment)
-        assert done.code == 0, done.err
-        assert ("GPU worker" in done.err) == (variable != "-1")
-
-
 @two_gpus
 def test_two_cards_train_as_one(tmp_path: Path) -> None:
     flags = ["--data", "sample", "--seed", 0, "--precision", "fp32", "--storage-path", tmp_path]

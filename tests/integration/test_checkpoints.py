@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_data_that_changed_are_refused(
     assert finished.weights() == whole.weights()
     assert json.loads((runs / "mine" / "manifest.json").read_text())["status"] == "finished"
     pq.write_table(pq.read_table(copy / "0.parquet").slice(1), copy / "0.parquet")
-    with pytest.raises(RequestError, match=f"^--resume: the data are not those of the run .* from {copy}; name the same"):
+    with pytest.raises(RequestError, match=rf"^--resume: the data are not those of the run .* from {copy}\); name the same"):
         train_here(storage_path=runs, name="mine", resume=True, data=copy)
 
 

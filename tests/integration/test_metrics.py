@@ -13,7 +13,6 @@ import pytest
 import ray
 
 from mnistsum_ray.data.sources import SAMPLE
-from mnistsum_ray.reporting.metrics import JobMetrics
 from tests.integration.conftest import run_job
 
 pytestmark = pytest.mark.slow
@@ -63,12 +62,3 @@ def test_a_training_that_has_ended(head: Any, tmp_path: Path) -> None:
     rows = 2 * line["data"]["train_rows"]
     assert shown.items() >= {"ray_mnistsum_rows_total": rows, "ray_mnistsum_epoch": 2}.items()
     assert min(shown["ray_mnistsum_rows_per_second"], shown["ray_mnistsum_loss"]) > 0
-
-
-def test_rows_that_are_trained_again_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    added: list[float] = []
-    monkeypatch.setattr("ray.util.metrics.Counter.inc", lambda _, number: added.append(number))
-    metrics = JobMetrics("train", "again", rows=100)  # which an earlier job has trained
-    for done in (150, 200, 120, 180, 230):
-        metrics.count(rows=done)
-    assert added == [50, 50, 30]

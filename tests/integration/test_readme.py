@@ -1,17 +1,23 @@
 """The README's commands do what it says. `ray job submit`: test_connect."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import struct
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.export.pairs import export_pairs
 from tests.integration.conftest import ROOT, run_warm
 
 pytestmark = pytest.mark.slow
@@ -27,7 +33,7 @@ def commands_of(section: str) -> list[list[str]]:
 
 @pytest.mark.timeout(900)
 def test_the_jobs_of_all_sections_but_the_clusters(cluster: str, tmp_path: Path) -> None:
-    """As a reader does who begins at the top, with a small MNIST in ./data and ~/mnist. Python: test_process_state."""
+    """As a reader does who begins at the top, with a small MNIST in ./data and ~/mnist."""
     write_small_mnist(tmp_path / "data")
     write_small_mnist(tmp_path / "mnist")
     for section in ("Laptop", "One GPU box", "Train", "Score"):
@@ -66,3 +72,16 @@ def write_small_mnist(folder: Path) -> None:
         image_header, label_header = struct.pack(">4I", 0x803, count, 28, 28), struct.pack(">2I", 0x801, count)
         (folder / f"{name}-images-idx3-ubyte").write_bytes(image_header + images[part].tobytes())
         (folder / f"{name}-labels-idx1-ubyte").write_bytes(label_header + digits[part].tobytes())
+
+
+def test_the_example_in_python(cluster: str, tmp_path: Path, write_rows: Callable[[int], Path]) -> None:
+    text = (ROOT / "README.md").read_text().partition("## From Python")[2]
+    written, smaller = 'data="sample", epochs=2)', f'data="{write_rows(500)}", epochs=1, sum_head_steps=5)'
+    code = text.partition("```python\n")[2].partition("```")[0].replace(written, smaller)
+    assert smaller in code
+    export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "pairs"), rows=100, files=1), print)
+    environment = os.environ | {"RAY_ADDRESS": cluster, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pred_sum" in done.stdout
+    assert (tmp_path / "scored-again" / "manifest.json").exists()

@@ -90,7 +90,7 @@ def test_overwrite_replaces_the_output(finished: Scored, exported: Path, tmp_pat
     pairs = Path(shutil.copytree(exported, tmp_path / "in"))
     (pairs / "part-00004.parquet").unlink()
     other = write_model(tmp_path / "other", 1)
-    with pytest.raises(RequestError, match="holds predictions of another model"):
+    with pytest.raises(RequestError, match="was started with"):
         score_here(other, output, pairs, label_column="digit")
     second = score_here(other, output, pairs, label_column="digit", overwrite=True)
     assert (second.line["resumed_rows"], second.line["scored_rows"]) == (0, ROWS - A_FILE)

@@ -86,25 +86,6 @@ def test_a_lease_that_is_no_longer_renewed_is_taken_over_and_its_run_notices(buc
 
 
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)
-@pytest.mark.usefixtures("short_lease")
-def test_a_write_that_is_repeated_is_known_as_the_run_s_own(bucket: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer was lost, and the repetition finds what the first one wrote."""
-    put = object_store.put
-
-    def repeated(*args: Any) -> Any:
-        put(*args)
-        return put(*args)
-
-    record = bucket / "lost" / "_lock"
-    with folder_lock(bucket / "lost", "--output", print):
-        monkeypatch.setattr(object_store, "put", repeated)
-        time.sleep(1)
-        before = record.read_json()["beat"]
-        time.sleep(1)
-        assert record.read_json()["beat"] > before, "the lease is renewed"
-
-
-@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
 def test_a_store_that_ignores_conditions_is_refused(bucket: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     def unconditional(_: Any, path: str, data: bytes, __: Any = None) -> Any:
         folder, _, name = path.rpartition("/")
