@@ -63,7 +63,6 @@ def train(config: "TrainConfig") -> Result:
         mnistsum train --data sample     takes a minute on a laptop
         mnistsum train --name mine --resume auto    begins, or goes on after a kill
         mnistsum train --config runs/mine/config.yaml     trains the same again
-        mnistsum train --data s3://B/mnist --num-workers 4 --storage-path s3://B/r
         ray job submit --working-dir . -- python jobs/train.py --data sample
     """
     from mnistsum_ray.api import fit
@@ -81,10 +80,8 @@ def score(config: "ScoreConfig") -> Result:
         ray job submit -- python jobs/score.py --model M --input I --output O
 
     The same command continues after a kill, and adds input files that are new.
-    OUTPUT/predictions/ has each input file's columns except the image, and
-    pred_digit, digit_prob, pred_sum, sum_prob and consistent, with --probabilities
-    also those of all classes; OUTPUT/rejected/ the rows that cannot be scored, with
-    the reason. OUTPUT/manifest.json, written last, has the totals.
+    OUTPUT/predictions/ has the rows that are scored, OUTPUT/rejected/ the others,
+    with the reason. OUTPUT/manifest.json, written last, has the totals.
     """
     from mnistsum_ray import api
 

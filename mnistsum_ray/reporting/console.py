@@ -1,5 +1,6 @@
 """Console output of a running job, on standard error: lines, and below them a progress bar."""
 
+import builtins
 import sys
 import threading
 import time
@@ -23,9 +24,6 @@ LINE_SECONDS: Final = 30.0
 
 SILENCE_SECONDS: Final = 60.0
 """Time without a line or progress after which a line says so."""
-
-_WAITING: Final = 0.1
-"""Fraction of an epoch without data from which a line says so."""
 
 
 class Progress:
@@ -57,7 +55,7 @@ class Console:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        in_notebook = self._stream is sys.stderr and "ipykernel" in sys.modules
+        in_notebook = self._stream is sys.stderr and hasattr(builtins, "__IPYTHON__")
         self._has_bars = self._stream.isatty() or in_notebook
         self._lock = threading.RLock()
         self._bar: Any = None
@@ -126,10 +124,6 @@ class Console:
         epoch, loss = f"epoch {entry['epoch']}", f"loss {entry['train_loss']:.4f}"
         rate = f"{entry['rows_per_second']:,.0f} rows/s"
         self.say(f"{epoch}: {loss}, test {accuracies(entry['test'])}, {rate}")
-        # Until the first batch comes, files are opened and processes started.
-        waiting = entry["waiting"] - entry["first_batch_seconds"] / entry["seconds"]
-        if waiting > _WAITING:
-            self.say(f"{epoch}: the workers waited for data {percent(waiting)} of the time")
 
     def progress(self, what: str, done: int, total: int, rate: float, note: str = "") -> None:
         """Show how far some work is: by the bar, or in a log by a line now and then."""

@@ -73,7 +73,6 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     folder = folder.with_retries()
     lock = FolderLock(folder / LOCK_NAME, f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}")
     refused = f"{flag} {folder.display}:"
-    is_new = folder.is_local and not Path(folder.path).exists()
     try:
         held = _lock_file(lock) if folder.is_local else _Lease(lock, say)
     except (TryAgainError, RequestError) as error:
@@ -81,11 +80,7 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     except OSError as error:
         raise RequestError(f"{refused} cannot be written ({error.strerror or one_line(error)})") from None
     with closing(held):
-        try:
-            yield OutputFolder(folder, lock)
-        finally:
-            if is_new:
-                _delete_unused(Path(folder.path))
+        yield OutputFolder(folder, lock)
 
 
 def _holder_in(data: bytes) -> str:
@@ -100,14 +95,6 @@ def _holder_in(data: bytes) -> str:
 def _held_by(holder: str | None) -> TryAgainError:
     known = f" ({holder})" if holder else ""
     return TryAgainError(f"another run{known} is writing there; wait for it, or choose another")
-
-
-def _delete_unused(folder: Path) -> None:
-    """Delete a folder that a run has made, if it holds nothing but its lock, as after a refused request."""
-    with suppress(OSError):
-        if [path.name for path in folder.iterdir()] == [LOCK_NAME]:
-            (folder / LOCK_NAME).unlink()  # a run that has just opened it stops at its first check
-            folder.rmdir()
 
 
 def _lock_file(lock: FolderLock) -> IO[bytes]:
@@ -175,7 +162,8 @@ class _Lease:
 
     def _renew(self) -> None:
         """Write the next record over the last one."""
-        record = json.dumps({"id": self._holder, "beat": time.time()}).encode()
+        # Of one length: Arrow asks for a file's size first, and would cut off a longer one.
+        record = json.dumps({"id": self._holder, "beat": f"{time.time():.3f}"}).encode()
         try:
             self._version = object_store.put(self._filesystem, self._path, record, self._version)
         except ExistingFileError:

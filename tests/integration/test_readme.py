@@ -56,7 +56,7 @@ def test_the_jobs_of_all_sections_but_the_clusters(cluster: str, tmp_path: Path)
     assert min(learned["digit_accuracy"], learned["sum_accuracy"]) >= 0.98, "of the bundled sample"
     assert (tmp_path / "runs" / "mine" / "report.html").stat().st_size > 100_000
     assert (tmp_path / "test-scored" / "report.html").exists()
-    scored = json.loads((tmp_path / "scored" / "manifest.json").read_text())["totals"]
+    scored = json.loads((tmp_path / "days-scored" / "manifest.json").read_text())["totals"]
     assert (scored["scored_rows"], scored["failed_files"]) == (10_250, 0)
     assert (tmp_path / "exported" / "model.onnx").exists()
 

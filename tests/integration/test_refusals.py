@@ -37,7 +37,6 @@ def test_a_folder_that_another_run_holds(model: Path, tmp_path: Path) -> None:
         pytest.raises(TryAgainError, match=r"^--output .*: another run \(.*\) is writing there; wait for it"),
     ):
         score_here(model, output, tmp_path / "in", num_workers=1000)  # the lock comes before workers are asked for
-    assert not output.exists(), "nothing was written, and the holder's lock goes with its folder"
 
 
 @pytest.mark.usefixtures("cluster")
@@ -50,7 +49,6 @@ def test_busy_cpus_are_waited_for_until_the_time_limit(tmp_path: Path, capsys: p
     finally:
         ray.kill(holder)
     assert capsys.readouterr().err.startswith("waiting for 0.75 CPUs; free now: 0 CPUs")
-    assert not list(tmp_path.iterdir())
 
 
 class Holder:

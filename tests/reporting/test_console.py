@@ -29,13 +29,10 @@ PROGRESS = {
 
 
 def test_the_lines_of_an_epoch() -> None:
-    """The wait for the first batch, in which processes start, does not count."""
     log = io.StringIO()
     Console(log).show(ENTRY)
     line = "epoch 2: loss 0.5000, test digit 99.46 %, sum 99.27 %, 123,456 rows/s\n"
     assert log.getvalue() == line
-    Console(log).show(ENTRY | {"waiting": 0.6})
-    assert log.getvalue().endswith("\nepoch 2: the workers waited for data 15.00 % of the time\n")
 
 
 def test_progress_is_a_line_in_a_log_after_some_time_without_one(

@@ -62,10 +62,3 @@ def test_a_run_notices_that_another_has_taken_the_folder(tmp_path: Path) -> None
             side.lock._checked = 0.0
             with pytest.raises(RunError, match=r"another run has taken the output \(another\); this run stops"):
                 side.check()
-
-
-def test_a_request_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
-    lock(tmp_path / "refused")
-    with folder_lock(locate(str(tmp_path / "written"), "--output"), "--output", print) as held:
-        held.write("a", b"1")
-    assert [path.name for path in tmp_path.iterdir()] == ["written"]

@@ -113,7 +113,8 @@ def test_a_uri_with_a_key_is_refused_by_each_flag_and_shown_nowhere(
         assert expected in str(refused.value), flags
         assert not {"topsecret", "AKIA"} & set(re.findall(r"\w+", str(refused.value)))
     assert cli.main([first]) == 2
-    done = subprocess.run([sys.executable, "-m", "mnistsum_ray", "train", "--data", first], capture_output=True, text=True)
+    job = Path(__file__).parents[2] / "jobs" / "train.py"
+    done = subprocess.run([sys.executable, job, "--data", first], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --data: must have no user info")
     assert not {"topsecret", "AKIA"} & set(re.findall(r"\w+", done.stderr + "".join(capfd.readouterr())))
