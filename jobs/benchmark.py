@@ -10,9 +10,8 @@ guide     Ray's guides as they stand, with this project's network and step:
           https://docs.ray.io/en/latest/data/batch_inference.html
 project   `fit` or `score`
 
-Each way runs in a process of its own. A machine's speed drifts: compare figures of several runs.
-Training: rows/s after the first epoch, one worker with all cores. Scoring: rows/s of the whole
-command, with the start of Ray; `original` and `bare` loop over LOOP_ROWS.
+Each way runs in a process of its own. Training: rows/s after the first epoch, one worker with all
+cores. Scoring: rows/s of the whole command; `original` and `bare` loop over LOOP_ROWS.
 """
 
 import argparse

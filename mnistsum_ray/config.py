@@ -74,7 +74,8 @@ class TrainConfig(JobConfig):
     """quick: as accurate as the original, in less time; long: more epochs, with dropout and stronger distortion, for higher
     accuracy"""
     epochs: int | None = _of_recipe("epochs", "passes over the training rows", ge=1, le=10_000)
-    batch_size: int | None = _of_recipe("batch_size", "rows of a step, of all workers together", ge=1, le=65_536)
+    # The second convolution makes 50,176 values of a row, and kernels of GPUs count to 2^31.
+    batch_size: int | None = _of_recipe("batch_size", "rows of a step, of all workers together", ge=1, le=32_768)
     learning_rate: float | None = _of_recipe("learning_rate", "Muon's highest; AdamW has a fraction", gt=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.01, ge=0, le=10)
     """decoupled weight decay"""

@@ -54,7 +54,7 @@ from mnistsum_ray.training.fetch import load_rows
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.preflight import TrainingRun, read_manifest
 from mnistsum_ray.training.ray_hooks import InterruptibleTrainer, placement_groups, remove_placement_groups
-from mnistsum_ray.training.resources import check_memory, check_share, choose_threads, worker_request
+from mnistsum_ray.training.resources import check_memory, choose_threads, worker_request
 from mnistsum_ray.training.worker import event_queue
 
 _MANIFEST: Final = "manifest.json"
@@ -82,7 +82,6 @@ def fit(run: TrainingRun, console: Console, callbacks: Sequence[ray.train.UserCa
     try:
         with folder_lock(run.folder, "--name", console.say) as held:
             plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say)
-            check_share(plan, run.hyperparameters.batch_size)
             if run.source.notice:
                 console.say(run.source.notice)
             report_skipped(run.source.skipped, console.say)

@@ -12,7 +12,7 @@ from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.order import RandomStream, RowRanges, Shuffle, step_seed
 from mnistsum_ray.errors import RequestError, RowCountError, RunError, counted, percent
 from mnistsum_ray.model import sum_head
-from mnistsum_ray.model.device import broadcast_state, faster_with_bf16
+from mnistsum_ray.model.device import all_reduce_sum, broadcast_state, faster_with_bf16
 from mnistsum_ray.model.folder import copy_weights
 from mnistsum_ray.model.metrics import Metrics, ScoredRows, score_rows
 from mnistsum_ray.storage.folder import OutputFolder
@@ -62,7 +62,7 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> TrainingResult | Non
         loop.train()
         return loop.analyse() if worker.rank == 0 else None
     except (RunError, RequestError) as error:
-        worker.events.fail(str(error))  # another attempt would fail in the same way
+        worker.events.send("failure", text=str(error))  # another attempt would fail in the same way
         raise
 
 
@@ -78,7 +78,8 @@ class TrainingLoop:
         if saved:
             self._state, tensors = saved
         else:
-            bf16 = worker.all_agree(faster_with_bf16(worker.device))
+            votes = torch.tensor(float(faster_with_bf16(worker.device)), device=worker.device)
+            bf16 = all_reduce_sum(votes).item() == worker.world_size
             self._state = TrainerState(0, [], self._parameters.precision or ("bf16" if bf16 else "fp32"))
         worker.events.send("precision", precision=self._state.precision)
         self._trainer = Trainer(self._parameters, worker, self._state.precision)

@@ -16,22 +16,12 @@ _ROWS_PER_GPU: Final = 256
 _USABLE_SHARE: Final = 0.8
 """Share of an object store that a run may plan to fill: Ray spills to disk above that."""
 
-_MAX_GPU_ROWS: Final = 32_768
-"""Most rows of a step on one GPU: the second convolution makes 50,176 values of each, and kernels count to 2^31."""
-
 
 def worker_request(config: TrainConfig, batch_size: int) -> WorkerRequest:
     """The group of workers that a run with this global batch size asks for."""
     return WorkerRequest(
         config.worker_range, config.use_gpu, config.wait_seconds, group=True, useful_gpus=max(1, batch_size // _ROWS_PER_GPU)
     )
-
-
-def check_share(plan: WorkerPlan, batch_size: int) -> None:
-    """Check that a GPU can compute its share of a batch; else raise RequestError."""
-    if plan.use_gpu and (share := -(-batch_size // plan.worker_range[0])) > _MAX_GPU_ROWS:
-        text = f"a GPU would compute {share:,} rows at once, and can {_MAX_GPU_ROWS:,}"
-        raise RequestError(f"--batch-size {batch_size}: {text}; give a smaller one, or more --num-workers")
 
 
 def check_memory(run: TrainingRun, cluster: ClusterResources) -> str:

@@ -17,8 +17,8 @@ from ray.util.queue import Queue
 
 from mnistsum_ray.cluster.nodes import on_node, this_node
 from mnistsum_ray.cluster.resources import explain_worker_silence
-from mnistsum_ray.errors import counted, one_line
-from mnistsum_ray.model.device import all_reduce_sum, disable_tf32, enable_determinism, tune_malloc
+from mnistsum_ray.errors import one_line
+from mnistsum_ray.model.device import disable_tf32, enable_determinism, tune_malloc
 from mnistsum_ray.reporting.console import Console, Progress
 
 
@@ -34,10 +34,6 @@ class EventSender:
         if self._rank == 0 or kind == "failure":
             with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
                 self._queue.put({"kind": kind, **fields})
-
-    def fail(self, text: str) -> None:
-        """Have the driver end the run: another attempt would fail in the same way."""
-        self.send("failure", text=text)
 
     def note(self, text: str) -> None:
         """Send a line for the console."""
@@ -75,14 +71,7 @@ class Worker:
             enable_determinism()
             tune_malloc()
         rank = context.get_world_rank()
-        if threads and threads > cpus:  # a line of any rank
-            text = f"worker {rank} has {counted(cpus, 'CPU')} for the run's {threads} threads: slower, and the same bits"
-            EventSender(events, rank=0).note(text)
         return cls(rank, context.get_world_size(), device, cpus, EventSender(events, rank))
-
-    def all_agree(self, value: bool) -> bool:
-        """True on every worker if the value is true on every worker."""
-        return bool(all_reduce_sum(torch.tensor(float(value), device=self.device)).item() == self.world_size)
 
 
 def cpus_of_node() -> int:

@@ -12,7 +12,6 @@ from mnistsum_ray.cluster.resources import (
     plan_workers,
 )
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.training.resources import check_share
 
 
 def cluster(cpus: float, gpus: float = 0, nodes: int = 1, *, grows: bool = False) -> ClusterResources:
@@ -85,10 +84,3 @@ def test_more_than_a_cluster_of_this_job_has_is_refused(group: bool) -> None:
         plan(cluster(2), group=group, workers=(3, 3))
     with pytest.raises(RequestError, match=f"--use-gpu true: the cluster has no GPU {where}"):
         plan(cluster(2), group=group, use_gpu=True)
-
-
-def test_a_share_that_is_too_large_for_a_gpu_is_refused() -> None:
-    check_share(WorkerPlan((2, 2), 2, {"GPU": 1}), 65_536)
-    check_share(WorkerPlan((1, 1), 1, {"CPU": 1}), 65_536)
-    with pytest.raises(RequestError, match="a GPU would compute 65,536 rows at once, and can 32,768"):
-        check_share(WorkerPlan((1, 2), 1, {"GPU": 1}), 65_536)

@@ -189,7 +189,6 @@ def test_its_config_trains_the_same_model_again_also_on_one_cpu_and_stopped_once
             train_here(**settings)
         again = train_here(**settings | {"resume": True})
         scored = score_here(run, tmp_path / "out", data, number_column="digit")
-    assert "worker 0 has 1 CPU for the run's 2 threads" in again.said
     assert "going on after epoch 1, on 1 worker" in again.said
     assert again.line["test"] == done.line["test"]
     assert again.weights() == (Path(done.line["model"]) / "model.safetensors").read_bytes()
