@@ -18,7 +18,6 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from mnistsum_ray.reporting.metrics import COUNTERS, GAUGES
@@ -89,22 +88,6 @@ def test_a_node_installs_the_project_as_it_lies_here(tmp_path: Path) -> None:
         held = set(archive.namelist())
     files = [path for path in (ROOT / "mnistsum_ray").rglob("*") if path.suffix in (".py", ".parquet", ".j2", ".typed")]
     assert {str(path.relative_to(ROOT)) for path in files} <= held
-
-
-def test_the_image_gets_the_same_files() -> None:
-    first, *patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
-    assert first == "*", "all that is not named stays outside"
-    assert {pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")} == set(COPIED)
-    assert "pip install --no-cache-dir -c .constraints.txt '.[cloud]'" in (DEPLOY / "Dockerfile").read_text()
-
-
-def test_what_the_commands_write_is_not_uploaded() -> None:
-    """The output folders of the README's commands, by `ray job submit --working-dir .`."""
-    outputs = {"runs/", *re.findall(r"--output (?!s3:)(\S+)", README), *re.findall(r'output="(\S+?)"', README)}
-    assert len(outputs) > 5
-    ignored = get_excludes_from_ignore_files(ROOT, include_gitignore=True)
-    uploaded = {name for name in {"jobs/", *outputs} if not any(ignore(ROOT / name / "file") for ignore in ignored)}
-    assert uploaded == {"jobs/"}
 
 
 def test_kuberay_knows_every_field() -> None:

@@ -64,12 +64,6 @@ def test_the_sample_is_learned_and_again(trained: Done, tmp_path: Path) -> None:
     assert again["digit_accuracy"] == pytest.approx(trained.line["test"]["digit_accuracy"], abs=0.01)
 
 
-@pytest.mark.parametrize("flags", [["--recipe", "long", "--epochs", 3], ["--precision", "fp32"]], ids=str)
-def test_ways_to_train(flags: list[object], tmp_path: Path) -> None:
-    done = run_on_gpu("train", "--data", "sample", "--seed", 0, "--storage-path", tmp_path, *flags)
-    assert done.line["test"]["digit_accuracy"] > 0.95
-
-
 @pytest.mark.parametrize(
     "workers",
     ["1", pytest.param("2", marks=two_gpus), pytest.param("1,2", marks=two_gpus)],

@@ -11,6 +11,7 @@ from mnistsum_ray.cluster import resources
 from mnistsum_ray.cluster.resources import Gpu, WorkerRequest, reserve
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from tests.integration.conftest import score_here, start_cluster, train_here
+from tests.integration.test_refusals import Holder
 
 EVERY = 10
 
@@ -51,7 +52,7 @@ def test_a_job_runs_on_cpus_and_says_so(model: Path, data: Path, tmp_path: Path)
 
 @pytest.mark.usefixtures("believed_gpu")
 def test_scoring_waits_for_a_gpu_that_another_job_holds_and_its_workers_get_it(model: Path, data: Path, tmp_path: Path) -> None:
-    other = ray.remote(_Other).options(num_gpus=0.5, num_cpus=0).remote()
+    other = ray.remote(Holder).options(num_gpus=0.5, num_cpus=0).remote()
     ray.get(other.__ray_ready__.remote())
     said = list[str]()
     with pytest.raises(TryAgainError, match=r"^needs 1 GPU, but after 2 s only 2 CPUs and 0.5 GPUs are free"):
@@ -67,7 +68,3 @@ def test_training_workers_get_the_gpu(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="gave up after 1 failure:") as error:
         train_here(data=data, storage_path=tmp_path, use_gpu=True, max_failures=0)
     assert "NCCL" in str(error.value.__cause__)
-
-
-class _Other:
-    """Another job's actor, which holds a part of the GPU."""

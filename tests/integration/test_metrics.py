@@ -46,12 +46,10 @@ def metrics(run: Path) -> dict[str, float]:
 def test_a_scoring_that_has_ended(head: Any, model: Path, tmp_path: Path) -> None:
     rows = pq.read_table(SAMPLE)[:ROWS].append_column("number", pa.array([10] * REJECTED + [5] * (ROWS - REJECTED)))
     pq.write_table(rows, tmp_path / "in.parquet")
-    output = tmp_path / "out"
-    flags = ("--model", model, "--input", tmp_path / "in.parquet", "--output", output)
+    flags = ("--model", model, "--input", tmp_path / "in.parquet", "--output", tmp_path / "out")
     run_job("score", *flags, address=head.address_info["address"])
-    shown = metrics(output)
+    shown = metrics(tmp_path / "out")
     assert shown.items() >= {"ray_mnistsum_rows_total": ROWS, "ray_mnistsum_rejected_rows_total": REJECTED}.items()
-    assert shown["ray_mnistsum_rows_per_second"] > 0
 
 
 def test_a_training_that_has_ended(head: Any, tmp_path: Path) -> None:
@@ -59,6 +57,4 @@ def test_a_training_that_has_ended(head: Any, tmp_path: Path) -> None:
     place = ("--data", tmp_path / "rows.parquet", "--storage-path", tmp_path, "--name", "mine")
     line = run_job("train", *place, "--epochs", 2, "--sum-head-steps", 5, address=head.address_info["address"]).line
     shown = metrics(tmp_path / "mine")
-    rows = 2 * line["data"]["train_rows"]
-    assert shown.items() >= {"ray_mnistsum_rows_total": rows, "ray_mnistsum_epoch": 2}.items()
-    assert min(shown["ray_mnistsum_rows_per_second"], shown["ray_mnistsum_loss"]) > 0
+    assert shown.items() >= {"ray_mnistsum_rows_total": 2 * line["data"]["train_rows"], "ray_mnistsum_epoch": 2}.items()

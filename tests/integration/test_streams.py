@@ -17,4 +17,3 @@ def test_closed_streams(tmp_path: Path, closed: str) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (tmp_path / "code").read_text() == "0\n", done.stderr
     assert "Traceback" not in done.stderr
-    assert list(tmp_path.glob("out/*.parquet"))
