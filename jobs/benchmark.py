@@ -239,7 +239,9 @@ def run(script: str, *flags: object) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)  # its error is on standard error
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    # Ray's threads may print after the result.
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(json.loads(lines[-1]))
 
 
 def prepare(what: str, data: str, rows: int, folder: Path) -> None:
