@@ -239,8 +239,7 @@ def run(script: str, *flags: object) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)  # its error is on standard error
-    # Ray's threads may print after the result.
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # Ray prints too
     return dict(json.loads(lines[-1]))
 
 

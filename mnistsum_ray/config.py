@@ -183,10 +183,9 @@ class ScoreConfig(JobConfig):
     overwrite: bool = False
     """delete an earlier output first, and score everything again"""
     max_rows_per_file: int | None = Field(default=None, ge=1, le=10_000_000)
-    """maximum rows in an output file, and about what each worker loses in a kill [as the output was begun, else a quarter of the
-    input file, but 8192 to 32768]"""
+    """maximum rows in an output file, and what a worker loses in a kill [a quarter of the input file, but 8192 to 32768]"""
     precision: Literal["bf16", "fp32"] | None = None
-    """precision of the network [that of the output's predictions, else bf16 if it is faster, else fp32]"""
+    """precision of the network, which one output keeps [bf16 if it is faster, else fp32]"""
     # conv2 computes 50,176 values a row, and kernels of GPUs that index with 32 bits take 42,799 rows at most.
     batch_size: int | None = Field(default=None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""

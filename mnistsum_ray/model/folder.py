@@ -93,6 +93,8 @@ def load_model(folder: Location) -> tuple[Network, dict[str, Any]]:
         weights = load_tensors(data)
         description = read_description(data)
         sha256, background = description["sha256"], description["input"]["background"]
+        if background not in (0, 255) or not all(isinstance(description[key], int) for key in ("epoch", "parameters")):
+            raise ValueError("its description is not whole")
     except Exception as error:  # of bytes that anybody may have written, libraries raise many types
         raise RequestError(f"{folder.display}: {WEIGHTS_FILE} cannot be used: {shortened(one_line(error))}") from None
     network = make_network().eval()

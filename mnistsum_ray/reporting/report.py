@@ -101,7 +101,6 @@ def report_page(
     lines = [
         data["notice"],
         f"The model of epoch {card['epoch']}, on {test['rows']:,} test images with every number.",
-        _sum_head(card["sum_head"]),
         f"To score: mnistsum score --model {run} --input PAIRS --output SCORED",
     ]
     names = [key.removeprefix("epoch/").replace("_", " ") for key in epoch_scalars(history[0])]
@@ -115,15 +114,6 @@ def report_page(
         _settings(manifest, {key: card[key] for key in ("parameters", "sha256")}),
     ]
     return _render(f"{name}: {accuracies(test)}", lines, figures, pictures, tables)
-
-
-def _sum_head(tuned: dict[str, Any] | None) -> str | None:
-    """What fine-tuning the sum head has done; None where it was not fine-tuned."""
-    if tuned is None:
-        return None
-    before, after = (percent(tuned[when]["test"]["sum_accuracy"]) for when in ("before", "after"))
-    kept = "" if tuned["kept"] else "; discarded: the heads agreed less on validation rows"
-    return f"Its sum head, {tuned['steps']:,} steps more: sums {before} before, {after} after{kept}."
 
 
 def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes]) -> str:

@@ -113,8 +113,9 @@ def _execute(plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console
                 raise RunError(f"{failed[0]}; committed files are kept, and the same command resumes")
             for notice in report["notice"].drop_null().to_pylist():
                 console.say(notice)
-            for warning in report["warning"].drop_null().to_pylist()[: 0 if warned else 1]:
-                console.say(warning)
+            warnings = report["warning"].drop_null().to_pylist()
+            if warnings and not warned:
+                console.say(warnings[0])
                 warned = True
             for row in report.filter(pc.is_valid(report["unreadable"])).to_pylist():
                 failures.setdefault(row["name"], row["unreadable"])

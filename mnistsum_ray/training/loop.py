@@ -113,6 +113,8 @@ class TrainingLoop:
         while state.epochs_done < parameters.epochs:
             line = self._trainer.train_epoch(state.epochs_done, self._config.shuffle, batches)
             broadcast_state(self._trainer.model)
+            for held_out in (self._validation, self._test):
+                held_out.forget_scores()
             state.epochs_done += 1
             started = time.perf_counter()
             validation, test = self._evaluate()
@@ -172,7 +174,10 @@ class TrainingLoop:
         splits = (config.shuffle.rows, config.validation, config.test)
 
         def scored(rows: RowRanges) -> ScoredRows:
-            return score_rows(model, self._evaluation_set(rows).with_digit_scores())
+            held_out = next((mine for mine in (self._validation, self._test) if mine.rows is rows), None)
+            if held_out is None or self._worker.world_size > 1:
+                held_out = self._evaluation_set(rows)
+            return score_rows(model, held_out.with_digit_scores())
 
         return analyse(model, self._state, self._worker, self._data, scored, *splits)
 

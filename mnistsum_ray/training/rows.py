@@ -4,13 +4,6 @@
                   ├─ ReadRows ──────┤
     Parquet files ┘  (fetch.py)     └─▶ rank 1: …
 
-The ten rows of the example in data/order.py, on two workers. A task reads, for some positions of the batch, the rows of as many
-windows as make _TASK_ROWS rows; here that is the whole epoch, of two windows. Each worker numbers its own tasks.
-
-    rank 0, position 0     task 0: epoch 0, steps 0 to 4     rows 0 4 6 2 3     batches 0 | 4 | 6 | 2 | 3
-                           task 1: epoch 1, steps 0 to 4     rows 6 7 8 4 1     batches 6 | 7 | 8 | 4 | 1
-    rank 1, position 1     task 0: epoch 0, steps 0 to 4     rows 9 8 7 1 5     batches 9 | 8 | 7 | 1 | 5
-
 Each worker has its own execution of Ray Data, which goes over the ends of the epochs. The order of every epoch is known
 beforehand (data/order.py), so the first batches of the next epoch are ready before this one ends, and which rows a worker gets
 depends on nothing that a scheduler decides. Ray's `streaming_split` would drop up to one row a worker, and a new execution for
@@ -217,11 +210,22 @@ class EvaluationSet:
         self._network = network
         self._indices = range(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
         self._resident = list(self._on_device()) if len(rows) <= _RESIDENT_ROWS else None
+        self._digit_scores: list[torch.Tensor] = []
 
     def with_digit_scores(self) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Batches with their digit scores [n, 10]."""
-        for batch in _ahead(self._on_device()) if self._resident is None else self._resident:
-            yield batch, self._network(batch["image"])
+        """Batches with their digit scores [n, 10]. Those of resident rows are computed once, until `forget_scores`."""
+        if self._resident is None:
+            for batch in _ahead(self._on_device()):
+                yield batch, self._network(batch["image"])
+            return
+        for index, batch in enumerate(self._resident):
+            if index == len(self._digit_scores):
+                self._digit_scores.append(self._network(batch["image"]))
+            yield batch, self._digit_scores[index]
+
+    def forget_scores(self) -> None:
+        """Forget the digit scores: the convolutions have been trained."""
+        self._digit_scores.clear()
 
     def _on_device(self) -> Iterator[Batch]:
         size = _GPU_EVALUATION_BATCH if self._device.type == "cuda" else _EVALUATION_BATCH

@@ -62,6 +62,8 @@ DESCRIPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"network": "Other"}, "its 'network' is Other, and here TwoHeadCNN; train again"),
     ({"input": {"number": "0..19"}}, "its 'number' is 0..19, and here 0..9"),
     ({"input": {"number": "0..9"}}, "cannot be used"),
+    ({"input": {"number": "0..9", "background": 7}}, "its description is not whole"),
+    ({"epoch": None}, "its description is not whole"),
     ({"output": {"digit": "10 scores"}}, "its 'output' is {'digit': '10 scores'}, and here"),
 ]
 
