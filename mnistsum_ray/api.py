@@ -44,7 +44,7 @@ def score(config: ScoreConfig) -> ScoreResult:
 
     With `strict` a RunError also says that some input cannot be used.
     """
-    from mnistsum_ray.scoring.preflight import preflight
+    from mnistsum_ray.scoring.request import preflight
 
     with Console() as console:
         run = preflight(config, console)

@@ -80,8 +80,8 @@ def score(config: "ScoreConfig") -> Result:
         ray job submit -- python jobs/score.py --model M --input I --output O
 
     The same command continues after a kill, and adds input files that are new.
-    OUTPUT/predictions/ has the rows that are scored, OUTPUT/rejected/ the others,
-    with the reason. OUTPUT/manifest.json, written last, has the totals.
+    OUTPUT/predictions/ has one row for each input row; a reason where it cannot be
+    scored. OUTPUT/manifest.json, written last, has the totals.
     """
     from mnistsum_ray import api
 

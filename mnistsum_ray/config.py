@@ -182,7 +182,7 @@ class ScoreConfig(JobConfig):
     """write no manifest, and exit with 1, if any file or row cannot be scored"""
     overwrite: bool = False
     """delete an earlier output first, and score everything again"""
-    max_rows_per_file: int | None = Field(default=None, ge=1, le=10_000_000)
+    max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)  # of 784 bytes each, Arrow's limit is 2.7 million
     """maximum rows in an output file, and what a worker loses in a kill [a quarter of the input file, but 8192 to 32768]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the network, which one output keeps [bf16 if it is faster, else fp32]"""

@@ -24,7 +24,7 @@ from mnistsum_ray.data.parquet import plain_table
 from mnistsum_ray.data.picture import Picture, prepare_picture
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
-from mnistsum_ray.storage.paths import locate_existing
+from mnistsum_ray.storage.uri import locate_existing
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from mnistsum_ray.model.network import Network

@@ -15,9 +15,7 @@ import torch
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.model.folder import copy_weights, describe_model, load_model, save_model
 from mnistsum_ray.model.network import make_network, prepare_images
-from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.storage.uri import locate
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -84,11 +82,6 @@ def write_rows(tmp_path: Path, sample: pa.Table) -> Callable[[int], Path]:
     return write
 
 
-def writable(folder: Location | Path | str) -> OutputFolder:
-    """A folder that is written to without a lock."""
-    return OutputFolder(folder if isinstance(folder, Location) else locate(str(folder), "--output"), None)
-
-
 def write_model(folder: Path, seed: int) -> Path:
     """Write a model folder with random weights."""
     torch.manual_seed(seed)
@@ -96,7 +89,7 @@ def write_model(folder: Path, seed: int) -> Path:
     accuracies = dict.fromkeys(("loss", "digit_accuracy", "sum_accuracy"), 0.0)
     metrics = {split: {"rows": 500} | accuracies for split in ("validation", "test")}
     description = describe_model(weights, epoch=1, metrics=metrics)
-    save_model(writable(folder), weights, description)
+    save_model(locate(str(folder), "--model"), weights, description)
     return folder
 
 
@@ -126,23 +119,3 @@ def check_predictions(table: pa.Table, expected: dict[str, np.ndarray]) -> None:
         assert table[name].to_pylist() == expected[name].tolist(), name
     for name in ("digit_prob", "sum_prob"):
         assert np.allclose(table[name].to_numpy(), expected[name], atol=1e-5), name
-
-
-def varint(value: int) -> bytes:
-    """As Thrift's compact protocol writes an integer."""
-    value *= 2
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def with_footer(path: Path, number: int, lie: int) -> None:
-    """Have the footer of a Parquet file say `lie` wherever it says `number`."""
-    whole = path.read_bytes()
-    length = int.from_bytes(whole[-8:-4], "little")
-    footer = whole[-8 - length : -8]
-    assert varint(number) in footer
-    footer = footer.replace(varint(number), varint(lie))
-    path.write_bytes(whole[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1")

@@ -126,7 +126,7 @@ def test_columns_that_do_not_fit_are_errors(network: TwoHeadCNN, table: pa.Table
 
 def test_no_rows_and_a_model_by_its_path(model: Path, table: pa.Table) -> None:
     found = predict_rows(model, table.slice(0, 0), probabilities=True)
-    assert (found["reason"].type, found["sum_probs"].type) == (pa.string(), pa.list_(pa.float32(), 19))
+    assert (found["reason"].type, found["sum_probs"].type) == (pa.string(), pa.list_(pa.float32()))
 
 
 def test_a_batch_size_below_one_is_an_error(network: TwoHeadCNN, table: pa.Table) -> None:

@@ -10,9 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.cluster.connection import can_connect
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import LOCK_NAME
+from mnistsum_ray.storage.store import Location
 
 Resources = dict[str, float]
 """From kind (CPU, GPU, …) to amount."""
@@ -56,34 +54,29 @@ def lost_nodes(drained: Collection[str] = ()) -> dict[str, str]:
     return lost
 
 
-def check_shared_storage(written: Mapping[str, OutputFolder], read: Mapping[str, Location], say: Callable[[str], None]) -> None:
-    """Compare what other nodes see at local paths with what this one sees: they might write there.
+def check_shared_storage(files: Mapping[str, Location], say: Callable[[str], None]) -> None:
+    """Compare what other nodes see of local files with what this one sees: they might write there.
 
-    The folders hold the job's lock; of those that it reads a file is given. Keys are flags.
+    There is one for each flag: a file that the job reads, or that it has written to its output.
 
     Raises:
-        RequestError: a node does not see one of the paths.
+        RequestError: a node does not see one of the files.
     """
-    paths = {flag: place.path for flag, place in read.items() if place.is_local}
-    files = dict(paths)
-    for flag, held in written.items():
-        if held.place.is_local:
-            paths[flag] = held.place.path
-            files[flag] = f"{held.place.path}/{LOCK_NAME}"
-    if not files:
+    paths = {flag: file.path for flag, file in files.items() if file.is_local}
+    if not paths:
         return
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in usable_nodes() if node["NodeID"] != here]
     # Neither retried nor placed elsewhere: an answer of another node says nothing about this one.
     look = ray.remote(max_retries=0)(_look)
-    answers = [look.options(**on_node(node["NodeID"])).remote(files) for node in others]
-    expected = _look(files)
+    answers = [look.options(**on_node(node["NodeID"])).remote(paths) for node in others]
+    expected = _look(paths)
     for node, answer in zip(others, answers, strict=True):
         address = node["NodeManagerAddress"]
         try:
             seen = ray.get(answer, timeout=_LOOK_SECONDS)
         except ray.exceptions.RayError:  # it is busy, has gone, or is about to
-            say(f"the node {address} does not answer, so it may not see {' and '.join(files)}")
+            say(f"the node {address} does not answer, so it may not see {' and '.join(paths)}")
             continue
         for flag, path in paths.items():
             if seen[flag] != expected[flag]:

@@ -6,17 +6,15 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mnistsum_ray.errors import StorageError, UnusableFileError, one_line
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.errors import ExistingFileError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.storage.store import Entry, Location
 
 _MAX_ROWS: Final = 10**9
 """Most rows that a footer may claim: the plan of the whole run is computed from it."""
@@ -37,15 +35,20 @@ _RAY: Final = b"ray.data."
 _KEPT_TYPES: Final = {"None", "String", "Int", "Date", "Decimal", "Timestamp", "Time", "Float16", "JSON", "UUID", "Null"}
 """Parquet's logical types that pyarrow writes again as the same type."""
 
-
-def _unreadable(error: Exception) -> UnusableFileError:
-    """The reason for any error on a damaged file: Arrow raises many types."""
-    return UnusableFileError(f"cannot be read: {one_line(error)} ({type(error).__name__})")
+_ENGINE_METADATA: Final = {
+    b"org.apache.spark.sql.parquet.row.metadata",
+    b"parquet.avro.schema",
+    b"avro.schema",
+    b"iceberg.schema",
+    b"huggingface",
+    _ARROW_SCHEMA.lower(),  # as `_read_metadata` hides it
+}
+"""Entries of a file that list its columns for one engine, which would see no others."""
 
 
 @contextmanager
-def open_parquet(file: Location, listed: tuple[int, int] | None = None) -> Iterator[pq.ParquetFile]:  # noqa: TID251
-    """Open a Parquet file for the block; `listed` are the size and time that it must have still.
+def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[pq.ParquetFile]:  # noqa: TID251
+    """Open a Parquet file for the block; `listed` is what it must be still.
 
     Pages are checked against their CRC where they have one. INT96 is read in microseconds:
     nanoseconds do not reach the year 9999.
@@ -54,53 +57,36 @@ def open_parquet(file: Location, listed: tuple[int, int] | None = None) -> Itera
         StorageError: the block failed since the storage did, or for want of memory.
         UnusableFileError: it failed for any other reason.
     """
-    source = _Source(file)
-    try:
-        found = file.status_of(source.opened) if listed else None
-        if found and (found.size, found.modified) != listed:
-            raise UnusableFileError("has changed since the run began; run the command again")
+    with _opened(file, listed) as source:
+        stream = source
+        if not file.is_local and source.seek(0, io.SEEK_END) <= _WHOLE_BYTES:
+            source.seek(0)
+            stream = pa.BufferReader(source.read())
         yield pq.ParquetFile(  # noqa: TID251
-            source,
-            metadata=_read_metadata(_footer_bytes(source)),
+            stream,
+            metadata=_read_metadata(_footer_bytes(stream)),
             page_checksum_verification=True,
             coerce_int96_timestamp_unit="us",
         )
+
+
+@contextmanager
+def _opened(file: Location, listed: Entry | None) -> Iterator[Any]:
+    """Open a file for the block, whose errors are raised as `open_parquet` says."""
+    try:
+        with file.open(listed) as source:
+            yield source
+    except ExistingFileError:
+        raise UnusableFileError("has changed since the run began; run the command again") from None
     except (UnusableFileError, StorageError):
         raise
     except Exception as error:
-        # This machine's memory is no fault of the file either.
-        if source.failure or isinstance(error, MemoryError):
-            raise file.error(source.failure or error) from error
-        raise _unreadable(error) from None
-    finally:
-        source.close()
-
-
-class _Source:
-    """A file that keeps the storage's failure: Arrow's reader raises OSError for damaged bytes too."""
-
-    def __init__(self, file: Location) -> None:
-        self.failure: OSError | None = None
-        self.opened: pa.NativeFile = file.open()
-        stream = self.opened
-        if not file.is_local:
-            with file.answers():
-                if stream.size() <= _WHOLE_BYTES:
-                    stream = pa.BufferReader(stream.read_buffer())
-        self._read, self.seek, self.tell = stream.read_buffer, stream.seek, stream.tell
-        self.close = self.opened.close
-
-    @property
-    def closed(self) -> bool:
-        return bool(self.opened.closed)
-
-    def read(self, size: int) -> pa.Buffer:
-        """The next bytes, without a copy."""
-        try:
-            return self._read(size)
-        except OSError as error:
-            self.failure = error
-            raise
+        # On damaged bytes Arrow raises many types, OSError too; the disk's own has a number.
+        # This machine's memory is no fault of the file.
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):
+            raise file.error(error, "read") from error
+        reason = f"{one_line(error)} ({type(error).__name__})"
+        raise UnusableFileError(f"cannot be read: {reason}") from None
 
 
 def read_table(file: Location) -> pa.Table:
@@ -118,38 +104,30 @@ class Footer:
     recast: dict[str, str]
     """Path -> type of each column that is written with another type than it has in the file."""
     group_rows: list[int]
-    decompressed_bytes: int
     sha256: str
 
 
-def read_footer(file: Location, size: int) -> Footer:
-    """Read the footer of a file of this size; errors as of `open_parquet`."""
-    if not size:
-        raise UnusableFileError("is empty (0 bytes); write it again")
-    with file.answers(), file.open() as stream:
-        found = stream.size()
-        if found != size:
-            raise UnusableFileError(f"has {found:,} bytes where the listing says {size:,}: it is being written; try again later")
-        data = _footer_bytes(stream)
-    try:
+def read_footer(file: Location, listed: Entry) -> Footer:
+    """Read the footer of a file that was listed; errors as of `open_parquet`."""
+    with _opened(file, listed) as source:
+        data = _footer_bytes(source)
         metadata = _read_metadata(data)
         schema = plain_schema(metadata.schema.to_arrow_schema())
         recast = _recast_columns(metadata.schema)
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        rows = [group.num_rows for group in groups]
-    except Exception as error:
-        raise _unreadable(error) from None
-    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows or metadata.num_rows > _MAX_ROWS:
-        raise UnusableFileError(f"has a footer that promises {metadata.num_rows:,} rows in {size:,} bytes; write it again")
-    # A footer that lies fits into an int64.
-    decompressed = min(2**62, max(0, sum(group.total_byte_size for group in groups)))
-    return Footer(metadata, schema, recast, rows, decompressed, hashlib.sha256(data).hexdigest())
+        rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+        is_sum = sum(rows) == metadata.num_rows and min(rows, default=0) >= 0
+        if not is_sum or metadata.num_rows > _MAX_ROWS:
+            promise = f"{metadata.num_rows:,} rows in {listed.size:,} bytes"
+            raise UnusableFileError(f"has a footer that promises {promise}; write it again")
+        return Footer(metadata, schema, recast, rows, hashlib.sha256(data).hexdigest())
 
 
-def _footer_bytes(stream: "pa.NativeFile | _Source") -> bytes:
+def _footer_bytes(stream: Any) -> bytes:
     """The footer of an open file, and the eight bytes after it."""
     stream.seek(0, io.SEEK_END)
     size = stream.tell()
+    if not size:
+        raise UnusableFileError("is empty (0 bytes); write it again")
     start = max(0, size - _TAIL_BYTES)
     stream.seek(start)
     tail = bytes(stream.read(size - start))
@@ -208,6 +186,15 @@ def to_parquet(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
+def neutral_metadata(metadata: dict[bytes, bytes] | None) -> dict[bytes, bytes]:
+    """Metadata of a file without what holds for its own columns alone, and what is ours."""
+    return {
+        key: value
+        for key, value in (metadata or {}).items()
+        if key not in _ENGINE_METADATA and not key.startswith(b"mnistsum_ray.")
+    }
+
+
 def plain_table(table: pa.Table) -> pa.Table:
     """The table without string and binary views; the same object where there are none."""
     schema = plain_schema(table.schema)
@@ -260,21 +247,3 @@ def _recast_columns(schema: pq.ParquetSchema) -> dict[str, str]:
         if leaf.physical_type == "INT96" or kind not in _KEPT_TYPES:
             found[leaf.path] = "INT96" if leaf.physical_type == "INT96" else kind.upper()
     return found
-
-
-def without_odd_years(parquet: pq.ParquetFile, table: pa.Table) -> tuple[pa.Table, int]:  # noqa: TID251
-    """Rows of a file with null for each INT96 value whose year is none of 1 to 9999; their number.
-
-    INT96 holds years that microseconds do not, which Arrow takes for others.
-    """
-    odd = 0
-    for name, kind in _recast_columns(parquet.schema).items():
-        if kind != "INT96" or name not in table.column_names:
-            continue
-        times = table[name]
-        first, last = (pa.scalar(day, times.type) for day in (datetime.min, datetime.max))
-        fits = pc.and_(pc.greater_equal(times, first), pc.less_equal(times, last))
-        odd += pc.sum(pc.invert(fits)).as_py() or 0
-        times = pc.if_else(fits, times, None)
-        table = table.set_column(table.column_names.index(name), table.schema.field(name), times)
-    return table, odd

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.errors import RequestError, StorageError, one_line
-from mnistsum_ray.storage.paths import locate_existing
+from mnistsum_ray.storage.uri import locate_existing
 
 Picture: TypeAlias = str | Path | bytes | Image.Image
 """A file, a URI, the bytes of a file, or a picture of Pillow's."""

@@ -18,23 +18,25 @@ import pyarrow as pa
 
 from mnistsum_ray.data.idx import IDX_FILES, download_mnist, find_idx, read_idx
 from mnistsum_ray.data.images import SIDE, Pixels, ReasonCounts, decode_labelled, image_type_error, number_type_error, one_chunk
-from mnistsum_ray.data.inputs import FILE_SCHEMA, list_inputs
+from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.order import RowIds, RowRanges
 from mnistsum_ray.data.parquet import column_error, open_parquet, plain_table, read_footer, read_rows, read_table
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted, one_line
-from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.paths import locate, locate_existing
+from mnistsum_ray.storage.store import Entry, Location
+from mnistsum_ray.storage.uri import locate, locate_existing
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 
 TRAINING_FILE_SCHEMA: Final = pa.schema(
-    [
-        *FILE_SCHEMA,
-        ("footer_sha256", pa.string()),
-        ("rows", pa.int64()),
-        ("group_rows", pa.list_(pa.int64())),  # rows of each row group
-        ("digit_column", pa.string()),
-    ]
+    {
+        "name": pa.string(),  # relative to the folder that was listed
+        "size": pa.int64(),  # bytes
+        "e_tag": pa.string(),
+        "footer_sha256": pa.string(),
+        "rows": pa.int64(),
+        "group_rows": pa.list_(pa.int64()),  # rows of each row group
+        "digit_column": pa.string(),
+    }
 )
 """One row per file, in the order of the row ids."""
 
@@ -125,12 +127,12 @@ class ParquetFiles:
     def _read(self, index: int, ids: RowIds) -> tuple[Pixels, Digits, dict[int, str]]:
         """Rows of one file, in ascending order, as of `decode_labelled`."""
         file = self.location(index)
-        entry = self.table.slice(index, 1).to_pylist()[0]
-        rows = ids - (self.end_ids[index] - entry["rows"])
+        known = self.table.slice(index, 1).to_pylist()[0]
+        rows = ids - (self.end_ids[index] - known["rows"])
         try:
-            with open_parquet(file, (entry["size"], entry["modified"])) as parquet:
-                table = plain_table(pa.Table.from_batches(read_rows(parquet, rows, ["image", entry["digit_column"]])))
-                return decode_labelled(one_chunk(table["image"]), one_chunk(table[entry["digit_column"]]))
+            with open_parquet(file, Entry(file.path, known["size"], known["e_tag"])) as parquet:
+                table = plain_table(pa.Table.from_batches(read_rows(parquet, rows, ["image", known["digit_column"]])))
+                return decode_labelled(one_chunk(table["image"]), one_chunk(table[known["digit_column"]]))
         except UnusableFileError as error:
             raise RequestError(f"{file.display}: {error}") from None
 
@@ -159,8 +161,8 @@ class Source:
     test: RowRanges
     notice: str = ""
     """Message for the console about the choice of source."""
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Path -> reason of each file in the folder that is not used."""
+    skipped: list[str] = field(default_factory=list)
+    """As of `Inputs`."""
     bad: ReasonCounts = field(default_factory=ReasonCounts)
     """Rows that are in no split, since they cannot be used."""
 
@@ -268,18 +270,18 @@ def _idx(folder: Path, *, skip_bad_rows: bool) -> Source:
 def _parquet(data: str, place: Location, counter: Counter) -> Source:
     none = f"holds neither IDX files ({IDX_FILES[0]}, …) on a local disk nor Parquet files"
     found = list_inputs([data], flag="--data", none=none)
-    root, entries = found.root, found.files.to_pylist()
+    root = found.root
     if found.unusable:
         name, reason = next(iter(found.unusable.items()))
-        raise RequestError(f"--data {root.display}/{name}: {reason}")
-    count, rows = counter("footers read", len(entries)), []
+        raise RequestError(f"--data {(root / name).display}: {reason}")
+    count, rows = counter("footers read", len(found.files)), []
     # A local disk answers at once, and threads slow it down.
     with ThreadPoolExecutor(1 if root.is_local else _THREADS) as pool:
-        for row in pool.map(partial(_describe, root), entries):
+        for row in pool.map(partial(_describe, root), found.files.items()):
             rows.append(row)
             count(1)
     files = ParquetFiles(root, pa.Table.from_pylist(rows, TRAINING_FILE_SCHEMA))
-    splits = np.array([_split_of_name(entry["name"]) for entry in entries])
+    splits = np.array([_split_of_name(name) for name in found.files])
     names = set(splits.tolist())
     if "" in names and len(names) > 1:
         raise RequestError(f"--data {place.display}: some files are named train or test and some are not; rename them")
@@ -288,11 +290,12 @@ def _parquet(data: str, place: Location, counter: Counter) -> Source:
     return replace(_with_splits("parquet", place.display, files, ranges), skipped=found.skipped)
 
 
-def _describe(root: Location, entry: dict[str, Any]) -> dict[str, Any]:
+def _describe(root: Location, listed: tuple[str, Entry]) -> dict[str, Any]:
     """The TRAINING_FILE_SCHEMA row of an input file."""
-    file = root / entry["name"]
+    name, entry = listed
+    file = root / name
     try:
-        footer = read_footer(file, entry["size"])
+        footer = read_footer(file, entry)
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
     names = footer.schema.names
@@ -303,7 +306,7 @@ def _describe(root: Location, entry: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         raise RequestError(f"{file.display}: {wrong}")
     rows = {"rows": sum(footer.group_rows), "group_rows": footer.group_rows}
-    return entry | rows | {"footer_sha256": footer.sha256, "digit_column": digit}
+    return {"name": name, "size": entry.size, "e_tag": entry.e_tag, "footer_sha256": footer.sha256, "digit_column": digit} | rows
 
 
 def _split_of_name(file: str) -> str:

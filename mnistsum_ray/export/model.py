@@ -19,8 +19,7 @@ from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, predict_pairs
 from mnistsum_ray.model.network import Network, prepare_images
 from mnistsum_ray.overrides import quiet_logger
-from mnistsum_ray.storage.folder import empty_output
-from mnistsum_ray.storage.paths import locate_existing, refused
+from mnistsum_ray.storage.uri import empty_output, locate_existing, refused
 
 INPUTS: Final = ("image", "number")
 OUTPUTS: Final = tuple(PREDICTION_FIELDS.names[:-1])
@@ -93,7 +92,7 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     if not difference <= _TOLERANCE:  # `not <=` also catches NaN
         raise RunError(f"{_NAME}: its answers differ from the model's by up to {difference:.2g}; nothing was written")
     with refused("--output"):
-        output.write(_NAME, data)
+        (output / _NAME).write(data)
     say(f"{_NAME}: {len(data):,} bytes, the model's answers on {len(numbers):,} pairs")
     fields = {"files": [_NAME], "pairs": len(numbers), "largest_difference": difference}
-    return {"output": output.place.display} | fields
+    return {"output": output.display} | fields

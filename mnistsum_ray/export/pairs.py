@@ -12,9 +12,8 @@ from mnistsum_ray.data.images import IMAGE_TYPE, pixels_array
 from mnistsum_ray.data.order import NUMBERS, RowRanges, integer_type, random_numbers
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RunError, RunInterrupted, StorageError
-from mnistsum_ray.storage.folder import empty_output
-from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.paths import refused
+from mnistsum_ray.storage.store import Location
+from mnistsum_ray.storage.uri import empty_output, refused
 
 SCHEMA: Final = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": integer_type(NUMBERS), "digit": pa.int8()})
 """`row_id` is the position of the image in its source; `digit` is the true digit, for measuring accuracy."""
@@ -39,13 +38,13 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
             start, end = config.rows * index // config.files, config.rows * (index + 1) // config.files
             data = _parquet_file(source, split, config.seed, start, end)
             with refused("--output"):
-                output.write(f"part-{index:05d}.parquet", data)
+                (output / f"part-{index:05d}.parquet").write(data)
             say(f"rows written: {end:,} of {config.rows:,}")
     except StorageError as error:
         raise RunError(f"--data {error}") from None
     except KeyboardInterrupt:
         raise RunInterrupted("some files are written; empty the folder, then the same command starts again") from None
-    return output.place, source
+    return output, source
 
 
 def _parquet_file(source: Source, split: RowRanges, seed: int, row: int, end: int) -> pa.Buffer:

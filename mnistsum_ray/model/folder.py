@@ -17,8 +17,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shortened
 from mnistsum_ray.model.heads import HEADS, NETWORK
 from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, Network, make_network, prepare_images
-from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.store import Location
 
 MODEL_FORMAT: Final = "mnistsum_ray/5"
 """Format of a model folder; since 5 the temperatures are folded into the weights."""
@@ -68,10 +67,11 @@ def describe_model(
     }
 
 
-def save_model(folder: OutputFolder, weights: Weights, description: dict[str, Any]) -> None:
+def save_model(folder: Location, weights: Weights, description: dict[str, Any]) -> None:
     """Write a model folder. The weights come last, and while they are not there, there is no model."""
-    folder.write(DESCRIPTION_FILE, description)
-    folder.write(WEIGHTS_FILE, save_tensors(weights, {HEADER_KEY: json.dumps(description, allow_nan=False)}))
+    header = {HEADER_KEY: json.dumps(description, allow_nan=False)}
+    (folder / DESCRIPTION_FILE).write(description)
+    (folder / WEIGHTS_FILE).write(save_tensors(weights, header))
 
 
 def load_model(folder: Location) -> tuple[Network, dict[str, Any]]:
@@ -82,9 +82,11 @@ def load_model(folder: Location) -> tuple[Network, dict[str, Any]]:
             scores are not finite.
     """
     try:
-        if not (folder / WEIGHTS_FILE).exists():
+        try:
+            data = (folder / WEIGHTS_FILE).read_bytes()
+        except MissingFileError:
             folder = folder / "model"
-        data = (folder / WEIGHTS_FILE).read_bytes()
+            data = (folder / WEIGHTS_FILE).read_bytes()
     except MissingFileError:
         raise RequestError(f"{folder.display}: holds no model (no {WEIGHTS_FILE})") from None
     except StorageError as error:

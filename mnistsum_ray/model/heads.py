@@ -46,7 +46,8 @@ def prediction_fields(heads: Sequence[Head]) -> pa.Schema:
 
 def probability_fields(heads: Sequence[Head]) -> pa.Schema:
     """Columns after these, where the probabilities of all classes are asked for."""
-    return pa.schema([(f"{head.name}_probs", pa.list_(pa.float32(), head.classes)) for head in heads])
+    # Lists of any length: pyarrow 25 cannot read a null among lists of a fixed one from Parquet.
+    return pa.schema([(f"{head.name}_probs", pa.list_(pa.float32())) for head in heads])
 
 
 PREDICTION_FIELDS: Final = prediction_fields(HEADS)

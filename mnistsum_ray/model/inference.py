@@ -51,8 +51,10 @@ class Predictions:
         null = None if missing is None else pa.array(missing)
         for field in PROBABILITY_FIELDS:
             if field.name in self.values:
+                rows, classes = self.values[field.name].shape
+                offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * classes)
                 flat = pa.array(self.values[field.name].reshape(-1))
-                arrays[field.name] = pa.FixedSizeListArray.from_arrays(flat, type=field.type, mask=null)
+                arrays[field.name] = pa.ListArray.from_arrays(offsets, flat, type=field.type, mask=null)
         return arrays
 
     def slice(self, start: int, end: int) -> "Predictions":

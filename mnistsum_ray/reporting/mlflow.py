@@ -12,7 +12,7 @@ from mnistsum_ray.export.model import export_onnx
 from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.overrides import default_environment, quiet_logger
 from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, scores
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.store import Location
 
 
 # MLflow's defaults are 7 retries of 120 s each, which would look like a run that hangs.

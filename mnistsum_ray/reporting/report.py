@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import jinja2
-from markupsafe import Markup
 
 from mnistsum_ray import __version__
 from mnistsum_ray.errors import one_line, percent, printable
@@ -131,14 +130,12 @@ def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes
         figures += [(percent(line[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS]
     figures.append((f"{line['rows_per_second']:,.0f}", "rows per second"))
     unsure = []
-    for probability, file, row, digit, number, label, png in totals.unsure:
-        image = Markup('<img alt="" src="data:image/png;base64,{}">').format(png)
+    for probability, file, row, digit, number, label in totals.unsure:
         label = "unknown" if label is None else label
-        unsure.append((image, digit, f"{probability:.3f}", label, number, f"{file}, row {row:,}"))
-    columns = ("image", "predicted digit", "digit_prob", "label", "number", "input row")
+        unsure.append((digit, f"{probability:.3f}", label, number, f"{file}, row {row:,}"))
+    columns = ("predicted digit", "digit_prob", "label", "number", "input row")
     tables = [
         _reasons("Rejected rows", vars(totals)),
-        _reasons("Labels that count as unknown", vars(totals.bad_labels)),
         ("The least sure rows", columns, unsure),
         _settings(manifest, manifest["model"]),
     ]
@@ -181,7 +178,7 @@ def _render(
         loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        # As on the console: a file name may hold control characters. An image is Markup.
+        # As on the console: a file name may hold control characters.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     return environment.get_template("report.html.j2").render(

@@ -71,7 +71,7 @@ class ScoreResult(_Entries):
     failed_rows: int
     """Rows of files that could not be used, where a footer says how many."""
     resumed_rows: int
-    """Rows of those that an earlier run had committed."""
+    """Rows of those that an earlier run had scored."""
     files: int
     failed_files: int
     rows_per_second: float

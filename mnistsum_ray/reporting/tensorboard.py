@@ -12,7 +12,7 @@ from typing import Any, Final
 from tensorboardX import SummaryWriter
 
 from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, scores
-from mnistsum_ray.storage.folder import OutputFolder
+from mnistsum_ray.storage.store import Location
 
 FOLDER: Final = "tensorboard"
 
@@ -23,21 +23,21 @@ def _name(epoch: int, kind: str) -> str:
 
 
 @contextmanager
-def _event_file(run: OutputFolder, name: str) -> Iterator[SummaryWriter]:
+def _event_file(run: Location, name: str) -> Iterator[SummaryWriter]:
     """A writer whose events become one file at the end of the block."""
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
             yield writer
         (written,) = Path(folder).iterdir()
-        run.write(name, written.read_bytes())
+        (run / name).write(written.read_bytes())
 
 
-def write_epochs(run: OutputFolder, history: list[dict[str, Any]]) -> None:
+def write_epochs(run: Location, history: list[dict[str, Any]]) -> None:
     """Write the event file of the last epoch, and those of earlier ones that are missing."""
-    existing = {file.path for file in (run.place / FOLDER).files()}
+    existing = {file.path for file in (run / FOLDER).files()}
     for entry in history:
         name = _name(entry["epoch"], "epoch")
-        if entry is not history[-1] and (run.place / name).path in existing:
+        if entry is not history[-1] and (run / name).path in existing:
             continue
         with _event_file(run, name) as writer:
             for key, value in epoch_scalars(entry).items():
@@ -49,7 +49,7 @@ def write_epochs(run: OutputFolder, history: list[dict[str, Any]]) -> None:
                 writer.add_scalar("train/step_loss", loss, in_run, walltime=trained)
 
 
-def write_final(run: OutputFolder, epoch: int, card: dict[str, Any]) -> None:
+def write_final(run: Location, epoch: int, card: dict[str, Any]) -> None:
     """Write the event file of the finished run: the model's metrics, shown under the last epoch."""
     with _event_file(run, _name(epoch, "final")) as writer:
         for key, value in scores(card, "final").items():

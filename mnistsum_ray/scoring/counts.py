@@ -1,72 +1,53 @@
-"""Counts of rows for the report: of a part, as JSON in the metadata of its files, or of many parts."""
+"""Counts of scored rows for line, manifest and report, taken from the columns of the output alone."""
 
-import base64
-import io
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
-from PIL import Image
-from pydantic import TypeAdapter
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from mnistsum_ray.data.images import DIGITS, Pixels, ReasonCounts
+from mnistsum_ray.config import ScoreConfig
+from mnistsum_ray.data.images import DIGITS, ReasonCounts, decode_numbers, one_chunk
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import Reliability
+from mnistsum_ray.scoring.parts import Part
 
 _UNSURE: Final = 20
-"""Least sure rows that are shown. Some may be missing where a part has more of them than it names."""
-
-
-def encode_image(image: Pixels) -> str:
-    """One image, uint8[28, 28], as base64 of a PNG."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "png")
-    return base64.b64encode(file.getvalue()).decode()
+"""Least sure rows that the report shows."""
 
 
 @dataclass
 class RowCounts(ReasonCounts):
-    """Counts over rows, the rejected ones by reason."""
+    """Counts over rows; the rejected ones by reason."""
 
+    rows: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Rejected rows by input file."""
     consistent: int = 0
     """Scored rows whose predicted sum is the predicted digit + number."""
+    bad_labels: int = 0
+    """Scored rows whose label is no digit, and counts as unknown. A null is unknown, and is not counted here."""
     reliability: dict[str, Reliability] = field(default_factory=lambda: {head.name: Reliability() for head in HEADS})
     """By head, over the rows whose label is known."""
     confusion: list[list[int]] = field(default_factory=lambda: [[0] * DIGITS for _ in range(DIGITS)])
     """Scored rows whose label is known, by label and predicted digit."""
-    bad_labels: ReasonCounts = field(default_factory=ReasonCounts)
-    """Scored rows whose label is no digit, and counts as unknown. A null is unknown, and is not counted here."""
-    odd_years: int = 0
-    """INT96 timestamps, of rejected rows too, that are null since their year does not fit."""
-    unsure: list[list[Any]] = field(default_factory=list)
-    """Rows whose digit is least sure, each of another image: `digit_prob`, input file, row, predicted
-    digit, number, label or None, and `encode_image`. The image is here because the input may be gone
-    when the report is written."""
-
-    @classmethod
-    def sum(cls, texts: Iterable[str]) -> "RowCounts":
-        """Add up counts in JSON."""
-        total = cls()
-        for text in texts:
-            total.add(_JSON.validate_json(text))
-        return total
-
-    def as_json(self) -> str:
-        return _JSON.dump_json(self).decode()
+    unsure: list[tuple[Any, ...]] = field(default_factory=list)
+    """The rows whose digit is least sure: `digit_prob`, input file, row, predicted digit, number, label or None."""
 
     def add(self, other: "RowCounts") -> None:
         """Add the counts of other rows, in place."""
+        self.rows += other.rows
+        self.rejected.update(other.rejected)
         self.consistent += other.consistent
-        self.odd_years += other.odd_years
+        self.bad_labels += other.bad_labels
         self.confusion = np.add(self.confusion, other.confusion).tolist()
         for head, sums in other.reliability.items():
             self.reliability[head].add(sums)
         self.add_reasons(other)
-        self.bad_labels.add_reasons(other.bad_labels)
-        # The last row of each image counts, which is the least sure one.
-        once = {row[-1]: row for row in sorted(self.unsure + other.unsure, reverse=True)}
-        self.unsure = sorted(once.values())[:_UNSURE]
+        self.unsure = sorted(self.unsure + other.unsure, key=lambda row: row[:3])[:_UNSURE]
 
     @property
     def labelled(self) -> int:
@@ -78,9 +59,51 @@ class RowCounts(ReasonCounts):
         known = self.labelled
         return {f"{head}_accuracy": sum(sums.right) / known if known else None for head, sums in self.reliability.items()}
 
-    def probability_metrics(self) -> dict[str, dict[str, Any]] | None:
-        """By head `ece` and the `reliability` that it follows from; None if no label is known."""
-        return {head: sums.as_json() for head, sums in self.reliability.items()} if self.labelled else None
+
+def columns_to_count(config: ScoreConfig) -> list[str]:
+    """Columns of an output file that `count_part` needs."""
+    names = [config.number_column, "consistent", "reason"]
+    if config.label_column not in (None, config.number_column):
+        names.append(str(config.label_column))
+    for head in HEADS:
+        names += [f"pred_{head.name}", f"{head.name}_prob"]
+    return names
 
 
-_JSON: Final = TypeAdapter(RowCounts)
+def count_part(output: pa.Table, part: Part, config: ScoreConfig) -> RowCounts:
+    """Count the rows of a part; `output` has the columns of its output file."""
+    is_bad = output["reason"].is_valid().to_numpy()
+    good = output.filter(pa.array(~is_bad))
+    counts = RowCounts(rows=part.rows, consistent=pc.sum(good["consistent"]).as_py() or 0)
+    if is_bad.any():
+        places = [(part.name, row) for row in (part.first_row + np.flatnonzero(is_bad)).tolist()]
+        reasons = output["reason"].filter(pa.array(is_bad)).to_pylist()
+        counts.add_reasons(ReasonCounts.of(dict(zip(places, reasons, strict=True))))
+        counts.rejected[part.name] = len(places)
+
+    numbers, _ = decode_numbers(one_chunk(good[config.number_column]))
+    labels, counts.bad_labels = _labels(good, config)
+    known = labels >= 0
+    digits = good["pred_digit"].to_numpy()
+    cells = np.bincount(labels[known] * DIGITS + digits[known], minlength=DIGITS * DIGITS)
+    counts.confusion = cells.reshape(DIGITS, DIGITS).tolist()
+    for head in HEADS:
+        right = good[f"pred_{head.name}"].to_numpy() == head.target(labels, numbers)
+        counts.reliability[head.name] = Reliability.of(good[f"{head.name}_prob"].to_numpy()[known], right[known])
+    rows = part.first_row + np.flatnonzero(~is_bad)
+    probabilities = good["digit_prob"].to_numpy()
+    for index in np.argsort(probabilities, kind="stable")[:_UNSURE].tolist():
+        label = int(labels[index]) if known[index] else None
+        answer = (int(digits[index]), int(numbers[index]), label)
+        counts.unsure.append((float(probabilities[index]), part.name, int(rows[index]), *answer))
+    return counts
+
+
+def _labels(rows: pa.Table, config: ScoreConfig) -> tuple[npt.NDArray[np.int64], int]:
+    """The true digits, int64[n], -1 where unknown; and the number of labels that are neither a digit nor null."""
+    if not config.label_column:
+        return np.full(rows.num_rows, -1), 0
+    column = one_chunk(rows[config.label_column])
+    labels, unknown = decode_numbers(column, DIGITS)
+    labels[list(unknown)] = -1
+    return labels, len(unknown) - column.null_count

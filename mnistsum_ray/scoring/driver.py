@@ -1,11 +1,17 @@
-"""Driver of a scoring run: plan, resume, execute, reconcile, publish."""
+"""Driver of a scoring run: plan the parts, leave out those that are done, score the rest, count, and write the manifest.
 
+input files ──▶ parts, less the names that exist ──tasks──▶ Score: read, predict, put ──reports──▶ counts, manifest
+"""
+
+import itertools
+import pickle
 import time
-from dataclasses import replace
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 import ray.exceptions
@@ -13,18 +19,32 @@ from ray.data import ActorPoolStrategy
 
 from mnistsum_ray.cluster.nodes import check_shared_storage
 from mnistsum_ray.cluster.resources import WorkerPlan, WorkerRequest, explain_worker_silence, inspect_cluster, reserve
-from mnistsum_ray.cluster.tasks import crash_counter, ray_data_options
-from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.errors import RunError, RunInterrupted, counted, root_cause
+from mnistsum_ray.cluster.tasks import ray_data_options
+from mnistsum_ray.errors import RequestError, RowCountError, RunError, RunInterrupted, counted, root_cause
 from mnistsum_ray.model.device import cpu_faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult
-from mnistsum_ray.scoring.output import OutputFiles, all_but, delete_parts, reconcile, resume
-from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, make_tasks
-from mnistsum_ray.scoring.preflight import FOOTER_SCHEMA, Plan, Request, make_plan, say_failures
-from mnistsum_ray.scoring.publish import check_strict, publish, result_line, say_result
-from mnistsum_ray.storage.lock import folder_lock
+from mnistsum_ray.scoring.actor import Score
+from mnistsum_ray.scoring.counts import RowCounts
+from mnistsum_ray.scoring.output import MANIFEST, RUN_FILE, begin, count_parts, delete_output, read_parts, read_run
+from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, PREDICTIONS, Part, make_tasks, split_into_parts
+from mnistsum_ray.scoring.request import Request, say_failures
+from mnistsum_ray.scoring.result import Outcome, publish
+
+if TYPE_CHECKING:
+    from mnistsum_ray.scoring.worker import Report  # imports PyTorch
+
+_KEPT: Final = "what is scored is kept, and the same command goes on"
+
+_RETRIES: Final = 3
+"""How often Ray begins a task again in which a worker died."""
+
+_NAMED: Final = 10
+"""Files in work that a message names."""
+
+Execute = Callable[[Request, Sequence[Part]], "Iterator[Report]"]
+"""Scores parts and reports."""
 
 
 def score(request: Request, console: Console) -> ScoreResult:
@@ -32,112 +52,154 @@ def score(request: Request, console: Console) -> ScoreResult:
 
     Raises:
         RequestError: the output folder holds files that this run must not touch.
-        TryAgainError: the cluster has too few resources, or another run holds the output folder.
-        RunError: the storage does not answer, rows are missing at the end, another run took the output, or with `--strict`
+        TryAgainError: the cluster has too few resources.
+        RunError: the storage does not answer, workers died again and again, rows are missing at the end, or with `--strict`
             some input cannot be used.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        return _score(request, console)
+        resources, precision = _allocate_resources(request, console)
+        return run(replace(request, precision=precision), partial(_on_ray, resources, console), console)
     except KeyboardInterrupt:
-        raise RunInterrupted("committed files are kept, and the same command resumes") from None
-    except (OSError, ray.exceptions.RayError) as error:  # Errors of a single input file never get here: the worker reports them.
+        raise RunInterrupted(_KEPT) from None
+    except (OSError, ray.exceptions.RayError) as error:
         console.say_lines(str(error))
-        raise RunError(f"{root_cause(error)}; committed files are kept, and the same command resumes") from error
+        raise RunError(f"{root_cause(error)}; {_KEPT}") from error
 
 
-def _score(request: Request, console: Console) -> ScoreResult:
+def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
+    """Score with workers of any kind; errors are those of `score`."""
     started = time.monotonic()
-    with folder_lock(request.output, "--output", console.say) as held:
-        resources, precision = _allocate_resources(request.config, console)
-        first_file = request.inputs.root / request.inputs.files["name"][0].as_py()
-        check_shared_storage({"--output": held}, {"--input": first_file}, console.say)
-        plan = make_plan(request, precision, held, console)
-        say_failures(plan.failures, console.say)
-        output, todo = resume(plan, console)
+    output = request.output
+    parts, failures = split_into_parts(request.files, request.config.max_rows_per_file)
+    if request.config.overwrite:
+        if not parts:
+            raise RequestError("--overwrite: nothing was deleted, since no file of --input can be used")
+        delete_output(output, console)
+    begin(request)
+    say_failures(failures, console.say)
+    planned = {part.output: part for part in parts}
+    # Asked before the parts are: a manifest that a second run writes meanwhile is true.
+    was_finished = (output / MANIFEST).status() is not None
+    found = read_parts(request, planned, console)
+    if found.gone:
+        console.say(f"left as they are: {counted(found.gone, 'output file')} of input that is not there now")
+    done = [part for part in parts if part.output in found.done]
+    todo = [part for part in parts if part.output not in found.done]
+    scored = _Scored(count_parts(request, done, console))
+    if todo:
+        if was_finished:
+            (output / MANIFEST).delete()
+        _score(request, todo, execute, scored, console)
+    if scored.unusable:
+        say_failures(scored.unusable, console.say)
+        failures |= scored.unusable
+        (output / PREDICTIONS).delete_files([part.output for part in parts if part.name in failures])
+        parts = [part for part in parts if part.name not in failures]
+        scored.counts = count_parts(request, parts, console)  # without what was scored of those files
+    _check_complete(request, planned, parts, scored.counts.rows, console)
+    resumed_rows = sum(part.rows for part in done if part.name not in failures)
+    return publish(Outcome(request, failures, scored.counts, resumed_rows, scored.seconds, found.gone), started, console)
 
-        failures, scoring_seconds = _execute(plan, todo, resources, console)
-        say_failures(failures, console.say)
-        parts, plan = plan.parts, plan.without(failures)
-        delete_parts(held, all_but(parts, plan.parts["output"])["output"].to_pylist(), console)
-        if todo.num_rows or plan.config.overwrite:
-            output = OutputFiles.read(plan, console)
-        files = reconcile(plan, output.stamps)
-        done_before = all_but(output.stamps.filter(output.stamps["planned"]), todo["output"])
-        resumed_rows = pc.sum(done_before["rows"]).as_py() or 0
-        line = result_line(plan, files, output.counts, resumed_rows, scoring_seconds)
-        check_strict(plan, output.counts, line)
-        line["seconds"] = round(time.monotonic() - started, 1)
-        publish(plan, output, files, line, console)
-        say_result(line, output.counts, console.say)
-        return ScoreResult.of(line)
+
+def _check_complete(
+    request: Request, planned: Mapping[str, Part], parts: Sequence[Part], counted_rows: int, console: Console
+) -> None:
+    """Check that each of these parts is in the output, and no other planned one, and that their rows were counted.
+
+    The name of a part says which rows of which file it has, so each row is there exactly once.
+
+    RowCountError: there is another part, or other rows.
+    """
+    try:
+        found = read_parts(request, planned, console)
+    except RequestError as error:
+        raise RowCountError(str(error)) from None
+    for name in sorted(found.done ^ {part.output for part in parts}):
+        part = planned[name]
+        rows = f"{part.name}: its rows {part.first_row:,} to {part.first_row + part.rows - 1:,}"
+        problem = "should not be" if name in found.done else "are not"
+        raise RowCountError(f"{rows} {problem} in {PREDICTIONS}/{name}; {_KEPT}")
+    rows_there = sum(part.rows for part in parts)
+    if counted_rows != rows_there:
+        raise RowCountError(f"{counted_rows:,} rows were counted, and {rows_there:,} are in the output; {_KEPT}")
 
 
-def _allocate_resources(config: ScoreConfig, console: Console) -> tuple[WorkerPlan, str]:
-    """Reserve workers; return them, and the configured precision or else the faster one of `bf16` and `fp32`."""
+@dataclass
+class _Scored:
+    """What the workers have reported, and before it what earlier runs had scored."""
+
+    counts: RowCounts
+    unusable: dict[str, str] = field(default_factory=dict)
+    """Input files that could not be read although their footers could: name and reason."""
+    seconds: float = 0.0
+    """From the start of the first part to the end of the last one, on the workers' clocks."""
+
+
+def _score(request: Request, todo: Sequence[Part], execute: Execute, scored: _Scored, console: Console) -> None:
+    """Score parts, and add the workers' reports to `scored`."""
+    resumed_rows = scored.counts.rows
+    rows = sum(part.rows for part in todo)
+    before = f", {resumed_rows:,} done by an earlier run" if resumed_rows else ""
+    console.say(f"{counted(rows, 'row')} to score{before}; {counted(len(request.files), 'file')} below {request.root.display}")
+    metrics = JobMetrics("score", request.output.display)
+    progress = Progress(console.progress, "rows scored", rows)
+    started, ended = float("inf"), 0.0
+    in_work: dict[int, Sequence[str]] = {}
+    warned = False
+    try:
+        for report in execute(request, todo):
+            if report.failed:
+                raise RunError(f"{report.failed}; {_KEPT}")
+            if report.begins:
+                in_work[report.task] = report.begins
+            if report.ends:
+                in_work.pop(report.task, None)
+            if report.warning and not warned:
+                console.say(report.warning)
+                warned = True
+            scored.unusable |= report.unusable
+            if report.counts is None:
+                continue
+            scored.counts.add(report.counts)
+            started, ended = min(started, report.started), max(ended, report.ended)
+            scored.seconds = ended - started
+            progress(report.counts.rows, scored.seconds)
+            new_rows = scored.counts.rows - resumed_rows
+            metrics.count(rows=new_rows, rejected_rows=scored.counts.total)
+            metrics.set(rows_per_second=new_rows / max(scored.seconds, 1e-9))
+    except ray.exceptions.RayActorError as error:
+        if error.actor_init_failed:  # an exception, such as for want of CUDA, and no death
+            raise
+        console.say_lines(str(error))
+        names = sorted(set(itertools.chain.from_iterable(in_work.values())))
+        files = f"in work were {', '.join(names[:_NAMED])}" if names else "no file was in work yet"
+        raise RunError(
+            f"workers died {_RETRIES + 1} times in a task ({root_cause(error)}); {files}; "
+            f"give the workers more memory, or take such a file out of --input; {_KEPT}"
+        ) from error
+
+
+def _allocate_resources(request: Request, console: Console) -> tuple[WorkerPlan, str]:
+    """Reserve workers; return them, and the precision: as given, else that of the output's run, else the faster one."""
+    config = request.config
     workers = (config.num_workers, config.num_workers) if config.num_workers else None
     plan = reserve(WorkerRequest(workers, config.use_gpu, config.wait_seconds), console.say)
+    precision = request.precision
+    if precision is None and not config.overwrite:
+        precision = (read_run(request.output) or {}).get("--precision")
     # Without GPUs, the CPU of this machine stands in for the CPUs of the nodes that score.
     bf16 = plan.gpu.bf16 if plan.gpu else cpu_faster_with_bf16()
-    return plan, config.precision or ("bf16" if bf16 else "fp32")
+    return plan, precision or ("bf16" if bf16 else "fp32")
 
 
-def _execute(plan: Plan, todo: pa.Table, resources: WorkerPlan, console: Console) -> tuple[dict[str, str], float]:
-    """Score the parts in `todo`.
-
-    Returns:
-        Input files that could not be read although their footers could: name and reason. And the seconds from the start of the
-        first part to the end of the last one, on the workers' clocks; 0 if there was nothing to score.
-    """
-    todo_rows = pc.sum(todo["rows"]).as_py() or 0
-    resumed_rows = (pc.sum(plan.parts["rows"]).as_py() or 0) - todo_rows
-    done = f", {resumed_rows:,} done by an earlier run" if resumed_rows else ""
-    console.say(
-        f"{counted(todo_rows, 'row')} to score{done}; {counted(plan.files.num_rows, 'file')} below {plan.inputs.root.display}; "
-        f"up to {counted(resources.workers, 'GPU worker' if resources.use_gpu else 'CPU worker')}, {plan.precision}"
-    )
-    if not todo.num_rows:
-        return {}, 0.0
-    metrics = JobMetrics("score", plan.output.display)
-    progress = Progress(console.progress, "rows scored", todo_rows)
-    failures: dict[str, str] = {}
-    started = float("inf")
-    ended = 0.0
-    done_rows, rejected_rows = 0, 0
-    warned = False
-    with console.waiting_for("the workers", explain_worker_silence), crash_counter() as counter:
-        pipeline = _make_pipeline(plan, todo, resources, counter)
-        for report in pipeline.iter_batches(batch_size=None, batch_format="pyarrow"):
-            plan.held.check()
-            if failed := report["failed"].drop_null().to_pylist():
-                raise RunError(f"{failed[0]}; committed files are kept, and the same command resumes")
-            for notice in report["notice"].drop_null().to_pylist():
-                console.say(notice)
-            warnings = report["warning"].drop_null().to_pylist()
-            if warnings and not warned:
-                console.say(warnings[0])
-                warned = True
-            for row in report.filter(pc.is_valid(report["unreadable"])).to_pylist():
-                failures.setdefault(row["name"], row["unreadable"])
-            started = min(started, pc.min(report["started"]).as_py())
-            ended = max(ended, pc.max(report["ended"]).as_py())
-            rows, rejected = (pc.sum(report[name]).as_py() for name in ("rows", "rejected"))
-            done_rows += rows
-            rejected_rows += rejected
-            progress(rows, ended - started)
-            metrics.count(rows=done_rows, rejected_rows=rejected_rows)
-            metrics.set(rows_per_second=done_rows / max(ended - started, 1e-9))
-    return failures, ended - started
-
-
-def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, counter: Any) -> ray.data.Dataset:
-    """Ray Data pipeline: tasks over the parts in `todo` in, `worker.REPORT_SCHEMA` out, in any order."""
-    from mnistsum_ray.scoring.worker import Score  # imports PyTorch
-
-    tasks = make_tasks(todo, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, resources.workers)
-    # Workers need no footers, which are large where the files are many.
-    inputs = replace(plan.inputs, files=None, skipped={}, unusable={})
-    shared = replace(plan, parts=todo, files=FOOTER_SCHEMA.empty_table(), inputs=inputs)
+def _on_ray(resources: WorkerPlan, console: Console, request: Request, parts: Sequence[Part]) -> "Iterator[Report]":
+    """Score parts with actors of Ray Data, which hold the model; their reports come at once, in any order."""
+    check_shared_storage({"--output": request.output / RUN_FILE, "--input": request.root / parts[0].name}, console.say)
+    kind = "GPU worker" if resources.use_gpu else "CPU worker"
+    console.say(f"scoring with up to {counted(resources.workers, kind)}, {request.precision}")
+    tasks = make_tasks(parts, GPU_TASK_ROWS if resources.use_gpu else CPU_TASK_ROWS, resources.workers)
+    rows = [{"task": index, "parts": [part._asdict() for part in task]} for index, task in enumerate(tasks)]
     workers = min(resources.workers, len(tasks))
     fitting = inspect_cluster().workers_that_fit(resources.per_worker)
     pool = ActorPoolStrategy(
@@ -146,16 +208,22 @@ def _make_pipeline(plan: Plan, todo: pa.Table, resources: WorkerPlan, counter: A
         initial_size=max(1, min(workers, fitting)),
         max_tasks_in_flight_per_actor=2,  # the one that runs, and the next: no core waits for the driver
     )
-    with ray_data_options(preserve_order=False):
-        # Not `from_arrow`: tasks of its own, which reserve a CPU each, would look at the tables first.
-        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+    # There is no other way on 2.60 to say `max_task_retries`.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+    # Not `from_arrow`: tasks of its own, which reserve a CPU each, would look at the tables first.
+    with ray_data_options(preserve_order=False, block_bytes=1):  # small blocks: each report comes at once
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             Score,
-            fn_constructor_args=(ray.put(shared), counter),
+            fn_constructor_args=(ray.put(replace(request, files=[])),),  # workers need no files but those of their tasks
             compute=pool,
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=resources.per_worker.get("CPU", 0),
             num_gpus=resources.per_worker.get("GPU", 0),
+            max_task_retries=_RETRIES,  # by itself Ray Data begins a task again without end
         )
     dataset.set_name("score-files")
-    return dataset
+    with console.waiting_for("the workers", explain_worker_silence):
+        # Prefetched, a report would wait for the next one, and a task that dies has none.
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from map(pickle.loads, block["report"].to_pylist())

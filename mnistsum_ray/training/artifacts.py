@@ -12,8 +12,7 @@ from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.errors import RequestError, StorageError
 from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE
 from mnistsum_ray.reporting.report import REPORT, draw_pictures, report_page, versions
-from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.analysis import TrainingResult
 from mnistsum_ray.training.preflight import TrainingRun
 
@@ -42,21 +41,22 @@ def build_manifest(run: TrainingRun, sha256: str, plan: WorkerPlan) -> dict[str,
     }
 
 
-def write_config(run: TrainingRun, folder: OutputFolder, plan: WorkerPlan, threads: int | None, precision: str) -> None:
+def write_config(run: TrainingRun, plan: WorkerPlan, threads: int | None, precision: str) -> None:
     """Write config.yaml, the config of a run with what it has chosen: `--config` takes it for another run of the same kind.
 
     That one has a name and a place of its own.
     """
     low, high = plan.worker_range
     chosen = {
-        "num_workers": low if low == high else [low, high],
+        "num_workers": low if low == high else (low, high),
         "use_gpu": plan.use_gpu,
         "threads": threads,
         "precision": precision,
     }
     config = run.config.model_copy(update=chosen).model_dump(mode="json", exclude={"storage_path", "name", "resume"})
     text = "# mnistsum train --config FILE trains the same again\n"
-    folder.write("config.yaml", (text + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)).encode())
+    text += yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    (run.folder / "config.yaml").write(text.encode())
 
 
 def check_data(run: TrainingRun, sha256: str) -> None:
@@ -71,11 +71,12 @@ def check_data(run: TrainingRun, sha256: str) -> None:
         )
 
 
-def write_history(folder: OutputFolder, history: list[dict[str, Any]]) -> None:
+def write_history(folder: Location, history: list[dict[str, Any]]) -> None:
     """Write history.jsonl and TensorBoard's event files of the epochs, lines of history.jsonl."""
     from mnistsum_ray.reporting import tensorboard  # takes a moment to import, and is needed after the first epoch only
 
-    folder.write("history.jsonl", "".join(json.dumps(entry) + "\n" for entry in history).encode())
+    lines = "".join(json.dumps(entry) + "\n" for entry in history)
+    (folder / "history.jsonl").write(lines.encode())
     tensorboard.write_epochs(folder, history)
 
 
@@ -89,7 +90,6 @@ def read_history(folder: Location) -> list[dict[str, Any]]:
 
 def write_report(
     run: TrainingRun,
-    held: OutputFolder,
     manifest: dict[str, Any],
     card: dict[str, Any],
     result: TrainingResult,
@@ -107,7 +107,8 @@ def write_report(
     }
     drawn = draw_pictures(wanted, say)
     for name, data in drawn.items():
-        held.write(name, data)
-    held.write(REPORT, report_page(str(run.config.name), manifest, card, result.history, drawn).encode())
-    tensorboard.write_final(held, result.history[-1]["epoch"], card)
+        (run.folder / name).write(data)
+    page = report_page(str(run.config.name), manifest, card, result.history, drawn)
+    (run.folder / REPORT).write(page.encode())
+    tensorboard.write_final(run.folder, result.history[-1]["epoch"], card)
     return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE))]

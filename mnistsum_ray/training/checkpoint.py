@@ -20,8 +20,7 @@ from mnistsum_ray.errors import MissingFileError, RequestError, RunError, one_li
 from mnistsum_ray.model.folder import INTERFACE, Weights, copy_weights
 from mnistsum_ray.model.network import Network
 from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.store import Location
 
 STATE_FORMAT: Final = "mnistsum_ray/12"
 """Format of `trainer.json`; since 12 it is always of the end of an epoch."""
@@ -73,14 +72,13 @@ class TrainerState:
         }
 
 
-def report_checkpoint(state: TrainerState, model: Network, optimizer: MuonAdamW, rank: int, held: OutputFolder) -> None:
+def report_checkpoint(state: TrainerState, model: Network, optimizer: MuonAdamW, rank: int) -> None:
     """Report the state to Ray Train on every worker, with a checkpoint that rank 0 writes.
 
     Ray Train uploads it in the background; a worker ends after its uploads.
     """
     checkpoint = None
     if rank == 0:
-        held.check()  # another run may own the run folder by now
         folder = Path(tempfile.mkdtemp())
         save_checkpoint(folder, state, model, optimizer)
         checkpoint = ray.train.Checkpoint.from_directory(folder)
@@ -99,11 +97,11 @@ def latest_state(start: Location | None) -> tuple[TrainerState, Weights] | None:
     `start` is the checkpoint that `--resume` starts from. After a failure Ray Train has a later one. Errors: `read_checkpoint`.
     """
     latest = ray.train.get_checkpoint()
-    place = start if latest is None else Location(latest.filesystem, latest.path, latest.path)
-    if place is None:
-        return None
     try:
-        return read_checkpoint(place)
+        if latest is None:
+            return read_checkpoint(start) if start else None
+        with latest.as_directory() as folder:
+            return read_checkpoint(Location(folder))
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --resume starts from the one before it") from error
 
@@ -179,14 +177,16 @@ def latest_valid_checkpoint(folder: Location, say: Callable[[str], None]) -> Loc
     return None
 
 
-def delete_other_checkpoints(folder: OutputFolder, start: Location | None) -> None:
+def delete_other_checkpoints(folder: Location, start: Location | None) -> None:
     """Delete all checkpoints of the run except the one that it resumes from, and Ray Train's list of them."""
-    folder.delete(_SNAPSHOT)
-    for place in _checkpoints(folder.place):
+    (folder / _SNAPSHOT).delete()
+    for place in _checkpoints(folder):
         if start is None or place.path != start.path:
-            folder.delete_folder(place.name)
+            place.delete_folder()
 
 
 def _checkpoints(folder: Location) -> list[Location]:
     """The checkpoint folders of a run."""
-    return [folder / entry.name for entry in folder.entries() if entry.is_folder and _FOLDER.fullmatch(entry.name)]
+    files = (file.path.removeprefix(folder.path).lstrip("/") for file in folder.files())
+    names = {file.partition("/")[0] for file in files if "/" in file}
+    return [folder / name for name in names if _FOLDER.fullmatch(name)]

@@ -37,9 +37,8 @@ from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.report import REPORT, epoch_seconds
 from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
-from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.lock import folder_lock
+from mnistsum_ray.storage.lock import LOCK_NAME, FolderLock, folder_lock
+from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.analysis import TrainingResult
 from mnistsum_ray.training.artifacts import (
     build_manifest,
@@ -80,14 +79,16 @@ def fit(run: TrainingRun, console: Console, callbacks: Sequence[ray.train.UserCa
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        with folder_lock(run.folder, "--name", console.say) as held:
+        with folder_lock(run.folder, "--name", console.say) as lock:
             plan = reserve(worker_request(run.config, run.hyperparameters.batch_size), console.say)
             if run.source.notice:
                 console.say(run.source.notice)
             report_skipped(run.source.skipped, console.say)
-            read = {} if run.source.files is None else {"--data": run.source.files.location(0)}
-            check_shared_storage({"--storage-path": held}, read, console.say)
-            return _Driver(run, plan, held, console, callbacks).fit()
+            seen = {"--storage-path": run.folder / LOCK_NAME}
+            if run.source.files is not None:
+                seen["--data"] = run.source.files.location(0)
+            check_shared_storage(seen, console.say)
+            return _Driver(run, plan, lock, console, callbacks).fit()
     except OSError as error:
         raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
     except ray.exceptions.RayError as error:  # of the driver; failures of workers are handled below
@@ -102,13 +103,13 @@ class _Driver:
         self,
         run: TrainingRun,
         plan: WorkerPlan,
-        held: OutputFolder,
+        lock: FolderLock,
         console: Console,
         callbacks: Sequence[ray.train.UserCallback],
     ) -> None:
         self.run = run
         self.plan = plan
-        self.held = held
+        self.lock = lock
         self.console = console
         self.callbacks = callbacks
         self.history: list[dict[str, Any]] = []
@@ -152,7 +153,7 @@ class _Driver:
             )
         if self.start is None:
             say("no checkpoint can be used, so the run starts from the beginning")
-        delete_other_checkpoints(self.held, self.start)
+        delete_other_checkpoints(run.folder, self.start)
         self.manifest = stored | self.manifest  # results of the stored one stay until there are new ones
         self.history = read_history(run.folder)
 
@@ -160,8 +161,9 @@ class _Driver:
         """Train and publish. The manifest says how a run ends that does not finish."""
         run, source = self.run, self.run.source
         try:
-            write = self.held.write if run.config.resume else self.held.create
-            write(_MANIFEST, self.manifest)
+            file = run.folder / _MANIFEST
+            write = file.write if run.config.resume else file.create
+            write(self.manifest)
             of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
             self.console.say(
                 f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
@@ -184,25 +186,37 @@ class _Driver:
         if self.manifest["status"] == "finished":
             return
         with suppress(OSError, RunError, KeyboardInterrupt):
-            self.held.write(_MANIFEST, self.manifest | {"status": status})
+            self.lock.check()
+            (self.run.folder / _MANIFEST).write(self.manifest | {"status": status})
 
     def _on_event(self, event: dict[str, Any]) -> None:
         """Do what an event of the training loop asks for, besides its line on the console, see `Console.show`."""
+        if event["kind"] in ("precision", "epoch") and not self._holds_lock():
+            return
         if event["kind"] == "failure":
             self.failure = self.failure or event["text"]
             self.failed.set()
         elif event["kind"] == "precision":
             # Only now that the workers have chosen it: config.yaml says all.
-            write_config(self.run, self.held, self.plan, self.manifest["threads"], event["precision"])
+            write_config(self.run, self.plan, self.manifest["threads"], event["precision"])
         elif event["kind"] == "progress":
             self.metrics.count(rows=(event["epoch"] - 1) * event["of_rows"] + event["rows"])
             self.metrics.set(rows_per_second=event["rows_per_second"], epoch=event["epoch"], loss=event["loss"])
         elif event["kind"] == "epoch":
             line = {key: value for key, value in event.items() if key != "kind"}
             self.history[:] = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
-            write_history(self.held, self.history)  # after an error it is written with the next epoch
+            write_history(self.run.folder, self.history)  # after an error it is written with the next epoch
 
-    def _trainer(self, events: Queue) -> InterruptibleTrainer:
+    def _holds_lock(self) -> bool:
+        """Whether no other run has taken the folder; if one has, the workers end, and `_train` says why."""
+        try:
+            self.lock.check()
+        except RunError:
+            self.trainer.abort()
+            return False
+        return True
+
+    def _new_trainer(self, events: Queue) -> InterruptibleTrainer:
         run, config = self.run, self.run.config
         min_workers, max_workers = self.plan.worker_range
         loop = LoopConfig(
@@ -214,7 +228,6 @@ class _Driver:
             run.source.test,
             events=events,
             start=self.start,
-            held=self.held,
         )
         return InterruptibleTrainer(
             train_loop_per_worker,
@@ -229,8 +242,7 @@ class _Driver:
             ),
             run_config=ray.train.RunConfig(
                 name=config.name,
-                storage_path=run.storage.path,
-                storage_filesystem=run.storage.filesystem,
+                storage_path=run.ray_storage,
                 callbacks=[*self.callbacks],
                 failure_config=ray.train.FailureConfig(controller_failure_limit=0, max_preemption_failures=0),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
@@ -247,20 +259,20 @@ class _Driver:
         if not started_cluster():
             detached_data_actors()
         while True:
-            trainer = self._trainer(events)
+            self.trainer = self._new_trainer(events)
             try:
                 with default_environment(_train_environment()):
-                    result: TrainingResult = trainer.fit().return_value
+                    result: TrainingResult = self.trainer.fit().return_value
                 return result
             except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-                self.held.check()  # if another run has taken the folder, that is the cause
+                self.lock.check()  # if another run has taken the folder, that is the cause
                 if self.failed.wait(_EVENT_SECONDS):
                     raise RunError(self.failure) from error
                 self._recover(error)
             except KeyboardInterrupt:
                 self._mark("stopped")  # first, since a cluster gives a stopped job only a few seconds
-                trainer.abort()
-                self.held.check()
+                self.trainer.abort()
+                self.lock.check()
                 raise
 
     def _recover(self, error: Exception) -> None:
@@ -281,7 +293,7 @@ class _Driver:
             problem = "the workers failed or could not be started, see above"
             raise RunError(f"gave up after {counted(self.failures, 'failure')}: {problem}; {run.how_to_resume()}") from error
         self.start = newest
-        delete_other_checkpoints(self.held, newest)
+        delete_other_checkpoints(run.folder, newest)
         remove_placement_groups(but=self.groups)
         try:
             wait_until_free(self.plan, max(_MIN_WAIT_SECONDS, run.config.wait_seconds), say)
@@ -291,10 +303,12 @@ class _Driver:
     def _publish(self, result: TrainingResult) -> TrainResult:
         """Publish the model, write the report, complete the manifest."""
         run, manifest, say = self.run, self.manifest.copy(), self.console.say
-        write_config(run, self.held, self.plan, manifest["threads"], result.manifest["precision"])
+        self.lock.check()
+        write_config(run, self.plan, manifest["threads"], result.manifest["precision"])
         card = result.description
-        save_model(self.held / "model", {name: torch.tensor(value) for name, value in result.weights.items()}, card)
-        write_history(self.held, result.history)
+        weights = {name: torch.tensor(value) for name, value in result.weights.items()}
+        save_model(run.folder / "model", weights, card)
+        write_history(run.folder, result.history)
         steady = result.history[1:] or result.history  # the first epoch includes one-time work such as loading kernels
         speed = fmean((line["rows_per_second"] for line in steady), (line["seconds"] for line in steady))
         summary = TrainResult(
@@ -308,9 +322,10 @@ class _Driver:
         )
         seconds = round(sum(map(epoch_seconds, result.history)), 1)
         manifest |= {"status": "finished", "metrics": summary.line(), **result.manifest, "training_seconds": seconds}
-        files = write_report(run, self.held, manifest, card, result, say)
+        files = write_report(run, manifest, card, result, say)
+        self.lock.check()
         with defer_signals():  # a run that is finished is not stopped
-            self.held.write(_MANIFEST, manifest)
+            (run.folder / _MANIFEST).write(manifest)
             self.manifest = manifest
         if run.config.mlflow:
             try:

@@ -15,8 +15,7 @@ from mnistsum_ray.model import sum_head
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_state, faster_with_bf16
 from mnistsum_ray.model.folder import copy_weights
 from mnistsum_ray.model.metrics import Metrics, ScoredRows, score_rows
-from mnistsum_ray.storage.folder import OutputFolder
-from mnistsum_ray.storage.location import Location
+from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.analysis import TrainingResult, analyse
 from mnistsum_ray.training.checkpoint import TrainerState, latest_state, report_checkpoint, restore
 from mnistsum_ray.training.fetch import RowData
@@ -47,8 +46,6 @@ class LoopConfig:
     """From the workers to the console."""
     start: Location | None
     """Checkpoint that `--resume` starts from; None starts from new weights."""
-    held: OutputFolder
-    """The run folder, whose lock is checked before each write."""
 
     def __repr__(self) -> str:  # Ray's dashboard shows it
         return repr(self.hyperparameters)
@@ -130,7 +127,7 @@ class TrainingLoop:
 
     def _checkpoint(self) -> None:
         trainer = self._trainer
-        report_checkpoint(self._state, trainer.model, trainer.optimizer, self._worker.rank, self._config.held)
+        report_checkpoint(self._state, trainer.model, trainer.optimizer, self._worker.rank)
 
     def _evaluate(self) -> tuple[Metrics, Metrics]:
         """Metrics on the validation and on the test rows, after `epochs_done`."""

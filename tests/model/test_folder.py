@@ -11,9 +11,8 @@ import torch
 
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.folder import Weights, copy_weights, describe_model, load_model, save_model
-from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.paths import locate
-from tests.conftest import writable
+from mnistsum_ray.storage.store import Location
+from mnistsum_ray.storage.uri import locate
 from tests.model import new_model
 
 METRICS = {split: {"rows": 10, "sum_accuracy": 0.8} for split in ("validation", "test")}
@@ -25,8 +24,9 @@ def weights_of(seed: int) -> Weights:
 
 def save(folder: Path, seed: int = 0, weights: Weights | None = None, **changed: Any) -> Location:
     weights = weights or weights_of(seed)
-    save_model(writable(folder), weights, describe_model(weights, epoch=seed, metrics=METRICS) | changed)
-    return locate(str(folder), "--model")
+    place = locate(str(folder), "--model")
+    save_model(place, weights, describe_model(weights, epoch=seed, metrics=METRICS) | changed)
+    return place
 
 
 def test_a_model_comes_back(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields,
 from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, calibrated, fit_temperatures, score_rows
 from mnistsum_ray.model.network import Network, Scores, divide_scores
 from mnistsum_ray.model.sum_head import finetune_sum_head
+from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.preflight import preflight
 from mnistsum_ray.training.trainer import Trainer
 from mnistsum_ray.training.worker import EventSender, Worker
-from tests.conftest import writable
 
 CPU = torch.device("cpu")
 EVEN = Head("even", 2, lambda digits, numbers: 1 - digits % 2)
@@ -140,7 +140,7 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     weights = copy_weights(model)
     metrics = {"validation": shares, "test": shares}
     description = describe_model(weights, epoch=1, metrics=metrics)
-    save_model(writable(tmp_path / "model"), weights, description)
+    save_model(locate(str(tmp_path / "model"), "--model"), weights, description)
     loaded = load_model(tmp_path)
     assert isinstance(loaded, SmallNet)
     found = predict(loaded, test["image"].numpy(), numbers[held_out].numpy(), probabilities=True)

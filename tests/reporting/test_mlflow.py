@@ -15,8 +15,8 @@ from mnistsum_ray.data.images import one_chunk, pixels_view
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.reporting.mlflow import log_run
 from mnistsum_ray.reporting.report import epoch_scalars, scores
-from mnistsum_ray.storage.location import Location
-from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.storage.store import Location
+from mnistsum_ray.storage.uri import locate
 from tests.conftest import write_model
 from tests.reporting.test_tensorboard import entry
 

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.report import epoch_scalars
 from mnistsum_ray.reporting.tensorboard import FOLDER, write_epochs, write_final
-from tests.conftest import writable
+from mnistsum_ray.storage.uri import locate
 
 
 def entry(epoch: int, loss: float = 0.5) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def entry(epoch: int, loss: float = 0.5) -> dict[str, Any]:
 
 
 def test_each_epoch_is_shown_once_as_it_was_last_trained(tmp_path: Path) -> None:
-    run = writable(tmp_path)
+    run = locate(str(tmp_path), "--name")
     history = [entry(1), entry(2)]
     write_epochs(run, history[:1])
     write_epochs(run, history)
@@ -48,7 +48,7 @@ def test_each_epoch_is_shown_once_as_it_was_last_trained(tmp_path: Path) -> None
 
 
 def test_metrics_of_the_model_are_shown_beside_those_of_the_epoch(tmp_path: Path) -> None:
-    run = writable(tmp_path)
+    run = locate(str(tmp_path), "--name")
     write_epochs(run, [entry(5)])
     write_final(run, 5, entry(3))
     files = [path.suffix for path in sorted((tmp_path / FOLDER).iterdir())]

@@ -1,51 +1,55 @@
-"""Plans of real files, without a model and without a cluster."""
+"""Scoring in this process: the product's driver, planner, store and worker, without a cluster."""
 
 import io
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.data.inputs import list_inputs
-from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.inference import Predictions
 from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.scoring.parts import PART_SCHEMA, Part
-from mnistsum_ray.scoring.preflight import Plan, Request, make_plan, read_footers
-from mnistsum_ray.scoring.worker import PartRows, read_parts, write_part
-from mnistsum_ray.storage.paths import locate
-from tests.conftest import writable
+from mnistsum_ray.reporting.results import ScoreResult
+from mnistsum_ray.scoring.driver import run
+from mnistsum_ray.scoring.parts import Part, make_tasks
+from mnistsum_ray.scoring.request import Request, preflight
+from mnistsum_ray.scoring.worker import Report, Scorer
 
 CONSOLE = Console(io.StringIO())
 
 
-def plan_of(folder: Path | str, output: Path | str = "/nowhere", sha256: str = "abc", **settings: Any) -> Plan:
-    """Plan to score the files in a folder, in float32 unless another precision is set."""
-    config = ScoreConfig(model="m", input=(str(folder),), output=str(output), **settings)
-    place = locate(str(output), "--output")
-    card = {"sha256": sha256, "epoch": 1, "parameters": 1}
-    inputs = list_inputs(config.input, locate("/nowhere", "--output"))
-    request = Request(config, place, card, {}, inputs, place, read_footers(inputs, config, CONSOLE))
-    return make_plan(request, config.precision or "fp32", writable(place), CONSOLE)
+_SCORERS: dict[str, Scorer] = {}
+"""By model: to load one takes longer than to score a few rows."""
 
 
-def parts_of(plan: Plan) -> list[Part]:
-    return [Part(**row) for row in plan.parts.select(PART_SCHEMA.names).to_pylist()]
+def score_here(request: Request, parts: Sequence[Part]) -> Iterator[Report]:
+    """Scores parts in tasks of a few, as workers do."""
+    if request.config.model not in _SCORERS:
+        _SCORERS[request.config.model] = Scorer(request, "cpu")
+    worker = _SCORERS[request.config.model]
+    worker._request = request
+    for index, task in enumerate(make_tasks(parts, 1, 1)):
+        for report in worker.score(task):
+            yield replace(report, task=index)
 
 
-def predictions(count: int) -> Predictions:
-    """Digits 0, 1, 2 …, whose sums with the numbers 1, 2, 3 … are right but for the first."""
-    digits = (np.arange(count) % 10).astype(np.int8)
-    sums = (2 * digits + 1).astype(np.int8)
-    sums[:1] = 18
-    values = {f"pred_{head.name}": np.zeros(count, np.int8) for head in HEADS} | {"pred_digit": digits, "pred_sum": sums}
-    values |= {f"{head.name}_prob": np.full(count, 0.5, np.float32) for head in HEADS}
-    return Predictions(values)
+def preflight_of(model: Path | str, inputs: Path | str, output: Path | str, **settings: Any) -> Request:
+    small: dict[str, Any] = {"precision": "fp32", "batch_size": 2}
+    config = ScoreConfig(model=str(model), input=(str(inputs),), output=str(output), **small | settings)
+    return preflight(config, CONSOLE)
 
 
-def write_all(plan: Plan) -> None:
-    """Commit all parts of a plan, in this process."""
-    for _, rows in read_parts(plan.inputs.root, parts_of(plan), plan.config):
-        assert isinstance(rows, PartRows), rows
-        write_part(plan, rows, predictions(len(rows.numbers)))
+def score(model: Path | str, inputs: Path | str, output: Path | str, **settings: Any) -> ScoreResult:
+    return run(preflight_of(model, inputs, output, **settings), score_here, CONSOLE)
+
+
+def write_rows(path: Path, ids: Sequence[int], group: int = 4, bad: int | None = None) -> None:
+    """Rows of random pixels, each of which follows from its `id`; `bad` has a number that cannot be used."""
+    images = [np.random.default_rng(row).integers(0, 256, 784, np.uint8).tobytes() for row in ids]
+    numbers = [99 if row == bad else row % 10 for row in ids]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"id": ids, "image": images, "number": numbers, "label": [row % 10 for row in ids]})
+    pq.write_table(table, path, row_group_size=group)

@@ -11,7 +11,7 @@ from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import Metrics
 from mnistsum_ray.model.network import Network, joint_loss, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.analysis import describe
 from mnistsum_ray.training.checkpoint import (
     STATE_CARD,

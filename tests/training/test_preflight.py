@@ -1,13 +1,16 @@
 """What a run is asked for, and what its recipe or the run that is resumed fills in."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow.fs import FileSystem
 
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError
+from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.preflight import preflight
 
 
@@ -54,6 +57,15 @@ def test_what_the_numbers_depend_on_cannot_be_changed(stored: TrainConfig, given
     for resume in (True, "auto"):
         with pytest.raises(RequestError, match=f"{said}, and its numbers depend on it; leave the flag out"):
             preflight(TrainConfig(storage_path=stored.storage_path, name="mine", resume=resume, **given))
+
+
+def test_ray_stores_checkpoints_where_this_program_looks_for_them(tmp_path: Path) -> None:
+    """Arrow, which Ray asks, decodes a URI; this program takes a key as it is written."""
+    run = preflight(TrainConfig(data="sample", storage_path=str(tmp_path)))
+    key, query = "a b/50%/%20é/#1", "region=x&scheme=http&endpoint_override=127.0.0.1:9"
+    for uri, path in {f"s3://bucket/{key}?{query}": f"bucket/{key}", f"/tmp/{key}?": f"/tmp/{key}?"}.items():
+        storage = locate(uri, "--storage-path")
+        assert FileSystem.from_uri(replace(run, storage=storage).ray_storage)[1] == path
 
 
 def test_a_manifest_that_does_not_say_what_the_run_was_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.device import broadcast_state
 from mnistsum_ray.model.folder import Weights, copy_weights
 from mnistsum_ray.model.network import make_network
-from mnistsum_ray.storage.paths import locate
+from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.checkpoint import TrainerState, read_checkpoint, restore, save_checkpoint
 from mnistsum_ray.training.preflight import preflight
 from mnistsum_ray.training.trainer import EpochCounter, Trainer

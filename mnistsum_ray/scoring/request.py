@@ -1,0 +1,159 @@
+"""The checked request of a scoring run: model, input files with their footers, and output folder."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Final
+
+import numpy.typing as npt
+
+from mnistsum_ray.config import ScoreConfig
+from mnistsum_ray.data.images import image_type_error, number_type_error
+from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
+from mnistsum_ray.data.parquet import Footer, column_error, read_footer
+from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError
+from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
+from mnistsum_ray.reporting.console import Console, Progress
+from mnistsum_ray.scoring.parts import InputFile, in_threads
+from mnistsum_ray.storage.store import Location
+from mnistsum_ray.storage.uri import locate, locate_existing, output_base_folder, refused
+
+_MAX_FILES: Final = 1000
+"""Unusable files that the console names; files.parquet has all."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request."""
+
+    config: ScoreConfig
+    model: Location
+    card: dict[str, Any]
+    """Contents of the model's `model.json`."""
+    weights: dict[str, npt.NDArray[Any]]
+    root: Location
+    """The deepest folder that holds all input files."""
+    files: list[InputFile]
+    output: Location
+    precision: str | None
+    """`bf16` or `fp32`; None until the workers are known."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the predictions, by flag, as JSON has it. One output holds predictions of one request."""
+        return {
+            "--model with SHA-256": self.card["sha256"],
+            "--precision": self.precision,
+            "--image-column": self.config.image_column,
+            "--number-column": self.config.number_column,
+            "--label-column": self.config.label_column,
+            "--probabilities": self.config.probabilities,
+            "--max-rows-per-file": self.config.max_rows_per_file,
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """The identity in 16 letters, for the footers of output files."""
+        return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:16]
+
+
+def preflight(config: ScoreConfig, console: Console) -> Request:
+    """Check everything that can be checked without a cluster.
+
+    Raises:
+        RequestError: the model, the input or the output cannot be used; none of the files has one of the columns.
+        RunError: the storage does not give an input file.
+    """
+    output = locate(config.output, "--output", output_base_folder())
+    if output.is_local:
+        output = output.at(os.path.realpath(output.path))
+    with refused("--output"):
+        if output.status():
+            raise RequestError(f"--output {output.display}: is a file; name a folder")
+    inputs = list_inputs(config.input, output)
+    report_skipped(inputs.skipped, console.say)
+    model = locate_existing(config.model, "--model")
+    from mnistsum_ray.model.folder import copy_weights, load_model  # imports PyTorch, after the quick checks
+
+    try:
+        network, card = load_model(model)
+    except RequestError as error:
+        raise RequestError(f"--model {error}") from None
+    weights = {name: value.numpy() for name, value in copy_weights(network).items()}
+    try:
+        files = read_footers(inputs, config, console)
+    except StorageError as error:
+        raise RunError(f"--input {error}; nothing was begun") from None
+    return Request(config, model, card, weights, inputs.root, files, output, config.precision)
+
+
+def say_failures(failures: Mapping[str, str], say: Callable[[str], None]) -> None:
+    """Name the files that cannot be used, one line each with the reason."""
+    for name in list(failures)[:_MAX_FILES]:
+        say(f"cannot be used: {name}: {failures[name]}")
+
+
+def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> list[InputFile]:
+    """Read the footers of all input files.
+
+    Raises:
+        RequestError: none of the files has one of the columns.
+        StorageError: the storage does not give a file.
+    """
+    progress = Progress(console.progress, "footers read", len(inputs.files))
+    read = partial(_read_footer, inputs, config)
+    files = list(in_threads(read, list(inputs.files), inputs.root.is_local, progress))
+    # A column that no readable file has is a wrong flag rather than a wrong file.
+    readable = [file for file in files if file.rows is not None]
+    for flag, column in _columns(config).items():
+        lack = f"has no column {column!r}"
+        if readable and all((file.error or "").startswith(lack) for file in readable):
+            error = str(readable[0].error).partition(";")[0]
+            raise RequestError(f"{flag} {column}: no file of --input has such a column; {readable[0].name} {error}")
+    if recast := sorted({column for file in files for column in file.recast}):
+        console.say(
+            f"columns whose type changes in the output: {', '.join(recast)}; "
+            "INT96 becomes a timestamp in microseconds, any other what it is stored as"
+        )
+    return files
+
+
+def _read_footer(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
+    entry = inputs.files[name]
+    unread = InputFile(name, entry.size, entry.e_tag, None)
+    if name in inputs.unusable:
+        return unread._replace(error=inputs.unusable[name])
+    try:
+        footer = read_footer(inputs.root / name, entry)
+    except UnusableFileError as error:
+        return unread._replace(error=str(error))
+    image = f"{config.image_column}."
+    recast = [f"{path} ({kind})" for path, kind in footer.recast.items() if not f"{path}.".startswith(image)]
+    return unread._replace(rows=sum(footer.group_rows), recast=tuple(recast), error=_file_error(footer, config))
+
+
+def _columns(config: ScoreConfig) -> dict[str, str]:
+    """The columns that scoring reads, by the flag that names each."""
+    columns = {"--image-column": config.image_column, "--number-column": config.number_column}
+    return columns | ({"--label-column": config.label_column} if config.label_column else {})
+
+
+def _file_error(footer: Footer, config: ScoreConfig) -> str | None:
+    """Why a file with this footer cannot be scored; None if it can."""
+    names = footer.schema.names
+    type_errors = {"--image-column": image_type_error, "--number-column": number_type_error}
+    for flag, name in _columns(config).items():
+        if name not in names:
+            some = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            return f"has no column {name!r} but {some}; {flag} names another"
+        error = column_error(footer.schema, name, type_errors.get(flag, lambda _: None))
+        if error:
+            return f"{error}, or {flag} names another"
+    # DuckDB and Spark do not tell upper case from lower case.
+    added = [*PREDICTION_FIELDS.names, "reason", *(PROBABILITY_FIELDS.names if config.probabilities else ())]
+    if taken := next((name for name in names if name.lower() in added), None):
+        return f"has a column {taken!r}, which scoring would add; rename it"
+    return None

@@ -1,0 +1,368 @@
+"""Files on a disk, and objects in S3, Google Cloud Storage and Azure: read, write, list and delete them.
+
+Each write puts a whole file: a reader sees the old content or the new one, whatever kills the writer.
+Object stores are reached through obstore, which retries. A disk needs no library.
+"""
+
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeAlias
+from urllib.parse import parse_qsl
+
+import pyarrow as pa
+
+from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, StorageError, one_line, shortened
+
+Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
+"""Content of a file; a dict is written as JSON, which lacks infinite numbers and NaN: ValueError."""
+
+_PARTIAL: Final = ".mnistsum-partial-"
+"""Beginning of the name of a file that is being written to a disk. A killed process leaves it."""
+
+_RETRIES: Final[Any] = {
+    "max_retries": 100,
+    "retry_timeout": timedelta(seconds=50),
+    "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+
+_MAX_DELETED: Final = 1000  # objects in one request to S3
+
+
+class Entry(NamedTuple):
+    """A file that exists."""
+
+    path: str
+    size: int
+    """Bytes."""
+    e_tag: str
+    """Differs where the content does: an object's ETag; on a disk the inode, the time and the size."""
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder on a disk, or a key or prefix in a bucket.
+
+    All methods raise StorageError, and no other error, where the storage does not answer or refuses.
+    """
+
+    path: str
+    """Absolute path on a disk, or the key in the bucket."""
+    bucket: str = ""
+    """URI of the bucket or container, such as `s3://bucket`; empty on a disk."""
+    query: str = ""
+    """Options of the URI, such as `region=eu-west-1`."""
+
+    def __truediv__(self, name: str) -> "Location":
+        path = f"{self.path.rstrip('/')}/{name}"
+        return replace(self, path=path if self.is_local else path.lstrip("/"))
+
+    @property
+    def is_local(self) -> bool:
+        return not self.bucket
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def display(self) -> str:
+        """The name in messages and files: an absolute path or a URI."""
+        if self.is_local:
+            return self.path
+        return f"{self.bucket}/{self.path}".rstrip("/") + (f"?{self.query}" if self.query else "")
+
+    def at(self, path: str) -> "Location":
+        """Another path on the same disk or in the same bucket."""
+        return replace(self, path=path)
+
+    def status(self) -> Entry | None:
+        """The file here; None where there is none, or a folder."""
+        with self.answers("read"):
+            try:
+                if self.is_local:
+                    return self._entry(Path(self.path).stat()) if Path(self.path).is_file() else None
+                # Asked for the key "", a store answers for the bucket.
+                return self._entry(self.store.head(self.path)) if self.path else None
+            except FileNotFoundError:
+                return None
+
+    def is_folder(self) -> bool:
+        """Whether this is a folder, or a prefix of keys."""
+        if self.is_local:
+            return Path(self.path).is_dir()
+        with self.answers("listed"):
+            return any(self.store.list(self.path))
+
+    def exists(self) -> bool:
+        """Whether there is a file or a folder here."""
+        return self.is_folder() or self.status() is not None
+
+    def read_bytes(self) -> bytes:
+        """The whole file. To read a pipe would be to wait, a device may have no end."""
+        with self.answers("read"):
+            if not self.is_local:
+                return bytes(self.store.get(self.path).bytes())
+            if Path(self.path).exists() and not Path(self.path).is_file():
+                raise OSError("it is a folder, a pipe or a device, and no file")
+            return Path(self.path).read_bytes()
+
+    def read_json(self) -> Any:
+        """The JSON value of the file; a ValueError where it is not JSON, or is nested too deeply."""
+        try:
+            return json.loads(self.read_bytes())
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+
+    def open(self, listed: Entry | None = None) -> Any:
+        """The file, open for reading at any position.
+
+        ExistingFileError, here or at a later read: it is not the one that was listed.
+        """
+        with self.answers("read"):
+            listed = listed or self.status()
+            if listed is None:
+                raise FileNotFoundError
+            if not self.is_local:
+                return _ObjectFile(self, listed)
+            file = pa.OSFile(self.path)
+            # Of the open file, which stays readable when another one takes its name.
+            if disk_e_tag(os.fstat(file.fileno())) != listed.e_tag:
+                file.close()
+                raise FileExistsError
+            return file
+
+    def files(self) -> list[Entry]:
+        """All files below a folder, sorted by path; none where the folder is missing. Links to folders are not followed."""
+        with self.answers("listed"):
+            if self.is_local:
+                return sorted(self._files_on_disk())
+            entries = [self._entry(meta) for chunk in self.store.list(self.path) for meta in chunk]
+            # Consoles mark a folder by an empty object of its name.
+            folders = {self.path, *(entry.path.rpartition("/")[0] for entry in entries)}
+            return sorted(entry for entry in entries if entry.size or entry.path not in folders)
+
+    def write(self, data: Data) -> None:
+        """Write the whole file, in place of the one that is there."""
+        self._put(_encoded(data), "overwrite")
+
+    def create(self, data: Data) -> None:
+        """Write the whole file, but only if there is none; else raise ExistingFileError.
+
+        It may be this process that has written it: where an answer is lost, the request is repeated.
+        """
+        self._put(_encoded(data), "create")
+
+    def delete_files(self, names: Sequence[str]) -> None:
+        """Delete files in this folder; missing ones are no error."""
+        with self.answers("deleted"):
+            if self.is_local:
+                for name in names:
+                    Path(self.path, name).unlink(missing_ok=True)
+                return
+            for start in range(0, len(names), _MAX_DELETED):
+                paths = [(self / name).path for name in names[start : start + _MAX_DELETED]]
+                try:
+                    self.store.delete(paths)
+                except FileNotFoundError:  # from all but S3; it may have ended the deletion
+                    for path in paths:
+                        with suppress(FileNotFoundError):
+                            self.store.delete(path)
+
+    def delete(self) -> None:
+        """Delete this file; a missing one is no error."""
+        self.at(self.path.rpartition("/")[0]).delete_files([self.name])
+
+    def delete_folder(self) -> None:
+        """Delete this folder with its files; a missing one is no error."""
+        if self.is_local:
+            with self.answers("deleted"):
+                if Path(self.path).exists():
+                    shutil.rmtree(self.path)
+        else:
+            self.delete_files([file.path.removeprefix(self.path).lstrip("/") for file in self.files()])
+
+    @property
+    def store(self) -> Any:
+        return open_store(self.bucket, self.query)
+
+    def _entry(self, found: Any) -> Entry:
+        if self.is_local:
+            return Entry(self.path, found.st_size, disk_e_tag(found))
+        e_tag = found["e_tag"] or f"{found['last_modified']} {found['size']}"
+        # Azure leaves the quotes out where it lists.
+        return Entry(found["path"], found["size"], e_tag if e_tag.endswith('"') else f'"{e_tag}"')
+
+    def _files_on_disk(self) -> Iterator[Entry]:
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        for folder, _, names in os.walk(self.path, onerror=fail):  # which leaves out what cannot be read
+            for name in names:
+                file = self.at(f"{folder.rstrip('/')}/{name}").status()
+                if file and is_utf8(file.path):  # a link that leads nowhere, a pipe and a device are no files
+                    yield file
+
+    def _put(self, data: bytes | pa.Buffer, mode: str) -> None:
+        with self.answers("written"):
+            if self.is_local:
+                _put_on_disk(Path(self.path), data, mode)
+            else:
+                self.store.put(self.path, memoryview(data).cast("B"), mode=mode)
+
+    @contextmanager
+    def answers(self, what: str) -> Iterator[None]:
+        """Raise errors of the storage in the block as StorageError: this place cannot be `what`."""
+        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError  # noqa: TID251
+
+        try:
+            yield
+        except StorageError:
+            raise
+        except FileNotFoundError as error:
+            if what == "written":  # a folder that cannot be made, as in /proc
+                raise self.error(error, what) from error
+            advice = ", or not on this node; a local path must be on storage that all nodes share"
+            raise MissingFileError(f"{self.display}: is not there{advice if self.is_local else ''}") from None
+        except (AlreadyExistsError, PreconditionError, FileExistsError):
+            raise ExistingFileError(f"{self.display}: was written by another") from None
+        except (BaseError, OSError, pa.ArrowException) as error:
+            raise self.error(error, what) from error
+
+    def error(self, error: Exception, what: str) -> StorageError:
+        """The error for a file that the storage did not give or take."""
+        # obstore adds pages for its developers.
+        first = " ".join(str(error).partition("\n\nDebug source")[0].split())
+        cause = getattr(error, "strerror", None) or shortened(first) or type(error).__name__
+        hints = {
+            "Received redirect without LOCATION": "; give its region as ?region=… or in AWS_REGION",
+            "object with invalid path": "; rename that object, or name the other files",
+        }
+        hint = next((hint for text, hint in hints.items() if text in cause), "")
+        return StorageError(f"{self.display}: cannot be {what}: {cause}{hint}")
+
+
+class _ObjectFile(io.RawIOBase):
+    """An object that is open for reading, by requests for ranges of the object that was listed."""
+
+    def __init__(self, place: Location, listed: Entry) -> None:
+        self._place = place
+        self._listed = listed
+        self._position = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._listed.size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._listed.size)
+        count = max(0, end - self._position)
+        if count:
+            options = {"range": (self._position, end), "if_match": self._listed.e_tag}
+            with self._place.answers("read"):
+                buffer[:count] = self._place.store.get(self._place.path, options=options).bytes()
+        self._position += count
+        return count
+
+
+def disk_e_tag(status: os.stat_result) -> str:
+    """What tells a file's content from an earlier one's: a file that is replaced has another inode."""
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def _put_on_disk(path: Path, data: bytes | pa.Buffer, mode: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{path.parent} is a file") from None
+    # Readers of Parquet skip a hidden name. It is short, however long the final one is.
+    partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(8)}")
+    try:
+        partial.write_bytes(data)
+        if mode == "create":
+            os.link(partial, path)  # fails where there is a file; a rename would replace it
+        else:
+            partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _encoded(data: Data) -> bytes | pa.Buffer:
+    if isinstance(data, dict):
+        return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
+    return data
+
+
+@cache
+def open_store(bucket: str, query: str) -> Any:
+    """The obstore store of a bucket. Keys come from the environment, or from a profile of ~/.aws through boto3.
+
+    RequestError: the options name something that is not there.
+    """
+    from obstore import store  # noqa: TID251
+    from obstore.exceptions import BaseError  # noqa: TID251
+
+    given = dict(parse_qsl(query))
+    scheme, _, name = bucket.partition("://")
+    config: dict[str, Any] = {}
+    if "region" in given:
+        config["region"] = given["region"]
+    if endpoint := given.get("endpoint_override"):
+        address = endpoint if "://" in endpoint else f"{given.get('scheme', 'https')}://{endpoint}"
+        config["base_url" if scheme == "gs" else "endpoint"] = address
+    if name.startswith("anonymous@"):
+        name = name.removeprefix("anonymous@")
+        config["skip_signature"] = True
+    options: dict[str, Any] = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
+    if scheme == "s3" and (provider := _profile_of_aws()):
+        options["credential_provider"] = provider
+    try:
+        from_url: Any = store.from_url  # its overloads name each option of each store
+        return from_url(f"{scheme}://{name}", config=config, **options)
+    except (BaseError, ValueError) as error:
+        raise RequestError(f"{bucket}: {one_line(error).partition(' Debug source')[0]}") from None
+
+
+def _profile_of_aws() -> Any:
+    """What gives the keys of a profile, which obstore does not read by itself; None where no profile is in use."""
+    has_profile = "AWS_PROFILE" in os.environ or Path("~/.aws/credentials").expanduser().exists()
+    if "AWS_ACCESS_KEY_ID" in os.environ or not has_profile:
+        return None
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: TID251
+    except ImportError:
+        raise RequestError("a profile of ~/.aws needs boto3: pip install -e '.[cloud]'") from None
+    try:
+        return Boto3CredentialProvider()
+    except Exception as error:  # ValueError, or one of botocore
+        raise RequestError(f"AWS_PROFILE, ~/.aws/credentials: {one_line(error)}") from None
+
+
+def is_utf8(path: str) -> bool:
+    """Whether a path can be encoded as UTF-8, which Arrow needs; names on a disk may hold any bytes."""
+    return path == path.encode(errors="replace").decode()
+
+
+def is_hidden(name: str) -> bool:
+    """Whether readers of Parquet skip a file of this name, since it, or a folder of it, begins with `.` or `_`."""
+    return any(component.startswith((".", "_")) for component in name.split("/"))

@@ -1,0 +1,153 @@
+"""Files are written whole, listed, read by ranges and deleted, on a disk as in a store of each kind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+
+import obstore
+import pyarrow as pa
+import pytest
+
+from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, StorageError
+from mnistsum_ray.storage import store
+from mnistsum_ray.storage.store import Location
+from mnistsum_ray.storage.uri import locate
+
+
+def names(folder: Location) -> list[str]:
+    return [file.path.removeprefix(folder.path).lstrip("/") for file in folder.files()]
+
+
+def test_what_is_written_is_there_whole_also_from_another_process(bucket: Location) -> None:
+    folder = bucket / "a folder"
+    odd = folder / "100% é #1/a b;c=[d]*~'+&"
+    assert (folder.exists(), folder.files(), odd.status()) == (False, [], None)
+    odd.write(b"1")
+    odd.write(pa.py_buffer(b"second"))
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        assert process.submit(odd.read_bytes).result() == b"second"
+        process.submit((folder / "b" / "c").create, {"x": 1}).result()
+    with pytest.raises(ExistingFileError):
+        (folder / "b" / "c").create({"x": 2})
+    assert (folder / "b" / "c").read_json() == {"x": 1}
+    assert (folder.status(), folder.is_folder(), (folder / "b" / "c").is_folder()) == (None, True, False)
+    assert [file.path for file in folder.files()] == [odd.path, (folder / "b" / "c").path]
+    assert folder.files()[0] == odd.status() == (odd.path, 6, folder.files()[0].e_tag)
+    before = odd.status()
+    odd.write(b"third.")
+    assert odd.status() != before
+
+
+def test_files_are_deleted_and_missing_ones_are_no_error(bucket: Location) -> None:
+    folder = bucket / "deleted"
+    for name in ("a", "b/c", "b/d", "bb"):
+        (folder / name).write(b"1")
+    folder.delete_files(["none", "a", "b/none", "b/c"])
+    assert names(folder) == ["b/d", "bb"]
+    for _ in range(2):
+        (folder / "b").delete_folder()
+        assert names(folder) == ["bb"]
+    for _ in range(2):
+        (folder / "bb").delete()
+        assert names(folder) == []
+
+
+def test_ranges_are_read_of_the_file_that_was_listed_and_of_no_other(bucket: Location) -> None:
+    place = bucket / "opened" / "file"
+    place.write(bytes(range(100)))
+    listed = place.status()
+    with place.open(listed) as file:
+        file.seek(10)
+        assert (bytes(file.read(3)), file.tell()) == (b"\x0a\x0b\x0c", 13)
+        file.seek(-2, os.SEEK_END)
+        assert (bytes(file.read()), bytes(file.read(5))) == (b"\x62\x63", b"")
+        place.write(bytes(range(100, 200)))
+        file.seek(0)
+        if bucket.is_local:
+            assert bytes(file.read(2)) == b"\x00\x01", "a file that is open stays what it was"
+        else:
+            with pytest.raises(ExistingFileError):
+                file.read(2)
+    with pytest.raises(ExistingFileError):
+        place.open(listed).read(1)
+    assert bytes(place.open().read(2)) == b"\x64\x65"
+
+
+def test_a_missing_file_and_a_storage_that_is_silent_are_two_errors(bucket: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    for read in (Location.read_bytes, Location.open):
+        with pytest.raises(MissingFileError, match=r"none.*: is not there"):
+            read(bucket / "none")
+    monkeypatch.setitem(store._RETRIES, "max_retries", 0)
+    silent = locate("s3://bucket/x?region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:9", "--output")
+    for ask in (Location.read_bytes, Location.status, Location.files, lambda place: place.create(b"1")):
+        with pytest.raises(StorageError, match=r"^s3://bucket/x\S+: cannot be \w+: Generic S3 error: [^\n]*$") as error:
+            ask(silent)
+        assert type(error.value) is StorageError
+
+
+def test_a_list_of_a_disk_ends_and_leaves_out_what_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/a", "line\nbreak", "\udcff"):
+        (tmp_path / name).write_bytes(b"1")
+    for name, target in {"to a": "a", "up": "..", "loop": "loop", "gone": "none", "device": "/dev/zero"}.items():
+        (tmp_path / "sub" / name).symlink_to(target)
+    os.mkfifo(tmp_path / "pipe")
+    assert names(locate(str(tmp_path), "--input")) == ["line\nbreak", "sub/a", "sub/to a"]
+    with pytest.raises(StorageError, match="is a folder, a pipe or a device, and no file"):
+        locate(str(tmp_path / "pipe"), "--input").read_bytes()
+
+
+def test_a_disk_keeps_no_part_of_a_file_that_could_not_be_written(tmp_path: Path) -> None:
+    place = locate(str(tmp_path), "--output")
+    (tmp_path / "folder").mkdir()
+    (place / "file").write(b"1")
+    for write in ((place / "folder").write, (place / "file" / "x").write, (place / "file").create):
+        with pytest.raises(StorageError):
+            write(b"2")
+    assert (names(place), (place / "file").read_bytes()) == (["file"], b"1")
+
+
+WRITE = """
+import signal, sys
+from mnistsum_ray.storage.uri import locate
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, as in a job
+print("begins", flush=True)
+while True:
+    for letter in b"ab":
+        locate(sys.argv[1], "--output").write(bytes([letter]) * int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("bucket", ["disk", "s3"], indirect=True)
+@pytest.mark.parametrize("size", [1000, 12_000_000])
+def test_a_signal_during_a_write_leaves_the_old_file_or_the_new_one(bucket: Location, size: int) -> None:
+    file = bucket / "signal" / "file"
+    file.write(b"a" * size)
+    for wait in (0.1, 0.25, 0.4):
+        with subprocess.Popen([sys.executable, "-c", WRITE, file.display, str(size)], stdout=-1, stderr=-3) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(wait)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) != 0
+        assert file.read_bytes() in (b"a" * size, b"b" * size)
+    assert names(bucket / "signal") == ["file"]
+
+
+def test_keys_of_s3_come_from_a_profile_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws" / "credentials").write_text("[mine]\naws_access_key_id = OFPROFILE\naws_secret_access_key = x\n")
+    signed = obstore.sign(locate("s3://bucket/x?region=eu-west-1", "--data").store, "GET", "x", timedelta(minutes=1))
+    assert "OFPROFILE" in signed
+    monkeypatch.setenv("AWS_PROFILE", "none")
+    with pytest.raises(RequestError, match=r"profile \(none\) could not be found"):
+        locate("s3://bucket/x?region=eu-west-2", "--data")
