@@ -40,6 +40,9 @@ _KEPT: Final = "what is scored is kept, and the same command goes on"
 _RETRIES: Final = 3
 """How often Ray begins a task again in which a worker died."""
 
+_RESTARTS: Final = 20
+"""How often Ray starts one worker again: it may die before its first task, and lose its node more than once."""
+
 _NAMED: Final = 10
 """Files in work that a message names."""
 
@@ -175,7 +178,7 @@ def _score(request: Request, todo: Sequence[Part], execute: Execute, scored: _Sc
         names = sorted(set(itertools.chain.from_iterable(in_work.values())))
         files = f"in work were {', '.join(names[:_NAMED])}" if names else "no file was in work yet"
         raise RunError(
-            f"workers died {_RETRIES + 1} times in a task ({root_cause(error)}); {files}; "
+            f"workers died again and again ({root_cause(error)}); {files}; "
             f"give the workers more memory, or take such a file out of --input; {_KEPT}"
         ) from error
 
@@ -208,7 +211,7 @@ def _on_ray(resources: WorkerPlan, console: Console, request: Request, parts: Se
         initial_size=max(1, min(workers, fitting)),
         max_tasks_in_flight_per_actor=2,  # the one that runs, and the next: no core waits for the driver
     )
-    # There is no other way on 2.60 to say `max_task_retries`.
+    # There is no other way on 2.60 to say these limits.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     # Not `from_arrow`: tasks of its own, which reserve a CPU each, would look at the tables first.
     with ray_data_options(preserve_order=False, block_bytes=1):  # small blocks: each report comes at once
@@ -220,7 +223,8 @@ def _on_ray(resources: WorkerPlan, console: Console, request: Request, parts: Se
             batch_format="pyarrow",
             num_cpus=resources.per_worker.get("CPU", 0),
             num_gpus=resources.per_worker.get("GPU", 0),
-            max_task_retries=_RETRIES,  # by itself Ray Data begins a task again without end
+            max_restarts=_RESTARTS,  # by itself Ray Data sets no limit to either
+            max_task_retries=_RETRIES,
         )
     dataset.set_name("score-files")
     with console.waiting_for("the workers", explain_worker_silence):

@@ -168,8 +168,8 @@ def test_a_killed_scoring_gives_the_files_of_an_undisturbed_one(
     stopped = job.wait()
     assert not job.left()
     assert (stopped.code, stopped.out) == (128 + signal.SIGTERM, "")
-    last = "stopped by SIGTERM; what is scored is kept, and the same command goes on"
-    assert stopped.err.splitlines()[-1] == last
+    # Ray may say more after it.
+    assert "\nstopped by SIGTERM; what is scored is kept, and the same command goes on\n" in stopped.err
     assert "Traceback" not in stopped.err
     assert not (output / "manifest.json").exists(), "it marks a finished output"
 
@@ -220,6 +220,5 @@ def test_workers_that_die_again_and_again_end_the_run(many_nodes: Cluster, model
 
     for condition, in_work in ((has_it_open, "in work were deadly.parquet"), (bool, "no file was in work yet")):
         error = score_and_kill(condition, many_nodes, model, tmp_path)
-        assert "error: workers died 4 times (" in error
-        assert "Worker unexpectedly exits" in error, "as Ray says"
+        assert error.startswith("error: workers died again and again (")
         assert f"; {in_work}; give the workers more memory, or take such a file out of --input; what is" in error
