@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import ray
 import ray.data
@@ -25,15 +25,12 @@ from mnistsum_ray.model.device import cpu_faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult
-from mnistsum_ray.scoring.actor import Score
+from mnistsum_ray.scoring.actor import Report, Score
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import MANIFEST, RUN_FILE, begin, count_parts, delete_output, read_parts, read_run
 from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, PREDICTIONS, Part, make_tasks, split_into_parts
 from mnistsum_ray.scoring.request import Request, say_failures
 from mnistsum_ray.scoring.result import Outcome, publish
-
-if TYPE_CHECKING:
-    from mnistsum_ray.scoring.worker import Report  # imports PyTorch
 
 _KEPT: Final = "what is scored is kept, and the same command goes on"
 
@@ -46,7 +43,7 @@ _RESTARTS: Final = 20
 _NAMED: Final = 10
 """Files in work that a message names."""
 
-Execute = Callable[[Request, Sequence[Part]], "Iterator[Report]"]
+Execute = Callable[[Request, Sequence[Part]], Iterator[Report]]
 """Scores parts and reports."""
 
 
@@ -196,7 +193,7 @@ def _allocate_resources(request: Request, console: Console) -> tuple[WorkerPlan,
     return plan, precision or ("bf16" if bf16 else "fp32")
 
 
-def _on_ray(resources: WorkerPlan, console: Console, request: Request, parts: Sequence[Part]) -> "Iterator[Report]":
+def _on_ray(resources: WorkerPlan, console: Console, request: Request, parts: Sequence[Part]) -> Iterator[Report]:
     """Score parts with actors of Ray Data, which hold the model; their reports come at once, in any order."""
     check_shared_storage({"--output": request.output / RUN_FILE, "--input": request.root / parts[0].name}, console.say)
     kind = "GPU worker" if resources.use_gpu else "CPU worker"

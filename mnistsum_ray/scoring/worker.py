@@ -6,7 +6,7 @@ Nothing records what is done: a part is done when its output file exists, no mat
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -19,6 +19,7 @@ from mnistsum_ray.data.parquet import neutral_metadata, open_parquet, plain_tabl
 from mnistsum_ray.data.picture import background_of
 from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.inference import Predictions, Predictor
+from mnistsum_ray.scoring.actor import Report
 from mnistsum_ray.scoring.counts import RowCounts, columns_to_count, count_part
 from mnistsum_ray.scoring.output import count_part_file
 from mnistsum_ray.scoring.parts import PREDICTIONS, Part
@@ -31,27 +32,6 @@ batch, wastes most of its time."""
 
 _LOOKED_AT: Final = 100
 """Most images of a part whose background is looked at."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an actor says about a task: at its beginning, after each batch of parts, and at its end."""
-
-    task: int = -1
-    """Number of the task."""
-    begins: Sequence[str] = ()
-    """At the beginning the input files of the task."""
-    ends: bool = False
-    counts: RowCounts | None = None
-    """Of the parts that were put."""
-    started: float = 0.0
-    ended: float = 0.0
-    """When they were begun and put, in seconds since 1970."""
-    unusable: dict[str, str] = field(default_factory=dict)
-    """Input files that cannot be used although their footers could be read: name and reason."""
-    warning: str | None = None
-    failed: str | None = None
-    """Why the run cannot go on."""
 
 
 class Scorer:

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from urllib.parse import parse_qsl
 
-import pyarrow as pa
-
 from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, StorageError, one_line, shortened
+
+if TYPE_CHECKING:  # it takes a moment to import, and a wrong flag should not wait for it
+    import pyarrow as pa
 
 Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
 """Content of a file; a dict is written as JSON, which lacks infinite numbers and NaN: ValueError."""
@@ -137,6 +138,8 @@ class Location:
                 raise FileNotFoundError
             if not self.is_local:
                 return _ObjectFile(self, listed)
+            import pyarrow as pa
+
             file = pa.OSFile(self.path)
             # Of the open file, which stays readable when another one takes its name.
             if disk_e_tag(os.fstat(file.fileno())) != listed.e_tag:
@@ -216,7 +219,7 @@ class Location:
                 if file and is_utf8(file.path):  # a link that leads nowhere, a pipe and a device are no files
                     yield file
 
-    def _put(self, data: bytes | pa.Buffer, mode: str) -> None:
+    def _put(self, data: "bytes | pa.Buffer", mode: str) -> None:
         with self.answers("written"):
             if self.is_local:
                 _put_on_disk(Path(self.path), data, mode)
@@ -239,7 +242,7 @@ class Location:
             raise MissingFileError(f"{self.display}: is not there{advice if self.is_local else ''}") from None
         except (AlreadyExistsError, PreconditionError, FileExistsError):
             raise ExistingFileError(f"{self.display}: was written by another") from None
-        except (BaseError, OSError, pa.ArrowException) as error:
+        except (BaseError, OSError) as error:
             raise self.error(error, what) from error
 
     def error(self, error: Exception, what: str) -> StorageError:
@@ -290,7 +293,7 @@ def disk_e_tag(status: os.stat_result) -> str:
     return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
-def _put_on_disk(path: Path, data: bytes | pa.Buffer, mode: str) -> None:
+def _put_on_disk(path: Path, data: "bytes | pa.Buffer", mode: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -307,7 +310,7 @@ def _put_on_disk(path: Path, data: bytes | pa.Buffer, mode: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _encoded(data: Data) -> bytes | pa.Buffer:
+def _encoded(data: Data) -> "bytes | pa.Buffer":
     if isinstance(data, dict):
         return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
     return data

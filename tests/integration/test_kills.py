@@ -131,8 +131,8 @@ def flags_of(model: Path, pairs: Path, output: Path) -> list[Any]:
 
 
 def files_of(output: Path) -> dict[str, bytes]:
-    """Every file of an output but those with times."""
-    files = [path for path in output.rglob("*") if path.is_file()]
+    """Every file of an output but those with times, and hidden ones that a kill may leave."""
+    files = [path for path in output.rglob("[!.]*") if path.is_file()]
     timed = ("manifest.json", "report.html")
     return {str(path.relative_to(output)): path.read_bytes() for path in files if path.name not in timed}
 

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.data.images import pixels_view
+from mnistsum_ray.scoring.actor import Report
 from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import count_parts
 from mnistsum_ray.scoring.parts import Part, split_into_parts
 from mnistsum_ray.scoring.request import Request
-from mnistsum_ray.scoring.worker import DecodedPart, Report, Scorer, read_parts
+from mnistsum_ray.scoring.worker import DecodedPart, Scorer, read_parts
 from tests.conftest import write_model
 from tests.scoring.conftest import CONSOLE, preflight_of, write_rows
 
