@@ -110,7 +110,7 @@ def test_training_outlasts_a_storage_that_is_slow_refuses_the_history_and_is_ove
     gaps = [after["started"] - end for end, after in zip(ends, epochs[1:], strict=False)]
     assert statistics.median(gaps) < 1.5, gaps
     saved = {Path(info.path).parent.name for info in run.files() if info.name == STATE_FILE}
-    assert saved == {"epoch_00006", "epoch_00006_sum_head"}, "Ray Train keeps the last two"
+    assert saved >= {"epoch_00006", "epoch_00006_sum_head"}, "Ray Train keeps the last two, and what it could not delete"
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pyarrow.fs import AzureFileSystem
 from werkzeug import Request, Response
 from werkzeug.serving import make_server
 
-from mnistsum_ray.storage.store import Location
+from mnistsum_ray.storage.store import Location, open_store
 from mnistsum_ray.storage.uri import locate
 
 AZURITE = {
@@ -70,6 +70,7 @@ def azure(patch: pytest.MonkeyPatch, _: Path) -> Iterator[str]:
         AzureFileSystem(**AZURITE, **address, **schemes).create_dir("bucket")
         patch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
         patch.setenv("AZURITE_BLOB_STORAGE_URL", f"http://127.0.0.1:{port}")
+        open_store.cache_clear()  # of an earlier server, whose port no URI tells
         yield "abfs://bucket"
 
 
