@@ -82,11 +82,10 @@ class Part(NamedTuple):
 
 
 def parts_of(file: InputFile, max_rows_per_file: int | None) -> list[Part]:
-    """The parts of a file, of nearly equal size: one of no rows where it has none."""
+    """The parts of a file, of one size but for the last: one of no rows where it has none."""
     rows = file.rows or 0
-    limit = max_rows_per_file or min(_MOST_ROWS, max(_LEAST_ROWS, _ceil_divide(rows, 4)))
-    count = max(1, _ceil_divide(rows, limit))
-    size = _ceil_divide(rows, count)
+    size = max_rows_per_file or min(_MOST_ROWS, max(_LEAST_ROWS, _ceil_divide(rows, 4)))
+    count = max(1, _ceil_divide(rows, size))
     path = PurePosixPath(file.name)
     parts = []
     for index in range(count):
@@ -143,7 +142,7 @@ def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[
 
 
 def _ceil_divide(amount: int, count: int) -> int:
-    return -(-amount // count) if count else 0
+    return -(-amount // count)
 
 
 def in_threads(

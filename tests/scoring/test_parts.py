@@ -16,14 +16,16 @@ def input_files(*rows: int, names: list[str] | None = None) -> list[InputFile]:
     ("rows", "most", "sizes"),
     [
         (0, None, [0]),
-        (8_193, None, [4_097, 4_096]),
+        (8_193, None, [8_192, 1]),
         (60_001, None, [15_001, 15_001, 15_001, 14_998]),
-        (1_000_000, None, [32_259] * 30 + [32_230]),
-        (15, 7, [5, 5, 5]),
+        (1_000_000, None, [32_768] * 30 + [16_960]),
+        (15, 7, [7, 7, 1]),
         (100_000, 10**7, [100_000]),
     ],
 )
-def test_parts_cover_the_rows_in_order_and_are_of_nearly_equal_size(rows: int, most: int | None, sizes: list[int]) -> None:
+def test_parts_cover_the_rows_in_order_and_are_of_one_size_but_for_the_last(
+    rows: int, most: int | None, sizes: list[int]
+) -> None:
     both, failures = split_into_parts(input_files(rows, rows), most)
     parts, count = both[: len(sizes)], len(sizes)
     assert ([part.rows for part in both], failures) == (sizes * 2, {}), "a file changes no other's parts"

@@ -74,7 +74,7 @@ def test_the_reports_of_a_task_count_the_rows_of_the_parts_that_are_there(tmp_pa
     counts, (*between, ends) = score(request, parts_of(request))
     unusable = [*{name for report in between for name in report.unusable}]
     assert (ends.ends, unusable) == (True, ["b.parquet"])
-    assert [report.counts.rows for report in between if report.counts] == [24], "small parts are predicted together"
+    assert [report.counts.rows for report in between if report.counts] == [26], "small parts are predicted together"
     there = [part for part in parts_of(request) if (tmp_path / "out" / "predictions" / part.output).exists()]
     assert [part for part in parts_of(request) if part not in there] == [parts_of(request)[5]], "the last of b.parquet"
     assert counts == count_parts(request, there, CONSOLE)
