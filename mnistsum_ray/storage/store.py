@@ -266,6 +266,9 @@ class _ObjectFile(io.RawIOBase):
         self._listed = listed
         self._position = 0
 
+    def readable(self) -> bool:
+        return True
+
     def seekable(self) -> bool:
         return True
 

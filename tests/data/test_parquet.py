@@ -12,10 +12,11 @@ import pytest
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
 from mnistsum_ray.data.images import Pixels, decode_images, one_chunk, pixels_view
-from mnistsum_ray.data.parquet import neutral_metadata, open_parquet, read_footer, read_table, to_parquet
+from mnistsum_ray.data.parquet import _WHOLE_BYTES, neutral_metadata, open_parquet, read_footer, read_table, to_parquet
 from mnistsum_ray.data.sources import ParquetFiles, open_source
-from mnistsum_ray.errors import RequestError, StorageError
+from mnistsum_ray.errors import RequestError, StorageError, UnusableFileError
 from mnistsum_ray.storage.uri import locate
+from tests.storage.conftest import s3
 
 IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
 
@@ -125,3 +126,18 @@ def test_metadata_that_describe_a_schema_for_one_engine_are_dropped(tmp_path: Pa
     place.write(to_parquet(pa.table({"object": OBJECTS}).replace_schema_metadata(metadata)))
     assert neutral_metadata(read_table(place).schema.metadata) == {b"pandas": b"x", b"author": b"x"}
     assert neutral_metadata(None) == {}
+
+
+def test_a_large_object_is_read_by_ranges_and_not_once_it_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"noise": np.random.default_rng(0).integers(0, 2**62, 800_000)})
+    with s3(monkeypatch, tmp_path) as uri:
+        place = locate(uri, "--input") / "rows.parquet"
+        place.write(to_parquet(table))
+        listed = place.status()
+        assert listed is not None
+        assert listed.size > _WHOLE_BYTES
+        with open_parquet(place, listed) as parquet:
+            assert parquet.read().equals(table)
+        place.write(to_parquet(table.slice(1)))
+        with pytest.raises(UnusableFileError, match="has changed since the run began"), open_parquet(place, listed) as parquet:
+            parquet.read()
