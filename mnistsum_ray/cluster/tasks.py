@@ -1,6 +1,7 @@
 """Options of Ray Data for the datasets of this program."""
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -36,5 +37,7 @@ def ray_data_options(
             options = context.execution_options
             limits = options.resource_limits.copy(object_store_memory=object_store_bytes)
             options.resource_limits = limits
-        with DataContext.current(context):
+        with DataContext.current(context), warnings.catch_warnings():
+            # Ray 2.60 has no other way to limit how often a process is started again.
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
             yield

@@ -38,8 +38,8 @@ class Report:
 class Score:
     """Takes tasks, a row each, and gives pickled reports, a row each.
 
-    The model is loaded, and PyTorch imported, by the first task: Ray counts the processes that die in a task, and
-    starts those without end that die before.
+    The model is loaded, and PyTorch imported, by the first task: of a process that dies for want of
+    memory the files are known then.
     """
 
     def __init__(self, request: "ray.ObjectRef[Any]") -> None:

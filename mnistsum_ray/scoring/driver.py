@@ -6,7 +6,6 @@ input files ──▶ parts, less the names that exist ──tasks──▶ Scor
 import itertools
 import pickle
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -208,8 +207,6 @@ def _on_ray(resources: WorkerPlan, console: Console, request: Request, parts: Se
         initial_size=max(1, min(workers, fitting)),
         max_tasks_in_flight_per_actor=2,  # the one that runs, and the next: no core waits for the driver
     )
-    # There is no other way on 2.60 to say these limits.
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     # Not `from_arrow`: tasks of its own, which reserve a CPU each, would look at the tables first.
     with ray_data_options(preserve_order=False, block_bytes=1):  # small blocks: each report comes at once
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

@@ -104,8 +104,9 @@ def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) 
     taken: dict[str, str] = {}  # input file by output file
     for file in files:
         of_file = [] if file.error else parts_of(file, max_rows_per_file)
-        errors = (_name_error(part.output, taken) for part in of_file)
-        if error := file.error or next(filter(None, errors), None):
+        errors = [file.error, *(_name_error(part.output, taken) for part in of_file)]
+        error = next(filter(None, errors), None)
+        if error:
             failures[file.name] = error
             continue
         taken.update((part.output, file.name) for part in of_file)

@@ -113,7 +113,8 @@ def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> list[
         if readable and all((file.error or "").startswith(lack) for file in readable):
             error = str(readable[0].error).partition(";")[0]
             raise RequestError(f"{flag} {column}: no file of --input has such a column; {readable[0].name} {error}")
-    if recast := sorted({column for file in files for column in file.recast}):
+    recast = sorted({column for file in files for column in file.recast})
+    if recast:
         console.say(
             f"columns whose type changes in the output: {', '.join(recast)}; "
             "INT96 becomes a timestamp in microseconds, any other what it is stored as"
@@ -154,6 +155,7 @@ def _file_error(footer: Footer, config: ScoreConfig) -> str | None:
             return f"{error}, or {flag} names another"
     # DuckDB and Spark do not tell upper case from lower case.
     added = [*PREDICTION_FIELDS.names, "reason", *(PROBABILITY_FIELDS.names if config.probabilities else ())]
-    if taken := next((name for name in names if name.lower() in added), None):
-        return f"has a column {taken!r}, which scoring would add; rename it"
+    for name in names:
+        if name.lower() in added:
+            return f"has a column {name!r}, which scoring would add; rename it"
     return None

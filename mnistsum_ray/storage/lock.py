@@ -101,7 +101,8 @@ def _lock_object(lock: FolderLock, say: Callable[[str], None]) -> Iterator[None]
         probe.write({})
         age = _metadata(probe)["last_modified"] - found["last_modified"]
         probe.delete()
-        if (left := EXPIRED_SECONDS - age.total_seconds()) > 0:
+        left = EXPIRED_SECONDS - age.total_seconds()
+        if left > 0:
             raise lock.refusal(f"; if it was killed, this command takes over in {left:.0f} s")
         say(f"{lock.file.display}: {lock.read_holder()} no longer renews it; taking it over")
     try:

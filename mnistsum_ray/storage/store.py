@@ -333,14 +333,16 @@ def open_store(bucket: str, query: str) -> Any:
     config: dict[str, Any] = {}
     if "region" in given:
         config["region"] = given["region"]
-    if endpoint := given.get("endpoint_override"):
+    endpoint = given.get("endpoint_override")
+    if endpoint:
         address = endpoint if "://" in endpoint else f"{given.get('scheme', 'https')}://{endpoint}"
         config["base_url" if scheme == "gs" else "endpoint"] = address
     if name.startswith("anonymous@"):
         name = name.removeprefix("anonymous@")
         config["skip_signature"] = True
     options: dict[str, Any] = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
-    if scheme == "s3" and (provider := _profile_of_aws()):
+    provider = _profile_of_aws() if scheme == "s3" else None
+    if provider:
         options["credential_provider"] = provider
     try:
         from_url: Any = store.from_url  # its overloads name each option of each store
