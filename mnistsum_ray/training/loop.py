@@ -6,6 +6,7 @@ from typing import Final
 
 import ray
 import torch
+import torch.distributed as dist
 from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters
@@ -59,7 +60,9 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> TrainingResult | Non
         loop.train()
         return loop.analyse() if worker.rank == 0 else None
     except (RunError, RequestError) as error:
-        worker.events.send("failure", text=str(error))  # another attempt would fail in the same way
+        # Another attempt would fail in the same way, unless the others were lost: then sums are those of this worker.
+        if worker.world_size == 1 or dist.is_initialized():
+            worker.events.send("failure", text=str(error))
         raise
 
 

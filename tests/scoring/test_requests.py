@@ -30,6 +30,10 @@ def test_a_file_costs_four_requests_and_where_it_is_done_five(
         for each, others, settings in ((4, 18, {}), (5, 14, {}), (5, 24, {"overwrite": True})):
             requests.clear()
             score(model, given.display, output.display, **settings)
-            of_files = [count for path, count in requests.items() if path.startswith(("/bucket/in/", "/bucket/out/predictions/"))]
+            of_files = [
+                count
+                for path, count in requests.items()
+                if path.startswith(("/bucket/counted/in/", "/bucket/counted/out/predictions/"))
+            ]
             assert (len(of_files), sum(of_files) <= each * 20) == (40, True)
             assert sum(requests.values()) - sum(of_files) <= others
