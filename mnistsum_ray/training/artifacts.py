@@ -9,17 +9,23 @@ from typing import Any
 import yaml
 
 from mnistsum_ray.cluster.resources import WorkerPlan
-from mnistsum_ray.errors import RequestError, StorageError
+from mnistsum_ray.data.sources import Source
+from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE
 from mnistsum_ray.reporting.report import REPORT, draw_pictures, report_page, versions
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.training.analysis import TrainingResult
+from mnistsum_ray.training.analysis import FinishedModel
 from mnistsum_ray.training.preflight import TrainingRun
 
 
-def build_manifest(run: TrainingRun, sha256: str, plan: WorkerPlan) -> dict[str, Any]:
-    """The manifest of a starting run: config, versions, workers, and the data with their fingerprint."""
-    source = run.source
+def build_manifest(run: TrainingRun, source: Source, sha256: str, plan: WorkerPlan) -> dict[str, Any]:
+    """The manifest of a starting run: config, versions, workers, and the data with their fingerprint.
+
+    `source` is without its bad rows.
+    """
+    # The stored config of a run that is resumed names the data that `--data auto` found, so only
+    # the first manifest says that it is not full MNIST.
+    notice = source.notice or (run.stored or {}).get("data", {}).get("notice", "")
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -31,7 +37,7 @@ def build_manifest(run: TrainingRun, sha256: str, plan: WorkerPlan) -> dict[str,
         "data": {
             "source": source.name,
             "location": source.location,
-            "notice": source.notice,
+            "notice": notice,
             "sha256": sha256,
             "train_rows": len(source.train),
             "validation_rows": len(source.validation),
@@ -80,19 +86,11 @@ def write_history(folder: Location, history: list[dict[str, Any]]) -> None:
     tensorboard.write_epochs(folder, history)
 
 
-def read_history(folder: Location) -> list[dict[str, Any]]:
-    """The lines of history.jsonl; none where it is missing or damaged."""
-    try:
-        return [json.loads(line) for line in (folder / "history.jsonl").read_bytes().splitlines()]
-    except (StorageError, ValueError):
-        return []
-
-
 def write_report(
     run: TrainingRun,
     manifest: dict[str, Any],
     card: dict[str, Any],
-    result: TrainingResult,
+    finished: FinishedModel,
     say: Callable[[str], None],
 ) -> list[str]:
     """Write pictures, report and TensorBoard's last event file; return the names of the files that MLflow should get."""
@@ -100,15 +98,15 @@ def write_report(
 
     analysis = manifest["error_analysis"]
     wanted = {
-        "history.png": (result.history, card),
+        "history.png": (finished.history, card),
         "confusion.png": (analysis["confusion"],),
-        "mistakes.png": (analysis["mistakes"], result.mistake_images),
+        "mistakes.png": (analysis["mistakes"], finished.mistake_images),
         "reliability.png": (analysis["probabilities"],),
     }
     drawn = draw_pictures(wanted, say)
     for name, data in drawn.items():
         (run.folder / name).write(data)
-    page = report_page(str(run.config.name), manifest, card, result.history, drawn)
+    page = report_page(str(run.config.name), manifest, card, finished.history, drawn)
     (run.folder / REPORT).write(page.encode())
-    tensorboard.write_final(run.folder, result.history[-1]["epoch"], card)
+    tensorboard.write_final(run.folder, finished.history[-1]["epoch"], card)
     return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE))]
