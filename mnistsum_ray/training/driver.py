@@ -1,16 +1,13 @@
 """Driver of a training run: wait for workers, read the rows, run Ray Train, publish the model."""
 
-import shlex
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from statistics import fmean
 from typing import Any, Final
 
 import ray
 import ray.exceptions
 import ray.train
-import torch
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
@@ -20,7 +17,7 @@ from mnistsum_ray.cluster.resources import inspect_cluster, reserve, shortage
 from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.cluster.workarounds import detached_data_actors, make_interruptible
 from mnistsum_ray.data.inputs import report_skipped
-from mnistsum_ray.data.order import NUMBERS, TrainingOrder
+from mnistsum_ray.data.order import TrainingOrder
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
@@ -29,23 +26,22 @@ from mnistsum_ray.errors import (
     counted,
     one_line,
     root_cause,
-    shell_command,
 )
-from mnistsum_ray.model.folder import load_model, write_model
+from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.overrides import default_environment
-from mnistsum_ray.reporting.console import Console, Progress, accuracies
+from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
-from mnistsum_ray.reporting.report import REPORT, epoch_seconds
-from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
+from mnistsum_ray.reporting.results import TrainResult
 from mnistsum_ray.storage.lock import LOCK_NAME, FolderLock, folder_lock
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.analysis import FinishedModel, finish_model
 from mnistsum_ray.training.artifacts import (
     build_manifest,
     check_data,
+    log_to_mlflow,
     write_config,
     write_history,
-    write_report,
+    write_results,
 )
 from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint, next_attempt
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
@@ -283,44 +279,18 @@ class _Driver:
         return finished
 
     def _publish(self, finished: FinishedModel) -> TrainResult:
-        """Write the model, the report and the manifest."""
-        run, manifest, say = self.run, self.manifest.copy(), self.console.say
+        """Write the model, the report and, last, the manifest."""
+        run, say = self.run, self.console.say
         self.lock.check()
         write_config(run, self.plan, self.threads, finished.manifest["precision"])
-        card = finished.description
-        weights = {name: torch.tensor(value) for name, value in finished.weights.items()}
-        write_model(run.folder / "model", weights, card)
-        write_history(run.folder, finished.history)
-        # The first epoch includes one-time work such as loading kernels.
-        steady = finished.history[1:] or finished.history
-        speed = fmean((line["rows_per_second"] for line in steady), (line["seconds"] for line in steady))
-        summary = TrainResult(
-            run=run.folder.display,
-            model=(run.folder / "model").display,
-            parameters=card["parameters"],
-            data=SplitRows.of(manifest["data"]),
-            test=HeldOutMetrics.of(card["test"]),
-            images_per_second=round(speed, 1),
-            seconds=round(time.monotonic() - self.started, 1),
-        )
-        seconds = round(sum(map(epoch_seconds, finished.history)), 1)
-        manifest |= {"status": "finished", "metrics": summary.line(), **finished.manifest, "training_seconds": seconds}
-        files = write_report(run, manifest, card, finished, say)
+        seconds = time.monotonic() - self.started
+        summary, manifest, files = write_results(run, self.manifest, finished, seconds, say)
         self.lock.check()
         with defer_signals():  # a run that is finished is not stopped
             (run.folder / MANIFEST).write(manifest)
             self.manifest = manifest
         if run.config.mlflow:
-            try:
-                from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
-
-                run_id = log_run(manifest, finished.history, card, run.folder, files)
-                say(f"MLflow: run {run_id} at {run.config.mlflow}")
-            except Exception as error:  # from the network to a missing client of the server's storage
-                say(f"--mlflow {run.config.mlflow}: {one_line(error)}; the run is complete, and --resume logs it again")
-        say(f"test: {accuracies(card['test'])} ({counted(card['test']['rows'], 'row')}, all {NUMBERS} numbers)")
-        say(f"report: {(run.folder / REPORT).display}")
-        say(f"score with it: {shell_command('score')} --model {shlex.quote(run.folder.display)} --input PAIRS --output SCORED")
+            log_to_mlflow(run, manifest, finished, files, say)
         return summary
 
 

@@ -56,7 +56,8 @@ class FailureLines(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train in its controller."""
         for rank, error in worker_exceptions.items():
-            text = f"worker {rank} failed: {root_cause(error)} (full text in Ray's logs)"
+            cause = root_cause(error).partition(". ")[0]  # Ray's advice follows
+            text = f"worker {rank} failed: {cause} (full text in Ray's logs)"
             self._events.send("failure", text=text)
 
 
