@@ -238,7 +238,9 @@ class _Driver:
                 f"from epoch {epoch}": epochs_from(epoch, parameters.epochs)
                 for epoch in range(self.epochs_done, parameters.epochs)
             },
-            dataset_config=StepsInOrder(self.data, parameters.distortion, readers=2 if self.plan.use_gpu else 1),
+            dataset_config=StepsInOrder(
+                self.data, parameters.epochs, parameters.distortion, readers=2 if self.plan.use_gpu else 1
+            ),
         )
         if not started_cluster():
             detached_data_actors()
@@ -274,7 +276,8 @@ class _Driver:
         if found is None or found[1].epochs_done < self.run.hyperparameters.epochs:
             raise RunError(f"the checkpoint of the last epoch cannot be used; {self.run.how_to_resume()}")
         need = self.plan.per_worker
-        task = ray.remote(num_cpus=need.get("CPU", 0), num_gpus=need.get("GPU", 0))(finish_model)
+        # "DEFAULT": in a trial of Ray Tune the task would have to fit into the trial's own resources.
+        task = ray.remote(num_cpus=need.get("CPU", 0), num_gpus=need.get("GPU", 0), scheduling_strategy="DEFAULT")(finish_model)
         finished: FinishedModel = ray.get(task.remote(self.run.hyperparameters, self.data, found[0], self.threads, events))
         return finished
 

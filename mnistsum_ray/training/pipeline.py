@@ -176,22 +176,22 @@ class StepsInOrder(DataConfig):
     Ray's own splits would drop up to one row a worker, and promise no order.
     """
 
-    def __init__(self, data: "ray.ObjectRef[TrainingData]", distortion: float, readers: int) -> None:
+    def __init__(self, data: "ray.ObjectRef[TrainingData]", epochs: int, distortion: float, readers: int) -> None:
         super().__init__()
         self._data = data
+        self._epochs = epochs
         self._distortion = distortion
         self._readers = readers
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
         """Iterators by name, for each rank; the datasets are those of `epochs_from`."""
         order = ray.get(self._data).order
-        return [
-            {
-                name: self._steps(tasks(order, [row["epoch"] for row in epochs.take_all()], world_size), rank, world_size)
-                for name, epochs in datasets.items()
-            }
-            for rank in range(world_size)
-        ]
+        iterators: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        for name, epochs_left in datasets.items():
+            epochs = range(self._epochs - epochs_left.count(), self._epochs)
+            for rank, by_name in enumerate(iterators):
+                by_name[name] = self._steps(tasks(order, epochs, world_size), rank, world_size)
+        return iterators
 
     def _steps(self, items: list[dict[str, int]], rank: int, world_size: int) -> ray.data.DataIterator:
         with ray_data_options(preserve_order=True, object_store_bytes=_AHEAD_BYTES):
@@ -210,7 +210,7 @@ class StepsInOrder(DataConfig):
         return rows.iterator()
 
 
-def tasks(order: TrainingOrder, epochs: list[int], world_size: int) -> list[dict[str, int]]:
+def tasks(order: TrainingOrder, epochs: range, world_size: int) -> list[dict[str, int]]:
     """Steps that are read together: an epoch, the first step, and the one after the last."""
     found = []
     rows = _FIRST_TASK_ROWS

@@ -18,7 +18,7 @@ from mnistsum_ray.data.inputs import parts_below, real_path
 from mnistsum_ray.data.sources import Counter, FileGroup, Source, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
 from mnistsum_ray.storage.store import Location, is_hidden
-from mnistsum_ray.storage.uri import locate, output_base_folder, refused
+from mnistsum_ray.storage.uri import locate, locate_existing, output_base_folder, refused
 
 MANIFEST: Final = "manifest.json"
 
@@ -69,6 +69,8 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     storage = locate(config.storage_path, "--storage-path", output_base_folder())
     name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = storage / name
+    if config.init_from:  # before it is compared with the absolute path of a stored run
+        config = config.model_copy(update={"init_from": locate_existing(config.init_from, "--init-from").display})
     stored = None
     with refused("--storage-path"):
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
@@ -85,8 +87,6 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
             raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow)})
-    if config.init_from:
-        config = config.model_copy(update={"init_from": locate(config.init_from, "--init-from").display})
     source = open_source(config.data, counter)
     _check_apart(storage, source)
     recipe = recipe_defaults(config.recipe, small=len(source.train) < SMALL_ROWS)

@@ -111,9 +111,11 @@ def event_queue(console: Console, on_event: Callable[[dict[str, Any]], None]) ->
                     event = queue.get(timeout=_SILENCE_SECONDS)
                 except Empty:
                     event = {"kind": "silence"}
-                except ray.exceptions.RayError:  # the node is too busy to answer, or the queue has ended
+                except Exception as error:  # the node is too busy to answer, or the queue has ended
                     if ended.wait(1.0):
                         return
+                    if not isinstance(error, ray.exceptions.RayError):
+                        raise
                     continue
                 if event is None:
                     return
