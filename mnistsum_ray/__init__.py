@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mnistsum_ray.config import ScoreConfig, TrainConfig
     from mnistsum_ray.data.picture import prepare_picture
     from mnistsum_ray.errors import RequestError, RunError, TryAgainError
-    from mnistsum_ray.predicting import load_model, predict, predict_rows
+    from mnistsum_ray.predicting import load_model, predict, predict_rows, save_model
     from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "predict",
     "predict_rows",
     "prepare_picture",
+    "save_model",
     "score",
 ]
 
@@ -47,6 +48,7 @@ def __getattr__(name: str) -> Any:
     # Imports on first use: torch and Ray take seconds to import, and `--help` needs neither.
     modules = ("errors", "config", "predicting", "api") if name in __all__ else ()
     for module in modules:
-        if hasattr(found := import_module(f"{__name__}.{module}"), name):
+        found = import_module(f"{__name__}.{module}")
+        if hasattr(found, name):
             return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

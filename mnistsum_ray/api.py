@@ -20,8 +20,8 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     Runs on the cluster that this process is connected to, else on the one that `connect` joins or starts; that connection stays
     open. Progress goes to standard error.
 
-    `callbacks` are `ray.train.UserCallback`s, which Ray Train calls in a process of its own. Each report, after an epoch and
-    after fine-tuning, has the metrics `epoch`, `train_loss`, `validation` and `test`. What a callback raises counts as a failure.
+    `callbacks` are `ray.train.UserCallback`s, which Ray Train calls in a process of its own. Each report, after an epoch, has the
+    metrics `epoch`, `train_loss`, `validation` and `test`. What a callback raises counts as a failure.
 
     Raises:
         RequestError: the request is invalid; the message names the flag, which is the field, and says what to do.

@@ -64,12 +64,10 @@ class TrainConfig(JobConfig):
     data: str = "auto"
     """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist (never the sample), or a
     folder or URI of IDX files or Parquet"""
-    shuffle_rows: int = Field(default=1_000_000, ge=1, le=10**9)
-    """training rows that are shuffled together, 0.8 KB each in memory; Parquet with more rows in all is streamed and shuffled in
-    windows of so many rows"""
     skip_bad_rows: bool = False
-    """train without the rows that cannot be used, and count them in manifest and report; Parquet that is streamed is read once
-    before, to find them"""
+    """train without the rows that cannot be used, and count them in manifest and report"""
+    init_from: str | None = None
+    """run or model folder (or URI) whose weights the training begins with [new weights]"""
     recipe: RecipeName = "short"
     """quick: as accurate as the original, in less time; long: more epochs, with dropout and stronger distortion, for higher
     accuracy"""
@@ -97,7 +95,7 @@ class TrainConfig(JobConfig):
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of a worker, which decide the last bits of the weights [all CPUs of its share of the smallest node]"""
     max_failures: int = Field(default=3, ge=0, le=1000)
-    """failures to recover from, of workers and nodes, with no new checkpoint in between"""
+    """failures of workers and nodes to recover from in the whole run; nodes that announce their end do not count"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
     """seconds to wait for an autoscaling or busy cluster before giving up"""
     storage_path: str = "runs"
@@ -149,7 +147,6 @@ class Hyperparameters:
 
     epochs: int
     batch_size: int
-    shuffle_rows: int
     learning_rate: float
     weight_decay: float
     distortion: float

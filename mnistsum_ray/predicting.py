@@ -24,7 +24,7 @@ from mnistsum_ray.data.parquet import plain_table
 from mnistsum_ray.data.picture import Picture, prepare_picture
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
-from mnistsum_ray.storage.uri import locate_existing
+from mnistsum_ray.storage.uri import empty_output, locate_existing, refused
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from mnistsum_ray.model.network import Network
@@ -46,6 +46,20 @@ def load_model(model: str | Path) -> "Network":
     from mnistsum_ray.model.folder import load_model as load_folder
 
     return load_folder(locate_existing(str(model), "model"))[0]
+
+
+def save_model(model: "Network", folder: str | Path) -> None:
+    """Write a network as a model folder, which `load_model`, scoring and `--init-from` take.
+
+    Raises:
+        RequestError: the folder cannot be written, or is not empty.
+    """
+    from mnistsum_ray.model.folder import copy_weights, describe_model, write_model
+
+    place = empty_output(str(folder))
+    weights = copy_weights(model)
+    with refused("--output"):
+        write_model(place, weights, describe_model(weights, epoch=0, metrics={}, background=model.background))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mnistsum_ray.data.sources import SAMPLE
-from mnistsum_ray.model.folder import copy_weights, describe_model, load_model, save_model
+from mnistsum_ray.model import folder as model_folder
+from mnistsum_ray.model.folder import copy_weights, describe_model, load_model
 from mnistsum_ray.model.network import make_network, prepare_images
 from mnistsum_ray.storage.uri import locate
 
@@ -89,7 +90,7 @@ def write_model(folder: Path, seed: int) -> Path:
     accuracies = dict.fromkeys(("loss", "digit_accuracy", "sum_accuracy"), 0.0)
     metrics = {split: {"rows": 500} | accuracies for split in ("validation", "test")}
     description = describe_model(weights, epoch=1, metrics=metrics)
-    save_model(locate(str(folder), "--model"), weights, description)
+    model_folder.write_model(locate(str(folder), "--model"), weights, description)
     return folder
 
 

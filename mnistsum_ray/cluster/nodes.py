@@ -1,6 +1,6 @@
-"""Nodes of the cluster: run something on one, find lost ones, compare the paths that they see."""
+"""Nodes of the cluster: run something on one, and compare the paths that they see."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,7 +8,6 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnistsum_ray.cluster.connection import can_connect
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.store import Location
 
@@ -38,20 +37,6 @@ def usable_nodes() -> list[dict[str, Any]]:
     """Ray's entry of each living node that has CPUs or GPUs."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     return [node for node in alive if {"CPU", "GPU"} & node["Resources"].keys()]
-
-
-def lost_nodes(drained: Collection[str] = ()) -> dict[str, str]:
-    """Address by id of each node that the cluster has lost, or is about to lose.
-
-    Ray itself notices a loss after the workers on other nodes have failed.
-    """
-    lost = {}
-    for node in ray.nodes():
-        address = node["NodeManagerAddress"]
-        gone = not node["Alive"] or node["NodeID"] in drained
-        if gone or not can_connect(address, node["NodeManagerPort"]):
-            lost[node["NodeID"]] = address
-    return lost
 
 
 def check_shared_storage(files: Mapping[str, Location], say: Callable[[str], None]) -> None:

@@ -179,7 +179,6 @@ def wait_until_free(plan: WorkerPlan, seconds: float, say: Callable[[str], None]
     A placement group asks for them, which also makes an autoscaler add nodes. After these seconds
     it is a TryAgainError.
     """
-    need = ("" if plan.needed == 1 else f"{plan.needed} times ") + _format(plan.per_worker)
     seconds = max(seconds, _GRACE_SECONDS)
     started = time.monotonic()
     next_report = _GRACE_SECONDS
@@ -188,18 +187,26 @@ def wait_until_free(plan: WorkerPlan, seconds: float, say: Callable[[str], None]
         while not group.wait(0.5):  # short, since no signal interrupts it
             waited = time.monotonic() - started
             if waited >= seconds:
-                raise TryAgainError(
-                    f"needs {need}, but after {waited:.0f} s only {_free()} are free "
-                    f"({inspect_cluster()}): other jobs hold the rest, or the cluster has not "
-                    "grown, and `ray status` tells why; ask for fewer --num-workers or give more "
-                    "--wait-seconds"
-                )
+                raise TryAgainError(shortage(plan, waited))
             if waited >= next_report:
                 next_report += _REPORT_SECONDS
                 left = f"giving up in {seconds - waited:.0f} s; `ray status` tells why"
-                say(f"waiting for {need}; free now: {_free()} ({inspect_cluster()}); {left}")
+                say(f"waiting for {_needed(plan)}; free now: {_free()} ({inspect_cluster()}); {left}")
     finally:
         remove_placement_group(group)
+
+
+def shortage(plan: WorkerPlan, waited: float) -> str:
+    """Message that the workers could not be had after so many seconds: what is there and what is missing."""
+    return (
+        f"needs {_needed(plan)}, but after {waited:.0f} s only {_free()} are free ({inspect_cluster()}): other "
+        "jobs hold the rest, or the cluster has not grown, and `ray status` tells why; ask for fewer "
+        "--num-workers or give more --wait-seconds"
+    )
+
+
+def _needed(plan: WorkerPlan) -> str:
+    return ("" if plan.needed == 1 else f"{plan.needed} times ") + _format(plan.per_worker)
 
 
 def _ask_for_cuda(request: WorkerRequest, say: Callable[[str], None]) -> Gpu | None:

@@ -23,6 +23,8 @@ _DATA_ACTORS: Final = {
 }
 """Functions that create detached actors, by their modules in `ray.data._internal`."""
 
+_ABORT_SECONDS: Final = 3.0
+
 _FIRST_PAUSE_SECONDS: Final = 0.001
 _LONGEST_PAUSE_SECONDS: Final = 0.05
 
@@ -58,6 +60,22 @@ def in_order(dataset: Any) -> Any:
         dataset = dataset.copy(dataset, _deep_copy=True)
     dataset.context.execution_options.preserve_order = True
     return dataset
+
+
+def make_interruptible(trainer: Any) -> Callable[[], None]:
+    """Leave SIGINT to this process during `trainer.fit()`; return a function that ends its workers.
+
+    Ray Train's own handler for SIGINT stays for good, and ends the process with exit code 0.
+    """
+    controllers: list[Any] = []
+    trainer._register_sigint_handler = controllers.append
+
+    def abort() -> None:
+        for controller in controllers:
+            with suppress(Exception):  # workers that do not end now end with this process
+                ray.get(controller.abort.remote(), timeout=_ABORT_SECONDS)
+
+    return abort
 
 
 class PatientExecution:

@@ -209,14 +209,14 @@ def _check_apart(values: list[_Value], output: Location) -> None:
         return
     where = f"--output {output.display}"
     for value in values:
-        inside = parts_below(_real_path(output), _real_path(value.place))
+        inside = parts_below(real_path(output), real_path(value.place))
         if inside is not None and (not value.is_glob or matches(inside, value.pattern, below=True)):
             reason = f"lies in the input {value.text} and would be scored next time"
             raise RequestError(f"{where}: {reason}; put it elsewhere")
-        if parts_below(_real_path(value.place), _real_path(output)) is not None:
+        if parts_below(real_path(value.place), real_path(output)) is not None:
             raise RequestError(f"{where}: holds the input {value.text}; put it elsewhere")
 
 
-def _real_path(place: Location) -> str:
+def real_path(place: Location) -> str:
     """The path without links: two ways to a folder may differ in them."""
     return os.path.realpath(place.path) if place.is_local else place.path

@@ -179,10 +179,10 @@ def read_rows(parquet: pq.ParquetFile, rows: npt.NDArray[np.int64], columns: lis
             raise UnusableFileError("has fewer rows in a row group than its footer says; write it again")
 
 
-def to_parquet(table: pa.Table) -> pa.Buffer:
+def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
     """A Parquet file of the table."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, row_group_size)
     return sink.getvalue()
 
 

@@ -1,50 +1,64 @@
 """Data sources: MNIST's IDX files, Parquet files or the bundled sample, and the rows of each split.
 
-IDX files and the sample are read whole; of Parquet files only the footers are.
+IDX files and the sample are read at once. Of Parquet files only the footers are; `FileGroup.blocks`
+reads and decodes the rows of some.
 """
 
-import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from mnistsum_ray.data.idx import IDX_FILES, download_mnist, find_idx, read_idx
-from mnistsum_ray.data.images import SIDE, Pixels, ReasonCounts, decode_labelled, image_type_error, number_type_error, one_chunk
+from mnistsum_ray.data.images import (
+    Pixels,
+    ReasonCounts,
+    decode_labelled,
+    image_type_error,
+    number_type_error,
+    one_chunk,
+)
 from mnistsum_ray.data.inputs import list_inputs
-from mnistsum_ray.data.order import RowIds, RowRanges
-from mnistsum_ray.data.parquet import column_error, open_parquet, plain_table, read_footer, read_rows, read_table
-from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, counted, one_line
+from mnistsum_ray.data.order import BLOCK_ROWS, RowIds, hold_out
+from mnistsum_ray.data.parquet import (
+    column_error,
+    open_parquet,
+    plain_table,
+    read_footer,
+    read_rows,
+    read_table,
+)
+from mnistsum_ray.errors import (
+    RequestError,
+    RunError,
+    StorageError,
+    UnusableFileError,
+    counted,
+    one_line,
+)
 from mnistsum_ray.storage.store import Entry, Location
 from mnistsum_ray.storage.uri import locate, locate_existing
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 
-TRAINING_FILE_SCHEMA: Final = pa.schema(
-    {
-        "name": pa.string(),  # relative to the folder that was listed
-        "size": pa.int64(),  # bytes
-        "e_tag": pa.string(),
-        "footer_sha256": pa.string(),
-        "rows": pa.int64(),
-        "group_rows": pa.list_(pa.int64()),  # rows of each row group
-        "digit_column": pa.string(),
-    }
-)
-"""One row per file, in the order of the row ids."""
-
 _DIGIT_COLUMNS: Final = ("digit", "label")
 
-_SPLITS: Final = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
-    ("validation", "valid", "val"), "validation"
-)
+_SPLITS: Final = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+    "testing": "test",
+}
 """Words in the names of files and folders, in upper or lower case, that name the split of their rows."""
 
 _MIN_TRAIN_ROWS: Final = 10
@@ -55,110 +69,89 @@ _THREADS: Final = 32
 
 Digits = npt.NDArray[np.int8]
 
+BadRows = dict[int, tuple[str, int, str]]
+"""Index of a row that cannot be used -> its file, its index there, and the reason."""
+
 
 @dataclass(frozen=True)
-class ImageArrays:
-    """Images with digits in memory; row id i is index i."""
+class Block:
+    """At most BLOCK_ROWS decoded rows: images uint8[n, 28, 28] and digits int8[n], zeros in bad rows."""
 
     images: Pixels
     digits: Digits
-
-    @property
-    def group_bounds(self) -> RowIds:
-        """All rows are one group."""
-        return np.array([0, len(self.images)])
-
-    def fetch(self, ids: RowIds) -> tuple[Pixels, Digits]:
-        """Rows int64[n] in any order as uint8[n, 28, 28] and int8[n]."""
-        return self.images[ids], self.digits[ids]
-
-    def content(self) -> Iterable[Any]:
-        """Pixels and digits, as buffers."""
-        return np.ascontiguousarray(self.images), np.ascontiguousarray(self.digits)
+    bad: BadRows
 
 
 @dataclass(frozen=True)
-class ParquetFiles:
-    """Parquet files with images and digits below one folder."""
+class LabelledFile:
+    """A Parquet file with images and digits, as its footer describes it."""
+
+    name: str
+    """Relative to the folder that was listed."""
+    entry: Entry
+    rows: int
+    digit_column: str
+
+
+@dataclass(frozen=True)
+class MemoryGroup:
+    """Rows in memory that become one block."""
+
+    block: Block
+
+    @property
+    def rows(self) -> int:
+        return len(self.block.digits)
+
+    def blocks(self) -> Iterator[Block]:
+        yield self.block
+
+
+@dataclass(frozen=True)
+class FileGroup:
+    """One Parquet file, or several that together have the rows of one block at most."""
 
     root: Location
-    table: pa.Table
-    """TRAINING_FILE_SCHEMA."""
+    files: tuple[LabelledFile, ...]
 
-    @cached_property
-    def group_bounds(self) -> RowIds:
-        """int64[n + 1]: of the n row groups that have rows, group i holds the ids bounds[i]..bounds[i + 1]-1."""
-        rows = self.table["group_rows"].combine_chunks().flatten().to_numpy().astype(np.int64)
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[rows > 0])])
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
 
-    @cached_property
-    def end_ids(self) -> RowIds:
-        """Row id after the last row of each file."""
-        return np.cumsum(self.table["rows"].to_numpy())
-
-    def location(self, index: int) -> Location:
-        """The file with this index in `table`."""
-        name: str = self.table["name"][index].as_py()
-        return self.root / name
-
-    def fetch(self, ids: RowIds) -> tuple[Pixels, Digits]:
-        """Read and decode rows int64[n], distinct and in any order, as uint8[n, 28, 28] and int8[n].
+    def blocks(self) -> Iterator[Block]:
+        """Read and decode the rows, in their order.
 
         Raises:
-            RequestError: a file has changed, or rows are not images with digits; counts them, and names the first.
+            RequestError: a file has changed, or cannot be read.
             StorageError: the storage does not give a file.
         """
-        images, digits, bad = self.decode(ids)
-        if bad:
-            raise _bad_rows_error(self.root.display, self.count_bad(bad), len(ids), "; others may follow")
-        return images, digits
-
-    def decode(self, ids: RowIds) -> tuple[Pixels, Digits, dict[int, str]]:
-        """As `fetch`, with zeros in place of what cannot be used; and row id -> reason of each bad row, ascending."""
-        images, digits = np.empty((len(ids), SIDE, SIDE), np.uint8), np.empty(len(ids), np.int8)
-        bad: dict[int, str] = {}
-        order = np.argsort(ids)
-        files, starts = np.unique(np.searchsorted(self.end_ids, ids[order], side="right"), return_index=True)
-        for index, places in zip(files.tolist(), np.split(order, starts[1:]), strict=False):
-            images[places], digits[places], reasons = self._read(index, ids[places])
-            bad |= {int(ids[places[row]]): reason for row, reason in reasons.items()}
-        return images, digits, bad
-
-    def _read(self, index: int, ids: RowIds) -> tuple[Pixels, Digits, dict[int, str]]:
-        """Rows of one file, in ascending order, as of `decode_labelled`."""
-        file = self.location(index)
-        known = self.table.slice(index, 1).to_pylist()[0]
-        rows = ids - (self.end_ids[index] - known["rows"])
-        try:
-            with open_parquet(file, Entry(file.path, known["size"], known["e_tag"])) as parquet:
-                table = plain_table(pa.Table.from_batches(read_rows(parquet, rows, ["image", known["digit_column"]])))
-                return decode_labelled(one_chunk(table["image"]), one_chunk(table[known["digit_column"]]))
-        except UnusableFileError as error:
-            raise RequestError(f"{file.display}: {error}") from None
-
-    def count_bad(self, bad: dict[int, str]) -> ReasonCounts:
-        """Count bad rows, row id -> reason, ascending, with the names of their files."""
-        files = np.searchsorted(self.end_ids, [*bad], side="right")
-        rows = np.array([*bad], np.int64) - (self.end_ids - self.table["rows"].to_numpy())[files]
-        places = zip(self.table["name"].take(pa.array(files)).to_pylist(), rows.tolist(), strict=True)
-        return ReasonCounts.of(dict(zip(places, bad.values(), strict=True)))
-
-    def content(self) -> Iterable[Any]:
-        """Names, sizes and footers of the files, as bytes: their rows are not read."""
-        return (f"{row}\n".encode() for row in self.table.select(["name", "size", "footer_sha256"]).to_pylist())
+        waiting: list[Block] = []
+        for file in self.files:
+            location = self.root / file.name
+            try:
+                for block in _decoded(location, file):
+                    waiting.append(block)
+                    if sum(len(part.digits) for part in waiting) == BLOCK_ROWS:
+                        yield _joined(waiting)
+                        waiting = []
+            except UnusableFileError as error:
+                raise RequestError(f"{location.display}: {error}") from None
+        if waiting:
+            yield _joined(waiting)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images with digits. Row ids count from 0 in the order of the images or files; each is in one split."""
+    """Images with digits. Row ids count from 0 in the order of the groups; each is in one split."""
 
     name: str
     """sample, mnist or parquet."""
     location: str
-    data: ImageArrays | ParquetFiles
-    train: RowRanges
-    validation: RowRanges
-    test: RowRanges
+    groups: list[MemoryGroup | FileGroup]
+    train: RowIds
+    validation: RowIds
+    test: RowIds
+    """Row ids of each split, ascending: int64[n]."""
     notice: str = ""
     """Message for the console about the choice of source."""
     skipped: list[str] = field(default_factory=list)
@@ -167,58 +160,40 @@ class Source:
     """Rows that are in no split, since they cannot be used."""
 
     @property
-    def files(self) -> ParquetFiles | None:
-        """None for a source in memory."""
-        return self.data if isinstance(self.data, ParquetFiles) else None
-
-    @property
     def rows(self) -> int:
         """Rows of the data, bad ones included."""
-        return int(self.data.group_bounds[-1])
+        return sum(group.rows for group in self.groups)
 
-    @property
-    def splits(self) -> tuple[RowRanges, RowRanges, RowRanges]:
-        """Training, validation and test rows."""
-        return self.train, self.validation, self.test
-
-    def without(self, ids: RowIds, bad: ReasonCounts, *, skip: bool) -> "Source":
-        """The source without the bad rows of these ids, int64[n] in ascending order. Other rows stay in their splits.
+    def without(self, bad: BadRows, *, skip: bool) -> "Source":
+        """The source without bad rows, by their ids. Other rows stay in their splits.
 
         Raises:
-            RequestError: there are bad rows, and they are not to be skipped; or too few others are left.
+            RequestError: there are bad rows, and they are not to be skipped; or too few others are
+                left. It counts them, and names the first.
         """
-        if bad.total and not skip:
-            raise _bad_rows_error(f"--data {self.location}", bad, self.rows)
-        train, validation, test = (split.without(ids) for split in self.splits)
+        if not bad:
+            return self
+        counts = ReasonCounts.of({(file, row): reason for file, row, reason in bad.values()})
+        if not skip:
+            raise RequestError(
+                f"--data {self.location}: {len(bad):,} of {counted(self.rows, 'row')} cannot be used: "
+                f"{counts.describe()}; a new run with --skip-bad-rows trains without them"
+            )
+        ids = np.array([*bad], np.int64)
+        splits = [np.setdiff1d(split, ids, assume_unique=True) for split in (self.train, self.validation, self.test)]
+        train, validation, test = splits
         if len(train) < _MIN_TRAIN_ROWS or not len(validation) or not len(test):
             left = f"{len(train):,} training, {len(validation):,} validation and {len(test):,} test rows"
-            raise RequestError(f"--data {self.location}: without {bad.total:,} bad rows only {left} are left: {bad.describe()}")
-        return replace(self, train=train, validation=validation, test=test, bad=bad)
-
-    def fingerprint(self, data: "ImageArrays | ParquetFiles") -> str:
-        """SHA-256 of the `content` of the data, as the workers get them, and of the splits."""
-        digest = hashlib.sha256()
-        for part in data.content():
-            digest.update(part)
-        for split in self.splits:
-            digest.update(f"{len(split)} rows".encode() + split.starts.tobytes() + split.ends.tobytes())
-        return digest.hexdigest()
+            raise RequestError(f"--data {self.location}: without {len(bad):,} bad rows only {left} are left: {counts.describe()}")
+        return replace(self, train=train, validation=validation, test=test, bad=counts)
 
 
 Counter = Callable[[str, int], Callable[[int], None]]
 """Begins to count towards a number of items that a text names; what it returns gets the number of items since its last call."""
 
 
-def _bad_rows_error(where: str, bad: ReasonCounts, rows: int, then: str = "") -> RequestError:
-    """The error that some of so many rows cannot be used; `then` follows their number."""
-    text = f"{where}: {bad.total:,} of {counted(rows, 'row')} cannot be used{then}: {bad.describe()}"
-    return RequestError(f"{text}; a new run with --skip-bad-rows trains without them")
-
-
-def open_source(data: str, counter: Counter = lambda *_: lambda _: None, *, skip_bad_rows: bool = False) -> Source:
+def open_source(data: str, counter: Counter = lambda *_: lambda _: None) -> Source:
     """Open the data source that `--data` names; `counter` counts the footers that have been read.
-
-    Bad rows of IDX files are left out with `skip_bad_rows`. Rows of Parquet are not read.
 
     Raises:
         RequestError: it is missing, cannot be used, or has no images with digits; names the file.
@@ -227,12 +202,12 @@ def open_source(data: str, counter: Counter = lambda *_: lambda _: None, *, skip
     if data == "sample":
         return _sample()
     if data in ("auto", "mnist"):
-        return _full_mnist(fall_back=data == "auto", skip_bad_rows=skip_bad_rows)
+        return _full_mnist(fall_back=data == "auto")
     place = locate_existing(data, "--data")
     try:
         with place.answers("listed"):
             folder = find_idx(Path(place.path)) if place.is_local else None
-        return _idx(folder, skip_bad_rows=skip_bad_rows) if folder else _parquet(data, place, counter)
+        return _idx(folder) if folder else _parquet(data, place, counter)
     except StorageError as error:
         raise RunError(f"--data {error}; nothing was begun") from None
 
@@ -240,15 +215,15 @@ def open_source(data: str, counter: Counter = lambda *_: lambda _: None, *, skip
 def _sample() -> Source:
     table = read_table(locate(str(SAMPLE), "--data"))
     images, digits, _ = decode_labelled(one_chunk(table["image"]), one_chunk(table["digit"]))
-    return _with_splits("sample", str(SAMPLE), ImageArrays(images, digits), {"": RowRanges.of([0], [len(images)])})
+    return _with_splits("sample", str(SAMPLE), _in_memory(images, digits, {}), {"": np.arange(len(images))})
 
 
-def _full_mnist(*, fall_back: bool, skip_bad_rows: bool) -> Source:
+def _full_mnist(*, fall_back: bool) -> Source:
     """MNIST from ./data, from the cache in the home folder, or downloaded into it; with `fall_back` else the sample."""
     cache = Path.home() / ".cache" / "mnistsum_ray"
     folder = find_idx(Path("data").resolve()) or find_idx(cache)
     try:
-        return _idx(folder or download_mnist(cache), skip_bad_rows=skip_bad_rows)
+        return _idx(folder or download_mnist(cache))
     except (OSError, RuntimeError) as error:
         missing = f"not in ./data or {cache}, and it cannot be downloaded ({one_line(error)})"
     if not fall_back:
@@ -258,13 +233,23 @@ def _full_mnist(*, fall_back: bool, skip_bad_rows: bool) -> Source:
     return replace(sample, notice=f"NOT the full MNIST: it is {missing}. {rest}")
 
 
-def _idx(folder: Path, *, skip_bad_rows: bool) -> Source:
-    images, digits, bad, test_rows = read_idx(folder)
+def _idx(folder: Path) -> Source:
+    images, digits, reasons, test_rows = read_idx(folder)
     end = len(images) - test_rows
-    ranges = {"train": RowRanges.of([0], [end]), "test": RowRanges.of([end], [len(images)])}
-    places = {(IDX_FILES[1], row) if row < end else (IDX_FILES[3], row - end): reason for row, reason in bad.items()}
-    source = _with_splits("mnist", str(folder), ImageArrays(images, digits), ranges)
-    return source.without(np.array([*bad], np.int64), ReasonCounts.of(places), skip=skip_bad_rows)
+    bad = {}
+    for row, reason in reasons.items():
+        bad[row] = (IDX_FILES[1], row, reason) if row < end else (IDX_FILES[3], row - end, reason)
+    ids = {"train": np.arange(end), "test": np.arange(end, len(images))}
+    return _with_splits("mnist", str(folder), _in_memory(images, digits, bad), ids)
+
+
+def _in_memory(images: Pixels, digits: Digits, bad: BadRows) -> list[MemoryGroup | FileGroup]:
+    groups: list[MemoryGroup | FileGroup] = []
+    for start in range(0, len(images), BLOCK_ROWS):
+        rows = range(start, min(start + BLOCK_ROWS, len(images)))
+        of_block = {row - start: place for row, place in bad.items() if row in rows}
+        groups.append(MemoryGroup(Block(images[start : rows.stop], digits[start : rows.stop], of_block)))
+    return groups
 
 
 def _parquet(data: str, place: Location, counter: Counter) -> Source:
@@ -274,24 +259,35 @@ def _parquet(data: str, place: Location, counter: Counter) -> Source:
     if found.unusable:
         name, reason = next(iter(found.unusable.items()))
         raise RequestError(f"--data {(root / name).display}: {reason}")
-    count, rows = counter("footers read", len(found.files)), []
+    count = counter("footers read", len(found.files))
+    files = []
     # A local disk answers at once, and threads slow it down.
     with ThreadPoolExecutor(1 if root.is_local else _THREADS) as pool:
-        for row in pool.map(partial(_describe, root), found.files.items()):
-            rows.append(row)
+        for file in pool.map(partial(_describe, root), found.files.items()):
+            files.append(file)
             count(1)
-    files = ParquetFiles(root, pa.Table.from_pylist(rows, TRAINING_FILE_SCHEMA))
-    splits = np.array([_split_of_name(name) for name in found.files])
-    names = set(splits.tolist())
-    if "" in names and len(names) > 1:
+    names = np.array([_split_of_name(name) for name in found.files])
+    if "" in names and len(set(names)) > 1:
         raise RequestError(f"--data {place.display}: some files are named train or test and some are not; rename them")
-    starts = files.end_ids - files.table["rows"].to_numpy()
-    ranges = {name: RowRanges.of(starts[splits == name], files.end_ids[splits == name]) for name in names}
-    return replace(_with_splits("parquet", place.display, files, ranges), skipped=found.skipped)
+    split_of_row = np.repeat(names, [file.rows for file in files])
+    ids = {str(name): np.flatnonzero(split_of_row == name) for name in set(names)}
+    return replace(_with_splits("parquet", place.display, _grouped(root, files), ids), skipped=found.skipped)
 
 
-def _describe(root: Location, listed: tuple[str, Entry]) -> dict[str, Any]:
-    """The TRAINING_FILE_SCHEMA row of an input file."""
+def _grouped(root: Location, files: list[LabelledFile]) -> list[MemoryGroup | FileGroup]:
+    """Small files that follow each other share a block, up to its rows."""
+    groups: list[MemoryGroup | FileGroup] = []
+    waiting: list[LabelledFile] = []
+    for file in files:
+        if waiting and sum(small.rows for small in waiting) + file.rows > BLOCK_ROWS:
+            groups.append(FileGroup(root, tuple(waiting)))
+            waiting = []
+        waiting.append(file)
+    return [*groups, FileGroup(root, tuple(waiting))]
+
+
+def _describe(root: Location, listed: tuple[str, Entry]) -> LabelledFile:
+    """An input file, by its footer."""
     name, entry = listed
     file = root / name
     try:
@@ -305,8 +301,47 @@ def _describe(root: Location, listed: tuple[str, Entry]) -> dict[str, Any]:
     wrong = column_error(footer.schema, "image", image_type_error) or column_error(footer.schema, digit, number_type_error)
     if wrong:
         raise RequestError(f"{file.display}: {wrong}")
-    rows = {"rows": sum(footer.group_rows), "group_rows": footer.group_rows}
-    return {"name": name, "size": entry.size, "e_tag": entry.e_tag, "footer_sha256": footer.sha256, "digit_column": digit} | rows
+    return LabelledFile(name, entry, sum(footer.group_rows), digit)
+
+
+def _decoded(location: Location, file: LabelledFile) -> Iterator[Block]:
+    """The rows of a file, BLOCK_ROWS at a time; errors as of `open_parquet`."""
+    columns = ["image", file.digit_column]
+    first = 0
+    with open_parquet(location, file.entry) as parquet:
+        batches = read_rows(parquet, np.arange(file.rows), columns)
+        for table in _of_block_rows(batches):
+            plain = plain_table(table)
+            images, digits, reasons = decode_labelled(*(one_chunk(plain[column]) for column in columns))
+            bad = {row: (file.name, first + row, reason) for row, reason in reasons.items()}
+            yield Block(images, digits, bad)
+            first += len(digits)
+
+
+def _of_block_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Tables of BLOCK_ROWS rows, the last of fewer: row groups may have any number."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(part.num_rows for part in waiting) >= BLOCK_ROWS:
+            table = pa.Table.from_batches(waiting)
+            yield table.slice(0, BLOCK_ROWS)
+            waiting = table.slice(BLOCK_ROWS).to_batches()
+    if waiting:
+        yield pa.Table.from_batches(waiting)
+
+
+def _joined(blocks: list[Block]) -> Block:
+    """Blocks that follow each other as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    bad: BadRows = {}
+    first = 0
+    for block in blocks:
+        bad |= {first + row: place for row, place in block.bad.items()}
+        first += len(block.digits)
+    images = np.concatenate([block.images for block in blocks])
+    return Block(images, np.concatenate([block.digits for block in blocks]), bad)
 
 
 def _split_of_name(file: str) -> str:
@@ -318,17 +353,17 @@ def _split_of_name(file: str) -> str:
     return ""
 
 
-def _with_splits(name: str, location: str, data: ImageArrays | ParquetFiles, rows: dict[str, RowRanges]) -> Source:
+def _with_splits(name: str, location: str, groups: list[MemoryGroup | FileGroup], ids: dict[str, RowIds]) -> Source:
     """A source whose rows belong to these splits; "" is none. A missing one is held out of the training rows."""
-    train, validation, test = rows.get("train", rows.get("")), rows.get("validation"), rows.get("test")
-    if train is None or len(train) < _MIN_TRAIN_ROWS:
-        count = 0 if train is None else len(train)
-        raise RequestError(f"--data {location}: has {count} training rows; at least {_MIN_TRAIN_ROWS} are needed")
+    train = ids.get("train", ids.get("", np.empty(0, np.int64)))
+    if len(train) < _MIN_TRAIN_ROWS:
+        raise RequestError(f"--data {location}: has {len(train)} training rows; at least {_MIN_TRAIN_ROWS} are needed")
     count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
+    test, validation = ids.get("test"), ids.get("validation")
     if test is None:
-        train, test = train.hold_out(count, data.group_bounds)
+        train, test = hold_out(train, count)
     if validation is None:
-        train, validation = train.hold_out(count, data.group_bounds)
+        train, validation = hold_out(train, count)
     if not len(validation) or not len(test):
         raise RequestError(f"--data {location}: its validation or test files have no rows")
-    return Source(name, location, data, train, validation, test)
+    return Source(name, location, groups, train, validation, test)

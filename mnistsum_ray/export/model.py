@@ -82,7 +82,8 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     say("exporting")
     data = export_onnx(model, card)
     source = open_source("sample")  # its test images, each with every number
-    images = source.data.fetch(source.test.ids())[0].repeat(NUMBERS, axis=0)
+    block = next(source.groups[0].blocks())  # all of it
+    images = block.images[source.test].repeat(NUMBERS, axis=0)
     numbers = np.arange(len(images)) % NUMBERS
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     found = session.run(OUTPUTS, {"image": images, "number": numbers})

@@ -1,15 +1,16 @@
 """Export example input for scoring: images of a split of MNIST, each paired with a number, as Parquet files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.images import IMAGE_TYPE, pixels_array
-from mnistsum_ray.data.order import NUMBERS, RowRanges, integer_type, random_numbers
+from mnistsum_ray.data.order import BLOCK_ROWS, NUMBERS, RowIds, integer_type, random_numbers
+from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RunError, RunInterrupted, StorageError
 from mnistsum_ray.storage.store import Location
@@ -17,8 +18,6 @@ from mnistsum_ray.storage.uri import empty_output, refused
 
 SCHEMA: Final = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": integer_type(NUMBERS), "digit": pa.int8()})
 """`row_id` is the position of the image in its source; `digit` is the true digit, for measuring accuracy."""
-
-_ROW_GROUP_ROWS: Final = 8192
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
@@ -33,11 +32,17 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         source = open_source(config.data)
         if source.notice:
             say(source.notice)
-        split = getattr(source, config.split)
+        pairs = _pairs(source, getattr(source, config.split), config.seed)
+        waiting = SCHEMA.empty_table()
         for index in range(config.files):
             start, end = config.rows * index // config.files, config.rows * (index + 1) // config.files
-            data = _parquet_file(source, split, config.seed, start, end)
+            tables = [waiting]
+            while sum(table.num_rows for table in tables) < end - start:
+                tables.append(next(pairs))
+            table = pa.concat_tables(tables)
+            waiting = table.slice(end - start)
             with refused("--output"):
+                data = to_parquet(table.slice(0, end - start), row_group_size=BLOCK_ROWS)
                 (output / f"part-{index:05d}.parquet").write(data)
             say(f"rows written: {end:,} of {config.rows:,}")
     except StorageError as error:
@@ -47,16 +52,21 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
     return output, source
 
 
-def _parquet_file(source: Source, split: RowRanges, seed: int, row: int, end: int) -> pa.Buffer:
-    """A Parquet file of rows of the endlessly repeated split; each round has other numbers."""
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, SCHEMA) as writer:
-        while row < end:
-            rounds, place = divmod(row, len(split))
-            count = min(_ROW_GROUP_ROWS, len(split) - place, end - row)
-            ids = split.at(np.arange(place, place + count))
-            images, digits = source.data.fetch(ids)
-            columns = [ids, pixels_array(images), random_numbers(seed, rounds, ids), digits]
-            writer.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=SCHEMA))
-            row += count
-    return sink.getvalue()
+def _pairs(source: Source, split: RowIds, seed: int) -> Iterator[pa.Table]:
+    """The rows of a split, again and again; each round has other numbers."""
+    for rounds in count():
+        first = 0
+        for group in source.groups:
+            end = first + group.rows
+            # No file is read for other splits.
+            blocks = group.blocks() if np.any((split >= first) & (split < end)) else ()
+            for block in blocks:
+                bad = {first + row: place for row, place in block.bad.items()}
+                source.without(bad, skip=False)  # refuses them
+                ids = split[(split >= first) & (split < first + len(block.digits))]
+                digits = block.digits[ids - first]
+                images = pixels_array(block.images[ids - first])
+                columns = [ids, images, random_numbers(seed, rounds, ids), digits]
+                yield pa.Table.from_arrays([pa.array(column) for column in columns], schema=SCHEMA)
+                first += len(block.digits)
+            first = end

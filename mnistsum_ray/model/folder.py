@@ -67,7 +67,7 @@ def describe_model(
     }
 
 
-def save_model(folder: Location, weights: Weights, description: dict[str, Any]) -> None:
+def write_model(folder: Location, weights: Weights, description: dict[str, Any]) -> None:
     """Write a model folder. The weights come last, and while they are not there, there is no model."""
     header = {HEADER_KEY: json.dumps(description, allow_nan=False)}
     (folder / DESCRIPTION_FILE).write(description)
@@ -128,15 +128,13 @@ def _is_finite(network: Network) -> bool:
 
 
 def read_description(data: bytes) -> dict[str, Any]:
-    """The description in the header of a `model.safetensors`: JSON, after its length in eight bytes.
+    """The description in the header of a `model.safetensors`.
 
     Raises:
         ValueError: there is none, or it is of another version or network.
     """
-    length = int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(data[8 : 8 + length])
-        description: dict[str, Any] = json.loads(header["__metadata__"][HEADER_KEY])
+        description: dict[str, Any] = json.loads(safetensors_header(data)[HEADER_KEY])
         version = description["format"]
     except (LookupError, TypeError, ValueError, RecursionError):
         version = None
@@ -147,6 +145,13 @@ def read_description(data: bytes) -> dict[str, Any]:
         if found != expected:
             raise ValueError(f"its {name!r} is {shortened(str(found))}, and here {expected}; train again")
     return description
+
+
+def safetensors_header(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: JSON, after its length in eight bytes."""
+    length = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return metadata
 
 
 def checksum(weights: Weights) -> str:

@@ -218,6 +218,13 @@ class Objective(nn.Module):
         return joint_loss(scores, digits, numbers, self.label_smoothing)
 
 
+@torch.no_grad()
+def undistorted_digit_scores(model: Network, images: Tensor, *, bf16: bool) -> Tensor:
+    """Digit scores [n, 10] of images uint8[n, 28, 28], in bfloat16 or float32."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        return model.digit_scores(prepare_images(images))
+
+
 def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Mean of the heads' cross-entropies: with label smoothing, and without, which has no gradient.
 

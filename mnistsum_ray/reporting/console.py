@@ -106,9 +106,9 @@ class Console:
             self.say(line)
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show an event of the training loop: its `kind` is progress, epoch, counter or note."""
+        """Show an event of the training loop: its `kind` is progress, epoch, counter, note or failure."""
         fields = {key: value for key, value in event.items() if key != "kind"}
-        if event["kind"] == "note":
+        if event["kind"] in ("note", "failure"):
             self.say(event["text"])
         elif event["kind"] == "counter":
             self.progress(**fields)

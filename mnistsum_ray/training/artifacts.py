@@ -1,25 +1,37 @@
 """Files of a run folder for people and other programs: manifest, history, model, pictures, report."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from statistics import fmean
 from typing import Any
 
+import torch
 import yaml
 
 from mnistsum_ray.cluster.resources import WorkerPlan
-from mnistsum_ray.errors import RequestError, StorageError
-from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE
-from mnistsum_ray.reporting.report import REPORT, draw_pictures, report_page, versions
+from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.sources import Source
+from mnistsum_ray.errors import RequestError, counted, one_line, shell_command
+from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE, write_model
+from mnistsum_ray.reporting.console import accuracies
+from mnistsum_ray.reporting.report import REPORT, draw_pictures, epoch_seconds, report_page, versions
+from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.training.analysis import TrainingResult
+from mnistsum_ray.training.analysis import FinishedModel
 from mnistsum_ray.training.preflight import TrainingRun
 
 
-def build_manifest(run: TrainingRun, sha256: str, plan: WorkerPlan) -> dict[str, Any]:
-    """The manifest of a starting run: config, versions, workers, and the data with their fingerprint."""
-    source = run.source
+def build_manifest(run: TrainingRun, source: Source, sha256: str, plan: WorkerPlan) -> dict[str, Any]:
+    """The manifest of a starting run: config, versions, workers, and the data with their fingerprint.
+
+    `source` is without its bad rows.
+    """
+    # The stored config of a run that is resumed names the data that `--data auto` found, so only
+    # the first manifest says that it is not full MNIST.
+    notice = source.notice or (run.stored or {}).get("data", {}).get("notice", "")
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -31,7 +43,7 @@ def build_manifest(run: TrainingRun, sha256: str, plan: WorkerPlan) -> dict[str,
         "data": {
             "source": source.name,
             "location": source.location,
-            "notice": source.notice,
+            "notice": notice,
             "sha256": sha256,
             "train_rows": len(source.train),
             "validation_rows": len(source.validation),
@@ -80,35 +92,78 @@ def write_history(folder: Location, history: list[dict[str, Any]]) -> None:
     tensorboard.write_epochs(folder, history)
 
 
-def read_history(folder: Location) -> list[dict[str, Any]]:
-    """The lines of history.jsonl; none where it is missing or damaged."""
-    try:
-        return [json.loads(line) for line in (folder / "history.jsonl").read_bytes().splitlines()]
-    except (StorageError, ValueError):
-        return []
-
-
-def write_report(
+def write_results(
     run: TrainingRun,
     manifest: dict[str, Any],
-    card: dict[str, Any],
-    result: TrainingResult,
+    finished: FinishedModel,
+    seconds: float,
     say: Callable[[str], None],
-) -> list[str]:
-    """Write pictures, report and TensorBoard's last event file; return the names of the files that MLflow should get."""
+) -> tuple[TrainResult, dict[str, Any], list[str]]:
+    """Write the model, and what is said of it: all but the manifest, which makes the run finished.
+
+    Returns:
+        The job's result, the manifest, and the names of the files that MLflow should get.
+    """
+    card = finished.description
+    weights = {name: torch.tensor(value) for name, value in finished.weights.items()}
+    write_model(run.folder / "model", weights, card)
+    write_history(run.folder, finished.history)
+    # The first epoch includes one-time work such as loading kernels.
+    steady = finished.history[1:] or finished.history
+    speed = fmean((line["rows_per_second"] for line in steady), (line["seconds"] for line in steady))
+    summary = TrainResult(
+        run=run.folder.display,
+        model=(run.folder / "model").display,
+        parameters=card["parameters"],
+        data=SplitRows.of(manifest["data"]),
+        test=HeldOutMetrics.of(card["test"]),
+        images_per_second=round(speed, 1),
+        seconds=round(seconds, 1),
+    )
+    training_seconds = round(sum(map(epoch_seconds, finished.history)), 1)
+    complete = manifest | finished.manifest
+    complete |= {"status": "finished", "metrics": summary.line(), "training_seconds": training_seconds}
+    files = _write_report(run, complete, finished, say)
+    say(f"test: {accuracies(card['test'])} ({counted(card['test']['rows'], 'row')}, all {NUMBERS} numbers)")
+    say(f"report: {(run.folder / REPORT).display}")
+    say(f"score with it: {shell_command('score')} --model {shlex.quote(run.folder.display)} --input PAIRS --output SCORED")
+    return summary, complete, files
+
+
+def _write_report(run: TrainingRun, manifest: dict[str, Any], finished: FinishedModel, say: Callable[[str], None]) -> list[str]:
+    """Write pictures, report and TensorBoard's last event file; return the names of the files for MLflow."""
     from mnistsum_ray.reporting import tensorboard  # takes a moment to import
 
     analysis = manifest["error_analysis"]
+    card = finished.description
     wanted = {
-        "history.png": (result.history, card),
+        "history.png": (finished.history, card),
         "confusion.png": (analysis["confusion"],),
-        "mistakes.png": (analysis["mistakes"], result.mistake_images),
+        "mistakes.png": (analysis["mistakes"], finished.mistake_images),
         "reliability.png": (analysis["probabilities"],),
     }
     drawn = draw_pictures(wanted, say)
     for name, data in drawn.items():
         (run.folder / name).write(data)
-    page = report_page(str(run.config.name), manifest, card, result.history, drawn)
+    page = report_page(str(run.config.name), manifest, card, finished.history, drawn)
     (run.folder / REPORT).write(page.encode())
-    tensorboard.write_final(run.folder, result.history[-1]["epoch"], card)
+    tensorboard.write_final(run.folder, finished.history[-1]["epoch"], card)
     return [*drawn, REPORT, "history.jsonl", *(f"model/{name}" for name in (WEIGHTS_FILE, DESCRIPTION_FILE))]
+
+
+def log_to_mlflow(
+    run: TrainingRun,
+    manifest: dict[str, Any],
+    finished: FinishedModel,
+    files: list[str],
+    say: Callable[[str], None],
+) -> None:
+    """Log a finished run to MLflow; a line says where, or why not."""
+    uri = run.config.mlflow
+    try:
+        from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
+
+        run_id = log_run(manifest, finished.history, finished.description, run.folder, files)
+        say(f"MLflow: run {run_id} at {uri}")
+    except Exception as error:  # from the network to a missing client of the server's storage
+        say(f"--mlflow {uri}: {one_line(error)}; the run is complete, and --resume logs it again")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the trainer's state, saved and loaded bit for bit, as safetensors and JSON, never as a pickle."""
+"""Checkpoints of a run: the trainer's state, saved and loaded bit for bit, as safetensors, never as a pickle."""
 
 import hashlib
 import json
@@ -12,35 +12,32 @@ from typing import Any, Final
 import ray.train
 import torch
 from ray.train import CheckpointUploadMode
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from mnistsum_ray.errors import MissingFileError, RequestError, RunError, one_line, shortened
-from mnistsum_ray.model.folder import INTERFACE, Weights, copy_weights
+from mnistsum_ray.errors import MissingFileError, RequestError, RunError
+from mnistsum_ray.model.folder import INTERFACE, Weights, copy_weights, safetensors_header
 from mnistsum_ray.model.network import Network
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.storage.store import Location
 
-STATE_FORMAT: Final = "mnistsum_ray/12"
-"""Format of `trainer.json`; since 12 it is always of the end of an epoch."""
+CHECKPOINTS: Final = "checkpoints"
+"""Folder in a run folder with one folder of Ray Train for each attempt: 0001, 0002, …
+
+Ray Train rewrites its list of checkpoints in place, and a run that is restored from one which a kill
+has cut fails for good. So each attempt of a job has a new name for Ray, and the newest whole
+checkpoint is looked for here.
+"""
+
+STATE_FORMAT: Final = "mnistsum_ray/13"
 STATE_FILE: Final = "trainer.safetensors"
-STATE_CARD: Final = "trainer.json"
+STATE_DIGEST: Final = "trainer.sha256"
 
-_SNAPSHOT: Final = "checkpoint_manager_snapshot.json"
-"""Ray Train's own list of checkpoints. Ray Train rewrites it in place, so a kill at that moment leaves it incomplete, and then
-a restored run fails for good. So this program does not use it."""
-
-_FOLDER: Final = re.compile(r"epoch_\d+(_sum_head)?")
-"""Names of checkpoint folders, see `TrainerState.name`."""
+_CHECKPOINT: Final = re.compile(rf"{CHECKPOINTS}/\d+/epoch_\d+")
 
 
 class CheckpointError(RunError):
     """A checkpoint that cannot be resumed from; the message names it and says why."""
-
-
-class CheckpointVersionError(CheckpointError):
-    """A checkpoint that another version of this program wrote."""
 
 
 @dataclass
@@ -51,41 +48,23 @@ class TrainerState:
     history: list[dict[str, Any]]
     """Lines of history.jsonl, one an epoch."""
     precision: str
-    sum_head: dict[str, Any] | None = None
-    """Result of fine-tuning the sum head: `steps`, whether it was `kept`, and the `Metrics` of
-    `validation` and `test` after it, also where it was undone. None before, and in runs without it."""
-
-    @property
-    def name(self) -> str:
-        """Name of the checkpoint; those of later states of a run sort after those of earlier ones."""
-        return f"epoch_{self.epochs_done:05d}" + ("_sum_head" if self.sum_head else "")
-
-    def metrics(self) -> dict[str, Any]:
-        """What callbacks of Ray Train see of it; `validation` and `test` are those of the weights in it."""
-        line = self.history[-1]
-        newest = self.sum_head if self.sum_head and self.sum_head["kept"] else line
-        return {
-            "epoch": line["epoch"],
-            "train_loss": line["train_loss"],
-            "validation": newest["validation"],
-            "test": newest["test"],
-        }
 
 
-def report_checkpoint(state: TrainerState, model: Network, optimizer: MuonAdamW, rank: int) -> None:
-    """Report the state to Ray Train on every worker, with a checkpoint that rank 0 writes.
+def report_epoch(state: TrainerState, model: Network, optimizer: MuonAdamW, rank: int) -> None:
+    """Report the last epoch to Ray Train on every worker, with a checkpoint that rank 0 writes.
 
     Ray Train uploads it in the background; a worker ends after its uploads.
     """
     checkpoint = None
     if rank == 0:
-        folder = Path(tempfile.mkdtemp())
+        folder = Path(tempfile.mkdtemp())  # which Ray Train deletes
         save_checkpoint(folder, state, model, optimizer)
         checkpoint = ray.train.Checkpoint.from_directory(folder)
+    line = state.history[-1]
     ray.train.report(
-        state.metrics(),
+        {name: line[name] for name in ("epoch", "train_loss", "validation", "test")},
         checkpoint=checkpoint,
-        checkpoint_dir_name=state.name,
+        checkpoint_dir_name=f"epoch_{state.epochs_done:05d}",
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=True,
     )
@@ -94,99 +73,96 @@ def report_checkpoint(state: TrainerState, model: Network, optimizer: MuonAdamW,
 def latest_state(start: Location | None) -> tuple[TrainerState, Weights] | None:
     """State and tensors (for `restore`) that a worker goes on from; None: from the beginning.
 
-    `start` is the checkpoint that `--resume` starts from. After a failure Ray Train has a later one. Errors: `read_checkpoint`.
+    `start` is the checkpoint that `--resume` starts from. After a failure Ray Train has a later one.
+    Errors: `read_checkpoint`.
     """
     latest = ray.train.get_checkpoint()
-    try:
-        if latest is None:
-            return read_checkpoint(start) if start else None
-        with latest.as_directory() as folder:
-            return read_checkpoint(Location(folder))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; --resume starts from the one before it") from error
+    if latest is None:
+        return read_checkpoint(start) if start else None
+    with latest.as_directory() as folder:
+        return read_checkpoint(Location(folder))
 
 
 def save_checkpoint(folder: Path, state: TrainerState, model: Network, optimizer: MuonAdamW) -> None:
-    """Write the state into a local folder.
-
-    `trainer.json`, written last, holds the SHA-256 of the other file, so that an incomplete checkpoint is detected.
-    """
+    """Write the state into a local folder: one file with tensors and figures, and its SHA-256."""
     tensors = {f"model.{name}": value for name, value in copy_weights(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{name}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    data = save_tensors(tensors)
+    figures = {"format": STATE_FORMAT, "interface": INTERFACE, "state": asdict(state)}
+    data = save_tensors(tensors, {"mnistsum_ray": json.dumps(figures)})
     (folder / STATE_FILE).write_bytes(data)
-    entries = {"format": STATE_FORMAT, "interface": INTERFACE, "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / STATE_CARD).write_text(json.dumps(entries | asdict(state)) + "\n")
+    (folder / STATE_DIGEST).write_text(hashlib.sha256(data).hexdigest())
 
 
 def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
     """The state in a checkpoint folder, and the tensors for `restore`.
 
     Raises:
-        CheckpointError: a file is missing or incomplete.
-        CheckpointVersionError: another version of this program wrote it.
+        CheckpointError: a file is missing or damaged.
+        RequestError: it is of another version or network.
         StorageError: the storage does not answer.
     """
     unusable = f"checkpoint {folder.display} cannot be used:"
     try:
-        fields = (folder / STATE_CARD).read_json()
-        if fields["format"] != STATE_FORMAT:
-            raise CheckpointVersionError(f"{unusable} it was written by another version ({fields['format']}, not {STATE_FORMAT})")
-        if (found := fields.get("interface", INTERFACE)) != INTERFACE:
-            raise CheckpointVersionError(f"{unusable} it is of another network ({shortened(str(found))}, not {INTERFACE})")
         data = (folder / STATE_FILE).read_bytes()
-        if hashlib.sha256(data).hexdigest() != fields["sha256"]:
-            raise CheckpointError(f"{unusable} {STATE_FILE} is incomplete or damaged (SHA-256 differs)")
-        tensors = load_tensors(data)
-        state = {name: fields[name] for name in ("epochs_done", "history", "precision", "sum_head")}
-        return TrainerState(**state), tensors
+        expected = (folder / STATE_DIGEST).read_bytes()
     except MissingFileError as error:
         raise CheckpointError(f"{unusable} a file is missing ({error})") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{unusable} {STATE_FILE} is incomplete or damaged ({one_line(error)})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{unusable} {STATE_CARD} is incomplete or damaged ({one_line(error)})") from None
+    if hashlib.sha256(data).hexdigest().encode() != expected:
+        raise CheckpointError(f"{unusable} {STATE_FILE} is incomplete or damaged (its SHA-256 differs)")
+    figures = json.loads(safetensors_header(data)["mnistsum_ray"])
+    if (figures["format"], figures["interface"]) != (STATE_FORMAT, INTERFACE):
+        raise RequestError(
+            f"--resume: {unusable} it is of another version or network ({figures['format']}, not {STATE_FORMAT}); "
+            "resume with that version"
+        )
+    return TrainerState(**figures["state"]), load_tensors(data)
 
 
 def restore(tensors: Weights, model: Network, optimizer: MuonAdamW) -> None:
     """Load the tensors of a checkpoint into model and optimizer, in place, on the device of the model."""
-    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+    load_weights(tensors, model)
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         optimizer.load_state(parameter, state)
 
 
-def latest_valid_checkpoint(folder: Location, say: Callable[[str], None]) -> Location | None:
-    """Newest complete checkpoint of a run, or None; each newer one that is damaged gets a console line.
+def load_weights(tensors: Weights, model: Network) -> None:
+    """Load the weights of a checkpoint into a model, in place."""
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+
+
+def newest_checkpoint(run: Location, say: Callable[[str], None]) -> tuple[Location, TrainerState] | None:
+    """The newest whole checkpoint of a run, and its state; each newer one that is damaged gets a line.
 
     Raises:
-        RequestError: the newest complete checkpoint is of another version.
+        RequestError: the newest whole checkpoint is of another version.
     """
-    for place in sorted(_checkpoints(folder), key=lambda place: place.path, reverse=True):
+    folders = checkpoints(run)
+    for folder in sorted(folders, key=lambda folder: (_epoch_of(folder), folder.path), reverse=True):
         try:
-            read_checkpoint(place)
-        except CheckpointVersionError as error:
-            raise RequestError(f"--resume: {error}; resume with that version") from None
+            return folder, read_checkpoint(folder)[0]
         except CheckpointError as error:
             say(str(error))
-        else:
-            return place
     return None
 
 
-def delete_other_checkpoints(folder: Location, start: Location | None) -> None:
-    """Delete all checkpoints of the run except the one that it resumes from, and Ray Train's list of them."""
-    (folder / _SNAPSHOT).delete()
-    for place in _checkpoints(folder):
-        if start is None or place.path != start.path:
-            place.delete_folder()
+def checkpoints(run: Location) -> list[Location]:
+    """The checkpoint folders of a run, of all attempts."""
+    return [run / name for name in sorted({found[0] for found in map(_CHECKPOINT.match, _names(run)) if found})]
 
 
-def _checkpoints(folder: Location) -> list[Location]:
-    """The checkpoint folders of a run."""
-    files = (file.path.removeprefix(folder.path).lstrip("/") for file in folder.files())
-    names = {file.partition("/")[0] for file in files if "/" in file}
-    return [folder / name for name in names if _FOLDER.fullmatch(name)]
+def next_attempt(run: Location) -> str:
+    """Name for Ray of the next attempt of a run."""
+    attempts = {name.split("/")[1] for name in _names(run) if name.startswith(f"{CHECKPOINTS}/")}
+    return f"{max(map(int, filter(str.isdecimal, attempts)), default=0) + 1:04d}"
+
+
+def _names(run: Location) -> list[str]:
+    return [file.path.removeprefix(run.path).lstrip("/") for file in run.files()]
+
+
+def _epoch_of(folder: Location) -> int:
+    return int(folder.path.rpartition("_")[2])

@@ -7,7 +7,6 @@ import secrets
 import shlex
 from dataclasses import dataclass, fields
 from datetime import datetime
-from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, Final
 from urllib.parse import quote
@@ -15,13 +14,15 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
-from mnistsum_ray.data.order import Shuffle
-from mnistsum_ray.data.sources import Counter, Source, open_source
+from mnistsum_ray.data.inputs import parts_below, real_path
+from mnistsum_ray.data.sources import Counter, FileGroup, Source, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
 from mnistsum_ray.storage.store import Location, is_hidden
-from mnistsum_ray.storage.uri import locate, output_base_folder, refused
+from mnistsum_ray.storage.uri import locate, locate_existing, output_base_folder, refused
 
-_FIXED: Final = ("recipe", "skip_bad_rows", *(field.name for field in fields(Hyperparameters)))
+MANIFEST: Final = "manifest.json"
+
+_FIXED: Final = ("recipe", "skip_bad_rows", "init_from", *(field.name for field in fields(Hyperparameters)))
 """Fields that `--resume` may not change."""
 
 
@@ -38,18 +39,20 @@ class TrainingRun:
     stored: dict[str, Any] | None
     """Manifest of the run that is resumed, whose data must be the same."""
 
-    @cached_property
-    def shuffle(self) -> Shuffle:
-        """Order of the training rows. Those of Parquet files with more rows than are shuffled together are streamed."""
-        source, parameters = self.source, self.hyperparameters
-        streamed = source.files is not None and source.rows > parameters.shuffle_rows
-        bounds = source.files.group_bounds if source.files and streamed else None
-        return Shuffle(source.train, bounds, parameters.batch_size, parameters.shuffle_rows, parameters.seed)
-
     @property
-    def ray_storage(self) -> str:
-        """`storage` as Ray Train takes it: Arrow decodes percent signs in a URI."""
-        return self.storage.path if self.storage.is_local else self.storage.at(quote(self.storage.path)).display
+    def init_from(self) -> Location | None:
+        """Run or model whose weights a new run begins with."""
+        return locate(self.config.init_from, "--init-from") if self.config.init_from else None
+
+    def input_file(self) -> dict[str, Location]:
+        """The first file of the data by its flag, where tasks read it."""
+        group = self.source.groups[0]
+        return {"--data": group.root / group.files[0].name} if isinstance(group, FileGroup) else {}
+
+    def ray_storage(self, name: str) -> str:
+        """A folder of the run as Ray Train takes it: Arrow decodes percent signs in a URI."""
+        folder = self.folder / name
+        return folder.path if folder.is_local else folder.at(quote(folder.path)).display
 
     def how_to_resume(self) -> str:
         """End of an error message: the command that resumes the run."""
@@ -66,10 +69,12 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     storage = locate(config.storage_path, "--storage-path", output_base_folder())
     name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = storage / name
+    if config.init_from:  # before it is compared with the absolute path of a stored run
+        config = config.model_copy(update={"init_from": locate_existing(config.init_from, "--init-from").display})
     stored = None
     with refused("--storage-path"):
         # A run that was killed before it wrote its manifest has done nothing yet, so its name is free.
-        begun = (folder / "manifest.json").exists()
+        begun = (folder / MANIFEST).exists()
         names = (file.path.removeprefix(folder.path).lstrip("/") for file in folder.files())
         taken = folder.status() is not None or any(not is_hidden(file) for file in names)
         if config.resume == "auto":
@@ -82,7 +87,8 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
             raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow)})
-    source = open_source(config.data, counter, skip_bad_rows=config.skip_bad_rows)
+    source = open_source(config.data, counter)
+    _check_apart(storage, source)
     recipe = recipe_defaults(config.recipe, small=len(source.train) < SMALL_ROWS)
     unset = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # Absolute paths, so that --resume from another folder finds the same data.
@@ -90,6 +96,15 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
     config = config.model_copy(update=unset | resolved)
     hyperparameters = Hyperparameters(**{field.name: getattr(config, field.name) for field in fields(Hyperparameters)})
     return TrainingRun(config, hyperparameters, source, storage, folder, stored)
+
+
+def _check_apart(storage: Location, source: Source) -> None:
+    """Check that no later run takes files of runs for data."""
+    data = locate(source.location, "--data")
+    same_place = (storage.bucket, storage.is_local) == (data.bucket, data.is_local)
+    if source.name == "parquet" and same_place and parts_below(real_path(storage), real_path(data)) is not None:
+        problem = f"lies in --data {data.display}, whose next run would take the files of this one for data"
+        raise RequestError(f"--storage-path {storage.display}: {problem}; put it elsewhere")
 
 
 def _mlflow(uri: str) -> str:
@@ -129,14 +144,12 @@ def read_manifest(folder: Location) -> dict[str, Any]:
     Raises:
         RequestError: it is missing or damaged.
     """
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = path.read_json()
         known = {"sha256", "location", "notice"} <= set(manifest["data"])
     except MissingFileError:
-        raise RequestError(
-            f"--resume: there is no run in {folder.display} (no manifest.json); start it without --resume"
-        ) from None
+        raise RequestError(f"--resume: there is no run in {folder.display} (no {MANIFEST}); start it without --resume") from None
     except StorageError as error:
         raise RequestError(f"--resume: {error}") from None
     except (ValueError, KeyError, TypeError):

@@ -1,13 +1,17 @@
 """Workers of a training run, and memory for its rows."""
 
 import os
+import shutil
+from pathlib import Path
 from typing import Final
 
-from mnistsum_ray.cluster.nodes import this_node
+import ray
+
+from mnistsum_ray.cluster.nodes import this_node, usable_nodes
 from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan, WorkerRequest
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RequestError
-from mnistsum_ray.training.fetch import ROW_BYTES
+from mnistsum_ray.errors import RequestError, counted
+from mnistsum_ray.training.pipeline import ROW_BYTES
 from mnistsum_ray.training.preflight import TrainingRun
 
 _ROWS_PER_GPU: Final = 256
@@ -24,29 +28,31 @@ def worker_request(config: TrainConfig, batch_size: int) -> WorkerRequest:
     )
 
 
-def check_memory(run: TrainingRun, cluster: ClusterResources) -> str:
-    """Check that the rows, or two windows of streamed ones, fit in the object store of each node.
+def check_space(rows: int) -> str:
+    """Check that the rows fit in the object stores of the cluster, and on disk what does not.
 
-    Returns the console line that says so; raises RequestError that names `--shuffle-rows` or `--data`.
+    Returns:
+        The console line that says so.
+
+    Raises:
+        RequestError: the disk cannot hold what Ray would spill to it.
     """
-    source, shuffle = run.source, run.shuffle
-    # The window that is trained on, and the one that is read ahead.
-    rows = 2 * shuffle.window_rows if shuffle.streamed else source.rows
-    stores = [node.get("object_store_memory", float("inf")) for node in (*cluster.nodes, this_node())]
-    needed, store = _mebibytes(rows * ROW_BYTES), min(stores)
-    if rows * ROW_BYTES > _USABLE_SHARE * store:
-        flag, advice = f"--data {run.config.data}", "start Ray with a larger --object-store-memory"
-        if source.files:
-            flag = f"--shuffle-rows {run.hyperparameters.shuffle_rows}"
-            fewer = int(_USABLE_SHARE * store / ROW_BYTES / 2)
-            advice = f"give --shuffle-rows {fewer}, so that rows are streamed, or {advice}"
+    nodes = usable_nodes()
+    stores = sum(node["Resources"].get("object_store_memory", 0.0) for node in nodes)
+    needed = rows * ROW_BYTES
+    spilled = needed - _USABLE_SHARE * stores
+    line = f"reading {counted(rows, 'row')}: {_mebibytes(needed)}, and the object stores have {_mebibytes(stores)}"
+    if spilled <= 0:
+        return line
+    # Ray spills into the folder of its session. Other nodes are taken to have as much room as this one.
+    session = next(node["RayletSocketName"] for node in nodes if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    free = len(nodes) * shutil.disk_usage(Path(session).parent).free
+    if spilled > free:
         raise RequestError(
-            f"{flag}: the run would hold {needed} of rows in the object store of a node, which has {_mebibytes(store)}; {advice}"
+            f"--data: {line}; Ray would spill {_mebibytes(spilled)} to disk, where {_mebibytes(free)} are free; start Ray "
+            "with a larger --object-store-memory, or RAY_TMPDIR on a larger disk"
         )
-    if not shuffle.streamed:
-        return f"holding all {source.rows:,} rows in memory: {needed} in the object store of each node"
-    windows = f"shuffled in windows of {shuffle.window_rows:,}"
-    return f"streaming {len(source.train):,} training rows, {windows}; holds at most {needed} of an object store"
+    return f"{line}; Ray spills the rest to disk, where {_mebibytes(free)} are free"
 
 
 def choose_threads(run: TrainingRun, plan: WorkerPlan, cluster: ClusterResources) -> int | None:

@@ -1,25 +1,29 @@
-"""Training of one worker: a step, an epoch over the rank's rows, and the evaluation after it."""
+"""Training of one worker: its batches, a step, and an epoch."""
 
 import math
 import time
-from collections.abc import Iterator
 from typing import Any, Final
 
+import pyarrow as pa
+import ray.data
 import ray.train.torch
 import torch
 from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.images import SIDE
-from mnistsum_ray.data.order import RandomStream, Shuffle, check_row_counts, positions_of_rank, step_seed
+from mnistsum_ray.data.distortion import AFFINE_VALUES
+from mnistsum_ray.data.images import IMAGE_TYPE, SIDE, one_chunk, pixels_view
+from mnistsum_ray.data.order import RandomStream, TrainingOrder, check_row_counts, mix_ids, positions_of_rank, step_seed
 from mnistsum_ray.errors import RequestError, RunError
-from mnistsum_ray.model.device import all_reduce_sum
-from mnistsum_ray.model.metrics import AnswerCounts, Metrics, score_rows
+from mnistsum_ray.model.device import all_reduce_sum, array_to_device
 from mnistsum_ray.model.network import Objective, distort, dropout_factors, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting.console import UPDATE_SECONDS
-from mnistsum_ray.training.rows import Batch, EvaluationSet
 from mnistsum_ray.training.worker import Worker
+
+Batch = dict[str, Tensor]
+"""image uint8[n, 28, 28], digit, number and row_id int64[n] and, with --distortion, affine
+float32[n, AFFINE_VALUES]; all on the worker's device."""
 
 _CHECK_STEPS: Final = 16
 """Most steps between checks of the loss; each waits for the device."""
@@ -28,6 +32,40 @@ _CHECK_ROWS: Final = 8192
 
 _CURVE_POINTS: Final = 100
 """Maximum number of losses of an epoch in history.jsonl."""
+
+
+_NO_ROWS: Final = pa.schema({"image": IMAGE_TYPE, "digit": pa.int64(), "number": pa.int64(), "row_id": pa.int64()}).empty_table()
+
+
+class TrainingBatches:
+    """The rows of one rank, in the order of the steps, from its dataset (pipeline.py)."""
+
+    def __init__(self, shard: ray.data.DataIterator, device: torch.device) -> None:
+        self._tables = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        self._device = device
+        self._rows = _to_batch(_NO_ROWS, device)
+        self._start = 0
+
+    def take(self, count: int) -> Batch:
+        """The next rows; fewer where the pipeline has lost some, which the count of the epoch shows."""
+        if count and not self.left:
+            self._rows, self._start = _to_batch(next(self._tables, _NO_ROWS), self._device), 0
+        start = self._start
+        self._start += min(count, self.left)
+        return {name: values[start : self._start] for name, values in self._rows.items()}
+
+    @property
+    def left(self) -> int:
+        """Rows that are there and not taken; none after the last step of an epoch."""
+        return len(self._rows["row_id"]) - self._start
+
+
+def _to_batch(table: pa.Table, device: torch.device) -> Batch:
+    columns = {"image": pixels_view(one_chunk(table["image"]))}
+    columns |= {name: table[name].to_numpy() for name in ("digit", "number", "row_id")}
+    if "affine" in table.column_names:
+        columns["affine"] = one_chunk(table["affine"]).flatten().to_numpy().reshape(-1, AFFINE_VALUES)
+    return {name: array_to_device(values, device) for name, values in columns.items()}
 
 
 class EpochCounter:
@@ -50,8 +88,8 @@ class EpochCounter:
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Add a step: its batch and the sum of its rows' losses."""
         self._own_loss += loss
-        self._own_row_ids += batch["mixed_id"].sum()
-        self._own_rows += len(batch["mixed_id"])
+        self._own_row_ids += mix_ids(batch["row_id"]).sum()
+        self._own_rows += len(batch["row_id"])
 
     def all_reduce(self, steps: int) -> None:
         """Sum over all workers, after so many steps."""
@@ -60,8 +98,13 @@ class EpochCounter:
         self.loss = all_reduce_sum(self._own_loss).item()
         if steps == self._steps or steps * _CURVE_POINTS >= (len(self.step_losses) + 1) * self._steps:
             rows, loss = self._at_last_point
-            self.step_losses.append((steps, (self.loss - loss) / (self.rows - rows)))
+            self.step_losses.append((steps, (self.loss - loss) / max(1, self.rows - rows)))
             self._at_last_point = (self.rows, self.loss)
+
+    def check(self, order: TrainingOrder, left: int, where: str) -> None:
+        """Raise RowCountError on all workers unless each row was seen once; `left` were there and not taken."""
+        rows = self.rows + int(all_reduce_sum(torch.tensor([left], device=self._own_row_ids.device)))
+        check_row_counts(rows, self.row_ids, len(order.ids), order.id_sum, where)
 
 
 class Trainer:
@@ -73,15 +116,16 @@ class Trainer:
     def __init__(self, hyperparameters: Hyperparameters, worker: Worker, precision: str) -> None:
         self.hyperparameters = hyperparameters
         self.worker = worker
-        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.bf16 = precision == "bf16"
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
         self._positions = positions_of_rank(hyperparameters.batch_size, worker.rank, worker.world_size)
         torch.manual_seed(hyperparameters.seed)
         self.model = make_network().to(worker.device)
         if hyperparameters.dropout and self.model.dropout_shape is None:
             raise RequestError(f"--dropout {hyperparameters.dropout:g}: the network has no dropout; give --dropout 0")
-        self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay, self._dtype)
+        self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay, dtype)
         self._objective = ray.train.torch.prepare_model(
-            Objective(self.model, hyperparameters.label_smoothing, self._dtype),
+            Objective(self.model, hyperparameters.label_smoothing, dtype),
             # See `broadcast_state`.
             parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
         )
@@ -94,7 +138,7 @@ class Trainer:
             self._objective.eval()  # so that no buffer changes
             self._objective(prepare_images(pixels), numbers, numbers, None)[0].backward()
 
-    def train_epoch(self, epoch: int, shuffle: Shuffle, batches: Iterator[Batch]) -> dict[str, Any]:
+    def train_epoch(self, epoch: int, order: TrainingOrder, batches: TrainingBatches) -> dict[str, Any]:
         """Train an epoch, counted from 0, on batches of the rank's rows.
 
         Returns:
@@ -107,7 +151,7 @@ class Trainer:
             RowCountError: a row was lost or repeated.
         """
         parameters = self.hyperparameters
-        steps = shuffle.steps
+        steps = order.steps
         counter = EpochCounter(steps, self.worker.device)
         started = time.time()
         begun = reported = time.perf_counter()
@@ -115,16 +159,17 @@ class Trainer:
         check_steps = max(1, min(_CHECK_STEPS, _CHECK_ROWS // parameters.batch_size))
         for step in range(steps):
             asked = time.perf_counter()
-            batch = next(batches)
+            share = min(self._positions.stop, order.batch_rows(step)) - self._positions.start
+            batch = batches.take(max(0, share))
             waited += time.perf_counter() - asked
             first_batch = first_batch or waited
             rate = one_cycle(epoch * steps + step, steps * parameters.epochs, parameters.learning_rate)
-            counter.add(batch, self._step(batch, epoch, step, shuffle.batch_rows(step), rate))
+            counter.add(batch, self._step(batch, epoch, step, order.batch_rows(step), rate))
             last = step == steps - 1
             if not last and (step + 1) % check_steps:
                 continue
             counter.all_reduce(step + 1)
-            self._check_finite(counter.loss, f"epoch {epoch + 1}, step {step + 1} of {steps}: the loss is")
+            self.check_finite(counter.loss, f"epoch {epoch + 1}, step {step + 1} of {steps}: the loss is")
             now = time.perf_counter()
             if last or now - reported >= UPDATE_SECONDS:
                 reported = now
@@ -133,14 +178,13 @@ class Trainer:
                     epoch=epoch + 1,
                     epochs=parameters.epochs,
                     rows=counter.rows,
-                    of_rows=len(shuffle.rows),
+                    of_rows=len(order.ids),
                     rows_per_second=counter.rows / (now - begun),
                     loss=counter.loss / counter.rows,
                     seconds=now - begun,
                 )
         seconds = time.perf_counter() - begun
-        where = f"training epoch {epoch + 1}"
-        check_row_counts(counter.rows, counter.row_ids, len(shuffle.rows), shuffle.rows.id_sum, where)
+        counter.check(order, batches.left, f"training epoch {epoch + 1}")
         return {
             "train_loss": counter.loss / counter.rows,
             "step_losses": counter.step_losses,
@@ -184,30 +228,6 @@ class Trainer:
         factors = dropout_factors(rows, shape, self.hyperparameters.dropout, generator)
         return factors[self._positions.start : self._positions.stop]
 
-    def evaluate(self, held_out: EvaluationSet, epoch: int) -> Metrics:
-        """Metrics on held-out rows, with all numbers; each row is counted once over all workers.
-
-        Raises:
-            RunError: the loss is infinite or not a number; the message has the number of the epoch, from 1.
-            RowCountError: a row was lost or repeated.
-        """
-        self.model.eval()
-        rows = held_out.rows
-        counts = AnswerCounts(self.worker.device)
-        on_progress = self.worker.events.progress("rows evaluated", len(rows))
-        for batch, scores in score_rows(self.model, held_out.with_digit_scores()):
-            counts.add(batch, scores)
-            on_progress(len(batch["row_id"]) * self.worker.world_size)  # an estimate: the other workers are about as far
-        metrics = counts.metrics(len(rows), rows.id_sum)
-        self._check_finite(metrics["loss"], f"epoch {epoch}: the loss on held-out rows is")
-        return metrics
-
-    @torch.no_grad()
-    def digit_scores(self, images: Tensor) -> Tensor:
-        """Digit scores [n, 10], in the run's precision, of undistorted images uint8[n, 28, 28]."""
-        with torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            return self.model.digit_scores(prepare_images(images))
-
-    def _check_finite(self, loss: float, where: str) -> None:
+    def check_finite(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
             raise RunError(f"{where} {loss}; lower --learning-rate (now {self.hyperparameters.learning_rate:g})")

@@ -1,31 +1,47 @@
 """Private names of Ray, run against the installed one: a failure shows what has changed."""
 
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 import ray.train
-import ray.train.torch
 from ray.data import Dataset
 from ray.data._internal.execution.node_trackers import actor_location
+from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.cluster import workarounds
 from mnistsum_ray.cluster.connection import connect, disconnect
-from mnistsum_ray.training.ray_hooks import InterruptibleTrainer
 
 
-def test_ray_train_still_has_the_hooks_and_the_callbacks_by_their_names(tmp_path: Path) -> None:
-    theirs = ray.train.torch.TorchTrainer
-    assert hasattr(theirs, "_register_sigint_handler"), "or Ctrl-C ends the driver with exit code 0"
-    settings = {"run_config": ray.train.RunConfig(storage_path=str(tmp_path))}
-    left, all_of_them = (
-        {type(callback) for callback in kind(lambda: None, **settings)._create_default_callbacks()}
-        for kind in (InterruptibleTrainer, theirs)
-    )
-    # Else another Ray cluster on the machine ends the training.
-    assert {kind.__name__ for kind in all_of_them - left} == {"PlacementGroupCleanerCallback"}
+@pytest.fixture
+def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    ray.shutdown()
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    connect()
+    yield
+    disconnect()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("connected")
+def test_a_training_is_ended_from_outside_and_sigint_is_left_to_this_process(tmp_path: Path) -> None:
+    """Ray Train's own handler would end the driver with exit code 0."""
+    run = ray.train.RunConfig(storage_path=str(tmp_path))
+    trainer = TorchTrainer(lambda: time.sleep(600), run_config=run)
+    before = signal.getsignal(signal.SIGINT)
+    abort = workarounds.make_interruptible(trainer)
+    threading.Timer(5.0, abort).start()
+    begun = time.monotonic()
+    with pytest.raises((ray.exceptions.RayActorError, ray.train.TrainingFailedError)):
+        trainer.fit()
+    assert time.monotonic() - begun < 60
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 _CONSUME_SLOWLY = """
@@ -54,16 +70,13 @@ def test_an_execution_that_waits_for_its_consumer_does_not_spin() -> None:
     assert float(done.stdout.splitlines()[-1]) < 1.5, done.stderr
 
 
+@pytest.mark.usefixtures("connected")
 def test_a_name_that_ray_no_longer_has_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    ray.shutdown()
-    monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.delattr(actor_location, "get_or_create_actor_location_tracker")
-    connect()
     workarounds.detached_data_actors()
     monkeypatch.delattr(Dataset, "copy")
     dataset = workarounds.in_order(ray.data.range(1))
     assert dataset.context.execution_options.preserve_order
-    disconnect()
     monkeypatch.delattr(ray._private.utils, "read_ray_address")
     assert workarounds.last_cluster_address() is None
     workarounds.PatientExecution().on_execution_step(object())

@@ -24,7 +24,7 @@ def test_rows_beyond_the_split_repeat_it_with_other_numbers(tmp_path: Path, samp
     assert [table.num_rows for table in tables] == [400, 400, 401]
     table = pa.concat_tables(tables)
     assert table.schema.equals(SCHEMA)
-    test = open_source("sample").test.ids()
+    test = open_source("sample").test
     assert table["row_id"].to_pylist() == [*test, *test, *test[:201]]
     numbers = table["number"].to_numpy()
     assert set(numbers) == set(range(10))

@@ -33,12 +33,12 @@ from mnistsum_ray import cli
 from mnistsum_ray.api import fit
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.errors import StorageError
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.scoring.driver import score
 from mnistsum_ray.scoring.request import preflight
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
-from mnistsum_ray.training.artifacts import read_history
 from tests.conftest import default_signals
 
 ROOT = Path(__file__).parents[2]
@@ -325,9 +325,12 @@ class Done:
         return lines[-1]
 
 
-def history_of(run: Path | str) -> list[dict[str, Any]]:
-    """The lines of history.jsonl of a run, one an epoch."""
-    return read_history(locate(str(run), "--name"))
+def history_of(run: Location | Path | str) -> list[dict[str, Any]]:
+    """The lines of history.jsonl of a run, one an epoch; none before the first."""
+    place = run if isinstance(run, Location) else locate(str(run), "--name")
+    with suppress(StorageError):
+        return [json.loads(line) for line in (place / "history.jsonl").read_bytes().splitlines()]
+    return []
 
 
 _jobs: "list[Job]" = []
@@ -484,6 +487,10 @@ def kill_everything(root: int) -> None:
     for process in (root, *descendants(root)):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+
+
+TRAIN = "RayTrainWorker"
+"""A part of the title of a training worker."""
 
 
 def kill_worker(root: int, title: str) -> None:

@@ -65,6 +65,5 @@ def test_scoring_waits_for_a_gpu_that_another_job_holds_and_its_workers_get_it(m
 
 @pytest.mark.usefixtures("believed_gpu")
 def test_training_workers_get_the_gpu(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="gave up after 1 failure:") as error:
+    with pytest.raises(RunError, match="doesn't have NCCL built in; checkpoints are kept"):
         train_here(data=data, storage_path=tmp_path, use_gpu=True, max_failures=0)
-    assert "NCCL" in str(error.value.__cause__)

@@ -13,7 +13,17 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from mnistsum_ray.errors import RequestError
-from tests.integration.conftest import RAY, Job, add_node, joined, kill_everything, nodes, score_here, train_here
+from tests.integration.conftest import (
+    RAY,
+    Job,
+    add_node,
+    history_of,
+    joined,
+    kill_everything,
+    nodes,
+    score_here,
+    train_here,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +38,7 @@ def started() -> Iterator[Cluster]:
 
 
 def test_an_elastic_run_starts_with_one_worker_and_grows(started: Cluster, data: Path, tmp_path: Path) -> None:
-    """Every 30 s a run looks for more workers; it is stopped after an epoch with two, whose rows are counted as always."""
+    """Every 30 s a run looks for more workers; it is stopped after an epoch with two."""
     flags = ["--data", data, "--storage-path", tmp_path, "--name", "mine", "--epochs", 1000, "--num-workers", "1,2"]
     job = Job("train", *flags, address=started.address)
     job.wait_for_line("epoch 1: ")
@@ -38,6 +48,8 @@ def test_an_elastic_run_starts_with_one_worker_and_grows(started: Cluster, data:
     job.wait_for_line(f"epoch {int(grown[1]) + 1}: loss ")
     job.process.send_signal(signal.SIGTERM)
     assert job.wait().code == 128 + signal.SIGTERM
+    workers = [line["workers"] for line in history_of(tmp_path / "mine")]
+    assert workers[: int(grown[1]) + 1] == [*[1] * int(grown[1]), 2]
 
 
 def test_a_local_folder_that_a_node_does_not_see_is_refused(started: Cluster, data: Path, model: Path, tmp_path: Path) -> None:

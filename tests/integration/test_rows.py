@@ -1,5 +1,6 @@
-"""What training workers are fed on a real cluster, from memory and streamed: the same batches for any number of workers."""
+"""What training workers are fed on a real cluster: each row once an epoch, for any number of workers the same batches."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,47 +10,52 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray._private.internal_api import memory_summary
 
 from mnistsum_ray.data.distortion import distortions
-from mnistsum_ray.data.images import pixels_view
-from mnistsum_ray.data.order import Shuffle, random_numbers
-from mnistsum_ray.data.sources import Source, open_source
+from mnistsum_ray.data.images import pixels_array, pixels_view
+from mnistsum_ray.data.order import TrainingOrder, positions_of_rank, random_numbers
+from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError
-from mnistsum_ray.training.fetch import LoadedRows, load_rows
-from mnistsum_ray.training.rows import Batch, EvaluationSet, TrainingRows
+from mnistsum_ray.training import driver, pipeline
+from mnistsum_ray.training.evaluation import HeldOutRows
+from mnistsum_ray.training.pipeline import (
+    StepsInOrder,
+    TrainingData,
+    epochs_from,
+    load_blocks,
+)
+from mnistsum_ray.training.trainer import Batch, TrainingBatches
+from mnistsum_ray.training.worker import EventSender, Worker
+from tests.integration.conftest import start_cluster, train_here
 
-SHUFFLE_ROWS = 400
-BATCH = 48
+BATCH = 5_333
+"""The last of four batches has one row, and so none for some workers."""
 SEED = 3
+EPOCHS = 2
 CPU = torch.device("cpu")
 
-Rows = tuple[Source, LoadedRows, Shuffle]
 Description = list[list[tuple[Any, ...]]]
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-def write_files(folder: Path, rows: pa.Table) -> Path:
-    """Write rows as three files, whose row groups differ in size."""
-    folder.mkdir()
-    third = rows.num_rows // 3
-    for index, (count, group_rows) in enumerate(((third, 30), (third, 200), (rows.num_rows, 700))):
-        pq.write_table(rows.slice(index * third, count), folder / f"{index}.parquet", row_group_size=group_rows)
-    return folder
-
-
-def opened(folder: Path, streamed: bool, batch_size: int = BATCH, skip_bad_rows: bool = False) -> Rows:
-    loaded = load_rows(open_source(str(folder)), streamed=streamed, skip_bad_rows=skip_bad_rows)
-    files = loaded.source.files
-    assert files is not None
-    bounds = files.group_bounds if streamed else None
-    return loaded.source, loaded, Shuffle(loaded.source.train, bounds, batch_size, SHUFFLE_ROWS, SEED)
-
-
 @pytest.fixture(scope="module")
 def mixed(sample: pa.Table) -> pa.Table:
-    """2,000 rows of the sample, all digits mixed."""
-    return sample.take(pa.array(np.random.default_rng(0).permutation(5000)[:2000]))
+    """20,000 rows of the sample, all digits mixed."""
+    return sample.take(pa.array(np.random.default_rng(0).permutation(20_000) % 5_000))
+
+
+def write_files(folder: Path, rows: pa.Table) -> Path:
+    """Write 20,000 rows as files of 5,000, 2,000 and 13,000, whose row groups differ in size.
+
+    The first two share a block, and the third has two.
+    """
+    folder.mkdir()
+    for first, end, group_rows in ((0, 5_000, 300), (5_000, 7_000, 2_000), (7_000, 20_000, 7_000)):
+        path = folder / f"{first:05d}.parquet"
+        pq.write_table(rows.slice(first, end - first), path, row_group_size=group_rows)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,41 +63,56 @@ def folder(tmp_path_factory: pytest.TempPathFactory, mixed: pa.Table) -> Path:
     return write_files(tmp_path_factory.mktemp("data") / "files", mixed)
 
 
-def feed(rows: Rows, rank: int = 0, world_size: int = 1, **changed: Any) -> list[Batch]:
-    """The batches of one worker over two epochs."""
-    values = {"distortion": 1.0, "epochs": 2, "readers": 2} | changed
-    return list(TrainingRows(rows[1].data, rows[2], rank=rank, world_size=world_size, device=CPU, **values).batches())
-
-
-def described(batches: list[Batch]) -> Description:
-    """Of each step row id, number and distortion of all rows."""
-    columns = [[batch["row_id"].tolist(), batch["number"].tolist(), *batch["affine"].T.tolist()] for batch in batches]
-    return [list(zip(*values, strict=True)) for values in columns]
-
-
-def together(rows: Rows, world_size: int, **changed: Any) -> Description:
-    """The global batches of several workers."""
-    shares = [described(feed(rows, rank, world_size, **changed)) for rank in range(world_size)]
-    assert len({len(share) for share in shares}) == 1, "every rank takes the same number of steps"
-    return [[row for share in step for row in share] for step in zip(*shares, strict=True)]
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["in memory", "streamed"])
-def rows(request: pytest.FixtureRequest, cluster: str, folder: Path) -> Rows:
-    return opened(folder, request.param)
+def loaded(folder: Path, skip_bad_rows: bool = False) -> TrainingData:
+    """Three blocks in windows of two."""
+    source, blocks, _ = load_blocks(open_source(str(folder)), skip_bad_rows=skip_bad_rows)
+    order = TrainingOrder(source.train, blocks.bounds, BATCH, SEED, window_blocks=2)
+    return TrainingData(blocks, order, source.validation, source.test)
 
 
 @pytest.fixture(scope="module")
-def alone(rows: Rows) -> list[Batch]:
-    return feed(rows)
+def data(cluster: str, folder: Path) -> TrainingData:
+    return loaded(folder)
+
+
+def feed(data: TrainingData, ranks: int = 1, first: int = 0, distortion: float = 1.0) -> list[list[Batch]]:
+    """The batches of each rank from an epoch on."""
+    steps = StepsInOrder(ray.put(data), EPOCHS, distortion, readers=2)
+    shards = steps.configure({"mine": epochs_from(first, EPOCHS)}, ranks)
+    batches = []
+    for rank, shard in enumerate(shards):
+        positions = positions_of_rank(BATCH, rank, ranks)
+        rows = TrainingBatches(shard["mine"], CPU)
+        taken = []
+        for step in [*range(data.order.steps)] * (EPOCHS - first):
+            end = min(positions.stop, data.order.batch_rows(step))
+            taken.append(rows.take(max(0, end - positions.start)))
+        assert not len(rows.take(1)["row_id"]), "nothing is left"
+        batches.append(taken)
+    return batches
+
+
+def together(*ranks: list[Batch]) -> Description:
+    """Row id, number and distortion of all rows of each global batch."""
+    described = []
+    for shares in zip(*ranks, strict=True):
+        rows: list[tuple[Any, ...]] = []
+        for share in shares:
+            columns = [share["row_id"].tolist(), share["number"].tolist()]
+            rows += zip(*columns, *share["affine"].T.tolist(), strict=True)
+        described.append(rows)
+    return described
+
+
+@pytest.fixture(scope="module")
+def alone(data: TrainingData) -> list[Batch]:
+    return feed(data)[0]
 
 
 def test_every_row_once_an_epoch_with_its_own_image_number_and_distortion(
-    alone: list[Batch], rows: Rows, mixed: pa.Table
+    alone: list[Batch], data: TrainingData, mixed: pa.Table
 ) -> None:
-    train = rows[0].train
-    steps = -(-len(train) // BATCH)
-    assert [len(batch["row_id"]) for batch in alone] == 2 * [*[BATCH] * (steps - 1), len(train) % BATCH]
+    steps, train = data.order.steps, data.order.ids
     pixels, digits = pixels_view(mixed["image"].combine_chunks()), mixed["digit"].to_numpy()
     for index, batch in enumerate(alone):
         ids = batch["row_id"].numpy()
@@ -99,70 +120,110 @@ def test_every_row_once_an_epoch_with_its_own_image_number_and_distortion(
         assert np.array_equal(batch["digit"].numpy(), digits[ids])
         assert np.array_equal(batch["number"].numpy(), random_numbers(SEED, index // steps, ids))
         assert np.array_equal(batch["affine"].numpy(), distortions(SEED, index // steps, ids, 1.0))
-    orders = [np.concatenate([batch["row_id"] for batch in alone[first : first + steps]]) for first in (0, steps)]
-    assert all(np.array_equal(np.sort(order), train.ids()) for order in orders)
+    orders = [np.concatenate([batch["row_id"] for batch in alone[at : at + steps]]) for at in (0, steps)]
+    assert all(np.array_equal(np.sort(order), train) for order in orders)
     assert not np.array_equal(orders[0], orders[1])
-    first = alone[0]["row_id"].numpy()
-    assert len(set(first // 200)) >= 5, "batches are mixed from all files"
-    assert "affine" not in feed(rows, distortion=0.0, epochs=1)[0]
+    assert len(set(alone[0]["row_id"].numpy() // 1_000)) >= 5, "a batch is mixed from a whole window"
+    assert "affine" not in feed(data, first=1, distortion=0.0)[0][0]
 
 
-def test_any_number_of_workers_sees_the_same_batches_and_may_go_on_after_an_epoch(alone: list[Batch], rows: Rows) -> None:
-    whole = described(alone)
-    assert together(rows, 3, epochs=1) == whole[: len(whole) // 2]
-    assert together(rows, 2, first_epoch=1) == whole[len(whole) // 2 :]
+def test_any_number_of_workers_sees_the_same_batches_and_may_go_on_after_an_epoch(alone: list[Batch], data: TrainingData) -> None:
+    whole = together(alone)
+    assert [len(rows) for rows in whole] == EPOCHS * [BATCH, BATCH, BATCH, 1]
+    assert together(*feed(data, ranks=3)) == whole
+    assert together(*feed(data, ranks=2, first=1)) == whole[len(whole) // 2 :]
 
 
-def test_an_empty_share_is_an_empty_batch(folder: Path) -> None:
-    """More workers than rows in the last batch: Ray Data drops blocks without rows, the steps must not shift for that."""
-    rows = opened(folder, True, batch_size=533)
-    batches = together(rows, 2, epochs=1)
-    assert [len(batch) for batch in batches] == [533, 533, 533, 1]
-    assert sorted(row[0] for batch in batches for row in batch) == rows[0].train.ids().tolist()
-
-
-def with_images(folder: Path, rows: pa.Table, image: bytes | None, *places: int) -> Path:
-    """Write the rows with this image at these places."""
-    values = rows["image"].to_pylist()
-    for place in places:
-        values[place] = image
-    return write_files(folder, rows.set_column(0, "image", pa.array(values, pa.binary())))
-
-
-def test_a_bad_row_is_named(tmp_path: Path, folder: Path, mixed: pa.Table) -> None:
-    row = int(open_source(str(folder)).train.ids()[-1])
-    files = with_images(tmp_path / "files", mixed, b"\x89PNG", row)
-    said = rf"2\.parquet: row {row - 1332}: 4 bytes are neither 784 pixels nor a readable PNG"
+def test_rows_that_cannot_be_used_are_named_or_left_out(tmp_path: Path, data: TrainingData, mixed: pa.Table) -> None:
+    bad = [0, *range(300, 600), 19_999]
+    images = mixed["image"].to_pylist()
+    for row in bad:
+        images[row] = None
+    rows = mixed.set_column(0, "image", pa.array(images, pa.binary()))
+    files = write_files(tmp_path / "files", rows)
+    said = rf"^--data {files}: 302 of 20,000 rows .* 00000\.parquet: row 0: the image is null; "
     with pytest.raises(RequestError, match=said):
-        opened(files, False)
-    with pytest.raises(RunError, match=said):
-        feed(opened(files, True))
+        loaded(files)
+    left = loaded(files, skip_bad_rows=True)
+    for split in ("validation", "test"):
+        assert np.array_equal(getattr(left, split), np.setdiff1d(getattr(data, split), bad))
+    batches = together(*feed(left, ranks=2, first=1))
+    ids = sorted(row[0] for batch in batches for row in batch)
+    assert ids == np.setdiff1d(data.order.ids, bad).tolist()
     source = open_source(str(files))
-    (files / "2.parquet").unlink()
-    with pytest.raises(RunError, match=r"--data .*2\.parquet: "):
-        load_rows(source, streamed=False)
+    (files / "07000.parquet").unlink()
+    with pytest.raises(RunError, match=r"--data .*07000\.parquet: "):
+        load_blocks(source, skip_bad_rows=False)
 
 
-def test_bad_rows_are_counted_and_left_out_of_their_splits(tmp_path: Path, folder: Path, mixed: pa.Table) -> None:
-    """Among them are a whole row group, and the first and the last row."""
-    bad = [0, *range(666, 866), 1999]
-    files = with_images(tmp_path / "bad", mixed, None, *bad)
-    null = "the image is null; fill it in or drop the row"
-    said = rf"^--data {files}: 202 of 2,000 rows .* 0\.parquet: row 0: {null} \| .* \| …; most often: 202 x {null}; "
-    with pytest.raises(RequestError, match=said):
-        opened(files, False)
-    for streamed in (False, True):
-        rows = opened(files, streamed, skip_bad_rows=True)
-        for good, split in zip(open_source(str(folder)).splits, rows[0].splits, strict=True):
-            assert split.ids().tolist() == np.setdiff1d(good.ids(), bad).tolist()
-        assert rows[0].bad.reasons == {null: 202}
-    batches = together(rows, 2, epochs=1)
-    assert sorted(row[0] for batch in batches for row in batch) == rows[0].train.ids().tolist()
+def test_held_out_rows_are_shared_out_whole(data: TrainingData, mixed: pa.Table) -> None:
+    workers = [Worker(rank, 3, CPU, EventSender(None, rank=1)) for rank in range(3)]
+    shares = [[*HeldOutRows(data.blocks, data.test, worker).batches()] for worker in workers]
+    counts = [sum(len(batch["row_id"]) for batch in share) for share in shares]
+    assert max(counts) - min(counts) <= 1
+    batches = [batch for share in shares for batch in share]
+    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in ("row_id", "digit")}
+    assert np.array_equal(rows["row_id"], data.test)
+    assert np.array_equal(rows["digit"], mixed["digit"].to_numpy()[data.test])
 
 
-def test_held_out_rows_are_shared_out_whole(rows: Rows) -> None:
-    data, held_out = ray.get(rows[1].data), rows[0].train
-    sets = [EvaluationSet(data, held_out, rank, 3, CPU, lambda images: images) for rank in range(3)]
-    shares = [[batch["row_id"] for batch, _ in held_out.with_digit_scores()] for held_out in sets]
-    assert [sum(map(len, share)) for share in shares] == [533, 533, 534]
-    assert np.array_equal(np.sort(np.concatenate([ids for share in shares for ids in share])), held_out.ids())
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "seen"),
+    [
+        (lambda rows: rows.slice(1), "398 rows, where the plan has 400"),
+        (lambda rows: pa.concat_tables([rows.slice(0, 1), rows]), "402 rows, where the plan has 400"),
+        (lambda rows: pa.concat_tables([rows.slice(1, 1), rows.slice(1)]), "other rows than planned"),
+    ],
+    ids=["a row is lost", "repeated", "repeated in the place of another"],
+)
+def test_a_pipeline_that_loses_or_repeats_a_row_fails_the_run(
+    spoil: Callable[[pa.Table], pa.Table],
+    seen: str,
+    write_rows: Callable[[int], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of two workers gets a wrong row."""
+
+    class Spoils(pipeline.ReadSteps):
+        def __call__(self, task: dict[str, np.ndarray]) -> pa.Table:
+            return spoil(super().__call__(task))
+
+    class SpoiledSteps(StepsInOrder):
+        def configure(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+            # In Ray Train's controller, a process of this run alone.
+            setattr(pipeline, "ReadSteps", Spoils)  # noqa: B010 (mypy refuses the assignment)
+            return super().configure(*args, **kwargs)
+
+    monkeypatch.setattr(driver, "StepsInOrder", SpoiledSteps)
+    with pytest.raises(RunError, match=f"^training epoch 1 saw {seen}: rows were lost or repeated"):
+        train_here(data=write_rows(500), storage_path=tmp_path, epochs=2, num_workers=2)
+
+
+@pytest.fixture
+def small_store() -> Iterator[None]:
+    """A cluster whose object store has the smallest size that Ray takes, 75 MiB."""
+    ray.shutdown()
+    start_cluster(num_cpus=2, object_store_memory=75 * 2**20)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_store")
+def test_rows_that_do_not_fit_the_object_store_are_spilled_and_trained(tmp_path: Path) -> None:
+    """Nine of ten rows are bad: they take memory, and no time to train."""
+    random, rows = np.random.default_rng(0), np.arange(150_000)
+    images = pixels_array(random.integers(0, 256, (15_000, 28, 28), np.uint8))
+    images = images.take(pa.array(rows // 10, mask=rows % 10 > 0))
+    table = pa.table({"image": images, "digit": random.integers(0, 10, len(rows))})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    place = {"data": tmp_path / "rows.parquet", "storage_path": tmp_path / "runs"}
+    trained = train_here(epochs=1, sum_head_steps=5, skip_bad_rows=True, **place)
+    said = "reading 150,000 rows: 112 MiB, and the object stores have 75 MiB; Ray spills the rest to disk"
+    assert said in trained.said
+    address = ray.get_runtime_context().gcs_address
+    assert "Spilled " in memory_summary(address, stats_only=True)
+    split_rows = [trained.line["data"][f"{split}_rows"] for split in ("train", "validation", "test")]
+    assert sum(split_rows) == 15_000

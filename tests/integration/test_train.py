@@ -9,6 +9,7 @@ import threading
 from _thread import interrupt_main
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -25,7 +26,7 @@ from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.reporting.report import PICTURES, epoch_seconds
 from mnistsum_ray.storage.uri import locate
-from mnistsum_ray.training.checkpoint import STATE_CARD
+from mnistsum_ray.training.checkpoint import STATE_DIGEST
 from tests.integration.conftest import Done, history_of, joined, nodes, once, run_job, score_here, train_here
 
 EVERY = 5
@@ -79,7 +80,7 @@ def test_a_person_sees_the_figures_and_not_rays_chatter(done: Done, runs: Path) 
 def test_what_is_left(done: Done, runs: Path, data: Path) -> None:
     run = runs / "one"
     manifest = json.loads((run / "manifest.json").read_text())
-    assert [entry["epoch"] for entry in history_of(run)] == [1, 2]
+    assert [(entry["epoch"], entry["workers"]) for entry in history_of(run)] == [(1, 1), (2, 1)]
     assert (manifest["status"], manifest["precision"], manifest["workers"]) == ("finished", "fp32", "1 CPU worker")
     assert manifest["metrics"] == done.line
     assert {"ray", "torch", "pyarrow"} <= set(manifest["versions"])
@@ -114,7 +115,7 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
     model, card = load_model(locate(line["model"], "--model"))
     assert {name: card["test"][name] for name in line["test"]} == line["test"]
     source = open_source(str(data))
-    table = pq.read_table(data).take(source.test.ids())
+    table = pq.read_table(data).take(pa.array(source.test))
     images = torch.tensor(pixels_view(table["image"].combine_chunks()))
     digits = torch.tensor(table["digit"].to_pylist())
     right = 0
@@ -171,6 +172,18 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
 
 
 @pytest.mark.slow
+def test_another_run_begins_with_its_weights(done: Done, data: Path, tmp_path: Path) -> None:
+    run = done.line["run"]
+    settings = {"data": data, "storage_path": tmp_path, "epochs": 1, "sum_head_steps": 0}
+    train_here(init_from=run, learning_rate=0.001, name="tuned", **settings)
+    losses = [history_of(path)[0]["train_loss"] for path in (run, tmp_path / "tuned")]
+    assert losses[1] < losses[0] / 2
+    card = json.loads((Path(run) / "model" / "model.json").read_text())
+    recorded = json.loads((tmp_path / "tuned" / "manifest.json").read_text())["init_from"]
+    assert recorded == {"model": run, "sha256": card["sha256"]}
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_an_infinite_loss_stops_every_rank_at_once(data: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunError, match=r"^epoch .* the loss is .* lower --learning-rate"):
@@ -186,7 +199,10 @@ def test_its_config_trains_the_same_model_again_also_on_one_cpu_and_stopped_once
     settings = parse(TrainConfig, flags, "").model_dump(exclude_unset=True)
     assert (settings["num_workers"], settings["use_gpu"], settings["threads"], settings["precision"]) == (1, False, 2, "fp32")
     with nodes(1) as smaller, joined(smaller):
-        with once((run / "epoch_00001" / STATE_CARD).exists, interrupt_main), pytest.raises(RunInterrupted):
+        with (
+            once((run / "checkpoints" / "0001" / "epoch_00001" / STATE_DIGEST).exists, interrupt_main),
+            pytest.raises(RunInterrupted),
+        ):
             train_here(**settings)
         again = train_here(**settings | {"resume": True})
         scored = score_here(run, tmp_path / "out", data, number_column="digit")

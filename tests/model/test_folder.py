@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import mnistsum_ray
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.folder import Weights, copy_weights, describe_model, load_model, save_model
+from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model, load_model, write_model
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 from tests.model import new_model
@@ -25,7 +26,7 @@ def weights_of(seed: int) -> Weights:
 def save(folder: Path, seed: int = 0, weights: Weights | None = None, **changed: Any) -> Location:
     weights = weights or weights_of(seed)
     place = locate(str(folder), "--model")
-    save_model(place, weights, describe_model(weights, epoch=seed, metrics=METRICS) | changed)
+    write_model(place, weights, describe_model(weights, epoch=seed, metrics=METRICS) | changed)
     return place
 
 
@@ -33,11 +34,21 @@ def test_a_model_comes_back(tmp_path: Path) -> None:
     save(tmp_path / "run" / "model", 3)
     for folder in (tmp_path / "run", tmp_path / "run" / "model"):
         loaded, description = load_model(locate(str(folder), "--model"))
-        weights = copy_weights(loaded)
-        assert all(torch.equal(weights[name], value) for name, value in weights_of(3).items())
+        assert checksum(copy_weights(loaded)) == checksum(weights_of(3))
         assert not loaded.training
         assert (description["epoch"], description["parameters"], description["test"]["sum_accuracy"]) == (3, 220_125, 0.8)
     assert json.loads((tmp_path / "run" / "model" / "model.json").read_text()) == description
+
+
+def test_a_network_of_ones_own_is_saved_where_nothing_lies(tmp_path: Path) -> None:
+    network = new_model(3)
+    network.background = 255
+    mnistsum_ray.save_model(network, tmp_path)
+    loaded = mnistsum_ray.load_model(tmp_path)
+    assert checksum(copy_weights(loaded)) == checksum(weights_of(3))
+    assert loaded.background == 255
+    with pytest.raises(RequestError, match="is not empty"):
+        mnistsum_ray.save_model(network, tmp_path)
 
 
 def test_a_reader_between_two_publications_finds_a_whole_model(tmp_path: Path) -> None:

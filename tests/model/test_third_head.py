@@ -2,33 +2,27 @@
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pyarrow as pa
 import pytest
-import ray.train.torch
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray import RequestError, load_model, predict, predict_rows
-from mnistsum_ray.config import ExportModelConfig, TrainConfig
+from mnistsum_ray import RequestError, load_model, predict, predict_rows, save_model
+from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.export.model import export_model
 from mnistsum_ray.model import network
-from mnistsum_ray.model.folder import INTERFACE, copy_weights, describe_model, save_model
+from mnistsum_ray.model.folder import INTERFACE
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
 from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, calibrated, fit_temperatures, score_rows
-from mnistsum_ray.model.network import Network, Scores, divide_scores
+from mnistsum_ray.model.network import Network, Scores, divide_scores, undistorted_digit_scores
 from mnistsum_ray.model.sum_head import finetune_sum_head
-from mnistsum_ray.storage.uri import locate
-from mnistsum_ray.training.preflight import preflight
-from mnistsum_ray.training.trainer import Trainer
-from mnistsum_ray.training.worker import EventSender, Worker
+from tests.training import CPU, as_worker, new_trainer
 
-CPU = torch.device("cpu")
 EVEN = Head("even", 2, lambda digits, numbers: 1 - digits % 2)
 BATCH, STEPS = 64, 40
 
@@ -94,10 +88,7 @@ def other_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "SmallNet", SmallNet, raising=False)
 
 
-def new_trainer(**settings: Any) -> Trainer:
-    hyperparameters = preflight(TrainConfig(data="sample", batch_size=BATCH, **settings)).hyperparameters
-    with patch.object(ray.train.torch, "prepare_model", lambda model, **_: model):
-        return Trainer(hyperparameters, Worker(0, 1, CPU, 1, EventSender(None, rank=1)), "fp32")
+digit_scores = partial(undistorted_digit_scores, bf16=False)
 
 
 def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> None:
@@ -109,7 +100,7 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     held_out = rows[4500:]
     test = {"image": images[held_out], "digit": digits[held_out], "row_id": held_out}
 
-    trainer = new_trainer()
+    trainer = as_worker(lambda: new_trainer(batch_size=BATCH))
     model = trainer.model
     assert isinstance(model, SmallNet)
     for step, ids in enumerate(torch.split(rows[: STEPS * BATCH + 1], BATCH)):
@@ -119,8 +110,8 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     assert model.norm.num_batches_tracked == model.get_buffer("body.1.num_batches_tracked") == STEPS
 
     model.eval()
-    finetune_sum_head(model, trainer.digit_scores(images[rows[:500]]), 300, seed=0)
-    scored = list(score_rows(model, [(test, trainer.digit_scores(test["image"]))]))
+    finetune_sum_head(model, digit_scores(model, images[rows[:500]]), 300, seed=0)
+    scored = list(score_rows(model, [(test, digit_scores(model, test["image"]))]))
     counts = AnswerCounts(CPU)
     for batch, scores in scored:
         counts.add(batch, scores)
@@ -131,16 +122,13 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     analysis = analyse_errors(calibrated(scored, temperatures), CPU)
     assert analysis["probabilities"].keys() == {"digit", "sum", "even"}
     with torch.no_grad():
-        before = model.scores_of_all_numbers(trainer.digit_scores(test["image"]))
+        before = model.scores_of_all_numbers(digit_scores(model, test["image"]))
         model.fold_temperatures(temperatures)
-        after = model.scores_of_all_numbers(trainer.digit_scores(test["image"]))
+        after = model.scores_of_all_numbers(digit_scores(model, test["image"]))
     for temperature, unfolded, folded in zip(temperatures.values(), before, after, strict=True):
         torch.testing.assert_close(folded * temperature, unfolded, rtol=1e-3, atol=1e-3)
 
-    weights = copy_weights(model)
-    metrics = {"validation": shares, "test": shares}
-    description = describe_model(weights, epoch=1, metrics=metrics)
-    save_model(locate(str(tmp_path / "model"), "--model"), weights, description)
+    save_model(model, tmp_path / "model")
     loaded = load_model(tmp_path)
     assert isinstance(loaded, SmallNet)
     found = predict(loaded, test["image"].numpy(), numbers[held_out].numpy(), probabilities=True)
@@ -155,4 +143,4 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
 
 def test_dropout_that_it_does_not_have_is_refused() -> None:
     with pytest.raises(RequestError, match=r"^--dropout 0\.2\d*: the network has no dropout"):
-        new_trainer(recipe="long")
+        as_worker(lambda: new_trainer(recipe="long"))

@@ -33,19 +33,19 @@ def test_one_run_holds_a_folder_until_it_ends(bucket: Location) -> None:
         refused(folder, rf"^--name .*held.*: another run \({held.holder}\) is writing there; wait for it, or choose another")
         held.check()
     with folder_lock(folder, "--name", pytest.fail) as held:
-        (folder / "_lock").write({"id": "a run that took it"})
+        (folder / "_lock").write(b"a-run-that-took-it")
         time.sleep(2 * lock.RENEW_SECONDS)
-        with pytest.raises(RunError, match=r"another run has taken the output \(a run that took it\); this run stops"):
+        with pytest.raises(RunError, match=r"another run has taken the output \(a-run-that-took-it\); this run stops"):
             held.check()
-    assert b"a run that took it" in (folder / "_lock").read_bytes(), "it belongs to the other run"
+    assert b"a-run-that-took-it" in (folder / "_lock").read_bytes(), "it belongs to the other run"
 
 
 @STORES
 def test_a_lock_is_taken_over_by_one_run_once_it_is_old_by_the_clock_of_the_store(bucket: Location) -> None:
     """That of S3 is an hour slow here: by this machine's clock the lock was old when it was written."""
     folder, said, tried = bucket / "left", list[str](), Barrier(4)
-    (folder / "_lock").write({"id": "a run that was killed"})
-    refused(folder, r"another run \(a run that was killed\) .*; if it was killed, this command takes over in [12] s")
+    (folder / "_lock").write(b"a-killed-run 1234")
+    refused(folder, r"another run \(a-killed-run\) .*; if it was killed, this command takes over in [12] s")
     time.sleep(lock.EXPIRED_SECONDS + 1)
 
     def take(_: int) -> str:
@@ -61,15 +61,10 @@ def test_a_lock_is_taken_over_by_one_run_once_it_is_old_by_the_clock_of_the_stor
     with ThreadPoolExecutor(4) as runs:
         holder, *others = sorted(runs.map(take, range(4)), key=len)
     assert all(f"another run ({holder}) is writing there" in other for other in others)
-    assert "a run that was killed no longer renews it; taking it over" in said[0]
+    assert "a-killed-run no longer renews it; taking it over" in said[0]
     assert folder.files() == []
 
 
-def test_a_folder_that_cannot_be_held_is_refused_and_left_alone(bucket: Location) -> None:
+def test_a_folder_that_cannot_be_held_is_refused() -> None:
     with pytest.raises(RequestError, match=r"^--name /etc/passwd/\S+: cannot be written: Not a directory"):
         folder_lock(locate("/etc/passwd/out", "--name"), "--name", print).__enter__()
-    for text in (b"notes", b"[" * 100_000, b"{}"):
-        (bucket / "notes" / "_lock").write(text)
-        with pytest.raises(RequestError, match=r"^--name .*: _lock is not a file of this program; move it away"):
-            folder_lock(bucket / "notes", "--name", print).__enter__()
-        assert (bucket / "notes" / "_lock").read_bytes() == text

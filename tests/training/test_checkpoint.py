@@ -1,106 +1,117 @@
 """Checkpoints: what is saved comes back bit for bit, and what is not whole is known for it."""
 
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.folder import copy_weights
-from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.metrics import Metrics
-from mnistsum_ray.model.network import Network, joint_loss, make_network, prepare_images
+from mnistsum_ray.model.network import Network, joint_loss, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.storage.uri import locate
-from mnistsum_ray.training.analysis import describe
-from mnistsum_ray.training.checkpoint import (
-    STATE_CARD,
-    STATE_FILE,
-    STATE_FORMAT,
-    TrainerState,
-    latest_valid_checkpoint,
-    read_checkpoint,
-    restore,
-    save_checkpoint,
-)
+from mnistsum_ray.storage.store import Location
+from mnistsum_ray.training import checkpoint as saved
+from mnistsum_ray.training.checkpoint import STATE_DIGEST, STATE_FILE, STATE_FORMAT, TrainerState
+from tests.model import new_model, random_rows
 
-SCORES: Metrics = {"rows": 10, "pairs": 100, "loss": 0.5, "consistency": 0.7}
-SCORES |= {f"{head.name}_accuracy": 0.9 for head in HEADS}
-LINE = {"epoch": 1, "validation": SCORES, "test": SCORES}
+STATE = TrainerState(1, [{"epoch": 1, "train_loss": 1 / 3, "validation": {"loss": 0.1 + 0.2}}], "fp32")
 
 
-def step(model: Network, optimizer: MuonAdamW, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (16, 28, 28), dtype=torch.uint8, generator=generator)
-    digits, numbers = (torch.randint(0, 10, (16,), generator=generator) for _ in range(2))
-    scores = model(prepare_images(images), numbers)
+def make(seed: int) -> tuple[Network, MuonAdamW]:
+    model = new_model(seed)
+    return model, MuonAdamW(model, 0.01, torch.float32)
+
+
+def step(model: Network, optimizer: MuonAdamW, rows: int) -> None:
+    images, digits, numbers = random_rows(rows)
     optimizer.zero_grad()
-    torch.autograd.backward(joint_loss(scores, digits, numbers)[0])
+    joint_loss(model(prepare_images(images), numbers), digits, numbers)[0].backward()  # type: ignore[no-untyped-call]
     optimizer.set_learning_rate(1e-3)
     optimizer.step()
 
 
-def make(seed: int) -> tuple[Network, MuonAdamW]:
-    torch.manual_seed(seed)
-    model = make_network()
-    return model, MuonAdamW(model, 0.01, torch.float32)
-
-
-def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after two steps."""
+    folder = tmp_path_factory.mktemp("whole")
     model, optimizer = make(0)
-    for seed in range(3):
-        step(model, optimizer, seed)
-    tuned = {"steps": 5, "kept": True, "validation": SCORES, "test": SCORES}
-    state = TrainerState(1, [LINE], "fp32", tuned)
-    save_checkpoint(tmp_path, state, model, optimizer)
-    other, other_optimizer = make(1)
-    loaded, tensors = read_checkpoint(locate(str(tmp_path), "checkpoint"))
-    restore(tensors, other, other_optimizer)
-    assert loaded == state
-    for seed in range(3, 6):
-        step(model, optimizer, seed)
-        step(other, other_optimizer, seed)
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    step(model, optimizer, 10)
+    step(model, optimizer, 11)
+    saved.save_checkpoint(folder, STATE, model, optimizer)
+    return folder
 
 
-def test_a_fine_tuning_that_was_undone_is_in_the_description_and_its_metrics_are_not_the_models() -> None:
-    after = SCORES | {"sum_accuracy": 0.5}
-    tuned = {"steps": 5, "kept": False, "validation": after, "test": after}
-    description = describe(TrainerState(1, [LINE], "fp32", sum_head=tuned), copy_weights(make(0)[0]))
-    assert description["test"] == description["validation"] == SCORES
-    before_and_after = {when: {"validation": of, "test": of} for when, of in (("before", SCORES), ("after", after))}
-    assert description["sum_head"] == {"steps": 5, "kept": False, **before_and_after}
+def test_training_goes_on_as_if_it_had_not_stopped(whole: Path) -> None:
+    undisturbed, resumed = make(0), make(1)
+    step(*undisturbed, 10)
+    step(*undisturbed, 11)
+    state, tensors = saved.read_checkpoint(Location(str(whole)))
+    saved.restore(tensors, *resumed)
+    assert state == STATE
+    for rows in (12, 13, 14):
+        step(*undisturbed, rows)
+        step(*resumed, rows)
+    weights = resumed[0].state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in undisturbed[0].state_dict().items())
 
 
-def test_a_checkpoint_that_is_not_whole_is_passed_over_and_one_of_another_version_is_refused(tmp_path: Path) -> None:
-    place, said = locate(str(tmp_path), "--name"), list[str]()
-    assert latest_valid_checkpoint(place, said.append) is None
-    model, optimizer = make(0)
-    for number in range(1, 6):
-        folder = tmp_path / f"epoch_{number:05d}"
-        folder.mkdir()
-        save_checkpoint(folder, TrainerState(number, [LINE], "fp32"), model, optimizer)
-        damaged = folder / (STATE_FILE if number % 2 else STATE_CARD)
-        if number in (2, 3):
-            damaged.unlink()
-        elif number > 3:
-            damaged.write_bytes(damaged.read_bytes()[:-9])
-    latest = latest_valid_checkpoint(place, said.append)
-    assert latest is not None
-    assert latest.path == f"{tmp_path}/epoch_00001"
-    reasons = [line.partition(" cannot be used: ")[2] for line in said]
-    assert [" ".join(reason.split()[:3]) for reason in reasons] == [
-        "trainer.safetensors is incomplete",
-        "trainer.json is incomplete",
-        "a file is",
-        "a file is",
-    ]
-    (tmp_path / "epoch_00006").mkdir()
-    others = {
-        '"mnistsum_ray/11"': "it was written by another version",
-        f'"{STATE_FORMAT}", "interface": {{"number": "0..19"}}': "it is of another network",
-    }
-    for other, why in others.items():
-        (tmp_path / "epoch_00006" / STATE_CARD).write_text(f'{{"format": {other}}}')
-        with pytest.raises(RequestError, match=f"epoch_00006 cannot be used: {why}"):
-            latest_valid_checkpoint(place, print)
+def write(folder: Path, data: bytes, digest: str = "") -> Location:
+    """Write a checkpoint, by default with the digest that fits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STATE_FILE).write_bytes(data)
+    (folder / STATE_DIGEST).write_text(digest or hashlib.sha256(data).hexdigest())
+    return Location(str(folder))
+
+
+def test_a_bit_flipped_anywhere_or_an_end_cut_off_is_refused(tmp_path: Path, whole: Path) -> None:
+    files = {name: (whole / name).read_bytes() for name in (STATE_FILE, STATE_DIGEST)}
+    place = write(tmp_path, files[STATE_FILE], files[STATE_DIGEST].decode())
+    assert saved.read_checkpoint(place)[0] == STATE
+    random = np.random.default_rng(0)
+    for name, data in files.items():
+        # The length and the figures are in the first bytes, a small part of the file.
+        ends = (min(len(data), 2000), len(data))
+        for index in [*range(16), *random.integers(ends, size=(40, 2)).ravel()]:
+            flipped = bytearray(data)
+            flipped[index] ^= 1 << int(random.integers(8))
+            for damaged in (flipped, data[:index]):
+                (tmp_path / name).write_bytes(damaged)
+                with pytest.raises(saved.CheckpointError, match=f"^checkpoint {tmp_path} cannot be used: .* damaged"):
+                    saved.read_checkpoint(place)
+        (tmp_path / name).write_bytes(data)
+
+
+def test_the_newest_whole_checkpoint_of_all_attempts_is_found(tmp_path: Path, whole: Path) -> None:
+    """Of two of one epoch that of the later attempt; each that is passed over gets a line."""
+    run, folder, said = Location(str(tmp_path)), tmp_path / saved.CHECKPOINTS, list[str]()
+    assert (saved.newest_checkpoint(run, said.append), saved.next_attempt(run)) == (None, "0001")
+    data = (whole / STATE_FILE).read_bytes()
+    attempts = ((9, 11), (10, 10), (2, 10), (2, 2), (1, 2), (1, 1))
+    names = [f"{attempt:04}/epoch_{epoch:05}" for attempt, epoch in attempts]
+    for name in [*names, "0010/another"]:
+        write(folder / name, data)
+    (folder / "0010" / "checkpoint_manager_snapshot.json").write_text("{")  # Ray Train's own
+    for passed_over, name in enumerate(names):
+        said.clear()
+        found = saved.newest_checkpoint(run, said.append)
+        assert found is not None
+        assert (found[0].path, found[1]) == (f"{folder}/{name}", STATE)
+        before = [f"checkpoint {folder}/{other}" for other in names[:passed_over]]
+        assert [line.partition(" cannot be used")[0] for line in said] == before
+        if passed_over % 2:
+            (folder / name / STATE_DIGEST).unlink()
+        else:
+            (folder / name / STATE_FILE).write_bytes(data[:-1])
+    assert saved.newest_checkpoint(run, said.append) is None
+    assert saved.next_attempt(run) == "0011"
+
+
+@pytest.mark.parametrize(("old", "new"), [(STATE_FORMAT, STATE_FORMAT[:-1] + "9"), ("0..9", "0..8")])
+def test_a_newest_checkpoint_of_another_version_or_network_is_refused(tmp_path: Path, whole: Path, old: str, new: str) -> None:
+    """An older one would train epochs again."""
+    data, folder = (whole / STATE_FILE).read_bytes(), tmp_path / saved.CHECKPOINTS / "0001"
+    write(folder / "epoch_00001", data)
+    write(folder / "epoch_00002", data.replace(old.encode(), new.encode()))
+    with pytest.raises(RequestError, match=r"^--resume: checkpoint .*2 cannot be used: it is of another version or network"):
+        saved.newest_checkpoint(Location(str(tmp_path)), print)

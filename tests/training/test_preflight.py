@@ -5,72 +5,105 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyarrow.fs import FileSystem
 
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.uri import locate
-from mnistsum_ray.training.preflight import preflight
+from mnistsum_ray.training.preflight import TrainingRun, preflight
+
+
+def asked(**given: Any) -> TrainingRun:
+    """The run `mine` in the working folder, with sample data."""
+    return preflight(TrainConfig(**({"data": "sample", "storage_path": ".", "name": "mine"} | given)))
 
 
 @pytest.fixture
-def stored(tmp_path: Path) -> TrainConfig:
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """The config of a run that was started and killed."""
-    run = preflight(
-        TrainConfig(
-            data="sample", storage_path=str(tmp_path), name="mine", epochs=7, learning_rate=0.5, num_workers=2, skip_bad_rows=True
-        )
-    )
+    monkeypatch.chdir(tmp_path)
+    config = asked(epochs=7, learning_rate=0.5, num_workers=2, skip_bad_rows=True, init_from="base").config
+    data = {"sha256": "ab" * 32, "location": "sample", "notice": ""}
     (tmp_path / "mine").mkdir()
-    manifest = {
-        "config": run.config.model_dump(mode="json", exclude={"resume"}),
-        "data": {"sha256": "ab" * 32, "location": "sample", "notice": ""},
-    }
+    manifest = {"config": config.model_dump(mode="json", exclude={"resume"}), "data": data}
     (tmp_path / "mine" / "manifest.json").write_text(json.dumps(manifest))
-    return run.config
+    return config
 
 
 def test_null_leaves_the_choice_to_the_stored_run(stored: TrainConfig) -> None:
-    unset: dict[str, Any] = {"epochs": None, "learning_rate": None, "num_workers": None}
-    run = preflight(TrainConfig(storage_path=stored.storage_path, name="mine", resume=True, **unset))
-    assert (run.hyperparameters.epochs, run.hyperparameters.learning_rate) == (7, 0.5)
-    assert run.config.num_workers == 2
+    unset = ("epochs", "learning_rate", "num_workers", "init_from")
+    config = asked(resume=True, **dict.fromkeys(unset)).config
+    assert [getattr(config, name) for name in unset] == [7, 0.5, 2, stored.init_from]
 
 
-def test_a_folder_with_files_and_no_run_is_neither_taken_nor_resumed(tmp_path: Path) -> None:
+FIXED = [
+    ({"learning_rate": 0.02}, "--learning-rate 0.02: the run mine has 0.5"),
+    ({"precision": "bf16"}, "--precision bf16: the run mine has none"),
+    ({"skip_bad_rows": False}, "--skip-bad-rows False: the run mine has True"),
+    ({"init_from": "/other"}, "--init-from /other: the run mine has .*/base"),
+]
+
+
+@pytest.mark.usefixtures("stored")
+@pytest.mark.parametrize(("given", "said"), FIXED)
+def test_what_the_numbers_depend_on_cannot_be_changed(given: dict[str, Any], said: str) -> None:
+    for resume in (True, "auto"):
+        with pytest.raises(RequestError, match=f"{said}, and its numbers depend on it; leave the flag out"):
+            asked(resume=resume, **given)
+
+
+def test_the_same_command_goes_on_with_the_weights_that_it_began_with(stored: TrainConfig) -> None:
+    """With `--resume auto` a later command is the first one again, also with a relative path."""
+    for path in (stored.init_from, "base"):
+        assert asked(resume="auto", init_from=path).config.init_from == stored.init_from
+
+
+PLACES = [
+    ("in", "in", "lies in --data"),
+    (".", "runs/deep", "lies in --data"),
+    ("link", "in/runs", "lies in --data"),
+    ("in", "link/runs", "lies in --data"),
+    ("in", "in-runs", ""),
+    ("in", ".", ""),
+    ("in/rows.parquet", "in", ""),
+]
+
+
+@pytest.mark.parametrize(("data", "storage", "said"), PLACES)
+def test_a_storage_path_inside_the_data_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: pa.Table, data: str, storage: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("link").symlink_to("in")
+    pq.write_table(sample[::50], "in/rows.parquet")
+    before = sorted(Path().rglob("*"))
+    if said:
+        with pytest.raises(RequestError, match=f"^--storage-path {tmp_path}.* {said} .*; put it elsewhere$"):
+            asked(data=data, storage_path=storage)
+    else:
+        asked(data=data, storage_path=storage)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_folder_without_a_run_is_neither_taken_nor_resumed(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
     with pytest.raises(RequestError, match="mine holds other files, and no run; choose another name"):
-        preflight(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine", resume="auto"))
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"learning_rate": 0.02}, "--learning-rate 0.02: the run mine has 0.5"),
-        ({"precision": "bf16"}, "--precision bf16: the run mine has none"),
-        ({"skip_bad_rows": False}, "--skip-bad-rows False: the run mine has True"),
-    ],
-)
-def test_what_the_numbers_depend_on_cannot_be_changed(stored: TrainConfig, given: dict[str, Any], said: str) -> None:
-    for resume in (True, "auto"):
-        with pytest.raises(RequestError, match=f"{said}, and its numbers depend on it; leave the flag out"):
-            preflight(TrainConfig(storage_path=stored.storage_path, name="mine", resume=resume, **given))
+        asked(storage_path=str(tmp_path), resume="auto")
+    for text in ("{", "[]", '{"config": {}}', "[" * 100_000):
+        (tmp_path / "mine" / "manifest.json").write_text(text)
+        with pytest.raises(RequestError, match=r"--resume: .*; start another run"):
+            asked(storage_path=str(tmp_path), resume=True)
 
 
 def test_ray_stores_checkpoints_where_this_program_looks_for_them(tmp_path: Path) -> None:
     """Arrow, which Ray asks, decodes a URI; this program takes a key as it is written."""
-    run = preflight(TrainConfig(data="sample", storage_path=str(tmp_path)))
+    run = asked(storage_path=str(tmp_path))
     key, query = "a b/50%/%20é/#1", "region=x&scheme=http&endpoint_override=127.0.0.1:9"
     for uri, path in {f"s3://bucket/{key}?{query}": f"bucket/{key}", f"/tmp/{key}?": f"/tmp/{key}?"}.items():
-        storage = locate(uri, "--storage-path")
-        assert FileSystem.from_uri(replace(run, storage=storage).ray_storage)[1] == path
-
-
-def test_a_manifest_that_does_not_say_what_the_run_was_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    for text in ("{", "[]", '{"config": {}}', "[" * 100_000):
-        (tmp_path / "mine" / "manifest.json").write_text(text)
-        with pytest.raises(RequestError, match=r"--resume: .*; start another run"):
-            preflight(TrainConfig(storage_path=str(tmp_path), name="mine", resume=True))
+        of_ray = replace(run, folder=locate(uri, "--storage-path")).ray_storage("checkpoints")
+        assert FileSystem.from_uri(of_ray)[1] == f"{path}/checkpoints"
