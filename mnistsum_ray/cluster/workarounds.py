@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, Final
 
 import ray
+import ray.exceptions
 
 _GONE: Final = (ImportError, AttributeError, TypeError)
 """What Python raises where Ray has renamed something, or changed its parameters."""
@@ -20,6 +21,7 @@ _DATA_ACTORS: Final = {
     "cluster_autoscaler": "get_or_create_autoscaling_coordinator",
     "stats": "get_or_create_stats_actor",
     "stats_summary_actor": "_get_or_create_stats_summary_actor",
+    "usage.actor": "get_or_create_usage_collection_actor",
 }
 """Functions that create detached actors, by their modules in `ray.data._internal`."""
 
@@ -72,8 +74,12 @@ def make_interruptible(trainer: Any) -> Callable[[], None]:
 
     def abort() -> None:
         for controller in controllers:
-            with suppress(Exception):  # workers that do not end now end with this process
+            try:
                 ray.get(controller.abort.remote(), timeout=_ABORT_SECONDS)
+            except ray.exceptions.GetTimeoutError:
+                ray.kill(controller)  # its workers end with it
+            except ray.exceptions.RayError:
+                pass  # it has ended
 
     return abort
 
