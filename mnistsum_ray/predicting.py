@@ -20,7 +20,6 @@ from mnistsum_ray.data.images import (
     one_chunk,
 )
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.data.parquet import plain_table
 from mnistsum_ray.data.picture import Picture, prepare_picture
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
@@ -197,11 +196,11 @@ def predict_rows(
 
 
 def _column(table: pa.Table, name: str, type_error: Any) -> pa.Array:
-    """A column as one array of a plain type, of which `type_error` says why it cannot be read."""
+    """A column as one array; `type_error` says of its type why it cannot be read."""
     if table.column_names.count(name) != 1:
         present = ", ".join(map(repr, table.column_names))
         raise ValueError(f"there must be one column {name!r}; there are {present}")
-    column = plain_table(table.select([name]))[name]
+    column = table[name]
     error = type_error(column.type)
     if error:
         raise ValueError(f"column {name!r} {error}")

@@ -24,14 +24,15 @@ _SHIFT_PIXELS: Final = 3.0
 
 
 def distortions(seed: int, epoch: int, row_ids: RowIds, strength: float) -> npt.NDArray[np.float32]:
-    """The distortion of each training image in an epoch: float32[n, AFFINE_VALUES], see `affine_matrices`."""
+    """The distortion of each training image in an epoch, as of `affine_matrices`."""
     return affine_matrices(distortion_draws(seed, epoch, row_ids), strength)
 
 
 def affine_matrices(draws: npt.NDArray[np.float32], strength: float) -> npt.NDArray[np.float32]:
-    """Matrices float32[n, AFFINE_VALUES] of draws float32[n, DISTORTION_DRAWS] in -1..1, which `strength` multiplies.
+    """Matrices float32[n, AFFINE_VALUES] of draws float32[n, DISTORTION_DRAWS] in -1..1.
 
-    Each is two rows that take a place (x, y, 1) in the distorted image to one in the image, where x and y run from -1 to 1.
+    Each is two rows that take a place (x, y, 1) in the distorted image to one in the image, where
+    x and y run from -1 to 1. `strength` multiplies the draws.
     """
     # In float64, so that the rounded values hardly depend on how a machine computes sines.
     rotation, log_width, log_height, shear, x, y = (strength * draws.astype(np.float64)).T

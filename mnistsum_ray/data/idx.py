@@ -3,20 +3,16 @@
 Format: https://yann.lecun.com/exdb/mnist/
 """
 
-import gzip
 import math
 import socket
 import struct
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
-from mnistsum_ray.data.images import SIDE, Pixels, decode_labelled, pixels_array
+from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.errors import RequestError
 
 IDX_FILES: Final = (
@@ -33,42 +29,35 @@ _DOWNLOAD_TIMEOUT_SECONDS: Final = 3
 def find_idx(root: Path) -> Path | None:
     """The folder with IDX files: `root`/MNIST/raw or `root`/raw, as in torchvision, or `root`."""
     for folder in (root / "MNIST" / "raw", root / "raw", root):
-        if any((folder / (name + suffix)).exists() for name in IDX_FILES for suffix in ("", ".gz")):
+        if any((folder / name).exists() for name in IDX_FILES):
             return folder
     return None
 
 
-def read_idx(folder: Path) -> tuple[Pixels, npt.NDArray[np.int8], dict[int, str], int]:
-    """Images, digits and bad rows of a folder, as of `decode_labelled`; and the number of test rows,
-    which are the last.
+def read_idx(folder: Path) -> list[tuple[Pixels, Pixels]]:
+    """Images uint8[n, 28, 28] and labels uint8[n], of the training files and of the test files.
 
-    A file that is missing, is not IDX, or does not match the others is a RequestError that names it.
+    RequestError: a file is missing, is not IDX, or does not match the others.
     """
-    train_images, test_images = (_read_idx_file(folder, name, (SIDE, SIDE)) for name in IDX_FILES[::2])
-    train_digits, test_digits = (_read_idx_file(folder, name, ()) for name in IDX_FILES[1::2])
-    if (len(train_images), len(test_images)) != (len(train_digits), len(test_digits)):
-        raise RequestError(f"{folder}: its label files have not as many labels as its image files images")
-    pixels = pixels_array(np.concatenate([train_images, test_images]))
-    labels = pa.array(np.concatenate([train_digits, test_digits]))
-    return *decode_labelled(pixels, labels), len(test_images)
+    splits = []
+    for images_file, labels_file in (IDX_FILES[:2], IDX_FILES[2:]):
+        images = _read_idx_file(folder / images_file, (SIDE, SIDE))
+        labels = _read_idx_file(folder / labels_file, ())
+        if len(images) != len(labels):
+            differ = f"has {len(labels):,} labels, and {images_file} {len(images):,} images"
+            raise RequestError(f"{folder / labels_file}: {differ}")
+        splits.append((images, labels))
+    return splits
 
 
-def _read_idx_file(folder: Path, name: str, shape: tuple[int, ...]) -> Pixels:
-    """The n elements of this shape of an IDX file, gzipped or not: uint8[n, *shape].
-
-    torchvision reads no gzipped files, and has no message for a damaged one.
-    """
-    path = folder / name
-    if not path.exists():
-        path = folder / f"{name}.gz"
+def _read_idx_file(path: Path, shape: tuple[int, ...]) -> Pixels:
+    """The n elements of this shape of an IDX file: uint8[n, *shape]."""
     if not path.is_file():  # reading a pipe would wait for its writer
-        raise RequestError(f"{folder}: {name} is missing, gzipped or not")
+        raise RequestError(f"{path}: is missing, or still gzipped; gunzip it")
     try:
         data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise RequestError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
     # Two zeros, the type of bytes, the number of dimensions, and each of these.
     count = int.from_bytes(data[4:8], "big")
     header = bytes((0, 0, 8, 1 + len(shape))) + struct.pack(f">{1 + len(shape)}I", count, *shape)

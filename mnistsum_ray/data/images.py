@@ -6,15 +6,15 @@ JPEG bytes, or Hugging Face's struct {bytes, path}. A value that cannot be used 
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mnistsum_ray.data.order import NUMBERS
 
@@ -28,17 +28,26 @@ _MAX_REASONS: Final = 20
 """Reasons that are counted separately, so that the counts of any number of bad rows stay small."""
 
 _EXAMPLES: Final = 5
-"""Rows that are named for each reason, and in a message."""
+"""Rows and reasons that a message names."""
 
 _PICTURE_STARTS: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 """First bytes of a PNG and of a JPEG."""
 
-_NOT_PIXELS: Final = "the image is not 784 or 28 x 28 integers in 0..255; resize, scale or correct it"
+_NOT_PIXELS: Final = "the image is not 784 or 28 x 28 integers in 0..255; resize or scale it"
 
 _LISTS: Final = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
+_BYTES: Final = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+    pa.types.is_fixed_size_binary,
+)
 
 Pixels = npt.NDArray[np.uint8]
 """uint8[n, 28, 28] or, for one image, uint8[28, 28]."""
+Numbers = npt.NDArray[np.int64]
+Reasons = dict[int, str]
+"""Why a row cannot be used, by its index."""
 
 
 def pixels_view(column: pa.FixedSizeBinaryArray) -> Pixels:
@@ -64,16 +73,16 @@ def one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 def image_type_error(kind: pa.DataType) -> str | None:
     """Why a column of this type cannot hold images; None where it can."""
-    shape = [side for side in getattr(kind, "shape", ()) if side != 1]  # None: it varies
-    if shape not in ([], [PIXELS], [SIDE, SIDE], [None, None]):
+    shape = [side for side in getattr(kind, "shape", ()) if side != 1]
+    if shape not in ([], [PIXELS], [SIDE, SIDE]):
         return f"holds tensors of shape {shape}, not 784 or 28 x 28"
     permutation = list(getattr(kind, "permutation", None) or ())
     if permutation != sorted(permutation):
         return f"is a tensor whose dimensions are permuted ({kind})"
     values = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    if pa.types.is_struct(values) and _image_field(values):
-        values = values.field(_image_field(values)).type
-    if _is_bytes(values) or pa.types.is_null(values):
+    if pa.types.is_struct(values) and values.get_field_index("bytes") >= 0:
+        values = values.field("bytes").type
+    if pa.types.is_null(values) or any(is_bytes(values) for is_bytes in _BYTES):
         return None
     is_list = isinstance(values, _LISTS)
     for _ in range(2):
@@ -81,21 +90,8 @@ def image_type_error(kind: pa.DataType) -> str | None:
             values = values.value_type
     if is_list and pa.types.is_integer(values):
         return None
-    return f"has type {kind}, which holds no images (lists of 784 integers, 784 bytes, PNG or JPEG bytes, {{bytes, path}})"
-
-
-def _image_field(kind: pa.StructType) -> str | None:
-    """The field of Hugging Face's {bytes, path} or Ray's tensor {data, shape} with the images."""
-    types = {child.name: child.type for child in kind}
-    if "bytes" in types:
-        return "bytes"
-    return "data" if "data" in types and isinstance(types.get("shape"), _LISTS) else None
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    types = pa.types
-    checks = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
-    return any(check(kind) for check in checks)
+    known = "lists of 784 integers, 784 bytes, PNG or JPEG bytes, {bytes, path}"
+    return f"has type {kind}, which holds no images ({known})"
 
 
 def number_type_error(kind: pa.DataType) -> str | None:
@@ -106,11 +102,11 @@ def number_type_error(kind: pa.DataType) -> str | None:
     return f"has type {kind}, not an integer type"
 
 
-def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[npt.NDArray[np.int64], dict[int, str]]:
-    """Decode one Arrow array of numbers below `count` or, with DIGITS, of digits, of any type.
+def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Reasons]:
+    """Decode one Arrow array, of any type, of whole numbers below `count`.
 
-    They are int64[n]; and row -> reason for each value that is none of 0..count - 1, in whose
-    place is a zero. Floats may be whole.
+    They are int64[n]; and a reason for each value that is none of 0..count - 1, in whose place is
+    a zero. Floats may be whole.
     """
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
@@ -121,7 +117,7 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[npt.NDArray[
     if is_number:  # of a null NaN, and of a large integer one that is as wrong
         numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     right = (numbers >= 0) & (numbers < count) & (numbers == np.floor(numbers))
-    bad: dict[int, str] = {}
+    bad: Reasons = {}
     for row in np.flatnonzero(~right).tolist():
         value = column[row] if is_number else f"of type {kind}"
         bad[row] = f"is {value}, not one of 0..{count - 1}; correct it or drop the row"
@@ -130,22 +126,25 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[npt.NDArray[
     return np.where(right, numbers, 0).astype(np.int64), bad
 
 
-def decode_images(column: pa.Array) -> tuple[Pixels, dict[int, str]]:
+def decode_images(column: pa.Array) -> tuple[Pixels, Reasons]:
     """Decode one Arrow array of images, whose type must pass `image_type_error`.
 
-    They are uint8[n, 28, 28]; and row -> reason for each value that is no image, in whose place
-    are zeros.
+    They are uint8[n, 28, 28]; and a reason for each value that is no image, in whose place are
+    zeros.
     """
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     null = "the image is null; fill it in or drop the row"
     if pa.types.is_struct(column.type):
         null = "the image, or its bytes, is null; put the picture itself there, or drop the row"
-        column = pc.struct_field(column, _image_field(column.type))
+        column = pc.struct_field(column, "bytes")
+    if pa.types.is_binary_view(column.type):
+        column = column.cast(pa.binary())  # Arrow has few functions for views
     whole = _whole_column(column)
     if whole is not None:
         return whole, {}
-    images, bad = np.zeros((len(column), SIDE, SIDE), np.uint8), dict[int, str]()
+    images = np.zeros((len(column), SIDE, SIDE), np.uint8)
+    bad: Reasons = {}
     for row, value in enumerate(column):
         image: Pixels | str = null
         if value.is_valid and isinstance(column.type, _LISTS):
@@ -166,8 +165,7 @@ def _whole_column(column: pa.Array) -> Pixels | None:
         return None
     try:
         if not isinstance(column.type, _LISTS):
-            images = pixels_view(column.cast(IMAGE_TYPE))
-            return None if _begin_as_pictures(images) else images
+            return None if _holds_pictures(column) else pixels_view(column.cast(IMAGE_TYPE))
         nested = isinstance(column.type.value_type, _LISTS)
         lines = pa.list_(pa.list_(pa.uint8(), SIDE), SIDE)
         flat = column.cast(lines if nested else pa.list_(pa.uint8(), PIXELS))
@@ -181,17 +179,18 @@ def _whole_column(column: pa.Array) -> Pixels | None:
     return pixels.reshape(len(column), SIDE, SIDE)
 
 
-def _begin_as_pictures(images: Pixels) -> bool:
-    """Whether any begins as a PNG or JPEG does.
+def _holds_pictures(column: pa.Array) -> bool:
+    """Whether any of the bytes begin as a PNG or JPEG does.
 
     At quality 95 about one in 200 MNIST images gives a JPEG of exactly 784 bytes.
     """
-    starts = (np.frombuffer(start, np.uint8) for start in _PICTURE_STARTS)
-    return any((images[:, 0, : len(start)] == start).all(1).any() for start in starts)
+    if column.type == IMAGE_TYPE:
+        return False
+    return any(pc.any(pc.starts_with(column, start)).as_py() for start in _PICTURE_STARTS)
 
 
 def _decode_bytes(data: bytes) -> Pixels | str:
-    """The image of 784 pixels or of a PNG or JPEG, turned upright, or why it is none."""
+    """The image of 784 pixels or of a PNG or JPEG, or why it is none."""
     if len(data) == PIXELS and not data.startswith(_PICTURE_STARTS):
         return np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)
     try:
@@ -202,14 +201,13 @@ def _decode_bytes(data: bytes) -> Pixels | str:
                 return f"the picture is {size} pixels, not 28 x 28; resize it"
             if picture.mode != "L":
                 return f"the picture has mode {picture.mode}, not L (8-bit grayscale); convert it"
-            ImageOps.exif_transpose(picture, in_place=True)
             return np.asarray(picture)
     except Exception as error:  # on damaged bytes Pillow's decoders raise many types
         why = f"neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__})"
         return f"{len(data)} bytes are {why}; save it again"
 
 
-def join_reasons(bad_images: dict[int, str], bad_numbers: dict[int, str], what: str = "number") -> dict[int, str]:
+def join_reasons(bad_images: Reasons, bad_numbers: Reasons, what: str = "number") -> Reasons:
     """Why each bad row cannot be used, in the order of the rows: of both decoders' reasons."""
     joined = dict(bad_images)
     for row, reason in bad_numbers.items():
@@ -218,52 +216,42 @@ def join_reasons(bad_images: dict[int, str], bad_numbers: dict[int, str], what: 
     return dict(sorted(joined.items()))
 
 
-def decode_labelled(images: pa.Array, digits: pa.Array) -> tuple[Pixels, npt.NDArray[np.int8], dict[int, str]]:
-    """Decode images and their digits, int8[n]; and row -> reason of each bad row, in their order."""
-    pixels, bad_images = decode_images(images)
-    values, bad_digits = decode_numbers(digits, DIGITS)
-    return pixels, values.astype(np.int8), join_reasons(bad_images, bad_digits, "digit")
+BadRow = tuple[str, int, str]
+"""A row that cannot be used: its file, its index there, and the reason."""
 
 
 @dataclass
 class ReasonCounts:
-    """Counts of bad rows by reason."""
+    """Counts of bad rows by reason, and the first of these rows."""
 
-    reasons: dict[str, int] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
     """Bad rows by reason; those of all reasons after the first twenty are one entry."""
-    examples: dict[str, list[list[Any]]] = field(default_factory=dict)
-    """Some bad rows by reason: file, and index of the row in it."""
+    examples: list[BadRow] = field(default_factory=list)
 
     @classmethod
-    def of(cls, bad: Mapping[tuple[str, int], str]) -> "ReasonCounts":
-        """Count bad rows: (file, row) -> reason, in the order of the rows."""
+    def of(cls, bad: Sequence[BadRow]) -> "ReasonCounts":
+        """Count bad rows."""
         counts = cls()
-        for place, reason in bad.items():
-            counts._add(reason, 1, [[*place]])
+        counts.add_reasons(cls(Counter(reason for _, _, reason in bad), list(bad)))
         return counts
 
     def add_reasons(self, other: "ReasonCounts") -> None:
         """Add the counts of other rows, in place."""
         for reason, rows in other.reasons.items():
-            self._add(reason, rows, other.examples.get(reason, []))
-        self.reasons = dict(Counter(self.reasons).most_common())
-
-    def _add(self, reason: str, rows: int, examples: list[list[Any]]) -> None:
-        if reason not in self.reasons and len(self.reasons) >= _MAX_REASONS:
-            reason = "other reasons"
-        self.reasons[reason] = self.reasons.get(reason, 0) + rows
-        self.examples[reason] = (self.examples.get(reason, []) + examples)[:_EXAMPLES]
+            is_counted = reason in self.reasons or len(self.reasons) < _MAX_REASONS
+            self.reasons[reason if is_counted else "other reasons"] += rows
+        self.examples = sorted(self.examples + other.examples)[:_EXAMPLES]
 
     @property
     def total(self) -> int:
         """Number of bad rows."""
-        return sum(self.reasons.values())
+        return self.reasons.total()
 
     def describe(self) -> str:
         """The first rows with their reasons; if there are more, also the commonest reasons."""
-        places = [(*row, reason) for reason, rows in self.examples.items() for row in rows]
-        rows = sorted(places)[:_EXAMPLES]
-        first = " | ".join(f"{file}: row {row}: {reason}" for file, row, reason in rows)
-        commonest = Counter(self.reasons).most_common(_EXAMPLES)
+        first = " | ".join(f"{file}: row {row}: {reason}" for file, row, reason in self.examples)
+        if self.total == len(self.examples):
+            return first
+        commonest = self.reasons.most_common(_EXAMPLES)
         often = " | ".join(f"{count:,} x {reason}" for reason, count in commonest)
-        return f"{first} | …; most often: {often}" if self.total > len(rows) else first
+        return f"{first} | …; most often: {often}"

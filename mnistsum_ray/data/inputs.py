@@ -5,7 +5,7 @@ A glob is matched here, so that it means the same on a disk and in an object sto
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +18,9 @@ from mnistsum_ray.storage.uri import locate_existing, refused, split_glob
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
 """Suffixes of the files that are taken from a folder, in upper or lower case."""
 
+_OF_A_TABLE: Final = r"(?s)(|.*/)(_delta_log(/.*)?|metadata/[^/]*\.metadata\.json)"
+"""Path of a file that only a table of Delta Lake or Iceberg has; the first group is its folder."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -28,30 +31,37 @@ class Inputs:
     files: dict[str, Entry]
     """By name relative to `root`, in the order of the names."""
     skipped: list[str]
-    """Paths in the named folders that are left out: hidden, without a suffix, or links to folders."""
+    """Paths in the folders that are left out: hidden, without a suffix, or links to folders."""
     unusable: dict[str, str]
-    """Name -> reason of each file that cannot be used. `files` has them too. The name is escaped."""
+    """Why files cannot be used, by name, which is escaped. `files` has them too."""
 
 
 def list_inputs(
-    texts: Sequence[str], output: Location | None = None, flag: str = "--input", none: str = "there is no Parquet file"
+    texts: Sequence[str],
+    output: Location | None = None,
+    flag: str = "--input",
+    none: str = "there is no Parquet file",
 ) -> Inputs:
-    """List the files that the values of a flag name: files, globs, and all Parquet files of folders.
+    """List what the values of a flag name: files, globs, and folders with all their Parquet files.
 
     Raises:
-        RequestError: a value names nothing, or a table of Delta Lake or Iceberg; there is no Parquet
-            file (`none` says so); input and output lie in each other.
+        RequestError: a value names nothing, or a table of Delta Lake or Iceberg; there is no
+            Parquet file (`none` says so); input and output lie in each other.
     """
-    values = [_Value(text, flag) for text in texts]
+    values = [_parsed(text, flag) for text in texts]
     root = _common_root(values, flag)
     if output is not None:
         _check_apart(values, output)
     found: dict[str, Entry] = {}
     others: set[str] = set()
     for value in values:
-        taken, left_out = value.find()
+        with refused(flag):
+            listed = value.list_files()
+        taken = {path: file for path, file in listed.items() if file and value.takes(path)}
+        _check_no_table(value, listed, taken, flag)
         found |= taken
-        others.update(left_out)
+        if not value.is_glob:
+            others.update(listed)
     skipped = sorted(others - found.keys())
     if not found:
         hint = f" (there are others, such as {printable(skipped[0])})" if skipped else ""
@@ -84,81 +94,77 @@ def _fault(file: Entry) -> str | None:
     return None if file.e_tag else "is a link that leads nowhere, or no file"
 
 
+@dataclass(frozen=True)
 class _Value:
-    """A value of the flag: a file, or a folder and the pattern of its files."""
+    """A value of the flag."""
 
-    def __init__(self, text: str, flag: str) -> None:
-        self.text = text
-        self.flag = flag
-        fixed, glob = split_glob(text)
-        if "://" not in text and os.path.lexists(text):
-            fixed, glob = text, None  # a file whose name contains wildcards
-        self.is_glob = glob is not None
-        self.pattern = glob or ("**", "*")
-        self.place = locate_existing(fixed, flag)
-        with refused(flag):
-            self.file = None if self.is_glob else self.place.status()
-            is_there = self.file or self.place.is_folder()
-        if not is_there:
-            hint = did_you_mean(text, ("sample", "mnist", "auto")) if flag == "--data" else ""
-            missing = f"there is no such file or folder ({self.place.display})"
-            raise RequestError(f"{flag} {text}: {missing}{hint}")
+    text: str
+    place: Location
+    """The file, the folder, or the folders of a glob that have no wildcards."""
+    file: Entry | None
+    """None where it is no file."""
+    is_glob: bool
+    pattern: tuple[str, ...]
+    """Of files below `place`, by component."""
 
-    @property
-    def folder(self) -> str:
-        """Path of the folder that the value names, or that holds the file."""
-        return str(Path(self.place.path).parent) if self.file else self.place.path
+    def takes(self, path: str) -> bool:
+        """Whether the value names this file, which it has listed."""
+        has_suffix = self.is_glob or path.lower().endswith(SUFFIXES)
+        parts = parts_below(path, self.place.path) or ()
+        return self.file is not None or (has_suffix and matches(parts, self.pattern))
 
-    def find(self) -> tuple[dict[str, Entry], list[str]]:
-        """The files that the value names, by path, and the paths in its folder that are left out."""
+    def list_files(self) -> dict[str, Entry | None]:
+        """The file, or the files in the folder, by path; None for a folder that is not read."""
         if self.file:
-            return {self.file.path: self.file}, []
-        found = {}
-        skipped = []
-        tables = set()
-        with refused(self.flag), self.place.answers("listed"):
-            for path, file in self._seen():
-                parts = parts_below(path, self.place.path) or ()
-                tables |= _table_of(parts)
-                has_suffix = self.is_glob or path.lower().endswith(SUFFIXES)
-                if file and has_suffix and matches(parts, self.pattern):
-                    found[path] = file
-                elif not self.is_glob:
-                    skipped.append(path)
-        for name in sorted(tables):
-            table = self.place / name if name else self.place
-            if any(parts_below(path, table.path) for path in found):
-                table_of = "a table of Delta Lake or Iceberg, whose files may hold deleted rows"
-                instead = "write its rows out as plain Parquet, or name the files"
-                raise RequestError(f"{self.flag} {table.display}: is {table_of}; {instead}")
-        return found, skipped
+            return {self.file.path: self.file}
+        with self.place.answers("listed"):
+            if self.place.is_local:
+                return dict(self._walk())
+            return {file.path: file for file in self.place.files()}
 
-    def _seen(self) -> Iterator[tuple[str, Entry | None]]:
-        """The files of the folder by path; None for a folder that is left out."""
-        if not self.place.is_local:
-            yield from ((file.path, file) for file in self.place.files())
-            return
+    def _walk(self) -> Iterator[tuple[str, Entry | None]]:
         for folder, folders, names in os.walk(self.place.path, onerror=_fail):
             above = parts_below(folder, self.place.path) or ()
             here = self.place.at(folder)
-            # No folder is read in which nothing can match: of /*/x.parquet it would be the whole disk.
-            inside = [name for name in folders if matches((*above, name), self.pattern, below=True)]
-            inside = [name for name in inside if not Path(folder, name).is_symlink()]
-            for name in set(folders).difference(inside):
-                yield (here / name).path, None
+            read = []
+            for name in folders:
+                # Where nothing can match is not read: of /*/x.parquet it would be the whole disk.
+                can_match = matches((*above, name), self.pattern, below=True)
+                if can_match and not Path(folder, name).is_symlink():
+                    read.append(name)
+                else:
+                    yield (here / name).path, None
             for name in names:
                 file = here / name
                 yield file.path, file.status() or Entry(file.path, 0, "")
-            folders[:] = inside
+            folders[:] = read
 
 
-def _table_of(parts: tuple[str, ...]) -> set[str]:
-    """The folder of the table of Delta Lake or Iceberg that a file with these components shows."""
-    if "_delta_log" in parts:
-        return {"/".join(parts[: parts.index("_delta_log")])}
-    if parts[-2:-1] == ("metadata",) and parts[-1].endswith(".metadata.json"):
-        return {"/".join(parts[:-2])}
-    return set()
+def _parsed(text: str, flag: str) -> _Value:
+    """A value of the flag, which names something that is there."""
+    fixed, glob = split_glob(text)
+    if "://" not in text and os.path.lexists(text):
+        fixed, glob = text, None  # a file whose name contains wildcards
+    place = locate_existing(fixed, flag)
+    with refused(flag):
+        file = None if glob else place.status()
+        is_there = file or place.is_folder()
+    if not is_there:
+        hint = did_you_mean(text, ("sample", "mnist", "auto")) if flag == "--data" else ""
+        missing = f"there is no such file or folder ({place.display})"
+        raise RequestError(f"{flag} {text}: {missing}{hint}")
+    return _Value(text, place, file, glob is not None, glob or ("**", "*"))
+
+
+def _check_no_table(value: _Value, listed: Iterable[str], taken: Iterable[str], flag: str) -> None:
+    """Refuse what is taken from a folder that other files in it show to be a table."""
+    matched = [re.fullmatch(_OF_A_TABLE, path) for path in listed]
+    for folder in sorted({match[1] for match in matched if match}):
+        if any(path.startswith(folder) for path in taken):
+            place = value.place.at(folder.rstrip("/"))
+            what = "a table of Delta Lake or Iceberg, whose files may hold deleted rows"
+            instead = "write its rows out as plain Parquet, or name the files"
+            raise RequestError(f"{flag} {place.display}: is {what}; {instead}")
 
 
 def matches(parts: tuple[str, ...], pattern: tuple[str, ...], *, below: bool = False) -> bool:
@@ -196,11 +202,14 @@ def _fail(error: OSError) -> None:
 def _common_root(values: list[_Value], flag: str) -> Location:
     """The deepest folder that contains all values."""
     first = values[0].place
+    folders = []
     for value in values:
-        if (value.place.bucket, value.place.query) != (first.bucket, first.query):
+        place = value.place
+        if (place.bucket, place.query) != (first.bucket, first.query):
             reason = "the files have no disk or bucket in common"
             raise RequestError(f"{flag}: {reason}; score them one after the other")
-    return first.at(os.path.commonpath([value.folder for value in values]))
+        folders.append(str(Path(place.path).parent) if value.file else place.path)
+    return first.at(os.path.commonpath(folders))
 
 
 def _check_apart(values: list[_Value], output: Location) -> None:

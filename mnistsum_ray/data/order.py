@@ -1,4 +1,4 @@
-"""Order of training rows and the random draws of each: pure functions of seed, epoch and row id.
+"""Order of training rows, and the random draws of each: pure functions of seed, epoch and row id.
 
 Ten rows in five blocks of two, windows of two blocks, batches of 4 on two workers, seed 0, epoch 0:
 
@@ -9,13 +9,11 @@ Ten rows in five blocks of two, windows of two blocks, batches of 4 on two worke
     worker 0      6 7       4 8       0 1      takes positions 0 and 1 of every batch
     worker 1          2 3       9 5            takes positions 2 and 3
 
-Real blocks have 8,192 rows and windows 128 blocks: up to a million rows an epoch is one permutation.
-The order does not depend on workers, nodes, timing or restarts; MosaicML Streaming calls that
-elastic determinism.
+Real blocks have 8,192 rows and windows 128 blocks: up to a million rows are one window, and one
+permutation an epoch. The order does not depend on workers, nodes, timing or restarts.
 
 The bits come from SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014), a dozen lines here, because no library promises that its generator stays
-the same.
+generators", OOPSLA 2014), since no library promises that its generator stays the same.
 """
 
 from collections.abc import Iterator
@@ -32,8 +30,11 @@ from mnistsum_ray.errors import RowCountError
 RowIds = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint64]
 
+Window = tuple[int, ...]
+"""Blocks whose rows are shuffled together, ascending."""
+
 NUMBERS: Final = 10
-"""Numbers are 0..NUMBERS - 1: a training row gets one at random, and a row that is scored has its own."""
+"""Numbers are 0..NUMBERS - 1: a training row gets one at random, a row to be scored has its own."""
 
 DISTORTION_DRAWS: Final = 6
 """Draws for an image: one for rotation, two for scale, one for shear, two for translation."""
@@ -46,7 +47,7 @@ WINDOW_BLOCKS: Final = 128
 
 
 class RandomStream(IntEnum):
-    """Purpose of a draw, a part of its key, so that draws for different purposes are not correlated."""
+    """Purpose of a draw, as a part of its key: draws for two purposes are not correlated."""
 
     NUMBER = 1
     SPLIT = 3
@@ -58,7 +59,7 @@ class RandomStream(IntEnum):
 
 
 def _mix(z: Bits) -> Bits:
-    """SplitMix64's step and finalizer: a bijection on uint64 in which each input bit affects every output bit."""
+    """SplitMix64's step and finalizer, a bijection on uint64: each bit in affects every bit out."""
     z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -74,7 +75,7 @@ def _bits(seed: int, epoch: int, purpose: RandomStream, row_ids: RowIds) -> Bits
 
 
 def integer_type(count: int) -> str:
-    """Smallest signed integer type that holds 0..count - 1, by its name in NumPy and Arrow: `int8` up to 128."""
+    """Smallest signed type of 0..count - 1, by its name in NumPy and Arrow: `int8` up to 128."""
     return np.min_scalar_type(-count).name
 
 
@@ -82,11 +83,12 @@ def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.sig
     """The number that each row is paired with in an epoch, uniform: `integer_type(NUMBERS)` [n]."""
     bits = _bits(seed, epoch, RandomStream.NUMBER, row_ids)
     # Lemire, 2019: multiply and shift; the bias is below NUMBERS / 2**32.
-    return (((bits >> np.uint64(32)) * np.uint64(NUMBERS)) >> np.uint64(32)).astype(integer_type(NUMBERS))
+    numbers = ((bits >> np.uint64(32)) * np.uint64(NUMBERS)) >> np.uint64(32)
+    return numbers.astype(integer_type(NUMBERS))
 
 
 def distortion_draws(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.float32]:
-    """Draws that distort each training image in an epoch: float32[n, DISTORTION_DRAWS], uniform in -1..1."""
+    """Draws for the distortion of each image, uniform in -1..1: float32[n, DISTORTION_DRAWS]."""
     bits = _bits(seed, epoch, RandomStream.DISTORTION, row_ids)
     draws = np.empty((len(row_ids), DISTORTION_DRAWS), np.float32)
     for column in range(DISTORTION_DRAWS):
@@ -100,18 +102,22 @@ def step_seed(seed: int, epoch: int, step: int, purpose: RandomStream) -> int:
     return int(_bits(seed, epoch, purpose, np.array([step], np.int64))[0] >> np.uint64(1))
 
 
+def _shuffled(ids: RowIds, seed: int, epoch: int, purpose: RandomStream) -> RowIds:
+    return ids[np.argsort(_bits(seed, epoch, purpose, ids), kind="stable")]
+
+
 def hold_out(ids: RowIds, count: int) -> tuple[RowIds, RowIds]:
     """Split ids, which are ascending, into (kept, held out), with `count` ids held out.
 
     The choice depends on the ids alone, not on a seed, so that runs with different seeds can be
     compared.
     """
-    order = np.argsort(_bits(0, 0, RandomStream.SPLIT, ids), kind="stable")
-    return np.sort(ids[order[count:]]), np.sort(ids[order[:count]])
+    shuffled = _shuffled(ids, 0, 0, RandomStream.SPLIT)
+    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
 
 
 def sample(ids: RowIds, limit: int) -> RowIds:
-    """At most `limit` of the ids, evenly spaced: the first rows of sorted files all show one digit."""
+    """At most `limit` of the ids, evenly spaced: the first of sorted files all show one digit."""
     if len(ids) <= limit:
         return ids
     return ids[np.arange(limit) * len(ids) // limit]
@@ -144,32 +150,35 @@ class TrainingOrder:
         """Sum of all scrambled ids (`mix_ids`) modulo 2**64."""
         return int(mix_ids(self.ids).sum())
 
-    def rows(self, epoch: int, steps: range, positions: range) -> Iterator[tuple[tuple[int, ...], RowIds]]:
-        """The rows of consecutive positions of the batches of some steps, in the order of the steps.
+    def rows(self, epoch: int, steps: range, positions: range) -> Iterator[tuple[Window, RowIds]]:
+        """The rows at some positions of the batches of some steps, in the order of the steps.
 
-        Cut where windows end: pairs of a window's blocks and the ids of rows in them.
+        Cut where windows end: pairs of a window and the ids of rows in it.
         """
         first, end = steps.start * self.batch_size, steps.stop * self.batch_size
         start = 0
         for blocks in self._windows(epoch):
             stop = start + sum(int(self._edges[block + 1] - self._edges[block]) for block in blocks)
             if start < end and first < stop:
-                ids = _shuffled(self, epoch, blocks)[max(first - start, 0) : end - start]
+                ids = _window_rows(self, epoch, blocks)[max(first - start, 0) : end - start]
                 position = np.arange(max(first, start), min(end, stop)) % self.batch_size
                 yield blocks, ids[(positions.start <= position) & (position < positions.stop)]
             start = stop
 
-    def rows_of(self, blocks: tuple[int, ...]) -> RowIds:
-        """The training rows in some blocks, which are ascending."""
-        return np.concatenate([self.ids[self._edges[block] : self._edges[block + 1]] for block in blocks])
+    def rows_of(self, blocks: Window) -> RowIds:
+        """The training rows in a window, ascending."""
+        edges = self._edges
+        return np.concatenate([self.ids[edges[block] : edges[block + 1]] for block in blocks])
 
-    def _windows(self, epoch: int) -> list[tuple[int, ...]]:
-        """The blocks of each window, ascending."""
+    def _windows(self, epoch: int) -> list[Window]:
         blocks = np.arange(len(self.bounds) - 1)
         if len(blocks) > self.window_blocks:
-            blocks = blocks[np.argsort(_bits(self.seed, epoch, RandomStream.BLOCK_ORDER, blocks), kind="stable")]
-        starts = range(0, len(blocks), self.window_blocks)
-        return [tuple(np.sort(blocks[start : start + self.window_blocks]).tolist()) for start in starts]
+            blocks = _shuffled(blocks, self.seed, epoch, RandomStream.BLOCK_ORDER)
+        windows = []
+        for start in range(0, len(blocks), self.window_blocks):
+            window = np.sort(blocks[start : start + self.window_blocks])
+            windows.append(tuple(window.tolist()))
+        return windows
 
     @cached_property
     def _edges(self) -> npt.NDArray[np.int64]:
@@ -178,29 +187,32 @@ class TrainingOrder:
 
 
 @lru_cache(maxsize=1)  # a window serves many tasks, and sorting a million keys takes 0.1 s
-def _shuffled(order: TrainingOrder, epoch: int, blocks: tuple[int, ...]) -> RowIds:
+def _window_rows(order: TrainingOrder, epoch: int, blocks: Window) -> RowIds:
     """The training rows of a window in their order of an epoch."""
-    ids = order.rows_of(blocks)
-    return ids[np.argsort(_bits(order.seed, epoch, RandomStream.ROW_ORDER, ids), kind="stable")]
+    return _shuffled(order.rows_of(blocks), order.seed, epoch, RandomStream.ROW_ORDER)
 
 
 def positions_of_rank(batch_size: int, rank: int, world_size: int) -> range:
-    """The positions of every batch that one worker trains on. Those of two workers differ by one row at most."""
+    """The positions of every batch that one worker trains on; shares differ by one row."""
     return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
 def mix_ids(row_ids: Any) -> Any:
     """Scramble row ids, int64[n], an array of NumPy or a tensor of PyTorch alike.
 
-    The sum of the scrambled ids modulo 2**64 tells a set of rows from another: of plain ids, rows 3 and 5 add up to twice row 4.
+    The sum of scrambled ids modulo 2**64 tells sets of rows apart: plain 3 and 5 are twice 4.
     """
     mixed = (row_ids + 1) * -0x61C8864680B583EB
     mixed = (mixed ^ (mixed >> 32)) * -0x40A7B892E31B1A47
     return mixed ^ (mixed >> 29)
 
 
-def check_row_counts(rows: int, id_sum: int, expected_rows: int, expected_id_sum: int, where: str) -> None:
-    """Raise RowCountError unless the planned rows were seen, each once: by their number, and the sum of their scrambled ids."""
-    if rows != expected_rows or (id_sum - expected_id_sum) % 2**64:
-        counted = f"{rows:,} rows, where the plan has {expected_rows:,}" if rows != expected_rows else "other rows than planned"
-        raise RowCountError(f"{where} saw {counted}: rows were lost or repeated, so this run cannot be trusted")
+def check_row_counts(rows: int, id_sum: int, planned: int, planned_sum: int, where: str) -> None:
+    """Raise RowCountError unless the planned rows were seen, by number and sum of scrambled ids."""
+    if rows == planned and (id_sum - planned_sum) % 2**64 == 0:
+        return
+    seen = "other rows than planned"
+    if rows != planned:
+        seen = f"{rows:,} rows, where the plan has {planned:,}"
+    lost = "rows were lost or repeated, so this run cannot be trusted"
+    raise RowCountError(f"{where} saw {seen}: {lost}")

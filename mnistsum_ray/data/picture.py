@@ -1,4 +1,4 @@
-"""One picture of a handwritten digit, of any size, prepared as MNIST's own images were (LeCun et al. 1998)."""
+"""A picture of a handwritten digit, prepared as MNIST's own images were (LeCun et al. 1998)."""
 
 import io
 import warnings
@@ -45,12 +45,14 @@ def prepare_picture(picture: Picture, background: int = 0) -> Pixels:
     ink = np.abs(grey - np.median(_border(grey)))
     strongest = ink.max()
     if strongest < _MIN_CONTRAST:
-        raise RequestError(f"{name}: nothing is drawn on it that is darker or lighter than its edge")
+        nothing = "nothing is drawn on it that is darker or lighter than its edge"
+        raise RequestError(f"{name}: {nothing}")
     ink = ((ink / strongest - _FAINT) / (1 - 2 * _FAINT)).clip(0, 1)
     drawn = Image.fromarray(ink)
     drawn = drawn.crop(drawn.getbbox())
     scale = _BOX / max(drawn.size)
-    width, height = (max(1, round(scale * side)) for side in drawn.size)  # a line may be thinner than a pixel
+    # A line may be thinner than a pixel.
+    width, height = (max(1, round(scale * side)) for side in drawn.size)
     small = np.asarray(drawn.resize((width, height), Image.Resampling.BICUBIC)).clip(0)
     small *= 255 / small.max()  # thin strokes have become faint
     pixels = np.zeros((SIDE, SIDE), np.uint8)
@@ -97,4 +99,5 @@ def background_of(images: npt.NDArray[Any]) -> int:
 
 
 def _border(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.concatenate([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], axis=-1)
+    sides = [images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]]
+    return np.concatenate(sides, axis=-1)

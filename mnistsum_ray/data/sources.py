@@ -1,11 +1,10 @@
 """Data sources: MNIST's IDX files, Parquet files or the bundled sample, and the rows of each split.
 
-IDX files and the sample are read at once. Of Parquet files only the footers are; `FileGroup.blocks`
-reads and decodes the rows of some.
+IDX files and the sample are read at once, of Parquet files only the footers.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,28 +12,20 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from mnistsum_ray.data.blocks import BadRows, Block, FileGroup, Groups, LabelledFile, joined
 from mnistsum_ray.data.idx import IDX_FILES, download_mnist, find_idx, read_idx
 from mnistsum_ray.data.images import (
-    Pixels,
     ReasonCounts,
-    decode_labelled,
     image_type_error,
     number_type_error,
     one_chunk,
+    pixels_array,
 )
 from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.order import BLOCK_ROWS, RowIds, hold_out
-from mnistsum_ray.data.parquet import (
-    column_error,
-    open_parquet,
-    plain_table,
-    read_footer,
-    read_rows,
-    read_table,
-)
+from mnistsum_ray.data.parquet import column_error, read_footer, read_table
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
@@ -59,85 +50,13 @@ _SPLITS: Final = {
     "test": "test",
     "testing": "test",
 }
-"""Words in the names of files and folders, in upper or lower case, that name the split of their rows."""
+"""Words in names of files and folders, in upper or lower case, that name a split."""
 
 _MIN_TRAIN_ROWS: Final = 10
 _MAX_HELD_OUT_ROWS: Final = 5000
 
 _THREADS: Final = 32
-"""Threads that read footers from an object store, which answers slowly but takes many requests at once."""
-
-Digits = npt.NDArray[np.int8]
-
-BadRows = dict[int, tuple[str, int, str]]
-"""Index of a row that cannot be used -> its file, its index there, and the reason."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """At most BLOCK_ROWS decoded rows: images uint8[n, 28, 28] and digits int8[n], zeros in bad rows."""
-
-    images: Pixels
-    digits: Digits
-    bad: BadRows
-
-
-@dataclass(frozen=True)
-class LabelledFile:
-    """A Parquet file with images and digits, as its footer describes it."""
-
-    name: str
-    """Relative to the folder that was listed."""
-    entry: Entry
-    rows: int
-    digit_column: str
-
-
-@dataclass(frozen=True)
-class MemoryGroup:
-    """Rows in memory that become one block."""
-
-    block: Block
-
-    @property
-    def rows(self) -> int:
-        return len(self.block.digits)
-
-    def blocks(self) -> Iterator[Block]:
-        yield self.block
-
-
-@dataclass(frozen=True)
-class FileGroup:
-    """One Parquet file, or several that together have the rows of one block at most."""
-
-    root: Location
-    files: tuple[LabelledFile, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(file.rows for file in self.files)
-
-    def blocks(self) -> Iterator[Block]:
-        """Read and decode the rows, in their order.
-
-        Raises:
-            RequestError: a file has changed, or cannot be read.
-            StorageError: the storage does not give a file.
-        """
-        waiting: list[Block] = []
-        for file in self.files:
-            location = self.root / file.name
-            try:
-                for block in _decoded(location, file):
-                    waiting.append(block)
-                    if sum(len(part.digits) for part in waiting) == BLOCK_ROWS:
-                        yield _joined(waiting)
-                        waiting = []
-            except UnusableFileError as error:
-                raise RequestError(f"{location.display}: {error}") from None
-        if waiting:
-            yield _joined(waiting)
+"""Threads that read footers from an object store, which answers slowly but many at once."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +66,7 @@ class Source:
     name: str
     """sample, mnist or parquet."""
     location: str
-    groups: list[MemoryGroup | FileGroup]
+    groups: Groups
     train: RowIds
     validation: RowIds
     test: RowIds
@@ -173,23 +92,23 @@ class Source:
         """
         if not bad:
             return self
-        counts = ReasonCounts.of({(file, row): reason for file, row, reason in bad.values()})
+        counts = ReasonCounts.of([*bad.values()])
         if not skip:
-            raise RequestError(
-                f"--data {self.location}: {len(bad):,} of {counted(self.rows, 'row')} cannot be used: "
-                f"{counts.describe()}; a new run with --skip-bad-rows trains without them"
-            )
+            of = f"{len(bad):,} of {counted(self.rows, 'row')} cannot be used: {counts.describe()}"
+            advice = "a new run with --skip-bad-rows trains without them"
+            raise RequestError(f"--data {self.location}: {of}; {advice}")
         ids = np.array([*bad], np.int64)
-        splits = [np.setdiff1d(split, ids, assume_unique=True) for split in (self.train, self.validation, self.test)]
-        train, validation, test = splits
+        splits = (self.train, self.validation, self.test)
+        train, validation, test = (np.setdiff1d(split, ids, assume_unique=True) for split in splits)
         if len(train) < _MIN_TRAIN_ROWS or not len(validation) or not len(test):
-            left = f"{len(train):,} training, {len(validation):,} validation and {len(test):,} test rows"
-            raise RequestError(f"--data {self.location}: without {len(bad):,} bad rows only {left} are left: {counts.describe()}")
+            left = f"{len(train):,} training, {len(validation):,} validation and {len(test):,} test"
+            few = f"without {len(bad):,} bad rows only {left} rows are left: {counts.describe()}"
+            raise RequestError(f"--data {self.location}: {few}")
         return replace(self, train=train, validation=validation, test=test, bad=counts)
 
 
 Counter = Callable[[str, int], Callable[[int], None]]
-"""Begins to count towards a number of items that a text names; what it returns gets the number of items since its last call."""
+"""Begins to count to a number of things that a text names; it returns what adds to the count."""
 
 
 def open_source(data: str, counter: Counter = lambda *_: lambda _: None) -> Source:
@@ -214,47 +133,42 @@ def open_source(data: str, counter: Counter = lambda *_: lambda _: None) -> Sour
 
 def _sample() -> Source:
     table = read_table(locate(str(SAMPLE), "--data"))
-    images, digits, _ = decode_labelled(one_chunk(table["image"]), one_chunk(table["digit"]))
-    return _with_splits("sample", str(SAMPLE), _in_memory(images, digits, {}), {"": np.arange(len(images))})
+    rows = Block.decode(one_chunk(table["image"]), one_chunk(table["digit"]), SAMPLE.name)
+    return _with_splits("sample", str(SAMPLE), [rows], {"": np.arange(rows.rows)})
 
 
 def _full_mnist(*, fall_back: bool) -> Source:
-    """MNIST from ./data, from the cache in the home folder, or downloaded into it; with `fall_back` else the sample."""
+    """MNIST from ./data, from the cache in the home folder, or downloaded into it.
+
+    With `fall_back` it is the sample where there is no MNIST.
+    """
     cache = Path.home() / ".cache" / "mnistsum_ray"
     folder = find_idx(Path("data").resolve()) or find_idx(cache)
     try:
         return _idx(folder or download_mnist(cache))
     except (OSError, RuntimeError) as error:
-        missing = f"not in ./data or {cache}, and it cannot be downloaded ({one_line(error)})"
+        why = f"it cannot be downloaded ({one_line(error)})"
+        missing = f"not in ./data or {cache}, and {why}"
     if not fall_back:
         raise RequestError(f"--data mnist: {missing}; name its folder, or take --data sample")
     sample = _sample()
-    rest = f"Going on with the bundled sample of {sample.rows:,} images; --data FOLDER names a copy of the full set."
-    return replace(sample, notice=f"NOT the full MNIST: it is {missing}. {rest}")
+    rest = f"Going on with the bundled sample of {sample.rows:,} images"
+    advice = "--data FOLDER names a copy of the full set"
+    return replace(sample, notice=f"NOT the full MNIST: it is {missing}. {rest}; {advice}.")
 
 
 def _idx(folder: Path) -> Source:
-    images, digits, reasons, test_rows = read_idx(folder)
-    end = len(images) - test_rows
-    bad = {}
-    for row, reason in reasons.items():
-        bad[row] = (IDX_FILES[1], row, reason) if row < end else (IDX_FILES[3], row - end, reason)
-    ids = {"train": np.arange(end), "test": np.arange(end, len(images))}
-    return _with_splits("mnist", str(folder), _in_memory(images, digits, bad), ids)
-
-
-def _in_memory(images: Pixels, digits: Digits, bad: BadRows) -> list[MemoryGroup | FileGroup]:
-    groups: list[MemoryGroup | FileGroup] = []
-    for start in range(0, len(images), BLOCK_ROWS):
-        rows = range(start, min(start + BLOCK_ROWS, len(images)))
-        of_block = {row - start: place for row, place in bad.items() if row in rows}
-        groups.append(MemoryGroup(Block(images[start : rows.stop], digits[start : rows.stop], of_block)))
-    return groups
+    parts = []
+    for (images, labels), file in zip(read_idx(folder), (IDX_FILES[1], IDX_FILES[3]), strict=True):
+        parts.append(Block.decode(pixels_array(images), pa.array(labels), file))
+    rows = joined(parts)
+    ids = {"train": np.arange(parts[0].rows), "test": np.arange(parts[0].rows, rows.rows)}
+    return _with_splits("mnist", str(folder), [rows], ids)
 
 
 def _parquet(data: str, place: Location, counter: Counter) -> Source:
-    none = f"holds neither IDX files ({IDX_FILES[0]}, …) on a local disk nor Parquet files"
-    found = list_inputs([data], flag="--data", none=none)
+    idx = f"IDX files ({IDX_FILES[0]}, …, not gzipped) on a local disk"
+    found = list_inputs([data], flag="--data", none=f"holds neither {idx} nor Parquet files")
     root = found.root
     if found.unusable:
         name, reason = next(iter(found.unusable.items()))
@@ -268,22 +182,12 @@ def _parquet(data: str, place: Location, counter: Counter) -> Source:
             count(1)
     names = np.array([_split_of_name(name) for name in found.files])
     if "" in names and len(set(names)) > 1:
-        raise RequestError(f"--data {place.display}: some files are named train or test and some are not; rename them")
+        mixed = "some files are named train or test and some are not; rename them"
+        raise RequestError(f"--data {place.display}: {mixed}")
     split_of_row = np.repeat(names, [file.rows for file in files])
     ids = {str(name): np.flatnonzero(split_of_row == name) for name in set(names)}
-    return replace(_with_splits("parquet", place.display, _grouped(root, files), ids), skipped=found.skipped)
-
-
-def _grouped(root: Location, files: list[LabelledFile]) -> list[MemoryGroup | FileGroup]:
-    """Small files that follow each other share a block, up to its rows."""
-    groups: list[MemoryGroup | FileGroup] = []
-    waiting: list[LabelledFile] = []
-    for file in files:
-        if waiting and sum(small.rows for small in waiting) + file.rows > BLOCK_ROWS:
-            groups.append(FileGroup(root, tuple(waiting)))
-            waiting = []
-        waiting.append(file)
-    return [*groups, FileGroup(root, tuple(waiting))]
+    source = _with_splits("parquet", place.display, _grouped(root, files), ids)
+    return replace(source, skipped=found.skipped)
 
 
 def _describe(root: Location, listed: tuple[str, Entry]) -> LabelledFile:
@@ -297,55 +201,29 @@ def _describe(root: Location, listed: tuple[str, Entry]) -> LabelledFile:
     names = footer.schema.names
     digit = next((name for name in _DIGIT_COLUMNS if name in names), None)
     if "image" not in names or digit is None:
-        raise RequestError(f"{file.display}: needs a column 'image' and a column 'digit' or 'label', has {', '.join(names)}")
-    wrong = column_error(footer.schema, "image", image_type_error) or column_error(footer.schema, digit, number_type_error)
-    if wrong:
-        raise RequestError(f"{file.display}: {wrong}")
-    return LabelledFile(name, entry, sum(footer.group_rows), digit)
+        needed = "a column 'image' and a column 'digit' or 'label'"
+        raise RequestError(f"{file.display}: needs {needed}, has {', '.join(names)}")
+    for column, type_error in (("image", image_type_error), (digit, number_type_error)):
+        wrong = column_error(footer.schema, column, type_error)
+        if wrong:
+            raise RequestError(f"{file.display}: {wrong}")
+    return LabelledFile(name, entry, footer.metadata.num_rows, digit)
 
 
-def _decoded(location: Location, file: LabelledFile) -> Iterator[Block]:
-    """The rows of a file, BLOCK_ROWS at a time; errors as of `open_parquet`."""
-    columns = ["image", file.digit_column]
-    first = 0
-    with open_parquet(location, file.entry) as parquet:
-        batches = read_rows(parquet, np.arange(file.rows), columns)
-        for table in _of_block_rows(batches):
-            plain = plain_table(table)
-            images, digits, reasons = decode_labelled(*(one_chunk(plain[column]) for column in columns))
-            bad = {row: (file.name, first + row, reason) for row, reason in reasons.items()}
-            yield Block(images, digits, bad)
-            first += len(digits)
-
-
-def _of_block_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Tables of BLOCK_ROWS rows, the last of fewer: row groups may have any number."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(part.num_rows for part in waiting) >= BLOCK_ROWS:
-            table = pa.Table.from_batches(waiting)
-            yield table.slice(0, BLOCK_ROWS)
-            waiting = table.slice(BLOCK_ROWS).to_batches()
-    if waiting:
-        yield pa.Table.from_batches(waiting)
-
-
-def _joined(blocks: list[Block]) -> Block:
-    """Blocks that follow each other as one."""
-    if len(blocks) == 1:
-        return blocks[0]
-    bad: BadRows = {}
-    first = 0
-    for block in blocks:
-        bad |= {first + row: place for row, place in block.bad.items()}
-        first += len(block.digits)
-    images = np.concatenate([block.images for block in blocks])
-    return Block(images, np.concatenate([block.digits for block in blocks]), bad)
+def _grouped(root: Location, files: list[LabelledFile]) -> Groups:
+    """Small files that follow each other share a block, up to its rows."""
+    groups: Groups = []
+    waiting: list[LabelledFile] = []
+    for file in files:
+        if waiting and sum(small.rows for small in waiting) + file.rows > BLOCK_ROWS:
+            groups.append(FileGroup(root, tuple(waiting)))
+            waiting = []
+        waiting.append(file)
+    return [*groups, FileGroup(root, tuple(waiting))]
 
 
 def _split_of_name(file: str) -> str:
-    """Split named by the file or, failing that, by its folder: train, validation or test; "" where neither does."""
+    """The split that the file names or, failing that, its folder; "" where neither does."""
     for name in reversed(file.split("/")[-2:]):
         for word in re.findall("[a-z]+", name.lower()):
             if word in _SPLITS:
@@ -353,11 +231,15 @@ def _split_of_name(file: str) -> str:
     return ""
 
 
-def _with_splits(name: str, location: str, groups: list[MemoryGroup | FileGroup], ids: dict[str, RowIds]) -> Source:
-    """A source whose rows belong to these splits; "" is none. A missing one is held out of the training rows."""
+def _with_splits(name: str, location: str, groups: Groups, ids: dict[str, RowIds]) -> Source:
+    """A source whose rows belong to these splits, or to none: "".
+
+    A missing split is held out of the training rows.
+    """
     train = ids.get("train", ids.get("", np.empty(0, np.int64)))
     if len(train) < _MIN_TRAIN_ROWS:
-        raise RequestError(f"--data {location}: has {len(train)} training rows; at least {_MIN_TRAIN_ROWS} are needed")
+        few = f"has {len(train)} training rows; at least {_MIN_TRAIN_ROWS} are needed"
+        raise RequestError(f"--data {location}: {few}")
     count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
     test, validation = ids.get("test"), ids.get("validation")
     if test is None:

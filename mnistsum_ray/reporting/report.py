@@ -6,6 +6,7 @@ model.json, `history` are the lines of history.jsonl, and `pictures` are PNG fil
 
 import platform
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -144,11 +145,10 @@ def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes
 
 
 def _reasons(title: str, counts: dict[str, Any]) -> Table:
-    """Rows by the reason why they cannot be used, with some places; `counts`: of `ReasonCounts`."""
+    """Rows by the reason why they cannot be used, with the first rows; `counts`: of `ReasonCounts`."""
     rows = []
-    for reason, count in counts["reasons"].items():
-        examples = counts["examples"].get(reason, [])
-        places = "; ".join(f"{file}, row {row:,}" for file, row in examples)
+    for reason, count in Counter(counts["reasons"]).most_common():
+        places = "; ".join(f"{file}, row {row:,}" for file, row, why in counts["examples"] if why == reason)
         rows.append((f"{count:,}", reason, places))
     return title, ("rows", "reason", "for example"), rows
 

@@ -76,10 +76,11 @@ def count_part(output: pa.Table, part: Part, config: ScoreConfig) -> RowCounts:
     good = output.filter(pa.array(~is_bad))
     counts = RowCounts(rows=part.rows, consistent=pc.sum(good["consistent"]).as_py() or 0)
     if is_bad.any():
-        places = [(part.name, row) for row in (part.first_row + np.flatnonzero(is_bad)).tolist()]
+        bad_rows = (part.first_row + np.flatnonzero(is_bad)).tolist()
         reasons = output["reason"].filter(pa.array(is_bad)).to_pylist()
-        counts.add_reasons(ReasonCounts.of(dict(zip(places, reasons, strict=True))))
-        counts.rejected[part.name] = len(places)
+        bad = [(part.name, row, reason) for row, reason in zip(bad_rows, reasons, strict=True)]
+        counts.add_reasons(ReasonCounts.of(bad))
+        counts.rejected[part.name] = len(bad)
 
     numbers, _ = decode_numbers(one_chunk(good[config.number_column]))
     labels, counts.bad_labels = _labels(good, config)

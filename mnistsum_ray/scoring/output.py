@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from mnistsum_ray import __version__
-from mnistsum_ray.data.parquet import open_parquet, plain_table, read_footer
+from mnistsum_ray.data.parquet import open_parquet, read_footer
 from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, RunError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
@@ -163,7 +163,7 @@ def _read_stamps(output: Location, parts: Mapping[str, Entry], console: Console)
         stamp = (footer.metadata.metadata or {}).get(STAMP_KEY)
         if stamp is None:
             raise _refusal(output, f"{PREDICTIONS}/{name} is not a file of this program; move it away, or choose another folder")
-        return name, json.loads(stamp), sum(footer.group_rows)
+        return name, json.loads(stamp), footer.metadata.num_rows
 
     return in_threads(read, list(parts), output.is_local, Progress(console.progress, "output files read", len(parts)))
 
@@ -177,7 +177,7 @@ def count_part_file(request: Request, part: Part) -> RowCounts:
     place = request.output / PREDICTIONS / part.output
     try:
         with open_parquet(place) as file:
-            table = plain_table(file.read(columns_to_count(request.config)))
+            table = file.read(columns_to_count(request.config))
     except UnusableFileError as error:
         raise RunError(f"--output {place.display} {error}; delete it, and the same command scores it again") from None
     return count_part(table, part, request.config)

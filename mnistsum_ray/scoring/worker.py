@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from mnistsum_ray.data.images import Pixels, decode_images, decode_numbers, join_reasons, one_chunk
-from mnistsum_ray.data.parquet import neutral_metadata, open_parquet, plain_table, read_rows, to_parquet
+from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
 from mnistsum_ray.data.picture import background_of
 from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.model.inference import Predictions, Predictor
@@ -122,16 +122,20 @@ def _read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]
     Whatever a file makes the decoding raise is an UnusableFileError, as what its reading does.
     """
     path = request.root / parts[0].name
-    rows = np.concatenate([np.arange(part.first_row, part.first_row + part.rows) for part in parts])
+    stop = parts[-1].first_row + parts[-1].rows
     with open_parquet(path, Entry(path.path, parts[0].size, parts[0].e_tag)) as file:
-        batches, schema = read_rows(file, rows), file.read_row_groups([]).schema
-        pending: list[pa.RecordBatch] = []
+        schema = file.read_row_groups([]).schema
+        end = -1
         for part in parts:
+            if part.first_row != end:  # the first, or one after parts that are done already
+                batches = read_rows(file, range(part.first_row, stop))
+                pending: list[pa.RecordBatch] = []
             while sum(batch.num_rows for batch in pending) < part.rows:
                 pending.append(next(batches))
             table = pa.Table.from_batches(pending, schema)
-            yield _decode(request, part, plain_table(table.slice(0, part.rows)))
+            yield _decode(request, part, table.slice(0, part.rows))
             pending = table.slice(part.rows).to_batches()
+            end = part.first_row + part.rows
 
 
 def _decode(request: Request, part: Part, table: pa.Table) -> DecodedPart:
@@ -164,9 +168,10 @@ def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> R
     for name, values in predictions.to_arrow(rows.numbers, rejected).items():
         table = table.append_column(name, values)
     table = table.append_column("reason", reasons)
-    metadata = neutral_metadata(table.schema.metadata) | rows.part.stamp(request.digest)
+    # Of the input's metadata nothing is kept: Spark and others would see no columns but those that it lists.
+    table = table.replace_schema_metadata(rows.part.stamp(request.digest))
     try:
-        (request.output / PREDICTIONS / rows.part.output).create(to_parquet(table.replace_schema_metadata(metadata)))
+        (request.output / PREDICTIONS / rows.part.output).create(to_parquet(table))
     except ExistingFileError:
         # Of a process that died, or of a second run: on other hardware the last bits may be others.
         return count_part_file(request, rows.part)

@@ -3,7 +3,6 @@
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
@@ -48,7 +47,7 @@ def build_manifest(run: TrainingRun, source: Source, sha256: str, plan: WorkerPl
             "train_rows": len(source.train),
             "validation_rows": len(source.validation),
             "test_rows": len(source.test),
-            "bad_rows": {"rows": source.bad.total} | asdict(source.bad),
+            "bad_rows": {"rows": source.bad.total} | vars(source.bad),
         },
     }
 

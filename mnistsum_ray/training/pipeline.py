@@ -26,10 +26,11 @@ from ray.data import ActorPoolStrategy
 from ray.train import DataConfig
 
 from mnistsum_ray.cluster.tasks import ray_data_options
+from mnistsum_ray.data.blocks import BadRows, Block, Digits, FileGroup
 from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
 from mnistsum_ray.data.images import PIXELS, SIDE, Pixels, pixels_array
 from mnistsum_ray.data.order import RowIds, TrainingOrder, positions_of_rank, random_numbers
-from mnistsum_ray.data.sources import BadRows, Block, Digits, FileGroup, MemoryGroup, Source
+from mnistsum_ray.data.sources import Source
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
 
 ROW_BYTES: Final = PIXELS + 1
@@ -132,7 +133,7 @@ class _Summary:
         return cls(len(block.digits), block.bad, digest.digest())
 
 
-def _read_groups(groups: list[MemoryGroup | FileGroup]) -> Iterator[tuple[_Summary, Any]]:
+def _read_groups(groups: list[Block | FileGroup]) -> Iterator[tuple[_Summary, Any]]:
     """Summary and reference of each block, in the order of the rows; errors are those of `load_blocks`."""
     # No CPU is reserved, so that busy workers of another job cannot hold these tasks up.
     read = ray.remote(num_cpus=0, max_retries=_RETRIES, num_returns="streaming")(_read_group)
@@ -141,12 +142,13 @@ def _read_groups(groups: list[MemoryGroup | FileGroup]) -> Iterator[tuple[_Summa
     waiting = iter(groups)
     while True:
         while len(running) < ahead and (group := next(waiting, None)) is not None:
-            running.append(group if isinstance(group, MemoryGroup) else read.remote(group))
+            running.append(group if isinstance(group, Block) else read.remote(group))
         if not running:
             return
         first = running.popleft()
-        if isinstance(first, MemoryGroup):
-            yield _Summary.of(first.block), ray.put((first.block.images, first.block.digits))
+        if isinstance(first, Block):
+            for block in first.blocks():
+                yield _Summary.of(block), ray.put((block.images, block.digits))
             continue
         for summary in first:
             try:

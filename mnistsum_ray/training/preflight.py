@@ -14,8 +14,9 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
+from mnistsum_ray.data.blocks import FileGroup
 from mnistsum_ray.data.inputs import parts_below, real_path
-from mnistsum_ray.data.sources import Counter, FileGroup, Source, open_source
+from mnistsum_ray.data.sources import Counter, Source, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
 from mnistsum_ray.storage.store import Location, is_hidden
 from mnistsum_ray.storage.uri import locate, locate_existing, output_base_folder, refused

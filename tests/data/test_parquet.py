@@ -10,7 +10,7 @@ import pytest
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
 from mnistsum_ray.data.images import Pixels, decode_images, one_chunk
-from mnistsum_ray.data.parquet import _WHOLE_BYTES, neutral_metadata, open_parquet, read_footer, read_table, to_parquet
+from mnistsum_ray.data.parquet import _WHOLE_BYTES, open_parquet, read_footer, read_table, to_parquet
 from mnistsum_ray.errors import UnusableFileError
 from mnistsum_ray.storage.uri import locate
 from tests.storage.conftest import s3
@@ -63,15 +63,6 @@ def test_int96_is_read_in_microseconds_and_named(tmp_path: Path) -> None:
     assert read_footer(place, listed).recast == {"day": "INT96"}
     with open_parquet(place, listed) as parquet:
         assert parquet.read()["day"].to_pylist() == days
-
-
-def test_metadata_that_describe_a_schema_for_one_engine_are_dropped(tmp_path: Path) -> None:
-    """With Spark's own, Spark would not see the columns that scoring adds."""
-    place = locate(str(tmp_path / "rows.parquet"), "--input")
-    dropped = ("org.apache.spark.sql.parquet.row.metadata", "parquet.avro.schema", "huggingface", "mnistsum_ray.part")
-    metadata = dict.fromkeys((*dropped, "pandas", "author"), "x")
-    place.write(to_parquet(pa.table({"object": OBJECTS}).replace_schema_metadata(metadata)))
-    assert neutral_metadata(read_table(place).schema.metadata) == {b"pandas": b"x", b"author": b"x"}
 
 
 def test_a_large_object_is_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

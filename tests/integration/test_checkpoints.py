@@ -80,8 +80,8 @@ def test_rows_that_are_left_out_are_counted_in_manifest_and_report(whole: Traine
     assert sum(whole.line["data"][f"{split}_rows"] for split in ("train", "validation", "test")) == 1500
     run = Path(whole.line["run"])
     manifest = json.loads((run / "manifest.json").read_text())
-    places = [["2.parquet", row] for row in range(0, 20, 4)]
-    assert manifest["data"]["bad_rows"] == {"rows": 100, "reasons": {reason: 100}, "examples": {reason: places}}
+    places = [["2.parquet", row, reason] for row in range(0, 20, 4)]
+    assert manifest["data"]["bad_rows"] == {"rows": 100, "reasons": {reason: 100}, "examples": places}
     assert f"<td>100</td><td>{reason}</td><td>2.parquet, row 0; " in (run / "report.html").read_text()
 
 

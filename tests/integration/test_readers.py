@@ -158,7 +158,7 @@ def test_every_other_column_passes_through_unchanged(scored: Scored) -> None:
         assert result.schema.field(name).type == kept.schema.field(name).type, name
         assert result[name].to_pylist() == kept[name].to_pylist(), name
     frame = pd.read_parquet(scored.output / "predictions" / "forms" / "pandas_lists.parquet")
-    assert frame.index.tolist() == [f"id{row}" for row in range(FORM_ROWS)]
+    assert frame["key"].tolist() == [f"id{row}" for row in range(FORM_ROWS)], "an index becomes a column"
 
 
 def library(name: str) -> Any:

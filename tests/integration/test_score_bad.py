@@ -102,7 +102,7 @@ def test_counts_add_up_and_every_bad_file_is_named_with_its_reason(scored: Score
         assert (row["rows"], row["scored"], row["rejected"]) == (ROWS_A_FILE, ROWS_A_FILE - BAD, BAD)
     page = html.unescape((scored.output / "report.html").read_text())
     assert all(f"<td>{count:,}</td><td>{reason}</td><td>" in page for reason, count in manifest["rejected_by_reason"].items())
-    assert re.search(r"\d\d\.parquet, row \d+; \d\d\.parquet, row \d+", page), "examples"
+    assert re.search(r"<td>\d\d\.parquet, row \d+</td>", page), "examples"
 
 
 def test_every_bad_row_says_why_and_the_good_rows_beside_it_are_scored(scored: Scored, model: Path, sample: pa.Table) -> None:

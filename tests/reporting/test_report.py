@@ -1,6 +1,7 @@
 """The report pages, with all optional parts and with none."""
 
 import re
+from collections import Counter
 from typing import Any
 
 from mnistsum_ray.model.heads import HEADS
@@ -20,12 +21,12 @@ DATA = {"source": "sample", "notice": "NOT the full MNIST", "train_rows": 4000}
 MANIFEST: dict[str, Any] = {
     "config": {"seed": 0, "name": "a <b> & c", "data": "sample", "precision": None},
     "hardware": {"cpu": "a CPU", "cores": 2, "gpu": None},
-    "data": DATA | {"bad_rows": {"rows": 0, "reasons": {}, "examples": {}}},
+    "data": DATA | {"bad_rows": {"rows": 0, "reasons": {}, "examples": []}},
     "metrics": {"run": "/runs/mine", "images_per_second": 1234.5},
     "training_seconds": 4321.0,
 }
 FILE, REASON = "folder/a_long_name_of_a_file.parquet", "the number is 44, not one of 0..9; correct it or drop the row"
-BAD: dict[str, Any] = {"reasons": {REASON: 1}, "examples": {REASON: [[FILE, 3]]}}
+BAD: dict[str, Any] = {"reasons": Counter({REASON: 1}), "examples": [(FILE, 3, REASON)]}
 SCORED: dict[str, Any] = {
     "totals": {
         "output": "/out", "input_rows": 5, "scored_rows": 4, "rejected_rows": 1, "failed_rows": 0, "files": 1,
@@ -85,7 +86,7 @@ def test_control_characters_are_escaped() -> None:
     """A file name or a message of the storage may hold them, and a page is read in terminals too."""
     raw, shown, reason = "a\x1b]0;b\x07", r"a\x1b]0;b\x07", "is\x1b[2J"
     unsure: list[tuple[Any, ...]] = [(0.1, raw, 0, 1, 2, None)]
-    counts = RowCounts(reasons={reason: 1}, examples={reason: [[raw, 3]]}, unsure=unsure)
+    counts = RowCounts(reasons=Counter({reason: 1}), examples=[(raw, 3, reason)], unsure=unsure)
     page = scored_page(SCORED | {"config": SCORED["config"] | {"input": raw}}, counts, {})
     assert shown in page
     assert page.replace("\n", "").isprintable()

@@ -104,7 +104,7 @@ def test_each_input_row_is_one_output_row_in_its_order(world: World, probabiliti
     request = preflight_of(world.model, world.input, "out", max_rows_per_file=4, probabilities=probabilities)
     for part, name in enumerate(OF_A):
         stamp = {"request": request.digest, "input": "a.parquet", "e_tag": request.files[0].e_tag, "first_row": 4 * part}
-        assert outputs[name].schema.metadata == {b"mine": b"yes", b"mnistsum_ray.part": json.dumps(stamp).encode()}
+        assert outputs[name].schema.metadata == {b"mnistsum_ray.part": json.dumps(stamp).encode()}
 
 
 def test_counts_of_a_fresh_run_and_of_a_resumed_one_are_those_of_its_rows(world: World) -> None:

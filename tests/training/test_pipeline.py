@@ -12,8 +12,9 @@ import torch
 from ray.util.queue import Queue
 
 from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.data.blocks import Block
 from mnistsum_ray.data.order import TrainingOrder
-from mnistsum_ray.data.sources import Block, MemoryGroup, open_source
+from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.model.folder import checksum, copy_weights
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.storage.store import Location
@@ -56,8 +57,8 @@ def test_the_fingerprint_is_that_of_a_copy_and_not_of_other_pixels_digits_or_spl
     pq.write_table(pq.read_table(source.location), copy, row_group_size=7)
     sources = [
         source,
-        replace(source, groups=[MemoryGroup(Block(block.images ^ np.uint8(1), block.digits, {}))]),
-        replace(source, groups=[MemoryGroup(Block(block.images, (block.digits + 1) % 10, {}))]),
+        replace(source, groups=[Block(block.images ^ np.uint8(1), block.digits, {})]),
+        replace(source, groups=[Block(block.images, (block.digits + 1) % 10, {})]),
         replace(source, validation=source.test, test=source.validation),
         replace(source, train=source.train[1:]),
         open_source(str(copy)),
