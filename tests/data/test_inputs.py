@@ -1,6 +1,7 @@
 """`--input`: which files it names, under which names, and which are left out."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -29,16 +30,17 @@ def find(*texts: object, output: Path = Path("/nowhere/out")) -> Inputs:
     return list_inputs(tuple(map(str, texts)), locate(str(output), "--output"))
 
 
-def test_a_folder_is_listed_with_all_below_it_and_other_files_are_skipped(folder: Path) -> None:
+def test_a_folder_is_listed_with_all_below_it_and_others_are_skipped(folder: Path) -> None:
     """Links to folders are, since they may lead into a circle."""
     inputs = find(folder)
     listed = {name: (entry.path, entry.size) for name, entry in inputs.files.items()}
     assert listed == {name: (str(folder / name), len(name)) for name in NAMES}
     assert inputs.root.path == str(folder)
-    assert inputs.skipped == [str(folder / name.replace("/x.parquet", "")) for name in sorted(SKIPPED)]
+    skipped = [str(folder / name.removesuffix("/x.parquet")) for name in sorted(SKIPPED)]
+    assert inputs.skipped == skipped
     lines: list[str] = []
     report_skipped(inputs.skipped, lines.append)
-    assert lines == [f"left out: 5, such as {folder}/.hidden.parquet (hidden, without a suffix of Parquet, or links to folders)"]
+    assert lines[0].startswith(f"left out: 5, such as {folder}/.hidden.parquet (hidden, ")
 
 
 FOUND = [
@@ -60,9 +62,10 @@ def test_folders_files_and_globs_are_found_as_a_shell_does(
     folder: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], expected: list[str]
 ) -> None:
     monkeypatch.chdir(folder)
+    paths = [str(folder / name) for name in expected]
     for inputs in (find(*texts), find(*(folder / text for text in texts))):
-        assert [entry.path for entry in inputs.files.values()] == [str(folder / name) for name in expected]
-        assert [f"{inputs.root.path}/{name}" for name in inputs.files] == [str(folder / name) for name in expected]
+        assert [entry.path for entry in inputs.files.values()] == paths
+        assert [(inputs.root / name).path for name in inputs.files] == paths
 
 
 @pytest.mark.timeout(30)
@@ -71,7 +74,7 @@ def test_what_is_not_there_is_named(folder: Path) -> None:
     (folder / "c" / "rows.csv").touch()
     none = "there is no Parquet file"
     missing = {
-        folder / "missing": rf"^--input {folder}/missing: there is no such file or folder \({folder}/missing\)",
+        folder / "missing": f"^--input {folder}/missing: there is no such file or folder",
         folder / "c": rf"{none} .*\.pq, \.parq\) .*rows\.csv",
         "/*/nobody-has-such-a-file": none,  # without a walk over the disk, and /proc
     }
@@ -90,20 +93,17 @@ APART = [
 
 
 @pytest.mark.parametrize(("text", "output", "message"), APART)
-def test_an_output_inside_the_input_and_an_input_inside_the_output_are_refused(
-    folder: Path, tmp_path: Path, text: str, output: str, message: str
-) -> None:
-    for place, other in ((folder, folder), (folder, tmp_path / "link"), (tmp_path / "link", folder)):
-        if message:
-            with pytest.raises(RequestError, match=message):
-                find(place / text, output=other / output)
-        else:
+def test_output_and_input_lie_apart(folder: Path, text: str, output: str, message: str) -> None:
+    link = folder.with_name("link")
+    for place, other in ((folder, folder), (folder, link), (link, folder)):
+        with pytest.raises(RequestError, match=message) if message else nullcontext():
             assert find(place / text, output=other / output).files
 
 
 def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
-    for name in (b"caf\xe9.parquet", b"b/two\nlines.parquet", "b/caf\u00e9 \u3000.parquet".encode()):
-        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"x")
+    good = "b/caf\u00e9 \u3000.parquet"
+    for name in (b"caf\xe9.parquet", b"b/two\nlines.parquet", good.encode()):
+        (folder / os.fsdecode(name)).write_bytes(b"x")
     (folder / "latest.parquet").symlink_to(folder / "a.parquet")
     (folder / "gone.parquet").symlink_to("nowhere")
     os.mkfifo(folder / "pipe.parquet")
@@ -114,21 +114,26 @@ def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
         "gone.parquet": "is a link that leads nowhere, or no file",
         "pipe.parquet": "is a link that leads nowhere, or no file",
     }
-    assert set(inputs.files) == {*NAMES, *inputs.unusable, "b/caf\u00e9 \u3000.parquet", "latest.parquet"}
+    assert set(inputs.files) == {*NAMES, *inputs.unusable, good, "latest.parquet"}
 
 
-@pytest.mark.parametrize("log", ["_delta_log/0.json", "b/_delta_log/0.json", "metadata/v1.metadata.json"])
-def test_a_table_of_delta_lake_or_iceberg_is_refused_but_not_its_single_files(folder: Path, log: str) -> None:
+LOGS = ["_delta_log/0.json", "b/_delta_log/0.json", "metadata/v1.metadata.json"]
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_a_table_of_delta_lake_or_iceberg_is_refused(folder: Path, log: str) -> None:
     (folder / log).parent.mkdir()
     (folder / log).touch()
-    table = (folder / log).parent.parent
+    refused = f"--input {(folder / log).parent.parent}: is a table of Delta Lake or Iceberg, "
     for text in (folder, folder / "**/*.p*"):
-        with pytest.raises(RequestError, match=f"--input {table}: is a table of Delta Lake or Iceberg, .* or name the files"):
+        with pytest.raises(RequestError, match=f"{refused}.* or name the files"):
             find(text)
     assert [*find(folder / "a.parquet", folder / "b/e").files] == ["a.parquet", "b/e/f.parq"]
 
 
-def test_an_object_store_is_listed_as_a_disk_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_object_store_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a disk is."""
+
     def listed(key: str) -> Inputs:
         return list_inputs([uri.replace("?", f"/{key}?")])
 
@@ -138,11 +143,12 @@ def test_an_object_store_is_listed_as_a_disk_is(monkeypatch: pytest.MonkeyPatch,
             (locate(uri, "--input") / key).write(b"x")
         assert listed("in").skipped == ["in/_temporary/x.parquet", "in/b/notes.txt"]
         for key in ("in", "in/**/*.parquet", "i*/**/*.parquet"):
-            assert [entry.path for entry in listed(key).files.values()] == ["in/a.parquet", "in/b/c.parquet"]
-        assert ([*listed(keys[0]).files], listed(keys[0]).root.path) == (["a.parquet"], "in")
+            assert [entry.path for entry in listed(key).files.values()] == keys[:2]
+        assert [*listed(keys[0]).files] == ["a.parquet"]
+        assert listed(keys[0]).root.path == "in"
         for key in ("", "lake", "*/part.parquet"):
             with pytest.raises(RequestError, match=r"s3://bucket/lake\?.* is a table of Delta"):
                 listed(key)
         ask(int(uri.rpartition(":")[2]), "PUT", "/bucket/odd//b.parquet", "x")
-        with pytest.raises(RequestError, match=r'^--input s3://bucket/odd\?.* invalid path: Path "odd//b.parquet"'):
+        with pytest.raises(RequestError, match=r"^--input s3://bucket/odd.* invalid path: Path "):
             listed("odd")

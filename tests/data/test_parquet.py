@@ -10,7 +10,13 @@ import pytest
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
 from mnistsum_ray.data.images import Pixels, decode_images, one_chunk
-from mnistsum_ray.data.parquet import _WHOLE_BYTES, open_parquet, read_footer, read_table, to_parquet
+from mnistsum_ray.data.parquet import (
+    _WHOLE_BYTES,
+    open_parquet,
+    read_footer,
+    read_table,
+    to_parquet,
+)
 from mnistsum_ray.errors import UnusableFileError
 from mnistsum_ray.storage.uri import locate
 from tests.storage.conftest import s3
@@ -23,7 +29,7 @@ def test_a_page_whose_checksum_is_wrong_is_refused(tmp_path: Path, sample: pa.Ta
     data = bytearray(place.read_bytes())
     data[data.index(rows["image"][50].as_py()) + 300] ^= 1
     place.write(bytes(data))
-    with pytest.raises(UnusableFileError, match=r"cannot be read: .*CRC checksum verification failed"):
+    with pytest.raises(UnusableFileError, match="cannot be read: .*CRC checksum"):
         read_table(place)
 
 
@@ -49,20 +55,30 @@ def test_rays_types_are_read_as_plain_ones_and_written_without_marks(tmp_path: P
 
 def test_a_second_arrow_schema_does_not_bring_rays_types_back(tmp_path: Path) -> None:
     path = tmp_path / "ray.parquet"
-    whole = to_parquet(pa.table({"object": OBJECTS}).replace_schema_metadata({"OTHER:schema": "x"})).to_pybytes()
-    path.write_bytes(whole.replace(b"OTHER:schema", b"ARROW:schema"))
+    table = pa.table({"object": OBJECTS}, metadata={"OTHER:schema": "x"})
+    path.write_bytes(to_parquet(table).to_pybytes().replace(b"OTHER:schema", b"ARROW:schema"))
     assert read_table(locate(str(path), "--input")).schema.types == [pa.binary()]
 
 
 def test_int96_is_read_in_microseconds_and_named(tmp_path: Path) -> None:
     """Spark writes INT96. pyarrow would read nanoseconds, of distant years other dates."""
-    place, days = locate(str(tmp_path / "rows.parquet"), "--input"), [datetime(1500, 12, 31), datetime(9999, 12, 31), None]
-    pq.write_table(pa.table({"day": pa.array(days, pa.timestamp("s"))}), place.path, use_deprecated_int96_timestamps=True)
+    place = locate(str(tmp_path / "rows.parquet"), "--input")
+    days = [datetime(1500, 12, 31), datetime(9999, 12, 31), None]
+    table = pa.table({"day": pa.array(days, pa.timestamp("s"))})
+    pq.write_table(table, place.path, use_deprecated_int96_timestamps=True)
     listed = place.status()
     assert listed is not None
     assert read_footer(place, listed).recast == {"day": "INT96"}
     with open_parquet(place, listed) as parquet:
         assert parquet.read()["day"].to_pylist() == days
+
+
+def test_files_with_views_are_read_as_plain_types(tmp_path: Path) -> None:
+    """pyarrow can neither take nor filter rows of views."""
+    place = locate(str(tmp_path / "rows.parquet"), "--input")
+    kinds = [pa.string_view(), pa.list_(pa.binary_view()), pa.struct([("a_view", pa.int8())])]
+    place.write(to_parquet(pa.table([pa.nulls(3, kind) for kind in kinds], ["a", "b", "c"])))
+    assert read_table(place).schema.types == [pa.string(), pa.list_(pa.binary()), kinds[2]]
 
 
 def test_a_large_object_is_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Pictures that people draw become what MNIST's own are; what is no picture, or shows nothing, is refused in one line."""
+"""Pictures that people draw become what MNIST's own are; what is none is refused in one line."""
 
 import io
 import os
@@ -37,7 +37,8 @@ def photographed(image: Pixels) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
-    page(image, (20, 40, 160), (250, 230, 90)).transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", quality=30, exif=exif)
+    lying = page(image, (20, 40, 160), (250, 230, 90)).transpose(Image.Transpose.ROTATE_90)
+    lying.save(file, "JPEG", quality=30, exif=exif)
     return file.getvalue()
 
 
@@ -50,14 +51,14 @@ FORMS: dict[str, Callable[[Pixels], Picture]] = {
     "pencil": lambda image: page(image, (205, 205, 205)),
     "in a corner": in_a_corner,
     "transparent": lambda image: Image.merge("LA", [Image.new("L", (280, 280), 40), large(image)]),
-    "16 bits": lambda image: Image.fromarray((255 - np.asarray(large(image))).astype(np.uint16) << 8),
+    "16 bits": lambda image: Image.fromarray((255 - image).astype(np.uint16) << 8),
     "photographed": photographed,
 }
 """How an image of MNIST may be drawn."""
 
 
 def likeness(one: Pixels, other: Pixels) -> float:
-    """Correlation of two images, one of which may be shifted by a pixel, as a centre of mass may be rounded up or down."""
+    """Correlation, where one may be shifted by a pixel: a centre is rounded up or down."""
     shifted = (np.roll(one, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1))
     return float(max(np.corrcoef(image.ravel(), other.ravel())[0, 1] for image in shifted))
 
@@ -68,7 +69,7 @@ def test_an_image_of_mnist_comes_back_however_it_is_drawn(form: str, sample: pa.
         drawn = FORMS[form](image)
         pixels = prepare_picture(drawn)
         assert likeness(pixels, image) > 0.9
-        assert np.array_equal(prepare_picture(drawn, 255), 255 - pixels), "as a model for dark digits on light takes it"
+        assert np.array_equal(prepare_picture(drawn, 255), 255 - pixels), "dark on light"
         assert pixels.dtype == np.uint8
         assert (pixels.shape, pixels.max(), background_of(pixels)) == ((28, 28), 255, 0)
         mass = [pixels.sum(1 - axis) @ np.arange(28) / pixels.sum() for axis in (0, 1)]
@@ -76,7 +77,7 @@ def test_an_image_of_mnist_comes_back_however_it_is_drawn(form: str, sample: pa.
 
 
 @pytest.mark.timeout(30)
-def test_what_shows_nothing_or_is_no_picture_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
     Image.new("L", (100, 100), 255).save(tmp_path / "large.png")
     Image.new("L", (50, 50), 255).save(tmp_path / "white.png")
