@@ -138,17 +138,13 @@ def _sample() -> Source:
 
 
 def _full_mnist(*, fall_back: bool) -> Source:
-    """MNIST from ./data, from the cache in the home folder, or downloaded into it.
-
-    With `fall_back` it is the sample where there is no MNIST.
-    """
+    """MNIST from ./data, the cache or a download; with `fall_back` else the sample."""
     cache = Path.home() / ".cache" / "mnistsum_ray"
     folder = find_idx(Path("data").resolve()) or find_idx(cache)
     try:
         return _idx(folder or download_mnist(cache))
     except (OSError, RuntimeError) as error:
-        why = f"it cannot be downloaded ({one_line(error)})"
-        missing = f"not in ./data or {cache}, and {why}"
+        missing = f"not in ./data or {cache}, and it cannot be downloaded ({one_line(error)})"
     if not fall_back:
         raise RequestError(f"--data mnist: {missing}; name its folder, or take --data sample")
     sample = _sample()

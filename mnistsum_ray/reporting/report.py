@@ -145,10 +145,11 @@ def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes
 
 
 def _reasons(title: str, counts: dict[str, Any]) -> Table:
-    """Rows by the reason why they cannot be used, with the first rows; `counts`: of `ReasonCounts`."""
+    """Bad rows by reason, and which are the first five; `counts`: of `ReasonCounts`."""
     rows = []
     for reason, count in Counter(counts["reasons"]).most_common():
-        places = "; ".join(f"{file}, row {row:,}" for file, row, why in counts["examples"] if why == reason)
+        examples = [(file, row) for file, row, why in counts["examples"] if why == reason]
+        places = "; ".join(f"{file}, row {row:,}" for file, row in examples)
         rows.append((f"{count:,}", reason, places))
     return title, ("rows", "reason", "for example"), rows
 

@@ -133,7 +133,8 @@ def _read_footer(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
         return unread._replace(error=str(error))
     image = f"{config.image_column}."
     recast = [f"{path} ({kind})" for path, kind in footer.recast.items() if not f"{path}.".startswith(image)]
-    return unread._replace(rows=footer.metadata.num_rows, recast=tuple(recast), error=_file_error(footer, config))
+    rows = footer.metadata.num_rows
+    return unread._replace(rows=rows, recast=tuple(recast), error=_file_error(footer, config))
 
 
 def _columns(config: ScoreConfig) -> dict[str, str]:

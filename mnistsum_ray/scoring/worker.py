@@ -168,7 +168,7 @@ def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> R
     for name, values in predictions.to_arrow(rows.numbers, rejected).items():
         table = table.append_column(name, values)
     table = table.append_column("reason", reasons)
-    # Of the input's metadata nothing is kept: Spark and others would see no columns but those that it lists.
+    # Without the input's own metadata, beside which Spark would see no other columns than theirs.
     table = table.replace_schema_metadata(rows.part.stamp(request.digest))
     try:
         (request.output / PREDICTIONS / rows.part.output).create(to_parquet(table))

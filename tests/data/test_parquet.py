@@ -29,7 +29,7 @@ def test_a_page_whose_checksum_is_wrong_is_refused(tmp_path: Path, sample: pa.Ta
     data = bytearray(place.read_bytes())
     data[data.index(rows["image"][50].as_py()) + 300] ^= 1
     place.write(bytes(data))
-    with pytest.raises(UnusableFileError, match="cannot be read: .*CRC checksum"):
+    with pytest.raises(UnusableFileError, match=r"cannot be read: .*CRC checksum"):
         read_table(place)
 
 
