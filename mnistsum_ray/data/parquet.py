@@ -31,9 +31,6 @@ _ARROW_SCHEMA: Final = b"ARROW:schema"
 _RAY: Final = b"ray.data."
 """How the names of Ray's Arrow types begin."""
 
-_CHANGED_TYPES: Final = ("Enum", "BSON", "Interval", "Variant", "Geometry", "Geography")
-"""Parquet's logical types that pyarrow writes again as the type that is stored."""
-
 
 @contextmanager
 def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_ParquetFile]:
@@ -90,8 +87,8 @@ class Footer:
 
     metadata: pq.FileMetaData
     schema: pa.Schema
-    recast: dict[str, str]
-    """Path -> type of each column that is written with another type than it has in the file."""
+    int96: list[str]
+    """Paths of the columns of the type INT96, which are written as timestamps in microseconds."""
 
 
 def read_footer(file: Location, listed: Entry) -> Footer:
@@ -101,8 +98,10 @@ def read_footer(file: Location, listed: Entry) -> Footer:
         groups = range(metadata.num_row_groups)
         if sum(metadata.row_group(group).num_rows for group in groups) != metadata.num_rows:
             raise UnusableFileError("has a damaged footer (its rows do not add up); write it again")
-        schema = metadata.schema.to_arrow_schema()
-        return Footer(metadata, schema, _recast_columns(metadata.schema))
+        schema = metadata.schema
+        columns = [schema.column(index) for index in range(len(schema))]
+        int96 = [column.path for column in columns if column.physical_type == "INT96"]
+        return Footer(metadata, schema.to_arrow_schema(), int96)
 
 
 def _footer_bytes(stream: Any) -> bytes:
@@ -192,16 +191,3 @@ def column_error(schema: pa.Schema, name: str, type_error: TypeCheck) -> str | N
         return f"has more than one column {name!r}; rename all but one"
     error = type_error(schema.field(name).type)
     return f"column {name!r} {error}; convert it" if error else None
-
-
-def _recast_columns(schema: pq.ParquetSchema) -> dict[str, str]:
-    """As `Footer.recast`."""
-    found = {}
-    for index in range(len(schema)):
-        leaf = schema.column(index)
-        kind = str(leaf.logical_type).partition("(")[0]
-        if leaf.physical_type == "INT96":
-            found[leaf.path] = "INT96"
-        elif kind in _CHANGED_TYPES:
-            found[leaf.path] = kind.upper()
-    return found

@@ -32,8 +32,8 @@ _FAINT: Final = 0.25
 """Share of the strongest ink below which nothing is drawn, as grain; what lacks less is full."""
 
 
-def prepare_picture(picture: Picture, background: int = 0) -> Pixels:
-    """Prepare a picture as training images with this background, 0 or 255, were: uint8[28, 28].
+def prepare_picture(picture: Picture) -> Pixels:
+    """Prepare a picture as MNIST's images were, white on black: uint8[28, 28].
 
     Ink is what is darker or lighter than the edge. It is scaled to fit 20 x 20 pixels, and centred
     by its mass.
@@ -58,7 +58,7 @@ def prepare_picture(picture: Picture, background: int = 0) -> Pixels:
     pixels = np.zeros((SIDE, SIDE), np.uint8)
     top, left = (_first(small.sum(1 - axis)) for axis in (0, 1))
     pixels[top : top + height, left : left + width] = small.round()
-    return pixels if background == 0 else 255 - pixels
+    return pixels
 
 
 def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:

@@ -115,10 +115,9 @@ def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> list[
             raise RequestError(f"{flag} {column}: no file of --input has such a column; {readable[0].name} {error}")
     recast = sorted({column for file in files for column in file.recast})
     if recast:
-        console.say(
-            f"columns whose type changes in the output: {', '.join(recast)}; "
-            "INT96 becomes a timestamp in microseconds, any other what it is stored as"
-        )
+        names = ", ".join(recast)
+        said = f"columns whose type changes in the output: {names}"
+        console.say(f"{said}; they become timestamps in microseconds")
     return files
 
 
@@ -132,7 +131,7 @@ def _read_footer(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
     except UnusableFileError as error:
         return unread._replace(error=str(error))
     image = f"{config.image_column}."
-    recast = [f"{path} ({kind})" for path, kind in footer.recast.items() if not f"{path}.".startswith(image)]
+    recast = [f"{path} (INT96)" for path in footer.int96 if not f"{path}.".startswith(image)]
     rows = footer.metadata.num_rows
     return unread._replace(rows=rows, recast=tuple(recast), error=_file_error(footer, config))
 

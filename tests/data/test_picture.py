@@ -66,10 +66,8 @@ def likeness(one: Pixels, other: Pixels) -> float:
 @pytest.mark.parametrize("form", FORMS)
 def test_an_image_of_mnist_comes_back_however_it_is_drawn(form: str, sample: pa.Table) -> None:
     for image in pixels_view(one_chunk(sample["image"]))[::500]:
-        drawn = FORMS[form](image)
-        pixels = prepare_picture(drawn)
+        pixels = prepare_picture(FORMS[form](image))
         assert likeness(pixels, image) > 0.9
-        assert np.array_equal(prepare_picture(drawn, 255), 255 - pixels), "dark on light"
         assert pixels.dtype == np.uint8
         assert (pixels.shape, pixels.max(), background_of(pixels)) == ((28, 28), 255, 0)
         mass = [pixels.sum(1 - axis) @ np.arange(28) / pixels.sum() for axis in (0, 1)]
