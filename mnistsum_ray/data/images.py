@@ -73,15 +73,15 @@ def one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 def image_type_error(kind: pa.DataType) -> str | None:
     """Why a column of this type cannot hold images; None where it can."""
-    shape = [side for side in getattr(kind, "shape", ()) if side != 1]
-    if shape not in ([], [PIXELS], [SIDE, SIDE]):
+    shape = [side for side in getattr(kind, "shape", ()) if side != 1]  # None: it varies
+    if shape not in ([], [PIXELS], [SIDE, SIDE], [None, None]):
         return f"holds tensors of shape {shape}, not 784 or 28 x 28"
     permutation = list(getattr(kind, "permutation", None) or ())
     if permutation != sorted(permutation):
         return f"is a tensor whose dimensions are permuted ({kind})"
     values = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    if pa.types.is_struct(values) and values.get_field_index("bytes") >= 0:
-        values = values.field("bytes").type
+    if pa.types.is_struct(values) and _image_field(values):
+        values = values.field(_image_field(values)).type
     if pa.types.is_null(values) or any(is_bytes(values) for is_bytes in _BYTES):
         return None
     is_list = isinstance(values, _LISTS)
@@ -92,6 +92,14 @@ def image_type_error(kind: pa.DataType) -> str | None:
         return None
     known = "lists of 784 integers, 784 bytes, PNG or JPEG bytes, {bytes, path}"
     return f"has type {kind}, which holds no images ({known})"
+
+
+def _image_field(kind: pa.StructType) -> str | None:
+    """The field of Hugging Face's {bytes, path}, or of Ray's tensors of any shape {data, shape}."""
+    names = [child.name for child in kind]
+    if names == ["data", "shape"] and isinstance(kind.field("shape").type, _LISTS):
+        return "data"
+    return "bytes" if "bytes" in names else None
 
 
 def number_type_error(kind: pa.DataType) -> str | None:
@@ -137,7 +145,7 @@ def decode_images(column: pa.Array) -> tuple[Pixels, Reasons]:
     null = "the image is null; fill it in or drop the row"
     if pa.types.is_struct(column.type):
         null = "the image, or its bytes, is null; put the picture itself there, or drop the row"
-        column = pc.struct_field(column, "bytes")
+        column = pc.struct_field(column, _image_field(column.type))
     if pa.types.is_binary_view(column.type):
         column = column.cast(pa.binary())  # Arrow has few functions for views
     whole = _whole_column(column)

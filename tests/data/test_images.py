@@ -49,6 +49,7 @@ FORMS = {
     "tensor": TENSOR,
     "tensor_with_channel": pa.ExtensionArray.from_storage(CHANNEL, TENSOR.storage),
     "ray_tensor": ArrowTensorArray.from_numpy(IMAGES),
+    "ray_of_any_shape": pa.array([{"data": values, "shape": [28, 28]} for values in LISTS]),
     "png": pa.array(PNG),
     "huggingface": pa.array([{"bytes": data, "path": None} for data in PNG]),
 }
