@@ -18,14 +18,18 @@ from mnistsum_ray.training.preflight import TrainingRun, preflight
 
 def asked(**given: Any) -> TrainingRun:
     """The run `mine` in the working folder, with sample data."""
-    return preflight(TrainConfig(**({"data": "sample", "storage_path": ".", "name": "mine"} | given)))
+    return preflight(
+        TrainConfig(**({"data": "sample", "storage_path": ".", "name": "mine"} | given))
+    )
 
 
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """The config of a run that was started and killed."""
     monkeypatch.chdir(tmp_path)
-    config = asked(epochs=7, learning_rate=0.5, num_workers=2, skip_bad_rows=True, init_from="base").config
+    config = asked(
+        epochs=7, learning_rate=0.5, num_workers=2, skip_bad_rows=True, init_from="base"
+    ).config
     data = {"sha256": "ab" * 32, "location": "sample", "notice": ""}
     (tmp_path / "mine").mkdir()
     manifest = {"config": config.model_dump(mode="json", exclude={"resume"}), "data": data}
@@ -51,7 +55,9 @@ FIXED = [
 @pytest.mark.parametrize(("given", "said"), FIXED)
 def test_what_the_numbers_depend_on_cannot_be_changed(given: dict[str, Any], said: str) -> None:
     for resume in (True, "auto"):
-        with pytest.raises(RequestError, match=f"{said}, and its numbers depend on it; leave the flag out"):
+        with pytest.raises(
+            RequestError, match=f"{said}, and its numbers depend on it; leave the flag out"
+        ):
             asked(resume=resume, **given)
 
 
@@ -74,7 +80,12 @@ PLACES = [
 
 @pytest.mark.parametrize(("data", "storage", "said"), PLACES)
 def test_a_storage_path_inside_the_data_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: pa.Table, data: str, storage: str, said: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sample: pa.Table,
+    data: str,
+    storage: str,
+    said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("in").mkdir()
@@ -82,7 +93,9 @@ def test_a_storage_path_inside_the_data_is_refused_before_anything_is_written(
     pq.write_table(sample[::50], "in/rows.parquet")
     before = sorted(Path().rglob("*"))
     if said:
-        with pytest.raises(RequestError, match=f"^--storage-path {tmp_path}.* {said} .*; put it elsewhere$"):
+        with pytest.raises(
+            RequestError, match=f"^--storage-path {tmp_path}.* {said} .*; put it elsewhere$"
+        ):
             asked(data=data, storage_path=storage)
     else:
         asked(data=data, storage_path=storage)
@@ -92,7 +105,9 @@ def test_a_storage_path_inside_the_data_is_refused_before_anything_is_written(
 def test_a_folder_without_a_run_is_neither_taken_nor_resumed(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
-    with pytest.raises(RequestError, match="mine holds other files, and no run; choose another name"):
+    with pytest.raises(
+        RequestError, match="mine holds other files, and no run; choose another name"
+    ):
         asked(storage_path=str(tmp_path), resume="auto")
     for text in ("{", "[]", '{"config": {}}', "[" * 100_000):
         (tmp_path / "mine" / "manifest.json").write_text(text)
@@ -104,6 +119,9 @@ def test_ray_stores_checkpoints_where_this_program_looks_for_them(tmp_path: Path
     """Arrow, which Ray asks, decodes a URI; this program takes a key as it is written."""
     run = asked(storage_path=str(tmp_path))
     key, query = "a b/50%/%20é/#1", "region=x&scheme=http&endpoint_override=127.0.0.1:9"
-    for uri, path in {f"s3://bucket/{key}?{query}": f"bucket/{key}", f"/tmp/{key}?": f"/tmp/{key}?"}.items():
+    for uri, path in {
+        f"s3://bucket/{key}?{query}": f"bucket/{key}",
+        f"/tmp/{key}?": f"/tmp/{key}?",
+    }.items():
         of_ray = replace(run, folder=locate(uri, "--storage-path")).ray_storage("checkpoints")
         assert FileSystem.from_uri(of_ray)[1] == f"{path}/checkpoints"

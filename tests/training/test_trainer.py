@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import socket
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -20,8 +19,14 @@ from mnistsum_ray.model.device import broadcast_state
 from mnistsum_ray.model.folder import copy_weights
 from mnistsum_ray.model.network import make_network
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.training.checkpoint import STATE_FILE, TrainerState, read_checkpoint, restore, save_checkpoint
-from mnistsum_ray.training.trainer import EpochCounter
+from mnistsum_ray.training.checkpoint import (
+    STATE_FILE,
+    TrainerState,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from mnistsum_ray.training.loop import EpochCounter
 from tests.training import CPU, as_worker, new_trainer
 
 
@@ -39,18 +44,6 @@ def test_the_workers_dropout_is_that_of_the_whole_batch() -> None:
     assert [len(dropout_of(rank, 2, 1)) for rank in range(2)] == [1, 0], "a worker without rows"
 
 
-def test_the_losses_within_an_epoch_are_means_since_the_one_before() -> None:
-    """One row a step, whose loss is the number of the step; workers add them up every 16 steps."""
-    counter = EpochCounter(5000, CPU)
-    for step in range(1, 5001):
-        counter.add({"row_id": torch.tensor([step])}, torch.tensor(float(step)))
-        if step % 16 == 0 or step == 5000:
-            counter.all_reduce(step)
-    places = [0, *(step for step, _ in counter.step_losses)]
-    assert (len(places), places[-1]) == (101, 5000)
-    assert counter.step_losses == [(end, (start + 1 + end) / 2) for start, end in pairwise(places)]
-
-
 COUNTED = [
     ([7, 6, 5, 4, 3, 2, 1, 0], 0, ""),
     ([0, 1, 2, 3, 4, 5, 6], 0, "saw 7 rows, where the plan has 8"),
@@ -62,9 +55,9 @@ COUNTED = [
 @pytest.mark.parametrize(("ids", "left", "said"), COUNTED)
 def test_lost_and_repeated_rows_are_noticed(ids: list[int], left: int, said: str) -> None:
     order = TrainingOrder(np.arange(8), np.array([0, 8]), batch_size=4, seed=0)
-    counter = EpochCounter(1, CPU)
+    counter = EpochCounter(CPU)
     counter.add({"row_id": torch.tensor(ids)}, torch.zeros(1))
-    counter.all_reduce(1)
+    counter.all_reduce()
     if said:
         with pytest.raises(RowCountError, match=f"^an epoch {said}: rows were lost or repeated"):
             counter.check(order, left, "an epoch")
@@ -82,7 +75,10 @@ def train(folder: Path, rank: int, world_size: int, steps: range) -> None:
         images = torch.randint(0, 256, (32, 28, 28), dtype=torch.uint8, generator=draw)
         digits, numbers = torch.randint(0, 10, (2, 32), generator=draw)
         batch = {"image": images, "digit": digits, "number": numbers}
-        mine = {name: values[trainer._positions.start : trainer._positions.stop] for name, values in batch.items()}
+        mine = {
+            name: values[trainer._positions.start : trainer._positions.stop]
+            for name, values in batch.items()
+        }
         trainer._step(mine, 0, step, 32, 0.05)
     dist.barrier()  # all have read the checkpoint
     if rank == 0:
@@ -93,19 +89,28 @@ def train(folder: Path, rank: int, world_size: int, steps: range) -> None:
         parameter.data += rank
     broadcast_state(trainer.model)
     found = copy_weights(trainer.model)
-    assert all(torch.equal(found[name], value) for name, value in expected.items()), "rank 0 has others"
+    assert all(torch.equal(found[name], value) for name, value in expected.items()), (
+        "rank 0 has others"
+    )
 
 
 def run_worker(rank: int, folder: Path, world_size: int, port: int, steps: range) -> None:
     """Train as a worker of a new group, which Ray Train's local mode finds as torchrun leaves it."""
     torch.set_num_threads(1)
-    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    group = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+    }
     os.environ |= {name: str(value) for name, value in group.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     as_worker(partial(train, folder, rank, world_size, steps))
 
 
-def test_three_workers_train_as_one_does_and_a_new_group_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_three_workers_train_as_one_does_and_a_new_group_goes_on_bit_for_bit(
+    tmp_path: Path,
+) -> None:
     """DDP sums the gradients of its first step in another order than those of later ones, from three workers on."""
     multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])  # imported once, and slowly
     groups = (("one", 1, range(4)), ("alone", 3, range(4)), ("stopped", 3, range(2), range(2, 4)))
@@ -116,7 +121,9 @@ def test_three_workers_train_as_one_does_and_a_new_group_goes_on_bit_for_bit(tmp
                 port = probe.getsockname()[1]
             arguments = (tmp_path / name, ranks, port, steps)
             start_processes(run_worker, arguments, ranks, start_method="forkserver")  # type: ignore[no-untyped-call]
-    alone_data, stopped = ((tmp_path / name / STATE_FILE).read_bytes() for name in ("alone", "stopped"))
+    alone_data, stopped = (
+        (tmp_path / name / STATE_FILE).read_bytes() for name in ("alone", "stopped")
+    )
     assert alone_data == stopped
     one, alone = (read_checkpoint(Location(str(tmp_path / name)))[1] for name in ("one", "alone"))
     # The ranks have 10, 11 and 11 rows of each batch. With wrong weights of the ranks layers differ by 4 to 20 %, else by 0.5 %.
