@@ -170,8 +170,8 @@ def _read_group(group: FileGroup) -> Iterator[_Summary | tuple[Pixels, Digits]]:
 def _blocks_of(started: Any) -> Iterator[tuple[_Summary, Any]]:
     """Summary and reference of each block of a group: rows in memory, or a task that reads."""
     if isinstance(started, MemoryGroup):
-        block = started.block
-        yield _summary(block), ray.put((block.images, block.digits))
+        for block in started.blocks():
+            yield _summary(block), ray.put((block.images, block.digits))
         return
     for summary in started:
         try:

@@ -18,10 +18,10 @@ from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.storage.store import Location
 
 CHECKPOINTS: Final = "checkpoints"
-"""Folder in a run folder, with one folder of Ray Train for each attempt.
+"""Folder in a run folder, with one folder of Ray Train for each attempt, and there epoch_00001, …
 
-Ray Train rewrites its list of checkpoints in place, and a run that is restored from one which a kill
-has cut fails for good. So each attempt of a job has a new name for Ray, and the newest whole
+Ray Train rewrites its list of checkpoints in place, and a run that is restored from one which a
+kill has cut fails for good. So each attempt of a job has a new name for Ray, and the newest whole
 checkpoint is looked for here.
 """
 
@@ -36,17 +36,12 @@ class CheckpointError(RunError):
 
 @dataclass
 class TrainerState:
-    """State of a run after an epoch; with the config it decides every bit of the rest of the run."""
+    """State of a run after an epoch; with the config it decides every bit of the rest."""
 
     epochs_done: int
     history: list[dict[str, Any]]
     """Lines of history.jsonl, one an epoch."""
     precision: str
-
-
-def checkpoint_name(epochs_done: int) -> str:
-    """Folder of the checkpoint after so many epochs; by name they sort as by number."""
-    return f"epoch_{epochs_done:05d}"
 
 
 def save_checkpoint(
@@ -108,10 +103,9 @@ def load_weights(tensors: Weights, model: Network) -> None:
 def newest_checkpoint(
     run: Location, say: Callable[[str], None]
 ) -> tuple[Location, TrainerState] | None:
-    """The newest whole checkpoint of a run, and its state; each newer one that is damaged gets a line.
+    """The newest whole checkpoint of a run, and its state; newer ones that are damaged get a line.
 
-    Raises:
-        RequestError: the newest whole checkpoint is of another version.
+    RequestError: the newest whole one is of another version.
     """
     files = (run / CHECKPOINTS).files()
     folders = {file.path.rpartition("/")[0] for file in files if file.name == STATE_FILE}

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any, Final
@@ -72,15 +71,8 @@ _ROWS_PER_GPU: Final = 256
 """Rows of a step below which another GPU is of no use: the kernels of so small a network take as
 long for 32 rows as for 256."""
 
-_RESIZE_SECONDS: Final = 30.0
-"""Seconds between checks whether an elastic run can have more workers; growing goes on from the
-last checkpoint."""
-
 _MIN_WAIT_SECONDS: Final = 60.0
-"""Shortest wait for the first word of workers: a cluster takes a while to notice what it has lost."""
-
-_SILENCE_SECONDS: Final = 5.0
-"""Time without an event after which the driver looks whether workers are late."""
+"""Shortest wait for workers to report: a cluster takes a while to notice what it has lost."""
 
 
 def fit(
@@ -172,7 +164,8 @@ class _Driver:
                 # A CPU worker uses all cores of its node, so one a node; GPUs exchange gradients
                 # fastest within a node.
                 placement_strategy="PACK" if use_gpu else "SPREAD",
-                elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
+                # How often an elastic run looks for more workers; it grows from its checkpoint.
+                elastic_resize_monitor_interval_s=30.0,
             ),
             run_config=ray.train.RunConfig(
                 name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}",  # see CHECKPOINTS
@@ -240,14 +233,9 @@ class _Driver:
         """Wait for the workers, and read the rows."""
         run, say = self.run, self.console.say
         config, source, parameters = run.config, run.source, run.hyperparameters
-        request = WorkerRequest(
-            config.worker_range,
-            config.use_gpu,
-            config.wait_seconds,
-            group=True,
-            useful_gpus=max(1, parameters.batch_size // _ROWS_PER_GPU),
-        )
-        self.plan = reserve(request, say)
+        gpus = max(1, parameters.batch_size // _ROWS_PER_GPU)
+        wanted = (config.worker_range, config.use_gpu, config.wait_seconds)
+        self.plan = reserve(WorkerRequest(*wanted, group=True, useful_gpus=gpus), say)
         self.threads = choose_threads(run, self.plan)
         if source.notice:
             say(source.notice)
@@ -284,7 +272,6 @@ class _Driver:
             "versions": versions(),
             "workers": self.plan.describe(),
             "num_workers": self.plan.worker_range,
-            "use_gpu": self.plan.use_gpu,
             "threads": self.threads,
             "data": {
                 "source": source.name,
@@ -294,7 +281,7 @@ class _Driver:
                 "notice": source.notice or stored.get("notice", ""),
                 "sha256": sha256,
                 **rows,
-                "bad_rows": {"rows": source.bad.total} | asdict(source.bad),
+                "bad_rows": {"rows": source.bad.total} | vars(source.bad),
             },
         }
         done = len(self.history) * len(source.train)
@@ -314,7 +301,7 @@ class _Driver:
             with self.console.waiting_for("the workers", explain_worker_silence):
                 while True:
                     try:
-                        event = queue.get(timeout=_SILENCE_SECONDS)
+                        event = queue.get(timeout=5.0)
                     except Empty:
                         self._check_wait()
                         continue
@@ -343,7 +330,7 @@ class _Driver:
             return
         waited = time.monotonic() - self.waiting_since
         if waited > max(self.run.config.wait_seconds, _MIN_WAIT_SECONDS):
-            self.late = waited
+            self.late, self.waiting_since = waited, None
             self.abort()
 
     def _follow(self, event: dict[str, Any]) -> None:
@@ -377,16 +364,14 @@ class _Driver:
             raise RunError(f"{problem}; {self.run.how_to_resume()}")
         checkpoint, state = found
         self.history = state.history
-        need = self.plan.per_worker
-        task = ray.remote(
-            num_cpus=need.get("CPU", 0),
-            num_gpus=need.get("GPU", 0),
+        task = ray.remote(finish_model).options(
+            num_cpus=self.plan.per_worker.get("CPU", 0),
+            num_gpus=self.plan.per_worker.get("GPU", 0),
             # In a trial of Ray Tune it would have to fit into the trial's own resources.
             scheduling_strategy="DEFAULT",
-        )(finish_model)
-        finished: FinishedModel = ray.get(
-            task.remote(self.run.hyperparameters, self.data, checkpoint, self.threads, events)
         )
+        given = (self.run.hyperparameters, self.data, checkpoint, self.threads, events)
+        finished: FinishedModel = ray.get(task.remote(*given))
         return finished
 
     def _publish(self, finished: FinishedModel) -> TrainResult:
@@ -409,15 +394,10 @@ class _Driver:
             images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
             seconds=round(time.monotonic() - self.started, 1),
         )
-        manifest = (
-            self.manifest
-            | finished.manifest
-            | {
-                "status": "finished",
-                "metrics": result.line(),
-                "training_seconds": round(sum(map(epoch_seconds, self.history)), 1),
-            }
-        )
+        manifest = self.manifest | finished.manifest
+        manifest["status"] = "finished"
+        manifest["metrics"] = result.line()
+        manifest["training_seconds"] = round(sum(map(epoch_seconds, self.history)), 1)
         files = write_report(run.folder, manifest, card, self.history, finished.mistake_images, say)
         files += ["history.jsonl", f"model/{WEIGHTS_FILE}", f"model/{DESCRIPTION_FILE}"]
         rows = f"{counted(card['test']['rows'], 'row')}, all {NUMBERS} numbers"
@@ -477,30 +457,28 @@ class _Driver:
 
 
 def choose_threads(run: TrainingRun, plan: WorkerPlan) -> int | None:
-    """Threads of each worker; on CPUs they decide its bits.
+    """Threads of each worker on CPUs, where they decide its bits; None on GPUs.
 
-    Those of the config, or of the run that is resumed if it has as many workers, or what the
-    smallest node with room for a worker has for each. None on GPUs and for elastic runs: what each
-    worker's node has for it.
+    Those that are asked for, or of the run that is resumed if it had as many workers, or else what
+    the smallest node with room for a worker has for each.
     """
-    low, high = plan.worker_range
-    stored = run.stored or {}
-    if plan.use_gpu:
-        return None
-    if run.config.threads or low != high:
+    if plan.use_gpu or run.config.threads:
         return run.config.threads
-    if (stored.get("num_workers"), stored.get("use_gpu")) == ([low, high], False):
-        threads: int | None = stored["threads"]
-        return threads
+    stored = run.stored or {}
+    same_workers = stored.get("num_workers") == list(plan.worker_range)
+    if same_workers and stored.get("threads"):
+        return int(stored["threads"])
     here = ray.get_runtime_context().get_node_id()
     cpus = []
     for node in usable_nodes():
-        has = node["Resources"].get("CPU", 0)
-        if has >= plan.per_worker["CPU"]:
-            # Ray can be told of more CPUs than there are; with as many threads a step takes minutes.
-            cpus.append(min(has, os.cpu_count() or 1) if node["NodeID"] == here else has)
-    workers_on_node = -(-high // len(cpus)) if cpus else 1
-    return max(1, int(min(cpus)) // workers_on_node) if cpus else None
+        count = int(node["Resources"].get("CPU", 0))
+        if node["NodeID"] == here:
+            # Ray can be told of more than there are; with as many threads a step takes minutes.
+            count = min(count, os.cpu_count() or 1)
+        if count >= plan.per_worker["CPU"]:
+            cpus.append(count)
+    workers_on_node = -(-plan.worker_range[0] // max(1, len(cpus)))
+    return max(1, min(cpus, default=1) // workers_on_node)
 
 
 def _train_environment() -> dict[str, str]:

@@ -51,7 +51,6 @@ from mnistsum_ray.training.blocks import TrainingData
 from mnistsum_ray.training.checkpoint import (
     CheckpointError,
     TrainerState,
-    checkpoint_name,
     read_checkpoint,
     restore,
     save_checkpoint,
@@ -63,9 +62,9 @@ Batch = dict[str, Tensor]
 float32[n, AFFINE_VALUES]; all on the worker's device."""
 
 _CHECK_STEPS: Final = 16
-"""Most steps between checks of the loss; each waits for the device."""
 _CHECK_ROWS: Final = 8192
-"""Most rows between checks, but at least a step: some seconds on CPUs."""
+"""Most steps and rows between checks of the loss. Each waits for the device; 8,192 rows take a CPU
+some seconds."""
 
 _CURVE_POINTS: Final = 100
 """Maximum number of losses of an epoch in history.jsonl."""
@@ -81,14 +80,13 @@ class LoopConfig:
 
     hyperparameters: Hyperparameters
     threads: int | None
-    """Threads of each worker on CPUs, see `choose_threads` in driver.py."""
     data: "ray.ObjectRef[TrainingData]"
     events: Queue
     """From the workers to the console."""
-    start: Location | None
-    """Checkpoint that `--resume` starts from."""
+    checkpoint: Location | None
+    """Where `--resume` goes on."""
     weights: Weights | None
-    """Weights that a run without a checkpoint begins with; None: new ones."""
+    """Those of `--init-from`, which a run without a checkpoint begins with; None: new ones."""
 
     def __repr__(self) -> str:  # Ray's dashboard shows it
         return repr(self.hyperparameters)
@@ -111,28 +109,21 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> str | None:
 
 
 def _train(config: LoopConfig) -> None:
-    """Train the epochs that are left.
-
-    Raises:
-        RunError: the loss is infinite, or rows were lost or repeated.
-        CheckpointError: the checkpoint cannot be used.
-    """
+    """Train the epochs that are left."""
     parameters = config.hyperparameters
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    set_up_process(device, config.threads, context.get_local_world_size())
+    set_up_process(device, config.threads)
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, config.events)
     data: TrainingData = ray.get(config.data)
-    saved = latest_state(config.start)
-    if saved:
-        state, tensors = saved
-    else:
-        state, tensors = TrainerState(0, [], parameters.precision or _best_precision(worker)), {}
+    saved = latest_state(config.checkpoint)
+    state = saved[0] if saved else TrainerState(0, [], "")
+    state.precision = state.precision or parameters.precision or _best_precision(worker)
     worker.send("precision", precision=state.precision)
     trainer = Trainer(parameters, worker, state.precision)
     model = trainer.model
-    if tensors:
-        restore(tensors, model, trainer.optimizer)
+    if saved:
+        restore(saved[1], model, trainer.optimizer)
         workers = counted(worker.world_size, "worker")
         worker.note(f"going on after epoch {state.epochs_done}, on {workers}")
     elif config.weights:
@@ -165,15 +156,14 @@ def _best_precision(worker: Worker) -> str:
     return "bf16" if all_reduce_sum(votes).item() == worker.world_size else "fp32"
 
 
-def latest_state(start: Location | None) -> tuple[TrainerState, Weights] | None:
+def latest_state(resumed: Location | None) -> tuple[TrainerState, Weights] | None:
     """State and tensors (for `restore`) that a worker goes on from; None: from the beginning.
 
-    `start` is the checkpoint that `--resume` starts from. After a failure Ray Train has a later
-    one. Errors: `read_checkpoint`.
+    They are those of the last checkpoint of this attempt, or else of the one that it resumed.
     """
     latest = ray.train.get_checkpoint()
     if latest is None:
-        return read_checkpoint(start) if start else None
+        return read_checkpoint(resumed) if resumed else None
     with latest.as_directory() as folder:
         return read_checkpoint(Location(folder))
 
@@ -192,7 +182,7 @@ def report_epoch(state: TrainerState, model: Network, optimizer: MuonAdamW, rank
     ray.train.report(
         {name: line[name] for name in ("epoch", "train_loss", "validation", "test")},
         checkpoint=checkpoint,
-        checkpoint_dir_name=checkpoint_name(state.epochs_done),
+        checkpoint_dir_name=f"epoch_{state.epochs_done:05d}",
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=True,
     )
@@ -323,17 +313,11 @@ class Trainer:
     def train_epoch(
         self, epoch: int, order: TrainingOrder, batches: TrainingBatches
     ) -> dict[str, Any]:
-        """Train an epoch, counted from 0, on batches of the rank's rows.
+        """Train an epoch, counted from 0; return its figures for history.jsonl.
 
-        Returns:
-            Figures for history.jsonl: mean `train_loss` a row in nats, `step_losses` (pairs of a
-            step and the mean loss of the last rows), `rows_per_second`, `started` in seconds since
-            1970, `seconds` since then, `waiting` (fraction of the time without data), and the last
-            `learning_rate`.
-
-        Raises:
-            RunError: the loss is infinite or not a number.
-            RowCountError: a row was lost or repeated.
+        `train_loss` is the mean a row, in nats; `step_losses` are pairs of a step and that of the
+        last rows; `started` is in seconds since 1970; `waiting` is the share of the time without
+        data. A RunError says that the loss is infinite, or that rows were lost or repeated.
         """
         parameters = self.hyperparameters
         steps = order.steps

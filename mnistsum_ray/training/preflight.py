@@ -110,8 +110,8 @@ def _check_apart(storage: Location, source: Source) -> None:
         return
     if parts_below(real_path(storage), real_path(data)) is not None:
         raise RequestError(
-            f"--storage-path {storage.display}: lies in --data {data.display}, whose next run would "
-            "take the files of this one for data; put it elsewhere"
+            f"--storage-path {storage.display}: lies in --data {data.display}, whose next run "
+            "would take the files of this one for data; put it elsewhere"
         )
 
 

@@ -3,7 +3,6 @@
 Neither Ray Train nor Ray Data is imported here, see analysis.py.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import torch
 from ray.util.queue import Queue
 from torch import Tensor
 
-from mnistsum_ray.cluster.nodes import this_node
 from mnistsum_ray.data.order import RowIds, mix_ids
 from mnistsum_ray.model.device import (
     array_to_device,
@@ -62,25 +60,14 @@ class Worker:
         return Progress(partial(self.send, "counter"), what, total)
 
 
-def set_up_process(device: torch.device, threads: int | None, workers_on_node: int = 1) -> None:
-    """Make this process compute exact float32 on GPUs, and on CPUs the same bits each time.
-
-    `threads` are those of the run; None: the CPUs of the node, divided by its workers.
-    """
+def set_up_process(device: torch.device, threads: int | None) -> None:
+    """Make this process compute exact float32 on GPUs, and on CPUs the same bits each time."""
     disable_tf32()
+    if threads is not None:  # Ray sets one per reserved CPU, and a worker reserves less than one
+        torch.set_num_threads(threads)
     if device.type == "cpu":
-        # Ray sets one thread per reserved CPU, and a worker reserves less than one.
-        torch.set_num_threads(threads or max(1, cpus_of(this_node()) // workers_on_node))
         enable_determinism()
         tune_malloc()
-
-
-def cpus_of(node: dict[str, float]) -> int:
-    """CPUs of the node of this process, by its resources.
-
-    Ray can be told of more than there are, and with as many threads a step takes minutes.
-    """
-    return max(1, min(int(node.get("CPU", 1)), os.cpu_count() or 1))
 
 
 class HeldOutRows:

@@ -72,6 +72,7 @@ def test_a_bit_flipped_anywhere_or_an_end_cut_off_is_refused(tmp_path: Path, who
     files = {name: (whole / name).read_bytes() for name in (STATE_FILE, STATE_DIGEST)}
     place = write(tmp_path, files[STATE_FILE], files[STATE_DIGEST].decode())
     assert saved.read_checkpoint(place)[0] == STATE
+    said = f"^checkpoint {tmp_path} cannot be used: .* damaged"
     random = np.random.default_rng(0)
     for name, data in files.items():
         # The length and the figures are in the first bytes, a small part of the file.
@@ -81,10 +82,7 @@ def test_a_bit_flipped_anywhere_or_an_end_cut_off_is_refused(tmp_path: Path, who
             flipped[index] ^= 1 << int(random.integers(8))
             for damaged in (flipped, data[:index]):
                 (tmp_path / name).write_bytes(damaged)
-                with pytest.raises(
-                    saved.CheckpointError,
-                    match=f"^checkpoint {tmp_path} cannot be used: .* damaged",
-                ):
+                with pytest.raises(saved.CheckpointError, match=said):
                     saved.read_checkpoint(place)
         (tmp_path / name).write_bytes(data)
 
@@ -113,9 +111,10 @@ def test_the_newest_whole_checkpoint_of_all_attempts_is_found(tmp_path: Path, wh
     assert saved.newest_checkpoint(run, said.append) is None
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [(STATE_FORMAT, STATE_FORMAT[:-1] + "9"), ("0..9", "0..8")]
-)
+OTHERS = [(STATE_FORMAT, STATE_FORMAT[:-1] + "9"), ("0..9", "0..8")]
+
+
+@pytest.mark.parametrize(("old", "new"), OTHERS)
 def test_a_newest_checkpoint_of_another_version_or_network_is_refused(
     tmp_path: Path, whole: Path, old: str, new: str
 ) -> None:
@@ -123,8 +122,6 @@ def test_a_newest_checkpoint_of_another_version_or_network_is_refused(
     data, folder = (whole / STATE_FILE).read_bytes(), tmp_path / saved.CHECKPOINTS / "0001"
     write(folder / "epoch_00001", data)
     write(folder / "epoch_00002", data.replace(old.encode(), new.encode()))
-    with pytest.raises(
-        RequestError,
-        match=r"^--resume: checkpoint .*2 cannot be used: it is of another version or network",
-    ):
+    said = "^--resume: checkpoint .*2 cannot be used: it is of another version or network"
+    with pytest.raises(RequestError, match=said):
         saved.newest_checkpoint(Location(str(tmp_path)), print)

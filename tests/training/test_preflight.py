@@ -18,18 +18,16 @@ from mnistsum_ray.training.preflight import TrainingRun, preflight
 
 def asked(**given: Any) -> TrainingRun:
     """The run `mine` in the working folder, with sample data."""
-    return preflight(
-        TrainConfig(**({"data": "sample", "storage_path": ".", "name": "mine"} | given))
-    )
+    settings = {"data": "sample", "storage_path": ".", "name": "mine"} | given
+    return preflight(TrainConfig(**settings))
 
 
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """The config of a run that was started and killed."""
     monkeypatch.chdir(tmp_path)
-    config = asked(
-        epochs=7, learning_rate=0.5, num_workers=2, skip_bad_rows=True, init_from="base"
-    ).config
+    settings = {"epochs": 7, "learning_rate": 0.5, "num_workers": 2, "skip_bad_rows": True}
+    config = asked(**settings, init_from="base").config
     data = {"sha256": "ab" * 32, "location": "sample", "notice": ""}
     (tmp_path / "mine").mkdir()
     manifest = {"config": config.model_dump(mode="json", exclude={"resume"}), "data": data}
