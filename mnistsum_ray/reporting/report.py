@@ -200,8 +200,13 @@ def write_report(
     mistake_images: Pixels,
     say: Callable[[str], None],
 ) -> list[str]:
-    """Write the pictures, report.html and TensorBoard's last event file of a run; names of files."""
-    from mnistsum_ray.reporting import tensorboard  # takes a moment to import
+    """Write pictures, report.html and TensorBoard's last event file of a run.
+
+    Returns the names of the files, of a whole run folder, that MLflow should get.
+    """
+    # They take a moment, or PyTorch, to import.
+    from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE
+    from mnistsum_ray.reporting import tensorboard
 
     analysis = manifest["error_analysis"]
     wanted = {
@@ -216,4 +221,4 @@ def write_report(
     page = report_page(manifest["config"]["name"], manifest, card, history, drawn)
     (folder / REPORT).write(page.encode())
     tensorboard.write_final(folder, history[-1]["epoch"], card)
-    return [*drawn, REPORT]
+    return [*drawn, REPORT, "history.jsonl", f"model/{WEIGHTS_FILE}", f"model/{DESCRIPTION_FILE}"]

@@ -47,6 +47,7 @@ _BACKGROUND_ROWS: Final = 512
 class FinishedModel:
     """A trained model, with what is known of it."""
 
+    history: list[dict[str, Any]]
     weights: Weights
     """With the temperatures folded in."""
     description: dict[str, Any]
@@ -118,6 +119,7 @@ def finish_model(
     }
     mistakes = np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64)
     return FinishedModel(
+        state.history,
         weights,
         description,
         {

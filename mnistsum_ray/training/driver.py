@@ -18,15 +18,9 @@ import yaml
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
+from mnistsum_ray.cluster import resources
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.nodes import check_shared_storage, on_node, usable_nodes
-from mnistsum_ray.cluster.resources import (
-    WorkerPlan,
-    WorkerRequest,
-    explain_worker_silence,
-    reserve,
-    shortage,
-)
 from mnistsum_ray.cluster.workarounds import detached_data_actors, make_interruptible
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.order import NUMBERS, TrainingOrder
@@ -40,22 +34,11 @@ from mnistsum_ray.errors import (
     root_cause,
     shell_command,
 )
-from mnistsum_ray.model.folder import (
-    DESCRIPTION_FILE,
-    WEIGHTS_FILE,
-    Weights,
-    load_model,
-    write_model,
-)
+from mnistsum_ray.model.folder import Weights, load_model, write_model
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import JobMetrics
-from mnistsum_ray.reporting.report import (
-    REPORT,
-    epoch_seconds,
-    versions,
-    write_report,
-)
+from mnistsum_ray.reporting.report import REPORT, epoch_seconds, versions, write_report
 from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
 from mnistsum_ray.storage.lock import LOCK_NAME, FolderLock, folder_lock
 from mnistsum_ray.storage.store import Location
@@ -197,7 +180,7 @@ class _Driver:
         """Why Ray Train has given up, in one line."""
         resume = self.run.how_to_resume()
         if self.late:
-            return TryAgainError(f"{shortage(self.plan, self.late)}; {resume}")
+            return TryAgainError(f"{resources.shortage(self.plan, self.late)}; {resume}")
         if isinstance(error, ray.train.WorkerGroupError):
             failures = counted(self.run.config.max_failures + 1, "failure")
             return RunError(f"gave up after {failures} of workers, see above; {resume}")
@@ -235,7 +218,8 @@ class _Driver:
         config, source, parameters = run.config, run.source, run.hyperparameters
         gpus = max(1, parameters.batch_size // _ROWS_PER_GPU)
         wanted = (config.worker_range, config.use_gpu, config.wait_seconds)
-        self.plan = reserve(WorkerRequest(*wanted, group=True, useful_gpus=gpus), say)
+        request = resources.WorkerRequest(*wanted, group=True, useful_gpus=gpus)
+        self.plan = resources.reserve(request, say)
         self.threads = choose_threads(run, self.plan)
         if source.notice:
             say(source.notice)
@@ -260,11 +244,7 @@ class _Driver:
             )
         order = TrainingOrder(source.train, blocks.bounds, parameters.batch_size, parameters.seed)
         self.data = ray.put(TrainingData(blocks, order, source.validation, source.test))
-        rows = {
-            "train_rows": len(source.train),
-            "validation_rows": len(source.validation),
-            "test_rows": len(source.test),
-        }
+        train, validation, test = map(len, (source.train, source.validation, source.test))
         self.manifest = self.manifest | {
             "status": "running",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -280,14 +260,14 @@ class _Driver:
                 # only the first manifest says that it is not full MNIST.
                 "notice": source.notice or stored.get("notice", ""),
                 "sha256": sha256,
-                **rows,
+                "train_rows": train,
+                "validation_rows": validation,
+                "test_rows": test,
                 "bad_rows": {"rows": source.bad.total} | vars(source.bad),
             },
         }
-        done = len(self.history) * len(source.train)
-        self.metrics = JobMetrics("train", run.folder.display, done)
+        self.metrics = JobMetrics("train", run.folder.display, len(self.history) * train)
         of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
-        train, validation, test = rows.values()
         counts = f"{train:,} training, {validation:,} validation, {test:,} test rows of {of}"
         say(f"run {config.name}: {counts}; {self.plan.describe()}")
 
@@ -298,12 +278,12 @@ class _Driver:
         ended = threading.Event()
 
         def follow() -> None:
-            with self.console.waiting_for("the workers", explain_worker_silence):
+            with self.console.waiting_for("the workers", resources.explain_worker_silence):
                 while True:
                     try:
                         event = queue.get(timeout=5.0)
                     except Empty:
-                        self._check_wait()
+                        self._end_late_workers()
                         continue
                     except ray.exceptions.RayError:  # the node is too busy, or the queue has ended
                         if ended.wait(1.0):
@@ -324,7 +304,7 @@ class _Driver:
             queue.shutdown(force=True)
             thread.join(timeout=5)  # it must not call Ray after this process has left the cluster
 
-    def _check_wait(self) -> None:
+    def _end_late_workers(self) -> None:
         """End the workers if they have not come in time: Ray Train would wait for ever."""
         if self.waiting_since is None:
             return
@@ -362,15 +342,13 @@ class _Driver:
         if found is None or found[1].epochs_done < self.run.hyperparameters.epochs:
             problem = "the checkpoint of the last epoch cannot be used"
             raise RunError(f"{problem}; {self.run.how_to_resume()}")
-        checkpoint, state = found
-        self.history = state.history
         task = ray.remote(finish_model).options(
             num_cpus=self.plan.per_worker.get("CPU", 0),
             num_gpus=self.plan.per_worker.get("GPU", 0),
             # In a trial of Ray Tune it would have to fit into the trial's own resources.
             scheduling_strategy="DEFAULT",
         )
-        given = (self.run.hyperparameters, self.data, checkpoint, self.threads, events)
+        given = (self.run.hyperparameters, self.data, found[0], self.threads, events)
         finished: FinishedModel = ray.get(task.remote(*given))
         return finished
 
@@ -378,6 +356,7 @@ class _Driver:
         """Write the model, the report and, last, the manifest."""
         run, say = self.run, self.console.say
         card = finished.description
+        self.history = finished.history
         self.lock.check()
         self._write_config(finished.manifest["precision"])
         write_model(run.folder / "model", finished.weights, card)
@@ -399,7 +378,6 @@ class _Driver:
         manifest["metrics"] = result.line()
         manifest["training_seconds"] = round(sum(map(epoch_seconds, self.history)), 1)
         files = write_report(run.folder, manifest, card, self.history, finished.mistake_images, say)
-        files += ["history.jsonl", f"model/{WEIGHTS_FILE}", f"model/{DESCRIPTION_FILE}"]
         rows = f"{counted(card['test']['rows'], 'row')}, all {NUMBERS} numbers"
         say(f"test: {accuracies(card['test'])} ({rows})")
         say(f"report: {(run.folder / REPORT).display}")
@@ -456,7 +434,7 @@ class _Driver:
             (self.run.folder / MANIFEST).write(self.manifest | {"status": status})
 
 
-def choose_threads(run: TrainingRun, plan: WorkerPlan) -> int | None:
+def choose_threads(run: TrainingRun, plan: resources.WorkerPlan) -> int | None:
     """Threads of each worker on CPUs, where they decide its bits; None on GPUs.
 
     Those that are asked for, or of the run that is resumed if it had as many workers, or else what
@@ -468,15 +446,13 @@ def choose_threads(run: TrainingRun, plan: WorkerPlan) -> int | None:
     same_workers = stored.get("num_workers") == list(plan.worker_range)
     if same_workers and stored.get("threads"):
         return int(stored["threads"])
-    here = ray.get_runtime_context().get_node_id()
+    # Ray can be told of more CPUs than there are; with as many threads a step takes minutes.
+    real = {ray.get_runtime_context().get_node_id(): os.cpu_count() or 1}
     cpus = []
     for node in usable_nodes():
         count = int(node["Resources"].get("CPU", 0))
-        if node["NodeID"] == here:
-            # Ray can be told of more than there are; with as many threads a step takes minutes.
-            count = min(count, os.cpu_count() or 1)
         if count >= plan.per_worker["CPU"]:
-            cpus.append(count)
+            cpus.append(min(count, real.get(node["NodeID"], count)))
     workers_on_node = -(-plan.worker_range[0] // max(1, len(cpus)))
     return max(1, min(cpus, default=1) // workers_on_node)
 

@@ -55,7 +55,7 @@ from mnistsum_ray.training.checkpoint import (
     restore,
     save_checkpoint,
 )
-from mnistsum_ray.training.worker import HeldOutRows, Worker, set_up_process
+from mnistsum_ray.training.worker import HeldOutRows, Worker, send, set_up_process
 
 Batch = dict[str, Tensor]
 """image uint8[n, 28, 28], digit, number and row_id int64[n] and, with --distortion, affine
@@ -199,7 +199,7 @@ class FailureLines(ray.train.UserCallback):
         for rank, error in worker_exceptions.items():
             cause = root_cause(error).partition(". ")[0]  # Ray's advice follows
             text = f"worker {rank} failed: {cause} (full text in Ray's logs)"
-            self._events.put({"kind": "failure", "text": text})
+            send(self._events, "failure", text=text)
 
 
 class TrainingBatches:

@@ -35,6 +35,12 @@ Scored = Iterable[tuple[LabelledRows, Tensor]]
 """Batches of `digit` and `row_id`, with digit scores [n, 10]."""
 
 
+def send(events: Queue, kind: str, **fields: Any) -> None:
+    """Send the driver an event; `Console.show` lists kinds and fields."""
+    with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
+        events.put({"kind": kind, **fields})
+
+
 @dataclass(frozen=True)
 class Worker:
     """A process that computes: its rank of `world_size`, its device, and its line to the driver."""
@@ -45,11 +51,9 @@ class Worker:
     events: Queue | None
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Send the driver an event, of rank 0 alone; `Console.show` lists kinds and fields."""
+        """Send the driver an event, of rank 0 alone."""
         if self.rank == 0 and self.events is not None:
-            # A lost console line must not end the training.
-            with suppress(ray.exceptions.RayError):
-                self.events.put({"kind": kind, **fields})
+            send(self.events, kind, **fields)
 
     def note(self, text: str) -> None:
         """Send a line for the console."""
