@@ -15,9 +15,11 @@ from typing import Any, Final
 import jinja2
 
 from mnistsum_ray import __version__
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.errors import one_line, percent, printable
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import accuracies
+from mnistsum_ray.storage.store import Location
 
 REPORT: Final = "report.html"
 
@@ -189,3 +191,35 @@ def _render(
         pictures=[(PICTURES[name], b64encode(png).decode()) for name, png in pictures.items()],
         tables=tables,
     )
+
+
+def write_report(
+    folder: Location,
+    manifest: dict[str, Any],
+    card: dict[str, Any],
+    history: list[dict[str, Any]],
+    mistake_images: Pixels,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Write pictures, report.html and TensorBoard's last event file of a run.
+
+    Returns the names of the files, of a whole run folder, that MLflow should get.
+    """
+    # They take a moment, or PyTorch, to import.
+    from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE
+    from mnistsum_ray.reporting import tensorboard
+
+    analysis = manifest["error_analysis"]
+    wanted = {
+        "history.png": (history, card),
+        "confusion.png": (analysis["confusion"],),
+        "mistakes.png": (analysis["mistakes"], mistake_images),
+        "reliability.png": (analysis["probabilities"],),
+    }
+    drawn = draw_pictures(wanted, say)
+    for name, picture in drawn.items():
+        (folder / name).write(picture)
+    page = report_page(manifest["config"]["name"], manifest, card, history, drawn)
+    (folder / REPORT).write(page.encode())
+    tensorboard.write_final(folder, history[-1]["epoch"], card)
+    return [*drawn, REPORT, "history.jsonl", f"model/{WEIGHTS_FILE}", f"model/{DESCRIPTION_FILE}"]

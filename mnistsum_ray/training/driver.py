@@ -1,23 +1,29 @@
 """Driver of a training run: wait for workers, read the rows, run Ray Train, publish the model."""
 
+import json
+import os
+import shlex
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from statistics import fmean
 from typing import Any, Final
 
 import ray
 import ray.exceptions
 import ray.train
+import yaml
 from ray.train.torch import TorchTrainer
-from ray.util.queue import Queue
+from ray.util.queue import Empty, Queue
 
+from mnistsum_ray.cluster import resources
 from mnistsum_ray.cluster.connection import started_cluster
-from mnistsum_ray.cluster.nodes import check_shared_storage
-from mnistsum_ray.cluster.resources import inspect_cluster, reserve, shortage
-from mnistsum_ray.cluster.stop import defer_signals
+from mnistsum_ray.cluster.nodes import check_shared_storage, on_node, usable_nodes
 from mnistsum_ray.cluster.workarounds import detached_data_actors, make_interruptible
 from mnistsum_ray.data.inputs import report_skipped
-from mnistsum_ray.data.order import TrainingOrder
+from mnistsum_ray.data.order import NUMBERS, TrainingOrder
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
@@ -26,38 +32,30 @@ from mnistsum_ray.errors import (
     counted,
     one_line,
     root_cause,
+    shell_command,
 )
-from mnistsum_ray.model.folder import load_model
+from mnistsum_ray.model.folder import Weights, load_model, write_model
 from mnistsum_ray.overrides import default_environment
-from mnistsum_ray.reporting.console import Console, Progress
+from mnistsum_ray.reporting.console import Console, Progress, accuracies
 from mnistsum_ray.reporting.metrics import JobMetrics
-from mnistsum_ray.reporting.results import TrainResult
+from mnistsum_ray.reporting.report import REPORT, epoch_seconds, versions, write_report
+from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
 from mnistsum_ray.storage.lock import LOCK_NAME, FolderLock, folder_lock
 from mnistsum_ray.storage.store import Location
+from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.analysis import FinishedModel, finish_model
-from mnistsum_ray.training.artifacts import (
-    build_manifest,
-    check_data,
-    log_to_mlflow,
-    write_config,
-    write_history,
-    write_results,
-)
-from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint, next_attempt
-from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
-from mnistsum_ray.training.pipeline import StepsInOrder, TrainingData, epochs_from, load_blocks
-from mnistsum_ray.training.preflight import MANIFEST, TrainingRun, read_manifest
-from mnistsum_ray.training.resources import check_space, choose_threads, worker_request
-from mnistsum_ray.training.worker import FailureLines, event_queue
+from mnistsum_ray.training.blocks import TrainingData, check_space, load_blocks
+from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
+from mnistsum_ray.training.loop import FailureLines, LoopConfig, train_loop_per_worker
+from mnistsum_ray.training.pipeline import StepsInOrder, epochs_from
+from mnistsum_ray.training.preflight import MANIFEST, TrainingRun
 
-_RESIZE_SECONDS: Final = 30.0
-"""Seconds between checks whether an elastic run can have more workers; growing goes on from the last checkpoint."""
-
-_STARTS: Final = 4
-"""Starts of a group of workers that Ray tries, which share `--wait-seconds`: a node may be lost meanwhile."""
+_ROWS_PER_GPU: Final = 256
+"""Rows of a step below which another GPU is of no use: the kernels of so small a network take as
+long for 32 rows as for 256."""
 
 _MIN_WAIT_SECONDS: Final = 60.0
-"""Shortest wait for the first word of workers: a cluster takes a while to notice what it has lost."""
+"""Shortest wait for workers to report: a cluster takes a while to notice what it has lost."""
 
 
 def fit(run: TrainingRun, console: Console, callbacks: Sequence[ray.train.UserCallback] = ()) -> TrainResult:
@@ -94,27 +92,27 @@ class _Driver:
         self.lock = lock
         self.console = console
         self.callbacks = callbacks
-        self.manifest: dict[str, Any] = {}
+        self.manifest = run.stored or {}
+        """Results of a run that is resumed stay until there are new ones."""
         self.history: list[dict[str, Any]] = []
-        self.start: Location | None = None
-        """Checkpoint that the run goes on from."""
-        self.epochs_done = 0
-        self.weights: dict[str, Any] | None = None
         self.waiting_since: float | None = None
         """When workers were wanted that have not reported yet."""
-        self.late = False
+        self.late = 0.0
+        """Seconds after which the driver has given up waiting for them."""
         self.started = time.monotonic()
 
     def fit(self) -> TrainResult:
         """Train and publish. The manifest says how a run ends that does not finish."""
+        start, weights = self._find_start()
         self._prepare()
+        file = self.run.folder / MANIFEST
+        write = file.write if self.run.config.resume else file.create
+        write(self.manifest)
         try:
-            file = self.run.folder / MANIFEST
-            write = file.write if self.run.config.resume else file.create
-            write(self.manifest)
-            with event_queue(self.console, self._on_event) as events:
-                if self.epochs_done < self.run.hyperparameters.epochs:
-                    self._train(events)
+            with self._events() as events:
+                if len(self.history) < self.run.hyperparameters.epochs:
+                    loop = LoopConfig(self.run.hyperparameters, self.threads, self.data, events, start, weights)
+                    self._train(loop)
                 finished = self._finish(events)
             return self._publish(finished)
         except KeyboardInterrupt:
@@ -124,122 +122,34 @@ class _Driver:
             self._mark("failed")
             raise
 
-    def _prepare(self) -> None:
-        """Wait for the workers, and read the rows."""
-        run, say = self.run, self.console.say
-        source, parameters = run.source, run.hyperparameters
-        self._find_start()
-        self.plan = reserve(worker_request(run.config, parameters.batch_size), say)
-        if source.notice:
-            say(source.notice)
-        report_skipped(source.skipped, say)
-        check_shared_storage({"--storage-path": self.run.folder / LOCK_NAME, **run.input_file()}, say)
-        say(check_space(source.rows))
-        read = Progress(self.console.progress, "rows read", source.rows)
-        source, blocks, sha256 = load_blocks(source, skip_bad_rows=run.config.skip_bad_rows, on_progress=read)
-        if source.bad.total:
-            say(f"left out: {source.bad.total:,} of {counted(source.rows, 'row')}: {source.bad.describe()}")
-        check_data(run, sha256)
-        order = TrainingOrder(source.train, blocks.bounds, parameters.batch_size, parameters.seed)
-        self.train_rows = len(source.train)
-        self.data = ray.put(TrainingData(blocks, order, source.validation, source.test))
-        self.threads = choose_threads(run, self.plan, inspect_cluster())
-        new = build_manifest(run, source, sha256, self.plan) | {"threads": self.threads}
-        # Results of a run that is resumed stay until there are new ones.
-        self.manifest = self.manifest | new
-        of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
-        say(
-            f"run {run.config.name}: {len(source.train):,} training, {len(source.validation):,} validation, "
-            f"{len(source.test):,} test rows of {of}; {self.plan.describe()}"
-        )
-
-    def _find_start(self) -> None:
-        """Find the checkpoint or the model to start from: what is wrong there is said before the wait."""
-        run, say = self.run, self.console.say
-        found = None
-        if run.config.resume:
-            self.manifest = read_manifest(run.folder)
-            found = newest_checkpoint(run.folder, say)
-            if found is None and self.manifest.get("status") == "finished":
-                raise RequestError(
-                    f"--resume: run {run.config.name} is finished, and no checkpoint is left to resume from; its files stay "
-                    "as they are; start another run"
-                )
-            if found is None:
-                say("no checkpoint can be used, so the run starts from the beginning")
-        elif (run.folder / MANIFEST).exists():  # checked again, now that no other run can write there
-            raise RequestError(f"--name {run.config.name}: another run has taken it meanwhile; choose another name")
-        if found:
-            self.start, state = found
-            self.epochs_done, self.history = state.epochs_done, state.history
-        elif run.init_from is not None:
-            network, description = load_model(run.init_from)
-            self.weights = {name: value.numpy() for name, value in network.state_dict().items()}
-            self.manifest["init_from"] = {"model": run.init_from.display, "sha256": description["sha256"]}
-
-    def _mark(self, status: str) -> None:
-        """Write the status of a run that is not finished."""
-        if self.manifest["status"] == "finished":
-            return
-        with suppress(OSError, RunError, KeyboardInterrupt):
-            self.lock.check()
-            (self.run.folder / MANIFEST).write(self.manifest | {"status": status})
-
-    def _on_event(self, event: dict[str, Any]) -> None:
-        """Do what an event of the workers asks for, besides its line on the console, see `Console.show`."""
-        if event["kind"] == "precision":
-            self.waiting_since = None
-            # Only now that the workers have chosen it: config.yaml says all.
-            write_config(self.run, self.plan, self.threads, event["precision"])
-        elif event["kind"] == "failure":
-            self.waiting_since = time.monotonic()
-        elif event["kind"] == "silence" and self.waiting_since is not None:
-            waited = time.monotonic() - self.waiting_since
-            if waited > max(self.run.config.wait_seconds, _MIN_WAIT_SECONDS):
-                self.late = True
-                self.abort()
-        elif event["kind"] == "progress":
-            self.metrics.count(rows=(event["epoch"] - 1) * event["of_rows"] + event["rows"])
-            self.metrics.set(rows_per_second=event["rows_per_second"], epoch=event["epoch"], loss=event["loss"])
-        elif event["kind"] == "epoch":
-            line = {key: value for key, value in event.items() if key != "kind"}
-            self.history = [earlier for earlier in self.history if earlier["epoch"] < line["epoch"]] + [line]
-            write_history(self.run.folder, self.history)  # after an error it is written with the next epoch
-
-    def _train(self, events: Queue) -> None:
+    def _train(self, loop: LoopConfig) -> None:
         """Train the epochs that are left with Ray Train, which starts workers again that fail."""
-        run, parameters = self.run, self.run.hyperparameters
-        self.metrics = JobMetrics("train", run.folder.display, self.epochs_done * self.train_rows)
-        loop = LoopConfig(parameters, self.threads, self.data, events, self.start, self.weights)
+        run, parameters, use_gpu = self.run, self.run.hyperparameters, self.plan.use_gpu
         low, high = self.plan.worker_range
         trainer = TorchTrainer(
             train_loop_per_worker,
             train_loop_config={"loop": loop},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=low if low == high else (low, high),
-                use_gpu=self.plan.use_gpu,
-                resources_per_worker=self.plan.per_worker,
-                # A CPU worker uses all cores of its node, so one a node; GPUs exchange gradients fastest within a node.
-                placement_strategy="PACK" if self.plan.use_gpu else "SPREAD",
-                elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
-            ),
-            run_config=ray.train.RunConfig(
-                name=next_attempt(run.folder),
-                storage_path=run.ray_storage(CHECKPOINTS),
-                callbacks=[*self.callbacks, FailureLines(events)],
-                failure_config=ray.train.FailureConfig(
-                    max_failures=run.config.max_failures,
-                    max_preemption_failures=-1,
-                    controller_failure_limit=_STARTS - 1,
-                ),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            ),
             datasets={
                 f"from epoch {epoch}": epochs_from(epoch, parameters.epochs)
-                for epoch in range(self.epochs_done, parameters.epochs)
+                for epoch in range(len(self.history), parameters.epochs)
             },
-            dataset_config=StepsInOrder(
-                self.data, parameters.epochs, parameters.distortion, readers=2 if self.plan.use_gpu else 1
+            dataset_config=StepsInOrder(self.data, parameters.epochs, parameters.distortion, readers=2 if use_gpu else 1),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=low if low == high else (low, high),
+                use_gpu=use_gpu,
+                resources_per_worker=self.plan.per_worker,
+                # A CPU worker uses all cores of its node, so one a node; GPUs exchange gradients
+                # fastest within a node.
+                placement_strategy="PACK" if use_gpu else "SPREAD",
+                # How often an elastic run looks for more workers; it grows from its checkpoint.
+                elastic_resize_monitor_interval_s=30.0,
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}",  # see CHECKPOINTS
+                storage_path=run.ray_storage(CHECKPOINTS),
+                callbacks=[*self.callbacks, FailureLines(loop.events)],
+                failure_config=ray.train.FailureConfig(max_failures=run.config.max_failures, max_preemption_failures=-1),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             ),
         )
         if not started_cluster():
@@ -247,7 +157,7 @@ class _Driver:
         self.abort = make_interruptible(trainer)
         self.waiting_since = time.monotonic()
         try:
-            with default_environment(_train_environment(run.config.wait_seconds)):
+            with default_environment(_train_environment()):
                 failure = trainer.fit().return_value
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             raise self._explained(error) from error
@@ -261,53 +171,297 @@ class _Driver:
     def _explained(self, error: Exception) -> RunError:
         """Why Ray Train has given up, in one line."""
         resume = self.run.how_to_resume()
-        cause = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
-        if self.late or type(cause).__name__ == "WorkerGroupStartupTimeoutError":
-            return TryAgainError(f"{shortage(self.plan, time.monotonic() - (self.waiting_since or 0))}; {resume}")
+        if self.late:
+            return TryAgainError(f"{resources.shortage(self.plan, self.late)}; {resume}")
         if isinstance(error, ray.train.WorkerGroupError):
             failures = counted(self.run.config.max_failures + 1, "failure")
             return RunError(f"gave up after {failures} of workers, see above; {resume}")
         self.console.say_lines(str(error))
+        cause = getattr(error, "controller_failure", error)
         return RunError(f"{root_cause(cause)}; {resume}")
+
+    def _find_start(self) -> tuple[Location | None, Weights | None]:
+        """The checkpoint, or else the weights, to start from.
+
+        What is wrong there is said before the wait for workers.
+        """
+        run, say = self.run, self.console.say
+        if run.config.resume:
+            found = newest_checkpoint(run.folder, say)
+            if found is not None:
+                self.history = found[1].history
+                return found[0], None
+            if self.manifest.get("status") == "finished":
+                raise RequestError(
+                    f"--resume: run {run.config.name} is finished, and no checkpoint is left to "
+                    "resume from; its files stay as they are; start another run"
+                )
+            say("no checkpoint can be used, so the run starts from the beginning")
+        if run.config.init_from is None:
+            return None, None
+        network, description = load_model(locate(run.config.init_from, "--init-from"))
+        source = {"model": run.config.init_from, "sha256": description["sha256"]}
+        self.manifest = self.manifest | {"init_from": source}
+        return None, network.state_dict()
+
+    def _prepare(self) -> None:
+        """Wait for the workers, and read the rows."""
+        run, say = self.run, self.console.say
+        config, source, parameters = run.config, run.source, run.hyperparameters
+        gpus = max(1, parameters.batch_size // _ROWS_PER_GPU)
+        wanted = (config.worker_range, config.use_gpu, config.wait_seconds)
+        request = resources.WorkerRequest(*wanted, group=True, useful_gpus=gpus)
+        self.plan = resources.reserve(request, say)
+        self.threads = choose_threads(run, self.plan)
+        if source.notice:
+            say(source.notice)
+        report_skipped(source.skipped, say)
+        files = {"--storage-path": run.folder / LOCK_NAME, **run.first_file()}
+        check_shared_storage(files, say)
+        say(check_space(source.rows))
+        source, blocks, sha256 = load_blocks(
+            source,
+            skip_bad_rows=config.skip_bad_rows,
+            on_progress=Progress(self.console.progress, "rows read", source.rows),
+        )
+        if source.bad.total:
+            left_out = f"{source.bad.total:,} of {counted(source.rows, 'row')}"
+            say(f"left out: {left_out}: {source.bad.describe()}")
+        stored = (run.stored or {}).get("data", {"sha256": sha256})
+        if sha256 != stored["sha256"]:
+            raise RequestError(
+                f"--resume: the data are not those of the run (SHA-256 {sha256[:12]}…, the run has "
+                f"{stored['sha256'][:12]}… from {stored['location']}); name the same data, or "
+                "start another run"
+            )
+        order = TrainingOrder(source.train, blocks.bounds, parameters.batch_size, parameters.seed)
+        self.data = ray.put(TrainingData(blocks, order, source.validation, source.test))
+        train, validation, test = map(len, (source.train, source.validation, source.test))
+        self.manifest = self.manifest | {
+            "status": "running",
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": config.model_dump(mode="json", exclude={"resume"}),
+            "versions": versions(),
+            "workers": self.plan.describe(),
+            "num_workers": self.plan.worker_range,
+            "threads": self.threads,
+            "data": {
+                "source": source.name,
+                "location": source.location,
+                # The config of a run that is resumed names the data that `--data auto` found, so
+                # only the first manifest says that it is not full MNIST.
+                "notice": source.notice or stored.get("notice", ""),
+                "sha256": sha256,
+                "train_rows": train,
+                "validation_rows": validation,
+                "test_rows": test,
+                "bad_rows": {"rows": source.bad.total} | vars(source.bad),
+            },
+        }
+        self.metrics = JobMetrics("train", run.folder.display, len(self.history) * train)
+        of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
+        counts = f"{train:,} training, {validation:,} validation, {test:,} test rows of {of}"
+        say(f"run {config.name}: {counts}; {self.plan.describe()}")
+
+    @contextmanager
+    def _events(self) -> Iterator[Queue]:
+        """A queue for the events of the workers, which a thread follows."""
+        queue = Queue(actor_options=on_node())  # so that it is not lost with another node
+        ended = threading.Event()
+
+        def follow() -> None:
+            with self.console.waiting_for("the workers", resources.explain_worker_silence):
+                while True:
+                    try:
+                        event = queue.get(timeout=5.0)
+                    except Empty:
+                        self._end_late_workers()
+                        continue
+                    except ray.exceptions.RayError:  # the node is too busy, or the queue has ended
+                        if ended.wait(1.0):
+                            return
+                        continue
+                    if event is None:
+                        return
+                    self._follow(event)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield queue
+            queue.put(None)  # the last event: the thread ends once those before it are shown
+            thread.join(timeout=10)
+        finally:  # after an error, events that are still queued are dropped
+            ended.set()
+            queue.shutdown(force=True)
+            thread.join(timeout=5)  # it must not call Ray after this process has left the cluster
+
+    def _end_late_workers(self) -> None:
+        """End the workers if they have not come in time: Ray Train would wait for ever."""
+        if self.waiting_since is None:
+            return
+        waited = time.monotonic() - self.waiting_since
+        if waited > max(self.run.config.wait_seconds, _MIN_WAIT_SECONDS):
+            self.late, self.waiting_since = waited, None
+            self.abort()
+
+    def _follow(self, event: dict[str, Any]) -> None:
+        """Show an event of the workers, and do what it asks for besides."""
+        try:
+            self.console.show(event)
+            if event["kind"] == "precision":
+                self.waiting_since = None
+                # Only now that the workers have chosen it: config.yaml says all.
+                self._write_config(event["precision"])
+            elif event["kind"] == "failure":
+                self.waiting_since = time.monotonic()
+            elif event["kind"] == "progress":
+                rows = (event["epoch"] - 1) * event["of_rows"] + event["rows"]
+                self.metrics.count(rows=rows)
+                names = ("rows_per_second", "epoch", "loss")
+                self.metrics.set(**{name: event[name] for name in names})
+            elif event["kind"] == "epoch":
+                line = {key: value for key, value in event.items() if key != "kind"}
+                self.history = [*self.history[: line["epoch"] - 1], line]
+                self._write_history()  # after an error it is written with the next epoch
+        except Exception as error:
+            text = f"an event of the workers is left out ({event['kind']}): {one_line(error)}"
+            self.console.say(text)
 
     def _finish(self, events: Queue) -> FinishedModel:
         """Fine-tune and analyse the last epoch's model, on one worker's resources."""
         found = newest_checkpoint(self.run.folder, self.console.say)
         if found is None or found[1].epochs_done < self.run.hyperparameters.epochs:
-            raise RunError(f"the checkpoint of the last epoch cannot be used; {self.run.how_to_resume()}")
-        need = self.plan.per_worker
-        # "DEFAULT": in a trial of Ray Tune the task would have to fit into the trial's own resources.
-        task = ray.remote(num_cpus=need.get("CPU", 0), num_gpus=need.get("GPU", 0), scheduling_strategy="DEFAULT")(finish_model)
-        finished: FinishedModel = ray.get(task.remote(self.run.hyperparameters, self.data, found[0], self.threads, events))
+            problem = "the checkpoint of the last epoch cannot be used"
+            raise RunError(f"{problem}; {self.run.how_to_resume()}")
+        task = ray.remote(finish_model).options(
+            num_cpus=self.plan.per_worker.get("CPU", 0),
+            num_gpus=self.plan.per_worker.get("GPU", 0),
+            # In a trial of Ray Tune it would have to fit into the trial's own resources.
+            scheduling_strategy="DEFAULT",
+        )
+        given = (self.run.hyperparameters, self.data, found[0], self.threads, events)
+        finished: FinishedModel = ray.get(task.remote(*given))
         return finished
 
     def _publish(self, finished: FinishedModel) -> TrainResult:
         """Write the model, the report and, last, the manifest."""
         run, say = self.run, self.console.say
+        card = finished.description
+        self.history = finished.history
         self.lock.check()
-        write_config(run, self.plan, self.threads, finished.manifest["precision"])
-        seconds = time.monotonic() - self.started
-        summary, manifest, files = write_results(run, self.manifest, finished, seconds, say)
+        self._write_config(finished.manifest["precision"])
+        write_model(run.folder / "model", finished.weights, card)
+        self._write_history()
+        # The first epoch includes one-time work such as loading kernels.
+        steady = self.history[1:] or self.history
+        speeds = [line["rows_per_second"] for line in steady]
+        result = TrainResult(
+            run=run.folder.display,
+            model=(run.folder / "model").display,
+            parameters=card["parameters"],
+            data=SplitRows.of(self.manifest["data"]),
+            test=HeldOutMetrics.of(card["test"]),
+            images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
+            seconds=round(time.monotonic() - self.started, 1),
+        )
+        manifest = self.manifest | finished.manifest
+        manifest["status"] = "finished"
+        manifest["metrics"] = result.line()
+        manifest["training_seconds"] = round(sum(map(epoch_seconds, self.history)), 1)
+        files = write_report(run.folder, manifest, card, self.history, finished.mistake_images, say)
+        rows = f"{counted(card['test']['rows'], 'row')}, all {NUMBERS} numbers"
+        say(f"test: {accuracies(card['test'])} ({rows})")
+        say(f"report: {(run.folder / REPORT).display}")
+        command = f"{shell_command('score')} --model {shlex.quote(run.folder.display)}"
+        say(f"score with it: {command} --input PAIRS --output SCORED")
         self.lock.check()
-        with defer_signals():  # a run that is finished is not stopped
-            (run.folder / MANIFEST).write(manifest)
-            self.manifest = manifest
+        self.manifest = manifest  # from here on the run is neither stopped nor failed
+        (run.folder / MANIFEST).write(manifest)
         if run.config.mlflow:
-            log_to_mlflow(run, manifest, finished, files, say)
-        return summary
+            self._log_to_mlflow(card, files)
+        return result
+
+    def _log_to_mlflow(self, card: dict[str, Any], files: list[str]) -> None:
+        """Log the finished run to MLflow; a line says where, or why not."""
+        uri = self.run.config.mlflow
+        try:
+            from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
+
+            run_id = log_run(self.manifest, self.history, card, self.run.folder, files)
+            self.console.say(f"MLflow: run {run_id} at {uri}")
+        except Exception as error:  # from the network to a missing client of the server's storage
+            kept = "the run is complete, and --resume logs it again"
+            self.console.say(f"--mlflow {uri}: {one_line(error)}; {kept}")
+
+    def _write_history(self) -> None:
+        """Write history.jsonl and TensorBoard's event files of the epochs."""
+        from mnistsum_ray.reporting import tensorboard  # takes a moment to import
+
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        (self.run.folder / "history.jsonl").write(lines.encode())
+        tensorboard.write_epochs(self.run.folder, self.history)
+
+    def _write_config(self, precision: str) -> None:
+        """Write config.yaml: the config of the run, with what it has chosen, for another run."""
+        low, high = self.plan.worker_range
+        chosen = {
+            "num_workers": low if low == high else (low, high),
+            "use_gpu": self.plan.use_gpu,
+            "threads": self.threads,
+            "precision": precision,
+        }
+        config = self.run.config.model_copy(update=chosen)
+        entries = config.model_dump(mode="json", exclude={"storage_path", "name", "resume"})
+        text = "# mnistsum train --config FILE trains the same again\n"
+        text += yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+        (self.run.folder / "config.yaml").write(text.encode())
+
+    def _mark(self, status: str) -> None:
+        """Write the status of a run that is not finished."""
+        if self.manifest["status"] == "finished":
+            return
+        with suppress(OSError, RunError, KeyboardInterrupt):
+            self.lock.check()
+            (self.run.folder / MANIFEST).write(self.manifest | {"status": status})
 
 
-def _train_environment(wait_seconds: float) -> dict[str, str]:
+def choose_threads(run: TrainingRun, plan: resources.WorkerPlan) -> int | None:
+    """Threads of each worker on CPUs, where they decide its bits; None on GPUs.
+
+    Those that are asked for, or of the run that is resumed if it had as many workers, or else what
+    the smallest node with room for a worker has for each.
+    """
+    if plan.use_gpu or run.config.threads:
+        return run.config.threads
+    stored = run.stored or {}
+    same_workers = stored.get("num_workers") == list(plan.worker_range)
+    if same_workers and stored.get("threads"):
+        return int(stored["threads"])
+    # Ray can be told of more CPUs than there are; with as many threads a step takes minutes.
+    real = {ray.get_runtime_context().get_node_id(): os.cpu_count() or 1}
+    cpus = []
+    for node in usable_nodes():
+        count = int(node["Resources"].get("CPU", 0))
+        if count >= plan.per_worker["CPU"]:
+            cpus.append(min(count, real.get(node["NodeID"], count)))
+    workers_on_node = -(-plan.worker_range[0] // max(1, len(cpus)))
+    return max(1, min(cpus, default=1) // workers_on_node)
+
+
+def _train_environment() -> dict[str, str]:
     """Options that Ray Train reads only from environment variables."""
     joined = "0" if started_cluster() else "1"
     return {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(wait_seconds / _STARTS, 1.0)),
-        # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s more of each run.
+        # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s
+        # more of each run.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        # Some clouds give only 30 s of notice before they take a node away. The process that asks takes a second to start.
+        # Some clouds give only 30 s of notice before they take a node away. The process that asks
+        # takes a second to start.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": joined,
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-        # Attempts, workers and their logs, at /api/train/v2/runs/v1 of the dashboard. They are kept by a process of 250 MiB that
-        # stays on the head; the first run of a cluster starts it, in 3 s. A cluster of this process has no dashboard.
+        # Attempts, workers and their logs, at /api/train/v2/runs/v1 of the dashboard. They are kept
+        # by a process of 250 MiB that stays on the head; the first run of a cluster starts it, in
+        # 3 s. A cluster of this process has no dashboard.
         "RAY_TRAIN_ENABLE_STATE_TRACKING": joined,
     }

@@ -1,137 +1,118 @@
-"""A training worker: its rank and device, and the events that it sends to the driver."""
+"""A process that computes on rows: its device, its line to the driver, and its held-out rows.
 
-import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+Neither Ray Train nor Ray Data is imported here, see analysis.py.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-import ray
+import numpy as np
+import numpy.typing as npt
 import ray.exceptions
-import ray.train
-import ray.train.torch
 import torch
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
+from torch import Tensor
 
-from mnistsum_ray.cluster.nodes import on_node, this_node
-from mnistsum_ray.cluster.resources import explain_worker_silence
-from mnistsum_ray.errors import one_line, root_cause
-from mnistsum_ray.model.device import disable_tf32, enable_determinism, tune_malloc
-from mnistsum_ray.reporting.console import Console, Progress
+from mnistsum_ray.data.order import RowIds, mix_ids
+from mnistsum_ray.model.device import (
+    array_to_device,
+    disable_tf32,
+    enable_determinism,
+    tune_malloc,
+)
+from mnistsum_ray.model.metrics import AnswerCounts, LabelledRows, Metrics, score_rows
+from mnistsum_ray.model.network import Network, undistorted_digit_scores
+from mnistsum_ray.reporting.console import Progress
+from mnistsum_ray.training.blocks import RowBlocks
 
-_SILENCE_SECONDS: Final = 5.0
-"""Time without an event after which there is one of the kind `silence`."""
+_BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
+"""Held-out rows that are scored together."""
+
+Scored = Iterable[tuple[LabelledRows, Tensor]]
+"""Batches of `digit` and `row_id`, with digit scores [n, 10]."""
 
 
-class EventSender:
-    """Sends the events of rank 0 to the driver."""
+def send(events: Queue, kind: str, **fields: Any) -> None:
+    """Send the driver an event; `Console.show` lists kinds and fields."""
+    with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
+        events.put({"kind": kind, **fields})
 
-    def __init__(self, queue: Queue, rank: int) -> None:
-        self._queue = queue
-        self._rank = rank
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that computes: its rank of `world_size`, its device, and its line to the driver."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    events: Queue | None
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Send one event; `Console.show` lists the kinds and their fields."""
-        if self._rank == 0:
-            with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
-                self._queue.put({"kind": kind, **fields})
+        """Send the driver an event, of rank 0 alone."""
+        if self.rank == 0 and self.events is not None:
+            send(self.events, kind, **fields)
 
     def note(self, text: str) -> None:
         """Send a line for the console."""
         self.send("note", text=text)
 
     def progress(self, what: str, total: int) -> Progress:
-        """A counter that the console shows; see `Progress`."""
+        """A counter that the console shows."""
         return Progress(partial(self.send, "counter"), what, total)
 
 
-class FailureLines(ray.train.UserCallback):
-    """Says why workers have failed, before Ray Train starts them again."""
-
-    def __init__(self, events: Queue) -> None:
-        self._events = EventSender(events, 0)
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called by Ray Train in its controller."""
-        for rank, error in worker_exceptions.items():
-            cause = root_cause(error).partition(". ")[0]  # Ray's advice follows
-            text = f"worker {rank} failed: {cause} (full text in Ray's logs)"
-            self._events.send("failure", text=text)
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Rank, size of the worker group, and the device of this worker."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    events: EventSender
-
-    @classmethod
-    def set_up(cls, events: Queue, threads: int | None) -> "Worker":
-        """Set up this process as a training worker.
-
-        `threads` are those of the run; None: the CPUs of the node, divided by its workers.
-        """
-        context = ray.train.get_context()
-        rank = context.get_world_rank()
-        device = ray.train.torch.get_device()
-        set_up_process(device, threads or max(1, cpus_of_node() // context.get_local_world_size()))
-        return cls(rank, context.get_world_size(), device, EventSender(events, rank))
-
-
-def set_up_process(device: torch.device, threads: int) -> None:
-    """Make this process compute exact float32 on GPUs; and set threads, determinism and memory on CPUs."""
+def set_up_process(device: torch.device, threads: int | None) -> None:
+    """Make this process compute exact float32 on GPUs, and on CPUs the same bits each time."""
     disable_tf32()
-    if device.type == "cpu":
-        # Ray sets one thread per reserved CPU, and a worker reserves less than one CPU, see resources.py.
+    if threads is not None:  # Ray sets one per reserved CPU, and a worker reserves less than one
         torch.set_num_threads(threads)
+    if device.type == "cpu":
         enable_determinism()
         tune_malloc()
 
 
-def cpus_of_node() -> int:
-    """CPUs of the node of this process. Ray can be told of more than there are, and with as many threads a step takes minutes."""
-    return max(1, min(int(this_node().get("CPU", 1)), os.cpu_count() or 1))
+class HeldOutRows:
+    """Held-out rows of one rank, undistorted and without numbers. Each row belongs to one rank."""
 
+    def __init__(self, blocks: RowBlocks, all_ids: RowIds, worker: Worker) -> None:
+        self._blocks = blocks
+        self._all_ids = all_ids
+        self._worker = worker
+        rank, world_size = worker.rank, worker.world_size
+        start = len(all_ids) * rank // world_size
+        self._ids = all_ids[start : len(all_ids) * (rank + 1) // world_size]
 
-@contextmanager
-def event_queue(console: Console, on_event: Callable[[dict[str, Any]], None]) -> Iterator[Queue]:
-    """A queue for the events of the workers, which are shown on the console and given to `on_event`, in a thread."""
-    queue = Queue(actor_options=on_node())  # so that it is not lost with another node
-    ended = threading.Event()
+    def batches(self) -> Iterator[LabelledRows]:
+        """The rows on the device, copied from their blocks."""
+        device = self._worker.device
+        size = _BATCH_ROWS[device.type]
+        for start in range(0, len(self._ids), size):
+            ids = self._ids[start : start + size]
+            images, digits = self._blocks.fetch(ids)
+            columns: dict[str, npt.NDArray[Any]]
+            columns = {"image": images, "digit": digits.astype(np.int64), "row_id": ids}
+            yield {name: array_to_device(values, device) for name, values in columns.items()}
 
-    def follow() -> None:
-        with console.waiting_for("the workers", explain_worker_silence):
-            while True:
-                try:
-                    event = queue.get(timeout=_SILENCE_SECONDS)
-                except Empty:
-                    event = {"kind": "silence"}
-                except Exception as error:  # the node is too busy to answer, or the queue has ended
-                    if ended.wait(1.0):
-                        return
-                    if not isinstance(error, ray.exceptions.RayError):
-                        raise
-                    continue
-                if event is None:
-                    return
-                try:
-                    console.show(event)
-                    on_event(event)
-                except Exception as error:
-                    console.say(f"an event of the workers is left out ({event['kind']}): {one_line(error)}")
+    def scored(self, model: Network, *, bf16: bool) -> Iterator[tuple[LabelledRows, Tensor]]:
+        """Digits and row ids of each batch, with its digit scores."""
+        model.eval()
+        on_progress = self._worker.progress("rows evaluated", len(self._all_ids))
+        for batch in self.batches():
+            scores = undistorted_digit_scores(model, batch.pop("image"), bf16=bf16)
+            yield batch, scores
+            # An estimate: the others are about as far.
+            on_progress(len(scores) * self._worker.world_size)
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield queue
-        queue.actor.put.remote(None)  # the last event: ends the thread once the events before it are shown
-        thread.join(timeout=10)
-    finally:  # after an error, events that are still queued are dropped
-        ended.set()
-        queue.shutdown(force=True)
-        thread.join(timeout=5)  # the thread must not call Ray after this process has left the cluster
+    def metrics(self, model: Network, scored: Scored) -> Metrics:
+        """Metrics with all numbers; each row is counted once over all workers.
+
+        Raises:
+            RowCountError: a row was lost or repeated.
+        """
+        counts = AnswerCounts(self._worker.device)
+        for labels, scores in score_rows(model, scored):
+            counts.add(labels, scores)
+        return counts.metrics(len(self._all_ids), int(mix_ids(self._all_ids).sum()))

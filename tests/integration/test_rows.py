@@ -18,15 +18,10 @@ from mnistsum_ray.data.order import TrainingOrder, positions_of_rank, random_num
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.training import driver, pipeline
-from mnistsum_ray.training.evaluation import HeldOutRows
-from mnistsum_ray.training.pipeline import (
-    StepsInOrder,
-    TrainingData,
-    epochs_from,
-    load_blocks,
-)
-from mnistsum_ray.training.trainer import Batch, TrainingBatches
-from mnistsum_ray.training.worker import EventSender, Worker
+from mnistsum_ray.training.blocks import TrainingData, load_blocks
+from mnistsum_ray.training.loop import Batch, TrainingBatches
+from mnistsum_ray.training.pipeline import StepsInOrder, epochs_from
+from mnistsum_ray.training.worker import HeldOutRows, Worker
 from tests.integration.conftest import start_cluster, train_here
 
 BATCH = 5_333
@@ -157,7 +152,7 @@ def test_rows_that_cannot_be_used_are_named_or_left_out(tmp_path: Path, data: Tr
 
 
 def test_held_out_rows_are_shared_out_whole(data: TrainingData, mixed: pa.Table) -> None:
-    workers = [Worker(rank, 3, CPU, EventSender(None, rank=1)) for rank in range(3)]
+    workers = [Worker(rank, 3, CPU, events=None) for rank in range(3)]
     shares = [[*HeldOutRows(data.blocks, data.test, worker).batches()] for worker in workers]
     counts = [sum(len(batch["row_id"]) for batch in share) for share in shares]
     assert max(counts) - min(counts) <= 1

@@ -1,4 +1,4 @@
-"""Tests here and in tests/training run on one thread."""
+"""Tests here run on one thread."""
 
 from collections.abc import Iterator
 

@@ -8,12 +8,11 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.training.loop import Trainer
 from mnistsum_ray.training.preflight import preflight
-from mnistsum_ray.training.trainer import Trainer
-from mnistsum_ray.training.worker import EventSender, Worker
+from mnistsum_ray.training.worker import Worker
 
 CPU = torch.device("cpu")
-SILENT = EventSender(None, rank=1)  # only rank 0 sends
 
 Result = TypeVar("Result")
 
@@ -28,4 +27,4 @@ def as_worker(function: Callable[[], Result]) -> Result:
 def new_trainer(rank: int = 0, world_size: int = 1, **settings: Any) -> Trainer:
     """The trainer of a worker on the CPU, for the bundled sample; called within `as_worker`."""
     hyperparameters = preflight(TrainConfig(data="sample", **settings)).hyperparameters
-    return Trainer(hyperparameters, Worker(rank, world_size, CPU, SILENT), "fp32")
+    return Trainer(hyperparameters, Worker(rank, world_size, CPU, events=None), "fp32")
