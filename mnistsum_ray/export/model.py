@@ -32,7 +32,7 @@ _TOLERANCE: Final = 1e-3
 
 
 class ExportableModel(nn.Module):
-    """From images uint8[n, 28, 28] and numbers int64[n] to OUTPUTS, int64[n] and float32[n] in turn."""
+    """From images uint8[n, 28, 28] and numbers int64[n] to OUTPUTS, int64[n] and float32[n]."""
 
     def __init__(self, model: Network) -> None:
         super().__init__()
@@ -91,7 +91,8 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     columns = zip(OUTPUTS, found, strict=True)
     difference = float(np.abs([values - expected[name] for name, values in columns]).max())
     if not difference <= _TOLERANCE:  # `not <=` also catches NaN
-        raise RunError(f"{_NAME}: its answers differ from the model's by up to {difference:.2g}; nothing was written")
+        problem = f"its answers differ from the model's by up to {difference:.2g}"
+        raise RunError(f"{_NAME}: {problem}; nothing was written")
     with refused("--output"):
         (output / _NAME).write(data)
     say(f"{_NAME}: {len(data):,} bytes, the model's answers on {len(numbers):,} pairs")

@@ -14,6 +14,7 @@ from typing import Any, Final
 import jinja2
 
 from mnistsum_ray import __version__
+from mnistsum_ray.data.images import ReasonCounts
 from mnistsum_ray.errors import one_line, percent, printable
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import accuracies
@@ -65,7 +66,9 @@ def scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     return {f"{prefix}/{split}/{name}": metrics[split][name] for split in splits for name in names}
 
 
-def draw_pictures(wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]) -> dict[str, bytes]:
+def draw_pictures(
+    wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]
+) -> dict[str, bytes]:
     """Draw PNG files: for `{"history.png": arguments}` what `pictures.draw_history` draws of them.
 
     What cannot be drawn costs a console line and never the run.
@@ -115,11 +118,8 @@ def report_page(
     return _render(f"{name}: {accuracies(test)}", lines, figures, pictures, tables)
 
 
-def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes]) -> str:
-    """Render the HTML page of a scored output: counts, reasons, the least sure rows, configuration.
-
-    `totals` are `scoring.counts.RowCounts`.
-    """
+def scored_page(manifest: dict[str, Any], bad: ReasonCounts, pictures: dict[str, bytes]) -> str:
+    """Render the HTML page of a scored output: counts, reasons, pictures, configuration."""
     line = manifest["totals"]
     figures = [
         (f"{line['rejected_rows']:,}", "rows rejected"),
@@ -129,18 +129,10 @@ def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes
         of = f"correct, of {manifest['labelled_rows']:,} labelled rows"
         figures += [(percent(line[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS]
     figures.append((f"{line['rows_per_second']:,.0f}", "rows per second"))
-    unsure = []
-    for probability, file, row, digit, number, label in totals.unsure:
-        label = "unknown" if label is None else label
-        unsure.append((digit, f"{probability:.3f}", label, number, f"{file}, row {row:,}"))
-    columns = ("predicted digit", "digit_prob", "label", "number", "input row")
-    tables = [
-        _reasons("Rejected rows", vars(totals)),
-        ("The least sure rows", columns, unsure),
-        _settings(manifest, manifest["model"]),
-    ]
+    tables = [_reasons("Rejected rows", vars(bad)), _settings(manifest, manifest["model"])]
     title = f"{line['scored_rows']:,} of {line['input_rows']:,} rows scored"
-    return _render(title, [f"{line['output']}, from {line['files']:,} files"], figures, pictures, tables)
+    where = f"{line['output']}, from {line['files']:,} files"
+    return _render(title, [where], figures, pictures, tables)
 
 
 def _reasons(title: str, counts: dict[str, Any]) -> Table:
@@ -160,8 +152,8 @@ def _settings(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
     # The manifest knows what the config has left open, as its precision.
     for key, value in (manifest["config"] | entries | {"weights": model}).items():
         if isinstance(value, dict):
-            shown = {name: entry for name, entry in value.items() if name != "bad_rows"}
-            value = ", ".join(f"{name} {entry}" for name, entry in shown.items() if entry is not None)
+            shown = [name for name in value if name != "bad_rows" and value[name] is not None]
+            value = ", ".join(f"{name} {value[name]}" for name in shown)
         if value is not None:
             rows.append((key.replace("_", "-"), value))
     return "Configuration", (), rows

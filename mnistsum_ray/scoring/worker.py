@@ -1,25 +1,38 @@
-"""What a worker process does with a task: read its parts, predict, put each part, and report.
+"""What a worker does with a task: read its parts, predict, put each part, and report.
 
-Nothing records what is done: a part is done when its output file exists, no matter which process wrote it, or how often.
+Nothing records what is done: a part is done when its output file exists, no matter which process
+wrote it, or how often.
 """
 
 import itertools
+import pickle
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import ray
 import torch
 
 from mnistsum_ray.data.images import Pixels, decode_images, decode_numbers, join_reasons, one_chunk
-from mnistsum_ray.data.parquet import neutral_metadata, open_parquet, plain_table, read_rows, to_parquet
-from mnistsum_ray.data.picture import background_of
-from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.data.parquet import (
+    neutral_metadata,
+    open_parquet,
+    plain_table,
+    read_rows,
+    to_parquet,
+)
+from mnistsum_ray.errors import (
+    ExistingFileError,
+    RunError,
+    StorageError,
+    UnusableFileError,
+    one_line,
+)
 from mnistsum_ray.model.inference import Predictions, Predictor
-from mnistsum_ray.scoring.actor import Report
 from mnistsum_ray.scoring.counts import RowCounts, columns_to_count, count_part
 from mnistsum_ray.scoring.output import count_part_file
 from mnistsum_ray.scoring.parts import PREDICTIONS, Part
@@ -27,11 +40,54 @@ from mnistsum_ray.scoring.request import Request
 from mnistsum_ray.storage.store import Entry
 
 _BATCH_ROWS: Final = 2048
-"""Small parts are predicted together, up to this number of rows or a larger batch: a forward pass on ten rows, filled up to a
-batch, wastes most of its time."""
+"""Small parts are predicted together, up to this number of rows or a larger batch: a forward pass
+on ten rows, filled up to a batch, wastes most of its time."""
 
-_LOOKED_AT: Final = 100
-"""Most images of a part whose background is looked at."""
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker says about a task: at its beginning, after some parts, and at its end."""
+
+    task: int = -1
+    """Number of the task."""
+    begins: Sequence[str] = ()
+    """At the beginning the input files of the task."""
+    ends: bool = False
+    counts: RowCounts | None = None
+    """Of the parts that were put."""
+    started: float = 0.0
+    ended: float = 0.0
+    """When they were begun and put, in seconds since 1970."""
+    unusable: dict[str, str] = field(default_factory=dict)
+    """Input files that cannot be used although their footers could be read: name and reason."""
+    failed: str | None = None
+    """Why the run cannot go on."""
+
+
+class Score:
+    """A `Scorer` as an actor of Ray Data: takes tasks, and gives pickled reports, a row each.
+
+    The model is loaded in the first task: of a process that dies for want of memory the files are
+    known then.
+    """
+
+    def __init__(self, request: "ray.ObjectRef[Any]") -> None:
+        self._request = request
+        self._scorer: Scorer | None = None
+
+    def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
+        (row,) = task.to_pylist()
+        parts = [Part(**part) for part in row["parts"]]
+        begins = Report(begins=sorted({part.name for part in parts}))
+        for report in itertools.chain([begins], self._score(parts)):
+            data = pickle.dumps(replace(report, task=row["task"]))
+            yield pa.table({"report": [data]})
+
+    def _score(self, parts: Sequence[Part]) -> Iterator[Report]:
+        if self._scorer is None:
+            device = "cuda" if ray.get_gpu_ids() else "cpu"
+            self._scorer = Scorer(ray.get(self._request), device)
+        yield from self._scorer.score(parts)
 
 
 class Scorer:
@@ -40,13 +96,16 @@ class Scorer:
     def __init__(self, request: Request, device: str) -> None:
         """`request.precision` is known; `device` is PyTorch's name of it."""
         self._request = request
-        weights = {name: torch.tensor(value) for name, value in request.weights.items()}  # Ray's arrays cannot be written
-        self._predictor = Predictor(weights, torch.device(device), str(request.precision), request.config.batch_size)
+        # Ray's arrays cannot be written, so the tensors are copies.
+        weights = {name: torch.tensor(value) for name, value in request.weights.items()}
+        self._predictor = Predictor(
+            weights, torch.device(device), str(request.precision), request.config.batch_size
+        )
 
     def score(self, parts: Sequence[Part]) -> Iterator[Report]:
         """Score the parts of a task, and report."""
         started = time.time()
-        together = max(_BATCH_ROWS, self._request.config.batch_size or 0)
+        most_rows = max(_BATCH_ROWS, self._request.config.batch_size or 0)
         batch: list[DecodedPart] = []
         try:
             for part, decoded in read_parts(self._request, parts):
@@ -54,7 +113,8 @@ class Scorer:
                     yield Report(unusable={part.name: str(decoded)})
                 else:
                     batch.append(decoded)
-                if batch and (part is parts[-1] or sum(rows.part.rows for rows in batch) >= together):
+                is_full = sum(rows.part.rows for rows in batch) >= most_rows
+                if batch and (is_full or part is parts[-1]):
                     yield replace(self._predict_and_put(batch), started=started, ended=time.time())
                     batch = []
         except StorageError as error:
@@ -67,21 +127,21 @@ class Scorer:
         """Predict the rows of several parts together, and put each part."""
         images = np.concatenate([rows.images for rows in batch])
         numbers = np.concatenate([rows.numbers for rows in batch])
-        predictions = self._predictor.predict(images, numbers, self._request.config.probabilities)
+        probabilities = self._request.config.probabilities
+        predictions = self._predictor.predict(images, numbers, probabilities)
         counts = RowCounts()
         unusable = {}
-        warning = None
-        end = 0
+        start = 0
         for rows in batch:
-            start, end = end, end + rows.part.rows
+            end = start + rows.part.rows
             try:
                 counts.add(put_part(self._request, rows, predictions.slice(start, end)))
             except pa.ArrowException as error:
                 if isinstance(error, MemoryError):
                     raise
                 unusable[rows.part.name] = f"cannot be written again: {one_line(error)}"
-            warning = warning or background_warning(rows, self._request.card["input"]["background"])
-        return Report(counts=counts, unusable=unusable, warning=warning)
+            start = end
+        return Report(counts=counts, unusable=unusable)
 
 
 @dataclass(frozen=True)
@@ -99,11 +159,16 @@ class DecodedPart:
     """Why each rejected row cannot be scored, by its index in the part, in ascending order."""
 
 
-def read_parts(request: Request, parts: Sequence[Part]) -> Iterator[tuple[Part, DecodedPart | UnusableFileError]]:
-    """Read and decode parts in their order, those of one file in one pass. StorageError: the storage does not give a file.
+def read_parts(
+    request: Request, parts: Sequence[Part]
+) -> Iterator[tuple[Part, DecodedPart | UnusableFileError]]:
+    """Read and decode parts in their order, those of one file in one pass.
 
     Yields:
-        Each part, with its rows or with why they cannot be read although the footer of their file could.
+        Each part, with its rows or with why they cannot be read although the footer could.
+
+    Raises:
+        StorageError: the storage does not give a file.
     """
     for _, group in itertools.groupby(parts, lambda part: part.name):
         of_file = list(group)
@@ -122,9 +187,10 @@ def _read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]
     Whatever a file makes the decoding raise is an UnusableFileError, as what its reading does.
     """
     path = request.root / parts[0].name
-    rows = np.concatenate([np.arange(part.first_row, part.first_row + part.rows) for part in parts])
+    ranges = [np.arange(part.first_row, part.first_row + part.rows) for part in parts]
     with open_parquet(path, Entry(path.path, parts[0].size, parts[0].e_tag)) as file:
-        batches, schema = read_rows(file, rows), file.read_row_groups([]).schema
+        batches = read_rows(file, np.concatenate(ranges))
+        schema = file.read_row_groups([]).schema
         pending: list[pa.RecordBatch] = []
         for part in parts:
             while sum(batch.num_rows for batch in pending) < part.rows:
@@ -140,33 +206,17 @@ def _decode(request: Request, part: Part, table: pa.Table) -> DecodedPart:
     return DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
 
 
-def background_warning(rows: DecodedPart, trained: int) -> str | None:
-    """What to say where most images of a part have another background, 0 or 255, than those that the model was trained on."""
-    good = np.setdiff1d(np.arange(rows.part.rows), [*rows.reasons])
-    images = rows.images[good[:: 1 + len(good) // _LOOKED_AT]]
-    if not len(images) or background_of(images) == trained:
-        return None
-    here, there = ("dark on light", "light on dark") if trained == 0 else ("light on dark", "dark on light")
-    return (
-        f"warning: {rows.part.name}: its images are {here}, and the model was trained on {there}, so most answers are wrong; "
-        f"invert the images (255 - pixel), or train on such images"
-    )
-
-
 def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> RowCounts:
     """Put the output file of a part if there is none; return the counts of its rows.
 
     RunError: it cannot be written.
     """
-    reasons = pa.array([rows.reasons.get(row) for row in range(rows.part.rows)], pa.string())
-    rejected = reasons.is_valid().to_numpy(zero_copy_only=False)
     table = rows.table.drop_columns([request.config.image_column])
-    for name, values in predictions.to_arrow(rows.numbers, rejected).items():
-        table = table.append_column(name, values)
-    table = table.append_column("reason", reasons)
+    table = predictions.append_to(table, rows.numbers, rows.reasons)
     metadata = neutral_metadata(table.schema.metadata) | rows.part.stamp(request.digest)
+    data = to_parquet(table.replace_schema_metadata(metadata))
     try:
-        (request.output / PREDICTIONS / rows.part.output).create(to_parquet(table.replace_schema_metadata(metadata)))
+        (request.output / PREDICTIONS / rows.part.output).create(data)
     except ExistingFileError:
         # Of a process that died, or of a second run: on other hardware the last bits may be others.
         return count_part_file(request, rows.part)

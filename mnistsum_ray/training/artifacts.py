@@ -115,8 +115,8 @@ def write_results(
         run=run.folder.display,
         model=(run.folder / "model").display,
         parameters=card["parameters"],
-        data=SplitRows.of(manifest["data"]),
-        test=HeldOutMetrics.of(card["test"]),
+        data=SplitRows(**manifest["data"]),
+        test=HeldOutMetrics(**card["test"]),
         images_per_second=round(speed, 1),
         seconds=round(seconds, 1),
     )

@@ -13,11 +13,10 @@ import pyarrow.parquet as pq
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.results import ScoreResult
-from mnistsum_ray.scoring.actor import Report
 from mnistsum_ray.scoring.driver import run
 from mnistsum_ray.scoring.parts import Part, make_tasks
 from mnistsum_ray.scoring.request import Request, preflight
-from mnistsum_ray.scoring.worker import Scorer
+from mnistsum_ray.scoring.worker import Report, Scorer
 
 CONSOLE = Console(io.StringIO())
 
