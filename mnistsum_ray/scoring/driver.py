@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-import ray
 import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy
@@ -108,13 +107,13 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
     planned = {part.output: part for part in parts}
     # Asked before the parts are: a manifest that a second run writes meanwhile is true.
     was_finished = (output / MANIFEST).status() is not None
-    found = read_parts(request, planned, console)
-    if found.gone:
-        files = counted(found.gone, "output file")
+    names, gone = read_parts(request, planned, console)
+    if gone:
+        files = counted(gone, "output file")
         console.say(f"left as they are: {files} of input that is not there now")
-    done = [part for part in parts if part.output in found.done]
-    todo = [part for part in parts if part.output not in found.done]
-    outcome = Outcome(request, failures, count_parts(request, done, console), found.gone)
+    done = [part for part in parts if part.output in names]
+    todo = [part for part in parts if part.output not in names]
+    outcome = Outcome(request, failures, count_parts(request, done, console), gone)
     if todo:
         if was_finished:
             (output / MANIFEST).delete()
@@ -145,14 +144,11 @@ def _check_complete(
 
     RowCountError: there is another part, or other rows.
     """
-    try:
-        found = read_parts(request, planned, console)
-    except RequestError as error:
-        raise RowCountError(str(error)) from None
-    for name in sorted(found.done ^ {part.output for part in parts}):
+    done, _ = read_parts(request, planned, console)
+    for name in sorted(done ^ {part.output for part in parts}):
         part = planned[name]
         rows = f"{part.name}: its rows {part.first_row:,} to {part.first_row + part.rows - 1:,}"
-        problem = "should not be" if name in found.done else "are not"
+        problem = "should not be" if name in done else "are not"
         raise RowCountError(f"{rows} {problem} in {PREDICTIONS}/{name}; {_KEPT}")
     rows_there = sum(part.rows for part in parts)
     if counted_rows != rows_there:
@@ -253,13 +249,13 @@ def _on_ray(
         max_tasks_in_flight_per_actor=2,  # the one that runs, and the next: no core waits
     )
     # Workers need no files but those of their tasks.
-    shared = ray.put(replace(request, files=[]))
+    arguments = (replace(request, files=[]), "cuda" if plan.use_gpu else "cpu")
     # Not `from_arrow`: tasks of its own, which reserve a CPU each, would look at the tables first.
     # With small blocks each report comes at once.
     with ray_data_options(preserve_order=False, block_bytes=1):
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             Score,
-            fn_constructor_args=(shared,),
+            fn_constructor_args=arguments,
             compute=pool,
             batch_size=1,
             batch_format="pyarrow",

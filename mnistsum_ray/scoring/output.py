@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from mnistsum_ray import __version__
 from mnistsum_ray.data.parquet import open_parquet, plain_table, read_footer
@@ -113,17 +113,14 @@ def delete_output(output: Location, console: Console) -> None:
     (output / RUN_FILE).delete()
 
 
-class Found(NamedTuple):
-    """What is in an output folder."""
-
-    done: set[str]
-    """Names of the planned parts that are there, whole and of this request."""
-    gone: int
-    """Number of parts whose input file is not there now."""
-
-
-def read_parts(request: Request, planned: Mapping[str, Part], console: Console) -> Found:
+def read_parts(
+    request: Request, planned: Mapping[str, Part], console: Console
+) -> tuple[set[str], int]:
     """Read the footers of all parts in the output folder, and compare them with the plan.
+
+    Returns:
+        Names of the planned parts that are there, whole and of this request; and the number of
+        parts whose input file is not there now.
 
     RequestError: a part is of another request, its input has changed since or was renamed, or a
     file is of another program.
@@ -159,7 +156,7 @@ def read_parts(request: Request, planned: Mapping[str, Part], console: Console) 
             was = f"holds the rows of {file.name}, which was {former[file.e_tag]} then"
             twice = "and would have them twice; name it as before"
             raise _refusal(output, f"{was}, {twice}, or {_START_OVER}")
-    return Found(done, gone)
+    return done, gone
 
 
 def _read_stamps(

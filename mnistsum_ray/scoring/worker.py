@@ -9,12 +9,11 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import ray
 import torch
 
 from mnistsum_ray.data.images import Pixels, decode_images, decode_numbers, join_reasons, one_chunk
@@ -65,70 +64,61 @@ class Report:
 
 
 class Score:
-    """A `Scorer` as an actor of Ray Data: takes tasks, and gives pickled reports, a row each.
-
-    The model is loaded in the first task: of a process that dies for want of memory the files are
-    known then.
-    """
-
-    def __init__(self, request: "ray.ObjectRef[Any]") -> None:
-        self._request = request
-        self._scorer: Scorer | None = None
-
-    def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
-        (row,) = task.to_pylist()
-        parts = [Part(**part) for part in row["parts"]]
-        begins = Report(begins=sorted({part.name for part in parts}))
-        for report in itertools.chain([begins], self._score(parts)):
-            data = pickle.dumps(replace(report, task=row["task"]))
-            yield pa.table({"report": [data]})
-
-    def _score(self, parts: Sequence[Part]) -> Iterator[Report]:
-        if self._scorer is None:
-            device = "cuda" if ray.get_gpu_ids() else "cpu"
-            self._scorer = Scorer(ray.get(self._request), device)
-        yield from self._scorer.score(parts)
-
-
-class Scorer:
-    """Scores tasks of parts in one process."""
+    """Scores tasks of parts in one process; an actor of Ray Data is one."""
 
     def __init__(self, request: Request, device: str) -> None:
         """`request.precision` is known; `device` is PyTorch's name of it."""
         self._request = request
-        # Ray's arrays cannot be written, so the tensors are copies.
-        weights = {name: torch.tensor(value) for name, value in request.weights.items()}
-        self._predictor = Predictor(
-            weights, torch.device(device), str(request.precision), request.config.batch_size
-        )
+        self._device = torch.device(device)
+        self._predictor: Predictor | None = None
+
+    def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
+        """Take a task, a row, and give its pickled reports, a row each."""
+        (row,) = task.to_pylist()
+        parts = [Part(**part) for part in row["parts"]]
+        for report in self.score(parts):
+            data = pickle.dumps(replace(report, task=row["task"]))
+            yield pa.table({"report": [data]})
 
     def score(self, parts: Sequence[Part]) -> Iterator[Report]:
         """Score the parts of a task, and report."""
-        started = time.time()
-        most_rows = max(_BATCH_ROWS, self._request.config.batch_size or 0)
-        batch: list[DecodedPart] = []
+        # Before the model is loaded: of a process that dies of it the files are known then.
+        yield Report(begins=sorted({part.name for part in parts}))
         try:
-            for part, decoded in read_parts(self._request, parts):
-                if isinstance(decoded, UnusableFileError):
-                    yield Report(unusable={part.name: str(decoded)})
-                else:
-                    batch.append(decoded)
-                is_full = sum(rows.part.rows for rows in batch) >= most_rows
-                if batch and (is_full or part is parts[-1]):
-                    yield replace(self._predict_and_put(batch), started=started, ended=time.time())
-                    batch = []
+            yield from self._score(parts)
         except StorageError as error:
             yield Report(failed=f"--input {error}")
         except RunError as error:
             yield Report(failed=str(error))
         yield Report(ends=True)
 
-    def _predict_and_put(self, batch: "list[DecodedPart]") -> Report:
+    def _score(self, parts: Sequence[Part]) -> Iterator[Report]:
+        started = time.time()
+        most_rows = max(_BATCH_ROWS, self._request.config.batch_size or 0)
+        batch: list[DecodedPart] = []
+        for name, group in itertools.groupby(parts, lambda part: part.name):
+            try:
+                for decoded in read_file(self._request, list(group)):
+                    batch.append(decoded)
+                    if sum(rows.part.rows for rows in batch) >= most_rows:
+                        yield self._predict_and_put(batch, started)
+                        batch = []
+            except UnusableFileError as error:
+                yield Report(unusable={name: str(error)})
+        if batch:
+            yield self._predict_and_put(batch, started)
+
+    def _predict_and_put(self, batch: "list[DecodedPart]", started: float) -> Report:
         """Predict the rows of several parts together, and put each part."""
+        config = self._request.config
+        if self._predictor is None:
+            # Ray's arrays cannot be written, so the tensors are copies.
+            weights = {name: torch.tensor(value) for name, value in self._request.weights.items()}
+            precision = str(self._request.precision)
+            self._predictor = Predictor(weights, self._device, precision, config.batch_size)
         images = np.concatenate([rows.images for rows in batch])
         numbers = np.concatenate([rows.numbers for rows in batch])
-        probabilities = self._request.config.probabilities
-        predictions = self._predictor.predict(images, numbers, probabilities)
+        predictions = self._predictor.predict(images, numbers, config.probabilities)
         counts = RowCounts()
         unusable = {}
         start = 0
@@ -141,7 +131,7 @@ class Scorer:
                     raise
                 unusable[rows.part.name] = f"cannot be written again: {one_line(error)}"
             start = end
-        return Report(counts=counts, unusable=unusable)
+        return Report(counts=counts, unusable=unusable, started=started, ended=time.time())
 
 
 @dataclass(frozen=True)
@@ -159,32 +149,12 @@ class DecodedPart:
     """Why each rejected row cannot be scored, by its index in the part, in ascending order."""
 
 
-def read_parts(
-    request: Request, parts: Sequence[Part]
-) -> Iterator[tuple[Part, DecodedPart | UnusableFileError]]:
-    """Read and decode parts in their order, those of one file in one pass.
-
-    Yields:
-        Each part, with its rows or with why they cannot be read although the footer could.
+def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
+    """Read and decode parts of one file in one pass; only the rows of one are in memory.
 
     Raises:
-        StorageError: the storage does not give a file.
-    """
-    for _, group in itertools.groupby(parts, lambda part: part.name):
-        of_file = list(group)
-        done = 0
-        try:
-            for decoded in _read_file(request, of_file):
-                yield decoded.part, decoded
-                done += 1
-        except UnusableFileError as error:
-            yield from ((part, error) for part in of_file[done:])
-
-
-def _read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
-    """Read and decode parts of one file; only the rows of the current part are in memory.
-
-    Whatever a file makes the decoding raise is an UnusableFileError, as what its reading does.
+        StorageError: the storage does not give the file.
+        UnusableFileError: it cannot be read, or decoded, although its footer could be read.
     """
     path = request.root / parts[0].name
     ranges = [np.arange(part.first_row, part.first_row + part.rows) for part in parts]

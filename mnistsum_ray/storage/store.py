@@ -55,6 +55,10 @@ class Entry(NamedTuple):
     e_tag: str
     """Differs where the content does: an object's ETag; on a disk inode, time and size."""
 
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
 
 @dataclass(frozen=True)
 class Location:
@@ -306,45 +310,27 @@ def _encoded(data: Data) -> "bytes | pa.Buffer":
 
 @cache
 def open_store(bucket: str, query: str) -> Any:
-    """The obstore store of a bucket, with keys from the environment, or by boto3 from ~/.aws.
+    """The obstore store of a bucket, which takes its keys from the environment.
 
     RequestError: the options name something that is not there.
     """
     from obstore import exceptions, store  # noqa: TID251
 
     given = dict(parse_qsl(query))
-    scheme, _, name = bucket.partition("://")
     config: dict[str, Any] = {}
     if "region" in given:
         config["region"] = given["region"]
     endpoint = given.get("endpoint_override")
+    if endpoint and "://" not in endpoint:
+        endpoint = f"{given.get('scheme', 'https')}://{endpoint}"
     if endpoint:
-        address = endpoint if "://" in endpoint else f"{given.get('scheme', 'https')}://{endpoint}"
-        config["base_url" if scheme == "gs" else "endpoint"] = address
-    if name.startswith("anonymous@"):
-        name = name.removeprefix("anonymous@")
-        config["skip_signature"] = True
-    options: dict[str, Any] = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
-    if scheme == "s3" and _uses_profile():
-        try:
-            from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: TID251
-
-            options["credential_provider"] = Boto3CredentialProvider()
-        except Exception as error:  # ImportError, ValueError, or one of botocore
-            needs = "a profile of ~/.aws needs boto3, pip install -e '.[cloud]'"
-            raise RequestError(f"{needs}: {one_line(error)}") from None
+        config["base_url" if bucket.startswith("gs:") else "endpoint"] = endpoint
+    options: Any = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
+    from_url: Any = store.from_url  # its overloads name each option of each store
     try:
-        from_url: Any = store.from_url  # its overloads name each option of each store
-        return from_url(f"{scheme}://{name}", config=config, **options)
+        return from_url(bucket, config=config, **options)
     except (exceptions.BaseError, ValueError) as error:
         raise RequestError(f"{bucket}: {one_line(error).partition(' Debug source')[0]}") from None
-
-
-def _uses_profile() -> bool:
-    """Whether the keys of S3 are in a profile of ~/.aws, which obstore does not read."""
-    if "AWS_ACCESS_KEY_ID" in os.environ:
-        return False
-    return "AWS_PROFILE" in os.environ or Path("~/.aws/credentials").expanduser().exists()
 
 
 def is_utf8(path: str) -> bool:

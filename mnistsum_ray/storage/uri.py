@@ -21,8 +21,8 @@ KEYS_REFUSED: Final = (
 )
 """Message on a text that `may_hold_keys`, which it must not quote."""
 
-_ADDRESS: Final = re.compile(r"(abfss?://)[a-z0-9-]+@|(gc?s://)anonymous@")
-"""User info that is no key: Azure's container or account, and `anonymous`, which is without one."""
+_AZURE: Final = re.compile(r"abfss?://[a-z0-9-]+@")
+"""The container or account of Azure, which is no key."""
 
 _HOST: Final = re.compile(r"(\[[\da-fA-F:]+\]|[^:@\[\]]*)(:\d+)?")
 _PUBLIC_QUERY: Final = re.compile(r"region|endpoint_override|scheme|allow_\w+")
@@ -108,7 +108,7 @@ def may_hold_keys(text: str) -> bool:
     if scheme is None:
         is_local = re.match(r"[.~]|/(?!/)", text) is not None
         return not is_local and re.search(r":\S*@", text) is not None
-    begin = _ADDRESS.match(text) or scheme
+    begin = _AZURE.match(text) or scheme
     address, _, query = text[begin.end() :].partition("?")
     host, _, path = address.partition("/")
     known = _HOST.fullmatch(host)

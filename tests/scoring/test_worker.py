@@ -11,7 +11,7 @@ from mnistsum_ray.scoring.counts import RowCounts
 from mnistsum_ray.scoring.output import count_parts
 from mnistsum_ray.scoring.parts import Part, split_into_parts
 from mnistsum_ray.scoring.request import Request
-from mnistsum_ray.scoring.worker import DecodedPart, Report, Scorer, read_parts
+from mnistsum_ray.scoring.worker import Report, Score, read_file
 from tests.conftest import write_model
 from tests.scoring.conftest import CONSOLE, preflight_of, write_rows
 
@@ -25,12 +25,11 @@ def test_every_row_is_read_once_in_order_and_decoded(tmp_path: Path, model: Path
     write_rows(tmp_path / "a.parquet", range(1000), group, bad=501)
     table = pq.read_table(tmp_path / "a.parquet")
     request = preflight_of(model, tmp_path, "/nowhere", max_rows_per_file=most)
-    for chosen in (parts_of(request), parts_of(request)[1::3]):  # all, and such with others between them
-        read = [*read_parts(request, chosen)]
-        assert [part for part, _ in read] == chosen
-        for part, decoded in read:
-            rows = table.slice(part.first_row, part.rows)
-            assert isinstance(decoded, DecodedPart)
+    for chosen in (parts_of(request), parts_of(request)[::3]):  # all, and such with others between them
+        read = [*read_file(request, chosen)]
+        assert [decoded.part for decoded in read] == chosen
+        for decoded in read:
+            rows = table.slice(decoded.part.first_row, decoded.part.rows)
             assert decoded.table.equals(rows)
             assert [image.tobytes() for image in decoded.images] == rows["image"].to_pylist()
             bad = rows["id"].to_numpy() == 501
@@ -40,7 +39,7 @@ def test_every_row_is_read_once_in_order_and_decoded(tmp_path: Path, model: Path
 
 def score(request: Request, parts: list[Part]) -> tuple[RowCounts, list[Report]]:
     """Score parts as one task: their counts, and all reports."""
-    counts, reports = RowCounts(), [*Scorer(request, "cpu").score(parts)]
+    counts, reports = RowCounts(), [*Score(request, "cpu").score(parts)]
     for report in reports:
         counts.add(report.counts or RowCounts())
     return counts, reports
@@ -54,7 +53,7 @@ def test_the_reports_of_a_task_count_the_rows_of_the_parts_that_are_there(tmp_pa
     data, pages = files["b.parquet"].read_bytes(), pq.read_metadata(files["b.parquet"]).row_group(2).column(1)
     files["b.parquet"].write_bytes(data.replace(data[pages.dictionary_page_offset :][:20], b"?" * 20))
     request = preflight_of(model, tmp_path / "in", tmp_path / "out", max_rows_per_file=4, label_column="label")
-    counts, (*between, ends) = score(request, parts_of(request))
+    counts, (_, *between, ends) = score(request, parts_of(request))
     unusable = [*{name for report in between for name in report.unusable}]
     assert (ends.ends, unusable) == (True, ["b.parquet"])
     assert [report.counts.rows for report in between if report.counts] == [26], "small parts are predicted together"
@@ -69,8 +68,8 @@ def test_the_reports_of_a_task_count_the_rows_of_the_parts_that_are_there(tmp_pa
 def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(tmp_path: Path, model: Path) -> None:
     write_rows(tmp_path / "in" / "a.parquet", [1])
     request = preflight_of(model, tmp_path / "in", model / "model.json" / "out")
-    _, (written, _) = score(request, parts_of(request))
+    _, (_, written, _) = score(request, parts_of(request))
     (tmp_path / "in" / "a.parquet").unlink()
-    _, (read, ends) = score(request, parts_of(request))
+    _, (_, read, ends) = score(request, parts_of(request))
     assert [str(report.failed).partition(" ")[0] for report in (written, read)] == ["--output", "--input"]
     assert (written.unusable, read.unusable, ends.ends) == ({}, {}, True)
