@@ -59,9 +59,9 @@ def save_model(model: "Network", folder: str | Path) -> None:
 
     output = empty_output(str(folder))
     weights = copy_weights(model)
-    card = describe_model(weights, epoch=0, metrics={}, background=model.background)
+    description = describe_model(weights, epoch=0, metrics={}, background=model.background)
     with refused("--output"):
-        write_model(output, weights, card)
+        write_model(output, weights, description)
 
 
 @dataclass(frozen=True)

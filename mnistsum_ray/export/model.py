@@ -46,8 +46,8 @@ class ExportableModel(nn.Module):
         return tuple(outputs)
 
 
-def export_onnx(model: Network, card: dict[str, Any]) -> bytes:
-    """An ONNX file of ExportableModel, whose metadata are the entries of `card`, model.json."""
+def export_onnx(model: Network, description: dict[str, Any]) -> bytes:
+    """An ONNX file of ExportableModel; its metadata are the entries of model.json."""
     rows = torch.export.Dim("rows")
     with quiet_logger("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside PyTorch's own exporter
@@ -62,7 +62,7 @@ def export_onnx(model: Network, card: dict[str, Any]) -> bytes:
         )
     assert converted
     proto = converted.model_proto
-    for key, value in ({"version": __version__} | card).items():
+    for key, value in ({"version": __version__} | description).items():
         text = value if isinstance(value, str) else json.dumps(value)
         proto.metadata_props.add(key=key, value=text)
     return bytes(proto.SerializeToString())
@@ -78,9 +78,9 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     import onnxruntime  # of the extra onnx
 
     output = empty_output(config.output)
-    model, card = load_model(locate_existing(config.model, "--model"))
+    model, description = load_model(locate_existing(config.model, "--model"))
     say("exporting")
-    data = export_onnx(model, card)
+    data = export_onnx(model, description)
     source = open_source("sample")  # its test images, each with every number
     block = next(source.groups[0].blocks())  # all of it
     images = block.images[source.test].repeat(NUMBERS, axis=0)

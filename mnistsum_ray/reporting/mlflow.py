@@ -21,7 +21,7 @@ from mnistsum_ray.storage.store import Location
 def log_run(
     manifest: dict[str, Any],
     history: list[dict[str, Any]],
-    card: dict[str, Any],
+    description: dict[str, Any],
     folder: Location,
     files: list[str],
 ) -> str:
@@ -43,7 +43,7 @@ def log_run(
     tags = [RunTag(key, str(value)) for key, value in said.items()]
     client.log_batch(run_id, params=params, tags=tags)
     logged = [(epoch_scalars(entry), entry) for entry in history]
-    logged.append((scores(card, "final"), history[-1]))
+    logged.append((scores(description, "final"), history[-1]))
     for scalars, entry in logged:
         time, epoch = int(1000 * epoch_end(entry)), entry["epoch"]
         metrics = [Metric(key, value, time, epoch) for key, value in scalars.items()]
@@ -53,7 +53,7 @@ def log_run(
             Path(copy, name).parent.mkdir(exist_ok=True)
             Path(copy, name).write_bytes((folder / name).read_bytes())
         # ONNX holds no pickle. MLflow would find the requirements by running the model.
-        model = onnx.load_from_string(export_onnx(load_model(folder)[0], card))
+        model = onnx.load_from_string(export_onnx(load_model(folder)[0], description))
         packages = mlflow.onnx.get_default_pip_requirements()
         mlflow.onnx.save_model(
             model, f"{copy}/onnx", pip_requirements=packages, save_as_external_data=False

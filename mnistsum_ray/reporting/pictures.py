@@ -46,7 +46,7 @@ def png(draw: Callable[..., Figure], *arguments: Any) -> bytes:
     return file.getvalue()
 
 
-def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
+def draw_history(history: list[dict[str, Any]], description: dict[str, Any]) -> Figure:
     """Loss and error (100 % less the accuracy) of each head by epoch."""
     figure = Figure(figsize=(9, 4))
     losses, errors = figure.subplots(1, 2)
@@ -57,16 +57,16 @@ def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
         for step, loss in entry["step_losses"]
     ]
     losses.plot(*zip(*steps, strict=True), color=_GREY, linewidth=1, label="training")
-    for split, line, face in (("validation", ":", "white"), ("test", "-", None)):
+    for split, dashes, face in (("validation", ":", "white"), ("test", "-", None)):
         means = [entry[split]["loss"] for entry in history]
-        losses.plot(epochs, means, f"D{line}", color="black", markerfacecolor=face, label=split)
+        losses.plot(epochs, means, f"D{dashes}", color="black", markerfacecolor=face, label=split)
         for head, (color, marker) in zip(HEADS, _STYLES, strict=False):
             wrong = [_error(entry[split], head) for entry in history]
             form = {"color": color, "markerfacecolor": face, "label": f"{head.name}, {split}"}
-            errors.plot(epochs, wrong, marker + line, **form)
+            errors.plot(epochs, wrong, marker + dashes, **form)
     for head, (color, _) in zip(HEADS, _STYLES, strict=False):
         star = {"markersize": 12, "color": color, "markeredgecolor": "black"}
-        errors.plot(card["epoch"], _error(card["test"], head), "*", **star)
+        errors.plot(description["epoch"], _error(description["test"], head), "*", **star)
     losses.set(title="loss, nats (mean of the heads)", yscale="log")
     errors.set(title="error, % (stars: finished model)")
     errors.set_yscale("symlog", linthresh=0.1)  # a few test rows may have no error at all

@@ -1,6 +1,6 @@
 """Readable records of a run: report.html, the versions of the software, the names of metrics.
 
-Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `card` that of
+Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `description` that of
 model.json, `history` are the lines of history.jsonl, and `pictures` are PNG files by their names.
 """
 
@@ -89,12 +89,12 @@ def draw_pictures(
 def report_page(
     name: str,
     manifest: dict[str, Any],
-    card: dict[str, Any],
+    description: dict[str, Any],
     history: list[dict[str, Any]],
     pictures: dict[str, bytes],
 ) -> str:
     """Render the HTML page of a finished training: accuracies, pictures, epochs, configuration."""
-    data, test = manifest["data"], card["test"]
+    data, test = manifest["data"], description["test"]
     figures = [(percent(test[f"{head.name}_accuracy"]), f"{head.name} correct") for head in HEADS]
     speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
     figures.append((f"{speed:,.0f}", "training images per second"))
@@ -102,7 +102,7 @@ def report_page(
     run = manifest["metrics"]["run"]
     lines = [
         data["notice"],
-        f"The model of epoch {card['epoch']}, on {test['rows']:,} test images with every number.",
+        f"The model of epoch {description['epoch']}, on {test['rows']:,} test images with every number.",
         f"To score: mnistsum score --model {run} --input PAIRS --output SCORED",
     ]
     names = [key.removeprefix("epoch/").replace("_", " ") for key in epoch_scalars(history[0])]
@@ -113,25 +113,27 @@ def report_page(
     tables = [
         _reasons("Rows left out", data["bad_rows"]),
         ("Epochs", ("epoch", *names), rows),
-        _settings(manifest, {key: card[key] for key in ("parameters", "sha256")}),
+        _settings(manifest, {key: description[key] for key in ("parameters", "sha256")}),
     ]
     return _render(f"{name}: {accuracies(test)}", lines, figures, pictures, tables)
 
 
 def scored_page(manifest: dict[str, Any], bad: ReasonCounts, pictures: dict[str, bytes]) -> str:
     """Render the HTML page of a scored output: counts, reasons, pictures, configuration."""
-    line = manifest["totals"]
+    totals = manifest["totals"]
     figures = [
-        (f"{line['rejected_rows']:,}", "rows rejected"),
-        (f"{line['failed_files']:,}", f"files not usable, with {line['failed_rows']:,} rows"),
+        (f"{totals['rejected_rows']:,}", "rows rejected"),
+        (f"{totals['failed_files']:,}", f"files not usable, with {totals['failed_rows']:,} rows"),
     ]
     if manifest["labelled_rows"]:
         of = f"correct, of {manifest['labelled_rows']:,} labelled rows"
-        figures += [(percent(line[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS]
-    figures.append((f"{line['rows_per_second']:,.0f}", "rows per second"))
+        figures += [
+            (percent(totals[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS
+        ]
+    figures.append((f"{totals['rows_per_second']:,.0f}", "rows per second"))
     tables = [_reasons("Rejected rows", vars(bad)), _settings(manifest, manifest["model"])]
-    title = f"{line['scored_rows']:,} of {line['input_rows']:,} rows scored"
-    where = f"{line['output']}, from {line['files']:,} files"
+    title = f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored"
+    where = f"{totals['output']}, from {totals['files']:,} files"
     return _render(title, [where], figures, pictures, tables)
 
 

@@ -126,17 +126,13 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
             parts = [part for part in parts if part.name not in failures]
             # Again, without what was scored of those files.
             outcome.counts = count_parts(request, parts, console)
-    _check_complete(request, planned, parts, outcome.counts.rows, console)
+    _check_complete(outcome, planned, parts, console)
     outcome.resumed_rows = sum(part.rows for part in done if part.name not in failures)
     return publish(outcome, started, console)
 
 
 def _check_complete(
-    request: Request,
-    planned: Mapping[str, Part],
-    parts: Sequence[Part],
-    counted_rows: int,
-    console: Console,
+    outcome: Outcome, planned: Mapping[str, Part], parts: Sequence[Part], console: Console
 ) -> None:
     """Check that these parts are in the output, no other planned one, and their rows were counted.
 
@@ -144,15 +140,16 @@ def _check_complete(
 
     RowCountError: there is another part, or other rows.
     """
-    done, _ = read_parts(request, planned, console)
+    done, _ = read_parts(outcome.request, planned, console)
     for name in sorted(done ^ {part.output for part in parts}):
         part = planned[name]
         rows = f"{part.name}: its rows {part.first_row:,} to {part.first_row + part.rows - 1:,}"
         problem = "should not be" if name in done else "are not"
         raise RowCountError(f"{rows} {problem} in {PREDICTIONS}/{name}; {_KEPT}")
     rows_there = sum(part.rows for part in parts)
-    if counted_rows != rows_there:
-        difference = f"{counted_rows:,} rows were counted, and {rows_there:,} are in the output"
+    if outcome.counts.rows != rows_there:
+        were_counted = f"{outcome.counts.rows:,} rows were counted"
+        difference = f"{were_counted}, and {rows_there:,} are in the output"
         raise RowCountError(f"{difference}; {_KEPT}")
 
 

@@ -31,7 +31,7 @@ class Request:
 
     config: ScoreConfig
     model: Location
-    card: dict[str, Any]
+    description: dict[str, Any]
     """Contents of the model's `model.json`."""
     weights: dict[str, npt.NDArray[Any]]
     root: Location
@@ -45,7 +45,7 @@ class Request:
     def identity(self) -> dict[str, Any]:
         """What determines the predictions, by flag, as JSON has it. An output is of one request."""
         return {
-            "--model with SHA-256": self.card["sha256"],
+            "--model with SHA-256": self.description["sha256"],
             "--precision": self.precision,
             "--image-column": self.config.image_column,
             "--number-column": self.config.number_column,
@@ -81,7 +81,7 @@ def preflight(config: ScoreConfig, console: Console) -> Request:
     from mnistsum_ray.model.folder import copy_weights, load_model
 
     try:
-        network, card = load_model(model)
+        network, description = load_model(model)
     except RequestError as error:
         raise RequestError(f"--model {error}") from None
     weights = {name: value.numpy() for name, value in copy_weights(network).items()}
@@ -89,7 +89,9 @@ def preflight(config: ScoreConfig, console: Console) -> Request:
         files = read_footers(inputs, config, console)
     except StorageError as error:
         raise RunError(f"--input {error}; nothing was begun") from None
-    return Request(config, model, card, weights, inputs.root, files, output, config.precision)
+    return Request(
+        config, model, description, weights, inputs.root, files, output, config.precision
+    )
 
 
 def say_failures(failures: Mapping[str, str], say: Callable[[str], None]) -> None:

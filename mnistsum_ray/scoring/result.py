@@ -1,4 +1,4 @@
-"""Result of a scoring run: its line, the table of files, the report and the manifest."""
+"""Result of a scoring run: its totals, the table of files, the report and the manifest."""
 
 import time
 from collections.abc import Callable
@@ -48,13 +48,13 @@ class Outcome:
     seconds: float = 0.0
     """From the start of the first part to the end of the last one, on the workers' clocks."""
 
-    def line(self) -> dict[str, Any]:
+    def totals(self) -> dict[str, Any]:
         """The fields of the job's last line, but for `seconds`."""
         files = self.request.files
         failed = sum(file.rows or 0 for file in files if file.name in self.failures)
         rejected = self.counts.bad.total
         new_rows = self.counts.rows - self.resumed_rows
-        line = {
+        totals = {
             "output": self.request.output.display,
             "input_rows": self.counts.rows + failed,
             "scored_rows": self.counts.rows - rejected,
@@ -65,7 +65,7 @@ class Outcome:
             "failed_files": len(self.failures),
             "rows_per_second": round(new_rows / self.seconds, 1) if self.seconds else 0.0,
         }
-        return line | (self.counts.accuracies() if self.request.config.label_column else {})
+        return totals | (self.counts.accuracies() if self.request.config.label_column else {})
 
 
 def publish(outcome: Outcome, started: float, console: Console) -> ScoreResult:
@@ -80,11 +80,11 @@ def publish(outcome: Outcome, started: float, console: Console) -> ScoreResult:
         heads = {head: sums.as_json() for head, sums in counts.reliability.items()}
         wanted = {"confusion.png": (counts.confusion,), "reliability.png": (heads,)}
         pictures = draw_pictures(wanted, console.say)
-    line = outcome.line() | {"seconds": round(time.monotonic() - started, 1)}
-    manifest = _manifest(outcome, line) | {"probabilities": heads}
+    totals = outcome.totals() | {"seconds": round(time.monotonic() - started, 1)}
+    manifest = _manifest(outcome, totals) | {"probabilities": heads}
     (output / FILES_TABLE).write(to_parquet(_files_table(outcome)))
     (output / REPORT).write(scored_page(manifest, counts.bad, pictures).encode())
-    _say_result(outcome, line, console.say)
+    _say_result(outcome, totals, console.say)
     if outcome.request.config.strict and (counts.bad.total or outcome.failures):
         (output / MANIFEST).delete()  # one of a run without --strict
         rows = counted(counts.bad.total, "row")
@@ -95,7 +95,7 @@ def publish(outcome: Outcome, started: float, console: Console) -> ScoreResult:
             f"and the same command without --strict finishes at once"
         )
     (output / MANIFEST).write(manifest)
-    return ScoreResult(**line)
+    return ScoreResult(**totals)
 
 
 def _files_table(outcome: Outcome) -> pa.Table:
@@ -112,7 +112,7 @@ def _files_table(outcome: Outcome) -> pa.Table:
     return pa.Table.from_pylist(rows, FILES_TABLE_SCHEMA)
 
 
-def _manifest(outcome: Outcome, line: dict[str, Any]) -> dict[str, Any]:
+def _manifest(outcome: Outcome, totals: dict[str, Any]) -> dict[str, Any]:
     counts, request = outcome.counts, outcome.request
     config = request.config.model_dump(mode="json")
     locations = {"model": request.model, "input": request.root, "output": request.output}
@@ -121,35 +121,35 @@ def _manifest(outcome: Outcome, line: dict[str, Any]) -> dict[str, Any]:
         "format": RUN_FORMAT,
         "status": "finished",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "totals": line,
+        "totals": totals,
         "consistent_rows": counts.consistent,
         "labelled_rows": counts.labelled if request.config.label_column else None,
         "rejected_by_reason": counts.bad.reasons,
         "confusion": counts.confusion if counts.labelled else None,
         "config": config,
-        "model": {key: request.card[key] for key in ("sha256", "epoch", "parameters")},
+        "model": {key: request.description[key] for key in ("sha256", "epoch", "parameters")},
         "precision": request.precision,
         "files_of_earlier_input": outcome.gone,
         "versions": versions(),
     }
 
 
-def _say_result(outcome: Outcome, line: dict[str, Any], say: Callable[[str], None]) -> None:
+def _say_result(outcome: Outcome, totals: dict[str, Any], say: Callable[[str], None]) -> None:
     """Say the result in words."""
     counts = outcome.counts
-    rows, files = counted(line["input_rows"], "row"), counted(line["files"], "file")
-    say(f"scored {line['scored_rows']:,} of {rows} in {files}, each exactly once")
-    if line["failed_files"]:
-        failed = counted(line["failed_files"], "file")
-        known = counted(line["failed_rows"], "known row")
-        why = f"{line['output']}/{FILES_TABLE} says why"
+    rows, files = counted(totals["input_rows"], "row"), counted(totals["files"], "file")
+    say(f"scored {totals['scored_rows']:,} of {rows} in {files}, each exactly once")
+    if totals["failed_files"]:
+        failed = counted(totals["failed_files"], "file")
+        known = counted(totals["failed_rows"], "known row")
+        why = f"{totals['output']}/{FILES_TABLE} says why"
         say(f"{failed} with {known} could not be used: {why}")
-    if line["rejected_rows"]:
-        rejected = counted(line["rejected_rows"], "row")
+    if totals["rejected_rows"]:
+        rejected = counted(totals["rejected_rows"], "row")
         say(f"{rejected} rejected, null in the output: {counts.bad.describe()}")
-    if line["scored_rows"]:
-        consistent = percent(counts.consistent / line["scored_rows"])
+    if totals["scored_rows"]:
+        consistent = percent(counts.consistent / totals["scored_rows"])
         say(f"sum = digit + number in {consistent} of the rows")
     if counts.labelled:
-        say(f"right: {accuracies(line)} ({counted(counts.labelled, 'labelled row')})")
-    say(f"predictions: {line['output']}/{PREDICTIONS}; report: {line['output']}/{REPORT}")
+        say(f"right: {accuracies(totals)} ({counted(counts.labelled, 'labelled row')})")
+    say(f"predictions: {totals['output']}/{PREDICTIONS}; report: {totals['output']}/{REPORT}")

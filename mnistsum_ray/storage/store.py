@@ -225,12 +225,9 @@ class Location:
         except FileNotFoundError as error:
             if what == "written":  # a folder that cannot be made, as in /proc
                 raise self.error(error, what) from error
-            missing = "is not there"
-            if self.is_local:
-                missing += (
-                    ", or not on this node; a local path must be on storage that all nodes share"
-                )
-            raise MissingFileError(f"{self.display}: {missing}") from None
+            shared = ", or not on this node; a local path must be on storage that all nodes share"
+            missing = f"{self.display}: is not there{shared if self.is_local else ''}"
+            raise MissingFileError(missing) from None
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileExistsError):
             raise ExistingFileError(f"{self.display}: was written by another") from None
         except (exceptions.BaseError, OSError) as error:
