@@ -3,6 +3,7 @@
 input files ──▶ parts, less those that exist ─tasks─▶ Score: read, predict, put ─reports─▶ counts
 """
 
+import itertools
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,10 +197,10 @@ def _score(
         if error.actor_init_failed:  # an exception, such as for want of CUDA, and no death
             raise
         console.say_lines(str(error))
-        names = sorted({name for files_of_task in in_work.values() for name in files_of_task})
-        at_work = (
-            f"in work were {', '.join(names[:_NAMED])}" if names else "no file was in work yet"
-        )
+        names = sorted(set(itertools.chain(*in_work.values())))
+        at_work = "no file was in work yet"
+        if names:
+            at_work = f"in work were {', '.join(names[:_NAMED])}"
         raise RunError(
             f"workers died again and again ({root_cause(error)}); {at_work}; "
             f"give the workers more memory, or take such a file out of --input; {_KEPT}"

@@ -9,6 +9,7 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -63,77 +64,6 @@ class Report:
     """Why the run cannot go on."""
 
 
-class Score:
-    """Scores tasks of parts in one process; an actor of Ray Data is one."""
-
-    def __init__(self, request: Request, device: str) -> None:
-        """`request.precision` is known; `device` is PyTorch's name of it."""
-        self._request = request
-        self._device = torch.device(device)
-        self._predictor: Predictor | None = None
-
-    def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
-        """Take a task, a row, and give its pickled reports, a row each."""
-        (row,) = task.to_pylist()
-        parts = [Part(**part) for part in row["parts"]]
-        for report in self.score(parts):
-            data = pickle.dumps(replace(report, task=row["task"]))
-            yield pa.table({"report": [data]})
-
-    def score(self, parts: Sequence[Part]) -> Iterator[Report]:
-        """Score the parts of a task, and report."""
-        # Before the model is loaded: of a process that dies of it the files are known then.
-        yield Report(begins=sorted({part.name for part in parts}))
-        try:
-            yield from self._score(parts)
-        except StorageError as error:
-            yield Report(failed=f"--input {error}")
-        except RunError as error:
-            yield Report(failed=str(error))
-        yield Report(ends=True)
-
-    def _score(self, parts: Sequence[Part]) -> Iterator[Report]:
-        started = time.time()
-        most_rows = max(_BATCH_ROWS, self._request.config.batch_size or 0)
-        batch: list[DecodedPart] = []
-        for name, group in itertools.groupby(parts, lambda part: part.name):
-            try:
-                for decoded in read_file(self._request, list(group)):
-                    batch.append(decoded)
-                    if sum(rows.part.rows for rows in batch) >= most_rows:
-                        yield self._predict_and_put(batch, started)
-                        batch = []
-            except UnusableFileError as error:
-                yield Report(unusable={name: str(error)})
-        if batch:
-            yield self._predict_and_put(batch, started)
-
-    def _predict_and_put(self, batch: "list[DecodedPart]", started: float) -> Report:
-        """Predict the rows of several parts together, and put each part."""
-        config = self._request.config
-        if self._predictor is None:
-            # Ray's arrays cannot be written, so the tensors are copies.
-            weights = {name: torch.tensor(value) for name, value in self._request.weights.items()}
-            precision = str(self._request.precision)
-            self._predictor = Predictor(weights, self._device, precision, config.batch_size)
-        images = np.concatenate([rows.images for rows in batch])
-        numbers = np.concatenate([rows.numbers for rows in batch])
-        predictions = self._predictor.predict(images, numbers, config.probabilities)
-        counts = RowCounts()
-        unusable = {}
-        start = 0
-        for rows in batch:
-            end = start + rows.part.rows
-            try:
-                counts.add(put_part(self._request, rows, predictions.slice(start, end)))
-            except pa.ArrowException as error:
-                if isinstance(error, MemoryError):
-                    raise
-                unusable[rows.part.name] = f"cannot be written again: {one_line(error)}"
-            start = end
-        return Report(counts=counts, unusable=unusable, started=started, ended=time.time())
-
-
 @dataclass(frozen=True)
 class DecodedPart:
     """The n rows of one part."""
@@ -147,6 +77,79 @@ class DecodedPart:
     """int64[n], 0..NUMBERS - 1; 0 where they cannot be decoded."""
     reasons: dict[int, str]
     """Why each rejected row cannot be scored, by its index in the part, in ascending order."""
+
+
+class Score:
+    """Scores tasks of parts in one process; an actor of Ray Data is one."""
+
+    def __init__(self, request: Request, device: str) -> None:
+        """`request.precision` is known; `device` is PyTorch's name of it."""
+        self._request = request
+        self._device = torch.device(device)
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        # Ray's arrays cannot be written, so the tensors are copies.
+        weights = {name: torch.tensor(value) for name, value in self._request.weights.items()}
+        batch_size = self._request.config.batch_size
+        return Predictor(weights, self._device, str(self._request.precision), batch_size)
+
+    def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
+        """Take a task, a row, and give its pickled reports, a row each."""
+        (row,) = task.to_pylist()
+        parts = [Part(**part) for part in row["parts"]]
+        for report in self.score(parts):
+            data = pickle.dumps(replace(report, task=row["task"]))
+            yield pa.table({"report": [data]})
+
+    def score(self, parts: Sequence[Part]) -> Iterator[Report]:
+        """Score the parts of a task, and report."""
+        yield Report(begins=sorted({part.name for part in parts}))
+        try:
+            yield from self._score(parts)
+        except StorageError as error:
+            yield Report(failed=f"--input {error}")
+        except RunError as error:
+            yield Report(failed=str(error))
+        yield Report(ends=True)
+
+    def _score(self, parts: Sequence[Part]) -> Iterator[Report]:
+        predictor = self._predictor  # the first task loads it
+        started = time.time()
+        most_rows = max(_BATCH_ROWS, self._request.config.batch_size or 0)
+        batch: list[DecodedPart] = []
+        for name, group in itertools.groupby(parts, lambda part: part.name):
+            try:
+                for decoded in read_file(self._request, list(group)):
+                    batch.append(decoded)
+                    if sum(rows.part.rows for rows in batch) >= most_rows:
+                        yield self._predict_and_put(predictor, batch, started)
+                        batch = []
+            except UnusableFileError as error:
+                yield Report(unusable={name: str(error)})
+        if batch:
+            yield self._predict_and_put(predictor, batch, started)
+
+    def _predict_and_put(
+        self, predictor: Predictor, batch: list[DecodedPart], started: float
+    ) -> Report:
+        """Predict the rows of several parts together, and put each part."""
+        images = np.concatenate([rows.images for rows in batch])
+        numbers = np.concatenate([rows.numbers for rows in batch])
+        predictions = predictor.predict(images, numbers, self._request.config.probabilities)
+        counts = RowCounts()
+        unusable = {}
+        start = 0
+        for rows in batch:
+            end = start + rows.part.rows
+            try:
+                counts.add(put_part(self._request, rows, predictions.slice(start, end)))
+            except pa.ArrowException as error:
+                if isinstance(error, MemoryError):
+                    raise
+                unusable[rows.part.name] = f"cannot be written again: {one_line(error)}"
+            start = end
+        return Report(counts=counts, unusable=unusable, started=started, ended=time.time())
 
 
 def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
