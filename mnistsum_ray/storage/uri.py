@@ -24,7 +24,6 @@ KEYS_REFUSED: Final = (
 _AZURE: Final = re.compile(r"abfss?://[a-z0-9-]+@")
 """The container or account of Azure, which is no key."""
 
-_HOST: Final = re.compile(r"(\[[\da-fA-F:]+\]|[^:@\[\]]*)(:\d+)?")
 _PUBLIC_QUERY: Final = re.compile(r"region|endpoint_override|scheme|allow_\w+")
 
 _ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
@@ -111,12 +110,10 @@ def may_hold_keys(text: str) -> bool:
     begin = _AZURE.match(text) or scheme
     address, _, query = text[begin.end() :].partition("?")
     host, _, path = address.partition("/")
-    known = _HOST.fullmatch(host)
-    if known is None:
+    has_port = re.search(r":\d+$", host) is not None
+    if "@" in host or (":" in host and not has_port):
         return True
-    if (
-        known[2] and "@" in path
-    ):  # a key with a slash that begins with digits, and looks like a port
+    if has_port and "@" in path:  # a key that begins with digits and a slash
         return True
     values = parse_qsl(query, keep_blank_values=True)
     return any("@" in value or not _PUBLIC_QUERY.fullmatch(name) for name, value in values)
