@@ -121,13 +121,17 @@ class Location:
         with self.answers("read"):
             if not self.is_local:
                 return bytes(self.store.get(self.path).bytes())
-            if not Path(self.path).is_file():  # a pipe may never give anything, a device never end
-                raise FileNotFoundError
-            return Path(self.path).read_bytes()
+            path = Path(self.path)
+            if path.exists() and not path.is_file():  # a pipe may give nothing, a device never end
+                raise OSError("it is a folder, a pipe or a device, and no file")
+            return path.read_bytes()
 
     def read_json(self) -> Any:
-        """The JSON value of the file. ValueError: it is not JSON."""
-        return json.loads(self.read_bytes())
+        """The JSON value of the file. ValueError: it is not JSON, or nested too deeply."""
+        try:
+            return json.loads(self.read_bytes())
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
 
     def open(self, listed: Entry | None = None) -> Any:
         """The file, open for reading at any position.

@@ -95,7 +95,7 @@ def test_a_list_of_a_disk_ends_and_leaves_out_what_is_no_file(tmp_path: Path) ->
         (tmp_path / "sub" / name).symlink_to(target)
     os.mkfifo(tmp_path / "pipe")
     assert names(locate(str(tmp_path), "--input")) == ["line\nbreak", "sub/a", "sub/to a"]
-    with pytest.raises(MissingFileError, match="is not there"):
+    with pytest.raises(StorageError, match="is a folder, a pipe or a device, and no file"):
         locate(str(tmp_path / "pipe"), "--input").read_bytes()
 
 
